@@ -7,12 +7,19 @@ longer one. Terminal, HTML and JSON all render these classes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas  # pyright: ignore[reportMissingImports]
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+
+Status = Literal["good", "warning", "bad"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,16 @@ class Layer:
     note: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What `gramian.inspect` found: ranked findings, one row per layer in forward order, and model-wide facts.
 
     `jacobian` holds the singular values of the end-to-end Jacobian, largest first (empty where it was not measured).
     `facts` are model-wide numbers and words by label; `notes` say what was skipped and how things were measured.
+
+    >>> report = Report("net", [Finding("dead-units", "warning", "12 of 64 units are dead", where="layers.3")])
+    >>> report.status, report.verdict
+    ('warning', '1 warning: 12 of 64 units are dead.')
     """
 
     title: str
@@ -75,6 +86,99 @@ class Report:
     jacobian: tuple[float, ...] = ()
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def status(self) -> Status:
+        """`"bad"` if there is an error, else `"warning"` if there is a warning, else `"good"`."""
+        severities = {finding.severity for finding in self.findings}
+        return "bad" if "error" in severities else "warning" if "warning" in severities else "good"
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: how many errors and warnings, and the first of them; or that no trouble was found."""
+        counts = [(sum(f.severity == severity for f in self.findings), severity) for severity in ("error", "warning")]
+        parts = [plural(count, severity) for count, severity in counts if count]
+        if parts:
+            return f"{', '.join(parts)}: {ranked(self.findings)[0].title.rstrip('.')}."
+        remarks = f" ({plural(len(self.findings), 'remark')})" if self.findings else ""
+        if not self.layers:
+            return f"No trouble found{remarks}, but there were no layers to look at."
+        return f"No trouble found in {plural(len(self.layers), 'layer')}{remarks}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts and lists that strict JSON can hold; numbers that are not finite become `None`."""
+        from .serial import report_to_dict
+
+        return report_to_dict(self)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Return strict JSON (no NaN, no Infinity); the key `"gramian"` holds the version of the schema."""
+        from .serial import report_to_json
+
+        return report_to_json(self, indent)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Report:
+        """Read what `to_json` wrote. A list item or a fact that was not finite comes back as NaN.
+
+        Raises `InputError` where the text is not JSON, not a report, or of a newer schema.
+        """
+        from .serial import report_from_json
+
+        return report_from_json(text)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return one row per layer, indexed by name. Raises `UnsupportedError` where pandas is not installed."""
+        from .serial import layers_to_dataframe
+
+        return layers_to_dataframe(self.layers)
+
+    def to_document(self) -> Document:
+        """Compose the page: findings, signal by depth, spectra, the end-to-end Jacobian, the layers, the notes."""
+        from .compose import document_of
+
+        return document_of(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.html` page or a `.json` file, chosen by the suffix; the file appears whole or not at all.
+
+        Raises `InputError` for another suffix, or where the folder is missing or cannot be written.
+        """
+        from .serial import save_report
+
+        save_report(self, path)
+
+    def __repr__(self) -> str:
+        return f"<Report {self.title!r}: {self.verdict}>"
+
+    def __str__(self) -> str:
+        from .terminal import to_text
+
+        return to_text(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from .terminal import ReportView
+
+        yield ReportView(self)
+
+    def _repr_html_(self) -> str:
+        from .html import frame
+
+        return frame(self.to_document())
+
+
+def plural(count: int, noun: str) -> str:
+    """Return the count with its noun.
+
+    >>> plural(1, "error"), plural(1200, "layer")
+    ('1 error', '1,200 layers')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def ranked(findings: Sequence[Finding]) -> list[Finding]:
+    """Return errors before warnings before remarks; within one severity the order given is the rank."""
+    return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+
 
 # ---- what is shown -------------------------------------------------------------------------------------------------
 
@@ -83,7 +187,7 @@ Role = Literal["before", "after", "baseline", "accent", "muted", "auto"]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: `x` and `y` of equal length. `role` picks a colour by meaning and keeps it the same in all pictures."""
+    """One curve: `x` and `y` of equal length. `role` picks a colour by meaning, the same in all pictures."""
 
     label: str
     x: Sequence[float]
@@ -104,6 +208,7 @@ class Picture:
     log_y: bool = False
     caption: str = ""
     reference: tuple[float, str] | None = None  # a horizontal line and its label
+    x_names: Sequence[str] = ()  # names of x = 0, 1, 2, …, written in place of the numbers
 
 
 @dataclass(frozen=True)
@@ -116,6 +221,10 @@ class HeatMap:
     y_label: str = ""
     log: bool = False
     caption: str = ""
+    value_label: str = ""  # the quantity and its unit, written at the colour bar
+
+
+Drawing = Picture | HeatMap
 
 
 @dataclass(frozen=True)
@@ -131,11 +240,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a paragraph, and items in reading order. A tuple of items stands side by side (before, after)."""
+    """A heading, a text, and items in reading order. A tuple of items stands side by side (before, after).
+
+    Each line of the text is a paragraph; lines that begin with "- " make a list.
+    """
 
     heading: str
     text: str = ""
     items: Sequence[Picture | HeatMap | Table | Sequence[Finding] | tuple[Picture | HeatMap | Table, ...]] = ()
+
+
+def is_findings(item: object) -> bool:
+    """Tell a list of findings from a tuple of items that stand side by side (both may be empty sequences)."""
+    if isinstance(item, Picture | HeatMap | Table) or not isinstance(item, Sequence):
+        return False
+    return all(isinstance(part, Finding) for part in item)
 
 
 @dataclass(frozen=True)
@@ -154,7 +273,23 @@ class Document:
 
     title: str
     verdict: str
-    status: Literal["good", "warning", "bad"] = "good"
+    status: Status = "good"
     tiles: list[Tile] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     footer: str = ""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the page as one HTML file that needs no network. Raises `InputError` where it cannot be written."""
+        from .html import save
+
+        save(self, path)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from .terminal import DocumentView
+
+        yield DocumentView(self)
+
+    def _repr_html_(self) -> str:
+        from .html import frame
+
+        return frame(self)

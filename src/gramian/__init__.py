@@ -1,0 +1,84 @@
+"""gramian sees a network as its matrices: it diagnoses, mends, trains and compresses PyTorch models.
+
+Names are loaded at their first use, so that `import gramian` costs nothing and `gramian.linalg` loads only torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gramian import errors, init, linalg, optim, random, tasks
+    from gramian.block import Block, Blocks, Layout, blocks
+    from gramian.capturing import capture
+    from gramian.compression import Plan, compress, load_compressed, save_compressed
+    from gramian.inspection import inspect
+    from gramian.objective import Objective
+    from gramian.report import Report
+    from gramian.statistics import DiagonalGram, Gram, Statistics
+    from gramian.training import Run, Task, train
+
+__all__ = [
+    "Block",
+    "Blocks",
+    "DiagonalGram",
+    "Gram",
+    "Layout",
+    "Objective",
+    "Plan",
+    "Report",
+    "Run",
+    "Statistics",
+    "Task",
+    "blocks",
+    "capture",
+    "compress",
+    "errors",
+    "init",
+    "inspect",
+    "linalg",
+    "load_compressed",
+    "optim",
+    "random",
+    "save_compressed",
+    "tasks",
+    "train",
+]
+
+_HOME = {
+    "Block": "block",
+    "Blocks": "block",
+    "DiagonalGram": "statistics",
+    "Gram": "statistics",
+    "Layout": "block",
+    "Objective": "objective",
+    "Plan": "compression",
+    "Report": "report",
+    "Run": "training",
+    "Statistics": "statistics",
+    "Task": "training",
+    "blocks": "block",
+    "capture": "capturing",
+    "compress": "compression",
+    "inspect": "inspection",
+    "load_compressed": "compression",
+    "save_compressed": "compression",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"gramian.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in __all__:
+        return importlib.import_module(f"gramian.{name}")
+    raise AttributeError(f"module 'gramian' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

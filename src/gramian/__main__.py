@@ -1,0 +1,7 @@
+"""`python -m gramian`."""
+
+import sys
+
+from gramian.cli import main
+
+sys.exit(main())

@@ -1,0 +1,318 @@
+"""Blocks: which matrices does each parameter of a model hold?
+
+A parameter is a tensor; a `Block` says which matrices it holds, and how to go from one to the other and back. Every verb
+of gramian is a map over blocks. What holds no matrix (biases, norms, vectors) is in the `Rest`, with the reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import einops
+import torch
+from torch import Tensor, nn
+
+from gramian.checkpoint import clean_name
+from gramian.errors import InputError, ShapeError
+
+__all__ = ["Block", "Blocks", "Layout", "Rest", "blocks"]
+
+Role = Literal["embedding", "hidden", "head"]
+
+# Axis names that are numbers: "i (three o) -> three o i".
+_NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
+
+# The parameters of torch's own modules that hold matrices. `g` is the module's number of groups.
+_LINEAR = {"weight": "o i -> o i"}
+_LAYOUTS: dict[type[nn.Module], dict[str, str]] = {
+    nn.Linear: _LINEAR,
+    nn.Bilinear: {"weight": "b o i -> b o i"},
+    nn.Embedding: {"weight": "v d -> v d"},
+    nn.EmbeddingBag: {"weight": "v d -> v d"},
+    nn.Conv1d: {"weight": "(g o) i w -> g o (i w)"},
+    nn.Conv2d: {"weight": "(g o) i h w -> g o (i h w)"},
+    nn.Conv3d: {"weight": "(g o) i d h w -> g o (i d h w)"},
+    nn.ConvTranspose1d: {"weight": "(g i) o w -> g (o w) i"},
+    nn.ConvTranspose2d: {"weight": "(g i) o h w -> g (o h w) i"},
+    nn.ConvTranspose3d: {"weight": "(g i) o d h w -> g (o d h w) i"},
+    nn.MultiheadAttention: {
+        "in_proj_weight": "(three o) i -> three o i",
+        "q_proj_weight": "o i -> o i",
+        "k_proj_weight": "o i -> o i",
+        "v_proj_weight": "o i -> o i",
+    },
+    nn.RNN: {"weight_*": "o i -> o i"},
+    nn.RNNCell: {"weight_*": "o i -> o i"},
+    nn.LSTM: {"weight_hr_*": "o i -> o i", "weight_*": "(four o) i -> four o i"},
+    nn.LSTMCell: {"weight_*": "(four o) i -> four o i"},
+    nn.GRU: {"weight_*": "(three o) i -> three o i"},
+    nn.GRUCell: {"weight_*": "(three o) i -> three o i"},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor of `shape` holds its matrices: an einops `pattern` whose right side ends in rows and columns.
+
+    `split` gives `(..., m, n)` and `join` inverts it bitwise: `layout.join(layout.split(t)) == t`. Number words are axes
+    of that size.
+
+    Raises `ShapeError`, with the pattern and the shape, where they do not fit.
+
+    >>> qkv = Layout("i (three o) -> three o i", (8, 24))
+    >>> qkv.matrices
+    (3, 8, 8)
+    """
+
+    pattern: str
+    shape: tuple[int, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            matrices = self.matrices
+        except (einops.EinopsError, ValueError) as error:
+            raise ShapeError(
+                f"layout {self.pattern!r} does not fit a tensor of shape {self.shape}: {str(error).strip().splitlines()[-1]}"
+            ) from None
+        if len(matrices) < 2:
+            raise ShapeError(
+                f"layout {self.pattern!r} turns shape {self.shape} into {matrices}; "
+                "the right side must end in two axes, the rows and columns of a matrix"
+            )
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """The matrices of `tensor` (shape `self.shape`) as one tensor `(..., m, n)`; a view where strides allow."""
+        if self._is_identity:
+            return tensor
+        return einops.rearrange(tensor, self.pattern, **self._used_sizes)
+
+    def join(self, matrices: Tensor) -> Tensor:
+        """The tensor of shape `self.shape` that holds `matrices` (`(..., m, n)`)."""
+        if self._is_identity:
+            return matrices
+        left, right = (side.strip() for side in self.pattern.split("->"))
+        return einops.rearrange(matrices, f"{right} -> {left}", **self._axes)
+
+    @cached_property
+    def matrices(self) -> tuple[int, ...]:
+        """The shape `(..., m, n)` that `split` gives."""
+        return tuple(self.split(torch.empty(self.shape, device="meta")).shape)
+
+    @cached_property
+    def _is_identity(self) -> bool:
+        left, _, right = self.pattern.partition("->")
+        return left.split() == right.split() and "(" not in left and len(left.split()) == len(self.shape)
+
+    @cached_property
+    def _used_sizes(self) -> dict[str, int]:
+        names = set(re.findall(r"\w+", self.pattern.partition("->")[0]))
+        return {name: size for name, size in (_NUMBERS | dict(self.sizes)).items() if name in names}
+
+    @cached_property
+    def _axes(self) -> dict[str, int]:
+        """The size of every axis, which `join` needs where the right side merges some."""
+        axes = dict(self._used_sizes)
+        groups = re.findall(r"\(([^)]*)\)|(\w+)", self.pattern.partition("->")[0])
+        for (group, single), size in zip(groups, self.shape, strict=True):
+            names = group.split() if not single else [single]
+            unknown = [name for name in names if name not in axes]
+            if unknown:
+                known = math.prod(axes[name] for name in names if name in axes)
+                axes[unknown[0]] = size // known if known else 0
+        return axes
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A parameter that holds one or more matrices.
+
+    `owners` are the modules that hold it, each with the parameter's name there, without the prefixes of wrappers: one,
+    or several where the parameter is tied. `reason` says why the layout was chosen.
+    """
+
+    owners: tuple[tuple[str, nn.Module], ...]
+    parameter: nn.Parameter
+    layout: Layout
+    role: Role
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The parameter's name, the first where it is tied."""
+        return self.owners[0][0]
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The other names of a tied parameter."""
+        return tuple(name for name, _ in self.owners[1:])
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that owns the parameter, the first where it is tied."""
+        return self.owners[0][1]
+
+    @property
+    def kind(self) -> str:
+        """That module's class name."""
+        return type(self.module).__name__
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(..., m, n)`: the shape of the block's matrices."""
+        return self.layout.matrices
+
+    def split(self, tensor: Tensor | None = None) -> Tensor:
+        """The matrices `(..., m, n)` of the parameter, or of a tensor of its shape (a gradient, a momentum)."""
+        return self.layout.split(self.parameter.detach() if tensor is None else tensor)
+
+    def join(self, matrices: Tensor) -> Tensor:
+        """The tensor of the parameter's shape that holds `matrices`."""
+        return self.layout.join(matrices)
+
+
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """A parameter that holds no matrix, and why."""
+
+    name: str
+    parameter: nn.Parameter
+    reason: str
+    aliases: tuple[str, ...] = ()
+
+
+class Blocks(NamedTuple):
+    """Every parameter of a model exactly once: in `blocks` or in `rest`."""
+
+    blocks: tuple[Block, ...]
+    rest: tuple[Rest, ...]
+
+    def explain(self) -> list[dict[str, str]]:
+        """One row for each parameter: its name, whether it is a block, its matrices, role, and the reason.
+
+        >>> from torch import nn
+        >>> for row in blocks(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))).explain():
+        ...     print(row["name"], row["group"], row["matrices"])
+        0.weight block 3 × 4
+        2.weight block 2 × 3
+        0.bias rest
+        2.bias rest
+        """
+        rows = [
+            {
+                "name": " = ".join((b.name, *b.aliases)),
+                "group": "block",
+                "role": b.role,
+                "matrices": " × ".join(map(str, b.shape)),
+                "reason": b.reason,
+            }
+            for b in self.blocks
+        ]
+        rows += [
+            {"name": " = ".join((r.name, *r.aliases)), "group": "rest", "role": "", "matrices": "", "reason": r.reason}
+            for r in self.rest
+        ]
+        return rows
+
+
+def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str, int]]] | None = None) -> Blocks:
+    """Every parameter of `model` exactly once, as a block of matrices or in the rest.
+
+    Args:
+        model: any module. Names are the user's: prefixes of `DataParallel`, `torch.compile` and checkpoint wrappers
+            are dropped. A parameter reached under several names (tied, shared) is one block with `aliases`.
+        layouts: what a module's class does not say, by name pattern: `{"*.c_attn.weight": "i (three o) -> three o i"}`,
+            or with sizes, `{"*.qkv.weight": ("(h o) i -> h o i", {"h": 12})}`. First match wins.
+
+    Raises:
+        InputError: a pattern matches no parameter, or the model has no parameters.
+        ShapeError: a pattern does not fit the parameter that it matches; the error shows both.
+
+    Cost: no arithmetic, one pass over the modules.
+
+    >>> from torch import nn
+    >>> found, rest = blocks(nn.Conv2d(3, 8, 5))
+    >>> found[0].shape, rest[0].reason
+    ((8, 75), 'bias: a vector')
+    """
+    overrides = dict(layouts or {})
+    used: set[str] = set()
+    owners = _owners(model)
+    if not owners:
+        raise InputError(f"blocks: {type(model).__name__} has no parameters; pass a model with weights")
+    found: list[Block] = []
+    rest: list[Rest] = []
+    for parameter, names in owners.values():
+        name, module = names[0]
+        pattern, reason = _layout(name, module, parameter, overrides, used)
+        if pattern is None:
+            rest.append(Rest(name, parameter, reason, tuple(other for other, _ in names[1:])))
+            continue
+        text, sizes = (pattern, {}) if isinstance(pattern, str) else pattern
+        try:
+            layout = Layout(text, tuple(parameter.shape), {"g": getattr(module, "groups", 1), **sizes})
+        except ShapeError as error:
+            raise ShapeError(f"blocks: parameter {name!r}: {error}") from None
+        role: Role = "embedding" if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else "hidden"
+        found.append(Block(tuple(names), parameter, layout, role, reason))
+    for pattern in overrides:
+        if pattern not in used:
+            raise InputError(f"blocks: the layout for {pattern!r} matches no parameter; names are like {name!r}")
+    return Blocks(tuple(_with_head(found)), tuple(rest))
+
+
+def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module]]]]:
+    """Each distinct parameter with all its (name, owning module), in registration order."""
+    owners: dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module]]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = clean_name(f"{prefix}.{local}" if prefix else local)
+            names = owners.setdefault(id(parameter), (parameter, []))[1]
+            if name not in (other for other, _ in names):
+                names.append((name, module))
+    return owners
+
+
+def _layout(
+    name: str, module: nn.Module, parameter: Tensor, overrides: Mapping, used: set[str]
+) -> tuple[str | tuple[str, Mapping[str, int]] | None, str]:
+    """The layout pattern of a parameter (`None`: it belongs to the rest) and the reason."""
+    for pattern, layout in overrides.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            used.add(pattern)
+            return layout, f"layouts[{pattern!r}]"
+    local = name.rpartition(".")[2]
+    for cls in type(module).__mro__:
+        for known, layout in _LAYOUTS.get(cls, {}).items():
+            if fnmatch.fnmatchcase(local, known) and parameter.ndim == len(_axes_of(layout)):
+                if getattr(module, "groups", 1) == 1:
+                    layout = layout.replace("(g o)", "o").replace("(g i)", "i").replace("-> g ", "-> ")
+                return layout, f"{cls.__name__}.{known}"
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return None, "not initialised yet: run a batch through the lazy module first"
+    if parameter.ndim < 2:
+        return None, f"{'bias' if 'bias' in local else local}: a {'vector' if parameter.ndim else 'scalar'}"
+    if parameter.ndim == 2:
+        return "o i -> o i", f"unknown class {type(module).__name__}: taken as one matrix (out, in)"
+    return None, f"unknown class {type(module).__name__} with {parameter.ndim} dimensions: give layouts={{'{name}': …}}"
+
+
+def _axes_of(pattern: str) -> list:
+    return re.findall(r"\([^)]*\)|\w+", pattern.partition("->")[0])
+
+
+def _with_head(found: list[Block]) -> list[Block]:
+    """Marks the head: the last registered block that no embedding is tied to, if the model has more than one block."""
+    last = next((i for i in reversed(range(len(found))) if found[i].role == "hidden"), None)
+    tied = any(b.role == "embedding" and b.aliases for b in found)
+    if last is None or tied or sum(b.role == "hidden" for b in found) < 2:
+        return found
+    head = found[last]
+    marked = replace(head, role="head", reason=f"{head.reason}; the last block")
+    return [*found[:last], marked, *found[last + 1 :]]

@@ -1,0 +1,8 @@
+"""Weights in files: read without running anything, tensor by tensor; written whole or not at all."""
+
+from gramian.checkpoint.filling import load_into
+from gramian.checkpoint.formats import Entry
+from gramian.checkpoint.reading import Checkpoint, clean_name, open_checkpoint
+from gramian.checkpoint.writing import load_tensors, save_tensors
+
+__all__ = ["Checkpoint", "Entry", "clean_name", "load_into", "load_tensors", "open_checkpoint", "save_tensors"]

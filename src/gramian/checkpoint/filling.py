@@ -1,0 +1,45 @@
+"""A checkpoint's tensors into a model of the same names and shapes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from gramian.checkpoint.reading import clean_name, open_checkpoint
+from gramian.errors import CheckpointError
+
+__all__ = ["load_into"]
+
+
+def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Copies a checkpoint's tensors into `model`, which must have the same names and shapes.
+
+    Raises `CheckpointError`, before anything is copied, that names the first tensors that are missing, unexpected or of
+    another shape. Memory: one tensor at a time.
+
+    >>> import pathlib, tempfile
+    >>> from gramian.checkpoint import save_tensors
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> save_tensors(path, nn.Linear(3, 2).state_dict())
+    >>> load_into(nn.Linear(4, 2), path)
+    Traceback (most recent call last):
+    gramian.errors.CheckpointError: ...model.safetensors does not fit Linear: weight is (2, 3), wanted (2, 4)
+    """
+    checkpoint = open_checkpoint(path)
+    own = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
+    wrong = [f"{name} is missing" for name in own if name not in checkpoint.entries]
+    wrong += [f"{name} is not in the model" for name in checkpoint.entries if name not in own]
+    wrong += [
+        f"{name} is {entry.shape}, wanted {tuple(own[name].shape)}"
+        for name, entry in checkpoint.entries.items()
+        if name in own and entry.shape != tuple(own[name].shape)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}")
+    with torch.no_grad():
+        for name, tensor in checkpoint:
+            own[name].copy_(tensor)
+    return model

@@ -1,0 +1,176 @@
+"""The command line: parse, call, print; nothing else. Exit codes: 0 fine, 1 findings, 2 bad input."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from gramian.errors import GramianError, GramianWarning
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="See a network as its matrices: diagnose, mend, train and compress it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class FailOn(StrEnum):
+    """The least severe finding for which `inspect` exits with 1."""
+
+    error = "error"
+    warning = "warning"
+    info = "info"
+    never = "never"
+
+
+@app.callback()
+def _common() -> None:
+    """See a network as its matrices: diagnose, mend, train and compress it."""
+
+
+@app.command("demo")
+def demo_command(
+    depth: Annotated[int, typer.Option(help="Layers of the plain tanh network.", min=3)] = 100,
+    classes: Annotated[int, typer.Option(help="2: odd or even?  10: which digit?")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the split, the initialisation and the batches.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path("gramian-demo"),
+    seconds: Annotated[
+        float | None, typer.Option(help="Training time of each of the four runs. [default: 12 at depth 100]", min=0.1)
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures in the report.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Diagnose, mend, train and compress a network that cannot learn, on real handwritten digits."""
+    from gramian.demo import demo
+
+    with _progress(quiet) as progress:
+        story = demo(
+            depth=depth, classes=classes, seed=seed, out=out, plots=plots, seconds=seconds, tell=_Stages(progress)
+        )
+    if quiet:
+        return
+    numbers = story.summary()
+    console = Console()
+    console.print()
+    console.print(f"  logistic regression   {numbers['accuracy_logistic']:7.1%}", highlight=False)
+    console.print(f"  untreated             {numbers['accuracy_untreated']:7.1%}", highlight=False)
+    console.print(f"  mended and trained    {numbers['accuracy_trained']:7.1%}", highlight=False)
+    share = numbers["parameters_compressed"] / numbers["parameters"]
+    console.print(f"  with {share:4.0%} of it       {numbers['accuracy_compressed']:7.1%}", highlight=False)
+    console.print(f"\nReport: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")],
+    task: Annotated[str | None, typer.Option(help="Task whose model and data go with the weights.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 for findings of this severity or worse.")] = FailOn.never,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Say what is wrong with a network: its spectra, and with data its signal, gradients and Jacobian by depth."""
+    from gramian import report
+    from gramian.report import SEVERITIES
+
+    with _progress(quiet) as progress:
+        stages = _Stages(progress)
+        found = _inspect(model, task, lambda what, done, total: stages(what, done / max(1, total), ""))
+    for path in (html, json):
+        if path is not None:
+            found.save(path)
+    if not quiet:
+        report.show(found, verbose=verbose)
+    broken = next((f for f in found.findings if f.code == "non-finite-weights"), None)
+    if broken is not None:
+        _complain(f"{model}: {broken.title}. {broken.remedy.capitalize()}.")
+        raise typer.Exit(2)
+    if fail_on is not FailOn.never:
+        grave = SEVERITIES[: SEVERITIES.index(fail_on.value) + 1]
+        if any(f.severity in grave for f in found.findings):
+            raise typer.Exit(1)
+
+
+def _inspect(model: str, task: str | None, tell: Any) -> Any:
+    from gramian import tasks
+    from gramian.checkpoint import load_into
+    from gramian.inspection import inspect
+
+    is_task = model in tasks.TASKS or ".py:" in model
+    if task is None and not is_task:
+        return inspect(model, progress=tell)
+    found = tasks.load(model if is_task else str(task))
+    network = found.model()
+    if not is_task:
+        load_into(network, model)
+    batches = found.batches()
+    return inspect(network, batches, found.objective, title=model, progress=tell)
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[remark]}", markup=False),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
+
+
+class _Stages:
+    """One line of progress for each stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.lines: dict[str, Any] = {}
+
+    def __call__(self, stage: str, share: float, remark: str) -> None:
+        if stage not in self.lines:
+            self.lines[stage] = self.progress.add_task(stage, total=1.0, remark="")
+        self.progress.update(self.lines[stage], completed=share, remark=remark)
+
+
+def _complain(message: str) -> None:
+    print(f"gramian: {' '.join(message.split())}", file=sys.stderr)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code; every error of the user's is one line on stderr."""
+    warnings.showwarning = _show_warning
+    try:
+        code = app(args=args, prog_name="gramian", standalone_mode=False)
+    except GramianError as error:
+        _complain(str(error))
+        return 2
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "gramian"
+        _complain(f"{error.format_message().rstrip('.')}. See '{where} --help'.")
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted")
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **kwargs: Any) -> None:
+    if issubclass(category, GramianWarning):
+        print(f"gramian: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Compression by factorisation: every layer's two-sided spectrum in one list, one global budget of parameters."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian import linalg
+from gramian.block import Block, blocks
+from gramian.capturing import capture
+from gramian.checkpoint import load_tensors, save_tensors
+from gramian.errors import CheckpointError, InputError
+from gramian.objective import Objective
+from gramian.statistics import Gram, Site, Statistics
+
+__all__ = ["LowRank", "Plan", "compress", "load_compressed", "save_compressed"]
+
+# Relative damping of A and G, as a share of their mean eigenvalue. Both are singular as a rule (dead inputs, two
+# classes): without it the inverse roots do not exist; with more, directions that matter little would weigh in.
+DAMPING = 1e-6
+
+RANKS = "gramian.ranks"
+
+
+class LowRank(nn.Sequential):
+    """A Linear or Conv2d as two of rank `rank`: `W ≈ L R`, the first without a bias. Plain torch modules inside."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
+        bias = layer.bias is not None
+        kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        if isinstance(layer, nn.Conv2d):
+            first = nn.Conv2d(
+                layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+                bias=False, padding_mode=layer.padding_mode, **kind,
+            )  # fmt: skip
+            super().__init__(first, nn.Conv2d(rank, layer.out_channels, 1, bias=bias, **kind))
+        else:
+            first = nn.Linear(layer.in_features, rank, bias=False, **kind)
+            super().__init__(first, nn.Linear(rank, layer.out_features, bias=bias, **kind))
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of L and rows of R."""
+        return self[1].weight.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """One layer's weighted SVD: `G^½ W A^½ = U S Vᵀ`, and how to go back."""
+
+    block: Block
+    values: Tensor  # S, descending
+    left: Tensor  # G^-½ U S, (m, k)
+    right: Tensor  # Vᵀ A^-½, (k, n)
+    mean: Tensor | None  # of the inputs, where the layer's bias can take up the mean
+
+    def cost(self, rank: int) -> int:
+        """Parameters of the weight at this rank: factored, or dense where that is no more."""
+        m, n = self.block.shape
+        return min(rank * (m + n), m * n)
+
+    @property
+    def break_even(self) -> int:
+        """The smallest rank at which two factors are no smaller than the matrix."""
+        m, n = self.block.shape
+        return -(-m * n // (m + n))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How many ranks each layer keeps at a share `keep` of the model's parameters.
+
+    `ranks` by layer (the module's name): a rank, or `None` where the layer stays dense. `reasons` says why a layer is
+    not factored at any share. `plan.at(keep=…)` gives another share without new work; `plan.apply()` the module.
+    """
+
+    model: nn.Module
+    spectra: tuple[Spectrum, ...]
+    keep: float
+    ranks: dict[str, int | None]
+    reasons: dict[str, str]
+
+    @property
+    def parameters_dense(self) -> int:
+        """Parameters of the model as it came."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model that `apply()` gives."""
+        saved = 0
+        for s in self.spectra:
+            rank = self.ranks[_module_name(s.block)]
+            saved += 0 if rank is None else s.block.parameter.numel() - s.cost(rank)
+        return self.parameters_dense - saved
+
+    @property
+    def predicted_loss(self) -> float:
+        """The increase of the mean loss that the dropped singular values stand for, to second order: `½ Σ σ²`."""
+        lost = [s.values[self.ranks[_module_name(s.block)] or len(s.values) :].square().sum() for s in self.spectra]
+        return 0.5 * float(sum(lost))
+
+    def at(self, *, keep: float) -> Plan:
+        """The plan at another share of the model's parameters, `0 < keep ≤ 1`.
+
+        Singular values of all layers stand in one list, by `σ²` for each parameter that they cost, and are taken from
+        the top until the budget is spent. Every layer keeps at least rank 1; a layer whose factors would be no smaller
+        than itself stays dense.
+
+        Raises `InputError` where `keep` is out of range or below what rank 1 everywhere needs.
+        """
+        if not 0 < keep <= 1:
+            raise InputError(f"compress: keep must be a share in (0, 1], got {keep}")
+        total = self.parameters_dense
+        fixed = total - sum(s.block.parameter.numel() for s in self.spectra)
+        spent = fixed + sum(s.cost(1) for s in self.spectra)
+        if spent > keep * total:
+            raise InputError(
+                f"compress: keep={keep} of {total:,} parameters is {int(keep * total):,}, but rank 1 everywhere needs "
+                f"{spent:,}; the smallest possible keep is {spent / total:.3f}"
+            )
+        # Beyond its break-even a layer is dense, and its further singular values are free: taken with the last paid one.
+        price = torch.cat([
+            s.values[1 : s.break_even].square() / sum(s.block.shape) for s in self.spectra
+        ])  # fmt: skip
+        owner = torch.cat([torch.full((len(s.values[1 : s.break_even]),), i) for i, s in enumerate(self.spectra)])
+        rank = [1] * len(self.spectra)
+        full = [False] * len(self.spectra)
+        for i in owner[price.argsort(descending=True, stable=True)].tolist():
+            s = self.spectra[i]
+            step = s.cost(rank[i] + 1) - s.cost(rank[i])
+            if full[i] or spent + step > keep * total:
+                full[i] = True  # a layer's values come in order: what follows may not overtake what did not fit
+                continue
+            rank[i] += 1
+            spent += step
+        ranks = {
+            _module_name(s.block): r if r < s.break_even else None for s, r in zip(self.spectra, rank, strict=True)
+        }
+        return replace(self, keep=keep, ranks=ranks)
+
+    def apply(self) -> nn.Module:
+        """A copy of the model with the planned layers factored. The original is untouched."""
+        model = copy.deepcopy(self.model)
+        for s in self.spectra:
+            name = _module_name(s.block)
+            rank = self.ranks[name]
+            if rank is None:
+                continue
+            layer = model.get_submodule(name)
+            assert isinstance(layer, (nn.Linear, nn.Conv2d))
+            low = LowRank(layer, rank)
+            with torch.no_grad():
+                # The singular values are shared out evenly, so that neither factor is badly scaled.
+                root = s.values[:rank].clamp_min(torch.finfo(s.values.dtype).tiny).sqrt()
+                left, right = s.left[:, :rank] / root, s.right[:rank] * root[:, None]
+                low[0].weight.copy_(right.reshape(low[0].weight.shape))
+                low[1].weight.copy_(left.reshape(low[1].weight.shape))
+                if layer.bias is not None:
+                    low[1].bias.copy_(layer.bias)
+                    if s.mean is not None:
+                        dropped = s.block.split(layer.weight.detach()).double() - left @ right
+                        low[1].bias += (dropped @ s.mean).to(layer.bias.dtype)
+            low.train(layer.training)
+            _replace(model, name, low)
+        return model
+
+
+def compress(
+    model: nn.Module,
+    stats: Statistics | None = None,
+    *,
+    batches: Iterable[Any] | None = None,
+    objective: Objective | Callable | None = None,
+    keep: float = 0.5,
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """Factors every Linear and Conv2d so that the loss grows least for the parameters kept.
+
+    Each layer is cut where its output error, weighted by the loss's curvature, is least: the SVD of `G^½ W A^½`, with A
+    the covariance of the layer's inputs (its bias takes up what the mean input loses) and G the second moment of its
+    output gradients. So weighted, the squared singular values of all layers are in one unit, the loss, and one budget
+    is filled from one list.
+
+    Args:
+        model: left untouched.
+        stats: from `gm.capture`, best with `fisher="gauss_newton"`; or give `batches` and `objective`.
+        keep: share of all the model's parameters to keep.
+        progress: called with the number of layers done.
+
+    Returns:
+        A plan; `plan.at(keep=0.3).apply()`.
+
+    Raises:
+        InputError: no statistics, statistics that are not finite, or no layer that can be factored.
+
+    Cost: two eigendecompositions and one SVD in float64 for each layer.
+    Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
+    factors.
+    """
+    if stats is None:
+        if batches is None or objective is None:
+            raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
+        stats = capture(model, batches, objective)
+    spectra: list[Spectrum] = []
+    reasons: dict[str, str] = {}
+    for block in blocks(model).blocks:
+        site = stats.sites.get(block.name, Site(reason="not in the statistics"))
+        reason = _not_factored(block, site)
+        if reason:
+            reasons[_module_name(block)] = reason
+            continue
+        spectra.append(_spectrum(block, site))
+        if progress is not None:
+            progress(len(spectra))
+    if not spectra:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise InputError(f"compress: no layer of {type(model).__name__} can be factored ({why or 'it has no matrices'})")
+    empty: dict[str, int | None] = {_module_name(s.block): None for s in spectra}
+    return Plan(model, tuple(spectra), 1.0, empty, reasons).at(keep=keep)
+
+
+def _not_factored(block: Block, site: Site) -> str:
+    if not isinstance(block.module, (nn.Linear, nn.Conv2d)):
+        return f"{block.kind} is not factored"
+    if block.aliases:
+        return f"tied to {', '.join(block.aliases)}"
+    if site.A is None or site.G is None:
+        return site.reason or "no gradient reached it"
+    return ""
+
+
+def _spectrum(block: Block, site: Site) -> Spectrum:
+    assert isinstance(site.A, Gram) and site.G is not None
+    centred = block.module.bias is not None
+    a, g = site.A.covariance if centred else site.A.matrix, site.G.matrix
+    for label, m in (("A", a), ("G", g)):
+        if not torch.isfinite(m).all():
+            raise InputError(f"compress: {label} of {block.name!r} is not finite; gm.inspect finds where NaN begins")
+    a_root, a_inverse = _roots(a)
+    g_root, g_inverse = _roots(g)
+    u, s, vt = torch.linalg.svd(g_root @ block.split().double() @ a_root, full_matrices=False)
+    return Spectrum(block, s, g_inverse @ u * s, vt @ a_inverse, site.A.mean if centred else None)
+
+
+def _roots(m: Tensor) -> tuple[Tensor, Tensor]:
+    """`M^½` and `M^-½` of a damped second moment; the identity for one that is zero (nothing arrives there)."""
+    level = m.diagonal().mean()
+    if level <= 0:
+        eye = torch.eye(len(m), dtype=m.dtype, device=m.device)
+        return eye, eye
+    # Scaled first: the Gram of a vanishing gradient is near 1e-40.
+    m = m / level
+    return linalg.sqrtm(m, damping=DAMPING) * level.sqrt(), linalg.inv_root(m, 2, damping=DAMPING) / level.sqrt()
+
+
+def _module_name(block: Block) -> str:
+    return block.name.rpartition(".")[0]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def save_compressed(model: nn.Module, path: str | Path) -> None:
+    """Writes a factored model as safetensors, at its small size, with the rank of each factored layer in the metadata."""
+    ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRank)}
+    save_tensors(path, model.state_dict(), {RANKS: json.dumps(ranks)})
+
+
+def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
+    """The factored model from a file of `save_compressed`: `model` (dense, as it was) gets its layers factored and loaded.
+
+    Raises `CheckpointError` where the file holds no ranks or does not fit the model.
+    """
+    tensors, metadata = load_tensors(path)
+    try:
+        ranks = json.loads(metadata[RANKS])
+    except (KeyError, ValueError):
+        raise CheckpointError(f"{path} was not written by save_compressed: it has no {RANKS!r} in its metadata") from None
+    try:
+        for name, rank in ranks.items():
+            _replace(model, name, LowRank(model.get_submodule(name), rank))  # type: ignore[arg-type]
+        model.load_state_dict(tensors)
+    except (AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}") from None
+    return model

@@ -1,0 +1,293 @@
+"""The rules: from what was measured to findings. One function for each trouble; each knows its threshold's source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from gramian.report import SEVERITIES, Finding, Layer
+from gramian.statistics import Gram
+
+if TYPE_CHECKING:
+    from gramian.inspection.diagnosis import Measured
+
+__all__ = ["RULES", "find"]
+
+ISOMETRIC = "gm.init.isometric_(model, sample)"
+RETRAIN = 'gm.train(task, init="isometric", optimizer="muon")'
+
+# A network of depth L trains where L ≲ 6ξ, ξ = 1/|ln χ| (Schoenholz et al. 1611.01232, figure 5).
+TRAINABLE_DEPTHS = 6.0
+
+# AdamW divides by √v + ε: a gradient far below its ε = 1e-8 moves nothing.
+ADAMW_EPS = 1e-8
+
+# First-to-last ratio of gradient sizes that is worth a warning. A heuristic: healthy plain networks of 1,000 layers
+# stay within 30.
+GRADIENT_RATIO = 1e3
+
+# Share of the second moment that varies between samples, below which float32 sums cannot tell it from rounding.
+VARIATION_FLOOR = 1e-6
+
+# End-to-end gain outside of which a warning is given. A heuristic, as for the gradients.
+END_TO_END = 1e3
+
+
+def find(measured: Measured) -> list[Finding]:
+    """All findings, errors first, each severity in the order of `RULES`: from what is exact to what is a heuristic."""
+    found = [finding for rule in RULES for finding in rule(measured)]
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def non_finite_weights(measured: Measured) -> Iterator[Finding]:
+    """NaN or infinity in a parameter. Exact."""
+    bad = [(layer, s) for layer, s in zip(measured.layers, measured.spectra, strict=True) if s.num_nonfinite]
+    if bad:
+        layer, spectrum = bad[0]
+        yield Finding(
+            "non-finite-weights",
+            "error",
+            f"{spectrum.num_nonfinite:,} values of {layer.name} are NaN or infinite",
+            where=_names([layer for layer, _ in bad]),
+            evidence=f"{len(bad)} of {len(measured.layers)} tensors hold values that are not finite (exact count)",
+            cause="Training diverged, or the file was damaged, before these weights were saved.",
+            remedy="go back to an earlier checkpoint; train on with a lower learning rate or clipped gradients",
+        )
+
+
+def non_finite_signal(measured: Measured) -> Iterator[Finding]:
+    """The first layer, in forward order, at which a signal stops being finite; and in backward order. Exact."""
+    if measured.stats is None:
+        return
+    forward = [n for n, s in measured.stats.items() if isinstance(s.A, Gram) and not math.isfinite(s.A.rms)]
+    backward = [n for n, s in measured.stats.items() if s.G is not None and not math.isfinite(s.G.rms)]
+    for names, what, first in ((forward, "input", forward[:1]), (backward, "gradient", backward[-1:])):
+        if names:
+            yield Finding(
+                f"non-finite-{what}",
+                "error",
+                f"the {what} of {first[0]} is NaN or infinite",
+                where=first[0],
+                evidence=f"{len(names)} of {len(measured.stats)} layers see one that is not finite (exact)",
+                cause="The layer before it in this direction produced the first such value.",
+                remedy=ISOMETRIC if what == "input" else "gm.inspect(model, batches, objective) in float32",
+            )
+
+
+def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
+    """Samples that can no longer be told apart at some depth."""
+    if measured.stats is None:
+        return
+    sites = [(n, s.A) for n, s in measured.stats.items() if isinstance(s.A, Gram) and s.A.count > 1]
+    varying = [(n, _variation(a)) for n, a in sites[1:]]
+    lost = [n for n, share in varying if share is not None and share < VARIATION_FLOOR]
+    if lost:
+        reaches_head = lost[-1] == varying[-1][0]
+        first = [n for n, _ in sites].index(lost[0])
+        yield Finding(
+            "samples-indistinguishable",
+            "error" if reaches_head else "warning",
+            f"from layer {first + 1} on, all samples look alike"
+            if reaches_head
+            else f"{len(lost)} layers see samples that all look alike",
+            where=f"{lost[0]} … {lost[-1]}" if len(lost) > 1 else lost[0],
+            evidence=f"the input of {lost[0]} varies between samples by less than {math.sqrt(VARIATION_FLOOR):.1%} of "
+            "its size, the resolution of float32 sums",
+            cause="Each layer shrinks differences between samples, until the biases are all that is left.",
+            remedy=ISOMETRIC,
+            source="Schoenholz et al. 1611.01232, §3",
+        )
+
+
+def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
+    """Gradients below the smallest normal number of the dtype. Exact."""
+    sized = _with_gradients(measured)
+    tiny = torch.finfo(measured.dtype).tiny
+    lost = [layer for layer in sized if (layer.gradient_rms or 0.0) < tiny]
+    if lost:
+        everywhere = len(lost) == len(sized)
+        yield Finding(
+            "gradient-underflow",
+            "error",
+            "no gradient arrives at any layer"
+            if everywhere
+            else f"the gradient underflows to nothing in {len(lost)} of {len(sized)} layers",
+            where=_names(lost),
+            evidence=f"root mean square below {tiny:.1e}, the smallest normal {str(measured.dtype)[6:]}",
+            cause="The loss does not depend on these layers."
+            if everywhere
+            else "The product of the layers' Jacobians is smaller than the dtype can hold.",
+            remedy="" if everywhere else ISOMETRIC,
+        )
+
+
+def gain(measured: Measured) -> Iterator[Finding]:
+    """Depth beyond what the layers' gain lets a gradient cross, with the gain's interval on the network's side."""
+    known = [g for g in measured.gains.values() if g is not None and g.chi > 0 and math.isfinite(g.chi)]
+    if len(known) < 3 or len(known) < 0.5 * len(measured.gains):
+        return
+    logs = [math.log(g.chi) for g in known]
+    mean = sum(logs) / len(logs)
+    errors = [g.standard_error / g.chi for g in known if math.isfinite(g.standard_error)]
+    half = 2 * math.sqrt(sum(e * e for e in errors)) / len(known)
+    chi, low, high = math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+    measured.facts["gain χ (geometric mean)"] = chi
+    closest = max(0.0, abs(mean) - half)  # benefit of the doubt: the end of the interval nearer to 1
+    depth = len(known)
+    if closest == 0.0 or TRAINABLE_DEPTHS / closest >= depth:
+        return
+    xi = 1 / abs(mean)
+    side = [g for g in known if (g.chi < 1) == (mean < 0)]
+    below = mean < 0
+    yield Finding(
+        "gain-below-one" if below else "gain-above-one",
+        "error",
+        f"gain {chi:.2g} a layer lets a gradient cross about {TRAINABLE_DEPTHS * xi:.0f} layers; there are {depth}",
+        where=f"{len(side)} of {depth} layers are {'below' if below else 'above'} one",
+        evidence=f"χ = {chi:.3g} ({low:.3g} to {high:.3g}, 95 %), so ξ = 1/|ln χ| = {xi:.2g} layers; "
+        f"{depth} layers need ξ ≥ {depth / TRAINABLE_DEPTHS:.1f}",
+        cause=f"Every layer's Jacobian {'shrinks' if below else 'stretches'} a gradient {math.sqrt(chi):.2g}-fold on "
+        f"average, and the factors multiply: {math.sqrt(chi):.2g}^{depth} = {_power(mean / 2 * depth)}.",
+        remedy=ISOMETRIC,
+        source="Schoenholz et al. 1611.01232, §5",
+    )
+
+
+def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
+    """The gradient at the first layer against the last."""
+    sized = _with_gradients(measured)
+    if len(sized) < 3 or not all(math.isfinite(layer.gradient_rms or 0.0) for layer in sized):
+        return
+    first, last = sized[0].gradient_rms or 0.0, sized[-1].gradient_rms or 0.0
+    if last == 0.0:
+        return
+    measured.facts["gradient, first layer against last"] = ratio = first / last
+    if 1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO:
+        return
+    vanishes = ratio < 1
+    unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
+    evidence = f"root mean square {first:.1e} at {sized[0].name}, {last:.1e} at {sized[-1].name}"
+    if unmoved:
+        evidence += f"; {len(unmoved)} of {len(sized)} layers are below 1e-8, AdamW's ε, and hardly move under it"
+    yield Finding(
+        "gradient-vanishes" if vanishes else "gradient-explodes",
+        "error" if unmoved or not vanishes else "warning",
+        f"the gradient at the first layer is {ratio:.0e} of the last layer's"
+        if ratio
+        else "the gradient at the first layer is zero",
+        where=f"{sized[0].name} … {sized[-1].name}",
+        evidence=evidence,
+        cause=f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
+        remedy=RETRAIN,
+        source="Hochreiter 1991; Pascanu et al. 1211.5063",
+    )
+
+
+def end_to_end(measured: Measured) -> Iterator[Finding]:
+    """The end-to-end Jacobian's largest singular value, and its condition."""
+    if not measured.jacobian:
+        return
+    largest, middle = measured.jacobian[0], measured.jacobian[len(measured.jacobian) // 2]
+    measured.facts["end-to-end Jacobian σ₁"] = largest
+    eps = torch.finfo(measured.dtype).eps
+    if largest < 1 / END_TO_END or largest > END_TO_END:
+        small = largest < 1
+        yield Finding(
+            "jacobian-vanishes" if small else "jacobian-explodes",
+            "error" if largest < eps or largest > 1 / eps else "warning",
+            f"end to end, the largest change of the last hidden layer is {largest:.1e} of the input's",
+            evidence=f"singular values of the Jacobian from the first layer's input to the last layer's: "
+            f"σ₁ = {largest:.1e}, median {middle:.1e} (median over samples, exact)",
+            cause=f"Below {eps:.1e} the change is lost in {str(measured.dtype)[6:]} rounding: the input does not arrive."
+            if largest < eps
+            else "Small changes of the input are " + ("lost on the way." if small else "blown up on the way."),
+            remedy=ISOMETRIC,
+            source="Pennington et al. 1711.04735",
+        )
+
+
+def dead_units(measured: Measured) -> Iterator[Finding]:
+    """Hidden units that are zero on every row; on N rows that bounds their activity by 3/N at 95 %."""
+    if measured.stats is None:
+        return
+    for name, site in list(measured.stats.items())[1:]:
+        if not isinstance(site.A, Gram) or site.A.count < 30:
+            continue
+        dead = int((site.A.total.diagonal() == 0).sum())
+        if dead > 0.1 * site.A.dim:
+            yield Finding(
+                "dead-units",
+                "warning",
+                f"{dead} of {site.A.dim} units that enter {name} are dead",
+                where=name,
+                evidence=f"zero on all {site.A.count:,.0f} rows: active on at most {3 / site.A.count:.2%} (95 %)",
+                cause="Their pre-activations are negative for every sample: a learning rate or bias was too large.",
+                remedy="a lower learning rate or LeakyReLU; gm.init.isometric_(model, sample) before training",
+            )
+
+
+def collapsed_weights(measured: Measured) -> Iterator[Finding]:
+    """Weight matrices that are zero, or of lower rank than their shape."""
+    zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0]
+    if zero:
+        yield Finding(
+            "zero-weights",
+            "warning",
+            f"{len(zero)} weight {'matrix is' if len(zero) == 1 else 'matrices are'} all zero",
+            where=_names(zero),
+            evidence="every entry is zero (exact)",
+            cause="Initialised so on purpose (a residual branch, an adapter), or never loaded.",
+        )
+    low = [
+        layer
+        for layer in measured.layers
+        if layer.numerical_rank is not None and layer.spectral_norm and layer.numerical_rank < min(layer.shape)
+    ]
+    if low:
+        worst = min(low, key=lambda layer: (layer.numerical_rank or 0) / min(layer.shape))
+        yield Finding(
+            "rank-deficient",
+            "info",
+            f"{len(low)} of {len(measured.layers)} matrices are rank-deficient",
+            where=_names(low),
+            evidence=f"the least: {worst.name}, rank {worst.numerical_rank} of {min(worst.shape)}",
+            cause="Some directions of the input never reach the output.",
+            remedy="plan = gm.compress(model, stats): what is not there need not be stored",
+        )
+
+
+Rule = Callable[["Measured"], Iterator[Finding]]
+RULES: tuple[Rule, ...] = (
+    non_finite_weights,
+    non_finite_signal,
+    underflowing_gradients,
+    gain,
+    collapsed_inputs,
+    gradient_by_depth,
+    end_to_end,
+    dead_units,
+    collapsed_weights,
+)
+
+
+def _with_gradients(measured: Measured) -> list[Layer]:
+    return [layer for layer in measured.layers if layer.gradient_rms is not None]
+
+
+def _variation(a: Gram) -> float | None:
+    """Share of the second moment that is variance; `None` where it cannot be had."""
+    total = float(a.matrix.trace())
+    return float(a.covariance.trace()) / total if total > 0 and math.isfinite(total) else None
+
+
+def _names(layers: list[Layer]) -> str:
+    names = [layer.name for layer in layers]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} … {names[-1]} ({len(names)} in all)"
+
+
+def _power(log: float) -> str:
+    """`exp(log)` as text, also beyond float64's range."""
+    return f"1e{log / math.log(10):+.0f}"

@@ -1,0 +1,32 @@
+"""Functions of (..., m, n) tensors that certify their own answers.
+
+Every function `f` returns its value and raises `ConvergenceError` where the certificate of any matrix fails; `f_ex`
+returns `(value, Certificate)` and raises only for a wrong argument.
+"""
+
+from gramian.linalg.certificate import Certificate
+from gramian.linalg.inverses import inv, inv_ex, solve, solve_ex
+from gramian.linalg.polar_factor import polar, polar_ex
+from gramian.linalg.products import second_moment, syrk
+from gramian.linalg.roots import inv_root, inv_root_ex, sqrtm, sqrtm_ex
+from gramian.linalg.singular import svd_lowrank, svd_lowrank_ex, svdvals, svdvals_ex
+
+__all__ = [
+    "Certificate",
+    "inv",
+    "inv_ex",
+    "inv_root",
+    "inv_root_ex",
+    "polar",
+    "polar_ex",
+    "second_moment",
+    "solve",
+    "solve_ex",
+    "sqrtm",
+    "sqrtm_ex",
+    "svd_lowrank",
+    "svd_lowrank_ex",
+    "svdvals",
+    "svdvals_ex",
+    "syrk",
+]

@@ -1,0 +1,39 @@
+"""LAPACK's factorisations in float64, where one failure never raises for the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LinAlgError: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009  torch's stub does not declare it
+
+
+def _each(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """`function` of the batch; if it raises, of each matrix, with the identity's factors where it still raises."""
+    ok = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    try:
+        return function(x), ok
+    except LinAlgError:
+        pass
+    parts: list[tuple[Tensor, ...]] = []
+    for i, matrix in enumerate(x):
+        try:
+            parts.append(function(matrix))
+        except LinAlgError:
+            ok[i] = False
+            parts.append(function(torch.eye(*matrix.shape, dtype=x.dtype, device=x.device)))
+    return tuple(torch.stack(column) for column in zip(*parts, strict=True)), ok
+
+
+def eigh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (B, n) ascending, eigenvectors (B, n, n), and which matrices LAPACK managed (B,)."""
+    (w, v), ok = _each(lambda y: tuple(torch.linalg.eigh(y)), x)
+    return w, v, ok
+
+
+def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U (B, m, k), singular values (B, k) descending, V (B, n, k), and which matrices LAPACK managed (B,)."""
+    (u, s, vh), ok = _each(lambda y: tuple(torch.linalg.svd(y, full_matrices=False)), x)
+    return u, s, vh.mT, ok

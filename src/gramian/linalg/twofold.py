@@ -1,0 +1,126 @@
+"""Products and sums of float64 matrices to about 24 more bits, from ordinary float64 products.
+
+A pair is an unevaluated sum hi + lo with |lo| far below |hi|. A product splits each factor into a leading part of few
+bits, whose product float64 holds exactly whatever the order of summation, and a remainder:
+AB = A₁B₁ + A₁(B − B₁) + (A − A₁)B. Ozaki, Ogita, Oishi, Rump, Numer. Algorithms 59 (2012), §3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.linalg.batch import norm, pow2
+
+U = 2.0**-53
+"""Unit roundoff of float64."""
+
+
+def gamma(k: int) -> float:
+    """γ_k = ku / (1 − ku), the bound on k roundings. Higham, Accuracy and Stability (2002), eq. 3.1."""
+    return k * U / (1 - k * U)
+
+
+class Pair(NamedTuple):
+    """hi + lo, with a bound on the Frobenius distance from what it stands for."""
+
+    hi: Tensor
+    lo: Tensor
+    error: Tensor
+
+
+def pair(x: Tensor, lo: Tensor | None = None) -> Pair:
+    """x as a pair that is exact."""
+    return Pair(x, torch.zeros_like(x) if lo is None else lo, x.new_zeros(x.shape[0]))
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum and its rounding error, exactly. Knuth, TAOCP vol. 2, §4.2.2, theorem B."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+def leading(x: Tensor, dim: int, bits: int) -> Tensor:
+    """x rounded to `bits` bits below the largest entry along `dim`; the remainder x − leading(x) is exact."""
+    _, exponent = torch.frexp(x.abs().amax(dim, keepdim=True))
+    anchor = 1.5 * pow2(exponent.long() + 52 - bits)
+    return (x + anchor) - anchor
+
+
+def _split(a: Pair, b: Pair) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Leading parts whose product float64 holds exactly, and remainders, of both factors."""
+    bits = (53 - math.ceil(math.log2(a.hi.shape[-1]))) // 2
+    a1, b1 = leading(a.hi, -1, bits), leading(b.hi, -2, bits)
+    return a1, (a.hi - a1) + a.lo, b1, (b.hi - b1) + b.lo
+
+
+def product(a: Pair, b: Pair) -> Pair:
+    """a·b as a pair, with a rigorous bound on its Frobenius error."""
+    k = a.hi.shape[-1]
+    if not a.hi.numel() or not b.hi.numel():
+        return pair(a.hi @ b.hi)
+    a1, a2, b1, b2 = _split(a, b)
+    head, tail = a1 @ b1, a1 @ b2 + a2 @ (b1 + b2)
+    hi, lo = two_sum(head, tail)
+    # a2 and b2 are each one rounding off, b1 + b2 one more, the two products k each, their sum one.
+    local = gamma(k + 5) * (norm(a1) * norm(b2) + norm(a2) * norm(b.hi)) * (1 + 2.0**-20)
+    passed = a.error * (norm(b.hi) + norm(b.lo) + b.error) + (norm(a.hi) + norm(a.lo)) * b.error
+    return Pair(hi, lo, local + passed)
+
+
+def rough(a: Pair, b: Pair) -> Pair:
+    """a·b in plain float64 (the low parts dropped), with a rigorous bound on its Frobenius error."""
+    high, low = norm(a.hi), norm(b.hi)
+    local = gamma(a.hi.shape[-1]) * high * low
+    passed = (a.error + norm(a.lo)) * (low + b.error + norm(b.lo)) + high * (b.error + norm(b.lo))
+    value = a.hi @ b.hi
+    return Pair(value, torch.zeros_like(value), local + passed)
+
+
+def rounding(a: Pair, b: Pair, *, twofold: bool) -> list[tuple[Tensor, Tensor]]:
+    """Rows r (B, m) and columns c (B, n) with |error of a·b| ≤ Σ r cᵀ entrywise, a and b being exact.
+
+    Where rows differ in size by many powers of ten, this says far more than one norm.
+    """
+    k = a.hi.shape[-1]
+    if not twofold or not a.hi.numel() or not b.hi.numel():
+        terms = [(a.hi, b.hi, gamma(k)), (a.lo, b.hi, 1.0), (a.hi, b.lo, 1.0), (a.lo, b.lo, 1.0)]
+    else:
+        a1, a2, b1, b2 = _split(a, b)
+        terms = [(a1, b2, gamma(k + 6)), (a2, b.hi, gamma(k + 6))]
+    return [(factor * x.norm(dim=-1), y.norm(dim=-2)) for x, y, factor in terms]
+
+
+def minus(a: Pair, b: Pair) -> tuple[Tensor, Tensor]:
+    """a − b rounded to float64, and a bound on its Frobenius error."""
+    high, low = two_sum(a.hi, -b.hi)
+    rest = low + (a.lo - b.lo)
+    value = high + rest
+    return value, a.error + b.error + U * (norm(value) + 3 * (norm(low) + norm(a.lo) + norm(b.lo))) * 2
+
+
+def plus(a: Pair, d: Tensor) -> Pair:
+    """a + d renormalised: a better approximation, exact by definition (its error is for the caller to bound)."""
+    hi, lo = two_sum(a.hi, a.lo + d)
+    return Pair(hi, lo, torch.zeros_like(a.error))
+
+
+def transpose(a: Pair) -> Pair:
+    """aᵀ."""
+    return Pair(a.hi.mT, a.lo.mT, a.error)
+
+
+def symmetric(a: Pair) -> Pair:
+    """(a + aᵀ)/2, exactly symmetric, and exact by definition."""
+    hi, low = two_sum(a.hi / 2, a.hi.mT / 2)
+    return Pair(hi, low + (a.lo + a.lo.mT) / 2, torch.zeros_like(a.error))
+
+
+def eye_like(x: Tensor) -> Pair:
+    """The identity of the size of the columns of x (B, m, n), as a pair (B, n, n)."""
+    n = x.shape[-1]
+    return pair(torch.eye(n, dtype=x.dtype, device=x.device).expand(x.shape[0], n, n))

@@ -1,0 +1,206 @@
+"""Objectives: what a loss is, so that curvature and honest Gram matrices can be had from it.
+
+A scalar mean hides the number of units it averages over (the mean over batches of 128 and 64 and over one of 192 give
+second moments of the gradient that differ four-fold). So an objective is a pair: `predict(model, batch) -> output` and
+`criterion(output, batch) -> (sum of losses, number of units)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gramian.errors import InputError
+
+__all__ = ["Fisher", "Objective", "as_objective"]
+
+Fisher = Literal["sampled", "empirical", "gauss_newton"]
+Predict = Callable[[nn.Module, Any], Any]
+Criterion = Callable[[Any, Any], tuple[Tensor, "Tensor | int"]]
+# (output, batch, generator) -> one loss for each column of a square root of the criterion's Hessian: the gradients of
+# these losses, summed as outer products, are the Fisher (sampled) or the Gauss–Newton matrix (exact).
+Factor = Callable[[Any, Any, torch.Generator], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A prediction and a sum of losses over known units.
+
+    Args:
+        predict: `predict(model, batch) -> output`.
+        criterion: `criterion(output, batch) -> (sum of losses, number of units)`: a scalar tensor and a count.
+        fisher: which second moment of output gradients `capture` takes. `"empirical"`: of the loss itself;
+            `"sampled"`: of the loss with labels drawn from the model's own output; `"gauss_newton"`: exact, one
+            backward pass for each output dimension. The last two need the matching `factor`.
+        sampled, gauss_newton: for each kind, the losses whose gradients give it (see `Factor`).
+        classes: whether the output holds class scores in its last dimension.
+
+    Source: Martens, New Insights and Perspectives on the Natural Gradient Method (1412.1193), §5, §9; the three
+    estimators as named by Kunstner et al. (1905.12558).
+
+    >>> objective = Objective.classification()
+    >>> batch = (torch.zeros(8, 3), torch.zeros(8, dtype=torch.long))
+    >>> total, units = objective.loss(nn.Linear(3, 2), batch)
+    >>> int(units)
+    8
+    """
+
+    predict: Predict
+    criterion: Criterion
+    fisher: Fisher = "empirical"
+    sampled: Factor | None = None
+    gauss_newton: Factor | None = None
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """`(sum of losses, number of units)` of one batch, checked: two finite-shaped scalars, units above zero."""
+        return self.checked(self.criterion(self.predict(model, batch), batch))
+
+    def checked(self, result: Any) -> tuple[Tensor, Tensor]:
+        """The criterion's result as two scalar tensors, or an `InputError` that says what came instead."""
+        wanted = "criterion(output, batch) must return (sum of losses, number of units): a scalar tensor and a count"
+        if not (isinstance(result, Sequence) and len(result) == 2):
+            raise InputError(f"objective: {wanted}; got {_describe(result)}")
+        total, units = result
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            raise InputError(f"objective: {wanted}; the first is {_describe(total)}. Sum over the batch")
+        units = torch.as_tensor(units, device=total.device)
+        if units.numel() != 1 or not units > 0:
+            raise InputError(f"objective: {wanted}; the second is {_describe(units)}. A batch needs at least one unit")
+        return total.reshape(()), units.reshape(())
+
+    def losses(self, output: Any, batch: Any, fisher: Fisher, generator: torch.Generator) -> Iterator[Tensor]:
+        """The losses whose gradients' outer products sum to the asked second moment."""
+        if fisher == "empirical":
+            yield self.checked(self.criterion(output, batch))[0]
+            return
+        factor = self.sampled if fisher == "sampled" else self.gauss_newton if fisher == "gauss_newton" else None
+        if factor is None:
+            raise InputError(
+                f"objective: fisher={fisher!r} is not available here; wanted 'empirical'"
+                f"{', sampled' if self.sampled else ''}{', gauss_newton' if self.gauss_newton else ''}. "
+                "Objective.classification(), .regression() and .next_token() have all three"
+            )
+        yield from factor(output, batch, generator)
+
+    @staticmethod
+    def classification(*, fisher: Fisher = "sampled", ignore_index: int = -100) -> Objective:
+        """Cross-entropy of class scores `(..., C)` against labels `(...)` for `(x, y)` batches; a unit is a label.
+
+        Labels equal to `ignore_index` (padding) weigh zero and are not counted.
+        """
+        return _cross_entropy(_first, lambda output, batch: (output, batch[1]), fisher, ignore_index)
+
+    @staticmethod
+    def next_token(*, fisher: Fisher = "sampled", ignore_index: int = -100) -> Objective:
+        """Cross-entropy of the next token: output `(B, T, V)` for `(tokens,)` or `(tokens, next tokens)` batches."""
+
+        def scores_and_labels(output: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+            if isinstance(batch, Tensor) or len(batch) == 1:
+                tokens = batch if isinstance(batch, Tensor) else batch[0]
+                return output[:, :-1], tokens[:, 1:]
+            return output, batch[1]
+
+        return _cross_entropy(_first, scores_and_labels, fisher, ignore_index)
+
+    @staticmethod
+    def regression(*, fisher: Fisher = "gauss_newton") -> Objective:
+        """Squared error `½ Σ (ŷ − y)²` over the last dimension, for `(x, y)` batches; a unit is a row of the output."""
+        return _squared_error(lambda batch: batch[1], fisher)
+
+    @staticmethod
+    def reconstruction(*, fisher: Fisher = "sampled") -> Objective:
+        """Squared error `½ Σ (x̂ − x)²` of the input itself, for `(x,)` or `(x, y)` batches."""
+        return _squared_error(_inputs, fisher)
+
+
+def as_objective(objective: Any) -> Objective:
+    """An `Objective` as it is; a plain `loss(model, batch) -> scalar mean` as an empirical one.
+
+    The units of a plain loss are the elements of the batch's first dimension.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective):
+        raise InputError(
+            f"objective: expected gm.Objective or a function loss(model, batch) -> scalar mean, got {_describe(objective)}"
+        )
+
+    def criterion(output: Tensor, batch: Any) -> tuple[Tensor, int]:
+        if not isinstance(output, Tensor) or output.numel() != 1:
+            raise InputError(f"objective: loss(model, batch) must return a scalar mean, got {_describe(output)}")
+        units = len(_inputs(batch))
+        return output * units, units
+
+    return Objective(predict=objective, criterion=criterion)
+
+
+def _inputs(batch: Any) -> Any:
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
+def _first(model: nn.Module, batch: Any) -> Any:
+    return model(_inputs(batch))
+
+
+def _cross_entropy(predict: Predict, scores_and_labels: Callable, fisher: Fisher, ignore_index: int) -> Objective:
+    def flat(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        scores, labels = scores_and_labels(output, batch)
+        if not isinstance(scores, Tensor) or scores.ndim < 2 or scores.shape[:-1] != labels.shape:
+            raise InputError(
+                f"objective: classification wants scores (..., classes) and labels (...), "
+                f"got {_describe(scores)} and {_describe(labels)}"
+            )
+        return scores.flatten(0, -2).float(), labels.flatten()
+
+    def total(scores: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(scores, labels, reduction="sum", ignore_index=ignore_index)
+
+    def criterion(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        scores, labels = flat(output, batch)
+        return total(scores, labels), (labels != ignore_index).sum()
+
+    def sampled(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        scores, labels = flat(output, batch)
+        # A score that is not finite makes NaN gradients, which the diagnosis reports; multinomial would raise instead.
+        p = scores.detach().softmax(-1).nan_to_num(1.0 / scores.shape[-1])
+        drawn = torch.multinomial(p, 1, generator=generator).squeeze(-1)
+        yield total(scores, torch.where(labels == ignore_index, labels, drawn))
+
+    def gauss_newton(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        # diag(p) − ppᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ: one loss per class, each example weighted by √p_c.
+        scores, labels = flat(output, batch)
+        weights = scores.detach().softmax(-1).sqrt() * (labels != ignore_index).unsqueeze(-1)
+        for c in range(scores.shape[-1]):
+            yield (weights[:, c] * -scores.log_softmax(-1)[:, c]).sum()
+
+    return Objective(predict, criterion, fisher, sampled, gauss_newton)
+
+
+def _squared_error(target: Callable[[Any], Tensor], fisher: Fisher) -> Objective:
+    def criterion(output: Tensor, batch: Any) -> tuple[Tensor, int]:
+        wanted = target(batch)
+        if output.shape != wanted.shape:
+            raise InputError(f"objective: output {tuple(output.shape)} and target {tuple(wanted.shape)} differ in shape")
+        rows = output.numel() // output.shape[-1] if output.ndim > 1 else len(output)
+        return 0.5 * (output - wanted).square().sum(), rows
+
+    def sampled(output: Tensor, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        # The Hessian is the identity: labels from N(output, 1) give standard normal gradients.
+        yield (torch.empty_like(output).normal_(generator=generator) * output).sum()
+
+    def gauss_newton(output: Tensor, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        columns = output.flatten(0, -2) if output.ndim > 1 else output.unsqueeze(-1)
+        for c in range(columns.shape[-1]):
+            yield columns[:, c].sum()
+
+    return Objective(_first, criterion, fisher, sampled, gauss_newton)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" if value.numel() != 1 else f"the value {value.item()}"
+    return f"{type(value).__name__}" if not isinstance(value, (int, float)) else repr(value)

@@ -1,0 +1,5 @@
+"""Optimisers that see parameters as matrices."""
+
+from gramian.optim.muon import Muon
+
+__all__ = ["Muon"]

@@ -1,0 +1,216 @@
+"""Muon: momentum, orthogonalised."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gramian import linalg
+from gramian.errors import InputError
+from gramian.optim.routing import Direction, Route, route
+
+__all__ = ["Muon"]
+
+Scale = Literal["spectral", "match_rms_adamw"]
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the polar factor of the momentum: `W ← W − lr · s · polar(g + μ B)`, with `B ← μ B + g`.
+
+    The direction `U Vᵀ = (B Bᵀ)^(-1/2) B` has all singular values equal to one, so that weak directions of the
+    gradient move as far as strong ones. Embeddings, the head, norms, biases and vectors take fused AdamW inside the
+    same optimizer: one `state_dict`, one set of `param_groups`, ordinary schedulers.
+
+    Args:
+        params: the model (matrices are found by their role; best), or its `named_parameters()` or `parameters()`
+            (matrices are found by their shape).
+        lr: length of a step of the matrices, in the unit that `scale` sets.
+        momentum, nesterov: μ, and whether the step looks ahead by one momentum update.
+        weight_decay: decoupled; `W ← (1 − lr·weight_decay) W`, of the matrices.
+        scale: `"spectral"`: `s = √(m/n) / L`, for L matrices in all: the share of each in the change of the network's
+            function, so that one rate carries across widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`, so
+            that a rate tuned for AdamW can be reused.
+        rest_lr, betas, eps, rest_weight_decay: of AdamW.
+        num_iterations: Newton–Schulz steps of the polar factor (see `gm.linalg.polar`).
+        routes: overrides by name pattern: `{"0.weight": "matrix", "*.pos_emb": "adamw"}`.
+        layouts: as in `gm.blocks`.
+        maximize: ascend.
+
+    A parameter whose gradient is not finite is skipped for that step, and counted in `health()`; zero, rank-one and
+    extremely scaled gradients give a finite step.
+
+    Raises `InputError` for an empty list, a pattern that matches nothing, or a rate below zero.
+
+    Cost: per step and matrix of m ≤ n, `num_iterations · (4 m²n + 2 m³)` operations; matrices of one shape go together.
+    Source: Jordan et al., Muon (2024); scale: Large et al. (2405.14813), §3, and Liu et al. (2502.16982), §2.2.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> optimizer = Muon(net, lr=0.1)
+    >>> [(row["name"], row["direction"]) for row in optimizer.explain()][:2]
+    [('0.weight', 'matrix'), ('2.weight', 'adamw')]
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float = 0.1,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        scale: Scale = "spectral",
+        rest_lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        rest_weight_decay: float = 0.0,
+        num_iterations: int = 5,
+        routes: Mapping[str, Direction] | None = None,
+        layouts: Mapping[str, Any] | None = None,
+        maximize: bool = False,
+    ) -> None:
+        for label, value in (("lr", lr), ("rest_lr", rest_lr), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise InputError(f"Muon: {label} must not be negative, got {value}")
+        if not 0 <= momentum < 1:
+            raise InputError(f"Muon: momentum must be in [0, 1), got {momentum}")
+        if scale not in ("spectral", "match_rms_adamw"):
+            raise InputError(f"Muon: scale must be 'spectral' or 'match_rms_adamw', got {scale!r}")
+        self._routes = {id(r.parameter): r for r in route(params, routes, layouts)}
+        by_direction: dict[Direction, list[Route]] = {"matrix": [], "adamw": []}
+        for r in self._routes.values():
+            by_direction[r.direction].append(r)
+        matrix = {
+            "direction": "matrix",
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "scale": scale,
+            "num_iterations": num_iterations,
+            "maximize": maximize,
+        }
+        adamw = {"direction": "adamw", "lr": rest_lr, "weight_decay": rest_weight_decay, "maximize": maximize}
+        groups = []
+        self._adamw: torch.optim.AdamW | None = None
+        if by_direction["matrix"]:
+            groups.append({"params": _named(by_direction["matrix"]), **matrix})
+        if by_direction["adamw"]:
+            self._adamw = torch.optim.AdamW(
+                [{"params": _named(by_direction["adamw"]), **adamw}], betas=betas, eps=eps, fused=True
+            )
+            groups += self._adamw.param_groups
+        self._skipped: dict[tuple[int, ...], Tensor] = {}  # by the parameters that stepped together
+        super().__init__(groups, {})
+        self._share()
+
+    def _share(self) -> None:
+        """Lets AdamW work on this optimizer's own groups and state, so that there is one of each."""
+        if self._adamw is not None:
+            self._adamw.param_groups = [g for g in self.param_groups if g["direction"] == "adamw"]
+            self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict()` gave; the next step is then the same, bit for bit."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["direction"] == "matrix":
+                self._step_matrices(group)
+        if self._adamw is not None:
+            self._step_rest(self._adamw)
+        return loss
+
+    def explain(self) -> list[dict[str, str]]:
+        """Each parameter's name, direction, matrices and the reason for its route."""
+        return [
+            {
+                "name": r.name,
+                "direction": r.direction,
+                "matrices": "" if r.layout is None else " × ".join(map(str, r.layout.matrices)),
+                "reason": r.reason,
+            }
+            for r in self._routes.values()
+        ]
+
+    def health(self) -> dict[str, int]:
+        """How many steps each parameter skipped because its gradient was not finite; those that skipped none are left out."""
+        counts: dict[str, int] = defaultdict(int)
+        for keys, skipped in self._skipped.items():
+            for key, count in zip(keys, skipped.tolist(), strict=True):
+                counts[self._routes[key].name] += count
+        return {name: count for name, count in counts.items() if count}
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        batches: dict[tuple, list[Route]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                r = self._routes[id(p)]
+                assert r.layout is not None
+                batches[(r.layout.matrices, p.dtype, p.device)].append(r)
+        num_matrices = sum(math.prod(self._routes[id(p)].layout.matrices[:-2]) for p in group["params"])
+        for routes in batches.values():
+            self._step_batch(group, routes, num_matrices)
+
+    def _step_batch(self, group: dict[str, Any], routes: list[Route], num_matrices: int) -> None:
+        """One step of parameters whose matrices have one shape, all at once."""
+        params = [r.parameter for r in routes]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
+        finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, ord=math.inf)))
+        self._count_skipped(params, ~finite)
+        mask = finite.view(-1, *[1] * grads[0].ndim)
+        g = torch.stack(grads).to(buffers[0].dtype)
+        g = torch.where(mask, -g if group["maximize"] else g, 0)
+        old = torch.stack(buffers)
+        new = torch.where(mask, group["momentum"] * old + g, old)
+        torch._foreach_copy_(buffers, list(new.unbind(0)))
+        direction = g + group["momentum"] * new if group["nesterov"] else new
+        matrices = torch.stack([r.layout.split(d) for r, d in zip(routes, direction.unbind(0), strict=True)])  # type: ignore[union-attr]
+        update, _ = linalg.polar_ex(matrices, method="newton_schulz", steps=group["num_iterations"], certify=False)
+        update = torch.stack([r.layout.join(u) for r, u in zip(routes, update.unbind(0), strict=True)])  # type: ignore[union-attr]
+        m, n = matrices.shape[-2:]
+        scale = math.sqrt(m / n) / num_matrices if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
+        update = torch.where(mask, update * (-group["lr"] * scale), 0).to(params[0].dtype)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, list((1 - group["lr"] * group["weight_decay"] * mask).to(params[0].dtype).unbind(0)))
+        torch._foreach_add_(params, list(update.unbind(0)))
+
+    def _count_skipped(self, params: list[Tensor], bad: Tensor) -> None:
+        """Adds to the counts on the device, without waiting for it."""
+        keys = tuple(id(p) for p in params)
+        self._skipped[keys] = self._skipped.get(keys, 0) + bad.long()
+
+    def _step_rest(self, adamw: torch.optim.AdamW) -> None:
+        """AdamW's step, without the parameters whose gradient is not finite."""
+        params = [p for g in adamw.param_groups for p in g["params"] if p.grad is not None and p.grad.numel()]
+        if not params:
+            return
+        norms = torch._foreach_norm([p.grad for p in params], ord=math.inf)
+        bad = ~torch.isfinite(torch.stack(norms))
+        self._count_skipped(params, bad)
+        held = [(p, p.grad) for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
+        for p, _ in held:
+            p.grad = None
+        adamw.step()
+        for p, grad in held:
+            p.grad = grad
+
+
+def _named(routes: list[Route]) -> list[tuple[str, Tensor]]:
+    return [(r.name, r.parameter) for r in routes]

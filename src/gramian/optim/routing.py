@@ -1,0 +1,105 @@
+"""Which direction each parameter takes: a matrix's, or AdamW's."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from gramian.block import Layout, blocks
+from gramian.errors import InputError
+
+__all__ = ["Direction", "Route", "route"]
+
+Direction = Literal["matrix", "adamw"]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One parameter's way through the optimiser: by `layout` as matrices, or (`None`) by AdamW; and why."""
+
+    name: str
+    parameter: Tensor
+    layout: Layout | None
+    reason: str
+
+    @property
+    def direction(self) -> Direction:
+        """`"matrix"` or `"adamw"`."""
+        return "adamw" if self.layout is None else "matrix"
+
+
+def route(
+    params: nn.Module | Iterable[Any], overrides: Mapping[str, Direction] | None, layouts: Mapping[str, Any] | None
+) -> list[Route]:
+    """Routes every parameter of a model by its role, or of a list by its shape.
+
+    A model's hidden matrices take the matrix direction; embeddings, heads, norms, biases and vectors take AdamW's. Of a
+    plain list, tensors of two or more dimensions are taken as `(out, in·…)` matrices. `overrides` by name pattern win.
+    """
+    if isinstance(params, nn.Module):
+        routes = _from_model(params, layouts)
+    elif layouts:
+        raise InputError("layouts= needs the model: pass it in place of its parameters")
+    else:
+        routes = _from_list(params)
+    if not routes:
+        raise InputError("the optimizer got an empty parameter list; pass a model, or its parameters() as a list")
+    used = set()
+    for i, r in enumerate(routes):
+        for pattern, direction in (overrides or {}).items():
+            if fnmatch.fnmatchcase(r.name, pattern):
+                used.add(pattern)
+                routes[i] = _override(r, pattern, direction)
+                break
+    for pattern in overrides or {}:
+        if pattern not in used:
+            raise InputError(f"routes: {pattern!r} matches no parameter; names are like {routes[0].name!r}")
+    return routes
+
+
+def _from_model(model: nn.Module, layouts: Mapping[str, Any] | None) -> list[Route]:
+    found, rest = blocks(model, layouts)
+    routes = [
+        Route(b.name, b.parameter, b.layout, b.reason)
+        if b.role == "hidden"
+        else Route(b.name, b.parameter, None, f"{b.role}: {b.reason}")
+        for b in found
+    ]
+    return routes + [Route(r.name, r.parameter, None, r.reason) for r in rest]
+
+
+def _from_list(params: Iterable[Any]) -> list[Route]:
+    routes = []
+    for i, item in enumerate(params):
+        name, parameter = item if isinstance(item, tuple) else (str(i), item)
+        if not isinstance(parameter, Tensor):
+            raise InputError(
+                f"expected a model, parameters, or (name, parameter) pairs; got {type(parameter).__name__}. "
+                "Instead of parameter groups, pass the model and override by name: routes={'*.bias': 'adamw'}"
+            )
+        routes.append(Route(name, parameter, _plain(parameter), "given as a list: routed by its shape"))
+    return routes
+
+
+def _plain(parameter: Tensor) -> Layout | None:
+    if parameter.ndim < 2:
+        return None
+    axes = " ".join(f"k{i}" for i in range(parameter.ndim - 1))
+    columns = f"({axes})" if parameter.ndim > 2 else axes
+    return Layout(f"o {axes} -> o {columns}", tuple(parameter.shape))
+
+
+def _override(r: Route, pattern: str, direction: Direction) -> Route:
+    reason = f"routes[{pattern!r}]"
+    if direction == "adamw":
+        return Route(r.name, r.parameter, None, reason)
+    if direction != "matrix":
+        raise InputError(f"routes[{pattern!r}]: expected 'matrix' or 'adamw', got {direction!r}")
+    layout = r.layout or _plain(r.parameter)
+    if layout is None:
+        raise InputError(f"routes: {r.name!r} is a vector of shape {tuple(r.parameter.shape)} and holds no matrix")
+    return Route(r.name, r.parameter, layout, reason)

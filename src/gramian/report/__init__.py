@@ -1,0 +1,71 @@
+"""What gramian shows: plain data in `model`, and its renderings as a page, terminal text and JSON.
+
+Nothing here knows torch or a model. Importing this package loads the data classes only; what draws (matplotlib,
+jinja2, rich) is loaded at its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .model import (
+    SEVERITIES,
+    Document,
+    Finding,
+    HeatMap,
+    Layer,
+    Picture,
+    Report,
+    Role,
+    Section,
+    Series,
+    Severity,
+    Status,
+    Table,
+    Tile,
+)
+
+if TYPE_CHECKING:
+    from . import html, terminal
+    from .compose import compare
+    from .html import render, save
+    from .terminal import show, to_text
+
+__all__ = [
+    "SEVERITIES",
+    "Document",
+    "Finding",
+    "HeatMap",
+    "Layer",
+    "Picture",
+    "Report",
+    "Role",
+    "Section",
+    "Series",
+    "Severity",
+    "Status",
+    "Table",
+    "Tile",
+    "compare",
+    "html",
+    "render",
+    "save",
+    "show",
+    "terminal",
+    "to_text",
+]
+
+_LAZY = {"compare": "compose", "render": "html", "save": "html", "show": "terminal", "to_text": "terminal"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    if name in ("html", "terminal"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

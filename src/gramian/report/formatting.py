@@ -1,0 +1,120 @@
+"""Numbers and names as text, the same in the terminal and on the page."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+MISSING = "–"
+
+# Characters that act on the text around them instead of showing: a name from a checkpoint must not move the cursor of
+# a terminal, reverse the reading direction of a page (category Cf holds the bidirectional controls) or be unencodable.
+_ACTING = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def visible(text: object) -> str:
+    r"""Return the text with control, direction and surrogate characters written as escapes.
+
+    >>> visible("a\x1b[2Jb"), visible("line\none\u202e")
+    ('a\\x1b[2Jb', 'line\\none\\u202e')
+    """
+    text = str(text)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode("ascii") if unicodedata.category(char) in _ACTING else char
+        for char in text
+    )
+
+
+def elide(text: str, width: int, mark: str = "…") -> str:
+    """Shorten in the middle, keeping a little more of the end, where names differ.
+
+    >>> elide("encoder.layers.17.self_attention.query", 20)
+    'encoder…ention.query'
+    """
+    if len(text) <= width:
+        return text
+    if width <= len(mark):
+        return mark[: max(width, 0)]
+    tail = (width - len(mark) + 1) * 3 // 5
+    head = width - len(mark) - tail
+    return text[:head] + mark + (text[-tail:] if tail else "")
+
+
+def distinct_parts(names: Sequence[str]) -> tuple[list[str], str]:
+    """Drop the dotted parts that all names share; return what differs, and the common pattern ("" if nothing is).
+
+    >>> distinct_parts(["encoder.0.query.weight", "encoder.1.query.weight"])
+    (['0', '1'], 'encoder.*.query.weight')
+    """
+    parts = [name.split(".") for name in names]
+    shortest = min((len(p) for p in parts), default=0)
+    head = 0
+    while head < shortest - 1 and len({p[head] for p in parts}) == 1:
+        head += 1
+    tail = 0
+    while tail < shortest - 1 - head and len({p[-1 - tail] for p in parts}) == 1:
+        tail += 1
+    if len(parts) < 2 or head + tail == 0:
+        return list(names), ""
+    differing = [".".join(p[head : len(p) - tail]) for p in parts]
+    return differing, ".".join([*parts[0][:head], "*", *parts[0][len(parts[0]) - tail :]])
+
+
+def number(value: object) -> str:
+    """Write a cell: integers whole, other numbers with three significant digits, words as they are.
+
+    >>> [number(v) for v in (3_000_000, 0.81, 12.34, 123456.0, 1e-45, None, float("nan"))]
+    ['3,000,000', '0.810', '12.3', '123,456', '1.0e-45', '–', 'nan']
+    """
+    if value is None:
+        return MISSING
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return visible(value)
+    if isinstance(value, Integral):
+        return f"{int(value):,}"
+    x = float(value)
+    if not math.isfinite(x):
+        return "nan" if math.isnan(x) else "inf" if x > 0 else "-inf"
+    if x == 0:
+        return "0"
+    if 999.5 <= abs(x) < 1e6:
+        return f"{x:,.0f}"
+    if 9.995e-4 <= abs(x) < 999.5:
+        return f"{x:#.3g}".rstrip(".")
+    mantissa, exponent = f"{x:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def power_of_ten(exponent: int) -> str:
+    """Write a decade of an axis: `power_of_ten(-3) == "10⁻³"`."""
+    return "10" + str(exponent).translate(_SUPERSCRIPT)
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Write the ticks of a linear axis, all with the same number of decimals.
+
+    >>> tick_labels([0.0, 0.25, 0.5]), tick_labels([0, 1000, 2000]), tick_labels([0, 2e-7])
+    (['0.00', '0.25', '0.50'], ['0', '1,000', '2,000'], ['0', '2e-7'])
+    """
+    largest = max((abs(v) for v in values), default=0.0)
+    if largest >= 1e6 or 0 < largest < 1e-3:
+        return [_shortest(v) for v in values]
+    for decimals in range(7):
+        if all(abs(v - round(v, decimals)) <= 1e-9 * max(largest, 1e-9) for v in values):
+            return [f"{v + 0.0:,.{decimals}f}" for v in values]
+    return [f"{v:.4g}" for v in values]
+
+
+def _shortest(value: float) -> str:
+    text = f"{value:.6g}"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.5e}".split("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return text

@@ -1,0 +1,207 @@
+"""A document as one HTML file that opens from disk, needs no network, and holds nothing unescaped.
+
+>>> from gramian.report import Document
+>>> render(Document("A <b>title</b>", "No trouble found."))[:15]
+'<!doctype html>'
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from itertools import count
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+from gramian.errors import InputError
+
+from .canvas import drawing_settings
+from .files import write_text
+from .formatting import number, visible
+from .heatmaps import draw_heat_map, shared_scale
+from .model import Document, Drawing, Finding, HeatMap, Picture, Section, Table, is_findings, ranked
+from .pictures import Drawn, draw_picture
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+WIDE, HALF = 960.0, 430.0  # drawing widths: alone on a wide page; beside another, or on a telephone
+ROWS_AT_FIRST = 40  # a longer table opens at a click; all rows are in the page
+FINDINGS_OPEN = 6  # findings after these begin folded
+
+
+def render(document: Document) -> str:
+    """Return the page. The same document gives the same bytes."""
+    script = _asset("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    identifiers = count(1)
+    with drawing_settings():
+        sections = [
+            {"section": section, "paragraphs": list(_paragraphs(section.text)), "items": _items(section, identifiers)}
+            for section in document.sections
+        ]
+    page = _template().render(
+        document=document,
+        sections=sections,
+        css=Markup(_asset("page.css")),
+        script=Markup(script),
+        # The page's own script may run and no other, should a name ever get through the escaping.
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
+        rows_at_first=ROWS_AT_FIRST,
+        findings_open=FINDINGS_OPEN,
+    )
+    return page.lstrip() + "\n"
+
+
+def save(document: Document, path: str | os.PathLike[str]) -> None:
+    """Write the page to a file, whole or not at all.
+
+    Raises `InputError` where the folder is missing or cannot be written.
+    """
+    write_text(path, render(document))
+
+
+def frame(document: Document, height: int = 720) -> str:
+    """Return the page inside an `<iframe>`, so that a notebook's styles and the page's do not touch."""
+    style = f"width:100%;height:{height}px;border:1px solid #8884;border-radius:8px"
+    attributes = f'style="{style}" title="{escape(visible(document.title))}"'
+    return f'<iframe sandbox="allow-scripts" {attributes} srcdoc="{escape(render(document))}"></iframe>'
+
+
+# ---- from items to what the template shows -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: its text and, where it is a number, the key that it is sorted by ("" for unknown)."""
+
+    text: str
+    key: str | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing at the sizes at which the page may show it, or a table as cells; the other fields are empty."""
+
+    item: Drawing | Table
+    half: Drawn | None = None
+    wide: Drawn | None = None
+    numeric: Sequence[bool] = ()  # by column
+    rows: Sequence[Sequence[Cell]] = ()
+
+    @property
+    def kind(self) -> str:
+        return "table" if isinstance(self.item, Table) else "figure"
+
+    @property
+    def notes(self) -> list[str]:
+        return self.half.notes if self.half is not None else []
+
+
+def _items(section: Section, identifiers: Iterator[int]) -> list[dict[str, Any]]:
+    shown: list[dict[str, Any]] = []
+    for item in section.items:
+        if isinstance(item, Picture | HeatMap | Table):
+            shown.append({"kind": "one", "figures": _figures((item,), identifiers, alone=True)})
+        elif is_findings(item):
+            findings: Sequence[Finding] = item  # type: ignore[assignment]
+            shown.append({"kind": "findings", "findings": ranked(findings)})
+        else:
+            side_by_side: tuple[Drawing | Table, ...] = tuple(item)  # type: ignore[arg-type]
+            alone = len(side_by_side) == 1
+            shown.append({"kind": "row", "figures": _figures(side_by_side, identifiers, alone=alone)})
+    return shown
+
+
+def _figures(items: Sequence[Drawing | Table], identifiers: Iterator[int], alone: bool) -> list[Figure]:
+    heat_maps = [item for item in items if isinstance(item, HeatMap)]
+    # One scale for what is measured in one unit; a linear and a logarithmic map cannot share.
+    scales = {log: shared_scale([h for h in heat_maps if h.log is log]) for log in {h.log for h in heat_maps}}
+    figures: list[Figure] = []
+    for item in items:
+        if isinstance(item, Table):
+            figures.append(_cells(item))
+            continue
+        drawn = []
+        for width in (HALF, WIDE) if alone else (HALF,):
+            prefix = f"p{next(identifiers)}-"
+            height = 280.0 if width == HALF else 330.0
+            if isinstance(item, HeatMap):
+                drawn.append(draw_heat_map(item, prefix, scales[item.log], width, height))
+            else:
+                drawn.append(draw_picture(item, prefix, width, height))
+        figures.append(Figure(item, drawn[0], drawn[1] if alone else None))
+    return figures
+
+
+def _paragraphs(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield ("p", [paragraph]) and ("ul", items): each line is a paragraph, lines that begin with "- " a list."""
+    bullets: list[str] = []
+    for line in [*text.split("\n"), ""]:
+        if line.startswith("- "):
+            bullets.append(line[2:])
+            continue
+        if bullets:
+            yield "ul", bullets
+            bullets = []
+        if line.strip():
+            yield "p", [line]
+
+
+def _cells(table: Table) -> Figure:
+    for place, row in enumerate(table.rows):
+        if len(row) != len(table.columns):
+            raise InputError(
+                f"table {table.title!r}: row {place} has {len(row)} cells and the table {len(table.columns)} columns. "
+                "Give one cell per column; None where a value is unknown."
+            )
+    rows = [[_cell(value) for value in row] for row in table.rows]
+    numeric = [any(row[c].key is not None for row in rows) for c in range(len(table.columns))]
+    return Figure(table, numeric=numeric, rows=rows)
+
+
+def _cell(value: object) -> Cell:
+    if value is None:
+        return Cell(number(value), "")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return Cell(number(value), None)
+    key = float(value)
+    return Cell(number(value), "" if math.isnan(key) else repr(key))
+
+
+def _prose(text: str) -> str:
+    """Keep a number and its percent sign on one line."""
+    return re.sub(r"(?<=\d) %", "\u00a0%", text)
+
+
+def _finalize(value: Any) -> Any:
+    """Make control characters visible in every expression of the template; line ends stay, for code."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return "\n".join(visible(line) for line in value.split("\n"))
+
+
+@cache
+def _asset(name: str) -> str:
+    return files(__package__ or "gramian.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
+    )
+    environment.filters["prose"] = _prose
+    environment.filters["markup"] = Markup  # for SVG only, whose text its writer has escaped
+    return environment.from_string(_asset("page.html"))

@@ -1,0 +1,138 @@
+"use strict";
+/* Theme, table tools, copying, values under the pointer. The page is whole without it. */
+(() => {
+  const root = document.documentElement;
+  root.classList.add("js");
+  const themes = ["auto", "light", "dark"];
+  const stored = () => { try { return localStorage.getItem("gramian-theme"); } catch { return null; } };
+  const asked = new URLSearchParams(location.hash.slice(1)).get("theme");
+  let theme = themes.find((t) => t === (asked || stored())) || "auto";
+  const applyTheme = () => {
+    if (theme === "auto") delete root.dataset.theme; else root.dataset.theme = theme;
+  };
+  applyTheme(); // before the first paint
+
+  const make = (tag, className, text) => {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text; // never innerHTML: names are text
+    return element;
+  };
+
+  function themeButton(button) {
+    const show = () => {
+      button.textContent = theme[0].toUpperCase() + theme.slice(1);
+      button.setAttribute("aria-label", `Colours: ${theme === "auto" ? "automatic" : theme}`);
+    };
+    show();
+    button.addEventListener("click", () => {
+      theme = themes[(themes.indexOf(theme) + 1) % themes.length];
+      try { localStorage.setItem("gramian-theme", theme); } catch { /* a sandboxed frame has no storage */ }
+      applyTheme();
+      show();
+    });
+  }
+
+  function tableTools(figure) {
+    const body = figure.querySelector("tbody");
+    const first = [...body.rows].filter((row) => !row.classList.contains("beyond")).length;
+    const headers = [...figure.querySelectorAll("th")];
+    headers.forEach((header, column) => header.querySelector("button").addEventListener("click", () => {
+      const descending = header.getAttribute("aria-sort") === "ascending"
+        || (header.getAttribute("aria-sort") === "none" && header.classList.contains("number"));
+      headers.forEach((other) => other.setAttribute("aria-sort", "none"));
+      header.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      const words = new Intl.Collator("en", { numeric: true });
+      const rows = [...body.rows].map((row) => {
+        const cell = row.cells[column];
+        const key = cell.dataset.key;
+        const value = key === undefined ? null : key === "" ? NaN : Number(key.replace("inf", "Infinity"));
+        return { row, value, text: cell.textContent };
+      });
+      rows.sort((a, b) => {
+        if (a.value === null || b.value === null) return (descending ? -1 : 1) * words.compare(a.text, b.text);
+        // Unknown numbers stay last in either order.
+        if (Number.isNaN(a.value) || Number.isNaN(b.value)) return Number.isNaN(a.value) - Number.isNaN(b.value);
+        return a.value === b.value ? 0 : (descending ? -1 : 1) * (a.value < b.value ? -1 : 1);
+      });
+      rows.forEach(({ row }, place) => row.classList.toggle("beyond", place >= first));
+      body.append(...rows.map(({ row }) => row));
+    }));
+    const more = figure.querySelector(".more");
+    if (more) more.addEventListener("click", () => figure.classList.add("all"));
+    const filter = figure.querySelector(".tools input");
+    if (!filter) return;
+    const count = figure.querySelector(".count");
+    const total = body.rows.length;
+    filter.addEventListener("input", () => {
+      const wanted = filter.value.trim().toLowerCase();
+      figure.classList.toggle("all", wanted !== "" || !more);
+      let shown = 0;
+      for (const row of body.rows) {
+        const fits = row.textContent.toLowerCase().includes(wanted);
+        row.classList.toggle("filtered", !fits);
+        shown += fits;
+      }
+      count.textContent = wanted ? `${shown.toLocaleString("en")} of ${total.toLocaleString("en")} rows` : `${total.toLocaleString("en")} rows`;
+    });
+  }
+
+  function copyButton(button) {
+    const code = button.parentElement.querySelector("code");
+    const tell = (word) => { button.textContent = word; setTimeout(() => { button.textContent = "Copy"; }, 1500); };
+    const select = () => { getSelection().selectAllChildren(code); tell(document.execCommand("copy") ? "Copied" : "Selected"); };
+    button.addEventListener("click", () => {
+      if (navigator.clipboard) navigator.clipboard.writeText(code.textContent).then(() => tell("Copied"), select);
+      else select();
+    });
+  }
+
+  function hoverValues(drawing) {
+    const data = JSON.parse(drawing.dataset.hover);
+    const svg = drawing.querySelector("svg");
+    const cursor = make("div", "cursor");
+    const tip = make("div", "tip");
+    const hide = () => { cursor.remove(); tip.remove(); };
+    drawing.addEventListener("pointerleave", hide);
+    drawing.addEventListener("pointermove", (event) => {
+      const box = svg.getBoundingClientRect();
+      const scale = box.width / data.width;
+      const x = (event.clientX - box.left) / scale;
+      let best = null;
+      for (const curve of data.curves) for (const point of curve.points) {
+        if (best === null || Math.abs(point[0] - x) < Math.abs(best - x)) best = point[0];
+      }
+      if (best === null || Math.abs(best - x) > 40) return hide();
+      const lines = data.curves.map((curve) => {
+        let near = null;
+        for (const point of curve.points) if (near === null || Math.abs(point[0] - best) < Math.abs(near[0] - best)) near = point;
+        return near && Math.abs(near[0] - best) < 3 ? { curve, near } : null;
+      }).filter(Boolean);
+      tip.replaceChildren(make("div", "", lines[0].near[2]));
+      for (const { curve, near } of lines) {
+        const line = make("div");
+        const swatch = make("span", "swatch");
+        swatch.style.color = curve.colour;
+        line.append(swatch, make("b", "", near[3]), ` ${curve.label}`);
+        tip.append(line);
+      }
+      const frame = drawing.getBoundingClientRect();
+      const left = box.left - frame.left + best * scale;
+      cursor.style.left = `${left}px`;
+      cursor.style.top = `${box.top - frame.top + data.top * scale}px`;
+      cursor.style.height = `${(data.bottom - data.top) * scale}px`;
+      drawing.append(cursor, tip);
+      const right = left + 14 + tip.offsetWidth > frame.width;
+      tip.style.left = `${Math.max(0, right ? left - 14 - tip.offsetWidth : left + 14)}px`;
+      tip.style.top = `${box.top - frame.top + data.top * scale}px`;
+    });
+  }
+
+  addEventListener("DOMContentLoaded", () => {
+    themeButton(document.getElementById("theme"));
+    document.querySelectorAll("figure.table").forEach(tableTools);
+    document.querySelectorAll(".copy").forEach(copyButton);
+    document.querySelectorAll("[data-hover]").forEach(hoverValues);
+  });
+  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
+})();

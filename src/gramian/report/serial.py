@@ -1,0 +1,133 @@
+"""Reports as JSON, as a table of pandas, and as files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gramian.errors import InputError, UnsupportedError
+
+from .files import write_text
+from .model import SEVERITIES, Finding, Layer, Report
+
+if TYPE_CHECKING:
+    import pandas  # pyright: ignore[reportMissingImports]
+
+SCHEMA = 1  # raised when a key changes its meaning; a new key does not raise it
+FORMATS = (".html", ".json")
+
+Record = TypeVar("Record", Finding, Layer)
+
+
+def plain(value: Any) -> Any:
+    """Return what strict JSON can hold: numbers of any library as int and float, not finite as None."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [plain(item) for item in value]
+    raise InputError(
+        f"report: cannot write a {type(value).__name__} as JSON; expected numbers, words and lists of them."
+    )
+
+
+def report_to_dict(report: Report) -> dict[str, Any]:
+    """Return the report as plain data; the key `"gramian"` is the version of the schema."""
+    return {
+        "gramian": SCHEMA,
+        "kind": "report",
+        "title": report.title,
+        "status": report.status,
+        "verdict": report.verdict,
+        "facts": plain(report.facts),
+        "findings": [plain(asdict(finding)) for finding in report.findings],
+        "layers": [plain(asdict(layer)) for layer in report.layers],
+        "jacobian": plain(report.jacobian),
+        "notes": plain(report.notes),
+    }
+
+
+def report_to_json(report: Report, indent: int | None) -> str:
+    """Return strict JSON in ASCII, so that a name with a lone surrogate survives too."""
+    return json.dumps(report_to_dict(report), indent=indent, allow_nan=False)
+
+
+def report_from_json(text: str | bytes) -> Report:
+    """Read what `report_to_json` wrote; keys that this version does not know are passed over."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"report: the text is not JSON ({error}). Pass what Report.to_json() wrote.") from None
+    if not isinstance(data, dict) or data.get("kind") != "report" or not isinstance(data.get("gramian"), int):
+        raise InputError('report: the JSON is not a gramian report; expected {"gramian": 1, "kind": "report", …}.')
+    if data["gramian"] > SCHEMA:
+        raise InputError(
+            f"report: written with schema {data['gramian']}, this gramian reads up to {SCHEMA}. Upgrade gramian."
+        )
+    try:
+        return Report(
+            title=str(data["title"]),
+            findings=[_record(Finding, row) for row in data.get("findings", [])],
+            layers=[_record(Layer, row) for row in data.get("layers", [])],
+            facts={key: math.nan if value is None else value for key, value in data.get("facts", {}).items()},
+            jacobian=_numbers(data.get("jacobian", [])),
+            notes=[str(note) for note in data.get("notes", [])],
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"report: the JSON lacks or garbles a field ({error}). Write it anew.") from None
+
+
+def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(math.nan if value is None else float(value) for value in values)
+
+
+def _record(cls: type[Record], row: Mapping[str, Any]) -> Record:
+    known = {f.name for f in fields(cls)}
+    values = {key: value for key, value in row.items() if key in known}
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise KeyError(f"{cls.__name__}.{missing[0]}")
+    if cls is Layer:
+        values["shape"] = tuple(int(length) for length in values["shape"])
+        values["singular_values"] = _numbers(values.get("singular_values", ()))
+    elif values["severity"] not in SEVERITIES:
+        raise ValueError(f"severity {values['severity']!r}")
+    return cls(**values)
+
+
+def layers_to_dataframe(layers: Sequence[Layer]) -> pandas.DataFrame:
+    """Return one row per layer with the fields of `Layer` as columns, indexed by name."""
+    try:
+        import pandas  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UnsupportedError(
+            "to_dataframe: pandas is not installed. Run `pip install pandas`, or use Report.to_dict()['layers']."
+        ) from None
+    columns = [f.name for f in fields(Layer)]
+    rows = [[getattr(layer, column) for column in columns] for layer in layers]
+    return pandas.DataFrame(rows, columns=pandas.Index(columns)).set_index("name")
+
+
+def save_report(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write `.html` or `.json` by suffix, whole or not at all."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".html":
+        from .html import save
+
+        save(report.to_document(), path)
+    elif suffix == ".json":
+        write_text(path, report_to_json(report, indent=1) + "\n")
+    else:
+        shown = repr(suffix) if suffix else "no suffix"
+        raise InputError(f"save: expected {' or '.join(FORMATS)}, got {shown} in {os.fspath(path)}. Rename the file.")

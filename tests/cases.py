@@ -1,0 +1,247 @@
+"""Tables of matrices, and oracles in higher precision, that the tests of gramian.linalg share.
+
+`hostile` is frozen: certificates are scored on it with fresh seeds, so tuning it to the code would void the score.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import mpmath
+import torch
+from torch import Tensor
+
+import gramian.linalg as gl
+from gramian import random
+
+mpmath.mp.dps = 60
+WIDE = (torch.float32, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- the gallery -----------------------------------------------------------------------------------------------------
+
+
+def hilbert(n: int) -> Tensor:
+    i = torch.arange(1, n + 1, dtype=torch.float64)
+    return 1 / (i[:, None] + i - 1)
+
+
+def lotkin(n: int) -> Tensor:
+    a = hilbert(n)
+    a[0] = 1
+    return a
+
+
+def moler(n: int) -> Tensor:
+    i = torch.arange(1, n + 1, dtype=torch.float64)
+    return torch.minimum(i[:, None], i) - 2 + torch.diag(torch.full((n,), 2.0, dtype=torch.float64))
+
+
+def kahan(n: int, angle: float = 1.2) -> Tensor:
+    s, c = math.sin(angle), math.cos(angle)
+    upper = torch.eye(n, dtype=torch.float64) - c * torch.ones(n, n, dtype=torch.float64).triu(1)
+    return torch.diag(s ** torch.arange(n, dtype=torch.float64)) @ upper
+
+
+def rank_deficient(n: int) -> Tensor:
+    """Integers, so that it is exactly so in every dtype."""
+    i = torch.arange(n, dtype=torch.float64)
+    return i[:, None] % 3 * (i % 2 + 1) + 1.0
+
+
+def repeated(n: int) -> Tensor:
+    x = random.orthogonal(n, n, generator=seeded(1), dtype=torch.float64)
+    return (x * torch.tensor([2.0 if i < n // 2 else 1.0 for i in range(n)], dtype=torch.float64)) @ x.mT
+
+
+SQUARE = {
+    "hilbert": hilbert,
+    "lotkin": lotkin,
+    "moler": moler,
+    "kahan": kahan,
+    "rank_deficient": rank_deficient,
+    "repeated": repeated,
+    "identity": lambda n: torch.eye(n, dtype=torch.float64),
+    "zero": lambda n: torch.zeros(n, n, dtype=torch.float64),
+    "huge": lambda n: 1e30 * moler(n),
+    "tiny": lambda n: 1e-30 * moler(n),
+    "nan": lambda n: torch.full((n, n), math.nan, dtype=torch.float64),
+    "inf": lambda n: hilbert(n).fill_diagonal_(math.inf),
+}
+SHAPES = [(5, 1), (1, 5), (1, 1), (0, 4), (4, 0), (0, 0), (0, 3, 3), (2, 0, 6, 3), (2, 3, 7, 3), (3, 3, 7)]
+
+
+# --- hostile random matrices -----------------------------------------------------------------------------------------
+
+
+def _spectrum(n: int, pick: float, kappa: float, u: Tensor) -> Tensor:
+    grid = torch.linspace(0, 1, n, dtype=torch.float64)
+    kinds = (
+        kappa**-grid,
+        torch.where(grid < 0.5, 1.0, 1 / kappa),
+        kappa ** -u.sort().values,
+        torch.where(grid < 1, 1.0, 1 / kappa),
+        torch.where(grid > 0, 1 / kappa, 1.0),
+        1 - grid * (1 - 1 / kappa),
+    )
+    return kinds[min(int(pick * len(kinds)), len(kinds) - 1)]
+
+
+def hostile(seed: int, count: int, m: int, n: int, dtype: torch.dtype, *, psd: bool) -> Tensor:
+    """`count` matrices (m, n): conditioned to 1e16, clustered, graded, deficient, scaled by 1e±30, some not finite."""
+    g = seeded(seed)
+    out = []
+    for _ in range(count):
+        u = random.uniform(6, generator=g, dtype=torch.float64).tolist()
+        kappa = 10 ** (16 * u[0])
+        k = min(m, n)
+        s = _spectrum(k, u[1], kappa, random.uniform(k, generator=g, dtype=torch.float64))
+        a = random.with_spectrum(m, n, spectrum=s, symmetric=psd, generator=g, dtype=torch.float64)
+        if u[2] < 0.10:
+            rows = random.normal(max(1, k // 2), n, generator=g, dtype=torch.float64)
+            a = rows.mT @ rows if psd else random.normal(m, max(1, k // 2), generator=g, dtype=torch.float64) @ rows
+        elif u[2] < 0.18:
+            d = 10 ** (-8 * random.uniform(n, generator=g, dtype=torch.float64))
+            a = d[:, None] * a * d if psd else a * d
+        elif u[2] < 0.24 and m == n:
+            a = (hilbert, moler, lotkin, kahan)[int(u[3] * (2 if psd else 4))](n)
+        elif u[2] < 0.28:
+            a = (4 * a / a.abs().max()).round()
+        a = a * 10 ** (60 * u[4] - 30) if u[2] > 0.6 else a
+        a = (a + a.mT) / 2 if psd else a
+        a = a.to(dtype)
+        if u[5] < 0.03:
+            a[0, 0] = math.nan if u[5] < 0.015 else math.inf
+        out.append(a)
+    return torch.stack(out)
+
+
+# --- oracles ---------------------------------------------------------------------------------------------------------
+
+
+def mp(x: Tensor) -> mpmath.matrix:
+    """The matrix exactly, in 60 digits."""
+    return mpmath.matrix(x.to(torch.float64).tolist())
+
+
+def mp_error(value: Tensor, exact: mpmath.matrix | None) -> float:
+    """‖value − exact‖_F / ‖exact‖_F; inf where the exact answer does not exist."""
+    if exact is None or not bool(value.isfinite().all()):
+        return math.inf
+    size = mpmath.norm(exact)
+    return float(mpmath.norm(mp(value) - exact) / size) if size else (0.0 if not value.any() else math.inf)
+
+
+def _eigh(m: mpmath.matrix) -> tuple[list, mpmath.matrix]:
+    w, v = mpmath.eigsy(m)
+    return list(w), v
+
+
+def _function(w: list, v: mpmath.matrix) -> mpmath.matrix:
+    return v * mpmath.diag(w) * v.T
+
+
+def _exists(w: list, power: int = 1) -> bool:
+    return bool(w) and min(w) > max(w) * mpmath.mpf(10) ** -(45 if power == 1 else 44)
+
+
+def oracle_polar(a: Tensor) -> mpmath.matrix | None:
+    x = mp(a if a.shape[0] >= a.shape[1] else a.mT)
+    w, v = _eigh(x.T * x)
+    if not _exists(w):
+        return None
+    q = x * _function([1 / mpmath.sqrt(e) for e in w], v)
+    return q if a.shape[0] >= a.shape[1] else q.T
+
+
+def oracle_svdvals(a: Tensor) -> mpmath.matrix:
+    x = mp(a if a.shape[0] >= a.shape[1] else a.mT)
+    w, _ = _eigh(x.T * x)
+    return mpmath.matrix([[mpmath.sqrt(max(e, 0))] for e in sorted(w, reverse=True)])
+
+
+def oracle_inv(a: Tensor, damping: float = 0.0) -> mpmath.matrix | None:
+    x = mp(a) + mpmath.mpf(damping) * mpmath.eye(a.shape[0])
+    try:
+        y = mpmath.inverse(x)
+    except (ZeroDivisionError, TypeError):  # a zero pivot; mpmath finds no row to swap where a column is all zero
+        return None
+    return y if mpmath.norm(x) * mpmath.norm(y) < mpmath.mpf(10) ** 40 else None
+
+
+def oracle_inv_root(a: Tensor, p: int, damping: float = 0.0) -> mpmath.matrix | None:
+    w, v = _eigh(mp(a) + mpmath.mpf(damping) * mpmath.eye(a.shape[0]))
+    return _function([mpmath.power(e, -mpmath.mpf(1) / p) for e in w], v) if _exists(w) else None
+
+
+def oracle_sqrtm(a: Tensor) -> mpmath.matrix | None:
+    w, v = _eigh(mp(a))
+    floor = -10 * a.shape[0] * torch.finfo(a.dtype).eps * max(abs(e) for e in w)
+    return _function([mpmath.sqrt(max(e, 0)) for e in w], v) if min(w) >= floor else None
+
+
+def _lapack_polar(a: Tensor) -> Tensor:
+    u, _, vh = torch.linalg.svd(a, full_matrices=False)
+    return u @ vh
+
+
+def _lapack_svdvals(a: Tensor) -> Tensor:
+    return torch.linalg.svdvals(a)[:, None]
+
+
+def _ones(a: Tensor) -> Tensor:
+    return torch.ones_like(a[..., :1])
+
+
+def oracle_solve(a: Tensor) -> mpmath.matrix | None:
+    y = oracle_inv(a)
+    return None if y is None else y * mpmath.ones(a.shape[0], 1)
+
+
+def _column(result: tuple[Tensor, gl.Certificate]) -> tuple[Tensor, gl.Certificate]:
+    return result[0][..., None], result[1]
+
+
+def _lapack_root(a: Tensor, power: float) -> Tensor:
+    w, v = torch.linalg.eigh(a)
+    return (v * (w.clamp_min(0) if power > 0 else w) ** power) @ v.mT
+
+
+FUNCTIONS = {
+    "polar": (gl.polar_ex, oracle_polar, _lapack_polar, "general"),
+    "svdvals": (lambda a: _column(gl.svdvals_ex(a)), oracle_svdvals, _lapack_svdvals, "general"),
+    "inv": (gl.inv_ex, oracle_inv, torch.linalg.inv, "square"),
+    "solve": (lambda a: gl.solve_ex(a, _ones(a)), oracle_solve, lambda a: torch.linalg.solve(a, _ones(a)), "square"),
+    "inv_psd": (gl.inv_ex, oracle_inv, torch.linalg.inv, "psd"),
+    "inv_root_2": (
+        partial(gl.inv_root_ex, p=2),
+        partial(oracle_inv_root, p=2),
+        partial(_lapack_root, power=-0.5),
+        "psd",
+    ),
+    "inv_root_4": (
+        partial(gl.inv_root_ex, p=4),
+        partial(oracle_inv_root, p=4),
+        partial(_lapack_root, power=-0.25),
+        "psd",
+    ),
+    "sqrtm": (gl.sqrtm_ex, oracle_sqrtm, partial(_lapack_root, power=1 / 2), "psd"),
+}
+"""name: (certified function, oracle, plain float64 LAPACK, the matrices it takes)."""
+
+
+def lapack_error(name: str, a: Tensor, exact: mpmath.matrix | None) -> float:
+    """The error of plain float64 LAPACK on one matrix, rounded to its dtype; inf where it fails."""
+    if exact is None or not bool(a.isfinite().all()):
+        return math.inf
+    try:
+        return mp_error(FUNCTIONS[name][2](a.to(torch.float64)).to(a.dtype), exact)
+    except torch.linalg.LinAlgError:
+        return math.inf

@@ -1,0 +1,233 @@
+"""The page: nothing unescaped, nothing loaded, well formed, the same for the same document."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from html.parser import HTMLParser
+from importlib.resources import files
+from typing import Any
+
+import pytest
+
+from gramian.errors import InputError
+from gramian.report import Document, Finding, HeatMap, Picture, Report, Role, Section, Series, Table, Tile
+from gramian.report.compose import compare
+from gramian.report.html import render
+from test_report_model import HOSTILE_NAMES, make_report, poison
+
+VOID = {"meta", "input", "br", "img", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Parses strictly: every tag is closed where it must be, and attributes and scripts are kept."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    def attributes(self, name: str) -> list[str]:
+        return [attributes[name] for _, attributes in self.tags if name in attributes]
+
+
+def everything(name: str = "name") -> Document:
+    """Return a document that holds every kind of item, with the name in every text."""
+    looks: list[tuple[Any, Role]] = [
+        ("line", "before"),
+        ("dashed", "after"),
+        ("points", "auto"),
+        ("bars", "muted"),
+        ("area", "auto"),
+    ]
+    series = [Series(f"{name} {style}", [1, 2, 3], [1.0, math.nan, 2.0], role, style) for style, role in looks]
+    items = [
+        Picture(name, series, name, name, caption=name, reference=(1.5, name)),
+        Picture(name, series[:2], name, name, log_x=True, log_y=True, reference=(1.5, name), x_names=[name] * 4),
+        (HeatMap(name, [[1.0, 2.0], [3.0]], name, name, True, name, name), HeatMap(name, [[5.0]])),
+        Table(name, [name, "number"], [[name, 1.0], [name, None]], name, [0]),
+        [Finding(name, "error", name, name, name, name, name, name)],
+    ]
+    return Document(
+        name, name, "bad", [Tile(name, name, name, "accent")], [Section(name, f"{name}\n- {name}", items)], name
+    )
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize("make", [everything, lambda name: poison(name).to_document()], ids=["document", "report"])
+def test_names_are_text_wherever_they_stand(name: str, make):
+    harmless, page = Page(render(make("name"))), Page(render(make(name)))
+
+    # The same elements with the same attributes, hence no element and no handler came from the name. Pictures may
+    # differ in their marks where a long name leaves less room.
+    def outline(parsed: Page) -> list[tuple[str, list[str]]]:
+        active = ("script", "style", "img", "iframe", "a", "link", "meta", "details", "td", "button")
+        return [(tag, sorted(attributes)) for tag, attributes in parsed.tags if tag in active]
+
+    assert outline(page) == outline(harmless)
+    assert {tag for tag, _ in page.tags} <= {tag for tag, _ in harmless.tags} | {"ul", "li", "g", "text"}
+    assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
+    assert page.scripts == harmless.scripts
+    html = render(make(name))
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", html)
+    html.encode("utf-8")
+
+
+def test_a_name_is_shown_as_it_is():
+    name = "<b>$x$ & 'y' [red]</b>"
+    text = " ".join(Page(render(poison(name).to_document())).words)
+    assert name in text
+    assert name in " ".join(Page(render(everything(name))).words)
+
+
+def test_the_page_loads_nothing():
+    html = render(everything())
+    page = Page(html)
+    for value in page.attributes("src") + page.attributes("href") + page.attributes("xlink:href"):
+        assert value.startswith(("data:image/png;base64,", "#"))
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "@import" not in html
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+
+
+def test_only_the_pages_own_script_may_run():
+    page = Page(render(everything()))
+    assert len(page.scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+def test_ids_are_unique_and_references_meet_them():
+    html = render(everything())
+    page = Page(html)
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    used = [value[1:] for value in page.attributes("href") if value.startswith("#")]
+    used += re.findall(r"url\(#([^)]*)\)", html)
+    assert set(used) <= set(ids)
+
+
+def test_colours_are_the_pages_variables():
+    html = render(everything())
+    drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.S))
+    assert not re.findall(r"(?:fill|stroke): #[0-9a-f]+", drawn)
+    css = files("gramian.report").joinpath("page.css").read_text()
+    assert set(re.findall(r"var\((--c-[\w-]+)\)", html)) <= set(re.findall(r"(--c-[\w-]+):", css))
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_texts_stand_out_from_the_page_in_both_themes():
+    css = files("gramian.report").joinpath("page.css").read_text()
+    colours = dict(re.findall(r"--c-([\w-]+): light-dark\((#\w{6}, #\w{6})\)", css))
+    both = {name: pair.split(", ") for name, pair in colours.items()}
+    for name, pair in both.items():
+        if name in ("paper", "surface", "grid", "axis", "line", "muted"):  # never the colour of a text
+            continue
+        for theme in (0, 1):
+            for ground in ("paper", "surface"):
+                a, b = sorted((luminance(pair[theme]), luminance(both[ground][theme])))
+                assert (b + 0.05) / (a + 0.05) >= 4.5, (name, theme, ground)  # WCAG 2.2, criterion 1.4.3
+
+
+def test_the_same_document_gives_the_same_bytes():
+    assert render(everything()) == render(everything())
+    assert render(make_report().to_document()) == render(make_report().to_document())
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+def test_few_layers(num_layers: int):
+    Page(render(make_report(num_layers).to_document()))
+
+
+def test_empty_documents():
+    Page(render(Document("", "")))
+    Page(render(Report("empty").to_document()))
+    Page(
+        render(
+            Document(
+                "t", "v", sections=[Section("s", "", [[], (), Table("t", [], []), Picture("p", []), HeatMap("h", [])])]
+            )
+        )
+    )
+
+
+def test_five_hundred_layers():
+    # 0.4 s and 0.5 MB on one core of a shared machine; the bound to keep is 3 s.
+    html = render(make_report(500, width=64).to_document())
+    assert html.count("<tr") == 501
+    assert len(html) < 2e6
+
+
+def test_a_report_of_unknown_and_broken_numbers():
+    report = make_report(4)
+    for value in (math.nan, math.inf, 0.0, None):
+        layers = [
+            type(layer)(layer.name, "Linear", (2, 2), layer.depth, singular_values=(value or 0.0,) * 2, gain=value,
+                        activation_rms=value, gradient_rms=value)
+            for layer in report.layers
+        ]  # fmt: skip
+        Page(render(Report("t", [], layers, {"x": math.nan}, (math.nan, math.inf)).to_document()))
+
+
+def test_before_and_after_stand_side_by_side_on_one_scale():
+    sections = compare(make_report(5), make_report(5), ("old", "new"))
+    assert [s.heading for s in sections] == [
+        "Findings old", "Findings new", "Signal by depth", "Weight spectra", "End-to-end Jacobian",
+    ]  # fmt: skip
+    Page(render(Document("t", "v", sections=sections)))
+    overlaid = sections[2].items[1]
+    assert isinstance(overlaid, Picture)
+    assert [(s.label, s.role) for s in overlaid.series] == [("old", "before"), ("new", "after")]
+
+
+def test_comparing_with_nothing_measured_leaves_out():
+    assert [s.heading for s in compare(Report("a"), Report("b"))] == ["Findings before", "Findings after"]
+
+
+def test_a_ragged_table_is_refused():
+    with pytest.raises(InputError, match="one cell per column"):
+        render(Document("t", "v", sections=[Section("s", "", [Table("t", ["a", "b"], [[1]])])]))
+
+
+def test_code_keeps_its_lines():
+    finding = Finding("c", "error", "t", remedy="a = 1\n  b = 50 % 7")
+    page = Page(render(Document("t", "v", sections=[Section("s", "", [[finding]])])))
+    assert "a = 1\n  b = 50 % 7" in page.words
+
+
+def test_a_notebook_shows_the_page_in_a_frame():
+    shown = Page(make_report()._repr_html_())
+    assert [tag for tag, _ in shown.tags] == ["iframe"]
+    Page(shown.tags[0][1]["srcdoc"])
