@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import jaxtyping
 import mpmath
 import torch
 from torch import Tensor
@@ -19,6 +22,17 @@ mpmath.mp.dps = 60
 WIDE = (torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@contextmanager
+def untyped() -> Iterator[None]:
+    """Switches jaxtyping's own checks off, where the test is of the library's: they would raise first."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -132,11 +146,12 @@ def mp(x: Tensor) -> mpmath.matrix:
 
 
 def mp_error(value: Tensor, exact: mpmath.matrix | None) -> float:
-    """‖value − exact‖_F / ‖exact‖_F; inf where the exact answer does not exist."""
+    """‖value − exact‖_F / ‖exact‖_F; inf where the exact answer does not exist, 0 below what the oracle resolves."""
     if exact is None or not bool(value.isfinite().all()):
         return math.inf
     size = mpmath.norm(exact)
-    return float(mpmath.norm(mp(value) - exact) / size) if size else (0.0 if not value.any() else math.inf)
+    error = float(mpmath.norm(mp(value) - exact) / size) if size else (0.0 if not value.any() else math.inf)
+    return error if error > 1e-25 else 0.0
 
 
 def _eigh(m: mpmath.matrix) -> tuple[list, mpmath.matrix]:
@@ -245,3 +260,25 @@ def lapack_error(name: str, a: Tensor, exact: mpmath.matrix | None) -> float:
         return mp_error(FUNCTIONS[name][2](a.to(torch.float64)).to(a.dtype), exact)
     except torch.linalg.LinAlgError:
         return math.inf
+
+
+def score(name: str, seed: int, count: int, dtype: torch.dtype, rtol: float) -> tuple[list, list[float], int, int]:
+    """Silent failures, ratios of bound to error where converged, answers flagged, and answers LAPACK gets to rtol."""
+    function, oracle, _, needs = FUNCTIONS[name]
+    shapes = [(3, 3), (6, 6), (8, 8), *([(7, 3), (3, 6)] if needs == "general" else [])]
+    silent, ratios, flagged, met = [], [], 0, 0
+    for i, (m, n) in enumerate(shapes):
+        a = hostile(seed + i, count, m, n, dtype, psd=needs == "psd")
+        value, certificate = function(a)
+        bounds, converged = certificate.error_bound.tolist(), certificate.converged.tolist()
+        for j in range(count):
+            exact = oracle(a[j]) if bool(a[j].isfinite().all()) else None
+            error = mp_error(value[j], exact)
+            if error > bounds[j] * (1 + 1e-12):
+                silent.append((m, n, j, error, bounds[j]))
+            if converged[j] and error > 0:
+                ratios.append(bounds[j] / error)
+            if lapack_error(name, a[j], exact) <= rtol:
+                met += 1
+                flagged += not converged[j]
+    return silent, ratios, flagged, met

@@ -89,13 +89,13 @@ class Layout:
 
     def split(self, tensor: Tensor) -> Tensor:
         """The matrices of `tensor` (shape `self.shape`) as one tensor `(..., m, n)`; a view where strides allow."""
-        if self._is_identity:
+        if self.is_identity:
             return tensor
         return einops.rearrange(tensor, self.pattern, **self._used_sizes)
 
     def join(self, matrices: Tensor) -> Tensor:
         """The tensor of shape `self.shape` that holds `matrices` (`(..., m, n)`)."""
-        if self._is_identity:
+        if self.is_identity:
             return matrices
         left, right = (side.strip() for side in self.pattern.split("->"))
         return einops.rearrange(matrices, f"{right} -> {left}", **self._axes)
@@ -106,7 +106,8 @@ class Layout:
         return tuple(self.split(torch.empty(self.shape, device="meta")).shape)
 
     @cached_property
-    def _is_identity(self) -> bool:
+    def is_identity(self) -> bool:
+        """Whether the tensor is its own matrix, or stack of matrices."""
         left, _, right = self.pattern.partition("->")
         return left.split() == right.split() and "(" not in left and len(left.split()) == len(self.shape)
 

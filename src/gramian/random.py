@@ -16,6 +16,7 @@ from gramian.errors import DtypeError, InputError, ShapeError
 __all__ = ["normal", "orthogonal", "uniform", "wishart", "with_spectrum"]
 
 Device = torch.device | str | None
+Real = float | int
 
 
 def _check(name: str, shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype | None) -> None:
@@ -49,8 +50,8 @@ def _place(x: Tensor, dtype: torch.dtype | None, device: Device) -> Tensor:
 
 def uniform(
     *shape: int,
-    low: float = 0.0,
-    high: float = 1.0,
+    low: Real = 0.0,
+    high: Real = 1.0,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     device: Device = None,
@@ -73,8 +74,8 @@ def uniform(
 
 def normal(
     *shape: int,
-    mean: float = 0.0,
-    std: float = 1.0,
+    mean: Real = 0.0,
+    std: Real = 1.0,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     device: Device = None,
@@ -131,7 +132,7 @@ def orthogonal(
 
 def with_spectrum(
     *shape: int,
-    spectrum: Float[Tensor, "*b k"],
+    spectrum: Float[Tensor, "*s k"],
     symmetric: bool = False,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,

@@ -125,7 +125,11 @@ def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
 
 
 def gain(measured: Measured) -> Iterator[Finding]:
-    """Depth beyond what the layers' gain lets a gradient cross, with the gain's interval on the network's side."""
+    """Depth beyond what the layers' gain lets a gradient cross, with the gain's interval on the network's side.
+
+    χ averages over all directions, and a trained network uses few: it is only told as a trouble where what was measured
+    end to end, the gradient by depth or the Jacobian, agrees.
+    """
     known = [g for g in measured.gains.values() if g is not None and g.chi > 0 and math.isfinite(g.chi)]
     if len(known) < 3 or len(known) < 0.5 * len(measured.gains):
         return
@@ -137,7 +141,7 @@ def gain(measured: Measured) -> Iterator[Finding]:
     measured.facts["gain χ (geometric mean)"] = chi
     closest = max(0.0, abs(mean) - half)  # benefit of the doubt: the end of the interval nearer to 1
     depth = len(known)
-    if closest == 0.0 or TRAINABLE_DEPTHS / closest >= depth:
+    if closest == 0.0 or TRAINABLE_DEPTHS / closest >= depth or not _confirmed(measured):
         return
     xi = 1 / abs(mean)
     side = [g for g in known if (g.chi < 1) == (mean < 0)]
@@ -271,6 +275,14 @@ RULES: tuple[Rule, ...] = (
     dead_units,
     collapsed_weights,
 )
+
+
+def _confirmed(measured: Measured) -> bool:
+    """Whether the gradient or the Jacobian, measured across the whole depth, leaves its healthy range."""
+    sized = [layer.gradient_rms or 0.0 for layer in _with_gradients(measured)]
+    ratio = sized[0] / sized[-1] if sized and sized[-1] > 0 else 1.0
+    largest = measured.jacobian[0] if measured.jacobian else 1.0
+    return not (1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO and 1 / END_TO_END <= largest <= END_TO_END)
 
 
 def _with_gradients(measured: Measured) -> list[Layer]:

@@ -15,7 +15,7 @@ from gramian.linalg.batch import Answer, check, choose, climb, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.twofold import Pair, eye_like, gamma, minus, pair, plus, product, rough, rounding, two_sum
 
-Damping = float | Tensor
+Damping = float | int | Tensor
 Product = Callable[[Pair, Pair], Pair]
 
 

@@ -104,7 +104,7 @@ def _certified(x: Tensor, q: Pair, s: Tensor, v: Tensor, times: Product, steps: 
     f, f_error = minus(times(transpose(q), q), eye_like(q.hi))
     size = norm(f) + f_error
     slack = (1 - size).clamp_min(2.0**-30) ** -1.5
-    turned = (norm(f @ h.hi) + (f_error + gamma(n) * norm(f)) * norm(h.hi)) * slack * (1 + size) / 2
+    turned = (norm(f @ h.hi) + (f_error + gamma(n + 2) * norm(f)) * norm(h.hi)) * slack * (1 + size) / 2
     distance = norm(gap) + gap_error + turned
     # H is positive definite if S^(-1/2) Vᵀ H V S^(-1/2) is near I, and then its eigenvalues are near S in ratio.
     turned_h = times(times(pair(v.mT), h), pair(v))

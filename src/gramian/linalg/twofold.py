@@ -90,7 +90,7 @@ def rounding(a: Pair, b: Pair, *, twofold: bool) -> list[tuple[Tensor, Tensor]]:
     if not twofold or not a.hi.numel() or not b.hi.numel():
         terms = [(a.hi, b.hi, gamma(k)), (a.lo, b.hi, 1.0), (a.hi, b.lo, 1.0), (a.lo, b.lo, 1.0)]
     else:
-        a1, a2, b1, b2 = _split(a, b)
+        a1, a2, _, b2 = _split(a, b)
         terms = [(a1, b2, gamma(k + 6)), (a2, b.hi, gamma(k + 6))]
     return [(factor * x.norm(dim=-1), y.norm(dim=-2)) for x, y, factor in terms]
 

@@ -159,7 +159,7 @@ class Muon(torch.optim.Optimizer):
             if p.grad is not None:
                 r = self._routes[id(p)]
                 assert r.layout is not None
-                batches[(r.layout.matrices, p.dtype, p.device)].append(r)
+                batches[(r.layout.matrices, p.shape, p.dtype, p.device)].append(r)
         num_matrices = sum(math.prod(self._routes[id(p)].layout.matrices[:-2]) for p in group["params"])
         for routes in batches.values():
             self._step_batch(group, routes, num_matrices)
@@ -171,25 +171,39 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
-        finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, ord=math.inf)))
-        self._count_skipped(params, ~finite)
-        mask = finite.view(-1, *[1] * grads[0].ndim)
-        g = torch.stack(grads).to(buffers[0].dtype)
-        g = torch.where(mask, -g if group["maximize"] else g, 0)
-        old = torch.stack(buffers)
-        new = torch.where(mask, group["momentum"] * old + g, old)
-        torch._foreach_copy_(buffers, list(new.unbind(0)))
-        direction = g + group["momentum"] * new if group["nesterov"] else new
-        matrices = torch.stack([r.layout.split(d) for r, d in zip(routes, direction.unbind(0), strict=True)])  # type: ignore[union-attr]
-        update, _ = linalg.polar_ex(matrices, method="newton_schulz", steps=group["num_iterations"], certify=False)
-        update = torch.stack([r.layout.join(u) for r, u in zip(routes, update.unbind(0), strict=True)])  # type: ignore[union-attr]
-        m, n = matrices.shape[-2:]
+        g = torch.stack([p.grad for p in params]).to(buffers[0].dtype)  # type: ignore[misc]
+        dims = (-1, *[1] * (g.ndim - 1))
+        bad = ~torch.isfinite(g.flatten(1).abs().amax(1))
+        self._count_skipped(params, bad)
+        # What is bad is masked on the device, without waiting for it: its buffer keeps, its step is zero.
+        g = g.masked_fill_(bad.view(dims), 0.0)
+        if group["maximize"]:
+            g = g.neg_()
+        decay = torch.where(bad, 1.0, group["momentum"]).to(g.dtype)
+        momentum = torch.stack(buffers).mul_(decay.view(dims)).add_(g)
+        torch._foreach_copy_(buffers, list(momentum.unbind(0)))
+        direction = g.add_(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+        update = self._polar(routes, direction, group["num_iterations"])
+        m, n = routes[0].layout.matrices[-2:]  # type: ignore[union-attr]
         scale = math.sqrt(m / n) / num_matrices if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
-        update = torch.where(mask, update * (-group["lr"] * scale), 0).to(params[0].dtype)
+        length = torch.where(bad, 0.0, -group["lr"] * scale).to(update.dtype)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, list((1 - group["lr"] * group["weight_decay"] * mask).to(params[0].dtype).unbind(0)))
+            keep = torch.where(bad, 1.0, 1 - group["lr"] * group["weight_decay"]).to(params[0].dtype)
+            torch._foreach_mul_(params, list(keep.unbind(0)))
+        update = update.mul_(length.view(dims)).to(params[0].dtype)
         torch._foreach_add_(params, list(update.unbind(0)))
+
+    @staticmethod
+    def _polar(routes: list[Route], direction: Tensor, num_iterations: int) -> Tensor:
+        """The polar factors of the matrices in `direction`, one parameter for each index of its first dimension."""
+        layouts = [r.layout for r in routes if r.layout is not None]
+        plain = all(layout.is_identity for layout in layouts)
+        if not plain:
+            direction = torch.stack([la.split(d) for la, d in zip(layouts, direction.unbind(0), strict=True)])
+        update, _ = linalg.polar_ex(direction, method="newton_schulz", steps=num_iterations, certify=False)
+        if not plain:
+            update = torch.stack([la.join(u) for la, u in zip(layouts, update.unbind(0), strict=True)])
+        return update
 
     def _count_skipped(self, params: list[Tensor], bad: Tensor) -> None:
         """Adds to the counts on the device, without waiting for it."""

@@ -35,37 +35,20 @@ def draw_heat_map(
     """Draw at a size in pixels, within `canvas.drawing_settings`; row 0 is at the top, cells without a value blank."""
     scale = scale or shared_scale([heat_map])
     rows = [[float(v) for v in row] for row in heat_map.values]
-    left_out = LeftOut()
-    for row in rows:
-        left_out.count(row, scale.log)
     num_columns = max((len(row) for row in rows), default=0)
     canvas = Canvas(width, height)
-    top = 14.0
-    if heat_map.y_label or heat_map.value_label:
-        top = 34.0
-        labels = [text for text in (heat_map.y_label, heat_map.value_label) if text]
-        if sum(canvas.text_width(text) for text in labels) + 24 > width:
-            top = 54.0
+    top = 34.0 if heat_map.y_label or heat_map.value_label else 14.0
+    if canvas.text_width(heat_map.y_label) + canvas.text_width(heat_map.value_label) + 24 > width:
+        top += 20.0  # the two labels take a line each
     bottom = height - (46.0 if heat_map.x_label else 26.0)
-    bar_text = max([canvas.text_width(label, _TICK_SIZE) for label in scale.labels] + [0.0])
-    right = width - bar_text - 46
+    right = width - max([canvas.text_width(label, _TICK_SIZE) for label in scale.labels] + [0.0]) - 46
     row_axis = _cells(len(rows), max(int((bottom - top) / 36), 2))
     left = max([canvas.text_width(label, _TICK_SIZE) for label in row_axis.labels] + [8.0]) + 10
     column_axis = _cells(num_columns, max(int((right - left) / 70), 2))
-    image = _image(rows, num_columns, scale, (left, top, right - left, bottom - top))
-    bar = _bar((right + 18, top, 12.0, bottom - top))
-    for tick, label in zip(row_axis.ticks, row_axis.labels, strict=True):
-        y = top + (tick + 0.5) / max(len(rows), 1) * (bottom - top)
-        canvas.line([left - 4, left], [y, y], "axis")
-        canvas.text(left - 8, y, label, anchor="right", size=_TICK_SIZE)
-    for tick, label in zip(column_axis.ticks, column_axis.labels, strict=True):
-        x = left + (tick + 0.5) / max(num_columns, 1) * (right - left)
-        canvas.line([x, x], [bottom, bottom + 4], "axis")
-        canvas.text(x, bottom + 15, label, anchor="center", size=_TICK_SIZE)
-    for tick, label in zip(scale.ticks, scale.labels, strict=True):
-        y = bottom - (tick - scale.low) / (scale.high - scale.low) * (bottom - top)
-        canvas.line([right + 30, right + 34], [y, y], "axis")
-        canvas.text(right + 38, y, label, size=_TICK_SIZE)
+    box = (left, top, right - left, bottom - top)
+    image = _image(rows, num_columns, scale, box)
+    _label_cells(canvas, box, row_axis, column_axis)
+    _label_scale(canvas, box, scale)
     if heat_map.x_label:
         canvas.text((left + right) / 2, height - 10, canvas.fitting(heat_map.x_label, right - left), anchor="center")
     canvas.text(0, 10, canvas.fitting(heat_map.y_label, width))
@@ -73,23 +56,53 @@ def draw_heat_map(
     if image is None:
         canvas.text((left + right) / 2, (top + bottom) / 2, "no values", anchor="center")
     spoken = f"{heat_map.title}. Heat map of {len(rows):,} rows and {num_columns:,} columns."
-    drawn = Drawn(canvas.svg(prefix, spoken, [i for i in (image, bar) if i is not None]))
-    drawn.notes = [str(left_out)] if str(left_out) else []
+    images = [_bar((right + 18, top, 12.0, bottom - top))] + ([image] if image is not None else [])
+    return Drawn(canvas.svg(prefix, spoken, images), notes=_notes(rows, num_columns, scale))
+
+
+def _label_cells(canvas: Canvas, box: tuple[float, float, float, float], rows: Axis, columns: Axis) -> None:
+    """Write the numbers of rows and columns at the middles of their cells; an axis of cells ends at the last one."""
+    left, top, width, height = box
+    for tick, label in zip(rows.ticks, rows.labels, strict=True):
+        y = top + (tick + 0.5) / (rows.high + 1) * height
+        canvas.line([left - 4, left], [y, y], "axis")
+        canvas.text(left - 8, y, label, anchor="right", size=_TICK_SIZE)
+    for tick, label in zip(columns.ticks, columns.labels, strict=True):
+        x = left + (tick + 0.5) / (columns.high + 1) * width
+        canvas.line([x, x], [top + height, top + height + 4], "axis")
+        canvas.text(x, top + height + 15, label, anchor="center", size=_TICK_SIZE)
+
+
+def _label_scale(canvas: Canvas, box: tuple[float, float, float, float], scale: Axis) -> None:
+    left, top, width, height = box
+    for tick, label in zip(scale.ticks, scale.labels, strict=True):
+        y = top + height * (scale.high - tick) / (scale.high - scale.low)
+        canvas.line([left + width + 30, left + width + 34], [y, y], "axis")
+        canvas.text(left + width + 38, y, label, size=_TICK_SIZE)
+
+
+def _notes(rows: Sequence[Sequence[float]], num_columns: int, scale: Axis) -> list[str]:
+    """Say what the drawing does not show: values left out, values off the scale, rows and columns passed over."""
+    left_out = LeftOut()
+    for row in rows:
+        left_out.count(row, scale.log)
+    notes = [str(left_out)] if str(left_out) else []
     if num_columns > _MOST_COLUMNS or len(rows) > _MOST_ROWS:
-        drawn.notes.append(
+        notes.append(
             f"{min(len(rows), _MOST_ROWS):,} of {len(rows):,} rows and {min(num_columns, _MOST_COLUMNS):,} of "
             f"{num_columns:,} columns drawn, evenly spaced."
         )
-    low = sum(v < 10.0**scale.low * (1 - 1e-9) for row in rows for v in row if shows(v, True)) if scale.log else 0
+    floor = 10.0**scale.low if scale.log else 0.0
+    low = sum(0 < value < floor * (1 - 1e-9) for row in rows for value in row)
     if low:
         values = "value is" if low == 1 else "values are"
-        drawn.notes.append(f"{low:,} {values} below {10.0**scale.low:.0e} and drawn in the lowest colour.")
-    return drawn
+        notes.append(f"{low:,} {values} below {floor:.0e} and drawn in the lowest colour.")
+    return notes
 
 
 def _cells(count: int, num_ticks: int) -> Axis:
     if count <= 1:
-        return Axis(False, 0.0, 1.0, (0.0,) if count else (), ("0",) if count else ())
+        return Axis(False, 0.0, 0.0, (0.0,) if count else (), ("0",) if count else ())
     axis = make_axis([0, count - 1], num_ticks=num_ticks, integer=True)
     ticks = [(t, label) for t, label in zip(axis.ticks, axis.labels, strict=True) if t <= count - 1]
     return Axis(False, 0.0, count - 1.0, tuple(t for t, _ in ticks), tuple(label for _, label in ticks))

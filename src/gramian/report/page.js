@@ -37,7 +37,7 @@
     const body = figure.querySelector("tbody");
     const first = [...body.rows].filter((row) => !row.classList.contains("beyond")).length;
     const headers = [...figure.querySelectorAll("th")];
-    headers.forEach((header, column) => header.querySelector("button").addEventListener("click", () => {
+    const sortBy = (header, column) => {
       const descending = header.getAttribute("aria-sort") === "ascending"
         || (header.getAttribute("aria-sort") === "none" && header.classList.contains("number"));
       headers.forEach((other) => other.setAttribute("aria-sort", "none"));
@@ -57,16 +57,29 @@
       });
       rows.forEach(({ row }, place) => row.classList.toggle("beyond", place >= first));
       body.append(...rows.map(({ row }) => row));
-    }));
+    };
+    headers.forEach((header, column) => {
+      // Not a <button>: Chromium does not repeat a header with one on every printed page.
+      const button = header.querySelector("span");
+      button.tabIndex = 0;
+      button.setAttribute("role", "button");
+      button.addEventListener("click", () => sortBy(header, column));
+      button.addEventListener("keydown", (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault();
+        sortBy(header, column);
+      });
+    });
     const more = figure.querySelector(".more");
-    if (more) more.addEventListener("click", () => figure.classList.add("all"));
+    let opened = !more;
+    if (more) more.addEventListener("click", () => { opened = true; figure.classList.add("all"); });
     const filter = figure.querySelector(".tools input");
     if (!filter) return;
     const count = figure.querySelector(".count");
     const total = body.rows.length;
     filter.addEventListener("input", () => {
       const wanted = filter.value.trim().toLowerCase();
-      figure.classList.toggle("all", wanted !== "" || !more);
+      figure.classList.toggle("all", wanted !== "" || opened);
       let shown = 0;
       for (const row of body.rows) {
         const fits = row.textContent.toLowerCase().includes(wanted);

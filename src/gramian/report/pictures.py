@@ -234,6 +234,8 @@ def _draw_names(canvas: Canvas, frame: Frame, names: Sequence[str]) -> None:
         if not frame.left <= x <= frame.right:
             continue
         if level:
+            half = canvas.text_width(short[place], _TICK_SIZE) / 2
+            x = min(max(x, half), canvas.width - half)
             canvas.text(x, frame.bottom + 15, short[place], anchor="center", size=_TICK_SIZE)
         else:
             canvas.text(

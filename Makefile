@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up what they need on a fresh machine: Python 3.11+ with venv, and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: demo test test-slow lint docs bench clean
+
+demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-demo/report.html
+	$(BIN)/gramian demo
+
+test: $(VENV)/.test  ## all tests, the quick ones first
+	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.lint  ## style, types, floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+docs: $(VENV)/.docs  ## HTML in docs/_build
+	$(BIN)/sphinx-build --quiet -W -b html docs docs/_build
+
+bench: $(VENV)/.test  ## the figures of the README and of benchmarks/results
+	$(BIN)/python benchmarks/demo_rates.py
+	$(BIN)/python benchmarks/demo_seeds.py
+
+clean:
+	rm -rf $(VENV) gramian-demo runs docs/_build .pytest_cache .ruff_cache
+
+# torch first and by itself: its pinned version has a small CPU build where an open range takes gigabytes.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[tasks]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[test,lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[docs]'
+	@touch $@

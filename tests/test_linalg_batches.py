@@ -1,0 +1,166 @@
+"""Shapes, dtypes, errors, scales: one bad matrix never harms its neighbours, and bad arguments say what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gramian.linalg as gl
+from cases import DEVICES, HALF, SHAPES, WIDE, hostile, seeded, untyped
+from gramian import random
+from gramian.errors import ConvergenceError, DtypeError, InputError, ShapeError
+
+GENERAL = {
+    "polar": gl.polar_ex,
+    "polar/newton_schulz": lambda a: gl.polar_ex(a, method="newton_schulz"),
+    "svdvals": gl.svdvals_ex,
+    "svd_lowrank": lambda a: gl.svd_lowrank_ex(a, min(1, *a.shape[-2:])),
+}
+SYMMETRIC = {
+    "inv": gl.inv_ex,
+    "inv/cholesky": lambda a: gl.inv_ex(a, method="cholesky"),
+    "solve": lambda a: gl.solve_ex(a, a),
+    "inv_root": lambda a: gl.inv_root_ex(a, 4),
+    "sqrtm": gl.sqrtm_ex,
+}
+ALL = {**GENERAL, **SYMMETRIC}
+
+
+def tensors(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [*WIDE, *HALF], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_any_shape(name, shape, dtype, device):
+    a = random.normal(*shape, generator=seeded(0), dtype=dtype, device=device)
+    if name in SYMMETRIC:
+        k = shape[-1]
+        a = gl.syrk(a).to(dtype) + torch.eye(k, dtype=dtype, device=device)
+    value, certificate = ALL[name](a)
+    assert certificate.converged.shape == a.shape[:-2]
+    for field in ("residual", "error_bound", "kind", "failure_probability", "steps", "method", "reason"):
+        assert getattr(certificate, field).shape == a.shape[:-2]
+    for x in tensors(value):
+        assert x.dtype == dtype
+        assert x.device == a.device
+        assert x.shape[: len(shape) - 2] == shape[:-2]
+    if not name.startswith("polar/"):
+        assert certificate.converged.all()
+        assert len(certificate.method_names) == certificate.converged.numel()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_a_bad_matrix_leaves_its_neighbours_alone(name, dtype, device):
+    a = hostile(5, 30, 4, 4, dtype, psd=name in SYMMETRIC)
+    a[::7] = torch.nan
+    a[3] = torch.inf
+    a = a.to(device)
+    value, certificate = ALL[name](a)
+    for i in range(a.shape[0]):
+        alone, own = ALL[name](a[i])
+        assert own.converged == certificate.converged[i]
+        for x, y in zip(tensors(alone), tensors(value), strict=True):
+            # A batched product may sum in another order than a single one.
+            if own.converged and certificate.converged[i]:
+                bound = (own.error_bound + certificate.error_bound[i]) * 1.01 * torch.linalg.norm(x.double())
+                apart = torch.linalg.norm(x.double() - y[i].double())
+                assert apart <= bound or name == "svd_lowrank"
+            assert torch.equal(x.isnan(), y[i].isnan())
+
+
+@pytest.mark.parametrize("power", [-30, 30])
+@pytest.mark.parametrize("name", ["polar", "polar/newton_schulz", "svdvals", "inv", "sqrtm", "inv_root"])
+def test_scaling_by_a_power_of_two_scales_the_answer_exactly(name, power):
+    a = gl.syrk(random.normal(3, 8, 5, generator=seeded(1)))
+    exponent = {"svdvals": 1, "inv": -1, "sqrtm": 0.5, "inv_root": -0.25}.get(name, 0)
+    k = 4 * power // 2
+    before, after = ALL[name](a)[0], ALL[name](a * 2.0**k)[0]
+    assert torch.equal(before * 2.0 ** (k * exponent), after)
+
+
+@pytest.mark.parametrize("name", ALL)
+@untyped()
+def test_wrong_input_says_what_to_do(name):
+    own = name.partition("/")[0]
+    with pytest.raises(ShapeError, match=rf"{own}: expected .*\(512,\)"):
+        ALL[name](torch.zeros(512)) if own != "svd_lowrank" else gl.svd_lowrank_ex(torch.zeros(512), 1)
+    with pytest.raises(DtypeError, match=f"{own}: expected float64.*Convert"):
+        ALL[name](torch.zeros(3, 3, dtype=torch.int64))
+    with pytest.raises(DtypeError, match="complex"):
+        ALL[name](torch.zeros(3, 3, dtype=torch.complex64))
+    if name in SYMMETRIC:
+        with pytest.raises(ShapeError, match="square"):
+            ALL[name](torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("method", ["nonsense", ""])
+def test_unknown_method_lists_the_known(method):
+    a = torch.eye(3)
+    calls = {
+        "polar": (lambda: gl.polar(a, method=method), gl.polar_factor.POLAR),
+        "inv": (lambda: gl.inv(a, method=method), gl.inverses.INV),
+        "solve": (lambda: gl.solve(a, a, method=method), gl.inverses.SOLVE),
+        "inv_root": (lambda: gl.inv_root(a, 2, method=method), gl.roots.INV_ROOT),
+        "sqrtm": (lambda: gl.sqrtm(a, method=method), gl.roots.SQRTM),
+        "svdvals": (lambda: gl.svdvals(a, method=method), gl.singular.SVDVALS),
+        "svd_lowrank": (lambda: gl.svd_lowrank(a, 1, method=method), gl.singular.SVD_LOWRANK),
+    }
+    for name, (call, family) in calls.items():
+        with pytest.raises(InputError, match=f"{name}: unknown method.*{', '.join(family)}"):
+            call()
+
+
+@untyped()
+def test_other_arguments_are_checked():
+    a = torch.eye(3)
+    for call in (
+        lambda: gl.inv(a, damping=-1.0),
+        lambda: gl.inv(a, damping=torch.zeros(2)),
+        lambda: gl.inv(a, rtol=-1.0),
+        lambda: gl.inv_root(a, 0),
+        lambda: gl.svd_lowrank(a, 4),
+        lambda: gl.solve(a, torch.zeros(2, 1)),
+        lambda: gl.polar(a, steps=0),
+        lambda: gl.second_moment(torch.zeros(0, 3)),
+    ):
+        with pytest.raises(InputError):
+            call()
+
+
+def test_value_form_raises_with_the_reason():
+    with pytest.raises(ConvergenceError, match=r"inv: 1 of 2 matrices.*matrix 1:.*singular.*inv_ex"):
+        gl.inv(torch.stack([torch.eye(2), torch.zeros(2, 2)]))
+    with pytest.raises(ConvergenceError, match="not symmetric"):
+        gl.sqrtm(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    with pytest.raises(ConvergenceError, match="above rtol"):
+        gl.inv(torch.tensor([[3.0]]), rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [*WIDE, *HALF], ids=str)
+def test_products_are_exactly_symmetric_and_accumulate_wide(dtype):
+    x = random.normal(2, 300, 33, generator=seeded(4), dtype=dtype)
+    gram = gl.syrk(x)
+    assert gram.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(gram, gram.mT)
+    exact = x.double().mT @ x.double()
+    assert torch.linalg.norm(gram - exact) <= 300 * torch.finfo(gram.dtype).eps * torch.linalg.norm(exact)
+    assert torch.equal(gl.second_moment(x), gram / 300)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gl.syrk(x), gram)
+
+
+def test_importing_linalg_loads_only_torch():
+    code = (
+        "import sys, torch, jaxtyping; before = set(sys.modules); import gramian.linalg, gramian.random;"
+        "new = {m.partition('.')[0] for m in set(sys.modules) - before}; print(sorted(new))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"numpy", "scipy", "matplotlib", "mpmath"} & set(eval(out)), out

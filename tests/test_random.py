@@ -1,0 +1,124 @@
+"""Random matrices have the distribution they claim, from the caller's generator and no other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import integrate, stats
+
+from cases import seeded, untyped
+from gramian import random
+from gramian.errors import DtypeError, InputError, ShapeError
+
+MAKERS = {
+    "uniform": lambda *s, **k: random.uniform(*s, **k),
+    "normal": lambda *s, **k: random.normal(*s, **k),
+    "orthogonal": lambda *s, **k: random.orthogonal(*s, **k),
+    "with_spectrum": lambda *s, **k: random.with_spectrum(*s, spectrum=torch.ones(min(s[-2:])), **k),
+    "wishart": lambda *s, **k: random.wishart(*s, samples=3, **k),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_only_the_callers_generator_is_drawn_from(name):
+    state = torch.get_rng_state()
+    first = MAKERS[name](2, 4, 4, generator=seeded(1))
+    assert torch.equal(first, MAKERS[name](2, 4, 4, generator=seeded(1)))
+    assert not torch.equal(first, MAKERS[name](2, 4, 4, generator=seeded(2)))
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(InputError, match=f"{name}: expected generator"):
+        MAKERS[name](4, 4)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3), (2, 0, 4, 4), (0, 0), (1, 1)], ids=str)
+def test_shape_and_dtype(name, dtype, shape):
+    x = MAKERS[name](*shape, generator=seeded(0), dtype=dtype)
+    assert (x.shape, x.dtype) == (shape, dtype)
+
+
+@untyped()
+def test_wrong_arguments_say_what_to_do():
+    g = seeded(0)
+    with pytest.raises(ShapeError, match=r"uniform\(2, 3\), not"):
+        random.uniform((2, 3), generator=g)  # type: ignore[arg-type]
+    with pytest.raises(DtypeError, match="floating"):
+        random.normal(2, generator=g, dtype=torch.int64)
+    for call in (
+        lambda: random.orthogonal(3, generator=g),
+        lambda: random.with_spectrum(3, 2, spectrum=torch.ones(3), generator=g),
+        lambda: random.with_spectrum(3, 2, spectrum=torch.ones(2), symmetric=True, generator=g),
+        lambda: random.with_spectrum(4, 3, 2, spectrum=torch.ones(3, 2), generator=g),
+        lambda: random.wishart(3, 2, samples=4, generator=g),
+    ):
+        with pytest.raises(ShapeError):
+            call()
+    with pytest.raises(InputError, match="samples"):
+        random.wishart(2, 2, samples=0, generator=g)
+
+
+def test_entries_follow_their_law():
+    u = random.uniform(40, 500, low=-1, high=3, generator=seeded(3), dtype=torch.float64).flatten().numpy()
+    assert stats.kstest(u, stats.uniform(-1, 4).cdf).pvalue > 1e-3
+    x = random.normal(40, 500, mean=2, std=0.5, generator=seeded(4), dtype=torch.float64).flatten().numpy()
+    assert stats.kstest(x, stats.norm(2, 0.5).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(50, 5, 5), (50, 7, 3), (50, 3, 7)], ids=str)
+def test_orthogonal_is_orthonormal_on_the_smaller_side(shape):
+    q = random.orthogonal(*shape, generator=seeded(5), dtype=torch.float64)
+    small = q if shape[-2] <= shape[-1] else q.mT
+    eye = torch.eye(min(shape[1:]), dtype=torch.float64)
+    assert (small @ small.mT - eye).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("shape", [(20000, 4, 4), (20000, 5, 2), (20000, 2, 5)], ids=str)
+def test_orthogonal_has_the_moments_and_marginals_of_haar(shape):
+    q = random.orthogonal(*shape, generator=seeded(6), dtype=torch.float64)
+    n = max(shape[1:])
+    # Each entry squared is Beta(1/2, (n − 1)/2), and its sign is fair.
+    entry = q[:, -1, -1]
+    assert stats.kstest((entry**2).numpy(), stats.beta(0.5, (n - 1) / 2).cdf).pvalue > 1e-3
+    assert abs(entry.mean()) < 4 / math.sqrt(n * 20000)
+    assert abs((q**4).mean() - 3 / (n * (n + 2))) < 0.01
+    if shape[1] == shape[2]:
+        # Without the sign fix the trace is not of mean 0 and variance 1 (Diaconis and Shahshahani).
+        trace = q.diagonal(dim1=-2, dim2=-1).sum(-1)
+        assert abs(trace.mean()) < 0.03
+        assert abs(trace.var() - 1) < 0.05
+        assert abs(torch.linalg.det(q).mean()) < 0.03
+
+
+def test_with_spectrum_has_it():
+    s = torch.tensor([[3.0, 2.0, 0.5], [1.0, 1e-3, 0.0]], dtype=torch.float64)
+    a = random.with_spectrum(2, 5, 3, spectrum=s, generator=seeded(7), dtype=torch.float64)
+    assert (torch.linalg.svdvals(a) - s).abs().max() < 1e-14
+    m = random.with_spectrum(2, 3, 3, spectrum=-s, symmetric=True, generator=seeded(7), dtype=torch.float64)
+    assert torch.equal(m, m.mT)
+    assert (torch.linalg.eigvalsh(m) + s).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+def test_wishart_eigenvalues_follow_marchenko_pastur(ratio):
+    d = 400
+    m = random.wishart(d, d, samples=int(d / ratio), generator=seeded(8), dtype=torch.float64)
+    assert torch.equal(m, m.mT)
+    low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+
+    def density(x: float) -> float:
+        return math.sqrt(max((high - x) * (x - low), 0)) / (2 * math.pi * ratio * x)
+
+    w = torch.linalg.eigvalsh(m)
+    for quantile in (0.1, 0.3, 0.5, 0.7, 0.9):
+        edge = w.quantile(quantile).item()
+        # Substituting x = t² tames the 1/√x edge at ratio 1.
+        below, _ = integrate.quad(lambda t: 2 * t * density(t * t) if t else 0.0, math.sqrt(low), math.sqrt(edge))
+        assert abs(below - quantile) < 0.01
+
+
+def test_wishart_of_few_samples_is_deficient():
+    m = random.wishart(3, 6, 6, samples=2, generator=seeded(9), dtype=torch.float64)
+    assert torch.linalg.matrix_rank(m).tolist() == [2, 2, 2]
