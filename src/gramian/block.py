@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import einops
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError, ShapeError
@@ -27,6 +28,11 @@ Role = Literal["embedding", "hidden", "head"]
 
 # Axis names that are numbers: "i (three o) -> three o i".
 _NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
+
+_EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
+
+# Modules whose parameters multiply or shift element by element, whatever their number of dimensions.
+_ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm)
 
 # The parameters of torch's own modules that hold matrices. `g` is the module's number of groups.
 _LINEAR = {"weight": "o i -> o i"}
@@ -75,11 +81,13 @@ class Layout:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.pattern.count("->") != 1 or "..." in self.pattern:
+            raise ShapeError(f"layout {self.pattern!r} must be 'axes -> axes', with every axis named: 'o i -> o i'")
         try:
             matrices = self.matrices
         except (einops.EinopsError, ValueError) as error:
             raise ShapeError(
-                f"layout {self.pattern!r} does not fit a tensor of shape {self.shape}: {str(error).strip().splitlines()[-1]}"
+                f"layout {self.pattern!r} does not fit a tensor of shape {self.shape}: {str(error).splitlines()[-1].strip()}"
             ) from None
         if len(matrices) < 2:
             raise ShapeError(
@@ -120,10 +128,9 @@ class Layout:
     def _axes(self) -> dict[str, int]:
         """The size of every axis, which `join` needs where the right side merges some."""
         axes = dict(self._used_sizes)
-        groups = re.findall(r"\(([^)]*)\)|(\w+)", self.pattern.partition("->")[0])
-        for (group, single), size in zip(groups, self.shape, strict=True):
-            names = group.split() if not single else [single]
-            unknown = [name for name in names if name not in axes]
+        for group, size in zip(_axes_of(self.pattern), self.shape, strict=True):
+            names = group.strip("()").split()
+            unknown = [name for name in names if name not in axes and not name.isdigit()]
             if unknown:
                 known = math.prod(axes[name] for name in names if name in axes)
                 axes[unknown[0]] = size // known if known else 0
@@ -256,11 +263,13 @@ def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str,
             rest.append(Rest(name, parameter, reason, tuple(other for other, _ in names[1:])))
             continue
         text, sizes = (pattern, {}) if isinstance(pattern, str) else pattern
+        if hasattr(module, "groups"):
+            sizes = {"g": module.groups, **sizes}
         try:
-            layout = Layout(text, tuple(parameter.shape), {"g": getattr(module, "groups", 1), **sizes})
+            layout = Layout(text, tuple(parameter.shape), sizes)
         except ShapeError as error:
             raise ShapeError(f"blocks: parameter {name!r}: {error}") from None
-        role: Role = "embedding" if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else "hidden"
+        role: Role = "embedding" if any(isinstance(m, _EMBEDDING) for _, m in names) else "hidden"
         found.append(Block(tuple(names), parameter, layout, role, reason))
     for pattern in overrides:
         if pattern not in used:
@@ -295,24 +304,27 @@ def _layout(
                 if getattr(module, "groups", 1) == 1:
                     layout = layout.replace("(g o)", "o").replace("(g i)", "i").replace("-> g ", "-> ")
                 return layout, f"{cls.__name__}.{known}"
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
+    if isinstance(parameter, UninitializedParameter):
         return None, "not initialised yet: run a batch through the lazy module first"
     if parameter.ndim < 2:
         return None, f"{'bias' if 'bias' in local else local}: a {'vector' if parameter.ndim else 'scalar'}"
+    if isinstance(module, _ELEMENTWISE) or local.startswith("bias"):
+        return None, f"{local} of {type(module).__name__}: acts element by element"
     if parameter.ndim == 2:
         return "o i -> o i", f"unknown class {type(module).__name__}: taken as one matrix (out, in)"
     return None, f"unknown class {type(module).__name__} with {parameter.ndim} dimensions: give layouts={{'{name}': …}}"
 
 
-def _axes_of(pattern: str) -> list:
+def _axes_of(pattern: str) -> list[str]:
+    """The axes of the pattern's left side, each a name or a group in parentheses."""
     return re.findall(r"\([^)]*\)|\w+", pattern.partition("->")[0])
 
 
 def _with_head(found: list[Block]) -> list[Block]:
-    """Marks the head: the last registered block that no embedding is tied to, if the model has more than one block."""
+    """Marks the head: the last registered block, if the model has more than one and no head is tied to an embedding."""
     last = next((i for i in reversed(range(len(found))) if found[i].role == "hidden"), None)
-    tied = any(b.role == "embedding" and b.aliases for b in found)
-    if last is None or tied or sum(b.role == "hidden" for b in found) < 2:
+    tied = any(b.role == "embedding" and not isinstance(m, _EMBEDDING) for b in found for _, m in b.owners)
+    if last is None or tied or len(found) < 2:
         return found
     head = found[last]
     marked = replace(head, role="head", reason=f"{head.reason}; the last block")

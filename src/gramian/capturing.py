@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gramian.block import Blocks, blocks
 from gramian.errors import InputError
@@ -40,8 +42,9 @@ def capture(
         progress: called after each batch with the number of batches done.
 
     Returns:
-        Sites by block name in forward order: `stats["0.weight"].A`, `.G`. A tied parameter has one site under each of
-        its names. Linear, Conv2d (one group) and Embedding are captured; other blocks have `None` and the reason.
+        Sites by block name in forward order: `stats["0.weight"].A`, `.G`. A parameter tied across modules has one site
+        under each of its names; a module that is used twice is one site. Linear, Conv2d (one group) and Embedding are
+        captured; other blocks have `None` and the reason.
 
     Raises:
         InputError: no batches, a loss that is not finite-shaped, or a `fisher` that the objective lacks.
@@ -68,23 +71,34 @@ def capture(
                 total_loss += float(loss.detach())
                 losses = list(objective.losses(output, batch, fisher, generator))
                 for i, pseudo in enumerate(losses):
-                    recorder.accumulate(pseudo, units, retain=i + 1 < len(losses), first=i == 0)
+                    recorder.accumulate(pseudo, retain=i + 1 < len(losses))
             num_batches += 1
             if progress is not None:
                 progress(num_batches)
     if num_batches == 0:
         raise InputError("capture: there were no batches; pass any non-empty iterable (a generator may be spent already)")
     stats.loss = total_loss / stats.units
+    for site in stats.sites.values():
+        if site.G is not None:
+            site.G.count = stats.units  # also where some batches did not use the layer: their gradient is zero
+        elif not site.reason:
+            site.reason = "no gradient reached it"
     return stats
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode again afterwards."""
+    """Evaluation mode, uncompiled, inside; afterwards each module's own mode and the global random state again.
+
+    Hooks that are added to a model after its compilation do not run, so compiled code stands aside meanwhile.
+    """
     training = {module: module.training for module in model.modules()}
-    model.eval()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    compiles = "torch._dynamo" in sys.modules
     try:
-        yield
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+            model.eval()
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -97,22 +111,18 @@ class _Recorder:
         self.active = False
         self.edges: list[tuple[Site, nn.Module, Any]] = []
 
-    def accumulate(self, loss: Tensor, units: Tensor, *, retain: bool, first: bool) -> None:
-        """Adds the gradients of `loss` at every recorded output to G."""
+    def accumulate(self, loss: Tensor, *, retain: bool) -> None:
+        """Adds the gradients of `loss` at every recorded output to G, whose count is set once all units are known."""
         if not self.edges or not loss.requires_grad:
             return
         grads = torch.autograd.grad(loss, [edge for _, _, edge in self.edges], retain_graph=retain, allow_unused=True)
-        count = float(units) if first else 0.0
-        counted: set[int] = set()
         for (site, module, _), grad in zip(self.edges, grads, strict=True):
             if grad is None:
                 continue
             rows = _output_rows(module, grad)
             if site.G is None:
                 site.G = Gram(rows.shape[-1], device=rows.device)
-            # A site used several times in one forward pass sums its uses over the same units.
-            site.G.update(rows, count=0.0 if id(site) in counted else count)
-            counted.add(id(site))
+            site.G.update(rows, count=0.0)
 
 
 @contextmanager
@@ -120,11 +130,15 @@ def _recording(found: Blocks, stats: Statistics) -> Iterator[_Recorder]:
     recorder = _Recorder()
     handles = []
     sites: dict[str, Site] = {}
+    hooked: set[nn.Module] = set()
     for name, module in (owner for block in found.blocks for owner in block.owners):
         unsupported = _unsupported(module)
+        if module in hooked:
+            continue
         sites[name] = site = Site(reason=unsupported or "no batch reached it")
         if not unsupported:
-            handles.append(module.register_forward_hook(_hook(recorder, stats, site, name)))
+            hooked.add(module)
+            handles.append(module.register_forward_hook(_hook(recorder, stats, site, name), with_kwargs=True))
     try:
         yield recorder
         for name, site in sites.items():  # those that the pass did not reach, after those that it did
@@ -135,19 +149,22 @@ def _recording(found: Blocks, stats: Statistics) -> Iterator[_Recorder]:
 
 
 def _hook(recorder: _Recorder, stats: Statistics, site: Site, name: str) -> Callable:
-    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        if not recorder.active:  # recomputed by activation checkpointing: counted already
-            return None
-        stats.sites.setdefault(name, site)
-        site.calls += 1
-        site.reason = ""
-        _update_inputs(site, module, inputs[0])
-        replaced = None
-        if not output.requires_grad:  # a frozen model has no graph until one is started here
-            output = replaced = output.detach().requires_grad_()
-        # The edge, not the tensor: an in-place activation later makes the tensor stand for another value.
-        recorder.edges.append((site, module, torch.autograd.graph.get_gradient_edge(output)))
-        return replaced
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        started = None
+        if not output.requires_grad and torch.is_grad_enabled():
+            # A frozen model has no graph until one is started here: at a copy, since a leaf allows nothing in place.
+            output = started = output.detach().requires_grad_().clone()
+        if recorder.active:  # else recomputed by activation checkpointing, and counted already
+            stats.sites.setdefault(name, site)
+            site.calls += 1
+            site.reason = ""
+            _update_inputs(site, module, args[0] if args else kwargs["input"])
+            if output.requires_grad:
+                # The edge, not the tensor: an in-place activation later makes the tensor stand for another value.
+                recorder.edges.append((site, module, torch.autograd.graph.get_gradient_edge(output)))
+            else:
+                site.reason = "it ran without autograd: in torch.no_grad(), or checkpoint(use_reentrant=True)"
+        return started
 
     return hook
 
@@ -155,6 +172,8 @@ def _hook(recorder: _Recorder, stats: Statistics, site: Site, name: str) -> Call
 def _unsupported(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return f"Conv2d with {module.groups} groups is not captured yet"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention, which applies it, is not captured yet"
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
         return ""
     return f"{type(module).__name__} is not captured yet: Linear, Conv2d and Embedding are"

@@ -7,7 +7,7 @@ second moments of the gradient that differ four-fold). So an objective is a pair
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,7 +37,6 @@ class Objective:
             `"sampled"`: of the loss with labels drawn from the model's own output; `"gauss_newton"`: exact, one
             backward pass for each output dimension. The last two need the matching `factor`.
         sampled, gauss_newton: for each kind, the losses whose gradients give it (see `Factor`).
-        classes: whether the output holds class scores in its last dimension.
 
     Source: Martens, New Insights and Perspectives on the Natural Gradient Method (1412.1193), §5, §9; the three
     estimators as named by Kunstner et al. (1905.12558).
@@ -132,7 +131,7 @@ def as_objective(objective: Any) -> Objective:
     def criterion(output: Tensor, batch: Any) -> tuple[Tensor, int]:
         if not isinstance(output, Tensor) or output.numel() != 1:
             raise InputError(f"objective: loss(model, batch) must return a scalar mean, got {_describe(output)}")
-        units = len(_inputs(batch))
+        units = _num_samples(batch)
         return output * units, units
 
     return Objective(predict=objective, criterion=criterion)
@@ -140,6 +139,16 @@ def as_objective(objective: Any) -> Objective:
 
 def _inputs(batch: Any) -> Any:
     return batch if isinstance(batch, Tensor) else batch[0]
+
+
+def _num_samples(batch: Any) -> int:
+    """The length of the first dimension of the first tensor of a batch, which may be a tensor, a sequence or a dict."""
+    first = batch
+    while isinstance(first, (Mapping, Sequence)) and not isinstance(first, str) and len(first):
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    if not isinstance(first, Tensor) or not first.ndim:
+        raise InputError(f"objective: a batch must start with a tensor (samples, …), got {_describe(first)}")
+    return len(first)
 
 
 def _first(model: nn.Module, batch: Any) -> Any:
@@ -154,7 +163,8 @@ def _cross_entropy(predict: Predict, scores_and_labels: Callable, fisher: Fisher
                 f"objective: classification wants scores (..., classes) and labels (...), "
                 f"got {_describe(scores)} and {_describe(labels)}"
             )
-        return scores.flatten(0, -2).float(), labels.flatten()
+        scores = scores.flatten(0, -2)
+        return scores if scores.dtype == torch.float64 else scores.float(), labels.flatten()
 
     def total(scores: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(scores, labels, reduction="sum", ignore_index=ignore_index)

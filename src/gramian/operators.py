@@ -16,6 +16,12 @@ from gramian.objective import Objective, as_objective
 
 __all__ = ["Gain", "end_to_end_jacobian", "layer_gains"]
 
+# The modules that have a gain of their own: one matrix and one input.
+_LAYERS = (
+    nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
 # Where both sides of the end-to-end Jacobian are wider than this, its spectrum is not measured.
 MAX_JACOBIAN_SIDE = 512
 
@@ -52,20 +58,21 @@ def layer_gains(
     objective = as_objective(objective)
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
-    with evaluating(model), _cut(model) as cuts, torch.enable_grad():
-        output = objective.predict(model, batch)
+    with evaluating(model), torch.enable_grad():
+        with _cut(model) as cuts:
+            objective.predict(model, batch)
         uses = cuts.uses
-        ends = [*(use.arriving for use in uses[1:]), output]
+        ends = [*(use.arriving for use in uses[1:]), cuts.output]
         names = [use.name for use in uses]
         gains: dict[str, Gain | None] = {}
-        pairs = []
+        pairs: list[tuple[str, Tensor, Tensor]] = []
         leaves = {id(use.leaving) for use in uses}
-        for i, (use, end) in enumerate(zip(uses, ends, strict=True)):
-            chain = names.count(use.name) == 1 and isinstance(end, Tensor) and end.requires_grad
-            if chain and _leaves(end) & leaves == {id(use.leaving)}:
-                pairs.append((i, use.leaving, end))
+        for use, end in zip(uses, ends, strict=False):
             gains[use.name] = None
-        samples: dict[int, list[Tensor]] = {i: [] for i, _, _ in pairs}
+            chain = isinstance(use.module, _LAYERS) and names.count(use.name) == 1
+            if chain and end is not None and _leaves(end) & leaves == {id(use.leaving)}:
+                pairs.append((use.name, use.leaving, end))
+        samples: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
         for probe in range(num_probes if pairs else 0):
             v = [torch.empty_like(end).normal_(generator=generator) for _, _, end in pairs]
             grads = torch.autograd.grad(
@@ -74,13 +81,13 @@ def layer_gains(
                 v,
                 retain_graph=probe + 1 < num_probes,
             )
-            for (i, start, end), grad in zip(pairs, grads, strict=True):
-                sides = min(start[0].numel(), end[0].numel())
-                samples[i].append(grad.double().flatten(1).square().sum(1) / sides)
-        for i, _, _ in pairs:
-            chi = torch.cat(samples[i])
+            for (name, start, end), grad in zip(pairs, grads, strict=True):
+                side = min(start.numel(), end.numel()) / len(start)  # of one sample's Jacobian
+                samples[name].append(grad.double().reshape(len(grad), -1).square().sum(1) / side)
+        for name, values in samples.items():
+            chi = torch.cat(values)
             error = chi.std() / len(chi) ** 0.5 if len(chi) > 1 else torch.tensor(float("nan"))
-            gains[names[i]] = Gain(float(chi.mean()), float(error))
+            gains[name] = Gain(float(chi.mean()), float(error))
     return gains
 
 
@@ -106,8 +113,9 @@ def end_to_end_jacobian(model: nn.Module, batch: Any, objective: Objective | Cal
             return None
         rows = []
         for k in range(m):
-            v = torch.zeros_like(end)
-            v.view(len(end), -1)[:, k] = 1
+            v = torch.zeros(len(end), m, dtype=end.dtype, device=end.device)
+            v[:, k] = 1
+            v = v.view(end.shape)
             rows.append(torch.autograd.grad(end, start, v, retain_graph=k + 1 < m)[0].flatten(1))
         return torch.stack(rows, dim=1)
 
@@ -115,6 +123,7 @@ def end_to_end_jacobian(model: nn.Module, batch: Any, objective: Objective | Cal
 @dataclass(frozen=True)
 class _Use:
     name: str
+    module: nn.Module
     arriving: Tensor  # the layer's input, with the graph that made it
     leaving: Tensor  # the leaf that the layer was given in its place
 
@@ -122,41 +131,52 @@ class _Use:
 class _Cuts:
     def __init__(self) -> None:
         self.uses: list[_Use] = []
+        self.output: Tensor | None = None  # of the layer that was used last
 
 
 @contextmanager
 def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
-    """Hooks that give every layer (or the first alone) a fresh leaf in place of its input, and remember both."""
+    """Hooks that give every module of a block (or the first alone) a fresh leaf's copy as input, and remember both.
+
+    A copy, since a leaf allows nothing in place.
+    """
     cuts = _Cuts()
 
     def before(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple) -> tuple | None:
-            x = inputs[0]
-            if not (isinstance(x, Tensor) and x.is_floating_point()):
+            if not (inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()):
                 return None
+            x = inputs[0]
             if only_first and cuts.uses:
-                cuts.uses.append(_Use(name, x, x))
+                cuts.uses.append(_Use(name, module, x, x))
                 return None
             leaf = x.detach().requires_grad_()
-            cuts.uses.append(_Use(name, x, leaf))
-            return (leaf, *inputs[1:])
+            cuts.uses.append(_Use(name, module, x, leaf))
+            return (leaf.clone(), *inputs[1:])
 
         return hook
 
     def after(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-            if isinstance(inputs[0], Tensor) and inputs[0].is_floating_point():
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> Tensor | None:
+            if not isinstance(module, _LAYERS):
+                return None
+            if not isinstance(module, nn.Embedding) or (only_first and cuts.uses):
+                cuts.output = output
                 return None
             leaf = output.detach().requires_grad_()  # indices have no Jacobian: start at what they select
-            cuts.uses.append(_Use(name, output, leaf))
-            return leaf
+            cuts.uses.append(_Use(name, module, output, leaf))
+            cuts.output = leaf.clone()
+            return cuts.output
 
         return hook
 
-    handles = []
+    names: dict[nn.Module, str] = {}
     for block in blocks(model).blocks:
         for name, module in block.owners:
-            handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+            names.setdefault(module, name)
+    handles = []
+    for module, name in names.items():
+        handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
     try:
         yield cuts
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -61,12 +62,12 @@ class Gram:
     @property
     def matrix(self) -> Float[Tensor, "dim dim"]:
         """`M = (1/n) Σ xᵢ xᵢᵀ` in float64; zeros before the first update."""
-        return self.total / max(self.count, 1.0)
+        return self.total / (self.count or 1.0)
 
     @property
     def mean(self) -> Float[Tensor, " dim"]:
         """`(1/n) Σ xᵢ` in float64."""
-        return self.sum / max(self.count, 1.0)
+        return self.sum / (self.count or 1.0)
 
     @property
     def covariance(self) -> Float[Tensor, "dim dim"]:
@@ -102,6 +103,8 @@ class DiagonalGram:
 
     def merge(self, other: DiagonalGram) -> DiagonalGram:
         """Adds another's sums."""
+        if other.dim != self.dim:
+            raise ShapeError(f"DiagonalGram.merge: dimensions differ: {self.dim} and {other.dim}")
         self.total += other.total
         self.count += other.count
         return self
@@ -109,7 +112,7 @@ class DiagonalGram:
     @property
     def diagonal(self) -> Float[Tensor, " dim"]:
         """The diagonal of `M`."""
-        return self.total / max(self.count, 1.0)
+        return self.total / (self.count or 1.0)
 
     def __repr__(self) -> str:
         return f"DiagonalGram(dim={self.dim}, count={self.count:g})"
@@ -156,6 +159,10 @@ class Statistics(Mapping[str, Site]):
             known = ", ".join(list(self.sites)[:5])
             raise InputError(f"statistics: no block is named {name!r}; the first are {known or 'none'}")
         return self.sites[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The site of a block, or `default`."""
+        return self.sites.get(name, default)
 
     def __contains__(self, name: object) -> bool:
         return name in self.sites

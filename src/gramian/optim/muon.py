@@ -35,7 +35,8 @@ class Muon(torch.optim.Optimizer):
         scale: `"spectral"`: `s = √(m/n) / L`, for L matrices in all: the share of each in the change of the network's
             function, so that one rate carries across widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`, so
             that a rate tuned for AdamW can be reused.
-        rest_lr, betas, eps, rest_weight_decay: of AdamW.
+        rest_lr, betas, eps, rest_weight_decay: of AdamW. With `scale="spectral"`, vectors (biases, norms) take the rate
+            `lr / L` where that is less, and no vector decays.
         num_iterations: Newton–Schulz steps of the polar factor (see `gm.linalg.polar`).
         routes: overrides by name pattern: `{"0.weight": "matrix", "*.pos_emb": "adamw"}`.
         layouts: as in `gm.blocks`.
@@ -64,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         scale: Scale = "spectral",
-        rest_lr: float = 1e-3,
+        rest_lr: float = 3e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         rest_weight_decay: float = 0.0,
@@ -94,16 +95,20 @@ class Muon(torch.optim.Optimizer):
             "num_iterations": num_iterations,
             "maximize": maximize,
         }
-        adamw = {"direction": "adamw", "lr": rest_lr, "weight_decay": rest_weight_decay, "maximize": maximize}
-        groups = []
-        self._adamw: torch.optim.AdamW | None = None
+        groups: list[dict[str, Any]] = []
         if by_direction["matrix"]:
             groups.append({"params": _named(by_direction["matrix"]), **matrix})
-        if by_direction["adamw"]:
-            self._adamw = torch.optim.AdamW(
-                [{"params": _named(by_direction["adamw"]), **adamw}], betas=betas, eps=eps, fused=True
-            )
-            groups += self._adamw.param_groups
+        tables = [r for r in by_direction["adamw"] if r.parameter.ndim >= 2]
+        vectors = [r for r in by_direction["adamw"] if r.parameter.ndim < 2]
+        # The vectors of all layers move at once, as their matrices do, and have to share the same change.
+        share = lr / _num_matrices(by_direction["matrix"]) if scale == "spectral" and by_direction["matrix"] else rest_lr
+        rest = [
+            {"params": _named(routes), "direction": "adamw", "lr": rate, "weight_decay": decay, "maximize": maximize}
+            for routes, rate, decay in ((tables, rest_lr, rest_weight_decay), (vectors, min(share, rest_lr), 0.0))
+            if routes
+        ]
+        self._adamw = torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True) if rest else None
+        groups += self._adamw.param_groups if self._adamw is not None else []
         self._skipped: dict[tuple[int, ...], Tensor] = {}  # by the parameters that stepped together
         super().__init__(groups, {})
         self._share()
@@ -160,7 +165,7 @@ class Muon(torch.optim.Optimizer):
                 r = self._routes[id(p)]
                 assert r.layout is not None
                 batches[(r.layout.matrices, p.shape, p.dtype, p.device)].append(r)
-        num_matrices = sum(math.prod(self._routes[id(p)].layout.matrices[:-2]) for p in group["params"])
+        num_matrices = _num_matrices([self._routes[id(p)] for p in group["params"]])
         for routes in batches.values():
             self._step_batch(group, routes, num_matrices)
 
@@ -224,6 +229,10 @@ class Muon(torch.optim.Optimizer):
         adamw.step()
         for p, grad in held:
             p.grad = grad
+
+
+def _num_matrices(routes: list[Route]) -> int:
+    return sum(math.prod(r.layout.matrices[:-2]) for r in routes if r.layout is not None)
 
 
 def _named(routes: list[Route]) -> list[tuple[str, Tensor]]:
