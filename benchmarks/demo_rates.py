@@ -1,8 +1,8 @@
 """Tunes the demo's learning rates: each cell of its 2 × 2 on the same grid, for the same seconds.
 
 Scored on a fifth of the training digits that is held out for this alone, so that the demo's own held-out digits are
-never seen; on splits 100 and 101, which the demo's figures do not use. Where the best rate of a cell lies at the edge of
-the grid, the grid of that cell is widened. Writes `benchmarks/results/demo_rates_<depth>.json`.
+never seen; on splits 100 and 101, which the demo's figures do not use. Where the best rate of a cell lies at the edge
+of the grid, the grid of that cell is widened. Writes `benchmarks/results/demo_rates_<depth>.json`.
 
     python benchmarks/demo_rates.py                    # depth 100: about 10 minutes
     python benchmarks/demo_rates.py --depth 1000 --seconds 60
@@ -61,12 +61,17 @@ def tune(cell: tuple[str, str], seconds: float, depth: int) -> list[dict]:
     """The grid of a cell, widened twice at the most until its best is interior."""
     rows = {lr: score(cell, lr, seconds, depth) for lr in GRID[cell[1]]}
     for _ in range(2):
-        best = max(rows, key=lambda lr: rows[lr]["accuracy"])
+        best = max(rows, key=lambda lr: _merit(rows[lr]))
         if best not in (min(rows), max(rows)):
             break
         lr = best * STEP if best == max(rows) else best / STEP
         rows[lr] = score(cell, lr, seconds, depth)
     return [rows[lr] for lr in sorted(rows)]
+
+
+def _merit(row: dict) -> tuple[float, float]:
+    """Accuracy; between equals, the lower training loss."""
+    return row["accuracy"], -row["loss"]
 
 
 def main() -> None:
@@ -75,14 +80,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0)
     args = parser.parse_args()
     rows = [row for cell in CELLS for row in tune(cell, args.seconds, args.depth)]
-    best = [
-        max((r for r in rows if (r["init"], r["optimizer"]) == cell), key=lambda r: r["accuracy"]) for cell in CELLS
-    ]
+    best = [max((r for r in rows if (r["init"], r["optimizer"]) == cell), key=_merit) for cell in CELLS]
     for row in best:
         print(f"best: {row['init']:10s} {row['optimizer']:6s} lr {row['lr']:.2g}  accuracy {row['accuracy']:.3f}")
     RESULTS.mkdir(exist_ok=True)
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    result = {"depth": args.depth, "seconds": args.seconds, "seeds": SEEDS, "machine": machine, "best": best, "rows": rows}
+    result = {
+        "depth": args.depth,
+        "seconds": args.seconds,
+        "seeds": SEEDS,
+        "machine": machine,
+        "best": best,
+        "rows": rows,
+    }
     (RESULTS / f"demo_rates_{args.depth}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 """The demo's figures over several seeds, each in a fresh process: accuracy, parameters, wall-clock time, peak memory.
 
-    python benchmarks/demo_seeds.py                         # seeds 0, 1, 2 at depth 100: about 5 minutes
-    python benchmarks/demo_seeds.py --depth 1000 --seeds 0
+python benchmarks/demo_seeds.py                         # seeds 0, 1, 2 at depth 100: about 5 minutes
+python benchmarks/demo_seeds.py --depth 1000 --seeds 0
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def main() -> None:
         cells = "  ".join(f"{row['accuracy_' + c]:10.2%}" for c in COLUMNS)
         kept = row["parameters_compressed"] / row["parameters"]
         adamw = row["accuracy_grid"]["isometric + adamw"]
-        print(f"{seed:4d}  {cells}  {adamw:9.2%}  {kept:5.1%}  {row['process_seconds']:7.1f}  {row['peak_gib']:4.2f}", flush=True)
+        print(
+            f"{seed:4d}  {cells}  {adamw:9.2%}  {kept:5.1%}  {row['process_seconds']:7.1f}  {row['peak_gib']:4.2f}",
+            flush=True,
+        )
     print("mean  " + "  ".join(f"{mean(r['accuracy_' + c] for r in rows):10.2%}" for c in COLUMNS))
     RESULTS.mkdir(exist_ok=True)
     name = f"demo_seeds_{args.depth}" + ("" if args.classes == 2 else f"_{args.classes}")

@@ -1,7 +1,7 @@
 """Blocks: which matrices does each parameter of a model hold?
 
-A parameter is a tensor; a `Block` says which matrices it holds, and how to go from one to the other and back. Every verb
-of gramian is a map over blocks. What holds no matrix (biases, norms, vectors) is in the `Rest`, with the reason.
+A parameter is a tensor; a `Block` says which matrices it holds, and how to go from one to the other and back. Every
+verb of gramian is a map over blocks. What holds no matrix (biases, norms, vectors) is in the `Rest`, with the reason.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ _LAYOUTS: dict[type[nn.Module], dict[str, str]] = {
 class Layout:
     """How a tensor of `shape` holds its matrices: an einops `pattern` whose right side ends in rows and columns.
 
-    `split` gives `(..., m, n)` and `join` inverts it bitwise: `layout.join(layout.split(t)) == t`. Number words are axes
-    of that size.
+    `split` gives `(..., m, n)` and `join` inverts it bitwise: `layout.join(layout.split(t)) == t`. Number words are
+    axes of that size.
 
     Raises `ShapeError`, with the pattern and the shape, where they do not fit.
 
@@ -86,9 +86,8 @@ class Layout:
         try:
             matrices = self.matrices
         except (einops.EinopsError, ValueError) as error:
-            raise ShapeError(
-                f"layout {self.pattern!r} does not fit a tensor of shape {self.shape}: {str(error).splitlines()[-1].strip()}"
-            ) from None
+            reason = str(error).splitlines()[-1].strip()
+            raise ShapeError(f"layout {self.pattern!r} does not fit a tensor of shape {self.shape}: {reason}") from None
         if len(matrices) < 2:
             raise ShapeError(
                 f"layout {self.pattern!r} turns shape {self.shape} into {matrices}; "
@@ -256,6 +255,7 @@ def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str,
         raise InputError(f"blocks: {type(model).__name__} has no parameters; pass a model with weights")
     found: list[Block] = []
     rest: list[Rest] = []
+    names: list[tuple[str, nn.Module]] = []
     for parameter, names in owners.values():
         name, module = names[0]
         pattern, reason = _layout(name, module, parameter, overrides, used)
@@ -273,7 +273,7 @@ def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str,
         found.append(Block(tuple(names), parameter, layout, role, reason))
     for pattern in overrides:
         if pattern not in used:
-            raise InputError(f"blocks: the layout for {pattern!r} matches no parameter; names are like {name!r}")
+            raise InputError(f"blocks: the layout for {pattern!r} matches no parameter; names are like {names[0][0]!r}")
     return Blocks(tuple(_with_head(found)), tuple(rest))
 
 

@@ -44,7 +44,8 @@ def capture(
     Returns:
         Sites by block name in forward order: `stats["0.weight"].A`, `.G`. A parameter tied across modules has one site
         under each of its names; a module that is used twice is one site. Linear, Conv2d (one group) and Embedding are
-        captured; other blocks have `None` and the reason.
+        captured; other blocks have `None` and the reason. Where all samples share a row (an embedding of positions), its
+        gradient is their sum.
 
     Raises:
         InputError: no batches, a loss that is not finite-shaped, or a `fisher` that the objective lacks.
@@ -76,7 +77,7 @@ def capture(
             if progress is not None:
                 progress(num_batches)
     if num_batches == 0:
-        raise InputError("capture: there were no batches; pass any non-empty iterable (a generator may be spent already)")
+        raise InputError("capture: there were no batches; pass a list, or any iterable that is not a spent generator")
     stats.loss = total_loss / stats.units
     for site in stats.sites.values():
         if site.G is not None:

@@ -8,18 +8,21 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+import gramian
 from gramian.errors import GramianError, GramianWarning
 
 __all__ = ["app", "main"]
 
+# typer carries its own copy of click: the base classes of its errors are reached through the one that it exports.
+UsageError = typer.BadParameter.__bases__[0]
+ClickException = UsageError.__bases__[0]
+
 app = typer.Typer(
     help="See a network as its matrices: diagnose, mend, train and compress it.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -35,8 +38,18 @@ class FailOn(StrEnum):
     never = "never"
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"gramian {gramian.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _common() -> None:
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """See a network as its matrices: diagnose, mend, train and compress it."""
 
 
@@ -53,12 +66,10 @@ def demo_command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Diagnose, mend, train and compress a network that cannot learn, on real handwritten digits."""
-    from gramian.demo import demo
+    from gramian import demo
 
-    with _progress(quiet) as progress:
-        story = demo(
-            depth=depth, classes=classes, seed=seed, out=out, plots=plots, seconds=seconds, tell=_Stages(progress)
-        )
+    with _Stages(quiet) as tell:
+        story = demo.run(depth=depth, classes=classes, seed=seed, out=out, plots=plots, seconds=seconds, tell=tell)
     if quiet:
         return
     numbers = story.summary()
@@ -74,7 +85,9 @@ def demo_command(
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")],
+    model: Annotated[
+        str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")
+    ],
     task: Annotated[str | None, typer.Option(help="Task whose model and data go with the weights.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
@@ -82,13 +95,19 @@ def inspect_command(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Say what is wrong with a network: its spectra, and with data its signal, gradients and Jacobian by depth."""
+    """Say what is wrong with a network, and how sure that is.
+
+    From a file: the spectra of its weights. From a task, or a file with a task: also the size of signals and gradients,
+    the gain of each layer, and the end-to-end Jacobian.
+    """
     from gramian import report
     from gramian.report import SEVERITIES
 
-    with _progress(quiet) as progress:
-        stages = _Stages(progress)
-        found = _inspect(model, task, lambda what, done, total: stages(what, done / max(1, total), ""))
+    for path in (html, json):
+        if path is not None:
+            report.check_target(path)
+    with _Stages(quiet) as tell:
+        found = _inspect(model, task, lambda what, done, total: tell(what, done / max(1, total), ""))
     for path in (html, json):
         if path is not None:
             found.save(path)
@@ -120,29 +139,34 @@ def _inspect(model: str, task: str | None, tell: Any) -> Any:
     return inspect(network, batches, found.objective, title=model, progress=tell)
 
 
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=16),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[remark]}", markup=False),
-        console=Console(stderr=True),
-        disable=quiet,
-    )
-
-
 class _Stages:
-    """One line of progress for each stage."""
+    """Progress on stderr: one line for each stage, from the first one on."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, quiet: bool) -> None:
+        self.progress = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=12),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[remark]}", markup=False),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
         self.lines: dict[str, Any] = {}
 
     def __call__(self, stage: str, share: float, remark: str) -> None:
+        if not self.lines:
+            self.progress.start()
         if stage not in self.lines:
             self.lines[stage] = self.progress.add_task(stage, total=1.0, remark="")
         self.progress.update(self.lines[stage], completed=share, remark=remark)
+
+    def __enter__(self) -> _Stages:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.lines:
+            self.progress.stop()
 
 
 def _complain(message: str) -> None:
@@ -152,16 +176,18 @@ def _complain(message: str) -> None:
 def main(args: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code; every error of the user's is one line on stderr."""
     warnings.showwarning = _show_warning
+    args = sys.argv[1:] if args is None else args
     try:
-        code = app(args=args, prog_name="gramian", standalone_mode=False)
+        code = app(args=args or ["--help"], prog_name="gramian", standalone_mode=False)
     except GramianError as error:
         _complain(str(error))
         return 2
-    except click.ClickException as error:
-        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "gramian"
-        _complain(f"{error.format_message().rstrip('.')}. See '{where} --help'.")
+    except ClickException as error:  # type: ignore[misc]
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "gramian"
+        _complain(f"{error.format_message().rstrip('.')}. See '{where} --help'.")  # type: ignore[attr-defined]
         return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         return 130
     return code if isinstance(code, int) else 0

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
-from gramian import linalg
 from gramian.block import Block, blocks
 from gramian.capturing import capture
-from gramian.checkpoint import load_tensors, save_tensors
+from gramian.checkpoint import clean_name, load_tensors, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.objective import Objective
 from gramian.statistics import Gram, Site, Statistics
@@ -33,22 +33,36 @@ class LowRank(nn.Sequential):
     """A Linear or Conv2d as two of rank `rank`: `W ≈ L R`, the first without a bias. Plain torch modules inside."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
-        bias = layer.bias is not None
+        # Uninitialised, so that nothing is drawn from the global generator.
         kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        last = kind | {"bias": layer.bias is not None}
         if isinstance(layer, nn.Conv2d):
-            first = nn.Conv2d(
-                layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                bias=False, padding_mode=layer.padding_mode, **kind,
+            super().__init__(
+                skip_init(
+                    nn.Conv2d, layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+                    bias=False, padding_mode=layer.padding_mode, **kind,
+                ),
+                skip_init(nn.Conv2d, rank, layer.out_channels, 1, **last),
             )  # fmt: skip
-            super().__init__(first, nn.Conv2d(rank, layer.out_channels, 1, bias=bias, **kind))
         else:
-            first = nn.Linear(layer.in_features, rank, bias=False, **kind)
-            super().__init__(first, nn.Linear(rank, layer.out_features, bias=bias, **kind))
+            super().__init__(
+                skip_init(nn.Linear, layer.in_features, rank, bias=False, **kind),
+                skip_init(nn.Linear, rank, layer.out_features, **last),
+            )
+        self.train(layer.training).requires_grad_(layer.weight.requires_grad)
 
     @property
     def rank(self) -> int:
         """The number of columns of L and rows of R."""
-        return self[1].weight.shape[1]
+        return self.get_parameter("1.weight").shape[1]
+
+    @torch.no_grad()
+    def set_(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+        """Copies L `(m, rank)`, R `(rank, n)` and the bias in."""
+        values = {"0.weight": right, "1.weight": left} | ({} if bias is None else {"1.bias": bias})
+        for name, value in values.items():
+            parameter = self.get_parameter(name)
+            parameter.copy_(value.reshape(parameter.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +70,8 @@ class Spectrum:
     """One layer's weighted SVD: `G^½ W A^½ = U S Vᵀ`, and how to go back."""
 
     block: Block
-    values: Tensor  # S, descending
-    left: Tensor  # G^-½ U S, (m, k)
+    values: Tensor  # S, descending; zero where the layer does not matter to the loss
+    left: Tensor  # G^-½ U S, (m, k), its columns as long as the rows of `right`
     right: Tensor  # Vᵀ A^-½, (k, n)
     mean: Tensor | None  # of the inputs, where the layer's bias can take up the mean
 
@@ -126,23 +140,22 @@ class Plan:
                 f"compress: keep={keep} of {total:,} parameters is {int(keep * total):,}, but rank 1 everywhere needs "
                 f"{spent:,}; the smallest possible keep is {spent / total:.3f}"
             )
-        # Beyond its break-even a layer is dense, and its further singular values are free: taken with the last paid one.
-        price = torch.cat([
-            s.values[1 : s.break_even].square() / sum(s.block.shape) for s in self.spectra
+        # Beyond its break-even a layer is dense, its further singular values free, taken with the last paid one.
+        steps = [range(1, s.break_even) for s in self.spectra]
+        worth = torch.cat([
+            s.values[1 : s.break_even].cpu().square() / sum(s.block.shape) for s in self.spectra
         ])  # fmt: skip
-        owner = torch.cat([torch.full((len(s.values[1 : s.break_even]),), i) for i, s in enumerate(self.spectra)])
-        rank = [1] * len(self.spectra)
-        full = [False] * len(self.spectra)
-        for i in owner[price.argsort(descending=True, stable=True)].tolist():
-            s = self.spectra[i]
-            step = s.cost(rank[i] + 1) - s.cost(rank[i])
-            if full[i] or spent + step > keep * total:
-                full[i] = True  # a layer's values come in order: what follows may not overtake what did not fit
-                continue
-            rank[i] += 1
-            spent += step
+        cost = torch.tensor(
+            [s.cost(r + 1) - s.cost(r) for s, r_s in zip(self.spectra, steps, strict=True) for r in r_s]
+        )
+        owner = torch.repeat_interleave(torch.tensor([len(r) for r in steps]))
+        # Filled to the first that does not fit, and no further: so a larger budget never takes a rank from a layer.
+        order = worth.argsort(descending=True, stable=True)
+        taken = int((cost[order].cumsum(0) <= keep * total - spent).sum())
+        extra = owner[order[:taken]].bincount(minlength=len(self.spectra)).tolist()
         ranks = {
-            _module_name(s.block): r if r < s.break_even else None for s, r in zip(self.spectra, rank, strict=True)
+            _module_name(s.block): 1 + r if 1 + r < s.break_even else None
+            for s, r in zip(self.spectra, extra, strict=True)
         }
         return replace(self, keep=keep, ranks=ranks)
 
@@ -154,22 +167,15 @@ class Plan:
             rank = self.ranks[name]
             if rank is None:
                 continue
-            layer = model.get_submodule(name)
+            layer = _submodule(model, name)
             assert isinstance(layer, (nn.Linear, nn.Conv2d))
             low = LowRank(layer, rank)
-            with torch.no_grad():
-                # The singular values are shared out evenly, so that neither factor is badly scaled.
-                root = s.values[:rank].clamp_min(torch.finfo(s.values.dtype).tiny).sqrt()
-                left, right = s.left[:, :rank] / root, s.right[:rank] * root[:, None]
-                low[0].weight.copy_(right.reshape(low[0].weight.shape))
-                low[1].weight.copy_(left.reshape(low[1].weight.shape))
-                if layer.bias is not None:
-                    low[1].bias.copy_(layer.bias)
-                    if s.mean is not None:
-                        dropped = s.block.split(layer.weight.detach()).double() - left @ right
-                        low[1].bias += (dropped @ s.mean).to(layer.bias.dtype)
-            low.train(layer.training)
-            _replace(model, name, low)
+            left, right = s.left[:, :rank], s.right[:rank]
+            bias = layer.bias
+            if bias is not None and s.mean is not None:
+                bias = bias + (s.block.split(layer.weight.detach()).double() - left @ right) @ s.mean
+            low.set_(left, right, bias)
+            model = _replaced(model, name, low)
         return model
 
 
@@ -196,7 +202,7 @@ def compress(
         progress: called with the number of layers done.
 
     Returns:
-        A plan; `plan.at(keep=0.3).apply()`.
+        A plan; `plan.at(keep=0.3).apply()`. What wraps the whole model (`torch.compile`, `DataParallel`) is not in it.
 
     Raises:
         InputError: no statistics, statistics that are not finite, or no layer that can be factored.
@@ -209,6 +215,7 @@ def compress(
         if batches is None or objective is None:
             raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
         stats = capture(model, batches, objective)
+    model = _unwrapped(model)
     spectra: list[Spectrum] = []
     reasons: dict[str, str] = {}
     for block in blocks(model).blocks:
@@ -222,13 +229,15 @@ def compress(
             progress(len(spectra))
     if not spectra:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise InputError(f"compress: no layer of {type(model).__name__} can be factored ({why or 'it has no matrices'})")
+        raise InputError(
+            f"compress: no layer of {type(model).__name__} can be factored ({why or 'it has no matrices'})"
+        )
     empty: dict[str, int | None] = {_module_name(s.block): None for s in spectra}
     return Plan(model, tuple(spectra), 1.0, empty, reasons).at(keep=keep)
 
 
 def _not_factored(block: Block, site: Site) -> str:
-    if not isinstance(block.module, (nn.Linear, nn.Conv2d)):
+    if getattr(type(block.module), "forward", None) not in (nn.Linear.forward, nn.Conv2d.forward):
         return f"{block.kind} is not factored"
     if block.aliases:
         return f"tied to {', '.join(block.aliases)}"
@@ -238,16 +247,26 @@ def _not_factored(block: Block, site: Site) -> str:
 
 
 def _spectrum(block: Block, site: Site) -> Spectrum:
-    assert isinstance(site.A, Gram) and site.G is not None
+    assert isinstance(site.A, Gram)
+    assert site.G is not None
     centred = block.module.bias is not None
     a, g = site.A.covariance if centred else site.A.matrix, site.G.matrix
-    for label, m in (("A", a), ("G", g)):
+    for label, m, dim in (("A", a, block.shape[1]), ("G", g, block.shape[0])):
+        if len(m) != dim:
+            raise InputError(
+                f"compress: {label} of {block.name!r} is for {len(m)} features, not {dim}: another model's?"
+            )
         if not torch.isfinite(m).all():
             raise InputError(f"compress: {label} of {block.name!r} is not finite; gm.inspect finds where NaN begins")
     a_root, a_inverse = _roots(a)
     g_root, g_inverse = _roots(g)
     u, s, vt = torch.linalg.svd(g_root @ block.split().double() @ a_root, full_matrices=False)
-    return Spectrum(block, s, g_inverse @ u * s, vt @ a_inverse, site.A.mean if centred else None)
+    left, right = g_inverse @ u * s, vt @ a_inverse
+    # The singular values are shared out so that neither factor is badly scaled.
+    share = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+    share = torch.where(share.isfinite() & (share > 0), share, 1.0)
+    matters = bool(a.any() and g.any())
+    return Spectrum(block, s * matters, left * share, right / share[:, None], site.A.mean if centred else None)
 
 
 def _roots(m: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,40 +275,83 @@ def _roots(m: Tensor) -> tuple[Tensor, Tensor]:
     if level <= 0:
         eye = torch.eye(len(m), dtype=m.dtype, device=m.device)
         return eye, eye
-    # Scaled first: the Gram of a vanishing gradient is near 1e-40.
-    m = m / level
-    return linalg.sqrtm(m, damping=DAMPING) * level.sqrt(), linalg.inv_root(m, 2, damping=DAMPING) / level.sqrt()
+    # Scaled first: the Gram of a vanishing gradient is near 1e-40. What rounding left below zero is zero.
+    values, vectors = torch.linalg.eigh(m / level)
+    root = (values.clamp_min(0) + DAMPING).sqrt() * level.sqrt()
+    return vectors * root @ vectors.mT, vectors / root @ vectors.mT
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` and the data-parallel wrappers put around it."""
+    while True:
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = model.module if parallel else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _module_name(block: Block) -> str:
     return block.name.rpartition(".")[0]
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _clean(name: str) -> str:
+    return clean_name(f"{name}.").rstrip(".")
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of a block by its clean name, which leaves out wrappers inside the model."""
+    found = [m for raw, m in model.named_modules() if _clean(raw) == name]
+    if not found:
+        raise AttributeError(f"{type(model).__name__} has no layer {name!r}")
+    return found[-1]
+
+
+def _replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The model with another module in the place of `name`; where the model is that layer, the other module itself."""
+    old = _submodule(model, name)
+    for parent in model.modules():
+        for child, value in parent.named_children():
+            if value is old:
+                setattr(parent, child, module)
+                return model
+    return module
 
 
 def save_compressed(model: nn.Module, path: str | Path) -> None:
-    """Writes a factored model as safetensors, at its small size, with the rank of each factored layer in the metadata."""
-    ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRank)}
+    """Writes a factored model as safetensors, at its small size, with the ranks of its layers in the metadata."""
+    model = _unwrapped(model)
+    ranks = {_clean(name): module.rank for name, module in model.named_modules() if isinstance(module, LowRank)}
     save_tensors(path, model.state_dict(), {RANKS: json.dumps(ranks)})
 
 
 def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
-    """The factored model from a file of `save_compressed`: `model` (dense, as it was) gets its layers factored and loaded.
+    """The factored model from a file of `save_compressed`: `model`, dense as it was, gets its layers factored.
 
-    Raises `CheckpointError` where the file holds no ranks or does not fit the model.
+    Raises `CheckpointError` where the file holds no ranks or does not fit the model, which is then as it was.
     """
     tensors, metadata = load_tensors(path)
     try:
         ranks = json.loads(metadata[RANKS])
     except (KeyError, ValueError):
-        raise CheckpointError(f"{path} was not written by save_compressed: it has no {RANKS!r} in its metadata") from None
+        raise CheckpointError(
+            f"{path} was not written by save_compressed: it has no {RANKS!r} in its metadata"
+        ) from None
+    dense = {}
     try:
         for name, rank in ranks.items():
-            _replace(model, name, LowRank(model.get_submodule(name), rank))  # type: ignore[arg-type]
-        model.load_state_dict(tensors)
-    except (AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}") from None
+            layer = dense[name] = _submodule(model, name)
+            if not isinstance(layer, (nn.Linear, nn.Conv2d)) or not 0 < rank <= min(layer.weight.flatten(1).shape):
+                raise ValueError(f"{name} cannot have rank {rank}")
+            model = _replaced(model, name, LowRank(layer, rank))
+        held, wanted = ({k: tuple(t.shape) for k, t in state.items()} for state in (tensors, model.state_dict()))
+        wrong = sorted(k for k in held.keys() | wanted.keys() if held.get(k) != wanted.get(k))
+        if wrong:
+            was, want = held.get(wrong[0], "missing"), wanted.get(wrong[0], "not in the model")
+            raise ValueError(f"{wrong[0]} is {was}, wanted {want}; {len(wrong)} tensors differ")
+    except (AttributeError, TypeError, ValueError) as error:
+        for name, layer in dense.items():
+            model = _replaced(model, name, layer)
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from None
+    model.load_state_dict(tensors)
     return model

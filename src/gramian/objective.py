@@ -34,8 +34,9 @@ class Objective:
         predict: `predict(model, batch) -> output`.
         criterion: `criterion(output, batch) -> (sum of losses, number of units)`: a scalar tensor and a count.
         fisher: which second moment of output gradients `capture` takes. `"empirical"`: of the loss itself;
-            `"sampled"`: of the loss with labels drawn from the model's own output; `"gauss_newton"`: exact, one
-            backward pass for each output dimension. The last two need the matching `factor`.
+            `"sampled"`: of the loss with labels drawn from the model's own output; `"gauss_newton"`: one
+            backward pass for each output dimension; exact where each unit has rows of its own, else unbiased. The last
+            two need the matching factor.
         sampled, gauss_newton: for each kind, the losses whose gradients give it (see `Factor`).
 
     Source: Martens, New Insights and Perspectives on the Natural Gradient Method (1412.1193), §5, §9; the three
@@ -125,7 +126,8 @@ def as_objective(objective: Any) -> Objective:
         return objective
     if not callable(objective):
         raise InputError(
-            f"objective: expected gm.Objective or a function loss(model, batch) -> scalar mean, got {_describe(objective)}"
+            "objective: expected gm.Objective or a function loss(model, batch) -> scalar mean, "
+            f"got {_describe(objective)}"
         )
 
     def criterion(output: Tensor, batch: Any) -> tuple[Tensor, int]:
@@ -184,6 +186,7 @@ def _cross_entropy(predict: Predict, scores_and_labels: Callable, fisher: Fisher
         # diag(p) − ppᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ: one loss per class, each example weighted by √p_c.
         scores, labels = flat(output, batch)
         weights = scores.detach().softmax(-1).sqrt() * (labels != ignore_index).unsqueeze(-1)
+        weights = weights * _signs(weights, generator)
         for c in range(scores.shape[-1]):
             yield (weights[:, c] * -scores.log_softmax(-1)[:, c]).sum()
 
@@ -194,7 +197,9 @@ def _squared_error(target: Callable[[Any], Tensor], fisher: Fisher) -> Objective
     def criterion(output: Tensor, batch: Any) -> tuple[Tensor, int]:
         wanted = target(batch)
         if output.shape != wanted.shape:
-            raise InputError(f"objective: output {tuple(output.shape)} and target {tuple(wanted.shape)} differ in shape")
+            raise InputError(
+                f"objective: output {tuple(output.shape)} and target {tuple(wanted.shape)} differ in shape"
+            )
         rows = output.numel() // output.shape[-1] if output.ndim > 1 else len(output)
         return 0.5 * (output - wanted).square().sum(), rows
 
@@ -204,10 +209,16 @@ def _squared_error(target: Callable[[Any], Tensor], fisher: Fisher) -> Objective
 
     def gauss_newton(output: Tensor, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
         columns = output.flatten(0, -2) if output.ndim > 1 else output.unsqueeze(-1)
+        columns = columns * _signs(columns, generator)
         for c in range(columns.shape[-1]):
             yield columns[:, c].sum()
 
     return Objective(_first, criterion, fisher, sampled, gauss_newton)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """±1 at random: where several units share a layer's row (attention), their cross terms cancel in expectation."""
+    return torch.empty_like(like, requires_grad=False).bernoulli_(generator=generator).mul_(2).sub_(1)
 
 
 def _describe(value: Any) -> str:

@@ -143,16 +143,16 @@ def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
     cuts = _Cuts()
 
     def before(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple) -> tuple | None:
-            if not (inputs and isinstance(inputs[0], Tensor) and inputs[0].is_floating_point()):
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            x = args[0] if args else kwargs.get("input")
+            if not (isinstance(x, Tensor) and x.is_floating_point()):
                 return None
-            x = inputs[0]
             if only_first and cuts.uses:
                 cuts.uses.append(_Use(name, module, x, x))
                 return None
             leaf = x.detach().requires_grad_()
             cuts.uses.append(_Use(name, module, x, leaf))
-            return (leaf.clone(), *inputs[1:])
+            return ((leaf.clone(), *args[1:]), kwargs) if args else (args, kwargs | {"input": leaf.clone()})
 
         return hook
 
@@ -176,7 +176,8 @@ def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
             names.setdefault(module, name)
     handles = []
     for module, name in names.items():
-        handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+        handles += [module.register_forward_pre_hook(before(name), with_kwargs=True)]
+        handles += [module.register_forward_hook(after(name))]
     try:
         yield cuts
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,7 @@ class Gram:
         """Adds the rows of `x`. `count` replaces the number of rows in the denominator (units of a loss)."""
         if x.shape[-1:] != (self.dim,):
             raise ShapeError(f"Gram.update: expected (..., {self.dim}), got {tuple(x.shape)}")
-        x = x.detach().reshape(-1, self.dim)
+        x = x.detach().reshape(math.prod(x.shape[:-1]), self.dim)
         x = x if x.dtype == torch.float64 else x.float()
         scale = _power_of_two(x)
         x = x / scale
@@ -71,7 +72,7 @@ class Gram:
 
     @property
     def covariance(self) -> Float[Tensor, "dim dim"]:
-        """`M − mean meanᵀ`. Where the mean dominates, differences below its rounding are lost, as they are to a layer."""
+        """`M − mean meanᵀ`. Where the mean dominates, what is below its rounding is lost, as it is to a layer."""
         mean = self.mean
         return self.matrix - torch.outer(mean, mean)
 

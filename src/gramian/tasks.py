@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def plain_tanh_network(depth: int, *, width: int = 64, inputs: int = 64, outputs
     sizes = [inputs, *[width] * (depth - 1)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = [layer for m, n in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(m, n), nn.Tanh())]
+        layers = [layer for m, n in pairwise(sizes) for layer in (nn.Linear(m, n), nn.Tanh())]
         return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 

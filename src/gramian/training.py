@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gramian.checkpoint import save_tensors
 from gramian.errors import GramianWarning, InputError, TaskError

@@ -205,7 +205,7 @@ def end_to_end(measured: Measured) -> Iterator[Finding]:
             f"end to end, the largest change of the last hidden layer is {largest:.1e} of the input's",
             evidence=f"singular values of the Jacobian from the first layer's input to the last layer's: "
             f"σ₁ = {largest:.1e}, median {middle:.1e} (median over samples, exact)",
-            cause=f"Below {eps:.1e} the change is lost in {str(measured.dtype)[6:]} rounding: the input does not arrive."
+            cause=f"Below {eps:.1e} the change is lost in {str(measured.dtype)[6:]} rounding: no input arrives."
             if largest < eps
             else "Small changes of the input are " + ("lost on the way." if small else "blown up on the way."),
             remedy=ISOMETRIC,

@@ -101,7 +101,9 @@ class Muon(torch.optim.Optimizer):
         tables = [r for r in by_direction["adamw"] if r.parameter.ndim >= 2]
         vectors = [r for r in by_direction["adamw"] if r.parameter.ndim < 2]
         # The vectors of all layers move at once, as their matrices do, and have to share the same change.
-        share = lr / _num_matrices(by_direction["matrix"]) if scale == "spectral" and by_direction["matrix"] else rest_lr
+        share = (
+            lr / _num_matrices(by_direction["matrix"]) if scale == "spectral" and by_direction["matrix"] else rest_lr
+        )
         rest = [
             {"params": _named(routes), "direction": "adamw", "lr": rate, "weight_decay": decay, "maximize": maximize}
             for routes, rate, decay in ((tables, rest_lr, rest_weight_decay), (vectors, min(share, rest_lr), 0.0))
@@ -151,7 +153,7 @@ class Muon(torch.optim.Optimizer):
         ]
 
     def health(self) -> dict[str, int]:
-        """How many steps each parameter skipped because its gradient was not finite; those that skipped none are left out."""
+        """How many steps each parameter skipped because its gradient was not finite, where any were."""
         counts: dict[str, int] = defaultdict(int)
         for keys, skipped in self._skipped.items():
             for key, count in zip(keys, skipped.tolist(), strict=True):
@@ -174,7 +176,9 @@ class Muon(torch.optim.Optimizer):
         params = [r.parameter for r in routes]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                self.state[p]["momentum_buffer"] = torch.zeros_like(
+                    p, dtype=torch.promote_types(p.dtype, torch.float32)
+                )
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         g = torch.stack([p.grad for p in params]).to(buffers[0].dtype)  # type: ignore[misc]
         dims = (-1, *[1] * (g.ndim - 1))

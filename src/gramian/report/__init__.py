@@ -29,6 +29,7 @@ from .model import (
 if TYPE_CHECKING:
     from . import html, terminal
     from .compose import compare
+    from .files import check_target, write_text
     from .html import render, save
     from .terminal import show, to_text
 
@@ -47,6 +48,7 @@ __all__ = [
     "Status",
     "Table",
     "Tile",
+    "check_target",
     "compare",
     "html",
     "render",
@@ -54,9 +56,18 @@ __all__ = [
     "show",
     "terminal",
     "to_text",
+    "write_text",
 ]
 
-_LAZY = {"compare": "compose", "render": "html", "save": "html", "show": "terminal", "to_text": "terminal"}
+_LAZY = {
+    "check_target": "files",
+    "compare": "compose",
+    "render": "html",
+    "save": "html",
+    "show": "terminal",
+    "to_text": "terminal",
+    "write_text": "files",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gramian.errors import InputError, UnsupportedError
 
-from .files import write_text
+from .files import check_target, write_text
 from .model import SEVERITIES, Finding, Layer, Report
 
 if TYPE_CHECKING:
@@ -121,13 +121,10 @@ def layers_to_dataframe(layers: Sequence[Layer]) -> pandas.DataFrame:
 
 def save_report(report: Report, path: str | os.PathLike[str]) -> None:
     """Write `.html` or `.json` by suffix, whole or not at all."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".html":
+    check_target(path, FORMATS)
+    if Path(path).suffix.lower() == ".html":
         from .html import save
 
         save(report.to_document(), path)
-    elif suffix == ".json":
-        write_text(path, report_to_json(report, indent=1) + "\n")
     else:
-        shown = repr(suffix) if suffix else "no suffix"
-        raise InputError(f"save: expected {' or '.join(FORMATS)}, got {shown} in {os.fspath(path)}. Rename the file.")
+        write_text(path, report_to_json(report, indent=1) + "\n")

@@ -1,0 +1,123 @@
+"""A Gram streams: parts merge to the whole, and no scale is lost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import gramian as gm
+from cases import DEVICES, seeded
+from gramian import DiagonalGram, Gram, Statistics
+from gramian.errors import InputError, ShapeError
+from gramian.statistics import Site
+
+SPLITS = {"one": [40], "ones": [1] * 40, "uneven": [3, 0, 30, 7]}
+
+
+def rows(n: int, d: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return (torch.randn(n, d, generator=seeded(seed), dtype=torch.float64) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("split", SPLITS)
+def test_streaming_is_the_second_moment(split: str, dtype: torch.dtype, device: str) -> None:
+    x = rows(40, 5, dtype).to(device)
+    gram = Gram(5, device=device)
+    for part in x.split(SPLITS[split]):
+        gram.update(part)
+    wide = x.double()
+    # Products are of float32 or wider, whatever came.
+    tolerance = 40 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    torch.testing.assert_close(gram.matrix, wide.T @ wide / 40, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gram.mean, wide.mean(0), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(gram.covariance, wide.T.cov(correction=0), rtol=tolerance, atol=tolerance)
+    assert gram.count == 40
+    assert gram.rms == pytest.approx(float(wide.square().mean().sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=list(SPLITS))
+def test_merged_parts_are_the_whole(sizes: list[int]) -> None:
+    x = rows(40, 5, torch.float32)
+    merged, whole = Gram(5), Gram(5).update(x)
+    for part in x.split(sizes):
+        merged.merge(Gram(5).update(part))
+    torch.testing.assert_close(merged.matrix, whole.matrix, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(merged.mean, whole.mean)
+    assert merged.count == whole.count
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 3e37])
+def test_no_scale_underflows_or_overflows(scale: float) -> None:
+    x = rows(20, 4, torch.float32, scale)
+    gram = Gram(4).update(x)
+    wide = x.double()
+    exact = wide.T @ wide / 20
+    assert exact.diagonal().min() > 0
+    torch.testing.assert_close(gram.matrix / scale**2, exact / scale**2, rtol=1e-5, atol=1e-5)
+    assert gram.rms > 0
+    # Batches of different scale add up.
+    mixed = Gram(4).update(x).update(rows(20, 4, torch.float32))
+    assert mixed.matrix.isfinite().all()
+
+
+def test_shapes_of_any_number_of_dimensions() -> None:
+    x = rows(24, 3, torch.float32)
+    for shaped in (x.view(2, 3, 4, 3), x.view(24, 1, 3), x.view(4, 6, 3)):
+        torch.testing.assert_close(Gram(3).update(shaped).matrix, Gram(3).update(x).matrix)
+    assert Gram(3).update(x[0]).count == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(bad: float) -> None:
+    x = rows(6, 3, torch.float32)
+    x[2, 1] = bad
+    gram = Gram(3).update(x)
+    assert not gram.matrix[1, 1].isfinite()
+    assert gram.matrix[0, 0].isfinite()
+    assert not gram.update(rows(6, 3, torch.float32)).matrix[1, 1].isfinite()
+
+
+def test_empty_and_weighted_counts() -> None:
+    assert torch.equal(Gram(3).matrix, torch.zeros(3, 3, dtype=torch.float64))
+    assert torch.equal(Gram(3).update(torch.ones(0, 3)).mean, torch.zeros(3, dtype=torch.float64))
+    assert Gram(0).update(torch.ones(4, 0)).rms == 0
+    assert Gram(1).update(torch.ones(4, 1), count=0.5).matrix.item() == 8
+
+
+def test_updates_leave_their_input_and_its_graph_alone() -> None:
+    x = rows(5, 3, torch.float32).requires_grad_()
+    before = x.detach().clone()
+    assert not Gram(3).update(x).matrix.requires_grad
+    assert torch.equal(x.detach(), before)
+
+
+def test_diagonal_gram_is_the_gram_of_one_hot_rows() -> None:
+    index = torch.randint(7, (3, 11), generator=seeded(0))
+    one_hot = torch.nn.functional.one_hot(index, 9).double().reshape(-1, 9)
+    diagonal = DiagonalGram(9).update(index[:1]).merge(DiagonalGram(9).update(index[1:]))
+    torch.testing.assert_close(torch.diag(diagonal.diagonal), one_hot.T @ one_hot / 33)
+    assert diagonal.diagonal.sum() == pytest.approx(1)
+    assert torch.equal(DiagonalGram(2).diagonal, torch.zeros(2, dtype=torch.float64))
+
+
+def test_errors_show_the_shapes() -> None:
+    with pytest.raises(ShapeError, match=r"expected \(\.\.\., 3\), got \(5, 4\)"):
+        Gram(3).update(torch.ones(5, 4))
+    with pytest.raises(ShapeError, match="3 and 4"):
+        Gram(3).merge(Gram(4))
+    with pytest.raises(ShapeError, match="3 and 4"):
+        DiagonalGram(3).merge(DiagonalGram(4))
+
+
+def test_statistics_are_a_mapping_of_sites() -> None:
+    stats = Statistics({"a.weight": Site(calls=3)})
+    assert list(stats) == ["a.weight"]
+    assert stats["a.weight"].calls == 3
+    assert stats.get("b.weight") is None
+    assert "b.weight" not in stats
+    with pytest.raises(InputError, match=r"no block is named 'b\.weight'; the first are a\.weight"):
+        stats["b.weight"]
+    assert gm.Gram is Gram
