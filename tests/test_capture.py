@@ -382,7 +382,7 @@ def test_errors() -> None:
     model, batches = plain(), some("mlp", [4])
     spent = iter(batches)
     next(spent)
-    with pytest.raises(InputError, match="no batches.*spent generator"):
+    with pytest.raises(InputError, match=r"no batches.*spent generator"):
         gm.capture(model, spent, CLASSIFY)
     with pytest.raises(InputError, match="not available"):
         gm.capture(model, batches, lambda m, b: m(b[0]).mean(), fisher="sampled")

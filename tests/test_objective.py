@@ -81,7 +81,7 @@ def test_squared_error_has_the_identity_as_hessian() -> None:
 
 
 def test_units_that_share_a_row_do_not_mix() -> None:
-    """Two tokens read one hidden row, as in attention: the factor's expectation is the sum of their Gauss–Newton terms."""
+    """Two tokens read one hidden row, as in attention: in expectation, the sum of their Gauss–Newton terms."""
     hidden = torch.randn(3, generator=seeded(0), dtype=torch.float64, requires_grad=True)
     read = torch.randn(2, CLASSES, 3, generator=seeded(1), dtype=torch.float64)
     p = (read @ hidden.detach()).softmax(-1)

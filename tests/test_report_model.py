@@ -161,7 +161,7 @@ def test_save_picks_the_format_by_suffix(tmp_path):
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
     assert Report.from_json((tmp_path / "r.JSON").read_text()).layers == report.layers
     for name in ("r.pdf", "r", ".html"):
-        with pytest.raises(InputError, match=r"expected \.html or \.json"):
+        with pytest.raises(InputError, match=r"ends in \.html or \.json"):
             report.save(tmp_path / name)
 
 

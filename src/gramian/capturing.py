@@ -44,7 +44,7 @@ def capture(
     Returns:
         Sites by block name in forward order: `stats["0.weight"].A`, `.G`. A parameter tied across modules has one site
         under each of its names; a module that is used twice is one site. Linear, Conv2d (one group) and Embedding are
-        captured; other blocks have `None` and the reason. Where all samples share a row (an embedding of positions), its
+        captured; others have `None` and the reason. Where all samples share a row (an embedding of positions), its
         gradient is their sum.
 
     Raises:

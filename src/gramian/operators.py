@@ -160,9 +160,11 @@ def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> Tensor | None:
             if not isinstance(module, _LAYERS):
                 return None
-            if not isinstance(module, nn.Embedding) or (only_first and cuts.uses):
-                cuts.output = output
+            if only_first and cuts.uses:
                 return None
+            if not isinstance(module, nn.Embedding):
+                cuts.output = output
+                return output.clone()  # what follows may work in place
             leaf = output.detach().requires_grad_()  # indices have no Jacobian: start at what they select
             cuts.uses.append(_Use(name, module, output, leaf))
             cuts.output = leaf.clone()
