@@ -59,7 +59,9 @@ def score(cell: tuple[str, str], lr: float, seconds: float, depth: int) -> dict:
 
 def tune(cell: tuple[str, str], seconds: float, depth: int) -> list[dict]:
     """The grid of a cell, widened twice at the most until its best is interior."""
-    rows = {lr: score(cell, lr, seconds, depth) for lr in GRID[cell[1]]}
+    # AdamW moves every layer by its rate, so its grid shifts with the depth; Muon shares its rate out over layers.
+    shift = 100 / depth if cell[1] == "adamw" else 1.0
+    rows = {lr: score(cell, lr, seconds, depth) for lr in (shift * rate for rate in GRID[cell[1]])}
     for _ in range(2):
         best = max(rows, key=lambda lr: _merit(rows[lr]))
         if best not in (min(rows), max(rows)):
@@ -78,9 +80,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=12.0)
+    parser.add_argument("--cells", nargs="+", default=["+".join(cell) for cell in CELLS], help="such as isometric+muon")
     args = parser.parse_args()
-    rows = [row for cell in CELLS for row in tune(cell, args.seconds, args.depth)]
-    best = [max((r for r in rows if (r["init"], r["optimizer"]) == cell), key=_merit) for cell in CELLS]
+    cells = [cell for cell in CELLS if "+".join(cell) in args.cells]
+    rows = [row for cell in cells for row in tune(cell, args.seconds, args.depth)]
+    best = [max((r for r in rows if (r["init"], r["optimizer"]) == cell), key=_merit) for cell in cells]
     for row in best:
         print(f"best: {row['init']:10s} {row['optimizer']:6s} lr {row['lr']:.2g}  accuracy {row['accuracy']:.3f}")
     RESULTS.mkdir(exist_ok=True)

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO
 
 import gramian as gm
 from gramian.checkpoint import save_tensors
 from gramian.report import Report
+from zoo import ZOO
 
 CLASSIFY = gm.Objective.classification()
 

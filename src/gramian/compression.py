@@ -56,6 +56,17 @@ class LowRank(nn.Sequential):
         """The number of columns of L and rows of R."""
         return self.get_parameter("1.weight").shape[1]
 
+    @property
+    def weight(self) -> Tensor:
+        """`L R` in the shape of the layer's own weight, for those who read a layer's weight (torch's encoder does)."""
+        left, right = self.get_parameter("1.weight"), self.get_parameter("0.weight")
+        return (left.flatten(1) @ right.flatten(1)).view(len(left), *right.shape[1:])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias."""
+        return dict(self.named_parameters()).get("1.bias")
+
     @torch.no_grad()
     def set_(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
         """Copies L `(m, rank)`, R `(rank, n)` and the bias in."""

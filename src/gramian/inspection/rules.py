@@ -69,7 +69,7 @@ def non_finite_signal(measured: Measured) -> Iterator[Finding]:
             yield Finding(
                 f"non-finite-{what}",
                 "error",
-                f"the {what} of {first[0]} is NaN or infinite",
+                f"The {what} of {first[0]} is NaN or infinite",
                 where=first[0],
                 evidence=f"{len(names)} of {len(measured.stats)} layers see one that is not finite (exact)",
                 cause="The layer before it in this direction produced the first such value.",
@@ -90,7 +90,7 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "samples-indistinguishable",
             "error" if reaches_head else "warning",
-            f"from layer {first + 1} on, all samples look alike"
+            f"From layer {first + 1} on, all samples look alike"
             if reaches_head
             else f"{len(lost)} layers see samples that all look alike",
             where=f"{lost[0]} … {lost[-1]}" if len(lost) > 1 else lost[0],
@@ -112,9 +112,9 @@ def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "gradient-underflow",
             "error",
-            "no gradient arrives at any layer"
+            "No gradient arrives at any layer"
             if everywhere
-            else f"the gradient underflows to nothing in {len(lost)} of {len(sized)} layers",
+            else f"The gradient underflows to nothing in {len(lost)} of {len(sized)} layers",
             where=_names(lost),
             evidence=f"root mean square below {tiny:.1e}, the smallest normal {str(measured.dtype)[6:]}",
             cause="The loss does not depend on these layers."
@@ -149,7 +149,7 @@ def gain(measured: Measured) -> Iterator[Finding]:
     yield Finding(
         "gain-below-one" if below else "gain-above-one",
         "error",
-        f"gain {chi:.2g} a layer lets a gradient cross about {TRAINABLE_DEPTHS * xi:.0f} layers; there are {depth}",
+        f"Gain {chi:.2g} a layer lets a gradient cross about {TRAINABLE_DEPTHS * xi:.0f} layers; there are {depth}",
         where=f"{len(side)} of {depth} layers are {'below' if below else 'above'} one",
         evidence=f"χ = {chi:.3g} ({low:.3g} to {high:.3g}, 95 %), so ξ = 1/|ln χ| = {xi:.2g} layers; "
         f"{depth} layers need ξ ≥ {depth / TRAINABLE_DEPTHS:.1f}",
@@ -179,9 +179,9 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     yield Finding(
         "gradient-vanishes" if vanishes else "gradient-explodes",
         "error" if unmoved or not vanishes else "warning",
-        f"the gradient at the first layer is {ratio:.0e} of the last layer's"
+        f"The gradient at the first layer is {ratio:.0e} of the last layer's"
         if ratio
-        else "the gradient at the first layer is zero",
+        else "The gradient at the first layer is zero",
         where=f"{sized[0].name} … {sized[-1].name}",
         evidence=evidence,
         cause=f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
@@ -202,7 +202,7 @@ def end_to_end(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "jacobian-vanishes" if small else "jacobian-explodes",
             "error" if largest < eps or largest > 1 / eps else "warning",
-            f"end to end, the largest change of the last hidden layer is {largest:.1e} of the input's",
+            f"End to end, the largest change of the last hidden layer is {largest:.1e} of the input's",
             evidence=f"singular values of the Jacobian from the first layer's input to the last layer's: "
             f"σ₁ = {largest:.1e}, median {middle:.1e} (median over samples, exact)",
             cause=f"Below {eps:.1e} the change is lost in {str(measured.dtype)[6:]} rounding: no input arrives."

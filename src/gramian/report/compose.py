@@ -33,7 +33,7 @@ _GAIN_CAPTION = (
 )
 _SPECTRA_CAPTION = "One row per layer, its singular values from the largest to the smallest."
 _JACOBIAN_CAPTION = (
-    "Singular values of the derivative of the output by the input. "
+    "Singular values of the Jacobian from the first layer's input to the last layer's input. "
     "Signals and gradients pass undistorted where all are near 1."
 )
 

@@ -1,0 +1,403 @@
+"""A factored model: never larger than asked, nearest in the loss's own metric, the same where nothing is dropped."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from cases import seeded
+from gramian import Gram, Statistics
+from gramian.checkpoint import save_tensors
+from gramian.compression import DAMPING, LowRank, Plan, compress, load_compressed, save_compressed
+from gramian.errors import CheckpointError, InputError
+from gramian.statistics import Site
+from test_capture import assert_same, snapshot
+from zoo import ZOO
+
+CLASSIFY = gm.Objective.classification()
+KEEPS = (0.25, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0)
+
+
+def plan_of(name: str, keep: float = 0.5) -> tuple[nn.Module, list, Plan]:
+    case = ZOO[name]
+    model, batches = case.make_model(0).eval(), case.make_batches(0)[:2]
+    return (
+        model,
+        batches,
+        compress(model, batches=batches, objective=getattr(gm.Objective, case.objective)(), keep=keep),
+    )
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def gram(m: Tensor, n: int = 1) -> Gram:
+    """A Gram of mean zero with the given matrix."""
+    g = Gram(len(m))
+    g.total, g.count = m.double() * n, float(n)
+    return g
+
+
+def second_moment(n: int, seed: int, *, rank: int | None = None, scale: float = 1.0) -> Tensor:
+    x = torch.randn(rank or 3 * n, n, generator=seeded(seed), dtype=torch.float64)
+    x = x * torch.logspace(0, -2, n, dtype=torch.float64)
+    return scale**2 * x.T @ x
+
+
+def one_linear(m: int = 8, n: int = 12, *, bias: bool = False, a: Tensor | None = None, g: Tensor | None = None):
+    """A model of one Linear with chosen A and G, in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(n, m, bias=bias, dtype=torch.float64))
+    a, g = (second_moment(n, 1) if a is None else a), (second_moment(m, 2) if g is None else g)
+    return model, Statistics({"0.weight": Site(gram(a), gram(g))})
+
+
+COMPRESSIBLE = ["mlp", "mlp_regression", "deep_tanh_mlp", "batchnorm_cnn", "residual_cnn", "transformer_classifier",
+                "transformer_lm", "grouped_query", "mixture_of_experts"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPRESSIBLE)
+def test_budget_is_kept_and_counted(name: str) -> None:
+    model, batches, plan = plan_of(name, keep=1.0)
+    before = snapshot(model)
+    total, sizes = count(model), []
+    for keep in KEEPS:
+        try:
+            part = plan.at(keep=keep)
+        except InputError as error:  # attention and experts are not factored, and weigh more than that
+            least = float(str(error).rpartition(" ")[2])
+            assert least > keep
+            assert plan.at(keep=least + 1e-3).parameters <= (least + 1e-3) * total
+            continue
+        small = part.apply()
+        assert count(small) == part.parameters <= keep * total
+        assert small(batches[0][0]).shape == model(batches[0][0]).shape
+        sizes.append(part.parameters)
+    assert sizes == sorted(sizes)
+    assert len(sizes) > 1
+    assert_same(before, snapshot(model))
+
+
+def test_torch_encoder_runs_factored_in_its_fast_path_too() -> None:
+    """Without gradients, TransformerEncoderLayer reads `linear1.weight` and calls one fused kernel."""
+    _, batches, plan = plan_of("transformer_classifier", keep=0.9)
+    small, x = plan.apply(), batches[0][0]
+    assert isinstance(small.encoder.layers[0].linear1, LowRank)
+    with torch.no_grad():
+        fused = small(x)
+    torch.testing.assert_close(fused, small(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", COMPRESSIBLE)
+def test_keeping_everything_changes_nothing(name: str) -> None:
+    model, batches, plan = plan_of(name, keep=1.0)
+    assert set(plan.ranks.values()) == {None}
+    same = plan.apply()
+    assert torch.equal(same(batches[0][0]), model(batches[0][0]))
+    assert [type(m) for m in same.modules()] == [type(m) for m in model.modules()]
+    assert plan.predicted_loss == 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual_cnn", "transformer_classifier"])
+def test_more_budget_never_takes_a_rank_from_a_layer(name: str) -> None:
+    _, _, plan = plan_of(name, keep=1.0)
+    low, ranks, losses = plan.spectra[0].cost(1) / plan.parameters_dense, [], []
+    for keep in torch.linspace(low, 1, 60).tolist():
+        try:
+            part = plan.at(keep=keep)
+        except InputError:
+            continue
+        ranks.append([part.ranks[k] or 10**9 for k in plan.ranks])
+        losses.append(part.predicted_loss)
+    assert len(ranks) > 20
+    for fewer, more in itertools.pairwise(ranks):
+        assert all(a <= b for a, b in zip(fewer, more, strict=True))
+    assert losses == sorted(losses, reverse=True)
+    assert ranks[0] != ranks[-1]
+
+
+def test_another_share_takes_less_than_a_second() -> None:
+    _, _, plan = plan_of("deep_tanh_mlp")
+    start = time.perf_counter()
+    for keep in (0.3, 0.5, 0.7):
+        plan.at(keep=keep)
+    assert time.perf_counter() - start < 1  # the promise of `Plan.at`, for three
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_factors_are_the_best_in_the_weighted_norm(rank: int) -> None:
+    model, stats = one_linear()
+    keep = rank * 20 / 96
+    w = model[0].weight.detach()
+    low = compress(model, stats, keep=keep).apply()[0]
+    assert low.rank == rank
+    got = low[1].weight.detach() @ low[0].weight.detach()
+
+    def root(m: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(m + DAMPING * m.diagonal().mean() * torch.eye(len(m)))
+        return vectors * values.sqrt() @ vectors.T
+
+    g, a = root(stats["0.weight"].G.matrix), root(stats["0.weight"].A.matrix)
+
+    def error(v: Tensor) -> Tensor:
+        return torch.linalg.norm(g @ (w - v) @ a)
+
+    best = torch.linalg.svdvals(g @ w @ a)[rank:].norm()  # Eckart and Young
+    assert error(got) == pytest.approx(best.item(), rel=1e-6)
+    generator = seeded(3)
+    for size in (1e-4, 1e-2, 1.0):
+        for _ in range(20):
+            left = low[1].weight.detach()
+            right = low[0].weight.detach()
+            left = left + size * left.std() * torch.randn(left.shape, generator=generator, dtype=torch.float64)
+            right = right + size * right.std() * torch.randn(right.shape, generator=generator, dtype=torch.float64)
+            assert error(left @ right) > best
+    assert compress(model, stats, keep=keep).predicted_loss == pytest.approx(0.5 * best.item() ** 2, rel=1e-6)
+
+
+def test_the_budget_goes_where_the_loss_notices() -> None:
+    """Two equal layers; the loss sees the second's output a hundred times as strongly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    model[1].weight.data.copy_(model[0].weight)
+    a, g = second_moment(16, 1), second_moment(16, 2)
+    stats = Statistics({"0.weight": Site(gram(a), gram(g)), "1.weight": Site(gram(a), gram(1e4 * g))})
+    ranks = compress(model, stats, keep=0.6).ranks
+    assert (ranks["1"] or 16) > ranks["0"]
+
+
+def test_the_bias_takes_up_the_mean() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.Linear(16, 4)).double()
+    x = torch.randn(200, 10, generator=seeded(0), dtype=torch.float64) + 3
+    stats = gm.capture(model, [(x, torch.randint(4, (200,), generator=seeded(1)))], CLASSIFY, fisher="gauss_newton")
+    small = compress(model, stats, keep=0.6).apply()
+    assert isinstance(small[0], LowRank)
+    assert not torch.allclose(small(x), model(x), rtol=0.01)
+    torch.testing.assert_close(small[0](x).mean(0), model[0](x).mean(0), rtol=1e-9, atol=1e-9)
+
+
+CONVOLUTIONS = {
+    "plain": {},
+    "strided": {"stride": 2, "padding": 1},
+    "same": {"padding": "same"},
+    "dilated": {"dilation": 2},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "no_bias": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_kernel_of_low_rank_is_found_again(name: str) -> None:
+    """A convolution whose matrix has rank 2 is the same function in two factors."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, **CONVOLUTIONS[name], dtype=torch.float64)
+    conv.weight.data = (torch.randn(8, 2).double() @ torch.randn(2, 27).double()).view_as(conv.weight)
+    model = nn.Sequential(conv, nn.Flatten(), nn.LazyLinear(4, dtype=torch.float64))
+    x, y = torch.randn(40, 3, 7, 7, dtype=torch.float64), torch.randint(4, (40,))
+    model(x)
+    stats = gm.capture(model, [(x, y)], CLASSIFY, fisher="gauss_newton")
+    del stats.sites["2.weight"]
+    small = compress(model, stats, keep=(count(model) - 216 + 70) / count(model)).apply()
+    assert small[0].rank == 2
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_factored_has_a_reason() -> None:
+    _, _, plan = plan_of("transformer_lm", keep=0.95)
+    assert plan.reasons["embed"] == "Embedding is not factored"
+    assert "MultiheadAttention" in plan.reasons["encoder.layers.0.self_attn"]
+    assert "MultiheadAttention" in plan.reasons["encoder.layers.0.self_attn.out_proj"]
+    _, _, plan = plan_of("batchnorm_cnn", keep=0.95)
+    assert "4 groups" in plan.reasons["6"]
+
+    class Own(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    tied = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), Own(64, 64), nn.Linear(64, 10), nn.Linear(10, 10))
+    tied[1].weight = tied[0].weight
+    case = ZOO["mlp"]
+    plan = compress(tied, batches=case.make_batches(0)[:1], objective=CLASSIFY, keep=0.97)
+    assert plan.reasons["0"] == "tied to 1.weight"
+    assert plan.reasons["2"] == "Own is not factored"
+    with pytest.raises(InputError, match=r"no layer of GPT2 can be factored \(.*Conv1D"):
+        plan_of("gpt2")
+
+
+HARD = {
+    "zero_a": (torch.zeros(12, 12), None),
+    "zero_g": (None, torch.zeros(8, 8)),
+    "rank_one": (second_moment(12, 1, rank=1), second_moment(8, 2, rank=1)),
+    "two_classes": (None, second_moment(8, 2, rank=2)),
+    "tiny": (second_moment(12, 1, scale=1e-30), second_moment(8, 2, scale=1e-30)),
+    "huge": (second_moment(12, 1, scale=1e30), second_moment(8, 2, scale=1e30)),
+    "dead_inputs": (torch.diag(torch.tensor([1.0] * 3 + [0.0] * 9)), None),
+    "negative": (second_moment(12, 1) - 1e-3 * torch.eye(12), None),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", HARD)
+def test_singular_statistics_never_crash(name: str, bias: bool) -> None:
+    a, g = HARD[name]
+    model, stats = one_linear(bias=bias, a=a, g=g)
+    plan = compress(model, stats, keep=0.7)
+    small = plan.apply().float()
+    assert all(p.isfinite().all() for p in small.parameters())
+    # A dead direction costs nothing to drop; what is alive stays.
+    x = torch.randn(5, 12, generator=seeded(0), dtype=torch.float64)
+    if name == "dead_inputs":
+        x[:, 3:] = 0
+        torch.testing.assert_close(small(x.float()).double(), model(x), rtol=1e-3, atol=1e-3)
+    assert plan.predicted_loss >= 0
+
+
+def test_a_dead_layer_yields_its_budget() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    a, g = second_moment(16, 1), second_moment(16, 2)
+    stats = Statistics({"0.weight": Site(gram(a), gram(0 * g)), "1.weight": Site(gram(a), gram(1e-8 * g))})
+    ranks = compress(model, stats, keep=0.6).ranks
+    assert ranks["0"] == 1
+    assert ranks["1"] is None or ranks["1"] > 5
+
+
+def test_a_constant_input_far_from_zero() -> None:
+    """The covariance is rounding alone, with negative eigenvalues; the mean is all there is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
+    x = 1000 + 1e-4 * torch.randn(64, 12)
+    stats = gm.capture(model, [(x, torch.randint(4, (64,)))], CLASSIFY, fisher="gauss_newton")
+    small = compress(model, stats, keep=0.7).apply()
+    torch.testing.assert_close(small(x), model(x), rtol=1e-3, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual_cnn", "transformer_classifier", "transformer_lm"])
+def test_saved_and_loaded(name: str, tmp_path) -> None:
+    model, batches, plan = plan_of(name, keep=0.9)
+    small = plan.apply()
+    path, dense = tmp_path / "small.safetensors", tmp_path / "dense.safetensors"
+    save_compressed(small, path)
+    save_tensors(dense, model.state_dict())
+    assert path.stat().st_size < 0.95 * dense.stat().st_size + 4096  # names and ranks
+    state = torch.get_rng_state()
+    loaded = load_compressed(ZOO[name].make_model(1), path).eval()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(loaded(batches[0][0]), small(batches[0][0]))
+    assert count(loaded) == plan.parameters
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path) -> None:
+    _, _, plan = plan_of("mlp", keep=0.5)
+    path = tmp_path / "small.safetensors"
+    save_compressed(plan.apply(), path)
+    others = {"wrong_size": ZOO["mlp_regression"].make_model(0), "wrong_layers": ZOO["residual_cnn"].make_model(0)}
+    for model in others.values():
+        before, modules = snapshot(model), list(model.modules())
+        with pytest.raises(CheckpointError, match="does not fit Sequential") as caught:
+            load_compressed(model, path)
+        assert "\n" not in str(caught.value)
+        assert_same(before, snapshot(model))
+        assert list(model.modules()) == modules
+    dense = tmp_path / "dense.safetensors"
+    save_tensors(dense, ZOO["mlp"].make_model(0).state_dict())
+    with pytest.raises(CheckpointError, match="not written by save_compressed"):
+        load_compressed(ZOO["mlp"].make_model(0), dense)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_compressed(ZOO["mlp"].make_model(0), tmp_path / "missing.safetensors")
+    for ranks in ('{"0": 1000000}', '{"0": "4"}', '{"1": 2}', "[1]", "3"):
+        bad = tmp_path / "bad.safetensors"
+        save_tensors(bad, ZOO["mlp"].make_model(0).state_dict(), {"gramian.ranks": ranks})
+        with pytest.raises(CheckpointError, match="does not fit"):
+            load_compressed(ZOO["mlp"].make_model(0), bad)
+
+
+def test_a_model_that_is_one_layer(tmp_path) -> None:
+    layer = nn.Linear(64, 10)
+    plan = compress(layer, batches=ZOO["mlp"].make_batches(0), objective=CLASSIFY, keep=0.7)
+    small = plan.apply()
+    assert isinstance(small, LowRank)
+    assert count(small) == plan.parameters
+    save_compressed(small, tmp_path / "x.safetensors")
+    loaded = load_compressed(nn.Linear(64, 10), tmp_path / "x.safetensors")
+    x = torch.randn(3, 64)
+    assert torch.equal(loaded(x), small(x))
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["parallel", "compiled"]
+)
+def test_wrapped_models(wrap, tmp_path) -> None:
+    model, batches, plan = plan_of("mlp")
+    wrapped = compress(wrap(copy.deepcopy(model)), batches=batches, objective=CLASSIFY)
+    assert wrapped.ranks == plan.ranks
+    small = wrapped.apply()
+    x = batches[0][0]
+    torch.testing.assert_close(small(x), plan.apply()(x))
+    save_compressed(wrap(small), tmp_path / "x.safetensors")
+    assert torch.equal(load_compressed(ZOO["mlp"].make_model(3), tmp_path / "x.safetensors")(x), small(x))
+
+
+def test_factors_keep_what_the_layer_was() -> None:
+    model = ZOO["mlp"].make_model(0).bfloat16().eval()
+    model[0].requires_grad_(False)
+    state = torch.get_rng_state()
+    batches = [(x.bfloat16(), y) for x, y in ZOO["mlp"].make_batches(0)]
+    low = compress(model, batches=batches, objective=CLASSIFY, keep=0.4).apply()[0]
+    assert isinstance(low, LowRank)
+    assert not low.training
+    assert {(p.dtype, p.requires_grad) for p in low.parameters()} == {(torch.bfloat16, False)}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_beats_the_plain_svd() -> None:
+    model, batches, plan = plan_of("mlp", keep=0.4)
+    case = ZOO["mlp"]
+    small = plan.apply()
+    naive = copy.deepcopy(model)
+    for name, rank in plan.ranks.items():
+        if rank is not None:
+            u, s, vt = torch.linalg.svd(naive[int(name)].weight.data, full_matrices=False)
+            naive[int(name)].weight.data = u[:, :rank] * s[:rank] @ vt[:rank]
+    kl = [
+        nn.functional.kl_div(m(batches[0][0]).log_softmax(-1), model(batches[0][0]).softmax(-1), reduction="batchmean")
+        for m in (small, naive)
+    ]
+    assert kl[0] < 0.5 * kl[1]
+    assert case.loss(small, batches[0]) < 1.1 * case.loss(model, batches[0])
+
+
+ERRORS = {
+    "no_statistics": (lambda m: compress(m), "give stats from"),
+    "keep_zero": (lambda m: compress(m, batches=BATCHES, objective=CLASSIFY, keep=0.0), r"\(0, 1\], got 0"),
+    "keep_above": (lambda m: compress(m, batches=BATCHES, objective=CLASSIFY, keep=1.5), r"\(0, 1\], got 1\.5"),
+    "keep_too_small": (
+        lambda m: compress(m, batches=BATCHES, objective=CLASSIFY, keep=0.001),
+        "smallest possible keep is 0",
+    ),
+    "another_model": (
+        lambda m: compress(m, gm.capture(nn.Sequential(nn.Linear(64, 10)), BATCHES, CLASSIFY)),
+        "another model's",
+    ),
+    "not_finite": (
+        lambda m: compress(m, batches=[(x * float("nan"), y) for x, y in BATCHES], objective=CLASSIFY),
+        r"A of '0\.weight' is not finite",
+    ),
+}
+BATCHES = ZOO["mlp"].make_batches(0)[:1]
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_one_line(name: str) -> None:
+    make, message = ERRORS[name]
+    with pytest.raises(InputError, match=message) as caught:
+        make(ZOO["mlp"].make_model(0))
+    assert "\n" not in str(caught.value)

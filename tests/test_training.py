@@ -1,0 +1,242 @@
+"""A run spends its budget, repeats itself, writes what it did, and says what a task did wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from cases import seeded
+from gramian.checkpoint import load_into
+from gramian.errors import GramianWarning, InputError, TaskError
+from zoo import ZOO
+
+X = torch.randn(96, 6, generator=seeded(0))
+Y = (X[:, 0] > 0).long()
+
+
+def net() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+
+
+def batches(epoch: int, generator: torch.Generator):
+    for part in torch.randperm(len(X), generator=generator).split(16):
+        yield X[part], Y[part]
+
+
+def evaluate(model: nn.Module) -> dict[str, float]:
+    return {"accuracy": float((model(X).argmax(-1) == Y).float().mean())}
+
+
+def task(**changes) -> gm.Task:
+    parts = {"model": net, "objective": gm.Objective.classification(), "train_batches": batches, "evaluate": evaluate}
+    return gm.Task(**(parts | changes))
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [t.clone() for t in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("budgets", [{}, {"steps": 3, "epochs": 1}, {"steps": 1, "seconds": 1.0}], ids=str)
+def test_one_budget_and_no_other(budgets: dict) -> None:
+    with pytest.raises(InputError, match="give one of steps=, epochs=, seconds="):
+        gm.train(task(), **budgets)
+
+
+@pytest.mark.parametrize("budget", [{"steps": 0}, {"epochs": -1}, {"seconds": 0.0}, {"seconds": math.nan}], ids=str)
+def test_a_budget_is_positive(budget: dict) -> None:
+    with pytest.raises(InputError, match="must be positive"):
+        gm.train(task(), **budget)
+
+
+BUDGETS = [({"steps": 1}, 1), ({"steps": 37}, 37), ({"epochs": 1}, 6), ({"epochs": 3}, 18)]
+
+
+@pytest.mark.parametrize(("budget", "steps"), BUDGETS, ids=str)
+def test_a_budget_is_spent_exactly(budget: dict, steps: int) -> None:
+    epochs: list[int] = []
+
+    def counted(epoch: int, generator: torch.Generator):
+        epochs.append(epoch)
+        return list(batches(epoch, generator))
+
+    run = gm.train(task(train_batches=counted), **budget)
+    assert run.steps == steps
+    assert run.history[-1]["step"] == steps
+    assert epochs == list(range(math.ceil(steps / 6)))
+
+
+def test_seconds_are_of_training_alone() -> None:
+    shares: list[float] = []
+    run = gm.train(task(), seconds=0.2, progress=lambda row, share: shares.append(share))
+    assert run.seconds >= 0.2
+    assert shares[-1] == 1
+    assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["auto", "muon", "adamw", lambda m: torch.optim.SGD(m.parameters(), lr=0.1)], ids=str
+)
+@pytest.mark.parametrize("init", ["default", "isometric"])
+def test_the_same_seed_is_the_same_run(optimizer, init: str) -> None:
+    runs = [gm.train(task(), optimizer=optimizer, init=init, steps=15, seed=seed) for seed in (3, 3, 4)]
+    for p, q, r in zip(*(weights(run.model) for run in runs), strict=True):
+        assert torch.equal(p, q)
+        assert not torch.equal(p, r)
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.history] for run in runs]
+    assert rows[0] == rows[1]
+
+
+def test_dropout_repeats_too() -> None:
+    def dropping() -> nn.Module:
+        return nn.Sequential(*net()[:2], nn.Dropout(0.5), *net()[2:])
+
+    torch.manual_seed(1)
+    first = weights(gm.train(task(model=dropping), steps=5).model)
+    torch.manual_seed(2)
+    again = weights(gm.train(task(model=dropping), steps=5).model)
+    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    gm.train(task(), init="isometric", steps=5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("steps", [100, 200, 7])
+def test_about_twenty_evaluations(steps: int) -> None:
+    modes: list[bool] = []
+
+    def watched(model: nn.Module) -> dict[str, float]:
+        modes.append(model.training or torch.is_grad_enabled())
+        return evaluate(model)
+
+    run = gm.train(task(evaluate=watched), steps=steps)
+    assert len(run.history) == min(20, steps)
+    assert not any(modes)
+    assert run.model.training
+
+
+def test_the_learning_rate_rises_and_ends_near_zero() -> None:
+    rates: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    gm.train(task(), optimizer=lambda m: Watched(m.parameters(), lr=0.5), steps=100)
+    assert len(rates) == 100
+    assert rates[0] < 0.06
+    assert max(rates) < 0.5
+    assert rates.index(max(rates)) == 9
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0 < rates[-1] <= 0.5 / 100 + 1e-9
+
+
+def test_learning_rate_is_passed_on() -> None:
+    still = gm.train(task(), optimizer="adamw", lr=1e-12, steps=10)
+    for p, q in zip(weights(still.model), weights(net()), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-8)
+    with pytest.warns(GramianWarning, match="lr is ignored"):
+        gm.train(task(), optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1), lr=0.2, steps=1)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_it_learns(optimizer: str) -> None:
+    run = gm.train(task(), optimizer=optimizer, steps=80)
+    assert run.metrics["accuracy"] > 0.9
+    assert run.history[-1]["loss"] < run.history[0]["loss"]
+
+
+def test_what_is_written_is_what_was_done(tmp_path) -> None:
+    run = gm.train(task(name="signs"), steps=30, out=tmp_path / "deep" / "run")
+    folder = tmp_path / "deep" / "run"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == run.history
+    assert set(rows[0]) == {"step", "seconds", "loss", "accuracy"}
+    loaded = load_into(net(), folder / "model.safetensors")
+    for p, q in zip(weights(loaded), weights(run.model), strict=True):
+        assert torch.equal(p, q)
+    assert evaluate(loaded.eval())["accuracy"] == run.metrics["accuracy"]
+    again = gm.train(task(), steps=3, out=folder)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == len(again.history) == 3
+
+
+def test_the_loss_of_a_row_is_the_mean_over_units_since_the_last() -> None:
+    def uneven(epoch: int, generator: torch.Generator):
+        return [(X[:90], Y[:90]), (X[90:], Y[90:])]
+
+    run = gm.train(task(train_batches=uneven, model=net), optimizer="adamw", lr=0.0, steps=40)
+    whole = nn.functional.cross_entropy(net()(X), Y).item()
+    assert [row["loss"] for row in run.history] == pytest.approx([whole] * 20, rel=1e-5)
+
+
+def test_divergence_stops_with_a_warning(tmp_path) -> None:
+    with pytest.warns(GramianWarning, match="the loss is .* stopped"):
+        run = gm.train(
+            task(), optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=math.inf), steps=100, out=tmp_path
+        )
+    assert run.diverged
+    assert run.steps < 100
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
+
+
+def raises() -> nn.Module:
+    raise RuntimeError("out of ideas")
+
+
+BAD = {
+    "model": ({"model": lambda: "net"}, r"model\(\) must return a torch\.nn\.Module, got str"),
+    "evaluate_none": ({"evaluate": lambda m: None}, r"evaluate\(model\) must return a dict of floats, got None"),
+    "evaluate_tensor": ({"evaluate": lambda m: {"a": torch.ones(2)}}, "must return a dict of floats"),
+    "no_batches": ({"train_batches": lambda epoch, generator: []}, "gave no batches"),
+    "spent": ({"train_batches": lambda epoch, generator, it=iter([(X, Y)]): it}, r"train_batches\(1, generator\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_task_that_returns_the_wrong_thing_is_told_so(name: str) -> None:
+    changes, message = BAD[name]
+    with pytest.raises(TaskError, match=message) as caught:
+        gm.train(task(**changes), steps=3)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_words_are_told() -> None:
+    with pytest.raises(InputError, match="unknown optimizer 'sgd'; wanted auto, muon, adamw"):
+        gm.train(task(), optimizer="sgd", steps=1)
+    with pytest.raises(InputError, match="init must be 'default' or 'isometric', got 'zeros'"):
+        gm.train(task(), init="zeros", steps=1)
+    with pytest.raises(InputError, match="sum of losses, number of units"):
+        gm.train(task(objective=gm.Objective(lambda m, b: m(b[0]), lambda o, b: o)), steps=1)
+
+
+def test_batches_are_the_first_epochs() -> None:
+    assert [len(x) for x, _ in task().batches()] == [16] * 6
+    assert len(task().batches(2)) == 2
+    with pytest.raises(TaskError, match="gave no batches"):
+        task(train_batches=lambda epoch, generator: []).batches()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoo_trains(name: str) -> None:
+    case = ZOO[name]
+
+    def loss(model: nn.Module) -> dict[str, float]:
+        return {"held_out": float(case.loss(model, case.make_batches(1)[0]))}
+
+    objective = getattr(gm.Objective, case.objective)()
+    zoo = gm.Task(lambda: case.make_model(0), objective, lambda epoch, generator: case.make_batches(0), loss, name)
+    run = gm.train(zoo, steps=30)
+    assert not run.diverged
+    # One that is there because it does not learn.
+    assert run.metrics["held_out"] < run.history[0]["held_out"] or name == "deep_tanh_mlp"
