@@ -16,7 +16,7 @@ from gramian.errors import InputError
 from gramian.objective import Fisher, Objective, as_objective
 from gramian.statistics import DiagonalGram, Gram, Site, Statistics
 
-__all__ = ["capture", "evaluating"]
+__all__ = ["capture", "evaluating", "measuring"]
 
 
 def capture(
@@ -60,7 +60,7 @@ def capture(
     generator = generator or torch.Generator(device).manual_seed(0)
     stats = Statistics(fisher=fisher)
     total_loss, num_batches = 0.0, 0
-    with evaluating(model), _recording(blocks(model), stats) as recorder:
+    with measuring(model), _recording(blocks(model), stats) as recorder:
         for batch in batches:
             with torch.enable_grad():
                 recorder.edges.clear()
@@ -89,20 +89,24 @@ def capture(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, uncompiled, inside; afterwards each module's own mode and the global random state again.
-
-    Hooks that are added to a model after its compilation do not run, so compiled code stands aside meanwhile.
-    """
+    """Evaluation mode inside; afterwards each module's own mode and the global random state again."""
     training = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    compiles = "torch._dynamo" in sys.modules
     try:
-        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+        with torch.random.fork_rng(devices):
             model.eval()
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """`evaluating`, and uncompiled: hooks that are added to a model after its compilation do not run."""
+    compiles = "torch._dynamo" in sys.modules
+    with evaluating(model), torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+        yield
 
 
 class _Recorder:

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gramian import random
 from gramian.block import Block, blocks
-from gramian.capturing import evaluating
+from gramian.capturing import measuring
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import Objective
 from gramian.operators import layer_gains
@@ -188,7 +188,7 @@ def _forward_order(model: nn.Module, sample: Any, objective: Objective) -> list[
     """The leaf modules in the order in which a forward pass calls them, an activation that is shared at every call."""
     order: list[nn.Module] = []
     leaves = [m for m in model.modules() if not list(m.children())]
-    with _hooked(leaves, lambda m, x, y: order.append(m)), evaluating(model), torch.no_grad():
+    with _hooked(leaves, lambda m, x, y: order.append(m)), measuring(model), torch.no_grad():
         objective.predict(model, sample)
     return order
 
@@ -196,7 +196,7 @@ def _forward_order(model: nn.Module, sample: Any, objective: Objective) -> list[
 def _scale_input_(first: Block, model: nn.Module, sample: Any, objective: Objective) -> None:
     sizes: list[Tensor] = []
     measure = _hooked([first.module], lambda m, x, y: sizes.append(y.float().square().mean().sqrt()))
-    with measure, evaluating(model), torch.no_grad():
+    with measure, measuring(model), torch.no_grad():
         objective.predict(model, sample)
     rms = float(sizes[0])
     if math.isfinite(rms) and rms > 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.block import blocks
-from gramian.capturing import evaluating
+from gramian.capturing import measuring
 from gramian.objective import Objective, as_objective
 
 __all__ = ["Gain", "end_to_end_jacobian", "layer_gains"]
@@ -58,7 +58,7 @@ def layer_gains(
     objective = as_objective(objective)
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
-    with evaluating(model), torch.enable_grad():
+    with measuring(model), torch.enable_grad():
         with _cut(model) as cuts:
             objective.predict(model, batch)
         uses = cuts.uses
@@ -100,7 +100,7 @@ def end_to_end_jacobian(model: nn.Module, batch: Any, objective: Objective | Cal
     Cost: one forward pass and m backward passes of the batch. Accuracy: exact to rounding.
     """
     objective = as_objective(objective)
-    with evaluating(model), _cut(model, only_first=True) as cuts, torch.enable_grad():
+    with measuring(model), _cut(model, only_first=True) as cuts, torch.enable_grad():
         objective.predict(model, batch)
         uses = cuts.uses
         if len(uses) < 2:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramian.capturing import evaluating
 from gramian.checkpoint import save_tensors
 from gramian.errors import GramianWarning, InputError, TaskError
 from gramian.init import isometric_
@@ -111,7 +112,7 @@ def train(
         init: `"default"` leaves the model as the task makes it; `"isometric"` applies `gm.init.isometric_`.
         steps, epochs, seconds: the budget; give one. Seconds are of training alone, without evaluation. The same seed
             gives the same run for steps and epochs; for seconds, how far a run gets depends on the machine.
-        seed: of the order of the batches and of `init`.
+        seed: of the order of the batches, of `init` and of dropout. The global generator is left as it was.
         out: a folder for `metrics.jsonl` (a line for each evaluation, as it happens) and `model.safetensors`.
         progress: called after each evaluation with its row and the share of the budget that is done.
 
@@ -134,14 +135,35 @@ def train(
     device = next(model.parameters()).device
     run = Run(model, out=None if out is None else Path(out))
     log = _Log(run, task, progress)
-    total, units, started = torch.zeros((), device=device), torch.zeros((), device=device), time.perf_counter()
     model.train()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # of dropout
+        _loop(run, task, objective, opt, schedule, generator, log)
+    if run.diverged:
+        warnings.warn(f"train: the loss is not finite after {run.steps} steps; stopped", GramianWarning, stacklevel=2)
+    if run.out is not None:
+        save_tensors(run.out / "model.safetensors", model.state_dict(), {"gramian.task": task.name})
+    return run
+
+
+def _loop(
+    run: Run,
+    task: Task,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    schedule: _Schedule,
+    generator: torch.Generator,
+    log: _Log,
+) -> None:
+    """Steps until the budget is spent or the loss is not finite."""
+    device = next(run.model.parameters()).device
+    total, units, started = torch.zeros((), device=device), torch.zeros((), device=device), time.perf_counter()
     for batch in _stream(task, generator, schedule):
         schedule.set_rates(run)
-        opt.zero_grad()
-        loss, count = objective.loss(model, batch)
+        optimizer.zero_grad()
+        loss, count = objective.loss(run.model, batch)
         (loss / count).backward()
-        opt.step()
+        optimizer.step()
         total += loss.detach()
         units += count
         run.steps += 1
@@ -152,14 +174,9 @@ def train(
         log.write(mean, schedule.share(run))
         total.zero_()
         units.zero_()
-        if not math.isfinite(mean):
-            run.diverged = True
-            warnings.warn(f"train: the loss is {mean} after {run.steps} steps; stopped", GramianWarning, stacklevel=2)
+        run.diverged = not math.isfinite(mean)
         if run.diverged or schedule.share(run) >= 1:
-            break
-    if run.out is not None:
-        save_tensors(run.out / "model.safetensors", model.state_dict(), {"gramian.task": task.name})
-    return run
+            return
 
 
 def _budget(steps: int | None, epochs: int | None, seconds: float | None) -> tuple[str, float]:
@@ -247,10 +264,8 @@ class _Log:
 
     def write(self, loss: float, share: float) -> None:
         begin = time.perf_counter()
-        self.run.model.eval()
-        with torch.no_grad():
+        with evaluating(self.run.model), torch.no_grad():
             numbers = self.task.evaluate(self.run.model)
-        self.run.model.train()
         if not isinstance(numbers, dict) or not all(isinstance(v, (int, float)) for v in numbers.values()):
             raise TaskError(f"task {self.task.name!r}: evaluate(model) must return a dict of floats, got {numbers!r}")
         row = {"step": self.run.steps, "seconds": round(self.run.seconds, 4), "loss": loss, **numbers}

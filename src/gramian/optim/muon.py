@@ -42,8 +42,8 @@ class Muon(torch.optim.Optimizer):
         layouts: as in `gm.blocks`.
         maximize: ascend.
 
-    A parameter whose gradient is not finite is skipped for that step, and counted in `health()`; zero, rank-one and
-    extremely scaled gradients give a finite step.
+    A parameter whose gradient is not finite (or within 1/80 of the largest float32) is skipped for that step and counted
+    in `health()`; zero, rank-one and extremely scaled gradients give a finite step.
 
     Raises `InputError` for an empty list, a pattern that matches nothing, or a rate below zero.
 
@@ -81,7 +81,7 @@ class Muon(torch.optim.Optimizer):
             raise InputError(f"Muon: momentum must be in [0, 1), got {momentum}")
         if scale not in ("spectral", "match_rms_adamw"):
             raise InputError(f"Muon: scale must be 'spectral' or 'match_rms_adamw', got {scale!r}")
-        self._routes = {id(r.parameter): r for r in route(params, routes, layouts)}
+        self._routes = {r.parameter: r for r in route(params, routes, layouts)}
         by_direction: dict[Direction, list[Route]] = {"matrix": [], "adamw": []}
         for r in self._routes.values():
             by_direction[r.direction].append(r)
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
         ]
         self._adamw = torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True) if rest else None
         groups += self._adamw.param_groups if self._adamw is not None else []
-        self._skipped: dict[tuple[int, ...], Tensor] = {}  # by the parameters that stepped together
+        self._skipped: dict[tuple[str, ...], Tensor] = {}  # by the names of the parameters that step together
         super().__init__(groups, {})
         self._share()
 
@@ -124,6 +124,20 @@ class Muon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict()` gave; the next step is then the same, bit for bit."""
         super().load_state_dict(state_dict)
+        self._share()
+        # torch casts the state to the parameter's dtype: a bfloat16 parameter's float32 momentum is put back.
+        saved = (index for group in state_dict["param_groups"] for index in group["params"])
+        for p, index in zip((p for group in self.param_groups for p in group["params"]), saved, strict=True):
+            momentum = state_dict["state"].get(index, {}).get("momentum_buffer")
+            if momentum is not None:
+                self.state[p]["momentum_buffer"] = momentum.to(p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_routes": self._routes, "_adamw": self._adamw, "_skipped": self._skipped}
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self._share()
 
     @torch.no_grad()
@@ -155,19 +169,19 @@ class Muon(torch.optim.Optimizer):
     def health(self) -> dict[str, int]:
         """How many steps each parameter skipped because its gradient was not finite, where any were."""
         counts: dict[str, int] = defaultdict(int)
-        for keys, skipped in self._skipped.items():
-            for key, count in zip(keys, skipped.tolist(), strict=True):
-                counts[self._routes[key].name] += count
+        for names, skipped in self._skipped.items():
+            for name, count in zip(names, skipped.tolist(), strict=True):
+                counts[name] += count
         return {name: count for name, count in counts.items() if count}
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         batches: dict[tuple, list[Route]] = defaultdict(list)
         for p in group["params"]:
-            if p.grad is not None:
-                r = self._routes[id(p)]
+            if p.grad is not None and p.grad.numel():
+                r = self._routes[p]
                 assert r.layout is not None
                 batches[(r.layout.matrices, p.shape, p.dtype, p.device)].append(r)
-        num_matrices = _num_matrices([self._routes[id(p)] for p in group["params"]])
+        num_matrices = _num_matrices([self._routes[p] for p in group["params"]])
         for routes in batches.values():
             self._step_batch(group, routes, num_matrices)
 
@@ -182,7 +196,9 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         g = torch.stack([p.grad for p in params]).to(buffers[0].dtype)  # type: ignore[misc]
         dims = (-1, *[1] * (g.ndim - 1))
-        bad = ~torch.isfinite(g.flatten(1).abs().amax(1))
+        # Also bad: a gradient so large that its sum over many steps would not be finite.
+        largest = torch.finfo(g.dtype).max * (1 - group["momentum"]) / 4
+        bad = ~(g.flatten(1).abs().amax(1) < largest)
         self._count_skipped(params, bad)
         # What is bad is masked on the device, without waiting for it: its buffer keeps, its step is zero.
         g = g.masked_fill_(bad.view(dims), 0.0)
@@ -216,8 +232,8 @@ class Muon(torch.optim.Optimizer):
 
     def _count_skipped(self, params: list[Tensor], bad: Tensor) -> None:
         """Adds to the counts on the device, without waiting for it."""
-        keys = tuple(id(p) for p in params)
-        self._skipped[keys] = self._skipped.get(keys, 0) + bad.long()
+        names = tuple(self._routes[p].name for p in params)
+        self._skipped[names] = self._skipped.get(names, 0) + bad.long()
 
     def _step_rest(self, adamw: torch.optim.AdamW) -> None:
         """AdamW's step, without the parameters whose gradient is not finite."""
