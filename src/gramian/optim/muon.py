@@ -42,8 +42,8 @@ class Muon(torch.optim.Optimizer):
         layouts: as in `gm.blocks`.
         maximize: ascend.
 
-    A parameter whose gradient is not finite (or within 1/80 of the largest float32) is skipped for that step and counted
-    in `health()`; zero, rank-one and extremely scaled gradients give a finite step.
+    A parameter whose gradient is not finite (or within 1/80 of the largest float32) is skipped for that step and
+    counted in `health()`; zero, rank-one and extremely scaled gradients give a finite step.
 
     Raises `InputError` for an empty list, a pattern that matches nothing, or a rate below zero.
 
