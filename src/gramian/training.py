@@ -31,7 +31,7 @@ WARMUP_STEPS = 10
 
 # name: (constructor, learning rate that serves where none is given)
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
-    "muon": (lambda model, lr: Muon(model, lr=lr), 0.1),
+    "muon": (lambda model, lr: Muon(model, lr=lr), 0.05),
     "adamw": (lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, fused=True), 1e-3),
 }
 AUTO = "muon"

@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
     Source: Jordan et al., Muon (2024); scale: Large et al. (2405.14813), §3, and Liu et al. (2502.16982), §2.2.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-    >>> optimizer = Muon(net, lr=0.1)
+    >>> optimizer = Muon(net, lr=0.05)
     >>> [(row["name"], row["direction"]) for row in optimizer.explain()][:2]
     [('0.weight', 'matrix'), ('2.weight', 'adamw')]
     """
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 0.1,
+        lr: float = 0.05,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
