@@ -23,7 +23,7 @@ NAMES = {"default": "PyTorch's initialisation", "isometric": "isometric", "adamw
 RATES: dict[tuple[str, str], tuple[float, float]] = {
     ("default", "adamw"): (1e-4, 1e-5),
     ("default", "muon"): (1.0, 1.0),
-    ("isometric", "adamw"): (1e-5, 1e-6),
+    ("isometric", "adamw"): (1e-5, 3e-6),
     ("isometric", "muon"): (0.03, 0.1),
 }
 
