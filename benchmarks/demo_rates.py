@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--cells", nargs="+", default=["+".join(cell) for cell in CELLS], help="such as isometric+muon")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as the demo trains
     cells = [cell for cell in CELLS if "+".join(cell) in args.cells]
     rows = [row for cell in cells for row in tune(cell, args.seconds, args.depth)]
     best = [max((r for r in rows if (r["init"], r["optimizer"]) == cell), key=_merit) for cell in cells]
