@@ -81,7 +81,9 @@ def test_seconds_are_of_training_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["auto", "muon", "adamw", lambda m: torch.optim.SGD(m.parameters(), lr=0.1)], ids=str
+    "optimizer",
+    ["auto", "muon", "adamw", lambda m: torch.optim.SGD(m.parameters(), lr=0.1)],
+    ids=["auto", "muon", "adamw", "function"],
 )
 @pytest.mark.parametrize("init", ["default", "isometric"])
 def test_the_same_seed_is_the_same_run(optimizer, init: str) -> None:
