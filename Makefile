@@ -11,7 +11,7 @@ demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-de
 	$(BIN)/gramian demo
 
 test: $(VENV)/.test  ## all tests, the quick ones first
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"  # one thread a worker: more only wait for each other
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.lint  ## style, types, floors

@@ -18,7 +18,7 @@ KEEP = 0.30
 CELLS = (("default", "adamw"), ("default", "muon"), ("isometric", "adamw"), ("isometric", "muon"))
 NAMES = {"default": "PyTorch's initialisation", "isometric": "isometric", "adamw": "AdamW", "muon": "Muon"}
 
-# Learning rates by cell, at depth 100 and at depth 1000: the best on splits 100 and 101, on digits held out for that, as
+# Learning rates by cell, at depth 100 and at depth 1000: the best on splits 100 and 101, on digits held out for it, as
 # `python benchmarks/demo_rates.py` finds them (benchmarks/results). Isometric Muon's best two, 0.03 and 0.1, are equal
 # within the noise of 500 digits, 0.3 fails, and 0.05 is between. At depth 1000 isometric AdamW alone was tuned.
 RATES: dict[tuple[str, str], tuple[float, float]] = {
