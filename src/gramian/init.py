@@ -96,7 +96,7 @@ def isometric_(
             _scale_input_(layers[chain[0]], model, sample, objective)
         unknown = [layers[m] for m, activation in _followed_by(order, layers) if activation is None and m != chain[-1]]
         for _ in range(NUM_SWEEPS if unknown else 0):
-            gains = layer_gains(model, sample, objective, generator=generator)
+            gains = layer_gains(model, sample, objective)  # probes drawn on the model's own device
             for block in unknown:
                 gain = gains.get(block.name)
                 if gain is not None and gain.chi > 0:
