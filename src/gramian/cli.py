@@ -123,6 +123,30 @@ def inspect_command(
             raise typer.Exit(1)
 
 
+@app.command("bench")
+def bench_command(
+    name: Annotated[str, typer.Argument(help="Which benchmark; without one, their names.")] = "",
+    json: Annotated[Path | None, typer.Option(help="Write the figures and the machine's features.")] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.", min=1)] = 5,
+    only: Annotated[str, typer.Option(help="Only tasks whose name contains this.")] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Time gramian on this machine, interleaved with the peers that are installed."""
+    from gramian import bench, report
+
+    if not name:
+        print("\n".join(bench.BENCHES))
+        return
+    if json is not None:
+        report.check_target(json)
+    with _Stages(quiet) as stages:
+        rows = bench.run(name, repeats=repeats, only=only, tell=lambda task: stages(task, 0.0, ""))
+    if json is not None:
+        bench.as_json(name, rows, json)
+    if not quiet:
+        bench.show(rows)
+
+
 def _inspect(model: str, task: str | None, tell: Any) -> Any:
     from gramian import tasks
     from gramian.checkpoint import load_into

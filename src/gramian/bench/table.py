@@ -1,0 +1,94 @@
+"""A benchmark's rows: what was measured, against what, and whether it meets its goal."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gramian.bench.machine import features
+from gramian.errors import InputError
+from gramian.report.files import write_text
+
+BENCHES: dict[str, str] = {}
+"""Name on the command line: module with `rows(repeats, only, tell) -> Iterator[Row]`."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure is to reach: `Goal("time ÷ svd", "<=", 0.25)`."""
+
+    what: str
+    relation: str
+    value: float
+
+    def met(self, figure: float) -> bool:
+        """Whether `figure` reaches the goal."""
+        return {"<=": operator.le, ">=": operator.ge}[self.relation](figure, self.value)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One competitor: its median time in seconds, its error (of the kind that the row names), and remarks."""
+
+    method: str
+    seconds: float | None
+    error: float | None = None
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task: its competitors, and figures with their goals. `error` says what the error is."""
+
+    task: str
+    error: str
+    measurements: tuple[Measurement, ...]
+    goals: tuple[tuple[Goal, float], ...] = ()
+
+
+def run(name: str, *, repeats: int = 5, only: str = "", tell: Tell = lambda what: None) -> list[Row]:
+    """The rows of a benchmark whose task contains `only`; `tell` is called with each task as it begins."""
+    if name not in BENCHES:
+        raise InputError(f"bench: there is no {name!r}; there are {', '.join(BENCHES)}")
+    found = list(importlib.import_module(BENCHES[name]).rows(repeats, only, tell))
+    if not found:
+        raise InputError(f"bench {name}: no task contains {only!r}")
+    return found
+
+
+def as_json(name: str, rows: Sequence[Row], path: Path | str) -> None:
+    """Writes the rows, with the machine's features, as JSON."""
+    body: dict[str, Any] = {"bench": name, "machine": features(), "rows": []}
+    for row in rows:
+        goals = [{**asdict(goal), "measured": figure, "met": goal.met(figure)} for goal, figure in row.goals]
+        body["rows"].append({**asdict(row), "goals": goals})
+    write_text(path, json.dumps(body, indent=1) + "\n")
+
+
+def show(rows: Sequence[Row], console: Console | None = None) -> None:
+    """Prints one table: a line for each competitor, and under them the task's goals."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task / method", overflow="fold")
+    table.add_column("ms", justify="right")
+    table.add_column("error", justify="right")
+    table.add_column("", overflow="fold")
+    for row in rows:
+        table.add_row(row.task, "", "", row.error, style="bold")
+        for m in row.measurements:
+            seconds = "" if m.seconds is None else f"{1e3 * m.seconds:.4g}"
+            table.add_row(f"  {m.method}", seconds, "" if m.error is None else f"{m.error:.1e}", m.remark)
+        for goal, figure in row.goals:
+            mark = "met" if goal.met(figure) else "MISSED"
+            sign = {"<=": "≤", ">=": "≥"}[goal.relation]
+            table.add_row(f"  → {goal.what}", f"{figure:.3g}", "", f"{sign} {goal.value:g}: {mark}")
+    (console or Console()).print(table)

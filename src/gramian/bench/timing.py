@@ -1,0 +1,57 @@
+"""Fair timing on a noisy machine: competitors take turns, and medians are compared."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Timing", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one competitor, round by round, and what its last call returned."""
+
+    seconds: tuple[float, ...]
+    result: Any
+
+    @property
+    def median(self) -> float:
+        """The median, in seconds."""
+        return statistics.median(self.seconds)
+
+
+def interleaved(
+    competitors: Mapping[str, Callable[[], Any]], *, repeats: int = 5, warmup: int = 1, device: str = "cpu"
+) -> dict[str, Timing]:
+    """Times every competitor once a round, for `repeats` rounds after `warmup` untimed ones.
+
+    Whatever slows the machine for a while then falls on all alike. The order turns by one each round, so that none is
+    always the one that finds the caches cold. On a GPU each call is timed until the device has finished.
+
+    >>> times = interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3)
+    >>> times["b"].result, len(times["b"].seconds)
+    (2, 3)
+    """
+    names = list(competitors)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    results: dict[str, Any] = {}
+    for turn in range(-warmup, repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            _wait(device)
+            start = time.perf_counter()
+            results[name] = competitors[name]()
+            _wait(device)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(seconds[name]), results[name]) for name in names}
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
