@@ -3,7 +3,7 @@
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "block", "capturing", "compression", "init", "inspection", "linalg", "operators", "optim", "random", "statistics",
+    "block", "recording", "compression", "init", "inspection", "linalg", "operators", "optim", "random", "statistics",
 )  # fmt: skip
 
 install_import_hook([f"gramian.{name}" for name in CHECKED], "beartype.beartype")

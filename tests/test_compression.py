@@ -56,7 +56,7 @@ def one_linear(m: int = 8, n: int = 12, *, bias: bool = False, a: Tensor | None 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(n, m, bias=bias, dtype=torch.float64))
     a, g = (second_moment(n, 1) if a is None else a), (second_moment(m, 2) if g is None else g)
-    return model, Statistics({"0.weight": Site(gram(a), gram(g))})
+    return model, Statistics({"0.weight": [Site(gram(a), gram(g))]})
 
 
 COMPRESSIBLE = ["mlp", "mlp_regression", "deep_tanh_mlp", "batchnorm_cnn", "residual_cnn", "transformer_classifier",
@@ -168,7 +168,7 @@ def test_the_budget_goes_where_the_loss_notices() -> None:
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     model[1].weight.data.copy_(model[0].weight)
     a, g = second_moment(16, 1), second_moment(16, 2)
-    stats = Statistics({"0.weight": Site(gram(a), gram(g)), "1.weight": Site(gram(a), gram(1e4 * g))})
+    stats = Statistics({"0.weight": [Site(gram(a), gram(g))], "1.weight": [Site(gram(a), gram(1e4 * g))]})
     ranks = compress(model, stats, keep=0.6).ranks
     assert (ranks["1"] or 16) > ranks["0"]
 
@@ -204,7 +204,7 @@ def test_a_kernel_of_low_rank_is_found_again(name: str) -> None:
     x, y = torch.randn(40, 3, 7, 7, dtype=torch.float64), torch.randint(4, (40,))
     model(x)
     stats = gm.capture(model, [(x, y)], CLASSIFY, fisher="gauss_newton")
-    del stats.sites["2.weight"]
+    del stats.blocks["2.weight"]
     small = compress(model, stats, keep=(count(model) - 216 + 70) / count(model)).apply()
     assert small[0].rank == 2
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)
@@ -264,7 +264,7 @@ def test_a_dead_layer_yields_its_budget() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     a, g = second_moment(16, 1), second_moment(16, 2)
-    stats = Statistics({"0.weight": Site(gram(a), gram(0 * g)), "1.weight": Site(gram(a), gram(1e-8 * g))})
+    stats = Statistics({"0.weight": [Site(gram(a), gram(0 * g))], "1.weight": [Site(gram(a), gram(1e-8 * g))]})
     ranks = compress(model, stats, keep=0.6).ranks
     assert ranks["0"] == 1
     assert ranks["1"] is None or ranks["1"] > 5

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gramian import errors, init, linalg, optim, random, tasks
     from gramian.block import Block, Blocks, Layout, blocks
-    from gramian.capturing import capture
+    from gramian.recording import capture, capturing
     from gramian.compression import Plan, compress, load_compressed, save_compressed
     from gramian.inspection import inspect
     from gramian.objective import Objective
@@ -35,6 +35,7 @@ __all__ = [
     "Task",
     "blocks",
     "capture",
+    "capturing",
     "compress",
     "errors",
     "init",
@@ -61,7 +62,8 @@ _HOME = {
     "Statistics": "statistics",
     "Task": "training",
     "blocks": "block",
-    "capture": "capturing",
+    "capture": "recording",
+    "capturing": "recording",
     "compress": "compression",
     "inspect": "inspection",
     "load_compressed": "compression",

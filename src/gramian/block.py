@@ -105,12 +105,23 @@ class Layout:
         if self.is_identity:
             return matrices
         left, right = (side.strip() for side in self.pattern.split("->"))
-        return einops.rearrange(matrices, f"{right} -> {left}", **self._axes)
+        return einops.rearrange(matrices, f"{right} -> {left}", **self.axes)
 
     @cached_property
     def matrices(self) -> tuple[int, ...]:
         """The shape `(..., m, n)` that `split` gives."""
         return tuple(self.split(torch.empty(self.shape, device="meta")).shape)
+
+    @cached_property
+    def dims(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the axes in each dimension of the tensor."""
+        return tuple(_names_of(group) for group in _axes_of(self.pattern.partition("->")[0]))
+
+    @cached_property
+    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """The names of the axes that count the matrices, that make up their rows, and their columns."""
+        *leading, rows, columns = [_names_of(group) for group in _axes_of(self.pattern.partition("->")[2])]
+        return sum(leading, ()), rows, columns
 
     @cached_property
     def is_identity(self) -> bool:
@@ -124,12 +135,11 @@ class Layout:
         return {name: size for name, size in (_NUMBERS | dict(self.sizes)).items() if name in names}
 
     @cached_property
-    def _axes(self) -> dict[str, int]:
-        """The size of every axis, which `join` needs where the right side merges some."""
+    def axes(self) -> dict[str, int]:
+        """The size of every axis by name."""
         axes = dict(self._used_sizes)
-        for group, size in zip(_axes_of(self.pattern), self.shape, strict=True):
-            names = group.strip("()").split()
-            unknown = [name for name in names if name not in axes and not name.isdigit()]
+        for names, size in zip(self.dims, self.shape, strict=True):
+            unknown = [name for name in names if name not in axes]
             if unknown:
                 known = math.prod(axes[name] for name in names if name in axes)
                 axes[unknown[0]] = size // known if known else 0
@@ -300,7 +310,7 @@ def _layout(
     local = name.rpartition(".")[2]
     for cls in type(module).__mro__:
         for known, layout in _LAYOUTS.get(cls, {}).items():
-            if fnmatch.fnmatchcase(local, known) and parameter.ndim == len(_axes_of(layout)):
+            if fnmatch.fnmatchcase(local, known) and parameter.ndim == len(_axes_of(layout.partition("->")[0])):
                 if getattr(module, "groups", 1) == 1:
                     layout = layout.replace("(g o)", "o").replace("(g i)", "i").replace("-> g ", "-> ")
                 return layout, f"{cls.__name__}.{known}"
@@ -315,9 +325,14 @@ def _layout(
     return None, f"unknown class {type(module).__name__} with {parameter.ndim} dimensions: give layouts={{'{name}': …}}"
 
 
-def _axes_of(pattern: str) -> list[str]:
-    """The axes of the pattern's left side, each a name or a group in parentheses."""
-    return re.findall(r"\([^)]*\)|\w+", pattern.partition("->")[0])
+def _axes_of(side: str) -> list[str]:
+    """The axes of one side of a pattern, each a name or a group in parentheses."""
+    return re.findall(r"\([^)]*\)|\w+", side)
+
+
+def _names_of(group: str) -> tuple[str, ...]:
+    """The names in an axis or group; einops allows a 1, which is no axis."""
+    return tuple(name for name in group.strip("()").split() if not name.isdigit())
 
 
 def _with_head(found: list[Block]) -> list[Block]:

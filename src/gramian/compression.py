@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import skip_init
 
 from gramian.block import Block, blocks
-from gramian.capturing import capture
+from gramian.recording import capture
 from gramian.checkpoint import clean_name, load_tensors, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.objective import Objective
-from gramian.statistics import Gram, Site, Statistics
+from gramian.statistics import Gram, Site, Sites, Statistics
 
 __all__ = ["LowRank", "Plan", "compress", "load_compressed", "save_compressed"]
 
@@ -230,12 +231,12 @@ def compress(
     spectra: list[Spectrum] = []
     reasons: dict[str, str] = {}
     for block in blocks(model).blocks:
-        site = stats.sites.get(block.name, Site(reason="not in the statistics"))
-        reason = _not_factored(block, site)
+        sites = stats.get(block.name) or Sites([Site(reason="not in the statistics")])
+        reason = _not_factored(block, sites)
         if reason:
             reasons[_module_name(block)] = reason
             continue
-        spectra.append(_spectrum(block, site))
+        spectra.append(_spectrum(block, sites.only))
         if progress is not None:
             progress(len(spectra))
     if not spectra:
@@ -247,19 +248,25 @@ def compress(
     return Plan(model, tuple(spectra), 1.0, empty, reasons).at(keep=keep)
 
 
-def _not_factored(block: Block, site: Site) -> str:
+def _not_factored(block: Block, sites: Sites) -> str:
     if getattr(type(block.module), "forward", None) not in (nn.Linear.forward, nn.Conv2d.forward):
         return f"{block.kind} is not factored"
+    if isinstance(block.module, NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention applies it by its weight"
     if block.aliases:
         return f"tied to {', '.join(block.aliases)}"
-    if site.A is None or site.G is None:
-        return site.reason or "no gradient reached it"
+    if len(block.shape) > 2:
+        return f"{block.shape[0]} groups are not factored"
+    if len(sites) > 1:
+        return f"used in {len(sites)} ways"
+    if not isinstance(sites.A, Gram) or not isinstance(sites.G, Gram):
+        return sites.reason or "only the diagonal of its second moments was captured: raise max_dim"
     return ""
 
 
 def _spectrum(block: Block, site: Site) -> Spectrum:
     assert isinstance(site.A, Gram)
-    assert site.G is not None
+    assert isinstance(site.G, Gram)
     centred = block.module.bias is not None
     a, g = site.A.covariance if centred else site.A.matrix, site.G.matrix
     for label, m, dim in (("A", a, block.shape[1]), ("G", g, block.shape[0])):

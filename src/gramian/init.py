@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gramian import random
 from gramian.block import Block, blocks
-from gramian.capturing import measuring
+from gramian.recording import measuring
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import Objective
 from gramian.operators import layer_gains

@@ -8,8 +8,10 @@ second moments of the gradient that differ four-fold). So an objective is a pair
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,21 @@ Criterion = Callable[[Any, Any], tuple[Tensor, "Tensor | int"]]
 # (output, batch, generator) -> one loss for each column of a square root of the criterion's Hessian: the gradients of
 # these losses, summed as outer products, are the Fisher (sampled) or the Gauss–Newton matrix (exact).
 Factor = Callable[[Any, Any, torch.Generator], Iterator[Tensor]]
+Padding = Callable[[Any], Tensor]
+
+
+class Observer(Protocol):
+    """What is told when an objective is evaluated (`gm.capturing`)."""
+
+    def begins(self, batch: Any) -> None:
+        """Before the forward pass of `Objective.loss`."""
+
+    def ends(self, output: Any, batch: Any, result: Any) -> None:
+        """After the criterion gave its result."""
+
+
+# Observers by the criterion that they watch: a copy of an objective by `dataclasses.replace` is watched too.
+_OBSERVERS: dict[Criterion, list[Observer]] = {}
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class Objective:
             backward pass for each output dimension; exact where each unit has rows of its own, else unbiased. The last
             two need the matching factor.
         sampled, gauss_newton: for each kind, the losses whose gradients give it (see `Factor`).
+        rows: `rows(batch) -> bool tensor (B, T)`, false where an input position is padding: such rows do not count in
+            the second moments of layers' inputs, wherever these are (B, T, …). All rows count without it.
 
     Source: Martens, New Insights and Perspectives on the Natural Gradient Method (1412.1193), §5, §9; the three
     estimators as named by Kunstner et al. (1905.12558).
@@ -54,9 +73,28 @@ class Objective:
     fisher: Fisher = "empirical"
     sampled: Factor | None = None
     gauss_newton: Factor | None = None
+    rows: Padding | None = None
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.criterion, "observed"):
+            object.__setattr__(self, "criterion", _observed(self.criterion))
+
+    @contextmanager
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """Tells `observer` of every evaluation of this objective inside the context."""
+        observers = _OBSERVERS.setdefault(self.criterion, [])
+        observers.append(observer)
+        try:
+            yield
+        finally:
+            observers.remove(observer)
+            if not observers:
+                del _OBSERVERS[self.criterion]
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """`(sum of losses, number of units)` of one batch, checked: two finite-shaped scalars, units above zero."""
+        for observer in _OBSERVERS.get(self.criterion, ()):
+            observer.begins(batch)
         return self.checked(self.criterion(self.predict(model, batch), batch))
 
     def checked(self, result: Any) -> tuple[Tensor, Tensor]:
@@ -87,24 +125,32 @@ class Objective:
         yield from factor(output, batch, generator)
 
     @staticmethod
-    def classification(*, fisher: Fisher = "sampled", ignore_index: int = -100) -> Objective:
+    def classification(
+        *, fisher: Fisher = "sampled", ignore_index: int = -100, padding: int | None = None
+    ) -> Objective:
         """Cross-entropy of class scores `(..., C)` against labels `(...)` for `(x, y)` batches; a unit is a label.
 
-        Labels equal to `ignore_index` (padding) weigh zero and are not counted.
+        Labels equal to `ignore_index` (padding) weigh zero and are not counted; `padding` is the input token whose rows
+        do not count in the second moments of inputs.
         """
-        return _cross_entropy(_first, lambda output, batch: (output, batch[1]), fisher, ignore_index)
+        return _cross_entropy(_first, lambda output, batch: (output, batch[1]), fisher, ignore_index, padding)
 
     @staticmethod
-    def next_token(*, fisher: Fisher = "sampled", ignore_index: int = -100) -> Objective:
-        """Cross-entropy of the next token: output `(B, T, V)` for `(tokens,)` or `(tokens, next tokens)` batches."""
+    def next_token(*, fisher: Fisher = "sampled", ignore_index: int = -100, padding: int | None = None) -> Objective:
+        """Cross-entropy of the next token: output `(B, T, V)` for `(tokens,)` or `(tokens, next tokens)` batches.
+
+        Next tokens equal to `ignore_index` weigh zero, and so does the token `padding`, as input and as next token.
+        """
 
         def scores_and_labels(output: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
             if isinstance(batch, Tensor) or len(batch) == 1:
                 tokens = batch if isinstance(batch, Tensor) else batch[0]
-                return output[:, :-1], tokens[:, 1:]
-            return output, batch[1]
+                output, labels = output[:, :-1], tokens[:, 1:]
+            else:
+                labels = batch[1]
+            return output, labels if padding is None else labels.masked_fill(labels == padding, ignore_index)
 
-        return _cross_entropy(_first, scores_and_labels, fisher, ignore_index)
+        return _cross_entropy(_first, scores_and_labels, fisher, ignore_index, padding)
 
     @staticmethod
     def regression(*, fisher: Fisher = "gauss_newton") -> Objective:
@@ -139,6 +185,18 @@ def as_objective(objective: Any) -> Objective:
     return Objective(predict=objective, criterion=criterion)
 
 
+def _observed(criterion: Criterion) -> Criterion:
+    @wraps(criterion)
+    def observed(output: Any, batch: Any) -> tuple[Tensor, Tensor | int]:
+        result = criterion(output, batch)
+        for observer in _OBSERVERS.get(observed, ()):
+            observer.ends(output, batch, result)
+        return result
+
+    observed.observed = criterion  # type: ignore[attr-defined]
+    return observed
+
+
 def _inputs(batch: Any) -> Any:
     return batch if isinstance(batch, Tensor) else batch[0]
 
@@ -157,7 +215,9 @@ def _first(model: nn.Module, batch: Any) -> Any:
     return model(_inputs(batch))
 
 
-def _cross_entropy(predict: Predict, scores_and_labels: Callable, fisher: Fisher, ignore_index: int) -> Objective:
+def _cross_entropy(
+    predict: Predict, scores_and_labels: Callable, fisher: Fisher, ignore_index: int, padding: int | None
+) -> Objective:
     def flat(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
         scores, labels = scores_and_labels(output, batch)
         if not isinstance(scores, Tensor) or scores.ndim < 2 or scores.shape[:-1] != labels.shape:
@@ -190,7 +250,8 @@ def _cross_entropy(predict: Predict, scores_and_labels: Callable, fisher: Fisher
         for c in range(scores.shape[-1]):
             yield (weights[:, c] * -scores.log_softmax(-1)[:, c]).sum()
 
-    return Objective(predict, criterion, fisher, sampled, gauss_newton)
+    rows = None if padding is None else lambda batch: _inputs(batch) != padding
+    return Objective(predict, criterion, fisher, sampled, gauss_newton, rows)
 
 
 def _squared_error(target: Callable[[Any], Tensor], fisher: Fisher) -> Objective:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.block import blocks
-from gramian.capturing import measuring
+from gramian.recording import measuring
 from gramian.objective import Objective, as_objective
 
 __all__ = ["Gain", "end_to_end_jacobian", "layer_gains"]

@@ -1,4 +1,4 @@
-"""Gram matrices that stream, and the functions of them that every verb uses."""
+"""Gram matrices that stream, the functions of them that every verb uses, and where in a model they were taken."""
 
 from __future__ import annotations
 
@@ -14,14 +14,124 @@ from torch import Tensor
 from gramian import linalg
 from gramian.errors import InputError, ShapeError
 
-__all__ = ["DiagonalGram", "Gram", "Site", "Statistics"]
+__all__ = ["At", "DiagonalGram", "Gram", "Site", "Sites", "Statistics"]
+
+_SAFE = 2.0**30
+"""Magnitudes between 1/_SAFE and _SAFE are squared and summed in float32 as they are."""
 
 
-class Gram:
+@dataclass(frozen=True)
+class At:
+    """A place in a batch: entries `index` along dimension `axis`."""
+
+    axis: int
+    index: tuple[int, ...]
+
+
+class _Moments:
+    """What both kinds of second moment share: sums over vectors of length `dim`, one for each entry of `batch`."""
+
+    total: Tensor
+    sum: Tensor
+    count: Tensor
+
+    def __init__(self, dim: int, batch: tuple[int, ...] = (), *, device: torch.device | str | None = None) -> None:
+        self.dim = dim
+        self.batch = tuple(batch)
+        self.sum = torch.zeros(*self.batch, dim, dtype=torch.float64, device=device)
+        self.count = torch.zeros(self.batch, dtype=torch.float64, device=device)
+
+    def _rows(self, x: Tensor, at: At | None = None) -> Tensor:
+        """`x` (*batch, rows, dim) without gradient, in float32 or wider; without a batch, any leading dimensions."""
+        batch = list(self.batch)
+        if at is not None:
+            batch[at.axis] = len(at.index)
+        if x.ndim == 0 or x.shape[-1] != self.dim or (batch and list(x.shape[:-2]) != batch):
+            wanted = "".join(f"{b}, " for b in batch) + "rows, " if batch else "..., "
+            raise ShapeError(f"{type(self).__name__}.update: expected ({wanted}{self.dim}), got {tuple(x.shape)}")
+        x = x.detach()
+        x = x if x.dtype == torch.float64 else x.float()
+        return x if batch else x.reshape(math.prod(x.shape[:-1]), self.dim)
+
+    def add(
+        self,
+        total: Tensor,
+        sum: Tensor,
+        count: Tensor | float | int,
+        scale: Tensor | None = None,
+        at: At | None = None,
+    ) -> Any:
+        """Adds sums made elsewhere: of second moments, of vectors, and how many; vectors divided by `scale` before."""
+        if scale is not None:
+            wide = scale.double()
+            total, sum = total.double() * wide * wide, sum * wide
+        if at is None:
+            self.total += total
+            self.sum += sum
+            self.count += count
+            return self
+        index = torch.tensor(at.index, device=self.sum.device)
+        self.total.index_add_(at.axis, index, total.double())
+        self.sum.index_add_(at.axis, index, sum)
+        shape = [len(at.index) if i == at.axis else size for i, size in enumerate(self.batch)]
+        self.count.index_add_(at.axis, index, torch.as_tensor(count, device=self.sum.device).double().expand(shape))
+        return self
+
+    def merge(self, other: _Moments) -> Any:
+        """Adds another's sums: the second moment of both sets of vectors together."""
+        if type(other) is not type(self) or (other.dim, other.batch) != (self.dim, self.batch):
+            raise ShapeError(
+                f"{type(self).__name__}.merge: dimensions differ: {(*self.batch, self.dim)} and "
+                f"{(*other.batch, other.dim)} of {type(other).__name__}"
+            )
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine += theirs.to(mine.device)
+        return self
+
+    def decay(self, factor: float) -> Any:
+        """Multiplies sums and counts, so that what comes later weighs more: an exponential moving average."""
+        for tensor in self.tensors():
+            tensor *= factor
+        return self
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums that merging, saving and reducing over ranks act on: second moment, first moment, count."""
+        return self.total, self.sum, self.count
+
+    @property
+    def mean(self) -> Float[Tensor, "*batch dim"]:
+        """`(1/n) Σ xᵢ` in float64."""
+        return self.sum / self._count(1)
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of one element: `√(tr M / dim)`, over all of a batch."""
+        diagonal = self.diagonal
+        return float((diagonal.mean() if diagonal.numel() else diagonal.sum()).clamp_min(0).sqrt())
+
+    @property
+    def diagonal(self) -> Float[Tensor, "*batch dim"]:
+        """The diagonal of `M`."""
+        total = self.total if self.total.ndim == self.sum.ndim else self.total.diagonal(dim1=-2, dim2=-1)
+        return total / self._count(1)
+
+    def _count(self, dims: int) -> Tensor:
+        count = torch.as_tensor(self.count, dtype=torch.float64)
+        count = torch.where(count == 0, 1.0, count)
+        return count.reshape(self.batch + (1,) * dims)
+
+    def __repr__(self) -> str:
+        batch = f"batch={self.batch}, " if self.batch else ""
+        count = f"{self.count:g}" if not self.batch else f"{self.count.min():g}…{self.count.max():g}"
+        return f"{type(self).__name__}({batch}dim={self.dim}, count={count})"
+
+
+class Gram(_Moments):
     """A second moment `M = (1/n) Σ xᵢ xᵢᵀ` of vectors of length `dim`, with their mean, that streams.
 
-    Sums are kept in float64, each update scaled to its largest element first, so that vectors near 1e-30 (a vanishing
-    gradient) do not square to zero. `merge` of parts equals the whole to rounding.
+    `batch` gives several at once: the heads of a projection, the groups of a convolution. Sums are kept in float64,
+    each update scaled by a power of two where it needs it, so that vectors near 1e-30 (a vanishing gradient) do not
+    square to zero. `merge` of parts equals the whole to rounding.
 
     >>> gram = Gram(2)
     >>> gram.update(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).update(torch.tensor([[1.0, 1.0]]))
@@ -29,101 +139,98 @@ class Gram:
     >>> gram.matrix
     tensor([[0.6667, 0.3333],
             [0.3333, 0.6667]], dtype=torch.float64)
+    >>> gram.inv(damping=1.0)
+    tensor([[ 0.6250, -0.1250],
+            [-0.1250,  0.6250]], dtype=torch.float64)
     """
 
-    def __init__(self, dim: int, *, device: torch.device | str | None = None) -> None:
-        self.dim = dim
-        self.total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.count = 0.0
+    def __init__(self, dim: int, batch: tuple[int, ...] = (), *, device: torch.device | str | None = None) -> None:
+        super().__init__(dim, batch, device=device)
+        self.total = torch.zeros(*self.batch, dim, dim, dtype=torch.float64, device=device)
 
-    def update(self, x: Float[Tensor, "*rows dim"], count: float | None = None) -> Gram:
-        """Adds the rows of `x`. `count` replaces the number of rows in the denominator (units of a loss)."""
-        if x.shape[-1:] != (self.dim,):
-            raise ShapeError(f"Gram.update: expected (..., {self.dim}), got {tuple(x.shape)}")
-        x = x.detach().reshape(math.prod(x.shape[:-1]), self.dim)
-        x = x if x.dtype == torch.float64 else x.float()
-        scale = _power_of_two(x)
-        x = x / scale
-        wide = scale.double()
-        self.total += linalg.syrk(x).double() * wide * wide
-        self.sum += x.sum(0, dtype=torch.float64) * wide
-        self.count += len(x) if count is None else count
-        return self
-
-    def merge(self, other: Gram) -> Gram:
-        """Adds another Gram's sums: the Gram of both sets of vectors together."""
-        if other.dim != self.dim:
-            raise ShapeError(f"Gram.merge: dimensions differ: {self.dim} and {other.dim}")
-        self.total += other.total
-        self.sum += other.sum
-        self.count += other.count
-        return self
+    def update(self, x: Float[Tensor, "*rows dim"], count: float | None = None, at: At | None = None) -> Gram:
+        """Adds the rows of `x` (*batch, rows, dim). `count` replaces the number of rows (units of a loss)."""
+        total, first, rows, scale = sums(self._rows(x, at))
+        return self.add(total, first, rows if count is None else count, scale, at)
 
     @property
-    def matrix(self) -> Float[Tensor, "dim dim"]:
+    def matrix(self) -> Float[Tensor, "*batch dim dim"]:
         """`M = (1/n) Σ xᵢ xᵢᵀ` in float64; zeros before the first update."""
-        return self.total / (self.count or 1.0)
+        return self.total / self._count(2)
 
     @property
-    def mean(self) -> Float[Tensor, " dim"]:
-        """`(1/n) Σ xᵢ` in float64."""
-        return self.sum / (self.count or 1.0)
-
-    @property
-    def covariance(self) -> Float[Tensor, "dim dim"]:
+    def covariance(self) -> Float[Tensor, "*batch dim dim"]:
         """`M − mean meanᵀ`. Where the mean dominates, what is below its rounding is lost, as it is to a layer."""
         mean = self.mean
-        return self.matrix - torch.outer(mean, mean)
+        return self.matrix - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
-    @property
-    def rms(self) -> float:
-        """Root mean square of one element: `√(tr M / dim)`."""
-        return float((self.matrix.diagonal().mean() if self.dim else self.matrix.sum()).clamp_min(0).sqrt())
+    # Functions of M, certified by gm.linalg: each raises ConvergenceError where its answer does not exist.
 
-    def __repr__(self) -> str:
-        return f"Gram(dim={self.dim}, count={self.count:g})"
+    def inv(self, damping: float = 0.0) -> Float[Tensor, "*batch dim dim"]:
+        """`(M + λI)⁻¹`."""
+        return linalg.inv(self.matrix, damping)
+
+    def solve(self, b: Float[Tensor, "*batch dim k"], damping: float = 0.0) -> Float[Tensor, "*batch dim k"]:
+        """`(M + λI)⁻¹ b`."""
+        return linalg.solve(self.matrix, b, damping)
+
+    def inv_root(self, p: int, damping: float = 0.0) -> Float[Tensor, "*batch dim dim"]:
+        """`(M + λI)^(-1/p)`."""
+        return linalg.inv_root(self.matrix, p, damping)
+
+    def sqrtm(self) -> Float[Tensor, "*batch dim dim"]:
+        """`M^(1/2)`."""
+        return linalg.sqrtm(self.matrix)
+
+    def eigvalsh(self) -> Float[Tensor, "*batch dim"]:
+        """The eigenvalues of `M`, ascending."""
+        return linalg.svdvals(self.matrix).flip(-1)
 
 
-class DiagonalGram:
-    """The diagonal of a second moment, for inputs that are indices (an embedding's one-hot rows).
+class DiagonalGram(_Moments):
+    """The diagonal of a second moment: where `M` is diagonal (one-hot inputs), or too wide to be kept whole.
 
-    `M` is diagonal there: `M[v, v]` is the share of index `v`.
+    For indices, `M[v, v]` is the share of index `v`, and nothing is lost.
+
+    >>> DiagonalGram(3).update(torch.tensor([0, 2, 2, 2])).diagonal
+    tensor([0.2500, 0.0000, 0.7500], dtype=torch.float64)
     """
 
-    def __init__(self, dim: int, *, device: torch.device | str | None = None) -> None:
-        self.dim = dim
-        self.total = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.count = 0.0
+    def __init__(self, dim: int, batch: tuple[int, ...] = (), *, device: torch.device | str | None = None) -> None:
+        super().__init__(dim, batch, device=device)
+        self.total = torch.zeros_like(self.sum)
 
-    def update(self, index: Tensor) -> DiagonalGram:
-        """Adds one-hot vectors, given as indices of any shape."""
-        self.total += torch.bincount(index.detach().flatten(), minlength=self.dim)
-        self.count += index.numel()
-        return self
-
-    def merge(self, other: DiagonalGram) -> DiagonalGram:
-        """Adds another's sums."""
-        if other.dim != self.dim:
-            raise ShapeError(f"DiagonalGram.merge: dimensions differ: {self.dim} and {other.dim}")
-        self.total += other.total
-        self.count += other.count
-        return self
-
-    @property
-    def diagonal(self) -> Float[Tensor, " dim"]:
-        """The diagonal of `M`."""
-        return self.total / (self.count or 1.0)
-
-    def __repr__(self) -> str:
-        return f"DiagonalGram(dim={self.dim}, count={self.count:g})"
+    def update(self, x: Tensor, count: float | None = None, at: At | None = None) -> DiagonalGram:
+        """Adds rows (*batch, rows, dim), or one-hot rows given as integer indices of any shape."""
+        if not x.is_floating_point():
+            shares = torch.bincount(x.detach().flatten(), minlength=self.dim).double()
+            return self.add(shares, shares, x.numel() if count is None else count)
+        x = self._rows(x, at)
+        scale = _power_of_two(x)
+        x = x if scale is None else x / scale
+        squares, first = x.square().sum(-2, dtype=torch.float64), x.sum(-2, dtype=torch.float64)
+        return self.add(squares, first, x.shape[-2] if count is None else count, scale, at)
 
 
-def _power_of_two(x: Tensor) -> Tensor:
-    """The power of two at the largest finite magnitude of `x`; dividing by it is exact. One where `x` is zero."""
+def sums(x: Float[Tensor, "*batch rows dim"]) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """`Σ xxᵀ`, `Σ x`, their number, and the power of two that x was divided by first, if any: what `Gram.add` takes."""
+    x = x if x.dtype == torch.float64 else x.float()
+    scale = _power_of_two(x)
+    if scale is not None:
+        x = x / scale
+    return linalg.syrk(x), x.sum(-2, dtype=torch.float64), x.shape[-2], scale
+
+
+def _power_of_two(x: Tensor) -> Tensor | None:
+    """The power of two at the largest finite magnitude of `x`; dividing by it is exact. `None` where it is not needed.
+
+    On a GPU it is always taken: to know that it is not needed would be to wait for the device.
+    """
     if x.numel() == 0:
-        return x.new_ones(())
-    largest = x.abs().amax()
+        return None
+    largest = torch.linalg.vector_norm(x, torch.inf)
+    if x.device.type == "cpu" and (1 / _SAFE < float(largest) < _SAFE or x.dtype == torch.float64):
+        return None
     # Kept within what float32 can hold as a normal number together with its inverse.
     exponent = torch.frexp(largest).exponent.clamp(-120, 120).to(x.dtype)
     return torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(exponent), torch.ones_like(largest))
@@ -134,42 +241,103 @@ class Site:
     """One use of a block in the forward pass: `A`, the second moment of its inputs; `G`, of its output gradients.
 
     `A` is over rows (samples, tokens, patches), `G` over the loss's units: `G = (1/units) Σ_rows g gᵀ`. Either is
-    `None`, with `reason`, where it does not exist. `calls` counts the forward calls that were seen.
+    `None`, with `reason`, where it does not exist. Where a block has several matrices, A or G has one for each if they
+    differ (the heads of an output projection have an A each and one G), and one for all if they do not.
+
+    `name` is the parameter's name where it was used, `op` what was done with it. `transposed` says that the input runs
+    along the block's rows, as in an embedding (rows: the vocabulary). `calls` counts the uses that were seen.
     """
 
     A: Gram | DiagonalGram | None = None
-    G: Gram | None = None
+    G: Gram | DiagonalGram | None = None
     reason: str = ""
     calls: int = 0
+    name: str = ""
+    op: str = ""
+    transposed: bool = False
+    skipped: Tensor | None = None
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of one block. `A`, `G`, `reason`, `calls` are the site's own, where there is one."""
+
+    __slots__ = ()
+
+    @property
+    def A(self) -> Gram | DiagonalGram | None:
+        """The second moment of the inputs of the only site."""
+        return self.only.A
+
+    @property
+    def G(self) -> Gram | DiagonalGram | None:
+        """The second moment of the output gradients of the only site."""
+        return self.only.G
+
+    @property
+    def reason(self) -> str:
+        """Why A or G is `None`, at the only site."""
+        return self.only.reason
+
+    @property
+    def calls(self) -> int:
+        """How often the block was used, at all sites."""
+        return sum(site.calls for site in self)
+
+    @property
+    def only(self) -> Site:
+        """The one site; an `InputError` that lists them where there are several."""
+        if len(self) != 1:
+            shown = ", ".join(f"[{i}] {s.op} as {s.name}" for i, s in enumerate(self))
+            raise InputError(f"statistics: {self[0].name!r} has {len(self)} sites: {shown}. Choose one by its number")
+        return self[0]
+
+    def __repr__(self) -> str:
+        return f"Sites({list(self)!r})"
 
 
 @dataclass
-class Statistics(Mapping[str, Site]):
-    """The sites of a model by block name, in the order of the forward pass.
+class Statistics(Mapping[str, Sites]):
+    """The sites of a model's blocks by name, in the order of the forward pass.
 
-    `loss` is the mean loss per unit, `units` the number of units seen, `fisher` which second moment `G` is.
+    `stats[name].A` and `.G` where the block has one site, `stats[name][0].A` where it has several. A tied parameter is
+    one block: its first name gives all its sites, each other name those where it was used under that name.
+    `loss` is the mean loss per unit, `units` the number of units seen, `fisher` which second moment `G` is;
+    `objective` is the one that a live capture watches.
     """
 
-    sites: dict[str, Site] = field(default_factory=dict)
+    blocks: dict[str, list[Site]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
     fisher: str = "empirical"
     units: float = 0.0
     loss: float = float("nan")
+    objective: Any = field(default=None, repr=False, compare=False)
 
-    def __getitem__(self, name: str) -> Site:
-        if name not in self.sites:
-            known = ", ".join(list(self.sites)[:5])
-            raise InputError(f"statistics: no block is named {name!r}; the first are {known or 'none'}")
-        return self.sites[name]
+    def __getitem__(self, name: str) -> Sites:
+        if name in self.blocks:
+            return Sites(self.blocks[name])
+        if name in self.aliases:
+            found = Sites(site for site in self.blocks[self.aliases[name]] if site.name == name)
+            if found:
+                return found
+            return Sites([Site(name=name, reason=f"not used under this name; see {self.aliases[name]!r}")])
+        known = ", ".join(list(self.blocks)[:5])
+        raise InputError(f"statistics: no block is named {name!r}; the first are {known or 'none'}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The site of a block, or `default`."""
-        return self.sites.get(name, default)
+        """The sites of a block, or `default`."""
+        if name not in self:
+            return default
+        return self[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.sites
+        return name in self.blocks or name in self.aliases
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.sites)
+        return iter(self.blocks)
 
     def __len__(self) -> int:
-        return len(self.sites)
+        return len(self.blocks)
+
+    def sites(self) -> Iterator[Site]:
+        """Every site of every block."""
+        return (site for sites in self.blocks.values() for site in sites)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.capturing import evaluating
+from gramian.recording import evaluating
 from gramian.checkpoint import save_tensors
 from gramian.errors import GramianWarning, InputError, TaskError
 from gramian.init import isometric_

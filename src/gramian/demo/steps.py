@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gramian import linalg, report, tasks
-from gramian.capturing import capture
+from gramian.recording import capture
 from gramian.checkpoint import save_tensors
 from gramian.compression import compress, load_compressed, save_compressed
 from gramian.demo.page import document

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gramian import linalg
 from gramian.block import blocks
-from gramian.capturing import capture
+from gramian.recording import capture
 from gramian.checkpoint import open_checkpoint
 from gramian.errors import InputError
 from gramian.inspection.rules import find
@@ -20,7 +20,7 @@ from gramian.inspection.spectra import Spectrum, describe
 from gramian.objective import Objective, as_objective
 from gramian.operators import Gain, end_to_end_jacobian, layer_gains
 from gramian.report import Layer, Report
-from gramian.statistics import Statistics
+from gramian.statistics import Gram, Statistics
 
 __all__ = ["Measured", "inspect"]
 
@@ -186,7 +186,12 @@ def _measure_signal(
             "inspect: there were no batches; pass any non-empty iterable (a generator may be spent already)"
         )
     stats = capture(
-        model, batches, objective, fisher="empirical", progress=lambda done: tell("signal", done, len(batches))
+        model,
+        batches,
+        objective,
+        fisher="empirical",
+        non_finite="keep",
+        progress=lambda done: tell("signal", done, len(batches)),
     )
     measured.stats = stats
     tell("gains", 0, 1)
@@ -210,14 +215,15 @@ def _measure_signal(
     measured.spectra = [spectrum for _, spectrum in rows]
     measured.layers = []
     for depth, (layer, _) in enumerate(rows):
-        site = stats.sites.get(_parameter(layer.name))
+        sites = stats.get(_parameter(layer.name))
+        site = sites[0] if sites else None
         gain = measured.gains.get(_parameter(layer.name))
         measured.layers.append(
             replace(
                 layer,
                 depth=depth,
                 gain=gain.chi if gain else None,
-                activation_rms=getattr(site.A, "rms", None) if site else None,
+                activation_rms=site.A.rms if site and isinstance(site.A, Gram) else None,
                 gradient_rms=site.G.rms if site and site.G is not None else None,
                 note="; ".join(part for part in (layer.note, site.reason if site else "") if part),
             )

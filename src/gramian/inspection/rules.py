@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
@@ -58,12 +58,18 @@ def non_finite_weights(measured: Measured) -> Iterator[Finding]:
         )
 
 
+def _single(a: object) -> TypeGuard[Gram]:
+    """Whether an input's second moment is one for the whole layer, not one for each head or group."""
+    return isinstance(a, Gram) and not a.batch
+
+
 def non_finite_signal(measured: Measured) -> Iterator[Finding]:
     """The first layer, in forward order, at which a signal stops being finite; and in backward order. Exact."""
     if measured.stats is None:
         return
-    forward = [n for n, s in measured.stats.items() if isinstance(s.A, Gram) and not math.isfinite(s.A.rms)]
-    backward = [n for n, s in measured.stats.items() if s.G is not None and not math.isfinite(s.G.rms)]
+    sites = list(measured.stats.sites())
+    forward = [s.name for s in sites if isinstance(s.A, Gram) and not math.isfinite(s.A.rms)]
+    backward = [s.name for s in sites if s.G is not None and not math.isfinite(s.G.rms)]
     for names, what, first in ((forward, "input", forward[:1]), (backward, "gradient", backward[-1:])):
         if names:
             yield Finding(
@@ -71,7 +77,7 @@ def non_finite_signal(measured: Measured) -> Iterator[Finding]:
                 "error",
                 f"The {what} of {first[0]} is NaN or infinite",
                 where=first[0],
-                evidence=f"{len(names)} of {len(measured.stats)} layers see one that is not finite (exact)",
+                evidence=f"{len(names)} of {len(sites)} layers see one that is not finite (exact)",
                 cause="The layer before it in this direction produced the first such value.",
                 remedy=ISOMETRIC if what == "input" else "gm.inspect(model, batches, objective) in float32",
             )
@@ -81,7 +87,7 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
     """Samples that can no longer be told apart at some depth."""
     if measured.stats is None:
         return
-    sites = [(n, s.A) for n, s in measured.stats.items() if isinstance(s.A, Gram) and s.A.count > 1]
+    sites = [(s.name, s.A) for s in measured.stats.sites() if _single(s.A) and s.A.count > 1]
     varying = [(n, _variation(a)) for n, a in sites[1:]]
     lost = [n for n, share in varying if share is not None and share < VARIATION_FLOOR]
     if lost:
@@ -217,16 +223,16 @@ def dead_units(measured: Measured) -> Iterator[Finding]:
     """Hidden units that are zero on every row; on N rows that bounds their activity by 3/N at 95 %."""
     if measured.stats is None:
         return
-    for name, site in list(measured.stats.items())[1:]:
-        if not isinstance(site.A, Gram) or site.A.count < 30:
+    for site in list(measured.stats.sites())[1:]:
+        if not _single(site.A) or site.A.count < 30:
             continue
-        dead = int((site.A.total.diagonal() == 0).sum())
+        dead = int((site.A.diagonal == 0).sum())
         if dead > 0.1 * site.A.dim:
             yield Finding(
                 "dead-units",
                 "warning",
-                f"{dead} of {site.A.dim} units that enter {name} are dead",
-                where=name,
+                f"{dead} of {site.A.dim} units that enter {site.name} are dead",
+                where=site.name,
                 evidence=f"zero on all {site.A.count:,.0f} rows: active on at most {3 / site.A.count:.2%} (95 %)",
                 cause="Their pre-activations are negative for every sample: a learning rate or bias was too large.",
                 remedy="a lower learning rate or LeakyReLU; gm.init.isometric_(model, sample) before training",

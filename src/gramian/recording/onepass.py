@@ -1,0 +1,109 @@
+"""`capture`: the Gram matrices of every layer in one streamed pass, the model left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gramian.block import blocks
+from gramian.recording.measuring import measuring
+from gramian.recording.recorder import MAX_DIM, Pass, Recorder
+from gramian.errors import DtypeError, InputError
+from gramian.objective import Fisher, Objective, as_objective
+from gramian.statistics import Statistics
+
+__all__ = ["capture"]
+
+
+def capture(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Objective | Callable,
+    *,
+    layouts: Mapping[str, Any] | None = None,
+    fisher: Fisher | None = None,
+    generator: torch.Generator | None = None,
+    max_dim: int = MAX_DIM,
+    non_finite: Literal["raise", "keep"] = "raise",
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """The Gram matrices of every layer's inputs (A) and output gradients (G), in one streamed pass.
+
+    `A = (1/rows) Σ a aᵀ` over the rows that enter the layer (samples, tokens, patches of a convolution);
+    `G = (1/units) Σ g gᵀ` over the gradients, at the layer's output, of the sum of losses. With their means.
+
+    Args:
+        model: captured in evaluation mode, and left as it was found: mode, gradients, buffers, hooks, random state.
+        batches: any iterable of batches.
+        objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean` (then `fisher="empirical"`).
+        layouts: as in `gm.blocks`: which matrices a tensor holds where its module's class does not tell.
+        fisher: which second moment G is; the objective's own by default.
+        generator: draws the labels of `fisher="sampled"`; by default one seeded with 0.
+        max_dim: wider sides (a vocabulary) have a `DiagonalGram`.
+        non_finite: whether a loss that is not finite raises, or is captured as it is (a diagnosis wants that).
+        progress: called after each batch with the number of batches done.
+
+    Returns:
+        The sites of every block: `stats["0.weight"].A`, `.G`. A site is a use: a head tied to an embedding is a second
+        site of one block; a layer that is applied several times, or a recurrent matrix at its steps, is one site with
+        all its rows. Every product of a parameter with rows is seen, in torch's modules (attention and recurrence run
+        written out) and in functions that the model calls itself: `linear`, `matmul`, `einsum`, `conv`, `embedding`.
+        What is not has `None` and the reason. Where all samples share a row (an embedding of positions), its gradient
+        is their sum.
+
+    Raises:
+        InputError: no batches, a loss that is not a finite scalar with units, or a `fisher` that the objective lacks.
+
+    Cost: forward, one backward pass per loss (gauss_newton: one per output dimension) without weight gradients, and
+    `rows·d²` for each Gram. Memory: the forward pass's, the Grams, and one layer's rows.
+    Source: A and G as in K-FAC (Martens & Grosse 1503.05671, eq. 1); shared weights as "expand" (2311.00636, §3).
+    """
+    objective = as_objective(objective)
+    fisher = fisher or objective.fisher
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = generator or torch.Generator(device).manual_seed(0)
+    stats = Statistics(fisher=fisher)
+    recorder = Recorder(blocks(model, layouts), stats, max_dim=max_dim)
+    total_loss, num_batches = 0.0, 0
+    with measuring(model), unsynchronised(model), recorder.installed():
+        for batch in batches:
+            with torch.enable_grad():
+                recorder.begin(Pass(factor=1.0), None if objective.rows is None else objective.rows(batch))
+                output = objective.predict(model, batch)
+                recorder.end()
+                loss, units = objective.checked(objective.criterion(output, batch))
+                if non_finite == "raise" and not loss.isfinite():
+                    raise DtypeError(
+                        f"capture: the loss of batch {num_batches} is {loss.item()}; mend it first "
+                        "(gm.inspect names the first layer that is not finite), or pass non_finite='keep'"
+                    )
+                stats.units += float(units)
+                total_loss += float(loss.detach())
+                differentiate(recorder, list(objective.losses(output, batch, fisher, generator)))
+            del output, loss
+            num_batches += 1
+            if progress is not None:
+                progress(num_batches)
+    if num_batches == 0:
+        raise InputError("capture: there were no batches; pass a list, or any iterable that is not a spent generator")
+    stats.loss = total_loss / stats.units
+    recorder.finish()
+    return stats
+
+
+def differentiate(recorder: Recorder, losses: list[Tensor], *, retain: bool = False) -> None:
+    """Backward passes to the taps and no further: no gradient of a weight is computed."""
+    for i, loss in enumerate(losses):
+        if loss.requires_grad:
+            last = i + 1 == len(losses) and not retain
+            torch.autograd.grad(loss, recorder.leaf, retain_graph=not last, allow_unused=True)
+
+
+def unsynchronised(model: nn.Module) -> Any:
+    """Under DDP, a forward pass whose backward pass reduces no gradients: none of the weights' is computed."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,144 @@
+"""Which axes of a block's layout a use takes its inputs along, and which its outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gramian.block import Block, Layout
+from gramian.recording.forms import Form
+from gramian.statistics import At
+
+__all__ = ["Held", "Side", "sides_of", "view_of"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that holds a block's weight: which of the parameter's dimensions its own are.
+
+    `part`, where it holds only some of the block's matrices: their numbers along the first axis.
+    """
+
+    block: Block
+    dims: tuple[int, ...]
+    part: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a use: the axes that its rows run over, and how these make vectors for each matrix.
+
+    `names` and `sizes` are the rows' axes in order; `leading` those that tell matrices apart, `vector` those that make
+    up the vectors, of length `dim`. `rows` says that the vectors run along the matrices' rows. `at` is the place in
+    the batch where the vectors belong, where the weight was a part of its block.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    leading: tuple[str, ...]
+    vector: tuple[str, ...]
+    batch: tuple[int, ...]
+    dim: int
+    rows: bool
+    at: At | None = None
+
+    @property
+    def key(self) -> tuple:
+        """What two sides share whose rows are arranged alike."""
+        return self.names, self.sizes, self.leading, self.vector
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        """(R, D) as (*batch, R, dim)."""
+        if not self.leading and self.names == self.vector:
+            return rows
+        present = [name for name in self.leading if name in self.names]
+        order = [self.names.index(name) + 1 for name in present]
+        vector = [self.names.index(name) + 1 for name in self.vector]
+        num = len(rows)
+        rows = rows.reshape(num, *self.sizes).permute(*order, 0, *vector)
+        rows = rows.reshape(*(self.sizes[i - 1] for i in order), num, self.dim)
+        if self.at is not None and len(present) < len(self.leading):
+            rows = rows.unsqueeze(self.at.axis)
+            shape = list(rows.shape)
+            shape[self.at.axis] = len(self.at.index)
+            rows = rows.expand(shape)
+        return rows
+
+
+def view_of(tensor: Tensor, base: Tensor, whole: Held) -> Held | None:
+    """What a view of a weight holds: all of it with dimensions in another order, or some of its matrices."""
+    if tensor.is_sparse or base.ndim != len(whole.dims):
+        return None
+    free, dims = list(range(base.ndim)), []
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        fits = [d for d in free if base.stride(d) == stride and (base.shape[d] == size or (d == 0 and size > 0))]
+        fits.sort(key=lambda d: base.shape[d] != size)
+        if not fits:
+            return None
+        dims.append(fits[0])
+        free.remove(fits[0])
+    start, rest = divmod(int(tensor.storage_offset() - base.storage_offset()), int(base.stride(0)) or 1)
+    num = tensor.shape[dims.index(0)] if 0 in dims else 1
+    held = tuple(whole.dims[d] for d in dims)
+    if not free and num == base.shape[0] and start == rest == 0:
+        return Held(whole.block, held, whole.part)
+    if rest or free not in ([], [0]) or whole.part is not None or whole.dims[0] != 0:
+        return None
+    layout = whole.block.layout
+    axis = layout.dims[0][0] if layout.dims[0] else ""
+    if axis not in layout.sides[0] or (free and len(layout.dims[0]) > 1):
+        return None
+    step = base.shape[0] // layout.axes[axis]
+    if start % step or num % step:
+        return None
+    return Held(whole.block, held, tuple(range(start // step, (start + num) // step)))
+
+
+def sides_of(form: Form, held: Held) -> tuple[Side, Side] | None:
+    """The input's and the output's side of a use of a block; `None` where the block's layout mixes the two."""
+    layout = held.block.layout
+    _, rows, columns = layout.sides
+    names = [layout.dims[d] for d in held.dims]
+    inside = [name for d in form.in_dims for name in names[d]]
+    outside = [name for d in form.out_dims for name in names[d]]
+    if form.groups > 1:
+        group = names[0][0]
+        if layout.axes[group] != form.groups:
+            return None
+        if 0 in form.in_dims:
+            outside.insert(0, group)
+        else:
+            inside.insert(0, group)
+    for transposed, entering, leaving in ((False, columns, rows), (True, rows, columns)):
+        if _takes(layout, inside, entering) and _takes(layout, outside, leaving):
+            if form.onehot and tuple(inside) != entering:
+                return None
+            part = held.part
+            return (
+                _side(layout, inside, entering, part, rows=transposed),
+                _side(layout, outside, leaving, part, rows=not transposed),
+            )
+    return None
+
+
+def _takes(layout: Layout, names: Sequence[str], vector: Sequence[str]) -> bool:
+    """Whether a side that runs over `names` has vectors along `vector`, all else telling matrices apart."""
+    return set(vector) <= set(names) <= set(vector) | set(layout.sides[0])
+
+
+def _side(
+    layout: Layout, names: Sequence[str], vector: tuple[str, ...], part: tuple[int, ...] | None, *, rows: bool
+) -> Side:
+    sizes = dict(layout.axes)
+    split = layout.dims[0][0] if part is not None else None
+    leading = tuple(name for name in layout.sides[0] if name in names or name == split)
+    batch = tuple(sizes[name] for name in leading)
+    at = None
+    if part is not None and split is not None:
+        at = At(leading.index(split), part)
+        sizes[split] = len(part)
+    dim = math.prod(sizes[name] for name in vector)
+    return Side(tuple(names), tuple(sizes[name] for name in names), leading, vector, batch, dim, rows, at)
