@@ -253,7 +253,7 @@ def _parametrized(parametrize: Callable[[nn.Module], nn.Module]) -> nn.Module:
 class LoRALinear(nn.Module):
     """A frozen layer and a trained product of rank r beside it, with PEFT's names."""
 
-    def __init__(self, base_layer: nn.Linear, rank: int = 4, alpha: float = 8.0) -> None:
+    def __init__(self, base_layer: nn.Linear, rank: int = 3, alpha: float = 6.0) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_dropout = nn.ModuleDict({"default": nn.Identity()})
@@ -333,14 +333,14 @@ class Functional(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Activations that overwrite what the layer before them gave."""
+    """Activations that overwrite what the layer before them gave; odd widths, which ranks share unevenly."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(64, 48), nn.ReLU(inplace=True), nn.Linear(48, 32), nn.SiLU(inplace=True), nn.Linear(32, 32)
+            nn.Linear(64, 47), nn.ReLU(inplace=True), nn.Linear(47, 33), nn.SiLU(inplace=True), nn.Linear(33, 31)
         )
-        self.head = nn.Linear(32, NUM_CLASSES)
+        self.head = nn.Linear(31, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layers(x).relu_())
@@ -391,14 +391,14 @@ MODULES: dict[str, ZooCase] = {
         _case("cross_attention", CrossAttention, _rows),
         _case("sequence_first_attention", SequenceFirstAttention, _rows),
         _case("encoder_decoder", EncoderDecoder, _rows),
-        _case("rnn", lambda: Sequence(nn.RNN(8, 16, 2, nonlinearity="relu"), 16), _rows),
+        _case("rnn", lambda: Sequence(nn.RNN(8, 15, 2, nonlinearity="relu"), 15), _rows),
         _case("rnn_bidirectional", lambda: Sequence(nn.RNN(8, 16, batch_first=True, bidirectional=True), 32), _rows),
         _case(
             "lstm_projected",
             lambda: Sequence(nn.LSTM(8, 24, 2, batch_first=True, bidirectional=True, proj_size=8), 16),
             _rows,
         ),
-        _case("gru_dropout", lambda: Sequence(nn.GRU(8, 16, 2, bias=False, batch_first=True, dropout=0.1), 16), _rows),
+        _case("gru_dropout", lambda: Sequence(nn.GRU(8, 15, 2, bias=False, batch_first=True, dropout=0.1), 15), _rows),
         _case("packed_lstm", partial(Packed, nn.LSTM), bags),
         _case("packed_gru", partial(Packed, nn.GRU), bags),
         _case("rnn_cell", partial(Cells, nn.RNNCell), _rows),

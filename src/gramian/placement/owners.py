@@ -250,7 +250,7 @@ def _exchange(what: str, sent: list[list[_Piece]], expected: list[list[_Piece]],
     incoming = [[flag, *expected[r]] if r != me else [] for r in job.ranks]
     out_sizes, in_sizes = ([sum(p.room for p in pieces) for pieces in sides] for sides in (outgoing, incoming))
     device = carrier(job.part.device, group)
-    out, into = (torch.zeros(sum(sizes), dtype=torch.uint8, device=device) for sizes in (out_sizes, in_sizes))
+    out, into = (torch.empty(sum(sizes), dtype=torch.uint8, device=device) for sizes in (out_sizes, in_sizes))
     for views, pieces in zip(_views(out, outgoing), outgoing, strict=True):
         for view, piece in zip(views, pieces, strict=True):
             if piece is flag:
