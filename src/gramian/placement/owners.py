@@ -282,7 +282,7 @@ def _assembled(job: _Job, parts: list[tuple[int, Tensor]]) -> Tensor:
     spread = job.spread
     if len(parts) == 1 and not spread.is_partial and tuple(job.part.shape) == spread.shape:
         return job.part  # a plain tensor, or a replica
-    whole = job.part.new_zeros(spread.shape)
+    whole = job.part.new_zeros(spread.shape) if spread.is_partial else job.part.new_empty(spread.shape)
     for rank, part in parts:
         for region in spread.regions(rank):
             if spread.is_partial:
