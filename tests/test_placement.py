@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -211,6 +211,8 @@ FAILURES: dict[str, Callable[[int], None]] = {
     "wrong shape": _fail_scatter(torch.zeros(2, 3)),
     "shard that is not as placed": _fail_gather,
     "different sums": lambda rank: placement.all_reduce_sum([torch.zeros(2 + rank)]),
+    "batches that break": lambda rank: list(placement.in_step(_broken() if rank == 1 else range(5))) and None,
+    "no batches": lambda rank: list(placement.in_step(range(1 - rank))) and None,
     "one sum less": lambda rank: placement.all_reduce_sum([torch.zeros(2)] * (2 - rank)),
 }
 
@@ -243,6 +245,16 @@ def _part_of_the_world() -> None:
     assert torch.equal(target, torch.full((2,), float(rank)))
     placement.all_reduce_sum([target], alone[rank])
     assert torch.equal(target, torch.full((2,), float(rank)))
+
+
+def _steps(numbers: list[int]) -> list[list[tuple[int, bool]]]:
+    rank = dist.get_rank()
+    return [list(placement.in_step(range(numbers[rank]))), list(placement.in_step(range(10, 10 + numbers[1 - rank])))]
+
+
+def _broken() -> Iterator[int]:
+    yield 0
+    raise OSError("a shard of the data is gone")
 
 
 def _four_ranks() -> None:
@@ -317,6 +329,15 @@ def test_part_of_the_world() -> None:
     run_on_ranks(_part_of_the_world, 2)
 
 
+def test_steps_are_taken_together() -> None:
+    long = [(0, True), (1, True), (2, True)]
+    short = [(0, True), (0, False), (0, False)]
+    late_long, late_short = ([(10 + i, mine) for i, mine in steps] for steps in (long, short))
+    assert run_on_ranks(_steps, 2, [3, 1]) == [[long, late_short], [short, late_long]]
+    assert run_on_ranks(_steps, 2, [2, 2]) == [[long[:2], late_long[:2]]] * 2
+    assert run_on_ranks(_steps, 2, [0, 0]) == [[[], []]] * 2
+
+
 @pytest.mark.slow
 def test_four_ranks() -> None:
     run_on_ranks(_four_ranks, 4)
@@ -344,6 +365,8 @@ def test_what_one_rank_raises_all_raise(kind: str) -> None:
         "wrong shape": ("ShapeError", "tensor 1 is (3, 2), but its value is (2, 3)"),
         "shard that is not as placed": ("ShapeError", "this rank holds (3, 2), but its placement says (2, 2)"),
         "different sums": ("InputError", "rank 0 has 1 tensors, ((2,), 'torch.float32'); rank 1 has 1 tensors, ((3,)"),
+        "batches that break": ("GramianError", "batches: rank 1 of 2 failed: OSError: a shard of the data is gone"),
+        "no batches": ("InputError", "batches: rank 1 of 2 failed: this rank has no batches"),
         "one sum less": ("InputError", "rank 0 has 2 tensors"),
     }[kind]
     assert name == told[0]

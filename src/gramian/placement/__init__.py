@@ -13,6 +13,7 @@ from gramian.placement.ranks import (
     world,
 )
 from gramian.placement.shards import group_of, is_sharded, local, local_ranges, whole, write_whole_
+from gramian.placement.steps import in_step
 
 __all__ = [
     "World",
@@ -23,6 +24,7 @@ __all__ = [
     "exchange",
     "gather",
     "group_of",
+    "in_step",
     "is_distributed",
     "is_sharded",
     "local",
