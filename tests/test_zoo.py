@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from zoo import CONTEXT, VOCABULARY, ZOO, ZooCase, deep_tanh_mlp, tokens
+from zoo_modules import IGNORED, MODULES, PADDING, padded_tokens
+
+CASES = ZOO | MODULES
 
 
-@pytest.fixture(params=ZOO.values(), ids=list(ZOO))
+@pytest.fixture(params=CASES.values(), ids=list(CASES))
 def case(request: pytest.FixtureRequest) -> ZooCase:
     return request.param
 
@@ -28,15 +31,15 @@ def test_one_step_lowers_the_loss(case: ZooCase, optimizer: str) -> None:
     stepper = OPTIMIZERS[optimizer](model.parameters())
     before = case.loss(model, batch)
     before.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     stepper.step()
     assert case.loss(model, batch) < before
 
 
 # all but the one that is there because it does not train
-@pytest.mark.parametrize("name", sorted(ZOO.keys() - {"deep_tanh_mlp"}))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"deep_tanh_mlp"}))
 def test_training_beats_guessing(name: str) -> None:
-    case = ZOO[name]
+    case = CASES[name]
     model, batches = case.make_model(0), case.make_batches(0)
     torch.manual_seed(0)  # dropout
     first = sum(case.loss(model, batch).item() for batch in batches)
@@ -86,6 +89,16 @@ def test_language_models_see_only_the_past(name: str) -> None:
     changed[:, CONTEXT // 2 :] = (changed[:, CONTEXT // 2 :] + 1) % VOCABULARY
     torch.testing.assert_close(model(x)[:, : CONTEXT // 2], model(changed)[:, : CONTEXT // 2])
     assert not torch.allclose(model(x)[:, -1], model(changed)[:, -1])
+
+
+def test_padding_carries_no_loss_and_no_signal() -> None:
+    case = MODULES["padded"]
+    model, (x, y) = case.make_model(0), padded_tokens(0)[0]
+    assert torch.equal(y == IGNORED, x == PADDING)
+    lengths = (x != PADDING).sum(1)
+    assert lengths.unique().numel() > 3
+    alone = [case.loss(model, (x[i : i + 1, :n], y[i : i + 1, :n])) * n for i, n in enumerate(lengths.tolist())]
+    torch.testing.assert_close(torch.stack(alone).sum() / lengths.sum(), case.loss(model, (x, y)))
 
 
 def test_tokens_follow_one_language() -> None:

@@ -350,7 +350,9 @@ class ZooCase:
         return F.cross_entropy(output.flatten(0, -2), y.flatten())
 
 
-def _seeded(make: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
+def seeded(make: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
+    """`make` as a function of a seed, which fixes the weights and leaves the global generator as it was."""
+
     def make_model(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator, which is put back
             torch.manual_seed(seed)
@@ -365,17 +367,17 @@ _rows = partial(digits, shape=(8, 8))
 ZOO: dict[str, ZooCase] = {
     case.name: case
     for case in (
-        ZooCase("mlp", _seeded(mlp), digits, "classification"),
-        ZooCase("mlp_regression", _seeded(partial(mlp, 4, 2)), curve, "regression"),
-        ZooCase("deep_tanh_mlp", _seeded(deep_tanh_mlp), digits, "classification"),
-        ZooCase("batchnorm_cnn", _seeded(batchnorm_cnn), _images, "classification"),
-        ZooCase("residual_cnn", _seeded(residual_cnn), _images, "classification"),
-        ZooCase("lstm", _seeded(partial(Recurrent, nn.LSTM, 2)), _rows, "classification"),
-        ZooCase("gru", _seeded(partial(Recurrent, nn.GRU, 1)), _rows, "classification"),
-        ZooCase("transformer_classifier", _seeded(Classifier), _rows, "classification"),
-        ZooCase("transformer_lm", _seeded(EncoderLM), tokens, "next_token"),
-        ZooCase("gpt2", _seeded(GPT2), tokens, "next_token"),
-        ZooCase("grouped_query", _seeded(partial(Decoder, GatedMLP)), tokens, "next_token"),
-        ZooCase("mixture_of_experts", _seeded(partial(Decoder, Experts)), tokens, "next_token"),
+        ZooCase("mlp", seeded(mlp), digits, "classification"),
+        ZooCase("mlp_regression", seeded(partial(mlp, 4, 2)), curve, "regression"),
+        ZooCase("deep_tanh_mlp", seeded(deep_tanh_mlp), digits, "classification"),
+        ZooCase("batchnorm_cnn", seeded(batchnorm_cnn), _images, "classification"),
+        ZooCase("residual_cnn", seeded(residual_cnn), _images, "classification"),
+        ZooCase("lstm", seeded(partial(Recurrent, nn.LSTM, 2)), _rows, "classification"),
+        ZooCase("gru", seeded(partial(Recurrent, nn.GRU, 1)), _rows, "classification"),
+        ZooCase("transformer_classifier", seeded(Classifier), _rows, "classification"),
+        ZooCase("transformer_lm", seeded(EncoderLM), tokens, "next_token"),
+        ZooCase("gpt2", seeded(GPT2), tokens, "next_token"),
+        ZooCase("grouped_query", seeded(partial(Decoder, GatedMLP)), tokens, "next_token"),
+        ZooCase("mixture_of_experts", seeded(partial(Decoder, Experts)), tokens, "next_token"),
     )
 }

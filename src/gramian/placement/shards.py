@@ -1,0 +1,250 @@
+"""Shards: which part of a tensor does each rank hold?
+
+A plain tensor is whole on every rank. A `DTensor` is spread over a mesh of ranks, and for each of the mesh's dimensions
+it is cut along a dimension of its own (`Shard`), the same everywhere (`Replicate`), or a sum of what the ranks hold
+(`Partial`). Shards may be uneven and empty: they follow `torch.chunk`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gramian.errors import ShapeError, UnsupportedError
+from gramian.placement.ranks import Group, world
+
+__all__ = ["Cut", "Spread", "group_of", "is_sharded", "local", "local_ranges", "spread_of", "whole", "write_whole_"]
+
+
+class Cut(NamedTuple):
+    """How a tensor is spread over one dimension of a mesh.
+
+    A shard is along `dim`; with `split` above one it is a shard of each of that many parts (FSDP over tensor
+    parallelism: torch's `_StridedShard`). `op` says how the parts of a partial tensor become one.
+    """
+
+    kind: Literal["shard", "replicate", "partial"]
+    dim: int = 0
+    split: int = 1
+    op: str = "sum"
+
+
+class Region(NamedTuple):
+    """A box of a tensor, and where it lies in the local tensor of the rank that holds it."""
+
+    whole: tuple[slice, ...]
+    local: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a tensor of `shape` lies on the ranks of `group`: a mesh of `sizes`, each rank at a place of it."""
+
+    shape: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+    sizes: tuple[int, ...]
+    places: tuple[tuple[int, ...], ...]  # by rank of the group
+    group: Any
+
+    def ranges(self, rank: int, dim: int) -> tuple[range, ...]:
+        """Which indices of dimension `dim` a rank holds, in the order in which it holds them."""
+        steps = tuple(
+            (cut.split, size, place)
+            for cut, size, place in zip(self.cuts, self.sizes, self.places[rank], strict=True)
+            if cut.kind == "shard" and cut.dim == dim
+        )
+        return _ranges(self.shape[dim], steps)
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        """The shape of a rank's part."""
+        return tuple(sum(map(len, self.ranges(rank, dim))) for dim in range(len(self.shape)))
+
+    def regions(self, rank: int) -> Iterator[Region]:
+        """The boxes that a rank holds: one, or none, or several where a strided shard is cut into pieces."""
+        by_dim = []
+        for dim in range(len(self.shape)):
+            ranges = self.ranges(rank, dim)
+            starts = itertools.accumulate((len(r) for r in ranges), initial=0)
+            by_dim.append(
+                [(slice(r.start, r.stop), slice(s, s + len(r))) for r, s in zip(ranges, starts, strict=False)]
+            )
+        for pairs in itertools.product(*by_dim):
+            yield Region(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
+
+    def serves(self, rank: int, owner: int) -> bool:
+        """Whether the owner needs this rank's part: it has no other copy of it nearer by."""
+        pairs = zip(self.cuts, self.places[rank], self.places[owner], strict=True)
+        return all(cut.kind != "replicate" or mine == theirs for cut, mine, theirs in pairs)
+
+    @property
+    def is_partial(self) -> bool:
+        return any(cut.kind == "partial" for cut in self.cuts)
+
+    @property
+    def divisor(self) -> int:
+        """What the sum of the parts is divided by: the number of parts that are averaged."""
+        return math.prod(size for cut, size in zip(self.cuts, self.sizes, strict=True) if cut.op == "avg")
+
+
+@cache
+def _ranges(size: int, steps: tuple[tuple[int, int, int], ...]) -> tuple[range, ...]:
+    """The indices of `range(size)` that are left after shards `(split, number of shards, which)`, one after another."""
+    index = torch.arange(size)
+    for split, num_shards, which in steps:
+        parts = [_chunk(part, num_shards, which) for part in index.chunk(split)]
+        index = torch.cat(parts) if parts else index
+    runs: list[range] = []
+    for i in index.tolist():
+        if runs and runs[-1].stop == i:
+            runs[-1] = range(runs[-1].start, i + 1)
+        else:
+            runs.append(range(i, i + 1))
+    return tuple(runs)
+
+
+def _chunk(index: Tensor, num_shards: int, which: int) -> Tensor:
+    chunks = index.chunk(num_shards)  # fewer where they do not suffice: the last shards are empty
+    return chunks[which] if which < len(chunks) else index[:0]
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # Importing DTensor takes half a second; if nobody has, this is none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds less than the whole tensor: a `DTensor` that is not a replica everywhere.
+
+    >>> is_sharded(torch.zeros(3))
+    False
+    """
+    return _is_dtensor(tensor) and not all(placement.is_replicate() for placement in _dtensor(tensor).placements)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this rank holds, sharing its memory; a plain tensor itself. Without gradient."""
+    if not _is_dtensor(tensor):
+        return tensor.detach()
+    with torch.no_grad():
+        part = _dtensor(tensor).to_local()
+    return (part.wait() if hasattr(part, "wait") else part).detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every rank; a plain tensor itself. Without gradient. Collective over the tensor's mesh.
+
+    Cost: one all-gather. Where one rank needs it, `gather` sends 1/ranks of that.
+
+    >>> whole(torch.ones(2))
+    tensor([1., 1.])
+    """
+    return _dtensor(tensor).detach().full_tensor() if _is_dtensor(tensor) else tensor.detach()
+
+
+def write_whole_(target: Tensor, value: Tensor) -> Tensor:
+    """Writes this rank's part of `value`, which every rank holds whole, into `target`. Nothing is sent.
+
+    Raises `ShapeError` where the shapes differ, and `UnsupportedError` for a partial target.
+
+    >>> write_whole_(torch.zeros(2), torch.ones(2))
+    tensor([1., 1.])
+    """
+    if target.shape != value.shape:
+        raise ShapeError(f"write_whole_: target {tuple(target.shape)} and value {tuple(value.shape)} differ in shape")
+    part = local(target)
+    if not is_sharded(target):
+        part.copy_(value)
+        return target
+    spread = spread_of(target)
+    check_writable("write_whole_", spread)
+    for region in spread.regions(world(spread.group).rank):
+        part[region.local] = value[region.whole].to(part.dtype)
+    return target
+
+
+def local_ranges(tensor: Tensor, dim: int = 0) -> tuple[range, ...]:
+    """Which indices of dimension `dim` of the whole tensor this rank holds, in the order of its local part.
+
+    One range as a rule, none where the shard is empty, several for strided shards.
+
+    >>> local_ranges(torch.zeros(5, 3))
+    (range(0, 5),)
+    """
+    if not _is_dtensor(tensor):
+        return (range(tensor.shape[dim]),) if tensor.shape[dim] else ()
+    spread = spread_of(tensor)
+    return spread.ranges(world(spread.group).rank, dim % tensor.ndim)
+
+
+def group_of(tensor: Tensor) -> Group:
+    """The process group of the ranks over which a tensor is spread; `None`, the default group, for a plain tensor."""
+    return spread_of(tensor).group if _is_dtensor(tensor) else None
+
+
+def spread_of(tensor: Tensor, group: Group = None) -> Spread:
+    """How a tensor lies on the ranks: a plain one whole on every rank of `group`.
+
+    Raises `UnsupportedError` for a placement other than `Shard`, `Replicate` and a `Partial` sum or mean.
+    """
+    if not _is_dtensor(tensor):
+        size = world(group).size
+        return Spread(tuple(tensor.shape), (Cut("replicate"),), (size,), tuple((r,) for r in range(size)), group)
+    spread = _dtensor(tensor)
+    mesh = spread.device_mesh
+    group, places = _places(mesh, dist.group.WORLD)
+    return Spread(tuple(tensor.shape), tuple(map(_cut, spread.placements)), tuple(mesh.shape), places, group)
+
+
+def check_writable(what: str, spread: Spread) -> None:
+    if spread.is_partial:
+        raise UnsupportedError(
+            f"{what}: a Partial tensor {spread.shape} cannot be written, its parts are not determined by their sum. "
+            "Redistribute it to Shard or Replicate first"
+        )
+
+
+def _cut(placement: Any) -> Cut:
+    if placement.is_replicate():
+        return Cut("replicate")
+    # Only the plain sum and mean: subclasses of Partial keep a state (a mask, a norm) beside their parts.
+    if placement.is_partial() and type(placement).__name__ == "Partial" and placement.reduce_op in ("sum", "avg"):
+        return Cut("partial", op=placement.reduce_op)
+    if placement.is_partial() or not hasattr(placement, "dim"):
+        raise UnsupportedError(
+            f"placement: a tensor placed as {placement} cannot be gathered; Shard, Replicate and Partial sums can. "
+            "Call tensor.redistribute(...) first"
+        )
+    return Cut("shard", placement.dim, int(getattr(placement, "split_factor", 1)))
+
+
+@cache
+def _places(mesh: Any, all_ranks: Group) -> tuple[Any, tuple[tuple[int, ...], ...]]:
+    """The group of all ranks of a mesh, and the place in the mesh of each of its ranks.
+
+    `all_ranks`, the default group, is part of the key: a process may leave one world and join another.
+    """
+    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    group: Group
+    if mesh.ndim == 1:
+        group = mesh.get_group()
+    elif len(ranks) == dist.get_world_size():
+        group = all_ranks
+    else:
+        group = dist.new_group(list(ranks), use_local_synchronization=True)  # only the mesh's ranks are here
+    places = tuple(tuple((mesh.mesh == r).nonzero()[0].tolist()) for r in dist.get_process_group_ranks(group))
+    return group, places
+
+
+def _dtensor(tensor: Any) -> Any:
+    """A `DTensor`, for the type checker, which need not import it."""
+    return tensor

@@ -1,0 +1,119 @@
+"""Functions on several ranks: processes under gloo that stay alive, so that many tests share the cost of their start.
+
+    run_on_ranks(function, 2, *arguments)      # [function(*arguments) on rank 0, on rank 1]
+
+The function is a top-level one of a test module, and its result picklable. What it raises, or a rank that does not come
+back in time, fails the test with the rank's traceback, and ends the processes: the next call starts others.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 60.0  # that a call may take, with the machine's other work
+GRACE = 3.0  # seconds that the other ranks have to tell their own error after a first one has failed
+
+
+class RankError(AssertionError):
+    """A function failed on a rank; the message holds the rank's traceback."""
+
+
+class Ranks:
+    """`num_ranks` processes in one gloo group that run what they are sent."""
+
+    def __init__(self, num_ranks: int) -> None:
+        context = multiprocessing.get_context("spawn")  # threads of the parent's torch do not survive a fork
+        self.folder = tempfile.TemporaryDirectory()
+        self.processes, self.pipes = [], []
+        for rank in range(num_ranks):
+            ours, theirs = context.Pipe()
+            arguments = (rank, num_ranks, os.path.join(self.folder.name, "store"), theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.pipes.append(ours)
+
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = SECONDS) -> list[Any]:
+        message = pickle.dumps((function, args))
+        for pipe in self.pipes:
+            pipe.send_bytes(message)
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        deadline = time.monotonic() + seconds
+        while len(results) + len(errors) < len(self.pipes):
+            waiting = [p for r, p in enumerate(self.pipes) if r not in results and r not in errors]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                silent = [r for r, p in enumerate(self.pipes) if p in waiting]
+                errors.update(dict.fromkeys(silent, f"no answer within {seconds:.0f} s"))
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                try:
+                    failed, value = pickle.loads(pipe.recv_bytes())
+                except (EOFError, OSError):
+                    failed, value = True, "the process died"
+                (errors if failed else results)[rank] = value
+                if failed:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if errors:
+            self.close()
+            told = "\n".join(f"rank {rank} of {len(self.pipes)}:\n{text}" for rank, text in sorted(errors.items()))
+            raise RankError(f"{function.__qualname__} failed\n{told}")
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+_started: dict[int, Ranks] = {}
+
+
+def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, seconds: float = SECONDS) -> list[Any]:
+    """What `function(*args)` returns on each rank, by rank."""
+    if num_ranks not in _started:
+        _started[num_ranks] = Ranks(num_ranks)
+    try:
+        return _started[num_ranks].run(function, *args, seconds=seconds)
+    except RankError:
+        del _started[num_ranks]
+        raise
+
+
+@atexit.register
+def _close_all() -> None:
+    for ranks in _started.values():
+        ranks.close()
+
+
+def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=SECONDS)
+    )
+    while True:
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:  # the parent is gone
+            return
+        try:
+            answer = pickle.dumps((False, function(*args)))
+        except BaseException:
+            answer = pickle.dumps((True, traceback.format_exc()))
+        pipe.send_bytes(answer)
