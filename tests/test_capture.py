@@ -219,7 +219,7 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     stats = gm.capture(model, [batch], getattr(gm.Objective, case.objective)())
     assert_same(before, snapshot(model))
     assert set(stats) == {b.name for b in gm.blocks(model).blocks}
-    assert {n for b in gm.blocks(model).blocks for n, _ in b.owners} == {n for n in [*stats, *stats.aliases]}
+    assert {n for b in gm.blocks(model).blocks for n, _ in b.owners} == {*stats, *stats.aliases}
     assert all(site.reason for site in stats.sites() if site.A is None or site.G is None)
 
 

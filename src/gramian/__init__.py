@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gramian import errors, init, linalg, optim, random, tasks
     from gramian.block import Block, Blocks, Layout, blocks
-    from gramian.recording import capture, capturing
     from gramian.compression import Plan, compress, load_compressed, save_compressed
     from gramian.inspection import inspect
     from gramian.objective import Objective
+    from gramian.recording import capture, capturing
     from gramian.report import Report
     from gramian.statistics import DiagonalGram, Gram, Statistics
     from gramian.training import Run, Task, train

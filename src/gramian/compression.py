@@ -15,10 +15,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import skip_init
 
 from gramian.block import Block, blocks
-from gramian.recording import capture
 from gramian.checkpoint import clean_name, load_tensors, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.objective import Objective
+from gramian.recording import capture
 from gramian.statistics import Gram, Site, Sites, Statistics
 
 __all__ = ["LowRank", "Plan", "compress", "load_compressed", "save_compressed"]

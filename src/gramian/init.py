@@ -15,10 +15,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from gramian import random
 from gramian.block import Block, blocks
-from gramian.recording import measuring
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import Objective
 from gramian.operators import layer_gains
+from gramian.recording import measuring
 
 __all__ = ["activation_gain", "isometric_"]
 

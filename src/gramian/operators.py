@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gramian.block import blocks
-from gramian.recording import measuring
 from gramian.objective import Objective, as_objective
+from gramian.recording import measuring
 
 __all__ = ["Gain", "end_to_end_jacobian", "layer_gains"]
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.recording import evaluating
 from gramian.checkpoint import save_tensors
 from gramian.errors import GramianWarning, InputError, TaskError
 from gramian.init import isometric_
 from gramian.objective import Objective, as_objective
 from gramian.optim import Muon
+from gramian.recording import evaluating
 
 __all__ = ["OPTIMIZERS", "Run", "Task", "train"]
 

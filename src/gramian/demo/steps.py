@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from gramian import linalg, report, tasks
-from gramian.recording import capture
 from gramian.checkpoint import save_tensors
 from gramian.compression import compress, load_compressed, save_compressed
 from gramian.demo.page import document
 from gramian.demo.story import CELLS, KEEP, NAMES, RATES, Story
 from gramian.errors import InputError
 from gramian.inspection import inspect
+from gramian.recording import capture
 from gramian.report import Report
 from gramian.tasks import Digits
 from gramian.training import Run, Task, train

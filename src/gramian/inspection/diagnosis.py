@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from gramian import linalg
 from gramian.block import blocks
-from gramian.recording import capture
 from gramian.checkpoint import open_checkpoint
 from gramian.errors import InputError
 from gramian.inspection.rules import find
 from gramian.inspection.spectra import Spectrum, describe
 from gramian.objective import Objective, as_objective
 from gramian.operators import Gain, end_to_end_jacobian, layer_gains
+from gramian.recording import capture
 from gramian.report import Layer, Report
 from gramian.statistics import Gram, Statistics
 

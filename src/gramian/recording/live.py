@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gramian.block import blocks
+from gramian.errors import GramianWarning, InputError
+from gramian.objective import Fisher, Objective, as_objective
 from gramian.recording.measuring import eager
 from gramian.recording.onepass import differentiate
 from gramian.recording.recorder import MAX_DIM, Pass, Recorder
-from gramian.errors import GramianWarning, InputError
-from gramian.objective import Fisher, Objective, as_objective
 from gramian.statistics import Statistics
 
 __all__ = ["capturing"]

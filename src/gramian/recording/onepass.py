@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gramian.block import blocks
-from gramian.recording.measuring import measuring
-from gramian.recording.recorder import MAX_DIM, Pass, Recorder
 from gramian.errors import DtypeError, InputError
 from gramian.objective import Fisher, Objective, as_objective
+from gramian.recording.measuring import measuring
+from gramian.recording.recorder import MAX_DIM, Pass, Recorder
 from gramian.statistics import Statistics
 
 __all__ = ["capture"]
