@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 import gramian as gm
 from cases import DEVICES, seeded
 from gramian import DiagonalGram, Gram, Statistics
-from gramian.errors import InputError, ShapeError
+from gramian.checkpoint import save_tensors
+from gramian.errors import CheckpointError, InputError, ShapeError
 from gramian.statistics import Site
+from zoo import ZOO
 
 SPLITS = {"one": [40], "ones": [1] * 40, "uneven": [3, 0, 30, 7]}
 
@@ -121,3 +124,39 @@ def test_statistics_are_a_mapping_of_sites() -> None:
     with pytest.raises(InputError, match=r"no block is named 'b\.weight'; the first are a\.weight"):
         stats["b.weight"]
     assert gm.Gram is Gram
+
+
+@pytest.mark.parametrize("name", ["gpt2", "lstm", "batchnorm_cnn"])
+def test_merged_files_equal_one_pass(name: str, tmp_path: Path) -> None:
+    case = ZOO[name]
+    objective, batches = getattr(gm.Objective, case.objective)(), case.make_batches(0)[:3]
+    parts = [gm.capture(case.make_model(0), part, objective, fisher="empirical") for part in (batches[:1], batches[1:])]
+    for i, part in enumerate(parts):
+        part.save(tmp_path / f"{i}.safetensors")
+    first, second = (Statistics.load(tmp_path / f"{i}.safetensors") for i in range(2))
+    for name, sites in parts[0].items():
+        for mine, read in zip(sites, first[name], strict=True):
+            assert (mine.key, mine.calls, mine.reason) == (read.key, read.calls, read.reason)
+            for side in "AG":
+                a, b = getattr(mine, side), getattr(read, side)
+                assert a is b is None or all(map(torch.equal, a.tensors(), b.tensors()))
+    whole = gm.capture(case.make_model(0), batches, objective, fisher="empirical")
+    merged = first.merge(second)
+    assert (merged.units, merged.loss) == (whole.units, pytest.approx(whole.loss))
+    for mine, wanted in zip(merged.sites(), whole.sites(), strict=True):
+        assert (mine.key, mine.calls) == (wanted.key, wanted.calls)
+        for side in "AG":
+            a, b = getattr(mine, side), getattr(wanted, side)
+            for x, y in () if a is None else zip(a.tensors(), b.tensors(), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6 * float(y.abs().max()))
+
+
+def test_merging_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    one = Statistics({"w": [Site(A=Gram(2).update(torch.eye(2)), name="w", op="linear")]}, units=1.0)
+    with pytest.raises(ShapeError, match="dimensions differ"):
+        one.merge(Statistics({"w": [Site(A=Gram(3).update(torch.eye(3)), name="w", op="linear")]}, units=1.0))
+    with pytest.raises(InputError, match="'empirical' here and 'sampled' there"):
+        one.merge(Statistics(units=1.0, fisher="sampled"))
+    save_tensors(tmp_path / "model.safetensors", {"w": torch.eye(2)})
+    with pytest.raises(CheckpointError, match="not statistics of gramian"):
+        Statistics.load(tmp_path / "model.safetensors")

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from gramian import errors, init, linalg, optim, random, tasks
     from gramian.block import Block, Blocks, Layout, blocks
     from gramian.compression import Plan, compress, load_compressed, save_compressed
+    from gramian.gram import DiagonalGram, Gram
     from gramian.inspection import inspect
     from gramian.objective import Objective
     from gramian.recording import capture, capturing
     from gramian.report import Report
-    from gramian.statistics import DiagonalGram, Gram, Statistics
+    from gramian.statistics import Statistics
     from gramian.training import Run, Task, train
 
 __all__ = [
@@ -52,8 +53,8 @@ __all__ = [
 _HOME = {
     "Block": "block",
     "Blocks": "block",
-    "DiagonalGram": "statistics",
-    "Gram": "statistics",
+    "DiagonalGram": "gram",
+    "Gram": "gram",
     "Layout": "block",
     "Objective": "objective",
     "Plan": "compression",

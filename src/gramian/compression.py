@@ -17,9 +17,10 @@ from torch.nn.utils import skip_init
 from gramian.block import Block, blocks
 from gramian.checkpoint import clean_name, load_tensors, save_tensors
 from gramian.errors import CheckpointError, InputError
+from gramian.gram import Gram
 from gramian.objective import Objective
 from gramian.recording import capture
-from gramian.statistics import Gram, Site, Sites, Statistics
+from gramian.statistics import Site, Sites, Statistics
 
 __all__ = ["LowRank", "Plan", "compress", "load_compressed", "save_compressed"]
 

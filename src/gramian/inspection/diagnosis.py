@@ -14,13 +14,14 @@ from gramian import linalg
 from gramian.block import blocks
 from gramian.checkpoint import open_checkpoint
 from gramian.errors import InputError
+from gramian.gram import Gram
 from gramian.inspection.rules import find
 from gramian.inspection.spectra import Spectrum, describe
 from gramian.objective import Objective, as_objective
 from gramian.operators import Gain, end_to_end_jacobian, layer_gains
 from gramian.recording import capture
 from gramian.report import Layer, Report
-from gramian.statistics import Gram, Statistics
+from gramian.statistics import Statistics
 
 __all__ = ["Measured", "inspect"]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
+from gramian.gram import Gram
 from gramian.report import SEVERITIES, Finding, Layer
-from gramian.statistics import Gram
 
 if TYPE_CHECKING:
     from gramian.inspection.diagnosis import Measured

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gramian.block import Block, Blocks
+from gramian.gram import At, DiagonalGram, Gram, sums
 from gramian.recording.forms import FORMS, Form
 from gramian.recording.sides import Held, Side, sides_of, view_of
 from gramian.recording.unfused import UNFUSED
-from gramian.statistics import At, DiagonalGram, Gram, Site, Statistics, sums
+from gramian.statistics import Site, Statistics
 
 __all__ = ["MAX_DIM", "Pass", "Recorder"]
 
@@ -296,12 +297,9 @@ class Recorder(TorchFunctionMode):
                 used = ", ".join(sorted(self.others.get(block.name, ())))
                 reason = f"used only by {used}, which is not captured" if used else "no batch reached it"
                 stats.blocks[block.name] = [Site(name=block.name, reason=reason)]
+        stats.settle()
         for site in stats.sites():
-            if site.G is not None:  # also where some batches did not use the layer: their gradient is zero
-                site.G.count.fill_(stats.units)
-                if site.skipped is not None:
-                    site.G.count -= site.skipped
-            elif not site.reason:
+            if site.G is None and not site.reason:
                 site.reason = "no gradient reached it"
 
     # -- which module is running, where a weight is tied --

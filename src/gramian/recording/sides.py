@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gramian.block import Block, Layout
+from gramian.gram import At
 from gramian.recording.forms import Form
-from gramian.statistics import At
 
 __all__ = ["Held", "Side", "sides_of", "view_of"]
 
