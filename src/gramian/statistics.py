@@ -209,7 +209,7 @@ class Statistics(Mapping[str, Sites]):
     def load(path: str | os.PathLike[str]) -> Statistics:
         """Reads what `save` wrote. Raises `CheckpointError` for a file of another kind.
 
-        >>> import tempfile, pathlib
+        >>> import tempfile, pathlib, torch
         >>> stats = Statistics({"0.weight": [Site(A=Gram(2).update(torch.eye(2)), name="0.weight", op="linear")]})
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "stats.safetensors"
         >>> stats.save(path)
