@@ -241,3 +241,28 @@ def test_lazy_parameters_wait() -> None:
     model(torch.ones(2, 4, 5, 5))
     check_partition(model)
     assert not gm.blocks(model).rest[0].reason.startswith("not")
+
+
+PARAMETRISED = {
+    "weight_norm": (torch.nn.utils.parametrizations.weight_norm, "parametrizations.weight.original1", 1),
+    "spectral_norm": (torch.nn.utils.parametrizations.spectral_norm, "parametrizations.weight.original", 0),
+    "orthogonal": (torch.nn.utils.parametrizations.orthogonal, "parametrizations.weight.original", 0),
+    "old_spectral_norm": (torch.nn.utils.spectral_norm, "weight_orig", 0),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRISED)
+def test_a_parametrised_weight_has_its_modules_layout(name: str) -> None:
+    wrap, parameter, num_scales = PARAMETRISED[name]
+    found, rest = gm.blocks(nn.Sequential(wrap(nn.Conv2d(4, 6, 3, groups=2, bias=False))))
+    assert [(b.name, b.shape) for b in found] == [(f"0.{parameter}", (2, 3, 18))]
+    assert [r.reason.endswith("a scale of the parametrised weight") for r in rest] == [True] * num_scales
+
+
+def test_gpt2s_linear_layer_is_known_by_name() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nf, self.weight = 3, nn.Parameter(torch.ones(5, 3))
+
+    assert gm.blocks(Conv1D()).blocks[0].shape == (3, 5)

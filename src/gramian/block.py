@@ -18,6 +18,7 @@ import einops
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError, ShapeError
@@ -59,6 +60,11 @@ _LAYOUTS: dict[type[nn.Module], dict[str, str]] = {
     nn.LSTMCell: {"weight_*": "(four o) i -> four o i"},
     nn.GRU: {"weight_*": "(three o) i -> three o i"},
     nn.GRUCell: {"weight_*": "(three o) i -> three o i"},
+}
+
+# Known by name, since torch does not have them, and by an attribute that tells them from others of the name.
+_LAYOUTS_BY_NAME: dict[tuple[str, str], dict[str, str]] = {
+    ("Conv1D", "nf"): {"weight": "i o -> o i"},  # GPT-2's linear layer in transformers: (in, out)
 }
 
 
@@ -268,13 +274,14 @@ def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str,
     names: list[tuple[str, nn.Module]] = []
     for parameter, names in owners.values():
         name, module = names[0]
-        pattern, reason = _layout(name, module, parameter, overrides, used)
+        host, local = _host(model, name, module, parameter)
+        pattern, reason = _layout(name, local, host, parameter, overrides, used)
         if pattern is None:
             rest.append(Rest(name, parameter, reason, tuple(other for other, _ in names[1:])))
             continue
         text, sizes = (pattern, {}) if isinstance(pattern, str) else pattern
-        if hasattr(module, "groups"):
-            sizes = {"g": module.groups, **sizes}
+        if hasattr(host, "groups"):
+            sizes = {"g": host.groups, **sizes}
         try:
             layout = Layout(text, tuple(parameter.shape), sizes)
         except ShapeError as error:
@@ -299,17 +306,41 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[tuple[str, n
     return owners
 
 
+def _host(model: nn.Module, name: str, module: nn.Module, parameter: Tensor) -> tuple[nn.Module, str]:
+    """The module whose class says what a parameter is, and the name of the weight there that it makes up.
+
+    That is another than its owner's and its own where the weight is parametrised. An empty name: it holds no matrix of
+    the weight's, only a scale.
+    """
+    local = name.rpartition(".")[2]
+    if isinstance(module, ParametrizationList):
+        dicts = ((m, getattr(m, "parametrizations", {})) for m in model.modules())
+        host, weight = next(
+            (m, w) for m, d in dicts if isinstance(d, nn.ModuleDict) for w, p in d.items() if p is module
+        )
+        largest = max((p for p in module.parameters(recurse=False)), key=Tensor.numel)
+        return host, weight if parameter is largest else ""
+    for weight, scale, suffix in ((local[:-2], "_g", "_v"), (local[:-2], "_v", "_g"), (local[:-5], "_u", "_orig")):
+        if local.endswith(suffix) and hasattr(module, weight + scale):  # torch.nn.utils.weight_norm, spectral_norm
+            return module, "" if suffix == "_g" else weight
+    return module, local
+
+
 def _layout(
-    name: str, module: nn.Module, parameter: Tensor, overrides: Mapping, used: set[str]
+    name: str, local: str, module: nn.Module, parameter: Tensor, overrides: Mapping, used: set[str]
 ) -> tuple[str | tuple[str, Mapping[str, int]] | None, str]:
     """The layout pattern of a parameter (`None`: it belongs to the rest) and the reason."""
     for pattern, layout in overrides.items():
         if fnmatch.fnmatchcase(name, pattern):
             used.add(pattern)
             return layout, f"layouts[{pattern!r}]"
-    local = name.rpartition(".")[2]
+    if not local:
+        return None, f"{name.rpartition('.')[2]}: a scale of the parametrised weight"
     for cls in type(module).__mro__:
-        for known, layout in _LAYOUTS.get(cls, {}).items():
+        by_name = next(
+            (table for (n, a), table in _LAYOUTS_BY_NAME.items() if cls.__name__ == n and hasattr(module, a)), {}
+        )
+        for known, layout in (_LAYOUTS.get(cls) or by_name).items():
             if fnmatch.fnmatchcase(local, known) and parameter.ndim == len(_axes_of(layout.partition("->")[0])):
                 if getattr(module, "groups", 1) == 1:
                     layout = layout.replace("(g o)", "o").replace("(g i)", "i").replace("-> g ", "-> ")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from gramian.block import Block, Blocks
@@ -313,7 +314,7 @@ class Recorder(TorchFunctionMode):
                 for name, module in block.owners if block.aliases else ():
                     handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.owners.append(name)))
                     handles.append(module.register_forward_hook(lambda *_: _drop(self.owners), always_call=True))
-                if isinstance(block.module, nn.utils.parametrize.ParametrizationList):
+                if isinstance(block.module, ParametrizationList):
                     handles.append(block.module.register_forward_hook(self._parametrised(block)))
             with self:
                 yield self
