@@ -99,14 +99,14 @@ def lanczos(
 def overlap(n: int, r: int, failure: float = FAILURE) -> float:
     """A g with P(‖uᵀW₁‖ < g) ≤ failure, for a fixed unit u and the span W₁ of r Gaussian vectors in n dimensions.
 
-    ‖uᵀW₁‖² is Beta(r/2, (n − r)/2), and P(Beta ≤ x) ≤ x^(r/2) (n/2)^(r/2) / Γ(r/2 + 1) for x below 1/2.
+    ‖uᵀW₁‖² is Beta(r/2, (n − r)/2), and P(Beta ≤ x) ≤ 1.5 x^(r/2) (n/2)^(r/2) / Γ(r/2 + 1) for x below 1/2.
 
     >>> overlap(1000, 1) < overlap(1000, 4) < 1
     True
     """
     if r >= n:
         return 1.0
-    log_x = (math.log(failure) + math.lgamma(r / 2 + 1)) * 2 / r - math.log(n / 2)
+    log_x = (math.log(failure / 1.5) + math.lgamma(r / 2 + 1)) * 2 / r - math.log(n / 2)
     return math.exp(min(log_x, math.log(0.5)) / 2)
 
 

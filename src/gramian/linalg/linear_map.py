@@ -113,7 +113,9 @@ def as_linear_map(name: str, a: object) -> LinearMap:
         return TensorMap(check(name, a))
     if isinstance(a, Tensor):
         if a.ndim != 2:
-            raise ShapeError(f"{name}: expected a sparse matrix (m, n), got {tuple(a.shape)}. Sparse ones do not batch.")
+            raise ShapeError(
+                f"{name}: expected a sparse matrix (m, n), got {tuple(a.shape)}. Sparse ones do not batch."
+            )
         if a.dtype not in DTYPES:
             raise DtypeError(f"{name}: expected a real floating dtype, got {a.dtype}. Convert with .to(torch.float32).")
         return TensorMap(a if a.layout == torch.sparse_csr else a.to_sparse_csr())
