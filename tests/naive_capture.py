@@ -211,7 +211,11 @@ def attention(
     for mask in (attn_mask, key_padding_mask):
         if mask is not None:
             mask = mask.expand(len(q), -1)
-            real = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
+            real = (
+                torch.zeros(mask.shape, dtype=q.dtype).masked_fill(mask, -math.inf)
+                if mask.dtype == torch.bool
+                else mask
+            )
             bars = bars + F.pad(real, (0, len(k) - real.shape[1]))
     heads = []
     for a, b, c in zip(*(t.chunk(m.num_heads, -1) for t in (q, k, v))):

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import gramian as gm
 from naive_capture import Index, Key, Moments, moments, samples

@@ -31,7 +31,9 @@ def agrees(module: nn.Module, run: Callable[[nn.Module], Any], inputs: list[Tens
         return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
     def total(outputs: list[Tensor]) -> Tensor:
-        return torch.stack([(t * torch.randn(t.shape, generator=seeded(7), dtype=t.dtype)).sum() for t in outputs]).sum()
+        return torch.stack(
+            [(t * torch.randn(t.shape, generator=seeded(7), dtype=t.dtype)).sum() for t in outputs]
+        ).sum()
 
     outcomes = []
     for watched in (False, True):
@@ -51,12 +53,18 @@ def agrees(module: nn.Module, run: Callable[[nn.Module], Any], inputs: list[Tens
         outcomes.append((kept, grads, torch.get_rng_state()))
     (plain, wanted, state), (written, got, state_after) = outcomes
     assert [t.shape for t in plain] == [t.shape for t in written]
+    for x, y in zip(plain, written, strict=True):  # a dropout that follows draws in the order of memory
+        assert [s for s, n in zip(x.stride(), x.shape, strict=True) if n > 1] == [
+            s for s, n in zip(y.stride(), y.shape, strict=True) if n > 1
+        ]
     for x, y in zip([*plain, *wanted], [*written, *got], strict=True):
         if x is None or y is None:
             assert x is y
             continue
         assert x.dtype == y.dtype
-        torch.testing.assert_close(y, x, rtol=1e-10, atol=1e-10 * float(x.detach().nan_to_num().abs().max()), equal_nan=True)
+        torch.testing.assert_close(
+            y, x, rtol=1e-10, atol=1e-10 * float(x.detach().nan_to_num().abs().max()), equal_nan=True
+        )
     assert torch.equal(state, state_after)
 
 
@@ -124,7 +132,9 @@ def test_attention(name: str, shape: str, dropout: float) -> None:
             shape, lambda t: t[1]
         )(tensor)
     args = [given[id(tensor)] for tensor in (query, key, value)]
-    inputs = list({id(t): t for t in (query, key, value, *call.values()) if getattr(t, "requires_grad", False)}.values())
+    inputs = list(
+        {id(t): t for t in (query, key, value, *call.values()) if getattr(t, "requires_grad", False)}.values()
+    )
     agrees(module, lambda m: m(*args, **call), inputs)
 
 
