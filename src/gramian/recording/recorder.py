@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Pass:
     listening: bool = True
     units: float = 0.0
     skip_non_finite: bool = False
+    overflowed: dict[tuple[int, At | None], Tensor] = field(default_factory=dict)
 
 
 class _Tap(torch.autograd.Function):
@@ -208,11 +209,11 @@ class Recorder(TorchFunctionMode):
             rows = rows if rows.dtype == torch.float64 else rows.float()
             if isinstance(current.factor, Tensor) or current.factor != 1.0:
                 rows = rows / current.factor
-            if current.skip_non_finite:
-                rows = self._without_overflow(site, current, rows)
-            rows = outputs.arrange(rows)
             if site.G is None:
                 site.G = self._moment(outputs, device)
+            if current.skip_non_finite:
+                rows = self._without_overflow(site, site.G, outputs.at, current, rows)
+            rows = outputs.arrange(rows)
             self._stream(site.G, rows, 0.0, outputs.at)
 
         base = output.clone() if output._is_view() else output
@@ -237,12 +238,27 @@ class Recorder(TorchFunctionMode):
                 self.latest = (key, sums(rows), form.source)  # the source is kept, so that its id stays its own
             site.A.add(*self.latest[1])
 
-    def _without_overflow(self, site: Site, current: Pass, rows: Tensor) -> Tensor:
-        """A scaled gradient that overflows is one that a GradScaler skips: it adds nothing, nor do its units."""
-        fine = rows.isfinite().all()
-        skipped = torch.where(fine, 0.0, current.units).double()
-        site.skipped = skipped if site.skipped is None else site.skipped + skipped
-        return torch.where(fine, rows, 0.0)
+    def _without_overflow(
+        self, site: Site, gram: Gram | DiagonalGram, at: At | None, current: Pass, rows: Tensor
+    ) -> Tensor:
+        """A scaled gradient that overflows is one that a GradScaler skips: it adds nothing, nor do its units.
+
+        Where a weight is used several times in a pass (recurrent steps), nothing is added after the first overflow, and
+        the units are left out once.
+        """
+        before = current.overflowed.get((id(site), at))
+        bad = ~rows.isfinite().all()
+        over = bad if before is None else bad | before
+        current.overflowed[id(site), at] = over
+        units = torch.where(over if before is None else bad & ~before, current.units, 0.0).double()
+        if site.skipped is None:
+            site.skipped = torch.zeros_like(gram.count)
+        if at is None:
+            site.skipped += units
+        else:
+            index = torch.tensor(at.index, device=units.device)
+            site.skipped.index_add_(at.axis, index, units.expand_as(site.skipped.index_select(at.axis, index)))
+        return torch.where(over, 0.0, rows)
 
     def _stream(self, gram: Gram | DiagonalGram, rows: Tensor, count: float | None, at: At | None) -> None:
         if at is not None:
