@@ -40,6 +40,14 @@ class _Moments:
         self.sum = torch.zeros(*self.batch, dim, dtype=torch.float64, device=device)
         self.count = torch.zeros(self.batch, dtype=torch.float64, device=device)
 
+    @classmethod
+    def of(cls, total: Tensor, sum: Tensor, count: Tensor) -> Any:
+        """The second moment whose `tensors()` are these; they are not copied."""
+        made = cls.__new__(cls)
+        made.dim, made.batch = sum.shape[-1], tuple(sum.shape[:-1])
+        made.total, made.sum, made.count = total, sum, count
+        return made
+
     def _rows(self, x: Tensor, at: At | None = None) -> Tensor:
         """`x` (*batch, rows, dim) without gradient, in float32 or wider; without a batch, any leading dimensions."""
         batch = list(self.batch)

@@ -45,13 +45,15 @@ class Pass:
 
     `factor` is how much larger the gradients that come are than those of the sum of losses: 1 where capture itself
     differentiates, and what arrives at the loss where the user does (1/units, a GradScaler's scale, 1/accumulation).
-    `None`: unknown yet. `listening`: whether gradients count now.
+    `None`: unknown yet. `listening`: whether gradients count now. A `shadow` is run for the company of other ranks,
+    which wait for this one's shards: the same passes through the graph, of which nothing counts.
     """
 
     factor: Tensor | float | None = None
     listening: bool = True
     units: float = 0.0
     skip_non_finite: bool = False
+    shadow: bool = False
 
 
 class _Tap(torch.autograd.Function):
@@ -188,6 +190,8 @@ class Recorder(TorchFunctionMode):
         if not (torch.is_grad_enabled() or self.record_without_grad):
             return output
         sides = sides_of(form, held)
+        if current.shadow:
+            return output if sides is None else self._tapped(output, lambda grad: None)
         site = self._site(form, held, sides)
         site.calls += 1
         if sides is None:
@@ -215,6 +219,9 @@ class Recorder(TorchFunctionMode):
                 site.G = self._moment(outputs, device)
             self._stream(site.G, rows, 0.0, outputs.at)
 
+        return self._tapped(output, hear)
+
+    def _tapped(self, output: Tensor, hear: Callable[[Tensor], None]) -> Tensor:
         base = output.clone() if output._is_view() else output
         return _Tap.apply(base, self.leaf, hear)  # type: ignore[return-value]
 
