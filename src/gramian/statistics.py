@@ -201,7 +201,7 @@ class Statistics(Mapping[str, Sites]):
         skips = [site.skipped is not None for site in self.sites()]
         told = placement.exchange(json.dumps(self._about() | {"sizes": sizes, "skips": skips}), group)
         device = next((m.sum.device for site in self.sites() for m in (site.A, site.G) if m is not None), "cpu")
-        whole = Statistics()
+        whole, sums = Statistics(), []
         for r, text in enumerate(
             told
         ):  # in the order of the ranks, so that each finds the same sites in the same order

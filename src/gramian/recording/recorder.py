@@ -85,7 +85,8 @@ class _Stream:
         if rows.shape[-2] >= self.gram.dim or isinstance(self.gram, DiagonalGram):
             self.gram.update(rows, count)
             return
-        self.waiting.append(rows)
+        # A copy: rows may lie in a parameter's memory, which a step changes and FSDP2 frees when the layer is done.
+        self.waiting.append(rows.clone())
         self.num += rows.shape[-2]
         if self.num >= self.gram.dim:
             self.flush(count)
