@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from gramian import placement
 from gramian.checkpoint import load_tensors, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.gram import DiagonalGram, Gram
@@ -180,22 +182,59 @@ class Statistics(Mapping[str, Sites]):
         self.settle()
         return self
 
+    def all_reduce(self, group: Any = None) -> Statistics:
+        """Merges the statistics of all ranks, so that each holds what one process would have on all their batches.
+
+        Collective. Ranks may have reached different blocks; a rank that saw nothing of a block adds nothing to it. The
+        sites are new objects afterwards. `capture` does it by itself for a model under DDP or FSDP2.
+
+        Args:
+            group: the process group; all ranks by default. Without one, nothing happens.
+
+        Raises `InputError` or `ShapeError`, on every rank, where two ranks' statistics do not fit together.
+        Cost: an exchange of names and sizes, and one sum of all Grams in float64. Memory: all Grams once more.
+        """
+        rank, size = placement.world(group)
+        if size == 1:
+            return self
+        sizes = [[None if m is None else (*m.batch, m.dim) for m in (site.A, site.G)] for site in self.sites()]
+        skips = [site.skipped is not None for site in self.sites()]
+        told = placement.exchange(json.dumps(self._about() | {"sizes": sizes, "skips": skips}), group)
+        device = next((m.sum.device for site in self.sites() for m in (site.A, site.G) if m is not None), "cpu")
+        whole, sums = Statistics(), []
+        for r, text in enumerate(
+            told
+        ):  # in the order of the ranks, so that each finds the same sites in the same order
+            whole.merge(self if r == rank else _without_numbers(json.loads(text), device))
+            sums = [m for site in whole.sites() for m in (site.A, site.G) if m is not None]
+            for moment in sums:  # into memory of its own, what was one zero repeated
+                moment.total, moment.sum = moment.total.contiguous(), moment.sum.contiguous()
+        skipped = [site.skipped for site in whole.sites() if site.skipped is not None]
+        placement.all_reduce_sum([tensor for moment in sums for tensor in moment.tensors()] + skipped, group)
+        whole.settle()
+        self.blocks, self.aliases, self.fisher = whole.blocks, whole.aliases, whole.fisher
+        self.units, self.loss = whole.units, whole.loss
+        return self
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything as safetensors, atomically; `Statistics.load` reads it back bitwise."""
         tensors: dict[str, Tensor] = {}
-        rows = []
         for i, site in enumerate(self.sites()):
-            row = {key: getattr(site, key) for key in ("reason", "calls", "name", "op", "transposed")}
-            for side in "AG":
-                moment = getattr(site, side)
-                row[side] = None if moment is None else type(moment).__name__
+            for side, moment in (("A", site.A), ("G", site.G)):
                 if moment is not None:
                     parts = zip(("total", "sum", "count"), moment.tensors(), strict=True)
                     tensors |= {f"{i}.{side}.{part}": tensor for part, tensor in parts}
             if site.skipped is not None:
                 tensors[f"{i}.skipped"] = site.skipped
-            rows.append(row)
-        about = {
+        save_tensors(path, tensors, {_FORMAT: json.dumps(self._about())})
+
+    def _about(self) -> dict[str, Any]:
+        """All but the tensors, for JSON; of a second moment its class."""
+        rows = []
+        for site in self.sites():
+            row = {key: getattr(site, key) for key in ("reason", "calls", "name", "op", "transposed")}
+            rows.append(row | {s: None if (m := getattr(site, s)) is None else type(m).__name__ for s in "AG"})
+        return {
             "blocks": {name: len(sites) for name, sites in self.blocks.items()},
             "sites": rows,
             "aliases": self.aliases,
@@ -203,7 +242,6 @@ class Statistics(Mapping[str, Sites]):
             "units": self.units,
             "loss": self.loss,
         }
-        save_tensors(path, tensors, {_FORMAT: json.dumps(about)})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Statistics:
@@ -219,16 +257,37 @@ class Statistics(Mapping[str, Sites]):
         tensors, metadata = load_tensors(path)
         if _FORMAT not in metadata:
             raise CheckpointError(f"{os.fspath(path)}: these are not statistics of gramian; pass what stats.save wrote")
-        about = json.loads(metadata[_FORMAT])
-        sites = []
-        for i, row in enumerate(about["sites"]):
-            for side in "AG":
-                if row[side] is not None:
-                    total, first, count = (tensors[f"{i}.{side}.{part}"] for part in ("total", "sum", "count"))
-                    kind = {"Gram": Gram, "DiagonalGram": DiagonalGram}[row[side]]
-                    row[side] = kind(first.shape[-1], tuple(first.shape[:-1]), device=first.device)
-                    row[side].add(total, first, count)
-            sites.append(Site(**row, skipped=tensors.get(f"{i}.skipped")))
-        taken = iter(sites)
-        blocks = {name: [next(taken) for _ in range(num)] for name, num in about["blocks"].items()}
-        return Statistics(blocks, about["aliases"], about["fisher"], about["units"], about["loss"])
+
+        def parts(i: int, side: str) -> tuple[Tensor, ...]:
+            return tuple(tensors[f"{i}.{side}.{part}"] for part in ("total", "sum", "count"))
+
+        return _rebuilt(json.loads(metadata[_FORMAT]), parts, lambda i: tensors.get(f"{i}.skipped"))
+
+
+def _rebuilt(
+    about: dict[str, Any], parts: Callable[[int, str], tuple[Tensor, ...]], skipped: Callable[[int], Tensor | None]
+) -> Statistics:
+    """Statistics from what `_about` said of them, and the tensors of each site: `parts` of each side, and `skipped`."""
+    sites = []
+    for i, row in enumerate(about["sites"]):
+        for side in "AG":
+            if row[side] is not None:
+                total, first, count = parts(i, side)
+                kind = {"Gram": Gram, "DiagonalGram": DiagonalGram}[row[side]]
+                row[side] = kind.of(total, first, count)
+        sites.append(Site(**row, skipped=skipped(i)))
+    taken = iter(sites)
+    blocks = {name: [next(taken) for _ in range(num)] for name, num in about["blocks"].items()}
+    return Statistics(blocks, about["aliases"], about["fisher"], about["units"], about["loss"])
+
+
+def _without_numbers(about: dict[str, Any], device: torch.device | str) -> Statistics:
+    """Another rank's statistics with zeros for their sums, which take no memory: one number, repeated."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+
+    def parts(i: int, side: str) -> tuple[Tensor, ...]:
+        *batch, dim = about["sizes"][i]["AG".index(side)]
+        square = (dim, dim) if about["sites"][i][side] == "Gram" else (dim,)
+        return zero.expand(*batch, *square), zero.expand(*batch, dim), zero.new_zeros(batch)
+
+    return _rebuilt(about, parts, lambda i: zero.clone() if about["skips"][i] else None)

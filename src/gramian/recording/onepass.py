@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from gramian import placement
 from gramian.block import blocks
 from gramian.errors import DtypeError, InputError
 from gramian.objective import Fisher, Objective, as_objective
 from gramian.recording.measuring import measuring
+from gramian.recording.ranks import ranks_of
 from gramian.recording.recorder import MAX_DIM, Pass, Recorder
 from gramian.statistics import Statistics
 
@@ -39,6 +39,8 @@ def capture(
 
     Args:
         model: captured in evaluation mode, and left as it was found: mode, gradients, buffers, hooks, random state.
+            Under DDP or FSDP2 all ranks call this together, each with batches of its own, as many as it has; each gets
+            the statistics of all batches. An error on one rank is raised on all.
         batches: any iterable of batches.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean` (then `fisher="empirical"`).
         layouts: as in `gm.blocks`: which matrices a tensor holds where its module's class does not tell.
@@ -57,7 +59,9 @@ def capture(
         is their sum.
 
     Raises:
-        InputError: no batches, a loss that is not a finite scalar with units, or a `fisher` that the objective lacks.
+        InputError: no batches (under FSDP2: on any rank), a loss that is not a finite scalar with units, or a `fisher`
+            that the objective lacks.
+        UnsupportedError: the model is sharded, but not by `fully_shard` over ranks with batches of their own.
 
     Cost: forward, one backward pass per loss (gauss_newton: one per output dimension) without weight gradients, and
     `rows·d²` for each Gram. Memory: the forward pass's, the Grams, and one layer's rows.
@@ -65,34 +69,43 @@ def capture(
     """
     objective = as_objective(objective)
     fisher = fisher or objective.fisher
+    ranks = ranks_of(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    generator = generator or torch.Generator(device).manual_seed(0)
+    # Each rank draws its own labels.
+    seed = placement.world(ranks.group).rank if ranks.together else 0
+    generator = generator or torch.Generator(device).manual_seed(seed)
     stats = Statistics(fisher=fisher)
     recorder = Recorder(blocks(model, layouts), stats, max_dim=max_dim)
     total_loss, num_batches = 0.0, 0
-    with measuring(model), unsynchronised(model), recorder.installed():
-        for batch in batches:
+    with ranks.agreed_pass(), measuring(model), ranks.resharded(), recorder.installed():
+        for batch, counts in ranks.steps(batches):
             with torch.enable_grad():
-                recorder.begin(Pass(factor=1.0), None if objective.rows is None else objective.rows(batch))
-                output = objective.predict(model, batch)
+                mask = None if objective.rows is None else objective.rows(batch)
+                recorder.begin(Pass(factor=1.0, shadow=not counts), mask)
+                output = objective.predict(ranks.model, batch)
                 recorder.end()
-                loss, units = objective.checked(objective.criterion(output, batch))
-                if non_finite == "raise" and not loss.isfinite():
-                    raise DtypeError(
-                        f"capture: the loss of batch {num_batches} is {loss.item()}; mend it first "
-                        "(gm.inspect names the first layer that is not finite), or pass non_finite='keep'"
-                    )
-                stats.units += float(units)
-                total_loss += float(loss.detach())
-                differentiate(recorder, list(objective.losses(output, batch, fisher, generator)))
-            del output, loss
+                with ranks.agreed_loss():
+                    loss, units = objective.checked(objective.criterion(output, batch))
+                    if non_finite == "raise" and not loss.isfinite():
+                        raise DtypeError(
+                            f"capture: the loss of batch {num_batches} is {loss.item()}; mend it first "
+                            "(gm.inspect names the first layer that is not finite), or pass non_finite='keep'"
+                        )
+                    losses = list(objective.losses(output, batch, fisher, generator))
+                differentiate(recorder, losses)
+                if counts:
+                    stats.units += float(units)
+                    total_loss += float(loss.detach())
+            del output, loss, losses
             num_batches += 1
-            if progress is not None:
+            if counts and progress is not None:
                 progress(num_batches)
-    if num_batches == 0:
-        raise InputError("capture: there were no batches; pass a list, or any iterable that is not a spent generator")
-    stats.loss = total_loss / stats.units
+    stats.loss = total_loss / stats.units if stats.units else float("nan")
     recorder.finish()
+    if ranks.together:
+        stats.all_reduce(ranks.group)
+    if not stats.units:
+        raise InputError("capture: there were no batches; pass a list, or any iterable that is not a spent generator")
     return stats
 
 
@@ -102,8 +115,3 @@ def differentiate(recorder: Recorder, losses: list[Tensor], *, retain: bool = Fa
         if loss.requires_grad:
             last = i + 1 == len(losses) and not retain
             torch.autograd.grad(loss, recorder.leaf, retain_graph=not last, allow_unused=True)
-
-
-def unsynchronised(model: nn.Module) -> Any:
-    """Under DDP, a forward pass whose backward pass reduces no gradients: none of the weights' is computed."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -45,7 +45,8 @@ class Pass:
 
     `factor` is how much larger the gradients that come are than those of the sum of losses: 1 where capture itself
     differentiates, and what arrives at the loss where the user does (1/units, a GradScaler's scale, 1/accumulation).
-    `None`: unknown yet. `listening`: whether gradients count now.
+    `None`: unknown yet. `listening`: whether gradients count now. A `shadow` is run for the company of other ranks,
+    which wait for this one's shards: the same passes through the graph, of which nothing counts.
     """
 
     factor: Tensor | float | None = None
@@ -53,6 +54,7 @@ class Pass:
     units: float = 0.0
     skip_non_finite: bool = False
     overflowed: dict[tuple[int, At | None], Tensor] = field(default_factory=dict)
+    shadow: bool = False
 
 
 class _Tap(torch.autograd.Function):
@@ -84,7 +86,8 @@ class _Stream:
         if rows.shape[-2] >= self.gram.dim or isinstance(self.gram, DiagonalGram):
             self.gram.update(rows, count)
             return
-        self.waiting.append(rows)
+        # A copy: rows may lie in a parameter's memory, which a step changes and FSDP2 frees when the layer is done.
+        self.waiting.append(rows.clone())
         self.num += rows.shape[-2]
         if self.num >= self.gram.dim:
             self.flush(count)
@@ -189,6 +192,8 @@ class Recorder(TorchFunctionMode):
         if not (torch.is_grad_enabled() or self.record_without_grad):
             return output
         sides = sides_of(form, held)
+        if current.shadow:
+            return output if sides is None else self._tapped(output, lambda grad: None)
         site = self._site(form, held, sides)
         site.calls += 1
         if sides is None:
@@ -206,16 +211,14 @@ class Recorder(TorchFunctionMode):
             if not current.listening or current.factor is None:
                 return
             rows = form.outputs(grad)
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            if isinstance(current.factor, Tensor) or current.factor != 1.0:
-                rows = rows / current.factor
+            rows = outputs.arrange(rows if rows.dtype == torch.float64 else rows.float())
             if site.G is None:
                 site.G = self._moment(outputs, device)
-            if current.skip_non_finite:
-                rows = self._without_overflow(site, site.G, outputs.at, current, rows)
-            rows = outputs.arrange(rows)
-            self._stream(site.G, rows, 0.0, outputs.at)
+            self._add_gradients(site, site.G, outputs.at, current, rows)
 
+        return self._tapped(output, hear)
+
+    def _tapped(self, output: Tensor, hear: Callable[[Tensor], None]) -> Tensor:
         base = output.clone() if output._is_view() else output
         return _Tap.apply(base, self.leaf, hear)  # type: ignore[return-value]
 
@@ -238,16 +241,31 @@ class Recorder(TorchFunctionMode):
                 self.latest = (key, sums(rows), form.source)  # the source is kept, so that its id stays its own
             site.A.add(*self.latest[1])
 
-    def _without_overflow(
-        self, site: Site, gram: Gram | DiagonalGram, at: At | None, current: Pass, rows: Tensor
-    ) -> Tensor:
-        """A scaled gradient that overflows is one that a GradScaler skips: it adds nothing, nor do its units.
+    def _add_gradients(self, site: Site, gram: Gram | DiagonalGram, at: At | None, current: Pass, rows: Tensor) -> None:
+        """Adds output gradients to G, their factor taken out. Its count is set once all units are known."""
+        assert current.factor is not None
+        if isinstance(gram, DiagonalGram) or rows.shape[-2] < gram.dim:
+            rows = rows / current.factor
+            if current.skip_non_finite:
+                rows = torch.where(self._overflows(site, gram, at, current, rows), 0.0, rows)
+            self._stream(gram, rows, 0.0, at)
+            return
+        # The sums are smaller than the rows: what can be done with them is.
+        total, first, _, scale = sums(rows)
+        if current.skip_non_finite:
+            over = self._overflows(site, gram, at, current, first)
+            total, first = torch.where(over, 0.0, total), torch.where(over, 0.0, first)
+        unit = torch.as_tensor(1.0 / current.factor, dtype=torch.float64, device=first.device)
+        gram.add(total, first, 0.0, unit if scale is None else scale.double() * unit, at)
+
+    def _overflows(self, site: Site, gram: Gram | DiagonalGram, at: At | None, current: Pass, values: Tensor) -> Tensor:
+        """Whether a scaled gradient overflowed: one that a GradScaler skips. It adds nothing, nor do its units.
 
         Where a weight is used several times in a pass (recurrent steps), nothing is added after the first overflow, and
         the units are left out once.
         """
         before = current.overflowed.get((id(site), at))
-        bad = ~rows.isfinite().all()
+        bad = ~values.isfinite().all()
         over = bad if before is None else bad | before
         current.overflowed[id(site), at] = over
         units = torch.where(over if before is None else bad & ~before, current.units, 0.0).double()
@@ -258,7 +276,7 @@ class Recorder(TorchFunctionMode):
         else:
             index = torch.tensor(at.index, device=units.device)
             site.skipped.index_add_(at.axis, index, units.expand_as(site.skipped.index_select(at.axis, index)))
-        return torch.where(over, 0.0, rows)
+        return over
 
     def _stream(self, gram: Gram | DiagonalGram, rows: Tensor, count: float | None, at: At | None) -> None:
         if at is not None:
