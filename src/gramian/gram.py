@@ -13,7 +13,7 @@ from torch import Tensor
 from gramian import linalg
 from gramian.errors import ShapeError
 
-__all__ = ["At", "DiagonalGram", "Gram", "sums"]
+__all__ = ["At", "DiagonalGram", "Gram", "Sums", "power_of_two", "sums"]
 
 _SAFE = 2.0**30
 """Magnitudes between 1/_SAFE and _SAFE are squared and summed in float32 as they are."""
@@ -220,13 +220,16 @@ class DiagonalGram(_Moments):
             shares = torch.bincount(x.detach().flatten(), minlength=self.dim).double()
             return self.add(shares, shares, x.numel() if count is None else count)
         x = self._rows(x, at)
-        scale = _power_of_two(x)
+        scale = power_of_two(x)
         x = x if scale is None else x / scale
         squares, first = x.square().sum(-2, dtype=torch.float64), x.sum(-2, dtype=torch.float64)
         return self.add(squares, first, x.shape[-2] if count is None else count, scale, at)
 
 
-def sums(x: Float[Tensor, "*batch rows dim"]) -> tuple[Tensor, Tensor, int, Tensor | None]:
+Sums = tuple[Tensor, Tensor, int, "Tensor | None"]
+
+
+def sums(x: Float[Tensor, "*batch rows dim"]) -> Sums:
     """`Σ xxᵀ`, `Σ x`, their number, and the power of two that x was divided by first, if any: what `Gram.add` takes."""
     x = x if x.dtype == torch.float64 else x.float()
     if x.device.type == "cpu":
@@ -235,13 +238,13 @@ def sums(x: Float[Tensor, "*batch rows dim"]) -> tuple[Tensor, Tensor, int, Tens
         diagonal = total.diagonal(dim1=-2, dim2=-1)
         if not diagonal.numel() or _LOW < float(diagonal.amax()) < _HIGH:
             return total, x.sum(-2).double(), x.shape[-2], None
-    scale = _power_of_two(x)
+    scale = power_of_two(x)
     if scale is not None:
         x = x / scale
     return linalg.syrk(x), x.sum(-2).double(), x.shape[-2], scale
 
 
-def _power_of_two(x: Tensor) -> Tensor | None:
+def power_of_two(x: Tensor) -> Tensor | None:
     """The power of two at the largest finite magnitude of `x`; dividing by it is exact. `None` where it is not needed.
 
     On a GPU it is always taken: to know that it is not needed would be to wait for the device.

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramian.gram import Sums
+from gramian.recording.correlation import moment_of_windows, pays
 from gramian.recording.windows import chunks_of_windows, paddings, windows
 
 __all__ = ["FORMS", "Form"]
@@ -29,7 +31,8 @@ class Form:
     `inputs(mask)` yields the input rows (R, D) in chunks, D running over the weight's dimensions `in_dims` in order;
     `outputs(grad)` gives the output gradient's rows (R, D'), over `out_dims`. A dimension in both (experts, groups) is
     a batch of products. `groups` > 1: dimension 0 of the weight starts with that many groups, which the other side
-    has too. `onehot`: the input rows are given as indices. `source` is the tensor that the inputs were made of.
+    has too. `onehot`: the input rows are given as indices. `source` is the tensor that the inputs were made of; `moment`, where
+    there is one, gives the inputs' sums by a shorter way than their rows.
     """
 
     op: str
@@ -41,6 +44,7 @@ class Form:
     out_dims: tuple[int, ...]
     groups: int = 1
     onehot: bool = False
+    moment: Callable[[], Sums] | None = None
 
 
 Handler = Callable[..., Form | None]
@@ -225,6 +229,7 @@ def _convolution(
     stride, dilation = _tuple(stride, num), _tuple(dilation, num)
     kernel = tuple(weight.shape[2:])
     pads = paddings(padding, kernel, dilation)
+    short = groups == 1 and set(stride) == {1} and pays(x.shape, kernel, pads, dilation)
     return Form(
         "convolution",
         weight,
@@ -234,6 +239,7 @@ def _convolution(
         tuple(range(1, weight.ndim)),
         (0,),
         groups,
+        moment=(lambda: moment_of_windows(x.detach(), kernel, pads, dilation)) if short else None,
     )
 
 

@@ -230,6 +230,9 @@ class Recorder(TorchFunctionMode):
             for index in form.inputs(self.mask):
                 site.A.update(index)
             return
+        if form.moment is not None and isinstance(site.A, Gram) and side.names == side.vector and not side.at:
+            site.A.add(*form.moment())
+            return
         # Projections of one tensor (queries, keys and values; gate and up) share its second moment.
         key = (id(form.source), form.source._version, form.op, form.in_dims, side.key, type(site.A), id(self.mask))
         for rows in form.inputs(self.mask):
