@@ -43,11 +43,13 @@ class Pass:
 
     `factor` is how much larger the gradients that come are than those of the sum of losses: 1 where capture itself
     differentiates, and what arrives at the loss where the user does (1/units, a GradScaler's scale, 1/accumulation).
-    `None`: unknown yet. `listening`: whether gradients count now.
+    `None`: unknown yet. `listening`: whether gradients count now; with `task`, only those of that backward pass (not a
+    gradient penalty's, which comes through the same graph).
     """
 
     factor: Tensor | float | None = None
     listening: bool = True
+    task: int | None = None
     units: float = 0.0
     skip_non_finite: bool = False
     overflowed: dict[tuple[int, At | None], Tensor] = field(default_factory=dict)
@@ -201,7 +203,7 @@ class Recorder(TorchFunctionMode):
         device = output.device
 
         def hear(grad: Tensor) -> None:
-            if not current.listening or current.factor is None:
+            if not current.listening or current.factor is None or current.task not in (None, _task()):
                 return
             rows = form.outputs(grad)
             rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -354,5 +356,10 @@ def _drop(names: list[str]) -> None:
         names.pop()
 
 
+def _task() -> int:
+    """The number of the backward pass that is running; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return _task() != -1
