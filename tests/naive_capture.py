@@ -128,12 +128,14 @@ def correlate(
     num = weight.ndim - 2
     dilation, stride = ((v,) * num if isinstance(v, int) else v for v in (dilation, stride))
     if padding == "same":
-        ends = [(d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(weight.shape[2:], dilation)]
+        ends = [
+            (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in zip(weight.shape[2:], dilation, strict=True)
+        ]
     else:
         ends = [(p, p) for p in ((padding,) * num if isinstance(padding, int) else padding)]
     tables = [
         sources(size, k, s, *end, d, mode)
-        for size, k, s, end, d in zip(x.shape[2:], weight.shape[2:], stride, ends, dilation)
+        for size, k, s, end, d in zip(x.shape[2:], weight.shape[2:], stride, ends, dilation, strict=True)
     ]
     extended = F.pad(x[0], (0, 1) * num)  # a zero at the end of each dimension
     fields = []
@@ -143,7 +145,7 @@ def correlate(
             field = field.index_select(axis + 1, torch.tensor(place))
         fields.append(field)
     several, out = groups > 1, []
-    for g, (w, part) in enumerate(zip(weight.chunk(groups), torch.stack(fields).chunk(groups, 1))):
+    for g, (w, part) in enumerate(zip(weight.chunk(groups), torch.stack(fields).chunk(groups, 1), strict=True)):
         rows, index = part.flatten(1), g if several else None
         tape.enter(key, rows, index)
         out.append(tape.leave(key, rows @ w.flatten(1).T, index))
@@ -161,21 +163,22 @@ def transposed_convolution(tape: Tape, name: str, m: Any, x: Tensor) -> Tensor:
     key, space, kernel = (f"{name}weight", False), x.shape[2:], m.kernel_size
     sizes = [
         (n - 1) * s - 2 * p + d * (k - 1) + extra + 1
-        for n, s, p, d, k, extra in zip(space, m.stride, m.padding, m.dilation, kernel, m.output_padding)
+        for n, s, p, d, k, extra in zip(space, m.stride, m.padding, m.dilation, kernel, m.output_padding, strict=True)
     ]
     outs = []
-    for g, (w, part) in enumerate(zip(m.weight.chunk(m.groups), x[0].chunk(m.groups))):
+    for g, (w, part) in enumerate(zip(m.weight.chunk(m.groups), x[0].chunk(m.groups), strict=True)):
         index = g if m.groups > 1 else None
         rows = part.flatten(1).T
         tape.enter(key, rows, index)
         z = tape.leave(key, rows @ w.flatten(1), index).reshape(*space, w.shape[1], *kernel)
-        out = torch.zeros(w.shape[1], *(size + 2 * p for size, p in zip(sizes, m.padding)), dtype=x.dtype)
+        out = torch.zeros(w.shape[1], *(size + 2 * p for size, p in zip(sizes, m.padding, strict=True)), dtype=x.dtype)
         for tap in product(*map(range, kernel)):
             where = tuple(
-                slice(d * t, d * t + s * (n - 1) + 1, s) for t, d, s, n in zip(tap, m.dilation, m.stride, space)
+                slice(d * t, d * t + s * (n - 1) + 1, s)
+                for t, d, s, n in zip(tap, m.dilation, m.stride, space, strict=True)
             )
             out[(slice(None), *where)] += z[(..., *tap)].movedim(-1, 0)
-        inner = tuple(slice(p, p + size) for p, size in zip(m.padding, sizes))
+        inner = tuple(slice(p, p + size) for p, size in zip(m.padding, sizes, strict=True))
         outs.append(out[(slice(None), *inner)])
     return plus(torch.cat(outs)[None], None if m.bias is None else m.bias.reshape(-1, *[1] * len(space)))
 
@@ -198,7 +201,7 @@ def attention(
         places = [((f"{name}{n}_proj_weight", False), getattr(m, f"{n}_proj_weight"), None) for n in "qkv"]
     biases = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
     projected = []
-    for i, ((at, w, index), x, bias) in enumerate(zip(places, inputs, biases)):
+    for i, ((at, w, index), x, bias) in enumerate(zip(places, inputs, biases, strict=True)):
         if i == 0 or not same or index is None:
             tape.enter(at, x, None if same else index)
         projected.append(plus(tape.leave(at, x @ w.T, index), bias))
@@ -218,7 +221,7 @@ def attention(
             )
             bars = bars + F.pad(real, (0, len(k) - real.shape[1]))
     heads = []
-    for a, b, c in zip(*(t.chunk(m.num_heads, -1) for t in (q, k, v))):
+    for a, b, c in zip(*(t.chunk(m.num_heads, -1) for t in (q, k, v)), strict=True):
         heads.append((a @ b.T / math.sqrt(a.shape[-1]) + bars).softmax(-1) @ c)
     mixed, out = torch.cat(heads, -1), (f"{name}out_proj.weight", False)
     tape.enter(out, mixed)
@@ -241,12 +244,12 @@ def step(tape: Tape, name: str, m: nn.Module, suffix: str, x: Tensor, state: lis
         sides.append(
             [
                 plus(tape.leave(key, w @ vector, i if gates > 1 else None), b)
-                for i, (w, b) in enumerate(zip(weights, biases))
+                for i, (w, b) in enumerate(zip(weights, biases, strict=True))
             ]
         )
     ours, theirs = sides
     if gates == 4:
-        i, f, g, o = (a + b for a, b in zip(ours, theirs))
+        i, f, g, o = (a + b for a, b in zip(ours, theirs, strict=True))
         c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         if getattr(m, "proj_size", 0):
@@ -255,7 +258,7 @@ def step(tape: Tape, name: str, m: nn.Module, suffix: str, x: Tensor, state: lis
             h = tape.leave(key, getattr(m, f"weight_hr{suffix}") @ h)
         return [h, c]
     if gates == 3:
-        r, z = (torch.sigmoid(a + b) for a, b in zip(ours[:2], theirs[:2]))
+        r, z = (torch.sigmoid(a + b) for a, b in zip(ours[:2], theirs[:2], strict=True))
         n = torch.tanh(ours[2] + r * theirs[2])
         return [(1 - z) * n + z * state[0]]
     return [(torch.relu if m.nonlinearity == "relu" else torch.tanh)(ours[0] + theirs[0])]
@@ -283,7 +286,7 @@ def recurrent(gates: int, tape: Tape, name: str, m: nn.RNNBase, x: Any, start: A
             outputs.append(torch.stack([found[t] for t in range(len(rows))]))
             finals.append(state)
         rows = torch.cat(outputs, -1)
-    last = tuple(torch.stack(parts)[:, None] for parts in zip(*finals))
+    last = tuple(torch.stack(parts)[:, None] for parts in zip(*finals, strict=True))
     return rows.unsqueeze(0 if m.batch_first else 1), last if gates == 4 else last[0]
 
 
@@ -386,9 +389,7 @@ def samples(
     for name, module in model.named_modules():
         kind = next((cls for cls in type(module).__mro__ if cls in NAIVE), None)
         if kind is not None:
-            module.forward = lambda *args, _f=NAIVE[kind], _n=f"{name}." if name else "", _m=module, **options: _f(
-                tape, _n, _m, *args, **options
-            )
+            module.forward = partial(NAIVE[kind], tape, f"{name}." if name else "", module)
     found, totals, units = [], [], []
     for i in range(len(x)):
         tape.__init__(None if padding is None else x[i] != padding)

@@ -91,7 +91,7 @@ LOOPS: dict[str, dict] = {
     "evaluation_between": {"between": evaluate},
     "compiled": {"wrap": lambda model: torch.compile(model, backend="eager")},
     "data_parallel": {"wrap": nn.DataParallel},
-    "grad": {"wrap": lambda m: m.requires_grad_(True), "backward": lambda total, units: (total / units).backward(retain_graph=True)},
+    "kept_graph": {"backward": lambda total, units: total.backward(retain_graph=True)},
 }  # fmt: skip
 KINDS = ["mlp", "batchnorm_cnn", "gpt2", "mixture_of_experts", "packed_lstm", "encoder_decoder", "checkpointed"]
 

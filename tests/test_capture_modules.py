@@ -46,7 +46,7 @@ def oracle(name: str, padding: int | None = None):
 
 
 def batches(name: str, sizes: list[int], dtype: torch.dtype) -> list[Batch]:
-    parts = zip(*(t.split(sizes) for t in data(name)), strict=True)
+    parts = zip(*(t[: sum(sizes)].split(sizes) for t in data(name)), strict=True)
     return [tuple(t.to(dtype) if t.is_floating_point() else t for t in part) for part in parts]
 
 

@@ -38,19 +38,19 @@ def agrees(module: nn.Module, run: Callable[[nn.Module], Any], inputs: list[Tens
     outcomes = []
     for watched in (False, True):
         own = copy.deepcopy(module).double()
+        variables = [*own.parameters(), *inputs]
         torch.manual_seed(0)
         if watched:
-            objective = gm.Objective(lambda model, _: leaves(run(model)), lambda output, _: (total(output), 1))
-            kept: list[Tensor] = []
-            keeping = gm.Objective(lambda m, b: kept.extend(o := objective.predict(m, b)) or o, objective.criterion)
-            with gm.capturing(own, keeping) as stats:
-                loss, _ = keeping.loss(own, None)
-                grads = torch.autograd.grad(loss, [*own.parameters(), *inputs], allow_unused=True)
+            objective = gm.Objective(lambda m, _: leaves(run(m)), lambda output, _: (total(output), 1))
+            with gm.capturing(own, objective) as stats:
+                found = objective.predict(own, None)
+                loss, _ = objective.criterion(found, None)
+                grads = torch.autograd.grad(loss, variables, allow_unused=True)
             assert all(site.A is not None and site.G is not None for site in stats.sites())
         else:
-            kept = leaves(run(own))
-            grads = torch.autograd.grad(total(kept), [*own.parameters(), *inputs], allow_unused=True)
-        outcomes.append((kept, grads, torch.get_rng_state()))
+            found = leaves(run(own))
+            grads = torch.autograd.grad(total(found), variables, allow_unused=True)
+        outcomes.append((found, grads, torch.get_rng_state()))
     (plain, wanted, state), (written, got, state_after) = outcomes
     assert [t.shape for t in plain] == [t.shape for t in written]
     for x, y in zip(plain, written, strict=True):  # a dropout that follows draws in the order of memory

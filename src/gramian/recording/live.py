@@ -72,7 +72,7 @@ def capturing(
     stats.loss = loop.loss / stats.units if stats.units else float("nan")
     if not stats.units:
         warnings.warn(
-            "capturing: the objective was not evaluated inside, so there is no G. Take the loss of "
+            "capturing: no loss of the objective was differentiated inside, so there is no G. Take the loss of "
             "objective.loss(model, batch), or stats.objective.loss where you gave a plain function",
             GramianWarning,
             stacklevel=3,
@@ -106,12 +106,11 @@ class _Loop:
                 "capturing: the objective leaves rows out (padding), which must be known before the forward pass: "
                 "call objective.loss(model, batch) in place of its criterion"
             )
-        current.units = float(units)
-        self.recorder.stats.units += current.units
-        self.loss += float(total.detach())
+        current.units, loss = float(units), float(total.detach())
         if self.fisher == "empirical":
-            result[0].register_hook(lambda grad: setattr(current, "factor", grad.detach().double().reshape(())))
+            result[0].register_hook(lambda grad: self.arrives(current, grad, loss))
         else:
+            self.counts(current, loss)
             self.recorder.end()
             current.factor = 1.0
             with torch.random.fork_rng([]):
@@ -120,3 +119,13 @@ class _Loop:
                 )
             current.listening = False
         self.renew()
+
+    def arrives(self, current: Pass, grad: Tensor, loss: float) -> None:
+        """A backward pass begins at the loss. One that is only evaluated has no gradients, and no units."""
+        current.factor = grad.detach().double().reshape(())
+        current.task = torch._C._current_graph_task_id()
+        self.counts(current, loss)
+
+    def counts(self, current: Pass, loss: float) -> None:
+        self.recorder.stats.units += current.units
+        self.loss += loss

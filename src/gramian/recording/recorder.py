@@ -45,12 +45,14 @@ class Pass:
 
     `factor` is how much larger the gradients that come are than those of the sum of losses: 1 where capture itself
     differentiates, and what arrives at the loss where the user does (1/units, a GradScaler's scale, 1/accumulation).
-    `None`: unknown yet. `listening`: whether gradients count now. A `shadow` is run for the company of other ranks,
-    which wait for this one's shards: the same passes through the graph, of which nothing counts.
+    `None`: unknown yet. `listening`: whether gradients count now; with `task`, only those of that backward pass (not a
+    gradient penalty's, which comes through the same graph). A `shadow` is run for the company of other ranks, which
+    wait for this one's shards: the same passes through the graph, of which nothing counts.
     """
 
     factor: Tensor | float | None = None
     listening: bool = True
+    task: int | None = None
     units: float = 0.0
     skip_non_finite: bool = False
     overflowed: dict[tuple[int, At | None], Tensor] = field(default_factory=dict)
@@ -208,7 +210,7 @@ class Recorder(TorchFunctionMode):
         device = output.device
 
         def hear(grad: Tensor) -> None:
-            if not current.listening or current.factor is None:
+            if not current.listening or current.factor is None or current.task not in (None, _task()):
                 return
             rows = form.outputs(grad)
             rows = outputs.arrange(rows if rows.dtype == torch.float64 else rows.float())
@@ -374,5 +376,10 @@ def _drop(names: list[str]) -> None:
         names.pop()
 
 
+def _task() -> int:
+    """The number of the backward pass that is running; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return _task() != -1
