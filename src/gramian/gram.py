@@ -17,6 +17,8 @@ __all__ = ["At", "DiagonalGram", "Gram", "sums"]
 
 _SAFE = 2.0**30
 """Magnitudes between 1/_SAFE and _SAFE are squared and summed in float32 as they are."""
+_LOW, _HIGH = 1e-18, 1e30
+"""Sums of squares between these have neither overflowed nor lost what matters beside the largest."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,16 @@ class _Moments:
         at: At | None = None,
     ) -> Any:
         """Adds sums made elsewhere: of second moments, of vectors, and how many; vectors divided by `scale` before."""
+        square = 1.0
         if scale is not None:
             wide = scale.double()
-            total, sum = total.double() * wide * wide, sum * wide
+            sum = sum * wide
+            if at is None and total.device.type == "cpu":
+                square = float(wide) ** 2  # in the same pass as the addition
+            else:
+                total = total.double() * wide * wide
         if at is None:
-            self.total += total
+            self.total.add_(total, alpha=square)
             self.sum += sum
             self.count += count
             return self
@@ -222,10 +229,16 @@ class DiagonalGram(_Moments):
 def sums(x: Float[Tensor, "*batch rows dim"]) -> tuple[Tensor, Tensor, int, Tensor | None]:
     """`Σ xxᵀ`, `Σ x`, their number, and the power of two that x was divided by first, if any: what `Gram.add` takes."""
     x = x if x.dtype == torch.float64 else x.float()
+    if x.device.type == "cpu":
+        # Whether a scale is needed shows on the diagonal, which is far smaller than x.
+        total = linalg.syrk(x)
+        diagonal = total.diagonal(dim1=-2, dim2=-1)
+        if not diagonal.numel() or _LOW < float(diagonal.amax()) < _HIGH:
+            return total, x.sum(-2).double(), x.shape[-2], None
     scale = _power_of_two(x)
     if scale is not None:
         x = x / scale
-    return linalg.syrk(x), x.sum(-2, dtype=torch.float64), x.shape[-2], scale
+    return linalg.syrk(x), x.sum(-2).double(), x.shape[-2], scale
 
 
 def _power_of_two(x: Tensor) -> Tensor | None:

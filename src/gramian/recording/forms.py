@@ -189,7 +189,7 @@ def _embedding_bag(
         per_sample_weights = None if per_sample_weights is None else per_sample_weights.flatten()[keep]
     shares = per_sample_weights.detach().flatten() if per_sample_weights is not None else None
     if mode == "mean":
-        shares = 1.0 / torch.bincount(bags, minlength=num_bags).clamp_min(1)[bags]
+        shares = 1.0 / torch.bincount(bags, minlength=num_bags).clamp_min(1)[bags].double()
 
     def outputs(grad: Tensor) -> Tensor:
         rows = grad[bags]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class Pass:
     listening: bool = True
     units: float = 0.0
     skip_non_finite: bool = False
+    overflowed: dict[tuple[int, At | None], Tensor] = field(default_factory=dict)
     shadow: bool = False
 
 
@@ -211,15 +212,10 @@ class Recorder(TorchFunctionMode):
             if not current.listening or current.factor is None:
                 return
             rows = form.outputs(grad)
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            if isinstance(current.factor, Tensor) or current.factor != 1.0:
-                rows = rows / current.factor
-            if current.skip_non_finite:
-                rows = self._without_overflow(site, current, rows)
-            rows = outputs.arrange(rows)
+            rows = outputs.arrange(rows if rows.dtype == torch.float64 else rows.float())
             if site.G is None:
                 site.G = self._moment(outputs, device)
-            self._stream(site.G, rows, 0.0, outputs.at)
+            self._add_gradients(site, site.G, outputs.at, current, rows)
 
         return self._tapped(output, hear)
 
@@ -246,12 +242,42 @@ class Recorder(TorchFunctionMode):
                 self.latest = (key, sums(rows), form.source)  # the source is kept, so that its id stays its own
             site.A.add(*self.latest[1])
 
-    def _without_overflow(self, site: Site, current: Pass, rows: Tensor) -> Tensor:
-        """A scaled gradient that overflows is one that a GradScaler skips: it adds nothing, nor do its units."""
-        fine = rows.isfinite().all()
-        skipped = torch.where(fine, 0.0, current.units).double()
-        site.skipped = skipped if site.skipped is None else site.skipped + skipped
-        return torch.where(fine, rows, 0.0)
+    def _add_gradients(self, site: Site, gram: Gram | DiagonalGram, at: At | None, current: Pass, rows: Tensor) -> None:
+        """Adds output gradients to G, their factor taken out. Its count is set once all units are known."""
+        assert current.factor is not None
+        if isinstance(gram, DiagonalGram) or rows.shape[-2] < gram.dim:
+            rows = rows / current.factor
+            if current.skip_non_finite:
+                rows = torch.where(self._overflows(site, gram, at, current, rows), 0.0, rows)
+            self._stream(gram, rows, 0.0, at)
+            return
+        # The sums are smaller than the rows: what can be done with them is.
+        total, first, _, scale = sums(rows)
+        if current.skip_non_finite:
+            over = self._overflows(site, gram, at, current, first)
+            total, first = torch.where(over, 0.0, total), torch.where(over, 0.0, first)
+        unit = torch.as_tensor(1.0 / current.factor, dtype=torch.float64, device=first.device)
+        gram.add(total, first, 0.0, unit if scale is None else scale.double() * unit, at)
+
+    def _overflows(self, site: Site, gram: Gram | DiagonalGram, at: At | None, current: Pass, values: Tensor) -> Tensor:
+        """Whether a scaled gradient overflowed: one that a GradScaler skips. It adds nothing, nor do its units.
+
+        Where a weight is used several times in a pass (recurrent steps), nothing is added after the first overflow, and
+        the units are left out once.
+        """
+        before = current.overflowed.get((id(site), at))
+        bad = ~values.isfinite().all()
+        over = bad if before is None else bad | before
+        current.overflowed[id(site), at] = over
+        units = torch.where(over if before is None else bad & ~before, current.units, 0.0).double()
+        if site.skipped is None:
+            site.skipped = torch.zeros_like(gram.count)
+        if at is None:
+            site.skipped += units
+        else:
+            index = torch.tensor(at.index, device=units.device)
+            site.skipped.index_add_(at.axis, index, units.expand_as(site.skipped.index_select(at.axis, index)))
+        return over
 
     def _stream(self, gram: Gram | DiagonalGram, rows: Tensor, count: float | None, at: At | None) -> None:
         if at is not None:

@@ -92,7 +92,8 @@ def attention(
         weights = weights if batched else weights.squeeze(0)
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=not masked)
-    out = F.linear(out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias).transpose(0, 1)
+    out = F.linear(out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
+    out = out.transpose(0, 1).contiguous()  # as torch lays it out: a dropout that follows draws in that order
     return (out if batched else out.squeeze(1)), weights
 
 

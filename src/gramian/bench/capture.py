@@ -1,0 +1,141 @@
+"""What capture costs: a training step's forward and backward passes with it against without it."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gramian.bench.table import Goal, Measurement, Row
+from gramian.bench.timing import interleaved
+from gramian.objective import Objective
+from gramian.recording import capture, capturing
+
+_GOAL = 1.6
+
+
+class _Block(nn.Module):
+    """A transformer's block with fused attention: what training code at this size runs."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class _Transformer(nn.Module):
+    """Four layers of width 384, six heads, 65 characters."""
+
+    def __init__(self, width: int = 384, depth: int = 4, heads: int = 6, vocabulary: int = 65, context: int = 256):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+def _cnn() -> nn.Module:
+    """Three stages of two 3×3 convolutions each, 64, 128 and 256 channels, on 32×32 images."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for stage, width in enumerate((64, 128, 256)):
+        for i in range(2):
+            stride = 2 if stage and not i else 1
+            layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def _tokens() -> tuple[Tensor, Tensor]:
+    text = torch.randint(65, (16, 257), generator=torch.Generator().manual_seed(0))
+    return text[:, :-1], text[:, 1:]
+
+
+def _images() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(256, 3, 32, 32, generator=generator), torch.randint(10, (256,), generator=generator)
+
+
+_QKV = {"*.qkv.weight": "(three o) i -> three o i"}
+_CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]], Objective, dict[str, str]]] = {
+    "transformer, 4,096 tokens": (_Transformer, _tokens, Objective.next_token(), _QKV),
+    "CNN, 256 images": (_cnn, _images, Objective.classification(), {}),
+}
+
+
+def rows(repeats: int, only: str, tell: Callable[[str], None]) -> Iterator[Row]:
+    """One row for each network: a plain step, the step inside `capturing`, and `capture` beside it."""
+    for task, (make_model, make_batch, objective, layouts) in _CASES.items():
+        if only in task:
+            tell(task)
+            yield _row(task, make_model, make_batch(), objective, layouts, repeats)
+
+
+def _row(
+    task: str,
+    make_model: Callable[[], nn.Module],
+    batch: tuple[Tensor, Tensor],
+    objective: Objective,
+    layouts: dict[str, str],
+    repeats: int,
+) -> Row:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = make_model()
+
+    def step() -> None:
+        model.zero_grad()
+        total, units = objective.loss(model, batch)
+        (total / units).backward()
+
+    def live() -> None:
+        with capturing(model, objective, layouts=layouts):
+            step()
+
+    def alone() -> None:
+        capture(model, [batch], objective, layouts=layouts)
+
+    step()
+    plain = _peak()
+    times = interleaved({"step": step, "step inside capturing": live, "capture, sampled": alone}, repeats=repeats)
+    base = times["step"].median
+    with capturing(model, objective, layouts=layouts) as stats:
+        step()
+    size = sum(t.nbytes for s in stats.sites() for m in (s.A, s.G) if m is not None for t in m.tensors())
+    measurements = (
+        Measurement("forward + backward", base),
+        *(
+            Measurement(name, timing.median, remark=f"{timing.median / base:.2f}×")
+            for name, timing in times.items()
+            if name != "step"
+        ),
+    )
+    extra = f"Grams {size / 2**20:.0f} MiB; peak {plain:.0f} MiB without, {_peak():.0f} MiB with"
+    return Row(
+        task,
+        extra,
+        measurements,
+        (
+            (Goal("capturing ÷ plain step", "<=", _GOAL), times["step inside capturing"].median / base),
+            (Goal("capture ÷ plain step", "<=", _GOAL), times["capture, sampled"].median / base),
+        ),
+    )
+
+
+def _peak() -> float:
+    """The process's peak resident memory in MiB so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
