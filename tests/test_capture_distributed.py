@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import gramian as gm
@@ -211,6 +212,44 @@ def test_live_capture_is_merged_by_all_reduce(variant: str, name: str) -> None:
     wanted = _live("plain", name)
     for found in run_on_ranks(_live, 2, variant, name):
         _compare(found, wanted)
+
+
+# ---- other ways of sharding ------------------------------------------------------------------------------------------
+
+
+def _sharded_otherwise(how: str, name: str) -> dict[str, Any]:
+    case = ZOO[name]
+    model = _model(case)
+    rank, size = placement.world()
+    if how == "hsdp":  # each rank a replica of one shard
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+    elif how == "kept whole":
+        fully_shard(model, reshard_after_forward=False)
+    elif how == "compiled":
+        model = torch.compile(fully_shard(model), backend="eager")
+    elif how == "bfloat16":
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    objective = getattr(gm.Objective, case.objective)(fisher="empirical")
+    return _numbers(gm.capture(model, _batches(case)[rank::size], objective))
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt2"])
+@pytest.mark.parametrize("how", ["hsdp", "kept whole", "compiled"])
+def test_other_ways_of_sharding(how: str, name: str) -> None:
+    wanted = _one_process(ZOO[name])
+    for found in run_on_ranks(_sharded_otherwise, 2, how, name):
+        _compare(found, wanted)
+
+
+def test_sharded_in_mixed_precision() -> None:
+    wanted = _one_process(ZOO["mlp"])
+    for found in run_on_ranks(_sharded_otherwise, 2, "bfloat16", "mlp"):
+        assert list(found) == list(wanted)
+        for key, value in wanted.items():
+            if isinstance(value, Tensor):
+                error = (found[key] - value).norm() / value.norm()
+                assert error < 0.05, key  # eight bits, through three layers and the softmax
 
 
 # ---- ranks that fail -----------------------------------------------------------------------------------------------

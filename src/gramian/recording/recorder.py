@@ -121,6 +121,7 @@ class Recorder(TorchFunctionMode):
         self.held: dict[int, tuple[Tensor, Held]] = {}
         self.owners: list[str] = []
         self.parameters = {id(b.parameter): Held(b, tuple(range(b.parameter.ndim))) for b in found.blocks}
+        self.rest = {id(r.parameter) for r in found.rest}
         self.others: dict[str, set[str]] = {}
         self.latest: tuple[tuple, tuple, Tensor] | None = None
         self.queued = False
@@ -166,7 +167,7 @@ class Recorder(TorchFunctionMode):
         if held is not None:
             return held
         if isinstance(tensor, nn.Parameter):
-            return self._find(tensor)
+            return None if id(tensor) in self.rest else self._find(tensor)
         base = tensor._base
         whole = self._resolve(base) if base is not None else None
         if base is None or whole is None:
