@@ -3,7 +3,8 @@
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "block", "capturing", "compression", "init", "inspection", "linalg", "operators", "optim", "random", "statistics",
+    "block", "capturing", "compression", "init", "inspection", "linalg", "operators", "optim", "prox", "random",
+    "statistics",
 )  # fmt: skip
 
 install_import_hook([f"gramian.{name}" for name in CHECKED], "beartype.beartype")
