@@ -212,6 +212,8 @@ middle.axvline(edge, color="#d1602a", label=f"2/λmax = {edge:.3f}: beyond, it d
 middle.axvline(ideal, color="#3a8f5c", ls="--", label=f"2/(λmin + λmax) = {ideal:.3f}")
 middle.axvline(0.01, color="#5f6b76", ls=":", label="0.01")
 middle.set(xlabel="rate", ylabel="steps until ‖θ − θ*‖ < 10⁻⁶", title="Choosing a rate (4,000: not reached)")
+middle.set_yticks([200, 500, 1000, 2000, 4000], ["200", "500", "1,000", "2,000", "4,000"])
+middle.minorticks_off()
 middle.legend(fontsize=7.5, loc="upper center")
 grid = torch.linspace(-2.05, 2.05, 300)
 right.plot(grid, f(grid), color="#5f6b76")

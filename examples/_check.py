@@ -21,9 +21,8 @@ class Lesson:
 
     def __init__(self, name: str, description: str) -> None:
         parser = argparse.ArgumentParser(description=description)
-        parser.add_argument(
-            "--out", type=Path, default=Path(__file__).resolve().parent / "out", help="folder of the picture"
-        )
+        folder = Path(__file__).resolve().parent / "out"
+        parser.add_argument("--out", type=Path, default=folder, help="folder of the picture")
         self.name, self.out = name, parser.parse_args().out
         self.num_failed, self.start = 0, time.perf_counter()
         self.num_threads = torch.get_num_threads()
