@@ -161,22 +161,12 @@ lesson.close("an orthogonal W keeps every length for 200 steps", curves["orthogo
 early = curves["spectral radius 0.9"]
 lesson.less("a radius below one may still grow first: ‖W‖ is", 1.0, early[0])
 straight = torch.linalg.matrix_power(1.1 * q, 10_000).abs().max()
-
-
-def scaled_power(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(B, s) with aᵏ = eˢ B, by repeated squaring and a rescaling after each product."""
-    result, log_scale = torch.eye(len(a)), torch.zeros(())
-    for bit in f"{k:b}":
-        result = result @ result @ (a if bit == "1" else torch.eye(len(a)))
-        size = result.norm()
-        result, log_scale = result / size, 2 * log_scale + size.log()
-    return result, log_scale
-
-
-mantissa, log_scale = scaled_power(1.1 * q, 10_000)
+mantissa, log_scale = gm.linalg.matrix_power_scaled(1.1 * q, 10_000)
 logarithm = log_scale + torch.linalg.matrix_norm(mantissa, 2).log()
 lesson.same("(1.1 Q)¹⁰⁰⁰⁰ overflows", bool(straight.isfinite()), False)
-lesson.close("rescaled at every squaring its logarithm is 10⁴ log 1.1", logarithm, 1e4 * torch.tensor(1.1).log(), 1e-8)
+lesson.close(
+    "gm.linalg.matrix_power_scaled knows its logarithm, 10⁴ log 1.1", logarithm, 1e4 * torch.tensor(1.1).log(), 1e-8
+)
 
 # --- images and text as matrices --------------------------------------------------------------------------------------
 

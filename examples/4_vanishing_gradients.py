@@ -141,6 +141,12 @@ lesson.less("of 49 layers the product's rounding has eaten it: apart by", 1.0,
             (torch.linalg.slogdet(product)[1] - logs.sum()).abs())  # fmt: skip
 eigenvalue, singular = torch.linalg.eigvals(product).abs().max(), torch.linalg.matrix_norm(product, 2)
 lesson.less("the product's largest |eigenvalue| is below its norm", eigenvalue, singular)
+deep = [layer.weight.detach() for layer in made(1000, "torch's default") if isinstance(layer, nn.Linear)][1:-1]
+plain_product = torch.linalg.multi_dot(deep)
+_, log_norm = gm.linalg.product_scaled(deep)
+wide = torch.linalg.multi_dot([w.double() for w in deep]).norm().log10()
+lesson.close("the product of 999 default layers is zero in float32", plain_product.norm(), 0.0, 0.0)
+lesson.close("log₁₀ of its norm, by gm.linalg.product_scaled and by float64", log_norm / math.log(10), wide, 1e-3)
 nilpotent = torch.tensor([[0.0, 5.0], [0.0, 0.0]])
 lesson.close(
     "every eigenvalue 0 and norm 5: eigenvalues do not bound a gradient",
