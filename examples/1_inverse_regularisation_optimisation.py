@@ -141,15 +141,24 @@ for damping in (1e-1, 1e-4, 1e-7):
     bound = certificate.error_bound.item()
     print(f"      damping {damping:.0e}: moves the answer by {move:.1e}, certified to {bound:.0e}")
 lesson.less("damping → 0 tends to the pseudo-inverse, moved by", move, 1e-6)
+apart = gm.random.normal(m, generator=generator)
 near = twice.clone()
-near[:, 2] += 1e-9 * gm.random.normal(m, generator=generator)
+near[:, 2] += 1e-6 * apart
+answer, certificate = gm.linalg.solve_ex(gm.linalg.syrk(near), (near.mT @ y)[:, None])
+by_svd = torch.linalg.lstsq(near, y[:, None], driver="gelsd").solution
+lesson.same("1e-6 apart: the solve is certified", certificate.converged.item(), True)
+lost = (answer - by_svd).norm() / by_svd.norm()
+lesson.less("for XᵀX as given; forming it squared κ, and against the SVD of X it is off by", 1e-8, lost)
+near[:, 2] = twice[:, 2] + 1e-9 * apart
 gram = gm.linalg.syrk(near)
-wild, certificate = gm.linalg.solve_ex(gram, (near.mT @ y)[:, None])
-lesson.same("near-singular: is the plain solve certified?", certificate.converged.item(), False)
-lesson.less("what torch returns without a word: ‖θ‖ of pinv and of torch's", smallest.norm(),
-            torch.linalg.solve(gram, near.mT @ y).norm())  # fmt: skip
+_, certificate = gm.linalg.solve_ex(gram, (near.mT @ y)[:, None])
+# κ(XᵀX) is beyond 1/ε: rounding alone decides which matrix is solved, certified or not.
+print(f"      1e-9 apart: certified for XᵀX as it was rounded: {certificate.converged.item()}")
+wild = torch.linalg.solve(gram, near.mT @ y).norm()
+lesson.less("1e-9 apart: what torch returns without a word; ‖θ‖ of pinv, a thousandfold, and of torch's",
+            1000 * smallest.norm(), wild)  # fmt: skip
 tame, certificate = gm.linalg.solve_ex(gram, (near.mT @ y)[:, None], damping=1e-6)
-lesson.same("near-singular, damped by 1e-6: certified?", certificate.converged.item(), True)
+lesson.same("1e-9 apart, damped by 1e-6: certified", certificate.converged.item(), True)
 lesson.close("and close to the pseudo-inverse's predictions", near @ tame[:, 0], exact @ smallest, 1e-2)
 
 # --- where the inverse belongs ----------------------------------------------------------------------------------------

@@ -139,19 +139,18 @@ def drawn(size: int):
 
 num_epochs = 60
 runs = {
-    "batch of 100": descend(0.3, num_epochs),
-    "mini-batch of 10": descend(0.1, num_epochs * 10, drawn(10)),
-    "one sample": descend(0.1, num_epochs * 100, drawn(1)),
+    "batch of 100, rate 0.3": descend(0.3, num_epochs),
+    "mini-batch of 10, rate 0.1": descend(0.1, num_epochs * 10, drawn(10)),
+    "one sample, rate 0.1": descend(0.1, num_epochs * 100, drawn(1)),
     "one sample, rate ∝ 1/t": descend(lambda t: 0.3 / (1 + t / 100), num_epochs * 100, drawn(1)),
 }
 excess = {name: losses(p) - loss(best) for name, p in runs.items()}
 floor = {name: e[-len(e) // 4 :].mean() for name, e in excess.items()}
 for name, value in floor.items():
-    print(f"      {name:24s} mean excess loss over the last quarter {value:.2e}")
-lesson.less(
-    "constant rate: mini-batches hover lower than single samples", floor["mini-batch of 10"], floor["one sample"]
-)
-lesson.less("a decaying rate goes on", floor["one sample, rate ∝ 1/t"], floor["one sample"] / 5)
+    print(f"      {name:26s} mean excess loss over the last quarter {value:.2e}")
+few, one = floor["mini-batch of 10, rate 0.1"], floor["one sample, rate 0.1"]
+lesson.less("constant rate: mini-batches hover lower than single samples", few, one)
+lesson.less("a decaying rate goes on", floor["one sample, rate ∝ 1/t"], one / 5)
 grads = torch.stack([gradient(at, torch.tensor([i])) for i in range(m)])
 lesson.close("single-sample gradients are unbiased", grads.mean(0), gradient(at), 1e-13)
 
@@ -201,8 +200,7 @@ lesson.less(f"and leaves the sharp one, above 2/f″ = {2 / sharp:.3f}: distance
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-order = ["one sample", "mini-batch of 10", "one sample, rate ∝ 1/t", "batch of 100"]
-for name in order:
+for name in runs:
     means = excess[name][1:].reshape(num_epochs, -1).mean(1)
     left.semilogy(range(1, num_epochs + 1), means, lw=1.4, label=name)
 left.set(xlabel="epoch", ylabel="loss − least loss, mean over the epoch", title="A constant rate on samples hovers")

@@ -98,7 +98,7 @@ def ratio(net: nn.Sequential) -> float:
 
 
 lesson.section("The share of the gradient that reaches the first layer, by depth and initialisation")
-depths = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
+depths = (2, 5, 10, 20, 50, 100, 300, 1000)
 by_depth = {name: torch.tensor([ratio(made(d, name)) for d in depths], dtype=torch.float64) for name in INITS}
 print("      depth " + " ".join(f"{d:>9d}" for d in depths))
 for name, values in by_depth.items():

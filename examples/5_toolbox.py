@@ -101,6 +101,9 @@ lesson.close("normal: eigenvalues fill the unit disc (Girko)", circle.abs().max(
 lesson.close("uniformly: the share within radius ½ is ¼", (circle.abs() < 0.5).double().mean(), 0.25, 0.04)
 wigner = torch.linalg.eigvalsh((gaussian + gaussian.mT) / math.sqrt(2))
 lesson.close("symmetric: the semicircle's edges ±2 (Wigner)", wigner[[0, -1]], [-2.0, 2.0], 0.06)
+factor = torch.tril(normal(3, 3))  # any Gaussian vector is Lz + mean, z being standard normal
+correlated = normal(100_000, 3) @ factor.mT
+lesson.close("Gaussian with covariance LLᵀ: x = Lz", gm.linalg.second_moment(correlated), factor @ factor.mT, 0.05)
 beta = 0.25
 sample = torch.linalg.eigvalsh(gm.random.wishart(n, n, samples=int(n / beta), generator=generator))
 edges = [(1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2]
