@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gramian import errors, init, linalg, optim, random, tasks
+    from gramian import errors, init, linalg, optim, prox, random, tasks
     from gramian.block import Block, Blocks, Layout, blocks
     from gramian.compression import Plan, compress, load_compressed, save_compressed
     from gramian.gram import DiagonalGram, Gram
@@ -44,6 +44,7 @@ __all__ = [
     "linalg",
     "load_compressed",
     "optim",
+    "prox",
     "random",
     "save_compressed",
     "tasks",

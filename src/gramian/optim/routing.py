@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gramian.block import Layout, blocks
 from gramian.errors import InputError
 
-__all__ = ["Direction", "Route", "route"]
+__all__ = ["Direction", "Route", "plain_layout", "route"]
 
 Direction = Literal["matrix", "adamw"]
 
@@ -81,11 +81,12 @@ def _from_list(params: Iterable[Any]) -> list[Route]:
                 f"expected a model, parameters, or (name, parameter) pairs; got {type(parameter).__name__}. "
                 "Instead of parameter groups, pass the model and override by name: routes={'*.bias': 'adamw'}"
             )
-        routes.append(Route(name, parameter, _plain(parameter), "given as a list: routed by its shape"))
+        routes.append(Route(name, parameter, plain_layout(parameter), "given as a list: routed by its shape"))
     return routes
 
 
-def _plain(parameter: Tensor) -> Layout | None:
+def plain_layout(parameter: Tensor) -> Layout | None:
+    """One matrix (out, in·…), or `None` for a vector."""
     if parameter.ndim < 2:
         return None
     axes = " ".join(f"k{i}" for i in range(parameter.ndim - 1))
@@ -99,7 +100,7 @@ def _override(r: Route, pattern: str, direction: Direction) -> Route:
         return Route(r.name, r.parameter, None, reason)
     if direction != "matrix":
         raise InputError(f"routes[{pattern!r}]: expected 'matrix' or 'adamw', got {direction!r}")
-    layout = r.layout or _plain(r.parameter)
+    layout = r.layout or plain_layout(r.parameter)
     if layout is None:
         raise InputError(f"routes: {r.name!r} is a vector of shape {tuple(r.parameter.shape)} and holds no matrix")
     return Route(r.name, r.parameter, layout, reason)

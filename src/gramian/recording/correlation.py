@@ -1,9 +1,9 @@
 """The second moment of a convolution's windows without the windows.
 
 Two elements of a window at offsets k and l meet the image at points that differ by l − k wherever the window lies.
-Summed over *all* positions at which a window touches the image, the moment is therefore the image's autocorrelation at the lag
-l − k: block Toeplitz, (2K − 1)ᵈ distinct blocks in place of K²ᵈ, and by the Fourier transform one product of the channels
-for each frequency. The positions that the convolution does not visit lie at the border: their windows are subtracted,
+Summed over *all* positions at which a window touches the image, the moment is therefore the image's autocorrelation
+at the lag l − k: block Toeplitz, (2K − 1)ᵈ distinct blocks in place of K²ᵈ, and by the Fourier transform one product of
+the channels for each frequency. The positions that the convolution does not visit lie at the border: their windows are subtracted,
 with only those kernel rows that touch the image.
 """
 
@@ -46,9 +46,9 @@ def moment_of_windows(
     pads: Sequence[tuple[int, int]],
     dilation: Sequence[int],
 ) -> Sums:
-    """`Σ wwᵀ`, `Σ w`, the number, and the scale, of all windows w of x (N, C, *space) at stride 1, as `gram.sums` has it.
+    """`Σ wwᵀ`, `Σ w`, the number, and the scale, of all windows w of x (N, C, *space), as `gram.sums` has it.
 
-    w runs over (C, *kernel), zero outside the image. Accuracy: ε log(size) ‖x‖². Cost: four multiplications for each of
+    w runs over (C, *kernel), at stride 1, zero outside the image. Accuracy: ε log(size) ‖x‖². Cost: four multiplications for each of
     (size + K − 1)ᵈ / 2 frequencies and pair of channels, where the windows take K²ᵈ for each of sizeᵈ positions.
     """
     x = x if x.dtype == torch.float64 else x.float()
@@ -112,7 +112,7 @@ def _subtract_border(
     outputs = _outputs(x.shape[2:], kernel, pads, dilation)
     numbers = torch.arange(len(total), device=x.device).reshape(x.shape[1], *kernel)
     num = len(kernel)
-    for axis, (size, k, (before, after), d) in enumerate(zip(x.shape[2:], kernel, pads, dilation, strict=True)):
+    for axis, (size, k, (before, _), d) in enumerate(zip(x.shape[2:], kernel, pads, dilation, strict=True)):
         reach = d * (k - 1)
         outside = [*range(before - reach, 0), *range(outputs[axis], before + size)]
         for position in outside:

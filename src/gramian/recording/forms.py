@@ -31,8 +31,8 @@ class Form:
     `inputs(mask)` yields the input rows (R, D) in chunks, D running over the weight's dimensions `in_dims` in order;
     `outputs(grad)` gives the output gradient's rows (R, D'), over `out_dims`. A dimension in both (experts, groups) is
     a batch of products. `groups` > 1: dimension 0 of the weight starts with that many groups, which the other side
-    has too. `onehot`: the input rows are given as indices. `source` is the tensor that the inputs were made of; `moment`, where
-    there is one, gives the inputs' sums by a shorter way than their rows.
+    has too. `onehot`: the input rows are given as indices. `source` is the tensor that the inputs were made of;
+    `moment`, where there is one, gives the inputs' sums by a shorter way than their rows.
     """
 
     op: str
