@@ -2,9 +2,9 @@
 
 Two elements of a window at offsets k and l meet the image at points that differ by l − k wherever the window lies.
 Summed over *all* positions at which a window touches the image, the moment is therefore the image's autocorrelation
-at the lag l − k: block Toeplitz, (2K − 1)ᵈ distinct blocks in place of K²ᵈ, and by the Fourier transform one product of
-the channels for each frequency. The positions that the convolution does not visit lie at the border: their windows are subtracted,
-with only those kernel rows that touch the image.
+at the lag l − k: block Toeplitz, (2K − 1)ᵈ distinct blocks in place of K²ᵈ, and by the Fourier transform one product
+of the channels for each frequency. The positions that the convolution does not visit lie at the border: their windows
+are subtracted, with only those kernel rows that touch the image.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def moment_of_windows(
     pads: Sequence[tuple[int, int]],
     dilation: Sequence[int],
 ) -> Sums:
-    """`Σ wwᵀ`, `Σ w`, the number, and the scale, of all windows w of x (N, C, *space), as `gram.sums` has it.
+    """`Σ wwᵀ`, `Σ w`, number and scale (as `gram.sums`) of all windows w of x (N, C, *space), zero outside.
 
-    w runs over (C, *kernel), at stride 1, zero outside the image. Accuracy: ε log(size) ‖x‖². Cost: four multiplications for each of
+    w runs over (C, *kernel), at stride 1. Accuracy: ε log(size) ‖x‖². Cost: four multiplications for each of
     (size + K − 1)ᵈ / 2 frequencies and pair of channels, where the windows take K²ᵈ for each of sizeᵈ positions.
     """
     x = x if x.dtype == torch.float64 else x.float()
@@ -121,7 +121,7 @@ def _subtract_border(
                 continue
             points = torch.tensor([position + d * i - before for i in touching], device=x.device)
             strip = x.index_select(axis + 2, points)
-            all_pads = [(dilation[e] * (kernel[e] - 1),) * 2 for e in range(num)]
+            all_pads = [(r, r) for r in (dilation[e] * (kernel[e] - 1) for e in range(num))]
             pad = [pads[e] if e < axis else (0, 0) if e == axis else all_pads[e] for e in range(num)]
             sizes = [len(touching) if e == axis else kernel[e] for e in range(num)]
             steps = [1 if e == axis else dilation[e] for e in range(num)]
