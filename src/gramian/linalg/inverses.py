@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gramian.errors import InputError, ShapeError
 from gramian.linalg import certificate as cert
-from gramian.linalg.batch import Answer, check, choose, climb, load, norm, scale
+from gramian.linalg.batch import Answer, Route, check, choose, climb, ladder, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.twofold import Pair, eye_like, gamma, minus, pair, plus, product, rough, rounding, two_sum
 
@@ -45,14 +46,14 @@ def _lu(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(bad[:, None, None], 0.0, y), bad
 
 
-def lu(x: Tensor, shift: Tensor) -> Answer:
+def lu(x: Tensor, shift: Tensor, *, decline: float) -> Answer:
     """By LU with partial pivoting; residual in plain float64."""
     m = damped(x, shift)
     y, bad = _lu(m.hi)
     return _certified(m, pair(y), bad, rough, cert.INACCURATE, steps=0)
 
 
-def cholesky(x: Tensor, shift: Tensor) -> Answer:
+def cholesky(x: Tensor, shift: Tensor, *, decline: float) -> Answer:
     """By Cholesky, for symmetric positive definite matrices: half the work of LU."""
     m = damped(x, shift)
     factor, info = torch.linalg.cholesky_ex(m.hi)
@@ -64,7 +65,7 @@ def cholesky(x: Tensor, shift: Tensor) -> Answer:
     return Answer(answer.value, torch.where(bad, math.inf, answer.error), answer.residual, reason)
 
 
-def lu_refined(x: Tensor, shift: Tensor) -> Answer:
+def lu_refined(x: Tensor, shift: Tensor, *, decline: float) -> Answer:
     """By LU and Newton–Schulz steps Y ← Y + Y(I − MY) on twofold residuals, which converge for uκ < 1."""
     m = damped(x, shift)
     y, bad = _lu(m.hi)
@@ -77,7 +78,11 @@ def lu_refined(x: Tensor, shift: Tensor) -> Answer:
     return _certified(m, close, bad, product, cert.SINGULAR, steps)
 
 
-INV: dict[str, Callable[..., Answer]] = {"cholesky": cholesky, "lu": lu, "lu_refined": lu_refined}
+INV: dict[str, Route] = {
+    "cholesky": Route(cholesky, torch.float64, 1e-13, lambda m, n: {"cholesky64": 3, "float64": 2}),
+    "lu": Route(lu, torch.float64, 1e-13, lambda m, n: {"inverse64": 1, "float64": 2}),
+    "lu_refined": Route(lu_refined, torch.float64, 0.0, lambda m, n: {"inverse64": 1, "float64": 15}),
+}
 
 
 def _certified(m: Pair, y: Pair, bad: Tensor, times: Product, otherwise: int, steps: int) -> Answer:
@@ -112,10 +117,9 @@ def inv_ex(
     choose("inv", method, INV)
     shift = damping_of("inv", damping, m)
     batch = load(m, at_least=shift)
-    names = [method]
-    if method == "auto":
-        names = ["lu_refined"] if m.dtype == torch.float64 else ["lu", "lu_refined"]
-    return climb(batch, INV, names, default_rtol(rtol, m.dtype), torch.neg, shift=scale(shift, -batch.exponent))
+    tolerance = default_rtol(rtol, m.dtype)
+    names = [method] if method != "auto" else ladder(INV, m, tolerance)
+    return climb(batch, INV, names, tolerance, torch.neg, shift=scale(shift, -batch.exponent))
 
 
 def inv(
@@ -162,17 +166,20 @@ def _solve(x: Tensor, shift: Tensor, b: Tensor, times: Product, steps: int) -> A
     return Answer(value, error, norm(r) / norm(b).clamp_min(2.0**-1000), reason, steps)
 
 
-def solve_lu(x: Tensor, shift: Tensor, b: Tensor) -> Answer:
+def solve_lu(x: Tensor, shift: Tensor, b: Tensor, *, decline: float) -> Answer:
     """By an explicit inverse from LU and one step of refinement in plain float64."""
     return _solve(x, shift, b, rough, steps=1)
 
 
-def solve_lu_refined(x: Tensor, shift: Tensor, b: Tensor) -> Answer:
+def solve_lu_refined(x: Tensor, shift: Tensor, b: Tensor, *, decline: float) -> Answer:
     """The same with twofold residuals: the answer is right to the last bits while uκ < 1."""
     return _solve(x, shift, b, product, steps=4)
 
 
-SOLVE: dict[str, Callable[..., Answer]] = {"lu": solve_lu, "lu_refined": solve_lu_refined}
+SOLVE: dict[str, Route] = {
+    "lu": Route(solve_lu, torch.float64, 1e-13, lambda m, n: {"inverse64": 1, "float64": 1}),
+    "lu_refined": Route(solve_lu_refined, torch.float64, 0.0, lambda m, n: {"inverse64": 1, "float64": 3}),
+}
 
 
 @torch.no_grad()
@@ -201,12 +208,11 @@ def solve_ex(
     dtype = torch.promote_types(m.dtype, b.dtype)
     shift = damping_of("solve", damping, m)
     batch, right = load(m.to(dtype), at_least=shift), load(b.to(dtype))
-    joint = type(batch)(batch.x, right.exponent - batch.exponent, batch.finite & right.finite, batch.shape, dtype)
-    names = [method]
-    if method == "auto":
-        names = ["lu_refined"] if dtype == torch.float64 else ["lu", "lu_refined"]
+    joint = replace(batch, exponent=right.exponent - batch.exponent, finite=batch.finite & right.finite)
+    tolerance = default_rtol(rtol, dtype)
+    names = [method] if method != "auto" else ladder(SOLVE, m, tolerance)
     scaled = scale(shift, -batch.exponent)
-    return climb(joint, SOLVE, names, default_rtol(rtol, dtype), torch.clone, shift=scaled, b=right.x)
+    return climb(joint, SOLVE, names, tolerance, torch.clone, shift=scaled, b=right.x)
 
 
 def solve(

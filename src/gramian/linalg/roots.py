@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from torch import Tensor
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
 from gramian.linalg import factor
-from gramian.linalg.batch import Answer, Batch, check, choose, climb, load, norm, scale
+from gramian.linalg.batch import Answer, Batch, Route, check, choose, climb, ladder, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.inverses import Damping, damped, damping_of
 from gramian.linalg.twofold import Pair, U, eye_like, gamma, minus, pair, plus, product, rough, symmetric
@@ -81,17 +82,20 @@ def _inv_root(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, 
     return Answer(torch.where(proven[:, None, None], value.hi, on_range), error, norm(r), reason, steps)
 
 
-def inv_root_eigh(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float) -> Answer:
+def inv_root_eigh(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, decline: float) -> Answer:
     """By an eigendecomposition; error uκ/p, bounded from a residual in plain float64."""
     return _inv_root(x, shift, asymmetric, p, eps, rough, steps=0)
 
 
-def inv_root_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float) -> Answer:
+def inv_root_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, decline: float) -> Answer:
     """The same with first-order corrections from twofold residuals: right to the last bits while uκ < 1."""
     return _inv_root(x, shift, asymmetric, p, eps, product, steps=2)
 
 
-INV_ROOT: dict[str, Callable[..., Answer]] = {"eigh": inv_root_eigh, "eigh_refined": inv_root_eigh_refined}
+INV_ROOT: dict[str, Route] = {
+    "eigh": Route(inv_root_eigh, torch.float64, 1e-13, lambda m, n: {"eigh64": 1, "float64": 5}),
+    "eigh_refined": Route(inv_root_eigh_refined, torch.float64, 0.0, lambda m, n: {"eigh64": 1, "float64": 40}),
+}
 
 
 def _sqrtm(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, times: Product, steps: int) -> Answer:
@@ -136,34 +140,32 @@ def _sqrtm(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, times: Prod
     return Answer(value.hi, error, norm(e) / norm(m.hi).clamp_min(2.0**-1000), reason, steps)
 
 
-def sqrtm_eigh(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float) -> Answer:
+def sqrtm_eigh(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, *, decline: float) -> Answer:
     """By an eigendecomposition, bounded from a residual in plain float64."""
     return _sqrtm(x, shift, asymmetric, eps, rough, steps=0)
 
 
-def sqrtm_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float) -> Answer:
+def sqrtm_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, *, decline: float) -> Answer:
     """The same with a first-order correction from a twofold residual."""
     return _sqrtm(x, shift, asymmetric, eps, product, steps=1)
 
 
-SQRTM: dict[str, Callable[..., Answer]] = {"eigh": sqrtm_eigh, "eigh_refined": sqrtm_eigh_refined}
+SQRTM: dict[str, Route] = {
+    "eigh": Route(sqrtm_eigh, torch.float64, 1e-13, lambda m, n: {"eigh64": 1, "float64": 11}),
+    "eigh_refined": Route(sqrtm_eigh_refined, torch.float64, 0.0, lambda m, n: {"eigh64": 1, "float64": 40}),
+}
 
 
 def _symmetric_batch(name: str, m: Tensor, damping: Damping, multiple: int) -> tuple[Batch, Tensor, Tensor]:
     """The batch with symmetric parts taken, the damping scaled alike, and which matrices were not symmetric."""
     shift = damping_of(name, damping, m)
     batch = load(m, multiple=multiple, at_least=shift)
-    allowed = NEGLIGIBLE * m.shape[-1] * torch.finfo(m.dtype).eps * norm(batch.x)
-    asymmetric = norm(batch.x - batch.x.mT) > allowed
+    x = batch.x
+    allowed = NEGLIGIBLE * m.shape[-1] * torch.finfo(m.dtype).eps * norm(x)
+    asymmetric = norm(x - x.mT) > allowed
     # Halved before the sum, which is then exact but for its last bit.
-    even = Batch(batch.x / 2 + batch.x.mT / 2, batch.exponent, batch.finite, batch.shape, batch.dtype)
+    even = replace(batch, raw=x / 2 + x.mT / 2, down=torch.zeros_like(batch.down))
     return even, scale(shift, -batch.exponent), asymmetric
-
-
-def _names(method: str, dtype: torch.dtype) -> list[str]:
-    if method != "auto":
-        return [method]
-    return ["eigh_refined"] if dtype == torch.float64 else ["eigh", "eigh_refined"]
 
 
 @torch.no_grad()
@@ -183,11 +185,13 @@ def inv_root_ex(
     if isinstance(p, bool) or not isinstance(p, int) or p < 1:
         raise InputError(f"inv_root: expected an integer p ≥ 1, got {p!r}. Use p=2 or p=4, for M^(-1/2) or M^(-1/4).")
     batch, shift, asymmetric = _symmetric_batch("inv_root", m, damping, p)
+    tolerance = default_rtol(rtol, m.dtype)
+    names = [method] if method != "auto" else ladder(INV_ROOT, m, tolerance)
     return climb(
         batch,
         INV_ROOT,
-        _names(method, m.dtype),
-        default_rtol(rtol, m.dtype),
+        names,
+        tolerance,
         lambda e: -e // p,
         shift=shift,
         asymmetric=asymmetric,
@@ -234,11 +238,13 @@ def sqrtm_ex(
     check("sqrtm", m, square=True)
     choose("sqrtm", method, SQRTM)
     batch, shift, asymmetric = _symmetric_batch("sqrtm", m, damping, 2)
+    tolerance = default_rtol(rtol, m.dtype)
+    names = [method] if method != "auto" else ladder(SQRTM, m, tolerance)
     return climb(
         batch,
         SQRTM,
-        _names(method, m.dtype),
-        default_rtol(rtol, m.dtype),
+        names,
+        tolerance,
         lambda e: e // 2,
         shift=shift,
         asymmetric=asymmetric,
