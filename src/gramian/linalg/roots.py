@@ -12,28 +12,13 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor
 from gramian.linalg.batch import Answer, Batch, Route, check, choose, climb, ladder, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
+from gramian.linalg.inverse_root import NEGLIGIBLE, coupled_newton, decompose, eigh32, eigh64
 from gramian.linalg.inverses import Damping, damped, damping_of
-from gramian.linalg.twofold import Pair, U, eye_like, gamma, minus, pair, plus, product, rough, symmetric
+from gramian.linalg.twofold import Pair, eye_like, gamma, minus, pair, plus, product, rough, symmetric
 
 Product = Callable[[Pair, Pair], Pair]
-NEGLIGIBLE = 10
-"""Eigenvalues above −10·n·ε(dtype)·‖M‖ are rounding, not indefiniteness; the design's constant."""
-
-
-def _decompose(m: Pair, asymmetric: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eigenvalues, eigenvectors, the floor (B, 1) below which float64 cannot tell them from zero, and the reason."""
-    w, v, ok = factor.eigh(m.hi)
-    n = w.shape[-1]
-    top = w.abs().amax(-1, keepdim=True) if n else w.new_zeros(w.shape[0], 1)
-    indefinite = (w < -NEGLIGIBLE * n * eps * top).any(-1)
-    reason = torch.where(indefinite, cert.INDEFINITE, cert.NONE)
-    reason = torch.where(asymmetric, cert.NOT_SYMMETRIC, reason)
-    return w, v, NEGLIGIBLE * n * 2 * U * top, torch.where(ok, reason, cert.LAPACK)
-
-
 def _power(x: Pair, p: int, times: Product) -> Pair:
     """x^p by repeated squaring."""
     if p == 1:
@@ -52,7 +37,7 @@ def _inv_root(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, 
     every unitarily invariant norm: no condition number enters.
     """
     m = damped(x, shift)
-    w, v, floor, reason = _decompose(m, asymmetric, eps)
+    w, v, floor, reason = decompose(m, asymmetric, eps)
     root = torch.where(w > 0, w, torch.inf) ** (-1 / p)
     value = symmetric(pair((v * root[:, None, :]) @ v.mT))
     value = pair(value.hi)
@@ -82,18 +67,17 @@ def _inv_root(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, 
     return Answer(torch.where(proven[:, None, None], value.hi, on_range), error, norm(r), reason, steps)
 
 
-def inv_root_eigh(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, decline: float) -> Answer:
-    """By an eigendecomposition; error uκ/p, bounded from a residual in plain float64."""
-    return _inv_root(x, shift, asymmetric, p, eps, rough, steps=0)
-
-
 def inv_root_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, decline: float) -> Answer:
     """The same with first-order corrections from twofold residuals: right to the last bits while uκ < 1."""
     return _inv_root(x, shift, asymmetric, p, eps, product, steps=2)
 
 
 INV_ROOT: dict[str, Route] = {
-    "eigh": Route(inv_root_eigh, torch.float64, 1e-13, lambda m, n: {"eigh64": 1, "float64": 5}),
+    "coupled_newton": Route(coupled_newton, torch.float64, 1e-4, lambda m, n: {"float32": 92, "thin64": 18}),
+    "eigh32": Route(
+        eigh32, torch.float64, 1e-5, lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 10}
+    ),
+    "eigh64": Route(eigh64, torch.float64, 1e-12, lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 14}),
     "eigh_refined": Route(inv_root_eigh_refined, torch.float64, 0.0, lambda m, n: {"eigh64": 1, "float64": 40}),
 }
 
@@ -106,7 +90,7 @@ def _sqrtm(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, times: Prod
     size ν enters where the eigenvalue is not certain to be positive.
     """
     m = damped(x, shift)
-    w, v, _, reason = _decompose(m, asymmetric, eps)
+    w, v, _, reason = decompose(m, asymmetric, eps)
     s = w.clamp_min(0).sqrt()
     value = pair(symmetric(pair((v * s[:, None, :]) @ v.mT)).hi)
     sums = s[:, :, None] + s[:, None, :]
@@ -160,6 +144,8 @@ def _symmetric_batch(name: str, m: Tensor, damping: Damping, multiple: int) -> t
     """The batch with symmetric parts taken, the damping scaled alike, and which matrices were not symmetric."""
     shift = damping_of(name, damping, m)
     batch = load(m, multiple=multiple, at_least=shift)
+    if m.device.type == "cpu" and torch.equal(m, m.mT):
+        return batch, scale(shift, -batch.exponent), torch.zeros_like(batch.finite)
     x = batch.x
     allowed = NEGLIGIBLE * m.shape[-1] * torch.finfo(m.dtype).eps * norm(x)
     asymmetric = norm(x - x.mT) > allowed
