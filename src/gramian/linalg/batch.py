@@ -258,6 +258,8 @@ def climb(
         rows = again.nonzero().flatten()
         if not rows.numel():
             break
+        if rows.numel() == value.shape[0] and not bool(certificate.error_bound.isfinite().any()):
+            rows = None  # nothing to keep: no need to pick and to put back
     assert value is not None
     assert certificate is not None
     shaped = {field: getattr(certificate, field).reshape(batch.shape) for field in _PROOF}

@@ -36,7 +36,7 @@ def eigh32(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, 
         if bool(hopeless.all()):
             return declined(narrow)
     w, v, ok = factor.eigh(narrow)
-    value, error, residual = _from_eigenpairs(damped(x, shift), w.double(), v, p)
+    value, error, residual = _from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype)
     proven = ok & error.isfinite() & (w > 0).all(-1)
     reason = torch.where(asymmetric, cert.NOT_SYMMETRIC, torch.where(proven, cert.NONE, cert.INACCURATE))
     error = torch.where(proven, error, math.inf)
@@ -50,8 +50,8 @@ def eigh64(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, 
     """
     m = damped(x, shift)
     w, v, floor, reason = decompose(m, asymmetric, eps)
-    own = v if eps < 2.0**-30 else v.float()
-    value, error, residual = _from_eigenpairs(m, w, own, p)
+    dtype = torch.float64 if eps < 2.0**-30 else torch.float32
+    value, error, residual = _from_eigenpairs(m, w, v, p, dtype)
     proven = error.isfinite() & (w > 0).all(-1)
     error = torch.where(proven, error, math.inf)
     kept = w > floor
@@ -126,13 +126,13 @@ def decompose(m: Pair, asymmetric: Tensor, eps: float) -> tuple[Tensor, Tensor, 
     return w, v, NEGLIGIBLE * n * 2 * U * top, torch.where(ok, reason, cert.LAPACK)
 
 
-def _from_eigenpairs(m: Pair, w: Tensor, v: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
-    """V w^(-1/p) Vᵀ in the dtype of V, its bound and its residual."""
+def _from_eigenpairs(m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """V w^(-1/p) Vᵀ in `dtype`, its bound and its residual."""
     n = w.shape[-1]
     root = torch.where(w > 0, w, torch.inf) ** (-1 / p)
-    left = v * root.sqrt().to(v.dtype)[:, None, :]
+    left = v.to(dtype) * root.sqrt().to(dtype)[:, None, :]
     value = symmetric_product(left, left.mT)
-    vectors, across = v.double(), v.double().mT.contiguous()
+    vectors, across = v.double(), v.double().mT
 
     def times(z: Tensor) -> Tensor:
         return vectors @ (root[:, :, None] * (across @ z))

@@ -29,7 +29,7 @@ POLAR: dict[str, Route] = {
     "qdwh": Route(
         qdwh,
         torch.float32,
-        1e-3,
+        3e-3,
         lambda m, n: {
             "cholesky32": 4,
             "triangular32": 4 * m / n,

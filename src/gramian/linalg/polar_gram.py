@@ -18,8 +18,8 @@ from gramian.linalg.twofold import U
 LOSS = 4 * 2.0**-24
 """Relative error of the polar factor over κ², that a float32 Gram matrix and its eigendecomposition cost; observed."""
 
-NARROW = 3e2
-"""κ up to which A times the root in float32 costs no more than a few roundings of the answer."""
+APPLIED = (4e-6, 5e-7)
+"""Bound that A times the root in float32 costs: a constant, and one times κ; observed."""
 
 
 def gram_eigh32(x: Tensor, *, decline: float) -> Answer:
@@ -36,11 +36,10 @@ def gram_eigh32(x: Tensor, *, decline: float) -> Answer:
 def gram_eigh64(x: Tensor, *, decline: float) -> Answer:
     """By a Gram matrix and an eigendecomposition in float64; error uκ². A is applied in float32 if κ and A allow."""
     w, v, ok = factor.eigh(gram(x, torch.float64))
-    unclear = w.shape[-1] and bool((w[..., 0] * NARROW**2 < w[..., -1]).any())
-    if x.dtype == torch.float32 and not unclear:
-        v = v.float()
-    elif x.dtype == torch.float32:
-        x = x.double()
+    if x.dtype == torch.float32:
+        kappa = (w[..., -1:] / w[..., :1].clamp_min(2.0**-1000)).sqrt()
+        costly = APPLIED[0] + APPLIED[1] * kappa > min(decline, 2e-4)
+        x, v = (x.double(), v) if bool(costly.any()) else (x, v.float())
     return _from_eigenpairs(x, w, v, ok, 2 * U)
 
 

@@ -79,11 +79,12 @@ def _halley(q: Tensor, g: Tensor, a: float, b: float, c: float) -> Tensor:
 
 
 def _certified(x: Tensor, q: Tensor) -> Answer:
-    """A bound from H = LLᵀ, which is positive definite by construction: L is the Cholesky factor of QᵀA's even part.
+    """A bound from H = (QᵀA + AᵀQ)/2, which a Cholesky factor L of it in float32 proves positive definite.
 
     With E = A − QH and F = QᵀQ − I, Q' = Q(I + F)^(-1/2) is the polar factor of A − E', E' = E + (Q − Q')H; and the
     factor moves by at most ‖E'‖_F / σ on a path on which the least singular value is ≥ σ (Higham, Functions of
-    Matrices, §8.1). σ ≥ λ_min(H) − ‖E'‖_F, and λ_min(H) ≥ (√k / (GAIN · ‖H⁻ʲΩ‖_F))^(1/j).
+    Matrices, §8.1). σ ≥ λ_min(H) − ‖E'‖_F, λ_min(H) ≥ λ_min(LLᵀ) − ‖H − LLᵀ‖_F, and λ_min(LLᵀ) ≥
+    ‖(LLᵀ)⁻ʲ‖_F^(-1/j).
     """
     n = x.shape[-1]
     p = probes(n, x.device)
@@ -92,23 +93,29 @@ def _certified(x: Tensor, q: Tensor) -> Answer:
     lower = torch.where((info != 0)[:, None, None], torch.eye(n, dtype=x.dtype, device=x.device), lower).double()
     omega = p.omega.expand(x.shape[0], -1, -1)
     length, size, root = norm(omega), norm(lower), math.sqrt(max(n, 1))
-    y = lower @ (lower.mT @ omega)
-    qy, qo = apply(q, y), apply(q, omega)
-    e = of_norm(apply(x, omega) - qy, p, chain_rounding(3 * n + 3, norm(x) + 4 * size**2, length))
-    f = of_norm(apply_transposed(q, qo) - omega, p, chain_rounding(sum(x.shape[-2:]), 6 * root, length))
-    fh = of_norm(apply_transposed(q, qy) - y, p, chain_rounding(sum(x.shape[-2:]) + 2 * n, 9 * root, size**2, length))
+    long = sum(x.shape[-2:]) + 2 * n
+    qo, xo = apply(q, omega), apply(x, omega)
+    y = (apply_transposed(q, xo) + apply_transposed(x, qo)) / 2
+    y_error = chain_rounding(long, 6 * root, norm(x), length)
+    qy = apply(q, y)
+    e = of_norm(xo - qy, p, 2 * y_error + chain_rounding(long, 9 * root, norm(x), length))
+    f = of_norm(apply_transposed(q, qo) - omega, p, chain_rounding(long, 6 * root, length))
+    fh = of_norm(apply_transposed(q, qy) - y, p, 2 * y_error + chain_rounding(long, 9 * root, norm(x), length))
     slack = (1 - f).clamp_min(2.0**-30) ** -1.5
     distance = e + fh * slack * (1 + f) / 2 + 2.0**-100 * n
+    apart = of_norm(lower @ (lower.mT @ omega) - y, p, y_error + chain_rounding(3 * n, size, size, length))
     z = omega
     for _ in range(SWEEPS):
         z = torch.linalg.solve_triangular(lower, z, upper=False)
         z = torch.linalg.solve_triangular(lower.mT, z, upper=True)
     lowest = of_norm(z, p) ** (-1 / SWEEPS) * (1 - 2.0**-10) if n else distance + 1
-    proven = (info == 0) & (lowest > 4 * distance) & (f < 0.5)
+    proven = (info == 0) & (f < 0.5)
     proven &= lowest > 2.0**-40 * n * size**2  # the solves above are then right to ten bits
+    lowest = lowest - apart
+    proven &= lowest > 2 * distance
     error = torch.where(proven, distance / (lowest - distance) + f * slack / 2, math.inf)
     if not x[0:1].numel():
         error = torch.zeros_like(error)
     reason = torch.where(error.isfinite(), cert.NONE, cert.INACCURATE)
     exact = torch.full_like(error, math.sqrt(n))
-    return Answer(q, error, e / norm(x).clamp_min(2.0**-100), reason, steps=3, failure=4 * p.failure, size=exact)
+    return Answer(q, error, e / norm(x).clamp_min(2.0**-100), reason, steps=3, failure=5 * p.failure, size=exact)

@@ -12,13 +12,19 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
-from gramian.linalg.batch import Answer, Batch, Route, check, choose, climb, ladder, load, norm, scale
+from gramian.linalg.batch import Answer, Batch, Route, check, choose, climb, declined, ladder, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.inverse_root import NEGLIGIBLE, coupled_newton, decompose, eigh32, eigh64
 from gramian.linalg.inverses import Damping, damped, damping_of
+from gramian.linalg.conditioning import eigenvalue_ratio
+from gramian.linalg.probes import apply, chain_rounding, of_norm, probes
+from gramian.linalg.symmetric import symmetric_product
 from gramian.linalg.twofold import Pair, eye_like, gamma, minus, pair, plus, product, rough, symmetric
 
 Product = Callable[[Pair, Pair], Pair]
+
+SQRT_LOSS = 1.2e-5
+"""Bound on the relative error over √κ, that a float32 eigendecomposition costs the square root; observed."""
 def _power(x: Pair, p: int, times: Product) -> Pair:
     """x^p by repeated squaring."""
     if p == 1:
@@ -124,6 +130,61 @@ def _sqrtm(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, times: Prod
     return Answer(value.hi, error, norm(e) / norm(m.hi).clamp_min(2.0**-1000), reason, steps)
 
 
+def _sqrtm_probed(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, work: torch.dtype) -> Answer:
+    """V w₊^(1/2) Vᵀ, with the bound of the difference of two roots from that of their squares.
+
+    Positive parts are no farther apart than the matrices: e bounds ‖M₊ − X²‖_F if ‖M − V w Vᵀ‖_F and ‖VᵀV − I‖_F do.
+    Then ‖√M₊ − X‖_F ≤ (√n e)^(1/2) (Powers–Størmer; Bhatia, Matrix Analysis, theorem X.1.3), and ≤ e / (2√λ) where
+    both are above λ > 0.
+    """
+    n = x.shape[-1]
+    m = damped(x, shift)
+    w, v, _, reason = decompose(m._replace(hi=m.hi.to(work)), asymmetric, eps)
+    w = w.double()
+    s = w.clamp_min(0).sqrt()
+    dtype = torch.float64 if eps < 2.0**-30 else torch.float32
+    left = v.to(dtype) * s.sqrt().to(dtype)[:, None, :]
+    value = symmetric_product(left, left.mT)
+    if not value[0:1].numel():
+        zero = torch.zeros_like(shift)
+        return Answer(value, zero, zero, reason)
+    p = probes(n, x.device)
+    omega = p.omega.expand(x.shape[0], -1, -1)
+    vectors, length, wide = v.double(), norm(omega), w.abs().amax(-1)
+    across = vectors.mT @ omega
+    slip = 3 * chain_rounding(n + 3, math.sqrt(n), length)
+    phi = of_norm(vectors.mT @ (vectors @ omega) - omega, p, slip)
+    image = rough(m, pair(omega))
+    miss = of_norm(image.hi - vectors @ (w[:, :, None] * across), p, image.error + slip * wide + norm(m.lo))
+    apart = of_norm(apply(value, omega) - vectors @ (s[:, :, None] * across), p, slip * (wide.sqrt() + norm(value)))
+    # (V w Vᵀ)₊ and X² are V w₊ Vᵀ but for the defect of V.
+    e = miss + 4 * phi * wide
+    lowest = (w[:, 0] * (1 - 2 * phi) - e).clamp_min(0)
+    error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt())) + apart
+    usable = (phi < 0.1) & error.isfinite()
+    # float32 cannot tell indefinite from rounding as finely as was promised: float64 decides.
+    final = torch.where(usable, reason, cert.INACCURATE) if work == torch.float64 else torch.where(
+        usable & (reason == cert.NONE), cert.NONE, torch.where(asymmetric, cert.NOT_SYMMETRIC, cert.INACCURATE)
+    )
+    error = torch.where(usable, error, math.inf)
+    return Answer(value, error, miss / norm(m.hi).clamp_min(2.0**-1000), final, failure=3 * p.failure)
+
+
+def sqrtm_eigh32(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, *, decline: float) -> Answer:
+    """By an eigendecomposition in float32, bounded by probes."""
+    if math.isfinite(decline) and x.numel():
+        narrow = damped(x, shift).hi.float()
+        hopeless = decline * eigenvalue_ratio(narrow).sqrt() < SQRT_LOSS
+        if bool(hopeless.all()):
+            return declined(narrow)
+    return _sqrtm_probed(x, shift, asymmetric, eps, torch.float32)
+
+
+def sqrtm_eigh64(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, *, decline: float) -> Answer:
+    """By an eigendecomposition in float64, bounded by probes: 1e-7 at worst, as a root turns ε into √ε."""
+    return _sqrtm_probed(x, shift, asymmetric, eps, torch.float64)
+
+
 def sqrtm_eigh(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, *, decline: float) -> Answer:
     """By an eigendecomposition, bounded from a residual in plain float64."""
     return _sqrtm(x, shift, asymmetric, eps, rough, steps=0)
@@ -135,6 +196,10 @@ def sqrtm_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float,
 
 
 SQRTM: dict[str, Route] = {
+    "eigh32": Route(
+        sqrtm_eigh32, torch.float64, 1e-5, lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 9}
+    ),
+    "eigh64": Route(sqrtm_eigh64, torch.float64, 1e-5, lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 9}),
     "eigh": Route(sqrtm_eigh, torch.float64, 1e-13, lambda m, n: {"eigh64": 1, "float64": 11}),
     "eigh_refined": Route(sqrtm_eigh_refined, torch.float64, 0.0, lambda m, n: {"eigh64": 1, "float64": 40}),
 }
