@@ -22,6 +22,9 @@ from gramian.linalg.cost import Parts, predict
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+SMALL = 32
+"""Smaller side up to which a route in float32 saves nothing worth its error."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,7 +41,10 @@ class Batch:
     dtype: torch.dtype
 
     def at(self, work: torch.dtype | None) -> Tensor:
-        """The scaled batch, in its own dtype, widened to float32 at least, if None. In float32 entries 2^-126 times smaller than the largest lose bits; in float64 none do."""
+        """The scaled batch, in its own dtype, widened to float32 at least, if None.
+
+        In float32 entries 2^-126 times smaller than the largest lose bits; in float64 none do.
+        """
         x = self.raw
         work = work or torch.promote_types(self.dtype, torch.float32)
         if self.raw.device.type != "cpu" or not bool(self.finite.all()):
@@ -75,13 +81,15 @@ class Route:
     """One row of a family's table, whose rows are in order of accuracy.
 
     `work` is the dtype in which the function wants its matrices (None: their own); `finest` the least rtol at which it
-    is worth a try; `parts` what it is made of, for `cost.predict`, from the shape (m, n).
+    is worth a try; `parts` what it is made of, for `cost.predict`, from the shape (m, n); `narrow` that it owes its
+    speed to float32, which matrices of up to `SMALL` do not notice.
     """
 
     run: Callable[..., Any]
     work: torch.dtype | None
     finest: float
     parts: Callable[[int, int], Parts]
+    narrow: bool = False
 
 
 def declined(x: Tensor) -> Answer:
@@ -266,19 +274,20 @@ def climb(
     return value.reshape(batch.shape + value.shape[1:]), replace(certificate, **shaped)
 
 
-def ladder(family: Mapping[str, Route], a: Tensor, rtol: float) -> list[str]:
-    """The routes worth trying in turn on a (..., m, n): by predicted cost, each more accurate than the one before.
+def ladder(family: Mapping[str, Route], shape: Sequence[int], rtol: float, device: str) -> list[str]:
+    """The routes worth trying in turn on (..., m, n): by predicted cost, each more accurate than the one before.
 
     Rows stand in the family's table in order of accuracy; the last is always the last resort. A route that is to be
     tried before a more accurate one has to cost less than 0.8 of it.
     """
-    rows = [(name, row) for name, row in family.items() if rtol >= row.finest]
+    small = min(shape[-2:]) <= SMALL
+    rows = [(name, row) for name, row in family.items() if rtol >= row.finest and not (small and row.narrow)]
     rows = rows or list(family.items())[-1:]
-    batch, (m, n) = math.prod(a.shape[:-2]), a.shape[-2:]
+    batch, (m, n) = math.prod(shape[:-2]), shape[-2:]
     names: list[str] = []
     least = math.inf
     for name, row in reversed(rows):
-        seconds = predict(row.parts(m, max(n, 1)), min(m, n), max(batch, 1), a.device.type)
+        seconds = predict(row.parts(m, max(n, 1)), min(m, n), max(batch, 1), device)
         if not names or seconds < 0.8 * least:
             names.insert(0, name)
             least = min(least, seconds)

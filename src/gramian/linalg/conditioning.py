@@ -1,4 +1,4 @@
-"""A cheap guess of how ill-conditioned a symmetric positive definite matrix is: it chooses routes, it proves nothing."""
+"""A cheap guess of how ill-conditioned a symmetric positive definite matrix is, to choose a route by: no proof."""
 
 from __future__ import annotations
 

@@ -37,23 +37,23 @@ class Constants:
 
 DEFAULTS = {
     "cpu": Constants(
-        rate=1.9e11,
-        latency=8e-6,
+        rate=1.8e11,
+        latency=1.3e-6,
         factors={
             "float32": (1.0, 1.0, 1.0),
-            "float64": (2.0, 2.1, 2.2),
-            "bfloat16": (1.0, 0.5, 0.4),
-            "thin64": (0.3, 0.3, 0.2),
-            "eigh32": (60.0, 20.0, 6.3),
-            "eigh64": (75.0, 28.0, 12.5),
-            "eigvalsh64": (30.0, 16.0, 7.5),
-            "svd32": (110.0, 45.0, 19.0),
-            "svd64": (160.0, 70.0, 38.0),
-            "cholesky32": (2.0, 0.9, 0.5),
-            "cholesky64": (2.5, 1.5, 0.9),
-            "inverse32": (8.0, 4.5, 3.2),
-            "inverse64": (10.0, 7.0, 4.5),
-            "triangular32": (2.0, 1.2, 0.9),
+            "float64": (2.3, 2.4, 2.2),
+            "bfloat16": (2.4, 0.5, 0.4),
+            "thin64": (1.7, 0.5, 0.15),
+            "eigh32": (22.0, 17.0, 6.5),
+            "eigh64": (32.0, 30.0, 13.0),
+            "eigvalsh64": (13.0, 17.0, 7.0),
+            "svd32": (44.0, 44.0, 20.0),
+            "svd64": (100.0, 80.0, 32.0),
+            "cholesky32": (2.9, 1.5, 0.6),
+            "cholesky64": (3.2, 2.5, 1.0),
+            "inverse32": (12.0, 7.0, 3.6),
+            "inverse64": (13.0, 8.0, 4.3),
+            "triangular32": (2.9, 2.0, 0.8),
         },
     ),
     # Estimates from published peaks, not measured: there an eigendecomposition runs at a few per cent of the peak.
@@ -78,7 +78,8 @@ DEFAULTS = {
         },
     ),
 }
-"""CPU: two cores of an AMD EPYC (Zen 4, AVX-512, no bfloat16 matrix unit), torch 2.13 with MKL, two threads."""
+"""CPU: `gramian bench linalg --calibrate`, rounded, on two cores of an AMD EPYC (Zen 4, avx512_bf16, no bfloat16 matrix
+unit), torch 2.13 with MKL, two threads."""
 
 
 def predict(parts: Parts, n: int, batch: int, device: str = "cpu") -> float:

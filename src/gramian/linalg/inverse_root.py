@@ -24,7 +24,7 @@ NEGLIGIBLE = 10
 """Eigenvalues above −10·n·ε(dtype)·‖M‖ are rounding, not indefiniteness; the design's constant."""
 
 STEPS = 60
-"""Most steps of the coupled iteration: its first phase gains (1 + 1/p) a step on κ^(1/p), the last doubles the digits."""
+"""Most steps of the coupled iteration: first each gains (1 + 1/p) on κ^(1/p), at last each doubles the digits."""
 
 
 def eigh32(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, decline: float) -> Answer:

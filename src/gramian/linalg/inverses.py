@@ -113,17 +113,22 @@ def lu_refined(x: Tensor, shift: Tensor, *, decline: float) -> Answer:
     return _certified(m, close, bad, product, cert.SINGULAR, steps)
 
 
-# Below an rtol of 2e-6 the bounds of all but the refined routes are more than 100 times the error, as rounding is bounded
-# by worst cases: they are not tried.
+# Below an rtol of 2e-6 the bounds of all but the refined routes are more than 100 times the error, as they take
+# rounding at its worst: they are not tried.
 INV: dict[str, Route] = {
     "cholesky32": Route(
         _route(_cholesky, torch.float32),
         torch.float64,
         1e-5,
         lambda m, n: {"cholesky32": 5, "thin64": 4, "float32": 0.2},
+        narrow=True,
     ),
-    "lu32": Route(_route(_lu, torch.float32), torch.float64, 1e-5, lambda m, n: {"inverse32": 1, "thin64": 4}),
-    "cholesky": Route(_route(_cholesky, torch.float64), torch.float64, 2e-6, lambda m, n: {"cholesky64": 4, "thin64": 6}),
+    "lu32": Route(
+        _route(_lu, torch.float32), torch.float64, 1e-5, lambda m, n: {"inverse32": 1, "thin64": 4}, narrow=True
+    ),
+    "cholesky": Route(
+        _route(_cholesky, torch.float64), torch.float64, 2e-6, lambda m, n: {"cholesky64": 4, "thin64": 6}
+    ),
     "lu": Route(_route(_lu, torch.float64), torch.float64, 2e-6, lambda m, n: {"inverse64": 1, "thin64": 6}),
     "lu_refined": Route(lu_refined, torch.float64, 0.0, lambda m, n: {"inverse64": 1, "float64": 15}),
 }
@@ -165,7 +170,7 @@ def inv_ex(
     # Cholesky reads one triangle: it is only for matrices that are symmetric to the last bit.
     symmetric = m.device.type != "cpu" or torch.equal(m, m.mT)
     family = {name: row for name, row in INV.items() if symmetric or not name.startswith("cholesky")}
-    names = [method] if method != "auto" else ladder(family, m, tolerance)
+    names = [method] if method != "auto" else ladder(family, m.shape, tolerance, m.device.type)
     return climb(batch, INV, names, tolerance, torch.neg, shift=scale(shift, -batch.exponent))
 
 
@@ -238,9 +243,14 @@ SOLVE: dict[str, Route] = {
         torch.float64,
         2e-6,
         lambda m, n: {"cholesky32": 4, "thin64": 14},
+        narrow=True,
     ),
     "lu32": Route(
-        _solver(_lu, torch.float32, rough, steps=3), torch.float64, 2e-6, lambda m, n: {"inverse32": 1, "thin64": 14}
+        _solver(_lu, torch.float32, rough, steps=3),
+        torch.float64,
+        2e-6,
+        lambda m, n: {"inverse32": 1, "thin64": 14},
+        narrow=True,
     ),
     "lu": Route(
         _solver(_lu, torch.float64, rough, steps=1), torch.float64, 2e-6, lambda m, n: {"inverse64": 1, "thin64": 10}
@@ -281,7 +291,7 @@ def solve_ex(
     tolerance = default_rtol(rtol, dtype)
     symmetric = m.device.type != "cpu" or torch.equal(m, m.mT)
     family = {name: row for name, row in SOLVE.items() if symmetric or not name.startswith("cholesky")}
-    names = [method] if method != "auto" else ladder(family, m, tolerance)
+    names = [method] if method != "auto" else ladder(family, m.shape, tolerance, m.device.type)
     scaled = scale(shift, -batch.exponent)
     return climb(joint, SOLVE, names, tolerance, torch.clone, shift=scaled, b=right.x)
 

@@ -25,6 +25,7 @@ POLAR: dict[str, Route] = {
         torch.float32,
         3e-6,
         lambda m, n: {"eigh32": 1, "float32": 0.8 + 1.7 * m / n, "thin64": 2 + 3 * m / n},
+        narrow=True,
     ),
     "qdwh": Route(
         qdwh,
@@ -36,6 +37,7 @@ POLAR: dict[str, Route] = {
             "float32": 2 + 4.3 * m / n,
             "thin64": 16 + 5 * m / n,
         },
+        narrow=True,
     ),
     "gram_eigh64": Route(
         gram_eigh64,
@@ -86,7 +88,7 @@ def polar_ex(
 def _order(tall: Tensor, rtol: float) -> list[str]:
     """The ladder of "auto" for A with m ≥ n."""
     rows = {name: row for name, row in POLAR.items() if name != "newton_schulz"}
-    return ladder(rows, tall, rtol)
+    return ladder(rows, tall.shape, rtol, tall.device.type)
 
 
 def _newton_schulz_ex(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg import factor
-from gramian.linalg.batch import Answer, declined, norm
+from gramian.linalg.batch import SMALL, Answer, declined, norm
 from gramian.linalg.conditioning import eigenvalue_ratio
 from gramian.linalg.probes import Probes, apply, apply_transposed, chain_rounding, of_norm, probes
 from gramian.linalg.symmetric import gram, symmetric_product
@@ -26,7 +26,7 @@ def gram_eigh32(x: Tensor, *, decline: float) -> Answer:
     """By an eigendecomposition of the Gram matrix, all in float32; error εκ²."""
     g = gram(x)
     if math.isfinite(decline) and g.numel():
-        hopeless = LOSS > decline * eigenvalue_ratio(g)
+        hopeless = decline * eigenvalue_ratio(g) < LOSS
         if bool(hopeless.all()):
             return declined(x)
     w, v, ok = factor.eigh(g)
@@ -39,7 +39,7 @@ def gram_eigh64(x: Tensor, *, decline: float) -> Answer:
     if x.dtype == torch.float32:
         kappa = (w[..., -1:] / w[..., :1].clamp_min(2.0**-1000)).sqrt()
         costly = APPLIED[0] + APPLIED[1] * kappa > min(decline, 2e-4)
-        x, v = (x.double(), v) if bool(costly.any()) else (x, v.float())
+        x, v = (x.double(), v) if w.shape[-1] <= SMALL or bool(costly.any()) else (x, v.float())
     return _from_eigenpairs(x, w, v, ok, 2 * U)
 
 

@@ -24,7 +24,10 @@ SWEEPS = 3
 
 
 def weights(low: float) -> tuple[float, float, float]:
-    """a, b, c of the Halley step x(a + bx²)/(1 + cx²) that lifts [low, 1] best. Nakatsukasa, Bai, Gygi 2010, eq. 3.12."""
+    """a, b, c of the Halley step x(a + bx²)/(1 + cx²) that lifts [low, 1] best.
+
+    Nakatsukasa, Bai, Gygi, SIAM J. Matrix Anal. Appl. 31 (2010), §3.
+    """
     if low > 1 - 1e-12:
         return 3.0, 1.0, 3.0
     gamma = (4 * (1 - low**2) / low**4) ** (1 / 3)
@@ -38,7 +41,7 @@ def qdwh(x: Tensor, *, decline: float) -> Answer:
     """Two Halley steps for singular values above 5e-4 of the largest, a polynomial one, in float32; error εκ."""
     g = gram(x)
     if math.isfinite(decline) and g.numel():
-        hopeless = LOSS**2 > decline**2 * eigenvalue_ratio(g)
+        hopeless = decline**2 * eigenvalue_ratio(g) < LOSS**2
         if bool(hopeless.all()):
             return declined(x)
     # ‖A‖₂ from above, within a few per cent: ‖A‖₂ ≤ ‖(AᵀA)⁴‖_F^(1/8).

@@ -14,9 +14,9 @@ from gramian.errors import InputError
 from gramian.linalg import certificate as cert
 from gramian.linalg.batch import Answer, Batch, Route, check, choose, climb, declined, ladder, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
+from gramian.linalg.conditioning import eigenvalue_ratio
 from gramian.linalg.inverse_root import NEGLIGIBLE, coupled_newton, decompose, eigh32, eigh64
 from gramian.linalg.inverses import Damping, damped, damping_of
-from gramian.linalg.conditioning import eigenvalue_ratio
 from gramian.linalg.probes import apply, chain_rounding, of_norm, probes
 from gramian.linalg.symmetric import symmetric_product
 from gramian.linalg.twofold import Pair, eye_like, gamma, minus, pair, plus, product, rough, symmetric
@@ -25,6 +25,8 @@ Product = Callable[[Pair, Pair], Pair]
 
 SQRT_LOSS = 1.2e-5
 """Bound on the relative error over √κ, that a float32 eigendecomposition costs the square root; observed."""
+
+
 def _power(x: Pair, p: int, times: Product) -> Pair:
     """x^p by repeated squaring."""
     if p == 1:
@@ -73,15 +75,23 @@ def _inv_root(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, 
     return Answer(torch.where(proven[:, None, None], value.hi, on_range), error, norm(r), reason, steps)
 
 
-def inv_root_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, decline: float) -> Answer:
+def inv_root_eigh_refined(
+    x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, decline: float
+) -> Answer:
     """The same with first-order corrections from twofold residuals: right to the last bits while uκ < 1."""
     return _inv_root(x, shift, asymmetric, p, eps, product, steps=2)
 
 
 INV_ROOT: dict[str, Route] = {
-    "coupled_newton": Route(coupled_newton, torch.float64, 1e-4, lambda m, n: {"float32": 92, "thin64": 18}),
+    "coupled_newton": Route(
+        coupled_newton, torch.float64, 1e-4, lambda m, n: {"float32": 92, "thin64": 18}, narrow=True
+    ),
     "eigh32": Route(
-        eigh32, torch.float64, 1e-5, lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 10}
+        eigh32,
+        torch.float64,
+        1e-5,
+        lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 10},
+        narrow=True,
     ),
     "eigh64": Route(eigh64, torch.float64, 1e-12, lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 14}),
     "eigh_refined": Route(inv_root_eigh_refined, torch.float64, 0.0, lambda m, n: {"eigh64": 1, "float64": 40}),
@@ -163,8 +173,12 @@ def _sqrtm_probed(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, work
     error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt())) + apart
     usable = (phi < 0.1) & error.isfinite()
     # float32 cannot tell indefinite from rounding as finely as was promised: float64 decides.
-    final = torch.where(usable, reason, cert.INACCURATE) if work == torch.float64 else torch.where(
-        usable & (reason == cert.NONE), cert.NONE, torch.where(asymmetric, cert.NOT_SYMMETRIC, cert.INACCURATE)
+    final = (
+        torch.where(usable, reason, cert.INACCURATE)
+        if work == torch.float64
+        else torch.where(
+            usable & (reason == cert.NONE), cert.NONE, torch.where(asymmetric, cert.NOT_SYMMETRIC, cert.INACCURATE)
+        )
     )
     error = torch.where(usable, error, math.inf)
     return Answer(value, error, miss / norm(m.hi).clamp_min(2.0**-1000), final, failure=3 * p.failure)
@@ -197,7 +211,11 @@ def sqrtm_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float,
 
 SQRTM: dict[str, Route] = {
     "eigh32": Route(
-        sqrtm_eigh32, torch.float64, 1e-5, lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 9}
+        sqrtm_eigh32,
+        torch.float64,
+        1e-5,
+        lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 9},
+        narrow=True,
     ),
     "eigh64": Route(sqrtm_eigh64, torch.float64, 1e-5, lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 9}),
     "eigh": Route(sqrtm_eigh, torch.float64, 1e-13, lambda m, n: {"eigh64": 1, "float64": 11}),
@@ -237,7 +255,7 @@ def inv_root_ex(
         raise InputError(f"inv_root: expected an integer p ≥ 1, got {p!r}. Use p=2 or p=4, for M^(-1/2) or M^(-1/4).")
     batch, shift, asymmetric = _symmetric_batch("inv_root", m, damping, p)
     tolerance = default_rtol(rtol, m.dtype)
-    names = [method] if method != "auto" else ladder(INV_ROOT, m, tolerance)
+    names = [method] if method != "auto" else ladder(INV_ROOT, m.shape, tolerance, m.device.type)
     return climb(
         batch,
         INV_ROOT,
@@ -290,7 +308,7 @@ def sqrtm_ex(
     choose("sqrtm", method, SQRTM)
     batch, shift, asymmetric = _symmetric_batch("sqrtm", m, damping, 2)
     tolerance = default_rtol(rtol, m.dtype)
-    names = [method] if method != "auto" else ladder(SQRTM, m, tolerance)
+    names = [method] if method != "auto" else ladder(SQRTM, m.shape, tolerance, m.device.type)
     return climb(
         batch,
         SQRTM,

@@ -64,7 +64,9 @@ def svd_values_twofold(x: Tensor, *, decline: float) -> Answer:
 SVDVALS: dict[str, Route] = {
     "gram_eigvalsh": Route(gram_eigvalsh, None, 1e-9, lambda m, n: {"eigvalsh64": 1, "float64": 0.8 * m / n}),
     "svd": Route(svd_values, torch.float64, 1e-13, lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 5}),
-    "svd_twofold": Route(svd_values_twofold, torch.float64, 0.0, lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 15}),
+    "svd_twofold": Route(
+        svd_values_twofold, torch.float64, 0.0, lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 15}
+    ),
 }
 
 
@@ -82,7 +84,7 @@ def svdvals_ex(
     choose("svdvals", method, SVDVALS)
     tall = a.mT if a.shape[-2] < a.shape[-1] else a
     tolerance = default_rtol(rtol, a.dtype)
-    names = [method] if method != "auto" else ladder(SVDVALS, tall, tolerance)
+    names = [method] if method != "auto" else ladder(SVDVALS, tall.shape, tolerance, tall.device.type)
     return climb(load(tall), SVDVALS, names, tolerance, torch.clone)
 
 
