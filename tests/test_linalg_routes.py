@@ -142,6 +142,26 @@ def test_auto_climbs_matrix_by_matrix(device):
     assert places[0] < places[1] < places[2]
 
 
+def test_directions_take_products_only_where_they_are_cheaper(monkeypatch):
+    a = random.normal(3, 48, 48, generator=seeded(8))
+    a[1] = 0
+    monkeypatch.setattr(cost, "DEFAULTS", {"cpu": cost.DEFAULTS["cuda"], "cuda": cost.DEFAULTS["cuda"]})
+    cost.constants.cache_clear()
+    try:
+        q, certificate = gl.polar_ex(a, rtol=0.5)
+        _, precise = gl.polar_ex(a, rtol=1e-4)
+    finally:
+        monkeypatch.undo()
+        cost.constants.cache_clear()
+    assert certificate.method_names[::2] == ["newton_schulz"] * 2
+    assert certificate.kind_names[0] == "estimate"
+    assert certificate.converged.tolist() == [True, False, True]
+    exact, _ = polar_oracle(a[::2])
+    error = (q[::2].double() - exact).flatten(1).norm(dim=1) / 48**0.5
+    assert (error <= certificate.error_bound[::2]).all()
+    assert "newton_schulz" not in precise.method_names
+
+
 def test_what_auto_returns_is_never_the_argument():
     a = torch.stack([torch.eye(64), SQUARE["hilbert"](64).float()])
     before = a.clone()

@@ -63,8 +63,8 @@ class Batch:
 class Answer:
     """What a route found: the value, a bound on its absolute Frobenius error, its residual, why it failed.
 
-    `failure` is the probability that the error is above its bound, 0 where the bound is proven; `size` the Frobenius
-    norm of the exact answer where it is known beforehand.
+    `failure` is the probability that the error is above its bound: 0 where it is proven, NaN where nobody knows; `size`
+    the Frobenius norm of the exact answer where it is known beforehand.
     """
 
     value: Tensor
@@ -221,7 +221,7 @@ def settle(
         converged=converged,
         residual=torch.where(failed, math.nan, answer.residual),
         error_bound=bound,
-        kind=torch.full_like(reason, int(answer.failure > 0)),
+        kind=torch.full_like(reason, int(answer.failure != 0)),
         failure_probability=torch.full_like(bound, answer.failure),
         steps=torch.full_like(reason, answer.steps),
         method=torch.full_like(reason, code),
