@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import Tensor
 from gramian.linalg.cost import SIZES, Constants, keep
 from gramian.linalg.probes import WIDTH
 
-SECONDS = 0.15
-"""Time for each operation of each size, and at least three runs of it."""
+SECONDS = 0.25
+"""Time for each operation of each size, and at least five runs of it."""
 
 
 def calibrate(device: str = "cpu", tell: Callable[[str], None] = lambda what: None) -> Constants:
@@ -24,13 +23,13 @@ def calibrate(device: str = "cpu", tell: Callable[[str], None] = lambda what: No
     for n in SIZES:
         tell(f"calibrate {device} {n}")
         operations = _operations(n, device)
-        columns.append({name: _median(operation, device) for name, operation in operations.items()})
+        columns.append({name: _least(operation, device) for name, operation in operations.items()})
     units = [column["float32"] for column in columns]
     factors = {
         name: tuple(column[name] / unit for column, unit in zip(columns, units, strict=True)) for name in columns[0]
     }
     one = torch.ones(1, 1, device=device)
-    return Constants(2.0 * SIZES[-1] ** 3 / units[-1], _median(lambda: one @ one, device), factors, "calibrated")
+    return Constants(2.0 * SIZES[-1] ** 3 / units[-1], _least(lambda: one @ one, device), factors, "calibrated")
 
 
 def keep_calibration(tell: Callable[[str], None] = lambda what: None) -> Path:
@@ -68,8 +67,8 @@ def _operations(n: int, device: str) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _median(operation: Callable[[], Any], device: str) -> float:
-    """Median seconds of a call, after one that is not counted."""
+def _least(operation: Callable[[], Any], device: str) -> float:
+    """Least seconds of a call: what else the machine does can only add to it."""
     seconds: list[float] = []
     began = time.perf_counter()
     for turn in range(1000):
@@ -78,9 +77,9 @@ def _median(operation: Callable[[], Any], device: str) -> float:
         taken = _now(device) - start
         if turn:
             seconds.append(taken)
-        if len(seconds) >= 3 and time.perf_counter() - began > SECONDS:
+        if len(seconds) >= 5 and time.perf_counter() - began > SECONDS:
             break
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def _now(device: str) -> float:

@@ -120,14 +120,14 @@ INV: dict[str, Route] = {
         _route(_cholesky, torch.float32),
         torch.float64,
         1e-5,
-        lambda m, n: {"cholesky32": 5, "thin64": 4, "float32": 0.2},
+        lambda m, n: {"cholesky32": 4, "thin64": 4, "float32": 0.2},
         narrow=True,
     ),
     "lu32": Route(
         _route(_lu, torch.float32), torch.float64, 1e-5, lambda m, n: {"inverse32": 1, "thin64": 4}, narrow=True
     ),
     "cholesky": Route(
-        _route(_cholesky, torch.float64), torch.float64, 2e-6, lambda m, n: {"cholesky64": 4, "thin64": 6}
+        _route(_cholesky, torch.float64), torch.float64, 2e-6, lambda m, n: {"cholesky64": 3.2, "thin64": 6}
     ),
     "lu": Route(_route(_lu, torch.float64), torch.float64, 2e-6, lambda m, n: {"inverse64": 1, "thin64": 6}),
     "lu_refined": Route(lu_refined, torch.float64, 0.0, lambda m, n: {"inverse64": 1, "float64": 15}),
