@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Batch:
         # What float64 holds and float32 may not is scaled first; the other way round, it is widened first.
         return scale(x, -self.down).to(work) if x.dtype == torch.float64 else scale(x.to(work), -self.down)
 
-    @property
+    @cached_property
     def x(self) -> Tensor:
         """The scaled batch in float64, exact."""
         return self.at(torch.float64)
