@@ -131,9 +131,9 @@ def test_singular_values_are_within_their_bounds(method):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_auto_climbs_matrix_by_matrix(device):
-    well = random.with_spectrum(200, 64, spectrum=torch.linspace(1, 2, 64), generator=seeded(1))
-    ill = random.with_spectrum(200, 64, spectrum=torch.logspace(0, -5, 64), generator=seeded(2))
-    hopeless = ill @ torch.diag((torch.arange(64) > 0).float())
+    well = random.with_spectrum(300, 128, spectrum=torch.linspace(1, 2, 128), generator=seeded(1))
+    ill = random.with_spectrum(300, 128, spectrum=torch.logspace(0, -5, 128), generator=seeded(2))
+    hopeless = ill @ torch.diag((torch.arange(128) > 0).float())
     _, certificate = gl.polar_ex(torch.stack([well, ill, hopeless, well]).to(device))
     names = certificate.method_names
     assert certificate.converged.tolist() == [True, True, False, True]

@@ -139,9 +139,7 @@ def bench_command(
 
     if calibrate:
         if name != "linalg":
-            raise InputError(
-                f"bench: --calibrate is for linalg, got {name or 'no benchmark'!r}. Drop it or name linalg."
-            )
+            raise InputError(f"bench: --calibrate is for linalg, got {name!r}. Write: gramian bench linalg --calibrate")
         with _Stages(quiet) as stages:
             path = bench.keep_calibration(lambda what: stages(what, 0.0, ""))
         if not quiet:

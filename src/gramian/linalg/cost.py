@@ -17,7 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 
 Parts = Mapping[str, float | int]
-"""How many of each operation: keys of `Constants.factors`, products in units of n³."""
+"""How many of each operation of `Constants.factors`, products in units of n³. A product with a few vectors counts for
+the casts and norms around it too."""
 
 SIZES = (64, 256, 1024)
 """The n at which the cost of a factorisation is kept; in between its logarithm is interpolated."""

@@ -17,7 +17,7 @@ from gramian.linalg.probes import Probes, apply, chain_rounding, of_norm, probes
 from gramian.linalg.symmetric import symmetric_product
 from gramian.linalg.twofold import Pair, U, pair, product
 
-LOSS = 3 * 2.0**-24
+LOSS = 24 * 2.0**-24
 """Bound on the relative error times p, over κ, that a float32 eigendecomposition costs; observed."""
 
 NEGLIGIBLE = 10

@@ -33,7 +33,7 @@ POLAR: dict[str, Route] = {
         gram_eigh32,
         torch.float32,
         3e-6,
-        lambda m, n: {"eigh32": 1, "float32": 0.8 + 1.7 * m / n, "thin64": 2 + 3 * m / n},
+        lambda m, n: {"eigh32": 1, "float32": 0.8 + 1.7 * m / n, "thin64": 4 + 5 * m / n},
         narrow=True,
     ),
     "qdwh": Route(
@@ -52,7 +52,7 @@ POLAR: dict[str, Route] = {
         gram_eigh64,
         None,
         1e-10,
-        lambda m, n: {"eigh64": 1, "float64": 0.8 * m / n, "float32": 0.8 + m / n, "thin64": 2 + 3 * m / n},
+        lambda m, n: {"eigh64": 1, "float64": 0.8 * m / n, "float32": 0.8 + m / n, "thin64": 4 + 5 * m / n},
     ),
     "svd": Route(svd, torch.float64, 1e-13, lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 6 + 5 * m / n}),
     "svd_refined": Route(
