@@ -37,11 +37,11 @@ def _fill(x: Tensor, y: Tensor, out: Tensor, leaf: int) -> None:
 
 def gram(x: Tensor, work: torch.dtype | None = None) -> Tensor:
     """xᵀx in `work`, exactly symmetric, x being widened a few rows at a time (B, n, n)."""
-    if work is None or x.dtype == work or x.shape[-2] <= 2 * x.shape[-1]:
+    if work is None or x.dtype == work or x.shape[-2] <= 4 * x.shape[-1]:
         wide = x if work is None else x.to(work)
         return symmetric_product(wide.mT, wide)
     total = None
-    for part in x.split(max(x.shape[-1], LEAF), dim=-2):
+    for part in x.split(max(4 * x.shape[-1], LEAF), dim=-2):
         wide = part.to(work)
         product = symmetric_product(wide.mT, wide)
         total = product if total is None else total.add_(product)
