@@ -1,7 +1,8 @@
 """Scores the certificates on 10,000 seeded hostile matrices: writes benchmarks/results/certificates.json.
 
 The generator is the tests' `hostile`, frozen before the routes were written; the seeds below were drawn once, after
-them. Small matrices (n ≤ 8) are judged by 60-digit arithmetic, larger ones (48 and 96) by the float64 answer of the
+them. (910 000 was used up: a certificate changed after it. It gave none silent and 0.16 % flagged.)
+Small matrices (n ≤ 8) are judged by 60-digit arithmetic, larger ones (48 and 96) by the float64 answer of the
 twofold route and its own bound. Run from the repository's root: python benchmarks/certificates.py
 """
 
@@ -24,7 +25,7 @@ from cases import FUNCTIONS, hostile, score  # noqa: E402
 from gramian.bench import features  # noqa: E402
 from gramian.linalg.certificate import RTOL  # noqa: E402
 
-SEED = 910_000
+SEED = 920_000
 SMALL_COUNT = 160
 LARGE = ((48, 33), (96, 32))
 """(n, matrices of each function)"""

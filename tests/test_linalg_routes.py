@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import gramian.linalg as gl
-from cases import DEVICES, SQUARE, seeded
+from cases import DEVICES, SQUARE, mp, seeded
 from gramian import random
-from gramian.linalg import cost, probes
+from gramian.linalg import cost, probes, twofold
 from gramian.linalg.batch import ladder
 from gramian.linalg.conditioning import eigenvalue_ratio
 from gramian.linalg.inverses import INV, SOLVE
@@ -278,3 +278,18 @@ def test_calibration_measures_every_constant(cache, monkeypatch):
     path = calibration.keep_calibration()
     assert set(json.loads(path.read_text())["cpu"]["factors"]) == set(cost.DEFAULTS["cpu"].factors)
     assert cost.constants("cpu").source == "calibrated"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 1e8])
+def test_thin_twofold_products_are_within_their_bound(spread, dtype):
+    scales = torch.logspace(0, math.log10(spread), 40, dtype=torch.float64)
+    a = (random.normal(2, 40, 40, generator=seeded(9), dtype=dtype).double() * scales).to(dtype).double()
+    z = random.normal(2, 40, 3, generator=seeded(10), dtype=torch.float64) / scales[:, None]
+    lo = a * 2.0**-54
+    found = twofold.thin_product(twofold.Pair(a, lo, torch.zeros(2)), torch.linalg.matrix_norm(a), z)
+    for i in range(2):
+        exact = (mp(a[i]) + mp(lo[i])) * mp(z[i])
+        error = mpmath.norm(mp(found.hi[i]) + mp(found.lo[i]) - exact)
+        assert error <= found.error[i].item()
+        assert error <= 2.0**-60 * mpmath.norm(mp(a[i])) * mpmath.norm(mp(z[i]))
