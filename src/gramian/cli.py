@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import gramian
-from gramian.errors import GramianError, GramianWarning
+from gramian.errors import GramianError, GramianWarning, InputError
 
 __all__ = ["app", "main"]
 
@@ -129,11 +129,22 @@ def bench_command(
     json: Annotated[Path | None, typer.Option(help="Write the figures and the machine's features.")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.", min=1)] = 5,
     only: Annotated[str, typer.Option(help="Only tasks whose name contains this.")] = "",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure what linalg's automatic choices rest on, keep it, and stop.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Time gramian on this machine, interleaved with the peers that are installed."""
     from gramian import bench, report
 
+    if calibrate:
+        if name != "linalg":
+            raise InputError(f"bench: --calibrate is for linalg, got {name!r}. Write: gramian bench linalg --calibrate")
+        with _Stages(quiet) as stages:
+            path = bench.keep_calibration(lambda what: stages(what, 0.0, ""))
+        if not quiet:
+            print(f"wrote {path}")
+        return
     if not name:
         print("\n".join(bench.BENCHES))
         return

@@ -17,7 +17,7 @@ from gramian.bench.machine import features
 from gramian.errors import InputError
 from gramian.report.files import write_text
 
-BENCHES: dict[str, str] = {"capture": "gramian.bench.capture"}
+BENCHES: dict[str, str] = {"linalg": "gramian.bench.linalg", "capture": "gramian.bench.capture"}
 """Name on the command line: module with `rows(repeats, only, tell) -> Iterator[Row]`."""
 
 Tell = Callable[[str], None]

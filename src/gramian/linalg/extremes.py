@@ -53,7 +53,7 @@ def norm_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
 
 def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
     """By all singular values, with their certificate."""
-    found = svd_values_twofold(x)
+    found = svd_values_twofold(x, decline=math.inf)
     if not x.shape[-1]:
         return Number(x.new_zeros(x.shape[0]), found.error * 0, found.reason)
     return Number(found.value[:, 0], found.error, found.reason)
@@ -193,7 +193,7 @@ def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
 
 def cond_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
     """σ₁/σ_n of all singular values, with their certificate."""
-    found = svd_values_twofold(x)
+    found = svd_values_twofold(x, decline=math.inf)
     first, last = found.value[:, 0], found.value[:, -1]
     value = first / last
     if x.shape[-1] == 1:

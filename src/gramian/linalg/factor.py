@@ -1,4 +1,4 @@
-"""LAPACK's factorisations in float64, where one failure never raises for the batch."""
+"""LAPACK's factorisations, where one failure never raises for the batch."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues (B, n) ascending, eigenvectors (B, n, n), and which matrices LAPACK managed (B,)."""
     (w, v), ok = _each(lambda y: tuple(torch.linalg.eigh(y)), x)
     return w, v, ok
+
+
+def eigvalsh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (B, n) ascending, and which matrices LAPACK managed (B,)."""
+    (w,), ok = _each(lambda y: (torch.linalg.eigvalsh(y),), x)
+    return w, ok
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -11,26 +12,19 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor
-from gramian.linalg.batch import Answer, Batch, check, choose, climb, load, norm, scale
+from gramian.linalg.batch import Answer, Batch, Route, check, choose, climb, declined, ladder, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
+from gramian.linalg.conditioning import eigenvalue_ratio
+from gramian.linalg.inverse_root import NEGLIGIBLE, coupled_newton, decompose, eigh32, eigh64
 from gramian.linalg.inverses import Damping, damped, damping_of
-from gramian.linalg.twofold import Pair, U, eye_like, gamma, minus, pair, plus, product, rough, symmetric
+from gramian.linalg.probes import apply, chain_rounding, of_norm, probes
+from gramian.linalg.symmetric import symmetric_product
+from gramian.linalg.twofold import Pair, eye_like, gamma, minus, pair, plus, product, rough, symmetric
 
 Product = Callable[[Pair, Pair], Pair]
-NEGLIGIBLE = 10
-"""Eigenvalues above −10·n·ε(dtype)·‖M‖ are rounding, not indefiniteness; the design's constant."""
 
-
-def _decompose(m: Pair, asymmetric: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eigenvalues, eigenvectors, the floor (B, 1) below which float64 cannot tell them from zero, and the reason."""
-    w, v, ok = factor.eigh(m.hi)
-    n = w.shape[-1]
-    top = w.abs().amax(-1, keepdim=True) if n else w.new_zeros(w.shape[0], 1)
-    indefinite = (w < -NEGLIGIBLE * n * eps * top).any(-1)
-    reason = torch.where(indefinite, cert.INDEFINITE, cert.NONE)
-    reason = torch.where(asymmetric, cert.NOT_SYMMETRIC, reason)
-    return w, v, NEGLIGIBLE * n * 2 * U * top, torch.where(ok, reason, cert.LAPACK)
+SQRT_LOSS = 1.2e-5
+"""Bound on the relative error over √κ, that a float32 eigendecomposition costs the square root; observed."""
 
 
 def _power(x: Pair, p: int, times: Product) -> Pair:
@@ -51,7 +45,7 @@ def _inv_root(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, 
     every unitarily invariant norm: no condition number enters.
     """
     m = damped(x, shift)
-    w, v, floor, reason = _decompose(m, asymmetric, eps)
+    w, v, floor, reason = decompose(m, asymmetric, eps)
     root = torch.where(w > 0, w, torch.inf) ** (-1 / p)
     value = symmetric(pair((v * root[:, None, :]) @ v.mT))
     value = pair(value.hi)
@@ -81,17 +75,27 @@ def _inv_root(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, 
     return Answer(torch.where(proven[:, None, None], value.hi, on_range), error, norm(r), reason, steps)
 
 
-def inv_root_eigh(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float) -> Answer:
-    """By an eigendecomposition; error uκ/p, bounded from a residual in plain float64."""
-    return _inv_root(x, shift, asymmetric, p, eps, rough, steps=0)
-
-
-def inv_root_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float) -> Answer:
+def inv_root_eigh_refined(
+    x: Tensor, shift: Tensor, asymmetric: Tensor, p: int, eps: float, *, decline: float
+) -> Answer:
     """The same with first-order corrections from twofold residuals: right to the last bits while uκ < 1."""
     return _inv_root(x, shift, asymmetric, p, eps, product, steps=2)
 
 
-INV_ROOT: dict[str, Callable[..., Answer]] = {"eigh": inv_root_eigh, "eigh_refined": inv_root_eigh_refined}
+INV_ROOT: dict[str, Route] = {
+    "coupled_newton": Route(
+        coupled_newton, torch.float64, 1e-4, lambda m, n: {"float32": 92, "thin64": 18}, narrow=True
+    ),
+    "eigh32": Route(
+        eigh32,
+        torch.float64,
+        1e-5,
+        lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 10},
+        narrow=True,
+    ),
+    "eigh64": Route(eigh64, torch.float64, 1e-12, lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 14}),
+    "eigh_refined": Route(inv_root_eigh_refined, torch.float64, 0.0, lambda m, n: {"eigh64": 1, "float64": 40}),
+}
 
 
 def _sqrtm(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, times: Product, steps: int) -> Answer:
@@ -102,7 +106,7 @@ def _sqrtm(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, times: Prod
     size ν enters where the eigenvalue is not certain to be positive.
     """
     m = damped(x, shift)
-    w, v, _, reason = _decompose(m, asymmetric, eps)
+    w, v, _, reason = decompose(m, asymmetric, eps)
     s = w.clamp_min(0).sqrt()
     value = pair(symmetric(pair((v * s[:, None, :]) @ v.mT)).hi)
     sums = s[:, :, None] + s[:, None, :]
@@ -136,34 +140,101 @@ def _sqrtm(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, times: Prod
     return Answer(value.hi, error, norm(e) / norm(m.hi).clamp_min(2.0**-1000), reason, steps)
 
 
-def sqrtm_eigh(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float) -> Answer:
+def _sqrtm_probed(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, work: torch.dtype) -> Answer:
+    """V w₊^(1/2) Vᵀ, with the bound of the difference of two roots from that of their squares.
+
+    Positive parts are no farther apart than the matrices: e bounds ‖M₊ − X²‖_F if ‖M − V w Vᵀ‖_F and ‖VᵀV − I‖_F do.
+    Then ‖√M₊ − X‖_F ≤ (√n e)^(1/2) (Powers–Størmer; Bhatia, Matrix Analysis, theorem X.1.3), and ≤ e / (2√λ) where
+    both are above λ > 0.
+    """
+    n = x.shape[-1]
+    m = damped(x, shift)
+    w, v, _, reason = decompose(m._replace(hi=m.hi.to(work)), asymmetric, eps)
+    w = w.double()
+    s = w.clamp_min(0).sqrt()
+    dtype = torch.float64 if eps < 2.0**-30 else torch.float32
+    left = v.to(dtype) * s.sqrt().to(dtype)[:, None, :]
+    value = symmetric_product(left, left.mT)
+    if not value[0:1].numel():
+        zero = torch.zeros_like(shift)
+        return Answer(value, zero, zero, reason)
+    p = probes(n, x.device)
+    omega = p.omega.expand(x.shape[0], -1, -1)
+    vectors, length, wide = v.double(), norm(omega), w.abs().amax(-1)
+    across = vectors.mT @ omega
+    slip = 3 * chain_rounding(n + 3, math.sqrt(n), length)
+    phi = of_norm(vectors.mT @ (vectors @ omega) - omega, p, slip)
+    image = rough(m, pair(omega))
+    miss = of_norm(image.hi - vectors @ (w[:, :, None] * across), p, image.error + slip * wide + norm(m.lo))
+    apart = of_norm(apply(value, omega) - vectors @ (s[:, :, None] * across), p, slip * (wide.sqrt() + norm(value)))
+    # (V w Vᵀ)₊ and X² are V w₊ Vᵀ but for the defect of V.
+    e = miss + 4 * phi * wide
+    lowest = (w[:, 0] * (1 - 2 * phi) - e).clamp_min(0)
+    error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt())) + apart
+    usable = (phi < 0.1) & error.isfinite()
+    # float32 cannot tell indefinite from rounding as finely as was promised: float64 decides.
+    final = (
+        torch.where(usable, reason, cert.INACCURATE)
+        if work == torch.float64
+        else torch.where(
+            usable & (reason == cert.NONE), cert.NONE, torch.where(asymmetric, cert.NOT_SYMMETRIC, cert.INACCURATE)
+        )
+    )
+    error = torch.where(usable, error, math.inf)
+    return Answer(value, error, miss / norm(m.hi).clamp_min(2.0**-1000), final, failure=3 * p.failure)
+
+
+def sqrtm_eigh32(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, *, decline: float) -> Answer:
+    """By an eigendecomposition in float32, bounded by probes."""
+    if math.isfinite(decline) and x.numel():
+        narrow = damped(x, shift).hi.float()
+        hopeless = decline * eigenvalue_ratio(narrow).sqrt() < SQRT_LOSS
+        if bool(hopeless.all()):
+            return declined(narrow)
+    return _sqrtm_probed(x, shift, asymmetric, eps, torch.float32)
+
+
+def sqrtm_eigh64(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, *, decline: float) -> Answer:
+    """By an eigendecomposition in float64, bounded by probes: 1e-7 at worst, as a root turns ε into √ε."""
+    return _sqrtm_probed(x, shift, asymmetric, eps, torch.float64)
+
+
+def sqrtm_eigh(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, *, decline: float) -> Answer:
     """By an eigendecomposition, bounded from a residual in plain float64."""
     return _sqrtm(x, shift, asymmetric, eps, rough, steps=0)
 
 
-def sqrtm_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float) -> Answer:
+def sqrtm_eigh_refined(x: Tensor, shift: Tensor, asymmetric: Tensor, eps: float, *, decline: float) -> Answer:
     """The same with a first-order correction from a twofold residual."""
     return _sqrtm(x, shift, asymmetric, eps, product, steps=1)
 
 
-SQRTM: dict[str, Callable[..., Answer]] = {"eigh": sqrtm_eigh, "eigh_refined": sqrtm_eigh_refined}
+SQRTM: dict[str, Route] = {
+    "eigh32": Route(
+        sqrtm_eigh32,
+        torch.float64,
+        1e-5,
+        lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 9},
+        narrow=True,
+    ),
+    "eigh64": Route(sqrtm_eigh64, torch.float64, 1e-5, lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 9}),
+    "eigh": Route(sqrtm_eigh, torch.float64, 1e-13, lambda m, n: {"eigh64": 1, "float64": 11}),
+    "eigh_refined": Route(sqrtm_eigh_refined, torch.float64, 0.0, lambda m, n: {"eigh64": 1, "float64": 40}),
+}
 
 
 def _symmetric_batch(name: str, m: Tensor, damping: Damping, multiple: int) -> tuple[Batch, Tensor, Tensor]:
     """The batch with symmetric parts taken, the damping scaled alike, and which matrices were not symmetric."""
     shift = damping_of(name, damping, m)
     batch = load(m, multiple=multiple, at_least=shift)
-    allowed = NEGLIGIBLE * m.shape[-1] * torch.finfo(m.dtype).eps * norm(batch.x)
-    asymmetric = norm(batch.x - batch.x.mT) > allowed
+    if m.device.type == "cpu" and torch.equal(m, m.mT):
+        return batch, scale(shift, -batch.exponent), torch.zeros_like(batch.finite)
+    x = batch.x
+    allowed = NEGLIGIBLE * m.shape[-1] * torch.finfo(m.dtype).eps * norm(x)
+    asymmetric = norm(x - x.mT) > allowed
     # Halved before the sum, which is then exact but for its last bit.
-    even = Batch(batch.x / 2 + batch.x.mT / 2, batch.exponent, batch.finite, batch.shape, batch.dtype)
+    even = replace(batch, raw=x / 2 + x.mT / 2, down=torch.zeros_like(batch.down))
     return even, scale(shift, -batch.exponent), asymmetric
-
-
-def _names(method: str, dtype: torch.dtype) -> list[str]:
-    if method != "auto":
-        return [method]
-    return ["eigh_refined"] if dtype == torch.float64 else ["eigh", "eigh_refined"]
 
 
 @torch.no_grad()
@@ -183,11 +254,13 @@ def inv_root_ex(
     if isinstance(p, bool) or not isinstance(p, int) or p < 1:
         raise InputError(f"inv_root: expected an integer p ≥ 1, got {p!r}. Use p=2 or p=4, for M^(-1/2) or M^(-1/4).")
     batch, shift, asymmetric = _symmetric_batch("inv_root", m, damping, p)
+    tolerance = default_rtol(rtol, m.dtype)
+    names = [method] if method != "auto" else ladder(INV_ROOT, m.shape, tolerance, m.device.type)
     return climb(
         batch,
         INV_ROOT,
-        _names(method, m.dtype),
-        default_rtol(rtol, m.dtype),
+        names,
+        tolerance,
         lambda e: -e // p,
         shift=shift,
         asymmetric=asymmetric,
@@ -208,8 +281,9 @@ def inv_root(
     (`certificate.RTOL` of the dtype if None).
     Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where M + λI is not symmetric, has an eigenvalue that is not
     positive, or the error bound is above rtol.
-    Cost: one float64 eigendecomposition (about 15 float32 products) and log₂ p + 2 products; refined, about six times
-    those. Accuracy: one rounding of the dtype, until κ nears 1e13; the residual is ‖I − XᵖM‖_F.
+    Cost in float32 products at 1024²: an eigendecomposition, 7 in float32 or 13 in float64, and about 3; refined, 100.
+    "coupled_newton" about 90, products only. Accuracy: what `rtol` asks for, until κ nears 1e13; the residual is a
+    bound on ‖XᵇMXᵃ − I‖_F, a + b = p.
     Source: Higham, Functions of Matrices (2008), chapter 7 and theorem 3.11.
 
     >>> inv_root(torch.diag(torch.tensor([16.0, 1.0])), 4)
@@ -234,11 +308,13 @@ def sqrtm_ex(
     check("sqrtm", m, square=True)
     choose("sqrtm", method, SQRTM)
     batch, shift, asymmetric = _symmetric_batch("sqrtm", m, damping, 2)
+    tolerance = default_rtol(rtol, m.dtype)
+    names = [method] if method != "auto" else ladder(SQRTM, m.shape, tolerance, m.device.type)
     return climb(
         batch,
         SQRTM,
-        _names(method, m.dtype),
-        default_rtol(rtol, m.dtype),
+        names,
+        tolerance,
         lambda e: e // 2,
         shift=shift,
         asymmetric=asymmetric,
@@ -258,8 +334,9 @@ def sqrtm(
     Eigenvalues between −10·n·ε(dtype)·‖M‖ and 0 count as zero.
     Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where M + λI is not symmetric, has a negative eigenvalue
     beyond rounding, or the error bound is above rtol.
-    Cost: one float64 eigendecomposition and 4 products; refined, about three times those. Accuracy: one rounding of
-    the dtype; 1e-7 where M is singular, as a root turns ε into √ε. The residual is ‖M − X²‖_F / ‖M‖_F.
+    Cost in float32 products at 1024²: an eigendecomposition, 7 in float32 or 13 in float64, and about 3; with the
+    finer bound of "eigh" 25 more. Accuracy: what `rtol` asks for; 1e-7 where M is singular, as a root turns ε into √ε.
+    The residual is ‖M − V w Vᵀ‖_F / ‖M‖_F, or ‖M − X²‖_F / ‖M‖_F by "eigh" and "eigh_refined".
     Source: Higham, Functions of Matrices (2008), chapter 6; Bhatia, Matrix Analysis (1997), theorem X.1.1.
 
     >>> sqrtm(torch.diag(torch.tensor([4.0, 9.0])))

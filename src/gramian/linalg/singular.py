@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg import factor
-from gramian.linalg.batch import Answer, check, choose, climb, load, norm
+from gramian.linalg.batch import Answer, Route, check, choose, climb, ladder, load, norm
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
+from gramian.linalg.symmetric import gram
 from gramian.linalg.twofold import Pair, U, eye_like, gamma, minus, pair, product, rough, transpose
 
 Product = Callable[[Pair, Pair], Pair]
@@ -20,9 +21,9 @@ RESOLVED = 1e-8
 """σ/σ₁ below which a float64 Gram matrix, whose eigenvalues are σ² ± u·σ₁², no longer sees σ."""
 
 
-def gram_eigvalsh(x: Tensor) -> Answer:
+def gram_eigvalsh(x: Tensor, *, decline: float) -> Answer:
     """Roots of the eigenvalues of XᵀX in float64. |σ̂ − σ| ≤ η/σ̂ or √η, η bounding the error of an eigenvalue."""
-    w, _, ok = factor.eigh(x.mT @ x)
+    w, ok = factor.eigvalsh(gram(x, torch.float64))
     s = w.clamp_min(0).sqrt().flip(-1)
     m, n = x.shape[-2:]
     top = s.amax(-1, keepdim=True) if n else s.new_zeros(s.shape[0], 1)
@@ -49,20 +50,23 @@ def _svd_answer(x: Tensor, times: Product) -> Answer:
     return Answer(s, error, norm(gap) / norm(x).clamp_min(2.0**-1000), reason)
 
 
-def svd_values(x: Tensor) -> Answer:
+def svd_values(x: Tensor, *, decline: float) -> Answer:
     """By the SVD, bounded from residuals in plain float64."""
     return _svd_answer(x, rough)
 
 
-def svd_values_twofold(x: Tensor) -> Answer:
+def svd_values_twofold(x: Tensor, *, decline: float) -> Answer:
     """By the SVD, bounded from twofold residuals."""
     return _svd_answer(x, product)
 
 
-SVDVALS: dict[str, Callable[..., Answer]] = {
-    "gram_eigvalsh": gram_eigvalsh,
-    "svd": svd_values,
-    "svd_twofold": svd_values_twofold,
+SVDVALS: dict[str, Route] = {
+    # Not for float64's default rtol: who works in float64 wants small singular values to more than √u.
+    "gram_eigvalsh": Route(gram_eigvalsh, None, 2e-6, lambda m, n: {"eigvalsh64": 1, "float64": 0.8 * m / n}),
+    "svd": Route(svd_values, torch.float64, 1e-13, lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 5}),
+    "svd_twofold": Route(
+        svd_values_twofold, torch.float64, 0.0, lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 15}
+    ),
 }
 
 
@@ -79,10 +83,9 @@ def svdvals_ex(
     check("svdvals", a)
     choose("svdvals", method, SVDVALS)
     tall = a.mT if a.shape[-2] < a.shape[-1] else a
-    names = [method]
-    if method == "auto":
-        names = ["svd_twofold"] if a.dtype == torch.float64 else ["gram_eigvalsh", "svd"]
-    return climb(load(tall), SVDVALS, names, default_rtol(rtol, a.dtype), torch.clone)
+    tolerance = default_rtol(rtol, a.dtype)
+    names = [method] if method != "auto" else ladder(SVDVALS, tall.shape, tolerance, tall.device.type)
+    return climb(load(tall), SVDVALS, names, tolerance, torch.clone)
 
 
 def svdvals(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b k"]:

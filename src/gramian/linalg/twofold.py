@@ -72,6 +72,24 @@ def product(a: Pair, b: Pair) -> Pair:
     return Pair(hi, lo, local + passed)
 
 
+def thin_product(a: Pair, size: Tensor, z: Tensor) -> Pair:
+    """As `product`, for an exact a with ‖a‖_F ≤ size and a z (B, k, r) of few columns: a's parts are not measured."""
+    k = z.shape[-2]
+    bits = (53 - math.ceil(math.log2(k))) // 2
+    peak = torch.maximum(a.hi.amax(-1, keepdim=True), -a.hi.amin(-1, keepdim=True))
+    anchor = 1.5 * pow2(torch.frexp(peak).exponent.long() + 52 - bits)
+    a1 = (a.hi + anchor).sub_(anchor)
+    a2 = (a.hi - a1).add_(a.lo)
+    z1 = leading(z, -2, bits)
+    z2 = z - z1
+    head, tail = a1 @ z1, a1 @ z2 + a2 @ z
+    hi, lo = two_sum(head, tail)
+    # |a2| is at most half a unit of the last bit kept, below 2^-bits of the row's peak, and a.lo far less.
+    rest = 2.0**-bits * math.sqrt(k) * norm(peak) * (1 + 2.0**-20)
+    local = gamma(k + 5) * ((size + rest) * norm(z2) + rest * norm(z)) * (1 + 2.0**-20)
+    return Pair(hi, lo, local)
+
+
 def rough(a: Pair, b: Pair) -> Pair:
     """a·b in plain float64 (the low parts dropped), with a rigorous bound on its Frobenius error."""
     high, low = norm(a.hi), norm(b.hi)

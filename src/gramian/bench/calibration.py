@@ -1,0 +1,88 @@
+"""Measures the constants of `gramian.linalg.cost` on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.linalg.cost import SIZES, Constants, keep
+from gramian.linalg.probes import WIDTH
+
+SECONDS = 0.25
+"""Time for each operation of each size, and at least five runs of it."""
+
+
+def calibrate(device: str = "cpu", tell: Callable[[str], None] = lambda what: None) -> Constants:
+    """The constants of one kind of device: about half a minute."""
+    columns = []
+    for n in SIZES:
+        tell(f"calibrate {device} {n}")
+        operations = _operations(n, device)
+        columns.append({name: _least(operation, device) for name, operation in operations.items()})
+    units = [column["float32"] for column in columns]
+    factors = {
+        name: tuple(column[name] / unit for column, unit in zip(columns, units, strict=True)) for name in columns[0]
+    }
+    one = torch.ones(1, 1, device=device)
+    return Constants(2.0 * SIZES[-1] ** 3 / units[-1], _least(lambda: one @ one, device), factors, "calibrated")
+
+
+def keep_calibration(tell: Callable[[str], None] = lambda what: None) -> Path:
+    """Calibrates the processor, and the GPU if there is one, and writes the file that `linalg` reads."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return keep({device: calibrate(device, tell) for device in devices})
+
+
+def _operations(n: int, device: str) -> dict[str, Callable[[], Any]]:
+    generator = torch.Generator().manual_seed(n)
+    a = torch.randn(n, n, generator=generator).to(device)
+    spd = a @ a.mT / n + torch.eye(n, device=device)
+    wide, spd_wide, half = a.double(), spd.double(), a.bfloat16()
+    thin = wide[:, : min(n, WIDTH)].contiguous()
+    lower = torch.linalg.cholesky(spd)
+
+    def triangular() -> Tensor:
+        return torch.linalg.solve_triangular(lower.mT, a, upper=True, left=False)
+
+    return {
+        "float32": lambda: a @ a,
+        "float64": lambda: wide @ wide,
+        "bfloat16": lambda: half @ half,
+        "thin64": lambda: wide @ thin,
+        "eigh32": lambda: torch.linalg.eigh(spd),
+        "eigh64": lambda: torch.linalg.eigh(spd_wide),
+        "eigvalsh64": lambda: torch.linalg.eigvalsh(spd_wide),
+        "svd32": lambda: torch.linalg.svd(a),
+        "svd64": lambda: torch.linalg.svd(wide),
+        "cholesky32": lambda: torch.linalg.cholesky_ex(spd),
+        "cholesky64": lambda: torch.linalg.cholesky_ex(spd_wide),
+        "inverse32": lambda: torch.linalg.inv_ex(a),
+        "inverse64": lambda: torch.linalg.inv_ex(wide),
+        "triangular32": triangular,
+    }
+
+
+def _least(operation: Callable[[], Any], device: str) -> float:
+    """Least seconds of a call: what else the machine does can only add to it."""
+    seconds: list[float] = []
+    began = time.perf_counter()
+    for turn in range(1000):
+        start = _now(device)
+        operation()
+        taken = _now(device) - start
+        if turn:
+            seconds.append(taken)
+        if len(seconds) >= 5 and time.perf_counter() - began > SECONDS:
+            break
+    return min(seconds)
+
+
+def _now(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()

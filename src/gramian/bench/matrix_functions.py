@@ -1,0 +1,227 @@
+"""Dense matrix functions against torch.linalg, torch.optim.Muon and the coupled Newton of the Shampoo literature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim._muon import _zeropower_via_newtonschulz as muon_function
+
+from gramian import linalg, random
+from gramian.bench.table import Goal, Measurement, Row
+from gramian.bench.timing import Timing, interleaved
+from gramian.linalg.polar_express import newton_schulz
+
+MUON = ((3.4445, -4.775, 2.0315), 5, 1e-7)
+"""torch.optim.Muon's default coefficients, steps and eps."""
+
+
+def _matrix(m: int, n: int, kappa: float, *, symmetric: bool = False) -> Tensor:
+    """float32, with logarithmically spaced singular values from 1 to 1/κ."""
+    spectrum = torch.logspace(0, -math.log10(kappa), min(m, n), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    a = random.with_spectrum(m, n, spectrum=spectrum, symmetric=symmetric, generator=generator, dtype=torch.float64)
+    return ((a + a.mT) / 2).float() if symmetric else a.float()
+
+
+def _relative(value: Tensor, exact: Tensor) -> float:
+    return float(torch.linalg.norm(value.double() - exact) / torch.linalg.norm(exact))
+
+
+def _svd_polar(a: Tensor) -> Tensor:
+    u, _, vh = torch.linalg.svd(a, full_matrices=False)
+    return u @ vh
+
+
+def _measured(times: dict[str, Timing], errors: dict[str, float], remarks: dict[str, str]) -> tuple[Measurement, ...]:
+    return tuple(Measurement(k, t.median, errors.get(k), remarks.get(k, "")) for k, t in times.items())
+
+
+def _remark(certificate: linalg.Certificate, rtol: float) -> str:
+    """The route, what was asked, and what was certified."""
+    bound = float(certificate.error_bound.max())
+    kind = certificate.kind_names[0]
+    return f"{certificate.method_names[0]}; asked {rtol:g}, certified {bound:.1e} ({kind})"
+
+
+def _polar(
+    a: Tensor, repeats: int, ask: float, rivals: dict[str, Callable[[], Tensor]]
+) -> tuple[dict[str, Timing], dict[str, float], dict[str, str]]:
+    exact = _svd_polar(a.double())
+    times = interleaved({"gramian": lambda: linalg.polar_ex(a, rtol=ask), **rivals}, repeats=repeats)
+    value, certificate = times["gramian"].result
+    found = {name: t.result for name, t in times.items()} | {"gramian": value}
+    errors = {name: _relative(x, exact) for name, x in found.items()}
+    return times, errors, {"gramian": _remark(certificate, ask)}
+
+
+def polar_wide_direction(repeats: int) -> Row:
+    """Polar factor of 1024 × 4096, κ 100, against five bf16 steps."""
+    a = _matrix(1024, 4096, 100)
+    rivals = {
+        "torch.optim.Muon's function": lambda: muon_function(a, *MUON),
+        "torch.linalg.svd": lambda: _svd_polar(a),
+    }
+    times, errors, remarks = _polar(a, repeats, 3e-3, rivals)
+    ratio = times["gramian"].median / times["torch.optim.Muon's function"].median
+    return Row(
+        "polar 1024×4096, κ 100, direction",
+        "‖Q − UVᵀ‖ / ‖UVᵀ‖",
+        _measured(times, errors, remarks),
+        (
+            (Goal("time ÷ torch.optim.Muon's", "<=", 1.0), ratio),
+            (Goal("error", "<=", 3e-4), errors["gramian"]),
+        ),
+    )
+
+
+def polar_wide(repeats: int) -> Row:
+    """The same, accurate, against the SVD."""
+    a = _matrix(1024, 4096, 100)
+    times, errors, remarks = _polar(a, repeats, 1e-4, {"torch.linalg.svd": lambda: _svd_polar(a)})
+    return Row(
+        "polar 1024×4096, κ 100, accurate",
+        "‖Q − UVᵀ‖ / ‖UVᵀ‖",
+        _measured(times, errors, remarks),
+        (
+            (Goal("torch.linalg.svd ÷ time", ">=", 4.0), times["torch.linalg.svd"].median / times["gramian"].median),
+            (Goal("error", "<=", 1e-5), errors["gramian"]),
+            (Goal("error ÷ torch.linalg.svd's", "<=", 1.0), errors["gramian"] / errors["torch.linalg.svd"]),
+        ),
+    )
+
+
+def polar_square(repeats: int) -> Row:
+    """Polar factor of 1024², κ 1e3, against the SVD."""
+    a = _matrix(1024, 1024, 1e3)
+    times, errors, remarks = _polar(a, repeats, 1e-2, {"torch.linalg.svd": lambda: _svd_polar(a)})
+    return Row(
+        "polar 1024×1024, κ 1e3",
+        "‖Q − UVᵀ‖ / ‖UVᵀ‖",
+        _measured(times, errors, remarks),
+        (
+            (Goal("torch.linalg.svd ÷ time", ">=", 2.0), times["torch.linalg.svd"].median / times["gramian"].median),
+            (Goal("error", "<=", 1e-4), errors["gramian"]),
+        ),
+    )
+
+
+def coupled_newton(m: Tensor, p: int, tolerance: float = 1e-6, most: int = 100) -> Tensor:
+    """M^(-1/p) as Shampoo's implementations take it (Anil et al., arXiv:2002.09018, and Iannazzo 2006): in float32,
+    X ← XT, Y ← TᵖY with T = ((p + 1)I − Y)/p from Y = zM, X = z^(1/p)I, z = (1 + p)/(2‖M‖_F), until max|Y − I| stops.
+    """
+    eye = torch.eye(len(m), dtype=m.dtype)
+    z = (1 + p) / (2 * torch.linalg.norm(m))
+    x, y = eye * z ** (1 / p), m * z
+    error = float((y - eye).abs().max())
+    for _ in range(most):
+        if error <= tolerance:
+            break
+        t = ((p + 1) * eye - y) / p
+        power = torch.linalg.matrix_power(t, p)
+        new_x, y = x @ t, power @ y
+        new_error = float((y - eye).abs().max())
+        if new_error > 1.2 * error:
+            break
+        x, error = new_x, new_error
+    return x
+
+
+def inv_root(repeats: int) -> Row:
+    """Inverse fourth root of 1024², κ 1e6, against the coupled Newton iteration."""
+    m = _matrix(1024, 1024, 1e6, symmetric=True)
+    w, v = torch.linalg.eigh(m.double())
+    exact = (v * w**-0.25) @ v.mT
+
+    def eigh(m: Tensor) -> Tensor:
+        w, v = torch.linalg.eigh(m)
+        return ((v * w.clamp_min(1e-30) ** -0.25) @ v.mT).float()
+
+    times = interleaved(
+        {
+            "gramian": lambda: linalg.inv_root_ex(m, 4),
+            "coupled Newton, float32": lambda: coupled_newton(m, 4),
+            "torch.linalg.eigh, float32": lambda: eigh(m),
+            "torch.linalg.eigh, float64": lambda: eigh(m.double()),
+        },
+        repeats=repeats,
+    )
+    value, certificate = times["gramian"].result
+    found = {name: t.result for name, t in times.items()} | {"gramian": value}
+    errors = {name: _relative(x, exact) for name, x in found.items()}
+    slow = "coupled Newton, float32"
+    return Row(
+        "inv_root p=4, n 1024, κ 1e6",
+        "‖X − M^(-1/4)‖ / ‖M^(-1/4)‖",
+        _measured(times, errors, {"gramian": _remark(certificate, 1e-4)}),
+        (
+            (Goal("coupled Newton ÷ time", ">=", 6.0), times[slow].median / times["gramian"].median),
+            (Goal("coupled Newton's error ÷ error", ">=", 10.0), errors[slow] / errors["gramian"]),
+        ),
+    )
+
+
+def svdvals(repeats: int) -> Row:
+    """Singular values of 4096 × 1024, κ 1e6, against torch.linalg.svdvals."""
+    a = _matrix(4096, 1024, 1e6)
+    exact = torch.linalg.svdvals(a.double())
+    times = interleaved(
+        {
+            # Widened, so that the answer shows more than the rounding to float32; the time includes it.
+            "gramian": lambda: linalg.svdvals_ex(a.double(), rtol=1e-4),
+            "torch.linalg.svdvals": lambda: torch.linalg.svdvals(a),
+        },
+        repeats=repeats,
+    )
+    value, certificate = times["gramian"].result
+    errors = {
+        "gramian": float((value.double() - exact).abs().max() / exact[0]),
+        "torch.linalg.svdvals": float((times["torch.linalg.svdvals"].result.double() - exact).abs().max() / exact[0]),
+    }
+    rival = "torch.linalg.svdvals"
+    return Row(
+        "svdvals 4096×1024, κ 1e6",
+        "max |σ̂ − σ| / σ₁",
+        _measured(times, errors, {"gramian": _remark(certificate, 1e-4)}),
+        (
+            (Goal("torch.linalg.svdvals ÷ time", ">=", 1.8), times[rival].median / times["gramian"].median),
+            (Goal("torch.linalg.svdvals' error ÷ error", ">=", 1000.0), errors[rival] / max(errors["gramian"], 1e-18)),
+        ),
+    )
+
+
+def orthogonalise_many(repeats: int) -> Row:
+    """Directions of 64 matrices of 128², against torch.optim.Muon's function in a loop and batched LAPACK."""
+    g = random.normal(64, 128, 128, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(g.double())
+    exact = u @ vh
+    times = interleaved(
+        {
+            "gramian, newton_schulz bf16": lambda: newton_schulz(g, steps=5, dtype=torch.bfloat16),
+            "gramian, newton_schulz float32": lambda: newton_schulz(g, steps=5),
+            "torch.optim.Muon's function, a loop": lambda: torch.stack([muon_function(x, *MUON) for x in g]),
+            "torch.linalg.svd, batched": lambda: _svd_polar(g),
+        },
+        repeats=max(repeats, 9),
+    )
+    errors = {name: _relative(t.result, exact) for name, t in times.items()}
+    loop = times["torch.optim.Muon's function, a loop"].median
+    return Row(
+        "orthogonalise 64 of 128²",
+        "‖Q − UVᵀ‖ / ‖UVᵀ‖",
+        _measured(times, errors, {}),
+        ((Goal("Muon's loop ÷ time", ">=", 6.0), loop / times["gramian, newton_schulz bf16"].median),),
+    )
+
+
+TASKS: dict[str, Callable[[int], Row]] = {
+    "polar_wide_direction": polar_wide_direction,
+    "polar_wide": polar_wide,
+    "polar_square": polar_square,
+    "inv_root": inv_root,
+    "svdvals": svdvals,
+    "orthogonalise_many": orthogonalise_many,
+}
+"""Name of a task: its row, from a number of repeats."""

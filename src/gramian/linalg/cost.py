@@ -1,0 +1,144 @@
+"""What each route is predicted to cost: sums of products and factorisations, with a handful of constants per machine.
+
+Everything is in seconds. One float32 product of two n×n matrices takes 2n³ / rate; factorisations take so many of
+them, by size; every call of the library has a latency. The defaults are those of one two-core machine;
+`gramian bench linalg --calibrate` measures this one's and keeps them in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+Parts = Mapping[str, float | int]
+"""How many of each operation of `Constants.factors`, products in units of n³. A product with a few vectors counts for
+the casts and norms around it too."""
+
+SIZES = (64, 256, 1024)
+"""The n at which the cost of a factorisation is kept; in between its logarithm is interpolated."""
+
+UNITS = ("float32", "float64", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Rate of float32 products in flop/s, a call's latency in s, and costs in float32 products at the `SIZES`."""
+
+    rate: float
+    latency: float
+    factors: Mapping[str, tuple[float, ...]]
+    source: str = "default"
+
+
+DEFAULTS = {
+    "cpu": Constants(
+        rate=1.8e11,
+        latency=1.3e-6,
+        factors={
+            "float32": (1.0, 1.0, 1.0),
+            "float64": (2.3, 2.4, 2.2),
+            "bfloat16": (2.4, 0.5, 0.4),
+            "thin64": (1.7, 0.5, 0.15),
+            "eigh32": (22.0, 17.0, 6.5),
+            "eigh64": (32.0, 30.0, 13.0),
+            "eigvalsh64": (13.0, 17.0, 7.0),
+            "svd32": (44.0, 44.0, 20.0),
+            "svd64": (100.0, 80.0, 32.0),
+            "cholesky32": (2.9, 1.5, 0.6),
+            "cholesky64": (3.2, 2.5, 1.0),
+            "inverse32": (12.0, 7.0, 3.6),
+            "inverse64": (13.0, 8.0, 4.3),
+            "triangular32": (2.9, 2.0, 0.8),
+        },
+    ),
+    # Estimates from published peaks, not measured: there an eigendecomposition runs at a few per cent of the peak.
+    "cuda": Constants(
+        rate=4e13,
+        latency=1e-5,
+        factors={
+            "float32": (1.0, 1.0, 1.0),
+            "float64": (2.0, 2.0, 2.0),
+            "bfloat16": (0.3, 0.12, 0.08),
+            "thin64": (0.5, 0.3, 0.2),
+            "eigh32": (3e4, 6e3, 1e3),
+            "eigh64": (5e4, 1e4, 2e3),
+            "eigvalsh64": (3e4, 6e3, 1e3),
+            "svd32": (1e5, 2e4, 4e3),
+            "svd64": (2e5, 4e4, 8e3),
+            "cholesky32": (500.0, 50.0, 5.0),
+            "cholesky64": (600.0, 60.0, 8.0),
+            "inverse32": (900.0, 90.0, 12.0),
+            "inverse64": (1e3, 1e2, 20.0),
+            "triangular32": (300.0, 20.0, 3.0),
+        },
+    ),
+}
+"""CPU: `gramian bench linalg --calibrate`, rounded, on two cores of an AMD EPYC (Zen 4, avx512_bf16, no bfloat16 matrix
+unit), torch 2.13 with MKL, two threads."""
+
+
+def predict(parts: Parts, n: int, batch: int, device: str = "cpu") -> float:
+    """Seconds for a batch of matrices whose smaller side is n, made of so many operations each."""
+    c = constants(device)
+    unit = 2.0 * n**3 / c.rate
+    work = sum(count * _interpolated(c.factors[name], n) for name, count in parts.items())
+    # Products of a batch are one call; LAPACK is called for each matrix.
+    calls = sum(count if name in (*UNITS, "thin64") else count * batch for name, count in parts.items())
+    return batch * unit * work + calls * c.latency
+
+
+def _interpolated(values: tuple[float, ...], n: int) -> float:
+    """The value at n, linear between logarithms, constant outside the `SIZES`."""
+    place = math.log(max(n, 1))
+    points = [math.log(s) for s in SIZES]
+    if place <= points[0]:
+        return values[0]
+    for i in range(1, len(points)):
+        if place <= points[i]:
+            share = (place - points[i - 1]) / (points[i] - points[i - 1])
+            return math.exp((1 - share) * math.log(values[i - 1]) + share * math.log(values[i]))
+    return values[-1]
+
+
+def cache_file() -> Path:
+    """Where the calibration is kept: $XDG_CACHE_HOME, or ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if root else Path.home() / ".cache") / "gramian" / "linalg.json"
+
+
+@lru_cache(maxsize=8)
+def constants(device: str = "cpu") -> Constants:
+    """The constants of the kind of device: calibrated where there is a file that can be read, else the defaults."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    try:
+        body = json.loads(cache_file().read_text())[kind]
+        factors = {name: tuple(map(float, values)) for name, values in body["factors"].items()}
+        found = Constants(float(body["rate"]), float(body["latency"]), factors, "calibrated")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return DEFAULTS[kind]
+    whole = all(len(v) == len(SIZES) and min(v) > 0 for v in factors.values())
+    same = set(factors) == set(DEFAULTS[kind].factors)
+    return found if whole and same and found.rate > 0 and found.latency >= 0 else DEFAULTS[kind]
+
+
+def keep(found: Mapping[str, Constants]) -> Path:
+    """Writes the constants of each kind of device to `cache_file()`, whole or not at all, and makes them current."""
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = json.dumps({kind: asdict(c) for kind, c in found.items()}, indent=1)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(body + "\n")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    constants.cache_clear()
+    return path

@@ -1,0 +1,91 @@
+"""The polar factor through the Gram matrix, A (AᵀA)^(-1/2), with a bound that no condition number enters."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gramian.linalg import certificate as cert
+from gramian.linalg import factor
+from gramian.linalg.batch import SMALL, Answer, declined, norm
+from gramian.linalg.conditioning import eigenvalue_ratio
+from gramian.linalg.probes import Probes, apply, apply_transposed, chain_rounding, of_norm, probes
+from gramian.linalg.symmetric import gram, symmetric_product
+from gramian.linalg.twofold import U
+
+LOSS = 4 * 2.0**-24
+"""Relative error of the polar factor over κ², that a float32 Gram matrix and its eigendecomposition cost; observed."""
+
+APPLIED = (4e-6, 5e-7)
+"""Bound that A times the root in float32 costs: a constant, and one times κ; observed."""
+
+
+def gram_eigh32(x: Tensor, *, decline: float) -> Answer:
+    """By an eigendecomposition of the Gram matrix, all in float32; error εκ²."""
+    g = gram(x)
+    if math.isfinite(decline) and g.numel():
+        hopeless = decline * eigenvalue_ratio(g) < LOSS
+        if bool(hopeless.all()):
+            return declined(x)
+    w, v, ok = factor.eigh(g)
+    return _from_eigenpairs(x, w, v, ok, 2.0**-23)
+
+
+def gram_eigh64(x: Tensor, *, decline: float) -> Answer:
+    """By a Gram matrix and an eigendecomposition in float64; error uκ². A is applied in float32 if κ and A allow."""
+    w, v, ok = factor.eigh(gram(x, torch.float64))
+    if x.dtype == torch.float32:
+        kappa = (w[..., -1:] / w[..., :1].clamp_min(2.0**-1000)).sqrt()
+        costly = APPLIED[0] + APPLIED[1] * kappa > min(decline, 2e-4)
+        x, v = (x.double(), v) if w.shape[-1] <= SMALL or bool(costly.any()) else (x, v.float())
+    return _from_eigenpairs(x, w, v, ok, 2 * U)
+
+
+def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float) -> Answer:
+    """A Z with Z = V w^(-1/2) Vᵀ, certified."""
+    n = x.shape[-1]
+    top = w.abs().amax(-1, keepdim=True) if n else w.new_zeros(w.shape[0], 1)
+    # Below that the Gram matrix cannot tell a small singular value from none: another route has to.
+    kept = w > 4 * math.sqrt(max(1, n)) * eps * top
+    root = torch.where(kept, w, torch.inf).rsqrt().double()
+    half = root.sqrt().to(v.dtype)
+    left = v * half[:, None, :]
+    q = x @ symmetric_product(left, left.mT)
+    # trace(AᵀA) = ‖A‖²_F, but for the rounding that gram_bound's constants leave room for.
+    size = w.double().clamp_min(0).sum(-1).sqrt() * 1.01
+    error, defect = gram_bound(x, q, v, root, size, probes(n, x.device))
+    error = torch.where(kept.all(-1), error, math.inf)
+    reason = torch.where(ok, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE), cert.LAPACK)
+    exact = torch.full_like(error, math.sqrt(n))
+    return Answer(q, error, defect, reason, failure=2 * probes(n, x.device).failure, size=exact)
+
+
+def gram_bound(x: Tensor, q: Tensor, v: Tensor, root: Tensor, size: Tensor, p: Probes) -> tuple[Tensor, Tensor]:
+    """A bound on ‖Q − polar(A)‖_F where Q ≈ A Z, Z = V diag(root) Vᵀ and ‖A‖_F ≤ size, and on ‖(AZ)ᵀAZ − I‖_F.
+
+    Let F = ZAᵀAZ − I, ‖F‖₂ ≤ f < 1 and H = Z⁻¹. Then AᵀA = H(I + F)H, and along M(t) = H(I + tF)H the root D = M(t)^½
+    moves by DD' + D'D = HFH = D F̃ D, ‖F̃‖_F ≤ ‖F‖_F / (1 − tf); so D'D⁻¹ has the entries dᵢ F̃ᵢⱼ / (dᵢ + dⱼ), and
+    ‖AZ − polar(A)‖_F = ‖D(1)H⁻¹ − I‖_F ≤ ‖F‖_F √(1 + f) / (√2 (1 − f)): whatever the condition of A. Z is positive
+    definite by construction, and A of full rank because f < 1. What remains is Q − AZ, which is measured.
+    """
+    n = x.shape[-1]
+    if not x[0:1].numel():
+        zero = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+        return zero, zero
+    omega = p.omega.expand(x.shape[0], -1, -1)
+    vectors = v.double()
+    length = norm(omega)
+    z = vectors @ (root[:, :, None] * (vectors.mT @ omega))
+    image = apply(q, omega)
+    peak = root.amax(-1)
+    blur = chain_rounding(n + 3, size) * (norm(z) + 2 * math.sqrt(n) * peak * length)
+    apart = of_norm(image - apply(x, z), p, blur + chain_rounding(n, 2 * math.sqrt(n), length))
+    apart = apart + 2.0**-100 * (1 + peak) * n  # entries that float32 made subnormal
+    blur = chain_rounding(sum(x.shape[-2:]), 6 * math.sqrt(n), length)
+    own = of_norm(apply_transposed(q, image) - omega, p, blur)
+    # From QᵀQ to (AZ)ᵀAZ.
+    f = own + 2 * (1 + own).sqrt() * apart + apart**2
+    error = f / math.sqrt(2) * (1 + f).sqrt() / (1 - f) + apart
+    return torch.where((f < 0.5) & error.isfinite(), error, math.inf), f

@@ -1,0 +1,100 @@
+"""The polar factor by the SVD: the route of last resort, which answers wherever float64 can."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gramian.linalg import certificate as cert
+from gramian.linalg import factor
+from gramian.linalg.batch import Answer, norm
+from gramian.linalg.twofold import Pair, U, eye_like, gamma, minus, pair, plus, product, rough, symmetric, transpose
+
+Product = Callable[[Pair, Pair], Pair]
+
+
+def _by_svd(x: Tensor, times: Product, steps: int) -> Answer:
+    """U Vᵀ, `steps` Newton steps, and the certificate; the isometry on the range where full rank is not proven."""
+    u, s, v, ok = factor.svd(x)
+    close = pair(u @ v.mT)
+    for _ in range(steps):
+        close = _newton(pair(x), close, s, v)
+    answer = _certified(x, close, s, v, times, steps)
+    top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(s.shape[0], 1)
+    kept = s > 2 * U * max(x.shape[-2:]) * top
+    deficient = ~answer.error.isfinite() & ~kept.all(-1)
+    value = torch.where(deficient[:, None, None], (u * kept[:, None, :]) @ v.mT, answer.value)
+    reason = torch.where(ok, torch.where(deficient, cert.SINGULAR, answer.reason), cert.LAPACK)
+    return replace(answer, value=value, reason=reason)
+
+
+def svd(x: Tensor, *, decline: float) -> Answer:
+    """By the SVD; error uκ, bounded from residuals in plain float64."""
+    return _by_svd(x, rough, steps=0)
+
+
+def svd_refined(x: Tensor, *, decline: float) -> Answer:
+    """By the SVD and Newton steps in its basis on twofold residuals, which takes the error from uκ to u for uκ < 1."""
+    return _by_svd(x, product, steps=2)
+
+
+def _newton(a: Pair, q: Pair, s: Tensor, v: Tensor) -> Pair:
+    """One first-order step towards the polar factor, in the basis of the right singular vectors.
+
+    With F = QᵀQ − I and W = (I − F/2)QᵀA, the polar factor of A is, to first order in the error of Q,
+    Q(I − F/2 + Ω) + (A − Q(I − F/2)W) H⁻¹, where Ω is skew and ΩH + HΩ = W − Wᵀ.
+    """
+    f, _ = minus(product(transpose(q), q), eye_like(q.hi))
+    w = product(transpose(q), a)
+    inner = f @ w.hi
+    skew = (w.hi - w.hi.mT) + (w.lo - w.lo.mT) - (inner - inner.mT) / 2
+    sums = s[:, :, None] + s[:, None, :]
+    omega = v @ ((v.mT @ skew @ v) / torch.where(sums > 0, sums, torch.inf)) @ v.mT
+    step = q.hi @ (omega - f / 2)
+    if q.hi.shape[-2] > q.hi.shape[-1]:
+        outside, _ = minus(a, product(q, w))
+        outside = outside + q.hi @ inner
+        # What rounding left in range would be magnified by H⁻¹ and spoil QᵀQ.
+        outside = outside - q.hi @ (q.hi.mT @ outside)
+        step = step + outside @ (v / torch.where(s > 0, s, torch.inf)[:, None, :]) @ v.mT
+    return plus(q, step)
+
+
+def _certified(x: Tensor, q: Pair, s: Tensor, v: Tensor, times: Product, steps: int) -> Answer:
+    """Bound ‖Q − polar(A)‖_F from ‖A − QH‖, QᵀQ − I, and a lower bound on H's smallest eigenvalue.
+
+    Q' = Q(QᵀQ)^(-1/2) is the polar factor of A − E', E' = A − Q'H, for any positive definite H; and the polar factor
+    moves by at most ‖E'‖_F / σ along a path on which the smallest singular value is ≥ σ (its derivative has entries
+    (E_ij − E_ji)/(σ_i + σ_j), i ≠ j, in range and E_ij/σ_j out of it; Higham, Functions of Matrices, §8.1).
+    """
+    a, n = pair(x), x.shape[-1]
+    h = symmetric(times(transpose(q), a))
+    gap, gap_error = minus(a, times(q, h))
+    f, f_error = minus(times(transpose(q), q), eye_like(q.hi))
+    size = norm(f) + f_error
+    slack = (1 - size).clamp_min(2.0**-30) ** -1.5
+    turned = (norm(f @ h.hi) + (f_error + gamma(n + 2) * norm(f)) * norm(h.hi)) * slack * (1 + size) / 2
+    distance = norm(gap) + gap_error + turned
+    # H is positive definite if S^(-1/2) Vᵀ H V S^(-1/2) is near I, and then its eigenvalues are near S in ratio.
+    turned_h = times(times(pair(v.mT), h), pair(v))
+    off, off_error = minus(turned_h, pair(torch.diag_embed(s)))
+    fade = torch.where(s > 0, s, 0.0).rsqrt()
+    near = norm(off * fade[:, :, None] * fade[:, None, :]) + off_error * (fade**2).amax(-1) if n else norm(off)
+    skew, skew_error = minus(times(pair(v.mT), pair(v)), eye_like(v))
+    shrink = (1 - near) / (1 + norm(skew) + skew_error)
+    lowest = shrink * s[:, -1] if n else distance + 1
+    proven = (near < 1) & (lowest > distance) & (size < 0.5)
+    if x.shape[-2] == n:
+        # In range only pairs count, and the smallest sum is σ_n + σ_(n−1); a 1×1 has none.
+        second = s[:, -2] if n > 1 else torch.full_like(distance, math.inf)
+        lowest = (lowest + shrink * second) / 2
+    error = distance / (lowest - distance) + size * slack / 2 + norm(q.lo)
+    error = torch.where(proven, error * (1 + 2.0**-20), math.inf)
+    if not x[0:1].numel():
+        error = torch.zeros_like(error)
+    reason = torch.where(error.isfinite(), cert.NONE, cert.INACCURATE)
+    return Answer(q.hi, error, norm(gap) / norm(x).clamp_min(2.0**-1000), reason, steps)

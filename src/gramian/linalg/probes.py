@@ -1,0 +1,90 @@
+"""Frobenius norms of matrices that would be dear to form, from their products with a few random vectors.
+
+‖EΩ‖_F² / k estimates ‖E‖_F² for a Gaussian Ω (n, k). It falls below ‖E‖_F² / `GAIN`² with a probability that is worst
+for E of rank one, where ‖EΩ‖² / ‖E‖² is χ² with k degrees of freedom: so `GAIN` · ‖EΩ‖_F / √k is an upper bound but for
+that probability. The products are taken in float64 with the float32 factors themselves, whatever route found them. Up
+to k columns Ω is the identity, and the norm exact.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.linalg.batch import norm
+from gramian.linalg.twofold import gamma
+
+WIDTH = 32
+GAIN = 3.0
+FAILURE = 1e-10
+"""P(χ²₃₂ < 32 / 3²) = 9.0e-11; a test derives it."""
+
+CHUNK = 1 << 20
+"""Entries that are widened to float64 at a time: 8 MB, which stays in the cache and is not mapped afresh each time."""
+
+
+class Probes(NamedTuple):
+    """Ω (n, k) in float64, the factor from ‖EΩ‖_F to a bound on ‖E‖_F, and the probability that it is none."""
+
+    omega: Tensor
+    factor: float
+    failure: float
+
+
+@lru_cache(maxsize=16)
+def probes(n: int, device: torch.device) -> Probes:
+    """The probes for matrices with n columns, the same in every call."""
+    if n <= WIDTH:
+        return Probes(torch.eye(n, dtype=torch.float64, device=device), 1.0, 0.0)
+    omega = torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    return Probes(omega.to(device), GAIN / math.sqrt(WIDTH), FAILURE)
+
+
+def of_norm(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
+    """A bound on ‖E‖_F from EΩ (B, m, k), which is itself known to within `rounding` in Frobenius norm."""
+    return (norm(e) + rounding) * p.factor
+
+
+def apply(a: Tensor, z: Tensor) -> Tensor:
+    """a z in float64, for a (B, m, n) of any dtype and z (B, n, k) in float64."""
+    if a.dtype == torch.float64:
+        return a @ z
+    return _by_columns(a.mT, z) if a.stride(-2) == 1 else _by_rows(a, z)
+
+
+def apply_transposed(a: Tensor, z: Tensor) -> Tensor:
+    """aᵀ z in float64, for a (B, m, n) of any dtype and z (B, m, k) in float64."""
+    if a.dtype == torch.float64:
+        return a.mT @ z
+    return _by_rows(a.mT, z) if a.stride(-2) == 1 else _by_columns(a, z)
+
+
+def _by_rows(a: Tensor, z: Tensor) -> Tensor:
+    return torch.cat([part.double() @ z for part in a.split(_rows(a), dim=-2)], dim=-2)
+
+
+def _by_columns(a: Tensor, z: Tensor) -> Tensor:
+    rows = _rows(a)
+    total = None
+    for part, right in zip(a.split(rows, dim=-2), z.split(rows, dim=-2), strict=True):
+        # (zᵀ a)ᵀ: the wide factor is read along its rows.
+        product = right.mT @ part.double()
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total.mT
+
+
+def _rows(a: Tensor) -> int:
+    return max(64, CHUNK // max(1, a.shape[0] * a.shape[-1]))
+
+
+def chain_rounding(n: int, *sizes: Tensor | float) -> Tensor | float:
+    """γ_n times the product of norms: the rounding of one product in a chain, and of carrying it through the rest."""
+    product: Tensor | float = gamma(n)
+    for size in sizes:
+        product = product * size
+    return product

@@ -1,0 +1,295 @@
+"""Every route keeps its bound where probes stand in for products, and `auto` climbs from cheap to certain by matrix."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import mpmath
+import pytest
+import torch
+
+import gramian.linalg as gl
+from cases import DEVICES, SQUARE, mp, seeded
+from gramian import random
+from gramian.linalg import cost, probes, twofold
+from gramian.linalg.batch import ladder
+from gramian.linalg.conditioning import eigenvalue_ratio
+from gramian.linalg.inverses import INV, SOLVE
+from gramian.linalg.polar_factor import POLAR
+from gramian.linalg.polar_qdwh import weights
+from gramian.linalg.roots import INV_ROOT, SQRTM
+from gramian.linalg.singular import SVDVALS
+from gramian.linalg.symmetric import gram, symmetric_product
+
+KAPPAS = (1.0, 3.0, 1e2, 1e4, 1e6, 1e9)
+EPS = 2.0**-53
+
+
+def spectra(n, kappa):
+    grid = torch.linspace(0, 1, n, dtype=torch.float64)
+    return (kappa**-grid, torch.where(grid < 1, 1.0, 1 / kappa), torch.where(grid > 0, 1 / kappa, 1.0))
+
+
+def gallery(m, n, *, psd, dtype=torch.float32):
+    """Matrices of every condition number and three kinds of spectrum, in one batch."""
+    out = []
+    for i, kappa in enumerate(KAPPAS):
+        for s in spectra(min(m, n), kappa):
+            g = seeded(100 * i + len(out))
+            a = random.with_spectrum(m, n, spectrum=s, symmetric=psd, generator=g, dtype=torch.float64)
+            out.append((a + a.mT) / 2 if psd else a)
+    return torch.stack(out).to(dtype)
+
+
+def by_eigh(m, power):
+    w, v = torch.linalg.eigh(m.double())
+    return (v * w.clamp_min(0)[:, None, :] ** power) @ v.mT, w
+
+
+def polar_oracle(a):
+    u, s, vh = torch.linalg.svd(a.double(), full_matrices=False)
+    return u @ vh, s[:, 0] / s[:, -1]
+
+
+def check_bounds(value, certificate, exact, amplification):
+    """Error ≤ bound, but for what the float64 oracle itself may err by, and where that is below one."""
+    error = (value.double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    error = torch.where(certificate.error_bound.isinf(), 0.0, error)  # NaN where there is no answer
+    own = 200 * EPS * amplification
+    known = own < 1e-2
+    assert known.sum() > 4
+    assert (error <= certificate.error_bound * (1 + 1e-12) + own)[known].all()
+    return error, known
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(48, 48), (160, 40), (64, 200)], ids=str)
+@pytest.mark.parametrize("method", ["auto", *(m for m in POLAR if m != "newton_schulz")])
+def test_polar_routes_are_within_their_bounds(method, shape, dtype):
+    a = gallery(*shape, psd=False, dtype=dtype)
+    exact, kappa = polar_oracle(a)
+    value, certificate = gl.polar_ex(a, method=method)
+    check_bounds(value, certificate, exact, kappa)
+    if method == "auto":
+        assert certificate.converged[kappa < 1e7].all()
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+@pytest.mark.parametrize("method", ["auto", *INV_ROOT])
+def test_inverse_root_routes_are_within_their_bounds(method, p):
+    m = gallery(56, 56, psd=True)
+    exact, w = by_eigh(m, -1 / p)
+    kappa = torch.where(w[:, 0] > 0, w[:, -1] / w[:, 0], math.inf)
+    value, certificate = gl.inv_root_ex(m, p, method=method)
+    check_bounds(value, certificate, exact, kappa)
+    if method == "auto":
+        assert certificate.converged[kappa < 1e7].all()
+
+
+@pytest.mark.parametrize("method", ["auto", *SQRTM])
+def test_square_root_routes_are_within_their_bounds(method):
+    m = gallery(56, 56, psd=True)
+    exact, w = by_eigh(m, 0.5)
+    value, certificate = gl.sqrtm_ex(m, method=method)
+    check_bounds(value, certificate, exact, (w[:, -1] / w[:, 0].clamp_min(1e-30)).sqrt())
+    if method == "auto":
+        assert certificate.converged.all()
+
+
+@pytest.mark.parametrize("psd", [True, False])
+@pytest.mark.parametrize("method", ["auto", *INV])
+def test_inverse_routes_are_within_their_bounds(method, psd):
+    if method.startswith("cholesky") and not psd:
+        pytest.skip("Cholesky is for symmetric matrices")
+    m = gallery(56, 56, psd=psd)
+    _, kappa = polar_oracle(m)
+    value, certificate = gl.inv_ex(m, method=method)
+    check_bounds(value, certificate, torch.linalg.inv(m.double()), kappa)
+
+
+@pytest.mark.parametrize("psd", [True, False])
+@pytest.mark.parametrize("method", ["auto", *SOLVE])
+def test_solutions_are_within_their_bounds(method, psd):
+    if method.startswith("cholesky") and not psd:
+        pytest.skip("Cholesky is for symmetric matrices")
+    m = gallery(56, 56, psd=psd)
+    b = random.normal(len(m), 56, 3, generator=seeded(5))
+    _, kappa = polar_oracle(m)
+    value, certificate = gl.solve_ex(m, b, method=method)
+    check_bounds(value, certificate, torch.linalg.solve(m.double(), b.double()), kappa)
+
+
+@pytest.mark.parametrize("method", ["auto", *SVDVALS])
+def test_singular_values_are_within_their_bounds(method):
+    a = gallery(90, 48, psd=False)
+    value, certificate = gl.svdvals_ex(a, method=method)
+    check_bounds(value, certificate, torch.linalg.svdvals(a.double()), torch.ones(len(a)))
+    if method == "auto":
+        assert certificate.converged.all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_auto_climbs_matrix_by_matrix(device):
+    well = random.with_spectrum(300, 128, spectrum=torch.linspace(1, 2, 128), generator=seeded(1))
+    ill = random.with_spectrum(300, 128, spectrum=torch.logspace(0, -5, 128), generator=seeded(2))
+    hopeless = ill @ torch.diag((torch.arange(128) > 0).float())
+    _, certificate = gl.polar_ex(torch.stack([well, ill, hopeless, well]).to(device))
+    names = certificate.method_names
+    assert certificate.converged.tolist() == [True, True, False, True]
+    assert names[0] == names[3]
+    places = [list(POLAR).index(name) for name in names]
+    assert places[0] < places[1] < places[2]
+
+
+def test_directions_take_products_only_where_they_are_cheaper(monkeypatch):
+    a = random.normal(3, 48, 48, generator=seeded(8))
+    a[1] = 0
+    monkeypatch.setattr(cost, "DEFAULTS", {"cpu": cost.DEFAULTS["cuda"], "cuda": cost.DEFAULTS["cuda"]})
+    cost.constants.cache_clear()
+    try:
+        q, certificate = gl.polar_ex(a, rtol=0.5)
+        _, precise = gl.polar_ex(a, rtol=1e-4)
+    finally:
+        monkeypatch.undo()
+        cost.constants.cache_clear()
+    assert certificate.method_names[::2] == ["newton_schulz"] * 2
+    assert certificate.kind_names[0] == "estimate"
+    assert certificate.converged.tolist() == [True, False, True]
+    exact, _ = polar_oracle(a[::2])
+    error = (q[::2].double() - exact).flatten(1).norm(dim=1) / 48**0.5
+    assert (error <= certificate.error_bound[::2]).all()
+    assert "newton_schulz" not in precise.method_names
+
+
+def test_what_auto_returns_is_never_the_argument():
+    a = torch.stack([torch.eye(64), SQUARE["hilbert"](64).float()])
+    before = a.clone()
+    q, _ = gl.polar_ex(a)
+    assert torch.equal(a, before)
+    q.zero_()
+    assert torch.equal(a, before)
+
+
+def test_probes_fail_as_seldom_as_they_say():
+    k, gain = probes.WIDTH, probes.GAIN
+    below = mpmath.gammainc(mpmath.mpf(k) / 2, 0, mpmath.mpf(k) / gain**2 / 2, regularized=True)
+    assert probes.FAILURE / 2 < below < probes.FAILURE
+
+
+@pytest.mark.parametrize("rank", [1, 3, 60])
+@pytest.mark.parametrize("n", [20, 60, 300])
+def test_probes_bound_a_norm(n, rank):
+    p = probes.probes(n, torch.device("cpu"))
+    for seed in range(20):
+        g = seeded(seed)
+        e = random.normal(9, rank, generator=g, dtype=torch.float64) @ random.normal(
+            rank, n, generator=g, dtype=torch.float64
+        )
+        bound = probes.of_norm((e @ p.omega)[None], p).item()
+        exact = torch.linalg.norm(e).item()
+        assert exact * (1 - 1e-12) <= bound <= 5 * exact
+        assert (p.failure == 0) == (bound < exact * (1 + 1e-12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_thin_products_widen_what_they_read(layout, dtype):
+    a = random.normal(2, 700, 90, generator=seeded(3), dtype=dtype)
+    a = a if layout == "rows" else a.mT.contiguous().mT
+    z, y = random.normal(2, 90, 5, generator=seeded(4)).double(), random.normal(2, 700, 5, generator=seeded(5)).double()
+    assert torch.allclose(probes.apply(a, z), a.double() @ z, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(probes.apply_transposed(a, y), a.double().mT @ y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (2, 600, 300), (1, 3000, 515)], ids=str)
+def test_half_work_products_are_products(shape):
+    x = random.normal(*shape, generator=seeded(6))
+    exact = x.double().mT @ x.double()
+    for value, eps in ((gram(x), 2.0**-23), (gram(x, torch.float64), 2.0**-52), (symmetric_product(x.mT, x), 2.0**-23)):
+        assert torch.equal(value, value.mT)
+        assert torch.linalg.norm(value - exact) <= shape[1] * eps * torch.linalg.norm(exact)
+
+
+def test_halley_weights_lift_the_interval():
+    low, steps = 1e-3, 0
+    while low < 1 - 1e-6:
+        a, b, c = weights(low)
+        ends = [x * (a + b * x * x) / (1 + c * x * x) for x in (low, 1.0)]
+        inside = torch.linspace(low, 1, 1000, dtype=torch.float64)
+        image = inside * (a + b * inside**2) / (1 + c * inside**2)
+        assert image.max() <= 1 + 1e-9
+        assert image.min() >= ends[0] * (1 - 1e-9)
+        assert ends[1] == pytest.approx(1)
+        low, steps = ends[0], steps + 1
+    assert steps == 3
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4])
+def test_guessed_condition_is_near(ratio):
+    spectrum = torch.logspace(0, math.log10(ratio), 100, dtype=torch.float64)
+    m = random.with_spectrum(100, 100, spectrum=spectrum, symmetric=True, generator=seeded(7), dtype=torch.float32)
+    assert ratio / 3 < eigenvalue_ratio((m + m.mT)[None] / 2).item() < 3 * ratio
+
+
+@pytest.mark.parametrize("family", [POLAR, INV, SOLVE, INV_ROOT, SQRTM, SVDVALS])
+@pytest.mark.parametrize("rtol", [0.0, 1e-8, 1e-4, 1e-1])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (4096, 1024), (512, 64, 64)], ids=str)
+def test_ladders_end_in_the_last_resort_and_gain_accuracy(family, rtol, shape):
+    for device in ("cpu", "cuda"):
+        names = ladder(family, shape, rtol, device)
+        places = [list(family).index(name) for name in names]
+        assert places == sorted(places)
+        assert names[-1] == list(family)[-1]
+        assert all(rtol >= family[name].finest for name in names)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cost.constants.cache_clear()
+    yield tmp_path / "gramian" / "linalg.json"
+    monkeypatch.undo()
+    cost.constants.cache_clear()
+
+
+def test_calibration_is_read_back_and_changes_predictions(cache):
+    before = cost.predict({"eigh32": 1}, 1024, 1)
+    slow = cost.Constants(1e9, 1e-3, cost.DEFAULTS["cpu"].factors)
+    assert cost.keep({"cpu": slow}) == cache
+    assert cost.constants("cpu").source == "calibrated"
+    assert cost.predict({"eigh32": 1}, 1024, 1) > 50 * before
+    assert cost.constants("cuda") == cost.DEFAULTS["cuda"]
+    assert [p.name for p in cache.parent.iterdir()] == [cache.name]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"cpu": 3}', '{"cpu": {"rate": 1, "latency": 0, "factors": {}}}'])
+def test_a_broken_calibration_is_ignored(cache, text):
+    cache.parent.mkdir(parents=True)
+    cache.write_text(text)
+    assert cost.constants("cpu") == cost.DEFAULTS["cpu"]
+
+
+def test_calibration_measures_every_constant(cache, monkeypatch):
+    from gramian.bench import calibration
+
+    monkeypatch.setattr(calibration, "SIZES", (4, 8, 16))
+    monkeypatch.setattr(calibration, "SECONDS", 0.0)
+    path = calibration.keep_calibration()
+    assert set(json.loads(path.read_text())["cpu"]["factors"]) == set(cost.DEFAULTS["cpu"].factors)
+    assert cost.constants("cpu").source == "calibrated"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 1e8])
+def test_thin_twofold_products_are_within_their_bound(spread, dtype):
+    scales = torch.logspace(0, math.log10(spread), 40, dtype=torch.float64)
+    a = (random.normal(2, 40, 40, generator=seeded(9), dtype=dtype).double() * scales).to(dtype).double()
+    z = random.normal(2, 40, 3, generator=seeded(10), dtype=torch.float64) / scales[:, None]
+    lo = a * 2.0**-54
+    found = twofold.thin_product(twofold.Pair(a, lo, torch.zeros(2)), torch.linalg.matrix_norm(a), z)
+    for i in range(2):
+        exact = (mp(a[i]) + mp(lo[i])) * mp(z[i])
+        error = mpmath.norm(mp(found.hi[i]) + mp(found.lo[i]) - exact)
+        assert error <= found.error[i].item()
+        assert error <= 2.0**-60 * mpmath.norm(mp(a[i])) * mpmath.norm(mp(z[i]))
