@@ -191,7 +191,8 @@ def select(x: object, keep: Tensor) -> object:
 
 def norm(x: Tensor) -> Tensor:
     """Frobenius norm of each matrix, in float64."""
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=torch.float64)
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=wide)
 
 
 def settle(
