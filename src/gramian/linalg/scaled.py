@@ -146,7 +146,7 @@ def matrix_power_scaled_ex(
     base, exponent = batch.x, batch.exponent if k >= 0 else -batch.exponent
     error = base.new_zeros(base.shape[0])
     if k < 0 and n:
-        base, proof = inv_ex(base, rtol=math.inf)
+        base, proof = inv_ex(base, method="lu_refined", rtol=math.inf)
         singular = ~proof.error_bound.isfinite()
         base = torch.where(singular[:, None, None], torch.eye(n, dtype=base.dtype, device=base.device), base)
         error = torch.where(singular, 0.0, proof.error_bound) * norm(base) * 1.01
