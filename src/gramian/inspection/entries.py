@@ -62,15 +62,16 @@ def count_entries(parts: Iterable[Float[Tensor, "k n"]]) -> Entries:
             magnitude = magnitude.where(finite, 0)
             high = float(magnitude.amax())
         largest = max(largest, high)
-        squares += float(torch.linalg.vector_norm(magnitude, dtype=torch.float64)) ** 2
+        norm = float(torch.linalg.vector_norm(magnitude, dtype=torch.float64))
+        squares += norm * norm  # infinite beyond 1e154, where ** would raise
         zeros += part.numel() - int(torch.count_nonzero(wide))
         for dtype in NARROW:
             if part.dtype == dtype:
                 continue
             name = dtype_name(dtype)
             if high > LARGEST[dtype]:
-                overflows[name] += int((magnitude > LARGEST[dtype]).sum())
-            small = int((magnitude <= LEAST[dtype]).sum()) if dtype == torch.float16 or underflows["float16"] else 0
+                overflows[name] += int(torch.count_nonzero(magnitude > LARGEST[dtype]))
+            small = int(torch.count_nonzero(magnitude <= LEAST[dtype])) if dtype == torch.float16 or underflows["float16"] else 0
             if small:
                 underflows[name] += small - int((magnitude == 0).sum())
         samples.append(magnitude.flatten()[:: max(1, magnitude.numel() // 4096)])

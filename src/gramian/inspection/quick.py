@@ -51,7 +51,7 @@ def describe_quickly(w: Float[Tensor, "m n"]) -> Spectrum:
     unit = 2.0 ** scale_of(entries.largest)
     scaled = (tall.double() / unit if w.dtype == torch.float64 else tall.float() / unit).float()
     square_sum = float(torch.linalg.vector_norm(scaled, dtype=torch.float64)) ** 2
-    krylov = block_lanczos(scaled, BLOCK, STEPS)
+    krylov = block_lanczos(scaled, BLOCK, STEPS).cpu()
     first = math.sqrt(float(krylov.values[0]))
     # λ₁ is between the Ritz value, which is never above it, and that plus the residual
     error = math.sqrt(float(krylov.values[0] + krylov.residuals[0])) - first + ROUNDING * first

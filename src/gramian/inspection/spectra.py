@@ -135,6 +135,7 @@ def describe(w: Float[Tensor, "m n"]) -> Spectrum:
         sigma, method = _singular_values(tall, 2.0**-exponent)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         return replace(spectrum, notes=("LAPACK did not converge: no spectrum",))
+    sigma = sigma.cpu()
     spectrum = _derive(replace(spectrum, method=method), sigma, w.dtype, 2.0**exponent)
     if not spectrum.singular_values:
         return spectrum

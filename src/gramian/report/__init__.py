@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .model import (
     SEVERITIES,
+    Detail,
     Document,
     Finding,
     HeatMap,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SEVERITIES",
+    "Detail",
     "Document",
     "Finding",
     "HeatMap",

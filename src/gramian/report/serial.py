@@ -101,6 +101,9 @@ def _record(cls: type[Record], row: Mapping[str, Any]) -> Record:
     if cls is Layer:
         values["shape"] = tuple(int(length) for length in values["shape"])
         values["singular_values"] = _numbers(values.get("singular_values", ()))
+        for key in ("rank_90", "rank_99", "tail_interval"):
+            if values.get(key) is not None:
+                values[key] = tuple(values[key])
     elif values["severity"] not in SEVERITIES:
         raise ValueError(f"severity {values['severity']!r}")
     return cls(**values)

@@ -37,8 +37,9 @@ _SIGNS: dict[Status, tuple[str, str]] = {
 }
 # What to give up last when the terminal is narrow; the first column always stays.
 _PRIORITY = (
-    *("gain χ", "gradient", "activation", "condition", "shape", "σ max", "stable rank", "rank"),
-    *("kind", "parameters", "note", "effective rank", "dtype"),
+    *("σ", "‖ΔW‖ / ‖W‖", "gain χ", "gradient", "activation", "condition", "shape", "σ max", "stable rank", "rank 90 %"),
+    *("above noise", "rank", "conv norm", "rank 99 %", "same as", "p", "tail α", "zeros"),
+    *("kind", "parameters", "note", "effective rank", "‖W‖_F", "dtype"),
 )
 _GAP = 2
 _LEAST_NAME = 18
