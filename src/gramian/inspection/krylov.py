@@ -18,6 +18,9 @@ __all__ = ["Krylov", "block_lanczos", "energy_rank_interval", "largest_singular_
 # A Ritz value counts as found where its residual is below this share of it.
 CONVERGED = 1e-2
 
+# Standard errors by which the mean weight of close values may pass 1, that of single ones.
+WEIGHT_ERRORS = 5.0
+
 # The half-width of an energy rank's interval: so many standard errors over the starting vectors, so much of the
 # quadrature's spacing at the crossing, and one. Set on frozen spectra and scored on fresh ones by
 # benchmarks/inspect_calibration.py.
@@ -43,9 +46,23 @@ class Krylov:
 
     @property
     def num_converged(self) -> int:
-        """How many of the largest values are found, from the first on."""
+        """How many of the largest values are found, from the first on, each of multiplicity one.
+
+        A block sees a value at most once for each of its vectors. Values closer than `CONVERGED` are told apart from one
+        of higher multiplicity by their weights, whose mean is then above 1.
+        """
         bad = self.residuals > CONVERGED * self.values
-        return int(bad.long().argmax()) if bool(bad.any()) else len(self.values)
+        found = int(bad.long().argmax()) if bool(bad.any()) else len(self.values)
+        block = self.weights.shape[1]
+        first = 0
+        while first < found:
+            close = self.values[first:found] >= (1 - CONVERGED) * self.values[first]
+            size = int(close.sum())
+            mean = float(self.weights[first : first + size].mean())
+            if mean > 1 + WEIGHT_ERRORS * math.sqrt(2 / (size * block)):
+                return first
+            first += size
+        return found
 
 
 def block_lanczos(w: Float[Tensor, "m n"], block: int, steps: int, seed: int = 0) -> Krylov:

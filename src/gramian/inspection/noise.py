@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LEVEL", "Noise", "against_noise", "marchenko_pastur_cdf", "tracy_widom_sf"]
+__all__ = ["LEVEL", "Noise", "against_noise", "marchenko_pastur_cdf", "tracy_widom_quantile", "tracy_widom_sf"]
 
 # Probability under the null below which a singular value counts as structure. Set on frozen null matrices and scored
 # on fresh ones by benchmarks/inspect_calibration.py: finite matrices of bounded but not Gaussian entries have a heavier
@@ -74,7 +74,7 @@ def against_noise(sigma: Tensor, shape: tuple[int, int], clipped_top: float | No
     squares = np.square(sigma.numpy())
     a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
     centre, spread = (a + b) ** 2, (a + b) * (1 / a + 1 / b) ** (1 / 3)
-    threshold = (centre + spread * _quantile(LEVEL)) / (m * n)
+    threshold = (centre + spread * tracy_widom_quantile(LEVEL)) / (m * n)
     above, rest = _settle(squares, m, n, threshold)
     variance = rest / ((m - above) * (n - above))
     p = tracy_widom_sf((squares[0] / variance - centre) / spread) if variance > 0 else 0.0
@@ -134,8 +134,8 @@ def _legendre() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _quantile(level: float) -> float:
-    """The s at which 1 − F₁(s) is `level`, by bisection."""
+def tracy_widom_quantile(level: float) -> float:
+    """Return the s at which 1 − F₁(s) is `level`, by bisection."""
     low, high = -5.0, 60.0
     while high - low > 1e-6:
         middle = (low + high) / 2

@@ -41,8 +41,9 @@ _JACOBIAN_CAPTION = (
 
 def document_of(report: Report) -> Document:
     """Compose the page of one report; what was not measured is left out."""
-    facts = list(report.facts.items())
-    tiles = [Tile("Layers", number(len(report.layers))), Tile("Parameters", number(parameters(report.layers)))]
+    # "parameters" and "matrices" would say again what the first two tiles say
+    facts = [(label, value) for label, value in report.facts.items() if label not in ("parameters", "matrices")]
+    tiles = [Tile("Layers", number(len(report.layers))), Tile("Parameters", number(report.facts.get("parameters", parameters(report.layers))))]
     tiles += [Tile(label, number(value)) for label, value in facts[:_MOST_TILES]]
     sections = [_findings_section("Findings", report)]
     signal = _signal_section([report], [""], ["accent"])

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from .axes import shows
 from .compose import layer_table, telling_rows
-from .formatting import elide, number, visible
+from .formatting import abbreviate, elide, number, visible
 from .model import Document, Finding, HeatMap, Picture, Report, Section, Status, Table, is_findings, plural, ranked
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ class TableView:
         emphasis = set(self.table.emphasis)
         for index, row in zip(picked, cells, strict=True):
             style = "yellow" if index in emphasis else ""
+            row = [abbreviate(row[0], widths[0]), *row[1:]]  # two names cut in their middle would look alike
             grid.add_row(*(Text(elide(row[c], widths[c], mark), style if c == kept[0] else "") for c in kept))
         yield grid
         hidden = []
