@@ -14,7 +14,9 @@ from pathlib import Path
 from gramian.bench import features
 from gramian.bench.calibration import score_alarms, score_quick, score_spikes
 
-RANGES = {"frozen": 0, "fresh": 1_000_000}
+# Fresh ranges that were looked at: 1,000,000, on which rank 90 % was within its error in 98.2 % of the cases, all misses
+# being values of multiplicity above the block (multiplicity is told apart since).
+RANGES = {"frozen": 0, "fresh": 3_000_000}
 
 if __name__ == "__main__":
     which = sys.argv[1] if len(sys.argv) > 1 else "frozen"

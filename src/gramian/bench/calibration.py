@@ -160,9 +160,8 @@ def score_quick(seeds: range) -> dict[str, Score]:
         quick = describe_quickly(w)
         sigma = torch.linalg.svdvals(w.double())
         square_sum, first = float(sigma.square().sum()), float(sigma[0])
-        low = quick.spectral_norm or 0.0
-        high = low + quick.spectral_norm_error
-        if not square_sum / high**2 * (1 - 1e-9) <= square_sum / first**2 <= square_sum / (low * (1 - 2e-6)) ** 2:
+        told, error = quick.spectral_norm or 0.0, quick.spectral_norm_error
+        if not square_sum / (told + error) ** 2 <= square_sum / first**2 <= square_sum / (told - error) ** 2:
             outside["stable rank"].append(f"{form} {m}×{n} seed {seed}")
         for key, share, (least, most) in zip(("rank 90 %", "rank 99 %"), (0.9, 0.99), quick.energy_ranks, strict=True):
             exact = energy_rank(sigma, share)

@@ -16,7 +16,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 # Largest finite magnitude that still rounds to a finite number, and the largest that rounds to zero: half of the last
 # step, with ties to even. Derived again by tests/test_entries.py.
-LARGEST = {torch.float16: 65519.99609375, torch.bfloat16: 3.3961775292304601e38}
+LARGEST = {torch.float16: 65519.99609375, torch.bfloat16: 2.0**127 * (2 - 2.0**-8) - 2.0**104}
 LEAST = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 
 # Entries beyond so many times the typical one are extreme: of a Gaussian matrix, 2 in 10⁹.

@@ -48,18 +48,20 @@ class Krylov:
     def num_converged(self) -> int:
         """How many of the largest values are found, from the first on, each of multiplicity one.
 
-        A block sees a value at most once for each of its vectors. Values closer than `CONVERGED` are told apart from one
-        of higher multiplicity by their weights, whose mean is then above 1.
+        A block sees a value at most once for each of its vectors. Values closer than `CONVERGED` count as one of higher
+        multiplicity where there are more of them than vectors, or where the mean of their weights is above 1.
         """
         bad = self.residuals > CONVERGED * self.values
         found = int(bad.long().argmax()) if bool(bad.any()) else len(self.values)
         block = self.weights.shape[1]
+        if len(self.values) == self.n:  # the whole space: nothing is left to be seen
+            return found
         first = 0
         while first < found:
             close = self.values[first:found] >= (1 - CONVERGED) * self.values[first]
             size = int(close.sum())
             mean = float(self.weights[first : first + size].mean())
-            if mean > 1 + WEIGHT_ERRORS * math.sqrt(2 / (size * block)):
+            if size > block or mean > 1 + WEIGHT_ERRORS * math.sqrt(2 / (size * block)):
                 return first
             first += size
         return found
