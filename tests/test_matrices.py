@@ -82,7 +82,9 @@ def test_gates_and_experts(tmp_path):
 
 def test_an_override_wins_and_is_checked(tmp_path):
     w = numbered(12, 4)
-    got = split(tmp_path, {"a.weight": w, "b.weight": w.clone()}, layouts={"a.*": ["(h o) i -> h o i", {"h": 3}], "b.*": "skip"})
+    got = split(
+        tmp_path, {"a.weight": w, "b.weight": w.clone()}, layouts={"a.*": ["(h o) i -> h o i", {"h": 3}], "b.*": "skip"}
+    )
     assert list(got) == ["a.weight[0]", "a.weight[1]", "a.weight[2]"]
     found = open_checkpoint(tmp_path)
     for layouts, message in (

@@ -99,7 +99,9 @@ def inspect_command(
         int | None, typer.Option(help="With --against: write the difference as a PEFT adapter of this rank.", min=1)
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
-    quick: Annotated[bool, typer.Option("--quick", help="Norms and ranks with stated error, from a few products.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Norms and ranks with stated error, from a few products.")
+    ] = False,
     layouts: Annotated[
         Path | None, typer.Option(help="JSON of name pattern to layout, for fused tensors that are not known.")
     ] = None,
@@ -194,9 +196,7 @@ def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
     return inspect(network, batches, found.objective, title=model, **options)
 
 
-def _compare(
-    model: str, against: str, task: str | None, rank: int | None, out: Path, options: dict[str, Any]
-) -> Any:
+def _compare(model: str, against: str, task: str | None, rank: int | None, out: Path, options: dict[str, Any]) -> Any:
     from gramian.inspection import compare_checkpoints, extract_lora
 
     if task is not None:

@@ -74,7 +74,9 @@ def trained_networks(seeds: range) -> Iterator[nn.Module]:
         sizes = [64, *[width] * depth, 10]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            layers = [layer for a, b in zip(sizes[:-1], sizes[1:], strict=True) for layer in (nn.Linear(a, b), nn.ReLU())]
+            layers = [
+                layer for a, b in zip(sizes[:-1], sizes[1:], strict=True) for layer in (nn.Linear(a, b), nn.ReLU())
+            ]
         model = nn.Sequential(*layers[:-1])
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         for _ in range(150):

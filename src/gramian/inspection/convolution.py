@@ -92,7 +92,7 @@ def conv_norm_circular(kernel: Float[Tensor, "o i h w"], size: tuple[int, int]) 
     return float(torch.linalg.svdvals(transform.permute(2, 3, 0, 1)).max())
 
 
-def _lanczos(gram, x: Tensor) -> tuple[float, float]:  # noqa: ANN001
+def _lanczos(gram, x: Tensor) -> tuple[float, float]:
     """Return the largest eigenvalue of a symmetric map, and its pair's residual."""
     basis = [x / x.norm()]
     alphas: list[float] = []
@@ -111,7 +111,7 @@ def _lanczos(gram, x: Tensor) -> tuple[float, float]:  # noqa: ANN001
             t = t + torch.diag(side, 1) + torch.diag(side, -1)
         values, vectors = torch.linalg.eigh(t)
         value, residual = float(values[-1]), abs(beta * float(vectors[-1, -1]))
-        if residual <= 2 * TOLERANCE * value and step > 4 or beta <= 1e-6 * max(value, 1e-30):
+        if (residual <= 2 * TOLERANCE * value and step > 4) or beta <= 1e-6 * max(value, 1e-30):
             break
         betas.append(beta)
         basis.append(z / beta)

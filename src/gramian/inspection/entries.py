@@ -71,7 +71,11 @@ def count_entries(parts: Iterable[Float[Tensor, "k n"]]) -> Entries:
             name = dtype_name(dtype)
             if high > LARGEST[dtype]:
                 overflows[name] += int(torch.count_nonzero(magnitude > LARGEST[dtype]))
-            small = int(torch.count_nonzero(magnitude <= LEAST[dtype])) if dtype == torch.float16 or underflows["float16"] else 0
+            small = (
+                int(torch.count_nonzero(magnitude <= LEAST[dtype]))
+                if dtype == torch.float16 or underflows["float16"]
+                else 0
+            )
             if small:
                 underflows[name] += small - int((magnitude == 0).sum())
         samples.append(magnitude.flatten()[:: max(1, magnitude.numel() // 4096)])

@@ -109,7 +109,9 @@ def block_lanczos(w: Float[Tensor, "m n"], block: int, steps: int, seed: int = 0
         q = torch.linalg.qr(q - basis @ (basis.mT @ q)).Q  # where z has lost its rank, QR's vectors are arbitrary
         basis = torch.cat((basis, q), 1)
     values, y = torch.linalg.eigh((t + t.mT) / 2)
-    last = torch.linalg.qr(z, mode="r").R.double() if room else torch.zeros(1, width, dtype=torch.float64, device=w.device)
+    last = (
+        torch.linalg.qr(z, mode="r").R.double() if room else torch.zeros(1, width, dtype=torch.float64, device=w.device)
+    )
     residuals = (last @ y[-width:]).norm(dim=0)
     weights = (y[:block].mT @ r0.double()).square()
     return Krylov(n, values.flip(0).clamp_min(0.0), residuals.flip(0), weights.flip(0))

@@ -148,13 +148,9 @@ def describe(w: Float[Tensor, "m n"]) -> Spectrum:
 def check_matrix(name: str, w: Tensor) -> None:
     """Raise unless `w` is a matrix of a floating dtype that is understood."""
     if w.ndim != 2:
-        raise ShapeError(
-            f"{name}: expected (m, n), got {tuple(w.shape)}. gramian.blocks says which matrices it holds."
-        )
+        raise ShapeError(f"{name}: expected (m, n), got {tuple(w.shape)}. gramian.blocks says which matrices it holds.")
     if w.dtype not in DTYPES:
-        raise DtypeError(
-            f"{name}: expected float64, float32, float16 or bfloat16, got {w.dtype}. Dequantise it first."
-        )
+        raise DtypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {w.dtype}. Dequantise it first.")
 
 
 def without_spectrum(spectrum: Spectrum) -> Spectrum | None:
@@ -183,7 +179,7 @@ def scale_of(largest: float) -> int:
 def energy_rank(sigma: Float[Tensor, " k"], share: float) -> int:
     """Return the least rank that holds a share of the energy Σ σ², the values largest first.
 
-    >>> energy_rank(torch.tensor([3.0, 1.0, 0.1]), 0.9)
+    >>> energy_rank(torch.tensor([4.0, 1.0, 0.1]), 0.9)
     1
     """
     energy = sigma.double().square().cumsum(0)

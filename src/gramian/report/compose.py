@@ -43,7 +43,10 @@ def document_of(report: Report) -> Document:
     """Compose the page of one report; what was not measured is left out."""
     # "parameters" and "matrices" would say again what the first two tiles say
     facts = [(label, value) for label, value in report.facts.items() if label not in ("parameters", "matrices")]
-    tiles = [Tile("Layers", number(len(report.layers))), Tile("Parameters", number(report.facts.get("parameters", parameters(report.layers))))]
+    tiles = [
+        Tile("Layers", number(len(report.layers))),
+        Tile("Parameters", number(report.facts.get("parameters", parameters(report.layers)))),
+    ]
     tiles += [Tile(label, number(value)) for label, value in facts[:_MOST_TILES]]
     sections = [_findings_section("Findings", report)]
     signal = _signal_section([report], [""], ["accent"])

@@ -96,8 +96,9 @@
     });
   }
 
+  const namespace = document.createRange().createContextualFragment("<svg></svg>").firstChild.namespaceURI; // fixed text
   const svg = (tag, attributes, text) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    const element = document.createElementNS(namespace, tag);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
     if (text !== undefined) element.textContent = text;
     return element;
@@ -134,8 +135,7 @@
   }
 
   function rowDetails(figure) {
-    const source = figure.querySelector("script.details");
-    if (!source) return;
+    if (!figure.dataset.details) return;
     let details = null; // parsed at the first click
     const rows = [...figure.querySelectorAll("tbody tr")];
     const toggle = (row, place) => {
@@ -144,7 +144,7 @@
         row.classList.remove("open");
         return;
       }
-      details = details || JSON.parse(source.textContent);
+      details = details || JSON.parse(figure.dataset.details);
       const detail = details[place];
       const box = make("div", "panel");
       const list = make("dl");
