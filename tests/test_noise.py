@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_small_probabilities_follow_the_tail(s):
 
 def test_probabilities_are_monotone_and_inverted():
     values = [tracy_widom_sf(s) for s in np.linspace(-15, 60, 151)]
-    assert all(0 <= b <= a <= 1 for a, b in zip(values[:-1], values[1:], strict=True))
+    assert all(0 <= b <= a <= 1 for a, b in pairwise(values))
     for level in (0.5, 1e-3, 1e-9):
         assert tracy_widom_sf(tracy_widom_quantile(level)) == pytest.approx(level, rel=1e-4)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,7 @@ def trained_networks(seeds: range) -> Iterator[nn.Module]:
         sizes = [64, *[width] * depth, 10]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            layers = [
-                layer for a, b in zip(sizes[:-1], sizes[1:], strict=True) for layer in (nn.Linear(a, b), nn.ReLU())
-            ]
+            layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         model = nn.Sequential(*layers[:-1])
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         for _ in range(150):
@@ -123,10 +122,10 @@ def score_alarms(seeds: range) -> dict[str, Score]:
 
 
 def score_spikes(seeds: range) -> Score:
-    """Plant one to three directions above the detection threshold in noise, and count the matrices in which all are found.
+    """Plant one to three directions above the detection threshold in noise, and count where all are found.
 
-    The threshold in σ is the noise's quantile of probability 1e-5 above which a value is told, and four of the spike's own
-    standard deviations, σ_spike ≈ 1, in units of the entries' (Benaych-Georges & Nadakuditi 2012, theorem 2.18).
+    The threshold in σ is the noise's quantile of probability 1e-5, above which a value is told, and four of the spike's
+    own standard deviations, about 1 in units of the entries' (Benaych-Georges & Nadakuditi 2012, theorem 2.18).
     """
     missed: list[str] = []
     for seed in seeds:

@@ -114,7 +114,7 @@ def _transformer(name: str, repeats: int) -> Row:
 
 
 def write_large(folder: Path) -> None:
-    """Write the 7B-shaped subset, bf16, a shard for each matrix: noise of decaying columns and 16 planted directions."""
+    """Write the 7B-shaped subset, bf16, a shard a matrix: noise of decaying columns and 16 planted directions."""
     generator = torch.Generator().manual_seed(0)
     places = {}
     for (m, n), count in SUBSET.items():

@@ -45,7 +45,7 @@ def compare_checkpoints(
     """Return the spectra of `model − other`, matrix by matrix, as a report whose layers are the differences.
 
     Each layer tells the relative change, the ranks that hold 90 and 99 % of the difference's energy, the numerical rank
-    (what stands out of the rounding of the two dtypes), and the angle between the leading singular subspaces of the two.
+    (what stands out of the rounding of the two dtypes), and the angle between the leading singular subspaces.
 
     Args:
         model, other: two checkpoints of one architecture, in any of the formats that `inspect` reads.

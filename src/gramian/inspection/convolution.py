@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -21,15 +22,15 @@ def conv_norm(
     kernel: Float[Tensor, "o i h w"],
     size: tuple[int, int],
     *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | str = "same",
-    dilation: int | tuple[int, int] = 1,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = "same",
+    dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> tuple[float, float]:
     """Return the largest singular value of a zero-padded convolution on (i, *size) images, and its stated error.
 
-    Lanczos on CᵀC, where C is the convolution and Cᵀ its transpose, with full reorthogonalisation. The reshaped kernel's
-    norm is another number: up to √(h w) times too small.
+    Lanczos on CᵀC, where C is the convolution and Cᵀ its transpose, with full reorthogonalisation. The reshaped
+    kernel's norm is another number: up to √(h w) times too small.
 
     Args:
         kernel: (out, in / groups, h, w).
@@ -40,8 +41,8 @@ def conv_norm(
         ShapeError: the kernel does not have four axes, or is larger than the padded input.
         InputError: "same" padding with a stride.
 
-    Cost: some 15 to 60 convolutions and as many transposed ones. Accuracy: the value is never above the norm, and within
-    the error stated, the residual's, of a singular value; stops at 0.2 %.
+    Cost: some 15 to 60 convolutions and as many transposed ones. Accuracy: the value is never above the norm, and
+    within the error stated, the residual's, of a singular value; stops at 0.2 %.
 
     Source: Golub & Van Loan, Matrix Computations, §10.1; for circular padding Sedghi et al. 1805.10408.
 
@@ -92,7 +93,7 @@ def conv_norm_circular(kernel: Float[Tensor, "o i h w"], size: tuple[int, int]) 
     return float(torch.linalg.svdvals(transform.permute(2, 3, 0, 1)).max())
 
 
-def _lanczos(gram, x: Tensor) -> tuple[float, float]:
+def _lanczos(gram: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
     """Return the largest eigenvalue of a symmetric map, and its pair's residual."""
     basis = [x / x.norm()]
     alphas: list[float] = []

@@ -77,8 +77,8 @@ def block_lanczos(w: Float[Tensor, "m n"], block: int, steps: int, seed: int = 0
 
     Cost: 4 · block · steps · m n operations. Accuracy: a Ritz value is within its residual of a singular value squared.
 
-    Source: Golub & Underwood, The block Lanczos method (1977); Golub & Meurant, Matrices, Moments and Quadrature (2010),
-    §4.3.
+    Source: Golub & Underwood, The block Lanczos method (1977); Golub & Meurant, Matrices, Moments and Quadrature
+    (2010), §4.3.
     """
     n = w.shape[1]
     block = min(block, n)
@@ -126,8 +126,8 @@ def energy_rank_interval(krylov: Krylov, square_sum: float, share: float) -> tup
     """Return (least, estimate, most) of the rank that holds a share of the energy ‖W‖_F² = `square_sum`.
 
     The values that are found count one each; the rest of the n is spread as the quadrature says, its number and its
-    energy being known exactly. The interval is from leaving out one starting vector at a time, and from the quadrature's
-    spacing.
+    energy being known exactly. The interval is from leaving out one starting vector at a time, and from the
+    quadrature's spacing.
 
     Source: Lin, Saad & Yang, SIAM Review 58 (2016), §3.2; the jackknife is Efron, Ann. Statist. 7 (1979).
     """

@@ -204,7 +204,8 @@ def _recurrent(checkpoint: Checkpoint) -> dict[str, str]:
     for name, entry in checkpoint.entries.items():
         module, _, local = name.rpartition(".")
         if local.startswith("weight_hh_l") and len(entry.shape) == 2 and entry.shape[1]:
-            family[module] = {4: "lstm", 3: "gru"}.get(entry.shape[0] / entry.shape[1], "")
+            gates, rest = divmod(*entry.shape)
+            family[module] = {4: "lstm", 3: "gru"}.get(gates, "") if not rest else ""
     return family
 
 

@@ -16,7 +16,7 @@ __all__ = ["Measured"]
 
 @dataclass
 class Measured:
-    """Everything that was measured of one model: a layer and a spectrum for each matrix, and the signal if asked for."""
+    """Everything that was measured of one model: a layer and a spectrum for each matrix, and the signal."""
 
     layers: list[Layer] = field(default_factory=list)
     spectra: list[Spectrum] = field(default_factory=list)

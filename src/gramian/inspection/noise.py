@@ -24,8 +24,8 @@ LEVEL = 1e-5
 # Smallest side from which the limit laws are used. Below it, the edge fluctuates by more than a tenth of itself.
 LEAST_SIDE = 16
 
-# Largest distance of the spectrum's distribution from Marchenko and Pastur's for which the bulk counts as noise; that of
-# a Gaussian matrix is below 0.02 from side 64 on (benchmarks/inspect_calibration.py).
+# Largest distance of the spectrum's distribution from Marchenko and Pastur's for which the bulk counts as noise; that
+# of a Gaussian matrix is below 0.02 from side 64 on (benchmarks/inspect_calibration.py).
 BULK_DISTANCE = 0.04
 
 

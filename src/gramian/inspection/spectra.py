@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -63,7 +63,7 @@ class Spectrum:
     energy_ranks: tuple[tuple[int, int], ...] = ()
     noise: Noise | None = None
     tail: Tail | None = None
-    entries: Entries = Entries()
+    entries: Entries = field(default_factory=Entries)
     method: str = ""
     notes: tuple[str, ...] = ()
 

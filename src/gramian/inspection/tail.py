@@ -105,7 +105,7 @@ def _fit(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _vuong(tail: np.ndarray, alpha: float) -> float:
-    """Return Vuong's statistic of the power law against a log-normal truncated to the tail; negative favours the latter.
+    """Return Vuong's statistic of the power law against a log-normal truncated to the tail; negative: the latter.
 
     `tail` holds log λ − log λ_start ≥ 0: exponential under the power law, a normal truncated at 0 under the other.
     """

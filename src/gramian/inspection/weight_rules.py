@@ -22,8 +22,8 @@ __all__ = ["RULES", "names_of", "non_finite_weights"]
 # of a matrix for which that means anything.
 DOMINANT, DOMINANT_SIDE = 0.5, 32
 
-# σ₁ against the median of the matrices of the same kind: the ratio, and the robust standard deviations of its logarithm,
-# beyond which a layer is told, where there are so many of a kind.
+# σ₁ against the median of the matrices of the same kind: the ratio, and the robust standard deviations of its
+# logarithm, beyond which a layer is told, where there are so many of a kind.
 SIZE_RATIO, SIZE_DEVIATIONS, SIZE_GROUP = 10.0, 8.0, 8
 
 # Shares of a matrix from which counts of its entries are told.
@@ -126,7 +126,7 @@ def out_of_range(measured: Measured) -> Iterator[Finding]:
             "info",
             f"{len(under)} {'matrix' if len(under) == 1 else 'matrices'} would lose entries to zero in float16",
             where=names_of(under),
-            evidence=f"the most: {worst.name}, {_share(worst, worst.underflow_float16):.1%} of its entries (exact count)",
+            evidence=f"the most: {worst.name}, {_share(worst, worst.underflow_float16):.1%} of its entries (exact)",
             cause="Entries below 3e-8, half of float16's least step.",
             remedy="model.to(torch.bfloat16)",
         )
@@ -150,7 +150,8 @@ def unusual_size(measured: Measured) -> Iterator[Finding]:
                 yield Finding(
                     "unusual-size",
                     "warning",
-                    f"σ₁ of {layer.name} is {math.exp(abs(x - middle)):.0f} times {'above' if larger else 'below'} its kind",
+                    f"σ₁ of {layer.name} is {math.exp(abs(x - middle)):.0f} times "
+                    f"{'above' if larger else 'below'} its kind",
                     where=layer.name,
                     evidence=f"{layer.spectral_norm:.3g} against a median of {math.exp(middle):.3g} over {len(layers)} "
                     f"matrices, of which half are within a factor of {math.exp(spread / 1.4826):.2f}",
@@ -236,7 +237,8 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
             "info",
             f"Two factors hold 99 % of the energy of {len(saving)} matrices in {saved:,.0f} parameters less",
             where=names_of(saving),
-            evidence=f"{most.name}: rank {(most.rank_99 or (0, 0))[-1]} of {min(most.shape)} saves {most.saving_99:.0%}",
+            evidence=f"{most.name}: rank {(most.rank_99 or (0, 0))[-1]} of {min(most.shape)} "
+            f"saves {most.saving_99:.0%}",
             cause="The energy of the weights is in few directions. The loss depends on the data too: measure it.",
             remedy="plan = gm.compress(model, batches=batches, objective=objective); plan.at(keep=0.7)",
             source="Eckart & Young 1936",

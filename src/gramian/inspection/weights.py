@@ -175,7 +175,7 @@ def _is_distributed() -> bool:
 
 
 def _cost(holding: Holding, quick: bool) -> float:
-    """Return operations: products with a block, or a Gram matrix and its eigenvalues, which run at a sixth of the rate."""
+    """Return operations: products with a block, or a Gram matrix and its eigenvalues at a sixth of the rate."""
     total = 0.0
     for m, n in holding.shapes:
         small, large = min(m, n), max(m, n)
@@ -210,7 +210,7 @@ def _norm_of_module(block: Block, size: tuple[int, int]) -> tuple[float, float, 
         return conv_norm_circular(kernel, size), 0.0, f"{where}, circular padding (FFT)"
     value, error = conv_norm(
         kernel, size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups
-    )  # type: ignore[arg-type]
+    )
     said = "zero padding" if module.padding_mode == "zeros" else f"zero padding in place of {module.padding_mode}"
     return value, error, f"{where}, stride {module.stride[0]}, {said} {module.padding}"
 
