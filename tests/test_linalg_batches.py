@@ -111,7 +111,7 @@ def test_unknown_method_lists_the_known(method):
         "inv_root": (lambda: gl.inv_root(a, 2, method=method), gl.roots.INV_ROOT),
         "sqrtm": (lambda: gl.sqrtm(a, method=method), gl.roots.SQRTM),
         "svdvals": (lambda: gl.svdvals(a, method=method), gl.singular.SVDVALS),
-        "svd_lowrank": (lambda: gl.svd_lowrank(a, 1, method=method), gl.singular.SVD_LOWRANK),
+        "svd_lowrank": (lambda: gl.svd_lowrank(a, 1, method=method), gl.lowrank.SVD_LOWRANK),
     }
     for name, (call, family) in calls.items():
         with pytest.raises(InputError, match=f"{name}: unknown method.*{', '.join(family)}"):

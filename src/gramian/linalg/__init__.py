@@ -5,27 +5,46 @@ returns `(value, Certificate)` and raises only for a wrong argument.
 """
 
 from gramian.linalg.certificate import Certificate
+from gramian.linalg.components import PCA, pca, svd_shrink, svd_shrink_ex
+from gramian.linalg.extremes import cond, cond_ex, spectral_norm, spectral_norm_ex
 from gramian.linalg.inverses import inv, inv_ex, solve, solve_ex
+from gramian.linalg.linear_map import LinearMap
+from gramian.linalg.lowrank import svd_lowrank, svd_lowrank_ex
 from gramian.linalg.polar_factor import polar, polar_ex
-from gramian.linalg.products import second_moment, syrk
+from gramian.linalg.products import matmul, second_moment, syrk
 from gramian.linalg.roots import inv_root, inv_root_ex, sqrtm, sqrtm_ex
-from gramian.linalg.singular import svd_lowrank, svd_lowrank_ex, svdvals, svdvals_ex
+from gramian.linalg.scaled import matrix_power_scaled, matrix_power_scaled_ex, product_scaled, product_scaled_ex
+from gramian.linalg.singular import svdvals, svdvals_ex
 
 __all__ = [
+    "PCA",
     "Certificate",
+    "LinearMap",
+    "cond",
+    "cond_ex",
     "inv",
     "inv_ex",
     "inv_root",
     "inv_root_ex",
+    "matmul",
+    "matrix_power_scaled",
+    "matrix_power_scaled_ex",
+    "pca",
     "polar",
     "polar_ex",
+    "product_scaled",
+    "product_scaled_ex",
     "second_moment",
     "solve",
     "solve_ex",
+    "spectral_norm",
+    "spectral_norm_ex",
     "sqrtm",
     "sqrtm_ex",
     "svd_lowrank",
     "svd_lowrank_ex",
+    "svd_shrink",
+    "svd_shrink_ex",
     "svdvals",
     "svdvals_ex",
     "syrk",

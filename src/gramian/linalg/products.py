@@ -1,13 +1,35 @@
-"""Gram matrices of data: xᵀx and xᵀx / n, exactly symmetric, accumulated in float32 or wider."""
+"""Products: xᵀx at half the work, and a·b by several routes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.errors import ShapeError
-from gramian.linalg.batch import check
+from gramian.errors import DtypeError, ShapeError
+from gramian.linalg.batch import check, choose
+from gramian.linalg.certificate import default_rtol
+
+HALVED_FROM = 1024
+"""Columns from which the halved product wins on a CPU (benchmarks/results/spectral.json)."""
+LEAF = 8
+"""Parts of the diagonal that are multiplied whole: work (1 + 1/8)/2, in products still large enough to be fast."""
+
+
+def _halved(x: Tensor, out: Tensor, leaf: int) -> None:
+    """Fills `out` with xᵀx: the two halves of the diagonal recursively, the block between them once and mirrored."""
+    n = x.shape[-1]
+    if n <= leaf:
+        gram = x.mT @ x
+        out.copy_(gram.tril() + gram.tril(-1).mT)
+        return
+    middle = (n + 1) // 2
+    _halved(x[:, :middle], out[:middle, :middle], leaf)
+    _halved(x[:, middle:], out[middle:, middle:], leaf)
+    torch.mm(x[:, middle:].mT, x[:, :middle], out=out[middle:, :middle])
+    out[:middle, middle:].copy_(out[middle:, :middle].mT)
 
 
 def syrk(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
@@ -17,7 +39,8 @@ def syrk(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
 
     Arguments: `x` (..., n, d), n samples of d features. Half types are accumulated and returned in float32, also under
     autocast, since the sum over samples neither fits float16 nor survives bfloat16's 8 bits.
-    Raises: `ShapeError`, `DtypeError`. Cost: one product. Accuracy: nε ‖X‖²_F.
+    Raises: `ShapeError`, `DtypeError`. Cost: one product; on a CPU, from d = 1024 and where no gradient is recorded,
+    9/16 of one, the block below the diagonal being computed once and mirrored. Accuracy: nε ‖X‖²_F.
     Source: Higham, Accuracy and Stability (2002), §3.5.
 
     >>> syrk(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -26,7 +49,15 @@ def syrk(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
     """
     check("syrk", x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    n, d = x.shape[-2:]
     with torch.autocast(x.device.type, enabled=False):
+        recorded = torch.is_grad_enabled() and wide.requires_grad
+        plain = type(wide) is Tensor or isinstance(wide, torch.nn.Parameter)
+        if d >= HALVED_FROM and n >= HALVED_FROM // 4 and wide.device.type == "cpu" and plain and not recorded:
+            out = wide.new_empty(*wide.shape[:-2], d, d)
+            for matrix, gram in zip(wide.reshape(-1, n, d), out.view(-1, d, d), strict=True):
+                _halved(matrix.detach(), gram, -(-d // LEAF))
+            return out
         gram = wide.mT @ wide
     # A general product may round (i, j) and (j, i) differently.
     return gram.tril() + gram.tril(-1).mT
@@ -49,3 +80,89 @@ def second_moment(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
     if not x.shape[-2]:
         raise ShapeError(f"second_moment: expected at least one sample (..., n ≥ 1, d), got {tuple(x.shape)}.")
     return syrk(x) / x.shape[-2]
+
+
+def _torch(a: Tensor, b: Tensor) -> Tensor:
+    """torch's own product, batched in one call."""
+    return a @ b
+
+
+def _loop(a: Tensor, b: Tensor) -> Tensor:
+    """One call for each matrix of the batch."""
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    if not left.shape[0]:
+        return a @ b
+    return torch.stack([x @ y for x, y in zip(left, right, strict=True)]).reshape(*batch, a.shape[-2], b.shape[-1])
+
+
+def _bfloat16(a: Tensor, b: Tensor) -> Tensor:
+    """The factors rounded to bfloat16, 8 bits; the product back in the dtype of the factors."""
+    return (a.to(torch.bfloat16) @ b.to(torch.bfloat16)).to(a.dtype)
+
+
+def _even(x: Tensor) -> Tensor:
+    """x with a row and a column of zeros where its sizes are odd."""
+    return torch.nn.functional.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
+
+
+def _strassen(a: Tensor, b: Tensor) -> Tensor:
+    """One level of Strassen–Winograd: 7 products of half the size and 15 sums in place of 8 and 4."""
+    m, n = a.shape[-2], b.shape[-1]
+    (a1, a2), (b1, b2) = (x.chunk(2, -2) for x in (_even(a), _even(b)))
+    (a11, a12), (a21, a22) = a1.chunk(2, -1), a2.chunk(2, -1)
+    (b11, b12), (b21, b22) = b1.chunk(2, -1), b2.chunk(2, -1)
+    s1, t1 = a21 + a22, b12 - b11
+    s2, t2 = s1 - a11, b22 - t1
+    p1 = a11 @ b11
+    u2 = p1 + s2 @ t2
+    u3 = u2 + (a11 - a21) @ (b22 - b12)
+    p5 = s1 @ t1
+    top = torch.cat([p1 + a12 @ b21, u2 + p5 + (a12 - s2) @ b22], -1)
+    bottom = torch.cat([u3 + a22 @ (b21 - t2), u3 + p5], -1)
+    return torch.cat([top, bottom], -2)[..., :m, :n]
+
+
+MATMUL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "torch": _torch,
+    "strassen": _strassen,
+    "bfloat16": _bfloat16,
+    "loop": _loop,
+}
+
+
+def matmul(
+    a: Float[Tensor, ...], b: Float[Tensor, ...], *, method: str = "auto", rtol: float | None = None
+) -> Float[Tensor, ...]:
+    """The product AB, by torch or by a route that trades accuracy or calls for time.
+
+    Arguments: `a` (..., m, k) and `b` (..., k, n) of one dtype, their batches broadcast; `method`, one of `MATMUL` or
+    "auto"; `rtol`, the error ‖C − AB‖_F / (‖A‖_F ‖B‖_F) that "auto" may make (`certificate.RTOL` of the dtype if None).
+    Raises: `ShapeError`, `DtypeError`, `InputError`.
+    Cost: one product. "auto" is torch's product throughout: of the others, none was faster for float32 or float64 on
+    the machines measured by enough to give up accuracy for (`gramian bench linalg`, task matmul), so they are there by
+    name. Accuracy, relative to ‖A‖_F ‖B‖_F: torch and loop ku; strassen about 18 (k/4 + 6) u, in norm only: a small
+    entry beside large ones loses its digits; bfloat16 3·2⁻⁸ whatever the dtype.
+    Source: Higham, Accuracy and Stability (2002), §3.5 and theorem 23.3 (the Winograd form).
+
+    >>> matmul(torch.eye(3), torch.ones(3, 3), method="strassen")
+    tensor([[1., 1., 1.],
+            [1., 1., 1.],
+            [1., 1., 1.]])
+    """
+    check("matmul", a)
+    check("matmul", b)
+    choose("matmul", method, MATMUL)
+    default_rtol(rtol, a.dtype)
+    if a.dtype != b.dtype:
+        raise DtypeError(f"matmul: expected one dtype, got {a.dtype} and {b.dtype}. Convert one with .to().")
+    try:
+        torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError as e:
+        raise ShapeError(f"matmul: batches {tuple(a.shape[:-2])} and {tuple(b.shape[:-2])} do not broadcast.") from e
+    if a.shape[-1] != b.shape[-2]:
+        raise ShapeError(
+            f"matmul: expected (..., m, k) and (..., k, n), got {tuple(a.shape)} and {tuple(b.shape)}. "
+            "Transpose with .mT where the wrong side is shared."
+        )
+    return MATMUL["torch" if method == "auto" else method](a, b)

@@ -1,4 +1,4 @@
-"""Singular values, and the best approximation of low rank, with certificates."""
+"""Singular values, with certificates."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.errors import InputError
 from gramian.linalg import certificate as cert
 from gramian.linalg import factor
-from gramian.linalg.batch import Answer, check, choose, climb, load, norm, scale
+from gramian.linalg.batch import Answer, check, choose, climb, load, norm
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.twofold import Pair, U, eye_like, gamma, minus, pair, product, rough, transpose
 
@@ -103,100 +102,4 @@ def svdvals(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | N
     """
     value, certificate = svdvals_ex(a, method=method, rtol=rtol)
     require_converged("svdvals", certificate)
-    return value
-
-
-SVD_LOWRANK = ("svd",)
-
-
-@torch.no_grad()
-def svd_lowrank_ex(
-    a: Float[Tensor, "*b m n"],
-    rank: int,
-    *,
-    method: str = "auto",
-    rtol: float | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[tuple[Float[Tensor, "*b m k"], Float[Tensor, "*b k"], Float[Tensor, "*b n k"]], Certificate]:
-    """`svd_lowrank` with its certificate, never raising for a matrix's values.
-
-    >>> (u, s, v), certificate = svd_lowrank_ex(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
-    >>> s.tolist(), certificate.converged.item()
-    ([3.0, 2.0], True)
-    """
-    check("svd_lowrank", a)
-    choose("svd_lowrank", method, dict.fromkeys(SVD_LOWRANK))
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= min(a.shape[-2:]):
-        raise InputError(
-            f"svd_lowrank: expected an integer rank from 0 to min(m, n) = {min(a.shape[-2:])}, got {rank!r}."
-        )
-    batch = load(a)
-    tolerance = default_rtol(rtol, a.dtype)
-    u, s, v, ok = factor.svd(batch.x)
-    spread = _svd_answer(batch.x, rough).error
-    bad = ~batch.finite
-    out_u, out_v = u[..., :rank].to(a.dtype), v[..., :rank].to(a.dtype)
-    out_s = scale(s[..., :rank], batch.exponent).to(a.dtype)
-    scaled = scale(out_s.to(torch.float64), -batch.exponent)
-    part = out_u.to(torch.float64) * scaled[:, None, :]
-    gap, gap_error = minus(pair(batch.x), rough(pair(part), transpose(pair(out_v.to(torch.float64)))))
-    reached = norm(gap) + gap_error + U * norm(scaled)
-    optimum = norm(s[..., rank:])
-    excess = (reached - (optimum - spread).clamp_min(0)).clamp_min(0)
-    size = norm(batch.x)
-    bound = torch.where(size > 0, excess / size, 0.0)
-    reason = torch.where(bad, cert.NOT_FINITE, torch.where(ok, cert.NONE, cert.LAPACK))
-    bound = torch.where(reason == cert.NONE, bound, math.inf).nan_to_num(nan=math.inf, posinf=math.inf)
-    converged = bound <= tolerance
-    reason = torch.where((reason == cert.NONE) & ~converged, cert.INACCURATE, reason)
-
-    def shaped(x: Tensor) -> Tensor:
-        return x.reshape(batch.shape + x.shape[1:])
-
-    certificate = Certificate(
-        converged=shaped(converged),
-        residual=shaped(torch.where(bad, math.nan, torch.where(size > 0, norm(gap) / size, 0.0))),
-        error_bound=shaped(bound),
-        kind=shaped(torch.zeros_like(reason)),
-        failure_probability=shaped(torch.zeros_like(bound)),
-        steps=shaped(torch.zeros_like(reason)),
-        method=shaped(torch.zeros_like(reason)),
-        reason=shaped(reason),
-        methods=SVD_LOWRANK,
-    )
-    nan = bad[:, None, None]
-    value = (
-        shaped(torch.where(nan, math.nan, out_u)),
-        shaped(torch.where(bad[:, None], math.nan, out_s)),
-        shaped(torch.where(nan, math.nan, out_v)),
-    )
-    return value, certificate
-
-
-def svd_lowrank(
-    a: Float[Tensor, "*b m n"],
-    rank: int,
-    *,
-    method: str = "auto",
-    rtol: float | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[Float[Tensor, "*b m k"], Float[Tensor, "*b k"], Float[Tensor, "*b n k"]]:
-    """The best approximation of rank k, as U (m, k), S (k,), V (n, k), in the convention of `torch.svd_lowrank`.
-
-    A ≈ U diag(S) Vᵀ, the minimiser of ‖A − B‖_F over B of rank ≤ k.
-
-    Arguments: `a` (..., m, n); `rank` k, from 0 to min(m, n); `method`, one of `SVD_LOWRANK` or "auto"; `rtol`, the
-    excess (‖A − USVᵀ‖_F − optimum) / ‖A‖_F asked for (`certificate.RTOL` of the dtype if None), which is what the
-    certificate's `error_bound` bounds: the factors themselves are not unique. `generator` is for random methods.
-    Raises: `ShapeError`, `DtypeError`, `InputError`; `ConvergenceError` where the excess may be above rtol.
-    Cost: a full float64 SVD (about 50 products). Accuracy: one rounding of the dtype. The residual is
-    ‖A − USVᵀ‖_F / ‖A‖_F.
-    Source: Eckart and Young, Psychometrika 1 (1936).
-
-    >>> u, s, v = svd_lowrank(torch.tensor([[2.0, 2.0], [2.0, 2.0]]), 1)
-    >>> s
-    tensor([4.])
-    """
-    value, certificate = svd_lowrank_ex(a, rank, method=method, rtol=rtol, generator=generator)
-    require_converged("svd_lowrank", certificate)
     return value

@@ -1,0 +1,129 @@
+"""A matrix known by what it does to vectors: dense, sparse, or any object that multiplies."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gramian.errors import DtypeError, ShapeError
+from gramian.linalg.batch import DTYPES, check
+
+
+@runtime_checkable
+class LinearMap(Protocol):
+    """A linear map from n to m numbers, such as a Jacobian or a Hessian.
+
+    `shape` is (m, n); `matvec` takes (n,) to (m,), `matmat` takes (n, b) to (m, b), and `adjoint()` is the map of the
+    transpose. Values are real; `dtype` and `device`, where an object has them, say what it wants (float32 on the CPU
+    if not).
+
+    >>> class Twice:
+    ...     shape = (3, 3)
+    ...     def matvec(self, x): return 2 * x
+    ...     def matmat(self, x): return 2 * x
+    ...     def adjoint(self): return self
+    >>> isinstance(Twice(), LinearMap)
+    True
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n)."""
+        ...
+
+    def matvec(self, x: Tensor, /) -> Tensor:
+        """A x of x (n,)."""
+        ...
+
+    def matmat(self, x: Tensor, /) -> Tensor:
+        """A X of X (n, b)."""
+        ...
+
+    def adjoint(self) -> LinearMap:
+        """The map of Aᵀ."""
+        ...
+
+
+class TensorMap:
+    """A dense tensor (..., m, n), or a sparse one (m, n), as a `LinearMap`.
+
+    >>> TensorMap(torch.eye(2).to_sparse_csr()).matvec(torch.ones(2))
+    tensor([1., 1.])
+    """
+
+    def __init__(self, a: Tensor, *, adjoint: TensorMap | None = None) -> None:
+        self.a = a
+        self.shape = tuple(a.shape)
+        self.dtype = a.dtype
+        self.device = a.device
+        self._adjoint = adjoint
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """A x of x (..., n)."""
+        return self.matmat(x[..., None])[..., 0]
+
+    def matmat(self, x: Tensor) -> Tensor:
+        """A X of X (..., n, b)."""
+        return self.a @ x
+
+    def adjoint(self) -> TensorMap:
+        """The map of Aᵀ; a sparse one is transposed once and kept."""
+        if self._adjoint is None:
+            flipped = self.a.mT if self.a.layout == torch.strided else self.a.t().to_sparse_csr()
+            self._adjoint = TensorMap(flipped, adjoint=self)
+        return self._adjoint
+
+
+class ScaledMap:
+    """Any `LinearMap` times a power of two, in float64: what the Krylov methods work on."""
+
+    def __init__(self, inner: Any, factor: float = 1.0) -> None:
+        self.inner, self.factor = inner, factor
+        self.shape = tuple(inner.shape)
+        self.dtype = getattr(inner, "dtype", torch.float32)
+        self.device = torch.device(getattr(inner, "device", "cpu"))
+
+    def matmat(self, x: Tensor) -> Tensor:
+        """factor · A X, in the inner map's dtype, returned in float64."""
+        return self.inner.matmat(x.to(self.dtype)).to(torch.float64) * self.factor
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """factor · A x."""
+        return self.inner.matvec(x.to(self.dtype)).to(torch.float64) * self.factor
+
+    def adjoint(self) -> ScaledMap:
+        """factor · Aᵀ."""
+        return ScaledMap(self.inner.adjoint(), self.factor)
+
+
+def is_dense(a: object) -> bool:
+    """Whether `a` is a tensor that is not sparse."""
+    return isinstance(a, Tensor) and a.layout == torch.strided
+
+
+def as_linear_map(name: str, a: object) -> LinearMap:
+    """A dense tensor, a sparse tensor (CSR or COO, of two dimensions) or an object with the protocol, as a map.
+
+    >>> as_linear_map("f", torch.eye(3)).shape
+    (3, 3)
+    """
+    if is_dense(a):
+        return TensorMap(check(name, a))
+    if isinstance(a, Tensor):
+        if a.ndim != 2:
+            raise ShapeError(
+                f"{name}: expected a sparse matrix (m, n), got {tuple(a.shape)}. Sparse ones do not batch."
+            )
+        if a.dtype not in DTYPES:
+            raise DtypeError(f"{name}: expected a real floating dtype, got {a.dtype}. Convert with .to(torch.float32).")
+        return TensorMap(a if a.layout == torch.sparse_csr else a.to_sparse_csr())
+    if not isinstance(a, LinearMap):
+        raise DtypeError(
+            f"{name}: expected a tensor or an object with shape, matvec, matmat and adjoint(), got {type(a).__name__}. "
+            "See gm.linalg.LinearMap."
+        )
+    if len(a.shape) != 2:
+        raise ShapeError(f"{name}: expected a linear map of shape (m, n), got {tuple(a.shape)}.")
+    return a
