@@ -208,3 +208,36 @@ def test_ranks_share_the_work_and_agree(tmp_path):
         for a, b in zip(report.layers, alone.layers, strict=True):
             assert a.singular_values == pytest.approx(b.singular_values, rel=1e-9)
     assert sorted((tmp_path / f"{rank}.mine").read_text() for rank in (0, 1)) == ["1", "6"]
+
+
+def test_directions_of_a_first_layer_are_images_and_of_an_embedding_tokens(tmp_path):
+    picture = torch.zeros(8, 8)
+    picture[2:4, 1:7] = 1.0
+    save_file({"0.weight": torch.ones(20, 1) @ picture.view(1, 64) + 1e-3 * normal(20, 64)}, tmp_path / "m.safetensors")
+    report = gm.inspect(tmp_path / "m.safetensors")
+    image = torch.tensor(report.directions[0].image)
+    assert float((image.abs() / image.norm() - picture / picture.norm()).abs().max()) < 1e-2
+    report.save(tmp_path / "r.html")
+    assert "Leading singular vectors" in (tmp_path / "r.html").read_text()
+
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    names = [f"<tok{i}>" for i in range(40)]
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {name: i for i, name in enumerate(names)}}}))
+    embedding = 1e-3 * normal(40, 16)
+    embedding[7] += 5.0
+    save_file({"embed.weight": embedding}, folder / "model.safetensors")
+    report = gm.inspect(folder)
+    assert "<tok7>" in {end[0] for end in report.directions[0].tokens}
+    assert Report.from_json(report.to_json()).directions == report.directions
+    report.save(tmp_path / "r.html")
+    assert "<tok7>" not in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"model": {"vocab": {"a": 999999999999}}}', '{"model": {"vocab": {"a": "b"}}}']
+)
+def test_a_broken_tokenizer_gives_no_tokens(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    save_file({"embed.weight": normal(40, 16)}, tmp_path / "model.safetensors")
+    assert gm.inspect(tmp_path).directions == []

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.errors import CheckpointError
+from gramian.inspection.krylov import leading_vectors
 from gramian.inspection.matrices import Holding, find_holdings
 from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
 from gramian.inspection.weights import layer_of
 from gramian.report import Finding, Layer, Report
 
-__all__ = ["compare_checkpoints", "leading_vectors", "matched", "subspace_angle"]
+__all__ = ["compare_checkpoints", "matched", "subspace_angle"]
 
 # Leading directions that are compared: the number in 1 … 8 behind which the spectrum has its largest gap, since a
 # subspace that no gap sets apart is not defined. Below this gap the angle abstains.
@@ -154,27 +155,6 @@ def subspace_angle(a: Float[Tensor, "m n"], b: Float[Tensor, "m n"]) -> tuple[fl
     new, _ = leading_vectors(a, dim)
     cosine = float(torch.linalg.svdvals(new.mT @ old[:, :dim]).min().clamp(0.0, 1.0))
     return math.degrees(math.acos(cosine)), dim
-
-
-def leading_vectors(w: Float[Tensor, "m n"], count: int) -> tuple[Float[Tensor, "n k"], Float[Tensor, " k"]]:
-    """Return the leading right singular vectors and their values, in float64.
-
-    Exactly, from the Gram matrix's eigenvectors, for a side of at most 1024; else by subspace iteration, 8 steps on
-    `count + 8` vectors. Scaled by the largest entry, so that any dtype's range is safe.
-    """
-    unit = float(w.abs().max()) or 1.0
-    m, n = w.shape
-    if n <= 1024:
-        x = w.double() / unit
-        values, vectors = torch.linalg.eigh(x.mT @ x)
-        return vectors[:, -count:].flip(1), values[-count:].flip(0).clamp_min(0.0).sqrt() * unit
-    x = (w / unit).float()
-    generator = torch.Generator(w.device).manual_seed(0)
-    q = torch.randn(n, min(count + 8, n, m), device=w.device, generator=generator)
-    for _ in range(8):
-        q = torch.linalg.qr(x.mT @ (x @ torch.linalg.qr(q).Q)).Q
-    _, s, v = torch.linalg.svd((x @ q).double(), full_matrices=False)
-    return (q.double() @ v.mT)[:, :count], s[:count] * unit
 
 
 def _pairs(one: Checkpoint, two: Checkpoint, holding: Holding) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -83,7 +83,7 @@ def inspect(
 
 def _report(title: str, measured: Measured) -> Report:
     return Report(
-        title, find(measured), measured.layers, measured.facts, jacobian=measured.jacobian, notes=measured.notes
+        title, find(measured), measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions
     )
 
 

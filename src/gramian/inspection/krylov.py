@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Krylov", "block_lanczos", "energy_rank_interval", "largest_singular_value"]
+__all__ = ["Krylov", "block_lanczos", "energy_rank_interval", "largest_singular_value", "leading_vectors"]
 
 # A Ritz value counts as found where its residual is below this share of it.
 CONVERGED = 1e-2
@@ -120,6 +120,27 @@ def block_lanczos(w: Float[Tensor, "m n"], block: int, steps: int, seed: int = 0
 def largest_singular_value(w: Float[Tensor, "m n"]) -> float:
     """Return σ₁ to some 1e-3, from 12 steps of block 8. Cost: 24 products with 8 vectors."""
     return math.sqrt(float(block_lanczos(w, 8, 12).values[0]))
+
+
+def leading_vectors(w: Float[Tensor, "m n"], count: int) -> tuple[Float[Tensor, "n k"], Float[Tensor, " k"]]:
+    """Return the leading right singular vectors and their values, in float64.
+
+    Exactly, from the Gram matrix's eigenvectors, for a side of at most 1024; else by subspace iteration, 8 steps on
+    `count + 8` vectors. Scaled by the largest entry, so that any dtype's range is safe.
+    """
+    unit = float(w.abs().max()) or 1.0
+    m, n = w.shape
+    if n <= 1024:
+        x = w.double() / unit
+        values, vectors = torch.linalg.eigh(x.mT @ x)
+        return vectors[:, -count:].flip(1), values[-count:].flip(0).clamp_min(0.0).sqrt() * unit
+    x = (w / unit).float()
+    generator = torch.Generator(w.device).manual_seed(0)
+    q = torch.randn(n, min(count + 8, n, m), device=w.device, generator=generator)
+    for _ in range(8):
+        q = torch.linalg.qr(x.mT @ (x @ torch.linalg.qr(q).Q)).Q
+    _, s, v = torch.linalg.svd((x @ q).double(), full_matrices=False)
+    return (q.double() @ v.mT)[:, :count], s[:count] * unit
 
 
 def energy_rank_interval(krylov: Krylov, square_sum: float, share: float) -> tuple[float, float, float]:

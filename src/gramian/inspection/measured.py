@@ -8,7 +8,7 @@ import torch
 
 from gramian.inspection.spectra import Spectrum
 from gramian.operators import Gain
-from gramian.report import Layer
+from gramian.report import Direction, Layer
 from gramian.statistics import Statistics
 
 __all__ = ["Measured"]
@@ -26,3 +26,4 @@ class Measured:
     jacobian: tuple[float, ...] = ()
     facts: dict[str, float | int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    directions: list[Direction] = field(default_factory=list)

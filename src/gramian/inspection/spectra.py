@@ -27,7 +27,7 @@ __all__ = ["Spectrum", "check_matrix", "describe", "energy_rank"]
 GRAM_FLOOR = 3e-5
 
 SLICE = 1 << 20  # elements read at a time: 8 MB in float64
-COLUMNS = 256  # of a block of the Gram matrix: only the lower blocks are computed
+COLUMNS = 256  # least width of a block of the Gram matrix, of whose blocks only the lower ones are computed
 
 # Where at most this share of the singular values lies below the floor, inverse iteration finds them for a hundredth of
 # an SVD's cost. A Gaussian square matrix of side 4096 has about one.
@@ -251,8 +251,9 @@ def _singular_values(tall: Float[Tensor, "m n"], scale: float) -> tuple[Float[Te
 def _add_lower_gram(gram: Float[Tensor, "n n"], part: Float[Tensor, "k n"]) -> None:
     """Add the lower triangle of partᵀ part, in blocks of columns: about half the work of the whole product."""
     n = gram.shape[0]
-    for j in range(0, n, COLUMNS):
-        gram[j:, j : j + COLUMNS].addmm_(part[:, j:].mT, part[:, j : j + COLUMNS])
+    width = max(COLUMNS, n // 8)
+    for j in range(0, n, width):
+        gram[j:, j : j + width].addmm_(part[:, j:].mT, part[:, j : j + width])
 
 
 def _smallest(r: Float[Tensor, "n n"], count: int) -> Float[Tensor, " count"] | None:

@@ -19,6 +19,7 @@ from gramian.inspection.matrices import Holding, find_holdings
 from gramian.inspection.measured import Measured
 from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
+from gramian.inspection.vectors import image_directions, image_side, read_tokens, token_directions
 from gramian.report import Layer
 
 __all__ = ["layer_of", "measure_file", "measure_model", "share_out"]
@@ -62,6 +63,7 @@ def measure_file(
     entries = [e for e in checkpoint.entries.values() if not e.tied_to and e.kind == "float"]
     measured.facts["parameters"] = sum(torch.Size(e.shape).numel() for e in entries)
     _add_facts(measured, quick)
+    _add_directions(measured, checkpoint, holdings)
     return measured
 
 
@@ -96,6 +98,9 @@ def measure_model(
         _add_vector(measured, r.name, r.parameter.detach())
     measured.facts["parameters"] = sum(b.parameter.numel() for b in found) + sum(r.parameter.numel() for r in rest)
     _add_facts(measured, quick)
+    first = measured.layers[0] if measured.layers else None
+    if first is not None and first.kind == "Linear":
+        measured.directions = image_directions(first.name, by_name[first.name]())
     return measured
 
 
@@ -254,6 +259,21 @@ def _find_duplicates(measured: Measured, tensors: Mapping[str, Callable[[], Tens
                 break
         else:
             first[key].append(layer.name)
+
+
+def _add_directions(measured: Measured, checkpoint: Checkpoint, holdings: list[Holding]) -> None:
+    """Leading singular vectors of the first matrix: as tokens of an embedding, as images of a first layer's inputs."""
+    if not holdings or len(holdings[0].shapes) != 1 or holdings[0].kernel:
+        return
+    first = holdings[0]
+    if first.role == "embedding":
+        tokens = read_tokens(checkpoint.path)
+        if tokens and first.shapes[0][0] >= first.shapes[0][1]:
+            matrix = next(first.split(checkpoint.load(first.entry.name)))
+            measured.directions = token_directions(first.names[0], matrix, tokens)
+    elif image_side(first.shapes[0][1]) is not None:
+        matrix = next(first.split(checkpoint.load(first.entry.name)))
+        measured.directions = image_directions(first.names[0], matrix)
 
 
 def _add_vector(measured: Measured, name: str, vector: Tensor) -> None:

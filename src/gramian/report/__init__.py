@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .model import (
     SEVERITIES,
     Detail,
+    Direction,
     Document,
     Finding,
     HeatMap,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SEVERITIES",
     "Detail",
+    "Direction",
     "Document",
     "Finding",
     "HeatMap",

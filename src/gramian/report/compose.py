@@ -55,6 +55,8 @@ def document_of(report: Report) -> Document:
     sections += [section for section in (signal, weights, spectra) if section is not None]
     if report.jacobian:
         sections.append(_jacobian_section([report], [""], ["accent"]))
+    if report.directions:
+        sections.append(_directions_section(report))
     if report.layers:
         sections.append(Section("Layers", items=[layer_table(report.layers, report.findings)]))
     if len(facts) > _MOST_TILES:
@@ -347,6 +349,26 @@ def _spectra_section(reports: Sequence[Report], labels: Sequence[str]) -> Sectio
     if not drawings:
         return None
     return Section("Weight spectra", items=[tuple(drawings) if len(drawings) > 1 else drawings[0]])
+
+
+def _directions_section(report: Report) -> Section:
+    """Leading singular vectors: pictures side by side, tokens as a table."""
+    images = [d for d in report.directions if d.image]
+    words = [d for d in report.directions if d.tokens]
+    items: list[tuple[HeatMap, ...] | Table] = []
+    if images:
+        items.append(
+            tuple(
+                HeatMap(f"{d.layer}: direction {d.rank}, σ = {number(d.singular_value)}", d.image, "column", "row")
+                for d in images
+            )
+        )
+    if words:
+        rows = [[d.layer, d.rank, d.singular_value, *("  ".join(end) for end in d.tokens)] for d in words]
+        columns = ("layer", "direction", "σ", "+", "−")
+        items.append(Table("Tokens at the ends of an embedding's directions", columns, rows))
+    text = "The inputs that a first layer amplifies most, taken as square images since their number is a square."
+    return Section("Leading singular vectors", text if images else "", items)
 
 
 def _jacobian_section(reports: Sequence[Report], labels: Sequence[str], roles: Sequence[Role]) -> Section:

@@ -101,6 +101,17 @@ class Layer:
     method: str = ""
 
 
+@dataclass(frozen=True)
+class Direction:
+    """A leading singular vector of a layer, the `rank`-th, as an image (rows of pixels) or as tokens at its ends."""
+
+    layer: str
+    rank: int
+    singular_value: float
+    image: tuple[tuple[float, ...], ...] = ()
+    tokens: tuple[tuple[str, ...], ...] = ()
+
+
 @dataclass(repr=False)
 class Report:
     """What `gramian.inspect` found: ranked findings, one row per layer in forward order, and model-wide facts.
@@ -119,6 +130,7 @@ class Report:
     facts: dict[str, float | int | str] = field(default_factory=dict)
     jacobian: tuple[float, ...] = ()
     notes: list[str] = field(default_factory=list)
+    directions: list[Direction] = field(default_factory=list)
 
     @property
     def status(self) -> Status:
