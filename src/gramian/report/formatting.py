@@ -45,13 +45,14 @@ def elide(text: str, width: int, mark: str = "…") -> str:
 
 
 def abbreviate(name: str, width: int) -> str:
-    """Shorten a dotted name to its parts' initials from the left, keeping numbers and the last two parts if it can.
+    """Shorten a dotted name to its parts' initials from the left, keeping numbers, and the last parts if it can.
 
     >>> abbreviate("model.layers.17.self_attn.q_proj.weight", 26)
     'm.l.17.s.q_proj.weight'
     """
     parts = name.split(".")
-    for place in range(len(parts) - 1):
+    last = len(parts) - 1
+    for place in [*range(last - 1), last, last - 1][-len(parts) :]:  # "weight" tells least of the last two
         if len(".".join(parts)) <= width:
             break
         if not parts[place][:1].isdigit():
