@@ -6,6 +6,13 @@ returns `(value, Certificate)` and raises only for a wrong argument.
 
 from gramian.linalg.certificate import Certificate
 from gramian.linalg.components import PCA, pca, svd_shrink, svd_shrink_ex
+from gramian.linalg.density import (
+    SpectralDensity,
+    spectral_density,
+    spectral_density_ex,
+    spectral_radius,
+    spectral_radius_ex,
+)
 from gramian.linalg.extremes import cond, cond_ex, spectral_norm, spectral_norm_ex
 from gramian.linalg.inverses import inv, inv_ex, solve, solve_ex
 from gramian.linalg.linear_map import LinearMap
@@ -20,6 +27,7 @@ __all__ = [
     "PCA",
     "Certificate",
     "LinearMap",
+    "SpectralDensity",
     "cond",
     "cond_ex",
     "inv",
@@ -37,8 +45,12 @@ __all__ = [
     "second_moment",
     "solve",
     "solve_ex",
+    "spectral_density",
+    "spectral_density_ex",
     "spectral_norm",
     "spectral_norm_ex",
+    "spectral_radius",
+    "spectral_radius_ex",
     "sqrtm",
     "sqrtm_ex",
     "svd_lowrank",

@@ -42,8 +42,7 @@ def gaussian(generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
 def orthonormal(x: Tensor, against: Tensor | None = None) -> Tensor:
     """Orthonormal columns that span x (B, n, r) less `against`; a column that vanishes there becomes zero.
 
-    Two rounds of projection and of CholeskyQR's cheaper cousin, QR of a tall thin block: "twice is enough" (Giraud et
-    al., Numer. Math. 101, 2005).
+    Two rounds of projection: "twice is enough" (Giraud et al., Numer. Math. 101, 2005).
     """
     start = x.norm(dim=-2, keepdim=True)
     for _ in range(2):
@@ -83,9 +82,10 @@ def lanczos(
         basis[:, :, here] = block
         known = basis[:, :, : (j + 1) * r]
         image = apply(block)
-        t[:, : (j + 1) * r, here] = known.mT @ image
-        t[:, here, : (j + 1) * r] = t[:, : (j + 1) * r, here].mT
-        image = image - known @ t[:, : (j + 1) * r, here]
+        column = known.mT @ image
+        t[:, : (j + 1) * r, here] = column
+        t[:, here, : (j + 1) * r] = column.mT
+        image = image - known @ column
         image = image - known @ (known.mT @ image)
         found = Krylov(known, t[:, : (j + 1) * r, : (j + 1) * r], image, r)
         last = j + 1 == steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -90,8 +91,9 @@ def _torch(a: Tensor, b: Tensor) -> Tensor:
 def _loop(a: Tensor, b: Tensor) -> Tensor:
     """One call for each matrix of the batch."""
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
-    if not left.shape[0]:
+    count = math.prod(batch)
+    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(count, *x.shape[-2:]) for x in (a, b))
+    if not count:
         return a @ b
     return torch.stack([x @ y for x, y in zip(left, right, strict=True)]).reshape(*batch, a.shape[-2], b.shape[-1])
 

@@ -39,7 +39,7 @@ def verdict(
     residual = torch.zeros_like(bound) if residual is None else residual.to(torch.float64)
     estimate = failure_probability is not None
 
-    def full(value: float | Tensor, like: Tensor) -> Tensor:
+    def full(value: float | int | Tensor, like: Tensor) -> Tensor:
         return (torch.zeros_like(like) + value).reshape(tuple(shape))
 
     return Certificate(

@@ -1,0 +1,294 @@
+"""Norms, condition, radius, density, powers, products, components agree with oracles within their bounds."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+import gramian.linalg as gl
+from cases import SQUARE, WIDE, hostile, mp, mp_error, oracle_svdvals, seeded, untyped
+from gramian import random
+from gramian.errors import ConvergenceError, DtypeError, InputError, ShapeError
+
+
+class Map:
+    """A matrix that shows only what it does to vectors."""
+
+    def __init__(self, a):
+        self.a, self.shape, self.dtype = a, tuple(a.shape), a.dtype
+
+    def matvec(self, x):
+        return self.a @ x
+
+    def matmat(self, x):
+        return self.a @ x
+
+    def adjoint(self):
+        return Map(self.a.mT)
+
+
+def off(value, exact):
+    """Relative error; 0 for two zeros, inf where only one is."""
+    value = value.item()
+    if not math.isfinite(value):
+        return math.inf
+    return float(abs(mpmath.mpf(value) - exact) / exact) if exact else (0.0 if value == 0 else math.inf)
+
+
+def norm_of(a):
+    return max(oracle_svdvals(a))
+
+
+def cond_of(a):
+    s = sorted(oracle_svdvals(a))
+    return s[-1] / s[0] if s[0] > s[-1] * mpmath.mpf(10) ** -25 else mpmath.mpf(0)
+
+
+NUMBERS = {
+    "spectral_norm": (gl.spectral_norm_ex, norm_of, ("lanczos", "svdvals")),
+    "cond": (gl.cond_ex, cond_of, ("lanczos", "svdvals")),
+}
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("shape", [(6, 6), (7, 3), (3, 6)], ids=str)
+@pytest.mark.parametrize(("name", "method"), [(n, m) for n in NUMBERS for m in ("auto", *NUMBERS[n][2])])
+def test_norm_and_condition_of_hostile_matrices_are_within_their_bounds(name, method, shape, dtype):
+    function, oracle, _ = NUMBERS[name]
+    a = hostile(901, 20, *shape, dtype, psd=False)
+    value, certificate = function(a, method=method)
+    for x, y, bound in zip(a, value, certificate.error_bound.tolist(), strict=True):
+        exact = oracle(x) if bool(x.isfinite().all()) else None
+        assert (math.inf if exact is None else off(y, exact)) <= bound * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_spectral_norm_always_converges_and_condition_up_to_rounding(dtype):
+    for name, make in SQUARE.items():
+        a = make(7).to(dtype)
+        assert gl.spectral_norm_ex(a)[1].converged == bool(a.isfinite().all()), name
+    assert gl.cond_ex(SQUARE["moler"](7))[1].converged
+    assert not gl.cond_ex(SQUARE["zero"](4))[1].converged
+    assert not gl.cond_ex(SQUARE["rank_deficient"](6))[1].converged
+
+
+@pytest.mark.parametrize("kappa", [1.0, 1e3, 1e6])
+def test_krylov_route_on_large_matrices(kappa):
+    spectrum = torch.logspace(0, -math.log10(kappa), 200, dtype=torch.float64)
+    a = random.with_spectrum(2, 260, 200, spectrum=3 * spectrum, generator=seeded(2), dtype=torch.float64)
+    for matrix in (a, a[..., :200, :].contiguous()):
+        s = torch.linalg.svdvals(matrix)
+        for value, certificate, exact in (
+            (*gl.spectral_norm_ex(matrix, rtol=1e-4), s[:, 0]),
+            (*gl.cond_ex(matrix, rtol=1e-2), s[:, 0] / s[:, -1]),
+        ):
+            assert certificate.converged.all()
+            assert ((value / exact - 1).abs() <= certificate.error_bound + 1e-9).all()
+
+
+@pytest.mark.parametrize("wrap", [Map, lambda a: a.to_sparse_csr(), lambda a: a.to_sparse()])
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_maps_and_sparse_tensors_agree_with_dense(wrap, scale):
+    a = random.normal(30, 20, generator=seeded(3)) * scale
+    value, certificate = gl.spectral_norm_ex(wrap(a))
+    assert certificate.converged
+    assert certificate.kind_names == ["estimate"]
+    assert abs(value / torch.linalg.matrix_norm(a.double(), 2) - 1) <= certificate.error_bound
+    a[0, 0] = math.nan
+    assert not gl.spectral_norm_ex(wrap(a))[1].converged
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_spectral_radius_is_within_its_bound(dtype):
+    jordan = torch.eye(4, dtype=dtype) + torch.ones(4, dtype=dtype)[:3].diag(1)
+    cases = [jordan, torch.ones(3, dtype=dtype).diag(1), *hostile(11, 20, 5, 5, dtype, psd=False)]
+    for a in cases:
+        value, certificate = gl.spectral_radius_ex(a)
+        if not bool(a.isfinite().all()):
+            assert not certificate.converged
+            continue
+        exact = max((abs(e) for e in mpmath.eig(mp(a), left=False, right=False)), default=mpmath.mpf(0))
+        size = mpmath.norm(mp(a))
+        exact = exact if exact > size * mpmath.mpf(10) ** -12 else None
+        if exact is not None:
+            assert off(value, exact) <= certificate.error_bound.item() * (1 + 1e-12)
+    assert gl.spectral_radius(cases[1]) == 0  # nilpotent
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 7, 1000, 10**6, -1, -5, -(10**6)])
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_scaled_powers_are_right_in_norm(k, dtype):
+    g = seeded(5)
+    cases = {
+        "jordan": torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=dtype),
+        "haar": random.orthogonal(4, 4, generator=g, dtype=dtype),
+        "normal": random.normal(5, 5, generator=g, dtype=dtype),
+        "huge": random.normal(4, 4, generator=g, dtype=dtype) * 1e30,
+        "tiny": random.wishart(4, 4, samples=9, generator=g, dtype=dtype) * 1e-30,
+    }
+    for name, a in cases.items():
+        (mantissa, log_scale), certificate = gl.matrix_power_scaled_ex(a, k)
+        base = mp(a) if k >= 0 else mpmath.inverse(mp(a))
+        exact = base ** abs(k)
+        ours = mp(mantissa) * mpmath.exp(mpmath.mpf(log_scale.item()))
+        error = float(mpmath.norm(ours - exact) / mpmath.norm(exact))
+        assert certificate.converged, name
+        assert error <= certificate.error_bound.item() * (1 + 1e-12), name
+        assert (log_scale - float(mpmath.log(mpmath.norm(exact)))).abs() <= 1e-5
+
+
+def test_scaled_powers_of_bad_matrices_say_so():
+    nilpotent, nan, zero = torch.ones(2).diag(1), torch.full((3, 3), math.nan), torch.zeros(3, 3)
+    (mantissa, log_scale), certificate = gl.matrix_power_scaled_ex(torch.stack([nilpotent, nan, zero]), 10**6)
+    assert certificate.converged.tolist() == [True, False, True]
+    assert log_scale[0] == log_scale[2] == -math.inf
+    assert not mantissa[0].any()
+    assert mantissa[1].isnan().all()
+    _, certificate = gl.matrix_power_scaled_ex(torch.stack([torch.eye(3), zero]), -3)
+    assert certificate.converged.tolist() == [True, False]
+    assert certificate.reasons[1].startswith("the answer does not exist")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_scaled_products_are_right_in_norm(scale):
+    g = seeded(6)
+    parts = [random.normal(3 + i % 3, 3 + (i + 1) % 3, generator=g) * scale for i in range(60)]
+    (mantissa, log_scale), certificate = gl.product_scaled_ex(iter(parts))
+    exact = mp(parts[0])
+    for part in parts[1:]:
+        exact = exact * mp(part)
+    ours = mp(mantissa) * mpmath.exp(mpmath.mpf(log_scale.item()))
+    assert certificate.converged
+    assert float(mpmath.norm(ours - exact) / mpmath.norm(exact)) <= certificate.error_bound.item()
+
+
+def test_scaled_products_that_cancel_are_flagged():
+    p = torch.tensor([[1.0, 1.0], [1.0, 1.0]]) / 3
+    q = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) / 3 + torch.tensor([[0.0, 0.0], [0.0, 1e-14]])
+    assert not gl.product_scaled_ex([p.double(), q.double()], rtol=1e-6)[1].converged
+    with pytest.raises(ConvergenceError, match="NaN"):
+        gl.product_scaled([p, p * math.nan])
+
+
+@pytest.mark.parametrize("n", [50, 300])
+def test_density_is_within_its_bound(n):
+    m = random.wishart(n, n, samples=2 * n, generator=seeded(7), dtype=torch.float64)
+    exact = torch.linalg.eigvalsh(m)
+    for method in gl.density.DENSITY:
+        density, certificate = gl.spectral_density_ex(m, method=method, rtol=1.0)
+        grid = torch.linspace(0, float(exact[-1]) * 1.01, 20_001, dtype=torch.float64)
+        ours = torch.cat([torch.zeros(1), density.weights.cumsum(0)])[torch.searchsorted(density.nodes, grid)]
+        theirs = torch.searchsorted(exact, grid) / n
+        distance = (ours - theirs).abs().mean() * grid[-1] / (exact[-1] - exact[0])
+        assert distance <= certificate.error_bound + 1e-4
+        assert abs(density.weights.sum() - 1) < 1e-12
+        assert torch.equal(gl.spectral_density(Map(m), rtol=1.0).nodes, gl.spectral_density(Map(m), rtol=1.0).nodes)
+
+
+def test_density_refuses_asymmetric():
+    assert not gl.spectral_density_ex(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))[1].converged
+
+
+@pytest.mark.parametrize("decay", ["slow", "fast", "flat", "deficient"])
+def test_block_krylov_excess_is_within_its_bound(decay):
+    i = torch.arange(1, 201, dtype=torch.float64)
+    spectrum = {"slow": i**-0.5, "fast": i**-2, "flat": i * 0 + 1, "deficient": (i < 9) * 1.0}[decay]
+    a = random.with_spectrum(2, 260, 200, spectrum=spectrum, generator=seeded(8), dtype=torch.float64)
+    (u, s, v), certificate = gl.svd_lowrank_ex(a, 12, method="block_krylov", rtol=1e-4)
+    assert certificate.converged.all()
+    optimum = spectrum[12:].norm()
+    reached = (a - (u * s[:, None, :]) @ v.mT).flatten(1).norm(dim=1)
+    assert ((reached - optimum) / spectrum.norm() <= certificate.error_bound).all()
+    (u, _, v), _ = gl.svd_lowrank_ex(a.mT, 12, rtol=1e-4)
+    assert (u.shape, v.shape) == ((2, 200, 12), (2, 260, 12))
+
+
+@pytest.mark.parametrize("loss", ["frobenius", "operator", "nuclear"])
+def test_shrinkage_recovers_a_signal_and_its_noise(loss):
+    g = seeded(9)
+    signal = random.normal(200, 3, generator=g) @ random.normal(3, 120, generator=g)
+    noisy = signal + 0.5 * random.normal(200, 120, generator=g)
+    for noise in (None, 0.5):
+        clean = gl.svd_shrink(noisy, noise, loss=loss)
+        assert torch.linalg.matrix_rank(clean, rtol=1e-5) == 3
+        assert torch.dist(clean, signal) < 0.35 * torch.dist(noisy, signal)
+    assert torch.dist(gl.svd_shrink(noisy, 0.0), noisy) < 1e-4 * noisy.norm()
+    assert not gl.svd_shrink(0.1 * random.normal(50, 40, generator=g), 1.0).any()
+    assert gl.svd_shrink_ex(torch.stack([torch.eye(2), torch.full((2, 2), math.nan)]))[1].converged[1].item() is False
+
+
+def test_median_of_marchenko_pastur_is_that_of_wishart():
+    for ratio in (0.2, 1.0):
+        m = random.wishart(400, 400, samples=int(400 / ratio), generator=seeded(10), dtype=torch.float64)
+        assert abs(torch.linalg.eigvalsh(m).median() - gl.components.marchenko_pastur_median(ratio)) < 0.01
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_streamed_components_are_those_of_the_whole(scale):
+    x = (random.normal(500, 6, generator=seeded(11), dtype=torch.float64) * torch.arange(1.0, 7) + 1e6) * scale
+    whole, parts = gl.pca(x, 3), gl.pca(iter(x.split(7)), 3)
+    centered = x - x.mean(0)
+    s = torch.linalg.svdvals(centered / scale)
+    for result in (whole, parts):
+        assert (result.explained_variance / scale**2 / (s[:3] ** 2 / 499) - 1).abs().max() < 1e-8
+        assert (result.mean / x.mean(0) - 1).abs().max() < 1e-12
+        assert (result.components @ result.components.mT - torch.eye(3)).abs().max() < 1e-12
+    assert (whole.components - parts.components).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("method", ["auto", *gl.products.MATMUL])
+@pytest.mark.parametrize(("a", "b"), [((3, 5, 7), (7, 9)), ((4, 4), (2, 4, 1)), ((0, 3), (3, 2)), ((2, 0), (0, 2))])
+def test_every_product_is_the_product(method, a, b):
+    x = random.normal(*a, generator=seeded(12), dtype=torch.float64)
+    y = random.normal(*b, generator=seeded(13), dtype=torch.float64)
+    tolerance = 3 / 256 if method == "bfloat16" else 1e-13
+    assert torch.linalg.norm(gl.matmul(x, y, method=method) - x @ y) <= tolerance * x.norm() * y.norm()
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("shape", [(300, 1030), (2, 1100, 1024), (1024, 1025)], ids=str)
+def test_halved_gram_is_the_gram(shape, dtype):
+    x = random.normal(*shape, generator=seeded(14), dtype=dtype)
+    gram = gl.syrk(x)
+    exact = x.double().mT @ x.double()
+    assert torch.equal(gram, gram.mT)
+    assert torch.linalg.norm(gram - exact) <= shape[-2] * torch.finfo(dtype).eps * torch.linalg.norm(exact)
+    x.requires_grad_()
+    gl.syrk(x).sum().backward()
+    assert x.grad is not None
+
+
+@untyped()
+def test_wrong_arguments_say_what_to_do():
+    a = torch.eye(3)
+    for error, call in (
+        (ShapeError, lambda: gl.matrix_power_scaled(torch.zeros(2, 3), 2)),
+        (InputError, lambda: gl.matrix_power_scaled(a, 1e6)),
+        (InputError, lambda: gl.product_scaled([])),
+        (ShapeError, lambda: gl.product_scaled([a, torch.zeros(2, 2)])),
+        (InputError, lambda: gl.svd_shrink(a, -1.0)),
+        (InputError, lambda: gl.svd_shrink(a, loss="l1")),
+        (InputError, lambda: gl.pca(a, 4)),
+        (InputError, lambda: gl.pca([], 0)),
+        (DtypeError, lambda: gl.pca(a * math.nan, 1)),
+        (ShapeError, lambda: gl.matmul(a, torch.zeros(2, 2))),
+        (DtypeError, lambda: gl.matmul(a, a.double())),
+        (DtypeError, lambda: gl.spectral_norm("a")),
+        (ShapeError, lambda: gl.spectral_density(torch.zeros(2, 3))),
+        (InputError, lambda: gl.cond(a, method="qr")),
+    ):
+        with pytest.raises(error):
+            call()
+
+
+@pytest.mark.parametrize("k", [0, 1, -2, 3])
+def test_empty_matrices(k):
+    assert gl.matrix_power_scaled(torch.zeros(0, 3, 3), k)[0].shape == (0, 3, 3)
+    assert gl.spectral_norm(torch.zeros(2, 0, 3)).tolist() == [0, 0]
+    assert gl.spectral_norm(torch.zeros(0, 3, 3)).shape == (0,)
+    assert gl.cond(torch.zeros(0, 3, 3)).shape == (0,)
+    assert mp_error(gl.svd_shrink(torch.zeros(2, 2)), mp(torch.zeros(2, 2))) == 0
