@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gramian.errors import InputError, ShapeError
-from gramian.linalg import spectral_norm_ex
 
 __all__ = ["conv_norm", "conv_norm_circular"]
 
-TOLERANCE = 2e-3
+STEPS, TOLERANCE = 60, 2e-3
 
 
 @torch.no_grad()
@@ -30,8 +29,8 @@ def conv_norm(
 ) -> tuple[float, float]:
     """Return the largest singular value of a zero-padded convolution on (i, *size) images, and its stated error.
 
-    `gm.linalg.spectral_norm` of the convolution and its transpose as a `LinearMap`. The reshaped kernel's norm is
-    another number: up to √(h w) times too small.
+    Lanczos on CᵀC, where C is the convolution and Cᵀ its transpose, with full reorthogonalisation. The reshaped
+    kernel's norm is another number: up to √(h w) times too small.
 
     Args:
         kernel: (out, in / groups, h, w).
@@ -42,13 +41,13 @@ def conv_norm(
         ShapeError: the kernel does not have four axes, or is larger than the padded input.
         InputError: "same" padding with a stride.
 
-    Cost: some 10 to 60 convolutions and as many transposed ones. Accuracy: the value is never above the norm, and the
-    norm is above value + error with `gm.linalg`'s small probability; stops at 0.2 %.
+    Cost: some 15 to 60 convolutions and as many transposed ones. Accuracy: the value is never above the norm, and
+    within the error stated, the residual's, of a singular value; stops at 0.2 %.
 
-    Source: as `gm.linalg.spectral_norm`; for circular padding Sedghi et al. 1805.10408.
+    Source: Golub & Van Loan, Matrix Computations, §10.1; for circular padding Sedghi et al. 1805.10408.
 
     Example:
-        >>> round(conv_norm(torch.ones(1, 1, 1, 1) * 3, (5, 5))[0], 4)
+        >>> conv_norm(torch.ones(1, 1, 1, 1) * 3, (5, 5))[0]
         3.0
     """
     if kernel.ndim != 4:
@@ -61,13 +60,22 @@ def conv_norm(
     unit = 2.0 ** math.frexp(largest)[1]
     weight = (kernel.double() / unit).float()
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    shape = (weight.shape[1] * groups, *size)
+    shape = (1, weight.shape[1] * groups, *size)
 
+    def gram(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            image = x.view(shape).requires_grad_()
+            out = functional.conv2d(image, weight, **options)  # type: ignore[arg-type]
+        return torch.autograd.grad(out, image, out.detach())[0].flatten()
+
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(math.prod(shape), device=weight.device, generator=generator)
     try:
-        value, certificate = spectral_norm_ex(_Convolution(weight, shape, options), rtol=TOLERANCE)
+        value, error = _lanczos(gram, x)
     except RuntimeError as failure:
         raise ShapeError(f"conv_norm: {str(failure).splitlines()[0]}") from None
-    return float(value) * unit, float(value * certificate.error_bound) * unit
+    top = math.sqrt(max(value, 0.0))
+    return top * unit, (math.sqrt(max(value, 0.0) + error) - top) * unit
 
 
 def conv_norm_circular(kernel: Float[Tensor, "o i h w"], size: tuple[int, int]) -> float:
@@ -85,50 +93,27 @@ def conv_norm_circular(kernel: Float[Tensor, "o i h w"], size: tuple[int, int]) 
     return float(torch.linalg.svdvals(transform.permute(2, 3, 0, 1)).max())
 
 
-class _Convolution:
-    """A convolution of flattened images as a `LinearMap`, and its transpose, which is its own derivative's."""
-
-    def __init__(self, weight: Tensor, shape: tuple[int, ...], options: dict[str, Any]) -> None:
-        self.weight, self.images, self.options = weight, shape, options
-        self.dtype, self.device = weight.dtype, weight.device
-        out = functional.conv2d(weight.new_zeros(1, *shape), weight, **options)
-        self.outputs = tuple(out.shape[1:])
-        self.shape = (math.prod(self.outputs), math.prod(shape))
-
-    def matmat(self, x: Tensor) -> Tensor:
-        """C X of X (n, b)."""
-        images = x.mT.reshape(-1, *self.images)
-        return functional.conv2d(images, self.weight, **self.options).flatten(1).mT
-
-    def matvec(self, x: Tensor) -> Tensor:
-        """C x."""
-        return self.matmat(x[:, None])[:, 0]
-
-    def adjoint(self) -> _Transposed:
-        """Cᵀ."""
-        return _Transposed(self)
-
-
-class _Transposed:
-    """Cᵀ: for a linear map, the vector-Jacobian product."""
-
-    def __init__(self, convolution: _Convolution) -> None:
-        self.convolution = convolution
-        self.dtype, self.device = convolution.dtype, convolution.device
-        self.shape = convolution.shape[::-1]
-
-    def matmat(self, y: Tensor) -> Tensor:
-        """Cᵀ Y of Y (m, b)."""
-        inner = self.convolution
-        with torch.enable_grad():
-            images = y.new_zeros(y.shape[1], *inner.images).requires_grad_()
-            out = functional.conv2d(images, inner.weight, **inner.options)
-        return torch.autograd.grad(out, images, y.mT.reshape(out.shape))[0].flatten(1).mT
-
-    def matvec(self, y: Tensor) -> Tensor:
-        """Cᵀ y."""
-        return self.matmat(y[:, None])[:, 0]
-
-    def adjoint(self) -> _Convolution:
-        """C."""
-        return self.convolution
+def _lanczos(gram: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
+    """Return the largest eigenvalue of a symmetric map, and its pair's residual."""
+    basis = [x / x.norm()]
+    alphas: list[float] = []
+    betas: list[float] = []
+    value, residual = 0.0, math.inf
+    for step in range(min(STEPS, x.numel())):
+        z = gram(basis[-1])
+        alphas.append(float(basis[-1] @ z))
+        q = torch.stack(basis)
+        z = z - q.mT @ (q @ z)
+        z = z - q.mT @ (q @ z)
+        beta = float(z.norm())
+        t = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+        if betas:
+            side = torch.tensor(betas, dtype=torch.float64)
+            t = t + torch.diag(side, 1) + torch.diag(side, -1)
+        values, vectors = torch.linalg.eigh(t)
+        value, residual = float(values[-1]), abs(beta * float(vectors[-1, -1]))
+        if (residual <= 2 * TOLERANCE * value and step > 4) or beta <= 1e-6 * max(value, 1e-30):
+            break
+        betas.append(beta)
+        basis.append(z / beta)
+    return value, residual

