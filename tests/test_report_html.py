@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import re
+import time
 from collections.abc import Callable
 from functools import cache
 from html.parser import HTMLParser
@@ -238,3 +240,19 @@ def test_a_notebook_shows_the_page_in_a_frame():
     shown = Page(make_report()._repr_html_())
     assert [tag for tag, _ in shown.tags] == ["iframe"]
     Page(shown.tags[0][1]["srcdoc"])
+
+
+def test_a_rows_detail_is_in_the_page_and_escaped():
+    report = poison("</script><b>\x1b[2J")
+    page = Page(render(report.to_document()))
+    details = json.loads(page.attributes("data-details")[0])
+    assert len(details) == len(report.layers)
+    assert "\\x1b" in details[0]["title"]
+    assert details[1]["points"]
+
+
+def test_500_blocks_stay_light():
+    start = time.perf_counter()
+    html = render(make_report(500, width=2048).to_document())
+    assert time.perf_counter() - start < 20
+    assert len(html) < 6e6

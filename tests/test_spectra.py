@@ -117,10 +117,19 @@ def test_the_floor_of_the_gram_route_is_where_its_error_reaches_a_millionth(n: i
         assert spectrum.method == "gram"
         exact = torch.linalg.svdvals(w)
         errors.append(float((torch.tensor(spectrum.singular_values).double() / exact - 1).abs().max()))
-        assert (
-            describe(with_singular_values(sigma.index_fill(0, torch.tensor(n - 1), GRAM_FLOOR / 2), n)).method == "qr"
-        )
+        below = describe(with_singular_values(sigma.index_fill(0, torch.tensor(n - 1), GRAM_FLOOR / 2), n))
+        assert below.method == "gram+inverse"
     assert 1e-9 < max(errors) < 1e-6
+
+
+@pytest.mark.parametrize("smallest", [1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("m", [96, 300])
+def test_a_few_small_values_are_found_by_inverse_iteration(m: int, smallest: float) -> None:
+    sigma = torch.cat((torch.linspace(1, 0.1, 93, dtype=torch.float64), torch.tensor([9.0, 3.0, 1.0]) * smallest))
+    w = with_singular_values(sigma, m)
+    spectrum = describe(w)
+    assert spectrum.method == "gram+inverse"
+    check_against_svd(w, spectrum)
 
 
 def test_slices_change_nothing(matrix: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +92,20 @@ def inspect_command(
         str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")
     ],
     task: Annotated[str | None, typer.Option(help="Task whose model and data go with the weights.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another checkpoint: the spectrum of every difference MODEL − OTHER.")
+    ] = None,
+    extract_lora: Annotated[
+        int | None, typer.Option(help="With --against: write the difference as a PEFT adapter of this rank.", min=1)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Norms and ranks with stated error, from a few products.")
+    ] = False,
+    layouts: Annotated[
+        Path | None, typer.Option(help="JSON of name pattern to layout, for fused tensors that are not known.")
+    ] = None,
+    input_size: Annotated[int, typer.Option(help="Side of the images for convolutions' operator norms.", min=1)] = 32,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 for findings of this severity or worse.")] = FailOn.never,
@@ -106,8 +123,24 @@ def inspect_command(
     for path in (html, json):
         if path is not None:
             report.check_target(path)
-    with _Stages(quiet) as tell:
-        found = _inspect(model, task, lambda what, done, total: tell(what, done / max(1, total), ""))
+    if extract_lora is not None and against is None:
+        raise InputError("--extract-lora needs --against BASE: an adapter is a difference from a base model")
+    options: dict[str, Any] = {"quick": quick, "input_size": (input_size, input_size)}
+    if layouts is not None:
+        from gramian.inspection.matrices import read_layouts
+
+        options["layouts"] = read_layouts(layouts)
+    with _ranks() as first, _Stages(quiet or not first) as tell:
+
+        def progress(what: str, done: int, total: int) -> None:
+            tell(what, done / max(1, total), "")
+
+        if against is not None:
+            found = _compare(model, against, task, extract_lora, out, options | {"progress": progress})
+        else:
+            found = _inspect(model, task, options | {"progress": progress})
+    if not first:
+        return
     for path in (html, json):
         if path is not None:
             found.save(path)
@@ -158,20 +191,49 @@ def bench_command(
         bench.show(rows)
 
 
-def _inspect(model: str, task: str | None, tell: Any) -> Any:
+def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
     from gramian import tasks
     from gramian.checkpoint import load_into
     from gramian.inspection import inspect
 
     is_task = model in tasks.TASKS or ".py:" in model
     if task is None and not is_task:
-        return inspect(model, progress=tell)
+        return inspect(model, **options)
     found = tasks.load(model if is_task else str(task))
     network = found.model()
     if not is_task:
         load_into(network, model)
     batches = found.batches()
-    return inspect(network, batches, found.objective, title=model, progress=tell)
+    return inspect(network, batches, found.objective, title=model, **options)
+
+
+def _compare(model: str, against: str, task: str | None, rank: int | None, out: Path, options: dict[str, Any]) -> Any:
+    from gramian.inspection import compare_checkpoints, extract_lora
+
+    if task is not None:
+        raise InputError("--against compares two checkpoints; leave out --task")
+    options.pop("input_size")
+    report = compare_checkpoints(model, against, **options)
+    if rank is not None:
+        options.pop("quick")
+        adapter = extract_lora(model, against, rank, out, **options)
+        report.notes += adapter.notes()
+    return report
+
+
+@contextmanager
+def _ranks() -> Iterator[bool]:
+    """Join the other processes of torchrun, if there are any; yields whether this one prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield True
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    try:
+        yield distributed.get_rank() == 0
+    finally:
+        distributed.destroy_process_group()
 
 
 class _Stages:

@@ -17,7 +17,11 @@ from gramian.bench.machine import features
 from gramian.errors import InputError
 from gramian.report.files import write_text
 
-BENCHES: dict[str, str] = {"linalg": "gramian.bench.linalg", "capture": "gramian.bench.capture"}
+BENCHES: dict[str, str] = {
+    "linalg": "gramian.bench.linalg",
+    "capture": "gramian.bench.capture",
+    "inspect": "gramian.bench.inspect",
+}
 """Name on the command line: module with `rows(repeats, only, tell) -> Iterator[Row]`."""
 
 Tell = Callable[[str], None]

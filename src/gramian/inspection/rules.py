@@ -1,4 +1,7 @@
-"""The rules: from what was measured to findings. One function for each trouble; each knows its threshold's source."""
+"""The rules: from what was measured to findings. One function for each trouble; each knows its threshold's source.
+
+Those that need no data are in `weight_rules`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 
 from gramian.gram import Gram
+from gramian.inspection import weight_rules
+from gramian.inspection.weight_rules import names_of
 from gramian.report import SEVERITIES, Finding, Layer
 
 if TYPE_CHECKING:
-    from gramian.inspection.diagnosis import Measured
+    from gramian.inspection.measured import Measured
 
 __all__ = ["RULES", "find"]
 
@@ -40,22 +45,6 @@ def find(measured: Measured) -> list[Finding]:
     """All findings, errors first, each severity in the order of `RULES`: from what is exact to what is a heuristic."""
     found = [finding for rule in RULES for finding in rule(measured)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
-
-
-def non_finite_weights(measured: Measured) -> Iterator[Finding]:
-    """NaN or infinity in a parameter. Exact."""
-    bad = [(layer, s) for layer, s in zip(measured.layers, measured.spectra, strict=True) if s.num_nonfinite]
-    if bad:
-        layer, spectrum = bad[0]
-        yield Finding(
-            "non-finite-weights",
-            "error",
-            f"{spectrum.num_nonfinite:,} values of {layer.name} are NaN or infinite",
-            where=_names([layer for layer, _ in bad]),
-            evidence=f"{len(bad)} of {len(measured.layers)} tensors hold values that are not finite (exact count)",
-            cause="Training diverged, or the file was damaged, before these weights were saved.",
-            remedy="go back to an earlier checkpoint; train on with a lower learning rate or clipped gradients",
-        )
 
 
 def _single(a: object) -> TypeGuard[Gram]:
@@ -121,7 +110,7 @@ def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
             "No gradient arrives at any layer"
             if everywhere
             else f"The gradient underflows to nothing in {len(lost)} of {len(sized)} layers",
-            where=_names(lost),
+            where=names_of(lost),
             evidence=f"root mean square below {tiny:.1e}, the smallest normal {str(measured.dtype)[6:]}",
             cause="The loss does not depend on these layers."
             if everywhere
@@ -239,39 +228,9 @@ def dead_units(measured: Measured) -> Iterator[Finding]:
             )
 
 
-def collapsed_weights(measured: Measured) -> Iterator[Finding]:
-    """Weight matrices that are zero, or of lower rank than their shape."""
-    zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0]
-    if zero:
-        yield Finding(
-            "zero-weights",
-            "warning",
-            f"{len(zero)} weight {'matrix is' if len(zero) == 1 else 'matrices are'} all zero",
-            where=_names(zero),
-            evidence="every entry is zero (exact)",
-            cause="Initialised so on purpose (a residual branch, an adapter), or never loaded.",
-        )
-    low = [
-        layer
-        for layer in measured.layers
-        if layer.numerical_rank is not None and layer.spectral_norm and layer.numerical_rank < min(layer.shape)
-    ]
-    if low:
-        worst = min(low, key=lambda layer: (layer.numerical_rank or 0) / min(layer.shape))
-        yield Finding(
-            "rank-deficient",
-            "info",
-            f"{len(low)} of {len(measured.layers)} matrices are rank-deficient",
-            where=_names(low),
-            evidence=f"the least: {worst.name}, rank {worst.numerical_rank} of {min(worst.shape)}",
-            cause="Some directions of the input never reach the output.",
-            remedy="plan = gm.compress(model, stats): what is not there need not be stored",
-        )
-
-
 Rule = Callable[["Measured"], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
-    non_finite_weights,
+    weight_rules.non_finite_weights,
     non_finite_signal,
     underflowing_gradients,
     gain,
@@ -279,7 +238,7 @@ RULES: tuple[Rule, ...] = (
     gradient_by_depth,
     end_to_end,
     dead_units,
-    collapsed_weights,
+    *weight_rules.RULES,
 )
 
 
@@ -299,11 +258,6 @@ def _variation(a: Gram) -> float | None:
     """Share of the second moment that is variance; `None` where it cannot be had."""
     total = float(a.matrix.trace())
     return float(a.covariance.trace()) / total if total > 0 and math.isfinite(total) else None
-
-
-def _names(layers: list[Layer]) -> str:
-    names = [layer.name for layer in layers]
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} … {names[-1]} ({len(names)} in all)"
 
 
 def _power(log: float) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from .model import (
     SEVERITIES,
+    Detail,
+    Direction,
     Document,
     Finding,
     HeatMap,
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SEVERITIES",
+    "Detail",
+    "Direction",
     "Document",
     "Finding",
     "HeatMap",

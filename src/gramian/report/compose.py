@@ -10,6 +10,7 @@ from numbers import Real
 
 from .formatting import number
 from .model import (
+    Detail,
     Document,
     Drawing,
     Finding,
@@ -40,14 +41,22 @@ _JACOBIAN_CAPTION = (
 
 def document_of(report: Report) -> Document:
     """Compose the page of one report; what was not measured is left out."""
-    facts = list(report.facts.items())
-    tiles = [Tile("Layers", number(len(report.layers))), Tile("Parameters", number(parameters(report.layers)))]
+    # "parameters" and "matrices" would say again what the first two tiles say
+    facts = [(label, value) for label, value in report.facts.items() if label not in ("parameters", "matrices")]
+    tiles = [
+        Tile("Layers", number(len(report.layers))),
+        Tile("Parameters", number(report.facts.get("parameters", parameters(report.layers)))),
+    ]
     tiles += [Tile(label, number(value)) for label, value in facts[:_MOST_TILES]]
     sections = [_findings_section("Findings", report)]
     signal = _signal_section([report], [""], ["accent"])
-    sections += [section for section in (signal, _spectra_section([report], [""])) if section is not None]
+    weights = _weights_section(report)
+    spectra = _spectra_section([report], [""])
+    sections += [section for section in (signal, weights, spectra) if section is not None]
     if report.jacobian:
         sections.append(_jacobian_section([report], [""], ["accent"]))
+    if report.directions:
+        sections.append(_directions_section(report))
     if report.layers:
         sections.append(Section("Layers", items=[layer_table(report.layers, report.findings)]))
     if len(facts) > _MOST_TILES:
@@ -113,6 +122,25 @@ _MEASURES: tuple[Callable[[Layer], float | None], ...] = (
 )
 
 
+def interval(ends: Sequence[float] | None) -> int | float | str | None:
+    """Write an interval, a single number where its ends agree.
+
+    >>> interval((3, 3)), interval((3, 5)), interval(None)
+    (3, '3–5', None)
+    """
+    if not ends:
+        return None
+    low, high = ends[0], ends[-1]
+    return low if low == high else f"{number(low)}–{number(high)}"
+
+
+def _tail(layer: Layer) -> str | None:
+    if layer.tail_alpha is None or layer.tail_interval is None:
+        return "abstains" if layer.tail_note else None
+    low, high = layer.tail_interval
+    return f"{layer.tail_alpha:.1f} ({low:.1f}–{high:.1f}; n = {layer.tail_size})"
+
+
 # The columns of a layer table: heading, and what it shows of a layer. A column without a single value is left out.
 COLUMNS: dict[str, Callable[[Layer], str | float | int | None]] = {
     "layer": lambda layer: layer.name,
@@ -121,11 +149,22 @@ COLUMNS: dict[str, Callable[[Layer], str | float | int | None]] = {
     "gain χ": lambda layer: layer.gain,
     "activation": lambda layer: layer.activation_rms,
     "gradient": lambda layer: layer.gradient_rms,
+    "‖ΔW‖ / ‖W‖": lambda layer: layer.relative_change,
+    "angle °": lambda layer: None if layer.subspace_angle is None else round(layer.subspace_angle, 1),
+    "‖W‖_F": lambda layer: layer.frobenius_norm,
     "σ max": lambda layer: layer.spectral_norm,
+    "conv norm": lambda layer: layer.operator_norm,
     "condition": lambda layer: layer.condition,
     "stable rank": lambda layer: layer.stable_rank,
     "effective rank": lambda layer: layer.effective_rank,
     "rank": lambda layer: layer.numerical_rank,
+    "rank 90 %": lambda layer: interval(layer.rank_90),
+    "rank 99 %": lambda layer: interval(layer.rank_99),
+    "above noise": lambda layer: layer.above_noise,
+    "p": lambda layer: layer.noise_p_value,
+    "tail α": _tail,
+    "zeros": lambda layer: layer.zeros or None,
+    "same as": lambda layer: layer.duplicate_of or None,
     "parameters": lambda layer: layer.parameters or None,
     "dtype": lambda layer: layer.dtype or None,
     "note": lambda layer: layer.note or None,
@@ -142,14 +181,62 @@ def layer_table(layers: Sequence[Layer], findings: Sequence[Finding] = ()) -> Ta
         columns.remove("dtype")
         said.append(f"All are {dtypes.pop()}.")
     rows = [[COLUMNS[column](layer) for column in columns] for layer in layers]
-    words = [i for i, column in enumerate(columns) if column in ("dtype", "note")]
+    words = [i for i, column in enumerate(columns) if column in ("dtype", "note", "same as", "tail α")]
     rows = [["" if i in words and cell is None else cell for i, cell in enumerate(row)] for row in rows]
     emphasis = [index for index, layer in enumerate(layers) if layer.name in named]
     if emphasis:
         said.append("Layers that a finding names are marked.")
     if any(cell is None for row in rows for cell in row):
         said.append("– means not measured.")
-    return Table("Every matrix, in forward order", columns, rows, " ".join(said), emphasis)
+    details = [detail_of(layer) for layer in layers]
+    return Table("Every matrix, in forward order", columns, rows, " ".join(said), emphasis, details)
+
+
+_MOST_POINTS = 160  # of a spectrum in a row's detail: more cannot be told apart, and 500 of them must stay light
+
+
+def detail_of(layer: Layer) -> Detail:
+    """Return all numbers of one layer, in words, and its spectrum thinned to some 160 points."""
+    values = layer.singular_values
+    last = len(values) - 1
+    places = sorted({round(i * last / (_MOST_POINTS - 1)) for i in range(_MOST_POINTS)}) if last >= 0 else []
+    facts: dict[str, object] = {
+        "shape": " × ".join(str(length) for length in layer.shape),
+        "kind": " ".join(part for part in (layer.kind, layer.role, layer.dtype) if part),
+        "Frobenius norm": layer.frobenius_norm,
+        "spectral norm σ₁": _with_error(layer.spectral_norm, layer.spectral_norm_error),
+        "operator norm of the convolution": _with_error(layer.operator_norm, layer.operator_norm_error),
+        "relative change": layer.relative_change,
+        "angle of the leading subspaces": None
+        if layer.subspace_angle is None
+        else f"{layer.subspace_angle:.1f}° (dimension {layer.subspace_dim})",
+        "condition": layer.condition,
+        "stable rank": layer.stable_rank,
+        "effective rank": layer.effective_rank,
+        "numerical rank": layer.numerical_rank,
+        "rank for 90 % of the energy": interval(layer.rank_90),
+        "rank for 99 % of the energy": interval(layer.rank_99),
+        "factors of that rank would save": f"{layer.saving_99:.0%}" if layer.saving_99 else None,
+        "noise edge (independent entries)": layer.noise_edge,
+        "singular values beyond it": layer.above_noise,
+        "p of the largest (Tracy–Widom)": layer.noise_p_value,
+        "power-law tail α (95 %; size)": _tail(layer) if layer.tail_alpha is not None else None,
+        "tail": layer.tail_note or None,
+        "exact zeros": layer.zeros or None,
+        "lost to infinity in float16": layer.overflow_float16 or None,
+        "lost to zero in float16": layer.underflow_float16 or None,
+        "equal to": layer.duplicate_of or None,
+        "gain χ": layer.gain,
+        "note": layer.note or None,
+    }
+    told = tuple((label, number(value)) for label, value in facts.items() if value is not None)
+    points = tuple((place + 1, values[place]) for place in places)
+    reference = (layer.noise_edge, "noise edge") if layer.noise_edge and values else None
+    return Detail(layer.name, told, points, "index of the singular value", "singular value", reference)
+
+
+def _with_error(value: float | None, error: float | None) -> str | float | None:
+    return value if value is None or not error else f"{number(value)} ± {number(error)}"
 
 
 # ---- sections over one report, or over several -----------------------------------------------------------------------
@@ -208,6 +295,43 @@ def _signal_section(reports: Sequence[Report], labels: Sequence[str], roles: Seq
     return Section("Signal by depth", items=items) if items else None
 
 
+def _weights_section(report: Report) -> Section | None:
+    """Sizes and ranks of the matrices over the depth of the network."""
+    layers = [layer for layer in report.layers if layer.spectral_norm]
+    if len(layers) < 2:
+        return None
+    sizes: dict[str, Callable[[Layer], float | None]] = {
+        "largest σ": lambda layer: layer.operator_norm or layer.spectral_norm,
+        "root mean square σ": lambda layer: (layer.frobenius_norm or 0.0) / math.sqrt(min(layer.shape)) or None,
+        "noise edge": lambda layer: layer.noise_edge,
+    }
+    ranks: dict[str, Callable[[Layer], float | None]] = {
+        "99 % of the energy": lambda layer: layer.rank_99[-1] / min(layer.shape) if layer.rank_99 else None,
+        "90 % of the energy": lambda layer: layer.rank_90[-1] / min(layer.shape) if layer.rank_90 else None,
+        "stable rank": lambda layer: layer.stable_rank / min(layer.shape) if layer.stable_rank else None,
+    }
+    depths = _depths(layers)
+
+    def curves(measures: dict[str, Callable[[Layer], float | None]]) -> list[Series]:
+        series = []
+        for label, measure in measures.items():
+            points = [(x, y) for x, y in zip(depths, map(measure, layers), strict=True) if y is not None]
+            if len(points) >= 2:
+                series.append(Series(label, [x for x, _ in points], [y for _, y in points]))
+        return series
+
+    size = Picture(
+        "Size of the weights by depth", curves(sizes), "depth (matrix number)", "singular value", log_y=True,
+        caption="A matrix whose largest σ stands far above the noise edge holds structure that independent entries "
+        "of its size do not have.",
+    )  # fmt: skip
+    rank = Picture(
+        "Rank of the weights by depth", curves(ranks), "depth (matrix number)", "share of the full rank", log_y=True,
+        caption="How many of a matrix's directions hold its energy. Far down means that few do.",
+    )  # fmt: skip
+    return Section("Weights by depth", items=[(size, rank)])
+
+
 def _spectra_section(reports: Sequence[Report], labels: Sequence[str]) -> Section | None:
     drawings: list[Drawing] = []
     for report, label in zip(reports, labels, strict=True):
@@ -225,6 +349,26 @@ def _spectra_section(reports: Sequence[Report], labels: Sequence[str]) -> Sectio
     if not drawings:
         return None
     return Section("Weight spectra", items=[tuple(drawings) if len(drawings) > 1 else drawings[0]])
+
+
+def _directions_section(report: Report) -> Section:
+    """Leading singular vectors: pictures side by side, tokens as a table."""
+    images = [d for d in report.directions if d.image]
+    words = [d for d in report.directions if d.tokens]
+    items: list[tuple[HeatMap, ...] | Table] = []
+    if images:
+        items.append(
+            tuple(
+                HeatMap(f"{d.layer}: direction {d.rank}, σ = {number(d.singular_value)}", d.image, "column", "row")
+                for d in images
+            )
+        )
+    if words:
+        rows = [[d.layer, d.rank, d.singular_value, *("  ".join(end) for end in d.tokens)] for d in words]
+        columns = ("layer", "direction", "σ", "+", "−")
+        items.append(Table("Tokens at the ends of an embedding's directions", columns, rows))
+    text = "The inputs that a first layer amplifies most, taken as square images since their number is a square."
+    return Section("Leading singular vectors", text if images else "", items)
 
 
 def _jacobian_section(reports: Sequence[Report], labels: Sequence[str], roles: Sequence[Role]) -> Section:

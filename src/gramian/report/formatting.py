@@ -44,6 +44,22 @@ def elide(text: str, width: int, mark: str = "…") -> str:
     return text[:head] + mark + (text[-tail:] if tail else "")
 
 
+def abbreviate(name: str, width: int) -> str:
+    """Shorten a dotted name to its parts' initials from the left, keeping numbers, and the last parts if it can.
+
+    >>> abbreviate("model.layers.17.self_attn.q_proj.weight", 26)
+    'm.l.17.s.q_proj.weight'
+    """
+    parts = name.split(".")
+    last = len(parts) - 1
+    for place in [*range(last - 1), last, last - 1][-len(parts) :]:  # "weight" tells least of the last two
+        if len(".".join(parts)) <= width:
+            break
+        if not parts[place][:1].isdigit():
+            parts[place] = parts[place][:1]
+    return ".".join(parts)
+
+
 def distinct_parts(names: Sequence[str]) -> tuple[list[str], str]:
     """Drop the dotted parts that all names share; return what differs, and the common pattern ("" if nothing is).
 

@@ -28,7 +28,7 @@ from .canvas import drawing_settings
 from .files import write_text
 from .formatting import number, visible
 from .heatmaps import draw_heat_map, shared_scale
-from .model import Document, Drawing, Finding, HeatMap, Picture, Section, Table, is_findings, ranked
+from .model import Detail, Document, Drawing, Finding, HeatMap, Picture, Section, Table, is_findings, ranked
 from .pictures import Drawn, draw_picture
 
 if TYPE_CHECKING:
@@ -99,6 +99,11 @@ class Figure:
     rows: Sequence[Sequence[Cell]] = ()
 
     @property
+    def details(self) -> list[dict[str, Any]]:
+        """The details of a table's rows as JSON holds them; names made visible here, since the script writes them."""
+        return [_detail(detail) for detail in self.item.details] if isinstance(self.item, Table) else []
+
+    @property
     def kind(self) -> str:
         return "table" if isinstance(self.item, Table) else "figure"
 
@@ -167,6 +172,17 @@ def _cells(table: Table) -> Figure:
     rows = [[_cell(value) for value in row] for row in table.rows]
     numeric = [any(row[c].key is not None for row in rows) for c in range(len(table.columns))]
     return Figure(table, numeric=numeric, rows=rows)
+
+
+def _detail(detail: Detail) -> dict[str, Any]:
+    return {
+        "title": visible(detail.title),
+        "facts": [[visible(label), visible(value)] for label, value in detail.facts],
+        "points": [[x, float(f"{y:.4g}")] for x, y in detail.points if math.isfinite(y)],
+        "x": visible(detail.x_label),
+        "y": visible(detail.y_label),
+        "reference": detail.reference and [float(f"{detail.reference[0]:.4g}"), visible(detail.reference[1])],
+    }
 
 
 def _cell(value: object) -> Cell:

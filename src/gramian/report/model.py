@@ -46,6 +46,16 @@ class Layer:
 
     `gain` is χ, the mean squared singular value of the Jacobian from this block's input to the next block's input;
     `activation_rms` is of the block's input and `gradient_rms` of the loss's gradient at its output, per unit.
+
+    `rank_90` and `rank_99` are the least ranks that hold so much of the energy ‖W‖_F², each as (least, most): equal
+    where all singular values are known. `saving_99` is the share of the parameters that two factors of that rank save.
+    `noise_edge` is the largest singular value of independent entries of this size, `above_noise` counts those
+    significantly beyond it, and `noise_p_value` is the probability of the largest under independence. `tail_alpha` is
+    the exponent of a power-law tail, with its 95 % interval and the size of the tail; `None` is an abstention, and
+    `tail_note` says why. `operator_norm` is that of a convolution on images, which `spectral_norm`, of the reshaped
+    kernel, is not. In a comparison the matrix is the difference; `relative_change` is ‖W − W′‖_F / ‖W′‖_F and
+    `subspace_angle` the largest angle, in degrees, between the leading `subspace_dim` right singular vectors of both.
+    `overflow_float16` and `underflow_float16` count entries that a cast to float16 would lose.
     """
 
     name: str
@@ -65,6 +75,41 @@ class Layer:
     activation_rms: float | None = None
     gradient_rms: float | None = None
     note: str = ""
+    role: str = ""
+    spectral_norm_error: float | None = None
+    operator_norm: float | None = None
+    operator_norm_error: float | None = None
+    rank_90: tuple[int, ...] | None = None
+    rank_99: tuple[int, ...] | None = None
+    saving_99: float | None = None
+    noise_edge: float | None = None
+    above_noise: int | None = None
+    noise_p_value: float | None = None
+    bulk_distance: float | None = None
+    tail_alpha: float | None = None
+    tail_interval: tuple[float, ...] | None = None
+    tail_size: int | None = None
+    tail_note: str = ""
+    zeros: int | None = None
+    overflow_float16: int | None = None
+    underflow_float16: int | None = None
+    overflow_bfloat16: int | None = None
+    duplicate_of: str = ""
+    relative_change: float | None = None
+    subspace_angle: float | None = None
+    subspace_dim: int | None = None
+    method: str = ""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A leading singular vector of a layer, the `rank`-th, as an image (rows of pixels) or as tokens at its ends."""
+
+    layer: str
+    rank: int
+    singular_value: float
+    image: tuple[tuple[float, ...], ...] = ()
+    tokens: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(repr=False)
@@ -85,6 +130,7 @@ class Report:
     facts: dict[str, float | int | str] = field(default_factory=dict)
     jacobian: tuple[float, ...] = ()
     notes: list[str] = field(default_factory=list)
+    directions: list[Direction] = field(default_factory=list)
 
     @property
     def status(self) -> Status:
@@ -228,14 +274,30 @@ Drawing = Picture | HeatMap
 
 
 @dataclass(frozen=True)
+class Detail:
+    """What the page shows of a table's row when it is clicked: facts in words, and a curve of (x, y) on a log axis."""
+
+    title: str
+    facts: Sequence[tuple[str, str]] = ()
+    points: Sequence[tuple[float, float]] = ()
+    x_label: str = ""
+    y_label: str = ""
+    reference: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
 class Table:
-    """Cells are strings or numbers (numbers are aligned right and formatted); `emphasis` marks rows by index."""
+    """Cells are strings or numbers (numbers are aligned right and formatted); `emphasis` marks rows by index.
+
+    `details` has one entry for each row, or none at all.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float | int | None]]
     caption: str = ""
     emphasis: Sequence[int] = ()
+    details: Sequence[Detail] = ()
 
 
 @dataclass(frozen=True)

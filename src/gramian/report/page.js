@@ -37,7 +37,12 @@
     const body = figure.querySelector("tbody");
     const first = [...body.rows].filter((row) => !row.classList.contains("beyond")).length;
     const headers = [...figure.querySelectorAll("th")];
+    const closeDetails = () => {
+      body.querySelectorAll("tr.detail").forEach((row) => row.remove());
+      body.querySelectorAll("tr.open").forEach((row) => row.classList.remove("open"));
+    };
     const sortBy = (header, column) => {
+      closeDetails();
       const descending = header.getAttribute("aria-sort") === "ascending"
         || (header.getAttribute("aria-sort") === "none" && header.classList.contains("number"));
       headers.forEach((other) => other.setAttribute("aria-sort", "none"));
@@ -78,6 +83,7 @@
     const count = figure.querySelector(".count");
     const total = body.rows.length;
     filter.addEventListener("input", () => {
+      closeDetails();
       const wanted = filter.value.trim().toLowerCase();
       figure.classList.toggle("all", wanted !== "" || opened);
       let shown = 0;
@@ -87,6 +93,80 @@
         shown += fits;
       }
       count.textContent = wanted ? `${shown.toLocaleString("en")} of ${total.toLocaleString("en")} rows` : `${total.toLocaleString("en")} rows`;
+    });
+  }
+
+  const namespace = document.createRange().createContextualFragment(`<${"svg"}></svg>`).firstChild.namespaceURI; // fixed text
+  const svg = (tag, attributes, text) => {
+    const element = document.createElementNS(namespace, tag);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    if (text !== undefined) element.textContent = text;
+    return element;
+  };
+
+  /* A row's curve on a logarithmic axis, drawn when it is asked for: 500 of them drawn at once would be slow. */
+  function spectrum(detail) {
+    const [width, height, left, right, top, bottom] = [520, 230, 58, 14, 22, 36];
+    const points = detail.points.filter(([, y]) => y > 0);
+    const sheet = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${detail.y} by ${detail.x}` });
+    if (points.length < 2) return null;
+    const logs = points.map(([, y]) => Math.log10(y));
+    if (detail.reference) logs.push(Math.log10(detail.reference[0]));
+    let high = Math.max(...logs), low = Math.max(Math.min(...logs), high - 8);
+    if (high - low < 0.2) { high += 0.1; low -= 0.1; }
+    const last = points[points.length - 1][0];
+    const px = (x) => left + ((x - 1) / Math.max(1, last - 1)) * (width - left - right);
+    const py = (y) => top + ((high - Math.max(Math.log10(y), low)) / (high - low)) * (height - top - bottom);
+    for (let i = 0; i <= 4; i += 1) {
+      const y = 10 ** (low + ((high - low) * i) / 4);
+      sheet.append(svg("line", { x1: left, x2: width - right, y1: py(y), y2: py(y), class: "grid" }));
+      sheet.append(svg("text", { x: left - 6, y: py(y) + 4, "text-anchor": "end" }, y >= 0.01 && y < 1e4 ? String(+y.toPrecision(2)) : y.toExponential(0)));
+      const x = Math.round(1 + ((last - 1) * i) / 4);
+      sheet.append(svg("text", { x: px(x), y: height - bottom + 17, "text-anchor": i === 4 ? "end" : "middle" }, String(x)));
+    }
+    sheet.append(svg("text", { x: left, y: 12 }, detail.y), svg("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, detail.x));
+    if (detail.reference && Math.log10(detail.reference[0]) >= low) {
+      const y = py(detail.reference[0]);
+      sheet.append(svg("line", { x1: left, x2: width - right, y1: y, y2: y, class: "reference" }));
+      sheet.append(svg("text", { x: width - right, y: y - 5, "text-anchor": "end" }, detail.reference[1]));
+    }
+    sheet.append(svg("polyline", { points: points.map(([x, y]) => `${px(x)},${py(y)}`).join(" "), class: "curve" }));
+    return sheet;
+  }
+
+  function rowDetails(figure) {
+    if (!figure.dataset.details) return;
+    let details = null; // parsed at the first click
+    const rows = [...figure.querySelectorAll("tbody tr")];
+    const toggle = (row, place) => {
+      if (row.nextElementSibling && row.nextElementSibling.classList.contains("detail")) {
+        row.nextElementSibling.remove();
+        row.classList.remove("open");
+        return;
+      }
+      details = details || JSON.parse(figure.dataset.details);
+      const detail = details[place];
+      const box = make("div", "panel");
+      const list = make("dl");
+      for (const [label, value] of detail.facts) list.append(make("dt", "", label), make("dd", "", value));
+      const side = make("div");
+      side.append(make("h4", "", detail.title));
+      const drawn = spectrum(detail);
+      if (drawn) side.append(drawn);
+      box.append(side, list);
+      const cell = make("td", "holder");
+      cell.colSpan = row.cells.length;
+      cell.append(box);
+      const extra = make("tr", "detail");
+      extra.append(cell);
+      row.after(extra);
+      row.classList.add("open");
+    };
+    rows.forEach((row, place) => {
+      row.classList.add("opens");
+      row.tabIndex = 0;
+      row.addEventListener("click", () => { if (!String(getSelection())) toggle(row, place); });
+      row.addEventListener("keydown", (event) => { if (event.key === "Enter") toggle(row, place); });
     });
   }
 
@@ -144,6 +224,7 @@
   addEventListener("DOMContentLoaded", () => {
     themeButton(document.getElementById("theme"));
     document.querySelectorAll("figure.table").forEach(tableTools);
+    document.querySelectorAll("figure.table").forEach(rowDetails);
     document.querySelectorAll(".copy").forEach(copyButton);
     document.querySelectorAll("[data-hover]").forEach(hoverValues);
   });

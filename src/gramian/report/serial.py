@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gramian.errors import InputError, UnsupportedError
 
 from .files import check_target, write_text
-from .model import SEVERITIES, Finding, Layer, Report
+from .model import SEVERITIES, Direction, Finding, Layer, Report
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SCHEMA = 1  # raised when a key changes its meaning; a new key does not raise it
 FORMATS = (".html", ".json")
 
-Record = TypeVar("Record", Finding, Layer)
+Record = TypeVar("Record", Finding, Layer, Direction)
 
 
 def plain(value: Any) -> Any:
@@ -55,6 +55,7 @@ def report_to_dict(report: Report) -> dict[str, Any]:
         "layers": [plain(asdict(layer)) for layer in report.layers],
         "jacobian": plain(report.jacobian),
         "notes": plain(report.notes),
+        "directions": [plain(asdict(direction)) for direction in report.directions],
     }
 
 
@@ -83,6 +84,7 @@ def report_from_json(text: str | bytes) -> Report:
             facts={key: math.nan if value is None else value for key, value in data.get("facts", {}).items()},
             jacobian=_numbers(data.get("jacobian", [])),
             notes=[str(note) for note in data.get("notes", [])],
+            directions=[_record(Direction, row) for row in data.get("directions", [])],
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"report: the JSON lacks or garbles a field ({error}). Write it anew.") from None
@@ -101,6 +103,12 @@ def _record(cls: type[Record], row: Mapping[str, Any]) -> Record:
     if cls is Layer:
         values["shape"] = tuple(int(length) for length in values["shape"])
         values["singular_values"] = _numbers(values.get("singular_values", ()))
+        for key in ("rank_90", "rank_99", "tail_interval"):
+            if values.get(key) is not None:
+                values[key] = tuple(values[key])
+    elif cls is Direction:
+        values["image"] = tuple(_numbers(row) for row in values.get("image", ()))
+        values["tokens"] = tuple(tuple(str(token) for token in end) for end in values.get("tokens", ()))
     elif values["severity"] not in SEVERITIES:
         raise ValueError(f"severity {values['severity']!r}")
     return cls(**values)

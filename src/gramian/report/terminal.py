@@ -20,7 +20,7 @@ from rich.text import Text
 
 from .axes import shows
 from .compose import layer_table, telling_rows
-from .formatting import elide, number, visible
+from .formatting import abbreviate, elide, number, visible
 from .model import Document, Finding, HeatMap, Picture, Report, Section, Status, Table, is_findings, plural, ranked
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ _SIGNS: dict[Status, tuple[str, str]] = {
 }
 # What to give up last when the terminal is narrow; the first column always stays.
 _PRIORITY = (
-    *("gain χ", "gradient", "activation", "condition", "shape", "σ max", "stable rank", "rank"),
-    *("kind", "parameters", "note", "effective rank", "dtype"),
+    *("σ", "‖ΔW‖ / ‖W‖", "gain χ", "gradient", "activation", "condition", "shape", "σ max", "stable rank", "rank 90 %"),
+    *("above noise", "rank", "conv norm", "rank 99 %", "same as", "p", "tail α", "zeros"),
+    *("kind", "parameters", "note", "effective rank", "‖W‖_F", "dtype"),
 )
 _GAP = 2
 _LEAST_NAME = 18
@@ -179,6 +180,7 @@ class TableView:
         emphasis = set(self.table.emphasis)
         for index, row in zip(picked, cells, strict=True):
             style = "yellow" if index in emphasis else ""
+            row = [abbreviate(row[0], widths[0]), *row[1:]]  # two names cut in their middle would look alike
             grid.add_row(*(Text(elide(row[c], widths[c], mark), style if c == kept[0] else "") for c in kept))
         yield grid
         hidden = []

@@ -1,0 +1,97 @@
+"""The entries of a matrix, one by one: what is not finite, what is zero, what a narrower dtype would lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["Entries", "clipped", "count_entries", "dtype_name"]
+
+NARROW = (torch.float16, torch.bfloat16)
+
+# Largest finite magnitude that still rounds to a finite number, and the largest that rounds to zero: half of the last
+# step, with ties to even. Derived again by tests/test_entries.py.
+LARGEST = {torch.float16: 65519.99609375, torch.bfloat16: 2.0**127 * (2 - 2.0**-8) - 2.0**104}
+LEAST = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+
+# Entries beyond so many times the typical one are extreme: of a Gaussian matrix, 2 in 10⁹.
+EXTREME = 6.0
+TYPICAL = 0.6745  # median of |x| of a standard normal variable
+SAMPLE = 1 << 16  # entries whose median is taken
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Counts over all entries, and magnitudes over the finite ones. `typical` is the standard deviation by the median.
+
+    `square_sum` is Σ w² over the finite entries, in float64.
+    """
+
+    num_nonfinite: int = 0
+    num_zeros: int = 0
+    largest: float = 0.0
+    typical: float = 0.0
+    square_sum: float = 0.0
+    overflows: Mapping[str, int] = field(default_factory=dict)
+    underflows: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def clipping_level(self) -> float | None:
+        """The magnitude beyond which entries are extreme; `None` where none is."""
+        level = EXTREME * self.typical
+        return level if 0 < level < self.largest else None
+
+
+def count_entries(parts: Iterable[Float[Tensor, "k n"]]) -> Entries:
+    """Count over the slices of a matrix. Cost: about four passes over each slice while it is in the cache."""
+    nonfinite, zeros, largest, squares = 0, 0, 0.0, 0.0
+    overflows, underflows = ({dtype_name(dtype): 0 for dtype in NARROW} for _ in range(2))
+    samples: list[Tensor] = []
+    for part in parts:
+        wide = part if part.dtype in (torch.float32, torch.float64) else part.float()
+        magnitude = wide.abs()
+        high = float(magnitude.amax())
+        if not math.isfinite(high):
+            finite = magnitude.isfinite()
+            nonfinite += finite.numel() - int(finite.sum())
+            magnitude = magnitude.where(finite, 0)
+            high = float(magnitude.amax())
+        largest = max(largest, high)
+        norm = float(torch.linalg.vector_norm(magnitude, dtype=torch.float64))
+        squares += norm * norm  # infinite beyond 1e154, where ** would raise
+        zeros += part.numel() - int(torch.count_nonzero(wide))
+        for dtype in NARROW:
+            if part.dtype == dtype:
+                continue
+            name = dtype_name(dtype)
+            if high > LARGEST[dtype]:
+                overflows[name] += int(torch.count_nonzero(magnitude > LARGEST[dtype]))
+            small = (
+                int(torch.count_nonzero(magnitude <= LEAST[dtype]))
+                if dtype == torch.float16 or underflows["float16"]
+                else 0
+            )
+            if small:
+                underflows[name] += small - int((magnitude == 0).sum())
+        samples.append(magnitude.flatten()[:: max(1, magnitude.numel() // 4096)])
+    drawn = torch.cat(samples) if samples else torch.zeros(0)
+    drawn = drawn[:: max(1, len(drawn) // SAMPLE)]
+    median = float(drawn.median()) if len(drawn) else 0.0
+    if not median and len(drawn):  # more than half are zero: of the others
+        median = float(drawn[drawn > 0].median()) if bool((drawn > 0).any()) else 0.0
+    return Entries(nonfinite, zeros, largest, median / TYPICAL, squares, overflows, underflows)
+
+
+def clipped(w: Float[Tensor, "m n"], level: float, scale: float) -> Float[Tensor, "m n"]:
+    """Return `scale · w` in float32 with its entries held within ± level."""
+    return (w.to(torch.float64) * scale if w.dtype == torch.float64 else w.float() * scale).clamp(-level, level).float()
+
+
+def dtype_name(w: Tensor | torch.dtype) -> str:
+    """Return torch's name of a dtype: `"float32"`."""
+    return str(w.dtype if isinstance(w, Tensor) else w).removeprefix("torch.")

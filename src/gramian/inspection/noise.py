@@ -1,0 +1,170 @@
+"""Signal against noise: which singular values could not come from independent entries, and how sure that is.
+
+The null hypothesis is a matrix of independent entries of one variance. It says nothing of matrices whose rows differ in
+size, or whose entries depend on each other: such matrices are structured, and that is what is told.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["LEVEL", "Noise", "against_noise", "marchenko_pastur_cdf", "tracy_widom_quantile", "tracy_widom_sf"]
+
+# Probability under the null below which a singular value counts as structure. Set on frozen null matrices and scored
+# on fresh ones by benchmarks/inspect_calibration.py: finite matrices of bounded but not Gaussian entries have a heavier
+# edge than the limit law, and the margin is for them.
+LEVEL = 1e-5
+
+# Smallest side from which the limit laws are used. Below it, the edge fluctuates by more than a tenth of itself.
+LEAST_SIDE = 16
+
+# Largest distance of the spectrum's distribution from Marchenko and Pastur's for which the bulk counts as noise; that
+# of a Gaussian matrix is below 0.02 from side 64 on (benchmarks/inspect_calibration.py).
+BULK_DISTANCE = 0.04
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A spectrum against that of independent entries.
+
+    `edge` is the largest singular value that noise of this size has in the limit (Marchenko & Pastur), in the matrix's
+    units; `above` counts the singular values that pass it significantly; `p_value` is the probability that noise has a
+    largest value as large as this one; `bulk_distance` is the largest difference of the two distribution functions.
+    """
+
+    edge: float
+    above: int
+    p_value: float
+    bulk_distance: float
+    note: str = ""
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether nothing in the spectrum tells the matrix from independent entries."""
+        return self.above == 0 and self.bulk_distance < BULK_DISTANCE
+
+
+def against_noise(sigma: Tensor, shape: tuple[int, int], clipped_top: float | None = None) -> Noise | None:
+    """Return how a spectrum compares with that of independent entries, or `None` where a side is too short.
+
+        edge  s (√m + √n),   s² the variance of the entries that remain once the values above the edge are taken out
+        p     1 − F₁((σ₁² / s² − μ) / τ),  μ = (√(m−½) + √(n−½))²,  τ = √μ (1/√(m−½) + 1/√(n−½))^(1/3)
+
+    Args:
+        sigma: all singular values, largest first, float64.
+        shape: (m, n) of the matrix.
+        clipped_top: the largest singular value once the few extreme entries are clipped, where there are such entries;
+            a value that vanishes with them is explained by them and is not counted.
+
+    Cost: O(min(m, n)) and a determinant of side 48. Accuracy of p: that of the limit law, O(n^(−2/3)) with this
+    centring for Gaussian entries.
+
+    Source: Marchenko & Pastur, Math. USSR-Sb. 1 (1967); Johnstone, Ann. Statist. 29 (2001), theorem 1.1; the centring
+    with ½ is Ma, Bernoulli 18 (2012), eq. 3.
+    """
+    n, m = sorted(shape)
+    if n < LEAST_SIDE or not float(sigma[0]) > 0:
+        return None
+    squares = np.square(sigma.numpy())
+    a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
+    centre, spread = (a + b) ** 2, (a + b) * (1 / a + 1 / b) ** (1 / 3)
+    threshold = (centre + spread * tracy_widom_quantile(LEVEL)) / (m * n)
+    above, rest = _settle(squares, m, n, threshold)
+    variance = rest / ((m - above) * (n - above))
+    p = tracy_widom_sf((squares[0] / variance - centre) / spread) if variance > 0 else 0.0
+    note = ""
+    if above and clipped_top is not None:
+        clipped = tracy_widom_sf((clipped_top**2 / variance - centre) / spread) if variance > 0 else 0.0
+        if clipped >= LEVEL:
+            note = f"{above} beyond the edge, explained by a few extreme entries"
+            above, p = 0, clipped
+    edge = math.sqrt(variance) * (math.sqrt(m) + math.sqrt(n))
+    return Noise(edge, above, p, _bulk_distance(squares[above:], m - above, n - above), note)
+
+
+def _settle(squares: np.ndarray, m: int, n: int, threshold: float) -> tuple[int, float]:
+    """Return how many values lie above the edge of the noise that the others make, and the energy of the others."""
+    tails = np.concatenate((np.cumsum(squares[::-1])[::-1], [0.0]))  # energy from each place on
+    above = 0
+    while above < n - 1:
+        variance = tails[above] / ((m - above) * (n - above))
+        passed = min(int((squares > threshold * variance * m * n).sum()), n - 1)
+        if passed <= above:
+            break
+        above = passed
+    return above, float(tails[above])
+
+
+def tracy_widom_sf(s: float) -> float:
+    """Return 1 − F₁(s), the probability that the Tracy–Widom law of real matrices exceeds s.
+
+        F₁(s) = det(I − K),   K(x, y) = ½ Ai((x + y) / 2)  on (s, ∞)
+
+    Small probabilities keep their relative accuracy, down to 1e-300.
+
+    Source: Ferrari & Sasamoto, J. Phys. A 38 (2005) L557, eq. 1; the quadrature is Bornemann, Math. Comp. 79 (2010).
+
+    >>> round(tracy_widom_sf(0.9793), 4), round(tracy_widom_sf(2.0234), 4)
+    (0.05, 0.01)
+    """
+    if s > 400:
+        return 0.0
+    if s < -12:
+        return 1.0
+    nodes, weights = _legendre()
+    length = 18.0 + max(0.0, -s)
+    x = s + length * (nodes + 1) / 2
+    root = np.sqrt(weights * length / 2)
+    arguments = torch.from_numpy((x[:, None] + x[None, :]) / 2)
+    kernel = 0.5 * torch.special.airy_ai(arguments).numpy() * root[:, None] * root[None, :]
+    eigenvalues = np.linalg.eigvalsh(kernel)
+    # at most 1 − 1e-17: deep in the left tail, the determinant is rounding
+    return float(min(1.0, max(0.0, -math.expm1(float(np.log1p(-np.minimum(eigenvalues, 1 - 1e-16)).sum())))))
+
+
+@cache
+def _legendre() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(48)
+
+
+@cache
+def tracy_widom_quantile(level: float) -> float:
+    """Return the s at which 1 − F₁(s) is `level`, by bisection."""
+    low, high = -5.0, 60.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if tracy_widom_sf(middle) > level else (low, middle)
+    return high
+
+
+def marchenko_pastur_cdf(x: np.ndarray, m: int, n: int) -> np.ndarray:
+    """Return the share of the n values σ²/m of unit noise (m ≥ n) that lie below x, in the limit.
+
+    >>> marchenko_pastur_cdf(np.array([0.0, 1.0, 4.0]), 100, 100).round(3)
+    array([0.   , 0.609, 1.   ])
+    """
+    c = n / m
+    low, high = (1 - math.sqrt(c)) ** 2, (1 + math.sqrt(c)) ** 2
+    # x = middle − half·cos t: the density's roots at both ends, and its pole at 0 for c = 1, become smooth in t
+    t = np.linspace(0, math.pi, 1025)
+    grid = (low + high) / 2 - (high - low) / 2 * np.cos(t)
+    speed = ((high - low) / 2 * np.sin(t)) ** 2 / (2 * math.pi * c * np.maximum(grid, 1e-300))
+    if low == 0.0:
+        speed[0] = (high / 2) / math.pi / c  # the limit at t = 0, where both vanish
+    steps = (speed[1:] + speed[:-1]) / 2 * (t[1] - t[0])
+    return np.interp(x, grid, np.concatenate(([0.0], np.cumsum(steps))) / steps.sum())
+
+
+def _bulk_distance(squares: np.ndarray, m: int, n: int) -> float:
+    mean = squares.mean()
+    if not mean > 0:
+        return 1.0
+    expected = marchenko_pastur_cdf(squares[::-1] / mean, m, n)
+    places = (np.arange(n) + 0.5) / n
+    return float(np.abs(expected - places).max())

@@ -1,0 +1,272 @@
+"""The rules that need no data: what weights alone show. Never an alarm on a tail exponent.
+
+Thresholds that are not exact are set on frozen healthy matrices and scored on fresh ones by
+benchmarks/inspect_calibration.py, whose figures are in benchmarks/results/inspect_calibration.json.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from gramian.report import Finding, Layer
+
+if TYPE_CHECKING:
+    from gramian.inspection.measured import Measured
+
+__all__ = ["RULES", "names_of", "non_finite_weights"]
+
+# Share of the energy in one direction from which a hidden matrix is said to have collapsed onto it, and the least side
+# of a matrix for which that means anything.
+DOMINANT, DOMINANT_SIDE = 0.5, 32
+
+# σ₁ against the median of the matrices of the same kind: the ratio, and the robust standard deviations of its
+# logarithm, beyond which a layer is told, where there are so many of a kind.
+SIZE_RATIO, SIZE_DEVIATIONS, SIZE_GROUP = 10.0, 8.0, 8
+
+# Shares of a matrix from which counts of its entries are told.
+ZERO_SHARE, UNDERFLOW_SHARE = 0.1, 0.01
+
+# Share of the parameters that two factors which hold 99 % of the energy must save to be told.
+SAVING = 0.3
+
+# Share of the matrices with structure above noise from which the others look as if they had not been trained.
+TRAINED = 0.5
+
+
+def non_finite_weights(measured: Measured) -> Iterator[Finding]:
+    """NaN or infinity in a parameter. Exact."""
+    bad = [(layer, s) for layer, s in zip(measured.layers, measured.spectra, strict=True) if s.num_nonfinite]
+    if bad:
+        layer, spectrum = bad[0]
+        yield Finding(
+            "non-finite-weights",
+            "error",
+            f"{spectrum.num_nonfinite:,} values of {layer.name} are NaN or infinite",
+            where=names_of([layer for layer, _ in bad]),
+            evidence=f"{len(bad)} of {len(measured.layers)} tensors hold values that are not finite (exact count)",
+            cause="Training diverged, or the file was damaged, before these weights were saved.",
+            remedy="go back to an earlier checkpoint; train on with a lower learning rate or clipped gradients",
+        )
+
+
+def zero_weights(measured: Measured) -> Iterator[Finding]:
+    """Matrices that are all zero, and those with many zeros. Exact."""
+    zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0]
+    if zero:
+        yield Finding(
+            "zero-weights",
+            "warning",
+            f"{len(zero)} weight {'matrix is' if len(zero) == 1 else 'matrices are'} all zero",
+            where=names_of(zero),
+            evidence="every entry is zero (exact)",
+            cause="Initialised so on purpose (a residual branch, an adapter), or never loaded.",
+            remedy="compare with the source: gramian inspect MODEL --against SOURCE",
+        )
+    some = [layer for layer in measured.layers if layer.spectral_norm and _share(layer, layer.zeros) > ZERO_SHARE]
+    if some:
+        worst = max(some, key=lambda layer: _share(layer, layer.zeros))
+        yield Finding(
+            "many-zeros",
+            "info",
+            f"{len(some)} of {len(measured.layers)} matrices have many exact zeros",
+            where=names_of(some),
+            evidence=f"the most: {worst.name}, {_share(worst, worst.zeros):.0%} (exact count)",
+            cause="Pruned weights, or rows that were padded or never updated.",
+        )
+
+
+def repeated_weights(measured: Measured) -> Iterator[Finding]:
+    """Matrices stored twice under different names. Exact."""
+    hidden = [layer for layer in measured.layers if layer.duplicate_of and layer.role == "hidden"]
+    tied = [layer for layer in measured.layers if layer.duplicate_of and layer.role != "hidden"]
+    if hidden:
+        yield Finding(
+            "repeated-weights",
+            "warning",
+            f"{len(hidden)} {'matrix equals' if len(hidden) == 1 else 'matrices equal'} another one bit for bit",
+            where=names_of(hidden),
+            evidence=f"{hidden[0].name} = {hidden[0].duplicate_of} (exact)",
+            cause="Layers copied at initialisation that were never trained, or weights shared but stored twice.",
+            remedy="layer.weight = other.weight  # if shared on purpose; else check that both receive gradients",
+        )
+    if tied:
+        yield Finding(
+            "tied-weights",
+            "info",
+            f"{tied[0].name} is {tied[0].duplicate_of}, stored twice",
+            where=names_of(tied),
+            evidence="equal bit for bit",
+            cause="A tied embedding and head that were saved separately.",
+        )
+
+
+def out_of_range(measured: Measured) -> Iterator[Finding]:
+    """Entries that a narrower dtype would lose. Exact, for a cast that rounds to nearest."""
+    for name, counts in (("float16", "overflow_float16"), ("bfloat16", "overflow_bfloat16")):
+        over = [layer for layer in measured.layers if getattr(layer, counts)]
+        if over:
+            worst = max(over, key=lambda layer: getattr(layer, counts))
+            yield Finding(
+                f"overflows-{name}",
+                "warning",
+                f"{len(over)} {'matrix' if len(over) == 1 else 'matrices'} would be infinite in {name}",
+                where=names_of(over),
+                evidence=f"{getattr(worst, counts):,} entries of {worst.name} are beyond {name}'s range (exact count)",
+                cause=f"Entries grew beyond what {name} can hold.",
+                remedy="model.to(torch.bfloat16)" if name == "float16" else "keep these layers in float32",
+            )
+    under = [layer for layer in measured.layers if _share(layer, layer.underflow_float16) > UNDERFLOW_SHARE]
+    if under:
+        worst = max(under, key=lambda layer: _share(layer, layer.underflow_float16))
+        yield Finding(
+            "underflows-float16",
+            "info",
+            f"{len(under)} {'matrix' if len(under) == 1 else 'matrices'} would lose entries to zero in float16",
+            where=names_of(under),
+            evidence=f"the most: {worst.name}, {_share(worst, worst.underflow_float16):.1%} of its entries (exact)",
+            cause="Entries below 3e-8, half of float16's least step.",
+            remedy="model.to(torch.bfloat16)",
+        )
+
+
+def unusual_size(measured: Measured) -> Iterator[Finding]:
+    """A spectral norm far from those of the matrices of its kind."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Layer]] = {}
+    for layer in measured.layers:
+        if layer.spectral_norm and layer.role == "hidden" and not layer.duplicate_of:
+            groups.setdefault((_pattern(layer.name), layer.kind, layer.shape), []).append(layer)
+    for layers in groups.values():
+        if len(layers) < SIZE_GROUP:
+            continue
+        logs = [math.log(layer.spectral_norm or 1.0) for layer in layers]
+        middle = statistics.median(logs)
+        spread = 1.4826 * statistics.median([abs(x - middle) for x in logs])
+        for layer, x in zip(layers, logs, strict=True):
+            if abs(x - middle) > max(math.log(SIZE_RATIO), SIZE_DEVIATIONS * spread):
+                larger = x > middle
+                yield Finding(
+                    "unusual-size",
+                    "warning",
+                    f"σ₁ of {layer.name} is {math.exp(abs(x - middle)):.0f} times "
+                    f"{'above' if larger else 'below'} its kind",
+                    where=layer.name,
+                    evidence=f"{layer.spectral_norm:.3g} against a median of {math.exp(middle):.3g} over {len(layers)} "
+                    f"matrices, of which half are within a factor of {math.exp(spread / 1.4826):.2f}",
+                    cause="This layer's weights grew without bound." if larger else "This layer's weights decayed.",
+                    remedy="add weight decay or a norm before the layer, or train with gm.optim.Muon"
+                    if larger
+                    else "check that the layer receives gradients: gm.inspect(model, batches, objective)",
+                    source="a heuristic; scored in benchmarks/results/inspect_calibration.json",
+                )
+
+
+def dominant_direction(measured: Measured) -> Iterator[Finding]:
+    """A hidden matrix most of whose energy is in one direction."""
+    found = [
+        layer
+        for layer in measured.layers
+        if layer.role == "hidden"
+        and layer.stable_rank
+        and min(layer.shape) >= DOMINANT_SIDE
+        and layer.stable_rank < 1 / DOMINANT
+    ]
+    if found:
+        worst = min(found, key=lambda layer: layer.stable_rank or 0.0)
+        error = 2 * (worst.spectral_norm_error or 0.0) / (worst.spectral_norm or 1.0)
+        share = 1 / (worst.stable_rank or 1.0)
+        yield Finding(
+            "dominant-direction",
+            "warning",
+            f"One direction holds most of {len(found)} {'matrix' if len(found) == 1 else 'matrices'}",
+            where=names_of(found),
+            evidence=f"the most: {worst.name}, σ₁² is {share:.0%} of ‖W‖_F² "
+            f"({share:.3%} to {min(1.0, share * (1 + error)):.3%}), stable rank {worst.stable_rank:.2f}",
+            cause="Inputs with a large common part, or rank collapse: most outputs are multiples of one vector.",
+            remedy="centre the layer's inputs (LayerNorm); train with gm.optim.Muon, whose updates have full rank",
+            source="stable rank: Rudelson & Vershynin, J. ACM 54 (2007)",
+        )
+
+
+def like_noise(measured: Measured) -> Iterator[Finding]:
+    """Matrices that look untrained in a network most of whose matrices do not."""
+    pairs = [(layer, s.noise) for layer, s in zip(measured.layers, measured.spectra, strict=True) if s.noise]
+    noise = [layer for layer, test in pairs if test.is_noise]
+    structured = sum(test.above > 0 for _, test in pairs)
+    if noise and structured >= TRAINED * len(pairs):
+        yield Finding(
+            "like-noise",
+            "info",
+            f"{len(noise)} of {len(pairs)} matrices cannot be told from independent random entries",
+            where=names_of(noise),
+            evidence=f"no singular value beyond the noise edge (p = {noise[0].noise_p_value:.2g} for the largest of "
+            f"{noise[0].name}), and the bulk within {noise[0].bulk_distance:.3f} of Marchenko and Pastur's law; "
+            f"{structured} others have structure",
+            cause="The layer is frozen, receives no gradient, or has hardly moved from its initialisation.",
+            remedy="gm.inspect(model, batches, objective)  # the gradient by depth",
+            source="Marchenko & Pastur 1967; Johnstone 2001. Valid against independent entries only",
+        )
+
+
+def low_rank(measured: Measured) -> Iterator[Finding]:
+    """Matrices of lower rank than their shape, and those that factors would store in less."""
+    low = [
+        layer
+        for layer in measured.layers
+        if layer.numerical_rank is not None and layer.spectral_norm and layer.numerical_rank < min(layer.shape)
+    ]
+    if low:
+        worst = min(low, key=lambda layer: (layer.numerical_rank or 0) / min(layer.shape))
+        yield Finding(
+            "rank-deficient",
+            "info",
+            f"{len(low)} of {len(measured.layers)} matrices are rank-deficient",
+            where=names_of(low),
+            evidence=f"the least: {worst.name}, rank {worst.numerical_rank} of {min(worst.shape)}",
+            cause="Some directions of the input never reach the output.",
+            remedy="plan = gm.compress(model, stats): what is not there need not be stored",
+        )
+    saving = [layer for layer in measured.layers if (layer.saving_99 or 0.0) >= SAVING and min(layer.shape) >= 16]
+    if saving:
+        most = max(saving, key=lambda layer: (layer.saving_99 or 0.0) * layer.parameters)
+        saved = sum((layer.saving_99 or 0.0) * layer.parameters for layer in saving)
+        yield Finding(
+            "factorable",
+            "info",
+            f"Two factors hold 99 % of the energy of {len(saving)} matrices in {saved:,.0f} parameters less",
+            where=names_of(saving),
+            evidence=f"{most.name}: rank {(most.rank_99 or (0, 0))[-1]} of {min(most.shape)} "
+            f"saves {most.saving_99:.0%}",
+            cause="The energy of the weights is in few directions. The loss depends on the data too: measure it.",
+            remedy="plan = gm.compress(model, batches=batches, objective=objective); plan.at(keep=0.7)",
+            source="Eckart & Young 1936",
+        )
+
+
+Rule = Callable[["Measured"], Iterator[Finding]]
+RULES: tuple[Rule, ...] = (
+    zero_weights,
+    repeated_weights,
+    out_of_range,
+    unusual_size,
+    dominant_direction,
+    like_noise,
+    low_rank,
+)
+
+
+def names_of(layers: list[Layer]) -> str:
+    """Name a few layers, or the first and the last of many."""
+    names = [layer.name for layer in layers]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} … {names[-1]} ({len(names)} in all)"
+
+
+def _share(layer: Layer, count: int | None) -> float:
+    return (count or 0) / layer.parameters if layer.parameters else 0.0
+
+
+def _pattern(name: str) -> str:
+    """The name without the numbers of layers and experts, but with the part of a fused tensor."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))

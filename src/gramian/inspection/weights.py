@@ -1,0 +1,300 @@
+"""Measuring weights: a file tensor by tensor, or a model block by block, alone or shared out over ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from gramian.block import Block, blocks
+from gramian.checkpoint import Checkpoint, open_checkpoint
+from gramian.inspection.convolution import conv_norm, conv_norm_circular
+from gramian.inspection.entries import dtype_name
+from gramian.inspection.matrices import Holding, find_holdings
+from gramian.inspection.measured import Measured
+from gramian.inspection.quick import describe_quickly
+from gramian.inspection.spectra import Spectrum, describe
+from gramian.inspection.vectors import image_directions, image_side, read_tokens, token_directions
+from gramian.report import Layer
+
+__all__ = ["layer_of", "measure_file", "measure_model", "share_out"]
+
+Tell = Callable[[str, int, int], None]
+
+# Below this side, a second thread waits at LAPACK's barriers longer than it works.
+ONE_THREAD_SIDE = 1024
+
+
+def measure_file(
+    path: str | os.PathLike[str],
+    tell: Tell,
+    *,
+    quick: bool = False,
+    layouts: Mapping[str, Any] | None = None,
+    input_size: tuple[int, int] = (32, 32),
+) -> Measured:
+    """Measure a checkpoint's matrices one tensor at a time; under torch.distributed, each rank its share by cost."""
+    checkpoint = open_checkpoint(path)
+    holdings, left_out = find_holdings(checkpoint, layouts)
+    mine = share_out([_cost(holding, quick) for holding in holdings])
+    rows: dict[int, list[tuple[Layer, Spectrum]]] = {}
+    for done, place in enumerate(mine):
+        tell("spectra", done, len(mine))
+        rows[place] = _measure_holding(checkpoint, holdings[place], quick, input_size)
+    tell("spectra", len(mine), len(mine))
+    measured = Measured(notes=list(checkpoint.notes))
+    for _, found in sorted(_gather(rows).items()):
+        for layer, spectrum in found:
+            measured.layers.append(replace(layer, depth=len(measured.layers)))
+            measured.spectra.append(spectrum)
+    _find_duplicates(measured, _tensors_of(checkpoint, holdings))
+    for name, entry in checkpoint.entries.items():
+        if entry.tied_to:
+            continue
+        if entry.kind == "float" and len(entry.shape) < 2:
+            _add_vector(measured, name, checkpoint.load(name))
+    for reason, names in left_out.items():
+        measured.notes.append(f"Left out, {reason}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
+    entries = [e for e in checkpoint.entries.values() if not e.tied_to and e.kind == "float"]
+    measured.facts["parameters"] = sum(torch.Size(e.shape).numel() for e in entries)
+    _add_facts(measured, quick)
+    _add_directions(measured, checkpoint, holdings)
+    return measured
+
+
+def measure_model(
+    model: nn.Module,
+    tell: Tell,
+    *,
+    quick: bool = False,
+    layouts: Mapping[str, Any] | None = None,
+    input_size: tuple[int, int] = (32, 32),
+) -> Measured:
+    """Measure the blocks of a model."""
+    found, rest = blocks(model, layouts)
+    measured = Measured()
+    if found:
+        measured.dtype = found[0].parameter.dtype
+    by_name: dict[str, Callable[[], Tensor]] = {}
+    for i, block in enumerate(found):
+        tell("spectra", i, len(found))
+        matrices = block.split().flatten(0, -3) if len(block.shape) > 2 else block.split()[None]
+        norm = _norm_of_module(block, input_size)
+        for k, matrix in enumerate(matrices):
+            name = block.name if len(matrices) == 1 else f"{block.name}[{k}]"
+            spectrum = _describe(matrix, quick)
+            layer = layer_of(name, block.kind, block.role, spectrum, norm if len(matrices) == 1 else None)
+            measured.layers.append(replace(layer, depth=len(measured.layers)))
+            measured.spectra.append(spectrum)
+            by_name[name] = lambda matrix=matrix: matrix
+    tell("spectra", len(found), len(found))
+    _find_duplicates(measured, by_name)
+    for r in rest:
+        _add_vector(measured, r.name, r.parameter.detach())
+    measured.facts["parameters"] = sum(b.parameter.numel() for b in found) + sum(r.parameter.numel() for r in rest)
+    _add_facts(measured, quick)
+    first = measured.layers[0] if measured.layers else None
+    if first is not None and first.kind == "Linear":
+        measured.directions = image_directions(first.name, by_name[first.name]())
+    return measured
+
+
+def layer_of(
+    name: str, kind: str, role: str, spectrum: Spectrum, norm: tuple[float, float, str] | None = None
+) -> Layer:
+    """Return a spectrum as a row of the report; `norm` is a convolution's operator norm, its error, and a note."""
+    m, n = spectrum.shape
+    ranks = [*spectrum.energy_ranks, None, None][:2]
+    noise, tail, entries = spectrum.noise, spectrum.tail, spectrum.entries
+    notes = [*spectrum.notes, *([noise.note] if noise and noise.note else []), *([norm[2]] if norm else [])]
+    return Layer(
+        name=name,
+        kind=kind,
+        shape=(m, n),
+        depth=0,
+        dtype=spectrum.dtype,
+        parameters=m * n,
+        singular_values=spectrum.singular_values,
+        frobenius_norm=spectrum.frobenius_norm,
+        spectral_norm=spectrum.spectral_norm,
+        condition=spectrum.condition,
+        stable_rank=spectrum.stable_rank,
+        effective_rank=spectrum.effective_rank,
+        numerical_rank=spectrum.numerical_rank,
+        note="; ".join(notes),
+        role=role,
+        spectral_norm_error=spectrum.spectral_norm_error or None,
+        operator_norm=norm[0] if norm else None,
+        operator_norm_error=norm[1] if norm else None,
+        rank_90=ranks[0],
+        rank_99=ranks[1],
+        saving_99=max(0.0, 1 - ranks[1][1] * (m + n) / (m * n)) if ranks[1] and m * n else None,
+        noise_edge=noise.edge if noise else None,
+        above_noise=noise.above if noise else None,
+        noise_p_value=noise.p_value if noise else None,
+        bulk_distance=noise.bulk_distance if noise else None,
+        tail_alpha=tail.alpha if tail else None,
+        tail_interval=(tail.low, tail.high) if tail and tail.low is not None and tail.high is not None else None,
+        tail_size=tail.size if tail else None,
+        tail_note=tail.note if tail else "",
+        zeros=entries.num_zeros,
+        overflow_float16=entries.overflows.get("float16"),
+        underflow_float16=entries.underflows.get("float16"),
+        overflow_bfloat16=entries.overflows.get("bfloat16"),
+        method=spectrum.method,
+    )
+
+
+def share_out(costs: list[float]) -> list[int]:
+    """Return the places of this rank's share, the whole list where there is one process.
+
+    The costliest goes first, each to the rank that has least: at most 4/3 of the best possible time (Graham 1969).
+    """
+    if not _is_distributed():
+        return list(range(len(costs)))
+    loads = [0.0] * distributed.get_world_size()
+    mine: list[int] = []
+    for place in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[place]
+        if rank == distributed.get_rank():
+            mine.append(place)
+    return sorted(mine)
+
+
+def _gather(rows: dict[int, Any]) -> dict[int, Any]:
+    if not _is_distributed():
+        return rows
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, rows)
+    return {place: found for part in gathered for place, found in part.items()}
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _cost(holding: Holding, quick: bool) -> float:
+    """Return operations: products with a block, or a Gram matrix and its eigenvalues at a sixth of the rate."""
+    total = 0.0
+    for m, n in holding.shapes:
+        small, large = min(m, n), max(m, n)
+        total += 800.0 * m * n if quick else large * small**2 + 8.0 * small**3
+    return total
+
+
+def _measure_holding(
+    checkpoint: Checkpoint, holding: Holding, quick: bool, input_size: tuple[int, int]
+) -> list[tuple[Layer, Spectrum]]:
+    tensor = checkpoint.load(holding.entry.name)
+    norm = None
+    if holding.kernel and bool(tensor.isfinite().all()):
+        size = (max(input_size[0], tensor.shape[2]), max(input_size[1], tensor.shape[3]))
+        norm = (*conv_norm(tensor, size), f"operator norm at {size[0]}×{size[1]}, stride 1, zero padding 'same'")
+    found = []
+    for name, matrix in zip(holding.names, holding.split(tensor), strict=True):
+        spectrum = _describe(matrix, quick)
+        found.append((layer_of(name, holding.kind, holding.role, spectrum, norm), spectrum))
+    return found
+
+
+def _norm_of_module(block: Block, size: tuple[int, int]) -> tuple[float, float, str] | None:
+    module, kernel = block.module, block.parameter.detach()
+    if not isinstance(module, nn.Conv2d) or module.weight is not block.parameter:
+        return None
+    if not bool(kernel.isfinite().all()):
+        return None
+    where = f"operator norm at {size[0]}×{size[1]}"
+    plain = module.stride == (1, 1) and module.dilation == (1, 1) and module.groups == 1
+    if module.padding_mode == "circular" and plain and min(size) >= max(module.kernel_size):
+        return conv_norm_circular(kernel, size), 0.0, f"{where}, circular padding (FFT)"
+    value, error = conv_norm(
+        kernel, size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups
+    )
+    said = "zero padding" if module.padding_mode == "zeros" else f"zero padding in place of {module.padding_mode}"
+    return value, error, f"{where}, stride {module.stride[0]}, {said} {module.padding}"
+
+
+def _describe(matrix: Tensor, quick: bool) -> Spectrum:
+    with _threads(min(matrix.shape)):
+        return describe_quickly(matrix) if quick else describe(matrix)
+
+
+@contextmanager
+def _threads(side: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if side >= ONE_THREAD_SIDE or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tensors_of(checkpoint: Checkpoint, holdings: list[Holding]) -> dict[str, Callable[[], Tensor]]:
+    def loader(holding: Holding, k: int) -> Callable[[], Tensor]:
+        return lambda: list(holding.split(checkpoint.load(holding.entry.name)))[k]
+
+    return {name: loader(holding, k) for holding in holdings for k, name in enumerate(holding.names)}
+
+
+def _find_duplicates(measured: Measured, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Mark matrices whose entries equal those of an earlier one: candidates by their numbers, then bit by bit."""
+    first: dict[tuple[Any, ...], list[str]] = {}
+    for i, (layer, spectrum) in enumerate(zip(measured.layers, measured.spectra, strict=True)):
+        entries = spectrum.entries
+        if not entries.largest or entries.num_nonfinite or entries.num_zeros == layer.parameters:
+            continue
+        key = (layer.shape, layer.dtype, entries.square_sum, entries.largest, entries.num_zeros)
+        for other in first.setdefault(key, []):
+            if torch.equal(tensors[layer.name](), tensors[other]()):
+                measured.layers[i] = replace(layer, duplicate_of=other)
+                break
+        else:
+            first[key].append(layer.name)
+
+
+def _add_directions(measured: Measured, checkpoint: Checkpoint, holdings: list[Holding]) -> None:
+    """Leading singular vectors of the first matrix: as tokens of an embedding, as images of a first layer's inputs."""
+    if not holdings or len(holdings[0].shapes) != 1 or holdings[0].kernel:
+        return
+    first = holdings[0]
+    if first.role == "embedding":
+        tokens = read_tokens(checkpoint.path)
+        if tokens and first.shapes[0][0] >= first.shapes[0][1]:
+            matrix = next(first.split(checkpoint.load(first.entry.name)))
+            measured.directions = token_directions(first.names[0], matrix, tokens)
+    elif image_side(first.shapes[0][1]) is not None:
+        matrix = next(first.split(checkpoint.load(first.entry.name)))
+        measured.directions = image_directions(first.names[0], matrix)
+
+
+def _add_vector(measured: Measured, name: str, vector: Tensor) -> None:
+    """A vector has no spectrum; it is only listed where it holds what is not finite."""
+    bad = int((~torch.isfinite(vector)).sum())
+    if not bad:
+        return
+    shape = tuple(vector.shape) or (1,)
+    entries = replace(Spectrum((1, 1), "").entries, num_nonfinite=bad)
+    measured.spectra.append(Spectrum((shape[0], 1), dtype_name(vector), entries=entries))
+    measured.layers.append(Layer(name, "vector", shape, len(measured.layers), dtype_name(vector), vector.numel()))
+
+
+def _add_facts(measured: Measured, quick: bool) -> None:
+    measured.facts["matrices"] = len(measured.layers)
+    tested = [spectrum.noise for spectrum in measured.spectra if spectrum.noise is not None]
+    if tested:
+        above = sum(noise.above > 0 for noise in tested)
+        measured.facts["matrices with structure above noise"] = f"{above} of {len(tested)}"
+    if quick:
+        measured.notes.append(
+            "Quick: σ₁ within its stated error, ranks as intervals; sides of 256 and less exactly. "
+            "Condition, noise and tails need all singular values: run without --quick."
+        )
