@@ -222,8 +222,13 @@ class Recorder(TorchFunctionMode):
         return self._tapped(output, hear)
 
     def _tapped(self, output: Tensor, hear: Callable[[Tensor], None]) -> Tensor:
-        base = output.clone() if output._is_view() else output
-        return _Tap.apply(base, self.leaf, hear)  # type: ignore[return-value]
+        base = output._base
+        if base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+            # The product of rows under another shape (a linear layer's): tapped in place, its view follows.
+            shape = output.shape
+            _Tap.apply(base, self.leaf, lambda grad: hear(grad.reshape(shape)))
+            return output
+        return _Tap.apply(output if base is None else output.clone(), self.leaf, hear)  # type: ignore[return-value]
 
     def _add_inputs(self, site: Site, form: Form, side: Side) -> None:
         if site.A is None and form.onehot:
