@@ -3,7 +3,7 @@
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "block", "compression", "gram", "init", "inspection", "linalg", "operators", "optim", "placement", "prox", "random",
+    "block", "compression", "gram", "init", "inspection", "linalg", "operators", "optim", "prox", "random",
     "recording", "statistics",
 )  # fmt: skip
 

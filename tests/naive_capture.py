@@ -62,9 +62,9 @@ def linear(tape: Tape, name: str, m: nn.Linear, x: Tensor) -> Tensor:
 
 
 def conv1d_of_gpt2(tape: Tape, name: str, m: zoo.Conv1D, x: Tensor) -> Tensor:
-    """The weight is (in, out): seen as (out, in), vectors enter along the rows; a fused one has a layout of its own."""
+    """The weight is (in, out), and its layout says so; a fused one has a layout of its own."""
     if not name.endswith("c_attn."):
-        key = (f"{name}weight", True)
+        key = (f"{name}weight", False)
         tape.enter(key, x)
         return tape.leave(key, x @ m.weight) + m.bias
     key = (f"{name}weight", False)

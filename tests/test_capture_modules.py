@@ -135,7 +135,7 @@ def capture(name: str, sizes: list[int], dtype: torch.dtype, **options) -> gm.St
     return gm.capture(model, batches(name, sizes, dtype), objective, fisher="empirical", layouts=layouts)
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", ["whole", pytest.param("ones", marks=pytest.mark.slow), "uneven"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_use_agrees_with_the_naive_loop(name: str, sizes: str) -> None:
     stats = capture(name, SIZES[sizes], torch.float64)

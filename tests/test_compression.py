@@ -388,11 +388,16 @@ ERRORS = {
         "another model's",
     ),
     "not_finite": (
-        lambda m: compress(m, batches=[(x * float("nan"), y) for x, y in BATCHES], objective=CLASSIFY),
+        lambda m: compress(m, gm.capture(m, BROKEN, CLASSIFY, non_finite="keep")),
         r"A of '0\.weight' is not finite",
+    ),
+    "loss_not_finite": (
+        lambda m: compress(m, batches=BROKEN, objective=CLASSIFY),
+        "the loss of batch 0 is nan",
     ),
 }
 BATCHES = ZOO["mlp"].make_batches(0)[:1]
+BROKEN = [(x * float("nan"), y) for x, y in BATCHES]
 
 
 @pytest.mark.parametrize("name", ERRORS)
