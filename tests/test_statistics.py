@@ -160,3 +160,17 @@ def test_merging_refuses_what_does_not_fit(tmp_path: Path) -> None:
     save_tensors(tmp_path / "model.safetensors", {"w": torch.eye(2)})
     with pytest.raises(CheckpointError, match="not statistics of gramian"):
         Statistics.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("n", [100, 700])
+def test_bfloat16_products_are_within_their_bound(n: int, scale: float) -> None:
+    x = rows(n, 300, torch.float32, scale)
+    exact = x.double().T @ x.double()
+    got = gm.linalg.syrk(x / scale, precision="bfloat16").double() * scale**2
+    root = exact.diagonal().sqrt()
+    assert not torch.equal(got, exact)
+    assert ((got - exact).abs() <= 2.0**-7 * torch.outer(root, root)).all()
+    assert torch.equal(got, got.T)
+    with pytest.raises(InputError, match="precision"):
+        gm.linalg.syrk(x, precision="int8")

@@ -229,19 +229,19 @@ class DiagonalGram(_Moments):
 Sums = tuple[Tensor, Tensor, int, "Tensor | None"]
 
 
-def sums(x: Float[Tensor, "*batch rows dim"]) -> Sums:
+def sums(x: Float[Tensor, "*batch rows dim"], precision: str = "float32") -> Sums:
     """`Σ xxᵀ`, `Σ x`, their number, and the power of two that x was divided by first, if any: what `Gram.add` takes."""
     x = x if x.dtype == torch.float64 else x.float()
     if x.device.type == "cpu":
         # Whether a scale is needed shows on the diagonal, which is far smaller than x.
-        total = linalg.syrk(x)
+        total = linalg.syrk(x, precision=precision)
         diagonal = total.diagonal(dim1=-2, dim2=-1)
         if not diagonal.numel() or _LOW < float(diagonal.amax()) < _HIGH:
             return total, x.sum(-2).double(), x.shape[-2], None
     scale = power_of_two(x)
     if scale is not None:
         x = x / scale
-    return linalg.syrk(x), x.sum(-2).double(), x.shape[-2], scale
+    return linalg.syrk(x, precision=precision), x.sum(-2).double(), x.shape[-2], scale
 
 
 def power_of_two(x: Tensor) -> Tensor | None:

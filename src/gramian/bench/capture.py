@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 
 from gramian.bench.table import Goal, Measurement, Row
 from gramian.bench.timing import interleaved
+from gramian.gram import Gram
 from gramian.objective import Objective
 from gramian.recording import capture, capturing
+from gramian.statistics import Statistics
 
 _GOAL = 1.6
+_STEPS = 3
+"""Steps in a row: a training loop enters `capturing` once for many."""
 
 
 class _Block(nn.Module):
@@ -102,38 +107,70 @@ def _row(
         total, units = objective.loss(model, batch)
         (total / units).backward()
 
-    def live() -> None:
-        with capturing(model, objective, layouts=layouts):
+    def plain_steps() -> None:
+        for _ in range(_STEPS):
             step()
 
+    def live(precision: Literal["float32", "bfloat16"]) -> Statistics:
+        with capturing(model, objective, layouts=layouts, precision=precision) as stats:
+            plain_steps()
+        return stats
+
     def alone() -> None:
-        capture(model, [batch], objective, layouts=layouts)
+        capture(model, [batch] * _STEPS, objective, layouts=layouts)
 
     step()
     plain = _peak()
-    times = interleaved({"step": step, "step inside capturing": live, "capture, sampled": alone}, repeats=repeats)
+    times = interleaved(
+        {
+            "step": plain_steps,
+            "step inside capturing": lambda: live("float32"),
+            "step inside capturing, bfloat16": lambda: live("bfloat16"),
+            "capture, sampled": alone,
+        },
+        repeats=repeats,
+    )
     base = times["step"].median
-    with capturing(model, objective, layouts=layouts) as stats:
-        step()
+    stats = times["step inside capturing"].result
+    error = _difference(times["step inside capturing, bfloat16"].result, stats)
     size = sum(t.nbytes for s in stats.sites() for m in (s.A, s.G) if m is not None for t in m.tensors())
     measurements = (
-        Measurement("forward + backward", base),
+        Measurement("forward + backward", base / _STEPS),
         *(
-            Measurement(name, timing.median, remark=f"{timing.median / base:.2f}×")
+            Measurement(
+                name,
+                timing.median / _STEPS,
+                error if "bfloat16" in name else None,
+                remark=f"{timing.median / base:.2f}×",
+            )
             for name, timing in times.items()
             if name != "step"
         ),
     )
-    extra = f"Grams {size / 2**20:.0f} MiB; peak {plain:.0f} MiB without, {_peak():.0f} MiB with"
+    extra = f"‖M − M₃₂‖ / ‖M₃₂‖. Grams {size / 2**20:.0f} MiB; peak {plain:.0f} MiB without, {_peak():.0f} MiB with"
     return Row(
         task,
         extra,
         measurements,
         (
             (Goal("capturing ÷ plain step", "<=", _GOAL), times["step inside capturing"].median / base),
+            (
+                Goal("capturing in bfloat16 ÷ plain step", "<=", _GOAL),
+                times["step inside capturing, bfloat16"].median / base,
+            ),
             (Goal("capture ÷ plain step", "<=", _GOAL), times["capture, sampled"].median / base),
         ),
     )
+
+
+def _difference(stats: Statistics, exact: Statistics) -> float:
+    """The largest relative Frobenius error of any A or G."""
+    worst = 0.0
+    for mine, wanted in zip(stats.sites(), exact.sites(), strict=True):
+        for m, w in ((mine.A, wanted.A), (mine.G, wanted.G)):
+            if isinstance(m, Gram) and isinstance(w, Gram):
+                worst = max(worst, float((m.matrix - w.matrix).norm() / w.matrix.norm()))
+    return worst
 
 
 def _peak() -> float:

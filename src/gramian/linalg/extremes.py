@@ -70,18 +70,19 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
     own = ScaledMap(a)
     like = torch.empty(0, dtype=torch.float64, device=own.device)
     start = gaussian(default_generator(generator), like, n, min(BLOCK, n))
-    finite, exponent, value = True, torch.zeros(1, dtype=torch.long), Number(*like.new_zeros(3, 1))
+    zero = like.new_zeros(1)
+    finite, exponent, value = True, torch.zeros(1, dtype=torch.long), Number(zero, zero, zero)
     if min(a.shape):
         image = own.matmat(start)[None]
         finite = bool(image.isfinite().all())
         exponent = exponent_of(image.nan_to_num(posinf=0.0))
         scaled = ScaledMap(a, float(scale(torch.ones(1, dtype=torch.float64), -exponent.cpu())))
         back = scaled.adjoint()
-    if min(a.shape) and finite:
-        low, high, found = _largest(lambda y: back.matmat(scaled.matmat(y[0]))[None], start[None], rtol / 2)
-        rounding = 16 * torch.finfo(own.dtype).eps * low
-        value = Number(low, high - low + rounding, low * 0, found.t.shape[-1] // found.block, FAILURE)
-        finite = bool(low.isfinite())
+        if finite:
+            low, high, found = _largest(lambda y: back.matmat(scaled.matmat(y[0]))[None], start[None], rtol / 2)
+            rounding = 16 * torch.finfo(own.dtype).eps * low
+            value = Number(low, high - low + rounding, low * 0, found.t.shape[-1] // found.block, FAILURE)
+            finite = bool(low.isfinite())
     flags = torch.tensor([finite], device=own.device)
     family = {"lanczos": lambda x, rtol: value._replace(reason=torch.zeros_like(value.value, dtype=torch.long))}
     x = like.new_zeros(1, 1, 1)
@@ -230,7 +231,7 @@ def cond_ex(
     tolerance = default_rtol(rtol, a.dtype)
     if not min(a.shape[-2:]):
         # No singular values: as for torch, the empty ratio is 0.
-        family = {name: lambda x, **_: Number(*x.new_zeros(2, x.shape[0]), _none(x)) for name in COND}
+        family = {name: lambda x, **_: Number(x.new_zeros(len(x)), x.new_zeros(len(x)), _none(x)) for name in COND}
         return numbers(family, ["svdvals"], tolerance, a.dtype, batch.x, batch.finite, batch.shape, lambda v, _: v)
     names = [method]
     if method == "auto":

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.errors import DtypeError, ShapeError
+from gramian.errors import DtypeError, InputError, ShapeError
 from gramian.linalg.batch import check, choose
 from gramian.linalg.certificate import default_rtol
 
@@ -26,21 +26,26 @@ def _halved(x: Tensor, out: Tensor) -> None:
     width = -(-n // PARTS[n >= 1024])
     for start in range(0, n, width):
         stop = min(start + width, n)
-        torch.mm(x[:, start:stop].mT, x[:, start:], out=out[start:stop, start:])
+        if x.dtype == out.dtype:
+            torch.mm(x[:, start:stop].mT, x[:, start:], out=out[start:stop, start:])
+        else:
+            out[start:stop, start:].copy_(x[:, start:stop].mT @ x[:, start:])
         own = out[start:stop, start:stop]
         own.copy_(own.triu() + own.triu(1).mT)  # a general product may round (i, j) and (j, i) differently
         out[stop:, start:stop].copy_(out[start:stop, stop:].mT)
 
 
-def syrk(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
+def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Tensor, "*b d d"]:
     """The Gram matrix of the columns of X.
 
     syrk(X) = XᵀX, exactly symmetric.
 
-    Arguments: `x` (..., n, d), n samples of d features. Half types are accumulated and returned in float32, also under
-    autocast, since the sum over samples neither fits float16 nor survives bfloat16's 8 bits.
-    Raises: `ShapeError`, `DtypeError`. Cost: one product; on a CPU, from d = 256 and where no gradient is recorded,
-    5/8 to 9/16 of one, what lies below the diagonal being mirrored. Accuracy: nε ‖X‖²_F.
+    Arguments: `x` (..., n, d), n samples of d features; `precision`, "float32" (of the dtype, and wider), or
+    "bfloat16": factors and result rounded to 8 bits, where d is at least 256. Half types are accumulated and returned
+    in float32, also under autocast, since the sum over samples neither fits float16 nor survives bfloat16's 8 bits.
+    Raises: `ShapeError`, `DtypeError`, `InputError`. Cost: one product; on a CPU, from d = 256 and where no gradient is
+    recorded, 5/8 to 9/16 of one, what lies below the diagonal being mirrored. Accuracy: nε ‖X‖²_F; in bfloat16 each
+    entry is within 2⁻⁷ √(M_ii M_jj) of its own.
     Source: Higham, Accuracy and Stability (2002), §3.5.
 
     >>> syrk(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -48,6 +53,8 @@ def syrk(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
             [14., 20.]])
     """
     check("syrk", x)
+    if precision not in ("float32", "bfloat16"):
+        raise InputError(f"syrk: expected precision 'float32' or 'bfloat16', got {precision!r}.")
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     n, d = x.shape[-2:]
     with torch.autocast(x.device.type, enabled=False):
@@ -56,9 +63,10 @@ def syrk(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
         if min(n, d) >= HALVED_FROM and wide.device.type == "cpu" and plain and not recorded:
             out = wide.new_empty(*wide.shape[:-2], d, d)
             for matrix, gram in zip(wide.reshape(-1, n, d), out.view(-1, d, d), strict=True):
-                _halved(matrix.detach(), gram)
+                _halved(matrix.detach().bfloat16() if precision == "bfloat16" else matrix.detach(), gram)
             return out
-        gram = wide.mT @ wide
+        half = wide.bfloat16() if precision == "bfloat16" and d >= HALVED_FROM else wide
+        gram = (half.mT @ half).to(wide.dtype)
     # A general product may round (i, j) and (j, i) differently.
     return gram.tril() + gram.tril(-1).mT
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ def capturing(
     fisher: Fisher | None = None,
     generator: torch.Generator | None = None,
     max_dim: int = MAX_DIM,
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Iterator[Statistics]:
     """Statistics of a training loop's own passes: what `capture` measures, while the loop goes on as it would.
 
@@ -47,7 +48,7 @@ def capturing(
     run uncompiled inside.
 
     Args:
-        model, layouts, max_dim: as in `capture`. The model's mode is its own.
+        model, layouts, max_dim, precision: as in `capture`. The model's mode is its own.
         objective: as in `capture`; a plain function is called as `stats.objective.loss(model, batch)`.
         fisher: "empirical" costs no second backward pass. Others differentiate once more for each batch, when the
             criterion is evaluated. By default "empirical".
@@ -64,7 +65,7 @@ def capturing(
     kind: Fisher = fisher or "empirical"
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     stats = Statistics(fisher=kind, objective=objective)
-    recorder = Recorder(blocks(model, layouts), stats, max_dim=max_dim, record_without_grad=False)
+    recorder = Recorder(blocks(model, layouts), stats, max_dim=max_dim, precision=precision, record_without_grad=False)
     loop = _Loop(recorder, objective, kind, generator or torch.Generator(device).manual_seed(0))
     with eager(), recorder.installed(), objective.observed_by(loop):
         loop.renew()

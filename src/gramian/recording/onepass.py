@@ -29,6 +29,7 @@ def capture(
     fisher: Fisher | None = None,
     generator: torch.Generator | None = None,
     max_dim: int = MAX_DIM,
+    precision: Literal["float32", "bfloat16"] = "float32",
     non_finite: Literal["raise", "keep"] = "raise",
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
@@ -47,6 +48,8 @@ def capture(
         fisher: which second moment G is; the objective's own by default.
         generator: draws the labels of `fisher="sampled"`; by default one seeded with 0.
         max_dim: wider sides (a vocabulary) have a `DiagonalGram`.
+        precision: "bfloat16" halves the time of the products of rows of linear layers, from 256 features, where the
+            processor has such units; each entry of M is then within 2⁻⁷ √(M_ii M_jj).
         non_finite: whether a loss that is not finite raises, or is captured as it is (a diagnosis wants that).
         progress: called after each batch with the number of batches done.
 
@@ -75,7 +78,7 @@ def capture(
     seed = placement.world(ranks.group).rank if ranks.together else 0
     generator = generator or torch.Generator(device).manual_seed(seed)
     stats = Statistics(fisher=fisher)
-    recorder = Recorder(blocks(model, layouts), stats, max_dim=max_dim)
+    recorder = Recorder(blocks(model, layouts), stats, max_dim=max_dim, precision=precision)
     total_loss, num_batches = 0.0, 0
     with ranks.agreed_pass(), measuring(model), ranks.resharded(), recorder.installed():
         for batch, counts in ranks.steps(batches):

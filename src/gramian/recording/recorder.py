@@ -109,11 +109,17 @@ class Recorder(TorchFunctionMode):
     """
 
     def __init__(
-        self, found: Blocks, stats: Statistics, *, max_dim: int = MAX_DIM, record_without_grad: bool = True
+        self,
+        found: Blocks,
+        stats: Statistics,
+        *,
+        max_dim: int = MAX_DIM,
+        precision: str = "float32",
+        record_without_grad: bool = True,
     ) -> None:
         super().__init__()
         self.found, self.stats, self.max_dim = found, stats, max_dim
-        self.record_without_grad = record_without_grad
+        self.precision, self.record_without_grad = precision, record_without_grad
         self.current: Pass | None = None
         self.mask: Tensor | None = None
         self.leaf = torch.zeros((), requires_grad=True)
@@ -249,7 +255,11 @@ class Recorder(TorchFunctionMode):
                 self._stream(site.A, rows, None, side.at)
                 continue
             if self.latest is None or self.latest[0] != key:
-                self.latest = (key, sums(rows), form.source)  # the source is kept, so that its id stays its own
+                self.latest = (
+                    key,
+                    sums(rows, self.precision),
+                    form.source,
+                )  # the source is kept, so that its id stays its own
             site.A.add(*self.latest[1])
 
     def _add_gradients(self, site: Site, gram: Gram | DiagonalGram, at: At | None, current: Pass, rows: Tensor) -> None:
@@ -262,7 +272,7 @@ class Recorder(TorchFunctionMode):
             self._stream(gram, rows, 0.0, at)
             return
         # The sums are smaller than the rows: what can be done with them is.
-        total, first, _, scale = sums(rows)
+        total, first, _, scale = sums(rows, self.precision)
         if current.skip_non_finite:
             over = self._overflows(site, gram, at, current, first)
             total, first = torch.where(over, 0.0, total), torch.where(over, 0.0, first)
