@@ -163,7 +163,7 @@ class Gram(_Moments):
         self.total = torch.zeros(*self.batch, dim, dim, dtype=torch.float64, device=device)
 
     def update(self, x: Float[Tensor, "*rows dim"], count: float | None = None, at: At | None = None) -> Gram:
-        """Adds the rows of `x` (*batch, rows, dim). `count` replaces the number of rows (units of a loss)."""
+        """Adds the rows of `x` `(*batch, rows, dim)`. `count` replaces the number of rows (units of a loss)."""
         total, first, rows, scale = sums(self._rows(x, at))
         return self.add(total, first, rows if count is None else count, scale, at)
 
@@ -215,7 +215,7 @@ class DiagonalGram(_Moments):
         self.total = torch.zeros_like(self.sum)
 
     def update(self, x: Tensor, count: float | None = None, at: At | None = None) -> DiagonalGram:
-        """Adds rows (*batch, rows, dim), or one-hot rows given as integer indices of any shape."""
+        """Adds rows `(*batch, rows, dim)`, or one-hot rows given as integer indices of any shape."""
         if not x.is_floating_point():
             shares = torch.bincount(x.detach().flatten(), minlength=self.dim).double()
             return self.add(shares, shares, x.numel() if count is None else count)

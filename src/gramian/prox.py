@@ -51,9 +51,9 @@ class Penalty(ABC):
 
 @dataclass(frozen=True)
 class L1(Penalty):
-    """The sum of magnitudes, λ Σ|w|; its proximal map moves every entry towards zero by step·λ, and stops there.
+    """The sum of magnitudes, `λ Σ|w|`; its proximal map moves every entry towards zero by step·λ, and stops there.
 
-    prox(w, t) = sign(w) · max(|w| − tλ, 0).
+    `prox(w, t) = sign(w) · max(|w| − tλ, 0)`.
 
     Arguments: `strength` λ ≥ 0. `penalty` is over all entries of `w`, of any shape. Cost: one pass.
     Accuracy: one rounding; zeros are exact. Source: Donoho and Johnstone, Biometrika 81 (1994), §2.1.
@@ -110,9 +110,9 @@ class L2(Penalty):
 
 @dataclass(frozen=True)
 class ElasticNet(Penalty):
-    """λ₁ Σ|w| + (λ₂/2) Σw²: zeros as L1, and correlated weights share as under L2.
+    """`λ₁ Σ|w| + (λ₂/2) Σw²`: zeros as L1, and correlated weights share as under L2.
 
-    prox(w, t) = sign(w) · max(|w| − tλ₁, 0) / (1 + tλ₂).
+    `prox(w, t) = sign(w) · max(|w| − tλ₁, 0) / (1 + tλ₂)`.
 
     Arguments: `l1` λ₁ ≥ 0; `l2` λ₂ ≥ 0. `penalty` is over all entries. Cost: one pass. Accuracy: two roundings; zeros
     are exact. Source: Zou and Hastie, J. R. Stat. Soc. B 67 (2005), §2; Parikh and Boyd (2014), §6.5.3.

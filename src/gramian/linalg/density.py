@@ -100,7 +100,7 @@ def spectral_radius_ex(
 def spectral_radius(
     m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
 ) -> Float[Tensor, "*b"]:
-    """The largest absolute value of an eigenvalue, of a matrix that need not be symmetric: ρ = max |λᵢ(M)|.
+    """The largest absolute value of an eigenvalue, of a matrix that need not be symmetric: `ρ = max |λᵢ(M)|`.
 
     Arguments: `m` (..., n, n) dense; `method`, one of `SPECTRAL_RADIUS` or "auto"; `rtol`, the relative error asked for
     (`certificate.RTOL` of the dtype if None).

@@ -287,7 +287,7 @@ def product_scaled(
     the estimate of the error is above rtol (where the product cancels, as of two projections onto disjoint spaces).
     Cost: L float64 products from the left, two more each for the error, and all factors in memory. Accuracy: Lnu times
     the factor by which the parts' norms exceed the product's. The error is a first-order estimate:
-    Σⱼ γ ‖|A₁…Aⱼ₋₁||Aⱼ|‖ ‖Aⱼ₊₁…A_L‖.
+    `Σⱼ γ ‖|A₁…Aⱼ₋₁||Aⱼ|‖ ‖Aⱼ₊₁…A_L‖`.
     Source: Higham, Accuracy and Stability (2002), §3.7.
 
     >>> layers = [0.01 * torch.eye(3)] * 1000

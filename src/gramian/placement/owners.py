@@ -73,7 +73,7 @@ def gather(
     its owner and shares its memory.
 
     Args:
-        tensors: parameters or gradients, the same list on all ranks: plain, or `DTensor`s on any mesh.
+        tensors: parameters or gradients, the same list on all ranks: plain, or of class `DTensor` on any mesh.
         owners: for each, a rank of `group_of(tensor)`, or of `group` for a plain tensor: as from `assign`.
         group: of the plain tensors' ranks; all by default.
         bucket_bytes: of whole tensors in one exchange.
@@ -124,7 +124,7 @@ def scatter_(
     copied whole to every rank.
 
     Args:
-        targets: the same list on all ranks: plain tensors, or `DTensor`s on any mesh. Written in place.
+        targets: the same list on all ranks: plain tensors, or of class `DTensor` on any mesh. Written in place.
         owners: for each, the rank whose value counts.
         values: whole tensors of the targets' shapes, cast to their dtypes; what other ranks than the owner pass is not
             looked at, and may be `None`.

@@ -34,7 +34,6 @@ _COPIES = {
     getattr(Tensor, name)
     for name in ("to", "type", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone", "cpu", "cuda")
 }
-_WEIGHT_NORM = {torch._weight_norm}
 
 NO_GRAD = "it ran without autograd: in torch.no_grad(), or checkpoint(use_reentrant=True)"
 
@@ -160,7 +159,7 @@ class Recorder(TorchFunctionMode):
             held = self._resolve(arg)
             if held is None:
                 continue
-            if func in _COPIES or (func in _WEIGHT_NORM and output.shape == arg.shape):
+            if func in _COPIES or (func is torch._weight_norm and output.shape == arg.shape):
                 self.held[id(output)] = (output, held)
             elif output._base is None:
                 self.others.setdefault(held.block.name, set()).add(getattr(func, "__name__", str(func)))
