@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from cases import untyped
+from cases import seeded, untyped
 from gramian import objective as objectives
 from gramian.errors import GramianWarning, InputError, ShapeError
 from test_capture import assert_same, snapshot
@@ -333,3 +333,24 @@ def test_a_user_s_own_hooks_stay_and_see_what_they_saw() -> None:
     assert len(seen) == len(plain) == 2
     for x, y in zip(seen, plain, strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_users_hook_on_a_layers_output_runs_as_before() -> None:
+    class Hooked(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[0](x)
+            y.register_hook(heard.append)
+            return self[1](y.relu())
+
+    heard: list[Tensor] = []
+    model = Hooked(nn.Linear(64, 5), nn.Linear(5, 10))
+    x, y = torch.randn(2, 3, 64, generator=seeded(0)), torch.zeros(2, 3, dtype=torch.long)
+    objective = gm.Objective.classification()
+    objective.loss(model, (x, y))[0].backward()
+    with gm.capturing(model, objective) as stats:
+        objective.loss(model, (x, y))[0].backward()
+    gm.capture(model, [(x, y)], objective, fisher="empirical")
+    assert len(heard) == 3
+    assert torch.equal(heard[0], heard[1])
+    assert torch.equal(heard[0], heard[2])
+    assert stats["0.weight"].G is not None

@@ -229,10 +229,10 @@ class Recorder(TorchFunctionMode):
     def _tapped(self, output: Tensor, hear: Callable[[Tensor], None]) -> Tensor:
         base = output._base
         if base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
-            # The product of rows under another shape (a linear layer's): tapped in place, its view follows.
+            # The product of rows under another shape (a linear layer's): tapped in place, and shaped anew. The old view
+            # must go: a hook that is registered on a view whose base has since changed crashes torch.
             shape = output.shape
-            _Tap.apply(base, self.leaf, lambda grad: hear(grad.reshape(shape)))
-            return output
+            return _Tap.apply(base, self.leaf, lambda grad: hear(grad.reshape(shape))).view(shape)  # type: ignore[union-attr]
         return _Tap.apply(output if base is None else output.clone(), self.leaf, hear)  # type: ignore[return-value]
 
     def _add_inputs(self, site: Site, form: Form, side: Side) -> None:
