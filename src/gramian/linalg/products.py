@@ -148,9 +148,8 @@ def matmul(
     Arguments: `a` (..., m, k) and `b` (..., k, n) of one dtype, their batches broadcast; `method`, one of `MATMUL` or
     "auto"; `rtol`, the error ‖C − AB‖_F / (‖A‖_F ‖B‖_F) that "auto" may make (`certificate.RTOL` of the dtype if None).
     Raises: `ShapeError`, `DtypeError`, `InputError`.
-    Cost: one product. "auto" is torch's product throughout: of the others, none was faster for float32 or float64 on
-    the machines measured by enough to give up accuracy for (`gramian bench linalg`, task matmul), so they are there by
-    name. Accuracy, relative to ‖A‖_F ‖B‖_F: torch and loop ku; strassen about 18 (k/4 + 6) u, in norm only: a small
+    Cost: one product. "auto" is torch's product throughout: strassen was not faster where it was timed (example 5), and
+    bfloat16 is where a processor has units for it, at the price of accuracy; both are there by name. Accuracy, relative to ‖A‖_F ‖B‖_F: torch and loop ku; strassen about 18 (k/4 + 6) u, in norm only: a small
     entry beside large ones loses its digits; bfloat16 3·2⁻⁸ whatever the dtype.
     Source: Higham, Accuracy and Stability (2002), §3.5 and theorem 23.3 (the Winograd form).
 
