@@ -149,7 +149,8 @@ def matmul(
     "auto"; `rtol`, the error ‖C − AB‖_F / (‖A‖_F ‖B‖_F) that "auto" may make (`certificate.RTOL` of the dtype if None).
     Raises: `ShapeError`, `DtypeError`, `InputError`.
     Cost: one product. "auto" is torch's product throughout: strassen was not faster where it was timed (example 5), and
-    bfloat16 is where a processor has units for it, at the price of accuracy; both are there by name. Accuracy, relative to ‖A‖_F ‖B‖_F: torch and loop ku; strassen about 18 (k/4 + 6) u, in norm only: a small
+    bfloat16 is where a processor has units for it, at the price of accuracy; both are there by name. Accuracy, relative
+    to ‖A‖_F ‖B‖_F: torch and loop ku; strassen about 18 (k/4 + 6) u, in norm only: a small
     entry beside large ones loses its digits; bfloat16 3·2⁻⁸ whatever the dtype.
     Source: Higham, Accuracy and Stability (2002), §3.5 and theorem 23.3 (the Winograd form).
 

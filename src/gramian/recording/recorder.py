@@ -281,8 +281,8 @@ class Recorder(TorchFunctionMode):
     def _overflows(self, site: Site, gram: Gram | DiagonalGram, at: At | None, current: Pass, values: Tensor) -> Tensor:
         """Whether a scaled gradient overflowed: one that a GradScaler skips. It adds nothing, nor do its units.
 
-        Where a weight is used several times in a pass (recurrent steps), nothing is added after the first overflow (what
-        came before stays), and the units are left out once.
+        Where a weight is used several times in a pass (recurrent steps), nothing is added after the first overflow
+        (what came before stays), and its units are left out once.
         """
         before = current.overflowed.get((id(site), at))
         bad = ~values.isfinite().all()
