@@ -155,7 +155,7 @@ def set_gradients(model: nn.Module, seed: int) -> None:
 
 def test_the_rest_is_torch_adamw_to_the_bit() -> None:
     model, twin = mixed(), mixed()
-    optimizer = Muon(model, lr=1e-4, rest_lr=2e-3, rest_weight_decay=0.01, betas=(0.8, 0.9), eps=1e-7)
+    optimizer = Muon(model, lr=1e-4, rest_lr=2e-3, rest_weight_decay=0.01, rest_betas=(0.8, 0.9), rest_eps=1e-7)
     groups = [g for g in optimizer.param_groups if g["direction"] == "adamw"]
     own = {id(p): q for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
     same = [{k: g[k] for k in ("lr", "weight_decay")} | {"params": [own[id(p)] for p in g["params"]]} for g in groups]
@@ -289,9 +289,9 @@ def test_half_precision_keeps_its_momentum_in_float32() -> None:
         w.grad = torch.full((6, 6), 0.5, dtype=dtype).fill_diagonal_(1.0)
         optimizer.step()
         optimizer.step()
-        buffer = optimizer.state[w]["momentum_buffer"]
+        buffer = optimizer.state[w]["momentum"]
         assert buffer.dtype == torch.float32
-        assert torch.equal(buffer, 1.5 * w.grad.float())  # torch 2.13's own is normalised in place
+        assert torch.equal(buffer, 0.75 * w.grad.float())  # torch 2.13's own is normalised in place
         assert w.dtype == dtype
 
 
@@ -360,7 +360,9 @@ ERRORS = {
     "empty": (lambda: Muon([]), "empty"),
     "no_match": (lambda: Muon(mixed(), routes={"nothing": "adamw"}), "'nothing' matches no parameter"),
     "vector": (lambda: Muon(mixed(), routes={"1.bias": "matrix"}), r"'1\.bias' is a vector"),
-    "groups": (lambda: Muon([{"params": []}]), "Instead of parameter groups"),
+    "empty group": (lambda: Muon([{"params": []}]), "empty parameter list"),
+    "unknown option": (lambda: Muon([torch.zeros(2, 2)], beta=0.5), "there is no option 'beta'"),
+    "unknown option of a group": (lambda: Muon([{"params": [torch.zeros(2, 2)], "beta": 0.5}]), "no option 'beta'"),
     "layouts_of_a_list": (lambda: Muon(mixed().parameters(), layouts={"*": "o i -> i o"}), "layouts= needs the model"),
     "lr": (lambda: Muon(mixed(), lr=-1.0), "lr must not be negative"),
     "lr_nan": (lambda: Muon(mixed(), lr=math.nan), "lr must not be negative"),

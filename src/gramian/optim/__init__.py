@@ -2,5 +2,7 @@
 
 from gramian.optim.muon import Muon
 from gramian.optim.proximal import Proximal
+from gramian.optim.shampoo import Shampoo
+from gramian.optim.soap import SOAP
 
-__all__ = ["Muon", "Proximal"]
+__all__ = ["SOAP", "Muon", "Proximal", "Shampoo"]

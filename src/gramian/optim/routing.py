@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gramian.block import Layout, blocks
 from gramian.errors import InputError
 
-__all__ = ["Direction", "Route", "plain_layout", "route"]
+__all__ = ["Direction", "Route", "plain_layout", "route", "route_groups"]
 
 Direction = Literal["matrix", "adamw"]
 
@@ -61,6 +61,23 @@ def route(
     return routes
 
 
+def route_groups(
+    params: nn.Module | Iterable[Any], overrides: Mapping[str, Direction] | None, layouts: Mapping[str, Any] | None
+) -> list[tuple[list[Route], dict[str, Any]]]:
+    """The routes of each parameter group, with the group's own options; one group without options as a rule."""
+    if isinstance(params, nn.Module):
+        return [(route(params, overrides, layouts), {})]
+    items = list(params)
+    if not items or not isinstance(items[0], dict):
+        return [(route(items, overrides, layouts), {})]
+    groups = []
+    for group in items:
+        own = {key: value for key, value in group.items() if key != "params"}
+        members = group["params"]
+        groups.append((route([members] if isinstance(members, Tensor) else members, overrides, layouts), own))
+    return groups
+
+
 def _from_model(model: nn.Module, layouts: Mapping[str, Any] | None) -> list[Route]:
     found, rest = blocks(model, layouts)
     routes = [
@@ -78,8 +95,8 @@ def _from_list(params: Iterable[Any]) -> list[Route]:
         name, parameter = item if isinstance(item, tuple) else (str(i), item)
         if not isinstance(parameter, Tensor):
             raise InputError(
-                f"expected a model, parameters, or (name, parameter) pairs; got {type(parameter).__name__}. "
-                "Instead of parameter groups, pass the model and override by name: routes={'*.bias': 'adamw'}"
+                f"expected a model, parameters, (name, parameter) pairs or parameter groups; "
+                f"got {type(parameter).__name__}"
             )
         routes.append(Route(name, parameter, plain_layout(parameter), "given as a list: routed by its shape"))
     return routes

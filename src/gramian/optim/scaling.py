@@ -1,0 +1,42 @@
+"""Gradients of any size: squares of theirs that neither overflow nor vanish."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gramian.optim.batches import State
+
+__all__ = ["rescale_"]
+
+SPAN = 24  # powers of two by which gradients may grow or shrink before their unit moves
+LARGEST = 126  # the exponent of a power of two that is a normal float32
+
+
+def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
+    """Divides each matrix's gradient by the power of two in which its state is told, in place.
+
+    The unit, `2 ** state["unit"]` (K, 1, 1), follows the largest entry of the first gradient that is not zero; it is
+    NaN before. It moves where a gradient is 2²⁴ times larger, or where gradient and momentum are both 2²⁴ times
+    smaller, and the state with it: each tensor named in `powers` by that power of the unit; exact but for underflow.
+    """
+    unit = state["unit"]
+    peak = torch.linalg.vector_norm(g, torch.inf, dim=(-2, -1), keepdim=True)
+    wanted = torch.frexp(peak)[1].to(g.dtype).clamp_(-LARGEST, LARGEST)
+    fresh = unit.isnan()
+    moves = (peak > 0) & (fresh | ((wanted - unit).abs() > SPAN))
+    if g.device.type != "cpu" or bool(moves.any()):
+        known = torch.linalg.vector_norm(state["momentum"], torch.inf, dim=(-2, -1), keepdim=True)
+        moves &= fresh | (wanted > unit) | (torch.frexp(known)[1] < -SPAN)
+        shift = torch.where(moves, unit.nan_to_num() - wanted, 0.0)
+        for name, power in powers.items():
+            if name in state:
+                _ldexp_(state[name], shift * power)
+        unit.copy_(torch.where(moves, wanted, unit))
+    _ldexp_(g, -unit.nan_to_num())
+
+
+def _ldexp_(x: Tensor, exponent: Tensor) -> None:
+    x.mul_(torch.exp2(exponent.clamp(-LARGEST, LARGEST)))
