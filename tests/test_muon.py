@@ -43,6 +43,11 @@ def gradients(shape: tuple[int, ...], num: int, seed: int = 0) -> list[Tensor]:
     return out
 
 
+def skips(optimizer: Muon) -> dict[str, int]:
+    """The counts of skipped steps that are not zero."""
+    return {name: row["skipped"] for name, row in optimizer.health().items() if row["skipped"]}
+
+
 OPTIONS = {
     "default": {},
     "no_nesterov": {"nesterov": False},
@@ -253,8 +258,8 @@ def test_a_gradient_that_is_not_finite_skips_its_parameter_alone(name: str, bad:
     for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert p.isfinite().all()
         assert torch.equal(p, q) == (key != name)
-    assert first.health() == {name: 1}
-    assert second.health() == {}
+    assert skips(first) == {name: 1}
+    assert skips(second) == {}
 
 
 HARD = {
@@ -279,7 +284,7 @@ def test_hard_gradients_give_a_finite_step_of_bounded_length(name: str) -> None:
         moved = torch.linalg.matrix_norm(w.detach() - before, 2)
         assert moved < 1.3, step
         assert (moved > 0.5) == (name != "zero")
-    assert optimizer.health() == {}
+    assert skips(optimizer) == {}
 
 
 def test_half_precision_keeps_its_momentum_in_float32() -> None:
@@ -395,7 +400,7 @@ def test_the_zoo_learns(name: str) -> None:
         if step < 10:
             optimizer.step()
     assert losses[-1] < losses[0] * (0.999 if name == "deep_tanh_mlp" else 0.99)
-    assert optimizer.health() == {}
+    assert skips(optimizer) == {}
 
 
 def test_empty_parameters_are_stepped_over() -> None:

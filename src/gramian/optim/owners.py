@@ -1,14 +1,17 @@
-"""Sharded parameters: one rank works on each whole matrix, all ranks step."""
+"""Sharded parameters: one rank works on each whole matrix, all ranks step, and each saves its part of the state."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramian import placement
+from gramian.optim.batches import State
 
 __all__ = ["Owners", "not_finite"]
 
@@ -17,15 +20,9 @@ def not_finite(grads: Sequence[Tensor]) -> Tensor:
     """Which gradients hold a NaN or an infinity, (P,), the same on all ranks that share one of them."""
     parts = [placement.local(g) for g in grads]
     # The largest entry: NaN if there is one.
-    peaks = [
-        torch.linalg.vector_norm(x, math.inf) if x.numel() else x.new_zeros(()) for x in parts
-    ]
-    bad = ~torch.isfinite(torch.stack([peak.float() for peak in peaks]))
-    groups: dict[int, list[int]] = {}
-    for i, g in enumerate(grads):
-        if placement.is_sharded(g):
-            groups.setdefault(id(placement.group_of(g)), []).append(i)
-    for indices in groups.values():
+    peaks = [torch.linalg.vector_norm(x, math.inf) if x.numel() else x.new_zeros(()) for x in parts]
+    bad = torch.stack([~peak.isfinite().to(parts[0].device) for peak in peaks])
+    for indices in _by_group(grads).values():
         votes = bad[indices].long()
         placement.all_reduce_sum([votes], placement.group_of(grads[indices[0]]))
         bad[indices] = votes > 0
@@ -33,17 +30,28 @@ def not_finite(grads: Sequence[Tensor]) -> Tensor:
 
 
 class Owners:
-    """Which rank works on which sharded parameter; everybody works on those that are whole."""
+    """Which rank works on which sharded parameter; everybody works on those that are whole.
+
+    The state of a sharded parameter is whole on its owner, and empty elsewhere.
+    """
 
     def __init__(self) -> None:
         self._owner: dict[Tensor, int] = {}
 
+    def assign(self, params: Sequence[Tensor]) -> None:
+        """Shares out the sharded parameters that have no owner yet, the same way on all ranks."""
+        new = [p for p in params if p not in self._owner]
+        for indices in _by_group(new).values():
+            members = [new[i] for i in indices]
+            size = placement.world(placement.group_of(members[0])).size
+            costs = [p.numel() * min(p.shape[0], p.numel() // max(p.shape[0], 1)) for p in members]
+            self._owner.update(zip(members, placement.assign(costs, size), strict=True))
+
     def gather(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """The whole gradient of each parameter that this rank works on. Collective where any is sharded."""
         grads = {p: p.grad for p in params if p.grad is not None}
-        sharded = [p for p in params if placement.is_sharded(p)]
+        sharded = [p for p in params if p in self._owner]
         if sharded:
-            self._assign(sharded)
             wholes = placement.gather([grads[p] for p in sharded], [self._owner[p] for p in sharded])
             for p, whole in zip(sharded, wholes, strict=True):
                 if whole is None:
@@ -52,12 +60,12 @@ class Owners:
                     grads[p] = whole
         return {p: placement.local(g) for p, g in grads.items()}
 
-    def add_(self, params: Sequence[Tensor], updates: Mapping[Tensor, Tensor], keep: Tensor | None) -> None:
+    def add_(self, params: Sequence[Tensor], updates: Mapping[Tensor, Tensor], keep: Sequence[Tensor] | None) -> None:
         """Adds to each parameter its update, which its owner has; before that, multiplies it by its entry of `keep`."""
         parts = [placement.local(p) for p in params]
         if keep is not None:
-            torch._foreach_mul_(parts, list(keep.to(parts[0].device).unbind()))
-        sharded = [p for p in params if placement.is_sharded(p)]
+            torch._foreach_mul_(parts, [k.to(part.device) for k, part in zip(keep, parts, strict=True)])
+        sharded = [p for p in params if p in self._owner]
         steps = dict(updates)
         if sharded:
             deltas = [torch.zeros_like(p) for p in sharded]
@@ -65,13 +73,71 @@ class Owners:
             steps.update((p, placement.local(delta)) for p, delta in zip(sharded, deltas, strict=True))
         torch._foreach_add_(parts, [steps[p].to(part.dtype) for p, part in zip(params, parts, strict=True)])
 
-    def _assign(self, params: Sequence[Tensor]) -> None:
-        """Shares out the parameters that have no owner yet, the same way on all ranks."""
-        new = [p for p in params if p not in self._owner]
-        by_group: dict[int, list[Tensor]] = {}
-        for p in new:
-            by_group.setdefault(id(placement.group_of(p)), []).append(p)
-        for members in by_group.values():
-            size = placement.world(placement.group_of(members[0])).size
-            costs = [p.numel() * min(p.shape[0], p.numel() // p.shape[0]) for p in members]
-            self._owner.update(zip(members, placement.assign(costs, size), strict=True))
+    def spread(self, states: Mapping[Tensor, State]) -> dict[Tensor, State]:
+        """Each rank's part of all states: of a sharded parameter's, slices of the larger tensors, and the small whole.
+
+        Collective where any parameter is sharded.
+        """
+        out = dict(states)
+        params = list(self._owner)
+        for indices in _by_group(params).values():
+            members = [params[i] for i in indices]
+            group = placement.group_of(members[0])
+            told = [{k: (v.shape, str(v.dtype)) for k, v in states.get(p, {}).items()} for p in members]
+            tables = [json.loads(text) for text in placement.exchange(json.dumps(told), group)]
+            targets, owners, values = [], [], []
+            for i, p in enumerate(members):
+                owner = self._owner[p]
+                out[p] = {k: _part(p, shape, dtype) for k, (shape, dtype) in tables[owner][i].items()}
+                targets += out[p].values()
+                owners += [owner] * len(out[p])
+                values += [states.get(p, {}).get(k) for k in out[p]]
+            placement.scatter_(targets, owners, values, group=group)
+        return {p: state for p, state in out.items() if state or p not in self._owner}
+
+    def collect(self, parts: Mapping[Tensor, State]) -> dict[Tensor, State]:
+        """The states whole on the owners, and empty elsewhere, from each rank's part. Collective as `spread`."""
+        out: dict[Tensor, State] = {}
+        cut: list[tuple[Tensor, str]] = []
+        for p, state in parts.items():
+            mine = p not in self._owner or placement.world(placement.group_of(p)).rank == self._owner[p]
+            cut += [(p, k) for k, v in state.items() if placement.is_sharded(v)]
+            out[p] = {k: placement.local(v) for k, v in state.items() if mine and not placement.is_sharded(v)}
+        sent = [_on_the_mesh_of(p, parts[p][k]) for p, k in cut]
+        for (p, k), whole in zip(cut, placement.gather(sent, [self._owner[p] for p, _ in cut]), strict=True):
+            if whole is not None:
+                out[p][k] = whole
+        return out
+
+
+def _by_group(tensors: Iterable[Tensor]) -> dict[int, list[int]]:
+    """The indices of the sharded tensors, by the group of ranks that share them."""
+    groups: dict[int, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if placement.is_sharded(tensor):
+            groups.setdefault(id(placement.group_of(tensor)), []).append(i)
+    return groups
+
+
+def _part(p: Any, shape: Sequence[int], dtype: str) -> Tensor:
+    """Zeros of this shape, cut along the longest dimension where `p` is cut; a plain tensor where that is short."""
+    from torch.distributed.tensor import Replicate, Shard, zeros
+
+    kind = getattr(torch, dtype.removeprefix("torch."))
+    longest = max(range(len(shape)), key=lambda dim: shape[dim])
+    if shape[longest] < p.device_mesh.size():
+        return torch.zeros(shape, dtype=kind, device=placement.local(p).device)
+    cuts = [Replicate() if placed.is_replicate() else Shard(longest) for placed in p.placements]
+    return zeros(*shape, dtype=kind, device_mesh=p.device_mesh, placements=cuts)
+
+
+def _on_the_mesh_of(p: Any, value: Any) -> Tensor:
+    """A slice that was read from a file, whose mesh is another object, or none that can communicate."""
+    from torch.distributed.tensor import DTensor
+
+    if not placement.is_sharded(p) or value.device_mesh is p.device_mesh:
+        return value
+    part = value.to_local()
+    return DTensor.from_local(
+        part, p.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gramian.block import Layout, blocks
 from gramian.errors import InputError
 from gramian.optim.routing import plain_layout
+from gramian.optim.shell import MatrixOptimizer
 from gramian.prox import L2, Penalty
 
 __all__ = ["Proximal"]
@@ -29,7 +30,8 @@ class Proximal(torch.optim.Optimizer):
             two or more dimensions is one matrix `(out, in·…)`.
 
     `lr` is each group's own at the time of the step, so schedulers act on both halves. `param_groups`, `state` and
-    `state_dict()` are the base's. A parameter without a gradient is left as it is.
+    `state_dict()` are the base's. A parameter without a gradient is left as it is, and so is one that a gramian base
+    skipped, since its gradient was not finite.
 
     With plain gradient descent of a convex loss and lr ≤ 1/L this is ISTA and reaches the minimiser of
     loss + penalty. Under any other metric (Adam, Muon) the Euclidean proximal map is a heuristic: zeros and ranks are
@@ -86,10 +88,12 @@ class Proximal(torch.optim.Optimizer):
         stepped = self.base.step(closure) if closure is not None else self.base.step()
         for p, grad in held:
             p.grad = grad
+        skipped = self.base.skipped() if isinstance(self.base, MatrixOptimizer) else {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p in self._chosen and p not in coupled and p.grad is not None:
-                    p.copy_(self._prox(p, self._chosen[p], float(group["lr"])))
+                    mapped = self._prox(p, self._chosen[p], float(group["lr"]))
+                    p.copy_(torch.where(skipped[p], p, mapped) if p in skipped else mapped)
         return loss if loss is not None else stepped
 
     def penalty(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from gramian.block import Layout, blocks
+from gramian.checkpoint import clean_name
 from gramian.errors import InputError
 
 __all__ = ["Direction", "Route", "plain_layout", "route", "route_groups"]
@@ -33,9 +34,14 @@ class Route:
 
 
 def route(
-    params: nn.Module | Iterable[Any], overrides: Mapping[str, Direction] | None, layouts: Mapping[str, Any] | None
+    params: nn.Module | Iterable[Any],
+    overrides: Mapping[str, Direction] | None,
+    layouts: Mapping[str, Any] | None,
+    first: int = 0,
 ) -> list[Route]:
     """Routes every parameter of a model by its role, or of a list by its shape.
+
+    What has no name is called by its number, counted from `first`.
 
     A model's hidden matrices take the matrix direction; embeddings, heads, norms, biases and vectors take AdamW's. Of a
     plain list, tensors of two or more dimensions are taken as `(out, in·…)` matrices. `overrides` by name pattern win.
@@ -45,7 +51,7 @@ def route(
     elif layouts:
         raise InputError("layouts= needs the model: pass it in place of its parameters")
     else:
-        routes = _from_list(params)
+        routes = _from_list(params, first)
     if not routes:
         raise InputError("the optimizer got an empty parameter list; pass a model, or its parameters() as a list")
     used = set()
@@ -62,19 +68,24 @@ def route(
 
 
 def route_groups(
-    params: nn.Module | Iterable[Any], overrides: Mapping[str, Direction] | None, layouts: Mapping[str, Any] | None
+    params: nn.Module | Iterable[Any],
+    overrides: Mapping[str, Direction] | None,
+    layouts: Mapping[str, Any] | None,
+    first: int = 0,
 ) -> list[tuple[list[Route], dict[str, Any]]]:
     """The routes of each parameter group, with the group's own options; one group without options as a rule."""
     if isinstance(params, nn.Module):
         return [(route(params, overrides, layouts), {})]
     items = list(params)
     if not items or not isinstance(items[0], dict):
-        return [(route(items, overrides, layouts), {})]
+        return [(route(items, overrides, layouts, first), {})]
     groups = []
     for group in items:
         own = {key: value for key, value in group.items() if key != "params"}
         members = group["params"]
-        groups.append((route([members] if isinstance(members, Tensor) else members, overrides, layouts), own))
+        routes = route([members] if isinstance(members, Tensor) else members, overrides, layouts, first)
+        first += len(routes)
+        groups.append((routes, own))
     return groups
 
 
@@ -89,16 +100,17 @@ def _from_model(model: nn.Module, layouts: Mapping[str, Any] | None) -> list[Rou
     return routes + [Route(r.name, r.parameter, None, r.reason) for r in rest]
 
 
-def _from_list(params: Iterable[Any]) -> list[Route]:
+def _from_list(params: Iterable[Any], first: int) -> list[Route]:
     routes = []
-    for i, item in enumerate(params):
+    for i, item in enumerate(params, first):
         name, parameter = item if isinstance(item, tuple) else (str(i), item)
         if not isinstance(parameter, Tensor):
             raise InputError(
                 f"expected a model, parameters, (name, parameter) pairs or parameter groups; "
                 f"got {type(parameter).__name__}"
             )
-        routes.append(Route(name, parameter, plain_layout(parameter), "given as a list: routed by its shape"))
+        layout = plain_layout(parameter)
+        routes.append(Route(clean_name(name), parameter, layout, "given as a list: routed by its shape"))
     return routes
 
 

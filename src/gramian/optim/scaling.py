@@ -12,7 +12,7 @@ from gramian.optim.batches import State
 __all__ = ["rescale_"]
 
 SPAN = 24  # powers of two by which gradients may grow or shrink before their unit moves
-LARGEST = 126  # the exponent of a power of two that is a normal float32
+LARGEST = {torch.float32: 126, torch.float64: 1022}  # the exponent of a power of two that is normal, as its inverse is
 
 
 def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
@@ -24,7 +24,7 @@ def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
     """
     unit = state["unit"]
     peak = torch.linalg.vector_norm(g, torch.inf, dim=(-2, -1), keepdim=True)
-    wanted = torch.frexp(peak)[1].to(g.dtype).clamp_(-LARGEST, LARGEST)
+    wanted = torch.frexp(peak)[1].to(g.dtype).clamp_(-LARGEST[g.dtype], LARGEST[g.dtype])
     fresh = unit.isnan()
     moves = (peak > 0) & (fresh | ((wanted - unit).abs() > SPAN))
     if g.device.type != "cpu" or bool(moves.any()):
@@ -39,4 +39,4 @@ def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
 
 
 def _ldexp_(x: Tensor, exponent: Tensor) -> None:
-    x.mul_(torch.exp2(exponent.clamp(-LARGEST, LARGEST)))
+    x.mul_(torch.exp2(exponent.clamp(-LARGEST[x.dtype], LARGEST[x.dtype])))

@@ -3,67 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from gramian import placement
 from gramian.errors import InputError
-from gramian.optim.batches import Batch, State, alike
+from gramian.optim.adamw_state import carry_over
+from gramian.optim.batches import Batch, Batches, State, alike
+from gramian.optim.health import Row, Skipped, measure
+from gramian.optim.options import DEFAULTS, REST_LR, Scale, Shared, check
 from gramian.optim.owners import Owners, not_finite
+from gramian.optim.recipe import Recipe, Turn
 from gramian.optim.refresh import Clock, due, stagger
 from gramian.optim.rest import Rest
-from gramian.optim.routing import Direction, Route, route_groups
+from gramian.optim.routing import Route, route_groups
 
 __all__ = ["MatrixOptimizer", "Recipe", "Scale", "Shared", "Turn"]
-
-Scale = Literal["spectral", "match_rms_adamw"]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a direction's update is told besides gradient and state.
-
-    Args:
-        alive: (K, 1, 1): one, or zero for a matrix whose gradient was not finite: its state is to stay as it is.
-        due: indices of the matrices whose costly parts are to be made anew in this step; `None` for all.
-        options: the parameter group.
-    """
-
-    alive: Tensor
-    due: Tensor | None
-    options: Mapping[str, Any]
-
-
-class Recipe(NamedTuple):
-    """A direction: two functions of stacked matrices `(K, m, n)`, which know nothing of models.
-
-    `init(m, options)` gives the state of matrices shaped as `m`, tensors whose first dimension is K.
-    `update(g, state, turn)` takes finite gradients, changes the state in place and returns the direction, of Frobenius
-    norm √min(m, n) or less. It may use `g` as a buffer.
-    """
-
-    init: Callable[[Tensor, Mapping[str, Any]], State]
-    update: Callable[[Tensor, State, Turn], Tensor]
-
-
-class Shared(TypedDict, total=False):
-    """The keyword arguments of every matrix optimizer; see `MatrixOptimizer`."""
-
-    weight_decay: float
-    scale: Scale
-    rest_lr: float | None
-    rest_betas: tuple[float, float]
-    rest_eps: float
-    rest_weight_decay: float
-    refresh: int
-    max_overhead: float | None
-    routes: Mapping[str, Direction] | None
-    layouts: Mapping[str, Any] | None
-    maximize: bool
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -75,24 +33,26 @@ class MatrixOptimizer(torch.optim.Optimizer):
             options hold for its matrices and its rest alike.
         lr: length of a step of the matrices, in the unit that `scale` sets.
         weight_decay: decoupled, of the matrices.
-        scale: `"spectral"`: `s = √(m/n) / L`, for L matrices in all: the share of each in the change of the network's
-            function, so that one rate carries across widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`, so
-            that a rate tuned for AdamW can be reused.
+        scale: `"spectral"`: `s = √(m/n) / L`, for L matrices that are trained in all (those frozen when they were given
+            do not count): the share of each in the change of the network's function, so that one rate carries across
+            widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`, so that a rate tuned for AdamW can be reused.
         rest_lr, rest_betas, rest_eps, rest_weight_decay: of AdamW. `rest_lr` is 3e-3 by default, or `lr` itself with
             `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
             that is less. No vector decays.
         refresh: steps between two renewals of a direction's costly parts, staggered over the matrices.
-        max_overhead: share of a step's time that the optimizer may take. `refresh` is then set once, after a few steps
-            have been timed, kept in `state_dict()` and replayed.
+        max_overhead: share of a step's time that the optimizer may take. `refresh` is then set once, after nine steps
+            have been timed, by all ranks together, kept in `state_dict()` and replayed.
         routes: overrides by name pattern: `{"0.weight": "matrix", "*.pos_emb": "adamw"}`.
         layouts: as in `gm.blocks`.
         maximize: ascend.
 
     A parameter whose gradient is not finite is skipped for that step, its state with it, and counted in `health()`;
-    all ranks agree. Zero, rank-one and extremely scaled gradients give a finite step.
+    all ranks agree. Zero, rank-one and extremely scaled gradients give a finite step. One without a gradient stays.
 
-    The matrices of a sharded parameter (FSDP2) are worked on whole by one rank each; `state_dict()` is collective then
-    and gives every rank its part, so that `torch.distributed.checkpoint` can save it and load it on other ranks.
+    The matrices of a sharded parameter (FSDP2) are worked on whole by one rank each, which has their state;
+    `state_dict()` and `load_state_dict()` are collective then. Every rank gets its part of the state, slices as
+    `DTensor`s and small tensors whole, so that it can save its own, or `torch.distributed.checkpoint` all of them, for
+    any number of ranks to load.
 
     Raises `InputError` for an empty list, a pattern that matches nothing, or an option out of its range.
     """
@@ -107,38 +67,58 @@ class MatrixOptimizer(torch.optim.Optimizer):
             wanted = ", ".join(["lr", *options, *DEFAULTS])
             raise InputError(f"{type(self).__name__}: there is no option {key!r}; there are {wanted}")
         self._routes: dict[Tensor, Route] = {}
-        self._skipped: dict[tuple[str, ...], Tensor] = {}  # by the names of the parameters that step together
-        self._batches: dict[int, list[Batch]] = {}  # by the number of their group
+        self._order: list[Tensor] = []  # of the parameters as they were given: a model's own, which is not `_routes`'
+        self._skipped = Skipped()
+        self._batches: dict[int, Batches] = {}  # by the number of their group
         self._owners = Owners()
         self._rest = Rest(given.pop("rest_betas"), given.pop("rest_eps"))
-        self._clock = Clock(given.pop("max_overhead"))
+        self._clock = Clock()
         overrides, layouts = given.pop("routes"), given.pop("layouts")
         self._options = {"lr": lr, **options, **given}
         found = route_groups(params, overrides, layouts)
-        self._routes.update((r.parameter, r) for routes, _ in found for r in routes)
+        self._add_routes([r for routes, _ in found for r in routes])
+        if isinstance(params, nn.Module):
+            self._order = list(params.parameters())
+        self._built = False
         super().__init__([group for routes, own in found for group in self._split(routes, own)], {})
+        self._built = True
+        # Schedulers that cycle the momentum look for it here.
+        self.defaults = {key: self._options[key] for key in ("lr", "momentum") if key in self._options}
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, routed by their shape: a group of matrices and groups for the rest."""
-        if "direction" in param_group:
+        if not self._built:
             super().add_param_group(param_group)
             return
-        for routes, own in route_groups([param_group], None, None):
-            self._routes.update((r.parameter, r) for r in routes)
-            for group in self._split(routes, own):
+        found = route_groups([param_group], None, None, first=len(self._routes))
+        for routes, own in found:
+            if any(r.parameter in self._routes for r in routes):
+                raise InputError(f"{type(self).__name__}: a parameter of the new group is in the optimizer already")
+            groups = self._split(routes, own)
+            self._add_routes(routes)
+            for group in groups:
                 super().add_param_group(group)
         self._share()
 
+    def _add_routes(self, routes: Sequence[Route]) -> None:
+        self._order += [r.parameter for r in routes]
+        self._routes.update((r.parameter, r) for r in routes)
+        matrices = [r for r in self._routes.values() if r.layout is not None]
+        trained = [r for r in matrices if r.parameter.requires_grad] or matrices
+        self._num_matrices = sum(math.prod(r.layout.matrices[:-2]) for r in trained if r.layout is not None)
+        self._owners.assign([r.parameter for r in matrices])
+
     def _split(self, routes: Sequence[Route], own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Parameter groups for routes that share the options `own`: matrices, tables, vectors."""
-        for key in own.keys() - self._options.keys() - {"initial_lr"}:
-            raise InputError(f"{type(self).__name__}: a group has no option {key!r}; it has {', '.join(self._options)}")
+        known = self._options.keys() - {"max_overhead"}
+        for key in own.keys() - known:
+            raise InputError(f"{type(self).__name__}: a group has no option {key!r}; it has {', '.join(known)}")
         options = self._options | dict(own)
         if "weight_decay" in own:
             options["rest_weight_decay"] = own["weight_decay"]
         check(type(self).__name__, options)
-        lr, rest_lr, rest_decay = options["lr"], options.pop("rest_lr"), options.pop("rest_weight_decay")
+        lr, rest_lr, rest_decay = float(options["lr"]), options.pop("rest_lr"), options.pop("rest_weight_decay")
         matrices = [r for r in routes if r.direction == "matrix"]
         tables = [r for r in routes if r.direction == "adamw" and r.parameter.ndim >= 2]
         vectors = [r for r in routes if r.direction == "adamw" and r.parameter.ndim < 2]
@@ -149,16 +129,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         vector_lr = min(rest_lr, lr / self._num_matrices) if shares else rest_lr
         groups: list[dict[str, Any]] = []
         if matrices:
-            groups.append({"params": _named(matrices), "direction": "matrix", **options, "step": 0})
+            groups.append({"params": _named(matrices), "direction": "matrix", **options, "lr": lr, "step": 0})
         for rest, rate, decay in ((tables, rest_lr, rest_decay), (vectors, vector_lr, 0.0)):
             if rest:
-                own_rest = {"lr": rate, "weight_decay": decay, "maximize": options["maximize"]}
+                own_rest = {"lr": float(rate), "weight_decay": decay, "maximize": options["maximize"]}
                 groups.append({"params": _named(rest), "direction": "adamw", **own_rest})
         return groups
-
-    @property
-    def _num_matrices(self) -> int:
-        return sum(math.prod(r.layout.matrices[:-2]) for r in self._routes.values() if r.layout is not None)
 
     def _share(self) -> None:
         """Lets AdamW work on this optimizer's own groups and state, so that there is one of each."""
@@ -172,47 +148,51 @@ class MatrixOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [g for g in self.param_groups if g["direction"] == "matrix"]
+        self._skipped.begin()
         with self._clock.timed(groups):
             for number, group in enumerate(groups):
                 self._step_matrices(number, group)
-            self._count_skipped(*self._rest.step())
+            self._count(*self._rest.step())
         return loss
 
     def _step_matrices(self, number: int, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None and p.grad.numel()]
         if params:
             bad = not_finite([p.grad for p in params])  # type: ignore[misc]
-            self._count_skipped(params, bad)
+            self._count(params, bad)
             flags = dict(zip(params, bad.unbind(), strict=True))
+            for p in params:
+                self.state.setdefault(p, {})  # on all ranks, which torch.distributed.checkpoint wants
             grads, updates = self._owners.gather(params), {}
-            for batch in self._current(number, group, list(grads)):
+            for batch in self._current(number, group, [p for p in group["params"] if p in grads or self._waits(p)]):
                 updates.update(self._step_batch(batch, group, grads, flags))
-            keep = torch.where(bad, 1.0, 1 - group["lr"] * group["weight_decay"]) if group["weight_decay"] else None
-            self._owners.add_(params, updates, keep)
+            self._owners.add_(params, updates, _decay(params, bad, group["lr"] * group["weight_decay"]))
         group["step"] += 1
 
-    def _current(self, number: int, group: dict[str, Any], params: list[Tensor]) -> list[Batch]:
+    def _waits(self, p: Tensor) -> bool:
+        """Whether a parameter has no gradient now, but a state: it keeps its place in a batch."""
+        return p.grad is None and p.requires_grad and bool(self.state.get(p))
+
+    def _current(self, number: int, group: dict[str, Any], params: Sequence[Tensor]) -> Sequence[Batch]:
         """The batches of these parameters, with the state as it is now."""
-        buckets = alike([self._routes[p] for p in params])
-        batches = self._batches.get(number, [])
-        if len(batches) != len(buckets) or not all(
-            b.holds(routes, self.state) for b, routes in zip(batches, buckets, strict=True)
-        ):
-            batches = [Batch(routes, lambda m: self.recipe.init(m, group), self.state) for routes in buckets]
+        routes = [self._routes[p] for p in params]
+        known = self._batches.get(number)
+        if known is None or not known.hold(routes, group["refresh"], self.state):
+            batches = [Batch(same, lambda m: self.recipe.init(m, group), self.state) for same in alike(routes)]
             for batch in batches:
                 self.state.update((r.parameter, views) for r, views in zip(batch.routes, batch.views, strict=True))
-            self._batches[number] = batches
-        if any(batch.stagger != group["refresh"] for batch in batches):
             stagger(batches, group["refresh"])
-        return batches
+            known = self._batches[number] = Batches(routes, group["refresh"], batches)
+        return known.batches
 
     def _step_batch(
         self, batch: Batch, group: dict[str, Any], grads: Mapping[Tensor, Tensor], flags: Mapping[Tensor, Tensor]
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """What is to be added to each parameter of the batch."""
         params = [r.parameter for r in batch.routes]
-        g = batch.stack([grads[p] for p in params])
-        bad = batch.repeat(torch.stack([flags[p] for p in params]).to(g.device))
+        g = batch.stack([grads.get(p) for p in params])
+        missing = torch.ones_like(next(iter(flags.values())))
+        bad = batch.repeat(torch.stack([flags.get(p, missing) for p in params]).to(g.device))
         # What is bad is masked on the device, without waiting for it; on the CPU there is nothing to wait for.
         if g.device.type != "cpu" or bool(bad.any()):
             g.masked_fill_(bad, 0.0)
@@ -220,17 +200,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
             g.neg_()
         turn = Turn((~bad).to(g.dtype), due(batch, group), group)
         direction = self.recipe.update(g, batch.state, turn)
-        batch.fresh = False
+        batch.fresh.zero_()
         m, n = batch.shape[-2:]
         scale = math.sqrt(m / n) / self._num_matrices if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
         update = direction * (turn.alive * (-group["lr"] * scale)).to(direction.dtype)
         return zip(params, batch.unstack(update), strict=True)
 
-    def _count_skipped(self, params: Sequence[Tensor], bad: Tensor) -> None:
-        """Adds to the counts on the device, without waiting for it."""
-        names = tuple(self._routes[p].name for p in params)
-        if names:
-            self._skipped[names] = self._skipped.get(names, 0) + bad.long()
+    def _count(self, params: list[Tensor], bad: Tensor) -> None:
+        if params:
+            self._skipped.add([self._routes[p].name for p in params], params, bad)
 
     def explain(self) -> list[dict[str, str]]:
         """Each parameter's name, direction, matrices and the reason for its route."""
@@ -244,65 +222,136 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for r in self._routes.values()
         ]
 
-    def health(self) -> dict[str, int]:
-        """How many steps each parameter skipped because its gradient was not finite, where any were."""
-        counts: dict[str, int] = defaultdict(int)
-        for names, skipped in self._skipped.items():
-            for name, count in zip(names, skipped.tolist(), strict=True):
-                counts[name] += count
-        return {name: count for name, count in counts.items() if count}
+    def skipped(self) -> dict[Tensor, Tensor]:
+        """Whether each parameter was skipped in the last step, since its gradient was not finite; on its device."""
+        return self._skipped.last()
+
+    def health(self, detail: Literal["counts", "spectra"] = "counts") -> dict[str, Row]:
+        """What happened to each parameter, by name.
+
+        `skipped`: steps in which its gradient was not finite, since the optimizer was made. `fallbacks`: inverse roots
+        that were not certified, so that the ones before stayed. With `detail="spectra"` also, of matrices that have
+        been stepped, the worst of those that a parameter holds:
+
+        - `condition`: σ₁/σₘ of the momentum, infinite where it is singular;
+        - `effective_rank`: exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ/Σσ, of the momentum: from one to min(m, n);
+        - `drift`: how far what is renewed every `refresh` steps is out of date, from 0 (not at all) to 1: the share
+          off the diagonal of the second moment told in its basis (SOAP), or the sine of the angle between the direction
+          or the root that is kept and what it would be now. `None` where nothing is kept.
+
+        A sharded parameter's fallbacks and spectra are told by the rank that works on it; on others they are `None`.
+
+        Cost: counts wait for the device once; spectra take a singular value decomposition of each matrix.
+        Source of the effective rank: Roy and Vetterli (2007), eq. 3.
+
+        >>> from gramian.optim import Muon
+        >>> layer = nn.Linear(3, 2, bias=False)
+        >>> optimizer = Muon([("weight", layer.weight)])
+        >>> layer.weight.grad = torch.full((2, 3), float("nan"))
+        >>> optimizer.step()
+        >>> optimizer.health()["weight"]["skipped"]
+        1
+        """
+        if detail not in ("counts", "spectra"):
+            raise InputError(f"health: detail must be 'counts' or 'spectra', got {detail!r}")
+        skipped = self._skipped.counts()
+        groups = {p: g for g in self.param_groups if g["direction"] == "matrix" for p in g["params"]}
+        rows: dict[str, Row] = {}
+        for p, r in self._routes.items():
+            rows[r.name] = {"skipped": skipped.get(r.name, 0)}
+            if p in groups:
+                rows[r.name] |= measure(self.state.get(p, {}), groups[p], detail)
+        return rows
+
+    def load_adamw(
+        self, source: torch.optim.Optimizer | Mapping[str, Any], names: Sequence[str] | None = None
+    ) -> list[dict[str, str]]:
+        """Goes on from the state of an Adam or AdamW, as far as it carries over; returns what did and did not, and why.
+
+        The rest takes all of it: both moments and the number of steps. A matrix takes the first moment as its momentum,
+        cut into its matrices, and where its direction is Adam's in a basis (SOAP), which starts as the parameter's own,
+        also the second. Rates and other options stay this optimizer's; what was done before is forgotten.
+
+        Args:
+            source: the optimizer, or its `state_dict()`. Its parameters are found by identity, or by `param_names`
+                where it has them, and otherwise by their order: that of `model.parameters()`.
+            names: of the parameters of a `state_dict()` without names, in its order: needed where its groups are not
+                in the order of the model, as with one group for weights and one for biases.
+
+        Returns a row for each parameter: `name`, `direction`, `carried`, `lost` and `reason`.
+
+        Raises `InputError` for a state that is not Adam's, or whose shapes do not fit. Collective where parameters are
+        sharded.
+
+        >>> from gramian.optim import Muon
+        >>> net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        >>> adamw = torch.optim.AdamW(net.parameters())
+        >>> net(torch.ones(1, 3)).sum().backward()
+        >>> adamw.step()
+        >>> for row in Muon(net).load_adamw(adamw)[:2]:
+        ...     print(row["name"], "|", row["carried"], "|", row["lost"])
+        0.weight | exp_avg | exp_avg_sq, step
+        0.bias | exp_avg, exp_avg_sq, step |
+        """
+        groups = {p: g for g in self.param_groups for p in g["params"]}
+
+        def kept(r: Route) -> State:
+            assert r.layout is not None
+            return self.recipe.init(torch.empty(1, *r.layout.matrices[-2:], device="meta"), groups[r.parameter])
+
+        routes = [self._routes[p] for p in self._order]
+        states, rows = carry_over(source, names, routes, self._owners, kept, self._options["maximize"])
+        self.state.clear()
+        self.state.update(states)
+        self._batches.clear()
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; collective where parameters are sharded, and then each rank's part."""
+        own = self.state
+        try:
+            self.state = self._owners.spread(own)  # type: ignore[assignment]
+            return super().state_dict()
+        finally:
+            self.state = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict()` gave; the next step is then the same, bit for bit."""
+        given: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, found: given.update(found))  # after the user's
         super().load_state_dict(state_dict)
+        hook.remove()
+        # torch casts the state to the parameter's dtype, and shares its memory: what was saved is put back, copied.
+        saved = (index for group in given["param_groups"] for index in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        states = {p: given["state"][i] for p, i in zip(params, saved, strict=True) if i in given["state"]}
+        for p, state in self._owners.collect({p: s for p, s in states.items() if self._routes[p].layout}).items():
+            self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
+        for p in states:
+            self.state[p] = {name: value.clone() for name, value in self.state[p].items()}
         self._share()
-        # torch casts the state to the parameter's dtype: a bfloat16 parameter's float32 state is put back.
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        for p, index in zip((p for group in self.param_groups for p in group["params"]), saved, strict=True):
-            if p in self._routes and self._routes[p].direction == "matrix" and p in self.state:
-                kept = state_dict["state"][index]
-                self.state[p] = {name: value.to(p.device, copy=True) for name, value in kept.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_routes", "_rest", "_skipped", "_options", "_owners", "_clock")
+        own = ("_routes", "_rest", "_skipped", "_options", "_owners", "_clock", "_built", "_num_matrices", "_order")
         return super().__getstate__() | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._batches = {}
+        for group in self.param_groups:
+            if group["direction"] == "matrix":  # options that a state saved before they were there does not have
+                for key in self._options.keys() - {"rest_lr", "rest_weight_decay"}:
+                    group.setdefault(key, self._options[key])
         self._share()
-
-
-REST_LR = 3e-3
-
-DEFAULTS: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "scale": "spectral",
-    "rest_lr": None,
-    "rest_betas": (0.9, 0.95),
-    "rest_eps": 1e-8,
-    "rest_weight_decay": 0.0,
-    "refresh": 1,
-    "max_overhead": None,
-    "routes": None,
-    "layouts": None,
-    "maximize": False,
-}
-
-
-def check(name: str, options: Mapping[str, Any]) -> None:
-    """Raises for an option out of its range."""
-    for key, value in options.items():
-        if (key.endswith("lr") or key.endswith("weight_decay")) and value is not None and not value >= 0:
-            raise InputError(f"{name}: {key} must not be negative, got {value}")
-        if key.startswith("beta") or key.endswith("momentum"):
-            if not 0 <= value < 1:
-                raise InputError(f"{name}: {key} must be in [0, 1), got {value}")
-    if options["scale"] not in ("spectral", "match_rms_adamw"):
-        raise InputError(f"{name}: scale must be 'spectral' or 'match_rms_adamw', got {options['scale']!r}")
-    if not (isinstance(options["refresh"], int) and options["refresh"] >= 1):
-        raise InputError(f"{name}: refresh must be a whole number of steps, at least 1, got {options['refresh']!r}")
 
 
 def _named(routes: Sequence[Route]) -> list[tuple[str, Tensor]]:
     return [(r.name, r.parameter) for r in routes]
+
+
+def _decay(params: Sequence[Tensor], bad: Tensor, rate: float) -> list[Tensor] | None:
+    """What each parameter is multiplied by: 1 − rate, or one where it is skipped."""
+    if not rate:
+        return None
+    wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+    return list(torch.ones_like(bad, dtype=wide).masked_fill_(~bad, 1 - rate).unbind())
