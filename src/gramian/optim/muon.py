@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gramian import linalg
 from gramian.optim.batches import State
-from gramian.optim.parts import cut
 from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
 
 __all__ = ["Muon", "average", "look_ahead"]
@@ -48,9 +47,7 @@ def look_ahead(g: Tensor, momentum: Tensor, turn: Turn) -> Tensor:
 
 
 def _polar(x: Tensor, turn: Turn) -> Tensor:
-    parts, whole = cut(x, turn.options["block"])
-    steps = turn.options["num_iterations"]
-    return whole(linalg.polar_ex(parts, method="newton_schulz", steps=steps, certify=False)[0])
+    return linalg.polar_ex(x, method="newton_schulz", steps=turn.options["num_iterations"], certify=False)[0]
 
 
 class Muon(MatrixOptimizer):
@@ -86,8 +83,7 @@ class Muon(MatrixOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         num_iterations: int = 5,
-        block: int | None = None,
         **shared: Unpack[Shared],
     ) -> None:
-        options = {"momentum": momentum, "nesterov": nesterov, "num_iterations": num_iterations, "block": block}
+        options = {"momentum": momentum, "nesterov": nesterov, "num_iterations": num_iterations}
         super().__init__(params, lr, options, **shared)

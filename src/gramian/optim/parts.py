@@ -1,36 +1,43 @@
-"""Large matrices in parts of few rows."""
+"""Large matrices in parts: a few rows (or columns) of the smaller side at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 
-import torch.nn.functional as F
-from torch import Tensor
+from gramian.block import Layout
 
-__all__ = ["cut"]
+__all__ = ["in_parts"]
+
+PART = "part"  # the name of the axis that counts them
 
 
-def cut(x: Tensor, size: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Cuts the smaller side of each matrix (K, m, n) into equal parts of `size` or fewer: (K·parts, …), and the way back.
+def in_parts(layout: Layout, size: int | None) -> Layout:
+    """The layout with the smaller side of each matrix cut into equal parts of at most `size` rows (or columns).
 
-    Where the parts cannot be equal, rows (or columns) of zeros are added, and taken away again.
+    The first axis of that side is cut, by the least divisor of it that suffices; where none does without parts of less
+    than a quarter of `size`, the matrix stays whole.
 
-    >>> import torch
-    >>> parts, whole = cut(torch.ones(2, 6, 9), 4)
-    >>> parts.shape, whole(parts).shape
-    (torch.Size([4, 3, 9]), torch.Size([2, 6, 9]))
+    >>> in_parts(Layout("o i -> o i", (1000, 784)), 256).matrices
+    (4, 1000, 196)
+    >>> in_parts(Layout("(three o) i -> three o i", (24, 8)), 4).matrices
+    (3, 2, 4, 8)
     """
-    num, m, n = x.shape
+    *_, m, n = layout.matrices
     small = min(m, n)
     if size is None or small <= size:
-        return x, lambda parts: parts
-    count = math.ceil(small / size)
-    rows = math.ceil(small / count)
-    excess = count * rows - small
-    if m <= n:
-        padded = F.pad(x, (0, 0, 0, excess)) if excess else x
-        return padded.reshape(num * count, rows, n), lambda parts: parts.reshape(num, count * rows, n)[:, :m]
-    padded = F.pad(x, (0, excess)) if excess else x
-    parts = padded.view(num, m, count, rows).transpose(1, 2).reshape(num * count, m, rows)
-    return parts, lambda parts: parts.view(num, count, m, rows).transpose(1, 2).reshape(num, m, count * rows)[..., :n]
+        return layout
+    leading, rows, columns = layout.sides
+    side = rows if m <= n else columns
+    length = layout.axes[side[0]]
+    counts = [c for c in range(math.ceil(small / size), length + 1) if length % c == 0 and small // c >= size / 4]
+    if not counts:
+        return layout
+    dims = [sum(((PART, name) if name == side[0] else (name,) for name in names), ()) for names in layout.dims]
+    left = " ".join(map(_group, dims))
+    right = " ".join([*leading, PART, _group(rows), _group(columns)])
+    return replace(layout, pattern=f"{left} -> {right}", sizes={**layout.sizes, PART: counts[0]})
+
+
+def _group(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"({' '.join(names)})"
