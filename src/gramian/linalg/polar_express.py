@@ -43,8 +43,9 @@ def newton_schulz(
             tiny = torch.finfo(x.dtype).tiny
             # Two divisions: the norm of entries near 1e30 overflows before the peak is taken out.
             x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-            x = (x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY).clamp_min(tiny)).to(compute)
-            x = _iterate(x, steps)
+            x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY).clamp_min(tiny)
+            # A bfloat16 product into a transposed buffer has no fast kernel on a CPU: a thousand times slower.
+            x = _iterate(x.to(compute, memory_format=torch.contiguous_format), steps)
         x = x.reshape(*a.shape[:-2], m, n)
         return (x.mT if tall else x).to(a.dtype)
 

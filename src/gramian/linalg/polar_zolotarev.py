@@ -100,7 +100,7 @@ def _apply(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
         term = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
         total = term.mul_(f.scale * weight) if total is None else total.add_(term, alpha=f.scale * weight)
     assert total is not None
-    x = x.mul_(top.rsqrt()).to(dtype)
+    x = (x * top.rsqrt()).to(dtype, memory_format=torch.contiguous_format)
     return torch.baddbmm(x, total.to(dtype), x, beta=f.scale)
 
 
