@@ -21,6 +21,9 @@ from gramian.linalg.symmetric import symmetric_product
 LEAST = 5e-4
 """Least `low`: the smallest shift is then 7e-7 of the largest eigenvalue, above the rounding of a float32 Gram matrix."""
 
+CHUNK = 1 << 20
+"""Entries that go together on a CPU: their buffers are used again and again, where larger ones are mapped afresh."""
+
 THIN = 8
 SWEEPS = 4
 
@@ -75,24 +78,25 @@ def zolotarev(
     Arguments: `a` (..., m, n); `dtype` of the last product, float32 if None; all else is in float32. A zero matrix
     gives zero; NaN stays in its own matrix; 1e±30 is scaled away, one scale per matrix.
     """
-    tall = a.shape[-2] > a.shape[-1]
-    m, n = min(a.shape[-2:]), max(a.shape[-2:])
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        x = (a.mT if tall else a).reshape(math.prod(a.shape[:-2]), m, n)
-        if x.numel():
-            x = _apply(x, fractions(max(low, LEAST), terms), dtype or torch.float32)
-        x = x.reshape(*a.shape[:-2], m, n)
-        return (x.mT if tall else x).to(a.dtype)
+        x = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
+        if not x.numel():
+            return a.clone()
+        f, out = fractions(max(low, LEAST), terms), torch.empty_like(x, memory_format=torch.contiguous_format)
+        few = max(1, CHUNK // x[0].numel()) if x.device.type == "cpu" else len(x)
+        for part, place in zip(x.split(few), out.split(few), strict=True):
+            place.copy_(_sum_of_fractions(part, f, dtype or torch.float32))
+        return out.reshape(a.shape)
 
 
-def _apply(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
-    """The sum of fractions, on (B, m, n) with m ≤ n."""
+def _sum_of_fractions(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
+    """f of the singular values of x (B, m, n), whose layout in memory is kept: only its Gram matrix is transposed."""
+    tall = x.shape[-2] > x.shape[-1]
     peak = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
-    tiny = torch.finfo(torch.float32).tiny
     x = (x / peak.clamp_min(torch.finfo(x.dtype).tiny)).float()
-    g = symmetric_product(x, x.mT)
-    top = _largest(g).clamp_min(tiny)
-    g = g / top
+    g = symmetric_product(x.mT, x) if tall else symmetric_product(x, x.mT)
+    top = _largest(g).clamp_min(torch.finfo(torch.float32).tiny)
+    g = g.div_(top)
     total = None
     for pole, weight in zip(f.poles, f.weights, strict=True):
         shifted = g.clone()
@@ -100,8 +104,10 @@ def _apply(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
         term = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
         total = term.mul_(f.scale * weight) if total is None else total.add_(term, alpha=f.scale * weight)
     assert total is not None
-    x = (x * top.rsqrt()).to(dtype, memory_format=torch.contiguous_format)
-    return torch.baddbmm(x, total.to(dtype), x, beta=f.scale)
+    # The inverses come with the columns of LAPACK.
+    total = total.mT.to(dtype)
+    x = torch.mul(x, top.rsqrt(), out=torch.empty_like(x, dtype=dtype))
+    return torch.baddbmm(x, x, total, beta=f.scale) if tall else torch.baddbmm(x, total, x, beta=f.scale)
 
 
 def _largest(g: Tensor) -> Tensor:
@@ -109,10 +115,11 @@ def _largest(g: Tensor) -> Tensor:
 
     f grows no faster than x above 1, so that a guess a few per cent too low does no harm.
     """
-    v = torch.randn(g.shape[-1], THIN, generator=torch.Generator().manual_seed(0)).to(g.device).expand(g.shape[0], -1, -1)
-    size = v[:, :1, :1]
+    v = torch.randn(THIN, g.shape[-1], generator=torch.Generator().manual_seed(0)).to(g.device).repeat(len(g), 1, 1)
+    tiny = torch.finfo(v.dtype).tiny
+    size = v[:, :, :1]
     for _ in range(SWEEPS):
-        v = g @ v
-        size = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-        v = v / size.clamp_min(torch.finfo(v.dtype).tiny)
-    return size.amax(-1, keepdim=True)
+        v = v @ g
+        size = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+        v = v / size.clamp_min(tiny)
+    return size.amax(-2, keepdim=True)
