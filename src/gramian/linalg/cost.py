@@ -99,7 +99,7 @@ def predict(parts: Parts, n: int, batch: int, device: str = "cpu") -> float:
     return batch * unit * work + calls * c.latency
 
 
-def _interpolated(values: tuple[float, ...], n: float) -> float:
+def _interpolated(values: tuple[float, ...], n: float | int) -> float:
     """The value at n, linear between logarithms, constant outside the `SIZES`."""
     place = math.log(max(n, 1))
     points = [math.log(s) for s in SIZES]

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 def reach(short: int, rtol: float) -> float:
     """The least ratio of singular values that a plan for matrices of that shorter side is made for."""
-    return max(LEAST, min(0.5, min(2.0, 10 * rtol) / max(short, 1)))
+    return max(LEAST, min(0.5, min(1.0, 10 * rtol) / max(short, 1)))
 
 
 @lru_cache(maxsize=256)

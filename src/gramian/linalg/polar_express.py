@@ -63,6 +63,7 @@ def _quintic(low: float, high: float) -> tuple[float, float, float]:
     """The odd quintic closest to 1 on [low, high], by Remez exchange of the two extrema inside."""
     if low > 0.9 * high:
         return COEFFICIENTS[-1]  # the nodes below would all but coincide
+    a, b, c = COEFFICIENTS[-1]
     inner = [(3 * low + high) / 4, (low + 3 * high) / 4]
     for _ in range(100):
         nodes = [low, *inner, high]

@@ -19,7 +19,6 @@ from gramian.linalg.polar_qdwh import qdwh
 from gramian.linalg.polar_svd import svd, svd_refined
 from gramian.linalg.polar_zolotarev import fractions, zolotarev
 
-
 ROUGH, TERMS = 5e-2, 4
 """The rtol and number of the fractions where they are certified: ‖XᵀX − I‖ is twice as large as the error."""
 

@@ -14,6 +14,7 @@ from gramian.linalg.batch import check, choose
 from gramian.linalg.certificate import default_rtol
 from gramian.linalg.symmetric import HALVED_FROM, halved
 
+
 def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Tensor, "*b d d"]:
     """The Gram matrix of the columns of X.
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 HALVED_FROM = 256
-"""Rows and columns from which the halved product wins on a CPU: 0.8 of the time at 256, 0.7 at 384×1536, 0.6 at 2048."""
+"""Rows and columns from which the halved product wins on a CPU: 0.8 of the time at 256, 0.7 at 384×1536, 0.6 at
+2048."""
 
 PARTS = 4, 8
 """Strips that it is cut into below 768 rows and from there: work (1 + 1/strips)/2, in products large enough to be fast.
