@@ -18,10 +18,15 @@ __all__ = ["Owners", "not_finite"]
 
 def not_finite(grads: Sequence[Tensor]) -> Tensor:
     """Which gradients hold a NaN or an infinity, (P,), the same on all ranks that share one of them."""
-    parts = [placement.local(g) for g in grads]
+    parts = placement.locals_of(grads)
     # The largest entry: NaN if there is one.
-    peaks = [torch.linalg.vector_norm(x, math.inf) if x.numel() else x.new_zeros(()) for x in parts]
-    bad = torch.stack([~peak.isfinite().to(parts[0].device) for peak in peaks])
+    filled = [x for x in parts if x.numel()]
+    norms = iter(torch._foreach_norm(filled, math.inf) if filled else ())
+    peaks = [next(norms) if x.numel() else x.new_zeros(()) for x in parts]
+    if len({(peak.dtype, peak.device) for peak in peaks}) == 1:
+        bad = torch.stack(peaks).isfinite().logical_not_()
+    else:
+        bad = torch.stack([~peak.isfinite().to(parts[0].device) for peak in peaks])
     for indices in _by_group(grads).values():
         votes = bad[indices].long()
         placement.all_reduce_sum([votes], placement.group_of(grads[indices[0]]))
@@ -58,11 +63,11 @@ class Owners:
                     del grads[p]
                 else:
                     grads[p] = whole
-        return {p: placement.local(g) for p, g in grads.items()}
+        return dict(zip(grads, placement.locals_of(list(grads.values())), strict=True))
 
     def add_(self, params: Sequence[Tensor], updates: Mapping[Tensor, Tensor], keep: Sequence[Tensor] | None) -> None:
         """Adds to each parameter its update, which its owner has; before that, multiplies it by its entry of `keep`."""
-        parts = [placement.local(p) for p in params]
+        parts = placement.locals_of(params)
         if keep is not None:
             torch._foreach_mul_(parts, [k.to(part.device) for k, part in zip(keep, parts, strict=True)])
         sharded = [p for p in params if p in self._owner]
