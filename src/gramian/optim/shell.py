@@ -181,7 +181,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             batches = [Batch(same, lambda m: self.recipe.init(m, group), self.state) for same in alike(routes)]
             for batch in batches:
                 self.state.update((r.parameter, views) for r, views in zip(batch.routes, batch.views, strict=True))
-            stagger(batches, group["refresh"])
+            stagger(batches, [self._routes[p] for p in group["params"]], group["refresh"])
             known = self._batches[number] = Batches(routes, group["refresh"], batches)
         return known.batches
 
