@@ -21,6 +21,10 @@ MAKERS = {
 }
 
 
+PVALUE = 1e-6
+"""The seeds are fixed: that chance fails a test is as good as ruled out, that a wrong law passes too."""
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_only_the_callers_generator_is_drawn_from(name):
     state = torch.get_rng_state()
@@ -62,9 +66,9 @@ def test_wrong_arguments_say_what_to_do():
 
 def test_entries_follow_their_law():
     u = random.uniform(40, 500, low=-1, high=3, generator=seeded(3), dtype=torch.float64).flatten().numpy()
-    assert stats.kstest(u, stats.uniform(-1, 4).cdf).pvalue > 1e-3
+    assert stats.kstest(u, stats.uniform(-1, 4).cdf).pvalue > PVALUE
     x = random.normal(40, 500, mean=2, std=0.5, generator=seeded(4), dtype=torch.float64).flatten().numpy()
-    assert stats.kstest(x, stats.norm(2, 0.5).cdf).pvalue > 1e-3
+    assert stats.kstest(x, stats.norm(2, 0.5).cdf).pvalue > PVALUE
 
 
 @pytest.mark.parametrize("shape", [(50, 5, 5), (50, 7, 3), (50, 3, 7)], ids=str)
@@ -81,7 +85,7 @@ def test_orthogonal_has_the_moments_and_marginals_of_haar(shape):
     n = max(shape[1:])
     # Each entry squared is Beta(1/2, (n − 1)/2), and its sign is fair.
     entry = q[:, -1, -1]
-    assert stats.kstest((entry**2).numpy(), stats.beta(0.5, (n - 1) / 2).cdf).pvalue > 1e-3
+    assert stats.kstest((entry**2).numpy(), stats.beta(0.5, (n - 1) / 2).cdf).pvalue > PVALUE
     assert abs(entry.mean()) < 4 / math.sqrt(n * 20000)
     assert abs((q**4).mean() - 3 / (n * (n + 2))) < 0.01
     if shape[1] == shape[2]:
@@ -101,22 +105,52 @@ def test_with_spectrum_has_it():
     assert (torch.linalg.eigvalsh(m) + s).abs().max() < 1e-14
 
 
+def test_columns_and_singular_vectors_are_uniform_on_the_sphere():
+    # Archimedes: a coordinate of a uniform point on the sphere in three dimensions is uniform on [-1, 1]. So is that of
+    # the point turned by any fixed rotation, which is what Haar means.
+    q = random.orthogonal(20000, 3, 3, generator=seeded(10), dtype=torch.float64)
+    turn = random.orthogonal(3, 3, generator=seeded(11), dtype=torch.float64)
+    for sample in (q[:, 0, 0], q[:, 2, 1], (turn @ q)[:, 1, 2], (q @ turn)[:, 2, 0]):
+        assert stats.kstest(sample.numpy(), stats.uniform(-1, 2).cdf).pvalue > PVALUE
+    one = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    a = random.with_spectrum(20000, 3, 3, spectrum=one, generator=seeded(12), dtype=torch.float64)
+    # a = u vᵀ: the norms of a column and of a row are |v₁| and |u₁|, uniform on [0, 1], and independent.
+    left, right = a[:, 1, :].norm(dim=-1), a[:, :, 2].norm(dim=-1)
+    for sample in (left, right):
+        assert stats.kstest(sample.numpy(), stats.uniform(0, 1).cdf).pvalue > PVALUE
+    assert abs(torch.corrcoef(torch.stack([left, right]))[0, 1]) < 5 / math.sqrt(20000)
+
+
+def test_planar_rotations_have_uniform_angles():
+    q = random.orthogonal(20000, 2, 2, generator=seeded(13), dtype=torch.float64)
+    proper = torch.linalg.det(q) > 0
+    assert abs(proper.double().mean() - 0.5) < 5 * 0.5 / math.sqrt(20000)
+    for part in (q[proper], q[~proper]):
+        angle = torch.atan2(part[:, 1, 0], part[:, 0, 0])
+        assert stats.kstest(angle.numpy(), stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > PVALUE
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.03])
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
-def test_wishart_eigenvalues_follow_marchenko_pastur(ratio):
+def test_wishart_eigenvalues_follow_marchenko_pastur(ratio, scale):
     d = 400
-    m = random.wishart(d, d, samples=int(d / ratio), generator=seeded(8), dtype=torch.float64)
+    m = random.wishart(d, d, samples=int(d / ratio), generator=seeded(8), dtype=torch.float64) * scale
     assert torch.equal(m, m.mT)
     low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
 
     def density(x: float) -> float:
         return math.sqrt(max((high - x) * (x - low), 0)) / (2 * math.pi * ratio * x)
 
-    w = torch.linalg.eigvalsh(m)
-    for quantile in (0.1, 0.3, 0.5, 0.7, 0.9):
-        edge = w.quantile(quantile).item()
+    def below(edge: float) -> float:
         # Substituting x = t² tames the 1/√x edge at ratio 1.
-        below, _ = integrate.quad(lambda t: 2 * t * density(t * t) if t else 0.0, math.sqrt(low), math.sqrt(edge))
-        assert abs(below - quantile) < 0.01
+        edge = min(max(edge, low), high)
+        return integrate.quad(lambda t: 2 * t * density(t * t) if t else 0.0, math.sqrt(low), math.sqrt(edge))[0]
+
+    w = torch.linalg.eigvalsh(m).tolist()
+    distance = max(abs(below(x) - (i + 0.5) / d) for i, x in enumerate(w))
+    # Eigenvalues repel each other: their Kolmogorov distance is of the order of log(d)/d, not 1/√d, so that a scale
+    # that is 3 % off shows.
+    assert (distance < 2 * math.log(d) / (math.pi * d)) == (scale == 1.0)
 
 
 def test_wishart_of_few_samples_is_deficient():

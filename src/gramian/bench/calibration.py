@@ -61,6 +61,7 @@ def _operations(n: int, device: str) -> dict[str, Callable[[], Any]]:
         "svd64": lambda: torch.linalg.svd(wide),
         "cholesky32": lambda: torch.linalg.cholesky_ex(spd),
         "cholesky64": lambda: torch.linalg.cholesky_ex(spd_wide),
+        "potri32": lambda: torch.cholesky_inverse(lower),
         "inverse32": lambda: torch.linalg.inv_ex(a),
         "inverse64": lambda: torch.linalg.inv_ex(wide),
         "triangular32": triangular,

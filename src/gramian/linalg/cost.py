@@ -52,6 +52,7 @@ DEFAULTS = {
             "svd64": (100.0, 80.0, 32.0),
             "cholesky32": (2.9, 1.5, 0.6),
             "cholesky64": (3.2, 2.5, 1.0),
+            "potri32": (4.0, 1.5, 0.8),
             "inverse32": (12.0, 7.0, 3.6),
             "inverse64": (13.0, 8.0, 4.3),
             "triangular32": (2.9, 2.0, 0.8),
@@ -73,6 +74,7 @@ DEFAULTS = {
             "svd64": (2e5, 4e4, 8e3),
             "cholesky32": (500.0, 50.0, 5.0),
             "cholesky64": (600.0, 60.0, 8.0),
+            "potri32": (600.0, 60.0, 8.0),
             "inverse32": (900.0, 90.0, 12.0),
             "inverse64": (1e3, 1e2, 20.0),
             "triangular32": (300.0, 20.0, 3.0),
@@ -87,13 +89,17 @@ def predict(parts: Parts, n: int, batch: int, device: str = "cpu") -> float:
     """Seconds for a batch of matrices whose smaller side is n, made of so many operations each."""
     c = constants(device)
     unit = 2.0 * n**3 / c.rate
-    work = sum(count * _interpolated(c.factors[name], n) for name, count in parts.items())
-    # Products of a batch are one call; LAPACK is called for each matrix.
+    # Products of a batch are one call, as fast as one larger product; LAPACK is called for each matrix.
+    together = n * batch ** (1 / 3)
+    work = sum(
+        count * _interpolated(c.factors[name], together if name in (*UNITS, "thin64") else n)
+        for name, count in parts.items()
+    )
     calls = sum(count if name in (*UNITS, "thin64") else count * batch for name, count in parts.items())
     return batch * unit * work + calls * c.latency
 
 
-def _interpolated(values: tuple[float, ...], n: int) -> float:
+def _interpolated(values: tuple[float, ...], n: float | int) -> float:
     """The value at n, linear between logarithms, constant outside the `SIZES`."""
     place = math.log(max(n, 1))
     points = [math.log(s) for s in SIZES]

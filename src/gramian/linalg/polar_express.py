@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from gramian.linalg.polar_zolotarev import CHUNK, unit_peak
 
 COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -20,9 +24,105 @@ COEFFICIENTS = (
 """Minimax odd quintics a·x + b·x³ + c·x⁵ composed on [1e-3, 1], then the plain quintic Newton–Schulz step for good.
 Amsel, Persson, Musco, Gower, arXiv:2505.16932, algorithm 1 with cushion 0.02407327424182761 (§4.4)."""
 
+CUSHION = 0.02407327424182761
+"""Least ratio of the ends of the interval that a step before the last is made for. arXiv:2505.16932, §4.4."""
+
 SAFETY = 1.01
 """Divides the argument of every step but the last, so that rounding cannot push a singular value out of the interval.
 arXiv:2505.16932, §4.4."""
+
+
+class Steps(NamedTuple):
+    """The coefficients of each step, and how far from 1 the last leaves what was in [low, 1]."""
+
+    coefficients: tuple[tuple[float, float, float], ...]
+    error: float
+
+
+@lru_cache(maxsize=64)
+def composed(low: float, steps: int) -> Steps:
+    """Minimax odd quintics composed on [low, 1], each for the interval that the one before leaves, centred about 1.
+
+    arXiv:2505.16932, algorithm 1; `COEFFICIENTS` begins with those for 1e-3, but for the last, which has no cushion.
+
+    >>> round(composed(1 / 128, 3).error, 3), round(composed(1e-3, 9).error, 3)
+    (0.354, 0.0)
+    """
+    found, high = [], 1.0
+    for step in range(steps):
+        a, b, c = _quintic(low if step == steps - 1 else max(low, CUSHION * high), high)
+        ends = [x * (a + x * x * (b + x * x * c)) for x in (low, high)]
+        a, b, c = (2 * q / sum(ends) for q in (a, b, c))
+        found.append((a, b, c))
+        low = 2 * ends[0] / sum(ends)
+        high = 2 - low
+    return Steps(tuple(found), 1 - low)
+
+
+def _quintic(low: float, high: float) -> tuple[float, float, float]:
+    """The odd quintic closest to 1 on [low, high], by Remez exchange of the two extrema inside."""
+    if low > 0.9 * high:
+        return COEFFICIENTS[-1]  # the nodes below would all but coincide
+    a, b, c = COEFFICIENTS[-1]
+    inner = [(3 * low + high) / 4, (low + 3 * high) / 4]
+    for _ in range(100):
+        nodes = [low, *inner, high]
+        rows = [[x, x**3, x**5, (-1.0) ** i] for i, x in enumerate(nodes)]
+        a, b, c, _ = torch.linalg.solve(
+            torch.tensor(rows, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+        ).tolist()
+        root = math.sqrt(max(9 * b * b - 20 * a * c, 0.0))
+        new = [math.sqrt(max((-3 * b - root) / (10 * c), 0.0)), math.sqrt(max((-3 * b + root) / (10 * c), 0.0))]
+        if max(abs(x - y) for x, y in zip(inner, new, strict=True)) < 1e-12 * high:
+            break
+        inner = new
+    return a, b, c
+
+
+def quintics(
+    a: Float[Tensor, "*b m n"], *, low: float, steps: int, dtype: torch.dtype | None = None
+) -> Float[Tensor, "*b m n"]:
+    """Approximate polar factor of each matrix by `composed(low, steps)`: three products a step, on the smaller side.
+
+    ‖(XXᵀ)²‖_F^¼, which the first step has at hand, bounds ‖X‖₂ more closely than ‖X‖_F, so that fewer steps do than
+    `newton_schulz` takes. Singular values below `low` of that bound end below 1. A zero matrix gives zero; NaN stays in
+    its own matrix; 1e±30 is scaled away, one scale per matrix.
+    """
+    tall = a.shape[-2] > a.shape[-1]
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        x = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
+        if not x.numel():
+            return a.clone()
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        few = max(1, CHUNK // x[0].numel()) if x.device.type == "cpu" else len(x)
+        for part, place in zip(x.split(few), out.split(few), strict=True):
+            small = unit_peak(part.mT if tall else part, dtype or torch.float32).contiguous()
+            value = _composed(small, composed(low, steps).coefficients)
+            place.copy_(value.mT if tall else value)
+        return out.reshape(a.shape)
+
+
+def _composed(x: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
+    """The steps of `quintics` on (B, m, n), m ≤ n, of ordinary size."""
+    gram = torch.bmm(x, x.mT)
+    square = torch.bmm(gram, gram)
+    norm = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    s = norm.clamp_min(torch.finfo(torch.float32).tiny) ** -0.25 / SAFETY
+    s = torch.where(norm > 0, s, 0.0)
+    (a, b, c), *rest = coefficients
+    poly = (gram * (b * s**3)).add_(square * (c * s**5))
+    poly.diagonal(dim1=-2, dim2=-1).add_(a * s[:, 0])
+    spare = torch.empty_like(x)
+    torch.bmm(poly.to(x.dtype), x, out=spare)
+    x, spare = spare, x
+    for i, (a, b, c) in enumerate(rest):
+        if i < len(rest) - 1:
+            a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=square)
+        torch.baddbmm(x, square, x, beta=a, out=spare)
+        x, spare = spare, x
+    return x
 
 
 def newton_schulz(
@@ -43,8 +143,9 @@ def newton_schulz(
             tiny = torch.finfo(x.dtype).tiny
             # Two divisions: the norm of entries near 1e30 overflows before the peak is taken out.
             x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
-            x = (x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY).clamp_min(tiny)).to(compute)
-            x = _iterate(x, steps)
+            x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY).clamp_min(tiny)
+            # A bfloat16 product into a transposed buffer has no fast kernel on a CPU: a thousand times slower.
+            x = _iterate(x.to(compute, memory_format=torch.contiguous_format), steps)
         x = x.reshape(*a.shape[:-2], m, n)
         return (x.mT if tall else x).to(a.dtype)
 

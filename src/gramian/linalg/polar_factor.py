@@ -12,22 +12,45 @@ from gramian.errors import InputError
 from gramian.linalg import certificate as cert
 from gramian.linalg.batch import Answer, Route, check, choose, climb, ladder, load
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
+from gramian.linalg.polar_direction import direction, reach
 from gramian.linalg.polar_express import COEFFICIENTS, defect, newton_schulz
 from gramian.linalg.polar_gram import gram_eigh32, gram_eigh64
 from gramian.linalg.polar_qdwh import qdwh
 from gramian.linalg.polar_svd import svd, svd_refined
+from gramian.linalg.polar_zolotarev import fractions, zolotarev
+
+ROUGH, TERMS = 5e-2, 4
+"""The rtol and number of the fractions where they are certified: ‖XᵀX − I‖ is twice as large as the error."""
 
 
 def _direction(x: Tensor, *, decline: float) -> Answer:
     """`newton_schulz` as a rung of the ladder, in float32 at least."""
     value, k = newton_schulz(x), min(x.shape[-2:])
-    bound, residual = _estimate(value, len(COEFFICIENTS), x.dtype)
+    bound, residual = _estimate(value, _growth(len(COEFFICIENTS)), x.dtype)
     reason = torch.full_like(bound, cert.NONE, dtype=torch.long)
     size = torch.full_like(bound, math.sqrt(k))
     return Answer(value, bound * size, residual, reason, len(COEFFICIENTS), failure=math.nan, size=size)
 
 
+def _fractions(x: Tensor, *, decline: float) -> Answer:
+    """`zolotarev` as a rung of the ladder."""
+    low, k = reach(min(x.shape[-2:]), ROUGH), min(x.shape[-2:])
+    f = fractions(low, TERMS)
+    value = zolotarev(x, low=low, terms=TERMS)
+    bound, residual = _estimate(value, f.slope**2, torch.float32)
+    reason = torch.full_like(bound, cert.NONE, dtype=torch.long)
+    size = torch.full_like(bound, math.sqrt(k))
+    return Answer(value, bound * size, residual, reason, TERMS, failure=math.nan, size=size)
+
+
 POLAR: dict[str, Route] = {
+    "zolotarev": Route(
+        _fractions,
+        None,
+        ROUGH,
+        lambda m, n: {"float32": 1 + 3 * m / n, "cholesky32": TERMS, "potri32": TERMS},
+        narrow=True,
+    ),
     "newton_schulz": Route(_direction, None, 1e-2, lambda m, n: {"float32": 7 * (1 + 2 * m / n) + 1}, narrow=True),
     "gram_eigh32": Route(
         gram_eigh32,
@@ -67,14 +90,18 @@ def polar_ex(
     *,
     method: str = "auto",
     rtol: float | None = None,
-    steps: int = len(COEFFICIENTS),
+    steps: int | None = None,
     certify: bool = True,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "*b m n"], Certificate]:
     """`polar` with its certificate, never raising for a matrix's values.
 
-    `steps`, `certify` and `dtype` concern `method="newton_schulz"`: the number of steps, whether to spend one product
-    on ‖XᵀX − I‖_F (if not, nothing is converged and the bound is inf), and the dtype of the products.
+    `certify=False` is for the direction of an optimiser's step: nothing is converged, the bound is inf, and nothing
+    waits for a GPU. With "auto" the cheapest of "newton_schulz" and "zolotarev" is taken, in steps, dtype and
+    coefficients made for `rtol`: the root mean square of σ − 1 over the answer's singular values, those of A below
+    `polar_direction.reach` of the largest apart. `rtol=0.1` is about half the error of torch.optim.Muon's five steps.
+
+    `steps` and `dtype` concern `method="newton_schulz"`: the number of steps and the dtype of the products.
 
     >>> q, certificate = polar_ex(torch.zeros(2, 3, 2), method="newton_schulz")
     >>> certificate.converged.tolist(), q.abs().max().item()
@@ -82,11 +109,16 @@ def polar_ex(
     """
     check("polar", a)
     choose("polar", method, POLAR)
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise InputError(f"polar: expected steps ≥ 1, got {steps}. Leave it out for {len(COEFFICIENTS)}.")
     tolerance = default_rtol(rtol, a.dtype)
     if method == "newton_schulz":
-        return _newton_schulz_ex(a, tolerance, steps, certify, dtype)
+        return _newton_schulz_ex(a, tolerance, steps or len(COEFFICIENTS), certify, dtype)
+    if not certify:
+        if method != "auto":
+            raise InputError(f"polar: certify=False is for 'auto' and 'newton_schulz', got {method!r}.")
+        value, chosen = direction(a, tolerance)
+        return value, _uncertified(a, chosen.method, chosen.steps)
     wide = a.shape[-2] < a.shape[-1]
     tall = a.mT if wide else a
     names = [method] if method != "auto" else ladder(POLAR, tall.shape, tolerance, a.device.type)
@@ -101,11 +133,9 @@ def _newton_schulz_ex(
     x = newton_schulz(a, steps=steps, dtype=dtype)
     batch = a.shape[:-2]
     code = torch.zeros(batch, dtype=torch.long, device=a.device)
-    if certify:
-        bound, residual = _estimate(x, steps, dtype or torch.promote_types(x.dtype, torch.float32))
-    else:
-        residual = torch.full(batch, math.nan, dtype=torch.float64, device=a.device)
-        bound = torch.full_like(residual, math.inf)
+    if not certify:
+        return x, _uncertified(a, "newton_schulz", steps)
+    bound, residual = _estimate(x, _growth(steps), dtype or torch.promote_types(x.dtype, torch.float32))
     converged = bound <= rtol
     certificate = Certificate(
         converged=converged,
@@ -115,22 +145,41 @@ def _newton_schulz_ex(
         failure_probability=torch.full_like(bound, math.nan),
         steps=torch.full_like(code, steps),
         method=torch.full_like(code, list(POLAR).index("newton_schulz")),
-        reason=torch.where(converged, cert.NONE, torch.where(residual.isfinite(), cert.INACCURATE, cert.NOT_FINITE))
-        if certify
-        else torch.full_like(code, cert.INACCURATE),
+        reason=torch.where(converged, cert.NONE, torch.where(residual.isfinite(), cert.INACCURATE, cert.NOT_FINITE)),
         methods=tuple(POLAR),
     )
     return x, certificate
 
 
-def _estimate(x: Tensor, steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An estimate of the relative error of `steps` steps in `dtype`, and ‖XᵀX − I‖_F.
+def _uncertified(a: Tensor, method: str, steps: int) -> Certificate:
+    """How an answer was found, and that nothing is known about its error."""
+    code = torch.zeros(a.shape[:-2], dtype=torch.long, device=a.device)
+    unknown = torch.full(a.shape[:-2], math.nan, dtype=torch.float64, device=a.device)
+    return Certificate(
+        converged=code.bool(),
+        residual=unknown,
+        error_bound=torch.full_like(unknown, math.inf),
+        kind=torch.ones_like(code),
+        failure_probability=unknown,
+        steps=torch.full_like(code, steps),
+        method=torch.full_like(code, list(POLAR).index(method)),
+        reason=torch.full_like(code, cert.INACCURATE),
+        methods=tuple(POLAR),
+    )
 
-    |σ − 1| ≤ |σ² − 1|; a rounding in a small singular direction grows with it, by at most the product of the a's.
+
+def _growth(steps: int) -> float:
+    """How much so many steps magnify the smallest singular values."""
+    return math.prod(COEFFICIENTS[min(i, len(COEFFICIENTS) - 1)][0] for i in range(steps))
+
+
+def _estimate(x: Tensor, growth: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An estimate of the relative error of a polynomial or rational function of A, and ‖XᵀX − I‖_F.
+
+    |σ − 1| ≤ |σ² − 1|; a rounding in a small singular direction grows with it, by at most `growth`.
     """
     k = min(x.shape[-2:])
     residual = defect(x).to(torch.float64)
-    growth = math.prod(COEFFICIENTS[min(i, len(COEFFICIENTS) - 1)][0] for i in range(steps))
     unit = torch.finfo(dtype).eps / 2
     bound = (residual + growth * unit * math.sqrt(k)) / math.sqrt(max(k, 1))
     return bound.nan_to_num(nan=math.inf), residual

@@ -12,27 +12,7 @@ from torch import Tensor
 from gramian.errors import DtypeError, InputError, ShapeError
 from gramian.linalg.batch import check, choose
 from gramian.linalg.certificate import default_rtol
-
-HALVED_FROM = 256
-"""Columns, and rows, from which the halved product wins on a CPU: 0.75 of the time at 384 columns, 0.65 at 1536."""
-PARTS = 4, 8
-"""Strips that it is cut into below 1024 columns and from there: work (1 + 1/strips)/2, in products large enough to be
-fast."""
-
-
-def _halved(x: Tensor, out: Tensor) -> None:
-    """Fills `out` with xᵀx, strip by strip: from the diagonal to the right, and the rest mirrored."""
-    n = x.shape[-1]
-    width = -(-n // PARTS[n >= 1024])
-    for start in range(0, n, width):
-        stop = min(start + width, n)
-        if x.dtype == out.dtype:
-            torch.mm(x[:, start:stop].mT, x[:, start:], out=out[start:stop, start:])
-        else:
-            out[start:stop, start:].copy_(x[:, start:stop].mT @ x[:, start:])
-        own = out[start:stop, start:stop]
-        own.copy_(own.triu() + own.triu(1).mT)  # a general product may round (i, j) and (j, i) differently
-        out[stop:, start:stop].copy_(out[start:stop, stop:].mT)
+from gramian.linalg.symmetric import HALVED_FROM, halved
 
 
 def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Tensor, "*b d d"]:
@@ -62,8 +42,9 @@ def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Ten
         plain = type(wide) is Tensor or isinstance(wide, torch.nn.Parameter)
         if min(n, d) >= HALVED_FROM and wide.device.type == "cpu" and plain and not recorded:
             out = wide.new_empty(*wide.shape[:-2], d, d)
-            for matrix, gram in zip(wide.reshape(-1, n, d), out.view(-1, d, d), strict=True):
-                _halved(matrix.detach().bfloat16() if precision == "bfloat16" else matrix.detach(), gram)
+            for matrix, gram in zip(wide.detach().reshape(-1, n, d), out.view(-1, d, d), strict=True):
+                factor = matrix.bfloat16() if precision == "bfloat16" else matrix
+                halved(factor.mT, factor, gram)
             return out
         half = wide.bfloat16() if precision == "bfloat16" and d >= HALVED_FROM else wide
         gram = (half.mT @ half).to(wide.dtype)

@@ -22,6 +22,7 @@ class Shared(TypedDict, total=False):
     rest_betas: tuple[float, float]
     rest_eps: float
     rest_weight_decay: float
+    part_size: int | None
     refresh: int
     max_overhead: float | None
     routes: Mapping[str, Direction] | None
@@ -38,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "rest_betas": (0.9, 0.95),
     "rest_eps": 1e-8,
     "rest_weight_decay": 0.0,
+    "part_size": 256,
     "refresh": 1,
     "max_overhead": None,
     "routes": None,
@@ -57,6 +59,9 @@ def check(name: str, options: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {key} must be in [0, 1), got {value}")
     if options["scale"] not in ("spectral", "match_rms_adamw"):
         raise InputError(f"{name}: scale must be 'spectral' or 'match_rms_adamw', got {options['scale']!r}")
+    size = options["part_size"]
+    if size is not None and not (isinstance(size, int) and size >= 1):
+        raise InputError(f"{name}: part_size must be a number of rows, at least 1, or None, got {size!r}")
     share: float | None = options["max_overhead"]
     if share is not None and not 0 < share < 1:
         raise InputError(f"{name}: max_overhead must be a share of a step's time between 0 and 1, got {share}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gramian.block import Layout, blocks
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError
+from gramian.optim.parts import in_parts
 
 __all__ = ["Direction", "Route", "plain_layout", "route", "route_groups"]
 
@@ -20,17 +21,32 @@ Direction = Literal["matrix", "adamw"]
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """One parameter's way through the optimiser: by `layout` as matrices, or (`None`) by AdamW; and why."""
+    """One parameter's way through the optimiser: by `layout` as matrices, or (`None`) by AdamW; and why.
+
+    `whole` is the layout before large matrices were cut into parts.
+    """
 
     name: str
     parameter: Tensor
     layout: Layout | None
     reason: str
+    whole: Layout | None = None
 
     @property
     def direction(self) -> Direction:
         """`"matrix"` or `"adamw"`."""
         return "adamw" if self.layout is None else "matrix"
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """The shape `(..., m, n)` of the whole matrices."""
+        layout = self.whole or self.layout
+        assert layout is not None
+        return layout.matrices
+
+    def cut(self, size: int | None) -> Route:
+        """The same with large matrices in parts, of at most `size` on the smaller side."""
+        return self if self.layout is None else replace(self, layout=in_parts(self.layout, size), whole=self.layout)
 
 
 def route(

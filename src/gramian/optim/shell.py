@@ -39,6 +39,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         rest_lr, rest_betas, rest_eps, rest_weight_decay: of AdamW. `rest_lr` is 3e-3 by default, or `lr` itself with
             `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
             that is less. No vector decays.
+        part_size: matrices whose smaller side is longer are cut along it into equal parts of at most so many rows (or
+            columns), each with a direction of its own: a step costs less by about the number of parts. `None`: whole.
         refresh: steps between two renewals of a direction's costly parts, staggered over the matrices.
         max_overhead: share of a step's time that the optimizer may take. `refresh` is then set once, after nine steps
             have been timed, by all ranks together, kept in `state_dict()` and replayed.
@@ -75,7 +77,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._clock = Clock()
         overrides, layouts = given.pop("routes"), given.pop("layouts")
         self._options = {"lr": lr, **options, **given}
-        found = route_groups(params, overrides, layouts)
+        check(type(self).__name__, self._options)
+        self._part_size = self._options["part_size"]
+        found = self._cut(route_groups(params, overrides, layouts))
         self._add_routes([r for routes, _ in found for r in routes])
         if isinstance(params, nn.Module):
             self._order = list(params.parameters())
@@ -91,7 +95,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not self._built:
             super().add_param_group(param_group)
             return
-        found = route_groups([param_group], None, None, first=len(self._routes))
+        found = self._cut(route_groups([param_group], None, None, first=len(self._routes)))
         for routes, own in found:
             if any(r.parameter in self._routes for r in routes):
                 raise InputError(f"{type(self).__name__}: a parameter of the new group is in the optimizer already")
@@ -101,17 +105,20 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 super().add_param_group(group)
         self._share()
 
+    def _cut(self, groups: Sequence[tuple[list[Route], dict[str, Any]]]) -> list[tuple[list[Route], dict[str, Any]]]:
+        return [([r.cut(self._part_size) for r in routes], own) for routes, own in groups]
+
     def _add_routes(self, routes: Sequence[Route]) -> None:
         self._order += [r.parameter for r in routes]
         self._routes.update((r.parameter, r) for r in routes)
         matrices = [r for r in self._routes.values() if r.layout is not None]
         trained = [r for r in matrices if r.parameter.requires_grad] or matrices
-        self._num_matrices = sum(math.prod(r.layout.matrices[:-2]) for r in trained if r.layout is not None)
+        self._num_matrices = sum(math.prod(r.matrices[:-2]) for r in trained)
         self._owners.assign([r.parameter for r in matrices])
 
     def _split(self, routes: Sequence[Route], own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Parameter groups for routes that share the options `own`: matrices, tables, vectors."""
-        known = self._options.keys() - {"max_overhead"}
+        known = self._options.keys() - {"max_overhead", "part_size"}
         for key in own.keys() - known:
             raise InputError(f"{type(self).__name__}: a group has no option {key!r}; it has {', '.join(known)}")
         options = self._options | dict(own)
@@ -201,10 +208,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         turn = Turn((~bad).to(g.dtype), due(batch, group), group)
         direction = self.recipe.update(g, batch.state, turn)
         batch.fresh.zero_()
-        m, n = batch.shape[-2:]
-        scale = math.sqrt(m / n) / self._num_matrices if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
-        update = direction * (turn.alive * (-group["lr"] * scale)).to(direction.dtype)
+        scales = torch.tensor([self._scale(r, group) for r in batch.routes], device=g.device)
+        update = direction * (turn.alive * batch.repeat(-group["lr"] * scales)).to(direction.dtype)
         return zip(params, batch.unstack(update), strict=True)
+
+    def _scale(self, r: Route, group: Mapping[str, Any]) -> float:
+        m, n = r.matrices[-2:]
+        return math.sqrt(m / n) / self._num_matrices if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
 
     def _count(self, params: list[Tensor], bad: Tensor) -> None:
         if params:
@@ -216,7 +226,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             {
                 "name": r.name,
                 "direction": r.direction,
-                "matrices": "" if r.layout is None else " × ".join(map(str, r.layout.matrices)),
+                "matrices": "" if r.layout is None else " × ".join(map(str, r.matrices)),
+                "parts": "" if r.layout is None else " × ".join(map(str, r.layout.matrices)),
                 "reason": r.reason,
             }
             for r in self._routes.values()
