@@ -1,4 +1,4 @@
-"""Law 7 of the optimizers: two ranks step as one does, skip together, and resume to the bit from what each has saved."""
+"""Law 7 of the optimizers: two ranks step as one does, skip together, and resume to the bit from what each saved."""
 
 from __future__ import annotations
 

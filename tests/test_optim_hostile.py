@@ -1,4 +1,4 @@
-"""No gradient poisons a weight, whatever the optimizer: weights stay finite, outcomes are counted, neighbours unharmed."""
+"""No gradient poisons a weight, whatever the optimizer: outcomes are counted, and neighbours unharmed."""
 
 from __future__ import annotations
 
