@@ -16,6 +16,7 @@ from torch import Tensor
 from gramian import placement
 from gramian.errors import GramianWarning
 from gramian.optim.batches import Batch
+from gramian.optim.routing import Route
 
 __all__ = ["Clock", "due", "stagger"]
 
@@ -25,13 +26,20 @@ LONGEST = 100  # steps: a direction older than that is not worth its name
 NEVER = 10**9  # the `refresh` of a step in which only what is new is due
 
 
-def stagger(batches: Sequence[Batch], refresh: int) -> None:
-    """Gives each matrix its step of a cycle of `refresh`, so that all steps cost about the same."""
-    counts = [batch.shape[0] for batch in batches]
-    costs = [m * n * min(m, n) for num, m, n in (batch.shape for batch in batches) for _ in range(num)]
-    phases = [-1] * len(costs) if refresh == NEVER else placement.assign(costs, refresh)
-    for batch, part in zip(batches, torch.tensor(phases, dtype=torch.long).split(counts), strict=True):
-        batch.phases = part
+def stagger(batches: Sequence[Batch], routes: Sequence[Route], refresh: int) -> None:
+    """Gives each matrix its step of a cycle of `refresh`, so that all steps cost about the same.
+
+    Args:
+        batches: of some of the parameters, those that this rank works on.
+        routes: of all parameters of the group, so that the steps do not depend on who works on what.
+    """
+    shapes = [r.layout.matrices for r in routes if r.layout is not None]
+    counts = [math.prod(shape[:-2]) for shape in shapes]
+    costs = [m * n * min(m, n) for (*_, m, n), num in zip(shapes, counts, strict=True) for _ in range(num)]
+    steps = torch.tensor([-1] * len(costs) if refresh == NEVER else placement.assign(costs, refresh))
+    phases = dict(zip(routes, steps.long().split(counts), strict=True))
+    for batch in batches:
+        batch.phases = torch.cat([phases[r] for r in batch.routes])
 
 
 def due(batch: Batch, group: dict[str, Any]) -> Tensor | None:

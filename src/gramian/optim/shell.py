@@ -188,7 +188,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             batches = [Batch(same, lambda m: self.recipe.init(m, group), self.state) for same in alike(routes)]
             for batch in batches:
                 self.state.update((r.parameter, views) for r, views in zip(batch.routes, batch.views, strict=True))
-            stagger(batches, group["refresh"])
+            stagger(batches, [self._routes[p] for p in group["params"]], group["refresh"])
             known = self._batches[number] = Batches(routes, group["refresh"], batches)
         return known.batches
 
@@ -208,7 +208,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         turn = Turn((~bad).to(g.dtype), due(batch, group), group)
         direction = self.recipe.update(g, batch.state, turn)
         batch.fresh.zero_()
-        scales = torch.tensor([self._scale(r, group) for r in batch.routes], device=g.device)
+        scales = torch.tensor([self._scale(r, group) for r in batch.routes], dtype=g.dtype, device=g.device)
         update = direction * (turn.alive * batch.repeat(-group["lr"] * scales)).to(direction.dtype)
         return zip(params, batch.unstack(update), strict=True)
 
@@ -343,8 +343,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_routes", "_rest", "_skipped", "_options", "_owners", "_clock", "_built", "_num_matrices", "_order")
-        return super().__getstate__() | {name: self.__dict__[name] for name in own}
+        own = ("_routes", "_order", "_num_matrices", "_part_size", "_options", "_built", "_owners", "_rest", "_clock")
+        return super().__getstate__() | {name: self.__dict__[name] for name in (*own, "_skipped")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

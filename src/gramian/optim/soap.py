@@ -54,7 +54,8 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
     average(state["weight"], torch.ones_like(state["weight"]), options["variance_beta"], turn)
     root = state["variance"].sqrt()
     floor = state["variance"].mean((-2, -1), keepdim=True).sqrt() * DAMPING
-    d = look_ahead(g, state["momentum"], turn).div_(root.add_(floor.clamp_min_(torch.finfo(g.dtype).tiny)))
+    # Not in place: without Nesterov what is looked at is the momentum itself.
+    d = look_ahead(g, state["momentum"], turn) / root.add_(floor.clamp_min_(torch.finfo(g.dtype).tiny))
     if options["orthogonal"]:
         d = orthogonal(d, turn)
     else:

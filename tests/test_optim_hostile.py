@@ -1,0 +1,182 @@
+"""No gradient poisons a weight, whatever the optimizer: outcomes are counted, and neighbours unharmed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import seeded
+from gramian.optim import SOAP, Muon, Shampoo
+from gramian.optim.shell import MatrixOptimizer
+
+OPTIMIZERS: dict[str, Callable[..., MatrixOptimizer]] = {
+    "muon": lambda ps: Muon(ps, lr=0.1, scale="match_rms_adamw"),
+    "muon_kept": lambda ps: Muon(ps, lr=0.1, scale="match_rms_adamw", refresh=3),
+    "soap": lambda ps: SOAP(ps, lr=0.1, scale="match_rms_adamw", refresh=2),
+    "soap_orthogonal": lambda ps: SOAP(ps, lr=0.1, scale="match_rms_adamw", refresh=2, orthogonal=True),
+    "shampoo": lambda ps: Shampoo(ps, lr=0.1, scale="match_rms_adamw", refresh=2),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+SHAPES = ((5, 5), (4, 9), (1, 7), (7, 1))
+STEPS = 4
+
+Shape = tuple[int, int]
+
+
+def noise(shape: Shape, step: int) -> Tensor:
+    return torch.randn(shape, generator=seeded(step), dtype=torch.float64)
+
+
+def with_spectrum(shape: Shape, step: int, sigma: Tensor) -> Tensor:
+    u, _, vt = torch.linalg.svd(noise(shape, step), full_matrices=False)
+    return u * sigma @ vt
+
+
+def first_entry(shape: Shape, value: float) -> Tensor:
+    g = torch.zeros(shape, dtype=torch.float64)
+    g[0, 0] = value
+    return g
+
+
+# name -> the gradient of a step, in float64
+GRADIENTS: dict[str, Callable[[Shape, int], Tensor]] = {
+    "nan": lambda s, i: torch.full(s, math.nan),
+    "one_nan": lambda s, i: noise(s, i) + first_entry(s, math.nan),
+    "inf": lambda s, i: torch.full(s, math.inf),
+    "one_minus_inf": lambda s, i: noise(s, i) + first_entry(s, -math.inf),
+    "nan_at_first": lambda s, i: noise(s, i) * (math.nan if i < 2 else 1.0),
+    "nan_between": lambda s, i: noise(s, i) * (math.nan if i == 2 else 1.0),
+    "zero": lambda s, i: torch.zeros(s),
+    "zero_at_first": lambda s, i: noise(s, i) * (i > 1),
+    "rank_one": lambda s, i: noise((s[0], 1), i) @ noise((1, s[1]), i + 9),
+    "the_same_rank_one": lambda s, i: torch.ones(s),
+    "one_entry": lambda s, i: first_entry(s, 1e-20),
+    "huge": lambda s, i: 1e30 * noise(s, i),
+    "largest": lambda s, i: torch.full(s, 3e38, dtype=torch.float64),
+    "tiny": lambda s, i: 1e-30 * noise(s, i),
+    "subnormal": lambda s, i: 1e-42 * noise(s, i),
+    "float64_huge": lambda s, i: 1e300 * noise(s, i),
+    "float64_tiny": lambda s, i: 1e-300 * noise(s, i),
+    "condition": lambda s, i: with_spectrum(s, i, torch.logspace(0, -16, min(s), dtype=torch.float64)),
+    "equal": lambda s, i: with_spectrum(s, i, torch.ones(min(s), dtype=torch.float64)),
+    "growing": lambda s, i: 10.0 ** (12 * i - 30) * noise(s, i),
+    "shrinking": lambda s, i: 10.0 ** (30 - 12 * i) * noise(s, i),
+    "alternating": lambda s, i: 10.0 ** (30 * (-1) ** i) * noise(s, i),
+}
+
+
+def members() -> Iterator[tuple[str, Shape, torch.dtype]]:
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            yield f"{str(dtype).removeprefix('torch.')} {shape[0]} × {shape[1]}", shape, dtype
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_stay_finite_and_outcomes_are_counted(name: str, gradient: str) -> None:
+    """All dtypes and shapes in one optimizer: what must move does, by a bounded length, and nothing else."""
+    params = {key: nn.Parameter(torch.zeros(shape, dtype=dtype)) for key, shape, dtype in members()}
+    empty = nn.Parameter(torch.zeros(0, 4))
+    optimizer = OPTIMIZERS[name]([*params.items(), ("empty", empty)])
+    skipped = dict.fromkeys([*params, "empty"], 0)
+    pushed, went = set(), set()
+    for step in range(STEPS):
+        before = {key: p.detach().clone() for key, p in params.items()}
+        for key, p in params.items():
+            p.grad = GRADIENTS[gradient](tuple(p.shape), step).to(p.dtype)
+            skipped[key] += not p.grad.isfinite().all()
+        empty.grad = torch.zeros_like(empty)
+        optimizer.step()
+        for key, p in params.items():
+            assert p.isfinite().all(), (key, step)
+            moved = torch.linalg.vector_norm((p.detach() - before[key]).double())
+            bad = not p.grad.isfinite().all()
+            # lr · s · √min(m, n), s = 0.2 √max(m, n); and the rounding of weights below one.
+            longest = (0.1 * 0.2 + torch.finfo(p.dtype).eps) * p.numel() ** 0.5
+            assert moved <= (0 if bad else 1.3 * longest), (key, step)
+            pushed |= {key} if not bad and p.grad.any() else set()
+            went |= {key} if moved else set()
+    # A direction that is kept may be one of zeros, until its turn comes.
+    assert went <= pushed if name == "muon_kept" else went == pushed
+    assert {key: row["skipped"] for key, row in optimizer.health().items()} == skipped
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_health_has_numbers_for_every_state(name: str) -> None:
+    for gradient, make in GRADIENTS.items():
+        p = nn.Parameter(torch.zeros(5, 4))
+        optimizer = OPTIMIZERS[name]([p])
+        for step in range(3):
+            p.grad = make((5, 4), step).float()
+            optimizer.step()
+        row = optimizer.health("spectra")["0"]
+        assert row["condition"] >= 1, gradient
+        assert 1 - 1e-6 <= row["effective_rank"] <= 4 + 1e-6, gradient
+        assert (row["drift"] is None) == (name == "muon")
+        assert row["drift"] is None or 0 <= row["drift"] <= 1 + 1e-6, gradient
+
+
+@pytest.mark.parametrize("gradient", ["nan", "one_minus_inf", "zero", "rank_one", "huge", "tiny", "condition"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_neighbours_in_a_batch_are_unharmed(name: str, gradient: str) -> None:
+    """To the bit as beside a neighbour with an ordinary gradient."""
+    ends = []
+    for make in (GRADIENTS[gradient], lambda s, i: noise(s, 77 + i)):
+        params = [nn.Parameter(torch.ones(6, 5)) for _ in range(3)]
+        optimizer = OPTIMIZERS[name](params)
+        for step in range(STEPS):
+            for i, p in enumerate(params):
+                p.grad = (make((6, 5), step) if i == 1 else noise((6, 5), 10 * i + step)).float()
+            optimizer.step()
+        ends.append([p.detach() for p in params])
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][2], ends[1][2])
+    assert not torch.equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_may_miss_gradients(name: str) -> None:
+    """It stays, its state too, and its neighbours step as if it had been skipped; frozen, it leaves the batch."""
+    ends = []
+    for missing in (None, torch.full((6, 5), math.nan)):
+        params = [nn.Parameter(torch.ones(6, 5)) for _ in range(3)]
+        optimizer = OPTIMIZERS[name](params)
+        for step in range(6):
+            for i, p in enumerate(params):
+                p.grad = noise((6, 5), 10 * i + step).float()
+            if step in (2, 3):
+                params[1].grad = missing
+                before = params[1].detach().clone()
+            optimizer.step()
+            if step in (2, 3):
+                assert torch.equal(params[1], before)
+        ends.append([p.detach().clone() for p in params])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    params[1].requires_grad_(False)
+    params[1].grad = None
+    state = {key: value.clone() for key, value in optimizer.state[params[1]].items()}
+    for step in range(6, 9):
+        for i in (0, 2):
+            params[i].grad = noise((6, 5), 10 * i + step).float()
+        optimizer.step()
+    assert torch.equal(params[1], ends[1][1])
+    assert all(torch.equal(value, state[key]) for key, value in optimizer.state[params[1]].items())
+    assert not torch.equal(params[0], ends[1][0])
+
+
+def test_counts_of_many_patterns_add_up() -> None:
+    """More sets of parameters that step together than counters that are kept on the device."""
+    params = [nn.Parameter(torch.ones(2, 2)) for _ in range(8)]
+    optimizer = Muon([(f"w{i}", p) for i, p in enumerate(params)])
+    wanted = dict.fromkeys((f"w{i}" for i in range(8)), 0)
+    for pattern in range(1, 150):
+        for i, p in enumerate(params):
+            has = pattern >> i & 1
+            p.grad = torch.full((2, 2), math.nan if (pattern + i) % 3 == 0 else 1.0) if has else None
+            wanted[f"w{i}"] += bool(has and (pattern + i) % 3 == 0)
+        optimizer.step()
+    assert {key: row["skipped"] for key, row in optimizer.health().items()} == wanted
