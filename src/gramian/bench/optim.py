@@ -111,7 +111,7 @@ def _goals(scores: Mapping[str, Score]) -> tuple[tuple[Goal, float], ...]:
 
 def _conditions(learning: LearningTask, what: str) -> str:
     clock = "process time of one thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
-    return f"held-out {learning.metric} ≤ {learning.target:g}, at most {learning.seconds:g} s; {what}; {clock}"
+    return f"held-out {learning.metric} ≤ {learning.target:g}, at most {learning.limit:g} s; {what}; {clock}"
 
 
 def _tuned(learning: LearningTask, task: str, tell: Tell) -> Iterator[tuple[str, Make, Result | None, str]]:
@@ -125,7 +125,7 @@ def _tuned(learning: LearningTask, task: str, tell: Tell) -> Iterator[tuple[str,
             yield name, make, None, obstacle
             continue
         best, remark = _kept(
-            f"{task}, {name}, {learning.metric} {learning.target:g}, {learning.seconds:g} s",
+            f"{task}, {name}, {learning.metric} {learning.target:g}, {learning.limit:g} s",
             lambda make=make, competitor=competitor, name=name: _tune(
                 learning, make, competitor.start, lambda what: tell(f"{name}: {what}")
             ),

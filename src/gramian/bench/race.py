@@ -24,6 +24,9 @@ __all__ = ["Result", "Run", "Score", "clock", "order_of_rates", "race", "tune"]
 Make = Callable[[Any, float], Stepper]
 """`make(model, lr)`: a competitor with its rest's rate filled in."""
 
+STALLED = 1 / 3
+"""Share of its seconds after which a run that is not half-way from where it began to the target is given up."""
+
 PATIENCE = 2
 """Rates in a row that do no better, after which tuning leaves that side of the grid."""
 
@@ -39,8 +42,9 @@ def clock() -> float:
 class Result:
     """How a run ended.
 
-    `ended` is `"target"`, `"time"`, `"steps"` (more than was allowed) or `"not finite"`; `seconds` are of training
-    alone, `median_step` and `mean_step` seconds of one step: batch, forward, backward and optimiser.
+    `ended` is `"target"`, `"time"`, `"stalled"` (not half-way in a third of the time), `"steps"` (more than was allowed)
+    or `"not finite"`; `seconds` are of training alone, `median_step` and `mean_step` seconds of one step: batch,
+    forward, backward and optimiser.
     """
 
     rate: float
@@ -83,6 +87,7 @@ class Run:
         self.optimizer = self.make(self.model, self.rate)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.batches = _stream(self.task, torch.Generator().manual_seed(self.seed))
+        self.half_way = (self._evaluate() + self.learning.target) / 2
 
     @property
     def seconds(self) -> float:
@@ -101,16 +106,21 @@ class Run:
         if not math.isfinite(float(loss)):
             self.ended = "not finite"
             return
-        with evaluating(self.model), torch.no_grad():
-            self.held_out = self.task.evaluate(self.model)[self.learning.metric]
+        self.held_out = self._evaluate()
         if self.held_out <= self.learning.target:
             self.ended = "target"
         elif not math.isfinite(self.held_out):
             self.ended = "not finite"
         elif len(self.times) >= self.max_steps:
             self.ended = "steps"
-        elif self.seconds >= self.learning.seconds:
+        elif self.seconds >= self.learning.limit:
             self.ended = "time"
+        elif self.seconds >= self.learning.limit * STALLED and self.held_out > self.half_way:
+            self.ended = "stalled"
+
+    def _evaluate(self) -> float:
+        with evaluating(self.model), torch.no_grad():
+            return self.task.evaluate(self.model)[self.learning.metric]
 
     def _step(self) -> Tensor:
         batch = next(self.batches)
