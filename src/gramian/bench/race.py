@@ -42,9 +42,9 @@ def clock() -> float:
 class Result:
     """How a run ended.
 
-    `ended` is `"target"`, `"time"`, `"stalled"` (not half-way in a third of the time), `"steps"` (more than was allowed)
-    or `"not finite"`; `seconds` are of training alone, `median_step` and `mean_step` seconds of one step: batch,
-    forward, backward and optimiser.
+    `ended` is `"target"`, `"time"`, `"stalled"` (not half-way in a third of the time), `"steps"` (as many as were
+    allowed) or `"not finite"`; `seconds` are of training alone, `median_step` and `mean_step` seconds of one step:
+    batch, forward, backward and optimiser.
     """
 
     rate: float
