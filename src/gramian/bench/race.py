@@ -42,7 +42,7 @@ def clock() -> float:
 class Result:
     """How a run ended.
 
-    `ended` is `"target"`, `"time"`, `"stalled"` (not half-way in a third of the time), `"steps"` (as many as were
+    `ended` is `"target"`, `"time"`, `"stalled"` (never half-way in a third of the time), `"steps"` (as many as were
     allowed) or `"not finite"`; `seconds` are of training alone, `median_step` and `mean_step` seconds of one step:
     batch, forward, backward and optimiser.
     """
@@ -77,6 +77,7 @@ class Run:
     max_steps: int = NO_LIMIT
     ended: str = ""
     held_out: float = math.inf
+    best: float = math.inf
     times: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -107,6 +108,7 @@ class Run:
             self.ended = "not finite"
             return
         self.held_out = self._evaluate()
+        self.best = min(self.best, self.held_out)
         if self.held_out <= self.learning.target:
             self.ended = "target"
         elif not math.isfinite(self.held_out):
@@ -115,7 +117,7 @@ class Run:
             self.ended = "steps"
         elif self.seconds >= self.learning.limit:
             self.ended = "time"
-        elif self.seconds >= self.learning.limit * STALLED and self.held_out > self.half_way:
+        elif self.seconds >= self.learning.limit * STALLED and self.best > self.half_way:
             self.ended = "stalled"
 
     def _evaluate(self) -> float:
