@@ -233,6 +233,6 @@ def classes(name: str, make: Callable[[], nn.Module], seed: int, *, batch_size: 
 LEARNING: dict[str, LearningTask] = {
     "transformer": LearningTask(characters, "loss", 2.5, 5, 30.0),
     "autoencoder": LearningTask(images, "squared error", 3.5, 5, 30.0),
-    "cnn": LearningTask(partial(classes, "cnn", convolutional), "loss", 0.04, 5, 30.0),
+    "cnn": LearningTask(partial(classes, "cnn", convolutional), "loss", 0.03, 5, 30.0),
     "deep tanh": LearningTask(partial(classes, "deep tanh", _deep_tanh), "loss", 0.3, 20, 20.0),
 }
