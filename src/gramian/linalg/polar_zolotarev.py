@@ -112,10 +112,10 @@ def _sum_of_fractions(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
         term = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
         total = term.mul_(f.scale * weight) if total is None else total.add_(term, alpha=f.scale * weight)
     assert total is not None
-    # The inverses come with the columns of LAPACK.
-    total = total.mT.to(dtype)
+    total.diagonal(dim1=-2, dim2=-1).add_(f.scale)
+    total = total.mT.to(dtype)  # LAPACK's inverses come column by column
     x = torch.mul(x, top.rsqrt(), out=torch.empty_like(x, dtype=dtype))
-    return torch.baddbmm(x, x, total, beta=f.scale) if tall else torch.baddbmm(x, total, x, beta=f.scale)
+    return torch.bmm(x, total) if tall else torch.bmm(total, x)
 
 
 def unit_peak(x: Tensor, dtype: torch.dtype) -> Tensor:
