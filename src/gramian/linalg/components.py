@@ -25,7 +25,7 @@ def _root(y: Tensor, beta: float) -> Tensor:
 
 
 def _signal(y: Tensor, beta: float) -> Tensor:
-    """ℓ(y), the singular value of the signal that noise turns into y. Gavish and Donoho, eq. 4."""
+    """ℓ(y), the singular value of the signal that noise turns into y. Gavish and Donoho, arXiv:1405.7511."""
     return ((y**2 - beta - 1 + _root(y, beta)) / 2).clamp_min(0).sqrt()
 
 
@@ -43,7 +43,7 @@ SHRINK: dict[str, Callable[[Tensor, float], Tensor]] = {
     "operator": _signal,
     "nuclear": _nuclear,
 }
-"""Optimal shrinkers for each loss, of y in units of σ√n, above the edge 1 + √β. Gavish and Donoho, eq. 7 to 9."""
+"""Optimal shrinkers for each loss, of y in units of σ√n, above the edge 1 + √β. Gavish and Donoho, arXiv:1405.7511."""
 
 
 def shrink(s: Tensor, noise: Tensor, n: int, beta: float, loss: str) -> Tensor:
@@ -74,7 +74,7 @@ def marchenko_pastur_median(beta: float) -> float:
 def _slope(s: Tensor, eta: Callable[[Tensor], Tensor], reach: Tensor) -> Tensor:
     """The largest divided difference of the odd continuation of η over the singular values: the Lipschitz constant.
 
-    Noferini, SIAM J. Matrix Anal. Appl. 38 (2017), theorem 4.3, with differences over `reach` for derivatives, so that
+    Noferini, SIAM J. Matrix Anal. Appl. 38 (2017), with differences over `reach` for derivatives, so that
     a jump within reach counts.
     """
     wide = reach[:, None].expand_as(s).clamp_min(1e-7 * s.amax(-1, keepdim=True) if s.shape[-1] else 0.0)
@@ -178,7 +178,7 @@ def svd_shrink(
     singular value lies so near the edge that rounding decides whether it is kept.
     Cost: one float64 SVD. Accuracy: rounding times the slope of η, to first order (an estimate; the noise level is
     taken as it was estimated). The residual is ‖A − UΣVᵀ‖_F / ‖A‖_F.
-    Source: Gavish and Donoho, arXiv:1405.7511, eq. 4 and 7 to 9; the noise, arXiv:1305.5870, §III.E.
+    Source: Gavish and Donoho, arXiv:1405.7511; the noise level, arXiv:1305.5870.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> signal = 3 * torch.ones(100, 50)
