@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,10 @@ GRAM = 5e-3
 """Least rtol for which the Gram matrix in float32 is good enough."""
 
 
+WIDE = 100
+"""Least ratio of the largest to the least singular value that is allowed for at rtol 0.1: few rows may differ much."""
+
+
 class Plan(NamedTuple):
     """The function, its steps or terms, the dtype of its products, and the least singular value it is made for."""
 
@@ -40,10 +43,9 @@ class Plan(NamedTuple):
 
 def reach(short: int, rtol: float) -> float:
     """The least ratio of singular values that a plan for matrices of that shorter side is made for."""
-    return max(LEAST, min(0.5, min(1.0, 10 * rtol) / max(short, 1)))
+    return max(LEAST, min(1.0, 10 * rtol) / max(short, WIDE))
 
 
-@lru_cache(maxsize=256)
 def plan(short: int, long: int, batch: int, rtol: float, device: str) -> Plan:
     """The cheapest way by the constants of `cost`."""
     low, ratio = reach(short, rtol), long / max(short, 1)

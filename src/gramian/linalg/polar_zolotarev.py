@@ -131,7 +131,8 @@ def _largest(g: Tensor) -> Tensor:
 
     f grows no faster than x above 1, so that a guess too low by some per cent does no harm.
     """
-    v = torch.randn(THIN, g.shape[-1], generator=torch.Generator().manual_seed(0)).to(g.device).repeat(len(g), 1, 1)
+    start = torch.randn(THIN, g.shape[-1], generator=torch.Generator().manual_seed(0), device="cpu")
+    v = start.to(g.device).repeat(len(g), 1, 1)
     tiny = torch.finfo(v.dtype).tiny
     size = v[:, :, :1]
     for _ in range(SWEEPS):
