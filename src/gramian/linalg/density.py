@@ -38,7 +38,7 @@ def radius_by_eigenvalues(x: Tensor, *, rtol: float) -> Number:
     symmetric = (x == x.mT).flatten(1).all(1)
     if bool(symmetric.any()):
         v[symmetric] = factor.eigh(x[symmetric])[1].to(v.dtype)
-    w, info = torch.linalg.inv_ex(v)
+    w, info = factor.inverse(v)
     y = w @ x.to(v.dtype) @ v
     sizes = (w.flatten(1).norm(dim=1), v.flatten(1).norm(dim=1))
     eye = torch.eye(n, dtype=v.dtype, device=v.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gramian.errors import InputError, ShapeError
 from gramian.linalg import certificate as cert
+from gramian.linalg import factor
 from gramian.linalg.batch import Answer, Route, check, choose, climb, declined, ladder, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.conditioning import eigenvalue_ratio
@@ -48,7 +49,7 @@ def damped(x: Tensor, shift: Tensor) -> Pair:
 
 def _lu(x: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse by LU, zero where a pivot is zero, and where that is."""
-    y, info = torch.linalg.inv_ex(x)
+    y, info = factor.inverse(x)
     bad = (info != 0) | ~y.isfinite().flatten(1).all(1)
     return torch.where(bad[:, None, None], 0.0, y), bad
 
