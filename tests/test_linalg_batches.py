@@ -164,3 +164,19 @@ def test_importing_linalg_loads_only_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"numpy", "scipy", "matplotlib", "mpmath"} & set(eval(out)), out
+
+
+def test_a_batch_of_larger_matrices_is_inverted_on_more_than_one_thread():
+    # torch's own batched LU raises here.
+    m = random.normal(3, 200, 200, generator=seeded(31), dtype=torch.float64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        value, certificate = gl.inv_ex(m, method="lu")
+        radius, proof = gl.spectral_radius_ex(m, rtol=1e-3)
+    finally:
+        torch.set_num_threads(threads)
+    assert certificate.converged.all()
+    assert torch.allclose(value @ m, torch.eye(200, dtype=torch.float64).expand(3, -1, -1), atol=1e-8)
+    assert proof.converged.all()
+    assert torch.allclose(radius, torch.linalg.eigvals(m).abs().amax(-1))

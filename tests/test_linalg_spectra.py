@@ -240,6 +240,85 @@ def test_streamed_components_are_those_of_the_whole(scale):
     assert (whole.components - parts.components).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("split", [3, 50])
+def test_variances_are_within_their_bound(dtype, offset, split):
+    if dtype == torch.bfloat16:
+        offset = min(offset, 10.0)  # beyond, the rows are all but equal
+    x = (random.normal(50, 4, generator=seeded(15), dtype=torch.float64) * torch.arange(1.0, 5) + offset).to(dtype)
+    result, certificate = gl.pca_ex(iter(x.split(split)), 3, rtol=1.0)
+    with mpmath.workdps(40):
+        rows = mpmath.matrix(x.double().tolist())
+        means = [mpmath.fsum(rows[:, j]) / 50 for j in range(4)]
+        centered = mpmath.matrix(50, 4)
+        for i in range(50):
+            for j in range(4):
+                centered[i, j] = rows[i, j] - means[j]
+        covariance = centered.T * centered / 49
+        exact = sorted(mpmath.eigsy(covariance, eigvals_only=True), reverse=True)
+        found = [mpmath.mpf(v) for v in result.explained_variance.double().tolist()]
+        along = mpmath.matrix(result.components.double().tolist())
+        along = [(along[i, :] * covariance * along[i, :].T)[0] for i in range(3)]
+        error = max(float(abs(f - e) / exact[0]) for pair in (exact, along) for f, e in zip(found, pair, strict=False))
+    assert certificate.converged
+    assert 0 < error <= certificate.error_bound
+    assert certificate.error_bound < {torch.float64: 1e-8, torch.float32: 1e-6, torch.bfloat16: 4e-2}[dtype]
+
+
+def test_components_of_what_is_not_finite_or_constant():
+    rows = torch.ones(4, 2)
+    rows[1, 1] = math.nan
+    result, certificate = gl.pca_ex(rows, 1)
+    assert certificate.reasons == ["the matrix holds NaN or inf"]
+    assert result.components.isnan().all()
+    result, certificate = gl.pca_ex(torch.zeros(4, 2), 1)
+    assert certificate.converged
+    assert result.explained_variance == 0
+
+
+@pytest.mark.parametrize("method", gl.products.MATMUL)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize(("a", "b"), [((3, 5, 7), (7, 9)), ((2, 60, 40), (40, 50)), ((0, 3), (3, 2)), ((2, 0), (0, 2))])
+def test_products_are_within_their_bound(method, dtype, a, b):
+    x = random.normal(*a, generator=seeded(12), dtype=torch.float64).to(dtype)
+    y = random.normal(*b, generator=seeded(13), dtype=torch.float64).to(dtype) * 1e20
+    value, certificate = gl.matmul_ex(x, y, method=method, rtol=2e-2)
+    apart = torch.linalg.norm(value.double() - x.double() @ y.double(), dim=(-2, -1))
+    sizes = torch.linalg.norm(x.double(), dim=(-2, -1)) * torch.linalg.norm(y.double())
+    assert certificate.converged.all()
+    assert (apart <= certificate.error_bound * sizes).all()
+    if method == "bfloat16" and sizes.numel() and sizes.min() > 0:
+        assert not gl.matmul_ex(x, y, method=method, rtol=1e-6)[1].converged.any()
+        assert (certificate.error_bound <= 30 * apart / sizes).all()
+    if len(a) == 3:
+        x[1, 0, 0] = math.inf
+        finite = torch.arange(len(x)) != 1
+        assert torch.equal(gl.matmul_ex(x, y, method=method, rtol=2e-2)[1].converged, finite)
+
+
+@untyped()
+def test_spectral_radius_of_sparse_matrices_and_maps():
+    a = torch.tensor([[0.0, 1.0], [-4.0, 0.0]])
+
+    class Map:
+        shape = (2, 2)
+
+        def matvec(self, x):
+            return a @ x
+
+        def matmat(self, x):
+            return a @ x
+
+        def adjoint(self):
+            return self
+
+    for form in (a.to_sparse_csr(), a.to_sparse(), Map()):
+        assert gl.spectral_radius(form) == pytest.approx(2.0)
+    with pytest.raises(ShapeError, match="square map"):
+        gl.spectral_radius(torch.zeros(2, 3).to_sparse_csr())
+
+
 @pytest.mark.parametrize("method", ["auto", *gl.products.MATMUL])
 @pytest.mark.parametrize(("a", "b"), [((3, 5, 7), (7, 9)), ((4, 4), (2, 4, 1)), ((0, 3), (3, 2)), ((2, 0), (0, 2))])
 def test_every_product_is_the_product(method, a, b):

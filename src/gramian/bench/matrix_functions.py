@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.optim._muon import _zeropower_via_newtonschulz as muon_function
 from gramian import linalg, random
 from gramian.bench.table import Goal, Measurement, Row
 from gramian.bench.timing import Timing, interleaved
-from gramian.linalg.polar_express import newton_schulz
 
 MUON = ((3.4445, -4.775, 2.0315), 5, 1e-7)
 """torch.optim.Muon's default coefficients, steps and eps."""
@@ -192,27 +191,79 @@ def svdvals(repeats: int) -> Row:
     )
 
 
+def _off_one(values: Sequence[Tensor]) -> float:
+    """Root mean square of σ − 1 over the singular values of all matrices."""
+    sigma = torch.cat([torch.linalg.svdvals(x.double()).flatten() for x in values])
+    return float((sigma - 1).square().mean().sqrt())
+
+
 def orthogonalise_many(repeats: int) -> Row:
     """Directions of 64 matrices of 128², against torch.optim.Muon's function in a loop and batched LAPACK."""
-    g = random.normal(64, 128, 128, generator=torch.Generator().manual_seed(0))
-    u, _, vh = torch.linalg.svd(g.double())
-    exact = u @ vh
+    g = random.normal(64, 128, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    rival = "torch.optim.Muon's function, a loop"
     times = interleaved(
         {
-            "gramian, newton_schulz bf16": lambda: newton_schulz(g, steps=5, dtype=torch.bfloat16),
-            "gramian, newton_schulz float32": lambda: newton_schulz(g, steps=5),
-            "torch.optim.Muon's function, a loop": lambda: torch.stack([muon_function(x, *MUON) for x in g]),
+            "gramian": lambda: linalg.polar_ex(g, rtol=0.1, certify=False)[0],
+            rival: lambda: torch.stack([muon_function(x, *MUON) for x in g]),
             "torch.linalg.svd, batched": lambda: _svd_polar(g),
         },
         repeats=max(repeats, 9),
     )
-    errors = {name: _relative(t.result, exact) for name, t in times.items()}
-    loop = times["torch.optim.Muon's function, a loop"].median
+    errors = {name: _off_one([t.result]) for name, t in times.items()}
+    ratio = times[rival].median / times["gramian"].median
     return Row(
-        "orthogonalise 64 of 128²",
-        "‖Q − UVᵀ‖ / ‖UVᵀ‖",
+        "orthogonalise 64 of 128², normal entries",
+        "root mean square of σ − 1",
+        _measured(times, errors, {"gramian": "asked 0.1"}),
+        (
+            (Goal("Muon's loop ÷ time", ">=", 6.0), ratio),
+            (Goal("error ÷ Muon's", "<=", 1.0), errors["gramian"] / errors[rival]),
+        ),
+    )
+
+
+def _gradient_like(m: int, n: int, generator: torch.Generator) -> Tensor:
+    """Four matrices: of noise, with σᵢ = i^-½ and 1/i, and ten strong directions in noise."""
+    i = torch.arange(1, min(m, n) + 1, dtype=torch.float64)
+    strong = random.orthogonal(m, 10, generator=generator) @ random.orthogonal(10, n, generator=generator)
+    return torch.stack(
+        [
+            random.normal(m, n, generator=generator, dtype=torch.float32),
+            random.with_spectrum(m, n, spectrum=i**-0.5, generator=generator, dtype=torch.float32),
+            random.with_spectrum(m, n, spectrum=1 / i, generator=generator, dtype=torch.float32),
+            random.normal(m, n, generator=generator, dtype=torch.float32)
+            + 10 * (math.sqrt(m) + math.sqrt(n)) * strong.float(),
+        ]
+    )
+
+
+def directions(repeats: int) -> Row:
+    """Directions for the sixteen matrices of a transformer of four layers, width 384, against torch.optim.Muon's."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [_gradient_like(m, n, generator) for m, n in ((1152, 384), (384, 384), (1536, 384), (384, 1536))]
+    rival = "torch.optim.Muon's function, a loop"
+
+    def ours(rtol: float) -> list[Tensor]:
+        return [linalg.polar_ex(x, rtol=rtol, certify=False)[0] for x in batches]
+
+    times = interleaved(
+        {
+            "gramian, rtol 0.1": lambda: ours(0.1),
+            "gramian, rtol 0.03": lambda: ours(0.03),
+            rival: lambda: [torch.stack([muon_function(x, *MUON) for x in batch]) for batch in batches],
+        },
+        repeats=repeats,
+    )
+    errors = {name: _off_one(t.result) for name, t in times.items()}
+    goals = []
+    for name, time, error in (("gramian, rtol 0.1", 0.45, 0.11), ("gramian, rtol 0.03", 1.0, 0.03)):
+        goals.append((Goal(f"{name}: time ÷ Muon's", "<=", time), times[name].median / times[rival].median))
+        goals.append((Goal(f"{name}: error", "<=", error), errors[name]))
+    return Row(
+        "directions, 4 each of 1152×384, 384², 1536×384, 384×1536",
+        "root mean square of σ − 1",
         _measured(times, errors, {}),
-        ((Goal("Muon's loop ÷ time", ">=", 6.0), loop / times["gramian, newton_schulz bf16"].median),),
+        tuple(goals),
     )
 
 
@@ -223,5 +274,6 @@ TASKS: dict[str, Callable[[int], Row]] = {
     "inv_root": inv_root,
     "svdvals": svdvals,
     "orthogonalise_many": orthogonalise_many,
+    "directions": directions,
 }
 """Name of a task: its row, from a number of repeats."""

@@ -5,7 +5,7 @@ returns `(value, Certificate)` and raises only for a wrong argument.
 """
 
 from gramian.linalg.certificate import Certificate
-from gramian.linalg.components import PCA, pca, svd_shrink, svd_shrink_ex
+from gramian.linalg.components import PCA, pca, pca_ex, svd_shrink, svd_shrink_ex
 from gramian.linalg.density import (
     SpectralDensity,
     spectral_density,
@@ -18,7 +18,7 @@ from gramian.linalg.inverses import inv, inv_ex, solve, solve_ex
 from gramian.linalg.linear_map import LinearMap
 from gramian.linalg.lowrank import svd_lowrank, svd_lowrank_ex
 from gramian.linalg.polar_factor import polar, polar_ex
-from gramian.linalg.products import matmul, second_moment, syrk
+from gramian.linalg.products import matmul, matmul_ex, second_moment, syrk
 from gramian.linalg.roots import inv_root, inv_root_ex, sqrtm, sqrtm_ex
 from gramian.linalg.scaled import matrix_power_scaled, matrix_power_scaled_ex, product_scaled, product_scaled_ex
 from gramian.linalg.singular import svdvals, svdvals_ex
@@ -35,9 +35,11 @@ __all__ = [
     "inv_root",
     "inv_root_ex",
     "matmul",
+    "matmul_ex",
     "matrix_power_scaled",
     "matrix_power_scaled_ex",
     "pca",
+    "pca_ex",
     "polar",
     "polar_ex",
     "product_scaled",

@@ -16,7 +16,7 @@ from gramian.linalg import factor
 from gramian.linalg.batch import check, choose, exponent_of, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.products import syrk
-from gramian.linalg.twofold import U, eye_like, minus, pair, rough, transpose
+from gramian.linalg.twofold import U, eye_like, gamma, minus, pair, rough, transpose
 from gramian.linalg.verdict import verdict
 
 
@@ -25,7 +25,7 @@ def _root(y: Tensor, beta: float) -> Tensor:
 
 
 def _signal(y: Tensor, beta: float) -> Tensor:
-    """ℓ(y), the singular value of the signal that noise turns into y. Gavish and Donoho, eq. 4."""
+    """ℓ(y), the singular value of the signal that noise turns into y. Gavish and Donoho, arXiv:1405.7511."""
     return ((y**2 - beta - 1 + _root(y, beta)) / 2).clamp_min(0).sqrt()
 
 
@@ -43,7 +43,7 @@ SHRINK: dict[str, Callable[[Tensor, float], Tensor]] = {
     "operator": _signal,
     "nuclear": _nuclear,
 }
-"""Optimal shrinkers for each loss, of y in units of σ√n, above the edge 1 + √β. Gavish and Donoho, eq. 7 to 9."""
+"""Optimal shrinkers for each loss, of y in units of σ√n, above the edge 1 + √β. Gavish and Donoho, arXiv:1405.7511."""
 
 
 def shrink(s: Tensor, noise: Tensor, n: int, beta: float, loss: str) -> Tensor:
@@ -74,7 +74,7 @@ def marchenko_pastur_median(beta: float) -> float:
 def _slope(s: Tensor, eta: Callable[[Tensor], Tensor], reach: Tensor) -> Tensor:
     """The largest divided difference of the odd continuation of η over the singular values: the Lipschitz constant.
 
-    Noferini, SIAM J. Matrix Anal. Appl. 38 (2017), theorem 4.3, with differences over `reach` for derivatives, so that
+    Noferini, SIAM J. Matrix Anal. Appl. 38 (2017), with differences over `reach` for derivatives, so that
     a jump within reach counts.
     """
     wide = reach[:, None].expand_as(s).clamp_min(1e-7 * s.amax(-1, keepdim=True) if s.shape[-1] else 0.0)
@@ -178,7 +178,7 @@ def svd_shrink(
     singular value lies so near the edge that rounding decides whether it is kept.
     Cost: one float64 SVD. Accuracy: rounding times the slope of η, to first order (an estimate; the noise level is
     taken as it was estimated). The residual is ‖A − UΣVᵀ‖_F / ‖A‖_F.
-    Source: Gavish and Donoho, arXiv:1405.7511, eq. 4 and 7 to 9; the noise, arXiv:1305.5870, §III.E.
+    Source: Gavish and Donoho, arXiv:1405.7511; the noise level, arXiv:1305.5870.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> signal = 3 * torch.ones(100, 50)
@@ -199,16 +199,140 @@ class PCA(NamedTuple):
     mean: Tensor
 
 
+class _Moments(NamedTuple):
+    """Rows seen so far, times 2^-exponent: their number, mean (1, d), Σ (x − x̄)(x − x̄)ᵀ (1, d, d), and bounds on the
+    rounding of the mean and of the sum in Frobenius norm; `finite` whether all were."""
+
+    num_rows: int
+    mean: Tensor
+    total: Tensor
+    exponent: Tensor
+    mean_error: Tensor
+    error: Tensor
+    dtype: torch.dtype
+    finite: bool
+
+
+def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
+    """Merged batch by batch about the batches' own means. Chan, Golub, LeVeque, eq. 1.5."""
+    seen: _Moments | None = None
+    for i, rows in enumerate(batches):
+        check("pca", rows)
+        if rows.ndim != 2 or (seen is not None and rows.shape[1] != seen.mean.shape[1]):
+            wanted = "d" if seen is None else seen.mean.shape[1]
+            raise ShapeError(f"pca: batch {i}: expected rows (n, {wanted}), got {tuple(rows.shape)}.")
+        finite = bool(rows.isfinite().all())
+        if strict and not finite:
+            raise DtypeError(f"pca: batch {i} holds NaN or inf. Drop or fill those rows first.")
+        wide = rows.to(torch.float64)[None].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        n, d = rows.shape
+        if seen is None:
+            zero = wide.new_zeros(1)
+            seen = _Moments(
+                0, wide.new_zeros(1, d), wide.new_zeros(1, d, d), exponent_of(wide), zero, zero, rows.dtype, True
+            )
+        e = torch.maximum(seen.exponent, exponent_of(wide))
+        down = seen.exponent - e
+        mean, total = scale(seen.mean, down), scale(seen.total, 2 * down)
+        mean_error, error = scale(seen.mean_error, down), scale(seen.error, 2 * down)
+        count = seen.num_rows + n
+        if n:
+            wide = scale(wide, -e)
+            center = wide.mean(1)
+            step, weight = center - mean, n / count
+            spread = wide - center[:, None, :]
+            # The centre is off by `slip`, which enters the sum of squares about it in second order, the step in first.
+            slip = gamma(n) * norm(wide.abs().mean(1))
+            apart = norm(step)
+            error = error + gamma(n + 4) * norm(spread) ** 2 + n * slip**2 + 4 * U * norm(total)
+            error = error + seen.num_rows * weight * (apart * (2 * (slip + mean_error) + 8 * U * (1 + apart)))
+            total = total + syrk(spread) + step[:, :, None] * step[:, None, :] * (seen.num_rows * weight)
+            mean = mean + step * weight
+            mean_error = torch.maximum(mean_error, slip) + 4 * U * norm(mean)
+        dtype = torch.promote_types(seen.dtype, rows.dtype)
+        seen = _Moments(count, mean, total, e, mean_error, error, dtype, seen.finite and finite)
+    if seen is None or seen.num_rows < 2:
+        came = 0 if seen is None else seen.num_rows
+        raise InputError(f"pca: expected at least 2 rows, got {came}. An iterator can be read only once.")
+    return seen
+
+
+PCA_METHODS = ("covariance",)
+
+
+def _pca(x: Iterable[Tensor], k: int, method: str, rtol: float | None, strict: bool) -> tuple[PCA, Certificate]:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+        raise InputError(f"pca: expected an integer k ≥ 0, got {k!r}.")
+    choose("pca", method, dict.fromkeys(PCA_METHODS))
+    seen = _moments([x] if isinstance(x, Tensor) else x, strict)
+    d = seen.mean.shape[1]
+    if k > min(seen.num_rows, d):
+        raise InputError(f"pca: expected k from 0 to min(n, d) = {min(seen.num_rows, d)}, got {k}.")
+    covariance = seen.total / (seen.num_rows - 1)
+    w, v, ok = factor.eigh(covariance)
+    # Weyl: with CV = VW + R and VᵀV = I + F every eigenvalue is within ‖R‖ + ‖F‖‖C‖, over 1 − ‖F‖, of its w.
+    skew = norm(v.mT @ v - torch.eye(d, dtype=v.dtype, device=v.device)) + gamma(d) * d
+    residual = norm(covariance @ v - v * w[:, None, :])
+    weyl = (residual + (gamma(d + 2) * math.sqrt(max(d, 1)) + skew) * norm(covariance)) / (1 - skew).clamp_min(0.5)
+    components = v[0].flip(-1)[:, :k].mT
+    if k:
+        peak = components.gather(1, components.abs().argmax(1, keepdim=True))
+        components = components * torch.where(peak < 0, -1.0, 1.0)
+    exact = w.clamp_min(0)[0].flip(-1)[:k]
+    variance = scale(exact[None], 2 * seen.exponent)[0].to(seen.dtype)
+    rounded = components.to(seen.dtype)
+    # The variance along a rounded component, and a rounded variance.
+    top = w.amax(-1).clamp_min(0) if d else weyl * 0
+    turned = 2 * (rounded.to(torch.float64) - components).norm(dim=1).amax() if k else 0.0
+    shift = (scale(variance.to(torch.float64)[None], -2 * seen.exponent)[0] - exact).abs().amax() if k else 0.0
+    error = weyl + seen.error / (seen.num_rows - 1) + turned * top + shift
+    bound = torch.where(error == 0, 0.0, error / (top - error).clamp_min(0)).nan_to_num(nan=math.inf)
+    reason = torch.where(ok, cert.NONE, cert.LAPACK)
+    if not seen.finite:
+        reason = torch.full_like(reason, cert.NOT_FINITE)
+        rounded, variance = rounded * math.nan, variance * math.nan
+    proof = verdict(
+        bound,
+        default_rtol(rtol, seen.dtype),
+        reason,
+        shape=(),
+        methods=PCA_METHODS,
+        code=0,
+        residual=residual / norm(covariance).clamp_min(2.0**-1000),
+    )
+    mean = scale(seen.mean, seen.exponent)[0].to(seen.dtype)
+    return PCA(rounded, variance, mean if seen.finite else mean * math.nan), proof
+
+
 @torch.no_grad()
-def pca(x: Float[Tensor, "n d"] | Iterable[Tensor], k: int) -> PCA:
+def pca_ex(
+    x: Float[Tensor, "n d"] | Iterable[Tensor], k: int, *, method: str = "auto", rtol: float | None = None
+) -> tuple[PCA, Certificate]:
+    """`pca` with its certificate, never raising for the values of the rows.
+
+    `error_bound` is relative to the largest variance: the variance along each component returned, and the best that k
+    orthonormal directions can have one by one, are that close to `explained_variance`. The directions themselves are
+    only as good as their gaps. The residual is ‖CV − VΛ‖_F / ‖C‖_F of the covariance C.
+
+    >>> result, certificate = pca_ex(torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]]), 1)
+    >>> round(result.explained_variance.item(), 3), certificate.converged.item()
+    (4.0, True)
+    """
+    return _pca(x, k, method, rtol, strict=False)
+
+
+def pca(x: Float[Tensor, "n d"] | Iterable[Tensor], k: int, *, method: str = "auto", rtol: float | None = None) -> PCA:
     """The k directions of largest variance, from second moments that stream.
 
     The eigenvectors of Σ (xᵢ − x̄)(xᵢ − x̄)ᵀ / (n − 1), merged batch by batch about the batches' own means, so that a
     large mean costs no digits.
 
     Arguments: `x` (n, d), n ≥ 2 samples of d features, or any iterable of such batches of rows; `k` from 0 to
-    min(n, d). Returns: a `PCA` in the dtype of the rows; each component's largest entry is positive.
-    Raises: `ShapeError`, `DtypeError` (also for NaN or inf, with the number of the batch), `InputError`.
+    min(n, d); `method`, one of `PCA_METHODS` or "auto"; `rtol`, the error of the variances asked for, relative to the
+    largest (`certificate.RTOL` of the dtype if None). Returns: a `PCA` in the dtype of the rows; each component's
+    largest entry is positive.
+    Raises: `ShapeError`, `DtypeError` (also for NaN or inf, with the number of the batch), `InputError`;
+    `ConvergenceError` where the error bound is above rtol.
     Cost: one float64 product of the rows and one eigendecomposition of (d, d); memory d². Accuracy: variances to
     about 1e-15 of the largest; a component to that over its relative gap.
     Source: Chan, Golub, LeVeque, The American Statistician 37 (1983), eq. 1.5; Jolliffe, Principal Component Analysis.
@@ -218,44 +342,7 @@ def pca(x: Float[Tensor, "n d"] | Iterable[Tensor], k: int) -> PCA:
     >>> result.mean.tolist()[0], round(result.explained_variance.item(), 2)
     (2.0, 4.0)
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 0:
-        raise InputError(f"pca: expected an integer k ≥ 0, got {k!r}.")
-    batches: Iterable[Tensor] = [x] if isinstance(x, Tensor) else x
-    count, dtype, mean, total = 0, None, None, None
-    exponent = torch.zeros(1, dtype=torch.long)
-    for i, rows in enumerate(batches):
-        check("pca", rows)
-        if rows.ndim != 2 or (mean is not None and rows.shape[1] != mean.shape[1]):
-            wanted = "d" if mean is None else mean.shape[1]
-            raise ShapeError(f"pca: batch {i}: expected rows (n, {wanted}), got {tuple(rows.shape)}.")
-        if not bool(rows.isfinite().all()):
-            raise DtypeError(f"pca: batch {i} holds NaN or inf. Drop or fill those rows first.")
-        dtype = rows.dtype if dtype is None else torch.promote_types(dtype, rows.dtype)
-        wide = rows.to(torch.float64)[None]
-        n, d = rows.shape
-        if mean is None or total is None:
-            mean, total = wide.new_zeros(1, d), wide.new_zeros(1, d, d)
-            exponent = exponent_of(wide)
-        if not n:
-            continue
-        e = torch.maximum(exponent, exponent_of(wide))
-        mean, total, exponent = scale(mean, exponent - e), scale(total, 2 * (exponent - e)), e
-        wide = scale(wide, -e)
-        center = wide.mean(1)
-        step = center - mean
-        weight = n / (count + n)
-        total = total + syrk(wide - center[:, None, :]) + step[:, :, None] * step[:, None, :] * (count * weight)
-        mean, count = mean + step * weight, count + n
-    if mean is None or total is None or dtype is None or count < 2:
-        raise InputError(f"pca: expected at least 2 rows, got {count}. An iterator can be read only once.")
-    if k > min(count, mean.shape[1]):
-        raise InputError(f"pca: expected k from 0 to min(n, d) = {min(count, mean.shape[1])}, got {k}.")
-    w, v, ok = factor.eigh(total / (count - 1))
-    if not bool(ok.all()):
-        raise InputError("pca: LAPACK did not converge on the covariance. Scale the features to a like size.")
-    components = v[0].flip(-1)[:, :k].mT
-    if k:
-        peak = components.gather(1, components.abs().argmax(1, keepdim=True))
-        components = components * torch.where(peak < 0, -1.0, 1.0)
-    variance = scale(w.clamp_min(0), 2 * exponent)[0].flip(-1)[:k]
-    return PCA(components.to(dtype), variance.to(dtype), scale(mean, exponent)[0].to(dtype))
+    with torch.no_grad():
+        value, certificate = _pca(x, k, method, rtol, strict=True)
+    require_converged("pca", certificate)
+    return value

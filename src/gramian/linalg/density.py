@@ -38,7 +38,7 @@ def radius_by_eigenvalues(x: Tensor, *, rtol: float) -> Number:
     symmetric = (x == x.mT).flatten(1).all(1)
     if bool(symmetric.any()):
         v[symmetric] = factor.eigh(x[symmetric])[1].to(v.dtype)
-    w, info = torch.linalg.inv_ex(v)
+    w, info = factor.inverse(v)
     y = w @ x.to(v.dtype) @ v
     sizes = (w.flatten(1).norm(dim=1), v.flatten(1).norm(dim=1))
     eye = torch.eye(n, dtype=v.dtype, device=v.device)
@@ -72,9 +72,22 @@ def radius_by_gelfand(x: Tensor, *, rtol: float) -> Number:
 SPECTRAL_RADIUS = {"eigenvalues": radius_by_eigenvalues, "gelfand": radius_by_gelfand}
 
 
+def _made_dense(name: str, a: object) -> Tensor:
+    """A square dense tensor as it is; a sparse one or a map by its product with the identity."""
+    if isinstance(a, Tensor) and is_dense(a):
+        return check(name, a, square=True)
+    linear = as_linear_map(name, a)
+    n = linear.shape[-1]
+    if linear.shape[-2] != n:
+        raise ShapeError(f"{name}: expected a square map (n, n), got {tuple(linear.shape)}. See gm.linalg.svdvals.")
+    own = ScaledMap(linear)
+    eye = torch.eye(n, dtype=torch.float64, device=own.device)
+    return own.matmat(eye).to(own.dtype)
+
+
 @torch.no_grad()
 def spectral_radius_ex(
-    m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
+    m: Float[Tensor, "*b n n"] | LinearMap, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b"], Certificate]:
     """`spectral_radius` with its certificate, never raising for a matrix's values.
 
@@ -82,7 +95,7 @@ def spectral_radius_ex(
     >>> round(value.item(), 5), certificate.converged.item()
     (2.0, True)
     """
-    check("spectral_radius", m, square=True)
+    m = _made_dense("spectral_radius", m)
     choose("spectral_radius", method, SPECTRAL_RADIUS)
     batch = load(m)
     return numbers(
@@ -98,12 +111,13 @@ def spectral_radius_ex(
 
 
 def spectral_radius(
-    m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
+    m: Float[Tensor, "*b n n"] | LinearMap, *, method: str = "auto", rtol: float | None = None
 ) -> Float[Tensor, "*b"]:
     """The largest absolute value of an eigenvalue, of a matrix that need not be symmetric: `ρ = max |λᵢ(M)|`.
 
-    Arguments: `m` (..., n, n) dense; `method`, one of `SPECTRAL_RADIUS` or "auto"; `rtol`, the relative error asked for
-    (`certificate.RTOL` of the dtype if None).
+    Arguments: `m` (..., n, n) dense; a sparse matrix (n, n) or a `LinearMap` is made dense first, by n products, since
+    no few of them bound the eigenvalues of a matrix that is not symmetric; `method`, one of `SPECTRAL_RADIUS` or
+    "auto"; `rtol`, the relative error asked for (`certificate.RTOL` of the dtype if None). Nothing is drawn.
     Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the error bound is above rtol.
     Cost: "eigenvalues", one float64 nonsymmetric eigendecomposition (about 25 products); "gelfand", which "auto" takes
     where the eigenvectors are dependent, 30 twofold squarings. Accuracy: n u κ(V), a bound, not an estimate.

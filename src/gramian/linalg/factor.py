@@ -43,3 +43,20 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """U (B, m, k), singular values (B, k) descending, V (B, n, k), and which matrices LAPACK managed (B,)."""
     (u, s, vh), ok = _each(lambda y: tuple(torch.linalg.svd(y, full_matrices=False)), x)
     return u, s, vh.mT, ok
+
+
+TOGETHER = 128
+"""Largest n for which torch factors a batch by LU on a CPU without harm."""
+
+
+def inverse(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse by LU of each matrix of (B, n, n), and LAPACK's info (B,), 0 where it is one.
+
+    On two threads or more torch 2.13 with MKL factors a batch in parallel with wrong pivots (n = 200 and up: "Parameter
+    6 was incorrect on entry to DLASWP", then a RuntimeError), so there the matrices go one by one.
+    """
+    if x.device.type != "cpu" or x.shape[0] < 2 or x.shape[-1] <= TOGETHER:
+        value, info = torch.linalg.inv_ex(x)
+        return value, info
+    parts = [torch.linalg.inv_ex(matrix) for matrix in x]
+    return torch.stack([value for value, _ in parts]), torch.stack([info for _, info in parts])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gramian.errors import InputError, ShapeError
 from gramian.linalg import certificate as cert
+from gramian.linalg import factor
 from gramian.linalg.batch import Answer, Route, check, choose, climb, declined, ladder, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.conditioning import eigenvalue_ratio
@@ -48,7 +49,7 @@ def damped(x: Tensor, shift: Tensor) -> Pair:
 
 def _lu(x: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse by LU, zero where a pivot is zero, and where that is."""
-    y, info = torch.linalg.inv_ex(x)
+    y, info = factor.inverse(x)
     bad = (info != 0) | ~y.isfinite().flatten(1).all(1)
     return torch.where(bad[:, None, None], 0.0, y), bad
 
@@ -187,7 +188,7 @@ def inv(
     Cost in float32 products at 1024²: 4 by Cholesky, or by LU where M is not symmetric, while κ allows; 6 in float64;
     30 more to refine (float64). Accuracy: what `rtol` asks for, until κ nears 1e15; the residual is a bound on
     ‖I − MY‖_F.
-    Source: Higham, Accuracy and Stability (2002), §14.1; Rump, Acta Numerica 19 (2010), theorem 10.1.
+    Source: Higham, Accuracy and Stability (2002), §14.1; Rump, Acta Numerica 19 (2010), §10.
 
     >>> inv(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), damping=1.0)
     tensor([[0.5000, 0.0000],
@@ -313,7 +314,7 @@ def solve(
     Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where a matrix is singular or its error bound is above rtol.
     Cost: one inverse, which the bound needs, in float32 (float64 if M came so) and O(n²k) of float64 refinement.
     Accuracy: one rounding of the dtype, until κ nears 1e14; the residual is ‖B − MZ‖_F / ‖B‖_F.
-    Source: Rump, Acta Numerica 19 (2010), §10.2.
+    Source: Rump, Acta Numerica 19 (2010), §10.
 
     >>> solve(torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[2.0], [2.0]]))
     tensor([[1.0000],

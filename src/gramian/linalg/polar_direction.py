@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,6 +33,10 @@ COMPANY = 8
 which differs between one process and several."""
 
 
+WIDE = 100
+"""Least ratio of the largest to the least singular value that is allowed for at rtol 0.1: few rows may differ much."""
+
+
 class Plan(NamedTuple):
     """The function, its steps or terms, the dtype of its products, and the least singular value it is made for."""
 
@@ -45,10 +48,9 @@ class Plan(NamedTuple):
 
 def reach(short: int, rtol: float) -> float:
     """The least ratio of singular values that a plan for matrices of that shorter side is made for."""
-    return max(LEAST, min(0.5, min(1.0, 10 * rtol) / max(short, 1)))
+    return max(LEAST, min(1.0, 10 * rtol) / max(short, WIDE))
 
 
-@lru_cache(maxsize=256)
 def plan(short: int, long: int, batch: int, rtol: float, device: str) -> Plan:
     """The cheapest way by the constants of `cost`."""
     low, ratio = reach(short, rtol), long / max(short, 1)

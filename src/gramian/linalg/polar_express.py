@@ -69,7 +69,7 @@ def _quintic(low: float, high: float) -> tuple[float, float, float]:
         nodes = [low, *inner, high]
         rows = [[x, x**3, x**5, (-1.0) ** i] for i, x in enumerate(nodes)]
         a, b, c, _ = torch.linalg.solve(
-            torch.tensor(rows, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+            torch.tensor(rows, dtype=torch.float64, device="cpu"), torch.ones(4, dtype=torch.float64, device="cpu")
         ).tolist()
         root = math.sqrt(max(9 * b * b - 20 * a * c, 0.0))
         new = [math.sqrt(max((-3 * b - root) / (10 * c), 0.0)), math.sqrt(max((-3 * b + root) / (10 * c), 0.0))]

@@ -38,7 +38,9 @@ def _fractions(x: Tensor, *, decline: float) -> Answer:
     f = fractions(low, TERMS)
     value = zolotarev(x, low=low, terms=TERMS)
     bound, residual = _estimate(value, f.slope**2, torch.float32)
-    reason = torch.full_like(bound, cert.NONE, dtype=torch.long)
+    # A singular value that is lost, or below the reach, is not near 1: there may be no polar factor.
+    bound = torch.where(residual < 0.5, bound, math.inf)
+    reason = torch.where(bound.isfinite(), cert.NONE, cert.INACCURATE)
     size = torch.full_like(bound, math.sqrt(k))
     return Answer(value, bound * size, residual, reason, TERMS, failure=math.nan, size=size)
 
@@ -202,9 +204,11 @@ def polar(
     Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where a matrix is rank-deficient or the error bound is above
     rtol (`polar_ex` then has the partial isometry on the range).
     Cost in float32 products of the smaller side at 1024²: through the Gram matrix 11 in float32 (κ ≤ 100 at rtol 1e-3)
-    or 21 in float64 (κ ≤ 1e6 at 1e-4), by the SVD about 60; "newton_schulz" 3 a step. Accuracy: what `rtol` asks for,
+    or 21 in float64 (κ ≤ 1e6 at 1e-4), by the SVD about 60; "newton_schulz" 3 a step; "zolotarev", for a few per cent,
+    7 (see `polar_ex` for the directions of optimisers). Accuracy: what `rtol` asks for,
     as the certificate says, until κ nears 1e13; with `method="svd_refined"` one rounding of the dtype.
-    Source: Higham, Functions of Matrices (2008), chapter 8; "newton_schulz": arXiv:2505.16932, algorithm 1.
+    Source: Higham, Functions of Matrices (2008), chapter 8; "newton_schulz": arXiv:2505.16932, algorithm 1;
+    "zolotarev": Nakatsukasa and Freund, SIAM Review 58 (2016), §3.
 
     >>> polar(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
     tensor([[1., 0.],

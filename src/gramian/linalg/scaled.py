@@ -58,7 +58,7 @@ def _frames(x: Tensor) -> list[_Frame]:
     frames = [_Frame(None, None, one, one * 0)]
     try:
         _, v = torch.linalg.eig(x)
-        w, info = torch.linalg.inv_ex(v)
+        w, info = factor.inverse(v)
         spread = torch.linalg.svdvals(torch.where(v.isfinite(), v, 0))
     except factor.LinAlgError:
         return frames

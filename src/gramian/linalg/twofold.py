@@ -20,7 +20,7 @@ U = 2.0**-53
 
 
 def gamma(k: int) -> float:
-    """γ_k = ku / (1 − ku), the bound on k roundings. Higham, Accuracy and Stability (2002), eq. 3.1."""
+    """γ_k = ku / (1 − ku), the bound on k roundings. Higham, Accuracy and Stability (2002), lemma 3.1."""
     return k * U / (1 - k * U)
 
 
