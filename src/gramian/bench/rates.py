@@ -34,8 +34,7 @@ MOST_RATES = 9
 NUM_STEPS = 100
 NUM_BATCHES = 5  # that a suggestion sees: four train, one judges
 
-# Products of matrices of 1024 cost a second each on a laptop's core.
-NUM_STEPS_WIDE = 50
+NUM_STEPS_WIDE = 30  # a step of Muon at width 1024 takes seconds on one core
 WIDTHS = (64, 128, 256, 512, 1024)
 DEPTHS = (4, 10, 30, 100)
 

@@ -27,6 +27,7 @@ __all__ = ["LearningRate", "suggest_lr"]
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 
 NUM_STEPS = 16  # of a rehearsal
+WARMUP = 4  # a rehearsal's rate rises over a quarter of its steps
 STEP = 10**0.5  # between two rates that are rehearsed
 MAX_REHEARSALS = 24
 
@@ -84,10 +85,10 @@ def suggest_lr(
 
     With D the optimizer's first direction (of all parameters whose rate follows `lr`) and G the Gauss–Newton matrix,
     `η* = gᵀD / (DᵀGD)` is where the loss along D is lowest to second order. From there, training is rehearsed for
-    `num_steps` steps at η*, and at half-decades above and below it until the best lies between worse ones. The loss of
-    a batch that no step has seen judges. The suggestion is 0.7 of the best rehearsed rate (its logarithm by a parabola
-    through three losses), since a short run bears larger steps than a long one. A suggestion that does not lower the
-    held-out loss is halved until it does.
+    `num_steps` steps at η*, the first quarter of them rising to it, and at half-decades above and below it until the
+    best lies between worse ones. The loss of a batch that no step has seen judges. The suggestion is 0.7 of the best
+    rehearsed rate (a parabola over its logarithm), since a short run bears larger steps than a long one. A suggestion
+    that does not lower the held-out loss is halved until it does.
 
     Args:
         model: in the mode in which it is to be trained. Weights, buffers, gradients, mode and random state are as
@@ -208,7 +209,11 @@ class _Rehearsals:
         """The held-out loss after some steps at this rate; infinite where it is not finite."""
         if lr not in self.losses:
             optimizer = self.make(self.model, lr)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            rise = max(1, self.num_steps // WARMUP)
             for step in range(self.num_steps):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * min(1.0, (step + 1) / rise)
                 self._gradient([self.training[step % len(self.training)]], seed=step)
                 optimizer.step()
             loss = self._held_out_loss()
