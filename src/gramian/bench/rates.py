@@ -31,7 +31,7 @@ __all__ = ["grid", "rows"]
 HALF_DECADE = 10**0.5
 MOST_RATES = 9
 
-NUM_STEPS = 100
+NUM_STEPS = 60
 NUM_BATCHES = 5  # that a suggestion sees: four train, one judges
 
 NUM_STEPS_WIDE = 30  # a step of Muon at width 1024 takes seconds on one core
