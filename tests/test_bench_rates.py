@@ -30,7 +30,7 @@ def test_a_rate_that_carries_meets_its_goals_and_one_that_does_not_misses(monkey
     def score(task, make, steps, lr):
         return 1 + math.log(lr / ideal[label]) ** 2
 
-    shapes = {name: (4, 8) for name in ideal}
+    shapes = dict.fromkeys(ideal, (4, 8))
     for carried, met in ((0.1, True), (0.001, False)):
         ideal["large"] = carried
         labels = iter(ideal)

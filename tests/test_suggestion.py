@@ -13,6 +13,7 @@ import gramian as gm
 from cases import seeded
 from gramian.errors import InputError, UnsupportedError
 from gramian.operators import line_curvature
+from gramian.optim.suggestion import _Rehearsals
 from test_capture import assert_same, snapshot
 from zoo import ZOO
 
@@ -210,6 +211,20 @@ def test_asking_twice_gives_the_same_rate_with_dropout():
     first = gm.suggest_lr(model, batches, CLASSIFY, num_steps=3)
     torch.manual_seed(1)
     assert gm.suggest_lr(model, batches, CLASSIFY, num_steps=3) == first
+
+
+def test_noise_on_the_plateau_of_too_large_rates_is_no_minimum():
+    losses = {40.0: 0.99, 12.6: 1.01, 4.0: 1.02, 1.26: 0.5, 0.4: 0.7, 0.126: 0.9}  # one before any step
+
+    class Told(_Rehearsals):
+        def __init__(self) -> None:
+            self.losses = {}
+
+        def _rehearse(self, lr: float) -> float:
+            self.losses[lr] = min((abs(math.log(lr / rate)), loss) for rate, loss in losses.items())[1]
+            return self.losses[lr]
+
+    assert Told()._search(40.0, before=1.0) == pytest.approx(1.26, rel=0.01)
 
 
 def test_a_failure_changes_nothing_either():

@@ -32,6 +32,7 @@ HALF_DECADE = 10**0.5
 MOST_RATES = 9
 
 NUM_STEPS = 60
+NUM_STEPS_LONG = 400
 NUM_BATCHES = 5  # that a suggestion sees: four train, one judges
 
 NUM_STEPS_WIDE = 30  # a step of Muon at width 1024 takes seconds on one core
@@ -131,10 +132,10 @@ def _score(task: Task, make: Make, steps: int, lr: float) -> float:
     return math.inf if run.diverged else run.metrics["loss"]
 
 
-def _suggestion(network: str, optimizer: str, name: str) -> Row:
+def _suggestion(network: str, optimizer: str, steps: int, name: str) -> Row:
     task = classes(network, NETWORKS[network], 0)
     who = CONTENDERS[optimizer]
-    score = partial(_score, task, who.make, NUM_STEPS)
+    score = partial(_score, task, who.make, steps)
     scores = grid(score, who.first)
     best = min(scores, key=lambda rate: scores[rate])
     found = suggest_lr(task.model(), task.batches(NUM_BATCHES), task.objective, optimizer=who.make)
@@ -181,9 +182,13 @@ _DEEP = {f"depth {depth}": (depth, 64) for depth in DEPTHS}
 
 TASKS: dict[str, Callable[[str], Row]] = {
     **{
-        f"suggestion: {network}, {optimizer}": partial(_suggestion, network, optimizer)
+        f"suggestion: {network}, {optimizer}": partial(_suggestion, network, optimizer, NUM_STEPS)
         for network in NETWORKS
         for optimizer in CONTENDERS
+    },
+    **{
+        f"suggestion for {NUM_STEPS_LONG} steps: MLP, {name}": partial(_suggestion, "MLP", name, NUM_STEPS_LONG)
+        for name in CONTENDERS
     },
     **{f"depths: {name}": partial(_transfer, name, _DEEP, NUM_STEPS) for name in CONTENDERS},
     **{f"widths: {name}": partial(_transfer, name, _WIDE, NUM_STEPS_WIDE) for name in CONTENDERS},

@@ -174,14 +174,15 @@ class _Rehearsals:
         return LearningRate(lr, line, curvature, interval, before, tuple(sorted(self.losses.items())), why)
 
     def _search(self, start: float, before: float) -> float:
-        """The best of the half-decades about `start`: one above it is worse and two below it are.
+        """The best of the half-decades about `start`: one above it is worse, and two below it gain, but less.
 
-        Two, since far too large rates end on a plateau, where noise makes minima. As long as none gains, down only.
+        Far too large rates end on a plateau, where noise makes minima; but below those stand rates that gain nothing.
         """
         self._rehearse(start)
         while len(self.losses) < MAX_REHEARSALS:
             at, best = sorted(self.losses), self._best()
-            if not self.losses[best] < before or at.index(best) < 2:
+            below = [self.losses[rate] for rate in at if rate < best][-2:]
+            if len(below) < 2 or not all(loss < before for loss in below):
                 self._rehearse(at[0] / STEP)
             elif best == at[-1]:
                 self._rehearse(best * STEP)
