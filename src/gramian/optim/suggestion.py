@@ -30,6 +30,7 @@ NUM_STEPS = 16  # of a rehearsal
 WARMUP = 4  # a rehearsal's rate rises over a quarter of its steps
 STEP = 10**0.5  # between two rates that are rehearsed
 MAX_REHEARSALS = 24
+MOST_HALVINGS = 8
 
 # The best rate of runs of 100 steps over that of a rehearsal, as found on the networks of `gramian bench rates`.
 FRACTION = 0.7
@@ -158,17 +159,20 @@ class _Rehearsals:
         gain = before - self.losses[best]
         good = [rate for rate, loss in self.losses.items() if before - loss >= gain / 2]
         top = self._top(best)
-        lr, halvings = FRACTION * top, 0
-        while not self._rehearse(lr) < before and halvings < 8:
-            lr, halvings = lr / 2, halvings + 1
-        halved = f", halved {halvings} times" if halvings else ""
+        lr, how = FRACTION * top, f"{FRACTION:g} × {top:.2g}, the best rate of {self.num_steps} rehearsed steps"
+        for halvings in range(1, 1 + MOST_HALVINGS):
+            if self._rehearse(lr) < before:
+                break
+            lr, how = lr / 2, f"{FRACTION:g} × {top:.2g}, halved {halvings} times until the loss fell"
+        else:  # noise: no rate below the best gains
+            lr, how = best, f"the best rate of {self.num_steps} rehearsed steps"
+        self._rehearse(lr)
         kind = "Gauss–Newton" if curvature.matrix == "gauss_newton" else "Hessian"
         mode = "training" if self.model.training else "evaluation"
         alone = ", one batch: without its noise" if self.training[-1] is self.held_out else ""
         why = (
-            f"{FRACTION:g} × {top:.2g}, the best rate of {self.num_steps} rehearsed steps{halved}; at it, the held-out "
-            f"loss falls from {before:.4g} to {self.losses[lr]:.4g} in as many; the first direction alone has its "
-            f"minimum at {line:.2g} ({kind}, {mode} mode{alone})"
+            f"{how}; with it, the held-out loss falls from {before:.4g} to {self.losses[lr]:.4g} in {self.num_steps} "
+            f"steps; the first direction alone has its minimum at {line:.2g} ({kind}, {mode} mode{alone})"
         )
         interval = (min(lr, *good), max(lr, *good))
         return LearningRate(lr, line, curvature, interval, before, tuple(sorted(self.losses.items())), why)
