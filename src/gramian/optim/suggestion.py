@@ -99,7 +99,7 @@ def suggest_lr(
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
         optimizer: `"muon"`, `"soap"`, `"shampoo"`, `"adamw"`, `"sgd"`, a class, or a function
             `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
-        num_steps: of a rehearsal.
+        num_steps: of a rehearsal. Much fewer than 16 mislead: too small rates then look best.
 
     Raises `InputError` for a model without trainable weights or, for a matrix optimizer, without a matrix; a loss or
     gradient that is not finite, or zero; a direction along which the loss does not fall at any rate.
