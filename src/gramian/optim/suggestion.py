@@ -182,8 +182,7 @@ class _Rehearsals:
 
         Far too large rates end on a plateau, where noise makes minima; but below those stand rates that gain nothing.
         """
-        for power in range(3):  # a first step of AdamW can see a tenth of the rate that later ones bear
-            self._rehearse(start * STEP**power)
+        self._rehearse(start)
         while len(self.losses) < MAX_REHEARSALS:
             at, best = sorted(self.losses), self._best()
             below = [self.losses[rate] for rate in at if rate < best][-2:]
