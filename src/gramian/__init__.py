@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gramian.gram import DiagonalGram, Gram
     from gramian.inspection import inspect
     from gramian.objective import Objective
+    from gramian.optim.suggestion import LearningRate, suggest_lr
     from gramian.recording import capture, capturing
     from gramian.report import Report
     from gramian.statistics import Statistics
@@ -28,6 +29,7 @@ __all__ = [
     "DiagonalGram",
     "Gram",
     "Layout",
+    "LearningRate",
     "Objective",
     "Plan",
     "Report",
@@ -47,6 +49,7 @@ __all__ = [
     "prox",
     "random",
     "save_compressed",
+    "suggest_lr",
     "tasks",
     "train",
 ]
@@ -57,6 +60,7 @@ _HOME = {
     "DiagonalGram": "gram",
     "Gram": "gram",
     "Layout": "block",
+    "LearningRate": "optim.suggestion",
     "Objective": "objective",
     "Plan": "compression",
     "Report": "report",
@@ -70,6 +74,7 @@ _HOME = {
     "inspect": "inspection",
     "load_compressed": "compression",
     "save_compressed": "compression",
+    "suggest_lr": "optim.suggestion",
     "train": "training",
 }
 

@@ -22,7 +22,18 @@ from torch import Tensor
 from gramian.errors import ShapeError, UnsupportedError
 from gramian.placement.ranks import Group, world
 
-__all__ = ["Cut", "Spread", "group_of", "is_sharded", "local", "local_ranges", "locals_of", "spread_of", "whole", "write_whole_"]
+__all__ = [
+    "Cut",
+    "Spread",
+    "group_of",
+    "is_sharded",
+    "local",
+    "local_ranges",
+    "locals_of",
+    "spread_of",
+    "whole",
+    "write_whole_",
+]
 
 
 class Cut(NamedTuple):

@@ -1,0 +1,344 @@
+"""A learning rate before training: curvature along the optimizer's own direction, and a rehearsal of a few steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian import placement
+from gramian.errors import InputError, UnsupportedError
+from gramian.objective import Objective, as_objective
+from gramian.operators import LineCurvature, line_curvature
+from gramian.optim.muon import Muon
+from gramian.optim.proximal import Proximal
+from gramian.optim.shampoo import Shampoo
+from gramian.optim.shell import MatrixOptimizer
+from gramian.optim.soap import SOAP
+from gramian.recording.measuring import eager
+
+__all__ = ["LearningRate", "suggest_lr"]
+
+Make = Callable[[nn.Module, float], torch.optim.Optimizer]
+
+NUM_STEPS = 16  # of a rehearsal
+WARMUP = 4  # a rehearsal's rate rises over a quarter of its steps
+STEP = 10**0.5  # between two rates that are rehearsed
+MAX_REHEARSALS = 24
+MOST_HALVINGS = 8
+
+# The best rate of runs of 100 steps over that of a rehearsal, as found on the networks of `gramian bench rates`.
+FRACTION = 0.7
+
+_NAMED: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "muon": Muon,
+    "soap": SOAP,
+    "shampoo": Shampoo,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+# Their steps depend on the weights, or on more than one gradient.
+_REFUSED = (Proximal, torch.optim.Adafactor, torch.optim.LBFGS)
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A suggested rate, and what it rests on.
+
+    Args:
+        lr: the suggestion.
+        line: η*, where the parabola along the first direction is lowest on the batch that is held out.
+        curvature: that parabola.
+        range: rates whose rehearsal gained at least half as much as the best one's.
+        before: the held-out loss that all rehearsals start from.
+        rehearsed: each rate that was rehearsed with the held-out loss after it, by rate.
+        why: how `lr` came about.
+    """
+
+    lr: float
+    line: float
+    curvature: LineCurvature
+    range: tuple[float, float]
+    before: float
+    rehearsed: tuple[tuple[float, float], ...]
+    why: str
+
+    def __str__(self) -> str:
+        low, high = self.range
+        return f"lr = {self.lr:.2g} (between {low:.2g} and {high:.2g}): {self.why}"
+
+
+def suggest_lr(
+    model: nn.Module,
+    batch: Any,
+    objective: Objective | Callable,
+    *,
+    optimizer: str | type[torch.optim.Optimizer] | Make = "muon",
+    num_steps: int = NUM_STEPS,
+) -> LearningRate:
+    """A learning rate for a model, from the curvature along the optimizer's own direction and short rehearsals.
+
+    With D the optimizer's first direction (of all parameters whose rate follows `lr`) and G the Gauss–Newton matrix,
+    `η* = gᵀD / (DᵀGD)` is where the loss along D is lowest to second order. From there, training is rehearsed for
+    `num_steps` steps at η*, the first quarter of them rising to it, and at half-decades above and below it until the
+    best lies between worse ones. The loss of a batch that no step has seen judges. The suggestion is 0.7 of the best
+    rehearsed rate (a parabola over its logarithm), since a short run bears larger steps than a long one. A suggestion
+    that does not lower the held-out loss is halved until it does.
+
+    Args:
+        model: in the mode in which it is to be trained. Weights, buffers, gradients, mode and random state are as
+            before afterwards.
+        batch: one batch, or a list of batches (tuples, lists or dicts): the last one judges, the others train. Give
+            several: with one alone, the rate is that of a gradient without noise.
+        objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
+        optimizer: `"muon"`, `"soap"`, `"shampoo"`, `"adamw"`, `"sgd"`, a class, or a function
+            `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
+        num_steps: of a rehearsal. Much fewer than 16 mislead: too small rates then look best.
+
+    Raises `InputError` for a model without trainable weights or, for a matrix optimizer, without a matrix; a loss or
+    gradient that is not finite, or zero; a direction along which the loss does not fall at any rate.
+    `UnsupportedError` for an operation without a second derivative, sharded parameters, and optimizers whose step
+    depends on the weights.
+
+    Cost: about `7 · num_steps` training steps. Accuracy: see docs/learning_rates.md.
+    Source: the line minimum under Gauss–Newton: Martens (1412.1193), §6.4; held-out batches against noise: this
+    library's own measurements.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> batches = [(x[:32], x[:32, :2]), (x[32:], x[32:, :2])]
+    >>> found = suggest_lr(net, batches, Objective.regression(), optimizer="adamw")
+    >>> found.range[0] <= found.lr <= found.range[1]
+    True
+    """
+    batches = _batches(batch)
+    if num_steps < 1:
+        raise InputError(f"suggest_lr: num_steps must be at least 1, got {num_steps}")
+    make = _maker(optimizer)
+    with eager(), _kept(model) as restore:
+        return _Rehearsals(model, batches, objective, make, num_steps, restore).suggestion()
+
+
+class _Rehearsals:
+    """Training of a model from where it stands, always from there, on the same batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        objective: Objective | Callable,
+        make: Make,
+        num_steps: int,
+        restore: Callable[[], None],
+    ) -> None:
+        self.model, self.make, self.num_steps, self.restore = model, make, num_steps, restore
+        self.given, self.objective = objective, as_objective(objective)
+        self.training, self.held_out = batches[:-1] or batches, batches[-1]
+        self.losses: dict[float, float] = {}
+
+    def suggestion(self) -> LearningRate:
+        """The parabola, the search that starts at its minimum, and the certified fraction of what that finds."""
+        before = self._held_out_loss()
+        if not math.isfinite(before):
+            raise InputError(f"suggest_lr: the loss is {before} before any step; gm.inspect says where it comes from")
+        curvature = self._first_line()
+        line = curvature.minimum
+        best = self._search(line if 0 < line < math.inf else 1.0, before)
+        if not self.losses[best] < before:
+            tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
+            raise InputError(
+                f"suggest_lr: no rate from {tried} lowers the held-out loss of {before:.4g} in {self.num_steps} steps; "
+                "give more or larger batches, or mend the model first (gm.inspect)"
+            )
+        gain = before - self.losses[best]
+        good = [rate for rate, loss in self.losses.items() if before - loss >= gain / 2]
+        top = self._top(best)
+        lr, how = FRACTION * top, f"{FRACTION:g} × {top:.2g}, the best rate of {self.num_steps} rehearsed steps"
+        for halvings in range(1, 1 + MOST_HALVINGS):
+            if self._rehearse(lr) < before:
+                break
+            lr, how = lr / 2, f"{FRACTION:g} × {top:.2g}, halved {halvings} times until the loss fell"
+        else:  # noise: no rate below the best gains
+            lr, how = best, f"the best rate of {self.num_steps} rehearsed steps"
+        self._rehearse(lr)
+        kind = "Gauss–Newton" if curvature.matrix == "gauss_newton" else "Hessian"
+        mode = "training" if self.model.training else "evaluation"
+        alone = ", one batch: without its noise" if self.training[-1] is self.held_out else ""
+        why = (
+            f"{how}; with it, the held-out loss falls from {before:.4g} to {self.losses[lr]:.4g} in {self.num_steps} "
+            f"steps; the first direction alone has its minimum at {line:.2g} ({kind}, {mode} mode{alone})"
+        )
+        interval = (min(lr, *good), max(lr, *good))
+        return LearningRate(lr, line, curvature, interval, before, tuple(sorted(self.losses.items())), why)
+
+    def _search(self, start: float, before: float) -> float:
+        """The best of the half-decades about `start`: one above it is worse, and two below it gain, but less.
+
+        Far too large rates end on a plateau, where noise makes minima; but below those stand rates that gain nothing.
+        """
+        self._rehearse(start)
+        while len(self.losses) < MAX_REHEARSALS:
+            at, best = sorted(self.losses), self._best()
+            below = [self.losses[rate] for rate in at if rate < best][-2:]
+            if len(below) < 2 or not all(loss < before for loss in below):
+                self._rehearse(at[0] / STEP)
+            elif best == at[-1]:
+                self._rehearse(best * STEP)
+            else:
+                break
+        return self._best()
+
+    def _best(self) -> float:
+        """The rate of the least loss; of several, where all are infinite, the smallest."""
+        return min(self.losses, key=lambda rate: (self.losses[rate], rate))
+
+    def _top(self, best: float) -> float:
+        """Where the parabola through the best rate and its neighbours is lowest, over the logarithm of the rate."""
+        at = sorted(self.losses)
+        here = at.index(best)
+        if not 0 < here < len(at) - 1:
+            return best
+        left, middle, right = (self.losses[at[here + k]] for k in (-1, 0, 1))
+        bend = left - 2 * middle + right
+        if not 0 < bend < math.inf:
+            return best * (STEP**-0.25 if right == math.inf else 1.0)
+        return best * STEP ** (0.5 * (left - right) / bend)
+
+    def _rehearse(self, lr: float) -> float:
+        """The held-out loss after some steps at this rate; infinite where it is not finite."""
+        if lr not in self.losses:
+            optimizer = self.make(self.model, lr)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            rise = max(1, self.num_steps // WARMUP)
+            for step in range(self.num_steps):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * min(1.0, (step + 1) / rise)
+                self._gradient([self.training[step % len(self.training)]], seed=step)
+                optimizer.step()
+            loss = self._held_out_loss()
+            self.losses[lr] = loss if math.isfinite(loss) else math.inf
+            self.restore()
+        return self.losses[lr]
+
+    def _first_line(self) -> LineCurvature:
+        """The held-out batch's parabola along the optimizer's first direction, by the gradient of the others."""
+        direction = self._direction()
+        with torch.random.fork_rng(_devices(self.model)):
+            torch.manual_seed(0)
+            curvature = line_curvature(self.model, self.held_out, self.given, direction)
+        self.restore()
+        if not (math.isfinite(curvature.slope) and math.isfinite(curvature.curvature)):
+            raise InputError(f"suggest_lr: slope {curvature.slope} and curvature {curvature.curvature} are not finite")
+        return curvature
+
+    def _direction(self) -> dict[Tensor, Tensor]:
+        """D of every parameter whose rate follows `lr`: minus the optimizer's first step at a rate of one.
+
+        The weights are zeros meanwhile, so that the step is seen to full precision, and without weight decay.
+        """
+        optimizer, twice = self.make(self.model, 1.0), self.make(self.model, 2.0)
+        _check(optimizer)
+        groups = zip(optimizer.param_groups, twice.param_groups, strict=True)
+        follows = [p for group, other in groups if other["lr"] == 2 * group["lr"] for p in group["params"]]
+        self._gradient(self.training, seed=0)
+        grads = [p.grad for p in follows if p.grad is not None]
+        if not grads or not all(bool(g.isfinite().all()) for g in grads):
+            raise InputError("suggest_lr: the gradient is missing or not finite; gm.inspect says in which layers")
+        if not any(bool(g.any()) for g in grads):
+            raise InputError("suggest_lr: the gradient is zero, so that no rate changes the loss")
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.zero_()
+        optimizer.step()
+        direction = {p: -p.detach().clone() for p in follows if p.grad is not None}
+        self.restore()
+        return direction
+
+    def _gradient(self, batches: Sequence[Any], seed: int) -> None:
+        """The gradient of the mean loss of some batches, in `grad`."""
+        self.model.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)  # of dropout
+        for batch in batches:
+            total, units = self.objective.loss(self.model, batch)
+            (total / (units * len(batches))).backward()
+
+    def _held_out_loss(self) -> float:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            total, units = self.objective.loss(self.model, self.held_out)
+        return float(total / units)
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Gives a function that puts weights and buffers back; at the end also gradients and the random state."""
+    params = list(model.parameters())
+    if not any(p.requires_grad for p in params):
+        raise InputError("suggest_lr: the model has no trainable parameter")
+    for p in params:
+        if placement.is_sharded(p):
+            raise UnsupportedError("suggest_lr: the model is sharded; ask for the rate before fully_shard")
+    tensors = [*params, *model.buffers()]
+    values = [t.detach().clone() for t in tensors]
+    grads = [p.grad for p in params]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for t, value in zip(tensors, values, strict=True):
+                t.copy_(value)
+
+    try:
+        with torch.random.fork_rng(_devices(model)), torch.enable_grad():
+            for p in params:
+                p.grad = None
+            yield restore
+    finally:
+        restore()
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {p.device for p in model.parameters() if p.device.type == "cuda"}
+
+
+def _batches(batch: Any) -> list[Any]:
+    """A list of tuples, lists or mappings is a list of batches; anything else is one batch."""
+    if isinstance(batch, list) and batch and all(isinstance(b, (tuple, list, Mapping)) for b in batch):
+        return batch
+    if isinstance(batch, list) and not batch:
+        raise InputError("suggest_lr: got an empty list of batches; give at least one")
+    return [batch]
+
+
+def _maker(optimizer: Any) -> Make:
+    """`(model, lr) -> optimizer` for a name, a class or a function."""
+    if isinstance(optimizer, str):
+        if optimizer not in _NAMED:
+            known = ", ".join(_NAMED)
+            raise InputError(f"suggest_lr: unknown optimizer {optimizer!r}; wanted {known}, a class, or a function")
+        optimizer = _NAMED[optimizer]
+    if not callable(optimizer):
+        raise InputError(f"suggest_lr: optimizer must be a name, a class or a function, got {type(optimizer).__name__}")
+    make: Callable[..., Any] = optimizer
+    if isinstance(optimizer, type) and not issubclass(optimizer, MatrixOptimizer):
+        return lambda model, lr: make(model.parameters(), lr=lr)
+    return lambda model, lr: make(model, lr=lr)
+
+
+def _check(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"suggest_lr: the function must return a torch optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, _REFUSED):
+        raise UnsupportedError(
+            f"suggest_lr: a step of {type(optimizer).__name__} is not its rate times a direction of the gradient; "
+            "ask for the optimizer inside it, or use a grid"
+        )
+    if isinstance(optimizer, MatrixOptimizer) and not any(g["direction"] == "matrix" for g in optimizer.param_groups):
+        raise InputError(f"suggest_lr: {type(optimizer).__name__} finds no matrix in this model, see its explain()")

@@ -1,0 +1,307 @@
+"""A suggested rate is exact where there is an exact one, certified where not, and asking for it changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from cases import seeded
+from gramian.errors import InputError, UnsupportedError
+from gramian.operators import line_curvature
+from gramian.optim.suggestion import _Rehearsals
+from test_capture import assert_same, snapshot
+from zoo import ZOO
+
+REGRESS, CLASSIFY = gm.Objective.regression(), gm.Objective.classification()
+
+
+def linear_regression(seed: int = 0, noise: float = 0.0, scale: float = 1.0) -> tuple[nn.Module, list]:
+    """A linear model in float64 with two batches of one true matrix, targets and so losses scaled."""
+    g = seeded(seed)
+    x = torch.randn(2, 40, 6, generator=g, dtype=torch.float64)
+    true = torch.randn(6, 3, generator=g, dtype=torch.float64)
+    y = x @ true + noise * torch.randn(2, 40, 3, generator=g, dtype=torch.float64)
+    model = nn.Linear(6, 3, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.zero_()
+    return model, list(zip(x, scale * y, strict=True))
+
+
+def tiny(width: int = 8, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    g = seeded(1)
+    model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+    model = model.to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / p.shape[-1] ** 0.5)
+    return model, (torch.randn(16, 5, generator=g).to(dtype), torch.randint(3, (16,), generator=g))
+
+
+# --- curvature along a line -------------------------------------------------------------------------------------------
+
+
+def test_curvature_along_a_line_is_that_of_dense_matrices():
+    model, (x, y) = tiny()
+    names, params = zip(*model.named_parameters(), strict=True)
+    direction = [torch.randn(p.shape, generator=seeded(i), dtype=p.dtype) for i, p in enumerate(params)]
+    d = torch.cat([t.flatten() for t in direction])
+
+    def unflat(v: Tensor) -> dict[str, Tensor]:
+        parts = v.split([p.numel() for p in params])
+        return {n: part.view(p.shape) for n, p, part in zip(names, params, parts, strict=True)}
+
+    def scores(v: Tensor) -> Tensor:
+        return torch.func.functional_call(model, unflat(v), (x,))
+
+    def loss(v: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(scores(v), y)
+
+    theta = torch.cat([p.detach().flatten() for p in params])
+    jacobian = torch.func.jacfwd(scores)(theta)  # (samples, classes, parameters)
+    p = scores(theta).softmax(-1)
+    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    pushed = jacobian @ d
+    exact = {
+        "gauss_newton": torch.einsum("bi,bij,bj->", pushed, middle, pushed) / len(x),
+        "hessian": d @ torch.func.hessian(loss)(theta) @ d,
+    }
+    along = dict(zip(params, direction, strict=True))
+    for matrix, wanted in exact.items():
+        found = line_curvature(model, (x, y), CLASSIFY, along, matrix=matrix)  # type: ignore[arg-type]
+        assert found.curvature == pytest.approx(float(wanted), rel=1e-10)
+        assert found.slope == pytest.approx(float(torch.func.grad(loss)(theta) @ d), rel=1e-10)
+        assert found.loss == pytest.approx(float(loss(theta)), rel=1e-12)
+
+
+def test_a_plain_loss_has_a_hessian_and_no_gauss_newton_matrix():
+    model, batch = tiny()
+    along = {p: torch.ones_like(p) for p in model.parameters()}
+
+    def plain(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    found = line_curvature(model, batch, plain, along)
+    wanted = line_curvature(model, batch, CLASSIFY, along, matrix="hessian")
+    assert (found.matrix, found.curvature) == ("hessian", pytest.approx(wanted.curvature, rel=1e-10))
+    with pytest.raises(InputError, match="Gauss–Newton matrix wants"):
+        line_curvature(model, batch, plain, along, matrix="gauss_newton")
+
+
+def test_a_parabola_without_a_lowest_point_ahead_says_so():
+    model, batch = tiny()
+    gradient = torch.autograd.grad(loss_of(model, batch), list(model.parameters()))
+    up = {p: -g for p, g in zip(model.parameters(), gradient, strict=True)}
+    assert line_curvature(model, batch, CLASSIFY, up).minimum == 0.0
+    still = {p: torch.zeros_like(p) for p in model.parameters()}
+    nowhere = line_curvature(model, batch, CLASSIFY, still)
+    with pytest.raises(InputError, match="no trainable parameter"):
+        line_curvature(model, batch, CLASSIFY, {})
+    assert (nowhere.slope, nowhere.curvature, nowhere.minimum) == (0.0, 0.0, 0.0)
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+# --- the suggestion ---------------------------------------------------------------------------------------------------
+
+
+def test_gradient_descent_on_a_parabola_finds_the_exact_line_minimum():
+    model, (batch, _) = linear_regression()
+    x, y = batch
+    gradient = (x @ model.weight.detach().T - y).T @ x / len(x)
+    pushed = x @ gradient.T
+    exact = float(gradient.square().sum() / (pushed.square().sum() / len(x)))
+    assert gm.suggest_lr(model, batch, REGRESS, optimizer="sgd").line == pytest.approx(exact, rel=1e-10)
+
+
+def test_gradient_descent_on_a_parabola_stays_below_the_stable_rate():
+    model, batches = linear_regression()
+    x = batches[0][0]
+    stable = 2 / float(torch.linalg.eigvalsh(x.T @ x / len(x))[-1])
+    found = gm.suggest_lr(model, batches, REGRESS, optimizer="sgd")
+    assert stable / 10 < found.lr < stable
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def test_the_rate_of_gradient_descent_takes_the_loss_s_unit(scale: float):
+    (model, batches), (other, _) = linear_regression(), linear_regression()
+
+    def scaled(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return scale * 0.5 * (model(batch[0]) - batch[1]).square().sum(-1).mean()
+
+    one = gm.suggest_lr(model, batches, scaled, optimizer="sgd")
+    plain = gm.suggest_lr(other, batches, REGRESS, optimizer="sgd")
+    assert one.line * scale == pytest.approx(plain.line, rel=1e-8)
+    assert one.lr * scale == pytest.approx(plain.lr, rel=1e-4)
+
+
+def test_the_rate_of_muon_does_not_know_the_loss_s_unit():
+    model, batch = tiny(dtype=torch.float32)
+    x, y = batch
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+    times = {c: lambda model, batch, c=c: c * loss_of(model, batch) for c in (1.0, 1024.0)}
+    one, other = (gm.suggest_lr(model, batches, times[c], num_steps=4).lr for c in (1.0, 1024.0))
+    assert one == pytest.approx(other, rel=0.05)  # AdamW's ε, at the head, has the loss's unit
+
+
+def test_noise_lowers_the_line_s_minimum():
+    clean, noisy = (linear_regression(noise=noise) for noise in (0.0, 20.0))
+    rates = [gm.suggest_lr(model, batches, REGRESS, optimizer="sgd").line for model, batches in (clean, noisy)]
+    alone = gm.suggest_lr(noisy[0], noisy[1][0], REGRESS, optimizer="sgd").line
+    assert rates[1] < 0.8 * rates[0]
+    assert rates[1] < 0.8 * alone
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_regression", "batchnorm_cnn", "gru", "gpt2"])
+def test_the_suggestion_lowers_the_loss_of_a_batch_it_was_not_made_on(name: str, optimizer: str):
+    case = ZOO[name]
+    model, batches = case.make_model(0), case.make_batches(0)
+    objective = getattr(gm.Objective, case.objective)()
+    found = gm.suggest_lr(model, batches[:3], objective, optimizer=optimizer, num_steps=6)
+    assert 0 < found.range[0] <= found.lr <= found.range[1] < math.inf
+    assert dict(found.rehearsed)[found.lr] < found.before
+    total, units = objective.loss(model, batches[3])
+    before = float(total.detach() / units)
+    make = {"muon": lambda: gm.optim.Muon(model, lr=found.lr)}
+    opt = make.get(optimizer, lambda: torch.optim.AdamW(model.parameters(), lr=found.lr))()
+    for step in range(6):
+        opt.zero_grad()
+        case.loss(model, batches[step % 3]).backward()
+        opt.step()
+    with torch.no_grad():
+        total, units = objective.loss(model, batches[3])
+    assert float(total / units) < before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoo_gets_a_rate(name: str):
+    case = ZOO[name]
+    objective = getattr(gm.Objective, case.objective)()
+    for optimizer in ("muon", "soap", "shampoo", "adamw", "sgd"):
+        found = gm.suggest_lr(case.make_model(0), case.make_batches(0), objective, optimizer=optimizer, num_steps=4)
+        assert 0 < found.lr < math.inf
+        assert found.rehearsed == tuple(sorted(found.rehearsed))
+
+
+@pytest.mark.parametrize("name", ["batchnorm_cnn", "gpt2"])
+def test_asking_changes_nothing(name: str):
+    case = ZOO[name]
+    model, batches = case.make_model(0), case.make_batches(0)
+    case.loss(model, batches[0]).backward()
+    model[1].eval() if name == "batchnorm_cnn" else None  # type: ignore[index]
+    held = [p.grad for p in model.parameters()]
+    before = snapshot(model)
+    gm.suggest_lr(model, batches, getattr(gm.Objective, case.objective)(), num_steps=2)
+    assert_same(before, snapshot(model))
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), held, strict=True))
+
+
+def test_asking_twice_gives_the_same_rate_with_dropout():
+    model = nn.Sequential(nn.Linear(64, 16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 10))
+    batches = ZOO["mlp"].make_batches(0)
+    torch.manual_seed(0)
+    first = gm.suggest_lr(model, batches, CLASSIFY, num_steps=3)
+    torch.manual_seed(1)
+    assert gm.suggest_lr(model, batches, CLASSIFY, num_steps=3) == first
+
+
+def test_noise_on_the_plateau_of_too_large_rates_is_no_minimum():
+    losses = {40.0: 0.99, 12.6: 1.01, 4.0: 1.02, 1.26: 0.5, 0.4: 0.7, 0.126: 0.9}  # one before any step
+
+    class Told(_Rehearsals):
+        def __init__(self) -> None:
+            self.losses = {}
+
+        def _rehearse(self, lr: float) -> float:
+            self.losses[lr] = min((abs(math.log(lr / rate)), loss) for rate, loss in losses.items())[1]
+            return self.losses[lr]
+
+    assert Told()._search(40.0, before=1.0) == pytest.approx(1.26, rel=0.01)
+
+
+def test_a_failure_changes_nothing_either():
+    model, batch = tiny()
+    calls = []
+
+    def breaks(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyError("the user's own")
+        return loss_of(model, batch)
+
+    before = snapshot(model)
+    with pytest.raises(KeyError, match="the user's own"):
+        gm.suggest_lr(model, batch, breaks)
+    assert_same(before, snapshot(model))
+
+
+def test_extreme_gradients_give_a_rate():
+    model, (x, y) = tiny(dtype=torch.float32)
+    for factor in (1e-26, 1e20):
+        small = gm.suggest_lr(model, (x, y), lambda m, b, f=factor: f * loss_of(m, b), num_steps=2)
+        assert 0 < small.lr < math.inf
+
+
+def test_the_text_says_how():
+    model, batches = linear_regression()
+    text = str(gm.suggest_lr(model, batches, REGRESS, optimizer="sgd"))
+    assert text.startswith("lr = ")
+    assert "Gauss–Newton, training mode" in text
+    assert "one batch" in str(gm.suggest_lr(model.eval(), batches[0], REGRESS, optimizer="sgd"))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_answered_is_refused_with_its_reason():
+    model, batch = tiny(dtype=torch.float32)
+    with pytest.raises(InputError, match="finds no matrix"):
+        gm.suggest_lr(nn.BatchNorm1d(5), batch, CLASSIFY)
+    with pytest.raises(InputError, match="the gradient is zero"):
+        gm.suggest_lr(model, batch, lambda m, b: 0.0 * loss_of(m, b), optimizer="sgd")
+    with pytest.raises(InputError, match="loss is nan before any step"):
+        gm.suggest_lr(model, (batch[0] * math.nan, batch[1]), CLASSIFY)
+    with pytest.raises(InputError, match="unknown optimizer 'adam'; wanted muon, soap"):
+        gm.suggest_lr(model, batch, CLASSIFY, optimizer="adam")
+    with pytest.raises(InputError, match="got an empty list"):
+        gm.suggest_lr(model, [], CLASSIFY)
+    with pytest.raises(InputError, match="num_steps must be at least 1"):
+        gm.suggest_lr(model, batch, CLASSIFY, num_steps=0)
+    with pytest.raises(InputError, match="must return a torch optimizer, got int"):
+        gm.suggest_lr(model, batch, CLASSIFY, optimizer=lambda model, lr: 3)  # type: ignore[arg-type,return-value]
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with pytest.raises(InputError, match="no trainable parameter"):
+        gm.suggest_lr(frozen, batch, CLASSIFY)
+
+
+def test_a_loss_that_no_rate_lowers_is_refused():
+    model, (x, y) = tiny(dtype=torch.float32)
+    apart = [(x, y), (x, y)]  # what lowers one raises the other
+    with pytest.raises(InputError, match=r"no rate from .* lowers the held-out loss"):
+        gm.suggest_lr(model, apart, lambda m, b: loss_of(m, b) * (1 if b is apart[0] else -1), num_steps=2)
+
+
+def test_optimizers_without_a_direction_are_refused():
+    model, batch = tiny(dtype=torch.float32)
+    for optimizer in (
+        torch.optim.Adafactor,
+        lambda model, lr: gm.optim.Proximal(gm.optim.Muon(model, lr=lr), {"*": gm.prox.L1(1e-4)}),
+    ):
+        with pytest.raises(UnsupportedError, match="not its rate times a direction"):
+            gm.suggest_lr(model, batch, CLASSIFY, optimizer=optimizer)
+
+
+def test_an_operation_without_a_second_derivative_is_named():
+    model = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    batch = (torch.randint(10, (8, 5), generator=seeded(0)), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(UnsupportedError, match="embedding_bag"):
+        gm.suggest_lr(model, batch, CLASSIFY, optimizer="adamw")
+    assert gm.suggest_lr(model, batch, CLASSIFY, num_steps=2).lr > 0  # Muon's rate is not that of the table
