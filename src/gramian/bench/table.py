@@ -21,11 +21,8 @@ BENCHES: dict[str, str] = {
     "linalg": "gramian.bench.linalg",
     "capture": "gramian.bench.capture",
     "inspect": "gramian.bench.inspect",
-<<<<<<< HEAD
     "optim": "gramian.bench.optim",
-=======
     "rates": "gramian.bench.rates",
->>>>>>> rate
 }
 """Name on the command line: module with `rows(repeats, only, tell) -> Iterator[Row]`."""
 
