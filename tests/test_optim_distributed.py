@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from cases import seeded
 from distributed import run_on_ranks
 from gramian import placement
-from gramian.optim import SOAP, Muon, Shampoo
+from gramian.optim import SOAP, Muon, Shampoo, refresh
 from zoo import ZOO
 from zoo_variants import VARIANTS
 
@@ -180,6 +181,27 @@ def _takes_over(sharded: bool, name: str) -> tuple[list[dict[str, str]], dict[st
     return rows, numbers
 
 
+def _schedules() -> int:
+    """With rank 1 twice as slow: alone, rank 0 would choose 88/(200/9 − 2), rank 1 176/(200/9 − 4)."""
+    clock = itertools.count()
+    slow = 1 + dist.get_rank()
+    now = [0.0]
+
+    def tell(group: dict[str, Any]) -> float:
+        begins = next(clock) % 2 == 0
+        now[0] += 200.0 if begins else slow * (90.0 if group["refresh"] == 1 else 2.0)
+        return now[0]
+
+    before, refresh._now = refresh._now, tell
+    try:
+        model = VARIANTS["fsdp2"].wrap(small())
+        optimizer = Muon(model, max_overhead=0.1)
+        train(model, optimizer, range(12))
+    finally:
+        refresh._now = before
+    return optimizer.param_groups[0]["refresh"]
+
+
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +249,10 @@ def test_a_nan_on_one_rank_skips_the_parameter_on_all(name: str) -> None:
 def test_a_sharded_state_resumes_to_the_bit(how: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_on_ranks(_resumes, 2, how, name, folder)
+
+
+def test_ranks_agree_on_the_schedule_of_the_slowest() -> None:
+    assert run_on_ranks(_schedules, 2) == [math.ceil(176 / (200 / 9 - 4))] * 2
 
 
 def test_every_rank_saves_its_part() -> None:

@@ -11,17 +11,29 @@ import torch
 from torch import Tensor
 
 from gramian import placement
+from gramian.errors import UnsupportedError
 from gramian.optim.batches import State
 
 __all__ = ["Owners", "not_finite"]
 
 
-def not_finite(grads: Sequence[Tensor]) -> Tensor:
-    """Which gradients hold a NaN or an infinity, (P,), the same on all ranks that share one of them."""
+def not_finite(grads: Sequence[Tensor], power: int = 1) -> Tensor:
+    """Which gradients hold a NaN or an infinity, (P,), the same on all ranks that share one of them.
+
+    With `power`, also those with an entry whose power overflows the dtype.
+    """
+    if any(g.is_sparse for g in grads):
+        raise UnsupportedError("sparse gradients are not supported; make the embedding with sparse=False")
     parts = [placement.local(g) for g in grads]
-    # The largest entry: NaN if there is one.
-    peaks = [torch.linalg.vector_norm(x, math.inf) if x.numel() else x.new_zeros(()) for x in parts]
-    bad = torch.stack([~peak.isfinite().to(parts[0].device) for peak in peaks])
+    bad = torch.zeros(len(parts), dtype=torch.bool, device=parts[0].device)
+    kinds: dict[tuple, list[int]] = {}
+    for i, x in enumerate(parts):
+        if x.numel():  # a shard may be empty
+            kinds.setdefault((x.dtype, x.device), []).append(i)
+    for indices in kinds.values():
+        # The largest entries: NaN where there is one.
+        peaks = torch.stack(torch._foreach_norm([parts[i] for i in indices], math.inf))
+        bad[indices] = ~peaks.pow(power).isfinite().to(bad.device)
     for indices in _by_group(grads).values():
         votes = bad[indices].long()
         placement.all_reduce_sum([votes], placement.group_of(grads[indices[0]]))
