@@ -19,12 +19,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from cases import seeded
 from distributed import run_on_ranks
 from gramian import placement
-from gramian.optim import SOAP, Muon, Shampoo, refresh
+from gramian.optim import SOAP, Muon, Proximal, Shampoo, refresh
+from gramian.prox import L1
 from zoo import ZOO
 from zoo_variants import VARIANTS
 
@@ -135,6 +137,28 @@ def _by_whole(first, optimizer, second, again, folder) -> None:
 
 
 SAVED = {"by_rank": _by_rank, "by_checkpoint": _by_checkpoint, "by_whole": _by_whole}
+
+
+def _replicas() -> list[Tensor]:
+    """Replicas, as of tensor parallelism, whose gradient is a sum over the ranks; and a proximal map of a shard."""
+    mesh = init_device_mesh("cpu", (2,))
+    start, grads = torch.ones(4, 4), [torch.randn(4, 4, generator=seeded(i)) for i in range(2)]
+    replica = nn.Parameter(distribute_tensor(start.clone(), mesh, [Replicate()]))
+    replica.grad = DTensor.from_local(grads[dist.get_rank()].clone(), mesh, [Partial()])
+    optimizer = OPTIMIZERS["muon"]([replica])
+    optimizer.step()
+    plain = nn.Parameter(start.clone())
+    plain.grad = grads[0] + grads[1]
+    OPTIMIZERS["muon"]([plain]).step()
+    torch.testing.assert_close(placement.local(replica), plain.detach())
+    shard = nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)]))
+    proximal = Proximal(Muon([("w", shard)]), {"w": L1(100.0)})
+    shard.grad = distribute_tensor(torch.full((4, 4), math.nan), mesh, [Shard(0)])
+    proximal.step()
+    before = placement.whole(shard)
+    shard.grad = distribute_tensor(grads[0], mesh, [Shard(0)])
+    proximal.step()
+    return [before, placement.whole(shard)]
 
 
 def _parts() -> list[dict[str, str]]:
@@ -249,6 +273,12 @@ def test_a_nan_on_one_rank_skips_the_parameter_on_all(name: str) -> None:
 def test_a_sharded_state_resumes_to_the_bit(how: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_on_ranks(_resumes, 2, how, name, folder)
+
+
+def test_replicas_sum_their_gradients_and_shards_take_proximal_maps() -> None:
+    for skipped, mapped in run_on_ranks(_replicas, 2):
+        assert torch.equal(skipped, torch.ones(4, 4))
+        assert not mapped.any()
 
 
 def test_ranks_agree_on_the_schedule_of_the_slowest() -> None:

@@ -62,6 +62,9 @@ class Owners:
     def gather(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """The whole gradient of each parameter that this rank works on. Collective where any is sharded."""
         grads = {p: p.grad for p in params if p.grad is not None}
+        for p, g in grads.items():
+            if p not in self._owner and placement.is_sharded(g):  # a replica whose gradient is still to be summed
+                grads[p] = placement.whole(g)
         sharded = [p for p in params if p in self._owner]
         if sharded:
             wholes = placement.gather([grads[p] for p in sharded], [self._owner[p] for p in sharded])
