@@ -31,9 +31,9 @@ from zoo import ZOO
 from zoo_variants import VARIANTS
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    # Newton–Schulz to convergence: five steps of it amplify what is rounded differently.
-    "muon": lambda m: Muon(m, lr=0.02, num_iterations=14, weight_decay=0.1),
-    "muon_kept": lambda m: Muon(m, lr=0.02, num_iterations=14, refresh=3),
+    # To convergence: what is cut short amplifies what is rounded differently.
+    "muon": lambda m: Muon(m, lr=0.02, rtol=1e-10, weight_decay=0.1),
+    "muon_kept": lambda m: Muon(m, lr=0.02, rtol=1e-10, refresh=3),
     "soap": lambda m: SOAP(m, lr=0.02, refresh=2),
     "shampoo": lambda m: Shampoo(m, lr=0.02, refresh=2, damping=1e-2, rest_lr=1e-3),
 }

@@ -61,7 +61,7 @@ def drifted(make: Callable[..., Any]) -> list[float]:
 
 def test_drift_tells_how_stale_is_what_is_kept() -> None:
     kept = {
-        "muon": lambda w: Muon(w, refresh=10, num_iterations=14, nesterov=False),
+        "muon": lambda w: Muon(w, refresh=10, rtol=1e-10, nesterov=False),
         "soap": lambda w: SOAP(w, refresh=10),
         "shampoo": lambda w: Shampoo(w, refresh=10, rtol=1e-9),
     }

@@ -157,7 +157,7 @@ def test_health_has_numbers_for_every_state(name: str) -> None:
 @pytest.mark.parametrize("gradient", ["nan", "one_minus_inf", "zero", "rank_one", "huge", "tiny", "condition"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_neighbours_in_a_batch_are_unharmed(name: str, gradient: str) -> None:
-    """To the bit as beside a neighbour with an ordinary gradient."""
+    """As beside a neighbour with an ordinary gradient: to the bit, or to a few roundings where all share solves."""
     ends = []
     for make in (GRADIENTS[gradient], lambda s, i: noise(s, 77 + i)):
         params = [nn.Parameter(torch.ones(6, 5)) for _ in range(3)]
@@ -167,8 +167,9 @@ def test_neighbours_in_a_batch_are_unharmed(name: str, gradient: str) -> None:
                 p.grad = (make((6, 5), step) if i == 1 else noise((6, 5), 10 * i + step)).float()
             optimizer.step()
         ends.append([p.detach() for p in params])
-    assert torch.equal(ends[0][0], ends[1][0])
-    assert torch.equal(ends[0][2], ends[1][2])
+    for i in (0, 2):
+        roundings = 0 if name in ("soap", "shampoo") else 4
+        torch.testing.assert_close(ends[0][i], ends[1][i], rtol=roundings * torch.finfo(torch.float32).eps, atol=0)
     assert not torch.equal(ends[0][1], ends[1][1])
 
 

@@ -278,7 +278,7 @@ def test_an_older_state_without_newer_options_loads() -> None:
     steps(model, optimizer, range(1))
     state = optimizer.state_dict()
     for group in state["param_groups"]:
-        group.pop("max_overhead", None), group.pop("num_iterations", None)
+        group.pop("max_overhead", None), group.pop("nesterov", None)
     optimizer.load_state_dict(state)
     steps(model, optimizer, range(1, 2))
 

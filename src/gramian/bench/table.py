@@ -21,6 +21,7 @@ BENCHES: dict[str, str] = {
     "linalg": "gramian.bench.linalg",
     "capture": "gramian.bench.capture",
     "inspect": "gramian.bench.inspect",
+    "optim": "gramian.bench.optim",
 }
 """Name on the command line: module with `rows(repeats, only, tell) -> Iterator[Row]`."""
 

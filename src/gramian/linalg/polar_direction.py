@@ -29,6 +29,11 @@ GRAM = 5e-3
 """Least rtol for which the Gram matrix in float32 is good enough."""
 
 
+COMPANY = 8
+"""Matrices in the batch that a plan is made for, whatever it holds: a matrix's direction must not depend on its company,
+which differs between one process and several."""
+
+
 class Plan(NamedTuple):
     """The function, its steps or terms, the dtype of its products, and the least singular value it is made for."""
 
@@ -76,7 +81,7 @@ def _candidates(low: float, ratio: float, rtol: float) -> Iterator[tuple[Plan, P
 def direction(a: Tensor, rtol: float) -> tuple[Tensor, Plan]:
     """The polar factor of each matrix to `rtol`, and how it was found: nothing here waits for a GPU."""
     short, long = sorted(a.shape[-2:])
-    p = plan(short, long, max(1, math.prod(a.shape[:-2])), rtol, a.device.type)
+    p = plan(short, long, COMPANY, rtol, a.device.type)
     if p.method == "zolotarev":
         return zolotarev(a, low=p.low, terms=p.steps, dtype=p.dtype), p
     return quintics(a, low=p.low, steps=p.steps, dtype=p.dtype), p

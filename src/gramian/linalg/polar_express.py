@@ -112,9 +112,8 @@ def _composed(x: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -
     (a, b, c), *rest = coefficients
     poly = (gram * (b * s**3)).add_(square * (c * s**5))
     poly.diagonal(dim1=-2, dim2=-1).add_(a * s[:, 0])
+    x = torch.bmm(poly.to(x.dtype), x)
     spare = torch.empty_like(x)
-    torch.bmm(poly.to(x.dtype), x, out=spare)
-    x, spare = spare, x
     for i, (a, b, c) in enumerate(rest):
         if i < len(rest) - 1:
             a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5

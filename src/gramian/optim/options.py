@@ -57,6 +57,8 @@ def check(name: str, options: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {key} must not be negative, got {value}")
         if key.endswith(("beta", "momentum")) and not 0 <= value < 1:
             raise InputError(f"{name}: {key} must be in [0, 1), got {value}")
+        if key == "rtol" and not 0 < value < 1:
+            raise InputError(f"{name}: rtol must be between 0 and 1, got {value}")
     if options["scale"] not in ("spectral", "match_rms_adamw"):
         raise InputError(f"{name}: scale must be 'spectral' or 'match_rms_adamw', got {options['scale']!r}")
     size = options["part_size"]

@@ -24,16 +24,15 @@ def not_finite(grads: Sequence[Tensor], power: int = 1) -> Tensor:
     """
     if any(g.is_sparse for g in grads):
         raise UnsupportedError("sparse gradients are not supported; make the embedding with sparse=False")
-    parts = [placement.local(g) for g in grads]
-    bad = torch.zeros(len(parts), dtype=torch.bool, device=parts[0].device)
-    kinds: dict[tuple, list[int]] = {}
-    for i, x in enumerate(parts):
-        if x.numel():  # a shard may be empty
-            kinds.setdefault((x.dtype, x.device), []).append(i)
-    for indices in kinds.values():
-        # The largest entries: NaN where there is one.
-        peaks = torch.stack(torch._foreach_norm([parts[i] for i in indices], math.inf))
-        bad[indices] = ~peaks.pow(power).isfinite().to(bad.device)
+    parts = placement.locals_of(grads)
+    # The largest entry: NaN if there is one.
+    filled = [x for x in parts if x.numel()]
+    norms = iter(torch._foreach_norm(filled, math.inf) if filled else ())
+    peaks = [next(norms) if x.numel() else x.new_zeros(()) for x in parts]
+    if len({(peak.dtype, peak.device) for peak in peaks}) == 1:
+        bad = torch.stack(peaks).pow_(power).isfinite().logical_not_()
+    else:
+        bad = torch.stack([~peak.pow(power).isfinite().to(parts[0].device) for peak in peaks])
     for indices in _by_group(grads).values():
         votes = bad[indices].long()
         placement.all_reduce_sum([votes], placement.group_of(grads[indices[0]]))
@@ -73,11 +72,11 @@ class Owners:
                     del grads[p]
                 else:
                     grads[p] = whole
-        return {p: placement.local(g) for p, g in grads.items()}
+        return dict(zip(grads, placement.locals_of(list(grads.values())), strict=True))
 
     def add_(self, params: Sequence[Tensor], updates: Mapping[Tensor, Tensor], keep: Sequence[Tensor] | None) -> None:
         """Adds to each parameter its update, which its owner has; before that, multiplies it by its entry of `keep`."""
-        parts = [placement.local(p) for p in params]
+        parts = placement.locals_of(params)
         if keep is not None:
             torch._foreach_mul_(parts, [k.to(part.device) for k, part in zip(keep, parts, strict=True)])
         sharded = [p for p in params if p in self._owner]

@@ -8,10 +8,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from gramian import linalg
 from gramian.linalg import factor
 from gramian.optim.batches import State
-from gramian.optim.muon import average, look_ahead
+from gramian.optim.muon import average, look_ahead, orthogonal
 from gramian.optim.scaling import rescale_
 from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
 from gramian.optim.sides import Sides, check_sides, sides_of
@@ -58,7 +57,7 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
     # Not in place: without Nesterov what is looked at is the momentum itself.
     d = look_ahead(g, state["momentum"], turn) / root.add_(floor.clamp_min_(torch.finfo(g.dtype).tiny))
     if options["orthogonal"]:
-        d = linalg.polar_ex(d, method="newton_schulz", steps=5, certify=False)[0]
+        d = orthogonal(d, turn)
     else:
         # Entries of Adam's direction are ±1 at most, as a rule; so its norm is at most that of a polar factor.
         d *= state["weight"].sqrt() / max(d.shape[-2:]) ** 0.5
@@ -115,7 +114,7 @@ class SOAP(MatrixOptimizer):
         variance_beta, moment_beta: of Adam's second moment and of the second moments whose eigenvectors make the basis.
         sides: `"both"`; `"small"`, the smaller one only; `"auto"`: both where the longer side is less than twice the
             shorter one.
-        orthogonal: whether the direction is orthogonalised.
+        orthogonal, rtol: whether the direction is orthogonalised, and how well (see `Muon`).
         refresh: steps between two turns of a basis, staggered over the matrices.
         shared: see `MatrixOptimizer`.
 
@@ -141,6 +140,7 @@ class SOAP(MatrixOptimizer):
         moment_beta: float = 0.95,
         sides: Sides = "auto",
         orthogonal: bool = False,
+        rtol: float = 0.1,
         refresh: int = 10,
         **shared: Unpack[Shared],
     ) -> None:
@@ -152,5 +152,6 @@ class SOAP(MatrixOptimizer):
             "moment_beta": moment_beta,
             "sides": sides,
             "orthogonal": orthogonal,
+            "rtol": rtol,
         }
         super().__init__(params, lr, options, **{**shared, "refresh": refresh})

@@ -12,7 +12,7 @@ from gramian.placement.ranks import (
     is_distributed,
     world,
 )
-from gramian.placement.shards import group_of, is_sharded, local, local_ranges, whole, write_whole_
+from gramian.placement.shards import group_of, is_sharded, local, local_ranges, locals_of, whole, write_whole_
 from gramian.placement.steps import in_step
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "is_sharded",
     "local",
     "local_ranges",
+    "locals_of",
     "scatter_",
     "whole",
     "world",

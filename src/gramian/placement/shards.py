@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor
 from gramian.errors import ShapeError, UnsupportedError
 from gramian.placement.ranks import Group, world
 
-__all__ = ["Cut", "Spread", "group_of", "is_sharded", "local", "local_ranges", "spread_of", "whole", "write_whole_"]
+__all__ = ["Cut", "Spread", "group_of", "is_sharded", "local", "local_ranges", "locals_of", "spread_of", "whole", "write_whole_"]
 
 
 class Cut(NamedTuple):
@@ -138,6 +138,17 @@ def local(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         part = _dtensor(tensor).to_local()
     return (part.wait() if hasattr(part, "wait") else part).detach()
+
+
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`local` of each; free of cost where nothing in this process can be sharded.
+
+    >>> locals_of([torch.ones(2)])
+    [tensor([1., 1.])]
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+    return [local(tensor) for tensor in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,0 +1,154 @@
+"""The optimisers that race: one row each, the same few facts about every one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from gramian import optim
+from gramian.block import blocks
+from gramian.errors import InputError
+
+__all__ = ["ADAMW", "COMPETITORS", "DEFAULT", "TORCH_MUON", "Competitor", "Stepper", "chosen", "hidden_and_rest"]
+
+CHOICE_VARIABLE = "GRAMIAN_BENCH_COMPETITORS"
+
+
+class Stepper(Protocol):
+    """What a race needs of an optimiser."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One optimiser.
+
+    Args:
+        make: `make(model, lr, rest_lr)`; `rest_lr` is AdamW's tuned rate on the same task, for what is no hidden
+            matrix. Gramian's own make no use of it: they are given the model and `lr`, and nothing else.
+        start: the rate of the grid at which tuning starts: the one that its documentation shows, or the nearest.
+        package: what it needs besides torch.
+        ours: whether it is gramian's.
+        remark: how it was configured.
+        ndim: how many dimensions a hidden weight must have for it, if that matters.
+    """
+
+    make: Callable[[nn.Module, float, float], Stepper]
+    start: float
+    package: str = ""
+    ours: bool = False
+    remark: str = ""
+    ndim: int | None = None
+
+    def obstacle(self, model: nn.Module) -> str:
+        """Why it cannot take part with this model; empty where it can."""
+        if self.package and find_spec(self.package) is None:
+            return f"not measured: {self.package} is not installed"
+        if self.ndim is not None and not hidden_and_rest(model, ndim=self.ndim)[0]:
+            return f"refuses the model's hidden weights, which have not {self.ndim} dimensions"
+        return ""
+
+
+class _Together:
+    """Two optimisers that step as one: hidden matrices by the first, the rest by fused AdamW."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def hidden_and_rest(model: nn.Module, *, ndim: int | None = None) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The hidden matrices (those of `ndim` dimensions, if given) and every other parameter, as `gm.blocks` has them."""
+    found, _ = blocks(model)
+    names = {b.name for b in found if b.role == "hidden" and ndim in (None, b.parameter.ndim)}
+    parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in model.named_parameters():
+        parts[name not in names].append(parameter)
+    return parts
+
+
+def _adamw(params: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True)
+
+
+def _torch_muon(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
+    hidden, rest = hidden_and_rest(model, ndim=2)
+    return _Together([torch.optim.Muon(hidden, lr=lr, weight_decay=0.0), _adamw(rest, rest_lr)])
+
+
+def _peer_muon(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
+    import pytorch_optimizer
+
+    hidden, rest = hidden_and_rest(model)
+    muon = pytorch_optimizer.Muon([{"params": hidden, "lr": lr, "use_muon": True}])
+    return _Together([muon, _adamw(rest, rest_lr)])
+
+
+def _peer_soap(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
+    import pytorch_optimizer
+
+    hidden, rest = hidden_and_rest(model)
+    return _Together([pytorch_optimizer.SOAP(hidden, lr=lr, weight_decay=0.0), _adamw(rest, rest_lr)])
+
+
+def _ours(name: str, start: float) -> Competitor:
+    """One of `gm.optim`, as it comes: the model and a rate."""
+
+    def make(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
+        return getattr(optim, name)(model, lr=lr)
+
+    return Competitor(make, start, ours=True)
+
+
+ADAMW = "AdamW, fused"
+TORCH_MUON = "torch Muon"
+DEFAULT = "gramian Muon"
+"""The one that has to win on every task."""
+
+_REST = "the rest by fused AdamW at its tuned rate"
+COMPETITORS: dict[str, Competitor] = {
+    ADAMW: Competitor(lambda model, lr, rest_lr: _adamw(model.parameters(), lr), 1e-3),
+    TORCH_MUON: Competitor(_torch_muon, 3.16e-2, remark=f"hidden matrices; {_REST}", ndim=2),
+    "pytorch_optimizer Muon": Competitor(_peer_muon, 3.16e-2, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
+    "pytorch_optimizer SOAP": Competitor(_peer_soap, 3.16e-3, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
+    "gramian Muon": _ours("Muon", 0.1),
+}
+"""Weight decay is zero for all; momentum and everything else is as each has it by default."""
+
+
+def chosen() -> dict[str, Competitor]:
+    """The competitors whose name contains one of the words, separated by commas, of GRAMIAN_BENCH_COMPETITORS.
+
+    All of them where it is not set. Fused AdamW always takes part: its tuned rate serves the others.
+
+    >>> list(chosen())[0]
+    'AdamW, fused'
+    """
+    words = [word.strip() for word in os.environ.get(CHOICE_VARIABLE, "").split(",") if word.strip()]
+    for word in words:
+        if not any(word in name for name in COMPETITORS):
+            raise InputError(f"{CHOICE_VARIABLE}: no optimiser's name contains {word!r}; {', '.join(COMPETITORS)}")
+    return {k: c for k, c in COMPETITORS.items() if k == ADAMW or not words or any(word in k for word in words)}

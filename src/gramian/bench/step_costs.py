@@ -1,0 +1,254 @@
+"""What an optimiser's step costs: sixteen matrices of a transformer, an autoencoder, and a whole training step."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gramian import optim
+from gramian.bench.competitors import DEFAULT, TORCH_MUON, Competitor, Stepper, chosen
+from gramian.bench.learning_tasks import Transformer, autoencoder, images
+from gramian.bench.race import clock
+from gramian.bench.table import Goal, Measurement, Row
+
+__all__ = ["COSTS", "Steps", "matrices", "orthogonality"]
+
+WIDTH, DEPTH = 384, 4
+MOMENTUM = 0.95
+STEPS_PER_REPEAT = 8
+"""With the usual five repeats forty steps: whole cycles of a basis refreshed every ten or twenty."""
+
+PEER_SOAP, OUR_SOAP = "pytorch_optimizer SOAP", "gramian SOAP"
+OUR_MUON, ACCURATE_MUON = "gramian Muon", "gramian Muon, 7 iterations"
+
+VARIANTS: dict[str, Competitor] = {
+    ACCURATE_MUON: Competitor(lambda model, lr, rest_lr: optim.Muon(model, lr=lr, num_iterations=7), 0.1, ours=True),
+}
+"""Competitors in the cost of a step alone."""
+
+
+def _at_least_one(m: int, n: int, num_matrices: int) -> float:
+    return math.sqrt(max(1.0, m / n))
+
+
+LENGTHS: dict[str, Callable[[int, int, int], float]] = {
+    TORCH_MUON: _at_least_one,
+    "pytorch_optimizer Muon": _at_least_one,
+    OUR_MUON: lambda m, n, num_matrices: math.sqrt(m / n) / num_matrices,
+    ACCURATE_MUON: lambda m, n, num_matrices: math.sqrt(m / n) / num_matrices,
+}
+"""`length(m, n, number of matrices)`: what all singular values of an update at rate 1 should be."""
+
+
+@dataclass
+class Steps:
+    """The steps of one competitor: its model, and what each of them took."""
+
+    model: nn.Module
+    optimizer: Stepper
+    first: float = math.nan
+    times: list[float] = field(default_factory=list)
+
+    def step(self) -> None:
+        """One timed step on the gradients that lie ready; the first is kept apart."""
+        start = clock()
+        self.optimizer.step()
+        taken = clock() - start
+        if math.isnan(self.first):
+            self.first = taken
+        else:
+            self.times.append(taken)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.times)
+
+    def as_text(self) -> str:
+        """Mean, worst and first step in ms."""
+        return f"mean {1e3 * self.mean:.3g}, worst {1e3 * max(self.times):.3g}, first {1e3 * self.first:.3g}"
+
+
+def matrices(width: int = WIDTH, depth: int = DEPTH) -> nn.Sequential:
+    """The matrices of a transformer's blocks, each a Linear, and a head of one number, which is nobody's matrix."""
+    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * depth
+    return nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in shapes), nn.Linear(1, 1, bias=False))
+
+
+def orthogonality(updates: list[Tensor], lengths: list[float] | None) -> float:
+    """rms|σ − 1| over all singular values of the updates, each divided by its nominal length.
+
+    Where no nominal length is known it is the mean singular value of each, which flatters.
+    """
+    values = [torch.linalg.svdvals(update.double()) for update in updates]
+    scales = lengths if lengths is not None else [float(s.mean()) for s in values]
+    deviations = torch.cat([s / scale - 1 for s, scale in zip(values, scales, strict=True)])
+    return float(deviations.square().mean().sqrt())
+
+
+def _field(make: Callable[[], nn.Module], competitors: Mapping[str, Competitor]) -> tuple[dict[str, Steps], list[str]]:
+    """A model of the same weights and an optimiser for each competitor; and lines about those that are missing."""
+    entries: dict[str, Steps] = {}
+    missing: list[str] = []
+    for name, competitor in competitors.items():
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            model = make()
+        obstacle = competitor.obstacle(model)
+        if obstacle:
+            missing.append(f"{name}: {obstacle}")
+        else:
+            # A tenth of the usual rate: the weights are to stay sane, and the cost does not depend on it.
+            rate = competitor.start / 10
+            entries[name] = Steps(model, competitor.make(model, rate, 1e-4))
+    return entries, missing
+
+
+def _turns(entries: Mapping[str, Steps], round_: int) -> list[str]:
+    names = list(entries)
+    return names[round_ % len(names) :] + names[: round_ % len(names)]
+
+
+def _sixteen_matrices(title: str, repeats: int) -> Row:
+    """Steps on gradients whose momentum is a fresh Gaussian matrix every time: no warm start can profit."""
+    entries, missing = _field(matrices, chosen() | (VARIANTS if OUR_MUON in chosen() else {}))
+    generator = torch.Generator().manual_seed(0)
+    wanted = [torch.zeros_like(p) for p in next(iter(entries.values())).model.parameters()]
+    errors: dict[str, float] = {}
+    num_rounds = STEPS_PER_REPEAT * repeats + 1
+    for round_ in range(num_rounds):
+        # With B ← μ B + g, the momentum B is then the new matrix itself, whatever came before.
+        gradients = [w.mul(-MOMENTUM) for w in wanted]
+        for w, g in zip(wanted, gradients, strict=True):
+            g.add_(w.normal_(generator=generator))
+        for name in _turns(entries, round_):
+            entry = entries[name]
+            for p, g in zip(entry.model.parameters(), gradients, strict=True):
+                p.grad = g.clone()
+            if round_ == num_rounds - 1 and "Muon" in name:
+                errors[name] = _measured_error(name, entry)
+            else:
+                entry.step()
+    note = "rms|σ − 1| of the update; fresh direction each step" + "".join(f"; {line}" for line in missing)
+    measurements = tuple(
+        Measurement(name, entry.median, errors.get(name), f"{entry.as_text()} ms") for name, entry in entries.items()
+    )
+    return Row(title, note, measurements, tuple(_matrix_goals(entries, errors)))
+
+
+def _measured_error(name: str, entry: Steps) -> float:
+    """rms|σ − 1| of a step at rate 1 from zero weights, where what is left of the weights is the update itself."""
+    hidden = list(entry.model.parameters())[:-1]
+    with torch.no_grad():
+        for p in hidden:
+            p.zero_()
+    for group in entry.optimizer.param_groups:
+        group["lr"] = 1.0
+    entry.optimizer.step()
+    length = LENGTHS.get(name)
+    lengths = None if length is None else [length(p.shape[0], p.shape[1], len(hidden)) for p in hidden]
+    return orthogonality([p.detach() for p in hidden], lengths)
+
+
+def _matrix_goals(entries: Mapping[str, Steps], errors: Mapping[str, float]) -> list[tuple[Goal, float]]:
+    goals: list[tuple[Goal, float]] = []
+    for name, ratio, error in ((OUR_MUON, 0.45, 0.11), (ACCURATE_MUON, 1.0, 0.03)):
+        if name in entries and TORCH_MUON in entries:
+            goals.append((Goal(f"{name}'s step ÷ torch Muon's", "<=", ratio), _ratio(entries, name, TORCH_MUON)))
+            goals.append((Goal(f"{name}'s rms|σ − 1|", "<=", error), errors[name]))
+    if OUR_SOAP in entries and PEER_SOAP in entries:
+        figure = entries[OUR_SOAP].mean / entries[PEER_SOAP].mean
+        goals.append((Goal("SOAP's mean step ÷ pytorch_optimizer SOAP's", "<=", 0.2), figure))
+    if OUR_SOAP in entries:
+        figure = max(entries[OUR_SOAP].times) / entries[OUR_SOAP].median
+        goals.append((Goal("SOAP's worst step ÷ median", "<=", 1.5), figure))
+    if DEFAULT in entries:
+        goals.append((Goal("first step of the default, s", "<=", 1.0), entries[DEFAULT].first))
+    return goals
+
+
+def _ratio(entries: Mapping[str, Steps], name: str, other: str) -> float:
+    return entries[name].median / entries[other].median
+
+
+def _autoencoder(title: str, repeats: int) -> Row:
+    """Whole steps of every optimiser in training, each on its own model and real gradients."""
+    entries, missing = _field(autoencoder, chosen())
+    task = images(0)
+    batches = task.batches(4)
+    for round_ in range(STEPS_PER_REPEAT * repeats + 1):
+        for name in _turns(entries, round_):
+            _backward(entries[name].model, batches[round_ % len(batches)][0])
+            entries[name].step()
+    goals = []
+    if DEFAULT in entries and TORCH_MUON in entries:
+        figure = entries[DEFAULT].mean / entries[TORCH_MUON].mean
+        goals.append((Goal("mean step of the default ÷ torch Muon's", "<=", 0.15), figure))
+    measurements = tuple(
+        Measurement(name, entry.median, None, entry.as_text() + " ms") for name, entry in entries.items()
+    )
+    return Row(title, "; ".join(["whole step(), real gradients", *missing]), measurements, tuple(goals))
+
+
+def _backward(model: nn.Module, x: Tensor) -> None:
+    model.zero_grad()
+    (0.5 * (model(x) - x).square().sum() / len(x)).backward()
+
+
+def _overhead(title: str, repeats: int) -> Row:
+    """Mean step() over forward and backward at 4,096 tokens; five steps a pass, each on gradients with fresh noise."""
+
+    def transformer() -> nn.Module:
+        return Transformer(width=WIDTH, depth=DEPTH, heads=6, context=256)
+
+    entries, missing = _field(transformer, chosen())
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = transformer()
+    tokens = torch.randint(65, (16, 257), generator=generator)
+    passes: list[float] = []
+    for round_ in range(repeats + 1):
+        model.zero_grad()
+        start = clock()
+        nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        passes.append(clock() - start)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for _ in range(STEPS_PER_REPEAT):
+            fresh = [_with_noise(g, generator) for g in gradients]
+            for name in _turns(entries, round_):
+                for p, g in zip(entries[name].model.parameters(), fresh, strict=True):
+                    p.grad = g.clone()
+                entries[name].step()
+    whole = statistics.median(passes[1:])
+    measurements = tuple(
+        Measurement(name, entry.median, None, f"{entry.as_text()} ms; {entry.mean / whole:.1%} of forward + backward")
+        for name, entry in entries.items()
+    )
+    goals = []
+    if DEFAULT in entries:
+        goals.append(
+            (Goal("mean step of the default ÷ (forward + backward)", "<=", 0.05), entries[DEFAULT].mean / whole)
+        )
+    return Row(title, "; ".join([f"forward + backward {1e3 * whole:.4g} ms", *missing]), measurements, tuple(goals))
+
+
+def _with_noise(gradient: Tensor, generator: torch.Generator) -> Tensor:
+    rms = gradient.square().mean().sqrt()
+    return torch.empty_like(gradient).normal_(generator=generator).mul_(rms).add_(gradient)
+
+
+COSTS: dict[str, Callable[[str, int], Row]] = {
+    "step cost: 16 matrices": _sixteen_matrices,
+    "step cost: autoencoder": _autoencoder,
+    "overhead: transformer, 4,096 tokens": _overhead,
+}
+"""Row's name: what measures it."""
