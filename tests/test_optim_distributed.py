@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import tempfile
 from collections.abc import Callable
@@ -18,19 +19,21 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from cases import seeded
 from distributed import run_on_ranks
 from gramian import placement
-from gramian.optim import SOAP, Muon, Shampoo
+from gramian.optim import SOAP, Muon, Proximal, Shampoo, refresh
+from gramian.prox import L1
 from zoo import ZOO
 from zoo_variants import VARIANTS
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    # Newton–Schulz to convergence: five steps of it amplify what is rounded differently.
-    "muon": lambda m: Muon(m, lr=0.02, num_iterations=14, weight_decay=0.1),
-    "muon_kept": lambda m: Muon(m, lr=0.02, num_iterations=14, refresh=3),
+    # To convergence: what is cut short amplifies what is rounded differently.
+    "muon": lambda m: Muon(m, lr=0.02, rtol=1e-10, weight_decay=0.1),
+    "muon_kept": lambda m: Muon(m, lr=0.02, rtol=1e-10, refresh=3),
     "soap": lambda m: SOAP(m, lr=0.02, refresh=2),
     "shampoo": lambda m: Shampoo(m, lr=0.02, refresh=2, damping=1e-2, rest_lr=1e-3),
 }
@@ -136,6 +139,28 @@ def _by_whole(first, optimizer, second, again, folder) -> None:
 SAVED = {"by_rank": _by_rank, "by_checkpoint": _by_checkpoint, "by_whole": _by_whole}
 
 
+def _replicas() -> list[Tensor]:
+    """Replicas, as of tensor parallelism, whose gradient is a sum over the ranks; and a proximal map of a shard."""
+    mesh = init_device_mesh("cpu", (2,))
+    start, grads = torch.ones(4, 4), [torch.randn(4, 4, generator=seeded(i)) for i in range(2)]
+    replica = nn.Parameter(distribute_tensor(start.clone(), mesh, [Replicate()]))
+    replica.grad = DTensor.from_local(grads[dist.get_rank()].clone(), mesh, [Partial()])
+    optimizer = OPTIMIZERS["muon"]([replica])
+    optimizer.step()
+    plain = nn.Parameter(start.clone())
+    plain.grad = grads[0] + grads[1]
+    OPTIMIZERS["muon"]([plain]).step()
+    torch.testing.assert_close(placement.local(replica), plain.detach())
+    shard = nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)]))
+    proximal = Proximal(Muon([("w", shard)]), {"w": L1(100.0)})
+    shard.grad = distribute_tensor(torch.full((4, 4), math.nan), mesh, [Shard(0)])
+    proximal.step()
+    before = placement.whole(shard)
+    shard.grad = distribute_tensor(grads[0], mesh, [Shard(0)])
+    proximal.step()
+    return [before, placement.whole(shard)]
+
+
 def _parts() -> list[dict[str, str]]:
     """What each rank's state holds of the last square matrix, and what a rank saves."""
     model = VARIANTS["fsdp2"].wrap(small())
@@ -178,6 +203,27 @@ def _takes_over(sharded: bool, name: str) -> tuple[list[dict[str, str]], dict[st
         train(model, optimizer, range(2, 4))
         numbers |= weights(model)
     return rows, numbers
+
+
+def _schedules() -> int:
+    """With rank 1 twice as slow: alone, rank 0 would choose 88/(200/9 − 2), rank 1 176/(200/9 − 4)."""
+    clock = itertools.count()
+    slow = 1 + dist.get_rank()
+    now = [0.0]
+
+    def tell(group: dict[str, Any]) -> float:
+        begins = next(clock) % 2 == 0
+        now[0] += 200.0 if begins else slow * (90.0 if group["refresh"] == 1 else 2.0)
+        return now[0]
+
+    before, refresh._now = refresh._now, tell
+    try:
+        model = VARIANTS["fsdp2"].wrap(small())
+        optimizer = Muon(model, max_overhead=0.1)
+        train(model, optimizer, range(12))
+    finally:
+        refresh._now = before
+    return optimizer.param_groups[0]["refresh"]
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
@@ -227,6 +273,16 @@ def test_a_nan_on_one_rank_skips_the_parameter_on_all(name: str) -> None:
 def test_a_sharded_state_resumes_to_the_bit(how: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_on_ranks(_resumes, 2, how, name, folder)
+
+
+def test_replicas_sum_their_gradients_and_shards_take_proximal_maps() -> None:
+    for skipped, mapped in run_on_ranks(_replicas, 2):
+        assert torch.equal(skipped, torch.ones(4, 4))
+        assert not mapped.any()
+
+
+def test_ranks_agree_on_the_schedule_of_the_slowest() -> None:
+    assert run_on_ranks(_schedules, 2) == [math.ceil(176 / (200 / 9 - 4))] * 2
 
 
 def test_every_rank_saves_its_part() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import seeded
+from gramian.errors import InputError, UnsupportedError
 from gramian.optim import SOAP, Muon, Shampoo
 from gramian.optim.shell import MatrixOptimizer
 
@@ -105,6 +106,39 @@ def test_weights_stay_finite_and_outcomes_are_counted(name: str, gradient: str) 
     assert {key: row["skipped"] for key, row in optimizer.health().items()} == skipped
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_the_rest_stays_finite_and_goes_on(gradient: str) -> None:
+    """Vectors of all dtypes; after five hostile gradients, ordinary ones move every one of them again."""
+    params = {str(dtype): nn.Parameter(torch.zeros(7, dtype=dtype)) for dtype in DTYPES}
+    optimizer = Muon(
+        [*params.items(), ("matrix", nn.Parameter(torch.ones(2, 2))), ("none", nn.Parameter(torch.ones(0)))]
+    )
+    skipped = dict.fromkeys(params, 0)
+    for step in range(10):
+        for key, p in params.items():
+            make = GRADIENTS[gradient] if step < 5 else noise
+            p.grad = make((7, 1), step).flatten().to(p.dtype)
+            skipped[key] += not p.grad.square().isfinite().all()
+        before = {key: p.detach().clone() for key, p in params.items()}
+        optimizer.step()
+        for key, p in params.items():
+            assert p.isfinite().all(), (key, step)
+            assert torch.equal(p, before[key]) or p.grad.square().isfinite().all(), (key, step)
+    for key, p in params.items():
+        assert optimizer.health()[key]["skipped"] == skipped[key]
+        assert not torch.equal(p, before[key]) or optimizer.state[p]["exp_avg_sq"].max() > 1e5, key
+
+
+def test_what_cannot_be_stepped_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'w' is of torch\.complex64"):
+        Muon([("w", nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)))])
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = Muon(nn.Sequential(embedding, nn.Linear(3, 3), nn.Linear(3, 2)))
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(UnsupportedError, match="sparse gradients"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_health_has_numbers_for_every_state(name: str) -> None:
     for gradient, make in GRADIENTS.items():
@@ -123,7 +157,7 @@ def test_health_has_numbers_for_every_state(name: str) -> None:
 @pytest.mark.parametrize("gradient", ["nan", "one_minus_inf", "zero", "rank_one", "huge", "tiny", "condition"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_neighbours_in_a_batch_are_unharmed(name: str, gradient: str) -> None:
-    """To the bit as beside a neighbour with an ordinary gradient."""
+    """As beside a neighbour with an ordinary gradient: to the bit, or to a few roundings where all share solves."""
     ends = []
     for make in (GRADIENTS[gradient], lambda s, i: noise(s, 77 + i)):
         params = [nn.Parameter(torch.ones(6, 5)) for _ in range(3)]
@@ -133,8 +167,9 @@ def test_neighbours_in_a_batch_are_unharmed(name: str, gradient: str) -> None:
                 p.grad = (make((6, 5), step) if i == 1 else noise((6, 5), 10 * i + step)).float()
             optimizer.step()
         ends.append([p.detach() for p in params])
-    assert torch.equal(ends[0][0], ends[1][0])
-    assert torch.equal(ends[0][2], ends[1][2])
+    for i in (0, 2):
+        roundings = 0 if name in ("soap", "shampoo") else 4
+        torch.testing.assert_close(ends[0][i], ends[1][i], rtol=roundings * torch.finfo(torch.float32).eps, atol=0)
     assert not torch.equal(ends[0][1], ends[1][1])
 
 

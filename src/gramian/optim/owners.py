@@ -11,22 +11,28 @@ import torch
 from torch import Tensor
 
 from gramian import placement
+from gramian.errors import UnsupportedError
 from gramian.optim.batches import State
 
 __all__ = ["Owners", "not_finite"]
 
 
-def not_finite(grads: Sequence[Tensor]) -> Tensor:
-    """Which gradients hold a NaN or an infinity, (P,), the same on all ranks that share one of them."""
+def not_finite(grads: Sequence[Tensor], power: int = 1) -> Tensor:
+    """Which gradients hold a NaN or an infinity, (P,), the same on all ranks that share one of them.
+
+    With `power`, also those with an entry whose power overflows the dtype.
+    """
+    if any(g.is_sparse for g in grads):
+        raise UnsupportedError("sparse gradients are not supported; make the embedding with sparse=False")
     parts = placement.locals_of(grads)
     # The largest entry: NaN if there is one.
     filled = [x for x in parts if x.numel()]
     norms = iter(torch._foreach_norm(filled, math.inf) if filled else ())
     peaks = [next(norms) if x.numel() else x.new_zeros(()) for x in parts]
     if len({(peak.dtype, peak.device) for peak in peaks}) == 1:
-        bad = torch.stack(peaks).isfinite().logical_not_()
+        bad = torch.stack(peaks).pow_(power).isfinite().logical_not_()
     else:
-        bad = torch.stack([~peak.isfinite().to(parts[0].device) for peak in peaks])
+        bad = torch.stack([~peak.pow(power).isfinite().to(parts[0].device) for peak in peaks])
     for indices in _by_group(grads).values():
         votes = bad[indices].long()
         placement.all_reduce_sum([votes], placement.group_of(grads[indices[0]]))
@@ -55,6 +61,9 @@ class Owners:
     def gather(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """The whole gradient of each parameter that this rank works on. Collective where any is sharded."""
         grads = {p: p.grad for p in params if p.grad is not None}
+        for p, g in grads.items():
+            if p not in self._owner and placement.is_sharded(g):  # a replica whose gradient is still to be summed
+                grads[p] = placement.whole(g)
         sharded = [p for p in params if p in self._owner]
         if sharded:
             wholes = placement.gather([grads[p] for p in sharded], [self._owner[p] for p in sharded])

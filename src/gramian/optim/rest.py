@@ -32,13 +32,16 @@ class Rest:
         self._adamw.state = state
 
     def step(self) -> tuple[list[Tensor], Tensor]:
-        """AdamW's step without the parameters whose gradient is not finite; returns all, and which those are (P,)."""
+        """AdamW's step without the parameters whose gradient or its square is not finite; and which those are (P,).
+
+        A square that overflows would stay in the second moment, and stop the parameter for ever.
+        """
         groups = self._adamw.param_groups if self._adamw is not None else []
         params = [p for g in groups for p in g["params"] if p.grad is not None and p.grad.numel()]
         if not params:
             return [], torch.zeros(0)
         assert self._adamw is not None
-        bad = not_finite([p.grad for p in params])
+        bad = not_finite([p.grad for p in params], power=2)
         held = [(p, p.grad) for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
         for p, _ in held:
             p.grad = None

@@ -49,7 +49,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         maximize: ascend.
 
     A parameter whose gradient is not finite is skipped for that step, its state with it, and counted in `health()`;
-    all ranks agree. Zero, rank-one and extremely scaled gradients give a finite step. One without a gradient stays.
+    all ranks agree. Zero, rank-one and extremely scaled gradients give a finite step (of the rest, gradients whose
+    square overflows are skipped). A parameter without a gradient stays.
 
     The matrices of a sharded parameter (FSDP2) are worked on whole by one rank each, which has their state;
     `state_dict()` and `load_state_dict()` are collective then. Every rank gets its part of the state, slices as
@@ -109,6 +110,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return [([r.cut(self._part_size) for r in routes], own) for routes, own in groups]
 
     def _add_routes(self, routes: Sequence[Route]) -> None:
+        for r in routes:
+            if not r.parameter.is_floating_point():
+                raise InputError(
+                    f"{type(self).__name__}: {r.name!r} is of {r.parameter.dtype}; expected real floating-point "
+                    "parameters. Leave others out, or see torch.view_as_real for complex ones"
+                )
         self._order += [r.parameter for r in routes]
         self._routes.update((r.parameter, r) for r in routes)
         matrices = [r for r in self._routes.values() if r.layout is not None]
