@@ -29,8 +29,8 @@ GRAM = 5e-3
 
 
 COMPANY = 8
-"""Matrices in the batch that a plan is made for, whatever it holds: a matrix's direction must not depend on its company,
-which differs between one process and several."""
+"""Matrices in the batch that a plan is made for, whatever it holds: a direction must not depend on its company, which
+differs between one process and several."""
 
 
 WIDE = 100

@@ -66,7 +66,7 @@ class Muon(MatrixOptimizer):
             (see `gm.linalg.polar_ex`). Five Newton–Schulz steps in bfloat16, as elsewhere, have about 0.18.
         shared: see `MatrixOptimizer`.
 
-    Cost: per step and matrix of m ≤ n, about `3 m²n + 5 m³` operations at `rtol=0.1`; matrices of one shape go together.
+    Cost: per step and matrix of m ≤ n, about `3 m²n + 5 m³` operations at `rtol=0.1`; those of one shape go together.
     Source: Jordan et al., Muon (2024); scale: Large et al. (2405.14813), §3, and Liu et al. (2502.16982), §2.2.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))

@@ -85,7 +85,7 @@ class Shampoo(MatrixOptimizer):
         shared: see `MatrixOptimizer`.
 
     Cost: per step and side of size k, `4 m n k` operations; at a renewal, an inverse root.
-    Source: Gupta, Koren, Singer, Shampoo (1802.09568), algorithm 1; running means and the rate: Shi et al. (2309.06497).
+    Source: Gupta, Koren, Singer, Shampoo (1802.09568), algorithm 1; running means: Shi et al. (2309.06497).
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> optimizer = Shampoo(net, lr=0.05)
