@@ -11,9 +11,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
+from gramian.linalg import probes
 from gramian.linalg.batch import check, choose, exponent_of, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.krylov import FAILURE, Krylov, default_generator, gaussian, lanczos, orthonormal, top_bound
+from gramian.linalg.krylov import (
+    FAILURE,
+    Krylov,
+    default_generator,
+    gaussian,
+    lanczos,
+    orthonormal,
+    times,
+    top_bound,
+    top_within,
+)
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense
 from gramian.linalg.singular import svd_values_twofold
 from gramian.linalg.twofold import U
@@ -32,8 +43,7 @@ def _largest(apply: Apply, start: Tensor, rtol: float) -> tuple[Tensor, Tensor, 
     """√θ and √(upper bound) of a positive semi-definite operator's largest eigenvalue."""
 
     def stop(found: Krylov) -> bool:
-        theta, high = top_bound(found)
-        return bool((high.clamp_min(0).sqrt() - theta.clamp_min(0).sqrt() <= rtol * theta.clamp_min(0).sqrt()).all())
+        return bool(top_within(found, 2 * rtol).all())
 
     found = lanczos(apply, start, MAX_STEPS, stop=stop, every=3)
     theta, high = top_bound(found)
@@ -44,15 +54,39 @@ def _start(generator: torch.Generator | None, like: Tensor, n: int, batch: int) 
     return gaussian(default_generator(generator), like, 1, n, min(BLOCK, n)).expand(batch, -1, -1)
 
 
+def _top(x: Tensor, rtol: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Krylov]:
+    """σ₁ from below and a bound on |σ₁ − that|, by Lanczos on AᵀA with products in x's dtype.
+
+    With D = AᵀAW − WT − FE_qᵀ, what rounding added, there is a symmetric Δ, ‖Δ‖ ≤ √2 ‖D‖_F, for which
+    (AᵀA − Δ)W = WT + FE_qᵀ; `top_bound` holds of AᵀA − Δ, and ‖D‖_F is seen from its products with random vectors.
+    """
+    start = _start(generator, x, x.shape[-1], x.shape[0])
+    low, high, found = _largest(lambda y: times(x.mT, times(x, y)), start, 0.7 * rtol)
+    if x.dtype == torch.float64:
+        return low, high - low, found
+    p = found.t.shape[-1]
+    seen = probes.probes(p, x.device)
+    omega = seen.omega.expand(x.shape[0], -1, -1)
+    exact = probes.apply_transposed(x, probes.apply(x, times(found.basis, omega)))
+    ours = times(found.basis, found.t @ omega) + found.residual @ omega[:, -found.block :]
+    blur = math.sqrt(2) * probes.of_norm(exact - ours, seen)
+    above = ((high**2 + blur).sqrt() - low).clamp_min(0)
+    return low, torch.maximum(above, low - (low**2 - blur).clamp_min(0).sqrt()), found
+
+
 def norm_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
-    """By block Lanczos on AᵀA from a random start."""
-    low, high, found = _largest(lambda y: x.mT @ (x @ y), _start(generator, x, x.shape[-1], x.shape[0]), rtol / 2)
+    """By Lanczos on AᵀA from a random start, in x's dtype, and in float64 where its rounding hides rtol."""
+    low, error, found = _top(x, rtol, generator)
+    poor = (error > rtol * (low - error).clamp_min(0)).nonzero().flatten()
+    if x.dtype != torch.float64 and poor.numel():
+        low[poor], error[poor], found = _top(x[poor].to(torch.float64), rtol, generator)
     none = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-    return Number(low, high - low, none, found.t.shape[-1] // found.block, FAILURE)
+    return Number(low, error, none, found.t.shape[-1] // found.block, FAILURE)
 
 
 def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
     """By all singular values, with their certificate."""
+    x = x.to(torch.float64)
     found = svd_values_twofold(x, decline=math.inf)
     if not x.shape[-1]:
         return Number(x.new_zeros(x.shape[0]), found.error * 0, found.reason)
@@ -111,15 +145,15 @@ def spectral_norm_ex(
     batch = load(a.mT if a.shape[-2] < a.shape[-1] else a)
     names = [method]
     if method == "auto":
-        names = ["svdvals"] if batch.x.shape[-1] <= SMALL else ["lanczos", "svdvals"]
-    if not batch.x.shape[-1]:
+        names = ["svdvals"] if batch.raw.shape[-1] <= SMALL else ["lanczos", "svdvals"]
+    if not batch.raw.shape[-1]:
         names = ["svdvals"]
     return numbers(
         SPECTRAL_NORM,
         names,
         default_rtol(rtol, a.dtype),
         a.dtype,
-        batch.x,
+        batch.at(None) if names[0] == "lanczos" else batch.x,
         batch.finite,
         batch.shape,
         lambda value, rows: scale(value, batch.exponent[rows]),
@@ -153,6 +187,17 @@ def spectral_norm(
     return value
 
 
+def _permutation(pivots: Tensor, n: int) -> Tensor:
+    """The rows (B, n, 1) that LAPACK's exchanges bring to each place, without the n² entries of P."""
+    orders = []
+    for swaps in pivots.tolist():
+        order = list(range(n))
+        for i, other in enumerate(swaps):
+            order[i], order[other - 1] = order[other - 1], order[i]
+        orders.append(order)
+    return torch.tensor(orders, device=pivots.device).reshape(-1, n, 1)
+
+
 def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
     """σ₁ by Lanczos on AᵀA and σ_n by Lanczos on (AᵀA)⁻¹ through LU (of R, from QR, where A is not square).
 
@@ -163,22 +208,28 @@ def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
     lu, pivots, info = torch.linalg.lu_factor_ex(square)
     singular = info != 0
     eye = torch.eye(n, dtype=x.dtype, device=x.device)
-    lu = torch.where(singular[:, None, None], eye, lu)
+    if bool(singular.any()):
+        lu[singular] = eye
     start = _start(generator, x, n, b)
-    low, high, top = _largest(lambda y: square.mT @ (square @ y), start, rtol / 4)
+    low, high, top = _largest(lambda y: times(square.mT, times(square, y)), start, rtol / 4)
 
     def inverse(y: Tensor) -> Tensor:
+        # Without a batch LAPACK reads the factors where they lie.
+        if b == 1:
+            half = torch.linalg.lu_solve(lu[0], pivots[0], y[0], adjoint=True)
+            return torch.linalg.lu_solve(lu[0], pivots[0], half)[None]
         return torch.linalg.lu_solve(lu, pivots, torch.linalg.lu_solve(lu, pivots, y, adjoint=True))
 
-    _, small_high, bottom = _largest(inverse, start, rtol / 4)
+    _, small_high, bottom = _largest(inverse, start, 0.6 * rtol)
     _, v = torch.linalg.eigh(bottom.t)
-    ritz = orthonormal(bottom.basis @ v[:, :, -1:])
-    reached = norm(square @ ritz)
-    probes = gaussian(default_generator(generator), x, 1, n, 8).expand(b, -1, -1)
-    p, lower, upper = torch.lu_unpack(lu, pivots)
-    gap = norm(p @ (lower @ (upper @ probes)) - square @ probes) / math.sqrt(8)
-    solved = torch.linalg.lu_solve(lu, pivots, probes)
-    gap = gap + norm(square @ solved - probes) / norm(solved).clamp_min(2.0**-1000)
+    ritz = orthonormal(times(bottom.basis, v[:, :, -1:]))
+    reached = norm(times(square, ritz))
+    omega = gaussian(default_generator(generator), x, 1, n, 8).expand(b, -1, -1)
+    image = times(lu.triu(), omega)
+    image = image + times(lu.tril(-1), image)
+    gap = norm(image - times(square, omega).gather(-2, _permutation(pivots, n).expand(-1, -1, 8))) / math.sqrt(8)
+    solved = torch.linalg.lu_solve(lu, pivots, omega)
+    gap = gap + norm(times(square, solved) - omega) / norm(solved).clamp_min(2.0**-1000)
     # ‖E‖_F² is χ²₈/8 of what the probes show, which is below 1/100 of it with probability 1e-8; QR's error as well.
     lowest = 1 / small_high - 10 * gap - (8 * m * U * norm(x) if m != n else 0.0)
     value = low / reached

@@ -15,7 +15,7 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import factor
 from gramian.linalg.batch import check, choose, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.krylov import FAILURE, Krylov, default_generator, gaussian, lanczos, top_bound
+from gramian.linalg.krylov import FAILURE, Krylov, default_generator, gaussian, lanczos, times, top_bound
 from gramian.linalg.twofold import U, eye_like, gamma, minus, pair, rough, transpose
 from gramian.linalg.verdict import verdict
 
@@ -90,8 +90,8 @@ def by_block_krylov(x: Tensor, k: int, *, rtol: float, generator: torch.Generato
     square = norm(x) ** 2
 
     def apply(y: Tensor) -> Tensor:
-        images.append(x @ y)
-        return x.mT @ images[-1]
+        images.append(times(x, y))
+        return times(x.mT, images[-1])
 
     def stop(found: Krylov) -> bool:
         p = found.t.shape[-1]
@@ -117,9 +117,9 @@ def by_block_krylov(x: Tensor, k: int, *, rtol: float, generator: torch.Generato
     v = basis @ (chosen @ right)
 
     def outside(y: Tensor) -> Tensor:
-        y = y - basis @ (basis.mT @ y)
-        y = x.mT @ (x @ y)
-        return y - basis @ (basis.mT @ y)
+        y = y - times(basis, times(basis.mT, y))
+        y = times(x.mT, times(x, y))
+        return y - times(basis, times(basis.mT, y))
 
     if p < n:
         probes = gaussian(source, x, 1, n, min(PROBES, n)).expand(b, -1, -1)
@@ -148,7 +148,7 @@ def _excess(x: Tensor, value: Triple, exponent: Tensor, most: Tensor) -> tuple[T
     u, v = value[0].to(torch.float64), value[2].to(torch.float64)
     s = scale(value[1].to(torch.float64), -exponent)
     square = norm(x) ** 2
-    inner = ((x @ v) * u).sum(-2) * s
+    inner = (times(x, v) * u).sum(-2) * s
     part = ((u.mT @ u) * (v.mT @ v) * s[:, :, None] * s[:, None, :]).flatten(1).sum(1)
     missed = (square - 2 * inner.sum(-1) + part).clamp_min(0)
     blur = 8 * gamma(x.shape[-1] + x.shape[-2]) * (square + part)
@@ -198,7 +198,8 @@ def svd_lowrank_ex(
     for name in names:
         if not rows.numel():
             break
-        x, exponent = batch.x[rows], batch.exponent[rows]
+        whole_batch = rows.numel() == count
+        x, exponent = (batch.x if whole_batch else batch.x[rows]), batch.exponent[rows]
         found = SVD_LOWRANK[name](x, rank, rtol=tolerance, generator=generator)
         value = (found.u.to(a.dtype), scale(found.s, exponent).to(a.dtype), found.v.to(a.dtype))
         excess, left = _excess(x, value, exponent, found.most)

@@ -64,7 +64,8 @@ def apply_transposed(a: Tensor, z: Tensor) -> Tensor:
 
 
 def _by_rows(a: Tensor, z: Tensor) -> Tensor:
-    return torch.cat([part.double() @ z for part in a.split(_rows(a), dim=-2)], dim=-2)
+    # (zᵀ aᵀ)ᵀ: several times as fast as the same product with the thin factor on the right.
+    return torch.cat([z.mT @ part.double().mT for part in a.split(_rows(a), dim=-2)], dim=-1).mT
 
 
 def _by_columns(a: Tensor, z: Tensor) -> Tensor:
