@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,77 +17,114 @@ from gramian.linalg.certificate import Certificate, default_rtol, require_conver
 from gramian.linalg.krylov import (
     FAILURE,
     Krylov,
+    by,
     default_generator,
     gaussian,
     lanczos,
-    orthonormal,
-    times,
+    next_check,
     top_bound,
     top_within,
 )
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense
-from gramian.linalg.singular import svd_values_twofold
-from gramian.linalg.twofold import U
+from gramian.linalg.singular import svd_values, svd_values_twofold
+from gramian.linalg.twofold import U, gamma
 from gramian.linalg.verdict import Number, numbers
 
 SMALL = 128
 """Up to this smaller side all singular values cost less than the Krylov method's calls."""
-BLOCK = 1
-"""Starting vectors. MKL takes twenty times as long for a matrix times four vectors as for one (2048², float32)."""
-MAX_STEPS = 160
+BLOCK = 16
+"""Starting vectors. A block of 16 is unlikely to miss the top by much: 22 steps where one vector takes 102 (2048²,
+normal entries, four digits), each three times as long on two cores; and it forgives float32's rounding."""
+MAX_STEPS = 40
+PLAIN = 1e-9
+"""The rtol from which a side of `SMALL` needs no twofold residuals for the norm."""
+NARROW = 5e-5
+"""The rtol from which Lanczos in float32 can be certified: the rounding, 3e-6, over the block's overlap."""
 
 Apply = Callable[[Tensor], Tensor]
+Twice = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | float]]
 
 
-def _largest(apply: Apply, start: Tensor, rtol: float) -> tuple[Tensor, Tensor, Krylov]:
-    """√θ and √(upper bound) of a positive semi-definite operator's largest eigenvalue."""
+class Top(NamedTuple):
+    """√λ_max from below, a bound on what is above that, and the number of steps."""
 
-    def stop(found: Krylov) -> bool:
-        return bool(top_within(found, 2 * rtol).all())
+    value: Tensor
+    error: Tensor
+    steps: int
 
-    found = lanczos(apply, start, MAX_STEPS, stop=stop, every=3)
-    theta, high = top_bound(found)
-    return theta.clamp_min(0).sqrt(), high.clamp_min(0).sqrt(), found
+
+def _search(apply: Apply, start: Tensor, share: float) -> Krylov:
+    """Lanczos until the largest eigenvalue is known to `share`, but for rounding."""
+    before: tuple[int, Tensor] | None = None
+    noise = 32 * torch.finfo(start.dtype).eps
+
+    def stop(found: Krylov) -> int:
+        nonlocal before
+        now = top_within(found, share, noise=noise) + 0.1
+        if bool((now < 0).all()):
+            return 0
+        more = next_check(found, before, now)
+        before = found.t.shape[-1] // found.block, now
+        return more
+
+    return lanczos(apply, start, MAX_STEPS, stop=stop)
 
 
 def _start(generator: torch.Generator | None, like: Tensor, n: int, batch: int) -> Tensor:
-    return gaussian(default_generator(generator), like, 1, n, min(BLOCK, n)).expand(batch, -1, -1)
+    start = gaussian(default_generator(generator), like, 1, min(BLOCK, n), n)
+    return start.to(like.dtype).expand(batch, -1, -1)
 
 
-def _top(x: Tensor, rtol: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Krylov]:
-    """σ₁ from below and a bound on |σ₁ − that|, by Lanczos on AᵀA with products in x's dtype.
+def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
+    """√λ_max of AᵀA; `twice` gives rows z AᵀA, z Aᵀ and a bound on their rounding, relative to ‖z‖_F, in float64.
 
-    With D = AᵀAW − WT − FE_qᵀ, what rounding added, there is a symmetric Δ, ‖Δ‖ ≤ √2 ‖D‖_F, for which
-    (AᵀA − Δ)W = WT + FE_qᵀ; `top_bound` holds of AᵀA − Δ, and ‖D‖_F is seen from its products with random vectors.
+    `apply` may round: D = AᵀAW − WT − FE_qᵀ is seen from its products with random vectors.
     """
-    start = _start(generator, x, x.shape[-1], x.shape[0])
-    low, high, found = _largest(lambda y: times(x.mT, times(x, y)), start, 0.7 * rtol)
-    if x.dtype == torch.float64:
-        return low, high - low, found
+    found = _search(apply, start, 1.8 * rtol)
     p = found.t.shape[-1]
-    seen = probes.probes(p, x.device)
-    omega = seen.omega.expand(x.shape[0], -1, -1)
-    exact = probes.apply_transposed(x, probes.apply(x, times(found.basis, omega)))
-    ours = times(found.basis, found.t @ omega) + found.residual @ omega[:, -found.block :]
-    blur = math.sqrt(2) * probes.of_norm(exact - ours, seen)
-    above = ((high**2 + blur).sqrt() - low).clamp_min(0)
-    return low, torch.maximum(above, low - (low**2 - blur).clamp_min(0).sqrt()), found
+    seen = probes.probes(p, start.device)
+    _, v = torch.linalg.eigh((found.t + found.t.mT) / 2)
+    weights = torch.cat([seen.omega.mT.expand(start.shape[0], -1, -1), v[:, :, -1:].mT], -2)
+    rows = found.rows.to(torch.float64)
+    z = weights @ rows
+    exact, forth, rounding = twice(z)
+    ours = (weights @ found.t) @ rows + weights[..., -found.block :] @ found.residual.to(torch.float64)
+    noise = probes.two_norm((exact - ours)[:, :-1], seen, rounding * norm(z))
+    _, high = top_bound(found, noise=noise)
+    size = z[:, -1].norm(dim=-1).clamp_min(2.0**-500)
+    low = forth[:, -1].norm(dim=-1) / size
+    error = (high.clamp_min(0).sqrt() - low).clamp_min(0)
+    return Top(low, torch.where(high == 0, 0.0, error + 4 * U * low), p // found.block)
+
+
+def _top(x: Tensor, rtol: float, generator: torch.Generator | None) -> Top:
+    """σ₁ by Lanczos on AᵀA with products in x's dtype."""
+    m, n = x.shape[-2:]
+
+    def twice(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        back, forth, square = probes.twice(x, z)
+        return back, forth, 4 * gamma(m + n) * square
+
+    return _largest(lambda y: by(by(y, x.mT), x), _start(generator, x, n, x.shape[0]), twice, rtol)
 
 
 def norm_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
-    """By Lanczos on AᵀA from a random start, in x's dtype, and in float64 where its rounding hides rtol."""
-    low, error, found = _top(x, rtol, generator)
-    poor = (error > rtol * (low - error).clamp_min(0)).nonzero().flatten()
+    """By block Lanczos on AᵀA from a random start, in x's dtype, and in float64 where its rounding hides rtol."""
+    if x.dtype != torch.float64 and rtol < NARROW:
+        x = x.to(torch.float64)
+    value, error, steps = _top(x, rtol, generator)
+    poor = (error > rtol * (value - error).clamp_min(0)).nonzero().flatten()
     if x.dtype != torch.float64 and poor.numel():
-        low[poor], error[poor], found = _top(x[poor].to(torch.float64), rtol, generator)
+        value[poor], error[poor], steps = _top(x[poor].to(torch.float64), rtol, generator)
     none = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-    return Number(low, error, none, found.t.shape[-1] // found.block, FAILURE)
+    # Two events: the start sees the top, the probes see the rounding.
+    return Number(value, error, none, steps, 2 * FAILURE)
 
 
 def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
     """By all singular values, with their certificate."""
     x = x.to(torch.float64)
-    found = svd_values_twofold(x, decline=math.inf)
+    found = (svd_values if rtol >= PLAIN else svd_values_twofold)(x, decline=math.inf)
     if not x.shape[-1]:
         return Number(x.new_zeros(x.shape[0]), found.error * 0, found.reason)
     return Number(found.value[:, 0], found.error, found.reason)
@@ -97,30 +134,37 @@ SPECTRAL_NORM: dict[str, Callable[..., Number]] = {"lanczos": norm_by_lanczos, "
 
 
 def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tuple[Tensor, Certificate]:
-    """The same of a map, scaled first by what it makes of one random block; its own rounding is added."""
+    """The same of a map, scaled first by what it makes of one random block, and taken as it computes."""
     if isinstance(a, TensorMap):
         a = TensorMap(a.a.to(torch.float64))
     n = a.shape[1]
     own = ScaledMap(a)
     like = torch.empty(0, dtype=torch.float64, device=own.device)
-    start = gaussian(default_generator(generator), like, n, min(BLOCK, n))
+    start = _start(generator, like, n, 1)
     zero = like.new_zeros(1)
     finite, exponent, value = True, torch.zeros(1, dtype=torch.long), Number(zero, zero, zero)
     if min(a.shape):
-        image = own.matmat(start)[None]
+        image = own.matmat(start[0].mT)[None]
         finite = bool(image.isfinite().all())
-        exponent = exponent_of(image.nan_to_num(posinf=0.0))
-        scaled = ScaledMap(a, float(scale(torch.ones(1, dtype=torch.float64), -exponent.cpu())))
+        exponent = exponent_of(image.nan_to_num(posinf=0.0)).cpu()
+        scaled = ScaledMap(a, float(scale(torch.ones(1, dtype=torch.float64), -exponent)))
         back = scaled.adjoint()
+        rounding = 16 * torch.finfo(own.dtype).eps
+
+        def twice(z: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+            forth = scaled.matmat(z[0].mT)
+            return back.matmat(forth).mT[None], forth.mT[None], 0.0
+
         if finite:
-            low, high, found = _largest(lambda y: back.matmat(scaled.matmat(y[0]))[None], start[None], rtol / 2)
-            rounding = 16 * torch.finfo(own.dtype).eps * low
-            value = Number(low, high - low + rounding, low * 0, found.t.shape[-1] // found.block, FAILURE)
-            finite = bool(low.isfinite())
+            top = _largest(lambda y: back.matmat(scaled.matmat(y[0].mT)).mT[None], start, twice, rtol - rounding)
+            value = Number(top.value, top.error + rounding * top.value, zero, top.steps, 2 * FAILURE)
+            finite = bool(top.value.isfinite())
     flags = torch.tensor([finite], device=own.device)
     family = {"lanczos": lambda x, rtol: value._replace(reason=torch.zeros_like(value.value, dtype=torch.long))}
     x = like.new_zeros(1, 1, 1)
-    return numbers(family, ["lanczos"], rtol, torch.float64, x, flags, (), lambda v, _: scale(v, exponent))
+    return numbers(
+        family, ["lanczos"], rtol, torch.float64, x, flags, (), lambda v, _: scale(v, exponent.to(v.device))
+    )
 
 
 @torch.no_grad()
@@ -187,64 +231,65 @@ def spectral_norm(
     return value
 
 
-def _permutation(pivots: Tensor, n: int) -> Tensor:
-    """The rows (B, n, 1) that LAPACK's exchanges bring to each place, without the n² entries of P."""
-    orders = []
-    for swaps in pivots.tolist():
-        order = list(range(n))
-        for i, other in enumerate(swaps):
-            order[i], order[other - 1] = order[other - 1], order[i]
-        orders.append(order)
-    return torch.tensor(orders, device=pivots.device).reshape(-1, n, 1)
-
-
 def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
-    """σ₁ by Lanczos on AᵀA and σ_n by Lanczos on (AᵀA)⁻¹ through LU (of R, from QR, where A is not square).
+    """σ₁ by Lanczos on AᵀA, and σ_n by Lanczos on (AᵀA)⁻¹ through LU (of R, from QR, where A is not square).
 
-    σ_n ≤ ‖Av‖ for the Ritz vector v; σ_n ≥ 1/√(upper bound) − ‖A − LU‖, the last from random vectors.
+    The solves round, and so do the factors: with Z ≈ A⁻ᵀW and Y = WT + FE_qᵀ ≈ A⁻¹Z, R₁ = AᵀZ − W and R₂ = AY − Z, a
+    singular triple (σ, u, v) has uᵀY − σ⁻²uᵀW = σ⁻²uᵀR₁ + σ⁻¹vᵀR₂, which is `top_bound`'s uᵀD. R₁ and R₂ are seen from
+    their products with random vectors.
     """
     b, m, n = x.shape
+    narrow = x.dtype == torch.float32 and rtol / 3 >= NARROW
+    top = _top(x if narrow else x.to(torch.float64), rtol / 3, generator)
+    x = x.to(torch.float64)
     square = torch.linalg.qr(x, mode="r").R if m != n else x
-    lu, pivots, info = torch.linalg.lu_factor_ex(square)
+    # The transpose lies as LAPACK wants it: no copy across.
+    lu, pivots, info = torch.linalg.lu_factor_ex(square.mT)
     singular = info != 0
-    eye = torch.eye(n, dtype=x.dtype, device=x.device)
     if bool(singular.any()):
-        lu[singular] = eye
-    start = _start(generator, x, n, b)
-    low, high, top = _largest(lambda y: times(square.mT, times(square, y)), start, rtol / 4)
+        lu[singular] = torch.eye(n, dtype=x.dtype, device=x.device)
+    images: list[Tensor] = []
 
-    def inverse(y: Tensor) -> Tensor:
+    def solve(y: Tensor, *, adjoint: bool) -> Tensor:
         # Without a batch LAPACK reads the factors where they lie.
         if b == 1:
-            half = torch.linalg.lu_solve(lu[0], pivots[0], y[0], adjoint=True)
-            return torch.linalg.lu_solve(lu[0], pivots[0], half)[None]
-        return torch.linalg.lu_solve(lu, pivots, torch.linalg.lu_solve(lu, pivots, y, adjoint=True))
+            return torch.linalg.lu_solve(lu[0], pivots[0], y[0].mT, adjoint=adjoint).mT[None]
+        return torch.linalg.lu_solve(lu, pivots, y.mT, adjoint=adjoint).mT
 
-    _, small_high, bottom = _largest(inverse, start, 0.6 * rtol)
-    _, v = torch.linalg.eigh(bottom.t)
-    ritz = orthonormal(times(bottom.basis, v[:, :, -1:]))
-    reached = norm(times(square, ritz))
-    omega = gaussian(default_generator(generator), x, 1, n, 8).expand(b, -1, -1)
-    image = times(lu.triu(), omega)
-    image = image + times(lu.tril(-1), image)
-    gap = norm(image - times(square, omega).gather(-2, _permutation(pivots, n).expand(-1, -1, 8))) / math.sqrt(8)
-    solved = torch.linalg.lu_solve(lu, pivots, omega)
-    gap = gap + norm(times(square, solved) - omega) / norm(solved).clamp_min(2.0**-1000)
-    # ‖E‖_F² is χ²₈/8 of what the probes show, which is below 1/100 of it with probability 1e-8; QR's error as well.
-    lowest = 1 / small_high - 10 * gap - (8 * m * U * norm(x) if m != n else 0.0)
-    value = low / reached
-    error = torch.where(lowest > 0, torch.maximum(high / lowest - value, value - low / reached), math.inf)
-    # Rounding of ‖Av‖ itself, relative to a σ_n that may be small.
-    error = error + value * (4 * n * U * high / reached + 8 * U)
+    def inverse(y: Tensor) -> Tensor:
+        images.append(solve(y, adjoint=False))
+        return solve(images[-1], adjoint=True)
+
+    found = _search(inverse, _start(generator, x, n, b), 1.1 * rtol)
+    p = found.t.shape[-1]
+    seen = probes.probes(p, x.device)
+    values, v = torch.linalg.eigh((found.t + found.t.mT) / 2)
+    weights = torch.cat([seen.omega.mT.expand(b, -1, -1), v[:, :, -1:].mT], -2)
+    w, z = weights @ found.rows, weights @ torch.cat(images, -2)
+    y = (weights @ found.t) @ found.rows + weights[..., -found.block :] @ found.residual
+    forth = by(y, square.mT)
+    size = norm(square)
+    first = probes.two_norm((by(z, square) - w)[:, :-1], seen, gamma(n) * size * norm(z))
+    second = probes.two_norm((forth - z)[:, :-1], seen, gamma(n) * size * norm(y))
+    share = first + second / values[:, -1].clamp_min(2.0**-900).sqrt()
+    _, high = top_bound(found, share=share)
+    # One more step of inverse iteration than the Ritz vector.
+    reached = forth[:, -1].norm(dim=-1) / y[:, -1].norm(dim=-1).clamp_min(2.0**-900)
+    blur = gamma(n) * size + (8 * m * U * size if m != n else 0.0)
+    lowest = 1 / high.sqrt() - blur
+    value = top.value / reached
+    above = (top.value + top.error) / lowest - value
+    below = value - top.value / (reached + blur)
+    error = torch.where(lowest > 0, torch.maximum(above, below) + 8 * U * value, math.inf)
     lost = singular | ~value.isfinite() | ~error.isfinite()
     value = torch.where(singular, math.inf, value)
     reason = torch.where(lost, cert.INACCURATE, cert.NONE)
-    steps = (top.t.shape[-1] + bottom.t.shape[-1]) // start.shape[-1]
-    return Number(value, torch.where(lost, math.inf, error), reason, steps, 1e-8)
+    return Number(value, torch.where(lost, math.inf, error), reason, top.steps + p // found.block, 5 * FAILURE)
 
 
 def cond_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
     """σ₁/σ_n of all singular values, with their certificate."""
+    x = x.to(torch.float64)
     found = svd_values_twofold(x, decline=math.inf)
     first, last = found.value[:, 0], found.value[:, -1]
     value = first / last
@@ -286,10 +331,9 @@ def cond_ex(
         return numbers(family, ["svdvals"], tolerance, a.dtype, batch.x, batch.finite, batch.shape, lambda v, _: v)
     names = [method]
     if method == "auto":
-        names = ["svdvals"] if batch.x.shape[-1] <= SMALL else ["lanczos", "svdvals"]
-    return numbers(
-        COND, names, tolerance, a.dtype, batch.x, batch.finite, batch.shape, lambda v, _: v, generator=generator
-    )
+        names = ["svdvals"] if batch.raw.shape[-1] <= SMALL else ["lanczos", "svdvals"]
+    x = batch.at(None) if names[0] == "lanczos" else batch.x
+    return numbers(COND, names, tolerance, a.dtype, x, batch.finite, batch.shape, lambda v, _: v, generator=generator)
 
 
 def _none(x: Tensor) -> Tensor:
