@@ -14,30 +14,35 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import probes
 from gramian.linalg.batch import check, choose, exponent_of, load, norm, scale
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
+from gramian.linalg.conditioning import smallest
 from gramian.linalg.krylov import (
     FAILURE,
     Krylov,
+    Resolvent,
     by,
     default_generator,
     gaussian,
     lanczos,
     next_check,
+    resolvent,
     top_bound,
     top_within,
 )
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense
-from gramian.linalg.singular import svd_values, svd_values_twofold
+from gramian.linalg.singular import by_gram, svd_values_twofold
 from gramian.linalg.twofold import U, gamma
 from gramian.linalg.verdict import Number, numbers
 
-SMALL = 128
-"""Up to this smaller side all singular values cost less than the Krylov method's calls."""
+SMALL = 512
+"""Up to this smaller side the eigenvalues of the Gram matrix cost less than the Krylov method."""
+TINY = 128
+"""Up to this one so does the refined inverse."""
 BLOCK = 16
 """Starting vectors. A block of 16 is unlikely to miss the top by much: 22 steps where one vector takes 102 (2048²,
 normal entries, four digits), each three times as long on two cores; and it forgives float32's rounding."""
 MAX_STEPS = 40
 PLAIN = 1e-9
-"""The rtol from which a side of `SMALL` needs no twofold residuals for the norm."""
+"""The rtol from which the norm is had from the Gram matrix in float64."""
 NARROW = 5e-5
 """The rtol from which Lanczos in float32 can be certified: the rounding, 3e-6, over the block's overlap."""
 
@@ -53,21 +58,26 @@ class Top(NamedTuple):
     steps: int
 
 
-def _search(apply: Apply, start: Tensor, share: float) -> Krylov:
+def _search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Resolvent]:
     """Lanczos until the largest eigenvalue is known to `share`, but for rounding."""
     before: tuple[int, Tensor] | None = None
+    known: Resolvent | None = None
     noise = 32 * torch.finfo(start.dtype).eps
 
     def stop(found: Krylov) -> int:
-        nonlocal before
-        now = top_within(found, share, noise=noise) + 0.1
+        nonlocal before, known
+        known = resolvent(found)
+        now = top_within(known, share, noise=noise) + 0.1
         if bool((now < 0).all()):
             return 0
         more = next_check(found, before, now)
         before = found.t.shape[-1] // found.block, now
         return more
 
-    return lanczos(apply, start, MAX_STEPS, stop=stop)
+    found = lanczos(apply, start, MAX_STEPS, stop=stop)
+    if known is None or known.w.shape[-1] != found.t.shape[-1]:
+        known = resolvent(found)
+    return found, known
 
 
 def _start(generator: torch.Generator | None, like: Tensor, n: int, batch: int) -> Tensor:
@@ -80,17 +90,16 @@ def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
 
     `apply` may round: D = AᵀAW − WT − FE_qᵀ is seen from its products with random vectors.
     """
-    found = _search(apply, start, 1.8 * rtol)
+    found, known = _search(apply, start, 1.8 * rtol)
     p = found.t.shape[-1]
     seen = probes.probes(p, start.device)
-    _, v = torch.linalg.eigh((found.t + found.t.mT) / 2)
-    weights = torch.cat([seen.omega.mT.expand(start.shape[0], -1, -1), v[:, :, -1:].mT], -2)
+    weights = torch.cat([seen.omega.mT.expand(start.shape[0], -1, -1), known.ritz[:, None]], -2)
     rows = found.rows.to(torch.float64)
     z = weights @ rows
     exact, forth, rounding = twice(z)
     ours = (weights @ found.t) @ rows + weights[..., -found.block :] @ found.residual.to(torch.float64)
     noise = probes.two_norm((exact - ours)[:, :-1], seen, rounding * norm(z))
-    _, high = top_bound(found, noise=noise)
+    high = top_bound(found, known, noise=noise)
     size = z[:, -1].norm(dim=-1).clamp_min(2.0**-500)
     low = forth[:, -1].norm(dim=-1) / size
     error = (high.clamp_min(0).sqrt() - low).clamp_min(0)
@@ -113,7 +122,7 @@ def norm_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
     if x.dtype != torch.float64 and rtol < NARROW:
         x = x.to(torch.float64)
     value, error, steps = _top(x, rtol, generator)
-    poor = (error > rtol * (value - error).clamp_min(0)).nonzero().flatten()
+    poor = (~(error <= rtol * (value - error))).nonzero().flatten()
     if x.dtype != torch.float64 and poor.numel():
         value[poor], error[poor], steps = _top(x[poor].to(torch.float64), rtol, generator)
     none = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
@@ -122,12 +131,19 @@ def norm_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
 
 
 def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
-    """By all singular values, with their certificate."""
-    x = x.to(torch.float64)
-    found = (svd_values if rtol >= PLAIN else svd_values_twofold)(x, decline=math.inf)
+    """By all singular values: of the Gram matrix, whose largest is σ₁² to rounding, or with twofold residuals."""
+    value = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+    error, reason = torch.full_like(value, math.inf), value.long()
     if not x.shape[-1]:
-        return Number(x.new_zeros(x.shape[0]), found.error * 0, found.reason)
-    return Number(found.value[:, 0], found.error, found.reason)
+        return Number(value, value, reason)
+    if rtol >= PLAIN:
+        s, errors, ok = by_gram(x)
+        value, error = s[:, -1].clone(), torch.where(ok, errors[:, -1], math.inf)
+    poor = (~(error <= rtol * (value - error))).nonzero().flatten()
+    if poor.numel():
+        found = svd_values_twofold(x[poor].to(torch.float64), decline=math.inf)
+        value[poor], error[poor], reason[poor] = found.value[:, 0], found.error, found.reason
+    return Number(value, error, reason)
 
 
 SPECTRAL_NORM: dict[str, Callable[..., Number]] = {"lanczos": norm_by_lanczos, "svdvals": norm_by_svdvals}
@@ -162,9 +178,7 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
     flags = torch.tensor([finite], device=own.device)
     family = {"lanczos": lambda x, rtol: value._replace(reason=torch.zeros_like(value.value, dtype=torch.long))}
     x = like.new_zeros(1, 1, 1)
-    return numbers(
-        family, ["lanczos"], rtol, torch.float64, x, flags, (), lambda v, _: scale(v, exponent.to(v.device))
-    )
+    return numbers(family, ["lanczos"], rtol, torch.float64, x, flags, (), lambda v, _: scale(v, exponent.to(v.device)))
 
 
 @torch.no_grad()
@@ -197,7 +211,7 @@ def spectral_norm_ex(
         names,
         default_rtol(rtol, a.dtype),
         a.dtype,
-        batch.at(None) if names[0] == "lanczos" else batch.x,
+        batch.at(None),
         batch.finite,
         batch.shape,
         lambda value, rows: scale(value, batch.exponent[rows]),
@@ -218,9 +232,10 @@ def spectral_norm(
     "auto"; `rtol`, the relative error asked for (`certificate.RTOL` of the dtype if None); `generator` of the random
     start, a fixed seed if None. A map's answer is float64.
     Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the error bound is above rtol.
-    Cost: "lanczos", 4·(10 to 60) products with a vector; "svdvals", used up to a side of 128 and where Lanczos does not
-    reach rtol, one SVD. Accuracy: the Ritz value is never above ‖A‖₂ but for rounding; the error bound of "lanczos" is
-    an estimate that fails with probability `krylov.FAILURE` over the start.
+    Cost: "lanczos", products with 16 vectors, two in each of some 20 steps, in float32 where rtol is above 5e-5, and
+    two in float64 with 33 that bound its rounding; "svdvals", used up to a side of 512 and where Lanczos does not reach
+    rtol, the Gram matrix's eigenvalues. Accuracy: a Rayleigh quotient, so far better than the bound; that of "lanczos"
+    is an estimate that fails with probability 2 `krylov.FAILURE` over the start.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3.
 
     >>> spectral_norm(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]))
@@ -260,19 +275,18 @@ def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
         images.append(solve(y, adjoint=False))
         return solve(images[-1], adjoint=True)
 
-    found = _search(inverse, _start(generator, x, n, b), 1.1 * rtol)
+    found, known = _search(inverse, _start(generator, x, n, b), 1.1 * rtol)
     p = found.t.shape[-1]
     seen = probes.probes(p, x.device)
-    values, v = torch.linalg.eigh((found.t + found.t.mT) / 2)
-    weights = torch.cat([seen.omega.mT.expand(b, -1, -1), v[:, :, -1:].mT], -2)
+    weights = torch.cat([seen.omega.mT.expand(b, -1, -1), known.ritz[:, None]], -2)
     w, z = weights @ found.rows, weights @ torch.cat(images, -2)
     y = (weights @ found.t) @ found.rows + weights[..., -found.block :] @ found.residual
     forth = by(y, square.mT)
     size = norm(square)
     first = probes.two_norm((by(z, square) - w)[:, :-1], seen, gamma(n) * size * norm(z))
     second = probes.two_norm((forth - z)[:, :-1], seen, gamma(n) * size * norm(y))
-    share = first + second / values[:, -1].clamp_min(2.0**-900).sqrt()
-    _, high = top_bound(found, share=share)
+    share = first + second / known.w[:, -1].clamp_min(2.0**-900).sqrt()
+    high = top_bound(found, known, share=share)
     # One more step of inverse iteration than the Ritz vector.
     reached = forth[:, -1].norm(dim=-1) / y[:, -1].norm(dim=-1).clamp_min(2.0**-900)
     blur = gamma(n) * size + (8 * m * U * size if m != n else 0.0)
@@ -287,24 +301,53 @@ def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
     return Number(value, torch.where(lost, math.inf, error), reason, top.steps + p // found.block, 5 * FAILURE)
 
 
-def cond_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
-    """σ₁/σ_n of all singular values, with their certificate."""
-    x = x.to(torch.float64)
-    found = svd_values_twofold(x, decline=math.inf)
-    first, last = found.value[:, 0], found.value[:, -1]
-    value = first / last
-    if x.shape[-1] == 1:
+def cond_by_gram(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
+    """σ₁/σ_n from the Gram matrix in float64, which sees σ_n to about 10nuκ² of itself."""
+    b, _, n = x.shape
+    reason = torch.zeros(b, dtype=torch.long, device=x.device)
+    if n == 1:
         # One singular value: the ratio is 1 whatever its error.
-        value, error = torch.ones_like(first), torch.zeros_like(first)
+        one = torch.ones(b, dtype=torch.float64, device=x.device)
+        value, error = one, torch.zeros_like(one)
     else:
-        error = (first + found.error) / (last - found.error).clamp_min(0) - value
-    exact_zero = (x == 0).all(-2).any(-1)
-    reason = torch.where(exact_zero, cert.SINGULAR, found.reason)
-    value = torch.where(exact_zero, math.inf, value)
-    return Number(value, torch.where(error.isfinite(), error, math.inf), reason)
+        s, errors, ok = by_gram(x)
+        value, error = _ratio(s[:, -1], errors[:, -1], torch.where(ok, s[:, 0], 0.0), errors[:, 0])
+    return _of_columns(x, Number(value, error, reason))
 
 
-COND: dict[str, Callable[..., Number]] = {"lanczos": cond_by_lanczos, "svdvals": cond_by_svdvals}
+def cond_by_inverse(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
+    """σ₁ from the Gram matrix, and σ_n from the inverse, refined on twofold residuals."""
+    if x.shape[-1] == 1:
+        return cond_by_gram(x, rtol=rtol, generator=generator)
+    x = x.to(torch.float64)
+    s, errors, ok = by_gram(x)
+    value, error = _ratio(s[:, -1], torch.where(ok, errors[:, -1], math.inf), *smallest(x))
+    # Beyond 1e15 or so nothing is known: the Gram matrix's ratio is as good as any.
+    value = torch.where(error.isfinite(), value, s[:, -1] / s[:, 0])
+    return _of_columns(x, Number(value, error, torch.zeros_like(error, dtype=torch.long)))
+
+
+def _of_columns(x: Tensor, found: Number) -> Number:
+    """inf, and singular, where a column is zero; not accurate where the error is not finite."""
+    zero = (x == 0).all(-2).any(-1)
+    reason = torch.where(found.error.isfinite(), found.reason, cert.INACCURATE)
+    return Number(torch.where(zero, math.inf, found.value), found.error, torch.where(zero, cert.SINGULAR, reason))
+
+
+def _ratio(first: Tensor, above: Tensor, last: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """σ₁/σ_n and a bound on its error from bounds on theirs."""
+    value = first / last
+    most = (first + above) / (last - below).clamp_min(0)
+    least = (first - above).clamp_min(0) / (last + below)
+    error = torch.maximum(most - value, value - least) + 4 * U * value
+    return value, error.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+COND: dict[str, Callable[..., Number]] = {
+    "gram": cond_by_gram,
+    "lanczos": cond_by_lanczos,
+    "inverse": cond_by_inverse,
+}
 
 
 @torch.no_grad()
@@ -328,11 +371,13 @@ def cond_ex(
     if not min(a.shape[-2:]):
         # No singular values: as for torch, the empty ratio is 0.
         family = {name: lambda x, **_: Number(x.new_zeros(len(x)), x.new_zeros(len(x)), _none(x)) for name in COND}
-        return numbers(family, ["svdvals"], tolerance, a.dtype, batch.x, batch.finite, batch.shape, lambda v, _: v)
+        return numbers(family, ["gram"], tolerance, a.dtype, batch.x, batch.finite, batch.shape, lambda v, _: v)
     names = [method]
     if method == "auto":
-        names = ["svdvals"] if batch.raw.shape[-1] <= SMALL else ["lanczos", "svdvals"]
-    x = batch.at(None) if names[0] == "lanczos" else batch.x
+        n = batch.raw.shape[-1]
+        names = ["gram"] * (n <= SMALL) + ["lanczos"] * (n > TINY) + ["inverse"]
+    # In float32 what is 2^-126 times the largest would be lost.
+    x = batch.at(None) if "lanczos" in names else batch.x
     return numbers(COND, names, tolerance, a.dtype, x, batch.finite, batch.shape, lambda v, _: v, generator=generator)
 
 
@@ -353,10 +398,11 @@ def cond(
     (`certificate.RTOL` of the dtype if None; two digits, 1e-2, are cheaper); `generator` of the random start, a fixed
     seed if None.
     Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the error bound is above rtol, as for a matrix whose
-    κ is beyond what rounding lets anyone know (about rtol·1e15).
-    Cost: "lanczos", one float64 LU (QR if not square) and 8·(5 to 60) products and solves with a vector; "svdvals", up
-    to a side of 128 and where the other does not reach rtol, one SVD. Accuracy: uκ; the bound of "lanczos" is an
-    estimate that fails with probability 1e-8.
+    κ is beyond what float64 lets anyone know (about 1e14).
+    Cost: "gram", up to a side of 512, the Gram matrix's eigenvalues in float64; "lanczos", from a side of 128, one
+    float64 LU (QR if not square) and 2·(10 to 40) products and 2·(10 to 40) solves with 16 vectors; "inverse", where
+    those do not reach rtol, some 20 products in float64. Accuracy: uκ² for "gram", uκ for "lanczos", rtol up to κ of
+    about 1e13 for "inverse"; the bound of "lanczos" is an estimate that fails with probability 5 `krylov.FAILURE`.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3, on AᵀA and its
     inverse; Higham, Accuracy and Stability (2002), §15.1.
 

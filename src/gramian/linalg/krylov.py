@@ -24,7 +24,7 @@ CANDIDATES = 24
 
 
 class Krylov(NamedTuple):
-    """M W = W T + F E_qᵀ + D: rows Wᵀ (B, p, n), orthonormal but for rounding, T (B, p, p) in float64, and Fᵀ (B, r, n).
+    """M W = W T + F E_qᵀ + D: rows Wᵀ (B, p, n), orthonormal but for rounding, T (B, p, p) in float64, Fᵀ (B, r, n).
 
     D is what rounding added; r is the width of a block.
     """
@@ -135,12 +135,6 @@ def overlap(n: int, r: int, failure: float = FAILURE) -> float:
     return math.exp(min(log_x, math.log(0.5)) / 2)
 
 
-def _seen(found: Krylov, failure: float) -> float:
-    """g of the start as it was rounded."""
-    g = overlap(found.rows.shape[-1], found.block, failure)
-    return g - 4 * math.sqrt(found.block) * torch.finfo(found.rows.dtype).eps
-
-
 def two_norm(y: Tensor) -> Tensor:
     """‖Y‖₂ of short y (..., r, n)."""
     # LAPACK raises for what is not finite.
@@ -148,13 +142,18 @@ def two_norm(y: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(squares)[..., -1].clamp_min(0).sqrt()
 
 
-class _Resolvent(NamedTuple):
-    """What ‖F E_qᵀ(λ − T)⁻¹E₁‖₂ and ‖(λ − T)⁻¹E₁‖₂ are made of: T's eigenvalues, its vectors' ends, (FᵀF)^(1/2)."""
+class Resolvent(NamedTuple):
+    """What ‖F E_qᵀ(λ − T)⁻¹E₁‖₂ and ‖(λ − T)⁻¹E₁‖₂ are made of: T's eigenvalues, its vectors' ends, (FᵀF)^(1/2).
+
+    `ritz` (B, p) is T's leading eigenvector, g what `overlap` says of the start as it was rounded.
+    """
 
     w: Tensor
+    ritz: Tensor
     first: Tensor
     last: Tensor
     half: Tensor
+    g: float
 
     def reach(self, at: Tensor, noise: Tensor, share: Tensor) -> Tensor:
         """‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + (noise + share λ) ‖(λ − T)⁻¹E₁‖₂ for λ (B, K) above all of w."""
@@ -164,59 +163,58 @@ class _Resolvent(NamedTuple):
         return two_norm(last) + (noise[:, None] + share[:, None] * at) * two_norm(scaled)
 
 
-def _resolvent(found: Krylov) -> _Resolvent:
-    r = found.block
+def resolvent(found: Krylov, *, failure: float = FAILURE) -> Resolvent:
+    """One eigendecomposition of T, for `top_within` and `top_bound`."""
+    r, n = found.block, found.rows.shape[-1]
     w, v = torch.linalg.eigh((found.t + found.t.mT) / 2)
     f = found.residual.to(torch.float64)
     squares, vectors = torch.linalg.eigh(by(f, f.mT))
     half = squares.clamp_min(0).sqrt()[..., None] * vectors.mT
-    return _Resolvent(w, v[:, :r], v[:, -r:], half)
+    g = overlap(n, r, failure) - 4 * math.sqrt(r) * torch.finfo(found.rows.dtype).eps
+    return Resolvent(w, v[:, :, -1], v[:, :r], v[:, -r:], half, max(g, 2.0**-900))
 
 
-def top_within(found: Krylov, share: float | Tensor, *, noise: float = 0.0, failure: float = FAILURE) -> Tensor:
+def top_within(known: Resolvent, share: float | Tensor, *, noise: float = 0.0) -> Tensor:
     """ln(reach / g) at (1 + share) of the Ritz value, reach as in `top_bound`: it is within where this is negative.
 
     `noise` is relative to the Ritz value.
     """
-    resolvent = _resolvent(found)
-    theta = resolvent.w[:, -1].clamp_min(0)
-    reach = resolvent.reach((theta * (1 + share))[:, None], noise * theta, torch.zeros_like(theta))[:, 0]
-    return torch.where(theta > 0, (reach / _seen(found, failure)).log(), -math.inf)
+    theta = known.w[:, -1].clamp_min(0)
+    reach = known.reach((theta * (1 + share))[:, None], noise * theta, torch.zeros_like(theta))[:, 0]
+    return torch.where(theta > 0, (reach / known.g).log(), -math.inf)
 
 
-def top_bound(
-    found: Krylov, *, noise: Tensor | None = None, share: Tensor | None = None, failure: float = FAILURE
-) -> tuple[Tensor, Tensor]:
-    """The largest Ritz value θ and, with probability 1 − failure, an upper bound on the largest eigenvalue.
+def top_bound(found: Krylov, known: Resolvent, *, noise: Tensor | None = None, share: Tensor | None = None) -> Tensor:
+    """With probability 1 − failure an upper bound (B,) on the largest eigenvalue.
 
     For an eigenpair (λ, u), uᵀM W = λ uᵀW gives uᵀW₁ = uᵀ(F E_qᵀ + D)(λ − T)⁻¹E₁, whatever W is; as ‖uᵀW₁‖ ≥ g but with
     small probability, λ > θ requires ‖F E_qᵀ(λ − T)⁻¹E₁‖ + ‖D‖ ‖(λ − T)⁻¹E₁‖ ≥ g, and the left side falls with λ.
     `noise` + `share` · λ (B,) bounds ‖Dᵀu‖.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3, here for blocks.
     """
-    resolvent = _resolvent(found)
-    theta, spread = resolvent.w[:, -1], resolvent.w.abs().amax(-1)
+    theta, spread, g = known.w[:, -1], known.w.abs().amax(-1), known.g
     noise = torch.zeros_like(theta) if noise is None else noise
     share = torch.zeros_like(theta) if share is None else share
-    g = max(_seen(found, failure), 2.0**-900)
     size = two_norm(found.residual.to(torch.float64))
     low = (spread * 1e-16).clamp_min(2.0**-380)
     # A share that is not far below g excludes nothing.
-    wide = torch.where(share < 0.9 * g, (size + noise + share * theta.abs()) / (g - share).clamp_min(2.0**-900), math.inf)
+    wide = torch.where(
+        share < 0.9 * g, (size + noise + share * theta.abs()) / (g - share).clamp_min(2.0**-900), math.inf
+    )
     high = (1.01 * wide).clamp_max(2.0**380).maximum(2 * low)
     shares = torch.linspace(0, 1, CANDIDATES, dtype=torch.float64, device=theta.device)
     for _ in range(2):
         gaps = low[:, None] * (high / low)[:, None] ** shares
-        excluded = resolvent.reach(theta[:, None] + gaps, noise, share) < g
+        excluded = known.reach(theta[:, None] + gaps, noise, share) < g
         excluded[:, -1] = True
         index = excluded.to(torch.int8).argmax(-1, keepdim=True)
         high, low = gaps.gather(-1, index)[:, 0], gaps.gather(-1, (index - 1).clamp_min(0))[:, 0]
     exact = (spread == 0) & (size == 0) & (noise == 0) & (share == 0)
-    return theta, torch.where(exact, 0.0, theta + high + 8 * found.rows.shape[-1] * U * spread)
+    return torch.where(exact, 0.0, theta + high + 8 * found.rows.shape[-1] * U * spread)
 
 
 def next_check(found: Krylov, before: tuple[int, Tensor] | None, now: Tensor) -> int:
-    """Steps until `top_within` is worth asking again, from how fast it fell since the last time (its step, its value)."""
+    """Steps until `top_within` is worth asking again, from how fast it fell since the last time: a step, a value."""
     step = found.t.shape[-1] // found.block
     if before is None:
         return 2

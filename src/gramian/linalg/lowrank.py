@@ -22,6 +22,7 @@ from gramian.linalg.krylov import (
     default_generator,
     gaussian,
     lanczos,
+    resolvent,
     top_bound,
     top_within,
     two_norm,
@@ -172,9 +173,9 @@ def _beyond(x: Tensor, found: Krylov, floor: Tensor, generator: torch.Generator)
         return y - by(by(y, found.rows.mT), found.rows)
 
     def stop(seen: Krylov) -> int:
-        theta = torch.linalg.eigvalsh(seen.t)[:, -1].clamp_min(2.0**-900)
-        room = floor / theta - 1
-        return int(not bool(((room < 0) | (top_within(seen, room.clamp_min(1e-9)) < -0.5)).all()))
+        known = resolvent(seen)
+        room = floor / known.w[:, -1].clamp_min(2.0**-900) - 1
+        return int(not bool(((room < 0) | (top_within(known, room.clamp_min(1e-9)) < -0.5)).all()))
 
     n = x.shape[-1]
     start = gaussian(generator, x, 1, min(OUTSIDE, n), n).to(x.dtype).expand(x.shape[0], -1, -1)
@@ -206,29 +207,27 @@ def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator
         return Found(value, nothing, nothing * math.nan, reason, p // r, FAILURE)
 
     wide = found.rows.to(torch.float64)
-    rest = _beyond(x, found, 0.8 * w[:, -k], source) if p < n else None
     own = probes.probes(p, x.device, SEEN[0])
-    rows = own.omega.mT @ wide
-    parts = [rows]
-    if rest is not None:
+    z = own.omega.mT @ wide
+    # Rows that vanished, where the space is invariant, leave it short of n.
+    if p < n or bool((wide.norm(dim=-1) < 0.5).any()):
+        rest = _beyond(x, found, 0.9 * w[:, -k], source)
         other = probes.probes(rest.t.shape[-1], x.device, SEEN[1])
         beyond = other.omega.mT @ rest.rows.to(torch.float64)
-        parts.append(beyond - by(by(beyond, wide.mT), wide))
-    back, forth, square = probes.twice(x, torch.cat(parts, -2), factors[2].mT)
-    rounding = 4 * gamma(m + n + p) * square
-
-    count = rows.shape[-2]
-    f = found.residual.to(torch.float64)
-    gap = back[:, :count] - by(own.omega.mT @ found.t, wide) - own.omega.mT[:, -r:] @ f
-    blur = probes.of_norm(gap, own, rounding * norm(rows))
-    outside = torch.zeros_like(square)
-    if rest is not None:
-        exact = back[:, count:]
+        both = torch.cat([z, beyond - by(by(beyond, wide.mT), wide)], -2)
+        back, forth, square = probes.twice(x, both, factors[2].mT)
+        exact = back[:, z.shape[-2] :]
         exact = exact - by(by(exact, wide.mT), wide)
         ours = by(other.omega.mT @ rest.t, rest.rows.to(torch.float64))
         ours = ours + other.omega.mT[:, -rest.block :] @ rest.residual.to(torch.float64)
-        noise = probes.two_norm(exact - ours, other, rounding * norm(beyond))
-        outside = top_bound(rest, noise=noise)[1].clamp_min(0)
+        noise = probes.two_norm(exact - ours, other, 4 * gamma(m + n + p) * square * norm(beyond))
+        outside = top_bound(rest, resolvent(rest), noise=noise).clamp_min(0)
+    else:
+        back, forth, square = probes.twice(x, z, factors[2].mT)
+        outside = torch.zeros_like(square)
+    f = found.residual.to(torch.float64)
+    gap = back[:, : z.shape[-2]] - by(own.omega.mT @ found.t, wide) - own.omega.mT[:, -r:] @ f
+    blur = probes.of_norm(gap, own, 4 * gamma(m + n + p) * square * norm(z))
     # W is orthonormal but for rounding, and F orthogonal to it; a row of W that vanished is zero.
     inner = by(wide, wide.mT)
     kept = torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.5).to(inner.dtype))
@@ -275,7 +274,9 @@ def svd_lowrank_ex(
     narrow = a.dtype != torch.float64 and tolerance >= NARROW and names[0] == "block_krylov"
     plan = [(names[0], None)] * narrow + [(name, torch.float64) for name in names]
     count, m, n = batch.raw.shape
-    u, s, v = (torch.full((count, *d), math.nan, dtype=a.dtype, device=a.device) for d in ((m, rank), (rank,), (n, rank)))
+    u, s, v = (
+        torch.full((count, *d), math.nan, dtype=a.dtype, device=a.device) for d in ((m, rank), (rank,), (n, rank))
+    )
     bound = torch.full((count,), math.inf, dtype=torch.float64, device=a.device)
     residual, failure = bound * math.nan, torch.zeros_like(bound)
     code, steps = torch.zeros_like(batch.exponent), torch.zeros_like(batch.exponent)
@@ -290,9 +291,7 @@ def svd_lowrank_ex(
         found = SVD_LOWRANK[name](x, rank, caller, rtol=tolerance, generator=generator)
         better = ~(found.excess >= bound[rows])
         kept = rows[better]
-        for whole, part in zip(
-            (u, s, v, bound, residual), (*found.value, found.excess, found.residual), strict=True
-        ):
+        for whole, part in zip((u, s, v, bound, residual), (*found.value, found.excess, found.residual), strict=True):
             whole[kept] = part[better]
         code[kept], steps[kept] = METHODS.index(name), found.steps
         reason[kept], failure[kept] = found.reason[better], found.failure
