@@ -82,8 +82,10 @@ def svd_error(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return error
 
 
-def _excess(x: Tensor, factors: Triple, forth: Tensor, square: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
-    """An upper bound on (‖A − USVᵀ‖_F − optimum)/‖A‖_F, and ‖A − USVᵀ‖/‖A‖, from A V, ‖A‖_F² and Σ σᵢ² ≤ `most`."""
+def _excess(x: Tensor, factors: Triple, forth: Tensor, square: Tensor, optimum: Tensor) -> tuple[Tensor, Tensor]:
+    """An upper bound on (‖A − USVᵀ‖_F − optimum)/‖A‖_F, and ‖A − USVᵀ‖/‖A‖, from A V, ‖A‖_F² and a lower bound on the
+    optimum.
+    """
     u, s, v = factors
     rounding = gamma(x.shape[-1] + x.shape[-2])
     inner = (forth * u).sum(-2) * s
@@ -96,7 +98,6 @@ def _excess(x: Tensor, factors: Triple, forth: Tensor, square: Tensor, most: Ten
         gap = torch.linalg.vector_norm(x[i].to(torch.float64) - scaled @ v[i].mT)
         missed[i] = gap**2
         reached[i] = gap + 2 * gamma(s.shape[-1] + 4) * (size[i] + scaled.norm() * v[i].norm())
-    optimum = (square * (1 - 8 * rounding) - most).clamp_min(0).sqrt()
     zero = (size == 0) & (s == 0).all(-1)
     bound = torch.where(zero, 0.0, ((reached - optimum).clamp_min(0) / size).nan_to_num(nan=math.inf))
     return bound, torch.where(size > 0, missed.sqrt() / size.clamp_min(2.0**-1000), 0.0)
@@ -108,8 +109,9 @@ def by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.G
     u, s, v, ok = factor.svd(x)
     spread = svd_error(x, u, s, v)
     value, factors = caller.rounded(u[..., :k], s[:, :k], v[..., :k])
-    # |σ̂ − σ| sums to at most `spread` in norm (Mirsky).
-    excess, left = _excess(x, factors, x @ factors[2], norm(x) ** 2, (norm(s[:, :k]) + spread) ** 2)
+    # ‖σ̂ − σ‖₂ is at most `spread` (Mirsky).
+    optimum = (norm(s[:, k:]) - spread).clamp_min(0)
+    excess, left = _excess(x, factors, x @ factors[2], norm(x) ** 2, optimum)
     return Found(value, excess, left, torch.where(ok, cert.NONE, cert.LAPACK))
 
 
@@ -236,7 +238,8 @@ def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator
     coupling = torch.zeros_like(found.t)
     coupling[:, -r:, -r:] = by(f, f.mT)
     most = _most(found.t, coupling, outside, k) + math.sqrt(2 * k) * blur + 8 * (k + 1) * p * U * size
-    excess, missed = _excess(x, factors, forth[:, -k:].mT, square, most)
+    optimum = (square * (1 - 8 * gamma(m + n)) - most).clamp_min(0).sqrt()
+    excess, missed = _excess(x, factors, forth[:, -k:].mT, square, optimum)
     return Found(value, excess, missed, reason, p // r, 4 * FAILURE)
 
 
