@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg import probes
-from gramian.linalg.batch import check, choose, exponent_of, load, norm, scale
+from gramian.linalg.batch import check, choose, exponent_of, load, norm, scale, unscaled
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.conditioning import smallest
 from gramian.linalg.krylov import (
@@ -200,7 +200,7 @@ def spectral_norm_ex(
         linear = as_linear_map("spectral_norm", a)
         return _norm_of_map(linear, default_rtol(rtol, getattr(linear, "dtype", torch.float32)), generator)
     check("spectral_norm", a)
-    batch = load(a.mT if a.shape[-2] < a.shape[-1] else a)
+    batch = unscaled(load(a.mT if a.shape[-2] < a.shape[-1] else a))
     names = [method]
     if method == "auto":
         names = ["svdvals"] if batch.raw.shape[-1] <= SMALL else ["lanczos", "svdvals"]
@@ -366,7 +366,7 @@ def cond_ex(
     """
     check("cond", a)
     choose("cond", method, COND)
-    batch = load(a.mT if a.shape[-2] < a.shape[-1] else a)
+    batch = unscaled(load(a.mT if a.shape[-2] < a.shape[-1] else a))
     tolerance = default_rtol(rtol, a.dtype)
     if not min(a.shape[-2:]):
         # No singular values: as for torch, the empty ratio is 0.

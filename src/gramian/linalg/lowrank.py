@@ -13,7 +13,7 @@ from torch import Tensor
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
 from gramian.linalg import factor, probes
-from gramian.linalg.batch import check, choose, load, norm, scale
+from gramian.linalg.batch import check, choose, load, norm, scale, unscaled
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.krylov import (
     FAILURE,
@@ -268,7 +268,7 @@ def svd_lowrank_ex(
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= short:
         raise InputError(f"svd_lowrank: expected an integer rank from 0 to min(m, n) = {short}, got {rank!r}.")
     wide = a.shape[-2] < a.shape[-1]
-    batch, tolerance = load(a.mT if wide else a), default_rtol(rtol, a.dtype)
+    batch, tolerance = unscaled(load(a.mT if wide else a)), default_rtol(rtol, a.dtype)
     names = [method]
     if method == "auto":
         names = ["svd"] if short <= SMALL or SHARE * rank > short else ["block_krylov", "svd"]
