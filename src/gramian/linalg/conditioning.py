@@ -7,12 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+from gramian.linalg import certificate as cert
 from gramian.linalg.batch import norm
-from gramian.linalg.singular import by_gram
+from gramian.linalg.singular import by_gram, svd_values_twofold
 from gramian.linalg.twofold import Pair, eye_like, minus, pair, plus, product, transpose
 
 WIDTH = 8
 SWEEPS = 3
+TIGHT = 64
+"""Up to this side an SVD with twofold residuals costs little beside the calls."""
 
 
 def eigenvalue_ratio(g: Tensor) -> Tensor:
@@ -35,6 +38,17 @@ def eigenvalue_ratio(g: Tensor) -> Tensor:
     largest = high.norm(dim=-2).amax(-1)
     smallest = 1 / low.norm(dim=-2).amax(-1)
     return torch.where(bad, 0.0, smallest / largest).to(torch.float64).nan_to_num(nan=0.0)
+
+
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """σ₁ of each x (B, m, n) in float64, and a bound on its error: where x is small, the tighter of two."""
+    s, errors, ok = by_gram(x)
+    value, error = s[:, -1], torch.where(ok, errors[:, -1], math.inf)
+    if x.shape[-1] <= TIGHT:
+        found = svd_values_twofold(x, decline=math.inf)
+        tighter = (found.error < error) & (found.reason == cert.NONE)
+        value, error = torch.where(tighter, found.value[:, 0], value), torch.where(tighter, found.error, error)
+    return value, error
 
 
 def smallest(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,10 +76,10 @@ def smallest(x: Tensor) -> tuple[Tensor, Tensor]:
     r, r_error = minus(eye_like(x), product(square, close))
     # X⁻¹ = Y(I − R)⁻¹.
     size = norm(r) + r_error
-    s, errors, _ = by_gram(close.hi)
-    largest, blur = s[:, -1], errors[:, -1] + norm(close.lo)
-    value = 1 / largest
-    high = (1 + size) / (largest - blur).clamp_min(0) / (1 - spread)
-    low = (1 - size) / (largest + blur) / (1 + spread)
+    top, blur = largest(close.hi)
+    blur = blur + norm(close.lo)
+    value = 1 / top
+    high = (1 + size) / (top - blur).clamp_min(0) / (1 - spread)
+    low = (1 - size) / (top + blur) / (1 + spread)
     error = torch.maximum((high**2 + missed**2).sqrt() - value, value - low)
     return value, torch.where((size < 0.5) & (spread < 0.5), error, math.inf).nan_to_num(nan=math.inf, posinf=math.inf)

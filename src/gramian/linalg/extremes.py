@@ -14,7 +14,7 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import probes
 from gramian.linalg.batch import check, choose, exponent_of, load, norm, scale, unscaled
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.conditioning import smallest
+from gramian.linalg.conditioning import largest, smallest
 from gramian.linalg.krylov import (
     FAILURE,
     Krylov,
@@ -316,14 +316,15 @@ def cond_by_gram(x: Tensor, *, rtol: float, generator: torch.Generator | None) -
 
 
 def cond_by_inverse(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
-    """σ₁ from the Gram matrix, and σ_n from the inverse, refined on twofold residuals."""
+    """σ₁, and σ_n from the inverse, refined on twofold residuals."""
     if x.shape[-1] == 1:
         return cond_by_gram(x, rtol=rtol, generator=generator)
     x = x.to(torch.float64)
-    s, errors, ok = by_gram(x)
-    value, error = _ratio(s[:, -1], torch.where(ok, errors[:, -1], math.inf), *smallest(x))
-    # Beyond 1e15 or so nothing is known: the Gram matrix's ratio is as good as any.
-    value = torch.where(error.isfinite(), value, s[:, -1] / s[:, 0])
+    value, error = _ratio(*largest(x), *smallest(x))
+    if not bool(error.isfinite().all()):
+        # Beyond 1e15 or so nothing is known: the Gram matrix's ratio is as good as any.
+        s, _, _ = by_gram(x)
+        value = torch.where(error.isfinite(), value, s[:, -1] / s[:, 0])
     return _of_columns(x, Number(value, error, torch.zeros_like(error, dtype=torch.long)))
 
 
@@ -339,7 +340,7 @@ def _ratio(first: Tensor, above: Tensor, last: Tensor, below: Tensor) -> tuple[T
     value = first / last
     most = (first + above) / (last - below).clamp_min(0)
     least = (first - above).clamp_min(0) / (last + below)
-    error = torch.maximum(most - value, value - least) + 4 * U * value
+    error = torch.maximum(most - value, value - least) + 3 * U * value
     return value, error.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
