@@ -49,7 +49,7 @@ def cond_of(a):
 
 NUMBERS = {
     "spectral_norm": (gl.spectral_norm_ex, norm_of, tuple(gl.extremes.SPECTRAL_NORM)),
-    "cond": (gl.cond_ex, cond_of, tuple(gl.extremes.COND)),
+    "cond": (gl.cond_ex, cond_of, tuple(gl.condition.COND)),
 }
 
 
