@@ -13,6 +13,7 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import factor
 from gramian.linalg.batch import Answer, Route, check, choose, climb, ladder, load, norm
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
+from gramian.linalg.products import HALVED_FROM, syrk
 from gramian.linalg.symmetric import gram
 from gramian.linalg.twofold import Pair, U, eye_like, gamma, minus, pair, product, rough, transpose
 
@@ -27,7 +28,8 @@ def by_gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     With |σ̂² − σ²| ≤ η, |σ̂ − σ| ≤ η / (σ̂ + √(σ̂² − η)), and never more than √η.
     """
     m, n = x.shape[-2:]
-    g = gram(x, torch.float64)
+    # In strips where they pay; below, in halves.
+    g = syrk(x.to(torch.float64)) if min(m, n) >= HALVED_FROM else gram(x, torch.float64)
     w, ok = factor.eigvalsh(g)
     s = w.clamp_min(0).sqrt()
     # The product's rounding, by ‖X‖_F², which is the trace, and LAPACK's backward error with p(n) = 4n: three times
