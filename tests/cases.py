@@ -252,19 +252,56 @@ FUNCTIONS = {
 """name: (certified function, oracle, plain float64 LAPACK, the matrices it takes)."""
 
 
+def oracle_norm(a: Tensor) -> mpmath.matrix:
+    return mpmath.matrix([[max(oracle_svdvals(a))]])
+
+
+def oracle_cond(a: Tensor) -> mpmath.matrix | None:
+    s = sorted(oracle_svdvals(a))
+    return mpmath.matrix([[s[-1] / s[0]]]) if s[0] > s[-1] * mpmath.mpf(10) ** -22 else None
+
+
+def _number(result: tuple[Tensor, gl.Certificate]) -> tuple[Tensor, gl.Certificate]:
+    return result[0][..., None, None], result[1]
+
+
+def _lapack_norm(a: Tensor) -> Tensor:
+    return torch.linalg.svdvals(a)[:1, None]
+
+
+def _lapack_cond(a: Tensor) -> Tensor:
+    s = torch.linalg.svdvals(a)
+    return (s[0] / s[-1])[None, None]
+
+
+SPECTRAL = {
+    "spectral_norm": (lambda a: _number(gl.spectral_norm_ex(a)), oracle_norm, _lapack_norm, "general"),
+    "spectral_norm/lanczos": (
+        lambda a: _number(gl.spectral_norm_ex(a, method="lanczos")),
+        oracle_norm,
+        _lapack_norm,
+        "general",
+    ),
+    "cond": (lambda a: _number(gl.cond_ex(a)), oracle_cond, _lapack_cond, "general"),
+    "cond/lanczos": (lambda a: _number(gl.cond_ex(a, method="lanczos")), oracle_cond, _lapack_cond, "general"),
+}
+"""The same for numbers; "/method" names a route that auto takes only for large matrices, and which may flag more."""
+ALL = FUNCTIONS | SPECTRAL
+
+
 def lapack_error(name: str, a: Tensor, exact: mpmath.matrix | None) -> float:
     """The error of plain float64 LAPACK on one matrix, rounded to its dtype; inf where it fails."""
     if exact is None or not bool(a.isfinite().all()):
         return math.inf
     try:
-        return mp_error(FUNCTIONS[name][2](a.to(torch.float64)).to(a.dtype), exact)
+        return mp_error(ALL[name][2](a.to(torch.float64)).to(a.dtype), exact)
     except torch.linalg.LinAlgError:
         return math.inf
 
 
 def score(name: str, seed: int, count: int, dtype: torch.dtype, rtol: float) -> tuple[list, list[float], int, int]:
     """Silent failures, ratios of bound to error where converged, answers flagged, and answers LAPACK gets to rtol."""
-    function, oracle, _, needs = FUNCTIONS[name]
+    function, oracle, _, needs = ALL[name]
     shapes = [(3, 3), (6, 6), (8, 8), *([(7, 3), (3, 6)] if needs == "general" else [])]
     silent, ratios, flagged, met = [], [], 0, 0
     for i, (m, n) in enumerate(shapes):
@@ -281,4 +318,71 @@ def score(name: str, seed: int, count: int, dtype: torch.dtype, rtol: float) -> 
             if lapack_error(name, a[j], exact) <= rtol:
                 met += 1
                 flagged += not converged[j]
+    return silent, ratios, flagged, met
+
+
+def score_lowrank(
+    seed: int, count: int, shape: tuple[int, int], dtype: torch.dtype, rtol: float, *, method: str = "auto"
+) -> tuple[list, list[float], int, int]:
+    """As `score`, of svd_lowrank's excess over the optimum, with float64's twofold singular values as the oracle."""
+    m, n = shape
+    silent, ratios, flagged, met = [], [], 0, 0
+    a = hostile(seed, count, m, n, dtype, psd=False)
+    for rank in sorted({1, min(m, n) // 8, min(m, n) // 2} - {0}):
+        (u, s, v), certificate = gl.svd_lowrank_ex(a, rank, method=method)
+        for j, x in enumerate(a.double()):
+            bound, converged = float(certificate.error_bound[j]), bool(certificate.converged[j])
+            if not bool(x.isfinite().all()):
+                silent += [(m, n, j, math.inf, bound)] if converged else []
+                continue
+            size = x.norm()
+            x = x / size
+            sigma = torch.linalg.svdvals(x)
+            optimum = sigma[rank:].norm()
+            part = (u[j].double() * (s[j].double() / size)) @ v[j].double().mT
+            # What float64 makes of it is known to about this.
+            blur = 1e-15 * (m + n) * (1 + bool(optimum < 1e-6) * 10)
+            error = float((x - part).norm() - optimum)
+            if error > bound + blur:
+                silent.append((m, n, j, error, bound))
+            if converged and error > 100 * blur:
+                ratios.append(bound / error)
+            p, q, r = torch.linalg.svd(x, full_matrices=False)
+            plain = (p[:, :rank].to(dtype).double() * (q[:rank] * size).to(dtype).double() / size) @ r[:rank].to(
+                dtype
+            ).double()
+            if float((x - plain).norm() - optimum) <= rtol:
+                met += 1
+                flagged += not converged
+    return silent, ratios, flagged, met
+
+
+def score_large(
+    name: str, seed: int, count: int, shape: tuple[int, int], dtype: torch.dtype, rtol: float
+) -> tuple[list, list[float], int, int]:
+    """As `score`, of a number of larger matrices, with float64's twofold singular values in the place of the oracle."""
+    function, _, lapack, _ = SPECTRAL[name]
+    a = hostile(seed, count, *shape, dtype, psd=False)
+    value, certificate = function(a)
+    s, reference = gl.svdvals_ex(a.double(), method="svd_twofold", rtol=math.inf)
+    silent, ratios, flagged, met = [], [], 0, 0
+    for j, x in enumerate(a):
+        bound, converged = float(certificate.error_bound[j]), bool(certificate.converged[j])
+        if not bool(x.isfinite().all()):
+            silent += [(*shape, j, math.inf, bound)] if converged else []
+            continue
+        spread = float(reference.error_bound[j] * s[j].norm())
+        first, last = float(s[j, 0]), float(s[j, -1])
+        exact = first if name.startswith("spectral_norm") else first / last if last else math.inf
+        known = spread / (first if name.startswith("spectral_norm") else max(last - spread, 0.0) or math.nan)
+        if not known < 0.1 * rtol:
+            continue
+        error = abs(float(value[j]) / exact - 1) if math.isfinite(exact) else math.inf
+        if error > bound * (1 + 1e-12) + known:
+            silent.append((*shape, j, error, bound))
+        if converged and error > 10 * known:
+            ratios.append(bound / error)
+        if abs(float(lapack(x.double()).to(dtype).double()) / exact - 1) <= rtol:
+            met += 1
+            flagged += not converged
     return silent, ratios, flagged, met

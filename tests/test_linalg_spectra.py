@@ -48,8 +48,8 @@ def cond_of(a):
 
 
 NUMBERS = {
-    "spectral_norm": (gl.spectral_norm_ex, norm_of, ("lanczos", "svdvals")),
-    "cond": (gl.cond_ex, cond_of, ("lanczos", "svdvals")),
+    "spectral_norm": (gl.spectral_norm_ex, norm_of, tuple(gl.extremes.SPECTRAL_NORM)),
+    "cond": (gl.cond_ex, cond_of, tuple(gl.condition.COND)),
 }
 
 
@@ -82,8 +82,8 @@ def test_krylov_route_on_large_matrices(kappa):
     for matrix in (a, a[..., :200, :].contiguous()):
         s = torch.linalg.svdvals(matrix)
         for value, certificate, exact in (
-            (*gl.spectral_norm_ex(matrix, rtol=1e-4), s[:, 0]),
-            (*gl.cond_ex(matrix, rtol=1e-2), s[:, 0] / s[:, -1]),
+            (*gl.spectral_norm_ex(matrix, method="lanczos", rtol=1e-4), s[:, 0]),
+            (*gl.cond_ex(matrix, method="lanczos", rtol=1e-2), s[:, 0] / s[:, -1]),
         ):
             assert certificate.converged.all()
             assert ((value / exact - 1).abs() <= certificate.error_bound + 1e-9).all()
@@ -100,6 +100,62 @@ def test_maps_and_sparse_tensors_agree_with_dense(wrap, scale):
     assert abs(value / torch.linalg.matrix_norm(a.double(), 2) - 1) <= certificate.error_bound
     a[0, 0] = math.nan
     assert not gl.spectral_norm_ex(wrap(a))[1].converged
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (400, 300)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e12])
+def test_a_float32_map_converges_in_spite_of_its_rounding(shape, scale):
+    a = random.normal(*shape, generator=seeded(15)) * scale
+    value, certificate = gl.spectral_norm_ex(Map(a))
+    assert certificate.converged
+    assert abs(value / torch.linalg.matrix_norm(a.double(), 2) - 1) <= certificate.error_bound <= 1e-4
+
+
+@pytest.mark.parametrize("shape", [(600, 520), (2, 530, 530)], ids=str)
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4, 1e-6])
+def test_lanczos_in_float32_counts_its_rounding(shape, rtol):
+    a = random.normal(*shape, generator=seeded(16))
+    value, certificate = gl.spectral_norm_ex(a.mT, rtol=rtol)
+    assert set(certificate.method_names) == {"lanczos"}
+    assert certificate.converged.all()
+    exact = torch.linalg.matrix_norm(a.double(), 2)
+    assert ((value.double() / exact - 1).abs() <= certificate.error_bound).all()
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-3, 1e-1])
+def test_bound_on_the_top_allows_for_noise(noise):
+    n, r = 300, 16
+    spectrum = torch.cat([torch.ones(1), torch.linspace(0.9, 0, n - 1)]).double()
+    m = random.with_spectrum(n, n, spectrum=spectrum, symmetric=True, generator=seeded(17), dtype=torch.float64)
+    g = seeded(18)
+
+    def apply(y):
+        # Rounding that is never the same, of up to `noise` for each block.
+        e = random.normal(1, r, n, generator=g, dtype=torch.float64)
+        return y @ m + noise * e / (2 * math.sqrt(n))
+
+    start = random.normal(1, r, n, generator=seeded(19), dtype=torch.float64)
+    found = gl.krylov.lanczos(apply, start, 12)
+    d = found.rows @ m - found.t @ found.rows
+    d[:, -r:] -= found.residual
+    size = torch.linalg.matrix_norm(d, 2)
+    known = gl.krylov.resolvent(found)
+    high = gl.krylov.top_bound(found, known, noise=size)
+    assert high >= 1 - 1e-12
+    assert high <= 1 + max(1e-3, 1e2 * noise)
+    assert gl.krylov.top_bound(found, known, noise=size, share=torch.full_like(size, noise)) >= high
+
+
+@pytest.mark.parametrize("kappa", [1e2, 1e8, 1e12])
+@pytest.mark.parametrize("shape", [(9, 9), (13, 6)], ids=str)
+def test_smallest_singular_value_of_the_ill_conditioned(shape, kappa):
+    spectrum = torch.logspace(0, -math.log10(kappa), min(shape), dtype=torch.float64)
+    a = random.with_spectrum(3, *shape, spectrum=spectrum, generator=seeded(20), dtype=torch.float64)
+    value, error = gl.conditioning.smallest(a)
+    for x, s, bound in zip(a, value, error, strict=True):
+        exact = min(oracle_svdvals(x))
+        assert abs(mpmath.mpf(s.item()) - exact) <= bound.item()
+        assert bound <= 1e-6 * s
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
@@ -191,6 +247,35 @@ def test_density_is_within_its_bound(n):
 
 def test_density_refuses_asymmetric():
     assert not gl.spectral_density_ex(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))[1].converged
+
+
+def test_space_that_stops_growing_is_not_taken_for_the_whole():
+    # Two eigenvalues only: the space ends before it has seen all 70 of the leading vectors.
+    step = torch.cat([torch.ones(70), torch.full((70,), 1e-3)]).double()
+    slow = torch.arange(1, 141, dtype=torch.float64) ** -0.5
+    g = seeded(21)
+    a = torch.stack(
+        [random.with_spectrum(300, 140, spectrum=s, generator=g, dtype=torch.float64) for s in (step, slow)]
+    )
+    (u, s, v), certificate = gl.svd_lowrank_ex(a, 70, method="block_krylov")
+    missed = (a - (u * s[:, None, :]) @ v.mT).flatten(1).norm(dim=1)
+    optimum = torch.linalg.svdvals(a)[:, 70:].norm(dim=1)
+    size = a.flatten(1).norm(dim=1)
+    assert ((missed - optimum) / size <= certificate.error_bound + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("decay", ["slow", "tail", "exact"])
+def test_low_rank_in_float32_counts_its_rounding(decay, dtype):
+    i = torch.arange(1, 201, dtype=torch.float64)
+    spectrum = {"slow": i**-0.5, "tail": i**-1.5, "exact": (i < 13) / i}[decay]
+    a = random.with_spectrum(260, 200, spectrum=spectrum, generator=seeded(22), dtype=dtype)
+    (u, s, v), certificate = gl.svd_lowrank_ex(a.mT, 12)
+    assert certificate.method_names == ["block_krylov"]
+    assert certificate.converged
+    optimum = torch.linalg.svdvals(a.double())[12:].norm()
+    reached = (a.mT.double() - (u.double() * s.double()) @ v.double().mT).norm()
+    assert (reached - optimum) / spectrum.norm() <= certificate.error_bound
 
 
 @pytest.mark.parametrize("decay", ["slow", "fast", "flat", "deficient"])

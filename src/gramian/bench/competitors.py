@@ -125,7 +125,7 @@ def _ours(name: str, start: float) -> Competitor:
 
 ADAMW = "AdamW, fused"
 TORCH_MUON = "torch Muon"
-DEFAULT = "gramian Muon"
+DEFAULT = "gramian SOAPMuon"
 """The one that has to win on every task."""
 
 _REST = "the rest by fused AdamW at its tuned rate"
@@ -134,7 +134,9 @@ COMPETITORS: dict[str, Competitor] = {
     TORCH_MUON: Competitor(_torch_muon, 3.16e-2, remark=f"hidden matrices; {_REST}", ndim=2),
     "pytorch_optimizer Muon": Competitor(_peer_muon, 3.16e-2, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
     "pytorch_optimizer SOAP": Competitor(_peer_soap, 3.16e-3, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
-    "gramian Muon": _ours("Muon", 0.1),
+    "gramian Muon": _ours("Muon", 0.316),
+    "gramian SOAP": _ours("SOAP", 0.316),
+    "gramian SOAPMuon": _ours("SOAPMuon", 0.316),
 }
 """Weight decay is zero for all; momentum and everything else is as each has it by default."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,8 +97,9 @@ def lowrank(repeats: int) -> Row:
         array = a.double().numpy()
 
         def propack() -> tuple[Tensor, Tensor, Tensor]:
-            u, s, vh = svds(array, k=32, solver="propack", tol=1e-7, rng=0)  # pyright: ignore[reportArgumentType]
-            return torch.tensor(u), torch.tensor(s), torch.tensor(vh).mT
+            found: Any = svds(array, k=32, solver="propack", tol=1e-7, rng=0)  # pyright: ignore[reportArgumentType]
+            u, s, vh = (torch.tensor(x.copy()) for x in found)  # some strides are negative
+            return u, s, vh.mT
 
         competitors["scipy PROPACK"] = propack
     times = interleaved(competitors, repeats=repeats)

@@ -6,6 +6,7 @@ returns `(value, Certificate)` and raises only for a wrong argument.
 
 from gramian.linalg.certificate import Certificate
 from gramian.linalg.components import PCA, pca, pca_ex, svd_shrink, svd_shrink_ex
+from gramian.linalg.condition import cond, cond_ex
 from gramian.linalg.density import (
     SpectralDensity,
     spectral_density,
@@ -13,7 +14,7 @@ from gramian.linalg.density import (
     spectral_radius,
     spectral_radius_ex,
 )
-from gramian.linalg.extremes import cond, cond_ex, spectral_norm, spectral_norm_ex
+from gramian.linalg.extremes import spectral_norm, spectral_norm_ex
 from gramian.linalg.inverses import inv, inv_ex, solve, solve_ex
 from gramian.linalg.linear_map import LinearMap
 from gramian.linalg.lowrank import svd_lowrank, svd_lowrank_ex

@@ -184,6 +184,13 @@ def load(a: Tensor, *, multiple: int = 1, at_least: Tensor | None = None) -> Bat
     return Batch(x, exponent, exponent, finite, a.shape[:-2], a.dtype)
 
 
+def unscaled(batch: Batch, *, reach: int = 24) -> Batch:
+    """The batch at its own scale where every exponent is within `reach`, so that no copy is made of it."""
+    if batch.exponent.numel() and int(batch.exponent.abs().amax()) > reach:
+        return batch
+    return replace(batch, down=torch.zeros_like(batch.down), exponent=torch.zeros_like(batch.exponent))
+
+
 def select(x: object, keep: Tensor) -> object:
     """Rows `keep` of every tensor, others unchanged."""
     return x[keep] if isinstance(x, Tensor) and x.ndim > 0 else x

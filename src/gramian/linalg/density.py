@@ -147,10 +147,10 @@ STEPS, PROBES = 40, 10
 
 def _by_quadrature(linear: Any, n: int, source: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Nodes and weights of Gauss's rule for each of PROBES random vectors, a bound on W₁, and the range."""
-    start = gaussian(source, like, PROBES, n, 1)
+    start = gaussian(source, like, PROBES, 1, n)
 
     def apply(y: Tensor) -> Tensor:
-        return linear.matmat(y[:, :, 0].mT.contiguous()).mT[:, :, None]
+        return linear.matmat(y[:, 0].mT.contiguous()).mT[:, None]
 
     found = lanczos(apply, start, min(STEPS, n))
     nodes, s = torch.linalg.eigh(found.t)

@@ -1,6 +1,7 @@
 """Block Lanczos with full reorthogonalisation, and what it proves about the extreme eigenvalues.
 
-The work is float64; a map may compute in its own dtype, and then its rounding is the caller's to add.
+Vectors are rows, since BLAS is fast at (few rows) × (a matrix) and slow at the transpose of that. The work is done in
+the dtype of the start; what its rounding makes of the answer is bounded with `noise`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from gramian.linalg.twofold import U
 Apply = Callable[[Tensor], Tensor]
 
 FAILURE = 1e-10
-"""The probability with which the estimates here may fail, one in 10¹⁰ for each matrix."""
+"""The probability with which each event that the estimates rest on may fail, one in 10¹⁰ for each matrix."""
+CANDIDATES = 24
+"""Upper bounds tried at once, twice: a bound is within 10 % of the best."""
 
 
 class Krylov(NamedTuple):
-    """M W = W T + F E_qᵀ: an orthonormal basis W (B, n, p), T (B, p, p) = WᵀMW, and the residual block F (B, n, r)."""
+    """M W = W T + F E_qᵀ + D: rows Wᵀ (B, p, n), orthonormal but for rounding, T (B, p, p) in float64, Fᵀ (B, r, n).
 
-    basis: Tensor
+    D is what rounding added; r is the width of a block.
+    """
+
+    rows: Tensor
     t: Tensor
     residual: Tensor
     block: int
@@ -39,61 +45,85 @@ def gaussian(generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).to(like.device)
 
 
-def orthonormal(x: Tensor, against: Tensor | None = None) -> Tensor:
-    """Orthonormal columns that span x (B, n, r) less `against`; a column that vanishes there becomes zero.
+def by(y: Tensor, a: Tensor) -> Tensor:
+    """Y A of rows y (B, r, k) and a (B, k, n); without a batch where there is one matrix, which BLAS does faster."""
+    if a.shape[0] == 1:
+        r = y.shape[-2]
+        if r == 1:
+            return torch.mv(a[0].mT, y[0, 0])[None, None]
+        if r % 16 == 0 and a.stride(-2) == 1:
+            # 16 columns fill a register: the other way round it takes two thirds of the time on two cores.
+            return torch.mm(a[0].mT, y[0].mT).mT[None]
+        return torch.mm(y[0], a[0])[None]
+    return y @ a
 
-    Two rounds of projection: "twice is enough" (Giraud et al., Numer. Math. 101, 2005).
-    """
-    start = x.norm(dim=-2, keepdim=True)
-    for _ in range(2):
-        if against is not None:
-            x = x - against @ (against.mT @ x)
-    q, r = torch.linalg.qr(x)
-    kept = r.diagonal(dim1=-2, dim2=-1).abs()[..., None, :] > 1e-13 * start.amax(-1, keepdim=True)
-    if against is not None:
-        q = q - against @ (against.mT @ q)
-        q = q / q.norm(dim=-2, keepdim=True).clamp_min(2.0**-500)
-    return torch.where(kept, q, 0.0)
+
+def orthonormal(z: Tensor) -> Tensor:
+    """Orthonormal rows that span those of z (B, r, n); one that vanishes becomes zero."""
+    start = z.norm(dim=-1, keepdim=True)
+    tiny = torch.finfo(z.dtype).tiny
+    if z.shape[-2] == 1:
+        return torch.where(start > tiny, z / start.clamp_min(tiny), 0.0)
+    q, r = torch.linalg.qr(z.mT)
+    size = r.diagonal(dim1=-2, dim2=-1).abs()[..., None]
+    return torch.where(size > 100 * torch.finfo(z.dtype).eps * start.amax(-2, keepdim=True), q.mT, 0.0)
 
 
 def lanczos(
-    apply: Apply, start: Tensor, steps: int, *, stop: Callable[[Krylov], bool] | None = None, every: int = 4
+    apply: Apply, start: Tensor, steps: int, *, stop: Callable[[Krylov], int] | None = None, first: int = 4
 ) -> Krylov:
-    """Block Lanczos of a symmetric operator, from the block `start` (B, n, r), fully reorthogonalised.
+    """Block Lanczos of a symmetric operator, from the rows of `start` (B, r, n), fully reorthogonalised.
 
     W = [W₁ … W_q], M W_j = W_{j-1}B_{j-1}ᵀ + W_jA_j + W_{j+1}B_j; every new block is projected against all before it.
-    Arguments: `apply`, X (B, n, r) → M X; `steps` q; `stop` is asked after every `every` steps.
-    Cost: q products with r columns and 4nr²q² flops. Accuracy: WᵀW = I to rounding.
+    Arguments: `apply`, rows X (B, r, n) → X M; `steps` q; `stop` is asked after `first` steps whether to stop, 0, or
+    after how many further ones to ask again.
+    Cost: q products with r rows and 2nr²q² flops. Accuracy: WᵀW = I to rounding.
     Source: Golub and Underwood (1977); Golub and Van Loan, Matrix Computations (2013), §10.3.
 
     >>> m = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))[None]
-    >>> found = lanczos(lambda x: m @ x, torch.ones(1, 3, 1, dtype=torch.float64), 3)
+    >>> found = lanczos(lambda x: x @ m, torch.ones(1, 1, 3, dtype=torch.float64), 3)
     >>> torch.linalg.eigvalsh(found.t).round(decimals=6).tolist()
     [[1.0, 2.0, 3.0]]
     """
-    batch, n, r = start.shape
+    batch, r, n = start.shape
     steps = max(1, min(steps, -(-n // r)))
-    basis = start.new_zeros(batch, n, steps * r)
-    t = start.new_zeros(batch, steps * r, steps * r)
+    rows = start.new_zeros(batch, steps * r, n)
+    t = start.new_zeros(batch, steps * r, steps * r, dtype=torch.float64)
     block = orthonormal(start)
-    found = Krylov(basis[:, :, :0], t[:, :0, :0], block, r)
+    found = Krylov(rows[:, :0], t[:, :0, :0], block, r)
+    due = first
     for j in range(steps):
-        here = slice(j * r, (j + 1) * r)
-        basis[:, :, here] = block
-        known = basis[:, :, : (j + 1) * r]
+        past, here, ahead = (slice(max(0, i) * r, max(0, i + 1) * r) for i in (j - 1, j, j + 1))
+        rows[:, here] = block
+        known = rows[:, : (j + 1) * r]
         image = apply(block)
-        column = known.mT @ image
-        t[:, : (j + 1) * r, here] = column
-        t[:, here, : (j + 1) * r] = column.mT
-        image = image - known @ column
-        image = image - known @ (known.mT @ image)
+        own = by(image, block.mT)
+        own = (own + own.mT) / 2
+        t[:, here, here] = own.to(t.dtype)
+        image = image - by(own, block)
+        if j:
+            image = image - by(t[:, here, past].to(image.dtype), rows[:, past])
+        before = image.norm(dim=-1)
+        image = image - by(by(image, known.mT), known)
+        # "Twice is enough" (Giraud et al., Numer. Math. 101, 2005), and once where little was taken away.
+        if bool((image.norm(dim=-1) < 0.7 * before).any()):
+            image = image - by(by(image, known.mT), known)
         found = Krylov(known, t[:, : (j + 1) * r, : (j + 1) * r], image, r)
-        last = j + 1 == steps
-        if last or (stop is not None and (j + 1) % every == 0 and stop(found)):
+        if j + 1 == steps:
             break
-        block = orthonormal(image, known)
-    square = (found.t + found.t.mT) / 2
-    return found._replace(t=square)
+        if stop is not None and j + 1 == due:
+            more = stop(found)
+            if not more:
+                break
+            due += more
+        block = orthonormal(image)
+        # What normalising a small row magnified of its rounding.
+        block = block - by(by(block, known.mT), known)
+        size = block.norm(dim=-1, keepdim=True)
+        block = torch.where(size > 0.5, block / size.clamp_min(0.5), 0.0)
+        t[:, here, ahead] = by(image, block.mT).to(t.dtype)
+        t[:, ahead, here] = t[:, here, ahead].mT
+    return found
 
 
 def overlap(n: int, r: int, failure: float = FAILURE) -> float:
@@ -110,27 +140,90 @@ def overlap(n: int, r: int, failure: float = FAILURE) -> float:
     return math.exp(min(log_x, math.log(0.5)) / 2)
 
 
-def top_bound(found: Krylov, *, failure: float = FAILURE) -> tuple[Tensor, Tensor]:
-    """The largest Ritz value θ and, with probability 1 − failure, an upper bound on the largest eigenvalue.
+def two_norm(y: Tensor) -> Tensor:
+    """‖Y‖₂ of short y (..., r, n)."""
+    # LAPACK raises for what is not finite.
+    squares = (y @ y.mT).nan_to_num(nan=2.0**1000, posinf=2.0**1000)
+    return torch.linalg.eigvalsh(squares)[..., -1].clamp_min(0).sqrt()
 
-    For an eigenpair (λ, u), uᵀM W = λ uᵀW gives uᵀW₁ = uᵀF E_qᵀ(λ − T)⁻¹E₁; as ‖uᵀW₁‖ ≥ g but with small probability,
-    λ > θ requires ‖F‖ ‖E_qᵀ(λ − T)⁻¹E₁‖ ≥ g, and the left side falls with λ. Bisection finds where.
+
+class Resolvent(NamedTuple):
+    """What ‖F E_qᵀ(λ − T)⁻¹E₁‖₂ and ‖(λ − T)⁻¹E₁‖₂ are made of: T's eigenvalues, its vectors' ends, (FᵀF)^(1/2).
+
+    `ritz` (B, p) is T's leading eigenvector, g what `overlap` says of the start as it was rounded.
+    """
+
+    w: Tensor
+    ritz: Tensor
+    first: Tensor
+    last: Tensor
+    half: Tensor
+    g: float
+
+    def reach(self, at: Tensor, noise: Tensor, share: Tensor) -> Tensor:
+        """‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + (noise + share λ) ‖(λ − T)⁻¹E₁‖₂ for λ (B, K) above all of w."""
+        gap = (at[..., None] - self.w[:, None]).clamp_min(2.0**-400)
+        scaled = self.first[:, None] / gap[..., None, :]
+        last = self.half[:, None] @ (self.last[:, None] @ scaled.mT)
+        return two_norm(last) + (noise[:, None] + share[:, None] * at) * two_norm(scaled)
+
+
+def resolvent(found: Krylov, *, failure: float = FAILURE) -> Resolvent:
+    """One eigendecomposition of T, for `top_within` and `top_bound`."""
+    r, n = found.block, found.rows.shape[-1]
+    w, v = torch.linalg.eigh((found.t + found.t.mT) / 2)
+    f = found.residual.to(torch.float64)
+    squares, vectors = torch.linalg.eigh(by(f, f.mT))
+    half = squares.clamp_min(0).sqrt()[..., None] * vectors.mT
+    g = overlap(n, r, failure) - 4 * math.sqrt(r) * torch.finfo(found.rows.dtype).eps
+    return Resolvent(w, v[:, :, -1], v[:, :r], v[:, -r:], half, max(g, 2.0**-900))
+
+
+def top_within(known: Resolvent, share: float | Tensor, *, noise: float = 0.0) -> Tensor:
+    """ln(reach / g) at (1 + share) of the Ritz value, reach as in `top_bound`: it is within where this is negative.
+
+    `noise` is relative to the Ritz value.
+    """
+    theta = known.w[:, -1].clamp_min(0)
+    reach = known.reach((theta * (1 + share))[:, None], noise * theta, torch.zeros_like(theta))[:, 0]
+    return torch.where(theta > 0, (reach / known.g).log(), -math.inf)
+
+
+def top_bound(found: Krylov, known: Resolvent, *, noise: Tensor | None = None, share: Tensor | None = None) -> Tensor:
+    """With probability 1 − failure an upper bound (B,) on the largest eigenvalue.
+
+    For an eigenpair (λ, u), uᵀM W = λ uᵀW gives uᵀW₁ = uᵀ(F E_qᵀ + D)(λ − T)⁻¹E₁, whatever W is; as ‖uᵀW₁‖ ≥ g but with
+    small probability, λ > θ requires ‖F E_qᵀ(λ − T)⁻¹E₁‖ + ‖D‖ ‖(λ − T)⁻¹E₁‖ ≥ g, and the left side falls with λ.
+    `noise` + `share` · λ (B,) bounds ‖Dᵀu‖.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3, here for blocks.
     """
-    r, n = found.block, found.basis.shape[-2]
-    w, v = torch.linalg.eigh(found.t)
-    theta = w[:, -1]
-    spread = w.abs().amax(-1)
-    size = found.residual.flatten(1).norm(dim=1)
-    g = overlap(n, r, failure)
-    first, last = v[:, :r, :], v[:, -r:, :]
-    if found.basis.shape[-1] >= n:
-        return theta, theta + 8 * n * U * spread
-    low, high = theta.clone(), theta + size * (1 + 1 / g) + spread * 1e-15
-    for _ in range(60):
-        middle = (low + high) / 2
-        gap = (middle[:, None] - w).clamp_min(2.0**-900)
-        transfer = (last / gap[:, None, :]) @ first.mT
-        allowed = size * transfer.flatten(1).norm(dim=1) >= g
-        low, high = torch.where(allowed, middle, low), torch.where(allowed, high, middle)
-    return theta, high + 8 * n * U * spread
+    theta, spread, g = known.w[:, -1], known.w.abs().amax(-1), known.g
+    noise = torch.zeros_like(theta) if noise is None else noise
+    share = torch.zeros_like(theta) if share is None else share
+    size = two_norm(found.residual.to(torch.float64))
+    low = (spread * 1e-16).clamp_min(2.0**-380)
+    # A share that is not far below g excludes nothing.
+    wide = torch.where(
+        share < 0.9 * g, (size + noise + share * theta.abs()) / (g - share).clamp_min(2.0**-900), math.inf
+    )
+    high = (1.01 * wide).clamp_max(2.0**380).maximum(2 * low)
+    shares = torch.linspace(0, 1, CANDIDATES, dtype=torch.float64, device=theta.device)
+    for _ in range(2):
+        gaps = low[:, None] * (high / low)[:, None] ** shares
+        excluded = known.reach(theta[:, None] + gaps, noise, share) < g
+        excluded[:, -1] = True
+        index = excluded.to(torch.int8).argmax(-1, keepdim=True)
+        high, low = gaps.gather(-1, index)[:, 0], gaps.gather(-1, (index - 1).clamp_min(0))[:, 0]
+    exact = (spread == 0) & (size == 0) & (noise == 0) & (share == 0)
+    return torch.where(exact, 0.0, theta + high + 8 * found.rows.shape[-1] * U * spread)
+
+
+def next_check(found: Krylov, before: tuple[int, Tensor] | None, now: Tensor) -> int:
+    """Steps until `top_within` is worth asking again, from how fast it fell since the last time: a step, a value."""
+    step = found.t.shape[-1] // found.block
+    if before is None:
+        return 2
+    fall = ((before[1] - now) / (step - before[0])).clamp_min(1e-3)
+    left = (now.clamp_min(0) / fall).nan_to_num(nan=1.0, posinf=1.0)
+    # It falls faster and faster: rather too early than too late.
+    return max(1, min(int(0.95 * float(left.amax())), 2 * step))

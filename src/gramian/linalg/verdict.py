@@ -86,7 +86,8 @@ def numbers(
     """
     methods = tuple(family)
     rows = torch.arange(x.shape[0], device=x.device)
-    value, best = x.new_full((x.shape[0],), math.nan), x.new_full((x.shape[0],), math.inf)
+    value = torch.full((x.shape[0],), math.nan, dtype=torch.float64, device=x.device)
+    best = torch.full_like(value, math.inf)
     code, steps, reason = (torch.zeros_like(rows) for _ in range(3))
     probability, estimate = torch.zeros_like(best), torch.zeros_like(rows)
     reason = torch.where(finite, cert.INACCURATE, cert.NOT_FINITE)
@@ -94,7 +95,7 @@ def numbers(
     for name in names:
         if not rows.numel():
             break
-        found = family[name](x[rows], rtol=rtol, **options)
+        found = family[name](x if rows.numel() == x.shape[0] else x[rows], rtol=rtol, **options)
         out = back(found.value, rows)
         rounded = out.to(dtype).to(torch.float64)
         size = found.value.abs()

@@ -3,6 +3,6 @@
 from gramian.optim.muon import Muon
 from gramian.optim.proximal import Proximal
 from gramian.optim.shampoo import Shampoo
-from gramian.optim.soap import SOAP
+from gramian.optim.soap import SOAP, SOAPMuon
 
-__all__ = ["SOAP", "Muon", "Proximal", "Shampoo"]
+__all__ = ["SOAP", "Muon", "Proximal", "SOAPMuon", "Shampoo"]

@@ -36,7 +36,10 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
 
 def average(mean: Tensor, value: Tensor, beta: float, turn: Turn) -> None:
     """mean ← mean + (1 − β)(value − mean), in place, but for matrices whose gradient was not finite."""
-    mean.lerp_(value, ((1 - beta) * turn.alive).expand_as(mean))
+    if turn.all_alive:  # twice as fast as with a weight for each matrix
+        mean.lerp_(value, 1 - beta)
+    else:
+        mean.lerp_(value, ((1 - beta) * turn.alive).expand_as(mean))
 
 
 def look_ahead(g: Tensor, momentum: Tensor, turn: Turn) -> Tensor:

@@ -19,11 +19,13 @@ class Turn:
 
     Args:
         alive: (K, 1, 1): one, or zero for a matrix whose gradient is missing or not finite: its state is to stay.
+        all_alive: whether that is known to be one for all, without waiting for the device.
         due: indices of the matrices whose costly parts are to be made anew in this step; `None` for all.
         options: the parameter group.
     """
 
     alive: Tensor
+    all_alive: bool
     due: Tensor | None
     options: Mapping[str, Any]
 

@@ -18,24 +18,24 @@ LARGEST = {torch.float32: 126, torch.float64: 1022}  # the exponent of a power o
 def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
     """Divides each matrix's gradient by the power of two in which its state is told, in place.
 
-    The unit, `2 ** state["unit"]` (K, 1, 1), follows the largest entry of the first gradient that is not zero; it is
-    NaN before. It moves where a gradient is 2²⁴ times larger, or where gradient and momentum are both 2²⁴ times
-    smaller, and the state with it: each tensor named in `powers` by that power of the unit; exact but for underflow.
+    The unit, `2 ** state["unit"]` (K, 1, 1), is one at first. It moves to the largest entry of a gradient that is 2²⁴
+    times larger, or 2²⁴ times smaller with a momentum that is so too, and the state with it: each tensor named in
+    `powers` by that power of the unit; exact but for underflow.
     """
     unit = state["unit"]
     peak = torch.linalg.vector_norm(g, torch.inf, dim=(-2, -1), keepdim=True)
     wanted = torch.frexp(peak)[1].to(g.dtype).clamp_(-LARGEST[g.dtype], LARGEST[g.dtype])
-    fresh = unit.isnan()
-    moves = (peak > 0) & (fresh | ((wanted - unit).abs() > SPAN))
+    moves = (peak > 0) & ((wanted - unit).abs() > SPAN)
     if g.device.type != "cpu" or bool(moves.any()):
         known = torch.linalg.vector_norm(state["momentum"], torch.inf, dim=(-2, -1), keepdim=True)
-        moves &= fresh | (wanted > unit) | (torch.frexp(known)[1] < -SPAN)
-        shift = torch.where(moves, unit.nan_to_num() - wanted, 0.0)
+        moves &= (wanted > unit) | (known == 0) | (torch.frexp(known)[1] < -SPAN)
+        shift = torch.where(moves, unit - wanted, 0.0)
         for name, power in powers.items():
             if name in state:
                 _ldexp_(state[name], shift * power)
         unit.copy_(torch.where(moves, wanted, unit))
-    _ldexp_(g, -unit.nan_to_num())
+    if g.device.type != "cpu" or bool(unit.any()):
+        _ldexp_(g, -unit)
 
 
 def _ldexp_(x: Tensor, exponent: Tensor) -> None:

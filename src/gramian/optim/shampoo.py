@@ -14,7 +14,7 @@ from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead
 from gramian.optim.scaling import rescale_
 from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
-from gramian.optim.sides import Sides, check_sides, sides_of
+from gramian.optim.sides import REFRESH, Sides, check_sides, sides_of
 
 __all__ = ["Shampoo"]
 
@@ -24,7 +24,7 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
     num = m.shape[0]
     state = {
         "momentum": m.new_zeros(m.shape),
-        "unit": m.new_full((num, 1, 1), torch.nan),
+        "unit": m.new_zeros(num, 1, 1),
         "fallbacks": m.new_zeros(num, 1, 1),
     }
     for side, size in sides_of(m.shape, options["sides"]):
@@ -81,8 +81,7 @@ class Shampoo(MatrixOptimizer):
         damping: added to each second moment, times its mean eigenvalue.
         rtol: to which the inverse roots are certified. One that is not is not used: the one before stays, and the
             fall back is counted in `health()`.
-        refresh: steps between two inverse roots of a matrix, staggered over the matrices.
-        shared: see `MatrixOptimizer`.
+        shared: see `MatrixOptimizer`; `refresh`, the steps between two inverse roots of a matrix, is 10 by default.
 
     Cost: per step and side of size k, `4 m n k` operations; at a renewal, an inverse root.
     Source: Gupta, Koren, Singer, Shampoo (1802.09568), algorithm 1; running means: Shi et al. (2309.06497).
@@ -106,10 +105,10 @@ class Shampoo(MatrixOptimizer):
         sides: Sides = "auto",
         damping: float = 1e-5,
         rtol: float = 1e-2,
-        refresh: int = 10,
         **shared: Unpack[Shared],
     ) -> None:
         check_sides("Shampoo", sides)
+        shared.setdefault("refresh", REFRESH)
         if not damping > 0:
             raise InputError(f"Shampoo: damping must be positive, got {damping}")
         options = {
@@ -120,4 +119,4 @@ class Shampoo(MatrixOptimizer):
             "damping": damping,
             "rtol": rtol,
         }
-        super().__init__(params, lr, options, **{**shared, "refresh": refresh})
+        super().__init__(params, lr, options, **shared)

@@ -208,11 +208,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         missing = torch.ones_like(next(iter(flags.values())))
         bad = batch.repeat(torch.stack([flags.get(p, missing) for p in params]).to(g.device))
         # What is bad is masked on the device, without waiting for it; on the CPU there is nothing to wait for.
-        if g.device.type != "cpu" or bool(bad.any()):
+        all_alive = g.device.type == "cpu" and not bool(bad.any())
+        if not all_alive:
             g.masked_fill_(bad, 0.0)
         if group["maximize"]:
             g.neg_()
-        turn = Turn((~bad).to(g.dtype), due(batch, group), group)
+        turn = Turn((~bad).to(g.dtype), all_alive, due(batch, group), group)
         direction = self.recipe.update(g, batch.state, turn)
         batch.fresh.zero_()
         scales = torch.tensor([self._scale(r, group) for r in batch.routes], dtype=g.dtype, device=g.device)

@@ -7,9 +7,11 @@ from typing import Literal
 
 from gramian.errors import InputError
 
-__all__ = ["Sides", "check_sides", "sides_of"]
+__all__ = ["REFRESH", "Sides", "check_sides", "sides_of"]
 
 Sides = Literal["auto", "both", "small"]
+
+REFRESH = 10  # steps between two eigendecompositions of a side, where nothing else is asked
 
 SQUARE = 2.0  # aspect ratio below which both sides are worth their products
 

@@ -13,9 +13,9 @@ from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead, orthogonal
 from gramian.optim.scaling import rescale_
 from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
-from gramian.optim.sides import Sides, check_sides, sides_of
+from gramian.optim.sides import REFRESH, Sides, check_sides, sides_of
 
-__all__ = ["SOAP"]
+__all__ = ["SOAP", "SOAPMuon"]
 
 DAMPING = 1e-3
 """Of Adam's denominator, times the root mean square of the matrix's own: below it an entry is noise of rounding."""
@@ -28,7 +28,7 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
         "momentum": m.new_zeros(m.shape),
         "variance": m.new_zeros(m.shape),
         "weight": m.new_zeros(num, 1, 1),
-        "unit": m.new_full((num, 1, 1), torch.nan),
+        "unit": m.new_zeros(num, 1, 1),
     }
     for side, size in sides_of(m.shape, options["sides"]):
         state[f"{side}_basis"] = torch.eye(size, dtype=m.dtype, device=m.device).repeat(num, 1, 1)
@@ -115,8 +115,7 @@ class SOAP(MatrixOptimizer):
         sides: `"both"`; `"small"`, the smaller one only; `"auto"`: both where the longer side is less than twice the
             shorter one.
         orthogonal, rtol: whether the direction is orthogonalised, and how well (see `Muon`).
-        refresh: steps between two turns of a basis, staggered over the matrices.
-        shared: see `MatrixOptimizer`.
+        shared: see `MatrixOptimizer`; `refresh`, the steps between two turns of a basis, is 10 by default.
 
     Cost: per step and side of size k, `6 m n k` operations; at a turn, an eigendecomposition and `6 k³` more.
     Source: Vyas et al., SOAP (2409.11321), algorithm 3; one side: §7.1 there.
@@ -141,10 +140,10 @@ class SOAP(MatrixOptimizer):
         sides: Sides = "auto",
         orthogonal: bool = False,
         rtol: float = 0.1,
-        refresh: int = 10,
         **shared: Unpack[Shared],
     ) -> None:
-        check_sides("SOAP", sides)
+        check_sides(type(self).__name__, sides)
+        shared.setdefault("refresh", REFRESH)
         options = {
             "momentum": momentum,
             "nesterov": nesterov,
@@ -154,4 +153,29 @@ class SOAP(MatrixOptimizer):
             "orthogonal": orthogonal,
             "rtol": rtol,
         }
-        super().__init__(params, lr, options, **{**shared, "refresh": refresh})
+        super().__init__(params, lr, options, **shared)
+
+
+class SOAPMuon(SOAP):
+    """SOAP's direction, orthogonalised: `W ← W − lr · s · Q_L polar(D) Q_Rᵀ`; what `optimizer="auto"` takes.
+
+    The gradient is whitened entry by entry in the eigenbasis of its second moments, as in SOAP, and takes Muon's step
+    from there. `gramian bench optim` compares it with both.
+
+    Args:
+        params: the model, or its parameters.
+        lr: length of a step of the matrices, in the unit that `scale` sets.
+        options: of `SOAP`, but for the momentum, which is shorter, and for `orthogonal`.
+
+    Cost: SOAP's and Muon's.
+    Source: the hybrid of the records of modded-nanogpt, track 3; of Vyas et al. (2409.11321) and Jordan et al. (2024).
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> SOAPMuon(net, lr=0.1).param_groups[0]["orthogonal"]
+    True
+    """
+
+    def __init__(
+        self, params: nn.Module | Iterable[Any], lr: float = 0.1, *, momentum: float = 0.9, **options: Any
+    ) -> None:
+        super().__init__(params, lr, **{"momentum": momentum, "orthogonal": True, **options})
