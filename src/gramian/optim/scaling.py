@@ -9,10 +9,21 @@ from torch import Tensor
 
 from gramian.optim.batches import State
 
-__all__ = ["rescale_"]
+__all__ = ["peak", "rescale_"]
 
 SPAN = 24  # powers of two by which gradients may grow or shrink before their unit moves
 LARGEST = {torch.float32: 126, torch.float64: 1022}  # the exponent of a power of two that is normal, as its inverse is
+
+
+def peak(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """The largest size of an entry, NaN if there is one; over `dim`, kept, or over all.
+
+    >>> peak(torch.tensor([[1.0, -3.0]]))
+    tensor(3.)
+    """
+    if dim is None:
+        return torch.maximum(x.amax(), -x.amin())
+    return torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True))
 
 
 def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
@@ -23,11 +34,11 @@ def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
     `powers` by that power of the unit; exact but for underflow.
     """
     unit = state["unit"]
-    peak = torch.linalg.vector_norm(g, torch.inf, dim=(-2, -1), keepdim=True)
-    wanted = torch.frexp(peak)[1].to(g.dtype).clamp_(-LARGEST[g.dtype], LARGEST[g.dtype])
-    moves = (peak > 0) & ((wanted - unit).abs() > SPAN)
+    largest = peak(g, (-2, -1))
+    wanted = torch.frexp(largest)[1].to(g.dtype).clamp_(-LARGEST[g.dtype], LARGEST[g.dtype])
+    moves = (largest > 0) & ((wanted - unit).abs() > SPAN)
     if g.device.type != "cpu" or bool(moves.any()):
-        known = torch.linalg.vector_norm(state["momentum"], torch.inf, dim=(-2, -1), keepdim=True)
+        known = peak(state["momentum"], (-2, -1))
         moves &= (wanted > unit) | (known == 0) | (torch.frexp(known)[1] < -SPAN)
         shift = torch.where(moves, unit - wanted, 0.0)
         for name, power in powers.items():
