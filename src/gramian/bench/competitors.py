@@ -134,9 +134,9 @@ COMPETITORS: dict[str, Competitor] = {
     TORCH_MUON: Competitor(_torch_muon, 3.16e-2, remark=f"hidden matrices; {_REST}", ndim=2),
     "pytorch_optimizer Muon": Competitor(_peer_muon, 3.16e-2, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
     "pytorch_optimizer SOAP": Competitor(_peer_soap, 3.16e-3, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
-    "gramian Muon": _ours("Muon", 0.316),
+    "gramian Muon": _ours("Muon", 0.1),
     "gramian SOAP": _ours("SOAP", 0.316),
-    "gramian SOAPMuon": _ours("SOAPMuon", 0.316),
+    "gramian SOAPMuon": _ours("SOAPMuon", 0.1),
 }
 """Weight decay is zero for all; momentum and everything else is as each has it by default."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.linalg import factor
+from gramian.linalg.polar_direction import HALF
 from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead, orthogonal
 from gramian.optim.scaling import rescale_
@@ -61,9 +62,11 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
     else:
         # Entries of Adam's direction are ±1 at most, as a rule; so its norm is at most that of a polar factor.
         d *= state["weight"].sqrt() / max(d.shape[-2:]) ** 0.5
+    if options["orthogonal"] and options["rtol"] >= HALF and d.device.type == "cpu":
+        d = d.bfloat16()  # whose rounding is a hundredth of `rtol`, at half the time
     for side in sides:
-        d = _out_of(d, state[f"{side}_basis"], side)
-    return d
+        d = _out_of(d, state[f"{side}_basis"].to(d.dtype), side)
+    return d.to(g.dtype)
 
 
 def _into(x: Tensor, basis: Tensor, side: str) -> Tensor:
@@ -165,7 +168,7 @@ class SOAPMuon(SOAP):
     Args:
         params: the model, or its parameters.
         lr: length of a step of the matrices, in the unit that `scale` sets.
-        options: of `SOAP`, but for the momentum, which is shorter, and for `orthogonal`.
+        options: of `SOAP`, with shorter means (`momentum`, `variance_beta`), one side and `refresh=20` by default.
 
     Cost: SOAP's and Muon's.
     Source: the hybrid of the records of modded-nanogpt, track 3; of Vyas et al. (2409.11321) and Jordan et al. (2024).
@@ -175,7 +178,6 @@ class SOAPMuon(SOAP):
     True
     """
 
-    def __init__(
-        self, params: nn.Module | Iterable[Any], lr: float = 0.1, *, momentum: float = 0.9, **options: Any
-    ) -> None:
-        super().__init__(params, lr, **{"momentum": momentum, "orthogonal": True, **options})
+    def __init__(self, params: nn.Module | Iterable[Any], lr: float = 0.1, **options: Any) -> None:
+        own = {"momentum": 0.9, "variance_beta": 0.9, "sides": "small", "orthogonal": True, "refresh": 20}
+        super().__init__(params, lr, **{**own, **options})
