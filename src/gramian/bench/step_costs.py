@@ -24,12 +24,15 @@ STEPS_PER_REPEAT = 8
 """With the usual five repeats forty steps: whole cycles of a basis refreshed every ten or twenty."""
 
 PEER_SOAP, OUR_SOAP = "pytorch_optimizer SOAP", "gramian SOAP"
-OUR_MUON, ACCURATE_MUON = "gramian Muon", "gramian Muon, rtol 0.03"
+OUR_MUON, WHOLE_MUON, ACCURATE_MUON = "gramian Muon", "gramian Muon, whole", "gramian Muon, whole, rtol 0.03"
 
-VARIANTS: dict[str, Competitor] = {
-    ACCURATE_MUON: Competitor(lambda model, lr, rest_lr: optim.Muon(model, lr=lr, rtol=0.03), 0.1, ours=True),
-}
-"""Competitors in the cost of a step alone."""
+
+def _whole(rtol: float) -> Competitor:
+    return Competitor(lambda model, lr, rest_lr: optim.Muon(model, lr=lr, rtol=rtol, part_size=None), 0.1, ours=True)
+
+
+VARIANTS: dict[str, Competitor] = {WHOLE_MUON: _whole(0.1), ACCURATE_MUON: _whole(0.03)}
+"""Competitors in the cost of a step alone: by default a large matrix is cut into parts, each orthogonal for itself."""
 
 
 def _at_least_one(m: int, n: int, num_matrices: int) -> float:
@@ -39,8 +42,7 @@ def _at_least_one(m: int, n: int, num_matrices: int) -> float:
 LENGTHS: dict[str, Callable[[int, int, int], float]] = {
     TORCH_MUON: _at_least_one,
     "pytorch_optimizer Muon": _at_least_one,
-    OUR_MUON: lambda m, n, num_matrices: math.sqrt(m / n) / num_matrices,
-    ACCURATE_MUON: lambda m, n, num_matrices: math.sqrt(m / n) / num_matrices,
+    **dict.fromkeys((OUR_MUON, WHOLE_MUON, ACCURATE_MUON), lambda m, n, num_matrices: math.sqrt(m / n) / num_matrices),
 }
 """`length(m, n, number of matrices)`: what all singular values of an update at rate 1 should be."""
 
@@ -160,7 +162,7 @@ def _measured_error(name: str, entry: Steps) -> float:
 
 def _matrix_goals(entries: Mapping[str, Steps], errors: Mapping[str, float]) -> list[tuple[Goal, float]]:
     goals: list[tuple[Goal, float]] = []
-    for name, ratio, error in ((OUR_MUON, 0.45, 0.11), (ACCURATE_MUON, 1.0, 0.03)):
+    for name, ratio, error in ((WHOLE_MUON, 0.45, 0.11), (ACCURATE_MUON, 1.0, 0.03)):
         if name in entries and TORCH_MUON in entries:
             goals.append((Goal(f"{name}'s step ÷ torch Muon's", "<=", ratio), _ratio(entries, name, TORCH_MUON)))
             goals.append((Goal(f"{name}'s rms|σ − 1|", "<=", error), errors[name]))
