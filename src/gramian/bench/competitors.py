@@ -100,7 +100,7 @@ def _torch_muon(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
 
 
 def _peer_muon(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
-    import pytorch_optimizer
+    import pytorch_optimizer  # pyright: ignore[reportMissingImports]  the bench extra
 
     hidden, rest = hidden_and_rest(model)
     muon = pytorch_optimizer.Muon([{"params": hidden, "lr": lr, "use_muon": True}])
@@ -108,7 +108,7 @@ def _peer_muon(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
 
 
 def _peer_soap(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
-    import pytorch_optimizer
+    import pytorch_optimizer  # pyright: ignore[reportMissingImports]  the bench extra
 
     hidden, rest = hidden_and_rest(model)
     return _Together([pytorch_optimizer.SOAP(hidden, lr=lr, weight_decay=0.0), _adamw(rest, rest_lr)])
