@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg.batch import norm
+from gramian.linalg.probes import SEED
 from gramian.linalg.singular import by_gram, svd_values_twofold
 from gramian.linalg.twofold import Pair, eye_like, minus, pair, plus, product, transpose
 
@@ -30,7 +31,7 @@ def eigenvalue_ratio(g: Tensor) -> Tensor:
     bad = info != 0
     if bool(bad.any()):
         factor = torch.where(bad[:, None, None], torch.eye(g.shape[-1], dtype=g.dtype, device=g.device), factor)
-    start = torch.randn(g.shape[-1], WIDTH, generator=torch.Generator().manual_seed(0)).to(g)
+    start = torch.randn(g.shape[-1], WIDTH, generator=torch.Generator().manual_seed(SEED)).to(g)
     high = low = start.expand(g.shape[0], -1, -1)
     for _ in range(SWEEPS):
         high = g @ (high / high.norm(dim=-2, keepdim=True))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.linalg.probes import SEED
 from gramian.linalg.twofold import U
 
 Apply = Callable[[Tensor], Tensor]
@@ -37,7 +38,7 @@ class Krylov(NamedTuple):
 
 def default_generator(generator: torch.Generator | None) -> torch.Generator:
     """The caller's generator, or a fresh one of seed 0: never torch's global one, and the same answer every time."""
-    return torch.Generator().manual_seed(0) if generator is None else generator
+    return torch.Generator().manual_seed(SEED) if generator is None else generator
 
 
 def gaussian(generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:

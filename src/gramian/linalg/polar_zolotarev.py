@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gramian.linalg.probes import SEED
 from gramian.linalg.symmetric import symmetric_product
 
 LEAST = 5e-4
@@ -131,7 +132,7 @@ def _largest(g: Tensor) -> Tensor:
 
     f grows no faster than x above 1, so that a guess too low by some per cent does no harm.
     """
-    start = torch.randn(THIN, g.shape[-1], generator=torch.Generator().manual_seed(0), device="cpu")
+    start = torch.randn(THIN, g.shape[-1], generator=torch.Generator().manual_seed(SEED), device="cpu")
     v = start.to(g.device).repeat(len(g), 1, 1)
     tiny = torch.finfo(v.dtype).tiny
     size = v[:, :, :1]
