@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+from gramian.bench.learning_tasks import LEARNING
 from gramian.bench.optim import MEAN_GOAL, TIME_GOAL
 
 
@@ -17,7 +18,7 @@ def merge(paths: list[Path]) -> dict:
         sys.exit("merge: the files are of different benchmarks or machines")
     rows = {row["task"]: row for body in bodies for row in body["rows"]}
     ratios = [g["measured"] for row in rows.values() for g in row["goals"] if g["what"] == TIME_GOAL.what]
-    if len(ratios) == 4:
+    if len(ratios) == len(LEARNING):
         mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
         goal = {"what": MEAN_GOAL.what, "relation": MEAN_GOAL.relation, "value": MEAN_GOAL.value}
         goal |= {"measured": mean, "met": MEAN_GOAL.met(mean)}

@@ -40,7 +40,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
             that is less. No vector decays.
         part_size: matrices whose smaller side is longer are cut along it into equal parts of at most so many rows (or
-            columns), each with a direction of its own: a step costs less by about the number of parts. `None`: whole.
+            columns), each with a direction of its own, which costs less. `None`: whole.
         refresh: steps between two renewals of a direction's costly parts, staggered over the matrices.
         max_overhead: share of a step's time that the optimizer may take. `refresh` is then set once, after nine steps
             have been timed, by all ranks together, kept in `state_dict()` and replayed.
@@ -79,7 +79,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         overrides, layouts = given.pop("routes"), given.pop("layouts")
         self._options = {"lr": lr, **options, **given}
         check(type(self).__name__, self._options)
-        self._part_size = self._options["part_size"]
         found = self._cut(route_groups(params, overrides, layouts))
         self._add_routes([r for routes, _ in found for r in routes])
         if isinstance(params, nn.Module):
@@ -107,7 +106,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._share()
 
     def _cut(self, groups: Sequence[tuple[list[Route], dict[str, Any]]]) -> list[tuple[list[Route], dict[str, Any]]]:
-        return [([r.cut(self._part_size) for r in routes], own) for routes, own in groups]
+        return [([r.cut(self._options["part_size"]) for r in routes], own) for routes, own in groups]
 
     def _add_routes(self, routes: Sequence[Route]) -> None:
         for r in routes:
@@ -351,7 +350,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_routes", "_order", "_num_matrices", "_part_size", "_options", "_built", "_owners", "_rest", "_clock")
+        own = ("_routes", "_order", "_num_matrices", "_options", "_built", "_owners", "_rest", "_clock")
         return super().__getstate__() | {name: self.__dict__[name] for name in (*own, "_skipped")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -62,8 +62,8 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
     else:
         # Entries of Adam's direction are ±1 at most, as a rule; so its norm is at most that of a polar factor.
         d *= state["weight"].sqrt() / max(d.shape[-2:]) ** 0.5
-    if options["orthogonal"] and options["rtol"] >= HALF and d.device.type == "cpu":
-        d = d.bfloat16()  # whose rounding is a hundredth of `rtol`, at half the time
+    if options["orthogonal"] and options["rtol"] >= HALF:
+        d = d.bfloat16()  # as the polar factor's own products
     for side in sides:
         d = _out_of(d, state[f"{side}_basis"].to(d.dtype), side)
     return d.to(g.dtype)
