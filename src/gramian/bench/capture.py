@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gramian.bench.learning_tasks import Transformer
 from gramian.bench.table import Goal, Measurement, Row
 from gramian.bench.timing import interleaved
 from gramian.gram import Gram
@@ -22,35 +22,9 @@ _STEPS = 3
 """Steps in a row: a training loop enters `capturing` once for many."""
 
 
-class _Block(nn.Module):
-    """A transformer's block with fused attention: what training code at this size runs."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + self.out(mixed)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class _Transformer(nn.Module):
-    """Four layers of width 384, six heads, 65 characters."""
-
-    def __init__(self, width: int = 384, depth: int = 4, heads: int = 6, vocabulary: int = 65, context: int = 256):
-        super().__init__()
-        self.embed, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+def _transformer() -> nn.Module:
+    """Four layers of width 384, six heads, 65 characters, fused attention: what training code at this size runs."""
+    return Transformer(width=384, depth=4, heads=6, context=256)
 
 
 def _cnn() -> nn.Module:
@@ -77,7 +51,7 @@ def _images() -> tuple[Tensor, Tensor]:
 
 _QKV = {"*.qkv.weight": "(three o) i -> three o i"}
 _CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]], Objective, dict[str, str]]] = {
-    "transformer, 4,096 tokens": (_Transformer, _tokens, Objective.next_token(), _QKV),
+    "transformer, 4,096 tokens": (_transformer, _tokens, Objective.next_token(), _QKV),
     "CNN, 256 images": (_cnn, _images, Objective.classification(), {}),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -112,16 +113,7 @@ def _composed(x: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -
     (a, b, c), *rest = coefficients
     poly = (gram * (b * s**3)).add_(square * (c * s**5))
     poly.diagonal(dim1=-2, dim2=-1).add_(a * s[:, 0])
-    x = torch.bmm(poly.to(x.dtype), x)
-    spare = torch.empty_like(x)
-    for i, (a, b, c) in enumerate(rest):
-        if i < len(rest) - 1:
-            a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
-        torch.bmm(x, x.mT, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=square)
-        torch.baddbmm(x, square, x, beta=a, out=spare)
-        x, spare = spare, x
-    return x
+    return _iterate(torch.bmm(poly.to(x.dtype), x), rest, len(rest) - 1)
 
 
 def newton_schulz(
@@ -144,18 +136,22 @@ def newton_schulz(
             x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
             x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY).clamp_min(tiny)
             # A bfloat16 product into a transposed buffer has no fast kernel on a CPU: a thousand times slower.
-            x = _iterate(x.to(compute, memory_format=torch.contiguous_format), steps)
+            x = x.to(compute, memory_format=torch.contiguous_format)
+            plain = [COEFFICIENTS[-1]] * (steps - len(COEFFICIENTS))
+            x = _iterate(x, [*COEFFICIENTS[:steps], *plain], min(steps, len(COEFFICIENTS)) - 1)
         x = x.reshape(*a.shape[:-2], m, n)
         return (x.mT if tall else x).to(a.dtype)
 
 
-def _iterate(x: Tensor, steps: int) -> Tensor:
-    """The steps themselves, on (B, m, n) with m ≤ n, in four buffers whatever the number of steps."""
+def _iterate(x: Tensor, coefficients: Sequence[tuple[float, float, float]], num_safe: int) -> Tensor:
+    """A step for each of the coefficients, on (B, m, n) with m ≤ n, the first `num_safe` with `SAFETY`.
+
+    In four buffers whatever the number of steps; x itself is one of them.
+    """
     gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
     poly, spare = torch.empty_like(gram), torch.empty_like(x)
-    for step in range(steps):
-        a, b, c = COEFFICIENTS[min(step, len(COEFFICIENTS) - 1)]
-        if step < min(steps, len(COEFFICIENTS)) - 1:
+    for i, (a, b, c) in enumerate(coefficients):
+        if i < num_safe:
             a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
         torch.bmm(x, x.mT, out=gram)
         torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
