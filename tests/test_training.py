@@ -215,7 +215,7 @@ def test_a_task_that_returns_the_wrong_thing_is_told_so(name: str) -> None:
 def test_unknown_words_are_told() -> None:
     with pytest.raises(InputError, match="unknown optimizer 'sgd'; wanted auto, soap_muon, muon"):
         gm.train(task(), optimizer="sgd", steps=1)
-    with pytest.raises(InputError, match="init must be 'default' or 'isometric', got 'zeros'"):
+    with pytest.raises(InputError, match="init must be one of default, isometric, auto; got 'zeros'"):
         gm.train(task(), init="zeros", steps=1)
     with pytest.raises(InputError, match="sum of losses, number of units"):
         gm.train(task(objective=gm.Objective(lambda m, b: m(b[0]), lambda o, b: o)), steps=1)
