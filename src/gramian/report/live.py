@@ -86,8 +86,10 @@ def number(value: float) -> str:
 def _filled(texts: Iterable[str], width: int) -> str:
     """Texts in lines of at most `width`, none of them broken.
 
-    >>> _filled(["loss 0.69", "accuracy 0.5"], 24), _filled(["loss 0.69", "accuracy 0.5"], 23)
-    ('loss 0.69 · accuracy 0.5', 'loss 0.69\naccuracy 0.5')
+    >>> _filled(["loss 0.69", "accuracy 0.5"], 24)
+    'loss 0.69 · accuracy 0.5'
+    >>> _filled(["loss 0.69", "accuracy 0.5"], 23).splitlines()
+    ['loss 0.69', 'accuracy 0.5']
     """
     lines: list[str] = []
     for text in texts:

@@ -3,6 +3,7 @@
 from gramian.training.loop import train
 from gramian.training.optimizers import AUTO, OPTIMIZERS
 from gramian.training.schedule import NUM_EVALUATIONS, WARMUP_STEPS
+from gramian.training.start import INITS
 from gramian.training.task import Run, Task
 
-__all__ = ["AUTO", "NUM_EVALUATIONS", "OPTIMIZERS", "WARMUP_STEPS", "Run", "Task", "train"]
+__all__ = ["AUTO", "INITS", "NUM_EVALUATIONS", "OPTIMIZERS", "WARMUP_STEPS", "Run", "Task", "train"]

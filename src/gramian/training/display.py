@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from gramian.checkpoint.faults import plain
 from gramian.report.live import Watch, number
 from gramian.training.folder import MODEL
 from gramian.training.task import Run
@@ -60,10 +62,13 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for name, text in rows.items():
-        table.add_row(name, text)
+        table.add_row(*(Text(plain(part, 500)) for part in (name, text)))  # they may come from a file
     console.print(table, highlight=False)
-    where = f"Model: {run.out / MODEL}" if run.out is not None else "The model was not kept; --out DIR keeps it."
-    console.print(f"\n{where}", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    if run.out is None:
+        console.print("The model was not kept; --out DIR keeps it.", highlight=False)
+    else:
+        console.print(f"Model: {run.out / MODEL}", markup=False, highlight=False, soft_wrap=True)  # to be copied whole
 
 
 def _measured(row: dict[str, float]) -> dict[str, float]:
@@ -73,7 +78,7 @@ def _measured(row: dict[str, float]) -> dict[str, float]:
 def _duration(seconds: float) -> str:
     """Seconds in the units that fit.
 
-    >>> _duration(3.21), _duration(74), _duration(4000)
+    >>> _duration(3.21), _duration(74), _duration(4020)
     ('3.2 s', '1 min 14 s', '1 h 07 min')
     """
     if seconds < 60:

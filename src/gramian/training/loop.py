@@ -226,8 +226,9 @@ class Loop:
                     f"train: cannot resume, the run in {run.out} is of learning rates {known['rates']}, not "
                     f"{schedule.rates}. Give the optimizer that it began with, or choose another folder"
                 )
-            run.steps, run.seconds, run.history = known["steps"], known["seconds"], list(known["history"])
-            run.init, run.diverged, run.resumed = known["init"], known["diverged"], known["steps"]
+            run.steps, run.seconds, run.resumed = int(known["steps"]), float(known["seconds"]), int(known["steps"])
+            run.init, run.diverged = str(known["init"]), bool(known["diverged"])
+            run.history = [{str(name): value + 0 for name, value in row.items()} for row in known["history"]]
             if known.get("finished"):
                 run.model.load_state_dict(load_tensors(run.out / MODEL)[0], strict=False)  # extra state is not in it
                 self.finished = True

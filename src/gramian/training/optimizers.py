@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -43,6 +44,8 @@ def choose(optimizer: str | Callable[[nn.Module], torch.optim.Optimizer], lr: fl
     name = AUTO if optimizer == "auto" else optimizer
     if name not in OPTIMIZERS:
         raise InputError(f"train: unknown optimizer {optimizer!r}; wanted auto, {', '.join(OPTIMIZERS)}, or a function")
+    if lr is not None and not 0 <= lr < math.inf:
+        raise InputError(f"train: lr must be zero or a positive number, got {lr}")
     make, usual = OPTIMIZERS[name]
     rate = usual if lr is None else lr
     return Choice(name, rate, partial(make, lr=rate))
