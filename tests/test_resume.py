@@ -205,6 +205,7 @@ def test_seconds_go_on_with_the_time_that_is_left(often, tmp_path) -> None:
     run = gm.train(task(), seconds=0.3, out=tmp_path, resume=True, on_step=lambda run, share: shares.append(share))
     assert shares[0] == kept["seconds"] / 0.3
     assert shares[0] > 0.1
+    assert shares == sorted(shares), "the time that was spent is forgotten"
     assert len(shares) == 1 + run.steps - kept["steps"]
     assert run.seconds >= 0.3
     seconds = [row["seconds"] for row in run.history]
@@ -281,7 +282,7 @@ def train_in_a_process():
 def test_killed_before_any_operation_on_a_file(tmp_path, train_in_a_process) -> None:
     """Between the write and the rename, the rename and the next line of metrics, the model and the end: everywhere."""
     gm.train(task(), out=tmp_path / "whole", **KILLED)
-    left = set()
+    left, safe = set(), []
     for number in itertools.count(1):
         path = tmp_path / f"{number}"
         code = train_in_a_process(path, before_operation=number)
@@ -292,9 +293,11 @@ def test_killed_before_any_operation_on_a_file(tmp_path, train_in_a_process) -> 
             left.add(tuple(sorted(name.partition(".safetensors.")[0] for name in os.listdir(path))))
         if (path / "checkpoint.safetensors").exists():
             load_tree(path / "checkpoint.safetensors")
+        safe.append((path / "checkpoint.safetensors").exists() or (path / "model.safetensors").exists())
         assert train_in_a_process(path) == 0
         assert_same(tmp_path / "whole", path)
     assert number > 20
+    assert safe == sorted(safe), "what was kept is lost"
     assert len(left) >= 5, "killed in too few different states"
 
 
