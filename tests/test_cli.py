@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -252,14 +254,23 @@ def test_train_that_is_interrupted_says_how_to_go_on(folder, capsys, monkeypatch
     assert "resumed at 2" in out
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_train_under_torchrun_is_refused_once(folder, capsys, monkeypatch, rank) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
-    code, out, err = run(capsys, *TRAIN)
-    assert (code, out) == (2, "")
-    assert err.count("works in one process") == (rank == "0")
-    assert not os.path.exists("runs")
+@pytest.mark.slow
+def test_train_under_torchrun(folder) -> None:
+    """Two processes, one of which prints and writes; a refusal is told and exits with 2."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "gramian", *TRAIN]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Model: runs/x/model.safetensors") == 1
+    assert done.stderr.count("train 100%") == 1
+    assert sorted(os.listdir("runs/x")) == ["metrics.jsonl", "model.safetensors"]
+    done = subprocess.run([*command, "--resume", "--seed", "7"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1  # torchrun's own, which tells the processes' in its report
+    assert (
+        "gramian: train: rank 0 of 2 failed: train: cannot resume, the run in runs/x is of seed 0, not 7" in done.stderr
+    )
+    assert "exitcode  : 2" in done.stderr
 
 
 @pytest.mark.parametrize("columns", [40, 160])

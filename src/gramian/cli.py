@@ -175,7 +175,7 @@ def train_command(
     """Train a task's network, evaluate it on the way, and keep it.
 
     Give one of --steps, --epochs and --seconds. A run that was killed goes on where it was with the same command and
-    --resume. Exit code 1: the loss stopped being finite.
+    --resume. Under torchrun each process takes its share of every batch. Exit code 1: the loss stopped being finite.
     """
     given = [name for name, value in (("--steps", steps), ("--epochs", epochs), ("--seconds", seconds)) if value]
     if len(given) != 1:
@@ -183,16 +183,12 @@ def train_command(
         raise InputError(f"train: {wanted}; got {' and '.join(given) or 'none'}")
     if resume and out is None:
         raise InputError("train: --resume needs --out DIR, the folder of the run to go on with")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if os.environ.get("RANK", "0") != "0":
-            raise typer.Exit(2)
-        raise InputError("train: works in one process, and torchrun started several. Start it without torchrun")
     from gramian import tasks
     from gramian.training import display, train
 
     found = tasks.load(task)
     try:
-        with display.Watched(quiet=quiet) as watched:
+        with _ranks() as first, display.Watched(quiet=quiet or not first) as watched:
             run = train(
                 found,
                 optimizer=optimizer,
@@ -212,7 +208,7 @@ def train_command(
             raise
         _complain("interrupted; go on with the same command and --resume")
         raise typer.Exit(130) from None
-    if not quiet:
+    if first and not quiet:
         display.show(run, found.name, automatic=optimizer == "auto")
     if run.diverged:
         raise typer.Exit(1)

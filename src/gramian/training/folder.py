@@ -16,7 +16,7 @@ from gramian.errors import CheckpointError, InputError
 from gramian.report import write_text
 from gramian.training.lock import locked
 
-__all__ = ["CHECKPOINT", "METRICS", "MODEL", "Folder"]
+__all__ = ["CHECKPOINT", "METRICS", "MODEL", "Folder", "read"]
 
 CHECKPOINT, METRICS, MODEL = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors"
 
@@ -55,30 +55,23 @@ class Folder:
         """Lets other processes have the folder."""
         self._lock.close()
 
-    def open(self, *, resume: bool) -> dict[str, Any] | None:
-        """What was kept of an unfinished run, or what a finished one left, with the key `finished`; `None`: begin.
+    def open(self, *, resume: bool) -> None:
+        """Makes ready for a run: one to go on with, which `read` finds, or a new one.
 
-        Raises `InputError` where an unfinished run would be overwritten, or the run is another one.
+        Raises `InputError` where an unfinished run would be overwritten.
         """
         for name in (CHECKPOINT, METRICS, MODEL):
             for half_written in self.path.glob(f".{name}.*.tmp"):
                 half_written.unlink(missing_ok=True)
-        if not resume:
-            if (self.path / CHECKPOINT).exists():
-                raise InputError(
-                    f"train: {self.path} holds an unfinished run. Go on with it (resume=True, --resume), choose "
-                    f"another folder, or delete {CHECKPOINT} there"
-                )
-        elif (self.path / CHECKPOINT).exists():
-            return self._checked(load_tree(self.path / CHECKPOINT))
-        elif (self.path / MODEL).exists():
-            text = load_tensors(self.path / MODEL)[1].get(FINISHED)
-            if text is not None:
-                return self._checked(json.loads(text)) | {"finished": True}
-        # The model of an earlier run goes first, so that it is never taken for the new run's.
-        (self.path / MODEL).unlink(missing_ok=True)
-        self.write([])
-        return None
+        if not resume and (self.path / CHECKPOINT).exists():
+            raise InputError(
+                f"train: {self.path} holds an unfinished run. Go on with it (resume=True, --resume), choose "
+                f"another folder, or delete {CHECKPOINT} there"
+            )
+        if not resume or read(self.path, self.identity) is None:
+            # The model of an earlier run goes first, so that it is never taken for the new run's.
+            (self.path / MODEL).unlink(missing_ok=True)
+            self.write([])
 
     def write(self, history: list[dict[str, float]]) -> None:
         """Writes `metrics.jsonl` anew."""
@@ -108,21 +101,34 @@ class Folder:
         save_tensors(self.path / MODEL, tensors, {"gramian.task": self.identity["task"], FINISHED: text})
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
-    def _checked(self, state: Any) -> dict[str, Any]:
-        known = state.get("identity") if isinstance(state, dict) else None
-        if not isinstance(known, dict):
-            raise CheckpointError(f"{self.path}: its files are not those of a run of gm.train. Choose another folder")
-        differing = [
-            f"{name} {plain(known.get(name, 'unknown'))}, not {own}"
-            for name, own in self.identity.items()
-            if known.get(name) != own
-        ]
-        if differing:
-            raise InputError(
-                f"train: cannot resume, the run in {self.path} is of {'; '.join(differing)}. Give what it began with, "
-                "or choose another folder"
-            )
-        return state
+
+def read(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
+    """What was kept of an unfinished run, or, with the key `finished`, what a finished one left; `None`: no run.
+
+    Raises `InputError` where it is another run, and names what differs.
+    """
+    finished = not (path / CHECKPOINT).exists()
+    if not finished:
+        state = load_tree(path / CHECKPOINT)
+    else:
+        text = load_tensors(path / MODEL)[1].get(FINISHED) if (path / MODEL).exists() else None
+        if text is None:
+            return None
+        state = json.loads(text)
+    known = state.get("identity") if isinstance(state, dict) else None
+    if not isinstance(known, dict):
+        raise CheckpointError(f"{path}: its files are not those of a run of gm.train. Choose another folder")
+    differing = [
+        f"{name} {plain(known.get(name, 'unknown'))}, not {own}"
+        for name, own in identity.items()
+        if known.get(name) != own
+    ]
+    if differing:
+        raise InputError(
+            f"train: cannot resume, the run in {path} is of {'; '.join(differing)}. Give what it began with, or choose "
+            "another folder"
+        )
+    return state | {"finished": finished}
 
 
 def _line(row: dict[str, float]) -> str:

@@ -16,12 +16,12 @@ from torch import nn
 
 from gramian import placement
 from gramian.checkpoint import load_tensors
-from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
+from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError
 from gramian.objective import Objective, as_objective
 from gramian.recording import evaluating
-from gramian.training import start
-from gramian.training.folder import MODEL, Folder
-from gramian.training.optimizers import choose
+from gramian.training import ranks, start
+from gramian.training.folder import MODEL, Folder, read
+from gramian.training.optimizers import Choice, choose
 from gramian.training.schedule import Schedule, as_budget
 from gramian.training.stream import Stream
 from gramian.training.task import Run, Task
@@ -54,6 +54,10 @@ def train(
     seconds it goes on with the time that is left. That holds where the batches of an epoch follow from its number and
     the generator; those before the place where it goes on are drawn once more.
 
+    In a process group of several ranks, called on all of them, each takes its rows of every batch, and the step is that
+    of the whole batch: the same as one process takes, within rounding, but for dropout. All ranks draw all batches and
+    evaluate; the first one writes. The gradients are added up after the backward pass, not during it.
+
     Args:
         task: what to train.
         optimizer: `"auto"` (`AUTO`: what `gramian bench optim` shows to be best), another name of `OPTIMIZERS` (AdamW
@@ -77,41 +81,35 @@ def train(
             another process trains, or which holds an unfinished run, or one of another task, optimizer, rate, seed or
             budget.
         TaskError: the task's functions return the wrong thing.
-        UnsupportedError: there are several ranks, or the state of the optimizer or model cannot be kept without a
-            pickle.
+        UnsupportedError: the state of the optimizer or model cannot be kept without a pickle; or, on several ranks, the
+            model sees a batch as a whole (batch norm), or its loss is not a sum over the rows of a batch's tensors.
     """
     budget = as_budget(steps, epochs, seconds)
     choice = choose(optimizer, lr)
     start.check(init)
     objective = as_objective(task.objective)
-    rank, num_ranks = placement.world()
-    if num_ranks > 1:
-        raise UnsupportedError(
-            f"train: works in one process, and this is rank {rank} of {num_ranks}. Use a loop of your own with "
-            "DistributedDataParallel or fully_shard and gm.optim, which work on all ranks"
-        )
     if resume and out is None:
         raise InputError("train: resume needs out=, the folder of the run to go on with")
     with _seeded(seed), ExitStack() as stack:
         model = task.model()
         if not isinstance(model, nn.Module):
             raise TaskError(f"task {task.name!r}: model() must return a torch.nn.Module, got {type(model).__name__}")
+        ranks.check_model(model)
         run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
+        identity = _identity(task, model, choice, init, seed, budget)
         folder, known = None, None
         if run.out is not None:
-            identity = {
-                "task": task.name,
-                "model": _fingerprint(model),
-                "optimizer": choice.name,
-                "learning rate": "its own" if choice.lr is None else _number(choice.lr),
-                "init": init,
-                "seed": f"{seed}",
-                "budget": f"{_number(budget[1])} {budget[0]}",
-            }
-            folder = stack.enter_context(closing(Folder(run.out, identity)))
-            known = folder.open(resume=resume)
+            with placement.agreed("train"):
+                if ranks.first():
+                    folder = stack.enter_context(closing(Folder(run.out, identity)))
+                    folder.open(resume=resume)
+            with placement.agreed("train"):
+                known = read(run.out, identity) if resume else None
         if known is None:
             run.init = start.initialise(init, model, task, objective, seed)
+            ranks.same_weights_(model)
+            if not ranks.first():
+                torch.manual_seed(seed + placement.world().rank)  # of dropout, which falls on other rows
         opt = choice.make(model)
         stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
         loop = Loop(run, task, objective, Schedule(*budget, opt), stream)
@@ -121,8 +119,9 @@ def train(
             folder.write(run.history)
         if not loop.finished:
             loop.go(folder, progress, on_step)
-            if folder is not None:
-                folder.finish(model, loop.summary())
+            with placement.agreed("train"):
+                if folder is not None:
+                    folder.finish(model, loop.summary())
     if run.diverged:
         warnings.warn(f"train: the loss is not finite after {run.steps} steps; stopped", GramianWarning, stacklevel=2)
     return run
@@ -155,7 +154,8 @@ class Loop:
             on_step(run, schedule.share(run))
         while not ended:
             self._step()
-            run.seconds = time.perf_counter() - started
+            due = [folder is not None and folder.due(evaluated=evaluated) for evaluated in (False, True)]
+            run.seconds, *due = ranks.first_ranks([time.perf_counter() - started, *due])
             if on_step is not None:
                 on_step(run, schedule.share(run))
             evaluate = schedule.due(run)
@@ -166,8 +166,11 @@ class Loop:
                 if progress is not None:
                     progress(row, schedule.share(run))
                 ended = run.diverged or schedule.share(run) >= 1
-            if folder is not None and not ended and folder.due(evaluated=evaluate):
-                folder.keep(self.state())
+            if due[evaluate] and not ended:
+                state = self.state()
+                with placement.agreed("train"):
+                    if folder is not None:
+                        folder.keep(state)
             started = time.perf_counter() - run.seconds  # what was not a step does not count
         self.finished = True
 
@@ -175,12 +178,16 @@ class Loop:
         batch = self.stream.take()
         self.schedule.batches_per_epoch = self.stream.length
         self.schedule.set_rates(self.run)
+        if self.stream.taken == 1:
+            ranks.check_batch(self.run.model, self.objective, batch)
         self.optimizer.zero_grad()
-        loss, count = self.objective.loss(self.run.model, batch)
-        (loss / count).backward()
+        loss, count = self.objective.loss(self.run.model, ranks.rows(batch))
+        total, units = ranks.sums(loss, count)
+        (loss / units).backward()
+        ranks.add_gradients(self.run.model)
         self.optimizer.step()
-        self.total += loss.detach()
-        self.units += count
+        self.total += total
+        self.units += units
         self.run.steps += 1
 
     def _evaluate(self) -> dict[str, float]:
@@ -205,12 +212,11 @@ class Loop:
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return self.summary() | {
             "since": {"total": self.total, "units": self.units},
             "evaluations": self.schedule.evaluations,
             "stream": self.stream.state(),
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "random": ranks.random_states(self.device),
             "model": self.run.model.state_dict(),
             "buffers": _fleeting(self.run.model),
             "optimizer": self.optimizer.state_dict(),
@@ -240,9 +246,7 @@ class Loop:
             schedule.evaluations = known["evaluations"]
             self.total.copy_(known["since"]["total"])
             self.units.copy_(known["since"]["units"])
-            torch.set_rng_state(known["random"]["cpu"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(known["random"]["cuda"], self.device)
+            ranks.restore_random_state(known["random"], self.device)
             self.stream.restore(known["stream"])
             schedule.batches_per_epoch = self.stream.length
         except GramianError:
@@ -253,6 +257,22 @@ class Loop:
                 f"train: the run in {run.out} cannot be resumed ({type(error).__name__}: {reason}). Was it written by "
                 "this task and version? Choose another folder to begin anew"
             ) from error
+
+
+def _identity(
+    task: Task, model: nn.Module, choice: Choice, init: str, seed: int, budget: tuple[str, float]
+) -> dict[str, str]:
+    """What makes a run this run, in words: a checkpoint of one where any of these differs is refused."""
+    return {
+        "task": task.name,
+        "model": _fingerprint(model),
+        "optimizer": choice.name,
+        "learning rate": "its own" if choice.lr is None else _number(choice.lr),
+        "init": init,
+        "seed": f"{seed}",
+        "budget": f"{_number(budget[1])} {budget[0]}",
+        "ranks": f"{placement.world().size}",
+    }
 
 
 def _fleeting(model: nn.Module) -> dict[str, torch.Tensor]:
