@@ -207,7 +207,14 @@ def test_train_shows_how_it_goes_and_keeps_the_model(folder, capsys) -> None:
     assert "accuracy" in out
     assert out.endswith("Model: runs/x/model.safetensors\n")
     assert run(capsys, "inspect", "runs/x/model.safetensors", "--task", "task.py:task", "--quiet") == (0, "", "")
-    assert run(capsys, *TRAIN, "--resume")[1].count("30 in ") == 1
+    before = (folder / "runs/x/model.safetensors").read_bytes()
+    code, _, err = run(capsys, *TRAIN)
+    assert code == 2
+    assert "runs/x holds a finished run. Choose another folder" in err
+    code, out, _ = run(capsys, *TRAIN, "--resume")
+    assert code == 0
+    assert "finished before" in out
+    assert (folder / "runs/x/model.safetensors").read_bytes() == before
 
 
 def test_train_says_what_it_did_to_a_network_that_cannot_learn(folder, capsys) -> None:

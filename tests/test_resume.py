@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gramian as gm
 from cases import seeded
 from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree
-from gramian.errors import GramianError, GramianWarning, InputError, TaskError, UnsupportedError
+from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
 from gramian.training import OPTIMIZERS, folder
 
 X = torch.randn(112, 6, generator=seeded(0))
@@ -340,7 +340,8 @@ def test_a_torn_line_and_half_a_file_are_put_right(often, tmp_path) -> None:
         gm.train(task(), out=tmp_path / "broken", on_step=stopping(4), **KILLED)
     with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    (tmp_path / "broken" / ".checkpoint.safetensors.1-ab.tmp").write_bytes(b"half")
+    for name in (".checkpoint.safetensors.1-ab.tmp", ".metrics.jsonl.0a.tmp", ".tmpA1b2C3"):
+        (tmp_path / "broken" / name).write_bytes(b"half")
     gm.train(task(), out=tmp_path / "broken", resume=True, **KILLED)
     assert_same(tmp_path / "whole", tmp_path / "broken")
 
@@ -508,6 +509,18 @@ def test_what_is_not_a_checkpoint_is_one_clear_line(often, tmp_path, monkeypatch
         assert "\x1b" not in str(caught.value)
         assert path.read_bytes() == before
     assert os.listdir(".") == ["run"]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"steps": 3}', "[" * 100_000, "identity alone"])
+def test_a_finished_model_with_odd_metadata_is_one_clear_line(tmp_path, text: str) -> None:
+    gm.train(task(), steps=3, out=tmp_path)
+    tensors, metadata = load_tensors(tmp_path / "model.safetensors")
+    if text == "identity alone":
+        text = json.dumps({"identity": json.loads(metadata["gramian.run"])["identity"]})
+    save_tensors(tmp_path / "model.safetensors", tensors, metadata | {"gramian.run": text})
+    with pytest.raises(CheckpointError) as caught:
+        gm.train(task(), steps=3, out=tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_state_that_needs_a_pickle_is_refused_by_name(often, tmp_path) -> None:

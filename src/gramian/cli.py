@@ -183,6 +183,8 @@ def train_command(
         raise InputError(f"train: {wanted}; got {' and '.join(given) or 'none'}")
     if resume and out is None:
         raise InputError("train: --resume needs --out DIR, the folder of the run to go on with")
+    if out is not None and not resume and (out / "model.safetensors").exists():
+        raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
     from gramian import tasks
     from gramian.training import display, train
 

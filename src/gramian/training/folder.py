@@ -23,6 +23,9 @@ CHECKPOINT, METRICS, MODEL = "checkpoint.safetensors", "metrics.jsonl", "model.s
 # Metadata of a finished run's model: what `Folder.finish` was told, as JSON.
 FINISHED = "gramian.run"
 
+# What a killed process leaves beside these files: temporaries of ours, and safetensors' own.
+HALF_WRITTEN = (*(f".{name}.*.tmp" for name in (CHECKPOINT, METRICS, MODEL)), ".tmp??????")
+
 EVERY_SECONDS = 30.0
 
 # Writing may take so much of the time since it was last done: a large model is then kept less often.
@@ -60,9 +63,9 @@ class Folder:
 
         Raises `InputError` where an unfinished run would be overwritten.
         """
-        for name in (CHECKPOINT, METRICS, MODEL):
-            for half_written in self.path.glob(f".{name}.*.tmp"):
-                half_written.unlink(missing_ok=True)
+        for pattern in HALF_WRITTEN:
+            for left in self.path.glob(pattern):
+                left.unlink(missing_ok=True)
         if not resume and (self.path / CHECKPOINT).exists():
             raise InputError(
                 f"train: {self.path} holds an unfinished run. Go on with it (resume=True, --resume), choose "
@@ -114,7 +117,10 @@ def read(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
         text = load_tensors(path / MODEL)[1].get(FINISHED) if (path / MODEL).exists() else None
         if text is None:
             return None
-        state = json.loads(text)
+        try:
+            state = json.loads(text)
+        except (ValueError, RecursionError):
+            state = None
     known = state.get("identity") if isinstance(state, dict) else None
     if not isinstance(known, dict):
         raise CheckpointError(f"{path}: its files are not those of a run of gm.train. Choose another folder")
