@@ -121,8 +121,7 @@ def read(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
             state = json.loads(text)
         except (ValueError, RecursionError):
             state = None
-    known = state.get("identity") if isinstance(state, dict) else None
-    if not isinstance(known, dict):
+    if not isinstance(state, dict) or not isinstance(known := state.get("identity"), dict):
         raise CheckpointError(f"{path}: its files are not those of a run of gm.train. Choose another folder")
     differing = [
         f"{name} {plain(known.get(name, 'unknown'))}, not {own}"
