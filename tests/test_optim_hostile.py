@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from cases import seeded
 from gramian.errors import InputError, UnsupportedError
-from gramian.optim import SOAP, Muon, Shampoo
+from gramian.optim import SOAP, Muon, Shampoo, WhitenedMuon
 from gramian.optim.shell import MatrixOptimizer
 
 OPTIMIZERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "muon": lambda ps: Muon(ps, lr=0.1, scale="match_rms_adamw"),
     "muon_kept": lambda ps: Muon(ps, lr=0.1, scale="match_rms_adamw", refresh=3),
     "soap": lambda ps: SOAP(ps, lr=0.1, scale="match_rms_adamw", refresh=2),
-    "soap_orthogonal": lambda ps: SOAP(ps, lr=0.1, scale="match_rms_adamw", refresh=2, orthogonal=True),
+    "whitened_muon": lambda ps: WhitenedMuon(ps, lr=0.1, scale="match_rms_adamw", rank=3),
+    "whitened_muon_kept": lambda ps: WhitenedMuon(ps, lr=0.1, scale="match_rms_adamw", rank=3, refresh=2),
     "shampoo": lambda ps: Shampoo(ps, lr=0.1, scale="match_rms_adamw", refresh=2),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)

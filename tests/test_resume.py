@@ -356,7 +356,7 @@ def wide() -> nn.Module:
 OTHERS = {
     "task": ({"name": "other"}, {}, "of task task, not other"),
     "model": ({"model": wide}, {}, r"of model Sequential of 162 parameters \(\w+\), not Sequential of 83"),
-    "optimizer": ({}, {"optimizer": "muon", "lr": 0.1}, "of optimizer soap_muon, not muon"),
+    "optimizer": ({}, {"optimizer": "muon", "lr": 0.1}, "of optimizer whitened_muon, not muon"),
     "rate": ({}, {"lr": 0.2}, "of learning rate 0.1, not 0.2"),
     "seed": ({}, {"seed": 4}, "of seed 0, not 4"),
     "init": ({}, {"init": "isometric"}, "of init default, not isometric"),

@@ -261,7 +261,7 @@ def test_the_seed_is_of_the_model_too() -> None:
 
 
 def test_unknown_words_are_told() -> None:
-    with pytest.raises(InputError, match="unknown optimizer 'sgd'; wanted auto, soap_muon, muon"):
+    with pytest.raises(InputError, match="unknown optimizer 'sgd'; wanted auto, whitened_muon, muon"):
         gm.train(task(), optimizer="sgd", steps=1)
     with pytest.raises(InputError, match="init must be one of default, isometric, auto; got 'zeros'"):
         gm.train(task(), init="zeros", steps=1)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gramian import linalg
-from gramian.errors import InputError
 from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead
 from gramian.optim.scaling import rescale_
@@ -109,8 +108,6 @@ class Shampoo(MatrixOptimizer):
     ) -> None:
         check_sides("Shampoo", sides)
         shared.setdefault("refresh", REFRESH)
-        if not damping > 0:
-            raise InputError(f"Shampoo: damping must be positive, got {damping}")
         options = {
             "momentum": momentum,
             "nesterov": nesterov,

@@ -19,7 +19,8 @@ from gramian.optim.muon import Muon
 from gramian.optim.proximal import Proximal
 from gramian.optim.shampoo import Shampoo
 from gramian.optim.shell import MatrixOptimizer
-from gramian.optim.soap import SOAP, SOAPMuon
+from gramian.optim.soap import SOAP
+from gramian.optim.whitened import WhitenedMuon
 from gramian.recording.measuring import eager
 
 __all__ = ["LearningRate", "suggest_lr"]
@@ -37,7 +38,7 @@ FRACTION = 0.7
 
 _NAMED: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "muon": Muon,
-    "soap_muon": SOAPMuon,
+    "whitened_muon": WhitenedMuon,
     "soap": SOAP,
     "shampoo": Shampoo,
     "adamw": torch.optim.AdamW,
@@ -98,7 +99,7 @@ def suggest_lr(
         batch: one batch, or a list of batches (tuples, lists or dicts): the last one judges, the others train. Give
             several: with one alone, the rate is that of a gradient without noise.
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
-        optimizer: `"muon"`, `"soap_muon"`, `"soap"`, `"shampoo"`, `"adamw"`, `"sgd"`, a class, or a function
+        optimizer: `"muon"`, `"whitened_muon"`, `"soap"`, `"shampoo"`, `"adamw"`, `"sgd"`, a class, or a function
             `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
         num_steps: of a rehearsal. Much fewer than 16 mislead: too small rates then look best.
 

@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from gramian.errors import GramianWarning, InputError
-from gramian.optim import SOAP, Muon, Shampoo, SOAPMuon
+from gramian.optim import SOAP, Muon, Shampoo, WhitenedMuon
 
 __all__ = ["AUTO", "OPTIMIZERS", "choose"]
 
 # name: (constructor, learning rate that serves where none is given)
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {
-    "soap_muon": (lambda model, lr: SOAPMuon(model, lr=lr), 0.1),
+    "whitened_muon": (lambda model, lr: WhitenedMuon(model, lr=lr), 0.3),
     "muon": (lambda model, lr: Muon(model, lr=lr), 0.05),
     "soap": (lambda model, lr: SOAP(model, lr=lr), 0.1),
     "shampoo": (lambda model, lr: Shampoo(model, lr=lr), 0.1),
     "adamw": (lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, fused=True), 1e-3),
 }
-AUTO = "soap_muon"
+AUTO = "whitened_muon"
 
 
 class Choice(NamedTuple):
