@@ -47,11 +47,12 @@ class Side:
         self.values = torch.zeros(rank).double()
         self.trace = 0.0
 
-    def follow(self, square: Tensor, beta: float) -> None:
+    def follow(self, square: Tensor, beta: float, damping: float = 0.1) -> None:
         self.trace = beta * self.trace + (1 - beta) * float(square.trace())
         mean = beta * self.q @ torch.diag(self.values) @ self.q.T + (1 - beta) * square
-        self.q, r = torch.linalg.qr(mean @ self.q)
-        self.values = r.diagonal().abs()
+        shift = 0.1 * damping * self.trace / self.size
+        self.q, r = torch.linalg.qr((mean + shift * torch.eye(self.size)) @ self.q)
+        self.values = (r.diagonal().abs() - shift).clamp_min(0)
 
     def power(self, damping: float) -> Tensor:
         """(M + λ)^(-1/2), M's small eigenvalues all alike."""
@@ -71,8 +72,8 @@ def naive(
     b = w = torch.zeros(m, n, dtype=torch.float64)
     for step, g in enumerate(grads):
         if step % refresh == 0:
-            left.follow(g @ g.T, 0.9)
-            right.follow(g.T @ g, 0.9)
+            left.follow(g @ g.T, 0.9, damping)
+            right.follow(g.T @ g, 0.9, damping)
         b = momentum * b + (1 - momentum) * g
         p, q = left.power(damping), right.power(damping)
         d = p @ polar(p @ (momentum * b + (1 - momentum) * g if nesterov else b) @ q) @ q
@@ -89,10 +90,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# Ranks that one gradient fills, so that no vector is left to rounding.
-@pytest.mark.parametrize(
-    ("shape", "rank"), [((6, 6), 1), ((6, 6), 3), ((6, 6), 16), ((9, 4), 3), ((4, 9), 1), ((4, 9), 4), ((1, 5), 1)], ids=str
-)
+@pytest.mark.parametrize("rank", [1, 3, 16])
+@pytest.mark.parametrize("shape", [(6, 6), (9, 4), (4, 9), (1, 5)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_agrees_with_the_formula(name: str, shape: tuple[int, int], rank: int) -> None:
     grads = gradients(shape)

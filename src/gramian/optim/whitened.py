@@ -18,6 +18,9 @@ __all__ = ["WhitenedMuon"]
 
 SIDES = ("left", "right")
 
+SHIFT = 0.1
+"""Of the second moments while their eigenvectors are sought, in units of λ: above rounding, and below what matters."""
+
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
     """The momentum, the mean of ‖g‖², and of each second moment, g gᵀ and gᵀg, leading eigenvectors and their values."""
@@ -52,8 +55,9 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
 def _follow(g: Tensor, state: State, turn: Turn) -> None:
     """A step of orthogonal iteration on the running mean of each second moment, of which the leading part is kept.
 
-    With M ← β V diag(v) Vᵀ + (1 − β) g gᵀ: V R = qr(M V), v ← |diag R|. No eigenvalues, for which a device would wait.
-    A gradient of zeros teaches nothing.
+    With M ← β V diag(v) Vᵀ + (1 − β) g gᵀ: V R = qr((M + ε) V), v ← |diag R| − ε. No eigenvalues, for which a device
+    would wait; and ε keeps vectors that no gradient has filled yet from being made of rounding. A gradient of zeros
+    teaches nothing.
     """
     at, beta = slice(None) if turn.due is None else turn.due, turn.options["moment_beta"]
     g, trace = g[at], state["trace"][at]
@@ -63,9 +67,11 @@ def _follow(g: Tensor, state: State, turn: Turn) -> None:
     for side in SIDES:
         basis, values = state[f"{side}_basis"][at], state[f"{side}_values"][at]
         x = g if side == "left" else g.mT
-        q, r = torch.linalg.qr(torch.lerp(x @ (x.mT @ basis), basis * values, beta))
+        shift = SHIFT * turn.options["damping"] / x.shape[-2] * state["trace"][at]
+        q, r = torch.linalg.qr(torch.lerp(x @ (x.mT @ basis), basis * values, beta) + basis * shift)
+        found = (r.diagonal(dim1=-2, dim2=-1).abs()[:, None] - shift).clamp_min_(0)
         state[f"{side}_basis"][at] = torch.where(seen, q, basis)
-        state[f"{side}_values"][at] = torch.where(seen, r.diagonal(dim1=-2, dim2=-1).abs()[:, None], values)
+        state[f"{side}_values"][at] = torch.where(seen, found, values)
 
 
 def _cut(state: State, side: str, damping: float) -> Tensor:
