@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian import random
+from gramian.linalg.polar_direction import COMPANY, plan
 from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead, orthogonal
 from gramian.optim.scaling import rescale_
@@ -45,11 +46,13 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
     average(state["momentum"], g, options["momentum"], turn)
     if turn.due is None or len(turn.due):
         _follow(g, state, turn)
-    cuts = {side: _cut(state, side, options["damping"]) for side in SIDES}
-    d = _whiten(look_ahead(g, state["momentum"], turn), state, cuts)
-    d = _whiten(orthogonal(d, turn).to(g.dtype), state, cuts)
-    norm = torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True)
-    return d.mul_(min(d.shape[-2:]) ** 0.5 / norm.clamp_min_(torch.finfo(d.dtype).tiny))
+    d = look_ahead(g, state["momentum"], turn)
+    # Where the polar factor takes its products in bfloat16, so can these: they are passes over memory.
+    p = plan(*sorted(d.shape[-2:]), COMPANY, options["rtol"], d.device.type)
+    metric = _metric(state, options["damping"], torch.bfloat16 if p.dtype == torch.bfloat16 else d.dtype)
+    d = _whiten(orthogonal(_whiten(d.to(metric[0].dtype), *metric), turn), *metric)
+    norm = torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True, dtype=g.dtype)
+    return d * (min(d.shape[-2:]) ** 0.5 / norm.clamp_min_(torch.finfo(g.dtype).tiny))
 
 
 def _follow(g: Tensor, state: State, turn: Turn) -> None:
@@ -74,23 +77,28 @@ def _follow(g: Tensor, state: State, turn: Turn) -> None:
         state[f"{side}_values"][at] = torch.where(seen, found, values)
 
 
-def _cut(state: State, side: str, damping: float) -> Tensor:
-    """1 − p for each vector of the basis, p what P is along it in units of what P is elsewhere: (K, 1, r).
+def _metric(state: State, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """V, U and 1 − p for each of their vectors, p what P (Q) is along it in units of what it is elsewhere: (K, 1, r).
 
     The values that are not kept are taken to be equal. Where no gradient has been seen yet, P is the identity.
     """
-    values, trace, (size, rank) = state[f"{side}_values"], state["trace"], state[f"{side}_basis"].shape[-2:]
-    extra = damping / size * trace
-    rest = (trace - values.sum(-1, keepdim=True)).clamp_min(0) / max(size - rank, 1)
-    ratio = (rest + extra) / (values + extra).clamp_min(torch.finfo(values.dtype).tiny)
-    return torch.where(trace > 0, 1 - ratio.sqrt(), 0.0)
+    trace, cuts = state["trace"], []
+    bases = [state[f"{side}_basis"] for side in SIDES]
+    for side, basis in zip(SIDES, bases, strict=True):
+        values, (size, rank) = state[f"{side}_values"], basis.shape[-2:]
+        extra = damping / size * trace
+        rest = (trace - values.sum(-1, keepdim=True)).clamp_min(0) / max(size - rank, 1)
+        ratio = (rest + extra) / (values + extra).clamp_min(torch.finfo(values.dtype).tiny)
+        cuts.append(torch.where(trace > 0, 1 - ratio.sqrt(), 0.0))
+    v, u, left, right = (x.to(dtype) for x in (*bases, *cuts))
+    return v, u, left, right
 
 
-def _whiten(d: Tensor, state: State, cuts: Mapping[str, Tensor]) -> Tensor:
-    """P d Q = (I − V diag(left) Vᵀ) d (I − U diag(right) Uᵀ)."""
-    v, u = (state[f"{side}_basis"] for side in SIDES)
-    d = torch.baddbmm(d, (d @ u) * cuts["right"], u.mT, alpha=-1)
-    return torch.baddbmm(d, v, (v.mT @ d) * cuts["left"].mT, alpha=-1)
+def _whiten(d: Tensor, v: Tensor, u: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """P d Q = (I − V diag(left) Vᵀ) d (I − U diag(right) Uᵀ), in three passes."""
+    du, vd = (d @ u) * right, v.mT @ d
+    rest = left.mT * torch.baddbmm(vd, v.mT @ du, u.mT, alpha=-1)
+    return torch.baddbmm(d, torch.cat([du, v], -1), torch.cat([u.mT, rest], -2), alpha=-1)
 
 
 class WhitenedMuon(MatrixOptimizer):
