@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ SHIFT = 0.1
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
-    """The momentum, the mean of ‖g‖², and of each second moment, g gᵀ and gᵀg, leading eigenvectors and their values."""
+    """The momentum, the mean of ‖g‖², and of the second moments g gᵀ and gᵀg, leading eigenvectors and their values."""
     num = m.shape[0]
     state = {
         "momentum": torch.zeros_like(m, memory_format=torch.contiguous_format),
@@ -48,11 +48,13 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
         _follow(g, state, turn)
     d = look_ahead(g, state["momentum"], turn)
     # Where the polar factor takes its products in bfloat16, so can these: they are passes over memory.
-    p = plan(*sorted(d.shape[-2:]), COMPANY, options["rtol"], d.device.type)
-    metric = _metric(state, options["damping"], torch.bfloat16 if p.dtype == torch.bfloat16 else d.dtype)
-    d = _whiten(orthogonal(_whiten(d.to(metric[0].dtype), *metric), turn), *metric)
+    short, long = sorted(d.shape[-2:])
+    products = plan(short, long, COMPANY, options["rtol"], d.device.type).dtype
+    dtype = torch.bfloat16 if products == torch.bfloat16 else d.dtype
+    metric = _metric(state, options["damping"], dtype)
+    d = metric.whiten(orthogonal(metric.whiten(d.to(dtype)), turn))
     norm = torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True, dtype=g.dtype)
-    return d * (min(d.shape[-2:]) ** 0.5 / norm.clamp_min_(torch.finfo(g.dtype).tiny))
+    return d * (short**0.5 / norm.clamp_min_(torch.finfo(g.dtype).tiny))
 
 
 def _follow(g: Tensor, state: State, turn: Turn) -> None:
@@ -77,10 +79,25 @@ def _follow(g: Tensor, state: State, turn: Turn) -> None:
         state[f"{side}_values"][at] = torch.where(seen, found, values)
 
 
-def _metric(state: State, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """V, U and 1 − p for each of their vectors, p what P (Q) is along it in units of what it is elsewhere: (K, 1, r).
+class Metric(NamedTuple):
+    """P = I − V diag(left) Vᵀ and Q = I − U diag(right) Uᵀ: V (K, m, r), U (K, n, r), cuts (K, 1, r)."""
 
-    The values that are not kept are taken to be equal. Where no gradient has been seen yet, P is the identity.
+    v: Tensor
+    u: Tensor
+    left: Tensor
+    right: Tensor
+
+    def whiten(self, d: Tensor) -> Tensor:
+        """P d Q, in three passes."""
+        du, vd = (d @ self.u) * self.right, self.v.mT @ d
+        rest = self.left.mT * torch.baddbmm(vd, self.v.mT @ du, self.u.mT, alpha=-1)
+        return torch.baddbmm(d, torch.cat([du, self.v], -1), torch.cat([self.u.mT, rest], -2), alpha=-1)
+
+
+def _metric(state: State, damping: float, dtype: torch.dtype) -> Metric:
+    """P ∝ (L + λ)^(-1/2) and Q ∝ (R + λ)^(-1/2), one where the values are not kept, which are taken to be equal.
+
+    Where no gradient has been seen yet, both are the identity.
     """
     trace, cuts = state["trace"], []
     bases = [state[f"{side}_basis"] for side in SIDES]
@@ -90,15 +107,7 @@ def _metric(state: State, damping: float, dtype: torch.dtype) -> tuple[Tensor, T
         rest = (trace - values.sum(-1, keepdim=True)).clamp_min(0) / max(size - rank, 1)
         ratio = (rest + extra) / (values + extra).clamp_min(torch.finfo(values.dtype).tiny)
         cuts.append(torch.where(trace > 0, 1 - ratio.sqrt(), 0.0))
-    v, u, left, right = (x.to(dtype) for x in (*bases, *cuts))
-    return v, u, left, right
-
-
-def _whiten(d: Tensor, v: Tensor, u: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """P d Q = (I − V diag(left) Vᵀ) d (I − U diag(right) Uᵀ), in three passes."""
-    du, vd = (d @ u) * right, v.mT @ d
-    rest = left.mT * torch.baddbmm(vd, v.mT @ du, u.mT, alpha=-1)
-    return torch.baddbmm(d, torch.cat([du, v], -1), torch.cat([u.mT, rest], -2), alpha=-1)
+    return Metric(*(x.to(dtype) for x in (*bases, *cuts)))
 
 
 class WhitenedMuon(MatrixOptimizer):
