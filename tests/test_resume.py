@@ -363,7 +363,7 @@ OTHERS = {
     "init": ({}, {"init": "isometric"}, "of init default, not isometric"),
     "amount": ({}, {"steps": 43}, "of budget 42 steps, not 43 steps"),
     "kind": ({}, {"steps": None, "seconds": 42.0}, "of budget 42 steps, not 42 seconds"),
-    "two": ({}, {"seed": 1, "lr": 3}, "of learning rate 0.1, not 3; seed 0, not 1"),
+    "two": ({}, {"seed": 1, "lr": 3}, "of learning rate 0.3, not 3; seed 0, not 1"),
 }
 
 
