@@ -50,7 +50,7 @@ class Side:
     def follow(self, square: Tensor, beta: float, damping: float = 0.1) -> None:
         self.trace = beta * self.trace + (1 - beta) * float(square.trace())
         mean = beta * self.q @ torch.diag(self.values) @ self.q.T + (1 - beta) * square
-        shift = 0.1 * damping * self.trace / self.size
+        shift = max(0.1 * damping / self.size, 1e-7) * self.trace
         self.q, r = torch.linalg.qr((mean + shift * torch.eye(self.size)) @ self.q)
         self.values = (r.diagonal().abs() - shift).clamp_min(0)
 
@@ -143,6 +143,24 @@ def test_no_step_of_that_length_descends_faster() -> None:
 
     rivals = [g, polar(g), p @ polar(g) @ q, *(step + 0.1 * step.norm() * polar(x) for x in gradients((6, 5), seed=3))]
     assert all(gain(step) > gain(d) * (1 + 1e-6) for d in rivals)
+
+
+def test_bases_stay_orthonormal() -> None:
+    """In float32 over many steps, also where gradients never fill them."""
+    params = [nn.Parameter(torch.zeros(40, 30)) for _ in range(4)]
+    optimizer = WhitenedMuon(params, damping=1e-12)
+    q = torch.linalg.qr(torch.randn(40, 2, generator=seeded(1))).Q
+    for step in range(300):
+        g = torch.randn(40, 30, generator=seeded(step))
+        params[0].grad, params[1].grad = g, q @ (q.T @ g)
+        params[2].grad, params[3].grad = q @ q.T @ torch.ones_like(g), torch.ones_like(g)
+        optimizer.step()
+    for p in params:
+        for basis in (optimizer.state[p]["left_basis"], optimizer.state[p]["right_basis"]):
+            torch.testing.assert_close(basis.T @ basis, torch.eye(16), rtol=0, atol=2e-3)
+    # Of the exact rank: all but two values are nothing.
+    values = optimizer.state[params[1]]["left_values"][0]
+    assert values[2:].max() < 1e-5 * values[0]
 
 
 @pytest.mark.parametrize("zeros", [0, 2])

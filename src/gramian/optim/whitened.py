@@ -22,6 +22,9 @@ SIDES = ("left", "right")
 SHIFT = 0.1
 """Of the second moments while their eigenvectors are sought, in units of λ: above rounding, and below what matters."""
 
+LEAST_SHIFT = 1e-7
+"""In units of the trace: the condition number of what is made orthonormal stays below its inverse."""
+
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
     """The momentum, the mean of ‖g‖², and of the second moments g gᵀ and gᵀg, leading eigenvectors and their values."""
@@ -60,9 +63,9 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
 def _follow(g: Tensor, state: State, turn: Turn) -> None:
     """A step of orthogonal iteration on the running mean of each second moment, of which the leading part is kept.
 
-    With M ← β V diag(v) Vᵀ + (1 − β) g gᵀ: V R = qr((M + ε) V), v ← |diag R| − ε. No eigenvalues, for which a device
-    would wait; and ε keeps vectors that no gradient has filled yet from being made of rounding. A gradient of zeros
-    teaches nothing.
+    With M ← β V diag(v) Vᵀ + (1 − β) g gᵀ: V R = (M + ε) V with VᵀV = I, v ← diag R − ε. No eigenvalues, for which a
+    device would wait; and ε keeps vectors that no gradient has filled yet from being made of rounding. A gradient of
+    zeros teaches nothing.
     """
     at, beta = slice(None) if turn.due is None else turn.due, turn.options["moment_beta"]
     g, trace = g[at], state["trace"][at]
@@ -72,11 +75,22 @@ def _follow(g: Tensor, state: State, turn: Turn) -> None:
     for side in SIDES:
         basis, values = state[f"{side}_basis"][at], state[f"{side}_values"][at]
         x = g if side == "left" else g.mT
-        shift = SHIFT * turn.options["damping"] / x.shape[-2] * state["trace"][at]
-        q, r = torch.linalg.qr(torch.lerp(x @ (x.mT @ basis), basis * values, beta) + basis * shift)
-        found = (r.diagonal(dim1=-2, dim2=-1).abs()[:, None] - shift).clamp_min_(0)
-        state[f"{side}_basis"][at] = torch.where(seen, q, basis)
-        state[f"{side}_values"][at] = torch.where(seen, found, values)
+        shift = max(SHIFT * turn.options["damping"] / x.shape[-2], LEAST_SHIFT) * state["trace"][at]
+        q, lengths, full = _orthonormal(torch.lerp(x @ (x.mT @ basis), basis * values, beta) + basis * shift)
+        learnt = seen & full
+        state[f"{side}_basis"][at] = torch.where(learnt, q, basis)
+        state[f"{side}_values"][at] = torch.where(learnt, (lengths - shift).clamp_min_(0), values)
+
+
+def _orthonormal(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q of y = Q R (K, n, r), R's diagonal (K, 1, r), and whether y had full rank (K, 1, 1).
+
+    By Cholesky of yᵀy in float64, for all matrices at once: torch's QR takes them one by one on a GPU.
+    """
+    wide = y.double()
+    r, info = torch.linalg.cholesky_ex(wide.mT @ wide, upper=True)
+    q = torch.linalg.solve_triangular(r, wide, upper=True, left=False)
+    return q.to(y.dtype), r.diagonal(dim1=-2, dim2=-1)[:, None].to(y.dtype), (info == 0)[:, None, None]
 
 
 class Metric(NamedTuple):
