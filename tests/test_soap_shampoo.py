@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,16 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cases import seeded
-from gramian.optim import SOAP, Shampoo
+from gramian.optim import SOAP, Shampoo, WhitenedMuon
 from gramian.optim.soap import DAMPING
+from steps import LR, gradients, run
 from zoo import ZOO
-
-STEPS = 7
-LR = 0.1
-
-
-def gradients(shape: tuple[int, int], seed: int = 0) -> list[Tensor]:
-    return [torch.randn(shape, generator=seeded(100 * seed + i), dtype=torch.float64) for i in range(STEPS)]
 
 
 def both(shape: tuple[int, int], sides: str) -> tuple[bool, bool]:
@@ -78,15 +73,6 @@ def naive_shampoo(
 def matrix_power(m: Tensor, power: float, damping: float) -> Tensor:
     values, q = torch.linalg.eigh(m)
     return q * (values + damping * values.mean()) ** power @ q.T
-
-
-def run(make: Callable[..., Any], grads: list[Tensor], **options: Any) -> Tensor:
-    w = nn.Parameter(torch.zeros_like(grads[0]))
-    optimizer = make([w], lr=LR, **options)
-    for g in grads:
-        w.grad = g.clone()
-        optimizer.step()
-    return w.detach()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -210,7 +196,9 @@ def test_fused_and_separate_parameters_step_alike(make: Callable[..., Any]) -> N
     assert torch.equal(fused[0].weight, torch.cat([m.weight for m in parts[:3]]))
 
 
-@pytest.mark.parametrize("make", [SOAP, Shampoo], ids=["soap", "shampoo"])
+@pytest.mark.parametrize(
+    "make", [SOAP, Shampoo, partial(WhitenedMuon, lr=0.1)], ids=["soap", "shampoo", "whitened_muon"]
+)
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_learns(name: str, make: Callable[..., Any]) -> None:
     case = ZOO[name]

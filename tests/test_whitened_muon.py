@@ -13,28 +13,12 @@ from cases import seeded
 from gramian import random
 from gramian.errors import InputError
 from gramian.optim import Muon, WhitenedMuon
-from zoo import ZOO
-
-STEPS = 7
-LR = 0.1
-
-
-def gradients(shape: tuple[int, int], seed: int = 0) -> list[Tensor]:
-    return [torch.randn(shape, generator=seeded(100 * seed + i), dtype=torch.float64) for i in range(STEPS)]
+from steps import LR, gradients, run
 
 
 def polar(x: Tensor) -> Tensor:
     u, _, vt = torch.linalg.svd(x, full_matrices=False)
     return u @ vt
-
-
-def run(make: Any, grads: list[Tensor], **options: Any) -> Tensor:
-    w = nn.Parameter(torch.zeros_like(grads[0]))
-    optimizer = make([w], lr=LR, **options)
-    for g in grads:
-        w.grad = g.clone()
-        optimizer.step()
-    return w.detach()
 
 
 class Side:
@@ -211,21 +195,3 @@ def test_an_unseen_matrix_takes_muons_step() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         WhitenedMuon([{"params": [nn.Parameter(torch.zeros(3, 3))], **options}])
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_the_zoo_learns(name: str) -> None:
-    case = ZOO[name]
-    model, batch = case.make_model(0), case.make_batches(0)[0]
-    optimizer = WhitenedMuon(model, lr=0.1, rank=4)
-    torch.manual_seed(0)  # dropout
-    losses = []
-    for step in range(9):
-        optimizer.zero_grad()
-        loss = case.loss(model, batch)
-        losses.append(loss.item())
-        if step < 8:
-            loss.backward()
-            optimizer.step()
-    assert losses[-1] < losses[0] * (0.999 if name == "deep_tanh_mlp" else 0.99)
-    assert all(row["skipped"] == 0 for row in optimizer.health().values())
