@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gramian import random
-from gramian.linalg.polar_direction import COMPANY, plan
 from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead, orthogonal
-from gramian.optim.scaling import rescale_
+from gramian.optim.scaling import as_long_as_polar, rescale_
 from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
 
 __all__ = ["WhitenedMuon"]
@@ -27,12 +26,13 @@ LEAST_SHIFT = 1e-7
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
-    """The momentum, the mean of ‖g‖², and of the second moments g gᵀ and gᵀg, leading eigenvectors and their values."""
+    """The momentum; of the second moments g gᵀ and gᵀg their trace, leading eigenvectors and values; all in `unit`s."""
     num = m.shape[0]
     state = {
         "momentum": torch.zeros_like(m, memory_format=torch.contiguous_format),
         "trace": m.new_zeros(num, 1, 1),
         "unit": m.new_zeros(num, 1, 1),
+        "fallbacks": m.new_zeros(num, 1, 1),
     }
     for side, size in zip(SIDES, m.shape[-2:], strict=True):
         rank = min(options["rank"], size)
@@ -50,36 +50,29 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
     if turn.due is None or len(turn.due):
         _follow(g, state, turn)
     d = look_ahead(g, state["momentum"], turn)
-    # Where the polar factor takes its products in bfloat16, so can these: they are passes over memory.
-    short, long = sorted(d.shape[-2:])
-    products = plan(short, long, COMPANY, options["rtol"], d.device.type).dtype
-    dtype = torch.bfloat16 if products == torch.bfloat16 else d.dtype
-    metric = _metric(state, options["damping"], dtype)
-    d = metric.whiten(orthogonal(metric.whiten(d.to(dtype)), turn))
-    norm = torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True, dtype=g.dtype)
-    return d * (short**0.5 / norm.clamp_min_(torch.finfo(g.dtype).tiny))
+    metric = _metric(state, options["damping"])
+    return as_long_as_polar(metric.whiten(orthogonal(metric.whiten(d), turn)))
 
 
 def _follow(g: Tensor, state: State, turn: Turn) -> None:
     """A step of orthogonal iteration on the running mean of each second moment, of which the leading part is kept.
 
     With M ← β V diag(v) Vᵀ + (1 − β) g gᵀ: V R = (M + ε) V with VᵀV = I, v ← diag R − ε. No eigenvalues, for which a
-    device would wait; and ε keeps vectors that no gradient has filled yet from being made of rounding. A gradient of
-    zeros teaches nothing.
+    device would wait; and ε keeps vectors that no gradient has filled yet from being made of rounding.
     """
     at, beta = slice(None) if turn.due is None else turn.due, turn.options["moment_beta"]
-    g, trace = g[at], state["trace"][at]
+    g, before, alive = g[at], state["trace"][at], turn.alive[at] > 0
     square = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True).square()
-    seen = square > 0
-    state["trace"][at] = torch.where(seen, torch.lerp(square, trace, beta), trace)
+    trace = state["trace"][at] = torch.where(alive, torch.lerp(square, before, beta), before)
     for side in SIDES:
         basis, values = state[f"{side}_basis"][at], state[f"{side}_values"][at]
         x = g if side == "left" else g.mT
-        shift = max(SHIFT * turn.options["damping"] / x.shape[-2], LEAST_SHIFT) * state["trace"][at]
+        shift = max(SHIFT * turn.options["damping"] / x.shape[-2], LEAST_SHIFT) * trace
         q, lengths, full = _orthonormal(torch.lerp(x @ (x.mT @ basis), basis * values, beta) + basis * shift)
-        learnt = seen & full
+        learnt = alive & full
         state[f"{side}_basis"][at] = torch.where(learnt, q, basis)
         state[f"{side}_values"][at] = torch.where(learnt, (lengths - shift).clamp_min_(0), values)
+        state["fallbacks"][at] += (alive & (trace > 0) & ~full).to(trace.dtype)
 
 
 def _orthonormal(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,20 +101,20 @@ class Metric(NamedTuple):
         return torch.baddbmm(d, torch.cat([du, self.v], -1), torch.cat([self.u.mT, rest], -2), alpha=-1)
 
 
-def _metric(state: State, damping: float, dtype: torch.dtype) -> Metric:
+def _metric(state: State, damping: float) -> Metric:
     """P ∝ (L + λ)^(-1/2) and Q ∝ (R + λ)^(-1/2), one where the values are not kept, which are taken to be equal.
 
     Where no gradient has been seen yet, both are the identity.
     """
     trace, cuts = state["trace"], []
     bases = [state[f"{side}_basis"] for side in SIDES]
+    known = trace > torch.finfo(trace.dtype).tiny / torch.finfo(trace.dtype).eps
     for side, basis in zip(SIDES, bases, strict=True):
         values, (size, rank) = state[f"{side}_values"], basis.shape[-2:]
         extra = damping / size * trace
         rest = (trace - values.sum(-1, keepdim=True)).clamp_min(0) / max(size - rank, 1)
-        ratio = (rest + extra) / (values + extra).clamp_min(torch.finfo(values.dtype).tiny)
-        cuts.append(torch.where(trace > 0, 1 - ratio.sqrt(), 0.0))
-    return Metric(*(x.to(dtype) for x in (*bases, *cuts)))
+        cuts.append(torch.where(known, 1 - ((rest + extra) / (values + extra)).sqrt(), 0.0))
+    return Metric(*bases, *cuts)
 
 
 class WhitenedMuon(MatrixOptimizer):
@@ -137,7 +130,8 @@ class WhitenedMuon(MatrixOptimizer):
         params: the model, or its parameters.
         lr: length of a step of the matrices, in the unit that `scale` sets.
         momentum, nesterov, rtol: see `Muon`.
-        rank: eigenvectors that are followed on each side, by a step of orthogonal iteration at a time.
+        rank: eigenvectors that are followed on each side, by a step of orthogonal iteration at a time. It sets a shape
+            of the state, and cannot be changed once a step has been taken.
         moment_beta: of the running means L and R.
         damping: share of the mean eigenvalue that is added to each.
         shared: see `MatrixOptimizer`; at a `refresh` the eigenvectors are followed.
