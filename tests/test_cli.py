@@ -46,9 +46,41 @@ def leaves():
 def wrong():
     return 3
 
-def empty():
+def but(**changes):
     import dataclasses
-    return dataclasses.replace(task(), train_batches=lambda epoch, generator: [])
+    return dataclasses.replace(task(), **changes)
+
+def empty():
+    return but(train_batches=lambda epoch, generator: [])
+
+def fails(*args):
+    raise ValueError("broken\\ndisk")
+
+def breaks_off(epoch, generator):
+    yield from [next(task().train_batches(epoch, generator))]
+    fails()
+
+def no_model():
+    return but(model=fails)
+
+def no_batch():
+    return but(train_batches=breaks_off)
+
+def no_score():
+    return but(evaluate=fails)
+
+def own_loss():
+    return but(evaluate=lambda model: {"loss": 1.0})
+
+def frozen():
+    return but(model=lambda: nn.Linear(8, 2).requires_grad_(False))
+
+def wrong_rows():
+    return but(model=lambda: nn.Linear(9, 2))
+
+def neighbour():
+    import beside
+    return but(name=beside.NAME)
 """
 
 
@@ -70,6 +102,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Malicious()))
     torch.save(weights, "good.pt")
     (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "beside.py").write_text("NAME = 'from beside'\n")
     (tmp_path / "syntax.py").write_text("def task(:\n")
     (tmp_path / "empty").mkdir()
     return tmp_path
@@ -110,6 +143,12 @@ BAD = [
     (["train", "nothing", "--steps", "3"], "no task is named 'nothing'; built in: digits"),
     (["train", "task.py:raises", "--steps", "3"], "RuntimeError: no data"),
     (["train", "task.py:empty", "--steps", "3"], "no batches"),
+    (["train", "task.py:no_model", "--steps", "3"], "model() raised ValueError: broken disk (line 36)"),
+    (["train", "task.py:no_batch", "--steps", "3"], "train_batches(0, generator) raised ValueError: broken disk"),
+    (["train", "task.py:no_score", "--steps", "3"], "evaluate(model) raised ValueError: broken disk"),
+    (["train", "task.py:own_loss", "--steps", "3"], "returned 'loss', which is the run's own"),
+    (["train", "task.py:frozen", "--steps", "3"], "task.py:frozen': no parameter of the model requires a gradient"),
+    (["train", "task.py:task", "--steps", "3", "--seed", "9223372036854775808"], "--seed"),
     (["train", "task.py:task"], "give one of --steps, --epochs, --seconds, as in --seconds 60; got none"),
     (["train", "task.py:task", "--steps", "3", "--epochs", "1"], "got --steps and --epochs"),
     (["train", "task.py:task", "--steps", "0"], "--steps"),
@@ -261,6 +300,38 @@ def test_train_that_is_interrupted_says_how_to_go_on(folder, capsys, monkeypatch
     assert "resumed at 2" in out
 
 
+def test_train_that_is_interrupted_and_not_kept_says_so(folder, capsys, monkeypatch) -> None:
+    def interrupt(*args, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gramian.training.train", interrupt)
+    assert run(capsys, "train", "task.py:task", "--steps", "3") == (130, "", "gramian: interrupted\n")
+
+
+def test_an_error_that_nobody_foresaw_is_told_from_divergence(folder, capsys) -> None:
+    code, _, err = run(capsys, "train", "task.py:wrong_rows", "--steps", "3", "--init", "default")
+    assert code == 3
+    assert err.startswith("Traceback")
+    assert "mat1 and mat2 shapes cannot be multiplied" in err
+
+
+def test_a_task_file_imports_what_lies_beside_it(folder, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    code, out, _ = run(capsys, "train", "../task.py:neighbour", "--steps", "3")
+    assert code == 0
+    assert "from beside" in out
+
+
+def test_runs_of_two_tasks_of_a_file_are_told_apart(folder, capsys) -> None:
+    assert run(capsys, *TRAIN, "--quiet")[0] == 0
+    command = [part.replace("task.py:task", "task.py:deep") for part in TRAIN]
+    code, _, err = run(capsys, *command, "--resume")
+    assert code == 2
+    assert "of task task.py:task, not task.py:deep" in err
+
+
 @pytest.mark.slow
 def test_train_under_torchrun(folder) -> None:
     """Two processes, one of which prints and writes; a refusal is told and exits with 2."""
@@ -293,12 +364,14 @@ def test_train_fits_the_terminal(folder, columns) -> None:
         trained = train(
             tasks.load("task.py:deep"), init="auto", steps=40, progress=watched.evaluated, on_step=watched.stepped
         )
+    trained.metrics["a long name of a number that is measured here"] = 0.125
     display.show(trained, "task", console=console)
     # Every movement of the cursor begins a line, colours do not.
     drawn = re.sub(r"\r|\x1b\[[0-9?]*[A-Zhl]", "\n", stream.getvalue())
     lines = re.sub(r"\x1b\[[0-9;]*m", "", drawn).splitlines()
     assert max(map(len, lines)) <= columns
     assert any("accuracy 1" in line for line in lines)
+    assert any("0.125" in line for line in lines)
 
 
 def test_the_help_of_train_names_what_the_tables_hold(capsys) -> None:

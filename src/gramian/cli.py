@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,7 +168,9 @@ def train_command(
     steps: Annotated[int | None, typer.Option(help="Budget in steps.", min=1)] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training alone.", min=0.1)] = None,
-    seed: Annotated[int, typer.Option(help="Of the model, the order of the batches and dropout.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the model, the order of the batches and dropout.", min=0, max=2**63 - 1)
+    ] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -206,9 +209,7 @@ def train_command(
                 on_step=watched.stepped,
             )
     except KeyboardInterrupt:
-        if out is None:
-            raise
-        _complain("interrupted; go on with the same command and --resume")
+        _complain("interrupted" if out is None else "interrupted; go on with the same command and --resume")
         raise typer.Exit(130) from None
     if first and not quiet:
         display.show(run, found.name, automatic=optimizer == "auto")
@@ -347,6 +348,9 @@ def main(args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted")
         return 130
+    except Exception:
+        traceback.print_exc()
+        return 3
     return code if isinstance(code, int) else 0
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import runpy
-import traceback
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gramian.errors import GramianError, InputError, TaskError
 from gramian.objective import Objective
 from gramian.training import Task
+from gramian.training.task import described
 
 __all__ = ["TASKS", "Digits", "digits", "load", "plain_tanh_network"]
 
@@ -92,7 +93,8 @@ TASKS: dict[str, Callable[[], Task]] = {
 def load(spec: str) -> Task:
     """A task by name, or from a file: `path/file.py:function`, where `function()` returns a `gm.Task`.
 
-    The file is run: it is the user's own program. Raises `TaskError` with one line that names the place of a failure.
+    The file is run as a program is: what lies beside it can be imported. A task without a name of its own is called
+    after file and function. Raises `TaskError` with one line that names the place of a failure.
     """
     if spec in TASKS:
         return TASKS[spec]()
@@ -101,6 +103,9 @@ def load(spec: str) -> Task:
         raise TaskError(f"no task is named {spec!r}; built in: {', '.join(TASKS)}; or give path/file.py:function")
     if not Path(path).is_file():
         raise TaskError(f"task file {path} does not exist")
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         scope = runpy.run_path(path)
         if not callable(scope.get(function)):
@@ -110,14 +115,7 @@ def load(spec: str) -> Task:
     except GramianError:
         raise
     except (Exception, SystemExit) as error:
-        raise TaskError(f"task {spec} raised {_one_line(error, path)}") from error
+        raise TaskError(f"task {spec} raised {described(error, path)}") from error
     if not isinstance(task, Task):
         raise TaskError(f"task {spec} returned {type(task).__name__}; wanted a gm.Task")
-    return task
-
-
-def _one_line(error: BaseException, path: str) -> str:
-    """The error's type, message, and the last line of the user's file that it passed through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}" + (f" (line {frames[-1].lineno})" if frames else "")
+    return task if task.name != Task.name else replace(task, name=f"{Path(path).name}:{function}")

@@ -36,13 +36,13 @@ AUTO = "whitened_muon"
 """What `gramian bench optim` shows to be best."""
 
 
-def named(caller: str, name: str) -> str:
-    """The name in the table; raises `InputError` for one that is not there.
+def named(caller: str, name: str, otherwise: str) -> str:
+    """The name in the table; raises `InputError` for one that is not there, telling what `caller` takes `otherwise`.
 
-    >>> named("train", "auto")
+    >>> named("train", "auto", "a function")
     'whitened_muon'
     """
     if name != "auto" and name not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
-        raise InputError(f"{caller}: unknown optimizer {name!r}; wanted auto, {known}, or a function (model, lr)")
+        raise InputError(f"{caller}: unknown optimizer {name!r}; wanted auto, {known}, or {otherwise}")
     return AUTO if name == "auto" else name

@@ -310,7 +310,7 @@ def _batches(batch: Any) -> list[Any]:
 def _maker(optimizer: Any) -> Make:
     """`(model, lr) -> optimizer` for a name, a class or a function."""
     if isinstance(optimizer, str):
-        return OPTIMIZERS[named("suggest_lr", optimizer)].make
+        return OPTIMIZERS[named("suggest_lr", optimizer, "a class or a function (model, lr)")].make
     if not callable(optimizer):
         raise InputError(f"suggest_lr: optimizer must be a name, a class or a function, got {type(optimizer).__name__}")
     make: Callable[..., Any] = optimizer

@@ -38,7 +38,7 @@ class Watched:
 
     def evaluated(self, row: dict[str, float], share: float) -> None:
         """What was measured: for `progress`."""
-        measured = {name: f"{name} {number(value)}" for name, value in _measured(row).items()}
+        measured = {name: f"{plain(name, 100)} {number(value)}" for name, value in _measured(row).items()}
         self._watch.log({"step": f"step {row['step']:,.0f}"} | measured)
 
 
@@ -59,7 +59,7 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
     rows = {"task": task, "optimizer": optimizer, "init": run.init, "steps": steps}
     rows |= {name: number(value) for name, value in _measured(run.metrics).items()}
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, style="dim")
+    table.add_column(max_width=max(10, console.width // 2 - 2), overflow="fold", style="dim")
     table.add_column(overflow="fold")
     for name, text in rows.items():
         table.add_row(*(Text(plain(part, 500)) for part in (name, text)))  # they may come from a file

@@ -24,7 +24,7 @@ from gramian.training.folder import MODEL, Folder, read
 from gramian.training.optimizers import Choice, choose
 from gramian.training.schedule import Schedule, as_budget
 from gramian.training.stream import Stream
-from gramian.training.task import Run, Task
+from gramian.training.task import Run, Task, asking
 
 __all__ = ["train"]
 
@@ -91,9 +91,14 @@ def train(
     if resume and out is None:
         raise InputError("train: resume needs out=, the folder of the run to go on with")
     with _seeded(seed), ExitStack() as stack:
-        model = task.model()
+        with asking(task, "model()"):
+            model = task.model()
         if not isinstance(model, nn.Module):
             raise TaskError(f"task {task.name!r}: model() must return a torch.nn.Module, got {type(model).__name__}")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise TaskError(
+                f"task {task.name!r}: no parameter of the model requires a gradient, so nothing can be trained"
+            )
         ranks.check_model(model)
         run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
         identity = _identity(task, model, choice, init, seed, budget)
@@ -195,11 +200,17 @@ class Loop:
         loss = float(self.total / self.units)
         self.total.zero_()
         self.units.zero_()
-        with evaluating(run.model), torch.no_grad():
+        with evaluating(run.model), torch.no_grad(), asking(task, "evaluate(model)"):
             numbers = task.evaluate(run.model)
         if not isinstance(numbers, dict) or not all(isinstance(v, (int, float)) for v in numbers.values()):
             raise TaskError(f"task {task.name!r}: evaluate(model) must return a dict of floats, got {numbers!r}")
-        row = {"step": run.steps, "seconds": round(run.seconds, 4), "loss": loss, **numbers}
+        row = {"step": run.steps, "seconds": round(run.seconds, 4), "loss": loss}
+        for name in row.keys() & numbers.keys():
+            raise TaskError(
+                f"task {task.name!r}: evaluate(model) returned {name!r}, which is the run's own (loss: of training); "
+                f"call it otherwise, as in 'held_out_{name}'"
+            )
+        row |= numbers
         run.history.append(row)
         run.diverged = not math.isfinite(loss)
         return row

@@ -30,7 +30,7 @@ def choose(optimizer: str | Callable[[nn.Module], torch.optim.Optimizer], lr: fl
         if lr is not None:
             warnings.warn("train: lr is ignored, the optimizer is a function", GramianWarning, stacklevel=3)
         return Choice(getattr(optimizer, "__qualname__", type(optimizer).__qualname__), None, optimizer)
-    name = named("train", optimizer)
+    name = named("train", optimizer, "a function of the model")
     if lr is not None and not 0 <= lr < math.inf:
         raise InputError(f"train: lr must be zero or a positive number, got {lr}")
     make, usual = OPTIMIZERS[name]

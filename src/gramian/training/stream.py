@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gramian.errors import GramianWarning, TaskError
-from gramian.training.task import Task
+from gramian.training.task import Task, asking
 
 __all__ = ["Stream"]
 
@@ -43,7 +43,7 @@ class Stream:
         """The next batch."""
         if self._batches is None:
             self._batches = self._begin()
-        while (batch := next(self._batches, END)) is END:
+        while (batch := self._next()) is END:
             if not self.taken:
                 raise TaskError(f"task {self.task.name!r}: train_batches({self.epoch}, generator) gave no batches")
             self.epoch, self.taken = self.epoch + 1, 0
@@ -72,7 +72,7 @@ class Stream:
         torch.set_rng_state(state["global"])
         self._batches = self._begin()
         for number in range(self.taken):
-            if (batch := next(self._batches, END)) is END:
+            if (batch := self._next()) is END:
                 raise TaskError(
                     f"task {self.task.name!r}: train_batches({self.epoch}, generator) gave {number} batches, of which "
                     f"{self.taken} were taken before. Resume with the data that the run began with"
@@ -89,11 +89,17 @@ class Stream:
 
     def _begin(self) -> Iterator[Any]:
         self._began = self._now()
-        batches = self.task.train_batches(self.epoch, self.generator)
-        if self.counted and self.epoch == 0:
-            batches = list(batches)
-            self.length = len(batches)
-        return iter(batches)
+        with asking(self.task, f"train_batches({self.epoch}, generator)"):
+            batches = self.task.train_batches(self.epoch, self.generator)
+            if self.counted and self.epoch == 0:
+                batches = list(batches)
+                self.length = len(batches)
+            return iter(batches)
+
+    def _next(self) -> Any:
+        assert self._batches is not None
+        with asking(self.task, f"train_batches({self.epoch}, generator)"):
+            return next(self._batches, END)
 
     def _now(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.generator.get_state(), torch.get_rng_state()

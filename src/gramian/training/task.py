@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from gramian.errors import TaskError
+from gramian.errors import GramianError, TaskError
 from gramian.objective import Objective
 
-__all__ = ["Run", "Task"]
+__all__ = ["Run", "Task", "asking", "described"]
+
+LIBRARY = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,8 @@ class Task:
 
     def batches(self, num: int | None = None) -> list[Any]:
         """The first `num` training batches (all of an epoch by default), in the order of epoch 0 and seed 0."""
-        batches = []
-        for batch in self.train_batches(0, torch.Generator().manual_seed(0)):
-            if num is not None and len(batches) >= num:
-                break
-            batches.append(batch)
+        with asking(self, "train_batches(0, generator)"):
+            batches = list(islice(self.train_batches(0, torch.Generator().manual_seed(0)), num))
         if not batches:
             raise TaskError(f"task {self.name!r}: train_batches(0, generator) gave no batches")
         return batches
@@ -72,3 +74,27 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """The last row of the history."""
         return self.history[-1] if self.history else {}
+
+
+@contextmanager
+def asking(task: Task, function: str) -> Iterator[None]:
+    """Inside, a function of the task is called: what it raises becomes a `TaskError` of one line."""
+    try:
+        yield
+    except GramianError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task {task.name!r}: {function} raised {described(error)}") from error
+
+
+def described(error: BaseException, path: str | None = None) -> str:
+    """The error's type, message, and the last line of the user's file that it passed through.
+
+    The file is `path`, or the first one outside of this library.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if path is None:
+        path = next((frame.filename for frame in frames if not frame.filename.startswith(LIBRARY)), "")
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" + (f" (line {lines[-1]})" if lines else "")
