@@ -16,15 +16,15 @@ from gramian.linalg.certificate import Certificate, default_rtol, require_conver
 from gramian.linalg.krylov import (
     FAILURE,
     Krylov,
-    Resolvent,
     by,
     default_generator,
     gaussian,
     lanczos,
     next_check,
-    resolvent,
+    reach,
+    ritz,
     top_bound,
-    top_within,
+    top_vector,
 )
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense
 from gramian.linalg.singular import by_gram, svd_values_twofold
@@ -37,6 +37,8 @@ BLOCK = 16
 """Starting vectors. A block of 16 is unlikely to miss the top by much: 22 steps where one vector takes 102 (2048²,
 normal entries, four digits), each three times as long on two cores; and it forgives float32's rounding."""
 MAX_STEPS = 40
+SEEN = 16
+"""Random vectors for the rounding of the Krylov run."""
 PLAIN = 1e-9
 """The rtol from which the norm is had from the Gram matrix in float64."""
 NARROW = 5e-5
@@ -54,26 +56,23 @@ class Top(NamedTuple):
     steps: int
 
 
-def search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Resolvent]:
-    """Lanczos until the largest eigenvalue is known to `share`, but for rounding."""
+def search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Tensor]:
+    """Lanczos until the largest eigenvalue is known to `share`, but for rounding; and T's largest (B,)."""
     before: tuple[int, Tensor] | None = None
-    known: Resolvent | None = None
     noise = 32 * torch.finfo(start.dtype).eps
 
     def stop(found: Krylov) -> int:
-        nonlocal before, known
-        known = resolvent(found)
-        now = top_within(known, share, noise=noise) + 0.1
-        if bool((now < 0).all()):
+        nonlocal before
+        theta = ritz(found)
+        now = reach(found, theta * (1 + share), noise * theta).log() + 0.1
+        if bool(((now < 0) | (theta <= 0)).all()):
             return 0
         more = next_check(found, before, now)
         before = found.t.shape[-1] // found.block, now
         return more
 
     found = lanczos(apply, start, MAX_STEPS, stop=stop)
-    if known is None or known.w.shape[-1] != found.t.shape[-1]:
-        known = resolvent(found)
-    return found, known
+    return found, ritz(found)
 
 
 def start_of(generator: torch.Generator | None, like: Tensor, n: int, batch: int) -> Tensor:
@@ -86,16 +85,18 @@ def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
 
     `apply` may round: D = AᵀAW − WT − FE_qᵀ is seen from its products with random vectors.
     """
-    found, known = search(apply, start, 1.8 * rtol)
+    share = 1.8 * rtol
+    found, theta = search(apply, start, share)
+    near = theta * (1 + share)
     p = found.t.shape[-1]
-    seen = probes.probes(p, start.device)
-    weights = torch.cat([seen.omega.mT.expand(start.shape[0], -1, -1), known.ritz[:, None]], -2)
+    seen = probes.probes(p, start.device, SEEN)
+    weights = torch.cat([seen.omega.mT.expand(start.shape[0], -1, -1), top_vector(found, theta)[:, None]], -2)
     rows = found.rows.to(torch.float64)
     z = weights @ rows
     exact, forth, rounding = twice(z)
     ours = (weights @ found.t) @ rows + weights[..., -found.block :] @ found.residual.to(torch.float64)
     noise = probes.two_norm((exact - ours)[:, :-1], seen, rounding * norm(z))
-    high = top_bound(found, known, noise=noise)
+    high = top_bound(found, theta, near, noise=noise)
     size = z[:, -1].norm(dim=-1).clamp_min(2.0**-500)
     low = forth[:, -1].norm(dim=-1) / size
     error = (high.clamp_min(0).sqrt() - low).clamp_min(0)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.linalg.batch import norm
 from gramian.linalg.probes import SEED
 from gramian.linalg.twofold import U
 
@@ -20,8 +21,10 @@ Apply = Callable[[Tensor], Tensor]
 
 FAILURE = 1e-10
 """The probability with which each event that the estimates rest on may fail, one in 10¹⁰ for each matrix."""
-CANDIDATES = 24
-"""Upper bounds tried at once, twice: a bound is within 10 % of the best."""
+CANCELLED = 0.1
+"""The share of a block's image below which what is left of it is projected once more."""
+CLOSE = 1.3
+"""A bound's distance from the Ritz value is within this factor of the least that can be shown."""
 
 
 class Krylov(NamedTuple):
@@ -59,15 +62,19 @@ def by(y: Tensor, a: Tensor) -> Tensor:
     return y @ a
 
 
-def orthonormal(z: Tensor) -> Tensor:
-    """Orthonormal rows that span those of z (B, r, n); one that vanishes becomes zero."""
+def orthonormal(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows that span those of z (B, r, n), and how little of a row (B,) was left to the last of them.
+
+    A row that vanishes becomes zero.
+    """
     start = z.norm(dim=-1, keepdim=True)
     tiny = torch.finfo(z.dtype).tiny
     if z.shape[-2] == 1:
-        return torch.where(start > tiny, z / start.clamp_min(tiny), 0.0)
+        return torch.where(start > tiny, z / start.clamp_min(tiny), 0.0), start[:, 0, 0]
     q, r = torch.linalg.qr(z.mT)
-    size = r.diagonal(dim1=-2, dim2=-1).abs()[..., None]
-    return torch.where(size > 100 * torch.finfo(z.dtype).eps * start.amax(-2, keepdim=True), q.mT, 0.0)
+    size = r.diagonal(dim1=-2, dim2=-1).abs()
+    kept = size > 100 * torch.finfo(z.dtype).eps * start.amax(-2)
+    return torch.where(kept[..., None], q.mT, 0.0), size.amin(-1)
 
 
 def lanczos(
@@ -90,25 +97,22 @@ def lanczos(
     steps = max(1, min(steps, -(-n // r)))
     rows = start.new_zeros(batch, steps * r, n)
     t = start.new_zeros(batch, steps * r, steps * r, dtype=torch.float64)
-    block = orthonormal(start)
+    block, _ = orthonormal(start)
     found = Krylov(rows[:, :0], t[:, :0, :0], block, r)
     due = first
     for j in range(steps):
-        past, here, ahead = (slice(max(0, i) * r, max(0, i + 1) * r) for i in (j - 1, j, j + 1))
+        here, ahead = slice(j * r, (j + 1) * r), slice((j + 1) * r, (j + 2) * r)
         rows[:, here] = block
         known = rows[:, : (j + 1) * r]
         image = apply(block)
-        own = by(image, block.mT)
-        own = (own + own.mT) / 2
-        t[:, here, here] = own.to(t.dtype)
-        image = image - by(own, block)
-        if j:
-            image = image - by(t[:, here, past].to(image.dtype), rows[:, past])
-        before = image.norm(dim=-1)
+        # First what there is much of, so that nothing large is left to cancel.
+        near = known[:, max(0, j - 1) * r :]
+        inner = by(image, near.mT)
+        own = inner[..., -r:].to(t.dtype)
+        t[:, here, here] = (own + own.mT) / 2
+        image = image - by(inner, near)
+        before = image.norm(dim=-1).amax(-1)
         image = image - by(by(image, known.mT), known)
-        # "Twice is enough" (Giraud et al., Numer. Math. 101, 2005), and once where little was taken away.
-        if bool((image.norm(dim=-1) < 0.7 * before).any()):
-            image = image - by(by(image, known.mT), known)
         found = Krylov(known, t[:, : (j + 1) * r, : (j + 1) * r], image, r)
         if j + 1 == steps:
             break
@@ -117,11 +121,12 @@ def lanczos(
             if not more:
                 break
             due += more
-        block = orthonormal(image)
-        # What normalising a small row magnified of its rounding.
-        block = block - by(by(block, known.mT), known)
-        size = block.norm(dim=-1, keepdim=True)
-        block = torch.where(size > 0.5, block / size.clamp_min(0.5), 0.0)
+        block, least = orthonormal(image)
+        # "Twice is enough" (Giraud et al., Numer. Math. 101, 2005), and once where little was taken away.
+        if bool((least < CANCELLED * before).any()):
+            block = block - by(by(block, known.mT), known)
+            size = block.norm(dim=-1, keepdim=True)
+            block = torch.where(size > 0.5, block / size.clamp_min(0.5), 0.0)
         t[:, here, ahead] = by(image, block.mT).to(t.dtype)
         t[:, ahead, here] = t[:, here, ahead].mT
     return found
@@ -148,79 +153,68 @@ def two_norm(y: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(squares)[..., -1].clamp_min(0).sqrt()
 
 
-class Resolvent(NamedTuple):
-    """What ‖F E_qᵀ(λ − T)⁻¹E₁‖₂ and ‖(λ − T)⁻¹E₁‖₂ are made of: T's eigenvalues, its vectors' ends, (FᵀF)^(1/2).
-
-    `ritz` (B, p) is T's leading eigenvector, g what `overlap` says of the start as it was rounded.
-    """
-
-    w: Tensor
-    ritz: Tensor
-    first: Tensor
-    last: Tensor
-    half: Tensor
-    g: float
-
-    def reach(self, at: Tensor, noise: Tensor, share: Tensor) -> Tensor:
-        """‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + (noise + share λ) ‖(λ − T)⁻¹E₁‖₂ for λ (B, K) above all of w."""
-        gap = (at[..., None] - self.w[:, None]).clamp_min(2.0**-400)
-        scaled = self.first[:, None] / gap[..., None, :]
-        last = self.half[:, None] @ (self.last[:, None] @ scaled.mT)
-        return two_norm(last) + (noise[:, None] + share[:, None] * at) * two_norm(scaled)
+def ritz(found: Krylov) -> Tensor:
+    """T's largest eigenvalue (B,)."""
+    return torch.linalg.eigvalsh(found.t)[:, -1]
 
 
-def resolvent(found: Krylov, *, failure: float = FAILURE) -> Resolvent:
-    """One eigendecomposition of T, for `top_within` and `top_bound`."""
-    r, n = found.block, found.rows.shape[-1]
-    w, v = torch.linalg.eigh((found.t + found.t.mT) / 2)
-    f = found.residual.to(torch.float64)
-    squares, vectors = torch.linalg.eigh(by(f, f.mT))
-    half = squares.clamp_min(0).sqrt()[..., None] * vectors.mT
-    g = overlap(n, r, failure) - 4 * math.sqrt(r) * torch.finfo(found.rows.dtype).eps
-    return Resolvent(w, v[:, :, -1], v[:, :r], v[:, -r:], half, max(g, 2.0**-900))
+def resolvent(found: Krylov, at: Tensor) -> tuple[Tensor, Tensor]:
+    """(λ − T)⁻¹E₁ (B, p, r) at λ (B,), and where λ is above all of T's eigenvalues (B,)."""
+    eye = torch.eye(found.t.shape[-1], dtype=at.dtype, device=at.device)
+    factor, info = torch.linalg.cholesky_ex(at[:, None, None] * eye - found.t)
+    factor = torch.where((info == 0)[:, None, None], factor, eye)
+    return torch.cholesky_solve(eye[:, : found.block].expand(len(at), -1, -1), factor), info == 0
 
 
-def top_within(known: Resolvent, share: float | Tensor, *, noise: float = 0.0) -> Tensor:
-    """ln(reach / g) at (1 + share) of the Ritz value, reach as in `top_bound`: it is within where this is negative.
-
-    `noise` is relative to the Ritz value.
-    """
-    theta = known.w[:, -1].clamp_min(0)
-    reach = known.reach((theta * (1 + share))[:, None], noise * theta, torch.zeros_like(theta))[:, 0]
-    return torch.where(theta > 0, (reach / known.g).log(), -math.inf)
+def top_vector(found: Krylov, theta: Tensor) -> Tensor:
+    """T's leading eigenvector (B, p), nearly, from a step of inverse iteration close above its largest eigenvalue."""
+    q = torch.linalg.qr(resolvent(found, theta + 1e-9 * norm(found.t))[0]).Q
+    return (q @ torch.linalg.eigh(q.mT @ found.t @ q)[1])[:, :, -1]
 
 
-def top_bound(found: Krylov, known: Resolvent, *, noise: Tensor | None = None, share: Tensor | None = None) -> Tensor:
-    """With probability 1 − failure an upper bound (B,) on the largest eigenvalue.
+def seen(found: Krylov) -> float:
+    """The g below which ‖uᵀW₁‖ is with probability `FAILURE`, W₁ being rounded."""
+    eps = torch.finfo(found.rows.dtype).eps
+    return max(overlap(found.rows.shape[-1], found.block) - 4 * math.sqrt(found.block) * eps, 2.0**-900)
+
+
+def reach(found: Krylov, at: Tensor, noise: Tensor) -> Tensor:
+    """(‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + noise ‖(λ − T)⁻¹E₁‖₂) / g at λ (B,): where it is below 1, `top_bound` is below λ."""
+    solved, above = resolvent(found, at)
+    last = found.residual.to(torch.float64).mT @ solved[:, -found.block :]
+    return torch.where(above, (two_norm(last.mT) + noise * two_norm(solved.mT)) / seen(found), math.inf)
+
+
+def top_bound(found: Krylov, theta: Tensor, near: Tensor, *, noise: Tensor, share: Tensor | None = None) -> Tensor:
+    """With probability 1 − `FAILURE` an upper bound (B,) on the largest eigenvalue; θ is T's, `near` a guess above it.
 
     For an eigenpair (λ, u), uᵀM W = λ uᵀW gives uᵀW₁ = uᵀ(F E_qᵀ + D)(λ − T)⁻¹E₁, whatever W is; as ‖uᵀW₁‖ ≥ g but with
     small probability, λ > θ requires ‖F E_qᵀ(λ − T)⁻¹E₁‖ + ‖D‖ ‖(λ − T)⁻¹E₁‖ ≥ g, and the left side falls with λ.
     `noise` + `share` · λ (B,) bounds ‖Dᵀu‖.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3, here for blocks.
     """
-    theta, spread, g = known.w[:, -1], known.w.abs().amax(-1), known.g
-    noise = torch.zeros_like(theta) if noise is None else noise
     share = torch.zeros_like(theta) if share is None else share
+    spread, g = norm(found.t), seen(found)
     size = two_norm(found.residual.to(torch.float64))
-    low = (spread * 1e-16).clamp_min(2.0**-380)
-    # A share that is not far below g excludes nothing.
-    wide = torch.where(
-        share < 0.9 * g, (size + noise + share * theta.abs()) / (g - share).clamp_min(2.0**-900), math.inf
-    )
-    high = (1.01 * wide).clamp_max(2.0**380).maximum(2 * low)
-    shares = torch.linspace(0, 1, CANDIDATES, dtype=torch.float64, device=theta.device)
-    for _ in range(2):
-        gaps = low[:, None] * (high / low)[:, None] ** shares
-        excluded = known.reach(theta[:, None] + gaps, noise, share) < g
-        excluded[:, -1] = True
-        index = excluded.to(torch.int8).argmax(-1, keepdim=True)
-        high, low = gaps.gather(-1, index)[:, 0], gaps.gather(-1, (index - 1).clamp_min(0))[:, 0]
     exact = (spread == 0) & (size == 0) & (noise == 0) & (share == 0)
+    # The factorisation of λ − T rounds too.
+    noise = noise + 8 * found.t.shape[-1] * U * spread
+    low = (spread * 1e-16).clamp_min(2.0**-380)
+    # (size + noise + share λ) / (λ − θ) < g. A share that is not far below g excludes nothing.
+    wide = (size + noise + share * theta.abs()) / (g - share).clamp_min(2.0**-900)
+    high = (1.01 * torch.where(share < 0.9 * g, wide, math.inf)).clamp_max(2.0**380).maximum(2 * low)
+    gap = (near - theta).maximum(low).minimum(high)
+    while bool((high > CLOSE * low).any()):
+        excluded = reach(found, theta + gap, noise + share * (theta + gap)) < 1
+        # Far below the guess nobody asks.
+        low = torch.where(excluded, low.maximum(gap / 64), gap)
+        high = torch.where(excluded, gap, high)
+        gap = (low * high).sqrt()
     return torch.where(exact, 0.0, theta + high + 8 * found.rows.shape[-1] * U * spread)
 
 
 def next_check(found: Krylov, before: tuple[int, Tensor] | None, now: Tensor) -> int:
-    """Steps until `top_within` is worth asking again, from how fast it fell since the last time: a step, a value."""
+    """Steps until `reach` is worth asking again, from how fast it fell since the last time: a step, its log."""
     step = found.t.shape[-1] // found.block
     if before is None:
         return 2

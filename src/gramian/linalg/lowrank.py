@@ -22,9 +22,9 @@ from gramian.linalg.krylov import (
     default_generator,
     gaussian,
     lanczos,
-    resolvent,
+    reach,
+    ritz,
     top_bound,
-    top_within,
     two_norm,
 )
 from gramian.linalg.twofold import U, eye_like, gamma, minus, pair, rough, transpose
@@ -175,9 +175,7 @@ def _beyond(x: Tensor, found: Krylov, floor: Tensor, generator: torch.Generator)
         return y - by(by(y, found.rows.mT), found.rows)
 
     def stop(seen: Krylov) -> int:
-        known = resolvent(seen)
-        room = floor / known.w[:, -1].clamp_min(2.0**-900) - 1
-        return int(not bool(((room < 0) | (top_within(known, room.clamp_min(1e-9)) < -0.5)).all()))
+        return int(not bool(((floor < ritz(seen)) | (reach(seen, floor, torch.zeros_like(floor)) < 0.6)).all()))
 
     n = x.shape[-1]
     start = gaussian(generator, x, 1, min(OUTSIDE, n), n).to(x.dtype).expand(x.shape[0], -1, -1)
@@ -223,7 +221,7 @@ def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator
         ours = by(other.omega.mT @ rest.t, rest.rows.to(torch.float64))
         ours = ours + other.omega.mT[:, -rest.block :] @ rest.residual.to(torch.float64)
         noise = probes.two_norm(exact - ours, other, 4 * gamma(m + n + p) * square * norm(beyond))
-        outside = top_bound(rest, resolvent(rest), noise=noise).clamp_min(0)
+        outside = top_bound(rest, ritz(rest), 0.9 * w[:, -k], noise=noise).clamp_min(0)
     else:
         back, forth, square = probes.twice(x, z, factors[2].mT)
         outside = torch.zeros_like(square)
