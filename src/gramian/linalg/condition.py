@@ -32,8 +32,8 @@ def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
     their products with random vectors.
     """
     b, m, n = x.shape
-    narrow = x.dtype == torch.float32 and rtol / 3 >= NARROW
-    top = leading(x if narrow else x.to(torch.float64), rtol / 3, generator)
+    narrow = x.dtype == torch.float32 and 0.4 * rtol >= NARROW
+    top = leading(x if narrow else x.to(torch.float64), 0.4 * rtol, generator)
     x = x.to(torch.float64)
     square = torch.linalg.qr(x, mode="r").R if m != n else x
     # The transpose lies as LAPACK wants it: no copy across.

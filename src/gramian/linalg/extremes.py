@@ -59,20 +59,21 @@ class Top(NamedTuple):
 def search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Tensor]:
     """Lanczos until the largest eigenvalue is known to `share`, but for rounding; and T's largest (B,)."""
     before: tuple[int, Tensor] | None = None
+    theta = start.new_zeros(0)
     noise = 32 * torch.finfo(start.dtype).eps
 
     def stop(found: Krylov) -> int:
-        nonlocal before
+        nonlocal before, theta
         theta = ritz(found)
         now = reach(found, theta * (1 + share), noise * theta).log() + 0.1
-        if bool(((now < 0) | (theta <= 0)).all()):
-            return 0
-        more = next_check(found, before, now)
+        more = 0 if bool(((now < 0) | (theta <= 0)).all()) else next_check(found, before, now)
         before = found.t.shape[-1] // found.block, now
         return more
 
     found = lanczos(apply, start, MAX_STEPS, stop=stop)
-    return found, ritz(found)
+    if before is None or before[0] * found.block < found.t.shape[-1]:
+        theta = ritz(found)
+    return found, theta
 
 
 def start_of(generator: torch.Generator | None, like: Tensor, n: int, batch: int) -> Tensor:

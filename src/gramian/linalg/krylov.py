@@ -62,18 +62,18 @@ def by(y: Tensor, a: Tensor) -> Tensor:
     return y @ a
 
 
-def orthonormal(z: Tensor) -> tuple[Tensor, Tensor]:
+def orthonormal(z: Tensor, least: float | None = None) -> tuple[Tensor, Tensor]:
     """Orthonormal rows that span those of z (B, r, n), and how little of a row (B,) was left to the last of them.
 
-    A row that vanishes becomes zero.
+    A row of which less than `least` of the longest is left, 100 roundings if None, becomes zero.
     """
     start = z.norm(dim=-1, keepdim=True)
     tiny = torch.finfo(z.dtype).tiny
     if z.shape[-2] == 1:
-        return torch.where(start > tiny, z / start.clamp_min(tiny), 0.0), start[:, 0, 0]
+        return torch.where(start > max(tiny, least or 0.0), z / start.clamp_min(tiny), 0.0), start[:, 0, 0]
     q, r = torch.linalg.qr(z.mT)
     size = r.diagonal(dim1=-2, dim2=-1).abs()
-    kept = size > 100 * torch.finfo(z.dtype).eps * start.amax(-2)
+    kept = size > (100 * torch.finfo(z.dtype).eps if least is None else least) * start.amax(-2)
     return torch.where(kept[..., None], q.mT, 0.0), size.amin(-1)
 
 
@@ -125,8 +125,9 @@ def lanczos(
         # "Twice is enough" (Giraud et al., Numer. Math. 101, 2005), and once where little was taken away.
         if bool((least < CANCELLED * before).any()):
             block = block - by(by(block, known.mT), known)
-            size = block.norm(dim=-1, keepdim=True)
-            block = torch.where(size > 0.5, block / size.clamp_min(0.5), 0.0)
+            # The rows that were nothing else come last, where they spoil no other.
+            order = block.norm(dim=-1, keepdim=True).argsort(dim=-2, descending=True)
+            block, _ = orthonormal(block.take_along_dim(order, -2), CANCELLED)
         t[:, here, ahead] = by(image, block.mT).to(t.dtype)
         t[:, ahead, here] = t[:, here, ahead].mT
     return found
@@ -161,9 +162,12 @@ def ritz(found: Krylov) -> Tensor:
 def resolvent(found: Krylov, at: Tensor) -> tuple[Tensor, Tensor]:
     """(λ − T)⁻¹E₁ (B, p, r) at λ (B,), and where λ is above all of T's eigenvalues (B,)."""
     eye = torch.eye(found.t.shape[-1], dtype=at.dtype, device=at.device)
-    factor, info = torch.linalg.cholesky_ex(at[:, None, None] * eye - found.t)
-    factor = torch.where((info == 0)[:, None, None], factor, eye)
-    return torch.cholesky_solve(eye[:, : found.block].expand(len(at), -1, -1), factor), info == 0
+    shifted = found.t.neg()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(at[:, None])
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    above = info == 0
+    factor[~above] = eye
+    return torch.cholesky_solve(eye[:, : found.block].expand(len(at), -1, -1), factor), above
 
 
 def top_vector(found: Krylov, theta: Tensor) -> Tensor:

@@ -36,8 +36,10 @@ SHARE = 4
 """Past rank n/4 the Krylov space is so large a part of the whole that the SVD costs less."""
 OUTSIDE = 8
 """Random vectors for the norm outside the Krylov space."""
-SEEN = 16, 8
-"""Random vectors for the rounding of the Krylov run, and of the one outside, which may be known less well."""
+SEEN = 8
+"""Random vectors for the rounding of each of the two Krylov runs."""
+ALLOWED = 0.6, 0.7, 0.8, 0.9
+"""Shares of the k-th eigenvalue that the norm of AᵀA outside the space may be asked to stay below."""
 NARROW = 5e-5
 """The rtol from which the factors are sought in float32."""
 DIRECT = 1e-3
@@ -82,16 +84,18 @@ def svd_error(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return error
 
 
-def _excess(x: Tensor, factors: Triple, forth: Tensor, square: Tensor, optimum: Tensor) -> tuple[Tensor, Tensor]:
-    """An upper bound on (‖A − USVᵀ‖_F − optimum)/‖A‖_F, and ‖A − USVᵀ‖/‖A‖, from A V, ‖A‖_F² and a lower bound on the
-    optimum.
+def _excess(
+    x: Tensor, factors: Triple, forth: Tensor, off: Tensor | float, square: Tensor, optimum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """An upper bound on (‖A − USVᵀ‖_F − optimum)/‖A‖_F, and ‖A − USVᵀ‖/‖A‖, from A V, known to within `off` in Frobenius
+    norm, ‖A‖_F² and a lower bound on the optimum.
     """
     u, s, v = factors
     rounding = gamma(x.shape[-1] + x.shape[-2])
     inner = (forth * u).sum(-2) * s
     part = ((u.mT @ u) * (v.mT @ v) * s[:, :, None] * s[:, None, :]).flatten(1).sum(1)
     missed = (square - 2 * inner.sum(-1) + part).clamp_min(0)
-    reached = (missed + 8 * rounding * (square + part)).sqrt()
+    reached = (missed + 8 * rounding * (square + part) + 2 * norm(u * s[:, None, :]) * off).sqrt()
     size = square.sqrt()
     for i in ((missed < DIRECT * square) & (size > 0)).nonzero().flatten().tolist():
         scaled = u[i] * s[i]
@@ -111,7 +115,7 @@ def by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.G
     value, factors = caller.rounded(u[..., :k], s[:, :k], v[..., :k])
     # ‖σ̂ − σ‖₂ is at most `spread` (Mirsky).
     optimum = (norm(s[:, k:]) - spread).clamp_min(0)
-    excess, left = _excess(x, factors, x @ factors[2], norm(x) ** 2, optimum)
+    excess, left = _excess(x, factors, x @ factors[2], 0.0, norm(x) ** 2, optimum)
     return Found(value, excess, left, torch.where(ok, cert.NONE, cert.LAPACK))
 
 
@@ -133,37 +137,54 @@ def _most(t: Tensor, coupling: Tensor, outside: Tensor, k: int) -> Tensor:
     return best
 
 
-def _space(x: Tensor, k: int, rtol: float, generator: torch.Generator) -> tuple[Krylov, Tensor, Tensor]:
-    """A Krylov space of AᵀA that holds the leading k vectors well enough for rtol, the images W Aᵀ, and which matrices
-    (B,) lose too much to the rounding of x's dtype.
+def _loss(found: Krylov, w: Tensor, s: Tensor, k: int, outside: Tensor) -> Tensor:
+    """To second order how far the sum of the k largest eigenvalues is above that of T's, w with vectors s, if the norm
+    outside the space is at most `outside` (B,): Σ ‖rⱼ‖² / (wⱼ − outside), rⱼ the residuals of the Ritz pairs.
+    """
+    f = found.residual.to(torch.float64)
+    ends = s[:, -found.block :, -k:]
+    squares = (ends * (by(f, f.mT) @ ends)).sum(-2)
+    return (squares / (w[:, -k:] - outside[:, None]).clamp_min(2.0**-900)).sum(-1)
+
+
+def _space(x: Tensor, k: int, rtol: float, generator: torch.Generator) -> tuple[Krylov, Tensor, Tensor, Tensor]:
+    """A Krylov space of AᵀA that holds the leading k vectors well enough for rtol, the images W Aᵀ, which matrices (B,)
+    lose too much to the rounding of x's dtype, and which norm outside the space (B,) is small enough.
     """
     b, _, n = x.shape
     r = min(max(8, -(-k // 2)), n)
     images: list[Tensor] = []
     square = torch.linalg.vector_norm(x, dim=(1, 2)).to(torch.float64) ** 2
     hopeless = torch.zeros(b, dtype=torch.bool, device=x.device)
+    floor = torch.zeros_like(square)
 
     def apply(y: Tensor) -> Tensor:
         images.append(by(y, x.mT))
         return by(images[-1], x)
 
     def stop(found: Krylov) -> int:
-        nonlocal hopeless
+        nonlocal hopeless, floor
         w, s = torch.linalg.eigh(found.t)
-        top, f = w[:, -k:].clamp_min(0), found.residual.to(torch.float64)
-        missed = norm(f.mT @ s[:, -r:, -k:]) ** 2 / (0.5 * top[:, 0]).clamp_min(2.0**-900)
-        left = (square - top.sum(-1)).clamp_min(0)
-        blur = 8 * math.sqrt(k * w.shape[-1]) * torch.finfo(x.dtype).eps * w[:, -1]
+        left = (square - w[:, -k:].clamp_min(0).sum(-1)).clamp_min(0)
         fine, size = rtol * square.sqrt(), left.sqrt()
-        hopeless = (size > 0.5 * fine) & (size - (left - blur).clamp_min(0).sqrt() > 0.4 * fine)
-        enough = size - (left - missed).clamp_min(0).sqrt() <= 0.5 * fine
-        stuck = norm(f) <= 1e2 * torch.finfo(x.dtype).eps * w[:, -1]
+
+        def worse(by: Tensor) -> Tensor:
+            return size - (left - by).clamp_min(0).sqrt()
+
+        blur = 8 * math.sqrt(k * w.shape[-1]) * torch.finfo(x.dtype).eps * w[:, -1]
+        hopeless = (size > 0.5 * fine) & (worse(blur) > 0.4 * fine)
+        floor = ALLOWED[0] * w[:, -k].clamp_min(0)
+        enough = worse(_loss(found, w, s, k, floor)) <= 0.5 * fine
+        for share in ALLOWED[1:]:
+            wider = share * w[:, -k].clamp_min(0)
+            floor = torch.where(worse(_loss(found, w, s, k, wider)) <= 0.5 * fine, wider, floor)
+        stuck = norm(found.residual) <= 1e2 * torch.finfo(x.dtype).eps * w[:, -1]
         return int(not bool((enough | stuck | (hopeless & (x.dtype != torch.float64))).all()))
 
     limit = max(k + 2 * r, n // 2) // r
     start = gaussian(generator, x, 1, r, n).to(x.dtype).expand(b, -1, -1)
     found = lanczos(apply, start, limit, stop=stop, first=-(-k // r) + 1)
-    return found, torch.cat(images, -2), hopeless
+    return found, torch.cat(images, -2), hopeless, floor
 
 
 def _beyond(x: Tensor, found: Krylov, floor: Tensor, generator: torch.Generator) -> Krylov:
@@ -179,7 +200,7 @@ def _beyond(x: Tensor, found: Krylov, floor: Tensor, generator: torch.Generator)
 
     n = x.shape[-1]
     start = gaussian(generator, x, 1, min(OUTSIDE, n), n).to(x.dtype).expand(x.shape[0], -1, -1)
-    return lanczos(outside, start, 24, stop=stop, first=2)
+    return lanczos(outside, start, 24, stop=stop, first=3)
 
 
 def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None) -> Found:
@@ -193,7 +214,7 @@ def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator
     """
     m, n = x.shape[-2:]
     source = default_generator(generator)
-    found, images, hopeless = _space(x, k, rtol, source)
+    found, images, hopeless, floor = _space(x, k, rtol, source)
     p, r = found.t.shape[-1], found.block
     w, s = torch.linalg.eigh(found.t)
     chosen = s[:, :, -k:].flip(-1).mT.to(x.dtype)
@@ -207,25 +228,30 @@ def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator
         return Found(value, nothing, nothing * math.nan, reason, p // r, FAILURE)
 
     wide = found.rows.to(torch.float64)
-    own = probes.probes(p, x.device, SEEN[0])
+    own = probes.probes(p, x.device, SEEN)
     z = own.omega.mT @ wide
     # Rows that vanished, where the space is invariant, leave it short of n.
     if p < n or bool((wide.norm(dim=-1) < 0.5).any()):
-        rest = _beyond(x, found, 0.9 * w[:, -k], source)
-        other = probes.probes(rest.t.shape[-1], x.device, SEEN[1])
+        rest = _beyond(x, found, floor, source)
+        other = probes.probes(rest.t.shape[-1], x.device, SEEN)
         beyond = other.omega.mT @ rest.rows.to(torch.float64)
         both = torch.cat([z, beyond - by(by(beyond, wide.mT), wide)], -2)
-        back, forth, square = probes.twice(x, both, factors[2].mT)
+        back, forth, square = probes.twice(x, both)
         exact = back[:, z.shape[-2] :]
         exact = exact - by(by(exact, wide.mT), wide)
         ours = by(other.omega.mT @ rest.t, rest.rows.to(torch.float64))
         ours = ours + other.omega.mT[:, -rest.block :] @ rest.residual.to(torch.float64)
         noise = probes.two_norm(exact - ours, other, 4 * gamma(m + n + p) * square * norm(beyond))
-        outside = top_bound(rest, ritz(rest), 0.9 * w[:, -k], noise=noise).clamp_min(0)
+        outside = top_bound(rest, ritz(rest), floor, noise=noise).clamp_min(0)
     else:
-        back, forth, square = probes.twice(x, z, factors[2].mT)
+        back, forth, square = probes.twice(x, z)
         outside = torch.zeros_like(square)
     f = found.residual.to(torch.float64)
+    # A V from the run's own images, which are known to be near A W.
+    combined, shown = turn.to(torch.float64), images.to(torch.float64)
+    gap = forth[:, : z.shape[-2]] - own.omega.mT @ shown
+    off = 1.01 * probes.of_norm(gap, own, 4 * gamma(n + p) * square.sqrt() * norm(z))
+    off = off + square.sqrt() * norm(factors[2] - by(combined, wide).mT)
     gap = back[:, : z.shape[-2]] - by(own.omega.mT @ found.t, wide) - own.omega.mT[:, -r:] @ f
     blur = probes.of_norm(gap, own, 4 * gamma(m + n + p) * square * norm(z))
     # W is orthonormal but for rounding, and F orthogonal to it; a row of W that vanished is zero.
@@ -237,7 +263,7 @@ def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator
     coupling[:, -r:, -r:] = by(f, f.mT)
     most = _most(found.t, coupling, outside, k) + math.sqrt(2 * k) * blur + 8 * (k + 1) * p * U * size
     optimum = (square * (1 - 8 * gamma(m + n)) - most).clamp_min(0).sqrt()
-    excess, missed = _excess(x, factors, forth[:, -k:].mT, square, optimum)
+    excess, missed = _excess(x, factors, by(combined, shown).mT, off, square, optimum)
     return Found(value, excess, missed, reason, p // r, 4 * FAILURE)
 
 
