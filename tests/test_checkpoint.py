@@ -541,3 +541,9 @@ def test_importing_loads_torch_alone() -> None:
 def test_a_checkpoint_is_data() -> None:
     assert len(Checkpoint(Path("x"), {})) == 0
     assert list(Checkpoint(Path("x"), {})) == []
+
+
+def test_a_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "model.safetensors", {"w": torch.eye(2)})
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import re
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -101,6 +106,23 @@ BAD = [
     (["demo", "--classes", "3"], "classes must be 2"),
     (["demo", "--seconds", "0"], "--seconds"),
     (["demo", "--out", "task.py"], "cannot write"),
+    (["train"], "task"),
+    (["train", "nothing", "--steps", "3"], "no task is named 'nothing'; built in: digits"),
+    (["train", "task.py:raises", "--steps", "3"], "RuntimeError: no data"),
+    (["train", "task.py:empty", "--steps", "3"], "no batches"),
+    (["train", "task.py:task"], "give one of --steps, --epochs, --seconds, as in --seconds 60; got none"),
+    (["train", "task.py:task", "--steps", "3", "--epochs", "1"], "got --steps and --epochs"),
+    (["train", "task.py:task", "--steps", "0"], "--steps"),
+    (["train", "task.py:task", "--seconds", "nan"], "--seconds"),
+    (
+        ["train", "task.py:task", "--steps", "3", "--optimizer", "sgd"],
+        "unknown optimizer 'sgd'; wanted auto, soap",
+    ),
+    (["train", "task.py:task", "--steps", "3", "--lr", "nan"], "lr must be"),
+    (["train", "task.py:task", "--steps", "3", "--init", "zeros"], "init must be one of default, isometric, auto"),
+    (["train", "task.py:task", "--steps", "3", "--resume"], "--resume needs --out"),
+    (["train", "task.py:task", "--steps", "3", "--out", "task.py"], "cannot write to task.py"),
+    (["train", "task.py:task", "--steps", "3", "--out", "task.py/run"], "cannot write to task.py/run"),
     (["frobnicate"], "frobnicate"),
     (["--frobnicate"], "--frobnicate"),
 ]
@@ -170,3 +192,117 @@ def test_help_and_version(capsys) -> None:
     assert "demo" in out
     assert "inspect" in out
     assert run(capsys, "--version")[1].strip() == f"gramian {gm.__version__}"
+
+
+TRAIN = ("train", "task.py:task", "--steps", "30", "--out", "runs/x")
+
+
+def test_train_shows_how_it_goes_and_keeps_the_model(folder, capsys) -> None:
+    code, out, err = run(capsys, *TRAIN)
+    assert code == 0
+    assert err.splitlines()[0].startswith("train   7%  step 2  loss 0.")
+    assert len(err.splitlines()) == 20
+    assert "soap_muon (auto), learning rate 0.1" in out
+    assert "as the task makes it: signals and gradients cross it" in out
+    assert "accuracy" in out
+    assert out.endswith("Model: runs/x/model.safetensors\n")
+    assert run(capsys, "inspect", "runs/x/model.safetensors", "--task", "task.py:task", "--quiet") == (0, "", "")
+    before = (folder / "runs/x/model.safetensors").read_bytes()
+    code, _, err = run(capsys, *TRAIN)
+    assert code == 2
+    assert "runs/x holds a finished run. Choose another folder" in err
+    code, out, _ = run(capsys, *TRAIN, "--resume")
+    assert code == 0
+    assert "finished before" in out
+    assert (folder / "runs/x/model.safetensors").read_bytes() == before
+
+
+def test_train_says_what_it_did_to_a_network_that_cannot_learn(folder, capsys) -> None:
+    out = run(capsys, "train", "task.py:deep", "--steps", "2", "--optimizer", "muon", "--seed", "1")[1]
+    assert "isometric: Gain " in out
+    assert "muon, learning rate 0.05" in out
+    assert out.endswith("The model was not kept; --out DIR keeps it.\n")
+
+
+def test_train_quietly(folder, capsys) -> None:
+    assert run(capsys, *TRAIN, "--quiet") == (0, "", "")
+    assert sorted(os.listdir("runs/x")) == ["metrics.jsonl", "model.safetensors"]
+
+
+def test_train_that_diverges_exits_with_1(folder, capsys) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, out, err = run(capsys, *TRAIN, "--optimizer", "adamw", "--lr", "1e38", "--quiet")
+    assert (code, out) == (1, "")
+    assert "gramian: warning: train: the loss is not finite" in err
+
+
+def test_train_that_is_interrupted_says_how_to_go_on(folder, capsys, monkeypatch) -> None:
+    from gramian.training import folder as run_folder
+
+    def interrupt(self, state) -> None:
+        keep(self, state)
+        raise KeyboardInterrupt
+
+    keep = run_folder.Folder.keep
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.Folder, "keep", interrupt)
+        code, _, err = run(capsys, *TRAIN)
+    assert code == 130
+    assert err.splitlines()[-1] == "gramian: interrupted; go on with the same command and --resume"
+    code, _, err = run(capsys, *TRAIN)
+    assert code == 2
+    assert "runs/x holds an unfinished run" in err
+    code, _, err = run(capsys, *TRAIN, "--resume", "--optimizer", "adamw")
+    assert code == 2
+    assert "the run in runs/x is of optimizer soap_muon, not adamw; learning rate 0.1, not 0.001" in err
+    code, out, _ = run(capsys, *TRAIN, "--resume")
+    assert code == 0
+    assert "resumed at 2" in out
+
+
+@pytest.mark.slow
+def test_train_under_torchrun(folder) -> None:
+    """Two processes, one of which prints and writes; a refusal is told and exits with 2."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "gramian", *TRAIN]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Model: runs/x/model.safetensors") == 1
+    assert done.stderr.count("train 100%") == 1
+    assert sorted(os.listdir("runs/x")) == ["metrics.jsonl", "model.safetensors"]
+    done = subprocess.run([*command, "--resume", "--seed", "7"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1  # torchrun's own, which tells the processes' in its report
+    assert (
+        "gramian: train: rank 0 of 2 failed: train: cannot resume, the run in runs/x is of seed 0, not 7" in done.stderr
+    )
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.parametrize("columns", [40, 160])
+def test_train_fits_the_terminal(folder, columns) -> None:
+    from rich.console import Console
+
+    from gramian import tasks
+    from gramian.training import display, train
+
+    stream = io.StringIO()
+    console = Console(file=stream, width=columns, force_terminal=True)
+    with display.Watched(console=console) as watched:
+        trained = train(
+            tasks.load("task.py:deep"), init="auto", steps=40, progress=watched.evaluated, on_step=watched.stepped
+        )
+    display.show(trained, "task", console=console)
+    # Every movement of the cursor begins a line, colours do not.
+    drawn = re.sub(r"\r|\x1b\[[0-9?]*[A-Zhl]", "\n", stream.getvalue())
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", drawn).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert any("accuracy 1" in line for line in lines)
+
+
+def test_the_help_of_train_names_what_the_tables_hold(capsys) -> None:
+    from gramian.training import INITS, OPTIMIZERS
+
+    words = run(capsys, "train", "--help")[1].replace(",", " ").replace(".", " ").split()
+    assert {"auto", *OPTIMIZERS, *INITS} <= set(words)

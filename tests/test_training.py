@@ -212,10 +212,58 @@ def test_a_task_that_returns_the_wrong_thing_is_told_so(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def deep(make: type[nn.Module] = nn.Tanh, num_layers: int = 40) -> nn.Module:
+    """A network that PyTorch's initialisation makes too deep for its gradients."""
+    layers = [layer for _ in range(num_layers) for layer in (nn.Linear(16, 16), make())]
+    return nn.Sequential(nn.Linear(6, 16), make(), *layers, nn.Linear(16, 2))
+
+
+def test_init_auto_mends_only_what_cannot_learn() -> None:
+    state = torch.get_rng_state()
+    left = gm.train(task(), init="auto", optimizer="adamw", lr=0.0, steps=1)
+    assert left.init == "as the task makes it: signals and gradients cross it"
+    for p, q in zip(weights(left.model), weights(net()), strict=True):
+        assert torch.equal(p, q)
+    mended = gm.train(task(model=deep), init="auto", optimizer="adamw", lr=0.0, steps=1)
+    assert mended.init.startswith("isometric: Gain ")
+    isometric = gm.train(task(model=deep), init="isometric", optimizer="adamw", lr=0.0, steps=1)
+    for p, q in zip(weights(mended.model), weights(isometric.model), strict=True):
+        assert torch.equal(p, q)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_init_auto_keeps_what_has_been_learnt() -> None:
+    """A network that cannot learn any more as it is, but whose weights hold something that random ones do not."""
+
+    def learnt() -> nn.Module:
+        model = deep()
+        with torch.no_grad():
+            model[10].weight += 0.4 * torch.outer(torch.ones(16), torch.ones(16))
+        return model
+
+    run = gm.train(task(model=learnt), init="auto", optimizer="adamw", lr=0.0, steps=1, seed=1)
+    assert run.init.startswith("as the task makes it, since 10.weight has learnt something already; but: ")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for p, q in zip(weights(run.model), weights(learnt()), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_the_seed_is_of_the_model_too() -> None:
+    def drawn() -> nn.Module:
+        return nn.Linear(6, 2)
+
+    first, second, other = (
+        weights(gm.train(task(model=drawn), optimizer="adamw", lr=0.0, steps=1, seed=seed).model) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[0], other[0])
+
+
 def test_unknown_words_are_told() -> None:
     with pytest.raises(InputError, match="unknown optimizer 'sgd'; wanted auto, soap_muon, muon"):
         gm.train(task(), optimizer="sgd", steps=1)
-    with pytest.raises(InputError, match="init must be 'default' or 'isometric', got 'zeros'"):
+    with pytest.raises(InputError, match="init must be one of default, isometric, auto; got 'zeros'"):
         gm.train(task(), init="zeros", steps=1)
     with pytest.raises(InputError, match="sum of losses, number of units"):
         gm.train(task(objective=gm.Objective(lambda m, b: m(b[0]), lambda o, b: o)), steps=1)

@@ -156,6 +156,66 @@ def inspect_command(
             raise typer.Exit(1)
 
 
+@app.command("train")
+def train_command(
+    task: Annotated[str, typer.Argument(help="A built-in task's name, or path/file.py:function.")],
+    optimizer: Annotated[str, typer.Option(help="auto, soap_muon, muon, soap, shampoo or adamw.")] = "auto",
+    lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
+    init: Annotated[
+        str, typer.Option(help="auto (mended only where it cannot learn as it is), default or isometric.")
+    ] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Budget in steps.", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Budget in epochs.", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training alone.", min=0.1)] = None,
+    seed: Annotated[int, typer.Option(help="Of the model, the order of the batches and dropout.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Train a task's network, evaluate it on the way, and keep it.
+
+    Give one of --steps, --epochs and --seconds. A run that was killed goes on where it was with the same command and
+    --resume. Under torchrun each process takes its share of every batch. Exit code 1: the loss stopped being finite.
+    """
+    given = [name for name, value in (("--steps", steps), ("--epochs", epochs), ("--seconds", seconds)) if value]
+    if len(given) != 1:
+        wanted = "give one of --steps, --epochs, --seconds, as in --seconds 60"
+        raise InputError(f"train: {wanted}; got {' and '.join(given) or 'none'}")
+    if resume and out is None:
+        raise InputError("train: --resume needs --out DIR, the folder of the run to go on with")
+    if out is not None and not resume and (out / "model.safetensors").exists():
+        raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
+    from gramian import tasks
+    from gramian.training import display, train
+
+    found = tasks.load(task)
+    try:
+        with _ranks() as first, display.Watched(quiet=quiet or not first) as watched:
+            run = train(
+                found,
+                optimizer=optimizer,
+                lr=lr,
+                init=init,
+                steps=steps,
+                epochs=epochs,
+                seconds=seconds,
+                seed=seed,
+                out=out,
+                resume=resume,
+                progress=watched.evaluated,
+                on_step=watched.stepped,
+            )
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        _complain("interrupted; go on with the same command and --resume")
+        raise typer.Exit(130) from None
+    if first and not quiet:
+        display.show(run, found.name, automatic=optimizer == "auto")
+    if run.diverged:
+        raise typer.Exit(1)
+
+
 @app.command("bench")
 def bench_command(
     name: Annotated[str, typer.Argument(help="Which benchmark; without one, their names.")] = "",

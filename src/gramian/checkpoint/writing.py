@@ -76,7 +76,10 @@ def save_tensors(
     # gets the permissions that the user's umask gives
     temporary = folder / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         safetensors.torch.save_file(own, temporary, text or None)  # of no tensors and {} it makes a broken file
+        temporary.chmod(mode)  # safetensors writes for the owner alone
         _sync(temporary)
         os.replace(temporary, path)
         _sync(folder)

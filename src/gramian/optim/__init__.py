@@ -4,5 +4,6 @@ from gramian.optim.muon import Muon
 from gramian.optim.proximal import Proximal
 from gramian.optim.shampoo import Shampoo
 from gramian.optim.soap import SOAP, SOAPMuon
+from gramian.optim.whitened import WhitenedMuon
 
-__all__ = ["SOAP", "Muon", "Proximal", "SOAPMuon", "Shampoo"]
+__all__ = ["SOAP", "Muon", "Proximal", "SOAPMuon", "Shampoo", "WhitenedMuon"]

@@ -28,9 +28,9 @@ def in_parts(layout: Layout, size: int | None) -> Layout:
     if size is None or small <= size:
         return layout
     leading, rows, columns = layout.sides
-    side = rows if m <= n else columns
+    side = rows
     length = layout.axes[side[0]]
-    counts = [c for c in range(math.ceil(small / size), length + 1) if length % c == 0 and small // c >= size / 4]
+    counts = [c for c in range(math.ceil(m / size), length + 1) if length % c == 0 and m // c >= size / 4]
     if not counts:
         return layout
     dims = [sum(((PART, name) if name == side[0] else (name,) for name in names), ()) for names in layout.dims]

@@ -1,0 +1,108 @@
+"""Nested Python values with tensors in them, such as an optimizer's state, in one safetensors file: no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.checkpoint.faults import damaged, plain
+from gramian.checkpoint.writing import load_tensors, save_tensors
+from gramian.errors import UnsupportedError
+
+__all__ = ["load_tree", "save_tree"]
+
+TREE = "gramian.tree"
+
+
+def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
+    """Write dicts, lists and tuples of tensors, numbers, text and `None` to one file, whole or not at all.
+
+    Args:
+        path: the file to write or replace; its folder must exist.
+        tree: what to keep. Keys of dicts are text or numbers.
+
+    Raises:
+        UnsupportedError: it holds anything else; the message says where.
+        InputError, CheckpointError: as `save_tensors`.
+
+    Example:
+        >>> import tempfile, pathlib, torch
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "state.safetensors"
+        >>> save_tree(path, {"state": {0: {"step": torch.tensor(3.0)}}, "betas": (0.9, float("inf"))})
+        >>> load_tree(path)
+        {'state': {0: {'step': tensor(3.)}}, 'betas': (0.9, inf)}
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_pack(tree, "", tensors))
+    save_tensors(path, tensors, {TREE: text})
+
+
+def load_tree(path: str | os.PathLike[str]) -> Any:
+    """Return what `save_tree` wrote: the same types and bits, each tensor in memory of its own with its own strides.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or was not written by `save_tree`.
+    """
+    path = Path(path)
+    tensors, metadata = load_tensors(path)
+    try:
+        return _unpack(json.loads(metadata[TREE]), tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise damaged(path, error) from error
+
+
+def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON: whatever JSON lacks is a one-key object, `{"tensor": …}`, `{"tuple": …}` or `{"dict": …}`."""
+    if isinstance(value, Tensor):
+        tensors[where] = value
+        return {"tensor": where, **({} if value.is_contiguous() else {"stride": value.stride()})}
+    if isinstance(value, Mapping):
+        for key in value:
+            if type(key) not in (str, int, float, bool):
+                raise _refused(f"{where}/{plain(key)}", key)
+        return {"dict": [[key, _pack(item, f"{where}/{key}", tensors)] for key, item in value.items()]}
+    if type(value) in (list, tuple):
+        items = [_pack(item, f"{where}/{number}", tensors) for number, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise _refused(where, value)
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(packed, list):
+        return [_unpack(item, tensors) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    if "tensor" in packed:
+        found = tensors[packed["tensor"]]
+        stride = packed.get("stride")
+        if stride is None or not _is_permutation(found.shape, stride):
+            return found.clone(memory_format=torch.contiguous_format)  # aligned as torch does, which BLAS's sums feel
+        return torch.empty_strided(found.shape, stride, dtype=found.dtype, device=found.device).copy_(found)
+    if "tuple" in packed:
+        return tuple(_unpack(item, tensors) for item in packed["tuple"])
+    return {key: _unpack(item, tensors) for key, item in packed["dict"]}
+
+
+def _is_permutation(shape: torch.Size, stride: list[int]) -> bool:
+    """Whether the strides are those of a dense tensor with its dimensions in another order."""
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _refused(where: str, value: object) -> UnsupportedError:
+    return UnsupportedError(
+        f"save_tree: {where.lstrip('/') or 'the value'} is a {type(value).__module__}.{type(value).__name__}; "
+        "a checkpoint holds tensors, numbers, text, lists, tuples and dicts. Keep it elsewhere."
+    )

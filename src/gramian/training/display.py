@@ -1,0 +1,87 @@
+"""A run on the terminal: while it trains, and when it is finished."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gramian.checkpoint.faults import plain
+from gramian.report.live import Watch, number
+from gramian.training.folder import MODEL
+from gramian.training.task import Run
+
+__all__ = ["Watched", "show"]
+
+
+class Watched:
+    """The two callbacks of `gm.train` that show a run on stderr."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self._watch = Watch("train", quiet=quiet, console=console)
+
+    def __enter__(self) -> Watched:
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._watch.__exit__(*error)
+
+    def stepped(self, run: Run, share: float) -> None:
+        """Where the run is: for `on_step`."""
+        numbers = {"step": f"step {run.steps:,}"}
+        if run.seconds > 0:
+            numbers |= {"speed": f"{number(run.steps / run.seconds)} steps/s", "rate": f"rate {number(run.rate)}"}
+        if share > 0:
+            numbers["left"] = f"{_duration(run.seconds * (1 - share) / share)} left"
+        self._watch.update(share, numbers)
+
+    def evaluated(self, row: dict[str, float], share: float) -> None:
+        """What was measured: for `progress`."""
+        measured = {name: f"{name} {number(value)}" for name, value in _measured(row).items()}
+        self._watch.log({"step": f"step {row['step']:,.0f}"} | measured)
+
+
+def show(run: Run, task: str, *, automatic: bool = False, console: Console | None = None) -> None:
+    """Prints what was trained, how, the last evaluation, and where the model lies.
+
+    Args:
+        run: finished.
+        task: the name of its task.
+        automatic: whether its optimizer was chosen by `"auto"`.
+        console: where to; stdout by default.
+    """
+    console = console or Console()
+    steps = f"{run.steps:,} in {_duration(run.seconds)}"
+    if run.resumed:
+        steps += ", finished before" if run.resumed == run.steps else f", resumed at {run.resumed:,}"
+    optimizer = f"{run.optimizer}{' (auto)' if automatic else ''}, learning rate {number(run.lr)}"
+    rows = {"task": task, "optimizer": optimizer, "init": run.init, "steps": steps}
+    rows |= {name: number(value) for name, value in _measured(run.metrics).items()}
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(*(Text(plain(part, 500)) for part in (name, text)))  # they may come from a file
+    console.print(table, highlight=False)
+    console.print()
+    if run.out is None:
+        console.print("The model was not kept; --out DIR keeps it.", highlight=False)
+    else:
+        console.print(f"Model: {run.out / MODEL}", markup=False, highlight=False, soft_wrap=True)  # to be copied whole
+
+
+def _measured(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name not in ("step", "seconds")}
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the units that fit.
+
+    >>> _duration(3.21), _duration(74), _duration(4020)
+    ('3.2 s', '1 min 14 s', '1 h 07 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,302 @@
+"""The training loop, and what of it has to be kept so that it goes on exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gramian import placement
+from gramian.checkpoint import load_tensors
+from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError
+from gramian.objective import Objective, as_objective
+from gramian.recording import evaluating
+from gramian.training import ranks, start
+from gramian.training.folder import MODEL, Folder, read
+from gramian.training.optimizers import Choice, choose
+from gramian.training.schedule import Schedule, as_budget
+from gramian.training.stream import Stream
+from gramian.training.task import Run, Task
+
+__all__ = ["train"]
+
+
+def train(
+    task: Task,
+    *,
+    optimizer: str | Callable[[nn.Module], torch.optim.Optimizer] = "auto",
+    lr: float | None = None,
+    init: str = "default",
+    steps: int | None = None,
+    epochs: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Callable[[dict[str, float], float], None] | None = None,
+    on_step: Callable[[Run, float], None] | None = None,
+) -> Run:
+    """Trains a fresh model of the task and evaluates it on the way.
+
+    The learning rate rises over the first 10 steps and then falls linearly to zero at the end.
+
+    With `out`, everything that the rest of the run depends on is kept after each evaluation and every half minute (less
+    often where writing would take more than a tenth of the time). A run that is killed at any moment and called again
+    with `resume=True` ends, for steps and epochs, with bitwise the same weights and numbers as one that was not; for
+    seconds it goes on with the time that is left. That holds where the batches of an epoch follow from its number and
+    the generator; those before the place where it goes on are drawn once more.
+
+    In a process group of several ranks, called on all of them, each takes its rows of every batch, and the step is that
+    of the whole batch: the same as one process takes, within rounding, but for dropout. All ranks draw all batches and
+    evaluate; the first one writes. The gradients are added up after the backward pass, not during it.
+
+    Args:
+        task: what to train.
+        optimizer: `"auto"` (`AUTO`: what `gramian bench optim` shows to be best), another name of `OPTIMIZERS` (AdamW
+            is torch's, fused), or a function `model -> optimizer`.
+        lr: learning rate; the optimizer's usual one by default. Not used with a function.
+        init: `"default"` leaves the model as the task makes it; `"isometric"` applies `gm.init.isometric_`; `"auto"`
+            does so only where `gm.inspect` finds that the network cannot learn as it is, its weights have no structure
+            yet, and the findings then are fewer. `Run.init` says what was done.
+        steps, epochs, seconds: the budget; give one. Seconds are of training alone, without evaluation and
+            checkpoints. The same seed gives the same run for steps and epochs; for seconds, how far a run gets depends
+            on the machine.
+        seed: of the model, the order of the batches, `init` and dropout. The global generator is left as it was.
+        out: a folder for `metrics.jsonl` (a line for each evaluation, as it happens), `checkpoint.safetensors` while
+            the run is unfinished, and `model.safetensors` when it is finished.
+        resume: go on with the run in `out`, if there is one; a finished one is returned as it is.
+        progress: called after each evaluation with its row and the share of the budget that is done.
+        on_step: called before the first and after each step with the run so far and the share that is done.
+
+    Raises:
+        InputError: not exactly one budget, an unknown optimizer or init, a folder that cannot be written, in which
+            another process trains, or which holds an unfinished run, or one of another task, optimizer, rate, seed or
+            budget.
+        TaskError: the task's functions return the wrong thing.
+        UnsupportedError: the state of the optimizer or model cannot be kept without a pickle; or, on several ranks, the
+            model sees a batch as a whole (batch norm), or its loss is not a sum over the rows of a batch's tensors.
+    """
+    budget = as_budget(steps, epochs, seconds)
+    choice = choose(optimizer, lr)
+    start.check(init)
+    objective = as_objective(task.objective)
+    if resume and out is None:
+        raise InputError("train: resume needs out=, the folder of the run to go on with")
+    with _seeded(seed), ExitStack() as stack:
+        model = task.model()
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"task {task.name!r}: model() must return a torch.nn.Module, got {type(model).__name__}")
+        ranks.check_model(model)
+        run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
+        identity = _identity(task, model, choice, init, seed, budget)
+        folder, known = None, None
+        if run.out is not None:
+            with placement.agreed("train"):
+                if ranks.first():
+                    folder = stack.enter_context(closing(Folder(run.out, identity)))
+                    folder.open(resume=resume)
+            with placement.agreed("train"):
+                known = read(run.out, identity) if resume else None
+        if known is None:
+            run.init = start.initialise(init, model, task, objective, seed)
+            ranks.same_weights_(model)
+            if not ranks.first():
+                torch.manual_seed(seed + placement.world().rank)  # of dropout, which falls on other rows
+        opt = choice.make(model)
+        stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
+        loop = Loop(run, task, objective, Schedule(*budget, opt), stream)
+        if known is not None:
+            loop.restore(known)
+        if folder is not None:
+            folder.write(run.history)
+        if not loop.finished:
+            loop.go(folder, progress, on_step)
+            with placement.agreed("train"):
+                if folder is not None:
+                    folder.finish(model, loop.summary())
+    if run.diverged:
+        warnings.warn(f"train: the loss is not finite after {run.steps} steps; stopped", GramianWarning, stacklevel=2)
+    return run
+
+
+class Loop:
+    """A run on its way: all that changes from step to step, so that it can be kept and gone on with."""
+
+    def __init__(self, run: Run, task: Task, objective: Objective, schedule: Schedule, stream: Stream) -> None:
+        self.run, self.task, self.objective, self.schedule, self.stream = run, task, objective, schedule, stream
+        self.optimizer = schedule.optimizer
+        self.device = next(run.model.parameters()).device
+        # of the loss since the last evaluation
+        self.total, self.units = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.finished = False
+        run.lr = schedule.rates[0]
+
+    def go(
+        self,
+        folder: Folder | None,
+        progress: Callable[[dict[str, float], float], None] | None,
+        on_step: Callable[[Run, float], None] | None,
+    ) -> None:
+        """Steps until the budget is spent or the loss is not finite."""
+        run, schedule = self.run, self.schedule
+        run.model.train()
+        started = time.perf_counter() - run.seconds
+        ended = schedule.share(run) >= 1
+        if on_step is not None:
+            on_step(run, schedule.share(run))
+        while not ended:
+            self._step()
+            due = [folder is not None and folder.due(evaluated=evaluated) for evaluated in (False, True)]
+            run.seconds, *due = ranks.first_ranks([time.perf_counter() - started, *due])
+            if on_step is not None:
+                on_step(run, schedule.share(run))
+            evaluate = schedule.due(run)
+            if evaluate:
+                row = self._evaluate()
+                if folder is not None:
+                    folder.append(row)
+                if progress is not None:
+                    progress(row, schedule.share(run))
+                ended = run.diverged or schedule.share(run) >= 1
+            if due[evaluate] and not ended:
+                state = self.state()
+                with placement.agreed("train"):
+                    if folder is not None:
+                        folder.keep(state)
+            started = time.perf_counter() - run.seconds  # what was not a step does not count
+        self.finished = True
+
+    def _step(self) -> None:
+        batch = self.stream.take()
+        self.schedule.batches_per_epoch = self.stream.length
+        self.schedule.set_rates(self.run)
+        if self.stream.taken == 1:
+            ranks.check_batch(self.run.model, self.objective, batch)
+        self.optimizer.zero_grad()
+        loss, count = self.objective.loss(self.run.model, ranks.rows(batch))
+        total, units = ranks.sums(loss, count)
+        (loss / units).backward()
+        ranks.add_gradients(self.run.model)
+        self.optimizer.step()
+        self.total += total
+        self.units += units
+        self.run.steps += 1
+
+    def _evaluate(self) -> dict[str, float]:
+        run, task = self.run, self.task
+        loss = float(self.total / self.units)
+        self.total.zero_()
+        self.units.zero_()
+        with evaluating(run.model), torch.no_grad():
+            numbers = task.evaluate(run.model)
+        if not isinstance(numbers, dict) or not all(isinstance(v, (int, float)) for v in numbers.values()):
+            raise TaskError(f"task {task.name!r}: evaluate(model) must return a dict of floats, got {numbers!r}")
+        row = {"step": run.steps, "seconds": round(run.seconds, 4), "loss": loss, **numbers}
+        run.history.append(row)
+        run.diverged = not math.isfinite(loss)
+        return row
+
+    def summary(self) -> dict[str, Any]:
+        """What is known of the run besides its weights; `restore` takes it, too."""
+        run = self.run
+        known = {"steps": run.steps, "seconds": run.seconds, "diverged": run.diverged, "init": run.init}
+        return known | {"rates": self.schedule.rates, "history": run.history}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        return self.summary() | {
+            "since": {"total": self.total, "units": self.units},
+            "evaluations": self.schedule.evaluations,
+            "stream": self.stream.state(),
+            "random": ranks.random_states(self.device),
+            "model": self.run.model.state_dict(),
+            "buffers": _fleeting(self.run.model),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, known: dict[str, Any]) -> None:
+        """Goes back to where `state` was taken, or to the end of a finished run."""
+        run, schedule = self.run, self.schedule
+        assert run.out is not None
+        try:
+            if known["rates"] != schedule.rates:
+                raise InputError(
+                    f"train: cannot resume, the run in {run.out} is of learning rates {known['rates']}, not "
+                    f"{schedule.rates}. Give the optimizer that it began with, or choose another folder"
+                )
+            run.steps, run.seconds, run.resumed = int(known["steps"]), float(known["seconds"]), int(known["steps"])
+            run.init, run.diverged = str(known["init"]), bool(known["diverged"])
+            run.history = [{str(name): value + 0 for name, value in row.items()} for row in known["history"]]
+            if known.get("finished"):
+                run.model.load_state_dict(load_tensors(run.out / MODEL)[0], strict=False)  # extra state is not in it
+                self.finished = True
+                return
+            run.model.load_state_dict(known["model"])
+            for name, buffer in _fleeting(run.model).items():
+                buffer.copy_(known["buffers"][name])
+            self.optimizer.load_state_dict(known["optimizer"])
+            schedule.evaluations = known["evaluations"]
+            self.total.copy_(known["since"]["total"])
+            self.units.copy_(known["since"]["units"])
+            ranks.restore_random_state(known["random"], self.device)
+            self.stream.restore(known["stream"])
+            schedule.batches_per_epoch = self.stream.length
+        except GramianError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"train: the run in {run.out} cannot be resumed ({type(error).__name__}: {reason}). Was it written by "
+                "this task and version? Choose another folder to begin anew"
+            ) from error
+
+
+def _identity(
+    task: Task, model: nn.Module, choice: Choice, init: str, seed: int, budget: tuple[str, float]
+) -> dict[str, str]:
+    """What makes a run this run, in words: a checkpoint of one where any of these differs is refused."""
+    return {
+        "task": task.name,
+        "model": _fingerprint(model),
+        "optimizer": choice.name,
+        "learning rate": "its own" if choice.lr is None else _number(choice.lr),
+        "init": init,
+        "seed": f"{seed}",
+        "budget": f"{_number(budget[1])} {budget[0]}",
+        "ranks": f"{placement.world().size}",
+    }
+
+
+def _fleeting(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a state dict leaves out."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A few words and digits that differ for models whose tensors have other names or shapes."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
+    return f"{type(model).__name__} of {sum(map(math.prod, shapes.values())):,} parameters ({digest})"
+
+
+def _number(value: float) -> str:
+    """The same text for the same value, an int or a float."""
+    return f"{int(value)}" if float(value).is_integer() else repr(float(value))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The global generators seeded inside, and as they were afterwards: of the CPU and of GPUs that are in use."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,170 @@
+"""Several ranks train one model: each takes its rows of every batch, and all take the step of the whole batch.
+
+An objective is a sum of losses over a number of units, so that sums over ranks of both, and of the gradients, are those
+of the whole batch, whatever the shares' sizes. With one rank every function here returns at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gramian import placement
+from gramian.errors import TaskError, UnsupportedError
+from gramian.objective import Objective
+from gramian.placement.ranks import carrier
+from gramian.recording import evaluating
+from gramian.training.stream import checksum
+
+__all__ = [
+    "add_gradients",
+    "check_batch",
+    "check_model",
+    "first",
+    "first_ranks",
+    "random_states",
+    "restore_random_state",
+    "rows",
+    "same_weights_",
+    "sums",
+]
+
+# Rounding of a float32 sum over a batch, with room: a loss that is not a sum over rows is off by far more.
+ROUNDING = 1e-3
+
+
+def first() -> bool:
+    """Whether this is the rank that writes."""
+    return placement.world().rank == 0
+
+
+def first_ranks(values: list[Any]) -> list[Any]:
+    """The values, plain ones, of the first rank."""
+    return json.loads(placement.exchange(json.dumps(values))[0]) if placement.is_distributed() else values
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises `UnsupportedError` for a model whose step on all rows is not the sum of those on shares of them."""
+    if not placement.is_distributed():
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            raise UnsupportedError(
+                f"train: {name} is a {type(module).__name__}, which on several ranks sees its share of a batch alone. "
+                "Use SyncBatchNorm (on GPUs), GroupNorm or LayerNorm, or train in one process"
+            )
+    if isinstance(model, nn.parallel.DistributedDataParallel) or any(map(placement.is_sharded, model.parameters())):
+        raise UnsupportedError(
+            f"train: the task's model is a wrapped or sharded {type(model).__name__}; wanted the plain module, whose "
+            "gradients train adds up. For FSDP2 use a loop of your own with gm.optim"
+        )
+
+
+def same_weights_(model: nn.Module) -> None:
+    """Gives all ranks the first one's parameters and buffers."""
+    if placement.is_distributed():
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                wire = tensor.detach().contiguous().to(carrier(tensor.device))
+                dist.broadcast(wire, 0)
+                tensor.copy_(wire)
+
+
+def rows(batch: Any) -> Any:
+    """This rank's rows of each tensor of the batch: every N-th of N ranks."""
+    rank, size = placement.world()
+    return batch if size == 1 else _sliced(batch, slice(rank, None, size))
+
+
+def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
+    """Raises where the ranks drew different batches, or the loss is not a sum over rows of each tensor."""
+    if not placement.is_distributed():
+        return
+    if len(set(placement.exchange(str(checksum(batch))))) > 1:
+        raise TaskError("train: the ranks drew different batches. Draw all that is random in them from the generator")
+    counts = {len(t) if t.ndim else 0 for t in _tensors(batch)}
+    num_ranks = placement.world().size
+    if len(counts) != 1 or min(counts) < num_ranks:
+        raise UnsupportedError(
+            f"train: a batch is shared out to {num_ranks} ranks by rows, but its tensors have {sorted(counts)} of "
+            "them. Put the samples first, at least one for each rank, or train in one process"
+        )
+    share = rows(batch)
+    with evaluating(model), torch.no_grad():
+        whole, units = objective.loss(model, batch)
+        parts, part_units = sums(*objective.loss(model, share))
+    if part_units != units or not torch.allclose(parts, whole, rtol=ROUNDING, atol=0, equal_nan=True):
+        raise UnsupportedError(
+            f"train: the loss of a batch, {float(whole):.6g} over {float(units):g} units, is not the sum over its "
+            f"rows, {float(parts):.6g} over {float(part_units):g}, so that it cannot be shared out to ranks. Train in "
+            "one process, or put the samples in the first dimension"
+        )
+
+
+def sums(loss: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, without its graph, and the number of units of the whole batch."""
+    loss = loss.detach()
+    if placement.is_distributed():
+        loss, units = loss.clone(), units.detach().clone()
+        placement.all_reduce_sum([loss, units])
+    return loss, units
+
+
+def add_gradients(model: nn.Module) -> None:
+    """Adds up the gradients over the ranks, in place; one that some rank lacks is zero there."""
+    if not placement.is_distributed():
+        return
+    params = [p for p in model.parameters() if p.requires_grad]
+    known = torch.tensor([p.grad is not None for p in params], dtype=torch.int64)
+    placement.all_reduce_sum([known])
+    used = [p for p, count in zip(params, known.tolist(), strict=True) if count]
+    for p in used:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    placement.all_reduce_sum([p.grad for p in used if p.grad is not None])
+
+
+def random_states(device: torch.device) -> list[dict[str, str]]:
+    """The states of each rank's global generators, as text."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    own = {name: bytes(state.tolist()).hex() for name, state in states.items()}
+    return [json.loads(text) for text in placement.exchange(json.dumps(own))]
+
+
+def restore_random_state(states: list[dict[str, str]], device: torch.device) -> None:
+    """Sets this rank's global generators as `random_states` found them."""
+    own = states[placement.world().rank]
+    tensors = {name: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for name, text in own.items()}
+    torch.set_rng_state(tensors["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def _sliced(batch: Any, which: slice) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[which]
+    if isinstance(batch, dict):
+        return {key: _sliced(value, which) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        parts = [_sliced(value, which) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    raise UnsupportedError(
+        f"train: a batch is shared out to ranks where it consists of tensors in tuples, lists and dicts; this one "
+        f"holds a {type(batch).__name__}. Train in one process"
+    )
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (dict, tuple, list)):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            yield from _tensors(part)

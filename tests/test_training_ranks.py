@@ -1,0 +1,187 @@
+"""Ranks that share out every batch take the steps of one process, go on exactly, and refuse what cannot be shared."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from cases import seeded
+from distributed import run_on_ranks
+from gramian.errors import GramianError
+from gramian.training import OPTIMIZERS, folder
+
+X = torch.randn(70, 6, generator=seeded(0), dtype=torch.float64)
+Y = (X[:, 0] > 0).long()
+
+
+def net() -> nn.Module:
+    """Drawn from the global generator, which the seed sets; float64, in which rounding stays small on any path."""
+    layers = [nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)]
+    return nn.Sequential(*layers).double()
+
+
+def dropping() -> nn.Module:
+    return nn.Sequential(*net()[:3], nn.Dropout(0.3), nn.Linear(8, 2)).double()
+
+
+def batches(epoch: int, generator: torch.Generator):
+    """Of 16 rows and a last one of 6, and one that the ranks share unequally."""
+    for part in torch.randperm(len(X), generator=generator)[:-1].split(16):
+        yield X[part], Y[part]
+
+
+def evaluate(model: nn.Module) -> dict[str, float]:
+    return {"size": float(model(X).square().mean())}
+
+
+def task(**changes: Any) -> gm.Task:
+    parts = {"model": net, "objective": gm.Objective.classification(), "train_batches": batches, "evaluate": evaluate}
+    return gm.Task(**(parts | changes))
+
+
+def weights(run: gm.Run) -> list[Tensor]:
+    return [t.detach().clone() for t in run.model.state_dict().values()]
+
+
+def trained(optimizer: str, steps: int) -> tuple[list[Tensor], list[dict[str, float]]]:
+    run = gm.train(task(), optimizer=optimizer, init="auto", steps=steps)
+    return weights(run), run.history
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_two_ranks_take_the_steps_of_one(optimizer: str) -> None:
+    one, rows = trained(optimizer, 12)
+    (first, first_rows), (second, second_rows) = run_on_ranks(trained, 2, optimizer, 12)
+    for p, q, r in zip(one, first, second, strict=True):
+        assert torch.equal(q, r)
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+    assert [row["loss"] for row in first_rows] == [row["loss"] for row in second_rows]
+    assert [row["loss"] for row in first_rows] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
+
+
+class Gated(nn.Module):
+    """A layer that only some rows reach, so that a rank may have no gradient for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.seldom, self.never = nn.Linear(6, 2), nn.Linear(6, 2), nn.Linear(6, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.always(x)
+        chosen = (x == X[0]).all(1).nonzero()[:, 0]
+        return out.index_add(0, chosen, self.seldom(x[chosen])) if len(chosen) else out
+
+
+def trained_gated() -> list[Tensor]:
+    return weights(gm.train(task(model=Gated), optimizer="adamw", lr=0.1, epochs=2))
+
+
+def test_a_layer_that_only_one_rank_uses() -> None:
+    first, second = run_on_ranks(trained_gated, 2)
+    for p, q, r in zip(trained_gated(), first, second, strict=True):
+        assert torch.equal(q, r)
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def resumed(path: str, stops: list[int], budget: dict[str, float]) -> tuple[list[Tensor], list[float], int]:
+    folder.EVERY_SECONDS, folder.LARGEST_SHARE = 0.0, math.inf
+
+    def stop(run: gm.Run, share: float) -> None:
+        if stops and run.steps == stops[0]:
+            raise KeyError("stop")
+
+    while stops:
+        with pytest.raises(KeyError):
+            gm.train(task(model=dropping), out=path, resume=True, on_step=stop, **budget)
+        stops = stops[1:]
+    run = gm.train(task(model=dropping), out=path, resume=True, **budget)
+    again = gm.train(task(model=dropping), out=path, resume=True, **budget)
+    assert again.resumed == run.steps
+    assert all(map(torch.equal, weights(run), weights(again)))
+    return weights(run), [row["loss"] for row in run.history], run.resumed
+
+
+def test_two_ranks_go_on_exactly(tmp_path) -> None:
+    """With dropout of its own on each rank, in the middle of an epoch and of the loss's mean."""
+    whole = run_on_ranks(resumed, 2, str(tmp_path / "whole"), [], {"steps": 23})
+    broken = run_on_ranks(resumed, 2, str(tmp_path / "broken"), [3, 14], {"steps": 23})
+    assert [entry[2] for entry in whole + broken] == [0, 0, 13, 13]
+    for entry in whole + broken:
+        assert all(map(torch.equal, entry[0], whole[0][0]))
+        assert entry[1] == whole[0][1]
+    rows = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "broken")
+    ]
+    assert rows[0] == rows[1] == whole[0][1]
+    assert sorted(os.listdir(tmp_path / "broken")) == ["metrics.jsonl", "model.safetensors"]
+
+
+def test_ranks_agree_on_seconds(tmp_path) -> None:
+    first, second = run_on_ranks(resumed, 2, str(tmp_path), [], {"seconds": 0.2})
+    assert all(map(torch.equal, first[0], second[0]))
+    assert first[1] == second[1]
+
+
+def drawn_by_each(epoch: int, generator: torch.Generator):
+    rank = int(torch.distributed.get_rank()) if torch.distributed.is_initialized() else 0
+    return [(X[rank:][:16], Y[rank:][:16])]
+
+
+def time_first(epoch: int, generator: torch.Generator):
+    return [(X[:5].reshape(5, 6), Y[:3])]
+
+
+def contrastive(model: nn.Module, batch: Any) -> Tensor:
+    output = model(batch[0])
+    return -nn.functional.log_softmax(output @ output.T, 1).diagonal().mean()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "batch norm": ({"model": lambda: nn.Sequential(nn.Linear(6, 2), nn.BatchNorm1d(2)).double()}, "1 is a BatchNorm1d"),
+    "different batches": ({"train_batches": drawn_by_each}, "the ranks drew different batches"),
+    "other rows": ({"train_batches": time_first}, r"its tensors have [3, 5] of them"),
+    "one row": ({"train_batches": lambda e, g: [(X[:1], Y[:1])]}, r"its tensors have [1] of them"),
+    "no sum": ({"objective": contrastive}, "is not the sum over its rows"),
+    "odd batch": ({"train_batches": lambda e, g: [(X[:4], {1, 2})]}, "this one holds a set"),
+}
+
+
+def refusal(name: str) -> str:
+    try:
+        gm.train(task(**REFUSED[name][0]), optimizer="adamw", steps=3)
+    except GramianError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_shared_out_is_refused_on_all_ranks(name: str) -> None:
+    for message in run_on_ranks(refusal, 2, name):
+        assert REFUSED[name][1] in message
+        assert "\n" not in message
+
+
+def other_run(path: str) -> str:
+    gm.train(task(), steps=3, out=path)
+    try:
+        gm.train(task(), steps=4, out=path, resume=True)
+    except GramianError as error:
+        return str(error)
+    return "trained"
+
+
+def test_another_run_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    for message in run_on_ranks(other_run, 2, str(tmp_path)):
+        assert "of budget 3 steps, not 4 steps" in message
+    with pytest.raises(GramianError, match="of ranks 2, not 1"):
+        gm.train(task(), steps=3, out=tmp_path, resume=True)
