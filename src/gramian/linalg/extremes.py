@@ -65,7 +65,7 @@ def search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Tensor]:
     def stop(found: Krylov) -> int:
         nonlocal before, theta
         theta = ritz(found)
-        now = reach(found, theta * (1 + share), noise * theta).log() + 0.1
+        now = reach(found, theta[:, None] * (1 + share), noise * theta[:, None])[:, 0].log() + 0.1
         more = 0 if bool(((now < 0) | (theta <= 0)).all()) else next_check(found, before, now)
         before = found.t.shape[-1] // found.block, now
         return more

@@ -23,8 +23,10 @@ FAILURE = 1e-10
 """The probability with which each event that the estimates rest on may fail, one in 10¹⁰ for each matrix."""
 CANCELLED = 0.1
 """The share of a block's image below which what is left of it is projected once more."""
-CLOSE = 1.3
-"""A bound's distance from the Ritz value is within this factor of the least that can be shown."""
+CLOSE = 1.5
+"""The ratio of two distances from the Ritz value at which it is asked whether there can be an eigenvalue."""
+BELOW = 6
+"""How many such distances below the guess are tried."""
 
 
 class Krylov(NamedTuple):
@@ -160,19 +162,35 @@ def ritz(found: Krylov) -> Tensor:
 
 
 def resolvent(found: Krylov, at: Tensor) -> tuple[Tensor, Tensor]:
-    """(λ − T)⁻¹E₁ (B, p, r) at λ (B,), and where λ is above all of T's eigenvalues (B,)."""
-    eye = torch.eye(found.t.shape[-1], dtype=at.dtype, device=at.device)
-    shifted = found.t.neg()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(at[:, None])
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    above = info == 0
-    factor[~above] = eye
-    return torch.cholesky_solve(eye[:, : found.block].expand(len(at), -1, -1), factor), above
+    """(λ − T)⁻¹E₁ (B, L, p, r) at λ (B, L), and where λ is above all of T's eigenvalues (B, L).
+
+    By block elimination, since T is block tridiagonal: S₁ = λ − A₁, S_{j+1} = λ − A_{j+1} − B_jᵀS_j⁻¹B_j.
+    """
+    r = found.block
+    eye = torch.eye(r, dtype=at.dtype, device=at.device)
+    shift, taken, above = at[..., None, None] * eye, torch.zeros_like(eye), torch.ones_like(at, dtype=torch.bool)
+    y = eye.expand(*at.shape, r, r)
+    solved: list[Tensor] = []
+    for j in range(0, found.t.shape[-1], r):
+        here = slice(j, j + r)
+        beside = found.t[:, None, here, j + r : j + 2 * r]
+        factor, info = torch.linalg.cholesky_ex(shift - found.t[:, None, here, here] - taken)
+        above = above & (info == 0)
+        factor = torch.where((info == 0)[..., None, None], factor, eye)
+        solved.append(torch.cholesky_solve(torch.cat([y, beside.expand(*at.shape, -1, -1)], -1), factor))
+        down = beside.mT @ solved[-1]
+        y, taken = down[..., :r], down[..., r:]
+    x = solved.pop()
+    parts = [x]
+    for part in reversed(solved):
+        x = part[..., :r] + part[..., r:] @ x
+        parts.append(x)
+    return torch.cat(parts[::-1], -2), above
 
 
 def top_vector(found: Krylov, theta: Tensor) -> Tensor:
     """T's leading eigenvector (B, p), nearly, from a step of inverse iteration close above its largest eigenvalue."""
-    q = torch.linalg.qr(resolvent(found, theta + 1e-9 * norm(found.t))[0]).Q
+    q = torch.linalg.qr(resolvent(found, (theta + 1e-9 * norm(found.t))[:, None])[0][:, 0]).Q
     return (q @ torch.linalg.eigh(q.mT @ found.t @ q)[1])[:, :, -1]
 
 
@@ -183,37 +201,59 @@ def seen(found: Krylov) -> float:
 
 
 def reach(found: Krylov, at: Tensor, noise: Tensor) -> Tensor:
-    """(‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + noise ‖(λ − T)⁻¹E₁‖₂) / g at λ (B,): where it is below 1, `top_bound` is below λ."""
+    """(‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + noise ‖(λ − T)⁻¹E₁‖₂) / g at λ (B, L), noise (B, L): no eigenvalue is where it is below 1."""
     solved, above = resolvent(found, at)
-    last = found.residual.to(torch.float64).mT @ solved[:, -found.block :]
-    return torch.where(above, (two_norm(last.mT) + noise * two_norm(solved.mT)) / seen(found), math.inf)
+    upper = torch.linalg.qr(found.residual.to(torch.float64).mT, mode="r").R
+    last = upper[:, None] @ solved[..., -found.block :, :]
+    return torch.where(above, (two_norm(last) + noise * two_norm(solved.mT)) / seen(found), math.inf)
+
+
+def _far(found: Krylov, theta: Tensor, noise: Tensor, share: Tensor) -> Tensor:
+    """The gap (B,) from θ on, beyond which there is no eigenvalue: inf where `share` is not far below g.
+
+    ‖(λ − T)⁻¹‖ ≤ 1/(λ − θ), and so ‖E_qᵀ(λ − T)⁻¹E₁‖ ≤ Π ‖B_j‖ / (λ − θ)^q; both fall.
+    """
+    r, g = found.block, seen(found)
+    steps = found.t.shape[-1] // r
+    size = two_norm(found.residual.to(torch.float64))
+    logs = size.clamp_min(2.0**-900).log() + math.log(2 / g)
+    for j in range(0, (steps - 1) * r, r):
+        logs = logs + two_norm(found.t[:, j : j + r, j + r : j + 2 * r]).clamp_min(2.0**-900).log()
+    known = noise + share * theta.abs()
+    near = torch.maximum((logs / steps).exp(), known / (g / 2 - share).clamp_min(2.0**-900))
+    near = torch.where(share < 0.45 * g, near, math.inf)
+    simple = torch.where(share < 0.9 * g, (size + known) / (g - share).clamp_min(2.0**-900), math.inf)
+    return 1.01 * torch.minimum(near, simple)
 
 
 def top_bound(found: Krylov, theta: Tensor, near: Tensor, *, noise: Tensor, share: Tensor | None = None) -> Tensor:
     """With probability 1 − `FAILURE` an upper bound (B,) on the largest eigenvalue; θ is T's, `near` a guess above it.
 
     For an eigenpair (λ, u), uᵀM W = λ uᵀW gives uᵀW₁ = uᵀ(F E_qᵀ + D)(λ − T)⁻¹E₁, whatever W is; as ‖uᵀW₁‖ ≥ g but with
-    small probability, λ > θ requires ‖F E_qᵀ(λ − T)⁻¹E₁‖ + ‖D‖ ‖(λ − T)⁻¹E₁‖ ≥ g, and the left side falls with λ.
-    `noise` + `share` · λ (B,) bounds ‖Dᵀu‖.
+    small probability, λ > θ requires ‖F E_qᵀ(λ − T)⁻¹E₁‖ + ‖D‖ ‖(λ − T)⁻¹E₁‖ ≥ g. `noise` + `share` · λ (B,) bounds
+    ‖Dᵀu‖. With one vector in a block the left side falls with λ; with more it need not (a test has it rise fivefold),
+    so it is asked at λ's whose distances from θ grow by `CLOSE`, up to where a cruder bound, which does fall, is below
+    g: the answer is the least of them from which on all are excluded.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3, here for blocks.
     """
     share = torch.zeros_like(theta) if share is None else share
-    spread, g = norm(found.t), seen(found)
-    size = two_norm(found.residual.to(torch.float64))
-    exact = (spread == 0) & (size == 0) & (noise == 0) & (share == 0)
+    spread = norm(found.t)
+    exact = (spread == 0) & (norm(found.residual) == 0) & (noise == 0) & (share == 0)
     # The factorisation of λ − T rounds too.
     noise = noise + 8 * found.t.shape[-1] * U * spread
-    low = (spread * 1e-16).clamp_min(2.0**-380)
-    # (size + noise + share λ) / (λ − θ) < g. A share that is not far below g excludes nothing.
-    wide = (size + noise + share * theta.abs()) / (g - share).clamp_min(2.0**-900)
-    high = (1.01 * torch.where(share < 0.9 * g, wide, math.inf)).clamp_max(2.0**380).maximum(2 * low)
-    gap = (near - theta).maximum(low).minimum(high)
-    while bool((high > CLOSE * low).any()):
-        excluded = reach(found, theta + gap, noise + share * (theta + gap)) < 1
-        # Far below the guess nobody asks.
-        low = torch.where(excluded, low.maximum(gap / 64), gap)
-        high = torch.where(excluded, gap, high)
-        gap = (low * high).sqrt()
+    far = _far(found, theta, noise, share)
+    known = far.isfinite()
+    gap = torch.where(near > theta, near - theta, 1e-3 * torch.where(known, far, 1.0))
+    gap = gap.maximum((spread * 1e-16).clamp_min(2.0**-380))
+    ratio = (torch.where(known, far, gap) / gap).clamp(1, 2.0**100)
+    above = math.ceil(math.log(max([1.0, *ratio.tolist()])) / math.log(CLOSE))
+    powers = CLOSE ** torch.arange(-BELOW, above + 1, dtype=gap.dtype, device=gap.device)
+    gaps = gap[:, None] * powers
+    at = theta[:, None] + gaps
+    excluded = (reach(found, at, noise[:, None] + share[:, None] * at) < 1) | (gaps >= far[:, None])
+    free = (~excluded).flip(-1).cumsum(-1).eq(0).sum(-1)
+    high = gaps.gather(-1, (gaps.shape[-1] - free).clamp_max(gaps.shape[-1] - 1)[:, None])[:, 0]
+    high = torch.where(known & (free > 0), high, math.inf)
     return torch.where(exact, 0.0, theta + high + 8 * found.rows.shape[-1] * U * spread)
 
 

@@ -196,7 +196,8 @@ def _beyond(x: Tensor, found: Krylov, floor: Tensor, generator: torch.Generator)
         return y - by(by(y, found.rows.mT), found.rows)
 
     def stop(seen: Krylov) -> int:
-        return int(not bool(((floor < ritz(seen)) | (reach(seen, floor, torch.zeros_like(floor)) < 0.6)).all()))
+        fine = reach(seen, floor[:, None], torch.zeros_like(floor)[:, None])[:, 0] < 0.6
+        return int(not bool(((floor < ritz(seen)) | fine).all()))
 
     n = x.shape[-1]
     start = gaussian(generator, x, 1, min(OUTSIDE, n), n).to(x.dtype).expand(x.shape[0], -1, -1)
