@@ -18,9 +18,9 @@ from gramian.linalg.krylov import (
     Krylov,
     by,
     default_generator,
-    gaussian,
     lanczos,
     next_check,
+    random_rows,
     reach,
     ritz,
     top_bound,
@@ -77,8 +77,7 @@ def search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Tensor]:
 
 
 def start_of(generator: torch.Generator | None, like: Tensor, n: int, batch: int) -> Tensor:
-    start = gaussian(default_generator(generator), like, 1, min(BLOCK, n), n)
-    return start.to(like.dtype).expand(batch, -1, -1)
+    return random_rows(default_generator(generator), like, batch, min(BLOCK, n), n)
 
 
 def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:

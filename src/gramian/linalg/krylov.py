@@ -51,6 +51,14 @@ def gaussian(generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).to(like.device)
 
 
+def random_rows(generator: torch.Generator, like: Tensor, batch: int, r: int, n: int) -> Tensor:
+    """Orthonormal rows (B, r, n) that span r Gaussian vectors, the same for the whole batch, in the dtype of `like`.
+
+    In float64 first: r = n Gaussian vectors are often dependent for float32, and then span less than they are said to.
+    """
+    return orthonormal(gaussian(generator, like, 1, r, n))[0].to(like.dtype).expand(batch, -1, -1)
+
+
 def by(y: Tensor, a: Tensor) -> Tensor:
     """Y A of rows y (B, r, k) and a (B, k, n); without a batch where there is one matrix, which BLAS does faster."""
     if a.shape[0] == 1:

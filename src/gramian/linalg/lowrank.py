@@ -20,8 +20,8 @@ from gramian.linalg.krylov import (
     Krylov,
     by,
     default_generator,
-    gaussian,
     lanczos,
+    random_rows,
     reach,
     ritz,
     top_bound,
@@ -120,21 +120,24 @@ def by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.G
 
 
 def _most(t: Tensor, coupling: Tensor, outside: Tensor, k: int) -> Tensor:
-    """An upper bound on the sum of the k largest eigenvalues of [[T, Rᵀ], [R, C]], from RᵀR and ‖C‖₂ ≤ `outside`.
+    """An upper bound on the sum of the k largest eigenvalues λⱼ of [[T, Rᵀ], [R, C]], from RᵀR and ‖C‖₂ ≤ `outside`.
 
-    For any τ > 0 the matrix is at most diag(T + RᵀR/τ, C + τI) in Loewner's order, and so is each eigenvalue; the least
-    over a few τ is taken.
+    For μ > ‖C‖ as many eigenvalues are above μ as T + Rᵀ(μ − C)⁻¹R has above it (Haynsworth), and so λⱼ is at most the
+    larger of μ and the j-th of T + RᵀR/(μ − outside); the least over a few μ is taken, for each j.
     """
-    w = torch.linalg.eigvalsh(t)
-    kth = w[:, -k].clamp_min(0)
-    size = norm(coupling).sqrt()
-    best = torch.full_like(kth, math.inf)
-    for share in (0.9, 0.6, 0.3, 0.1, 1e-2, 1e-4, 1e-8):
-        tau = torch.maximum((kth - outside).clamp_min(0) * share, 1e-15 * w[:, -1].abs() + 1e-3 * share * size)
-        raised = torch.linalg.eigvalsh(t + coupling / tau.clamp_min(2.0**-900)[:, None, None])
-        total = torch.maximum(raised, (outside + tau)[:, None]).flip(-1)[:, :k].sum(-1)
-        best = torch.minimum(best, total.nan_to_num(nan=math.inf))
-    return best
+    w = torch.linalg.eigvalsh(t).flip(-1)
+    room = (w[:, :k] - outside[:, None]).clamp_min(0)
+    tiny = 1e-15 * w[:, :1].abs()
+    size = norm(coupling).sqrt()[:, None]
+    # Near the eigenvalues themselves, and closer to `outside` where it is as large as they are.
+    taus = [(room[:, max(0, k * i // 8 - 1), None]).maximum(tiny + 1e-3 * size) for i in (0, 2, 4, 6, 7, 8)]
+    taus += [(room[:, -1:] * share).maximum(tiny + 1e-3 * share * size) for share in (0.3, 1e-2, 1e-5, 1e-8)]
+    tau = torch.cat(taus, -1)
+    raised = t[:, None] + coupling[:, None] / tau.clamp_min(2.0**-900)[..., None, None]
+    rounding = 8 * t.shape[-1] * U * torch.linalg.matrix_norm(raised)
+    found = torch.linalg.eigvalsh(raised).flip(-1)[..., :k] + rounding[..., None]
+    each = torch.maximum(found, (outside[:, None] + tau)[..., None])
+    return each.nan_to_num(nan=math.inf).amin(1).sum(-1)
 
 
 def _loss(found: Krylov, w: Tensor, s: Tensor, k: int, outside: Tensor) -> Tensor:
@@ -182,7 +185,7 @@ def _space(x: Tensor, k: int, rtol: float, generator: torch.Generator) -> tuple[
         return int(not bool((enough | stuck | (hopeless & (x.dtype != torch.float64))).all()))
 
     limit = max(k + 2 * r, n // 2) // r
-    start = gaussian(generator, x, 1, r, n).to(x.dtype).expand(b, -1, -1)
+    start = random_rows(generator, x, b, r, n)
     found = lanczos(apply, start, limit, stop=stop, first=-(-k // r) + 1)
     return found, torch.cat(images, -2), hopeless, floor
 
@@ -200,7 +203,7 @@ def _beyond(x: Tensor, found: Krylov, floor: Tensor, generator: torch.Generator)
         return int(not bool(((floor < ritz(seen)) | fine).all()))
 
     n = x.shape[-1]
-    start = gaussian(generator, x, 1, min(OUTSIDE, n), n).to(x.dtype).expand(x.shape[0], -1, -1)
+    start = random_rows(generator, x, x.shape[0], min(OUTSIDE, n), n)
     return lanczos(outside, start, 24, stop=stop, first=3)
 
 
