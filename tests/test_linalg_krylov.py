@@ -29,6 +29,8 @@ SPECTRA = {
     "a cluster at the bottom": torch.where(I > N - 30, 1e-3 * (1 + 1e-6 * I), 1.0),
 }
 
+SPECTRA = {name: s.double() for name, s in SPECTRA.items()}
+
 
 def matrices(dtype, *, rows=170, scale=1.0):
     g = seeded(31)
@@ -61,7 +63,7 @@ def test_conditions_of_misleading_spectra_are_within_their_bounds(dtype, rows):
     value, certificate = gl.cond_ex(a, method="lanczos", rtol=1e-2)
     exact = s[:, 0] / s[:, -1]
     assert (unlike(value.double(), exact) <= certificate.error_bound + 1e-6)[regular].all()
-    assert certificate.converged[regular].all()
+    assert certificate.converged[s[:, -1] > 1e-8 * s[:, 0]].all()
     assert not certificate.converged[s[:, -1] <= 1e-15 * s[:, 0]].any()
 
 
