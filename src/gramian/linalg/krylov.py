@@ -105,14 +105,17 @@ def lanczos(
     """
     batch, r, n = start.shape
     steps = max(1, min(steps, -(-n // r)))
-    rows = start.new_zeros(batch, steps * r, n)
-    t = start.new_zeros(batch, steps * r, steps * r, dtype=torch.float64)
+    # Most runs stop long before `steps`: what they do not reach is never touched.
+    rows = start.new_empty(batch, steps * r, n)
+    t = start.new_empty(batch, steps * r, steps * r, dtype=torch.float64)
     block, _ = orthonormal(start)
     found = Krylov(rows[:, :0], t[:, :0, :0], block, r)
     due = first
     for j in range(steps):
         here, ahead = slice(j * r, (j + 1) * r), slice((j + 1) * r, (j + 2) * r)
         rows[:, here] = block
+        t[:, here, : max(0, j - 1) * r] = 0
+        t[:, : max(0, j - 1) * r, here] = 0
         known = rows[:, : (j + 1) * r]
         image = apply(block)
         # First what there is much of, so that nothing large is left to cancel.

@@ -34,7 +34,7 @@ SMALL = 96
 """Up to this smaller side the SVD costs less than the Krylov method's calls."""
 SHARE = 4
 """Past rank n/4 the Krylov space is so large a part of the whole that the SVD costs less."""
-OUTSIDE = 8
+OUTSIDE = 16
 """Random vectors for the norm outside the Krylov space."""
 SEEN = 8
 """Random vectors for the rounding of each of the two Krylov runs."""
