@@ -10,23 +10,24 @@ import torch
 import gramian.linalg as gl
 from cases import WIDE, seeded
 from gramian import random
-from gramian.linalg import krylov, lowrank
+from gramian.errors import ConvergenceError, InputError
+from gramian.linalg import krylov, lowrank_krylov
 
 N = 140
-I = torch.arange(1, N + 1, dtype=torch.float64)
+J = torch.arange(1, N + 1, dtype=torch.float64)
 SPECTRA = {
-    "zero": 0 * I,
-    "rank 1": (I == 1).double(),
-    "equal": 0 * I + 3,
-    "the top repeated, more often than a block is wide": torch.where(I <= 30, 1.0, 0.5 * I**-0.5),
-    "a cluster at the top": torch.where(I <= 30, 1 - 1e-6 * I, 0.5),
-    "a pair at the top": torch.where(I <= 2, 1 - 1e-7 * I, 0.9),
-    "one just above the rest": torch.where(I == 1, 1 + 1e-3, 1.0),
-    "slow": I**-0.5,
-    "fast": 2.0 ** -(I / 2),
-    "linear": 1 - I / (N + 1),
-    "two steps": torch.where(I <= 12, 1.0, torch.where(I <= 40, 1e-3, 1e-6)),
-    "a cluster at the bottom": torch.where(I > N - 30, 1e-3 * (1 + 1e-6 * I), 1.0),
+    "zero": 0 * J,
+    "rank 1": (J == 1).double(),
+    "equal": 0 * J + 3,
+    "the top repeated, more often than a block is wide": torch.where(J <= 30, 1.0, 0.5 * J**-0.5),
+    "a cluster at the top": torch.where(J <= 30, 1 - 1e-6 * J, 0.5),
+    "a pair at the top": torch.where(J <= 2, 1 - 1e-7 * J, 0.9),
+    "one just above the rest": torch.where(J == 1, 1 + 1e-3, 1.0),
+    "slow": J**-0.5,
+    "fast": 2.0 ** -(J / 2),
+    "linear": 1 - J / (N + 1),
+    "two steps": torch.where(J <= 12, 1.0, torch.where(J <= 40, 1e-3, 1e-6)),
+    "a cluster at the bottom": torch.where(J > N - 30, 1e-3 * (1 + 1e-6 * J), 1.0),
 }
 
 SPECTRA = {name: s.double() for name, s in SPECTRA.items()}
@@ -112,7 +113,7 @@ def test_a_run_that_stops_too_early_still_bounds_the_top(name):
 
 
 def test_the_bound_does_not_trust_the_test_to_fall():
-    """With blocks of two ‖F E_qᵀ(λ − T)⁻¹E₁‖ can rise fivefold as λ grows: what is small at one λ excludes none above."""
+    """With blocks of two ‖F E_qᵀ(λ − T)⁻¹E₁‖ can rise fivefold with λ: what is small at one excludes none above."""
     t = [[0.3, 0.0, -1.0, -0.7], [0.0, -2.2, -0.2, -0.2], [-1.0, -0.2, -0.7, -1.1], [-0.7, -0.2, -1.1, 1.1]]
     rows = torch.eye(40, dtype=torch.float64)[None]
     residual = torch.tensor([[-0.7, -2.3], [-0.1, -0.4]], dtype=torch.float64) @ rows[:, 4:6]
@@ -151,9 +152,100 @@ def test_sums_of_the_largest_eigenvalues_are_bounded(outside):
             p, p, spectrum=outside * torch.rand(p, generator=g).double(), symmetric=True, generator=g, dtype=t.dtype
         )
         norm = float(torch.linalg.matrix_norm(c, 2))
-        exact = torch.linalg.eigvalsh(torch.cat([torch.cat([t, r.mT], 1), torch.cat([r, c], 1)]))[-k:].sum()
-        most = lowrank._most(t[None], (r.mT @ r)[None], torch.tensor([norm], dtype=t.dtype), k)[0]
-        assert exact <= most + 1e-12
+        whole = torch.cat([torch.cat([t, r.mT], 1), torch.cat([r, c], 1)])
+        exact = torch.linalg.eigvalsh(whole)
+        highest = torch.tensor([math.inf, float(exact[-1])], dtype=t.dtype)
+        tensor = torch.tensor([norm, norm], dtype=t.dtype)
+        most, capped = lowrank_krylov.most(t.expand(2, -1, -1), (r.mT @ r).expand(2, -1, -1), tensor, highest, k)
+        assert exact[-k:].sum() <= capped + 1e-12
+        assert capped <= most
         if outside <= 0.3:
             second = sum(float(r[:, j].norm() ** 2 / (t[j, j] - norm)) for j in range(k))
             assert most - t.diagonal()[:k].sum() <= 2 * second
+
+
+class Map:
+    """A matrix that shows only what it does to vectors."""
+
+    def __init__(self, a):
+        self.a, self.shape, self.dtype = a, tuple(a.shape), a.dtype
+
+    def matvec(self, x):
+        return self.a @ x
+
+    def matmat(self, x):
+        return self.a @ x
+
+    def adjoint(self):
+        return Map(self.a.mT)
+
+
+WRAPS = {"map": Map, "csr": lambda a: a.to_sparse_csr(), "coo": lambda a: a.to_sparse()}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_low_rank_of_maps_and_sparse_matrices_is_within_its_bound(wrap, scale):
+    a = matrices(torch.float64, scale=scale)
+    for name, x in zip(SPECTRA, a, strict=True):
+        s = torch.linalg.svdvals(x)
+        for rank in (0, 1, 12):
+            for form in (x, x.mT):
+                (u, d, v), certificate = gl.svd_lowrank_ex(WRAPS[wrap](form), rank)
+                assert (u.shape, d.shape, v.shape) == ((form.shape[0], rank), (rank,), (form.shape[1], rank))
+                missed = (form - (u * d) @ v.mT).norm()
+                excess = (missed - s[rank:].norm()) / s.norm().clamp_min(2.0**-1000)
+                assert excess <= certificate.error_bound + 1e-13, name
+                assert certificate.converged, name
+                if s.norm():
+                    assert certificate.residual == pytest.approx(float(missed / s.norm()), rel=0.2, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_low_rank_of_a_sparse_matrix_agrees_with_scipy():
+    sparse = pytest.importorskip("scipy.sparse")
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+    theirs = sparse.random(900, 700, density=0.01, random_state=3, format="csr")
+    csr = torch.sparse_csr_tensor(*map(torch.from_numpy, (theirs.indptr, theirs.indices, theirs.data)), theirs.shape)
+    for dtype in WIDE:
+        a = csr.to(dtype)
+        (u, s, v), certificate = gl.svd_lowrank_ex(a, 5, rtol=1e-5)
+        assert certificate.converged
+        assert u.dtype == s.dtype == v.dtype == dtype
+        best = torch.from_numpy(linalg.svds(theirs, k=5, return_singular_vectors=False).copy()).sort(descending=True)[0]
+        assert (s.double() <= best * (1 + 1e-6)).all()
+        whole = a.to_dense().double()
+        missed, optimum = (
+            (whole - (u * s).double() @ v.mT.double()).norm(),
+            (whole.norm() ** 2 - best.norm() ** 2).sqrt(),
+        )
+        assert (missed - optimum) / whole.norm() <= certificate.error_bound + 1e-7
+
+
+def test_low_rank_of_a_float32_map():
+    a = matrices(torch.float32)
+    for x in a[[name in ("slow", "linear", "equal") for name in SPECTRA]]:
+        (u, d, v), certificate = gl.svd_lowrank_ex(Map(x), 12)
+        optimum = torch.linalg.svdvals(x.double())[12:].norm()
+        assert certificate.converged
+        assert u.dtype == torch.float32
+        missed = (x.double() - (u.double() * d.double()) @ v.double().mT).norm()
+        assert (missed - optimum) / x.double().norm() <= certificate.error_bound
+
+
+def test_low_rank_of_bad_maps_says_so():
+    a = matrices(torch.float64)[8].clone()
+    a[3, 4] = math.nan
+    for form in (Map(a), a.to_sparse_csr()):
+        (u, _, _), certificate = gl.svd_lowrank_ex(form, 2)
+        assert certificate.reasons == ["the matrix holds NaN or inf"]
+        assert u.isnan().all()
+        with pytest.raises(ConvergenceError, match="NaN"):
+            gl.svd_lowrank(form, 2)
+    with pytest.raises(InputError, match="to_dense"):
+        gl.svd_lowrank(Map(a), 2, method="svd")
+    with pytest.raises(InputError, match="integer rank"):
+        gl.svd_lowrank(Map(a), N + 1)
+    u, s, v = gl.svd_lowrank(Map(torch.zeros(0, 3)), 0)
+    assert (u.shape, s.shape, v.shape) == ((0, 0), (0,), (3, 0))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import probes
-from gramian.linalg.batch import check, choose, exponent_of, load, norm, scale, unscaled
+from gramian.linalg.batch import check, choose, load, norm, scale, unscaled
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.krylov import (
     FAILURE,
@@ -26,7 +26,7 @@ from gramian.linalg.krylov import (
     top_bound,
     top_vector,
 )
-from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense
+from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
 from gramian.linalg.singular import by_gram, svd_values_twofold
 from gramian.linalg.twofold import U, gamma
 from gramian.linalg.verdict import Number, numbers
@@ -157,10 +157,7 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
     zero = like.new_zeros(1)
     finite, exponent, value = True, torch.zeros(1, dtype=torch.long), Number(zero, zero, zero)
     if min(a.shape):
-        image = own.matmat(start[0].mT)[None]
-        finite = bool(image.isfinite().all())
-        exponent = exponent_of(image.nan_to_num(posinf=0.0)).cpu()
-        scaled = ScaledMap(a, float(scale(torch.ones(1, dtype=torch.float64), -exponent)))
+        scaled, exponent, finite = scaled_map(a, start)
         back = scaled.adjoint()
         rounding = 16 * torch.finfo(own.dtype).eps
 

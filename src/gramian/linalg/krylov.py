@@ -212,7 +212,7 @@ def seen(found: Krylov) -> float:
 
 
 def reach(found: Krylov, at: Tensor, noise: Tensor) -> Tensor:
-    """(‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + noise ‖(λ − T)⁻¹E₁‖₂) / g at λ (B, L), noise (B, L): no eigenvalue is where it is below 1."""
+    """(‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + noise ‖(λ − T)⁻¹E₁‖₂) / g at λ (B, L), noise (B, L): below 1 there is no eigenvalue."""
     solved, above = resolvent(found, at)
     upper = torch.linalg.qr(found.residual.to(torch.float64).mT, mode="r").R
     last = upper[:, None] @ solved[..., -found.block :, :]
