@@ -190,8 +190,8 @@ def test_low_rank_of_maps_and_sparse_matrices_is_within_its_bound(wrap, scale):
     a = matrices(torch.float64, scale=scale)
     for name, x in zip(SPECTRA, a, strict=True):
         s = torch.linalg.svdvals(x)
-        for rank in (0, 1, 12):
-            for form in (x, x.mT):
+        for rank in (1, 12):
+            for form in (x, x.mT)[: 1 + (scale == 1)]:
                 (u, d, v), certificate = gl.svd_lowrank_ex(WRAPS[wrap](form), rank)
                 assert (u.shape, d.shape, v.shape) == ((form.shape[0], rank), (rank,), (form.shape[1], rank))
                 missed = (form - (u * d) @ v.mT).norm()
@@ -247,5 +247,6 @@ def test_low_rank_of_bad_maps_says_so():
         gl.svd_lowrank(Map(a), 2, method="svd")
     with pytest.raises(InputError, match="integer rank"):
         gl.svd_lowrank(Map(a), N + 1)
-    u, s, v = gl.svd_lowrank(Map(torch.zeros(0, 3)), 0)
-    assert (u.shape, s.shape, v.shape) == ((0, 0), (0,), (3, 0))
+    for shape in ((0, 3), (4, 2)):
+        u, s, v = gl.svd_lowrank(Map(torch.ones(shape)), 0)
+        assert (u.shape, s.shape, v.shape) == ((shape[0], 0), (0,), (shape[1], 0))

@@ -203,6 +203,8 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
     square = torch.linalg.vector_norm(x, dim=(1, 2)).double() ** 2 if x is not None else None
     hopeless, floor = torch.zeros(b, dtype=torch.bool, device=ops.like.device), ops.like.new_zeros(b).double()
     slack = floor
+    lamp = gaussian(generator, ops.like, b, 8, n).to(ops.like.dtype) if square is None else None
+    cast = None if lamp is None else ops.forth(lamp)
 
     def apply(y: Tensor) -> Tensor:
         images.append(ops.forth(y))
@@ -210,10 +212,14 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
 
     def stop(found: Krylov) -> int:
         nonlocal hopeless, floor, slack
-        # The start is random: its images say about how large A is.
-        whole = norm(images[0]) ** 2 * (n / r) if square is None else square
         w, s = torch.linalg.eigh(found.t)
-        whole = whole.maximum(w.sum(-1))
+        whole = w.sum(-1)
+        if square is not None:
+            whole = square
+        elif lamp is not None and cast is not None:
+            # About ‖AW‖² + ‖A(I − WWᵀ)‖².
+            shadow = cast - by(by(lamp, found.rows.mT), torch.cat(images, -2))
+            whole = whole + norm(shadow) ** 2 / lamp.shape[-2]
         left = (whole - w[:, -k:].clamp_min(0).sum(-1)).clamp_min(0)
         fine, size = rtol * whole.sqrt(), left.sqrt()
 
