@@ -255,16 +255,26 @@ def top_bound(found: Krylov, theta: Tensor, near: Tensor, *, noise: Tensor, shar
     far = _far(found, theta, noise, share)
     known = far.isfinite()
     gap = torch.where(near > theta, near - theta, 1e-3 * torch.where(known, far, 1.0))
-    gap = gap.maximum((spread * 1e-16).clamp_min(2.0**-380))
+    lowest = (spread * 1e-16).clamp_min(2.0**-380)
+    gap = gap.maximum(lowest)
     ratio = (torch.where(known, far, gap) / gap).clamp(1, 2.0**100)
     above = math.ceil(math.log(max([1.0, *ratio.tolist()])) / math.log(CLOSE))
-    powers = CLOSE ** torch.arange(-BELOW, above + 1, dtype=gap.dtype, device=gap.device)
-    gaps = gap[:, None] * powers
-    at = theta[:, None] + gaps
-    excluded = (reach(found, at, noise[:, None] + share[:, None] * at) < 1) | (gaps >= far[:, None])
-    free = (~excluded).flip(-1).cumsum(-1).eq(0).sum(-1)
-    high = gaps.gather(-1, (gaps.shape[-1] - free).clamp_max(gaps.shape[-1] - 1)[:, None])[:, 0]
-    high = torch.where(known & (free > 0), high, math.inf)
+
+    def least(gap: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """The least of gap · CLOSE^low to gap · CLOSE^high from which on all are excluded; whether it is the first."""
+        gaps = gap[:, None] * CLOSE ** torch.arange(low, high + 1, dtype=gap.dtype, device=gap.device)
+        at = theta[:, None] + gaps
+        excluded = (reach(found, at, noise[:, None] + share[:, None] * at) < 1) | (gaps >= far[:, None])
+        free = (~excluded).flip(-1).cumsum(-1).eq(0).sum(-1)
+        count = gaps.shape[-1]
+        first = gaps.gather(-1, (count - free).clamp_max(count - 1)[:, None])[:, 0]
+        return torch.where(known & (free > 0), first, math.inf), free == count
+
+    high, all_ = least(gap, -BELOW, above)
+    while bool((all_ & (high > far.maximum(lowest))).any()):
+        lower, more = least(high, -2 * BELOW, -1)
+        high, all_ = torch.where(all_, high.minimum(lower), high), all_ & more
+    high = torch.where(known, high.minimum(far), math.inf)
     return torch.where(exact, 0.0, theta + high + 8 * found.rows.shape[-1] * U * spread)
 
 

@@ -105,7 +105,8 @@ def _of_map(
 
         ops = Products(lambda y: product(scaled, y), lambda z: product(back, z), twice, like, (1, m, n), gamma(m + n))
         caller = Caller(dtype, exponent.to(device))
-        for again in (False, True):
+        finite = finite and (values is None or bool(values.isfinite().all()))
+        for again in (False, True) if finite else ():
             # There is no SVD to fall back on: a space that no multiplicity and no slow decay keeps too small.
             asked = tolerance / 8 if again else tolerance
             found = by_products(ops, rank, caller, rtol=asked, generator=source, wide=again)
