@@ -32,8 +32,8 @@ from gramian.linalg.twofold import U, gamma
 
 OUTSIDE = 16
 """Random vectors for the norm outside the Krylov space."""
-SEEN = 8
-"""Random vectors for the rounding of each of the two Krylov runs."""
+SEEN = 16, 8
+"""Random vectors for the rounding of the Krylov run, and of the one outside, which may be known less well."""
 ALLOWED = 0.6, 0.7, 0.8, 0.9
 """Shares of the k-th eigenvalue that the norm of AᵀA outside the space may be asked to stay below."""
 DIRECT = 1e-3
@@ -301,7 +301,7 @@ def by_products(
         return Found(value, nothing, nothing * math.nan, reason, p // r, FAILURE)
 
     basis = found.rows.to(torch.float64)
-    own = probes.probes(p, basis.device, SEEN)
+    own = probes.probes(p, basis.device, SEEN[0])
     z = own.omega.mT @ basis
 
     def project(y: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ def by_products(
     rest = None
     if short:
         rest, near = _beyond(ops, space, w[:, -k], source)
-        other = probes.probes(rest.t.shape[-1], basis.device, SEEN)
+        other = probes.probes(rest.t.shape[-1], basis.device, SEEN[1])
         beyond = other.omega.mT @ rest.rows.to(torch.float64)
         back, forth, square = ops.twice(torch.cat([z, project(beyond)], -2))
         size = 1.1 * (w[:, -1].abs() + two_norm(f) + ritz(rest).abs()) if square is None else square
@@ -353,6 +353,13 @@ def by_products(
     if square is not None:
         optimum = (square * (1 - 8 * ops.unit) - top).clamp_min(0).sqrt()
         bound, missed = excess(factors, reached, off, square, optimum, ops.unit, ops.dense)
+        if ops.dense is not None:
+            least, _ = excess(factors, reached, 0.0, square, optimum, ops.unit, ops.dense)
+            if bool((bound > 2 * least).any()):
+                # One more pass is worth it: what is not known of A V is most of the bound.
+                reached = probes.apply(ops.dense, factors[2])
+                off = 4 * unit * size.sqrt() * norm(factors[2])
+                bound, missed = excess(factors, reached, off, square, optimum, ops.unit, ops.dense)
     else:
         inside = (w.sum(-1) - math.sqrt(p) * blur).clamp_min(0)
         shadow = torch.zeros_like(inside)
