@@ -227,7 +227,7 @@ def spectral_norm(
     start, a fixed seed if None. A map's answer is float64.
     Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the error bound is above rtol.
     Cost: "lanczos", products with 16 vectors, two in each of some 20 steps, in float32 where rtol is above 5e-5, and
-    two in float64 with 33 that bound its rounding; "svdvals", used up to a side of 512 and where Lanczos does not reach
+    two in float64 with 17 that bound its rounding; "svdvals", used up to a side of 512 and where Lanczos does not reach
     rtol, the Gram matrix's eigenvalues. Accuracy: a Rayleigh quotient, so far better than the bound; that of "lanczos"
     is an estimate that fails with probability 2 `krylov.FAILURE` over the start.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3.

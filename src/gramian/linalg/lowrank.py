@@ -222,7 +222,7 @@ def svd_lowrank(
     bounds: the factors themselves are not unique. `generator` of the random start, a fixed seed if None.
     Raises: `ShapeError`, `DtypeError`, `InputError`; `ConvergenceError` where the excess may be above rtol.
     Cost: "block_krylov", products with about 4k vectors for slow decay and 2k for fast, in float32 where its rounding
-    leaves rtol, and a float64 pass with k + 24 to bound that; "svd", used up to a side of 96, for k > n/4 and where the
+    leaves rtol, and a float64 pass with 24 to bound that; "svd", used up to a side of 96, for k > n/4 and where the
     other is not certified, one float64 SVD (about 50 products).
     Accuracy: the excess is bounded from ‖A‖_F² − Σ sᵢ², so it is seen down to about 1e-7 of ‖A‖_F unless all that is
     missed is below that. The bound of "block_krylov"
