@@ -115,8 +115,8 @@ BAD = [
     (["train", "task.py:task", "--steps", "0"], "--steps"),
     (["train", "task.py:task", "--seconds", "nan"], "--seconds"),
     (
-        ["train", "task.py:task", "--steps", "3", "--optimizer", "sgd"],
-        "unknown optimizer 'sgd'; wanted auto, soap",
+        ["train", "task.py:task", "--steps", "3", "--optimizer", "adagrad"],
+        "unknown optimizer 'adagrad'; wanted auto, whitened_muon",
     ),
     (["train", "task.py:task", "--steps", "3", "--lr", "nan"], "lr must be"),
     (["train", "task.py:task", "--steps", "3", "--init", "zeros"], "init must be one of default, isometric, auto"),
@@ -202,7 +202,7 @@ def test_train_shows_how_it_goes_and_keeps_the_model(folder, capsys) -> None:
     assert code == 0
     assert err.splitlines()[0].startswith("train   7%  step 2  loss 0.")
     assert len(err.splitlines()) == 20
-    assert "soap_muon (auto), learning rate 0.1" in out
+    assert "whitened_muon (auto), learning rate 0.3" in out
     assert "as the task makes it: signals and gradients cross it" in out
     assert "accuracy" in out
     assert out.endswith("Model: runs/x/model.safetensors\n")
@@ -255,7 +255,7 @@ def test_train_that_is_interrupted_says_how_to_go_on(folder, capsys, monkeypatch
     assert "runs/x holds an unfinished run" in err
     code, _, err = run(capsys, *TRAIN, "--resume", "--optimizer", "adamw")
     assert code == 2
-    assert "the run in runs/x is of optimizer soap_muon, not adamw; learning rate 0.1, not 0.001" in err
+    assert "the run in runs/x is of optimizer whitened_muon, not adamw; learning rate 0.3, not 0.001" in err
     code, out, _ = run(capsys, *TRAIN, "--resume")
     assert code == 0
     assert "resumed at 2" in out
@@ -302,7 +302,8 @@ def test_train_fits_the_terminal(folder, columns) -> None:
 
 
 def test_the_help_of_train_names_what_the_tables_hold(capsys) -> None:
-    from gramian.training import INITS, OPTIMIZERS
+    from gramian.optim import OPTIMIZERS
+    from gramian.training import INITS
 
     words = run(capsys, "train", "--help")[1].replace(",", " ").replace(".", " ").split()
     assert {"auto", *OPTIMIZERS, *INITS} <= set(words)

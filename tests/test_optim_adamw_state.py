@@ -13,7 +13,7 @@ from torch import nn
 
 from cases import seeded
 from gramian.errors import InputError
-from gramian.optim import SOAP, Muon, Shampoo
+from gramian.optim import SOAP, Muon, Shampoo, WhitenedMuon
 
 
 def network() -> nn.Sequential:
@@ -52,7 +52,7 @@ def by_hand(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, square
 
 
-@pytest.mark.parametrize("make", [Muon, SOAP, Shampoo])
+@pytest.mark.parametrize("make", [Muon, SOAP, Shampoo, WhitenedMuon])
 def test_what_carries_over_is_what_adamw_had(make: Any) -> None:
     model, before = trained(adamw)
     optimizer = make(model)

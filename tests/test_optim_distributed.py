@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from cases import seeded
 from distributed import run_on_ranks
 from gramian import placement
-from gramian.optim import SOAP, Muon, Proximal, Shampoo, refresh
+from gramian.optim import SOAP, Muon, Proximal, Shampoo, WhitenedMuon, refresh
 from gramian.prox import L1
 from zoo import ZOO
 from zoo_variants import VARIANTS
@@ -35,6 +35,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "muon": lambda m: Muon(m, lr=0.02, rtol=1e-10, weight_decay=0.1),
     "muon_kept": lambda m: Muon(m, lr=0.02, rtol=1e-10, refresh=3),
     "soap": lambda m: SOAP(m, lr=0.02, refresh=2),
+    "whitened_muon": lambda m: WhitenedMuon(m, lr=0.02, rank=3, refresh=2),
     "shampoo": lambda m: Shampoo(m, lr=0.02, refresh=2, damping=1e-2, rest_lr=1e-3),
 }
 TWO_RANKS = [name for name, how in VARIANTS.items() if how.num_ranks == 2]

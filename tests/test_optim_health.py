@@ -13,7 +13,7 @@ from torch import nn
 from cases import seeded, untyped
 from gramian import random
 from gramian.errors import GramianWarning, InputError
-from gramian.optim import SOAP, Muon, Shampoo, refresh
+from gramian.optim import SOAP, Muon, Shampoo, WhitenedMuon, refresh
 
 
 def stepped(optimizer: Any, w: nn.Parameter, *grads: torch.Tensor) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def test_spectra_are_those_of_the_momentum() -> None:
     g = random.with_spectrum(5, 4, spectrum=sigma, generator=seeded(0), dtype=torch.float64)
     share = sigma / sigma.sum()
     wanted = math.exp(-float((share * share.log()).sum()))
-    for make in (Muon, SOAP, Shampoo):
+    for make in (Muon, SOAP, Shampoo, WhitenedMuon):
         w = nn.Parameter(torch.zeros(5, 4, dtype=torch.float64))
         row = stepped(make([w]), w, g)
         assert row["condition"] == pytest.approx(4.0)
@@ -122,7 +122,7 @@ def parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(6, 4)) for _ in range(3)]
 
 
-MAKERS = {"muon": Muon, "soap": SOAP, "shampoo": Shampoo}
+MAKERS = {"muon": Muon, "soap": SOAP, "shampoo": Shampoo, "whitened_muon": WhitenedMuon}
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from cases import seeded
 from gramian.errors import InputError, UnsupportedError
-from gramian.optim import SOAP, Muon, Shampoo
+from gramian.optim import SOAP, Muon, Shampoo, WhitenedMuon
 from gramian.optim.shell import MatrixOptimizer
 
 OPTIMIZERS: dict[str, Callable[..., MatrixOptimizer]] = {
     "muon": lambda ps: Muon(ps, lr=0.1, scale="match_rms_adamw"),
     "muon_kept": lambda ps: Muon(ps, lr=0.1, scale="match_rms_adamw", refresh=3),
     "soap": lambda ps: SOAP(ps, lr=0.1, scale="match_rms_adamw", refresh=2),
-    "soap_orthogonal": lambda ps: SOAP(ps, lr=0.1, scale="match_rms_adamw", refresh=2, orthogonal=True),
+    "whitened_muon": lambda ps: WhitenedMuon(ps, lr=0.1, scale="match_rms_adamw", rank=3),
+    "whitened_muon_kept": lambda ps: WhitenedMuon(ps, lr=0.1, scale="match_rms_adamw", rank=3, refresh=2),
     "shampoo": lambda ps: Shampoo(ps, lr=0.1, scale="match_rms_adamw", refresh=2),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-SHAPES = ((5, 5), (4, 9), (1, 7), (7, 1))
+SHAPES = ((5, 5), (4, 9), (1, 7), (7, 1), (20, 33))
 STEPS = 4
 
 Shape = tuple[int, int]
@@ -150,8 +151,34 @@ def test_health_has_numbers_for_every_state(name: str) -> None:
         row = optimizer.health("spectra")["0"]
         assert row["condition"] >= 1, gradient
         assert 1 - 1e-6 <= row["effective_rank"] <= 4 + 1e-6, gradient
-        assert (row["drift"] is None) == (name == "muon")
+        assert (row["drift"] is None) == (name == "muon" or name.startswith("whitened"))
         assert row["drift"] is None or 0 <= row["drift"] <= 1 + 1e-6, gradient
+
+
+# name -> what each step's gradient is multiplied by
+FADING: dict[str, list[float]] = {
+    "suddenly": [1.0] * 20 + [1e-30] * 200,
+    "through zeros": [1.0] * 3 + [0.0] * 200 + [1e-30] * 5,
+    "in steps": [10.0 ** (-5 * (i // 10)) for i in range(90)],
+    "and back": [1e30] * 3 + [1e-30] * 40 + [1.0] * 40,
+}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("fading", FADING)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_may_fade(name: str, fading: str, momentum: float) -> None:
+    """No step is longer than Adam's after a sudden gradient, 1/√(1 − β) of the usual, and nothing stays broken."""
+    p = nn.Parameter(torch.zeros(20, 33))
+    optimizer = OPTIMIZERS[name]([p])
+    optimizer.param_groups[0]["momentum"] = momentum
+    longest = 0.05**-0.5 * 0.1 * 0.2 * math.sqrt(33 * 20)
+    for i, factor in enumerate([*FADING[fading], *[1.0] * 20]):
+        before = p.detach().clone()
+        p.grad = (factor * noise((20, 33), i)).float()
+        optimizer.step()
+        assert torch.linalg.matrix_norm(p.detach() - before) <= longest, i
+    assert all(value.isfinite().all() for value in optimizer.state[p].values())
 
 
 @pytest.mark.parametrize("gradient", ["nan", "one_minus_inf", "zero", "rank_one", "huge", "tiny", "condition"])

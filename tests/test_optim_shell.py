@@ -15,13 +15,14 @@ from torch.optim import lr_scheduler
 
 from cases import seeded
 from gramian.errors import InputError
-from gramian.optim import SOAP, Muon, Proximal, Shampoo
+from gramian.optim import SOAP, Muon, Proximal, Shampoo, WhitenedMuon
 from gramian.prox import L1
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "muon": Muon,
     "muon_kept": lambda m, **kw: Muon(m, refresh=3, **kw),
     "soap": lambda m, **kw: SOAP(m, refresh=3, **kw),
+    "whitened_muon": lambda m, **kw: WhitenedMuon(m, rank=3, refresh=2, **kw),
     "shampoo": lambda m, **kw: Shampoo(m, refresh=3, **kw),
 }
 

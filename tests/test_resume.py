@@ -27,7 +27,8 @@ import gramian as gm
 from cases import seeded
 from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
-from gramian.training import OPTIMIZERS, folder
+from gramian.optim import OPTIMIZERS
+from gramian.training import folder
 
 X = torch.randn(112, 6, generator=seeded(0))
 Y = (X[:, 0] > 0).long()
@@ -356,13 +357,13 @@ def wide() -> nn.Module:
 OTHERS = {
     "task": ({"name": "other"}, {}, "of task task, not other"),
     "model": ({"model": wide}, {}, r"of model Sequential of 162 parameters \(\w+\), not Sequential of 83"),
-    "optimizer": ({}, {"optimizer": "muon", "lr": 0.1}, "of optimizer soap_muon, not muon"),
-    "rate": ({}, {"lr": 0.2}, "of learning rate 0.1, not 0.2"),
+    "optimizer": ({}, {"optimizer": "muon", "lr": 0.1}, "of optimizer whitened_muon, not muon"),
+    "rate": ({}, {"lr": 0.2}, "of learning rate 0.3, not 0.2"),
     "seed": ({}, {"seed": 4}, "of seed 0, not 4"),
     "init": ({}, {"init": "isometric"}, "of init default, not isometric"),
     "amount": ({}, {"steps": 43}, "of budget 42 steps, not 43 steps"),
     "kind": ({}, {"steps": None, "seconds": 42.0}, "of budget 42 steps, not 42 seconds"),
-    "two": ({}, {"seed": 1, "lr": 3}, "of learning rate 0.1, not 3; seed 0, not 1"),
+    "two": ({}, {"seed": 1, "lr": 3}, "of learning rate 0.3, not 3; seed 0, not 1"),
 }
 
 

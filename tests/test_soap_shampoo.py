@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,16 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cases import seeded
-from gramian.optim import SOAP, Shampoo
+from gramian.optim import SOAP, Shampoo, WhitenedMuon
 from gramian.optim.soap import DAMPING
+from steps import LR, gradients, run
 from zoo import ZOO
-
-STEPS = 7
-LR = 0.1
-
-
-def gradients(shape: tuple[int, int], seed: int = 0) -> list[Tensor]:
-    return [torch.randn(shape, generator=seeded(100 * seed + i), dtype=torch.float64) for i in range(STEPS)]
 
 
 def both(shape: tuple[int, int], sides: str) -> tuple[bool, bool]:
@@ -31,7 +26,7 @@ def both(shape: tuple[int, int], sides: str) -> tuple[bool, bool]:
     return m <= n, m > n
 
 
-def naive_soap(grads: list[Tensor], refresh: int, sides: str, momentum=0.95, nesterov=True, orthogonal=False) -> Tensor:
+def naive_soap(grads: list[Tensor], refresh: int, sides: str, momentum=0.95, nesterov=True) -> Tensor:
     """The docstring's formula for one matrix that starts at zero; all is kept in the parameter's own coordinates."""
     m, n = grads[0].shape
     has_left, has_right = both((m, n), sides)
@@ -50,11 +45,7 @@ def naive_soap(grads: list[Tensor], refresh: int, sides: str, momentum=0.95, nes
         v = 0.95 * v + 0.05 * (q.T @ g @ r).square()
         ahead = q.T @ (momentum * b + (1 - momentum) * g if nesterov else b) @ r
         d = ahead / (v.sqrt() + DAMPING * v.mean().sqrt())
-        if orthogonal:
-            u, _, vt = torch.linalg.svd(d, full_matrices=False)
-            d = u @ vt
-        else:
-            d = d * math.sqrt(1 - 0.95 ** (step + 1)) / math.sqrt(max(m, n))
+        d = d * math.sqrt(1 - 0.95 ** (step + 1)) / math.sqrt(max(m, n))
         w = w - LR * math.sqrt(m / n) * q @ d @ r.T
     return w
 
@@ -84,15 +75,6 @@ def matrix_power(m: Tensor, power: float, damping: float) -> Tensor:
     return q * (values + damping * values.mean()) ** power @ q.T
 
 
-def run(make: Callable[..., Any], grads: list[Tensor], **options: Any) -> Tensor:
-    w = nn.Parameter(torch.zeros_like(grads[0]))
-    optimizer = make([w], lr=LR, **options)
-    for g in grads:
-        w.grad = g.clone()
-        optimizer.step()
-    return w.detach()
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "no_nesterov": {"nesterov": False},
@@ -115,16 +97,6 @@ def test_soap_does_not_see_the_scale(scale: float) -> None:
     grads = gradients((6, 6))
     found = run(SOAP, [g * scale for g in grads], refresh=3)
     torch.testing.assert_close(found, naive_soap(grads, 3, "auto"), rtol=1e-8, atol=1e-10)
-
-
-def test_orthogonal_soap_is_the_polar_factor() -> None:
-    """Five Newton–Schulz steps of it: singular values from 0.7 to 1.2, in the right directions."""
-    grads = gradients((6, 6))[:1]
-    found, wanted = run(SOAP, grads, orthogonal=True), naive_soap(grads, 1, "auto", orthogonal=True)
-    sigma = torch.linalg.svdvals(found) / LR
-    assert sigma.min() > 0.6
-    assert sigma.max() < 1.3
-    assert (found * wanted).sum() / torch.linalg.matrix_norm(found) / torch.linalg.matrix_norm(wanted) > 0.97
 
 
 @pytest.mark.parametrize("refresh", [1, 3])
@@ -224,7 +196,9 @@ def test_fused_and_separate_parameters_step_alike(make: Callable[..., Any]) -> N
     assert torch.equal(fused[0].weight, torch.cat([m.weight for m in parts[:3]]))
 
 
-@pytest.mark.parametrize("make", [SOAP, Shampoo], ids=["soap", "shampoo"])
+@pytest.mark.parametrize(
+    "make", [SOAP, Shampoo, partial(WhitenedMuon, lr=0.1)], ids=["soap", "shampoo", "whitened_muon"]
+)
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_learns(name: str, make: Callable[..., Any]) -> None:
     case = ZOO[name]

@@ -13,7 +13,7 @@ import gramian as gm
 from cases import seeded
 from gramian.checkpoint import load_into
 from gramian.errors import GramianWarning, InputError, TaskError
-from gramian.training import OPTIMIZERS
+from gramian.optim import OPTIMIZERS
 from zoo import ZOO
 
 X = torch.randn(96, 6, generator=seeded(0))
@@ -261,8 +261,8 @@ def test_the_seed_is_of_the_model_too() -> None:
 
 
 def test_unknown_words_are_told() -> None:
-    with pytest.raises(InputError, match="unknown optimizer 'sgd'; wanted auto, soap_muon, muon"):
-        gm.train(task(), optimizer="sgd", steps=1)
+    with pytest.raises(InputError, match="unknown optimizer 'adagrad'; wanted auto, whitened_muon, muon"):
+        gm.train(task(), optimizer="adagrad", steps=1)
     with pytest.raises(InputError, match="init must be one of default, isometric, auto; got 'zeros'"):
         gm.train(task(), init="zeros", steps=1)
     with pytest.raises(InputError, match="sum of losses, number of units"):

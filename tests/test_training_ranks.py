@@ -16,7 +16,8 @@ import gramian as gm
 from cases import seeded
 from distributed import run_on_ranks
 from gramian.errors import GramianError
-from gramian.training import OPTIMIZERS, folder
+from gramian.optim import OPTIMIZERS
+from gramian.training import folder
 
 X = torch.randn(70, 6, generator=seeded(0), dtype=torch.float64)
 Y = (X[:, 0] > 0).long()

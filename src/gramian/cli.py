@@ -159,7 +159,7 @@ def inspect_command(
 @app.command("train")
 def train_command(
     task: Annotated[str, typer.Argument(help="A built-in task's name, or path/file.py:function.")],
-    optimizer: Annotated[str, typer.Option(help="auto, soap_muon, muon, soap, shampoo or adamw.")] = "auto",
+    optimizer: Annotated[str, typer.Option(help="auto, whitened_muon, muon, soap, shampoo, adamw or sgd.")] = "auto",
     lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
     init: Annotated[
         str, typer.Option(help="auto (mended only where it cannot learn as it is), default or isometric.")

@@ -125,7 +125,7 @@ def _ours(name: str, start: float) -> Competitor:
 
 ADAMW = "AdamW, fused"
 TORCH_MUON = "torch Muon"
-DEFAULT = "gramian SOAPMuon"
+DEFAULT = "gramian WhitenedMuon"
 """The one that has to win on every task."""
 
 _REST = "the rest by fused AdamW at its tuned rate"
@@ -136,7 +136,7 @@ COMPETITORS: dict[str, Competitor] = {
     "pytorch_optimizer SOAP": Competitor(_peer_soap, 3.16e-3, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
     "gramian Muon": _ours("Muon", 0.1),
     "gramian SOAP": _ours("SOAP", 0.316),
-    "gramian SOAPMuon": _ours("SOAPMuon", 0.1),
+    "gramian WhitenedMuon": _ours("WhitenedMuon", 0.316),
 }
 """Weight decay is zero for all; momentum and everything else is as each has it by default."""
 

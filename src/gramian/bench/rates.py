@@ -21,7 +21,7 @@ from gramian.bench.learning_tasks import classes
 from gramian.bench.table import Goal, Measurement, Row, Tell
 from gramian.errors import GramianWarning
 from gramian.init import isometric_
-from gramian.optim import Muon
+from gramian.optim import OPTIMIZERS, Muon, WhitenedMuon
 from gramian.optim.suggestion import suggest_lr
 from gramian.tasks import plain_tanh_network
 from gramian.training import Task, train
@@ -52,6 +52,7 @@ class Contender:
 
 
 CONTENDERS: dict[str, Contender] = {
+    "WhitenedMuon": Contender(WhitenedMuon, OPTIMIZERS["whitened_muon"].usual, 0.316),
     "Muon, spectral": Contender(Muon, 0.05, 0.316),
     "Muon, match_rms_adamw": Contender(partial(Muon, scale="match_rms_adamw"), 1e-3, 0.0316),
     "AdamW": Contender(lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, fused=True), 1e-3, 0.01),

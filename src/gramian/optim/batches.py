@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.errors import InputError
 from gramian.optim.routing import Route
 
 __all__ = ["Batch", "Batches", "State", "alike"]
@@ -63,6 +64,12 @@ class Batch:
                 known = states.get(r.parameter, {}).get(name)
                 if known is None:
                     fresh.fill_(True)
+                elif known.shape != views[name].shape:
+                    raise InputError(
+                        f"the state {name!r} of {r.name!r} has shape {tuple(known.shape)}, but this optimizer with its "
+                        f"options needs {tuple(views[name].shape)}. Load the state of the same optimizer, and keep the "
+                        "options that set a shape, such as rank"
+                    )
                 else:
                     views[name].copy_(known)
 

@@ -59,6 +59,10 @@ def check(name: str, options: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {key} must be in [0, 1), got {value}")
         if key == "rtol" and not 0 < value < 1:
             raise InputError(f"{name}: rtol must be between 0 and 1, got {value}")
+        if key == "damping" and not value > 0:
+            raise InputError(f"{name}: damping must be positive, got {value}")
+        if key == "rank" and not (isinstance(value, int) and value >= 1):
+            raise InputError(f"{name}: rank must be a number of eigenvectors, at least 1, got {value!r}")
     if options["scale"] not in ("spectral", "match_rms_adamw"):
         raise InputError(f"{name}: scale must be 'spectral' or 'match_rms_adamw', got {options['scale']!r}")
     size = options["part_size"]

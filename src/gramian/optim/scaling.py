@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramian.optim.batches import State
 
-__all__ = ["peak", "rescale_"]
+__all__ = ["as_long_as_polar", "peak", "rescale_"]
 
 SPAN = 24  # powers of two by which gradients may grow or shrink before their unit moves
 LARGEST = {torch.float32: 126, torch.float64: 1022}  # the exponent of a power of two that is normal, as its inverse is
@@ -31,7 +31,8 @@ def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
 
     The unit, `2 ** state["unit"]` (K, 1, 1), is one at first. It moves to the largest entry of a gradient that is 2²⁴
     times larger, or 2²⁴ times smaller with a momentum that is so too, and the state with it: each tensor named in
-    `powers` by that power of the unit; exact but for underflow.
+    `powers` by that power of the unit; exact but for underflow. What was told in a unit so much larger that it would
+    overflow in the new one is forgotten.
     """
     unit = state["unit"]
     largest = peak(g, (-2, -1))
@@ -41,12 +42,23 @@ def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
         known = peak(state["momentum"], (-2, -1))
         moves &= (wanted > unit) | (known == 0) | (torch.frexp(known)[1] < -SPAN)
         shift = torch.where(moves, unit - wanted, 0.0)
+        far = shift > LARGEST[g.dtype] // 4  # a square of what is some powers of two long still fits
         for name, power in powers.items():
             if name in state:
-                _ldexp_(state[name], shift * power)
+                _ldexp_(state[name].masked_fill_(far, 0.0), shift * power)
         unit.copy_(torch.where(moves, wanted, unit))
     if g.device.type != "cpu" or bool(unit.any()):
         _ldexp_(g, -unit)
+
+
+def as_long_as_polar(d: Tensor) -> Tensor:
+    """Each matrix (K, m, n) at the Frobenius norm of a polar factor, √min(m, n); zeros stay zeros.
+
+    >>> as_long_as_polar(torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]]])).tolist()
+    [[[0.6000000238418579, 0.800000011920929]], [[0.0, 0.0]]]
+    """
+    norm = torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True)
+    return d * torch.where(norm > 0, min(d.shape[-2:]) ** 0.5 / norm, 0.0)
 
 
 def _ldexp_(x: Tensor, exponent: Tensor) -> None:

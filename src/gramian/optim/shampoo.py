@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gramian import linalg
-from gramian.errors import InputError
 from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead
-from gramian.optim.scaling import rescale_
+from gramian.optim.scaling import as_long_as_polar, rescale_
 from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
 from gramian.optim.sides import REFRESH, Sides, check_sides, sides_of
 
@@ -36,7 +35,7 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
 def update(g: Tensor, state: State, turn: Turn) -> Tensor:
     """L^(-1/p) B R^(-1/p), scaled to the norm of a polar factor; p is twice the number of sides."""
     options = turn.options
-    rescale_(g, state, {"momentum": 1, "left_moment": 2, "right_moment": 2, "left_root": 0, "right_root": 0})
+    rescale_(g, state, {"momentum": 1, "left_moment": 2, "right_moment": 2})
     sides = [side for side, _ in sides_of(g.shape, options["sides"])]
     for side in sides:
         second = g @ g.mT if side == "left" else g.mT @ g
@@ -47,8 +46,7 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
     d = look_ahead(g, state["momentum"], turn)
     for side in sides:
         d = state[f"{side}_root"] @ d if side == "left" else d @ state[f"{side}_root"]
-    norm = torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True)
-    return d * (min(d.shape[-2:]) ** 0.5 / norm.clamp_min(torch.finfo(d.dtype).tiny))
+    return as_long_as_polar(d)
 
 
 def _renew(state: State, side: str, p: int, turn: Turn) -> None:
@@ -109,8 +107,6 @@ class Shampoo(MatrixOptimizer):
     ) -> None:
         check_sides("Shampoo", sides)
         shared.setdefault("refresh", REFRESH)
-        if not damping > 0:
-            raise InputError(f"Shampoo: damping must be positive, got {damping}")
         options = {
             "momentum": momentum,
             "nesterov": nesterov,

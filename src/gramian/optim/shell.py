@@ -39,8 +39,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         rest_lr, rest_betas, rest_eps, rest_weight_decay: of AdamW. `rest_lr` is 3e-3 by default, or `lr` itself with
             `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
             that is less. No vector decays.
-        part_size: matrices whose smaller side is longer are cut along it into equal parts of at most so many rows (or
-            columns), each with a direction of its own, which costs less. `None`: whole.
+        part_size: matrices whose smaller side is longer are cut into equal parts of at most so many rows, each with a
+            direction of its own, which costs less. `None`: whole.
         refresh: steps between two renewals of a direction's costly parts, staggered over the matrices.
         max_overhead: share of a step's time that the optimizer may take. `refresh` is then set once, after nine steps
             have been timed, by all ranks together, kept in `state_dict()` and replayed.
@@ -255,7 +255,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         - `effective_rank`: exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ/Σσ, of the momentum: from one to min(m, n);
         - `drift`: how far what is renewed every `refresh` steps is out of date, from 0 (not at all) to 1: the share
           off the diagonal of the second moment told in its basis (SOAP), or the sine of the angle between the direction
-          or the root that is kept and what it would be now. `None` where nothing is kept.
+          or the root that is kept and what it would be now. `None` where nothing is kept to tell it by.
 
         A sharded parameter's fallbacks and spectra are told by the rank that works on it; on others they are `None`.
 

@@ -1,4 +1,4 @@
-"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner, orthogonalised on request."""
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gramian.linalg import factor
-from gramian.linalg.polar_direction import HALF
 from gramian.optim.batches import State
-from gramian.optim.muon import average, look_ahead, orthogonal
+from gramian.optim.muon import average, look_ahead
 from gramian.optim.scaling import rescale_
 from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
 from gramian.optim.sides import REFRESH, Sides, check_sides, sides_of
 
-__all__ = ["SOAP", "SOAPMuon"]
+__all__ = ["SOAP"]
 
 DAMPING = 1e-3
 """Of Adam's denominator, times the root mean square of the matrix's own: below it an entry is noise of rounding."""
@@ -57,16 +56,11 @@ def update(g: Tensor, state: State, turn: Turn) -> Tensor:
     floor = state["variance"].mean((-2, -1), keepdim=True).sqrt() * DAMPING
     # Not in place: without Nesterov what is looked at is the momentum itself.
     d = look_ahead(g, state["momentum"], turn) / root.add_(floor.clamp_min_(torch.finfo(g.dtype).tiny))
-    if options["orthogonal"]:
-        d = orthogonal(d, turn)
-    else:
-        # Entries of Adam's direction are ±1 at most, as a rule; so its norm is at most that of a polar factor.
-        d *= state["weight"].sqrt() / max(d.shape[-2:]) ** 0.5
-    if options["orthogonal"] and options["rtol"] >= HALF:
-        d = d.bfloat16()  # as the polar factor's own products
+    # Entries of Adam's direction are ±1 at most, as a rule; so its norm is at most that of a polar factor.
+    d *= state["weight"].sqrt() / max(d.shape[-2:]) ** 0.5
     for side in sides:
-        d = _out_of(d, state[f"{side}_basis"].to(d.dtype), side)
-    return d.to(g.dtype)
+        d = _out_of(d, state[f"{side}_basis"], side)
+    return d
 
 
 def _into(x: Tensor, basis: Tensor, side: str) -> Tensor:
@@ -107,8 +101,7 @@ class SOAP(MatrixOptimizer):
     """Adam in the eigenbasis of the gradients' second moments: `W ← W − lr · s · Q_L D Q_Rᵀ`.
 
     `Q_L` and `Q_R` are the eigenvectors of the running means of `g gᵀ` and `gᵀ g`, and `D` is Adam's direction of
-    `Q_Lᵀ g Q_R`. The moments are kept in the basis and turn with it. With `orthogonal=True` the direction is the polar
-    factor of D: Muon's step, of a gradient whitened entry by entry.
+    `Q_Lᵀ g Q_R`. The moments are kept in the basis and turn with it.
 
     Args:
         params: the model, or its parameters.
@@ -117,7 +110,6 @@ class SOAP(MatrixOptimizer):
         variance_beta, moment_beta: of Adam's second moment and of the second moments whose eigenvectors make the basis.
         sides: `"both"`; `"small"`, the smaller one only; `"auto"`: both where the longer side is less than twice the
             shorter one.
-        orthogonal, rtol: whether the direction is orthogonalised, and how well (see `Muon`).
         shared: see `MatrixOptimizer`; `refresh`, the steps between two turns of a basis, is 10 by default.
 
     Cost: per step and side of size k, `6 m n k` operations; at a turn, an eigendecomposition and `6 k³` more.
@@ -141,8 +133,6 @@ class SOAP(MatrixOptimizer):
         variance_beta: float = 0.95,
         moment_beta: float = 0.95,
         sides: Sides = "auto",
-        orthogonal: bool = False,
-        rtol: float = 0.1,
         **shared: Unpack[Shared],
     ) -> None:
         check_sides(type(self).__name__, sides)
@@ -153,31 +143,5 @@ class SOAP(MatrixOptimizer):
             "variance_beta": variance_beta,
             "moment_beta": moment_beta,
             "sides": sides,
-            "orthogonal": orthogonal,
-            "rtol": rtol,
         }
         super().__init__(params, lr, options, **shared)
-
-
-class SOAPMuon(SOAP):
-    """SOAP's direction, orthogonalised: `W ← W − lr · s · Q_L polar(D) Q_Rᵀ`; what `optimizer="auto"` takes.
-
-    The gradient is whitened entry by entry in the eigenbasis of its second moments, as in SOAP, and takes Muon's step
-    from there. `gramian bench optim` compares it with both.
-
-    Args:
-        params: the model, or its parameters.
-        lr: length of a step of the matrices, in the unit that `scale` sets.
-        options: of `SOAP`, with shorter means (`momentum`, `variance_beta`), one side and `refresh=20` by default.
-
-    Cost: SOAP's and Muon's.
-    Source: the hybrid of the records of modded-nanogpt, track 3; of Vyas et al. (2409.11321) and Jordan et al. (2024).
-
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-    >>> SOAPMuon(net, lr=0.1).param_groups[0]["orthogonal"]
-    True
-    """
-
-    def __init__(self, params: nn.Module | Iterable[Any], lr: float = 0.1, **options: Any) -> None:
-        own = {"momentum": 0.9, "variance_beta": 0.9, "sides": "small", "orthogonal": True, "refresh": 20}
-        super().__init__(params, lr, **{**own, **options})

@@ -15,11 +15,9 @@ from gramian import placement
 from gramian.errors import InputError, UnsupportedError
 from gramian.objective import Objective, as_objective
 from gramian.operators import LineCurvature, line_curvature
-from gramian.optim.muon import Muon
+from gramian.optim.named import OPTIMIZERS, named
 from gramian.optim.proximal import Proximal
-from gramian.optim.shampoo import Shampoo
 from gramian.optim.shell import MatrixOptimizer
-from gramian.optim.soap import SOAP, SOAPMuon
 from gramian.recording.measuring import eager
 
 __all__ = ["LearningRate", "suggest_lr"]
@@ -34,15 +32,6 @@ MOST_HALVINGS = 8
 
 # The best rate of runs of 100 steps over that of a rehearsal, as found on the networks of `gramian bench rates`.
 FRACTION = 0.7
-
-_NAMED: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "muon": Muon,
-    "soap_muon": SOAPMuon,
-    "soap": SOAP,
-    "shampoo": Shampoo,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
 
 # Their steps depend on the weights, or on more than one gradient.
 _REFUSED = (Proximal, torch.optim.Adafactor, torch.optim.LBFGS)
@@ -80,7 +69,7 @@ def suggest_lr(
     batch: Any,
     objective: Objective | Callable,
     *,
-    optimizer: str | type[torch.optim.Optimizer] | Make = "muon",
+    optimizer: str | type[torch.optim.Optimizer] | Make = "auto",
     num_steps: int = NUM_STEPS,
 ) -> LearningRate:
     """A learning rate for a model, from the curvature along the optimizer's own direction and short rehearsals.
@@ -98,7 +87,7 @@ def suggest_lr(
         batch: one batch, or a list of batches (tuples, lists or dicts): the last one judges, the others train. Give
             several: with one alone, the rate is that of a gradient without noise.
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
-        optimizer: `"muon"`, `"soap_muon"`, `"soap"`, `"shampoo"`, `"adamw"`, `"sgd"`, a class, or a function
+        optimizer: `"auto"`, as in `gm.train`, another name of `gm.optim.OPTIMIZERS`, a class, or a function
             `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
         num_steps: of a rehearsal. Much fewer than 16 mislead: too small rates then look best.
 
@@ -321,10 +310,7 @@ def _batches(batch: Any) -> list[Any]:
 def _maker(optimizer: Any) -> Make:
     """`(model, lr) -> optimizer` for a name, a class or a function."""
     if isinstance(optimizer, str):
-        if optimizer not in _NAMED:
-            known = ", ".join(_NAMED)
-            raise InputError(f"suggest_lr: unknown optimizer {optimizer!r}; wanted {known}, a class, or a function")
-        optimizer = _NAMED[optimizer]
+        return OPTIMIZERS[named("suggest_lr", optimizer)].make
     if not callable(optimizer):
         raise InputError(f"suggest_lr: optimizer must be a name, a class or a function, got {type(optimizer).__name__}")
     make: Callable[..., Any] = optimizer

@@ -1,9 +1,8 @@
 """Training: a task, an optimizer, a budget in steps, epochs or seconds; killed at any moment, it goes on exactly."""
 
 from gramian.training.loop import train
-from gramian.training.optimizers import AUTO, OPTIMIZERS
 from gramian.training.schedule import NUM_EVALUATIONS, WARMUP_STEPS
 from gramian.training.start import INITS
 from gramian.training.task import Run, Task
 
-__all__ = ["AUTO", "INITS", "NUM_EVALUATIONS", "OPTIMIZERS", "WARMUP_STEPS", "Run", "Task", "train"]
+__all__ = ["INITS", "NUM_EVALUATIONS", "WARMUP_STEPS", "Run", "Task", "train"]

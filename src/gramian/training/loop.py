@@ -60,8 +60,8 @@ def train(
 
     Args:
         task: what to train.
-        optimizer: `"auto"` (`AUTO`: what `gramian bench optim` shows to be best), another name of `OPTIMIZERS` (AdamW
-            is torch's, fused), or a function `model -> optimizer`.
+        optimizer: `"auto"` (what `gramian bench optim` shows to be best), another name of `gm.optim.OPTIMIZERS` (AdamW
+            and SGD are torch's), or a function `model -> optimizer`.
         lr: learning rate; the optimizer's usual one by default. Not used with a function.
         init: `"default"` leaves the model as the task makes it; `"isometric"` applies `gm.init.isometric_`; `"auto"`
             does so only where `gm.inspect` finds that the network cannot learn as it is, its weights have no structure
