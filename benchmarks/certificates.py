@@ -8,7 +8,9 @@ twofold route and its own bound. Run from the repository's root: python benchmar
 `python benchmarks/certificates.py spectral` scores spectral_norm, cond, svdvals and svd_lowrank, small ones and those
 large enough for their Krylov routes, and writes benchmarks/results/certificates_spectral.json. Its routes were
 developed on the seeds 700 000 and 710 000. (930 000 was used up: it gave none silent, 0.014 % flagged, and a largest
-median of 103, of cond in float64, whose bound was then made tighter.)
+median of 103, of cond in float64, whose bound was then made tighter. 950 000, 970 000
+and 980 000 were used up as the bounds of the Krylov routes changed: none silent, 0.043, 0.043 and 0.029 % flagged,
+largest medians of 80, 70 and, of svd_lowrank, 1136, whose bound was then made tighter.)
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from gramian.linalg.certificate import RTOL  # noqa: E402
 
 SEED = 920_000
 SMALL_COUNT = 160
-SPECTRAL_SEED, SPECTRAL_SMALL, SPECTRAL_LARGE = 950_000, 160, 40
+SPECTRAL_SEED, SPECTRAL_SMALL, SPECTRAL_LARGE = 990_000, 160, 40
 LARGE = ((48, 33), (96, 32))
 """(n, matrices of each function)"""
 FEW = 20

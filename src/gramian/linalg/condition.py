@@ -14,8 +14,8 @@ from gramian.linalg import probes
 from gramian.linalg.batch import check, choose, load, norm, unscaled
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.conditioning import largest, smallest
-from gramian.linalg.extremes import NARROW, SMALL, leading, search, start_of
-from gramian.linalg.krylov import FAILURE, by, top_bound
+from gramian.linalg.extremes import NARROW, SEEN, SMALL, leading, search, start_of
+from gramian.linalg.krylov import FAILURE, by, top_bound, top_vector
 from gramian.linalg.singular import by_gram
 from gramian.linalg.twofold import U, gamma
 from gramian.linalg.verdict import Number, numbers
@@ -32,8 +32,8 @@ def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
     their products with random vectors.
     """
     b, m, n = x.shape
-    narrow = x.dtype == torch.float32 and rtol / 3 >= NARROW
-    top = leading(x if narrow else x.to(torch.float64), rtol / 3, generator)
+    narrow = x.dtype == torch.float32 and 0.4 * rtol >= NARROW
+    top = leading(x if narrow else x.to(torch.float64), 0.4 * rtol, generator)
     x = x.to(torch.float64)
     square = torch.linalg.qr(x, mode="r").R if m != n else x
     # The transpose lies as LAPACK wants it: no copy across.
@@ -53,18 +53,19 @@ def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
         images.append(solve(y, adjoint=False))
         return solve(images[-1], adjoint=True)
 
-    found, known = search(inverse, start_of(generator, x, n, b), 1.1 * rtol)
+    found, theta = search(inverse, start_of(generator, x, n, b), 1.1 * rtol)
+    near = theta * (1 + 1.1 * rtol)
     p = found.t.shape[-1]
-    seen = probes.probes(p, x.device)
-    weights = torch.cat([seen.omega.mT.expand(b, -1, -1), known.ritz[:, None]], -2)
+    seen = probes.probes(p, x.device, SEEN)
+    weights = torch.cat([seen.omega.mT.expand(b, -1, -1), top_vector(found, theta)[:, None]], -2)
     w, z = weights @ found.rows, weights @ torch.cat(images, -2)
     y = (weights @ found.t) @ found.rows + weights[..., -found.block :] @ found.residual
     forth = by(y, square.mT)
     size = norm(square)
     first = probes.two_norm((by(z, square) - w)[:, :-1], seen, gamma(n) * size * norm(z))
     second = probes.two_norm((forth - z)[:, :-1], seen, gamma(n) * size * norm(y))
-    share = first + second / known.w[:, -1].clamp_min(2.0**-900).sqrt()
-    high = top_bound(found, known, share=share)
+    share = first + second / theta.clamp_min(2.0**-900).sqrt()
+    high = top_bound(found, theta, near, noise=torch.zeros_like(theta), share=share)
     # One more step of inverse iteration than the Ritz vector.
     reached = forth[:, -1].norm(dim=-1) / y[:, -1].norm(dim=-1).clamp_min(2.0**-900)
     blur = gamma(n) * size + (8 * m * U * size if m != n else 0.0)

@@ -11,22 +11,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import probes
-from gramian.linalg.batch import check, choose, exponent_of, load, norm, scale, unscaled
+from gramian.linalg.batch import check, choose, load, norm, scale, unscaled
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.krylov import (
     FAILURE,
     Krylov,
-    Resolvent,
     by,
     default_generator,
-    gaussian,
     lanczos,
     next_check,
-    resolvent,
+    random_rows,
+    reach,
+    ritz,
     top_bound,
-    top_within,
+    top_vector,
 )
-from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense
+from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
 from gramian.linalg.singular import by_gram, svd_values_twofold
 from gramian.linalg.twofold import U, gamma
 from gramian.linalg.verdict import Number, numbers
@@ -37,6 +37,8 @@ BLOCK = 16
 """Starting vectors. A block of 16 is unlikely to miss the top by much: 22 steps where one vector takes 102 (2048²,
 normal entries, four digits), each three times as long on two cores; and it forgives float32's rounding."""
 MAX_STEPS = 40
+SEEN = 16
+"""Random vectors for the rounding of the Krylov run."""
 PLAIN = 1e-9
 """The rtol from which the norm is had from the Gram matrix in float64."""
 NARROW = 5e-5
@@ -54,31 +56,28 @@ class Top(NamedTuple):
     steps: int
 
 
-def search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Resolvent]:
-    """Lanczos until the largest eigenvalue is known to `share`, but for rounding."""
+def search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Tensor]:
+    """Lanczos until the largest eigenvalue is known to `share`, but for rounding; and T's largest (B,)."""
     before: tuple[int, Tensor] | None = None
-    known: Resolvent | None = None
+    theta = start.new_zeros(0)
     noise = 32 * torch.finfo(start.dtype).eps
 
     def stop(found: Krylov) -> int:
-        nonlocal before, known
-        known = resolvent(found)
-        now = top_within(known, share, noise=noise) + 0.1
-        if bool((now < 0).all()):
-            return 0
-        more = next_check(found, before, now)
+        nonlocal before, theta
+        theta = ritz(found)
+        now = reach(found, theta[:, None] * (1 + share), noise * theta[:, None])[:, 0].log() + 0.1
+        more = 0 if bool(((now < 0) | (theta <= 0)).all()) else next_check(found, before, now)
         before = found.t.shape[-1] // found.block, now
         return more
 
     found = lanczos(apply, start, MAX_STEPS, stop=stop)
-    if known is None or known.w.shape[-1] != found.t.shape[-1]:
-        known = resolvent(found)
-    return found, known
+    if before is None or before[0] * found.block < found.t.shape[-1]:
+        theta = ritz(found)
+    return found, theta
 
 
 def start_of(generator: torch.Generator | None, like: Tensor, n: int, batch: int) -> Tensor:
-    start = gaussian(default_generator(generator), like, 1, min(BLOCK, n), n)
-    return start.to(like.dtype).expand(batch, -1, -1)
+    return random_rows(default_generator(generator), like, batch, min(BLOCK, n), n)
 
 
 def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
@@ -86,16 +85,18 @@ def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
 
     `apply` may round: D = AᵀAW − WT − FE_qᵀ is seen from its products with random vectors.
     """
-    found, known = search(apply, start, 1.8 * rtol)
+    share = 1.8 * rtol
+    found, theta = search(apply, start, share)
+    near = theta * (1 + share)
     p = found.t.shape[-1]
-    seen = probes.probes(p, start.device)
-    weights = torch.cat([seen.omega.mT.expand(start.shape[0], -1, -1), known.ritz[:, None]], -2)
+    seen = probes.probes(p, start.device, SEEN)
+    weights = torch.cat([seen.omega.mT.expand(start.shape[0], -1, -1), top_vector(found, theta)[:, None]], -2)
     rows = found.rows.to(torch.float64)
     z = weights @ rows
     exact, forth, rounding = twice(z)
     ours = (weights @ found.t) @ rows + weights[..., -found.block :] @ found.residual.to(torch.float64)
     noise = probes.two_norm((exact - ours)[:, :-1], seen, rounding * norm(z))
-    high = top_bound(found, known, noise=noise)
+    high = top_bound(found, theta, near, noise=noise)
     size = z[:, -1].norm(dim=-1).clamp_min(2.0**-500)
     low = forth[:, -1].norm(dim=-1) / size
     error = (high.clamp_min(0).sqrt() - low).clamp_min(0)
@@ -156,10 +157,7 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
     zero = like.new_zeros(1)
     finite, exponent, value = True, torch.zeros(1, dtype=torch.long), Number(zero, zero, zero)
     if min(a.shape):
-        image = own.matmat(start[0].mT)[None]
-        finite = bool(image.isfinite().all())
-        exponent = exponent_of(image.nan_to_num(posinf=0.0)).cpu()
-        scaled = ScaledMap(a, float(scale(torch.ones(1, dtype=torch.float64), -exponent)))
+        scaled, exponent, finite = scaled_map(a, start)
         back = scaled.adjoint()
         rounding = 16 * torch.finfo(own.dtype).eps
 
@@ -229,7 +227,7 @@ def spectral_norm(
     start, a fixed seed if None. A map's answer is float64.
     Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the error bound is above rtol.
     Cost: "lanczos", products with 16 vectors, two in each of some 20 steps, in float32 where rtol is above 5e-5, and
-    two in float64 with 33 that bound its rounding; "svdvals", used up to a side of 512 and where Lanczos does not reach
+    two in float64 with 17 that bound its rounding; "svdvals", used up to a side of 512 and where Lanczos does not reach
     rtol, the Gram matrix's eigenvalues. Accuracy: a Rayleigh quotient, so far better than the bound; that of "lanczos"
     is an estimate that fails with probability 2 `krylov.FAILURE` over the start.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.linalg.batch import norm
 from gramian.linalg.probes import SEED
 from gramian.linalg.twofold import U
 
@@ -20,8 +21,12 @@ Apply = Callable[[Tensor], Tensor]
 
 FAILURE = 1e-10
 """The probability with which each event that the estimates rest on may fail, one in 10¹⁰ for each matrix."""
-CANDIDATES = 24
-"""Upper bounds tried at once, twice: a bound is within 10 % of the best."""
+CANCELLED = 0.1
+"""The share of a block's image below which what is left of it is projected once more."""
+CLOSE = 1.5
+"""The ratio of two distances from the Ritz value at which it is asked whether there can be an eigenvalue."""
+BELOW = 6
+"""How many such distances below the guess are tried."""
 
 
 class Krylov(NamedTuple):
@@ -46,6 +51,14 @@ def gaussian(generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).to(like.device)
 
 
+def random_rows(generator: torch.Generator, like: Tensor, batch: int, r: int, n: int) -> Tensor:
+    """Orthonormal rows (B, r, n) that span r Gaussian vectors, the same for the whole batch, in the dtype of `like`.
+
+    In float64 first: r = n Gaussian vectors are often dependent for float32, and then span less than they are said to.
+    """
+    return orthonormal(gaussian(generator, like, 1, r, n))[0].to(like.dtype).expand(batch, -1, -1)
+
+
 def by(y: Tensor, a: Tensor) -> Tensor:
     """Y A of rows y (B, r, k) and a (B, k, n); without a batch where there is one matrix, which BLAS does faster."""
     if a.shape[0] == 1:
@@ -59,15 +72,19 @@ def by(y: Tensor, a: Tensor) -> Tensor:
     return y @ a
 
 
-def orthonormal(z: Tensor) -> Tensor:
-    """Orthonormal rows that span those of z (B, r, n); one that vanishes becomes zero."""
+def orthonormal(z: Tensor, least: float | None = None) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows that span those of z (B, r, n), and how little of a row (B,) was left to the last of them.
+
+    A row of which less than `least` of the longest is left, 100 roundings if None, becomes zero.
+    """
     start = z.norm(dim=-1, keepdim=True)
     tiny = torch.finfo(z.dtype).tiny
     if z.shape[-2] == 1:
-        return torch.where(start > tiny, z / start.clamp_min(tiny), 0.0)
+        return torch.where(start > max(tiny, least or 0.0), z / start.clamp_min(tiny), 0.0), start[:, 0, 0]
     q, r = torch.linalg.qr(z.mT)
-    size = r.diagonal(dim1=-2, dim2=-1).abs()[..., None]
-    return torch.where(size > 100 * torch.finfo(z.dtype).eps * start.amax(-2, keepdim=True), q.mT, 0.0)
+    size = r.diagonal(dim1=-2, dim2=-1).abs()
+    kept = size > (100 * torch.finfo(z.dtype).eps if least is None else least) * start.amax(-2)
+    return torch.where(kept[..., None], q.mT, 0.0), size.amin(-1)
 
 
 def lanczos(
@@ -88,27 +105,27 @@ def lanczos(
     """
     batch, r, n = start.shape
     steps = max(1, min(steps, -(-n // r)))
-    rows = start.new_zeros(batch, steps * r, n)
-    t = start.new_zeros(batch, steps * r, steps * r, dtype=torch.float64)
-    block = orthonormal(start)
+    # Most runs stop long before `steps`: what they do not reach is never touched.
+    rows = start.new_empty(batch, steps * r, n)
+    t = start.new_empty(batch, steps * r, steps * r, dtype=torch.float64)
+    block, _ = orthonormal(start)
     found = Krylov(rows[:, :0], t[:, :0, :0], block, r)
     due = first
     for j in range(steps):
-        past, here, ahead = (slice(max(0, i) * r, max(0, i + 1) * r) for i in (j - 1, j, j + 1))
+        here, ahead = slice(j * r, (j + 1) * r), slice((j + 1) * r, (j + 2) * r)
         rows[:, here] = block
+        t[:, here, : max(0, j - 1) * r] = 0
+        t[:, : max(0, j - 1) * r, here] = 0
         known = rows[:, : (j + 1) * r]
         image = apply(block)
-        own = by(image, block.mT)
-        own = (own + own.mT) / 2
-        t[:, here, here] = own.to(t.dtype)
-        image = image - by(own, block)
-        if j:
-            image = image - by(t[:, here, past].to(image.dtype), rows[:, past])
-        before = image.norm(dim=-1)
+        # First what there is much of, so that nothing large is left to cancel.
+        near = known[:, max(0, j - 1) * r :]
+        inner = by(image, near.mT)
+        own = inner[..., -r:].to(t.dtype)
+        t[:, here, here] = (own + own.mT) / 2
+        image = image - by(inner, near)
+        before = image.norm(dim=-1).amax(-1)
         image = image - by(by(image, known.mT), known)
-        # "Twice is enough" (Giraud et al., Numer. Math. 101, 2005), and once where little was taken away.
-        if bool((image.norm(dim=-1) < 0.7 * before).any()):
-            image = image - by(by(image, known.mT), known)
         found = Krylov(known, t[:, : (j + 1) * r, : (j + 1) * r], image, r)
         if j + 1 == steps:
             break
@@ -117,11 +134,13 @@ def lanczos(
             if not more:
                 break
             due += more
-        block = orthonormal(image)
-        # What normalising a small row magnified of its rounding.
-        block = block - by(by(block, known.mT), known)
-        size = block.norm(dim=-1, keepdim=True)
-        block = torch.where(size > 0.5, block / size.clamp_min(0.5), 0.0)
+        block, least = orthonormal(image)
+        # "Twice is enough" (Giraud et al., Numer. Math. 101, 2005), and once where little was taken away.
+        if bool((least < CANCELLED * before).any()):
+            block = block - by(by(block, known.mT), known)
+            # The rows that were nothing else come last, where they spoil no other.
+            order = block.norm(dim=-1, keepdim=True).argsort(dim=-2, descending=True)
+            block, _ = orthonormal(block.take_along_dim(order, -2), CANCELLED)
         t[:, here, ahead] = by(image, block.mT).to(t.dtype)
         t[:, ahead, here] = t[:, here, ahead].mT
     return found
@@ -148,79 +167,119 @@ def two_norm(y: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(squares)[..., -1].clamp_min(0).sqrt()
 
 
-class Resolvent(NamedTuple):
-    """What ‖F E_qᵀ(λ − T)⁻¹E₁‖₂ and ‖(λ − T)⁻¹E₁‖₂ are made of: T's eigenvalues, its vectors' ends, (FᵀF)^(1/2).
+def ritz(found: Krylov) -> Tensor:
+    """T's largest eigenvalue (B,)."""
+    return torch.linalg.eigvalsh(found.t)[:, -1]
 
-    `ritz` (B, p) is T's leading eigenvector, g what `overlap` says of the start as it was rounded.
+
+def resolvent(found: Krylov, at: Tensor) -> tuple[Tensor, Tensor]:
+    """(λ − T)⁻¹E₁ (B, L, p, r) at λ (B, L), and where λ is above all of T's eigenvalues (B, L).
+
+    By block elimination, since T is block tridiagonal: S₁ = λ − A₁, S_{j+1} = λ − A_{j+1} − B_jᵀS_j⁻¹B_j.
     """
-
-    w: Tensor
-    ritz: Tensor
-    first: Tensor
-    last: Tensor
-    half: Tensor
-    g: float
-
-    def reach(self, at: Tensor, noise: Tensor, share: Tensor) -> Tensor:
-        """‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + (noise + share λ) ‖(λ − T)⁻¹E₁‖₂ for λ (B, K) above all of w."""
-        gap = (at[..., None] - self.w[:, None]).clamp_min(2.0**-400)
-        scaled = self.first[:, None] / gap[..., None, :]
-        last = self.half[:, None] @ (self.last[:, None] @ scaled.mT)
-        return two_norm(last) + (noise[:, None] + share[:, None] * at) * two_norm(scaled)
-
-
-def resolvent(found: Krylov, *, failure: float = FAILURE) -> Resolvent:
-    """One eigendecomposition of T, for `top_within` and `top_bound`."""
-    r, n = found.block, found.rows.shape[-1]
-    w, v = torch.linalg.eigh((found.t + found.t.mT) / 2)
-    f = found.residual.to(torch.float64)
-    squares, vectors = torch.linalg.eigh(by(f, f.mT))
-    half = squares.clamp_min(0).sqrt()[..., None] * vectors.mT
-    g = overlap(n, r, failure) - 4 * math.sqrt(r) * torch.finfo(found.rows.dtype).eps
-    return Resolvent(w, v[:, :, -1], v[:, :r], v[:, -r:], half, max(g, 2.0**-900))
+    r = found.block
+    eye = torch.eye(r, dtype=at.dtype, device=at.device)
+    shift, taken, above = at[..., None, None] * eye, torch.zeros_like(eye), torch.ones_like(at, dtype=torch.bool)
+    y = eye.expand(*at.shape, r, r)
+    solved: list[Tensor] = []
+    for j in range(0, found.t.shape[-1], r):
+        here = slice(j, j + r)
+        beside = found.t[:, None, here, j + r : j + 2 * r]
+        factor, info = torch.linalg.cholesky_ex(shift - found.t[:, None, here, here] - taken)
+        above = above & (info == 0)
+        factor = torch.where((info == 0)[..., None, None], factor, eye)
+        solved.append(torch.cholesky_solve(torch.cat([y, beside.expand(*at.shape, -1, -1)], -1), factor))
+        down = beside.mT @ solved[-1]
+        y, taken = down[..., :r], down[..., r:]
+    x = solved.pop()
+    parts = [x]
+    for part in reversed(solved):
+        x = part[..., :r] + part[..., r:] @ x
+        parts.append(x)
+    return torch.cat(parts[::-1], -2), above
 
 
-def top_within(known: Resolvent, share: float | Tensor, *, noise: float = 0.0) -> Tensor:
-    """ln(reach / g) at (1 + share) of the Ritz value, reach as in `top_bound`: it is within where this is negative.
+def top_vector(found: Krylov, theta: Tensor) -> Tensor:
+    """T's leading eigenvector (B, p), nearly, from a step of inverse iteration close above its largest eigenvalue."""
+    q = torch.linalg.qr(resolvent(found, (theta + 1e-9 * norm(found.t))[:, None])[0][:, 0]).Q
+    return (q @ torch.linalg.eigh(q.mT @ found.t @ q)[1])[:, :, -1]
 
-    `noise` is relative to the Ritz value.
+
+def seen(found: Krylov) -> float:
+    """The g below which ‖uᵀW₁‖ is with probability `FAILURE`, W₁ being rounded."""
+    eps = torch.finfo(found.rows.dtype).eps
+    return max(overlap(found.rows.shape[-1], found.block) - 4 * math.sqrt(found.block) * eps, 2.0**-900)
+
+
+def reach(found: Krylov, at: Tensor, noise: Tensor) -> Tensor:
+    """(‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + noise ‖(λ − T)⁻¹E₁‖₂) / g at λ (B, L), noise (B, L): below 1 there is no eigenvalue."""
+    solved, above = resolvent(found, at)
+    upper = torch.linalg.qr(found.residual.to(torch.float64).mT, mode="r").R
+    last = upper[:, None] @ solved[..., -found.block :, :]
+    return torch.where(above, (two_norm(last) + noise * two_norm(solved.mT)) / seen(found), math.inf)
+
+
+def _far(found: Krylov, theta: Tensor, noise: Tensor, share: Tensor) -> Tensor:
+    """The gap (B,) from θ on, beyond which there is no eigenvalue: inf where `share` is not far below g.
+
+    ‖(λ − T)⁻¹‖ ≤ 1/(λ − θ), and so ‖E_qᵀ(λ − T)⁻¹E₁‖ ≤ Π ‖B_j‖ / (λ − θ)^q; both fall.
     """
-    theta = known.w[:, -1].clamp_min(0)
-    reach = known.reach((theta * (1 + share))[:, None], noise * theta, torch.zeros_like(theta))[:, 0]
-    return torch.where(theta > 0, (reach / known.g).log(), -math.inf)
+    r, g = found.block, seen(found)
+    steps = found.t.shape[-1] // r
+    size = two_norm(found.residual.to(torch.float64))
+    logs = size.clamp_min(2.0**-900).log() + math.log(2 / g)
+    for j in range(0, (steps - 1) * r, r):
+        logs = logs + two_norm(found.t[:, j : j + r, j + r : j + 2 * r]).clamp_min(2.0**-900).log()
+    known = noise + share * theta.abs()
+    near = torch.maximum((logs / steps).exp(), known / (g / 2 - share).clamp_min(2.0**-900))
+    near = torch.where(share < 0.45 * g, near, math.inf)
+    simple = torch.where(share < 0.9 * g, (size + known) / (g - share).clamp_min(2.0**-900), math.inf)
+    return 1.01 * torch.minimum(near, simple)
 
 
-def top_bound(found: Krylov, known: Resolvent, *, noise: Tensor | None = None, share: Tensor | None = None) -> Tensor:
-    """With probability 1 − failure an upper bound (B,) on the largest eigenvalue.
+def top_bound(found: Krylov, theta: Tensor, near: Tensor, *, noise: Tensor, share: Tensor | None = None) -> Tensor:
+    """With probability 1 − `FAILURE` an upper bound (B,) on the largest eigenvalue; θ is T's, `near` a guess above it.
 
     For an eigenpair (λ, u), uᵀM W = λ uᵀW gives uᵀW₁ = uᵀ(F E_qᵀ + D)(λ − T)⁻¹E₁, whatever W is; as ‖uᵀW₁‖ ≥ g but with
-    small probability, λ > θ requires ‖F E_qᵀ(λ − T)⁻¹E₁‖ + ‖D‖ ‖(λ − T)⁻¹E₁‖ ≥ g, and the left side falls with λ.
-    `noise` + `share` · λ (B,) bounds ‖Dᵀu‖.
+    small probability, λ > θ requires ‖F E_qᵀ(λ − T)⁻¹E₁‖ + ‖D‖ ‖(λ − T)⁻¹E₁‖ ≥ g. `noise` + `share` · λ (B,) bounds
+    ‖Dᵀu‖. With one vector in a block the left side falls with λ; with more it need not (a test has it rise fivefold),
+    so it is asked at λ's whose distances from θ grow by `CLOSE`, up to where a cruder bound, which does fall, is below
+    g: the answer is the least of them from which on all are excluded.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3, here for blocks.
     """
-    theta, spread, g = known.w[:, -1], known.w.abs().amax(-1), known.g
-    noise = torch.zeros_like(theta) if noise is None else noise
     share = torch.zeros_like(theta) if share is None else share
-    size = two_norm(found.residual.to(torch.float64))
-    low = (spread * 1e-16).clamp_min(2.0**-380)
-    # A share that is not far below g excludes nothing.
-    wide = torch.where(
-        share < 0.9 * g, (size + noise + share * theta.abs()) / (g - share).clamp_min(2.0**-900), math.inf
-    )
-    high = (1.01 * wide).clamp_max(2.0**380).maximum(2 * low)
-    shares = torch.linspace(0, 1, CANDIDATES, dtype=torch.float64, device=theta.device)
-    for _ in range(2):
-        gaps = low[:, None] * (high / low)[:, None] ** shares
-        excluded = known.reach(theta[:, None] + gaps, noise, share) < g
-        excluded[:, -1] = True
-        index = excluded.to(torch.int8).argmax(-1, keepdim=True)
-        high, low = gaps.gather(-1, index)[:, 0], gaps.gather(-1, (index - 1).clamp_min(0))[:, 0]
-    exact = (spread == 0) & (size == 0) & (noise == 0) & (share == 0)
+    spread = norm(found.t)
+    exact = (spread == 0) & (norm(found.residual) == 0) & (noise == 0) & (share == 0)
+    # The factorisation of λ − T rounds too.
+    noise = noise + 8 * found.t.shape[-1] * U * spread
+    far = _far(found, theta, noise, share)
+    known = far.isfinite()
+    gap = torch.where(near > theta, near - theta, 1e-3 * torch.where(known, far, 1.0))
+    lowest = (spread * 1e-16).clamp_min(2.0**-380)
+    gap = gap.maximum(lowest)
+    ratio = (torch.where(known, far, gap) / gap).clamp(1, 2.0**100)
+    above = math.ceil(math.log(max([1.0, *ratio.tolist()])) / math.log(CLOSE))
+
+    def least(gap: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """The least of gap · CLOSE^low to gap · CLOSE^high from which on all are excluded; whether it is the first."""
+        gaps = gap[:, None] * CLOSE ** torch.arange(low, high + 1, dtype=gap.dtype, device=gap.device)
+        at = theta[:, None] + gaps
+        excluded = (reach(found, at, noise[:, None] + share[:, None] * at) < 1) | (gaps >= far[:, None])
+        free = (~excluded).flip(-1).cumsum(-1).eq(0).sum(-1)
+        count = gaps.shape[-1]
+        first = gaps.gather(-1, (count - free).clamp_max(count - 1)[:, None])[:, 0]
+        return torch.where(known & (free > 0), first, math.inf), free == count
+
+    high, all_ = least(gap, -BELOW, above)
+    while bool((all_ & (high > far.maximum(lowest))).any()):
+        lower, more = least(high, -2 * BELOW, -1)
+        high, all_ = torch.where(all_, high.minimum(lower), high), all_ & more
+    high = torch.where(known, high.minimum(far), math.inf)
     return torch.where(exact, 0.0, theta + high + 8 * found.rows.shape[-1] * U * spread)
 
 
 def next_check(found: Krylov, before: tuple[int, Tensor] | None, now: Tensor) -> int:
-    """Steps until `top_within` is worth asking again, from how fast it fell since the last time: a step, a value."""
+    """Steps until `reach` is worth asking again, from how fast it fell since the last time: a step, its log."""
     step = found.t.shape[-1] // found.block
     if before is None:
         return 2

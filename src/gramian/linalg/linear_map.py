@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gramian.errors import DtypeError, ShapeError
-from gramian.linalg.batch import DTYPES, check
+from gramian.linalg.batch import DTYPES, check, exponent_of, scale
 
 
 @runtime_checkable
@@ -96,6 +96,16 @@ class ScaledMap:
     def adjoint(self) -> ScaledMap:
         """factor · Aᵀ."""
         return ScaledMap(self.inner.adjoint(), self.factor)
+
+
+def scaled_map(a: Any, start: Tensor) -> tuple[ScaledMap, Tensor, bool]:
+    """A map scaled by a power of two to what it makes of the rows of `start` (1, r, n), the exponent e (1,) with
+    A ≈ scaled · 2^e, on the CPU, and whether those products are finite.
+    """
+    image = ScaledMap(a).matmat(start[0].mT)[None]
+    exponent = exponent_of(image.nan_to_num(posinf=0.0)).cpu()
+    factor = float(scale(torch.ones(1, dtype=torch.float64), -exponent))
+    return ScaledMap(a, factor), exponent, bool(image.isfinite().all())
 
 
 def is_dense(a: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,20 +13,11 @@ from torch import Tensor
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
 from gramian.linalg import factor, probes
-from gramian.linalg.batch import check, choose, load, norm, scale, unscaled
+from gramian.linalg.batch import check, choose, load, norm, unscaled
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.krylov import (
-    FAILURE,
-    Krylov,
-    by,
-    default_generator,
-    gaussian,
-    lanczos,
-    resolvent,
-    top_bound,
-    top_within,
-    two_norm,
-)
+from gramian.linalg.krylov import by, default_generator, random_rows
+from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
+from gramian.linalg.lowrank_krylov import Caller, Found, Products, by_products, excess
 from gramian.linalg.twofold import U, eye_like, gamma, minus, pair, rough, transpose
 from gramian.linalg.verdict import verdict
 
@@ -34,42 +25,8 @@ SMALL = 96
 """Up to this smaller side the SVD costs less than the Krylov method's calls."""
 SHARE = 4
 """Past rank n/4 the Krylov space is so large a part of the whole that the SVD costs less."""
-OUTSIDE = 8
-"""Random vectors for the norm outside the Krylov space."""
-SEEN = 16, 8
-"""Random vectors for the rounding of the Krylov run, and of the one outside, which may be known less well."""
 NARROW = 5e-5
 """The rtol from which the factors are sought in float32."""
-DIRECT = 1e-3
-"""The share of ‖A‖_F² below which what is missed drowns in the difference of squares, and is formed instead."""
-
-Triple = tuple[Tensor, Tensor, Tensor]
-
-
-class Caller(NamedTuple):
-    """The caller's dtype, and the power of two that x was divided by."""
-
-    dtype: torch.dtype
-    exponent: Tensor
-
-    def rounded(self, u: Tensor, s: Tensor, v: Tensor) -> tuple[Triple, Triple]:
-        """The factors as the caller gets them, and the same in float64 on the scale of x."""
-        value = u.to(self.dtype), scale(s.to(torch.float64), self.exponent).to(self.dtype), v.to(self.dtype)
-        wide = value[1].to(torch.float64)
-        return value, (value[0].to(torch.float64), scale(wide, -self.exponent), value[2].to(torch.float64))
-
-
-class Found(NamedTuple):
-    """The factors U (B, m, k), S (B, k), V (B, n, k) as rounded for the caller; a bound on the excess;
-    ‖A − USVᵀ‖_F / ‖A‖_F; why they failed; steps; the probability that the bound is none.
-    """
-
-    value: Triple
-    excess: Tensor
-    residual: Tensor
-    reason: Tensor
-    steps: int = 0
-    failure: float = 0.0
 
 
 def svd_error(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
@@ -82,27 +39,6 @@ def svd_error(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return error
 
 
-def _excess(x: Tensor, factors: Triple, forth: Tensor, square: Tensor, optimum: Tensor) -> tuple[Tensor, Tensor]:
-    """An upper bound on (‖A − USVᵀ‖_F − optimum)/‖A‖_F, and ‖A − USVᵀ‖/‖A‖, from A V, ‖A‖_F² and a lower bound on the
-    optimum.
-    """
-    u, s, v = factors
-    rounding = gamma(x.shape[-1] + x.shape[-2])
-    inner = (forth * u).sum(-2) * s
-    part = ((u.mT @ u) * (v.mT @ v) * s[:, :, None] * s[:, None, :]).flatten(1).sum(1)
-    missed = (square - 2 * inner.sum(-1) + part).clamp_min(0)
-    reached = (missed + 8 * rounding * (square + part)).sqrt()
-    size = square.sqrt()
-    for i in ((missed < DIRECT * square) & (size > 0)).nonzero().flatten().tolist():
-        scaled = u[i] * s[i]
-        gap = torch.linalg.vector_norm(x[i].to(torch.float64) - scaled @ v[i].mT)
-        missed[i] = gap**2
-        reached[i] = gap + 2 * gamma(s.shape[-1] + 4) * (size[i] + scaled.norm() * v[i].norm())
-    zero = (size == 0) & (s == 0).all(-1)
-    bound = torch.where(zero, 0.0, ((reached - optimum).clamp_min(0) / size).nan_to_num(nan=math.inf))
-    return bound, torch.where(size > 0, missed.sqrt() / size.clamp_min(2.0**-1000), 0.0)
-
-
 def by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None) -> Found:
     """The leading part of the full SVD."""
     x = x.to(torch.float64)
@@ -111,145 +47,92 @@ def by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.G
     value, factors = caller.rounded(u[..., :k], s[:, :k], v[..., :k])
     # ‖σ̂ − σ‖₂ is at most `spread` (Mirsky).
     optimum = (norm(s[:, k:]) - spread).clamp_min(0)
-    excess, left = _excess(x, factors, x @ factors[2], norm(x) ** 2, optimum)
-    return Found(value, excess, left, torch.where(ok, cert.NONE, cert.LAPACK))
-
-
-def _most(t: Tensor, coupling: Tensor, outside: Tensor, k: int) -> Tensor:
-    """An upper bound on the sum of the k largest eigenvalues of [[T, Rᵀ], [R, C]], from RᵀR and ‖C‖₂ ≤ `outside`.
-
-    For any τ > 0 the matrix is at most diag(T + RᵀR/τ, C + τI) in Loewner's order, and so is each eigenvalue; the least
-    over a few τ is taken.
-    """
-    w = torch.linalg.eigvalsh(t)
-    kth = w[:, -k].clamp_min(0)
-    size = norm(coupling).sqrt()
-    best = torch.full_like(kth, math.inf)
-    for share in (0.9, 0.6, 0.3, 0.1, 1e-2, 1e-4, 1e-8):
-        tau = torch.maximum((kth - outside).clamp_min(0) * share, 1e-15 * w[:, -1].abs() + 1e-3 * share * size)
-        raised = torch.linalg.eigvalsh(t + coupling / tau.clamp_min(2.0**-900)[:, None, None])
-        total = torch.maximum(raised, (outside + tau)[:, None]).flip(-1)[:, :k].sum(-1)
-        best = torch.minimum(best, total.nan_to_num(nan=math.inf))
-    return best
-
-
-def _space(x: Tensor, k: int, rtol: float, generator: torch.Generator) -> tuple[Krylov, Tensor, Tensor]:
-    """A Krylov space of AᵀA that holds the leading k vectors well enough for rtol, the images W Aᵀ, and which matrices
-    (B,) lose too much to the rounding of x's dtype.
-    """
-    b, _, n = x.shape
-    r = min(max(8, -(-k // 2)), n)
-    images: list[Tensor] = []
-    square = torch.linalg.vector_norm(x, dim=(1, 2)).to(torch.float64) ** 2
-    hopeless = torch.zeros(b, dtype=torch.bool, device=x.device)
-
-    def apply(y: Tensor) -> Tensor:
-        images.append(by(y, x.mT))
-        return by(images[-1], x)
-
-    def stop(found: Krylov) -> int:
-        nonlocal hopeless
-        w, s = torch.linalg.eigh(found.t)
-        top, f = w[:, -k:].clamp_min(0), found.residual.to(torch.float64)
-        missed = norm(f.mT @ s[:, -r:, -k:]) ** 2 / (0.5 * top[:, 0]).clamp_min(2.0**-900)
-        left = (square - top.sum(-1)).clamp_min(0)
-        blur = 8 * math.sqrt(k * w.shape[-1]) * torch.finfo(x.dtype).eps * w[:, -1]
-        fine, size = rtol * square.sqrt(), left.sqrt()
-        hopeless = (size > 0.5 * fine) & (size - (left - blur).clamp_min(0).sqrt() > 0.4 * fine)
-        enough = size - (left - missed).clamp_min(0).sqrt() <= 0.5 * fine
-        stuck = norm(f) <= 1e2 * torch.finfo(x.dtype).eps * w[:, -1]
-        return int(not bool((enough | stuck | (hopeless & (x.dtype != torch.float64))).all()))
-
-    limit = max(k + 2 * r, n // 2) // r
-    start = gaussian(generator, x, 1, r, n).to(x.dtype).expand(b, -1, -1)
-    found = lanczos(apply, start, limit, stop=stop, first=-(-k // r) + 1)
-    return found, torch.cat(images, -2), hopeless
-
-
-def _beyond(x: Tensor, found: Krylov, floor: Tensor, generator: torch.Generator) -> Krylov:
-    """Lanczos on (I − WWᵀ)AᵀA(I − WWᵀ) until its norm is known to be below `floor` (B,), or not to be."""
-
-    def outside(y: Tensor) -> Tensor:
-        y = y - by(by(y, found.rows.mT), found.rows)
-        y = by(by(y, x.mT), x)
-        return y - by(by(y, found.rows.mT), found.rows)
-
-    def stop(seen: Krylov) -> int:
-        known = resolvent(seen)
-        room = floor / known.w[:, -1].clamp_min(2.0**-900) - 1
-        return int(not bool(((room < 0) | (top_within(known, room.clamp_min(1e-9)) < -0.5)).all()))
-
-    n = x.shape[-1]
-    start = gaussian(generator, x, 1, min(OUTSIDE, n), n).to(x.dtype).expand(x.shape[0], -1, -1)
-    return lanczos(outside, start, 24, stop=stop, first=2)
+    unit = gamma(x.shape[-1] + x.shape[-2])
+    bound, left = excess(factors, x @ factors[2], 0.0, norm(x) ** 2, optimum, unit, x)
+    return Found(value, bound, left, torch.where(ok, cert.NONE, cert.LAPACK))
 
 
 def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None) -> Found:
-    """Block Krylov on AᵀA from about k/2 random vectors, in x's dtype, until what the rank-k part misses is below rtol.
-
-    Slow decay takes many small blocks, fast decay few: the Ritz values seen so far decide when to stop. The bound needs
-    the norm of AᵀA outside the space, which a second, deflated Lanczos from other random vectors bounds, and what
-    rounding did to both, seen in float64 from products with a few random vectors more. With AᵀAW = WT + FE_qᵀ + D and
-    orthonormal W there is a symmetric Δ, ‖Δ‖_F ≤ √2 ‖D‖_F, for which (AᵀA − Δ)W = WT + FE_qᵀ, and the k largest
-    eigenvalues of Δ sum to at most √k ‖Δ‖_F.
-    """
-    m, n = x.shape[-2:]
-    source = default_generator(generator)
-    found, images, hopeless = _space(x, k, rtol, source)
-    p, r = found.t.shape[-1], found.block
-    w, s = torch.linalg.eigh(found.t)
-    chosen = s[:, :, -k:].flip(-1).mT.to(x.dtype)
-    q, upper = torch.linalg.qr(by(chosen, images).mT)
-    left, sigma, right, ok = factor.svd(upper.to(torch.float64))
-    turn = by(right.mT.to(x.dtype), chosen)
-    value, factors = caller.rounded(q @ left.to(x.dtype), sigma, by(turn, found.rows).mT)
-    reason = torch.where(ok & ~(hopeless & (x.dtype != torch.float64)), cert.NONE, cert.INACCURATE)
-    if bool((reason != cert.NONE).all()):
-        nothing = torch.full_like(w[:, 0], math.inf)
-        return Found(value, nothing, nothing * math.nan, reason, p // r, FAILURE)
-
-    wide = found.rows.to(torch.float64)
-    own = probes.probes(p, x.device, SEEN[0])
-    z = own.omega.mT @ wide
-    # Rows that vanished, where the space is invariant, leave it short of n.
-    if p < n or bool((wide.norm(dim=-1) < 0.5).any()):
-        rest = _beyond(x, found, 0.9 * w[:, -k], source)
-        other = probes.probes(rest.t.shape[-1], x.device, SEEN[1])
-        beyond = other.omega.mT @ rest.rows.to(torch.float64)
-        both = torch.cat([z, beyond - by(by(beyond, wide.mT), wide)], -2)
-        back, forth, square = probes.twice(x, both, factors[2].mT)
-        exact = back[:, z.shape[-2] :]
-        exact = exact - by(by(exact, wide.mT), wide)
-        ours = by(other.omega.mT @ rest.t, rest.rows.to(torch.float64))
-        ours = ours + other.omega.mT[:, -rest.block :] @ rest.residual.to(torch.float64)
-        noise = probes.two_norm(exact - ours, other, 4 * gamma(m + n + p) * square * norm(beyond))
-        outside = top_bound(rest, resolvent(rest), noise=noise).clamp_min(0)
-    else:
-        back, forth, square = probes.twice(x, z, factors[2].mT)
-        outside = torch.zeros_like(square)
-    f = found.residual.to(torch.float64)
-    gap = back[:, : z.shape[-2]] - by(own.omega.mT @ found.t, wide) - own.omega.mT[:, -r:] @ f
-    blur = probes.of_norm(gap, own, 4 * gamma(m + n + p) * square * norm(z))
-    # W is orthonormal but for rounding, and F orthogonal to it; a row of W that vanished is zero.
-    inner = by(wide, wide.mT)
-    kept = torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.5).to(inner.dtype))
-    size = 1.1 * (w[:, -1].abs() + two_norm(f) + outside)
-    blur = blur + 2 * size * norm(inner - kept) + norm(by(wide, f.mT))
-    coupling = torch.zeros_like(found.t)
-    coupling[:, -r:, -r:] = by(f, f.mT)
-    most = _most(found.t, coupling, outside, k) + math.sqrt(2 * k) * blur + 8 * (k + 1) * p * U * size
-    optimum = (square * (1 - 8 * gamma(m + n)) - most).clamp_min(0).sqrt()
-    excess, missed = _excess(x, factors, forth[:, -k:].mT, square, optimum)
-    return Found(value, excess, missed, reason, p // r, 4 * FAILURE)
+    """`lowrank_krylov.by_products` of dense matrices, with products in x's dtype."""
+    ops = Products(
+        forth=lambda y: by(y, x.mT),
+        back=lambda z: by(z, x),
+        twice=lambda z: probes.twice(x, z),
+        like=x,
+        shape=(x.shape[0], x.shape[1], x.shape[2]),
+        unit=gamma(x.shape[-1] + x.shape[-2]),
+        dense=x,
+    )
+    return by_products(ops, k, caller, rtol=rtol, generator=generator)
 
 
 SVD_LOWRANK: dict[str, Callable[..., Found]] = {"block_krylov": by_block_krylov, "svd": by_svd}
 METHODS = tuple(SVD_LOWRANK)
 
 
+def _of_map(
+    a: Any, rank: int, rtol: float | None, generator: torch.Generator | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Certificate]:
+    """The same of a map, taken as it computes, in float64 otherwise. ‖A‖_F is known of a sparse tensor."""
+    dtype, device = getattr(a, "dtype", torch.float32), torch.device(getattr(a, "device", "cpu"))
+    tolerance = default_rtol(rtol, dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32)
+    sparse, wide = isinstance(a, TensorMap), a.shape[0] < a.shape[1]
+    if isinstance(a, TensorMap):
+        a = TensorMap(a.a.to(torch.float64))
+    values = a.a.values() if isinstance(a, TensorMap) else None
+    a = a.adjoint() if wide else a
+    m, n = a.shape
+    zero = torch.zeros(1, dtype=torch.float64, device=device)
+    like, source = zero[:0, None, None], default_generator(generator)
+    nothing = torch.zeros(1, m, rank, dtype=dtype, device=device), zero[:, None].expand(1, rank).to(dtype)
+    found = Found((*nothing, nothing[0].new_zeros(1, n, rank)), zero, zero + 1, torch.full_like(zero, cert.NONE).long())
+    finite = True
+    if rank:
+        scaled, exponent, finite = scaled_map(a, random_rows(source, like, 1, min(n, 8), n))
+        back = scaled.adjoint()
+        square = None if values is None else norm(values[None] * scaled.factor) ** 2
+
+        def product(of: ScaledMap, y: Tensor) -> Tensor:
+            nonlocal finite
+            image = of.matmat(y[0].mT).mT[None]
+            good = bool(image.isfinite().all())
+            finite = finite and good
+            return image if good else torch.zeros_like(image)
+
+        def twice(z: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            image = product(scaled, z)
+            return product(back, image), image, square
+
+        ops = Products(lambda y: product(scaled, y), lambda z: product(back, z), twice, like, (1, m, n), gamma(m + n))
+        caller = Caller(dtype, exponent.to(device))
+        finite = finite and (values is None or bool(values.isfinite().all()))
+        for again in (False, True) if finite else ():
+            # There is no SVD to fall back on: a space that no multiplicity and no slow decay keeps too small.
+            asked = tolerance / 8 if again else tolerance
+            found = by_products(ops, rank, caller, rtol=asked, generator=source, wide=again)
+            if not finite or bool((found.excess <= tolerance).all()):
+                break
+    # A map in float32 is one that is linear but for its rounding.
+    bound = found.excess + (0.0 if sparse or not rank else 32 * torch.finfo(dtype).eps)
+    reason = found.reason if finite else torch.full_like(found.reason, cert.NOT_FINITE)
+    proof = verdict(
+        bound,
+        tolerance,
+        reason,
+        shape=(),
+        methods=METHODS,
+        code=METHODS.index("block_krylov"),
+        residual=found.residual,
+        steps=found.steps,
+        failure_probability=found.failure if rank else None,
+    )
+    u, s, v = (y[0] if finite else torch.full_like(y[0], math.nan) for y in found.value)
+    return ((v, s, u) if wide else (u, s, v)), proof
+
+
 @torch.no_grad()
 def svd_lowrank_ex(
-    a: Float[Tensor, "*b m n"],
+    a: Float[Tensor, "*b m n"] | LinearMap,
     rank: int,
     *,
     method: str = "auto",
@@ -262,11 +145,17 @@ def svd_lowrank_ex(
     >>> s.tolist(), certificate.converged.item()
     ([3.0, 2.0], True)
     """
-    check("svd_lowrank", a)
     choose("svd_lowrank", method, SVD_LOWRANK)
-    short = min(a.shape[-2:])
+    dense = isinstance(a, Tensor) and is_dense(a)
+    linear = check("svd_lowrank", a) if dense else as_linear_map("svd_lowrank", a)
+    short = min(linear.shape[-2:])
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= short:
         raise InputError(f"svd_lowrank: expected an integer rank from 0 to min(m, n) = {short}, got {rank!r}.")
+    if not isinstance(linear, Tensor):
+        if method == "svd":
+            raise InputError("svd_lowrank: 'svd' wants a dense tensor. Use method='block_krylov' or a.to_dense().")
+        return _of_map(linear, rank, rtol, generator)
+    a = linear
     wide = a.shape[-2] < a.shape[-1]
     batch, tolerance = unscaled(load(a.mT if wide else a)), default_rtol(rtol, a.dtype)
     names = [method]
@@ -316,7 +205,7 @@ def svd_lowrank_ex(
 
 
 def svd_lowrank(
-    a: Float[Tensor, "*b m n"],
+    a: Float[Tensor, "*b m n"] | LinearMap,
     rank: int,
     *,
     method: str = "auto",
@@ -327,17 +216,20 @@ def svd_lowrank(
 
     A ≈ U diag(S) Vᵀ, the minimiser of ‖A − B‖_F over B of rank ≤ k.
 
-    Arguments: `a` (..., m, n); `rank` k, from 0 to min(m, n); `method`, one of `SVD_LOWRANK` or "auto"; `rtol`, the
-    excess (‖A − USVᵀ‖_F − optimum) / ‖A‖_F asked for (`certificate.RTOL` of the dtype if None), which is what the
-    certificate's `error_bound` bounds: the factors themselves are not unique. `generator` of the random start, a fixed
-    seed if None.
+    Arguments: `a` (..., m, n) dense, a sparse matrix (m, n), or a `LinearMap`; `rank` k, from 0 to min(m, n); `method`,
+    one of `SVD_LOWRANK` or "auto"; `rtol`, the excess (‖A − USVᵀ‖_F − optimum) / ‖A‖_F asked for (`certificate.RTOL` of
+    the dtype if None, and 1e-4 at least for sparse matrices and maps), which is what the certificate's `error_bound`
+    bounds: the factors themselves are not unique. `generator` of the random start, a fixed seed if None.
     Raises: `ShapeError`, `DtypeError`, `InputError`; `ConvergenceError` where the excess may be above rtol.
     Cost: "block_krylov", products with about 4k vectors for slow decay and 2k for fast, in float32 where its rounding
-    leaves rtol, and a float64 pass with k + 24 to bound that; "svd", used up to a side of 96, for k > n/4 and where the
+    leaves rtol, and a float64 pass with 24 to bound that; "svd", used up to a side of 96, for k > n/4 and where the
     other is not certified, one float64 SVD (about 50 products).
     Accuracy: the excess is bounded from ‖A‖_F² − Σ sᵢ², so it is seen down to about 1e-7 of ‖A‖_F unless all that is
     missed is below that. The bound of "block_krylov"
-    is an estimate that fails with probability `krylov.FAILURE`. The residual is ‖A − USVᵀ‖_F / ‖A‖_F.
+    is an estimate that fails with probability 5 `krylov.FAILURE`. The residual is ‖A − USVᵀ‖_F / ‖A‖_F.
+    Sparse and maps: "block_krylov" in float64, never the SVD. ‖A‖_F of a map is not known; it cancels from the excess
+    of the squares, a lower bound from 32 more products (6 `krylov.FAILURE` then) makes that an excess, and the residual
+    is an estimate. A map is taken as it computes; one in float32 is rarely certified where less than 1e-2 is missed.
     Source: Musco and Musco, arXiv:1504.05477, algorithm 2; the bound, Bhatia, Matrix Analysis (1997), §III.2.
 
     >>> u, s, v = svd_lowrank(torch.tensor([[2.0, 2.0], [2.0, 2.0]]), 1)

@@ -101,15 +101,13 @@ def two_norm(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
     return (torch.linalg.eigvalsh(e @ e.mT)[..., -1].clamp_min(0).sqrt() + rounding) * p.factor
 
 
-def twice(x: Tensor, z: Tensor, also: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows z xᵀx (B, k, n), [z; also] xᵀ (B, k + l, m) and ‖x‖_F² (B,), in float64, for x (B, m, n) of any dtype.
+def twice(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows z xᵀx (B, k, n) and z xᵀ (B, k, m), and ‖x‖_F² (B,), in float64, for x (B, m, n) of any dtype.
 
     One pass over x, widened a part at a time in the cache.
     """
     b, m, n = x.shape
-    k = z.shape[-2]
-    both = z if also is None else torch.cat([z, also], -2)
-    forth, back, square = z.new_empty(b, both.shape[-2], m), torch.zeros_like(z), z.new_zeros(b)
+    forth, back, square = z.new_empty(b, z.shape[-2], m), torch.zeros_like(z), z.new_zeros(b)
     rows = max(64, PART // max(1, n))
     wide = x.dtype == torch.float64
     buffer = z.new_empty(0 if wide else min(rows, m), n)
@@ -118,8 +116,8 @@ def twice(x: Tensor, z: Tensor, also: Tensor | None = None) -> tuple[Tensor, Ten
             part = x[i, start : start + rows]
             part = part if wide else buffer[: part.shape[0]].copy_(part)
             image = forth[i, :, start : start + rows]
-            image.copy_(both[i] @ part.mT)
-            back[i].addmm_(image[:k], part)
+            image.copy_(z[i] @ part.mT)
+            back[i].addmm_(image, part)
             square[i] += torch.linalg.vector_norm(part) ** 2
     return back, forth, square
 

@@ -1,0 +1,370 @@
+"""Block Krylov for the leading singular triples, and a bound on what the approximation they make misses.
+
+It knows a matrix by its products with rows: a dense one, a sparse one and a linear map alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.linalg import certificate as cert
+from gramian.linalg import factor, probes
+from gramian.linalg.batch import norm, scale
+from gramian.linalg.krylov import (
+    FAILURE,
+    Krylov,
+    by,
+    default_generator,
+    gaussian,
+    lanczos,
+    random_rows,
+    reach,
+    ritz,
+    top_bound,
+    two_norm,
+)
+from gramian.linalg.twofold import U, gamma
+
+OUTSIDE = 16
+"""Random vectors for the norm outside the Krylov space."""
+SEEN = 16, 8
+"""Random vectors for the rounding of the Krylov run, and of the one outside, which may be known less well."""
+ALLOWED = 0.6, 0.7, 0.8, 0.9
+"""Shares of the k-th eigenvalue that the norm of AᵀA outside the space may be asked to stay below."""
+DIRECT = 1e-3
+"""The share of ‖A‖_F² below which what is missed drowns in the difference of squares, and is formed instead."""
+CLUSTERED = 0.95
+"""The share of the k-th eigenvalue from which on what is outside the space tells little about the leading ones."""
+LONGEST = 1024
+"""Rows of the Krylov space of a map, beyond those that every run has."""
+SHADOW = 32
+"""Random vectors for a lower bound on ‖A‖_F outside the space, where it is not known."""
+
+Apply = Callable[[Tensor], Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class Products(NamedTuple):
+    """What block Krylov asks of matrices A (B, m, n): rows y Aᵀ and z A in the dtype of `like`; and, in float64, rows
+    z AᵀA and z Aᵀ with ‖A‖_F² (B,), None where nobody knows it, to within `unit` of ‖A‖_F each; A itself, if dense;
+    `rough` is the relative rounding of a product of a map that is not float64.
+    """
+
+    forth: Apply
+    back: Apply
+    twice: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
+    like: Tensor
+    shape: tuple[int, int, int]
+    unit: float
+    dense: Tensor | None = None
+    rough: float = 0.0
+
+
+class Caller(NamedTuple):
+    """The caller's dtype, and the power of two that x was divided by."""
+
+    dtype: torch.dtype
+    exponent: Tensor
+
+    def rounded(self, u: Tensor, s: Tensor, v: Tensor) -> tuple[Triple, Triple]:
+        """The factors as the caller gets them, and the same in float64 on the scale of x."""
+        value = u.to(self.dtype), scale(s.to(torch.float64), self.exponent).to(self.dtype), v.to(self.dtype)
+        wide = value[1].to(torch.float64)
+        return value, (value[0].to(torch.float64), scale(wide, -self.exponent), value[2].to(torch.float64))
+
+
+class Found(NamedTuple):
+    """The factors U (B, m, k), S (B, k), V (B, n, k) as rounded for the caller; a bound on the excess;
+    ‖A − USVᵀ‖_F / ‖A‖_F; why they failed; steps; the probability that the bound is none.
+    """
+
+    value: Triple
+    excess: Tensor
+    residual: Tensor
+    reason: Tensor
+    steps: int = 0
+    failure: float = 0.0
+
+
+def excess(
+    factors: Triple, forth: Tensor, off: Tensor | float, square: Tensor, optimum: Tensor, unit: float, x: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """An upper bound on (‖A − USVᵀ‖_F − optimum)/‖A‖_F, and ‖A − USVᵀ‖/‖A‖, from A V, known to within `off` in
+    Frobenius norm, ‖A‖_F² and a lower bound on the optimum; with the dense `x`, also where little is missed.
+    """
+    u, s, v = factors
+    captured, part = _captured(factors, forth)
+    missed = (square - captured).clamp_min(0)
+    reached = (missed + 8 * unit * (square + part) + 2 * norm(u * s[:, None, :]) * off).sqrt()
+    size = square.sqrt()
+    few = (missed < DIRECT * square) & (size > 0)
+    for i in few.nonzero().flatten().tolist():
+        if x is None:
+            break
+        scaled = u[i] * s[i]
+        gap = torch.linalg.vector_norm(x[i].to(torch.float64) - scaled @ v[i].mT)
+        missed[i] = gap**2
+        reached[i] = gap + 2 * gamma(s.shape[-1] + 4) * (size[i] + scaled.norm() * v[i].norm())
+    zero = (size == 0) & (s == 0).all(-1)
+    bound = torch.where(zero, 0.0, ((reached - optimum).clamp_min(0) / size).nan_to_num(nan=math.inf))
+    return bound, torch.where(size > 0, missed.sqrt() / size.clamp_min(2.0**-1000), 0.0)
+
+
+def _captured(factors: Triple, forth: Tensor) -> tuple[Tensor, Tensor]:
+    """‖A‖_F² − ‖A − USVᵀ‖_F² and ‖USVᵀ‖_F² (B,), from A V."""
+    u, s, v = factors
+    inner = ((forth * u).sum(-2) * s).sum(-1)
+    part = ((u.mT @ u) * (v.mT @ v) * s[:, :, None] * s[:, None, :]).flatten(1).sum(1)
+    return 2 * inner - part, part
+
+
+def _excess_of_unknown(
+    factors: Triple, forth: Tensor, off: Tensor, most: Tensor, inside: Tensor, shadow: Tensor, unit: float
+) -> tuple[Tensor, Tensor]:
+    """As `excess` where ‖A‖_F is not known: it cancels from ‖A − USVᵀ‖_F² − optimum² ≤ `most` − captured.
+
+    For the rest a lower bound will do: ‖AW‖_F² is at least `inside`, and ‖AP‖_F² is `shadow`, its estimate from
+    `SHADOW` Gaussian vectors, over 1 + 2√(t/k) + 2t/k but with probability e^-t (Laurent and Massart, Ann. Statist. 28
+    (2000), lemma 1).
+    """
+    u, s, _ = factors
+    captured, part = _captured(factors, forth)
+    t = -math.log(FAILURE)
+    least = (inside + shadow / (1 + 2 * math.sqrt(t / SHADOW) + 2 * t / SHADOW)) * (1 - 8 * unit)
+    more = (most - captured + 8 * unit * (norm(forth) ** 2 + part) + 2 * norm(u * s[:, None, :]) * off).clamp_min(0)
+    low = (least - most).clamp_min(0)
+    apart = more / ((low + more).sqrt() + low.sqrt()).clamp_min(2.0**-900)
+    size, zero = least.clamp_min(0).sqrt(), (inside == 0) & (shadow == 0) & (s == 0).all(-1)
+    bound = torch.where(zero, 0.0, (apart / size).nan_to_num(nan=math.inf))
+    about = (inside + shadow).clamp_min(2.0**-900)
+    return bound, ((inside + shadow - captured).clamp_min(0) / about).sqrt()
+
+
+def most(t: Tensor, coupling: Tensor, outside: Tensor, highest: Tensor, k: int) -> Tensor:
+    """An upper bound on the sum of the k largest eigenvalues λⱼ ≤ `highest` of [[T, Rᵀ], [R, C]], from RᵀR and
+    ‖C‖₂ ≤ `outside`.
+
+    For μ > ‖C‖ as many eigenvalues are above μ as T + Rᵀ(μ − C)⁻¹R has above it (Haynsworth), and so λⱼ is at most the
+    larger of μ and the j-th of T + RᵀR/(μ − outside); the least over a few μ is taken, for each j.
+    """
+    w = torch.linalg.eigvalsh(t).flip(-1)
+    room = (w[:, :k] - outside[:, None]).clamp_min(0)
+    tiny = 1e-15 * w[:, :1].abs()
+    size = norm(coupling).sqrt()[:, None]
+    # Near the eigenvalues themselves, and closer to `outside` where it is as large as they are.
+    taus = [(room[:, max(0, k * i // 8 - 1), None]).maximum(tiny + 1e-3 * size) for i in (0, 2, 4, 6, 7, 8)]
+    taus += [(room[:, -1:] * share).maximum(tiny + 1e-3 * share * size) for share in (0.3, 1e-2, 1e-5, 1e-8)]
+    tau = torch.cat(taus, -1)
+    raised = t[:, None] + coupling[:, None] / tau.clamp_min(2.0**-900)[..., None, None]
+    rounding = 8 * t.shape[-1] * U * torch.linalg.matrix_norm(raised)
+    found = torch.linalg.eigvalsh(raised).flip(-1)[..., :k] + rounding[..., None]
+    each = torch.maximum(found, (outside[:, None] + tau)[..., None])
+    return each.nan_to_num(nan=math.inf).amin(1).minimum(highest[:, None]).sum(-1)
+
+
+def _residuals(found: Krylov, s: Tensor, k: int) -> Tensor:
+    """‖rⱼ‖² (B, k) of the leading Ritz pairs, from T's eigenvectors s."""
+    f = found.residual.to(torch.float64)
+    ends = s[:, -found.block :, -k:]
+    return (ends * (by(f, f.mT) @ ends)).sum(-2).clamp_min(0)
+
+
+def _loss(squares: Tensor, w: Tensor, k: int, outside: Tensor) -> Tensor:
+    """To second order how far the sum of the k largest eigenvalues is above that of T's, w, if the norm outside the
+    space is at most `outside` (B,): Σ ‖rⱼ‖² / (wⱼ − outside).
+    """
+    return (squares / (w[:, -k:] - outside[:, None]).clamp_min(2.0**-900)).sum(-1)
+
+
+class Space(NamedTuple):
+    """A Krylov space of AᵀA that holds the leading k vectors well enough; the images W Aᵀ; which matrices (B,) lose too
+    much to the rounding of the dtype; and which norm of AᵀA outside the space (B,) is small enough: below `floor`, or
+    below the k-th Ritz value and `slack`.
+    """
+
+    found: Krylov
+    images: Tensor
+    hopeless: Tensor
+    floor: Tensor
+    slack: Tensor
+
+
+def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wide: bool) -> Space:
+    b, _, n = ops.shape
+    r = min(k + 8 if wide else max(8, -(-k // 2)), n)
+    images: list[Tensor] = []
+    eps = torch.finfo(ops.like.dtype).eps
+    x = ops.dense
+    square = torch.linalg.vector_norm(x, dim=(1, 2)).double() ** 2 if x is not None else None
+    hopeless, floor = torch.zeros(b, dtype=torch.bool, device=ops.like.device), ops.like.new_zeros(b).double()
+    slack = floor
+    lamp = gaussian(generator, ops.like, b, 8, n).to(ops.like.dtype) if square is None else None
+    cast = None if lamp is None else ops.forth(lamp)
+
+    def apply(y: Tensor) -> Tensor:
+        images.append(ops.forth(y))
+        return ops.back(images[-1])
+
+    def stop(found: Krylov) -> int:
+        nonlocal hopeless, floor, slack
+        w, s = torch.linalg.eigh(found.t)
+        whole = w.sum(-1)
+        if square is not None:
+            whole = square
+        elif lamp is not None and cast is not None:
+            # About ‖AW‖² + ‖A(I − WWᵀ)‖².
+            shadow = cast - by(by(lamp, found.rows.mT), torch.cat(images, -2))
+            whole = whole + norm(shadow) ** 2 / lamp.shape[-2]
+        left = (whole - w[:, -k:].clamp_min(0).sum(-1)).clamp_min(0)
+        fine, size = rtol * whole.sqrt(), left.sqrt()
+
+        def worse(by: Tensor) -> Tensor:
+            return size - (left - by).clamp_min(0).sqrt()
+
+        blur = 8 * math.sqrt(k * w.shape[-1]) * eps * w[:, -1]
+        hopeless = (size > 0.5 * fine) & (worse(blur) > 0.4 * fine)
+        squares = _residuals(found, s, k)
+        floor = ALLOWED[0] * w[:, -k].clamp_min(0)
+        enough = worse(_loss(squares, w, k, floor)) <= 0.5 * fine
+        for share in ALLOWED[1:]:
+            wider = share * w[:, -k].clamp_min(0)
+            floor = torch.where(worse(_loss(squares, w, k, wider)) <= 0.5 * fine, wider, floor)
+        slack = torch.where(size > 0.3 * fine, 0.6 * fine * size - 0.09 * fine**2, 0.09 * fine**2) / k
+        if wide:
+            # What is outside may be as large as the k-th.
+            enough = enough & (worse(2 * squares.sqrt().sum(-1)) <= 0.3 * fine)
+        stuck = norm(found.residual) <= 1e2 * eps * w[:, -1]
+        return int(not bool((enough | stuck | (hopeless & (eps > 1e-12))).all()))
+
+    limit = max(k + 2 * r, n if wide else n // 2)
+    if ops.dense is None:
+        limit = min(limit, k + 2 * r + LONGEST)
+    start = random_rows(generator, ops.like, b, r, n)
+    found = lanczos(apply, start, -(-limit // r), stop=stop, first=-(-k // r) + 1)
+    return Space(found, torch.cat(images, -2), hopeless, floor, slack)
+
+
+def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator) -> tuple[Krylov, Tensor]:
+    """Lanczos on (I − WWᵀ)AᵀA(I − WWᵀ) until its norm is known to be small enough, or not to be; and what it is below.
+
+    `kth` (B,) is the k-th Ritz value inside the space.
+    """
+    rows, near = space.found.rows, space.floor
+
+    def outside(y: Tensor) -> Tensor:
+        y = ops.back(ops.forth(y - by(by(y, rows.mT), rows)))
+        return y - by(by(y, rows.mT), rows)
+
+    def stop(seen: Krylov) -> int:
+        nonlocal near
+        theta = ritz(seen)
+        near = torch.where(theta < space.floor, space.floor, theta + space.slack)
+        fine = reach(seen, near[:, None], torch.zeros_like(near)[:, None])[:, 0] < 0.6
+        return int(not bool(((theta > kth + 2 * space.slack) | fine).all()))
+
+    b, _, n = ops.shape
+    return lanczos(outside, random_rows(generator, ops.like, b, min(OUTSIDE, n), n), 24, stop=stop, first=3), near
+
+
+def by_products(
+    ops: Products, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None, wide: bool = False
+) -> Found:
+    """Block Krylov on AᵀA from about k/2 random vectors, or k + 8 of them if `wide`, until what the rank-k part misses
+    is below rtol.
+
+    Slow decay takes many small blocks, fast decay few: the Ritz values seen so far decide when to stop. The bound needs
+    the norm of AᵀA outside the space, which a second, deflated Lanczos from other random vectors bounds, and what
+    rounding did to both, seen in float64 from products with a few random vectors more. With AᵀAW = WT + FE_qᵀ + D and
+    orthonormal W there is a symmetric Δ, ‖Δ‖_F ≤ √2 ‖D‖_F, for which (AᵀA − Δ)W = WT + FE_qᵀ, and the k largest
+    eigenvalues of Δ sum to at most √k ‖Δ‖_F.
+    """
+    n = ops.shape[-1]
+    source = default_generator(generator)
+    space = _space(ops, k, rtol, source, wide=wide)
+    found, images, hopeless = space.found, space.images, space.hopeless
+    p, r = found.t.shape[-1], found.block
+    dtype = ops.like.dtype
+    w, s = torch.linalg.eigh(found.t)
+    chosen = s[:, :, -k:].flip(-1).mT.to(dtype)
+    q, upper = torch.linalg.qr(by(chosen, images).mT)
+    left, sigma, right, ok = factor.svd(upper.to(torch.float64))
+    turn = by(right.mT.to(dtype), chosen)
+    value, factors = caller.rounded(q @ left.to(dtype), sigma, by(turn, found.rows).mT)
+    reason = torch.where(ok & ~(hopeless & (dtype != torch.float64)), cert.NONE, cert.INACCURATE)
+    if bool((reason != cert.NONE).all()):
+        nothing = torch.full_like(w[:, 0], math.inf)
+        return Found(value, nothing, nothing * math.nan, reason, p // r, FAILURE)
+
+    basis = found.rows.to(torch.float64)
+    own = probes.probes(p, basis.device, SEEN[0])
+    z = own.omega.mT @ basis
+
+    def project(y: Tensor) -> Tensor:
+        return y - by(by(y, basis.mT), basis)
+
+    f, unit = found.residual.to(torch.float64), ops.unit + gamma(p)
+    # Rows that vanished, where the space is invariant, leave it short of n.
+    short = p < n or bool((basis.norm(dim=-1) < 0.5).any())
+    rest = None
+    if short:
+        rest, near = _beyond(ops, space, w[:, -k], source)
+        other = probes.probes(rest.t.shape[-1], basis.device, SEEN[1])
+        beyond = other.omega.mT @ rest.rows.to(torch.float64)
+        back, forth, square = ops.twice(torch.cat([z, project(beyond)], -2))
+        size = 1.1 * (w[:, -1].abs() + two_norm(f) + ritz(rest).abs()) if square is None else square
+        ours = by(other.omega.mT @ rest.t, rest.rows.to(torch.float64))
+        ours = ours + other.omega.mT[:, -rest.block :] @ rest.residual.to(torch.float64)
+        gap = project(back[:, z.shape[-2] :]) - ours
+        noise = probes.two_norm(gap, other, 4 * unit * size * norm(beyond))
+        outside = top_bound(rest, ritz(rest), near, noise=noise).clamp_min(0)
+    else:
+        back, forth, square = ops.twice(z)
+        outside = torch.zeros_like(w[:, 0])
+    above = 1.1 * (w[:, -1].abs() + two_norm(f) + outside)
+    size = above if square is None else square
+    if ops.dense is not None:
+        # A V from the run's own images, which are known to be near A W.
+        combined, shown = turn.to(torch.float64), images.to(torch.float64)
+        gap = forth[:, : z.shape[-2]] - own.omega.mT @ shown
+        off = 1.01 * probes.of_norm(gap, own, 4 * unit * size.sqrt() * norm(z))
+        off = off + size.sqrt() * norm(factors[2] - by(combined, basis).mT)
+        reached = by(combined, shown).mT
+    else:
+        reached = ops.forth(factors[2].mT).mT
+        off = (4 * unit + ops.rough) * size.sqrt() * norm(factors[2])
+    gap = back[:, : z.shape[-2]] - by(own.omega.mT @ found.t, basis) - own.omega.mT[:, -r:] @ f
+    blur = probes.of_norm(gap, own, 4 * unit * size * norm(z))
+    # W is orthonormal but for rounding, and F orthogonal to it; a row of W that vanished is zero.
+    inner = by(basis, basis.mT)
+    kept = torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.5).to(inner.dtype))
+    blur = blur + 2 * above * norm(inner - kept) + norm(by(basis, f.mT))
+    coupling = torch.zeros_like(found.t)
+    coupling[:, -r:, -r:] = by(f, f.mT)
+    highest = torch.full_like(outside, math.inf)
+    if bool((outside > CLUSTERED * w[:, -k]).any()):
+        # In a cluster that the space holds a part of, the least bound on each is the one on the largest.
+        highest = top_bound(found, w[:, -1], w[:, -1] + space.slack, noise=blur)
+    top = most(found.t, coupling, outside, highest, k) + math.sqrt(2 * k) * blur + 8 * (k + 1) * p * U * above
+    if square is not None:
+        optimum = (square * (1 - 8 * ops.unit) - top).clamp_min(0).sqrt()
+        bound, missed = excess(factors, reached, off, square, optimum, ops.unit, ops.dense)
+        if ops.dense is not None:
+            least, _ = excess(factors, reached, 0.0, square, optimum, ops.unit, ops.dense)
+            if bool((bound > 2 * least).any()):
+                # One more pass is worth it: what is not known of A V is most of the bound.
+                reached = probes.apply(ops.dense, factors[2])
+                off = 4 * unit * size.sqrt() * norm(factors[2])
+                bound, missed = excess(factors, reached, off, square, optimum, ops.unit, ops.dense)
+    else:
+        inside = (w.sum(-1) - math.sqrt(p) * blur).clamp_min(0)
+        shadow = torch.zeros_like(inside)
+        if rest is not None:
+            _, cast, _ = ops.twice(project(gaussian(source, basis, len(basis), SHADOW, n)))
+            shadow = norm(cast) ** 2 / SHADOW
+        bound, missed = _excess_of_unknown(factors, reached, off, top, inside, shadow, unit)
+    return Found(value, bound, missed, reason, p // r, (5 + (square is None)) * FAILURE)
