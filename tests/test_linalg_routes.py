@@ -16,6 +16,7 @@ from gramian.linalg import cost, probes, twofold
 from gramian.linalg.batch import ladder
 from gramian.linalg.conditioning import eigenvalue_ratio
 from gramian.linalg.inverses import INV, SOLVE
+from gramian.linalg.polar_direction import plan
 from gramian.linalg.polar_factor import POLAR
 from gramian.linalg.polar_qdwh import weights
 from gramian.linalg.roots import INV_ROOT, SQRTM
@@ -254,6 +255,14 @@ def cache(tmp_path, monkeypatch):
     cost.constants.cache_clear()
 
 
+def test_a_processor_without_bfloat16_gets_no_plan_with_it(cache, monkeypatch):
+    assert cost.constants("cpu").factors.keys() == cost.DEFAULTS["cpu"].factors.keys()
+    for words, wanted in (({"avx2": True}, {torch.float32}), ({"avx512_bf16": True}, {torch.bfloat16})):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda words=words: words)
+        cost.constants.cache_clear()
+        assert {plan(n, ratio * n, 8, 0.1, "cpu").dtype for n in (16, 64, 256, 1024) for ratio in (1, 4)} == wanted
+
+
 def test_calibration_is_read_back_and_changes_predictions(cache):
     before = cost.predict({"eigh32": 1}, 1024, 1)
     slow = cost.Constants(1e9, 1e-3, cost.DEFAULTS["cpu"].factors)
@@ -268,7 +277,7 @@ def test_calibration_is_read_back_and_changes_predictions(cache):
 def test_a_broken_calibration_is_ignored(cache, text):
     cache.parent.mkdir(parents=True)
     cache.write_text(text)
-    assert cost.constants("cpu") == cost.DEFAULTS["cpu"]
+    assert cost.constants("cpu").source == "default"
 
 
 def test_calibration_measures_every_constant(cache, monkeypatch):

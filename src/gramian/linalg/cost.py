@@ -12,13 +12,15 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 Parts = Mapping[str, float | int]
 """How many of each operation of `Constants.factors`, products in units of n³. A product with a few vectors counts for
-the casts and norms around it too."""
+the casts and norms around it too. Products in bfloat16 are those of a batch: one alone is slower below 100."""
 
 SIZES = (64, 256, 1024)
 """The n at which the cost of a factorisation is kept; in between its logarithm is interpolated."""
@@ -43,7 +45,7 @@ DEFAULTS = {
         factors={
             "float32": (1.0, 1.0, 1.0),
             "float64": (2.3, 2.4, 2.2),
-            "bfloat16": (2.4, 0.5, 0.4),
+            "bfloat16": (0.5, 0.45, 0.4),
             "thin64": (1.7, 0.5, 0.15),
             "eigh32": (22.0, 17.0, 6.5),
             "eigh64": (32.0, 30.0, 13.0),
@@ -83,6 +85,9 @@ DEFAULTS = {
 }
 """CPU: `gramian bench linalg --calibrate`, rounded, on two cores of an AMD EPYC (Zen 4, avx512_bf16, no bfloat16 matrix
 unit), torch 2.13 with MKL, two threads."""
+
+EMULATED = (4.0, 4.0, 4.0)
+"""For bfloat16 on a processor without instructions for it, where a product is one in float32 and casts: an estimate."""
 
 
 def predict(parts: Parts, n: int, batch: int, device: str = "cpu") -> float:
@@ -127,10 +132,18 @@ def constants(device: str = "cpu") -> Constants:
         factors = {name: tuple(map(float, values)) for name, values in body["factors"].items()}
         found = Constants(float(body["rate"]), float(body["latency"]), factors, "calibrated")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return DEFAULTS[kind]
+        return _default(kind)
     whole = all(len(v) == len(SIZES) and min(v) > 0 for v in factors.values())
     same = set(factors) == set(DEFAULTS[kind].factors)
-    return found if whole and same and found.rate > 0 and found.latency >= 0 else DEFAULTS[kind]
+    return found if whole and same and found.rate > 0 and found.latency >= 0 else _default(kind)
+
+
+def _default(kind: str) -> Constants:
+    found = DEFAULTS[kind]
+    words = torch.cpu.get_capabilities()
+    if kind == "cpu" and not any(words.get(word) for word in ("avx512_bf16", "amx_bf16", "bf16")):
+        return replace(found, factors={**found.factors, "bfloat16": EMULATED})
+    return found
 
 
 def keep(found: Mapping[str, Constants]) -> Path:
