@@ -1,4 +1,4 @@
-"""Large matrices in parts: a few rows at a time."""
+"""Large matrices in parts: a few rows (or columns) of the smaller side at a time."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ __all__ = ["in_parts"]
 PART = "part"  # the name of the axis that counts them
 
 
-def in_parts(layout: Layout, size: int | None) -> Layout:
-    """The layout with each matrix that has more than `size` rows and columns cut into equal parts of so many rows.
+def in_parts(layout: Layout, size: int | None, *, by_rows: bool = False) -> Layout:
+    """The layout with the smaller side of each matrix cut into equal parts of at most `size` rows (or columns).
 
-    The first axis of the rows is cut, by the least divisor of it that suffices; where none does without parts of less
-    than a quarter of `size`, the matrix stays whole. Rows, the outputs, since every part then has all inputs: what
-    these have in common is what a direction has to know of them.
+    The first axis of that side is cut, by the least divisor of it that suffices; where none does without parts of less
+    than a quarter of `size`, the matrix stays whole. `by_rows`: the rows are cut, the outputs, though there may be more
+    of them: every part then has all inputs, and what these have in common.
 
-    >>> in_parts(Layout("o i -> o i", (1000, 784)), 256).matrices
-    (4, 250, 784)
+    >>> layout = Layout("o i -> o i", (1000, 784))
+    >>> in_parts(layout, 256).matrices, in_parts(layout, 256, by_rows=True).matrices
+    ((4, 1000, 196), (4, 250, 784))
     >>> in_parts(Layout("(three o) i -> three o i", (24, 8)), 4).matrices
     (3, 2, 4, 8)
     """
@@ -28,11 +29,12 @@ def in_parts(layout: Layout, size: int | None) -> Layout:
     if size is None or min(m, n) <= size:
         return layout
     leading, rows, columns = layout.sides
-    length = layout.axes[rows[0]]
-    counts = [c for c in range(math.ceil(m / size), length + 1) if length % c == 0 and m // c >= size / 4]
+    side, total = (rows, m) if by_rows or m <= n else (columns, n)
+    length = layout.axes[side[0]]
+    counts = [c for c in range(math.ceil(total / size), length + 1) if length % c == 0 and total // c >= size / 4]
     if not counts:
         return layout
-    dims = [sum(((PART, name) if name == rows[0] else (name,) for name in names), ()) for names in layout.dims]
+    dims = [sum(((PART, name) if name == side[0] else (name,) for name in names), ()) for names in layout.dims]
     left = " ".join(map(_group, dims))
     right = " ".join([*leading, PART, _group(rows), _group(columns)])
     return replace(layout, pattern=f"{left} -> {right}", sizes={**layout.sizes, PART: counts[0]})

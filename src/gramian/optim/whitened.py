@@ -146,7 +146,7 @@ class WhitenedMuon(MatrixOptimizer):
     16
     """
 
-    recipe = Recipe(init, update)
+    recipe = Recipe(init, update, by_rows=True)
 
     def __init__(
         self,
