@@ -12,16 +12,14 @@ __all__ = ["in_parts"]
 PART = "part"  # the name of the axis that counts them
 
 
-def in_parts(layout: Layout, size: int | None, *, by_rows: bool = False) -> Layout:
+def in_parts(layout: Layout, size: int | None) -> Layout:
     """The layout with the smaller side of each matrix cut into equal parts of at most `size` rows (or columns).
 
     The first axis of that side is cut, by the least divisor of it that suffices; where none does without parts of less
-    than a quarter of `size`, the matrix stays whole. `by_rows`: the rows are cut, the outputs, though there may be more
-    of them: every part then has all inputs, and what these have in common.
+    than a quarter of `size`, the matrix stays whole.
 
-    >>> layout = Layout("o i -> o i", (1000, 784))
-    >>> in_parts(layout, 256).matrices, in_parts(layout, 256, by_rows=True).matrices
-    ((4, 1000, 196), (4, 250, 784))
+    >>> in_parts(Layout("o i -> o i", (1000, 784)), 256).matrices
+    (4, 1000, 196)
     >>> in_parts(Layout("(three o) i -> three o i", (24, 8)), 4).matrices
     (3, 2, 4, 8)
     """
@@ -29,7 +27,7 @@ def in_parts(layout: Layout, size: int | None, *, by_rows: bool = False) -> Layo
     if size is None or min(m, n) <= size:
         return layout
     leading, rows, columns = layout.sides
-    side, total = (rows, m) if by_rows or m <= n else (columns, n)
+    side, total = (rows, m) if m <= n else (columns, n)
     length = layout.axes[side[0]]
     counts = [c for c in range(math.ceil(total / size), length + 1) if length % c == 0 and total // c >= size / 4]
     if not counts:

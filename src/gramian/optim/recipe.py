@@ -36,10 +36,8 @@ class Recipe(NamedTuple):
     `init(m, options)` gives the state of matrices shaped as `m`, tensors whose first dimension is K.
     `update(g, state, turn)` takes finite gradients, changes the state in place and returns the direction, of Frobenius
     norm √min(m, n) or less. It may use `g` as a buffer. A part of the state that `init` does not name any more (for
-    other options) is dropped, and a matrix that lacks one is `due`. `by_rows` says how large matrices are cut, see
-    `in_parts`.
+    other options) is dropped, and a matrix that lacks one is `due`.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], State]
     update: Callable[[Tensor, State, Turn], Tensor]
-    by_rows: bool = False

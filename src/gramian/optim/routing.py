@@ -44,11 +44,9 @@ class Route:
         assert layout is not None
         return layout.matrices
 
-    def cut(self, size: int | None, *, by_rows: bool) -> Route:
-        """The same with large matrices in parts; see `in_parts`."""
-        if self.layout is None:
-            return self
-        return replace(self, layout=in_parts(self.layout, size, by_rows=by_rows), whole=self.layout)
+    def cut(self, size: int | None) -> Route:
+        """The same with large matrices in parts, of at most `size` on the smaller side."""
+        return self if self.layout is None else replace(self, layout=in_parts(self.layout, size), whole=self.layout)
 
 
 def route(

@@ -40,7 +40,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
             that is less. No vector decays.
         part_size: matrices whose smaller side is longer are cut along it into equal parts of at most so many rows (or
-            columns; `WhitenedMuon` always cuts rows), each with a direction of its own: cheaper. `None`: whole.
+            columns), each with a direction of its own, which costs less. `None`: whole.
         refresh: steps between two renewals of a direction's costly parts, staggered over the matrices.
         max_overhead: share of a step's time that the optimizer may take. `refresh` is then set once, after nine steps
             have been timed, by all ranks together, kept in `state_dict()` and replayed.
@@ -106,8 +106,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._share()
 
     def _cut(self, groups: Sequence[tuple[list[Route], dict[str, Any]]]) -> list[tuple[list[Route], dict[str, Any]]]:
-        size, by_rows = self._options["part_size"], self.recipe.by_rows
-        return [([r.cut(size, by_rows=by_rows) for r in routes], own) for routes, own in groups]
+        return [([r.cut(self._options["part_size"]) for r in routes], own) for routes, own in groups]
 
     def _add_routes(self, routes: Sequence[Route]) -> None:
         for r in routes:

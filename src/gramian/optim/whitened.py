@@ -146,7 +146,7 @@ class WhitenedMuon(MatrixOptimizer):
     16
     """
 
-    recipe = Recipe(init, update, by_rows=True)
+    recipe = Recipe(init, update)
 
     def __init__(
         self,
