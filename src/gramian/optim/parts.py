@@ -24,12 +24,13 @@ def in_parts(layout: Layout, size: int | None) -> Layout:
     (3, 2, 4, 8)
     """
     *_, m, n = layout.matrices
-    if size is None or min(m, n) <= size:
+    small = min(m, n)
+    if size is None or small <= size:
         return layout
     leading, rows, columns = layout.sides
-    side, total = (rows, m) if m <= n else (columns, n)
+    side = rows if m <= n else columns
     length = layout.axes[side[0]]
-    counts = [c for c in range(math.ceil(total / size), length + 1) if length % c == 0 and total // c >= size / 4]
+    counts = [c for c in range(math.ceil(small / size), length + 1) if length % c == 0 and small // c >= size / 4]
     if not counts:
         return layout
     dims = [sum(((PART, name) if name == side[0] else (name,) for name in names), ()) for names in layout.dims]
