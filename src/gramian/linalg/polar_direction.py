@@ -24,6 +24,9 @@ MOST = 12
 HALF = 0.05
 """Least rtol for which products are taken in bfloat16: its rounding leaves 0.02 to 0.03."""
 
+NARROW = 64
+"""Least smaller side for which they are: below it they take as long as in float32."""
+
 GRAM = 5e-3
 """Least rtol for which the Gram matrix in float32 is good enough."""
 
@@ -55,16 +58,16 @@ def plan(short: int, long: int, batch: int, rtol: float, device: str) -> Plan:
     """The cheapest way by the constants of `cost`."""
     low, ratio = reach(short, rtol), long / max(short, 1)
     best, least = Plan("newton_schulz", MOST, torch.float32, low), math.inf
-    for candidate, parts in _candidates(low, ratio, rtol):
+    for candidate, parts in _candidates(low, ratio, rtol, half=rtol >= HALF and short >= NARROW):
         seconds = predict(parts, short, batch, device)
         if seconds < least:
             best, least = candidate, seconds
     return best
 
 
-def _candidates(low: float, ratio: float, rtol: float) -> Iterator[tuple[Plan, Parts]]:
+def _candidates(low: float, ratio: float, rtol: float, *, half: bool) -> Iterator[tuple[Plan, Parts]]:
     """What reaches `rtol`. The errors equioscillate, so that their root mean square is 1/√2 of the largest."""
-    dtypes = [torch.float32] + [torch.bfloat16] * (rtol >= HALF)
+    dtypes = [torch.float32] + [torch.bfloat16] * half
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         for steps in range(1, MOST + 1):

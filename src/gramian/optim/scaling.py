@@ -31,8 +31,8 @@ def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
 
     The unit, `2 ** state["unit"]` (K, 1, 1), is one at first. It moves to the largest entry of a gradient that is 2²⁴
     times larger, or 2²⁴ times smaller with a momentum that is so too, and the state with it: each tensor named in
-    `powers` by that power of the unit; exact but for underflow. What was told in a unit so much larger that it would
-    overflow in the new one is forgotten.
+    `powers` by that power of the unit; exact but for underflow. Where one of them, or its squares, would overflow in
+    the new unit, all that was told in the old one is forgotten.
     """
     unit = state["unit"]
     largest = peak(g, (-2, -1))
@@ -42,11 +42,14 @@ def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
         known = peak(state["momentum"], (-2, -1))
         moves &= (wanted > unit) | (known == 0) | (torch.frexp(known)[1] < -SPAN)
         shift = torch.where(moves, unit - wanted, 0.0)
-        far = shift > LARGEST[g.dtype] // 4  # a square of what is some powers of two long still fits
-        for name, power in powers.items():
-            if name in state:
-                _ldexp_(state[name].masked_fill_(far, 0.0), shift * power)
-        unit.copy_(torch.where(moves, wanted, unit))
+        told = {name: power for name, power in powers.items() if name in state}
+        lost = torch.zeros_like(moves)
+        for name, power in told.items():
+            top = peak(state[name], (-2, -1))
+            lost |= (shift > 0) & (top > 0) & (torch.frexp(top)[1] + shift * power > LARGEST[g.dtype] // 2)
+        for name, power in told.items():
+            _ldexp_(state[name].masked_fill_(lost, 0.0), shift * power)
+    unit.copy_(torch.where(moves, wanted, unit))
     if g.device.type != "cpu" or bool(unit.any()):
         _ldexp_(g, -unit)
 
