@@ -35,6 +35,22 @@ def untyped() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", before)
 
 
+class Map:
+    """A matrix that shows only what it does to vectors."""
+
+    def __init__(self, a):
+        self.a, self.shape, self.dtype = a, tuple(a.shape), a.dtype
+
+    def matvec(self, x):
+        return self.a @ x
+
+    def matmat(self, x):
+        return self.a @ x
+
+    def adjoint(self):
+        return Map(self.a.mT)
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

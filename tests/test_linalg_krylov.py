@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gramian.linalg as gl
-from cases import WIDE, seeded
+from cases import WIDE, Map, seeded
 from gramian import random
 from gramian.errors import ConvergenceError, InputError
 from gramian.linalg import krylov, lowrank_krylov
@@ -162,22 +162,6 @@ def test_sums_of_the_largest_eigenvalues_are_bounded(outside):
         if outside <= 0.3:
             second = sum(float(r[:, j].norm() ** 2 / (t[j, j] - norm)) for j in range(k))
             assert most - t.diagonal()[:k].sum() <= 2 * second
-
-
-class Map:
-    """A matrix that shows only what it does to vectors."""
-
-    def __init__(self, a):
-        self.a, self.shape, self.dtype = a, tuple(a.shape), a.dtype
-
-    def matvec(self, x):
-        return self.a @ x
-
-    def matmat(self, x):
-        return self.a @ x
-
-    def adjoint(self):
-        return Map(self.a.mT)
 
 
 WRAPS = {"map": Map, "csr": lambda a: a.to_sparse_csr(), "coo": lambda a: a.to_sparse()}

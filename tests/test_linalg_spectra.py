@@ -9,25 +9,9 @@ import pytest
 import torch
 
 import gramian.linalg as gl
-from cases import SQUARE, WIDE, hostile, mp, mp_error, oracle_svdvals, seeded, untyped
+from cases import SQUARE, WIDE, Map, hostile, mp, mp_error, oracle_svdvals, seeded, untyped
 from gramian import random
 from gramian.errors import ConvergenceError, DtypeError, InputError, ShapeError
-
-
-class Map:
-    """A matrix that shows only what it does to vectors."""
-
-    def __init__(self, a):
-        self.a, self.shape, self.dtype = a, tuple(a.shape), a.dtype
-
-    def matvec(self, x):
-        return self.a @ x
-
-    def matmat(self, x):
-        return self.a @ x
-
-    def adjoint(self):
-        return Map(self.a.mT)
 
 
 def off(value, exact):

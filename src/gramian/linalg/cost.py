@@ -140,8 +140,8 @@ def constants(device: str = "cpu") -> Constants:
 
 def _default(kind: str) -> Constants:
     found = DEFAULTS[kind]
-    words = torch.cpu.get_capabilities()
-    if kind == "cpu" and not any(words.get(word) for word in ("avx512_bf16", "amx_bf16", "bf16")):
+    words = getattr(torch.cpu, "get_capabilities", dict)()
+    if kind == "cpu" and words and not any(words.get(word) for word in ("avx512_bf16", "amx_bf16", "bf16")):
         return replace(found, factors={**found.factors, "bfloat16": EMULATED})
     return found
 

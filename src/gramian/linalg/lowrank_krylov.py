@@ -51,8 +51,7 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 class Products(NamedTuple):
     """What block Krylov asks of matrices A (B, m, n): rows y Aᵀ and z A in the dtype of `like`; and, in float64, rows
-    z AᵀA and z Aᵀ with ‖A‖_F² (B,), None where nobody knows it, to within `unit` of ‖A‖_F each; A itself, if dense;
-    `rough` is the relative rounding of a product of a map that is not float64.
+    z AᵀA and z Aᵀ with ‖A‖_F² (B,), None where nobody knows it, to within `unit` of ‖A‖_F each; A itself, if dense.
     """
 
     forth: Apply
@@ -62,7 +61,6 @@ class Products(NamedTuple):
     shape: tuple[int, int, int]
     unit: float
     dense: Tensor | None = None
-    rough: float = 0.0
 
 
 class Caller(NamedTuple):
@@ -336,7 +334,7 @@ def by_products(
         reached = by(combined, shown).mT
     else:
         reached = ops.forth(factors[2].mT).mT
-        off = (4 * unit + ops.rough) * size.sqrt() * norm(factors[2])
+        off = 4 * unit * size.sqrt() * norm(factors[2])
     gap = back[:, : z.shape[-2]] - by(own.omega.mT @ found.t, basis) - own.omega.mT[:, -r:] @ f
     blur = probes.of_norm(gap, own, 4 * unit * size * norm(z))
     # W is orthonormal but for rounding, and F orthogonal to it; a row of W that vanished is zero.
