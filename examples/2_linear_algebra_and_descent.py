@@ -116,12 +116,12 @@ rates = torch.cat([torch.logspace(-2, math.log10(0.98 * edge), 12), torch.tensor
 rates = rates.sort().values
 counts = [needed(r.item()) for r in rates]
 lesson.close("the fastest rate of those tried, and 2/(λmin + λmax)", rates[counts.index(min(counts))], ideal, 1e-12)
-centred = X.clone()
-centred[:, 1] = (x - x.mean()) / x.std(correction=0)
-H = 2 * gm.linalg.second_moment(centred)
-lesson.close("standardised input has H = 2I: condition number", torch.linalg.cond(H), 1.0, 1e-12)
-target = gm.linalg.solve(H, (2 / m * centred.mT @ y)[:, None])[:, 0]
-lesson.close("so one step at rate 1/2 is the answer", 0.5 * 2 / m * centred.mT @ y, target, 1e-12)
+centered = X.clone()
+centered[:, 1] = (x - x.mean()) / x.std(correction=0)
+H = 2 * gm.linalg.second_moment(centered)
+lesson.close("standardized input has H = 2I: condition number", torch.linalg.cond(H), 1.0, 1e-12)
+target = gm.linalg.solve(H, (2 / m * centered.mT @ y)[:, None])[:, 0]
+lesson.close("so one step at rate 1/2 is the answer", 0.5 * 2 / m * centered.mT @ y, target, 1e-12)
 v = gm.random.normal(2, generator=generator)
 for _ in range(60):  # for a network: Hessian times vector, no Hessian
     v = torch.func.jvp(torch.func.grad(loss), (at,), (v,))[1]
@@ -215,9 +215,9 @@ middle.minorticks_off()
 middle.legend(fontsize=7.5, loc="upper center")
 grid = torch.linspace(-2.05, 2.05, 300)
 right.plot(grid, f(grid), color="#5f6b76")
-for start, colour in ((0, "#2a6fbb"), (21, "#2a6fbb"), (22, "#d1602a"), (40, "#d1602a")):
+for start, color in ((0, "#2a6fbb"), (21, "#2a6fbb"), (22, "#d1602a"), (40, "#d1602a")):
     walk = trail[::2, start][:60]
-    right.plot(walk, f(walk), "o-", ms=3, lw=0.8, color=colour)
+    right.plot(walk, f(walk), "o-", ms=3, lw=0.8, color=color)
 right.axvline(roots[1], color="k", ls=":", lw=1, label=f"u = {roots[1]:.3f} parts the basins")
 right.set(xlabel="u", ylabel="f(u) = u⁴ − 3u² + u", title="The start decides the minimum")
 right.legend(fontsize=7.5, loc="upper center", frameon=True, edgecolor="none", framealpha=1)

@@ -28,7 +28,7 @@ X = torch.tensor([[1.0, 2.0], [2.0, 3.0], [3.0, 4.0], [4.0, 5.0]])
 y = torch.tensor([2.0, 3.0, 4.0, 5.0])
 gram = gm.linalg.syrk(X)
 w = gm.linalg.solve(gram, (X.mT @ y)[:, None])[:, 0]
-lesson.close("the minimiser is y's own column", w, [0.0, 1.0], 1e-13)
+lesson.close("the minimizer is y's own column", w, [0.0, 1.0], 1e-13)
 hessian = 2 * gm.linalg.second_moment(X)
 slow, fast = torch.linalg.eigvalsh(hessian)
 print(
@@ -195,7 +195,7 @@ def cosine(table: Tensor, a: str, b: str) -> float:
 lesson.close(
     "doctor and physician share no text: cosine of their rows", cosine(counts, "doctor", "physician"), 0.0, 0.0
 )
-lesson.less("in two dimensions they are neighbours", 0.95, cosine(places, "doctor", "physician"))
+lesson.less("in two dimensions they are neighbors", 0.95, cosine(places, "doctor", "physician"))
 lesson.less("and doctor and engine are not", abs(cosine(places, "doctor", "engine")), 0.1)
 lesson.close("the squared singular values are the eigenvalues of the terms' Gram matrix",
              s.square(), torch.linalg.eigvalsh(gm.linalg.syrk(counts))[-2:].flip(0), 1e-12)  # fmt: skip

@@ -97,7 +97,7 @@ def ratio(net: nn.Sequential) -> float:
     return (outputs[0].norm() / outputs[-1].norm()).item()
 
 
-lesson.section("The share of the gradient that reaches the first layer, by depth and initialisation")
+lesson.section("The share of the gradient that reaches the first layer, by depth and initialization")
 depths = (2, 5, 10, 20, 50, 100, 300, 1000)
 by_depth = {name: torch.tensor([ratio(made(d, name)) for d in depths], dtype=torch.float64) for name in INITS}
 print("      depth " + " ".join(f"{d:>9d}" for d in depths))
@@ -225,8 +225,8 @@ plain, mended = "torch's default", "isometric"
 REMEDIES: dict[str, Callable[[], tuple[float, float, float]]] = {
     "control: default init, Adam": lambda: run(made(DEPTH, plain), adam),
     "learning-rate decay": lambda: run(made(DEPTH, plain), adam, decay=0.95),
-    "weight regularisation": lambda: run(made(DEPTH, plain), lambda n: adam(n, weight_decay=1.0)),
-    "factorisation, rank 8": lambda: run(factored("default"), adam),
+    "weight regularization": lambda: run(made(DEPTH, plain), lambda n: adam(n, weight_decay=1.0)),
+    "factorization, rank 8": lambda: run(factored("default"), adam),
     "recurrence (a matrix's powers)": lambda: run(tied(plain), adam),
     "Muon": lambda: run(made(DEPTH, plain), muon(0.3)),
     "isometric, Adam": lambda: run(made(DEPTH, mended), adam),
@@ -245,8 +245,8 @@ shrunk = made(DEPTH, plain)
 for p in shrunk.parameters():
     p.data *= (1 - 3e-3) ** STEPS  # what decay alone does in 60 steps
 lesson.less("weight decay shrinks every factor of the product: ratio", ratio(shrunk), control[0])
-lesson.less("factorisation has two small gains in place of one: ratio", results["factorisation, rank 8"][0], control[0])
-for name in ("learning-rate decay", "weight regularisation", "factorisation, rank 8", "recurrence (a matrix's powers)"):
+lesson.less("factorization has two small gains in place of one: ratio", results["factorization, rank 8"][0], control[0])
+for name in ("learning-rate decay", "weight regularization", "factorization, rank 8", "recurrence (a matrix's powers)"):
     lesson.less(f"{name}: accuracy stays near chance", results[name][2], 0.4)
 lesson.less("Muon alone: every direction of the update is of size one, the gradient's signal is still lost: accuracy",
             results["Muon"][2], 0.5)  # fmt: skip
@@ -262,7 +262,7 @@ figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="co
 for name, values in by_depth.items():
     left.loglog(depths, values.clamp(1e-80, 1e80), "o-", ms=3, label=name)
 left.set(xlabel="depth (layers)", ylabel="‖∂L/∂h₁‖ / ‖∂L/∂h_last‖", ylim=(1e-40, 1e40))
-left.set_title("The gradient that arrives, by initialisation")
+left.set_title("The gradient that arrives, by initialization")
 left.legend(fontsize=7.5, loc="upper left")
 for name, values in spectra.items():
     middle.semilogy(range(1, 33), values.clamp_min(1e-30), "o-", ms=3, label=name)
@@ -271,8 +271,8 @@ middle.legend(fontsize=7.5)
 names = list(results)[::-1]
 for row, name in enumerate(names):
     accuracy = results[name][2]
-    colour = "#3a8f5c" if name.startswith("isometric") else "#5f6b76" if name.startswith("control") else "#d1602a"
-    right.barh(row, 100 * accuracy, color=colour)
+    color = "#3a8f5c" if name.startswith("isometric") else "#5f6b76" if name.startswith("control") else "#d1602a"
+    right.barh(row, 100 * accuracy, color=color)
     right.text(100 * accuracy + 1, row, f"{results[name][0]:.0e}", va="center", fontsize=7.5)
 right.axvline(10, color="k", ls=":", lw=1)
 right.set_yticks(range(len(names)), names, fontsize=7.5)

@@ -92,7 +92,7 @@ gaussian = normal(n, n) / math.sqrt(n)
 flat = gm.random.uniform(n, n, generator=generator)  # U(0, 1): mean ½, variance 1/12
 spread = (flat - 0.5) * math.sqrt(12 / n)
 lesson.close("normal: largest singular value and 2", gm.linalg.svdvals(gaussian)[0], 2.0, 0.06)
-lesson.close("uniform, centred and scaled: the same law", gm.linalg.svdvals(spread)[0], 2.0, 0.06)
+lesson.close("uniform, centered and scaled: the same law", gm.linalg.svdvals(spread)[0], 2.0, 0.06)
 top = gm.linalg.svdvals(flat)[:2]
 lesson.close("uniform as drawn: its mean is one huge singular value, n/2", top[0] / (n / 2), 1.0, 0.01)
 lesson.close("the others are the noise's, 2 √(n/12)", top[1] / (2 * math.sqrt(n / 12)), 1.0, 0.03)
@@ -124,22 +124,22 @@ lesson.less("largest distance of the two distribution functions", (law - measure
 
 lesson.section("Singular values on 1,797 real digits: fewer dimensions, less noise")
 clean = torch.as_tensor(load_digits().data)
-centred = clean - clean.mean(0)
+centered = clean - clean.mean(0)
 full = gm.linalg.pca(clean, 64)
 streamed = gm.linalg.pca(clean.split(100), 64)
-sigma = torch.linalg.svdvals(centred)
-lesson.close("gm.linalg.pca's variances are σ²/(n − 1) of the centred data", full.explained_variance,
+sigma = torch.linalg.svdvals(centered)
+lesson.close("gm.linalg.pca's variances are σ²/(n − 1) of the centered data", full.explained_variance,
              sigma.square() / (len(clean) - 1), 1e-9)  # fmt: skip
 lesson.close("streamed in batches of 100: the same", streamed.explained_variance, full.explained_variance, 1e-9)
 share = full.explained_variance.cumsum(0) / full.explained_variance.sum()
 k = int((share < 0.9).sum()) + 1
 codes = (clean - full.mean) @ full.components[:k].mT
 rebuilt = codes @ full.components[:k] + full.mean
-lost = (rebuilt - clean).square().sum() / centred.square().sum()
+lost = (rebuilt - clean).square().sum() / centered.square().sum()
 lesson.close(f"{k} of 64 dimensions keep 90 %; what is lost is the rest", lost, 1 - share[k - 1], 1e-10)
-_, _, uncentred = gm.linalg.svd_lowrank(clean, 1)
-lesson.less("without centring the first direction is the mean: |cosine| is above", 0.99,
-            abs(uncentred[:, 0] @ (clean.mean(0) / clean.mean(0).norm())))  # fmt: skip
+_, _, uncentered = gm.linalg.svd_lowrank(clean, 1)
+lesson.less("without centering the first direction is the mean: |cosine| is above", 0.99,
+            abs(uncentered[:, 0] @ (clean.mean(0) / clean.mean(0).norm())))  # fmt: skip
 noise = 4.0
 noisy = clean + noise * normal(*clean.shape)
 mean = noisy.mean(0)

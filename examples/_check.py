@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-COLOURS = ("#2a6fbb", "#d1602a", "#3a8f5c", "#8a5aa8", "#b8860b", "#5f6b76", "#c2407a", "#138d90")
+COLORS = ("#2a6fbb", "#d1602a", "#3a8f5c", "#8a5aa8", "#b8860b", "#5f6b76", "#c2407a", "#138d90")
 
 
 class Lesson:
@@ -40,7 +40,7 @@ class Lesson:
                 "grid.color": "#e6e6e6",
                 "axes.axisbelow": True,
                 "legend.frameon": False,
-                "axes.prop_cycle": plt.cycler(color=COLOURS),
+                "axes.prop_cycle": plt.cycler(color=COLORS),
             }
         )
 

@@ -28,7 +28,7 @@ def test_one_task_gives_one_row(monkeypatch):
 
 
 def test_every_task_of_the_issue_has_a_name():
-    assert set(linalg.TASKS) >= {"polar_wide", "polar_square", "inv_root", "svdvals", "orthogonalise_many"}
+    assert set(linalg.TASKS) >= {"polar_wide", "polar_square", "inv_root", "svdvals", "orthogonalize_many"}
     with pytest.raises(InputError, match="no task contains"):
         run("linalg", only="no such task")
 

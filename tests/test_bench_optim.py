@@ -218,7 +218,7 @@ def test_competitors_are_chosen_by_name(monkeypatch) -> None:
     monkeypatch.setenv(competitors.CHOICE_VARIABLE, "pytorch_optimizer SOAP, torch Muon")
     assert list(competitors.chosen()) == [competitors.ADAMW, competitors.TORCH_MUON, "pytorch_optimizer SOAP"]
     monkeypatch.setenv(competitors.CHOICE_VARIABLE, "Lion")
-    with pytest.raises(InputError, match="no optimiser's name contains 'Lion'"):
+    with pytest.raises(InputError, match="no optimizer's name contains 'Lion'"):
         competitors.chosen()
 
 

@@ -237,13 +237,13 @@ def test_what_is_not_known_is_not_guessed() -> None:
 
 def test_lazy_parameters_wait() -> None:
     model = nn.Sequential(nn.LazyConv2d(2, 3), nn.LazyLinear(3))
-    assert {"not initialised yet" in r.reason for r in gm.blocks(model).rest} == {True}
+    assert {"not initialized yet" in r.reason for r in gm.blocks(model).rest} == {True}
     model(torch.ones(2, 4, 5, 5))
     check_partition(model)
     assert not gm.blocks(model).rest[0].reason.startswith("not")
 
 
-PARAMETRISED = {
+PARAMETRIZED = {
     "weight_norm": (torch.nn.utils.parametrizations.weight_norm, "parametrizations.weight.original1", 1),
     "spectral_norm": (torch.nn.utils.parametrizations.spectral_norm, "parametrizations.weight.original", 0),
     "orthogonal": (torch.nn.utils.parametrizations.orthogonal, "parametrizations.weight.original", 0),
@@ -251,12 +251,12 @@ PARAMETRISED = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETRISED)
-def test_a_parametrised_weight_has_its_modules_layout(name: str) -> None:
-    wrap, parameter, num_scales = PARAMETRISED[name]
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_a_parametrized_weight_has_its_modules_layout(name: str) -> None:
+    wrap, parameter, num_scales = PARAMETRIZED[name]
     found, rest = gm.blocks(nn.Sequential(wrap(nn.Conv2d(4, 6, 3, groups=2, bias=False))))
     assert [(b.name, b.shape) for b in found] == [(f"0.{parameter}", (2, 3, 18))]
-    assert [r.reason.endswith("a scale of the parametrised weight") for r in rest] == [True] * num_scales
+    assert [r.reason.endswith("a scale of the parametrized weight") for r in rest] == [True] * num_scales
 
 
 def test_gpt2s_linear_layer_is_known_by_name() -> None:

@@ -26,7 +26,7 @@ from zoo_variants import VARIANTS
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """As the ranks have: an orthogonal parametrisation starts from another float32 rounding with two."""
+    """As the ranks have: an orthogonal parametrization starts from another float32 rounding with two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -71,7 +71,7 @@ def wanted(name: str, sizes: list[int], padding: int | None = None) -> dict[Key,
 
 
 def base_name(name: str) -> str:
-    """`layer.weight` for what a parametrisation calls `layer.parametrizations.weight.original1`."""
+    """`layer.weight` for what a parametrization calls `layer.parametrizations.weight.original1`."""
     before, _, after = name.partition("parametrizations.")
     return before + after.partition(".")[0] if after else name
 

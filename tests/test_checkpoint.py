@@ -227,7 +227,7 @@ def test_parts_keep_their_names(tmp_path: Path) -> None:
 
 KINDS = {
     "float": ("float64", "float32", "float16", "bfloat16"),
-    "quantised": ("int8", "uint8", "float8_e4m3fn", "float8_e5m2"),
+    "quantized": ("int8", "uint8", "float8_e4m3fn", "float8_e5m2"),
     "integer": ("int16", "int32", "int64", "bool"),
     "complex": ("complex64",),
 }

@@ -78,7 +78,7 @@ def frozen():
 def wrong_rows():
     return but(model=lambda: nn.Linear(9, 2))
 
-def neighbour():
+def neighbor():
     import beside
     return but(name=beside.NAME)
 """
@@ -319,7 +319,7 @@ def test_a_task_file_imports_what_lies_beside_it(folder, capsys, monkeypatch) ->
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
-    code, out, _ = run(capsys, "train", "../task.py:neighbour", "--steps", "3")
+    code, out, _ = run(capsys, "train", "../task.py:neighbor", "--steps", "3")
     assert code == 0
     assert "from beside" in out
 
@@ -366,7 +366,7 @@ def test_train_fits_the_terminal(folder, columns) -> None:
         )
     trained.metrics["a long name of a number that is measured here"] = 0.125
     display.show(trained, "task", console=console)
-    # Every movement of the cursor begins a line, colours do not.
+    # Every movement of the cursor begins a line, colors do not.
     drawn = re.sub(r"\r|\x1b\[[0-9?]*[A-Zhl]", "\n", stream.getvalue())
     lines = re.sub(r"\x1b\[[0-9;]*m", "", drawn).splitlines()
     assert max(map(len, lines)) <= columns

@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # What each topic's text promises: a PASS line that starts with each of these.
 TOPICS: dict[str, tuple[str, ...]] = {
-    "1_inverse_regularisation_optimisation": (
+    "1_inverse_regularization_optimization": (
         "inverse and solve", "gradient descent and the closed form", "SGD, ", "Adam, rate decayed",
         "Adam's formula and torch's after 300 steps", "predictions at 0.5, 0.8, 0.9",
         "λ = 1: gradient = −λ/(2m) sign θ", "λ = 300: |gradient| < λ/(2m) where θ = 0", "exactly singular",
@@ -22,23 +22,23 @@ TOPICS: dict[str, tuple[str, ...]] = {
     ),
     "2_linear_algebra_and_descent": (
         "by hand and by autograd", "by hand and by central differences", "θ after 1,000 epochs",
-        "measured by bisection, and 2/λmax", "at 1.01 of it", "the fastest rate of those tried", "standardised input",
+        "measured by bisection, and 2/λmax", "at 1.01 of it", "the fastest rate of those tried", "standardized input",
         "constant rate: mini-batches", "a decaying rate", "the likeliest probability", "41 starts",
     ),
     "3_training_as_matrix_work": (
-        "the minimiser is", "the sum itself, and torch", "im2col", "doubly block Toeplitz", "mean pooling is a matrix",
+        "the minimizer is", "the sum itself, and torch", "im2col", "doubly block Toeplitz", "mean pooling is a matrix",
         "max pooling is", "h_t = tanh", "mean pooling over time", "max pooling over time", "‖Wᵏ‖ grows",
         "gm.linalg.matrix_power_scaled", "rank 3 of a digit", "doctor and physician", "relative error of bfloat16",
     ),
     "4_vanishing_gradients": (
         "∂L/∂W₁", "∂L/∂b₂", "depth 1000, isometric", "and the gain χ", "isometric: σ₁₆/σ₁", "log |det|",
         "log₁₀ of its norm", "the product's largest |eigenvalue|", "learning-rate decay: the ratio", "weight decay",
-        "factorisation has", "recurrence (a matrix's powers)", "Muon alone", "isometric, Adam", "isometric recurrence",
+        "factorization has", "recurrence (a matrix's powers)", "Muon alone", "isometric, Adam", "isometric recurrence",
         "isometric, Muon",
     ),
     "5_toolbox": (
         "(A + B)C", "A * B, element by element", "(AB)ᵀ", "(AB)⁻¹", "IA = A", "diag(d)A", "rank of", "QR", "LU",
-        "polar", "symmetric: S", "a rotation's eigenvalues", "normal: largest", "uniform, centred",
+        "polar", "symmetric: S", "a rotation's eigenvalues", "normal: largest", "uniform, centered",
         "Gaussian with covariance",
         "21 of 64 dimensions", "optimal shrinkage", "Σx² → 2X, autograd", "tr(AX) → Aᵀ, differences",
         "log |det X|", "tr(AX⁻¹)", "xᵀAx", "error of Strassen", "density 0.1%",
@@ -65,7 +65,7 @@ def test_an_example_passes_its_own_checks(name: str, tmp_path: Path) -> None:
     picture = tmp_path / f"{name}.png"
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     pixels = matplotlib.image.imread(picture)
-    assert len({tuple(colour) for colour in pixels.reshape(-1, pixels.shape[-1])[::7].tolist()}) > 10
+    assert len({tuple(color) for color in pixels.reshape(-1, pixels.shape[-1])[::7].tolist()}) > 10
 
 
 PASSING = ("lesson.close('x', 1.0, 1.1, 0.2)", "lesson.less('x', 1, 2)", "lesson.same('x', 'a', 'a')")

@@ -1,4 +1,4 @@
-"""Isometric initialisation: orthogonal layers whose gain is one, whatever the activation and the units of the data."""
+"""Isometric initialization: orthogonal layers whose gain is one, whatever the activation and the units of the data."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_hidden_gains_are_one(name: str) -> None:
     assert gains[-1].chi == pytest.approx(0.01, rel=0.2)  # the head's scale
 
 
-def test_the_default_initialisation_fails_that_test() -> None:
+def test_the_default_initialization_fails_that_test() -> None:
     torch.manual_seed(0)
     gains = layer_gains(stack(nn.Tanh()), digits(), CLASSIFY)
     assert max(g.chi for g in list(gains.values())[1:-1]) < 0.5

@@ -20,7 +20,7 @@ CLASSIFY = gm.Objective.classification()
 def plain(
     depth: int, activation: type[nn.Module] = nn.Tanh, width: int = 32, outputs: int = 2, seed: int = 0
 ) -> nn.Module:
-    """A plain network as PyTorch initialises it."""
+    """A plain network as PyTorch initializes it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width), activation())]

@@ -1,4 +1,4 @@
-"""Shapes, dtypes, errors, scales: one bad matrix never harms its neighbours, and bad arguments say what to do."""
+"""Shapes, dtypes, errors, scales: one bad matrix never harms its neighbors, and bad arguments say what to do."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_any_shape(name, shape, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("name", ALL)
-def test_a_bad_matrix_leaves_its_neighbours_alone(name, dtype, device):
+def test_a_bad_matrix_leaves_its_neighbors_alone(name, dtype, device):
     a = hostile(5, 30, 4, 4, dtype, psd=name in SYMMETRIC)
     a[::7] = torch.nan
     a[3] = torch.inf

@@ -1,4 +1,4 @@
-"""Directions for optimisers: σ within the asked distance of 1, best coefficients, and nothing that blows up."""
+"""Directions for optimizers: σ within the asked distance of 1, best coefficients, and nothing that blows up."""
 
 from __future__ import annotations
 

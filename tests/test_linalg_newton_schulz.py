@@ -30,7 +30,7 @@ def test_coefficients_derive_from_minimax_composition():
     low, high, cushion = mpmath.mpf("1e-3"), mpmath.mpf(1), mpmath.mpf("0.02407327424182761")
     for published in COEFFICIENTS[:-1]:
         quintic = minimax_quintic(max(low, cushion * high), high)
-        # The cushion leaves the true interval off centre: divide so that p(low) and p(high) are equally far from 1.
+        # The cushion leaves the true interval off center: divide so that p(low) and p(high) are equally far from 1.
         ends = [sum(q * x ** (2 * i + 1) for i, q in enumerate(quintic)) for x in (low, high)]
         quintic = [q * 2 / sum(ends) for q in quintic]
         assert [float(q) for q in quintic] == pytest.approx(published, rel=1e-13)
@@ -81,7 +81,7 @@ def test_converged_estimates_cover_the_error_on_hostile_matrices(seed):
     assert checked.sum() > 10
 
 
-def test_steps_and_certify_are_honoured():
+def test_steps_and_certify_are_honored():
     a = random.normal(3, 8, 8, generator=seeded(6))
     _, certificate = gl.polar_ex(a, method="newton_schulz", steps=3, certify=False)
     assert certificate.steps.tolist() == [3, 3, 3]

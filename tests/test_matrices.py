@@ -112,7 +112,7 @@ def test_what_is_not_a_weight_is_left_out_and_said_so(tmp_path):
     tensors = {
         "w": torch.eye(4),
         "ids": torch.ones(4, 4, dtype=torch.long),
-        "quantised": torch.ones(4, 4, dtype=torch.int8),
+        "quantized": torch.ones(4, 4, dtype=torch.int8),
         "empty": torch.zeros(0, 5),
         "h.attn.bias": torch.ones(1, 1, 4, 4),
     }

@@ -296,7 +296,7 @@ def test_half_precision_keeps_its_momentum_in_float32() -> None:
         optimizer.step()
         buffer = optimizer.state[w]["momentum"]
         assert buffer.dtype == torch.float32
-        assert torch.equal(buffer, 0.75 * w.grad.float())  # torch 2.13's own is normalised in place
+        assert torch.equal(buffer, 0.75 * w.grad.float())  # torch 2.13's own is normalized in place
         assert w.dtype == dtype
 
 

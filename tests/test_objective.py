@@ -18,7 +18,7 @@ Objective = gm.Objective
 CLASSES = 4
 
 
-def labelled(n: int = 6, padding: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def labeled(n: int = 6, padding: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores (n, C) in float64 that require gradients, and labels of which `padding` are ignored."""
     scores = torch.randn(n, CLASSES, generator=seeded(seed), dtype=torch.float64, requires_grad=True)
     labels = torch.randint(CLASSES, (n,), generator=seeded(seed + 1))
@@ -46,13 +46,13 @@ def exact_hessian(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def test_gauss_newton_is_the_hessian_of_cross_entropy() -> None:
-    scores, labels = labelled()
+    scores, labels = labeled()
     got = second_moment(Objective.classification(), scores, (None, labels), "gauss_newton")
     torch.testing.assert_close(got, exact_hessian(scores, labels), rtol=1e-12, atol=1e-14)
 
 
 def test_sampled_labels_give_it_in_expectation() -> None:
-    scores, labels = labelled(n=3, padding=1)
+    scores, labels = labeled(n=3, padding=1)
     generator, draws = seeded(2), 4000
     objective = Objective.classification()
     samples = torch.stack(
@@ -64,7 +64,7 @@ def test_sampled_labels_give_it_in_expectation() -> None:
 
 
 def test_empirical_is_the_gradient_of_the_loss() -> None:
-    scores, labels = labelled()
+    scores, labels = labeled()
     g = torch.autograd.grad(F.cross_entropy(scores, labels, reduction="sum"), scores)[0]
     got = second_moment(Objective.classification(), scores, (None, labels), "empirical")
     torch.testing.assert_close(got, g[:, :, None] * g[:, None, :])
@@ -119,7 +119,7 @@ def test_sums_and_units_add_up_over_any_split(name: str) -> None:
 
 
 def test_padding_weighs_nothing_and_is_not_counted() -> None:
-    scores, labels = labelled(n=6, padding=2)
+    scores, labels = labeled(n=6, padding=2)
     for fisher in ("empirical", "sampled", "gauss_newton"):
         moment = second_moment(Objective.classification(), scores, (None, labels), fisher)
         assert (moment[4:] == 0).all()
@@ -157,7 +157,7 @@ def test_a_plain_mean_becomes_a_sum_over_samples() -> None:
 
 
 def test_float64_stays_float64() -> None:
-    scores, labels = labelled()
+    scores, labels = labeled()
     assert Objective.classification().criterion(scores, (None, labels))[0].dtype == torch.float64
 
 

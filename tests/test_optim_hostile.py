@@ -1,4 +1,4 @@
-"""No gradient poisons a weight, whatever the optimizer: outcomes are counted, and neighbours unharmed."""
+"""No gradient poisons a weight, whatever the optimizer: outcomes are counted, and neighbors unharmed."""
 
 from __future__ import annotations
 
@@ -183,8 +183,8 @@ def test_gradients_may_fade(name: str, fading: str, momentum: float) -> None:
 
 @pytest.mark.parametrize("gradient", ["nan", "one_minus_inf", "zero", "rank_one", "huge", "tiny", "condition"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_neighbours_in_a_batch_are_unharmed(name: str, gradient: str) -> None:
-    """As beside a neighbour with an ordinary gradient: to the bit, or to a few roundings where all share solves."""
+def test_neighbors_in_a_batch_are_unharmed(name: str, gradient: str) -> None:
+    """As beside a neighbor with an ordinary gradient: to the bit, or to a few roundings where all share solves."""
     ends = []
     for make in (GRADIENTS[gradient], lambda s, i: noise(s, 77 + i)):
         params = [nn.Parameter(torch.ones(6, 5)) for _ in range(3)]
@@ -202,7 +202,7 @@ def test_neighbours_in_a_batch_are_unharmed(name: str, gradient: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_parameter_may_miss_gradients(name: str) -> None:
-    """It stays, its state too, and its neighbours step as if it had been skipped; frozen, it leaves the batch."""
+    """It stays, its state too, and its neighbors step as if it had been skipped; frozen, it leaves the batch."""
     ends = []
     for missing in (None, torch.full((6, 5), math.nan)):
         params = [nn.Parameter(torch.ones(6, 5)) for _ in range(3)]

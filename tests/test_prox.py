@@ -1,4 +1,4 @@
-"""Every proximal map is the minimiser that defines it; zeros, ranks and bounds come out exact."""
+"""Every proximal map is the minimizer that defines it; zeros, ranks and bounds come out exact."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_nothing_near_or_far_is_lower(name: str, step: float, device: str) -> No
 
 @pytest.mark.parametrize("step", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("name", ["l2", "orthogonal"])
-def test_the_smooth_ones_agree_with_a_numerical_minimiser(name: str, step: float) -> None:
+def test_the_smooth_ones_agree_with_a_numerical_minimizer(name: str, step: float) -> None:
     penalty, w = PENALTIES[name], matrices(4, 3)
 
     def value_and_gradient(flat):
@@ -119,7 +119,7 @@ def test_leading_dimensions_are_a_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_hostile_input(name: str) -> None:
-    """NaN stays NaN and harms no neighbour; empty and tiny and huge are themselves."""
+    """NaN stays NaN and harms no neighbor; empty and tiny and huge are themselves."""
     penalty, w = PENALTIES[name], matrices(3, 4, 4)
     clean = penalty.prox(w, 0.5)
     w[1, 2, 2] = torch.nan

@@ -1,4 +1,4 @@
-"""Proximal is its base's step and then a proximal map; under gradient descent it minimises loss + penalty."""
+"""Proximal is its base's step and then a proximal map; under gradient descent it minimizes loss + penalty."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def regression() -> tuple[Tensor, Tensor]:
 
 
 def descend(penalty: gm.prox.Penalty, num_steps: int = 4000) -> Tensor:
-    """The minimiser of 1/(2m) ‖Xw − y‖² + penalty(w) by proximal gradient descent at rate 1/λmax."""
+    """The minimizer of 1/(2m) ‖Xw − y‖² + penalty(w) by proximal gradient descent at rate 1/λmax."""
     x, y = regression()
     w = nn.Parameter(torch.zeros(12, dtype=torch.float64))
     lr = 1 / torch.linalg.eigvalsh(gm.linalg.second_moment(x))[-1].item()

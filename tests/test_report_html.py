@@ -143,7 +143,7 @@ def test_ids_are_unique_and_references_meet_them():
     assert set(used) <= set(ids)
 
 
-def test_colours_are_the_pages_variables():
+def test_colors_are_the_pages_variables():
     html = render(everything())
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.S))
     assert not re.findall(r"(?:fill|stroke): #[0-9a-f]+", drawn)
@@ -151,18 +151,18 @@ def test_colours_are_the_pages_variables():
     assert set(re.findall(r"var\((--c-[\w-]+)\)", html)) <= set(re.findall(r"(--c-[\w-]+):", css))
 
 
-def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_texts_stand_out_from_the_page_in_both_themes():
     css = files("gramian.report").joinpath("page.css").read_text()
-    colours = dict(re.findall(r"--c-([\w-]+): light-dark\((#\w{6}, #\w{6})\)", css))
-    both = {name: pair.split(", ") for name, pair in colours.items()}
+    colors = dict(re.findall(r"--c-([\w-]+): light-dark\((#\w{6}, #\w{6})\)", css))
+    both = {name: pair.split(", ") for name, pair in colors.items()}
     for name, pair in both.items():
-        if name in ("paper", "surface", "grid", "axis", "line", "muted"):  # never the colour of a text
+        if name in ("paper", "surface", "grid", "axis", "line", "muted"):  # never the color of a text
             continue
         for theme in (0, 1):
             for ground in ("paper", "surface"):

@@ -80,13 +80,13 @@ def test_many_curves_get_a_legend_outside_and_few_their_labels():
     assert len(early.legend) == 2  # the first ends far from the right side, a label there would stand on the curve
 
 
-def test_roles_keep_their_colours_and_no_two_curves_share_one():
+def test_roles_keep_their_colors_and_no_two_curves_share_one():
     roles = ["before", "after", "accent", "auto", "auto", "auto"]
     drawn = draw(Picture("p", [Series(str(i), [0], [i], role, "points") for i, role in enumerate(roles)]))  # type: ignore[arg-type]
-    colours = [colour for _, colour, _ in drawn.legend]
-    assert colours[:3] == ["var(--c-before)", "var(--c-after)", "var(--c-accent)"]
-    assert not {"var(--c-series-1)", "var(--c-series-2)", "var(--c-series-5)"} & set(colours)
-    assert len(set(colours)) == 6
+    colors = [color for _, color, _ in drawn.legend]
+    assert colors[:3] == ["var(--c-before)", "var(--c-after)", "var(--c-accent)"]
+    assert not {"var(--c-series-1)", "var(--c-series-2)", "var(--c-series-5)"} & set(colors)
+    assert len(set(colors)) == 6
 
 
 def test_rounding_noise_is_not_drawn_as_structure():
@@ -120,7 +120,7 @@ def test_heat_maps_that_stand_together_share_a_scale():
 
 def test_a_tiny_value_does_not_wash_out_a_heat_map_and_is_told():
     drawn = draw(HeatMap("h", [[1.0, 0.5, 1e-30]], log=True))
-    assert drawn.notes == ["1 value is below 1e-10 and drawn in the lowest colour."]
+    assert drawn.notes == ["1 value is below 1e-10 and drawn in the lowest color."]
 
 
 def test_large_heat_maps_are_thinned_and_say_so():

@@ -1,4 +1,4 @@
-"""The terminal: no line too wide, nothing acts on the terminal, legible without colour and in ASCII."""
+"""The terminal: no line too wide, nothing acts on the terminal, legible without color and in ASCII."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_plain_encodings_get_ascii(encoding: str):
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
-def test_no_colour_where_none_is_wanted(monkeypatch):
+def test_no_color_where_none_is_wanted(monkeypatch):
     assert "\x1b" not in to_text(make_report(30))
     monkeypatch.setenv("NO_COLOR", "1")
     file = io.StringIO()

@@ -383,7 +383,7 @@ def test_another_run_is_refused_by_name(often, tmp_path, finished: bool) -> None
     assert before == {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
 
 
-def test_the_optimizer_of_a_function_is_recognised_by_its_rates(often, tmp_path) -> None:
+def test_the_optimizer_of_a_function_is_recognized_by_its_rates(often, tmp_path) -> None:
     def made(rate: float):
         return lambda m: torch.optim.SGD(m.parameters(), lr=rate)
 

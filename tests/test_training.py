@@ -213,7 +213,7 @@ def test_a_task_that_returns_the_wrong_thing_is_told_so(name: str) -> None:
 
 
 def deep(make: type[nn.Module] = nn.Tanh, num_layers: int = 40) -> nn.Module:
-    """A network that PyTorch's initialisation makes too deep for its gradients."""
+    """A network that PyTorch's initialization makes too deep for its gradients."""
     layers = [layer for _ in range(num_layers) for layer in (nn.Linear(16, 16), make())]
     return nn.Sequential(nn.Linear(6, 16), make(), *layers, nn.Linear(16, 2))
 
@@ -232,20 +232,20 @@ def test_init_auto_mends_only_what_cannot_learn() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_init_auto_keeps_what_has_been_learnt() -> None:
+def test_init_auto_keeps_what_has_been_learned() -> None:
     """A network that cannot learn any more as it is, but whose weights hold something that random ones do not."""
 
-    def learnt() -> nn.Module:
+    def learned() -> nn.Module:
         model = deep()
         with torch.no_grad():
             model[10].weight += 0.4 * torch.outer(torch.ones(16), torch.ones(16))
         return model
 
-    run = gm.train(task(model=learnt), init="auto", optimizer="adamw", lr=0.0, steps=1, seed=1)
-    assert run.init.startswith("as the task makes it, since 10.weight has learnt something already; but: ")
+    run = gm.train(task(model=learned), init="auto", optimizer="adamw", lr=0.0, steps=1, seed=1)
+    assert run.init.startswith("as the task makes it, since 10.weight has learned something already; but: ")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        for p, q in zip(weights(run.model), weights(learnt()), strict=True):
+        for p, q in zip(weights(run.model), weights(learned()), strict=True):
             assert torch.equal(p, q)
 
 

@@ -309,7 +309,7 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[tuple[str, n
 def _host(model: nn.Module, name: str, module: nn.Module, parameter: Tensor) -> tuple[nn.Module, str]:
     """The module whose class says what a parameter is, and the name of the weight there that it makes up.
 
-    That is another than its owner's and its own where the weight is parametrised. An empty name: it holds no matrix of
+    That is another than its owner's and its own where the weight is parametrized. An empty name: it holds no matrix of
     the weight's, only a scale.
     """
     local = name.rpartition(".")[2]
@@ -335,7 +335,7 @@ def _layout(
             used.add(pattern)
             return layout, f"layouts[{pattern!r}]"
     if not local:
-        return None, f"{name.rpartition('.')[2]}: a scale of the parametrised weight"
+        return None, f"{name.rpartition('.')[2]}: a scale of the parametrized weight"
     for cls in type(module).__mro__:
         by_name = next(
             (table for (n, a), table in _LAYOUTS_BY_NAME.items() if cls.__name__ == n and hasattr(module, a)), {}
@@ -346,7 +346,7 @@ def _layout(
                     layout = layout.replace("(g o)", "o").replace("(g i)", "i").replace("-> g ", "-> ")
                 return layout, f"{cls.__name__}.{known}"
     if isinstance(parameter, UninitializedParameter):
-        return None, "not initialised yet: run a batch through the lazy module first"
+        return None, "not initialized yet: run a batch through the lazy module first"
     if parameter.ndim < 2:
         return None, f"{'bias' if 'bias' in local else local}: a {'vector' if parameter.ndim else 'scalar'}"
     if isinstance(module, _ELEMENTWISE) or local.startswith("bias"):

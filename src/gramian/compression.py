@@ -1,4 +1,4 @@
-"""Compression by factorisation: every layer's two-sided spectrum in one list, one global budget of parameters."""
+"""Compression by factorization: every layer's two-sided spectrum in one list, one global budget of parameters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LowRank(nn.Sequential):
     """A Linear or Conv2d as two of rank `rank`: `W ≈ L R`, the first without a bias. Plain torch modules inside."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
-        # Uninitialised, so that nothing is drawn from the global generator.
+        # Uninitialized, so that nothing is drawn from the global generator.
         kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         last = kind | {"bias": layer.bias is not None}
         if isinstance(layer, nn.Conv2d):
@@ -268,8 +268,8 @@ def _not_factored(block: Block, sites: Sites) -> str:
 def _spectrum(block: Block, site: Site) -> Spectrum:
     assert isinstance(site.A, Gram)
     assert isinstance(site.G, Gram)
-    centred = block.module.bias is not None
-    a, g = site.A.covariance if centred else site.A.matrix, site.G.matrix
+    centered = block.module.bias is not None
+    a, g = site.A.covariance if centered else site.A.matrix, site.G.matrix
     for label, m, dim in (("A", a, block.shape[1]), ("G", g, block.shape[0])):
         if len(m) != dim:
             raise InputError(
@@ -285,7 +285,7 @@ def _spectrum(block: Block, site: Site) -> Spectrum:
     share = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
     share = torch.where(share.isfinite() & (share > 0), share, 1.0)
     matters = bool(a.any() and g.any())
-    return Spectrum(block, s * matters, left * share, right / share[:, None], site.A.mean if centred else None)
+    return Spectrum(block, s * matters, left * share, right / share[:, None], site.A.mean if centered else None)
 
 
 def _roots(m: Tensor) -> tuple[Tensor, Tensor]:

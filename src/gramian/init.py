@@ -1,4 +1,4 @@
-"""Initialisation that keeps every layer an isometry, so that signals and gradients cross any depth."""
+"""Initialization that keeps every layer an isometry, so that signals and gradients cross any depth."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def isometric_(
     """Makes every layer as close to an isometry as its shape allows: `W = σ Q` with `QᵀQ = I` or `QQᵀ = I`, `b = 0`.
 
     σ is the gain at which the following activation keeps the size of gradients (χ = 1): 1 for tanh, √2 for ReLU (see
-    `activation_gain`). Convolutions get Q at the centre of the kernel and zeros elsewhere (delta-orthogonal), which is
+    `activation_gain`). Convolutions get Q at the center of the kernel and zeros elsewhere (delta-orthogonal), which is
     an isometry of whole images.
 
     Args:
         model: Linear and Conv1d/2d/3d layers are set in place; norms keep their ones and zeros. Layers of other kinds
-            keep their initialisation, and a `GramianWarning` names them.
+            keep their initialization, and a `GramianWarning` names them.
         sample: a batch, `(x, y)` or `x`. With it, the order of the layers is the order of the forward pass, an
             activation that is no module (`torch.tanh(x)`) is measured, and a layer that the data enter is scaled so
             that its output has a root mean square of 0.5, whatever the units of the data.
@@ -64,7 +64,7 @@ def isometric_(
 
     Raises `InputError` where there is no Linear or convolution, or the sample reaches none.
 
-    Cost: one QR factorisation for each layer; with a sample, two forward passes, and where an activation is no module,
+    Cost: one QR factorization for each layer; with a sample, two forward passes, and where an activation is no module,
     four measurements of `layer_gains`.
     Source: Saxe et al. (1312.6120); Pennington et al. (1711.04735); delta-orthogonal: Xiao et al. (1806.05393), §3.
 
@@ -151,9 +151,9 @@ def _set_orthogonal_(block: Block, scale: float, generator: torch.Generator) -> 
         if isinstance(block.module, _CONV):
             groups = block.module.groups
             weight.zero_()
-            centre = tuple(size // 2 for size in weight.shape[2:])
+            center = tuple(size // 2 for size in weight.shape[2:])
             q = _orthogonal((groups, weight.shape[0] // groups, weight.shape[1]), weight, generator)
-            weight[(slice(None), slice(None), *centre)] = scale * q.reshape(weight.shape[:2])
+            weight[(slice(None), slice(None), *center)] = scale * q.reshape(weight.shape[:2])
         else:
             weight.copy_(scale * _orthogonal(tuple(weight.shape), weight, generator))
         bias = getattr(block.module, "bias", None)

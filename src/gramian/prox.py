@@ -1,6 +1,6 @@
 """Penalties on weights, each with its proximal map: prox(w, t) = argmin_x  t·penalty(x) + ½‖x − w‖².
 
-A proximal step after a gradient step minimises loss + penalty where the penalty has corners: zeros and ranks come out
+A proximal step after a gradient step minimizes loss + penalty where the penalty has corners: zeros and ranks come out
 exact, which adding the penalty to the loss never gives. See `gm.optim.Proximal`.
 """
 
@@ -51,7 +51,7 @@ class Penalty(ABC):
 
 @dataclass(frozen=True)
 class L1(Penalty):
-    """The sum of magnitudes, `λ Σ|w|`; its proximal map moves every entry towards zero by step·λ, and stops there.
+    """The sum of magnitudes, `λ Σ|w|`; its proximal map moves every entry toward zero by step·λ, and stops there.
 
     `prox(w, t) = sign(w) · max(|w| − tλ, 0)`.
 
@@ -83,7 +83,7 @@ class L2(Penalty):
     Arguments: `strength` λ ≥ 0; `form`, which only `gm.optim.Proximal` reads: "decoupled" applies the proximal map
     after the step (AdamW's decay `(1 − tλ)w` to first order in t, but stable for every t); "coupled" adds λw to the
     gradient before it, as Adam's `weight_decay` does, so that an adaptive step divides it by the gradient's size too.
-    Under plain gradient descent both have the same fixed point; under Adam only the coupled form minimises
+    Under plain gradient descent both have the same fixed point; under Adam only the coupled form minimizes
     loss + penalty. Cost: one pass.
     Source: Loshchilov and Hutter (1711.05101), §2; Parikh and Boyd, Proximal Algorithms (2014), §6.1.1.
 
@@ -139,7 +139,7 @@ class Nuclear(Penalty):
     prox(W, t) = U diag(max(σ − tλ, 0)) Vᵀ.
 
     Arguments: `strength` λ ≥ 0. `penalty` is one value for each matrix of `w` (..., m, n).
-    Raises: `ShapeError` for a vector. A matrix that is not finite gives NaN, its neighbours are untouched.
+    Raises: `ShapeError` for a vector. A matrix that is not finite gives NaN, its neighbors are untouched.
     Cost: one float64 SVD. Accuracy: one rounding of the dtype; the singular values that the threshold takes are zero
     to that rounding. Source: Cai, Candès and Shen, SIAM J. Optim. 20 (2010), theorem 2.1.
 
@@ -193,7 +193,7 @@ class Orthogonal(Penalty):
     prox(W, t) = U diag(s) Vᵀ with s ≥ 0 the root of tλ s³ + (1 − tλ) s = σ. As t → ∞ it is the polar factor.
 
     Arguments: `strength` λ ≥ 0. `penalty` is one value for each matrix of `w` (..., m, n). The penalty is not convex:
-    where σ = 0 and tλ > 1 there are many minimisers, and one is returned.
+    where σ = 0 and tλ > 1 there are many minimizers, and one is returned.
     Raises: `ShapeError` for a vector. A matrix that is not finite gives NaN.
     Cost: one float64 SVD. Accuracy: one rounding of the dtype.
     Source: the stationarity condition of each singular value; the penalty of Brock et al. (1609.07093), §3.
@@ -243,7 +243,7 @@ def _wide(w: Tensor) -> Tensor:
 
 
 def _on_spectrum(penalty: Penalty, w: Tensor, step: float, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """U change(σ) Vᵀ of every matrix; the minimiser for every penalty of singular values alone (Lewis 1995)."""
+    """U change(σ) Vᵀ of every matrix; the minimizer for every penalty of singular values alone (Lewis 1995)."""
     _check(penalty, w, step)
     if not w.numel():
         return w.clone()

@@ -62,7 +62,7 @@ class Digits:
 
 
 def plain_tanh_network(depth: int, *, width: int = 64, inputs: int = 64, outputs: int = 2, seed: int = 0) -> nn.Module:
-    """`depth` Linear layers with tanh between them, no skips and no norms, as PyTorch initialises them."""
+    """`depth` Linear layers with tanh between them, no skips and no norms, as PyTorch initializes them."""
     if depth < 2:
         raise InputError(f"a plain network needs at least 2 layers, got depth={depth}")
     sizes = [inputs, *[width] * (depth - 1)]

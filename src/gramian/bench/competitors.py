@@ -1,4 +1,4 @@
-"""The optimisers that race: one row each, the same few facts about every one."""
+"""The optimizers that race: one row each, the same few facts about every one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOICE_VARIABLE = "GRAMIAN_BENCH_COMPETITORS"
 
 
 class Stepper(Protocol):
-    """What a race needs of an optimiser."""
+    """What a race needs of an optimizer."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -33,7 +33,7 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True)
 class Competitor:
-    """One optimiser.
+    """One optimizer.
 
     Args:
         make: `make(model, lr, rest_lr)`; `rest_lr` is AdamW's tuned rate on the same task, for what is no hidden
@@ -62,7 +62,7 @@ class Competitor:
 
 
 class _Together:
-    """Two optimisers that step as one: hidden matrices by the first, the rest by fused AdamW."""
+    """Two optimizers that step as one: hidden matrices by the first, the rest by fused AdamW."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = parts
@@ -152,5 +152,5 @@ def chosen() -> dict[str, Competitor]:
     words = [word.strip() for word in os.environ.get(CHOICE_VARIABLE, "").split(",") if word.strip()]
     for word in words:
         if not any(word in name for name in COMPETITORS):
-            raise InputError(f"{CHOICE_VARIABLE}: no optimiser's name contains {word!r}; {', '.join(COMPETITORS)}")
+            raise InputError(f"{CHOICE_VARIABLE}: no optimizer's name contains {word!r}; {', '.join(COMPETITORS)}")
     return {k: c for k, c in COMPETITORS.items() if k == ADAMW or not words or any(word in k for word in words)}

@@ -1,4 +1,4 @@
-"""Four tasks with a held-out number to reach: what an optimiser's time to target is measured on.
+"""Four tasks with a held-out number to reach: what an optimizer's time to target is measured on.
 
 Everything that could be tuned afterwards stands here beforehand: data, splits, models, targets, seeds, rates, budgets.
 A target is about what fused AdamW reaches in twelve seconds of two quiet cores at its best rate, on the tuning seed.
@@ -28,7 +28,7 @@ __all__ = ["LEARNING", "RATES", "SCORING_SEEDS", "TUNING_SEED", "LearningTask", 
 TUNING_SEED = 100
 SCORING_SEEDS = (0, 1, 2)
 RATES = (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 0.1, 0.316, 1.0, 3.16)
-"""Half-decades, the same for every optimiser; widened to 3.16 for Muon on the CNN, whose batch norms bear any rate."""
+"""Half-decades, the same for every optimizer; widened to 3.16 for Muon on the CNN, whose batch norms bear any rate."""
 
 TEXT_VARIABLE = "GRAMIAN_TINYSHAKESPEARE"
 CONTEXT = 128
@@ -38,7 +38,7 @@ HELD_OUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class LearningTask:
-    """A task and the held-out number at which it counts as learnt.
+    """A task and the held-out number at which it counts as learned.
 
     Args:
         make: the `gm.Task` of a seed, which draws the initial weights; the data and their split are the same for all.
@@ -97,7 +97,7 @@ class Transformer(nn.Module):
 def autoencoder() -> nn.Sequential:
     """784-1000-500-250-30 and back, tanh between, a linear code: the deep autoencoder of Hinton & Salakhutdinov (2006).
 
-    Xavier's initialisation, which its signals need to cross eight layers.
+    Xavier's initialization, which its signals need to cross eight layers.
     """
     sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
     layers: list[nn.Module] = []

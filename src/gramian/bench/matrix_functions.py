@@ -197,7 +197,7 @@ def _off_one(values: Sequence[Tensor]) -> float:
     return float((sigma - 1).square().mean().sqrt())
 
 
-def orthogonalise_many(repeats: int) -> Row:
+def orthogonalize_many(repeats: int) -> Row:
     """Directions of 64 matrices of 128², against torch.optim.Muon's function in a loop and batched LAPACK."""
     g = random.normal(64, 128, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     rival = "torch.optim.Muon's function, a loop"
@@ -212,7 +212,7 @@ def orthogonalise_many(repeats: int) -> Row:
     errors = {name: _off_one([t.result]) for name, t in times.items()}
     ratio = times[rival].median / times["gramian"].median
     return Row(
-        "orthogonalise 64 of 128², normal entries",
+        "orthogonalize 64 of 128², normal entries",
         "root mean square of σ − 1",
         _measured(times, errors, {"gramian": "asked 0.1"}),
         (
@@ -273,7 +273,7 @@ TASKS: dict[str, Callable[[int], Row]] = {
     "polar_square": polar_square,
     "inv_root": inv_root,
     "svdvals": svdvals,
-    "orthogonalise_many": orthogonalise_many,
+    "orthogonalize_many": orthogonalize_many,
     "directions": directions,
 }
 """Name of a task: its row, from a number of repeats."""

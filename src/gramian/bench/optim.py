@@ -1,6 +1,6 @@
 """`gramian bench optim`: time and steps to a held-out target, and what a step costs.
 
-The rate of each optimiser is tuned on one seed and raced on three others (`race`); a part of it at a time:
+The rate of each optimizer is tuned on one seed and raced on three others (`race`); a part of it at a time:
 `--only "time to target: cnn"`, and of the competitors those named by GRAMIAN_BENCH_COMPETITORS. GRAMIAN_BENCH_RATES
 names a JSON file that keeps tuned rates, so that tuning (`--only "rates: cnn"`) and racing can be done apart.
 """

@@ -44,7 +44,7 @@ class Result:
 
     `ended` is `"target"`, `"time"`, `"stalled"` (never half-way in a third of the time), `"steps"` (as many as were
     allowed) or `"not finite"`; `seconds` are of training alone, `median_step` and `mean_step` seconds of one step:
-    batch, forward, backward and optimiser.
+    batch, forward, backward and optimizer.
     """
 
     rate: float

@@ -2,7 +2,7 @@
 
 All runs are short, of a fixed number of steps, on handwritten digits that are moved by up to one pixel anew for every
 batch, with the warm-up and the decay of `gm.train`. The score is the mean training loss of the last twentieth of the
-steps: every batch is new, so that nothing is learnt by heart. Grids are half-decades, walked from a first rate until
+steps: every batch is new, so that nothing is learned by heart. Grids are half-decades, walked from a first rate until
 the best lies between two worse ones.
 """
 

@@ -1,4 +1,4 @@
-"""What an optimiser's step costs: sixteen matrices of a transformer, an autoencoder, and a whole training step."""
+"""What an optimizer's step costs: sixteen matrices of a transformer, an autoencoder, and a whole training step."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def orthogonality(updates: list[Tensor], lengths: list[float] | None) -> float:
 
 
 def _field(make: Callable[[], nn.Module], competitors: Mapping[str, Competitor]) -> tuple[dict[str, Steps], list[str]]:
-    """A model of the same weights and an optimiser for each competitor; and lines about those that are missing."""
+    """A model of the same weights and an optimizer for each competitor; and lines about those that are missing."""
     entries: dict[str, Steps] = {}
     missing: list[str] = []
     for name, competitor in competitors.items():
@@ -182,7 +182,7 @@ def _ratio(entries: Mapping[str, Steps], name: str, other: str) -> float:
 
 
 def _autoencoder(title: str, repeats: int) -> Row:
-    """Whole steps of every optimiser in training, each on its own model and real gradients."""
+    """Whole steps of every optimizer in training, each on its own model and real gradients."""
     entries, missing = _field(autoencoder, chosen())
     task = images(0)
     batches = task.batches(4)

@@ -35,7 +35,7 @@ __all__ = [
     "reader",
 ]
 
-Kind = Literal["float", "complex", "integer", "quantised", "empty"]
+Kind = Literal["float", "complex", "integer", "quantized", "empty"]
 
 TIED = "gramian.tied"  # the metadata key under which a safetensors file of ours records {alias: name} as JSON
 
@@ -65,7 +65,7 @@ SAFETENSORS_DTYPES = {
     "C64": "complex64",
 }
 
-QUANTISED = ("int8", "uint8", "qint", "quint", "float8", "float4")
+QUANTIZED = ("int8", "uint8", "qint", "quint", "float8", "float4")
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Entry:
 
     @property
     def kind(self) -> Kind:
-        """What the numbers are: a spectrum makes sense of `"float"` only. Quantised weights lack their scales."""
+        """What the numbers are: a spectrum makes sense of `"float"` only. Quantized weights lack their scales."""
         if 0 in self.shape:
             return "empty"
-        if self.dtype.startswith(QUANTISED):
-            return "quantised"
+        if self.dtype.startswith(QUANTIZED):
+            return "quantized"
         if self.dtype.startswith("complex"):
             return "complex"
         return "float" if self.dtype in ("float64", "float32", "float16", "bfloat16") else "integer"
@@ -195,7 +195,7 @@ def _read_pickle(file: Path) -> Iterator[Content]:
         if is_plain(value):
             tensors[key] = value.detach()
         else:
-            kind = "quantised" if value.is_quantized else f"{type(value).__name__} with layout {value.layout}"
+            kind = "quantized" if value.is_quantized else f"{type(value).__name__} with layout {value.layout}"
             notes.append(f"{plain(key)}: left out, a {kind} tensor on {value.device}")
     tied = find_tied(tensors)
     entries = [Entry(key, tuple(t.shape), dtype_name(t), file, key, tied.get(key, "")) for key, t in tensors.items()]

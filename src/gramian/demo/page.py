@@ -37,8 +37,8 @@ def document(story: Story, *, plots: bool = True) -> Document:
             Tile(
                 "Logistic regression", f"{story.accuracy_logistic:.1%}", "cross-validated; no hidden layer", "baseline"
             ),
-            Tile("Untreated", f"{untreated:.1%}", "PyTorch's initialisation, AdamW", "before"),
-            Tile("Mended and trained", f"{trained:.1%}", "isometric initialisation, Muon", "after"),
+            Tile("Untreated", f"{untreated:.1%}", "PyTorch's initialization, AdamW", "before"),
+            Tile("Mended and trained", f"{trained:.1%}", "isometric initialization, Muon", "after"),
             Tile("Compressed", f"{story.accuracy_compressed:.1%}", f"{story.plan.parameters:,} parameters", "accent"),
         ],
         sections=sections,
@@ -86,7 +86,7 @@ def _training_section(story: Story) -> Section:
             ),
             Table(
                 "The four runs and the baseline",
-                ["initialisation", "optimizer", "learning rate", "steps", "held-out accuracy"],
+                ["initialization", "optimizer", "learning rate", "steps", "held-out accuracy"],
                 rows,
                 emphasis=[len(rows) - 1],
             ),
@@ -109,13 +109,13 @@ def _which_half(story: Story) -> str:
 
     gain = 100 * (both - init_alone)
     return " ".join((
-        f"Muon with PyTorch's initialisation ends at {against(muon_alone)}."
+        f"Muon with PyTorch's initialization ends at {against(muon_alone)}."
         if _learned(muon_alone, story)
-        else f"A matrix optimizer alone does not help: Muon with PyTorch's initialisation ends at {muon_alone:.1%}, "
+        else f"A matrix optimizer alone does not help: Muon with PyTorch's initialization ends at {muon_alone:.1%}, "
         "because the input is lost in rounding on its way up.",
-        f"Isometric initialisation alone lets AdamW learn ({against(init_alone)})."
+        f"Isometric initialization alone lets AdamW learn ({against(init_alone)})."
         if _learned(init_alone, story)
-        else f"Isometric initialisation alone is not enough for AdamW ({init_alone:.1%}).",
+        else f"Isometric initialization alone is not enough for AdamW ({init_alone:.1%}).",
         f"Both together reach {against(both)};",
         f"in the same seconds Muon adds {gain:.1f} points." if gain > 0 else f"Muon adds nothing here ({gain:+.1f}).",
     ))  # fmt: skip

@@ -48,7 +48,7 @@ def run(
     Args:
         depth: of the plain tanh network, at least 3.
         classes: 2 (is the digit odd?) or 10 (which digit?).
-        seed: of the split, the initialisation and the order of the batches.
+        seed: of the split, the initialization and the order of the batches.
         out: a folder, made if it is missing; files of an earlier demo in it are replaced.
         plots: whether the report has pictures.
         seconds: of training for each of the four runs; 12 at depth 100, and proportional to the depth, up to 80.
@@ -72,7 +72,7 @@ def run(
     story.accuracy_logistic = _logistic(data)
     tell("Logistic regression", 1.0, f"{story.accuracy_logistic:.1%} held out")
 
-    story.before = _diagnose("before", "as PyTorch initialises it", task.model(), task, batches, tell)
+    story.before = _diagnose("before", "as PyTorch initializes it", task.model(), task, batches, tell)
 
     with (folder / "metrics.jsonl").open("w") as metrics, _one_thread():
         for cell in CELLS:

@@ -14,9 +14,9 @@ __all__ = ["CELLS", "KEEP", "NAMES", "RATES", "Story"]
 
 KEEP = 0.30
 
-# The 2 × 2: (initialisation, optimizer), the untreated network first and the mended one last.
+# The 2 × 2: (initialization, optimizer), the untreated network first and the mended one last.
 CELLS = (("default", "adamw"), ("default", "muon"), ("isometric", "adamw"), ("isometric", "muon"))
-NAMES = {"default": "PyTorch's initialisation", "isometric": "isometric", "adamw": "AdamW", "muon": "Muon"}
+NAMES = {"default": "PyTorch's initialization", "isometric": "isometric", "adamw": "AdamW", "muon": "Muon"}
 
 # Learning rates by cell, at depth 100 and at depth 1000: the best on splits 100 and 101, on digits held out for it, as
 # `python benchmarks/demo_rates.py` finds them (benchmarks/results). Isometric Muon's best two, 0.03 and 0.1, are equal

@@ -29,7 +29,7 @@ def conv_norm(
 ) -> tuple[float, float]:
     """Return the largest singular value of a zero-padded convolution on (i, *size) images, and its stated error.
 
-    Lanczos on CᵀC, where C is the convolution and Cᵀ its transpose, with full reorthogonalisation. The reshaped
+    Lanczos on CᵀC, where C is the convolution and Cᵀ its transpose, with full reorthogonalization. The reshaped
     kernel's norm is another number: up to √(h w) times too small.
 
     Args:

@@ -68,7 +68,7 @@ class Krylov:
 
 
 def block_lanczos(w: Float[Tensor, "m n"], block: int, steps: int, seed: int = 0) -> Krylov:
-    """Run block Lanczos on WᵀW, m ≥ n, from a Gaussian block, with full reorthogonalisation.
+    """Run block Lanczos on WᵀW, m ≥ n, from a Gaussian block, with full reorthogonalization.
 
     Args:
         w: float32 or float64, scaled so that σ₁² neither overflows nor vanishes.

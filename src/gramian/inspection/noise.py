@@ -63,9 +63,9 @@ def against_noise(sigma: Tensor, shape: tuple[int, int], clipped_top: float | No
             a value that vanishes with them is explained by them and is not counted.
 
     Cost: O(min(m, n)) and a determinant of side 48. Accuracy of p: that of the limit law, O(n^(−2/3)) with this
-    centring for Gaussian entries.
+    centering for Gaussian entries.
 
-    Source: Marchenko & Pastur, Math. USSR-Sb. 1 (1967); Johnstone, Ann. Statist. 29 (2001), theorem 1.1; the centring
+    Source: Marchenko & Pastur, Math. USSR-Sb. 1 (1967); Johnstone, Ann. Statist. 29 (2001), theorem 1.1; the centering
     with ½ is Ma, Bernoulli 18 (2012), eq. 3.
     """
     n, m = sorted(shape)
@@ -73,14 +73,14 @@ def against_noise(sigma: Tensor, shape: tuple[int, int], clipped_top: float | No
         return None
     squares = np.square(sigma.numpy())
     a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
-    centre, spread = (a + b) ** 2, (a + b) * (1 / a + 1 / b) ** (1 / 3)
-    threshold = (centre + spread * tracy_widom_quantile(LEVEL)) / (m * n)
+    center, spread = (a + b) ** 2, (a + b) * (1 / a + 1 / b) ** (1 / 3)
+    threshold = (center + spread * tracy_widom_quantile(LEVEL)) / (m * n)
     above, rest = _settle(squares, m, n, threshold)
     variance = rest / ((m - above) * (n - above))
-    p = tracy_widom_sf((squares[0] / variance - centre) / spread) if variance > 0 else 0.0
+    p = tracy_widom_sf((squares[0] / variance - center) / spread) if variance > 0 else 0.0
     note = ""
     if above and clipped_top is not None:
-        clipped = tracy_widom_sf((clipped_top**2 / variance - centre) / spread) if variance > 0 else 0.0
+        clipped = tracy_widom_sf((clipped_top**2 / variance - center) / spread) if variance > 0 else 0.0
         if clipped >= LEVEL:
             note = f"{above} beyond the edge, explained by a few extreme entries"
             above, p = 0, clipped

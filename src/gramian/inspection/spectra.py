@@ -150,7 +150,7 @@ def check_matrix(name: str, w: Tensor) -> None:
     if w.ndim != 2:
         raise ShapeError(f"{name}: expected (m, n), got {tuple(w.shape)}. gramian.blocks says which matrices it holds.")
     if w.dtype not in DTYPES:
-        raise DtypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {w.dtype}. Dequantise it first.")
+        raise DtypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {w.dtype}. Dequantize it first.")
 
 
 def without_spectrum(spectrum: Spectrum) -> Spectrum | None:

@@ -17,7 +17,7 @@ __all__ = ["LEAST_TAIL", "Tail", "fit_tail"]
 # Points that a tail must have. A fit to n points is known to (α − 1)/√n at best: ± 14 % of α − 1 here.
 LEAST_TAIL = 50
 
-# Quantile 0.9 of √n·D, D the Kolmogorov–Smirnov distance of a fitted Pareto tail whose start was chosen to minimise it.
+# Quantile 0.9 of √n·D, D the Kolmogorov–Smirnov distance of a fitted Pareto tail whose start was chosen to minimize it.
 # Simulated: tests/test_tail.py derives it again.
 CRITICAL_DISTANCE = 0.80
 
@@ -48,7 +48,7 @@ def fit_tail(sigma: Tensor) -> Tail:
 
         α = 1 + n / Σ log(λᵢ / λ_start)
 
-    where λ_start is the one that minimises the Kolmogorov–Smirnov distance. The interval is from resampling the
+    where λ_start is the one that minimizes the Kolmogorov–Smirnov distance. The interval is from resampling the
     eigenvalues and choosing the start anew each time, widened to the exact one for a given start, (α − 1)/√n.
     Abstains: fewer than 50 points, a distance that a power law exceeds once in ten, a log-normal that fits
     better, or values that span less than a factor of 4.
@@ -121,18 +121,18 @@ def _truncated_normal(x: np.ndarray) -> np.ndarray:
     mean, spread = float(x.mean()), float(x.std())
     first, second = float(x.sum()), float(np.square(x).sum())
     # the mean from far left, where the law is an exponential, to the data's; the spread to match
-    centre, width = (mean - 4 * spread, 2 * spread), (6 * spread, 1.8 * spread)
+    center, width = (mean - 4 * spread, 2 * spread), (6 * spread, 1.8 * spread)
     best = (math.inf, mean, spread)
     for _ in range(4):
-        for mu in np.linspace(centre[0] - width[0], centre[0] + width[0], 21):
-            for tau in np.linspace(max(centre[1] - width[1], 0.02 * spread), centre[1] + width[1], 21):
+        for mu in np.linspace(center[0] - width[0], center[0] + width[0], 21):
+            for tau in np.linspace(max(center[1] - width[1], 0.02 * spread), center[1] + width[1], 21):
                 inside = 0.5 * math.erfc(-mu / tau / math.sqrt(2))
                 if inside < 1e-300:
                     continue
                 cost = (second - 2 * mu * first + x.size * mu * mu) / (2 * tau * tau) + x.size * math.log(tau * inside)
                 if cost < best[0]:
                     best = (cost, float(mu), float(tau))
-        centre, width = (best[1], best[2]), (width[0] / 5, width[1] / 5)
+        center, width = (best[1], best[2]), (width[0] / 5, width[1] / 5)
     _, mu, tau = best
     inside = 0.5 * math.erfc(-mu / tau / math.sqrt(2))
     return -np.square((x - mu) / tau) / 2 - math.log(tau * inside * math.sqrt(2 * math.pi))

@@ -62,7 +62,7 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
             f"{len(zero)} weight {'matrix is' if len(zero) == 1 else 'matrices are'} all zero",
             where=names_of(zero),
             evidence="every entry is zero (exact)",
-            cause="Initialised so on purpose (a residual branch, an adapter), or never loaded.",
+            cause="Initialized so on purpose (a residual branch, an adapter), or never loaded.",
             remedy="compare with the source: gramian inspect MODEL --against SOURCE",
         )
     some = [layer for layer in measured.layers if layer.spectral_norm and _share(layer, layer.zeros) > ZERO_SHARE]
@@ -89,7 +89,7 @@ def repeated_weights(measured: Measured) -> Iterator[Finding]:
             f"{len(hidden)} {'matrix equals' if len(hidden) == 1 else 'matrices equal'} another one bit for bit",
             where=names_of(hidden),
             evidence=f"{hidden[0].name} = {hidden[0].duplicate_of} (exact)",
-            cause="Layers copied at initialisation that were never trained, or weights shared but stored twice.",
+            cause="Layers copied at initialization that were never trained, or weights shared but stored twice.",
             remedy="layer.weight = other.weight  # if shared on purpose; else check that both receive gradients",
         )
     if tied:
@@ -185,7 +185,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
             evidence=f"the most: {worst.name}, σ₁² is {share:.0%} of ‖W‖_F² "
             f"({share:.3%} to {min(1.0, share * (1 + error)):.3%}), stable rank {worst.stable_rank:.2f}",
             cause="Inputs with a large common part, or rank collapse: most outputs are multiples of one vector.",
-            remedy="centre the layer's inputs (LayerNorm); train with gm.optim.Muon, whose updates have full rank",
+            remedy="center the layer's inputs (LayerNorm); train with gm.optim.Muon, whose updates have full rank",
             source="stable rank: Rudelson & Vershynin, J. ACM 54 (2007)",
         )
 
@@ -204,7 +204,7 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
             evidence=f"no singular value beyond the noise edge (p = {noise[0].noise_p_value:.2g} for the largest of "
             f"{noise[0].name}), and the bulk within {noise[0].bulk_distance:.3f} of Marchenko and Pastur's law; "
             f"{structured} others have structure",
-            cause="The layer is frozen, receives no gradient, or has hardly moved from its initialisation.",
+            cause="The layer is frozen, receives no gradient, or has hardly moved from its initialization.",
             remedy="gm.inspect(model, batches, objective)  # the gradient by depth",
             source="Marchenko & Pastur 1967; Johnstone 2001. Valid against independent entries only",
         )

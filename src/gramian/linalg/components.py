@@ -241,7 +241,7 @@ def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
             center = wide.mean(1)
             step, weight = center - mean, n / count
             spread = wide - center[:, None, :]
-            # The centre is off by `slip`, which enters the sum of squares about it in second order, the step in first.
+            # The center is off by `slip`, which enters the sum of squares about it in second order, the step in first.
             slip = gamma(n) * norm(wide.abs().mean(1))
             apart = norm(step)
             error = error + gamma(n + 4) * norm(spread) ** 2 + n * slip**2 + 4 * U * norm(total)

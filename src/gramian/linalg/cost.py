@@ -1,6 +1,6 @@
-"""What each route is predicted to cost: sums of products and factorisations, with a handful of constants per machine.
+"""What each route is predicted to cost: sums of products and factorizations, with a handful of constants per machine.
 
-Everything is in seconds. One float32 product of two n×n matrices takes 2n³ / rate; factorisations take so many of
+Everything is in seconds. One float32 product of two n×n matrices takes 2n³ / rate; factorizations take so many of
 them, by size; every call of the library has a latency. The defaults are those of one two-core machine;
 `gramian bench linalg --calibrate` measures this one's and keeps them in the user's cache folder.
 """
@@ -23,7 +23,7 @@ Parts = Mapping[str, float | int]
 the casts and norms around it too. Products in bfloat16 are those of a batch: one alone is slower below 100."""
 
 SIZES = (64, 256, 1024)
-"""The n at which the cost of a factorisation is kept; in between its logarithm is interpolated."""
+"""The n at which the cost of a factorization is kept; in between its logarithm is interpolated."""
 
 UNITS = ("float32", "float64", "bfloat16")
 

@@ -1,4 +1,4 @@
-"""LAPACK's factorisations, where one failure never raises for the batch."""
+"""LAPACK's factorizations, where one failure never raises for the batch."""
 
 from __future__ import annotations
 

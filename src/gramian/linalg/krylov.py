@@ -1,4 +1,4 @@
-"""Block Lanczos with full reorthogonalisation, and what it proves about the extreme eigenvalues.
+"""Block Lanczos with full reorthogonalization, and what it proves about the extreme eigenvalues.
 
 Vectors are rows, since BLAS is fast at (few rows) × (a matrix) and slow at the transpose of that. The work is done in
 the dtype of the start; what its rounding makes of the answer is bounded with `noise`.
@@ -21,7 +21,7 @@ Apply = Callable[[Tensor], Tensor]
 
 FAILURE = 1e-10
 """The probability with which each event that the estimates rest on may fail, one in 10¹⁰ for each matrix."""
-CANCELLED = 0.1
+CANCELED = 0.1
 """The share of a block's image below which what is left of it is projected once more."""
 CLOSE = 1.5
 """The ratio of two distances from the Ritz value at which it is asked whether there can be an eigenvalue."""
@@ -90,7 +90,7 @@ def orthonormal(z: Tensor, least: float | None = None) -> tuple[Tensor, Tensor]:
 def lanczos(
     apply: Apply, start: Tensor, steps: int, *, stop: Callable[[Krylov], int] | None = None, first: int = 4
 ) -> Krylov:
-    """Block Lanczos of a symmetric operator, from the rows of `start` (B, r, n), fully reorthogonalised.
+    """Block Lanczos of a symmetric operator, from the rows of `start` (B, r, n), fully reorthogonalized.
 
     W = [W₁ … W_q], M W_j = W_{j-1}B_{j-1}ᵀ + W_jA_j + W_{j+1}B_j; every new block is projected against all before it.
     Arguments: `apply`, rows X (B, r, n) → X M; `steps` q; `stop` is asked after `first` steps whether to stop, 0, or
@@ -136,11 +136,11 @@ def lanczos(
             due += more
         block, least = orthonormal(image)
         # "Twice is enough" (Giraud et al., Numer. Math. 101, 2005), and once where little was taken away.
-        if bool((least < CANCELLED * before).any()):
+        if bool((least < CANCELED * before).any()):
             block = block - by(by(block, known.mT), known)
             # The rows that were nothing else come last, where they spoil no other.
             order = block.norm(dim=-1, keepdim=True).argsort(dim=-2, descending=True)
-            block, _ = orthonormal(block.take_along_dim(order, -2), CANCELLED)
+            block, _ = orthonormal(block.take_along_dim(order, -2), CANCELED)
         t[:, here, ahead] = by(image, block.mT).to(t.dtype)
         t[:, ahead, here] = t[:, here, ahead].mT
     return found
@@ -250,7 +250,7 @@ def top_bound(found: Krylov, theta: Tensor, near: Tensor, *, noise: Tensor, shar
     share = torch.zeros_like(theta) if share is None else share
     spread = norm(found.t)
     exact = (spread == 0) & (norm(found.residual) == 0) & (noise == 0) & (share == 0)
-    # The factorisation of λ − T rounds too.
+    # The factorization of λ − T rounds too.
     noise = noise + 8 * found.t.shape[-1] * U * spread
     far = _far(found, theta, noise, share)
     known = far.isfinite()

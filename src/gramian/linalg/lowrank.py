@@ -214,7 +214,7 @@ def svd_lowrank(
 ) -> tuple[Float[Tensor, "*b m k"], Float[Tensor, "*b k"], Float[Tensor, "*b n k"]]:
     """The best approximation of rank k, as U (m, k), S (k,), V (n, k), in the convention of `torch.svd_lowrank`.
 
-    A ≈ U diag(S) Vᵀ, the minimiser of ‖A − B‖_F over B of rank ≤ k.
+    A ≈ U diag(S) Vᵀ, the minimizer of ‖A − B‖_F over B of rank ≤ k.
 
     Arguments: `a` (..., m, n) dense, a sparse matrix (m, n), or a `LinearMap`; `rank` k, from 0 to min(m, n); `method`,
     one of `SVD_LOWRANK` or "auto"; `rtol`, the excess (‖A − USVᵀ‖_F − optimum) / ‖A‖_F asked for (`certificate.RTOL` of

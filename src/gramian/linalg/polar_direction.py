@@ -1,4 +1,4 @@
-"""Which way to a polar factor is cheapest where an optimiser wants a direction: to a few per cent, with no certificate.
+"""Which way to a polar factor is cheapest where an optimizer wants a direction: to a few per cent, with no certificate.
 
 What is asked, `rtol`, is the root mean square of σ − 1 over the singular values of the answer. It is kept for singular
 values above `reach` of the largest; smaller ones end between 0 and 1, as they do in every such method. In the spectra

@@ -42,7 +42,7 @@ class Steps(NamedTuple):
 
 @lru_cache(maxsize=64)
 def composed(low: float, steps: int) -> Steps:
-    """Minimax odd quintics composed on [low, 1], each for the interval that the one before leaves, centred about 1.
+    """Minimax odd quintics composed on [low, 1], each for the interval that the one before leaves, centered about 1.
 
     arXiv:2505.16932, algorithm 1; `COEFFICIENTS` begins with those for 1e-3, but for the last, which has no cushion.
 

@@ -98,7 +98,7 @@ def polar_ex(
 ) -> tuple[Float[Tensor, "*b m n"], Certificate]:
     """`polar` with its certificate, never raising for a matrix's values.
 
-    `certify=False` is for the direction of an optimiser's step: nothing is converged, the bound is inf, and nothing
+    `certify=False` is for the direction of an optimizer's step: nothing is converged, the bound is inf, and nothing
     waits for a GPU. With "auto" the cheapest of "newton_schulz" and "zolotarev" is taken, in steps, dtype and
     coefficients made for `rtol`: the root mean square of σ − 1 over the answer's singular values, those of A below
     `polar_direction.reach` of the largest apart. `rtol=0.1` is about half the error of torch.optim.Muon's five steps.
@@ -197,7 +197,7 @@ def polar(
 ) -> Float[Tensor, "*b m n"]:
     """The nearest matrix with orthonormal columns (or rows): the polar factor U Vᵀ of A = U Σ Vᵀ.
 
-    polar(A) = A (AᵀA)^(-1/2), the maximiser of tr(QᵀA) over orthonormal Q.
+    polar(A) = A (AᵀA)^(-1/2), the maximizer of tr(QᵀA) over orthonormal Q.
 
     Arguments: `a` (..., m, n); `method`, one of `POLAR` or "auto"; `rtol`, the relative Frobenius error asked for
     (`certificate.RTOL` of the dtype if None); `steps` and `dtype`, see `polar_ex`.
@@ -205,7 +205,7 @@ def polar(
     rtol (`polar_ex` then has the partial isometry on the range).
     Cost in float32 products of the smaller side at 1024²: through the Gram matrix 11 in float32 (κ ≤ 100 at rtol 1e-3)
     or 21 in float64 (κ ≤ 1e6 at 1e-4), by the SVD about 60; "newton_schulz" 3 a step; "zolotarev", for a few per cent,
-    7 (see `polar_ex` for the directions of optimisers). Accuracy: what `rtol` asks for,
+    7 (see `polar_ex` for the directions of optimizers). Accuracy: what `rtol` asks for,
     as the certificate says, until κ nears 1e13; with `method="svd_refined"` one rounding of the dtype.
     Source: Higham, Functions of Matrices (2008), chapter 8; "newton_schulz": arXiv:2505.16932, algorithm 1;
     "zolotarev": Nakatsukasa and Freund, SIAM Review 58 (2016), §3.

@@ -57,7 +57,7 @@ def qdwh(x: Tensor, *, decline: float) -> Answer:
     for _ in range(2):
         a, b, c = weights(low)
         low = low * (a + b * low**2) / (1 + c * low**2)
-        middle = 2 / (1 + low)  # centres [low, 1] about 1: a harmless factor, since the next weights count on it
+        middle = 2 / (1 + low)  # centers [low, 1] about 1: a harmless factor, since the next weights count on it
         q = _halley(q, g, a, b, c)
         g = gram(q)
         if low > 0.9:

@@ -43,7 +43,7 @@ def svd_refined(x: Tensor, *, decline: float) -> Answer:
 
 
 def _newton(a: Pair, q: Pair, s: Tensor, v: Tensor) -> Pair:
-    """One first-order step towards the polar factor, in the basis of the right singular vectors.
+    """One first-order step toward the polar factor, in the basis of the right singular vectors.
 
     With F = QᵀQ − I and W = (I − F/2)QᵀA, the polar factor of A is, to first order in the error of Q,
     Q(I − F/2 + Ω) + (A − Q(I − F/2)W) H⁻¹, where Ω is skew and ΩH + HΩ = W − Wᵀ.

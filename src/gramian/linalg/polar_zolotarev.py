@@ -1,7 +1,7 @@
-"""The polar factor to a few per cent, as steps of an optimiser want it: shifted inverses of the Gram matrix, summed.
+"""The polar factor to a few per cent, as steps of an optimizer want it: shifted inverses of the Gram matrix, summed.
 
 Zolotarev's best rational approximation to the sign on [low, 1] is a sum of simple fractions in x², so that
-polar(A) ≈ α (I + Σⱼ wⱼ (AAᵀ + pⱼI)⁻¹) A: one Gram matrix, `terms` Cholesky factorisations and one product, where an
+polar(A) ≈ α (I + Σⱼ wⱼ (AAᵀ + pⱼI)⁻¹) A: one Gram matrix, `terms` Cholesky factorizations and one product, where an
 iteration takes two products with A a step. The inverses are LAPACK's: an explicit block elimination loses definiteness
 beside the smallest shift.
 """
@@ -49,7 +49,7 @@ class Fractions(NamedTuple):
 
 @lru_cache(maxsize=64)
 def fractions(low: float, terms: int) -> Fractions:
-    """Zolotarev's function of type (2·terms + 1, 2·terms) for [low, 1], centred about 1.
+    """Zolotarev's function of type (2·terms + 1, 2·terms) for [low, 1], centered about 1.
 
     c_i = low² sn²(u_i) / cn²(u_i) with u_i = iK' / (2·terms + 1) and complementary modulus; those of odd i are the
     poles. Nakatsukasa and Freund, SIAM Review 58 (2016), §3.

@@ -122,7 +122,7 @@ def minus(a: Pair, b: Pair) -> tuple[Tensor, Tensor]:
 
 
 def plus(a: Pair, d: Tensor) -> Pair:
-    """a + d renormalised: a better approximation, exact by definition (its error is for the caller to bound)."""
+    """a + d renormalized: a better approximation, exact by definition (its error is for the caller to bound)."""
     hi, lo = two_sum(a.hi, a.lo + d)
     return Pair(hi, lo, torch.zeros_like(a.error))
 

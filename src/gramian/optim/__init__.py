@@ -1,4 +1,4 @@
-"""Optimisers that see parameters as matrices."""
+"""Optimizers that see parameters as matrices."""
 
 from gramian.optim.muon import Muon
 from gramian.optim.named import OPTIMIZERS

@@ -33,9 +33,9 @@ class Proximal(torch.optim.Optimizer):
     `state_dict()` are the base's. A parameter without a gradient is left as it is, and so is one that a gramian base
     skipped, since its gradient was not finite.
 
-    With plain gradient descent of a convex loss and lr ≤ 1/L this is ISTA and reaches the minimiser of
+    With plain gradient descent of a convex loss and lr ≤ 1/L this is ISTA and reaches the minimizer of
     loss + penalty. Under any other metric (Adam, Muon) the Euclidean proximal map is a heuristic: zeros and ranks are
-    exact, but the fixed point is not that minimiser.
+    exact, but the fixed point is not that minimizer.
 
     Raises `InputError` for a pattern that matches nothing, a base without names, or a matrix penalty on a vector.
 

@@ -21,7 +21,7 @@ Direction = Literal["matrix", "adamw"]
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """One parameter's way through the optimiser: by `layout` as matrices, or (`None`) by AdamW; and why.
+    """One parameter's way through the optimizer: by `layout` as matrices, or (`None`) by AdamW; and why.
 
     `whole` is the layout before large matrices were cut into parts.
     """

@@ -189,7 +189,7 @@ class _Rehearsals:
         return min(self.losses, key=lambda rate: (self.losses[rate], rate))
 
     def _top(self, best: float) -> float:
-        """Where the parabola through the best rate and its neighbours is lowest, over the logarithm of the rate."""
+        """Where the parabola through the best rate and its neighbors is lowest, over the logarithm of the rate."""
         at = sorted(self.losses)
         here = at.index(best)
         if not 0 < here < len(at) - 1:

@@ -69,9 +69,9 @@ def _follow(g: Tensor, state: State, turn: Turn) -> None:
         x = g if side == "left" else g.mT
         shift = max(SHIFT * turn.options["damping"] / x.shape[-2], LEAST_SHIFT) * trace
         q, lengths, full = _orthonormal(torch.lerp(x @ (x.mT @ basis), basis * values, beta) + basis * shift)
-        learnt = alive & full
-        state[f"{side}_basis"][at] = torch.where(learnt, q, basis)
-        state[f"{side}_values"][at] = torch.where(learnt, (lengths - shift).clamp_min_(0), values)
+        learned = alive & full
+        state[f"{side}_basis"][at] = torch.where(learned, q, basis)
+        state[f"{side}_values"][at] = torch.where(learned, (lengths - shift).clamp_min_(0), values)
         state["fallbacks"][at] += (alive & (trace > 0) & ~full).to(trace.dtype)
 
 

@@ -361,7 +361,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def installed(self) -> Iterator[Recorder]:
-        """Entered, with the hooks that say which of a tied weight's modules is running, and parametrised weights."""
+        """Entered, with the hooks that say which of a tied weight's modules is running, and parametrized weights."""
         handles = []
         try:
             for block in self.found.blocks:
@@ -369,7 +369,7 @@ class Recorder(TorchFunctionMode):
                     handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.owners.append(name)))
                     handles.append(module.register_forward_hook(lambda *_: _drop(self.owners), always_call=True))
                 if isinstance(block.module, ParametrizationList):
-                    handles.append(block.module.register_forward_hook(self._parametrised(block)))
+                    handles.append(block.module.register_forward_hook(self._parametrized(block)))
             with self:
                 yield self
         finally:
@@ -378,7 +378,7 @@ class Recorder(TorchFunctionMode):
             self.end()
             self.flush()
 
-    def _parametrised(self, block: Block) -> Callable:
+    def _parametrized(self, block: Block) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             if isinstance(output, Tensor) and output.shape == block.parameter.shape:
                 self.held[id(output)] = (output, Held(block, tuple(range(output.ndim))))

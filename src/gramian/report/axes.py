@@ -132,7 +132,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     [4.5, 16.5, 50.0]
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    groups: list[list[float]] = []  # sum of (wanted - offset), members: least squares by pooling neighbours
+    groups: list[list[float]] = []  # sum of (wanted - offset), members: least squares by pooling neighbors
     for rank, index in enumerate(order):
         groups.append([wanted[index] - rank * gap, 1])
         while len(groups) > 1 and groups[-2][0] / groups[-2][1] >= groups[-1][0] / groups[-1][1]:

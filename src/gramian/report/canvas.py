@@ -1,4 +1,4 @@
-"""A sheet measured in the page's pixels, drawn by matplotlib, that becomes SVG in the page's fonts and colours."""
+"""A sheet measured in the page's pixels, drawn by matplotlib, that becomes SVG in the page's fonts and colors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def drawing_settings() -> Iterator[None]:
 class Canvas:
     """A sheet of `width` × `height` pixels, origin at the top left, y downwards. Use within `drawing_settings`.
 
-    Colours are names of `palette.NAMES`. Texts are drawn as they are: no mathematics, no markup.
+    Colors are names of `palette.NAMES`. Texts are drawn as they are: no mathematics, no markup.
     """
 
     def __init__(self, width: float, height: float) -> None:
@@ -78,7 +78,7 @@ class Canvas:
         y: float,
         text: str,
         *,
-        colour: str = "faint",
+        color: str = "faint",
         anchor: Literal["left", "center", "right"] = "left",
         size: float = TEXT_SIZE,
         rotation: float = 0.0,
@@ -88,7 +88,7 @@ class Canvas:
             x,
             y + (0 if rotation else _MIDDLE * size),
             visible(text),
-            color=stand_in(colour),
+            color=stand_in(color),
             ha=anchor,
             va="center" if rotation else "baseline",
             size=size,
@@ -99,28 +99,28 @@ class Canvas:
         )
 
     def line(
-        self, xs: Sequence[float], ys: Sequence[float], colour: str, width: float = 1.0, dashed: bool = False
+        self, xs: Sequence[float], ys: Sequence[float], color: str, width: float = 1.0, dashed: bool = False
     ) -> None:
         """Draw a line through points; a NaN is a gap."""
         style: dict[str, Any] = {"dashes": (5, 3.5)} if dashed else {"solid_capstyle": "round"}
-        self.axes.plot(xs, ys, color=stand_in(colour), linewidth=width, zorder=next(self._layers), **style)
+        self.axes.plot(xs, ys, color=stand_in(color), linewidth=width, zorder=next(self._layers), **style)
 
-    def points(self, xs: Sequence[float], ys: Sequence[float], colour: str, size: float, opacity: float = 1.0) -> None:
+    def points(self, xs: Sequence[float], ys: Sequence[float], color: str, size: float, opacity: float = 1.0) -> None:
         """Draw discs of a diameter of `size`."""
         style: dict[str, Any] = {"marker": "o", "markersize": size, "markeredgewidth": 0, "linestyle": "none"}
-        self.axes.plot(xs, ys, color=stand_in(colour), alpha=opacity, zorder=next(self._layers), **style)
+        self.axes.plot(xs, ys, color=stand_in(color), alpha=opacity, zorder=next(self._layers), **style)
 
-    def polygon(self, xs: Sequence[float], ys: Sequence[float], colour: str, opacity: float = 1.0) -> None:
+    def polygon(self, xs: Sequence[float], ys: Sequence[float], color: str, opacity: float = 1.0) -> None:
         """Fill the region that the points enclose."""
         style: dict[str, Any] = {"alpha": opacity, "linewidth": 0, "zorder": next(self._layers)}
-        self.axes.fill(xs, ys, facecolor=stand_in(colour), **style)
+        self.axes.fill(xs, ys, facecolor=stand_in(color), **style)
 
-    def bar(self, left: float, top: float, width: float, height: float, colour: str, opacity: float = 1.0) -> None:
+    def bar(self, left: float, top: float, width: float, height: float, color: str, opacity: float = 1.0) -> None:
         """Fill a rectangle."""
         from matplotlib.patches import Rectangle
 
         style: dict[str, Any] = {"alpha": opacity, "linewidth": 0, "zorder": next(self._layers)}
-        self.axes.add_patch(Rectangle((left, top), width, height, facecolor=stand_in(colour), **style))
+        self.axes.add_patch(Rectangle((left, top), width, height, facecolor=stand_in(color), **style))
 
     def svg(self, prefix: str, label: str, images: Sequence[Image] = ()) -> str:
         """Return an `<svg>` element whose ids begin with `prefix`; `label` is read to those who cannot see it.
@@ -133,14 +133,14 @@ class Canvas:
 
 
 class Image:
-    """Colours `(rows, columns, 4)` from 0 to 1 stretched over a box: one cell is one even rectangle at every zoom."""
+    """Colors `(rows, columns, 4)` from 0 to 1 stretched over a box: one cell is one even rectangle at every zoom."""
 
-    def __init__(self, colours: np.ndarray, left: float, top: float, width: float, height: float) -> None:
+    def __init__(self, colors: np.ndarray, left: float, top: float, width: float, height: float) -> None:
         from matplotlib.image import imsave
 
         buffer = io.BytesIO()
         # The metadata would name matplotlib's version, and the page would differ where the picture does not.
-        imsave(buffer, colours, format="png", metadata={"Software": "gramian"})
+        imsave(buffer, colors, format="png", metadata={"Software": "gramian"})
         self.source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
         self.box = {"x": left, "y": top, "width": width, "height": height}
 

@@ -1,4 +1,4 @@
-"""Heat maps as SVG with an embedded image; those that stand side by side share one colour scale."""
+"""Heat maps as SVG with an embedded image; those that stand side by side share one color scale."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .pictures import Drawn
 _TICK_SIZE = 11.5
 _MOST_COLUMNS = 512  # more cells than pixels only weigh
 _MOST_ROWS = 1024
-_MOST_DECADES = 10.0  # of the colour scale: a single exact zero kept as 1e-17 would wash out all that is of interest
+_MOST_DECADES = 10.0  # of the color scale: a single exact zero kept as 1e-17 would wash out all that is of interest
 
 
 def shared_scale(heat_maps: Sequence[HeatMap]) -> Axis:
-    """Return the colour scale over all values that can be shown."""
+    """Return the color scale over all values that can be shown."""
     log = any(heat_map.log for heat_map in heat_maps)
     values = [float(v) for heat_map in heat_maps for row in heat_map.values for v in row]
     shown = [v for v in values if shows(v, log)]
@@ -96,7 +96,7 @@ def _notes(rows: Sequence[Sequence[float]], num_columns: int, scale: Axis) -> li
     low = sum(0 < value < floor * (1 - 1e-9) for row in rows for value in row)
     if low:
         values = "value is" if low == 1 else "values are"
-        notes.append(f"{low:,} {values} below {floor:.0e} and drawn in the lowest colour.")
+        notes.append(f"{low:,} {values} below {floor:.0e} and drawn in the lowest color.")
     return notes
 
 
@@ -108,7 +108,7 @@ def _cells(count: int, num_ticks: int) -> Axis:
     return Axis(False, 0.0, count - 1.0, tuple(t for t, _ in ticks), tuple(label for _, label in ticks))
 
 
-def _colours(fractions: np.ndarray) -> np.ndarray:
+def _colors(fractions: np.ndarray) -> np.ndarray:
     from matplotlib import colormaps
 
     # viridis without its two ends, which would sink into a dark and into a white page.
@@ -127,9 +127,9 @@ def _image(
         grid[place] = [scale.fraction(v) if shows(v, scale.log) else math.nan for v in cells]
     if not np.isfinite(grid).any():
         return None
-    colours = _colours(np.nan_to_num(grid))
-    colours[..., 3] = np.isfinite(grid)
-    return Image(colours, *box)
+    colors = _colors(np.nan_to_num(grid))
+    colors[..., 3] = np.isfinite(grid)
+    return Image(colors, *box)
 
 
 def _picked(count: int, most: int) -> list[int]:
@@ -139,4 +139,4 @@ def _picked(count: int, most: int) -> list[int]:
 
 
 def _bar(box: tuple[float, float, float, float]) -> Image:
-    return Image(_colours(np.linspace(1, 0, 128))[:, None, :], *box)
+    return Image(_colors(np.linspace(1, 0, 128))[:, None, :], *box)

@@ -233,7 +233,7 @@ Role = Literal["before", "after", "baseline", "accent", "muted", "auto"]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: `x` and `y` of equal length. `role` picks a colour by meaning, the same in all pictures."""
+    """One curve: `x` and `y` of equal length. `role` picks a color by meaning, the same in all pictures."""
 
     label: str
     x: Sequence[float]
@@ -259,7 +259,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """`values[row][column]` as colour; rows may have different lengths. Several heat maps in one row share a scale."""
+    """`values[row][column]` as color; rows may have different lengths. Several heat maps in one row share a scale."""
 
     title: str
     values: Sequence[Sequence[float]]
@@ -267,7 +267,7 @@ class HeatMap:
     y_label: str = ""
     log: bool = False
     caption: str = ""
-    value_label: str = ""  # the quantity and its unit, written at the colour bar
+    value_label: str = ""  # the quantity and its unit, written at the color bar
 
 
 Drawing = Picture | HeatMap

@@ -22,7 +22,7 @@
   function themeButton(button) {
     const show = () => {
       button.textContent = theme[0].toUpperCase() + theme.slice(1);
-      button.setAttribute("aria-label", `Colours: ${theme === "auto" ? "automatic" : theme}`);
+      button.setAttribute("aria-label", `Colors: ${theme === "auto" ? "automatic" : theme}`);
     };
     show();
     button.addEventListener("click", () => {
@@ -205,7 +205,7 @@
       for (const { curve, near } of lines) {
         const line = make("div");
         const swatch = make("span", "swatch");
-        swatch.style.color = curve.colour;
+        swatch.style.color = curve.color;
         line.append(swatch, make("b", "", near[3]), ` ${curve.label}`);
         tip.append(line);
       }

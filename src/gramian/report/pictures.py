@@ -14,7 +14,7 @@ from .axes import Axis, LeftOut, make_axis, shows, spread
 from .canvas import TEXT_SIZE, Canvas
 from .formatting import distinct_parts, elide, number, visible
 from .model import Picture, Series
-from .palette import colours_of, variable
+from .palette import colors_of, variable
 
 _TICK_SIZE = 11.5
 _LONGEST_NAME = 20  # characters of a name along the axis
@@ -31,7 +31,7 @@ class Drawn:
     """A picture as it goes into a page: `svg` is markup, everything else is text that the page escapes."""
 
     svg: str
-    legend: list[tuple[str, str, str]] = field(default_factory=list)  # label, CSS colour, style
+    legend: list[tuple[str, str, str]] = field(default_factory=list)  # label, CSS color, style
     notes: list[str] = field(default_factory=list)
     hover: dict[str, Any] | None = None
 
@@ -61,7 +61,7 @@ class _Curve:
     """A series cleaned: plain floats, `None` where the axes cannot show the point."""
 
     series: Series
-    colour: str
+    color: str
     points: list[tuple[float, float] | None]
 
     @property
@@ -90,15 +90,15 @@ def draw_picture(picture: Picture, prefix: str, width: float = 960, height: floa
     for curve in curves:
         if curve.series.style != "bars":
             _draw_curve(canvas, frame, curve)
-    for text, colour, wanted, y in labels or []:
+    for text, color, wanted, y in labels or []:
         if abs(wanted - y) > 4:
-            canvas.line([frame.right + 3, frame.right + 9], [wanted, y], colour, 0.8)
-        canvas.text(frame.right + 12, y, text, colour="ink" if colour == "muted" else colour, size=TEXT_SIZE)
+            canvas.line([frame.right + 3, frame.right + 9], [wanted, y], color, 0.8)
+        canvas.text(frame.right + 12, y, text, color="ink" if color == "muted" else color, size=TEXT_SIZE)
     if not any(curve.shown for curve in curves):
         canvas.text((frame.left + frame.right) / 2, (frame.top + frame.bottom) / 2, "no values", anchor="center")
     drawn = Drawn(canvas.svg(prefix, _spoken(picture, curves)), hover=_hover(frame, curves, width, height, full_names))
     if labels is None:
-        drawn.legend = [(visible(c.series.label), variable(c.colour), c.series.style) for c in curves if c.series.label]
+        drawn.legend = [(visible(c.series.label), variable(c.color), c.series.style) for c in curves if c.series.label]
         if reference is not None and reference[1]:
             drawn.legend.append((visible(reference[1]), variable("baseline"), "dashed"))
     drawn.notes = [str(left_out)] if str(left_out) else []
@@ -108,7 +108,7 @@ def draw_picture(picture: Picture, prefix: str, width: float = 960, height: floa
 def _clean(picture: Picture) -> tuple[list[_Curve], LeftOut]:
     curves: list[_Curve] = []
     left_out = LeftOut()
-    for series, colour in zip(picture.series, colours_of(picture.series), strict=True):
+    for series, color in zip(picture.series, colors_of(picture.series), strict=True):
         if len(series.x) != len(series.y):
             raise InputError(
                 f"picture {picture.title!r}: series {series.label!r} has {len(series.x)} x and {len(series.y)} y. "
@@ -124,7 +124,7 @@ def _clean(picture: Picture) -> tuple[list[_Curve], LeftOut]:
                 points.append((x, y))
                 continue
             points.append(None)
-        curves.append(_Curve(series, colour, points))
+        curves.append(_Curve(series, color, points))
     return curves, left_out
 
 
@@ -173,7 +173,7 @@ def _direct_labels(
     reference: tuple[float, str] | None,
     frame_of: Callable[[float], Frame],
 ) -> list[tuple[str, str, float, float]] | None:
-    """Return (text, colour, wanted y, y) for labels right of the curves' ends, or None where they do not fit."""
+    """Return (text, color, wanted y, y) for labels right of the curves' ends, or None where they do not fit."""
     frame = frame_of(canvas.width * 0.75)
     alone = len(curves) == 1 and reference is None
     if alone:  # the title and the axis already say what it is
@@ -185,7 +185,7 @@ def _direct_labels(
         x, y = curve.shown[-1]
         if curve.series.style not in ("line", "dashed", "area") or frame.x.fraction(x) < 0.9:
             return None
-        wanted.append((curve.series.label, curve.colour, frame.at_y(y)))
+        wanted.append((curve.series.label, curve.color, frame.at_y(y)))
     if reference is not None and reference[1]:
         wanted.append((reference[1], "baseline", frame.at_y(reference[0])))
     if len(wanted) > _MOST_LABELS or any(canvas.text_width(text) > 0.3 * canvas.width for text, *_ in wanted):
@@ -193,7 +193,7 @@ def _direct_labels(
     places = spread([y for *_, y in wanted], _LABEL_GAP, frame.top - 4, frame.bottom + 4)
     if any(abs(place - y) > _FARTHEST_LABEL for place, (*_, y) in zip(places, wanted, strict=True)):
         return None
-    return [(visible(text), colour, y, place) for (text, colour, y), place in zip(wanted, places, strict=True)]
+    return [(visible(text), color, y, place) for (text, color, y), place in zip(wanted, places, strict=True)]
 
 
 def _draw_axes(canvas: Canvas, frame: Frame, picture: Picture, names: Sequence[str]) -> None:
@@ -252,18 +252,18 @@ def _draw_curve(canvas: Canvas, frame: Frame, curve: _Curve) -> None:
     style = curve.series.style
     if style == "points":
         many = len(pixels) > 300
-        canvas.points(xs, ys, curve.colour, 3.5 if many else 5.5, 0.55 if many else 0.9)
+        canvas.points(xs, ys, curve.color, 3.5 if many else 5.5, 0.55 if many else 0.9)
         return
     if style == "area":
         floor = frame.bottom if frame.y.log else min(max(frame.at_y(0.0), frame.top), frame.bottom)
         for part in _unbroken(pixels):
             px, py = zip(*part, strict=True)
-            canvas.polygon([px[0], *px, px[-1]], [floor, *py, floor], curve.colour, 0.18)
-    canvas.line(xs, ys, curve.colour, 1.6 if style == "dashed" else 2.0, dashed=style == "dashed")
+            canvas.polygon([px[0], *px, px[-1]], [floor, *py, floor], curve.color, 0.18)
+    canvas.line(xs, ys, curve.color, 1.6 if style == "dashed" else 2.0, dashed=style == "dashed")
     lonely = [part[0] for part in _unbroken(pixels) if len(part) == 1]
     if lonely:  # a line through one point is invisible
         px, py = zip(*lonely, strict=True)
-        canvas.points(px, py, curve.colour, 5.0)
+        canvas.points(px, py, curve.color, 5.0)
 
 
 def _unbroken(pixels: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
@@ -295,7 +295,7 @@ def _draw_bars(canvas: Canvas, frame: Frame, curves: Sequence[_Curve]) -> None:
         for x, y in curve.shown:
             top = frame.at_y(y)
             opacity = 0.35 if curve in behind else 1.0
-            canvas.bar(frame.at_x(x) + shift, min(top, floor), width, abs(floor - top), curve.colour, opacity)
+            canvas.bar(frame.at_x(x) + shift, min(top, floor), width, abs(floor - top), curve.color, opacity)
 
 
 def _spoken(picture: Picture, curves: Sequence[_Curve]) -> str:
@@ -324,7 +324,7 @@ def _hover(frame: Frame, curves: Sequence[_Curve], width: float, height: float, 
             ]
             for x, y in curve.shown[::step]
         ]
-        shown.append({"label": visible(curve.series.label), "colour": variable(curve.colour), "points": points})
+        shown.append({"label": visible(curve.series.label), "color": variable(curve.color), "points": points})
     return {"width": width, "height": height, "top": frame.top, "bottom": frame.bottom, "curves": shown}
 
 

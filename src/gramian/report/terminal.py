@@ -1,4 +1,4 @@
-"""Reports and documents in a terminal: any width, with or without colour, in Unicode or plain ASCII.
+"""Reports and documents in a terminal: any width, with or without color, in Unicode or plain ASCII.
 
 The views below are rich renderables: `console.print(ReportView(report, verbose=True))`. No text passes through rich's
 markup, so a layer named `[red]` is shown as it is.
@@ -81,7 +81,7 @@ def show(item: Report | Document, console: Console | None = None, verbose: bool 
 
 
 def to_text(item: Report | Document, width: int = 100, verbose: bool = False) -> str:
-    """Return what `show` prints, without colour."""
+    """Return what `show` prints, without color."""
     console = Console(file=io.StringIO(), width=width, no_color=True, force_terminal=False, legacy_windows=False)
     with console.capture() as capture:
         show(item, console, verbose)

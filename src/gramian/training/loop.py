@@ -111,7 +111,7 @@ def train(
             with placement.agreed("train"):
                 known = read(run.out, identity) if resume else None
         if known is None:
-            run.init = start.initialise(init, model, task, objective, seed)
+            run.init = start.initialize(init, model, task, objective, seed)
             ranks.same_weights_(model)
             if not ranks.first():
                 torch.manual_seed(seed + placement.world().rank)  # of dropout, which falls on other rows

@@ -17,13 +17,13 @@ from gramian.objective import Objective
 from gramian.report import Finding
 from gramian.training.task import Task
 
-__all__ = ["INITS", "initialise"]
+__all__ = ["INITS", "initialize"]
 
 # Of the training data, for a diagnosis before the first step.
 NUM_BATCHES = 4
 
 
-def initialise(init: str, model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
+def initialize(init: str, model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
     """Does what `init`, a name of `INITS`, says, and tells in one line what that was."""
     return INITS[init](model, task, objective, seed)
 
@@ -52,7 +52,7 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
     cause = before[0].title
     structured = [layer.name for layer in inspect(model).layers if layer.above_noise]
     if structured:
-        return f"as the task makes it, since {structured[0]} has learnt something already; but: {cause}"
+        return f"as the task makes it, since {structured[0]} has learned something already; but: {cause}"
     kept = copy.deepcopy(model.state_dict())
     try:
         _isometric(model, task, objective, seed)
@@ -65,7 +65,7 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
 
 
 def _troubles(model: nn.Module, batches: list[Any], objective: Objective) -> list[Finding]:
-    """The errors whose remedy is an isometric initialisation."""
+    """The errors whose remedy is an isometric initialization."""
     found = inspect(model, batches, objective, quick=True).findings
     return [f for f in found if f.severity == "error" and f.remedy in (ISOMETRIC, RETRAIN)]
 

@@ -55,7 +55,7 @@ class Run:
     `history` has one row for each evaluation: `step`, `seconds` (of training alone, without evaluation), `loss` (mean
     since the last row), and the task's numbers. `diverged` is set where the loss stopped being finite. `optimizer` is
     the name of the one that was taken, `lr` its learning rate and `rate` that of the last step; `init` says what was
-    done to the model's own initialisation. `resumed` is the step from which it went on.
+    done to the model's own initialization. `resumed` is the step from which it went on.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Inverse, regularisation, optimisation: one line fitted in every way, all checked against the regularised inverse."""
+"""Inverse, regularization, optimization: one line fitted in every way, all checked against the regularized inverse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gramian as gm
 from _check import Lesson, plt
 
 torch.set_default_dtype(torch.float64)
-lesson = Lesson("1_inverse_regularisation_optimisation", __doc__)
+lesson = Lesson("1_inverse_regularization_optimization", __doc__)
 generator = torch.Generator().manual_seed(0)
 
 # --- the data: y = 3x + 2 + U(0, 1), 100 points of U(0, 1) ------------------------------------------------------------
@@ -21,7 +21,7 @@ x = gm.random.uniform(m, generator=generator)
 y = 3 * x + 2 + gm.random.uniform(m, generator=generator)
 X = torch.stack([torch.ones(m), x], 1)  # an intercept is a column of ones
 
-lesson.section("The regularised inverse: θ = (XᵀX + λI)⁻¹ Xᵀy minimises 1/(2m) Σ(ŷ − y)² + λ/(2m) Σθ²")
+lesson.section("The regularized inverse: θ = (XᵀX + λI)⁻¹ Xᵀy minimizes 1/(2m) Σ(ŷ − y)² + λ/(2m) Σθ²")
 theta = gm.linalg.inv(gm.linalg.syrk(X), damping=strength) @ X.mT @ y
 solved, certificate = gm.linalg.solve_ex(gm.linalg.syrk(X), (X.mT @ y)[:, None], damping=strength)
 lesson.close("inverse and solve", theta, solved[:, 0], 1e-12)
@@ -34,7 +34,7 @@ lesson.less("λ = 0: (θ − (2.5, 3)) in standard errors", ((plain - torch.tens
 lesson.less("λ = 0: (θ − (2, 3)) in standard errors is no fit", 3.0, abs((plain[0] - 2) / spread[0]))
 free = gm.linalg.solve(gm.linalg.syrk(X) + torch.diag(torch.tensor([0.0, strength])), (X.mT @ y)[:, None])[:, 0]
 lesson.close("intercept left free: residuals sum to zero", (y - X @ free).mean(), 0.0, 1e-14)
-lesson.less("intercept penalised: they do not", 1e-3, (y - X @ theta).mean().abs())
+lesson.less("intercept penalized: they do not", 1e-3, (y - X @ theta).mean().abs())
 
 # --- gradient descent, SGD, Adam --------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def by_hand_adam(num_steps: int, lr: float, b1: float = 0.9, b2: float = 0.999, 
     return w
 
 
-lesson.section("The same minimiser by descent")
+lesson.section("The same minimizer by descent")
 largest = torch.linalg.eigvalsh(gm.linalg.second_moment(X))[-1].item() + strength / m
 num_steps = 1500
 gd, gd_path = train(lambda p: torch.optim.SGD(p, lr=1 / largest), num_steps)
@@ -198,7 +198,7 @@ lesson.less("Newton from 0.01 away: error is its square's size", (full + 0.01 - 
 
 # --- over-fitting -----------------------------------------------------------------------------------------------------
 
-lesson.section("Over-fitting: degree 12 on 16 noisy points of sin(πt), penalised in the Legendre basis")
+lesson.section("Over-fitting: degree 12 on 16 noisy points of sin(πt), penalized in the Legendre basis")
 
 
 def legendre(t: Tensor, degree: int) -> Tensor:
@@ -250,7 +250,7 @@ figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="co
 left.scatter(x, y, s=10, color="#9aa4ad", label="data")
 line = torch.tensor([0.0, 1.0])
 left.plot(line, plain[0] + plain[1] * line, label="least squares, λ = 0")
-left.plot(line, theta[0] + theta[1] * line, label="λ = 1, intercept penalised")
+left.plot(line, theta[0] + theta[1] * line, label="λ = 1, intercept penalized")
 left.plot(line, 3 * line + 2.5, "k:", lw=1, label="3x + 2.5, the mean of the data")
 left.scatter(at, theta[0] + theta[1] * at, marker="x", color="k", zorder=3, label="predictions at 0.5, 0.8, 0.9")
 left.set(xlabel="x", ylabel="y", title="The line: its intercept is 2.5, not 2")
@@ -262,14 +262,14 @@ for path, label in (
     (sgd_path[:num_steps], "SGD, rate ∝ 1/t"),
 ):
     middle.semilogy(path.clamp_min(1e-13), label=label, lw=1.2)
-middle.set(xlabel="step", ylabel="‖θ − closed form‖", title="All go to the regularised inverse")
+middle.set(xlabel="step", ylabel="‖θ − closed form‖", title="All go to the regularized inverse")
 middle.legend(fontsize=7.5)
-for train_error, held, colour, label in (
+for train_error, held, color, label in (
     (ridge_train, ridge_held, "#2a6fbb", "L2"),
     (sparse_train, sparse_held, "#d1602a", "L1"),
 ):
-    right.loglog(lambdas, held, color=colour, label=f"{label}, held out")
-    right.loglog(lambdas, train_error, "--", color=colour, label=f"{label}, training")
+    right.loglog(lambdas, held, color=color, label=f"{label}, held out")
+    right.loglog(lambdas, train_error, "--", color=color, label=f"{label}, training")
 right.axhline(0.09, color="k", ls=":", lw=1, label="noise variance, 0.09")
 right.set(xlabel="λ", ylabel="mean squared error", title="Degree 12 on 16 points: training error misleads")
 right.set_yticks([0.03, 0.1, 0.3, 1.0], ["0.03", "0.1", "0.3", "1"])
