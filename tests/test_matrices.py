@@ -77,7 +77,7 @@ def test_gates_and_experts(tmp_path):
     assert torch.equal(got["gru.weight_hh_l0[n]"], gru.weight_hh_l0[10:])
     assert torch.equal(got["mlp.gate_up_proj.weight[up]"], tensors["mlp.gate_up_proj.weight"][6:])
     assert sum(name.startswith("moe") for name in got) == 6
-    assert torch.equal(got["moe.experts.gate_up_proj[3]"], tensors["moe.experts.gate_up_proj"][1, :, 5:].mT)
+    assert torch.equal(got["moe.experts.gate_up_proj[1,up]"], tensors["moe.experts.gate_up_proj"][1, :, 5:].mT)
 
 
 def test_an_override_wins_and_is_checked(tmp_path):

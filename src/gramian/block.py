@@ -7,157 +7,37 @@ verb of gramian is a map over blocks. What holds no matrix (biases, norms, vecto
 from __future__ import annotations
 
 import fnmatch
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Literal, NamedTuple
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import einops
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError, ShapeError
+from gramian.layers import Layer, Role, config_of, find_head, find_named, layer_of, role_by_name, weight_name
+from gramian.layout import Layout
 
-__all__ = ["Block", "Blocks", "Layout", "Rest", "blocks"]
+__all__ = ["METADATA", "Block", "Blocks", "Layout", "Rest", "blocks"]
 
-Role = Literal["embedding", "hidden", "head"]
-
-# Axis names that are numbers: "i (three o) -> three o i".
-_NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
-
-_EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
-
-# Modules whose parameters multiply or shift element by element, whatever their number of dimensions.
-_ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm)
-
-# The parameters of torch's own modules that hold matrices. `g` is the module's number of groups.
-_LINEAR = {"weight": "o i -> o i"}
-_LAYOUTS: dict[type[nn.Module], dict[str, str]] = {
-    nn.Linear: _LINEAR,
-    nn.Bilinear: {"weight": "b o i -> b o i"},
-    nn.Embedding: {"weight": "v d -> v d"},
-    nn.EmbeddingBag: {"weight": "v d -> v d"},
-    nn.Conv1d: {"weight": "(g o) i w -> g o (i w)"},
-    nn.Conv2d: {"weight": "(g o) i h w -> g o (i h w)"},
-    nn.Conv3d: {"weight": "(g o) i d h w -> g o (i d h w)"},
-    nn.ConvTranspose1d: {"weight": "(g i) o w -> g (o w) i"},
-    nn.ConvTranspose2d: {"weight": "(g i) o h w -> g (o h w) i"},
-    nn.ConvTranspose3d: {"weight": "(g i) o d h w -> g (o d h w) i"},
-    nn.MultiheadAttention: {
-        "in_proj_weight": "(three o) i -> three o i",
-        "q_proj_weight": "o i -> o i",
-        "k_proj_weight": "o i -> o i",
-        "v_proj_weight": "o i -> o i",
-    },
-    nn.RNN: {"weight_*": "o i -> o i"},
-    nn.RNNCell: {"weight_*": "o i -> o i"},
-    nn.LSTM: {"weight_hr_*": "o i -> o i", "weight_*": "(four o) i -> four o i"},
-    nn.LSTMCell: {"weight_*": "(four o) i -> four o i"},
-    nn.GRU: {"weight_*": "(three o) i -> three o i"},
-    nn.GRUCell: {"weight_*": "(three o) i -> three o i"},
-}
-
-# Known by name, since torch does not have them, and by an attribute that tells them from others of the name.
-_LAYOUTS_BY_NAME: dict[tuple[str, str], dict[str, str]] = {
-    ("Conv1D", "nf"): {"weight": "i o -> o i"},  # GPT-2's linear layer in transformers: (in, out)
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a tensor of `shape` holds its matrices: an einops `pattern` whose right side ends in rows and columns.
-
-    `split` gives `(..., m, n)` and `join` inverts it bitwise: `layout.join(layout.split(t)) == t`. Number words are
-    axes of that size.
-
-    Raises `ShapeError`, with the pattern and the shape, where they do not fit.
-
-    >>> qkv = Layout("i (three o) -> three o i", (8, 24))
-    >>> qkv.matrices
-    (3, 8, 8)
-    """
-
-    pattern: str
-    shape: tuple[int, ...]
-    sizes: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.pattern.count("->") != 1 or "..." in self.pattern:
-            raise ShapeError(f"layout {self.pattern!r} must be 'axes -> axes', with every axis named: 'o i -> o i'")
-        try:
-            matrices = self.matrices
-        except (einops.EinopsError, ValueError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ShapeError(f"layout {self.pattern!r} does not fit a tensor of shape {self.shape}: {reason}") from None
-        if len(matrices) < 2:
-            raise ShapeError(
-                f"layout {self.pattern!r} turns shape {self.shape} into {matrices}; "
-                "the right side must end in two axes, the rows and columns of a matrix"
-            )
-
-    def split(self, tensor: Tensor) -> Tensor:
-        """The matrices of `tensor` (shape `self.shape`) as one tensor `(..., m, n)`; a view where strides allow."""
-        if self.is_identity:
-            return tensor
-        return einops.rearrange(tensor, self.pattern, **self._used_sizes)
-
-    def join(self, matrices: Tensor) -> Tensor:
-        """The tensor of shape `self.shape` that holds `matrices` (`(..., m, n)`)."""
-        if self.is_identity:
-            return matrices
-        left, right = (side.strip() for side in self.pattern.split("->"))
-        return einops.rearrange(matrices, f"{right} -> {left}", **self.axes)
-
-    @cached_property
-    def matrices(self) -> tuple[int, ...]:
-        """The shape `(..., m, n)` that `split` gives."""
-        return tuple(self.split(torch.empty(self.shape, device="meta")).shape)
-
-    @cached_property
-    def dims(self) -> tuple[tuple[str, ...], ...]:
-        """The names of the axes in each dimension of the tensor."""
-        return tuple(_names_of(group) for group in _axes_of(self.pattern.partition("->")[0]))
-
-    @cached_property
-    def sides(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """The names of the axes that count the matrices, that make up their rows, and their columns."""
-        *leading, rows, columns = [_names_of(group) for group in _axes_of(self.pattern.partition("->")[2])]
-        return sum(leading, ()), rows, columns
-
-    @cached_property
-    def is_identity(self) -> bool:
-        """Whether the tensor is its own matrix, or stack of matrices."""
-        left, _, right = self.pattern.partition("->")
-        return left.split() == right.split() and "(" not in left and len(left.split()) == len(self.shape)
-
-    @cached_property
-    def _used_sizes(self) -> dict[str, int]:
-        names = set(re.findall(r"\w+", self.pattern.partition("->")[0]))
-        return {name: size for name, size in (_NUMBERS | dict(self.sizes)).items() if name in names}
-
-    @cached_property
-    def axes(self) -> dict[str, int]:
-        """The size of every axis by name."""
-        axes = dict(self._used_sizes)
-        for names, size in zip(self.dims, self.shape, strict=True):
-            unknown = [name for name in names if name not in axes]
-            if unknown:
-                known = math.prod(axes[name] for name in names if name in axes)
-                axes[unknown[0]] = size // known if known else 0
-        return axes
+METADATA = "gramian.blocks"
+"""The key under which a safetensors file keeps what `Blocks.metadata` says."""
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
     """A parameter that holds one or more matrices.
 
-    `owners` are the modules that hold it, each with the parameter's name there, without the prefixes of wrappers: one,
-    or several where the parameter is tied. `reason` says why the layout was chosen.
+    Args:
+        owners: the modules that hold it, each with the parameter's full name, without the prefixes of wrappers: one,
+            or several where the parameter is tied.
+        parameter: the tensor.
+        layout: which matrices it holds.
+        role: `"embedding"`, `"hidden"`, `"head"`, or `"elementwise"` (depthwise kernels).
+        reason: why the layout was chosen.
     """
 
     owners: tuple[tuple[str, nn.Module], ...]
@@ -191,6 +71,16 @@ class Block:
         """`(..., m, n)`: the shape of the block's matrices."""
         return self.layout.matrices
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each matrix: the parameter's, with the part in brackets where there are several."""
+        labels = self.layout.labels
+        return (self.name,) if labels == ("",) else tuple(f"{self.name}[{label}]" for label in labels)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """Each matrix by itself, in the order of `names`; fused parts of unequal size are apart here alone."""
+        return self.layout.pieces(self.parameter.detach())
+
     def split(self, tensor: Tensor | None = None) -> Tensor:
         """The matrices `(..., m, n)` of the parameter, or of a tensor of its shape (a gradient, a momentum)."""
         return self.layout.split(self.parameter.detach() if tensor is None else tensor)
@@ -202,7 +92,14 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """A parameter that holds no matrix, and why."""
+    """A parameter that holds no matrix.
+
+    Args:
+        name: the parameter's, the first where it is tied.
+        parameter: the tensor.
+        reason: why it holds no matrix.
+        aliases: its other names.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -211,7 +108,12 @@ class Rest:
 
 
 class Blocks(NamedTuple):
-    """Every parameter of a model exactly once: in `blocks` or in `rest`."""
+    """Every parameter of a model exactly once.
+
+    Args:
+        blocks: the parameters that hold matrices.
+        rest: the others.
+    """
 
     blocks: tuple[Block, ...]
     rest: tuple[Rest, ...]
@@ -233,31 +135,63 @@ class Blocks(NamedTuple):
                 "group": "block",
                 "role": b.role,
                 "matrices": " × ".join(map(str, b.shape)),
+                "parts": ", ".join(b.layout.parts),
                 "reason": b.reason,
             }
             for b in self.blocks
         ]
+        empty = {"role": "", "matrices": "", "parts": ""}
         rows += [
-            {"name": " = ".join((r.name, *r.aliases)), "group": "rest", "role": "", "matrices": "", "reason": r.reason}
-            for r in self.rest
+            {"name": " = ".join((r.name, *r.aliases)), "group": "rest", **empty, "reason": r.reason} for r in self.rest
         ]
         return rows
+
+    def metadata(self) -> dict[str, str]:
+        """What a file of the model's tensors lacks, as text for its metadata: layouts, parts, roles and classes.
+
+        A file holds names and shapes, but no classes: it cannot tell the groups of a convolution, nor a transposed one.
+        `gramian inspect` of a file with this metadata shows the same matrices as the model.
+
+        >>> import safetensors.torch, tempfile
+        >>> from torch import nn
+        >>> conv, path = nn.Conv2d(4, 8, 3, groups=2), tempfile.mkdtemp() + "/conv.safetensors"
+        >>> safetensors.torch.save_file(conv.state_dict(), path, blocks(conv).metadata())
+        """
+        rows: dict[str, Any] = {
+            b.name: {
+                "layout": b.layout.pattern,
+                "sizes": dict(b.layout.sizes),
+                "parts": b.layout.parts,
+                "rows": b.layout.rows,
+                "role": b.role,
+                "kind": b.kind,
+            }
+            for b in self.blocks
+        }
+        return {METADATA: json.dumps(rows | {r.name: {"rest": r.reason} for r in self.rest})}
 
 
 def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str, int]]] | None = None) -> Blocks:
     """Every parameter of `model` exactly once, as a block of matrices or in the rest.
 
+    What a parameter holds is looked up in the table of `gramian.layers`, by the class of its module, or by its name and
+    the model's config; what neither tells is not guessed.
+
     Args:
         model: any module. Names are the user's: prefixes of `DataParallel`, `torch.compile` and checkpoint wrappers
             are dropped. A parameter reached under several names (tied, shared) is one block with `aliases`.
-        layouts: what a module's class does not say, by name pattern: `{"*.c_attn.weight": "i (three o) -> three o i"}`,
+        layouts: what the table does not say, by name pattern: `{"*.c_attn.weight": "i (three o) -> three o i"}`,
             or with sizes, `{"*.qkv.weight": ("(h o) i -> h o i", {"h": 12})}`. First match wins.
+
+    Returns:
+        `Blocks`, a pair `(blocks, rest)`, with `explain()`.
 
     Raises:
         InputError: a pattern matches no parameter, or the model has no parameters.
         ShapeError: a pattern does not fit the parameter that it matches; the error shows both.
 
     Cost: no arithmetic, one pass over the modules.
+    Source: this library's own.
 
     >>> from torch import nn
     >>> found, rest = blocks(nn.Conv2d(3, 8, 5))
@@ -271,39 +205,125 @@ def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str,
         raise InputError(f"blocks: {type(model).__name__} has no parameters; pass a model with weights")
     found: list[Block] = []
     rest: list[Rest] = []
-    names: list[tuple[str, nn.Module]] = []
+    configs = _configs(model)
     for parameter, names in owners.values():
-        name, module = names[0]
-        host, local = _host(model, name, module, parameter)
-        pattern, reason = _layout(name, local, host, parameter, overrides, used)
+        held = tuple((name, module) for name, module, _ in names)
+        name, module, prefix = names[0]
+        pattern = next((p for p in overrides if fnmatch.fnmatchcase(name, p)), None)
         if pattern is None:
-            rest.append(Rest(name, parameter, reason, tuple(other for other, _ in names[1:])))
-            continue
-        text, sizes = (pattern, {}) if isinstance(pattern, str) else pattern
-        if hasattr(host, "groups"):
-            sizes = {"g": host.groups, **sizes}
-        try:
-            layout = Layout(text, tuple(parameter.shape), sizes)
-        except ShapeError as error:
-            raise ShapeError(f"blocks: parameter {name!r}: {error}") from None
-        role: Role = "embedding" if any(isinstance(m, _EMBEDDING) for _, m in names) else "hidden"
-        found.append(Block(tuple(names), parameter, layout, role, reason))
+            answer = _look_up(_Use(name, *_host(model, name, module, parameter), parameter, configs[prefix]))
+        else:
+            used.add(pattern)
+            answer = _overridden(name, parameter, pattern, overrides[pattern])
+        if answer.layout is None:
+            rest.append(Rest(name, parameter, answer.reason, tuple(other for other, _ in held[1:])))
+        else:
+            is_table = any(layer_of(m).operation in _TABLES for _, m in held)
+            role = "embedding" if is_table else answer.role
+            found.append(Block(held, parameter, answer.layout, role, answer.reason))
     for pattern in overrides:
         if pattern not in used:
-            raise InputError(f"blocks: the layout for {pattern!r} matches no parameter; names are like {names[0][0]!r}")
+            some = next(iter(owners.values()))[1][0][0]
+            raise InputError(f"blocks: the layout for {pattern!r} matches no parameter; names are like {some!r}")
     return Blocks(tuple(_with_head(found)), tuple(rest))
 
 
-def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module]]]]:
-    """Each distinct parameter with all its (name, owning module), in registration order."""
-    owners: dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module]]]] = {}
+_TABLES = ("embedding", "bag of embeddings")
+
+
+class _Answer(NamedTuple):
+    layout: Layout | None
+    role: Role
+    reason: str
+
+
+class _Use(NamedTuple):
+    """A parameter, called `local` in the `module` whose class says what it is, under the config that holds there."""
+
+    name: str
+    module: nn.Module
+    local: str
+    parameter: Tensor
+    config: Mapping[str, Any]
+
+    @property
+    def full(self) -> str:
+        """The name that the weight has without a parametrization."""
+        prefix = weight_name(self.name).rpartition(".")[0]
+        return f"{prefix}.{self.local}" if prefix else self.local
+
+
+def _overridden(name: str, parameter: Tensor, pattern: str, given: Any) -> _Answer:
+    text, sizes = (given, {}) if isinstance(given, str) else given
+    try:
+        layout = Layout(text, tuple(parameter.shape), dict(sizes))
+    except ShapeError as error:
+        raise ShapeError(f"blocks: parameter {name!r}: {error}") from None
+    return _Answer(layout, "hidden", f"layouts[{pattern!r}]")
+
+
+def _look_up(use: _Use) -> _Answer:
+    """What the table says of a parameter: by its module's class, refined by its name; or by its name alone."""
+    parameter, local, module = use.parameter, use.local, use.module
+    if not local:
+        return _Answer(None, "hidden", f"{use.name.rpartition('.')[2]}: a scale of the parametrized weight")
+    if isinstance(parameter, UninitializedParameter):
+        return _Answer(None, "hidden", "not initialized yet: run a batch through the lazy module first")
+    shape = tuple(parameter.shape)
+    row = layer_of(module)
+    weight = row.weight(local, parameter.ndim)
+    if weight is not None and row.operation != "linear":
+        return _of_class(use, row, *weight)
+    if parameter.ndim >= 2 and row.operation in ("linear", "unknown") and not local.startswith("bias"):
+        like = weight[0] if weight is not None else ""
+        named = find_named(use.full, shape, use.config, like=like)
+        if named is not None:
+            return _Answer(named.layout, named.role or "hidden", named.reason)
+    if weight is not None:
+        return _of_class(use, row, *weight)
+    kind = type(module).__name__
+    if parameter.ndim < 2:
+        what = "vector" if parameter.ndim else "scalar"
+        return _Answer(None, "hidden", f"{'bias' if 'bias' in local else local}: a {what}")
+    if row.operation == "elementwise" or local.startswith("bias"):
+        return _Answer(None, "elementwise", f"{local} of {kind}: acts element by element")
+    if parameter.ndim == 2:
+        role = role_by_name(use.full, shape, getattr(module, "bias", None) is not None and local == "weight")
+        return _Answer(Layout("o i -> o i", shape), role, f"unknown class {kind}: taken as one matrix (out, in)")
+    reason = f"unknown class {kind} with {parameter.ndim} dimensions: give layouts={{'{use.name}': …}}"
+    return _Answer(None, "hidden", reason)
+
+
+def _of_class(use: _Use, row: Layer, pattern: str, parts: tuple[str, ...], known: str) -> _Answer:
+    groups = getattr(use.module, "groups", 1) if "g" in pattern else 1
+    if groups == 1:
+        pattern = pattern.replace("(g o)", "o").replace("(g i)", "i").replace("-> g ", "-> ")
+    layout = Layout(pattern, tuple(use.parameter.shape), {"g": groups} if groups > 1 else {}, parts)
+    name = row.cls if isinstance(row.cls, str) else row.cls.__name__
+    if groups > 1 and layout.axes["i"] == 1:
+        return _Answer(layout, "elementwise", f"{name}.{known}: a depthwise kernel, channel by channel")
+    return _Answer(layout, "hidden", f"{name}.{known}")
+
+
+def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module, str]]]]:
+    """Each distinct parameter with all its (clean name, owning module, that module's raw name), as registered."""
+    owners: dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module, str]]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = clean_name(f"{prefix}.{local}" if prefix else local)
             names = owners.setdefault(id(parameter), (parameter, []))[1]
-            if name not in (other for other, _ in names):
-                names.append((name, module))
+            if name not in (other for other, *_ in names):
+                names.append((name, module, prefix))
     return owners
+
+
+def _configs(model: nn.Module) -> dict[str, Mapping[str, Any]]:
+    """The config that holds in each module, by raw name: its own, or that of the nearest module around it."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = getattr(module, "config", None)
+        configs[prefix] = configs.get(prefix.rpartition(".")[0], {}) if own is None else config_of(own)
+    return configs
 
 
 def _host(model: nn.Module, name: str, module: nn.Module, parameter: Tensor) -> tuple[nn.Module, str]:
@@ -326,52 +346,20 @@ def _host(model: nn.Module, name: str, module: nn.Module, parameter: Tensor) -> 
     return module, local
 
 
-def _layout(
-    name: str, local: str, module: nn.Module, parameter: Tensor, overrides: Mapping, used: set[str]
-) -> tuple[str | tuple[str, Mapping[str, int]] | None, str]:
-    """The layout pattern of a parameter (`None`: it belongs to the rest) and the reason."""
-    for pattern, layout in overrides.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            used.add(pattern)
-            return layout, f"layouts[{pattern!r}]"
-    if not local:
-        return None, f"{name.rpartition('.')[2]}: a scale of the parametrized weight"
-    for cls in type(module).__mro__:
-        by_name = next(
-            (table for (n, a), table in _LAYOUTS_BY_NAME.items() if cls.__name__ == n and hasattr(module, a)), {}
-        )
-        for known, layout in (_LAYOUTS.get(cls) or by_name).items():
-            if fnmatch.fnmatchcase(local, known) and parameter.ndim == len(_axes_of(layout.partition("->")[0])):
-                if getattr(module, "groups", 1) == 1:
-                    layout = layout.replace("(g o)", "o").replace("(g i)", "i").replace("-> g ", "-> ")
-                return layout, f"{cls.__name__}.{known}"
-    if isinstance(parameter, UninitializedParameter):
-        return None, "not initialized yet: run a batch through the lazy module first"
-    if parameter.ndim < 2:
-        return None, f"{'bias' if 'bias' in local else local}: a {'vector' if parameter.ndim else 'scalar'}"
-    if isinstance(module, _ELEMENTWISE) or local.startswith("bias"):
-        return None, f"{local} of {type(module).__name__}: acts element by element"
-    if parameter.ndim == 2:
-        return "o i -> o i", f"unknown class {type(module).__name__}: taken as one matrix (out, in)"
-    return None, f"unknown class {type(module).__name__} with {parameter.ndim} dimensions: give layouts={{'{name}': …}}"
-
-
-def _axes_of(side: str) -> list[str]:
-    """The axes of one side of a pattern, each a name or a group in parentheses."""
-    return re.findall(r"\([^)]*\)|\w+", side)
-
-
-def _names_of(group: str) -> tuple[str, ...]:
-    """The names in an axis or group; einops allows a 1, which is no axis."""
-    return tuple(name for name in group.strip("()").split() if not name.isdigit())
-
-
 def _with_head(found: list[Block]) -> list[Block]:
-    """Marks the head: the last registered block, if the model has more than one and no head is tied to an embedding."""
-    last = next((i for i in reversed(range(len(found))) if found[i].role == "hidden"), None)
-    tied = any(b.role == "embedding" and not isinstance(m, _EMBEDDING) for b in found for _, m in b.owners)
-    if last is None or tied or len(found) < 2:
+    """Marks the head: the matrix whose name says so, or the last one; none where an embedding is the head too.
+
+    Where tokens are looked up, a last matrix that gives vectors as wide as theirs is no head: the model ends before it,
+    or uses its table by a function.
+    """
+    tables = [b for b in found if b.role == "embedding"]
+    if any(len(b.owners) > 1 and layer_of(m).operation not in _TABLES for b in tables for _, m in b.owners):
         return found
-    head = found[last]
-    marked = replace(head, role="head", reason=f"{head.reason}; the last block")
-    return [*found[:last], marked, *found[last + 1 :]]
+    roles = [b.role for b in found]
+    hidden = [b for b in found if b.role == "hidden"]
+    last = bool(hidden) and hidden[-1].shape[-2] not in {b.shape[-1] for b in tables}
+    at = find_head([[name for name, _ in b.owners] for b in found], roles, last=last)
+    if at is None:
+        return found
+    head = replace(found[at], role="head", reason=f"{found[at].reason}; the head")
+    return [*found[:at], head, *found[at + 1 :]]

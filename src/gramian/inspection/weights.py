@@ -83,12 +83,10 @@ def measure_model(
     by_name: dict[str, Callable[[], Tensor]] = {}
     for i, block in enumerate(found):
         tell("spectra", i, len(found))
-        matrices = block.split().flatten(0, -3) if len(block.shape) > 2 else block.split()[None]
         norm = _norm_of_module(block, input_size)
-        for k, matrix in enumerate(matrices):
-            name = block.name if len(matrices) == 1 else f"{block.name}[{k}]"
+        for name, matrix in zip(block.names, block.pieces(), strict=True):
             spectrum = _describe(matrix, quick)
-            layer = layer_of(name, block.kind, block.role, spectrum, norm if len(matrices) == 1 else None)
+            layer = layer_of(name, block.kind, block.role, spectrum, norm if len(block.names) == 1 else None)
             measured.layers.append(replace(layer, depth=len(measured.layers)))
             measured.spectra.append(spectrum)
             by_name[name] = lambda matrix=matrix: matrix

@@ -1,0 +1,185 @@
+"""One table says what layers are: a model and the file that it saves have the same matrices, part names and roles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from gramian.block import Block
+from gramian.checkpoint import open_checkpoint, save_tensors
+from gramian.inspection.matrices import find_holdings
+from gramian.layers import LAYERS, NAMED, OPERATIONS, find_named, layer_of, operation_of
+from zoo import ZOO, GPT2Attention
+from zoo_modules import MODULES
+
+CASES = ZOO | MODULES
+
+Matrices = dict[str, tuple[Tensor, str]]  # each with its role
+
+
+def of_model(model: nn.Module) -> Matrices:
+    return {
+        name: (matrix, block.role)
+        for block in gm.blocks(model).blocks
+        for name, matrix in zip(block.names, block.pieces(), strict=True)
+    }
+
+
+def of_file(path: Path) -> Matrices:
+    checkpoint = open_checkpoint(path)
+    return {
+        name: (matrix, holding.role)
+        for holding in find_holdings(checkpoint)[0]
+        for name, matrix in zip(holding.names, holding.split(checkpoint.load(holding.entry.name)), strict=True)
+    }
+
+
+def check_equal(got: Matrices, wanted: Matrices) -> None:
+    assert got.keys() == wanted.keys()
+    for name, (matrix, role) in wanted.items():
+        assert torch.equal(got[name][0], matrix), name
+        assert got[name][1] == role, name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_with_the_models_metadata_has_the_models_matrices(name: str, tmp_path: Path) -> None:
+    model = CASES[name].make_model(0)
+    save_tensors(tmp_path / "m.safetensors", model.state_dict(), gm.blocks(model).metadata())
+    check_equal(of_file(tmp_path / "m.safetensors"), of_model(model))
+
+
+def needs_the_class(block: Block) -> bool:
+    """Whether names and shapes cannot tell what the class tells: groups, transposition, bilinear forms, bags."""
+    special = (nn.Bilinear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.EmbeddingBag)
+    return isinstance(block.module, special) or getattr(block.module, "groups", 1) > 1
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("name", CASES)
+def test_any_file_has_the_models_matrices_as_far_as_names_and_shapes_tell(
+    name: str, suffix: str, tmp_path: Path
+) -> None:
+    model, path = CASES[name].make_model(0), tmp_path / f"m.{suffix}"
+    if suffix == "pt":
+        torch.save(model.state_dict(), path)
+    else:
+        save_tensors(path, model.state_dict())
+    unknown = tuple(b.name for b in gm.blocks(model).blocks if needs_the_class(b))
+    buffers = {n for n, _ in model.named_buffers()}
+    got = {n: m for n, m in of_file(path).items() if not n.startswith(unknown or ("-",)) and n not in buffers}
+    check_equal(got, {n: m for n, m in of_model(model).items() if not n.startswith(unknown or ("-",))})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_report_of_a_model_and_of_its_file_name_the_same_layers(name: str, tmp_path: Path) -> None:
+    model, path = CASES[name].make_model(0), tmp_path / "m.safetensors"
+    save_tensors(path, model.state_dict(), gm.blocks(model).metadata())
+    ours, theirs = gm.inspect(model), gm.inspect(path)
+    assert {(x.name, x.shape, x.role, x.kind) for x in theirs.layers} == {
+        (x.name, x.shape, x.role, x.kind) for x in ours.layers
+    }
+
+
+def test_gpt2s_fused_projection_is_three_matrices_in_the_model_too() -> None:
+    block = next(b for b in gm.blocks(ZOO["gpt2"].make_model(0)).blocks if b.name == "h.0.attn.c_attn.weight")
+    assert block.names == tuple(f"h.0.attn.c_attn.weight[{part}]" for part in "qkv")
+    assert torch.equal(block.split()[1], block.parameter[:, 32:64].T)
+
+
+class Attention(nn.Module):
+    """A fused projection under a config, as transformers has it."""
+
+    def __init__(self, projection: str, shape: tuple[int, int], config: object) -> None:
+        super().__init__()
+        self.config = config
+        self.self_attn = nn.ModuleDict({projection: nn.Linear(*reversed(shape), bias=False)})
+
+
+PHI3 = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}
+
+
+@pytest.mark.parametrize(
+    "config", [PHI3, SimpleNamespace(**PHI3), SimpleNamespace(text_config=SimpleNamespace(**PHI3))]
+)
+def test_unequal_parts_are_apart_where_a_config_tells_them(config: object) -> None:
+    (block,) = gm.blocks(Attention("qkv_proj", (32, 16), config)).blocks
+    assert [tuple(p.shape) for p in block.pieces()] == [(16, 16), (8, 16), (8, 16)]
+    assert torch.equal(torch.cat(list(block.pieces())), block.parameter)
+    assert block.shape == (32, 16)  # no common stack: what wants one takes them as one matrix
+    assert [name[-3:] for name in block.names] == ["[q]", "[k]", "[v]"]
+
+
+def test_without_a_config_nothing_is_guessed() -> None:
+    (block,) = gm.blocks(Attention("qkv_proj", (32, 16), None)).blocks
+    assert block.names == ("self_attn.qkv_proj.weight",)
+
+
+def test_interleaved_heads_need_the_config() -> None:
+    config = SimpleNamespace(model_type="gpt_neox", num_attention_heads=2, hidden_size=8)
+    (block,) = gm.blocks(Attention("query_key_value", (24, 8), config)).blocks
+    w = block.parameter
+    assert torch.equal(next(block.pieces()), torch.cat((w[0:4], w[12:16])))
+
+
+def test_a_class_keeps_its_orientation_whatever_the_name() -> None:
+    """nanoGPT calls a Linear (3 n, n) c_attn; GPT-2's is (n, 3 n)."""
+    ours = nn.ModuleDict({"attn": nn.ModuleDict({"c_attn": nn.Linear(8, 24)})})
+    (block,) = gm.blocks(ours).blocks
+    assert torch.equal(block.split()[1], block.parameter[8:16])
+    theirs = nn.ModuleDict({"attn": GPT2Attention(8, 2)})
+    assert torch.equal(gm.blocks(theirs).blocks[0].split()[1], theirs["attn"].c_attn.weight[:, 8:16].T)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape", "gate_of_expert_1"),
+    [
+        ("gpt_oss", (3, 4, 10), lambda w: w[1, :, 0::2].T),
+        ("llama4_text", (3, 4, 10), lambda w: w[1, :, :5].T),
+        ("qwen3_moe", (3, 10, 4), lambda w: w[1, :5]),
+    ],
+)
+def test_stacked_experts(model_type: str, shape: tuple[int, ...], gate_of_expert_1) -> None:
+    w = torch.arange(120.0).view(shape)
+    found = find_named("l.experts.gate_up_proj", shape, {"model_type": model_type, "hidden_size": 4})
+    assert found is not None
+    assert found.layout is not None
+    gate = dict(zip(found.layout.labels, found.layout.pieces(w), strict=True))["1,gate"]
+    assert torch.equal(gate, gate_of_expert_1(w))
+
+
+def test_depthwise_kernels_are_elementwise_and_grouped_ones_are_not() -> None:
+    roles = {
+        "depthwise": (nn.Conv2d(8, 8, 3, groups=8), "elementwise"),
+        "with a multiplier": (nn.Conv1d(4, 8, 3, groups=4), "elementwise"),
+        "transposed": (nn.ConvTranspose2d(8, 8, 3, groups=8), "elementwise"),
+        "grouped": (nn.Conv2d(8, 8, 3, groups=4), "hidden"),
+        "one channel": (nn.Conv2d(1, 8, 3), "hidden"),
+    }
+    for name, (module, role) in roles.items():
+        assert gm.blocks(module).blocks[0].role == role, name
+
+
+def test_the_optimizer_leaves_elementwise_kernels_to_adamw() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 4, 1))
+    rows = {row["name"]: row for row in gm.optim.Muon(model).explain()}
+    assert rows["0.weight"]["direction"] == "adamw"
+    assert "depthwise" in rows["0.weight"]["reason"]
+    assert rows["1.weight"]["direction"] == "matrix"
+
+
+def test_every_row_is_reached_and_well_formed() -> None:
+    assert {row.operation for row in LAYERS} <= OPERATIONS.keys()
+    classes = [row.cls for row in LAYERS if not isinstance(row.cls, str)]
+    assert len(classes) == len(set(classes))
+    for row in NAMED:
+        assert row.layout or row.role == "elementwise", row
+        assert not (row.rows and row.sizes), row
+        if row.rows:
+            assert len(row.rows) == len(row.parts), row
+    assert operation_of(nn.LazyLinear(3)).factors == "linear"
+    assert layer_of(nn.TransformerEncoderLayer(8, 2)).operation == "unknown"
