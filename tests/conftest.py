@@ -3,8 +3,8 @@
 from jaxtyping import install_import_hook
 
 CHECKED = (
-    "block", "compression", "gram", "init", "inspection", "linalg", "operators", "optim", "prox", "random",
-    "recording", "statistics",
+    "block", "compression", "gram", "init", "inspection", "layers", "layout", "linalg", "operators", "optim", "prox",
+    "random", "recording", "statistics",
 )  # fmt: skip
 
 install_import_hook([f"gramian.{name}" for name in CHECKED], "beartype.beartype")

@@ -14,12 +14,22 @@ import gramian as gm
 from cases import seeded
 from gramian import Gram, Statistics
 from gramian.checkpoint import save_tensors
-from gramian.compression import DAMPING, LowRank, Plan, compress, load_compressed, save_compressed
+from gramian.compression import (
+    DAMPING,
+    LowRank,
+    Plan,
+    _output_roots,
+    compress,
+    load_compressed,
+    save_compressed,
+)
 from gramian.errors import CheckpointError, InputError
 from gramian.statistics import Site
 from test_capture import assert_same, snapshot
-from zoo import ZOO
+from zoo import ZOO, Conv1D
+from zoo_modules import MODULES
 
+CASES = ZOO | MODULES
 CLASSIFY = gm.Objective.classification()
 KEEPS = (0.25, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0)
 
@@ -228,8 +238,63 @@ def test_what_is_not_factored_has_a_reason() -> None:
     plan = compress(tied, batches=case.make_batches(0)[:1], objective=CLASSIFY, keep=0.97)
     assert plan.reasons["0"] == "tied to 1.weight"
     assert plan.reasons["2"] == "Own is not factored"
-    with pytest.raises(InputError, match=r"no layer of GPT2 can be factored \(.*Conv1D"):
-        plan_of("gpt2")
+    only = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    only[1].weight = only[0].weight
+    with pytest.raises(InputError, match=r"no layer of Sequential can be factored \(0: tied to 1.weight"):
+        compress(only, batches=case.make_batches(0)[:1], objective=CLASSIFY)
+
+
+def fused(interleaved: bool) -> nn.Module:
+    """Two heads of GPT-NeoX' interleaved projection, or GPT-2's (in, out) one, and a head."""
+    if interleaved:
+        layer = nn.ModuleDict({"query_key_value": nn.Linear(64, 48)})
+        layer.config = {"model_type": "gpt_neox", "num_attention_heads": 2}
+        run = layer["query_key_value"]
+    else:
+        layer = nn.ModuleDict({"c_attn": Conv1D(48, 16), "enter": nn.Linear(64, 16)})
+        run = nn.Sequential(layer["enter"], layer["c_attn"])
+    model = nn.ModuleDict({"attn": layer, "head": nn.Linear(48, 10)})
+    model.forward = lambda x: model["head"](torch.tanh(run(x)))
+    return model
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_a_fused_projection_is_factored_whole_with_a_gradient_moment_for_each_part(interleaved: bool) -> None:
+    model, batches = fused(interleaved), ZOO["mlp"].make_batches(0)
+    name = "attn.query_key_value" if interleaved else "attn.c_attn"
+    stats = gm.capture(model, batches, CLASSIFY, fisher="gauss_newton")
+    assert stats[f"{name}.weight"].G.batch == (3,)
+    plan = compress(model, stats, keep=0.9)
+    whole = next(s for s in plan.spectra if s.block.name == f"{name}.weight")
+    assert whole.shape == (48, 64 if interleaved else 16)
+    w = model.get_parameter(f"{name}.weight").detach()
+    w = w if interleaved else w.T
+    torch.testing.assert_close((whole.left @ whole.right).float(), w, rtol=1e-3, atol=1e-4)
+    # The parts' moments lie where their outputs are: head 0's query comes first in both, its key second if interleaved.
+    g = stats[f"{name}.weight"].G.matrix
+    part_of_output_8 = 1 if interleaved else 0
+    lost = whole.left[:, -1:] @ whole.right[-1:]
+    assert lost.shape == w.shape
+    root = _output_roots(whole.block, g)[0]
+    expected = _output_roots(whole.block, torch.eye(len(g)).double()[part_of_output_8][:, None, None] * g)[0]
+    torch.testing.assert_close(root[8:16, 8:16], expected[8:16, 8:16])
+    assert not root[8:16, 16:24].any() or not interleaved
+
+
+@pytest.mark.parametrize("name", ["gpt2", "conv1d", "conv3d"])
+def test_layers_with_a_row_are_factored_saved_and_loaded(name: str, tmp_path) -> None:
+    case = CASES[name]
+    model, batches = case.make_model(0).eval(), case.make_batches(0)
+    objective = CLASSIFY if case.objective == "classification" else gm.Objective.next_token()
+    plan = compress(model, batches=batches, objective=objective, keep=0.9)
+    assert any(rank is not None for rank in plan.ranks.values())
+    small = plan.apply()
+    before, after = (sum(case.loss(m, b).item() for b in batches) for m in (model, small))
+    assert after < before + 0.1 * abs(before)
+    assert count(small) == plan.parameters <= 0.9 * count(model)
+    save_compressed(small, tmp_path / "x.safetensors")
+    loaded = load_compressed(case.make_model(1), tmp_path / "x.safetensors").eval()
+    assert torch.equal(loaded(batches[0][0]), small(batches[0][0]))
 
 
 HARD = {

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError, ShapeError
-from gramian.layers import Layer, Role, config_of, find_head, find_named, layer_of, role_by_name, weight_name
+from gramian.layers import Layer, Role, config_of, find_head, find_named, layer_of, layout_of, role_by_name, weight_name
 from gramian.layout import Layout
 
 __all__ = ["METADATA", "Block", "Blocks", "Layout", "Rest", "blocks"]
@@ -219,7 +219,7 @@ def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str,
             rest.append(Rest(name, parameter, answer.reason, tuple(other for other, _ in held[1:])))
         else:
             is_table = any(layer_of(m).operation in _TABLES for _, m in held)
-            role = "embedding" if is_table else answer.role
+            role: Role = "embedding" if is_table else answer.role
             found.append(Block(held, parameter, answer.layout, role, answer.reason))
     for pattern in overrides:
         if pattern not in used:
@@ -273,14 +273,14 @@ def _look_up(use: _Use) -> _Answer:
     row = layer_of(module)
     weight = row.weight(local, parameter.ndim)
     if weight is not None and row.operation != "linear":
-        return _of_class(use, row, *weight)
+        return _of_class(use, row, weight[2])
     if parameter.ndim >= 2 and row.operation in ("linear", "unknown") and not local.startswith("bias"):
         like = weight[0] if weight is not None else ""
         named = find_named(use.full, shape, use.config, like=like)
         if named is not None:
             return _Answer(named.layout, named.role or "hidden", named.reason)
     if weight is not None:
-        return _of_class(use, row, *weight)
+        return _of_class(use, row, weight[2])
     kind = type(module).__name__
     if parameter.ndim < 2:
         what = "vector" if parameter.ndim else "scalar"
@@ -294,15 +294,13 @@ def _look_up(use: _Use) -> _Answer:
     return _Answer(None, "hidden", reason)
 
 
-def _of_class(use: _Use, row: Layer, pattern: str, parts: tuple[str, ...], known: str) -> _Answer:
-    groups = getattr(use.module, "groups", 1) if "g" in pattern else 1
-    if groups == 1:
-        pattern = pattern.replace("(g o)", "o").replace("(g i)", "i").replace("-> g ", "-> ")
-    layout = Layout(pattern, tuple(use.parameter.shape), {"g": groups} if groups > 1 else {}, parts)
-    name = row.cls if isinstance(row.cls, str) else row.cls.__name__
-    if groups > 1 and layout.axes["i"] == 1:
-        return _Answer(layout, "elementwise", f"{name}.{known}: a depthwise kernel, channel by channel")
-    return _Answer(layout, "hidden", f"{name}.{known}")
+def _of_class(use: _Use, row: Layer, known: str) -> _Answer:
+    layout = layout_of(use.module, use.local, use.parameter)
+    assert layout is not None
+    reason = f"{row.cls if isinstance(row.cls, str) else row.cls.__name__}.{known}"
+    if layout.sizes.get("g", 1) > 1 and layout.axes["i"] == 1:
+        return _Answer(layout, "elementwise", f"{reason}: a depthwise kernel, channel by channel")
+    return _Answer(layout, "hidden", reason)
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module, str]]]]:
@@ -355,7 +353,7 @@ def _with_head(found: list[Block]) -> list[Block]:
     tables = [b for b in found if b.role == "embedding"]
     if any(len(b.owners) > 1 and layer_of(m).operation not in _TABLES for b in tables for _, m in b.owners):
         return found
-    roles = [b.role for b in found]
+    roles: list[Role] = [b.role for b in found]
     hidden = [b for b in found if b.role == "hidden"]
     last = bool(hidden) and hidden[-1].shape[-2] not in {b.shape[-1] for b in tables}
     at = find_head([[name for name, _ in b.owners] for b in found], roles, last=last)

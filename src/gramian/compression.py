@@ -18,6 +18,7 @@ from gramian.block import Block, blocks
 from gramian.checkpoint import clean_name, load_tensors, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.gram import Gram
+from gramian.layers import layout_of, operation_of, runs_as_its_class
 from gramian.objective import Objective
 from gramian.recording import capture
 from gramian.statistics import Site, Sites, Statistics
@@ -32,26 +33,20 @@ RANKS = "gramian.ranks"
 
 
 class LowRank(nn.Sequential):
-    """A Linear or Conv2d as two of rank `rank`: `W ≈ L R`, the first without a bias. Plain torch modules inside."""
+    """A linear layer or a convolution as two of rank `rank`: `W ≈ L R`, the first without a bias.
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
-        # Uninitialized, so that nothing is drawn from the global generator.
-        kind: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        last = kind | {"bias": layer.bias is not None}
-        if isinstance(layer, nn.Conv2d):
-            super().__init__(
-                skip_init(
-                    nn.Conv2d, layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                    bias=False, padding_mode=layer.padding_mode, **kind,
-                ),
-                skip_init(nn.Conv2d, rank, layer.out_channels, 1, **last),
-            )  # fmt: skip
-        else:
-            super().__init__(
-                skip_init(nn.Linear, layer.in_features, rank, bias=False, **kind),
-                skip_init(nn.Linear, rank, layer.out_features, **last),
-            )
-        self.train(layer.training).requires_grad_(layer.weight.requires_grad)
+    Args:
+        layer: the dense layer; its class, its name for a bias and its options are kept.
+        rank: columns of L and rows of R.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        layout = layout_of(layer)
+        assert layout is not None
+        super().__init__(*FACTORS[operation_of(layer).factors](layer, rank, layout.matrices))
+        self._layout = layout
+        weight = layer.get_parameter("weight")
+        self.train(layer.training).requires_grad_(weight.requires_grad)
 
     @property
     def rank(self) -> int:
@@ -60,9 +55,9 @@ class LowRank(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """`L R` in the shape of the layer's own weight, for those who read a layer's weight (torch's encoder does)."""
+        """`L R` in the shape of the layer's own weight, for code that reads a layer's weight (torch's encoder does)."""
         left, right = self.get_parameter("1.weight"), self.get_parameter("0.weight")
-        return (left.flatten(1) @ right.flatten(1)).view(len(left), *right.shape[1:])
+        return self._layout.join(left.flatten(1) @ right.flatten(1))
 
     @property
     def bias(self) -> Tensor | None:
@@ -78,9 +73,42 @@ class LowRank(nn.Sequential):
             parameter.copy_(value.reshape(parameter.shape))
 
 
+def _linear(layer: nn.Module, rank: int, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+    (m, n), kind = shape, _kind_of(layer)
+    # Uninitialized, so that nothing is drawn from the global generator.
+    return skip_init(nn.Linear, n, rank, bias=False, **kind), skip_init(nn.Linear, rank, m, **_with_bias(layer, kind))
+
+
+def _convolution(layer: Any, rank: int, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+    """A convolution to `rank` channels with the layer's own kernel, and one by a kernel of size one."""
+    conv, kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[layer.weight.ndim], _kind_of(layer)
+    options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    first = skip_init(conv, layer.in_channels, rank, layer.kernel_size, bias=False, **options, **kind)
+    return first, skip_init(conv, rank, layer.out_channels, 1, **_with_bias(layer, kind))
+
+
+def _kind_of(layer: nn.Module) -> dict[str, Any]:
+    weight = layer.get_parameter("weight")
+    return {"device": weight.device, "dtype": weight.dtype}
+
+
+def _with_bias(layer: nn.Module, kind: dict[str, Any]) -> dict[str, Any]:
+    return kind | {"bias": layer.bias is not None}
+
+
+FACTORS: dict[str, Callable[[Any, int, tuple[int, ...]], tuple[nn.Module, nn.Module]]] = {
+    "linear": _linear,
+    "convolution": _convolution,
+}
+"""The two layers of a rank that replace a dense one of shape (m, n), by the `factors` of its operation."""
+
+
 @dataclass(frozen=True, eq=False)
-class Spectrum:
-    """One layer's weighted SVD: `G^½ W A^½ = U S Vᵀ`, and how to go back."""
+class WeightedSVD:
+    """One layer's weighted SVD: `G^½ W A^½ = U S Vᵀ`, and the factors of W.
+
+    W is the layer's whole matrix (m, n), its rows in the order of the outputs; fused projections are factored together.
+    """
 
     block: Block
     values: Tensor  # S, descending; zero where the layer does not matter to the loss
@@ -88,15 +116,20 @@ class Spectrum:
     right: Tensor  # Vᵀ A^-½, (k, n)
     mean: Tensor | None  # of the inputs, where the layer's bias can take up the mean
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return len(self.left), self.right.shape[1]
+
     def cost(self, rank: int) -> int:
         """Parameters of the weight at this rank: factored, or dense where that is no more."""
-        m, n = self.block.shape
+        m, n = self.shape
         return min(rank * (m + n), m * n)
 
     @property
     def break_even(self) -> int:
         """The smallest rank at which two factors are no smaller than the matrix."""
-        m, n = self.block.shape
+        m, n = self.shape
         return -(-m * n // (m + n))
 
 
@@ -109,7 +142,7 @@ class Plan:
     """
 
     model: nn.Module
-    spectra: tuple[Spectrum, ...]
+    spectra: tuple[WeightedSVD, ...]
     keep: float
     ranks: dict[str, int | None]
     reasons: dict[str, str]
@@ -156,7 +189,7 @@ class Plan:
         # Beyond its break-even a layer is dense, its further singular values free, taken with the last paid one.
         steps = [range(1, s.break_even) for s in self.spectra]
         worth = torch.cat([
-            s.values[1 : s.break_even].cpu().square() / sum(s.block.shape) for s in self.spectra
+            s.values[1 : s.break_even].cpu().square() / sum(s.shape) for s in self.spectra
         ])  # fmt: skip
         cost = torch.tensor(
             [s.cost(r + 1) - s.cost(r) for s, r_s in zip(self.spectra, steps, strict=True) for r in r_s]
@@ -181,12 +214,11 @@ class Plan:
             if rank is None:
                 continue
             layer = _submodule(model, name)
-            assert isinstance(layer, (nn.Linear, nn.Conv2d))
             low = LowRank(layer, rank)
             left, right = s.left[:, :rank], s.right[:rank]
-            bias = layer.bias
+            bias: Any = layer.bias
             if bias is not None and s.mean is not None:
-                bias = bias + (s.block.split(layer.weight.detach()).double() - left @ right) @ s.mean
+                bias = bias + (_matrix(layer).double() - left @ right) @ s.mean
             low.set_(left, right, bias)
             model = _replaced(model, name, low)
         return model
@@ -201,7 +233,7 @@ def compress(
     keep: float = 0.5,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
-    """Factors every Linear and Conv2d so that the loss grows least for the parameters kept.
+    """Factors every linear layer and convolution so that the loss grows least for the parameters kept.
 
     Each layer is cut where its output error, weighted by the loss's curvature, is least: the SVD of `G^½ W A^½`, with A
     the covariance of the layer's inputs (its bias takes up what the mean input loses) and G the second moment of its
@@ -229,7 +261,7 @@ def compress(
             raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
         stats = capture(model, batches, objective)
     model = _unwrapped(model)
-    spectra: list[Spectrum] = []
+    spectra: list[WeightedSVD] = []
     reasons: dict[str, str] = {}
     for block in blocks(model).blocks:
         sites = stats.get(block.name) or Sites([Site(reason="not in the statistics")])
@@ -237,7 +269,7 @@ def compress(
         if reason:
             reasons[_module_name(block)] = reason
             continue
-        spectra.append(_spectrum(block, sites.only))
+        spectra.append(_decompose(block, sites.only))
         if progress is not None:
             progress(len(spectra))
     if not spectra:
@@ -250,14 +282,16 @@ def compress(
 
 
 def _not_factored(block: Block, sites: Sites) -> str:
-    if getattr(type(block.module), "forward", None) not in (nn.Linear.forward, nn.Conv2d.forward):
+    """Why a block's layer is not factored; empty where it is."""
+    if not operation_of(block.module).factors or not runs_as_its_class(block.module):
         return f"{block.kind} is not factored"
     if isinstance(block.module, NonDynamicallyQuantizableLinear):
         return "MultiheadAttention applies it by its weight"
     if block.aliases:
         return f"tied to {', '.join(block.aliases)}"
-    if len(block.shape) > 2:
-        return f"{block.shape[0]} groups are not factored"
+    groups = getattr(block.module, "groups", 1)
+    if groups > 1:
+        return f"{groups} groups are not factored"
     if len(sites) > 1:
         return f"used in {len(sites)} ways"
     if not isinstance(sites.A, Gram) or not isinstance(sites.G, Gram):
@@ -265,27 +299,51 @@ def _not_factored(block: Block, sites: Sites) -> str:
     return ""
 
 
-def _spectrum(block: Block, site: Site) -> Spectrum:
+def _matrix(layer: nn.Module) -> Tensor:
+    """The layer's whole matrix (m, n), its rows in the order of the outputs."""
+    layout = layout_of(layer)
+    assert layout is not None
+    return layout.split(layer.get_parameter("weight").detach())
+
+
+def _decompose(block: Block, site: Site) -> WeightedSVD:
     assert isinstance(site.A, Gram)
     assert isinstance(site.G, Gram)
+    w = _matrix(block.module).double()
     centered = block.module.bias is not None
     a, g = site.A.covariance if centered else site.A.matrix, site.G.matrix
-    for label, m, dim in (("A", a, block.shape[1]), ("G", g, block.shape[0])):
-        if len(m) != dim:
+    for label, moment, dim in (("A", a, w.shape[1]), ("G", g, block.shape[-2])):
+        if moment.shape[-1] != dim:
             raise InputError(
-                f"compress: {label} of {block.name!r} is for {len(m)} features, not {dim}: another model's?"
+                f"compress: {label} of {block.name!r} is for {moment.shape[-1]} features, not {dim}: another model's?"
             )
-        if not torch.isfinite(m).all():
+        if not torch.isfinite(moment).all():
             raise InputError(f"compress: {label} of {block.name!r} is not finite; gm.inspect finds where NaN begins")
     a_root, a_inverse = _roots(a)
-    g_root, g_inverse = _roots(g)
-    u, s, vt = torch.linalg.svd(g_root @ block.split().double() @ a_root, full_matrices=False)
+    g_root, g_inverse = _output_roots(block, g)
+    u, s, vt = torch.linalg.svd(g_root @ w @ a_root, full_matrices=False)
     left, right = g_inverse @ u * s, vt @ a_inverse
     # The singular values are shared out so that neither factor is badly scaled.
     share = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
     share = torch.where(share.isfinite() & (share > 0), share, 1.0)
     matters = bool(a.any() and g.any())
-    return Spectrum(block, s * matters, left * share, right / share[:, None], site.A.mean if centered else None)
+    return WeightedSVD(block, s * matters, left * share, right / share[:, None], site.A.mean if centered else None)
+
+
+def _output_roots(block: Block, g: Tensor) -> tuple[Tensor, Tensor]:
+    """`G^½` and `G^-½` over the layer's outputs; of fused parts, which have a G each, along the diagonal."""
+    if g.ndim == 2:
+        return _roots(g)
+    layout = layout_of(block.module)
+    assert layout is not None
+    outputs = torch.arange(layout.matrices[0], device=g.device)[:, None].expand(layout.matrices)
+    order = block.split(layout.join(outputs))[..., 0].flatten()  # the output of each row of each part
+    whole = []
+    for parts in zip(*map(_roots, g.flatten(0, -3)), strict=True):
+        root = torch.empty(len(order), len(order), dtype=g.dtype, device=g.device)
+        root[order[:, None], order] = torch.block_diag(*parts)
+        whole.append(root)
+    return whole[0], whole[1]
 
 
 def _roots(m: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,7 +418,8 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         for name, rank in ranks.items():
             layer = dense[name] = _submodule(model, name)
-            if not isinstance(layer, (nn.Linear, nn.Conv2d)) or not 0 < rank <= min(layer.weight.flatten(1).shape):
+            fits = operation_of(layer).factors and getattr(layer, "groups", 1) == 1
+            if not fits or not 0 < rank <= min(_matrix(layer).shape):
                 raise ValueError(f"{name} cannot have rank {rank}")
             model = _replaced(model, name, LowRank(layer, rank))
         held, wanted = ({k: tuple(t.shape) for k, t in state.items()} for state in (tensors, model.state_dict()))

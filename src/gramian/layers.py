@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from gramian.errors import ShapeError
 from gramian.layout import Layout, axes_of
@@ -35,8 +35,10 @@ __all__ = [
     "find_head",
     "find_named",
     "layer_of",
+    "layout_of",
     "operation_of",
     "role_by_name",
+    "runs_as_its_class",
     "weight_name",
 ]
 
@@ -163,6 +165,35 @@ def layer_of(module: nn.Module) -> Layer:
             if row.fits(cls, module):
                 return row
     return _UNKNOWN
+
+
+def layout_of(module: nn.Module, local: str = "weight", parameter: Tensor | None = None) -> Layout | None:
+    """The layout of a module's own parameter, as its class alone tells; `None` where it holds no matrix.
+
+    Args:
+        module: of a class with a row.
+        local: the parameter's name there.
+        parameter: the tensor, where the module does not have it under that name (a parametrized weight).
+
+    >>> layout_of(nn.Conv2d(4, 6, 3, groups=2)).matrices
+    (2, 3, 18)
+    """
+    parameter = module.get_parameter(local) if parameter is None else parameter
+    found = layer_of(module).weight(local, parameter.ndim)
+    if found is None:
+        return None
+    pattern, parts, _ = found
+    groups = getattr(module, "groups", 1) if "g" in pattern else 1
+    if groups == 1:
+        pattern = pattern.replace("(g o)", "o").replace("(g i)", "i").replace("-> g ", "-> ")
+    return Layout(pattern, tuple(parameter.shape), {"g": groups} if groups > 1 else {}, parts)
+
+
+def runs_as_its_class(module: nn.Module) -> bool:
+    """Whether the module computes what its row says: no class derived from that of the row has a forward of its own."""
+    row = layer_of(module)
+    base = next((cls for cls in type(module).__mro__ if row.fits(cls, module)), None)
+    return base is not None and getattr(type(module), "forward", None) is getattr(base, "forward", None)
 
 
 def operation_of(module: nn.Module) -> Operation:
