@@ -12,8 +12,10 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.block import Block
 from gramian.checkpoint import open_checkpoint, save_tensors
+from gramian.errors import GramianWarning
 from gramian.inspection.matrices import find_holdings
-from gramian.layers import LAYERS, NAMED, OPERATIONS, find_named, layer_of, operation_of
+from gramian.layers import LAYERS, NAMED, OPERATIONS, Layer, find_named, layer_of, operation_of
+from gramian.operators import layer_gains
 from zoo import ZOO, GPT2Attention
 from zoo_modules import MODULES
 
@@ -183,3 +185,57 @@ def test_every_row_is_reached_and_well_formed() -> None:
             assert len(row.rows) == len(row.parts), row
     assert operation_of(nn.LazyLinear(3)).factors == "linear"
     assert layer_of(nn.TransformerEncoderLayer(8, 2)).operation == "unknown"
+
+
+class Transposed(nn.Module):
+    """A linear layer of nobody's library: its weight is (in, out)."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_inputs, num_outputs) / num_inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(num_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class BlockDiagonal(nn.Module):
+    """Four linear layers, each on its quarter of the channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cores = nn.Parameter(torch.randn(4, width // 4, width // 4) / (width // 4) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...bi,boi->...bo", x.unflatten(-1, (4, -1)), self.cores).flatten(-2)
+
+
+def test_a_row_is_all_that_a_layer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (
+        Layer("Transposed", "linear", {"weight": "i o -> o i"}),
+        Layer(BlockDiagonal, "bilinear", {"cores": "b o i -> b o i"}),
+    )
+    monkeypatch.setattr("gramian.layers.LAYERS", (*LAYERS, *rows))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(Transposed(64, 32), nn.Tanh(), BlockDiagonal(32), nn.Tanh(), Transposed(32, 10))
+    batches, objective = ZOO["mlp"].make_batches(0), gm.Objective.classification()
+    assert {b.name: (b.shape, b.role) for b in gm.blocks(model).blocks} == {
+        "0.weight": ((32, 64), "hidden"),
+        "2.cores": ((4, 8, 8), "hidden"),
+        "4.weight": ((10, 32), "head"),
+    }
+    with pytest.warns(GramianWarning, match=r"left as they were: 2\.cores"):
+        gm.init.isometric_(model, batches[0])
+    w = model[0].weight.detach().T
+    torch.testing.assert_close(w @ w.T / (w @ w.T)[0, 0], torch.eye(32), atol=1e-5, rtol=0)
+    stats = gm.capture(model, batches, objective)
+    assert [stats[n].A.dim for n in ("0.weight", "2.cores", "4.weight")] == [64, 8, 32]
+    gains = layer_gains(model, batches[0], objective)
+    assert gains["4.weight"] is not None
+    routes = {row["name"]: row["direction"] for row in gm.optim.Muon(model).explain()}
+    assert routes["0.weight"] == routes["2.cores"] == "matrix"
+    before = sum(ZOO["mlp"].loss(model, b).item() for b in batches)
+    small = gm.compress(model, stats, keep=0.9).apply()
+    assert sum(ZOO["mlp"].loss(small, b).item() for b in batches) < 1.05 * before
+    assert type(small[0]).__name__ == "LowRank"
