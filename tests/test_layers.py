@@ -166,6 +166,17 @@ def test_depthwise_kernels_are_elementwise_and_grouped_ones_are_not() -> None:
         assert gm.blocks(module).blocks[0].role == role, name
 
 
+def test_a_depthwise_kernel_is_one_matrix_of_a_row_for_each_channel(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=8))
+    save_tensors(tmp_path / "m.safetensors", model.state_dict())
+    check_equal(of_file(tmp_path / "m.safetensors"), of_model(model))
+    assert {name: tuple(m.shape) for name, (m, _) in of_model(model).items()} == {
+        "0.weight": (8, 3),
+        "1.weight": (8, 9),
+        "2.weight": (8, 9),
+    }
+
+
 def test_the_optimizer_leaves_elementwise_kernels_to_adamw() -> None:
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 4, 1))
     rows = {row["name"]: row for row in gm.optim.Muon(model).explain()}

@@ -408,7 +408,10 @@ def _product(keys: str, config: Mapping[str, Any]) -> int | None:
 
 # ---- roles -----------------------------------------------------------------------------------------------------------
 
-_EMBEDDINGS = re.compile(r"(^|[._])(\w*embed\w*|wte|wpe|tok_emb|pos_emb|positions?)(\.weight)?$", re.IGNORECASE)
+_EMBEDDINGS = re.compile(
+    r"(^|[._])(\w*embed\w*|wte|wpe|tok_emb|pos_emb|positions?|shared|relative_attention_bias)(\.weight)?$",
+    re.IGNORECASE,
+)
 _HEADS = re.compile(
     r"^(\w+\.)?(lm_head|heads?|classifier|score|embed_out|fc_out|proj_out)(\.head|\.fc|\.\d+)?(\.weight)?$"
     r"|^(output|fc|logits)(\.weight)?$"
@@ -421,7 +424,8 @@ def role_by_name(name: str, shape: tuple[int, ...], has_bias: bool) -> Role:
     >>> role_by_name("model.embed_tokens.weight", (32, 8), has_bias=False)
     'embedding'
     """
-    return "embedding" if len(shape) == 2 and not has_bias and _EMBEDDINGS.search(name) else "hidden"
+    table = len(shape) == 2 and not has_bias and _EMBEDDINGS.search(name) and not _HEADS.search(name)
+    return "embedding" if table else "hidden"
 
 
 def weight_name(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -49,22 +50,24 @@ class Holding:
     @property
     def names(self) -> tuple[str, ...]:
         """The name of each matrix: the tensor's, with the part in brackets where there are several."""
-        labels = self.layout.labels
+        labels = ("",) if self.role == "elementwise" else self.layout.labels
         return (self.entry.name,) if labels == ("",) else tuple(f"{self.entry.name}[{label}]" for label in labels)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """The shape of each matrix."""
-        return self.layout.piece_shapes
+        *leading, m, n = self.layout.matrices
+        return ((math.prod(leading) * m, n),) if self.role == "elementwise" else self.layout.piece_shapes
 
     def split(self, tensor: Tensor) -> Iterator[Tensor]:
         """The matrices, in the order of `names`; views where strides allow."""
-        return self.layout.pieces(tensor)
+        whole = self.role == "elementwise"  # a row for each channel
+        yield from [self.layout.split(tensor).flatten(0, -2)] if whole else self.layout.pieces(tensor)
 
     @property
     def kernel(self) -> bool:
         """Whether the tensor is the kernel (o, i, h, w) of a two-dimensional convolution, as far as a file tells."""
-        return self.kind == "conv2d"
+        return self.kind in ("conv2d", "Conv2d") and self.role != "elementwise" and len(self.layout.matrices) == 2
 
 
 def find_holdings(
@@ -221,6 +224,8 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
     ordered = sorted(holdings, key=lambda h: _place(h.entry.name, h.role))
     if known:
         return ordered
+    depthwise = {h.entry.name for h in _depthwise(ordered)}
+    ordered = [replace(h, role="elementwise") if h.entry.name in depthwise else h for h in ordered]
     tied = {e.tied_to for e in checkpoint.entries.values() if e.tied_to}
     roles: list[Role] = [h.role for h in ordered]
     tables = any(h.role == "embedding" and h.entry.name in tied for h in ordered)
@@ -230,6 +235,16 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
         return ordered
     head = replace(ordered[at], role="head")
     return [*ordered[:at], *ordered[at + 1 :], head]
+
+
+def _depthwise(ordered: list[Holding]) -> list[Holding]:
+    """The kernels of one input channel: all are depthwise, but for the first of a network that sees gray images.
+
+    Such a network shows no kernel for the three channels of color, and looks up no tokens.
+    """
+    kernels = [h for h in ordered if h.kind.startswith("conv")]
+    gray = all(h.entry.shape[1] != 3 for h in kernels) and all(h.role != "embedding" for h in ordered)
+    return [h for h in kernels[1 if gray else 0 :] if h.entry.shape[1] == 1]
 
 
 def _place(name: str, role: Role) -> tuple[int, list[tuple[int, int | str]]]:
