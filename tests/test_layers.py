@@ -226,7 +226,7 @@ def test_a_row_is_all_that_a_layer_needs(monkeypatch: pytest.MonkeyPatch) -> Non
         Layer("Transposed", "linear", {"weight": "i o -> o i"}),
         Layer(BlockDiagonal, "bilinear", {"cores": "b o i -> b o i"}),
     )
-    monkeypatch.setattr("gramian.layers.LAYERS", (*LAYERS, *rows))
+    monkeypatch.setattr("gramian.layers.classes.LAYERS", (*LAYERS, *rows))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(Transposed(64, 32), nn.Tanh(), BlockDiagonal(32), nn.Tanh(), Transposed(32, 10))

@@ -36,8 +36,17 @@ class LowRank(nn.Sequential):
     """A linear layer or a convolution as two of rank `rank`: `W ≈ L R`, the first without a bias.
 
     Args:
-        layer: the dense layer; its class, its name for a bias and its options are kept.
+        layer: the dense layer, with a row in the table of layers whose operation has factors. Its options are kept;
+            its values are not copied, see `set_`.
         rank: columns of L and rows of R.
+
+    Raises: nothing of its own.
+    Cost: memory for two uninitialized layers; nothing is drawn from a random generator.
+    Source: the definition.
+
+    >>> low = LowRank(nn.Linear(9, 6), 2)
+    >>> low.rank, tuple(low.weight.shape)
+    (2, (6, 9))
     """
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
@@ -66,7 +75,13 @@ class LowRank(nn.Sequential):
 
     @torch.no_grad()
     def set_(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
-        """Copies L `(m, rank)`, R `(rank, n)` and the bias in."""
+        """Copies the factors and the bias in.
+
+        Args:
+            left: L, `(m, rank)`.
+            right: R, `(rank, n)`.
+            bias: `(m,)`, or `None`.
+        """
         values = {"0.weight": right, "1.weight": left} | ({} if bias is None else {"1.bias": bias})
         for name, value in values.items():
             parameter = self.get_parameter(name)

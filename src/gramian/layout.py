@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gramian.errors import ShapeError
 
-__all__ = ["Layout", "axes_of"]
+__all__ = ["Layout", "num_axes"]
 
 # Axis names that are numbers: "i (three o) -> three o i".
 _NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
@@ -115,12 +115,12 @@ class Layout:
     @cached_property
     def dims(self) -> tuple[tuple[str, ...], ...]:
         """The names of the axes in each dimension of the tensor."""
-        return tuple(_names_of(group) for group in axes_of(self.pattern.partition("->")[0]))
+        return tuple(_names_of(group) for group in _axes_of(self.pattern.partition("->")[0]))
 
     @cached_property
     def sides(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         """The names of the axes that count the matrices, that make up their rows, and their columns."""
-        *leading, rows, columns = [_names_of(group) for group in axes_of(self.pattern.partition("->")[2])]
+        *leading, rows, columns = [_names_of(group) for group in _axes_of(self.pattern.partition("->")[2])]
         return sum(leading, ()), rows, columns
 
     @cached_property
@@ -146,7 +146,26 @@ class Layout:
         return axes
 
 
-def axes_of(side: str) -> list[str]:
+def num_axes(pattern: str) -> int:
+    """The number of dimensions of the tensors that a pattern is for.
+
+    Args:
+        pattern: as in `Layout`.
+
+    Returns:
+        The number of axes on its left side, a group in parentheses being one.
+
+    Raises: nothing of its own.
+    Cost: none to speak of.
+    Source: the definition.
+
+    >>> num_axes("(g o) i w -> g o (i w)")
+    3
+    """
+    return len(_axes_of(pattern.partition("->")[0]))
+
+
+def _axes_of(side: str) -> list[str]:
     """The axes of one side of a pattern, each a name or a group in parentheses."""
     return re.findall(r"\([^)]*\)|\w+", side)
 
