@@ -267,5 +267,6 @@ def is_plain(value: object) -> TypeGuard[Tensor]:
     return value.layout == torch.strided and value.device.type != "meta" and not value.is_quantized
 
 
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(value: Tensor | torch.dtype) -> str:
+    """torch's name of a dtype, or of a tensor's: `"float32"`."""
+    return str(value.dtype if isinstance(value, Tensor) else value).removeprefix("torch.")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from gramian import placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
+from gramian.checkpoint.formats import dtype_name
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
-from gramian.inspection.entries import Entries, dtype_name
+from gramian.inspection.entries import Entries
 from gramian.inspection.matrices import Holding, find_holdings
 from gramian.inspection.measured import Measured
 from gramian.inspection.noise import Noise
