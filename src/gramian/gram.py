@@ -40,13 +40,13 @@ class Sums(NamedTuple):
     Attributes:
         total: `(*batch, dim, dim)`, `Σ xxᵀ`, or its diagonal `(*batch, dim)`.
         first: `(*batch, dim)`, `Σ x`.
-        count: the number of vectors, or what stands for it.
+        num: the number of vectors.
         scale: a power of two, or `None` for one.
     """
 
     total: Tensor
     first: Tensor
-    count: Tensor | float | int
+    num: int
     scale: Tensor | None = None
 
 
@@ -215,8 +215,8 @@ class Gram(_Moments):
             count: takes the place of the number of rows in n: a number of units of a loss.
             at: which entries of the batch the rows belong to; all by default.
         """
-        total, first, rows, scale = sums(self._rows(x, at))
-        return self.add(total, first, rows if count is None else count, scale, at)
+        total, first, num, scale = sums(self._rows(x, at))
+        return self.add(total, first, num if count is None else count, scale, at)
 
     @property
     def matrix(self) -> Float[Tensor, "*batch dim dim"]:
@@ -310,7 +310,7 @@ def sums(x: Float[Tensor, "*batch rows dim"], precision: str = "float32") -> Sum
     Cost: `rows·dim²`. Accuracy: that of `gm.linalg.syrk`.
     Source: the definition.
 
-    >>> total, first, count, scale = sums(torch.full((2, 1), 1e-30))
+    >>> total, first, num, scale = sums(torch.full((2, 1), 1e-30))
     >>> total.double() * scale.double() ** 2
     tensor([[2.0000e-60]], dtype=torch.float64)
     """

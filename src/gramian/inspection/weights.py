@@ -169,8 +169,10 @@ def _gather(rows: dict[int, Rows]) -> dict[int, Rows]:
 
 def _spectrum(fields: dict[str, Any]) -> Spectrum:
     """A spectrum from its fields, of which some are records themselves."""
-    records = {"noise": Noise, "tail": Tail, "entries": Entries}
-    return Spectrum(**{k: records[k](**v) if k in records and v is not None else v for k, v in fields.items()})
+    fields["entries"] = Entries(**fields["entries"])
+    fields["noise"] = None if fields["noise"] is None else Noise(**fields["noise"])
+    fields["tail"] = None if fields["tail"] is None else Tail(**fields["tail"])
+    return Spectrum(**fields)
 
 
 def _tuples(value: Any) -> Any:
