@@ -163,7 +163,12 @@ class Statistics(Mapping[str, Sites]):
         raise InputError(f"statistics: no block is named {name!r}; the first are {known or 'none'}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The sites of a block, or `default`."""
+        """The sites of a block, or the default.
+
+        Args:
+            name: the block's, or another of a tied parameter.
+            default: what to return where no block has the name.
+        """
         if name not in self:
             return default
         return self[name]
