@@ -53,7 +53,7 @@ def rows(module: nn.Module, t: Tensor) -> Tensor:
 
 
 def naive(model: nn.Module, batches: list, fisher: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, G) of every layer in scope, from each sample's derivatives with respect to its outputs; G over the units of the loss."""
+    """(A, G) of every layer in scope, from derivatives by each sample's outputs; G over the units of the loss."""
     model = copy.deepcopy(model).double().eval()
     kinds = (nn.Linear, nn.Embedding, nn.Conv2d)
     layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, kinds)}

@@ -62,7 +62,7 @@ def nothing_left_behind() -> Iterator[None]:
     assert torch.is_grad_enabled()
 
 
-# --- wrong arguments ----------------------------------------------------------------------------------------------------
+# --- wrong arguments --------------------------------------------------------------------------------------------------
 
 
 def test_a_layout_that_does_not_fit_shows_both(run: Callable) -> None:
