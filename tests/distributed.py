@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 60.0  # that a call may take, with the machine's other work
-GRACE = 3.0  # seconds that the other ranks have to tell their own error after a first one has failed
+SECONDS = 60.0  # the longest that a call may take; the machine may have other work
+GRACE = 3.0  # seconds in which the other ranks can report an error of their own after a first one has failed
 
 
 class RankError(AssertionError):
@@ -32,7 +32,7 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """`num_ranks` processes in one gloo group that run what they are sent."""
+    """`num_ranks` processes in one gloo group that run the functions that they are sent."""
 
     def __init__(self, num_ranks: int) -> None:
         context = multiprocessing.get_context("spawn")  # threads of the parent's torch do not survive a fork
@@ -71,8 +71,8 @@ class Ranks:
                     deadline = min(deadline, time.monotonic() + GRACE)
         if errors:
             self.close()
-            told = "\n".join(f"rank {rank} of {len(self.pipes)}:\n{text}" for rank, text in sorted(errors.items()))
-            raise RankError(f"{function.__qualname__} failed\n{told}")
+            reports = "\n".join(f"rank {rank} of {len(self.pipes)}:\n{text}" for rank, text in sorted(errors.items()))
+            raise RankError(f"{function.__qualname__} failed\n{reports}")
         return [results[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:

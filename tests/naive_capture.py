@@ -1,4 +1,4 @@
-"""What `gm.capture` gives, computed again in float64: one sample at a time, one product at a time, nothing shared.
+"""An independent `gm.capture` in float64: sample by sample, product by product, without shared code.
 
 Every module that holds a matrix gets a forward pass written out in loops. Where a matrix W meets vectors, the vectors
 are noted, and a shift of zeros is added to what comes out: its gradient is the output gradient of that product.
@@ -23,13 +23,13 @@ import zoo
 import zoo_modules
 from zoo import ZooCase
 
-Key = tuple[str, bool]  # the parameter's name; whether the vectors that enter run along the rows of its matrices
+Key = tuple[str, bool]  # the parameter's name; whether its input vectors run along its matrices' rows
 Index = int | None  # which of several matrices; None where there is one, or the side is common to all
-Moments = dict[Index, tuple[Tensor, Tensor, float]]  # by matrix: the sum of xxᵀ, the sum of x, how many
+Moments = dict[Index, tuple[Tensor, Tensor, float]]  # by matrix: the sum of xxᵀ, the sum of x, their number
 
 
 class Tape:
-    """The vectors that enter each use, and the shifts of what leaves it, for one sample.
+    """For one sample, the input vectors of each use, and zero shifts that were added to its outputs.
 
     `keep` (T,) is false where the sample is padding: vectors that come one for each place are left out there.
     """
@@ -111,7 +111,7 @@ def bilinear(tape: Tape, name: str, m: nn.Bilinear, left: Tensor, right: Tensor)
 
 
 def sources(size: int, k: int, stride: int, before: int, after: int, dilation: int, mode: str) -> list[list[int]]:
-    """For each position of the output, where in the input each tap of the kernel looks; `size` stands for a zero."""
+    """For each position of the output, where in the input each tap of the kernel reads; `size` stands for a zero."""
     table = []
     for start in range(-before, size + after - dilation * (k - 1), stride):
         places = [start + dilation * tap for tap in range(k)]
@@ -159,7 +159,7 @@ def convolution(tape: Tape, name: str, m: Any, x: Tensor) -> Tensor:
 
 
 def transposed_convolution(tape: Tape, name: str, m: Any, x: Tensor) -> Tensor:
-    """Every pixel is multiplied by the matrix, and what comes out is laid down around its place, tap by tap."""
+    """Every pixel is multiplied by the matrix, and the result is added around its position, tap by tap."""
     key, space, kernel = (f"{name}weight", False), x.shape[2:], m.kernel_size
     sizes = [
         (n - 1) * s - 2 * p + d * (k - 1) + extra + 1
@@ -301,7 +301,7 @@ def cell(gates: int, tape: Tape, name: str, m: Any, x: Tensor, start: Any = None
 
 
 def experts(tape: Tape, name: str, m: zoo.Experts, x: Tensor) -> Tensor:
-    """Expert by expert; what enters `up` and what leaves `down` is common to all experts."""
+    """Expert by expert; the input of `up` and the output of `down` are common to all experts."""
     score, picked = m.router(x).topk(m.top, dim=-1)
     gate = torch.zeros(*x.shape[:-1], len(m.up), dtype=x.dtype).scatter(-1, picked, score.softmax(-1))
     up, down = (f"{name}up", False), (f"{name}down", False)
@@ -369,7 +369,7 @@ NAIVE: dict[type[nn.Module], Callable] = {
 # ---- one sample, and all of them -------------------------------------------------------------------------------------
 
 Samples = list[dict[Key, tuple[dict[Index, Tensor], dict[Index, Tensor]]]]
-"""For each sample and use: by matrix, the rows (R, d) that entered, and the output gradients (R', d')."""
+"""For each sample and use: by matrix, the input rows (R, d), and the output gradients (R', d')."""
 
 
 def losses(case: ZooCase, output: Tensor, y: Tensor, padding: int | None) -> tuple[Tensor, int]:
@@ -397,13 +397,15 @@ def samples(
         total, num = losses(case, model(sample), y[i : i + 1], padding)
         places = [(key, index, s) for key, by in tape.shifts.items() for index, many in by.items() for s in many]
         grads = torch.autograd.grad(total, [s for *_, s in places], allow_unused=True, materialize_grads=True)
-        heard: dict[Key, dict[Index, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        gradients: dict[Key, dict[Index, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         for (key, index, _), grad in zip(places, grads, strict=True):
-            heard[key][index].append(grad.reshape(-1, grad.shape[-1]))
+            gradients[key][index].append(grad.reshape(-1, grad.shape[-1]))
         found.append(
             {
-                key: tuple({i: torch.cat(rows) for i, rows in side.items()} for side in (tape.inputs[key], heard[key]))
-                for key in heard
+                key: tuple(
+                    {i: torch.cat(rows) for i, rows in side.items()} for side in (tape.inputs[key], gradients[key])
+                )
+                for key in gradients
             }
         )
         totals.append(total.item())
@@ -412,7 +414,7 @@ def samples(
 
 
 def moments(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor, float]:
-    """The sums of xxᵀ and of x, and how many, over rows one at a time."""
+    """The sums of xxᵀ and of x, and the number of rows, row by row."""
     x = torch.cat(list(rows))
     second = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for row in x:

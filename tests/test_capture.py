@@ -32,7 +32,7 @@ def some(name: str, sizes: list[int], seed: int = 0) -> list[tuple[Tensor, Tenso
     return list(zip(x[:total].split(sizes), y[:total].split(sizes), strict=True))
 
 
-# --- the oracle: float64, one sample at a time, no shared code --------------------------------------------------------
+# --- the oracle: float64, sample by sample, no shared code --------------------------------------------------------
 
 
 def naive_patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def rows(module: nn.Module, t: Tensor) -> Tensor:
 
 
 def naive(model: nn.Module, batches: list, fisher: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, G) of every layer in scope, from per-sample derivatives by its outputs; G over the units of the loss."""
+    """(A, G) of every layer in scope, from derivatives by each sample's outputs; G over the units of the loss."""
     model = copy.deepcopy(model).double().eval()
     kinds = (nn.Linear, nn.Embedding, nn.Conv2d)
     layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, kinds)}
@@ -212,7 +212,7 @@ class Noisy(nn.Module):
 def test_the_model_is_left_as_it_was(name: str) -> None:
     case = ZOO[name]
     model, batch = case.make_model(0), case.make_batches(0)[0]
-    list(model.modules())[-1].eval()  # a mode of its own
+    list(model.modules())[-1].eval()  # a mode that differs from the others'
     next(model.parameters()).requires_grad_(False)
     case.loss(model, batch).backward()
     before = snapshot(model)
@@ -346,7 +346,7 @@ REASONS = {
     "scaled": "used only by mul, which is not captured",
     "sliced": "used only by a slice of it, which is not captured",
     "unused.weight": "no batch reached it",
-    "unheard.weight": "no gradient reached it",
+    "no_loss.weight": "no gradient reached it",
     "recomputed.weight": "ran without autograd",
 }
 
@@ -356,13 +356,13 @@ def test_what_is_not_captured_is_listed_with_the_reason() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.scaled, self.sliced = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(9, 8))
-            self.unused, self.unheard, self.recomputed = nn.Linear(2, 2), nn.Linear(8, 2), nn.Linear(8, 8)
+            self.unused, self.no_loss, self.recomputed = nn.Linear(2, 2), nn.Linear(8, 2), nn.Linear(8, 8)
             self.head = nn.Linear(8, 10)
 
         def forward(self, x: Tensor) -> Tensor:
             x = x.view(-1, 8, 8) * self.scaled
             x = F.linear(x, self.sliced[1:])
-            self.unheard(x)
+            self.no_loss(x)
             x = checkpoint(self.recomputed, x, use_reentrant=True)
             return self.head(x.mean(1))
 

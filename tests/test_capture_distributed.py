@@ -1,4 +1,4 @@
-"""Law 7 of capture: two ranks find what one finds, under DDP and FSDP2, and the model trains on as if nothing was."""
+"""Capture on two ranks under DDP and FSDP2 gives the statistics of one process, and the model trains on unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from zoo_variants import VARIANTS
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """As the ranks have: an orthogonal parametrization starts from another float32 rounding with two."""
+    """One thread, as the ranks have: with two, an orthogonal parametrization starts from another rounding."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def _model(case: ZooCase) -> nn.Module:
 
 
 def _numbers(stats: Statistics) -> dict[str, Any]:
-    """Everything that statistics say, as numbers that can be sent and compared."""
+    """All of the statistics, as numbers that can be sent and compared."""
     found: dict[str, Any] = {"units": float(stats.units), "loss": float(stats.loss)}
     for block, sites in stats.items():
         for i, site in enumerate(sites):
@@ -266,7 +266,7 @@ def test_sharded_in_mixed_precision() -> None:
 
 
 def _fails(variant: str, kind: str) -> tuple[str, str, float]:
-    """What each rank raises where rank 1 alone has a reason to; the model trains on."""
+    """The error on each rank where only rank 1 has a cause; the model trains on."""
     rank, _ = placement.world()
     case = CASES["padded" if kind == "no units" else "mlp"]
     model = VARIANTS[variant].wrap(case.make_model(0))
@@ -276,12 +276,12 @@ def _fails(variant: str, kind: str) -> tuple[str, str, float]:
         FAILURES[kind](rank, model, batches, objective)
         raise AssertionError("nothing was raised")
     except GramianError as error:
-        told = type(error).__name__, str(error), time.monotonic() - start
+        raised = type(error).__name__, str(error), time.monotonic() - start
     assert _hooks(model) == hooks
     assert variant != "fsdp2" or all(placement.is_sharded(p) for p in model.parameters())
     case.loss(model, batches[0]).backward()
     assert all(p.grad is not None for p in model.parameters())
-    return told
+    return raised
 
 
 def _no_units(rank: int, model: nn.Module, batches: list[Batch], objective: gm.Objective) -> None:
@@ -350,5 +350,5 @@ def _two_kinds_of_fisher() -> None:
         stats.all_reduce()
 
 
-def test_statistics_that_do_not_fit_are_refused_on_all_ranks() -> None:
+def test_statistics_that_do_not_match_are_refused_on_all_ranks() -> None:
     run_on_ranks(_two_kinds_of_fisher, 2)

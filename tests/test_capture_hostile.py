@@ -1,4 +1,4 @@
-"""What a capture is given that is wrong, odd or fails half-way: it says so by name, and leaves nothing behind."""
+"""Wrong, odd or failing models, objectives and batches: a capture names the cause, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def run(request: pytest.FixtureRequest) -> Callable:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """No function mode, and no objective that is watched, whatever a test does."""
+    """No function mode, and no observed objective is left after a test."""
     yield
     assert torch.overrides._len_torch_function_stack() == 0
     assert not objectives._OBSERVERS
     assert torch.is_grad_enabled()
 
 
-# --- what is given ----------------------------------------------------------------------------------------------------
+# --- wrong arguments --------------------------------------------------------------------------------------------------
 
 
 def test_a_layout_that_does_not_fit_shows_both(run: Callable) -> None:
@@ -130,14 +130,14 @@ def test_batches_that_are_spent(run: Callable) -> None:
 
 
 class Skips(nn.Module):
-    """A layer that no batch reaches, one only of whose output no loss hears, and one that is in the loss."""
+    """Three layers: one unused, one whose output is in no loss, and one in the loss."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.head, self.unused, self.unheard = nn.Linear(64, 10), nn.Conv2d(3, 4, 3), nn.Linear(64, 2)
+        self.head, self.unused, self.no_loss = nn.Linear(64, 10), nn.Conv2d(3, 4, 3), nn.Linear(64, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.unheard(x)
+        self.no_loss(x)
         return self.head(x)
 
 
@@ -146,9 +146,9 @@ def test_a_layer_that_no_batch_reaches(run: Callable) -> None:
     assert stats["unused.weight"].A is stats["unused.weight"].G is None
     assert stats["unused.weight"].reason == "no batch reached it"
     assert stats["unused.weight"].calls == 0
-    assert stats["unheard.weight"].A.count == 6
-    assert stats["unheard.weight"].G is None
-    assert stats["unheard.weight"].reason == "no gradient reached it"
+    assert stats["no_loss.weight"].A.count == 6
+    assert stats["no_loss.weight"].G is None
+    assert stats["no_loss.weight"].reason == "no gradient reached it"
 
 
 def test_frozen_models_and_outer_no_grad() -> None:
@@ -161,7 +161,7 @@ def test_frozen_models_and_outer_no_grad() -> None:
 
 
 def test_padding_needs_the_whole_loss() -> None:
-    """The rows of padding must be known before the forward pass: a criterion called by itself comes too late."""
+    """The rows of padding must be known before the forward pass: a criterion called alone gets them too late."""
     case = CASES["padded"]
     own, objective = case.make_model(0), objective_of(case, padding=PADDING)
     x, y = case.make_batches(0)[0]
@@ -238,7 +238,7 @@ def test_a_failure_half_way_leaves_nothing(run: Callable, name: str, where: str)
     assert_same(before, after)
     if handle is not None:
         handle.remove()
-    # And what comes next is not disturbed.
+    # And the next capture is not disturbed.
     stats = gm.capture(
         own, batches(name, [2, 1, 3], torch.float32), objective_of(case), fisher="empirical", layouts=layouts
     )
@@ -261,7 +261,7 @@ def test_batches_that_fail_half_way(run: Callable) -> None:
 # --- odd loops --------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_only_looked_at_has_no_units() -> None:
+def test_a_loss_that_is_only_evaluated_has_no_units() -> None:
     own = model().eval()
     with gm.capturing(own, CLASSIFY) as stats:
         for batch in data():
@@ -339,10 +339,10 @@ def test_a_users_hook_on_a_layers_output_runs_as_before() -> None:
     class Hooked(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             y = self[0](x)
-            y.register_hook(heard.append)
+            y.register_hook(gradients.append)
             return self[1](y.relu())
 
-    heard: list[Tensor] = []
+    gradients: list[Tensor] = []
     model = Hooked(nn.Linear(64, 5), nn.Linear(5, 10))
     x, y = torch.randn(2, 3, 64, generator=seeded(0)), torch.zeros(2, 3, dtype=torch.long)
     objective = gm.Objective.classification()
@@ -350,7 +350,7 @@ def test_a_users_hook_on_a_layers_output_runs_as_before() -> None:
     with gm.capturing(model, objective) as stats:
         objective.loss(model, (x, y))[0].backward()
     gm.capture(model, [(x, y)], objective, fisher="empirical")
-    assert len(heard) == 3
-    assert torch.equal(heard[0], heard[1])
-    assert torch.equal(heard[0], heard[2])
+    assert len(gradients) == 3
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
     assert stats["0.weight"].G is not None

@@ -1,4 +1,4 @@
-"""A live capture measures what a pass of its own measures, and the loop that it watches goes on as it would."""
+"""A live capture gives the statistics of `gm.capture`, and does not change the training loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from test_capture import assert_same, snapshot
 from test_capture_modules import CASES, LAYOUTS, batches, capture, objective_of
 
 SIZES = [2, 1, 3]
-# What runs written out inside is equal to rounding; all else is bitwise.
+# Modules that run unfused inside are equal to rounding, all others bitwise.
 WRITTEN_OUT = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
@@ -45,7 +45,7 @@ def same_gram(x: Any, y: Any, rtol: float, what: str) -> None:
     scale = float(y.diagonal.abs().max())
     view = (lambda gram: gram.matrix) if isinstance(y, gm.Gram) else (lambda gram: gram.diagonal)
     assert (view(x) - view(y)).abs().max() <= rtol * scale, what
-    # Per unit, as many rows as the count says may cancel in a mean.
+    # The rows of each unit, `count` of them, may cancel in a mean.
     assert (x.mean - y.mean).abs().max() <= 10 * rtol * scale**0.5, f"mean of {what}"
 
 
@@ -60,7 +60,7 @@ def live(
     between: Callable[[nn.Module, gm.Objective, Any], None] = lambda *_: None,
     **options: Any,
 ) -> gm.Statistics:
-    """A loop over the batches of a case in evaluation mode, watched."""
+    """A loop over the batches of a case in evaluation mode, captured."""
     case = CASES[name]
     model = wrap(case.make_model(0).to(dtype).eval())
     objective = objective_of(case)
@@ -74,7 +74,7 @@ def live(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_live_is_a_pass_of_its_own(name: str) -> None:
+def test_live_equals_capture(name: str) -> None:
     same(live(name, torch.float64), capture(name, SIZES, torch.float64), 1e-10)
 
 
@@ -98,7 +98,7 @@ KINDS = ["mlp", "batchnorm_cnn", "gpt2", "mixture_of_experts", "packed_lstm", "e
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("name", KINDS)
-def test_whatever_the_loop_does(name: str, loop: str) -> None:
+def test_any_use_of_the_loss(name: str, loop: str) -> None:
     same(live(name, torch.float64, **LOOPS[loop]), capture(name, SIZES, torch.float64), 1e-10)
 
 
@@ -124,7 +124,7 @@ def test_autocast(name: str) -> None:
     stats = live(name, torch.float32, context=lambda: torch.autocast("cpu", torch.bfloat16))
     objective = gm.Objective(predict, plain.criterion)
     data = batches(name, SIZES, torch.float32)
-    # The loop's gradients are 1/units times as large, and rounded to eight bits at other places.
+    # The loop's gradients are 1/units times as large, and round to eight bits differently.
     same(stats, gm.capture(case.make_model(0), data, objective, layouts=LAYOUTS.get(name)), 0.03)
 
 
@@ -197,13 +197,13 @@ def watched(model: nn.Module, objective: gm.Objective, on: bool, **options: Any)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_training_goes_on_as_it_would(name: str) -> None:
+def test_training_is_not_changed(name: str) -> None:
     """Training mode, dropout and batch statistics: gradients, a step, buffers and random state, bitwise."""
     case = CASES[name]
     objective, data, outcomes = objective_of(case), batches(name, [2, 4], torch.float32), []
     for on in (False, True):
         model = case.make_model(0).train()
-        next(iter(model.children()), nn.Identity()).eval()  # a mode of its own
+        next(iter(model.children()), nn.Identity()).eval()  # a mode that differs from the others'
         next(model.parameters()).requires_grad_(False)
         stepper = torch.optim.Adam(model.parameters(), lr=1e-3)
         before = snapshot(model)
@@ -232,7 +232,7 @@ def test_training_goes_on_as_it_would(name: str) -> None:
             assert torch.equal(tensor, seen["tensors"][n]), n
 
 
-def test_a_copy_is_watched_and_others_are_not() -> None:
+def test_a_copy_is_observed_and_others_are_not() -> None:
     case = CASES["mlp"]
     model, objective = case.make_model(0).eval(), objective_of(case)
     batch = batches("mlp", [6], torch.float32)[0]

@@ -22,7 +22,7 @@ LAYOUTS = {
     "functional": {"kernel": "o i h w -> o (i h w)"},
 }
 
-# Where all samples share a row (an embedding of positions), its gradient is the sum of theirs in a batch.
+# Where all samples share a row (an embedding of positions), its gradient is the sum of the samples' gradients.
 SHARED = {"gpt2": {"wpe.weight"}}
 
 # Matrices that no vector is multiplied by.
@@ -51,7 +51,7 @@ def batches(name: str, sizes: list[int], dtype: torch.dtype) -> list[Batch]:
 
 
 def wanted(name: str, sizes: list[int], padding: int | None = None) -> dict[Key, tuple[Moments, Moments]]:
-    """The second and first moments, and counts, of what entered and what came back, by use and by matrix."""
+    """The second and first moments, and counts, of inputs and of output gradients, by use and by matrix."""
     found, _, units = oracle(name, padding)
     result = {}
     for key in {key: None for sample in found for key in sample}:
@@ -77,7 +77,7 @@ def base_name(name: str) -> str:
 
 
 def uses(stats: gm.Statistics) -> dict[Key, gm.statistics.Site]:
-    """The sites of `stats` where something entered."""
+    """The sites of `stats` that have inputs."""
     found = {}
     for name, sites in stats.items():
         for site in sites:
@@ -104,7 +104,7 @@ def same_moments(gram: gm.Gram | gm.DiagonalGram, expected: Moments, rtol: float
         assert pick(gram.count) == pytest.approx(count), what
         matrix = second.diagonal() if isinstance(gram, gm.DiagonalGram) else second
         close(pick(gram.diagonal if isinstance(gram, gm.DiagonalGram) else gram.matrix), matrix / count, rtol, what)
-        # A mean may cancel: its error is relative to the size of what is averaged.
+        # A mean may cancel: its error is relative to the size of the terms.
         error = (pick(gram.mean) - first / count).abs().max()
         assert error <= rtol * (second.diagonal().max() / count).sqrt() * max(1, count) ** 0.5, f"mean of {what}"
 

@@ -1,4 +1,4 @@
-"""What is saved comes back; what is damaged, missing or hostile is refused in one line, and never runs."""
+"""Saved files come back; damaged, missing or hostile ones are refused in one line and never executed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def as_folder(folder: Path, state: dict[str, Tensor]) -> Path:
 
 
 def as_shards(folder: Path, state: dict[str, Tensor]) -> Path:
-    # a clone parts tied tensors: shards cannot share
+    # a clone, since tied tensors in two shards share no memory
     return sharded(
         folder, {f"model-{i}.safetensors": {key: t.detach().clone()} for i, (key, t) in enumerate(state.items())}
     )

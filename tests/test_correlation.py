@@ -1,4 +1,4 @@
-"""The second moment of a convolution's windows, by the image's autocorrelation, equals that of the windows."""
+"""The second moment of a convolution's windows, from the image's autocorrelation, equals the product of the windows."""
 
 from __future__ import annotations
 

@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 import gramian as gm
 from gramian.checkpoint import save_tensors
 from gramian.cli import main
-from gramian.inspection.weights import share_out
+from gramian.inspection import weights
+from gramian.inspection.noise import Noise
+from gramian.inspection.spectra import describe
+from gramian.inspection.weights import layer_of
 from gramian.report import Report
 
 
@@ -176,8 +179,13 @@ def test_deep_names_stay_apart_in_80_columns(tmp_path, monkeypatch, capsys):
     assert len(set(lines)) == 12
 
 
-def test_one_process_has_everything():
-    assert share_out([3.0, 1.0, 2.0]) == [0, 1, 2]
+def test_what_ranks_send_each_other_arrives_bit_for_bit(monkeypatch):
+    spectra = [describe(m) for m in (normal(80, 90), torch.zeros(3, 2), normal(4, 4) * float("inf"), normal(60, 5))]
+    rows = {7 - i: [(layer_of(f"é{i}", "Linear", "", s), s)] for i, s in enumerate(spectra)}
+    monkeypatch.setattr(weights.placement, "is_distributed", lambda: True)
+    found = weights._gather(rows)
+    assert repr(found) == repr(rows)  # repr, since NaN differs from itself
+    assert [type(s.noise) for _, s in found[7]] == [Noise]
 
 
 @pytest.mark.slow
@@ -186,9 +194,9 @@ def test_ranks_share_the_work_and_agree(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, torch.distributed as dist, gramian as gm\n"
-        "from gramian.inspection import weights\n"
+        "from gramian import placement\n"
         "dist.init_process_group('gloo', f'file://{sys.argv[2]}/meet', rank=int(sys.argv[3]), world_size=2)\n"
-        "mine = weights.share_out([1.0] * 6 + [6.0])\n"
+        "mine = placement.share_out([1.0] * 6 + [6.0])\n"
         "report = gm.inspect(sys.argv[1])\n"
         "open(f'{sys.argv[2]}/{dist.get_rank()}.json', 'w').write(report.to_json())\n"
         "open(f'{sys.argv[2]}/{dist.get_rank()}.mine', 'w').write(str(len(mine)))\n"

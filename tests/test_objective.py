@@ -118,7 +118,7 @@ def test_sums_and_units_add_up_over_any_split(name: str) -> None:
     torch.testing.assert_close(whole[0], sum(total for total, _ in parts))
 
 
-def test_padding_weighs_nothing_and_is_not_counted() -> None:
+def test_padding_has_no_weight_and_is_not_counted() -> None:
     scores, labels = labeled(n=6, padding=2)
     for fisher in ("empirical", "sampled", "gauss_newton"):
         moment = second_moment(Objective.classification(), scores, (None, labels), fisher)
@@ -175,14 +175,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_criterion_that_returns_something_else_is_told_so(name: str) -> None:
+def test_a_criterion_that_returns_something_else_is_refused(name: str) -> None:
     criterion, message = BAD[name]
     with pytest.raises(InputError, match=message) as caught:
         Objective(lambda model, batch: model(batch), criterion).loss(nn.Linear(2, 3), torch.ones(4, 2))
     assert "\n" not in str(caught.value)
 
 
-def test_other_misuse_is_told() -> None:
+def test_other_misuse_is_refused() -> None:
     x, net = torch.ones(4, 3), nn.Linear(3, 2)
     cases = [
         (Objective.classification(), (x, torch.zeros(4, 2)), "classification wants"),

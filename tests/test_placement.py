@@ -1,8 +1,9 @@
-"""Ranks and shards: gathering to owners and writing back is bitwise, work is shared out well, and no rank hangs."""
+"""Ranks and shards: gathering to owners and writing back is bitwise, costs are divided evenly, and no rank hangs."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -230,6 +231,10 @@ def _agreements() -> None:
     texts = ["", "Größe Σ 矩阵\n\x00", "x" * 5000]
     for a, b in itertools.product(texts, repeat=2):
         assert placement.exchange(a if rank == 0 else b) == [a, b]
+    values = [{"x": [5e-324, 0.1, -0.0, float("inf"), None, "é"]}, []]
+    assert repr(placement.exchange_json(values[rank])) == repr(values)
+    costs = [3.0, 1.0, 2.0, 2.0, 6.0]
+    assert placement.exchange_json(placement.share_out(costs)) == [[1, 4], [0, 2, 3]]
     with placement.agreed("nothing fails"):
         pass
 
@@ -358,7 +363,7 @@ def test_what_one_rank_raises_all_raise(kind: str) -> None:
     assert name == again != "nothing"
     assert message == message_again
     assert max(seconds, seconds_again) < 10
-    told = {
+    raised = {
         "own error": ("ShapeError", "load weights: rank 1 of 2 failed: W has 3 rows, wanted 4"),
         "foreign error": ("GramianError", "load weights: rank 1 of 2 failed: RuntimeError: no space on the disk"),
         "no value": ("InputError", "tensor 1, (3, 2), has no value on its owner, rank 1"),
@@ -369,11 +374,11 @@ def test_what_one_rank_raises_all_raise(kind: str) -> None:
         "no batches": ("InputError", "batches: rank 1 of 2 failed: this rank has no batches"),
         "one sum less": ("InputError", "rank 0 has 2 tensors"),
     }[kind]
-    assert name == told[0]
-    assert told[1] in message
+    assert name == raised[0]
+    assert raised[1] in message
 
 
-def test_the_harness_tells_what_a_rank_raised_and_goes_on() -> None:
+def test_the_harness_reports_an_error_and_continues() -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="ZeroDivisionError"):
         run_on_ranks(_one_rank_divides_by_zero, 2)
@@ -448,6 +453,8 @@ def test_without_a_process_group_everything_passes_through() -> None:
     total = torch.tensor([1.0])
     placement.all_reduce_sum([total])
     assert total.item() == 1.0
+    assert placement.exchange_json((1, math.nan))[0][0] == 1
+    assert placement.share_out([2.0, 0.0, 5.0]) == [0, 1, 2]
     assert placement.local_ranges(weight, -1) == (range(2),)
     assert placement.local_ranges(torch.zeros(0, 2)) == ()
 

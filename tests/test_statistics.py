@@ -1,4 +1,4 @@
-"""A Gram streams: parts merge to the whole, and no scale is lost."""
+"""A Gram of parts is that of the whole, and no scale of the vectors underflows or overflows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_streaming_is_the_second_moment(split: str, dtype: torch.dtype, device: 
     for part in x.split(SPLITS[split]):
         gram.update(part)
     wide = x.double()
-    # Products are of float32 or wider, whatever came.
+    # Products are of float32 or wider, for every input dtype.
     tolerance = 40 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     torch.testing.assert_close(gram.matrix, wide.T @ wide / 40, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(gram.mean, wide.mean(0), rtol=1e-6, atol=1e-8)
@@ -88,6 +88,32 @@ def test_empty_and_weighted_counts() -> None:
     assert torch.equal(Gram(3).update(torch.ones(0, 3)).mean, torch.zeros(3, dtype=torch.float64))
     assert Gram(0).update(torch.ones(4, 0)).rms == 0
     assert Gram(1).update(torch.ones(4, 1), count=0.5).matrix.item() == 8
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e10])
+@pytest.mark.parametrize("centered", [False, True])
+def test_roots_are_of_the_damped_second_moment(centered: bool, scale: float) -> None:
+    x = torch.stack([rows(3, 5, torch.float64), rows(40, 5, torch.float64, seed=1)[:3]]) * scale  # of rank 3
+    x = torch.cat([x, torch.zeros(1, 3, 5)])  # and a zero one in the same batch
+    gram = Gram(5, (3,)).update(x)
+    root, inverse = gram.roots(0.1, centered=centered)
+    m = gram.covariance if centered else gram.matrix
+    eye = torch.eye(5, dtype=torch.float64)
+    damped = m + 0.1 * m.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * eye
+    torch.testing.assert_close((root @ root / scale**2)[:2], (damped / scale**2)[:2])
+    torch.testing.assert_close((root @ inverse)[:2], eye.expand(2, 5, 5))
+    assert torch.equal(root[2], eye)
+    assert torch.equal(inverse[2], eye)
+    for bad in (-1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match="damping must be finite"):
+            gram.roots(bad)
+
+
+def test_decay_makes_a_moving_average() -> None:
+    x = rows(2, 3, torch.float64)
+    gram = Gram(3).update(x[:1]).decay(0.25).update(x[1:])
+    expected = (0.25 * torch.outer(x[0], x[0]) + torch.outer(x[1], x[1])) / 1.25
+    torch.testing.assert_close(gram.matrix, expected)
 
 
 def test_updates_leave_their_input_and_its_graph_alone() -> None:
@@ -151,7 +177,7 @@ def test_merged_files_equal_one_pass(name: str, tmp_path: Path) -> None:
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6 * float(y.abs().max()))
 
 
-def test_merging_refuses_what_does_not_fit(tmp_path: Path) -> None:
+def test_merging_refuses_other_shapes_and_kinds(tmp_path: Path) -> None:
     one = Statistics({"w": [Site(A=Gram(2).update(torch.eye(2)), name="w", op="linear")]}, units=1.0)
     with pytest.raises(ShapeError, match="dimensions differ"):
         one.merge(Statistics({"w": [Site(A=Gram(3).update(torch.eye(3)), name="w", op="linear")]}, units=1.0))

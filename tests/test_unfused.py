@@ -1,4 +1,4 @@
-"""Attention and recurrence written out for a capture give torch's own output, gradients and random draws."""
+"""Attention and recurrence, unfused for a capture, give torch's own output, gradients and random draws."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_attention(name: str, shape: str, dropout: float) -> None:
             call["key_padding_mask"] = call["key_padding_mask"][1]
         if call.get("attn_mask", future).ndim == 3:
             call["attn_mask"] = call["attn_mask"][:HEADS]
-    given = {}  # one view of each, so that what was one tensor stays one
+    given = {}  # one view of each, so that an input used twice stays one tensor
     for tensor in (query, key, value):
         given[id(tensor)] = {"batch_first": lambda t: t, "sequence_first": lambda t: t.transpose(0, 1)}.get(
             shape, lambda t: t[1]
@@ -198,7 +198,7 @@ def test_cells(kind: Any, bias: bool, batched: bool) -> None:
 
 
 def test_one_layer_that_runs_in_reduced_precision() -> None:
-    """Under autocast, what is written out computes in the dtype that torch's own kernel gives."""
+    """Under autocast, the unfused function computes in the dtype of torch's own kernel."""
     module, x = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), normal(NUM, QUERIES, WIDTH).detach().float()
     objective = gm.Objective(lambda m, b: m(b, b, b)[0], lambda output, _: (output.float().sum(), 1))
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,7 @@
-"""What gramian raises and warns.
+"""The exceptions and the warning that gramian raises.
 
 Every error says what came, what was wanted, and what to do. Errors that a user can cause are `ValueError`s too, so
-`except ValueError` works as in numpy and torch.
+`except ValueError` works as with numpy and torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = [
 
 
 class GramianError(Exception):
-    """Base of everything that gramian raises on purpose."""
+    """The base class of gramian's errors."""
 
 
 class InputError(GramianError, ValueError):
@@ -36,19 +36,19 @@ class DtypeError(InputError):
 
 
 class ConvergenceError(GramianError, ArithmeticError):
-    """A matrix function's certificate failed: no route reached the accuracy asked for, or the answer does not exist."""
+    """A matrix function's certificate failed: no method was accurate enough, or the answer does not exist."""
 
 
 class CheckpointError(InputError):
-    """A file is missing, damaged, or holds what must not be loaded."""
+    """A file is missing or damaged, or must not be loaded."""
 
 
 class TaskError(InputError):
-    """A task cannot be found, raises, or returns the wrong thing."""
+    """A task cannot be found, raises an error, or returns something else than a task needs."""
 
 
 class UnsupportedError(InputError):
-    """A model holds something that the capability refuses by name."""
+    """A model, setting or environment has something that the function does not support, named in the message."""
 
 
 class GramianWarning(UserWarning):

@@ -1,32 +1,53 @@
-"""Gram matrices that stream, and the functions of them that every verb uses."""
+"""Second moments of streams of vectors, whole (`Gram`) or their diagonals (`DiagonalGram`)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gramian import linalg
-from gramian.errors import ShapeError
+from gramian.errors import InputError, ShapeError
 
 __all__ = ["At", "DiagonalGram", "Gram", "Sums", "power_of_two", "sums"]
 
 _SAFE = 2.0**30
-"""Magnitudes between 1/_SAFE and _SAFE are squared and summed in float32 as they are."""
+"""Magnitudes between 1/_SAFE and _SAFE are squared and summed in float32 without a scale."""
 _LOW, _HIGH = 1e-18, 1e30
-"""Sums of squares between these have neither overflowed nor lost what matters beside the largest."""
+"""Sums of squares between these have not overflowed, and have lost nothing that counts beside the largest."""
 
 
 @dataclass(frozen=True)
 class At:
-    """A place in a batch: entries `index` along dimension `axis`."""
+    """Some entries of a batch: those with the given indices along one dimension.
+
+    Attributes:
+        axis: a dimension of the batch.
+        index: which entries along it.
+    """
 
     axis: int
     index: tuple[int, ...]
+
+
+class Sums(NamedTuple):
+    """Sums over vectors x that were divided by `scale` first.
+
+    Attributes:
+        total: `(*batch, dim, dim)`, `Σ xxᵀ`, or its diagonal `(*batch, dim)`.
+        first: `(*batch, dim)`, `Σ x`.
+        num: the number of vectors.
+        scale: a power of two, or `None` for one.
+    """
+
+    total: Tensor
+    first: Tensor
+    num: int
+    scale: Tensor | None = None
 
 
 class _Moments:
@@ -44,7 +65,13 @@ class _Moments:
 
     @classmethod
     def of(cls, total: Tensor, sum: Tensor, count: Tensor) -> Any:
-        """The second moment whose `tensors()` are these; they are not copied."""
+        """The second moment with these sums, which are not copied: the inverse of `tensors`.
+
+        Args:
+            total: `Σ xxᵀ`, or its diagonal.
+            sum: `Σ x`.
+            count: the number of vectors.
+        """
         made = cls.__new__(cls)
         made.dim, made.batch = sum.shape[-1], tuple(sum.shape[:-1])
         made.total, made.sum, made.count = total, sum, count
@@ -70,7 +97,15 @@ class _Moments:
         scale: Tensor | None = None,
         at: At | None = None,
     ) -> Any:
-        """Adds sums made elsewhere: of second moments, of vectors, and how many; vectors divided by `scale` before."""
+        """Adds sums that were computed elsewhere; `gram.add(*sums(x))` is `gram.update(x)`.
+
+        Args:
+            total: `Σ xxᵀ`, or its diagonal, over vectors that were divided by `scale`.
+            sum: `Σ x`, likewise.
+            count: the number of vectors.
+            scale: a power of two, or `None` for one.
+            at: which entries of the batch the sums are of; all by default.
+        """
         square = 1.0
         if scale is not None:
             wide = scale.double()
@@ -92,7 +127,7 @@ class _Moments:
         return self
 
     def merge(self, other: _Moments) -> Any:
-        """Adds another's sums: the second moment of both sets of vectors together."""
+        """Adds another's sums, so that this is the second moment of both sets of vectors together."""
         if type(other) is not type(self) or (other.dim, other.batch) != (self.dim, self.batch):
             raise ShapeError(
                 f"{type(self).__name__}.merge: dimensions differ: {(*self.batch, self.dim)} and "
@@ -103,13 +138,13 @@ class _Moments:
         return self
 
     def decay(self, factor: float) -> Any:
-        """Multiplies sums and counts, so that what comes later weighs more: an exponential moving average."""
+        """Multiplies sums and counts by a factor, so that later vectors weigh more: an exponential moving average."""
         for tensor in self.tensors():
             tensor *= factor
         return self
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums that merging, saving and reducing over ranks act on: second moment, first moment, count."""
+        """The sums `Σ xxᵀ` (or its diagonal) and `Σ x`, and the count: what is saved and added over ranks."""
         return self.total, self.sum, self.count
 
     @property
@@ -119,13 +154,13 @@ class _Moments:
 
     @property
     def rms(self) -> float:
-        """Root mean square of one element: `√(tr M / dim)`, over all of a batch."""
+        """Root mean square of the vectors' elements: `√(tr M / dim)`, over the whole batch."""
         diagonal = self.diagonal
         return float((diagonal.mean() if diagonal.numel() else diagonal.sum()).clamp_min(0).sqrt())
 
     @property
     def diagonal(self) -> Float[Tensor, "*batch dim"]:
-        """The diagonal of `M`."""
+        """The diagonal of `M`, in float64."""
         total = self.total if self.total.ndim == self.sum.ndim else self.total.diagonal(dim1=-2, dim2=-1)
         return total / self._count(1)
 
@@ -141,11 +176,21 @@ class _Moments:
 
 
 class Gram(_Moments):
-    """A second moment `M = (1/n) Σ xᵢ xᵢᵀ` of vectors of length `dim`, with their mean, that streams.
+    """A second moment `M = (1/n) Σ xᵢ xᵢᵀ` of vectors that arrive in parts, with their mean.
 
-    `batch` gives several at once: the heads of a projection, the groups of a convolution. Sums are kept in float64,
-    each update scaled by a power of two where it needs it, so that vectors near 1e-30 (a vanishing gradient) do not
-    square to zero. `merge` of parts equals the whole to rounding.
+    Sums are kept in float64. An update whose squares would underflow or overflow is divided by a power of two first:
+    the gradients of an untrained deep network may be near 1e-30, and their squares do not exist in float32.
+
+    Args:
+        dim: the length of the vectors.
+        batch: the shape of a batch of second moments, updated together: the heads of a projection, the groups of a
+            convolution. One by default.
+        device: of the sums.
+
+    Raises: nothing of its own; `update` and `merge` raise ShapeError.
+    Cost: an update takes `rows·dim²` operations; memory is 8 bytes times `dim²`. Accuracy: merging the second moments
+    of parts gives that of the whole to rounding; products of float32 rows are summed in float32 within one update.
+    Source: the definition.
 
     >>> gram = Gram(2)
     >>> gram.update(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).update(torch.tensor([[1.0, 1.0]]))
@@ -153,9 +198,9 @@ class Gram(_Moments):
     >>> gram.matrix
     tensor([[0.6667, 0.3333],
             [0.3333, 0.6667]], dtype=torch.float64)
-    >>> gram.inv(damping=1.0)
-    tensor([[ 0.6250, -0.1250],
-            [-0.1250,  0.6250]], dtype=torch.float64)
+    >>> root, inverse_root = gram.roots()
+    >>> torch.dist(root @ root, gram.matrix) < 1e-12
+    tensor(True)
     """
 
     def __init__(self, dim: int, batch: tuple[int, ...] = (), *, device: torch.device | str | None = None) -> None:
@@ -163,9 +208,15 @@ class Gram(_Moments):
         self.total = torch.zeros(*self.batch, dim, dim, dtype=torch.float64, device=device)
 
     def update(self, x: Float[Tensor, "*rows dim"], count: float | None = None, at: At | None = None) -> Gram:
-        """Adds the rows of `x` `(*batch, rows, dim)`. `count` replaces the number of rows (units of a loss)."""
-        total, first, rows, scale = sums(self._rows(x, at))
-        return self.add(total, first, rows if count is None else count, scale, at)
+        """Adds the rows of a tensor, and returns this second moment.
+
+        Args:
+            x: `(*batch, rows, dim)`; without a batch, any leading dimensions.
+            count: takes the place of the number of rows in n: a number of units of a loss.
+            at: which entries of the batch the rows belong to; all by default.
+        """
+        total, first, num, scale = sums(self._rows(x, at))
+        return self.add(total, first, num if count is None else count, scale, at)
 
     @property
     def matrix(self) -> Float[Tensor, "*batch dim dim"]:
@@ -174,37 +225,51 @@ class Gram(_Moments):
 
     @property
     def covariance(self) -> Float[Tensor, "*batch dim dim"]:
-        """`M − mean meanᵀ`. Where the mean dominates, what is below its rounding is lost, as it is to a layer."""
+        """`M − mean meanᵀ` in float64. A variance far below the squared mean is lost to rounding."""
         mean = self.mean
         return self.matrix - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
-    # Functions of M, certified by gm.linalg: each raises ConvergenceError where its answer does not exist.
+    def roots(self, damping: float = 0.0, *, centered: bool = False) -> tuple[Tensor, Tensor]:
+        """The square root and the inverse square root, `M_λ^½` and `M_λ^-½`, of the damped second moment.
 
-    def inv(self, damping: float = 0.0) -> Float[Tensor, "*batch dim dim"]:
-        """`(M + λI)⁻¹`."""
-        return linalg.inv(self.matrix, damping)
+        `M_λ = M + λμI`, where μ is the mean eigenvalue of M, so that λ has no unit. Where M is zero, both roots are
+        the identity. Without damping, the inverse root of a singular M is not finite.
 
-    def solve(self, b: Float[Tensor, "*batch dim k"], damping: float = 0.0) -> Float[Tensor, "*batch dim k"]:
-        """`(M + λI)⁻¹ b`."""
-        return linalg.solve(self.matrix, b, damping)
+        Cost: one eigendecomposition in float64.
 
-    def inv_root(self, p: int, damping: float = 0.0) -> Float[Tensor, "*batch dim dim"]:
-        """`(M + λI)^(-1/p)`."""
-        return linalg.inv_root(self.matrix, p, damping)
-
-    def sqrtm(self) -> Float[Tensor, "*batch dim dim"]:
-        """`M^(1/2)`."""
-        return linalg.sqrtm(self.matrix)
-
-    def eigvalsh(self) -> Float[Tensor, "*batch dim"]:
-        """The eigenvalues of `M`, ascending."""
-        return linalg.svdvals(self.matrix).flip(-1)
+        Args:
+            damping: λ, at least 0.
+            centered: whether M is the covariance in place of the second moment.
+        """
+        if not 0 <= damping < math.inf:
+            raise InputError(f"Gram.roots: damping must be finite and not negative, got {damping}")
+        m = self.covariance if centered else self.matrix
+        level = m.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]
+        zero = level <= 0
+        # Scaled first: the Gram of a vanishing gradient is near 1e-40. Eigenvalues below zero are rounding.
+        level = torch.where(zero, 1.0, level)
+        values, vectors = torch.linalg.eigh(m / level[..., None])
+        root = ((values.clamp_min(0) + damping).sqrt() * level.sqrt())[..., None, :]
+        eye = torch.eye(self.dim, dtype=m.dtype, device=m.device)
+        return (
+            torch.where(zero[..., None], eye, vectors * root @ vectors.mT),
+            torch.where(zero[..., None], eye, vectors / root @ vectors.mT),
+        )
 
 
 class DiagonalGram(_Moments):
-    """The diagonal of a second moment: where `M` is diagonal (one-hot inputs), or too wide to be kept whole.
+    """The diagonal of a second moment, for vectors too long for the whole of it, or one-hot ones.
 
-    For indices, `M[v, v]` is the share of index `v`, and nothing is lost.
+    Of one-hot vectors, given by their indices, the second moment is diagonal: `M[v, v]` is the share of index v.
+
+    Args:
+        dim: the length of the vectors.
+        batch: the shape of a batch of second moments; one by default.
+        device: of the sums.
+
+    Raises: nothing of its own; `update` and `merge` raise ShapeError.
+    Cost: an update takes `rows·dim` operations; memory is 8 bytes times `dim`.
+    Source: the definition.
 
     >>> DiagonalGram(3).update(torch.tensor([0, 2, 2, 2])).diagonal
     tensor([0.2500, 0.0000, 0.7500], dtype=torch.float64)
@@ -215,7 +280,13 @@ class DiagonalGram(_Moments):
         self.total = torch.zeros_like(self.sum)
 
     def update(self, x: Tensor, count: float | None = None, at: At | None = None) -> DiagonalGram:
-        """Adds rows `(*batch, rows, dim)`, or one-hot rows given as integer indices of any shape."""
+        """Adds the rows of a tensor, and returns this second moment.
+
+        Args:
+            x: `(*batch, rows, dim)`; or integer indices of any shape, each a one-hot row.
+            count: takes the place of the number of rows in n.
+            at: which entries of the batch the rows belong to; all by default.
+        """
         if not x.is_floating_point():
             shares = torch.bincount(x.detach().flatten(), minlength=self.dim).double()
             return self.add(shares, shares, x.numel() if count is None else count)
@@ -226,34 +297,58 @@ class DiagonalGram(_Moments):
         return self.add(squares, first, x.shape[-2] if count is None else count, scale, at)
 
 
-Sums = tuple[Tensor, Tensor, int, "Tensor | None"]
-
-
 def sums(x: Float[Tensor, "*batch rows dim"], precision: str = "float32") -> Sums:
-    """`Σ xxᵀ`, `Σ x`, their number, and the power of two that x was divided by first, if any: what `Gram.add` takes."""
+    """`Σ xxᵀ` and `Σ x` over the rows of a tensor, scaled so that squares neither underflow nor overflow.
+
+    Args:
+        x: `(..., rows, dim)`.
+        precision: "float32", or "bfloat16" for products of float32 rows in that dtype, as in `gm.linalg.syrk`.
+
+    Returns: the sums, the number of rows, and the scale: what `Gram.add` takes.
+    Raises:
+        InputError: another precision.
+    Cost: `rows·dim²`. Accuracy: that of `gm.linalg.syrk`.
+    Source: the definition.
+
+    >>> total, first, num, scale = sums(torch.full((2, 1), 1e-30))
+    >>> total.double() * scale.double() ** 2
+    tensor([[2.0000e-60]], dtype=torch.float64)
+    """
     x = x if x.dtype == torch.float64 else x.float()
     if x.device.type == "cpu":
-        # Whether a scale is needed shows on the diagonal, which is far smaller than x.
+        # The diagonal shows whether a scale is needed, and is far smaller than x.
         total = linalg.syrk(x, precision=precision)
         diagonal = total.diagonal(dim1=-2, dim2=-1)
         if not diagonal.numel() or _LOW < float(diagonal.amax()) < _HIGH:
-            return total, x.sum(-2).double(), x.shape[-2], None
+            return Sums(total, x.sum(-2).double(), x.shape[-2], None)
     scale = power_of_two(x)
     if scale is not None:
         x = x / scale
-    return linalg.syrk(x, precision=precision), x.sum(-2).double(), x.shape[-2], scale
+    return Sums(linalg.syrk(x, precision=precision), x.sum(-2).double(), x.shape[-2], scale)
 
 
 def power_of_two(x: Tensor) -> Tensor | None:
-    """The power of two at the largest finite magnitude of `x`; dividing by it is exact. `None` where it is not needed.
+    """The power of two at the largest finite magnitude of a tensor; dividing by it is exact.
 
-    On a GPU it is always taken: to know that it is not needed would be to wait for the device.
+    On a CPU, `None` where squares are safe without it. On a GPU it is always computed, since to decide would take a
+    synchronization.
+
+    Args:
+        x: a floating tensor of any shape.
+
+    Returns: a scalar tensor, one for a tensor that is zero or not finite; or `None`.
+    Raises: nothing of its own.
+    Cost: one pass.
+    Source: this library's own.
+
+    >>> power_of_two(torch.tensor([3e-20])), power_of_two(torch.tensor([3.0]))
+    (tensor(5.4210e-20), None)
     """
     if x.numel() == 0:
         return None
     largest = torch.linalg.vector_norm(x, torch.inf)
     if x.device.type == "cpu" and (1 / _SAFE < float(largest) < _SAFE or x.dtype == torch.float64):
         return None
-    # Kept within what float32 can hold as a normal number together with its inverse.
+    # Within what float32 can hold as a normal number together with its inverse.
     exponent = torch.frexp(largest).exponent.clamp(-120, 120).to(x.dtype)
     return torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(exponent), torch.ones_like(largest))

@@ -1,7 +1,7 @@
-"""Objectives: what a loss is, so that curvature and honest Gram matrices can be had from it.
+"""Objectives: a loss as a sum over known units, which curvature and second moments of gradients need.
 
-A scalar mean hides the number of units it averages over (the mean over batches of 128 and 64 and over one of 192 give
-second moments of the gradient that differ four-fold). So an objective is a pair: `predict(model, batch) -> output` and
+A scalar mean hides the number of units it averages over: the mean over batches of 128 and 64 and over one of 192 give
+second moments of the gradient that differ four-fold. So an objective is a pair: `predict(model, batch) -> output` and
 `criterion(output, batch) -> (sum of losses, number of units)`.
 """
 
@@ -23,23 +23,23 @@ __all__ = ["Fisher", "Objective", "as_objective"]
 Fisher = Literal["sampled", "empirical", "gauss_newton"]
 Predict = Callable[[nn.Module, Any], Any]
 Criterion = Callable[[Any, Any], tuple[Tensor, "Tensor | int"]]
-# (output, batch, generator) -> one loss for each column of a square root of the criterion's Hessian: the gradients of
-# these losses, summed as outer products, are the Fisher (sampled) or the Gauss–Newton matrix (exact).
+# (output, batch, generator) -> losses, one for each column of a square root of the criterion's Hessian. The sum of the
+# outer products of their gradients is the Fisher matrix (sampled) or the Gauss–Newton matrix (exact).
 Factor = Callable[[Any, Any, torch.Generator], Iterator[Tensor]]
 Padding = Callable[[Any], Tensor]
 
 
 class Observer(Protocol):
-    """What is told when an objective is evaluated (`gm.capturing`)."""
+    """What `gm.capturing` implements, to be called when an objective is evaluated."""
 
-    def begins(self, batch: Any) -> None:
-        """Before the forward pass of `Objective.loss`."""
+    def before_forward(self, batch: Any) -> None:
+        """Called before the forward pass of `Objective.loss`."""
 
-    def ends(self, output: Any, batch: Any, result: Any) -> None:
-        """After the criterion gave its result."""
+    def after_criterion(self, output: Any, batch: Any, result: Any) -> None:
+        """Called with the criterion's result."""
 
 
-# Observers by the criterion that they watch: a copy of an objective by `dataclasses.replace` is watched too.
+# Observers by the criterion that they observe, so that `dataclasses.replace` gives an objective that is observed too.
 _OBSERVERS: dict[Criterion, list[Observer]] = {}
 
 
@@ -50,14 +50,17 @@ class Objective:
     Args:
         predict: `predict(model, batch) -> output`.
         criterion: `criterion(output, batch) -> (sum of losses, number of units)`: a scalar tensor and a count.
-        fisher: which second moment of output gradients `capture` takes. `"empirical"`: of the loss itself;
-            `"sampled"`: of the loss with labels drawn from the model's own output; `"gauss_newton"`: one
-            backward pass for each output dimension; exact where each unit has rows of its own, else unbiased. The last
-            two need the matching factor.
-        sampled, gauss_newton: for each kind, the losses whose gradients give it (see `Factor`).
-        rows: `rows(batch) -> bool tensor (B, T)`, false where an input position is padding: such rows do not count in
-            the second moments of layers' inputs, wherever these are (B, T, …). All rows count without it.
+        fisher: which second moment of output gradients `capture` takes. `"empirical"`: that of the loss itself;
+            `"sampled"`: of the loss with labels drawn from the model's own output; `"gauss_newton"`: with one backward
+            pass for each output dimension, exact where each unit has its own rows, else unbiased. The last two need
+            the function of that name.
+        sampled, gauss_newton: `(output, batch, generator) -> losses`; the sum of the outer products of their gradients
+            is that second moment.
+        rows: `rows(batch) -> bool tensor (B, T)`, false where an input position is padding. Such rows do not count in
+            the second moments of layers' inputs of shape (B, T, …). By default all rows count.
 
+    Raises: nothing of its own; `loss` and `losses` raise InputError.
+    Cost: none.
     Source: Martens, New Insights and Perspectives on the Natural Gradient Method (1412.1193), §5, §9; the three
     estimators as named by Kunstner et al. (1905.12558).
 
@@ -81,7 +84,7 @@ class Objective:
 
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
-        """Tells `observer` of every evaluation of this objective inside the context."""
+        """A context in which `observer` is called at every evaluation of this objective."""
         observers = _OBSERVERS.setdefault(self.criterion, [])
         observers.append(observer)
         try:
@@ -92,13 +95,20 @@ class Objective:
                 del _OBSERVERS[self.criterion]
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """`(sum of losses, number of units)` of one batch, checked: two finite-shaped scalars, units above zero."""
+        """`(sum of losses, number of units)` of one batch, as two scalar tensors.
+
+        Raises `InputError` where the criterion returns anything else, or no units.
+
+        Args:
+            model: passed to `predict`.
+            batch: passed to `predict` and `criterion`.
+        """
         for observer in _OBSERVERS.get(self.criterion, ()):
-            observer.begins(batch)
+            observer.before_forward(batch)
         return self.checked(self.criterion(self.predict(model, batch), batch))
 
     def checked(self, result: Any) -> tuple[Tensor, Tensor]:
-        """The criterion's result as two scalar tensors, or an `InputError` that says what came instead."""
+        """The criterion's result as two scalar tensors. Raises `InputError` for any other result."""
         wanted = "criterion(output, batch) must return (sum of losses, number of units): a scalar tensor and a count"
         if not (isinstance(result, Sequence) and len(result) == 2):
             raise InputError(f"objective: {wanted}; got {_describe(result)}")
@@ -111,7 +121,16 @@ class Objective:
         return total.reshape(()), units.reshape(())
 
     def losses(self, output: Any, batch: Any, fisher: Fisher, generator: torch.Generator) -> Iterator[Tensor]:
-        """The losses whose gradients' outer products sum to the asked second moment."""
+        """The losses whose gradients' outer products sum to the second moment `fisher`.
+
+        Raises `InputError` where this objective lacks it.
+
+        Args:
+            output: of `predict`.
+            batch: as passed to `predict`.
+            fisher: "empirical", "sampled" or "gauss_newton".
+            generator: draws labels and signs.
+        """
         if fisher == "empirical":
             yield self.checked(self.criterion(output, batch))[0]
             return
@@ -130,8 +149,10 @@ class Objective:
     ) -> Objective:
         """Cross-entropy of class scores `(..., C)` against labels `(...)` for `(x, y)` batches; a unit is a label.
 
-        Labels equal to `ignore_index` (padding) weigh zero and are not counted; `padding` is the input token whose rows
-        do not count in the second moments of inputs.
+        Args:
+            fisher: as in `Objective`.
+            ignore_index: the label of units that have no loss and are not counted.
+            padding: the input token whose rows do not count in the second moments of inputs.
         """
         return _cross_entropy(_first, lambda output, batch: (output, batch[1]), fisher, ignore_index, padding)
 
@@ -139,7 +160,10 @@ class Objective:
     def next_token(*, fisher: Fisher = "sampled", ignore_index: int = -100, padding: int | None = None) -> Objective:
         """Cross-entropy of the next token: output `(B, T, V)` for `(tokens,)` or `(tokens, next tokens)` batches.
 
-        Next tokens equal to `ignore_index` weigh zero, and so does the token `padding`, as input and as next token.
+        Args:
+            fisher: as in `Objective`.
+            ignore_index: the next token of units that have no loss and are not counted.
+            padding: a token that does not count either, neither as next token nor as input.
         """
 
         def scores_and_labels(output: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
@@ -164,9 +188,23 @@ class Objective:
 
 
 def as_objective(objective: Any) -> Objective:
-    """An `Objective` as it is; a plain `loss(model, batch) -> scalar mean` as an empirical one.
+    """An `Objective` unchanged; a plain `loss(model, batch) -> scalar mean` as an objective with `fisher="empirical"`.
 
     The units of a plain loss are the elements of the batch's first dimension.
+
+    Args:
+        objective: either of these.
+
+    Returns: an `Objective`.
+    Raises:
+        InputError: it is neither; later, where the function does not return a scalar.
+    Cost: none.
+    Source: this library's own.
+
+    >>> objective = as_objective(lambda model, batch: model(batch).mean())
+    >>> total, units = objective.loss(nn.Linear(3, 2), torch.ones(4, 3))
+    >>> int(units)
+    4
     """
     if isinstance(objective, Objective):
         return objective
@@ -190,7 +228,7 @@ def _observed(criterion: Criterion) -> Criterion:
     def observed(output: Any, batch: Any) -> tuple[Tensor, Tensor | int]:
         result = criterion(output, batch)
         for observer in _OBSERVERS.get(observed, ()):
-            observer.ends(output, batch, result)
+            observer.after_criterion(output, batch, result)
         return result
 
     observed.observed = criterion  # type: ignore[attr-defined]
@@ -202,7 +240,7 @@ def _inputs(batch: Any) -> Any:
 
 
 def _num_samples(batch: Any) -> int:
-    """The length of the first dimension of the first tensor of a batch, which may be a tensor, a sequence or a dict."""
+    """The length of the first dimension of the first tensor of a batch: a tensor, a sequence or a dict."""
     first = batch
     while isinstance(first, (Mapping, Sequence)) and not isinstance(first, str) and len(first):
         first = next(iter(first.values() if isinstance(first, Mapping) else first))
@@ -278,7 +316,7 @@ def _squared_error(target: Callable[[Any], Tensor], fisher: Fisher) -> Objective
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """±1 at random: where several units share a layer's row (attention), their cross terms cancel in expectation."""
+    """Random ±1: where several units share a layer's row (attention), their cross terms then cancel on average."""
     return torch.empty_like(like, requires_grad=False).bernoulli_(generator=generator).mul_(2).sub_(1)
 
 

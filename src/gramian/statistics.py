@@ -1,4 +1,4 @@
-"""Where in a model second moments were taken: the sites of its blocks, merged over files and ranks."""
+"""Statistics: the second moments of every layer of a model, by use, merged over files and ranks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ _FORMAT = "gramian.statistics"
 
 @dataclass
 class Site:
-    """One use of a block in the forward pass: `A`, the second moment of its inputs; `G`, of its output gradients.
+    """One use of a block in the forward pass, with the second moments of its inputs and output gradients.
 
-    `A` is over rows (samples, tokens, patches), `G` over the loss's units: `G = (1/units) Σ_rows g gᵀ`. Either is
-    `None`, with `reason`, where it does not exist. Where a block has several matrices, A or G has one for each if they
-    differ (the heads of an output projection have an A each and one G), and one for all if they do not.
+    Where the block holds several matrices, A or G is a batch with an entry for each if they differ, and a single one if
+    they do not: the heads of an output projection have an A each and one G.
 
-    `name` is the parameter's name where it was used, `op` what was done with it. `transposed` says that the input runs
-    along the block's rows, as in an embedding (rows: the vocabulary). `calls` counts the uses that were seen.
+    Attributes:
+        A: the second moment of the inputs, `(1/rows) Σ a aᵀ` over rows (samples, tokens, patches); or `None`.
+        G: that of the gradients of the loss at the outputs, `(1/units) Σ g gᵀ` over the loss's units; or `None`.
+        reason: why A or G is `None`.
+        calls: how often this use was seen.
+        name: the parameter's name where it was used.
+        op: the operation: "linear", "matmul", "convolution", ...
+        transposed: whether the input runs along the block's rows, as in an embedding (rows: the vocabulary).
+        skipped: the units of backward passes that overflowed and were left out of G, or `None`.
     """
 
     A: Gram | DiagonalGram | None = None
@@ -45,11 +51,11 @@ class Site:
 
     @property
     def key(self) -> tuple:
-        """What two sites share that are the same use of a block."""
+        """Equal for two sites that are the same use of a block."""
         return self.name, self.op, self.transposed, None if self.A is None else self.A.batch
 
     def merge(self, other: Site) -> None:
-        """Adds what the same use gave on other batches."""
+        """Adds the second moments of the same use on other batches."""
         for side in "AG":
             mine, theirs = getattr(self, side), getattr(other, side)
             if mine is not None and theirs is not None:
@@ -65,7 +71,19 @@ class Site:
 
 
 class Sites(tuple[Site, ...]):
-    """The sites of one block. `A`, `G`, `reason`, `calls` are the site's own, where there is one."""
+    """The sites of one block, a tuple; `A`, `G` and `reason` are those of its only site.
+
+    Args:
+        sites: an iterable of `Site`.
+
+    Raises:
+        InputError: `A`, `G`, `reason` or `only` where the block has several sites.
+    Cost: none.
+    Source: this library's own.
+
+    >>> Sites([Site(reason="no batch reached it")]).reason
+    'no batch reached it'
+    """
 
     __slots__ = ()
 
@@ -91,7 +109,7 @@ class Sites(tuple[Site, ...]):
 
     @property
     def only(self) -> Site:
-        """The one site; an `InputError` that lists them where there are several."""
+        """The block's only site. Raises an `InputError` that lists the sites where there are several."""
         if len(self) != 1:
             shown = ", ".join(f"[{i}] {s.op} as {s.name}" for i, s in enumerate(self))
             raise InputError(f"statistics: {self[0].name!r} has {len(self)} sites: {shown}. Choose one by its number")
@@ -103,12 +121,27 @@ class Sites(tuple[Site, ...]):
 
 @dataclass
 class Statistics(Mapping[str, Sites]):
-    """The sites of a model's blocks by name, in the order of the forward pass.
+    """The sites of a model's blocks by name, in the order of the forward pass: what `gm.capture` returns.
 
     `stats[name].A` and `.G` where the block has one site, `stats[name][0].A` where it has several. A tied parameter is
     one block: its first name gives all its sites, each other name those where it was used under that name.
-    `loss` is the mean loss per unit, `units` the number of units seen, `fisher` which second moment `G` is;
-    `objective` is the one that a live capture watches.
+
+    Args:
+        blocks: a list of sites for each block.
+        aliases: the block's name for each further name of a tied parameter.
+        fisher: which second moment G is: "empirical", "sampled" or "gauss_newton".
+        units: the number of units of the loss that were seen.
+        loss: the mean loss per unit.
+        objective: the objective that a live capture observes.
+
+    Raises:
+        InputError: `stats[name]` for a name that is no block's.
+    Cost: none.
+    Source: A and G as in K-FAC (Martens & Grosse 1503.05671, eq. 1).
+
+    >>> stats = Statistics({"0.weight": [Site(A=Gram(2).update(torch.eye(2)), name="0.weight", op="linear")]})
+    >>> stats["0.weight"].A
+    Gram(dim=2, count=2)
     """
 
     blocks: dict[str, list[Site]] = field(default_factory=dict)
@@ -130,7 +163,12 @@ class Statistics(Mapping[str, Sites]):
         raise InputError(f"statistics: no block is named {name!r}; the first are {known or 'none'}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The sites of a block, or `default`."""
+        """The sites of a block, or the default.
+
+        Args:
+            name: the block's, or another of a tied parameter.
+            default: what to return where no block has the name.
+        """
         if name not in self:
             return default
         return self[name]
@@ -149,9 +187,9 @@ class Statistics(Mapping[str, Sites]):
         return (site for sites in self.blocks.values() for site in sites)
 
     def settle(self) -> None:
-        """Sets the count of every G: all units, also those of batches that did not use the layer, their gradient zero.
+        """Sets the count of every G to all units, less those of backward passes that overflowed.
 
-        Less those of backward passes that overflowed.
+        So a batch that did not use a layer counts as one with a gradient of zero.
         """
         for site in self.sites():
             if site.G is not None:
@@ -160,12 +198,14 @@ class Statistics(Mapping[str, Sites]):
                     site.G.count -= site.skipped.to(site.G.count.device)
 
     def merge(self, other: Statistics) -> Statistics:
-        """Adds the statistics of other batches of the same model: what one pass over both would have given.
+        """Adds the statistics of other batches of the same model, as if one pass had been over both.
 
-        Raises `InputError` where the two hold different second moments, `ShapeError` where their sizes differ.
+        Raises `InputError` where G is another second moment (`fisher`), `ShapeError` where sizes differ.
         """
         if self.units and other.units and self.fisher != other.fisher:
-            raise InputError(f"merge: G is {self.fisher!r} here and {other.fisher!r} there; capture both alike")
+            raise InputError(
+                f"merge: G is {self.fisher!r} here and {other.fisher!r} there; capture both with the same fisher"
+            )
         losses = [s.loss * s.units for s in (self, other) if s.units]
         self.fisher = self.fisher if self.units else other.fisher
         self.units += other.units
@@ -183,41 +223,39 @@ class Statistics(Mapping[str, Sites]):
         return self
 
     def all_reduce(self, group: Any = None) -> Statistics:
-        """Merges the statistics of all ranks, so that each holds what one process would have on all their batches.
+        """Merges the statistics of all ranks, so that each has those of all batches. Collective.
 
-        Collective. Ranks may have reached different blocks; a rank that saw nothing of a block adds nothing to it. The
-        sites are new objects afterwards. `capture` does it by itself for a model under DDP or FSDP2.
+        Ranks may have reached different blocks; a rank that has not seen a block adds nothing to it. The sites are new
+        objects afterwards. `capture` does this itself for a model under DDP or FSDP2.
+
+        Raises `InputError` or `ShapeError`, on every rank, where two ranks' statistics do not match. Cost: one exchange
+        of names and sizes, and one sum of all Grams in float64. Memory: all Grams once more.
 
         Args:
             group: the process group; all ranks by default. Without one, nothing happens.
-
-        Raises `InputError` or `ShapeError`, on every rank, where two ranks' statistics do not fit together.
-        Cost: an exchange of names and sizes, and one sum of all Grams in float64. Memory: all Grams once more.
         """
         rank, size = placement.world(group)
         if size == 1:
             return self
         sizes = [[None if m is None else (*m.batch, m.dim) for m in (site.A, site.G)] for site in self.sites()]
         skips = [site.skipped is not None for site in self.sites()]
-        told = placement.exchange(json.dumps(self._about() | {"sizes": sizes, "skips": skips}), group)
+        abouts = placement.exchange_json(self._about() | {"sizes": sizes, "skips": skips}, group)
         device = next((m.sum.device for site in self.sites() for m in (site.A, site.G) if m is not None), "cpu")
-        whole, sums = Statistics(), []
-        for r, text in enumerate(
-            told
-        ):  # in the order of the ranks, so that each finds the same sites in the same order
-            whole.merge(self if r == rank else _without_numbers(json.loads(text), device))
-            sums = [m for site in whole.sites() for m in (site.A, site.G) if m is not None]
-            for moment in sums:  # into memory of its own, what was one zero repeated
+        whole, moments = Statistics(), []
+        for r, about in enumerate(abouts):  # by rank, so that all ranks have the same sites in the same order
+            whole.merge(self if r == rank else _zeros(about, device))
+            moments = [m for site in whole.sites() for m in (site.A, site.G) if m is not None]
+            for moment in moments:  # sums that were one zero, repeated, get memory of their own
                 moment.total, moment.sum = moment.total.contiguous(), moment.sum.contiguous()
         skipped = [site.skipped for site in whole.sites() if site.skipped is not None]
-        placement.all_reduce_sum([tensor for moment in sums for tensor in moment.tensors()] + skipped, group)
+        placement.all_reduce_sum([tensor for moment in moments for tensor in moment.tensors()] + skipped, group)
         whole.settle()
         self.blocks, self.aliases, self.fisher = whole.blocks, whole.aliases, whole.fisher
         self.units, self.loss = whole.units, whole.loss
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything as safetensors, atomically; `Statistics.load` reads it back bitwise."""
+        """Writes everything to a safetensors file, whole or not at all; `Statistics.load` reads it back bitwise."""
         tensors: dict[str, Tensor] = {}
         for i, site in enumerate(self.sites()):
             for side, moment in (("A", site.A), ("G", site.G)):
@@ -229,7 +267,7 @@ class Statistics(Mapping[str, Sites]):
         save_tensors(path, tensors, {_FORMAT: json.dumps(self._about())})
 
     def _about(self) -> dict[str, Any]:
-        """All but the tensors, for JSON; of a second moment its class."""
+        """Everything but the tensors, for JSON; a second moment is named by its class."""
         rows = []
         for site in self.sites():
             row = {key: getattr(site, key) for key in ("reason", "calls", "name", "op", "transposed")}
@@ -245,7 +283,7 @@ class Statistics(Mapping[str, Sites]):
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Statistics:
-        """Reads what `save` wrote. Raises `CheckpointError` for a file of another kind.
+        """Reads a file that `save` wrote. Raises `CheckpointError` for any other.
 
         >>> import tempfile, pathlib, torch
         >>> stats = Statistics({"0.weight": [Site(A=Gram(2).update(torch.eye(2)), name="0.weight", op="linear")]})
@@ -256,7 +294,7 @@ class Statistics(Mapping[str, Sites]):
         """
         tensors, metadata = load_tensors(path)
         if _FORMAT not in metadata:
-            raise CheckpointError(f"{os.fspath(path)}: these are not statistics of gramian; pass what stats.save wrote")
+            raise CheckpointError(f"{os.fspath(path)}: not statistics of gramian; pass a file that stats.save wrote")
 
         def parts(i: int, side: str) -> tuple[Tensor, ...]:
             return tuple(tensors[f"{i}.{side}.{part}"] for part in ("total", "sum", "count"))
@@ -267,7 +305,7 @@ class Statistics(Mapping[str, Sites]):
 def _rebuilt(
     about: dict[str, Any], parts: Callable[[int, str], tuple[Tensor, ...]], skipped: Callable[[int], Tensor | None]
 ) -> Statistics:
-    """Statistics from what `_about` said of them, and the tensors of each site: `parts` of each side, and `skipped`."""
+    """Statistics from `_about()` of others and each site's tensors: those of each side, and `skipped`."""
     sites = []
     for i, row in enumerate(about["sites"]):
         for side in "AG":
@@ -281,8 +319,8 @@ def _rebuilt(
     return Statistics(blocks, about["aliases"], about["fisher"], about["units"], about["loss"])
 
 
-def _without_numbers(about: dict[str, Any], device: torch.device | str) -> Statistics:
-    """Another rank's statistics with zeros for their sums, which take no memory: one number, repeated."""
+def _zeros(about: dict[str, Any], device: torch.device | str) -> Statistics:
+    """Another rank's statistics with zeros for their sums: one number, expanded, which takes no memory."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
 
     def parts(i: int, side: str) -> tuple[Tensor, ...]:

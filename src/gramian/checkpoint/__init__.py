@@ -1,4 +1,4 @@
-"""Weights in files: read without running anything, tensor by tensor; written whole or not at all."""
+"""Weights in files: read tensor by tensor, without executing anything in them; written whole or not at all."""
 
 from gramian.checkpoint.filling import load_into
 from gramian.checkpoint.formats import Entry

@@ -1,4 +1,4 @@
-"""What is wrong with a file: errors of one line that say what came, what was wanted, and what to do."""
+"""Errors about files, of one line each: what came, what was wanted, and what to do."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = ["damaged", "first_line", "not_a_zip", "plain", "refuse_pointer", "ref
 
 
 def damaged(file: Path, error: Exception) -> CheckpointError:
+    """The error for a file that cannot be read, or not to its end."""
     if isinstance(error, OSError):
         return CheckpointError(f"{file}: cannot be read ({first_line(error)}). Check that it is a file you may read.")
     what = (
@@ -23,14 +24,15 @@ def damaged(file: Path, error: Exception) -> CheckpointError:
 
 
 def refused(file: Path, wanted: list[str]) -> CheckpointError:
+    """The error for a pickle that would call these functions."""
     return CheckpointError(
-        f"{file}: refused, since it wants to run {some(wanted)} while loading; wanted tensors only. Where you "
-        "trust it, load it yourself and re-save: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
+        f"{file}: refused, since loading it would run {some(wanted)}; wanted tensors only. If you trust it, "
+        "load it yourself and save it again: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
     )
 
 
 def unsafe_globals(file: Path) -> list[str]:
-    """Return what the pickle would call beyond torch's allowed list, found by reading it, not by running it."""
+    """The functions outside torch's allowed list that a pickle would call; it is read for that, not executed."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # too damaged even for that
@@ -38,17 +40,17 @@ def unsafe_globals(file: Path) -> list[str]:
 
 
 def not_a_zip(file: Path) -> CheckpointError:
-    """Say what a `.pt` file is instead of torch.save's zip: a bare pickle, torch.save's before 1.6, or damaged."""
+    """The error for a `.pt` file that is no zip: a bare pickle, torch.save's format before 1.6, or a damaged file."""
     wanted: set[str] = set()
     num_pickles = 0
     with file.open("rb") as stream:
         try:
-            for _ in range(4):  # the old format is four pickles, the last of which is the object
+            for _ in range(4):  # the old format is four pickles; the last is the object
                 wanted |= _pickle_globals(stream)
                 num_pickles += 1
         except Exception:
-            pass  # the end, or no pickle at all
-    # what a state dict of that time holds: torch rebuilds tensors from storages
+            pass  # the end of the file, or no pickle at all
+    # what a state dict of that format holds: torch rebuilds tensors from storages
     known = ("collections.OrderedDict", "torch._utils._rebuild_", "torch.nn.parameter.Parameter")
     suspect = sorted(name for name in wanted if not name.startswith(known) and not name.endswith("Storage"))
     if suspect:
@@ -62,7 +64,7 @@ def not_a_zip(file: Path) -> CheckpointError:
 
 
 def _pickle_globals(stream: Any) -> set[str]:
-    """Return the dotted names that one pickle imports; its opcodes are listed, none is executed."""
+    """The dotted names that one pickle imports; its opcodes are listed, none is executed."""
     found: set[str] = set()
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(stream):
@@ -76,6 +78,7 @@ def _pickle_globals(stream: Any) -> set[str]:
 
 
 def refuse_pointer(file: Path) -> None:
+    """Raises where the file is a pointer that Git LFS has not yet replaced by the weights."""
     try:
         with file.open("rb") as stream:
             start = stream.read(64)
@@ -86,12 +89,13 @@ def refuse_pointer(file: Path) -> None:
 
 
 def plain(text: object, limit: int = 200) -> str:
-    """One printable line of bounded length: what comes from a file may hold anything."""
+    """The text as one printable line of bounded length, since text from a file may hold anything."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text)[:limit])
     return line + "…" * (len(str(text)) > limit)
 
 
 def first_line(error: Exception) -> str:
+    """An error's first sentence."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     sentence = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
@@ -99,5 +103,6 @@ def first_line(error: Exception) -> str:
 
 
 def some(names: list[str], limit: int = 3) -> str:
+    """The first few of the names, and how many more there are."""
     shown = ", ".join(plain(name) for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

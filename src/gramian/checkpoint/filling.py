@@ -1,4 +1,4 @@
-"""A checkpoint's tensors into a model of the same names and shapes."""
+"""Copying a checkpoint's tensors into a model with the same names and shapes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ __all__ = ["load_into"]
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Copies a checkpoint's tensors into `model`, which must have the same names and shapes.
+    """Copies a checkpoint's tensors into a model, which must have the same names and shapes.
 
-    Raises `CheckpointError`, before anything is copied, that names the first tensors that are missing, unexpected or of
-    another shape. Memory: one tensor at a time.
+    Args:
+        model: overwritten in place.
+        path: of a checkpoint, as in `open_checkpoint`.
+
+    Returns: the model.
+    Raises:
+        CheckpointError: before anything is copied, where a tensor is missing, unexpected or of another shape; the
+            message names the first ones. Also as `open_checkpoint`.
+    Cost: reads the file once; memory for one tensor at a time.
+    Source: this library's own.
 
     >>> import pathlib, tempfile
     >>> from gramian.checkpoint import save_tensors

@@ -1,8 +1,8 @@
-"""The formats of single files: each is one reader in `READERS`.
+"""The formats of single files, one reader for each in `READERS`.
 
-A reader lists what a file holds without loading it and hands out single tensors that are memory-mapped, so that a
-checkpoint larger than memory can be walked: the pages belong to the file, and the system takes them back at will.
-safetensors is imported where it is used, since `block` needs this package's `clean_name` and must load torch alone.
+A reader lists a file's tensors without loading them, and gives single tensors that are memory-mapped. So a checkpoint
+larger than memory can be read: the system takes pages of the file back when it needs them. safetensors is imported
+where it is used, since `block` needs this package's `clean_name` and must load only torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TIED = "gramian.tied"  # the metadata key under which a safetensors file of ours
 # Training loops write their state dict under one of these keys, next to an optimizer and counters.
 CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
 
-# Names of the safetensors format; what is absent is not a dtype of torch.
+# Names of the safetensors format, without those for which torch has no dtype.
 SAFETENSORS_DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -70,9 +70,15 @@ QUANTIZED = ("int8", "uint8", "qint", "quint", "float8", "float4")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint, known without loading it. `dtype` is torch's name for it, as in `"float32"`.
+    """One tensor of a checkpoint, described without loading it.
 
-    `tied_to` names the entry whose memory this one shares, and is empty otherwise. `file` and `key` say where it lies.
+    Attributes:
+        name: in the checkpoint, without wrappers' prefixes.
+        shape: of the tensor.
+        dtype: torch's name for it, as in `"float32"`.
+        file: the file that holds it.
+        key: its name in that file.
+        tied_to: the name of the entry whose memory it shares, or empty.
     """
 
     name: str
@@ -84,7 +90,7 @@ class Entry:
 
     @property
     def kind(self) -> Kind:
-        """What the numbers are: a spectrum makes sense of `"float"` only. Quantized weights lack their scales."""
+        """The kind of numbers; only `"float"` has a spectrum. Quantized weights lack their scales here."""
         if 0 in self.shape:
             return "empty"
         if self.dtype.startswith(QUANTIZED):
@@ -96,7 +102,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Content:
-    """An open file: what it holds, under the names in the file, and how to get one tensor."""
+    """An open file: its entries, under the names in the file, and a function that loads one tensor."""
 
     entries: list[Entry]
     get: Callable[[str], Tensor]
@@ -105,6 +111,7 @@ class Content:
 
 
 def reader(file: Path) -> AbstractContextManager[Content]:
+    """The open file, by the reader for its suffix."""
     if file.suffix not in READERS:
         raise CheckpointError(
             f"{file}: unknown suffix {plain(file.suffix)!r}, wanted one of {', '.join(READERS)}, or a folder. "
@@ -114,14 +121,16 @@ def reader(file: Path) -> AbstractContextManager[Content]:
 
 
 def get(content: Content, entry: Entry) -> Tensor:
+    """One tensor of an open file."""
     try:
         return content.get(entry.key)
-    except Exception as error:  # whatever a damaged file makes of its reader
+    except Exception as error:  # a damaged file may raise anything
         raise damaged(entry.file, error) from error
 
 
 @contextmanager
 def read_safetensors(file: Path) -> Iterator[Content]:
+    """An open safetensors file."""
     import safetensors
 
     refuse_pointer(file)
@@ -150,7 +159,7 @@ def read_safetensors(file: Path) -> Iterator[Content]:
 
 
 def _open_once(file: Path, opening: Callable[[], Any]) -> Any:
-    """Open a file that may be replaced meanwhile: the libraries open it twice by its name, for header and for data."""
+    """Opens a file that may be replaced meanwhile: libraries open it twice by its name, for its header and its data."""
 
     def identity() -> tuple[int, ...]:
         status = file.stat()
@@ -203,7 +212,7 @@ def _read_pickle(file: Path) -> Iterator[Content]:
 
 
 def _find_state(file: Path, loaded: object) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors by dotted name, out of the containers that training loops put around them."""
+    """The tensors by dotted name, taken out of the containers that training loops put around them."""
     notes, under = [], []
     while isinstance(loaded, Mapping):
         inner = next((key for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), None)
@@ -234,7 +243,7 @@ def _flatten(prefix: str, tree: Mapping[Any, Any], state: dict[str, Tensor], oth
             state[name] = value
         elif isinstance(key, str) and isinstance(value, Mapping):
             _flatten(f"{name}.", value, state, others)
-        else:  # an optimizer's state is keyed by numbers: its moments are not weights
+        else:  # an optimizer's state is keyed by numbers, and is not weights
             others.append(plain(name))
 
 
@@ -248,11 +257,11 @@ READERS: dict[str, Callable[[Path], AbstractContextManager[Content]]] = {
 
 
 def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return {alias: first name} of the names that share all of their memory."""
+    """`{alias: first name}` of the names that share all of their memory."""
     first: dict[tuple[Any, ...], str] = {}
     tied = {}
     for name, t in tensors.items():
-        if t.numel():  # empty tensors all lie at address 0
+        if t.numel():  # empty tensors are all at address 0
             memory = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg())
             if first.setdefault(memory, name) != name:
                 tied[name] = first[memory]
@@ -260,12 +269,13 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:
-    """Whether the value is numbers in memory: no subclass such as DTensor, not sparse, not meta, not scaled."""
+    """Whether the value is a dense tensor in memory: no subclass such as DTensor, not sparse, meta or quantized."""
     if type(value) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return False
     assert isinstance(value, Tensor)
     return value.layout == torch.strided and value.device.type != "meta" and not value.is_quantized
 
 
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(value: Tensor | torch.dtype) -> str:
+    """torch's name of a dtype, or of a tensor's: `"float32"`."""
+    return str(value.dtype if isinstance(value, Tensor) else value).removeprefix("torch.")

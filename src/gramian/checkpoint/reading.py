@@ -1,4 +1,4 @@
-"""Reading a checkpoint, a file or a folder, tensor by tensor and without running anything in it."""
+"""Reading a checkpoint, a file or a folder, tensor by tensor and without executing anything in it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,23 @@ __all__ = ["Checkpoint", "clean_name", "open_checkpoint"]
 # Where a Hugging Face folder keeps its weights, in the order in which transformers looks.
 FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-# Wrappers add their attribute's name wherever they wrap; DataParallel and DDP only around the whole model.
+# A wrapper adds its attribute's name to those of the module that it wraps, anywhere in the model; DataParallel and DDP
+# only wrap the whole model.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 PARALLEL = "module."
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a file or folder. Iterating yields `(name, tensor)` in the order of `entries`, one at a time.
+    """The tensors of a file or folder; iterating loads them one by one as `(name, tensor)`, in the order of `entries`.
 
-    `entries` holds what can be known without loading, by name; `notes` say what was unwrapped or left out; `metadata`
-    is the text that the file carries about itself. Tensors are memory-mapped: change a clone of them.
+    Tensors are memory-mapped: change a clone of them.
+
+    Attributes:
+        path: of the file or folder.
+        entries: every tensor's description, by name.
+        notes: what was unwrapped or left out.
+        metadata: the text that the file carries about itself.
     """
 
     path: Path
@@ -50,7 +56,7 @@ class Checkpoint:
                     yield entry.name, get(content, entry)
 
     def load(self, name: str) -> Tensor:
-        """Return one tensor by name."""
+        """One tensor by name. Raises `InputError` where there is none of that name."""
         if name not in self.entries:
             raise InputError(f"{self.path}: holds no tensor {plain(name)!r}; see Checkpoint.entries.")
         entry = self.entries[name]
@@ -59,33 +65,32 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a checkpoint for reading: nothing in it is executed, and no tensor is loaded before it is asked for.
+    """Opens a checkpoint for reading: nothing in it is executed, and a tensor is loaded only when asked for.
 
-    Takes a `.safetensors` file; a Hugging Face folder, sharded or not; or a `.pt`, `.pth`, `.ckpt` or `.bin` state
-    dict, read with `torch.load(weights_only=True, mmap=True)`. A state dict inside what a training loop wrote
-    (`{"model": …, "optimizer": …}`) is found, and `notes` say so. Names lose their wrappers' prefixes; see
-    `clean_name`.
+    A state dict inside what a training loop wrote (`{"model": …, "optimizer": …}`) is found, and `notes` say so. Names
+    lose their wrappers' prefixes; see `clean_name`.
 
     Args:
-        path: a file or a folder.
+        path: a `.safetensors` file; a Hugging Face folder, sharded or not; or a `.pt`, `.pth`, `.ckpt` or `.bin` state
+            dict, read with `torch.load(weights_only=True, mmap=True)`.
 
+    Returns: the checkpoint.
     Raises:
-        CheckpointError: the path is missing, damaged, of an unknown kind, holds no tensors, holds two tensors of one
-            name, or wants to run code. The message is one line that says what to do.
+        CheckpointError: the path is missing, damaged or of an unknown kind, holds no tensors or two of one name, or
+            loading it would execute code. The message is one line that says what to do.
+    Cost: reads headers only; a tensor maps its file.
+    Source: this library's own.
 
-    Cost: reads headers only. Walking the tensors maps one file at a time.
-
-    Example:
-        >>> import tempfile, pathlib, torch
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.pt"
-        >>> torch.save({"model": {"module.w": torch.ones(2, 3)}, "step": 7}, path)
-        >>> checkpoint = open_checkpoint(path)
-        >>> checkpoint.entries["w"].shape, checkpoint.entries["w"].kind
-        ((2, 3), 'float')
-        >>> checkpoint.notes
-        ("weights found under 'model'; left out: step",)
-        >>> [(name, float(tensor.sum())) for name, tensor in checkpoint]
-        [('w', 6.0)]
+    >>> import tempfile, pathlib, torch
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.pt"
+    >>> torch.save({"model": {"module.w": torch.ones(2, 3)}, "step": 7}, path)
+    >>> checkpoint = open_checkpoint(path)
+    >>> checkpoint.entries["w"].shape, checkpoint.entries["w"].kind
+    ((2, 3), 'float')
+    >>> checkpoint.notes
+    ("weights found under 'model'; left out: step",)
+    >>> [(name, float(tensor.sum())) for name, tensor in checkpoint]
+    [('w', 6.0)]
     """
     path = Path(path)
     if path.is_dir():
@@ -111,14 +116,21 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def clean_name(name: str) -> str:
-    """Drop what wrappers put into a parameter's name: DDP's `module.`, compile's, FSDP's and checkpointing's.
+    """A parameter's name without the prefixes of DDP (`module.`), `torch.compile`, FSDP and activation checkpointing.
 
-    Example:
-        >>> clean_name("_orig_mod.module.layers.0._checkpoint_wrapped_module.weight")
-        'layers.0.weight'
+    Args:
+        name: as in `named_parameters` or a state dict.
+
+    Returns: the name in the plain model.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> clean_name("_orig_mod.module.layers.0._checkpoint_wrapped_module.weight")
+    'layers.0.weight'
     """
     for wrapper in WRAPPERS:
-        # "my_orig_mod." is a name of the user's: only whole components are dropped
+        # only whole components are dropped: "my_orig_mod." is the user's own name
         name = f".{name}".replace(f".{wrapper}", ".")
         while f".{wrapper}" in name:  # a component that was wrapped twice
             name = name.replace(f".{wrapper}", ".")
@@ -166,7 +178,7 @@ def _open_folder(folder: Path) -> tuple[list[Entry], list[str], dict[str, str]]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Return {tensor: file} of a sharded folder's index."""
+    """`{tensor: file}` from a sharded folder's index."""
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -174,7 +186,7 @@ def _read_index(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(index, error) from error
     outside = [file for file in files.values() if file in ("", ".", "..") or Path(file).name != file]
-    if outside:  # an index must not make us read elsewhere
+    if outside:  # an index must not point elsewhere
         raise CheckpointError(
             f"{index}: names files outside its folder: {some(outside)}, wanted plain names. Do not trust this folder."
         )

@@ -1,4 +1,4 @@
-"""Nested Python values with tensors in them, such as an optimizer's state, in one safetensors file: no pickle."""
+"""Nested Python values with tensors in them, such as an optimizer's state, in one safetensors file, without pickle."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ TREE = "gramian.tree"
 
 
 def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
-    """Write dicts, lists and tuples of tensors, numbers, text and `None` to one file, whole or not at all.
+    """Writes dicts, lists and tuples of tensors, numbers, text and `None` to one file, whole or not at all.
 
     Args:
         path: the file to write or replace; its folder must exist.
-        tree: what to keep. Keys of dicts are text or numbers.
+        tree: the value. Keys of dicts are text or numbers.
 
     Raises:
-        UnsupportedError: it holds anything else; the message says where.
+        UnsupportedError: the value holds anything else; the message says where.
         InputError, CheckpointError: as `save_tensors`.
+    Cost: as `save_tensors`.
+    Source: this library's own.
 
-    Example:
-        >>> import tempfile, pathlib, torch
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "state.safetensors"
-        >>> save_tree(path, {"state": {0: {"step": torch.tensor(3.0)}}, "betas": (0.9, float("inf"))})
-        >>> load_tree(path)
-        {'state': {0: {'step': tensor(3.)}}, 'betas': (0.9, inf)}
+    >>> import tempfile, pathlib, torch
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "state.safetensors"
+    >>> save_tree(path, {"state": {0: {"step": torch.tensor(3.0)}}, "betas": (0.9, float("inf"))})
+    >>> load_tree(path)
+    {'state': {0: {'step': tensor(3.)}}, 'betas': (0.9, inf)}
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(tree, "", tensors))
@@ -44,10 +45,22 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
 
 
 def load_tree(path: str | os.PathLike[str]) -> Any:
-    """Return what `save_tree` wrote: the same types and bits, each tensor in memory of its own with its own strides.
+    """Reads a value that `save_tree` wrote: the same types and bits, each tensor in memory and strides of its own.
 
+    Args:
+        path: the file.
+
+    Returns: the value.
     Raises:
-        CheckpointError: the file is missing, damaged, or was not written by `save_tree`.
+        CheckpointError: the file is missing or damaged, or was not written by `save_tree`.
+    Cost: one read, and one copy in memory.
+    Source: this library's own.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "state.safetensors"
+    >>> save_tree(path, [1, (2, None)])
+    >>> load_tree(path)
+    [1, (2, None)]
     """
     path = Path(path)
     tensors, metadata = load_tensors(path)
@@ -58,7 +71,7 @@ def load_tree(path: str | os.PathLike[str]) -> Any:
 
 
 def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON: whatever JSON lacks is a one-key object, `{"tensor": …}`, `{"tuple": …}` or `{"dict": …}`."""
+    """The value as JSON; what JSON lacks is an object: `{"tensor": name}`, `{"tuple": items}` or `{"dict": pairs}`."""
     if isinstance(value, Tensor):
         tensors[where] = value
         return {"tensor": where, **({} if value.is_contiguous() else {"stride": value.stride()})}
@@ -84,7 +97,8 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         found = tensors[packed["tensor"]]
         stride = packed.get("stride")
         if stride is None or not _is_permutation(found.shape, stride):
-            return found.clone(memory_format=torch.contiguous_format)  # aligned as torch does, which BLAS's sums feel
+            # a copy has torch's alignment, on which the rounding of BLAS depends
+            return found.clone(memory_format=torch.contiguous_format)
         return torch.empty_strided(found.shape, stride, dtype=found.dtype, device=found.device).copy_(found)
     if "tuple" in packed:
         return tuple(_unpack(item, tensors) for item in packed["tuple"])

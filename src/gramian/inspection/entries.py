@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Entries", "clipped", "count_entries", "dtype_name"]
+from gramian.checkpoint.formats import dtype_name
+
+__all__ = ["Entries", "clipped", "count_entries"]
 
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -90,8 +92,3 @@ def count_entries(parts: Iterable[Float[Tensor, "k n"]]) -> Entries:
 def clipped(w: Float[Tensor, "m n"], level: float, scale: float) -> Float[Tensor, "m n"]:
     """Return `scale · w` in float32 with its entries held within ± level."""
     return (w.to(torch.float64) * scale if w.dtype == torch.float64 else w.float() * scale).clamp(-level, level).float()
-
-
-def dtype_name(w: Tensor | torch.dtype) -> str:
-    """Return torch's name of a dtype: `"float32"`."""
-    return str(w.dtype if isinstance(w, Tensor) else w).removeprefix("torch.")

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.inspection.entries import count_entries, dtype_name
+from gramian.checkpoint.formats import dtype_name
+from gramian.inspection.entries import count_entries
 from gramian.inspection.krylov import block_lanczos, energy_rank_interval
 from gramian.inspection.spectra import ENERGIES, Spectrum, check_matrix, describe, scale_of, slices, without_spectrum
 

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gramian.checkpoint.formats import dtype_name
 from gramian.errors import DtypeError, ShapeError
-from gramian.inspection.entries import Entries, clipped, count_entries, dtype_name
+from gramian.inspection.entries import Entries, clipped, count_entries
 from gramian.inspection.krylov import largest_singular_value
 from gramian.inspection.noise import Noise, against_noise
 from gramian.inspection.tail import Tail, fit_tail

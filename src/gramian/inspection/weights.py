@@ -5,26 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from gramian import placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
+from gramian.checkpoint.formats import dtype_name
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
-from gramian.inspection.entries import dtype_name
+from gramian.inspection.entries import Entries
 from gramian.inspection.matrices import Holding, find_holdings
 from gramian.inspection.measured import Measured
+from gramian.inspection.noise import Noise
 from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
+from gramian.inspection.tail import Tail
 from gramian.inspection.vectors import image_directions, image_side, read_tokens, token_directions
 from gramian.report import Layer
 
-__all__ = ["layer_of", "measure_file", "measure_model", "share_out"]
+__all__ = ["layer_of", "measure_file", "measure_model"]
 
 Tell = Callable[[str, int, int], None]
+Rows = list[tuple[Layer, Spectrum]]
 
 # Below this side, a second thread waits at LAPACK's barriers longer than it works.
 ONE_THREAD_SIDE = 1024
@@ -41,8 +46,8 @@ def measure_file(
     """Measure a checkpoint's matrices one tensor at a time; under torch.distributed, each rank its share by cost."""
     checkpoint = open_checkpoint(path)
     holdings, left_out = find_holdings(checkpoint, layouts)
-    mine = share_out([_cost(holding, quick) for holding in holdings])
-    rows: dict[int, list[tuple[Layer, Spectrum]]] = {}
+    mine = placement.share_out([_cost(holding, quick) for holding in holdings])
+    rows: dict[int, Rows] = {}
     for done, place in enumerate(mine):
         tell("spectra", done, len(mine))
         rows[place] = _measure_holding(checkpoint, holdings[place], quick, input_size)
@@ -148,33 +153,31 @@ def layer_of(
     )
 
 
-def share_out(costs: list[float]) -> list[int]:
-    """Return the places of this rank's share, the whole list where there is one process.
-
-    The costliest goes first, each to the rank that has least: at most 4/3 of the best possible time (Graham 1969).
-    """
-    if not _is_distributed():
-        return list(range(len(costs)))
-    loads = [0.0] * distributed.get_world_size()
-    mine: list[int] = []
-    for place in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = loads.index(min(loads))
-        loads[rank] += costs[place]
-        if rank == distributed.get_rank():
-            mine.append(place)
-    return sorted(mine)
-
-
-def _gather(rows: dict[int, Any]) -> dict[int, Any]:
-    if not _is_distributed():
+def _gather(rows: dict[int, Rows]) -> dict[int, Rows]:
+    """The rows of all ranks, by the index of their holding."""
+    if not placement.is_distributed():
         return rows
-    gathered: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, rows)
-    return {place: found for part in gathered for place, found in part.items()}
+    own = [[index, [[asdict(layer), asdict(spectrum)] for layer, spectrum in found]] for index, found in rows.items()]
+    return {
+        index: [(Layer(**_tuples(layer)), _spectrum(_tuples(spectrum))) for layer, spectrum in found]
+        for part in placement.exchange_json(own)
+        for index, found in part
+    }
 
 
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+def _spectrum(fields: dict[str, Any]) -> Spectrum:
+    """A spectrum from its fields, of which some are records themselves."""
+    fields["entries"] = Entries(**fields["entries"])
+    fields["noise"] = None if fields["noise"] is None else Noise(**fields["noise"])
+    fields["tail"] = None if fields["tail"] is None else Tail(**fields["tail"])
+    return Spectrum(**fields)
+
+
+def _tuples(value: Any) -> Any:
+    """The value with tuples for lists: every sequence in a layer or spectrum is a tuple, which JSON has not."""
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _cost(holding: Holding, quick: bool) -> float:
@@ -186,9 +189,7 @@ def _cost(holding: Holding, quick: bool) -> float:
     return total
 
 
-def _measure_holding(
-    checkpoint: Checkpoint, holding: Holding, quick: bool, input_size: tuple[int, int]
-) -> list[tuple[Layer, Spectrum]]:
+def _measure_holding(checkpoint: Checkpoint, holding: Holding, quick: bool, input_size: tuple[int, int]) -> Rows:
     tensor = checkpoint.load(holding.entry.name)
     norm = None
     if holding.kernel and bool(tensor.isfinite().all()):

@@ -1,14 +1,18 @@
-"""Ranks and shards: who holds which rows of a tensor, who works on it, and how all ranks stay of one mind."""
+"""Ranks and shards: which rows of a tensor each rank holds, which rank works on it, and how all ranks agree.
+
+A rank is one process of `torch.distributed`. Everything here also runs in a single process without a process group.
+"""
 
 from __future__ import annotations
 
-from gramian.placement.owners import assign, gather, scatter_
+from gramian.placement.owners import assign, gather, scatter_, share_out
 from gramian.placement.ranks import (
     World,
     agreed,
     all_reduce_sum,
     any_rank,
     exchange,
+    exchange_json,
     is_distributed,
     world,
 )
@@ -22,6 +26,7 @@ __all__ = [
     "any_rank",
     "assign",
     "exchange",
+    "exchange_json",
     "gather",
     "group_of",
     "in_step",
@@ -31,6 +36,7 @@ __all__ = [
     "local_ranges",
     "locals_of",
     "scatter_",
+    "share_out",
     "whole",
     "world",
     "write_whole_",

@@ -1,4 +1,4 @@
-"""Owners: share out the work on many tensors, bring each whole to the rank that works on it, and send the result back.
+"""Owners: divide the work on many tensors among ranks, gather each tensor on its owner, and scatter the results.
 
 owners = assign([cost of each tensor], world().size)
 for grad in gather(grads, owners):          # whole where this rank is the owner, None elsewhere
@@ -12,34 +12,36 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gramian.errors import GramianError, InputError, ShapeError
-from gramian.placement.ranks import Group, carrier, raise_together, world
+from gramian.placement.ranks import Group, buckets, carrier, raise_together, world
 from gramian.placement.shards import Spread, check_writable, is_sharded, local, spread_of
 
-__all__ = ["assign", "gather", "scatter_"]
+__all__ = ["assign", "gather", "scatter_", "share_out"]
 
-BUCKET_BYTES = 256 << 20  # of whole tensors in one exchange; a rank sends its share of that
+BUCKET_BYTES = 256 << 20  # whole tensors in one exchange; a rank sends its share of that
 ALIGNMENT = 16  # bytes: every piece of a message starts where any dtype may
 
 
 def assign(costs: Iterable[float], num_ranks: int) -> list[int]:
     """The rank that owns each item, so that the largest load is small: longest processing time first.
 
-    Items go, from the most to the least costly, each to the rank with the least load so far. Ties go to the earlier
-    item and the lower rank, so every rank that is given the same costs finds the same owners.
+    From the most to the least costly, each item goes to the rank with the least load so far. Ties go to the earlier
+    item and the lower rank, so all ranks that pass the same costs get the same owners.
 
     Args:
         costs: of each item, in any unit, finite and not negative.
-        num_ranks: m ≥ 1.
+        num_ranks: m, at least 1.
 
-    Raises `InputError` for another cost or number of ranks. Cost: O(n log n).
-    Accuracy: the largest load is at most 4/3 − 1/(3m) times the least possible.
+    Returns: a rank for each item.
+    Raises:
+        InputError: a cost is negative or not finite, or there are no ranks.
+    Cost: O(n log n). Accuracy: the largest load is at most 4/3 − 1/(3m) times the least possible.
     Source: Graham, Bounds on Multiprocessing Timing Anomalies (1969), theorem 2.
 
     >>> assign([1, 5, 4, 3], 2)
@@ -59,6 +61,28 @@ def assign(costs: Iterable[float], num_ranks: int) -> list[int]:
     return owners
 
 
+def share_out(costs: Iterable[float], group: Group = None) -> list[int]:
+    """The indices of the items that this rank owns: its share by cost, or all of them with one rank.
+
+    The owners are those of `assign`. Nothing is sent.
+
+    Args:
+        costs: of each item, the same list on all ranks.
+        group: a process group; all ranks by default.
+
+    Returns: indices, ascending.
+    Raises:
+        InputError: a cost is negative or not finite, or this rank is not in the group.
+    Cost: O(n log n). Accuracy: as `assign`.
+    Source: as `assign`.
+
+    >>> share_out([3.0, 1.0, 2.0])
+    [0, 1, 2]
+    """
+    rank, size = world(group)
+    return [i for i, owner in enumerate(assign(costs, size)) if owner == rank]
+
+
 def gather(
     tensors: Sequence[Tensor],
     owners: Sequence[int],
@@ -68,19 +92,23 @@ def gather(
 ) -> list[Tensor | None]:
     """Each tensor whole on its owner, and `None` on the other ranks. Collective.
 
-    A sharded tensor's parts are sent to its owner only, many tensors in one exchange, byte for byte; a `Partial` one is
-    summed there, in the order of the ranks. A plain tensor or a replica, which every rank holds, is passed through on
-    its owner and shares its memory.
+    A sharded tensor's parts are sent to its owner only, many tensors in one exchange, byte for byte. A `Partial` one is
+    summed there, in the order of the ranks. A plain tensor or a replica, which every rank holds, is returned on its
+    owner without a copy.
 
     Args:
         tensors: parameters or gradients, the same list on all ranks: plain, or of class `DTensor` on any mesh.
-        owners: for each, a rank of `group_of(tensor)`, or of `group` for a plain tensor: as from `assign`.
-        group: of the plain tensors' ranks; all by default.
+        owners: for each tensor a rank of `group_of(tensor)`, or of `group` for a plain tensor; see `assign`.
+        group: the process group of the plain tensors; all ranks by default.
         bucket_bytes: of whole tensors in one exchange.
 
-    Raises: `InputError` for an owner that there is not; `UnsupportedError` for a placement that cannot be gathered;
-    `ShapeError`, on every rank, where a rank's part is not what its placement says.
-    Cost: one all-to-all a bucket, in which a rank sends each shard once: 1/ranks of an all-gather to everybody.
+    Returns: one entry for each tensor.
+    Raises:
+        InputError: an owner is not a rank of the group.
+        UnsupportedError: a placement cannot be gathered.
+        ShapeError: on every rank, where a rank's part has another shape than its placement says.
+    Cost: one all-to-all for each bucket, in which a rank sends each shard once: 1/ranks of an all-gather.
+    Source: this library's own.
 
     >>> gather([torch.ones(2)], [0])
     [tensor([1., 1.])]
@@ -125,15 +153,19 @@ def scatter_(
 
     Args:
         targets: the same list on all ranks: plain tensors, or of class `DTensor` on any mesh. Written in place.
-        owners: for each, the rank whose value counts.
-        values: whole tensors of the targets' shapes, cast to their dtypes; what other ranks than the owner pass is not
-            looked at, and may be `None`.
-        group, bucket_bytes: as for `gather`.
+        owners: for each target, the rank whose value is written.
+        values: whole tensors of the targets' shapes, cast to their dtypes; ignored on ranks that are not the owner,
+            where they may be `None`.
+        group: the process group of the plain targets; all ranks by default.
+        bucket_bytes: of whole tensors in one exchange.
 
-    Raises: `InputError` for an owner that there is not; `UnsupportedError` for a partial target; `InputError` or
-    `ShapeError`, on every rank and before a target of that group is written, where an owner has no value or one of
-    another shape.
-    Cost: one all-to-all a bucket, in which each rank receives its part once.
+    Raises:
+        InputError: an owner is not a rank of the group; or, on every rank and before any target of the group is
+            written, an owner has no value.
+        ShapeError: likewise, where a value has another shape than its target.
+        UnsupportedError: a target is a `Partial` tensor.
+    Cost: one all-to-all for each bucket, in which a rank receives each of its parts once.
+    Source: this library's own.
 
     >>> target = torch.zeros(2)
     >>> scatter_([target], [0], [torch.ones(2)])
@@ -160,7 +192,7 @@ def scatter_(
 
 
 class _Piece(NamedTuple):
-    """A tensor in a message: its shape and dtype, which both sides know, and where it is sent from, its data."""
+    """A tensor in a message: its shape and dtype, which both ranks know, and the data on the rank that sends it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -172,7 +204,7 @@ class _Piece(NamedTuple):
 
     @property
     def room(self) -> int:
-        """The bytes up to the next piece."""
+        """The bytes from its start to that of the next piece."""
         return -(-self.num_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -183,10 +215,10 @@ class _Job:
     index: int
     owner: int
     spread: Spread
-    part: Tensor  # what this rank holds, sharing its memory
+    part: Tensor  # this rank's part, sharing its memory
     me: int
     error: GramianError | None = None
-    group_error: GramianError | None = None  # the first of all tensors of the group
+    group_error: GramianError | None = None  # the first error among the group's tensors
 
     @property
     def ranks(self) -> range:
@@ -201,7 +233,9 @@ class _Job:
 
 def _jobs(what: str, tensors: Sequence[Tensor], owners: Sequence[int], group: Group) -> list[_Job]:
     if len(tensors) != len(owners):
-        raise InputError(f"{what}: {len(tensors)} tensors but {len(owners)} owners; see gramian.placement.assign")
+        raise InputError(
+            f"{what}: {len(tensors)} tensors but {len(owners)} owners; pass one for each, see gramian.placement.assign"
+        )
     jobs = []
     for i, (tensor, owner) in enumerate(zip(tensors, owners, strict=True)):
         spread = spread_of(tensor, group)
@@ -214,30 +248,29 @@ def _jobs(what: str, tensors: Sequence[Tensor], owners: Sequence[int], group: Gr
 
 
 def _buckets(jobs: list[_Job], bucket_bytes: int) -> Iterator[list[_Job]]:
-    """Runs of jobs of one group and device, of at most so many bytes or one tensor; the same on all ranks."""
-    kinds: dict[tuple[int, str], list[_Job]] = {}
+    """Jobs of one group and device, at most so many bytes at once, each with the first error of its group."""
+    errors: dict[Any, GramianError | None] = {}
     for job in jobs:
-        kinds.setdefault((id(job.spread.group), job.part.device.type), []).append(job)
-    for same in kinds.values():
-        error = next((job.error for job in same if job.error is not None), None)
-        bucket: list[_Job] = []
-        size = 0
-        for job in same:
-            job.group_error = error
-            num_bytes = math.prod(job.spread.shape) * job.part.dtype.itemsize
-            if bucket and size + num_bytes > bucket_bytes:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(job)
-            size += num_bytes
-        yield bucket
+        errors[_kind(job)] = errors.get(_kind(job)) or job.error
+    for job in jobs:
+        job.group_error = errors[_kind(job)]
+    return buckets(jobs, _kind, _num_bytes, bucket_bytes)
+
+
+def _kind(job: _Job) -> tuple[int, str]:
+    """What jobs share that go into one exchange."""
+    return id(job.spread.group), job.part.device.type
+
+
+def _num_bytes(job: _Job) -> int:
+    return math.prod(job.spread.shape) * job.part.dtype.itemsize
 
 
 def _exchange(what: str, sent: list[list[_Piece]], expected: list[list[_Piece]], job: _Job) -> list[list[Tensor]]:
-    """Sends to every rank its pieces, and returns those that every rank sent here, by rank.
+    """Sends each rank its pieces, and returns those that each rank sent here, by rank.
 
-    All dtypes travel as bytes in one all-to-all. Each message begins with a flag: whether its sender has failed. It
-    costs nothing and spares everybody the wait for a rank that has raised.
+    All dtypes travel as bytes in one all-to-all. Each message begins with a flag that says whether its sender has
+    failed: it costs no collective of its own, and no rank waits for one that has raised.
     """
     me, error, group = job.me, job.group_error, job.spread.group
     if len(sent) == 1 and error is not None:
@@ -278,7 +311,7 @@ def _views(buffer: Tensor, messages: list[list[_Piece]]) -> list[list[Tensor]]:
 
 
 def _assembled(job: _Job, parts: list[tuple[int, Tensor]]) -> Tensor:
-    """The whole tensor from the parts of the ranks that serve its owner."""
+    """The whole tensor from the parts that its owner has received."""
     spread = job.spread
     if len(parts) == 1 and not spread.is_partial and tuple(job.part.shape) == spread.shape:
         return job.part  # a plain tensor, or a replica
@@ -293,7 +326,7 @@ def _assembled(job: _Job, parts: list[tuple[int, Tensor]]) -> Tensor:
 
 
 def _part_for(rank: int, job: _Job, value: Tensor | None) -> Tensor | None:
-    """What a rank gets of an owner's value."""
+    """A rank's part of an owner's value."""
     if job.group_error is not None or value is None:
         return None
     regions = list(job.spread.regions(rank))
@@ -306,7 +339,7 @@ def _part_for(rank: int, job: _Job, value: Tensor | None) -> Tensor | None:
 
 
 def _unfit(job: _Job, value: Tensor | None) -> GramianError | None:
-    """Why an owner's value cannot be written, if so."""
+    """The error where an owner's value cannot be written."""
     if value is None:
         return InputError(f"tensor {job.index}, {job.spread.shape}, has no value on its owner, rank {job.me}")
     if is_sharded(value):

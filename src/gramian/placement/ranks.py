@@ -1,15 +1,16 @@
-"""Ranks of one mind: sums, flags, texts and errors that are the same on every rank of a process group.
+"""Collectives: sums, flags, texts and errors that are the same on every rank of a process group.
 
-Every function is collective: all ranks of the group call it, in the same order. Without a process group there is one
-rank, and nothing is sent. What is sent are numbers and UTF-8; nothing that is received is executed.
+All ranks of the group call these functions in the same order. Without a process group there is one rank, and nothing
+is sent. Ranks send each other numbers and UTF-8 text only, and nothing that is received is executed.
 """
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,29 +24,46 @@ __all__ = [
     "agreed",
     "all_reduce_sum",
     "any_rank",
+    "buckets",
     "carrier",
     "exchange",
+    "exchange_json",
     "is_distributed",
     "raise_together",
     "world",
 ]
 
 Group: TypeAlias = Any  # a torch.distributed.ProcessGroup (which not every build of torch has), or None: the default
+Item = TypeVar("Item")
 
 BUCKET_BYTES = 64 << 20  # of one sum: large enough that its latency does not count, small beside a model
 
 
 class World(NamedTuple):
-    """This rank's number in a process group, and how many ranks there are."""
+    """This rank's number in a process group, and how many ranks there are.
+
+    Attributes:
+        rank: from 0.
+        size: at least 1.
+    """
 
     rank: int
     size: int
 
 
 def world(group: Group = None) -> World:
-    """This rank and the number of ranks of `group`, by default of all; `(0, 1)` without a process group.
+    """This process's rank and the number of ranks in a process group.
 
-    Raises `InputError` on a rank that is not in the group.
+    Without a process group, `(0, 1)`.
+
+    Args:
+        group: a process group; all ranks by default.
+
+    Returns: the rank and the number of ranks.
+    Raises:
+        InputError: on a rank that is not in the group.
+    Cost: nothing is sent.
+    Source: this library's own.
 
     >>> world()
     World(rank=0, size=1)
@@ -61,12 +79,35 @@ def world(group: Group = None) -> World:
 
 
 def is_distributed(group: Group = None) -> bool:
-    """Whether there is more than one rank."""
+    """Whether there is more than one rank.
+
+    Args:
+        group: a process group; all ranks by default.
+
+    Returns: true for two ranks or more.
+    Raises:
+        InputError: on a rank that is not in the group.
+    Cost: nothing is sent.
+    Source: this library's own.
+
+    >>> is_distributed()
+    False
+    """
     return world(group).size > 1
 
 
 def any_rank(flag: bool | Tensor, group: Group = None) -> bool:
-    """Whether the flag is set on any rank: the same answer on all. Cost: one sum of four bytes, waited for.
+    """Whether the flag is set on any rank: the same answer on all. Collective.
+
+    Args:
+        flag: this rank's; a tensor of one element is read, which synchronizes with its device.
+        group: a process group; all ranks by default.
+
+    Returns: true where at least one rank passed true.
+    Raises:
+        InputError: on a rank that is not in the group.
+    Cost: one all-reduce of four bytes, and the call waits for it.
+    Source: this library's own.
 
     >>> any_rank(False)
     False
@@ -79,7 +120,17 @@ def any_rank(flag: bool | Tensor, group: Group = None) -> bool:
 
 
 def exchange(text: str, group: Group = None) -> list[str]:
-    """The texts of all ranks, by rank. Cost: one exchange of lengths and one of the longest text from each rank.
+    """The texts of all ranks, by rank. Collective.
+
+    Args:
+        text: this rank's, of any length.
+        group: a process group; all ranks by default.
+
+    Returns: one text for each rank, the same list on all.
+    Raises:
+        InputError: on a rank that is not in the group.
+    Cost: one all-gather of the lengths, and one of as many bytes as the longest text has.
+    Source: this library's own.
 
     >>> exchange("layers.0.weight")
     ['layers.0.weight']
@@ -88,7 +139,7 @@ def exchange(text: str, group: Group = None) -> list[str]:
     if num_ranks == 1:
         return [text]
     device = carrier(None, group)
-    # A bytearray, since a tensor wants memory that it may write to.
+    # A bytearray, since a tensor needs memory that it may write to.
     data = torch.frombuffer(bytearray(text.encode(errors="surrogatepass")) or bytearray(1), dtype=torch.uint8)
     length = torch.tensor([len(data) if text else 0], dtype=torch.int64, device=device)
     lengths = [torch.empty_like(length) for _ in range(num_ranks)]
@@ -101,15 +152,48 @@ def exchange(text: str, group: Group = None) -> list[str]:
     return [bytes(t[: int(n)].tolist()).decode(errors="surrogatepass") for t, n in zip(texts, lengths, strict=True)]
 
 
+def exchange_json(value: Any, group: Group = None) -> list[Any]:
+    """The values of all ranks, by rank, sent as JSON. Collective.
+
+    Nothing in a message can be executed, which is why this stands in for `torch.distributed.all_gather_object`. Floats
+    arrive bit for bit, NaN and infinities too. Tuples arrive as lists and keys as text, also from this rank itself and
+    with one rank.
+
+    Args:
+        value: dicts, lists, tuples, numbers, text and `None`.
+        group: a process group; all ranks by default.
+
+    Returns: one value for each rank, the same list on all.
+    Raises:
+        InputError: on a rank that is not in the group.
+        TypeError: the value holds something that JSON has not; the other ranks then wait for this one.
+    Cost: that of `exchange` for the value's JSON.
+    Source: this library's own.
+
+    >>> exchange_json({"shape": (3, 2), "norm": float("inf")})
+    [{'shape': [3, 2], 'norm': inf}]
+    """
+    return [json.loads(text) for text in exchange(json.dumps(value), group)]
+
+
 @contextmanager
 def agreed(what: str, group: Group = None) -> Iterator[None]:
-    """Raises on every rank what any rank raised inside, so that none waits for one that has given up.
+    """A context that raises on every rank the error that any rank raised inside. Collective at its end.
 
-    The error names `what`, the rank and its message, and has that rank's class if it is one of gramian's, else
-    `GramianError`; of several, the lowest rank's is told. With one rank, the error passes through as it is. The block
-    itself must not communicate: a rank that fails in it would leave the others waiting there.
+    So no rank waits for one that has given up. The message names `what`, the rank and its error. The class is that
+    rank's where it is one of gramian's, else `GramianError`. If several ranks fail, the lowest one's error is raised.
+    With one rank, an error passes unchanged. The code inside must not call collectives: a rank that fails between two
+    of them would leave the others waiting.
 
-    Cost: one `any_rank`.
+    Args:
+        what: the action, as the start of the message.
+        group: a process group; all ranks by default.
+
+    Returns: the context manager.
+    Raises:
+        GramianError: or one of its subclasses, where any rank raised inside.
+    Cost: one `any_rank`; one `exchange` more where a rank has failed.
+    Source: this library's own.
 
     >>> with agreed("load"):
     ...     raise InputError("no file")
@@ -128,11 +212,11 @@ def agreed(what: str, group: Group = None) -> Iterator[None]:
 
 
 def raise_together(what: str, error: Exception | None, group: Group = None) -> None:
-    """Raises the lowest failing rank's error everywhere; for when all ranks know already that one has failed."""
-    mine = "" if error is None else f"{_class_name(error)}\n{_told(error)}"
+    """Raises the lowest failing rank's error on all ranks. Call it where all ranks know that one has failed."""
+    mine = "" if error is None else f"{_class_name(error)}\n{_message(error)}"
     texts = exchange(mine, group)
     failed = [rank for rank, text in enumerate(texts) if text]
-    assert failed, "no rank has an error to tell"
+    assert failed, "raise_together was called, but no rank has an error"
     name, _, message = texts[failed[0]].partition("\n")
     cls = getattr(errors, name, GramianError) if name in errors.__all__ else GramianError
     others = f"; {len(failed) - 1} other ranks failed too" if len(failed) > 1 else ""
@@ -144,27 +228,41 @@ def _class_name(error: Exception) -> str:
     return next((cls.__name__ for cls in type(error).__mro__ if cls.__name__ in errors.__all__), "GramianError")
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, GramianError) else f"{type(error).__name__}: {error}"
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: Group = None) -> None:
-    """Adds up each tensor over the ranks, in place: every rank holds the same sums, bit for bit.
+    """Replaces each tensor by its sum over the ranks: every rank holds the same sums, bit for bit. Collective.
 
     Floating tensors of any dtype are summed in float64, integers in int64, many small ones in one collective. Ranks
     whose tensors differ in number, shape or dtype raise instead of waiting for each other.
 
-    Raises: `DtypeError` for a boolean or complex tensor, `InputError`, on every rank, where the ranks' tensors differ.
-    Cost: one exchange of 16 bytes; then 8 bytes an element, in buckets of 64 MiB.
+    Args:
+        tensors: floating or integer tensors of any shape, the same list on all ranks. Overwritten in place.
+        group: a process group; all ranks by default.
+
+    Raises:
+        DtypeError: a tensor is boolean or complex.
+        InputError: on every rank, where the ranks' tensors differ in number, shape or dtype.
+    Cost: one all-reduce of 16 bytes; then 8 bytes an element, in buckets of 64 MiB.
+    Source: this library's own.
+
+    >>> total = torch.ones(2)
+    >>> all_reduce_sum([total])
+    >>> total
+    tensor([1., 1.])
     """
     tensors = [tensor.detach() for tensor in tensors]
     for tensor in tensors:
         if tensor.dtype == torch.bool or tensor.is_complex():
-            raise DtypeError(f"all_reduce_sum: expected floating or integer tensors, got {tensor.dtype}")
+            raise DtypeError(
+                f"all_reduce_sum: expected floating or integer tensors, got {tensor.dtype}; convert it first"
+            )
     if not is_distributed(group):
         return
     _check_same("all_reduce_sum", [(tuple(t.shape), str(t.dtype)) for t in tensors], group)
-    for bucket in _buckets(tensors):
+    for bucket in buckets(tensors, _sum_kind, lambda tensor: 8 * tensor.numel(), BUCKET_BYTES):
         wide = torch.float64 if bucket[0].is_floating_point() else torch.int64
         device = carrier(bucket[0].device, group)
         if len(bucket) == 1 and bucket[0].dtype == wide and bucket[0].is_contiguous() and bucket[0].device == device:
@@ -176,6 +274,11 @@ def all_reduce_sum(tensors: Iterable[Tensor], group: Group = None) -> None:
             tensor.copy_(total.view(tensor.shape))
 
 
+def _sum_kind(tensor: Tensor) -> tuple[bool, str]:
+    """What tensors share that can be summed in one collective."""
+    return tensor.is_floating_point(), tensor.device.type
+
+
 def _check_same(what: str, signature: Sequence, group: Group) -> None:
     """Raises on every rank where the ranks' signatures differ."""
     code = zlib.crc32(repr(signature).encode())
@@ -184,31 +287,32 @@ def _check_same(what: str, signature: Sequence, group: Group) -> None:
     largest, least = extremes.tolist()
     if largest == -least:
         return
-    told = exchange(f"{len(signature)} tensors, {', '.join(map(str, signature[:3]))}", group)
-    ranks = "; ".join(f"rank {rank} has {text}" for rank, text in enumerate(told[:4]))
+    texts = exchange(f"{len(signature)} tensors, {', '.join(map(str, signature[:3]))}", group)
+    ranks = "; ".join(f"rank {rank} has {text}" for rank, text in enumerate(texts[:4]))
     raise InputError(f"{what}: every rank must pass the same shapes and dtypes; {ranks}")
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one kind and device, at most `BUCKET_BYTES` each, or one tensor; the same on all ranks."""
-    kinds: dict[tuple[bool, str], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.is_floating_point(), tensor.device.type), []).append(tensor)
+def buckets(
+    items: Iterable[Item], kind: Callable[[Item], Any], num_bytes: Callable[[Item], int], limit: int
+) -> Iterator[list[Item]]:
+    """Items of one kind in runs of at most `limit` bytes, or of one item; in the same order on all ranks."""
+    kinds: dict[Any, list[Item]] = {}
+    for item in items:
+        kinds.setdefault(kind(item), []).append(item)
     for same in kinds.values():
-        bucket: list[Tensor] = []
+        bucket: list[Item] = []
         size = 0
-        for tensor in same:
-            if bucket and size + 8 * tensor.numel() > BUCKET_BYTES:
+        for item in same:
+            if bucket and size + num_bytes(item) > limit:
                 yield bucket
                 bucket, size = [], 0
-            bucket.append(tensor)
-            size += 8 * tensor.numel()
-        if bucket:
-            yield bucket
+            bucket.append(item)
+            size += num_bytes(item)
+        yield bucket
 
 
 def carrier(device: torch.device | None, group: Group = None) -> torch.device:
-    """The device whose tensors the group's backend sends: `device` itself where it can, else one that it can."""
+    """The device whose tensors the group's backend can send: `device` itself where possible."""
     config = dist.get_backend_config(group)
     types = [part.partition(":")[0] for part in config.split(",") if ":" in part]
     if device is not None and (device.type in types or not types):

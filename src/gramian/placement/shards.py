@@ -1,8 +1,8 @@
-"""Shards: which part of a tensor does each rank hold?
+"""Shards: which part of a tensor each rank holds.
 
-A plain tensor is whole on every rank. A `DTensor` is spread over a mesh of ranks, and for each of the mesh's dimensions
-it is cut along a dimension of its own (`Shard`), the same everywhere (`Replicate`), or a sum of what the ranks hold
-(`Partial`). Shards may be uneven and empty: they follow `torch.chunk`.
+A plain tensor is whole on every rank. A `DTensor` is spread over a mesh of ranks. Along each dimension of the mesh it
+is cut along one of its own dimensions (`Shard`), the same on all ranks (`Replicate`), or the sum of what the ranks hold
+(`Partial`). Shards may be uneven or empty, as `torch.chunk` cuts.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ __all__ = [
 class Cut(NamedTuple):
     """How a tensor is spread over one dimension of a mesh.
 
-    A shard is along `dim`; with `split` above one it is a shard of each of that many parts (FSDP over tensor
-    parallelism: torch's `_StridedShard`). `op` says how the parts of a partial tensor become one.
+    A shard is cut along `dim`; with `split` above one, each of that many parts is cut (FSDP over tensor parallelism:
+    torch's `_StridedShard`). `op` says how the parts of a partial tensor are combined.
     """
 
     kind: Literal["shard", "replicate", "partial"]
@@ -50,7 +50,7 @@ class Cut(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A box of a tensor, and where it lies in the local tensor of the rank that holds it."""
+    """A box of a tensor, as slices of the whole tensor and as slices of the local one."""
 
     whole: tuple[slice, ...]
     local: tuple[slice, ...]
@@ -58,7 +58,7 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Spread:
-    """How a tensor of `shape` lies on the ranks of `group`: a mesh of `sizes`, each rank at a place of it."""
+    """How a tensor of `shape` is spread over the ranks of `group`: a mesh of `sizes`, each rank at one place in it."""
 
     shape: tuple[int, ...]
     cuts: tuple[Cut, ...]
@@ -67,7 +67,7 @@ class Spread:
     group: Any
 
     def ranges(self, rank: int, dim: int) -> tuple[range, ...]:
-        """Which indices of dimension `dim` a rank holds, in the order in which it holds them."""
+        """The indices of dimension `dim` that a rank holds, in the order of its local tensor."""
         steps = tuple(
             (cut.split, size, place)
             for cut, size, place in zip(self.cuts, self.sizes, self.places[rank], strict=True)
@@ -80,7 +80,7 @@ class Spread:
         return tuple(sum(map(len, self.ranges(rank, dim))) for dim in range(len(self.shape)))
 
     def regions(self, rank: int) -> Iterator[Region]:
-        """The boxes that a rank holds: one, or none, or several where a strided shard is cut into pieces."""
+        """The boxes that a rank holds: one, none, or several for a strided shard."""
         by_dim = []
         for dim in range(len(self.shape)):
             ranges = self.ranges(rank, dim)
@@ -92,7 +92,7 @@ class Spread:
             yield Region(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
     def serves(self, rank: int, owner: int) -> bool:
-        """Whether the owner needs this rank's part: it has no other copy of it nearer by."""
+        """Whether the owner receives this rank's part: of replicas, only the one at the owner's own place is sent."""
         pairs = zip(self.cuts, self.places[rank], self.places[owner], strict=True)
         return all(cut.kind != "replicate" or mine == theirs for cut, mine, theirs in pairs)
 
@@ -102,13 +102,13 @@ class Spread:
 
     @property
     def divisor(self) -> int:
-        """What the sum of the parts is divided by: the number of parts that are averaged."""
+        """The number that the sum of the parts is divided by: above one where they are averaged."""
         return math.prod(size for cut, size in zip(self.cuts, self.sizes, strict=True) if cut.op == "avg")
 
 
 @cache
 def _ranges(size: int, steps: tuple[tuple[int, int, int], ...]) -> tuple[range, ...]:
-    """The indices of `range(size)` that are left after shards `(split, number of shards, which)`, one after another."""
+    """The indices of `range(size)` that remain after cuts `(split, number of shards, which)`, one after another."""
     index = torch.arange(size)
     for split, num_shards, which in steps:
         parts = [_chunk(part, num_shards, which) for part in index.chunk(split)]
@@ -123,18 +123,26 @@ def _ranges(size: int, steps: tuple[tuple[int, int, int], ...]) -> tuple[range, 
 
 
 def _chunk(index: Tensor, num_shards: int, which: int) -> Tensor:
-    chunks = index.chunk(num_shards)  # fewer where they do not suffice: the last shards are empty
+    chunks = index.chunk(num_shards)  # fewer than asked where indices run out: the last shards are empty
     return chunks[which] if which < len(chunks) else index[:0]
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    # Importing DTensor takes half a second; if nobody has, this is none.
+    # Importing DTensor takes half a second; where nobody has imported it, no tensor is one.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds less than the whole tensor: a `DTensor` that is not a replica everywhere.
+    """Whether this rank may hold less than the whole tensor: a `DTensor` that is not a replica everywhere.
+
+    Args:
+        tensor: plain, or of class `DTensor`.
+
+    Returns: true for a sharded or partial tensor.
+    Raises: nothing of its own.
+    Cost: nothing is sent.
+    Source: this library's own.
 
     >>> is_sharded(torch.zeros(3))
     False
@@ -143,7 +151,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that this rank holds, sharing its memory; a plain tensor itself. Without gradient."""
+    """The part that this rank holds, without gradient and without a copy; a plain tensor itself.
+
+    Args:
+        tensor: plain, or of class `DTensor`.
+
+    Returns: a plain tensor that shares the memory.
+    Raises: nothing of its own.
+    Cost: nothing is sent.
+    Source: this library's own.
+
+    >>> local(torch.ones(2))
+    tensor([1., 1.])
+    """
     if not _is_dtensor(tensor):
         return tensor.detach()
     with torch.no_grad():
@@ -152,7 +172,15 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`local` of each; free of cost where nothing in this process can be sharded.
+    """`local` of each tensor; free of cost where this process has not imported `DTensor`.
+
+    Args:
+        tensors: plain, or of class `DTensor`.
+
+    Returns: plain tensors that share the memory, without gradient.
+    Raises: nothing of its own.
+    Cost: nothing is sent.
+    Source: this library's own.
 
     >>> locals_of([torch.ones(2)])
     [tensor([1., 1.])]
@@ -163,9 +191,15 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank; a plain tensor itself. Without gradient. Collective over the tensor's mesh.
+    """The whole tensor, on every rank, without gradient; a plain tensor itself. Collective over the tensor's mesh.
 
-    Cost: one all-gather. Where one rank needs it, `gather` sends 1/ranks of that.
+    Args:
+        tensor: plain, or of class `DTensor`.
+
+    Returns: a plain tensor.
+    Raises: nothing of its own.
+    Cost: one all-gather. Where only one rank needs the tensor, `gather` sends 1/ranks of that.
+    Source: this library's own.
 
     >>> whole(torch.ones(2))
     tensor([1., 1.])
@@ -174,9 +208,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def write_whole_(target: Tensor, value: Tensor) -> Tensor:
-    """Writes this rank's part of `value`, which every rank holds whole, into `target`. Nothing is sent.
+    """Writes this rank's part of a tensor that every rank holds whole into a target. Nothing is sent.
 
-    Raises `ShapeError` where the shapes differ, and `UnsupportedError` for a partial target.
+    Args:
+        target: plain, or of class `DTensor`. Written in place.
+        value: plain, of the target's shape, the same on all ranks.
+
+    Returns: the target.
+    Raises:
+        ShapeError: the shapes differ.
+        UnsupportedError: the target is a `Partial` tensor.
+    Cost: one copy of this rank's part.
+    Source: this library's own.
 
     >>> write_whole_(torch.zeros(2), torch.ones(2))
     tensor([1., 1.])
@@ -195,9 +238,19 @@ def write_whole_(target: Tensor, value: Tensor) -> Tensor:
 
 
 def local_ranges(tensor: Tensor, dim: int = 0) -> tuple[range, ...]:
-    """Which indices of dimension `dim` of the whole tensor this rank holds, in the order of its local part.
+    """The indices of dimension `dim` of the whole tensor that this rank holds, in the order of its local part.
 
-    One range as a rule, none where the shard is empty, several for strided shards.
+    Usually one range; none where the shard is empty; several for a strided shard.
+
+    Args:
+        tensor: plain, or of class `DTensor`.
+        dim: a dimension of the whole tensor.
+
+    Returns: ranges of indices.
+    Raises:
+        UnsupportedError: a placement other than `Shard`, `Replicate` and a `Partial` sum or mean.
+    Cost: nothing is sent.
+    Source: this library's own.
 
     >>> local_ranges(torch.zeros(5, 3))
     (range(0, 5),)
@@ -209,12 +262,25 @@ def local_ranges(tensor: Tensor, dim: int = 0) -> tuple[range, ...]:
 
 
 def group_of(tensor: Tensor) -> Group:
-    """The process group of the ranks over which a tensor is spread; `None`, the default group, for a plain tensor."""
+    """The process group over which a tensor is spread; `None`, the default group, for a plain tensor.
+
+    Args:
+        tensor: plain, or of class `DTensor`.
+
+    Returns: a process group or `None`.
+    Raises:
+        UnsupportedError: a placement other than `Shard`, `Replicate` and a `Partial` sum or mean.
+    Cost: nothing is sent, except where a mesh of several dimensions does not cover all ranks: its group is created.
+    Source: this library's own.
+
+    >>> group_of(torch.zeros(3)) is None
+    True
+    """
     return spread_of(tensor).group if _is_dtensor(tensor) else None
 
 
 def spread_of(tensor: Tensor, group: Group = None) -> Spread:
-    """How a tensor lies on the ranks: a plain one whole on every rank of `group`.
+    """How a tensor is spread over the ranks; a plain one is whole on every rank of `group`.
 
     Raises `UnsupportedError` for a placement other than `Shard`, `Replicate` and a `Partial` sum or mean.
     """
@@ -228,9 +294,10 @@ def spread_of(tensor: Tensor, group: Group = None) -> Spread:
 
 
 def check_writable(what: str, spread: Spread) -> None:
+    """Raises `UnsupportedError` for a partial tensor."""
     if spread.is_partial:
         raise UnsupportedError(
-            f"{what}: a Partial tensor {spread.shape} cannot be written, its parts are not determined by their sum. "
+            f"{what}: a Partial tensor {spread.shape} cannot be written, since its parts do not follow from their sum. "
             "Redistribute it to Shard or Replicate first"
         )
 
@@ -238,7 +305,7 @@ def check_writable(what: str, spread: Spread) -> None:
 def _cut(placement: Any) -> Cut:
     if placement.is_replicate():
         return Cut("replicate")
-    # Only the plain sum and mean: subclasses of Partial keep a state (a mask, a norm) beside their parts.
+    # Only the plain sum and mean: subclasses of Partial keep more than their parts (a mask, a norm).
     if placement.is_partial() and type(placement).__name__ == "Partial" and placement.reduce_op in ("sum", "avg"):
         return Cut("partial", op=placement.reduce_op)
     if placement.is_partial() or not hasattr(placement, "dim"):
@@ -253,7 +320,7 @@ def _cut(placement: Any) -> Cut:
 def _places(mesh: Any, all_ranks: Group) -> tuple[Any, tuple[tuple[int, ...], ...]]:
     """The group of all ranks of a mesh, and the place in the mesh of each of its ranks.
 
-    `all_ranks`, the default group, is part of the key: a process may leave one world and join another.
+    `all_ranks`, the default group, is part of the cache's key, since a process may leave one group and join another.
     """
     ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
     group: Group

@@ -1,4 +1,4 @@
-"""Steps that all ranks take together, where a model's own passes communicate."""
+"""The same number of steps on all ranks, for models whose forward and backward passes are collective."""
 
 from __future__ import annotations
 
@@ -17,14 +17,22 @@ Batch = TypeVar("Batch")
 
 
 def in_step(batches: Iterable[Batch], group: Group = None) -> Iterator[tuple[Batch, bool]]:
-    """Each of this rank's batches with `True`; then, while other ranks have more, its last one again with `False`.
+    """This rank's batches with `True`, then its last one again with `False` while other ranks have more. Collective.
 
-    A model that is sharded gathers its weights in every pass, so that a rank that stops early leaves the others waiting
-    for its shards. Here all ranks take the same number of steps, and what is computed from a batch that comes with
-    `False` is to be thrown away.
+    A sharded model (FSDP2) gathers its weights in every forward and backward pass, and a rank that stopped early would
+    leave the others waiting for its shards. Here all ranks take the same number of steps. A step with `False` is a
+    dummy pass that keeps the collectives matched: throw away what it computes.
 
-    Raises, on every rank: what the batches of one rank raise; `InputError` where one rank has none, but another has.
-    Cost: one sum of twelve bytes a step.
+    Args:
+        batches: this rank's, as many as it has.
+        group: a process group; all ranks by default.
+
+    Returns: an iterator of `(batch, counts)`.
+    Raises:
+        InputError: on every rank, where one rank has no batch at all, but another has.
+        GramianError: on every rank, what the iterable of one rank raises; with one rank, its own error.
+    Cost: one all-reduce of twelve bytes a step.
+    Source: this library's own.
 
     >>> list(in_step(["a", "b"]))
     [('a', True), ('b', True)]

@@ -1,4 +1,4 @@
-"""Capture: one streamed pass over the data gives the Gram matrices of every layer."""
+"""Capture: the second moments of every layer's inputs and output gradients, in one pass over the data."""
 
 from gramian.recording.live import capturing
 from gramian.recording.measuring import evaluating, measuring

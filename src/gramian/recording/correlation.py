@@ -1,10 +1,10 @@
-"""The second moment of a convolution's windows without the windows.
+"""The second moment of a convolution's windows, computed without the windows.
 
-Two elements of a window at offsets k and l meet the image at points that differ by l − k wherever the window lies.
+Two elements of a window at offsets k and l meet the image at two points that differ by l − k wherever the window lies.
 Summed over *all* positions at which a window touches the image, the moment is therefore the image's autocorrelation
-at the lag l − k: block Toeplitz, (2K − 1)ᵈ distinct blocks in place of K²ᵈ, and by the Fourier transform one product
-of the channels for each frequency. The positions that the convolution does not visit lie at the border: their windows
-are subtracted, with only those kernel rows that touch the image.
+at the lag l − k. It is block Toeplitz: (2K − 1)ᵈ distinct blocks in place of K²ᵈ. By the Fourier transform it costs one
+product of the channels for each frequency. The positions that the convolution does not visit lie at the border; their
+windows are subtracted, and of these only the kernel elements that touch the image.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from gramian.recording.windows import windows
 
 __all__ = ["moment_of_windows", "pays"]
 
-_CHUNK = 2**24
-"""Elements of the frequencies' products held at once."""
+_PRODUCTS = 2**24
+"""Elements of the products of channels at all frequencies that are in memory at once."""
 
 
 def pays(shape: Sequence[int], kernel: Sequence[int], pads: Sequence[tuple[int, int]], dilation: Sequence[int]) -> bool:
-    """Whether this takes fewer operations than multiplying the windows of x (N, C, *space), both per channel pair."""
+    """Whether `moment_of_windows` takes fewer operations than multiplying the windows of x (N, C, *space)."""
     num, space = shape[0], shape[2:]
     size = math.prod(kernel)
     outputs = _outputs(space, kernel, pads, dilation)
@@ -46,10 +46,10 @@ def moment_of_windows(
     pads: Sequence[tuple[int, int]],
     dilation: Sequence[int],
 ) -> Sums:
-    """`Σ wwᵀ`, `Σ w`, number and scale (as `gram.sums`) of all windows w of x (N, C, *space), zero outside.
+    """The sums over all windows w of x (N, C, *space), padded by zeros: w runs over (C, *kernel), at stride 1.
 
-    w runs over (C, *kernel), at stride 1. Accuracy: ε log(size) ‖x‖². Cost: four multiplications for each of
-    (size + K − 1)ᵈ / 2 frequencies and pair of channels, where the windows take K²ᵈ for each of sizeᵈ positions.
+    Accuracy: ε log(size) ‖x‖². Cost: four multiplications for each of (size + K − 1)ᵈ / 2 frequencies and pair of
+    channels, where the windows take K²ᵈ for each of sizeᵈ positions.
     """
     x = x if x.dtype == torch.float64 else x.float()
     scale = power_of_two(x)
@@ -64,19 +64,20 @@ def moment_of_windows(
     ones = (1,) * len(kernel)
     first = windows(x.sum(0, keepdim=True), tuple(kernel), ones, list(pads), tuple(dilation))
     first = first.flatten(0, len(kernel)).sum(0).flatten().double()
-    return total, first, len(x) * math.prod(_outputs(x.shape[2:], kernel, pads, dilation)), scale
+    return Sums(total, first, len(x) * math.prod(_outputs(x.shape[2:], kernel, pads, dilation)), scale)
 
 
 def _outputs(
     space: Sequence[int], kernel: Sequence[int], pads: Sequence[tuple[int, int]], dilation: Sequence[int]
 ) -> list[int]:
+    """The number of positions of the convolution along each dimension."""
     return [s + b + a - d * (k - 1) for s, k, (b, a), d in zip(space, kernel, pads, dilation, strict=True)]
 
 
 def _autocorrelation(
     x: Tensor, kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, dict[tuple[int, ...], int]]:
-    """R[lag] (C, C) = Σ_n Σ_q x(q) x(q + lag·dilation)ᵀ for every lag between two offsets, and each lag's number."""
+    """R[lag] (C, C) = Σ_n Σ_q x(q) x(q + lag·dilation)ᵀ for every lag between two offsets, and each lag's index."""
     dims = tuple(range(2, x.ndim))
     lengths = [s + d * (k - 1) for s, k, d in zip(x.shape[2:], kernel, dilation, strict=True)]
     spectrum = torch.fft.rfftn(x, lengths, dims).flatten(2).permute(2, 0, 1).contiguous()  # (frequencies, N, C)
@@ -89,13 +90,13 @@ def _autocorrelation(
         tau = torch.tensor([float(lag[axis] * d) for lag in lags], dtype=torch.float64)
         phase = phase.unsqueeze(-1) + 2 * math.pi / length * (
             tau.reshape(-1, *(1,) * axis, 1) * f
-        )  # (lags, …frequencies so far)
-        if last:  # the half of the spectrum that is left out is the conjugate of this one
+        )  # (lags, frequencies of the axes so far)
+        if last:  # the half of the spectrum that rfftn leaves out is the conjugate of this one
             weight = torch.where((f == 0) | (2 * f == length), 1.0, 2.0).double() / math.prod(lengths)
     wave = torch.polar(weight.expand(phase.shape), phase).flatten(1).to(spectrum.device, spectrum.dtype)
     num_channels = x.shape[1]
     found = x.new_zeros(len(lags), num_channels**2)
-    each = max(1, _CHUNK // num_channels**2)
+    each = max(1, _PRODUCTS // num_channels**2)
     for part, waves in zip(spectrum.split(each), wave.split(each, 1), strict=True):
         cross = torch.bmm(part.mH, part).flatten(1)  # conj(X_i) X_j at each frequency
         found += waves.real @ cross.real - waves.imag @ cross.imag
@@ -105,16 +106,16 @@ def _autocorrelation(
 def _subtract_border(
     total: Tensor, x: Tensor, kernel: Sequence[int], pads: Sequence[tuple[int, int]], dilation: Sequence[int]
 ) -> None:
-    """Takes from `total` the windows that touch the image where the convolution has no output.
+    """Subtracts from `total` the windows that touch the image at positions where the convolution has no output.
 
-    Axis by axis: outside on this one, inside on those before, anywhere on those after.
+    Axis by axis: windows outside along this axis, inside along those before, anywhere along those after.
     """
     outputs = _outputs(x.shape[2:], kernel, pads, dilation)
     numbers = torch.arange(len(total), device=x.device).reshape(x.shape[1], *kernel)
     num = len(kernel)
     for axis, (size, k, (before, _), d) in enumerate(zip(x.shape[2:], kernel, pads, dilation, strict=True)):
-        reach = d * (k - 1)
-        outside = [*range(before - reach, 0), *range(outputs[axis], before + size)]
+        span = d * (k - 1)
+        outside = [*range(before - span, 0), *range(outputs[axis], before + size)]
         for position in outside:
             touching = [i for i in range(k) if 0 <= position + d * i - before < size]
             if not touching:

@@ -1,8 +1,7 @@
 """How each operation of torch applies a weight: as `y = W x` on rows, in one table.
 
-A `Form` says what the rows are that enter the weight's matrix, what the rows of the gradient are that come back, and
-which of the weight's dimensions each spans. It knows nothing of blocks: a layout's axes are matched to it by the
-recorder.
+A `Form` says which rows enter the weight's matrix, which rows of the output's gradient belong to them, and along which
+dimensions of the weight each runs. It knows nothing of blocks: `sides.py` matches it to a layout's axes.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ IsWeight = Callable[[Any], bool]
 class Form:
     """One use of a weight.
 
-    `inputs(mask)` yields the input rows (R, D) in chunks, D running over the weight's dimensions `in_dims` in order;
-    `outputs(grad)` gives the output gradient's rows (R, D'), over `out_dims`. A dimension in both (experts, groups) is
-    a batch of products. `groups` > 1: dimension 0 of the weight starts with that many groups, which the other side
-    has too. `onehot`: the input rows are given as indices. `source` is the tensor that the inputs were made of;
-    `moment`, where there is one, gives the inputs' sums by a shorter way than their rows.
+    `inputs(mask)` yields the input rows (R, D) in chunks; D runs over the weight's dimensions `in_dims` in order.
+    `outputs(grad)` gives the rows (R, D') of the output's gradient, over `out_dims`. A dimension in both (experts,
+    groups) numbers a batch of products. `groups` > 1: dimension 0 of the weight starts with that many groups, which the
+    other side has too. `onehot`: the input rows are given as indices. `source` is the tensor that the inputs come from.
+    `moment`, where it exists, computes the inputs' sums faster than from their rows.
     """
 
     op: str
@@ -55,7 +54,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _plain_rows(x: Tensor) -> Callable[[Tensor | None], Iterator[Tensor]]:
-    """The rows of x (…, D), without those that a mask over its leading dimensions leaves out."""
+    """The rows of x (…, D) where a mask over its leading dimensions is true."""
 
     def rows(mask: Tensor | None) -> Iterator[Tensor]:
         yield _rows(x) if not _covers(mask, x) else _rows(x[mask])
@@ -130,7 +129,7 @@ def _einsum(is_weight: IsWeight, equation: str, *operands: Any) -> Form | None:
 
 
 def _implicit(terms: list[str]) -> str:
-    """The output of an equation without an arrow: the ellipsis, then what occurs once, in alphabetical order."""
+    """The output of an equation without an arrow: the ellipsis, then letters that occur once, in order."""
     joined = "".join(terms)
     once = sorted(c for c in set(joined) - {"."} if joined.count(c) == 1)
     return ("..." if "..." in joined else "") + "".join(once)
@@ -176,7 +175,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Form | None:
-    """A row for each look-up: the one-hot index, and the bag's gradient times the look-up's share of the bag."""
+    """A row for each lookup: the one-hot index, and the bag's gradient times the lookup's weight in the bag."""
     if mode == "max":
         return None
     index = input.flatten()
@@ -205,7 +204,7 @@ def _embedding_bag(
 def _bilinear(
     is_weight: IsWeight, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Form | None:
-    """y_b = x₁ᵀ W_b x₂: to each W_b comes x₂, and back comes the gradient y_b times x₁."""
+    """y_b = x₁ᵀ W_b x₂: the input of each W_b is x₂, and its output's gradient that of y_b times x₁."""
     left = _rows(input1.detach())
 
     def outputs(grad: Tensor) -> Tensor:
@@ -254,7 +253,7 @@ def _transposed_convolution(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Form | None:
-    """The adjoint of a convolution: pixels enter, and what comes back is the gradient's window at each of them."""
+    """The adjoint of a convolution: the inputs are pixels, and each belongs to a window of the output's gradient."""
     num = weight.ndim - 2
     x = input if input.ndim == weight.ndim else input.unsqueeze(0)
     stride, dilation, kernel = _tuple(stride, num), _tuple(dilation, num), tuple(weight.shape[2:])
@@ -263,7 +262,7 @@ def _transposed_convolution(
     def outputs(grad: Tensor) -> Tensor:
         grad = grad if grad.ndim == weight.ndim else grad.unsqueeze(0)
         found = windows(grad, kernel, stride, pads, dilation)
-        for axis, size in enumerate(x.shape[2:]):  # what output_padding adds has no pixel of its own
+        for axis, size in enumerate(x.shape[2:]):  # positions that output_padding adds belong to no pixel
             found = found.narrow(axis + 1, 0, size)
         return found.flatten(0, num).flatten(1)
 
@@ -298,5 +297,5 @@ def _table() -> dict[Callable, Handler]:
 
 
 FORMS: dict[Callable, Handler] = _table()
-"""Each function of torch that applies a weight: `handler(is_weight, *args, **kwargs) -> Form`, or `None` where this
-call is not a product of the weight with rows."""
+"""For each function of torch that applies a weight, `handler(is_weight, *args, **kwargs) -> Form`, or `None` where the
+call is not a product of a weight with rows."""

@@ -1,4 +1,4 @@
-"""`capture`: the Gram matrices of every layer in one streamed pass, the model left as it was found."""
+"""`capture`: the second moments of every layer in one pass over the data. The model is left as it was."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from gramian import placement
 from gramian.block import blocks
 from gramian.errors import DtypeError, InputError
 from gramian.objective import Fisher, Objective, as_objective
+from gramian.recording.collective import collective_of
 from gramian.recording.measuring import measuring
-from gramian.recording.ranks import ranks_of
-from gramian.recording.recorder import MAX_DIM, Pass, Recorder
+from gramian.recording.recorder import MAX_DIM, Recorder
+from gramian.recording.taps import Pass
 from gramian.statistics import Statistics
 
 __all__ = ["capture"]
@@ -33,46 +34,53 @@ def capture(
     non_finite: Literal["raise", "keep"] = "raise",
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
-    """The Gram matrices of every layer's inputs (A) and output gradients (G), in one streamed pass.
+    """The second moments of every layer's inputs (A) and output gradients (G), in one pass over the batches.
 
     `A = (1/rows) Σ a aᵀ` over the rows that enter the layer (samples, tokens, patches of a convolution);
-    `G = (1/units) Σ g gᵀ` over the gradients, at the layer's output, of the sum of losses. With their means.
+    `G = (1/units) Σ g gᵀ` over the gradients, at the layer's output, of the sum of losses. Both come with means.
+
+    Every product of a parameter with rows is seen: in torch's modules (attention and recurrence run unfused) and in
+    functions that the model calls itself, `linear`, `matmul`, `einsum`, `conv`, `embedding`. Other uses have `None` and
+    the reason. Where all samples share a row (an embedding of positions), its gradient is their sum.
 
     Args:
-        model: captured in evaluation mode, and left as it was found: mode, gradients, buffers, hooks, random state.
-            Under DDP or FSDP2 all ranks call this together, each with batches of its own, as many as it has; each gets
-            the statistics of all batches. An error on one rank is raised on all.
+        model: captured in evaluation mode, and left as it was: mode, gradients, buffers, hooks, random state. Under
+            DDP or FSDP2 all ranks call this together, each with its own batches, as many as it has. Each gets the
+            statistics of all batches, and an error on one rank is raised on all.
         batches: any iterable of batches.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean` (then `fisher="empirical"`).
-        layouts: as in `gm.blocks`: which matrices a tensor holds where its module's class does not tell.
-        fisher: which second moment G is; the objective's own by default.
-        generator: draws the labels of `fisher="sampled"`; by default one seeded with 0.
-        max_dim: wider sides (a vocabulary) have a `DiagonalGram`.
-        precision: "bfloat16" halves the time of the products of rows of linear layers, from 256 features, where the
-            processor has such units; each entry of M is then within 2⁻⁷ √(M_ii M_jj).
-        non_finite: whether a loss that is not finite raises, or is captured as it is (a diagnosis wants that).
+        layouts: as in `gm.blocks`: which matrices a tensor holds, where the class of its module does not tell.
+        fisher: which second moment G is, see `gm.Objective`; by default the objective's.
+        generator: draws the labels of `fisher="sampled"`; by default one seeded with 0 (with several ranks: the rank).
+        max_dim: sides wider than this (a vocabulary) have a `DiagonalGram`.
+        precision: "bfloat16" halves the time of the products of rows of linear layers, from 256 features on, on
+            processors with such units. Each entry of M is then within 2⁻⁷ √(M_ii M_jj).
+        non_finite: whether a loss that is not finite raises, or is captured as it is, for a diagnosis.
         progress: called after each batch with the number of batches done.
 
     Returns:
-        The sites of every block: `stats["0.weight"].A`, `.G`. A site is a use: a head tied to an embedding is a second
-        site of one block; a layer that is applied several times, or a recurrent matrix at its steps, is one site with
-        all its rows. Every product of a parameter with rows is seen, in torch's modules (attention and recurrence run
-        written out) and in functions that the model calls itself: `linear`, `matmul`, `einsum`, `conv`, `embedding`.
-        What is not has `None` and the reason. Where all samples share a row (an embedding of positions), its gradient
-        is their sum.
+        The sites of every block: `stats["0.weight"].A`, `.G`. A site is a use of a weight. A head tied to an embedding
+        is a second site of one block; a layer that is applied several times, or a recurrent matrix at its steps, is one
+        site with all its rows.
 
     Raises:
-        InputError: no batches (under FSDP2: on any rank), a loss that is not a finite scalar with units, or a `fisher`
-            that the objective lacks.
+        InputError: no batches (under FSDP2: on any rank), a loss that is not a scalar with units, or a `fisher` that
+            the objective lacks.
+        DtypeError: a loss that is not finite.
         UnsupportedError: the model is sharded, but not by `fully_shard` over ranks with batches of their own.
-
-    Cost: forward, one backward pass per loss (gauss_newton: one per output dimension) without weight gradients, and
-    `rows·d²` for each Gram. Memory: the forward pass's, the Grams, and one layer's rows.
+    Cost: forward passes; a backward pass for each loss (gauss_newton: one for each output dimension) without gradients
+    of weights; and `rows·d²` for each Gram. Memory: the forward pass's, the Grams, and one layer's rows. Accuracy: rows
+    are multiplied in float32 and summed over batches in float64.
     Source: A and G as in K-FAC (Martens & Grosse 1503.05671, eq. 1); shared weights as "expand" (2311.00636, §3).
+
+    >>> model, batches = nn.Linear(3, 2), [(torch.ones(4, 3), torch.zeros(4, 2))]
+    >>> stats = capture(model, batches, Objective.regression())
+    >>> stats["weight"].A, stats["weight"].G
+    (Gram(dim=3, count=4), Gram(dim=2, count=4))
     """
     objective = as_objective(objective)
     fisher = fisher or objective.fisher
-    ranks = ranks_of(model)
+    ranks = collective_of(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # Each rank draws its own labels.
     seed = placement.world(ranks.group).rank if ranks.together else 0
@@ -84,14 +92,14 @@ def capture(
         for batch, counts in ranks.steps(batches):
             with torch.enable_grad():
                 mask = None if objective.rows is None else objective.rows(batch)
-                recorder.begin(Pass(factor=1.0, shadow=not counts), mask)
+                recorder.begin(Pass(factor=1.0, dummy=not counts), mask)
                 output = objective.predict(ranks.model, batch)
                 recorder.end()
                 with ranks.agreed_loss():
                     loss, units = objective.checked(objective.criterion(output, batch))
                     if non_finite == "raise" and not loss.isfinite():
                         raise DtypeError(
-                            f"capture: the loss of batch {num_batches} is {loss.item()}; mend it first "
+                            f"capture: the loss of batch {num_batches} is {loss.item()}; repair the model first "
                             "(gm.inspect names the first layer that is not finite), or pass non_finite='keep'"
                         )
                     losses = list(objective.losses(output, batch, fisher, generator))
@@ -113,7 +121,7 @@ def capture(
 
 
 def differentiate(recorder: Recorder, losses: list[Tensor], *, retain: bool = False) -> None:
-    """Backward passes to the taps and no further: no gradient of a weight is computed."""
+    """Backward passes that reach the recorder's taps only, and compute no gradient of a weight."""
     for i, loss in enumerate(losses):
         if loss.requires_grad:
             last = i + 1 == len(losses) and not retain

@@ -1,4 +1,4 @@
-"""Which axes of a block's layout a use takes its inputs along, and which its outputs."""
+"""Which axes of a block's layout the inputs of a use run along, and which its outputs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gramian.block import Block, Layout
 from gramian.gram import At
 from gramian.recording.forms import Form
 
-__all__ = ["Held", "Side", "sides_of", "view_of"]
+__all__ = ["BlockView", "Side", "sides_of", "view_of"]
 
 
 @dataclass(frozen=True)
-class Held:
-    """A tensor that holds a block's weight: which of the parameter's dimensions its own are.
+class BlockView:
+    """What a tensor holds of a block: its dimensions, as those of the block's parameter, and which matrices.
 
-    `part`, where it holds only some of the block's matrices: their numbers along the first axis.
+    `part` lists the matrices by their index along the first axis, or is `None` for all.
     """
 
     block: Block
@@ -29,11 +29,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a use: the axes that its rows run over, and how these make vectors for each matrix.
+    """One side of a use, inputs or outputs: the axes of its rows, and how to make the matrices' vectors of them.
 
-    `names` and `sizes` are the rows' axes in order; `leading` those that tell matrices apart, `vector` those that make
-    up the vectors, of length `dim`. `rows` says that the vectors run along the matrices' rows. `at` is the place in
-    the batch where the vectors belong, where the weight was a part of its block.
+    `names` and `sizes` are the axes of a row, in order. `leading` are those that number the matrices, with sizes
+    `batch`; `vector` those that form the vectors, of length `dim`. `along_rows` says that the vectors run along the
+    matrices' rows. Where the weight was a part of its block, `at` says which entries of the batch the vectors are of.
     """
 
     names: tuple[str, ...]
@@ -42,16 +42,16 @@ class Side:
     vector: tuple[str, ...]
     batch: tuple[int, ...]
     dim: int
-    rows: bool
+    along_rows: bool
     at: At | None = None
 
     @property
     def key(self) -> tuple:
-        """What two sides share whose rows are arranged alike."""
+        """Equal for two sides whose rows are arranged in the same way."""
         return self.names, self.sizes, self.leading, self.vector
 
     def arrange(self, rows: Tensor) -> Tensor:
-        """(R, D) as (*batch, R, dim)."""
+        """Rows (R, D) as (*batch, R, dim)."""
         if not self.leading and self.names == self.vector:
             return rows
         present = [name for name in self.leading if name in self.names]
@@ -68,8 +68,8 @@ class Side:
         return rows
 
 
-def view_of(tensor: Tensor, base: Tensor, whole: Held) -> Held | None:
-    """What a view of a weight holds: all of it with dimensions in another order, or some of its matrices."""
+def view_of(tensor: Tensor, base: Tensor, whole: BlockView) -> BlockView | None:
+    """What a view of a weight holds: all of it, its dimensions in any order, or some of its matrices; or `None`."""
     if tensor.is_sparse or base.ndim != len(whole.dims):
         return None
     free, dims = list(range(base.ndim)), []
@@ -82,9 +82,9 @@ def view_of(tensor: Tensor, base: Tensor, whole: Held) -> Held | None:
         free.remove(fits[0])
     start, rest = divmod(int(tensor.storage_offset() - base.storage_offset()), int(base.stride(0)) or 1)
     num = tensor.shape[dims.index(0)] if 0 in dims else 1
-    held = tuple(whole.dims[d] for d in dims)
+    own = tuple(whole.dims[d] for d in dims)
     if not free and num == base.shape[0] and start == rest == 0:
-        return Held(whole.block, held, whole.part)
+        return BlockView(whole.block, own, whole.part)
     if rest or free not in ([], [0]) or whole.part is not None or whole.dims[0] != 0:
         return None
     layout = whole.block.layout
@@ -94,14 +94,14 @@ def view_of(tensor: Tensor, base: Tensor, whole: Held) -> Held | None:
     step = base.shape[0] // layout.axes[axis]
     if start % step or num % step:
         return None
-    return Held(whole.block, held, tuple(range(start // step, (start + num) // step)))
+    return BlockView(whole.block, own, tuple(range(start // step, (start + num) // step)))
 
 
-def sides_of(form: Form, held: Held) -> tuple[Side, Side] | None:
-    """The input's and the output's side of a use of a block; `None` where the block's layout mixes the two."""
-    layout = held.block.layout
+def sides_of(form: Form, view: BlockView) -> tuple[Side, Side] | None:
+    """The input and the output side of a use of a block; `None` where an axis of its layout belongs to both."""
+    layout = view.block.layout
     _, rows, columns = layout.sides
-    names = [layout.dims[d] for d in held.dims]
+    names = [layout.dims[d] for d in view.dims]
     inside = [name for d in form.in_dims for name in names[d]]
     outside = [name for d in form.out_dims for name in names[d]]
     if form.groups > 1:
@@ -116,21 +116,21 @@ def sides_of(form: Form, held: Held) -> tuple[Side, Side] | None:
         if _takes(layout, inside, entering) and _takes(layout, outside, leaving):
             if form.onehot and tuple(inside) != entering:
                 return None
-            part = held.part
+            part = view.part
             return (
-                _side(layout, inside, entering, part, rows=transposed),
-                _side(layout, outside, leaving, part, rows=not transposed),
+                _side(layout, inside, entering, part, along_rows=transposed),
+                _side(layout, outside, leaving, part, along_rows=not transposed),
             )
     return None
 
 
 def _takes(layout: Layout, names: Sequence[str], vector: Sequence[str]) -> bool:
-    """Whether a side that runs over `names` has vectors along `vector`, all else telling matrices apart."""
+    """Whether a side with axes `names` has vectors along `vector`, and its other axes only number the matrices."""
     return set(vector) <= set(names) <= set(vector) | set(layout.sides[0])
 
 
 def _side(
-    layout: Layout, names: Sequence[str], vector: tuple[str, ...], part: tuple[int, ...] | None, *, rows: bool
+    layout: Layout, names: Sequence[str], vector: tuple[str, ...], part: tuple[int, ...] | None, *, along_rows: bool
 ) -> Side:
     sizes = dict(layout.axes)
     split = layout.dims[0][0] if part is not None else None
@@ -141,4 +141,4 @@ def _side(
         at = At(leading.index(split), part)
         sizes[split] = len(part)
     dim = math.prod(sizes[name] for name in vector)
-    return Side(tuple(names), tuple(sizes[name] for name in names), leading, vector, batch, dim, rows, at)
+    return Side(tuple(names), tuple(sizes[name] for name in names), leading, vector, batch, dim, along_rows, at)

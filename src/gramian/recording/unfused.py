@@ -1,7 +1,7 @@
-"""Attention and recurrence as torch computes them, written out in operations that a capture sees.
+"""Attention and recurrence as torch computes them, written in operations that a capture sees.
 
-torch's own run in one kernel, in which no product with a weight is visible. Each function here takes the arguments of
-the one it stands for and gives the same output and gradients, to rounding.
+torch runs each in one kernel, which hides the products with the weights. Every function here takes the arguments of the
+one that it replaces, and gives the same output and gradients to rounding.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`torch.nn.functional.multi_head_attention_forward`, the products with its weights by `F.linear` each.
+    """`torch.nn.functional.multi_head_attention_forward`, with an `F.linear` for each product with a weight.
 
-    Query (T, N, E), key and value (S, N, ·), or without N. The rows go in as (N, T, E), samples first.
+    Query (T, N, E), key and value (S, N, ·), or without N. Inside, samples come first: (N, T, E).
     """
     batched = query.ndim == 3
     same_kv, same = key is value, query is key and key is value
@@ -93,14 +93,14 @@ def attention(
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=not masked)
     out = F.linear(out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
-    out = out.transpose(0, 1).contiguous()  # as torch lays it out: a dropout that follows draws in that order
+    out = out.transpose(0, 1).contiguous()  # torch's layout, in whose order a dropout that follows draws
     return (out if batched else out.squeeze(1)), weights
 
 
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, *, same: bool, same_kv: bool
 ) -> Sequence[Tensor]:
-    """Queries, keys and values by one packed weight (3E, E): in one product where they come of one tensor."""
+    """Queries, keys and values by one packed weight (3E, E): in one product where they come from one tensor."""
     if same:
         return F.linear(query, weight, bias).chunk(3, -1)
     width = query.shape[-1]
@@ -117,7 +117,7 @@ def _static(t: Tensor, num_heads: int) -> Tensor:
 def _mask(
     mask: Tensor | None, padding: Tensor | None, num: int, num_heads: int, length: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Both masks as one that is added to the scores (N, heads, T, S); what was appended to the keys is never masked."""
+    """Both masks as one that is added to the scores (N, heads, T, S); keys that were appended are never masked."""
     if mask is not None and mask.ndim == 3:
         mask = mask.unflatten(0, (num, num_heads))
     both = None
@@ -162,7 +162,7 @@ def _relu(x: Tensor, h: Tensor, state: State) -> State:
 def recurrent(cell: Cell, num_states: int) -> Callable[..., tuple[Tensor, ...]]:
     """`torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu`: layers, directions, packed sequences, projections.
 
-    The input's product is one for all steps; the state's is one a step.
+    The inputs of all steps are multiplied at once, the state at each step.
     """
 
     def run(*args: Any) -> tuple[Tensor, ...]:
@@ -202,7 +202,7 @@ def recurrent(cell: Cell, num_states: int) -> Callable[..., tuple[Tensor, ...]]:
 def _layer(
     cell: Cell, x: Tensor, sizes: list[int], first: State, weights: Sequence[Tensor], biases: bool, *, reverse: bool
 ) -> tuple[Tensor, State]:
-    """One layer in one direction on rows x (Σ sizes, I), `sizes[t]` sequences being alive at step t."""
+    """One layer in one direction on rows x (Σ sizes, I), of which `sizes[t]` belong to step t."""
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = weights[2:4] if biases else (None, None)
     w_hr = weights[-1] if len(weights) in (3, 5) else None
@@ -211,10 +211,10 @@ def _layer(
     ended: list[State] = []
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         alive = len(state[0])
-        if sizes[t] < alive:  # forward: sequences that end before this step keep their last state
+        if sizes[t] < alive:  # forward: sequences that have ended keep their last state
             ended.append(tuple(s[sizes[t] :] for s in state))
             state = tuple(s[: sizes[t]] for s in state)
-        elif sizes[t] > alive:  # backward: sequences that begin here, at their end
+        elif sizes[t] > alive:  # backward: sequences whose last step this is start here
             state = tuple(torch.cat([s, f[alive : sizes[t]]]) for s, f in zip(state, first, strict=True))
         new = cell(steps[t], F.linear(state[0], w_hh, b_hh), state)
         state = new if w_hr is None else (F.linear(new[0], w_hr), *new[1:])
@@ -225,7 +225,7 @@ def _layer(
 
 
 def _joined(state: State, ended: list[State]) -> State:
-    """The states of the sequences that lived to the end, then of those that ended before, longest first."""
+    """The last states of all sequences, longest first: those that ran to the end, then those that ended before."""
     return tuple(torch.cat([s, *(part[i] for part in reversed(ended))]) for i, s in enumerate(state))
 
 
@@ -253,4 +253,4 @@ UNFUSED: dict[Callable, Callable] = {
     torch.rnn_tanh_cell: single(_tanh, 1),
     torch.rnn_relu_cell: single(_relu, 1),
 }
-"""torch's fused function: the same, written out."""
+"""For each fused function of torch, its unfused equivalent."""

@@ -1,4 +1,4 @@
-"""The windows of a convolution in any number of dimensions (im2col), in chunks of bounded size."""
+"""The windows of a convolution in any number of dimensions (im2col), a bounded number at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 __all__ = ["chunks_of_windows", "paddings", "patches", "windows"]
 
 _CHUNK = 2**24
-"""Elements of a chunk of windows: large enough that a product of it is at full speed, far below a layer's memory."""
+"""Elements of a chunk of windows: large enough for products at full speed, and far below a layer's memory."""
 
 
 def paddings(padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
-    """What torch's `padding` adds before and after each dimension; "same" puts the odd one after."""
+    """What torch's `padding` adds before and after each dimension; of an odd sum, "same" adds the larger part after."""
     if padding == "valid":
         return [(0, 0)] * len(kernel)
     if padding == "same":
@@ -61,9 +61,22 @@ def chunks_of_windows(
 
 
 def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """The rows that a convolution's matrix multiplies: `(N·L, i·h·w)` from `(N, i, H, W)`, padding as the module does.
+    """The windows of a convolution's input as rows (im2col): the rows that its matrix multiplies.
 
-    `patches(conv, x) @ conv.weight.flatten(1).T` is the convolution without its bias (im2col), in 1, 2 or 3 dimensions.
+    `patches(conv, x) @ conv.weight.flatten(1).T` is the convolution without its bias, in 1, 2 or 3 dimensions.
+
+    Args:
+        module: a `Conv1d`, `Conv2d` or `Conv3d`, whose padding, stride and dilation are used.
+        x: `(N, i, *space)`, or one sample without N.
+
+    Returns: `(N·L, i·h·w)`, a row for each of the L positions.
+    Raises: nothing of its own.
+    Cost: memory for all windows: `h·w` times that of x at stride 1.
+    Source: Chellapilla et al., High Performance Convolutional Neural Networks for Document Processing (2006), §3.
+
+    >>> patches(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]]))
+    tensor([[1., 2.],
+            [2., 3.]])
     """
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     num = len(module.kernel_size)

@@ -1,4 +1,4 @@
-"""Which ranks capture a model together, each on batches of its own, and how they keep pace."""
+"""Collective capture: which ranks capture a model together, each on its own batches, and how they stay matched."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from gramian import placement
 from gramian.checkpoint import clean_name
 from gramian.errors import UnsupportedError
 
-__all__ = ["Ranks", "ranks_of"]
+__all__ = ["Collective", "collective_of"]
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The ranks of DDP or of FSDP2, or this process alone.
+class Collective:
+    """The ranks of DDP or FSDP2 that capture together, or this process alone.
 
-    `model` is what each calls: under DDP the module inside, whose passes do not communicate. `together`: whether there
-    are others, whose statistics are merged. `sharded`: whether every pass waits for the others' shards.
+    `model` is the module that each rank calls: under DDP the module inside, whose passes do not communicate.
+    `together`: there are other ranks, and statistics are merged. `sharded`: every pass is collective, since it gathers
+    the other ranks' shards.
     """
 
     model: nn.Module
@@ -32,22 +33,22 @@ class Ranks:
     group: Any = None
 
     def steps(self, batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-        """The batches, each with whether it counts: see `placement.in_step`."""
+        """`(batch, counts)` for each step; where passes are collective, as many on all ranks (`placement.in_step`)."""
         if self.sharded:
             return placement.in_step(batches, self.group)
         return ((batch, True) for batch in batches)
 
     def agreed_pass(self) -> Any:
-        """Around all passes: an error on one rank is one on all. Not where the passes themselves communicate."""
+        """A context for all passes: an error on one rank is raised on all. Empty where passes are collective."""
         return placement.agreed("capture", self.group) if self.together and not self.sharded else nullcontext()
 
     def agreed_loss(self) -> Any:
-        """Around what is between the forward and the backward pass of sharded ranks, likewise."""
+        """The same for the code between forward and backward pass, where passes are collective. Else empty."""
         return placement.agreed("capture", self.group) if self.sharded else nullcontext()
 
     @contextmanager
     def resharded(self) -> Iterator[None]:
-        """Shards at the end what a forward pass without its backward pass leaves whole."""
+        """A context that at its end reshards weights left gathered by a forward pass without its backward pass."""
         try:
             yield
         finally:
@@ -55,18 +56,18 @@ class Ranks:
                 module.reshard()
 
 
-def ranks_of(model: nn.Module) -> Ranks:
-    """The ranks over which `model` is wrapped.
+def collective_of(model: nn.Module) -> Collective:
+    """The ranks over which `model` is wrapped by DDP or sharded by FSDP2.
 
-    Raises `UnsupportedError` for a model that is sharded in another way than by `fully_shard` over the batches' ranks:
-    tensor parallelism gives several ranks the same batch.
+    Raises `UnsupportedError` for a model that is sharded in another way than by `fully_shard` over ranks with batches
+    of their own: under tensor parallelism several ranks have the same batch.
     """
-    inner = getattr(model, "_orig_mod", model)  # compiled: a capture runs it uncompiled
+    inner = getattr(model, "_orig_mod", model)  # a compiled model, which a capture runs uncompiled
     if isinstance(inner, DistributedDataParallel):
-        return Ranks(inner.module, together=True, group=inner.process_group)
+        return Collective(inner.module, together=True, group=inner.process_group)
     sharded = [(name, p) for name, p in model.named_parameters() if placement.is_sharded(p)]
     if not sharded:
-        return Ranks(model)
+        return Collective(model)
     groups = {id(placement.group_of(p)) for _, p in sharded}
     over_batches = _fsdp_modules(model) and len(groups) == 1
     for name, parameter in sharded:
@@ -75,7 +76,7 @@ def ranks_of(model: nn.Module) -> Ranks:
                 f"capture: {clean_name(name)!r} is placed as {parameter.placements}; "  # type: ignore[attr-defined]
                 "only models sharded by fully_shard, over one mesh and without tensor parallelism, are captured"
             )
-    return Ranks(model, together=True, sharded=True, group=placement.group_of(sharded[0][1]))
+    return Collective(model, together=True, sharded=True, group=placement.group_of(sharded[0][1]))
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
