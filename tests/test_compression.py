@@ -270,15 +270,14 @@ def test_a_fused_projection_is_factored_whole_with_a_gradient_moment_for_each_pa
     w = model.get_parameter(f"{name}.weight").detach()
     w = w if interleaved else w.T
     torch.testing.assert_close((whole.left @ whole.right).float(), w, rtol=1e-3, atol=1e-4)
-    # The parts' moments lie where their outputs are: head 0's query comes first in both, its key second if interleaved.
-    g = stats[f"{name}.weight"].G.matrix
-    part_of_output_8 = 1 if interleaved else 0
-    lost = whole.left[:, -1:] @ whole.right[-1:]
-    assert lost.shape == w.shape
-    root = _output_roots(whole.block, g)[0]
-    expected = _output_roots(whole.block, torch.eye(len(g)).double()[part_of_output_8][:, None, None] * g)[0]
-    torch.testing.assert_close(root[8:16, 8:16], expected[8:16, 8:16])
-    assert not root[8:16, 16:24].any() or not interleaved
+    # The roots of the parts' moments lie where their outputs are; head 0's query comes first, then its key or its rest.
+    parts = stats[f"{name}.weight"].G.roots(DAMPING)[0]
+    root = _output_roots(whole.block, stats[f"{name}.weight"].G)[0]
+    rows = {"q": [*range(8), *range(24, 32)], "k": [*range(8, 16), *range(32, 40)]} if interleaved else {}
+    rows = rows or {"q": list(range(16)), "k": list(range(16, 32))}
+    for part, outputs in enumerate(rows.values()):
+        assert torch.equal(root[outputs][:, outputs], parts[part])
+    assert not root[rows["q"]][:, rows["k"]].any()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "conv1d", "conv3d"])

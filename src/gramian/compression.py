@@ -350,8 +350,8 @@ def _decompose(block: Block, site: Site) -> WeightedSVD:
             )
         if not torch.isfinite(moment).all():
             raise InputError(f"compress: {label} of {block.name!r} is not finite; gm.inspect finds where NaN begins")
-    a_root, a_inverse = _roots(a)
-    g_root, g_inverse = _output_roots(block, g)
+    a_root, a_inverse = site.A.roots(DAMPING, centered=centered)
+    g_root, g_inverse = _output_roots(block, site.G)
     u, s, vt = torch.linalg.svd(g_root @ w @ a_root, full_matrices=False)
     left, right = g_inverse @ u * s, vt @ a_inverse
     # The singular values are shared out so that neither factor is badly scaled.
@@ -361,32 +361,21 @@ def _decompose(block: Block, site: Site) -> WeightedSVD:
     return WeightedSVD(block, s * matters, left * share, right / share[:, None], site.A.mean if centered else None)
 
 
-def _output_roots(block: Block, g: Tensor) -> tuple[Tensor, Tensor]:
+def _output_roots(block: Block, g: Gram) -> tuple[Tensor, Tensor]:
     """`G^½` and `G^-½` over the layer's outputs; of fused parts, which have a G each, along the diagonal."""
-    if g.ndim == 2:
-        return _roots(g)
+    roots = g.roots(DAMPING)
+    if roots[0].ndim == 2:
+        return roots
     layout = layout_of(block.module)
     assert layout is not None
-    outputs = torch.arange(layout.matrices[0], device=g.device)[:, None].expand(layout.matrices)
+    outputs = torch.arange(layout.matrices[0], device=roots[0].device)[:, None].expand(layout.matrices)
     order = block.split(layout.join(outputs))[..., 0].flatten()  # the output of each row of each part
     whole = []
-    for parts in zip(*map(_roots, g.flatten(0, -3)), strict=True):
-        root = torch.empty(len(order), len(order), dtype=g.dtype, device=g.device)
-        root[order[:, None], order] = torch.block_diag(*parts)
+    for parts in roots:
+        root = torch.empty(len(order), len(order), dtype=parts.dtype, device=parts.device)
+        root[order[:, None], order] = torch.block_diag(*parts.flatten(0, -3))
         whole.append(root)
     return whole[0], whole[1]
-
-
-def _roots(m: Tensor) -> tuple[Tensor, Tensor]:
-    """`M^½` and `M^-½` of a damped second moment; the identity for one that is zero (nothing arrives there)."""
-    level = m.diagonal().mean()
-    if level <= 0:
-        eye = torch.eye(len(m), dtype=m.dtype, device=m.device)
-        return eye, eye
-    # Scaled first: the Gram of a vanishing gradient is near 1e-40. What rounding left below zero is zero.
-    values, vectors = torch.linalg.eigh(m / level)
-    root = (values.clamp_min(0) + DAMPING).sqrt() * level.sqrt()
-    return vectors * root @ vectors.mT, vectors / root @ vectors.mT
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
