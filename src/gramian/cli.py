@@ -149,7 +149,7 @@ def inspect_command(
         report.show(found, verbose=verbose)
     broken = next((f for f in found.findings if f.code == "non-finite-weights"), None)
     if broken is not None:
-        _complain(f"{model}: {broken.title}. {broken.remedy.capitalize()}.")
+        _complain(f"{model}: {broken.title}. {broken.remedy}")
         raise typer.Exit(2)
     if fail_on is not FailOn.never:
         grave = SEVERITIES[: SEVERITIES.index(fail_on.value) + 1]

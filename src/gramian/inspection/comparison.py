@@ -19,7 +19,7 @@ from gramian.inspection.matrices import Holding, find_holdings
 from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
 from gramian.inspection.weights import layer_of
-from gramian.report import Finding, Layer, Report
+from gramian.report import Action, Finding, Layer, Report
 
 __all__ = ["compare_checkpoints", "matched", "subspace_angle"]
 
@@ -184,7 +184,8 @@ def _findings(layers: list[Layer], num_equal: int) -> Iterator[Finding]:
             where=broken[0].name,
             evidence="NaN or infinity in one of the two (exact)",
             cause="Training diverged in one of them, or a file is damaged.",
-            remedy="gramian inspect each of the two",
+            action=Action("inspect_file"),
+            advice="Run it on each of the two.",
         )
     known = [layer for layer in layers if layer.rank_99 and layer.spectral_norm]
     if not layers:
@@ -202,7 +203,7 @@ def _findings(layers: list[Layer], num_equal: int) -> Iterator[Finding]:
                 where=f"{len(known)} matrices differ, {num_equal} do not",
                 evidence=f"rank {max(ranks)} holds 99 % of the energy of every difference (most: {worst.name}){said}",
                 cause="An adapter was merged, or training moved the weights in few directions.",
-                remedy=f"gramian inspect MODEL --against OTHER --extract-lora {max(ranks)}",
+                action=Action("extract_lora", {"rank": max(ranks)}),
                 source="Hu et al. 2106.09685",
             )
 

@@ -14,15 +14,15 @@ import torch
 from gramian.gram import Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
-from gramian.report import SEVERITIES, Finding, Layer
+from gramian.report import SEVERITIES, Action, Finding, Layer
 
 if TYPE_CHECKING:
     from gramian.inspection.measured import Measured
 
 __all__ = ["RULES", "find"]
 
-ISOMETRIC = "gm.init.isometric_(model, sample)"
-RETRAIN = 'gm.train(task, init="isometric", optimizer="muon")'
+ISOMETRIC = Action("isometric_")
+RETRAIN = Action("train", {"init": "isometric", "optimizer": "muon"})
 
 # A network of depth L trains where L ≲ 6ξ, ξ = 1/|ln χ| (Schoenholz et al. 1611.01232, figure 5).
 TRAINABLE_DEPTHS = 6.0
@@ -68,7 +68,7 @@ def non_finite_signal(measured: Measured) -> Iterator[Finding]:
                 where=first[0],
                 evidence=f"{len(names)} of {len(sites)} layers see one that is not finite (exact)",
                 cause="The layer before it in this direction produced the first such value.",
-                remedy=ISOMETRIC if what == "input" else "gm.inspect(model, batches, objective) in float32",
+                action=ISOMETRIC if what == "input" else Action("inspect_in_float32"),
             )
 
 
@@ -92,7 +92,7 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
             evidence=f"the input of {lost[0]} varies between samples by less than {math.sqrt(VARIATION_FLOOR):.1%} of "
             "its size, the resolution of float32 sums",
             cause="Each layer shrinks differences between samples, until the biases are all that is left.",
-            remedy=ISOMETRIC,
+            action=ISOMETRIC,
             source="Schoenholz et al. 1611.01232, §3",
         )
 
@@ -115,7 +115,10 @@ def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
             cause="The loss does not depend on these layers."
             if everywhere
             else "The product of the layers' Jacobians is smaller than the dtype can hold.",
-            remedy="" if everywhere else ISOMETRIC,
+            action=None if everywhere else ISOMETRIC,
+            advice="Look for .detach(), torch.no_grad() or an unused output between these layers and the loss."
+            if everywhere
+            else "",
         )
 
 
@@ -150,7 +153,7 @@ def gain(measured: Measured) -> Iterator[Finding]:
         f"{depth} layers need ξ ≥ {depth / TRAINABLE_DEPTHS:.1f}",
         cause=f"Every layer's Jacobian {'shrinks' if below else 'stretches'} a gradient {math.sqrt(chi):.2g}-fold on "
         f"average, and the factors multiply: {math.sqrt(chi):.2g}^{depth} = {_power(mean / 2 * depth)}.",
-        remedy=ISOMETRIC,
+        action=ISOMETRIC,
         source="Schoenholz et al. 1611.01232, §5",
     )
 
@@ -180,7 +183,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
         where=f"{sized[0].name} … {sized[-1].name}",
         evidence=evidence,
         cause=f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
-        remedy=RETRAIN,
+        action=RETRAIN,
         source="Hochreiter 1991; Pascanu et al. 1211.5063",
     )
 
@@ -203,7 +206,7 @@ def end_to_end(measured: Measured) -> Iterator[Finding]:
             cause=f"Below {eps:.1e} the change is lost in {str(measured.dtype)[6:]} rounding: no input arrives."
             if largest < eps
             else "Small changes of the input are " + ("lost on the way." if small else "blown up on the way."),
-            remedy=ISOMETRIC,
+            action=ISOMETRIC,
             source="Pennington et al. 1711.04735",
         )
 
@@ -224,7 +227,8 @@ def dead_units(measured: Measured) -> Iterator[Finding]:
                 where=site.name,
                 evidence=f"zero on all {site.A.count:,.0f} rows: active on at most {3 / site.A.count:.2%} (95 %)",
                 cause="Their pre-activations are negative for every sample: a learning rate or bias was too large.",
-                remedy="a lower learning rate or LeakyReLU; gm.init.isometric_(model, sample) before training",
+                action=ISOMETRIC,
+                advice="That is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
             )
 
 

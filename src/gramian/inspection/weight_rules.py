@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from gramian.report import Finding, Layer
+from gramian.report import Action, Finding, Layer
 
 if TYPE_CHECKING:
     from gramian.inspection.measured import Measured
@@ -48,7 +48,7 @@ def non_finite_weights(measured: Measured) -> Iterator[Finding]:
             where=names_of([layer for layer, _ in bad]),
             evidence=f"{len(bad)} of {len(measured.layers)} tensors hold values that are not finite (exact count)",
             cause="Training diverged, or the file was damaged, before these weights were saved.",
-            remedy="go back to an earlier checkpoint; train on with a lower learning rate or clipped gradients",
+            advice="Go back to an earlier checkpoint, and continue with a lower learning rate or clipped gradients.",
         )
 
 
@@ -63,7 +63,8 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
             where=names_of(zero),
             evidence="every entry is zero (exact)",
             cause="Initialized so on purpose (a residual branch, an adapter), or never loaded.",
-            remedy="compare with the source: gramian inspect MODEL --against SOURCE",
+            action=Action("compare_files"),
+            advice="OTHER is the file that these weights came from: does it hold zeros too?",
         )
     some = [layer for layer in measured.layers if layer.spectral_norm and _share(layer, layer.zeros) > ZERO_SHARE]
     if some:
@@ -90,7 +91,8 @@ def repeated_weights(measured: Measured) -> Iterator[Finding]:
             where=names_of(hidden),
             evidence=f"{hidden[0].name} = {hidden[0].duplicate_of} (exact)",
             cause="Layers copied at initialization that were never trained, or weights shared but stored twice.",
-            remedy="layer.weight = other.weight  # if shared on purpose; else check that both receive gradients",
+            action=_tie(hidden[0]),
+            advice="Tie them if they are meant to be shared. If not, check that both receive gradients.",
         )
     if tied:
         yield Finding(
@@ -116,7 +118,8 @@ def out_of_range(measured: Measured) -> Iterator[Finding]:
                 where=names_of(over),
                 evidence=f"{getattr(worst, counts):,} entries of {worst.name} are beyond {name}'s range (exact count)",
                 cause=f"Entries grew beyond what {name} can hold.",
-                remedy="model.to(torch.bfloat16)" if name == "float16" else "keep these layers in float32",
+                action=Action("cast_to_bfloat16") if name == "float16" else None,
+                advice="" if name == "float16" else "Keep these layers in float32.",
             )
     under = [layer for layer in measured.layers if _share(layer, layer.underflow_float16) > UNDERFLOW_SHARE]
     if under:
@@ -128,7 +131,7 @@ def out_of_range(measured: Measured) -> Iterator[Finding]:
             where=names_of(under),
             evidence=f"the most: {worst.name}, {_share(worst, worst.underflow_float16):.1%} of its entries (exact)",
             cause="Entries below 3e-8, half of float16's least step.",
-            remedy="model.to(torch.bfloat16)",
+            action=Action("cast_to_bfloat16"),
         )
 
 
@@ -156,9 +159,10 @@ def unusual_size(measured: Measured) -> Iterator[Finding]:
                     evidence=f"{layer.spectral_norm:.3g} against a median of {math.exp(middle):.3g} over {len(layers)} "
                     f"matrices, of which half are within a factor of {math.exp(spread / 1.4826):.2f}",
                     cause="This layer's weights grew without bound." if larger else "This layer's weights decayed.",
-                    remedy="add weight decay or a norm before the layer, or train with gm.optim.Muon"
+                    action=None if larger else Action("inspect"),
+                    advice="Add weight decay, put a normalization before the layer, or train with gm.optim.Muon."
                     if larger
-                    else "check that the layer receives gradients: gm.inspect(model, batches, objective)",
+                    else "Check that a gradient arrives at the layer.",
                     source="a heuristic; scored in benchmarks/results/inspect_calibration.json",
                 )
 
@@ -185,7 +189,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
             evidence=f"the most: {worst.name}, σ₁² is {share:.0%} of ‖W‖_F² "
             f"({share:.3%} to {min(1.0, share * (1 + error)):.3%}), stable rank {worst.stable_rank:.2f}",
             cause="Inputs with a large common part, or rank collapse: most outputs are multiples of one vector.",
-            remedy="center the layer's inputs (LayerNorm); train with gm.optim.Muon, whose updates have full rank",
+            advice="Center the layer's inputs (LayerNorm), or train with gm.optim.Muon, whose updates have full rank.",
             source="stable rank: Rudelson & Vershynin, J. ACM 54 (2007)",
         )
 
@@ -205,7 +209,8 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
             f"{noise[0].name}), and the bulk within {noise[0].bulk_distance:.3f} of Marchenko and Pastur's law; "
             f"{structured} others have structure",
             cause="The layer is frozen, receives no gradient, or has hardly moved from its initialization.",
-            remedy="gm.inspect(model, batches, objective)  # the gradient by depth",
+            action=Action("inspect"),
+            advice="Look at the gradient by depth: does it reach these layers?",
             source="Marchenko & Pastur 1967; Johnstone 2001. Valid against independent entries only",
         )
 
@@ -226,7 +231,8 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
             where=names_of(low),
             evidence=f"the least: {worst.name}, rank {worst.numerical_rank} of {min(worst.shape)}",
             cause="Some directions of the input never reach the output.",
-            remedy="plan = gm.compress(model, stats): what is not there need not be stored",
+            action=Action("plan_compression"),
+            advice="Directions without energy need not be stored: plan.at(keep=…) factors the layers.",
         )
     saving = [layer for layer in measured.layers if (layer.saving_99 or 0.0) >= SAVING and min(layer.shape) >= 16]
     if saving:
@@ -240,7 +246,7 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
             evidence=f"{most.name}: rank {(most.rank_99 or (0, 0))[-1]} of {min(most.shape)} "
             f"saves {most.saving_99:.0%}",
             cause="The energy of the weights is in few directions. The loss depends on the data too: measure it.",
-            remedy="plan = gm.compress(model, batches=batches, objective=objective); plan.at(keep=0.7)",
+            action=Action("compress", {"keep": 1 - SAVING}),
             source="Eckart & Young 1936",
         )
 
@@ -261,6 +267,14 @@ def names_of(layers: list[Layer]) -> str:
     """Name a few layers, or the first and the last of many."""
     names = [layer.name for layer in layers]
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} … {names[-1]} ({len(names)} in all)"
+
+
+def _tie(layer: Layer) -> Action | None:
+    """Return the action that makes a layer share the parameter that it repeats; None for a part of a fused one."""
+    module, _, attribute = layer.name.rpartition(".")
+    if not attribute.isidentifier() or "[" in layer.duplicate_of:
+        return None
+    return Action("tie", {"module": module, "attribute": attribute, "source": layer.duplicate_of})
 
 
 def _share(layer: Layer, count: int | None) -> float:

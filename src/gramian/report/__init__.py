@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .actions import ACTIONS, Action
 from .model import (
     SEVERITIES,
     Detail,
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from .terminal import show, to_text
 
 __all__ = [
+    "ACTIONS",
     "SEVERITIES",
+    "Action",
     "Detail",
     "Direction",
     "Document",

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from .actions import Action
+
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -26,8 +28,19 @@ Status = Literal["good", "warning", "bad"]
 class Finding:
     """One thing that is wrong or worth knowing: where, how much, why, and what to do.
 
-    `code` is stable and may be matched by programs (`"gain-below-one"`); `where` names the layers; `evidence` holds the
-    numbers with their interval; `remedy` is a line of code or a command, or empty where there is none.
+    Args:
+        code: stable, so that programs may match it: `"gain-below-one"`.
+        severity: `"error"`, `"warning"` or `"info"`.
+        title: one sentence without a full stop.
+        where: the layers concerned.
+        evidence: the measured numbers, with their intervals.
+        cause: why it happens, in a sentence.
+        action: what to do, where code can do it.
+        advice: what to do that no code performs, or what to consider beside the action.
+        source: the paper behind the rule.
+
+    >>> Finding("gain-below-one", "error", "Gradients vanish", action=Action("isometric_")).remedy
+    'gm.init.isometric_(model, sample)'
     """
 
     code: str
@@ -36,8 +49,14 @@ class Finding:
     where: str = ""
     evidence: str = ""
     cause: str = ""
-    remedy: str = ""
+    action: Action | None = None
+    advice: str = ""
     source: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """The action's code, then the advice, each from a line of its own; empty where there is neither."""
+        return "\n".join(part for part in (self.action.code if self.action else "", self.advice) if part)
 
 
 @dataclass(frozen=True)

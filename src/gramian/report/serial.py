@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gramian.errors import InputError, UnsupportedError
 
+from .actions import ACTIONS, Action
 from .files import check_target, write_text
 from .model import SEVERITIES, Direction, Finding, Layer, Report
 
@@ -25,8 +26,8 @@ FORMATS = (".html", ".json")
 Record = TypeVar("Record", Finding, Layer, Direction)
 
 
-def plain(value: Any) -> Any:
-    """Return what strict JSON can hold: numbers of any library as int and float, not finite as None."""
+def jsonable(value: Any) -> Any:
+    """Return what strict JSON can hold: numbers of any library as int or float, and None for NaN and infinity."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, Integral):
@@ -34,9 +35,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, Real):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [plain(item) for item in value]
+        return [jsonable(item) for item in value]
     raise InputError(
         f"report: cannot write a {type(value).__name__} as JSON; expected numbers, words and lists of them."
     )
@@ -50,12 +51,12 @@ def report_to_dict(report: Report) -> dict[str, Any]:
         "title": report.title,
         "status": report.status,
         "verdict": report.verdict,
-        "facts": plain(report.facts),
-        "findings": [plain(asdict(finding)) for finding in report.findings],
-        "layers": [plain(asdict(layer)) for layer in report.layers],
-        "jacobian": plain(report.jacobian),
-        "notes": plain(report.notes),
-        "directions": [plain(asdict(direction)) for direction in report.directions],
+        "facts": jsonable(report.facts),
+        "findings": [jsonable(asdict(finding) | {"remedy": finding.remedy}) for finding in report.findings],
+        "layers": [jsonable(asdict(layer)) for layer in report.layers],
+        "jacobian": jsonable(report.jacobian),
+        "notes": jsonable(report.notes),
+        "directions": [jsonable(asdict(direction)) for direction in report.directions],
     }
 
 
@@ -111,7 +112,19 @@ def _record(cls: type[Record], row: Mapping[str, Any]) -> Record:
         values["tokens"] = tuple(tuple(str(token) for token in end) for end in values.get("tokens", ()))
     elif values["severity"] not in SEVERITIES:
         raise ValueError(f"severity {values['severity']!r}")
+    else:
+        values["action"] = _action(values.get("action"))
+        if values["action"] is None and not values.get("advice"):
+            # Files written before there were actions, or with an action of a later version: the text is kept.
+            values["advice"] = str(row.get("remedy", ""))
     return cls(**values)
+
+
+def _action(row: Mapping[str, Any] | None) -> Action | None:
+    """Return the action that a file names; None where there is none, or this version does not know it."""
+    if row is None or row["name"] not in ACTIONS:
+        return None
+    return Action(str(row["name"]), dict(row["arguments"]))
 
 
 def layers_to_dataframe(layers: Sequence[Layer]) -> pandas.DataFrame:

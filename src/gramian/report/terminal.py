@@ -121,7 +121,7 @@ class VerdictView:
 
 @dataclass(frozen=True)
 class FindingsView:
-    """Findings by rank: severity and title, then where, evidence, cause, remedy and source."""
+    """Findings by rank: severity and title, then where, evidence, cause and remedy; with `verbose`, the source too."""
 
     findings: Sequence[Finding]
     verbose: bool = False
@@ -138,11 +138,14 @@ class FindingsView:
                 grid.add_row("", "")
             style = _STYLES[finding.severity]
             grid.add_row(Text(finding.severity, style), Text(spell(finding.title), "bold"))
-            for field in ("where", "evidence", "cause", "remedy", "source"):
-                text = getattr(finding, field)
-                if text and (self.verbose or field != "source"):
-                    body = spell.lines(text) if field == "remedy" else spell(text)
-                    grid.add_row(Text(field, "dim"), Text(body, "cyan" if field == "remedy" else ""))
+            rows = [(field, Text(spell(getattr(finding, field)))) for field in ("where", "evidence", "cause")]
+            code = Text(spell.lines(finding.action.code), "cyan") if finding.action else Text()
+            rows += [("remedy", code), ("" if code else "remedy", Text(spell.lines(finding.advice)))]
+            if self.verbose:
+                rows.append(("source", Text(spell(finding.source))))
+            for field, text in rows:
+                if text:
+                    grid.add_row(Text(field, "dim"), text)
         yield grid
         if len(shown) < len(findings):
             yield Text(f"{plural(len(findings) - len(shown), 'more finding')} (verbose shows all).", "dim")

@@ -19,7 +19,7 @@ from gramian.checkpoint import load_tensors
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError
 from gramian.objective import Objective, as_objective
 from gramian.recording import evaluating
-from gramian.training import ranks, start
+from gramian.training import agreement, start
 from gramian.training.folder import MODEL, Folder, read
 from gramian.training.optimizers import Choice, choose
 from gramian.training.schedule import Schedule, as_budget
@@ -99,21 +99,21 @@ def train(
             raise TaskError(
                 f"task {task.name!r}: no parameter of the model requires a gradient, so nothing can be trained"
             )
-        ranks.check_model(model)
+        agreement.check_model(model)
         run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
         identity = _identity(task, model, choice, init, seed, budget)
         folder, known = None, None
         if run.out is not None:
             with placement.agreed("train"):
-                if ranks.first():
+                if agreement.first():
                     folder = stack.enter_context(closing(Folder(run.out, identity)))
                     folder.open(resume=resume)
             with placement.agreed("train"):
                 known = read(run.out, identity) if resume else None
         if known is None:
             run.init = start.initialize(init, model, task, objective, seed)
-            ranks.same_weights_(model)
-            if not ranks.first():
+            agreement.same_weights_(model)
+            if not agreement.first():
                 torch.manual_seed(seed + placement.world().rank)  # of dropout, which falls on other rows
         opt = choice.make(model)
         stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
@@ -160,7 +160,7 @@ class Loop:
         while not ended:
             self._step()
             due = [folder is not None and folder.due(evaluated=evaluated) for evaluated in (False, True)]
-            run.seconds, *due = ranks.first_ranks([time.perf_counter() - started, *due])
+            run.seconds, *due = agreement.first_ranks([time.perf_counter() - started, *due])
             if on_step is not None:
                 on_step(run, schedule.share(run))
             evaluate = schedule.due(run)
@@ -184,12 +184,12 @@ class Loop:
         self.schedule.batches_per_epoch = self.stream.length
         self.schedule.set_rates(self.run)
         if self.stream.taken == 1:
-            ranks.check_batch(self.run.model, self.objective, batch)
+            agreement.check_batch(self.run.model, self.objective, batch)
         self.optimizer.zero_grad()
-        loss, count = self.objective.loss(self.run.model, ranks.rows(batch))
-        total, units = ranks.sums(loss, count)
+        loss, count = self.objective.loss(self.run.model, agreement.rows(batch))
+        total, units = agreement.sums(loss, count)
         (loss / units).backward()
-        ranks.add_gradients(self.run.model)
+        agreement.add_gradients(self.run.model)
         self.optimizer.step()
         self.total += total
         self.units += units
@@ -227,7 +227,7 @@ class Loop:
             "since": {"total": self.total, "units": self.units},
             "evaluations": self.schedule.evaluations,
             "stream": self.stream.state(),
-            "random": ranks.random_states(self.device),
+            "random": agreement.random_states(self.device),
             "model": self.run.model.state_dict(),
             "buffers": _fleeting(self.run.model),
             "optimizer": self.optimizer.state_dict(),
@@ -257,7 +257,7 @@ class Loop:
             schedule.evaluations = known["evaluations"]
             self.total.copy_(known["since"]["total"])
             self.units.copy_(known["since"]["units"])
-            ranks.restore_random_state(known["random"], self.device)
+            agreement.restore_random_state(known["random"], self.device)
             self.stream.restore(known["stream"])
             schedule.batches_per_epoch = self.stream.length
         except GramianError:
