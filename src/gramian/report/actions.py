@@ -1,7 +1,7 @@
-"""What can be done about a finding: a closed table of actions, each with the code that performs it.
+"""Actions: what to do about a finding, as a name in a closed table, with the code that does it.
 
-A report knows no models, so an action here is data: a name and arguments. Functions that apply an action to a model
-belong to the packages above, which look them up by name (`gramian.training.start`).
+An action is data, since reports do not depend on models. The packages above this one map an action's name to the
+function that applies it, as `gramian.training.start` does.
 """
 
 from __future__ import annotations

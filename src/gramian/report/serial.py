@@ -61,12 +61,12 @@ def report_to_dict(report: Report) -> dict[str, Any]:
 
 
 def report_to_json(report: Report, indent: int | None) -> str:
-    """Return strict JSON in ASCII, so that a name with a lone surrogate survives too."""
+    """Return strict JSON in ASCII, which preserves even a name with a lone surrogate."""
     return json.dumps(report_to_dict(report), indent=indent, allow_nan=False)
 
 
 def report_from_json(text: str | bytes) -> Report:
-    """Read what `report_to_json` wrote; keys that this version does not know are passed over."""
+    """Read what `report_to_json` wrote; unknown keys, from a later version, are ignored."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -88,7 +88,7 @@ def report_from_json(text: str | bytes) -> Report:
             directions=[_record(Direction, row) for row in data.get("directions", [])],
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"report: the JSON lacks or garbles a field ({error}). Write it anew.") from None
+        raise InputError(f"report: a field of the JSON is missing or wrong ({error}). Write the file again.") from None
 
 
 def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
@@ -115,13 +115,13 @@ def _record(cls: type[Record], row: Mapping[str, Any]) -> Record:
     else:
         values["action"] = _action(values.get("action"))
         if values["action"] is None and not values.get("advice"):
-            # Files written before there were actions, or with an action of a later version: the text is kept.
+            # A file from before there were actions, or with an action of a later version: keep its text.
             values["advice"] = str(row.get("remedy", ""))
     return cls(**values)
 
 
 def _action(row: Mapping[str, Any] | None) -> Action | None:
-    """Return the action that a file names; None where there is none, or this version does not know it."""
+    """Return the action that a file names; None where there is none, or it comes from a later version."""
     if row is None or row["name"] not in ACTIONS:
         return None
     return Action(str(row["name"]), dict(row["arguments"]))
@@ -141,7 +141,7 @@ def layers_to_dataframe(layers: Sequence[Layer]) -> pandas.DataFrame:
 
 
 def save_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write `.html` or `.json` by suffix, whole or not at all."""
+    """Write `.html` or `.json`, by the suffix, atomically."""
     check_target(path, FORMATS)
     if Path(path).suffix.lower() == ".html":
         from .html import save

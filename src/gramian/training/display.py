@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gramian.checkpoint.faults import plain
-from gramian.report.live import Watch, number
+from gramian.report.live import Watch, four_digits
 from gramian.training.folder import MODEL
 from gramian.training.task import Run
 
@@ -31,14 +31,17 @@ class Watched:
         """Where the run is: for `on_step`."""
         numbers = {"step": f"step {run.steps:,}"}
         if run.seconds > 0:
-            numbers |= {"speed": f"{number(run.steps / run.seconds)} steps/s", "rate": f"rate {number(run.rate)}"}
+            numbers |= {
+                "speed": f"{four_digits(run.steps / run.seconds)} steps/s",
+                "rate": f"rate {four_digits(run.rate)}",
+            }
         if share > 0:
             numbers["left"] = f"{_duration(run.seconds * (1 - share) / share)} left"
         self._watch.update(share, numbers)
 
     def evaluated(self, row: dict[str, float], share: float) -> None:
         """What was measured: for `progress`."""
-        measured = {name: f"{plain(name, 100)} {number(value)}" for name, value in _measured(row).items()}
+        measured = {name: f"{plain(name, 100)} {four_digits(value)}" for name, value in _measured(row).items()}
         self._watch.log({"step": f"step {row['step']:,.0f}"} | measured)
 
 
@@ -55,9 +58,9 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
     steps = f"{run.steps:,} in {_duration(run.seconds)}"
     if run.resumed:
         steps += ", finished before" if run.resumed == run.steps else f", resumed at {run.resumed:,}"
-    optimizer = f"{run.optimizer}{' (auto)' if automatic else ''}, learning rate {number(run.lr)}"
+    optimizer = f"{run.optimizer}{' (auto)' if automatic else ''}, learning rate {four_digits(run.lr)}"
     rows = {"task": task, "optimizer": optimizer, "init": run.init, "steps": steps}
-    rows |= {name: number(value) for name, value in _measured(run.metrics).items()}
+    rows |= {name: four_digits(value) for name, value in _measured(run.metrics).items()}
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(max_width=max(10, console.width // 2 - 2), overflow="fold", style="dim")
     table.add_column(overflow="fold")
