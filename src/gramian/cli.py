@@ -26,7 +26,7 @@ UsageError = typer.BadParameter.__bases__[0]
 ClickException = UsageError.__bases__[0]
 
 app = typer.Typer(
-    help="See a network as its matrices: diagnose, mend, train and compress it.",
+    help="See a network as its matrices: diagnose, repair, train and compress it.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -54,7 +54,7 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """See a network as its matrices: diagnose, mend, train and compress it."""
+    """See a network as its matrices: diagnose, repair, train and compress it."""
 
 
 @app.command("demo")
@@ -69,11 +69,13 @@ def demo_command(
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures in the report.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Diagnose, mend, train and compress a network that cannot learn, on real handwritten digits."""
+    """Diagnose, repair, train and compress a network that cannot learn, on handwritten digits."""
     from gramian import demo
 
-    with _Stages(quiet) as tell:
-        story = demo.run(depth=depth, classes=classes, seed=seed, out=out, plots=plots, seconds=seconds, tell=tell)
+    with _Stages(quiet) as stages:
+        story = demo.run(
+            depth=depth, classes=classes, seed=seed, out=out, plots=plots, seconds=seconds, progress=stages
+        )
     if quiet:
         return
     numbers = story.summary()
@@ -81,9 +83,9 @@ def demo_command(
     console.print()
     console.print(f"  logistic regression   {numbers['accuracy_logistic']:7.1%}", highlight=False)
     console.print(f"  untreated             {numbers['accuracy_untreated']:7.1%}", highlight=False)
-    console.print(f"  mended and trained    {numbers['accuracy_trained']:7.1%}", highlight=False)
+    console.print(f"  repaired and trained  {numbers['accuracy_trained']:7.1%}", highlight=False)
     share = numbers["parameters_compressed"] / numbers["parameters"]
-    console.print(f"  with {share:4.0%} of it       {numbers['accuracy_compressed']:7.1%}", highlight=False)
+    console.print(f"  compressed to {share:4.0%}    {numbers['accuracy_compressed']:7.1%}", highlight=False)
     console.print(f"\nReport: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -163,7 +165,7 @@ def train_command(
     optimizer: Annotated[str, typer.Option(help="auto, whitened_muon, muon, soap, shampoo, adamw or sgd.")] = "auto",
     lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
     init: Annotated[
-        str, typer.Option(help="auto (mended only where it cannot learn as it is), default or isometric.")
+        str, typer.Option(help="auto (repaired only if it cannot learn as it is), default or isometric.")
     ] = "auto",
     steps: Annotated[int | None, typer.Option(help="Budget in steps.", min=1)] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.", min=1)] = None,

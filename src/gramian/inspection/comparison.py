@@ -20,6 +20,7 @@ from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
 from gramian.inspection.weights import layer_of
 from gramian.report import Action, Finding, Layer, Report
+from gramian.report.model import plural
 
 __all__ = ["compare_checkpoints", "matched", "subspace_angle"]
 
@@ -188,7 +189,7 @@ def _findings(layers: list[Layer], num_equal: int) -> Iterator[Finding]:
         yield Finding(
             "non-finite-difference",
             "error",
-            f"{len(broken)} {'difference is' if len(broken) == 1 else 'differences are'} not finite",
+            f"{plural(len(broken), 'difference')} {'is' if len(broken) == 1 else 'are'} not finite",
             where=broken[0].name,
             evidence="NaN or infinity in one of the two (exact)",
             cause="Training diverged in one of them, or a file is damaged.",

@@ -174,7 +174,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
     evidence = f"root mean square {first:.1e} at {sized[0].name}, {last:.1e} at {sized[-1].name}"
     if unmoved:
-        evidence += f"; in {len(unmoved)} of {len(sized)} layers below 1e-8, AdamW's ε, so that AdamW hardly moves them"
+        evidence += f"; below AdamW's ε = 1e-8 in {len(unmoved)} of {len(sized)} layers, which AdamW hardly moves"
     yield Finding(
         "gradient-vanishes" if vanishes else "gradient-explodes",
         "error" if unmoved or not vanishes else "warning",

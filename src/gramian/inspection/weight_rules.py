@@ -59,7 +59,7 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "zero-weights",
             "warning",
-            f"{len(zero)} weight {'matrix is' if len(zero) == 1 else 'matrices are'} all zero",
+            f"{_matrices(zero)} {'is' if len(zero) == 1 else 'are'} all zero",
             where=names_of(zero),
             evidence="every entry is zero (exact)",
             cause="Initialized to zero on purpose (a residual branch, an adapter), or never loaded.",
@@ -87,12 +87,12 @@ def repeated_weights(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "repeated-weights",
             "warning",
-            f"{len(hidden)} {'matrix equals' if len(hidden) == 1 else 'matrices equal'} another one bit for bit",
+            f"{_matrices(hidden)} {'equals' if len(hidden) == 1 else 'equal'} another one bit for bit",
             where=names_of(hidden),
             evidence=f"{hidden[0].name} = {hidden[0].duplicate_of} (exact)",
             cause="Layers were copied at initialization and never trained, or shared weights were saved twice.",
             action=_tie(hidden[0]),
-            advice="Tie them if they are meant to be shared. If not, check that both receive gradients.",
+            advice="Tie each like this if they are meant to be shared. If not, check that both receive gradients.",
         )
     if tied:
         yield Finding(
@@ -114,9 +114,9 @@ def out_of_range(measured: Measured) -> Iterator[Finding]:
             yield Finding(
                 f"overflows-{name}",
                 "warning",
-                f"{len(over)} {'matrix' if len(over) == 1 else 'matrices'} would be infinite in {name}",
+                f"{_matrices(over)} would be infinite in {name}",
                 where=names_of(over),
-                evidence=f"{getattr(worst, counts):,} entries of {worst.name} are beyond {name}'s range (exact count)",
+                evidence=f"most in {worst.name}: {getattr(worst, counts):,} of its entries (exact count)",
                 cause=f"These entries exceed the largest number of {name}.",
                 action=Action("cast_to_bfloat16") if name == "float16" else None,
                 advice="" if name == "float16" else "Keep these layers in float32.",
@@ -127,7 +127,7 @@ def out_of_range(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "underflows-float16",
             "info",
-            f"{len(under)} {'matrix' if len(under) == 1 else 'matrices'} would lose entries to zero in float16",
+            f"{_matrices(under)} would lose entries to zero in float16",
             where=names_of(under),
             evidence=f"most in {worst.name}: {_share(worst, worst.underflow_float16):.1%} of its entries (exact count)",
             cause="Entries are below 3e-8, half of float16's smallest number.",
@@ -153,7 +153,7 @@ def unusual_size(measured: Measured) -> Iterator[Finding]:
                 yield Finding(
                     "unusual-size",
                     "warning",
-                    f"σ₁ of {layer.name} is {math.exp(abs(x - middle)):.0f} times "
+                    f"σ₁ of {layer.name} is {math.exp(abs(x - middle)):,.0f} times "
                     f"{'larger' if larger else 'smaller'} than in similar layers",
                     where=layer.name,
                     evidence=f"{layer.spectral_norm:.3g}, and a median of {math.exp(middle):.3g} over {len(layers)} "
@@ -184,7 +184,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "dominant-direction",
             "warning",
-            f"One direction holds most of the energy of {len(found)} {'matrix' if len(found) == 1 else 'matrices'}",
+            f"One direction holds most of the energy of {_matrices(found)}",
             where=names_of(found),
             evidence=f"most in {worst.name}: σ₁² is {share:.0%} of ‖W‖_F² "
             f"({share:.3%} to {min(1.0, share * (1 + error)):.3%}), stable rank {worst.stable_rank:.2f}",
@@ -241,8 +241,7 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "factorable",
             "info",
-            f"Two factors hold 99 % of the energy of {len(saving)} {'matrix' if len(saving) == 1 else 'matrices'} "
-            f"with {saved:,.0f} fewer parameters",
+            f"Two factors hold 99 % of the energy of {_matrices(saving)} with {saved:,.0f} fewer parameters",
             where=names_of(saving),
             evidence=f"{most.name}: rank {(most.rank_99 or (0, 0))[-1]} of {min(most.shape)} "
             f"saves {most.saving_99:.0%}",
@@ -268,6 +267,11 @@ def names_of(layers: list[Layer]) -> str:
     """Return the names of up to three layers, or of the first two and the last of many."""
     names = [layer.name for layer in layers]
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} … {names[-1]} ({len(names)} in all)"
+
+
+def _matrices(layers: list[Layer]) -> str:
+    """Return how many matrices these are, in words."""
+    return "1 matrix" if len(layers) == 1 else f"{len(layers):,} matrices"
 
 
 def _tie(layer: Layer) -> Action | None:
