@@ -21,7 +21,7 @@ from gramian.errors import GramianError, GramianWarning, InputError
 
 __all__ = ["app", "main"]
 
-# typer carries its own copy of click: the base classes of its errors are reached through the one that it exports.
+# typer has its own copy of click: these are the base classes of an error that it exports.
 UsageError = typer.BadParameter.__bases__[0]
 ClickException = UsageError.__bases__[0]
 
@@ -103,10 +103,11 @@ def inspect_command(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Norms and ranks with stated error, from a few products.")
+        bool, typer.Option("--quick", help="Norms and ranks with error bounds, from a few products.")
     ] = False,
     layouts: Annotated[
-        Path | None, typer.Option(help="JSON of name pattern to layout, for fused tensors that are not known.")
+        Path | None,
+        typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
     ] = None,
     input_size: Annotated[int, typer.Option(help="Side of the images for convolutions' operator norms.", min=1)] = 32,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
@@ -115,7 +116,7 @@ def inspect_command(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Say what is wrong with a network, and how sure that is.
+    """Find what is wrong with a network, with evidence, causes and remedies.
 
     From a file: the spectra of its weights. From a task, or a file with a task: also the size of signals and gradients,
     the gain of each layer, and the end-to-end Jacobian.
@@ -174,20 +175,20 @@ def train_command(
         int, typer.Option(help="Of the model, the order of the batches and dropout.", min=0, max=2**63 - 1)
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Train a task's network, evaluate it on the way, and keep it.
+    """Train a task's network, evaluate it during the run, and save it.
 
-    Give one of --steps, --epochs and --seconds. A run that was killed goes on where it was with the same command and
-    --resume. Under torchrun each process takes its share of every batch. Exit code 1: the loss stopped being finite.
+    Give one of --steps, --epochs and --seconds. To continue a run that was killed, give the same command with --resume.
+    Under torchrun each process takes its share of every batch. Exit code 1: the loss stopped being finite.
     """
     given = [name for name, value in (("--steps", steps), ("--epochs", epochs), ("--seconds", seconds)) if value]
     if len(given) != 1:
         wanted = "give one of --steps, --epochs, --seconds, as in --seconds 60"
         raise InputError(f"train: {wanted}; got {' and '.join(given) or 'none'}")
     if resume and out is None:
-        raise InputError("train: --resume needs --out DIR, the folder of the run to go on with")
+        raise InputError("train: --resume needs --out DIR, the folder of the run to continue")
     if out is not None and not resume and (out / "model.safetensors").exists():
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
     from gramian import tasks
@@ -211,7 +212,7 @@ def train_command(
                 on_step=watched.stepped,
             )
     except KeyboardInterrupt:
-        _complain("interrupted" if out is None else "interrupted; go on with the same command and --resume")
+        _complain("interrupted" if out is None else "interrupted; continue with the same command and --resume")
         raise typer.Exit(130) from None
     if first and not quiet:
         display.show(run, found.name, automatic=optimizer == "auto")
@@ -226,7 +227,8 @@ def bench_command(
     repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.", min=1)] = 5,
     only: Annotated[str, typer.Option(help="Only tasks whose name contains this.")] = "",
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure what linalg's automatic choices rest on, keep it, and stop.")
+        bool,
+        typer.Option("--calibrate", help="Measure the costs that linalg's automatic choices use, save them, and stop."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -286,7 +288,7 @@ def _compare(model: str, against: str, task: str | None, rank: int | None, out: 
 
 @contextmanager
 def _ranks() -> Iterator[bool]:
-    """Join the other processes of torchrun, if there are any; yields whether this one prints."""
+    """Join torchrun's process group, if there is one; yields whether this process prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
         return
@@ -300,7 +302,7 @@ def _ranks() -> Iterator[bool]:
 
 
 class _Stages:
-    """Progress on stderr: one line for each stage, from the first one on."""
+    """Progress on stderr, one line for each stage."""
 
     def __init__(self, quiet: bool) -> None:
         self.progress = Progress(
@@ -334,7 +336,7 @@ def _complain(message: str) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code; every error of the user's is one line on stderr."""
+    """Run the command line and return the exit code; a user's error is one line on stderr."""
     warnings.showwarning = _show_warning
     args = sys.argv[1:] if args is None else args
     try:
