@@ -15,7 +15,7 @@ __all__ = ["Entries", "clipped", "count_entries", "dtype_name"]
 NARROW = (torch.float16, torch.bfloat16)
 
 # Largest magnitude that rounds to a finite number, and largest that rounds to zero (ties to even).
-# tests/test_entries.py derives them again.
+# tests/test_noise.py derives them again.
 LARGEST = {torch.float16: 65519.99609375, torch.bfloat16: 2.0**127 * (2 - 2.0**-8) - 2.0**104}
 LEAST = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 

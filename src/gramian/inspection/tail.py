@@ -18,7 +18,7 @@ __all__ = ["LEAST_TAIL", "Tail", "fit_tail"]
 LEAST_TAIL = 50
 
 # Quantile 0.9 of √n·D under a true power law, with D the Kolmogorov–Smirnov distance of the fit, whose start minimizes
-# D. Simulated; tests/test_tail.py derives it again.
+# D. Simulated; tests/test_noise.py derives it again.
 CRITICAL_DISTANCE = 0.80
 
 # Vuong's statistic below which a log-normal fits better than a power law (one-sided 10 %).
