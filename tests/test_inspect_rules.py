@@ -37,13 +37,13 @@ def label(call: ast.Call) -> str:
     return "/".join(starts(call.args[0]))
 
 
-@pytest.mark.parametrize("call", calls(), ids=label)
+@pytest.mark.parametrize("call", list(calls()), ids=label)
 def test_a_finding_is_documented(call: ast.Call) -> None:
     for start in starts(call.args[0]):
         assert f"`{start}`" in FINDINGS or (start.endswith("-") and f"`{start}" in FINDINGS)
 
 
-@pytest.mark.parametrize("call", calls(), ids=label)
+@pytest.mark.parametrize("call", list(calls()), ids=label)
 def test_an_error_or_warning_says_what_to_do(call: ast.Call) -> None:
     if starts(call.args[1]) != ["info"]:
         assert {keyword.arg for keyword in call.keywords} & {"action", "advice"}
