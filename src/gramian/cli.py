@@ -33,6 +33,11 @@ app = typer.Typer(
 )
 
 
+# Arguments that several commands share.
+Model = Annotated[str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
 class FailOn(StrEnum):
     """The least severe finding for which `inspect` exits with 1."""
 
@@ -67,7 +72,7 @@ def demo_command(
         float | None, typer.Option(help="Training time of each of the four runs. [default: 12 at depth 100]", min=0.1)
     ] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures in the report.")] = True,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Diagnose, repair, train and compress a network that cannot learn, on handwritten digits."""
     from gramian import demo
@@ -91,9 +96,7 @@ def demo_command(
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[
-        str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")
-    ],
+    model: Model,
     task: Annotated[str | None, typer.Option(help="Task whose model and data go with the weights.")] = None,
     against: Annotated[
         str | None, typer.Option(help="Another checkpoint: the spectrum of every difference MODEL − OTHER.")
@@ -114,7 +117,7 @@ def inspect_command(
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 for findings of this severity or worse.")] = FailOn.never,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Find what is wrong with a network, with evidence, causes and remedies.
 
@@ -176,7 +179,7 @@ def train_command(
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a task's network, evaluate it during the run, and save it.
 
@@ -230,7 +233,7 @@ def bench_command(
         bool,
         typer.Option("--calibrate", help="Measure the costs that linalg's automatic choices use, save them, and stop."),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time gramian on this machine, interleaved with the peers that are installed."""
     from gramian import bench, report
@@ -257,19 +260,28 @@ def bench_command(
 
 
 def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
+    from gramian.inspection import inspect
+
+    found = _with_task(model, task)
+    if found is None:
+        return inspect(model, **options)
+    network, its_task = found
+    return inspect(network, its_task.batches(), its_task.objective, title=model, **options)
+
+
+def _with_task(model: str, task: str | None) -> tuple[Any, Any] | None:
+    """Return the network that MODEL and --task name, and its task; `None` where MODEL is a file without a task."""
     from gramian import tasks
     from gramian.checkpoint import load_into
-    from gramian.inspection import inspect
 
     is_task = model in tasks.TASKS or ".py:" in model
     if task is None and not is_task:
-        return inspect(model, **options)
+        return None
     found = tasks.load(model if is_task else str(task))
     network = found.model()
     if not is_task:
         load_into(network, model)
-    batches = found.batches()
-    return inspect(network, batches, found.objective, title=model, **options)
+    return network, found
 
 
 def _compare(model: str, against: str, task: str | None, rank: int | None, out: Path, options: dict[str, Any]) -> Any:
