@@ -318,12 +318,16 @@ def _items(section: Section) -> Iterator[Drawing | Table | Sequence[Finding]]:
 def _item_view(item: Drawing | Table | Sequence[Finding], spell: _Speller, verbose: bool) -> RenderableType:
     if isinstance(item, Table):
         rows = range(MOST_ROWS) if len(item.rows) > MOST_ROWS and not verbose else None
-        return Group(Text(spell(item.title), "bold dim"), TableView(item, rows))
+        return _titled(item.title, TableView(item, rows), spell)
     if isinstance(item, HeatMap):
         return Text(spell(f"{item.title}: a heat map, shown in the HTML page."), "dim")
     if isinstance(item, Picture):
-        return Group(Text(spell(item.title), "bold dim"), TableView(_in_numbers(item)))
+        return _titled(item.title, TableView(_in_numbers(item)), spell)
     return FindingsView(item, verbose)
+
+
+def _titled(title: str, view: TableView, spell: _Speller) -> RenderableType:
+    return Group(Text(spell(title), "bold dim"), view) if title else view
 
 
 def _in_numbers(picture: Picture) -> Table:
