@@ -291,7 +291,7 @@ def test_the_seed_is_of_the_model_too() -> None:
     assert not torch.equal(first[0], other[0])
 
 
-def test_unknown_words_are_told() -> None:
+def test_unknown_words_are_refused() -> None:
     with pytest.raises(InputError, match="unknown optimizer 'adagrad'; wanted auto, whitened_muon, muon"):
         gm.train(task(), optimizer="adagrad", steps=1)
     with pytest.raises(InputError, match="init must be one of default, isometric, auto; got 'zeros'"):
