@@ -1,8 +1,8 @@
-"""Tunes the demo's learning rates: each cell of its 2 × 2 on the same grid, for the same seconds.
+"""Tunes the demo's learning rates: each of its four runs on the same grid, for the same time.
 
-Scored on a fifth of the training digits that is held out for this alone, so that the demo's own held-out digits are
-never seen; on splits 100 and 101, which the demo's figures do not use. Where the best rate of a cell lies at the edge
-of the grid, the grid of that cell is widened. Writes `benchmarks/results/demo_rates_<depth>.json`.
+The accuracy is measured on a fifth of the training digits, held out for this purpose, so that the demo's own held-out
+digits are never used; on splits 100 and 101, which the demo's figures do not use. If the best rate of a run is at the
+edge of the grid, that run's grid is widened. Writes `benchmarks/results/demo_rates_<depth>.json`.
 
     python benchmarks/demo_rates.py                    # depth 100: about 10 minutes
     python benchmarks/demo_rates.py --depth 1000 --seconds 60
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def validation(seed: int, depth: int) -> gm.Task:
-    """The digits task with a fifth of its training digits as the held-out ones."""
+    """Return the digits task with a fifth of its training digits held out in place of the test digits."""
     data = Digits.load(seed=seed)
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(seed))
     held, kept = order[: len(order) // 5], order[len(order) // 5 :]
@@ -40,7 +40,7 @@ def validation(seed: int, depth: int) -> gm.Task:
 
 
 def score(cell: tuple[str, str], lr: float, seconds: float, depth: int) -> dict:
-    """Mean held-out accuracy of a cell at one rate; a run that diverges counts with what it ended at."""
+    """Return the mean held-out accuracy of one run of the demo at one rate; a diverged run counts as it ended."""
     init, optimizer = cell
     runs = [
         gm.train(validation(s, depth), optimizer=optimizer, init=init, lr=lr, seconds=seconds, seed=s) for s in SEEDS
@@ -58,8 +58,8 @@ def score(cell: tuple[str, str], lr: float, seconds: float, depth: int) -> dict:
 
 
 def tune(cell: tuple[str, str], seconds: float, depth: int) -> list[dict]:
-    """The grid of a cell, widened twice at the most until its best is interior."""
-    # AdamW moves every layer by its rate, so its grid shifts with the depth; Muon shares its rate out over layers.
+    """Return the scores on the grid, widened at most twice until the best rate is inside it."""
+    # AdamW moves every layer by its rate, so its grid shifts with the depth; Muon divides its rate by the layers.
     shift = 100 / depth if cell[1] == "adamw" else 1.0
     rows = {lr: score(cell, lr, seconds, depth) for lr in (shift * rate for rate in GRID[cell[1]])}
     for _ in range(2):
@@ -72,7 +72,7 @@ def tune(cell: tuple[str, str], seconds: float, depth: int) -> list[dict]:
 
 
 def _merit(row: dict) -> tuple[float, float]:
-    """Accuracy; between equals, the lower training loss."""
+    """Return the sorting key: accuracy, then the lower training loss."""
     return row["accuracy"], -row["loss"]
 
 

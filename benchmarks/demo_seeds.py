@@ -1,4 +1,4 @@
-"""The demo's figures over several seeds, each in a fresh process: accuracy, parameters, wall-clock time, peak memory.
+"""Runs the demo for several seeds, each in a fresh process: accuracy, parameters, wall-clock time, peak memory.
 
 python benchmarks/demo_seeds.py                         # seeds 0, 1, 2 at depth 100: about 5 minutes
 python benchmarks/demo_seeds.py --depth 1000 --seeds 0
@@ -21,14 +21,14 @@ COLUMNS = ("logistic", "untreated", "trained", "compressed", "affine")
 
 
 def run(depth: int, classes: int, seed: int) -> dict:
-    """One `gramian demo` and its summary, with the whole process's seconds."""
+    """Run `gramian demo` once and return its summary, with the process's wall-clock time."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "gramian", "demo", "--quiet", "--depth", str(depth)]
         begin = time.perf_counter()
         subprocess.run([*command, "--classes", str(classes), "--seed", str(seed), "--out", out], check=True)
         seconds = time.perf_counter() - begin
         summary = json.loads((Path(out) / "summary.json").read_text())
-    # Peak over all children so far, so over this one where it is the largest.
+    # The peak over all child processes so far, which is this one's if it is the largest.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return summary | {"process_seconds": round(seconds, 1), "peak_gib": round(peak, 2)}
 

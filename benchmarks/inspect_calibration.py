@@ -1,9 +1,9 @@
-"""Sets and scores the thresholds of `gramian inspect`: frozen seeds to set them on, fresh ones to score them once.
+"""Measures the error rates of `gramian inspect`: on seeds for choosing thresholds, and on fresh seeds, once.
 
     python benchmarks/inspect_calibration.py [frozen|fresh]
 
-The frozen range may be looked at as often as one likes. The fresh one is for the figures that are told; a threshold
-that is changed after it asks for a new range.
+The frozen seeds may be used as often as needed. The fresh ones give the published figures, and must be replaced by a
+new range if a threshold is changed after they were used.
 """
 
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 from gramian.bench import features
 from gramian.bench.healthy import score_alarms, score_quick, score_spikes
 
-# A fresh range that was used up: 1,000,000. On it, rank 90 % was within its error in 98.2 % of the cases; all misses
-# were values of a multiplicity above the block, which is told apart since.
+# A range that was used before: 1,000,000. There, rank 90 % was within its error in 98.2 % of the cases; all misses were
+# singular values of a multiplicity above the block size, which are now detected.
 RANGES = {"frozen": 0, "fresh": 3_000_000}
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of several `gramian bench NAME --json` files of one machine in one: `merge.py OUT IN…`; later rows win."""
+"""Merges the rows of several `gramian bench NAME --json` files of one machine: `merge.py OUT IN…`; later rows win."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gramian.bench.optim import MEAN_GOAL, TIME_GOAL
 
 
 def merge(paths: list[Path]) -> dict:
-    """The bodies as one, with the geometric mean of the times to target where all are there."""
+    """Return the merged file, with the geometric mean of the times to target where all tasks are present."""
     bodies = [json.loads(path.read_text()) for path in paths]
     if any(body["bench"] != bodies[0]["bench"] or body["machine"] != bodies[0]["machine"] for body in bodies):
         sys.exit("merge: the files are of different benchmarks or machines")

@@ -221,7 +221,7 @@ def run(net: nn.Sequential, make: Callable, decay: float = 1.0) -> tuple[float, 
     return before, ratio(net), accuracy
 
 
-plain, mended = "torch's default", "isometric"
+plain, treated = "torch's default", "isometric"
 REMEDIES: dict[str, Callable[[], tuple[float, float, float]]] = {
     "control: default init, Adam": lambda: run(made(DEPTH, plain), adam),
     "learning-rate decay": lambda: run(made(DEPTH, plain), adam, decay=0.95),
@@ -229,11 +229,11 @@ REMEDIES: dict[str, Callable[[], tuple[float, float, float]]] = {
     "factorization, rank 8": lambda: run(factored("default"), adam),
     "recurrence (a matrix's powers)": lambda: run(tied(plain), adam),
     "Muon": lambda: run(made(DEPTH, plain), muon(0.3)),
-    "isometric, Adam": lambda: run(made(DEPTH, mended), adam),
+    "isometric, Adam": lambda: run(made(DEPTH, treated), adam),
     "isometric, rank 8, orthogonal factors": lambda: run(factored("orthogonal"), adam),
     "isometric, rank 8, aligned factors": lambda: run(factored("aligned"), adam),
-    "isometric recurrence": lambda: run(tied(mended), adam),
-    "isometric, Muon": lambda: run(made(DEPTH, mended), muon(0.1)),
+    "isometric recurrence": lambda: run(tied(treated), adam),
+    "isometric, Muon": lambda: run(made(DEPTH, treated), muon(0.1)),
 }
 results = {name: call() for name, call in REMEDIES.items()}
 for name, (before, after, accuracy) in results.items():

@@ -1,4 +1,4 @@
-"""What the five examples share: PASS lines that show both numbers, and a picture in a folder."""
+"""Shared by the five examples: PASS lines that show both numbers, and a picture in a folder."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Lesson:
         self.name, self.out = name, parser.parse_args().out
         self.num_failed, self.start = 0, time.perf_counter()
         self.num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # at these sizes a second thread gains nothing, and waits wherever a core is busy
-        torch.set_flush_denormal(True)  # what has vanished below 1e-308 is zero, not a hundred times slower
+        torch.set_num_threads(1)  # at these sizes a second thread gains nothing
+        torch.set_flush_denormal(True)  # denormal numbers become zero; otherwise they are a hundred times slower
         torch.manual_seed(0)  # torch's own layers draw their weights from the global generator
         plt.rcParams.update(
             {
@@ -48,21 +48,21 @@ class Lesson:
         print(f"\n{title}")
 
     def close(self, what: str, got: object, expected: object, within: float) -> None:
-        """PASS where every element of `got` is within `within` of `expected`."""
+        """Print PASS where every element of `got` is within `within` of `expected`."""
         x, y = torch.as_tensor(got, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64)
         gap = (x - y).abs().max().item()
         self._report(gap <= within, what, f"{_show(x)} against {_show(y)}, apart by {gap:.1e} ≤ {within:.0e}")
 
     def less(self, what: str, smaller: float, larger: float) -> None:
-        """PASS where smaller < larger."""
+        """Print PASS where smaller < larger."""
         self._report(float(smaller) < float(larger), what, f"{float(smaller):.6g} < {float(larger):.6g}")
 
     def same(self, what: str, got: object, expected: object) -> None:
-        """PASS where the two are equal: counts, words, truth values."""
+        """Print PASS where the two are equal: counts, words, truth values."""
         self._report(got == expected, what, f"{got} against {expected}")
 
     def finish(self, figure: plt.Figure) -> None:
-        """Saves the picture and exits: 0 if all passed."""
+        """Save the picture and exit, with 0 if all passed."""
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / f"{self.name}.png"
         figure.savefig(path, bbox_inches="tight")
@@ -75,7 +75,7 @@ class Lesson:
 
 
 def _show(x: torch.Tensor) -> str:
-    """Up to three numbers in full; the largest magnitude of more."""
+    """Return up to three numbers in full, or the largest magnitude of more."""
     values = x.flatten().tolist()
     if len(values) <= 3:
         text = ", ".join(f"{v:.8g}" for v in values)

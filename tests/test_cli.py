@@ -260,7 +260,7 @@ def test_train_says_what_it_did_to_a_network_that_cannot_learn(folder, capsys) -
     out = run(capsys, "train", "task.py:deep", "--steps", "2", "--optimizer", "muon", "--seed", "1")[1]
     assert "isometric: Gain " in out
     assert "muon, learning rate 0.05" in out
-    assert out.endswith("The model was not kept; --out DIR keeps it.\n")
+    assert out.endswith("The model was not saved; --out DIR saves it.\n")
 
 
 def test_train_quietly(folder, capsys) -> None:
@@ -288,7 +288,7 @@ def test_train_that_is_interrupted_says_how_to_go_on(folder, capsys, monkeypatch
         patch.setattr(run_folder.Folder, "keep", interrupt)
         code, _, err = run(capsys, *TRAIN)
     assert code == 130
-    assert err.splitlines()[-1] == "gramian: interrupted; go on with the same command and --resume"
+    assert err.splitlines()[-1] == "gramian: interrupted; continue with the same command and --resume"
     code, _, err = run(capsys, *TRAIN)
     assert code == 2
     assert "runs/x holds an unfinished run" in err

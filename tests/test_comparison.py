@@ -1,4 +1,4 @@
-"""Two checkpoints: the difference that was planted is the difference that is told, and the adapter restores it."""
+"""Two checkpoints: the difference that was planted is the difference that is reported, and the adapter restores it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pair(tmp_path):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_the_planted_rank_is_told(pair, quick):
+def test_the_planted_rank_is_reported(pair, quick):
     report = compare_checkpoints(*pair, quick=quick)
     assert [layer.name for layer in report.layers] == [
         "embed_tokens.weight", *(f"layers.{i}.proj.weight" for i in range(4))
@@ -77,11 +77,11 @@ def test_the_adapter_restores_the_difference(pair, tmp_path, dtype):
         delta = new[f"{module}.weight"].double() - old[f"{module}.weight"].double()
         assert a.shape == (5, 64)
         assert b.shape == (48, 5)
-        told = adapter.errors[module]
+        reported = adapter.errors[module]
         sigma = torch.linalg.svdvals(delta)
         best = float(sigma[5:].norm() / sigma.norm())
-        assert told == pytest.approx(float((delta - b @ a).norm() / delta.norm()), rel=1e-6, abs=1e-9)
-        assert told <= best * (1 + 1e-6) + 1e-6
+        assert reported == pytest.approx(float((delta - b @ a).norm() / delta.norm()), rel=1e-6, abs=1e-9)
+        assert reported <= best * (1 + 1e-6) + 1e-6
 
 
 def test_a_rank_beyond_the_matrix_is_cut_and_said_so(pair, tmp_path):
@@ -115,15 +115,15 @@ def test_a_difference_that_is_not_finite_is_an_error(pair, tmp_path):
         extract_lora(*pair, 2, tmp_path / "x")
 
 
-def test_a_rotation_is_the_angle_that_is_told():
+def test_a_rotation_is_the_angle_that_is_reported():
     u, v = torch.linalg.qr(normal(40, 3)).Q, torch.linalg.qr(normal(30, 6)).Q
     angle = math.radians(25.0)
     turned = torch.cat((v[:, :2], math.cos(angle) * v[:, 2:3] + math.sin(angle) * v[:, 3:4]), 1)
     strengths = torch.tensor([9.0, 8.5, 8.0])
     old, new = (u * strengths) @ v[:, :3].mT, (u * strengths) @ turned.mT
-    told, dim = subspace_angle(new, old)
+    reported, dim = subspace_angle(new, old)
     assert dim == 3
-    assert told == pytest.approx(25.0, abs=0.01)
+    assert reported == pytest.approx(25.0, abs=0.01)
     assert subspace_angle(torch.eye(9), torch.eye(9)) == (None, None)
 
 

@@ -103,7 +103,7 @@ def test_known_trouble_is_found(make, present, absent) -> None:
         (30, nn.Tanh, set()),
         (300, nn.Tanh, set()),
         (3, nn.ReLU, set()),
-        # At criticality the angles between samples close with depth, and here that is told. At 300 layers of 32 the
+        # At criticality the angles between samples close with depth, and here that is reported. At 300 layers of 32 the
         # fluctuations of ReLU's gain are themselves a trouble (Hanin 1801.03744): exp(−depth/width).
         (30, nn.ReLU, {"samples-indistinguishable", "dead-units"}),
     ],

@@ -107,7 +107,7 @@ def test_a_power_law_is_found_with_its_interval():
 
 @pytest.mark.parametrize("make", ["gaussian", "uniform", "log-normal", "orthogonal"])
 def test_what_is_no_power_law_abstains(make):
-    told = 0
+    fitted = 0
     for seed in range(20):
         rng = np.random.default_rng(seed)
         values = {
@@ -117,9 +117,9 @@ def test_what_is_no_power_law_abstains(make):
             "orthogonal": lambda: np.ones(300),
         }[make]()
         tail = fit_tail(with_eigenvalues(values))
-        told += tail.alpha is not None
+        fitted += tail.alpha is not None
         assert tail.alpha is not None or tail.note
-    assert told <= 3
+    assert fitted <= 3
 
 
 @pytest.mark.parametrize("count", [0, 1, 49])

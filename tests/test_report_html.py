@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from gramian.errors import InputError
-from gramian.report import Document, Finding, HeatMap, Picture, Report, Role, Section, Series, Table, Tile
+from gramian.report import Action, Document, Finding, HeatMap, Picture, Report, Role, Section, Series, Table, Tile
 from gramian.report.compose import compare
 from gramian.report.html import render
-from test_report_model import HOSTILE_NAMES, make_report, poison
+from test_report_model import HOSTILE_NAMES, TIE, make_report, poison
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 
@@ -74,7 +74,7 @@ def everything(name: str = "name") -> Document:
         Picture(name, series[:2], name, name, log_x=True, log_y=True, reference=(1.5, name), x_names=[name] * 4),
         (HeatMap(name, [[1.0, 2.0], [3.0]], name, name, True, name, name), HeatMap(name, [[5.0]])),
         Table(name, [name, "number"], [[name, 1.0], [name, None]], name, [0]),
-        [Finding(name, "error", name, name, name, name, name, name)],
+        [Finding(name, "error", name, name, name, name, Action("tie", TIE | {"module": name}), name, name)],
     ]
     return Document(
         name, name, "bad", [Tile(name, name, name, "accent")], [Section(name, f"{name}\n- {name}", items)], name
@@ -231,9 +231,12 @@ def test_a_ragged_table_is_refused():
 
 
 def test_code_keeps_its_lines():
-    finding = Finding("c", "error", "t", remedy="a = 1\n  b = 50 % 7")
+    finding = Finding("c", "error", "t", action=Action("compress", {"keep": 0.5}), advice="a = 1\n  b = 50 % 7")
     page = Page(render(Document("t", "v", sections=[Section("s", "", [[finding]])])))
     assert "a = 1\n  b = 50 % 7" in page.words
+    assert finding.action is not None
+    assert finding.action.code.count("\n") == 1
+    assert finding.action.code in page.words
 
 
 def test_a_notebook_shows_the_page_in_a_frame():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gramian.errors import InputError, UnsupportedError
-from gramian.report import Finding, Layer, Report
+from gramian.report import Action, Finding, Layer, Report
 
 HOSTILE = "<script>alert(1)</script>"
 # What a checkpoint may hold as a name, and what must never come out of it as it is.
@@ -31,6 +31,9 @@ HOSTILE_NAMES = [
     "名前.重み",
     "a" * 400,
 ]
+
+
+TIE = {"module": "encoder", "attribute": "weight", "source": "decoder.weight"}
 
 
 def make_report(num_layers: int = 3, name: str = "layers.{}.linear", width: int = 8) -> Report:
@@ -62,7 +65,15 @@ def make_report(num_layers: int = 3, name: str = "layers.{}.linear", width: int 
         Finding("remark", "info", "A remark"),
         Finding("dead-units", "warning", "Dead units", where=first),
         Finding(
-            "gain-below-one", "error", "Gradients vanish", first, "χ = 0.50 ± 0.01", "The gain.", "fix(model)", "Paper"
+            "gain-below-one",
+            "error",
+            "Gradients vanish",
+            first,
+            "χ = 0.50 ± 0.01",
+            "The gain.",
+            Action("isometric_"),
+            "On a fresh model.",
+            "Paper",
         ),
     ]
     return Report(
@@ -73,7 +84,7 @@ def make_report(num_layers: int = 3, name: str = "layers.{}.linear", width: int 
 def poison(name: str) -> Report:
     """Return a report that holds the name in every text."""
     report = make_report(4, name + "{}")
-    finding = Finding(name, "error", name, name, name, name, name, name)
+    finding = Finding(name, "error", name, name, name, name, Action("tie", TIE | {"module": name}), name, name)
     report.layers[0] = Layer(name, name, (2, 2), 0, name, note=name)
     return Report(name, [finding], report.layers, {name: name, "loss": 1.0}, (1.0,), [name])
 

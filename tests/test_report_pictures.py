@@ -118,7 +118,7 @@ def test_heat_maps_that_stand_together_share_a_scale():
     assert (round(scale.low, 6), round(scale.high, 6)) == (-1, 2)
 
 
-def test_a_tiny_value_does_not_wash_out_a_heat_map_and_is_told():
+def test_a_tiny_value_does_not_wash_out_a_heat_map_and_is_noted():
     drawn = draw(HeatMap("h", [[1.0, 0.5, 1e-30]], log=True))
     assert drawn.notes == ["1 value is below 1e-10 and drawn in the lowest color."]
 

@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment goes on to bitwise the same weights and metrics, and never as another run."""
+"""A run that is stopped at any moment resumes to bitwise the same weights and metrics, and never as another run."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_every_way_to_shuffle_goes_on_exactly(often, tmp_path, loader, budget: d
     stop_and_go_on(tmp_path, [4, 10], task=lambda: task(train_batches=loader), optimizer="adamw", **budget)
 
 
-def test_batches_that_cannot_be_drawn_again_are_told(often, tmp_path) -> None:
+def test_batches_that_cannot_be_drawn_again_are_reported(often, tmp_path) -> None:
     calls: list[int] = []
 
     def other_each_time(epoch: int, generator: torch.Generator):
@@ -190,7 +190,7 @@ def test_batches_that_cannot_be_drawn_again_are_told(often, tmp_path) -> None:
         gm.train(task(train_batches=other_each_time), steps=20, out=tmp_path / "a", resume=True)
     with pytest.raises(Stop):
         gm.train(task(), steps=20, out=tmp_path / "b", on_step=stopping(5))
-    with pytest.raises(TaskError, match="gave 2 batches, of which 4 were taken before"):
+    with pytest.raises(TaskError, match="gave 2 batches, but 4 were taken before"):
         gm.train(task(train_batches=fewer), steps=20, out=tmp_path / "b", resume=True)
 
 
@@ -397,7 +397,7 @@ def test_an_unfinished_run_is_not_overwritten(often, tmp_path) -> None:
     with pytest.raises(Stop):
         gm.train(task(), steps=9, out=tmp_path, on_step=stopping(4))
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
-    with pytest.raises(InputError, match=r"holds an unfinished run\. Go on with it"):
+    with pytest.raises(InputError, match=r"holds an unfinished run\. Resume it"):
         gm.train(task(), steps=9, out=tmp_path)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 

@@ -14,6 +14,8 @@ from cases import seeded
 from gramian.checkpoint import load_into
 from gramian.errors import GramianWarning, InputError, TaskError
 from gramian.optim import OPTIMIZERS
+from gramian.report import Action, Finding, Report
+from gramian.training import start
 from zoo import ZOO
 
 X = torch.randn(96, 6, generator=seeded(0))
@@ -218,18 +220,47 @@ def deep(make: type[nn.Module] = nn.Tanh, num_layers: int = 40) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), make(), *layers, nn.Linear(16, 2))
 
 
-def test_init_auto_mends_only_what_cannot_learn() -> None:
+def test_init_auto_repairs_only_what_cannot_learn() -> None:
     state = torch.get_rng_state()
     left = gm.train(task(), init="auto", optimizer="adamw", lr=0.0, steps=1)
     assert left.init == "as the task makes it: signals and gradients cross it"
     for p, q in zip(weights(left.model), weights(net()), strict=True):
         assert torch.equal(p, q)
-    mended = gm.train(task(model=deep), init="auto", optimizer="adamw", lr=0.0, steps=1)
-    assert mended.init.startswith("isometric: Gain ")
+    repaired = gm.train(task(model=deep), init="auto", optimizer="adamw", lr=0.0, steps=1)
+    assert repaired.init.startswith("isometric: Gain ")
     isometric = gm.train(task(model=deep), init="isometric", optimizer="adamw", lr=0.0, steps=1)
-    for p, q in zip(weights(mended.model), weights(isometric.model), strict=True):
+    for p, q in zip(weights(repaired.model), weights(isometric.model), strict=True):
         assert torch.equal(p, q)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+ISOMETRIC, RETRAIN = Action("isometric_"), Action("train", {"init": "isometric", "optimizer": "muon"})
+FOUND = {
+    "nothing": ([], [], "as the task makes it: signals and gradients cross it"),
+    "once for the same init": ([("a", "error", ISOMETRIC), ("b", "error", RETRAIN)], ["isometric"], "isometric: a"),
+    "the first that applies": (
+        [("a", "error", None), ("b", "error", Action("inspect")), ("c", "error", RETRAIN)],
+        ["isometric"],
+        "isometric: c",
+    ),
+    "no warning's": ([("a", "warning", ISOMETRIC)], [], "as the task makes it: signals and gradients cross it"),
+    "advice only": ([("a", "error", None)], [], "as the task makes it, since no initialization repairs this: a"),
+}
+
+
+@pytest.mark.parametrize(("findings", "applied", "reported"), FOUND.values(), ids=FOUND)
+def test_init_auto_applies_the_actions_of_the_errors(monkeypatch, findings, applied, reported) -> None:
+    """Exactly the errors' actions, each initialization once, and the run says so."""
+    calls: list[str] = []
+
+    def inspected(model, batches=None, objective=None, **options) -> Report:
+        left = [] if calls else [Finding(title, severity, title, action=action) for title, severity, action in findings]
+        return Report("net", left)
+
+    monkeypatch.setattr(start, "inspect", inspected)
+    monkeypatch.setitem(start.INITS, "isometric", lambda *arguments: calls.append("isometric") or "isometric")
+    run = gm.train(task(), init="auto", optimizer="adamw", lr=0.0, steps=1)
+    assert (calls, run.init) == (applied, reported)
 
 
 def test_init_auto_keeps_what_has_been_learned() -> None:
@@ -260,7 +291,7 @@ def test_the_seed_is_of_the_model_too() -> None:
     assert not torch.equal(first[0], other[0])
 
 
-def test_unknown_words_are_told() -> None:
+def test_unknown_words_are_refused() -> None:
     with pytest.raises(InputError, match="unknown optimizer 'adagrad'; wanted auto, whitened_muon, muon"):
         gm.train(task(), optimizer="adagrad", steps=1)
     with pytest.raises(InputError, match="init must be one of default, isometric, auto; got 'zeros'"):

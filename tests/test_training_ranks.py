@@ -1,4 +1,4 @@
-"""Ranks that share out every batch take the steps of one process, go on exactly, and refuse what cannot be shared."""
+"""Ranks that divide every batch take the steps of one process, resume exactly, and refuse what cannot be divided."""
 
 from __future__ import annotations
 
@@ -150,10 +150,10 @@ def contrastive(model: nn.Module, batch: Any) -> Tensor:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "batch norm": ({"model": lambda: nn.Sequential(nn.Linear(6, 2), nn.BatchNorm1d(2)).double()}, "1 is a BatchNorm1d"),
     "different batches": ({"train_batches": drawn_by_each}, "the ranks drew different batches"),
-    "other rows": ({"train_batches": time_first}, r"its tensors have [3, 5] of them"),
-    "one row": ({"train_batches": lambda e, g: [(X[:1], Y[:1])]}, r"its tensors have [1] of them"),
+    "other rows": ({"train_batches": time_first}, r"its tensors have [3, 5] rows"),
+    "one row": ({"train_batches": lambda e, g: [(X[:1], Y[:1])]}, r"its tensors have [1] rows"),
     "no sum": ({"objective": contrastive}, "is not the sum over its rows"),
-    "odd batch": ({"train_batches": lambda e, g: [(X[:4], {1, 2})]}, "this one holds a set"),
+    "odd batch": ({"train_batches": lambda e, g: [(X[:4], {1, 2})]}, "this one has a set"),
 }
 
 
@@ -166,7 +166,7 @@ def refusal(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_shared_out_is_refused_on_all_ranks(name: str) -> None:
+def test_what_ranks_cannot_divide_is_refused_on_all_ranks(name: str) -> None:
     for message in run_on_ranks(refusal, 2, name):
         assert REFUSED[name][1] in message
         assert "\n" not in message

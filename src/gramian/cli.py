@@ -21,16 +21,21 @@ from gramian.errors import GramianError, GramianWarning, InputError
 
 __all__ = ["app", "main"]
 
-# typer carries its own copy of click: the base classes of its errors are reached through the one that it exports.
+# typer has its own copy of click: these are the base classes of an error that it exports.
 UsageError = typer.BadParameter.__bases__[0]
 ClickException = UsageError.__bases__[0]
 
 app = typer.Typer(
-    help="See a network as its matrices: diagnose, mend, train and compress it.",
+    help="See a network as its matrices: diagnose, repair, train and compress it.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+# Arguments that several commands share.
+Model = Annotated[str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 class FailOn(StrEnum):
@@ -54,7 +59,7 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """See a network as its matrices: diagnose, mend, train and compress it."""
+    """See a network as its matrices: diagnose, repair, train and compress it."""
 
 
 @app.command("demo")
@@ -67,13 +72,15 @@ def demo_command(
         float | None, typer.Option(help="Training time of each of the four runs. [default: 12 at depth 100]", min=0.1)
     ] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw pictures in the report.")] = True,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Diagnose, mend, train and compress a network that cannot learn, on real handwritten digits."""
+    """Diagnose, repair, train and compress a network that cannot learn, on handwritten digits."""
     from gramian import demo
 
-    with _Stages(quiet) as tell:
-        story = demo.run(depth=depth, classes=classes, seed=seed, out=out, plots=plots, seconds=seconds, tell=tell)
+    with _Stages(quiet) as stages:
+        story = demo.run(
+            depth=depth, classes=classes, seed=seed, out=out, plots=plots, seconds=seconds, progress=stages
+        )
     if quiet:
         return
     numbers = story.summary()
@@ -81,17 +88,15 @@ def demo_command(
     console.print()
     console.print(f"  logistic regression   {numbers['accuracy_logistic']:7.1%}", highlight=False)
     console.print(f"  untreated             {numbers['accuracy_untreated']:7.1%}", highlight=False)
-    console.print(f"  mended and trained    {numbers['accuracy_trained']:7.1%}", highlight=False)
+    console.print(f"  repaired and trained  {numbers['accuracy_trained']:7.1%}", highlight=False)
     share = numbers["parameters_compressed"] / numbers["parameters"]
-    console.print(f"  with {share:4.0%} of it       {numbers['accuracy_compressed']:7.1%}", highlight=False)
+    console.print(f"  compressed to {share:4.0%}    {numbers['accuracy_compressed']:7.1%}", highlight=False)
     console.print(f"\nReport: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[
-        str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")
-    ],
+    model: Model,
     task: Annotated[str | None, typer.Option(help="Task whose model and data go with the weights.")] = None,
     against: Annotated[
         str | None, typer.Option(help="Another checkpoint: the spectrum of every difference MODEL − OTHER.")
@@ -101,19 +106,20 @@ def inspect_command(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Norms and ranks with stated error, from a few products.")
+        bool, typer.Option("--quick", help="Norms and ranks with error bounds, from a few products.")
     ] = False,
     layouts: Annotated[
-        Path | None, typer.Option(help="JSON of name pattern to layout, for fused tensors that are not known.")
+        Path | None,
+        typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
     ] = None,
     input_size: Annotated[int, typer.Option(help="Side of the images for convolutions' operator norms.", min=1)] = 32,
     html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 for findings of this severity or worse.")] = FailOn.never,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Say what is wrong with a network, and how sure that is.
+    """Find what is wrong with a network, with evidence, causes and remedies.
 
     From a file: the spectra of its weights. From a task, or a file with a task: also the size of signals and gradients,
     the gain of each layer, and the end-to-end Jacobian.
@@ -149,7 +155,7 @@ def inspect_command(
         report.show(found, verbose=verbose)
     broken = next((f for f in found.findings if f.code == "non-finite-weights"), None)
     if broken is not None:
-        _complain(f"{model}: {broken.title}. {broken.remedy.capitalize()}.")
+        _complain(f"{model}: {broken.title}. {broken.remedy}")
         raise typer.Exit(2)
     if fail_on is not FailOn.never:
         grave = SEVERITIES[: SEVERITIES.index(fail_on.value) + 1]
@@ -163,7 +169,7 @@ def train_command(
     optimizer: Annotated[str, typer.Option(help="auto, whitened_muon, muon, soap, shampoo, adamw or sgd.")] = "auto",
     lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
     init: Annotated[
-        str, typer.Option(help="auto (mended only where it cannot learn as it is), default or isometric.")
+        str, typer.Option(help="auto (repaired only if it cannot learn as it is), default or isometric.")
     ] = "auto",
     steps: Annotated[int | None, typer.Option(help="Budget in steps.", min=1)] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.", min=1)] = None,
@@ -172,20 +178,20 @@ def train_command(
         int, typer.Option(help="Of the model, the order of the batches and dropout.", min=0, max=2**63 - 1)
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Train a task's network, evaluate it on the way, and keep it.
+    """Train a task's network, evaluate it during the run, and save it.
 
-    Give one of --steps, --epochs and --seconds. A run that was killed goes on where it was with the same command and
-    --resume. Under torchrun each process takes its share of every batch. Exit code 1: the loss stopped being finite.
+    Give one of --steps, --epochs and --seconds. To continue a run that was killed, give the same command with --resume.
+    Under torchrun each process takes its share of every batch. Exit code 1: the loss stopped being finite.
     """
     given = [name for name, value in (("--steps", steps), ("--epochs", epochs), ("--seconds", seconds)) if value]
     if len(given) != 1:
         wanted = "give one of --steps, --epochs, --seconds, as in --seconds 60"
         raise InputError(f"train: {wanted}; got {' and '.join(given) or 'none'}")
     if resume and out is None:
-        raise InputError("train: --resume needs --out DIR, the folder of the run to go on with")
+        raise InputError("train: --resume needs --out DIR, the folder of the run to continue")
     if out is not None and not resume and (out / "model.safetensors").exists():
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
     from gramian import tasks
@@ -209,7 +215,7 @@ def train_command(
                 on_step=watched.stepped,
             )
     except KeyboardInterrupt:
-        _complain("interrupted" if out is None else "interrupted; go on with the same command and --resume")
+        _complain("interrupted" if out is None else "interrupted; continue with the same command and --resume")
         raise typer.Exit(130) from None
     if first and not quiet:
         display.show(run, found.name, automatic=optimizer == "auto")
@@ -224,9 +230,10 @@ def bench_command(
     repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.", min=1)] = 5,
     only: Annotated[str, typer.Option(help="Only tasks whose name contains this.")] = "",
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure what linalg's automatic choices rest on, keep it, and stop.")
+        bool,
+        typer.Option("--calibrate", help="Measure the costs that linalg's automatic choices use, save them, and stop."),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time gramian on this machine, interleaved with the peers that are installed."""
     from gramian import bench, report
@@ -253,19 +260,28 @@ def bench_command(
 
 
 def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
+    from gramian.inspection import inspect
+
+    found = _with_task(model, task)
+    if found is None:
+        return inspect(model, **options)
+    network, its_task = found
+    return inspect(network, its_task.batches(), its_task.objective, title=model, **options)
+
+
+def _with_task(model: str, task: str | None) -> tuple[Any, Any] | None:
+    """Return the network that MODEL and --task name, and its task; `None` where MODEL is a file without a task."""
     from gramian import tasks
     from gramian.checkpoint import load_into
-    from gramian.inspection import inspect
 
     is_task = model in tasks.TASKS or ".py:" in model
     if task is None and not is_task:
-        return inspect(model, **options)
+        return None
     found = tasks.load(model if is_task else str(task))
     network = found.model()
     if not is_task:
         load_into(network, model)
-    batches = found.batches()
-    return inspect(network, batches, found.objective, title=model, **options)
+    return network, found
 
 
 def _compare(model: str, against: str, task: str | None, rank: int | None, out: Path, options: dict[str, Any]) -> Any:
@@ -284,7 +300,7 @@ def _compare(model: str, against: str, task: str | None, rank: int | None, out: 
 
 @contextmanager
 def _ranks() -> Iterator[bool]:
-    """Join the other processes of torchrun, if there are any; yields whether this one prints."""
+    """Join torchrun's process group, if there is one; yields whether this process prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
         return
@@ -298,7 +314,7 @@ def _ranks() -> Iterator[bool]:
 
 
 class _Stages:
-    """Progress on stderr: one line for each stage, from the first one on."""
+    """Progress on stderr, one line for each stage."""
 
     def __init__(self, quiet: bool) -> None:
         self.progress = Progress(
@@ -332,7 +348,7 @@ def _complain(message: str) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code; every error of the user's is one line on stderr."""
+    """Run the command line and return the exit code; a user's error is one line on stderr."""
     warnings.showwarning = _show_warning
     args = sys.argv[1:] if args is None else args
     try:

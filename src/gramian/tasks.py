@@ -26,7 +26,12 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, 8 × 8 pixels in 0…1: is the digit odd, or (10 classes) which is it?"""
+    """scikit-learn's 1,797 handwritten digits of 8 × 8 pixels, labeled odd or even, or (10 classes) by digit.
+
+    Args:
+        x_train, x_test: `(samples, 64)`, pixels from 0 to 1.
+        y_train, y_test: `(samples,)`, classes.
+    """
 
     x_train: Tensor
     y_train: Tensor
@@ -35,7 +40,12 @@ class Digits:
 
     @staticmethod
     def load(*, classes: int = 2, seed: int = 0) -> Digits:
-        """The digits with 30 % held out; `seed` splits, the share of each digit kept."""
+        """Return the digits with 30 % held out, and each digit's share the same in both parts.
+
+        Args:
+            classes: 2 (is the digit odd?) or 10 (which digit?).
+            seed: of the split.
+        """
         if classes not in (2, 10):
             raise InputError(f"digits: classes must be 2 (odd or even) or 10 (which digit), got {classes}")
         try:
@@ -51,18 +61,38 @@ class Digits:
         return Digits(x_train, y_train, x_test, y_test)
 
     def batches(self, epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of 128 in an order drawn from `generator`; a last smaller one is left out."""
+        """Yield training batches of 128 in random order; the last, smaller batch is left out.
+
+        Args:
+            epoch: not used: the generator alone determines the order.
+            generator: for shuffling.
+        """
         order = torch.randperm(len(self.x_train), generator=generator)
         for rows in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
             yield self.x_train[rows], self.y_train[rows]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Share of held-out digits that the model gets right."""
+        """Return the share of held-out digits that the model classifies correctly."""
         return {"accuracy": float((model(self.x_test).argmax(-1) == self.y_test).float().mean())}
 
 
 def plain_tanh_network(depth: int, *, width: int = 64, inputs: int = 64, outputs: int = 2, seed: int = 0) -> nn.Module:
-    """`depth` Linear layers with tanh between them, no skips and no norms, as PyTorch initializes them."""
+    """Return a plain network: Linear layers with tanh between them, no skips or norms, in PyTorch's initialization.
+
+    Args:
+        depth: number of Linear layers, at least 2.
+        width: of the hidden layers.
+        inputs, outputs: of the network.
+        seed: of the initialization.
+    Returns: the network.
+    Raises:
+        InputError: a depth below 2.
+    Cost: the random numbers of its weights.
+    Source: this library's own.
+
+    >>> len(plain_tanh_network(3))
+    5
+    """
     if depth < 2:
         raise InputError(f"a plain network needs at least 2 layers, got depth={depth}")
     sizes = [inputs, *[width] * (depth - 1)]
@@ -73,7 +103,22 @@ def plain_tanh_network(depth: int, *, width: int = 64, inputs: int = 64, outputs
 
 
 def digits(*, depth: int = 100, classes: int = 2, seed: int = 0) -> Task:
-    """Handwritten digits with a plain tanh network of `depth` layers, 64 wide: hard to train because of its depth."""
+    """Return a task that is hard because of its depth: handwritten digits with a plain tanh network of width 64.
+
+    Args:
+        depth: number of layers.
+        classes: 2 (is the digit odd?) or 10 (which digit?).
+        seed: of the split and the initialization.
+    Returns: the task.
+    Raises:
+        InputError: another number of classes.
+        TaskError: scikit-learn is not installed.
+    Cost: reading the digits, a tenth of a second.
+    Source: scikit-learn's `load_digits`.
+
+    >>> digits(depth=10).name
+    'digits'
+    """
     data = Digits.load(classes=classes, seed=seed)
     return Task(
         model=partial(plain_tanh_network, depth, outputs=classes, seed=seed),
@@ -91,10 +136,21 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 
 def load(spec: str) -> Task:
-    """A task by name, or from a file: `path/file.py:function`, where `function()` returns a `gm.Task`.
+    """Return a built-in task by name, or a task from a file: `path/file.py:function`, which returns a `gm.Task`.
 
-    The file is run as a program is: what lies beside it can be imported. A task without a name of its own is called
-    after file and function. Raises `TaskError` with one line that names the place of a failure.
+    The file is run like a program, and can import modules beside it. A task without a name is named after its file and
+    function.
+
+    Args:
+        spec: a key of `TASKS`, or `path/file.py:function`.
+    Returns: the task.
+    Raises:
+        TaskError: there is no such task, or its function failed; the message has the line.
+    Cost: that of running the file.
+    Source: this library's own.
+
+    >>> load("digits-10").name
+    'digits-10'
     """
     if spec in TASKS:
         return TASKS[spec]()

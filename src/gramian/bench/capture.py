@@ -1,4 +1,4 @@
-"""What capture costs: a training step's forward and backward passes with it against without it."""
+"""The cost of capture: a training step's forward and backward passes with and without it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from gramian.recording import capture, capturing
 from gramian.statistics import Statistics
 
 _GOAL = 1.6
-_STEPS = 3
-"""Steps in a row: a training loop enters `capturing` once for many."""
+_STEPS = 3  # inside one `capturing`, which a training loop also enters once for many steps
 
 
 def _transformer() -> nn.Module:
-    """Four layers of width 384, six heads, 65 characters, fused attention: what training code at this size runs."""
+    """Return a transformer: four layers of width 384, six heads, 65 characters, fused attention."""
     return Transformer(width=384, depth=4, heads=6, context=256)
 
 
 def _cnn() -> nn.Module:
-    """Three stages of two 3×3 convolutions each, 64, 128 and 256 channels, on 32×32 images."""
+    """Return a CNN: three stages of two 3×3 convolutions, with 64, 128 and 256 channels, for 32×32 images."""
     layers: list[nn.Module] = []
     channels = 3
     for stage, width in enumerate((64, 128, 256)):
@@ -57,7 +56,7 @@ _CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tens
 
 
 def rows(repeats: int, only: str, tell: Callable[[str], None]) -> Iterator[Row]:
-    """One row for each network: a plain step, the step inside `capturing`, and `capture` beside it."""
+    """Yield one row per network: a plain step, the step inside `capturing`, and `capture` alone."""
     for task, (make_model, make_batch, objective, layouts) in _CASES.items():
         if only in task:
             tell(task)
@@ -138,7 +137,7 @@ def _row(
 
 
 def _difference(stats: Statistics, exact: Statistics) -> float:
-    """The largest relative Frobenius error of any A or G."""
+    """Return the largest relative Frobenius error of any A or G."""
     worst = 0.0
     for mine, wanted in zip(stats.sites(), exact.sites(), strict=True):
         for m, w in ((mine.A, wanted.A), (mine.G, wanted.G)):
@@ -148,5 +147,5 @@ def _difference(stats: Statistics, exact: Statistics) -> float:
 
 
 def _peak() -> float:
-    """The process's peak resident memory in MiB so far."""
+    """Return the process's peak resident memory so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,6 +1,6 @@
-"""How often `inspect` is wrong: matrices of known law in, false alarms and missed spikes out.
+"""Error rates of `inspect` on matrices of known distribution: false alarms and missed spikes.
 
-Every case is drawn from its own seed, so that thresholds can be set on one range of seeds and scored on another.
+Each case has its own seed, so that thresholds can be chosen on one range of seeds and tested on another.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from gramian.inspection.diagnosis import inspect
 from gramian.inspection.noise import LEVEL, tracy_widom_quantile
 from gramian.inspection.spectra import energy_rank
 
-__all__ = ["LAWS", "Score", "score_alarms", "score_quick", "score_spikes", "trained_networks"]
+__all__ = ["LAWS", "Tally", "score_alarms", "score_quick", "score_spikes", "trained_networks"]
 
 SHAPES = ((16, 16), (24, 96), (64, 64), (128, 32), (48, 200), (128, 128), (256, 64), (192, 384), (256, 256), (300, 100))
 
 
 @dataclass(frozen=True)
-class Score:
-    """So many of `cases` went wrong (or were found); `which` names them."""
+class Tally:
+    """A count among so many cases: of errors, or of successes.
+
+    Attributes:
+        cases: the number of cases.
+        count: how many were counted.
+        which: names of some of them, or of the failures.
+    """
 
     cases: int
     count: int
@@ -33,7 +39,7 @@ class Score:
 
     @property
     def rate(self) -> float:
-        """The share of cases."""
+        """The share of cases that were counted."""
         return self.count / self.cases if self.cases else 0.0
 
 
@@ -53,7 +59,7 @@ def _orthogonal(m: int, n: int, g: torch.Generator) -> Tensor:
     return q if m >= n else q.mT
 
 
-# Untrained entries by law; each (m, n, generator) -> matrix.
+# Untrained matrices by the distribution of their entries; each function maps (m, n, generator) to a matrix.
 LAWS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
     "gaussian": lambda m, n, g: torch.randn(m, n, generator=g),
     "uniform": lambda m, n, g: torch.rand(m, n, generator=g) * 2 - 1,
@@ -64,7 +70,7 @@ LAWS: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
 
 
 def trained_networks(seeds: range) -> Iterator[nn.Module]:
-    """Networks that have learned: digits classifiers of several widths and depths, trained by Adam to over 95 %."""
+    """Yield trained networks: digits classifiers of several widths and depths, trained by Adam to over 95 %."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -86,11 +92,11 @@ def trained_networks(seeds: range) -> Iterator[nn.Module]:
         yield model
 
 
-def score_alarms(seeds: range) -> dict[str, Score]:
-    """Score one matrix for each seed and law in turn, and, in a sixth of the cases, those of trained networks.
+def score_alarms(seeds: range) -> dict[str, Tally]:
+    """Count false alarms on healthy matrices: one per seed and distribution, and a sixth of them from trained networks.
 
-    `"alarms"` counts matrices with a finding of severity warning or error; `"structure"` counts untrained ones of
-    independent entries in which a singular value is told from noise.
+    `"alarms"` counts matrices with a finding of severity warning or error; `"structure"` counts untrained matrices of
+    independent entries with a singular value that was called structure.
     """
     alarms: list[str] = []
     structure: list[str] = []
@@ -116,16 +122,16 @@ def score_alarms(seeds: range) -> dict[str, Score]:
             named = [f.where for f in report.findings if f.severity != "info"]
             alarms += [f"trained: {report.verdict} {where}" for where in named]
     return {
-        "alarms": Score(cases, len(alarms), tuple(alarms[:20])),
-        "structure": Score(untrained, len(structure), tuple(structure[:20])),
+        "alarms": Tally(cases, len(alarms), tuple(alarms[:20])),
+        "structure": Tally(untrained, len(structure), tuple(structure[:20])),
     }
 
 
-def score_spikes(seeds: range) -> Score:
-    """Plant one to three directions above the detection threshold in noise, and count where all are found.
+def score_spikes(seeds: range) -> Tally:
+    """Plant one to three directions above the detection threshold in noise, and count the cases in which all are found.
 
-    The threshold in σ is the noise's quantile of probability 1e-5, above which a value is told, and four of the spike's
-    own standard deviations, about 1 in units of the entries' (Benaych-Georges & Nadakuditi 2012, theorem 2.18).
+    The threshold in σ is the noise's quantile at p = 1e-5 plus four standard deviations of the spike's σ, which are
+    about 1 in units of the entries' (Benaych-Georges & Nadakuditi 2012, theorem 2.18).
     """
     missed: list[str] = []
     for seed in seeds:
@@ -134,7 +140,7 @@ def score_spikes(seeds: range) -> Score:
         small, large = sorted((m, n))
         a, b = math.sqrt(large - 0.5), math.sqrt(small - 0.5)
         level = math.sqrt((a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * tracy_widom_quantile(LEVEL)) + 4.0
-        # the strength θ whose expected place √((θ² + m)(θ² + n)) / θ is the level (the larger root)
+        # The strength θ at which the expected σ, √((θ² + m)(θ² + n)) / θ, equals the level (the larger root).
         middle = level**2 - m - n
         theta = math.sqrt((middle + math.sqrt(max(middle**2 - 4.0 * m * n, 0.0))) / 2)
         noise = torch.randn(m, n, generator=g) if seed % 2 else (torch.rand(m, n, generator=g) * 2 - 1) * 3**0.5
@@ -145,10 +151,10 @@ def score_spikes(seeds: range) -> Score:
         found = describe((noise + (u * strengths) @ v.mT) / math.sqrt(n)).noise
         if found is None or found.above < count:
             missed.append(f"{m}×{n} seed {seed}: {found.above if found else None} of {count}")
-    return Score(len(seeds), len(seeds) - len(missed), tuple(missed[:20]))
+    return Tally(len(seeds), len(seeds) - len(missed), tuple(missed[:20]))
 
 
-def score_quick(seeds: range) -> dict[str, Score]:
+def score_quick(seeds: range) -> dict[str, Tally]:
     """Compare `describe_quickly` with all singular values on spectra of many forms: is each within its stated error?"""
     outside: dict[str, list[str]] = {"stable rank": [], "rank 90 %": [], "rank 99 %": []}
     forms = ("gaussian", "power", "spiked", "low rank", "exponential", "steps", "orthogonal", "columns")
@@ -161,14 +167,14 @@ def score_quick(seeds: range) -> dict[str, Score]:
         quick = describe_quickly(w)
         sigma = torch.linalg.svdvals(w.double())
         square_sum, first = float(sigma.square().sum()), float(sigma[0])
-        told, error = quick.spectral_norm or 0.0, quick.spectral_norm_error
-        if not square_sum / (told + error) ** 2 <= square_sum / first**2 <= square_sum / (told - error) ** 2:
+        norm, error = quick.spectral_norm or 0.0, quick.spectral_norm_error
+        if not square_sum / (norm + error) ** 2 <= square_sum / first**2 <= square_sum / (norm - error) ** 2:
             outside["stable rank"].append(f"{form} {m}×{n} seed {seed}")
         for key, share, (least, most) in zip(("rank 90 %", "rank 99 %"), (0.9, 0.99), quick.energy_ranks, strict=True):
             exact = energy_rank(sigma, share)
             if not least <= exact <= most:
                 outside[key].append(f"{form} {m}×{n} seed {seed}: {exact} not in {least}–{most}")
-    return {key: Score(len(seeds), len(seeds) - len(bad), tuple(bad[:20])) for key, bad in outside.items()}
+    return {key: Tally(len(seeds), len(seeds) - len(bad), tuple(bad[:20])) for key, bad in outside.items()}
 
 
 def _with_form(form: str, m: int, n: int, g: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
-"""`gramian bench inspect`: cost against WeightWatcher, large checkpoints, convolutions, and how often it is wrong.
+"""`gramian bench inspect`: cost against WeightWatcher, large checkpoints, convolutions, and rates of errors.
 
-WeightWatcher and gramian each run in a process of their own and tell its CPU seconds. WeightWatcher is looked for in
-this Python, or in the one that the variable GRAMIAN_WEIGHTWATCHER_PYTHON names, since it brings many packages.
+WeightWatcher and gramian run in separate processes, which print their CPU seconds. WeightWatcher is taken from this
+Python, or from the one named by the variable GRAMIAN_WEIGHTWATCHER_PYTHON, since it needs many packages.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from gramian.inspection.convolution import conv_norm
 
 __all__ = ["rows"]
 
-# The matrices of a sentence transformer with 22.7M parameters.
+# The matrices of a sentence transformer with 22.7 million parameters.
 TRANSFORMER = [(384, 384)] * 25 + [(1536, 384)] * 6 + [(384, 1536)] * 6 + [(30522, 384), (512, 384)]
 
-# A 7B model's matrices, and the subset that is measured.
+# Shapes and numbers of a 7B model's matrices, and of the subset that is measured.
 LARGE = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 SUBSET = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 2}
 
@@ -42,11 +42,11 @@ start = time.process_time()
 report = inspect(
     sys.argv[1], quick=sys.argv[2] == "quick", progress=lambda what, done, total: ticks.append(time.perf_counter())
 )
-told = {"cpu": time.process_time() - start, "ticks": ticks}
-told["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-told["shapes"] = [layer.shape for layer in report.layers]
-told["sigma"] = {layer.name: layer.singular_values for layer in report.layers}
-print(json.dumps(told))
+figures = {"cpu": time.process_time() - start, "ticks": ticks}
+figures["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+figures["shapes"] = [layer.shape for layer in report.layers]
+figures["sigma"] = {layer.name: layer.singular_values for layer in report.layers}
+print(json.dumps(figures))
 """
 
 _WEIGHTWATCHER = """
@@ -66,14 +66,14 @@ with contextlib.redirect_stdout(io.StringIO()):
     weightwatcher.WeightWatcher(model=small).analyze()
     wall, start = time.perf_counter(), time.process_time()
     details = watcher.analyze()
-told = {"cpu": time.process_time() - start, "wall": time.perf_counter() - wall, "matrices": len(details)}
-told["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps(told))
+figures = {"cpu": time.process_time() - start, "wall": time.perf_counter() - wall, "matrices": len(details)}
+figures["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps(figures))
 """
 
 
 def rows(repeats: int, only: str, tell: Tell) -> Iterator[Row]:
-    """The tasks whose name contains `only`."""
+    """Yield the rows of the tasks whose name contains `only`."""
     for name, measure in TASKS.items():
         if only in name:
             tell(name)
@@ -84,7 +84,7 @@ def _transformer(name: str, repeats: int) -> Row:
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         path, small = Path(folder) / "model.safetensors", Path(folder) / "small.safetensors"
-        # as trained: noise, a decaying spectrum in 16 directions, and a few large entries
+        # Like trained weights: noise, and a decaying spectrum in 16 directions.
         weights = {}
         for i, (m, n) in enumerate(TRANSFORMER):
             signal = torch.randn(m, 16, generator=generator) * torch.arange(1, 17) ** -1.0
@@ -114,7 +114,7 @@ def _transformer(name: str, repeats: int) -> Row:
 
 
 def write_large(folder: Path) -> None:
-    """Write the 7B-shaped subset, bf16, a shard a matrix: noise of decaying columns and 16 planted directions."""
+    """Write the subset in bfloat16, one shard per matrix: noise with decaying columns, and 16 planted directions."""
     generator = torch.Generator().manual_seed(0)
     places = {}
     for (m, n), count in SUBSET.items():
@@ -152,7 +152,7 @@ def _large(name: str, repeats: int) -> Row:
 
 
 def _whole(run: dict[str, Any]) -> float:
-    """The seconds of all 224 matrices, from those of the subset by shape."""
+    """Return the seconds for all 224 matrices, extrapolated by shape from the subset."""
     spent: dict[tuple[int, int], list[float]] = {}
     for shape, before, after in zip(run["shapes"], run["ticks"][:-1], run["ticks"][1:], strict=True):
         spent.setdefault(tuple(shape), []).append(after - before)
@@ -181,12 +181,12 @@ def _alarms(name: str, repeats: int) -> Row:
     spikes = healthy.score_spikes(range(2_000_000, 2_000_500))
     found = (
         Measurement("alarms on healthy matrices", None, scores["alarms"].rate, f"of {scores['alarms'].cases}"),
-        Measurement("noise told as structure", None, scores["structure"].rate, f"of {scores['structure'].cases}"),
+        Measurement("noise reported as structure", None, scores["structure"].rate, f"of {scores['structure'].cases}"),
         Measurement("spikes missed", None, 1 - spikes.rate, f"of {spikes.cases}"),
     )
     goals = (
         (Goal("false alarms", "<=", 0.01), scores["alarms"].rate),
-        (Goal("noise told as structure", "<=", 0.01), scores["structure"].rate),
+        (Goal("noise reported as structure", "<=", 0.01), scores["structure"].rate),
         (Goal("spikes above the threshold found", ">=", 0.99), spikes.rate),
     )
     return Row(name, "share of cases", found, goals)

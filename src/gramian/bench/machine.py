@@ -1,4 +1,4 @@
-"""What a machine has that its timings depend on."""
+"""The features of a machine that its timings depend on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 import gramian
 
-# Names in the processor's flags of the units that multiply matrices of half types, and of the vectors' width.
+# Processor flags for vector width and for matrix units of half-precision types.
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_fp16", "bf16", "asimd")
 
 
 def features() -> dict[str, Any]:
-    """Processor, threads, vector and matrix units (bfloat16's included), accelerator, and versions.
+    """Return processor, threads, vector and matrix units, accelerator, and versions.
 
     >>> sorted(features())[:3]
     ['accelerator', 'bf16_matrix_unit', 'blas']
@@ -38,7 +38,7 @@ def features() -> dict[str, Any]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo; empty where there is none."""
+    """Return the first processor's entries in /proc/cpuinfo; empty where there is no such file."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}

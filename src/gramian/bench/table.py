@@ -1,4 +1,4 @@
-"""A benchmark's rows: what was measured, against what, and whether it meets its goal."""
+"""A benchmark's rows: measurements of competitors, and whether figures meet their goals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure is to reach: `Goal("time ÷ svd", "<=", 0.25)`."""
+    """The goal of a figure: `Goal("time ÷ svd", "<=", 0.25)`."""
 
     what: str
     relation: str
@@ -44,7 +44,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One competitor: its median time in seconds, its error (of the kind that the row names), and remarks."""
+    """One competitor: its median time in seconds, its error (the row says which error), and a remark."""
 
     method: str
     seconds: float | None
@@ -54,7 +54,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Row:
-    """One task: its competitors, and figures with their goals. `error` says what the error is."""
+    """One task: its competitors, what their error means, and figures with their goals."""
 
     task: str
     error: str
@@ -63,9 +63,9 @@ class Row:
 
 
 def run(name: str, *, repeats: int = 5, only: str = "", tell: Tell = lambda what: None) -> list[Row]:
-    """The rows of a benchmark whose task contains `only`; `tell` is called with each task as it begins."""
+    """Return the rows of a benchmark whose task contains `only`; `tell` is called with each task as it begins."""
     if name not in BENCHES:
-        raise InputError(f"bench: there is no {name!r}; there are {', '.join(BENCHES)}")
+        raise InputError(f"bench: there is no {name!r}; choose one of {', '.join(BENCHES)}")
     found = list(importlib.import_module(BENCHES[name]).rows(repeats, only, tell))
     if not found:
         raise InputError(f"bench {name}: no task contains {only!r}")
@@ -73,7 +73,7 @@ def run(name: str, *, repeats: int = 5, only: str = "", tell: Tell = lambda what
 
 
 def as_json(name: str, rows: Sequence[Row], path: Path | str) -> None:
-    """Writes the rows, with the machine's features, as JSON."""
+    """Write the rows, with the machine's features, as JSON."""
     body: dict[str, Any] = {"bench": name, "machine": features(), "rows": []}
     for row in rows:
         goals = [{**asdict(goal), "measured": figure, "met": goal.met(figure)} for goal, figure in row.goals]
@@ -82,7 +82,7 @@ def as_json(name: str, rows: Sequence[Row], path: Path | str) -> None:
 
 
 def show(rows: Sequence[Row], console: Console | None = None) -> None:
-    """Prints one table: a line for each competitor, and under them the task's goals."""
+    """Print a table: a line for each competitor, then the task's goals."""
     table = Table(box=None, pad_edge=False)
     table.add_column("task / method", overflow="fold")
     table.add_column("ms", justify="right")

@@ -1,4 +1,4 @@
-"""Fair timing on a noisy machine: competitors take turns, and medians are compared."""
+"""Timing on a noisy machine: competitors run in turns, and medians are compared."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Timing:
 def interleaved(
     competitors: Mapping[str, Callable[[], Any]], *, repeats: int = 5, warmup: int = 1, device: str = "cpu"
 ) -> dict[str, Timing]:
-    """Times every competitor once a round, for `repeats` rounds after `warmup` untimed ones.
+    """Time every competitor once per round, for `repeats` rounds after `warmup` untimed ones.
 
-    Whatever slows the machine for a while then falls on all alike. The order turns by one each round, so that none is
-    always the one that finds the caches cold. On a GPU each call is timed until the device has finished.
+    A slow phase of the machine then affects all of them equally. The order rotates by one each round, so that no
+    competitor always runs with cold caches. On a GPU the device is synchronized before and after each call.
 
     >>> times = interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3)
     >>> times["b"].result, len(times["b"].seconds)
@@ -43,15 +43,15 @@ def interleaved(
     results: dict[str, Any] = {}
     for turn in range(-warmup, repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _wait(device)
+            _synchronize(device)
             start = time.perf_counter()
             results[name] = competitors[name]()
-            _wait(device)
+            _synchronize(device)
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(seconds[name]), results[name]) for name in names}
 
 
-def _wait(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()

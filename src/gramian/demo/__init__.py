@@ -1,4 +1,4 @@
-"""The whole story on real handwritten digits: diagnose, show what fails, mend, train, diagnose again, compress."""
+"""The demo on handwritten digits: diagnose, show what fails, repair, train, diagnose again, compress."""
 
 from gramian.demo.steps import run
 from gramian.demo.story import CELLS, KEEP, RATES, Story

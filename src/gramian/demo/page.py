@@ -1,4 +1,4 @@
-"""The demo's report: the verdict, then the pictures, then the tables."""
+"""The demo's report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["document"]
 
 
 def document(story: Story, *, plots: bool = True) -> Document:
-    """The story as a page: the verdict, then the pictures, then the tables."""
+    """Return the demo's results as a page."""
     assert story.before is not None
     assert story.after is not None
     assert story.plan is not None
@@ -25,25 +25,25 @@ def document(story: Story, *, plots: bool = True) -> Document:
     ]
     if not plots:
         sections = [_without_pictures(section) for section in sections]
-    start = f"The network that did not learn ({untreated:.1%} of held-out digits) now reaches"
+    start = f"The network that did not learn ({untreated:.1%} of held-out digits correct) now reaches"
     if _learned(untreated, story):
-        start = f"The network that reached {untreated:.1%} of held-out digits now reaches"
+        start = f"The network that classified {untreated:.1%} of held-out digits correctly now reaches"
     return Document(
         title=f"A plain {story.depth}-layer tanh network on handwritten digits: {question}",
-        verdict=f"{start} {trained:.1%}, {100 * (trained - story.accuracy_logistic):+.1f} points against logistic "
-        f"regression; with {share:.0%} of its parameters, {story.accuracy_compressed:.1%}.",
+        verdict=f"{start} {trained:.1%}, {_against(trained, story)}; compressed to {share:.0%} of its "
+        f"parameters, it reaches {story.accuracy_compressed:.1%}.",
         status="good" if good else "warning",
         tiles=[
             Tile(
                 "Logistic regression", f"{story.accuracy_logistic:.1%}", "cross-validated; no hidden layer", "baseline"
             ),
             Tile("Untreated", f"{untreated:.1%}", "PyTorch's initialization, AdamW", "before"),
-            Tile("Mended and trained", f"{trained:.1%}", "isometric initialization, Muon", "after"),
+            Tile("Repaired and trained", f"{trained:.1%}", "isometric initialization, Muon", "after"),
             Tile("Compressed", f"{story.accuracy_compressed:.1%}", f"{story.plan.parameters:,} parameters", "accent"),
         ],
         sections=sections,
         footer=f"seed {story.seed} · {story.seconds_each:g} s of training for each run · "
-        f"{story.seconds:.0f} s in all · accuracy on the 30 % of the digits that were held out",
+        f"{story.seconds:.0f} s in total · accuracy on the 30 % of the digits that were held out",
     )
 
 
@@ -59,20 +59,20 @@ def _training_section(story: Story) -> Section:
         for init, opt in CELLS
     ]
     rows: list[list[str | float | int | None]] = [
-        ["logistic regression", "", None, None, f"{story.accuracy_logistic:.1%}"],
+        ["logistic regression", "", 100 * story.accuracy_logistic, None, None],
         *[
             [
                 NAMES[i],
                 NAMES[o],
+                100 * story.accuracy((i, o)),
                 RATES[i, o][story.depth > 300],
                 story.runs[i, o].steps,
-                f"{story.accuracy((i, o)):.1%}",
             ]
             for i, o in CELLS
         ],
     ]
     return Section(
-        "Which half of the cure does what",
+        "What each half of the repair does",
         _which_half(story),
         [
             Picture(
@@ -81,12 +81,12 @@ def _training_section(story: Story) -> Section:
                 x_label="seconds of training",
                 y_label="held-out accuracy, %",
                 reference=(100 * story.accuracy_logistic, f"logistic regression {story.accuracy_logistic:.1%}"),
-                caption=f"Equal seconds for all four ({story.seconds_each:g} s); learning rates tuned beforehand, on "
-                "other splits and digits held out for that, each optimizer on a grid of at least five.",
+                caption=f"Equal time for all four ({story.seconds_each:g} s). Learning rates were tuned beforehand on "
+                "other splits of the data, on a grid of at least five for each optimizer.",
             ),
             Table(
                 "The four runs and the baseline",
-                ["initialization", "optimizer", "learning rate", "steps", "held-out accuracy"],
+                ["initialization", "optimizer", "accuracy, %", "learning rate", "steps"],
                 rows,
                 emphasis=[len(rows) - 1],
             ),
@@ -95,29 +95,34 @@ def _training_section(story: Story) -> Section:
 
 
 def _learned(accuracy: float, story: Story) -> bool:
-    """Whether an accuracy is above chance by more than the noise of 540 held-out digits."""
+    """Whether an accuracy is above chance by more than the sampling noise of 540 held-out digits."""
     return accuracy > 1 / story.classes + 0.1
 
 
+def _against(accuracy: float, story: Story) -> str:
+    """Return the difference from logistic regression in words."""
+    points = 100 * (accuracy - story.accuracy_logistic)
+    return f"{abs(points):.1f} points {'above' if points >= 0 else 'below'} logistic regression"
+
+
 def _which_half(story: Story) -> str:
-    """What the 2 × 2 shows, in words that follow from its numbers."""
+    """Return what the four runs show, in sentences that depend on their numbers."""
     by = {cell: story.accuracy(cell) for cell in CELLS}
     muon_alone, init_alone, both = (by[cell] for cell in CELLS[1:])
 
-    def against(accuracy: float) -> str:
-        return f"{accuracy:.1%}, {100 * (accuracy - story.accuracy_logistic):+.1f} points against logistic regression"
-
     gain = 100 * (both - init_alone)
     return " ".join((
-        f"Muon with PyTorch's initialization ends at {against(muon_alone)}."
+        f"Muon with PyTorch's initialization reaches {muon_alone:.1%}, {_against(muon_alone, story)}."
         if _learned(muon_alone, story)
-        else f"A matrix optimizer alone does not help: Muon with PyTorch's initialization ends at {muon_alone:.1%}, "
-        "because the input is lost in rounding on its way up.",
-        f"Isometric initialization alone lets AdamW learn ({against(init_alone)})."
+        else f"A matrix optimizer alone does not help: Muon with PyTorch's initialization reaches {muon_alone:.1%}, "
+        "because the input is lost in rounding before it reaches the last layer.",
+        f"With isometric initialization alone, AdamW learns: {init_alone:.1%}, {_against(init_alone, story)}."
         if _learned(init_alone, story)
         else f"Isometric initialization alone is not enough for AdamW ({init_alone:.1%}).",
-        f"Both together reach {against(both)};",
-        f"in the same seconds Muon adds {gain:.1f} points." if gain > 0 else f"Muon adds nothing here ({gain:+.1f}).",
+        f"Both together reach {both:.1%}, {_against(both, story)}:",
+        f"in the same time Muon adds {gain:.1f} points."
+        if gain > 0
+        else f"Muon adds nothing here ({gain:+.1f} points).",
     ))  # fmt: skip
 
 
@@ -130,20 +135,22 @@ def _compression_section(story: Story) -> Section:
     kept = [rank if rank is not None else min(shapes[name]) for name, rank in plan.ranks.items()]
     dense = sum(rank is None for rank in plan.ranks.values())
     rows: list[list[str | float | int | None]] = [
-        ["as trained", plan.parameters_dense, story.bytes_trained, f"{trained:.1%}"],
-        ["factored, no fine-tuning", plan.parameters, story.bytes_compressed, f"{story.accuracy_compressed:.1%}"],
-        ["the nearest affine map", None, None, f"{story.accuracy_affine:.1%}"],
-        ["logistic regression", None, None, f"{story.accuracy_logistic:.1%}"],
+        ["as trained", 100 * trained, plan.parameters_dense, story.bytes_trained],
+        ["factored, no fine-tuning", 100 * story.accuracy_compressed, plan.parameters, story.bytes_compressed],
+        ["the best affine approximation", 100 * story.accuracy_affine, None, None],
+        ["logistic regression", 100 * story.accuracy_logistic, None, None],
     ]
-    disguise = f"The affine map nearest to the network's own scores reaches {story.accuracy_affine:.1%}: " + (
-        "the network is no linear map in disguise."
+    affine = f"The affine map that best approximates the network's scores reaches {story.accuracy_affine:.1%}: " + (
+        "the network does more than a linear map could."
         if trained - story.accuracy_affine > 0.01
         else "here the network does little that a linear map could not."
     )
     return Section(
-        "Smaller",
-        f"Every layer is factored where the loss notices least: the SVD of G^½ W A^½, one list of singular values for "
-        f"all {len(names)} layers, one budget of {KEEP:.0%} of the parameters. {dense} layers stay dense. {disguise}",
+        "Compression",
+        "Each layer W is replaced by two factors. The SVD of G^½ W A^½ chooses them, since it weighs errors by their "
+        "effect on the loss. "
+        f"All {len(names)} layers share one budget of {KEEP:.0%} of the parameters. "
+        f"{dense or 'No'} layer{'s stay' if dense != 1 else ' stays'} dense. {affine}",
         [
             Picture(
                 "Rank kept by layer",
@@ -152,7 +159,7 @@ def _compression_section(story: Story) -> Section:
                 y_label="rank",
                 reference=(float(min(shapes[names[len(names) // 2]])), "full rank"),
             ),
-            Table("Compression", ["", "parameters", "bytes on disk", "held-out accuracy"], rows, emphasis=[1]),
+            Table("Accuracy and size", ["", "accuracy, %", "parameters", "bytes on disk"], rows, emphasis=[1]),
         ],
     )
 

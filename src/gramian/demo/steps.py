@@ -1,4 +1,4 @@
-"""The steps of the demo, each a few library calls."""
+"""The steps of the demo, each a few calls of the library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gramian.training import Run, Task, train
 
 __all__ = ["run"]
 
-Tell = Callable[[str, float, str], None]
+Progress = Callable[[str, float, str], None]
 
 MOST_SECONDS = 80.0
 
@@ -41,24 +41,25 @@ def run(
     out: str | os.PathLike[str] = "gramian-demo",
     plots: bool = True,
     seconds: float | None = None,
-    tell: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Story:
-    """Runs the story and writes `report.html`, the two models, `metrics.jsonl` and `summary.json` to the folder `out`.
+    """Run the demo and write `report.html`, two models, `metrics.jsonl` and `summary.json` to a folder.
 
     Args:
         depth: of the plain tanh network, at least 3.
         classes: 2 (is the digit odd?) or 10 (which digit?).
         seed: of the split, the initialization and the order of the batches.
-        out: a folder, made if it is missing; files of an earlier demo in it are replaced.
+        out: the folder, created if it is missing; the files of an earlier demo are replaced.
         plots: whether the report has pictures.
-        seconds: of training for each of the four runs; 12 at depth 100, and proportional to the depth, up to 80.
-        tell: called as `tell(stage, share done, remark)`.
-
+        seconds: training time of each of the four runs; by default 12 at depth 100, proportional to the depth, and 80
+            at most.
+        progress: called as `progress(stage, share done, remark)`.
+    Returns: the measurements.
     Raises:
-        InputError: depth, classes, seconds out of range, or a folder that cannot be written.
+        InputError: depth, classes or seconds out of range, or a folder that cannot be written.
     """
     begin = time.perf_counter()
-    tell = tell or (lambda stage, share, remark: None)
+    progress = progress or (lambda stage, share, remark: None)
     if depth < 3:
         raise InputError(f"demo: depth must be at least 3, got {depth}")
     seconds = min(MOST_SECONDS, max(6.0, 0.12 * depth)) if seconds is None else seconds
@@ -68,23 +69,23 @@ def run(
     task = tasks.digits(depth=depth, classes=classes, seed=seed)
     batches = task.batches()
 
-    tell("Logistic regression", 0.0, "5-fold cross-validation")
+    progress("Logistic regression", 0.0, "5-fold cross-validation")
     story.accuracy_logistic = _logistic(data)
-    tell("Logistic regression", 1.0, f"{story.accuracy_logistic:.1%} held out")
+    progress("Logistic regression", 1.0, f"{story.accuracy_logistic:.1%} held out")
 
-    story.before = _diagnose("before", "as PyTorch initializes it", task.model(), task, batches, tell)
+    story.before = _diagnose("before", "as PyTorch initializes it", task.model(), task, batches, progress)
 
     with (folder / "metrics.jsonl").open("w") as metrics, _one_thread():
         for cell in CELLS:
-            story.runs[cell] = _train(task, cell, story, metrics, tell)
+            story.runs[cell] = _train(task, cell, story, metrics, progress)
     model = story.runs[CELLS[-1]].model
 
-    story.after = _diagnose("after", "mended and trained", model, task, batches, tell)
+    story.after = _diagnose("after", "repaired and trained", model, task, batches, progress)
 
-    tell("Compress", 0.0, "Gram matrices")
+    progress("Compress", 0.0, "Gram matrices")
     stats = capture(model, batches, task.objective, fisher="gauss_newton")
     story.plan = compress(
-        model, stats, keep=KEEP, progress=lambda done: tell("Compress", 0.9 * done / depth, "spectra")
+        model, stats, keep=KEEP, progress=lambda done: progress("Compress", 0.9 * done / depth, "spectra")
     )
     story.bytes_trained = _size(folder / "model.safetensors", lambda path: save_tensors(path, model.state_dict()))
     compressed = folder / "compressed.safetensors"
@@ -92,20 +93,20 @@ def run(
     story.bytes_compressed = _size(compressed, lambda path: save_compressed(small, path))
     story.accuracy_compressed = data.evaluate(load_compressed(task.model(), compressed).eval())["accuracy"]
     story.accuracy_affine = _affine(model, data)
-    tell("Compress", 1.0, f"{story.accuracy_compressed:.1%} held out")
+    progress("Compress", 1.0, f"{story.accuracy_compressed:.1%} held out")
 
-    tell("Report", 0.0, "pictures" if plots else "tables")
+    progress("Report", 0.0, "pictures" if plots else "tables")
     story.seconds = time.perf_counter() - begin
     report.save(document(story, plots=plots), folder / "report.html")
     story.seconds = time.perf_counter() - begin
     report.write_text(folder / "summary.json", json.dumps(story.summary(), indent=2) + "\n")
-    tell("Report", 1.0, "written")
+    progress("Report", 1.0, "written")
     return story
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread inside: at 64 × 64 a second one gains a tenth, and on a busy machine loses twentyfold in waiting."""
+    """Use one thread: for 64 × 64 matrices a second one gains a tenth, and on a busy machine costs a factor of 20."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -127,7 +128,7 @@ def _folder(out: str | os.PathLike[str]) -> Path:
 
 
 def _logistic(data: Digits) -> float:
-    """Held-out accuracy of logistic regression, its penalty chosen by 5-fold cross-validation."""
+    """Return the held-out accuracy of logistic regression, with the penalty chosen by 5-fold cross-validation."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
 
@@ -137,28 +138,28 @@ def _logistic(data: Digits) -> float:
     return float((search.predict(data.x_test.numpy()) == data.y_test.numpy()).mean())
 
 
-def _diagnose(when: str, which: str, model: nn.Module, task: Task, batches: list[Any], tell: Tell) -> Report:
+def _diagnose(when: str, which: str, model: nn.Module, task: Task, batches: list[Any], progress: Progress) -> Report:
     stage = f"Diagnose {when}"
     steps = ("spectra", "signal", "gains", "jacobian")
 
-    def progress(what: str, done: int, total: int) -> None:
-        tell(stage, (steps.index(what) + done / max(1, total)) / len(steps), what)
+    def update(what: str, done: int, total: int) -> None:
+        progress(stage, (steps.index(what) + done / max(1, total)) / len(steps), what)
 
-    found = inspect(model, batches, task.objective, title=f"The network {which}", progress=progress)
-    tell(stage, 1.0, found.verdict.partition(":")[0].partition(" in ")[0].rstrip("."))
+    found = inspect(model, batches, task.objective, title=f"The network {which}", progress=update)
+    progress(stage, 1.0, found.verdict.partition(":")[0].partition(" in ")[0].rstrip("."))
     return found
 
 
-def _train(task: Task, cell: tuple[str, str], story: Story, metrics: Any, tell: Tell) -> Run:
+def _train(task: Task, cell: tuple[str, str], story: Story, metrics: Any, progress: Progress) -> Run:
     init, optimizer = cell
     stage = f"Train {'PyTorch init' if init == 'default' else init} + {NAMES[optimizer]}"
-    tell(stage, 0.0, "")
+    progress(stage, 0.0, "")
 
-    def progress(row: dict[str, float], share: float) -> None:
+    def update(row: dict[str, float], share: float) -> None:
         line = {k: v if math.isfinite(v) else None for k, v in row.items()}
         metrics.write(json.dumps({"init": init, "optimizer": optimizer, **line}) + "\n")
         metrics.flush()
-        tell(stage, share, f"{row['accuracy']:.1%} held out")
+        progress(stage, share, f"{row['accuracy']:.1%} held out")
 
     return train(
         task,
@@ -167,12 +168,12 @@ def _train(task: Task, cell: tuple[str, str], story: Story, metrics: Any, tell: 
         lr=RATES[cell][story.depth > 300],
         seconds=story.seconds_each,
         seed=story.seed,
-        progress=progress,
+        progress=update,
     )
 
 
 def _affine(model: nn.Module, data: Digits) -> float:
-    """Held-out accuracy of the affine map nearest to the network's scores on the training digits (least squares)."""
+    """Return the held-out accuracy of the affine map fitted to the network's scores on the training digits."""
     with torch.no_grad():
         scores = model(data.x_train).double()
     x, x_test = (torch.cat([x.double(), torch.ones(len(x), 1)], dim=1) for x in (data.x_train, data.x_test))

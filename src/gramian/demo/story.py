@@ -1,4 +1,4 @@
-"""What the demo compares and what it measured."""
+"""The settings and the results of the demo."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["CELLS", "KEEP", "NAMES", "RATES", "Story"]
 
 KEEP = 0.30
 
-# The 2 × 2: (initialization, optimizer), the untreated network first and the mended one last.
+# The four runs: (initialization, optimizer), the untreated network first and the repaired one last.
 CELLS = (("default", "adamw"), ("default", "muon"), ("isometric", "adamw"), ("isometric", "muon"))
 NAMES = {"default": "PyTorch's initialization", "isometric": "isometric", "adamw": "AdamW", "muon": "Muon"}
 
-# Learning rates by cell, at depth 100 and at depth 1000: the best on splits 100 and 101, on digits held out for it, as
-# `python benchmarks/demo_rates.py` finds them (benchmarks/results). Isometric Muon's best two, 0.03 and 0.1, are equal
-# within the noise of 500 digits, 0.3 fails, and 0.05 is between. At depth 1000 isometric AdamW alone was tuned.
+# Learning rates of each run at depth 100 and at depth 1000: the best on splits 100 and 101 of the data, as found by
+# `python benchmarks/demo_rates.py` (benchmarks/results). Isometric Muon's best two, 0.03 and 0.1, are equal within the
+# sampling noise of 500 digits, 0.3 fails, and 0.05 is between. At depth 1000 only isometric AdamW was tuned.
 RATES: dict[tuple[str, str], tuple[float, float]] = {
     ("default", "adamw"): (1e-4, 1e-5),
     ("default", "muon"): (1.0, 1.0),
@@ -31,7 +31,7 @@ RATES: dict[tuple[str, str], tuple[float, float]] = {
 
 @dataclass
 class Story:
-    """Everything the demo measured, for the report and the summary."""
+    """The demo's measurements, for the report and the summary."""
 
     depth: int
     classes: int
@@ -49,11 +49,11 @@ class Story:
     seconds: float = 0.0
 
     def accuracy(self, cell: tuple[str, str]) -> float:
-        """Held-out accuracy at the end of a run of the 2 × 2."""
+        """Return the held-out accuracy at the end of one of the four runs."""
         return self.runs[cell].metrics["accuracy"]
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of `summary.json`."""
+        """Return the numbers of `summary.json`."""
         assert self.plan is not None
         return {
             "accuracy_logistic": self.accuracy_logistic,

@@ -1,4 +1,4 @@
-"""The difference of two checkpoints as a LoRA adapter in PEFT's format."""
+"""Writes the difference of two checkpoints as a LoRA adapter in PEFT's format."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ __all__ = ["Adapter", "extract_lora"]
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was written: the folder, the error of each module ‖Δ − BA‖_F / ‖Δ‖_F, and what the adapter cannot hold.
+    """An adapter that was written, and its error against the difference Δ of the checkpoints.
 
-    `error` is that of all modules together.
+    Args:
+        folder: where it is.
+        rank: r of the factors.
+        errors: ‖Δ − BA‖_F / ‖Δ‖_F of each module.
+        error: the same of all modules together.
+        left_out: tensors that changed but cannot be in an adapter of linear modules.
     """
 
     folder: Path
@@ -37,16 +42,16 @@ class Adapter:
     left_out: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
-        """The adapter in words."""
+        """The adapter in sentences, for a report."""
         worst = max(self.errors, key=lambda name: self.errors[name])
-        said = [
+        notes = [
             f"Adapter of rank {self.rank} for {len(self.errors)} modules in {self.folder}: relative error "
             f"{self.error:.2e} in all, {self.errors[worst]:.2e} at most ({worst})"
         ]
         if self.left_out:
             names = ", ".join(self.left_out[:5]) + (" …" if len(self.left_out) > 5 else "")
-            said.append(f"Changed, but not in the adapter ({len(self.left_out)}): {names}")
-        return said
+            notes.append(f"Changed, but not in the adapter ({len(self.left_out)}): {names}")
+        return notes
 
 
 def extract_lora(
@@ -60,25 +65,34 @@ def extract_lora(
 ) -> Adapter:
     """Write `model − base` as a LoRA adapter: for each linear module the best B A of rank r, with lora_alpha = r.
 
-    The folder gets `adapter_model.safetensors` and `adapter_config.json`; `PeftModel.from_pretrained(base, folder)`
-    then gives the model back up to the errors returned. Fused tensors stay whole, as PEFT wraps modules.
+    The folder gets `adapter_model.safetensors` and `adapter_config.json`, so that
+    `PeftModel.from_pretrained(base, folder)` reproduces the model up to the returned errors. Fused tensors stay whole,
+    because PEFT wraps modules.
 
     Args:
         model, base: two checkpoints of one architecture.
-        rank: r, cut at each matrix's smaller side.
-        folder: made if it does not exist; its parent must.
+        rank: r, at most each matrix's smaller side.
+        folder: where to write; created if it does not exist, in a folder that does.
         layouts: as in `inspect`; a pattern mapped to `"skip"` is left out.
         progress: called as `progress(what, done, total)`.
-
+    Returns: the folder and the errors.
     Raises:
-        InputError: the folder cannot be made.
+        InputError: the folder cannot be created.
         CheckpointError: the two do not match, no linear module differs, or a weight is not finite.
+    Cost: the leading r singular vectors of each module. Accuracy: the errors are those of the float32 factors written.
+    Source: Hu et al. (2106.09685); Eckart & Young 1936.
 
-    Cost: for each module the leading singular vectors. Accuracy: the error told is that of the float32 factors written.
-
-    Source: Hu et al. 2106.09685; Eckart & Young 1936.
+    >>> import tempfile
+    >>> base = torch.zeros(4, 4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name, w in (("base", base), ("tuned", base + 1)):
+    ...         save_tensors(Path(folder, f"{name}.safetensors"), {"layer.weight": w})
+    ...     files = [f"{folder}/{name}.safetensors" for name in ("tuned", "base")]
+    ...     adapter = extract_lora(*files, 1, f"{folder}/adapter")
+    >>> adapter.rank, adapter.error < 1e-6
+    (1, True)
     """
-    tell = progress or (lambda what, done, total: None)
+    progress = progress or (lambda what, done, total: None)
     one, two = open_checkpoint(model), open_checkpoint(base)
     matched(one, two)
     transposed = read_config(one.path).get("model_type") == "gpt2"
@@ -90,7 +104,7 @@ def extract_lora(
     holdings = {h.entry.name: h for h in find_holdings(one, layouts)[0]}
     names = [name for name in one.entries if name in two.entries and one.entries[name].kind == "float"]
     for done, name in enumerate(names):
-        tell("adapter", done, len(names))
+        progress("adapter", done, len(names))
         new, old = one.load(name), two.load(name)
         if new.dtype == old.dtype and torch.equal(new, old):
             continue
@@ -110,9 +124,11 @@ def extract_lora(
         targets.append(module)
         factors[f"base_model.model.{module}.lora_A.weight"] = a
         factors[f"base_model.model.{module}.lora_B.weight"] = b
-    tell("adapter", len(names), len(names))
+    progress("adapter", len(names), len(names))
     if not targets:
         raise CheckpointError(f"{one.path} and {two.path}: no linear module differs, there is nothing to extract.")
+    ranks = {module: len(factors[f"base_model.model.{module}.lora_A.weight"]) for module in targets}
+    lower = {module: own for module, own in ranks.items() if own != rank}
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": str(base),
@@ -122,27 +138,19 @@ def extract_lora(
         "bias": "none",
         "fan_in_fan_out": transposed,
         "target_modules": targets,
-        "rank_pattern": {
-            module: len(factors[f"base_model.model.{module}.lora_A.weight"])
-            for module in targets
-            if len(factors[f"base_model.model.{module}.lora_A.weight"]) != rank
-        },
-        "alpha_pattern": {
-            module: len(factors[f"base_model.model.{module}.lora_A.weight"])
-            for module in targets
-            if len(factors[f"base_model.model.{module}.lora_A.weight"]) != rank
-        },
+        "rank_pattern": lower,
+        "alpha_pattern": lower,
         "inference_mode": True,
         "task_type": None,
     }
-    place = Path(folder)
+    path = Path(folder)
     try:
-        place.mkdir(exist_ok=True)
+        path.mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write {place}: {error.strerror}. Choose another folder.") from error
-    save_tensors(place / "adapter_model.safetensors", factors, {"format": "pt"})
-    write_text(place / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    return Adapter(place, rank, errors, math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0, tuple(left_out))
+        raise InputError(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
+    save_tensors(path / "adapter_model.safetensors", factors, {"format": "pt"})
+    write_text(path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    return Adapter(path, rank, errors, math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0, tuple(left_out))
 
 
 def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:

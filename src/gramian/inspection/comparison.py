@@ -1,4 +1,4 @@
-"""Two checkpoints of one network: the spectrum of every difference, and how far the leading directions turned."""
+"""Compares two checkpoints of one network: spectra of the differences, and angles of the leading subspaces."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from gramian.inspection.matrices import Holding, find_holdings
 from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
 from gramian.inspection.weights import layer_of
-from gramian.report import Finding, Layer, Report
+from gramian.report import Action, Finding, Layer, Report
+from gramian.report.model import plural
 
 __all__ = ["compare_checkpoints", "matched", "subspace_angle"]
 
-# Leading directions that are compared: the number in 1 … 8 behind which the spectrum has its largest gap, since a
-# subspace that no gap sets apart is not defined. Below this gap the angle abstains.
+# The angle is between the subspaces of the first k singular vectors, k ≤ 8, with σₖ / σₖ₊₁ the largest such ratio: a
+# subspace is well defined only before a gap in the spectrum. No angle is given where the ratio is below LEAST_GAP.
 MOST_DIRECTIONS = 8
 LEAST_GAP = 1.1
 
-# A fine-tune is called of low rank where 99 % of every difference's energy is in this share of the full rank.
+# A change counts as of low rank if this share of the full rank holds 99 % of the energy of every difference.
 LOW_RANK = 0.25
 
-# Singular values of a difference count where they pass so many times what rounding both matrices makes of it.
+# Singular values of a difference count if they exceed the norm of both matrices' rounding errors this many times.
 ROUNDING_MARGIN = 2.0
 
 
@@ -45,21 +46,29 @@ def compare_checkpoints(
 ) -> Report:
     """Return the spectra of `model − other`, matrix by matrix, as a report whose layers are the differences.
 
-    Each layer tells the relative change, the ranks that hold 90 and 99 % of the difference's energy, the numerical rank
-    (what stands out of the rounding of the two dtypes), and the angle between the leading singular subspaces.
+    Each layer has the relative change, the ranks that hold 90 and 99 % of the difference's energy, the numerical rank
+    (above the rounding of the two dtypes), and the angle between the leading singular subspaces.
 
     Args:
         model, other: two checkpoints of one architecture, in any of the formats that `inspect` reads.
-        quick: as in `inspect`.
-        layouts: as in `inspect`.
+        quick, layouts: as in `inspect`.
         progress: called as `progress(what, done, total)`.
-
+    Returns: the report.
     Raises:
         CheckpointError: one of them cannot be read, they share no names, or a shape differs.
+    Cost: that of `inspect` for one checkpoint, and a few products for the subspaces. Memory: two tensors.
+    Source: the angle: Björck & Golub, Math. Comp. 27 (1973).
 
-    Cost: as `inspect`, once, and a few products for the subspaces. Memory: two tensors.
+    >>> import tempfile
+    >>> from gramian.checkpoint import save_tensors
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name, w in (("base", torch.eye(4)), ("tuned", torch.eye(4) + 1)):
+    ...         save_tensors(f"{folder}/{name}.safetensors", {"layer.weight": w})
+    ...     report = compare_checkpoints(f"{folder}/tuned.safetensors", f"{folder}/base.safetensors")
+    >>> report.findings[0].title
+    'The difference is a rank-1 update'
     """
-    tell = progress or (lambda what, done, total: None)
+    progress = progress or (lambda what, done, total: None)
     one, two = open_checkpoint(model), open_checkpoint(other)
     notes = matched(one, two)
     holdings, _ = find_holdings(one, layouts)
@@ -68,7 +77,7 @@ def compare_checkpoints(
     equal: list[str] = []
     square, base = 0.0, 0.0
     for done, holding in enumerate(holdings):
-        tell("differences", done, len(holdings))
+        progress("differences", done, len(holdings))
         for name, new, old in _pairs(one, two, holding):
             eps = max(torch.finfo(new.dtype).eps, torch.finfo(old.dtype).eps)
             wide = torch.float64 if torch.float64 in (new.dtype, old.dtype) else torch.float32
@@ -89,13 +98,13 @@ def compare_checkpoints(
                     relative_change=change / size if change is not None and size else None,
                     subspace_angle=angle,
                     subspace_dim=dim,
-                    # a difference of training is not independent entries, and has no tail to speak of
+                    # A change from training is far from independent entries: its tail says nothing.
                     tail_alpha=None, tail_interval=None, tail_size=None, tail_note="",
                     overflow_float16=None, underflow_float16=None, overflow_bfloat16=None,
                 )
             )  # fmt: skip
             square, base = square + (change or 0.0) ** 2, base + size * size
-    tell("differences", len(holdings), len(holdings))
+    progress("differences", len(holdings), len(holdings))
     if equal:
         notes.append(f"Equal in both: {', '.join(equal[:5])}{' …' if len(equal) > 5 else ''} ({len(equal)})")
     facts: dict[str, float | int | str] = {
@@ -136,7 +145,7 @@ def matched(one: Checkpoint, two: Checkpoint) -> list[str]:
 def subspace_angle(a: Float[Tensor, "m n"], b: Float[Tensor, "m n"]) -> tuple[float | None, int | None]:
     """Return the largest angle in degrees between the leading right singular subspaces, and their dimension.
 
-    `(None, None)` where no gap in b's first singular values sets a subspace apart.
+    `(None, None)` where b's first singular values have no gap.
 
     Source: Björck & Golub, Math. Comp. 27 (1973); the gap's role is Wedin, BIT 12 (1972).
 
@@ -165,7 +174,7 @@ def _pairs(one: Checkpoint, two: Checkpoint, holding: Holding) -> Iterator[tuple
 
 
 def _ranked_by_rounding(spectrum: Spectrum, eps: float, size: float) -> Spectrum:
-    """Count as rank what stands out of rounding both matrices: entries ½ ε |w|, of norm ½ ε (√m + √n) ‖W‖_F / √(mn)."""
+    """Set the rank to the number of σ above both matrices' rounding: its norm is ½ ε (√m + √n) ‖W‖_F / √(mn)."""
     if spectrum.numerical_rank is None or not spectrum.singular_values:
         return spectrum
     m, n = spectrum.shape
@@ -180,11 +189,12 @@ def _findings(layers: list[Layer], num_equal: int) -> Iterator[Finding]:
         yield Finding(
             "non-finite-difference",
             "error",
-            f"{len(broken)} {'difference is' if len(broken) == 1 else 'differences are'} not finite",
+            f"{plural(len(broken), 'difference')} {'is' if len(broken) == 1 else 'are'} not finite",
             where=broken[0].name,
             evidence="NaN or infinity in one of the two (exact)",
             cause="Training diverged in one of them, or a file is damaged.",
-            remedy="gramian inspect each of the two",
+            action=Action("inspect_file"),
+            advice="Run it on each of the two.",
         )
     known = [layer for layer in layers if layer.rank_99 and layer.spectral_norm]
     if not layers:
@@ -194,15 +204,15 @@ def _findings(layers: list[Layer], num_equal: int) -> Iterator[Finding]:
         worst = max(known, key=lambda layer: (layer.rank_99 or (0,))[-1])
         if all(r <= max(1, LOW_RANK * min(layer.shape)) for r, layer in zip(ranks, known, strict=True)):
             exact = [layer.numerical_rank for layer in known if layer.numerical_rank is not None]
-            said = f"; numerical rank at most {max(exact)}" if exact else ""
+            rank = f"; numerical rank at most {max(exact)}" if exact else ""
             yield Finding(
                 "low-rank-update",
                 "info",
                 f"The difference is a rank-{max(ranks)} update",
                 where=f"{len(known)} matrices differ, {num_equal} do not",
-                evidence=f"rank {max(ranks)} holds 99 % of the energy of every difference (most: {worst.name}){said}",
+                evidence=f"rank {max(ranks)} holds 99 % of the energy of every difference (most: {worst.name}){rank}",
                 cause="An adapter was merged, or training moved the weights in few directions.",
-                remedy=f"gramian inspect MODEL --against OTHER --extract-lora {max(ranks)}",
+                action=Action("extract_lora", {"rank": max(ranks)}),
                 source="Hu et al. 2106.09685",
             )
 

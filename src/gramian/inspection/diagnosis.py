@@ -23,7 +23,7 @@ from gramian.report import Layer, Report
 
 __all__ = ["inspect"]
 
-# Samples whose end-to-end Jacobians are taken; the report shows the median of each singular value over them.
+# Samples at which the end-to-end Jacobian is computed; the report shows the median of each singular value over them.
 NUM_JACOBIANS = 8
 
 
@@ -38,47 +38,51 @@ def inspect(
     title: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Reads a network's matrices and says what is wrong with it, with numbers, causes and remedies.
+    """Diagnose a network from its matrices: what is wrong, how sure that is, why, and what to do.
 
-    Without data: the singular values of every weight matrix, and what follows from them. With `batches` and an
-    `objective`: also the size of activations and gradients by depth, the gain χ of each layer with its standard error,
-    whether samples can still be told apart at each depth, and the end-to-end Jacobian's singular values.
+    Without data the report has the singular values of every weight matrix and what follows from them. With `batches`
+    and an `objective` it also has the size of activations and gradients by depth, the gain χ of each layer with its
+    standard error, how much samples still differ at each depth, and the end-to-end Jacobian's singular values.
+
+    The model is measured in evaluation mode and left as it was. A file is read one tensor at a time. Under `torchrun`
+    the ranks divide the tensors between them by cost, and every rank returns the whole report.
 
     Args:
-        model_or_path: a module; or a `.safetensors` file, a Hugging Face folder, or a `.pt` state dict, read tensor by
-            tensor, nothing in it executed.
-        batches: any iterable of batches; the first also serves for the gains and the Jacobian.
+        model_or_path: a module; or a `.safetensors` file, a Hugging Face folder, or a `.pt` state dict, of which
+            nothing is executed.
+        batches: any iterable of batches; the first one also serves for the gains and the Jacobian.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean`.
-        quick: norms, stable rank and energy ranks with their stated error, from a few products, in place of all
-            singular values.
-        layouts: which matrices a tensor holds, by name pattern, where the table of architectures does not know it.
-        input_size: height and width of the images at which convolutions' operator norms are taken.
+        quick: compute norms, stable rank and energy ranks with error bounds, from a few products, and not all singular
+            values.
+        layouts: the matrices in a tensor, by name pattern, for architectures that are not in the table of layers.
+        input_size: height and width of the images for which convolutions' operator norms are computed.
         title: of the report.
         progress: called as `progress(what, done, total)`.
-
-    Returns:
-        A `Report`: `.findings`, `.layers`, `.save("x.html")`, `.to_json()`.
-
+    Returns: a `Report`, with `.findings`, `.layers`, `.save("x.html")` and `.to_json()`.
     Raises:
         InputError: batches without an objective or the reverse, or data for a file.
         CheckpointError: the file is missing, damaged, or would run code.
+    Cost: that of `describe` for each matrix; with data, a pass of `capture`, one backward pass, and a Jacobian of 8
+        samples. Memory: for a file, one tensor and a few matrices of its smaller side.
+    Source: this library's own; each finding names the source of its rule.
 
-    The model is measured in evaluation mode and left as it was found. A file is streamed: memory holds one tensor, and
-    under `torchrun` the tensors are shared out over the ranks by cost; every rank returns the whole report.
+    >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
+    >>> report.verdict, report.layers[0].shape
+    ('No trouble found in 2 layers.', (8, 8))
     """
-    tell = progress or (lambda what, done, total: None)
+    progress = progress or (lambda what, done, total: None)
     if not isinstance(model_or_path, nn.Module):
         if batches is not None or objective is not None:
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
         return _report(
             title or os.path.basename(os.path.abspath(model_or_path)),
-            measure_file(model_or_path, tell, quick=quick, layouts=layouts, input_size=input_size),
+            measure_file(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size),
         )
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
-    measured = measure_model(model_or_path, tell, quick=quick, layouts=layouts, input_size=input_size)
+    measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
     if batches is not None and objective is not None:
-        _measure_signal(measured, model_or_path, batches, as_objective(objective), tell)
+        _measure_signal(measured, model_or_path, batches, as_objective(objective), progress)
     return _report(title or type(model_or_path).__name__, measured)
 
 
@@ -93,12 +97,12 @@ def _measure_signal(
     model: nn.Module,
     batches: Iterable[Any],
     objective: Objective,
-    tell: Callable[[str, int, int], None],
+    progress: Callable[[str, int, int], None],
 ) -> None:
     batches = list(batches)
     if not batches:
         raise InputError(
-            "inspect: there were no batches; pass any non-empty iterable (a generator may be spent already)"
+            "inspect: there were no batches; pass any non-empty iterable (a generator may be exhausted already)"
         )
     stats = capture(
         model,
@@ -106,20 +110,20 @@ def _measure_signal(
         objective,
         fisher="empirical",
         non_finite="keep",
-        progress=lambda done: tell("signal", done, len(batches)),
+        progress=lambda done: progress("signal", done, len(batches)),
     )
     measured.stats = stats
-    tell("gains", 0, 1)
+    progress("gains", 0, 1)
     measured.gains = layer_gains(model, batches[0], objective)
-    tell("gains", 1, 1)
-    tell("jacobian", 0, 1)
+    progress("gains", 1, 1)
+    progress("jacobian", 0, 1)
     jacobian = end_to_end_jacobian(model, _first(batches[0], NUM_JACOBIANS), objective)
     if jacobian is None:
         measured.notes.append("The end-to-end Jacobian was not measured: it is too large, or rows are not samples.")
     elif torch.isfinite(jacobian).all():
         values, _ = linalg.svdvals_ex(jacobian)
         measured.jacobian = tuple(values.double().median(0).values.tolist())
-    tell("jacobian", 1, 1)
+    progress("jacobian", 1, 1)
     order = {name: i for i, name in enumerate(stats)}
     last = len(order)
 
@@ -148,12 +152,12 @@ def _measure_signal(
 
 
 def _parameter(name: str) -> str:
-    """The block's name of a row: without the index of a matrix in a fused parameter."""
+    """Return a row's block: its name without the index of a matrix in a fused parameter."""
     return name.partition("[")[0]
 
 
 def _first(batch: Any, num: int) -> Any:
-    """The first samples of a batch of tensors, in whatever tuple, list or dict they come."""
+    """Return the first samples of a batch: of each tensor in it, through tuples, lists and dicts."""
     if isinstance(batch, Tensor):
         return batch[:num] if batch.ndim else batch
     if isinstance(batch, dict):

@@ -1,4 +1,4 @@
-"""The entries of a matrix, one by one: what is not finite, what is zero, what a narrower dtype would lose."""
+"""Counts over the entries of a matrix: not finite, zero, lost in a narrower dtype."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Entries", "clipped", "count_entries"]
 
 NARROW = (torch.float16, torch.bfloat16)
 
-# Largest finite magnitude that still rounds to a finite number, and the largest that rounds to zero: half of the last
-# step, with ties to even. Derived again by tests/test_entries.py.
+# Largest magnitude that rounds to a finite number, and largest that rounds to zero (ties to even).
+# tests/test_noise.py derives them again.
 LARGEST = {torch.float16: 65519.99609375, torch.bfloat16: 2.0**127 * (2 - 2.0**-8) - 2.0**104}
 LEAST = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 
-# Entries beyond so many times the typical one are extreme: of a Gaussian matrix, 2 in 10⁹.
+# Entries beyond this many typical ones are extreme: 2 in 10⁹ of a Gaussian matrix.
 EXTREME = 6.0
 TYPICAL = 0.6745  # median of |x| of a standard normal variable
 SAMPLE = 1 << 16  # entries whose median is taken
@@ -29,9 +29,15 @@ SAMPLE = 1 << 16  # entries whose median is taken
 
 @dataclass(frozen=True)
 class Entries:
-    """Counts over all entries, and magnitudes over the finite ones. `typical` is the standard deviation by the median.
+    """Counts over all entries of a matrix, and magnitudes of the finite ones.
 
-    `square_sum` is Σ w² over the finite entries, in float64.
+    Attributes:
+        num_nonfinite: entries that are NaN or infinite.
+        num_zeros: entries that are exactly zero.
+        largest: the largest magnitude.
+        typical: the standard deviation, estimated from the median magnitude.
+        square_sum: Σ w², in float64.
+        overflows, underflows: finite entries that a cast makes infinite, and nonzero ones that it makes zero, by dtype.
     """
 
     num_nonfinite: int = 0
@@ -50,7 +56,7 @@ class Entries:
 
 
 def count_entries(parts: Iterable[Float[Tensor, "k n"]]) -> Entries:
-    """Count over the slices of a matrix. Cost: about four passes over each slice while it is in the cache."""
+    """Return the counts over the slices of a matrix. Cost: about four passes over each slice in the cache."""
     nonfinite, zeros, largest, squares = 0, 0, 0.0, 0.0
     overflows, underflows = ({dtype_name(dtype): 0 for dtype in NARROW} for _ in range(2))
     samples: list[Tensor] = []
@@ -90,5 +96,5 @@ def count_entries(parts: Iterable[Float[Tensor, "k n"]]) -> Entries:
 
 
 def clipped(w: Float[Tensor, "m n"], level: float, scale: float) -> Float[Tensor, "m n"]:
-    """Return `scale · w` in float32 with its entries held within ± level."""
+    """Return `scale · w` in float32, clipped to ± level."""
     return (w.to(torch.float64) * scale if w.dtype == torch.float64 else w.float() * scale).clamp(-level, level).float()

@@ -1,4 +1,4 @@
-"""What was measured of one network, for the rules to read."""
+"""The measurements of one network, which the rules read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ __all__ = ["Measured"]
 
 @dataclass
 class Measured:
-    """Everything that was measured of one model: a layer and a spectrum for each matrix, and the signal."""
+    """All measurements of one model.
+
+    Attributes:
+        layers, spectra: one of each per matrix, in the same order; those of vectors that are not finite come last.
+        dtype: of the parameters.
+        stats: second moments of inputs and output gradients; `None` without data, as is all that follows.
+        gains: χ of each block by name; `None` where the next layer's input depends on more than this layer.
+        jacobian: singular values of the end-to-end Jacobian, largest first.
+        facts: numbers about the whole model, by label, for the report; rules may add some.
+        notes: how things were measured, and what was skipped.
+        directions: leading singular vectors of the first layer.
+    """
 
     layers: list[Layer] = field(default_factory=list)
     spectra: list[Spectrum] = field(default_factory=list)

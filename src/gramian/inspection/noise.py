@@ -1,7 +1,7 @@
-"""Signal against noise: which singular values could not come from independent entries, and how sure that is.
+"""Tests singular values against noise: which ones are too large for independent random entries, with p-values.
 
-The null hypothesis is a matrix of independent entries of one variance. It says nothing of matrices whose rows differ in
-size, or whose entries depend on each other: such matrices are structured, and that is what is told.
+The null hypothesis is a matrix of independent entries of one variance. Matrices whose rows differ in size, or whose
+entries depend on each other, violate it, and are reported as structured.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from torch import Tensor
 
 __all__ = ["LEVEL", "Noise", "against_noise", "marchenko_pastur_cdf", "tracy_widom_quantile", "tracy_widom_sf"]
 
-# Probability under the null below which a singular value counts as structure. Set on frozen null matrices and scored
-# on fresh ones by benchmarks/inspect_calibration.py: finite matrices of bounded but not Gaussian entries have a heavier
-# edge than the limit law, and the margin is for them.
+# A singular value counts as structure below this p-value. The margin is for finite matrices with entries that are
+# bounded but not Gaussian, whose largest singular value has a heavier tail than the limit law. The level was chosen on
+# one set of null matrices and tested on another by benchmarks/inspect_calibration.py.
 LEVEL = 1e-5
 
-# Smallest side from which the limit laws are used. Below it, the edge fluctuates by more than a tenth of itself.
+# Smallest side for which the limit laws are used. For smaller ones the edge fluctuates by more than a tenth of itself.
 LEAST_SIDE = 16
 
-# Largest distance of the spectrum's distribution from Marchenko and Pastur's for which the bulk counts as noise; that
-# of a Gaussian matrix is below 0.02 from side 64 on (benchmarks/inspect_calibration.py).
+# The bulk counts as noise up to this distance of the spectrum's distribution function from Marchenko and Pastur's. For
+# a Gaussian matrix of side 64 or more the distance is below 0.02 (benchmarks/inspect_calibration.py).
 BULK_DISTANCE = 0.04
 
 
 @dataclass(frozen=True)
 class Noise:
-    """A spectrum against that of independent entries.
+    """Comparison of a spectrum with that of independent entries.
 
-    `edge` is the largest singular value that noise of this size has in the limit (Marchenko & Pastur), in the matrix's
-    units; `above` counts the singular values that pass it significantly; `p_value` is the probability that noise has a
-    largest value as large as this one; `bulk_distance` is the largest difference of the two distribution functions.
+    Attributes:
+        edge: largest singular value of such a matrix in the limit (Marchenko & Pastur), in the matrix's units.
+        above: number of singular values significantly larger than the edge.
+        p_value: probability that noise has a largest singular value this large.
+        bulk_distance: largest difference of the two distribution functions.
+        note: why singular values above the edge were not counted.
     """
 
     edge: float
@@ -46,25 +49,25 @@ class Noise:
 
     @property
     def is_noise(self) -> bool:
-        """Whether nothing in the spectrum tells the matrix from independent entries."""
+        """Whether the spectrum is consistent with independent entries."""
         return self.above == 0 and self.bulk_distance < BULK_DISTANCE
 
 
 def against_noise(sigma: Tensor, shape: tuple[int, int], clipped_top: float | None = None) -> Noise | None:
-    """Return how a spectrum compares with that of independent entries, or `None` where a side is too short.
+    """Compare a spectrum with that of independent entries; `None` where a side is below 16.
 
-        edge  s (√m + √n),   s² the variance of the entries that remain once the values above the edge are taken out
+        edge  s (√m + √n),   s² the variance of the entries without the singular values above the edge
         p     1 − F₁((σ₁² / s² − μ) / τ),  μ = (√(m−½) + √(n−½))²,  τ = √μ (1/√(m−½) + 1/√(n−½))^(1/3)
 
     Args:
         sigma: all singular values, largest first, float64.
         shape: (m, n) of the matrix.
-        clipped_top: the largest singular value once the few extreme entries are clipped, where there are such entries;
-            a value that vanishes with them is explained by them and is not counted.
-
-    Cost: O(min(m, n)) and a determinant of side 48. Accuracy of p: that of the limit law, O(n^(−2/3)) with this
-    centering for Gaussian entries.
-
+        clipped_top: the largest singular value after a few extreme entries are clipped, where there are any. Values
+            above the edge that clipping removes are explained by those entries, and are not counted.
+    Returns: the comparison.
+    Raises: nothing of its own.
+    Cost: O(min(m, n)) and a determinant of side 48. Accuracy: of p, that of the limit law, O(n^(−2/3)) with this
+        centering for Gaussian entries.
     Source: Marchenko & Pastur, Math. USSR-Sb. 1 (1967); Johnstone, Ann. Statist. 29 (2001), theorem 1.1; the centering
     with ½ is Ma, Bernoulli 18 (2012), eq. 3.
     """
@@ -89,7 +92,7 @@ def against_noise(sigma: Tensor, shape: tuple[int, int], clipped_top: float | No
 
 
 def _settle(squares: np.ndarray, m: int, n: int, threshold: float) -> tuple[int, float]:
-    """Return how many values lie above the edge of the noise that the others make, and the energy of the others."""
+    """Return the number of values above the noise edge that the others define, and the energy of the others."""
     tails = np.concatenate((np.cumsum(squares[::-1])[::-1], [0.0]))  # energy from each place on
     above = 0
     while above < n - 1:
@@ -124,7 +127,7 @@ def tracy_widom_sf(s: float) -> float:
     arguments = torch.from_numpy((x[:, None] + x[None, :]) / 2)
     kernel = 0.5 * torch.special.airy_ai(arguments).numpy() * root[:, None] * root[None, :]
     eigenvalues = np.linalg.eigvalsh(kernel)
-    # at most 1 − 1e-17: deep in the left tail, the determinant is rounding
+    # Clipped below 1: deep in the left tail, the determinant is dominated by rounding.
     return float(min(1.0, max(0.0, -math.expm1(float(np.log1p(-np.minimum(eigenvalues, 1 - 1e-16)).sum())))))
 
 
@@ -151,7 +154,7 @@ def marchenko_pastur_cdf(x: np.ndarray, m: int, n: int) -> np.ndarray:
     """
     c = n / m
     low, high = (1 - math.sqrt(c)) ** 2, (1 + math.sqrt(c)) ** 2
-    # x = middle − half·cos t: the density's roots at both ends, and its pole at 0 for c = 1, become smooth in t
+    # With x = middle − half·cos t the density is smooth in t: so are its square roots at both ends, and its pole at 0.
     t = np.linspace(0, math.pi, 1025)
     grid = (low + high) / 2 - (high - low) / 2 * np.cos(t)
     speed = ((high - low) / 2 * np.sin(t)) ** 2 / (2 * math.pi * c * np.maximum(grid, 1e-300))

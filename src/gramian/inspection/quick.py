@@ -1,4 +1,4 @@
-"""The numbers of a large matrix from a few products, each with its stated error."""
+"""Norms and ranks of a large matrix from a few products, with error bounds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gramian.inspection.spectra import ENERGIES, Spectrum, check_matrix, describ
 
 __all__ = ["describe_quickly"]
 
-EXACT_SIDE = 256  # up to here all singular values cost no more than a few
+EXACT_SIDE = 256  # up to this side, all singular values cost no more than a few
 BLOCK, STEPS = 16, 12
-ROUNDING = 5e-6  # of float32 products, as a share of σ₁
+ROUNDING = 5e-6  # error of float32 products, relative to σ₁
 
 
 @torch.no_grad()
@@ -29,16 +29,20 @@ def describe_quickly(w: Float[Tensor, "m n"]) -> Spectrum:
     probability below 1 % (measured: benchmarks/results/inspect_calibration.json). What needs all singular values is
     `None`.
 
-    Args and raises: as `describe`.
-
+    Args:
+        w: `(m, n)`, as in `describe`.
+    Returns: the spectrum, with those singular values that have converged.
+    Raises:
+        ShapeError: w is not a matrix.
+        DtypeError: w is not float64, float32, float16 or bfloat16.
     Cost: 12 products with W and Wᵀ and a block of 16 vectors, in float32. Memory: one copy in float32.
+    Source: Golub & Underwood 1977 (block Lanczos); the intervals of energy ranks are this library's own.
 
-    Example:
-        >>> w = torch.randn(500, 400, generator=torch.Generator().manual_seed(0))
-        >>> spectrum = describe_quickly(w)
-        >>> exact = float(torch.linalg.matrix_norm(w, 2))
-        >>> abs(spectrum.spectral_norm - exact) <= spectrum.spectral_norm_error
-        True
+    >>> w = torch.randn(500, 400, generator=torch.Generator().manual_seed(0))
+    >>> spectrum = describe_quickly(w)
+    >>> exact = float(torch.linalg.matrix_norm(w, 2))
+    >>> abs(spectrum.spectral_norm - exact) <= spectrum.spectral_norm_error
+    True
     """
     check_matrix("describe_quickly", w)
     if min(w.shape) <= EXACT_SIDE:
@@ -54,7 +58,7 @@ def describe_quickly(w: Float[Tensor, "m n"]) -> Spectrum:
     square_sum = float(torch.linalg.vector_norm(scaled, dtype=torch.float64)) ** 2
     krylov = block_lanczos(scaled, BLOCK, STEPS).cpu()
     first = math.sqrt(float(krylov.values[0]))
-    # λ₁ is between the Ritz value, which is never above it, and that plus the residual
+    # λ₁ lies between the largest Ritz value and that value plus its residual.
     error = math.sqrt(float(krylov.values[0] + krylov.residuals[0])) - first + ROUNDING * first
     frobenius = math.sqrt(square_sum)
     ranks = []

@@ -1,6 +1,7 @@
-"""The rules: from what was measured to findings. One function for each trouble; each knows its threshold's source.
+"""The rules that turn measurements into findings: one function for each kind of problem.
 
-Those that need no data are in `weight_rules`.
+A rule takes what was measured and yields its findings; `RULES` lists all of them. Rules that need no data are in
+`weight_rules`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 from gramian.gram import Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
-from gramian.report import SEVERITIES, Finding, Layer
+from gramian.report import SEVERITIES, Action, Finding, Layer
 
 if TYPE_CHECKING:
     from gramian.inspection.measured import Measured
 
 __all__ = ["RULES", "find"]
 
-ISOMETRIC = "gm.init.isometric_(model, sample)"
-RETRAIN = 'gm.train(task, init="isometric", optimizer="muon")'
+ISOMETRIC = Action("isometric_")
+RETRAIN = Action("train", {"init": "isometric", "optimizer": "muon"})
 
 # A network of depth L trains where L ≲ 6ξ, ξ = 1/|ln χ| (Schoenholz et al. 1611.01232, figure 5).
 TRAINABLE_DEPTHS = 6.0
@@ -30,30 +31,30 @@ TRAINABLE_DEPTHS = 6.0
 # AdamW divides by √v + ε: a gradient far below its ε = 1e-8 moves nothing.
 ADAMW_EPS = 1e-8
 
-# First-to-last ratio of gradient sizes that is worth a warning. A heuristic: healthy plain networks of 1,000 layers
-# stay within 30.
+# Ratio of the gradient's size at the first and last layer that gives a warning. A heuristic: healthy plain networks of
+# 1,000 layers stay below 30.
 GRADIENT_RATIO = 1e3
 
-# Share of the second moment that varies between samples, below which float32 sums cannot tell it from rounding.
+# Share of variance in the second moment below which float32 sums cannot distinguish it from rounding.
 VARIATION_FLOOR = 1e-6
 
-# End-to-end gain outside of which a warning is given. A heuristic, as for the gradients.
+# Largest σ₁ of the end-to-end Jacobian, and largest 1/σ₁, without a warning. A heuristic, as for the gradients.
 END_TO_END = 1e3
 
 
 def find(measured: Measured) -> list[Finding]:
-    """All findings, errors first, each severity in the order of `RULES`: from what is exact to what is a heuristic."""
+    """Return all findings, errors first; within a severity in the order of `RULES`, exact rules before heuristics."""
     found = [finding for rule in RULES for finding in rule(measured)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def _single(a: object) -> TypeGuard[Gram]:
-    """Whether an input's second moment is one for the whole layer, not one for each head or group."""
+    """Whether a second moment is a single matrix for the whole layer, not one per head or group."""
     return isinstance(a, Gram) and not a.batch
 
 
 def non_finite_signal(measured: Measured) -> Iterator[Finding]:
-    """The first layer, in forward order, at which a signal stops being finite; and in backward order. Exact."""
+    """Find the first layer whose input is not finite, and, backward, the first whose gradient is not. Exact."""
     if measured.stats is None:
         return
     sites = list(measured.stats.sites())
@@ -66,14 +67,14 @@ def non_finite_signal(measured: Measured) -> Iterator[Finding]:
                 "error",
                 f"The {what} of {first[0]} is NaN or infinite",
                 where=first[0],
-                evidence=f"{len(names)} of {len(sites)} layers see one that is not finite (exact)",
-                cause="The layer before it in this direction produced the first such value.",
-                remedy=ISOMETRIC if what == "input" else "gm.inspect(model, batches, objective) in float32",
+                evidence=f"the {what} is not finite at {len(names)} of {len(sites)} layers (exact)",
+                cause=f"The layer {'before' if what == 'input' else 'after'} it computed the first such value.",
+                action=ISOMETRIC if what == "input" else Action("inspect_in_float32"),
             )
 
 
 def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
-    """Samples that can no longer be told apart at some depth."""
+    """Find the depth from which on all samples look the same."""
     if measured.stats is None:
         return
     sites = [(s.name, s.A) for s in measured.stats.sites() if _single(s.A) and s.A.count > 1]
@@ -85,20 +86,20 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "samples-indistinguishable",
             "error" if reaches_head else "warning",
-            f"From layer {first + 1} on, all samples look alike"
+            f"From layer {first + 1} on, all samples look the same"
             if reaches_head
-            else f"{len(lost)} layers see samples that all look alike",
+            else f"{len(lost)} layers get inputs that are the same for all samples",
             where=f"{lost[0]} … {lost[-1]}" if len(lost) > 1 else lost[0],
             evidence=f"the input of {lost[0]} varies between samples by less than {math.sqrt(VARIATION_FLOOR):.1%} of "
             "its size, the resolution of float32 sums",
-            cause="Each layer shrinks differences between samples, until the biases are all that is left.",
-            remedy=ISOMETRIC,
+            cause="Each layer shrinks the differences between samples, until only the biases are left.",
+            action=ISOMETRIC,
             source="Schoenholz et al. 1611.01232, §3",
         )
 
 
 def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
-    """Gradients below the smallest normal number of the dtype. Exact."""
+    """Find gradients below the smallest normal number of the dtype. Exact."""
     sized = _with_gradients(measured)
     tiny = torch.finfo(measured.dtype).tiny
     lost = [layer for layer in sized if (layer.gradient_rms or 0.0) < tiny]
@@ -109,21 +110,24 @@ def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
             "error",
             "No gradient arrives at any layer"
             if everywhere
-            else f"The gradient underflows to nothing in {len(lost)} of {len(sized)} layers",
+            else f"The gradient underflows to zero in {len(lost)} of {len(sized)} layers",
             where=names_of(lost),
             evidence=f"root mean square below {tiny:.1e}, the smallest normal {str(measured.dtype)[6:]}",
             cause="The loss does not depend on these layers."
             if everywhere
-            else "The product of the layers' Jacobians is smaller than the dtype can hold.",
-            remedy="" if everywhere else ISOMETRIC,
+            else "The product of the layers' Jacobians is too small for the dtype.",
+            action=None if everywhere else ISOMETRIC,
+            advice="Look for .detach(), torch.no_grad() or an unused output between these layers and the loss."
+            if everywhere
+            else "",
         )
 
 
 def gain(measured: Measured) -> Iterator[Finding]:
-    """Depth beyond what the layers' gain lets a gradient cross, with the gain's interval on the network's side.
+    """Find networks deeper than a gradient can cross at the layers' mean gain χ, at the favorable end of its interval.
 
-    χ averages over all directions, and a trained network uses few: it is only told as a trouble where what was measured
-    end to end, the gradient by depth or the Jacobian, agrees.
+    χ averages over all directions, of which a trained network uses few. So the finding also needs an end-to-end
+    measurement that agrees: the gradient by depth, or the Jacobian.
     """
     known = [g for g in measured.gains.values() if g is not None and g.chi > 0 and math.isfinite(g.chi)]
     if len(known) < 3 or len(known) < 0.5 * len(measured.gains):
@@ -134,7 +138,7 @@ def gain(measured: Measured) -> Iterator[Finding]:
     half = 2 * math.sqrt(sum(e * e for e in errors)) / len(known)
     chi, low, high = math.exp(mean), math.exp(mean - half), math.exp(mean + half)
     measured.facts["gain χ (geometric mean)"] = chi
-    closest = max(0.0, abs(mean) - half)  # benefit of the doubt: the end of the interval nearer to 1
+    closest = max(0.0, abs(mean) - half)  # the end of the interval nearer to χ = 1
     depth = len(known)
     if closest == 0.0 or TRAINABLE_DEPTHS / closest >= depth or not _confirmed(measured):
         return
@@ -144,19 +148,19 @@ def gain(measured: Measured) -> Iterator[Finding]:
     yield Finding(
         "gain-below-one" if below else "gain-above-one",
         "error",
-        f"Gain {chi:.2g} a layer lets a gradient cross about {TRAINABLE_DEPTHS * xi:.0f} layers; there are {depth}",
-        where=f"{len(side)} of {depth} layers are {'below' if below else 'above'} one",
+        f"Gain {chi:.2g} per layer lets a gradient cross about {TRAINABLE_DEPTHS * xi:.0f} layers; there are {depth}",
+        where=f"{len(side)} of {depth} layers have a gain {'below' if below else 'above'} one",
         evidence=f"χ = {chi:.3g} ({low:.3g} to {high:.3g}, 95 %), so ξ = 1/|ln χ| = {xi:.2g} layers; "
         f"{depth} layers need ξ ≥ {depth / TRAINABLE_DEPTHS:.1f}",
-        cause=f"Every layer's Jacobian {'shrinks' if below else 'stretches'} a gradient {math.sqrt(chi):.2g}-fold on "
-        f"average, and the factors multiply: {math.sqrt(chi):.2g}^{depth} = {_power(mean / 2 * depth)}.",
-        remedy=ISOMETRIC,
+        cause=f"Each layer's Jacobian multiplies a gradient by {math.sqrt(chi):.2g} on average; over {depth} layers "
+        f"that is {math.sqrt(chi):.2g}^{depth} = {_decade(mean / 2 * depth)}.",
+        action=ISOMETRIC,
         source="Schoenholz et al. 1611.01232, §5",
     )
 
 
 def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
-    """The gradient at the first layer against the last."""
+    """Compare the gradient at the first layer with that at the last."""
     sized = _with_gradients(measured)
     if len(sized) < 3 or not all(math.isfinite(layer.gradient_rms or 0.0) for layer in sized):
         return
@@ -170,23 +174,23 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
     evidence = f"root mean square {first:.1e} at {sized[0].name}, {last:.1e} at {sized[-1].name}"
     if unmoved:
-        evidence += f"; {len(unmoved)} of {len(sized)} layers are below 1e-8, AdamW's ε, and hardly move under it"
+        evidence += f"; below AdamW's ε = 1e-8 in {len(unmoved)} of {len(sized)} layers, which AdamW hardly moves"
     yield Finding(
         "gradient-vanishes" if vanishes else "gradient-explodes",
         "error" if unmoved or not vanishes else "warning",
-        f"The gradient at the first layer is {ratio:.0e} of the last layer's"
+        f"The gradient at the first layer is {ratio:.0e} times the last layer's"
         if ratio
         else "The gradient at the first layer is zero",
         where=f"{sized[0].name} … {sized[-1].name}",
         evidence=evidence,
         cause=f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
-        remedy=RETRAIN,
+        action=RETRAIN,
         source="Hochreiter 1991; Pascanu et al. 1211.5063",
     )
 
 
 def end_to_end(measured: Measured) -> Iterator[Finding]:
-    """The end-to-end Jacobian's largest singular value, and its condition."""
+    """Check the end-to-end Jacobian's largest singular value."""
     if not measured.jacobian:
         return
     largest, middle = measured.jacobian[0], measured.jacobian[len(measured.jacobian) // 2]
@@ -197,19 +201,20 @@ def end_to_end(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "jacobian-vanishes" if small else "jacobian-explodes",
             "error" if largest < eps or largest > 1 / eps else "warning",
-            f"End to end, the largest change of the last hidden layer is {largest:.1e} of the input's",
+            f"A change of the input changes the last hidden layer by at most {largest:.1e} times as much",
             evidence=f"singular values of the Jacobian from the first layer's input to the last layer's: "
             f"σ₁ = {largest:.1e}, median {middle:.1e} (median over samples, exact)",
-            cause=f"Below {eps:.1e} the change is lost in {str(measured.dtype)[6:]} rounding: no input arrives."
+            cause=f"Below {eps:.1e} the change is lost in {str(measured.dtype)[6:]} rounding: the output does not "
+            "depend on the input."
             if largest < eps
-            else "Small changes of the input are " + ("lost on the way." if small else "blown up on the way."),
-            remedy=ISOMETRIC,
+            else f"The product of the layers' Jacobians {'shrinks' if small else 'amplifies'} changes of the input.",
+            action=ISOMETRIC,
             source="Pennington et al. 1711.04735",
         )
 
 
 def dead_units(measured: Measured) -> Iterator[Finding]:
-    """Hidden units that are zero on every row; on N rows that bounds their activity by 3/N at 95 %."""
+    """Find hidden units that are zero on all N rows, which bounds their activity by 3/N at 95 %."""
     if measured.stats is None:
         return
     for site in list(measured.stats.sites())[1:]:
@@ -220,11 +225,12 @@ def dead_units(measured: Measured) -> Iterator[Finding]:
             yield Finding(
                 "dead-units",
                 "warning",
-                f"{dead} of {site.A.dim} units that enter {site.name} are dead",
+                f"{dead} of {site.A.dim} inputs of {site.name} are dead units",
                 where=site.name,
                 evidence=f"zero on all {site.A.count:,.0f} rows: active on at most {3 / site.A.count:.2%} (95 %)",
-                cause="Their pre-activations are negative for every sample: a learning rate or bias was too large.",
-                remedy="a lower learning rate or LeakyReLU; gm.init.isometric_(model, sample) before training",
+                cause="Their pre-activations are negative for all samples: a learning rate or bias was too large.",
+                action=ISOMETRIC,
+                advice="That is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
             )
 
 
@@ -255,11 +261,11 @@ def _with_gradients(measured: Measured) -> list[Layer]:
 
 
 def _variation(a: Gram) -> float | None:
-    """Share of the second moment that is variance; `None` where it cannot be had."""
+    """Return the share of variance in the second moment; `None` where it is undefined."""
     total = float(a.matrix.trace())
     return float(a.covariance.trace()) / total if total > 0 and math.isfinite(total) else None
 
 
-def _power(log: float) -> str:
-    """`exp(log)` as text, also beyond float64's range."""
+def _decade(log: float) -> str:
+    """Return `exp(log)` as a power of ten, also beyond float64's range: `"1e-400"`."""
     return f"1e{log / math.log(10):+.0f}"

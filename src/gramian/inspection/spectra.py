@@ -1,7 +1,7 @@
-"""The numbers of one matrix: its singular values, and what follows from them and from its entries.
+"""Statistics of one matrix: its singular values, norms and ranks, and counts of its entries.
 
-One matrix in, plain numbers out. The matrix is read in slices along its longer side, in float64, so that besides the
-matrix itself memory holds a few matrices of its smaller side.
+The input is one matrix, the output plain numbers. The matrix is read in float64 slices along its longer side, so that
+besides the matrix itself memory holds a few matrices of its smaller side.
 """
 
 from __future__ import annotations
@@ -23,32 +23,45 @@ from gramian.inspection.tail import Tail, fit_tail
 
 __all__ = ["Spectrum", "check_matrix", "describe", "energy_rank"]
 
-# Below this σ_min/σ_max the Gram matrix loses digits: an eigenvalue is off by some 8 ε₆₄ σ_max², so σ is off by
-# 4 ε₆₄ (σ_max/σ)² of itself, which is 1e-6 here. tests/test_spectra.py measures it.
+# Below this σ/σ_max the Gram matrix loses digits: the error of an eigenvalue is about 8 ε₆₄ σ_max², so the relative
+# error of σ is 4 ε₆₄ (σ_max/σ)², which is 1e-6 here. tests/test_spectra.py measures it.
 GRAM_FLOOR = 3e-5
 
 SLICE = 1 << 20  # elements read at a time: 8 MB in float64
-COLUMNS = 256  # least width of a block of the Gram matrix, of whose blocks only the lower ones are computed
+COLUMNS = 256  # smallest width of a block of the Gram matrix; only blocks on and below the diagonal are computed
 
-# Where at most this share of the singular values lies below the floor, inverse iteration finds them for a hundredth of
-# an SVD's cost. A Gaussian square matrix of side 4096 has about one.
+# If at most this share of the singular values is below the floor, inverse iteration computes them at a hundredth of
+# the cost of an SVD. A Gaussian square matrix of side 4096 has about one such value.
 FEW = 1 / 32
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NARROW = (torch.float16, torch.bfloat16)
 
-ENERGIES = (0.90, 0.99)  # shares of the energy whose ranks are told
+ENERGIES = (0.90, 0.99)  # shares of the energy ‖W‖_F² whose ranks are reported
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The numbers of one matrix. What does not exist or cannot be known is `None`, and `notes` say why.
+    """Statistics of one matrix; what is undefined or was not computed is `None`, and `notes` say why.
 
-    `singular_values` come largest first; a quick spectrum holds the few that are known. `energy_ranks` are the least
-    ranks that hold 90 and 99 % of ‖W‖_F², each an interval (a point where all singular values are known).
-    `overflows` and `underflows` count the finite entries that become infinite, and the non-zero ones that become zero,
-    in `"float16"` and `"bfloat16"`. `method` is how the singular values were computed: `"gram"`, `"gram+inverse"`,
-    `"qr"`, `"krylov"`, or empty where they were not.
+    Args:
+        shape: (m, n).
+        dtype: torch's name, `"float32"`.
+        singular_values: largest first; those of a quick spectrum are only the ones that have converged.
+        frobenius_norm: ‖W‖_F.
+        spectral_norm: σ₁.
+        spectral_norm_error: bound on its error.
+        condition: σ₁ / σ_min.
+        stable_rank: ‖W‖_F² / σ₁².
+        effective_rank: exp of the entropy of σᵢ² / ‖W‖_F².
+        numerical_rank: number of σᵢ above rounding.
+        energy_ranks: the smallest ranks that hold 90 and 99 % of ‖W‖_F², each as an interval (low, high), whose ends
+            are equal where all singular values are known.
+        noise: comparison with a matrix of independent entries.
+        tail: power-law fit of the largest eigenvalues σ².
+        entries: counts of entries.
+        method: how the singular values were computed: `"gram"`, `"gram+inverse"`, `"qr"`, `"krylov"`, or empty.
+        notes: why something is missing.
     """
 
     shape: tuple[int, int]
@@ -70,22 +83,22 @@ class Spectrum:
 
     @property
     def num_nonfinite(self) -> int:
-        """Entries that are NaN or infinite."""
+        """Number of entries that are NaN or infinite."""
         return self.entries.num_nonfinite
 
     @property
     def num_zeros(self) -> int:
-        """Entries that are exactly zero."""
+        """Number of entries that are exactly zero."""
         return self.entries.num_zeros
 
     @property
     def overflows(self) -> dict[str, int]:
-        """Finite entries that a cast makes infinite, by dtype."""
+        """Number of finite entries that a cast makes infinite, by dtype."""
         return dict(self.entries.overflows)
 
     @property
     def underflows(self) -> dict[str, int]:
-        """Non-zero entries that a cast makes zero, by dtype."""
+        """Number of nonzero entries that a cast makes zero, by dtype."""
         return dict(self.entries.underflows)
 
 
@@ -99,29 +112,26 @@ def describe(w: Float[Tensor, "m n"]) -> Spectrum:
         condition        σ₁ / σ_min
         energy rank      the least k with Σᵢ≤ₖ σᵢ² ≥ q Σ σⱼ²,  q = 0.90 and 0.99
 
-    The effective rank is Roy & Vetterli's with the shares of the energy σ² in place of those of σ, so that
-    1 ≤ stable rank ≤ effective rank ≤ rank. For float16 and bfloat16, whose max(m, n) ε soon exceeds 1, the numerical
-    rank counts σᵢ above the norm that rounding alone gives, ½ ε (√m + √n) ‖W‖_F / √(mn).
+    The effective rank is Roy & Vetterli's with shares of the energy σ² in place of σ, so that
+    1 ≤ stable rank ≤ effective rank ≤ rank. For float16 and bfloat16, where max(m, n) ε soon exceeds 1, the numerical
+    rank is the number of σᵢ above the norm of rounding errors, ½ ε (√m + √n) ‖W‖_F / √(mn).
 
     Args:
-        w: a matrix of shape (m, n), float64, float32, float16 or bfloat16, of any scale. NaN, infinities and zeros are
-            described, never raised.
-
+        w: `(m, n)`, float64, float32, float16 or bfloat16, of any scale. NaN, infinities and zeros are reported, and
+            raise nothing.
+    Returns: the spectrum.
     Raises:
         ShapeError: w is not a matrix.
-        DtypeError: w is not of a floating dtype above.
-
+        DtypeError: w is not of one of these dtypes.
     Cost: for m ≥ n, half a product m n² and the eigenvalues of an n × n matrix; where σ_min/σ₁ < 3e-5, which the Gram
-    matrix cannot resolve, one more pass of QR, and inverse iteration on R for a few such values or its SVD for many.
-    Memory: a few n × n matrices in float64.
-    Accuracy: 1e-6 relative for σ > 1e-10 σ₁, and 1e-16 σ₁ below, times a slowly growing function of n.
-
+        matrix cannot resolve, also a QR factorization, and inverse iteration on R for a few such values or its SVD for
+        many. Memory: a few n × n matrices in float64. Accuracy: 1e-6 relative for σ > 1e-10 σ₁, and 1e-16 σ₁ below,
+        times a slowly growing function of n.
     Source: Roy & Vetterli, The effective rank (EUSIPCO 2007), eq. 1–3; Golub & Van Loan, Matrix Computations, §5.4.1.
 
-    Example:
-        >>> spectrum = describe(torch.diag(torch.tensor([3.0, 4.0])))
-        >>> spectrum.singular_values, spectrum.frobenius_norm, round(spectrum.stable_rank, 6)
-        ((4.0, 3.0), 5.0, 1.5625)
+    >>> spectrum = describe(torch.diag(torch.tensor([3.0, 4.0])))
+    >>> spectrum.singular_values, spectrum.frobenius_norm, round(spectrum.stable_rank, 6)
+    ((4.0, 3.0), 5.0, 1.5625)
     """
     check_matrix("describe", w)
     m, n = w.shape
@@ -147,15 +157,17 @@ def describe(w: Float[Tensor, "m n"]) -> Spectrum:
 
 
 def check_matrix(name: str, w: Tensor) -> None:
-    """Raise unless `w` is a matrix of a floating dtype that is understood."""
+    """Raise unless `w` is a matrix of one of `DTYPES`."""
     if w.ndim != 2:
-        raise ShapeError(f"{name}: expected (m, n), got {tuple(w.shape)}. gramian.blocks says which matrices it holds.")
+        raise ShapeError(
+            f"{name}: expected (m, n), got {tuple(w.shape)}. gramian.blocks splits a parameter into matrices."
+        )
     if w.dtype not in DTYPES:
         raise DtypeError(f"{name}: expected float64, float32, float16 or bfloat16, got {w.dtype}. Dequantize it first.")
 
 
 def without_spectrum(spectrum: Spectrum) -> Spectrum | None:
-    """Return the numbers of a matrix that is not finite, or empty, or zero; `None` for any other."""
+    """Return the spectrum of a matrix that is not finite, empty or zero; `None` for any other matrix."""
     if spectrum.num_nonfinite:
         return replace(spectrum, notes=(f"{spectrum.num_nonfinite} entries are not finite: no spectrum",))
     if spectrum.entries.largest > 0:
@@ -173,23 +185,23 @@ def without_spectrum(spectrum: Spectrum) -> Spectrum | None:
 
 
 def scale_of(largest: float) -> int:
-    """Return the exponent of two that brings entries to 1: it scales exactly, and stays in float64's range."""
+    """Return the power of two, as its exponent, that scales entries to about 1 without rounding."""
     return min(max(math.frexp(largest)[1], -1000), 1000)
 
 
 def energy_rank(sigma: Float[Tensor, " k"], share: float) -> int:
-    """Return the least rank that holds a share of the energy Σ σ², the values largest first.
+    """Return the smallest rank that holds a share of the energy Σ σ², with the values largest first.
 
     >>> energy_rank(torch.tensor([4.0, 1.0, 0.1]), 0.9)
     1
     """
     energy = sigma.double().square().cumsum(0)
-    # rounding must not ask for one more value than all
+    # At most all of them, whatever rounding does.
     return min(int((energy < share * float(energy[-1])).sum()) + 1, len(sigma)) if len(sigma) else 0
 
 
 def _derive(spectrum: Spectrum, sigma: Float[Tensor, " k"], dtype: torch.dtype, unit: float) -> Spectrum:
-    """Fill in what follows from the singular values, which are given in units of `unit`, largest first."""
+    """Fill in norms and ranks from the singular values, which are in units of `unit`, largest first."""
     m, n = spectrum.shape
     first, last, frobenius = float(sigma[0]), float(sigma[-1]), float(sigma.square().sum().sqrt())
     share = (sigma / frobenius).square()
@@ -198,10 +210,10 @@ def _derive(spectrum: Spectrum, sigma: Float[Tensor, " k"], dtype: torch.dtype, 
         tolerance = eps / 2 * (math.sqrt(m) + math.sqrt(n)) * frobenius / math.sqrt(m * n)
     else:
         tolerance = max(m, n) * eps * first
-    # norms may leave float64's range where entries do not
+    # Norms can overflow float64 where entries do not.
     values = tuple((sigma * unit).tolist())
     notes = []
-    resolved = max(m, n) * torch.finfo(torch.float64).eps  # what float64 can tell from zero
+    resolved = max(m, n) * torch.finfo(torch.float64).eps  # smallest σ/σ₁ that float64 resolves
     if last <= resolved * first:
         notes.append(f"singular in float64: the condition is above {1 / resolved:.0e} or infinite")
     if not math.isfinite(frobenius * unit):
@@ -222,7 +234,7 @@ def _derive(spectrum: Spectrum, sigma: Float[Tensor, " k"], dtype: torch.dtype, 
 
 
 def _clipped_top(tall: Float[Tensor, "m n"], entries: Entries, scale: float) -> float | None:
-    """Return σ₁ of the scaled matrix with its extreme entries clipped; `None` where it has none."""
+    """Return σ₁ of the scaled matrix with its extreme entries clipped; `None` where no entry is extreme."""
     level = entries.clipping_level
     if level is None:
         return None
@@ -250,7 +262,7 @@ def _singular_values(tall: Float[Tensor, "m n"], scale: float) -> tuple[Float[Te
 
 
 def _add_lower_gram(gram: Float[Tensor, "n n"], part: Float[Tensor, "k n"]) -> None:
-    """Add the lower triangle of partᵀ part, in blocks of columns: about half the work of the whole product."""
+    """Add the lower triangle of partᵀ part, in blocks of columns: about half the work of the full product."""
     n = gram.shape[0]
     width = max(COLUMNS, n // 8)
     for j in range(0, n, width):
@@ -260,7 +272,7 @@ def _add_lower_gram(gram: Float[Tensor, "n n"], part: Float[Tensor, "k n"]) -> N
 def _smallest(r: Float[Tensor, "n n"], count: int) -> Float[Tensor, " count"] | None:
     """Return the smallest singular values of a triangular matrix, largest first, by subspace inverse iteration.
 
-    `None` where they do not settle to 1e-8 of themselves, or R is singular in float64.
+    `None` where they do not converge to a relative 1e-8, or R is singular in float64.
     """
     n = r.shape[0]
     if float(r.diagonal().abs().min()) <= n * torch.finfo(torch.float64).eps * float(r.diagonal().abs().max()):
@@ -282,7 +294,7 @@ def _smallest(r: Float[Tensor, "n n"], count: int) -> Float[Tensor, " count"] | 
 
 
 def slices(tall: Float[Tensor, "m n"], at_least: int = 1) -> Iterator[Float[Tensor, "part n"]]:
-    """Yield a tall matrix in rows of about `SLICE` elements, at least so many at a time."""
+    """Yield a tall matrix in slices of about `SLICE` elements, each of at least `at_least` rows."""
     if tall.numel():
         yield from tall.split(max(SLICE // tall.shape[1], at_least))
 

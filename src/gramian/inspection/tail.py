@@ -1,7 +1,7 @@
-"""The tail of a spectrum as a power law, with its interval and its size, or an abstention with the reason.
+"""Fits a power law to the tail of a spectrum, with an interval, or abstains with the reason.
 
-An exponent is a description and never an alarm: untrained Gaussian matrices of one shape read from 4 to 12, and
-log-normal eigenvalues, which are no power law, read like trained ones.
+The exponent is never the reason for an alarm: untrained Gaussian matrices of one shape have fitted exponents from 4 to
+12, and log-normal eigenvalues, which follow no power law, have fitted exponents like those of trained matrices.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 __all__ = ["LEAST_TAIL", "Tail", "fit_tail"]
 
-# Points that a tail must have. A fit to n points is known to (α − 1)/√n at best: ± 14 % of α − 1 here.
+# Fewest points of a tail. A fit to n points has a standard error of (α − 1)/√n at best: 14 % of α − 1 here.
 LEAST_TAIL = 50
 
-# Quantile 0.9 of √n·D, D the Kolmogorov–Smirnov distance of a fitted Pareto tail whose start was chosen to minimize it.
-# Simulated: tests/test_tail.py derives it again.
+# Quantile 0.9 of √n·D under a true power law, with D the Kolmogorov–Smirnov distance of the fit, whose start minimizes
+# D. Simulated; tests/test_noise.py derives it again.
 CRITICAL_DISTANCE = 0.80
 
 # Vuong's statistic below which a log-normal fits better than a power law (one-sided 10 %).
@@ -30,9 +30,14 @@ NUM_RESAMPLES = 40
 
 @dataclass(frozen=True)
 class Tail:
-    """A power law p(λ) ∝ λ^(−α) of the eigenvalues λ = σ² from `start` on; `alpha` is `None` where it abstains.
+    """A power law p(λ) ∝ λ^(−α) of the eigenvalues λ = σ² ≥ `start`.
 
-    `low` and `high` are a 95 % interval, `size` counts the eigenvalues in the tail, `note` says why it abstains.
+    Attributes:
+        alpha: the exponent; `None` where the fit abstains.
+        low, high: its 95 % interval.
+        size: number of eigenvalues in the tail.
+        start: smallest eigenvalue of the tail.
+        note: why the fit abstains, or what its result means.
     """
 
     alpha: float | None
@@ -48,16 +53,16 @@ def fit_tail(sigma: Tensor) -> Tail:
 
         α = 1 + n / Σ log(λᵢ / λ_start)
 
-    where λ_start is the one that minimizes the Kolmogorov–Smirnov distance. The interval is from resampling the
-    eigenvalues and choosing the start anew each time, widened to the exact one for a given start, (α − 1)/√n.
-    Abstains: fewer than 50 points, a distance that a power law exceeds once in ten, a log-normal that fits
-    better, or values that span less than a factor of 4.
+    where λ_start minimizes the Kolmogorov–Smirnov distance. The interval comes from resampling the eigenvalues, with a
+    new start for each sample, combined with the standard error for a fixed start, (α − 1)/√n. The fit abstains if there
+    are fewer than 50 points, if the distance is one that a power law exceeds once in ten, if a log-normal fits better,
+    or if the tail spans less than a factor of 4.
 
     Args:
         sigma: all singular values, largest first, float64.
-
-    Cost: O(48 · 40 · n). The draws are seeded: the same spectrum gives the same interval.
-
+    Returns: the tail; the same spectrum gives the same interval, since the resampling is seeded.
+    Raises: nothing of its own.
+    Cost: O(48 · 40 · n).
     Source: Clauset, Shalizi & Newman, SIAM Review 51 (2009), eq. 3.1, 3.9 and §5; Vuong, Econometrica 57 (1989).
     """
     squares = np.square(sigma.numpy())[::-1]
@@ -97,7 +102,6 @@ def _fit(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         expected = -np.expm1(-slope[:, None] * (logs[:, k:] - first))
         places = np.arange(size) / size
         distance = np.maximum(np.abs(expected - places), np.abs(expected - places - 1 / size)).max(axis=1)
-        # by √n·D: among equal fits the longer tail wins only where it fits as well for its size
         better = distance < best[0]
         for kept, new in zip(best, (distance, 1 + slope, first[:, 0]), strict=True):
             kept[better] = new[better]

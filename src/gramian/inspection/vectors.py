@@ -1,4 +1,4 @@
-"""Leading singular vectors in words a person reads: as pictures of the input, and as the tokens of an embedding."""
+"""Leading singular vectors in readable form: as images of the input, or as tokens of an embedding."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ __all__ = ["image_directions", "image_side", "read_tokens", "token_directions"]
 
 NUM_DIRECTIONS = 4
 NUM_TOKENS = 8
-LEAST_SIDE, MOST_SIDE = 8, 64  # of images: below, any width is a square; above, it is a hidden one
+# Sides of images. Smaller squares are too common as widths, and larger ones are usually hidden widths.
+LEAST_SIDE, MOST_SIDE = 8, 64
 
 
 def image_side(length: int) -> int | None:
-    """Return the side of the square image that has so many pixels; `None` where there is none.
+    """Return the side of a square image with this many pixels; `None` where there is none.
 
     >>> image_side(784), image_side(100), image_side(384)
     (28, 10, None)
@@ -32,9 +33,9 @@ def image_side(length: int) -> int | None:
 
 
 def image_directions(name: str, w: Float[Tensor, "m n"]) -> list[Direction]:
-    """Return the leading right singular vectors as images, where the inputs of a first layer are a square.
+    """Return the first layer's leading right singular vectors as images, where its number of inputs is a square.
 
-    That they are an image is a guess from their number, and the report says so.
+    That the inputs are an image is a guess from their number, and the report says so.
     """
     side = image_side(w.shape[1])
     if side is None or min(w.shape) < 2 or not bool(w.isfinite().all()) or not bool(w.any()):
@@ -63,7 +64,7 @@ def token_directions(name: str, w: Float[Tensor, "v d"], tokens: list[str]) -> l
 
 
 def read_tokens(path: Path) -> list[str]:
-    """Return the tokens by number from the `tokenizer.json` or `vocab.txt` beside a checkpoint; none where it has none.
+    """Return the vocabulary, by index, from the `tokenizer.json` or `vocab.txt` beside a checkpoint, or an empty list.
 
     Only the list is read: no tokenizer is run.
     """

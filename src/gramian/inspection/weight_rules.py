@@ -1,7 +1,7 @@
-"""The rules that need no data: what weights alone show. Never an alarm on a tail exponent.
+"""The rules that need weights only. None of them uses a tail exponent.
 
-Thresholds that are not exact are set on frozen healthy matrices and scored on fresh ones by
-benchmarks/inspect_calibration.py, whose figures are in benchmarks/results/inspect_calibration.json.
+Heuristic thresholds were chosen on one set of healthy matrices and tested on another by
+benchmarks/inspect_calibration.py; the rates of false alarms are in benchmarks/results/inspect_calibration.json.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from gramian.report import Finding, Layer
+from gramian.report import Action, Finding, Layer
 
 if TYPE_CHECKING:
     from gramian.inspection.measured import Measured
 
 __all__ = ["RULES", "names_of", "non_finite_weights"]
 
-# Share of the energy in one direction from which a hidden matrix is said to have collapsed onto it, and the least side
-# of a matrix for which that means anything.
+# A hidden matrix has a dominant direction if that holds this share of the energy; smaller matrices than this side are
+# not tested.
 DOMINANT, DOMINANT_SIDE = 0.5, 32
 
-# σ₁ against the median of the matrices of the same kind: the ratio, and the robust standard deviations of its
-# logarithm, beyond which a layer is told, where there are so many of a kind.
+# σ₁ is unusual if it differs from the median of matrices of the same kind by more than this ratio and this many robust
+# standard deviations of log σ₁, in groups of at least this many.
 SIZE_RATIO, SIZE_DEVIATIONS, SIZE_GROUP = 10.0, 8.0, 8
 
-# Shares of a matrix from which counts of its entries are told.
+# Shares of a matrix's entries above which zeros and underflows are reported.
 ZERO_SHARE, UNDERFLOW_SHARE = 0.1, 0.01
 
-# Share of the parameters that two factors which hold 99 % of the energy must save to be told.
+# Share of the parameters that two factors with 99 % of the energy must save to be reported.
 SAVING = 0.3
 
-# Share of the matrices with structure above noise from which the others look as if they had not been trained.
+# A network counts as trained if this share of its matrices has structure above noise.
 TRAINED = 0.5
 
 
 def non_finite_weights(measured: Measured) -> Iterator[Finding]:
-    """NaN or infinity in a parameter. Exact."""
+    """Find NaN and infinity in parameters. Exact."""
     bad = [(layer, s) for layer, s in zip(measured.layers, measured.spectra, strict=True) if s.num_nonfinite]
     if bad:
         layer, spectrum = bad[0]
@@ -48,22 +48,23 @@ def non_finite_weights(measured: Measured) -> Iterator[Finding]:
             where=names_of([layer for layer, _ in bad]),
             evidence=f"{len(bad)} of {len(measured.layers)} tensors hold values that are not finite (exact count)",
             cause="Training diverged, or the file was damaged, before these weights were saved.",
-            remedy="go back to an earlier checkpoint; train on with a lower learning rate or clipped gradients",
+            advice="Go back to an earlier checkpoint, and continue with a lower learning rate or clipped gradients.",
         )
 
 
 def zero_weights(measured: Measured) -> Iterator[Finding]:
-    """Matrices that are all zero, and those with many zeros. Exact."""
+    """Find matrices that are zero, and matrices with many zeros. Exact."""
     zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0]
     if zero:
         yield Finding(
             "zero-weights",
             "warning",
-            f"{len(zero)} weight {'matrix is' if len(zero) == 1 else 'matrices are'} all zero",
+            f"{_matrices(zero)} {'is' if len(zero) == 1 else 'are'} all zero",
             where=names_of(zero),
             evidence="every entry is zero (exact)",
-            cause="Initialized so on purpose (a residual branch, an adapter), or never loaded.",
-            remedy="compare with the source: gramian inspect MODEL --against SOURCE",
+            cause="Initialized to zero on purpose (a residual branch, an adapter), or never loaded.",
+            action=Action("compare_files"),
+            advice="OTHER is the checkpoint that these weights come from: are they zero there too?",
         )
     some = [layer for layer in measured.layers if layer.spectral_norm and _share(layer, layer.zeros) > ZERO_SHARE]
     if some:
@@ -73,38 +74,39 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
             "info",
             f"{len(some)} of {len(measured.layers)} matrices have many exact zeros",
             where=names_of(some),
-            evidence=f"the most: {worst.name}, {_share(worst, worst.zeros):.0%} (exact count)",
-            cause="Pruned weights, or rows that were padded or never updated.",
+            evidence=f"most in {worst.name}: {_share(worst, worst.zeros):.0%} (exact count)",
+            cause="The weights were pruned, or rows were padded or never updated.",
         )
 
 
 def repeated_weights(measured: Measured) -> Iterator[Finding]:
-    """Matrices stored twice under different names. Exact."""
+    """Find matrices that are stored twice under different names. Exact."""
     hidden = [layer for layer in measured.layers if layer.duplicate_of and layer.role == "hidden"]
     tied = [layer for layer in measured.layers if layer.duplicate_of and layer.role != "hidden"]
     if hidden:
         yield Finding(
             "repeated-weights",
             "warning",
-            f"{len(hidden)} {'matrix equals' if len(hidden) == 1 else 'matrices equal'} another one bit for bit",
+            f"{_matrices(hidden)} {'equals' if len(hidden) == 1 else 'equal'} another one bit for bit",
             where=names_of(hidden),
             evidence=f"{hidden[0].name} = {hidden[0].duplicate_of} (exact)",
-            cause="Layers copied at initialization that were never trained, or weights shared but stored twice.",
-            remedy="layer.weight = other.weight  # if shared on purpose; else check that both receive gradients",
+            cause="Layers were copied at initialization and never trained, or shared weights were saved twice.",
+            action=_tie(hidden[0]),
+            advice="Tie each like this if they are meant to be shared. If not, check that both receive gradients.",
         )
     if tied:
         yield Finding(
             "tied-weights",
             "info",
-            f"{tied[0].name} is {tied[0].duplicate_of}, stored twice",
+            f"{tied[0].name} and {tied[0].duplicate_of} are equal, stored twice",
             where=names_of(tied),
             evidence="equal bit for bit",
-            cause="A tied embedding and head that were saved separately.",
+            cause="A tied embedding and head were saved separately.",
         )
 
 
 def out_of_range(measured: Measured) -> Iterator[Finding]:
-    """Entries that a narrower dtype would lose. Exact, for a cast that rounds to nearest."""
+    """Find entries that a cast to a narrower dtype would lose. Exact, for a cast that rounds to nearest."""
     for name, counts in (("float16", "overflow_float16"), ("bfloat16", "overflow_bfloat16")):
         over = [layer for layer in measured.layers if getattr(layer, counts)]
         if over:
@@ -112,11 +114,12 @@ def out_of_range(measured: Measured) -> Iterator[Finding]:
             yield Finding(
                 f"overflows-{name}",
                 "warning",
-                f"{len(over)} {'matrix' if len(over) == 1 else 'matrices'} would be infinite in {name}",
+                f"{_matrices(over)} would be infinite in {name}",
                 where=names_of(over),
-                evidence=f"{getattr(worst, counts):,} entries of {worst.name} are beyond {name}'s range (exact count)",
-                cause=f"Entries grew beyond what {name} can hold.",
-                remedy="model.to(torch.bfloat16)" if name == "float16" else "keep these layers in float32",
+                evidence=f"most in {worst.name}: {getattr(worst, counts):,} of its entries (exact count)",
+                cause=f"These entries exceed the largest number of {name}.",
+                action=Action("cast_to_bfloat16") if name == "float16" else None,
+                advice="" if name == "float16" else "Keep these layers in float32.",
             )
     under = [layer for layer in measured.layers if _share(layer, layer.underflow_float16) > UNDERFLOW_SHARE]
     if under:
@@ -124,16 +127,16 @@ def out_of_range(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "underflows-float16",
             "info",
-            f"{len(under)} {'matrix' if len(under) == 1 else 'matrices'} would lose entries to zero in float16",
+            f"{_matrices(under)} would lose entries to zero in float16",
             where=names_of(under),
-            evidence=f"the most: {worst.name}, {_share(worst, worst.underflow_float16):.1%} of its entries (exact)",
-            cause="Entries below 3e-8, half of float16's least step.",
-            remedy="model.to(torch.bfloat16)",
+            evidence=f"most in {worst.name}: {_share(worst, worst.underflow_float16):.1%} of its entries (exact count)",
+            cause="Entries are below 3e-8, half of float16's smallest number.",
+            action=Action("cast_to_bfloat16"),
         )
 
 
 def unusual_size(measured: Measured) -> Iterator[Finding]:
-    """A spectral norm far from those of the matrices of its kind."""
+    """Find spectral norms far from those of matrices of the same kind."""
     groups: dict[tuple[str, str, tuple[int, ...]], list[Layer]] = {}
     for layer in measured.layers:
         if layer.spectral_norm and layer.role == "hidden" and not layer.duplicate_of:
@@ -150,21 +153,22 @@ def unusual_size(measured: Measured) -> Iterator[Finding]:
                 yield Finding(
                     "unusual-size",
                     "warning",
-                    f"σ₁ of {layer.name} is {math.exp(abs(x - middle)):.0f} times "
-                    f"{'above' if larger else 'below'} its kind",
+                    f"σ₁ of {layer.name} is {math.exp(abs(x - middle)):,.0f} times "
+                    f"{'larger' if larger else 'smaller'} than in similar layers",
                     where=layer.name,
-                    evidence=f"{layer.spectral_norm:.3g} against a median of {math.exp(middle):.3g} over {len(layers)} "
-                    f"matrices, of which half are within a factor of {math.exp(spread / 1.4826):.2f}",
+                    evidence=f"{layer.spectral_norm:.3g}, and a median of {math.exp(middle):.3g} over {len(layers)} "
+                    f"matrices, half of which are within a factor of {math.exp(spread / 1.4826):.2f} of it",
                     cause="This layer's weights grew without bound." if larger else "This layer's weights decayed.",
-                    remedy="add weight decay or a norm before the layer, or train with gm.optim.Muon"
+                    action=None if larger else Action("inspect"),
+                    advice="Add weight decay, put a normalization before the layer, or train with gm.optim.Muon."
                     if larger
-                    else "check that the layer receives gradients: gm.inspect(model, batches, objective)",
-                    source="a heuristic; scored in benchmarks/results/inspect_calibration.json",
+                    else "Check that a gradient arrives at the layer.",
+                    source="a heuristic; false alarms are counted in benchmarks/results/inspect_calibration.json",
                 )
 
 
 def dominant_direction(measured: Measured) -> Iterator[Finding]:
-    """A hidden matrix most of whose energy is in one direction."""
+    """Find hidden matrices with most of their energy in one direction."""
     found = [
         layer
         for layer in measured.layers
@@ -180,18 +184,18 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "dominant-direction",
             "warning",
-            f"One direction holds most of {len(found)} {'matrix' if len(found) == 1 else 'matrices'}",
+            f"One direction holds most of the energy of {_matrices(found)}",
             where=names_of(found),
-            evidence=f"the most: {worst.name}, σ₁² is {share:.0%} of ‖W‖_F² "
+            evidence=f"most in {worst.name}: σ₁² is {share:.0%} of ‖W‖_F² "
             f"({share:.3%} to {min(1.0, share * (1 + error)):.3%}), stable rank {worst.stable_rank:.2f}",
-            cause="Inputs with a large common part, or rank collapse: most outputs are multiples of one vector.",
-            remedy="center the layer's inputs (LayerNorm); train with gm.optim.Muon, whose updates have full rank",
+            cause="The inputs have a large mean, or the rank has collapsed: most outputs are multiples of one vector.",
+            advice="Center the layer's inputs (LayerNorm), or train with gm.optim.Muon, whose updates have full rank.",
             source="stable rank: Rudelson & Vershynin, J. ACM 54 (2007)",
         )
 
 
 def like_noise(measured: Measured) -> Iterator[Finding]:
-    """Matrices that look untrained in a network most of whose matrices do not."""
+    """Find matrices that look untrained in a network most of whose matrices have structure."""
     pairs = [(layer, s.noise) for layer, s in zip(measured.layers, measured.spectra, strict=True) if s.noise]
     noise = [layer for layer, test in pairs if test.is_noise]
     structured = sum(test.above > 0 for _, test in pairs)
@@ -199,19 +203,20 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "like-noise",
             "info",
-            f"{len(noise)} of {len(pairs)} matrices cannot be told from independent random entries",
+            f"{len(noise)} of {len(pairs)} matrices look like independent random entries",
             where=names_of(noise),
             evidence=f"no singular value beyond the noise edge (p = {noise[0].noise_p_value:.2g} for the largest of "
             f"{noise[0].name}), and the bulk within {noise[0].bulk_distance:.3f} of Marchenko and Pastur's law; "
             f"{structured} others have structure",
-            cause="The layer is frozen, receives no gradient, or has hardly moved from its initialization.",
-            remedy="gm.inspect(model, batches, objective)  # the gradient by depth",
+            cause="The layers are frozen, receive no gradient, or have hardly moved from their initialization.",
+            action=Action("inspect"),
+            advice="Look at the gradient by depth: does it reach these layers?",
             source="Marchenko & Pastur 1967; Johnstone 2001. Valid against independent entries only",
         )
 
 
 def low_rank(measured: Measured) -> Iterator[Finding]:
-    """Matrices of lower rank than their shape, and those that factors would store in less."""
+    """Find matrices of lower rank than their shape allows, and those that two factors would store in less memory."""
     low = [
         layer
         for layer in measured.layers
@@ -224,9 +229,10 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
             "info",
             f"{len(low)} of {len(measured.layers)} matrices are rank-deficient",
             where=names_of(low),
-            evidence=f"the least: {worst.name}, rank {worst.numerical_rank} of {min(worst.shape)}",
+            evidence=f"lowest in {worst.name}: rank {worst.numerical_rank} of {min(worst.shape)}",
             cause="Some directions of the input never reach the output.",
-            remedy="plan = gm.compress(model, stats): what is not there need not be stored",
+            action=Action("plan_compression"),
+            advice="Directions without energy need not be stored: plan.at(keep=…) factors the layers.",
         )
     saving = [layer for layer in measured.layers if (layer.saving_99 or 0.0) >= SAVING and min(layer.shape) >= 16]
     if saving:
@@ -235,12 +241,12 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "factorable",
             "info",
-            f"Two factors hold 99 % of the energy of {len(saving)} matrices in {saved:,.0f} parameters less",
+            f"Two factors hold 99 % of the energy of {_matrices(saving)} with {saved:,.0f} fewer parameters",
             where=names_of(saving),
             evidence=f"{most.name}: rank {(most.rank_99 or (0, 0))[-1]} of {min(most.shape)} "
             f"saves {most.saving_99:.0%}",
-            cause="The energy of the weights is in few directions. The loss depends on the data too: measure it.",
-            remedy="plan = gm.compress(model, batches=batches, objective=objective); plan.at(keep=0.7)",
+            cause="The energy of the weights is in few directions. What the loss allows depends on the data.",
+            action=Action("compress", {"keep": 1 - SAVING}),
             source="Eckart & Young 1936",
         )
 
@@ -258,9 +264,22 @@ RULES: tuple[Rule, ...] = (
 
 
 def names_of(layers: list[Layer]) -> str:
-    """Name a few layers, or the first and the last of many."""
+    """Return the names of up to three layers, or of the first two and the last of many."""
     names = [layer.name for layer in layers]
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} … {names[-1]} ({len(names)} in all)"
+
+
+def _matrices(layers: list[Layer]) -> str:
+    """Return how many matrices these are, in words."""
+    return "1 matrix" if len(layers) == 1 else f"{len(layers):,} matrices"
+
+
+def _tie(layer: Layer) -> Action | None:
+    """Return the action that makes a layer share the parameter that it repeats; None for a part of a fused one."""
+    module, _, attribute = layer.name.rpartition(".")
+    if not attribute.isidentifier() or "[" in layer.duplicate_of:
+        return None
+    return Action("tie", {"module": module, "attribute": attribute, "source": layer.duplicate_of})
 
 
 def _share(layer: Layer, count: int | None) -> float:
@@ -268,5 +287,5 @@ def _share(layer: Layer, count: int | None) -> float:
 
 
 def _pattern(name: str) -> str:
-    """The name without the numbers of layers and experts, but with the part of a fused tensor."""
+    """Return the name with `*` for the numbers of layers and experts, which groups layers of one kind."""
     return ".".join("*" if word.isdigit() else word for word in name.split("."))

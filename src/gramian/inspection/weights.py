@@ -110,7 +110,7 @@ def measure_model(
 def layer_of(
     name: str, kind: str, role: str, spectrum: Spectrum, norm: tuple[float, float, str] | None = None
 ) -> Layer:
-    """Return a spectrum as a row of the report; `norm` is a convolution's operator norm, its error, and a note."""
+    """Return the report's row for a spectrum; `norm` is a convolution's operator norm, its error bound, and a note."""
     m, n = spectrum.shape
     ranks = [*spectrum.energy_ranks, None, None][:2]
     noise, tail, entries = spectrum.noise, spectrum.tail, spectrum.entries
@@ -215,8 +215,8 @@ def _norm_of_module(block: Block, size: tuple[int, int]) -> tuple[float, float, 
     value, error = conv_norm(
         kernel, size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups
     )
-    said = "zero padding" if module.padding_mode == "zeros" else f"zero padding in place of {module.padding_mode}"
-    return value, error, f"{where}, stride {module.stride[0]}, {said} {module.padding}"
+    padding = "zero padding" if module.padding_mode == "zeros" else f"zero padding in place of {module.padding_mode}"
+    return value, error, f"{where}, stride {module.stride[0]}, {padding} {module.padding}"
 
 
 def _describe(matrix: Tensor, quick: bool) -> Spectrum:
@@ -245,7 +245,7 @@ def _tensors_of(checkpoint: Checkpoint, holdings: list[Holding]) -> dict[str, Ca
 
 
 def _find_duplicates(measured: Measured, tensors: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Mark matrices whose entries equal those of an earlier one: candidates by their numbers, then bit by bit."""
+    """Mark matrices equal to an earlier one: candidates have equal statistics, and are then compared bit by bit."""
     first: dict[tuple[Any, ...], list[str]] = {}
     for i, (layer, spectrum) in enumerate(zip(measured.layers, measured.spectra, strict=True)):
         entries = spectrum.entries
@@ -261,7 +261,7 @@ def _find_duplicates(measured: Measured, tensors: Mapping[str, Callable[[], Tens
 
 
 def _add_directions(measured: Measured, checkpoint: Checkpoint, holdings: list[Holding]) -> None:
-    """Leading singular vectors of the first matrix: as tokens of an embedding, as images of a first layer's inputs."""
+    """Add the first matrix's leading singular vectors: as tokens for an embedding, as images for a first layer."""
     if not holdings or len(holdings[0].shapes) != 1 or holdings[0].kernel:
         return
     first = holdings[0]
@@ -276,7 +276,7 @@ def _add_directions(measured: Measured, checkpoint: Checkpoint, holdings: list[H
 
 
 def _add_vector(measured: Measured, name: str, vector: Tensor) -> None:
-    """A vector has no spectrum; it is only listed where it holds what is not finite."""
+    """Add a row for a vector with NaN or infinity; other vectors, which have no spectrum, are not listed."""
     bad = int((~torch.isfinite(vector)).sum())
     if not bad:
         return
@@ -294,6 +294,6 @@ def _add_facts(measured: Measured, quick: bool) -> None:
         measured.facts["matrices with structure above noise"] = f"{above} of {len(tested)}"
     if quick:
         measured.notes.append(
-            "Quick: σ₁ within its stated error, ranks as intervals; sides of 256 and less exactly. "
+            "Quick: σ₁ has an error bound, and ranks are intervals; matrices of side 256 and less are exact. "
             "Condition, noise and tails need all singular values: run without --quick."
         )

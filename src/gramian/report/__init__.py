@@ -1,7 +1,7 @@
-"""What gramian shows: plain data in `model`, and its renderings as a page, terminal text and JSON.
+"""Reports: plain data classes in `model`, and their rendering as an HTML page, terminal text and JSON.
 
-Nothing here knows torch or a model. Importing this package loads the data classes only; what draws (matplotlib,
-jinja2, rich) is loaded at its first use.
+Nothing here depends on torch. Importing this package loads the data classes only; matplotlib, jinja2 and rich are
+imported at their first use.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .actions import ACTIONS, Action
 from .model import (
     SEVERITIES,
     Detail,
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from .terminal import show, to_text
 
 __all__ = [
+    "ACTIONS",
     "SEVERITIES",
+    "Action",
     "Detail",
     "Direction",
     "Document",

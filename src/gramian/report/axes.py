@@ -1,6 +1,6 @@
-"""The scale of one axis: what fits on it, its limits, and its ticks.
+"""The scale of one axis: its limits, its ticks, and which values it can show.
 
-Logarithms are taken here and not by matplotlib, whose log axes warn and blank at values such as 1e-300.
+Logarithms are taken here and not by matplotlib, whose log axes warn and stay empty at values such as 1e-300.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Axis:
     labels: tuple[str, ...]
 
     def position(self, value: float) -> float:
-        """Return the drawing unit of a value that `shows` accepts."""
+        """Return the position of a value in drawing units; the value must be one that `shows` accepts."""
         return math.log10(value) if self.log else float(value)
 
     def fraction(self, value: float) -> float:
@@ -36,13 +36,13 @@ class Axis:
 
 
 def shows(value: float, log: bool) -> bool:
-    """Tell whether an axis can show a value."""
+    """Whether an axis can show a value."""
     return math.isfinite(value) and (value > 0 or not log)
 
 
 @dataclass
 class LeftOut:
-    """How many values could not be drawn, and why."""
+    """The number of values that could not be drawn, by reason."""
 
     not_finite: int = 0
     not_positive: int = 0
@@ -79,7 +79,7 @@ def make_axis(
     from_zero: bool = False,
     integer: bool = False,
 ) -> Axis:
-    """Fit an axis around values that it can show; `margin` is the free share of the span at either end."""
+    """Return an axis that spans the values; `margin` is the share of the span left free at each end."""
     positions = [math.log10(v) if log else float(v) for v in values]
     low, high = (min(positions), max(positions)) if positions else (0.0, 1.0)
     if from_zero and not log:
@@ -126,7 +126,7 @@ def _log_ticks(low: float, high: float, count: int) -> tuple[list[float], list[s
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move positions apart to at least `gap`, each as little as possible, within the limits; keeps their order.
+    """Move positions apart to a distance of at least `gap`, as little as possible, within limits and in order.
 
     >>> spread([10, 11, 50], gap=12, low=0, high=100)
     [4.5, 16.5, 50.0]

@@ -1,4 +1,4 @@
-"""A sheet measured in the page's pixels, drawn by matplotlib, that becomes SVG in the page's fonts and colors."""
+"""Drawing in the page's pixels with matplotlib, and conversion to SVG in the page's fonts and colors."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 TEXT_SIZE = 12.0
 _FONT = re.compile(r"font-family:[^;]*;?\s*")
 _REFERENCE = re.compile(r"url\(#([^)]*)\)")
-# Where the middle of the digits lies above the baseline, as a share of the text size; near this in every UI font.
+# Height of the digits' middle above the baseline, as a share of the text size; about the same in every UI font.
 _MIDDLE = 0.36
 
 
 @contextmanager
 def drawing_settings() -> Iterator[None]:
-    """Draw by matplotlib's defaults, whatever the user's matplotlibrc says, with text as text; restored on exit."""
+    """Use matplotlib's defaults and not the user's matplotlibrc, with text kept as text; restored on exit."""
     import matplotlib
 
-    # The backend stays out: setting it would switch the user's.
+    # Not the backend: setting it would change the user's.
     settings: dict[Any, Any] = {
         key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")
     }
@@ -42,9 +42,9 @@ def drawing_settings() -> Iterator[None]:
 
 
 class Canvas:
-    """A sheet of `width` × `height` pixels, origin at the top left, y downwards. Use within `drawing_settings`.
+    """A drawing of `width` × `height` pixels, origin at the top left, y downwards. Use within `drawing_settings`.
 
-    Colors are names of `palette.NAMES`. Texts are drawn as they are: no mathematics, no markup.
+    Colors are names of `palette.NAMES`. Texts are drawn literally: no mathematics, no markup.
     """
 
     def __init__(self, width: float, height: float) -> None:
@@ -56,7 +56,7 @@ class Canvas:
         self.axes = self.figure.add_axes((0, 0, 1, 1), autoscale_on=False)
         self.axes.set(xlim=(0, width), ylim=(height, 0))
         self.axes.set_axis_off()
-        self._layers = count()  # what is drawn later lies on top, whatever its kind
+        self._layers = count()  # z-order: later drawings cover earlier ones, whatever their kind
         self._renderer = FigureCanvasAgg(self.figure).get_renderer()
 
     def text_width(self, text: str, size: float = TEXT_SIZE) -> float:
@@ -67,7 +67,7 @@ class Canvas:
         return float(width)
 
     def fitting(self, text: str, width: float, size: float = TEXT_SIZE) -> str:
-        """Return the text, shortened in its middle where it is wider than `width`."""
+        """Return the text, with its middle left out where it is wider than `width`."""
         text = visible(text)
         full = self.text_width(text, size)
         return text if full <= width else elide(text, max(int(len(text) * width / full) - 1, 1))
@@ -123,9 +123,9 @@ class Canvas:
         self.axes.add_patch(Rectangle((left, top), width, height, facecolor=stand_in(color), **style))
 
     def svg(self, prefix: str, label: str, images: Sequence[Image] = ()) -> str:
-        """Return an `<svg>` element whose ids begin with `prefix`; `label` is read to those who cannot see it.
+        """Return an `<svg>` element whose ids begin with `prefix`; `label` is for screen readers.
 
-        The text inside is escaped here, by the XML writer, and must not be escaped again.
+        The XML writer has escaped all text inside: do not escape it again.
         """
         buffer = io.StringIO()
         self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -133,13 +133,13 @@ class Canvas:
 
 
 class Image:
-    """Colors `(rows, columns, 4)` from 0 to 1 stretched over a box: one cell is one even rectangle at every zoom."""
+    """Colors `(rows, columns, 4)` from 0 to 1, stretched over a box; cells keep sharp edges at every zoom."""
 
     def __init__(self, colors: np.ndarray, left: float, top: float, width: float, height: float) -> None:
         from matplotlib.image import imsave
 
         buffer = io.BytesIO()
-        # The metadata would name matplotlib's version, and the page would differ where the picture does not.
+        # Metadata with matplotlib's version would make equal pictures differ.
         imsave(buffer, colors, format="png", metadata={"Software": "gramian"})
         self.source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
         self.box = {"x": left, "y": top, "width": width, "height": height}
@@ -155,7 +155,7 @@ def _for_page(file: str, prefix: str, label: str, images: Sequence[Image]) -> st
     root = ElementTree.fromstring(file.encode("utf-8"))
     for parent in list(root.iter()):
         for child in list(parent):
-            # The style rule of the file would apply to the whole page; metadata hold nothing that is shown.
+            # The file's style rule would apply to the whole page, and its metadata are not shown.
             if _local(child.tag) in ("metadata", "style"):
                 parent.remove(child)
     for element in root.iter():

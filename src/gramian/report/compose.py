@@ -1,4 +1,4 @@
-"""From reports to pages: the document of one report, and the sections that set two reports side by side."""
+"""From reports to pages: the document of one report, and sections that compare two reports."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _JACOBIAN_CAPTION = (
 
 
 def document_of(report: Report) -> Document:
-    """Compose the page of one report; what was not measured is left out."""
-    # "parameters" and "matrices" would say again what the first two tiles say
+    """Return the page of one report; what was not measured is left out."""
+    # The first two tiles show these two already.
     facts = [(label, value) for label, value in report.facts.items() if label not in ("parameters", "matrices")]
     tiles = [
         Tile("Layers", number(len(report.layers))),
@@ -68,7 +68,19 @@ def document_of(report: Report) -> Document:
 
 
 def compare(before: Report, after: Report, labels: tuple[str, str] = ("before", "after")) -> list[Section]:
-    """Return sections that set two reports of one network side by side, each drawing on common axes or scales."""
+    """Return sections that show two reports of one network side by side, with common axes and color scales.
+
+    Args:
+        before, after: the two reports.
+        labels: what to call them.
+    Returns: findings of each, then signal by depth, spectra and end-to-end Jacobian of both, where measured.
+    Raises: nothing of its own.
+    Cost: none to speak of; the pictures are drawn when the page is rendered.
+    Source: this library's own.
+
+    >>> [section.heading for section in compare(Report("a"), Report("b"))]
+    ['Findings before', 'Findings after']
+    """
     reports = [before, after]
     roles: tuple[Role, Role] = ("before", "after")
     sections = [_findings_section(f"Findings {label}", report) for label, report in zip(labels, reports, strict=True)]
@@ -96,7 +108,7 @@ def named_in(findings: Sequence[Finding], layers: Sequence[Layer]) -> dict[str, 
 
 
 def telling_rows(layers: Sequence[Layer], findings: Sequence[Finding], most: int) -> list[int]:
-    """Return the places of the layers that tell most: named by findings, extreme in a measure, else evenly spread."""
+    """Return indices of the most informative layers: named by findings, extreme in a measure, else evenly spaced."""
     places = {layer.name: place for place, layer in enumerate(layers)}
     named = sorted(named_in(findings, layers).items(), key=lambda item: item[1])
     # A finding may name all layers: the named take half the rows.
@@ -123,7 +135,7 @@ _MEASURES: tuple[Callable[[Layer], float | None], ...] = (
 
 
 def interval(ends: Sequence[float] | None) -> int | float | str | None:
-    """Write an interval, a single number where its ends agree.
+    """Return an interval as text, or a single number where its ends agree.
 
     >>> interval((3, 3)), interval((3, 5)), interval(None)
     (3, '3–5', None)
@@ -174,29 +186,29 @@ COLUMNS: dict[str, Callable[[Layer], str | float | int | None]] = {
 def layer_table(layers: Sequence[Layer], findings: Sequence[Finding] = ()) -> Table:
     """Return the table of all layers; the rows that an error or a warning names are marked."""
     named = named_in([f for f in findings if f.severity != "info"], layers)
-    said: list[str] = []
+    caption: list[str] = []
     columns = [column for column, value in COLUMNS.items() if any(value(layer) is not None for layer in layers)]
     dtypes = {layer.dtype for layer in layers}
     if len(dtypes) == 1 and len(layers) > 1 and "dtype" in columns:
         columns.remove("dtype")
-        said.append(f"All are {dtypes.pop()}.")
+        caption.append(f"All are {dtypes.pop()}.")
     rows = [[COLUMNS[column](layer) for column in columns] for layer in layers]
     words = [i for i, column in enumerate(columns) if column in ("dtype", "note", "same as", "tail α")]
     rows = [["" if i in words and cell is None else cell for i, cell in enumerate(row)] for row in rows]
     emphasis = [index for index, layer in enumerate(layers) if layer.name in named]
     if emphasis:
-        said.append("Layers that a finding names are marked.")
+        caption.append("Layers that a finding names are marked.")
     if any(cell is None for row in rows for cell in row):
-        said.append("– means not measured.")
+        caption.append("– means not measured.")
     details = [detail_of(layer) for layer in layers]
-    return Table("Every matrix, in forward order", columns, rows, " ".join(said), emphasis, details)
+    return Table("Every matrix, in forward order", columns, rows, " ".join(caption), emphasis, details)
 
 
-_MOST_POINTS = 160  # of a spectrum in a row's detail: more cannot be told apart, and 500 of them must stay light
+_MOST_POINTS = 160  # of a spectrum in a row's details: more are not distinguishable, and 500 such rows must stay small
 
 
 def detail_of(layer: Layer) -> Detail:
-    """Return all numbers of one layer, in words, and its spectrum thinned to some 160 points."""
+    """Return all numbers of one layer with their labels, and at most 160 points of its spectrum."""
     values = layer.singular_values
     last = len(values) - 1
     places = sorted({round(i * last / (_MOST_POINTS - 1)) for i in range(_MOST_POINTS)}) if last >= 0 else []
@@ -216,7 +228,7 @@ def detail_of(layer: Layer) -> Detail:
         "numerical rank": layer.numerical_rank,
         "rank for 90 % of the energy": interval(layer.rank_90),
         "rank for 99 % of the energy": interval(layer.rank_99),
-        "factors of that rank would save": f"{layer.saving_99:.0%}" if layer.saving_99 else None,
+        "parameters saved by factors of that rank": f"{layer.saving_99:.0%}" if layer.saving_99 else None,
         "noise edge (independent entries)": layer.noise_edge,
         "singular values beyond it": layer.above_noise,
         "p of the largest (Tracy–Widom)": layer.noise_p_value,
@@ -229,10 +241,10 @@ def detail_of(layer: Layer) -> Detail:
         "gain χ": layer.gain,
         "note": layer.note or None,
     }
-    told = tuple((label, number(value)) for label, value in facts.items() if value is not None)
+    known = tuple((label, number(value)) for label, value in facts.items() if value is not None)
     points = tuple((place + 1, values[place]) for place in places)
     reference = (layer.noise_edge, "noise edge") if layer.noise_edge and values else None
-    return Detail(layer.name, told, points, "index of the singular value", "singular value", reference)
+    return Detail(layer.name, known, points, "index of the singular value", "singular value", reference)
 
 
 def _with_error(value: float | None, error: float | None) -> str | float | None:
@@ -249,7 +261,7 @@ def _findings_section(heading: str, report: Report) -> Section:
 
 
 def _depths(layers: Sequence[Layer]) -> list[float]:
-    """Return the depth of each layer, or its place where depths repeat, as for parallel branches."""
+    """Return each layer's depth, or its index where depths repeat, as in parallel branches."""
     depths = [float(layer.depth) for layer in layers]
     increasing = all(a < b for a, b in pairwise(depths))
     return depths if increasing else [float(place) for place in range(len(layers))]
@@ -262,7 +274,7 @@ def _by_depth(
     value: Callable[[Layer], float | None],
     picture: Picture,
 ) -> Picture | None:
-    """Return the picture with one curve per report, or None where nothing was measured at two layers."""
+    """Return the picture with one curve per report; None where fewer than two layers were measured."""
     series: list[Series] = []
     for report, label, role in zip(reports, labels, roles, strict=True):
         known = [(x, value(layer)) for x, layer in zip(_depths(report.layers), report.layers, strict=True)]
@@ -322,12 +334,12 @@ def _weights_section(report: Report) -> Section | None:
 
     size = Picture(
         "Size of the weights by depth", curves(sizes), "depth (matrix number)", "singular value", log_y=True,
-        caption="A matrix whose largest σ stands far above the noise edge holds structure that independent entries "
-        "of its size do not have.",
+        caption="Random independent entries of the same size have no singular value above the noise edge. A largest σ "
+        "far above it is structure that the matrix has learned.",
     )  # fmt: skip
     rank = Picture(
         "Rank of the weights by depth", curves(ranks), "depth (matrix number)", "share of the full rank", log_y=True,
-        caption="How many of a matrix's directions hold its energy. Far down means that few do.",
+        caption="How many of a matrix's directions hold its energy ‖W‖_F². A low value means that few do.",
     )  # fmt: skip
     return Section("Weights by depth", items=[(size, rank)])
 
@@ -367,7 +379,10 @@ def _directions_section(report: Report) -> Section:
         rows = [[d.layer, d.rank, d.singular_value, *("  ".join(end) for end in d.tokens)] for d in words]
         columns = ("layer", "direction", "σ", "+", "−")
         items.append(Table("Tokens at the ends of an embedding's directions", columns, rows))
-    text = "The inputs that a first layer amplifies most, taken as square images since their number is a square."
+    text = (
+        "The inputs that the first layer amplifies most, drawn as square images. That the inputs are images is a guess "
+        "from their number, which is a square."
+    )
     return Section("Leading singular vectors", text if images else "", items)
 
 

@@ -1,4 +1,4 @@
-"""Writing a file so that it is whole or absent."""
+"""Writing a file atomically."""
 
 from __future__ import annotations
 
@@ -10,10 +10,23 @@ from gramian.errors import InputError
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text to a temporary file beside `path` and rename it into place.
+    """Write UTF-8 text to a file atomically: to a temporary file beside it, which is then renamed.
 
-    A reader, and a process killed at any moment, sees the old file or the new one, never a part. Raises `InputError`
-    with one line where the folder is missing or cannot be written.
+    A reader sees the old file or the new one, never a part of it, even if the process is killed.
+
+    Args:
+        path: the file to write; its folder must exist.
+        text: its content.
+    Raises:
+        InputError: the folder is missing, or cannot be written to.
+    Cost: one write and one fsync.
+    Source: this library's own.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_text(f"{folder}/a.txt", "text")
+    ...     Path(folder, "a.txt").read_text()
+    'text'
     """
     target = _target(path)
     folder = target.parent
@@ -33,7 +46,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...] = (".html", ".json")) -> None:
-    """Raise `InputError` where a report could not be written to `path`: to be told before the work, not after it."""
+    """Check that a report can be written to a path, so that a long computation does not fail at its end.
+
+    Args:
+        path: the file that is to be written later.
+        suffixes: the accepted endings of its name.
+    Raises:
+        InputError: another suffix, or a folder that is missing or cannot be written to.
+    Cost: a few system calls; nothing is written.
+    Source: this library's own.
+
+    >>> check_target("report.pdf")
+    Traceback (most recent call last):
+    gramian.errors.InputError: cannot write report.pdf: expected a name that ends in .html or .json. Rename the file.
+    """
     if Path(path).suffix.lower() not in suffixes:
         wanted = " or ".join(suffixes)
         raise InputError(f"cannot write {os.fspath(path)}: expected a name that ends in {wanted}. Rename the file.")

@@ -9,13 +9,13 @@ from numbers import Integral, Real
 
 MISSING = "–"
 
-# Characters that act on the text around them instead of showing: a name from a checkpoint must not move the cursor of
-# a terminal, reverse the reading direction of a page (category Cf holds the bidirectional controls) or be unencodable.
+# Unicode categories of control characters: a name from a checkpoint must not move a terminal's cursor, reverse a
+# page's reading direction (category Cf has the bidirectional controls), or be impossible to encode.
 _ACTING = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
 def visible(text: object) -> str:
-    r"""Return the text with control, direction and surrogate characters written as escapes.
+    r"""Return the text with control, direction and surrogate characters escaped.
 
     >>> visible("a\x1b[2Jb"), visible("line\none\u202e")
     ('a\\x1b[2Jb', 'line\\none\\u202e')
@@ -30,7 +30,7 @@ def visible(text: object) -> str:
 
 
 def elide(text: str, width: int, mark: str = "…") -> str:
-    """Shorten in the middle, keeping a little more of the end, where names differ.
+    """Shorten a text in its middle, keeping more of its end, where names usually differ.
 
     >>> elide("encoder.layers.17.self_attention.query", 20)
     'encoder…ention.query'
@@ -45,14 +45,14 @@ def elide(text: str, width: int, mark: str = "…") -> str:
 
 
 def abbreviate(name: str, width: int) -> str:
-    """Shorten a dotted name to its parts' initials from the left, keeping numbers, and the last parts if it can.
+    """Shorten a dotted name: parts become initials, from the left, until it fits; numbers are kept.
 
     >>> abbreviate("model.layers.17.self_attn.q_proj.weight", 26)
     'm.l.17.s.q_proj.weight'
     """
     parts = name.split(".")
     last = len(parts) - 1
-    for place in [*range(last - 1), last, last - 1][-len(parts) :]:  # "weight" tells least of the last two
+    for place in [*range(last - 1), last, last - 1][-len(parts) :]:  # of the last two, "weight" says least
         if len(".".join(parts)) <= width:
             break
         if not parts[place][:1].isdigit():
@@ -61,7 +61,7 @@ def abbreviate(name: str, width: int) -> str:
 
 
 def distinct_parts(names: Sequence[str]) -> tuple[list[str], str]:
-    """Drop the dotted parts that all names share; return what differs, and the common pattern ("" if nothing is).
+    """Return the dotted parts in which names differ, and the pattern that they share ("" if there is none).
 
     >>> distinct_parts(["encoder.0.query.weight", "encoder.1.query.weight"])
     (['0', '1'], 'encoder.*.query.weight')
@@ -81,7 +81,7 @@ def distinct_parts(names: Sequence[str]) -> tuple[list[str], str]:
 
 
 def number(value: object) -> str:
-    """Write a cell: integers whole, other numbers with three significant digits, words as they are.
+    """Return a table cell as text: integers in full, other numbers with three significant digits, words unchanged.
 
     >>> [number(v) for v in (3_000_000, 0.81, 12.34, 123456.0, 1e-45, None, float("nan"))]
     ['3,000,000', '0.810', '12.3', '123,456', '1.0e-45', '–', 'nan']
@@ -109,12 +109,12 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def power_of_ten(exponent: int) -> str:
-    """Write a decade of an axis: `power_of_ten(-3) == "10⁻³"`."""
+    """Return a power of ten as text: `power_of_ten(-3) == "10⁻³"`."""
     return "10" + str(exponent).translate(_SUPERSCRIPT)
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Write the ticks of a linear axis, all with the same number of decimals.
+    """Return the labels of a linear axis's ticks, all with the same number of decimals.
 
     >>> tick_labels([0.0, 0.25, 0.5]), tick_labels([0, 1000, 2000]), tick_labels([0, 2e-7])
     (['0.00', '0.25', '0.50'], ['0', '1,000', '2,000'], ['0', '2e-7'])

@@ -1,4 +1,4 @@
-"""Heat maps as SVG with an embedded image; those that stand side by side share one color scale."""
+"""Heat maps as SVG with an embedded image; heat maps side by side share one color scale."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .model import HeatMap
 from .pictures import Drawn
 
 _TICK_SIZE = 11.5
-_MOST_COLUMNS = 512  # more cells than pixels only weigh
+_MOST_COLUMNS = 512  # more cells than pixels only make the file larger
 _MOST_ROWS = 1024
-_MOST_DECADES = 10.0  # of the color scale: a single exact zero kept as 1e-17 would wash out all that is of interest
+_MOST_DECADES = 10.0  # of the color scale: one zero stored as 1e-17 would leave all other values one color
 
 
 def shared_scale(heat_maps: Sequence[HeatMap]) -> Axis:
-    """Return the color scale over all values that can be shown."""
+    """Return the color scale that spans all values that can be shown."""
     log = any(heat_map.log for heat_map in heat_maps)
     values = [float(v) for heat_map in heat_maps for row in heat_map.values for v in row]
     shown = [v for v in values if shows(v, log)]
@@ -32,7 +32,7 @@ def shared_scale(heat_maps: Sequence[HeatMap]) -> Axis:
 def draw_heat_map(
     heat_map: HeatMap, prefix: str, scale: Axis | None = None, width: float = 960, height: float = 340
 ) -> Drawn:
-    """Draw at a size in pixels, within `canvas.drawing_settings`; row 0 is at the top, cells without a value blank."""
+    """Draw a heat map in pixels, within `canvas.drawing_settings`; row 0 is on top, missing values stay blank."""
     scale = scale or shared_scale([heat_map])
     rows = [[float(v) for v in row] for row in heat_map.values]
     num_columns = max((len(row) for row in rows), default=0)
@@ -61,7 +61,7 @@ def draw_heat_map(
 
 
 def _label_cells(canvas: Canvas, box: tuple[float, float, float, float], rows: Axis, columns: Axis) -> None:
-    """Write the numbers of rows and columns at the middles of their cells; an axis of cells ends at the last one."""
+    """Write the indices of rows and columns at the middles of their cells."""
     left, top, width, height = box
     for tick, label in zip(rows.ticks, rows.labels, strict=True):
         y = top + (tick + 0.5) / (rows.high + 1) * height
@@ -82,7 +82,7 @@ def _label_scale(canvas: Canvas, box: tuple[float, float, float, float], scale: 
 
 
 def _notes(rows: Sequence[Sequence[float]], num_columns: int, scale: Axis) -> list[str]:
-    """Say what the drawing does not show: values left out, values off the scale, rows and columns passed over."""
+    """Return notes on what the drawing does not show: missing values, values off the scale, skipped cells."""
     left_out = LeftOut()
     for row in rows:
         left_out.count(row, scale.log)

@@ -1,4 +1,4 @@
-"""A document as one HTML file that opens from disk, needs no network, and holds nothing unescaped.
+"""A document as one HTML file that opens from disk, needs no network, and escapes every text.
 
 >>> from gramian.report import Document
 >>> render(Document("A <b>title</b>", "No trouble found."))[:15]
@@ -40,7 +40,22 @@ FINDINGS_OPEN = 6  # findings after these begin folded
 
 
 def render(document: Document) -> str:
-    """Return the page. The same document gives the same bytes."""
+    """Return a document as one HTML page, with its style, script and pictures inside.
+
+    The same document always gives the same text. Every text is escaped, and the page's policy lets no script run but
+    its own.
+
+    Args:
+        document: the page's content.
+    Returns: the HTML.
+    Raises:
+        InputError: a table whose rows do not fit its columns, or a curve whose x and y differ in length.
+    Cost: about 0.1 s per picture.
+    Source: this library's own.
+
+    >>> render(Document("A title", "No trouble found."))[:15]
+    '<!doctype html>'
+    """
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     identifiers = count(1)
@@ -63,15 +78,25 @@ def render(document: Document) -> str:
 
 
 def save(document: Document, path: str | os.PathLike[str]) -> None:
-    """Write the page to a file, whole or not at all.
+    """Write a document as one HTML file, atomically.
 
-    Raises `InputError` where the folder is missing or cannot be written.
+    Args:
+        document: the page's content.
+        path: the file to write.
+    Raises:
+        InputError: the folder is missing or cannot be written to; or as `render`.
+    Cost: as `render`.
+    Source: this library's own.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Document("A title", "No trouble found."), f"{folder}/report.html")
     """
     write_text(path, render(document))
 
 
 def frame(document: Document, height: int = 720) -> str:
-    """Return the page inside an `<iframe>`, so that a notebook's styles and the page's do not touch."""
+    """Return the page inside an `<iframe>`, which keeps a notebook's styles and the page's apart."""
     style = f"width:100%;height:{height}px;border:1px solid #8884;border-radius:8px"
     attributes = f'style="{style}" title="{escape(visible(document.title))}"'
     return f'<iframe sandbox="allow-scripts" {attributes} srcdoc="{escape(render(document))}"></iframe>'
@@ -90,7 +115,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing at the sizes at which the page may show it, or a table as cells; the other fields are empty."""
+    """A drawing in one or two widths, or a table as cells; the fields of the other kind are empty."""
 
     item: Drawing | Table
     half: Drawn | None = None
@@ -100,7 +125,7 @@ class Figure:
 
     @property
     def details(self) -> list[dict[str, Any]]:
-        """The details of a table's rows as JSON holds them; names made visible here, since the script writes them."""
+        """The details of a table's rows for JSON; control characters are escaped here, not by the template."""
         return [_detail(detail) for detail in self.item.details] if isinstance(self.item, Table) else []
 
     @property
@@ -129,7 +154,7 @@ def _items(section: Section, identifiers: Iterator[int]) -> list[dict[str, Any]]
 
 def _figures(items: Sequence[Drawing | Table], identifiers: Iterator[int], alone: bool) -> list[Figure]:
     heat_maps = [item for item in items if isinstance(item, HeatMap)]
-    # One scale for what is measured in one unit; a linear and a logarithmic map cannot share.
+    # Heat maps side by side share a scale, but a linear and a logarithmic one cannot.
     scales = {log: shared_scale([h for h in heat_maps if h.log is log]) for log in {h.log for h in heat_maps}}
     figures: list[Figure] = []
     for item in items:
@@ -200,7 +225,7 @@ def _prose(text: str) -> str:
 
 
 def _finalize(value: Any) -> Any:
-    """Make control characters visible in every expression of the template; line ends stay, for code."""
+    """Escape control characters in every expression of the template, except line ends, which code needs."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return "\n".join(visible(line) for line in value.split("\n"))

@@ -1,4 +1,4 @@
-"""What a long run says while it runs: a bar and its numbers on a terminal, lines in a log."""
+"""Progress of a long run: a bar with numbers on a terminal, lines in a log file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Watch", "number"]
+__all__ = ["Watch", "four_digits"]
 
 REFRESHES_PER_SECOND = 4
 
 
 class Watch:
-    """Shows how far something is, until it is left: redrawn in place on a terminal, and elsewhere a line per `log`.
+    """A context manager that shows progress: a bar redrawn in place on a terminal, elsewhere one line per `log`.
 
     Args:
-        what: a word for what is being done.
-        console: where to; stderr by default.
+        what: a word for the work.
+        console: where to print; stderr by default.
         quiet: show nothing.
 
     >>> import io
@@ -56,12 +56,12 @@ class Watch:
             self._live.stop()
 
     def update(self, share: float, numbers: Mapping[str, str]) -> None:
-        """Sets the share that is done, and texts by a key beside those that are known; costs next to nothing."""
+        """Set the share that is done, and texts by key, which replace earlier ones; cheap enough for every step."""
         self.share = share
         self.numbers.update(numbers)
 
     def log(self, numbers: Mapping[str, str]) -> None:
-        """As `update` of the texts, and a line of them where there is no terminal."""
+        """Update the texts, and print them as a line where there is no terminal."""
         self.numbers.update(numbers)
         if not self.quiet and not self.console.is_terminal:
             line = f"{self.what} {self.share:4.0%}  {'  '.join(numbers.values())}"
@@ -78,13 +78,13 @@ class Watch:
         return Group(bar, Text(_filled(self.numbers.values(), self.console.width), style="dim"))
 
 
-def number(value: float) -> str:
-    """Four digits."""
+def four_digits(value: float) -> str:
+    """Return a number with four significant digits."""
     return f"{value:.4g}"
 
 
 def _filled(texts: Iterable[str], width: int) -> str:
-    """Texts in lines of at most `width`, none of them broken.
+    """Return the texts in lines of at most `width`, none of them broken.
 
     >>> _filled(["loss 0.69", "accuracy 0.5"], 24)
     'loss 0.69 · accuracy 0.5'

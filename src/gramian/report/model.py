@@ -1,8 +1,8 @@
-"""What a report says, as plain data: no tensors, no models, nothing that draws.
+"""The content of a report as plain data: no tensors, no models, no drawing.
 
-Two levels. `Report` is the result of `gramian.inspect`: findings and one `Layer` for each block. `Document` is what is
-shown: sections of pictures, tables and findings in reading order. A report becomes a document; the demo composes a
-longer one. Terminal, HTML and JSON all render these classes.
+There are two levels. `Report` is the result of `gramian.inspect`: findings, and one `Layer` for each matrix. `Document`
+is a page: sections of pictures, tables and findings in reading order. `Report.to_document` turns the first into the
+second; the demo builds its own document. Terminal, HTML and JSON all render these classes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from .actions import Action
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
@@ -24,10 +26,21 @@ Status = Literal["good", "warning", "bad"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong or worth knowing: where, how much, why, and what to do.
+    """One problem, or one fact worth knowing: where it is, how large, why it happens, and what to do.
 
-    `code` is stable and may be matched by programs (`"gain-below-one"`); `where` names the layers; `evidence` holds the
-    numbers with their interval; `remedy` is a line of code or a command, or empty where there is none.
+    Args:
+        code: stable, so that programs may match it: `"gain-below-one"`.
+        severity: `"error"`, `"warning"` or `"info"`.
+        title: one sentence without a full stop.
+        where: the layers concerned.
+        evidence: the measured numbers, with their intervals.
+        cause: why it happens, in a sentence.
+        action: what to do, where code can do it.
+        advice: what to do that no code performs, or what to consider beside the action.
+        source: the paper behind the rule.
+
+    >>> Finding("gain-below-one", "error", "Gradients vanish", action=Action("isometric_")).remedy
+    'gm.init.isometric_(model, sample)'
     """
 
     code: str
@@ -36,26 +49,63 @@ class Finding:
     where: str = ""
     evidence: str = ""
     cause: str = ""
-    remedy: str = ""
+    action: Action | None = None
+    advice: str = ""
     source: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """The action's code, then the advice, each on its own lines; empty if there is neither."""
+        return "\n".join(part for part in (self.action.code if self.action else "", self.advice) if part)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One matrix of the network. Unknown numbers are `None`; lengths and counts are in elements.
+    """The measurements of one matrix W of the network; what was not measured is `None`.
 
-    `gain` is χ, the mean squared singular value of the Jacobian from this block's input to the next block's input;
-    `activation_rms` is of the block's input and `gradient_rms` of the loss's gradient at its output, per unit.
+    In a comparison of two checkpoints W is the difference W₁ − W₂.
 
-    `rank_90` and `rank_99` are the least ranks that hold so much of the energy ‖W‖_F², each as (least, most): equal
-    where all singular values are known. `saving_99` is the share of the parameters that two factors of that rank save.
-    `noise_edge` is the largest singular value of independent entries of this size, `above_noise` counts those
-    significantly beyond it, and `noise_p_value` is the probability of the largest under independence. `tail_alpha` is
-    the exponent of a power-law tail, with its 95 % interval and the size of the tail; `None` is an abstention, and
-    `tail_note` says why. `operator_norm` is that of a convolution on images, which `spectral_norm`, of the reshaped
-    kernel, is not. In a comparison the matrix is the difference; `relative_change` is ‖W − W′‖_F / ‖W′‖_F and
-    `subspace_angle` the largest angle, in degrees, between the leading `subspace_dim` right singular vectors of both.
-    `overflow_float16` and `underflow_float16` count entries that a cast to float16 would lose.
+    Attributes:
+        name: of the parameter; a matrix inside a fused tensor has the part's name in brackets.
+        kind: the layer's class, or `"vector"`.
+        shape: (m, n).
+        depth: place in forward order, from 0.
+        dtype: torch's name, `"float32"`.
+        parameters: number of entries.
+        singular_values: σ₁ ≥ σ₂ ≥ …, all of them or the few that are known.
+        frobenius_norm: ‖W‖_F.
+        spectral_norm: σ₁ of the matrix; for a convolution, of the reshaped kernel.
+        condition: σ₁ / σ_min.
+        stable_rank: ‖W‖_F² / σ₁².
+        effective_rank: exp of the entropy of σᵢ² / ‖W‖_F².
+        numerical_rank: number of σᵢ above rounding.
+        gain: χ, the mean squared singular value of the Jacobian from this layer's input to the next layer's input.
+        activation_rms: root mean square of the layer's input.
+        gradient_rms: root mean square of the loss's gradient at the layer's output, per unit.
+        note: what else must be known about these numbers.
+        role: `"embedding"`, `"hidden"` or `"head"`.
+        spectral_norm_error: bound on the error of `spectral_norm`.
+        operator_norm: largest singular value of a convolution as a map of images.
+        operator_norm_error: bound on the error of `operator_norm`.
+        rank_90, rank_99: smallest ranks that hold 90 and 99 % of the energy ‖W‖_F², as an interval (low, high) whose
+            ends are equal where all singular values are known.
+        saving_99: share of the parameters that two factors of rank `rank_99` save.
+        noise_edge: largest singular value that independent entries of this variance have in the limit.
+        above_noise: number of singular values significantly beyond the noise edge.
+        noise_p_value: probability of a σ₁ this large if the entries were independent.
+        bulk_distance: largest difference of the spectrum's distribution function from Marchenko and Pastur's.
+        tail_alpha: exponent of a power-law tail; `None` where the fit abstains.
+        tail_interval: its 95 % interval.
+        tail_size: number of eigenvalues in the tail.
+        tail_note: why the fit abstains, or what its result means.
+        zeros: number of entries that are exactly zero.
+        overflow_float16, overflow_bfloat16: entries that a cast makes infinite.
+        underflow_float16: entries that a cast makes zero.
+        duplicate_of: name of an earlier matrix with the same entries, bit for bit.
+        relative_change: ‖W₁ − W₂‖_F / ‖W₂‖_F.
+        subspace_angle: largest angle in degrees between the leading right singular subspaces of W₁ and W₂.
+        subspace_dim: dimension of these subspaces.
+        method: how the singular values were computed.
     """
 
     name: str
@@ -103,7 +153,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Direction:
-    """A leading singular vector of a layer, the `rank`-th, as an image (rows of pixels) or as tokens at its ends."""
+    """A leading singular vector of a layer, shown as an image or as tokens.
+
+    Attributes:
+        layer: name of the matrix.
+        rank: 1 for the vector of σ₁, 2 for that of σ₂, …
+        singular_value: σ of this vector.
+        image: rows of pixels, where the vector is an image.
+        tokens: the tokens at the positive and at the negative end, where the vector runs over a vocabulary.
+    """
 
     layer: str
     rank: int
@@ -114,10 +172,16 @@ class Direction:
 
 @dataclass(repr=False)
 class Report:
-    """What `gramian.inspect` found: ranked findings, one row per layer in forward order, and model-wide facts.
+    """What `gramian.inspect` found: findings, one row per layer, and facts about the whole model.
 
-    `jacobian` holds the singular values of the end-to-end Jacobian, largest first (empty where it was not measured).
-    `facts` are model-wide numbers and words by label; `notes` say what was skipped and how things were measured.
+    Args:
+        title: name of the model or file.
+        findings: problems and remarks, errors first.
+        layers: one row per matrix, in forward order.
+        facts: numbers and words about the whole model, by label.
+        jacobian: singular values of the end-to-end Jacobian, largest first; empty where it was not measured.
+        notes: how things were measured, and what was skipped.
+        directions: leading singular vectors of the first layer.
 
     >>> report = Report("net", [Finding("dead-units", "warning", "12 of 64 units are dead", where="layers.3")])
     >>> report.status, report.verdict
@@ -140,52 +204,56 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One sentence: how many errors and warnings, and the first of them; or that no trouble was found."""
+        """One sentence: the number of errors and warnings and the first of them, or that nothing is wrong."""
         counts = [(sum(f.severity == severity for f in self.findings), severity) for severity in ("error", "warning")]
         parts = [plural(count, severity) for count, severity in counts if count]
         if parts:
             return f"{', '.join(parts)}: {ranked(self.findings)[0].title.rstrip('.')}."
         remarks = f" ({plural(len(self.findings), 'remark')})" if self.findings else ""
         if not self.layers:
-            return f"No trouble found{remarks}, but there were no layers to look at."
+            return f"No trouble found{remarks}, but there were no layers to inspect."
         return f"No trouble found in {plural(len(self.layers), 'layer')}{remarks}."
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts and lists that strict JSON can hold; numbers that are not finite become `None`."""
+        """Return the report as dicts and lists that strict JSON can hold; NaN and infinity become `None`."""
         from .serial import report_to_dict
 
         return report_to_dict(self)
 
     def to_json(self, indent: int | None = None) -> str:
-        """Return strict JSON (no NaN, no Infinity); the key `"gramian"` holds the version of the schema."""
+        """Return strict JSON (no NaN, no Infinity); the key `"gramian"` holds the schema's version."""
         from .serial import report_to_json
 
         return report_to_json(self, indent)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Report:
-        """Read what `to_json` wrote. A list item or a fact that was not finite comes back as NaN.
+        """Read a report that `to_json` wrote.
 
-        Raises `InputError` where the text is not JSON, not a report, or of a newer schema.
+        A list item or a fact that was not finite comes back as NaN. Raises `InputError` where the text is not JSON, not
+        a report, or of a newer schema.
         """
         from .serial import report_from_json
 
         return report_from_json(text)
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Return one row per layer, indexed by name. Raises `UnsupportedError` where pandas is not installed."""
+        """Return a table of pandas with one row per layer, indexed by name.
+
+        Raises `UnsupportedError` where pandas is not installed.
+        """
         from .serial import layers_to_dataframe
 
         return layers_to_dataframe(self.layers)
 
     def to_document(self) -> Document:
-        """Compose the page: findings, signal by depth, spectra, the end-to-end Jacobian, the layers, the notes."""
+        """Return the report as a page: findings, signal by depth, spectra, end-to-end Jacobian, layers, notes."""
         from .compose import document_of
 
         return document_of(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `.html` page or a `.json` file, chosen by the suffix; the file appears whole or not at all.
+        """Write a `.html` page or a `.json` file, by the suffix; the file is written completely or not at all.
 
         Raises `InputError` for another suffix, or where the folder is missing or cannot be written.
         """
@@ -213,7 +281,7 @@ class Report:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return the count with its noun.
+    """Return the count and its noun, in the plural where needed.
 
     >>> plural(1, "error"), plural(1200, "layer")
     ('1 error', '1,200 layers')
@@ -222,18 +290,25 @@ def plural(count: int, noun: str) -> str:
 
 
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
-    """Return errors before warnings before remarks; within one severity the order given is the rank."""
+    """Return errors, then warnings, then remarks; findings of one severity keep their order."""
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
-# ---- what is shown -------------------------------------------------------------------------------------------------
+# ---- pages ----------------------------------------------------------------------------------------------------------
 
 Role = Literal["before", "after", "baseline", "accent", "muted", "auto"]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: `x` and `y` of equal length. `role` picks a color by meaning, the same in all pictures."""
+    """One curve of a picture.
+
+    Args:
+        label: for the legend.
+        x, y: the points, of equal length.
+        role: the curve's meaning, which fixes its color in all pictures.
+        style: how it is drawn.
+    """
 
     label: str
     x: Sequence[float]
@@ -244,7 +319,19 @@ class Series:
 
 @dataclass(frozen=True)
 class Picture:
-    """Curves over common axes. Values that are not finite, or not positive on a log axis, are left out and counted."""
+    """Curves over common axes.
+
+    Values that are not finite, or not positive on a log axis, are left out, and a note counts them.
+
+    Args:
+        title: above the picture.
+        series: the curves.
+        x_label, y_label: of the axes.
+        log_x, log_y: whether the axes are logarithmic.
+        caption: a sentence or two below the title.
+        reference: a horizontal line's height and its label.
+        x_names: names of x = 0, 1, 2, …, written in place of the numbers.
+    """
 
     title: str
     series: Sequence[Series]
@@ -253,13 +340,22 @@ class Picture:
     log_x: bool = False
     log_y: bool = False
     caption: str = ""
-    reference: tuple[float, str] | None = None  # a horizontal line and its label
-    x_names: Sequence[str] = ()  # names of x = 0, 1, 2, …, written in place of the numbers
+    reference: tuple[float, str] | None = None
+    x_names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """`values[row][column]` as color; rows may have different lengths. Several heat maps in one row share a scale."""
+    """Numbers as colors; heat maps that stand side by side share one color scale.
+
+    Args:
+        title: above the picture.
+        values: `values[row][column]`; rows may have different lengths.
+        x_label, y_label: of the columns and the rows.
+        log: whether the color scale is logarithmic.
+        caption: a sentence or two below the title.
+        value_label: the quantity and its unit, written at the color bar.
+    """
 
     title: str
     values: Sequence[Sequence[float]]
@@ -267,7 +363,7 @@ class HeatMap:
     y_label: str = ""
     log: bool = False
     caption: str = ""
-    value_label: str = ""  # the quantity and its unit, written at the color bar
+    value_label: str = ""
 
 
 Drawing = Picture | HeatMap
@@ -275,7 +371,15 @@ Drawing = Picture | HeatMap
 
 @dataclass(frozen=True)
 class Detail:
-    """What the page shows of a table's row when it is clicked: facts in words, and a curve of (x, y) on a log axis."""
+    """What the page shows below a table's row when it is clicked.
+
+    Args:
+        title: above the details.
+        facts: pairs of label and text.
+        points: (x, y) of a curve, drawn on a logarithmic y axis.
+        x_label, y_label: of the axes.
+        reference: a horizontal line's height and its label.
+    """
 
     title: str
     facts: Sequence[tuple[str, str]] = ()
@@ -287,9 +391,15 @@ class Detail:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are strings or numbers (numbers are aligned right and formatted); `emphasis` marks rows by index.
+    """A table of words and numbers; numbers are formatted and aligned right.
 
-    `details` has one entry for each row, or none at all.
+    Args:
+        title: above the table.
+        columns: headings.
+        rows: one cell per column; `None` where a value is unknown.
+        caption: a sentence or two below the title.
+        emphasis: indices of rows that are marked.
+        details: one entry per row, or none at all.
     """
 
     title: str
@@ -302,9 +412,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a text, and items in reading order. A tuple of items stands side by side (before, after).
+    """A part of a page: a heading, a text, and items in reading order.
 
-    Each line of the text is a paragraph; lines that begin with "- " make a list.
+    Args:
+        heading: of the section.
+        text: each line is a paragraph; lines that begin with "- " make a list.
+        items: pictures, heat maps, tables and lists of findings; the members of a tuple stand side by side.
     """
 
     heading: str
@@ -313,7 +426,7 @@ class Section:
 
 
 def is_findings(item: object) -> bool:
-    """Tell a list of findings from a tuple of items that stand side by side (both may be empty sequences)."""
+    """Whether an item of a section is a list of findings, and not a tuple of items that stand side by side."""
     if isinstance(item, Picture | HeatMap | Table) or not isinstance(item, Sequence):
         return False
     return all(isinstance(part, Finding) for part in item)
@@ -321,7 +434,14 @@ def is_findings(item: object) -> bool:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number: what it is, its value as shown, and a short remark under it."""
+    """A headline number at the top of a page.
+
+    Args:
+        label: what it is.
+        value: as it is shown.
+        remark: a few words below it.
+        role: its meaning, which fixes its color.
+    """
 
     label: str
     value: str
@@ -331,7 +451,16 @@ class Tile:
 
 @dataclass
 class Document:
-    """A page: the verdict first, headline numbers, then sections."""
+    """A page: the verdict, headline numbers, then sections.
+
+    Args:
+        title: of the page.
+        verdict: the result in one sentence.
+        status: `"good"`, `"warning"` or `"bad"`.
+        tiles: headline numbers.
+        sections: in reading order.
+        footer: small print at the end.
+    """
 
     title: str
     verdict: str
@@ -341,7 +470,10 @@ class Document:
     footer: str = ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the page as one HTML file that needs no network. Raises `InputError` where it cannot be written."""
+        """Write the page as one HTML file that needs no network.
+
+        Raises `InputError` where it cannot be written.
+        """
         from .html import save
 
         save(self, path)

@@ -1,4 +1,4 @@
-"""Colors by meaning. A picture is drawn in stand-in colors that the page replaces by its own, light or dark."""
+"""Colors by meaning: pictures are drawn in placeholder colors, which the page replaces by its light or dark ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from .model import Role, Series
 
-# matplotlib knows only fixed colors. Each name below is drawn as a color that nothing else uses and that becomes
-# `var(--c-name)` in the SVG; page.css gives the variable its light and its dark value.
+# matplotlib has fixed colors only. Each name below is drawn in a color that nothing else uses, which becomes
+# `var(--c-name)` in the SVG; page.css defines the variable's light and dark values.
 NAMES = (
     *("ink", "faint", "grid", "axis", "surface", "before", "after", "baseline", "accent", "muted"),
     *(f"series-{index}" for index in range(1, 9)),
@@ -15,7 +15,7 @@ NAMES = (
 _STAND_INS = {name: f"#{index:02x}1ea5" for index, name in enumerate(NAMES)}
 _VARIABLES = {color: f"var(--c-{name})" for name, color in _STAND_INS.items()}
 
-# The hues that roles have already taken; an automatic series beside them takes another.
+# The series whose hue a role uses; an automatic series in the same picture gets another.
 _TAKEN_BY_ROLE: dict[Role, int] = {"after": 1, "before": 2, "accent": 5}
 
 
@@ -38,7 +38,7 @@ def replace_stand_ins(style: str) -> str:
 
 
 def colors_of(series: Sequence[Series]) -> list[str]:
-    """Return one name per series: its role's, or the next of eight hues that no role in the picture has taken."""
+    """Return one name per series: that of its role, or the next of eight hues that no role in the picture uses."""
     taken = {_TAKEN_BY_ROLE[s.role] for s in series if s.role in _TAKEN_BY_ROLE}
     free = [index for index in range(1, 9) if index not in taken]
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""Curves as SVG: one picture at one size, its legend, and what was left out of it."""
+"""Curves as SVG: one picture at one size, its legend, and a note on values left out."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _LONGEST_NAME = 20  # characters of a name along the axis
 _WIDEST_BAR = 90.0
 _SLANT = math.radians(35)
 _LABEL_GAP = 15.0  # least distance of two direct labels
-_FARTHEST_LABEL = 40.0  # a label farther than this from its curve's end would mislead
+_FARTHEST_LABEL = 40.0  # largest distance of a label from its curve's end, beyond which a legend is clearer
 _MOST_LABELS = 8
-_MOST_HOVER_POINTS = 400  # per curve; more would weigh on the page and not be told apart by a pointer
+_MOST_HOVER_POINTS = 400  # per curve; more would enlarge the page, and a pointer cannot separate them
 
 
 @dataclass
 class Drawn:
-    """A picture as it goes into a page: `svg` is markup, everything else is text that the page escapes."""
+    """A drawn picture for a page: `svg` is markup; all else is text, which the page escapes."""
 
     svg: str
     legend: list[tuple[str, str, str]] = field(default_factory=list)  # label, CSS color, style
@@ -38,7 +38,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the data lie on the sheet, and the scales along its sides."""
+    """The rectangle of the data in pixels, and its two axes."""
 
     left: float
     top: float
@@ -58,7 +58,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class _Curve:
-    """A series cleaned: plain floats, `None` where the axes cannot show the point."""
+    """A series as plain floats; `None` for points that the axes cannot show."""
 
     series: Series
     color: str
@@ -70,7 +70,7 @@ class _Curve:
 
 
 def draw_picture(picture: Picture, prefix: str, width: float = 960, height: float = 320) -> Drawn:
-    """Draw at a size in pixels, within `canvas.drawing_settings`; ids begin with `prefix`."""
+    """Draw a picture in pixels, within `canvas.drawing_settings`; ids begin with `prefix`."""
     curves, left_out = _clean(picture)
     canvas = Canvas(width, height)
     reference = picture.reference
@@ -135,7 +135,7 @@ def _layout(
     reference: tuple[float, str] | None,
     names: Sequence[str],
 ) -> tuple[Frame, list[tuple[str, str, float, float]] | None]:
-    """Place the frame; return it with the direct labels, or None where a legend must stand outside instead."""
+    """Return the frame and the labels at the curves' ends, or None in their place where a legend is needed."""
     xs = [x for curve in curves for x, _ in curve.shown]
     ys = [y for curve in curves for _, y in curve.shown] + ([reference[0]] if reference is not None else [])
     bars = [curve for curve in curves if curve.series.style == "bars"]
@@ -148,9 +148,9 @@ def _layout(
     left = max([canvas.text_width(label, _TICK_SIZE) for label in y.labels] + [12.0]) + 10
     bottom = canvas.height - (46.0 if picture.x_label else 26.0)
     if names and not _level(canvas, names, canvas.width - left - 20):
-        reach = max(canvas.text_width(elide(name, _LONGEST_NAME), _TICK_SIZE) for name in names)
-        bottom -= math.sin(_SLANT) * reach
-        left = max(left, math.cos(_SLANT) * reach - 12)
+        length = max(canvas.text_width(elide(name, _LONGEST_NAME), _TICK_SIZE) for name in names)
+        bottom -= math.sin(_SLANT) * length
+        left = max(left, math.cos(_SLANT) * length - 12)
     integer = bool(bars) or all(x.is_integer() for x in xs)
 
     def frame_of(right: float) -> Frame:
@@ -173,10 +173,10 @@ def _direct_labels(
     reference: tuple[float, str] | None,
     frame_of: Callable[[float], Frame],
 ) -> list[tuple[str, str, float, float]] | None:
-    """Return (text, color, wanted y, y) for labels right of the curves' ends, or None where they do not fit."""
+    """Return (text, color, wanted y, y) of labels at the curves' right ends; None where they do not fit."""
     frame = frame_of(canvas.width * 0.75)
     alone = len(curves) == 1 and reference is None
-    if alone:  # the title and the axis already say what it is
+    if alone:  # the title and the axis label are enough
         return []
     wanted: list[tuple[str, str, float]] = []
     for curve in curves:
@@ -217,7 +217,7 @@ def _draw_axes(canvas: Canvas, frame: Frame, picture: Picture, names: Sequence[s
 
 
 def _level(canvas: Canvas, names: Sequence[str], width: float) -> bool:
-    """Tell whether the names have room side by side."""
+    """Whether the names fit side by side."""
     widest = max(canvas.text_width(elide(name, _LONGEST_NAME), _TICK_SIZE) for name in names)
     return widest <= width / len(names) - 6
 
@@ -260,9 +260,9 @@ def _draw_curve(canvas: Canvas, frame: Frame, curve: _Curve) -> None:
             px, py = zip(*part, strict=True)
             canvas.polygon([px[0], *px, px[-1]], [floor, *py, floor], curve.color, 0.18)
     canvas.line(xs, ys, curve.color, 1.6 if style == "dashed" else 2.0, dashed=style == "dashed")
-    lonely = [part[0] for part in _unbroken(pixels) if len(part) == 1]
-    if lonely:  # a line through one point is invisible
-        px, py = zip(*lonely, strict=True)
+    single = [part[0] for part in _unbroken(pixels) if len(part) == 1]
+    if single:  # a line through one point is invisible
+        px, py = zip(*single, strict=True)
         canvas.points(px, py, curve.color, 5.0)
 
 
@@ -282,7 +282,7 @@ def _bar_pitch(curves: Sequence[_Curve]) -> float:
 
 
 def _draw_bars(canvas: Canvas, frame: Frame, curves: Sequence[_Curve]) -> None:
-    """Draw bars side by side; muted ones stand behind the others at full width, as the whole behind its part."""
+    """Draw bars side by side; muted ones stand behind the others at full width, as a whole behind its parts."""
     behind = [c for c in curves if c.series.role == "muted"] if len(curves) > 1 else []
     beside = [c for c in curves if c not in behind]
     places = sorted({frame.at_x(x) for curve in curves for x, _ in curve.shown})
@@ -311,7 +311,7 @@ def _spoken(picture: Picture, curves: Sequence[_Curve]) -> str:
 
 
 def _hover(frame: Frame, curves: Sequence[_Curve], width: float, height: float, names: Sequence[str]) -> dict[str, Any]:
-    """Return what the page needs to show the values under the pointer: pixels and texts."""
+    """Return pixels and texts with which the page shows the values under the pointer."""
     shown: list[dict[str, Any]] = []
     for curve in curves[:_MOST_LABELS]:
         step = math.ceil(len(curve.shown) / _MOST_HOVER_POINTS) or 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gramian.errors import InputError, UnsupportedError
 
+from .actions import ACTIONS, Action
 from .files import check_target, write_text
 from .model import SEVERITIES, Direction, Finding, Layer, Report
 
@@ -25,8 +26,8 @@ FORMATS = (".html", ".json")
 Record = TypeVar("Record", Finding, Layer, Direction)
 
 
-def plain(value: Any) -> Any:
-    """Return what strict JSON can hold: numbers of any library as int and float, not finite as None."""
+def jsonable(value: Any) -> Any:
+    """Return what strict JSON can hold: numbers of any library as int or float, and None for NaN and infinity."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, Integral):
@@ -34,9 +35,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, Real):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [plain(item) for item in value]
+        return [jsonable(item) for item in value]
     raise InputError(
         f"report: cannot write a {type(value).__name__} as JSON; expected numbers, words and lists of them."
     )
@@ -50,22 +51,22 @@ def report_to_dict(report: Report) -> dict[str, Any]:
         "title": report.title,
         "status": report.status,
         "verdict": report.verdict,
-        "facts": plain(report.facts),
-        "findings": [plain(asdict(finding)) for finding in report.findings],
-        "layers": [plain(asdict(layer)) for layer in report.layers],
-        "jacobian": plain(report.jacobian),
-        "notes": plain(report.notes),
-        "directions": [plain(asdict(direction)) for direction in report.directions],
+        "facts": jsonable(report.facts),
+        "findings": [jsonable(asdict(finding) | {"remedy": finding.remedy}) for finding in report.findings],
+        "layers": [jsonable(asdict(layer)) for layer in report.layers],
+        "jacobian": jsonable(report.jacobian),
+        "notes": jsonable(report.notes),
+        "directions": [jsonable(asdict(direction)) for direction in report.directions],
     }
 
 
 def report_to_json(report: Report, indent: int | None) -> str:
-    """Return strict JSON in ASCII, so that a name with a lone surrogate survives too."""
+    """Return strict JSON in ASCII, which preserves even a name with a lone surrogate."""
     return json.dumps(report_to_dict(report), indent=indent, allow_nan=False)
 
 
 def report_from_json(text: str | bytes) -> Report:
-    """Read what `report_to_json` wrote; keys that this version does not know are passed over."""
+    """Read what `report_to_json` wrote; unknown keys, from a later version, are ignored."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -87,7 +88,7 @@ def report_from_json(text: str | bytes) -> Report:
             directions=[_record(Direction, row) for row in data.get("directions", [])],
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"report: the JSON lacks or garbles a field ({error}). Write it anew.") from None
+        raise InputError(f"report: a field of the JSON is missing or wrong ({error}). Write the file again.") from None
 
 
 def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
@@ -111,7 +112,19 @@ def _record(cls: type[Record], row: Mapping[str, Any]) -> Record:
         values["tokens"] = tuple(tuple(str(token) for token in end) for end in values.get("tokens", ()))
     elif values["severity"] not in SEVERITIES:
         raise ValueError(f"severity {values['severity']!r}")
+    else:
+        values["action"] = _action(values.get("action"))
+        if values["action"] is None and not values.get("advice"):
+            # A file from before there were actions, or with an action of a later version: keep its text.
+            values["advice"] = str(row.get("remedy", ""))
     return cls(**values)
+
+
+def _action(row: Mapping[str, Any] | None) -> Action | None:
+    """Return the action that a file names; None where there is none, or it comes from a later version."""
+    if row is None or row["name"] not in ACTIONS:
+        return None
+    return Action(str(row["name"]), dict(row["arguments"]))
 
 
 def layers_to_dataframe(layers: Sequence[Layer]) -> pandas.DataFrame:
@@ -128,7 +141,7 @@ def layers_to_dataframe(layers: Sequence[Layer]) -> pandas.DataFrame:
 
 
 def save_report(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write `.html` or `.json` by suffix, whole or not at all."""
+    """Write `.html` or `.json`, by the suffix, atomically."""
     check_target(path, FORMATS)
     if Path(path).suffix.lower() == ".html":
         from .html import save

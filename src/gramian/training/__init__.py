@@ -1,4 +1,4 @@
-"""Training: a task, an optimizer, a budget in steps, epochs or seconds; killed at any moment, it goes on exactly."""
+"""Training: a task, an optimizer, and a budget in steps, epochs or seconds. A killed run resumes exactly."""
 
 from gramian.training.loop import train
 from gramian.training.schedule import NUM_EVALUATIONS, WARMUP_STEPS

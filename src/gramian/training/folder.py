@@ -1,4 +1,4 @@
-"""The folder of a run: what is kept while it trains, so that it can be killed at any moment, and what it leaves."""
+"""The folder of a run: the checkpoint and metrics while it trains, and the model when it is finished."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ __all__ = ["CHECKPOINT", "METRICS", "MODEL", "Folder", "read"]
 
 CHECKPOINT, METRICS, MODEL = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors"
 
-# Metadata of a finished run's model: what `Folder.finish` was told, as JSON.
+# Key in the metadata of a finished run's model, with the summary of `Folder.finish` as JSON.
 FINISHED = "gramian.run"
 
-# What a killed process leaves beside these files: temporaries of ours, and safetensors' own.
+# Temporary files, ours and safetensors' own, that a killed process leaves behind.
 HALF_WRITTEN = (*(f".{name}.*.tmp" for name in (CHECKPOINT, METRICS, MODEL)), ".tmp??????")
 
 EVERY_SECONDS = 30.0
 
-# Writing may take so much of the time since it was last done: a large model is then kept less often.
+# Writing checkpoints may take up to this share of the time: a large model is then saved less often.
 LARGEST_SHARE = 0.1
 
 
 class Folder:
-    """A run's folder holds `checkpoint.safetensors` exactly while the run is unfinished, and `metrics.jsonl`.
+    """A run's folder: `checkpoint.safetensors` while the run is unfinished, then `model.safetensors`; `metrics.jsonl`.
 
-    A checkpoint is one file, put in place by a rename, and nothing in it is executed. When the run is finished,
-    `model.safetensors` takes its place, with what is known of the run in its metadata. The lines of `metrics.jsonl`
-    are written as they come; those beyond the checkpoint are dropped when the run goes on, which measures them again.
+    A checkpoint is one file, written atomically, and reading it executes nothing. When the run is finished,
+    `model.safetensors` replaces it, with a summary of the run in its metadata. Each evaluation adds a line to
+    `metrics.jsonl` at once; a resumed run drops the lines after its checkpoint and measures them again.
 
     Args:
-        path: the folder, made where it is missing, and locked against other processes until `close`.
-        identity: what makes the run this run, in words, by name.
+        path: the folder, created if it is missing, and locked against other processes until `close`.
+        identity: the settings that a run must share with a checkpoint to resume it, as text by name.
     """
 
     def __init__(self, path: Path, identity: dict[str, str]) -> None:
@@ -55,11 +55,11 @@ class Folder:
         self._kept_at, self._cost = time.perf_counter(), 0.0
 
     def close(self) -> None:
-        """Lets other processes have the folder."""
+        """Release the folder for other processes."""
         self._lock.close()
 
     def open(self, *, resume: bool) -> None:
-        """Makes ready for a run: one to go on with, which `read` finds, or a new one.
+        """Prepare the folder for a run: the one in it, with `resume`, or a new one.
 
         Raises `InputError` where an unfinished run would be overwritten.
         """
@@ -68,37 +68,37 @@ class Folder:
                 left.unlink(missing_ok=True)
         if not resume and (self.path / CHECKPOINT).exists():
             raise InputError(
-                f"train: {self.path} holds an unfinished run. Go on with it (resume=True, --resume), choose "
-                f"another folder, or delete {CHECKPOINT} there"
+                f"train: {self.path} holds an unfinished run. Resume it (resume=True, --resume), choose another "
+                f"folder, or delete {CHECKPOINT} there"
             )
         if not resume or read(self.path, self.identity) is None:
-            # The model of an earlier run goes first, so that it is never taken for the new run's.
+            # Delete an earlier run's model first, so that it is never mistaken for the new run's.
             (self.path / MODEL).unlink(missing_ok=True)
             self.write([])
 
     def write(self, history: list[dict[str, float]]) -> None:
-        """Writes `metrics.jsonl` anew."""
+        """Rewrite `metrics.jsonl`."""
         write_text(self.path / METRICS, "".join(map(_line, history)))
 
     def append(self, row: dict[str, float]) -> None:
-        """Adds an evaluation to `metrics.jsonl`."""
+        """Append an evaluation to `metrics.jsonl`."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
     def due(self, *, evaluated: bool) -> bool:
-        """Whether to keep the run now: after an evaluation or half a minute, if writing is quick enough for that."""
+        """Whether to write a checkpoint: after an evaluation or half a minute, unless that would cost too much time."""
         since = time.perf_counter() - self._kept_at
         return (evaluated or since >= EVERY_SECONDS) and since * LARGEST_SHARE >= self._cost
 
     def keep(self, state: dict[str, Any]) -> None:
-        """Writes the checkpoint."""
+        """Write the checkpoint."""
         begin = time.perf_counter()
         save_tree(self.path / CHECKPOINT, {"identity": self.identity, **state})
         self._kept_at = time.perf_counter()
         self._cost = self._kept_at - begin
 
     def finish(self, model: nn.Module, summary: dict[str, Any]) -> None:
-        """Writes the model and what is known of its run, and removes the checkpoint."""
+        """Write the model and the summary of its run, and remove the checkpoint."""
         text = json.dumps({"identity": self.identity, **summary})
         tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
         save_tensors(self.path / MODEL, tensors, {"gramian.task": self.identity["task"], FINISHED: text})
@@ -106,9 +106,9 @@ class Folder:
 
 
 def read(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
-    """What was kept of an unfinished run, or, with the key `finished`, what a finished one left; `None`: no run.
+    """Return the state of the run in a folder, whose key `finished` says whether it is done; `None` if there is no run.
 
-    Raises `InputError` where it is another run, and names what differs.
+    Raises `InputError`, which names what differs, where the run has other settings.
     """
     finished = not (path / CHECKPOINT).exists()
     if not finished:
@@ -121,17 +121,17 @@ def read(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
             state = json.loads(text)
         except (ValueError, RecursionError):
             state = None
-    if not isinstance(state, dict) or not isinstance(known := state.get("identity"), dict):
-        raise CheckpointError(f"{path}: its files are not those of a run of gm.train. Choose another folder")
+    if not isinstance(state, dict) or not isinstance(saved := state.get("identity"), dict):
+        raise CheckpointError(f"{path}: these files are not from a run of gm.train. Choose another folder")
     differing = [
-        f"{name} {plain(known.get(name, 'unknown'))}, not {own}"
+        f"{name} {plain(saved.get(name, 'unknown'))}, not {own}"
         for name, own in identity.items()
-        if known.get(name) != own
+        if saved.get(name) != own
     ]
     if differing:
         raise InputError(
-            f"train: cannot resume, the run in {path} is of {'; '.join(differing)}. Give what it began with, or choose "
-            "another folder"
+            f"train: cannot resume, the run in {path} is of {'; '.join(differing)}. Give the settings that it began "
+            "with, or choose another folder"
         )
     return state | {"finished": finished}
 

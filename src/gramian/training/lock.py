@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A lock that lets only one process train in a folder."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["Lock", "locked"]
 
 
 class Lock:
-    """Holds a folder until `close`, or until the process ends, however it ends."""
+    """A lock on a folder, held until `close` or the end of the process, however it ends."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def close(self) -> None:
-        """Lets go."""
+        """Release the lock."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def locked(folder: Path) -> Lock:
-    """Takes the folder; raises `InputError` where another process trains in it. File systems without locks: no check.
+    """Lock a folder; raises `InputError` where another process has it. Without effect on file systems without locks.
 
-    The lock is the kernel's, on the folder itself: there is no file that a killed process could leave behind.
+    The kernel holds the lock, on the folder itself, so that a killed process leaves no lock file behind.
     """
     if fcntl is None:
         return Lock(-1)
@@ -42,6 +42,6 @@ def locked(folder: Path) -> Lock:
     except OSError as error:
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise InputError(f"train: another process is training in {folder}. Wait for it, or end it") from None
+            raise InputError(f"train: another process is training in {folder}. Wait for it, or stop it") from None
         return Lock(-1)
     return Lock(descriptor)

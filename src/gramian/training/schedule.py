@@ -1,4 +1,4 @@
-"""How much of a budget is spent, and what follows from it: the learning rate, and when to evaluate."""
+"""The budget of a run, and what depends on the share spent: the learning rate and when to evaluate."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gramian.training.task import Run
 
 __all__ = ["NUM_EVALUATIONS", "WARMUP_STEPS", "Schedule", "as_budget"]
 
-# Evaluations spread over a run.
+# Evaluations in a run, evenly spread over its budget.
 NUM_EVALUATIONS = 20
 
 WARMUP_STEPS = 10
 
 
 def as_budget(steps: int | None, epochs: int | None, seconds: float | None) -> tuple[str, float]:
-    """The one budget that is given, as its kind and amount."""
+    """Return the one budget that is given, as its kind and amount."""
     given = {k: v for k, v in (("steps", steps), ("epochs", epochs), ("seconds", seconds)) if v is not None}
     if len(given) != 1:
         raise InputError(f"train: give one of steps=, epochs=, seconds=; got {', '.join(given) or 'none'}")
@@ -29,7 +29,7 @@ def as_budget(steps: int | None, epochs: int | None, seconds: float | None) -> t
 
 
 class Schedule:
-    """How much of the budget is spent, the learning rate there, and when to evaluate."""
+    """A run's budget, learning rate, and times of evaluation."""
 
     def __init__(self, kind: str, amount: float, optimizer: torch.optim.Optimizer) -> None:
         self.kind, self.amount, self.optimizer = kind, amount, optimizer
@@ -38,21 +38,21 @@ class Schedule:
         self.evaluations = 0
 
     def share(self, run: Run) -> float:
-        """The share of the budget that is spent; 1 at the end."""
+        """Return the share of the budget that is spent; 1 at the end."""
         if self.kind == "seconds":
             return min(1.0, run.seconds / self.amount)
         total = self.amount * self.batches_per_epoch if self.kind == "epochs" else self.amount
         return min(1.0, run.steps / math.ceil(total)) if run.steps else 0.0
 
     def set_rates(self, run: Run) -> None:
-        """Gives each group its learning rate for the next step."""
+        """Set each group's learning rate for the next step."""
         factor = min(1.0, (run.steps + 1) / WARMUP_STEPS) * (1 - self.share(run))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         run.rate = run.lr * factor
 
     def due(self, run: Run) -> bool:
-        """Whether another twentieth of the budget is spent since the last evaluation."""
+        """Whether the run passed another twentieth of its budget since the last evaluation."""
         passed = math.floor(self.share(run) * NUM_EVALUATIONS + 1e-9)
         if passed <= self.evaluations:
             return False

@@ -1,9 +1,9 @@
-"""How a fresh model's weights begin: as its task makes them, or mended before the first step."""
+"""How a new run initializes its model: as the task builds it, or repaired before the first step."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,24 +12,23 @@ from torch import nn
 from gramian.errors import InputError
 from gramian.init import isometric_
 from gramian.inspection import inspect
-from gramian.inspection.rules import ISOMETRIC, RETRAIN
 from gramian.objective import Objective
 from gramian.report import Finding
 from gramian.training.task import Task
 
-__all__ = ["INITS", "initialize"]
+__all__ = ["INITS", "INIT_OF_ACTION", "initialize"]
 
-# Of the training data, for a diagnosis before the first step.
+# Training batches for the diagnosis before the first step.
 NUM_BATCHES = 4
 
 
 def initialize(init: str, model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
-    """Does what `init`, a name of `INITS`, says, and tells in one line what that was."""
+    """Apply `init`, a name of `INITS`, to the model and return one line that says what was done."""
     return INITS[init](model, task, objective, seed)
 
 
 def check(init: str) -> None:
-    """Raises `InputError` for a name that `INITS` lacks."""
+    """Raise `InputError` for a name that is not in `INITS`."""
     if init not in INITS:
         raise InputError(f"train: init must be one of {', '.join(INITS)}; got {init!r}")
 
@@ -44,34 +43,59 @@ def _isometric(model: nn.Module, task: Task, objective: Objective, seed: int) ->
 
 
 def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
-    """Isometric where the network cannot learn as it is, its weights are still random, and it then can."""
+    """Apply the actions of the errors found, if all weights are still random and fewer errors remain afterwards."""
     batches = task.batches(NUM_BATCHES)
-    before = _troubles(model, batches, objective)
-    if not before:
+    errors = _errors(model, batches, objective)
+    if not errors:
         return "as the task makes it: signals and gradients cross it"
+    wanted = _inits_for(errors)
+    if not wanted:
+        return f"as the task makes it, since no initialization repairs this: {errors[0].title}"
+    before = [finding for finding in errors if _init_for(finding)]
     cause = before[0].title
     structured = [layer.name for layer in inspect(model).layers if layer.above_noise]
     if structured:
         return f"as the task makes it, since {structured[0]} has learned something already; but: {cause}"
     kept = copy.deepcopy(model.state_dict())
     try:
-        _isometric(model, task, objective, seed)
+        for init in wanted:
+            INITS[init](model, task, objective, seed)
     except InputError as error:
+        model.load_state_dict(kept)
         return f"as the task makes it; {cause}; {error}"
-    if len(_troubles(model, batches, objective)) < len(before):
-        return f"isometric: {cause}"
+    if len([finding for finding in _errors(model, batches, objective) if _init_for(finding)]) < len(before):
+        return f"{', '.join(wanted)}: {cause}"
     model.load_state_dict(kept)
-    return f"as the task makes it, since isometric_ did not help; but: {cause}"
+    return f"as the task makes it, since {', '.join(wanted)} did not help; but: {cause}"
 
 
-def _troubles(model: nn.Module, batches: list[Any], objective: Objective) -> list[Finding]:
-    """The errors whose remedy is an isometric initialization."""
+def _errors(model: nn.Module, batches: list[Any], objective: Objective) -> list[Finding]:
+    """Return what keeps the model from learning."""
     found = inspect(model, batches, objective, quick=True).findings
-    return [f for f in found if f.severity == "error" and f.remedy in (ISOMETRIC, RETRAIN)]
+    return [finding for finding in found if finding.severity == "error"]
+
+
+def _init_for(finding: Finding) -> str | None:
+    """Return the initialization that the finding's action asks for, a name of `INITS`."""
+    if finding.action is None or finding.action.name not in INIT_OF_ACTION:
+        return None
+    return INIT_OF_ACTION[finding.action.name](finding.action.arguments)
+
+
+def _inits_for(findings: list[Finding]) -> list[str]:
+    """Return the initializations that the findings' actions ask for, each once."""
+    return list(dict.fromkeys(init for finding in findings if (init := _init_for(finding))))
 
 
 INITS: dict[str, Callable[[nn.Module, Task, Objective, int], str]] = {
     "default": _default,
     "isometric": _isometric,
     "auto": _auto,
+}
+
+# Actions of `gramian.report.ACTIONS` that a new run can apply before its first step, and the name of `INITS` that each
+# stands for. The others, such as a cast or a compression, are for the user to decide.
+INIT_OF_ACTION: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "isometric_": lambda arguments: "isometric",
+    "train": lambda arguments: arguments["init"],
 }

@@ -1,4 +1,4 @@
-"""The batches of a task, epoch after epoch, and how to come back to a place among them."""
+"""The batches of a task over all epochs, with a position that can be saved and restored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gramian.errors import GramianWarning, TaskError
-from gramian.training.task import Task, asking
+from gramian.training.task import Task, calling
 
 __all__ = ["Stream"]
 
@@ -19,17 +19,17 @@ END = object()
 
 
 class Stream:
-    """Batches without end. `epoch` and `taken`, the batches taken of it, say where it stands.
+    """An endless stream of batches; its position is the epoch and the number of batches taken from it.
 
-    A place is kept as the states of the generators at the beginning of its epoch: to come back to it, the epoch is
-    begun again and as many batches are taken and dropped. That is exact where the batches of an epoch follow from its
-    number and the generator, and also where they are shuffled by the global generator when the epoch begins, as a
-    `DataLoader` without a generator does. Where the last batch is another one then, a `GramianWarning` says so.
+    A saved position has the states of the generators at the beginning of the epoch. To restore it, the epoch is started
+    again, and the batches that were taken are drawn and dropped. That is exact where the batches of an epoch depend
+    only on its number and the generator, or on the global generator's state when the epoch begins, as in a `DataLoader`
+    without a generator. If the last batch differs from the saved one, a `GramianWarning` says so.
 
     Args:
-        task: whose batches.
-        generator: that shuffles.
-        counted: whether the first epoch is drawn at once, to know its length.
+        task: where the batches come from.
+        generator: for shuffling.
+        counted: whether to draw the first epoch at once, to know its length.
     """
 
     def __init__(self, task: Task, generator: torch.Generator, *, counted: bool) -> None:
@@ -40,7 +40,7 @@ class Stream:
         self._last: Any = None
 
     def take(self) -> Any:
-        """The next batch."""
+        """Return the next batch."""
         if self._batches is None:
             self._batches = self._begin()
         while (batch := self._next()) is END:
@@ -53,7 +53,7 @@ class Stream:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, for `restore`."""
+        """Return the position, for `restore`."""
         generator, shared = self._began
         return {
             "epoch": self.epoch,
@@ -65,7 +65,7 @@ class Stream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Comes back to where `state` was taken. The global generator is left as it was."""
+        """Go back to a saved position. The global generator is left as it was."""
         self.epoch, self.taken, self.length = state["epoch"], state["taken"], state["length"]
         now = torch.get_rng_state()
         self.generator.set_state(state["generator"])
@@ -74,7 +74,7 @@ class Stream:
         for number in range(self.taken):
             if (batch := self._next()) is END:
                 raise TaskError(
-                    f"task {self.task.name!r}: train_batches({self.epoch}, generator) gave {number} batches, of which "
+                    f"task {self.task.name!r}: train_batches({self.epoch}, generator) gave {number} batches, but "
                     f"{self.taken} were taken before. Resume with the data that the run began with"
                 )
             self._last = batch
@@ -82,14 +82,14 @@ class Stream:
         if checksum(self._last) != state["last"]:
             warnings.warn(
                 f"task {self.task.name!r}: train_batches({self.epoch}, generator) gave other batches than before: the "
-                "run goes on, but not as it would have. Draw all that is random in them from the generator",
+                "run continues, but not exactly. Draw everything random in the batches from the generator",
                 GramianWarning,
                 stacklevel=4,
             )
 
     def _begin(self) -> Iterator[Any]:
         self._began = self._now()
-        with asking(self.task, f"train_batches({self.epoch}, generator)"):
+        with calling(self.task, f"train_batches({self.epoch}, generator)"):
             batches = self.task.train_batches(self.epoch, self.generator)
             if self.counted and self.epoch == 0:
                 batches = list(batches)
@@ -98,7 +98,7 @@ class Stream:
 
     def _next(self) -> Any:
         assert self._batches is not None
-        with asking(self.task, f"train_batches({self.epoch}, generator)"):
+        with calling(self.task, f"train_batches({self.epoch}, generator)"):
             return next(self._batches, END)
 
     def _now(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +106,7 @@ class Stream:
 
 
 def checksum(batch: Any) -> int:
-    """A number that differs, most likely, for batches of other tensors."""
+    """Return a checksum of a batch's tensors."""
     if isinstance(batch, Tensor):
         return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()

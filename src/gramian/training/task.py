@@ -1,4 +1,4 @@
-"""What goes into a training and what comes out of it."""
+"""The input and the output of training: `Task` and `Run`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch import nn
 from gramian.errors import GramianError, TaskError
 from gramian.objective import Objective
 
-__all__ = ["Run", "Task", "asking", "described"]
+__all__ = ["Run", "Task", "calling", "described"]
 
 LIBRARY = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to train on and how to tell whether it worked.
+    """What to train: a model, an objective, training batches, and an evaluation on held-out data.
 
     Args:
-        model: a factory of fresh models.
+        model: a function that returns a fresh model.
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean`.
-        train_batches: `train_batches(epoch, generator)`, the batches of one epoch; the generator shuffles.
-        evaluate: `evaluate(model) -> {"accuracy": …}`, held-out numbers by name.
+        train_batches: `train_batches(epoch, generator)` gives the batches of one epoch; the generator is for shuffling.
+        evaluate: `evaluate(model) -> {"accuracy": …}` returns held-out numbers by name.
         name: for reports.
     """
 
@@ -40,8 +40,8 @@ class Task:
     name: str = "task"
 
     def batches(self, num: int | None = None) -> list[Any]:
-        """The first `num` training batches (all of an epoch by default), in the order of epoch 0 and seed 0."""
-        with asking(self, "train_batches(0, generator)"):
+        """Return the first `num` training batches (by default all) of epoch 0, shuffled with seed 0."""
+        with calling(self, "train_batches(0, generator)"):
             batches = list(islice(self.train_batches(0, torch.Generator().manual_seed(0)), num))
         if not batches:
             raise TaskError(f"task {self.name!r}: train_batches(0, generator) gave no batches")
@@ -50,12 +50,21 @@ class Task:
 
 @dataclass
 class Run:
-    """A training: the model, what was measured on the way, and where it was written.
+    """A training run: the model, the evaluations, and the settings used.
 
-    `history` has one row for each evaluation: `step`, `seconds` (of training alone, without evaluation), `loss` (mean
-    since the last row), and the task's numbers. `diverged` is set where the loss stopped being finite. `optimizer` is
-    the name of the one that was taken, `lr` its learning rate and `rate` that of the last step; `init` says what was
-    done to the model's own initialization. `resumed` is the step from which it went on.
+    Args:
+        model: the trained model.
+        history: one row per evaluation: `step`, `seconds` (of training alone, without evaluation), `loss` (mean since
+            the last row), and the task's numbers.
+        steps: steps taken.
+        seconds: time of training alone.
+        diverged: whether the loss stopped being finite.
+        out: the folder it was written to.
+        optimizer: name of the optimizer.
+        lr: its learning rate.
+        rate: the learning rate of the last step.
+        init: what was done to the model's own initialization, and why.
+        resumed: the step at which the run was resumed; 0 if it was not.
     """
 
     model: nn.Module
@@ -72,13 +81,13 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last row of the history."""
+        """The last evaluation."""
         return self.history[-1] if self.history else {}
 
 
 @contextmanager
-def asking(task: Task, function: str) -> Iterator[None]:
-    """Inside, a function of the task is called: what it raises becomes a `TaskError` of one line."""
+def calling(task: Task, function: str) -> Iterator[None]:
+    """Turn any exception from a function of the task into a `TaskError` of one line."""
     try:
         yield
     except GramianError:
@@ -88,9 +97,9 @@ def asking(task: Task, function: str) -> Iterator[None]:
 
 
 def described(error: BaseException, path: str | None = None) -> str:
-    """The error's type, message, and the last line of the user's file that it passed through.
+    """Return the error's type, its message, and the line of the user's file where it occurred.
 
-    The file is `path`, or the first one outside of this library.
+    The file is `path`, or the first one in the traceback that is not of this library.
     """
     frames = traceback.extract_tb(error.__traceback__)
     if path is None:

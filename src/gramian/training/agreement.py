@@ -1,7 +1,7 @@
-"""Several ranks train one model: each takes its rows of every batch, and all take the step of the whole batch.
+"""Data-parallel training: each rank takes its rows of every batch, and all take the step of the whole batch.
 
-An objective is a sum of losses over a number of units, so that sums over ranks of both, and of the gradients, are those
-of the whole batch, whatever the shares' sizes. With one rank every function here returns at once.
+An objective is a sum of losses and a number of units. Both, and the gradients, add up over ranks to those of the whole
+batch, however unequal the shares. With one rank every function here returns at once.
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ __all__ = [
     "sums",
 ]
 
-# Rounding of a float32 sum over a batch, with room: a loss that is not a sum over rows is off by far more.
+# Generous bound on the rounding of a float32 sum over a batch; a loss that is no sum over rows differs by far more.
 ROUNDING = 1e-3
 
 
 def first() -> bool:
-    """Whether this is the rank that writes."""
+    """Whether this is rank 0, which writes the files."""
     return placement.world().rank == 0
 
 
 def first_ranks(values: list[Any]) -> list[Any]:
-    """The values, plain ones, of the first rank."""
+    """Return rank 0's values (numbers, strings, lists) on all ranks."""
     return json.loads(placement.exchange(json.dumps(values))[0]) if placement.is_distributed() else values
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises `UnsupportedError` for a model whose step on all rows is not the sum of those on shares of them."""
+    """Raise `UnsupportedError` for a model whose gradients do not add up over shares of a batch."""
     if not placement.is_distributed():
         return
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             raise UnsupportedError(
-                f"train: {name} is a {type(module).__name__}, which on several ranks sees its share of a batch alone. "
+                f"train: {name} is a {type(module).__name__}, which would see only its rank's share of a batch. "
                 "Use SyncBatchNorm (on GPUs), GroupNorm or LayerNorm, or train in one process"
             )
     if isinstance(model, nn.parallel.DistributedDataParallel) or any(map(placement.is_sharded, model.parameters())):
         raise UnsupportedError(
-            f"train: the task's model is a wrapped or sharded {type(model).__name__}; wanted the plain module, whose "
-            "gradients train adds up. For FSDP2 use a loop of your own with gm.optim"
+            f"train: the task's model is a wrapped or sharded {type(model).__name__}; expected the plain module, whose "
+            "gradients train adds up itself. For FSDP2 write your own loop with gm.optim"
         )
 
 
 def same_weights_(model: nn.Module) -> None:
-    """Gives all ranks the first one's parameters and buffers."""
+    """Copy rank 0's parameters and buffers to all ranks."""
     if placement.is_distributed():
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
@@ -77,23 +77,23 @@ def same_weights_(model: nn.Module) -> None:
 
 
 def rows(batch: Any) -> Any:
-    """This rank's rows of each tensor of the batch: every N-th of N ranks."""
+    """Return this rank's rows of each tensor in the batch: every N-th, of N ranks."""
     rank, size = placement.world()
     return batch if size == 1 else _sliced(batch, slice(rank, None, size))
 
 
 def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
-    """Raises where the ranks drew different batches, or the loss is not a sum over rows of each tensor."""
+    """Raise where the ranks drew different batches, or the loss is not a sum over the rows of the tensors."""
     if not placement.is_distributed():
         return
     if len(set(placement.exchange(str(checksum(batch))))) > 1:
-        raise TaskError("train: the ranks drew different batches. Draw all that is random in them from the generator")
+        raise TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
     counts = {len(t) if t.ndim else 0 for t in _tensors(batch)}
     num_ranks = placement.world().size
     if len(counts) != 1 or min(counts) < num_ranks:
         raise UnsupportedError(
-            f"train: a batch is shared out to {num_ranks} ranks by rows, but its tensors have {sorted(counts)} of "
-            "them. Put the samples first, at least one for each rank, or train in one process"
+            f"train: {num_ranks} ranks divide a batch by rows, but its tensors have {sorted(counts)} rows. Put the "
+            "samples in the first dimension, at least one for each rank, or train in one process"
         )
     share = rows(batch)
     with evaluating(model), torch.no_grad():
@@ -102,13 +102,13 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
     if part_units != units or not torch.allclose(parts, whole, rtol=ROUNDING, atol=0, equal_nan=True):
         raise UnsupportedError(
             f"train: the loss of a batch, {float(whole):.6g} over {float(units):g} units, is not the sum over its "
-            f"rows, {float(parts):.6g} over {float(part_units):g}, so that it cannot be shared out to ranks. Train in "
-            "one process, or put the samples in the first dimension"
+            f"rows, {float(parts):.6g} over {float(part_units):g}, so that ranks cannot divide it. Train in one "
+            "process, or put the samples in the first dimension"
         )
 
 
 def sums(loss: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, without its graph, and the number of units of the whole batch."""
+    """Return the loss, detached, and the number of units of the whole batch."""
     loss = loss.detach()
     if placement.is_distributed():
         loss, units = loss.clone(), units.detach().clone()
@@ -117,7 +117,7 @@ def sums(loss: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_gradients(model: nn.Module) -> None:
-    """Adds up the gradients over the ranks, in place; one that some rank lacks is zero there."""
+    """Add up the gradients over the ranks, in place; a missing gradient counts as zero."""
     if not placement.is_distributed():
         return
     params = [p for p in model.parameters() if p.requires_grad]
@@ -131,7 +131,7 @@ def add_gradients(model: nn.Module) -> None:
 
 
 def random_states(device: torch.device) -> list[dict[str, str]]:
-    """The states of each rank's global generators, as text."""
+    """Return the states of each rank's global generators, as text."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -140,7 +140,7 @@ def random_states(device: torch.device) -> list[dict[str, str]]:
 
 
 def restore_random_state(states: list[dict[str, str]], device: torch.device) -> None:
-    """Sets this rank's global generators as `random_states` found them."""
+    """Set this rank's global generators to their states from `random_states`."""
     own = states[placement.world().rank]
     tensors = {name: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for name, text in own.items()}
     torch.set_rng_state(tensors["cpu"])
@@ -157,8 +157,8 @@ def _sliced(batch: Any, which: slice) -> Any:
         parts = [_sliced(value, which) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     raise UnsupportedError(
-        f"train: a batch is shared out to ranks where it consists of tensors in tuples, lists and dicts; this one "
-        f"holds a {type(batch).__name__}. Train in one process"
+        f"train: ranks can divide a batch of tensors in tuples, lists and dicts; this one has a "
+        f"{type(batch).__name__}. Train in one process"
     )
 
 

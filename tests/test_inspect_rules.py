@@ -1,0 +1,55 @@
+"""Every rule is run, and every code that a rule can yield is documented and says what to do."""
+
+from __future__ import annotations
+
+import ast
+import inspect as python
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gramian.inspection import comparison, rules, weight_rules
+
+MODULES = (rules, weight_rules, comparison)
+FINDINGS = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
+
+
+def calls() -> Iterator[ast.Call]:
+    """Each `Finding(…)` in the source of the rules."""
+    for module in MODULES:
+        for node in ast.walk(ast.parse(python.getsource(module))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding":
+                yield node
+
+
+def starts(code: ast.expr) -> list[str]:
+    """The codes that an expression can give; of an f-string, what it begins with."""
+    if isinstance(code, ast.IfExp):
+        return starts(code.body) + starts(code.orelse)
+    if isinstance(code, ast.JoinedStr):
+        return starts(code.values[0])
+    assert isinstance(code, ast.Constant)
+    return [str(code.value)]
+
+
+def label(call: ast.Call) -> str:
+    return "/".join(starts(call.args[0]))
+
+
+@pytest.mark.parametrize("call", list(calls()), ids=label)
+def test_a_finding_is_documented(call: ast.Call) -> None:
+    for start in starts(call.args[0]):
+        assert f"`{start}`" in FINDINGS or (start.endswith("-") and f"`{start}" in FINDINGS)
+
+
+@pytest.mark.parametrize("call", list(calls()), ids=label)
+def test_an_error_or_warning_says_what_to_do(call: ast.Call) -> None:
+    if starts(call.args[1]) != ["info"]:
+        assert {keyword.arg for keyword in call.keywords} & {"action", "advice"}
+
+
+@pytest.mark.parametrize("module", [rules, weight_rules])
+def test_every_rule_is_in_the_table(module) -> None:
+    functions = [f for f in vars(module).values() if python.isgeneratorfunction(f) and f.__module__ == module.__name__]
+    assert {f.__name__ for f in functions} <= {rule.__name__ for rule in rules.RULES}
