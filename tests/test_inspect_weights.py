@@ -18,7 +18,7 @@ from gramian.cli import main
 from gramian.inspection import weights
 from gramian.inspection.noise import Noise
 from gramian.inspection.spectra import describe
-from gramian.inspection.weights import layer_of
+from gramian.inspection.weights import report_row
 from gramian.report import Report
 
 
@@ -181,7 +181,7 @@ def test_deep_names_stay_apart_in_80_columns(tmp_path, monkeypatch, capsys):
 
 def test_what_ranks_send_each_other_arrives_bit_for_bit(monkeypatch):
     spectra = [describe(m) for m in (normal(80, 90), torch.zeros(3, 2), normal(4, 4) * float("inf"), normal(60, 5))]
-    rows = {7 - i: [(layer_of(f"é{i}", "Linear", "", s), s)] for i, s in enumerate(spectra)}
+    rows = {7 - i: [(report_row(f"é{i}", "Linear", "", s), s)] for i, s in enumerate(spectra)}
     monkeypatch.setattr(weights.placement, "is_distributed", lambda: True)
     found = weights._gather(rows)
     assert repr(found) == repr(rows)  # repr, since NaN differs from itself

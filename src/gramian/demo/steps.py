@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gramian import linalg, report, tasks
+from gramian.block import blocks
 from gramian.checkpoint import save_tensors
 from gramian.compression import compress, load_compressed, save_compressed
 from gramian.demo.page import document
@@ -87,7 +88,10 @@ def run(
     story.plan = compress(
         model, stats, keep=KEEP, progress=lambda done: progress("Compress", 0.9 * done / depth, "spectra")
     )
-    story.bytes_trained = _size(folder / "model.safetensors", lambda path: save_tensors(path, model.state_dict()))
+    about = blocks(model).metadata()
+    story.bytes_trained = _size(
+        folder / "model.safetensors", lambda path: save_tensors(path, model.state_dict(), about)
+    )
     compressed = folder / "compressed.safetensors"
     small = story.plan.apply()
     story.bytes_compressed = _size(compressed, lambda path: save_compressed(small, path))

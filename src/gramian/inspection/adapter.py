@@ -17,7 +17,7 @@ from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.inspection.comparison import matched
 from gramian.inspection.krylov import leading_vectors
-from gramian.inspection.matrices import find_holdings, read_config
+from gramian.inspection.matrices import Holding, find_holdings
 from gramian.report.files import write_text
 
 __all__ = ["Adapter", "extract_lora"]
@@ -95,11 +95,11 @@ def extract_lora(
     progress = progress or (lambda what, done, total: None)
     one, two = open_checkpoint(model), open_checkpoint(base)
     matched(one, two)
-    transposed = read_config(one.path).get("model_type") == "gpt2"
     factors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     squares = [0.0, 0.0]
     targets: list[str] = []
+    transposed = False  # PEFT's word for weights that are (in, out)
     left_out: list[str] = []
     holdings = {h.entry.name: h for h in find_holdings(one, layouts)[0]}
     names = [name for name in one.entries if name in two.entries and one.entries[name].kind == "float"]
@@ -116,7 +116,8 @@ def extract_lora(
         delta = new.double() - old.double()
         if not bool(delta.isfinite().all()):
             raise CheckpointError(f"{name}: not finite in one of the two, no adapter. Run gramian inspect on each.")
-        delta = delta.mT if transposed else delta
+        if _is_in_out(holding):
+            delta, transposed = delta.mT, True
         a, b = _factors(delta, rank)
         size, missed = float(delta.norm()), float((delta - b.double() @ a.double()).norm())
         errors[module] = missed / size if size else 0.0
@@ -151,6 +152,11 @@ def extract_lora(
     save_tensors(path / "adapter_model.safetensors", factors, {"format": "pt"})
     write_text(path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     return Adapter(path, rank, errors, math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0, tuple(left_out))
+
+
+def _is_in_out(holding: Holding) -> bool:
+    """Whether the tensor is (in, out), so that the columns of its matrices lie along its first dimension."""
+    return bool(set(holding.layout.dims[0]) & set(holding.layout.sides[2]))
 
 
 def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:

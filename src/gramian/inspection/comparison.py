@@ -18,7 +18,7 @@ from gramian.inspection.krylov import leading_vectors
 from gramian.inspection.matrices import Holding, find_holdings
 from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
-from gramian.inspection.weights import layer_of
+from gramian.inspection.weights import report_row
 from gramian.report import Action, Finding, Layer, Report
 from gramian.report.model import plural
 
@@ -88,7 +88,7 @@ def compare_checkpoints(
                 base += size * size
                 continue
             spectrum = describe_quickly(new - old) if quick else describe(new - old)
-            layer = layer_of(name, holding.kind, holding.role, _ranked_by_rounding(spectrum, eps, size))
+            layer = report_row(name, holding.kind, holding.role, _ranked_by_rounding(spectrum, eps, size))
             change = spectrum.frobenius_norm
             angle, dim = subspace_angle(new, old) if change and size else (None, None)
             layers.append(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian import placement
+from gramian import layers, placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name
@@ -26,7 +26,7 @@ from gramian.inspection.tail import Tail
 from gramian.inspection.vectors import image_directions, image_side, read_tokens, token_directions
 from gramian.report import Layer
 
-__all__ = ["layer_of", "measure_file", "measure_model"]
+__all__ = ["measure_file", "measure_model", "report_row"]
 
 Tell = Callable[[str, int, int], None]
 Rows = list[tuple[Layer, Spectrum]]
@@ -91,7 +91,7 @@ def measure_model(
         norm = _norm_of_module(block, input_size)
         for name, matrix in zip(block.names, block.pieces(), strict=True):
             spectrum = _describe(matrix, quick)
-            layer = layer_of(name, block.kind, block.role, spectrum, norm if len(block.names) == 1 else None)
+            layer = report_row(name, block.kind, block.role, spectrum, norm if len(block.names) == 1 else None)
             measured.layers.append(replace(layer, depth=len(measured.layers)))
             measured.spectra.append(spectrum)
             by_name[name] = lambda matrix=matrix: matrix
@@ -107,7 +107,7 @@ def measure_model(
     return measured
 
 
-def layer_of(
+def report_row(
     name: str, kind: str, role: str, spectrum: Spectrum, norm: tuple[float, float, str] | None = None
 ) -> Layer:
     """Return the report's row for a spectrum; `norm` is a convolution's operator norm, its error bound, and a note."""
@@ -198,13 +198,15 @@ def _measure_holding(checkpoint: Checkpoint, holding: Holding, quick: bool, inpu
     found = []
     for name, matrix in zip(holding.names, holding.split(tensor), strict=True):
         spectrum = _describe(matrix, quick)
-        found.append((layer_of(name, holding.kind, holding.role, spectrum, norm), spectrum))
+        found.append((report_row(name, holding.kind, holding.role, spectrum, norm), spectrum))
     return found
 
 
 def _norm_of_module(block: Block, size: tuple[int, int]) -> tuple[float, float, str] | None:
-    module, kernel = block.module, block.parameter.detach()
-    if not isinstance(module, nn.Conv2d) or module.weight is not block.parameter:
+    module: Any = block.module
+    kernel = block.parameter.detach()
+    own = getattr(module, "weight", None) is block.parameter
+    if not own or kernel.ndim != 4 or layers.layer_of(module).operation != "convolution":
         return None
     if not bool(kernel.isfinite().all()):
         return None

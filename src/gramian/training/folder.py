@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gramian.block import blocks
 from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree
 from gramian.checkpoint.faults import plain
 from gramian.errors import CheckpointError, InputError
@@ -101,7 +102,8 @@ class Folder:
         """Write the model and the summary of its run, and remove the checkpoint."""
         text = json.dumps({"identity": self.identity, **summary})
         tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-        save_tensors(self.path / MODEL, tensors, {"gramian.task": self.identity["task"], FINISHED: text})
+        about = {"gramian.task": self.identity["task"], FINISHED: text} | blocks(model).metadata()
+        save_tensors(self.path / MODEL, tensors, about)
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
 
