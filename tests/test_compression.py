@@ -15,14 +15,13 @@ from cases import seeded
 from gramian import Gram, Statistics
 from gramian.checkpoint import save_tensors
 from gramian.compression import (
-    DAMPING,
     LowRank,
     Plan,
-    _output_roots,
     compress,
     load_compressed,
     save_compressed,
 )
+from gramian.compression.weighted import DAMPING, _output_roots
 from gramian.errors import CheckpointError, InputError
 from gramian.statistics import Site
 from test_capture import assert_same, snapshot

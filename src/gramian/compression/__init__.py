@@ -1,0 +1,7 @@
+"""Compression by factorization: the spectra of all layers in one list, and one global budget of parameters."""
+
+from gramian.compression.files import load_compressed, save_compressed
+from gramian.compression.lowrank import LowRank
+from gramian.compression.planning import Plan, compress
+
+__all__ = ["LowRank", "Plan", "compress", "load_compressed", "save_compressed"]

@@ -1,0 +1,47 @@
+"""Modules of a model by name, with and without what wraps them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gramian.block import Block
+from gramian.checkpoint import clean_name
+
+__all__ = ["clean_module_name", "module_name", "replaced", "submodule", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` and the data-parallel wrappers put around it."""
+    while True:
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = model.module if parallel else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def module_name(block: Block) -> str:
+    return block.name.rpartition(".")[0]
+
+
+def clean_module_name(name: str) -> str:
+    return clean_name(f"{name}.").rstrip(".")
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of a block by its clean name, which leaves out wrappers inside the model."""
+    found = [m for raw, m in model.named_modules() if clean_module_name(raw) == name]
+    if not found:
+        raise AttributeError(f"{type(model).__name__} has no layer {name!r}")
+    return found[-1]
+
+
+def replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The model with another module in the place of `name`; where the model is that layer, the other module itself."""
+    old = submodule(model, name)
+    for parent in model.modules():
+        for child, value in parent.named_children():
+            if value is old:
+                setattr(parent, child, module)
+                return model
+    return module

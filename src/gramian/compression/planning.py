@@ -1,0 +1,186 @@
+"""Which layers keep how many ranks: one budget of parameters for the whole model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gramian.block import blocks
+from gramian.compression.lowrank import LowRank, matrix_of
+from gramian.compression.modules import module_name, replaced, submodule, unwrapped
+from gramian.compression.weighted import WeightedSVD, decompose, why_not
+from gramian.errors import InputError
+from gramian.objective import Objective
+from gramian.recording import capture
+from gramian.statistics import Site, Sites, Statistics
+
+__all__ = ["Plan", "compress"]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How many ranks each layer keeps at a share `keep` of the model's parameters.
+
+    `plan.at(keep=…)` gives another share without new decompositions; `plan.apply()` gives the smaller model.
+
+    Args:
+        model: as it came, dense.
+        spectra: the weighted singular value decomposition of each layer that can be factored.
+        keep: share of all the model's parameters.
+        ranks: by layer (the module's name), a rank, or `None` where the layer stays dense.
+        reasons: by layer, why it is not factored at any share.
+    """
+
+    model: nn.Module
+    spectra: tuple[WeightedSVD, ...]
+    keep: float
+    ranks: dict[str, int | None]
+    reasons: dict[str, str]
+
+    @property
+    def parameters_dense(self) -> int:
+        """Parameters of the model as it came."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model that `apply()` gives."""
+        saved = 0
+        for s in self.spectra:
+            rank = self.ranks[module_name(s.block)]
+            saved += 0 if rank is None else s.block.parameter.numel() - s.cost(rank)
+        return self.parameters_dense - saved
+
+    @property
+    def predicted_loss(self) -> float:
+        """The increase of the mean loss that the dropped singular values stand for, to second order: `½ Σ σ²`."""
+        lost = [s.values[self.ranks[module_name(s.block)] or len(s.values) :].square().sum() for s in self.spectra]
+        return 0.5 * float(sum(lost))
+
+    def at(self, *, keep: float) -> Plan:
+        """The plan at another share of the model's parameters, `0 < keep ≤ 1`.
+
+        Singular values of all layers stand in one list, by `σ²` for each parameter that they cost, and are taken from
+        the top until the budget is spent. Every layer keeps at least rank 1; a layer whose factors would be no smaller
+        than itself stays dense.
+
+        Raises:
+            InputError: `keep` is out of range, or below what rank 1 everywhere needs.
+        """
+        if not 0 < keep <= 1:
+            raise InputError(f"compress: keep must be a share in (0, 1], got {keep}")
+        total = self.parameters_dense
+        fixed = total - sum(s.block.parameter.numel() for s in self.spectra)
+        spent = fixed + sum(s.cost(1) for s in self.spectra)
+        if spent > keep * total:
+            raise InputError(
+                f"compress: keep={keep} of {total:,} parameters is {int(keep * total):,}, but rank 1 everywhere needs "
+                f"{spent:,}; the smallest possible keep is {spent / total:.3f}"
+            )
+        # Beyond its break-even a layer is dense, its further singular values free, taken with the last paid one.
+        steps = [range(1, s.break_even) for s in self.spectra]
+        worth = torch.cat([
+            s.values[1 : s.break_even].cpu().square() / sum(s.shape) for s in self.spectra
+        ])  # fmt: skip
+        cost = torch.tensor(
+            [s.cost(r + 1) - s.cost(r) for s, r_s in zip(self.spectra, steps, strict=True) for r in r_s]
+        )
+        owner = torch.repeat_interleave(torch.tensor([len(r) for r in steps]))
+        # Filled to the first that does not fit, and no further: so a larger budget never takes a rank from a layer.
+        order = worth.argsort(descending=True, stable=True)
+        taken = int((cost[order].cumsum(0) <= keep * total - spent).sum())
+        extra = owner[order[:taken]].bincount(minlength=len(self.spectra)).tolist()
+        ranks = {
+            module_name(s.block): 1 + r if 1 + r < s.break_even else None
+            for s, r in zip(self.spectra, extra, strict=True)
+        }
+        return replace(self, keep=keep, ranks=ranks)
+
+    def apply(self) -> nn.Module:
+        """A copy of the model with the planned layers factored. The original is untouched."""
+        model = copy.deepcopy(self.model)
+        for s in self.spectra:
+            name = module_name(s.block)
+            rank = self.ranks[name]
+            if rank is None:
+                continue
+            layer = submodule(model, name)
+            low = LowRank(layer, rank)
+            left, right = s.left[:, :rank], s.right[:rank]
+            bias: Any = layer.bias
+            if bias is not None and s.mean is not None:
+                bias = bias + (matrix_of(layer).double() - left @ right) @ s.mean
+            low.set_(left, right, bias)
+            model = replaced(model, name, low)
+        return model
+
+
+def compress(
+    model: nn.Module,
+    stats: Statistics | None = None,
+    *,
+    batches: Iterable[Any] | None = None,
+    objective: Objective | Callable | None = None,
+    keep: float = 0.5,
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """Factors every linear layer and convolution so that the loss grows least for the parameters kept.
+
+    Each layer is cut where its output error, weighted by the loss's curvature, is least: the SVD of `G^½ W A^½`, with A
+    the covariance of the layer's inputs (its bias takes up what the mean input loses) and G the second moment of its
+    output gradients. So weighted, the squared singular values of all layers are in one unit, the loss, and one budget
+    is filled from one list.
+
+    Args:
+        model: left untouched.
+        stats: from `gm.capture`, best with `fisher="gauss_newton"`; or give `batches` and `objective`.
+        batches: any re-iterable of batches, in place of `stats`.
+        objective: how they are turned into a loss, in place of `stats`.
+        keep: share of all the model's parameters to keep.
+        progress: called with the number of layers done.
+
+    Returns:
+        A plan; `plan.at(keep=0.3).apply()`. A wrapper around the whole model (`torch.compile`, `DataParallel`) is left
+        out of it.
+
+    Raises:
+        InputError: there are no statistics, they are not finite, or no layer can be factored.
+
+    Cost: two eigendecompositions and one singular value decomposition in float64 for each layer.
+    Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
+    factors.
+
+    >>> from torch import nn
+    >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2)), torch.eye(16)
+    >>> plan = compress(net, batches=[(x, x[:, :2])], objective=Objective.regression(), keep=0.6)
+    >>> plan.ranks["0"] < 8, plan.parameters <= 0.6 * plan.parameters_dense
+    (True, True)
+    """
+    if stats is None:
+        if batches is None or objective is None:
+            raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
+        stats = capture(model, batches, objective)
+    model = unwrapped(model)
+    spectra: list[WeightedSVD] = []
+    reasons: dict[str, str] = {}
+    for block in blocks(model).blocks:
+        sites = stats.get(block.name) or Sites([Site(reason="not in the statistics")])
+        reason = why_not(block, sites)
+        if reason:
+            reasons[module_name(block)] = reason
+            continue
+        spectra.append(decompose(block, sites.only))
+        if progress is not None:
+            progress(len(spectra))
+    if not spectra:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise InputError(
+            f"compress: no layer of {type(model).__name__} can be factored ({why or 'it has no matrices'})"
+        )
+    empty: dict[str, int | None] = {module_name(s.block): None for s in spectra}
+    return Plan(model, tuple(spectra), 1.0, empty, reasons).at(keep=keep)
