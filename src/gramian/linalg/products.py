@@ -11,11 +11,12 @@ from torch import Tensor
 
 from gramian.errors import DtypeError, InputError, ShapeError
 from gramian.linalg import certificate as cert
-from gramian.linalg.batch import check, choose, exponent_of, norm, scale
-from gramian.linalg.certificate import Certificate, default_rtol
-from gramian.linalg.probes import chain_rounding, of_norm, probes
-from gramian.linalg.symmetric import HALVED_FROM, halved
-from gramian.linalg.verdict import verdict
+from gramian.linalg.certificate import Certificate, default_rtol, verdict
+from gramian.linalg.engine.loading import check, choose
+from gramian.linalg.engine.probes import of_norm, probes
+from gramian.linalg.engine.rounding import chain_rounding, norm
+from gramian.linalg.engine.scaling import exponent_of, scale
+from gramian.linalg.engine.symmetric_products import HALVED_FROM, symmetric_product
 
 
 def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Tensor, "*b d d"]:
@@ -38,21 +39,11 @@ def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Ten
     check("syrk", x)
     if precision not in ("float32", "bfloat16"):
         raise InputError(f"syrk: expected precision 'float32' or 'bfloat16', got {precision!r}.")
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    n, d = x.shape[-2:]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    d = x.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
-        recorded = torch.is_grad_enabled() and wide.requires_grad
-        plain = type(wide) is Tensor or isinstance(wide, torch.nn.Parameter)
-        if min(n, d) >= HALVED_FROM and wide.device.type == "cpu" and plain and not recorded:
-            out = wide.new_empty(*wide.shape[:-2], d, d)
-            for matrix, gram in zip(wide.detach().reshape(-1, n, d), out.view(-1, d, d), strict=True):
-                factor = matrix.bfloat16() if precision == "bfloat16" else matrix
-                halved(factor.mT, factor, gram)
-            return out
-        half = wide.bfloat16() if precision == "bfloat16" and d >= HALVED_FROM else wide
-        gram = (half.mT @ half).to(wide.dtype)
-    # A general product may round (i, j) and (j, i) differently.
-    return gram.tril() + gram.tril(-1).mT
+        factor = x.to(torch.bfloat16 if precision == "bfloat16" and d >= HALVED_FROM else wide)
+        return symmetric_product(factor.mT, factor, wide)
 
 
 def second_moment(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from gramian.errors import InputError, ShapeError
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor
-from gramian.linalg.batch import Batch, check, choose, exponent_of, load, norm, scale
-from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.inverses import inv_ex
-from gramian.linalg.twofold import U, gamma, pair, product
-from gramian.linalg.verdict import verdict
+from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
+from gramian.linalg.engine import lapack
+from gramian.linalg.engine.double_double import pair, product
+from gramian.linalg.engine.loading import Loaded, check, choose, load
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.scaling import exponent_of, scale
+from gramian.linalg.inverse import inv_ex
 
 MAX_POWER = 2**48
 """Exponents of two, at most 2¹² a factor, must fit 64 bits; and rounding alone exceeds any `rtol` long before."""
 
-POWER = ("squaring_twofold",)
+POWER = ("squaring_double_double",)
 PRODUCT = ("sequential",)
 Slogdet = tuple[Tensor, Tensor]
 
@@ -42,7 +43,7 @@ class _Frame(NamedTuple):
         """An upper bound on ‖W (X + low) W⁻¹‖₂."""
         if self.w is None or self.v is None:
             gram = x.mT @ x
-            largest, _, ok = factor.eigh(gram)
+            largest, _, ok = lapack.eigh(gram)
             top = largest.amax(-1).clamp_min(0) + 20 * x.shape[-1] * U * norm(gram)
             return torch.where(ok, top.sqrt(), norm(x)).minimum(norm(x)) + norm(low)
         y = self.w @ x.to(self.w.dtype) @ self.v
@@ -58,9 +59,9 @@ def _frames(x: Tensor) -> list[_Frame]:
     frames = [_Frame(None, None, one, one * 0)]
     try:
         _, v = torch.linalg.eig(x)
-        w, info = factor.inverse(v)
+        w, info = lapack.inverse(v)
         spread = torch.linalg.svdvals(torch.where(v.isfinite(), v, 0))
-    except factor.LinAlgError:
+    except lapack.LinAlgError:
         return frames
     n = x.shape[-1]
     eye = torch.eye(n, dtype=v.dtype, device=v.device)
@@ -114,7 +115,7 @@ def _as_slogdet(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _finish(
-    batch: Batch, x: Tensor, exponent: Tensor, error: Tensor, bad: Tensor, dtype: torch.dtype
+    loaded: Loaded, x: Tensor, exponent: Tensor, error: Tensor, bad: Tensor, dtype: torch.dtype
 ) -> tuple[Slogdet, Tensor]:
     """Mantissa and log scale, NaN where there is no answer, and the relative error."""
     mantissa, log_scale, rounding = _as_slogdet(x, exponent, dtype)
@@ -123,7 +124,7 @@ def _finish(
     relative = torch.where((size == 0) & (error == 0), 0.0, relative).nan_to_num(nan=math.inf)
     mantissa = torch.where(bad[:, None, None], math.nan, mantissa)
     log_scale = torch.where(bad, math.nan, log_scale)
-    return (mantissa.reshape(batch.shape + mantissa.shape[1:]), log_scale.reshape(batch.shape)), relative
+    return (mantissa.reshape(loaded.shape + mantissa.shape[1:]), log_scale.reshape(loaded.shape)), relative
 
 
 @torch.no_grad()
@@ -195,7 +196,7 @@ def matrix_power_scaled(
     mantissa 0 and log_scale −inf.
     Raises: `ShapeError`, `DtypeError`, `InputError`; `ConvergenceError` where an inverse does not exist or the error
     bound is above rtol.
-    Cost: log₂ k to 2 log₂ k twofold products (4 float64 ones), with 5 more each and one eigendecomposition of A for
+    Cost: log₂ k to 2 log₂ k double-double products (4 float64 ones), with 5 more each and one eigendecomposition of A for
     the bound. Accuracy: one rounding of the dtype and of log_scale, 1e-9 at k = 10⁶, while k κ² 1e-21 is below it,
     κ being the eigenvectors' condition number. The residual is ‖AP − PA‖ / (‖A‖‖P‖).
     Source: Higham, Functions of Matrices (2008), §4.1; Ozaki et al., Numer. Algorithms 59 (2012), §3, the products.
@@ -222,7 +223,7 @@ def product_scaled_ex(
     """
     name = "product_scaled"
     choose(name, method, dict.fromkeys(PRODUCT))
-    batches: list[Batch] = []
+    batches: list[Loaded] = []
     dtype: torch.dtype | None = None
     for i, a in enumerate(matrices):
         check(name, a)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-Parts = Mapping[str, float | int]
+Operations = Mapping[str, float | int]
 """How many of each operation of `Constants.factors`, products in units of n³. A product with a few vectors counts for
 the casts and norms around it too. Products in bfloat16 are those of a batch: one alone is slower below 100."""
 
@@ -90,7 +90,7 @@ EMULATED = (4.0, 4.0, 4.0)
 """For bfloat16 on a processor without instructions for it, where a product is one in float32 and casts: an estimate."""
 
 
-def predict(parts: Parts, n: int, batch: int, device: str = "cpu") -> float:
+def predict(operations: Operations, n: int, batch: int, device: str = "cpu") -> float:
     """Seconds for a batch of matrices whose smaller side is n, made of so many operations each."""
     c = constants(device)
     unit = 2.0 * n**3 / c.rate
@@ -98,9 +98,9 @@ def predict(parts: Parts, n: int, batch: int, device: str = "cpu") -> float:
     together = n * batch ** (1 / 3)
     work = sum(
         count * _interpolated(c.factors[name], together if name in (*UNITS, "thin64") else n)
-        for name, count in parts.items()
+        for name, count in operations.items()
     )
-    calls = sum(count if name in (*UNITS, "thin64") else count * batch for name, count in parts.items())
+    calls = sum(count if name in (*UNITS, "thin64") else count * batch for name, count in operations.items())
     return batch * unit * work + calls * c.latency
 
 
