@@ -138,7 +138,7 @@ def test_bound_on_the_top_allows_for_noise(noise):
 def test_smallest_singular_value_of_the_ill_conditioned(shape, kappa):
     spectrum = torch.logspace(0, -math.log10(kappa), min(shape), dtype=torch.float64)
     a = random.with_spectrum(3, *shape, spectrum=spectrum, generator=seeded(20), dtype=torch.float64)
-    value, error = gl.conditioning.smallest(a)
+    value, error = gl.condition.smallest(a)
     for x, s, bound in zip(a, value, error, strict=True):
         exact = min(oracle_svdvals(x))
         assert abs(mpmath.mpf(s.item()) - exact) <= bound.item()

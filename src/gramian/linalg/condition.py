@@ -102,7 +102,7 @@ def _by_inverse(x: Tensor, *, rtol: float, generator: torch.Generator | None) ->
     if x.shape[-1] == 1:
         return _by_gram(x, rtol=rtol, generator=generator)
     x = x.to(torch.float64)
-    value, error = _ratio(*_largest(x), *_smallest(x))
+    value, error = _ratio(*largest(x), *smallest(x))
     if not bool(error.isfinite().all()):
         # Beyond κ of about 1e15 nothing is known: the Gram matrix's ratio is as good as any.
         s, _, _ = by_gram(x)
@@ -110,7 +110,7 @@ def _by_inverse(x: Tensor, *, rtol: float, generator: torch.Generator | None) ->
     return _of_columns(x, Number(value, error, torch.zeros_like(error, dtype=torch.long)))
 
 
-def _largest(x: Tensor) -> tuple[Tensor, Tensor]:
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     """σ₁ of each x (B, m, n) in float64, and a bound on its error: where x is small, the tighter of two."""
     s, errors, ok = by_gram(x)
     value, error = s[:, -1], torch.where(ok, errors[:, -1], math.inf)
@@ -121,7 +121,7 @@ def _largest(x: Tensor) -> tuple[Tensor, Tensor]:
     return value, error
 
 
-def _smallest(x: Tensor) -> tuple[Tensor, Tensor]:
+def smallest(x: Tensor) -> tuple[Tensor, Tensor]:
     """σ_n of each x (B, m, n), m ≥ n, in float64, and a bound on its error, inf where κ is beyond about 1e14.
 
     σ_n = 1/‖X⁻¹‖₂ with the inverse refined on double-double residuals, so that κ does not magnify its rounding. Where
@@ -146,7 +146,7 @@ def _smallest(x: Tensor) -> tuple[Tensor, Tensor]:
     r, r_error = minus(eye_like(x), product(square, close))
     # X⁻¹ = Y(I − R)⁻¹.
     size = norm(r) + r_error
-    top, blur = _largest(close.hi)
+    top, blur = largest(close.hi)
     blur = blur + norm(close.lo)
     value = 1 / top
     high = (1 + size) / (top - blur).clamp_min(0) / (1 - spread)

@@ -64,7 +64,7 @@ def _inverter(invert: Invert, work: torch.dtype) -> Callable[..., Answer | None]
     def run(x: Tensor, *, shift: Tensor, decline: float) -> Answer | None:
         m = damped(x, shift)
         narrow = m.hi.to(work)
-        if work == torch.float32 and invert is by_cholesky and hopeless(narrow, decline, CHOLESKY32_ERROR, 1):
+        if work == torch.float32 and invert is by_cholesky and hopeless(narrow, decline, CHOLESKY32_ERROR):
             return None
         y, bad = invert(narrow)
         error, residual = inverse_bound(

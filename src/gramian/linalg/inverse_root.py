@@ -51,7 +51,7 @@ def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: fl
     """V w^(-1/p) Vᵀ by an eigendecomposition in float32; error εκ/p."""
     narrow = x.float()
     narrow = narrow + shift.float()[:, None, None] * torch.eye(x.shape[-1], dtype=narrow.dtype, device=x.device)
-    if hopeless(narrow, decline * p, EIGH32_ERROR, 1):
+    if hopeless(narrow, decline * p, EIGH32_ERROR):
         return None
     w, v, ok = lapack.eigh(narrow)
     value, error, residual = _from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype)

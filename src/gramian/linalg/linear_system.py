@@ -25,7 +25,10 @@ __all__ = ["solve", "solve_ex"]
 
 
 def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Callable[..., Answer]:
-    """The method with Y ≈ M⁻¹ in `work`, then z ← z + Y(b − Mz). As I − YM = L, ‖M⁻¹b − z‖_F ≤ ‖Y(b − Mz)‖_F / (1 − ‖L‖)."""
+    """The method that takes Y ≈ M⁻¹ in `work`, then z ← z + Y(b − Mz) so many times.
+
+    With I − YM = L, ‖M⁻¹b − z‖_F ≤ ‖Y(b − Mz)‖_F / (1 − ‖L‖).
+    """
 
     def run(x: Tensor, *, shift: Tensor, b: Tensor, decline: float) -> Answer:
         m, right = damped(x, shift), pair(b)
@@ -105,7 +108,7 @@ SOLVE = register(
         },
         "square",
         -1,
-        plain=torch.linalg.solve,
+        plain=lambda m, b: torch.linalg.solve(m, b),
         exact=_exact_solution,
         examples={"solve": lambda a: {"b": torch.ones_like(a[..., :1])}},
         damped=True,

@@ -109,7 +109,7 @@ def _of_map(
         caller = Caller(dtype, exponent.to(device))
         finite = finite and (values is None or bool(values.isfinite().all()))
         for again in (False, True) if finite else ():
-            # There is no SVD to fall back on. The second run uses a wider block, which multiple eigenvalues do not defeat.
+            # There is no SVD to fall back on. The second run has a wider block, for multiple eigenvalues.
             asked = tolerance / 8 if again else tolerance
             found = by_products(ops, rank, caller, rtol=asked, generator=source, wide=again)
             if not finite or bool((found.excess <= tolerance).all()):
@@ -225,8 +225,8 @@ def svd_lowrank(
         InputError: for an unknown method, a rank out of range, a negative rtol, or "svd" of a map.
         ConvergenceError: where the excess may be above rtol.
     Cost: "block_krylov" takes products with about 4k vectors for slow decay and 2k for fast, in float32 where its
-    rounding leaves room for rtol, and a float64 pass with 24 vectors to bound that rounding. "svd" takes one float64 SVD
-    (about 50 products); "auto" uses it up to a side of 96, for k > n/4, and where the other is not certified.
+    rounding leaves room for rtol, and a float64 pass with 24 vectors to bound that rounding. "svd" takes one float64
+    SVD (about 50 products); "auto" uses it up to a side of 96, for k > n/4, and where the other is not certified.
     Accuracy: the excess is bounded from ‖A‖_F² − Σ sᵢ², so it is resolved down to about 1e-7 of ‖A‖_F, unless all that
     is missed is below that. The bound of "block_krylov" is an estimate that fails with probability 5 `krylov.FAILURE`.
     The certificate's residual is ‖A − USVᵀ‖_F / ‖A‖_F.

@@ -196,8 +196,8 @@ def matrix_power_scaled(
     mantissa 0 and log_scale −inf.
     Raises: `ShapeError`, `DtypeError`, `InputError`; `ConvergenceError` where an inverse does not exist or the error
     bound is above rtol.
-    Cost: log₂ k to 2 log₂ k double-double products (4 float64 ones), with 5 more each and one eigendecomposition of A for
-    the bound. Accuracy: one rounding of the dtype and of log_scale, 1e-9 at k = 10⁶, while k κ² 1e-21 is below it,
+    Cost: log₂ k to 2 log₂ k double-double products (4 float64 ones), with 5 more each and one eigendecomposition of A
+    for the bound. Accuracy: one rounding of the dtype and of log_scale, 1e-9 at k = 10⁶, while k κ² 1e-21 is below it,
     κ being the eigenvectors' condition number. The residual is ‖AP − PA‖ / (‖A‖‖P‖).
     Source: Higham, Functions of Matrices (2008), §4.1; Ozaki et al., Numer. Algorithms 59 (2012), §3, the products.
 

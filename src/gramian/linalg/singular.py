@@ -26,7 +26,7 @@ RESOLVED = 1e-8
 
 
 def by_gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """σ̂ (B, n) ascending from the eigenvalues of XᵀX in float64, bounds on |σ̂ − σ|, and for which LAPACK converged (B,).
+    """σ̂ (B, n) ascending from the eigenvalues of XᵀX in float64, bounds on |σ̂ − σ|, and where LAPACK converged (B,).
 
     With |σ̂² − σ²| ≤ η, |σ̂ − σ| ≤ η / (σ̂ + √(σ̂² − η)), and never more than √η.
     """

@@ -121,7 +121,7 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) 
 
 def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, decline: float) -> Answer | None:
     """By an eigendecomposition in float32, bounded by probes."""
-    if math.isfinite(decline) and hopeless(damped(x, shift).hi.float(), decline, EIGH32_ERROR, 0.5):
+    if math.isfinite(decline) and hopeless(damped(x, shift).hi.float(), decline, EIGH32_ERROR, power=0.5):
         return None
     return _by_probes(x, shift, dtype, torch.float32)
 

@@ -37,11 +37,10 @@ def eigenvalue_ratio(g: Tensor) -> Tensor:
     return torch.where(bad, 0.0, smallest / largest).to(torch.float64).nan_to_num(nan=0.0)
 
 
-def hopeless(g: Tensor, rtol: float, error: float, power: float) -> bool:
-    """Whether `error` · κ^power is above rtol for all g (B, n, n), κ being guessed; False for an rtol of inf.
+def hopeless(g: Tensor, rtol: float, error: float, *, power: float = 1.0) -> bool:
+    """Whether `error` · κ^power is above rtol for all g (B, n, n), by a guess of κ; False for an rtol of inf.
 
-    `error` is what a method loses per κ^power; a method declines where the guess says that none of the matrices is
-    within its reach.
+    `error` is what a method loses per κ^power: where this is true the method should decline.
     """
     if not (math.isfinite(rtol) and g.numel()):
         return False

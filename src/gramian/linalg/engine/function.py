@@ -33,9 +33,9 @@ class MatrixFunction:
 
     Attributes:
         name: the public function; `name_ex` returns the certificate too.
-        methods: its methods in order of accuracy. Each is called as `run(x, *, decline, **arguments)` with x `(B, m, n)`
-            finite and, unless the function is unscaled, with entries below 1. It returns None, "I decline", where it
-            sees early that it will not reach the rtol `decline`, which is inf for the last method. The arguments are
+        methods: its methods in order of accuracy. Each is called as `run(x, *, decline, **arguments)` with x `(B, m,
+            n)` finite and, unless the function is unscaled, with entries below 1. It returns None, "I decline", where
+            it sees early that it will not reach the rtol `decline`, which is inf for the last method. The arguments are
             those of `evaluate`, `shift` (B,), the damping on the scale of x, where the function takes damping, and for
             symmetric domains `dtype`, the caller's.
         domain: the matrices that it is for. "general" (m, n), which the methods get with m ≥ n, "square", and symmetric
@@ -44,7 +44,8 @@ class MatrixFunction:
         degree: how the value follows the scale. A number k: f(cX) = cᵏ f(X), as for the inverse, k = −1. "by exponent":
             in another way, as the logarithm; the methods get `exponent` (B,) and answer for 2^exponent · X.
             "unscaled": the methods get the matrices at their own scale.
-        plain: the function by plain LAPACK, for one matrix or a batch, without a certificate: a peer in tests and bench.
+        plain: the function by plain LAPACK, for one matrix or a batch, without a certificate: the peer in tests and in
+            the bench.
         exact: the function of an mpmath matrix, as `exact(mpmath, matrix, **options)`; None where it does not exist.
             For symmetric domains, of an eigenvalue instead, as `exact(mpmath, eigenvalue, **options)`.
         examples: name of an example: its options from the matrix, for tests and bench.

@@ -34,7 +34,7 @@ def halved(x: Tensor, y: Tensor, out: Tensor) -> None:
 
 
 def symmetric_product(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x y (..., n, n) in `dtype`, exactly symmetric, for x (..., n, k) and y (..., k, n) whose exact product is symmetric.
+    """x y (..., n, n) in `dtype`, exactly symmetric, for x (..., n, k) and y (..., k, n) with a symmetric product.
 
     On a CPU, from 256 rows and columns, it takes 5/8 to 9/16 of the work, unless a gradient is recorded or x is a
     tensor subclass.

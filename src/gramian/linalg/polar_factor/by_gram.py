@@ -25,7 +25,7 @@ PRODUCT32_ERROR = (4e-6, 5e-7)
 def gram_eigh32(x: Tensor, *, decline: float) -> Answer | None:
     """By an eigendecomposition of the Gram matrix, all in float32; error εκ²."""
     g = gram(x)
-    if hopeless(g, decline, GRAM32_ERROR, 1):
+    if hopeless(g, decline, GRAM32_ERROR):
         return None
     w, v, ok = lapack.eigh(g)
     return _from_eigenpairs(x, w, v, ok, 2.0**-23)

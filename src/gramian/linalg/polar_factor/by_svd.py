@@ -47,7 +47,7 @@ def svd(x: Tensor, *, decline: float) -> Answer:
 
 
 def svd_refined(x: Tensor, *, decline: float) -> Answer:
-    """By the SVD and Newton steps in its basis on double-double residuals, which take the error from uκ to u for uκ < 1."""
+    """By the SVD and Newton steps on double-double residuals, which take the error from uκ to u for uκ < 1."""
     return _by_svd(x, product, steps=2)
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.linalg.engine.scaling import exponent_of, scale, unit_peak
+from gramian.linalg.engine.scaling import unit_peak
 from gramian.linalg.polar_factor.zolotarev import CHUNK
 
 COEFFICIENTS = (
@@ -23,7 +23,7 @@ COEFFICIENTS = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.875, -1.25, 0.375),
 )
-"""Minimax odd quintics a·x + b·x³ + c·x⁵ composed on [1e-3, 1], then the plain quintic Newton–Schulz step from there on.
+"""Minimax odd quintics a·x + b·x³ + c·x⁵ composed on [1e-3, 1], and then the plain quintic Newton–Schulz step.
 Amsel, Persson, Musco, Gower, arXiv:2505.16932, algorithm 1 with cushion 0.02407327424182761 (§4.4)."""
 
 CUSHION = 0.02407327424182761
@@ -133,7 +133,8 @@ def newton_schulz(
         x = x.to(torch.promote_types(compute, torch.float32))
         if x.numel():
             tiny = torch.finfo(x.dtype).tiny
-            x = scale(x, -exponent_of(x))  # the norm of entries near 1e30 would overflow
+            # Two divisions: the norm of entries near 1e30 overflows before they are divided by the largest.
+            x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
             x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY).clamp_min(tiny)
             # A bfloat16 product into a transposed buffer has no fast kernel on a CPU: a thousand times slower.
             x = x.to(compute, memory_format=torch.contiguous_format)

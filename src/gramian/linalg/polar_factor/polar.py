@@ -162,7 +162,7 @@ def polar_ex(
 ) -> tuple[Float[Tensor, "*b m n"], Certificate]:
     """`polar` with its certificate, never raising for a matrix's values.
 
-    `certify=False` is for the direction of an optimizer's step. Nothing is converged, the bound is inf, and a GPU is not
+    `certify=False` is for the direction of an optimizer's step. Nothing is converged, the bound is inf, and no GPU is
     synchronized. "auto" then takes the cheaper of "newton_schulz" and "zolotarev", with steps, dtype and coefficients
     made for `rtol`: the root mean square of σ − 1 over the answer's singular values. Those of A below
     `direction.least_ratio` times the largest are not counted. `rtol=0.1` is about half the error of torch.optim.Muon's

@@ -41,7 +41,7 @@ def weights(low: float) -> tuple[float, float, float]:
 def qdwh(x: Tensor, *, decline: float) -> Answer | None:
     """Two Halley steps for singular values above 5e-4 of the largest, a polynomial one, in float32; error εκ."""
     g = gram(x)
-    if hopeless(g, decline, STEPS32_ERROR, 0.5):
+    if hopeless(g, decline, STEPS32_ERROR, power=0.5):
         return None
     # ‖A‖₂ from above, within a few per cent: ‖A‖₂ ≤ ‖(AᵀA)⁴‖_F^(1/8).
     p = probes(x.shape[-1], x.device)

@@ -104,7 +104,7 @@ def zolotarev(
 
 
 def _sum_of_fractions(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
-    """f of the singular values of x (B, m, n); it keeps the layout of x in memory, and transposes only its Gram matrix."""
+    """f of the singular values of x (B, m, n). It keeps the memory layout of x and transposes only its Gram matrix."""
     tall = x.shape[-2] > x.shape[-1]
     x = unit_peak(x, torch.float32)
     g = symmetric_product(x.mT, x) if tall else symmetric_product(x, x.mT)
