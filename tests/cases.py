@@ -17,7 +17,7 @@ from torch import Tensor
 import gramian.linalg as gl
 from gramian import random
 from gramian.linalg.engine.function import FUNCTIONS as REGISTRY
-from gramian.linalg.engine.function import Options
+from gramian.linalg.engine.function import Options, examples
 
 mpmath.mp.dps = 60
 WIDE = (torch.float32, torch.float64)
@@ -207,13 +207,6 @@ def _case(name: str, options: Options, needs: str) -> tuple:
         return _as_matrix(function.plain(a, **options(a)), a)
 
     return certified, exact, lapack, needs
-
-
-def examples() -> Iterator[tuple[str, str, Options]]:
-    """Each example of each registered function: its name, the function's, and its options from the matrix."""
-    for name, function in REGISTRY.items():
-        for label, options in (function.examples or {name: lambda a: {}}).items():
-            yield label, name, options
 
 
 FUNCTIONS = {

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import gramian.linalg as gl
-from cases import DEVICES, HALF, SHAPES, WIDE, examples, hostile, seeded, untyped
+from cases import DEVICES, HALF, SHAPES, WIDE, hostile, seeded, untyped
 from gramian import random
 from gramian.errors import ConvergenceError, DtypeError, InputError, ShapeError
 from gramian.linalg.engine.function import FUNCTIONS as REGISTRY
+from gramian.linalg.engine.function import examples
 
 
 def certified(name, options=lambda a: {}, **fixed):

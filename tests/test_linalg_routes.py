@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import gramian.linalg as gl
-from cases import DEVICES, SQUARE, examples, mp, seeded
+from cases import DEVICES, SQUARE, mp, seeded
 from gramian import random
 from gramian.linalg.engine import cost, double_double, probes
 from gramian.linalg.engine.eigenvalue_ratio import eigenvalue_ratio
 from gramian.linalg.engine.escalation import ladder
-from gramian.linalg.engine.function import FUNCTIONS
+from gramian.linalg.engine.function import FUNCTIONS, examples
 from gramian.linalg.engine.symmetric_products import gram, symmetric_product
 from gramian.linalg.polar_factor.direction import cheapest
 from gramian.linalg.polar_factor.qdwh import weights

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from gramian.linalg.engine import lapack
+from gramian.linalg.engine import lapack as factor
 from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead
 from gramian.optim.scaling import rescale_
@@ -81,7 +81,7 @@ def _turn_basis(g: Tensor, state: State, side: str, due: Tensor | None) -> Tenso
     moment = state[f"{side}_moment"][at]
     size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     scaled = moment / size.clamp_min(torch.finfo(g.dtype).tiny)
-    values, turn, ok = lapack.eigh(scaled)
+    values, turn, ok = factor.eigh(scaled)
     good = ok & turn.isfinite().all(-1).all(-1) & (size[:, 0, 0] > 0)
     turn = torch.where(good[:, None, None], turn, torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device))
     diagonal = torch.diag_embed(values * size[:, :, 0])

@@ -6,7 +6,7 @@ imports it. Checking, scaling, the choice of methods, escalation and certificate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -72,6 +72,22 @@ def register(function: MatrixFunction) -> MatrixFunction:
     assert function.name not in FUNCTIONS, function.name
     FUNCTIONS[function.name] = function
     return function
+
+
+def examples() -> Iterator[tuple[str, str, Options]]:
+    """Each example of each registered function: its own name, the function's, and its options from the matrix."""
+    for name, function in FUNCTIONS.items():
+        for label, options in (function.examples or {name: lambda a: {}}).items():
+            yield label, name, options
+
+
+def methods_table() -> str:
+    """The methods of every registered function and what they are for, as a Markdown table for the docs."""
+    lines = ["| function | methods, in order of accuracy | for |", "|-|-|-|"]
+    for name, function in FUNCTIONS.items():
+        for i, (method, row) in enumerate(function.methods.items()):
+            lines.append(f"| {f'`{name}`' if i == 0 else ''} | `{method}` | {row.purpose} |")
+    return "\n".join(lines)
 
 
 def evaluate(
