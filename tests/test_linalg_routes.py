@@ -91,13 +91,17 @@ def test_every_method_of_every_function_is_within_its_bounds(label, name, option
     a = gallery(48, 48, psd=function.domain != "general")
     _, kappa = polar_oracle(a)
     value, certificate = getattr(gl, f"{name}_ex")(a, method=method, **options(a))
-    exact = function.plain(a.double(), **options(a.double()))
-    exists = exact.isfinite().flatten(1).all(1)
-    assert not certificate.converged[~exists].any()
-    # Where the oracle in float64 is NaN it knows nothing.
-    check_bounds(value, certificate, exact.nan_to_num(nan=1.0), torch.where(exists, kappa, math.inf))
+    wide = a.double()
+    exact = function.plain(wide, **options(wide))
+    nudge = random.normal(*a.shape, generator=seeded(9), dtype=torch.float64)
+    nudged = wide + 1e-10 * torch.linalg.matrix_norm(wide)[:, None, None] * (nudge + nudge.mT) / 100
+    moved = (function.plain(nudged, **options(wide)) - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    # Where float64 gives NaN, or the function is too sensitive, the oracle says nothing.
+    amplification = torch.maximum(kappa, moved / 1e-10).nan_to_num(nan=math.inf)
+    check_bounds(value, certificate, exact.nan_to_num(nan=1.0), amplification)
     if method == "auto":
-        assert certificate.converged[kappa < 1e6].all()
+        assert (amplification < 1e5).sum() > 4
+        assert certificate.converged[amplification < 1e5].all()
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4])

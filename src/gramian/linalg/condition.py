@@ -191,7 +191,7 @@ def cond_ex(
     Args:
         a, method, rtol, generator: as for `cond`.
     Returns: the condition numbers and their `Certificate`.
-    Raises: `ShapeError`, `DtypeError`, `InputError` for wrong arguments.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `cond`.
     Source: as for `cond`.
 

@@ -199,7 +199,7 @@ def inv_ex(
     Args:
         m, damping, method, rtol: as for `inv`.
     Returns: the inverse and its `Certificate`.
-    Raises: `ShapeError`, `DtypeError`, `InputError` for wrong arguments.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `inv`.
     Source: as for `inv`.
 

@@ -333,7 +333,7 @@ def inv_root_ex(
     Args:
         m, p, damping, method, rtol: as for `inv_root`.
     Returns: the inverse root and its `Certificate`.
-    Raises: `ShapeError`, `DtypeError`, `InputError` for wrong arguments.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `inv_root`.
     Source: as for `inv_root`.
 

@@ -130,7 +130,7 @@ def solve_ex(
     Args:
         m, b, damping, method, rtol: as for `solve`.
     Returns: the solution and its `Certificate`.
-    Raises: `ShapeError`, `DtypeError`, `InputError` for wrong arguments.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `solve`.
     Source: as for `solve`.
 

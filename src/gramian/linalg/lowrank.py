@@ -146,7 +146,7 @@ def svd_lowrank_ex(
     Args:
         a, rank, method, rtol, generator: as for `svd_lowrank`.
     Returns: the factors and their `Certificate`.
-    Raises: `ShapeError`, `DtypeError`, `InputError` for wrong arguments.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `svd_lowrank`.
     Source: as for `svd_lowrank`.
 

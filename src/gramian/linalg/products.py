@@ -1,4 +1,4 @@
-"""Products: xᵀx at half the work, and a·b by several routes."""
+"""Products: xᵀx at half the work, and a·b by several methods."""
 
 from __future__ import annotations
 
@@ -24,12 +24,20 @@ def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Ten
 
     syrk(X) = XᵀX, exactly symmetric.
 
-    Arguments: `x` (..., n, d), n samples of d features; `precision`, "float32" (of the dtype, and wider), or
-    "bfloat16": factors and result rounded to 8 bits, where d is at least 256. Half types are accumulated and returned
-    in float32, also under autocast, since the sum over samples neither fits float16 nor survives bfloat16's 8 bits.
-    Raises: `ShapeError`, `DtypeError`, `InputError`. Cost: one product; on a CPU, from d = 256 and where no gradient is
-    recorded, 5/8 to 9/16 of one, what lies below the diagonal being mirrored. Accuracy: nε ‖X‖²_F; in bfloat16 each
-    entry is within 2⁻⁷ √(M_ii M_jj) of its own.
+    Half types are accumulated and returned in float32, also under autocast: the sum over samples neither fits float16
+    nor survives the 8 bits of bfloat16.
+
+    Args:
+        x: `(..., n, d)`, n samples of d features.
+        precision: "float32", for the dtype of `x` and at least float32, or "bfloat16", which rounds factors and result
+            to 8 bits where d is at least 256.
+    Returns: `(..., d, d)`, in the dtype of `x`, at least float32.
+    Raises:
+        ShapeError: where `x` has fewer than two dimensions.
+        DtypeError: where `x` is not real floating point.
+        InputError: for another precision.
+    Cost: one product; on a CPU, from d = 256 and where no gradient is recorded, 5/8 to 9/16 of one: the part below
+    the diagonal is mirrored. Accuracy: nε ‖X‖²_F; in bfloat16 each entry is within 2⁻⁷ √(M_ii M_jj).
     Source: Higham, Accuracy and Stability (2002), §3.5.
 
     >>> syrk(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -51,8 +59,13 @@ def second_moment(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
 
     second_moment(X) = XᵀX / n = (1/n) Σ xᵢxᵢᵀ, exactly symmetric.
 
-    Arguments: `x` (..., n, d), n ≥ 1 samples of d features; half types as in `syrk`.
-    Raises: `ShapeError`, also for n = 0; `DtypeError`. Cost: one product. Accuracy: nε times the mean ‖xᵢ‖².
+    Args:
+        x: `(..., n, d)`, n ≥ 1 samples of d features; half types as in `syrk`.
+    Returns: `(..., d, d)`, in the dtype of `x`, at least float32.
+    Raises:
+        ShapeError: where `x` has fewer than two dimensions, or no sample.
+        DtypeError: where `x` is not real floating point.
+    Cost: one product. Accuracy: nε times the mean ‖xᵢ‖².
     Source: Higham, Accuracy and Stability (2002), §3.5.
 
     >>> second_moment(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -121,9 +134,16 @@ def matmul_ex(
 ) -> tuple[Float[Tensor, ...], Certificate]:
     """`matmul` with its certificate, never raising for a matrix's values.
 
-    `error_bound` and `rtol` are relative to ‖A‖_F ‖B‖_F, as in `matmul`: where the product cancels, no route has digits
-    relative to it. `residual` is relative to ‖AB‖_F. The error is measured with the products of 32 random vectors in
-    float64 (up to 32 columns: all of it); each certificate costs three such.
+    `error_bound` and `rtol` are relative to ‖A‖_F ‖B‖_F, as in `matmul`: where the product cancels, no method has
+    digits relative to the product itself. `residual` is relative to ‖AB‖_F.
+
+    Args:
+        a, b, method, rtol: as for `matmul`.
+    Returns: the product and its `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `matmul`, and three float64 products with 32 random vectors, which measure the error. Accuracy: the
+    bound is an estimate, or a bound where B has up to 32 columns.
+    Source: this library's own.
 
     >>> value, certificate = matmul_ex(torch.ones(3, 3), torch.eye(3), method="bfloat16")
     >>> certificate.converged.item(), certificate.method_names
@@ -164,15 +184,23 @@ def matmul_ex(
 def matmul(
     a: Float[Tensor, ...], b: Float[Tensor, ...], *, method: str = "auto", rtol: float | None = None
 ) -> Float[Tensor, ...]:
-    """The product AB, by torch or by a route that trades accuracy or calls for time.
+    """The product AB, by torch's product or by a named method that trades accuracy for time.
 
-    Arguments: `a` (..., m, k) and `b` (..., k, n) of one dtype, their batches broadcast; `method`, one of `MATMUL` or
-    "auto"; `rtol`, the error ‖C − AB‖_F / (‖A‖_F ‖B‖_F) that "auto" may make (`certificate.RTOL` of the dtype if None).
-    Raises: `ShapeError`, `DtypeError`, `InputError`.
-    Cost: one product. "auto" is torch's product throughout: strassen was not faster where it was timed (example 5), and
-    bfloat16 is where a processor has units for it, at the price of accuracy; both are there by name. Accuracy, relative
-    to ‖A‖_F ‖B‖_F: torch and loop ku; strassen about 18 (k/4 + 6) u, in norm only: a small
-    entry beside large ones loses its digits; bfloat16 3·2⁻⁸ whatever the dtype.
+    "auto" is always torch's product. "strassen" was not faster where it was timed (example 5), and "bfloat16" is only
+    where the processor has units for it, at the price of accuracy. "loop" makes one call for each matrix.
+
+    Args:
+        a: `(..., m, k)`.
+        b: `(..., k, n)`, of the same dtype; the batches are broadcast.
+        method: "torch", "strassen", "bfloat16", "loop" or "auto".
+        rtol: the error ‖C − AB‖_F / (‖A‖_F ‖B‖_F) that "auto" may make; `certificate.RTOL` of the dtype if None.
+    Returns: `(..., m, n)`, in the dtype of the factors.
+    Raises:
+        ShapeError: where the inner sizes differ, or the batches do not broadcast.
+        DtypeError: where a factor is not real floating point, or the dtypes differ.
+        InputError: for an unknown method or a negative rtol.
+    Cost: one product. Accuracy, relative to ‖A‖_F ‖B‖_F: "torch" and "loop" ku; "strassen" about 18 (k/4 + 6) u in norm
+    only, so that a small entry beside large ones loses its digits; "bfloat16" 3·2⁻⁸ whatever the dtype.
     Source: Higham, Accuracy and Stability (2002), §3.5 and theorem 23.3 (the Winograd form).
 
     >>> matmul(torch.eye(3), torch.ones(3, 3), method="strassen")

@@ -121,7 +121,7 @@ def svdvals_ex(
     Args:
         a, method, rtol: as for `svdvals`.
     Returns: the singular values and their `Certificate`.
-    Raises: `ShapeError`, `DtypeError`, `InputError` for wrong arguments.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `svdvals`.
     Source: as for `svdvals`.
 

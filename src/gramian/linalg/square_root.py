@@ -192,7 +192,7 @@ def sqrtm_ex(
     Args:
         m, damping, method, rtol: as for `sqrtm`.
     Returns: the square root and its `Certificate`.
-    Raises: `ShapeError`, `DtypeError`, `InputError` for wrong arguments.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `sqrtm`.
     Source: as for `sqrtm`.
 

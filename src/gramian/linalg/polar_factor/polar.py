@@ -174,7 +174,7 @@ def polar_ex(
         certify: whether to bound the error; False only with "auto" and "newton_schulz".
         dtype: of the products of `method="newton_schulz"`; float32 (float64 for float64) if None.
     Returns: the polar factor and its `Certificate`.
-    Raises: `ShapeError`, `DtypeError`, `InputError` for wrong arguments.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `polar`.
     Source: as for `polar`.
 
