@@ -42,7 +42,8 @@ class MatrixFunction:
             ones, "semidefinite" or "definite": of them the methods get the symmetric part, and a matrix that is not
             symmetric up to rounding fails.
         degree: how the value follows the scale. A number k: f(cX) = cᵏ f(X), as for the inverse, k = −1. "by exponent":
-            in another way, as the logarithm; the methods get `exponent` (B,) and answer for 2^exponent · X.
+            in another way, as the logarithm; the methods get `exponent` (B,), integers as `scaling.scale` takes them, and
+            answer for 2^exponent · X. (torch would multiply them by a Python float in float32: cast to float64 first.)
             "unscaled": the methods get the matrices at their own scale.
         plain: the function by plain LAPACK, for one matrix or a batch, without a certificate: the peer in tests and in
             the bench.
