@@ -15,7 +15,6 @@ from gramian.linalg.engine import lapack
 from gramian.linalg.engine.double_double import Product, eye_like, minus, pair, product, rough, transpose
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
-from gramian.linalg.engine.loading import check
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.symmetric_products import gram
 
@@ -129,8 +128,7 @@ def svdvals_ex(
     >>> value.tolist(), certificate.converged.item()
     ([4.0, 3.0], True)
     """
-    check("svdvals", a)
-    return evaluate(SVDVALS, a.mT if a.shape[-2] < a.shape[-1] else a, method=method, rtol=rtol)
+    return evaluate(SVDVALS, a, method=method, rtol=rtol)
 
 
 def svdvals(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b k"]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 Operations = Mapping[str, float | int]
-"""How many of each operation of `Constants.factors`; products of n×n matrices count as one. A product with a few vectors
+"""How many of each operation of `Constants.factors`; a product of n×n matrices is one. A product with a few vectors
 includes the casts and norms around it. Products in bfloat16 are those of a batch: below n = 100 a single one is
 slower."""
 

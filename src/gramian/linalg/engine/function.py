@@ -38,12 +38,12 @@ class MatrixFunction:
             it sees early that it will not reach the rtol `decline`, which is inf for the last method. The arguments are
             those of `evaluate`, `shift` (B,), the damping on the scale of x, where the function takes damping, and for
             symmetric domains `dtype`, the caller's.
-        domain: the matrices that it is for. "general" (m, n), which the methods get with m ≥ n, "square", and symmetric
-            ones, "semidefinite" or "definite": of them the methods get the symmetric part, and a matrix that is not
-            symmetric up to rounding fails.
+        domain: the matrices that it is for. "general": (m, n), of which the methods get the transpose if m < n, and a
+            value that is a matrix is transposed back. "square". "semidefinite" and "definite": symmetric, of which the
+            methods get the symmetric part, and one that is not symmetric up to rounding fails.
         degree: how the value follows the scale. A number k: f(cX) = cᵏ f(X), as for the inverse, k = −1. "by exponent":
-            in another way, as the logarithm; the methods get `exponent` (B,), integers as `scaling.scale` takes them, and
-            answer for 2^exponent · X. (torch would multiply them by a Python float in float32: cast to float64 first.)
+            in another way, as for the logarithm; the methods get the integers `exponent` (B,) and answer for
+            2^exponent · X. (Use `scaling.scale`, or cast them to float64: times a Python float they are float32.)
             "unscaled": the methods get the matrices at their own scale.
         plain: the function by plain LAPACK, for one matrix or a batch, without a certificate: the peer in tests and in
             the bench.
@@ -109,6 +109,8 @@ def evaluate(
     check(name, a, square=function.domain != "general")
     choose(name, method, function.methods)
     tolerance = default_rtol(rtol, a.dtype)
+    wide = function.domain == "general" and a.shape[-2] < a.shape[-1]
+    a = a.mT if wide else a
     degree = function.degree
     degree = degree(**options) if callable(degree) else degree
     shift = None if damping is None else damping_of(name, damping, a)
@@ -130,7 +132,8 @@ def evaluate(
         loaded = replace(loaded, finite=loaded.finite & right.finite)
         exponent = right.exponent if exponent is None else exponent + right.exponent
         options["b"] = right.x
-    return _run(function, names, loaded, exponent, tolerance, options)
+    value, certificate = _run(function, names, loaded, exponent, tolerance, options)
+    return (value.mT if wide and value.ndim == a.ndim else value), certificate
 
 
 def _ladder(function: MatrixFunction, a: Tensor, rtol: float) -> list[str]:

@@ -193,9 +193,7 @@ def polar_ex(
             raise InputError(f"polar: certify=False is for 'auto' and 'newton_schulz', got {method!r}.")
         value, chosen = direction(a, default_rtol(rtol, a.dtype))
         return value, _uncertified(a, chosen.method, chosen.steps)
-    wide = a.shape[-2] < a.shape[-1]
-    value, certificate = evaluate(POLAR, a.mT if wide else a, method=method, rtol=rtol)
-    return (value.mT if wide else value), certificate
+    return evaluate(POLAR, a, method=method, rtol=rtol)
 
 
 def _newton_schulz_ex(
