@@ -16,9 +16,9 @@ from gramian.linalg.density import (
     spectral_radius_ex,
 )
 from gramian.linalg.engine.function import FUNCTIONS
-from gramian.linalg.extremes import spectral_norm, spectral_norm_ex
 from gramian.linalg.linear_map import LinearMap
 from gramian.linalg.lowrank import svd_lowrank, svd_lowrank_ex
+from gramian.linalg.norm import spectral_norm, spectral_norm_ex
 from gramian.linalg.products import matmul, matmul_ex, second_moment, syrk
 from gramian.linalg.scaled import matrix_power_scaled, matrix_power_scaled_ex, product_scaled, product_scaled_ex
 

@@ -14,10 +14,10 @@ from gramian.linalg.certificate import Certificate, default_rtol, require_conver
 from gramian.linalg.engine import probes
 from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plus, product, transpose
 from gramian.linalg.engine.escalation import Number, numbers
+from gramian.linalg.engine.krylov import FAILURE, by, top_bound, top_vector
 from gramian.linalg.engine.loading import check, choose, load, unscaled
 from gramian.linalg.engine.rounding import U, gamma, norm
-from gramian.linalg.extremes import NARROW, SEEN, SMALL, leading, search, start_of
-from gramian.linalg.krylov import FAILURE, by, top_bound, top_vector
+from gramian.linalg.norm import NARROW, SEEN, SMALL, leading, search, start_of
 from gramian.linalg.singular import by_gram, svd_double_double
 
 TINY = 128

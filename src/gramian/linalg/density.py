@@ -14,10 +14,10 @@ from gramian.linalg import certificate as cert
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
 from gramian.linalg.engine import lapack as factor
 from gramian.linalg.engine.escalation import Number, numbers
+from gramian.linalg.engine.krylov import default_generator, gaussian, lanczos
 from gramian.linalg.engine.loading import check, choose, load
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import scale
-from gramian.linalg.krylov import default_generator, gaussian, lanczos
 from gramian.linalg.linear_map import LinearMap, ScaledMap, as_linear_map, is_dense
 from gramian.linalg.scaled import matrix_power_scaled_ex
 

@@ -16,11 +16,11 @@ from gramian.linalg.certificate import Certificate, default_rtol, require_conver
 from gramian.linalg.engine import lapack, probes
 from gramian.linalg.engine.double_double import eye_like, minus, pair, rough, transpose
 from gramian.linalg.engine.escalation import climb
+from gramian.linalg.engine.krylov import by, default_generator, random_rows
 from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.lowrank_krylov import Caller, Found, Products, by_products, excess
 from gramian.linalg.engine.rounding import U, gamma, norm
-from gramian.linalg.krylov import by, default_generator, random_rows
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
-from gramian.linalg.lowrank_krylov import Caller, Found, Products, by_products, excess
 
 SMALL = 96
 """Up to this smaller side the SVD costs less than the Krylov method's calls."""

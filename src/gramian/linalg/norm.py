@@ -13,10 +13,7 @@ from torch import Tensor
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.engine import probes
 from gramian.linalg.engine.escalation import Number, numbers
-from gramian.linalg.engine.loading import check, choose, load, unscaled
-from gramian.linalg.engine.rounding import U, gamma, norm
-from gramian.linalg.engine.scaling import scale
-from gramian.linalg.krylov import (
+from gramian.linalg.engine.krylov import (
     FAILURE,
     Krylov,
     by,
@@ -29,6 +26,9 @@ from gramian.linalg.krylov import (
     top_bound,
     top_vector,
 )
+from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.scaling import scale
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
 from gramian.linalg.singular import by_gram, svd_double_double
 
