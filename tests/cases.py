@@ -251,7 +251,7 @@ SPECTRAL = {
     "cond": (lambda a: _number(gl.cond_ex(a)), oracle_cond, _lapack_cond, "general"),
     "cond/lanczos": (lambda a: _number(gl.cond_ex(a, method="lanczos")), oracle_cond, _lapack_cond, "general"),
 }
-"""The same for numbers; "/method" names a route that auto takes only for large matrices, and which may flag more."""
+"""The same for numbers; "/method" names a method that auto takes only for large matrices, and which may flag more."""
 ALL = FUNCTIONS | SPECTRAL
 
 

@@ -63,7 +63,7 @@ def test_random_hostile_matrices_score(name, dtype):
     silent, ratios, flagged, met = score(name, 31, 24, dtype, RTOL[dtype])
     assert not silent
     if "/" in name:
-        return  # a route by name: honest, but neither as tight nor as far-reaching as auto
+        return  # a method by name: honest, but neither as tight as auto nor with its reach
     assert statistics.median(ratios) <= 100
     # One in a hundred over all the functions; a few dozen matrices of one function allow three.
     assert flagged <= max(3, 0.01 * met)

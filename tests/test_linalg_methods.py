@@ -68,7 +68,7 @@ def check_bounds(value, certificate, exact, amplification):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(48, 48), (160, 40), (64, 200)], ids=str)
 @pytest.mark.parametrize("method", ["auto", *(m for m in POLAR if m != "newton_schulz")])
-def test_polar_routes_are_within_their_bounds(method, shape, dtype):
+def test_polar_methods_are_within_their_bounds(method, shape, dtype):
     a = gallery(*shape, psd=False, dtype=dtype)
     exact, kappa = polar_oracle(a)
     value, certificate = gl.polar_ex(a, method=method)
@@ -106,7 +106,7 @@ def test_every_method_of_every_function_is_within_its_bounds(label, name, option
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", ["auto", *INV_ROOT])
-def test_inverse_root_routes_are_within_their_bounds(method, p):
+def test_inverse_root_methods_are_within_their_bounds(method, p):
     m = gallery(56, 56, psd=True)
     exact, w = by_eigh(m, -1 / p)
     kappa = torch.where(w[:, 0] > 0, w[:, -1] / w[:, 0], math.inf)
@@ -117,7 +117,7 @@ def test_inverse_root_routes_are_within_their_bounds(method, p):
 
 
 @pytest.mark.parametrize("method", ["auto", *SQRTM])
-def test_square_root_routes_are_within_their_bounds(method):
+def test_square_root_methods_are_within_their_bounds(method):
     m = gallery(56, 56, psd=True)
     exact, w = by_eigh(m, 0.5)
     value, certificate = gl.sqrtm_ex(m, method=method)
@@ -128,7 +128,7 @@ def test_square_root_routes_are_within_their_bounds(method):
 
 @pytest.mark.parametrize("psd", [True, False])
 @pytest.mark.parametrize("method", ["auto", *INV])
-def test_inverse_routes_are_within_their_bounds(method, psd):
+def test_inverse_methods_are_within_their_bounds(method, psd):
     if method.startswith("cholesky") and not psd:
         pytest.skip("Cholesky is for symmetric matrices")
     m = gallery(56, 56, psd=psd)
