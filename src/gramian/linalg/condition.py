@@ -39,7 +39,7 @@ def _by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) ->
     top = leading(x if narrow else x.to(torch.float64), 0.4 * rtol, generator)
     x = x.to(torch.float64)
     square = torch.linalg.qr(x, mode="r").R if m != n else x
-    # The transpose lies as LAPACK wants it: no copy across.
+    # The transpose has the column-major layout that LAPACK wants, which saves a copy.
     lu, pivots, info = torch.linalg.lu_factor_ex(square.mT)
     singular = info != 0
     if bool(singular.any()):
@@ -47,7 +47,7 @@ def _by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) ->
     images: list[Tensor] = []
 
     def solve(y: Tensor, *, adjoint: bool) -> Tensor:
-        # Without a batch LAPACK reads the factors where they lie.
+        # Without a batch LAPACK reads the factors in place.
         if b == 1:
             return torch.linalg.lu_solve(lu[0], pivots[0], y[0].mT, adjoint=adjoint).mT[None]
         return torch.linalg.lu_solve(lu, pivots, y.mT, adjoint=adjoint).mT

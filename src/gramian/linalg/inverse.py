@@ -113,7 +113,7 @@ def _certified(m: Pair, y: Pair, bad: Tensor, times: Product, otherwise: int, st
     """M⁻¹ = Y(I − R)⁻¹ with R = I − MY, so ‖M⁻¹ − Y‖_F ≤ ‖YR‖_F + ‖YR‖_F‖R‖/(1 − ‖R‖)."""
     r, r_error = minus(eye_like(y.hi), times(m, y))
     size = norm(r) + r_error
-    # ‖Y‖ times the rounding of R, but row by row: graded matrices have their large rows of Y at small ones of M.
+    # ‖Y‖ times the rounding of R, row by row: in graded matrices large rows of Y meet small ones of M.
     spread = rounding(m, y, times)
     blur = sum(
         ((y.hi.abs() @ row[..., None]).norm(dim=(1, 2)) * column.norm(dim=1) for row, column in spread), size * 0

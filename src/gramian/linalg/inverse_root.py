@@ -62,7 +62,7 @@ def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: fl
 
 
 def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: float) -> Answer:
-    """The same in float64, the product V w^(-1/p) Vᵀ in float32 if M came so; error uκ/p and a rounding of the answer.
+    """The same in float64, with V w^(-1/p) Vᵀ multiplied in float32 unless M is float64; error uκ/p and one rounding.
 
     Where a positive definite M is not proven the value is the root of the inverse on the range.
     """
@@ -82,7 +82,7 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: fl
 
 
 def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: float) -> Answer:
-    """X ← XT, M ← TᵖM with T = ((p + 1)I − M)/p, products only, in float32 (float64 if M came so). Iannazzo 2006.
+    """X ← XT, M ← TᵖM with T = ((p + 1)I − M)/p, products only, in float32 (float64 for a float64 M). Iannazzo 2006.
 
     For devices on which an eigendecomposition is slow. Positive definiteness comes from a Cholesky factor of X.
     """
@@ -99,7 +99,7 @@ def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, dec
         t = (eye * (p + 1) - y) / p
         y, z = power(t, p, torch.matmul) @ y, z @ t
         gap = norm(y - eye)
-        # Rounding makes the iteration turn round once it is as near as it comes.
+        # Rounding makes the iteration diverge again once it has reached its limiting accuracy: keep the best.
         better = gap < least
         best, least = torch.where(better[:, None, None], z, best), torch.where(better, gap, least)
         steps = step + 1
@@ -146,7 +146,7 @@ def _from_eigenpairs(m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype) 
 
 
 def _eigen_bound(m: Pair, value: Tensor, root: Tensor, v: Tensor, p: int, probe: Probes) -> tuple[Tensor, Tensor]:
-    """As `_root_bound` for X = V₀ diag(root) V₀ᵀ, V₀ = V(VᵀV)^(-1/2), seen from its own basis, which is cheaper.
+    """As `_root_bound` for X = V₀ diag(root) V₀ᵀ, V₀ = V(VᵀV)^(-1/2), in the basis of V, which is cheaper.
 
     V₀ᵀ(XᵇMXᵃ − I)V₀ = DᵇV₀ᵀMV₀Dᵃ − I, D = diag(root). V₀ differs from V by less than φ = ‖VᵀV − I‖₂, for which
     LAPACK's bound is taken (Users' Guide, §4.7, with p(n) = 10n), and that moves the product by √κ φ on either side.
@@ -167,7 +167,7 @@ def _eigen_bound(m: Pair, value: Tensor, root: Tensor, v: Tensor, p: int, probe:
     image = thin_product(m, size, right)
     back = v.mT @ (image.hi + image.lo)
     back_error = image.error * 1.1 + 2 * slip * norm(image.hi)
-    # DᵇVᵀM = (I + R)D⁻ᵃVᵀ: what is wrong before M grows by no more than that.
+    # DᵇVᵀM = (I + R)D⁻ᵃVᵀ: an error made before M is magnified by at most that.
     left_error = top**b * back_error + 2.2 * low**-a * slip * norm(inner) + 8 * U * length
     turned = 5 * root_n * phi * ((top / low) ** a + (top / low) ** b)
     r = of_norm(root[:, :, None] ** b * back - omega, probe, left_error) + turned
@@ -186,7 +186,7 @@ def _root_bound(
     probe: Probes,
     times_m: Callable[[Pair, Tensor], Pair],
 ) -> tuple[Tensor, Tensor]:
-    """A bound on ‖value − M^(-1/p)‖_F, `value` being near X, which `times` applies and is positive definite; and r.
+    """A bound on ‖value − M^(-1/p)‖_F, for a `value` near the positive definite X that `times` applies; and r.
 
     If r = ‖XᵇMXᵃ − I‖ < 1, a + b = p, then the eigenvalues of X^(p/2) M X^(p/2) are as near to 1, (1 − r) X⁻ᵖ ≤ M ≤
     (1 + r) X⁻ᵖ, and as λ^(-1/p) is operator monotone, ‖M^(-1/p) − X‖ ≤ ((1 − r)^(-1/p) − 1) ‖X‖ in every unitarily
@@ -212,7 +212,7 @@ def _root_bound(
     right, right_error = several(once, once_error, a - 1) if a else (omega, zero)
     image = times_m(m, right)
     left, left_error = several(image.hi + image.lo, image.error + U * norm(image.hi), p - a)
-    # XᵇM = (I + R) X⁻ᵃ, and X⁻ᵖ ≤ M / (1 − r): what went wrong before M grows by no more than that.
+    # XᵇM = (I + R) X⁻ᵃ, and X⁻ᵖ ≤ M / (1 − r): an error made before M is magnified by at most that.
     left_error = left_error + right_error * 2 * (2 * norm(m.hi)) ** (a / p)
     r = of_norm(left - omega, probe, left_error)
     relative = torch.expm1(torch.log1p(-r.clamp_max(0.5)) / -p)

@@ -91,7 +91,7 @@ def _times(a: _Power, b: _Power, frames: list[_Frame]) -> _Power:
     size_a, size_b = a.x.abs() + a.low.abs(), b.x.abs() + b.low.abs()
     p = product(pair(a.x, a.low), pair(b.x, b.low))
     grown = 1 + 4 * gamma(n + 4)
-    # No entry errs by more than the Frobenius bound of the product, and none errs that is zero by the factors' zeros.
+    # No entry errs by more than the Frobenius bound of the product, and an entry that is zero by the factors' zeros is exact.
     local = torch.where(size_a @ size_b > 0, p.error[:, None, None], 0.0)
     entries = (size_a @ b.entries + a.entries @ (size_b + b.entries)) * grown + local
     errors = [
@@ -109,7 +109,7 @@ def _as_slogdet(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor
     log_scale = exponent.to(torch.float64) * math.log(2) + size.log()
     unit = x / torch.where(size > 0, size, 1.0)[:, None, None]
     mantissa = unit.to(dtype)
-    # An error in the logarithm is a relative one of the matrix; ln 2, the product and the sum are each rounded.
+    # An error in the logarithm is a relative error of the matrix; ln 2, the product and the sum are each rounded.
     rounding = norm(mantissa.to(torch.float64) - unit) + 4 * U * (1 + exponent.abs().to(torch.float64))
     return mantissa, log_scale, torch.where(size > 0, rounding, 0.0)
 
@@ -277,7 +277,7 @@ def product_scaled_ex(
         after = b.x if after is None else b.x @ after
         e = exponent_of(after)
         after, after_exponent = scale(after, -e), after_exponent + b.exponent + e
-    # The norms of what follows are rounded as well: to first order that doubles nothing, and 2 covers the second.
+    # The norms of the following factors are rounded as well: a second-order effect, which the factor 2 covers.
     absolute = 2 * error * norm(x)
     absolute = torch.where(error == 0, 0.0, absolute).nan_to_num(nan=math.inf)
     value, relative = _finish(batches[0], x, exponent, absolute, ~finite, dtype)

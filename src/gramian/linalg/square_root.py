@@ -80,7 +80,7 @@ def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, s
 
 
 def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) -> Answer:
-    """V w₊^(1/2) Vᵀ, with the bound of the difference of two roots from that of their squares.
+    """V w₊^(1/2) Vᵀ, with a bound on the difference of two roots from one on the difference of their squares.
 
     Positive parts are no farther apart than the matrices: e bounds ‖M₊ − X²‖_F if ‖M − V w Vᵀ‖_F and ‖VᵀV − I‖_F do.
     Then ‖√M₊ − X‖_F ≤ (√n e)^(1/2) (Powers–Størmer; Bhatia, Matrix Analysis, theorem X.1.3), and ≤ e / (2√λ) where
@@ -106,7 +106,7 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) 
     image = rough(m, pair(omega))
     miss = of_norm(image.hi - vectors @ (w[:, :, None] * across), p, image.error + slip * wide + norm(m.lo))
     apart = of_norm(apply(value, omega) - vectors @ (s[:, :, None] * across), p, slip * (wide.sqrt() + norm(value)))
-    # (V w Vᵀ)₊ and X² are V w₊ Vᵀ but for the defect of V.
+    # (V w Vᵀ)₊ and X² are V w₊ Vᵀ up to the defect of V.
     e = miss + 4 * phi * wide
     lowest = (w[:, 0] * (1 - 2 * phi) - e).clamp_min(0)
     error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt())) + apart

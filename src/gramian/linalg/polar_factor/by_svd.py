@@ -67,7 +67,7 @@ def _newton(a: Pair, q: Pair, s: Tensor, v: Tensor) -> Pair:
     if q.hi.shape[-2] > q.hi.shape[-1]:
         outside, _ = minus(a, product(q, w))
         outside = outside + q.hi @ inner
-        # What rounding left in range would be magnified by H⁻¹ and spoil QᵀQ.
+        # A rounding error inside the range of Q would be magnified by H⁻¹ and spoil QᵀQ.
         outside = outside - q.hi @ (q.hi.mT @ outside)
         step = step + outside @ (v / torch.where(s > 0, s, torch.inf)[:, None, :]) @ v.mT
     return plus(q, step)
@@ -88,7 +88,7 @@ def _bounded(x: Tensor, q: Pair, s: Tensor, v: Tensor, times: Product, steps: in
     slack = (1 - size).clamp_min(2.0**-30) ** -1.5
     turned = (norm(f @ h.hi) + (f_error + gamma(n + 2) * norm(f)) * norm(h.hi)) * slack * (1 + size) / 2
     distance = norm(gap) + gap_error + turned
-    # H is positive definite if S^(-1/2) Vᵀ H V S^(-1/2) is near I, and then its eigenvalues are near S in ratio.
+    # H is positive definite if S^(-1/2) Vᵀ H V S^(-1/2) is near I, and then its eigenvalues are close to S, relatively.
     turned_h = times(times(pair(v.mT), h), pair(v))
     off, off_error = minus(turned_h, pair(torch.diag_embed(s)))
     fade = torch.where(s > 0, s, 0.0).rsqrt()

@@ -1,4 +1,4 @@
-"""The polar factor to a few per cent, as steps of an optimizer want it: shifted inverses of the Gram matrix, summed.
+"""The polar factor to a few per cent, for the steps of optimizers: a sum of shifted inverses of the Gram matrix.
 
 Zolotarev's best rational approximation to the sign on [low, 1] is a sum of simple fractions in x², so that
 polar(A) ≈ α (I + Σⱼ wⱼ (AAᵀ + pⱼI)⁻¹) A: one Gram matrix, `terms` Cholesky factorizations and one product, where an
