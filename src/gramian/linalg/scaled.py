@@ -91,7 +91,7 @@ def _times(a: _Power, b: _Power, frames: list[_Frame]) -> _Power:
     size_a, size_b = a.x.abs() + a.low.abs(), b.x.abs() + b.low.abs()
     p = product(pair(a.x, a.low), pair(b.x, b.low))
     grown = 1 + 4 * gamma(n + 4)
-    # No entry errs by more than the Frobenius bound of the product, and an entry that is zero by the factors' zeros is exact.
+    # No entry errs by more than the product's Frobenius bound; one that is zero by the factors' zeros is exact.
     local = torch.where(size_a @ size_b > 0, p.error[:, None, None], 0.0)
     entries = (size_a @ b.entries + a.entries @ (size_b + b.entries)) * grown + local
     errors = [
