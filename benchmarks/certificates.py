@@ -1,16 +1,16 @@
 """Scores the certificates on 10,000 seeded hostile matrices: writes benchmarks/results/certificates.json.
 
-The generator is the tests' `hostile`, frozen before the routes were written; the seeds below were drawn once, after
+The generator is the tests' `hostile`, frozen before the methods were written; the seeds below were drawn once, after
 them. (910 000 was used up: a certificate changed after it. It gave none silent and 0.16 % flagged.)
 Small matrices (n ≤ 8) are judged by 60-digit arithmetic, larger ones (48 and 96) by the float64 answer of the
-twofold route and its own bound. Run from the repository's root: python benchmarks/certificates.py
+double-double method and its own bound. Run from the repository's root: python benchmarks/certificates.py
 
 `python benchmarks/certificates.py spectral` scores spectral_norm, cond, svdvals and svd_lowrank, small ones and those
-large enough for their Krylov routes, and writes benchmarks/results/certificates_spectral.json. Its routes were
+large enough for their Krylov methods, and writes benchmarks/results/certificates_spectral.json. Those methods were
 developed on the seeds 700 000 and 710 000. (930 000 was used up: it gave none silent, 0.014 % flagged, and a largest
-median of 103, of cond in float64, whose bound was then made tighter. 950 000, 970 000
-and 980 000 were used up as the bounds of the Krylov routes changed: none silent, 0.043, 0.043 and 0.029 % flagged,
-largest medians of 80, 70 and, of svd_lowrank, 1136, whose bound was then made tighter.)
+median of 103, of cond in float64, whose bound was then made tighter. 950 000, 970 000 and 980 000 were used up as the
+bounds of the Krylov methods changed: none silent, 0.043, 0.043 and 0.029 % flagged, largest medians of 80, 70 and, of
+svd_lowrank, 1136, whose bound was then made tighter.)
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ FEW = 20
 
 
 def score_against_float64(name: str, seed: int, n: int, count: int) -> tuple[list, list[float], int, int]:
-    """As `cases.score`, in float32, with the float64 answer in the place of the oracle."""
+    """As `cases.score`, in float32, with the float64 answer as the oracle."""
     function, _, lapack, needs = FUNCTIONS[name]
     a = hostile(seed, count, n, n, torch.float32, psd=needs == "psd")
     value, certificate = function(a)
     exact, reference = function(a.double())
     if name == "sqrtm":
-        # What is rounding in float32 is indefinite in float64: plain LAPACK, and its error by Powers and Størmer.
+        # What is indefinite by float32 rounding is truly indefinite in float64: take plain LAPACK, and its
+        # error by Powers and Størmer.
         exact = torch.stack([lapack(x.nan_to_num(posinf=0).double()) for x in a])
         reference = _known(reference, a, math.sqrt(10 * n * 2.0**-53))
     silent, ratios, flagged, met = [], [], 0, 0
@@ -122,7 +123,7 @@ def spectral() -> None:
 
 
 def _write(name: str, seed: int, rows: list[dict], total: int) -> None:
-    # A route by name, after a slash, is honest, but reaches less far than auto.
+    # A method by name, after a slash, is honest, but reaches less far than auto.
     auto = [row for row in rows if "/" not in row["function"]]
     medians = [row["median_bound_over_error"] for row in auto if row["errors"] >= FEW]
     body = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import jaxtyping
 import mpmath
@@ -17,6 +16,8 @@ from torch import Tensor
 
 import gramian.linalg as gl
 from gramian import random
+from gramian.linalg.engine.function import FUNCTIONS as REGISTRY
+from gramian.linalg.engine.function import Options, examples
 
 mpmath.mp.dps = 60
 WIDE = (torch.float32, torch.float64)
@@ -170,102 +171,51 @@ def mp_error(value: Tensor, exact: mpmath.matrix | None) -> float:
     return error if error > 1e-25 else 0.0
 
 
-def _eigh(m: mpmath.matrix) -> tuple[list, mpmath.matrix]:
-    w, v = mpmath.eigsy(m)
-    return list(w), v
+def oracle(name: str, a: Tensor, damping: float = 0.0, **options) -> mpmath.matrix | None:
+    """A registered function of a + damping·I in 60 digits, by its row's `exact`; None where it does not exist."""
+    function = REGISTRY[name]
+    x = mp(a) + mpmath.mpf(damping) * mpmath.eye(a.shape[0]) if damping else mp(a)
+    if not function.symmetric:
+        return function.exact(mpmath, x, **options)
+    w, v = mpmath.eigsy(x)
+    top = max(abs(e) for e in w)
+    if function.domain == "definite":
+        exists = min(w) > top * mpmath.mpf(10) ** -45
+    else:
+        exists = min(w) >= -10 * a.shape[0] * torch.finfo(a.dtype).eps * top
+        w = [max(e, mpmath.mpf(0)) for e in w]
+    return v * mpmath.diag([function.exact(mpmath, e, **options) for e in w]) * v.T if exists else None
 
 
-def _function(w: list, v: mpmath.matrix) -> mpmath.matrix:
-    return v * mpmath.diag(w) * v.T
+def _as_matrix(value: Tensor, a: Tensor) -> Tensor:
+    """A vector for each matrix as a column."""
+    return value[..., None] if value.ndim < a.ndim else value
 
 
-def _exists(w: list, power: int = 1) -> bool:
-    return bool(w) and min(w) > max(w) * mpmath.mpf(10) ** -(45 if power == 1 else 44)
+def _case(name: str, options: Options, needs: str) -> tuple:
+    """The row of `FUNCTIONS` for a registered function with the options of one of its examples."""
+    function = REGISTRY[name]
 
+    def certified(a: Tensor) -> tuple[Tensor, gl.Certificate]:
+        value, certificate = getattr(gl, f"{name}_ex")(a, **options(a))
+        return _as_matrix(value, a), certificate
 
-def oracle_polar(a: Tensor) -> mpmath.matrix | None:
-    x = mp(a if a.shape[0] >= a.shape[1] else a.mT)
-    w, v = _eigh(x.T * x)
-    if not _exists(w):
-        return None
-    q = x * _function([1 / mpmath.sqrt(e) for e in w], v)
-    return q if a.shape[0] >= a.shape[1] else q.T
+    def exact(a: Tensor) -> mpmath.matrix | None:
+        return oracle(name, a, **options(a))
 
+    def lapack(a: Tensor) -> Tensor:
+        return _as_matrix(function.plain(a, **options(a)), a)
 
-def oracle_svdvals(a: Tensor) -> mpmath.matrix:
-    x = mp(a if a.shape[0] >= a.shape[1] else a.mT)
-    w, _ = _eigh(x.T * x)
-    return mpmath.matrix([[mpmath.sqrt(max(e, 0))] for e in sorted(w, reverse=True)])
-
-
-def oracle_inv(a: Tensor, damping: float = 0.0) -> mpmath.matrix | None:
-    x = mp(a) + mpmath.mpf(damping) * mpmath.eye(a.shape[0])
-    try:
-        y = mpmath.inverse(x)
-    except (ZeroDivisionError, TypeError):  # a zero pivot; mpmath finds no row to swap where a column is all zero
-        return None
-    return y if mpmath.norm(x) * mpmath.norm(y) < mpmath.mpf(10) ** 40 else None
-
-
-def oracle_inv_root(a: Tensor, p: int, damping: float = 0.0) -> mpmath.matrix | None:
-    w, v = _eigh(mp(a) + mpmath.mpf(damping) * mpmath.eye(a.shape[0]))
-    return _function([mpmath.power(e, -mpmath.mpf(1) / p) for e in w], v) if _exists(w) else None
-
-
-def oracle_sqrtm(a: Tensor) -> mpmath.matrix | None:
-    w, v = _eigh(mp(a))
-    floor = -10 * a.shape[0] * torch.finfo(a.dtype).eps * max(abs(e) for e in w)
-    return _function([mpmath.sqrt(max(e, 0)) for e in w], v) if min(w) >= floor else None
-
-
-def _lapack_polar(a: Tensor) -> Tensor:
-    u, _, vh = torch.linalg.svd(a, full_matrices=False)
-    return u @ vh
-
-
-def _lapack_svdvals(a: Tensor) -> Tensor:
-    return torch.linalg.svdvals(a)[:, None]
-
-
-def _ones(a: Tensor) -> Tensor:
-    return torch.ones_like(a[..., :1])
-
-
-def oracle_solve(a: Tensor) -> mpmath.matrix | None:
-    y = oracle_inv(a)
-    return None if y is None else y * mpmath.ones(a.shape[0], 1)
-
-
-def _column(result: tuple[Tensor, gl.Certificate]) -> tuple[Tensor, gl.Certificate]:
-    return result[0][..., None], result[1]
-
-
-def _lapack_root(a: Tensor, power: float) -> Tensor:
-    w, v = torch.linalg.eigh(a)
-    return (v * (w.clamp_min(0) if power > 0 else w) ** power) @ v.mT
+    return certified, exact, lapack, needs
 
 
 FUNCTIONS = {
-    "polar": (gl.polar_ex, oracle_polar, _lapack_polar, "general"),
-    "svdvals": (lambda a: _column(gl.svdvals_ex(a)), oracle_svdvals, _lapack_svdvals, "general"),
-    "inv": (gl.inv_ex, oracle_inv, torch.linalg.inv, "square"),
-    "solve": (lambda a: gl.solve_ex(a, _ones(a)), oracle_solve, lambda a: torch.linalg.solve(a, _ones(a)), "square"),
-    "inv_psd": (gl.inv_ex, oracle_inv, torch.linalg.inv, "psd"),
-    "inv_root_2": (
-        partial(gl.inv_root_ex, p=2),
-        partial(oracle_inv_root, p=2),
-        partial(_lapack_root, power=-0.5),
-        "psd",
-    ),
-    "inv_root_4": (
-        partial(gl.inv_root_ex, p=4),
-        partial(oracle_inv_root, p=4),
-        partial(_lapack_root, power=-0.25),
-        "psd",
-    ),
-    "sqrtm": (gl.sqrtm_ex, oracle_sqrtm, partial(_lapack_root, power=1 / 2), "psd"),
-}
+    label: _case(name, options, "psd" if REGISTRY[name].symmetric else REGISTRY[name].domain)
+    for label, name, options in examples()
+} | {"inv_psd": _case("inv", lambda a: {}, "psd")}
 """name: (certified function, oracle, plain float64 LAPACK, the matrices it takes)."""
+
+oracle_svdvals = FUNCTIONS["svdvals"][1]
 
 
 def oracle_norm(a: Tensor) -> mpmath.matrix:
@@ -301,7 +251,7 @@ SPECTRAL = {
     "cond": (lambda a: _number(gl.cond_ex(a)), oracle_cond, _lapack_cond, "general"),
     "cond/lanczos": (lambda a: _number(gl.cond_ex(a, method="lanczos")), oracle_cond, _lapack_cond, "general"),
 }
-"""The same for numbers; "/method" names a route that auto takes only for large matrices, and which may flag more."""
+"""The same for numbers; "/method" names a method that auto takes only for large matrices, and which may flag more."""
 ALL = FUNCTIONS | SPECTRAL
 
 
@@ -340,7 +290,7 @@ def score(name: str, seed: int, count: int, dtype: torch.dtype, rtol: float) -> 
 def score_lowrank(
     seed: int, count: int, shape: tuple[int, int], dtype: torch.dtype, rtol: float, *, method: str = "auto"
 ) -> tuple[list, list[float], int, int]:
-    """As `score`, of svd_lowrank's excess over the optimum, with float64's twofold singular values as the oracle."""
+    """As `score`, of svd_lowrank's excess over the optimum, with double-double singular values as the oracle."""
     m, n = shape
     silent, ratios, flagged, met = [], [], 0, 0
     a = hostile(seed, count, m, n, dtype, psd=False)
@@ -376,11 +326,11 @@ def score_lowrank(
 def score_large(
     name: str, seed: int, count: int, shape: tuple[int, int], dtype: torch.dtype, rtol: float
 ) -> tuple[list, list[float], int, int]:
-    """As `score`, of a number of larger matrices, with float64's twofold singular values in the place of the oracle."""
+    """As `score`, of a number of larger matrices, with double-double singular values as the oracle."""
     function, _, lapack, _ = SPECTRAL[name]
     a = hostile(seed, count, *shape, dtype, psd=False)
     value, certificate = function(a)
-    s, reference = gl.svdvals_ex(a.double(), method="svd_twofold", rtol=math.inf)
+    s, reference = gl.svdvals_ex(a.double(), method="svd_double_double", rtol=math.inf)
     silent, ratios, flagged, met = [], [], 0, 0
     for j, x in enumerate(a):
         bound, converged = float(certificate.error_bound[j]), bool(certificate.converged[j])

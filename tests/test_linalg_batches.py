@@ -12,19 +12,23 @@ import gramian.linalg as gl
 from cases import DEVICES, HALF, SHAPES, WIDE, hostile, seeded, untyped
 from gramian import random
 from gramian.errors import ConvergenceError, DtypeError, InputError, ShapeError
+from gramian.linalg.engine.function import FUNCTIONS as REGISTRY
+from gramian.linalg.engine.function import examples
 
-GENERAL = {
-    "polar": gl.polar_ex,
-    "polar/newton_schulz": lambda a: gl.polar_ex(a, method="newton_schulz"),
-    "svdvals": gl.svdvals_ex,
+
+def certified(name, options=lambda a: {}, **fixed):
+    return lambda a: getattr(gl, f"{name}_ex")(a, **options(a), **fixed)
+
+
+REGISTERED = {label: certified(name, options) for label, name, options in examples()}
+NAMES = {label: name for label, name, _ in examples()}
+GENERAL = {label: f for label, f in REGISTERED.items() if REGISTRY[NAMES[label]].domain == "general"} | {
+    "polar/newton_schulz": certified("polar", method="newton_schulz"),
     "svd_lowrank": lambda a: gl.svd_lowrank_ex(a, min(1, *a.shape[-2:])),
 }
-SYMMETRIC = {
-    "inv": gl.inv_ex,
-    "inv/cholesky": lambda a: gl.inv_ex(a, method="cholesky"),
-    "solve": lambda a: gl.solve_ex(a, a),
-    "inv_root": lambda a: gl.inv_root_ex(a, 4),
-    "sqrtm": gl.sqrtm_ex,
+SYMMETRIC = {label: f for label, f in REGISTERED.items() if label not in GENERAL} | {
+    "inv/cholesky": certified("inv", method="cholesky"),
+    "solve/many": lambda a: gl.solve_ex(a, a),
 }
 ALL = {**GENERAL, **SYMMETRIC}
 
@@ -77,19 +81,23 @@ def test_a_bad_matrix_leaves_its_neighbors_alone(name, dtype, device):
 
 
 @pytest.mark.parametrize("power", [-30, 30])
-@pytest.mark.parametrize("name", ["polar", "polar/newton_schulz", "svdvals", "inv", "sqrtm", "inv_root"])
+@pytest.mark.parametrize(
+    "name", [*(x for x in REGISTERED if not isinstance(REGISTRY[NAMES[x]].degree, str)), "polar/newton_schulz"]
+)
 def test_scaling_by_a_power_of_two_scales_the_answer_exactly(name, power):
     a = gl.syrk(random.normal(3, 8, 5, generator=seeded(1)))
-    exponent = {"svdvals": 1, "inv": -1, "sqrtm": 0.5, "inv_root": -0.25}.get(name, 0)
+    function = REGISTRY[NAMES.get(name, "polar")]
+    options = {label: o for label, _, o in examples()}.get(name, lambda a: {})(a)
+    degree = function.degree(**options) if callable(function.degree) else function.degree
     k = 4 * power // 2
     before, after = ALL[name](a)[0], ALL[name](a * 2.0**k)[0]
-    assert torch.equal(before * 2.0 ** (k * exponent), after)
+    assert torch.equal(before * 2.0 ** (k * float(degree)), after)
 
 
 @pytest.mark.parametrize("name", ALL)
 @untyped()
 def test_wrong_input_says_what_to_do(name):
-    own = name.partition("/")[0]
+    own = NAMES.get(name, name.partition("/")[0])
     with pytest.raises(ShapeError, match=rf"{own}: expected .*\(512,\)"):
         ALL[name](torch.zeros(512)) if own != "svd_lowrank" else gl.svd_lowrank_ex(torch.zeros(512), 1)
     with pytest.raises(DtypeError, match=f"{own}: expected float64.*Convert"):
@@ -104,18 +112,11 @@ def test_wrong_input_says_what_to_do(name):
 @pytest.mark.parametrize("method", ["nonsense", ""])
 def test_unknown_method_lists_the_known(method):
     a = torch.eye(3)
-    calls = {
-        "polar": (lambda: gl.polar(a, method=method), gl.polar_factor.POLAR),
-        "inv": (lambda: gl.inv(a, method=method), gl.inverses.INV),
-        "solve": (lambda: gl.solve(a, a, method=method), gl.inverses.SOLVE),
-        "inv_root": (lambda: gl.inv_root(a, 2, method=method), gl.roots.INV_ROOT),
-        "sqrtm": (lambda: gl.sqrtm(a, method=method), gl.roots.SQRTM),
-        "svdvals": (lambda: gl.svdvals(a, method=method), gl.singular.SVDVALS),
-        "svd_lowrank": (lambda: gl.svd_lowrank(a, 1, method=method), gl.lowrank.SVD_LOWRANK),
-    }
-    for name, (call, family) in calls.items():
-        with pytest.raises(InputError, match=f"{name}: unknown method.*{', '.join(family)}"):
-            call()
+    for _, name, options in examples():
+        with pytest.raises(InputError, match=f"{name}: unknown method.*{', '.join(REGISTRY[name].methods)}"):
+            certified(name, options, method=method)(a)
+    with pytest.raises(InputError, match=f"svd_lowrank: unknown method.*{', '.join(gl.lowrank.SVD_LOWRANK)}"):
+        gl.svd_lowrank(a, 1, method=method)
 
 
 @untyped()

@@ -11,9 +11,9 @@ import gramian.linalg as gl
 from cases import DEVICES, hostile, seeded, untyped
 from gramian import random
 from gramian.errors import InputError
-from gramian.linalg.polar_direction import plan, reach
-from gramian.linalg.polar_express import COEFFICIENTS, composed, quintics
-from gramian.linalg.polar_zolotarev import fractions, zolotarev
+from gramian.linalg.polar_factor.direction import cheapest, least_ratio
+from gramian.linalg.polar_factor.newton_schulz import COEFFICIENTS, composed, quintics
+from gramian.linalg.polar_factor.zolotarev import fractions, zolotarev
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 5])
@@ -120,13 +120,13 @@ def test_same_matrix_gives_the_same_direction_alone_and_in_a_batch():
 
 
 @untyped()
-def test_plan_and_its_limits():
-    assert reach(384, 0.1) == pytest.approx(1 / 384)
-    assert reach(10, 0.1) == pytest.approx(1 / 100)
-    assert reach(100_000, 0.1) == reach(10, 1e-9)
-    assert plan(384, 1536, 4, 0.1, "cpu").dtype == torch.bfloat16
-    assert plan(384, 1536, 4, 0.01, "cpu").dtype == torch.float32
-    assert plan(384, 1536, 4, 1e-4, "cpu").method == "newton_schulz"
+def test_the_approach_and_its_limits():
+    assert least_ratio(384, 0.1) == pytest.approx(1 / 384)
+    assert least_ratio(10, 0.1) == pytest.approx(1 / 100)
+    assert least_ratio(100_000, 0.1) == least_ratio(10, 1e-9)
+    assert cheapest(384, 1536, 4, 0.1, "cpu").dtype == torch.bfloat16
+    assert cheapest(384, 1536, 4, 0.01, "cpu").dtype == torch.float32
+    assert cheapest(384, 1536, 4, 1e-4, "cpu").method == "newton_schulz"
     with pytest.raises(InputError, match="certify=False"):
         gl.polar_ex(torch.eye(3), method="svd", certify=False)
 

@@ -11,7 +11,7 @@ import gramian.linalg as gl
 from cases import WIDE, Map, seeded
 from gramian import random
 from gramian.errors import ConvergenceError, InputError
-from gramian.linalg import krylov, lowrank_krylov
+from gramian.linalg.engine import krylov, lowrank_krylov
 
 N = 140
 J = torch.arange(1, N + 1, dtype=torch.float64)

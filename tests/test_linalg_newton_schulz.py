@@ -9,7 +9,7 @@ import torch
 import gramian.linalg as gl
 from cases import DEVICES, hostile, seeded
 from gramian import random
-from gramian.linalg.polar_express import COEFFICIENTS
+from gramian.linalg.polar_factor.newton_schulz import COEFFICIENTS
 
 
 def minimax_quintic(low, high):

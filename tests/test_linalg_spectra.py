@@ -32,7 +32,7 @@ def cond_of(a):
 
 
 NUMBERS = {
-    "spectral_norm": (gl.spectral_norm_ex, norm_of, tuple(gl.extremes.SPECTRAL_NORM)),
+    "spectral_norm": (gl.spectral_norm_ex, norm_of, tuple(gl.norm.SPECTRAL_NORM)),
     "cond": (gl.cond_ex, cond_of, tuple(gl.condition.COND)),
 }
 
@@ -119,18 +119,18 @@ def test_bound_on_the_top_allows_for_noise(noise):
         return y @ m + noise * e / (2 * math.sqrt(n))
 
     start = random.normal(1, r, n, generator=seeded(19), dtype=torch.float64)
-    found = gl.krylov.lanczos(apply, start, 12)
+    found = gl.engine.krylov.lanczos(apply, start, 12)
     d = found.rows @ m - found.t @ found.rows
     d[:, -r:] -= found.residual
     size = torch.linalg.matrix_norm(d, 2)
-    theta = gl.krylov.ritz(found)
+    theta = gl.engine.krylov.ritz(found)
     for near in (1 + 1e-9, 1.01):  # too bold a guess is corrected
-        high = gl.krylov.top_bound(found, theta, theta * near, noise=size)
+        high = gl.engine.krylov.top_bound(found, theta, theta * near, noise=size)
         assert high >= 1 - 1e-12
         assert high <= 1 + max(2e-3, 1e2 * noise)
         share = torch.full_like(size, noise)
-        more = gl.krylov.top_bound(found, theta, theta * near, noise=size, share=share)
-        assert more - theta >= (high - theta) / gl.krylov.CLOSE
+        more = gl.engine.krylov.top_bound(found, theta, theta * near, noise=size, share=share)
+        assert more - theta >= (high - theta) / gl.engine.krylov.CLOSE
 
 
 @pytest.mark.parametrize("kappa", [1e2, 1e8, 1e12])
@@ -138,7 +138,7 @@ def test_bound_on_the_top_allows_for_noise(noise):
 def test_smallest_singular_value_of_the_ill_conditioned(shape, kappa):
     spectrum = torch.logspace(0, -math.log10(kappa), min(shape), dtype=torch.float64)
     a = random.with_spectrum(3, *shape, spectrum=spectrum, generator=seeded(20), dtype=torch.float64)
-    value, error = gl.conditioning.smallest(a)
+    value, error = gl.condition.smallest(a)
     for x, s, bound in zip(a, value, error, strict=True):
         exact = min(oracle_svdvals(x))
         assert abs(mpmath.mpf(s.item()) - exact) <= bound.item()

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.errors import DtypeError, InputError, ShapeError
-from gramian.linalg import factor
+from gramian.linalg.engine import lapack
 
 __all__ = ["L1", "L2", "PROX", "ElasticNet", "Nuclear", "Orthogonal", "Penalty", "SpectralNorm"]
 
@@ -249,7 +249,7 @@ def _on_spectrum(penalty: Penalty, w: Tensor, step: float, change: Callable[[Ten
         return w.clone()
     x = w.detach().to(torch.float64).reshape(-1, *w.shape[-2:])
     finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    u, s, v, ok = factor.svd(torch.where(finite, x, 0.0))
+    u, s, v, ok = lapack.svd(torch.where(finite, x, 0.0))
     value = (u * change(s)[:, None, :]) @ v.mT
     return torch.where(finite & ok[:, None, None], value, math.nan).reshape(w.shape).to(w.dtype)
 

@@ -20,7 +20,7 @@ Real = float | int
 
 
 def _check(name: str, shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype | None) -> None:
-    """Say what is missing: a generator, real sizes, a real dtype."""
+    """Raise without a generator, or for sizes or a dtype that do not fit."""
     if not isinstance(generator, torch.Generator):
         raise InputError(
             f"{name}: expected generator=torch.Generator, got {generator!r}. "
@@ -58,8 +58,19 @@ def uniform(
 ) -> Float[Tensor, ...]:
     """Independent entries, uniform on [low, high).
 
-    Arguments: `shape`, any sizes; `generator`, required; `dtype`, torch's default if None; `device`, the generator's
-    if None. Raises: `InputError` without a generator or with low > high, `ShapeError`, `DtypeError`.
+    Args:
+        shape: any sizes, as separate integers.
+        low, high: the ends of the interval.
+        generator: required; the entries are drawn on its device.
+        dtype: torch's default if None.
+        device: where the result goes; the generator's device if None.
+    Returns: a tensor of that shape.
+    Raises:
+        InputError: without a generator, or with low > high.
+        ShapeError: where a size is not an integer ≥ 0.
+        DtypeError: where `dtype` is not real floating point.
+    Cost: one float64 draw.
+    Source: the definition.
 
     >>> uniform(2, 3, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3])
@@ -82,8 +93,19 @@ def normal(
 ) -> Float[Tensor, ...]:
     """Independent entries, normal with the given mean and standard deviation.
 
-    Arguments: `shape`, any sizes; `generator`, required; `dtype`, torch's default if None; `device`, the generator's
-    if None. Raises: `InputError` without a generator or with std < 0, `ShapeError`, `DtypeError`.
+    Args:
+        shape: any sizes, as separate integers.
+        mean, std: of each entry.
+        generator: required; the entries are drawn on its device.
+        dtype: torch's default if None.
+        device: where the result goes; the generator's device if None.
+    Returns: a tensor of that shape.
+    Raises:
+        InputError: without a generator, or with std < 0.
+        ShapeError: where a size is not an integer ≥ 0.
+        DtypeError: where `dtype` is not real floating point.
+    Cost: one float64 draw.
+    Source: the definition.
 
     >>> normal(2, 3, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3])
@@ -100,8 +122,8 @@ def _haar(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     m, n = shape[-2:]
     gaussian = _draw_normal((*shape[:-2], max(m, n), min(m, n)), generator, torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    # LAPACK chooses the signs of R's diagonal; only with all of them positive is Q a function of the Gaussian matrix
-    # that commutes with rotation, and so Haar.
+    # LAPACK chooses the signs of R's diagonal. Q is Haar only if all are positive: it then commutes with rotations of
+    # the Gaussian matrix.
     q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
     return q if m >= n else q.mT
 
@@ -114,10 +136,19 @@ def orthogonal(
 ) -> Float[Tensor, "*b m n"]:
     """Matrices with orthonormal columns (m ≥ n) or rows (m < n), distributed by Haar measure.
 
-    Q from QR of a Gaussian matrix, R's diagonal made positive.
+    Q of the QR factorization of a Gaussian matrix in which the diagonal of R is positive.
 
-    Arguments: `shape` (..., m, n); `generator`, required; `dtype`, torch's default if None; `device`, the generator's
-    if None. Raises: `InputError` without a generator, `ShapeError`, `DtypeError`. Cost: one float64 QR.
+    Args:
+        shape: ..., m, n, as separate integers.
+        generator: required; the entries are drawn on its device.
+        dtype: torch's default if None.
+        device: where the result goes; the generator's device if None.
+    Returns: `(..., m, n)`.
+    Raises:
+        InputError: without a generator.
+        ShapeError: for fewer than two sizes, or a size that is not an integer ≥ 0.
+        DtypeError: where `dtype` is not real floating point.
+    Cost: one float64 QR.
     Source: Mezzadri, Notices of the AMS 54 (2007), §5; Stewart, SIAM J. Numer. Anal. 17 (1980).
 
     >>> q = orthogonal(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -140,12 +171,22 @@ def with_spectrum(
 ) -> Float[Tensor, "*b m n"]:
     """Matrices with the given singular values, or eigenvalues, and Haar-distributed singular vectors.
 
-    U diag(spectrum) Vᵀ; if symmetric, U diag(spectrum) Uᵀ, of which the spectrum is the eigenvalues.
+    U diag(spectrum) Vᵀ; if symmetric, U diag(spectrum) Uᵀ, whose eigenvalues are the spectrum.
 
-    Arguments: `shape` (..., m, n); `spectrum` (..., min(m, n)), broadcast over the batch; `generator`, required;
-    `dtype`, torch's default if None; `device`, the generator's if None.
-    Raises: `InputError` without a generator, `ShapeError`, `DtypeError`. Cost: two float64 QRs, one if symmetric.
-    Accuracy: the spectrum is met to one rounding of the dtype, relative to its largest.
+    Args:
+        shape: ..., m, n, as separate integers.
+        spectrum: `(..., min(m, n))`, broadcast over the batch.
+        symmetric: whether the spectrum is that of eigenvalues of symmetric matrices.
+        generator: required; the entries are drawn on its device.
+        dtype: torch's default if None.
+        device: where the result goes; the generator's device if None.
+    Returns: `(..., m, n)`.
+    Raises:
+        InputError: without a generator.
+        ShapeError: for fewer than two sizes, a symmetric matrix that is not square, or a spectrum that does not fit.
+        DtypeError: where `dtype` is not real floating point.
+    Cost: two float64 QRs, one if symmetric. Accuracy: the spectrum is right to one rounding of the dtype, relative to
+    its largest value.
     Source: Higham, Accuracy and Stability (2002), §28.3.
 
     >>> g = torch.Generator().manual_seed(0)
@@ -183,12 +224,21 @@ def wishart(
     dtype: torch.dtype | None = None,
     device: Device = None,
 ) -> Float[Tensor, "*b d d"]:
-    """Second moments of standard normal samples: XᵀX / n, X being (n, d).
+    """Second moments XᵀX / n of n standard normal samples X (n, d).
 
-    Its eigenvalues follow Marchenko–Pastur with ratio d/n; for n < d it is singular, of rank n.
+    Its eigenvalues follow the Marchenko–Pastur law of ratio d/n; for n < d it is singular, of rank n.
 
-    Arguments: `shape` (..., d, d); `samples` n ≥ 1; `generator`, required; `dtype`, torch's default if None; `device`,
-    the generator's if None. Raises: `InputError` without a generator or samples, `ShapeError`, `DtypeError`.
+    Args:
+        shape: ..., d, d, as separate integers.
+        samples: n ≥ 1.
+        generator: required; the entries are drawn on its device.
+        dtype: torch's default if None.
+        device: where the result goes; the generator's device if None.
+    Returns: `(..., d, d)`.
+    Raises:
+        InputError: without a generator, or where `samples` is not an integer ≥ 1.
+        ShapeError: where the last two sizes are missing or differ.
+        DtypeError: where `dtype` is not real floating point.
     Cost: one float64 product.
     Source: Marchenko and Pastur, Math. USSR Sbornik 1 (1967).
 

@@ -1,4 +1,4 @@
-"""Measures the constants of `gramian.linalg.cost` on this machine."""
+"""Measures the constants of `gramian.linalg.engine.cost` on this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.linalg.cost import SIZES, Constants, keep
-from gramian.linalg.polar_direction import COMPANY
-from gramian.linalg.probes import WIDTH
+from gramian.linalg.engine.cost import SIZES, Constants, keep
+from gramian.linalg.engine.probes import WIDTH
+from gramian.linalg.polar_factor.direction import ASSUMED_BATCH
 
 SECONDS = 0.25
 """Time for each operation of each size, and at least five runs of it."""
@@ -48,7 +48,7 @@ def _operations(n: int, device: str) -> dict[str, Callable[[], Any]]:
     spd = a @ a.mT / n + torch.eye(n, device=device)
     wide, spd_wide = a.double(), spd.double()
     thin = wide[:, : min(n, WIDTH)].contiguous()
-    batch, half = a.expand(COMPANY, n, n), a.bfloat16().expand(COMPANY, n, n)
+    batch, half = a.expand(ASSUMED_BATCH, n, n), a.bfloat16().expand(ASSUMED_BATCH, n, n)
     lower = torch.linalg.cholesky(spd)
 
     def triangular() -> Tensor:

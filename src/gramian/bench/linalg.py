@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gramian.bench import matrix_functions, spectral
+from gramian.bench import matrix_functions, registered, spectral
 from gramian.bench.table import Row, Tell
 
-TASKS = matrix_functions.TASKS | spectral.TASKS
+TASKS = matrix_functions.TASKS | spectral.TASKS | registered.TASKS
 
 
 def rows(repeats: int, only: str, tell: Tell) -> Iterator[Row]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +13,7 @@ from torch import Tensor
 from gramian.errors import ConvergenceError, InputError
 
 KINDS = ("bound", "estimate")
-"""A bound is never below the true error; an estimate can be, with the probability the certificate states."""
+"""A bound is never below the true error. An estimate may be, with the probability that the certificate states."""
 
 REASONS = (
     "none",
@@ -25,16 +27,25 @@ REASONS = (
 NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK = range(len(REASONS))
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-"""Default relative error asked for. Half types: a few roundings of the answer itself. Wider types: far enough above the
-rounding that ordinary ill-conditioned input passes, and the bound, not this number, says how good the answer is."""
+"""The default rtol of each dtype. Half types: a few roundings of the answer itself. Wider types: far enough above one
+rounding that ordinary ill-conditioned input passes. How good an answer is, its bound says, not this number."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a matrix function knows about its own answer; every tensor has one entry per matrix of the batch.
+    """What a matrix function knows about the error of its own answer, with one entry per matrix in every tensor.
 
-    `error_bound` is a bound on ‖answer − exact‖_F / ‖exact‖_F, exact being the function of the matrix as given (damping
-    included). `residual` is how far the answer is from satisfying its defining equation, as each function says.
+    Attributes:
+        converged: `(...)`, whether `error_bound` is at most the rtol asked for.
+        residual: `(...)`, how far the answer is from satisfying its defining equation; each function says how measured.
+        error_bound: `(...)`, a bound on ‖answer − exact‖_F / ‖exact‖_F, exact being the function of the matrix as
+            given, damping included. inf where nothing is known.
+        kind: `(...)`, an index into `KINDS`: 0 for a proven bound, 1 for an estimate.
+        failure_probability: `(...)`, the probability that the error exceeds an estimate; NaN where it is unknown.
+        steps: `(...)`, the iterations taken, 0 for a direct method.
+        method: `(...)`, an index into `methods`.
+        reason: `(...)`, an index into `REASONS`: why the matrix failed, 0 where it did not.
+        methods: the names of the function's methods.
 
     >>> import gramian.linalg as gl
     >>> value, certificate = gl.inv_ex(torch.tensor([[[2.0]], [[0.0]]]))
@@ -54,7 +65,7 @@ class Certificate:
 
     @property
     def method_names(self) -> list[str]:
-        """The route each matrix took, by name, in row-major order of the batch (waits for the device)."""
+        """The method that each matrix took, in row-major order of the batch (synchronizes the device)."""
         return [self.methods[code] for code in self.method.flatten().tolist()]
 
     @property
@@ -67,9 +78,76 @@ class Certificate:
         """Why each matrix failed, `"none"` where it did not, in row-major order of the batch."""
         return [REASONS[code] for code in self.reason.flatten().tolist()]
 
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, in the order of the fields."""
+        return [getattr(self, name) for name in _TENSORS]
+
+    def reshape(self, shape: Sequence[int]) -> Certificate:
+        """The same for a batch of another shape."""
+        return Certificate(*(x.reshape(tuple(shape)) for x in self.tensors()), methods=self.methods)
+
+
+_TENSORS = tuple(f.name for f in fields(Certificate) if f.name != "methods")
+
+
+def verdict(
+    bound: Tensor,
+    rtol: float,
+    reason: Tensor,
+    *,
+    methods: Sequence[str],
+    code: int,
+    shape: Sequence[int] | None = None,
+    residual: Tensor | None = None,
+    steps: int = 0,
+    failure_probability: float | None = None,
+) -> Certificate:
+    """The certificate of answers whose relative error is at most `bound` (B,), reshaped to `shape` (None: (B,)).
+
+    A `reason` other than none or inaccurate makes the bound inf. A `failure_probability` other than None and 0 (NaN:
+    unknown) makes it an estimate.
+    """
+    decided = (reason != NONE) & (reason != INACCURATE)
+    bound = torch.where(decided, math.inf, bound.to(torch.float64)).nan_to_num(nan=math.inf, posinf=math.inf)
+    converged = (reason == NONE) & (bound <= rtol)
+    reason = torch.where((reason == NONE) & ~converged, INACCURATE, reason)
+    residual = torch.zeros_like(bound) if residual is None else residual.to(torch.float64)
+    failure = failure_probability or 0.0
+    found = Certificate(
+        converged=converged,
+        residual=torch.where(reason == NOT_FINITE, math.nan, residual),
+        error_bound=bound,
+        kind=torch.full_like(reason, int(failure != 0)),
+        failure_probability=torch.full_like(bound, failure),
+        steps=torch.full_like(reason, steps),
+        method=torch.full_like(reason, code),
+        reason=reason,
+        methods=tuple(methods),
+    )
+    return found if shape is None else found.reshape(shape)
+
+
+def uncertified(
+    shape: Sequence[int], device: torch.device, *, methods: Sequence[str], code: int, steps: int
+) -> Certificate:
+    """The certificate of answers about whose error nothing is known, and which never converge."""
+    count = torch.zeros(tuple(shape), dtype=torch.long, device=device)
+    unknown = torch.full(tuple(shape), math.nan, dtype=torch.float64, device=device)
+    return Certificate(
+        converged=count.bool(),
+        residual=unknown,
+        error_bound=torch.full_like(unknown, math.inf),
+        kind=torch.ones_like(count),
+        failure_probability=unknown,
+        steps=torch.full_like(count, steps),
+        method=torch.full_like(count, code),
+        reason=torch.full_like(count, INACCURATE),
+        methods=tuple(methods),
+    )
+
 
 def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
-    """`rtol`, or what `RTOL` says for the dtype."""
+    """`rtol` as a number ≥ 0; the default of the dtype if None."""
     if rtol is None:
         return RTOL[dtype]
     if not rtol >= 0:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from gramian.errors import DtypeError, InputError, ShapeError
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor
-from gramian.linalg.batch import check, choose, exponent_of, load, norm, scale
-from gramian.linalg.certificate import Certificate, default_rtol, require_converged
+from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
+from gramian.linalg.engine import lapack as factor
+from gramian.linalg.engine.double_double import eye_like, minus, pair, rough, transpose
+from gramian.linalg.engine.loading import check, choose, load
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.scaling import exponent_of, scale
 from gramian.linalg.products import syrk
-from gramian.linalg.twofold import U, eye_like, gamma, minus, pair, rough, transpose
-from gramian.linalg.verdict import verdict
 
 
 def _root(y: Tensor, beta: float) -> Tensor:

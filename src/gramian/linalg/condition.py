@@ -10,33 +10,36 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg import probes
-from gramian.linalg.batch import check, choose, load, norm, unscaled
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.conditioning import largest, smallest
-from gramian.linalg.extremes import NARROW, SEEN, SMALL, leading, search, start_of
-from gramian.linalg.krylov import FAILURE, by, top_bound, top_vector
-from gramian.linalg.singular import by_gram
-from gramian.linalg.twofold import U, gamma
-from gramian.linalg.verdict import Number, numbers
+from gramian.linalg.engine import probes
+from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plus, product, transpose
+from gramian.linalg.engine.escalation import Number, numbers
+from gramian.linalg.engine.krylov import FAILURE, by, top_bound, top_vector
+from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.norm import NARROW, SEEN, SMALL, leading, search, start_of
+from gramian.linalg.singular import by_gram, svd_double_double
 
 TINY = 128
 """Up to this smaller side the refined inverse costs less than LU and Lanczos."""
 
+TIGHT = 64
+"""Up to this side an SVD with double-double residuals costs little beside the calls."""
 
-def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
+
+def _by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
     """σ₁ by Lanczos on AᵀA, and σ_n by Lanczos on (AᵀA)⁻¹ through LU (of R, from QR, where A is not square).
 
     The solves round, and so do the factors: with Z ≈ A⁻ᵀW and Y = WT + FE_qᵀ ≈ A⁻¹Z, R₁ = AᵀZ − W and R₂ = AY − Z, a
-    singular triple (σ, u, v) has uᵀY − σ⁻²uᵀW = σ⁻²uᵀR₁ + σ⁻¹vᵀR₂, which is `top_bound`'s uᵀD. R₁ and R₂ are seen from
-    their products with random vectors.
+    singular triple (σ, u, v) has uᵀY − σ⁻²uᵀW = σ⁻²uᵀR₁ + σ⁻¹vᵀR₂, which is `top_bound`'s uᵀD. R₁ and R₂ are
+    measured from their products with random vectors.
     """
     b, m, n = x.shape
     narrow = x.dtype == torch.float32 and 0.4 * rtol >= NARROW
     top = leading(x if narrow else x.to(torch.float64), 0.4 * rtol, generator)
     x = x.to(torch.float64)
     square = torch.linalg.qr(x, mode="r").R if m != n else x
-    # The transpose lies as LAPACK wants it: no copy across.
+    # The transpose has the column-major layout that LAPACK wants, which saves a copy.
     lu, pivots, info = torch.linalg.lu_factor_ex(square.mT)
     singular = info != 0
     if bool(singular.any()):
@@ -44,7 +47,7 @@ def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
     images: list[Tensor] = []
 
     def solve(y: Tensor, *, adjoint: bool) -> Tensor:
-        # Without a batch LAPACK reads the factors where they lie.
+        # Without a batch LAPACK reads the factors in place.
         if b == 1:
             return torch.linalg.lu_solve(lu[0], pivots[0], y[0].mT, adjoint=adjoint).mT[None]
         return torch.linalg.lu_solve(lu, pivots, y.mT, adjoint=adjoint).mT
@@ -80,8 +83,8 @@ def cond_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
     return Number(value, torch.where(lost, math.inf, error), reason, top.steps + p // found.block, 5 * FAILURE)
 
 
-def cond_by_gram(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
-    """σ₁/σ_n from the Gram matrix in float64, which sees σ_n to about 10nuκ² of itself."""
+def _by_gram(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
+    """σ₁/σ_n from the Gram matrix in float64, which resolves σ_n to a relative error of about 10nuκ²."""
     b, _, n = x.shape
     reason = torch.zeros(b, dtype=torch.long, device=x.device)
     if n == 1:
@@ -94,17 +97,62 @@ def cond_by_gram(x: Tensor, *, rtol: float, generator: torch.Generator | None) -
     return _of_columns(x, Number(value, error, reason))
 
 
-def cond_by_inverse(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
-    """σ₁, and σ_n from the inverse, refined on twofold residuals."""
+def _by_inverse(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
+    """σ₁, and σ_n from the inverse, refined on double-double residuals."""
     if x.shape[-1] == 1:
-        return cond_by_gram(x, rtol=rtol, generator=generator)
+        return _by_gram(x, rtol=rtol, generator=generator)
     x = x.to(torch.float64)
     value, error = _ratio(*largest(x), *smallest(x))
     if not bool(error.isfinite().all()):
-        # Beyond 1e15 or so nothing is known: the Gram matrix's ratio is as good as any.
+        # Beyond κ of about 1e15 nothing is known: the Gram matrix's ratio is as good as any.
         s, _, _ = by_gram(x)
         value = torch.where(error.isfinite(), value, s[:, -1] / s[:, 0])
     return _of_columns(x, Number(value, error, torch.zeros_like(error, dtype=torch.long)))
+
+
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """σ₁ of each x (B, m, n) in float64, and a bound on its error: where x is small, the tighter of two."""
+    s, errors, ok = by_gram(x)
+    value, error = s[:, -1], torch.where(ok, errors[:, -1], math.inf)
+    if x.shape[-1] <= TIGHT:
+        found = svd_double_double(x, decline=math.inf)
+        tighter = (found.error < error) & (found.reason == cert.NONE)
+        value, error = torch.where(tighter, found.value[:, 0], value), torch.where(tighter, found.error, error)
+    return value, error
+
+
+def smallest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """σ_n of each x (B, m, n), m ≥ n, in float64, and a bound on its error, inf where κ is beyond about 1e14.
+
+    σ_n = 1/‖X⁻¹‖₂ with the inverse refined on double-double residuals, so that κ does not magnify its rounding. Where
+    m > n, X⁻¹ is that of QᵀX, formed in double-double: the part of X that Q misses, ρ, adds ρ² to σ_n².
+    """
+    m, n = x.shape[-2:]
+    spread, missed = x.new_zeros(x.shape[0]), x.new_zeros(x.shape[0])
+    square = pair(x)
+    if m > n:
+        q = pair(torch.linalg.qr(x).Q)
+        square = product(transpose(q), pair(x))
+        defect, defect_error = minus(eye_like(x), product(transpose(q), q))
+        gap, gap_error = minus(pair(x), product(q, Pair(square.hi, square.lo, square.error)))
+        spread, missed = norm(defect) + defect_error, norm(gap) + gap_error
+    y, _ = torch.linalg.inv_ex(square.hi)
+    close = pair(y.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    for _ in range(3):
+        r, _ = minus(eye_like(x), product(square, close))
+        # Not a contraction: a step would make it worse, and the bound will say so.
+        r = torch.where((norm(r) < 1)[:, None, None], r, 0.0)
+        close = plus(close, close.hi @ r)
+    r, r_error = minus(eye_like(x), product(square, close))
+    # X⁻¹ = Y(I − R)⁻¹.
+    size = norm(r) + r_error
+    top, blur = largest(close.hi)
+    blur = blur + norm(close.lo)
+    value = 1 / top
+    high = (1 + size) / (top - blur).clamp_min(0) / (1 - spread)
+    low = (1 - size) / (top + blur) / (1 + spread)
+    error = torch.maximum((high**2 + missed**2).sqrt() - value, value - low)
+    return value, torch.where((size < 0.5) & (spread < 0.5), error, math.inf).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _of_columns(x: Tensor, found: Number) -> Number:
@@ -124,9 +172,9 @@ def _ratio(first: Tensor, above: Tensor, last: Tensor, below: Tensor) -> tuple[T
 
 
 COND: dict[str, Callable[..., Number]] = {
-    "gram": cond_by_gram,
-    "lanczos": cond_by_lanczos,
-    "inverse": cond_by_inverse,
+    "gram": _by_gram,
+    "lanczos": _by_lanczos,
+    "inverse": _by_inverse,
 }
 
 
@@ -139,6 +187,13 @@ def cond_ex(
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "*b"], Certificate]:
     """`cond` with its certificate, never raising for a matrix's values; inf, not converged, where a σ is zero.
+
+    Args:
+        a, method, rtol, generator: as for `cond`.
+    Returns: the condition numbers and their `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `cond`.
+    Source: as for `cond`.
 
     >>> value, certificate = cond_ex(torch.diag_embed(torch.tensor([[4.0, 2.0], [4.0, 0.0]])))
     >>> value.tolist(), certificate.converged.tolist()
@@ -156,7 +211,7 @@ def cond_ex(
     if method == "auto":
         n = batch.raw.shape[-1]
         names = ["gram"] * (n <= SMALL) + ["lanczos"] * (n > TINY) + ["inverse"]
-    # In float32 what is 2^-126 times the largest would be lost.
+    # Lanczos works in the dtype as given; the others need entries below 2^-126 of the largest, which float64 keeps.
     x = batch.at(None) if "lanczos" in names else batch.x
     return numbers(COND, names, tolerance, a.dtype, x, batch.finite, batch.shape, lambda v, _: v, generator=generator)
 
@@ -174,11 +229,17 @@ def cond(
 ) -> Float[Tensor, "*b"]:
     """The condition number in the 2-norm, κ(A) = σ₁ / σ_min(m,n).
 
-    Arguments: `a` (..., m, n); `method`, one of `COND` or "auto"; `rtol`, the relative error of κ asked for
-    (`certificate.RTOL` of the dtype if None; two digits, 1e-2, are cheaper); `generator` of the random start, a fixed
-    seed if None.
-    Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the error bound is above rtol, as for a matrix whose
-    κ is beyond what float64 lets anyone know (about 1e14).
+    Args:
+        a: `(..., m, n)`.
+        method: "gram", "lanczos", "inverse" or "auto".
+        rtol: the relative error of κ asked for; `certificate.RTOL` of the dtype if None. Two digits, 1e-2, are cheaper.
+        generator: of the random start; one of a fixed seed if None.
+    Returns: `(...)`, κ of each matrix, in the dtype of `a`.
+    Raises:
+        ShapeError: where `a` has fewer than two dimensions.
+        DtypeError: where `a` is not real floating point.
+        InputError: for an unknown method or a negative rtol.
+        ConvergenceError: where the error bound is above rtol, as for a κ beyond what float64 resolves (about 1e14).
     Cost: "gram", up to a side of 512, the Gram matrix's eigenvalues in float64; "lanczos", from a side of 128, one
     float64 LU (QR if not square) and 2·(10 to 40) products and 2·(10 to 40) solves with 16 vectors; "inverse", where
     those do not reach rtol, some 20 products in float64. Accuracy: uκ² for "gram", uκ for "lanczos", rtol up to κ of

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from gramian.errors import ShapeError
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor
-from gramian.linalg.batch import check, choose, load, norm, scale
-from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.krylov import default_generator, gaussian, lanczos
+from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
+from gramian.linalg.engine import lapack as factor
+from gramian.linalg.engine.escalation import Number, numbers
+from gramian.linalg.engine.krylov import default_generator, gaussian, lanczos
+from gramian.linalg.engine.loading import check, choose, load
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.scaling import scale
 from gramian.linalg.linear_map import LinearMap, ScaledMap, as_linear_map, is_dense
 from gramian.linalg.scaled import matrix_power_scaled_ex
-from gramian.linalg.twofold import U, gamma
-from gramian.linalg.verdict import Number, numbers, verdict
 
 GELFAND = 2**30
 """k of ‖Aᵏ‖^(1/k): even κ(V) = 1e16 then leaves a factor of 1 + 4e-8."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gramian.errors import DtypeError, ShapeError
-from gramian.linalg.batch import DTYPES, check, exponent_of, scale
+from gramian.linalg.engine.loading import DTYPES, check
+from gramian.linalg.engine.scaling import exponent_of, scale
 
 
 @runtime_checkable

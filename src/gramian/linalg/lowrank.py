@@ -12,14 +12,15 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor, probes
-from gramian.linalg.batch import check, choose, load, norm, unscaled
-from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.krylov import by, default_generator, random_rows
+from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
+from gramian.linalg.engine import lapack, probes
+from gramian.linalg.engine.double_double import eye_like, minus, pair, rough, transpose
+from gramian.linalg.engine.escalation import climb
+from gramian.linalg.engine.krylov import by, default_generator, random_rows
+from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.lowrank_krylov import Caller, Found, Products, by_products, excess
+from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
-from gramian.linalg.lowrank_krylov import Caller, Found, Products, by_products, excess
-from gramian.linalg.twofold import U, eye_like, gamma, minus, pair, rough, transpose
-from gramian.linalg.verdict import verdict
 
 SMALL = 96
 """Up to this smaller side the SVD costs less than the Krylov method's calls."""
@@ -29,7 +30,7 @@ NARROW = 5e-5
 """The rtol from which the factors are sought in float32."""
 
 
-def svd_error(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+def _svd_error(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     """A bound on ‖σ(A) − s‖₂: ‖A − USVᵀ‖_F (Mirsky) and the defects of U and V."""
     gap, error = minus(pair(x), rough(pair(u * s[:, None, :]), transpose(pair(v))))
     error = error + norm(gap) + 2 * U * norm(s)
@@ -39,11 +40,11 @@ def svd_error(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return error
 
 
-def by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None) -> Found:
+def _by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None) -> Found:
     """The leading part of the full SVD."""
     x = x.to(torch.float64)
-    u, s, v, ok = factor.svd(x)
-    spread = svd_error(x, u, s, v)
+    u, s, v, ok = lapack.svd(x)
+    spread = _svd_error(x, u, s, v)
     value, factors = caller.rounded(u[..., :k], s[:, :k], v[..., :k])
     # ‖σ̂ − σ‖₂ is at most `spread` (Mirsky).
     optimum = (norm(s[:, k:]) - spread).clamp_min(0)
@@ -52,7 +53,7 @@ def by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.G
     return Found(value, bound, left, torch.where(ok, cert.NONE, cert.LAPACK))
 
 
-def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None) -> Found:
+def _by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None) -> Found:
     """`lowrank_krylov.by_products` of dense matrices, with products in x's dtype."""
     ops = Products(
         forth=lambda y: by(y, x.mT),
@@ -66,14 +67,15 @@ def by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator
     return by_products(ops, k, caller, rtol=rtol, generator=generator)
 
 
-SVD_LOWRANK: dict[str, Callable[..., Found]] = {"block_krylov": by_block_krylov, "svd": by_svd}
+Factors = tuple[Tensor, ...]
+SVD_LOWRANK: dict[str, Callable[..., Found]] = {"block_krylov": _by_block_krylov, "svd": _by_svd}
 METHODS = tuple(SVD_LOWRANK)
 
 
 def _of_map(
     a: Any, rank: int, rtol: float | None, generator: torch.Generator | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Certificate]:
-    """The same of a map, taken as it computes, in float64 otherwise. ‖A‖_F is known of a sparse tensor."""
+    """`svd_lowrank_ex` of a map, in float64 except for its own products; ‖A‖_F is known only for a sparse tensor."""
     dtype, device = getattr(a, "dtype", torch.float32), torch.device(getattr(a, "device", "cpu"))
     tolerance = default_rtol(rtol, dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32)
     sparse, wide = isinstance(a, TensorMap), a.shape[0] < a.shape[1]
@@ -87,6 +89,8 @@ def _of_map(
     nothing = torch.zeros(1, m, rank, dtype=dtype, device=device), zero[:, None].expand(1, rank).to(dtype)
     found = Found((*nothing, nothing[0].new_zeros(1, n, rank)), zero, zero + 1, torch.full_like(zero, cert.NONE).long())
     finite = True
+    # A map that computes in float32 is linear only up to its rounding.
+    rounding = 0.0 if sparse or not rank else 32 * torch.finfo(dtype).eps
     if rank:
         scaled, exponent, finite = scaled_map(a, random_rows(source, like, 1, min(n, 8), n))
         back = scaled.adjoint()
@@ -107,13 +111,12 @@ def _of_map(
         caller = Caller(dtype, exponent.to(device))
         finite = finite and (values is None or bool(values.isfinite().all()))
         for again in (False, True) if finite else ():
-            # There is no SVD to fall back on: a space that no multiplicity and no slow decay keeps too small.
+            # There is no SVD to fall back on. The second run has a wider block, for multiple eigenvalues.
             asked = tolerance / 8 if again else tolerance
             found = by_products(ops, rank, caller, rtol=asked, generator=source, wide=again)
-            if not finite or bool((found.excess <= tolerance).all()):
+            if not finite or bool((found.excess + rounding <= tolerance).all()):
                 break
-    # A map in float32 is one that is linear but for its rounding.
-    bound = found.excess + (0.0 if sparse or not rank else 32 * torch.finfo(dtype).eps)
+    bound = found.excess + rounding
     reason = found.reason if finite else torch.full_like(found.reason, cert.NOT_FINITE)
     proof = verdict(
         bound,
@@ -141,6 +144,13 @@ def svd_lowrank_ex(
 ) -> tuple[tuple[Float[Tensor, "*b m k"], Float[Tensor, "*b k"], Float[Tensor, "*b n k"]], Certificate]:
     """`svd_lowrank` with its certificate, never raising for a matrix's values.
 
+    Args:
+        a, rank, method, rtol, generator: as for `svd_lowrank`.
+    Returns: the factors and their `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `svd_lowrank`.
+    Source: as for `svd_lowrank`.
+
     >>> (u, s, v), certificate = svd_lowrank_ex(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
     >>> s.tolist(), certificate.converged.item()
     ([3.0, 2.0], True)
@@ -157,51 +167,36 @@ def svd_lowrank_ex(
         return _of_map(linear, rank, rtol, generator)
     a = linear
     wide = a.shape[-2] < a.shape[-1]
-    batch, tolerance = unscaled(load(a.mT if wide else a)), default_rtol(rtol, a.dtype)
+    loaded, tolerance = unscaled(load(a.mT if wide else a)), default_rtol(rtol, a.dtype)
     names = [method]
     if method == "auto":
         names = ["svd"] if short <= SMALL or SHARE * rank > short else ["block_krylov", "svd"]
     if not rank:
         names = ["svd"]
     narrow = a.dtype != torch.float64 and tolerance >= NARROW and names[0] == "block_krylov"
-    plan = [(names[0], None)] * narrow + [(name, torch.float64) for name in names]
-    count, m, n = batch.raw.shape
-    u, s, v = (
-        torch.full((count, *d), math.nan, dtype=a.dtype, device=a.device) for d in ((m, rank), (rank,), (n, rank))
-    )
-    bound = torch.full((count,), math.inf, dtype=torch.float64, device=a.device)
-    residual, failure = bound * math.nan, torch.zeros_like(bound)
-    code, steps = torch.zeros_like(batch.exponent), torch.zeros_like(batch.exponent)
-    reason = torch.where(batch.finite, cert.INACCURATE, cert.NOT_FINITE)
-    rows = batch.finite.nonzero().flatten()
-    for name, work in plan:
-        if not rows.numel():
-            break
-        x = batch.at(work)
-        x = x if rows.numel() == count else x[rows]
-        caller = Caller(a.dtype, batch.exponent[rows])
-        found = SVD_LOWRANK[name](x, rank, caller, rtol=tolerance, generator=generator)
-        better = ~(found.excess >= bound[rows])
-        kept = rows[better]
-        for whole, part in zip((u, s, v, bound, residual), (*found.value, found.excess, found.residual), strict=True):
-            whole[kept] = part[better]
-        code[kept], steps[kept] = METHODS.index(name), found.steps
-        reason[kept], failure[kept] = found.reason[better], found.failure
-        rows = rows[(bound[rows] > tolerance) | (reason[rows] == cert.INACCURATE)]
-    proof = verdict(
-        bound,
-        tolerance,
-        reason,
-        shape=batch.shape,
-        methods=tuple(SVD_LOWRANK),
-        code=code,
-        residual=residual,
-        steps=steps,
-    )
-    proof.kind.copy_((failure > 0).reshape(batch.shape))
-    proof.failure_probability.copy_(failure.reshape(batch.shape))
-    u, s, v = (y.reshape(batch.shape + y.shape[1:]) for y in (u, s, v))
-    return ((v, s, u) if wide else (u, s, v)), proof
+    rungs = [(names[0], None)] * narrow + [(name, torch.float64) for name in names]
+
+    def attempt(rung: tuple[str, torch.dtype | None], rows: Tensor | None, last: bool) -> tuple[Factors, Certificate]:
+        name, work = rung
+        part = loaded.rows(rows)
+        caller = Caller(a.dtype, part.exponent)
+        found = SVD_LOWRANK[name](part.at(work), rank, caller, rtol=tolerance, generator=generator)
+        lost = ~part.finite
+        value = tuple(torch.where(lost.reshape(-1, *[1] * (y.ndim - 1)), math.nan, y) for y in found.value)
+        return value, verdict(
+            found.excess,
+            tolerance,
+            torch.where(lost, cert.NOT_FINITE, found.reason),
+            methods=METHODS,
+            code=METHODS.index(name),
+            residual=found.residual,
+            steps=found.steps,
+            failure_probability=found.failure,
+        )
+
+    (u, s, v), proof = climb(rungs, attempt)
+    u, s, v = (y.reshape(loaded.shape + y.shape[1:]) for y in (u, s, v))
+    return ((v, s, u) if wide else (u, s, v)), proof.reshape(loaded.shape)
 
 
 def svd_lowrank(
@@ -216,20 +211,31 @@ def svd_lowrank(
 
     A ≈ U diag(S) Vᵀ, the minimizer of ‖A − B‖_F over B of rank ≤ k.
 
-    Arguments: `a` (..., m, n) dense, a sparse matrix (m, n), or a `LinearMap`; `rank` k, from 0 to min(m, n); `method`,
-    one of `SVD_LOWRANK` or "auto"; `rtol`, the excess (‖A − USVᵀ‖_F − optimum) / ‖A‖_F asked for (`certificate.RTOL` of
-    the dtype if None, and 1e-4 at least for sparse matrices and maps), which is what the certificate's `error_bound`
-    bounds: the factors themselves are not unique. `generator` of the random start, a fixed seed if None.
-    Raises: `ShapeError`, `DtypeError`, `InputError`; `ConvergenceError` where the excess may be above rtol.
-    Cost: "block_krylov", products with about 4k vectors for slow decay and 2k for fast, in float32 where its rounding
-    leaves rtol, and a float64 pass with 24 to bound that; "svd", used up to a side of 96, for k > n/4 and where the
-    other is not certified, one float64 SVD (about 50 products).
-    Accuracy: the excess is bounded from ‖A‖_F² − Σ sᵢ², so it is seen down to about 1e-7 of ‖A‖_F unless all that is
-    missed is below that. The bound of "block_krylov"
-    is an estimate that fails with probability 5 `krylov.FAILURE`. The residual is ‖A − USVᵀ‖_F / ‖A‖_F.
-    Sparse and maps: "block_krylov" in float64, never the SVD. ‖A‖_F of a map is not known; it cancels from the excess
-    of the squares, a lower bound from 32 more products (6 `krylov.FAILURE` then) makes that an excess, and the residual
-    is an estimate. A map is taken as it computes; one in float32 is rarely certified where less than 1e-2 is missed.
+    Args:
+        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`.
+        rank: k, from 0 to min(m, n).
+        method: "block_krylov", "svd" or "auto".
+        rtol: the excess (‖A − USVᵀ‖_F − optimum) / ‖A‖_F asked for; `certificate.RTOL` of the dtype if None, and at
+            least 1e-4 for sparse matrices and maps. The certificate's `error_bound` bounds this excess, since the
+            factors themselves are not unique.
+        generator: of the random start; one of a fixed seed if None.
+    Returns: U `(..., m, k)`, S `(..., k)` descending, V `(..., n, k)`.
+    Raises:
+        ShapeError: where `a` has fewer than two dimensions.
+        DtypeError: where `a` is not real floating point, or not a map.
+        InputError: for an unknown method, a rank out of range, a negative rtol, or "svd" of a map.
+        ConvergenceError: where the excess may be above rtol.
+    Cost: "block_krylov" takes products with about 4k vectors for slow decay and 2k for fast, in float32 where its
+    rounding leaves room for rtol, and a float64 pass with 24 vectors to bound that rounding. "svd" takes one float64
+    SVD (about 50 products); "auto" uses it up to a side of 96, for k > n/4, and where the other is not certified.
+    Accuracy: the excess is bounded from ‖A‖_F² − Σ sᵢ², so it is resolved down to about 1e-7 of ‖A‖_F, unless all that
+    is missed is below that. The bound of "block_krylov" is an estimate that fails with probability 5 `krylov.FAILURE`.
+    The certificate's residual is ‖A − USVᵀ‖_F / ‖A‖_F.
+
+    Sparse matrices and maps: "block_krylov" in float64, never the SVD. ‖A‖_F of a map is unknown, but it cancels from
+    the excess of the squares; a lower bound on it, from 32 more products (6 `krylov.FAILURE` then), turns that into an
+    excess, and the residual is an estimate. The products of a map are taken as exact; a map in float32 is rarely
+    certified where less than 1e-2 is missed.
     Source: Musco and Musco, arXiv:1504.05477, algorithm 2; the bound, Bhatia, Matrix Analysis (1997), §III.2.
 
     >>> u, s, v = svd_lowrank(torch.tensor([[2.0, 2.0], [2.0, 2.0]]), 1)

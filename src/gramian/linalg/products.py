@@ -1,4 +1,4 @@
-"""Products: xᵀx at half the work, and a·b by several routes."""
+"""Products: xᵀx at half the work, and a·b by several methods."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from gramian.errors import DtypeError, InputError, ShapeError
 from gramian.linalg import certificate as cert
-from gramian.linalg.batch import check, choose, exponent_of, norm, scale
-from gramian.linalg.certificate import Certificate, default_rtol
-from gramian.linalg.probes import chain_rounding, of_norm, probes
-from gramian.linalg.symmetric import HALVED_FROM, halved
-from gramian.linalg.verdict import verdict
+from gramian.linalg.certificate import Certificate, default_rtol, verdict
+from gramian.linalg.engine.loading import check, choose
+from gramian.linalg.engine.probes import of_norm, probes
+from gramian.linalg.engine.rounding import chain_rounding, norm
+from gramian.linalg.engine.scaling import exponent_of, scale
+from gramian.linalg.engine.symmetric_products import HALVED_FROM, symmetric_product
 
 
 def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Tensor, "*b d d"]:
@@ -23,12 +24,20 @@ def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Ten
 
     syrk(X) = XᵀX, exactly symmetric.
 
-    Arguments: `x` (..., n, d), n samples of d features; `precision`, "float32" (of the dtype, and wider), or
-    "bfloat16": factors and result rounded to 8 bits, where d is at least 256. Half types are accumulated and returned
-    in float32, also under autocast, since the sum over samples neither fits float16 nor survives bfloat16's 8 bits.
-    Raises: `ShapeError`, `DtypeError`, `InputError`. Cost: one product; on a CPU, from d = 256 and where no gradient is
-    recorded, 5/8 to 9/16 of one, what lies below the diagonal being mirrored. Accuracy: nε ‖X‖²_F; in bfloat16 each
-    entry is within 2⁻⁷ √(M_ii M_jj) of its own.
+    Half types are accumulated and returned in float32, also under autocast: the sum over samples neither fits float16
+    nor survives the 8 bits of bfloat16.
+
+    Args:
+        x: `(..., n, d)`, n samples of d features.
+        precision: "float32", for the dtype of `x` and at least float32, or "bfloat16", which rounds factors and result
+            to 8 bits where d is at least 256.
+    Returns: `(..., d, d)`, in the dtype of `x`, at least float32.
+    Raises:
+        ShapeError: where `x` has fewer than two dimensions.
+        DtypeError: where `x` is not real floating point.
+        InputError: for another precision.
+    Cost: one product; on a CPU, from d = 256 and where no gradient is recorded, 5/8 to 9/16 of one: the part below
+    the diagonal is mirrored. Accuracy: nε ‖X‖²_F; in bfloat16 each entry is within 2⁻⁷ √(M_ii M_jj).
     Source: Higham, Accuracy and Stability (2002), §3.5.
 
     >>> syrk(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -38,21 +47,11 @@ def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Ten
     check("syrk", x)
     if precision not in ("float32", "bfloat16"):
         raise InputError(f"syrk: expected precision 'float32' or 'bfloat16', got {precision!r}.")
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    n, d = x.shape[-2:]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    d = x.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
-        recorded = torch.is_grad_enabled() and wide.requires_grad
-        plain = type(wide) is Tensor or isinstance(wide, torch.nn.Parameter)
-        if min(n, d) >= HALVED_FROM and wide.device.type == "cpu" and plain and not recorded:
-            out = wide.new_empty(*wide.shape[:-2], d, d)
-            for matrix, gram in zip(wide.detach().reshape(-1, n, d), out.view(-1, d, d), strict=True):
-                factor = matrix.bfloat16() if precision == "bfloat16" else matrix
-                halved(factor.mT, factor, gram)
-            return out
-        half = wide.bfloat16() if precision == "bfloat16" and d >= HALVED_FROM else wide
-        gram = (half.mT @ half).to(wide.dtype)
-    # A general product may round (i, j) and (j, i) differently.
-    return gram.tril() + gram.tril(-1).mT
+        factor = x.to(torch.bfloat16 if precision == "bfloat16" and d >= HALVED_FROM else wide)
+        return symmetric_product(factor.mT, factor, wide)
 
 
 def second_moment(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
@@ -60,8 +59,13 @@ def second_moment(x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d d"]:
 
     second_moment(X) = XᵀX / n = (1/n) Σ xᵢxᵢᵀ, exactly symmetric.
 
-    Arguments: `x` (..., n, d), n ≥ 1 samples of d features; half types as in `syrk`.
-    Raises: `ShapeError`, also for n = 0; `DtypeError`. Cost: one product. Accuracy: nε times the mean ‖xᵢ‖².
+    Args:
+        x: `(..., n, d)`, n ≥ 1 samples of d features; half types as in `syrk`.
+    Returns: `(..., d, d)`, in the dtype of `x`, at least float32.
+    Raises:
+        ShapeError: where `x` has fewer than two dimensions, or no sample.
+        DtypeError: where `x` is not real floating point.
+    Cost: one product. Accuracy: nε times the mean ‖xᵢ‖².
     Source: Higham, Accuracy and Stability (2002), §3.5.
 
     >>> second_moment(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
@@ -130,9 +134,16 @@ def matmul_ex(
 ) -> tuple[Float[Tensor, ...], Certificate]:
     """`matmul` with its certificate, never raising for a matrix's values.
 
-    `error_bound` and `rtol` are relative to ‖A‖_F ‖B‖_F, as in `matmul`: where the product cancels, no route has digits
-    relative to it. `residual` is relative to ‖AB‖_F. The error is measured with the products of 32 random vectors in
-    float64 (up to 32 columns: all of it); each certificate costs three such.
+    `error_bound` and `rtol` are relative to ‖A‖_F ‖B‖_F, as in `matmul`: where the product cancels, no method has
+    digits relative to the product itself. `residual` is relative to ‖AB‖_F.
+
+    Args:
+        a, b, method, rtol: as for `matmul`.
+    Returns: the product and its `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `matmul`, and three float64 products with 32 random vectors, which measure the error. Accuracy: the
+    bound is an estimate, or a bound where B has up to 32 columns.
+    Source: this library's own.
 
     >>> value, certificate = matmul_ex(torch.ones(3, 3), torch.eye(3), method="bfloat16")
     >>> certificate.converged.item(), certificate.method_names
@@ -173,15 +184,23 @@ def matmul_ex(
 def matmul(
     a: Float[Tensor, ...], b: Float[Tensor, ...], *, method: str = "auto", rtol: float | None = None
 ) -> Float[Tensor, ...]:
-    """The product AB, by torch or by a route that trades accuracy or calls for time.
+    """The product AB, by torch's product or by a named method that trades accuracy for time.
 
-    Arguments: `a` (..., m, k) and `b` (..., k, n) of one dtype, their batches broadcast; `method`, one of `MATMUL` or
-    "auto"; `rtol`, the error ‖C − AB‖_F / (‖A‖_F ‖B‖_F) that "auto" may make (`certificate.RTOL` of the dtype if None).
-    Raises: `ShapeError`, `DtypeError`, `InputError`.
-    Cost: one product. "auto" is torch's product throughout: strassen was not faster where it was timed (example 5), and
-    bfloat16 is where a processor has units for it, at the price of accuracy; both are there by name. Accuracy, relative
-    to ‖A‖_F ‖B‖_F: torch and loop ku; strassen about 18 (k/4 + 6) u, in norm only: a small
-    entry beside large ones loses its digits; bfloat16 3·2⁻⁸ whatever the dtype.
+    "auto" is always torch's product. "strassen" was not faster where it was timed (example 5), and "bfloat16" is only
+    where the processor has units for it, at the price of accuracy. "loop" makes one call for each matrix.
+
+    Args:
+        a: `(..., m, k)`.
+        b: `(..., k, n)`, of the same dtype; the batches are broadcast.
+        method: "torch", "strassen", "bfloat16", "loop" or "auto".
+        rtol: the error ‖C − AB‖_F / (‖A‖_F ‖B‖_F) that "auto" may make; `certificate.RTOL` of the dtype if None.
+    Returns: `(..., m, n)`, in the dtype of the factors.
+    Raises:
+        ShapeError: where the inner sizes differ, or the batches do not broadcast.
+        DtypeError: where a factor is not real floating point, or the dtypes differ.
+        InputError: for an unknown method or a negative rtol.
+    Cost: one product. Accuracy, relative to ‖A‖_F ‖B‖_F: "torch" and "loop" ku; "strassen" about 18 (k/4 + 6) u in norm
+    only, so that a small entry beside large ones loses its digits; "bfloat16" 3·2⁻⁸ whatever the dtype.
     Source: Higham, Accuracy and Stability (2002), §3.5 and theorem 23.3 (the Winograd form).
 
     >>> matmul(torch.eye(3), torch.ones(3, 3), method="strassen")

@@ -12,25 +12,26 @@ from torch import Tensor
 
 from gramian.errors import InputError, ShapeError
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor
-from gramian.linalg.batch import Batch, check, choose, exponent_of, load, norm, scale
-from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.inverses import inv_ex
-from gramian.linalg.twofold import U, gamma, pair, product
-from gramian.linalg.verdict import verdict
+from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
+from gramian.linalg.engine import lapack
+from gramian.linalg.engine.double_double import pair, product
+from gramian.linalg.engine.loading import Loaded, check, choose, load
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.scaling import exponent_of, scale
+from gramian.linalg.inverse import inv_ex
 
 MAX_POWER = 2**48
-"""Exponents of two, at most 2¹² a factor, must fit 64 bits; and rounding alone exceeds any `rtol` long before."""
+"""Exponents of two, at most 2¹² for each factor, must fit 64 bits; rounding alone exceeds any `rtol` long before."""
 
-POWER = ("squaring_twofold",)
+POWER = ("squaring_double_double",)
 PRODUCT = ("sequential",)
 Slogdet = tuple[Tensor, Tensor]
 
 
 class _Frame(NamedTuple):
-    """A change of basis W, its near-inverse V, and κ ≥ ‖W‖‖W⁻¹‖; norms are of W X W⁻¹. W = None is the identity.
+    """A change of basis W, its approximate inverse V, and κ ≥ ‖W‖‖W⁻¹‖. Norms are of W X W⁻¹; None is the identity.
 
-    In its eigenvectors' basis a matrix has ‖Aᵏ‖ ≈ ‖A‖ᵏ, so that bounds that multiply norms stay tight.
+    In the basis of its eigenvectors a matrix has ‖Aᵏ‖ ≈ ‖A‖ᵏ, so that bounds that multiply norms stay tight.
     """
 
     w: Tensor | None
@@ -42,7 +43,7 @@ class _Frame(NamedTuple):
         """An upper bound on ‖W (X + low) W⁻¹‖₂."""
         if self.w is None or self.v is None:
             gram = x.mT @ x
-            largest, _, ok = factor.eigh(gram)
+            largest, _, ok = lapack.eigh(gram)
             top = largest.amax(-1).clamp_min(0) + 20 * x.shape[-1] * U * norm(gram)
             return torch.where(ok, top.sqrt(), norm(x)).minimum(norm(x)) + norm(low)
         y = self.w @ x.to(self.w.dtype) @ self.v
@@ -58,16 +59,16 @@ def _frames(x: Tensor) -> list[_Frame]:
     frames = [_Frame(None, None, one, one * 0)]
     try:
         _, v = torch.linalg.eig(x)
-        w, info = factor.inverse(v)
+        w, info = lapack.inverse(v)
         spread = torch.linalg.svdvals(torch.where(v.isfinite(), v, 0))
-    except factor.LinAlgError:
+    except lapack.LinAlgError:
         return frames
     n = x.shape[-1]
     eye = torch.eye(n, dtype=v.dtype, device=v.device)
     sizes = w.flatten(1).norm(dim=1), v.flatten(1).norm(dim=1)
     defect = (w @ v - eye).flatten(1).norm(dim=1) + 16 * gamma(n) * sizes[0] * sizes[1]
     good = (info == 0) & (defect < 0.5)
-    # Where the eigenvectors are dependent, the frame says so by an infinite κ.
+    # Where the eigenvectors are dependent, κ is inf.
     lowest = spread[:, -1] - 20 * n * U * spread[:, 0]
     kappa = torch.where(good & (lowest > 0), spread[:, 0] / lowest * (1 + defect) / (1 - defect), math.inf)
     w, v = (torch.where(good[:, None, None], y, eye) for y in (w, v))
@@ -75,7 +76,7 @@ def _frames(x: Tensor) -> list[_Frame]:
 
 
 class _Power(NamedTuple):
-    """(X + low)·2^exponent, and how far that is from what it stands for: entrywise, and in the norm of each frame."""
+    """(X + low)·2^exponent, and bounds on its error: of each entry, and in the norm of each frame."""
 
     x: Tensor
     low: Tensor
@@ -90,7 +91,7 @@ def _times(a: _Power, b: _Power, frames: list[_Frame]) -> _Power:
     size_a, size_b = a.x.abs() + a.low.abs(), b.x.abs() + b.low.abs()
     p = product(pair(a.x, a.low), pair(b.x, b.low))
     grown = 1 + 4 * gamma(n + 4)
-    # No entry errs by more than the product's Frobenius bound, and where the factors' zeros meet, by nothing.
+    # No entry errs by more than the product's Frobenius bound; one that is zero by the factors' zeros is exact.
     local = torch.where(size_a @ size_b > 0, p.error[:, None, None], 0.0)
     entries = (size_a @ b.entries + a.entries @ (size_b + b.entries)) * grown + local
     errors = [
@@ -108,13 +109,13 @@ def _as_slogdet(x: Tensor, exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor
     log_scale = exponent.to(torch.float64) * math.log(2) + size.log()
     unit = x / torch.where(size > 0, size, 1.0)[:, None, None]
     mantissa = unit.to(dtype)
-    # An error in the logarithm is a relative one of the matrix; ln 2, the product and the sum are each rounded.
+    # An error in the logarithm is a relative error of the matrix; ln 2, the product and the sum are each rounded.
     rounding = norm(mantissa.to(torch.float64) - unit) + 4 * U * (1 + exponent.abs().to(torch.float64))
     return mantissa, log_scale, torch.where(size > 0, rounding, 0.0)
 
 
 def _finish(
-    batch: Batch, x: Tensor, exponent: Tensor, error: Tensor, bad: Tensor, dtype: torch.dtype
+    loaded: Loaded, x: Tensor, exponent: Tensor, error: Tensor, bad: Tensor, dtype: torch.dtype
 ) -> tuple[Slogdet, Tensor]:
     """Mantissa and log scale, NaN where there is no answer, and the relative error."""
     mantissa, log_scale, rounding = _as_slogdet(x, exponent, dtype)
@@ -123,7 +124,7 @@ def _finish(
     relative = torch.where((size == 0) & (error == 0), 0.0, relative).nan_to_num(nan=math.inf)
     mantissa = torch.where(bad[:, None, None], math.nan, mantissa)
     log_scale = torch.where(bad, math.nan, log_scale)
-    return (mantissa.reshape(batch.shape + mantissa.shape[1:]), log_scale.reshape(batch.shape)), relative
+    return (mantissa.reshape(loaded.shape + mantissa.shape[1:]), log_scale.reshape(loaded.shape)), relative
 
 
 @torch.no_grad()
@@ -131,6 +132,13 @@ def matrix_power_scaled_ex(
     a: Float[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[tuple[Float[Tensor, "*b n n"], Float[Tensor, "*b"]], Certificate]:
     """`matrix_power_scaled` with its certificate, never raising for a matrix's values.
+
+    Args:
+        a, k, method, rtol: as for `matrix_power_scaled`.
+    Returns: (mantissa, log_scale) and their `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `matrix_power_scaled`.
+    Source: as for `matrix_power_scaled`.
 
     >>> (mantissa, log_scale), certificate = matrix_power_scaled_ex(torch.tensor([[0.5]]), 10**6)
     >>> mantissa.tolist(), round(log_scale.item(), 3), certificate.converged.item()
@@ -189,15 +197,21 @@ def matrix_power_scaled(
 
     Aᵏ = mantissa · exp(log_scale), log_scale = ln ‖Aᵏ‖_F.
 
-    Arguments: `a` (..., n, n); `k`, any integer to ±2⁴⁸, negative ones through the inverse; `method`, one of `POWER`
-    or "auto"; `rtol`, the relative Frobenius error of Aᵏ asked for (`certificate.RTOL` of the dtype if None).
-    Returns: the mantissa in the dtype of `a`, and log_scale in float64, since float32 could not hold it; zero has
-    mantissa 0 and log_scale −inf.
-    Raises: `ShapeError`, `DtypeError`, `InputError`; `ConvergenceError` where an inverse does not exist or the error
-    bound is above rtol.
-    Cost: log₂ k to 2 log₂ k twofold products (4 float64 ones), with 5 more each and one eigendecomposition of A for
-    the bound. Accuracy: one rounding of the dtype and of log_scale, 1e-9 at k = 10⁶, while k κ² 1e-21 is below it,
-    κ being the eigenvectors' condition number. The residual is ‖AP − PA‖ / (‖A‖‖P‖).
+    Args:
+        a: `(..., n, n)`.
+        k: an integer, |k| ≤ 2⁴⁸; negative powers go through the inverse.
+        method: "squaring_double_double" or "auto".
+        rtol: the relative Frobenius error of Aᵏ asked for; `certificate.RTOL` of the dtype if None.
+    Returns: the mantissa `(..., n, n)` in the dtype of `a`, and log_scale `(...)` in float64, since float32 could not
+    hold it. Zero has mantissa 0 and log_scale −inf.
+    Raises:
+        ShapeError: where `a` is not square.
+        DtypeError: where `a` is not real floating point.
+        InputError: for a k that is no such integer, an unknown method, or a negative rtol.
+        ConvergenceError: where an inverse does not exist, or the error bound is above rtol.
+    Cost: log₂ k to 2 log₂ k double-double products (4 float64 ones), with 5 more each and one eigendecomposition of A
+    for the bound. Accuracy: one rounding of the dtype and of log_scale, 1e-9 at k = 10⁶, while k κ² 1e-21 is below it,
+    κ being the condition number of the eigenvectors. The certificate's residual is ‖AP − PA‖ / (‖A‖‖P‖).
     Source: Higham, Functions of Matrices (2008), §4.1; Ozaki et al., Numer. Algorithms 59 (2012), §3, the products.
 
     >>> mantissa, log_scale = matrix_power_scaled(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), 10**6)
@@ -216,13 +230,20 @@ def product_scaled_ex(
 ) -> tuple[tuple[Float[Tensor, "*b m n"], Float[Tensor, "*b"]], Certificate]:
     """`product_scaled` with its certificate, never raising for a matrix's values.
 
+    Args:
+        matrices, method, rtol: as for `product_scaled`.
+    Returns: (mantissa, log_scale) and their `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `product_scaled`.
+    Source: as for `product_scaled`.
+
     >>> (mantissa, log_scale), certificate = product_scaled_ex([torch.full((1, 1), 1e-30)] * 100)
     >>> mantissa.item(), round(log_scale.item() / math.log(10)), certificate.converged.item()
     (1.0, -3000, True)
     """
     name = "product_scaled"
     choose(name, method, dict.fromkeys(PRODUCT))
-    batches: list[Batch] = []
+    batches: list[Loaded] = []
     dtype: torch.dtype | None = None
     for i, a in enumerate(matrices):
         check(name, a)
@@ -256,7 +277,7 @@ def product_scaled_ex(
         after = b.x if after is None else b.x @ after
         e = exponent_of(after)
         after, after_exponent = scale(after, -e), after_exponent + b.exponent + e
-    # The norms of what follows are rounded as well: to first order that doubles nothing, and 2 covers the second.
+    # The norms of the following factors are rounded as well: a second-order effect, which the factor 2 covers.
     absolute = 2 * error * norm(x)
     absolute = torch.where(error == 0, 0.0, absolute).nan_to_num(nan=math.inf)
     value, relative = _finish(batches[0], x, exponent, absolute, ~finite, dtype)
@@ -279,15 +300,21 @@ def product_scaled(
 
     A₁A₂…A_L = mantissa · exp(log_scale).
 
-    Arguments: `matrices`, any iterable of (..., mᵢ, mᵢ₊₁) of one batch shape, in the order of the product (the Jacobian
-    of a network is the last layer's first); `method`, one of `PRODUCT` or "auto"; `rtol`, the relative Frobenius error
-    asked for (`certificate.RTOL` of the widest dtype if None).
-    Returns: the mantissa in the widest dtype, and log_scale in float64; −inf for a product that is zero.
-    Raises: `ShapeError`, `DtypeError`, `InputError` for no matrix; `ConvergenceError` where a matrix is not finite or
-    the estimate of the error is above rtol (where the product cancels, as of two projections onto disjoint spaces).
+    Args:
+        matrices: an iterable of `(..., mᵢ, mᵢ₊₁)` of one batch shape, in the order of the product. (The Jacobian of a
+            network begins with its last layer.)
+        method: "sequential" or "auto".
+        rtol: the relative Frobenius error asked for; `certificate.RTOL` of the widest dtype if None.
+    Returns: the mantissa in the widest dtype, and log_scale `(...)` in float64, −inf for a product that is zero.
+    Raises:
+        ShapeError: where a matrix does not multiply the one before it.
+        DtypeError: where a matrix is not real floating point.
+        InputError: for no matrix, an unknown method, or a negative rtol.
+        ConvergenceError: where a matrix is not finite, or the estimate of the error is above rtol. The product may
+            cancel, as that of two projections onto disjoint spaces.
     Cost: L float64 products from the left, two more each for the error, and all factors in memory. Accuracy: Lnu times
-    the factor by which the parts' norms exceed the product's. The error is a first-order estimate:
-    `Σⱼ γ ‖|A₁…Aⱼ₋₁||Aⱼ|‖ ‖Aⱼ₊₁…A_L‖`.
+    the factor by which the norms of the parts exceed that of the product. The error is a first-order estimate,
+    Σⱼ γ ‖|A₁…Aⱼ₋₁||Aⱼ|‖ ‖Aⱼ₊₁…A_L‖.
     Source: Higham, Accuracy and Stability (2002), §3.7.
 
     >>> layers = [0.01 * torch.eye(3)] * 1000

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor
-from gramian.linalg.batch import Answer, Route, check, choose, climb, ladder, load, norm
-from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.products import HALVED_FROM, syrk
-from gramian.linalg.symmetric import gram
-from gramian.linalg.twofold import Pair, U, eye_like, gamma, minus, pair, product, rough, transpose
+from gramian.linalg.certificate import Certificate, require_converged
+from gramian.linalg.engine import lapack
+from gramian.linalg.engine.double_double import Product, eye_like, minus, pair, product, rough, transpose
+from gramian.linalg.engine.escalation import Answer, Method
+from gramian.linalg.engine.function import MatrixFunction, evaluate, register
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.symmetric_products import gram
 
-Product = Callable[[Pair, Pair], Pair]
+__all__ = ["svdvals", "svdvals_ex"]
+
 RESOLVED = 1e-8
 """σ/σ₁ below which a float64 Gram matrix, whose eigenvalues are σ² ± u·σ₁², no longer sees σ."""
 
 
 def by_gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """σ̂ (B, n) ascending from the eigenvalues of XᵀX in float64, bounds on |σ̂ − σ|, and which LAPACK managed (B,).
+    """σ̂ (B, n) ascending from the eigenvalues of XᵀX in float64, bounds on |σ̂ − σ|, and where LAPACK converged (B,).
 
     With |σ̂² − σ²| ≤ η, |σ̂ − σ| ≤ η / (σ̂ + √(σ̂² − η)), and never more than √η.
     """
     m, n = x.shape[-2:]
-    # In strips where they pay; below, in halves.
-    g = syrk(x.to(torch.float64)) if min(m, n) >= HALVED_FROM else gram(x, torch.float64)
-    w, ok = factor.eigvalsh(g)
+    g = gram(x, torch.float64)
+    w, ok = lapack.eigvalsh(g)
     s = w.clamp_min(0).sqrt()
     # The product's rounding, by ‖X‖_F², which is the trace, and LAPACK's backward error with p(n) = 4n: three times
     # the worst of 400 matrices for n ≤ 12, and 50 times for n = 400 (Anderson et al., LAPACK Users' Guide, §4.7).
@@ -40,7 +41,7 @@ def by_gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return s, error + U * s, ok
 
 
-def gram_eigvalsh(x: Tensor, *, decline: float) -> Answer:
+def _gram_eigvalsh(x: Tensor, *, decline: float) -> Answer:
     """Roots of the eigenvalues of XᵀX in float64."""
     s, error, ok = by_gram(x)
     top = s[:, -1:] if x.shape[-1] else s.new_zeros(s.shape[0], 1)
@@ -51,7 +52,7 @@ def gram_eigvalsh(x: Tensor, *, decline: float) -> Answer:
 
 def _svd_answer(x: Tensor, times: Product) -> Answer:
     """σ(UΣVᵀ) is within ‖X − UΣVᵀ‖_F of σ(X) (Mirsky), and within the defects of U and V of Σ."""
-    u, s, v, ok = factor.svd(x)
+    u, s, v, ok = lapack.svd(x)
     sigma = pair(torch.diag_embed(s))
     left, right = pair(u), pair(v)
     gap, gap_error = minus(pair(x), times(times(left, sigma), transpose(right)))
@@ -64,24 +65,50 @@ def _svd_answer(x: Tensor, times: Product) -> Answer:
     return Answer(s, error, norm(gap) / norm(x).clamp_min(2.0**-1000), reason)
 
 
-def svd_values(x: Tensor, *, decline: float) -> Answer:
+def _svd(x: Tensor, *, decline: float) -> Answer:
     """By the SVD, bounded from residuals in plain float64."""
     return _svd_answer(x, rough)
 
 
-def svd_values_twofold(x: Tensor, *, decline: float) -> Answer:
-    """By the SVD, bounded from twofold residuals."""
+def svd_double_double(x: Tensor, *, decline: float) -> Answer:
+    """By the SVD, bounded from double-double residuals."""
     return _svd_answer(x, product)
 
 
-SVDVALS: dict[str, Route] = {
-    # Not for float64's default rtol: who works in float64 wants small singular values to more than √u.
-    "gram_eigvalsh": Route(gram_eigvalsh, None, 2e-6, lambda m, n: {"eigvalsh64": 1, "float64": 0.8 * m / n}),
-    "svd": Route(svd_values, torch.float64, 1e-13, lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 5}),
-    "svd_twofold": Route(
-        svd_values_twofold, torch.float64, 0.0, lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 15}
-    ),
-}
+def _exact(mp: Any, a: Any) -> Any:
+    w = mp.eigsy(a.T * a if a.rows >= a.cols else a * a.T, eigvals_only=True)
+    return mp.matrix([mp.sqrt(max(e, 0)) for e in sorted(w, reverse=True)])
+
+
+SVDVALS = register(
+    MatrixFunction(
+        "svdvals",
+        {
+            # Not for float64's default rtol: callers with float64 want small singular values to more than √u.
+            "gram_eigvalsh": Method(
+                _gram_eigvalsh,
+                None,
+                2e-6,
+                lambda m, n: {"eigvalsh64": 1, "float64": 0.8 * m / n},
+                "σ ≥ 1e-8 σ₁: small σ are good to u σ₁²/σ",
+            ),
+            "svd": Method(
+                _svd, torch.float64, 1e-13, lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 5}, "the rest"
+            ),
+            "svd_double_double": Method(
+                svd_double_double,
+                torch.float64,
+                0.0,
+                lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 15},
+                "a bound from double-double residuals",
+            ),
+        },
+        "general",
+        1,
+        plain=torch.linalg.svdvals,
+        exact=_exact,
+    )
+)
 
 
 @torch.no_grad()
@@ -90,16 +117,18 @@ def svdvals_ex(
 ) -> tuple[Float[Tensor, "*b k"], Certificate]:
     """`svdvals` with its certificate, never raising for a matrix's values.
 
+    Args:
+        a, method, rtol: as for `svdvals`.
+    Returns: the singular values and their `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `svdvals`.
+    Source: as for `svdvals`.
+
     >>> value, certificate = svdvals_ex(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     >>> value.tolist(), certificate.converged.item()
     ([4.0, 3.0], True)
     """
-    check("svdvals", a)
-    choose("svdvals", method, SVDVALS)
-    tall = a.mT if a.shape[-2] < a.shape[-1] else a
-    tolerance = default_rtol(rtol, a.dtype)
-    names = [method] if method != "auto" else ladder(SVDVALS, tall.shape, tolerance, tall.device.type)
-    return climb(load(tall), SVDVALS, names, tolerance, torch.clone)
+    return evaluate(SVDVALS, a, method=method, rtol=rtol)
 
 
 def svdvals(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b k"]:
@@ -107,11 +136,19 @@ def svdvals(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | N
 
     σᵢ(A) = λᵢ(AᵀA)^(1/2), i = 1 … min(m, n).
 
-    Arguments: `a` (..., m, n); `method`, one of `SVDVALS` or "auto"; `rtol`, the error ‖σ̂ − σ‖₂ / ‖σ‖₂ asked for
-    (`certificate.RTOL` of the dtype if None): relative to all of them, not to each.
-    Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the error bound is above rtol.
+    Args:
+        a: `(..., m, n)`.
+        method: the name of a method (see docs/linalg.md), or "auto".
+        rtol: the error ‖σ̂ − σ‖₂ / ‖σ‖₂ asked for, relative to all singular values together, not to each;
+            `certificate.RTOL` of the dtype if None.
+    Returns: `(..., min(m, n))`, in the dtype of `a`.
+    Raises:
+        ShapeError: where `a` has fewer than two dimensions.
+        DtypeError: where `a` is not real floating point.
+        InputError: for an unknown method or a negative rtol.
+        ConvergenceError: where the error bound is above rtol.
     Cost: a float64 product and symmetric eigendecomposition of the smaller side; an SVD where some σ is below
-    1e-8 σ₁, and for float64. Accuracy: one rounding of the dtype. The residual is ‖A − UΣVᵀ‖_F / ‖A‖_F.
+    1e-8 σ₁, and for float64. Accuracy: one rounding of the dtype. The certificate's residual is ‖A − UΣVᵀ‖_F / ‖A‖_F.
     Source: Mirsky, Quart. J. Math. 11 (1960); Golub and Van Loan, Matrix Computations (2013), §8.6.
 
     >>> svdvals(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]))

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from gramian.linalg import factor
+from gramian.linalg.engine import lapack as factor
 from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead
 from gramian.optim.scaling import rescale_

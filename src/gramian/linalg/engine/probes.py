@@ -1,9 +1,9 @@
-"""Frobenius norms of matrices that would be dear to form, from their products with a few random vectors.
+"""Frobenius norms of matrices that would be expensive to form, from their products with a few random vectors.
 
 ‖EΩ‖_F² / k estimates ‖E‖_F² for a Gaussian Ω (n, k). It falls below ‖E‖_F² / `GAIN`² with a probability that is worst
-for E of rank one, where ‖EΩ‖² / ‖E‖² is χ² with k degrees of freedom: so `GAIN` · ‖EΩ‖_F / √k is an upper bound but for
-that probability. The products are taken in float64 with the float32 factors themselves, whatever route found them. Up
-to k columns Ω is the identity, and the norm exact.
+for E of rank one, where ‖EΩ‖² / ‖E‖² is χ² with k degrees of freedom: so `GAIN` · ‖EΩ‖_F / √k is an upper bound except
+with that probability. The products are taken in float64 with the float32 factors themselves, whatever method found
+them. Up to k columns Ω is the identity, and the norm is exact.
 """
 
 from __future__ import annotations
@@ -15,29 +15,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gramian.linalg.batch import norm
-from gramian.linalg.twofold import gamma
+from gramian.linalg.engine.rounding import norm
 
 SEED = 0x6772616D69616E
-"""Of every generator that linalg makes for itself: not a small number, which the caller may have drawn the matrix from.
-Vectors that are rows of the matrix's own factor prove nothing."""
+"""The seed of every generator that linalg makes for itself. It is not a small number, since the caller may have drawn
+the matrix from a small seed, and probes that are rows of the matrix's own factor prove nothing."""
 
 WIDTH = 32
 GAIN = 3.0
 GAINS = {8: 24.0, 16: 6.2, WIDTH: GAIN}
 FAILURE = 1e-10
-"""P(χ²_k < k / GAINS[k]²) is below it, 9.0e-11 for k = 32; a test derives it."""
+"""P(χ²_k < k / GAINS[k]²) is below this, 9.0e-11 for k = 32; a test derives it."""
 
 CHUNK = 1 << 20
-"""Entries that are widened to float64 at a time: 8 MB, which stays in the cache and is not mapped afresh each time."""
-
+"""Entries in a part that is widened to float64 at once: 8 MB, which stays in the cache and reuses its memory pages."""
 
 PART = 1 << 18
-"""The same for `twice`, whose parts are read three times."""
+"""The same for `twice`, which reads each part three times."""
 
 
 class Probes(NamedTuple):
-    """Ω (n, k) in float64, the factor from ‖EΩ‖_F to a bound on ‖E‖_F, and the probability that it is none."""
+    """Ω (n, k) in float64, the factor from ‖EΩ‖_F to a bound on ‖E‖_F, and the probability that the bound fails."""
 
     omega: Tensor
     factor: float
@@ -54,7 +52,7 @@ def probes(n: int, device: torch.device, width: int = WIDTH) -> Probes:
 
 
 def of_norm(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
-    """A bound on ‖E‖_F from EΩ (B, m, k), which is itself known to within `rounding` in Frobenius norm."""
+    """A bound on ‖E‖_F from EΩ (B, m, k), which has an error of at most `rounding` in Frobenius norm."""
     return (norm(e) + rounding) * p.factor
 
 
@@ -104,7 +102,7 @@ def two_norm(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
 def twice(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows z xᵀx (B, k, n) and z xᵀ (B, k, m), and ‖x‖_F² (B,), in float64, for x (B, m, n) of any dtype.
 
-    One pass over x, widened a part at a time in the cache.
+    One pass over x, which is widened in parts that fit the cache.
     """
     b, m, n = x.shape
     forth, back, square = z.new_empty(b, z.shape[-2], m), torch.zeros_like(z), z.new_zeros(b)
@@ -120,11 +118,3 @@ def twice(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             back[i].addmm_(image, part)
             square[i] += torch.linalg.vector_norm(part) ** 2
     return back, forth, square
-
-
-def chain_rounding(n: int, *sizes: Tensor | float) -> Tensor | float:
-    """γ_n times the product of norms: the rounding of one product in a chain, and of carrying it through the rest."""
-    product: Tensor | float = gamma(n)
-    for size in sizes:
-        product = product * size
-    return product

@@ -11,7 +11,7 @@ LinAlgError: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: 
 
 
 def _each(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """`function` of the batch; if it raises, of each matrix, with the identity's factors where it still raises."""
+    """`function` of the batch; if that raises, of each matrix by itself, with the identity's factors where it fails."""
     ok = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     try:
         return function(x), ok
@@ -28,34 +28,34 @@ def _each(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[
 
 
 def eigh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (B, n) ascending, eigenvectors (B, n, n), and which matrices LAPACK managed (B,)."""
+    """Eigenvalues (B, n) ascending, eigenvectors (B, n, n), and for which matrices LAPACK converged (B,)."""
     (w, v), ok = _each(lambda y: tuple(torch.linalg.eigh(y)), x)
     return w, v, ok
 
 
 def eigvalsh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (B, n) ascending, and which matrices LAPACK managed (B,)."""
+    """Eigenvalues (B, n) ascending, and for which matrices LAPACK converged (B,)."""
     (w,), ok = _each(lambda y: (torch.linalg.eigvalsh(y),), x)
     return w, ok
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """U (B, m, k), singular values (B, k) descending, V (B, n, k), and which matrices LAPACK managed (B,)."""
+    """U (B, m, k), singular values (B, k) descending, V (B, n, k), and for which matrices LAPACK converged (B,)."""
     (u, s, vh), ok = _each(lambda y: tuple(torch.linalg.svd(y, full_matrices=False)), x)
     return u, s, vh.mT, ok
 
 
-TOGETHER = 128
-"""Largest n for which torch factors a batch by LU on a CPU without harm."""
+BATCHED_LU = 128
+"""Largest n for which torch's batched LU on a CPU is right."""
 
 
 def inverse(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse by LU of each matrix of (B, n, n), and LAPACK's info (B,), 0 where it is one.
+    """The inverse by LU of each matrix of (B, n, n), and LAPACK's info (B,), 0 where it succeeded.
 
     On two threads or more torch 2.13 with MKL factors a batch in parallel with wrong pivots (n = 200 and up: "Parameter
-    6 was incorrect on entry to DLASWP", then a RuntimeError), so there the matrices go one by one.
+    6 was incorrect on entry to DLASWP", then a RuntimeError), so larger matrices are inverted one by one.
     """
-    if x.device.type != "cpu" or x.shape[0] < 2 or x.shape[-1] <= TOGETHER:
+    if x.device.type != "cpu" or x.shape[0] < 2 or x.shape[-1] <= BATCHED_LU:
         value, info = torch.linalg.inv_ex(x)
         return value, info
     parts = [torch.linalg.inv_ex(matrix) for matrix in x]

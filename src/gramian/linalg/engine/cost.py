@@ -1,8 +1,8 @@
-"""What each route is predicted to cost: sums of products and factorizations, with a handful of constants per machine.
+"""Predicts the seconds that a method takes, from its operations and a few constants of the machine.
 
-Everything is in seconds. One float32 product of two n×n matrices takes 2n³ / rate; factorizations take so many of
-them, by size; every call of the library has a latency. The defaults are those of one two-core machine;
-`gramian bench linalg --calibrate` measures this one's and keeps them in the user's cache folder.
+One float32 product of two n×n matrices takes 2n³ / rate; every other operation is a multiple of it that depends on n;
+and every call has a latency. The defaults were measured on one machine with two cores. `gramian bench linalg
+--calibrate` measures the present machine and keeps its constants in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from pathlib import Path
 
 import torch
 
-Parts = Mapping[str, float | int]
-"""How many of each operation of `Constants.factors`, products in units of n³. A product with a few vectors counts for
-the casts and norms around it too. Products in bfloat16 are those of a batch: one alone is slower below 100."""
+Operations = Mapping[str, float | int]
+"""How many of each operation of `Constants.factors`; a product of n×n matrices is one. A product with a few vectors
+includes the casts and norms around it. Products in bfloat16 are those of a batch: below n = 100 a single one is
+slower."""
 
 SIZES = (64, 256, 1024)
-"""The n at which the cost of a factorization is kept; in between its logarithm is interpolated."""
+"""The n at which the cost of an operation is known; between them its logarithm is interpolated."""
 
 UNITS = ("float32", "float64", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Rate of float32 products in flop/s, a call's latency in s, and costs in float32 products at the `SIZES`."""
+    """The rate of float32 products in flop/s, the latency of a call in s, and costs in float32 products at `SIZES`."""
 
     rate: float
     latency: float
@@ -60,7 +61,7 @@ DEFAULTS = {
             "triangular32": (2.9, 2.0, 0.8),
         },
     ),
-    # Estimates from published peaks, not measured: there an eigendecomposition runs at a few per cent of the peak.
+    # Estimates from published peaks, not measured: on a GPU an eigendecomposition runs at a few per cent of the peak.
     "cuda": Constants(
         rate=4e13,
         latency=1e-5,
@@ -87,20 +88,20 @@ DEFAULTS = {
 unit), torch 2.13 with MKL, two threads."""
 
 EMULATED = (4.0, 4.0, 4.0)
-"""For bfloat16 on a processor without instructions for it, where a product is one in float32 and casts: an estimate."""
+"""The cost of bfloat16 products on a processor without instructions for them, which casts to float32: an estimate."""
 
 
-def predict(parts: Parts, n: int, batch: int, device: str = "cpu") -> float:
-    """Seconds for a batch of matrices whose smaller side is n, made of so many operations each."""
+def predict(operations: Operations, n: int, batch: int, device: str = "cpu") -> float:
+    """Seconds for a batch of matrices of smaller side n, each of which takes these operations."""
     c = constants(device)
     unit = 2.0 * n**3 / c.rate
-    # Products of a batch are one call, as fast as one larger product; LAPACK is called for each matrix.
+    # The products of a batch are one call, as fast as one larger product; LAPACK is called for each matrix.
     together = n * batch ** (1 / 3)
     work = sum(
         count * _interpolated(c.factors[name], together if name in (*UNITS, "thin64") else n)
-        for name, count in parts.items()
+        for name, count in operations.items()
     )
-    calls = sum(count if name in (*UNITS, "thin64") else count * batch for name, count in parts.items())
+    calls = sum(count if name in (*UNITS, "thin64") else count * batch for name, count in operations.items())
     return batch * unit * work + calls * c.latency
 
 
@@ -118,14 +119,14 @@ def _interpolated(values: tuple[float, ...], n: float | int) -> float:
 
 
 def cache_file() -> Path:
-    """Where the calibration is kept: $XDG_CACHE_HOME, or ~/.cache."""
+    """The file of the calibration, in $XDG_CACHE_HOME or ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if root else Path.home() / ".cache") / "gramian" / "linalg.json"
 
 
 @lru_cache(maxsize=8)
 def constants(device: str = "cpu") -> Constants:
-    """The constants of the kind of device: calibrated where there is a file that can be read, else the defaults."""
+    """The constants of the kind of device: the calibrated ones if the file can be read, else the defaults."""
     kind = "cpu" if device == "cpu" else "cuda"
     try:
         body = json.loads(cache_file().read_text())[kind]
@@ -147,7 +148,7 @@ def _default(kind: str) -> Constants:
 
 
 def keep(found: Mapping[str, Constants]) -> Path:
-    """Writes the constants of each kind of device to `cache_file()`, whole or not at all, and makes them current."""
+    """Write the constants of each kind of device to `cache_file()`, whole or not at all, and use them from now on."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     body = json.dumps({kind: asdict(c) for kind, c in found.items()}, indent=1)

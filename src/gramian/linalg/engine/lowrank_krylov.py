@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor, probes
-from gramian.linalg.batch import norm, scale
-from gramian.linalg.krylov import (
+from gramian.linalg.engine import lapack as factor
+from gramian.linalg.engine import probes
+from gramian.linalg.engine.krylov import (
     FAILURE,
     Krylov,
     by,
@@ -28,7 +28,8 @@ from gramian.linalg.krylov import (
     top_bound,
     two_norm,
 )
-from gramian.linalg.twofold import U, gamma
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.scaling import scale
 
 OUTSIDE = 16
 """Random vectors for the norm outside the Krylov space."""

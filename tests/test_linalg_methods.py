@@ -1,4 +1,4 @@
-"""Every route keeps its bound where probes stand in for products, and `auto` climbs from cheap to certain by matrix."""
+"""Every method keeps its bound where probes replace products, and `auto` climbs from cheap to certain by matrix."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 import gramian.linalg as gl
 from cases import DEVICES, SQUARE, mp, seeded
 from gramian import random
-from gramian.linalg import cost, probes, twofold
-from gramian.linalg.batch import ladder
-from gramian.linalg.conditioning import eigenvalue_ratio
-from gramian.linalg.inverses import INV, SOLVE
-from gramian.linalg.polar_direction import plan
-from gramian.linalg.polar_factor import POLAR
-from gramian.linalg.polar_qdwh import weights
-from gramian.linalg.roots import INV_ROOT, SQRTM
-from gramian.linalg.singular import SVDVALS
-from gramian.linalg.symmetric import gram, symmetric_product
+from gramian.linalg.engine import cost, double_double, probes
+from gramian.linalg.engine.eigenvalue_ratio import eigenvalue_ratio
+from gramian.linalg.engine.escalation import ladder
+from gramian.linalg.engine.function import FUNCTIONS, examples
+from gramian.linalg.engine.symmetric_products import gram, symmetric_product
+from gramian.linalg.polar_factor.direction import cheapest
+from gramian.linalg.polar_factor.qdwh import weights
+
+POLAR, INV, SOLVE, INV_ROOT, SQRTM, SVDVALS = (
+    FUNCTIONS[name].methods for name in ("polar", "inv", "solve", "inv_root", "sqrtm", "svdvals")
+)
 
 KAPPAS = (1.0, 3.0, 1e2, 1e4, 1e6, 1e9)
 EPS = 2.0**-53
@@ -67,7 +68,7 @@ def check_bounds(value, certificate, exact, amplification):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(48, 48), (160, 40), (64, 200)], ids=str)
 @pytest.mark.parametrize("method", ["auto", *(m for m in POLAR if m != "newton_schulz")])
-def test_polar_routes_are_within_their_bounds(method, shape, dtype):
+def test_polar_methods_are_within_their_bounds(method, shape, dtype):
     a = gallery(*shape, psd=False, dtype=dtype)
     exact, kappa = polar_oracle(a)
     value, certificate = gl.polar_ex(a, method=method)
@@ -76,9 +77,36 @@ def test_polar_routes_are_within_their_bounds(method, shape, dtype):
         assert certificate.converged[kappa < 1e7].all()
 
 
+CASES = [
+    (label, name, options, method)
+    for label, name, options in examples()
+    for method in ("auto", *FUNCTIONS[name].methods)
+    if method != "newton_schulz"  # honest on average only
+]
+
+
+@pytest.mark.parametrize(("label", "name", "options", "method"), CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_every_method_of_every_function_is_within_its_bounds(label, name, options, method):
+    function = FUNCTIONS[name]
+    a = gallery(48, 48, psd=function.domain != "general")
+    _, kappa = polar_oracle(a)
+    value, certificate = getattr(gl, f"{name}_ex")(a, method=method, **options(a))
+    wide = a.double()
+    exact = function.plain(wide, **options(wide))
+    nudge = random.normal(*a.shape, generator=seeded(9), dtype=torch.float64)
+    nudged = wide + 1e-10 * torch.linalg.matrix_norm(wide)[:, None, None] * (nudge + nudge.mT) / 100
+    moved = (function.plain(nudged, **options(wide)) - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    # Where float64 gives NaN, or the function is too sensitive, the oracle says nothing.
+    amplification = torch.maximum(kappa, moved / 1e-10).nan_to_num(nan=math.inf)
+    check_bounds(value, certificate, exact.nan_to_num(nan=1.0), amplification)
+    if method == "auto":
+        assert (amplification < 1e5).sum() > 4
+        assert certificate.converged[amplification < 1e5].all()
+
+
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", ["auto", *INV_ROOT])
-def test_inverse_root_routes_are_within_their_bounds(method, p):
+def test_inverse_root_methods_are_within_their_bounds(method, p):
     m = gallery(56, 56, psd=True)
     exact, w = by_eigh(m, -1 / p)
     kappa = torch.where(w[:, 0] > 0, w[:, -1] / w[:, 0], math.inf)
@@ -89,7 +117,7 @@ def test_inverse_root_routes_are_within_their_bounds(method, p):
 
 
 @pytest.mark.parametrize("method", ["auto", *SQRTM])
-def test_square_root_routes_are_within_their_bounds(method):
+def test_square_root_methods_are_within_their_bounds(method):
     m = gallery(56, 56, psd=True)
     exact, w = by_eigh(m, 0.5)
     value, certificate = gl.sqrtm_ex(m, method=method)
@@ -100,7 +128,7 @@ def test_square_root_routes_are_within_their_bounds(method):
 
 @pytest.mark.parametrize("psd", [True, False])
 @pytest.mark.parametrize("method", ["auto", *INV])
-def test_inverse_routes_are_within_their_bounds(method, psd):
+def test_inverse_methods_are_within_their_bounds(method, psd):
     if method.startswith("cholesky") and not psd:
         pytest.skip("Cholesky is for symmetric matrices")
     m = gallery(56, 56, psd=psd)
@@ -234,16 +262,17 @@ def test_guessed_condition_is_near(ratio):
     assert ratio / 3 < eigenvalue_ratio((m + m.mT)[None] / 2).item() < 3 * ratio
 
 
-@pytest.mark.parametrize("family", [POLAR, INV, SOLVE, INV_ROOT, SQRTM, SVDVALS])
+@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("rtol", [0.0, 1e-8, 1e-4, 1e-1])
 @pytest.mark.parametrize("shape", [(1, 1), (64, 64), (4096, 1024), (512, 64, 64)], ids=str)
-def test_ladders_end_in_the_last_resort_and_gain_accuracy(family, rtol, shape):
+def test_ladders_end_in_the_last_resort_and_gain_accuracy(name, rtol, shape):
+    methods = FUNCTIONS[name].methods
     for device in ("cpu", "cuda"):
-        names = ladder(family, shape, rtol, device)
-        places = [list(family).index(name) for name in names]
+        names = ladder(methods, shape, rtol, device)
+        places = [list(methods).index(name) for name in names]
         assert places == sorted(places)
-        assert names[-1] == list(family)[-1]
-        assert all(rtol >= family[name].finest for name in names)
+        assert names[-1] == list(methods)[-1]
+        assert all(rtol >= methods[name].finest for name in names)
 
 
 @pytest.fixture
@@ -255,12 +284,12 @@ def cache(tmp_path, monkeypatch):
     cost.constants.cache_clear()
 
 
-def test_a_processor_without_bfloat16_gets_no_plan_with_it(cache, monkeypatch):
+def test_a_processor_without_bfloat16_gets_no_product_in_it(cache, monkeypatch):
     assert cost.constants("cpu").factors.keys() == cost.DEFAULTS["cpu"].factors.keys()
     for words, wanted in (({"avx2": True}, {torch.float32}), ({"avx512_bf16": True}, {torch.bfloat16})):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda words=words: words)
         cost.constants.cache_clear()
-        assert {plan(n, ratio * n, 8, 0.1, "cpu").dtype for n in (64, 256, 1024) for ratio in (1, 4)} == wanted
+        assert {cheapest(n, ratio * n, 8, 0.1, "cpu").dtype for n in (64, 256, 1024) for ratio in (1, 4)} == wanted
 
 
 def test_calibration_is_read_back_and_changes_predictions(cache):
@@ -292,12 +321,12 @@ def test_calibration_measures_every_constant(cache, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("spread", [1.0, 1e8])
-def test_thin_twofold_products_are_within_their_bound(spread, dtype):
+def test_thin_double_double_products_are_within_their_bound(spread, dtype):
     scales = torch.logspace(0, math.log10(spread), 40, dtype=torch.float64)
     a = (random.normal(2, 40, 40, generator=seeded(9), dtype=dtype).double() * scales).to(dtype).double()
     z = random.normal(2, 40, 3, generator=seeded(10), dtype=torch.float64) / scales[:, None]
     lo = a * 2.0**-54
-    found = twofold.thin_product(twofold.Pair(a, lo, torch.zeros(2)), torch.linalg.matrix_norm(a), z)
+    found = double_double.thin_product(double_double.Pair(a, lo, torch.zeros(2)), torch.linalg.matrix_norm(a), z)
     for i in range(2):
         exact = (mp(a[i]) + mp(lo[i])) * mp(z[i])
         error = mpmath.norm(mp(found.hi[i]) + mp(found.lo[i]) - exact)

@@ -1,29 +1,38 @@
-"""The polar factor by the SVD: the route of last resort, which answers wherever float64 can."""
+"""The polar factor by the SVD: the last resort, which answers wherever float64 can."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor
-from gramian.linalg.batch import Answer, norm
-from gramian.linalg.twofold import Pair, U, eye_like, gamma, minus, pair, plus, product, rough, symmetric, transpose
-
-Product = Callable[[Pair, Pair], Pair]
+from gramian.linalg.engine import lapack
+from gramian.linalg.engine.double_double import (
+    Pair,
+    Product,
+    eye_like,
+    minus,
+    pair,
+    plus,
+    product,
+    rough,
+    symmetric,
+    transpose,
+)
+from gramian.linalg.engine.escalation import Answer
+from gramian.linalg.engine.rounding import U, gamma, norm
 
 
 def _by_svd(x: Tensor, times: Product, steps: int) -> Answer:
-    """U Vᵀ, `steps` Newton steps, and the certificate; the isometry on the range where full rank is not proven."""
-    u, s, v, ok = factor.svd(x)
+    """U Vᵀ after `steps` Newton steps, with a bound; the isometry on the range where full rank is not proven."""
+    u, s, v, ok = lapack.svd(x)
     close = pair(u @ v.mT)
     for _ in range(steps):
         close = _newton(pair(x), close, s, v)
-    answer = _certified(x, close, s, v, times, steps)
+    answer = _bounded(x, close, s, v, times, steps)
     top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(s.shape[0], 1)
     kept = s > 2 * U * max(x.shape[-2:]) * top
     deficient = ~answer.error.isfinite() & ~kept.all(-1)
@@ -38,7 +47,7 @@ def svd(x: Tensor, *, decline: float) -> Answer:
 
 
 def svd_refined(x: Tensor, *, decline: float) -> Answer:
-    """By the SVD and Newton steps in its basis on twofold residuals, which takes the error from uκ to u for uκ < 1."""
+    """By the SVD and Newton steps on double-double residuals, which take the error from uκ to u for uκ < 1."""
     return _by_svd(x, product, steps=2)
 
 
@@ -58,14 +67,14 @@ def _newton(a: Pair, q: Pair, s: Tensor, v: Tensor) -> Pair:
     if q.hi.shape[-2] > q.hi.shape[-1]:
         outside, _ = minus(a, product(q, w))
         outside = outside + q.hi @ inner
-        # What rounding left in range would be magnified by H⁻¹ and spoil QᵀQ.
+        # A rounding error inside the range of Q would be magnified by H⁻¹ and spoil QᵀQ.
         outside = outside - q.hi @ (q.hi.mT @ outside)
         step = step + outside @ (v / torch.where(s > 0, s, torch.inf)[:, None, :]) @ v.mT
     return plus(q, step)
 
 
-def _certified(x: Tensor, q: Pair, s: Tensor, v: Tensor, times: Product, steps: int) -> Answer:
-    """Bound ‖Q − polar(A)‖_F from ‖A − QH‖, QᵀQ − I, and a lower bound on H's smallest eigenvalue.
+def _bounded(x: Tensor, q: Pair, s: Tensor, v: Tensor, times: Product, steps: int) -> Answer:
+    """A bound on ‖Q − polar(A)‖_F from ‖A − QH‖, QᵀQ − I, and a lower bound on H's smallest eigenvalue.
 
     Q' = Q(QᵀQ)^(-1/2) is the polar factor of A − E', E' = A − Q'H, for any positive definite H; and the polar factor
     moves by at most ‖E'‖_F / σ along a path on which the smallest singular value is ≥ σ (its derivative has entries
@@ -79,7 +88,7 @@ def _certified(x: Tensor, q: Pair, s: Tensor, v: Tensor, times: Product, steps: 
     slack = (1 - size).clamp_min(2.0**-30) ** -1.5
     turned = (norm(f @ h.hi) + (f_error + gamma(n + 2) * norm(f)) * norm(h.hi)) * slack * (1 + size) / 2
     distance = norm(gap) + gap_error + turned
-    # H is positive definite if S^(-1/2) Vᵀ H V S^(-1/2) is near I, and then its eigenvalues are near S in ratio.
+    # H is positive definite if S^(-1/2) Vᵀ H V S^(-1/2) is near I, and then its eigenvalues are close to S, relatively.
     turned_h = times(times(pair(v.mT), h), pair(v))
     off, off_error = minus(turned_h, pair(torch.diag_embed(s)))
     fade = torch.where(s > 0, s, 0.0).rsqrt()

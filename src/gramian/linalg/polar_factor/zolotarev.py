@@ -1,4 +1,4 @@
-"""The polar factor to a few per cent, as steps of an optimizer want it: shifted inverses of the Gram matrix, summed.
+"""The polar factor to a few per cent, for the steps of optimizers: a sum of shifted inverses of the Gram matrix.
 
 Zolotarev's best rational approximation to the sign on [low, 1] is a sum of simple fractions in x², so that
 polar(A) ≈ α (I + Σⱼ wⱼ (AAᵀ + pⱼI)⁻¹) A: one Gram matrix, `terms` Cholesky factorizations and one product, where an
@@ -16,21 +16,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.linalg.probes import SEED
-from gramian.linalg.symmetric import symmetric_product
+from gramian.linalg.engine.probes import SEED
+from gramian.linalg.engine.scaling import unit_peak
+from gramian.linalg.engine.symmetric_products import symmetric_product
 
 LEAST = 5e-4
 """Least `low`: the smallest of four shifts is then 3e-7 of the largest eigenvalue; a float32 Gram matrix of lower rank
 has eigenvalues down to −2e-8 of it (observed, to 1024×4096)."""
 
 CHUNK = 1 << 18
-"""Entries that go together on a CPU: their buffers are used again and again, where larger ones are mapped afresh."""
+"""Entries of the matrices that are worked on together on a CPU: the allocator reuses buffers of this size, while larger
+ones cost new memory pages each time."""
 
 THIN = 8
+"""Vectors of the power method."""
 SWEEPS = 3
+"""Its steps."""
 RAISE = 1.2
-"""Vectors and steps of the power method, and by how much its guess is raised: for normal entries, whose largest
-eigenvalues lie close, it is 0.8 of the largest."""
+"""The factor by which its guess is raised: for normal entries, whose largest eigenvalues lie close, it finds 0.8 of the
+largest."""
 
 
 class Fractions(NamedTuple):
@@ -85,8 +89,8 @@ def zolotarev(
     """Approximate polar factor of each matrix, whose singular values from `low` · ‖A‖₂ up end within
     `fractions(low, terms).error` of 1, and smaller ones below.
 
-    Arguments: `a` (..., m, n); `dtype` of the last product, float32 if None; all else is in float32. A zero matrix
-    gives zero; NaN stays in its own matrix; 1e±30 is scaled away, one scale per matrix.
+    The last product is in `dtype`, float32 if None; all else is in float32. A zero matrix gives zero, NaN stays in its
+    own matrix, and each matrix is scaled by itself.
     """
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         x = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
@@ -100,7 +104,7 @@ def zolotarev(
 
 
 def _sum_of_fractions(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
-    """f of the singular values of x (B, m, n), whose layout in memory is kept: only its Gram matrix is transposed."""
+    """f of the singular values of x (B, m, n). It keeps the memory layout of x and transposes only its Gram matrix."""
     tall = x.shape[-2] > x.shape[-1]
     x = unit_peak(x, torch.float32)
     g = symmetric_product(x.mT, x) if tall else symmetric_product(x, x.mT)
@@ -119,18 +123,10 @@ def _sum_of_fractions(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
     return torch.bmm(x, total) if tall else torch.bmm(total, x)
 
 
-def unit_peak(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (B, m, n) in `dtype`, each matrix scaled by its largest entry unless, on a CPU, none is out of the ordinary."""
-    peak = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
-    if x.device.type == "cpu" and x.dtype != torch.float16 and bool(((peak > 2.0**-12) & (peak < 2.0**12)).all()):
-        return x.to(dtype)
-    return (x / peak.clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
-
-
 def _largest(g: Tensor) -> Tensor:
     """The largest eigenvalue of each g (B, m, m) ≽ 0, roughly, by power steps on a few vectors (B, 1, 1).
 
-    f grows no faster than x above 1, so that a guess too low by some per cent does no harm.
+    f grows no faster than x above 1, so a guess that is some per cent too low does no harm.
     """
     start = torch.randn(THIN, g.shape[-1], generator=torch.Generator().manual_seed(SEED), device="cpu")
     v = start.to(g.device).repeat(len(g), 1, 1)

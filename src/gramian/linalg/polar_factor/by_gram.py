@@ -8,37 +8,35 @@ import torch
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg import factor
-from gramian.linalg.batch import SMALL, Answer, declined, norm
-from gramian.linalg.conditioning import eigenvalue_ratio
-from gramian.linalg.probes import Probes, apply, apply_transposed, chain_rounding, of_norm, probes
-from gramian.linalg.symmetric import gram, symmetric_product
-from gramian.linalg.twofold import U
+from gramian.linalg.engine import lapack
+from gramian.linalg.engine.eigenvalue_ratio import hopeless
+from gramian.linalg.engine.escalation import SMALL, Answer
+from gramian.linalg.engine.probes import Probes, apply, apply_transposed, of_norm, probes
+from gramian.linalg.engine.rounding import U, chain_rounding, norm
+from gramian.linalg.engine.symmetric_products import gram, symmetric_product
 
-LOSS = 4 * 2.0**-24
-"""Relative error of the polar factor over κ², that a float32 Gram matrix and its eigendecomposition cost; observed."""
+GRAM32_ERROR = 4 * 2.0**-24
+"""What a float32 Gram matrix and its eigendecomposition lose, as relative error over κ² at least; observed."""
 
-APPLIED = (4e-6, 5e-7)
-"""Bound that A times the root in float32 costs: a constant, and one times κ; observed."""
+PRODUCT32_ERROR = (4e-6, 5e-7)
+"""What the float32 product of A and the root adds to the bound: a constant, and one times κ; observed."""
 
 
-def gram_eigh32(x: Tensor, *, decline: float) -> Answer:
+def gram_eigh32(x: Tensor, *, decline: float) -> Answer | None:
     """By an eigendecomposition of the Gram matrix, all in float32; error εκ²."""
     g = gram(x)
-    if math.isfinite(decline) and g.numel():
-        hopeless = decline * eigenvalue_ratio(g) < LOSS
-        if bool(hopeless.all()):
-            return declined(x)
-    w, v, ok = factor.eigh(g)
+    if hopeless(g, decline, GRAM32_ERROR):
+        return None
+    w, v, ok = lapack.eigh(g)
     return _from_eigenpairs(x, w, v, ok, 2.0**-23)
 
 
 def gram_eigh64(x: Tensor, *, decline: float) -> Answer:
     """By a Gram matrix and an eigendecomposition in float64; error uκ². A is applied in float32 if κ and A allow."""
-    w, v, ok = factor.eigh(gram(x, torch.float64))
+    w, v, ok = lapack.eigh(gram(x, torch.float64))
     if x.dtype == torch.float32:
         kappa = (w[..., -1:] / w[..., :1].clamp_min(2.0**-1000)).sqrt()
-        costly = APPLIED[0] + APPLIED[1] * kappa > min(decline, 2e-4)
+        costly = PRODUCT32_ERROR[0] + PRODUCT32_ERROR[1] * kappa > min(decline, 2e-4)
         x, v = (x.double(), v) if w.shape[-1] <= SMALL or bool(costly.any()) else (x, v.float())
     return _from_eigenpairs(x, w, v, ok, 2 * U)
 
@@ -47,13 +45,13 @@ def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float) ->
     """A Z with Z = V w^(-1/2) Vᵀ, certified."""
     n = x.shape[-1]
     top = w.abs().amax(-1, keepdim=True) if n else w.new_zeros(w.shape[0], 1)
-    # Below that the Gram matrix cannot tell a small singular value from none: another route has to.
+    # Below this the Gram matrix cannot tell a small singular value from zero: another method has to.
     kept = w > 4 * math.sqrt(max(1, n)) * eps * top
     root = torch.where(kept, w, torch.inf).rsqrt().double()
     half = root.sqrt().to(v.dtype)
     left = v * half[:, None, :]
     q = x @ symmetric_product(left, left.mT)
-    # trace(AᵀA) = ‖A‖²_F, but for the rounding that gram_bound's constants leave room for.
+    # trace(AᵀA) = ‖A‖²_F, up to a rounding for which the constants of `gram_bound` leave room.
     size = w.double().clamp_min(0).sum(-1).sqrt() * 1.01
     error, defect = gram_bound(x, q, v, root, size, probes(n, x.device))
     error = torch.where(kept.all(-1), error, math.inf)

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg.batch import Answer, declined, norm
-from gramian.linalg.conditioning import eigenvalue_ratio
-from gramian.linalg.probes import apply, apply_transposed, chain_rounding, of_norm, probes
-from gramian.linalg.symmetric import gram, symmetric_product
+from gramian.linalg.engine.eigenvalue_ratio import hopeless
+from gramian.linalg.engine.escalation import Answer
+from gramian.linalg.engine.probes import apply, apply_transposed, of_norm, probes
+from gramian.linalg.engine.rounding import chain_rounding, norm
+from gramian.linalg.engine.symmetric_products import gram, symmetric_product
 
 FLOOR = 5e-4
-"""Least σ/‖A‖₂ that the weights are made for: in float32 a Cholesky step for smaller ones would err by more than εκ."""
+"""The least σ/‖A‖₂ that the weights allow for: in float32 a Cholesky step for less would err by more than εκ."""
 
-LOSS = 6e-7
-"""Relative bound over κ that the float32 steps cost; observed."""
+STEPS32_ERROR = 6e-7
+"""What the float32 steps lose, as relative error over κ at least; observed."""
 
 SWEEPS = 3
 """Inverse iterations for the least eigenvalue of H: its bound is off by at most (GAIN² n)^(1/6)."""
@@ -37,13 +38,11 @@ def weights(low: float) -> tuple[float, float, float]:
     return a, b, a + b - 1
 
 
-def qdwh(x: Tensor, *, decline: float) -> Answer:
+def qdwh(x: Tensor, *, decline: float) -> Answer | None:
     """Two Halley steps for singular values above 5e-4 of the largest, a polynomial one, in float32; error εκ."""
     g = gram(x)
-    if math.isfinite(decline) and g.numel():
-        hopeless = decline**2 * eigenvalue_ratio(g) < LOSS**2
-        if bool(hopeless.all()):
-            return declined(x)
+    if hopeless(g, decline, STEPS32_ERROR, power=0.5):
+        return None
     # ‖A‖₂ from above, within a few per cent: ‖A‖₂ ≤ ‖(AᵀA)⁴‖_F^(1/8).
     p = probes(x.shape[-1], x.device)
     high = p.omega.to(x.dtype).expand(x.shape[0], -1, -1)
@@ -57,7 +56,7 @@ def qdwh(x: Tensor, *, decline: float) -> Answer:
     for _ in range(2):
         a, b, c = weights(low)
         low = low * (a + b * low**2) / (1 + c * low**2)
-        middle = 2 / (1 + low)  # centers [low, 1] about 1: a harmless factor, since the next weights count on it
+        middle = 2 / (1 + low)  # centers [low, 1] about 1; the next weights take the factor into account
         q = _halley(q, g, a, b, c)
         g = gram(q)
         if low > 0.9:
@@ -68,7 +67,7 @@ def qdwh(x: Tensor, *, decline: float) -> Answer:
     square = symmetric_product(e, e)
     poly = torch.baddbmm(square, square, e, beta=0.375, alpha=-0.3125).sub_(e, alpha=0.5)
     q = torch.baddbmm(q, q, poly)
-    return _certified(x0, q)
+    return _bounded(x0, q)
 
 
 def _halley(q: Tensor, g: Tensor, a: float, b: float, c: float) -> Tensor:
@@ -81,7 +80,7 @@ def _halley(q: Tensor, g: Tensor, a: float, b: float, c: float) -> Tensor:
     return torch.add(y * (a - b / c), q, alpha=b / c)
 
 
-def _certified(x: Tensor, q: Tensor) -> Answer:
+def _bounded(x: Tensor, q: Tensor) -> Answer:
     """A bound from H = (QᵀA + AᵀQ)/2, which a Cholesky factor L of it in float32 proves positive definite.
 
     With E = A − QH and F = QᵀQ − I, Q' = Q(I + F)^(-1/2) is the polar factor of A − E', E' = E + (Q − Q')H; and the

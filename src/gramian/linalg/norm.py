@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.linalg import probes
-from gramian.linalg.batch import check, choose, load, norm, scale, unscaled
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
-from gramian.linalg.krylov import (
+from gramian.linalg.engine import probes
+from gramian.linalg.engine.escalation import Number, numbers
+from gramian.linalg.engine.krylov import (
     FAILURE,
     Krylov,
     by,
@@ -26,10 +26,11 @@ from gramian.linalg.krylov import (
     top_bound,
     top_vector,
 )
+from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.scaling import scale
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
-from gramian.linalg.singular import by_gram, svd_values_twofold
-from gramian.linalg.twofold import U, gamma
-from gramian.linalg.verdict import Number, numbers
+from gramian.linalg.singular import by_gram, svd_double_double
 
 SMALL = 512
 """Up to this smaller side the eigenvalues of the Gram matrix cost less than the Krylov method."""
@@ -138,7 +139,7 @@ def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None
         value, error = s[:, -1].clone(), torch.where(ok, errors[:, -1], math.inf)
     poor = (~(error <= rtol * (value - error))).nonzero().flatten()
     if poor.numel():
-        found = svd_values_twofold(x[poor].to(torch.float64), decline=math.inf)
+        found = svd_double_double(x[poor].to(torch.float64), decline=math.inf)
         value[poor], error[poor], reason[poor] = found.value[:, 0], found.error, found.reason
     return Number(value, error, reason)
 

@@ -1,4 +1,4 @@
-"""Products and sums of float64 matrices to about 24 more bits, from ordinary float64 products.
+"""Double-double arithmetic: products and sums of float64 matrices to about 24 more bits, from float64 products.
 
 A pair is an unevaluated sum hi + lo with |lo| far below |hi|. A product splits each factor into a leading part of few
 bits, whose product float64 holds exactly whatever the order of summation, and a remainder:
@@ -8,20 +8,19 @@ AB = A₁B₁ + A₁(B − B₁) + (A − A₁)B. Ozaki, Ogita, Oishi, Rump, Num
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from gramian.linalg.batch import norm, pow2
+from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.scaling import pow2
 
-U = 2.0**-53
-"""Unit roundoff of float64."""
+Product = Callable[["Pair", "Pair"], "Pair"]
+"""`product` or `rough`: how an algorithm multiplies pairs."""
 
-
-def gamma(k: int) -> float:
-    """γ_k = ku / (1 − ku), the bound on k roundings. Higham, Accuracy and Stability (2002), lemma 3.1."""
-    return k * U / (1 - k * U)
+Factor = TypeVar("Factor")
 
 
 class Pair(NamedTuple):
@@ -35,6 +34,14 @@ class Pair(NamedTuple):
 def pair(x: Tensor, lo: Tensor | None = None) -> Pair:
     """x as a pair that is exact."""
     return Pair(x, torch.zeros_like(x) if lo is None else lo, x.new_zeros(x.shape[0]))
+
+
+def damped(x: Tensor, shift: Tensor) -> Pair:
+    """x + shift·I for float64 x (B, n, n) and shift (B,), without rounding."""
+    if x.device.type == "cpu" and not bool(shift.any()):
+        return pair(x)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return Pair(*two_sum(x, shift[:, None, None] * eye), x.new_zeros(x.shape[0]))
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +80,7 @@ def product(a: Pair, b: Pair) -> Pair:
 
 
 def thin_product(a: Pair, size: Tensor, z: Tensor) -> Pair:
-    """As `product`, for an exact a with ‖a‖_F ≤ size and a z (B, k, r) of few columns: a's parts are not measured."""
+    """As `product`, for an exact a with ‖a‖_F ≤ size and z (B, k, r) of few columns; it does not measure a's parts."""
     k = z.shape[-2]
     bits = (53 - math.ceil(math.log2(k))) // 2
     peak = torch.maximum(a.hi.amax(-1, keepdim=True), -a.hi.amin(-1, keepdim=True))
@@ -99,13 +106,13 @@ def rough(a: Pair, b: Pair) -> Pair:
     return Pair(value, torch.zeros_like(value), local + passed)
 
 
-def rounding(a: Pair, b: Pair, *, twofold: bool) -> list[tuple[Tensor, Tensor]]:
-    """Rows r (B, m) and columns c (B, n) with |error of a·b| ≤ Σ r cᵀ entrywise, a and b being exact.
+def rounding(a: Pair, b: Pair, times: Product) -> list[tuple[Tensor, Tensor]]:
+    """Rows r (B, m) and columns c (B, n) with |error of times(a, b)| ≤ Σ r cᵀ entrywise, for exact a and b.
 
-    Where rows differ in size by many powers of ten, this says far more than one norm.
+    Where rows differ in size by many powers of ten, this is far tighter than one norm.
     """
     k = a.hi.shape[-1]
-    if not twofold or not a.hi.numel() or not b.hi.numel():
+    if times is not product or not a.hi.numel() or not b.hi.numel():
         terms = [(a.hi, b.hi, gamma(k)), (a.lo, b.hi, 1.0), (a.hi, b.lo, 1.0), (a.lo, b.lo, 1.0)]
     else:
         a1, a2, _, b2 = _split(a, b)
@@ -122,9 +129,18 @@ def minus(a: Pair, b: Pair) -> tuple[Tensor, Tensor]:
 
 
 def plus(a: Pair, d: Tensor) -> Pair:
-    """a + d renormalized: a better approximation, exact by definition (its error is for the caller to bound)."""
+    """a + d, renormalized, as an exact pair: the caller bounds how far it is from what it approximates."""
     hi, lo = two_sum(a.hi, a.lo + d)
     return Pair(hi, lo, torch.zeros_like(a.error))
+
+
+def power(x: Factor, p: int, times: Callable[[Factor, Factor], Factor]) -> Factor:
+    """x^p of a pair, or a tensor, by repeated squaring."""
+    if p == 1:
+        return x
+    half = power(x, p // 2, times)
+    square = times(half, half)
+    return times(square, x) if p % 2 else square
 
 
 def transpose(a: Pair) -> Pair:

@@ -1,4 +1,4 @@
-"""The polar factor by Newton–Schulz steps with Polar Express coefficients: products only, batched, no waiting."""
+"""The polar factor by Newton–Schulz steps with Polar Express coefficients: batched products, no synchronization."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.linalg.polar_zolotarev import CHUNK, unit_peak
+from gramian.linalg.engine.scaling import unit_peak
+from gramian.linalg.polar_factor.zolotarev import CHUNK
 
 COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -22,7 +23,7 @@ COEFFICIENTS = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.875, -1.25, 0.375),
 )
-"""Minimax odd quintics a·x + b·x³ + c·x⁵ composed on [1e-3, 1], then the plain quintic Newton–Schulz step for good.
+"""Minimax odd quintics a·x + b·x³ + c·x⁵ composed on [1e-3, 1], and then the plain quintic Newton–Schulz step.
 Amsel, Persson, Musco, Gower, arXiv:2505.16932, algorithm 1 with cushion 0.02407327424182761 (§4.4)."""
 
 CUSHION = 0.02407327424182761
@@ -86,8 +87,8 @@ def quintics(
     """Approximate polar factor of each matrix by `composed(low, steps)`: three products a step, on the smaller side.
 
     ‖(XXᵀ)²‖_F^¼, which the first step has at hand, bounds ‖X‖₂ more closely than ‖X‖_F, so that fewer steps do than
-    `newton_schulz` takes. Singular values below `low` of that bound end below 1. A zero matrix gives zero; NaN stays in
-    its own matrix; 1e±30 is scaled away, one scale per matrix.
+    `newton_schulz` takes. Singular values below `low` of that bound end below 1. A zero matrix gives zero, NaN stays in
+    its own matrix, and each matrix is scaled by itself.
     """
     tall = a.shape[-2] > a.shape[-1]
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
@@ -104,7 +105,7 @@ def quintics(
 
 
 def _composed(x: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """The steps of `quintics` on (B, m, n), m ≤ n, of ordinary size."""
+    """The steps of `quintics` on (B, m, n), m ≤ n, with entries near 1."""
     gram = torch.bmm(x, x.mT)
     square = torch.bmm(gram, gram)
     norm = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True, dtype=torch.float32)
@@ -121,8 +122,8 @@ def newton_schulz(
 ) -> Float[Tensor, "*b m n"]:
     """Approximate polar factor of each matrix: X ← aX + (bXXᵀ + c(XXᵀ)²)X on the smaller side.
 
-    Arguments: `a` (..., m, n); `steps`, three products each; `dtype` of the products, float32 (float64 for float64) if
-    None. A zero matrix gives zero; NaN stays in its own matrix; 1e±30 is scaled away, one scale per matrix.
+    `steps` take three products each, in `dtype`; in float32 (float64 for float64) if None. A zero matrix gives zero,
+    NaN stays in its own matrix, and each matrix is scaled by itself.
     """
     compute = dtype or (torch.float64 if a.dtype == torch.float64 else torch.float32)
     tall = a.shape[-2] > a.shape[-1]
@@ -132,7 +133,7 @@ def newton_schulz(
         x = x.to(torch.promote_types(compute, torch.float32))
         if x.numel():
             tiny = torch.finfo(x.dtype).tiny
-            # Two divisions: the norm of entries near 1e30 overflows before the peak is taken out.
+            # Two divisions: the norm of entries near 1e30 overflows before they are divided by the largest.
             x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
             x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY).clamp_min(tiny)
             # A bfloat16 product into a transposed buffer has no fast kernel on a CPU: a thousand times slower.

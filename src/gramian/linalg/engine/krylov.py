@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gramian.linalg.batch import norm
-from gramian.linalg.probes import SEED
-from gramian.linalg.twofold import U
+from gramian.linalg.engine.probes import SEED
+from gramian.linalg.engine.rounding import U, norm
 
 Apply = Callable[[Tensor], Tensor]
 

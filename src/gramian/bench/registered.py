@@ -1,0 +1,50 @@
+"""A task of `gramian bench linalg` for every registered matrix function, against plain LAPACK in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from gramian import linalg, random
+from gramian.bench.table import Measurement, Row
+from gramian.bench.timing import interleaved
+from gramian.linalg.engine.function import FUNCTIONS, MatrixFunction, Options, examples
+
+N = 256
+
+
+def _task(label: str, function: MatrixFunction, options: Options) -> Callable[[int], Row]:
+    def task(repeats: int) -> Row:
+        spectrum = torch.logspace(0, -3, N, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        wide = random.with_spectrum(
+            N, N, spectrum=spectrum, symmetric=function.symmetric, generator=generator, dtype=torch.float64
+        )
+        a = wide.float()
+        certified = getattr(linalg, f"{function.name}_ex")
+        peer = "plain LAPACK"
+        times = interleaved(
+            {"gramian": lambda: certified(a, **options(a)), peer: lambda: function.plain(a, **options(a))},
+            repeats=repeats,
+        )
+        exact = function.plain(a.double(), **options(a.double()))
+        value, certificate = times["gramian"].result
+        found = {"gramian": value, peer: times[peer].result}
+        size = torch.linalg.norm(exact)
+        errors = {name: float(torch.linalg.norm(x.double() - exact) / size) for name, x in found.items()}
+        remark = f"{certificate.method_names[0]}; certified {float(certificate.error_bound):.1e}"
+        remarks = {"gramian": remark, peer: ""}
+        return Row(
+            f"{label} {N}×{N}, κ 1e3",
+            "‖X − f(A)‖ / ‖f(A)‖",
+            tuple(Measurement(name, t.median, errors[name], remarks[name]) for name, t in times.items()),
+        )
+
+    return task
+
+
+TASKS: dict[str, Callable[[int], Row]] = {
+    f"{label}_{N}": _task(label, FUNCTIONS[name], options) for label, name, options in examples()
+}
+"""Name of a task: its row, from a number of repeats."""

@@ -1,0 +1,231 @@
+"""Methods from cheap to certain: which to try, how to run them in turn, and how an answer gets its certificate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from gramian.linalg import certificate as cert
+from gramian.linalg.certificate import Certificate, verdict
+from gramian.linalg.engine.cost import Operations, predict
+from gramian.linalg.engine.loading import Loaded
+from gramian.linalg.engine.rounding import norm
+from gramian.linalg.engine.scaling import scale
+
+SMALL = 32
+"""Smaller side up to which a method in float32 saves nothing worth its error."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method found for matrices (B, ...), at the scale on which it got them.
+
+    Attributes:
+        value: `(B, ...)`, the answer.
+        error: `(B,)`, a bound on its absolute Frobenius error; inf where nothing is proven.
+        residual: `(B,)`, how far it is from satisfying its defining equation.
+        reason: `(B,)`, why it failed, `certificate.NONE` where it did not.
+        steps: the iterations taken.
+        failure: the probability that the error is above its bound: 0 where the bound is proven, NaN where unknown.
+        size: `(B,)`, the Frobenius norm of the exact answer, where it is known beforehand.
+    """
+
+    value: Tensor
+    error: Tensor
+    residual: Tensor
+    reason: Tensor
+    steps: int = 0
+    failure: float = 0.0
+    size: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a matrix function's table of methods, which stand in order of accuracy.
+
+    Attributes:
+        run: from scaled, finite matrices `(B, m, n)` to an `Answer`; None if it declines. See `function`.
+        work: the dtype in which it takes its matrices; None: their own, at least float32.
+        finest: the least rtol at which it is worth a try.
+        operations: what it consists of, for `cost.predict`, from the shape `(m, n)`, m ≥ n.
+        purpose: what it is for, for the docs.
+        narrow: whether its speed comes from float32, which saves nothing up to a smaller side of `SMALL`.
+        symmetric: whether it works only on matrices that are symmetric to the last bit.
+    """
+
+    run: Callable[..., Answer | None]
+    work: torch.dtype | None
+    finest: float
+    operations: Callable[[int, int], Operations]
+    purpose: str
+    narrow: bool = False
+    symmetric: bool = False
+
+
+def ladder(methods: Mapping[str, Method], shape: Sequence[int], rtol: float, device: str) -> list[str]:
+    """The methods worth trying in turn on (..., m, n): by predicted cost, each more accurate than the one before.
+
+    The last is always the last resort, that of the table's last row. A method is tried before a more accurate one only
+    if it costs less than 0.8 of it.
+    """
+    small = min(shape[-2:]) <= SMALL
+    rows = [(name, row) for name, row in methods.items() if rtol >= row.finest and not (small and row.narrow)]
+    rows = rows or list(methods.items())[-1:]
+    count, (m, n) = math.prod(shape[:-2]), shape[-2:]
+    names: list[str] = []
+    least = math.inf
+    for name, row in reversed(rows):
+        seconds = predict(row.operations(m, max(n, 1)), min(m, n), max(count, 1), device)
+        if not names or seconds < 0.8 * least:
+            names.insert(0, name)
+            least = min(least, seconds)
+    return names
+
+
+Rung = TypeVar("Rung")
+Values = tuple[Tensor, ...]
+
+
+def climb(
+    rungs: Sequence[Rung], attempt: Callable[[Rung, Tensor | None, bool], tuple[Values, Certificate] | None]
+) -> tuple[Values, Certificate]:
+    """Run the first rung on all matrices, and each next one on those that failed and might not fail there.
+
+    `attempt(rung, rows, last)` runs a rung on the matrices with the indices `rows` (None: all) and returns their values
+    and certificate, or None if it declines, which the last rung must not. Of two answers for a matrix the one that
+    converged is kept, or the one with the lower bound. The device is synchronized once per escalation.
+    """
+    rows: Tensor | None = None
+    values: Values = ()
+    certificate: Certificate | None = None
+    for i, rung in enumerate(rungs):
+        last = i == len(rungs) - 1
+        answer = attempt(rung, rows, last)
+        if answer is None:
+            continue
+        found, proof = answer
+        if certificate is None or rows is None:
+            values, certificate = found, proof
+        else:
+            better = proof.converged | ~(proof.error_bound > certificate.error_bound[rows])
+            kept = rows[better]
+            for whole, part in zip((*values, *certificate.tensors()), (*found, *proof.tensors()), strict=True):
+                whole[kept] = part[better]
+        if last or not certificate.reason.numel():
+            break
+        again = (certificate.reason == cert.INACCURATE) | (certificate.reason == cert.SINGULAR)
+        rows = again.nonzero().flatten()
+        if not rows.numel():
+            break
+        if rows.numel() == again.numel() and not bool(certificate.error_bound.isfinite().any()):
+            rows = None  # nothing to keep: no need to pick rows and put them back
+    assert certificate is not None
+    return values, certificate
+
+
+def settle(
+    loaded: Loaded, answer: Answer, exponent: Tensor | None, *, code: int, methods: Sequence[str], rtol: float
+) -> tuple[Tensor, Certificate]:
+    """The value times 2^exponent (None: as it is) in the caller's dtype, and a certificate that includes that rounding.
+
+    It is NaN where the matrix was not finite.
+    """
+    value = answer.value
+    failed = ~loaded.finite
+    out = (value if exponent is None else scale(value, exponent)).to(loaded.dtype)
+    same = value.dtype == loaded.dtype and value.device.type == "cpu"
+    back = out if exponent is None or out is value else scale(out, -exponent) if same else None
+    if out is value or (same and back is not None and torch.equal(back, value)):
+        rounding = torch.zeros_like(answer.error)
+    else:
+        wide = out.to(torch.float64)
+        rounding = norm((wide if exponent is None else scale(wide, -exponent)) - value)
+    # The error is relative to the exact answer, which may be smaller than ours by the error itself.
+    size = norm(value) - answer.error if answer.size is None else answer.size
+    bound = (rounding + answer.error) / size.clamp_min(0)
+    bound = torch.where((rounding == 0) & (answer.error == 0), 0.0, bound)
+    bound = bound * (1 + 64 * 2.0**-53)  # the norms above are rounded too
+    reason = answer.reason
+    if loaded.asymmetric is not None:
+        reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
+    reason = torch.where(failed, cert.NOT_FINITE, reason)
+    if not same or bool(failed.any()):
+        out = torch.where(failed.reshape((-1,) + (1,) * (out.ndim - 1)), math.nan, out)
+    return out, verdict(
+        bound,
+        rtol,
+        reason,
+        methods=methods,
+        code=code,
+        residual=answer.residual,
+        steps=answer.steps,
+        failure_probability=answer.failure,
+    )
+
+
+class Number(NamedTuple):
+    """A number for each matrix (B,), a bound on its absolute error, why it failed, and steps.
+
+    `failure_probability` is None for a bound, and NaN for an estimate whose probability is unknown.
+    """
+
+    value: Tensor
+    error: Tensor
+    reason: Tensor
+    steps: int = 0
+    failure_probability: float | None = None
+
+
+def numbers(
+    methods: Mapping[str, Callable[..., Number]],
+    names: Sequence[str],
+    rtol: float,
+    dtype: torch.dtype,
+    x: Tensor,
+    finite: Tensor,
+    shape: Sequence[int],
+    back: Callable[[Tensor, Tensor], Tensor],
+    **options: Any,
+) -> tuple[Tensor, Certificate]:
+    """The numbers of the finite matrices of x (B, m, n), by the methods `names` in turn; NaN for the others.
+
+    `back` restores the scale of values, given the indices of their matrices.
+    """
+    chosen = finite.nonzero().flatten()
+    every = chosen.numel() == finite.numel()
+
+    # Rounding the answer to `dtype` adds to its error, and a method must leave room for it.
+    asked = rtol - min(rtol, torch.finfo(dtype).eps) / 2
+
+    def attempt(name: str, rows: Tensor | None, last: bool) -> tuple[Values, Certificate]:
+        index = chosen if rows is None else chosen[rows]
+        found = methods[name](x if every and rows is None else x[index], rtol=asked, **options)
+        out = back(found.value, index)
+        rounded = out.to(dtype).to(torch.float64)
+        exact = out == rounded
+        rounding = torch.where(exact, 0.0, (out - rounded).abs() / out.abs())
+        bound = found.error / (found.value.abs() - found.error).clamp_min(0) + rounding
+        bound = torch.where((found.error == 0) & exact, 0.0, bound)
+        return (out.to(dtype),), verdict(
+            bound,
+            rtol,
+            found.reason,
+            methods=tuple(methods),
+            code=list(methods).index(name),
+            steps=found.steps,
+            failure_probability=found.failure_probability,
+        )
+
+    reason = torch.where(finite, cert.NONE, cert.NOT_FINITE)
+    value = torch.full(finite.shape, math.nan, dtype=dtype, device=x.device)
+    certificate = verdict(torch.zeros_like(reason), rtol, reason, methods=tuple(methods), code=0)
+    if chosen.numel():
+        (found,), proof = climb(names, attempt)
+        for whole, part in zip((value, *certificate.tensors()), (found, *proof.tensors()), strict=True):
+            whole[chosen] = part
+    return value.reshape(tuple(shape)), certificate.reshape(shape)

@@ -1,0 +1,175 @@
+"""The rule for a matrix function: its row says all that the engine, the tests, the bench and the docs need.
+
+A file of a matrix function has its methods, one `MatrixFunction` and two public functions, and `linalg/__init__.py`
+imports it. Checking, scaling, the choice of methods, escalation and certificates are then `evaluate`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gramian.linalg.certificate import Certificate, default_rtol
+from gramian.linalg.engine.escalation import Method, Values, climb, ladder, settle
+from gramian.linalg.engine.loading import Damping, Loaded, check, choose, damping_of, load, symmetric_part, unscaled
+from gramian.linalg.engine.scaling import scale
+
+Domain = Literal["general", "square", "semidefinite", "definite"]
+Degree = Fraction | int | Literal["by exponent", "unscaled"]
+Options = Callable[[Tensor], Mapping[str, Any]]
+
+FUNCTIONS: dict[str, MatrixFunction] = {}
+"""Every matrix function by name, entered by `register`."""
+
+
+@dataclass(frozen=True)
+class MatrixFunction:
+    """One matrix function.
+
+    Attributes:
+        name: the public function; `name_ex` returns the certificate too.
+        methods: its methods in order of accuracy. Each is called as `run(x, *, decline, **arguments)` with x `(B, m,
+            n)` finite and, unless the function is unscaled, with entries below 1. It returns None, "I decline", where
+            it sees early that it will not reach the rtol `decline`, which is inf for the last method. The arguments are
+            those of `evaluate`, `shift` (B,), the damping on the scale of x, where the function takes damping, and for
+            symmetric domains `dtype`, the caller's.
+        domain: the matrices that it is for. "general": (m, n), of which the methods get the transpose if m < n, and a
+            value that is a matrix is transposed back. "square". "semidefinite" and "definite": symmetric, of which the
+            methods get the symmetric part, and one that is not symmetric up to rounding fails.
+        degree: how the value follows the scale. A number k: f(cX) = cᵏ f(X), as for the inverse, k = −1. "by exponent":
+            in another way, as for the logarithm; the methods get the integers `exponent` (B,) and answer for
+            2^exponent · X. (Use `scaling.scale`, or cast them to float64: times a Python float they are float32.)
+            "unscaled": the methods get the matrices at their own scale.
+        plain: the function by plain LAPACK, for one matrix or a batch, without a certificate: the peer in tests and in
+            the bench.
+        exact: the function of an mpmath matrix, as `exact(mpmath, matrix, **options)`; None where it does not exist.
+            For symmetric domains, of an eigenvalue instead, as `exact(mpmath, eigenvalue, **options)`.
+        examples: name of an example: its options from the matrix, for tests and bench.
+        damped: whether it takes damping.
+    """
+
+    name: str
+    methods: Mapping[str, Method]
+    domain: Domain
+    degree: Degree | Callable[..., Degree]
+    plain: Callable[..., Tensor]
+    exact: Callable[..., Any]
+    examples: Mapping[str, Options] = field(default_factory=dict)
+    damped: bool = False
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it is a function of symmetric matrices."""
+        return self.domain in ("semidefinite", "definite")
+
+
+def register(function: MatrixFunction) -> MatrixFunction:
+    """Enter a function in `FUNCTIONS`: the tests, `gramian bench linalg` and the docs take it from there."""
+    assert function.name not in FUNCTIONS, function.name
+    FUNCTIONS[function.name] = function
+    return function
+
+
+def examples() -> Iterator[tuple[str, str, Options]]:
+    """Each example of each registered function: its own name, the function's, and its options from the matrix."""
+    for name, function in FUNCTIONS.items():
+        for label, options in (function.examples or {name: lambda a: {}}).items():
+            yield label, name, options
+
+
+def methods_table() -> str:
+    """The methods of every registered function and what they are for, as a Markdown table for the docs."""
+    lines = ["| function | methods, in order of accuracy | for |", "|-|-|-|"]
+    for name, function in FUNCTIONS.items():
+        for i, (method, row) in enumerate(function.methods.items()):
+            lines.append(f"| {f'`{name}`' if i == 0 else ''} | `{method}` | {row.purpose} |")
+    return "\n".join(lines)
+
+
+def evaluate(
+    function: MatrixFunction,
+    a: Tensor,
+    *,
+    method: str,
+    rtol: float | None,
+    damping: Damping | None = None,
+    right: Loaded | None = None,
+    **options: Any,
+) -> tuple[Tensor, Certificate]:
+    """The function of each matrix of a (..., m, n), with its certificate.
+
+    `right` is a right-hand side B in which the value is linear: the methods get `b`, scaled by itself.
+    """
+    name = function.name
+    check(name, a, square=function.domain != "general")
+    choose(name, method, function.methods)
+    tolerance = default_rtol(rtol, a.dtype)
+    wide = function.domain == "general" and a.shape[-2] < a.shape[-1]
+    a = a.mT if wide else a
+    degree = function.degree
+    degree = degree(**options) if callable(degree) else degree
+    shift = None if damping is None else damping_of(name, damping, a)
+    loaded = load(a, multiple=degree.denominator if isinstance(degree, int | Fraction) else 1, at_least=shift)
+    if degree == "unscaled":
+        loaded = unscaled(loaded, within=float("inf"))
+    if function.symmetric:
+        loaded = symmetric_part(a, loaded)
+        options["dtype"] = a.dtype
+    if shift is not None:
+        options["shift"] = scale(shift, -loaded.exponent)
+    if degree == "by exponent":
+        options["exponent"] = loaded.exponent
+    names = [method] if method != "auto" else _ladder(function, a, tolerance)
+    exponent = None
+    if isinstance(degree, int | Fraction) and degree:
+        exponent = loaded.exponent * degree.numerator // degree.denominator
+    if right is not None:
+        loaded = replace(loaded, finite=loaded.finite & right.finite)
+        exponent = right.exponent if exponent is None else exponent + right.exponent
+        options["b"] = right.x
+    value, certificate = _run(function, names, loaded, exponent, tolerance, options)
+    return (value.mT if wide and value.ndim == a.ndim else value), certificate
+
+
+def _ladder(function: MatrixFunction, a: Tensor, rtol: float) -> list[str]:
+    """`ladder`, without the methods for symmetric matrices where a is none."""
+    methods = function.methods
+    if any(row.symmetric for row in methods.values()) and not (a.device.type != "cpu" or torch.equal(a, a.mT)):
+        methods = {name: row for name, row in methods.items() if not row.symmetric}
+    return ladder(methods, a.shape, rtol, a.device.type)
+
+
+def _run(
+    function: MatrixFunction,
+    names: list[str],
+    loaded: Loaded,
+    exponent: Tensor | None,
+    rtol: float,
+    options: Mapping[str, Any],
+) -> tuple[Tensor, Certificate]:
+    """The methods `names` in turn on loaded matrices, whose values are scaled by 2^exponent (None: not at all)."""
+    methods = tuple(function.methods)
+
+    def attempt(name: str, rows: Tensor | None, last: bool) -> tuple[Values, Certificate] | None:
+        part = loaded.rows(rows)
+        chosen = options if rows is None else {k: _rows(v, rows) for k, v in options.items()}
+        row = function.methods[name]
+        answer = row.run(part.at(row.work), decline=float("inf") if last else rtol, **chosen)
+        if answer is None:
+            return None
+        power = exponent if exponent is None or rows is None else exponent[rows]
+        value, proof = settle(part, answer, power, code=methods.index(name), methods=methods, rtol=rtol)
+        return (value,), proof
+
+    (value,), certificate = climb(names, attempt)
+    return value.reshape(loaded.shape + value.shape[1:]), certificate.reshape(loaded.shape)
+
+
+def _rows(x: Any, keep: Tensor) -> Any:
+    """Rows `keep` of a tensor; anything else unchanged."""
+    return x[keep] if isinstance(x, Tensor) and x.ndim > 0 else x

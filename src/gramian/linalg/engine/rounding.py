@@ -1,0 +1,33 @@
+"""What rounding costs: unit roundoffs, γ_k, and the norms that error bounds are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+U = 2.0**-53
+"""Unit roundoff of float64."""
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of one rounding to `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(k: int) -> float:
+    """γ_k = ku / (1 − ku), the bound on k roundings. Higham, Accuracy and Stability (2002), lemma 3.1."""
+    return k * U / (1 - k * U)
+
+
+def norm(x: Tensor) -> Tensor:
+    """The Frobenius norm of each matrix, in float64."""
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=wide)
+
+
+def chain_rounding(n: int, *sizes: Tensor | float) -> Tensor | float:
+    """γ_n times the product of norms: the rounding of one product in a chain, carried through the others."""
+    product: Tensor | float = gamma(n)
+    for size in sizes:
+        product = product * size
+    return product

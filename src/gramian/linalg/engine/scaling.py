@@ -1,0 +1,59 @@
+"""Scaling by powers of two, which rounds nothing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def pow2(exponent: Tensor) -> Tensor:
+    """2^exponent in float64, exactly, for −1022 ≤ exponent ≤ 1023 (torch.exp2 may be one rounding off)."""
+    return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
+
+
+def scale(x: Tensor, exponent: Tensor) -> Tensor:
+    """x · 2^exponent, exact also where 2^exponent itself overflows or underflows.
+
+    It multiplies by two halves of the power; on a CPU by one factor, or none, where that suffices.
+    """
+    tail = (1,) * (x.ndim - exponent.ndim)
+    half = exponent // 2
+    factors = [half, exponent - half]
+    if x.device.type == "cpu" and exponent.numel():
+        largest = int(exponent.abs().amax())
+        factors = [] if largest == 0 else [exponent] if largest < -math.log2(torch.finfo(x.dtype).tiny) else factors
+    for e in factors:
+        x = x * pow2(e).to(x.dtype).reshape(*e.shape, *tail)
+    return x
+
+
+def largest_entry(x: Tensor) -> Tensor:
+    """The largest |entry| of each matrix in float64; NaN if the matrix has one."""
+    if not x[0:1].numel():
+        return x.new_zeros(x.shape[0], dtype=torch.float64)
+    dims = tuple(range(1, x.ndim))
+    return torch.maximum(x.amax(dims), -x.amin(dims)).to(torch.float64)
+
+
+def exponent_above(peak: Tensor, multiple: int = 1) -> Tensor:
+    """The least e, a multiple of `multiple`, with peak < 2^e; 0 for zero."""
+    e = torch.frexp(peak).exponent.long()
+    return -((-e) // multiple) * multiple
+
+
+def exponent_of(x: Tensor, *, multiple: int = 1) -> Tensor:
+    """The least e, a multiple of `multiple`, with every |x| < 2^e in each matrix; 0 for a zero or empty matrix."""
+    return exponent_above(largest_entry(x), multiple)
+
+
+def unit_peak(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (B, m, n) in `dtype`, each matrix scaled to a largest entry near 1.
+
+    On a CPU x keeps its scale where every largest entry is between 2⁻¹² and 2¹².
+    """
+    peak = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
+    if x.device.type == "cpu" and x.dtype != torch.float16 and bool(((peak > 2.0**-12) & (peak < 2.0**12)).all()):
+        return x.to(dtype)
+    return (x / peak.clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
