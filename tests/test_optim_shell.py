@@ -14,17 +14,12 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from cases import seeded
+from directions import variants
 from gramian.errors import InputError
-from gramian.optim import SOAP, Muon, Proximal, Shampoo, WhitenedMuon
+from gramian.optim import SOAP, Muon, Proximal
 from gramian.prox import L1
 
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "muon": Muon,
-    "muon_kept": lambda m, **kw: Muon(m, refresh=3, **kw),
-    "soap": lambda m, **kw: SOAP(m, refresh=3, **kw),
-    "whitened_muon": lambda m, **kw: WhitenedMuon(m, rank=3, refresh=2, **kw),
-    "shampoo": lambda m, **kw: Shampoo(m, refresh=3, **kw),
-}
+OPTIMIZERS = variants(3)
 
 
 def mixed() -> nn.Sequential:
@@ -315,6 +310,6 @@ def test_unfreezing_and_missing_gradients_keep_the_state_of_others() -> None:
     optimizer.step()
     assert optimizer.state[b]["direction"].any()
     assert momentum_of(optimizer, a).any()
-    due = optimizer._batches[0].batches[0].phases.tolist()
+    due = optimizer._stacks[0].stacks[0].phases.tolist()
     assert due == [0, 1]
     assert torch.equal(optimizer.state[a]["direction"], kept)
