@@ -145,8 +145,8 @@ def _suggestion(network: str, optimizer: str, steps: int, name: str) -> Row:
     best = min(scores, key=lambda rate: scores[rate])
     found = suggest_lr(task.model(), task.batches(NUM_BATCHES), task.objective, optimizer=who.make)
     others = {"suggest_lr": found.lr, "the first direction alone": found.line, "usual rate": who.usual}
-    told = ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in scores.items())
-    measured = [Measurement("best of the grid", None, 1.0, f"rate {best:.2g}; {told}")]
+    losses = ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in scores.items())
+    measured = [Measurement("best of the grid", None, 1.0, f"rate {best:.2g}; {losses}")]
     figures = {}
     for label, rate in others.items():
         ratio = score(rate) / scores[best]
@@ -173,8 +173,8 @@ def _transfer(optimizer: str, shapes: Mapping[str, tuple[int, int]], steps: int,
         at = next((loss for rate, loss in scores.items() if abs(math.log(rate / common)) < 1e-6), math.inf)
         ratios.append(at / scores[best])
         bests.append(best)
-        told = ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in scores.items())
-        measured.append(Measurement(label, None, ratios[-1], f"best rate {best:.2g}; {told}"))
+        losses = ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in scores.items())
+        measured.append(Measurement(label, None, ratios[-1], f"best rate {best:.2g}; {losses}"))
     goals = (
         (Goal("loss at the first shape's rate ÷ loss at the best, worst shape", "<=", 1.25), max(ratios)),
         (Goal("largest ÷ smallest best rate", "<=", 1.01 * HALF_DECADE), max(bests) / min(bests)),

@@ -52,8 +52,8 @@ class Recipe:
         momentum: the buffer with the running mean of the gradients (in any orthogonal basis), whose singular values
             `health("spectra")` reports.
         fallbacks: the buffer `(K, 1, 1)` that counts results which were not good enough, so that older ones stayed.
-        staleness: `staleness(state, options) -> (K,)`: how far what is recomputed only every `refresh` steps is from
-            what it would be now, from 0 to 1; `None` where nothing is kept.
+        staleness: `staleness(state, options) -> (K,)`, from 0 to 1: how far the buffers that are recomputed only every
+            `refresh` steps are from their present values; `None` where nothing is kept.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], State]

@@ -218,7 +218,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         g = stack.stacked([grads.get(p) for p in params])
         missing = torch.ones_like(next(iter(flags.values())))
         bad = stack.repeated(torch.stack([flags.get(p, missing) for p in params]).to(g.device))
-        # Gradients that are not finite are masked on the device, without synchronizing; a CPU has nothing to wait for.
+        # Gradients that are not finite are masked on the device, without synchronizing; on a CPU, looking costs nothing.
         all_alive = g.device.type == "cpu" and not bool(bad.any())
         if not all_alive:
             g.masked_fill_(bad, 0.0)
@@ -265,9 +265,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         - `condition`: σ₁/σₘ of the momentum, infinite where it is singular; `None` without a momentum;
         - `effective_rank`: exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ/Σσ, of the momentum: from one to min(m, n);
-        - `drift`: the staleness of what is recomputed only every `refresh` steps, from 0 (none) to 1: the share of the
-          second moment off the diagonal in its basis (SOAP), or the sine of the angle between a direction or root that
-          is kept and its present value. `None` where nothing is kept.
+        - `drift`: the staleness, from 0 to 1, of results that are recomputed only every `refresh` steps: the share of
+          the second moment off the diagonal in its basis (SOAP), or the sine of the angle between a direction or root
+          that is kept and its present value. `None` where nothing is kept.
 
         Of a sharded parameter, only the rank that computes its steps reports fallbacks and spectra; others, `None`.
 

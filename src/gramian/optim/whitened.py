@@ -24,7 +24,7 @@ SHIFT = 0.1
 """Added to the second moments in the orthogonal iteration, in units of λ: above rounding, and below what matters."""
 
 LEAST_SHIFT = 1e-7
-"""The least shift, in units of the trace: its inverse bounds the condition number of what is orthonormalized."""
+"""The least shift, in units of the trace: its inverse bounds the condition number in the iteration."""
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
