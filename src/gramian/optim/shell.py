@@ -218,7 +218,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         g = stack.stacked([grads.get(p) for p in params])
         missing = torch.ones_like(next(iter(flags.values())))
         bad = stack.repeated(torch.stack([flags.get(p, missing) for p in params]).to(g.device))
-        # Gradients that are not finite are masked on the device, without synchronizing; on a CPU, looking costs nothing.
+        # Bad gradients are masked on the device, without synchronizing; on a CPU, it costs nothing to look first.
         all_alive = g.device.type == "cpu" and not bool(bad.any())
         if not all_alive:
             g.masked_fill_(bad, 0.0)
