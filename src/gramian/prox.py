@@ -29,8 +29,16 @@ NUM_NEWTON = 100
 class Penalty(ABC):
     """A penalty with a proximal map; its settings are numbers ≥ 0.
 
-    `of_matrix`: whether it is a penalty of matrices (..., m, n), into which a layout must bring other tensors, or of
-    single entries, for which the shape does not matter.
+    A subclass is a frozen dataclass with `penalty` and `prox`. `of_matrix` says whether it is a penalty of matrices
+    (..., m, n), into which a layout must bring other tensors, or of single entries, for which shapes do not matter.
+
+    Raises:
+        InputError: for a setting that is negative or not finite.
+    Cost: that of the subclass.
+    Source: Parikh and Boyd, Proximal Algorithms (2014), eq. 1.1.
+
+    >>> isinstance(L1(0.1), Penalty), L1(0.1).of_matrix, Nuclear(0.1).of_matrix
+    (True, False, True)
     """
 
     of_matrix = True
