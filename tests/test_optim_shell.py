@@ -108,7 +108,9 @@ def test_a_copy_takes_groups_and_counts_along() -> None:
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=6),
-    "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=[g["lr"] for g in o.param_groups], total_steps=8),
+    "one_cycle": lambda o: lr_scheduler.OneCycleLR(
+        o, [g["lr"] for g in o.param_groups], total_steps=8, cycle_momentum="momentum" in o.recipe.options
+    ),
     "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
     "sequential": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[3]
