@@ -245,4 +245,4 @@ def test_orthogonality_measures_singular_values_against_the_nominal() -> None:
     q = gm.random.orthogonal(6, 4, generator=seeded(0), dtype=torch.float32)
     assert step_costs.orthogonality([0.5 * q], [0.5]) < 1e-6
     assert step_costs.orthogonality([0.5 * q], [1.0]) == pytest.approx(0.5)
-    assert step_costs.orthogonality([0.5 * q], None) < 1e-6
+    assert step_costs.orthogonality([0.5 * q, q], [0.5, 1.0]) < 1e-6

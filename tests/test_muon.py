@@ -369,8 +369,8 @@ ERRORS = {
     "unknown option": (lambda: Muon([torch.zeros(2, 2)], beta=0.5), "there is no option 'beta'"),
     "unknown option of a group": (lambda: Muon([{"params": [torch.zeros(2, 2)], "beta": 0.5}]), "no option 'beta'"),
     "layouts_of_a_list": (lambda: Muon(mixed().parameters(), layouts={"*": "o i -> i o"}), "layouts= needs the model"),
-    "lr": (lambda: Muon(mixed(), lr=-1.0), "lr must not be negative"),
-    "lr_nan": (lambda: Muon(mixed(), lr=math.nan), "lr must not be negative"),
+    "lr": (lambda: Muon(mixed(), lr=-1.0), r"lr must be in \[0, ∞\), got -1\.0"),
+    "lr_nan": (lambda: Muon(mixed(), lr=math.nan), r"lr must be in \[0, ∞\), got nan"),
     "momentum": (lambda: Muon(mixed(), momentum=1.0), "momentum must be in"),
     "no_parameters": (lambda: Muon(nn.ReLU()), "no parameters"),
 }
@@ -383,24 +383,6 @@ def test_errors_are_one_line(name: str) -> None:
         make()
     assert "\n" not in str(caught.value)
     assert issubclass(InputError, GramianError)
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_the_zoo_learns(name: str) -> None:
-    case = ZOO[name]
-    model, batches = case.make_model(0), case.make_batches(0)
-    optimizer = Muon(model)
-    torch.manual_seed(0)  # dropout
-    losses = []
-    for step in range(11):
-        optimizer.zero_grad()
-        loss = case.loss(model, batches[0])
-        loss.backward()
-        losses.append(loss.item())
-        if step < 10:
-            optimizer.step()
-    assert losses[-1] < losses[0] * (0.999 if name == "deep_tanh_mlp" else 0.99)
-    assert skips(optimizer) == {}
 
 
 def test_empty_parameters_are_stepped_over() -> None:

@@ -13,7 +13,8 @@ from torch import nn
 
 from cases import seeded
 from gramian.errors import InputError
-from gramian.optim import SOAP, Muon, Shampoo, WhitenedMuon
+from gramian.optim import SOAP, Muon
+from gramian.optim.registry import MATRIX_OPTIMIZERS
 
 
 def network() -> nn.Sequential:
@@ -52,10 +53,12 @@ def by_hand(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, square
 
 
-@pytest.mark.parametrize("make", [Muon, SOAP, Shampoo, WhitenedMuon])
-def test_what_carries_over_is_what_adamw_had(make: Any) -> None:
+@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
+def test_what_carries_over_is_what_adamw_had(name: str) -> None:
+    """The state is AdamW's where the recipe says so, and nothing else is reported as carried over."""
     model, before = trained(adamw)
-    optimizer = make(model)
+    optimizer: Any = MATRIX_OPTIMIZERS[name].optimizer(model)  # type: ignore[arg-type]
+    declared = optimizer.recipe.adamw
     rows = {row["name"]: row for row in optimizer.load_adamw(before)}
     assert list(rows) == [name for name, _ in model.named_parameters()]
     directions = {row["name"]: row["direction"] for row in optimizer.explain()}
@@ -73,14 +76,25 @@ def test_what_carries_over_is_what_adamw_had(make: Any) -> None:
             torch.testing.assert_close(state["exp_avg_sq"], square)
             continue
         shape = {"1.in_proj_weight": (3, 4, 4), "2.weight": (3, 8)}.get(name, (4, 4))
-        torch.testing.assert_close(state["momentum"], mean.reshape(shape))
-        if make is SOAP:
-            assert (row["carried"], row["lost"], row["reason"]) == ("exp_avg, exp_avg_sq, step", "", "")
-            torch.testing.assert_close(state["variance"], square.reshape(shape))
-            torch.testing.assert_close(state["weight"].flatten()[0].item(), 1 - 0.9**3)
-        else:
-            assert (row["carried"], row["lost"]) == ("exp_avg", "exp_avg_sq, step")
-            assert "directions of a matrix" in row["reason"]
+        weight = torch.full((*shape[:-2], 1, 1), 1 - 0.9**3)
+        parts = {"exp_avg": mean.reshape(shape), "exp_avg_sq": square.reshape(shape), "exp_avg_sq_weight": weight}
+        assert state.keys() == declared.keys()
+        for buffer, part in declared.items():
+            torch.testing.assert_close(state[buffer], parts[part])
+        carried = [
+            key for key, part in zip(("exp_avg", "exp_avg_sq", "step"), parts, strict=True) if part in declared.values()
+        ]
+        assert row["carried"] == ", ".join(carried)
+        assert row["lost"] == ", ".join(sorted({"exp_avg", "exp_avg_sq", "step"} - set(carried)))
+        assert ("no second moments" in row["reason"]) == ("exp_avg_sq" not in carried)
+        assert ("no running mean" in row["reason"]) == ("exp_avg" not in carried)
+
+
+def test_soap_takes_all_and_muon_the_momentum() -> None:
+    for make, wanted in ((SOAP, ("exp_avg, exp_avg_sq, step", "")), (Muon, ("exp_avg", "exp_avg_sq, step"))):
+        model, before = trained(adamw)
+        row = next(row for row in make(model).load_adamw(before) if row["name"] == "3.weight")
+        assert (row["carried"], row["lost"]) == wanted
 
 
 def test_the_rest_goes_on_as_adamw_would() -> None:
@@ -192,7 +206,7 @@ def test_what_is_missing_or_broken_is_told_and_left_fresh() -> None:
     optimizer = Muon([*model.named_parameters(), ("new", nn.Parameter(torch.ones(2, 2)))])
     rows = {row["name"]: row for row in optimizer.load_adamw(before)}
     assert rows["new"]["reason"] == "not in the state"
-    assert rows["2.bias"]["reason"] == "it had not been stepped"
+    assert rows["2.bias"]["reason"] == "AdamW had not stepped it"
     for name in ("3.weight", "4.bias"):
         assert rows[name]["reason"] == "it holds NaN or infinity"
         assert rows[name]["carried"] == ""

@@ -14,17 +14,12 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from cases import seeded
+from directions import variants
 from gramian.errors import InputError
-from gramian.optim import SOAP, Muon, Proximal, Shampoo, WhitenedMuon
+from gramian.optim import SOAP, Muon, Proximal
 from gramian.prox import L1
 
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "muon": Muon,
-    "muon_kept": lambda m, **kw: Muon(m, refresh=3, **kw),
-    "soap": lambda m, **kw: SOAP(m, refresh=3, **kw),
-    "whitened_muon": lambda m, **kw: WhitenedMuon(m, rank=3, refresh=2, **kw),
-    "shampoo": lambda m, **kw: Shampoo(m, refresh=3, **kw),
-}
+OPTIMIZERS = variants(3)
 
 
 def mixed() -> nn.Sequential:
@@ -113,7 +108,9 @@ def test_a_copy_takes_groups_and_counts_along() -> None:
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=6),
-    "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=[g["lr"] for g in o.param_groups], total_steps=8),
+    "one_cycle": lambda o: lr_scheduler.OneCycleLR(
+        o, [g["lr"] for g in o.param_groups], total_steps=8, cycle_momentum="momentum" in o.recipe.options
+    ),
     "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
     "sequential": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[3]
@@ -315,6 +312,6 @@ def test_unfreezing_and_missing_gradients_keep_the_state_of_others() -> None:
     optimizer.step()
     assert optimizer.state[b]["direction"].any()
     assert momentum_of(optimizer, a).any()
-    due = optimizer._batches[0].batches[0].phases.tolist()
+    due = optimizer._stacks[0].stacks[0].phases.tolist()
     assert due == [0, 1]
     assert torch.equal(optimizer.state[a]["direction"], kept)

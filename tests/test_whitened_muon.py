@@ -209,9 +209,9 @@ def test_an_unseen_matrix_takes_muons_step() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank must be a number of eigenvectors, at least 1, got 0"),
+        ({"rank": 0}, "rank must be a whole number, at least 1, got 0"),
         ({"rank": 2.5}, r"rank must be .*, got 2\.5"),
-        ({"damping": 0.0}, r"damping must be positive, got 0\.0"),
+        ({"damping": 0.0}, r"damping must be in \(0, ∞\), got 0\.0"),
         ({"moment_beta": 1.0}, "moment_beta must be in"),
     ],
     ids=str,

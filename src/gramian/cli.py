@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand
 
 import gramian
 from gramian.errors import GramianError, GramianWarning, InputError
@@ -163,10 +164,21 @@ def inspect_command(
             raise typer.Exit(1)
 
 
-@app.command("train")
+class _WithOptimizers(TyperCommand):
+    """A command whose help ends with the table of optimizers, read only then, since it loads torch."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from gramian.optim.registry import AUTO, OPTIMIZERS
+
+        rows = [(name, f"{entry.summary}; usual rate {entry.lr:g}") for name, entry in OPTIMIZERS.items()]
+        with formatter.section("Optimizers"):
+            formatter.write_dl([("auto", AUTO), *rows])
+
+
+@app.command("train", cls=_WithOptimizers)
 def train_command(
     task: Annotated[str, typer.Argument(help="A built-in task's name, or path/file.py:function.")],
-    optimizer: Annotated[str, typer.Option(help="auto, whitened_muon, muon, soap, shampoo, adamw or sgd.")] = "auto",
+    optimizer: Annotated[str, typer.Option(help="One of the names below.")] = "auto",
     lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
     init: Annotated[
         str, typer.Option(help="auto (repaired only if it cannot learn as it is), default or isometric.")

@@ -29,8 +29,16 @@ NUM_NEWTON = 100
 class Penalty(ABC):
     """A penalty with a proximal map; its settings are numbers ≥ 0.
 
-    `of_matrix` says whether it is one of matrices (..., m, n), to which tensors of other shapes have to be brought by
-    their layout, or of entries, where the shape does not matter.
+    A subclass is a frozen dataclass with `penalty` and `prox`. `of_matrix` says whether it is a penalty of matrices
+    (..., m, n), into which a layout must bring other tensors, or of single entries, for which shapes do not matter.
+
+    Raises:
+        InputError: for a setting that is negative or not finite.
+    Cost: that of the subclass.
+    Source: Parikh and Boyd, Proximal Algorithms (2014), eq. 1.1.
+
+    >>> isinstance(L1(0.1), Penalty), L1(0.1).of_matrix, Nuclear(0.1).of_matrix
+    (True, False, True)
     """
 
     of_matrix = True
@@ -42,21 +50,33 @@ class Penalty(ABC):
 
     @abstractmethod
     def penalty(self, w: Tensor) -> Tensor:
-        """The penalty's value."""
+        """The value of the penalty."""
 
     @abstractmethod
     def prox(self, w: Tensor, step: float) -> Tensor:
-        """argmin over x of step·penalty(x) + ½‖x − w‖²."""
+        """The proximal map: argmin over x of step·penalty(x) + ½‖x − w‖².
+
+        Args:
+            w: the weights, `(..., m, n)` for a penalty of matrices.
+            step: t ≥ 0, the learning rate.
+        """
 
 
 @dataclass(frozen=True)
 class L1(Penalty):
-    """The sum of magnitudes, `λ Σ|w|`; its proximal map moves every entry toward zero by step·λ, and stops there.
+    """The sum of magnitudes, `λ Σ|w|`; its proximal map moves every entry toward zero by tλ, and stops there.
 
     `prox(w, t) = sign(w) · max(|w| − tλ, 0)`.
 
-    Arguments: `strength` λ ≥ 0. `penalty` is over all entries of `w`, of any shape. Cost: one pass.
-    Accuracy: one rounding; zeros are exact. Source: Donoho and Johnstone, Biometrika 81 (1994), §2.1.
+    `penalty` sums over all entries of `w`, of any shape.
+
+    Args:
+        strength: λ ≥ 0.
+    Raises:
+        InputError: for a negative setting or step.
+        DtypeError: for a tensor that is not of a real floating dtype.
+    Cost: one pass. Accuracy: one rounding; zeros are exact.
+    Source: Donoho and Johnstone, Biometrika 81 (1994), §2.1.
 
     >>> L1(1.0).prox(torch.tensor([-3.0, 0.5, 2.0]), 0.5)
     tensor([-2.5000,  0.0000,  1.5000])
@@ -66,25 +86,37 @@ class L1(Penalty):
     of_matrix = False
 
     def penalty(self, w: Float[Tensor, "*d"]) -> Float[Tensor, ""]:
+        """The value of the penalty."""
         return self.strength * w.abs().sum()
 
     def prox(self, w: Float[Tensor, "*d"], step: float) -> Float[Tensor, "*d"]:
+        """The proximal map of `w` with step t.
+
+        Args:
+            w: the weights.
+            step: t ≥ 0, the learning rate.
+        """
         _check(self, w, step)
-        # Not softshrink: that gives zero for NaN, and a diverged weight must not look like a pruned one.
+        # Not softshrink, which gives zero for NaN: a diverged weight must not look like a pruned one.
         return w - w.clamp(-step * self.strength, step * self.strength)
 
 
 @dataclass(frozen=True)
 class L2(Penalty):
-    """Half the sum of squares, (λ/2) Σw²; its proximal map shrinks all entries alike.
+    """Half the sum of squares, `(λ/2) Σw²`; its proximal map shrinks all entries by the same factor.
 
-    prox(w, t) = w / (1 + tλ).
+    `prox(w, t) = w / (1 + tλ)`. `penalty` sums over all entries of `w`, of any shape. Under plain gradient descent both
+    forms have the same fixed point; under Adam only the coupled form minimizes loss + penalty.
 
-    Arguments: `strength` λ ≥ 0; `form`, which only `gm.optim.Proximal` reads: "decoupled" applies the proximal map
-    after the step (AdamW's decay `(1 − tλ)w` to first order in t, but stable for every t); "coupled" adds λw to the
-    gradient before it, as Adam's `weight_decay` does, so that an adaptive step divides it by the gradient's size too.
-    Under plain gradient descent both have the same fixed point; under Adam only the coupled form minimizes
-    loss + penalty. Cost: one pass.
+    Args:
+        strength: λ ≥ 0.
+        form: read by `gm.optim.Proximal` only. `"decoupled"` applies the proximal map after the step (to first order in
+            t that is AdamW's decay `(1 − tλ)w`, but stable for every t); `"coupled"` adds λw to the gradient before the
+            step, as Adam's `weight_decay` does, so that an adaptive step scales it too.
+    Raises:
+        InputError: for a negative setting or step, or another form.
+        DtypeError: for a tensor that is not of a real floating dtype.
+    Cost: one pass. Accuracy: one rounding.
     Source: Loshchilov and Hutter (1711.05101), §2; Parikh and Boyd, Proximal Algorithms (2014), §6.1.1.
 
     >>> L2(2.0).prox(torch.tensor([4.0]), 0.5)
@@ -101,21 +133,36 @@ class L2(Penalty):
             raise InputError(f"L2: expected form 'decoupled' or 'coupled', got {self.form!r}.")
 
     def penalty(self, w: Float[Tensor, "*d"]) -> Float[Tensor, ""]:
+        """The value of the penalty."""
         return self.strength / 2 * w.square().sum()
 
     def prox(self, w: Float[Tensor, "*d"], step: float) -> Float[Tensor, "*d"]:
+        """The proximal map of `w` with step t.
+
+        Args:
+            w: the weights.
+            step: t ≥ 0, the learning rate.
+        """
         _check(self, w, step)
         return w / (1 + step * self.strength)
 
 
 @dataclass(frozen=True)
 class ElasticNet(Penalty):
-    """`λ₁ Σ|w| + (λ₂/2) Σw²`: zeros as L1, and correlated weights share as under L2.
+    """The sum of L1 and L2, `λ₁ Σ|w| + (λ₂/2) Σw²`: zeros as under L1, and correlated weights share as under L2.
 
     `prox(w, t) = sign(w) · max(|w| − tλ₁, 0) / (1 + tλ₂)`.
 
-    Arguments: `l1` λ₁ ≥ 0; `l2` λ₂ ≥ 0. `penalty` is over all entries. Cost: one pass. Accuracy: two roundings; zeros
-    are exact. Source: Zou and Hastie, J. R. Stat. Soc. B 67 (2005), §2; Parikh and Boyd (2014), §6.5.3.
+    `penalty` sums over all entries of `w`, of any shape.
+
+    Args:
+        l1: λ₁ ≥ 0.
+        l2: λ₂ ≥ 0.
+    Raises:
+        InputError: for a negative setting or step.
+        DtypeError: for a tensor that is not of a real floating dtype.
+    Cost: two passes. Accuracy: two roundings; zeros are exact.
+    Source: Zou and Hastie, J. R. Stat. Soc. B 67 (2005), §2; Parikh and Boyd (2014), §6.5.3.
 
     >>> ElasticNet(1.0, 2.0).prox(torch.tensor([3.0, 0.5]), 0.5)
     tensor([1.2500, 0.0000])
@@ -126,22 +173,35 @@ class ElasticNet(Penalty):
     of_matrix = False
 
     def penalty(self, w: Float[Tensor, "*d"]) -> Float[Tensor, ""]:
+        """The value of the penalty."""
         return L1(self.l1).penalty(w) + L2(self.l2).penalty(w)
 
     def prox(self, w: Float[Tensor, "*d"], step: float) -> Float[Tensor, "*d"]:
+        """The proximal map of `w` with step t.
+
+        Args:
+            w: the weights.
+            step: t ≥ 0, the learning rate.
+        """
         return L2(self.l2).prox(L1(self.l1).prox(w, step), step)
 
 
 @dataclass(frozen=True)
 class Nuclear(Penalty):
-    """The sum of singular values, λ Σσᵢ: L1 of the spectrum, which gives low rank.
+    """The sum of singular values, `λ Σσᵢ`: L1 of the spectrum, which gives low rank.
 
-    prox(W, t) = U diag(max(σ − tλ, 0)) Vᵀ.
+    `prox(W, t) = U diag(max(σ − tλ, 0)) Vᵀ`. `penalty` is one value for each matrix of `w` (..., m, n). The proximal
+    map of a matrix that is not finite is NaN; the other matrices of the batch are not affected.
 
-    Arguments: `strength` λ ≥ 0. `penalty` is one value for each matrix of `w` (..., m, n).
-    Raises: `ShapeError` for a vector. A matrix that is not finite gives NaN, its neighbors are untouched.
-    Cost: one float64 SVD. Accuracy: one rounding of the dtype; the singular values that the threshold takes are zero
-    to that rounding. Source: Cai, Candès and Shen, SIAM J. Optim. 20 (2010), theorem 2.1.
+    Args:
+        strength: λ ≥ 0.
+    Raises:
+        InputError: for a negative setting or step.
+        ShapeError: for a vector.
+        DtypeError: for a tensor that is not of a real floating dtype.
+    Cost: one float64 SVD. Accuracy: one rounding of the dtype; singular values below the threshold are zero to that
+    rounding.
+    Source: Cai, Candès and Shen, SIAM J. Optim. 20 (2010), theorem 2.1.
 
     >>> Nuclear(1.0).prox(torch.diag(torch.tensor([3.0, 0.5])), 1.0)
     tensor([[2., 0.],
@@ -151,21 +211,33 @@ class Nuclear(Penalty):
     strength: float
 
     def penalty(self, w: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b"]:
+        """The value of the penalty."""
         _check(self, w, 0.0)
         return self.strength * torch.linalg.svdvals(_wide(w)).sum(-1)
 
     def prox(self, w: Float[Tensor, "*b m n"], step: float) -> Float[Tensor, "*b m n"]:
+        """The proximal map of `w` with step t.
+
+        Args:
+            w: the weights.
+            step: t ≥ 0, the learning rate.
+        """
         return _on_spectrum(self, w, step, lambda s: (s - step * self.strength).clamp_min(0))
 
 
 @dataclass(frozen=True)
 class SpectralNorm(Penalty):
-    """The constraint ‖W‖₂ ≤ bound: zero inside, infinite outside; its proximal map is the nearest matrix inside.
+    """The constraint `‖W‖₂ ≤ bound`: zero inside, infinite outside; its proximal map is the nearest matrix inside.
 
-    prox(W, t) = U diag(min(σ, bound)) Vᵀ for every t.
+    `prox(W, t) = U diag(min(σ, bound)) Vᵀ` for every t. `penalty` is 0 or ∞ for each matrix of `w` (..., m, n); a norm
+    up to max(m, n)·ε above the bound counts as inside. The proximal map of a matrix that is not finite is NaN.
 
-    Arguments: `bound` ≥ 0. `penalty` is one value for each matrix of `w` (..., m, n), 0 or ∞, where max(m, n)·ε over
-    the bound counts as inside. Raises: `ShapeError` for a vector. A matrix that is not finite gives NaN.
+    Args:
+        bound: the largest singular value, ≥ 0.
+    Raises:
+        InputError: for a negative setting or step.
+        ShapeError: for a vector.
+        DtypeError: for a tensor that is not of a real floating dtype.
     Cost: one float64 SVD. Accuracy: one rounding of the dtype.
     Source: Parikh and Boyd, Proximal Algorithms (2014), §6.7.3.
 
@@ -177,24 +249,36 @@ class SpectralNorm(Penalty):
     bound: float
 
     def penalty(self, w: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b"]:
+        """The value of the penalty."""
         _check(self, w, 0.0)
         slack = 1 + max(w.shape[-2:]) * torch.finfo(w.dtype).eps
         inside = torch.linalg.matrix_norm(_wide(w), 2) <= self.bound * slack
         return torch.where(inside, 0.0, math.inf)
 
     def prox(self, w: Float[Tensor, "*b m n"], step: float) -> Float[Tensor, "*b m n"]:
+        """The proximal map of `w` with step t.
+
+        Args:
+            w: the weights.
+            step: t ≥ 0, the learning rate.
+        """
         return _on_spectrum(self, w, step, lambda s: s.clamp_max(self.bound))
 
 
 @dataclass(frozen=True)
 class Orthogonal(Penalty):
-    """The distance of the smaller Gram matrix from the identity, (λ/4) ‖WᵀW − I‖²_F (WWᵀ where W is wide).
+    """The distance of the smaller Gram matrix from the identity, `(λ/4) ‖WᵀW − I‖²_F` (`WWᵀ` where W is wide).
 
-    prox(W, t) = U diag(s) Vᵀ with s ≥ 0 the root of tλ s³ + (1 − tλ) s = σ. As t → ∞ it is the polar factor.
+    `prox(W, t) = U diag(s) Vᵀ` with s ≥ 0 the root of `tλ s³ + (1 − tλ) s = σ`. As t → ∞ it is the polar factor.
+    `penalty` is one value for each matrix of `w` (..., m, n). It is not convex: where σ = 0 and tλ > 1 there are many
+    minimizers, and one is returned. The proximal map of a matrix that is not finite is NaN.
 
-    Arguments: `strength` λ ≥ 0. `penalty` is one value for each matrix of `w` (..., m, n). The penalty is not convex:
-    where σ = 0 and tλ > 1 there are many minimizers, and one is returned.
-    Raises: `ShapeError` for a vector. A matrix that is not finite gives NaN.
+    Args:
+        strength: λ ≥ 0.
+    Raises:
+        InputError: for a negative setting or step.
+        ShapeError: for a vector.
+        DtypeError: for a tensor that is not of a real floating dtype.
     Cost: one float64 SVD. Accuracy: one rounding of the dtype.
     Source: the stationarity condition of each singular value; the penalty of Brock et al. (1609.07093), §3.
 
@@ -206,12 +290,19 @@ class Orthogonal(Penalty):
     strength: float
 
     def penalty(self, w: Float[Tensor, "*b m n"]) -> Float[Tensor, "*b"]:
+        """The value of the penalty."""
         _check(self, w, 0.0)
         tall = _wide(w if w.shape[-2] >= w.shape[-1] else w.mT)
         eye = torch.eye(tall.shape[-1], dtype=tall.dtype, device=w.device)
         return self.strength / 4 * (tall.mT @ tall - eye).square().sum((-2, -1))
 
     def prox(self, w: Float[Tensor, "*b m n"], step: float) -> Float[Tensor, "*b m n"]:
+        """The proximal map of `w` with step t.
+
+        Args:
+            w: the weights.
+            step: t ≥ 0, the learning rate.
+        """
         return _on_spectrum(self, w, step, lambda s: _cubic(s, step * self.strength))
 
 
@@ -243,7 +334,7 @@ def _wide(w: Tensor) -> Tensor:
 
 
 def _on_spectrum(penalty: Penalty, w: Tensor, step: float, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """U change(σ) Vᵀ of every matrix; the minimizer for every penalty of singular values alone (Lewis 1995)."""
+    """U change(σ) Vᵀ of every matrix: the minimizer for a penalty of the singular values alone (Lewis 1995)."""
     _check(penalty, w, step)
     if not w.numel():
         return w.clone()
@@ -255,7 +346,7 @@ def _on_spectrum(penalty: Penalty, w: Tensor, step: float, change: Callable[[Ten
 
 
 def _cubic(sigma: Tensor, c: float) -> Tensor:
-    """The root s ≥ 0 of c·s³ + (1 − c)·s = σ ≥ 0, the largest: at max(1, σ) the left side is above σ, and convex."""
+    """The largest root s of c·s³ + (1 − c)·s = σ ≥ 0, from max(1, σ), where the left side is convex and above σ."""
     s = sigma.clamp_min(1.0)
     for _ in range(NUM_NEWTON):
         slope = 3 * c * s.square() + (1 - c)

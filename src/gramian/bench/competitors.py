@@ -1,4 +1,4 @@
-"""The optimizers that race: one row each, the same few facts about every one."""
+"""The optimizers that race: peers, and every matrix optimizer of `gm.optim`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from gramian import optim
 from gramian.block import blocks
 from gramian.errors import InputError
+from gramian.optim.registry import AUTO, MATRIX_OPTIMIZERS, OPTIMIZERS, Entry
 
-__all__ = ["ADAMW", "COMPETITORS", "DEFAULT", "TORCH_MUON", "Competitor", "Stepper", "chosen", "hidden_and_rest"]
+__all__ = [
+    "ADAMW",
+    "COMPETITORS",
+    "DEFAULT",
+    "TORCH_MUON",
+    "Competitor",
+    "Stepper",
+    "chosen",
+    "hidden_and_rest",
+    "ours",
+]
 
 CHOICE_VARIABLE = "GRAMIAN_BENCH_COMPETITORS"
 
@@ -36,9 +46,9 @@ class Competitor:
     """One optimizer.
 
     Args:
-        make: `make(model, lr, rest_lr)`; `rest_lr` is AdamW's tuned rate on the same task, for what is no hidden
-            matrix. Gramian's own make no use of it: they are given the model and `lr`, and nothing else.
-        start: the rate of the grid at which tuning starts: the one that its documentation shows, or the nearest.
+        make: `make(model, lr, rest_lr)`; `rest_lr` is AdamW's tuned rate on the same task, for parameters that are no
+            hidden matrix. Gramian's own do not use it: they get the model and `lr`, and nothing else.
+        start: where on the grid tuning starts, at the nearest rate: the one that its documentation shows.
         package: what it needs besides torch.
         ours: whether it is gramian's.
         remark: how it was configured.
@@ -57,7 +67,7 @@ class Competitor:
         if self.package and find_spec(self.package) is None:
             return f"not measured: {self.package} is not installed"
         if self.ndim is not None and not hidden_and_rest(model, ndim=self.ndim)[0]:
-            return f"refuses the model's hidden weights, which have not {self.ndim} dimensions"
+            return f"refuses the model's hidden weights, which do not have {self.ndim} dimensions"
         return ""
 
 
@@ -81,7 +91,7 @@ class _Together:
 
 
 def hidden_and_rest(model: nn.Module, *, ndim: int | None = None) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The hidden matrices (those of `ndim` dimensions, if given) and every other parameter, as `gm.blocks` has them."""
+    """The hidden matrices of `gm.blocks` (those of `ndim` dimensions, if given), and all other parameters."""
     found, _ = blocks(model)
     names = {b.name for b in found if b.role == "hidden" and ndim in (None, b.parameter.ndim)}
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
@@ -114,18 +124,23 @@ def _peer_soap(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
     return _Together([pytorch_optimizer.SOAP(hidden, lr=lr, weight_decay=0.0), _adamw(rest, rest_lr)])
 
 
-def _ours(name: str, start: float) -> Competitor:
-    """One of `gm.optim`, as it comes: the model and a rate."""
+def _entry(entry: Entry) -> Competitor:
+    """One of `gm.optim` with its defaults: it gets the model and a rate."""
+    return Competitor(lambda model, lr, rest_lr: entry.make(model, lr), entry.lr, ours=True)
 
-    def make(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
-        return getattr(optim, name)(model, lr=lr)
 
-    return Competitor(make, start, ours=True)
+def ours(name: str) -> str:
+    """The name in the race of an optimizer of the registry.
+
+    >>> ours("soap")
+    'gramian SOAP'
+    """
+    return f"gramian {OPTIMIZERS[name].optimizer.__name__}"
 
 
 ADAMW = "AdamW, fused"
 TORCH_MUON = "torch Muon"
-DEFAULT = "gramian WhitenedMuon"
+DEFAULT = ours(AUTO)
 """The one that has to win on every task."""
 
 _REST = "the rest by fused AdamW at its tuned rate"
@@ -134,17 +149,15 @@ COMPETITORS: dict[str, Competitor] = {
     TORCH_MUON: Competitor(_torch_muon, 3.16e-2, remark=f"hidden matrices; {_REST}", ndim=2),
     "pytorch_optimizer Muon": Competitor(_peer_muon, 3.16e-2, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
     "pytorch_optimizer SOAP": Competitor(_peer_soap, 3.16e-3, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
-    "gramian Muon": _ours("Muon", 0.1),
-    "gramian SOAP": _ours("SOAP", 0.316),
-    "gramian WhitenedMuon": _ours("WhitenedMuon", 0.316),
+    **{ours(name): _entry(entry) for name, entry in MATRIX_OPTIMIZERS.items()},
 }
-"""Weight decay is zero for all; momentum and everything else is as each has it by default."""
+"""Weight decay is zero for all; momentum and all other options are each one's defaults."""
 
 
 def chosen() -> dict[str, Competitor]:
     """The competitors whose name contains one of the words, separated by commas, of GRAMIAN_BENCH_COMPETITORS.
 
-    All of them where it is not set. Fused AdamW always takes part: its tuned rate serves the others.
+    All of them where it is not set. Fused AdamW always takes part, since the others use its tuned rate.
 
     >>> list(chosen())[0]
     'AdamW, fused'

@@ -1,7 +1,7 @@
-"""Four tasks with a held-out number to reach: what an optimizer's time to target is measured on.
+"""Four tasks with a held-out number to reach, on which time to target is measured.
 
-Everything that could be tuned afterwards stands here beforehand: data, splits, models, targets, seeds, rates, budgets.
-A target is about what fused AdamW reaches in twelve seconds of two quiet cores at its best rate, on the tuning seed.
+Whatever could be tuned afterwards is fixed here beforehand: data, splits, models, targets, seeds, rates, budgets.
+A target is about what fused AdamW reaches in twelve seconds on two idle cores at its best rate, on the tuning seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["LEARNING", "RATES", "SCORING_SEEDS", "TUNING_SEED", "LearningTask", 
 TUNING_SEED = 100
 SCORING_SEEDS = (0, 1, 2)
 RATES = (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 0.1, 0.316, 1.0, 3.16)
-"""Half-decades, the same for every optimizer; widened to 3.16 for Muon on the CNN, whose batch norms bear any rate."""
+"""Half-decades, the same for every optimizer; up to 3.16 for Muon on the CNN, whose batch norms tolerate any rate."""
 
 TEXT_VARIABLE = "GRAMIAN_TINYSHAKESPEARE"
 CONTEXT = 128
@@ -45,7 +45,7 @@ class LearningTask:
         metric: name of the held-out number in `evaluate`'s dict; less is better.
         target: its value at which the clock stops.
         every: steps between evaluations.
-        seconds: training seconds of two cores after which a run is given up; of one core, twice as many.
+        seconds: training seconds on two cores after which a run is stopped; on one core, twice as many.
     """
 
     make: Callable[[int], Task]
@@ -56,7 +56,7 @@ class LearningTask:
 
     @property
     def limit(self) -> float:
-        """Training seconds after which a run is given up, with the threads that torch now uses."""
+        """Training seconds after which a run is stopped, for the number of threads that torch uses now."""
         return self.seconds * (2 if torch.get_num_threads() == 1 else 1)
 
 
@@ -166,9 +166,9 @@ def characters(seed: int, *, batch_size: int = 16) -> Task:
 
 @dataclass(frozen=True)
 class ShiftedDigits:
-    """The digits, each moved by up to `reach` pixels in both directions, drawn anew for every batch.
+    """The digits, each shifted by up to `most` pixels in both directions, drawn anew for every batch.
 
-    `train` and `test` are views `(N, 2 reach + 1, 2 reach + 1, size, size)` of the padded images: every shift of each.
+    `train` and `test` are views `(N, 2 most + 1, 2 most + 1, size, size)` of the padded images: every shift of each.
     """
 
     train: Tensor
@@ -178,7 +178,7 @@ class ShiftedDigits:
     batch_size: int
 
     @staticmethod
-    def load(size: int, reach: int, batch_size: int) -> ShiftedDigits:
+    def load(size: int, most: int, batch_size: int) -> ShiftedDigits:
         """The split of `Digits.load(seed=0)`, the images bilinearly enlarged to `size` pixels a side."""
         digits = Digits.load(classes=10, seed=0)
 
@@ -186,7 +186,7 @@ class ShiftedDigits:
             images = x.view(-1, 1, 8, 8)
             if size != 8:
                 images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-            padded = F.pad(images.squeeze(1), (reach,) * 4)
+            padded = F.pad(images.squeeze(1), (most,) * 4)
             return padded.unfold(1, size, 1).unfold(2, size, 1)
 
         return ShiftedDigits(views(digits.x_train), digits.y_train, views(digits.x_test), digits.y_test, batch_size)
@@ -208,7 +208,7 @@ class ShiftedDigits:
 
 def images(seed: int) -> Task:
     """Digits of 28×28 pixels through the deep autoencoder; held-out squared error, summed over an image."""
-    data = ShiftedDigits.load(size=28, reach=2, batch_size=256)
+    data = ShiftedDigits.load(size=28, most=2, batch_size=256)
     test, _ = data.held_out(1)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -217,9 +217,9 @@ def images(seed: int) -> Task:
     return Task(partial(_seeded, autoencoder, seed), Objective.reconstruction(), data.batches, evaluate, "autoencoder")
 
 
-def classes(name: str, make: Callable[[], nn.Module], seed: int, *, batch_size: int = 128, reach: int = 1) -> Task:
+def classes(name: str, make: Callable[[], nn.Module], seed: int, *, batch_size: int = 128, most: int = 1) -> Task:
     """Digits of 8×8 pixels, ten classes; held-out cross-entropy."""
-    data = ShiftedDigits.load(size=8, reach=reach, batch_size=batch_size)
+    data = ShiftedDigits.load(size=8, most=most, batch_size=batch_size)
     x, y = data.held_out(1)
 
     def evaluate(model: nn.Module) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """`gramian bench optim`: time and steps to a held-out target, and what a step costs.
 
-The rate of each optimizer is tuned on one seed and raced on three others (`race`); a part of it at a time:
-`--only "time to target: cnn"`, and of the competitors those named by GRAMIAN_BENCH_COMPETITORS. GRAMIAN_BENCH_RATES
-names a JSON file that keeps tuned rates, so that tuning (`--only "rates: cnn"`) and racing can be done apart.
+The rate of each optimizer is tuned on one seed and raced on three others (`race`). `--only "time to target: cnn"` runs
+a part; GRAMIAN_BENCH_COMPETITORS names the competitors. GRAMIAN_BENCH_RATES names a JSON file that keeps tuned rates,
+so that tuning (`--only "rates: cnn"`) and racing can be separate runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def rows(repeats: int, only: str, tell: Tell) -> Iterator[Row]:
     for name, learning in LEARNING.items():
         for kind, make in (("rates", _rates), ("time to target", partial(_time_to_target, repeats=repeats))):
             title = f"{kind}: {name}"
-            # The rates alone are a part of the time to target: a row of their own only where they are asked for.
+            # The time to target tunes the rates anyway: they have a row of their own only where `only` asks for it.
             if only not in title or (kind == "rates" and "rates" not in only):
                 continue
             tell(title)
@@ -101,7 +101,7 @@ def _goals(scores: Mapping[str, Score]) -> tuple[tuple[Goal, float], ...]:
     ratio = time_ratio({name: score.median_seconds for name, score in scores.items()})
     if ratio is not None:
         goals.append((TIME_GOAL, ratio))
-    # torch's Muon refuses convolutions; there its place is taken by the peer that does not.
+    # torch's Muon refuses convolutions, for which pytorch_optimizer's takes its place.
     peer = next((name for name in (TORCH_MUON, "pytorch_optimizer Muon") if name in scores), None)
     if DEFAULT in scores and peer is not None:
         steps = scores[DEFAULT].median_steps / scores[peer].median_steps
@@ -115,7 +115,7 @@ def _conditions(learning: LearningTask, what: str) -> str:
 
 
 def _tuned(learning: LearningTask, task: str, tell: Tell) -> Iterator[tuple[str, Make, Result | None, str]]:
-    """`(name, make, best run of the grid, remark)` of every competitor; AdamW is first and its rate serves the rest."""
+    """`(name, make, best run of the grid, remark)` of every competitor; AdamW first, since the others use its rate."""
     model = learning.make(TUNING_SEED).model()
     rest_lr = math.nan
     for name, competitor in chosen().items():
@@ -149,7 +149,7 @@ def _tune(learning: LearningTask, make: Make, start: float, tell: Tell) -> tuple
 
 
 def _kept(key: str, tune_it: Callable[[], tuple[Result | None, str]]) -> tuple[Result | None, str]:
-    """What the file of GRAMIAN_BENCH_RATES holds under `key`; measured, and added to it, where it does not."""
+    """The result under `key` in the file of GRAMIAN_BENCH_RATES; measured and added where it is not there."""
     path = os.environ.get(RATES_VARIABLE)
     if path is None:
         return tune_it()

@@ -1,4 +1,4 @@
-"""Training until a held-out target: one run, the tuning of its rate, and several runs taking turns."""
+"""Training until a held-out target: one run, the tuning of its rate, and races of several runs in turns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gramian.training import WARMUP_STEPS, Task
 __all__ = ["Result", "Run", "Score", "clock", "order_of_rates", "race", "tune"]
 
 Make = Callable[[Any, float], Stepper]
-"""`make(model, lr)`: a competitor with its rest's rate filled in."""
+"""`make(model, lr)`: a competitor with `rest_lr` filled in."""
 
 STALLED = 1 / 3
 """Share of its seconds after which a run that is not half-way from where it began to the target is given up."""
@@ -34,7 +34,7 @@ NO_LIMIT = 2**31
 
 
 def clock() -> float:
-    """Seconds: of the wall; on one thread of the process's own, which a busy machine does not stretch."""
+    """Seconds of the wall clock; on one thread, of the process, which a busy machine does not stretch."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -64,7 +64,7 @@ class Result:
 
 @dataclass
 class Run:
-    """One training on its way: `advance()` until it has `ended`.
+    """One training run: `advance()` until it has `ended`.
 
     The rate rises over the first 10 steps and then stays. Only the target on held-out data stops a run early;
     evaluations are not timed.
@@ -96,10 +96,10 @@ class Run:
         return sum(self.times)
 
     def advance(self) -> None:
-        """Steps until the next evaluation, and evaluates."""
+        """Trains until the next evaluation, and evaluates."""
         loss = torch.zeros(())
         with torch.random.fork_rng([]):
-            torch.manual_seed(self.seed + len(self.times))  # of dropout, were there any: runs take turns
+            torch.manual_seed(self.seed + len(self.times))  # for dropout: runs take turns
             for _ in range(min(self.learning.every, self.max_steps - len(self.times))):
                 start = clock()
                 loss = self._step()
@@ -136,7 +136,7 @@ class Run:
         return total.detach()
 
     def result(self) -> Result:
-        """What there is to say of it."""
+        """How it ended."""
         median, mean = statistics.median(self.times), statistics.fmean(self.times)
         return Result(self.rate, self.seed, self.ended, len(self.times), self.seconds, median, mean, self.held_out)
 
@@ -198,11 +198,11 @@ def tune(
 
 @dataclass(frozen=True)
 class Score:
-    """One competitor's runs at its best rate, a figure for each seed.
+    """One competitor's runs at its best rate, one number for each seed.
 
-    `seconds` are steps times the mean step while all competitors were still racing, taking turns: whatever else the
-    machine did then fell on all alike. `own_seconds` are what the run itself took. A run that missed the target counts
-    with the steps and seconds after which it was given up, which is too little.
+    `seconds` are the steps times the mean step while all competitors were still racing in turns, so that other load on
+    the machine slowed all of them alike. `own_seconds` is what the run itself took. A run that missed the target counts
+    with the steps and seconds after which it was stopped, which is too little.
     """
 
     seconds: tuple[float, ...]
@@ -223,7 +223,7 @@ class Score:
         return statistics.median(self.steps)
 
     def as_text(self) -> str:
-        """Steps and seconds by seed, and the step's median and mean in ms."""
+        """Steps and seconds by seed, and the median and mean step in ms."""
         steps = "/".join(f"{s}" for s in self.steps)
         own = "/".join(f"{s:.3g}" for s in self.own_seconds)
         step = f"median {1e3 * self.median_step:.3g}, mean {1e3 * self.mean_step:.3g} ms"

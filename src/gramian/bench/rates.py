@@ -1,9 +1,9 @@
 """`gramian bench rates`: suggested rates against tuned grids, and whether one rate carries across widths and depths.
 
-All runs are short, of a fixed number of steps, on handwritten digits that are moved by up to one pixel anew for every
-batch, with the warm-up and the decay of `gm.train`. The score is the mean training loss of the last twentieth of the
-steps: every batch is new, so that nothing is learned by heart. Grids are half-decades, walked from a first rate until
-the best lies between two worse ones.
+All runs are short, of a fixed number of steps, on handwritten digits that are shifted by up to one pixel, anew for
+every batch, with the warm-up and the decay of `gm.train`. The score is the mean training loss of the last twentieth of
+the steps: every batch is new, so that nothing can be memorized. Grids are half-decades, searched from the usual rate
+until the best lies between two worse ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from gramian.bench.learning_tasks import classes
 from gramian.bench.table import Goal, Measurement, Row, Tell
 from gramian.errors import GramianWarning
 from gramian.init import isometric_
-from gramian.optim import OPTIMIZERS, Muon, WhitenedMuon
+from gramian.optim import Muon
+from gramian.optim.registry import MATRIX_OPTIMIZERS, OPTIMIZERS
 from gramian.optim.suggestion import suggest_lr
 from gramian.tasks import plain_tanh_network
 from gramian.training import Task, train
@@ -44,18 +45,21 @@ Make = Callable[..., torch.optim.Optimizer]  # (model, lr=…)
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer, the rate that its documentation gives, and where a walk over the grid begins."""
+    """An optimizer, and the rate that its documentation gives; the search of the grid begins at the nearest."""
 
     make: Make
     usual: float
-    first: float
+
+    @property
+    def first(self) -> float:
+        """The half-decade nearest to the usual rate."""
+        return 10 ** (round(2 * math.log10(self.usual)) / 2)
 
 
 CONTENDERS: dict[str, Contender] = {
-    "WhitenedMuon": Contender(WhitenedMuon, OPTIMIZERS["whitened_muon"].usual, 0.316),
-    "Muon, spectral": Contender(Muon, 0.05, 0.316),
-    "Muon, match_rms_adamw": Contender(partial(Muon, scale="match_rms_adamw"), 1e-3, 0.0316),
-    "AdamW": Contender(lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, fused=True), 1e-3, 0.01),
+    **{entry.optimizer.__name__: Contender(entry.make, entry.lr) for entry in MATRIX_OPTIMIZERS.values()},
+    "Muon, match_rms_adamw": Contender(partial(Muon, scale="match_rms_adamw"), OPTIMIZERS["adamw"].lr),
+    "AdamW": Contender(OPTIMIZERS["adamw"].make, OPTIMIZERS["adamw"].lr),
 }
 
 
@@ -87,7 +91,7 @@ def _cnn() -> nn.Module:
 
 
 def _plain(depth: int, width: int = 64) -> nn.Module:
-    """Without skips and norms; an isometry at first, which alone lets 100 layers learn."""
+    """Without skips and norms; isometric at first, without which 100 layers do not learn."""
     seed = int(torch.randint(2**31, ()))
     net = plain_tanh_network(depth, width=width, outputs=10, seed=seed)
     return isometric_(net, generator=torch.Generator().manual_seed(seed))
@@ -102,7 +106,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def rows(repeats: int, only: str, tell: Tell) -> Iterator[Row]:
-    """The tasks whose name contains `only`; one seed each, so that `repeats` is not used."""
+    """The tasks whose name contains `only`. There is one seed for each; `repeats` is not used."""
     for name, measure in TASKS.items():
         if only in name:
             tell(name)
@@ -110,7 +114,7 @@ def rows(repeats: int, only: str, tell: Tell) -> Iterator[Row]:
 
 
 def grid(score: Callable[[float], float], first: float) -> dict[float, float]:
-    """Scores of half-decades by rate, walked from `first` until the best lies between two worse ones."""
+    """Scores of half-decades by rate, from `first` outward until the best lies between two worse ones."""
     scores = {first: score(first)}
     while len(scores) < MOST_RATES:
         best = min(scores, key=lambda rate: (scores[rate], rate))
@@ -141,8 +145,8 @@ def _suggestion(network: str, optimizer: str, steps: int, name: str) -> Row:
     best = min(scores, key=lambda rate: scores[rate])
     found = suggest_lr(task.model(), task.batches(NUM_BATCHES), task.objective, optimizer=who.make)
     others = {"suggest_lr": found.lr, "the first direction alone": found.line, "usual rate": who.usual}
-    told = ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in scores.items())
-    measured = [Measurement("best of the grid", None, 1.0, f"rate {best:.2g}; {told}")]
+    losses = ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in scores.items())
+    measured = [Measurement("best of the grid", None, 1.0, f"rate {best:.2g}; {losses}")]
     figures = {}
     for label, rate in others.items():
         ratio = score(rate) / scores[best]
@@ -169,8 +173,8 @@ def _transfer(optimizer: str, shapes: Mapping[str, tuple[int, int]], steps: int,
         at = next((loss for rate, loss in scores.items() if abs(math.log(rate / common)) < 1e-6), math.inf)
         ratios.append(at / scores[best])
         bests.append(best)
-        told = ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in scores.items())
-        measured.append(Measurement(label, None, ratios[-1], f"best rate {best:.2g}; {told}"))
+        losses = ", ".join(f"{rate:.2g}: {loss:.3g}" for rate, loss in scores.items())
+        measured.append(Measurement(label, None, ratios[-1], f"best rate {best:.2g}; {losses}"))
     goals = (
         (Goal("loss at the first shape's rate ÷ loss at the best, worst shape", "<=", 1.25), max(ratios)),
         (Goal("largest ÷ smallest best rate", "<=", 1.01 * HALF_DECADE), max(bests) / min(bests)),

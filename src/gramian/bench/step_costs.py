@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian import optim
-from gramian.bench.competitors import DEFAULT, TORCH_MUON, Competitor, Stepper, chosen
+from gramian.bench.competitors import DEFAULT, TORCH_MUON, Competitor, Stepper, chosen, ours
 from gramian.bench.learning_tasks import Transformer, autoencoder, images
 from gramian.bench.race import clock
 from gramian.bench.table import Goal, Measurement, Row
@@ -23,8 +23,9 @@ MOMENTUM = 0.95
 STEPS_PER_REPEAT = 8
 """With the usual five repeats forty steps: whole cycles of a basis refreshed every ten or twenty."""
 
-PEER_SOAP, OUR_SOAP = "pytorch_optimizer SOAP", "gramian SOAP"
-OUR_MUON, WHOLE_MUON, ACCURATE_MUON = "gramian Muon", "gramian Muon, whole", "gramian Muon, whole, rtol 0.03"
+PEER_SOAP, OUR_SOAP = "pytorch_optimizer SOAP", ours("soap")
+OUR_MUON = ours("muon")
+WHOLE_MUON, ACCURATE_MUON = f"{OUR_MUON}, whole", f"{OUR_MUON}, whole, rtol 0.03"
 
 
 def _whole(rtol: float) -> Competitor:
@@ -32,7 +33,7 @@ def _whole(rtol: float) -> Competitor:
 
 
 VARIANTS: dict[str, Competitor] = {WHOLE_MUON: _whole(0.1), ACCURATE_MUON: _whole(0.03)}
-"""Competitors in the cost of a step alone: by default a large matrix is cut into parts, each orthogonal for itself."""
+"""Competitors in the cost of a step only: by default a large matrix is cut into parts, each orthogonal by itself."""
 
 
 def _at_least_one(m: int, n: int, num_matrices: int) -> float:
@@ -44,12 +45,12 @@ LENGTHS: dict[str, Callable[[int, int, int], float]] = {
     "pytorch_optimizer Muon": _at_least_one,
     **dict.fromkeys((OUR_MUON, WHOLE_MUON, ACCURATE_MUON), lambda m, n, num_matrices: math.sqrt(m / n) / num_matrices),
 }
-"""`length(m, n, number of matrices)`: what all singular values of an update at rate 1 should be."""
+"""`length(m, n, number of matrices)`: of orthogonal updates at rate 1, what all singular values should be."""
 
 
 @dataclass
 class Steps:
-    """The steps of one competitor: its model, and what each of them took."""
+    """The steps of one competitor: its model, its optimizer, and the seconds of each step."""
 
     model: nn.Module
     optimizer: Stepper
@@ -57,7 +58,7 @@ class Steps:
     times: list[float] = field(default_factory=list)
 
     def step(self) -> None:
-        """One timed step on the gradients that lie ready; the first is kept apart."""
+        """One timed step on the present gradients; the first is kept apart."""
         start = clock()
         self.optimizer.step()
         taken = clock() - start
@@ -80,19 +81,15 @@ class Steps:
 
 
 def matrices(width: int = WIDTH, depth: int = DEPTH) -> nn.Sequential:
-    """The matrices of a transformer's blocks, each a Linear, and a head of one number, which is nobody's matrix."""
+    """The matrices of a transformer's blocks, each a Linear, and a head of one number."""
     shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * depth
     return nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in shapes), nn.Linear(1, 1, bias=False))
 
 
-def orthogonality(updates: list[Tensor], lengths: list[float] | None) -> float:
-    """rms|σ − 1| over all singular values of the updates, each divided by its nominal length.
-
-    Where no nominal length is known it is the mean singular value of each, which flatters.
-    """
+def orthogonality(updates: list[Tensor], lengths: list[float]) -> float:
+    """rms|σ − 1| over all singular values of the updates, each divided by its nominal length."""
     values = [torch.linalg.svdvals(update.double()) for update in updates]
-    scales = lengths if lengths is not None else [float(s.mean()) for s in values]
-    deviations = torch.cat([s / scale - 1 for s, scale in zip(values, scales, strict=True)])
+    deviations = torch.cat([s / length - 1 for s, length in zip(values, lengths, strict=True)])
     return float(deviations.square().mean().sqrt())
 
 
@@ -108,7 +105,7 @@ def _field(make: Callable[[], nn.Module], competitors: Mapping[str, Competitor])
         if obstacle:
             missing.append(f"{name}: {obstacle}")
         else:
-            # A tenth of the usual rate: the weights are to stay sane, and the cost does not depend on it.
+            # A tenth of the usual rate keeps the weights small; the cost does not depend on it.
             rate = competitor.start / 10
             entries[name] = Steps(model, competitor.make(model, rate, 1e-4))
     return entries, missing
@@ -120,7 +117,7 @@ def _turns(entries: Mapping[str, Steps], round_: int) -> list[str]:
 
 
 def _sixteen_matrices(title: str, repeats: int) -> Row:
-    """Steps on gradients whose momentum is a fresh Gaussian matrix every time: no warm start can profit."""
+    """Steps on gradients whose momentum is a new Gaussian matrix every time, so that no warm start can profit."""
     entries, missing = _field(matrices, chosen() | (VARIANTS if OUR_MUON in chosen() else {}))
     generator = torch.Generator().manual_seed(0)
     wanted = [torch.zeros_like(p) for p in next(iter(entries.values())).model.parameters()]
@@ -135,7 +132,7 @@ def _sixteen_matrices(title: str, repeats: int) -> Row:
             entry = entries[name]
             for p, g in zip(entry.model.parameters(), gradients, strict=True):
                 p.grad = g.clone()
-            if round_ == num_rounds - 1 and "Muon" in name:
+            if round_ == num_rounds - 1 and name in LENGTHS:
                 errors[name] = _measured_error(name, entry)
             else:
                 entry.step()
@@ -147,7 +144,7 @@ def _sixteen_matrices(title: str, repeats: int) -> Row:
 
 
 def _measured_error(name: str, entry: Steps) -> float:
-    """rms|σ − 1| of a step at rate 1 from zero weights, where what is left of the weights is the update itself."""
+    """rms|σ − 1| of a step at rate 1 from zero weights, after which the weights are the update itself."""
     hidden = list(entry.model.parameters())[:-1]
     with torch.no_grad():
         for p in hidden:
@@ -155,8 +152,7 @@ def _measured_error(name: str, entry: Steps) -> float:
     for group in entry.optimizer.param_groups:
         group["lr"] = 1.0
     entry.optimizer.step()
-    length = LENGTHS.get(name)
-    lengths = None if length is None else [length(p.shape[0], p.shape[1], len(hidden)) for p in hidden]
+    lengths = [LENGTHS[name](p.shape[0], p.shape[1], len(hidden)) for p in hidden]
     return orthogonality([p.detach() for p in hidden], lengths)
 
 

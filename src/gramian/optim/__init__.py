@@ -1,10 +1,7 @@
-"""Optimizers that see parameters as matrices."""
+"""Optimizers that treat parameters as matrices: `OPTIMIZERS` by name, their classes, and `Proximal`."""
 
-from gramian.optim.muon import Muon
-from gramian.optim.named import OPTIMIZERS
 from gramian.optim.proximal import Proximal
-from gramian.optim.shampoo import Shampoo
-from gramian.optim.soap import SOAP
-from gramian.optim.whitened import WhitenedMuon
+from gramian.optim.registry import *  # noqa: F403  the classes of its rows
+from gramian.optim.registry import __all__ as _registered
 
-__all__ = ["OPTIMIZERS", "SOAP", "Muon", "Proximal", "Shampoo", "WhitenedMuon"]
+__all__ = ["Proximal", *_registered]  # pyright: ignore[reportUnsupportedDunderAll]

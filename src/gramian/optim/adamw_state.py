@@ -1,4 +1,4 @@
-"""What an AdamW's state is worth to an optimizer of matrices."""
+"""Continuing from the state of an AdamW: what carries over to an optimizer of matrices, and what is lost."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ from torch import Tensor
 from gramian import placement
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError
-from gramian.optim.batches import State
-from gramian.optim.owners import Owners, not_finite
+from gramian.optim.recipe import AdamWPart
 from gramian.optim.routing import Route
+from gramian.optim.sharding import Sharding, not_finite
+from gramian.optim.stacks import State
 
 __all__ = ["carry_over"]
+
+SOURCE: dict[AdamWPart, str] = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "exp_avg_sq_weight": "step"}
+"""The entry of AdamW's state that each part is made of."""
+
+MISSING = {
+    "exp_avg": "this direction keeps no running mean of the gradients",
+    "exp_avg_sq": "this direction keeps no second moments of the gradients' single entries",
+}
+"""Why an entry that no buffer takes is lost."""
 
 
 class Known(NamedTuple):
@@ -29,19 +39,20 @@ def carry_over(
     source: torch.optim.Optimizer | Mapping[str, Any],
     names: Sequence[str] | None,
     routes: Sequence[Route],
-    owners: Owners,
-    kept: Callable[[Route], State],
+    sharding: Sharding,
+    empty: Callable[[Route], State],
+    wanted: Mapping[str, AdamWPart],
     maximize: bool,
 ) -> tuple[dict[Tensor, State], list[dict[str, str]]]:
-    """The state of each parameter, as far as it can be had from `source`, and a row on each; see `load_adamw`.
+    """The state of each parameter, as far as it carries over from `source`, and a row on each; see `load_adamw`.
 
-    `kept` gives a state of the matrices of a route, from which names and shapes are read.
+    `empty` gives the initial state of one matrix of a route, for its names and shapes; `wanted` is `Recipe.adamw`.
     """
     known = _match(source, names, routes)
     steady = _finite([(r, known[r.parameter]) for r in routes if r.parameter in known])
     states: dict[Tensor, State] = {}
     parts: dict[Tensor, State] = {}
-    weights: dict[Tensor, float] = {}
+    weights: dict[Tensor, dict[str, float]] = {}
     rows = []
     for r in routes:
         p = r.parameter
@@ -49,7 +60,7 @@ def carry_over(
         row = {"name": r.name, "direction": r.direction, "carried": "", "lost": "", "reason": ""}
         rows.append(row)
         if entry is None or not entry.state:
-            row["reason"] = "not in the state" if entry is None else "it had not been stepped"
+            row["reason"] = "not in the state" if entry is None else "AdamW had not stepped it"
             continue
         carried: list[str] = []
         if p not in steady:
@@ -59,28 +70,30 @@ def carry_over(
             states[p] = {key: _like(p, entry.state[key]) for key in carried[:2]}
             states[p]["step"] = torch.as_tensor(entry.state["step"], dtype=torch.float32).clone().to(p.device)
         else:
-            carried = ["exp_avg"]
             sign = 1 if bool(entry.group.get("maximize", False)) == maximize else -1
-            parts[p] = {"momentum": sign * _fit(p, entry.state["exp_avg"])}
-            row["reason"] = "second moments of single entries say nothing of the directions of a matrix"
-            own = kept(r)
-            if "variance" in own and own["variance"].shape == own["momentum"].shape:
-                carried += ["exp_avg_sq", "step"]
-                parts[p]["variance"] = _fit(p, entry.state["exp_avg_sq"])
-                weights[p] = 1 - float(entry.group["betas"][1]) ** float(entry.state["step"])
-                row["reason"] = ""
+            taken: dict[str, AdamWPart] = {buffer: part for buffer, part in wanted.items() if buffer in empty(r)}
+            parts[p], weights[p] = {}, {}
+            for buffer, part in taken.items():
+                if part == "exp_avg_sq_weight":
+                    weights[p][buffer] = 1 - float(entry.group["betas"][1]) ** float(entry.state["step"])
+                else:
+                    parts[p][buffer] = (sign if part == "exp_avg" else 1) * _fit(p, entry.state[part])
+            carried = [key for key in SOURCE.values() if key in {SOURCE[part] for part in taken.values()}]
+            row["reason"] = "; ".join(why for key, why in MISSING.items() if key not in carried)
         lost = sorted(entry.state.keys() - set(carried))
         if "max_exp_avg_sq" in lost and not row["reason"]:
             row["reason"] = "amsgrad is not supported"
         row |= {"carried": ", ".join(carried), "lost": ", ".join(lost)}
     by_parameter = {r.parameter: r for r in routes}
-    for p, whole in owners.collect(parts).items():
+    for p, whole in sharding.collect(parts).items():
         layout = by_parameter[p].layout
         assert layout is not None
         wide = torch.promote_types(p.dtype, torch.float32)
         states[p] = {name: layout.split(value).to(wide).contiguous().clone() for name, value in whole.items()}
-        if whole and p in weights and "weight" in kept(by_parameter[p]):
-            states[p]["weight"] = states[p]["momentum"].new_full((*layout.matrices[:-2], 1, 1), weights[p])
+        if sharding.computes(p):
+            like = {"dtype": wide, "device": placement.local(p).device}
+            for buffer, weight in weights[p].items():
+                states[p][buffer] = torch.full((*layout.matrices[:-2], 1, 1), weight, **like)
     return states, rows
 
 
@@ -97,16 +110,16 @@ def _match(
         raise InputError("load_adamw: expected an optimizer or its state_dict(), with 'state' and 'param_groups'")
     keys = [(key, group) for group in source["param_groups"] for key in group["params"]]
     entries = [Known(source["state"].get(key, {}), group) for key, group in keys]
-    told = list(names or (name for group in source["param_groups"] for name in group.get("param_names", ())))
-    if not told and all(isinstance(key, str) for key, _ in keys):
-        told = [key for key, _ in keys]  # as torch.distributed.checkpoint has it
-    if told:
-        if len(told) != len(entries):
-            raise InputError(f"load_adamw: {len(told)} names for {len(entries)} parameters of the state")
-        by_name = {clean_name(name): entry for name, entry in zip(told, entries, strict=True)}
+    found_names = list(names or (name for group in source["param_groups"] for name in group.get("param_names", ())))
+    if not found_names and all(isinstance(key, str) for key, _ in keys):
+        found_names = [key for key, _ in keys]  # as torch.distributed.checkpoint has it
+    if found_names:
+        if len(found_names) != len(entries):
+            raise InputError(f"load_adamw: {len(found_names)} names for {len(entries)} parameters of the state")
+        by_name = {clean_name(name): entry for name, entry in zip(found_names, entries, strict=True)}
         if not any(r.name in by_name for r in routes):
             raise InputError(
-                f"load_adamw: the state's parameters are called like {told[0]!r}, the optimizer's like "
+                f"load_adamw: the state's parameters have names like {found_names[0]!r}, the optimizer's like "
                 f"{routes[0].name!r}, and none is in both; pass names= as the model has them"
             )
         return _checked({r: by_name[r.name] for r in routes if r.name in by_name})
@@ -128,7 +141,7 @@ def _checked(found: dict[Route, Known]) -> dict[Tensor, Known]:
             )
         if entry.state and entry.state["exp_avg"].shape != r.parameter.shape:
             raise InputError(
-                f"load_adamw: {r.name!r} has shape {tuple(r.parameter.shape)}, but what was taken for its state has "
+                f"load_adamw: {r.name!r} has shape {tuple(r.parameter.shape)}, but the state at its place has shape "
                 f"{tuple(entry.state['exp_avg'].shape)}. Pass names=, those of the state's parameters in its order"
             )
     return {r.parameter: entry for r, entry in found.items()}
@@ -145,12 +158,12 @@ def _finite(entries: Iterable[tuple[Route, Known]]) -> set[Tensor]:
 
 
 def _fit(p: Tensor, value: Tensor) -> Tensor:
-    """The value whole, or cut as a sharded parameter, on its device."""
+    """The value, whole for a whole parameter and sharded for a sharded one, on its device."""
     return (placement.whole(value) if not placement.is_sharded(p) else value).to(p.device)
 
 
 def _like(p: Tensor, value: Tensor) -> Tensor:
-    """A copy that lies as the parameter does."""
+    """A copy that is sharded as the parameter is."""
     copy = torch.zeros_like(p)
     if placement.is_sharded(p) and not placement.is_sharded(value):
         return placement.write_whole_(copy, value.to(placement.local(p).device))

@@ -9,67 +9,80 @@ import torch
 from torch import Tensor, nn
 
 from gramian import linalg
-from gramian.optim.batches import State
-from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
+from gramian.optim.health import sine
+from gramian.optim.options import FLAG, Shared, interval
+from gramian.optim.recipe import Recipe, StepContext
+from gramian.optim.shell import MatrixOptimizer
+from gramian.optim.stacks import State
 
-__all__ = ["Muon", "average", "look_ahead", "orthogonal"]
+__all__ = ["Muon", "average", "init", "look_ahead", "orthogonal", "staleness", "update"]
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
-    """The momentum, and where it is kept for several steps, the direction."""
+    """The momentum, and with `refresh` above one, the direction."""
     state = {"momentum": torch.zeros_like(m, memory_format=torch.contiguous_format)}
     return state | ({"direction": torch.zeros_like(state["momentum"])} if options["refresh"] > 1 else {})
 
 
-def update(g: Tensor, state: State, turn: Turn) -> Tensor:
+def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """polar(B + (1 − μ)(g − B)), with B ← B + (1 − μ)(g − B)."""
-    average(state["momentum"], g, turn.options["momentum"], turn)
-    ahead = look_ahead(g, state["momentum"], turn)
+    average(state["momentum"], g, context.options["momentum"], context)
+    ahead = look_ahead(g, state["momentum"], context)
     if "direction" not in state:
-        return orthogonal(ahead, turn)
-    if turn.due is None:
-        state["direction"].copy_(orthogonal(ahead, turn))
-    elif len(turn.due):
-        state["direction"][turn.due] = orthogonal(ahead[turn.due], turn)
+        return orthogonal(ahead, context)
+    if context.due is None:
+        state["direction"].copy_(orthogonal(ahead, context))
+    elif len(context.due):
+        state["direction"][context.due] = orthogonal(ahead[context.due], context)
     return state["direction"]
 
 
-def average(mean: Tensor, value: Tensor, beta: float, turn: Turn) -> None:
-    """mean ← mean + (1 − β)(value − mean), in place, but for matrices whose gradient was not finite."""
-    if turn.all_alive:  # twice as fast as with a weight for each matrix
+def staleness(state: State, options: Mapping[str, Any]) -> Tensor | None:
+    """The sine of the angle between the direction that is kept and the polar factor of the present momentum."""
+    if "direction" not in state:
+        return None
+    return sine(state["direction"].double(), linalg.polar_ex(state["momentum"].double())[0])
+
+
+def average(mean: Tensor, value: Tensor, beta: float, context: StepContext) -> None:
+    """mean ← mean + (1 − β)(value − mean), in place, except for matrices without a finite gradient."""
+    if context.all_alive:  # twice as fast as with a weight for each matrix
         mean.lerp_(value, 1 - beta)
     else:
-        mean.lerp_(value, ((1 - beta) * turn.alive).expand_as(mean))
+        mean.lerp_(value, ((1 - beta) * context.alive).expand_as(mean))
 
 
-def look_ahead(g: Tensor, momentum: Tensor, turn: Turn) -> Tensor:
-    """Nesterov's: the momentum as one more step with the same gradient would make it."""
-    if not turn.options["nesterov"]:
+def look_ahead(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
+    """Nesterov's momentum: what one more step with the same gradient would make of it. May be `momentum` itself."""
+    if not context.options["nesterov"]:
         return momentum
-    return torch.lerp(g, momentum, turn.options["momentum"])
+    return torch.lerp(g, momentum, context.options["momentum"])
 
 
-def orthogonal(x: Tensor, turn: Turn) -> Tensor:
-    """The polar factor, to `rtol`."""
-    return linalg.polar_ex(x, rtol=turn.options["rtol"], certify=False)[0]
+def orthogonal(x: Tensor, context: StepContext) -> Tensor:
+    """The polar factor, to the accuracy `rtol`."""
+    return linalg.polar_ex(x, rtol=context.options["rtol"], certify=False)[0]
 
 
 class Muon(MatrixOptimizer):
     """Steps along the polar factor of the momentum: `W ← W − lr · s · polar(μB + (1 − μ)g)`, with `B ← μB + (1 − μ)g`.
 
     The direction `U Vᵀ = (B Bᵀ)^(-1/2) B` has all singular values equal to one, so that weak directions of the
-    gradient move as far as strong ones. Embeddings, the head, norms, biases and vectors take fused AdamW inside the
-    same optimizer: one `state_dict`, one set of `param_groups`, ordinary schedulers.
+    gradient move as far as strong ones. Embeddings, the head, norms, biases and vectors are stepped by fused AdamW
+    inside the same optimizer: one `state_dict`, one list of `param_groups`, ordinary schedulers.
 
     Args:
-        params: the model, or its parameters.
+        params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.
         lr: length of a step of the matrices, in the unit that `scale` sets.
-        momentum, nesterov: μ, and whether the step looks ahead by one momentum update.
-        rtol: root mean square of σ − 1 over the singular values of the direction; the cheapest way there is taken
-            (see `gm.linalg.polar_ex`). Five Newton–Schulz steps in bfloat16, as elsewhere, have about 0.18.
-        shared: see `MatrixOptimizer`.
+        momentum: μ, the weight of the past in the running mean of the gradients.
+        nesterov: whether the step looks ahead by one update of the momentum.
+        rtol: root mean square of σ − 1 over the singular values of the direction; the cheapest method that reaches it
+            is taken (see `gm.linalg.polar_ex`). The usual five Newton–Schulz steps in bfloat16 reach about 0.18.
+        shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`.
 
-    Cost: per step and matrix of m ≤ n, about `3 m²n + 5 m³` operations at `rtol=0.1`; those of one shape go together.
+    Raises:
+        InputError: as `gramian.optim.shell.MatrixOptimizer`.
+    Cost: per step and matrix of m ≤ n, about `3 m²n + 5 m³` operations at `rtol=0.1`, batched by shape.
     Source: Jordan et al., Muon (2024); scale: Large et al. (2405.14813), §3, and Liu et al. (2502.16982), §2.2.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -78,7 +91,14 @@ class Muon(MatrixOptimizer):
     [('0.weight', 'matrix'), ('2.weight', 'adamw')]
     """
 
-    recipe = Recipe(init, update)
+    recipe = Recipe(
+        init=init,
+        update=update,
+        options={"momentum": interval("[0, 1)"), "nesterov": FLAG, "rtol": interval("(0, 1)")},
+        adamw={"momentum": "exp_avg"},
+        momentum="momentum",
+        staleness=staleness,
+    )
 
     def __init__(
         self,

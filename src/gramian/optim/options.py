@@ -1,20 +1,93 @@
-"""The options that all matrix optimizers share."""
+"""Options of matrix optimizers: their defaults, and the range that each value is checked against."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from gramian.errors import InputError
 from gramian.optim.routing import Direction
 
-__all__ = ["DEFAULTS", "REST_LR", "Scale", "Shared", "check"]
+__all__ = [
+    "FLAG",
+    "LR",
+    "REST_LR",
+    "SHARED",
+    "Option",
+    "Range",
+    "Scale",
+    "Shared",
+    "check",
+    "interval",
+    "one_of",
+    "whole",
+]
 
 Scale = Literal["spectral", "match_rms_adamw"]
 
 
+class Range(NamedTuple):
+    """The values that an option may take: in words, as they follow "must be" in an error, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def or_none(self) -> Range:
+        """The same values, or `None`."""
+        return Range(f"{self.words}, or None", lambda value: value is None or self.holds(value))
+
+
+def interval(text: str) -> Range:
+    """The real numbers of an interval, written as usual: a bracket includes its end, a parenthesis does not.
+
+    >>> momentum = interval("[0, 1)")
+    >>> momentum.words, momentum.holds(0.0), momentum.holds(1.0)
+    ('in [0, 1)', True, False)
+    """
+    low, high = (float(end.replace("∞", "inf")) for end in text[1:-1].split(","))
+    above = operator.ge if text[0] == "[" else operator.gt
+    below = operator.le if text[-1] == "]" else operator.lt
+
+    def holds(value: Any) -> bool:
+        try:
+            return bool(above(value, low) and below(value, high))
+        except (TypeError, RuntimeError):  # no number, or a tensor of several
+            return False
+
+    return Range(f"in {text}", holds)
+
+
+def whole(least: int) -> Range:
+    """The whole numbers from `least` on."""
+    return Range(f"a whole number, at least {least}", lambda value: isinstance(value, int) and value >= least)
+
+
+def one_of(*words: str) -> Range:
+    """One of some words."""
+    return Range(" or ".join(map(repr, words)), lambda value: isinstance(value, str) and value in words)
+
+
+FLAG = Range("True or False", lambda value: isinstance(value, (bool, int)) and value in (0, 1))
+LR = NOT_NEGATIVE = interval("[0, ∞)")
+ANYTHING = Range("anything", lambda value: True)  # checked where it is used
+
+_BETA = interval("[0, 1)")
+BETAS = Range(
+    "a pair of numbers in [0, 1)",
+    lambda value: isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_BETA.holds, value)),
+)
+
+
+class Option(NamedTuple):
+    """The default of an option, and its range."""
+
+    default: Any
+    range: Range
+
+
 class Shared(TypedDict, total=False):
-    """The keyword arguments of every matrix optimizer; see `MatrixOptimizer`."""
+    """The keyword arguments of every matrix optimizer, for type checkers; `MatrixOptimizer` says what they mean."""
 
     weight_decay: float
     scale: Scale
@@ -32,44 +105,25 @@ class Shared(TypedDict, total=False):
 
 REST_LR = 3e-3
 
-DEFAULTS: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "scale": "spectral",
-    "rest_lr": None,
-    "rest_betas": (0.9, 0.95),
-    "rest_eps": 1e-8,
-    "rest_weight_decay": 0.0,
-    "part_size": 256,
-    "refresh": 1,
-    "max_overhead": None,
-    "routes": None,
-    "layouts": None,
-    "maximize": False,
+SHARED: dict[str, Option] = {
+    "weight_decay": Option(0.0, NOT_NEGATIVE),
+    "scale": Option("spectral", one_of("spectral", "match_rms_adamw")),
+    "rest_lr": Option(None, LR.or_none()),
+    "rest_betas": Option((0.9, 0.95), BETAS),
+    "rest_eps": Option(1e-8, NOT_NEGATIVE),
+    "rest_weight_decay": Option(0.0, NOT_NEGATIVE),
+    "part_size": Option(256, whole(1).or_none()),
+    "refresh": Option(1, whole(1)),
+    "max_overhead": Option(None, interval("(0, 1)").or_none()),
+    "routes": Option(None, ANYTHING),
+    "layouts": Option(None, ANYTHING),
+    "maximize": Option(False, FLAG),
 }
+"""What every matrix optimizer takes beside `lr` and the options of its own direction."""
 
 
-def check(name: str, options: Mapping[str, Any]) -> None:
-    """Raises for an option out of its range."""
+def check(name: str, options: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Raises `InputError` for the first option that is out of its range; every option must have one."""
     for key, value in options.items():
-        if value is None:
-            continue
-        if key.endswith(("lr", "weight_decay")) and not value >= 0:
-            raise InputError(f"{name}: {key} must not be negative, got {value}")
-        if key.endswith(("beta", "momentum")) and not 0 <= value < 1:
-            raise InputError(f"{name}: {key} must be in [0, 1), got {value}")
-        if key == "rtol" and not 0 < value < 1:
-            raise InputError(f"{name}: rtol must be between 0 and 1, got {value}")
-        if key == "damping" and not value > 0:
-            raise InputError(f"{name}: damping must be positive, got {value}")
-        if key == "rank" and not (isinstance(value, int) and value >= 1):
-            raise InputError(f"{name}: rank must be a number of eigenvectors, at least 1, got {value!r}")
-    if options["scale"] not in ("spectral", "match_rms_adamw"):
-        raise InputError(f"{name}: scale must be 'spectral' or 'match_rms_adamw', got {options['scale']!r}")
-    size = options["part_size"]
-    if size is not None and not (isinstance(size, int) and size >= 1):
-        raise InputError(f"{name}: part_size must be a number of rows, at least 1, or None, got {size!r}")
-    share: float | None = options["max_overhead"]
-    if share is not None and not 0 < share < 1:
-        raise InputError(f"{name}: max_overhead must be a share of a step's time between 0 and 1, got {share}")
-    if not (isinstance(options["refresh"], int) and options["refresh"] >= 1):
-        raise InputError(f"{name}: refresh must be a whole number of steps, at least 1, got {options['refresh']!r}")
+        if not ranges[key].holds(value):
+            raise InputError(f"{name}: {key} must be {ranges[key].words}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Large matrices in parts: a few rows (or columns) of the smaller side at a time."""
+"""Large matrices, cut into parts of a few rows (or columns)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gramian.block import Layout
 
 __all__ = ["in_parts"]
 
-PART = "part"  # the name of the axis that counts them
+PART = "part"  # the name of the axis that numbers the parts
 
 
 def in_parts(layout: Layout, size: int | None) -> Layout:
     """The layout with the smaller side of each matrix cut into equal parts of at most `size` rows (or columns).
 
-    The first axis of that side is cut, by the least divisor of it that suffices; where none does without parts of less
-    than a quarter of `size`, the matrix stays whole.
+    The first axis of that side is divided by its least divisor that makes the parts small enough. Where that would make
+    them smaller than a quarter of `size`, the matrix stays whole.
 
     >>> in_parts(Layout("o i -> o i", (1000, 784)), 256).matrices
     (4, 1000, 196)

@@ -1,4 +1,4 @@
-"""Proximal steps: any optimizer, followed by the proximal maps of penalties."""
+"""Proximal steps: those of any optimizer, followed by the proximal maps of penalties."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ __all__ = ["Proximal"]
 
 
 class Proximal(torch.optim.Optimizer):
-    """A step of `base`, then the proximal map of each parameter's penalty: `W ← prox(W − lr·direction, lr)`.
+    """Steps `base`, then applies the proximal map of each parameter's penalty: `W ← prox(W − lr·direction, lr)`.
 
-    Args:
-        base: any torch or gramian optimizer, built from the model (`Muon`) or from its `named_parameters()`, so that
-            parameters have names. `"*"` alone needs no names.
-        penalties: `gm.prox` penalties by name pattern, `{"*.weight": gm.prox.L1(1e-4)}`; the first match wins, and what
-            no pattern matches is left to the base. `L2(…, form="coupled")` is added to the gradient before the step.
-        model: says which matrices a parameter holds (`gm.blocks`) for penalties of matrices. Without it a tensor of
-            two or more dimensions is one matrix `(out, in·…)`.
-
-    `lr` is each group's own at the time of the step, so schedulers act on both halves. `param_groups`, `state` and
-    `state_dict()` are the base's. A parameter without a gradient is left as it is, and so is one that a gramian base
-    skipped, since its gradient was not finite.
+    `lr` is the rate of the parameter's group at the time of the step, so that schedulers act on both halves.
+    `param_groups`, `state` and `state_dict()` are those of the base. A parameter without a gradient does not change,
+    nor does one that a gramian base skipped because its gradient was not finite.
 
     With plain gradient descent of a convex loss and lr ≤ 1/L this is ISTA and reaches the minimizer of
     loss + penalty. Under any other metric (Adam, Muon) the Euclidean proximal map is a heuristic: zeros and ranks are
     exact, but the fixed point is not that minimizer.
 
-    Raises `InputError` for a pattern that matches nothing, a base without names, or a matrix penalty on a vector.
-
+    Args:
+        base: any torch or gramian optimizer, built from the model (`Muon`) or from its `named_parameters()`, so that
+            parameters have names. `"*"` alone needs no names.
+        penalties: `gm.prox` penalties by name pattern, `{"*.weight": gm.prox.L1(1e-4)}`; the first match wins, and
+            parameters that match none take the base's step only. `L2(…, form="coupled")` is added to the gradient
+            before the step.
+        model: tells which matrices a parameter holds (`gm.blocks`), for penalties of matrices. Without it a tensor of
+            two or more dimensions is one matrix `(out, in·…)`.
+    Raises:
+        InputError: for a pattern that matches nothing, a base without names, or a matrix penalty on a vector.
     Cost: the base's step and a proximal map for each parameter that has one (a float64 SVD for penalties of matrices).
     Source: Beck and Teboulle, SIAM J. Imaging Sci. 2 (2009), eq. 3.2, theorem 3.1.
 
@@ -75,11 +75,11 @@ class Proximal(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of the base, then one proximal map of every parameter that has a penalty and a gradient."""
+        """Steps the base, then maps every parameter that has a penalty and a gradient; returns the closure's loss."""
         loss = None
         coupled = {p: x for p, x in self._chosen.items() if isinstance(x, L2) and x.form == "coupled"}
         if coupled and closure is not None:
-            # Here, once: the penalty has to join the gradient between the closure and the step.
+            # Called here, once, since the penalty is added to the gradient between the closure and the step.
             with torch.enable_grad():
                 loss, closure = closure(), None
         held = [(p, p.grad) for p in coupled if p.grad is not None]
@@ -97,7 +97,7 @@ class Proximal(torch.optim.Optimizer):
         return loss if loss is not None else stepped
 
     def penalty(self) -> Tensor:
-        """The sum of the penalties of all parameters, to be reported with the loss; differentiable.
+        """The sum of the penalties of all parameters, to report with the loss; differentiable.
 
         >>> from gramian import prox
         >>> net = nn.Linear(2, 1, bias=False)
@@ -112,7 +112,7 @@ class Proximal(torch.optim.Optimizer):
         return torch.stack(values).sum() if values else torch.zeros(())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base; its names are matched against the patterns."""
+        """Adds a group to the base, and matches its names against the patterns."""
         if not hasattr(self, "_shared"):  # torch's own constructor, on the base's groups
             super().add_param_group(param_group)
             return
@@ -125,7 +125,7 @@ class Proximal(torch.optim.Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict()`, here or of the base, gave."""
+        """Loads a `state_dict()` of this optimizer or of the base."""
         self.base.load_state_dict(state_dict)
         self._share()
 
@@ -138,7 +138,7 @@ class Proximal(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """One list of groups and one state, whichever of the two is asked."""
+        """Shares the groups and the state with the base."""
         self.param_groups = self.base.param_groups
         self.state = self.base.state
         self._shared = True

@@ -1,27 +1,32 @@
-"""What a direction is: two functions of stacked matrices."""
+"""What a direction declares: how to compute it, the ranges of its options, and what its buffers mean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
-from gramian.optim.batches import State
+from gramian.optim.options import Range
+from gramian.optim.stacks import State
 
-__all__ = ["Recipe", "Turn"]
+__all__ = ["AdamWPart", "Recipe", "StepContext"]
+
+AdamWPart = Literal["exp_avg", "exp_avg_sq", "exp_avg_sq_weight"]
+"""What a buffer can take over from an AdamW: its running mean of the gradients (m, n); of the squares of their entries
+(m, n); or the total weight 1 − β₂^step (1, 1) that the squares have in that mean, which starts at zero."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a direction's update is told besides gradient and state.
+class StepContext:
+    """What `Recipe.update` gets besides the gradients and the state.
 
     Args:
-        alive: (K, 1, 1): one, or zero for a matrix whose gradient is missing or not finite: its state is to stay.
-        all_alive: whether that is known to be one for all, without waiting for the device.
-        due: indices of the matrices whose costly parts are to be made anew in this step; `None` for all.
-        options: the parameter group.
+        alive: `(K, 1, 1)`, one; zero for a matrix without a finite gradient, whose state must not change.
+        all_alive: whether `alive` is known to be all ones, without synchronizing with the device.
+        due: indices of the matrices whose costly parts are to be recomputed in this step; `None` for all.
+        options: the parameter group: the direction's own options and the shared ones.
     """
 
     alive: Tensor
@@ -30,14 +35,31 @@ class Turn:
     options: Mapping[str, Any]
 
 
-class Recipe(NamedTuple):
-    """A direction: two functions of stacked matrices `(K, m, n)`, which know nothing of models.
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to compute a direction D of `W ← W − lr · s · D`, for stacked matrices `(K, m, n)` of one shape.
 
-    `init(m, options)` gives the state of matrices shaped as `m`, tensors whose first dimension is K.
-    `update(g, state, turn)` takes finite gradients, changes the state in place and returns the direction, of Frobenius
-    norm √min(m, n) or less. It may use `g` as a buffer. A part of the state that `init` does not name any more (for
-    other options) is dropped, and a matrix that lacks one is `due`.
+    A recipe sees no model: `MatrixOptimizer` finds the matrices, stacks them, and applies D.
+
+    Args:
+        init: `init(m, options) -> state`: the buffers before the first step, tensors whose first dimension is K, for
+            matrices like `m`. It is called again when options change: a buffer that it no longer names is dropped, and
+            a matrix that lacks one is `due`.
+        update: `update(g, state, context) -> D`: changes the state in place and returns D, of Frobenius norm
+            √min(m, n) or less. The gradients `g` are finite, and may be overwritten.
+        options: the range of each option of the optimizer's signature that is not shared by all.
+        adamw: by buffer, the part of an AdamW's state that `load_adamw` fills it with.
+        momentum: the buffer with the running mean of the gradients (in any orthogonal basis), whose singular values
+            `health("spectra")` reports.
+        fallbacks: the buffer `(K, 1, 1)` that counts results which were not good enough, so that older ones stayed.
+        staleness: `staleness(state, options) -> (K,)`, from 0 to 1: how far the buffers that are recomputed only every
+            `refresh` steps are from their present values; `None` where nothing is kept.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], State]
-    update: Callable[[Tensor, State, Turn], Tensor]
+    update: Callable[[Tensor, State, StepContext], Tensor]
+    options: Mapping[str, Range]
+    adamw: Mapping[str, AdamWPart] = field(default_factory=dict)
+    momentum: str | None = None
+    fallbacks: str | None = None
+    staleness: Callable[[State, Mapping[str, Any]], Tensor | None] | None = None

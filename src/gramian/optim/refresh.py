@@ -1,4 +1,4 @@
-"""When the costly parts of a direction are made anew: staggered over the steps, within a share of the time."""
+"""When the costly parts of a direction are recomputed: staggered over the steps, within a share of the time."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from torch import Tensor
 
 from gramian import placement
 from gramian.errors import GramianWarning
-from gramian.optim.batches import Batch
 from gramian.optim.routing import Route
+from gramian.optim.stacks import Stack
 
 __all__ = ["Clock", "due", "stagger"]
 
 NUM_TIMED = 4  # steps of each kind whose median counts
 NUM_STEPS = 1 + 2 * NUM_TIMED  # the first allocates; then as many with everything due, and as many with nothing
-LONGEST = 100  # steps: a direction older than that is not worth its name
-NEVER = 10**9  # the `refresh` of a step in which only what is new is due
+LONGEST = 100  # steps: older results say too little about the present gradients
+NEVER = 10**9  # the `refresh` of a step in which only new matrices are due
 
 
-def stagger(batches: Sequence[Batch], routes: Sequence[Route], refresh: int) -> None:
+def stagger(stacks: Sequence[Stack], routes: Sequence[Route], refresh: int) -> None:
     """Gives each matrix its step of a cycle of `refresh`, so that all steps cost about the same.
 
     Args:
-        batches: of some of the parameters, those that this rank works on.
-        routes: of all parameters of the group, so that the steps do not depend on who works on what.
+        stacks: of the parameters that this rank works on.
+        routes: of all parameters of the group, so that the steps do not depend on which rank works on what.
     """
     shapes = [r.layout.matrices for r in routes if r.layout is not None]
     counts = [math.prod(shape[:-2]) for shape in shapes]
     costs = [m * n * min(m, n) for (*_, m, n), num in zip(shapes, counts, strict=True) for _ in range(num)]
     steps = torch.tensor([-1] * len(costs) if refresh == NEVER else placement.assign(costs, refresh))
     phases = dict(zip(routes, steps.long().split(counts), strict=True))
-    for batch in batches:
-        batch.phases = torch.cat([phases[r] for r in batch.routes])
+    for stack in stacks:
+        stack.phases = torch.cat([phases[r] for r in stack.routes])
 
 
-def due(batch: Batch, group: dict[str, Any]) -> Tensor | None:
-    """The indices of the matrices that are new or whose turn it is; `None` for all."""
-    now = batch.fresh | (batch.phases == group["step"] % group["refresh"])
-    return None if bool(now.all()) else now.nonzero()[:, 0].to(batch.device)
+def due(stack: Stack, group: dict[str, Any]) -> Tensor | None:
+    """The indices of the matrices that are new or whose phase this step is; `None` for all."""
+    now = stack.fresh | (stack.phases == group["step"] % group["refresh"])
+    return None if bool(now.all()) else now.nonzero()[:, 0].to(stack.device)
 
 
 class Clock:
     """Sets `refresh` once, so that the optimizer takes at most a share of a step's time.
 
-    It times some steps in which everything is due, and some in which nothing is. What it has measured and what it has
-    chosen are kept in the groups, so that a restored run goes on with them: the choice is made once, by all ranks
+    It times some steps in which everything is due, and some in which nothing is. The measurements and the choice are
+    kept in the parameter groups, so that a restored run continues with them: the choice is made once, by all ranks
     together, and replayed.
     """
 
@@ -61,12 +61,12 @@ class Clock:
 
     @contextmanager
     def timed(self, groups: list[dict[str, Any]]) -> Iterator[None]:
-        """Around a step of the groups of matrices."""
+        """Times the step of the groups of matrices that runs inside."""
         if not groups or groups[0]["max_overhead"] is None or groups[0].get("overhead_met"):
             yield
             return
         first = groups[0]
-        # Of a fixed length, since torch.distributed.checkpoint restores what has the same form.
+        # Of a fixed length, since torch.distributed.checkpoint restores only what has the same form.
         timings = list(first.get("timings", (math.nan,) * (2 * NUM_STEPS)))
         number = sum(not math.isnan(seconds) for seconds in timings[::2])
         for group in groups:
@@ -94,8 +94,8 @@ class Clock:
             refresh = max(map(int, placement.exchange(str(refresh))))
         if wanted > LONGEST:
             warnings.warn(
-                f"max_overhead={share}: what cannot be put off takes {base / (around + base):.0%} of a step here; the "
-                f"costly parts are renewed every {LONGEST} steps. Larger batches lower the share",
+                f"max_overhead={share}: the part that must run in every step takes {base / (around + base):.0%} of a "
+                f"step here; the costly parts are recomputed every {LONGEST} steps. Larger batches lower the share",
                 GramianWarning,
                 stacklevel=2,
             )

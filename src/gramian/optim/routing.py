@@ -1,4 +1,4 @@
-"""Which direction each parameter takes: a matrix's, or AdamW's."""
+"""Which parameters step as matrices, and which by AdamW."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ __all__ = ["Direction", "Route", "plain_layout", "route", "route_groups"]
 
 Direction = Literal["matrix", "adamw"]
 
+_WHY_ADAMW = {
+    "embedding": "embedding, whose rows are looked up one by one",
+    "head": "head, whose rows are the scores of single outputs",
+    "elementwise": "elementwise, each weight acts on one channel alone",
+}
+"""By a block's role: why it has no use for the direction of a matrix."""
+
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """One parameter's way through the optimizer: by `layout` as matrices, or (`None`) by AdamW; and why.
+    """How one parameter is stepped, and why: as the matrices of `layout`, or by AdamW where that is `None`.
 
     `whole` is the layout before large matrices were cut into parts.
     """
@@ -45,7 +52,7 @@ class Route:
         return layout.matrices
 
     def cut(self, size: int | None) -> Route:
-        """The same with large matrices in parts, of at most `size` on the smaller side."""
+        """The same route with large matrices in parts, of at most `size` on the smaller side."""
         return self if self.layout is None else replace(self, layout=in_parts(self.layout, size), whole=self.layout)
 
 
@@ -55,12 +62,11 @@ def route(
     layouts: Mapping[str, Any] | None,
     first: int = 0,
 ) -> list[Route]:
-    """Routes every parameter of a model by its role, or of a list by its shape.
+    """Routes every parameter: of a model by its role, of a list by its shape.
 
-    What has no name is called by its number, counted from `first`.
-
-    A model's hidden matrices take the matrix direction; embeddings, heads, norms, biases and vectors take AdamW's. Of a
-    plain list, tensors of two or more dimensions are taken as `(out, in·…)` matrices. `overrides` by name pattern win.
+    The hidden matrices of a model step as matrices; everything else (embeddings, heads, elementwise weights, norms,
+    biases) by AdamW. In a list, tensors of two or more dimensions are matrices `(out, in·…)`. `overrides`, by name
+    pattern, win. A parameter without a name is called by its number, counted from `first`.
     """
     if isinstance(params, nn.Module):
         routes = _from_model(params, layouts)
@@ -89,7 +95,7 @@ def route_groups(
     layouts: Mapping[str, Any] | None,
     first: int = 0,
 ) -> list[tuple[list[Route], dict[str, Any]]]:
-    """The routes of each parameter group, with the group's own options; one group without options as a rule."""
+    """The routes of each parameter group, with the options of that group; usually one group without options."""
     if isinstance(params, nn.Module):
         return [(route(params, overrides, layouts), {})]
     items = list(params)
@@ -110,7 +116,7 @@ def _from_model(model: nn.Module, layouts: Mapping[str, Any] | None) -> list[Rou
     routes = [
         Route(b.name, b.parameter, b.layout, b.reason)
         if b.role == "hidden"
-        else Route(b.name, b.parameter, None, f"{b.role}: {b.reason}")
+        else Route(b.name, b.parameter, None, f"{_WHY_ADAMW.get(b.role, b.role)}: {b.reason}")
         for b in found
     ]
     return routes + [Route(r.name, r.parameter, None, r.reason) for r in rest]

@@ -1,4 +1,4 @@
-"""Gradients of any size: squares of theirs that neither overflow nor vanish."""
+"""Gradients of any magnitude, scaled so that their squares neither overflow nor vanish."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gramian.optim.batches import State
+from gramian.optim.stacks import State
 
 __all__ = ["as_long_as_polar", "peak", "rescale_"]
 
-SPAN = 24  # powers of two by which gradients may grow or shrink before their unit moves
-LARGEST = {torch.float32: 126, torch.float64: 1022}  # the exponent of a power of two that is normal, as its inverse is
+SPAN = 24  # powers of two by which gradients may grow or shrink before their unit changes
+LARGEST = {torch.float32: 126, torch.float64: 1022}  # largest k for which 2**k and 2**-k are both normal numbers
 
 
 def peak(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
-    """The largest size of an entry, NaN if there is one; over `dim`, kept, or over all.
+    """The largest magnitude of an entry, NaN if there is one; over the dimensions `dim`, which are kept, or over all.
 
     >>> peak(torch.tensor([[1.0, -3.0]]))
     tensor(3.)
@@ -27,27 +27,30 @@ def peak(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
 
 
 def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
-    """Divides each matrix's gradient by the power of two in which its state is told, in place.
+    """Divides each matrix's gradient, in place, by the unit in which its state is stored, and keeps that unit suitable.
 
-    The unit, `2 ** state["unit"]` (K, 1, 1), is one at first. It moves to the largest entry of a gradient that is 2²⁴
-    times larger, or 2²⁴ times smaller with a momentum that is so too, and the state with it: each tensor named in
-    `powers` by that power of the unit; exact but for underflow. Where one of them, or its squares, would overflow in
-    the new unit, all that was told in the old one is forgotten.
+    The unit is a power of two for each matrix, `2 ** state["unit"]` (K, 1, 1), one at first. It changes to the size of
+    the largest entry of a gradient that is 2²⁴ times larger; or of one 2²⁴ times smaller, once the buffers of power 1
+    are that small too. `powers` says by which power of the unit each buffer scales; they are converted, exactly but for
+    underflow. Where a buffer or its square would overflow in the new unit, the state of that matrix is reset to zero.
     """
     unit = state["unit"]
     largest = peak(g, (-2, -1))
     wanted = torch.frexp(largest)[1].to(g.dtype).clamp_(-LARGEST[g.dtype], LARGEST[g.dtype])
     moves = (largest > 0) & ((wanted - unit).abs() > SPAN)
     if g.device.type != "cpu" or bool(moves.any()):
-        known = peak(state["momentum"], (-2, -1))
-        moves &= (wanted > unit) | (known == 0) | (torch.frexp(known)[1] < -SPAN)
+        held = {name: power for name, power in powers.items() if name in state}
+        small = torch.ones_like(moves)
+        for name in (name for name, power in held.items() if power == 1):
+            top = peak(state[name], (-2, -1))
+            small &= (top == 0) | (torch.frexp(top)[1] < -SPAN)
+        moves &= (wanted > unit) | small
         shift = torch.where(moves, unit - wanted, 0.0)
-        told = {name: power for name, power in powers.items() if name in state}
         lost = torch.zeros_like(moves)
-        for name, power in told.items():
+        for name, power in held.items():
             top = peak(state[name], (-2, -1))
             lost |= (shift > 0) & (top > 0) & (torch.frexp(top)[1] + shift * power > LARGEST[g.dtype] // 2)
-        for name, power in told.items():
+        for name, power in held.items():
             _ldexp_(state[name].masked_fill_(lost, 0.0), shift * power)
     unit.copy_(torch.where(moves, wanted, unit))
     if g.device.type != "cpu" or bool(unit.any()):
@@ -55,7 +58,7 @@ def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
 
 
 def as_long_as_polar(d: Tensor) -> Tensor:
-    """Each matrix (K, m, n) at the Frobenius norm of a polar factor, √min(m, n); zeros stay zeros.
+    """Each matrix (K, m, n), scaled to the Frobenius norm of a polar factor, √min(m, n); zeros stay zeros.
 
     >>> as_long_as_polar(torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]]])).tolist()
     [[[0.6000000238418579, 0.800000011920929]], [[0.0, 0.0]]]

@@ -1,4 +1,4 @@
-"""What every matrix optimizer shares: routes, batches, state, safety, and AdamW for the rest."""
+"""What all matrix optimizers share: routes, stacks, state, safety, and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -11,53 +11,60 @@ from torch import Tensor, nn
 
 from gramian import placement
 from gramian.errors import InputError
+from gramian.optim.adamw import FusedAdamW
 from gramian.optim.adamw_state import carry_over
-from gramian.optim.batches import Batch, Batches, State, alike
 from gramian.optim.health import Row, Skipped, measure
-from gramian.optim.options import DEFAULTS, REST_LR, Scale, Shared, check
-from gramian.optim.owners import Owners, not_finite
-from gramian.optim.recipe import Recipe, Turn
+from gramian.optim.options import LR, REST_LR, SHARED, Shared, check
+from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.refresh import Clock, due, stagger
-from gramian.optim.rest import Rest
 from gramian.optim.routing import Route, route_groups
+from gramian.optim.sharding import Sharding, not_finite
+from gramian.optim.stacks import Stack, Stacks, State, alike
 
-__all__ = ["MatrixOptimizer", "Recipe", "Scale", "Shared", "Turn"]
+__all__ = ["MatrixOptimizer"]
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """A step along a direction of each matrix, `W ← (1 − lr·weight_decay) W − lr · s · D`, and AdamW for the rest.
+    """Steps each matrix along a direction D, `W ← (1 − lr·weight_decay) W − lr · s · D`, and the rest by AdamW.
+
+    A subclass declares how D is computed, its `recipe`; everything else is done here.
+
+    A parameter whose gradient is not finite is skipped for that step, with its state, and counted in `health()`; all
+    ranks agree. Zero, rank-one and extremely scaled gradients give a finite step (under AdamW, a gradient whose square
+    overflows is skipped). A parameter without a gradient does not move.
+
+    The matrices of a sharded parameter (FSDP2) are computed whole, each on one rank, which holds their state;
+    `state_dict()` and `load_state_dict()` are collective then. Every rank gets its part of the state, large tensors as
+    `DTensor` slices and small ones whole, so that each rank can save its own part, or `torch.distributed.checkpoint`
+    all of them, to be loaded by any number of ranks.
 
     Args:
-        params: the model (matrices are found by their role; best), or its `named_parameters()`, `parameters()` or
+        params: the model (best: matrices are found by their role), or its `named_parameters()`, `parameters()` or
             torch's parameter groups (matrices are found by their shape). A group's own `lr`, `weight_decay` and other
-            options hold for its matrices and its rest alike.
+            options apply to its matrices and its other parameters alike.
         lr: length of a step of the matrices, in the unit that `scale` sets.
-        weight_decay: decoupled, of the matrices.
-        scale: `"spectral"`: `s = √(m/n) / L`, for L matrices that are trained in all (those frozen when they were given
-            do not count): the share of each in the change of the network's function, so that one rate carries across
-            widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`, so that a rate tuned for AdamW can be reused.
-        rest_lr, rest_betas, rest_eps, rest_weight_decay: of AdamW. `rest_lr` is 3e-3 by default, or `lr` itself with
-            `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
-            that is less. No vector decays.
-        part_size: matrices whose smaller side is longer are cut along it into equal parts of at most so many rows (or
-            columns), each with a direction of its own, which costs less. `None`: whole.
-        refresh: steps between two renewals of a direction's costly parts, staggered over the matrices.
-        max_overhead: share of a step's time that the optimizer may take. `refresh` is then set once, after nine steps
-            have been timed, by all ranks together, kept in `state_dict()` and replayed.
-        routes: overrides by name pattern: `{"0.weight": "matrix", "*.pos_emb": "adamw"}`.
-        layouts: as in `gm.blocks`.
-        maximize: ascend.
+        options: those of the direction, by name.
+        shared: the options of all matrix optimizers:
 
-    A parameter whose gradient is not finite is skipped for that step, its state with it, and counted in `health()`;
-    all ranks agree. Zero, rank-one and extremely scaled gradients give a finite step (of the rest, gradients whose
-    square overflows are skipped). A parameter without a gradient stays.
+            - `weight_decay`: decoupled, of the matrices.
+            - `scale`: `"spectral"`: `s = √(m/n) / L`, where L is the number of matrices that are trained (those frozen
+              when they were given do not count): each matrix has the same share in the change of the network's
+              function, so that one rate carries across widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`,
+              so that a rate tuned for AdamW can be reused.
+            - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr` is 3e-3 by default, or `lr`
+              itself with `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate
+              `lr / L` where that is less. Vectors do not decay.
+            - `part_size`: a matrix whose smaller side is longer is cut along that side into equal parts of at most so
+              many rows (or columns). Each part has its own direction, which costs less. `None`: never.
+            - `refresh`: steps between two recomputations of a direction's costly parts, staggered over the matrices.
+            - `max_overhead`: the largest share of a step's time that the optimizer may take. `refresh` is then set
+              once, after nine steps have been timed, by all ranks together; it is kept in `state_dict()` and replayed.
+            - `routes`: overrides by name pattern: `{"0.weight": "matrix", "*.pos_emb": "adamw"}`.
+            - `layouts`: as in `gm.blocks`.
+            - `maximize`: ascend.
 
-    The matrices of a sharded parameter (FSDP2) are worked on whole by one rank each, which has their state;
-    `state_dict()` and `load_state_dict()` are collective then. Every rank gets its part of the state, slices as
-    `DTensor`s and small tensors whole, so that it can save its own, or `torch.distributed.checkpoint` all of them, for
-    any number of ranks to load.
-
-    Raises `InputError` for an empty list, a pattern that matches nothing, or an option out of its range.
+    Raises:
+        InputError: for an empty list, a pattern that matches nothing, an unknown option, or one out of its range.
     """
 
     recipe: Recipe
@@ -65,20 +72,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: nn.Module | Iterable[Any], lr: float, options: dict[str, Any], **shared: Unpack[Shared]
     ) -> None:
-        given: dict[str, Any] = {**DEFAULTS, **shared}
-        for key in shared.keys() - DEFAULTS.keys():
-            wanted = ", ".join(["lr", *options, *DEFAULTS])
-            raise InputError(f"{type(self).__name__}: there is no option {key!r}; there are {wanted}")
+        assert options.keys() == self.recipe.options.keys(), "recipe.options and __init__ name different options"
+        for key in shared.keys() - SHARED.keys():
+            known = ", ".join(["lr", *options, *SHARED])
+            raise InputError(f"{type(self).__name__}: there is no option {key!r}; there are {known}")
+        given: dict[str, Any] = {key: option.default for key, option in SHARED.items()} | shared
+        self._check({"lr": lr, **options, **given})
         self._routes: dict[Tensor, Route] = {}
-        self._order: list[Tensor] = []  # of the parameters as they were given: a model's own, which is not `_routes`'
+        self._order: list[Tensor] = []  # the parameters in the order given; that of `_routes` is by role
         self._skipped = Skipped()
-        self._batches: dict[int, Batches] = {}  # by the number of their group
-        self._owners = Owners()
-        self._rest = Rest(given.pop("rest_betas"), given.pop("rest_eps"))
+        self._stacks: dict[int, Stacks] = {}  # by the number of their group
+        self._sharding = Sharding()
+        self._rest = FusedAdamW(given.pop("rest_betas"), given.pop("rest_eps"))
         self._clock = Clock()
         overrides, layouts = given.pop("routes"), given.pop("layouts")
         self._options = {"lr": lr, **options, **given}
-        check(type(self).__name__, self._options)
         found = self._cut(route_groups(params, overrides, layouts))
         self._add_routes([r for routes, _ in found for r in routes])
         if isinstance(params, nn.Module):
@@ -90,8 +98,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.defaults = {key: self._options[key] for key in ("lr", "momentum") if key in self._options}
         self._share()
 
+    def _check(self, options: Mapping[str, Any]) -> None:
+        shared = {key: option.range for key, option in SHARED.items()}
+        check(type(self).__name__, options, {"lr": LR, **self.recipe.options, **shared})
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, routed by their shape: a group of matrices and groups for the rest."""
+        """Adds parameters, routed by their shape: one group of matrices, and groups for the rest."""
         if not self._built:
             super().add_param_group(param_group)
             return
@@ -120,7 +132,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         matrices = [r for r in self._routes.values() if r.layout is not None]
         trained = [r for r in matrices if r.parameter.requires_grad] or matrices
         self._num_matrices = sum(math.prod(r.matrices[:-2]) for r in trained)
-        self._owners.assign([r.parameter for r in matrices])
+        self._sharding.assign([r.parameter for r in matrices])
 
     def _split(self, routes: Sequence[Route], own: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Parameter groups for routes that share the options `own`: matrices, tables, vectors."""
@@ -130,14 +142,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         options = self._options | dict(own)
         if "weight_decay" in own:
             options["rest_weight_decay"] = own["weight_decay"]
-        check(type(self).__name__, options)
+        self._check(options)
         lr, rest_lr, rest_decay = float(options["lr"]), options.pop("rest_lr"), options.pop("rest_weight_decay")
         matrices = [r for r in routes if r.direction == "matrix"]
         tables = [r for r in routes if r.direction == "adamw" and r.parameter.ndim >= 2]
         vectors = [r for r in routes if r.direction == "adamw" and r.parameter.ndim < 2]
         if rest_lr is None:
             rest_lr = lr if options["scale"] == "match_rms_adamw" else REST_LR
-        # The vectors of all layers move at once, as their matrices do, and have to share the same change.
+        # Vectors of all layers move at once, as the matrices do, so that they share the change of the function too.
         shares = options["scale"] == "spectral" and self._num_matrices
         vector_lr = min(rest_lr, lr / self._num_matrices) if shares else rest_lr
         groups: list[dict[str, Any]] = []
@@ -150,12 +162,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return groups
 
     def _share(self) -> None:
-        """Lets AdamW work on this optimizer's own groups and state, so that there is one of each."""
+        """Lets AdamW work on this optimizer's own groups and state, so that each exists once."""
         self._rest.share([g for g in self.param_groups if g["direction"] == "adamw"], self.state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of every parameter that has a gradient."""
+        """Steps every parameter that has a gradient; returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -176,48 +188,48 @@ class MatrixOptimizer(torch.optim.Optimizer):
             flags = dict(zip(params, bad.unbind(), strict=True))
             for p in params:
                 self.state.setdefault(p, {})  # on all ranks, which torch.distributed.checkpoint wants
-            grads, updates = self._owners.gather(params), {}
-            for batch in self._current(number, group, [p for p in group["params"] if p in grads or self._waits(p)]):
-                updates.update(self._step_batch(batch, group, grads, flags))
-            self._owners.add_(params, updates, _decay(params, bad, group["lr"] * group["weight_decay"]))
+            grads, updates = self._sharding.gradients(params), {}
+            for stack in self._current(number, group, [p for p in group["params"] if p in grads or self._pauses(p)]):
+                updates.update(self._step_stack(stack, group, grads, flags))
+            self._sharding.add_(params, updates, _decay(params, bad, group["lr"] * group["weight_decay"]))
         group["step"] += 1
 
-    def _waits(self, p: Tensor) -> bool:
-        """Whether a parameter has no gradient now, but a state: it keeps its place in a batch."""
+    def _pauses(self, p: Tensor) -> bool:
+        """Whether a parameter has a state but no gradient in this step: it keeps its place in a stack."""
         return p.grad is None and p.requires_grad and bool(self.state.get(p))
 
-    def _current(self, number: int, group: dict[str, Any], params: Sequence[Tensor]) -> Sequence[Batch]:
-        """The batches of these parameters, with the state as it is now."""
+    def _current(self, number: int, group: dict[str, Any], params: Sequence[Tensor]) -> Sequence[Stack]:
+        """The stacks of these parameters, with the state as it is now."""
         routes = [self._routes[p] for p in params]
-        known = self._batches.get(number)
-        if known is None or not known.hold(routes, group["refresh"], self.state):
-            batches = [Batch(same, lambda m: self.recipe.init(m, group), self.state) for same in alike(routes)]
-            for batch in batches:
-                self.state.update((r.parameter, views) for r, views in zip(batch.routes, batch.views, strict=True))
-            stagger(batches, [self._routes[p] for p in group["params"]], group["refresh"])
-            known = self._batches[number] = Batches(routes, group["refresh"], batches)
-        return known.batches
+        known = self._stacks.get(number)
+        if known is None or not known.fit(routes, group["refresh"], self.state):
+            stacks = [Stack(same, lambda m: self.recipe.init(m, group), self.state) for same in alike(routes)]
+            for stack in stacks:
+                self.state.update((r.parameter, views) for r, views in zip(stack.routes, stack.views, strict=True))
+            stagger(stacks, [self._routes[p] for p in group["params"]], group["refresh"])
+            known = self._stacks[number] = Stacks(routes, group["refresh"], stacks)
+        return known.stacks
 
-    def _step_batch(
-        self, batch: Batch, group: dict[str, Any], grads: Mapping[Tensor, Tensor], flags: Mapping[Tensor, Tensor]
+    def _step_stack(
+        self, stack: Stack, group: dict[str, Any], grads: Mapping[Tensor, Tensor], flags: Mapping[Tensor, Tensor]
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """What is to be added to each parameter of the batch."""
-        params = [r.parameter for r in batch.routes]
-        g = batch.stack([grads.get(p) for p in params])
+        """Each parameter of the stack with its update, which is still to be added."""
+        params = [r.parameter for r in stack.routes]
+        g = stack.stacked([grads.get(p) for p in params])
         missing = torch.ones_like(next(iter(flags.values())))
-        bad = batch.repeat(torch.stack([flags.get(p, missing) for p in params]).to(g.device))
-        # What is bad is masked on the device, without waiting for it; on the CPU there is nothing to wait for.
+        bad = stack.repeated(torch.stack([flags.get(p, missing) for p in params]).to(g.device))
+        # Bad gradients are masked on the device, without synchronizing; on a CPU, it costs nothing to look first.
         all_alive = g.device.type == "cpu" and not bool(bad.any())
         if not all_alive:
             g.masked_fill_(bad, 0.0)
         if group["maximize"]:
             g.neg_()
-        turn = Turn((~bad).to(g.dtype), all_alive, due(batch, group), group)
-        direction = self.recipe.update(g, batch.state, turn)
-        batch.fresh.zero_()
-        scales = torch.tensor([self._scale(r, group) for r in batch.routes], dtype=g.dtype, device=g.device)
-        update = direction * (turn.alive * batch.repeat(-group["lr"] * scales)).to(direction.dtype)
-        return zip(params, batch.unstack(update), strict=True)
+        context = StepContext((~bad).to(g.dtype), all_alive, due(stack, group), group)
+        direction = self.recipe.update(g, stack.state, context)
+        stack.fresh.zero_()
+        scales = torch.tensor([self._scale(r, group) for r in stack.routes], dtype=g.dtype, device=g.device)
+        update = direction * (context.alive * stack.repeated(-group["lr"] * scales)).to(direction.dtype)
+        return zip(params, stack.unstacked(update), strict=True)
 
     def _scale(self, r: Route, group: Mapping[str, Any]) -> float:
         m, n = r.matrices[-2:]
@@ -228,7 +240,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._skipped.add([self._routes[p].name for p in params], params, bad)
 
     def explain(self) -> list[dict[str, str]]:
-        """Each parameter's name, direction, matrices and the reason for its route."""
+        """Each parameter's name, direction (`"matrix"` or `"adamw"`), matrices, parts, and the reason for its route."""
         return [
             {
                 "name": r.name,
@@ -241,26 +253,26 @@ class MatrixOptimizer(torch.optim.Optimizer):
         ]
 
     def skipped(self) -> dict[Tensor, Tensor]:
-        """Whether each parameter was skipped in the last step, since its gradient was not finite; on its device."""
+        """Whether each parameter was skipped in the last step because its gradient was not finite; on its device."""
         return self._skipped.last()
 
     def health(self, detail: Literal["counts", "spectra"] = "counts") -> dict[str, Row]:
         """What happened to each parameter, by name.
 
-        `skipped`: steps in which its gradient was not finite, since the optimizer was made. `fallbacks`: inverse roots
-        that were not certified, so that the ones before stayed. With `detail="spectra"` also, of matrices that have
-        been stepped, the worst of those that a parameter holds:
+        `skipped`: steps that it missed because its gradient was not finite. `fallbacks`: results that were not good
+        enough (inverse roots that were not certified, say), so that the ones before stayed. With `detail="spectra"`
+        also three numbers about its matrices, the worst where it holds several; `None` before its first step:
 
-        - `condition`: σ₁/σₘ of the momentum, infinite where it is singular;
+        - `condition`: σ₁/σₘ of the momentum, infinite where it is singular; `None` without a momentum;
         - `effective_rank`: exp(−Σ pᵢ log pᵢ), pᵢ = σᵢ/Σσ, of the momentum: from one to min(m, n);
-        - `drift`: how far what is renewed every `refresh` steps is out of date, from 0 (not at all) to 1: the share
-          off the diagonal of the second moment told in its basis (SOAP), or the sine of the angle between the direction
-          or the root that is kept and what it would be now. `None` where nothing is kept to tell it by.
+        - `drift`: the staleness, from 0 to 1, of results that are recomputed only every `refresh` steps: the share of
+          the second moment off the diagonal in its basis (SOAP), or the sine of the angle between a direction or root
+          that is kept and its present value. `None` where nothing is kept.
 
-        A sharded parameter's fallbacks and spectra are told by the rank that works on it; on others they are `None`.
+        Of a sharded parameter, only the rank that computes its steps reports fallbacks and spectra; others, `None`.
 
-        Cost: counts wait for the device once; spectra take a singular value decomposition of each matrix.
-        Source of the effective rank: Roy and Vetterli (2007), eq. 3.
+        Cost: counts synchronize with the device once; spectra take a singular value decomposition of each matrix.
+        Source: the effective rank: Roy and Vetterli (2007), eq. 3.
 
         >>> from gramian.optim import Muon
         >>> layer = nn.Linear(3, 2, bias=False)
@@ -278,28 +290,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for p, r in self._routes.items():
             rows[r.name] = {"skipped": skipped.get(r.name, 0)}
             if p in groups:
-                rows[r.name] |= measure(self.state.get(p, {}), groups[p], detail)
+                rows[r.name] |= measure(self.state.get(p, {}), self.recipe, groups[p], detail)
         return rows
 
     def load_adamw(
         self, source: torch.optim.Optimizer | Mapping[str, Any], names: Sequence[str] | None = None
     ) -> list[dict[str, str]]:
-        """Goes on from the state of an Adam or AdamW, as far as it carries over; returns what did and did not, and why.
+        """Continues from the state of an Adam or AdamW, as far as it carries over; reports what did not, and why.
 
-        The rest takes all of it: both moments and the number of steps. A matrix takes the first moment as its momentum,
-        cut into its matrices, and where its direction is Adam's in a basis (SOAP), which starts as the parameter's own,
-        also the second. Rates and other options stay this optimizer's; what was done before is forgotten.
+        Parameters that AdamW steps here too take all of it: both moments and the number of steps. Matrices take what
+        their direction declares (`Recipe.adamw`), cut into the matrices: the first moment as the momentum, and for
+        SOAP, which is Adam in a basis that starts as the identity, also the second. Rates and other options stay this
+        optimizer's; its own state is replaced. Collective where parameters are sharded.
 
         Args:
             source: the optimizer, or its `state_dict()`. Its parameters are found by identity, or by `param_names`
                 where it has them, and otherwise by their order: that of `model.parameters()`.
             names: of the parameters of a `state_dict()` without names, in its order: needed where its groups are not
                 in the order of the model, as with one group for weights and one for biases.
-
-        Returns a row for each parameter: `name`, `direction`, `carried`, `lost` and `reason`.
-
-        Raises `InputError` for a state that is not Adam's, or whose shapes do not fit. Collective where parameters are
-        sharded.
+        Returns: a row for each parameter: `name`, `direction`, `carried`, `lost` and `reason`.
+        Raises:
+            InputError: for a state that is not Adam's, or whose shapes do not fit.
 
         >>> from gramian.optim import Muon
         >>> net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
@@ -313,22 +324,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         groups = {p: g for g in self.param_groups for p in g["params"]}
 
-        def kept(r: Route) -> State:
+        def empty(r: Route) -> State:
             assert r.layout is not None
             return self.recipe.init(torch.empty(1, *r.layout.matrices[-2:], device="meta"), groups[r.parameter])
 
         routes = [self._routes[p] for p in self._order]
-        states, rows = carry_over(source, names, routes, self._owners, kept, self._options["maximize"])
+        maximize = self._options["maximize"]
+        states, rows = carry_over(source, names, routes, self._sharding, empty, self.recipe.adamw, maximize)
         self.state.clear()
         self.state.update(states)
-        self._batches.clear()
+        self._stacks.clear()
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; collective where parameters are sharded, and then each rank's part."""
+        """As torch's. Where parameters are sharded, it is collective and gives this rank's part."""
         own = self.state
         try:
-            self.state = self._owners.spread(own)  # type: ignore[assignment]
+            self.state = self._sharding.divide(own)  # type: ignore[assignment]
             return super().state_dict()
         finally:
             self.state = own
@@ -339,25 +351,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
         hook = self.register_load_state_dict_pre_hook(lambda _, found: given.update(found))  # after the user's
         super().load_state_dict(state_dict)
         hook.remove()
-        # torch casts the state to the parameter's dtype, and shares its memory: what was saved is put back, copied.
+        # torch casts the state to the parameter's dtype and shares its memory: put back a copy of what was saved.
         saved = (index for group in given["param_groups"] for index in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
         states = {p: given["state"][i] for p, i in zip(params, saved, strict=True) if i in given["state"]}
-        for p, state in self._owners.collect({p: s for p, s in states.items() if self._routes[p].layout}).items():
+        for p, state in self._sharding.collect({p: s for p, s in states.items() if self._routes[p].layout}).items():
             self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
         for p in states:
             self.state[p] = {name: value.clone() for name, value in self.state[p].items()}
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_routes", "_order", "_num_matrices", "_options", "_built", "_owners", "_rest", "_clock")
-        return super().__getstate__() | {name: self.__dict__[name] for name in (*own, "_skipped")}
+        own = ("_routes", "_order", "_num_matrices", "_options", "_built", "_sharding", "_rest", "_clock", "_skipped")
+        return super().__getstate__() | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._batches = {}
+        self._stacks = {}
         for group in self.param_groups:
-            if group["direction"] == "matrix":  # options that a state saved before they were there does not have
+            if group["direction"] == "matrix":  # a state saved by an earlier version may lack newer options
                 for key in self._options.keys() - {"rest_lr", "rest_weight_decay"}:
                     group.setdefault(key, self._options[key])
         self._share()

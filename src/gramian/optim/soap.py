@@ -8,21 +8,23 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from gramian.linalg.engine import lapack as factor
-from gramian.optim.batches import State
+from gramian.linalg.engine import lapack
 from gramian.optim.muon import average, look_ahead
+from gramian.optim.options import FLAG, Shared, interval
+from gramian.optim.preconditioned import REFRESH, SIDES, Sides, preconditioned_sides
+from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.scaling import rescale_
-from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
-from gramian.optim.sides import REFRESH, Sides, check_sides, sides_of
+from gramian.optim.shell import MatrixOptimizer
+from gramian.optim.stacks import State
 
 __all__ = ["SOAP"]
 
 DAMPING = 1e-3
-"""Of Adam's denominator, times the root mean square of the matrix's own: below it an entry is noise of rounding."""
+"""Added to Adam's denominator, times the root mean square over the matrix: smaller entries are rounding noise."""
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
-    """Per side with a basis Q: Q and QᵀMQ of the gradients' second moment M; Adam's two moments in that basis."""
+    """Per side: a basis Q, and QᵀMQ for the second moment M of the gradients. Adam's two moments, in these bases."""
     num = m.shape[0]
     state = {
         "momentum": m.new_zeros(m.shape),
@@ -30,37 +32,52 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
         "weight": m.new_zeros(num, 1, 1),
         "unit": m.new_zeros(num, 1, 1),
     }
-    for side, size in sides_of(m.shape, options["sides"]):
+    for side, size in preconditioned_sides(m.shape, options["sides"]):
         state[f"{side}_basis"] = torch.eye(size, dtype=m.dtype, device=m.device).repeat(num, 1, 1)
         state[f"{side}_moment"] = m.new_zeros(num, size, size)
     return state
 
 
-def update(g: Tensor, state: State, turn: Turn) -> Tensor:
+def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """Q_L D Q_Rᵀ, with D Adam's direction of Q_Lᵀ g Q_R."""
-    options = turn.options
+    options = context.options
     rescale_(g, state, {"momentum": 1, "variance": 2, "left_moment": 2, "right_moment": 2})
-    sides = [side for side, _ in sides_of(g.shape, options["sides"])]
+    sides = _sides(state)
     for side in sides:
         g = _into(g, state[f"{side}_basis"], side)
     for side in sides:
         second = g @ g.mT if side == "left" else g.mT @ g
-        average(state[f"{side}_moment"], second, options["moment_beta"], turn)
-    if turn.due is None or len(turn.due):
+        average(state[f"{side}_moment"], second, options["moment_beta"], context)
+    if context.due is None or len(context.due):
         for side in sides:
-            g = _turn_basis(g, state, side, turn.due)
-    average(state["momentum"], g, options["momentum"], turn)
-    average(state["variance"], g.square(), options["variance_beta"], turn)
-    average(state["weight"], torch.ones_like(state["weight"]), options["variance_beta"], turn)
+            g = _rotate(g, state, side, context.due)
+    average(state["momentum"], g, options["momentum"], context)
+    average(state["variance"], g.square(), options["variance_beta"], context)
+    average(state["weight"], torch.ones_like(state["weight"]), options["variance_beta"], context)
     root = state["variance"].sqrt()
     floor = state["variance"].mean((-2, -1), keepdim=True).sqrt() * DAMPING
-    # Not in place: without Nesterov what is looked at is the momentum itself.
-    d = look_ahead(g, state["momentum"], turn) / root.add_(floor.clamp_min_(torch.finfo(g.dtype).tiny))
-    # Entries of Adam's direction are ±1 at most, as a rule; so its norm is at most that of a polar factor.
+    # Not in place: without Nesterov, look_ahead returns the momentum itself.
+    d = look_ahead(g, state["momentum"], context) / root.add_(floor.clamp_min_(torch.finfo(g.dtype).tiny))
+    # The entries of Adam's direction are usually at most ±1, so that its norm is at most that of a polar lapack.
     d *= state["weight"].sqrt() / max(d.shape[-2:]) ** 0.5
     for side in sides:
         d = _out_of(d, state[f"{side}_basis"], side)
     return d
+
+
+def staleness(state: State, options: Mapping[str, Any]) -> Tensor:
+    """The share of QᵀMQ that is off its diagonal, in the Frobenius norm; the larger of the sides."""
+    shares = []
+    for side in _sides(state):
+        moment = state[f"{side}_moment"].double()
+        off = moment - torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1))
+        part, whole = (torch.linalg.vector_norm(x, dim=(-2, -1)) for x in (off, moment))
+        shares.append(part / whole.clamp_min(torch.finfo(moment.dtype).tiny))
+    return torch.stack(shares).amax(0)
+
+
+def _sides(state: State) -> list[str]:
+    return [side for side in ("left", "right") if f"{side}_basis" in state]
 
 
 def _into(x: Tensor, basis: Tensor, side: str) -> Tensor:
@@ -71,48 +88,54 @@ def _out_of(x: Tensor, basis: Tensor, side: str) -> Tensor:
     return basis @ x if side == "left" else x @ basis.mT
 
 
-def _turn_basis(g: Tensor, state: State, side: str, due: Tensor | None) -> Tensor:
-    """Turns a basis to the eigenvectors of its second moment, and all that is told in it; returns `g` so turned.
+def _rotate(g: Tensor, state: State, side: str, due: Tensor | None) -> Tensor:
+    """Rotates the basis of a side to the eigenvectors of its second moment, with both moments; returns `g` rotated.
 
-    With R the eigenvectors of QᵀMQ: Q ← QR, momentum ← Rᵀ·momentum, and the variance, which is of squares,
-    ← (R∘R)ᵀ·variance: right where the entries in the old basis are uncorrelated, and never changing their sum.
+    With R the eigenvectors of QᵀMQ: Q ← QR and momentum ← Rᵀ·momentum. The variance, a mean of squares, becomes
+    (R∘R)ᵀ·variance, which is exact where entries in the old basis are uncorrelated, and always keeps its sum.
     """
     at = slice(None) if due is None else due
     moment = state[f"{side}_moment"][at]
     size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     scaled = moment / size.clamp_min(torch.finfo(g.dtype).tiny)
-    values, turn, ok = factor.eigh(scaled)
-    good = ok & turn.isfinite().all(-1).all(-1) & (size[:, 0, 0] > 0)
-    turn = torch.where(good[:, None, None], turn, torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device))
+    values, rotation, ok = lapack.eigh(scaled)
+    good = ok & rotation.isfinite().all(-1).all(-1) & (size[:, 0, 0] > 0)
+    identity = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+    rotation = torch.where(good[:, None, None], rotation, identity)
     diagonal = torch.diag_embed(values * size[:, :, 0])
     state[f"{side}_moment"][at] = torch.where(good[:, None, None], diagonal, moment)
-    basis = state[f"{side}_basis"][at] @ turn
-    # One step of Newton–Schulz: rounding would otherwise add up over thousands of turns.
+    basis = state[f"{side}_basis"][at] @ rotation
+    # One step of Newton–Schulz: rounding would otherwise add up over thousands of rotations.
     state[f"{side}_basis"][at] = 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
-    state["momentum"][at] = _into(state["momentum"][at], turn, side)
-    state["variance"][at] = _into(state["variance"][at], turn.square(), side)
+    state["momentum"][at] = _into(state["momentum"][at], rotation, side)
+    state["variance"][at] = _into(state["variance"][at], rotation.square(), side)
     if due is None:
-        return _into(g, turn, side)
-    g[due] = _into(g[due], turn, side)
+        return _into(g, rotation, side)
+    g[due] = _into(g[due], rotation, side)
     return g
 
 
 class SOAP(MatrixOptimizer):
-    """Adam in the eigenbasis of the gradients' second moments: `W ← W − lr · s · Q_L D Q_Rᵀ`.
+    """Steps along Adam's direction in the eigenbasis of the gradients' second moments: `W ← W − lr · s · Q_L D Q_Rᵀ`.
 
     `Q_L` and `Q_R` are the eigenvectors of the running means of `g gᵀ` and `gᵀ g`, and `D` is Adam's direction of
-    `Q_Lᵀ g Q_R`. The moments are kept in the basis and turn with it.
+    `Q_Lᵀ g Q_R`. Adam's moments are kept in the basis and rotate with it.
 
     Args:
-        params: the model, or its parameters.
+        params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.
         lr: length of a step of the matrices, in the unit that `scale` sets.
-        momentum, nesterov: of the first moment; whether it looks ahead by one update.
-        variance_beta, moment_beta: of Adam's second moment and of the second moments whose eigenvectors make the basis.
+        momentum: the weight of the past in Adam's first moment.
+        nesterov: whether the step looks ahead by one update of the momentum.
+        variance_beta: the weight of the past in Adam's second moment.
+        moment_beta: the weight of the past in the means of `g gᵀ` and `gᵀ g`.
         sides: `"both"`; `"small"`, the smaller one only; `"auto"`: both where the longer side is less than twice the
             shorter one.
-        shared: see `MatrixOptimizer`; `refresh`, the steps between two turns of a basis, is 10 by default.
+        shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`; `refresh`, the steps
+            between two rotations of a basis, is 10 by default.
 
-    Cost: per step and side of size k, `6 m n k` operations; at a turn, an eigendecomposition and `6 k³` more.
+    Raises:
+        InputError: as `gramian.optim.shell.MatrixOptimizer`.
+    Cost: per step and side of size k, `6 m n k` operations; every `refresh` steps, `6 k³` and an eigendecomposition.
     Source: Vyas et al., SOAP (2409.11321), algorithm 3; one side: §7.1 there.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -121,12 +144,26 @@ class SOAP(MatrixOptimizer):
     [5]
     """
 
-    recipe = Recipe(init, update)
+    recipe = Recipe(
+        init=init,
+        update=update,
+        options={
+            "momentum": interval("[0, 1)"),
+            "nesterov": FLAG,
+            "variance_beta": interval("[0, 1)"),
+            "moment_beta": interval("[0, 1)"),
+            "sides": SIDES,
+        },
+        # The first basis is the identity, in which Adam's moments are as AdamW has them.
+        adamw={"momentum": "exp_avg", "variance": "exp_avg_sq", "weight": "exp_avg_sq_weight"},
+        momentum="momentum",
+        staleness=staleness,
+    )
 
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 0.05,
+        lr: float = 0.1,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -135,7 +172,6 @@ class SOAP(MatrixOptimizer):
         sides: Sides = "auto",
         **shared: Unpack[Shared],
     ) -> None:
-        check_sides(type(self).__name__, sides)
         shared.setdefault("refresh", REFRESH)
         options = {
             "momentum": momentum,

@@ -15,8 +15,8 @@ from gramian import placement
 from gramian.errors import InputError, UnsupportedError
 from gramian.objective import Objective, as_objective
 from gramian.operators import LineCurvature, line_curvature
-from gramian.optim.named import OPTIMIZERS, named
 from gramian.optim.proximal import Proximal
+from gramian.optim.registry import OPTIMIZERS, known_name
 from gramian.optim.shell import MatrixOptimizer
 from gramian.recording.measuring import eager
 
@@ -30,7 +30,7 @@ STEP = 10**0.5  # between two rates that are rehearsed
 MAX_REHEARSALS = 24
 MOST_HALVINGS = 8
 
-# The best rate of runs of 100 steps over that of a rehearsal, as found on the networks of `gramian bench rates`.
+# The best rate of runs of 100 steps over that of a rehearsal, measured on the networks of `gramian bench rates`.
 FRACTION = 0.7
 
 # Their steps depend on the weights, or on more than one gradient.
@@ -39,16 +39,16 @@ _REFUSED = (Proximal, torch.optim.Adafactor, torch.optim.LBFGS)
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A suggested rate, and what it rests on.
+    """A suggested rate, and the measurements behind it.
 
     Args:
         lr: the suggestion.
-        line: η*, where the parabola along the first direction is lowest on the batch that is held out.
+        line: η*, where the parabola along the first direction is lowest on the held-out batch.
         curvature: that parabola.
-        range: rates whose rehearsal gained at least half as much as the best one's.
-        before: the held-out loss that all rehearsals start from.
-        rehearsed: each rate that was rehearsed with the held-out loss after it, by rate.
-        why: how `lr` came about.
+        range: the rates whose rehearsal gained at least half as much as the best one.
+        before: the held-out loss at which all rehearsals start.
+        rehearsed: pairs of a rehearsed rate and the held-out loss after it, in order of the rate.
+        why: how `lr` was found, in words.
     """
 
     lr: float
@@ -75,27 +75,27 @@ def suggest_lr(
     """A learning rate for a model, from the curvature along the optimizer's own direction and short rehearsals.
 
     With D the optimizer's first direction (of all parameters whose rate follows `lr`) and G the Gauss–Newton matrix,
-    `η* = gᵀD / (DᵀGD)` is where the loss along D is lowest to second order. From there, training is rehearsed for
-    `num_steps` steps at η*, the first quarter of them rising to it, and at half-decades above and below it until the
-    best lies between worse ones. The loss of a batch that no step has seen judges. The suggestion is 0.7 of the best
-    rehearsed rate (a parabola over its logarithm), since a short run bears larger steps than a long one. A suggestion
-    that does not lower the held-out loss is halved until it does.
+    `η* = gᵀD / (DᵀGD)` is where the loss along D is lowest to second order. Training is then rehearsed for `num_steps`
+    steps at η*, with a warm-up over the first quarter, and at half-decades above and below until the best rate lies
+    between worse ones, judged by the loss of a batch on which no step was taken. The suggestion is 0.7 of the best
+    rehearsed rate (interpolated by a parabola over its logarithm), since a short run tolerates larger steps than a long
+    one. A suggestion that does not lower the held-out loss is halved until it does.
 
     Args:
-        model: in the mode in which it is to be trained. Weights, buffers, gradients, mode and random state are as
-            before afterwards.
+        model: in the mode in which it is to be trained. Weights, buffers, gradients, mode and random state are restored
+            afterwards.
         batch: one batch, or a list of batches (tuples, lists or dicts): the last one judges, the others train. Give
-            several: with one alone, the rate is that of a gradient without noise.
+            several: with only one, the rate is that of a gradient without noise.
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
         optimizer: `"auto"`, as in `gm.train`, another name of `gm.optim.OPTIMIZERS`, a class, or a function
             `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
-        num_steps: of a rehearsal. Much fewer than 16 mislead: too small rates then look best.
-
-    Raises `InputError` for a model without trainable weights or, for a matrix optimizer, without a matrix; a loss or
-    gradient that is not finite, or zero; a direction along which the loss does not fall at any rate.
-    `UnsupportedError` for an operation without a second derivative, sharded parameters, and optimizers whose step
-    depends on the weights.
-
+        num_steps: number of steps of a rehearsal. Much fewer than 16 mislead: rates that are too small then look best.
+    Returns: a `LearningRate`, whose `lr` is the suggestion.
+    Raises:
+        InputError: for a model without trainable weights or, for a matrix optimizer, without a matrix; a loss or
+            gradient that is not finite, or zero; a direction along which the loss does not fall at any rate.
+        UnsupportedError: for an operation without a second derivative, sharded parameters, and optimizers whose step
+            depends on the weights.
     Cost: about `7 · num_steps` training steps. Accuracy: see docs/learning_rates.md.
     Source: the line minimum under Gauss–Newton: Martens (1412.1193), §6.4; held-out batches against noise: this
     library's own measurements.
@@ -116,7 +116,7 @@ def suggest_lr(
 
 
 class _Rehearsals:
-    """Training of a model from where it stands, always from there, on the same batches."""
+    """Short trainings of a model, all from its present weights and on the same batches."""
 
     def __init__(
         self,
@@ -133,10 +133,10 @@ class _Rehearsals:
         self.losses: dict[float, float] = {}
 
     def suggestion(self) -> LearningRate:
-        """The parabola, the search that starts at its minimum, and the certified fraction of what that finds."""
+        """Takes the parabola, searches from its minimum, and checks the fraction of the best rate."""
         before = self._held_out_loss()
         if not math.isfinite(before):
-            raise InputError(f"suggest_lr: the loss is {before} before any step; gm.inspect says where it comes from")
+            raise InputError(f"suggest_lr: the loss is {before} before any step; gm.inspect shows where that begins")
         curvature = self._first_line()
         line = curvature.minimum
         best = self._search(line if 0 < line < math.inf else 1.0, before)
@@ -144,7 +144,7 @@ class _Rehearsals:
             tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
             raise InputError(
                 f"suggest_lr: no rate from {tried} lowers the held-out loss of {before:.4g} in {self.num_steps} steps; "
-                "give more or larger batches, or mend the model first (gm.inspect)"
+                "give more or larger batches, or repair the model first (see gm.inspect)"
             )
         gain = before - self.losses[best]
         good = [rate for rate, loss in self.losses.items() if before - loss >= gain / 2]
@@ -168,9 +168,10 @@ class _Rehearsals:
         return LearningRate(lr, line, curvature, interval, before, tuple(sorted(self.losses.items())), why)
 
     def _search(self, start: float, before: float) -> float:
-        """The best of the half-decades about `start`: one above it is worse, and two below it gain, but less.
+        """The best of the half-decades around `start`: one above it is worse, and two below it gain, but less.
 
-        Far too large rates end on a plateau, where noise makes minima; but below those stand rates that gain nothing.
+        Rates that are far too large end on a plateau, where noise makes minima; but rates below such a minimum gain
+        nothing.
         """
         self._rehearse(start)
         while len(self.losses) < MAX_REHEARSALS:
@@ -185,7 +186,7 @@ class _Rehearsals:
         return self._best()
 
     def _best(self) -> float:
-        """The rate of the least loss; of several, where all are infinite, the smallest."""
+        """The rate of the least loss; the smallest of several with the same loss."""
         return min(self.losses, key=lambda rate: (self.losses[rate], rate))
 
     def _top(self, best: float) -> float:
@@ -217,7 +218,7 @@ class _Rehearsals:
         return self.losses[lr]
 
     def _first_line(self) -> LineCurvature:
-        """The held-out batch's parabola along the optimizer's first direction, by the gradient of the others."""
+        """The parabola of the held-out batch along the optimizer's first direction on the other batches."""
         direction = self._direction()
         with torch.random.fork_rng(_devices(self.model)):
             torch.manual_seed(0)
@@ -230,7 +231,7 @@ class _Rehearsals:
     def _direction(self) -> dict[Tensor, Tensor]:
         """D of every parameter whose rate follows `lr`: minus the optimizer's first step at a rate of one.
 
-        The weights are zeros meanwhile, so that the step is seen to full precision, and without weight decay.
+        The weights are zero meanwhile, so that the step is read in full precision and without weight decay.
         """
         optimizer, twice = self.make(self.model, 1.0), self.make(self.model, 2.0)
         _check(optimizer)
@@ -239,7 +240,7 @@ class _Rehearsals:
         self._gradient(self.training, seed=0)
         grads = [p.grad for p in follows if p.grad is not None]
         if not grads or not all(bool(g.isfinite().all()) for g in grads):
-            raise InputError("suggest_lr: the gradient is missing or not finite; gm.inspect says in which layers")
+            raise InputError("suggest_lr: the gradient is missing or not finite; gm.inspect shows in which layers")
         if not any(bool(g.any()) for g in grads):
             raise InputError("suggest_lr: the gradient is zero, so that no rate changes the loss")
         with torch.no_grad():
@@ -267,7 +268,7 @@ class _Rehearsals:
 
 @contextmanager
 def _kept(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Gives a function that puts weights and buffers back; at the end also gradients and the random state."""
+    """Yields a function that restores weights and buffers; at the end, gradients and the random state too."""
     params = list(model.parameters())
     if not any(p.requires_grad for p in params):
         raise InputError("suggest_lr: the model has no trainable parameter")
@@ -310,7 +311,7 @@ def _batches(batch: Any) -> list[Any]:
 def _maker(optimizer: Any) -> Make:
     """`(model, lr) -> optimizer` for a name, a class or a function."""
     if isinstance(optimizer, str):
-        return OPTIMIZERS[named("suggest_lr", optimizer, "a class or a function (model, lr)")].make
+        return OPTIMIZERS[known_name("suggest_lr", optimizer, "a class or a function (model, lr)")].make
     if not callable(optimizer):
         raise InputError(f"suggest_lr: optimizer must be a name, a class or a function, got {type(optimizer).__name__}")
     make: Callable[..., Any] = optimizer

@@ -9,24 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from gramian import random
-from gramian.optim.batches import State
 from gramian.optim.muon import average, look_ahead, orthogonal
+from gramian.optim.options import FLAG, Shared, interval, whole
+from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.scaling import as_long_as_polar, rescale_
-from gramian.optim.shell import MatrixOptimizer, Recipe, Shared, Turn
+from gramian.optim.shell import MatrixOptimizer
+from gramian.optim.stacks import State
 
 __all__ = ["WhitenedMuon"]
 
 SIDES = ("left", "right")
 
 SHIFT = 0.1
-"""Of the second moments while their eigenvectors are sought, in units of λ: above rounding, and below what matters."""
+"""Added to the second moments in the orthogonal iteration, in units of λ: above rounding, and below what matters."""
 
 LEAST_SHIFT = 1e-7
-"""In units of the trace: the condition number of what is made orthonormal stays below its inverse."""
+"""The least shift, in units of the trace: its inverse bounds the condition number in the iteration."""
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
-    """The momentum; of the second moments g gᵀ and gᵀg their trace, leading eigenvectors and values; all in `unit`s."""
+    """The momentum; the trace, leading eigenvectors and eigenvalues of g gᵀ and gᵀg; all stored in `unit`s."""
     num = m.shape[0]
     state = {
         "momentum": torch.zeros_like(m, memory_format=torch.contiguous_format),
@@ -42,32 +44,32 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
     return state
 
 
-def update(g: Tensor, state: State, turn: Turn) -> Tensor:
+def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """P polar(P B Q) Q, at the norm of a polar factor."""
-    options = turn.options
+    options = context.options
     rescale_(g, state, {"momentum": 1, "trace": 2, "left_values": 2, "right_values": 2})
-    average(state["momentum"], g, options["momentum"], turn)
-    if turn.due is None or len(turn.due):
-        _follow(g, state, turn)
-    d = look_ahead(g, state["momentum"], turn)
+    average(state["momentum"], g, options["momentum"], context)
+    if context.due is None or len(context.due):
+        _follow(g, state, context)
+    d = look_ahead(g, state["momentum"], context)
     metric = _metric(state, options["damping"])
-    return as_long_as_polar(metric.whiten(orthogonal(metric.whiten(d), turn)))
+    return as_long_as_polar(metric.whiten(orthogonal(metric.whiten(d), context)))
 
 
-def _follow(g: Tensor, state: State, turn: Turn) -> None:
+def _follow(g: Tensor, state: State, context: StepContext) -> None:
     """A step of orthogonal iteration on the running mean of each second moment, of which the leading part is kept.
 
-    With M ← β V diag(v) Vᵀ + (1 − β) g gᵀ: V R = (M + ε) V with VᵀV = I, v ← diag R − ε. No eigenvalues, for which a
-    device would wait; and ε keeps vectors that no gradient has filled yet from being made of rounding.
+    With M ← β V diag(v) Vᵀ + (1 − β) g gᵀ: V R = (M + ε) V with VᵀV = I, v ← diag R − ε. There is no eigenvalue
+    problem, which would synchronize with the device. ε keeps rounding out of vectors that no gradient has filled yet.
     """
-    at, beta = slice(None) if turn.due is None else turn.due, turn.options["moment_beta"]
-    g, before, alive = g[at], state["trace"][at], turn.alive[at] > 0
+    at, beta = slice(None) if context.due is None else context.due, context.options["moment_beta"]
+    g, before, alive = g[at], state["trace"][at], context.alive[at] > 0
     square = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True).square()
     trace = state["trace"][at] = torch.where(alive, torch.lerp(square, before, beta), before)
     for side in SIDES:
         basis, values = state[f"{side}_basis"][at], state[f"{side}_values"][at]
         x = g if side == "left" else g.mT
-        shift = max(SHIFT * turn.options["damping"] / x.shape[-2], LEAST_SHIFT) * trace
+        shift = max(SHIFT * context.options["damping"] / x.shape[-2], LEAST_SHIFT) * trace
         q, lengths, full = _orthonormal(torch.lerp(x @ (x.mT @ basis), basis * values, beta) + basis * shift)
         learned = alive & full
         state[f"{side}_basis"][at] = torch.where(learned, q, basis)
@@ -102,9 +104,9 @@ class Metric(NamedTuple):
 
 
 def _metric(state: State, damping: float) -> Metric:
-    """P ∝ (L + λ)^(-1/2) and Q ∝ (R + λ)^(-1/2), one where the values are not kept, which are taken to be equal.
+    """P ∝ (L + λ)^(-1/2) and Q ∝ (R + λ)^(-1/2), scaled to one on the eigenvectors that are not kept.
 
-    Where no gradient has been seen yet, both are the identity.
+    Their eigenvalues are taken to be equal. Before the first gradient, both are the identity.
     """
     trace, cuts = state["trace"], []
     bases = [state[f"{side}_basis"] for side in SIDES]
@@ -118,26 +120,30 @@ def _metric(state: State, damping: float) -> Metric:
 
 
 class WhitenedMuon(MatrixOptimizer):
-    """Muon where the gradients' second moments measure length: `W ← W − lr · s · c · P polar(P B Q) Q`.
+    """Steps as Muon in the metric of the gradients' second moments: `W ← W − lr · s · c · P polar(P B Q) Q`.
 
-    `P = (L + λ)^(-1/2)` and `Q = (R + λ)^(-1/2)`, with L and R the running means of `g gᵀ` and `gᵀ g`, each known by
-    its `rank` leading eigenvectors, and the rest of its trace spread evenly; `λ = damping · trace / size`. Of all steps
-    D with `‖P⁻¹ D Q⁻¹‖₂ ≤ 1` this one descends fastest (`P = Q = I` is Muon): where gradients are large all along,
-    since the inputs share a mean, say, it goes less far. The constant c gives the step the norm of a polar factor.
-    What `optimizer="auto"` takes; `gramian bench optim` compares it with the others.
+    `P = (L + λ)^(-1/2)` and `Q = (R + λ)^(-1/2)`, with L and R the running means of `g gᵀ` and `gᵀ g`, each represented
+    by its `rank` leading eigenvectors and the rest of its trace, spread evenly; `λ = damping · trace / size`. Of all
+    steps D with `‖P⁻¹ D Q⁻¹‖₂ ≤ 1` this one descends fastest; with `P = Q = I` it is Muon. Along directions in which
+    the gradient is always large, such as the mean of the inputs, it goes less far. The constant c gives the step the
+    norm of a polar factor. `optimizer="auto"` takes it; `gramian bench optim` compares it with the others.
 
     Args:
-        params: the model, or its parameters.
+        params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.
         lr: length of a step of the matrices, in the unit that `scale` sets.
-        momentum, nesterov, rtol: see `Muon`.
-        rank: eigenvectors that are followed on each side, by a step of orthogonal iteration at a time. It sets a shape
+        momentum: the weight of the past in B, the running mean of the gradients.
+        nesterov: whether the step looks ahead by one update of the momentum.
+        rank: number of eigenvectors on each side, updated by one step of orthogonal iteration per step. It sets a shape
             of the state, and cannot be changed once a step has been taken.
-        moment_beta: of the running means L and R.
+        moment_beta: the weight of the past in L and R.
         damping: share of the mean eigenvalue that is added to each.
-        shared: see `MatrixOptimizer`; at a `refresh` the eigenvectors are followed.
+        rtol: root mean square of σ − 1 over the singular values of the polar factor, as for `Muon`.
+        shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`; the eigenvectors are
+            updated every `refresh` steps, 1 by default.
 
-    State: per matrix, beside the momentum, `(m + n) · rank` numbers.
-    Cost: per step and matrix, about `24 m n · rank` operations more than Muon.
+    Raises:
+        InputError: as `gramian.optim.shell.MatrixOptimizer`.
+    Cost: per step and matrix, about `24 m n · rank` operations more than Muon, and `(m + n) · rank` numbers of state.
     Source: steepest descent under the spectral norm: Bernstein and Newhouse (2409.20325); here in the metric that
     Shampoo's second moments make (Gupta et al., 1802.09568); orthogonal iteration: Golub and Van Loan, §8.2.4.
 
@@ -146,7 +152,21 @@ class WhitenedMuon(MatrixOptimizer):
     16
     """
 
-    recipe = Recipe(init, update)
+    recipe = Recipe(
+        init=init,
+        update=update,
+        options={
+            "momentum": interval("[0, 1)"),
+            "nesterov": FLAG,
+            "rank": whole(1),
+            "moment_beta": interval("[0, 1)"),
+            "damping": interval("(0, ∞)"),
+            "rtol": interval("(0, 1)"),
+        },
+        adamw={"momentum": "exp_avg"},
+        momentum="momentum",
+        fallbacks="fallbacks",
+    )
 
     def __init__(
         self,

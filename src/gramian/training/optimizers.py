@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from gramian.errors import GramianWarning, InputError
-from gramian.optim.named import OPTIMIZERS, named
+from gramian.optim.registry import OPTIMIZERS, known_name
 
-__all__ = ["choose"]
+__all__ = ["Choice", "choose"]
 
 
 class Choice(NamedTuple):
-    """An optimizer's name, its learning rate (`None`: its own), and the function that makes it."""
+    """An optimizer's name, its learning rate (`None`: its own), and the function that makes it from a model."""
 
     name: str
     lr: float | None
@@ -25,14 +25,14 @@ class Choice(NamedTuple):
 
 
 def choose(optimizer: str | Callable[[nn.Module], torch.optim.Optimizer], lr: float | None) -> Choice:
-    """A row of the table by its name, or a function by its own."""
+    """The optimizer of a name, at its usual rate where `lr` is `None`; or the function that was given."""
     if callable(optimizer):
         if lr is not None:
-            warnings.warn("train: lr is ignored, the optimizer is a function", GramianWarning, stacklevel=3)
+            warnings.warn("train: lr is ignored, since the optimizer is a function", GramianWarning, stacklevel=3)
         return Choice(getattr(optimizer, "__qualname__", type(optimizer).__qualname__), None, optimizer)
-    name = named("train", optimizer, "a function of the model")
+    name = known_name("train", optimizer, "a function of the model")
     if lr is not None and not 0 <= lr < math.inf:
         raise InputError(f"train: lr must be zero or a positive number, got {lr}")
-    make, usual = OPTIMIZERS[name]
-    rate = usual if lr is None else lr
-    return Choice(name, rate, lambda model: make(model, rate))
+    entry = OPTIMIZERS[name]
+    rate = entry.lr if lr is None else lr
+    return Choice(name, rate, lambda model: entry.make(model, rate))

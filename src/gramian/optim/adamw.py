@@ -1,4 +1,4 @@
-"""AdamW for what holds no matrix: embeddings, heads, norms, biases."""
+"""AdamW for parameters that hold no hidden matrix: embeddings, heads, norms, biases."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.optim.owners import not_finite
+from gramian.optim.sharding import not_finite
 
-__all__ = ["Rest"]
+__all__ = ["FusedAdamW"]
 
 
-class Rest:
-    """torch's fused AdamW over groups and a state that belong to another optimizer."""
+class FusedAdamW:
+    """torch's fused AdamW, working on the groups and the state of another optimizer."""
 
     def __init__(self, betas: tuple[float, float], eps: float) -> None:
         self._defaults: dict[str, Any] = {"betas": betas, "eps": eps, "fused": True}
@@ -32,9 +32,11 @@ class Rest:
         self._adamw.state = state
 
     def step(self) -> tuple[list[Tensor], Tensor]:
-        """AdamW's step without the parameters whose gradient or its square is not finite; and which those are (P,).
+        """Steps every parameter whose gradient is finite and has a finite square.
 
-        A square that overflows would stay in the second moment, and stop the parameter for ever.
+        A square that overflows would stay in the second moment, and the parameter would never move again.
+
+        Returns the parameters that have a gradient, and which of them were skipped (P,).
         """
         groups = self._adamw.param_groups if self._adamw is not None else []
         params = [p for g in groups for p in g["params"] if p.grad is not None and p.grad.numel()]

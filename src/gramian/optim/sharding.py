@@ -1,4 +1,4 @@
-"""Sharded parameters: one rank works on each whole matrix, all ranks step, and each saves its part of the state."""
+"""Sharded parameters: one rank computes the step of each whole matrix, and all apply it and save their parts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gramian import placement
 from gramian.errors import UnsupportedError
-from gramian.optim.batches import State
 from gramian.optim.scaling import peak
+from gramian.optim.stacks import State
 
-__all__ = ["Owners", "not_finite"]
+__all__ = ["Sharding", "not_finite"]
 
 
 def not_finite(grads: Sequence[Tensor], power: int = 1) -> Tensor:
@@ -38,7 +38,7 @@ def not_finite(grads: Sequence[Tensor], power: int = 1) -> Tensor:
 
 
 def _norms(parts: Sequence[Tensor]) -> list[Tensor]:
-    """A norm of each that is no less than its largest entry; NaN if there is one.
+    """A norm of each tensor that is no less than its largest entry; NaN if there is one.
 
     The Frobenius norm on a CPU, where torch's norm of the largest entry takes twenty times as long.
     """
@@ -54,17 +54,17 @@ def _overflow(norms: Sequence[Tensor], power: int) -> Tensor:
     return torch.stack([~norm.pow(power).isfinite().to(norms[0].device) for norm in norms])
 
 
-class Owners:
-    """Which rank works on which sharded parameter; everybody works on those that are whole.
+class Sharding:
+    """Which rank, the owner, computes the steps of which sharded parameter; every rank computes those of whole ones.
 
-    The state of a sharded parameter is whole on its owner, and empty elsewhere.
+    The state of a sharded parameter is whole on its owner, and empty on the other ranks.
     """
 
     def __init__(self) -> None:
         self._owner: dict[Tensor, int] = {}
 
     def assign(self, params: Sequence[Tensor]) -> None:
-        """Shares out the sharded parameters that have no owner yet, the same way on all ranks."""
+        """Assigns owners to the sharded parameters that have none yet, the same on all ranks."""
         new = [p for p in params if p not in self._owner]
         for indices in _by_group(new).values():
             members = [new[i] for i in indices]
@@ -72,7 +72,11 @@ class Owners:
             costs = [p.numel() * min(p.shape[0], p.numel() // max(p.shape[0], 1)) for p in members]
             self._owner.update(zip(members, placement.assign(costs, size), strict=True))
 
-    def gather(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    def computes(self, p: Tensor) -> bool:
+        """Whether this rank computes the steps of a parameter, and so holds its state."""
+        return p not in self._owner or placement.world(placement.group_of(p)).rank == self._owner[p]
+
+    def gradients(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
         """The whole gradient of each parameter that this rank works on. Collective where any is sharded."""
         grads = {p: p.grad for p in params if p.grad is not None}
         for p, g in grads.items():
@@ -89,7 +93,7 @@ class Owners:
         return dict(zip(grads, placement.locals_of(list(grads.values())), strict=True))
 
     def add_(self, params: Sequence[Tensor], updates: Mapping[Tensor, Tensor], keep: Sequence[Tensor] | None) -> None:
-        """Adds to each parameter its update, which its owner has; before that, multiplies it by its entry of `keep`."""
+        """Multiplies each parameter by its entry of `keep`, then adds its update, which its owner has. Collective."""
         parts = placement.locals_of(params)
         if keep is not None:
             torch._foreach_mul_(parts, [k.to(part.device) for k, part in zip(keep, parts, strict=True)])
@@ -101,8 +105,8 @@ class Owners:
             steps.update((p, placement.local(delta)) for p, delta in zip(sharded, deltas, strict=True))
         torch._foreach_add_(parts, [steps[p].to(part.dtype) for p, part in zip(params, parts, strict=True)])
 
-    def spread(self, states: Mapping[Tensor, State]) -> dict[Tensor, State]:
-        """Each rank's part of all states: of a sharded parameter's, slices of the larger tensors, and the small whole.
+    def divide(self, states: Mapping[Tensor, State]) -> dict[Tensor, State]:
+        """This rank's part of all states: of a sharded parameter, slices of large tensors, and small tensors whole.
 
         Collective where any parameter is sharded.
         """
@@ -111,8 +115,8 @@ class Owners:
         for indices in _by_group(params).values():
             members = [params[i] for i in indices]
             group = placement.group_of(members[0])
-            told = [{k: (v.shape, str(v.dtype)) for k, v in states.get(p, {}).items()} for p in members]
-            tables = [json.loads(text) for text in placement.exchange(json.dumps(told), group)]
+            mine = [{k: (v.shape, str(v.dtype)) for k, v in states.get(p, {}).items()} for p in members]
+            tables = [json.loads(text) for text in placement.exchange(json.dumps(mine), group)]
             targets, owners, values = [], [], []
             for i, p in enumerate(members):
                 owner = self._owner[p]
@@ -124,11 +128,11 @@ class Owners:
         return {p: state for p, state in out.items() if state or p not in self._owner}
 
     def collect(self, parts: Mapping[Tensor, State]) -> dict[Tensor, State]:
-        """The states whole on the owners, and empty elsewhere, from each rank's part. Collective as `spread`."""
+        """The inverse of `divide`: whole states on the owners, empty ones elsewhere. Collective too."""
         out: dict[Tensor, State] = {}
         cut: list[tuple[Tensor, str]] = []
         for p, state in parts.items():
-            mine = p not in self._owner or placement.world(placement.group_of(p)).rank == self._owner[p]
+            mine = self.computes(p)
             cut += [(p, k) for k, v in state.items() if placement.is_sharded(v)]
             out[p] = {k: placement.local(v) for k, v in state.items() if mine and not placement.is_sharded(v)}
         sent = [_on_the_mesh_of(p, parts[p][k]) for p, k in cut]
@@ -148,7 +152,7 @@ def _by_group(tensors: Iterable[Tensor]) -> dict[int, list[int]]:
 
 
 def _part(p: Any, shape: Sequence[int], dtype: str) -> Tensor:
-    """Zeros of this shape, cut along the longest dimension where `p` is cut; a plain tensor where that is short."""
+    """Zeros of this shape, sharded along the longest dimension over the mesh of `p`; plain where that is too short."""
     from torch.distributed.tensor import Replicate, Shard, zeros
 
     kind = getattr(torch, dtype.removeprefix("torch."))
@@ -160,7 +164,7 @@ def _part(p: Any, shape: Sequence[int], dtype: str) -> Tensor:
 
 
 def _on_the_mesh_of(p: Any, value: Any) -> Tensor:
-    """A slice that was read from a file, whose mesh is another object, or none that can communicate."""
+    """A slice from a file, moved to the mesh of `p`: its own mesh is another object, which may not communicate."""
     from torch.distributed.tensor import DTensor
 
     if not placement.is_sharded(p) or value.device_mesh is p.device_mesh:

@@ -1,0 +1,155 @@
+"""The optimizers that can be asked for by name. A new direction is one file beside this one, and one row here.
+
+The rows drive `gramian train --optimizer`, `gm.train`, `gm.suggest_lr`, `gramian bench optim` and `rates`, the names in
+`gm.optim`, the table in docs/optim.md, and the tests in tests/test_optim_*.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gramian.errors import InputError
+from gramian.optim.muon import Muon
+from gramian.optim.shampoo import Shampoo
+from gramian.optim.shell import MatrixOptimizer
+from gramian.optim.soap import SOAP
+from gramian.optim.whitened import WhitenedMuon
+
+Property = Literal["signed permutations", "rotations", "ranks on singular gradients"]
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What the tests need to know about a direction; nothing else reads it.
+
+    Args:
+        small: options that suit matrices of a few rows.
+        exact: options under which two ways to compute the same step differ by rounding only.
+        accuracy: the size of that difference in float64, at steps of length 0.1.
+        keeps_direction: whether with `refresh` above one it keeps its whole direction, so that a matrix may stand still
+            until its first recomputation with a gradient.
+        roundings: by how many roundings a step may depend on the other matrices in its stack.
+        exempt: properties that it does not have: that permuting and reflecting all gradients, or rotating them, does
+            the same to the steps; that ranks agree with one process also where gradients are singular.
+    """
+
+    small: Mapping[str, Any] = field(default_factory=dict)
+    exact: Mapping[str, Any] = field(default_factory=dict)
+    accuracy: float = 1e-8
+    keeps_direction: bool = False
+    roundings: int = 0
+    exempt: frozenset[Property] = frozenset()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer.
+
+    Args:
+        optimizer: its class.
+        summary: one line for `gramian train --help`.
+        formula: the direction of a matrix's step, for the docs, in Markdown.
+        cost: what costs most in a step, for the docs.
+        usual_lr: the learning rate where none is given; by default the one in the signature of the class.
+        options: fixed options with which it is built.
+        checks: what the tests need to know.
+    """
+
+    optimizer: type[torch.optim.Optimizer]
+    summary: str
+    formula: str = ""
+    cost: str = ""
+    usual_lr: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    checks: Checks = Checks()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate where none is given."""
+        return inspect.signature(self.optimizer).parameters["lr"].default if self.usual_lr is None else self.usual_lr
+
+    def make(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """The optimizer of a model's parameters."""
+        make: Any = self.optimizer
+        return make(model if issubclass(make, MatrixOptimizer) else model.parameters(), lr=lr, **self.options)
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "whitened_muon": Entry(
+        WhitenedMuon,
+        summary="Muon in the metric of the gradients' second moments",
+        formula="`P polar(P B Q) Q`, with `P = (L + λ)^(-1/2)` and `Q = (R + λ)^(-1/2)` of rank 16",
+        cost="that of Muon, and products with 16 vectors a side",
+        checks=Checks(
+            small={"rank": 3},
+            exact={"rtol": 1e-9},
+            accuracy=2e-6,
+            roundings=4,
+            # It starts from a fixed random basis.
+            exempt=frozenset({"signed permutations", "rotations", "ranks on singular gradients"}),
+        ),
+    ),
+    "muon": Entry(
+        Muon,
+        summary="the momentum, orthogonalized",
+        formula="`polar(B)`",
+        cost="a polar factor in every step",
+        checks=Checks(exact={"rtol": 1e-10}, accuracy=2e-6, keeps_direction=True, roundings=4),
+    ),
+    "soap": Entry(
+        SOAP,
+        summary="Adam in the eigenbasis of the gradients' second moments",
+        formula="`Q_L D Q_Rᵀ`, with `D` Adam's of `Q_Lᵀ g Q_R`, and `Q_L`, `Q_R` the eigenvectors of `L`, `R`",
+        cost="eigendecompositions, every 10 steps",
+        # Its basis of a null space is made of rounding.
+        checks=Checks(exempt=frozenset({"ranks on singular gradients"})),
+    ),
+    "shampoo": Entry(
+        Shampoo,
+        summary="the momentum between inverse roots of the gradients' second moments",
+        formula="`L^(-1/4) B R^(-1/4)`",
+        cost="inverse roots, every 10 steps",
+        checks=Checks(exact={"damping": 1e-2, "rtol": 1e-9, "rest_lr": 1e-3}),
+    ),
+    "adamw": Entry(torch.optim.AdamW, summary="torch's AdamW, fused", usual_lr=1e-3, options={"fused": True}),
+    "sgd": Entry(torch.optim.SGD, summary="torch's gradient descent", usual_lr=0.1),
+}
+
+MATRIX_OPTIMIZERS: dict[str, Entry] = {
+    name: entry for name, entry in OPTIMIZERS.items() if issubclass(entry.optimizer, MatrixOptimizer)
+}
+
+AUTO = "whitened_muon"
+"""What `"auto"` stands for: the best in `gramian bench optim`."""
+
+
+def known_name(caller: str, name: str, otherwise: str) -> str:
+    """The name in the table that `name` stands for.
+
+    Raises `InputError` for one that is not there; the error says what `caller` takes `otherwise`.
+
+    >>> known_name("train", "auto", "a function")
+    'whitened_muon'
+    """
+    if name != "auto" and name not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise InputError(f"{caller}: unknown optimizer {name!r}; wanted auto, {known}, or {otherwise}")
+    return AUTO if name == "auto" else name
+
+
+def table() -> str:
+    """The table of docs/optim.md, in Markdown."""
+    rows = ["| | by name | usual `lr` | direction of a matrix's step | costly part |", "|-|-|-|-|-|"]
+    for name, e in MATRIX_OPTIMIZERS.items():
+        rows.append(f"| `{e.optimizer.__name__}` | `{name}` | {e.lr:g} | {e.formula} | {e.cost} |")
+    return "\n".join(rows)
+
+
+# The classes of the rows are public: gramian.optim takes its names from here.
+__all__ = ["OPTIMIZERS", *sorted(e.optimizer.__name__ for e in MATRIX_OPTIMIZERS.values())]  # pyright: ignore[reportUnsupportedDunderAll]
