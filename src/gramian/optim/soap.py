@@ -58,7 +58,7 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     floor = state["variance"].mean((-2, -1), keepdim=True).sqrt() * DAMPING
     # Not in place: without Nesterov, look_ahead returns the momentum itself.
     d = look_ahead(g, state["momentum"], context) / root.add_(floor.clamp_min_(torch.finfo(g.dtype).tiny))
-    # The entries of Adam's direction are usually at most ±1, so that its norm is at most that of a polar lapack.
+    # The entries of Adam's direction are usually at most ±1, so that its norm is at most that of a polar factor.
     d *= state["weight"].sqrt() / max(d.shape[-2:]) ** 0.5
     for side in sides:
         d = _out_of(d, state[f"{side}_basis"], side)
