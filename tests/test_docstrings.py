@@ -1,7 +1,6 @@
 """Every public function and class is documented by the one template of CONTRIBUTING.md.
 
-What is public is what stands in `__all__` of a module directly inside the package; nothing is listed here by hand, and
-there are no exceptions. `python tests/test_docstrings.py` lists what is missing, module by module.
+There are no exceptions. `python tests/test_docstrings.py` lists what is missing, module by module.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ import builtins
 import dataclasses
 import doctest
 import enum
-import importlib
 import inspect
-import pkgutil
 import re
 import sys
 from collections import defaultdict
@@ -21,11 +18,8 @@ from typing import Any
 
 import pytest
 
-import gramian
 from gramian import errors
-
-COMMANDS = {"cli", "demo", "bench", "__main__"}
-"""Modules that stand above the library: the commands, documented by their --help."""
+from public import modules
 
 HEADINGS = ("Args", "Attributes", "Returns", "Raises", "Cost", "Source")
 OTHERS = (
@@ -40,11 +34,9 @@ ENTRY = re.compile(r"(\*{0,2}[A-Za-z]\w*(?:, \*{0,2}[A-Za-z]\w*)*): *\S")
 
 def public() -> dict[str, Any]:
     """Every public function and class, under the name of the module that defines it."""
-    names = [name for _, name, _ in pkgutil.iter_modules(gramian.__path__) if name not in COMMANDS]
-    modules = [gramian, *(importlib.import_module(f"gramian.{name}") for name in names)]
     found = {}
-    for module in modules:
-        for name in getattr(module, "__all__", ()):
+    for module in modules():
+        for name in module.__all__:
             value = getattr(module, name)
             if isinstance(value, type) or inspect.isroutine(value):
                 found[f"{value.__module__}.{value.__qualname__}"] = value
