@@ -1,4 +1,7 @@
-"""Names and arguments that go away: they work for one more minor version, and warn at the line that uses them."""
+"""Names and arguments that will be removed: they work for one more minor version and warn at the line that uses them.
+
+`tests/test_deprecation.py` fails when the version named in `removed_in` is reached.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,6 @@ __all__ = ["GramianDeprecationWarning", "deprecated", "renamed"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-DEPRECATED: dict[str, str] = {}
-"""What is deprecated: the version of gramian that no longer has it. A test fails once that version is reached."""
 
 
 class GramianDeprecationWarning(GramianWarning, DeprecationWarning):
@@ -47,8 +47,6 @@ def deprecated(name: str, *, instead: str, removed_in: str) -> Callable[[Callabl
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        DEPRECATED[name] = removed_in
-
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             _warn(name, instead, removed_in)
@@ -85,8 +83,6 @@ def renamed(*, removed_in: str, **names: str) -> Callable[[Callable[P, R]], Call
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__qualname__.removesuffix(".__init__")
-        for old in names:
-            DEPRECATED[f"{name}({old}=...)"] = removed_in
 
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
