@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test coverage lint docs bench clean
 
 demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-demo/report.html
 	$(BIN)/gramian demo
@@ -13,6 +13,13 @@ demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-de
 test: $(VENV)/.test  ## all tests, the quick ones first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"  # one thread a worker: more only wait for each other
 	$(BIN)/python -m pytest -m slow
+
+coverage: $(VENV)/.coverage  ## which lines the quick tests run; pages in .coverage/html
+	mkdir -p .coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=
+	-$(BIN)/coverage combine --append --quiet  # what the ranks of distributed tests wrote when they ended
+	$(BIN)/coverage report
+	$(BIN)/coverage html --quiet
 
 lint: $(VENV)/.lint  ## style, types, floors
 	$(BIN)/ruff check .
@@ -28,7 +35,7 @@ bench: $(VENV)/.test  ## the figures of the README and of benchmarks/results
 	$(BIN)/python benchmarks/demo_seeds.py
 
 clean:
-	rm -rf $(VENV) gramian-demo runs docs/_build .pytest_cache .ruff_cache
+	rm -rf $(VENV) gramian-demo runs docs/_build .coverage .pytest_cache .ruff_cache
 
 # torch first and by itself: its pinned version has a small CPU build where an open range takes gigabytes.
 $(VENV)/.torch: constraints.txt
@@ -42,6 +49,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.coverage: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[coverage]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
