@@ -18,24 +18,47 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
-HEADINGS = ("Returns", "Raises", "Cost", "Source")
+HEADINGS = ("Args", "Attributes", "Returns", "Raises", "Cost", "Source")
 
 
-def separate_sections(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Makes a paragraph of each one-line section of the docstring template, which napoleon would join to one."""
-    found: list[str] = []
-    inside = False  # a one-line section, whose continuation may be indented
+def by_template(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Lays out a docstring of CONTRIBUTING.md's template: text, cost and source, one list of fields, the example.
+
+    napoleon knows Args, Attributes and Raises; it would join the one-line sections to one paragraph.
+    """
+    text: list[str] = []
+    sections: dict[str, list[str]] = {}
+    current = text
     for line in lines:
-        heading, colon, text = line.partition(":")
-        if colon and heading in HEADINGS:
-            inside = bool(text.strip())
-            found += ["", f"**{heading}:**{text}" if inside else line]
-            continue
-        inside = inside and bool(line.strip())
-        found.append(line.strip() if inside else line)
-    lines[:] = found
+        heading, colon, rest = line.partition(":")
+        if line.startswith(">>> "):
+            current = sections.setdefault("example", [])
+        elif colon and heading in HEADINGS:
+            current = sections[heading] = []
+            line = rest.strip()
+        current.append(line)
+    found = list(text)
+    for heading in ("Cost", "Source"):
+        if heading in sections:
+            found += ["", f"**{heading}:** {_joined(sections[heading])}"]
+    for heading in ("Args", "Attributes"):
+        if heading in sections:
+            found += ["", f"{heading}:", *sections[heading][1:]]
+    if "Returns" in sections:
+        found += ["", f":returns: {_joined(sections['Returns'])}"]
+    first, *rest = sections.get("Raises", [""])
+    if first and not first.startswith("nothing of its own"):
+        exception, _, when = _joined([first, *rest]).partition(":")
+        found += ["", f":raises {exception}: {when.strip()}"]
+    elif rest:
+        found += ["", "Raises:", *rest]
+    lines[:] = [*found, "", *sections.get("example", [])]
+
+
+def _joined(lines: list[str]) -> str:
+    return " ".join(" ".join(lines).split())
 
 
 def setup(app: Any) -> None:
     """Runs before napoleon, which has priority 500."""
-    app.connect("autodoc-process-docstring", separate_sections, priority=400)
+    app.connect("autodoc-process-docstring", by_template, priority=400)
