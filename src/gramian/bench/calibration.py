@@ -1,4 +1,4 @@
-"""Measures on this machine the constants with which `gramian.linalg.cost` predicts the cost of a method."""
+"""Measures the constants of `gramian.linalg.engine.cost` on this machine."""
 
 from __future__ import annotations
 
