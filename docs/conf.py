@@ -48,8 +48,10 @@ def by_template(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
         found += ["", f":returns: {_joined(sections['Returns'])}"]
     first, *rest = sections.get("Raises", [""])
     if first and not first.startswith("nothing of its own"):
-        exception, _, when = _joined([first, *rest]).partition(":")
-        found += ["", f":raises {exception}: {when.strip()}"]
+        exception, colon, when = _joined([first, *rest]).partition(":")
+        one = colon and exception.isidentifier()
+        found[len(text) : len(text)] = [] if one else ["", f"**Raises:** {_joined([first, *rest])}"]
+        found += ["", f":raises {exception}: {when.strip()}"] if one else []
     elif rest:
         found += ["", "Raises:", *rest]
     lines[:] = [*found, "", *sections.get("example", [])]

@@ -84,14 +84,14 @@ class Docstring:
         return names, wrong
 
 
-def sentence(doc: Docstring) -> Iterator[str]:
-    """The first paragraph is one sentence."""
+def sentence(doc: Docstring, *, alone: bool = True) -> Iterator[str]:
+    """The docstring begins with a sentence; that of a function or class is a paragraph `alone`."""
     first = " ".join("\n".join(doc.opening).split("\n\n")[0].split())
     if not first:
         yield "the sentence: begin with one sentence that says what it does"
     elif not first.endswith((".", ".)", "?")):
         yield f"the sentence: the first paragraph must end with a period, got {first[-40:]!r}"
-    elif re.search(r"[a-z0-9)`\]]\. +[A-Z`]", first):
+    elif alone and re.search(r"[a-z0-9)`\]]\. +[A-Z`]", first):
         yield f"the sentence: the first paragraph must be one sentence; put a blank line after it, got {first!r}"
 
 
@@ -119,6 +119,11 @@ def raises(doc: Docstring) -> Iterator[str]:
         yield f"Raises: write '    InputError: when.' under it, or the one line 'Raises: {NOTHING}'"
         return
     if first.startswith(NOTHING.rstrip(".")):
+        return
+    told = re.findall(r"`(\w+(?:Error|Warning|Exception))`", text)
+    if first and told:  # a sentence on one line: "Raises: `ShapeError`, `DtypeError` for wrong arguments."
+        if unknown := [name for name in told if not exception(name)]:
+            yield f"Raises: names {', '.join(unknown)}, which neither gramian.errors nor Python has"
         return
     starts = [first] if first else [line.strip() for line in lines if re.match(r" {4}\S", line)]
     for start in starts:
@@ -250,7 +255,7 @@ def method_faults(method: Any) -> Iterator[str]:
         yield "the sentence that says what it does"
         return
     doc = Docstring(text)
-    yield from sentence(doc)
+    yield from sentence(doc, alone=False)
     function = getattr(method, "__func__", method)
     names = parameters(function) if inspect.isfunction(function) else []
     if len(names) >= 2 or "Args" in doc.sections:
@@ -309,6 +314,7 @@ def test_a_docstring_by_the_template_passes() -> None:
         ("            what else.", "        what else.", "indented"),
         ("Returns: the sum.\n", "", "Returns: say"),
         ("InputError: never", "InptError: never", "expected 'InputError: when.'"),
+        ("Raises:\n        InputError: never.", "Raises: `InptError` where it is wrong.", "names InptError"),
         ("Raises:\n        InputError: never.\n    ", "", "Raises: write"),
         ("Cost: nothing. Accuracy: exact.\n", "", "Cost: products"),
         ("Source: the definition.\n", "", "Source: the paper"),
