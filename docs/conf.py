@@ -11,11 +11,11 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"
 html_theme = "furo"
 exclude_patterns = ["_build"]
 default_role = "code"  # docstrings write code between single backticks, as the pages do
+napoleon_use_ivar = True  # a field is described once, with its class
+myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
-napoleon_use_ivar = True  # a field is described once, with its class
 myst_enable_extensions = ["colon_fence"]
-myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
 HEADINGS = ("Args", "Attributes", "Returns", "Raises", "Cost", "Source")
