@@ -1,13 +1,14 @@
 """The walks of docs/extending.md work: what a reader would write is written to a copy of the package, and tried there.
 
-Blocks that begin with `# file: PATH` are new files, `diff` blocks change files (the lines around a change must be found
-once; there are no line numbers to keep), and `>>>` blocks are run at the end, in one process.
+Blocks that begin with `# file: PATH` are new files, and `diff` blocks change files: the lines around a change must be
+found once, and there are no line numbers to keep. Then the `>>>` blocks are run, and the tests that are named.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,11 +35,9 @@ def patch(old: str, hunk: str) -> str:
     before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
     after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
     assert before.strip(), f"a change needs the lines around it:\n{hunk}"
-    count = f"\n{old}".count(f"\n{before}")
-    assert count == 1, (
-        f"found {count} times, wanted once; the page is out of date or needs more lines around:\n{before}"
-    )
-    return f"\n{old}".replace(f"\n{before}", f"\n{after}")[1:]
+    places = [found.start() for found in re.finditer(f"^(?={re.escape(before)})", old, re.MULTILINE)]
+    assert len(places) == 1, f"found {len(places)} times, wanted once; bring the page up to date:\n{before}"
+    return old[: places[0]] + after + old[places[0] + len(before) :]
 
 
 def apply(text: str, root: Path) -> None:
@@ -63,22 +62,47 @@ def examples(text: str) -> str:
     return "\n".join(content for _, content in blocks(text) if content.startswith(">>> "))
 
 
-def test_the_walks_of_the_page_work(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    text = PAGE.read_text(encoding="utf-8")
-    apply(text, tmp_path)
-    (tmp_path / "walks.txt").write_text(examples(text), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+def commands(text: str) -> list[str]:
+    """The lines of a page that run tests."""
+    return re.findall(r"^\.venv/bin/python -m (pytest .*)$", text, re.MULTILINE)
+
+
+def run(folder: Path, *arguments: str) -> None:
+    """Runs Python on the changed copy, which must end well."""
+    environment = os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-10_000:]
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package, its tests and documentation, with every change of the page."""
+    folder = tmp_path_factory.mktemp("walks")
+    for name in ("src", "tests", "docs"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "_build", Path(__file__).name)
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    apply(PAGE.read_text(encoding="utf-8"), folder)
+    return folder
+
+
+def test_the_examples_of_the_walks_run(changed: Path) -> None:
+    (changed / "walks.txt").write_text(examples(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     options = "doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS"
     program = (
-        f"import doctest, gramian, sys; assert {str(tmp_path)!r} in gramian.__file__; "
+        f"import doctest, gramian, sys; assert {str(changed)!r} in gramian.__file__; "
         f"sys.exit(doctest.testfile('walks.txt', module_relative=False, optionflags={options}).failed)"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(changed, "-W", "ignore", "-c", program)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("command", commands(PAGE.read_text(encoding="utf-8")))
+def test_the_tests_that_a_walk_names_pass(changed: Path, command: str) -> None:
+    run(changed, "-m", *shlex.split(command), "-q", "-x", "-p", "no:cacheprovider")
 
 
 def test_the_page_has_its_five_walks() -> None:
