@@ -1,5 +1,6 @@
 """Sphinx configuration."""
 
+import re
 from typing import Any
 
 import gramian
@@ -12,6 +13,7 @@ html_theme = "furo"
 exclude_patterns = ["_build"]
 default_role = "code"  # docstrings write code between single backticks, as the pages do
 napoleon_use_ivar = True  # a field is described once, with its class
+napoleon_attr_annotations = False  # "*b m n" is no emphasis
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
@@ -29,7 +31,7 @@ def by_template(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
     text: list[str] = []
     sections: dict[str, list[str]] = {}
     current = text
-    for line in lines:
+    for line in map(_escaped, lines):
         heading, colon, rest = line.partition(":")
         if line.startswith(">>> "):
             current = sections.setdefault("example", [])
@@ -55,6 +57,16 @@ def by_template(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
     elif rest:
         found += ["", "Raises:", *rest]
     lines[:] = [*found, "", *sections.get("example", [])]
+
+
+def _escaped(line: str) -> str:
+    """Docstrings are plain text with code between backticks: no emphasis, substitutions or references elsewhere."""
+    if line.lstrip().startswith((">>>", "...")):
+        return line
+    first, *rest = re.split(r"(`[^`]*`)", line)
+    name = re.match(r" +\*{1,2}\w+:", first)  # an entry of Args, which napoleon escapes
+    head, first = (name[0], first[name.end() :]) if name else ("", first)
+    return head + "".join(p if p.startswith("`") else re.sub(r"([*|]|_\b)", r"\\\1", p) for p in [first, *rest])
 
 
 def _joined(lines: list[str]) -> str:
