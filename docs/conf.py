@@ -31,7 +31,9 @@ def by_template(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
     text: list[str] = []
     sections: dict[str, list[str]] = {}
     current = text
-    for line in map(_escaped, lines):
+    for line in lines:
+        if current is not sections.get("example"):
+            line = _escaped(line)
         heading, colon, rest = line.partition(":")
         if line.startswith(">>> "):
             current = sections.setdefault("example", [])
@@ -61,7 +63,7 @@ def by_template(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
 
 def _escaped(line: str) -> str:
     """Docstrings are plain text with code between backticks: no emphasis, substitutions or references elsewhere."""
-    if line.lstrip().startswith((">>>", "...")):
+    if line.lstrip().startswith(">>> "):
         return line
     first, *rest = re.split(r"(`[^`]*`)", line)
     name = re.match(r" +\*{1,2}\w+:", first)  # an entry of Args, which napoleon escapes
