@@ -37,14 +37,15 @@ def annotation(value: Any) -> str:
 
 
 def default(value: Any) -> str:
-    """A default without an address or a system's kind of path."""
+    """A value without an address or a system's kind of path."""
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, Path):
         value = str(value)
     if callable(value) and hasattr(value, "__qualname__"):
         return f"<{value.__qualname__.rpartition('.')[2].strip('<>')}>"
-    return re.sub(r" (object )?at 0x[0-9a-f]+", "", repr(value))
+    text = re.sub(r" (object )?at 0x[0-9a-f]+", "", repr(value))
+    return text if len(text) < WIDTH else f"<{type(value).__name__}>"  # a table, whose rows are no part of the API
 
 
 def signature(function: Any, *, returns: bool = True) -> str:
