@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test coverage lint docs bench clean
+.PHONY: demo test test-slow lint docs bench clean
 
 demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-demo/report.html
 	$(BIN)/gramian demo
@@ -14,18 +14,19 @@ test: $(VENV)/.test  ## all tests, the quick ones first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"  # one thread a worker: more only wait for each other
 	$(BIN)/python -m pytest -m slow
 
+lint: $(VENV)/.lint  ## style, types, floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+.PHONY: coverage
 coverage: $(VENV)/.coverage  ## which lines the quick tests run; pages in .coverage/html
 	mkdir -p .coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=
 	-$(BIN)/coverage combine --append --quiet  # what the ranks of distributed tests wrote when they ended
 	$(BIN)/coverage report
 	$(BIN)/coverage html --quiet
-
-lint: $(VENV)/.lint  ## style, types, floors
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	$(BIN)/pyright
 
 docs: $(VENV)/.docs  ## HTML in docs/_build
 	$(BIN)/sphinx-build --quiet -W -b html docs docs/_build
