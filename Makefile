@@ -20,6 +20,14 @@ lint: $(VENV)/.lint  ## style, types, floors
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
+.PHONY: coverage
+coverage: $(VENV)/.coverage  ## which lines the quick tests run; pages in .coverage/html
+	mkdir -p .coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=
+	-$(BIN)/coverage combine --append --quiet  # what the ranks of distributed tests wrote when they ended
+	$(BIN)/coverage report
+	$(BIN)/coverage html --quiet
+
 docs: $(VENV)/.docs  ## HTML in docs/_build
 	$(BIN)/sphinx-build --quiet -W -b html docs docs/_build
 
@@ -28,7 +36,7 @@ bench: $(VENV)/.test  ## the figures of the README and of benchmarks/results
 	$(BIN)/python benchmarks/demo_seeds.py
 
 clean:
-	rm -rf $(VENV) gramian-demo runs docs/_build .pytest_cache .ruff_cache
+	rm -rf $(VENV) gramian-demo runs docs/_build .coverage .pytest_cache .ruff_cache
 
 # torch first and by itself: its pinned version has a small CPU build where an open range takes gigabytes.
 $(VENV)/.torch: constraints.txt
@@ -42,6 +50,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.coverage: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[coverage]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml

@@ -75,8 +75,12 @@ class Ranks:
             raise RankError(f"{function.__qualname__} failed\n{reports}")
         return [results[rank] for rank in range(len(self.pipes))]
 
-    def close(self) -> None:
+    def close(self, seconds: float = 0.0) -> None:
+        """Ends the processes: by themselves within `seconds`, which coverage needs to write what it saw, or killed."""
+        for pipe in self.pipes:
+            pipe.close()
         for process in self.processes:
+            process.join(seconds)
             process.kill()
             process.join()
         self.folder.cleanup()
@@ -99,7 +103,7 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, secon
 @atexit.register
 def _close_all() -> None:
     for ranks in _started.values():
-        ranks.close()
+        ranks.close(seconds=5.0)
 
 
 def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:

@@ -1,6 +1,6 @@
-"""gramian sees a network as its matrices: it diagnoses, mends, trains and compresses PyTorch models.
+"""gramian sees a network as its matrices: it diagnoses, repairs, trains and compresses PyTorch models.
 
-Names are loaded at their first use, so that `import gramian` costs nothing and `gramian.linalg` loads only torch.
+Names are imported at their first use, so that `import gramian` costs nothing and `gramian.linalg` imports only torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Benchmarks that anybody can run: this machine, against the peers that are installed."""
+"""Benchmarks that anybody can run: gramian on this machine, against the peers that are installed."""
 
 from gramian.bench.calibration import calibrate, keep_calibration
 from gramian.bench.machine import features

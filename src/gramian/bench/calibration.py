@@ -15,11 +15,16 @@ from gramian.linalg.engine.probes import WIDTH
 from gramian.linalg.polar_factor.direction import ASSUMED_BATCH
 
 SECONDS = 0.25
-"""Time for each operation of each size, and at least five runs of it."""
+"""Time spent on each operation of each size; at least five runs are made whatever they take."""
 
 
 def calibrate(device: str = "cpu", tell: Callable[[str], None] = lambda what: None) -> Constants:
-    """The constants of one kind of device: about half a minute."""
+    """Measures the constants of one kind of device, which takes about half a minute.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+        tell: called with the name of each part before it is measured.
+    """
     columns = []
     for n in SIZES:
         tell(f"calibrate {device} {n}")
@@ -29,7 +34,7 @@ def calibrate(device: str = "cpu", tell: Callable[[str], None] = lambda what: No
     factors = {
         name: tuple(column[name] / unit for column, unit in zip(columns, units, strict=True)) for name in columns[0]
     }
-    # Directions, which alone take bfloat16, come in batches, where a small product costs less than by itself.
+    # Only directions use bfloat16, and they come in batches, where a small product costs less than a single one.
     factors["bfloat16"] = tuple(column["batch16"] / column["batch32"] for column in columns)
     del factors["batch16"], factors["batch32"]
     one = torch.ones(1, 1, device=device)
@@ -37,12 +42,16 @@ def calibrate(device: str = "cpu", tell: Callable[[str], None] = lambda what: No
 
 
 def keep_calibration(tell: Callable[[str], None] = lambda what: None) -> Path:
-    """Calibrates the processor, and the GPU if there is one, and writes the file that `linalg` reads."""
+    """Calibrates the processor, and the GPU if there is one, and writes the file that `linalg` reads.
+
+    `tell` is called with the name of each part before it is measured. Returns the path of the file.
+    """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return keep({device: calibrate(device, tell) for device in devices})
 
 
 def _operations(n: int, device: str) -> dict[str, Callable[[], Any]]:
+    """The operations that are timed, on matrices of size n, by the names that `linalg.cost` uses."""
     generator = torch.Generator().manual_seed(n)
     a = torch.randn(n, n, generator=generator).to(device)
     spd = a @ a.mT / n + torch.eye(n, device=device)
@@ -75,14 +84,14 @@ def _operations(n: int, device: str) -> dict[str, Callable[[], Any]]:
 
 
 def _least(operation: Callable[[], Any], device: str) -> float:
-    """Least seconds of a call: what else the machine does can only add to it."""
+    """The least time of a call in seconds: other work on the machine can only add to it."""
     seconds: list[float] = []
     began = time.perf_counter()
-    for turn in range(1000):
+    for run in range(1000):
         start = _now(device)
         operation()
         taken = _now(device) - start
-        if turn:
+        if run:  # the first one warms up
             seconds.append(taken)
         if len(seconds) >= 5 and time.perf_counter() - began > SECONDS:
             break
@@ -90,6 +99,7 @@ def _least(operation: Callable[[], Any], device: str) -> float:
 
 
 def _now(device: str) -> float:
+    """Seconds on the clock, after the device has finished what was launched."""
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""`gramian bench linalg`: every task of the matrix functions and of the spectra."""
+"""`gramian bench linalg`: the tasks of matrix_functions.py and of spectral.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TASKS = matrix_functions.TASKS | spectral.TASKS | registered.TASKS
 
 
 def rows(repeats: int, only: str, tell: Tell) -> Iterator[Row]:
-    """The rows of the tasks whose name contains `only`."""
+    """Yields the rows of the tasks whose name contains `only`, and calls `tell` with each name before its task runs."""
     for name, task in TASKS.items():
         if only in name:
             tell(name)

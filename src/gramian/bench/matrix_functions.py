@@ -1,4 +1,7 @@
-"""Dense matrix functions against torch.linalg, torch.optim.Muon and the coupled Newton of the Shampoo literature."""
+"""Tasks of `gramian bench linalg` about dense matrix functions: polar factors, inverse roots, singular values.
+
+The peers are torch.linalg, torch.optim.Muon and the coupled Newton iteration of the Shampoo literature.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from gramian.bench.table import Goal, Measurement, Row
 from gramian.bench.timing import Timing, interleaved
 
 MUON = ((3.4445, -4.775, 2.0315), 5, 1e-7)
-"""torch.optim.Muon's default coefficients, steps and eps."""
+"""Default coefficients, steps and eps of torch.optim.Muon."""
 
 
 def _matrix(m: int, n: int, kappa: float, *, symmetric: bool = False) -> Tensor:
-    """float32, with logarithmically spaced singular values from 1 to 1/κ."""
+    """A float32 matrix with logarithmically spaced singular values from 1 to 1/κ."""
     spectrum = torch.logspace(0, -math.log10(kappa), min(m, n), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     a = random.with_spectrum(m, n, spectrum=spectrum, symmetric=symmetric, generator=generator, dtype=torch.float64)
@@ -39,7 +42,7 @@ def _measured(times: dict[str, Timing], errors: dict[str, float], remarks: dict[
 
 
 def _remark(certificate: linalg.Certificate, rtol: float) -> str:
-    """The route, what was asked, and what was certified."""
+    """The method that was used, the `rtol` that was asked for, and the error bound of the certificate."""
     bound = float(certificate.error_bound.max())
     kind = certificate.kind_names[0]
     return f"{certificate.method_names[0]}; asked {rtol:g}, certified {bound:.1e} ({kind})"
@@ -57,7 +60,7 @@ def _polar(
 
 
 def polar_wide_direction(repeats: int) -> Row:
-    """Polar factor of 1024 × 4096, κ 100, against five bf16 steps."""
+    """Polar factor of 1024 × 4096, κ 100, as an optimizer needs it, against five Newton–Schulz steps in bfloat16."""
     a = _matrix(1024, 4096, 100)
     rivals = {
         "torch.optim.Muon's function": lambda: muon_function(a, *MUON),
@@ -77,7 +80,7 @@ def polar_wide_direction(repeats: int) -> Row:
 
 
 def polar_wide(repeats: int) -> Row:
-    """The same, accurate, against the SVD."""
+    """Polar factor of 1024 × 4096, κ 100, to `rtol` 1e-4, against the SVD."""
     a = _matrix(1024, 4096, 100)
     times, errors, remarks = _polar(a, repeats, 1e-4, {"torch.linalg.svd": lambda: _svd_polar(a)})
     return Row(
@@ -93,7 +96,7 @@ def polar_wide(repeats: int) -> Row:
 
 
 def polar_square(repeats: int) -> Row:
-    """Polar factor of 1024², κ 1e3, against the SVD."""
+    """Polar factor of 1024 × 1024, κ 1e3, against the SVD."""
     a = _matrix(1024, 1024, 1e3)
     times, errors, remarks = _polar(a, repeats, 1e-2, {"torch.linalg.svd": lambda: _svd_polar(a)})
     return Row(
@@ -107,15 +110,19 @@ def polar_square(repeats: int) -> Row:
     )
 
 
-def coupled_newton(m: Tensor, p: int, tolerance: float = 1e-6, most: int = 100) -> Tensor:
-    """M^(-1/p) as Shampoo's implementations take it (Anil et al., arXiv:2002.09018, and Iannazzo 2006): in float32,
-    X ← XT, Y ← TᵖY with T = ((p + 1)I − Y)/p from Y = zM, X = z^(1/p)I, z = (1 + p)/(2‖M‖_F), until max|Y − I| stops.
+def coupled_newton(m: Tensor, p: int, tolerance: float = 1e-6, max_steps: int = 100) -> Tensor:
+    """M^(-1/p) in float32 by the coupled Newton iteration, as implementations of Shampoo compute it.
+
+    X ← XT and Y ← TᵖY with T = ((p + 1)I − Y)/p, from Y = zM, X = z^(1/p)I, z = (1 + p)/(2‖M‖_F), until max|Y − I| is
+    at most `tolerance` or no longer decreases.
+
+    Source: Iannazzo (2006); Anil et al. (arXiv:2002.09018).
     """
     eye = torch.eye(len(m), dtype=m.dtype)
     z = (1 + p) / (2 * torch.linalg.norm(m))
     x, y = eye * z ** (1 / p), m * z
     error = float((y - eye).abs().max())
-    for _ in range(most):
+    for _ in range(max_steps):
         if error <= tolerance:
             break
         t = ((p + 1) * eye - y) / p
@@ -129,7 +136,7 @@ def coupled_newton(m: Tensor, p: int, tolerance: float = 1e-6, most: int = 100) 
 
 
 def inv_root(repeats: int) -> Row:
-    """Inverse fourth root of 1024², κ 1e6, against the coupled Newton iteration."""
+    """Inverse fourth root of a 1024 × 1024 matrix, κ 1e6, against the coupled Newton iteration."""
     m = _matrix(1024, 1024, 1e6, symmetric=True)
     w, v = torch.linalg.eigh(m.double())
     exact = (v * w**-0.25) @ v.mT
@@ -168,7 +175,7 @@ def svdvals(repeats: int) -> Row:
     exact = torch.linalg.svdvals(a.double())
     times = interleaved(
         {
-            # Widened, so that the answer shows more than the rounding to float32; the time includes it.
+            # In float64, since a float32 answer would show no more than its own rounding; the time includes the cast.
             "gramian": lambda: linalg.svdvals_ex(a.double(), rtol=1e-4),
             "torch.linalg.svdvals": lambda: torch.linalg.svdvals(a),
         },
@@ -192,13 +199,13 @@ def svdvals(repeats: int) -> Row:
 
 
 def _off_one(values: Sequence[Tensor]) -> float:
-    """Root mean square of σ − 1 over the singular values of all matrices."""
+    """Root mean square of σ − 1 over the singular values of all matrices: how far from orthogonal they are."""
     sigma = torch.cat([torch.linalg.svdvals(x.double()).flatten() for x in values])
     return float((sigma - 1).square().mean().sqrt())
 
 
 def orthogonalize_many(repeats: int) -> Row:
-    """Directions of 64 matrices of 128², against torch.optim.Muon's function in a loop and batched LAPACK."""
+    """Directions of 64 matrices of 128 × 128, against torch.optim.Muon's function in a loop and LAPACK on the batch."""
     g = random.normal(64, 128, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     rival = "torch.optim.Muon's function, a loop"
     times = interleaved(
@@ -223,7 +230,7 @@ def orthogonalize_many(repeats: int) -> Row:
 
 
 def _gradient_like(m: int, n: int, generator: torch.Generator) -> Tensor:
-    """Four matrices: of noise, with σᵢ = i^-½ and 1/i, and ten strong directions in noise."""
+    """A stack of four matrices: noise, σᵢ = i^-½, σᵢ = 1/i, and noise with ten strong directions."""
     i = torch.arange(1, min(m, n) + 1, dtype=torch.float64)
     strong = random.orthogonal(m, 10, generator=generator) @ random.orthogonal(10, n, generator=generator)
     return torch.stack(
@@ -238,19 +245,19 @@ def _gradient_like(m: int, n: int, generator: torch.Generator) -> Tensor:
 
 
 def directions(repeats: int) -> Row:
-    """Directions for the sixteen matrices of a transformer of four layers, width 384, against torch.optim.Muon's."""
+    """Directions for the sixteen matrices of a transformer of four layers, width 384, against torch.optim.Muon."""
     generator = torch.Generator().manual_seed(0)
-    batches = [_gradient_like(m, n, generator) for m, n in ((1152, 384), (384, 384), (1536, 384), (384, 1536))]
+    stacks = [_gradient_like(m, n, generator) for m, n in ((1152, 384), (384, 384), (1536, 384), (384, 1536))]
     rival = "torch.optim.Muon's function, a loop"
 
     def ours(rtol: float) -> list[Tensor]:
-        return [linalg.polar_ex(x, rtol=rtol, certify=False)[0] for x in batches]
+        return [linalg.polar_ex(x, rtol=rtol, certify=False)[0] for x in stacks]
 
     times = interleaved(
         {
             "gramian, rtol 0.1": lambda: ours(0.1),
             "gramian, rtol 0.03": lambda: ours(0.03),
-            rival: lambda: [torch.stack([muon_function(x, *MUON) for x in batch]) for batch in batches],
+            rival: lambda: [torch.stack([muon_function(x, *MUON) for x in stack]) for stack in stacks],
         },
         repeats=repeats,
     )
@@ -276,4 +283,4 @@ TASKS: dict[str, Callable[[int], Row]] = {
     "orthogonalize_many": orthogonalize_many,
     "directions": directions,
 }
-"""Name of a task: its row, from a number of repeats."""
+"""Name of a task, and the function that measures it: number of repeats → row."""

@@ -1,4 +1,4 @@
-"""Tasks of `gramian bench linalg` about norms, condition, low rank, density and products."""
+"""Tasks of `gramian bench linalg` about norms, condition numbers, low rank, spectral densities and products."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _number(
     repeats: int,
     goal: float,
 ) -> Row:
-    """A row for one number, with its relative error."""
+    """A row for a task whose answer is one number, against one peer; `goal` is the wanted ratio of times."""
     times = interleaved({"gramian": ours, peer_name: peer}, repeats=repeats)
     errors = {name: abs(float(t.result) / exact - 1) for name, t in times.items()}
     ratio = times[peer_name].median / times["gramian"].median
@@ -43,7 +43,7 @@ def _number(
 
 
 def condition(repeats: int) -> Row:
-    """cond to two digits at n = 2048."""
+    """Condition number of a 2048 × 2048 matrix to two digits."""
     a = random.with_spectrum(2048, 2048, spectrum=torch.logspace(0, -4, 2048), generator=_seeded())
     exact = float(torch.linalg.cond(a.double()))
     return _number(
@@ -58,7 +58,7 @@ def condition(repeats: int) -> Row:
 
 
 def norm(repeats: int) -> Row:
-    """spectral_norm to four digits at n = 2048."""
+    """Spectral norm of a 2048 × 2048 matrix to four digits."""
     a = random.normal(2048, 2048, generator=_seeded())
     exact = float(torch.linalg.matrix_norm(a.double(), 2))
     return _number(
@@ -73,7 +73,7 @@ def norm(repeats: int) -> Row:
 
 
 def lowrank(repeats: int) -> Row:
-    """Rank 32 of 4096 × 1024 with σᵢ = i^-½."""
+    """Best approximation of rank 32 of a 4096 × 1024 matrix with σᵢ = i^-½."""
     spectrum = torch.arange(1, 1025, dtype=torch.float64) ** -0.5
     a = random.with_spectrum(4096, 1024, spectrum=spectrum, generator=_seeded())
     optimum = float(spectrum[32:].norm())
@@ -120,7 +120,7 @@ def lowrank(repeats: int) -> Row:
 
 
 def syrk(repeats: int) -> Row:
-    """xᵀx of 4096², float32."""
+    """xᵀx of a 4096 × 4096 matrix in float32."""
     x = random.normal(4096, 4096, generator=_seeded())
     times = interleaved({"gramian": lambda: linalg.syrk(x), "x.T @ x": lambda: x.T @ x}, repeats=repeats)
     exact = x[:, :64].double().mT @ x.double()
@@ -130,7 +130,7 @@ def syrk(repeats: int) -> Row:
 
 
 def products(repeats: int) -> Row:
-    """The routes of matmul at 2048², float32; `auto` is torch's."""
+    """Every method of `linalg.matmul` on 2048 × 2048 float32 matrices; `auto` is torch's product."""
     a, b = (random.normal(2048, 2048, generator=_seeded()) for _ in range(2))
     exact = a.double() @ b.double()
     times = interleaved(
@@ -141,7 +141,7 @@ def products(repeats: int) -> Row:
 
 
 def density(repeats: int) -> Row:
-    """The spectral density of a Wishart matrix by quadrature against all eigenvalues."""
+    """Spectral density of a 2048 × 2048 Wishart matrix by Lanczos quadrature, against all eigenvalues."""
     m = random.wishart(2048, 2048, samples=4096, generator=_seeded())
     times = interleaved(
         {
@@ -171,3 +171,4 @@ TASKS: dict[str, Callable[[int], Row]] = {
     "matmul": products,
     "density": density,
 }
+"""Name of a task, and the function that measures it: number of repeats → row."""
