@@ -235,11 +235,11 @@ class Gram(_Moments):
         `M_λ = M + λμI`, where μ is the mean eigenvalue of M, so that λ has no unit. Where M is zero, both roots are
         the identity. Without damping, the inverse root of a singular M is not finite.
 
-        Cost: one eigendecomposition in float64.
-
         Args:
             damping: λ, at least 0.
             centered: whether M is the covariance in place of the second moment.
+
+        Cost: one eigendecomposition in float64.
         """
         if not 0 <= damping < math.inf:
             raise InputError(f"Gram.roots: damping must be finite and not negative, got {damping}")

@@ -73,8 +73,7 @@ class Site:
 class Sites(tuple[Site, ...]):
     """The sites of one block, a tuple; `A`, `G` and `reason` are those of its only site.
 
-    Args:
-        sites: an iterable of `Site`.
+    It is made from any iterable of `Site`.
 
     Raises:
         InputError: `A`, `G`, `reason` or `only` where the block has several sites.

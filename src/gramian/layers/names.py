@@ -109,7 +109,14 @@ KERNELS: tuple[NamedWeight, ...] = (
 
 
 class Found(NamedTuple):
-    """What the table of names says of a tensor. `layout` is `None` where it holds no matrix."""
+    """What the table of names says of a tensor.
+
+    Args:
+        layout: which matrices it holds; `None` where it holds none.
+        kind: a word for the report.
+        role: where the name tells it.
+        reason: which row said so.
+    """
 
     layout: Layout | None
     kind: str

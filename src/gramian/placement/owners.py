@@ -90,7 +90,9 @@ def gather(
     group: Group = None,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> list[Tensor | None]:
-    """Each tensor whole on its owner, and `None` on the other ranks. Collective.
+    """Each tensor whole on its owner, and `None` on the other ranks.
+
+    Collective.
 
     A sharded tensor's parts are sent to its owner only, many tensors in one exchange, byte for byte. A `Partial` one is
     summed there, in the order of the ranks. A plain tensor or a replica, which every rank holds, is returned on its
@@ -146,7 +148,9 @@ def scatter_(
     group: Group = None,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
-    """Writes each owner's whole tensor into the target, of which every rank gets its part. Collective.
+    """Writes each owner's whole tensor into the target, of which every rank gets its part.
+
+    Collective.
 
     The inverse of `gather`, and bitwise: `scatter_(t, owners, gather(t, owners))` changes nothing. A plain target is
     copied whole to every rank.

@@ -97,7 +97,9 @@ def is_distributed(group: Group = None) -> bool:
 
 
 def any_rank(flag: bool | Tensor, group: Group = None) -> bool:
-    """Whether the flag is set on any rank: the same answer on all. Collective.
+    """Whether the flag is set on any rank: the same answer on all.
+
+    Collective.
 
     Args:
         flag: this rank's; a tensor of one element is read, which synchronizes with its device.
@@ -120,7 +122,9 @@ def any_rank(flag: bool | Tensor, group: Group = None) -> bool:
 
 
 def exchange(text: str, group: Group = None) -> list[str]:
-    """The texts of all ranks, by rank. Collective.
+    """The texts of all ranks, by rank.
+
+    Collective.
 
     Args:
         text: this rank's, of any length.
@@ -178,7 +182,9 @@ def exchange_json(value: Any, group: Group = None) -> list[Any]:
 
 @contextmanager
 def agreed(what: str, group: Group = None) -> Iterator[None]:
-    """A context that raises on every rank the error that any rank raised inside. Collective at its end.
+    """A context that raises on every rank the error that any rank raised inside.
+
+    Collective at its end.
 
     So no rank waits for one that has given up. The message names `what`, the rank and its error. The class is that
     rank's where it is one of gramian's, else `GramianError`. If several ranks fail, the lowest one's error is raised.
@@ -233,7 +239,9 @@ def _message(error: Exception) -> str:
 
 
 def all_reduce_sum(tensors: Iterable[Tensor], group: Group = None) -> None:
-    """Replaces each tensor by its sum over the ranks: every rank holds the same sums, bit for bit. Collective.
+    """Replaces each tensor by its sum over the ranks: every rank holds the same sums, bit for bit.
+
+    Collective.
 
     Floating tensors of any dtype are summed in float64, integers in int64, many small ones in one collective. Ranks
     whose tensors differ in number, shape or dtype raise instead of waiting for each other.

@@ -191,7 +191,9 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank, without gradient; a plain tensor itself. Collective over the tensor's mesh.
+    """The whole tensor, on every rank, without gradient; a plain tensor itself.
+
+    Collective over the tensor's mesh.
 
     Args:
         tensor: plain, or of class `DTensor`.
@@ -208,7 +210,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def write_whole_(target: Tensor, value: Tensor) -> Tensor:
-    """Writes this rank's part of a tensor that every rank holds whole into a target. Nothing is sent.
+    """Writes this rank's part of a tensor that every rank holds whole into a target.
+
+    Nothing is sent.
 
     Args:
         target: plain, or of class `DTensor`. Written in place.

@@ -17,7 +17,9 @@ Batch = TypeVar("Batch")
 
 
 def in_step(batches: Iterable[Batch], group: Group = None) -> Iterator[tuple[Batch, bool]]:
-    """This rank's batches with `True`, then its last one again with `False` while other ranks have more. Collective.
+    """This rank's batches with `True`, then its last one again with `False` while other ranks have more.
+
+    Collective.
 
     A sharded model (FSDP2) gathers its weights in every forward and backward pass, and a rank that stopped early would
     leave the others waiting for its shards. Here all ranks take the same number of steps. A step with `False` is a
