@@ -73,9 +73,9 @@ def by(y: Tensor, a: Tensor) -> Tensor:
 
 
 def orthonormal(z: Tensor, least: float | None = None) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows that span those of z (B, r, n), and how little of a row (B,) was left to the last of them.
+    """Orthonormal rows that span those of z (B, r, n), and the smallest length (B,) left of a row beside the others.
 
-    A row of which less than `least` of the longest is left, 100 roundings if None, becomes zero.
+    A row of which less than `least` is left becomes zero; if None, less than 100 roundings of the longest row.
     """
     start = z.norm(dim=-1, keepdim=True)
     tiny = torch.finfo(z.dtype).tiny
@@ -83,7 +83,7 @@ def orthonormal(z: Tensor, least: float | None = None) -> tuple[Tensor, Tensor]:
         return torch.where(start > max(tiny, least or 0.0), z / start.clamp_min(tiny), 0.0), start[:, 0, 0]
     q, r = torch.linalg.qr(z.mT)
     size = r.diagonal(dim1=-2, dim2=-1).abs()
-    kept = size > (100 * torch.finfo(z.dtype).eps if least is None else least) * start.amax(-2)
+    kept = size > (100 * torch.finfo(z.dtype).eps * start.amax(-2) if least is None else least)
     return torch.where(kept[..., None], q.mT, 0.0), size.amin(-1)
 
 
