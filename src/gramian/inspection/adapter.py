@@ -16,7 +16,7 @@ from torch import Tensor
 from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.inspection.comparison import matched
-from gramian.inspection.krylov import leading_vectors
+from gramian.inspection.quadrature import leading_vectors
 from gramian.inspection.matrices import find_holdings, read_config
 from gramian.report.files import write_text
 

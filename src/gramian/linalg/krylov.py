@@ -172,6 +172,27 @@ def ritz(found: Krylov) -> Tensor:
     return torch.linalg.eigvalsh(found.t)[:, -1]
 
 
+def ritz_pairs(found: Krylov) -> tuple[Tensor, Tensor, Tensor]:
+    """T's eigenvalues θ (B, p) ascending, its eigenvectors S (B, p, p), and the residual norms ‖MWsᵢ − θᵢWsᵢ‖₂ (B, p).
+
+    ‖MWs − θWs‖ = ‖F E_qᵀs‖, so M has an eigenvalue that close to θ, but for rounding.
+    """
+    theta, s = torch.linalg.eigh(found.t)
+    f = found.residual.to(torch.float64)
+    ends = s[:, s.shape[-1] - found.block :]
+    return theta, s, (ends * (by(f, f.mT) @ ends)).sum(-2).clamp_min(0).sqrt()
+
+
+def without_zero_rows(found: Krylov) -> Krylov:
+    """The run of one matrix without the rows of W that vanished, where the space was exhausted."""
+    kept = found.rows[0].norm(dim=-1) > 0.5
+    if bool(kept.all()):
+        return found
+    last = int(kept[-found.block :].sum())
+    residual = found.residual[:, kept[-found.block :]]
+    return Krylov(found.rows[:, kept], found.t[:, kept][:, :, kept], residual, last)
+
+
 def resolvent(found: Krylov, at: Tensor) -> tuple[Tensor, Tensor]:
     """(λ − T)⁻¹E₁ (B, L, p, r) at λ (B, L), and where λ is above all of T's eigenvalues (B, L).
 

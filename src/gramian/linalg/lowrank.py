@@ -87,6 +87,8 @@ def _of_map(
     nothing = torch.zeros(1, m, rank, dtype=dtype, device=device), zero[:, None].expand(1, rank).to(dtype)
     found = Found((*nothing, nothing[0].new_zeros(1, n, rank)), zero, zero + 1, torch.full_like(zero, cert.NONE).long())
     finite = True
+    # A map that computes in float32 is linear only up to its rounding.
+    rounding = 0.0 if sparse or not rank else 32 * torch.finfo(dtype).eps
     if rank:
         scaled, exponent, finite = scaled_map(a, random_rows(source, like, 1, min(n, 8), n))
         back = scaled.adjoint()
@@ -110,10 +112,9 @@ def _of_map(
             # There is no SVD to fall back on: a space that no multiplicity and no slow decay keeps too small.
             asked = tolerance / 8 if again else tolerance
             found = by_products(ops, rank, caller, rtol=asked, generator=source, wide=again)
-            if not finite or bool((found.excess <= tolerance).all()):
+            if not finite or bool((found.excess + rounding <= tolerance).all()):
                 break
-    # A map in float32 is one that is linear but for its rounding.
-    bound = found.excess + (0.0 if sparse or not rank else 32 * torch.finfo(dtype).eps)
+    bound = found.excess + rounding
     reason = found.reason if finite else torch.full_like(found.reason, cert.NOT_FINITE)
     proof = verdict(
         bound,
