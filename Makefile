@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test test-kernels lint docs bench clean
 
 demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-demo/report.html
 	$(BIN)/gramian demo
@@ -13,6 +13,19 @@ demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-de
 test: $(VENV)/.test  ## all tests, the quick ones first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"  # one thread a worker: more only wait for each other
 	$(BIN)/python -m pytest -m slow
+
+# What one processor rounds another rounds otherwise. First the kernels that this one can be told to use, then sums in
+# other orders (tests/kernels.py), which stand for processors that are not at hand.
+KERNELS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
+	MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX512 \
+	MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 MKL_CBWR=AVX512 GRAMIAN_ORDER=1 GRAMIAN_ORDER=2 GRAMIAN_ORDER=3
+ROUNDED := tests/test_linalg_*.py tests/test_spectra.py tests/test_noise.py tests/test_quick.py
+
+test-kernels: $(VENV)/.test  ## quick tests of verdicts with the rounding of other processors; one: KERNELS=MKL_CBWR=AVX2
+	@for kernel in $(KERNELS); do echo "$$kernel"; \
+	env "$$kernel" PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p kernels -m "not slow" \
+	$(ROUNDED) || exit 1; done
 
 lint: $(VENV)/.lint  ## style, types, floors
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -265,18 +264,18 @@ def test_sharded_in_mixed_precision() -> None:
 # ---- ranks that fail -----------------------------------------------------------------------------------------------
 
 
-def _fails(variant: str, kind: str) -> tuple[str, str, float]:
+def _fails(variant: str, kind: str) -> tuple[str, str]:
     """The error on each rank where only rank 1 has a cause; the model trains on."""
     rank, _ = placement.world()
     case = CASES["padded" if kind == "no units" else "mlp"]
     model = VARIANTS[variant].wrap(case.make_model(0))
-    hooks, start = _hooks(model), time.monotonic()
+    hooks = _hooks(model)
     objective, batches = getattr(gm.Objective, case.objective)(fisher="empirical"), case.make_batches(0)
     try:
         FAILURES[kind](rank, model, batches, objective)
         raise AssertionError("nothing was raised")
     except GramianError as error:
-        raised = type(error).__name__, str(error), time.monotonic() - start
+        raised = type(error).__name__, str(error)
     assert _hooks(model) == hooks
     assert variant != "fsdp2" or all(placement.is_sharded(p) for p in model.parameters())
     case.loss(model, batches[0]).backward()
@@ -318,8 +317,7 @@ FAILURES: dict[str, Callable[[int, nn.Module, list[Batch], gm.Objective], None]]
 @pytest.mark.parametrize("variant", TWO_RANKS)
 def test_what_one_rank_raises_all_raise(variant: str, kind: str) -> None:
     first, second = run_on_ranks(_fails, 2, variant, kind)
-    assert first[:2] == second[:2]
-    assert max(first[2], second[2]) < 10
+    assert first == second
     wanted = {
         "no units": ("InputError", "rank 1 of 2 failed: objective: criterion(output, batch) must return"),
         "not finite": ("DtypeError", "rank 1 of 2 failed: capture: the loss of batch 0 is nan"),

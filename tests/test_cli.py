@@ -338,7 +338,7 @@ def test_train_under_torchrun(folder) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "gramian", *TRAIN]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1000)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Model: runs/x/model.safetensors") == 1
     assert done.stderr.count("train 100%") == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import time
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from gramian.compression import (
 from gramian.compression.weighted import DAMPING, _output_roots
 from gramian.errors import CheckpointError, InputError
 from gramian.statistics import Site
+from kernels import Operations
 from test_capture import assert_same, snapshot
 from zoo import ZOO, Conv1D
 from zoo_modules import MODULES
@@ -132,12 +132,13 @@ def test_more_budget_never_takes_a_rank_from_a_layer(name: str) -> None:
     assert ranks[0] != ranks[-1]
 
 
-def test_another_share_takes_less_than_a_second() -> None:
-    _, _, plan = plan_of("deep_tanh_mlp")
-    start = time.perf_counter()
-    for keep in (0.3, 0.5, 0.7):
-        plan.at(keep=keep)
-    assert time.perf_counter() - start < 1  # the promise of `Plan.at`, for three
+def test_another_share_costs_no_decomposition() -> None:
+    model, _, plan = plan_of("deep_tanh_mlp")
+    with Operations() as done:
+        plan.at(keep=0.5)
+    # `Plan.at` promises less than a second: it sorts and sums singular values that are known.
+    assert done.count < 200
+    assert done.entries < count(model)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

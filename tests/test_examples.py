@@ -54,7 +54,7 @@ def test_every_example_is_run_here() -> None:
 @pytest.mark.parametrize("name", TOPICS)
 def test_an_example_passes_its_own_checks(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=1000, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert not [line for line in lines if line.startswith("FAIL")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -168,15 +167,14 @@ def _parts(seed: int) -> list[list[Tensor]]:
     return parts
 
 
-def _fails(kind: str) -> tuple[str, str, float]:
+def _fails(kind: str) -> tuple[str, str]:
     """What each rank raises when only rank 1 has a reason to."""
     rank = dist.get_rank()
-    start = time.monotonic()
     try:
         FAILURES[kind](rank)
     except GramianError as error:
-        return type(error).__name__, str(error), time.monotonic() - start
-    return "nothing", "", time.monotonic() - start
+        return type(error).__name__, str(error)
+    return "nothing", ""
 
 
 def _fail_inside(error: Exception) -> Callable[[int], None]:
@@ -359,10 +357,9 @@ def test_sums_equal_those_of_one_rank(bucket_bytes: int) -> None:
 
 @pytest.mark.parametrize("kind", FAILURES)
 def test_what_one_rank_raises_all_raise(kind: str) -> None:
-    (name, message, seconds), (again, message_again, seconds_again) = run_on_ranks(_fails, 2, kind)
+    (name, message), (again, message_again) = run_on_ranks(_fails, 2, kind)
     assert name == again != "nothing"
     assert message == message_again
-    assert max(seconds, seconds_again) < 10
     raised = {
         "own error": ("ShapeError", "load weights: rank 1 of 2 failed: W has 3 rows, wanted 4"),
         "foreign error": ("GramianError", "load weights: rank 1 of 2 failed: RuntimeError: no space on the disk"),
@@ -379,10 +376,8 @@ def test_what_one_rank_raises_all_raise(kind: str) -> None:
 
 
 def test_the_harness_reports_an_error_and_continues() -> None:
-    start = time.monotonic()
     with pytest.raises(RankError, match="ZeroDivisionError"):
         run_on_ranks(_one_rank_divides_by_zero, 2)
-    assert time.monotonic() - start < 30
     run_on_ranks(_agreements, 2)
 
 

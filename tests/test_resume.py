@@ -16,6 +16,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from cases import seeded
 from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
 from gramian.optim import OPTIMIZERS
-from gramian.training import folder
+from gramian.training import folder, loop
 
 X = torch.randn(112, 6, generator=seeded(0))
 Y = (X[:, 0] > 0).long()
@@ -194,7 +195,11 @@ def test_batches_that_cannot_be_drawn_again_are_reported(often, tmp_path) -> Non
         gm.train(task(train_batches=fewer), steps=20, out=tmp_path / "b", resume=True)
 
 
-def test_seconds_go_on_with_the_time_that_is_left(often, tmp_path) -> None:
+def test_seconds_go_on_with_the_time_that_is_left(often, tmp_path, monkeypatch) -> None:
+    # Each look at the clock takes 0.01 s, however long it takes on this machine.
+    ticks = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks)))
+
     def stop(run: gm.Run, share: float) -> None:
         if share > 0.5:
             raise Stop
@@ -219,8 +224,8 @@ KILLED = {"steps": 4, "optimizer": "muon"}
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir")
 
 
-def train_and_die(path: str, steps: int, before_operation: int, after_seconds: float) -> None:
-    """Trains, and is killed before its n-th operation on a file of its folder, or after some seconds of steps."""
+def train_and_die(path: str, steps: int, before_operation: int, after_steps: float) -> None:
+    """Trains, and is killed before its n-th operation on a file of its folder, or after n steps and a part of one."""
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -232,14 +237,14 @@ def train_and_die(path: str, steps: int, before_operation: int, after_seconds: f
 
     if before_operation:
         sys.addaudithook(hook)
-    if after_seconds:
+    if after_steps:
         folder.EVERY_SECONDS = 0.0
     folder.LARGEST_SHARE = math.inf
 
     def on_step(run: gm.Run, share: float) -> None:
-        if after_seconds:
-            if run.steps == run.resumed:
-                threading.Timer(after_seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if after_steps:
+            if run.steps == run.resumed + int(after_steps):
+                threading.Timer(after_steps % 1 * 0.02, os.kill, (os.getpid(), signal.SIGKILL)).start()
             time.sleep(0.01)
 
     gm.train(task(), out=path, resume=True, on_step=on_step, **(KILLED | {"steps": steps}))
@@ -264,14 +269,14 @@ def serve(pipe: Connection) -> None:
 
 @pytest.fixture(scope="module")
 def train_in_a_process():
-    """`f(path, steps, before_operation, after_seconds)`, the exit code of a process that trains there."""
+    """`f(path, steps, before_operation, after_steps)`, the exit code of a process that trains there."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs,), daemon=True)
     server.start()
 
-    def run(path: Path, steps: int = KILLED["steps"], before_operation: int = 0, after_seconds: float = 0.0) -> int:
-        ours.send((str(path), steps, before_operation, after_seconds))
+    def run(path: Path, steps: int = KILLED["steps"], before_operation: int = 0, after_steps: float = 0.0) -> int:
+        ours.send((str(path), steps, before_operation, after_steps))
         assert ours.poll(60), "a process hangs"
         return ours.recv()
 
@@ -307,7 +312,7 @@ def test_killed_again_and_again(tmp_path, train_in_a_process) -> None:
     gm.train(task(), out=tmp_path / "whole", **(KILLED | {"steps": 40}))
     codes: list[int] = []
     while not codes or codes[-1] != 0:
-        codes.append(train_in_a_process(tmp_path / "broken", 40, after_seconds=moments.uniform(0.05, 0.3)))
+        codes.append(train_in_a_process(tmp_path / "broken", 40, after_steps=moments.uniform(2, 12)))
         assert codes[-1] in (0, -signal.SIGKILL)
         assert len(codes) < 100
     assert len(codes) > 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramian.checkpoint.formats import dtype_name
 from gramian.inspection.entries import count_entries
-from gramian.inspection.krylov import block_lanczos, energy_rank_interval
+from gramian.inspection.quadrature import energy_rank_interval, sample_spectrum
 from gramian.inspection.spectra import ENERGIES, Spectrum, check_matrix, describe, scale_of, slices, without_spectrum
 
 __all__ = ["describe_quickly"]
@@ -56,16 +56,16 @@ def describe_quickly(w: Float[Tensor, "m n"]) -> Spectrum:
     unit = 2.0 ** scale_of(entries.largest)
     scaled = (tall.double() / unit if w.dtype == torch.float64 else tall.float() / unit).float()
     square_sum = float(torch.linalg.vector_norm(scaled, dtype=torch.float64)) ** 2
-    krylov = block_lanczos(scaled, BLOCK, STEPS).cpu()
-    first = math.sqrt(float(krylov.values[0]))
-    # λ₁ lies between the largest Ritz value and that value plus its residual.
-    error = math.sqrt(float(krylov.values[0] + krylov.residuals[0])) - first + ROUNDING * first
+    sampled = sample_spectrum(scaled, BLOCK, STEPS).cpu()
+    first = math.sqrt(float(sampled.values[0]))
+    # λ₁ is between the Ritz value, which is never above it, and that plus the residual
+    error = math.sqrt(float(sampled.values[0] + sampled.residuals[0])) - first + ROUNDING * first
     frobenius = math.sqrt(square_sum)
     ranks = []
     for share in ENERGIES:
-        low, _, high = energy_rank_interval(krylov, square_sum, share)
-        ranks.append((max(1, math.floor(low)), min(krylov.n, math.ceil(high))))
-    found = krylov.values[: krylov.num_converged].sqrt() * unit
+        low, _, high = energy_rank_interval(sampled, square_sum, share)
+        ranks.append((max(1, math.floor(low)), min(sampled.n, math.ceil(high))))
+    found = sampled.values[: sampled.num_converged].sqrt() * unit
     norms = (frobenius * unit, first * unit)
     if not all(math.isfinite(norm) for norm in norms):
         return replace(spectrum, notes=("norms beyond float64",))

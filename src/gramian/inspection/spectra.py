@@ -17,8 +17,8 @@ from torch import Tensor
 from gramian.checkpoint.formats import dtype_name
 from gramian.errors import DtypeError, ShapeError
 from gramian.inspection.entries import Entries, clipped, count_entries
-from gramian.inspection.krylov import largest_singular_value
 from gramian.inspection.noise import Noise, against_noise
+from gramian.inspection.quadrature import largest_singular_value
 from gramian.inspection.tail import Tail, fit_tail
 
 __all__ = ["Spectrum", "check_matrix", "describe", "energy_rank"]
@@ -27,6 +27,7 @@ __all__ = ["Spectrum", "check_matrix", "describe", "energy_rank"]
 # error of σ is 4 ε₆₄ (σ_max/σ)², which is 1e-6 here. tests/test_spectra.py measures it.
 GRAM_FLOOR = 3e-5
 
+EPS = torch.finfo(torch.float64).eps
 SLICE = 1 << 20  # elements read at a time: 8 MB in float64
 COLUMNS = 256  # smallest width of a block of the Gram matrix; only blocks on and below the diagonal are computed
 
@@ -255,7 +256,7 @@ def _singular_values(tall: Float[Tensor, "m n"], scale: float) -> tuple[Float[Te
     r = torch.zeros(0, n, dtype=torch.float64, device=tall.device)
     for part in slices(tall, at_least=n):
         r = torch.linalg.qr(torch.cat((r, part.to(torch.float64) * scale)), mode="r").R
-    small = _smallest(r, below) if below <= FEW * n else None
+    small = _smallest(r, below, float(sigma[0])) if below <= FEW * n else None
     if small is None:
         return torch.linalg.svdvals(r), "qr"
     return torch.cat((sigma[:-below], small)).sort(descending=True).values, "gram+inverse"
@@ -269,10 +270,11 @@ def _add_lower_gram(gram: Float[Tensor, "n n"], part: Float[Tensor, "k n"]) -> N
         gram[j:, j : j + width].addmm_(part[:, j:].mT, part[:, j : j + width])
 
 
-def _smallest(r: Float[Tensor, "n n"], count: int) -> Float[Tensor, " count"] | None:
+def _smallest(r: Float[Tensor, "n n"], count: int, first: float) -> Float[Tensor, " count"] | None:
     """Return the smallest singular values of a triangular matrix, largest first, by subspace inverse iteration.
 
-    `None` where they do not converge to a relative 1e-8, or R is singular in float64.
+    `None` where they do not converge to a relative 1e-8 plus float64's rounding of the largest, `first`, or where R is
+    singular in float64.
     """
     n = r.shape[0]
     if float(r.diagonal().abs().min()) <= n * torch.finfo(torch.float64).eps * float(r.diagonal().abs().max()):
@@ -287,7 +289,7 @@ def _smallest(r: Float[Tensor, "n n"], count: int) -> Float[Tensor, " count"] | 
         values = torch.linalg.svdvals(r @ torch.linalg.qr(basis).Q)[-count:]
         if not values.isfinite().all():
             return None
-        if bool(((values - known).abs() <= 1e-8 * values).all()):
+        if bool(((values - known).abs() <= 1e-8 * values + 2 * EPS * first).all()):
             return values
         known = values
     return None

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.inspection.krylov import leading_vectors
+from gramian.inspection.quadrature import leading_vectors
 from gramian.report import Direction
 
 __all__ = ["image_directions", "image_side", "read_tokens", "token_directions"]

@@ -72,9 +72,9 @@ def by(y: Tensor, a: Tensor) -> Tensor:
 
 
 def orthonormal(z: Tensor, least: float | None = None) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows that span those of z (B, r, n), and how little of a row (B,) was left to the last of them.
+    """Orthonormal rows that span those of z (B, r, n), and the smallest length (B,) left of a row beside the others.
 
-    A row of which less than `least` of the longest is left, 100 roundings if None, becomes zero.
+    A row of which less than `least` is left becomes zero; if None, less than 100 roundings of the longest row.
     """
     start = z.norm(dim=-1, keepdim=True)
     tiny = torch.finfo(z.dtype).tiny
@@ -82,7 +82,7 @@ def orthonormal(z: Tensor, least: float | None = None) -> tuple[Tensor, Tensor]:
         return torch.where(start > max(tiny, least or 0.0), z / start.clamp_min(tiny), 0.0), start[:, 0, 0]
     q, r = torch.linalg.qr(z.mT)
     size = r.diagonal(dim1=-2, dim2=-1).abs()
-    kept = size > (100 * torch.finfo(z.dtype).eps if least is None else least) * start.amax(-2)
+    kept = size > (100 * torch.finfo(z.dtype).eps * start.amax(-2) if least is None else least)
     return torch.where(kept[..., None], q.mT, 0.0), size.amin(-1)
 
 
@@ -169,6 +169,27 @@ def two_norm(y: Tensor) -> Tensor:
 def ritz(found: Krylov) -> Tensor:
     """T's largest eigenvalue (B,)."""
     return torch.linalg.eigvalsh(found.t)[:, -1]
+
+
+def ritz_pairs(found: Krylov) -> tuple[Tensor, Tensor, Tensor]:
+    """T's eigenvalues θ (B, p) ascending, its eigenvectors S (B, p, p), and the residual norms ‖MWsᵢ − θᵢWsᵢ‖₂ (B, p).
+
+    ‖MWs − θWs‖ = ‖F E_qᵀs‖, so M has an eigenvalue that close to θ, but for rounding.
+    """
+    theta, s = torch.linalg.eigh(found.t)
+    f = found.residual.to(torch.float64)
+    ends = s[:, s.shape[-1] - found.block :]
+    return theta, s, (ends * (by(f, f.mT) @ ends)).sum(-2).clamp_min(0).sqrt()
+
+
+def without_zero_rows(found: Krylov) -> Krylov:
+    """The run of one matrix without the rows of W that vanished, where the space was exhausted."""
+    kept = found.rows[0].norm(dim=-1) > 0.5
+    if bool(kept.all()):
+        return found
+    last = int(kept[-found.block :].sum())
+    residual = found.residual[:, kept[-found.block :]]
+    return Krylov(found.rows[:, kept], found.t[:, kept][:, :, kept], residual, last)
 
 
 def resolvent(found: Krylov, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from gramian.linalg.engine.krylov import (
     random_rows,
     reach,
     ritz,
+    ritz_pairs,
     top_bound,
     two_norm,
 )
@@ -166,13 +167,6 @@ def most(t: Tensor, coupling: Tensor, outside: Tensor, highest: Tensor, k: int) 
     return each.nan_to_num(nan=math.inf).amin(1).minimum(highest[:, None]).sum(-1)
 
 
-def _residuals(found: Krylov, s: Tensor, k: int) -> Tensor:
-    """‖rⱼ‖² (B, k) of the leading Ritz pairs, from T's eigenvectors s."""
-    f = found.residual.to(torch.float64)
-    ends = s[:, -found.block :, -k:]
-    return (ends * (by(f, f.mT) @ ends)).sum(-2).clamp_min(0)
-
-
 def _loss(squares: Tensor, w: Tensor, k: int, outside: Tensor) -> Tensor:
     """To second order how far the sum of the k largest eigenvalues is above that of T's, w, if the norm outside the
     space is at most `outside` (B,): Σ ‖rⱼ‖² / (wⱼ − outside).
@@ -211,7 +205,7 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
 
     def stop(found: Krylov) -> int:
         nonlocal hopeless, floor, slack
-        w, s = torch.linalg.eigh(found.t)
+        w, _, residuals = ritz_pairs(found)
         whole = w.sum(-1)
         if square is not None:
             whole = square
@@ -227,7 +221,7 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
 
         blur = 8 * math.sqrt(k * w.shape[-1]) * eps * w[:, -1]
         hopeless = (size > 0.5 * fine) & (worse(blur) > 0.4 * fine)
-        squares = _residuals(found, s, k)
+        squares = residuals[:, -k:] ** 2
         floor = ALLOWED[0] * w[:, -k].clamp_min(0)
         enough = worse(_loss(squares, w, k, floor)) <= 0.5 * fine
         for share in ALLOWED[1:]:
