@@ -17,7 +17,7 @@ from gramian.statistics import Site, Sites
 
 __all__ = ["DAMPING", "WeightedSVD", "decompose", "why_not"]
 
-# Relative damping of A and G, as a share of their mean eigenvalue. Both are singular as a rule (dead inputs, two
+# Relative damping of A and G, as a share of their mean eigenvalue. Both are singular usually (dead inputs, two
 # classes): without it the inverse roots do not exist; with more, directions that matter little would weigh in.
 DAMPING = 1e-6
 
