@@ -16,8 +16,8 @@ from torch import Tensor
 from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.inspection.comparison import matched
-from gramian.inspection.quadrature import leading_vectors
 from gramian.inspection.matrices import find_holdings, read_config
+from gramian.inspection.quadrature import leading_vectors
 from gramian.report.files import write_text
 
 __all__ = ["Adapter", "extract_lora"]

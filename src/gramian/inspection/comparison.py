@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.errors import CheckpointError
-from gramian.inspection.quadrature import leading_vectors
 from gramian.inspection.matrices import Holding, find_holdings
+from gramian.inspection.quadrature import leading_vectors
 from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
 from gramian.inspection.weights import layer_of

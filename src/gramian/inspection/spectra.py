@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gramian.errors import DtypeError, ShapeError
 from gramian.inspection.entries import Entries, clipped, count_entries, dtype_name
-from gramian.inspection.quadrature import largest_singular_value
 from gramian.inspection.noise import Noise, against_noise
+from gramian.inspection.quadrature import largest_singular_value
 from gramian.inspection.tail import Tail, fit_tail
 
 __all__ = ["Spectrum", "check_matrix", "describe", "energy_rank"]
