@@ -97,7 +97,7 @@ def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
     z = weights @ rows
     exact, forth, rounding = twice(z)
     ours = (weights @ found.t) @ rows + weights[..., -found.block :] @ found.residual.to(torch.float64)
-    noise = probes.two_norm((exact - ours)[:, :-1], seen, rounding * norm(z))
+    noise = probes.two_norm_bound((exact - ours)[:, :-1], seen, rounding * norm(z))
     high = top_bound(found, theta, near, noise=noise)
     size = z[:, -1].norm(dim=-1).clamp_min(2.0**-500)
     low = forth[:, -1].norm(dim=-1) / size

@@ -313,7 +313,7 @@ def by_products(
         ours = by(other.omega.mT @ rest.t, rest.rows.to(torch.float64))
         ours = ours + other.omega.mT[:, -rest.block :] @ rest.residual.to(torch.float64)
         gap = project(back[:, z.shape[-2] :]) - ours
-        noise = probes.two_norm(gap, other, 4 * unit * size * norm(beyond))
+        noise = probes.two_norm_bound(gap, other, 4 * unit * size * norm(beyond))
         outside = top_bound(rest, ritz(rest), near, noise=noise).clamp_min(0)
     else:
         back, forth, square = ops.twice(z)
