@@ -171,11 +171,11 @@ def test_the_bound_does_not_trust_the_test_to_fall():
     residual = torch.tensor([[-0.7, -2.3], [-0.1, -0.4]], dtype=torch.float64) @ rows[:, 4:6]
     found = krylov.Krylov(rows[:, :4], torch.tensor([t], dtype=torch.float64), residual, 2)
     theta, none = krylov.ritz(found), torch.zeros(1, 2, dtype=torch.float64)
-    low, high = krylov.reach(found, theta[:, None] + torch.tensor([[0.1, 0.3]]), none)[0].tolist()
+    low, high = krylov.exclusion_ratio(found, theta[:, None] + torch.tensor([[0.1, 0.3]]), none)[0].tolist()
     assert high > 5 * low
     # Were the threshold between the two, an eigenvalue at θ + 0.3 could not be excluded.
     found = found._replace(residual=residual / math.sqrt(low * high))
-    assert krylov.reach(found, theta[:, None] + 0.1, none[:, :1]) < 1
+    assert krylov.exclusion_ratio(found, theta[:, None] + 0.1, none[:, :1]) < 1
     assert krylov.top_bound(found, theta, theta + 0.1, noise=none[:, 0]) > theta + 0.3
 
 
@@ -208,7 +208,9 @@ def test_sums_of_the_largest_eigenvalues_are_bounded(outside):
         exact = torch.linalg.eigvalsh(whole)
         highest = torch.tensor([math.inf, float(exact[-1])], dtype=t.dtype)
         tensor = torch.tensor([norm, norm], dtype=t.dtype)
-        most, capped = lowrank_krylov.most(t.expand(2, -1, -1), (r.mT @ r).expand(2, -1, -1), tensor, highest, k)
+        most, capped = lowrank_krylov.leading_sum_bound(
+            t.expand(2, -1, -1), (r.mT @ r).expand(2, -1, -1), tensor, highest, k
+        )
         assert exact[-k:].sum() <= capped + 1e-12
         assert capped <= most
         if outside <= 0.3:

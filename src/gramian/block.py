@@ -215,7 +215,7 @@ def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str,
         name, module, prefix = names[0]
         pattern = next((p for p in overrides if fnmatch.fnmatchcase(name, p)), None)
         if pattern is None:
-            answer = _look_up(_Use(name, *_host(model, name, module, parameter), parameter, configs[prefix]))
+            answer = _look_up(_Owned(name, *_host(model, name, module, parameter), parameter, configs[prefix]))
         else:
             used.add(pattern)
             answer = _overridden(name, parameter, pattern, overrides[pattern])
@@ -235,13 +235,13 @@ def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str,
 _TABLES = ("embedding", "bag of embeddings")
 
 
-class _Answer(NamedTuple):
+class _Lookup(NamedTuple):
     layout: Layout | None
     role: Role
     reason: str
 
 
-class _Use(NamedTuple):
+class _Owned(NamedTuple):
     """A parameter, called `local` in the `module` whose class says what it is, under the config that holds there."""
 
     name: str
@@ -257,22 +257,22 @@ class _Use(NamedTuple):
         return f"{prefix}.{self.local}" if prefix else self.local
 
 
-def _overridden(name: str, parameter: Tensor, pattern: str, given: Any) -> _Answer:
+def _overridden(name: str, parameter: Tensor, pattern: str, given: Any) -> _Lookup:
     text, sizes = (given, {}) if isinstance(given, str) else given
     try:
         layout = Layout(text, tuple(parameter.shape), dict(sizes))
     except ShapeError as error:
         raise ShapeError(f"blocks: parameter {name!r}: {error}") from None
-    return _Answer(layout, "hidden", f"layouts[{pattern!r}]")
+    return _Lookup(layout, "hidden", f"layouts[{pattern!r}]")
 
 
-def _look_up(use: _Use) -> _Answer:
+def _look_up(use: _Owned) -> _Lookup:
     """What the table says of a parameter: by its module's class, refined by its name; or by its name alone."""
     parameter, local, module = use.parameter, use.local, use.module
     if not local:
-        return _Answer(None, "hidden", f"{use.name.rpartition('.')[2]}: a scale of the parametrized weight")
+        return _Lookup(None, "hidden", f"{use.name.rpartition('.')[2]}: a scale of the parametrized weight")
     if isinstance(parameter, UninitializedParameter):
-        return _Answer(None, "hidden", "not initialized yet: run a batch through the lazy module first")
+        return _Lookup(None, "hidden", "not initialized yet: run a batch through the lazy module first")
     shape = tuple(parameter.shape)
     row = layer_of(module)
     weight = row.weight(local, parameter.ndim)
@@ -282,29 +282,29 @@ def _look_up(use: _Use) -> _Answer:
         like = weight[0] if weight is not None else ""
         named = find_named(use.full, shape, use.config, like=like)
         if named is not None:
-            return _Answer(named.layout, named.role or "hidden", named.reason)
+            return _Lookup(named.layout, named.role or "hidden", named.reason)
     if weight is not None:
         return _of_class(use, row, weight[2])
     kind = type(module).__name__
     if parameter.ndim < 2:
         what = "vector" if parameter.ndim else "scalar"
-        return _Answer(None, "hidden", f"{'bias' if 'bias' in local else local}: a {what}")
+        return _Lookup(None, "hidden", f"{'bias' if 'bias' in local else local}: a {what}")
     if row.operation == "elementwise" or local.startswith("bias"):
-        return _Answer(None, "elementwise", f"{local} of {kind}: acts element by element")
+        return _Lookup(None, "elementwise", f"{local} of {kind}: acts element by element")
     if parameter.ndim == 2:
         role = role_by_name(use.full, shape, getattr(module, "bias", None) is not None and local == "weight")
-        return _Answer(Layout("o i -> o i", shape), role, f"unknown class {kind}: taken as one matrix (out, in)")
+        return _Lookup(Layout("o i -> o i", shape), role, f"unknown class {kind}: taken as one matrix (out, in)")
     reason = f"unknown class {kind} with {parameter.ndim} dimensions: give layouts={{'{use.name}': …}}"
-    return _Answer(None, "hidden", reason)
+    return _Lookup(None, "hidden", reason)
 
 
-def _of_class(use: _Use, row: Layer, known: str) -> _Answer:
+def _of_class(use: _Owned, row: Layer, known: str) -> _Lookup:
     layout = layout_of(use.module, use.local, use.parameter)
     assert layout is not None
     reason = f"{row.cls if isinstance(row.cls, str) else row.cls.__name__}.{known}"
     if layout.sizes.get("g", 1) > 1 and layout.axes["i"] == 1:
-        return _Answer(layout, "elementwise", f"{reason}: a depthwise kernel, channel by channel")
-    return _Answer(layout, "hidden", reason)
+        return _Lookup(layout, "elementwise", f"{reason}: a depthwise kernel, channel by channel")
+    return _Lookup(layout, "hidden", reason)
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module, str]]]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gramian import linalg
 from gramian.errors import InputError, ShapeError
+from gramian.linalg.engine.scaling import pow2
 
 __all__ = ["At", "DiagonalGram", "Gram", "Sums", "power_of_two", "sums"]
 
@@ -350,5 +351,5 @@ def power_of_two(x: Tensor) -> Tensor | None:
     if x.device.type == "cpu" and (1 / _SAFE < float(largest) < _SAFE or x.dtype == torch.float64):
         return None
     # Within what float32 can hold as a normal number together with its inverse.
-    exponent = torch.frexp(largest).exponent.clamp(-120, 120).to(x.dtype)
-    return torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(exponent), torch.ones_like(largest))
+    exponent = torch.frexp(largest).exponent.clamp(-120, 120).long()
+    return torch.where(torch.isfinite(largest) & (largest > 0), pow2(exponent).to(x.dtype), torch.ones_like(largest))

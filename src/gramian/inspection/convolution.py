@@ -49,7 +49,7 @@ def conv_norm(
 
     Source: Golub & Van Loan, Matrix Computations, §10.1; for circular padding Sedghi et al. 1805.10408.
 
-    >>> conv_norm(torch.ones(1, 1, 1, 1) * 3, (5, 5))[0]
+    >>> round(conv_norm(torch.ones(1, 1, 1, 1) * 3, (5, 5))[0], 5)
     3.0
     """
     if kernel.ndim != 4:

@@ -20,11 +20,11 @@ __all__ = ["Quadrature", "energy_rank_interval", "largest_singular_value", "lead
 # A Ritz value counts as found where its residual is below this share of it.
 CONVERGED = 1e-2
 
-# Standard errors by which the mean weight of close values may pass 1, that of single ones.
+# Standard errors by which the mean weight of close values may exceed 1, the mean weight of a single value.
 WEIGHT_ERRORS = 5.0
 
-# The half-width of an energy rank's interval: so many standard errors over the starting vectors, so much of the
-# quadrature's spacing at the crossing, and one. Set on frozen spectra and scored on fresh ones by
+# The half-width of an energy rank's interval: this many standard errors over the starting vectors, this share of the
+# quadrature's spacing at the crossing, and 1. Set on frozen spectra and scored on fresh ones by
 # benchmarks/inspect_calibration.py.
 NUM_ERRORS = 4.0
 SPACING = 0.5
@@ -142,9 +142,18 @@ def leading_vectors(w: Float[Tensor, "m n"], count: int) -> tuple[Float[Tensor, 
 def energy_rank_interval(quadrature: Quadrature, square_sum: float, share: float) -> tuple[float, float, float]:
     """Return (least, estimate, most) of the rank that holds a share of the energy ‖W‖_F² = `square_sum`.
 
-    The values that are found count one each; the rest of the n is spread as the quadrature says, its number and its
-    energy being known exactly. The interval is from leaving out one starting vector at a time, and from the
-    quadrature's spacing.
+    Each converged value counts as one. The number and the energy of the others are known exactly, and are spread over
+    the other nodes by their weights. The interval adds the jackknife's error over the starting vectors and the spacing
+    of the nodes.
+
+    Args:
+        quadrature: from `sample_spectrum`.
+        square_sum: ‖W‖_F².
+        share: of the energy, 0 to 1.
+
+    Returns: the ends of the interval, and the estimate between them.
+
+    Cost: a few passes over the nodes for each starting vector.
 
     Source: Lin, Saad & Yang, SIAM Review 58 (2016), §3.2; the jackknife is Efron, Ann. Statist. 7 (1979).
     """

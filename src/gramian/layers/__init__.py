@@ -18,7 +18,7 @@ from gramian.layers.classes import (
     operation_of,
     runs_as_its_class,
 )
-from gramian.layers.names import KERNELS, NAMED, Found, NamedWeight, config_of, families, find_named, weight_name
+from gramian.layers.names import KERNELS, NAMED, NamedWeight, NameMatch, config_of, families, find_named, weight_name
 from gramian.layers.roles import Role, find_head, role_by_name
 
 __all__ = [
@@ -26,8 +26,8 @@ __all__ = [
     "LAYERS",
     "NAMED",
     "OPERATIONS",
-    "Found",
     "Layer",
+    "NameMatch",
     "NamedWeight",
     "Operation",
     "Role",

@@ -14,7 +14,7 @@ from gramian.layers.classes import GRU_GATES, LSTM_GATES, QKV
 from gramian.layers.roles import Role
 from gramian.layout import Layout, num_axes
 
-__all__ = ["KERNELS", "NAMED", "Found", "NamedWeight", "config_of", "families", "find_named", "weight_name"]
+__all__ = ["KERNELS", "NAMED", "NameMatch", "NamedWeight", "config_of", "families", "find_named", "weight_name"]
 
 GATE_UP = ("gate", "up")
 
@@ -108,7 +108,7 @@ KERNELS: tuple[NamedWeight, ...] = (
 )
 
 
-class Found(NamedTuple):
+class NameMatch(NamedTuple):
     """What the table of names says of a tensor.
 
     Args:
@@ -131,7 +131,7 @@ def find_named(
     *,
     like: str = "",
     rows: Sequence[NamedWeight] = NAMED,
-) -> Found | None:
+) -> NameMatch | None:
     """What the first row of the table of names that fits says of a tensor.
 
     Args:
@@ -141,7 +141,7 @@ def find_named(
         rows: of the table.
 
     Returns:
-        `Found`, or `None` where no row fits.
+        `NameMatch`, or `None` where no row fits.
 
     Raises: nothing of its own.
     Cost: a look at each row.
@@ -155,7 +155,7 @@ def find_named(
         if not row.matches(name) or (row.models and family not in row.models):
             continue
         if not row.layout:
-            return Found(None, row.kind, row.role, f"named {row.name}: acts element by element")
+            return NameMatch(None, row.kind, row.role, f"named {row.name}: acts element by element")
         numbers = {axis: _number(key, config) for axis, key in row.sizes.items()}
         counts = [_product(keys, config) for keys in row.rows]
         if None in numbers.values() or None in counts or num_axes(row.layout) != len(shape):
@@ -169,7 +169,9 @@ def find_named(
             continue
         if like and not _same_orientation(layout, like):
             continue
-        return Found(layout, row.kind, row.role, f"named {row.name}" + (f": {', '.join(row.parts)}" * bool(row.parts)))
+        return NameMatch(
+            layout, row.kind, row.role, f"named {row.name}" + (f": {', '.join(row.parts)}" * bool(row.parts))
+        )
     return None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gramian.errors import DtypeError, InputError, ShapeError
 from gramian.linalg import certificate as cert
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
-from gramian.linalg.engine import lapack as factor
+from gramian.linalg.engine import lapack
 from gramian.linalg.engine.double_double import eye_like, minus, pair, rough, transpose
 from gramian.linalg.engine.loading import check, choose, load
 from gramian.linalg.engine.rounding import U, gamma, norm
@@ -72,20 +72,20 @@ def marchenko_pastur_median(beta: float) -> float:
     return 1 + beta + 2 * math.sqrt(beta) * math.cos((i + 1 - part) * math.pi / steps)
 
 
-def _slope(s: Tensor, eta: Callable[[Tensor], Tensor], reach: Tensor) -> Tensor:
+def _slope(s: Tensor, eta: Callable[[Tensor], Tensor], width: Tensor) -> Tensor:
     """The largest divided difference of the odd continuation of η over the singular values: the Lipschitz constant.
 
-    Noferini, SIAM J. Matrix Anal. Appl. 38 (2017), with differences over `reach` for derivatives, so that
-    a jump within reach counts.
+    Noferini, SIAM J. Matrix Anal. Appl. 38 (2017), with differences over `width` for derivatives, so that
+    a jump within width counts.
     """
-    wide = reach[:, None].expand_as(s).clamp_min(1e-7 * s.amax(-1, keepdim=True) if s.shape[-1] else 0.0)
+    wide = width[:, None].expand_as(s).clamp_min(1e-7 * s.amax(-1, keepdim=True) if s.shape[-1] else 0.0)
     points = torch.cat([s, (s - wide).abs(), s + wide], -1)
     f = eta(points)
     gap = (points[:, :, None] - points[:, None, :]).abs()
     differences = (f[:, :, None] - f[:, None, :]).abs() / torch.where(gap > 0, gap, math.inf)
     sums = (f[:, :, None] + f[:, None, :]) / (points[:, :, None] + points[:, None, :]).clamp_min(2.0**-1000)
     both = torch.maximum(differences, sums).flatten(1)
-    return both.amax(1) if both.shape[1] else reach * 0
+    return both.amax(1) if both.shape[1] else width * 0
 
 
 SVD_SHRINK = ("svd",)
@@ -102,6 +102,17 @@ def svd_shrink_ex(
 ) -> tuple[Float[Tensor, "*b m n"], Certificate]:
     """`svd_shrink` with its certificate, never raising for a matrix's values.
 
+    Args:
+        a: `(..., m, n)`.
+        noise: σ ≥ 0, one number or one for each matrix; estimated if None.
+        loss: "frobenius", "operator" or "nuclear".
+        method: one of `SVD_SHRINK` or "auto".
+        rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+    Returns: the matrices `(..., m, n)`, and their certificate; its residual is ‖A − UΣVᵀ‖_F / ‖A‖_F.
+    Raises: `ShapeError`, `DtypeError`, `InputError`.
+    Cost: as `svd_shrink`.
+    Source: Gavish and Donoho, arXiv:1405.7511.
+
     >>> value, certificate = svd_shrink_ex(torch.diag(torch.tensor([9.0, 0.1])), noise=0.1)
     >>> (value[0, 0] < 9).item(), value[1, 1].item(), certificate.converged.item()
     (True, 0.0, True)
@@ -114,7 +125,7 @@ def svd_shrink_ex(
     batch = load(a)
     k, n = sorted(a.shape[-2:])
     beta = k / n if n else 1.0
-    u, s, v, ok = factor.svd(batch.x)
+    u, s, v, ok = lapack.svd(batch.x)
     if noise is None:
         level = s.median(-1).values / math.sqrt(n * marchenko_pastur_median(beta)) if k else s.sum(-1)
     else:
@@ -140,7 +151,7 @@ def svd_shrink_ex(
     size = norm(value)
     error = (distance * _slope(s, eta, distance) if k else distance * 0) + rounding
     bound = torch.where(error == 0, 0.0, error / (size - error).clamp_min(0)).nan_to_num(nan=math.inf)
-    # All shrunk to nothing, and nothing near the edge: zero is the answer.
+    # All singular values are shrunk to 0 and none is near the edge: the answer is exactly zero.
     bound = torch.where((size == 0) & (eta(s + distance[:, None]).sum(-1) == 0), 0.0, bound)
     reason = torch.where(batch.finite, torch.where(ok, cert.NONE, cert.LAPACK), cert.NOT_FINITE)
     out = torch.where((~batch.finite)[:, None, None], math.nan, out)
@@ -165,20 +176,25 @@ def svd_shrink(
     method: str = "auto",
     rtol: float | None = None,
 ) -> Float[Tensor, "*b m n"]:
-    """The matrix of low rank behind a noisy one: A with its singular values optimally shrunk.
+    """The low-rank matrix behind a noisy one: A with its singular values optimally shrunk.
 
-    U η(Σ) Vᵀ; for the Frobenius loss η(y) = √((y² − β − 1)² − 4β) / y above 1 + √β and 0 below, in units of σ√n, β the
-    ratio of the shorter side to the longer, n.
+    U η(Σ) Vᵀ; for the Frobenius loss η(y) = √((y² − β − 1)² − 4β) / y above 1 + √β and 0 below, in units of σ√n, with β
+    the ratio of the shorter side to the longer, n.
 
-    Arguments: `a` (..., m, n), signal plus independent entries of mean 0; `noise` σ ≥ 0, their standard deviation, one
-    number or one per matrix; if None, median(s)/√(n μ_β), μ_β the median of the Marchenko–Pastur law, right where most
-    singular values are noise; `loss`, "frobenius", "operator" or "nuclear", the norm of the error to be least;
-    `method`, one of `SVD_SHRINK` or "auto"; `rtol`, the relative Frobenius error asked for
-    (`certificate.RTOL` of the dtype if None).
-    Raises: `ShapeError`, `DtypeError`, `InputError`; `ConvergenceError` for a matrix that is not finite, or where a
-    singular value lies so near the edge that rounding decides whether it is kept.
-    Cost: one float64 SVD. Accuracy: rounding times the slope of η, to first order (an estimate; the noise level is
-    taken as it was estimated). The residual is ‖A − UΣVᵀ‖_F / ‖A‖_F.
+    Args:
+        a: `(..., m, n)`, a signal plus independent entries of mean 0.
+        noise: the standard deviation σ ≥ 0 of those, one number or one for each matrix. If None, median(s)/√(n μ_β)
+            with μ_β the median of the Marchenko–Pastur law, which is right where most singular values are noise.
+        loss: the norm of the error to be least: "frobenius", "operator" or "nuclear".
+        method: one of `SVD_SHRINK` or "auto".
+        rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+    Returns: the matrices `(..., m, n)` in the dtype of `a`.
+    Raises:
+        ShapeError, DtypeError, InputError: for arguments that are not as above.
+        ConvergenceError: for a matrix that is not finite, or where a singular value is so near the edge that rounding
+            decides whether it is kept.
+    Cost: one float64 SVD. Accuracy: rounding times the slope of η, to first order; an estimate, which takes the noise
+    level as exact.
     Source: Gavish and Donoho, arXiv:1405.7511; the noise level, arXiv:1305.5870.
 
     >>> g = torch.Generator().manual_seed(0)
@@ -193,7 +209,13 @@ def svd_shrink(
 
 
 class PCA(NamedTuple):
-    """Components (k, d), orthonormal rows; the variance along each (k,), descending, divisor n − 1; the mean (d,)."""
+    """Principal components.
+
+    Attributes:
+        components: `(k, d)`, orthonormal rows.
+        explained_variance: the variance along each `(k,)`, descending, with divisor n − 1.
+        mean: of the rows `(d,)`.
+    """
 
     components: Tensor
     explained_variance: Tensor
@@ -270,7 +292,7 @@ def _pca(x: Iterable[Tensor], k: int, method: str, rtol: float | None, strict: b
     if k > min(seen.num_rows, d):
         raise InputError(f"pca: expected k from 0 to min(n, d) = {min(seen.num_rows, d)}, got {k}.")
     covariance = seen.total / (seen.num_rows - 1)
-    w, v, ok = factor.eigh(covariance)
+    w, v, ok = lapack.eigh(covariance)
     # Weyl: with CV = VW + R and VᵀV = I + F every eigenvalue is within ‖R‖ + ‖F‖‖C‖, over 1 − ‖F‖, of its w.
     skew = norm(v.mT @ v - torch.eye(d, dtype=v.dtype, device=v.device)) + gamma(d) * d
     residual = norm(covariance @ v - v * w[:, None, :])
@@ -311,9 +333,19 @@ def pca_ex(
 ) -> tuple[PCA, Certificate]:
     """`pca` with its certificate, never raising for the values of the rows.
 
-    `error_bound` is relative to the largest variance: the variance along each component returned, and the best that k
-    orthonormal directions can have one by one, are that close to `explained_variance`. The directions themselves are
-    only as good as their gaps. The residual is ‖CV − VΛ‖_F / ‖C‖_F of the covariance C.
+    `error_bound` is relative to the largest variance: the variance along each component, and the largest that k
+    orthonormal directions can have one by one, are within it of `explained_variance`. The directions are only as
+    accurate as the gaps between the variances allow.
+
+    Args:
+        x: `(n, d)`, n ≥ 2 samples of d features, or any iterable of such batches of rows.
+        k: the number of components, from 0 to min(n, d).
+        method: one of `PCA_METHODS` or "auto".
+        rtol: the error of the variances asked for, relative to the largest; `certificate.RTOL` of the dtype if None.
+    Returns: the `PCA`, and its certificate; its residual is ‖CV − VΛ‖_F / ‖C‖_F of the covariance C.
+    Raises: `ShapeError`, `DtypeError`, `InputError`.
+    Cost: as `pca`.
+    Source: Chan, Golub, LeVeque, The American Statistician 37 (1983), eq. 1.5; Jolliffe, Principal Component Analysis.
 
     >>> result, certificate = pca_ex(torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]]), 1)
     >>> round(result.explained_variance.item(), 3), certificate.converged.item()
@@ -323,19 +355,23 @@ def pca_ex(
 
 
 def pca(x: Float[Tensor, "n d"] | Iterable[Tensor], k: int, *, method: str = "auto", rtol: float | None = None) -> PCA:
-    """The k directions of largest variance, from second moments that stream.
+    """The k directions of largest variance, from rows that may come in batches.
 
-    The eigenvectors of Σ (xᵢ − x̄)(xᵢ − x̄)ᵀ / (n − 1), merged batch by batch about the batches' own means, so that a
+    The eigenvectors of Σ (xᵢ − x̄)(xᵢ − x̄)ᵀ / (n − 1). Batches are centered about their own means and merged, so that a
     large mean costs no digits.
 
-    Arguments: `x` (n, d), n ≥ 2 samples of d features, or any iterable of such batches of rows; `k` from 0 to
-    min(n, d); `method`, one of `PCA_METHODS` or "auto"; `rtol`, the error of the variances asked for, relative to the
-    largest (`certificate.RTOL` of the dtype if None). Returns: a `PCA` in the dtype of the rows; each component's
-    largest entry is positive.
-    Raises: `ShapeError`, `DtypeError` (also for NaN or inf, with the number of the batch), `InputError`;
-    `ConvergenceError` where the error bound is above rtol.
-    Cost: one float64 product of the rows and one eigendecomposition of (d, d); memory d². Accuracy: variances to
-    about 1e-15 of the largest; a component to that over its relative gap.
+    Args:
+        x: `(n, d)`, n ≥ 2 samples of d features, or any iterable of such batches of rows.
+        k: the number of components, from 0 to min(n, d).
+        method: one of `PCA_METHODS` or "auto".
+        rtol: the error of the variances asked for, relative to the largest; `certificate.RTOL` of the dtype if None.
+    Returns: a `PCA` in the dtype of the rows; the largest entry of each component is positive.
+    Raises:
+        ShapeError, DtypeError: for rows that are not as above or not finite; the error names the batch.
+        InputError: for another k, or fewer than two rows.
+        ConvergenceError: where the error bound is above rtol.
+    Cost: one float64 product of the rows and one eigendecomposition of (d, d); memory d². Accuracy: variances to about
+    1e-15 of the largest; a component to that over its relative gap.
     Source: Chan, Golub, LeVeque, The American Statistician 37 (1983), eq. 1.5; Jolliffe, Principal Component Analysis.
 
     >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.1]])

@@ -65,8 +65,8 @@ def _by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) ->
     y = (weights @ found.t) @ found.rows + weights[..., -found.block :] @ found.residual
     forth = by(y, square.mT)
     size = norm(square)
-    first = probes.two_norm((by(z, square) - w)[:, :-1], seen, gamma(n) * size * norm(z))
-    second = probes.two_norm((forth - z)[:, :-1], seen, gamma(n) * size * norm(y))
+    first = probes.two_norm_bound((by(z, square) - w)[:, :-1], seen, gamma(n) * size * norm(z))
+    second = probes.two_norm_bound((forth - z)[:, :-1], seen, gamma(n) * size * norm(y))
     share = first + second / theta.clamp_min(2.0**-900).sqrt()
     high = top_bound(found, theta, near, noise=torch.zeros_like(theta), share=share)
     # One more step of inverse iteration than the Ritz vector.

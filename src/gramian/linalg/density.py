@@ -12,9 +12,9 @@ from torch import Tensor
 from gramian.errors import ShapeError
 from gramian.linalg import certificate as cert
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
-from gramian.linalg.engine import lapack as factor
+from gramian.linalg.engine import lapack
 from gramian.linalg.engine.escalation import Number, numbers
-from gramian.linalg.engine.krylov import default_generator, gaussian, lanczos
+from gramian.linalg.engine.krylov import default_generator, gaussian, lanczos, ritz_pairs
 from gramian.linalg.engine.loading import check, choose, load
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import scale
@@ -34,12 +34,12 @@ def radius_by_eigenvalues(x: Tensor, *, rtol: float) -> Number:
         return Number(value, value, reason)
     try:
         _, v = torch.linalg.eig(x)
-    except factor.LinAlgError:
+    except lapack.LinAlgError:
         return Number(value, error, torch.full_like(reason, cert.INACCURATE))
     symmetric = (x == x.mT).flatten(1).all(1)
     if bool(symmetric.any()):
-        v[symmetric] = factor.eigh(x[symmetric])[1].to(v.dtype)
-    w, info = factor.inverse(v)
+        v[symmetric] = lapack.eigh(x[symmetric])[1].to(v.dtype)
+    w, info = lapack.inverse(v)
     y = w @ x.to(v.dtype) @ v
     sizes = (w.flatten(1).norm(dim=1), v.flatten(1).norm(dim=1))
     eye = torch.eye(n, dtype=v.dtype, device=v.device)
@@ -92,6 +92,15 @@ def spectral_radius_ex(
 ) -> tuple[Float[Tensor, "*b"], Certificate]:
     """`spectral_radius` with its certificate, never raising for a matrix's values.
 
+    Args:
+        m: `(..., n, n)` dense, a sparse matrix `(n, n)`, or a `LinearMap`.
+        method: one of `SPECTRAL_RADIUS` or "auto".
+        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+    Returns: the radii `(...)`, and their certificate; its residual is 0.
+    Raises: `ShapeError`, `DtypeError`, `InputError`.
+    Cost: as `spectral_radius`.
+    Source: Horn and Johnson, Matrix Analysis (2013), theorem 6.1.1 and corollary 5.6.14.
+
     >>> value, certificate = spectral_radius_ex(torch.tensor([[0.0, 1.0], [-4.0, 0.0]]))
     >>> round(value.item(), 5), certificate.converged.item()
     (2.0, True)
@@ -114,14 +123,22 @@ def spectral_radius_ex(
 def spectral_radius(
     m: Float[Tensor, "*b n n"] | LinearMap, *, method: str = "auto", rtol: float | None = None
 ) -> Float[Tensor, "*b"]:
-    """The largest absolute value of an eigenvalue, of a matrix that need not be symmetric: `ρ = max |λᵢ(M)|`.
+    """The largest absolute value of an eigenvalue, ρ(M) = max |λᵢ(M)|; M need not be symmetric.
 
-    Arguments: `m` (..., n, n) dense; a sparse matrix (n, n) or a `LinearMap` is made dense first, by n products, since
-    no few of them bound the eigenvalues of a matrix that is not symmetric; `method`, one of `SPECTRAL_RADIUS` or
-    "auto"; `rtol`, the relative error asked for (`certificate.RTOL` of the dtype if None). Nothing is drawn.
-    Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the error bound is above rtol.
-    Cost: "eigenvalues", one float64 nonsymmetric eigendecomposition (about 25 products); "gelfand", which "auto" takes
-    where the eigenvectors are dependent, 30 twofold squarings. Accuracy: n u κ(V), a bound, not an estimate.
+    A sparse matrix or a map is first made dense by n products, since no few products bound the eigenvalues of a matrix
+    that is not symmetric.
+
+    Args:
+        m: `(..., n, n)` dense, a sparse matrix `(n, n)`, or a `LinearMap`.
+        method: one of `SPECTRAL_RADIUS` or "auto".
+        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+    Returns: the radii `(...)` in the dtype of `m`.
+    Raises:
+        ShapeError, DtypeError, InputError: for arguments that are not as above.
+        ConvergenceError: where the error bound is above rtol.
+    Cost: "eigenvalues", one nonsymmetric eigendecomposition in float64 (about 25 products); "gelfand", which "auto"
+    takes where the eigenvectors are dependent, 30 squarings in double-double. Accuracy: n u κ(V); a bound, not an
+    estimate.
     Source: Horn and Johnson, Matrix Analysis (2013), theorem 6.1.1 and corollary 5.6.14.
 
     >>> spectral_radius(torch.tensor([[2.0, 100.0], [0.0, 1.0]]))
@@ -133,7 +150,12 @@ def spectral_radius(
 
 
 class SpectralDensity(NamedTuple):
-    """Σ wᵢ δ(λ − xᵢ): nodes x (..., p) ascending and weights w (..., p), which sum to 1."""
+    """A distribution of eigenvalues, Σ wᵢ δ(λ − xᵢ).
+
+    Attributes:
+        nodes: xᵢ `(..., p)`, ascending.
+        weights: wᵢ `(..., p)`, which sum to 1.
+    """
 
     nodes: Tensor
     weights: Tensor
@@ -141,20 +163,21 @@ class SpectralDensity(NamedTuple):
 
 DENSITY = ("eigvalsh", "lanczos_quadrature")
 FEW = 2048
-"""Up to this size all eigenvalues cost little more than the quadrature, and have no error to speak of."""
+"""Up to this size all eigenvalues cost little more than the quadrature, and their error is rounding."""
 SAMPLING = 1e-6
+"""The probability with which the sampling's error exceeds its bound."""
 STEPS, PROBES = 40, 10
 
 
 def _by_quadrature(linear: Any, n: int, source: torch.Generator, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nodes and weights of Gauss's rule for each of PROBES random vectors, a bound on W₁, and the range."""
+    """Nodes and weights of Gauss's rule for each of `PROBES` random vectors, a bound on W₁, and the range."""
     start = gaussian(source, like, PROBES, 1, n)
 
     def apply(y: Tensor) -> Tensor:
         return linear.matmat(y[:, 0].mT.contiguous()).mT[:, None]
 
     found = lanczos(apply, start, min(STEPS, n))
-    nodes, s = torch.linalg.eigh(found.t)
+    nodes, s, _ = ritz_pairs(found)
     weights = s[:, 0, :] ** 2
     # Chebyshev, Markov, Stieltjes: between two nodes the true distribution is off by at most the nearer weights.
     tail = norm(found.residual)
@@ -177,6 +200,16 @@ def spectral_density_ex(
     generator: torch.Generator | None = None,
 ) -> tuple[SpectralDensity, Certificate]:
     """`spectral_density` with its certificate, never raising for a matrix's values.
+
+    Args:
+        a: `(..., n, n)` dense symmetric, a sparse matrix `(n, n)`, or a symmetric `LinearMap`.
+        method: one of `DENSITY` or "auto".
+        rtol: the Wasserstein-1 distance asked for, relative to λ_max − λ_min; 0.2 if None.
+        generator: of the random vectors; a fixed seed if None.
+    Returns: the `SpectralDensity`, and its certificate; its residual is 0.
+    Raises: `ShapeError`, `DtypeError`, `InputError`.
+    Cost: as `spectral_density`.
+    Source: Chen, Trogdon, Ubaru, arXiv:2105.06595, theorem 1 and §3.
 
     >>> density, certificate = spectral_density_ex(torch.diag(torch.tensor([3.0, 1.0])))
     >>> density.nodes.tolist(), density.weights.tolist(), certificate.converged.item()
@@ -220,12 +253,12 @@ def spectral_density_ex(
         )
         bound = torch.stack([p[2] / p[3] if bool(p[2] > 0) else p[2] * 0 for p in parts]) if parts else x.new_zeros(0)
     else:
-        nodes, _, ok = factor.eigh(x)
+        nodes, _, ok = lapack.eigh(x)
         weights = torch.full_like(nodes, 1 / max(n, 1))
         reason = torch.where(ok, reason, cert.LAPACK)
         spread = nodes[:, -1] - nodes[:, 0] if n else apart
         error = 10 * n * U * norm(x) + apart
-        # One node only, or a multiple of I: nothing to be relative to, and the values are right to rounding.
+        # One node, or a multiple of I: the range is 0, and the values are right to rounding.
         bound = torch.where(spread > error, error / spread, 0.0) if n else apart * 0
     reason = torch.where(batch.finite, reason, cert.NOT_FINITE)
     nodes = torch.where(batch.finite[:, None], scale(nodes, batch.exponent), math.nan)
@@ -250,18 +283,23 @@ def spectral_density(
     rtol: float | None = None,
     generator: torch.Generator | None = None,
 ) -> SpectralDensity:
-    """The distribution of the eigenvalues of a symmetric matrix or linear map, as nodes and weights in float64.
+    """The distribution of the eigenvalues of a symmetric matrix or linear map, as nodes and weights.
 
     (1/n) Σ δ(λ − λᵢ) ≈ Σ wⱼ δ(λ − xⱼ).
 
-    Arguments: `a` (..., n, n) dense symmetric, a sparse matrix (n, n) or a symmetric `LinearMap`; `method`, one of
-    `DENSITY` or "auto"; `rtol`, the Wasserstein-1 distance asked for, relative to the range λ_max − λ_min (0.2 if
-    None); `generator` of the random vectors, a fixed seed if None.
-    Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the matrix is not symmetric (a map is taken at its
-    word) or the error is above rtol.
-    Cost: "eigvalsh", up to n = 2048, one float64 eigendecomposition; "lanczos_quadrature", 40 products with 10 vectors.
-    Accuracy: the bound adds the quadrature's (Chebyshev–Markov–Stieltjes, from the weights) and the sampling's, which
-    fails with probability `SAMPLING`.
+    Args:
+        a: `(..., n, n)` dense symmetric, a sparse matrix `(n, n)`, or a symmetric `LinearMap`; the symmetry of a map is
+            not checked.
+        method: one of `DENSITY` or "auto".
+        rtol: the Wasserstein-1 distance asked for, relative to λ_max − λ_min; 0.2 if None.
+        generator: of the random vectors; a fixed seed if None.
+    Returns: a `SpectralDensity` in float64.
+    Raises:
+        ShapeError, DtypeError, InputError: for arguments that are not as above.
+        ConvergenceError: where the matrix is not symmetric or the error is above rtol.
+    Cost: "eigvalsh", up to n = 2048, one eigendecomposition in float64; "lanczos_quadrature", 40 products with 10
+    vectors. Accuracy: the bound adds the error of the quadrature (Chebyshev–Markov–Stieltjes, from the weights) and
+    that of the sampling, which fails with probability `SAMPLING`.
     Source: Chen, Trogdon, Ubaru, arXiv:2105.06595, theorem 1 and §3.
 
     >>> spectral_density(torch.eye(2)).nodes.tolist()

@@ -1,4 +1,4 @@
-"""A matrix known by what it does to vectors: dense, sparse, or any object that multiplies."""
+"""Matrices that are used only through their products with vectors: dense, sparse, or any object that multiplies."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from gramian.linalg.engine.scaling import exponent_of, scale
 class LinearMap(Protocol):
     """A linear map from n to m numbers, such as a Jacobian or a Hessian.
 
-    `shape` is (m, n); `matvec` takes (n,) to (m,), `matmat` takes (n, b) to (m, b), and `adjoint()` is the map of the
-    transpose. Values are real; `dtype` and `device`, where an object has them, say what it wants (float32 on the CPU
-    if not).
+    Values are real. An object may also have a `dtype` and a `device`, those of the vectors it takes: float32 on the CPU
+    where it has none.
+
+    Attributes:
+        shape: (m, n).
 
     >>> class Twice:
     ...     shape = (3, 3)
@@ -48,7 +50,11 @@ class LinearMap(Protocol):
 
 
 class TensorMap:
-    """A dense tensor (..., m, n), or a sparse one (m, n), as a `LinearMap`.
+    """A dense tensor or a sparse matrix as a `LinearMap`.
+
+    Args:
+        a: `(..., m, n)` dense, or `(m, n)` sparse.
+        adjoint: the map of Aᵀ, where it is known already.
 
     >>> TensorMap(torch.eye(2).to_sparse_csr()).matvec(torch.ones(2))
     tensor([1., 1.])
@@ -78,7 +84,7 @@ class TensorMap:
 
 
 class ScaledMap:
-    """Any `LinearMap` times a power of two, in float64: what the Krylov methods work on."""
+    """Any `LinearMap` times a power of two, with results in float64: the operand of the Krylov methods."""
 
     def __init__(self, inner: Any, factor: float = 1.0) -> None:
         self.inner, self.factor = inner, factor
@@ -100,8 +106,8 @@ class ScaledMap:
 
 
 def scaled_map(a: Any, start: Tensor) -> tuple[ScaledMap, Tensor, bool]:
-    """A map scaled by a power of two to what it makes of the rows of `start` (1, r, n), the exponent e (1,) with
-    A ≈ scaled · 2^e, on the CPU, and whether those products are finite.
+    """A map scaled by the size of its products with the rows of `start` (1, r, n), a power of two; the exponent e (1,)
+    with A = scaled · 2^e, on the CPU; and whether those products are finite.
     """
     image = ScaledMap(a).matmat(start[0].mT)[None]
     exponent = exponent_of(image.nan_to_num(posinf=0.0)).cpu()
@@ -115,7 +121,7 @@ def is_dense(a: object) -> bool:
 
 
 def as_linear_map(name: str, a: object) -> LinearMap:
-    """A dense tensor, a sparse tensor (CSR or COO, of two dimensions) or an object with the protocol, as a map.
+    """A dense tensor, a sparse matrix (CSR or COO) or an object with the protocol as a `LinearMap`.
 
     >>> as_linear_map("f", torch.eye(3)).shape
     (3, 3)

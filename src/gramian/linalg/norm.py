@@ -18,10 +18,10 @@ from gramian.linalg.engine.krylov import (
     Krylov,
     by,
     default_generator,
+    exclusion_ratio,
     lanczos,
     next_check,
     random_rows,
-    reach,
     ritz,
     top_bound,
     top_vector,
@@ -35,13 +35,14 @@ from gramian.linalg.singular import by_gram, svd_double_double
 SMALL = 512
 """Up to this smaller side the eigenvalues of the Gram matrix cost less than the Krylov method."""
 BLOCK = 16
-"""Starting vectors. A block of 16 is unlikely to miss the top by much: 22 steps where one vector takes 102 (2048²,
-normal entries, four digits), each three times as long on two cores; and it forgives float32's rounding."""
+"""Starting vectors. A block of 16 almost surely overlaps the leading vector: 22 steps where one vector takes 102
+(2048², normal entries, four digits), each three times as long on two cores; and its bound tolerates float32's
+rounding."""
 MAX_STEPS = 40
 SEEN = 16
-"""Random vectors for the rounding of the Krylov run."""
+"""Random vectors that measure the rounding of the Krylov run."""
 PLAIN = 1e-9
-"""The rtol from which the norm is had from the Gram matrix in float64."""
+"""The rtol from which the Gram matrix in float64 is accurate enough."""
 NARROW = 5e-5
 """The rtol from which Lanczos in float32 can be certified: the rounding, 3e-6, over the block's overlap."""
 
@@ -58,7 +59,7 @@ class Top(NamedTuple):
 
 
 def search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Tensor]:
-    """Lanczos until the largest eigenvalue is known to `share`, but for rounding; and T's largest (B,)."""
+    """Lanczos until the largest eigenvalue is known to a relative `share`, but for rounding; and T's largest (B,)."""
     before: tuple[int, Tensor] | None = None
     theta = start.new_zeros(0)
     noise = 32 * torch.finfo(start.dtype).eps
@@ -66,7 +67,7 @@ def search(apply: Apply, start: Tensor, share: float) -> tuple[Krylov, Tensor]:
     def stop(found: Krylov) -> int:
         nonlocal before, theta
         theta = ritz(found)
-        now = reach(found, theta[:, None] * (1 + share), noise * theta[:, None])[:, 0].log() + 0.1
+        now = exclusion_ratio(found, theta[:, None] * (1 + share), noise * theta[:, None])[:, 0].log() + 0.1
         more = 0 if bool(((now < 0) | (theta <= 0)).all()) else next_check(found, before, now)
         before = found.t.shape[-1] // found.block, now
         return more
@@ -84,7 +85,7 @@ def start_of(generator: torch.Generator | None, like: Tensor, n: int, batch: int
 def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
     """√λ_max of AᵀA; `twice` gives rows z AᵀA, z Aᵀ and a bound on their rounding, relative to ‖z‖_F, in float64.
 
-    `apply` may round: D = AᵀAW − WT − FE_qᵀ is seen from its products with random vectors.
+    `apply` may round: D = AᵀAW − WT − FE_qᵀ is measured by its products with random vectors.
     """
     share = 1.8 * rtol
     found, theta = search(apply, start, share)
@@ -96,7 +97,7 @@ def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
     z = weights @ rows
     exact, forth, rounding = twice(z)
     ours = (weights @ found.t) @ rows + weights[..., -found.block :] @ found.residual.to(torch.float64)
-    noise = probes.two_norm((exact - ours)[:, :-1], seen, rounding * norm(z))
+    noise = probes.two_norm_bound((exact - ours)[:, :-1], seen, rounding * norm(z))
     high = top_bound(found, theta, near, noise=noise)
     size = z[:, -1].norm(dim=-1).clamp_min(2.0**-500)
     low = forth[:, -1].norm(dim=-1) / size
@@ -148,7 +149,8 @@ SPECTRAL_NORM: dict[str, Callable[..., Number]] = {"lanczos": norm_by_lanczos, "
 
 
 def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tuple[Tensor, Certificate]:
-    """The same of a map, scaled first by what it makes of one random block, and taken as it computes."""
+    """`spectral_norm_ex` of a map, scaled by the size of its product with one random block; its products are taken as
+    exact, but for 16 roundings of its dtype."""
     if isinstance(a, TensorMap):
         a = TensorMap(a.a.to(torch.float64))
     n = a.shape[1]
@@ -185,6 +187,16 @@ def spectral_norm_ex(
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "*b"], Certificate]:
     """`spectral_norm` with its certificate, never raising for a matrix's values.
+
+    Args:
+        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`.
+        method: one of `SPECTRAL_NORM` or "auto".
+        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+        generator: of the random start; a fixed seed if None.
+    Returns: the norms `(...)`, and their certificate; its residual is 0.
+    Raises: `ShapeError`, `DtypeError`, `InputError`.
+    Cost: as `spectral_norm`.
+    Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3.
 
     >>> value, certificate = spectral_norm_ex(torch.diag(torch.tensor([3.0, 4.0])))
     >>> value.item(), certificate.converged.item()
@@ -223,14 +235,19 @@ def spectral_norm(
 ) -> Float[Tensor, "*b"]:
     """The largest singular value, ‖A‖₂ = max ‖Ax‖ / ‖x‖.
 
-    Arguments: `a` (..., m, n) dense, a sparse matrix (m, n), or a `LinearMap`; `method`, one of `SPECTRAL_NORM` or
-    "auto"; `rtol`, the relative error asked for (`certificate.RTOL` of the dtype if None); `generator` of the random
-    start, a fixed seed if None. A map's answer is float64.
-    Raises: `ShapeError`, `DtypeError`; `ConvergenceError` where the error bound is above rtol.
-    Cost: "lanczos", products with 16 vectors, two in each of some 20 steps, in float32 where rtol is above 5e-5, and
-    two in float64 with 17 that bound its rounding; "svdvals", used up to a side of 512 and where Lanczos does not reach
-    rtol, the Gram matrix's eigenvalues. Accuracy: a Rayleigh quotient, so far better than the bound; that of "lanczos"
-    is an estimate that fails with probability 2 `krylov.FAILURE` over the start.
+    Args:
+        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`.
+        method: one of `SPECTRAL_NORM` or "auto".
+        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+        generator: of the random start; a fixed seed if None.
+    Returns: the norms `(...)` in the dtype of `a`; that of a map is float64.
+    Raises:
+        ShapeError, DtypeError, InputError: for arguments that are not as above.
+        ConvergenceError: where the error bound is above rtol.
+    Cost: "lanczos" takes some 20 steps of two products with 16 vectors, in float32 where rtol is above 5e-5, and two in
+    float64 with 17 vectors that bound its rounding. "svdvals", used up to a side of 512 and where Lanczos misses rtol,
+    takes the eigenvalues of the Gram matrix. Accuracy: a Rayleigh quotient, so far better than the bound. The bound of
+    "lanczos" is an estimate that fails with probability 2 `krylov.FAILURE` over the start.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3.
 
     >>> spectral_norm(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]))

@@ -7,23 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gramian.linalg.engine.scaling import peak, pow2
 from gramian.optim.stacks import State
 
-__all__ = ["as_long_as_polar", "peak", "rescale_"]
+__all__ = ["as_long_as_polar", "rescale_"]
 
 SPAN = 24  # powers of two by which gradients may grow or shrink before their unit changes
 LARGEST = {torch.float32: 126, torch.float64: 1022}  # largest k for which 2**k and 2**-k are both normal numbers
-
-
-def peak(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
-    """The largest magnitude of an entry, NaN if there is one; over the dimensions `dim`, which are kept, or over all.
-
-    >>> peak(torch.tensor([[1.0, -3.0]]))
-    tensor(3.)
-    """
-    if dim is None:
-        return torch.maximum(x.amax(), -x.amin())
-    return torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True))
 
 
 def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
@@ -68,4 +58,4 @@ def as_long_as_polar(d: Tensor) -> Tensor:
 
 
 def _ldexp_(x: Tensor, exponent: Tensor) -> None:
-    x.mul_(torch.exp2(exponent.clamp(-LARGEST[x.dtype], LARGEST[x.dtype])))
+    x.mul_(pow2(exponent.clamp(-LARGEST[x.dtype], LARGEST[x.dtype]).long()).to(x.dtype))

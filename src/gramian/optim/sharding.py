@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gramian import placement
 from gramian.errors import UnsupportedError
-from gramian.optim.scaling import peak
+from gramian.linalg.engine.scaling import peak
 from gramian.optim.stacks import State
 
 __all__ = ["Sharding", "not_finite"]

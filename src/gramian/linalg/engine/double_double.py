@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gramian.linalg.engine.rounding import U, gamma, norm
-from gramian.linalg.engine.scaling import pow2
+from gramian.linalg.engine.scaling import peak, pow2
 
 Product = Callable[["Pair", "Pair"], "Pair"]
 """`product` or `rough`: how an algorithm multiplies pairs."""
@@ -83,8 +83,8 @@ def thin_product(a: Pair, size: Tensor, z: Tensor) -> Pair:
     """As `product`, for an exact a with ‖a‖_F ≤ size and z (B, k, r) of few columns; it does not measure a's parts."""
     k = z.shape[-2]
     bits = (53 - math.ceil(math.log2(k))) // 2
-    peak = torch.maximum(a.hi.amax(-1, keepdim=True), -a.hi.amin(-1, keepdim=True))
-    anchor = 1.5 * pow2(torch.frexp(peak).exponent.long() + 52 - bits)
+    top = peak(a.hi, (-1,))
+    anchor = 1.5 * pow2(torch.frexp(top).exponent.long() + 52 - bits)
     a1 = (a.hi + anchor).sub_(anchor)
     a2 = (a.hi - a1).add_(a.lo)
     z1 = leading(z, -2, bits)
@@ -92,7 +92,7 @@ def thin_product(a: Pair, size: Tensor, z: Tensor) -> Pair:
     head, tail = a1 @ z1, a1 @ z2 + a2 @ z
     hi, lo = two_sum(head, tail)
     # |a2| is at most half a unit of the last bit kept, below 2^-bits of the row's peak, and a.lo far less.
-    rest = 2.0**-bits * math.sqrt(k) * norm(peak) * (1 + 2.0**-20)
+    rest = 2.0**-bits * math.sqrt(k) * norm(top) * (1 + 2.0**-20)
     local = gamma(k + 5) * ((size + rest) * norm(z2) + rest * norm(z)) * (1 + 2.0**-20)
     return Pair(hi, lo, local)
 

@@ -1,7 +1,7 @@
-"""Block Lanczos with full reorthogonalization, and what it proves about the extreme eigenvalues.
+"""Block Lanczos with full reorthogonalization, and the bound on the largest eigenvalue that a run implies.
 
-Vectors are rows, since BLAS is fast at (few rows) × (a matrix) and slow at the transpose of that. The work is done in
-the dtype of the start; what its rounding makes of the answer is bounded with `noise`.
+The library's only Lanczos iteration. Vectors are rows, since BLAS is fast at (few rows) × (a matrix) and slow at the
+transpose of that. A run computes in the dtype of its start; `top_bound` takes a bound on its rounding as `noise`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from gramian.linalg.engine.rounding import U, norm
 Apply = Callable[[Tensor], Tensor]
 
 FAILURE = 1e-10
-"""The probability with which each event that the estimates rest on may fail, one in 10¹⁰ for each matrix."""
+"""The probability that one of the random events behind an estimate fails: 1e-10 for each event and matrix."""
 CANCELED = 0.1
-"""The share of a block's image below which what is left of it is projected once more."""
+"""A block's image of which projection leaves less than this share is projected once more, and its rows of which that
+leaves less than this length are dropped."""
 CLOSE = 1.5
-"""The ratio of two distances from the Ritz value at which it is asked whether there can be an eigenvalue."""
+"""The ratio of successive distances from the Ritz value at which eigenvalues are tested for exclusion."""
 BELOW = 6
-"""How many such distances below the guess are tried."""
+"""How many such distances below the guess are tested."""
 
 
 class Krylov(NamedTuple):
@@ -53,19 +54,19 @@ def gaussian(generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
 def random_rows(generator: torch.Generator, like: Tensor, batch: int, r: int, n: int) -> Tensor:
     """Orthonormal rows (B, r, n) that span r Gaussian vectors, the same for the whole batch, in the dtype of `like`.
 
-    In float64 first: r = n Gaussian vectors are often dependent for float32, and then span less than they are said to.
+    Orthonormalized in float64: in float32, r = n Gaussian vectors are often numerically dependent.
     """
     return orthonormal(gaussian(generator, like, 1, r, n))[0].to(like.dtype).expand(batch, -1, -1)
 
 
 def by(y: Tensor, a: Tensor) -> Tensor:
-    """Y A of rows y (B, r, k) and a (B, k, n); without a batch where there is one matrix, which BLAS does faster."""
+    """Y A of rows y (B, r, k) and a (B, k, n); one matrix goes to BLAS without its batch axis, which is faster."""
     if a.shape[0] == 1:
         r = y.shape[-2]
         if r == 1:
             return torch.mv(a[0].mT, y[0, 0])[None, None]
         if r % 16 == 0 and a.stride(-2) == 1:
-            # 16 columns fill a register: the other way round it takes two thirds of the time on two cores.
+            # 16 columns fill a register: the transposed product takes two thirds of the time on two cores.
             return torch.mm(a[0].mT, y[0].mT).mT[None]
         return torch.mm(y[0], a[0])[None]
     return y @ a
@@ -92,9 +93,16 @@ def lanczos(
     """Block Lanczos of a symmetric operator, from the rows of `start` (B, r, n), fully reorthogonalized.
 
     W = [W₁ … W_q], M W_j = W_{j-1}B_{j-1}ᵀ + W_jA_j + W_{j+1}B_j; every new block is projected against all before it.
-    Arguments: `apply`, rows X (B, r, n) → X M; `steps` q; `stop` is asked after `first` steps whether to stop, 0, or
-    after how many further ones to ask again.
-    Cost: q products with r rows and 2nr²q² flops. Accuracy: WᵀW = I to rounding.
+    Rows of a block of which nothing but rounding is left, where the Krylov space is exhausted, are zero.
+
+    Args:
+        apply: rows X (B, r, n) → X M.
+        start: (B, r, n), the rows that the first block spans.
+        steps: q, the most there may be.
+        stop: called with the run so far; returns 0 to stop, or after how many further steps to call it again.
+        first: the steps before the first such call.
+    Returns: the run.
+    Cost: q products with r rows and 2nr²q² flops. Accuracy: WᵀW = I to rounding, but for the zero rows.
     Source: Golub and Underwood (1977); Golub and Van Loan, Matrix Computations (2013), §10.3.
 
     >>> m = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))[None]
@@ -104,7 +112,7 @@ def lanczos(
     """
     batch, r, n = start.shape
     steps = max(1, min(steps, -(-n // r)))
-    # Most runs stop long before `steps`: what they do not reach is never touched.
+    # Most runs stop long before `steps`; memory that is never written is never mapped.
     rows = start.new_empty(batch, steps * r, n)
     t = start.new_empty(batch, steps * r, steps * r, dtype=torch.float64)
     block, _ = orthonormal(start)
@@ -117,7 +125,7 @@ def lanczos(
         t[:, : max(0, j - 1) * r, here] = 0
         known = rows[:, : (j + 1) * r]
         image = apply(block)
-        # First what there is much of, so that nothing large is left to cancel.
+        # The large components first, so that little is left to cancel.
         near = known[:, max(0, j - 1) * r :]
         inner = by(image, near.mT)
         own = inner[..., -r:].to(t.dtype)
@@ -137,7 +145,8 @@ def lanczos(
         # "Twice is enough" (Giraud et al., Numer. Math. 101, 2005), and once where little was taken away.
         if bool((least < CANCELED * before).any()):
             block = block - by(by(block, known.mT), known)
-            # The rows that were nothing else come last, where they spoil no other.
+            # QR orthogonalizes against earlier rows, so those that have all but vanished come last. They had length 1:
+            # what is left of them below CANCELED is rounding that need not be orthogonal to W.
             order = block.norm(dim=-1, keepdim=True).argsort(dim=-2, descending=True)
             block, _ = orthonormal(block.take_along_dim(order, -2), CANCELED)
         t[:, here, ahead] = by(image, block.mT).to(t.dtype)
@@ -225,26 +234,26 @@ def top_vector(found: Krylov, theta: Tensor) -> Tensor:
     return (q @ torch.linalg.eigh(q.mT @ found.t @ q)[1])[:, :, -1]
 
 
-def seen(found: Krylov) -> float:
-    """The g below which ‖uᵀW₁‖ is with probability `FAILURE`, W₁ being rounded."""
+def start_overlap(found: Krylov) -> float:
+    """The g with P(‖uᵀW₁‖ < g) ≤ `FAILURE` for any unit u, W₁ being rounded."""
     eps = torch.finfo(found.rows.dtype).eps
     return max(overlap(found.rows.shape[-1], found.block) - 4 * math.sqrt(found.block) * eps, 2.0**-900)
 
 
-def reach(found: Krylov, at: Tensor, noise: Tensor) -> Tensor:
-    """(‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + noise ‖(λ − T)⁻¹E₁‖₂) / g at λ (B, L), noise (B, L): below 1 there is no eigenvalue."""
+def exclusion_ratio(found: Krylov, at: Tensor, noise: Tensor) -> Tensor:
+    """(‖F E_qᵀ(λ − T)⁻¹E₁‖₂ + noise ‖(λ − T)⁻¹E₁‖₂) / g at λ (B, L), noise (B, L); below 1, λ is no eigenvalue."""
     solved, above = resolvent(found, at)
     upper = torch.linalg.qr(found.residual.to(torch.float64).mT, mode="r").R
     last = upper[:, None] @ solved[..., -found.block :, :]
-    return torch.where(above, (two_norm(last) + noise * two_norm(solved.mT)) / seen(found), math.inf)
+    return torch.where(above, (two_norm(last) + noise * two_norm(solved.mT)) / start_overlap(found), math.inf)
 
 
 def _far(found: Krylov, theta: Tensor, noise: Tensor, share: Tensor) -> Tensor:
-    """The gap (B,) from θ on, beyond which there is no eigenvalue: inf where `share` is not far below g.
+    """The gap (B,) from θ beyond which there is no eigenvalue; inf where `share` is not far below g.
 
     ‖(λ − T)⁻¹‖ ≤ 1/(λ − θ), and so ‖E_qᵀ(λ − T)⁻¹E₁‖ ≤ Π ‖B_j‖ / (λ − θ)^q; both fall.
     """
-    r, g = found.block, seen(found)
+    r, g = found.block, start_overlap(found)
     steps = found.t.shape[-1] // r
     size = two_norm(found.residual.to(torch.float64))
     logs = size.clamp_min(2.0**-900).log() + math.log(2 / g)
@@ -263,8 +272,8 @@ def top_bound(found: Krylov, theta: Tensor, near: Tensor, *, noise: Tensor, shar
     For an eigenpair (λ, u), uᵀM W = λ uᵀW gives uᵀW₁ = uᵀ(F E_qᵀ + D)(λ − T)⁻¹E₁, whatever W is; as ‖uᵀW₁‖ ≥ g but with
     small probability, λ > θ requires ‖F E_qᵀ(λ − T)⁻¹E₁‖ + ‖D‖ ‖(λ − T)⁻¹E₁‖ ≥ g. `noise` + `share` · λ (B,) bounds
     ‖Dᵀu‖. With one vector in a block the left side falls with λ; with more it need not (a test has it rise fivefold),
-    so it is asked at λ's whose distances from θ grow by `CLOSE`, up to where a cruder bound, which does fall, is below
-    g: the answer is the least of them from which on all are excluded.
+    so λ's are tested whose distances from θ grow by `CLOSE`, up to where a cruder bound, which does fall, is below g:
+    the answer is the least of them from which on all are excluded.
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3, here for blocks.
     """
     share = torch.zeros_like(theta) if share is None else share
@@ -284,7 +293,7 @@ def top_bound(found: Krylov, theta: Tensor, near: Tensor, *, noise: Tensor, shar
         """The least of gap · CLOSE^low to gap · CLOSE^high from which on all are excluded; whether it is the first."""
         gaps = gap[:, None] * CLOSE ** torch.arange(low, high + 1, dtype=gap.dtype, device=gap.device)
         at = theta[:, None] + gaps
-        excluded = (reach(found, at, noise[:, None] + share[:, None] * at) < 1) | (gaps >= far[:, None])
+        excluded = (exclusion_ratio(found, at, noise[:, None] + share[:, None] * at) < 1) | (gaps >= far[:, None])
         free = (~excluded).flip(-1).cumsum(-1).eq(0).sum(-1)
         count = gaps.shape[-1]
         first = gaps.gather(-1, (count - free).clamp_max(count - 1)[:, None])[:, 0]
@@ -299,11 +308,11 @@ def top_bound(found: Krylov, theta: Tensor, near: Tensor, *, noise: Tensor, shar
 
 
 def next_check(found: Krylov, before: tuple[int, Tensor] | None, now: Tensor) -> int:
-    """Steps until `reach` is worth asking again, from how fast it fell since the last time: a step, its log."""
+    """Steps until `exclusion_ratio` should be computed again, from its fall since `before`: that step, and its log."""
     step = found.t.shape[-1] // found.block
     if before is None:
         return 2
     fall = ((before[1] - now) / (step - before[0])).clamp_min(1e-3)
     left = (now.clamp_min(0) / fall).nan_to_num(nan=1.0, posinf=1.0)
-    # It falls faster and faster: rather too early than too late.
+    # It falls faster with every step, so this is rather too many: 0.95, and at least 1.
     return max(1, min(int(0.95 * float(left.amax())), 2 * step))

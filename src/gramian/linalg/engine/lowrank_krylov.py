@@ -1,6 +1,6 @@
-"""Block Krylov for the leading singular triples, and a bound on what the approximation they make misses.
+"""Block Krylov for the leading singular triples, and a bound on the error of the low-rank approximation they form.
 
-It knows a matrix by its products with rows: a dense one, a sparse one and a linear map alike.
+Matrices are used only through products with rows, so dense and sparse ones and linear maps are treated alike.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg.engine import lapack as factor
-from gramian.linalg.engine import probes
+from gramian.linalg.engine import lapack, probes
 from gramian.linalg.engine.krylov import (
     FAILURE,
     Krylov,
     by,
     default_generator,
+    exclusion_ratio,
     gaussian,
     lanczos,
     random_rows,
-    reach,
     ritz,
     ritz_pairs,
     top_bound,
@@ -35,13 +34,13 @@ from gramian.linalg.engine.scaling import scale
 OUTSIDE = 16
 """Random vectors for the norm outside the Krylov space."""
 SEEN = 16, 8
-"""Random vectors for the rounding of the Krylov run, and of the one outside, which may be known less well."""
+"""Random vectors that measure the rounding of the Krylov run, and of the deflated run, which needs less accuracy."""
 ALLOWED = 0.6, 0.7, 0.8, 0.9
-"""Shares of the k-th eigenvalue that the norm of AᵀA outside the space may be asked to stay below."""
+"""Shares of the k-th eigenvalue that may serve as the limit on the norm of AᵀA outside the space."""
 DIRECT = 1e-3
-"""The share of ‖A‖_F² below which what is missed drowns in the difference of squares, and is formed instead."""
+"""The share of ‖A‖_F² below which the squared error cancels in the difference of squares, and is computed directly."""
 CLUSTERED = 0.95
-"""The share of the k-th eigenvalue from which on what is outside the space tells little about the leading ones."""
+"""The share of the k-th eigenvalue above which the norm outside the space gives a poor bound on the leading ones."""
 LONGEST = 1024
 """Rows of the Krylov space of a map, beyond those that every run has."""
 SHADOW = 32
@@ -52,8 +51,9 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class Products(NamedTuple):
-    """What block Krylov asks of matrices A (B, m, n): rows y Aᵀ and z A in the dtype of `like`; and, in float64, rows
-    z AᵀA and z Aᵀ with ‖A‖_F² (B,), None where nobody knows it, to within `unit` of ‖A‖_F each; A itself, if dense.
+    """The products that block Krylov needs of matrices A (B, m, n): rows y Aᵀ and z A in the dtype of `like`; in
+    float64, rows z AᵀA and z Aᵀ with ‖A‖_F² (B,), None where it is not known, to within `unit` of ‖A‖_F each; and A, if
+    dense.
     """
 
     forth: Apply
@@ -80,7 +80,7 @@ class Caller(NamedTuple):
 
 class Found(NamedTuple):
     """The factors U (B, m, k), S (B, k), V (B, n, k) as rounded for the caller; a bound on the excess;
-    ‖A − USVᵀ‖_F / ‖A‖_F; why they failed; steps; the probability that the bound is none.
+    ‖A − USVᵀ‖_F / ‖A‖_F; why they failed; steps; the probability that the bound does not hold.
     """
 
     value: Triple
@@ -95,7 +95,7 @@ def excess(
     factors: Triple, forth: Tensor, off: Tensor | float, square: Tensor, optimum: Tensor, unit: float, x: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """An upper bound on (‖A − USVᵀ‖_F − optimum)/‖A‖_F, and ‖A − USVᵀ‖/‖A‖, from A V, known to within `off` in
-    Frobenius norm, ‖A‖_F² and a lower bound on the optimum; with the dense `x`, also where little is missed.
+    Frobenius norm, ‖A‖_F² and a lower bound on the optimum; with the dense `x`, also where the error is small.
     """
     u, s, v = factors
     captured, part = _captured(factors, forth)
@@ -128,7 +128,7 @@ def _excess_of_unknown(
 ) -> tuple[Tensor, Tensor]:
     """As `excess` where ‖A‖_F is not known: it cancels from ‖A − USVᵀ‖_F² − optimum² ≤ `most` − captured.
 
-    For the rest a lower bound will do: ‖AW‖_F² is at least `inside`, and ‖AP‖_F² is `shadow`, its estimate from
+    Elsewhere a lower bound on ‖A‖_F suffices: ‖AW‖_F² is at least `inside`, and ‖AP‖_F² is `shadow`, its estimate from
     `SHADOW` Gaussian vectors, over 1 + 2√(t/k) + 2t/k but with probability e^-t (Laurent and Massart, Ann. Statist. 28
     (2000), lemma 1).
     """
@@ -145,7 +145,7 @@ def _excess_of_unknown(
     return bound, ((inside + shadow - captured).clamp_min(0) / about).sqrt()
 
 
-def most(t: Tensor, coupling: Tensor, outside: Tensor, highest: Tensor, k: int) -> Tensor:
+def leading_sum_bound(t: Tensor, coupling: Tensor, outside: Tensor, highest: Tensor, k: int) -> Tensor:
     """An upper bound on the sum of the k largest eigenvalues λⱼ ≤ `highest` of [[T, Rᵀ], [R, C]], from RᵀR and
     ‖C‖₂ ≤ `outside`.
 
@@ -168,16 +168,16 @@ def most(t: Tensor, coupling: Tensor, outside: Tensor, highest: Tensor, k: int) 
 
 
 def _loss(squares: Tensor, w: Tensor, k: int, outside: Tensor) -> Tensor:
-    """To second order how far the sum of the k largest eigenvalues is above that of T's, w, if the norm outside the
-    space is at most `outside` (B,): Σ ‖rⱼ‖² / (wⱼ − outside).
+    """Σ ‖rⱼ‖² / (wⱼ − outside): to second order, the sum of the k largest eigenvalues minus that of T's, w, where the
+    norm outside the space is at most `outside` (B,).
     """
     return (squares / (w[:, -k:] - outside[:, None]).clamp_min(2.0**-900)).sum(-1)
 
 
 class Space(NamedTuple):
-    """A Krylov space of AᵀA that holds the leading k vectors well enough; the images W Aᵀ; which matrices (B,) lose too
-    much to the rounding of the dtype; and which norm of AᵀA outside the space (B,) is small enough: below `floor`, or
-    below the k-th Ritz value and `slack`.
+    """A Krylov space of AᵀA with good approximations of the leading k vectors; the images W Aᵀ; which matrices (B,) the
+    rounding of the dtype makes too inaccurate; and the limits on the norm of AᵀA outside the space (B,): `floor`, or
+    the k-th Ritz value and `slack`.
     """
 
     found: Krylov
@@ -196,8 +196,8 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
     square = torch.linalg.vector_norm(x, dim=(1, 2)).double() ** 2 if x is not None else None
     hopeless, floor = torch.zeros(b, dtype=torch.bool, device=ops.like.device), ops.like.new_zeros(b).double()
     slack = floor
-    lamp = gaussian(generator, ops.like, b, 8, n).to(ops.like.dtype) if square is None else None
-    cast = None if lamp is None else ops.forth(lamp)
+    sample = gaussian(generator, ops.like, b, 8, n).to(ops.like.dtype) if square is None else None
+    cast = None if sample is None else ops.forth(sample)
 
     def apply(y: Tensor) -> Tensor:
         images.append(ops.forth(y))
@@ -209,28 +209,28 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
         whole = w.sum(-1)
         if square is not None:
             whole = square
-        elif lamp is not None and cast is not None:
+        elif sample is not None and cast is not None:
             # About ‖AW‖² + ‖A(I − WWᵀ)‖².
-            shadow = cast - by(by(lamp, found.rows.mT), torch.cat(images, -2))
-            whole = whole + norm(shadow) ** 2 / lamp.shape[-2]
+            shadow = cast - by(by(sample, found.rows.mT), torch.cat(images, -2))
+            whole = whole + norm(shadow) ** 2 / sample.shape[-2]
         left = (whole - w[:, -k:].clamp_min(0).sum(-1)).clamp_min(0)
-        fine, size = rtol * whole.sqrt(), left.sqrt()
+        allowed, size = rtol * whole.sqrt(), left.sqrt()
 
         def worse(by: Tensor) -> Tensor:
             return size - (left - by).clamp_min(0).sqrt()
 
         blur = 8 * math.sqrt(k * w.shape[-1]) * eps * w[:, -1]
-        hopeless = (size > 0.5 * fine) & (worse(blur) > 0.4 * fine)
+        hopeless = (size > 0.5 * allowed) & (worse(blur) > 0.4 * allowed)
         squares = residuals[:, -k:] ** 2
         floor = ALLOWED[0] * w[:, -k].clamp_min(0)
-        enough = worse(_loss(squares, w, k, floor)) <= 0.5 * fine
+        enough = worse(_loss(squares, w, k, floor)) <= 0.5 * allowed
         for share in ALLOWED[1:]:
             wider = share * w[:, -k].clamp_min(0)
-            floor = torch.where(worse(_loss(squares, w, k, wider)) <= 0.5 * fine, wider, floor)
-        slack = torch.where(size > 0.3 * fine, 0.6 * fine * size - 0.09 * fine**2, 0.09 * fine**2) / k
+            floor = torch.where(worse(_loss(squares, w, k, wider)) <= 0.5 * allowed, wider, floor)
+        slack = torch.where(size > 0.3 * allowed, 0.6 * allowed * size - 0.09 * allowed**2, 0.09 * allowed**2) / k
         if wide:
-            # What is outside may be as large as the k-th.
-            enough = enough & (worse(2 * squares.sqrt().sum(-1)) <= 0.3 * fine)
+            # The norm outside may be as large as the k-th eigenvalue.
+            enough = enough & (worse(2 * squares.sqrt().sum(-1)) <= 0.3 * allowed)
         stuck = norm(found.residual) <= 1e2 * eps * w[:, -1]
         return int(not bool((enough | stuck | (hopeless & (eps > 1e-12))).all()))
 
@@ -243,7 +243,7 @@ def _space(ops: Products, k: int, rtol: float, generator: torch.Generator, *, wi
 
 
 def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator) -> tuple[Krylov, Tensor]:
-    """Lanczos on (I − WWᵀ)AᵀA(I − WWᵀ) until its norm is known to be small enough, or not to be; and what it is below.
+    """Lanczos on (I − WWᵀ)AᵀA(I − WWᵀ) until its norm is shown to be within the limits or beyond them; and the limit.
 
     `kth` (B,) is the k-th Ritz value inside the space.
     """
@@ -257,8 +257,8 @@ def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator
         nonlocal near
         theta = ritz(seen)
         near = torch.where(theta < space.floor, space.floor, theta + space.slack)
-        fine = reach(seen, near[:, None], torch.zeros_like(near)[:, None])[:, 0] < 0.6
-        return int(not bool(((theta > kth + 2 * space.slack) | fine).all()))
+        small = exclusion_ratio(seen, near[:, None], torch.zeros_like(near)[:, None])[:, 0] < 0.6
+        return int(not bool(((theta > kth + 2 * space.slack) | small).all()))
 
     b, _, n = ops.shape
     return lanczos(outside, random_rows(generator, ops.like, b, min(OUTSIDE, n), n), 24, stop=stop, first=3), near
@@ -267,12 +267,12 @@ def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator
 def by_products(
     ops: Products, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None, wide: bool = False
 ) -> Found:
-    """Block Krylov on AᵀA from about k/2 random vectors, or k + 8 of them if `wide`, until what the rank-k part misses
-    is below rtol.
+    """Block Krylov on AᵀA from about k/2 random vectors, or k + 8 of them if `wide`, until the rank-k part's excess is
+    below rtol.
 
-    Slow decay takes many small blocks, fast decay few: the Ritz values seen so far decide when to stop. The bound needs
-    the norm of AᵀA outside the space, which a second, deflated Lanczos from other random vectors bounds, and what
-    rounding did to both, seen in float64 from products with a few random vectors more. With AᵀAW = WT + FE_qᵀ + D and
+    Slow decay takes many small blocks, fast decay few: the Ritz values decide when to stop. The bound needs the norm of
+    AᵀA outside the space, which a second, deflated Lanczos run from other random vectors bounds, and the rounding of
+    both runs, measured in float64 by products with a few more random vectors. With AᵀAW = WT + FE_qᵀ + D and
     orthonormal W there is a symmetric Δ, ‖Δ‖_F ≤ √2 ‖D‖_F, for which (AᵀA − Δ)W = WT + FE_qᵀ, and the k largest
     eigenvalues of Δ sum to at most √k ‖Δ‖_F.
     """
@@ -285,7 +285,7 @@ def by_products(
     w, s = torch.linalg.eigh(found.t)
     chosen = s[:, :, -k:].flip(-1).mT.to(dtype)
     q, upper = torch.linalg.qr(by(chosen, images).mT)
-    left, sigma, right, ok = factor.svd(upper.to(torch.float64))
+    left, sigma, right, ok = lapack.svd(upper.to(torch.float64))
     turn = by(right.mT.to(dtype), chosen)
     value, factors = caller.rounded(q @ left.to(dtype), sigma, by(turn, found.rows).mT)
     reason = torch.where(ok & ~(hopeless & (dtype != torch.float64)), cert.NONE, cert.INACCURATE)
@@ -301,7 +301,7 @@ def by_products(
         return y - by(by(y, basis.mT), basis)
 
     f, unit = found.residual.to(torch.float64), ops.unit + gamma(p)
-    # Rows that vanished, where the space is invariant, leave it short of n.
+    # Where the space is invariant some rows are zero, and its dimension is below n.
     short = p < n or bool((basis.norm(dim=-1) < 0.5).any())
     rest = None
     if short:
@@ -313,7 +313,7 @@ def by_products(
         ours = by(other.omega.mT @ rest.t, rest.rows.to(torch.float64))
         ours = ours + other.omega.mT[:, -rest.block :] @ rest.residual.to(torch.float64)
         gap = project(back[:, z.shape[-2] :]) - ours
-        noise = probes.two_norm(gap, other, 4 * unit * size * norm(beyond))
+        noise = probes.two_norm_bound(gap, other, 4 * unit * size * norm(beyond))
         outside = top_bound(rest, ritz(rest), near, noise=noise).clamp_min(0)
     else:
         back, forth, square = ops.twice(z)
@@ -321,7 +321,7 @@ def by_products(
     above = 1.1 * (w[:, -1].abs() + two_norm(f) + outside)
     size = above if square is None else square
     if ops.dense is not None:
-        # A V from the run's own images, which are known to be near A W.
+        # A V from the run's own images, whose distance from A W is bounded.
         combined, shown = turn.to(torch.float64), images.to(torch.float64)
         gap = forth[:, : z.shape[-2]] - own.omega.mT @ shown
         off = 1.01 * probes.of_norm(gap, own, 4 * unit * size.sqrt() * norm(z))
@@ -332,7 +332,7 @@ def by_products(
         off = 4 * unit * size.sqrt() * norm(factors[2])
     gap = back[:, : z.shape[-2]] - by(own.omega.mT @ found.t, basis) - own.omega.mT[:, -r:] @ f
     blur = probes.of_norm(gap, own, 4 * unit * size * norm(z))
-    # W is orthonormal but for rounding, and F orthogonal to it; a row of W that vanished is zero.
+    # W is orthonormal but for rounding and zero rows, and F orthogonal to it.
     inner = by(basis, basis.mT)
     kept = torch.diag_embed((inner.diagonal(dim1=-2, dim2=-1) > 0.5).to(inner.dtype))
     blur = blur + 2 * above * norm(inner - kept) + norm(by(basis, f.mT))
@@ -340,16 +340,20 @@ def by_products(
     coupling[:, -r:, -r:] = by(f, f.mT)
     highest = torch.full_like(outside, math.inf)
     if bool((outside > CLUSTERED * w[:, -k]).any()):
-        # In a cluster that the space holds a part of, the least bound on each is the one on the largest.
+        # Where the space holds only a part of a cluster, the bound on the largest eigenvalue is the best for each.
         highest = top_bound(found, w[:, -1], w[:, -1] + space.slack, noise=blur)
-    top = most(found.t, coupling, outside, highest, k) + math.sqrt(2 * k) * blur + 8 * (k + 1) * p * U * above
+    top = (
+        leading_sum_bound(found.t, coupling, outside, highest, k)
+        + math.sqrt(2 * k) * blur
+        + 8 * (k + 1) * p * U * above
+    )
     if square is not None:
         optimum = (square * (1 - 8 * ops.unit) - top).clamp_min(0).sqrt()
         bound, missed = excess(factors, reached, off, square, optimum, ops.unit, ops.dense)
         if ops.dense is not None:
             least, _ = excess(factors, reached, 0.0, square, optimum, ops.unit, ops.dense)
             if bool((bound > 2 * least).any()):
-                # One more pass is worth it: what is not known of A V is most of the bound.
+                # The error of A V is most of the bound: one more pass removes it.
                 reached = probes.apply(ops.dense, factors[2])
                 off = 4 * unit * size.sqrt() * norm(factors[2])
                 bound, missed = excess(factors, reached, off, square, optimum, ops.unit, ops.dense)

@@ -90,7 +90,7 @@ def _rows(a: Tensor) -> int:
     return max(64, CHUNK // max(1, a.shape[0] * a.shape[-1]))
 
 
-def two_norm(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
+def two_norm_bound(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
     """A bound on ‖E‖₂ from the rows (EΩ)ᵀ (B, k, m): ‖EΩ‖₂ ≥ ‖E‖₂ ‖vᵀΩ‖ for E's leading right singular vector v.
 
     Several times less than `of_norm` where E is noise, and with the same probability.

@@ -29,17 +29,27 @@ def scale(x: Tensor, exponent: Tensor) -> Tensor:
     return x
 
 
+def peak(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """The largest magnitude of an entry, NaN if there is one; over the dimensions `dim`, which are kept, or over all.
+
+    >>> peak(torch.tensor([[1.0, -3.0]]))
+    tensor(3.)
+    """
+    if dim is None:
+        return torch.maximum(x.amax(), -x.amin())
+    return torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True))
+
+
 def largest_entry(x: Tensor) -> Tensor:
     """The largest |entry| of each matrix in float64; NaN if the matrix has one."""
     if not x[0:1].numel():
         return x.new_zeros(x.shape[0], dtype=torch.float64)
-    dims = tuple(range(1, x.ndim))
-    return torch.maximum(x.amax(dims), -x.amin(dims)).to(torch.float64)
+    return peak(x, tuple(range(1, x.ndim))).to(torch.float64).reshape(-1)
 
 
-def exponent_above(peak: Tensor, multiple: int = 1) -> Tensor:
-    """The least e, a multiple of `multiple`, with peak < 2^e; 0 for zero."""
-    e = torch.frexp(peak).exponent.long()
+def exponent_above(top: Tensor, multiple: int = 1) -> Tensor:
+    """The least e, a multiple of `multiple`, with top < 2^e; 0 for zero."""
+    e = torch.frexp(top).exponent.long()
     return -((-e) // multiple) * multiple
 
 
@@ -53,7 +63,7 @@ def unit_peak(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     On a CPU x keeps its scale where every largest entry is between 2⁻¹² and 2¹².
     """
-    peak = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
-    if x.device.type == "cpu" and x.dtype != torch.float16 and bool(((peak > 2.0**-12) & (peak < 2.0**12)).all()):
+    top = peak(x, (-2, -1))
+    if x.device.type == "cpu" and x.dtype != torch.float16 and bool(((top > 2.0**-12) & (top < 2.0**12)).all()):
         return x.to(dtype)
-    return (x / peak.clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
+    return (x / top.clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
