@@ -74,16 +74,14 @@ class Block:
     @property
     def names(self) -> tuple[str, ...]:
         """The name of each matrix: the parameter's, with the part in brackets where there are several."""
-        labels = ("",) if self.role == "elementwise" else self.layout.labels
-        return (self.name,) if labels == ("",) else tuple(f"{self.name}[{label}]" for label in labels)
+        return self.layout.names(self.name, self.role == "elementwise")
 
     def pieces(self) -> Iterator[Tensor]:
         """Each matrix by itself, in the order of `names`; fused parts of unequal size are apart here alone.
 
         A depthwise kernel is one, (channels, taps): a row for each channel.
         """
-        whole = self.parameter.detach()
-        yield from [self.split().flatten(0, -2)] if self.role == "elementwise" else self.layout.pieces(whole)
+        return self.layout.pieces(self.parameter.detach(), self.role == "elementwise")
 
     def split(self, tensor: Tensor | None = None) -> Tensor:
         """The matrices `(..., m, n)` of the parameter, or of a tensor of its shape (a gradient, a momentum)."""

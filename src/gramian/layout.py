@@ -82,23 +82,41 @@ class Layout:
         left, right = (side.strip() for side in self.pattern.split("->"))
         return einops.rearrange(matrices, f"{right} -> {left}", **self.axes)
 
-    def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
-        """Each matrix of `tensor` by itself, in the order of `labels`."""
+    def pieces(self, tensor: Tensor, together: bool = False) -> Iterator[Tensor]:
+        """Each matrix of `tensor` by itself, in the order of `labels`; or all of them as one, their rows in turn.
+
+        Args:
+            tensor: of shape `self.shape`.
+            together: as one.
+        """
         matrices = self.split(tensor)
-        if self.rows:
+        if together:
+            yield matrices.flatten(0, -2)
+        elif self.rows:
             yield from matrices.split(self.rows)
         else:
             yield from matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
+
+    def names(self, name: str, together: bool = False) -> tuple[str, ...]:
+        """The names of the `pieces` of a tensor: its own, with the label in brackets where there are several.
+
+        Args:
+            name: the tensor's.
+            together: as for `pieces`.
+        """
+        labels = ("",) if together else self.labels
+        return (name,) if labels == ("",) else tuple(f"{name}[{label}]" for label in labels)
 
     @cached_property
     def matrices(self) -> tuple[int, ...]:
         """The shape `(..., m, n)` that `split` gives."""
         return tuple(self.split(torch.empty(self.shape, device="meta")).shape)
 
-    @property
-    def piece_shapes(self) -> tuple[tuple[int, int], ...]:
+    def piece_shapes(self, together: bool = False) -> tuple[tuple[int, int], ...]:
         """The shape (m, n) of each of the `pieces`."""
         *leading, m, n = self.matrices
+        if together:
+            return ((math.prod(leading) * m, n),)
         return tuple((r, n) for r in self.rows) if self.rows else ((m, n),) * math.prod(leading)
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -50,19 +49,16 @@ class Holding:
     @property
     def names(self) -> tuple[str, ...]:
         """The name of each matrix: the tensor's, with the part in brackets where there are several."""
-        labels = ("",) if self.role == "elementwise" else self.layout.labels
-        return (self.entry.name,) if labels == ("",) else tuple(f"{self.entry.name}[{label}]" for label in labels)
+        return self.layout.names(self.entry.name, self.role == "elementwise")
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """The shape of each matrix."""
-        *leading, m, n = self.layout.matrices
-        return ((math.prod(leading) * m, n),) if self.role == "elementwise" else self.layout.piece_shapes
+        return self.layout.piece_shapes(self.role == "elementwise")
 
     def split(self, tensor: Tensor) -> Iterator[Tensor]:
         """The matrices, in the order of `names`; views where strides allow."""
-        whole = self.role == "elementwise"  # a row for each channel
-        yield from [self.layout.split(tensor).flatten(0, -2)] if whole else self.layout.pieces(tensor)
+        return self.layout.pieces(tensor, self.role == "elementwise")
 
     @property
     def kernel(self) -> bool:
