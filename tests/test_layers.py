@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.block import Block
+from gramian.block import METADATA, Block
 from gramian.checkpoint import open_checkpoint, save_tensors
-from gramian.errors import GramianWarning
+from gramian.errors import GramianWarning, InputError
 from gramian.inspection.matrices import find_holdings
 from gramian.layers import LAYERS, NAMED, OPERATIONS, Layer, find_named, layer_of, operation_of
 from gramian.operators import layer_gains
@@ -250,3 +251,179 @@ def test_a_row_is_all_that_a_layer_needs(monkeypatch: pytest.MonkeyPatch) -> Non
     small = gm.compress(model, stats, keep=0.9).apply()
     assert sum(ZOO["mlp"].loss(small, b).item() for b in batches) < 1.05 * before
     assert type(small[0]).__name__ == "LowRank"
+
+
+# ---- what a stranger tried ------------------------------------------------------------------------------------------
+
+
+def test_biases_of_experts_are_no_matrices() -> None:
+    experts = nn.Module()
+    experts.experts = nn.Module()
+    experts.experts.gate_up_proj = nn.Parameter(torch.randn(3, 4, 10))
+    experts.experts.gate_up_proj_bias = nn.Parameter(torch.randn(3, 10))
+    experts.config = {"model_type": "gpt_oss", "hidden_size": 4}
+    found, rest = gm.blocks(experts)
+    assert [b.name for b in found] == ["experts.gate_up_proj"]
+    assert [r.name for r in rest] == ["experts.gate_up_proj_bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "config", "q", "k"),
+    [
+        # four cores, each q, v, k; as the forward of transformers' CodeGenAttention views them
+        ("l.qkv_proj.weight", (48, 16), {"model_type": "codegen"}, "(4 3 4)[0]", "(4 3 4)[2]"),
+        # every head its q, k, v
+        ("l.attn.c_attn.weight", (48, 16), {"model_type": "gpt_bigcode", "n_head": 4}, "(4 3 4)[0]", "(4 3 4)[1]"),
+    ],
+)
+def test_interleaved_orders(name: str, shape: tuple[int, int], config: dict, q: str, k: str) -> None:
+    w = torch.arange(float(shape[0] * shape[1])).view(shape)
+    found = find_named(name, shape, config)
+    assert found is not None
+    assert found.layout is not None
+    got = dict(zip(found.layout.labels, found.layout.pieces(w), strict=True))
+    heads = w.view(4, 3, 4, 16)
+    for part, where in (("q", q), ("k", k)):
+        assert torch.equal(got[part], heads[:, int(where[-2])].reshape(16, 16))
+
+
+def test_parts_that_cannot_be_three_equal_squares_are_not_guessed() -> None:
+    assert find_named("b.attn.qkv.weight", (12, 6), {}) is None
+    assert find_named("b.Wqkv.weight", (24, 16), {}) is None
+
+
+@pytest.mark.parametrize("in_out", [False, True])
+def test_bare_experts_are_told_by_the_pair_of_shapes(in_out: bool, tmp_path: Path) -> None:
+    up, down = ((3, 12, 40), (3, 20, 12)) if in_out else ((3, 40, 12), (3, 12, 20))
+    tensors = {"l.experts.gate_up_proj": torch.randn(up), "l.experts.down_proj": torch.randn(down)}
+    save_tensors(tmp_path / "m.safetensors", tensors)
+    found = of_file(tmp_path / "m.safetensors")
+    assert tuple(found["l.experts.gate_up_proj[0,up]"][0].shape) == (20, 12)
+    assert tuple(found["l.experts.down_proj[0]"][0].shape) == (12, 20)
+
+
+def test_experts_that_no_shape_tells_are_left_out(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "m.safetensors", {"l.experts.down_proj": torch.randn(3, 12, 20), "w": torch.eye(2)})
+    assert of_file(tmp_path / "m.safetensors").keys() == {"w"}
+
+
+def test_a_tied_weight_is_found_under_the_name_that_a_file_kept(tmp_path: Path) -> None:
+    model = ZOO["gpt2"].make_model(0)
+    tensors = {k: v for k, v in model.state_dict().items() if k != "wte.weight"}
+    save_tensors(tmp_path / "m.safetensors", tensors, gm.blocks(model).metadata())
+    assert of_file(tmp_path / "m.safetensors")["lm_head.weight"][1] == "embedding"
+
+
+def test_parameters_called_like_a_weight_norms_are_not_taken_for_one() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("w_q", "w_k", "w_v", "w_g"):
+                self.register_parameter(name, nn.Parameter(torch.randn(8, 8)))
+
+    assert len(gm.blocks(Gated()).blocks) == 4
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, "2", True, None, 10**400])
+def test_a_bad_size_is_one_line_and_poisons_nothing(size: object) -> None:
+    with pytest.raises(InputError) as caught:
+        gm.blocks(nn.Linear(4, 6), {"weight": ("(h o) i -> h o i", {"h": size})})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+    assert gm.blocks(nn.Linear(4, 6), {"weight": ("(h o) i -> h o i", {"h": 2})}).blocks[0].shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("pattern", ["- - -> - -", "o o -> o o", "% % -> % %", "tensor i -> tensor i", 5, None, ("o",)])
+def test_a_bad_layout_is_one_line(pattern: object) -> None:
+    with pytest.raises(InputError):
+        gm.blocks(nn.Linear(4, 6), {"weight": pattern})
+
+
+def test_configs_that_misbehave_are_no_configs() -> None:
+    class Raises:
+        @property
+        def model_type(self) -> str:
+            raise RuntimeError("no")
+
+    loop: dict = {}
+    loop["text_config"] = loop
+    for config in (Raises(), loop, 3, "gpt2", {"model_type": "gpt_neox", "num_attention_heads": 0}):
+        model = Attention("query_key_value", (24, 8), config)
+        assert gm.blocks(model).blocks[0].names == ("self_attn.query_key_value.weight",)
+
+
+HOSTILE = {
+    "rows": {"rows": [-2, 8]},
+    "infinite": {"rows": [float("inf")]},
+    "sizes": {"sizes": {"o": 0}},
+    "role": {"role": "king"},
+    "layout": {"layout": "% % -> % %"},
+    "huge": {"sizes": {"o": 10**30}},
+    "parts": {"rows": [2, 2], "parts": ["a", "b", "c"]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_metadata_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    row = {"layout": "o i -> o i", "sizes": {}, "parts": [], "rows": [], "role": "hidden", "kind": "x"} | HOSTILE[name]
+    save_tensors(tmp_path / "m.safetensors", {"w": torch.randn(4, 3)}, {METADATA: json.dumps({"w": row})})
+    with pytest.raises(InputError, match="its metadata does not fit") as caught:
+        gm.inspect(tmp_path / "m.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_with_more_than_a_weight_and_a_bias_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(64, 32)
+            self.scale = nn.Parameter(torch.ones(32))
+
+    model = nn.Sequential(Scaled(), nn.Tanh(), nn.Linear(32, 10))
+    before = model[0].weight.clone()
+    with pytest.warns(GramianWarning, match=r"left as they were: 0\.weight"):
+        gm.init.isometric_(model)
+    assert torch.equal(model[0].weight, before)
+    batches = ZOO["mlp"].make_batches(0)
+    plan = gm.compress(model, batches=batches, objective=gm.Objective.classification(), keep=0.95)
+    assert "other parameters" in plan.reasons["0"]
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "instance", "call"])
+def test_compression_leaves_layers_that_do_more_than_their_class(how: str) -> None:
+    layer = nn.Linear(64, 32)
+    if how == "hook":
+        layer.register_forward_hook(lambda m, i, o: 3 * o)
+    elif how == "pre-hook":
+        layer.register_forward_pre_hook(lambda m, i: (3 * i[0],))
+    elif how == "instance":
+        layer.forward = lambda x: 3 * nn.functional.linear(x, layer.weight, layer.bias)
+    else:
+        layer.__class__ = type("Called", (nn.Linear,), {"__call__": lambda self, x: 3 * nn.Linear.__call__(self, x)})
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(32, 10))
+    batches = ZOO["mlp"].make_batches(0)
+    plan = gm.compress(model, batches=batches, objective=gm.Objective.classification(), keep=0.95)
+    assert "0" in plan.reasons
+
+
+def test_what_a_report_of_a_model_leaves_out_is_said() -> None:
+    model = nn.Sequential(BlockDiagonal(32), nn.Linear(32, 10))
+    notes = " ".join(gm.inspect(model).notes)
+    assert "0.cores" in notes
+    assert "layouts" in notes
+
+
+def test_keyword_calls_of_products_are_captured() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(64, 16)), nn.Parameter(torch.randn(10, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.mm(x, mat2=self.a)
+            empty = torch.zeros(1, len(x), 10)
+            both = empty.baddbmm(batch1=x[None], batch2=torch.zeros(1, 16, 10), beta=1.0)[0]
+            return both + torch.einsum("bi,oi->bo", x, self.b)
+
+    stats = gm.capture(Keyword(), ZOO["mlp"].make_batches(0), gm.Objective.classification())
+    assert stats["a"].A.dim == 64
+    assert stats["b"].A.dim == 16

@@ -72,11 +72,12 @@ def test_gates_and_experts(tmp_path):
         f"gru.{k}": v for k, v in gru.state_dict().items()
     }
     tensors |= {"mlp.gate_up_proj.weight": numbered(12, 4), "moe.experts.gate_up_proj": numbered(3, 4, 10)}
+    tensors["moe.experts.down_proj"] = numbered(3, 5, 4)
     got = split(tmp_path, tensors)
     assert torch.equal(got["lstm.weight_ih_l0[f]"], lstm.weight_ih_l0[5:10])
     assert torch.equal(got["gru.weight_hh_l0[n]"], gru.weight_hh_l0[10:])
     assert torch.equal(got["mlp.gate_up_proj.weight[up]"], tensors["mlp.gate_up_proj.weight"][6:])
-    assert sum(name.startswith("moe") for name in got) == 6
+    assert sum(name.startswith("moe") for name in got) == 9
     assert torch.equal(got["moe.experts.gate_up_proj[1,up]"], tensors["moe.experts.gate_up_proj"][1, :, 5:].mT)
 
 

@@ -18,10 +18,21 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError, ShapeError
-from gramian.layers import Layer, Role, config_of, find_head, find_named, layer_of, layout_of, role_by_name, weight_name
+from gramian.layers import (
+    Layer,
+    Role,
+    config_of,
+    families,
+    find_head,
+    find_named,
+    layer_of,
+    layout_of,
+    role_by_name,
+    weight_name,
+)
 from gramian.layout import Layout
 
-__all__ = ["METADATA", "Block", "Blocks", "Layout", "Rest", "blocks"]
+__all__ = ["METADATA", "Block", "Blocks", "Layout", "Rest", "blocks", "is_lazy", "match_pattern"]
 
 METADATA = "gramian.blocks"
 """The key under which a safetensors file keeps what `Blocks.metadata` says."""
@@ -101,12 +112,14 @@ class Rest:
         parameter: the tensor.
         reason: why it holds no matrix.
         aliases: its other names.
+        elementwise: whether it is known to act element by element (a norm's weight, a bias).
     """
 
     name: str
     parameter: nn.Parameter
     reason: str
     aliases: tuple[str, ...] = ()
+    elementwise: bool = False
 
 
 class Blocks(NamedTuple):
@@ -167,13 +180,14 @@ class Blocks(NamedTuple):
                 "rows": b.layout.rows,
                 "role": b.role,
                 "kind": b.kind,
+                "aliases": b.aliases,
             }
             for b in self.blocks
         }
         return {METADATA: json.dumps(rows | {r.name: {"rest": r.reason} for r in self.rest})}
 
 
-def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str, int]]] | None = None) -> Blocks:
+def blocks(model: nn.Module, layouts: Mapping[str, Any] | None = None) -> Blocks:
     """Every parameter of `model` exactly once, as a block of matrices or in the rest.
 
     What a parameter holds is looked up in the table of `gramian.layers`, by the class of its module, or by its name and
@@ -208,17 +222,21 @@ def blocks(model: nn.Module, layouts: Mapping[str, str | tuple[str, Mapping[str,
     found: list[Block] = []
     rest: list[Rest] = []
     configs = _configs(model)
+    family = families({names[0][0]: tuple(p.shape) for p, names in owners.values() if not is_lazy(p)})
     for parameter, names in owners.values():
         held = tuple((name, module) for name, module, _ in names)
         name, module, prefix = names[0]
-        pattern = next((p for p in overrides if fnmatch.fnmatchcase(name, p)), None)
+        pattern = match_pattern(overrides, name)
         if pattern is None:
-            answer = _look_up(_Owned(name, *_host(model, name, module, parameter), parameter, configs[prefix]))
+            config = configs[prefix]
+            config = config if config.get("model_type") else {**config, "model_type": family(name)}
+            answer = _look_up(_Owned(name, *_host(model, name, module, parameter), parameter, config))
         else:
             used.add(pattern)
             answer = _overridden(name, parameter, pattern, overrides[pattern])
         if answer.layout is None:
-            rest.append(Rest(name, parameter, answer.reason, tuple(other for other, _ in held[1:])))
+            others = tuple(other for other, _ in held[1:])
+            rest.append(Rest(name, parameter, answer.reason, others, answer.role == "elementwise"))
         else:
             is_table = any(layer_of(m).operation in _TABLES for _, m in held)
             role: Role = "embedding" if is_table else answer.role
@@ -256,7 +274,9 @@ class _Owned(NamedTuple):
 
 
 def _overridden(name: str, parameter: Tensor, pattern: str, given: Any) -> _Lookup:
-    text, sizes = (given, {}) if isinstance(given, str) else given
+    text, sizes = given if isinstance(given, list | tuple) and len(given) == 2 else (given, {})
+    if not isinstance(text, str) or not isinstance(sizes, Mapping):
+        raise InputError(f"blocks: layouts[{pattern!r}] must be a layout or (layout, sizes), got {given!r:.80}")
     try:
         layout = Layout(text, tuple(parameter.shape), dict(sizes))
     except ShapeError as error:
@@ -269,14 +289,18 @@ def _look_up(use: _Owned) -> _Lookup:
     parameter, local, module = use.parameter, use.local, use.module
     if not local:
         return _Lookup(None, "hidden", f"{use.name.rpartition('.')[2]}: a scale of the parametrized weight")
-    if isinstance(parameter, UninitializedParameter):
+    if is_lazy(parameter):
         return _Lookup(None, "hidden", "not initialized yet: run a batch through the lazy module first")
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return _Lookup(None, "hidden", f"{local}: {dtype}, not real numbers to compute with")
     shape = tuple(parameter.shape)
     row = layer_of(module)
     weight = row.weight(local, parameter.ndim)
     if weight is not None and row.operation != "linear":
         return _of_class(use, row, weight[2])
-    if parameter.ndim >= 2 and row.operation in ("linear", "unknown") and not local.startswith("bias"):
+    is_bias = local.startswith("bias") or local.endswith("bias")
+    if parameter.ndim >= 2 and not is_bias:
         like = weight[0] if weight is not None else ""
         named = find_named(use.full, shape, use.config, like=like)
         if named is not None:
@@ -287,11 +311,12 @@ def _look_up(use: _Owned) -> _Lookup:
     if parameter.ndim < 2:
         what = "vector" if parameter.ndim else "scalar"
         return _Lookup(None, "hidden", f"{'bias' if 'bias' in local else local}: a {what}")
-    if row.operation == "elementwise" or local.startswith("bias"):
+    if row.operation == "elementwise" or is_bias:
         return _Lookup(None, "elementwise", f"{local} of {kind}: acts element by element")
     if parameter.ndim == 2:
         role = role_by_name(use.full, shape, getattr(module, "bias", None) is not None and local == "weight")
-        return _Lookup(Layout("o i -> o i", shape), role, f"unknown class {kind}: taken as one matrix (out, in)")
+        why = f"unknown class {kind}" if row.operation == "unknown" else f"the row of {kind} does not list {local}"
+        return _Lookup(Layout("o i -> o i", shape), role, f"{why}: taken as one matrix (out, in)")
     reason = f"unknown class {kind} with {parameter.ndim} dimensions: give layouts={{'{use.name}': …}}"
     return _Lookup(None, "hidden", reason)
 
@@ -300,7 +325,7 @@ def _of_class(use: _Owned, row: Layer, known: str) -> _Lookup:
     layout = layout_of(use.module, use.local, use.parameter)
     assert layout is not None
     reason = f"{row.cls if isinstance(row.cls, str) else row.cls.__name__}.{known}"
-    if layout.sizes.get("g", 1) > 1 and layout.axes["i"] == 1:
+    if layout.sizes.get("g", 1) > 1 and layout.axes.get("i") == 1:
         return _Lookup(layout, "elementwise", f"{reason}: a depthwise kernel, channel by channel")
     return _Lookup(layout, "hidden", reason)
 
@@ -315,6 +340,47 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[tuple[str, n
             if name not in (other for other, *_ in names):
                 names.append((name, module, prefix))
     return owners
+
+
+def match_pattern(patterns: Mapping[str, Any], name: str) -> str | None:
+    """The pattern that a name equals, or else the first that it matches.
+
+    Args:
+        patterns: name patterns as `fnmatch` has them.
+        name: of a parameter.
+
+    Returns:
+        The pattern, or `None`.
+
+    Raises: nothing of its own.
+    Cost: a look at each pattern.
+    Source: this library's own.
+
+    >>> match_pattern({"*.weight": "o i -> o i"}, "0.weight")
+    '*.weight'
+    """
+    if name in patterns:
+        return name
+    return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+
+
+def is_lazy(parameter: Tensor) -> bool:
+    """Whether a parameter of a lazy module has no shape yet.
+
+    Args:
+        parameter: of a module.
+
+    Returns:
+        `False` once a batch went through the module.
+
+    Raises: nothing of its own.
+    Cost: none.
+    Source: torch's lazy modules.
+
+    >>> is_lazy(nn.LazyLinear(2).weight), is_lazy(nn.Linear(2, 2).weight)
+    (True, False)
+    """
+    return isinstance(parameter, UninitializedParameter)
 
 
 def _configs(model: nn.Module) -> dict[str, Mapping[str, Any]]:
@@ -335,13 +401,16 @@ def _host(model: nn.Module, name: str, module: nn.Module, parameter: Tensor) -> 
     local = name.rpartition(".")[2]
     if isinstance(module, ParametrizationList):
         dicts = ((m, getattr(m, "parametrizations", {})) for m in model.modules())
-        host, weight = next(
-            (m, w) for m, d in dicts if isinstance(d, nn.ModuleDict) for w, p in d.items() if p is module
-        )
+        found = [(m, w) for m, d in dicts if isinstance(d, nn.ModuleDict) for w, p in d.items() if p is module]
+        if not found:  # the model is a part of the parametrized module
+            return module, local
+        host, weight = found[0]
         largest = max((p for p in module.parameters(recurse=False)), key=Tensor.numel)
         return host, weight if parameter is largest else ""
     for weight, scale, suffix in ((local[:-2], "_g", "_v"), (local[:-2], "_v", "_g"), (local[:-5], "_u", "_orig")):
-        if local.endswith(suffix) and hasattr(module, weight + scale):  # torch.nn.utils.weight_norm, spectral_norm
+        # torch.nn.utils.weight_norm and spectral_norm, which set the weight itself, no parameter, before each pass
+        made = weight in vars(module) and weight not in module._parameters
+        if local.endswith(suffix) and hasattr(module, weight + scale) and made:
             return module, "" if suffix == "_g" else weight
     return module, local
 

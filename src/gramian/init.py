@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from gramian import random
 from gramian.block import Block, blocks
 from gramian.errors import GramianWarning, InputError
-from gramian.layers import operation_of
+from gramian.layers import is_affine, operation_of
 from gramian.objective import Objective
 from gramian.operators import layer_gains
 from gramian.recording import measuring
@@ -75,7 +75,7 @@ def isometric_(
     True
     """
     found, rest = blocks(model)
-    layers: dict[nn.Module, Block] = {b.module: b for b in found if operation_of(b.module).init}
+    layers: dict[nn.Module, Block] = {b.module: b for b in found if operation_of(b.module).init and is_affine(b.module)}
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
     objective = Objective(predict or _predict, lambda output, batch: (output.sum(), 1))
@@ -87,7 +87,8 @@ def isometric_(
     others = [b.name for b in found if b.module not in chain and b.role != "embedding"]
     others += [r.name for r in rest if r.parameter.ndim > 2 and not isinstance(r.parameter, UninitializedParameter)]
     if others:
-        warnings.warn(f"isometric_: left as they were: {', '.join(others)}", GramianWarning, stacklevel=2)
+        message = f"isometric_: sets layers that compute W x + b alone; left as they were: {', '.join(others)}"
+        warnings.warn(message, GramianWarning, stacklevel=2)
     for layer, activation in _followed_by(order, layers):
         scale = activation_gain(activation) if activation is not None else 1.0
         _set_orthogonal_(layers[layer], scale, generator)
@@ -209,12 +210,16 @@ def _forward_order(model: nn.Module, sample: Any, objective: Objective) -> list[
 
 def _scale_input_(first: Block, model: nn.Module, sample: Any, objective: Objective) -> None:
     sizes: list[Tensor] = []
-    measure = _hooked([first.module], lambda m, x, y: sizes.append(y.float().square().mean().sqrt()))
+    measure = _hooked([first.module], lambda m, x, y: sizes.append(_rms(y)))
     with measure, measuring(model), torch.no_grad():
         objective.predict(model, sample)
-    rms = float(sizes[0])
+    rms = float(sizes[0]) if sizes else 0.0
     if math.isfinite(rms) and rms > 0:
         first.parameter.data *= INPUT_RMS / rms
+
+
+def _rms(output: Any) -> Tensor:
+    return output.float().square().mean().sqrt() if isinstance(output, Tensor) else torch.zeros(())
 
 
 @contextmanager

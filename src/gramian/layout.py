@@ -56,6 +56,7 @@ class Layout:
     def __post_init__(self) -> None:
         if self.pattern.count("->") != 1 or "..." in self.pattern:
             raise ShapeError(f"layout {self.pattern!r} must be 'axes -> axes', with every axis named: 'o i -> o i'")
+        self._check_numbers()
         try:
             matrices = self.matrices
         except (einops.EinopsError, ValueError) as error:
@@ -68,6 +69,22 @@ class Layout:
             )
         if self.rows and (len(matrices) > 2 or sum(self.rows) != matrices[0]):
             raise ShapeError(f"layout {self.pattern!r}: rows {self.rows} do not add up to those of {matrices}")
+        if self.rows and self.parts and len(self.rows) != len(self.parts):
+            raise ShapeError(f"layout {self.pattern!r}: {len(self.rows)} rows for {len(self.parts)} parts")
+
+    def _check_numbers(self) -> None:
+        """Raises for what einops would take, and keep in its cache, though it is no axis or no size."""
+        words = re.findall(r"[^\s()]+", self.pattern.replace("->", " "))
+        if bad := [word for word in words if not (word.isidentifier() or word == "1")]:
+            raise ShapeError(f"layout {self.pattern!r}: {bad[0]!r} is not the name of an axis")
+        names = re.findall(r"\w+", self.pattern.partition("->")[0])
+        if len({name for name in names if name != "1"}) != len([name for name in names if name != "1"]):
+            raise ShapeError(f"layout {self.pattern!r}: an axis stands twice on the left side")
+        if "tensor" in names or "pattern" in names:
+            raise ShapeError(f"layout {self.pattern!r}: 'tensor' and 'pattern' cannot be names of axes")
+        for what, number in [*self.sizes.items(), *(("rows", number) for number in self.rows)]:
+            if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 1 << 62:
+                raise ShapeError(f"layout {self.pattern!r}: {what} must be whole numbers from 1 on, got {number!r:.40}")
 
     def split(self, tensor: Tensor) -> Tensor:
         """The matrices of `tensor` (shape `self.shape`) as one tensor `(..., m, n)`; a view where strides allow."""

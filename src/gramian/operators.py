@@ -307,7 +307,7 @@ def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
     def after(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> Tensor | None:
             place = operation_of(module).gain
-            if not place or (only_first and cuts.uses):
+            if not place or not isinstance(output, Tensor) or (only_first and cuts.uses):
                 return None
             if place == "input":
                 cuts.output = output

@@ -180,7 +180,7 @@ def _open_once(file: Path, opening: Callable[[], Any]) -> Any:
 def _read_tied(file: Path, text: str) -> dict[str, str]:
     try:
         tied = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(file, error) from error
     if not isinstance(tied, dict) or not all(isinstance(key, str) for key in tied.values()):
         raise damaged(file, ValueError(f"metadata {TIED!r} is not a map of names"))

@@ -12,7 +12,7 @@ from gramian.checkpoint import load_tensors, save_tensors
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.modules import clean_module_name, replaced, submodule, unwrapped
 from gramian.errors import CheckpointError
-from gramian.layers import operation_of
+from gramian.layers import is_affine, operation_of
 
 __all__ = ["load_compressed", "save_compressed"]
 
@@ -71,7 +71,7 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
     tensors, metadata = load_tensors(path)
     try:
         ranks = json.loads(metadata[RANKS])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         raise CheckpointError(
             f"{path} was not written by save_compressed: it has no {RANKS!r} in its metadata"
         ) from None
@@ -79,7 +79,7 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         for name, rank in ranks.items():
             layer = dense[name] = submodule(model, name)
-            fits = operation_of(layer).factors and getattr(layer, "groups", 1) == 1
+            fits = operation_of(layer).factors and is_affine(layer) and getattr(layer, "groups", 1) == 1
             if not fits or not 0 < rank <= min(matrix_of(layer).shape):
                 raise ValueError(f"{name} cannot have rank {rank}")
             model = replaced(model, name, LowRank(layer, rank))
@@ -89,7 +89,7 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
             was, want = held.get(wrong[0], "missing"), wanted.get(wrong[0], "not in the model")
             raise ValueError(f"{wrong[0]} is {was}, wanted {want}; {len(wrong)} tensors differ")
     except (AttributeError, TypeError, ValueError) as error:
-        for name, layer in dense.items():
+        for name, layer in reversed(dense.items()):
             model = replaced(model, name, layer)
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from None
     model.load_state_dict(tensors)

@@ -90,7 +90,7 @@ def _kind_of(layer: nn.Module) -> dict[str, Any]:
 
 
 def _with_bias(layer: nn.Module, kind: dict[str, Any]) -> dict[str, Any]:
-    return kind | {"bias": layer.bias is not None}
+    return kind | {"bias": getattr(layer, "bias", None) is not None}
 
 
 FACTORS: dict[str, Callable[[Any, int, tuple[int, ...]], tuple[nn.Module, nn.Module]]] = {

@@ -80,7 +80,7 @@ class Plan:
         if spent > keep * total:
             raise InputError(
                 f"compress: keep={keep} of {total:,} parameters is {int(keep * total):,}, but rank 1 everywhere needs "
-                f"{spent:,}; the smallest possible keep is {spent / total:.3f}"
+                f"{spent:,}; the smallest possible keep is {spent / total:.3f}{self._dense()}"
             )
         # Beyond its break-even a layer is dense, its further singular values free, taken with the last paid one.
         steps = [range(1, s.break_even) for s in self.spectra]
@@ -101,6 +101,12 @@ class Plan:
         }
         return replace(self, keep=keep, ranks=ranks)
 
+    def _dense(self) -> str:
+        """The layers that are not factored, the first few, for an error."""
+        shown = [f"{name} ({why})" for name, why in list(self.reasons.items())[:3]]
+        more = f" and {len(self.reasons) - 3} more" if len(self.reasons) > 3 else ""
+        return f". Not factored: {', '.join(shown)}{more}" if shown else ""
+
     def apply(self) -> nn.Module:
         """A copy of the model with the planned layers factored. The original is untouched."""
         model = copy.deepcopy(self.model)
@@ -112,7 +118,7 @@ class Plan:
             layer = submodule(model, name)
             low = LowRank(layer, rank)
             left, right = s.left[:, :rank], s.right[:rank]
-            bias: Any = layer.bias
+            bias: Any = getattr(layer, "bias", None)
             if bias is not None and s.mean is not None:
                 bias = bias + (matrix_of(layer).double() - left @ right) @ s.mean
             low.set_(left, right, bias)

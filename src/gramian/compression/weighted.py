@@ -12,7 +12,7 @@ from gramian.block import Block
 from gramian.compression.lowrank import matrix_of
 from gramian.errors import InputError
 from gramian.gram import Gram
-from gramian.layers import layout_of, operation_of, runs_as_its_class
+from gramian.layers import is_affine, layout_of, operation_of, runs_as_its_class
 from gramian.statistics import Site, Sites
 
 __all__ = ["DAMPING", "WeightedSVD", "decompose", "why_not"]
@@ -56,6 +56,10 @@ def why_not(block: Block, sites: Sites) -> str:
     """Why a block's layer is not factored; empty where it is."""
     if not operation_of(block.module).factors or not runs_as_its_class(block.module):
         return f"{block.kind} is not factored"
+    if not is_affine(block.module):
+        return f"{block.kind} has other parameters than a weight and a bias, or a weight that is made of others"
+    if block.module._forward_hooks or block.module._forward_pre_hooks:
+        return "it has forward hooks, which a factored layer would lose"
     if isinstance(block.module, NonDynamicallyQuantizableLinear):
         return "MultiheadAttention applies it by its weight"
     if block.aliases:
@@ -74,7 +78,7 @@ def decompose(block: Block, site: Site) -> WeightedSVD:
     assert isinstance(site.A, Gram)
     assert isinstance(site.G, Gram)
     w = matrix_of(block.module).double()
-    centered = block.module.bias is not None
+    centered = getattr(block.module, "bias", None) is not None
     a, g = site.A.covariance if centered else site.A.matrix, site.G.matrix
     for label, moment, dim in (("A", a, w.shape[1]), ("G", g, block.shape[-2])):
         if moment.shape[-1] != dim:

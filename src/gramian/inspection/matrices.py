@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gramian.block import METADATA
+from gramian.block import METADATA, match_pattern
 from gramian.checkpoint import Checkpoint
 from gramian.checkpoint.formats import Entry
 from gramian.errors import InputError, ShapeError
@@ -63,7 +63,8 @@ class Holding:
     @property
     def kernel(self) -> bool:
         """Whether the tensor is the kernel (o, i, h, w) of a two-dimensional convolution, as far as a file tells."""
-        return self.kind in ("conv2d", "Conv2d") and self.role != "elementwise" and len(self.layout.matrices) == 2
+        plain = self.role != "elementwise" and len(self.layout.matrices) == 2
+        return self.kind in ("conv2d", "Conv2d") and plain and len(self.entry.shape) == 4
 
 
 def find_holdings(
@@ -85,9 +86,9 @@ def find_holdings(
     holdings: list[Holding] = []
     left_out: dict[str, list[str]] = {}
     for name, entry in checkpoint.entries.items():
-        reason = _reason(entry, checkpoint)
+        reason = _not_numbers(entry) or ("" if known else _not_weights(entry, checkpoint))
         if not reason:
-            pattern = next((p for p in overrides if fnmatch.fnmatchcase(name, p)), None)
+            pattern = match_pattern(overrides, name)
             if pattern is None:
                 here = config if config.get("model_type") else config | {"model_type": family(name)}
                 held = _of_metadata(entry, known) if known else _hold(entry, here, checkpoint)
@@ -133,21 +134,26 @@ def read_layouts(path: str | os.PathLike[str]) -> dict[str, Any]:
     return layouts
 
 
-def _reason(entry: Entry, checkpoint: Checkpoint) -> str:
-    """Why a tensor holds no matrix to look at; empty where it does."""
+def _not_numbers(entry: Entry) -> str:
+    """Why a tensor of whatever name holds no matrix to look at; empty where it may."""
     if entry.tied_to:
         return f"the same memory as {entry.tied_to}"
     if entry.kind == "empty":
         return "of size 0"
     if entry.kind != "float":
         return f"{entry.kind} ({entry.dtype})"
+    return "vector" if sum(length > 1 for length in entry.shape) < 2 and len(entry.shape) < 2 else ""
+
+
+def _not_weights(entry: Entry, checkpoint: Checkpoint) -> str:
+    """Why a tensor's name says that it is no weight, in a file that does not say what its tensors are."""
     if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in NOT_WEIGHTS) and len(entry.shape) > 1:
         return "a buffer, not weights"
     if any(
         entry.name.endswith(end) and entry.name.removesuffix(end) + other in checkpoint.entries for end, other in SCALES
     ):
         return "a scale of a parametrized weight"
-    return "vector" if sum(length > 1 for length in entry.shape) < 2 and len(entry.shape) < 2 else ""
+    return ""
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -156,7 +162,13 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
         known = json.loads(checkpoint.metadata.get(METADATA, "{}"))
     except (ValueError, RecursionError):
         return {}
-    return {name: row for name, row in known.items() if isinstance(row, dict)} if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    rows = {name: row for name, row in known.items() if isinstance(row, dict)}
+    # A tied tensor may be in the file under any of its names.
+    lists = ((row.get("aliases"), row) for row in rows.values())
+    aliases = {n: row for names, row in lists if isinstance(names, list) for n in names if isinstance(n, str)}
+    return {**aliases, **rows}
 
 
 def _of_metadata(entry: Entry, known: Mapping[str, Any]) -> Holding | str:
@@ -175,9 +187,10 @@ def _of_metadata(entry: Entry, known: Mapping[str, Any]) -> Holding | str:
         if role not in ROLES:
             raise ValueError(role)
         return Holding(entry, layout, str(row["kind"]), role)
-    except (KeyError, TypeError, ValueError) as error:  # a ShapeError is a ValueError
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # a ShapeError is a ValueError
+        what = f"{type(error).__name__}: {error}"[:200]
         raise InputError(
-            f"{entry.file}: its metadata does not fit {entry.name}: {error}. Save the file again."
+            f"{entry.file}: its metadata does not fit {entry.name}: {what}. Save the file again."
         ) from None
 
 

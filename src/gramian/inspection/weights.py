@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gramian import layers, placement
-from gramian.block import Block, blocks
+from gramian.block import Block, blocks, is_lazy
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name
+from gramian.errors import InputError
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
 from gramian.inspection.entries import Entries
 from gramian.inspection.matrices import Holding, find_holdings
@@ -82,6 +83,8 @@ def measure_model(
 ) -> Measured:
     """Measure the blocks of a model."""
     found, rest = blocks(model, layouts)
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError(f"inspect: weights of {type(model).__name__} are on meta and have no values; load them first")
     measured = Measured()
     if found:
         measured.dtype = found[0].parameter.dtype
@@ -97,9 +100,13 @@ def measure_model(
             by_name[name] = lambda matrix=matrix: matrix
     tell("spectra", len(found), len(found))
     _find_duplicates(measured, by_name)
-    for r in rest:
+    known = [r for r in rest if not is_lazy(r.parameter)]
+    for r in known:
         _add_vector(measured, r.name, r.parameter.detach())
-    measured.facts["parameters"] = sum(b.parameter.numel() for b in found) + sum(r.parameter.numel() for r in rest)
+    for r in rest:
+        if r not in known or (r.parameter.ndim > 1 and not r.elementwise):
+            measured.notes.append(f"Left out: {r.name}, {r.reason}")
+    measured.facts["parameters"] = sum(b.parameter.numel() for b in found) + sum(r.parameter.numel() for r in known)
     _add_facts(measured, quick)
     first = measured.layers[0] if measured.layers else None
     if first is not None and first.kind == "Linear":

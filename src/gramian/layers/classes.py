@@ -16,6 +16,7 @@ __all__ = [
     "OPERATIONS",
     "Layer",
     "Operation",
+    "is_affine",
     "layer_of",
     "layout_of",
     "operation_of",
@@ -60,11 +61,15 @@ OPERATIONS: dict[str, Operation] = {
 class Layer:
     """A row of the table of classes: which matrices a module's own parameters hold, and how they are applied.
 
+    An operation with `init` or `factors` promises `y = W x + b`: one parameter `weight`, which holds one matrix (or one
+    for each of a convolution's groups), and perhaps a `bias`. Layers that have more are left out by what needs the
+    promise (`is_affine`), with the reason.
+
     Args:
         cls: a class of torch, or the name of a class of another library. Subclasses count.
         operation: a key of `OPERATIONS`.
-        weights: layout by the parameter's name in the module (a pattern). In a convolution's layout `g` is the module's
-            number of groups.
+        weights: layout by the parameter's name in the module (a pattern). An axis `g` is the module's attribute
+            `groups`; where there are several groups of one input channel (axis `i`), the kernel is depthwise.
         parts: names of the fused matrices, by the same pattern.
         has: an attribute that tells a class known by name from others of the same name.
     """
@@ -74,6 +79,9 @@ class Layer:
     weights: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     has: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.operation in OPERATIONS, f"{self.cls}: no operation {self.operation!r} in {', '.join(OPERATIONS)}"
 
     def fits(self, cls: type, module: nn.Module) -> bool:
         """Whether this row is for `cls`, one of the classes of `module`."""
@@ -190,7 +198,9 @@ def layout_of(module: nn.Module, local: str = "weight", parameter: Tensor | None
 
 
 def runs_as_its_class(module: nn.Module) -> bool:
-    """Whether a module computes what its row says: no class derived from that of the row has a forward of its own.
+    """Whether a module computes what its row says.
+
+    It does not where a class derived from that of the row, or the module itself, has a forward of its own.
 
     Args:
         module: any module.
@@ -210,7 +220,34 @@ def runs_as_its_class(module: nn.Module) -> bool:
     """
     row = layer_of(module)
     base = next((cls for cls in type(module).__mro__ if row.fits(cls, module)), None)
-    return base is not None and getattr(type(module), "forward", None) is getattr(base, "forward", None)
+    if base is None or "forward" in vars(module):
+        return False
+    return all(getattr(type(module), name, None) is getattr(base, name, None) for name in ("forward", "__call__"))
+
+
+def is_affine(module: nn.Module) -> bool:
+    """Whether a module has one weight and perhaps a bias, and no other parameter: `y = W x + b`, as its class computes.
+
+    What initializes or replaces a layer as a whole wants that: another parameter would be lost.
+
+    Args:
+        module: any module.
+
+    Returns:
+        `False` also for a stack of matrices, but for the groups of a convolution; and for a parametrized weight.
+
+    Raises: nothing of its own.
+    Cost: as `layer_of`.
+    Source: this library's own.
+
+    >>> is_affine(nn.Linear(2, 2)), is_affine(nn.LSTM(2, 2))
+    (True, False)
+    """
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    if "weight" not in own or not own <= {"weight", "bias"} or not runs_as_its_class(module):
+        return False
+    layout = layout_of(module)
+    return layout is not None and (len(layout.matrices) == 2 or layout.sides[0] == ("g",))
 
 
 def operation_of(module: nn.Module) -> Operation:

@@ -59,26 +59,36 @@ CONFIG_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 _GQA = ("heads*dim", "kv*dim", "kv*dim")
-_IN_OUT = ("llama4", "llama4_text", "gpt_oss")  # their stacked experts are (expert, in, out)
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their linear layers are (in, out)
+_IN_OUT = ("llama4", "llama4_text", "gpt_oss", "experts in out")  # their stacked experts are (expert, in, out)
 
 # First match wins; a row whose numbers are missing or do not fit is passed over.
 NAMED: tuple[NamedWeight, ...] = (
     # fused one after the other: GPT-2 along the columns of (in, out), most others along the rows
+    NamedWeight(
+        "attn.c_attn.weight", "(h three d) i -> three (h d) i", QKV, "attention",
+        models=("gpt_bigcode",), sizes={"h": "heads"}, square=True,
+    ),
     NamedWeight("attn.c_attn.weight", "i (three o) -> three o i", QKV, "attention", square=True),
     NamedWeight("attn.c_attn.weight", "(three o) i -> three o i", QKV, "attention", square=True),
-    NamedWeight("attn.c_proj.weight", "i o -> o i", kind="attention", models=("gpt2",)),
-    NamedWeight("mlp.c_fc.weight", "i o -> o i", kind="mlp", models=("gpt2",)),
-    NamedWeight("mlp.c_proj.weight", "i o -> o i", kind="mlp", models=("gpt2",)),
-    NamedWeight("Wqkv.weight", "(three o) i -> three o i", QKV, "attention"),
-    NamedWeight("attn.qkv.weight", "(three o) i -> three o i", QKV, "attention"),
-    NamedWeight("in_proj_weight", "(three o) i -> three o i", QKV, "attention"),
+    NamedWeight("attn.c_proj.weight", "i o -> o i", kind="attention", models=_CONV1D),
+    NamedWeight("mlp.c_fc.weight", "i o -> o i", kind="mlp", models=_CONV1D),
+    NamedWeight("mlp.c_proj.weight", "i o -> o i", kind="mlp", models=_CONV1D),
+    NamedWeight("Wqkv.weight", "(three o) i -> three o i", QKV, "attention", square=True),
+    NamedWeight("attn.qkv.weight", "(three o) i -> three o i", QKV, "attention", square=True),
+    NamedWeight("in_proj_weight", "(three o) i -> three o i", QKV, "attention", square=True),
     # GPT-NeoX and BLOOM interleave: for each head its q, k, v
     NamedWeight(
         "query_key_value.weight", "(h three d) i -> three (h d) i", QKV, "attention",
         models=("gpt_neox", "bloom"), sizes={"h": "heads"},
     ),
     # one after the other, with fewer key and value heads than queries: Phi-3, Qwen (1), ChatGLM
-    NamedWeight("qkv_proj.weight", "o i -> o i", QKV, "attention", rows=_GQA),
+    NamedWeight("qkv_proj.weight", "o i -> o i", QKV, "attention", models=("phi3", "phi4_multimodal", ""), rows=_GQA),
+    # CodeGen: for each of four cores its q, v, k
+    NamedWeight(
+        "qkv_proj.weight", "(four three d) i -> three (four d) i", ("q", "v", "k"), "attention",
+        models=("codegen",), square=True,
+    ),
     NamedWeight("query_key_value.weight", "o i -> o i", QKV, "attention", models=("chatglm",), rows=_GQA),
     # gates
     NamedWeight("gate_up_proj.weight", "(two o) i -> two o i", GATE_UP, "mlp"),
@@ -87,10 +97,15 @@ NAMED: tuple[NamedWeight, ...] = (
     # stacked experts: gpt-oss interleaves gate and up, Llama 4 has one after the other, both (expert, in, out);
     # elsewhere (expert, out, in)
     NamedWeight("experts.gate_up_proj", "e i (o two) -> e two o i", GATE_UP, "experts", models=("gpt_oss",)),
-    NamedWeight("experts.gate_up_proj", "e i (two o) -> e two o i", GATE_UP, "experts", models=(*_IN_OUT, "")),
-    NamedWeight("experts.down_proj", "e i o -> e o i", kind="experts", models=(*_IN_OUT, "")),
+    NamedWeight("experts.gate_up_proj", "e i (two o) -> e two o i", GATE_UP, "experts", models=_IN_OUT),
+    NamedWeight("experts.down_proj", "e i o -> e o i", kind="experts", models=_IN_OUT),
     NamedWeight("experts.gate_up_proj", "e (two o) i -> e two o i", GATE_UP, "experts", sizes={"i": "width"}),
-    NamedWeight("experts.*", "e o i -> e o i", kind="experts"),
+    NamedWeight(
+        "experts.gate_up_proj", "e (two o) i -> e two o i", GATE_UP, "experts", models=("experts out in",)
+    ),
+    NamedWeight("experts.down_proj", "e o i -> e o i", kind="experts", sizes={"o": "width"}),
+    NamedWeight("experts.down_proj", "e o i -> e o i", kind="experts", models=("experts out in",)),
+    NamedWeight("experts.w[123]", "e o i -> e o i", kind="experts"),
     NamedWeight("input_linear.weight", "e (two o) i -> e two o i", GATE_UP, "experts", sizes={"i": "width"}),
     NamedWeight("output_linear.weight", "e o i -> e o i", kind="experts", sizes={"o": "width"}),
     # tables of positions and tokens that are plain parameters
@@ -152,7 +167,7 @@ def find_named(
     """
     for row in rows:
         family = str(config.get("model_type", ""))
-        if not row.matches(name) or (row.models and family not in row.models):
+        if not row.matches(name) or (row.models and family not in row.models) or name.endswith("bias"):
             continue
         if not row.layout:
             return NameMatch(None, row.kind, row.role, f"named {row.name}: acts element by element")
@@ -191,7 +206,8 @@ def families(shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], str]:
     """Which family each tensor of a file belongs to, as far as shapes tell: `lstm`, `gru` or `gpt2`.
 
     LSTMs and GRUs show in their hidden-to-hidden weights, (gates · h, h), or (gates · h, p) beside a projection (p, h);
-    GPT-2's layers, which are (in, out), in its fused projection (n, 3 n).
+    GPT-2's layers, which are (in, out), in its fused projection (n, 3 n); whether stacked experts are (out, in) or
+    (in, out), in the shapes of a gate_up_proj and its down_proj.
 
     Args:
         shapes: of the tensors, by name.
@@ -217,6 +233,14 @@ def families(shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], str]:
             gates, rest = divmod(shape[0], projection[1] if len(projection) == 2 else shape[1])
             recurrent[module] = {4: "lstm", 3: "gru"}.get(gates, "") if not rest else ""
         in_out |= name.endswith("attn.c_attn.weight") and shape[1] == 3 * shape[0]
+    for name, up in shapes.items():
+        module, _, local = name.rpartition(".")
+        down = shapes.get(f"{module}.down_proj", ())
+        if local == "gate_up_proj" and len(up) == len(down) == 3:
+            fits = {"experts out in": (2 * down[2], down[1]), "experts in out": (down[2], 2 * down[1])}
+            found = [family for family, wanted in fits.items() if up[1:] == wanted]
+            if len(found) == 1:
+                recurrent[module] = found[0]
     return lambda name: recurrent.get(name.rpartition(".")[0], "gpt2" if in_out else "")
 
 
@@ -236,17 +260,25 @@ def config_of(holder: Any) -> dict[str, Any]:
     >>> config_of({"hidden_size": 8, "text_config": {"num_attention_heads": 2}})["num_attention_heads"]
     2
     """
-    if not isinstance(holder, Mapping):
-        known = vars(holder) if hasattr(holder, "__dict__") else {}
-        kind = getattr(holder, "model_type", None)
-        holder = known | ({"model_type": kind} if isinstance(kind, str) else {})
-    config = dict(holder)
+    config = _as_dict(holder)
     inner = config.get("text_config")
-    return config if inner is None or isinstance(inner, str) else config | config_of(inner)
+    return config if inner is None or isinstance(inner, str) else config | _as_dict(inner)
+
+
+def _as_dict(holder: Any) -> dict[str, Any]:
+    try:  # a config is the user's object, and may do anything
+        if isinstance(holder, Mapping):
+            return dict(holder)
+        known = dict(vars(holder)) if hasattr(holder, "__dict__") else {}
+        kind = getattr(holder, "model_type", None)
+    except Exception:
+        return {}
+    return known | ({"model_type": kind} if isinstance(kind, str) else {})
 
 
 def _number(key: str, config: Mapping[str, Any]) -> int | None:
-    value = next((config[name] for name in CONFIG_KEYS[key] if isinstance(config.get(name), int)), None)
+    values = (config.get(name) for name in CONFIG_KEYS[key])
+    value = next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
     if value is None and key == "kv":
         return _number("heads", config)
     if value is None and key == "dim":

@@ -70,7 +70,11 @@ def _linear(is_weight: IsWeight, input: Tensor, weight: Tensor, bias: Tensor | N
     return Form("linear", weight, input, _plain_rows(input), _rows, (1,), (0,))
 
 
-def _matmul(is_weight: IsWeight, input: Tensor, other: Tensor) -> Form | None:
+def _matmul(
+    is_weight: IsWeight, input: Tensor, other: Tensor | None = None, *, mat2: Tensor | None = None, **rest: Any
+) -> Form | None:
+    other = mat2 if other is None else other  # `mm` and `bmm` call it mat2
+    assert other is not None
     if is_weight(other):
         w, x = other, input
         if w.ndim == 2:
@@ -93,13 +97,24 @@ def _stacked(w: Tensor, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     return lambda t: t.expand(*t.shape[:-3], len(w), *t.shape[-2:]).movedim(-3, -2).reshape(-1, len(w) * t.shape[-1])
 
 
-def _addmm(is_weight: IsWeight, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Form | None:
-    if is_weight(input) or scales.get("alpha", 1) != 1:
+def _addmm(
+    is_weight: IsWeight,
+    input: Tensor,
+    mat1: Tensor | None = None,
+    mat2: Tensor | None = None,
+    *,
+    batch1: Tensor | None = None,
+    batch2: Tensor | None = None,
+    **scales: Any,
+) -> Form | None:
+    mat1, mat2 = batch1 if mat1 is None else mat1, batch2 if mat2 is None else mat2  # `baddbmm` calls them batches
+    if mat1 is None or is_weight(input) or scales.get("alpha", 1) != 1:
         return None
     return _matmul(is_weight, mat1, mat2)
 
 
-def _einsum(is_weight: IsWeight, equation: str, *operands: Any) -> Form | None:
+def _einsum(is_weight: IsWeight, equation: str, *operands: Any, **named: Any) -> Form | None:
+    operands = operands or tuple(named.get("operands", ()))
     tensors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
     where = [i for i, tensor in enumerate(tensors) if is_weight(tensor)]
     if not isinstance(equation, str) or len(where) != 1 or len(tensors) < 2:
