@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import einops
 import torch
@@ -49,7 +50,7 @@ class Layout:
 
     pattern: str
     shape: tuple[int, ...]
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # from files and users: checked below, not by the type
     parts: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
 
