@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import zoo
 import zoo_modules
+from gramian.layers import layer_of
 from zoo import ZooCase
 
 Key = tuple[str, bool]  # the parameter's name; whether its input vectors run along its matrices' rows
@@ -388,6 +389,8 @@ def samples(
     tape = Tape()
     for name, module in model.named_modules():
         kind = next((cls for cls in type(module).__mro__ if cls in NAIVE), None)
+        known = kind is not None or layer_of(module).operation in ("unknown", "elementwise")
+        assert known, f"no naive forward for {type(module).__name__}: add one to NAIVE in tests/naive_capture.py"
         if kind is not None:
             module.forward = partial(NAIVE[kind], tape, f"{name}." if name else "", module)
     found, totals, units = [], [], []

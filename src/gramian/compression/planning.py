@@ -80,7 +80,7 @@ class Plan:
         if spent > keep * total:
             raise InputError(
                 f"compress: keep={keep} of {total:,} parameters is {int(keep * total):,}, but rank 1 everywhere needs "
-                f"{spent:,}; the smallest possible keep is {spent / total:.3f}{self._dense()}"
+                f"{spent:,}{self._dense()}; the smallest possible keep is {spent / total:.3f}"
             )
         # Beyond its break-even a layer is dense, its further singular values free, taken with the last paid one.
         steps = [range(1, s.break_even) for s in self.spectra]
@@ -105,7 +105,7 @@ class Plan:
         """The layers that are not factored, the first few, for an error."""
         shown = [f"{name} ({why})" for name, why in list(self.reasons.items())[:3]]
         more = f" and {len(self.reasons) - 3} more" if len(self.reasons) > 3 else ""
-        return f". Not factored: {', '.join(shown)}{more}" if shown else ""
+        return f" (not factored: {'; '.join(shown)}{more})" if shown else ""
 
     def apply(self) -> nn.Module:
         """A copy of the model with the planned layers factored. The original is untouched."""

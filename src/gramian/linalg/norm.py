@@ -130,7 +130,7 @@ def norm_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None
 
 
 def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
-    """By all singular values: of the Gram matrix, whose largest is σ₁² to rounding, or with twofold residuals."""
+    """By all singular values: of the Gram matrix, whose largest is σ₁² to rounding, or with double-double residuals."""
     value = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     error, reason = torch.full_like(value, math.inf), value.long()
     if not x.shape[-1]:
