@@ -25,7 +25,7 @@ REASONS = (
     "LAPACK did not converge",
     "the answer overflows its dtype: convert the matrix to a wider one, such as float64, or change its scale",
 )
-"""Why a matrix failed. Files hold the indices: a new reason goes to the end."""
+"""Why a matrix failed. Saved certificates hold the index, so a new reason goes to the end."""
 NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERFLOW = range(len(REASONS))
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}

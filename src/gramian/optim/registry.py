@@ -32,7 +32,7 @@ class Checks:
         small: options that suit matrices of a few rows.
         exact: options under which two ways to compute the same step differ by rounding only.
         accuracy: the largest such difference of a weight in float64, at steps of length 0.1. Take 2e-6, as for Muon, if
-            the direction uses its polar factor, which is not computed more exactly; otherwise leave it out.
+            the direction uses its polar factor; otherwise leave it out.
         keeps_direction: whether with `refresh` above one it keeps its whole direction, so that a matrix may stand still
             until its first recomputation with a gradient.
         roundings: by how many roundings of float32 the steps of a matrix may depend on the other matrices in its stack.

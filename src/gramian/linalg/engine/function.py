@@ -49,8 +49,8 @@ class MatrixFunction:
             - "definite": symmetric, with eigenvalues > 0. With a zero or negative one, the value does not exist.
 
             In the three symmetric domains the methods get the symmetric part, and a matrix that is not symmetric up to
-            rounding fails. What a negative eigenvalue means, the methods decide: `symmetric_eigen.decompose` gives the
-            reason `INDEFINITE` for the two domains with a sign; for "symmetric", ignore that reason.
+            rounding fails. The methods themselves look at the signs: `symmetric_eigen.decompose` gives the reason
+            `INDEFINITE`, which a function of domain "symmetric" replaces by `NONE`.
         degree: how the value follows the scale. A number k: f(cX) = cᵏ f(X), as for the inverse, k = −1. "by exponent":
             in another way, as for the logarithm; the methods get the integers `exponent` (B,) and answer for
             2^exponent · X. (Use `scaling.scale`, or cast them to float64: times a Python float they are float32.)
