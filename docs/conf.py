@@ -5,6 +5,7 @@ from typing import Any
 
 import gramian
 from gramian.linalg.engine.function import methods_table
+from gramian.optim.registry import table as directions_table
 
 project = "gramian"
 author = "the gramian developers"
@@ -19,7 +20,7 @@ myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 myst_enable_extensions = ["colon_fence", "substitution"]
-myst_substitutions = {"matrix_functions": methods_table()}
+myst_substitutions = {"matrix_functions": methods_table(), "directions": directions_table()}
 suppress_warnings = ["myst.header"]
 
 HEADINGS = ("Args", "Attributes", "Returns", "Raises", "Cost", "Source")

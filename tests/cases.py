@@ -154,6 +154,32 @@ def hostile(seed: int, count: int, m: int, n: int, dtype: torch.dtype, *, psd: b
     return torch.stack(out)
 
 
+def indefinite(a: Tensor) -> Tensor:
+    """Symmetric matrices (..., n, n) with the sign of every other eigenvalue flipped; unchanged where not finite."""
+    finite = a.isfinite().flatten(-2).all(-1)[..., None, None]
+    w, v = torch.linalg.eigh(torch.where(finite, a.to(torch.float64), 0.0))
+    flipped = (v * w[..., None, :] * (-1.0) ** torch.arange(w.shape[-1])) @ v.mT
+    return torch.where(finite, (flipped + flipped.mT).to(a.dtype) / 2, a)
+
+
+def hostile_for(needs: str, seed: int, count: int, m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """`hostile` for functions of "general", "square", "psd" or "symmetric" matrices: the last half indefinite."""
+    a = hostile(seed, count, m, n, dtype, psd=needs in ("psd", "symmetric"))
+    if needs == "symmetric":
+        a[1::2] = indefinite(a[1::2])
+    return a
+
+
+def gallery_for(needs: str, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The gallery for such functions: symmetric parts for the last two, and for "symmetric" indefinite ones too."""
+    matrices = {name: make(n).to(dtype) for name, make in SQUARE.items()}
+    if needs in ("psd", "symmetric"):
+        matrices = {name: a if bool(a.isnan().any()) else (a + a.mT) / 2 for name, a in matrices.items()}
+    if needs == "symmetric":
+        matrices |= {f"indefinite {name}": indefinite(a) for name, a in matrices.items()}
+    return matrices
+
+
 # --- oracles ---------------------------------------------------------------------------------------------------------
 
 
@@ -179,12 +205,20 @@ def oracle(name: str, a: Tensor, damping: float = 0.0, **options) -> mpmath.matr
         return function.exact(mpmath, x, **options)
     w, v = mpmath.eigsy(x)
     top = max(abs(e) for e in w)
+    exists = True
     if function.domain == "definite":
         exists = min(w) > top * mpmath.mpf(10) ** -45
-    else:
+    elif function.domain == "semidefinite":
         exists = min(w) >= -10 * a.shape[0] * torch.finfo(a.dtype).eps * top
         w = [max(e, mpmath.mpf(0)) for e in w]
-    return v * mpmath.diag([function.exact(mpmath, e, **options) for e in w]) * v.T if exists else None
+    values = [function.exact(mpmath, e, **options) for e in w] if exists else [None]
+    return None if None in values else v * mpmath.diag(values) * v.T
+
+
+def overflows(name: str, a: Tensor) -> bool:
+    """Whether the exact value of a function in `FUNCTIONS` has an entry that its dtype does not hold."""
+    exact = FUNCTIONS[name][1](a)
+    return exact is not None and max(abs(e) for e in exact) > torch.finfo(a.dtype).max
 
 
 def _as_matrix(value: Tensor, a: Tensor) -> Tensor:
@@ -209,8 +243,9 @@ def _case(name: str, options: Options, needs: str) -> tuple:
     return certified, exact, lapack, needs
 
 
+NEEDS = {"semidefinite": "psd", "definite": "psd"}
 FUNCTIONS = {
-    label: _case(name, options, "psd" if REGISTRY[name].symmetric else REGISTRY[name].domain)
+    label: _case(name, options, NEEDS.get(REGISTRY[name].domain, REGISTRY[name].domain))
     for label, name, options in examples()
 } | {"inv_psd": _case("inv", lambda a: {}, "psd")}
 """name: (certified function, oracle, plain float64 LAPACK, the matrices it takes)."""
@@ -271,7 +306,7 @@ def score(name: str, seed: int, count: int, dtype: torch.dtype, rtol: float) -> 
     shapes = [(3, 3), (6, 6), (8, 8), *([(7, 3), (3, 6)] if needs == "general" else [])]
     silent, ratios, flagged, met = [], [], 0, 0
     for i, (m, n) in enumerate(shapes):
-        a = hostile(seed + i, count, m, n, dtype, psd=needs == "psd")
+        a = hostile_for(needs, seed + i, count, m, n, dtype)
         value, certificate = function(a)
         bounds, converged = certificate.error_bound.tolist(), certificate.converged.tolist()
         for j in range(count):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import gramian.linalg as gl
-from cases import DEVICES, HALF, SHAPES, WIDE, hostile, seeded, untyped
+from cases import DEVICES, FUNCTIONS, HALF, SHAPES, WIDE, hostile_for, overflows, seeded, untyped
 from gramian import random
 from gramian.errors import ConvergenceError, DtypeError, InputError, ShapeError
+from gramian.linalg.certificate import OVERFLOW, REASONS
 from gramian.linalg.engine.function import FUNCTIONS as REGISTRY
 from gramian.linalg.engine.function import examples
 
@@ -31,6 +32,13 @@ SYMMETRIC = {label: f for label, f in REGISTERED.items() if label not in GENERAL
     "solve/many": lambda a: gl.solve_ex(a, a),
 }
 ALL = {**GENERAL, **SYMMETRIC}
+
+
+def needs(name):
+    """What `hostile_for` has to make for it."""
+    if name in GENERAL:
+        return "general"
+    return "symmetric" if name in NAMES and REGISTRY[NAMES[name]].domain == "symmetric" else "psd"
 
 
 def tensors(value):
@@ -55,15 +63,17 @@ def test_any_shape(name, shape, dtype, device):
         assert x.device == a.device
         assert x.shape[: len(shape) - 2] == shape[:-2]
     if not name.startswith("polar/"):
-        assert certificate.converged.all()
-        assert len(certificate.method_names) == certificate.converged.numel()
+        converged, reasons = certificate.converged.flatten().tolist(), certificate.reasons
+        for ok, reason, x in zip(converged, reasons, a.reshape(len(converged), *a.shape[-2:]), strict=True):
+            assert ok or (reason == REASONS[OVERFLOW] and name in FUNCTIONS and overflows(name, x)), reason
+        assert len(certificate.method_names) == len(converged)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_a_bad_matrix_leaves_its_neighbors_alone(name, dtype, device):
-    a = hostile(5, 30, 4, 4, dtype, psd=name in SYMMETRIC)
+    a = hostile_for(needs(name), 5, 30, 4, 4, dtype)
     a[::7] = torch.nan
     a[3] = torch.inf
     a = a.to(device)
@@ -141,8 +151,32 @@ def test_value_form_raises_with_the_reason():
         gl.inv(torch.stack([torch.eye(2), torch.zeros(2, 2)]))
     with pytest.raises(ConvergenceError, match="not symmetric"):
         gl.sqrtm(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
-    with pytest.raises(ConvergenceError, match="above rtol"):
+    with pytest.raises(ConvergenceError, match=r"above rtol.*add damping"):
         gl.inv(torch.tensor([[3.0]]), rtol=0.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_answer_that_overflows_its_dtype_says_so_and_what_to_do(device):
+    small = torch.tensor([[[1e-6]], [[0.5]]], dtype=torch.float16, device=device)
+    for f in (gl.inv_ex, lambda m: gl.inv_root_ex(m, 1), lambda m: gl.solve_ex(m, torch.ones_like(m))):
+        value, certificate = f(small)
+        assert value.flatten().tolist() == [float("inf"), 2.0]
+        assert certificate.converged.tolist() == [False, True]
+        assert certificate.reason.tolist() == [OVERFLOW, 0]
+        assert certificate.error_bound[0] == float("inf")
+        assert f(small.float())[1].converged.all()
+    with pytest.raises(ConvergenceError, match="matrix 0: the answer overflows its dtype: convert") as caught:
+        gl.inv(small)
+    assert "damping" not in str(caught.value)
+    _, certificate = gl.cond_ex(torch.diag(torch.tensor([1.0, 1e-5], dtype=torch.float16, device=device)))
+    assert certificate.reasons == [REASONS[OVERFLOW]]
+    _, certificate = gl.inv_ex(torch.tensor([[2.0**-1073]], dtype=torch.float64, device=device))
+    assert certificate.reasons == [REASONS[OVERFLOW]]
+
+
+def test_the_codes_of_reasons_do_not_change():
+    codes = ("NONE", "NOT_FINITE", "SINGULAR", "NOT_SYMMETRIC", "INDEFINITE", "INACCURATE", "LAPACK", "OVERFLOW")
+    assert [getattr(gl.certificate, name) for name in codes] == list(range(8))
 
 
 @pytest.mark.parametrize("dtype", [*WIDE, *HALF], ids=str)

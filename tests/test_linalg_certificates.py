@@ -19,7 +19,10 @@ from cases import (
     SPECTRAL,
     SQUARE,
     WIDE,
+    gallery_for,
     hostile,
+    hostile_for,
+    indefinite,
     lapack_error,
     mp,
     mp_error,
@@ -40,14 +43,11 @@ from gramian.linalg.engine.function import examples
 @pytest.mark.parametrize("n", [1, 4, 7])
 def test_gallery_in_one_batch_is_within_its_bounds(name, n, dtype):
     function, exact_of, _, needs = ALL[name]
-    matrices = [make(n).to(dtype) for make in SQUARE.values()]
-    if needs == "psd":
-        matrices = [a if bool(a.isnan().any()) else (a + a.mT) / 2 for a in matrices]
-    value, certificate = function(torch.stack(matrices))
+    matrices = gallery_for(needs, n, dtype)
+    value, certificate = function(torch.stack([*matrices.values()]))
     assert value.dtype == dtype
-    for label, a, x, bound, ok in zip(
-        SQUARE, matrices, value, certificate.error_bound.tolist(), certificate.converged.tolist(), strict=True
-    ):
+    bounds, converged = certificate.error_bound.tolist(), certificate.converged.tolist()
+    for (label, a), x, bound, ok in zip(matrices.items(), value, bounds, converged, strict=True):
         exact = exact_of(a) if bool(a.isfinite().all()) else None
         error = mp_error(x, exact)
         assert error <= bound * (1 + 1e-12), label
@@ -94,7 +94,7 @@ def test_no_silent_failure_and_one_false_alarm_in_a_hundred_over_all(dtype):
 )
 def test_any_hostile_batch_is_within_its_bounds(seed, name, dtype, n):
     function, exact, _, needs = FUNCTIONS[name]
-    a = hostile(seed, 3, n, n, dtype, psd=needs == "psd")
+    a = hostile_for(needs, seed, 3, n, n, dtype)
     value, certificate = function(a)
     for x, y, bound in zip(a, value, certificate.error_bound.tolist(), strict=True):
         assert mp_error(y, exact(x) if bool(x.isfinite().all()) else None) <= bound * (1 + 1e-12)
@@ -173,6 +173,20 @@ def test_larger_hostile_matrices_score(shape, dtype):
         silent, _, flagged, met = score_lowrank(32, 5, shape, dtype, RTOL[dtype], method=method)
         assert not silent, method
         assert flagged <= 1 or method == "block_krylov", (method, met)
+
+
+def test_indefinite_matrices_are_symmetric_and_have_eigenvalues_of_both_signs():
+    a = hostile_for("symmetric", 5, 40, 4, 4, torch.float64)
+    a = a[a.isfinite().flatten(1).all(1)]
+    assert torch.equal(a, a.mT)
+    w = torch.linalg.eigvalsh(a)
+    negative = w[:, 0] < -1e-3 * w[:, -1]
+    assert len(a) / 3 < negative.sum() < 2 * len(a) / 3
+    assert torch.allclose(
+        torch.linalg.eigvalsh(indefinite(torch.diag(torch.tensor([1.0, 2.0])))), torch.tensor([-2.0, 1.0])
+    )
+    spoiled = torch.full((2, 2), math.nan)
+    assert indefinite(spoiled).isnan().all()
 
 
 DO_NOT_EXIST = {

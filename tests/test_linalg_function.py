@@ -11,6 +11,7 @@ import torch
 import gramian.linalg as gl
 from cases import seeded
 from gramian import random
+from gramian.linalg import certificate as cert
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import FUNCTIONS, MatrixFunction, evaluate, examples, methods_table, register
 
@@ -41,7 +42,7 @@ SCALES = torch.tensor([1e-30, 1.0, 1e30])[:, None, None]
 def test_a_homogeneous_function_sees_entries_below_one_and_its_value_follows_the_scale(degree):
     seen = []
 
-    def run(x, *, decline):
+    def run(x, *, rtol):
         seen.append(x)
         return answer(torch.full_like(x, 1.0) * x.abs() ** float(degree))
 
@@ -53,7 +54,7 @@ def test_a_homogeneous_function_sees_entries_below_one_and_its_value_follows_the
 
 
 def test_a_function_by_exponent_answers_at_the_scale_of_the_matrix():
-    def run(x, *, exponent, decline):
+    def run(x, *, exponent, rtol):
         return answer(x.log() + exponent.double()[:, None, None] * math.log(2), error=1e-12)
 
     a = SCALES.double() * torch.tensor([[3.0]], dtype=torch.float64)
@@ -65,7 +66,7 @@ def test_a_function_by_exponent_answers_at_the_scale_of_the_matrix():
 def test_an_unscaled_function_sees_the_matrices_as_they_are():
     seen = []
 
-    def run(x, *, shift, decline):
+    def run(x, *, shift, rtol):
         seen.append((x, shift))
         return answer(x + 1)
 
@@ -83,11 +84,11 @@ def test_an_unscaled_function_sees_the_matrices_as_they_are():
 def test_a_method_that_declines_is_passed_over_and_the_last_is_not_asked_to():
     asked = []
 
-    def declining(x, *, decline):
-        asked.append(decline)
+    def declining(x, *, rtol):
+        asked.append(rtol)
 
-    def last(x, *, decline):
-        asked.append(decline)
+    def last(x, *, rtol):
+        asked.append(rtol)
         return answer(x)
 
     _, certificate = call(function(declining, last), torch.eye(2).expand(3, 2, 2), rtol=1e-3)
@@ -98,13 +99,13 @@ def test_a_method_that_declines_is_passed_over_and_the_last_is_not_asked_to():
 def test_only_matrices_that_failed_go_on_and_keep_the_better_answer():
     sizes = []
 
-    def first(x, *, decline):
+    def first(x, *, rtol):
         sizes.append(len(x))
         found = answer(x)
         found.error[1:] = torch.tensor([0.1, math.inf])
         return found
 
-    def second(x, *, decline):
+    def second(x, *, rtol):
         sizes.append(len(x))
         found = answer(2 * x)
         found.error[:] = torch.tensor([0.5, 0.0])
@@ -121,7 +122,7 @@ def test_only_matrices_that_failed_go_on_and_keep_the_better_answer():
 def test_a_symmetric_domain_gives_the_symmetric_part_and_refuses_asymmetry():
     seen = []
 
-    def run(x, *, dtype, decline):
+    def run(x, *, dtype, rtol):
         seen.append((x, dtype))
         return answer(x)
 
@@ -133,6 +134,28 @@ def test_a_symmetric_domain_gives_the_symmetric_part_and_refuses_asymmetry():
     assert torch.equal(x, x.mT)
     assert dtype == torch.float32
     assert certificate.reasons == ["none", "the matrix is not symmetric"]
+
+
+@pytest.mark.parametrize("domain", ["symmetric", "semidefinite", "definite"])
+def test_every_symmetric_domain_hands_on_eigenvalues_of_both_signs(domain):
+    a = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    f = function(lambda x, *, dtype, rtol: answer(x), domain=domain)
+    assert f.symmetric
+    assert torch.equal(call(f, a)[0], a)
+
+
+def test_a_value_that_only_the_callers_dtype_cannot_hold_overflows():
+    """Not one that is infinite or not certain already, and not one whose norm is infinite."""
+    values = torch.tensor([1e300, 1e300, math.inf, math.nan, 3.0], dtype=torch.float64)[:, None, None].expand(5, 1, 2)
+    error = torch.tensor([1e290, math.inf, 1.0, 1.0, 0.0], dtype=torch.float64)
+
+    def run(x, *, rtol):
+        return Answer(values, error, torch.zeros(5), torch.zeros(5, dtype=torch.long))
+
+    _, certificate = call(function(run, degree="unscaled"), torch.ones(5, 1, 1))
+    assert certificate.reason.tolist() == [cert.OVERFLOW, *[cert.INACCURATE] * 3, cert.NONE]
+    _, certificate = call(function(run, degree="unscaled"), torch.ones(5, 1, 1, dtype=torch.float64))
+    assert certificate.reason.tolist() == [*[cert.INACCURATE] * 4, cert.NONE]
 
 
 def test_every_registered_function_is_public_and_in_the_table_of_the_docs():

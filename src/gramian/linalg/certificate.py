@@ -23,8 +23,10 @@ REASONS = (
     "the answer does not exist: the matrix has negative eigenvalues beyond rounding",
     "the error bound is above rtol",
     "LAPACK did not converge",
+    "the answer overflows its dtype: convert the matrix to a wider one, such as float64, or change its scale",
 )
-NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK = range(len(REASONS))
+"""Why a matrix failed. Saved certificates hold the index, so a new reason goes to the end."""
+NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERFLOW = range(len(REASONS))
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """The default rtol of each dtype. Half types: a few roundings of the answer itself. Wider types: far enough above one
@@ -164,8 +166,10 @@ def require_converged(name: str, certificate: Certificate) -> None:
     bounds = certificate.error_bound.flatten().tolist()
     shown = "; ".join(f"matrix {i}: {reasons[i]} (error bound {bounds[i]:.1e})" for i in failed[:3])
     more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+    # The reason for an overflow says what to do, and nothing else would help.
+    helps = any(reasons[i] != REASONS[OVERFLOW] for i in failed)
+    advice = ", add damping where the function takes it, pass a wider dtype, or loosen rtol" if helps else ""
     raise ConvergenceError(
         f"{name}: {len(failed)} of {len(reasons)} matrices failed their certificate. {shown}{more}. "
-        f"Use {name}_ex for the value and the certificate, "
-        "add damping where the function takes it, pass a wider dtype, or loosen rtol."
+        f"Use {name}_ex for the value and the certificate{advice}."
     )

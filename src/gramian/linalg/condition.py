@@ -115,7 +115,7 @@ def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     s, errors, ok = by_gram(x)
     value, error = s[:, -1], torch.where(ok, errors[:, -1], math.inf)
     if x.shape[-1] <= TIGHT:
-        found = svd_double_double(x, decline=math.inf)
+        found = svd_double_double(x, rtol=math.inf)
         tighter = (found.error < error) & (found.reason == cert.NONE)
         value, error = torch.where(tighter, found.value[:, 0], value), torch.where(tighter, found.error, error)
     return value, error

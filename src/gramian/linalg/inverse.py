@@ -61,10 +61,10 @@ def by_cholesky(x: Tensor) -> tuple[Tensor, Tensor]:
 def _inverter(invert: Invert, work: torch.dtype) -> Callable[..., Answer | None]:
     """The method that inverts in `work`."""
 
-    def run(x: Tensor, *, shift: Tensor, decline: float) -> Answer | None:
+    def run(x: Tensor, *, shift: Tensor, rtol: float) -> Answer | None:
         m = damped(x, shift)
         narrow = m.hi.to(work)
-        if work == torch.float32 and invert is by_cholesky and hopeless(narrow, decline, CHOLESKY32_ERROR):
+        if work == torch.float32 and invert is by_cholesky and hopeless(narrow, rtol, CHOLESKY32_ERROR):
             return None
         y, bad = invert(narrow)
         error, residual = inverse_bound(
@@ -96,7 +96,7 @@ def inverse_bound(m: Pair, y: Tensor, p: Probes, times: Product) -> tuple[Tensor
     return torch.where((r < 0.5) & error.isfinite(), error, math.inf), r
 
 
-def _lu_refined(x: Tensor, *, shift: Tensor, decline: float) -> Answer:
+def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
     """By LU and Newton–Schulz steps Y ← Y + Y(I − MY) on double-double residuals, which converge for uκ < 1."""
     m = damped(x, shift)
     y, bad = by_lu(m.hi)

@@ -47,11 +47,11 @@ REFINEMENTS = 2
 """Corrections of `_eigh_refined`."""
 
 
-def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: float) -> Answer | None:
+def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer | None:
     """V w^(-1/p) Vᵀ by an eigendecomposition in float32; error εκ/p."""
     narrow = x.float()
     narrow = narrow + shift.float()[:, None, None] * torch.eye(x.shape[-1], dtype=narrow.dtype, device=x.device)
-    if hopeless(narrow, decline * p, EIGH32_ERROR):
+    if hopeless(narrow, rtol * p, EIGH32_ERROR):
         return None
     w, v, ok = lapack.eigh(narrow)
     value, error, residual = _from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype)
@@ -61,7 +61,7 @@ def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: fl
     return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure)
 
 
-def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: float) -> Answer:
+def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
     """The same in float64, with V w^(-1/p) Vᵀ multiplied in float32 unless M is float64; error uκ/p and one rounding.
 
     Where a positive definite M is not proven the value is the root of the inverse on the range.
@@ -81,7 +81,7 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: fl
     return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure)
 
 
-def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: float) -> Answer:
+def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
     """X ← XT, M ← TᵖM with T = ((p + 1)I − M)/p, products only, in float32 (float64 for a float64 M). Iannazzo 2006.
 
     For devices on which an eigendecomposition is slow. Positive definiteness comes from a Cholesky factor of X.
@@ -234,7 +234,7 @@ def _rough(m: Pair, z: Tensor) -> Pair:
     return Pair(value, torch.zeros_like(value), error)
 
 
-def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, decline: float) -> Answer:
+def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
     """V w^(-1/p) Vᵀ, then two first-order corrections from double-double residuals R = I − XᵖM; right to the last bits
     while uκ < 1.
 

@@ -30,7 +30,7 @@ def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Ca
     With I − YM = L, ‖M⁻¹b − z‖_F ≤ ‖Y(b − Mz)‖_F / (1 − ‖L‖).
     """
 
-    def run(x: Tensor, *, shift: Tensor, b: Tensor, decline: float) -> Answer:
+    def run(x: Tensor, *, shift: Tensor, b: Tensor, rtol: float) -> Answer:
         m, right = damped(x, shift), pair(b)
         p = probes(x.shape[-1], x.device)
         y, bad = invert(m.hi.to(work))

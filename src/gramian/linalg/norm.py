@@ -140,7 +140,7 @@ def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None
         value, error = s[:, -1].clone(), torch.where(ok, errors[:, -1], math.inf)
     poor = (~(error <= rtol * (value - error))).nonzero().flatten()
     if poor.numel():
-        found = svd_double_double(x[poor].to(torch.float64), decline=math.inf)
+        found = svd_double_double(x[poor].to(torch.float64), rtol=math.inf)
         value[poor], error[poor], reason[poor] = found.value[:, 0], found.error, found.reason
     return Number(value, error, reason)
 

@@ -41,7 +41,7 @@ def by_gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return s, error + U * s, ok
 
 
-def _gram_eigvalsh(x: Tensor, *, decline: float) -> Answer:
+def _gram_eigvalsh(x: Tensor, *, rtol: float) -> Answer:
     """Roots of the eigenvalues of XᵀX in float64."""
     s, error, ok = by_gram(x)
     top = s[:, -1:] if x.shape[-1] else s.new_zeros(s.shape[0], 1)
@@ -65,12 +65,12 @@ def _svd_answer(x: Tensor, times: Product) -> Answer:
     return Answer(s, error, norm(gap) / norm(x).clamp_min(2.0**-1000), reason)
 
 
-def _svd(x: Tensor, *, decline: float) -> Answer:
+def _svd(x: Tensor, *, rtol: float) -> Answer:
     """By the SVD, bounded from residuals in plain float64."""
     return _svd_answer(x, rough)
 
 
-def svd_double_double(x: Tensor, *, decline: float) -> Answer:
+def svd_double_double(x: Tensor, *, rtol: float) -> Answer:
     """By the SVD, bounded from double-double residuals."""
     return _svd_answer(x, product)
 

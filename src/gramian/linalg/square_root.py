@@ -119,24 +119,24 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) 
     return Answer(value, error, miss / norm(m.hi).clamp_min(2.0**-1000), reason, failure=3 * p.failure)
 
 
-def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, decline: float) -> Answer | None:
+def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer | None:
     """By an eigendecomposition in float32, bounded by probes."""
-    if math.isfinite(decline) and hopeless(damped(x, shift).hi.float(), decline, EIGH32_ERROR, power=0.5):
+    if math.isfinite(rtol) and hopeless(damped(x, shift).hi.float(), rtol, EIGH32_ERROR, power=0.5):
         return None
     return _by_probes(x, shift, dtype, torch.float32)
 
 
-def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, decline: float) -> Answer:
+def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer:
     """By an eigendecomposition in float64, bounded by probes: 1e-7 at worst, as a root turns ε into √ε."""
     return _by_probes(x, shift, dtype, torch.float64)
 
 
-def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, decline: float) -> Answer:
+def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer:
     """By an eigendecomposition, bounded from a residual in plain float64."""
     return _by_residual(x, shift, dtype, rough, steps=0)
 
 
-def _eigh_refined(x: Tensor, *, shift: Tensor, dtype: torch.dtype, decline: float) -> Answer:
+def _eigh_refined(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer:
     """The same with a first-order correction from a double-double residual."""
     return _by_residual(x, shift, dtype, product, steps=1)
 

@@ -1,7 +1,7 @@
 """The optimizers that can be asked for by name. A new direction is one file beside this one, and one row here.
 
 The rows drive `gramian train --optimizer`, `gm.train`, `gm.suggest_lr`, `gramian bench optim` and `rates`, the names in
-`gm.optim`, the table in docs/optim.md, and the tests in tests/test_optim_*.py.
+`gm.optim`, the table of the documentation, and the tests in tests/test_optim_*.py.
 """
 
 from __future__ import annotations
@@ -31,12 +31,19 @@ class Checks:
     Args:
         small: options that suit matrices of a few rows.
         exact: options under which two ways to compute the same step differ by rounding only.
-        accuracy: the size of that difference in float64, at steps of length 0.1.
+        accuracy: the largest such difference of a weight in float64, at steps of length 0.1. Take 2e-6, as for Muon, if
+            the direction uses its polar factor; otherwise leave it out.
         keeps_direction: whether with `refresh` above one it keeps its whole direction, so that a matrix may stand still
             until its first recomputation with a gradient.
-        roundings: by how many roundings a step may depend on the other matrices in its stack.
-        exempt: properties that it does not have: that permuting and reflecting all gradients, or rotating them, does
-            the same to the steps; that ranks agree with one process also where gradients are singular.
+        roundings: by how many roundings of float32 the steps of a matrix may depend on the other matrices in its stack.
+            Take 4, as for Muon, if the direction uses its polar factor, whose linear systems are solved for the whole
+            stack at once; otherwise leave it out, and the steps must be the same to the bit.
+        exempt: the properties that it does not have. All others are tested:
+
+            - "signed permutations": permuting the rows and columns of all gradients, and flipping their signs, does the
+              same to the steps.
+            - "rotations": rotating all gradients does the same to the steps.
+            - "ranks on singular gradients": several ranks agree with one process also where gradients are singular.
     """
 
     small: Mapping[str, Any] = field(default_factory=dict)
@@ -144,7 +151,7 @@ def known_name(caller: str, name: str, otherwise: str) -> str:
 
 
 def table() -> str:
-    """The table of docs/optim.md, in Markdown."""
+    """The table of directions as Markdown, which docs/conf.py puts into docs/optim.md."""
     rows = ["| | by name | usual `lr` | direction of a matrix's step | costly part |", "|-|-|-|-|-|"]
     for name, e in MATRIX_OPTIMIZERS.items():
         rows.append(f"| `{e.optimizer.__name__}` | `{name}` | {e.lr:g} | {e.formula} | {e.cost} |")

@@ -118,7 +118,9 @@ def climb(
                 whole[kept] = part[better]
         if last or not certificate.reason.numel():
             break
-        again = (certificate.reason == cert.INACCURATE) | (certificate.reason == cert.SINGULAR)
+        # What overflows by a cheap method may just fit by a finer one.
+        reason = certificate.reason
+        again = (reason == cert.INACCURATE) | (reason == cert.SINGULAR) | (reason == cert.OVERFLOW)
         rows = again.nonzero().flatten()
         if not rows.numel():
             break
@@ -150,7 +152,10 @@ def settle(
     bound = (rounding + answer.error) / size.clamp_min(0)
     bound = torch.where((rounding == 0) & (answer.error == 0), 0.0, bound)
     bound = bound * (1 + 64 * 2.0**-53)  # the norms above are rounded too
-    reason = answer.reason
+    bound = torch.where(size == math.inf, math.inf, bound)  # where the norm overflows, nothing is known
+    # A value that holds inf or NaN itself gives a rounding of NaN.
+    overflow = (answer.reason == cert.NONE) & (rounding == math.inf) & answer.error.isfinite()
+    reason = torch.where(overflow, cert.OVERFLOW, answer.reason)
     if loaded.asymmetric is not None:
         reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
     reason = torch.where(failed, cert.NOT_FINITE, reason)
@@ -211,10 +216,11 @@ def numbers(
         rounding = torch.where(exact, 0.0, (out - rounded).abs() / out.abs())
         bound = found.error / (found.value.abs() - found.error).clamp_min(0) + rounding
         bound = torch.where((found.error == 0) & exact, 0.0, bound)
+        overflow = (found.reason == cert.NONE) & rounded.isinf() & out.isfinite() & found.error.isfinite()
         return (out.to(dtype),), verdict(
             bound,
             rtol,
-            found.reason,
+            torch.where(overflow, cert.OVERFLOW, found.reason),
             methods=tuple(methods),
             code=list(methods).index(name),
             steps=found.steps,

@@ -19,7 +19,7 @@ from gramian.linalg.engine.escalation import Method, Values, climb, ladder, sett
 from gramian.linalg.engine.loading import Damping, Loaded, check, choose, damping_of, load, symmetric_part, unscaled
 from gramian.linalg.engine.scaling import scale
 
-Domain = Literal["general", "square", "semidefinite", "definite"]
+Domain = Literal["general", "square", "symmetric", "semidefinite", "definite"]
 Degree = Fraction | int | Literal["by exponent", "unscaled"]
 Options = Callable[[Tensor], Mapping[str, Any]]
 
@@ -33,22 +33,33 @@ class MatrixFunction:
 
     Attributes:
         name: the public function; `name_ex` returns the certificate too.
-        methods: its methods in order of accuracy. Each is called as `run(x, *, decline, **arguments)` with x `(B, m,
-            n)` finite and, unless the function is unscaled, with entries below 1. It returns None, "I decline", where
-            it sees early that it will not reach the rtol `decline`, which is inf for the last method. The arguments are
-            those of `evaluate`, `shift` (B,), the damping on the scale of x, where the function takes damping, and for
-            symmetric domains `dtype`, the caller's.
-        domain: the matrices that it is for. "general": (m, n), of which the methods get the transpose if m < n, and a
-            value that is a matrix is transposed back. "square". "semidefinite" and "definite": symmetric, of which the
-            methods get the symmetric part, and one that is not symmetric up to rounding fails.
+        methods: its methods in order of accuracy. Each is called as `run(x, *, rtol, **arguments)` with x `(B, m,
+            n)` finite and, unless the function is unscaled, with entries below 1. If it sees early that its error will
+            be above `rtol`, it declines: it returns None, and the next method is tried. The last method gets rtol=inf
+            and must answer. The arguments are those of `evaluate`, `shift` (B,), the damping on the scale of x, where
+            the function takes damping, and for symmetric domains `dtype`, the caller's.
+        domain: the matrices for which the function is defined:
+
+            - "general": any (m, n). If m < n, the methods get the transpose, and a value that is a matrix is transposed
+              back.
+            - "square": any (n, n).
+            - "symmetric": symmetric, with eigenvalues of any sign; negative ones are like any others.
+            - "semidefinite": symmetric, with eigenvalues ≥ 0. Negative ones up to 10·n·ε(dtype)·‖M‖ are rounding and
+              count as zero; with one beyond that, the value does not exist.
+            - "definite": symmetric, with eigenvalues > 0. With a zero or negative one, the value does not exist.
+
+            In the three symmetric domains the methods get the symmetric part, and a matrix that is not symmetric up to
+            rounding fails. The methods themselves look at the signs: `symmetric_eigen.decompose` gives the reason
+            `INDEFINITE`, which a function of domain "symmetric" replaces by `NONE`.
         degree: how the value follows the scale. A number k: f(cX) = cᵏ f(X), as for the inverse, k = −1. "by exponent":
             in another way, as for the logarithm; the methods get the integers `exponent` (B,) and answer for
             2^exponent · X. (Use `scaling.scale`, or cast them to float64: times a Python float they are float32.)
             "unscaled": the methods get the matrices at their own scale.
         plain: the function by plain LAPACK, for one matrix or a batch, without a certificate: the peer in tests and in
             the bench.
-        exact: the function of an mpmath matrix, as `exact(mpmath, matrix, **options)`; None where it does not exist.
-            For symmetric domains, of an eigenvalue instead, as `exact(mpmath, eigenvalue, **options)`.
+        exact: the value in mpmath, which the tests compare with. For symmetric domains it takes one eigenvalue and
+            returns the function of it: `exact(mpmath, eigenvalue, **options)`. For the others it takes the whole
+            matrix: `exact(mpmath, matrix, **options)`. It returns None if the value does not exist.
         examples: name of an example: its options from the matrix, for tests and bench.
         damped: whether it takes damping.
     """
@@ -65,7 +76,7 @@ class MatrixFunction:
     @property
     def symmetric(self) -> bool:
         """Whether it is a function of symmetric matrices."""
-        return self.domain in ("semidefinite", "definite")
+        return self.domain in ("symmetric", "semidefinite", "definite")
 
 
 def register(function: MatrixFunction) -> MatrixFunction:
@@ -159,7 +170,7 @@ def _run(
         part = loaded.rows(rows)
         chosen = options if rows is None else {k: _rows(v, rows) for k, v in options.items()}
         row = function.methods[name]
-        answer = row.run(part.at(row.work), decline=float("inf") if last else rtol, **chosen)
+        answer = row.run(part.at(row.work), rtol=float("inf") if last else rtol, **chosen)
         if answer is None:
             return None
         power = exponent if exponent is None or rows is None else exponent[rows]

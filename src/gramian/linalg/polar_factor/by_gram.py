@@ -22,21 +22,21 @@ PRODUCT32_ERROR = (4e-6, 5e-7)
 """What the float32 product of A and the root adds to the bound: a constant, and one times κ; observed."""
 
 
-def gram_eigh32(x: Tensor, *, decline: float) -> Answer | None:
+def gram_eigh32(x: Tensor, *, rtol: float) -> Answer | None:
     """By an eigendecomposition of the Gram matrix, all in float32; error εκ²."""
     g = gram(x)
-    if hopeless(g, decline, GRAM32_ERROR):
+    if hopeless(g, rtol, GRAM32_ERROR):
         return None
     w, v, ok = lapack.eigh(g)
     return _from_eigenpairs(x, w, v, ok, 2.0**-23)
 
 
-def gram_eigh64(x: Tensor, *, decline: float) -> Answer:
+def gram_eigh64(x: Tensor, *, rtol: float) -> Answer:
     """By a Gram matrix and an eigendecomposition in float64; error uκ². A is applied in float32 if κ and A allow."""
     w, v, ok = lapack.eigh(gram(x, torch.float64))
     if x.dtype == torch.float32:
         kappa = (w[..., -1:] / w[..., :1].clamp_min(2.0**-1000)).sqrt()
-        costly = PRODUCT32_ERROR[0] + PRODUCT32_ERROR[1] * kappa > min(decline, 2e-4)
+        costly = PRODUCT32_ERROR[0] + PRODUCT32_ERROR[1] * kappa > min(rtol, 2e-4)
         x, v = (x.double(), v) if w.shape[-1] <= SMALL or bool(costly.any()) else (x, v.float())
     return _from_eigenpairs(x, w, v, ok, 2 * U)
 

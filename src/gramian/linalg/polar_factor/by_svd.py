@@ -41,12 +41,12 @@ def _by_svd(x: Tensor, times: Product, steps: int) -> Answer:
     return replace(answer, value=value, reason=reason)
 
 
-def svd(x: Tensor, *, decline: float) -> Answer:
+def svd(x: Tensor, *, rtol: float) -> Answer:
     """By the SVD; error uκ, bounded from residuals in plain float64."""
     return _by_svd(x, rough, steps=0)
 
 
-def svd_refined(x: Tensor, *, decline: float) -> Answer:
+def svd_refined(x: Tensor, *, rtol: float) -> Answer:
     """By the SVD and Newton steps on double-double residuals, which take the error from uκ to u for uκ < 1."""
     return _by_svd(x, product, steps=2)
 

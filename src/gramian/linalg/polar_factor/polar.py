@@ -27,12 +27,12 @@ ROUGH, TERMS = 5e-2, 4
 """The rtol and the number of fractions with which "zolotarev" is certified: ‖XᵀX − I‖ is twice the error."""
 
 
-def _newton_schulz(x: Tensor, *, decline: float) -> Answer:
+def _newton_schulz(x: Tensor, *, rtol: float) -> Answer:
     """Newton–Schulz steps, in float32 at least."""
     return _estimated(x, newton_schulz(x), _growth(len(COEFFICIENTS)), x.dtype, math.inf, len(COEFFICIENTS))
 
 
-def _zolotarev(x: Tensor, *, decline: float) -> Answer:
+def _zolotarev(x: Tensor, *, rtol: float) -> Answer:
     """Zolotarev's fractions."""
     low = least_ratio(min(x.shape[-2:]), ROUGH)
     value = zolotarev(x, low=low, terms=TERMS)

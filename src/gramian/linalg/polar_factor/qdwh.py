@@ -38,10 +38,10 @@ def weights(low: float) -> tuple[float, float, float]:
     return a, b, a + b - 1
 
 
-def qdwh(x: Tensor, *, decline: float) -> Answer | None:
+def qdwh(x: Tensor, *, rtol: float) -> Answer | None:
     """Two Halley steps for singular values above 5e-4 of the largest, a polynomial one, in float32; error εκ."""
     g = gram(x)
-    if hopeless(g, decline, STEPS32_ERROR, power=0.5):
+    if hopeless(g, rtol, STEPS32_ERROR, power=0.5):
         return None
     # ‖A‖₂ from above, within a few per cent: ‖A‖₂ ≤ ‖(AᵀA)⁴‖_F^(1/8).
     p = probes(x.shape[-1], x.device)
