@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from cases import FUNCTIONS, SPECTRAL, hostile, score, score_large, score_lowrank  # noqa: E402
+from cases import FUNCTIONS, SPECTRAL, hostile_for, score, score_large, score_lowrank  # noqa: E402
 from gramian.bench import features  # noqa: E402
 from gramian.linalg.certificate import RTOL  # noqa: E402
 
@@ -44,7 +44,7 @@ FEW = 20
 def score_against_float64(name: str, seed: int, n: int, count: int) -> tuple[list, list[float], int, int]:
     """As `cases.score`, in float32, with the float64 answer as the oracle."""
     function, _, lapack, needs = FUNCTIONS[name]
-    a = hostile(seed, count, n, n, torch.float32, psd=needs == "psd")
+    a = hostile_for(needs, seed, count, n, n, torch.float32)
     value, certificate = function(a)
     exact, reference = function(a.double())
     if name == "sqrtm":
