@@ -117,6 +117,18 @@ def test_unequal_parts_are_apart_where_a_config_tells_them(config: object) -> No
     assert [name[-3:] for name in block.names] == ["[q]", "[k]", "[v]"]
 
 
+def test_unequal_parts_of_a_size_that_optimizers_cut_are_stepped() -> None:
+    config = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512}
+    model = Attention("qkv_proj", (1024, 512), config)
+    (block,) = gm.blocks(model).blocks
+    assert len(block.names) == 3
+    optimizer = gm.optim.Muon(model)  # cuts the smaller side into parts of 256
+    block.parameter.grad = torch.randn(block.parameter.shape)
+    before = block.parameter.detach().clone()
+    optimizer.step()
+    assert not torch.equal(block.parameter, before)
+
+
 def test_without_a_config_nothing_is_guessed() -> None:
     (block,) = gm.blocks(Attention("qkv_proj", (32, 16), None)).blocks
     assert block.names == ("self_attn.qkv_proj.weight",)

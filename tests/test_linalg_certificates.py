@@ -64,13 +64,12 @@ def test_random_hostile_matrices_score(name, dtype):
     assert not silent
     if "/" in name:
         return  # a method by name: honest, but neither as tight as auto nor with its reach
-    if statistics.median(ratios) > 100:
-        # The ratios spread over five decades, and the median of fifty is 29 to 145 by the kernel's rounding (inv_root_4
-        # in float64): four times as many decide.
-        for seed in (131, 231, 331):
-            also_silent, more, *_ = score(name, seed, 24, dtype, RTOL[dtype])
-            assert not also_silent
-            ratios += more
+    # The ratios spread over five decades, and the median of fifty is 29 to 145 by the kernel's rounding (inv_root_4 in
+    # float64): four times as many decide, whatever the first fifty say.
+    for seed in (131, 231, 331):
+        also_silent, more, *_ = score(name, seed, 24, dtype, RTOL[dtype])
+        assert not also_silent
+        ratios += more
     assert statistics.median(ratios) <= 100
     # One in a hundred over all the functions; a few dozen matrices of one function allow three.
     assert flagged <= max(3, 0.01 * met)

@@ -36,7 +36,8 @@ def in_parts(layout: Layout, size: int | None) -> Layout:
     dims = [sum(((PART, name) if name == side[0] else (name,) for name in names), ()) for names in layout.dims]
     left = " ".join(map(_group, dims))
     right = " ".join([*leading, PART, _group(rows), _group(columns)])
-    return replace(layout, pattern=f"{left} -> {right}", sizes={**layout.sizes, PART: counts[0]})
+    cut = f"{left} -> {right}"
+    return replace(layout, pattern=cut, sizes={**layout.sizes, PART: counts[0]}, parts=(), rows=())
 
 
 def _group(names: tuple[str, ...]) -> str:
