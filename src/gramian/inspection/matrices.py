@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gramian.block import METADATA, match_pattern
+from gramian.block import METADATA
 from gramian.checkpoint import Checkpoint
 from gramian.checkpoint.formats import Entry
 from gramian.errors import InputError, ShapeError
 from gramian.layers import KERNELS, NAMED, Role, config_of, families, find_head, find_named, role_by_name, weight_name
+from gramian.layers.lookup import match_pattern
 from gramian.layout import Layout
 
 __all__ = ["Holding", "find_holdings", "read_config", "read_layouts"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian import layers, placement
-from gramian.block import Block, blocks, is_lazy
+from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name
 from gramian.errors import InputError
@@ -25,6 +25,7 @@ from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
 from gramian.inspection.tail import Tail
 from gramian.inspection.vectors import image_directions, image_side, read_tokens, token_directions
+from gramian.layers.lookup import is_lazy
 from gramian.report import Layer
 
 __all__ = ["measure_file", "measure_model", "report_row"]
