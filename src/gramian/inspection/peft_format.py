@@ -1,0 +1,162 @@
+"""What PEFT's LoRA format can hold of each tensor, and the files of an adapter.
+
+PEFT wraps modules, and a file has only names and shapes, so a module's class is told by these. A weight goes into
+factors only where its module is surely linear or a plain convolution: PEFT refuses the whole adapter for one module of a
+class that it does not know. PEFT sees the orientation of a weight by the class: whatever `fan_in_fan_out` says, the
+factors are A (r, in) and B (out, r) for `nn.Linear` and for transformers' `Conv1D`, whose weight is (in, out).
+
+What factors cannot hold is kept whole: as `modules_to_save` if it is all that its module has, or else over the base's
+own tensor, as PEFT does with `save_embedding_layers` and `bias="all"`. The second is also right for tied weights, of
+which `modules_to_save` would copy one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gramian.checkpoint import Checkpoint
+from gramian.inspection.matching import is_in_out
+from gramian.inspection.matrices import Holding, read_config
+
+__all__ = ["PREFIX", "Modules", "config_of_adapter"]
+
+PREFIX = "base_model.model."  # of every name in PEFT's files
+
+
+class Modules:
+    """The modules of a checkpoint, as far as the names of its tensors tell, and which of them PEFT can adapt."""
+
+    def __init__(self, checkpoint: Checkpoint, holdings: Mapping[str, Holding]) -> None:
+        self.holdings = holdings
+        self.entries = checkpoint.entries
+        self.locals: dict[str, list[str]] = {}
+        for name in self.entries:
+            module, _, local = name.rpartition(".")
+            self.locals.setdefault(module, []).append(local)
+        self.paths = {path for name in self.entries for path in _parents(name)}
+        self.parents = {path.rpartition(".")[0] for path in self.paths}
+        self.tied = {entry.tied_to for entry in self.entries.values()} | {
+            name for name, entry in self.entries.items() if entry.tied_to
+        }
+        config = read_config(checkpoint.path)
+        self.tables_are_tied = config.get("tie_word_embeddings") is not False or bool(config.get("is_encoder_decoder"))
+        self.turned = self._orientations()
+
+    def is_linear(self, name: str) -> bool:
+        """Whether factors can hold the tensor: the weight of a linear module, or of a plain two-dimensional convolution.
+
+        A file does not tell the groups of a convolution, but that there are as many as channels, nor a transposed one.
+        """
+        module, _, local = name.rpartition(".")
+        holding = self.holdings.get(name)
+        if holding is None or local != "weight" or not module or name in self.tied or self.among_experts(name):
+            return False
+        parent = module.rpartition(".")[0]
+        own = "in_proj_weight" in self._locals(parent) or "in_proj_bias" in self._locals(parent)
+        if own or holding.role in ("embedding", "elementwise"):  # torch's attention does not call its out_proj
+            return False
+        shape = holding.entry.shape
+        return len(shape) == 2 or (holding.kernel and shape[1] > 1)
+
+    def is_in_out(self, name: str) -> bool:
+        """Whether a weight is (in, out), as `Conv1D` has it: by its bias, by weights of the same name, by the table."""
+        shape = self.entries[name].shape
+        if len(shape) != 2:
+            return False
+        known = _by_bias(name, self)
+        if known is None:
+            known = self.turned.get(_last(name))
+        return is_in_out(self.holdings[name]) if known is None else known
+
+    def among_experts(self, name: str) -> bool:
+        """Whether a tensor belongs to stacked experts or their router, which libraries rename and fuse in memory."""
+        parts = name.split(".")
+        return "experts" in parts or f"{'.'.join(parts[:-2])}.experts" in self.paths
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the tensor's module may be copied: it has no modules inside, and shares no tensor with another."""
+        module, _, local = name.rpartition(".")
+        if not module or module in self.parents or self.tied & {f"{module}.{own}" for own in self._locals(module)}:
+            return False
+        if local == "bias" and "weight" not in self._locals(module):  # the weight is tied, and not in the file
+            return False
+        holding = self.holdings.get(name)
+        return not (holding is not None and holding.role == "embedding" and self.tables_are_tied)
+
+    def tensors_of(self, module: str) -> list[str]:
+        """The names of a module's tensors."""
+        return [f"{module}.{local}" for local in self._locals(module)]
+
+    def _locals(self, module: str) -> list[str]:
+        return self.locals.get(module, [])
+
+    def _orientations(self) -> dict[str, bool]:
+        """Whether weights are (in, out), by the last part of their module's name, where biases tell it of all alike."""
+        seen: dict[str, set[bool]] = {}
+        for name, entry in self.entries.items():
+            if name.endswith(".weight") and len(entry.shape) == 2:
+                known = _by_bias(name, self)
+                if known is not None:
+                    seen.setdefault(_last(name), set()).add(known)
+        return {last: found.pop() for last, found in seen.items() if len(found) == 1}
+
+
+def _by_bias(name: str, modules: Modules) -> bool | None:
+    """Whether a weight is (in, out), if the length of its bias tells."""
+    bias = modules.entries.get(f"{name.rpartition('.')[0]}.bias")
+    rows, columns = modules.entries[name].shape
+    if bias is None or rows == columns or len(bias.shape) != 1 or bias.shape[0] not in (rows, columns):
+        return None
+    return bias.shape[0] == columns
+
+
+def _last(name: str) -> str:
+    return name.split(".")[-2]
+
+
+def _parents(name: str) -> Iterable[str]:
+    parts = name.split(".")[:-1]
+    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def config_of_adapter(
+    base: str, rank: int, ranks: Mapping[str, int], paths: Iterable[str], saved: Iterable[str], **more: Any
+) -> dict[str, Any]:
+    """Return `adapter_config.json`.
+
+    Args:
+        base: the base's path.
+        rank: r where `ranks` has no other.
+        ranks: the rank of each adapted module.
+        paths: of all modules. PEFT takes a module whose path ends in a target, so a target that is the end of another
+            module's path makes all of them one pattern of whole paths.
+        saved: paths of the modules to save, which PEFT also finds by their end, even within a word.
+        more: other keys.
+    """
+    paths = list(paths)
+    lower = {f"^{re.escape(module)}": own for module, own in ranks.items() if own != rank}
+    ends = tuple(f".{module}" for module in ranks)
+    stray = [path for path in paths if path not in ranks and path.endswith(ends)]
+    targets = "|".join(re.escape(module) for module in ranks) if stray else list(ranks)
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "modules_to_save": [_exact(module, paths) for module in saved] or None,
+        "rank_pattern": lower,
+        "alpha_pattern": lower,
+        "inference_mode": True,
+        "task_type": None,
+        **more,
+    }
+
+
+def _exact(module: str, paths: list[str]) -> str:
+    """The shortest name that PEFT finds no other module by."""
+    alone = all(path == module or not f"{PREFIX}{path}".endswith(module) for path in paths)
+    return module if alone else PREFIX + module
