@@ -98,7 +98,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "max_target_positions": 32, "suppress_tokens": None, "begin_suppress_tokens": None}),
 }  # fmt: skip
 
-FAST = ("gpt2", "gpt2 classifier", "openai-gpt", "llama", "qwen2", "bert classifier", "distilbert classifier", "t5", "vit")
+FAST = (
+    "gpt2",
+    "gpt2 classifier",
+    "openai-gpt",
+    "llama",
+    "qwen2",
+    "bert classifier",
+    "distilbert classifier",
+    "t5",
+    "vit",
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

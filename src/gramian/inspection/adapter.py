@@ -17,7 +17,6 @@ from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.inspection.changes import change_between, rounding_floor
 from gramian.inspection.matching import Pairs, is_in_out, some
-from gramian.inspection.matrices import read_config
 from gramian.inspection.peft_format import PREFIX, Modules, config_of_adapter
 from gramian.inspection.quadrature import leading_vectors
 from gramian.layers.lookup import match_pattern
@@ -111,7 +110,7 @@ def extract_lora(
     """
     tell = progress or (lambda what, done, total: None)
     pairs = Pairs(open_checkpoint(model), open_checkpoint(base), layouts)
-    modules = Modules(pairs.one, pairs.new)
+    modules = Modules(pairs)
     found = _Found()
     for done, name in enumerate(pairs.order):
         tell("adapter", done, len(pairs.order))
@@ -190,9 +189,7 @@ def _assemble(
 ) -> tuple[Adapter, dict[str, Tensor], dict[str, Any]]:
     """Return the adapter, its tensors by PEFT's names, and its config."""
     one = pairs.one
-    # PEFT wants the names in memory: those of the file that transformers wrote, with a config.json
-    as_base = pairs.changes and read_config(pairs.two.path) and not read_config(one.path)
-    named = pairs.renamed if as_base else lambda name: name
+    named = modules.named
     tensors: dict[str, Tensor] = {}
     for module, (a, b) in found.factors.items():
         tensors[f"{PREFIX}{named(module)}.lora_A.weight"] = a
@@ -201,7 +198,7 @@ def _assemble(
     for name in [*found.others, *pairs.only_one]:
         module, _, local = name.rpartition(".")
         pattern = match_pattern(layouts, name)
-        if (pattern and layouts[pattern] == "skip") or modules.among_experts(name):
+        if (pattern and layouts[pattern] == "skip") or not modules.has_place(name):
             left_out.append(name)
         elif module in found.factors and local == "bias":
             biases.append(name)
@@ -228,7 +225,7 @@ def _assemble(
         base,
         rank,
         {named(module): len(a) for module, (a, _) in found.factors.items()},
-        [named(path) for path in modules.paths],
+        modules.all_paths(),
         [named(module) for module in saved],
         bias="all" if any(name.endswith("bias") for name in overwritten) else "none",
         lora_bias=with_bias,
@@ -243,7 +240,7 @@ def _assemble(
         tuple(map(named, saved)),
         tuple(map(named, overwritten)),
         tuple(found.rounding),
-        tuple(_remarks(found, pairs, bool(as_base), len(linear) < len(found.factors))),
+        tuple(_remarks(found, pairs, modules, len(linear) < len(found.factors))),
     )
     return adapter, tensors, config
 
@@ -265,10 +262,10 @@ def _has_bias_everywhere(biases: list[str], found: _Found, pairs: Pairs) -> bool
     return all(new == old for new, old in shapes)
 
 
-def _remarks(found: _Found, pairs: Pairs, as_base: bool, kernels: bool) -> list[str]:
+def _remarks(found: _Found, pairs: Pairs, modules: Modules, kernels: bool) -> list[str]:
     remarks = []
     if pairs.changes:
-        which = "base" if as_base else "model"
+        which = "base" if modules.as_base else "model"
         remarks.append(f"The adapter's names are those of the {which}'s file; load it into a base with these names")
     if pairs.only_one:
         remarks.append(f"Only in the model, so build the base with them before loading: {some(pairs.only_one)}")
@@ -276,7 +273,12 @@ def _remarks(found: _Found, pairs: Pairs, as_base: bool, kernels: bool) -> list[
         remarks.append(f"Only in the base, so build it without them before loading: {some(pairs.only_two)}")
     if found.shapes:
         remarks.append(f"Of another shape, so resize the base before loading: {some(found.shapes)}")
-    if kernels:
+    if modules.model_type and modules.memory is None:
+        remarks.append(
+            f"transformers did not build this {modules.model_type}, so the adapter has the names of the file, which may "
+            "not be those in memory"
+        )
+    if kernels and modules.memory is None:
         remarks.append(
             "Kernels of convolutions are taken as ungrouped and not transposed, which a file does not tell; "
             "leave others out with --layouts"

@@ -1,9 +1,10 @@
-"""What PEFT's LoRA format can hold of each tensor, and the files of an adapter.
+"""What PEFT's LoRA format can hold of each tensor, and the config of an adapter.
 
-PEFT wraps modules, and a file has only names and shapes, so a module's class is told by these. A weight goes into
-factors only where its module is surely linear or a plain convolution: PEFT refuses the whole adapter for one module of a
-class that it does not know. PEFT sees the orientation of a weight by the class: whatever `fan_in_fan_out` says, the
-factors are A (r, in) and B (out, r) for `nn.Linear` and for transformers' `Conv1D`, whose weight is (in, out).
+PEFT wraps modules. Their classes and their names in memory are asked of transformers where it knows the checkpoint
+(`in_memory`), or else told by the names and shapes in the file. A weight goes into factors only where its module is
+surely linear or a plain convolution: PEFT refuses the whole adapter for one module of a class that it does not know.
+PEFT sees a weight's orientation by the class, whatever `fan_in_fan_out` says: the factors are A (r, in) and B (out, r)
+for `nn.Linear` and for transformers' `Conv1D`, whose weight is (in, out).
 
 What factors cannot hold is kept whole: as `modules_to_save` if it is all that its module has, or else over the base's
 own tensor, as PEFT does with `save_embedding_layers` and `bias="all"`. The second is also right for tied weights, of
@@ -16,21 +17,27 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gramian.checkpoint import Checkpoint
-from gramian.inspection.matching import is_in_out
-from gramian.inspection.matrices import Holding, read_config
+from gramian.inspection.in_memory import build_in_memory
+from gramian.inspection.matching import Pairs, is_in_out
+from gramian.inspection.matrices import read_config
 
 __all__ = ["PREFIX", "Modules", "config_of_adapter"]
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 
+# Their kernels use out_proj and conv1d without calling them, so PEFT refuses these; as PEFT 0.21 lists them.
+MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
 
 class Modules:
-    """The modules of a checkpoint, as far as the names of its tensors tell, and which of them PEFT can adapt."""
+    """The modules of a checkpoint, and which of them PEFT can adapt.
 
-    def __init__(self, checkpoint: Checkpoint, holdings: Mapping[str, Holding]) -> None:
-        self.holdings = holdings
-        self.entries = checkpoint.entries
+    Args:
+        pairs: the checkpoint and its base.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs, self.holdings, self.entries = pairs, pairs.new, pairs.one.entries
         self.locals: dict[str, list[str]] = {}
         for name in self.entries:
             module, _, local = name.rpartition(".")
@@ -40,45 +47,78 @@ class Modules:
         self.tied = {entry.tied_to for entry in self.entries.values()} | {
             name for name, entry in self.entries.items() if entry.tied_to
         }
-        config = read_config(checkpoint.path)
+        own, bases = read_config(pairs.one.path), read_config(pairs.two.path)
+        # the file that transformers wrote, with a config.json, has names that transformers knows
+        self.as_base = bool(bases) and not own
+        config = own or bases
         self.tables_are_tied = config.get("tie_word_embeddings") is not False or bool(config.get("is_encoder_decoder"))
+        self.model_type = str(config.get("model_type", ""))
+        written_by = pairs.two if self.as_base else pairs.one
+        self.memory = build_in_memory(written_by.path, self.model_type)
+        self.of_experts = {path.rpartition(".")[2] for path in self.paths if ".experts." in f".{path}"}
         self.turned = self._orientations()
+
+    def named(self, name: str) -> str:
+        """The name of a tensor or module in the memory of the model that the adapter is for; empty where it has none."""
+        written = self.pairs.renamed(name) if self.as_base else name
+        if self.memory is None:
+            return written
+        if name in self.entries:
+            return self.memory.name(written)
+        inside = next((local for local in self.locals.get(name, ())), "")
+        found = self.memory.name(f"{written}.{inside}") if inside else ""
+        return found.removesuffix(f".{inside}") if found.endswith(f".{inside}") else ""
+
+    def all_paths(self) -> list[str]:
+        """The paths of all modules in memory, as far as they are known."""
+        if self.memory is not None:
+            return [path for path in self.memory.modules if path]
+        return [self.named(path) for path in self.paths]
 
     def is_linear(self, name: str) -> bool:
         """Whether factors can hold the tensor: the weight of a linear module, or of a plain two-dimensional convolution.
 
-        A file does not tell the groups of a convolution, but that there are as many as channels, nor a transposed one.
+        A file alone does not tell a transposed convolution, nor groups, but that there are as many as channels.
         """
         module, _, local = name.rpartition(".")
         holding = self.holdings.get(name)
-        if holding is None or local != "weight" or not module or name in self.tied or self.among_experts(name):
+        if holding is None or local != "weight" or not module or name in self.tied or not self.has_place(name):
             return False
-        parent = module.rpartition(".")[0]
-        own = "in_proj_weight" in self._locals(parent) or "in_proj_bias" in self._locals(parent)
-        if own or holding.role in ("embedding", "elementwise"):  # torch's attention does not call its out_proj
+        around = self._locals(module.rpartition(".")[0])
+        if "in_proj_weight" in around or "in_proj_bias" in around:  # torch's attention does not call its out_proj
             return False
-        shape = holding.entry.shape
-        return len(shape) == 2 or (holding.kernel and shape[1] > 1)
+        if self.model_type in MAMBA and module.rpartition(".")[2] in ("out_proj", "conv1d"):
+            return False
+        if holding.role in ("embedding", "elementwise") or not (
+            len(holding.entry.shape) == 2 or (holding.kernel and holding.entry.shape[1] > 1)
+        ):
+            return False
+        return self.memory is None or self.memory.is_linear(self.named(module))
 
     def is_in_out(self, name: str) -> bool:
         """Whether a weight is (in, out), as `Conv1D` has it: by its bias, by weights of the same name, by the table."""
-        shape = self.entries[name].shape
-        if len(shape) != 2:
+        if len(self.entries[name].shape) != 2:
             return False
-        known = _by_bias(name, self)
+        known = self._by_bias(name)
         if known is None:
             known = self.turned.get(_last(name))
         return is_in_out(self.holdings[name]) if known is None else known
 
-    def among_experts(self, name: str) -> bool:
-        """Whether a tensor belongs to stacked experts or their router, which libraries rename and fuse in memory."""
+    def has_place(self, name: str) -> bool:
+        """Whether an adapter has a place for the tensor.
+
+        Not for stacked experts and their router, which libraries rename and fuse in memory, nor for modules with the
+        name of an expert's, which PEFT would take for experts.
+        """
         parts = name.split(".")
-        return "experts" in parts or f"{'.'.join(parts[:-2])}.experts" in self.paths
+        if "experts" in parts or f"{'.'.join(parts[:-2])}.experts" in self.paths or parts[-2:-1] == ["experts"]:
+            return False
+        return (len(parts) < 2 or parts[-2] not in self.of_experts) and bool(self.named(name))
 
     def is_whole(self, name: str) -> bool:
         """Whether the tensor's module may be copied: it has no modules inside, and shares no tensor with another."""
         module, _, local = name.rpartition(".")
-        if not module or module in self.parents or self.tied & {f"{module}.{own}" for own in self._locals(module)}:
+        if not module or module in self.parents or self.tied & set(self.tensors_of(module)) or not self.named(module):
             return False
         if local == "bias" and "weight" not in self._locals(module):  # the weight is tied, and not in the file
             return False
@@ -97,19 +137,18 @@ class Modules:
         seen: dict[str, set[bool]] = {}
         for name, entry in self.entries.items():
             if name.endswith(".weight") and len(entry.shape) == 2:
-                known = _by_bias(name, self)
+                known = self._by_bias(name)
                 if known is not None:
                     seen.setdefault(_last(name), set()).add(known)
         return {last: found.pop() for last, found in seen.items() if len(found) == 1}
 
-
-def _by_bias(name: str, modules: Modules) -> bool | None:
-    """Whether a weight is (in, out), if the length of its bias tells."""
-    bias = modules.entries.get(f"{name.rpartition('.')[0]}.bias")
-    rows, columns = modules.entries[name].shape
-    if bias is None or rows == columns or len(bias.shape) != 1 or bias.shape[0] not in (rows, columns):
-        return None
-    return bias.shape[0] == columns
+    def _by_bias(self, name: str) -> bool | None:
+        """Whether a weight is (in, out), if the length of its bias tells."""
+        bias = self.entries.get(f"{name.rpartition('.')[0]}.bias")
+        rows, columns = self.entries[name].shape
+        if bias is None or rows == columns or len(bias.shape) != 1 or bias.shape[0] not in (rows, columns):
+            return None
+        return bias.shape[0] == columns
 
 
 def _last(name: str) -> str:
