@@ -225,7 +225,7 @@ def _assemble(
         base,
         rank,
         {named(module): len(a) for module, (a, _) in found.factors.items()},
-        modules.all_paths(),
+        modules.all_paths,
         [named(module) for module in saved],
         bias="all" if any(name.endswith("bias") for name in overwritten) else "none",
         lora_bias=with_bias,
@@ -254,7 +254,7 @@ def _is_lone_bias(name: str, found: _Found, pairs: Pairs) -> bool:
 
 
 def _has_bias_everywhere(biases: list[str], found: _Found, pairs: Pairs) -> bool:
-    """Whether B may have a bias, PEFT's `lora_bias`: it is for all modules or none, and a merge needs the base's own."""
+    """Whether B may have a bias, PEFT's `lora_bias`: all modules have it or none, and a merge needs the base's."""
     names = [f"{module}.bias" for module in found.factors]
     if not biases or any(name not in pairs.names for name in names):
         return False
@@ -275,8 +275,8 @@ def _remarks(found: _Found, pairs: Pairs, modules: Modules, kernels: bool) -> li
         remarks.append(f"Of another shape, so resize the base before loading: {some(found.shapes)}")
     if modules.model_type and modules.memory is None:
         remarks.append(
-            f"transformers did not build this {modules.model_type}, so the adapter has the names of the file, which may "
-            "not be those in memory"
+            f"transformers did not build this {modules.model_type}, so the adapter has the names of the file, which "
+            "may not be those in memory"
         )
     if kernels and modules.memory is None:
         remarks.append(
@@ -288,17 +288,13 @@ def _remarks(found: _Found, pairs: Pairs, modules: Modules, kernels: bool) -> li
 
 def _nothing(pairs: Pairs, found: _Found) -> CheckpointError:
     start = f"{pairs.one.path} and {pairs.two.path}: "
-    foreign = [
-        name
-        for name in pairs.order
-        if "quantized" in (pairs.one.entries[name].kind, pairs.two.entries[pairs.names[name]].kind)
-    ]
-    if foreign:
-        entry = pairs.one.entries[foreign[0]]
-        return CheckpointError(
-            f"{start}{len(foreign)} weights are quantized, as {foreign[0]} ({entry.dtype} against "
-            f"{pairs.two.entries[pairs.names[foreign[0]]].dtype}), so there is nothing to extract. Dequantize them first."
-        )
+    for name in pairs.order:
+        new, old = pairs.one.entries[name], pairs.two.entries[pairs.names[name]]
+        if "quantized" in (new.kind, old.kind):
+            return CheckpointError(
+                f"{start}{name} is {new.dtype} against {old.dtype}, and factors need floating-point weights on both "
+                "sides. Dequantize the model first."
+            )
     changed = [*found.others, *pairs.only_one]
     if changed:
         return CheckpointError(

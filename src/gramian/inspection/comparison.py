@@ -203,7 +203,8 @@ def _compare(pairs: Pairs, name: str, compared: _Compared, quick: bool) -> None:
             name, kind, tuple(new.shape), 0, dtype_name(new), new.numel(), relative_change=whole.relative, note=note
         )
         compared.others.append(row)
-        compared.changed.append(row)
+        if whole.relative or not whole.num_broken:
+            compared.changed.append(row)
         if entry.kind == "float":
             compared.square += (whole.relative or 0.0) ** 2 * whole.size**2
             compared.base += whole.size**2
@@ -263,7 +264,7 @@ def _findings(compared: _Compared) -> Iterator[Finding]:
             "info",
             f"{plural(len(known), 'tensor')} that {'is' if len(known) == 1 else 'are'} no matrix changed",
             where=known[0].name,
-            evidence=f"relative change ‖Δ‖ / ‖w‖: {', '.join(largest)}" if largest else "from zero",
+            evidence=f"relative change ‖Δ‖ / ‖w‖: {', '.join(largest)}" if largest else "of bits, or from zero",
             cause="Norms, biases or buffers were trained too; the factors of an adapter do not hold them.",
         )
 

@@ -1,15 +1,15 @@
 """The modules that transformers builds for a checkpoint, whose names may differ from those in its file.
 
-transformers renames and fuses tensors while it loads some architectures (ViT's `encoder.layer.0.attention.attention.query`
-is `layers.0.attention.q_proj` in memory), and PEFT needs the names in memory. The model is built from the `config.json`
-on torch's meta device: without weights, and by a class of the library, never by code beside the checkpoint.
+transformers renames and fuses tensors while it loads some architectures, such as ViT's queries and GPT-NeoX's head, and
+PEFT needs the names in memory. The model is built from the `config.json` on torch's meta device: without weights, and
+by a class of the library, never by code beside the checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class InMemory:
         """The name in memory of a tensor in the file; empty where the model has no such tensor."""
         renamed = self._rename(name)
         return renamed if renamed in self.shapes else ""
+
+    def tensors_of(self, module: str) -> set[str]:
+        """The names of a module's own tensors."""
+        return {name for name in self.shapes if name.rpartition(".")[0] == module}
 
     def is_linear(self, module: str) -> bool:
         """Whether PEFT can adapt the module by two factors: linear, or a convolution without groups."""
@@ -94,7 +98,7 @@ def _renaming(model: Any) -> Callable[[str], str]:
 
 
 @contextlib.contextmanager
-def _quiet():  # noqa: ANN202
+def _quiet() -> Iterator[None]:
     """Without transformers' remarks on a config, which are not about what the user asked for."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from gramian.inspection.in_memory import build_in_memory
@@ -59,7 +60,7 @@ class Modules:
         self.turned = self._orientations()
 
     def named(self, name: str) -> str:
-        """The name of a tensor or module in the memory of the model that the adapter is for; empty where it has none."""
+        """The name of a tensor or module in memory, in the model that the adapter is for; empty where it has none."""
         written = self.pairs.renamed(name) if self.as_base else name
         if self.memory is None:
             return written
@@ -69,6 +70,7 @@ class Modules:
         found = self.memory.name(f"{written}.{inside}") if inside else ""
         return found.removesuffix(f".{inside}") if found.endswith(f".{inside}") else ""
 
+    @cached_property
     def all_paths(self) -> list[str]:
         """The paths of all modules in memory, as far as they are known."""
         if self.memory is not None:
@@ -76,7 +78,7 @@ class Modules:
         return [self.named(path) for path in self.paths]
 
     def is_linear(self, name: str) -> bool:
-        """Whether factors can hold the tensor: the weight of a linear module, or of a plain two-dimensional convolution.
+        """Whether factors can hold the tensor: the weight of a linear module, or of a plain convolution of images.
 
         A file alone does not tell a transposed convolution, nor groups, but that there are as many as channels.
         """
@@ -110,15 +112,27 @@ class Modules:
         Not for stacked experts and their router, which libraries rename and fuse in memory, nor for modules with the
         name of an expert's, which PEFT would take for experts.
         """
-        parts = name.split(".")
-        if "experts" in parts or f"{'.'.join(parts[:-2])}.experts" in self.paths or parts[-2:-1] == ["experts"]:
+        parts, holding = name.split("."), self.holdings.get(name)
+        named = self.named(name)
+        if not named or (holding is not None and holding.kind == "experts"):
             return False
-        return (len(parts) < 2 or parts[-2] not in self.of_experts) and bool(self.named(name))
+        if "experts" in (*parts, *named.split(".")) or f"{'.'.join(parts[:-2])}.experts" in self.paths:
+            return False
+        return len(parts) < 2 or parts[-2] not in self.of_experts
 
     def is_whole(self, name: str) -> bool:
-        """Whether the tensor's module may be copied: it has no modules inside, and shares no tensor with another."""
+        """Whether the tensor's module may be one of `modules_to_save`, of which PEFT makes copies.
+
+        It has no modules inside, shares no tensor with another, and its path is not the end of another's, not even
+        within a word, since PEFT would take the other too: `classifier` beside `pre_classifier`.
+        """
         module, _, local = name.rpartition(".")
         if not module or module in self.parents or self.tied & set(self.tensors_of(module)) or not self.named(module):
+            return False
+        path, tensors = self.named(module), {self.named(own) for own in self.tensors_of(module)}
+        if self.memory is not None and self.memory.tensors_of(path) != tensors:  # PEFT looks for all of them
+            return False
+        if any(other.endswith(path) for other in self.all_paths if other != path):
             return False
         if local == "bias" and "weight" not in self._locals(module):  # the weight is tied, and not in the file
             return False
@@ -171,7 +185,7 @@ def config_of_adapter(
         ranks: the rank of each adapted module.
         paths: of all modules. PEFT takes a module whose path ends in a target, so a target that is the end of another
             module's path makes all of them one pattern of whole paths.
-        saved: paths of the modules to save, which PEFT also finds by their end, even within a word.
+        saved: paths of the modules to save.
         more: other keys.
     """
     paths = list(paths)
@@ -186,16 +200,10 @@ def config_of_adapter(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "target_modules": targets,
-        "modules_to_save": [_exact(module, paths) for module in saved] or None,
+        "modules_to_save": list(saved) or None,
         "rank_pattern": lower,
         "alpha_pattern": lower,
         "inference_mode": True,
         "task_type": None,
         **more,
     }
-
-
-def _exact(module: str, paths: list[str]) -> str:
-    """The shortest name that PEFT finds no other module by."""
-    alone = all(path == module or not f"{PREFIX}{path}".endswith(module) for path in paths)
-    return module if alone else PREFIX + module
