@@ -355,6 +355,51 @@ def test_only_the_modules_that_changed_are_adapted(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+class Uncalled(nn.Module):
+    """Layers whose weights torch uses without calling them, grouped and transposed kernels, a plain parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.position = nn.Parameter(torch.randn(1, 9, 16))
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.lstm = nn.LSTM(16, 12, batch_first=True)
+        self.grouped = nn.Conv2d(12, 24, 3, padding=1, groups=3)
+        self.plain = nn.Conv2d(24, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.transposed = nn.ConvTranspose2d(12, 6, 2)
+        self.head = nn.Linear(6, 5)
+        self.config: Any = {"model_type": "custom"}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.lstm(self.encoder(self.embed(tokens) + self.position))[0]
+        x = self.norm(self.plain(self.grouped(x.mT.unflatten(2, (3, 3)))))
+        return self.head(self.transposed(x).mean((2, 3)))
+
+
+def test_modules_that_peft_cannot_adapt_are_whole(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = Uncalled().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_tensors(tmp_path / "base.safetensors", before)
+    change(model, 0.1, seed=6)
+    save_tensors(tmp_path / "tuned.safetensors", model.state_dict())
+    adapter = extract_lora(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", 99, tmp_path / "adapter")
+    assert set(adapter.errors) == {"plain", "head"}
+    assert {"norm", "lstm", "grouped", "transposed"} <= set(adapter.saved)
+    assert "position" in adapter.overwritten
+    assert not adapter.left_out
+    base = Uncalled().eval()
+    base.load_state_dict(before)
+    tokens = torch.arange(18).reshape(2, 9)
+    with torch.no_grad():
+        assert float((base(tokens) - model(tokens)).norm()) > 0.1 * float(model(tokens).norm())
+        loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+        torch.testing.assert_close(loaded(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+
+
 def test_a_difference_of_rounding_is_said_to_be_one(tmp_path: Path) -> None:
     base = {f"layers.{i}.proj.weight": normal(48, 48, seed=i) for i in range(3)}
     save_tensors(tmp_path / "base.safetensors", base)
@@ -395,5 +440,5 @@ def test_where_no_linear_module_changed_the_others_are_named(tmp_path: Path) -> 
         extract_lora(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", 2, tmp_path / "x")
     quantized = {"a.weight": torch.zeros(6, 6, dtype=torch.int8), "norm.weight": torch.ones(6)}
     save_tensors(tmp_path / "tuned.safetensors", quantized)
-    with pytest.raises(CheckpointError, match="quantized"):
+    with pytest.raises(CheckpointError, match="Dequantize"):
         extract_lora(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", 2, tmp_path / "x")

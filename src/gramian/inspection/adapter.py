@@ -65,7 +65,7 @@ class Adapter:
             ("Differ by no more than rounding, and are not in the adapter", self.rounding),
             ("Changed, but not in the adapter", self.left_out),
         ):  # fmt: skip
-            notes += [f"{what}: {some(names)}"] if names else []
+            notes += [f"{what}: {some(names, 50 if names is self.left_out else 5)}"] if names else []
         return [*notes, *self.remarks]
 
 
@@ -280,8 +280,8 @@ def _remarks(found: _Found, pairs: Pairs, modules: Modules, kernels: bool) -> li
         )
     if kernels and modules.memory is None:
         remarks.append(
-            "Kernels of convolutions are taken as ungrouped and not transposed, which a file does not tell; "
-            "leave others out with --layouts"
+            "A file does not tell groups or transposed convolutions: if PEFT refuses a kernel of these, leave it out "
+            "with --layouts"
         )
     return remarks
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from gramian.checkpoint import open_checkpoint
 from gramian.checkpoint.formats import dtype_name
-from gramian.inspection.changes import change_between, rounding_floor
-from gramian.inspection.matching import Pairs, some
+from gramian.inspection.changes import Change, change_between, rounding_floor
+from gramian.inspection.compared import Compared, find_differences
+from gramian.inspection.matching import Pairs
 from gramian.inspection.matrices import Holding
 from gramian.inspection.quadrature import leading_vectors
 from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
 from gramian.inspection.weights import report_row
-from gramian.report import Action, Finding, Layer, Report
-from gramian.report.model import plural
+from gramian.report import Layer, Report
 
 __all__ = ["compare_checkpoints", "subspace_angle"]
 
@@ -30,12 +30,6 @@ __all__ = ["compare_checkpoints", "subspace_angle"]
 # subspace is well defined only before a gap in the spectrum. No angle is given where the ratio is below LEAST_GAP.
 MOST_DIRECTIONS = 8
 LEAST_GAP = 1.1
-
-# A change counts as of low rank if this share of the full rank holds 99 % of the energy of every difference.
-LOW_RANK = 0.25
-
-# Facts that are told even where they are zero.
-ALWAYS = ("tensors compared bit by bit", "tensors that are equal", "matrices that differ")
 
 
 def compare_checkpoints(
@@ -49,7 +43,9 @@ def compare_checkpoints(
     """Return the spectra of `model − other`, matrix by matrix, as a report whose layers are the differences.
 
     Each layer has the relative change, the ranks that hold 90 and 99 % of the difference's energy, the numerical rank
-    (above the rounding of the two dtypes), and the angle between the leading singular subspaces.
+    (above the rounding of the two dtypes), and the angle between the leading singular subspaces. Every other tensor is
+    compared bit by bit: a row says by how much it changed, or that only one of the two has it. Names that differ by a
+    prefix are matched, and a tensor with more rows in one is compared on those that both have.
 
     Args:
         model, other: two checkpoints of one architecture, in any of the formats that `inspect` reads.
@@ -57,7 +53,7 @@ def compare_checkpoints(
         progress: called as `progress(what, done, total)`.
     Returns: the report.
     Raises:
-        CheckpointError: one of them cannot be read, they share no names, or a shape differs.
+        CheckpointError: one of them cannot be read, or they share no names.
     Cost: that of `inspect` for one checkpoint, and a few products for the subspaces. Memory: two tensors.
     Source: the angle: Björck & Golub, Math. Comp. 27 (1973).
 
@@ -72,7 +68,7 @@ def compare_checkpoints(
     """
     tell = progress or (lambda what, done, total: None)
     pairs = Pairs(open_checkpoint(model), open_checkpoint(other), layouts)
-    compared = _Compared(pairs)
+    compared = Compared(pairs)
     for done, name in enumerate(pairs.order):
         tell("differences", done, len(pairs.order))
         _compare(pairs, name, compared, quick)
@@ -80,7 +76,7 @@ def compare_checkpoints(
     compared.add_unmatched()
     layers = [replace(layer, depth=depth) for depth, layer in enumerate((*compared.matrices, *compared.others))]
     title = f"{_base(model)} − {_base(other)}"
-    return Report(title, list(_findings(compared)), layers, compared.facts(), notes=compared.notes())
+    return Report(title, list(find_differences(compared)), layers, compared.facts(), notes=compared.notes())
 
 
 def subspace_angle(a: Float[Tensor, "m n"], b: Float[Tensor, "m n"]) -> tuple[float | None, int | None]:
@@ -107,69 +103,7 @@ def subspace_angle(a: Float[Tensor, "m n"], b: Float[Tensor, "m n"]) -> tuple[fl
     return math.degrees(math.acos(cosine)), dim
 
 
-@dataclass
-class _Compared:
-    """What was found of the tensors so far."""
-
-    pairs: Pairs
-    matrices: list[Layer] = field(default_factory=list)  # that differ
-    others: list[Layer] = field(
-        default_factory=list
-    )  # rows of the tensors that differ and hold no matrix, and the like
-    changed: list[Layer] = field(default_factory=list)  # those of the others that differ
-    equal_matrices: list[str] = field(default_factory=list)
-    num_equal: int = 0  # tensors
-    casts: dict[str, list[str]] = field(default_factory=dict)  # names, by what was cast to what
-    broken: list[tuple[str, int]] = field(default_factory=list)  # and the number of entries, NaN or infinite in one
-    cut: list[str] = field(default_factory=list)  # compared on the rows that both have
-    shapes: list[str] = field(default_factory=list)  # not compared
-    square: float = 0.0
-    base: float = 0.0
-
-    def add_unmatched(self) -> None:
-        """Add a row for each tensor that only one of the two has."""
-        pairs = self.pairs
-        for checkpoint, names in ((pairs.one, pairs.only_one), (pairs.two, pairs.only_two)):
-            for name in names:
-                entry = checkpoint.entries[name]
-                self.others.append(
-                    Layer(name, "unmatched", entry.shape, 0, entry.dtype, note=f"only in {checkpoint.path}")
-                )
-
-    def facts(self) -> dict[str, float | int | str]:
-        """The numbers of all tensors together."""
-        pairs = self.pairs
-        facts: dict[str, float | int | str] = {
-            "tensors compared bit by bit": len(pairs.order) - len(self.shapes),
-            "tensors that are equal": self.num_equal,
-            "matrices that differ": len(self.matrices),
-            "matrices that are equal": len(self.equal_matrices),
-            "other tensors that differ": len(self.changed),
-            "tensors that only one has": len(pairs.only_one) + len(pairs.only_two),
-            "relative change, all together": math.sqrt(self.square / self.base) if self.base else 0.0,
-        }
-        return {label: value for label, value in facts.items() if value or label in ALWAYS}
-
-    def notes(self) -> list[str]:
-        """What was not compared, or not as a matrix, and how names were matched."""
-        pairs = self.pairs
-        notes = list(pairs.notes)
-        for what, names in (
-            ("Equal in both", self.equal_matrices),
-            *((f"Equal up to the cast {cast}", names) for cast, names in self.casts.items()),
-            ("Changed, but not analyzed as matrices", [layer.name for layer in self.changed]),
-            ("Of another shape, compared on the rows that both have", self.cut),
-            ("Of another shape, not compared", self.shapes),
-            (f"Only in {pairs.one.path}", pairs.only_one),
-            (f"Only in {pairs.two.path}", pairs.only_two),
-        ):
-            notes += [f"{what}: {some(names)}"] if names else []
-        for checkpoint in (pairs.one, pairs.two):
-            notes += [f"{checkpoint.path}: {note}" for note in checkpoint.notes]
-        return notes
-
-
-def _compare(pairs: Pairs, name: str, compared: _Compared, quick: bool) -> None:
+def _compare(pairs: Pairs, name: str, compared: Compared, quick: bool) -> None:
     """Compare two tensors, and add what was found."""
     new, old = pairs.load(name)
     note = ""
@@ -185,7 +119,7 @@ def _compare(pairs: Pairs, name: str, compared: _Compared, quick: bool) -> None:
         note = f"the first {len(new)} rows, of {note}"
         compared.cut.append(f"{name} {note}")
     pieces = list(pairs.pieces(name, new, old))
-    whole = change_between(new, old) if new.shape == old.shape else None  # else its pieces are turned alike
+    whole = change_between(new, old) if new.shape == old.shape else None  # else only its matrices have equal shapes
     if whole is not None and whole.num_broken:
         compared.broken.append((name, whole.num_broken))
     if whole is not None and whole.kind != "changed":
@@ -209,14 +143,20 @@ def _compare(pairs: Pairs, name: str, compared: _Compared, quick: bool) -> None:
             compared.square += (whole.relative or 0.0) ** 2 * whole.size**2
             compared.base += whole.size**2
         return
+    if whole is None:
+        compared.turned.append(name)
     for label, a, b in pieces:
-        _compare_matrices(pairs.new.get(name) or pairs.old[pairs.names[name]], label, a, b, note, compared, quick)
+        change = change_between(a, b)
+        if whole is None and change.num_broken:
+            compared.broken.append((label, change.num_broken))
+        holding = pairs.new.get(name) or pairs.old[pairs.names[name]]
+        _add_matrix(holding, label, a, b, change, note, compared, quick)
 
 
-def _compare_matrices(
-    holding: Holding, name: str, new: Tensor, old: Tensor, note: str, compared: _Compared, quick: bool
+def _add_matrix(
+    holding: Holding, name: str, new: Tensor, old: Tensor, change: Change, note: str, compared: Compared, quick: bool
 ) -> None:
-    change = change_between(new, old)
+    """Add the spectrum of the difference of two matrices."""
     compared.base += change.size**2
     if change.kind == "equal":
         compared.equal_matrices.append(name)
@@ -250,97 +190,6 @@ def _ranked_by_rounding(spectrum: Spectrum, eps: float, size: float) -> Spectrum
     floor = rounding_floor(spectrum.shape, eps, size)
     rank = sum(value > floor for value in spectrum.singular_values)
     return replace(spectrum, numerical_rank=min(rank, spectrum.numerical_rank), condition=None)
-
-
-def _findings(compared: _Compared) -> Iterator[Finding]:
-    yield from _of_nonfinite(compared)
-    yield from _of_equality(compared)
-    yield from _of_low_rank(compared)
-    if compared.changed:
-        known = sorted(compared.changed, key=lambda layer: -(layer.relative_change or 0.0))
-        largest = [f"{layer.name} {layer.relative_change:.2g}" for layer in known[:3] if layer.relative_change]
-        yield Finding(
-            "changed-vectors",
-            "info",
-            f"{plural(len(known), 'tensor')} that {'is' if len(known) == 1 else 'are'} no matrix changed",
-            where=known[0].name,
-            evidence=f"relative change ‖Δ‖ / ‖w‖: {', '.join(largest)}" if largest else "of bits, or from zero",
-            cause="Norms, biases or buffers were trained too; the factors of an adapter do not hold them.",
-        )
-
-
-def _of_nonfinite(compared: _Compared) -> Iterator[Finding]:
-    """Tensors with NaN or infinity in one of the two, or differences that are not finite since both have them."""
-    broken = dict(compared.broken)
-    num_entries = sum(broken.values())
-    title, evidence = "{} not finite in one of the two", f"{num_entries} entries that the other has not (exact)"
-    if not broken:
-        broken = {layer.name: 0 for layer in compared.matrices if layer.frobenius_norm is None}
-        title, evidence = "{} not finite, and not the same", "NaN or infinity in both (exact)"
-    if broken:
-        names = list(broken)
-        yield Finding(
-            "non-finite-difference",
-            "error",
-            title.format(f"{plural(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'}"),
-            where=", ".join(names[:10]) + (" …" if len(names) > 10 else ""),
-            evidence=evidence,
-            cause="Training diverged in one of them, or a file is damaged.",
-            action=Action("inspect_file"),
-            advice="Run it on each of the two.",
-        )
-
-
-def _of_equality(compared: _Compared) -> Iterator[Finding]:
-    """That the two are equal, as far as they are."""
-    pairs = compared.pairs
-    if compared.matrices or compared.changed or compared.broken or compared.num_equal + len(compared.casts) == 0:
-        return
-    evidence = f"{plural(compared.num_equal, 'tensor')}, bit for bit"
-    for cast, names in compared.casts.items():
-        title = f"Equal up to the cast {cast}"
-        yield Finding("equal-after-cast", "info", title, evidence=f"{plural(len(names), 'tensor')}; {evidence}")
-    unmatched = len(pairs.only_one) + len(pairs.only_two)
-    unread = [note for checkpoint in (pairs.one, pairs.two) for note in checkpoint.notes if "left out" in note]
-    if unmatched or compared.shapes or compared.cut or unread or pairs.notes:
-        yield Finding(
-            "equal-in-common",
-            "info",
-            "The tensors that were compared are equal",
-            evidence="; ".join(
-                [evidence, *([f"{unmatched} that only one has"] if unmatched else [])]
-                + (
-                    [f"{len(compared.shapes) + len(compared.cut)} of another shape"]
-                    * bool(compared.shapes or compared.cut)
-                )
-                + (["names differ by a prefix"] if pairs.notes else [])
-                + (["a file holds more than was read"] if unread else [])
-            ),
-        )
-    elif not compared.casts:
-        yield Finding("no-difference", "info", "The two are equal", evidence=evidence)
-
-
-def _of_low_rank(compared: _Compared) -> Iterator[Finding]:
-    layers = compared.matrices
-    known = [layer for layer in layers if layer.rank_99 and layer.spectral_norm]
-    if not known or len(known) < len(layers):
-        return
-    ranks = [layer.rank_99[-1] for layer in known if layer.rank_99]
-    worst = max(known, key=lambda layer: (layer.rank_99 or (0,))[-1])
-    if all(r <= max(1, LOW_RANK * min(layer.shape)) for r, layer in zip(ranks, known, strict=True)):
-        exact = [layer.numerical_rank for layer in known if layer.numerical_rank is not None]
-        rank = f"; numerical rank at most {max(exact)}" if exact else ""
-        yield Finding(
-            "low-rank-update",
-            "info",
-            f"The difference is a rank-{max(ranks)} update",
-            where=f"{len(known)} matrices differ, {len(compared.equal_matrices)} do not",
-            evidence=f"rank {max(ranks)} holds 99 % of the energy of every difference (most: {worst.name}){rank}",
-            cause="An adapter was merged, or training moved the weights in few directions.",
-            action=Action("extract_lora", {"rank": max(ranks)}),
-            source="Hu et al. 2106.09685",
-        )
 
 
 def _base(path: str | os.PathLike[str]) -> str:

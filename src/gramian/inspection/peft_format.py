@@ -20,7 +20,7 @@ from typing import Any
 
 from gramian.inspection.in_memory import build_in_memory
 from gramian.inspection.matching import Pairs, is_in_out
-from gramian.inspection.matrices import read_config
+from gramian.inspection.matrices import Holding, read_config
 
 __all__ = ["PREFIX", "Modules", "config_of_adapter"]
 
@@ -80,22 +80,25 @@ class Modules:
     def is_linear(self, name: str) -> bool:
         """Whether factors can hold the tensor: the weight of a linear module, or of a plain convolution of images.
 
-        A file alone does not tell a transposed convolution, nor groups, but that there are as many as channels.
+        A file alone does not tell groups or a transposed convolution, so a kernel that may have them is not taken.
         """
         module, _, local = name.rpartition(".")
         holding = self.holdings.get(name)
         if holding is None or local != "weight" or not module or name in self.tied or not self.has_place(name):
             return False
-        around = self._locals(module.rpartition(".")[0])
-        if "in_proj_weight" in around or "in_proj_bias" in around:  # torch's attention does not call its out_proj
+        parent, _, last = module.rpartition(".")
+        # torch's attention and its encoder layer use these modules' weights without calling them
+        if "in_proj_weight" in self._locals(parent) or "in_proj_bias" in self._locals(parent):
             return False
-        if self.model_type in MAMBA and module.rpartition(".")[2] in ("out_proj", "conv1d"):
+        if last in ("linear1", "linear2") and "in_proj_weight" in self._locals(f"{parent}.self_attn".lstrip(".")):
             return False
-        if holding.role in ("embedding", "elementwise") or not (
-            len(holding.entry.shape) == 2 or (holding.kernel and holding.entry.shape[1] > 1)
-        ):
+        if self.model_type in MAMBA and last in ("out_proj", "conv1d"):
             return False
-        return self.memory is None or self.memory.is_linear(self.named(module))
+        if holding.role in ("embedding", "elementwise"):
+            return False
+        if self.memory is not None:
+            return self.memory.is_linear(self.named(module))
+        return len(holding.entry.shape) == 2 or (holding.kernel and _is_plain(holding))
 
     def is_in_out(self, name: str) -> bool:
         """Whether a weight is (in, out), as `Conv1D` has it: by its bias, by weights of the same name, by the table."""
@@ -163,6 +166,16 @@ class Modules:
         if bias is None or rows == columns or len(bias.shape) != 1 or bias.shape[0] not in (rows, columns):
             return None
         return bias.shape[0] == columns
+
+
+def _is_plain(holding: Holding) -> bool:
+    """Whether a kernel (o, i, h, w) is that of a convolution without groups, and not transposed.
+
+    The file may say so (a class for its kind). Else, grouped kernels and most transposed ones have fewer channels in
+    their second dimension, and the first is a multiple of it; so have some plain ones, which then stay whole.
+    """
+    o, i, *window = holding.entry.shape
+    return holding.kind == "Conv2d" or (i > 1 and (i >= o or o % i != 0 or max(window) == 1))
 
 
 def _last(name: str) -> str:
