@@ -314,3 +314,23 @@ def test_an_alias_is_compared_once_and_an_untied_head_with_the_table(tmp_path):
     untied = tied | {"head.weight": table + normal(9, 1) @ normal(1, 4)}
     report = compare(tmp_path, untied, tied)
     assert [(layer.name, layer.numerical_rank) for layer in report.layers] == [("head.weight", 1)]
+
+
+class Harmful:
+    """What a file could run if it were unpickled."""
+
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+def test_foreign_files_are_refused_or_compared(pair, tmp_path, capsys):
+    torch.save({"w": torch.ones(2), "x": Harmful()}, tmp_path / "harmful.pt")
+    for function in (compare_checkpoints, lambda a, b: extract_lora(a, b, 2, tmp_path / "x")):
+        with pytest.raises(CheckpointError, match="refused"):
+            function(pair[0], tmp_path / "harmful.pt")
+    assert "ran" not in capsys.readouterr().out
+    tensors, _ = load_tensors(pair[1])
+    quantized = {name: (tensor * 10).to(torch.int8) if "proj" in name else tensor for name, tensor in tensors.items()}
+    report = compare(tmp_path, quantized, tensors)
+    assert [layer.kind for layer in report.layers] == ["quantized tensor"] * 4
+    assert codes(report) == {"changed-vectors"}
