@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from gramian.checkpoint import load_tensors, save_tensors
+from gramian.checkpoint import clean_name, load_tensors, save_tensors
 from gramian.errors import CheckpointError, GramianError
 from gramian.inspection import compare_checkpoints, extract_lora
 from gramian.inspection.comparison import subspace_angle
@@ -39,9 +39,9 @@ def pair(tmp_path):
 def test_the_planted_rank_is_reported(pair, quick):
     report = compare_checkpoints(*pair, quick=quick)
     assert [layer.name for layer in report.layers] == [
-        "embed_tokens.weight", *(f"layers.{i}.proj.weight" for i in range(4))
+        "embed_tokens.weight", *(f"layers.{i}.proj.weight" for i in range(4)), "norm.weight"
     ]  # fmt: skip
-    for layer in report.layers[1:]:
+    for layer in report.layers[1:-1]:
         assert layer.numerical_rank == 5
         assert layer.rank_99[0] <= 5
     finding = next(f for f in report.findings if f.code == "low-rank-update")
@@ -71,7 +71,10 @@ def test_the_adapter_restores_the_difference(pair, tmp_path, dtype):
     assert config["peft_type"] == "LORA"
     assert config["r"] == config["lora_alpha"] == 5
     assert set(config["target_modules"]) == {f"layers.{i}.proj" for i in range(4)}
-    assert set(adapter.left_out) == {"norm.weight", "embed_tokens.weight"}
+    assert adapter.saved == ("norm",)
+    assert adapter.overwritten == ("embed_tokens.weight",)  # it may be tied to a head
+    for name in ("norm.weight", "embed_tokens.weight"):
+        torch.testing.assert_close(factors[f"base_model.model.{name}"], new[name], rtol=0, atol=0)
     for module in config["target_modules"]:
         a, b = (factors[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
         delta = new[f"{module}.weight"].double() - old[f"{module}.weight"].double()
@@ -91,11 +94,11 @@ def test_a_rank_beyond_the_matrix_is_cut_and_said_so(pair, tmp_path):
     assert config["alpha_pattern"] == config["rank_pattern"]
 
 
-def test_checkpoints_that_do_not_match_are_refused(pair, tmp_path):
+def test_checkpoints_that_share_nothing_are_refused(pair, tmp_path):
     other = tmp_path / "other.safetensors"
     for tensors, message in (
         ({"w": torch.eye(3)}, "share no tensor"),
-        ({"layers.0.proj.weight": torch.eye(3)}, "do not match"),
+        ({"base_model.model.layers.0.proj.lora_A.weight": torch.ones(2, 64)}, "an adapter's factors"),
     ):
         save_tensors(other, tensors)
         for function in (compare_checkpoints, lambda a, b: extract_lora(a, b, 2, tmp_path / "x")):
@@ -133,3 +136,201 @@ def test_iteration_finds_the_vectors_that_lapack_does():
     got, values = leading_vectors(w, 4)
     torch.testing.assert_close(values, torch.logspace(1, -1, 20)[:4].double(), rtol=1e-4, atol=0)
     assert float(torch.linalg.svdvals(got.mT @ v[:, :4].double()).min()) > 1 - 1e-5
+
+
+def codes(report):
+    return {finding.code for finding in report.findings}
+
+
+def compare(tmp_path, new, old):
+    for name, tensors in (("new", new), ("old", old)):
+        save_tensors(tmp_path / f"{name}.safetensors", tensors)
+    return compare_checkpoints(tmp_path / "new.safetensors", tmp_path / "old.safetensors")
+
+
+NAN = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
+OTHER_NAN = torch.tensor([0x7FC00002], dtype=torch.int32).view(torch.float32)
+
+# One tensor of each kind, and the same with one bit changed.
+BITS = {
+    "bias": (torch.ones(5), torch.ones(5).index_fill(0, torch.tensor([2]), 1 + 2**-23)),
+    "scalar": (torch.tensor(1.0), torch.tensor(2.0)),
+    "counter": (torch.tensor(7), torch.tensor(8)),
+    "integer": (torch.arange(6).reshape(2, 3), torch.arange(6).reshape(2, 3).flip(0)),
+    "large integer": (torch.tensor([2**62]), torch.tensor([2**62 + 1])),
+    "int8": (torch.ones(3, 3, dtype=torch.int8), torch.full((3, 3), -1, dtype=torch.int8)),
+    "float8": (torch.ones(3, 3).to(torch.float8_e4m3fn), torch.full((3, 3), 2.0).to(torch.float8_e4m3fn)),
+    "float8_e5m2": (torch.ones(4).to(torch.float8_e5m2), torch.full((4,), 2.0).to(torch.float8_e5m2)),
+    "bool": (torch.tensor([True, False]), torch.tensor([True, True])),
+    "complex": (torch.ones(2, 2, dtype=torch.complex64), torch.full((2, 2), 1j)),
+    "signed zero": (torch.zeros(3), -torch.zeros(3)),
+    "NaN": (NAN, OTHER_NAN),
+    "experts": (torch.ones(2, 3, 4), torch.full((2, 3, 4), 2.0)),
+}
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_every_tensor_is_compared_bit_by_bit(kind, tmp_path):
+    new, old = BITS[kind]
+    rest = {"w.weight": normal(4, 4), "empty": torch.zeros(0, 3)}
+    same = compare(tmp_path, rest | {"x": new}, rest | {"x": new.clone()})
+    assert codes(same) == {"no-difference"}
+    assert "3 tensors, bit for bit" in same.findings[0].evidence
+    report = compare(tmp_path, rest | {"x": new}, rest | {"x": old})
+    assert "no-difference" not in codes(report)
+    assert codes(report) == ({"non-finite-difference"} if kind == "NaN" else {"changed-vectors"})
+    assert [layer.name for layer in report.layers] == ["x"]
+    assert json.loads(report.to_json())["layers"][0]["name"] == "x"
+
+
+def test_the_largest_change_of_a_vector_is_named(tmp_path):
+    old = {"w.weight": normal(4, 4)} | {f"norm.{i}.weight": torch.ones(8) for i in range(3)}
+    new = old | {"norm.1.weight": torch.full((8,), 1.5), "norm.2.weight": torch.full((8,), 1.01)}
+    report = compare(tmp_path, new, old)
+    finding = next(finding for finding in report.findings if finding.code == "changed-vectors")
+    assert finding.where == "norm.1.weight"
+    assert "norm.1.weight 0.5, norm.2.weight 0.01" in finding.evidence
+    rows = {layer.name: layer.relative_change for layer in report.layers}
+    assert rows == {"norm.1.weight": pytest.approx(0.5), "norm.2.weight": pytest.approx(0.01)}
+    assert "Changed, but not analyzed as matrices: norm.1.weight, norm.2.weight (2)" in report.notes
+
+
+@pytest.mark.parametrize("name", ["w.weight", "norm.weight", "experts.unknown", "buffer"])
+def test_nan_in_one_of_the_two_is_found_in_any_tensor(name, tmp_path):
+    old = {"w.weight": normal(4, 4), "norm.weight": torch.ones(4), "experts.unknown": normal(2, 3, 4)}
+    old["buffer"] = torch.full((3, 3), -math.inf).triu(1)  # infinite in both, which is no fault
+    assert codes(compare(tmp_path, old, old)) == {"no-difference"}
+    broken = old[name].clone()
+    broken[0] = math.nan
+    for new, other in ((broken, old[name]), (old[name], broken)):
+        report = compare(tmp_path, old | {name: new}, old | {name: other})
+        finding = next(finding for finding in report.findings if finding.code == "non-finite-difference")
+        assert finding.severity == "error"
+        assert finding.where == name
+
+
+def test_equal_up_to_a_cast_is_said_to_be(tmp_path):
+    old = {"w.weight": normal(6, 6), "norm.weight": normal(6, seed=1)}
+    half = {name: tensor.bfloat16() for name, tensor in old.items()}
+    report = compare(tmp_path, old, half)
+    assert codes(report) == {"equal-after-cast"}
+    assert "float32 → bfloat16: OTHER is MODEL rounded" in report.findings[0].title
+    assert not report.layers
+    assert "MODEL is OTHER rounded" in compare(tmp_path, half, old).findings[0].title
+    same = {name: tensor.float() for name, tensor in half.items()}
+    assert "the values are the same" in compare(tmp_path, same, half).findings[0].title
+    # one entry by which it is no cast
+    half["w.weight"] = half["w.weight"].clone()
+    half["w.weight"][2, 2] += 1
+    report = compare(tmp_path, old, half)
+    assert [layer.name for layer in report.layers] == ["w.weight"]
+    assert any(note.startswith("Equal up to the cast") and "norm.weight" in note for note in report.notes)
+
+
+def test_one_tensor_of_another_shape_does_not_stop_the_comparison(tmp_path):
+    old = {"embed_tokens.weight": normal(20, 6), "layers.0.w.weight": normal(6, 6, seed=1), "odd.weight": normal(3, 3)}
+    old |= {"layers.1.w.weight": normal(6, 6, seed=2)}
+    new = {name: tensor.clone() for name, tensor in old.items() if "layers.1" not in name}
+    new["embed_tokens.weight"] = torch.cat((old["embed_tokens.weight"], normal(4, 6, seed=3)))
+    new["odd.weight"], new["head.weight"] = normal(2, 5), normal(2, 6)
+    report = compare(tmp_path, new, old)
+    assert codes(report) == {"equal-in-common"}
+    rows = {layer.name: layer for layer in report.layers}
+    assert set(rows) == {"odd.weight", "head.weight", "layers.1.w.weight"}
+    assert "only in" in rows["layers.1.w.weight"].note
+    notes = " ".join(report.notes)
+    assert "embed_tokens.weight the first 20 rows, of (24, 6) and (20, 6)" in notes
+    assert "not compared: odd.weight (2, 5) and (3, 3)" in notes
+    new["embed_tokens.weight"][3] += 1
+    report = compare(tmp_path, new, old)
+    layer = next(layer for layer in report.layers if layer.name == "embed_tokens.weight")
+    assert layer.shape == (20, 6)
+    expected = math.sqrt(6) / float(old["embed_tokens.weight"].norm())
+    assert layer.relative_change == pytest.approx(expected, rel=1e-5)
+    assert layer.numerical_rank == 1
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [("", "model."), ("bert.", ""), ("model.model.", "model."), ("base_model.model.", ""), ("transformer.", "gpt."),
+     ("a.b.c.", "d."), ("_orig_mod.module.", "")],
+)  # fmt: skip
+def test_prefixes_are_matched(new, old, tmp_path):
+    body = {f"layers.{i}.{part}.weight": normal(6, 6, seed=7 * i + len(part)) for i in range(3) for part in ("q", "up")}
+    body |= {"embed.weight": normal(9, 6), "norm.weight": torch.ones(6)}
+    tuned = {name: tensor + 0.1 for name, tensor in body.items()}
+    head = {"score.weight": normal(2, 6)}
+    report = compare(
+        tmp_path, {new + name: w for name, w in tuned.items()} | head, {old + name: w for name, w in body.items()}
+    )
+    changed = [layer for layer in report.layers if layer.kind != "unmatched"]
+    assert len(changed) == len(body)
+    assert [layer.name for layer in report.layers if layer.kind == "unmatched"] == ["score.weight"]
+    if clean_name(new + "x") != clean_name(old + "x"):
+        assert f"{len(body)} names matched" in report.notes[0]
+
+
+def test_prefixes_that_several_changes_explain_are_not_matched(tmp_path):
+    tower = {f"layer.{i}.w.weight": normal(6, 6, seed=i) for i in range(3)}
+    two = {f"{side}.{name}": tensor for side in ("query", "document") for name, tensor in tower.items()}
+    with pytest.raises(CheckpointError, match="several prefixes fit equally well"):
+        compare(tmp_path, tower, two)
+    # another head is not the same head under another name
+    heads = [{f"{head}.dense.weight": normal(6, 6), f"{head}.out.weight": normal(2, 6)} for head in ("head", "lm_head")]
+    report = compare(tmp_path, tower | heads[0], tower | heads[1])
+    assert codes(report) == {"equal-in-common"}
+    assert len(report.layers) == 4
+
+
+def test_each_file_says_what_its_own_tensors_hold(tmp_path):
+    """A fused projection (in, out), as the config of the one tells, against (out, in)."""
+    q, k, v = (normal(8, 8, seed=i) for i in range(3))
+    delta = normal(8, 1) @ normal(1, 8)
+    (tmp_path / "conv").mkdir()
+    (tmp_path / "conv/config.json").write_text(json.dumps({"model_type": "gpt2", "n_head": 2, "n_embd": 8}))
+    conv = {"h.0.attn.c_attn.weight": torch.cat((q + delta, k, v)).mT.contiguous(), "h.0.ln.weight": torch.ones(8)}
+    save_tensors(tmp_path / "conv/model.safetensors", conv)
+    linear = {"h.0.attn.c_attn.weight": torch.cat((q, k, v)), "h.0.ln.weight": torch.ones(8)}
+    save_tensors(tmp_path / "linear.safetensors", linear)
+    report = compare_checkpoints(tmp_path / "conv", tmp_path / "linear.safetensors")
+    assert [layer.name for layer in report.layers] == ["h.0.attn.c_attn.weight[q]"]
+    assert report.layers[0].numerical_rank == 1
+    # the config of the other one is enough for both
+    neox = {"layers.0.attention.query_key_value.weight": normal(24, 8), "layers.0.ln.weight": torch.ones(8)}
+    changed = neox | {
+        "layers.0.attention.query_key_value.weight": neox["layers.0.attention.query_key_value.weight"] + 1
+    }
+    save_tensors(tmp_path / "plain.safetensors", changed)
+    (tmp_path / "conv/config.json").write_text(json.dumps({"model_type": "gpt_neox", "num_attention_heads": 2}))
+    save_tensors(tmp_path / "conv/model.safetensors", neox)
+    report = compare_checkpoints(tmp_path / "plain.safetensors", tmp_path / "conv")
+    assert [layer.name.partition("[")[2] for layer in report.layers] == ["q]", "k]", "v]"]
+
+
+def test_an_alias_is_compared_once_and_an_untied_head_with_the_table(tmp_path):
+    table = normal(9, 4)
+    tied = {"embed.weight": table, "head.weight": table, "layer.weight": normal(4, 4)}
+    assert codes(compare(tmp_path, tied, tied)) == {"no-difference"}
+    untied = tied | {"head.weight": table + normal(9, 1) @ normal(1, 4)}
+    report = compare(tmp_path, untied, tied)
+    assert [(layer.name, layer.numerical_rank) for layer in report.layers] == [("head.weight", 1)]
+
+
+class Harmful:
+    """What a file could run if it were unpickled."""
+
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+def test_foreign_files_are_refused_or_compared(pair, tmp_path, capsys):
+    torch.save({"w": torch.ones(2), "x": Harmful()}, tmp_path / "harmful.pt")
+    for function in (compare_checkpoints, lambda a, b: extract_lora(a, b, 2, tmp_path / "x")):
+        with pytest.raises(CheckpointError, match="refused"):
+            function(pair[0], tmp_path / "harmful.pt")
+    assert "ran" not in capsys.readouterr().out
+    tensors, _ = load_tensors(pair[1])
+    quantized = {name: (tensor * 10).to(torch.int8) if "proj" in name else tensor for name, tensor in tensors.items()}
+    report = compare(tmp_path, quantized, tensors)
+    assert [layer.kind for layer in report.layers] == ["quantized tensor"] * 4
+    assert codes(report) == {"changed-vectors"}
