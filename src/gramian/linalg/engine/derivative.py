@@ -154,8 +154,7 @@ def differentiable(rule: Rule, *, batched: bool = True, **dims: int) -> Callable
     def decorated(function: Callable[..., tuple[Any, Certificate]]) -> Callable[..., tuple[Any, Certificate]]:
         signature = inspect.signature(function)
 
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> tuple[Any, Certificate]:
+        def evaluated(*args: Any, **kwargs: Any) -> tuple[Any, Certificate]:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             arguments = bound.arguments
@@ -176,6 +175,13 @@ def differentiable(rule: Rule, *, batched: bool = True, **dims: int) -> Callable
                 return out[0], proof
             made = getattr(type(value), "_make", tuple)
             return made(out[: len(value)]), proof
+
+        eager = torch._disable_dynamo(evaluated)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> tuple[Any, Certificate]:
+            # Compiled arithmetic is reordered, and a bound on rounding is then none: the graph breaks here.
+            return (eager if torch.compiler.is_compiling() else evaluated)(*args, **kwargs)
 
         return wrapper
 

@@ -25,10 +25,17 @@ def with_plain(look: Callable[..., None], *tensors: Tensor) -> None:
 
     `look` may raise; it sees no gradient and returns nothing.
     """
+    (_eager if torch.compiler.is_compiling() else _look)(look, *tensors)
+
+
+def _look(look: Callable[..., None], *tensors: Tensor) -> None:
     if transforming():
         _Look.apply(look, *(x.detach() for x in tensors))
     else:
         look(*tensors)
+
+
+_eager = torch._disable_dynamo(_look)
 
 
 class _Look(torch.autograd.Function):
