@@ -208,13 +208,14 @@ SINGULAR_VALUES = _of_singular_values(_all_values)
 
 
 def _spectral_norm_vjp(arguments: Arguments, values: Values, given: Given) -> Mapping[str, Any]:
-    from gramian.linalg.lowrank import svd_lowrank_ex  # which has a derivative itself, by a rule of this file
+    from gramian.linalg.norm import leading_vectors  # whose function has this derivative
 
     a = arguments["a"]
+    # With a graph the vectors must have derivatives too.
     if torch.is_grad_enabled() or min(a.shape[-2:]) <= SMALL:
         return _of_singular_values(_largest).vjp(arguments, values, given)
-    (u, _, v), _ = svd_lowrank_ex(a, 1, rtol=math.inf)
-    return {"a": _only(given)[..., None, None] * u.double() @ v.double().mT}
+    u, v = leading_vectors(a)
+    return {"a": (_only(given)[..., None] * u)[..., :, None] * v[..., None, :]}
 
 
 SPECTRAL_NORM = Rule(_spectral_norm_vjp, _of_singular_values(_largest).jvp)
