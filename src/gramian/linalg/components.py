@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.errors import DtypeError, InputError, ShapeError
+from gramian.errors import DtypeError, InputError, ShapeError, UnsupportedError
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
@@ -287,6 +287,16 @@ def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
     return seen
 
 
+def _constant(batches: Iterable[Tensor]) -> Iterable[Tensor]:
+    """The batches; an error for one that is in a graph, which would be cut off."""
+    for rows in batches:
+        if isinstance(rows, Tensor) and rows.requires_grad:
+            raise UnsupportedError(
+                "pca: batches that come one by one have no derivative. Pass one tensor, or detach the rows."
+            )
+        yield rows
+
+
 PCA_METHODS = ("covariance",)
 
 
@@ -297,7 +307,7 @@ def _pca(
     if isinstance(k, bool) or not isinstance(k, int) or k < 0:
         raise InputError(f"pca: expected an integer k ≥ 0, got {k!r}.")
     choose("pca", method, dict.fromkeys(PCA_METHODS))
-    seen = _moments([x] if isinstance(x, Tensor) else x, strict)
+    seen = _moments([x] if isinstance(x, Tensor) else _constant(x), strict)
     d = seen.mean.shape[1]
     if k > min(seen.num_rows, d):
         raise InputError(f"pca: expected k from 0 to min(n, d) = {min(seen.num_rows, d)}, got {k}.")
