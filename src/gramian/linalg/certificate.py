@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gramian.errors import ConvergenceError, InputError
+from gramian.linalg.engine.transforms import with_plain
 
 KINDS = ("bound", "estimate")
 """A bound is never below the true error. An estimate may be, with the probability that the certificate states."""
@@ -79,6 +80,11 @@ class Certificate:
     def reasons(self) -> list[str]:
         """Why each matrix failed, `"none"` where it did not, in row-major order of the batch."""
         return [REASONS[code] for code in self.reason.flatten().tolist()]
+
+    @staticmethod
+    def fields() -> tuple[str, ...]:
+        """The names of its tensors, in order."""
+        return _TENSORS
 
     def tensors(self) -> list[Tensor]:
         """Its tensors, in the order of the fields."""
@@ -159,6 +165,12 @@ def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
 
 def require_converged(name: str, certificate: Certificate) -> None:
     """Raise a `ConvergenceError` that names the failed matrices, why, and what to do."""
+    with_plain(
+        lambda *tensors: _require(name, Certificate(*tensors, methods=certificate.methods)), *certificate.tensors()
+    )
+
+
+def _require(name: str, certificate: Certificate) -> None:
     if bool(certificate.converged.all()):
         return
     failed = (~certificate.converged.flatten()).nonzero().flatten().tolist()

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.errors import DtypeError, InputError, ShapeError
+from gramian.errors import DtypeError, InputError, ShapeError, UnsupportedError
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import eye_like, minus, pair, rough, transpose
 from gramian.linalg.engine.loading import check, choose, load
 from gramian.linalg.engine.rounding import U, gamma, norm
@@ -49,7 +51,7 @@ SHRINK: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 def shrink(s: Tensor, noise: Tensor, n: int, beta: float, loss: str) -> Tensor:
     """η(s) for singular values s (B, k) of matrices whose longer side is n and noise level is `noise` (B,)."""
-    unit = (noise * math.sqrt(n))[:, None]
+    unit = (noise * math.sqrt(n))[..., None]
     y = s / torch.where(unit > 0, unit, 1.0)
     above = y > 1 + math.sqrt(beta)
     eta = torch.where(above, SHRINK[loss](torch.where(above, y, 2 + math.sqrt(beta)), beta), 0.0)
@@ -91,7 +93,12 @@ def _slope(s: Tensor, eta: Callable[[Tensor], Tensor], width: Tensor) -> Tensor:
 SVD_SHRINK = ("svd",)
 
 
-@torch.no_grad()
+def estimated_noise(s: Tensor, n: int, beta: float) -> Tensor:
+    """σ of matrices whose singular values s (..., k) are mostly noise. Gavish and Donoho, arXiv:1305.5870, eq. 4."""
+    return s.median(-1).values / math.sqrt(n * marchenko_pastur_median(beta)) if s.shape[-1] else s.sum(-1)
+
+
+@differentiable(derivatives.shrinkage(shrink, estimated_noise), a=2, noise=0)
 def svd_shrink_ex(
     a: Float[Tensor, "*b m n"],
     noise: float | Tensor | None = None,
@@ -127,7 +134,7 @@ def svd_shrink_ex(
     beta = k / n if n else 1.0
     u, s, v, ok = lapack.svd(batch.x)
     if noise is None:
-        level = s.median(-1).values / math.sqrt(n * marchenko_pastur_median(beta)) if k else s.sum(-1)
+        level = estimated_noise(s, n, beta)
     else:
         given = torch.as_tensor(noise, dtype=torch.float64, device=a.device)
         if not bool((given.isfinite() & (given >= 0)).all()):
@@ -280,14 +287,27 @@ def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
     return seen
 
 
+def _constant(batches: Iterable[Tensor]) -> Iterable[Tensor]:
+    """The batches; an error for one that is in a graph, which would be cut off."""
+    for rows in batches:
+        if isinstance(rows, Tensor) and rows.requires_grad:
+            raise UnsupportedError(
+                "pca: batches that come one by one have no derivative. Pass one tensor, or detach the rows."
+            )
+        yield rows
+
+
 PCA_METHODS = ("covariance",)
 
 
-def _pca(x: Iterable[Tensor], k: int, method: str, rtol: float | None, strict: bool) -> tuple[PCA, Certificate]:
+@differentiable(derivatives.PCA, batched=False, x=2)
+def _pca(
+    x: Tensor | Iterable[Tensor], k: int, *, method: str, rtol: float | None, strict: bool
+) -> tuple[PCA, Certificate]:
     if isinstance(k, bool) or not isinstance(k, int) or k < 0:
         raise InputError(f"pca: expected an integer k ≥ 0, got {k!r}.")
     choose("pca", method, dict.fromkeys(PCA_METHODS))
-    seen = _moments([x] if isinstance(x, Tensor) else x, strict)
+    seen = _moments([x] if isinstance(x, Tensor) else _constant(x), strict)
     d = seen.mean.shape[1]
     if k > min(seen.num_rows, d):
         raise InputError(f"pca: expected k from 0 to min(n, d) = {min(seen.num_rows, d)}, got {k}.")
@@ -327,7 +347,6 @@ def _pca(x: Iterable[Tensor], k: int, method: str, rtol: float | None, strict: b
     return PCA(rounded, variance, mean if seen.finite else mean * math.nan), proof
 
 
-@torch.no_grad()
 def pca_ex(
     x: Float[Tensor, "n d"] | Iterable[Tensor], k: int, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[PCA, Certificate]:
@@ -351,7 +370,7 @@ def pca_ex(
     >>> round(result.explained_variance.item(), 3), certificate.converged.item()
     (4.0, True)
     """
-    return _pca(x, k, method, rtol, strict=False)
+    return _pca(x, k, method=method, rtol=rtol, strict=False)
 
 
 def pca(x: Float[Tensor, "n d"] | Iterable[Tensor], k: int, *, method: str = "auto", rtol: float | None = None) -> PCA:
@@ -379,7 +398,6 @@ def pca(x: Float[Tensor, "n d"] | Iterable[Tensor], k: int, *, method: str = "au
     >>> result.mean.tolist()[0], round(result.explained_variance.item(), 2)
     (2.0, 4.0)
     """
-    with torch.no_grad():
-        value, certificate = _pca(x, k, method, rtol, strict=True)
+    value, certificate = _pca(x, k, method=method, rtol=rtol, strict=True)
     require_converged("pca", certificate)
     return value

@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.engine import probes
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plus, product, transpose
 from gramian.linalg.engine.escalation import Number, numbers
 from gramian.linalg.engine.krylov import FAILURE, by, top_bound, top_vector
@@ -178,7 +180,7 @@ COND: dict[str, Callable[..., Number]] = {
 }
 
 
-@torch.no_grad()
+@differentiable(derivatives.CONDITION, a=2)
 def cond_ex(
     a: Float[Tensor, "*b m n"],
     *,

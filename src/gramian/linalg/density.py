@@ -13,6 +13,7 @@ from gramian.errors import ShapeError
 from gramian.linalg import certificate as cert
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.derivative import differentiable, refused
 from gramian.linalg.engine.escalation import Number, numbers
 from gramian.linalg.engine.krylov import default_generator, gaussian, lanczos, ritz_pairs
 from gramian.linalg.engine.loading import check, choose, load
@@ -86,7 +87,7 @@ def _made_dense(name: str, a: object) -> Tensor:
     return own.matmat(eye).to(own.dtype)
 
 
-@torch.no_grad()
+@differentiable(refused("spectral_radius", "Bound it by spectral_norm, which has one."), m=2)
 def spectral_radius_ex(
     m: Float[Tensor, "*b n n"] | LinearMap, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b"], Certificate]:
@@ -191,7 +192,7 @@ def _by_quadrature(linear: Any, n: int, source: torch.Generator, like: Tensor) -
     return nodes.flatten()[order], (weights.flatten() / PROBES)[order], quadrature + sampling, spread
 
 
-@torch.no_grad()
+@differentiable(refused("spectral_density", "Differentiate svdvals of a dense matrix."), a=2)
 def spectral_density_ex(
     a: Float[Tensor, "*b n n"] | LinearMap,
     *,

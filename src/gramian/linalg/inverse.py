@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Pair,
     Product,
@@ -190,7 +192,7 @@ INV = register(
 )
 
 
-@torch.no_grad()
+@differentiable(derivatives.INVERSE, m=2, damping=0)
 def inv_ex(
     m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:

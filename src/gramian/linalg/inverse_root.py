@@ -12,8 +12,10 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Pair,
     damped,
@@ -322,7 +324,7 @@ INV_ROOT = register(
 )
 
 
-@torch.no_grad()
+@differentiable(derivatives.INVERSE_ROOT, m=2, damping=0)
 def inv_root_ex(
     m: Float[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gramian.errors import ShapeError
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, Product, damped, minus, pair, plus, product, rough
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
@@ -116,7 +118,7 @@ SOLVE = register(
 )
 
 
-@torch.no_grad()
+@differentiable(derivatives.SOLUTION, m=2, b=2, damping=0)
 def solve_ex(
     m: Float[Tensor, "*b n n"],
     b: Float[Tensor, "*b n k"],

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
 from gramian.linalg.engine import lapack, probes
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import eye_like, minus, pair, rough, transpose
 from gramian.linalg.engine.escalation import climb
 from gramian.linalg.engine.krylov import by, default_generator, random_rows
@@ -133,7 +135,7 @@ def _of_map(
     return ((v, s, u) if wide else (u, s, v)), proof
 
 
-@torch.no_grad()
+@differentiable(derivatives.LOWRANK, a=2)
 def svd_lowrank_ex(
     a: Float[Tensor, "*b m n"] | LinearMap,
     rank: int,

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.engine import probes
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.escalation import Number, numbers
 from gramian.linalg.engine.krylov import (
     FAILURE,
@@ -116,6 +118,18 @@ def leading(x: Tensor, rtol: float, generator: torch.Generator | None) -> Top:
     return _largest(lambda y: by(by(y, x.mT), x), start_of(generator, x, n, x.shape[0]), twice, rtol)
 
 
+def leading_vectors(a: Float[Tensor, "*b m n"]) -> tuple[Float[Tensor, "*b m"], Float[Tensor, "*b n"]]:
+    """Unit vectors u, v with uᵀAv within 1e-6 of ‖A‖₂, in float64: u vᵀ is then nearly a subgradient of the norm."""
+    batch = load(a)
+    x = batch.x
+    found, theta = search(lambda y: by(by(y, x.mT), x), start_of(None, x, x.shape[-1], x.shape[0]), 1e-6)
+    v = top_vector(found, theta)[:, None] @ found.rows
+    v = torch.where(batch.finite[:, None, None], v / norm(v).clamp_min(2.0**-500)[:, None, None], math.nan)
+    u = by(v, x.mT)
+    u = u / norm(u).clamp_min(2.0**-500)[:, None, None]
+    return u.reshape(*batch.shape, -1), v.reshape(*batch.shape, -1)
+
+
 def norm_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
     """By block Lanczos on AᵀA from a random start, in x's dtype, and in float64 where its rounding hides rtol."""
     if x.dtype != torch.float64 and rtol < NARROW:
@@ -178,7 +192,7 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
     return numbers(family, ["lanczos"], rtol, torch.float64, x, flags, (), lambda v, _: scale(v, exponent.to(v.device)))
 
 
-@torch.no_grad()
+@differentiable(derivatives.SPECTRAL_NORM, a=2)
 def spectral_norm_ex(
     a: Float[Tensor, "*b m n"] | LinearMap,
     *,

@@ -128,7 +128,6 @@ MATMUL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@torch.no_grad()
 def matmul_ex(
     a: Float[Tensor, ...], b: Float[Tensor, ...], *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, ...], Certificate]:
@@ -150,6 +149,11 @@ def matmul_ex(
     (True, ['bfloat16'])
     """
     value = matmul(a, b, method=method, rtol=rtol)
+    with torch.no_grad():
+        return value, _certificate(a, b, value, method, rtol)
+
+
+def _certificate(a: Tensor, b: Tensor, value: Tensor, method: str, rtol: float | None) -> Certificate:
     shape = value.shape[:-2]
     count, k, n = math.prod(shape), a.shape[-1], b.shape[-1]
     left, right, found = (x.expand(*shape, *x.shape[-2:]).reshape(count, *x.shape[-2:]) for x in (a, b, value))
@@ -169,7 +173,7 @@ def matmul_ex(
     bound = torch.where(sizes > 0, error / sizes, torch.where(norm(z) == 0, 0.0, math.inf))
     size = norm(z)
     residual = torch.where(size > 0, error / size, torch.where(error == 0, 0.0, math.inf))
-    return value, verdict(
+    return verdict(
         bound,
         default_rtol(rtol, a.dtype),
         torch.where(finite, cert.NONE, cert.NOT_FINITE),

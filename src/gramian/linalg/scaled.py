@@ -12,8 +12,10 @@ from torch import Tensor
 
 from gramian.errors import InputError, ShapeError
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import pair, product
 from gramian.linalg.engine.loading import Loaded, check, choose, load
 from gramian.linalg.engine.rounding import U, gamma, norm
@@ -127,7 +129,7 @@ def _finish(
     return (mantissa.reshape(loaded.shape + mantissa.shape[1:]), log_scale.reshape(loaded.shape)), relative
 
 
-@torch.no_grad()
+@differentiable(derivatives.POWER, a=2)
 def matrix_power_scaled_ex(
     a: Float[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[tuple[Float[Tensor, "*b n n"], Float[Tensor, "*b"]], Certificate]:
@@ -224,7 +226,6 @@ def matrix_power_scaled(
     return value
 
 
-@torch.no_grad()
 def product_scaled_ex(
     matrices: Iterable[Tensor], *, method: str = "auto", rtol: float | None = None
 ) -> tuple[tuple[Float[Tensor, "*b m n"], Float[Tensor, "*b"]], Certificate]:
@@ -241,6 +242,11 @@ def product_scaled_ex(
     >>> mantissa.item(), round(log_scale.item() / math.log(10)), certificate.converged.item()
     (1.0, -3000, True)
     """
+    return _product_scaled_ex(tuple(matrices), method=method, rtol=rtol)
+
+
+@differentiable(derivatives.PRODUCT, matrices=2)
+def _product_scaled_ex(matrices: tuple[Tensor, ...], *, method: str, rtol: float | None) -> tuple[Slogdet, Certificate]:
     name = "product_scaled"
     choose(name, method, dict.fromkeys(PRODUCT))
     batches: list[Loaded] = []

@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Product, eye_like, minus, pair, product, rough, transpose
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
@@ -111,7 +113,7 @@ SVDVALS = register(
 )
 
 
-@torch.no_grad()
+@differentiable(derivatives.SINGULAR_VALUES, a=2)
 def svdvals_ex(
     a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b k"], Certificate]:

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Product,
     damped,
@@ -183,7 +185,7 @@ SQRTM = register(
 )
 
 
-@torch.no_grad()
+@differentiable(derivatives.SQUARE_ROOT, m=2, damping=0)
 def sqrtm_ex(
     m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, uncertified, verdict
+from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import check, choose
@@ -150,7 +152,7 @@ POLAR = register(
 )
 
 
-@torch.no_grad()
+@differentiable(derivatives.POLAR, a=2)
 def polar_ex(
     a: Float[Tensor, "*b m n"],
     *,

@@ -1,0 +1,227 @@
+"""Derivatives of the public functions: one decorator, and a rule for each function in `linalg/derivatives.py`.
+
+A certified value is computed without a graph, by whatever method. Its derivative follows from the value itself by an
+implicit formula, so that it needs no method's steps, and is finite wherever the function has a derivative: repeated
+eigenvalues are none of its business.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.errors import UnsupportedError
+from gramian.linalg.certificate import Certificate
+from gramian.linalg.engine.transforms import transforming, with_plain
+
+Values = tuple[Tensor, ...]
+Gradients = Mapping[str, Any]
+Place = tuple[str, int | None]
+"""Where an operand stands: an argument's name, and its position where that is a tuple of tensors."""
+
+
+class Rule(NamedTuple):
+    """The derivative of one function, made of differentiable operations, so that it has derivatives in turn.
+
+    Attributes:
+        vjp: `(arguments, values, gradients of the values) -> gradients by argument`. A gradient of `None` is zero.
+        jvp: `(arguments, values, tangents by argument) -> tangents of the values`. A tangent of `None` is zero.
+
+    The gradients and tangents of an argument that is a tuple of tensors are tuples.
+    """
+
+    vjp: Callable[[Mapping[str, Any], Values, tuple[Tensor | None, ...]], Gradients]
+    jvp: Callable[[Mapping[str, Any], Values, Mapping[str, Any]], tuple[Tensor | None, ...]]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a public function: `places` of the operands that are in the graph, and the dimensions of each."""
+
+    function: Callable[..., tuple[Any, Certificate]]
+    rule: Rule
+    arguments: Mapping[str, Any]
+    places: tuple[Place, ...]
+    dims: Mapping[str, int]
+    batched: bool
+    found: list[Any]
+
+    def run(self, operands: Values) -> Values:
+        """The values and the certificate's tensors; their structure is left in `found`."""
+        value, proof = self.function(**self.bind(operands))
+        self.found[:] = [value, proof]
+        # A view of something larger would make autograd take the value for a view of its input.
+        whole = (
+            x if x._base is None and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+            for x in _flat(value)
+        )
+        return (*whole, *proof.tensors())
+
+    def bind(self, operands: Values) -> dict[str, Any]:
+        """The arguments, with `operands` in the places of those that are in the graph."""
+        return {**self.arguments, **self.named(operands)}
+
+    def named(self, operands: tuple) -> dict[str, Any]:
+        """What belongs to the operands, by argument."""
+        found: dict[str, Any] = {}
+        for (name, position), operand in zip(self.places, operands, strict=True):
+            found[name] = operand if position is None else (*found.get(name, ()), operand)
+        return found
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(call: _Call, *operands: Tensor) -> Values:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return call.run(operands)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Values) -> None:
+        call, *operands = inputs
+        ctx.call, ctx.num_values = call, len(_flat(call.found[0]))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[ctx.num_values :])
+        ctx.save_for_backward(*operands, *output[: ctx.num_values])
+        ctx.save_for_forward(*operands, *output[: ctx.num_values])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands, values = _split(ctx)
+        if all(grad is None for grad in grads[: ctx.num_values]):
+            return (None,) * (1 + len(operands))
+        if any(x.layout != torch.strided for x in operands):
+            raise UnsupportedError(
+                "linalg: a sparse matrix has no derivative here, since its gradient is dense. Use a.to_dense()."
+            )
+        found = ctx.call.rule.vjp(ctx.call.bind(operands), values, grads[: ctx.num_values])
+        given = (_at(found, place) for place in ctx.call.places)
+        return (None, *(g if g is None else g.to(x.dtype) for g, x in zip(given, operands, strict=True)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        operands, values = _split(ctx)
+        found = ctx.call.rule.jvp(ctx.call.bind(operands), values, ctx.call.named(tangents[1:]))
+        # Forward mode wants values and tangents of one layout.
+        given = (t if t is None else t.to(v.dtype).contiguous() for t, v in zip(found, values, strict=True))
+        return (*given, *(None for _ in range(len(Certificate.fields()))))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, call: _Call, *operands: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not call.batched:
+            each = (
+                _Node.apply(
+                    call, *(x if d is None else x.select(d, i) for x, d in zip(operands, in_dims[1:], strict=True))
+                )
+                for i in range(info.batch_size)
+            )
+            out = tuple(torch.stack(column) for column in zip(*each, strict=True))
+            return out, (0,) * len(out)
+        first = [x if d is None else x.movedim(d, 0) for x, d in zip(operands, in_dims[1:], strict=True)]
+        mapped = [d is not None for d in in_dims[1:]]
+        batch = max(x.ndim - m - call.dims[n] for x, m, (n, _) in zip(first, mapped, call.places, strict=True))
+        full = []
+        for x, m, (name, _) in zip(first, mapped, call.places, strict=True):
+            x = x if m else x.expand(info.batch_size, *x.shape)
+            missing = batch - (x.ndim - 1 - call.dims[name])
+            full.append(x.reshape(info.batch_size, *[1] * missing, *x.shape[1:]))
+        out = _Node.apply(call, *full)
+        return out, (0,) * len(out)
+
+
+def _split(ctx: Any) -> tuple[Values, Values]:
+    saved = ctx.saved_tensors
+    return saved[: len(saved) - ctx.num_values], saved[len(saved) - ctx.num_values :]
+
+
+def _flat(value: Any) -> Values:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def differentiable(rule: Rule, *, batched: bool = True, **dims: int) -> Callable[[Callable], Callable]:
+    """Make a certified function differentiable by `rule` in the arguments `dims`, each with its number of dimensions.
+
+    A function that takes no batch is called for each matrix of one under vmap.
+
+    The function itself runs without a graph. Works under `torch.autograd`, forward mode, and `torch.func`'s vjp, jvp
+    and vmap, nested in any order.
+    """
+
+    def decorated(function: Callable[..., tuple[Any, Certificate]]) -> Callable[..., tuple[Any, Certificate]]:
+        signature = inspect.signature(function)
+
+        def evaluated(*args: Any, **kwargs: Any) -> tuple[Any, Certificate]:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = bound.arguments
+            places = tuple(place for name in dims for place in _places(name, arguments[name]))
+            operands = [_at(arguments, place) for place in places]
+            if not _followed(operands):
+                with torch.no_grad():
+                    return function(*args, **kwargs)
+            found: list[Any] = []
+            names = {name for name, _ in places}
+            static = {name: value for name, value in arguments.items() if name not in names}
+            out = _Node.apply(_Call(function, rule, static, places, dims, batched, found), *operands)
+            assert out is not None
+            value, proof = found
+            tensors = out[len(_flat(value)) :]
+            proof = Certificate(*tensors, methods=proof.methods)
+            if isinstance(value, Tensor):
+                return out[0], proof
+            made = getattr(type(value), "_make", tuple)
+            return made(out[: len(value)]), proof
+
+        eager = torch._disable_dynamo(evaluated)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> tuple[Any, Certificate]:
+            # Compiled arithmetic is reordered, and a bound on rounding is then none: the graph breaks here.
+            return (eager if torch.compiler.is_compiling() else evaluated)(*args, **kwargs)
+
+        return wrapper
+
+    return decorated
+
+
+def _places(name: str, value: Any) -> list[Place]:
+    if isinstance(value, Tensor):
+        return [(name, None)] if value.is_floating_point() else []
+    if isinstance(value, tuple) and value and all(isinstance(x, Tensor) for x in value):
+        return [(name, i) for i in range(len(value))]
+    return []
+
+
+def _at(found: Mapping[str, Any], place: Place) -> Any:
+    value = found.get(place[0])
+    return value if value is None or place[1] is None else value[place[1]]
+
+
+def _followed(operands: list[Tensor]) -> bool:
+    """Whether autograd, forward mode or a transform of `torch.func` follows one of the operands."""
+    if transforming() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+
+
+def refused(name: str, advice: str) -> Rule:
+    """The rule of a function without a derivative: asking for one raises, with advice."""
+
+    def refuse(*_: Any) -> Any:
+        raise UnsupportedError(f"{name}: has no derivative. {advice}")
+
+    return Rule(refuse, refuse)
+
+
+def guarded(ok: Tensor, message: str) -> None:
+    """Raise an `UnsupportedError` with that message where a flag in `ok` is false."""
+
+    def look(ok: Tensor) -> None:
+        if not bool(ok.all()):
+            raise UnsupportedError(message)
+
+    with_plain(look, ok)

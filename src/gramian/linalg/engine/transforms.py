@@ -1,0 +1,65 @@
+"""Looking at values inside `torch.func`'s transforms, which wrap the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def transforming() -> bool:
+    """Whether a transform of `torch.func` is running, so that tensors may be wrapped."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def pullback(function: Callable[..., Any], *at: Any) -> tuple[Any, Callable[..., tuple]]:
+    """The value of a function and its vjp: `torch.func.vjp`, which nests in any other transform."""
+    value, pull, *_ = torch.func.vjp(function, *at)
+    return value, pull
+
+
+def with_plain(look: Callable[..., None], *tensors: Tensor) -> None:
+    """Call `look` with the tensors as they are without the wrappers, batched ones with the batch in front.
+
+    `look` may raise; it sees no gradient and returns nothing.
+    """
+    (_eager if torch.compiler.is_compiling() else _look)(look, *tensors)
+
+
+def _look(look: Callable[..., None], *tensors: Tensor) -> None:
+    if transforming():
+        _Look.apply(look, *(x.detach() for x in tensors))
+    else:
+        look(*tensors)
+
+
+_eager = torch._disable_dynamo(_look)
+
+
+class _Look(torch.autograd.Function):
+    @staticmethod
+    def forward(look: Callable[..., None], *tensors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        look(*tensors)
+        return torch.zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None,) * (1 + len(ctx.needs_input_grad))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, look: Callable[..., None], *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        full = (
+            x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
+            for x, d in zip(tensors, in_dims[1:], strict=True)
+        )
+        return _Look.apply(look, *full), None

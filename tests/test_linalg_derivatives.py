@@ -1,0 +1,262 @@
+"""Derivatives of the matrix functions: right in every mode, at repeated and zero eigenvalues too, or refused."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import gramian.linalg as gl
+from cases import seeded
+from gramian.errors import UnsupportedError
+
+FINE = 1e-12  # finite differences need values far better than the default rtol
+
+
+def general(*shape, seed=0, shift=0.0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64) + shift
+
+
+def definite(*shape, seed=0):
+    a = general(*shape, shape[-1], seed=seed)
+    return a @ a.mT + 0.5 * torch.eye(shape[-1], dtype=torch.float64)
+
+
+def symmetric(function):
+    """The function of the symmetric part: a finite difference in one entry is not symmetric."""
+    return lambda m, *rest: function((m + m.mT) / 2, *rest)
+
+
+def product_of(u, s, v):
+    return (u * s[..., None, :]) @ v.mT
+
+
+def low_rank(a):
+    return product_of(*gl.svd_lowrank(a, 2, rtol=FINE))
+
+
+def refined(a):
+    return gl.polar(a, method="svd_refined", rtol=FINE)
+
+
+def shrunk(loss):
+    return lambda a, *noise: gl.svd_shrink(a, *noise, loss=loss, rtol=1e-6)
+
+
+TWICE = {
+    "inv": (lambda m: gl.inv(m, rtol=FINE), general(2, 4, 4, shift=0.1)),
+    "inv damping": (
+        lambda m, d: gl.inv(m, d, rtol=FINE), definite(2, 4), torch.tensor([0.5, 0.1], dtype=torch.float64)
+    ),
+    "solve": (lambda m, b: gl.solve(m, b, rtol=FINE), general(2, 4, 4, seed=1), general(2, 4, 3)),
+    "solve damping": (
+        lambda m, b, d: gl.solve(m, b, d, rtol=FINE), definite(4), general(4, 1), torch.tensor(0.3, dtype=torch.float64)
+    ),
+    "sqrtm": (symmetric(lambda m: gl.sqrtm(m, rtol=FINE)), definite(2, 4)),
+    "sqrtm at ties": (symmetric(lambda m: gl.sqrtm(m, rtol=FINE)), 2 * torch.eye(4, dtype=torch.float64)),
+    "inv_root 1": (symmetric(lambda m: gl.inv_root(m, 1, rtol=FINE)), definite(3)),
+    "inv_root 2": (symmetric(lambda m: gl.inv_root(m, 2, rtol=FINE)), definite(2, 4)),
+    "inv_root 5": (symmetric(lambda m: gl.inv_root(m, 5, rtol=FINE)), definite(3)),
+    "inv_root, zero and repeated, damped": (
+        symmetric(lambda m, d: gl.inv_root(m, 4, d, rtol=FINE)),
+        torch.diag(torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)),
+        torch.tensor(0.5, dtype=torch.float64),
+    ),
+    "polar tall": (refined, general(2, 5, 3)),
+    "polar wide": (refined, general(3, 5)),
+    "polar at ties": (refined, torch.eye(4, 3, dtype=torch.float64)),
+    "svdvals": (lambda a: gl.svdvals(a, rtol=FINE), general(2, 5, 3)),
+    "spectral_norm": (lambda a: gl.spectral_norm(a, rtol=FINE), general(2, 3, 5)),
+    "cond": (lambda a: gl.cond(a, rtol=FINE), general(2, 4, 4)),
+    "svd_lowrank": (low_rank, general(2, 6, 4)),
+    "svd_lowrank, its factors": (lambda a: gl.svd_lowrank(a, 2, rtol=FINE), general(4, 6)),
+    "pca": (lambda x: gl.pca(x, 2, rtol=FINE), general(7, 4)),
+    "svd_shrink": (shrunk("frobenius"), general(6, 4, shift=4.0)),
+    "svd_shrink, noise given": (shrunk("nuclear"), general(4, 6, shift=4.0), torch.tensor(0.3, dtype=torch.float64)),
+    "svd_shrink, operator": (shrunk("operator"), general(4, 4, shift=4.0), torch.tensor(0.3, dtype=torch.float64)),
+    "matrix_power_scaled": (lambda a: gl.matrix_power_scaled(a, 5, rtol=FINE), general(2, 3, 3)),
+    "matrix_power_scaled, inverse": (lambda a: gl.matrix_power_scaled(a, -3, rtol=FINE), definite(3)),
+    "product_scaled": (
+        lambda a, b: gl.product_scaled([a, b, a], rtol=FINE), general(2, 3, 3), general(2, 3, 3, seed=1)
+    ),
+}  # fmt: skip
+"""Functions that have two derivatives where they are tested, and their arguments."""
+
+
+def leaves(case):
+    function, *arguments = case
+    return function, [x.clone().requires_grad_() for x in arguments]
+
+
+@pytest.mark.parametrize("case", TWICE.values(), ids=TWICE)
+def test_first_and_second_derivatives_agree_with_finite_differences_in_both_modes(case):
+    function, arguments = leaves(case)
+    assert gradcheck(function, arguments, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(function, arguments, check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", TWICE.values(), ids=TWICE)
+def test_vmap_equals_the_loop_also_of_derivatives(case):
+    function, *arguments = case
+    stacked = [torch.stack([x, x.flip(-1).flip(-2) if x.ndim > 1 else x]) for x in arguments]
+
+    def weighted(*x):
+        out = function(*x)
+        flat = torch.cat([y.flatten() for y in ([out] if isinstance(out, torch.Tensor) else out)])
+        return (flat * torch.linspace(1.0, 2.0, flat.numel(), dtype=flat.dtype)).sum()
+
+    def along(*x):
+        return torch.func.jvp(weighted, x, tuple(torch.ones_like(y) for y in x))[1]
+
+    for call in (weighted, torch.func.grad(weighted), along):
+        mapped = torch.func.vmap(call)(*stacked)
+        for i in range(2):
+            torch.testing.assert_close(mapped[i], call(*(x[i] for x in stacked)), rtol=1e-9, atol=1e-9)
+
+
+def test_vmap_over_one_argument_of_several():
+    m, b = definite(4), general(3, 4, 2)
+    torch.testing.assert_close(torch.func.vmap(gl.solve, (None, 0))(m, b), gl.solve(m.expand(3, 4, 4), b))
+    shifts = torch.tensor([0.1, 1.0], dtype=torch.float64)
+    mapped = torch.func.vmap(gl.inv, (None, 0))(definite(5, 4), shifts)
+    torch.testing.assert_close(mapped[1], gl.inv(definite(5, 4), 1.0))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_derivatives_follow_the_scale(scale):
+    m = (scale * definite(4)).requires_grad_()
+    with torch.no_grad():
+        unit = m / scale
+    unit.requires_grad_()
+    for function, degree in ((gl.inv, -1.0), (gl.sqrtm, 0.5), (lambda x: gl.inv_root(x, 4), -0.25), (gl.polar, 0.0)):
+        (ours,) = torch.autograd.grad(function(m).sum(), m)
+        (expected,) = torch.autograd.grad(function(unit).sum(), unit)
+        torch.testing.assert_close(ours * scale ** (1 - degree), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_types_have_gradients_of_their_own_type(dtype):
+    m = definite(8).to(dtype).requires_grad_()
+    exact = definite(8).to(dtype).double().requires_grad_()
+    for function in (lambda x: gl.inv_root(x, 2, damping=0.1, rtol=0.1), lambda x: gl.svdvals(x, rtol=0.1)):
+        (ours,) = torch.autograd.grad(function(m).sum(), m)
+        (expected,) = torch.autograd.grad(function(exact).sum(), exact)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+def test_ties_of_singular_values_have_a_subgradient():
+    a = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    (largest,) = torch.autograd.grad(gl.spectral_norm(a), a)
+    assert float(torch.linalg.matrix_norm(largest, "nuc")) == pytest.approx(1.0)  # the dual norm's unit ball
+    assert float((largest * a).sum()) == pytest.approx(1.0)
+    (total,) = torch.autograd.grad(gl.svdvals(a).sum(), a)
+    torch.testing.assert_close(total, torch.eye(3, dtype=torch.float64))
+
+
+def test_a_penalty_on_the_spectral_norm_trains_a_wide_matrix_too():
+    w = general(600, 700, seed=3).float().requires_grad_()
+    norms = []
+    for _ in range(4):
+        norm = gl.spectral_norm(w)
+        (grad,) = torch.autograd.grad(norm, w)
+        with torch.no_grad():
+            w -= grad
+        norms.append(float(norm))
+    assert norms == sorted(norms, reverse=True)
+    assert norms[0] - norms[-1] > 0.1
+
+
+REFUSED = {
+    "sqrtm at a singular matrix": (gl.sqrtm, torch.diag(torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)), "damping"),
+    "svd_lowrank at a tie": (lambda a: gl.svd_lowrank(a, 2)[0], torch.eye(4, dtype=torch.float64), "equal"),
+    "pca at a tie": (
+        lambda x: gl.pca(x, 1)[0], torch.cat([torch.eye(3), -torch.eye(3)]).double(), "equal"
+    ),
+    "spectral_radius": (gl.spectral_radius, definite(3), "spectral_norm"),
+    "spectral_density": (lambda a: gl.spectral_density(a).nodes, definite(3), "svdvals"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "a", "advice"), REFUSED.values(), ids=REFUSED)
+def test_where_there_is_no_derivative_asking_for_one_says_so(function, a, advice):
+    a = a.clone().requires_grad_()
+    out = function(a)  # the value alone is fine
+    with pytest.raises(UnsupportedError, match=advice):
+        out.sum().backward()
+
+
+def test_no_second_derivative_is_made_up_where_singular_values_are_equal():
+    a = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(gl.svdvals(a).square().sum(), a, create_graph=True)
+    with pytest.raises(UnsupportedError, match="equal"):
+        grad.sum().backward()
+
+
+def test_a_gradient_that_avoids_the_null_space_of_a_root_exists():
+    m = torch.diag(torch.tensor([0.0, 0.0, 4.0], dtype=torch.float64)).requires_grad_()
+    (grad,) = torch.autograd.grad(gl.sqrtm(m)[2, 2], m)
+    assert float(grad[2, 2]) == pytest.approx(0.25)
+
+
+def test_one_bad_matrix_spoils_only_its_own_gradient():
+    m = definite(3, 4)
+    m[1, 0, 0] = math.nan
+    m.requires_grad_()
+    for function in (gl.inv_ex, gl.sqrtm_ex, lambda x: gl.inv_root_ex(x, 4), gl.polar_ex, gl.svdvals_ex):
+        value, certificate = function(m)
+        (grad,) = torch.autograd.grad(value.sum(), m)
+        assert certificate.converged.tolist() == [True, False, True]
+        assert grad[[0, 2]].isfinite().all()
+        assert grad[1].isnan().any()
+
+
+def test_certificates_are_no_part_of_the_graph_and_no_grad_makes_none():
+    m = definite(4).requires_grad_()
+    value, certificate = gl.inv_ex(m)
+    assert value.requires_grad
+    assert not any(x.requires_grad for x in certificate.tensors())
+    with torch.no_grad():
+        assert not gl.inv(m).requires_grad
+    assert not gl.inv(m.detach()).requires_grad
+
+
+def test_the_value_under_a_graph_is_the_value_without():
+    a = general(3, 40, 30).float()
+    for function in (gl.polar, gl.svdvals, gl.spectral_norm, gl.cond, lambda x: gl.svd_lowrank(x, 3)[1]):
+        assert torch.equal(function(a), function(a.clone().requires_grad_()).detach())
+
+
+def test_batches_that_come_one_by_one_are_refused_where_they_are_in_a_graph():
+    with pytest.raises(UnsupportedError, match="one tensor"):
+        gl.pca([general(5, 3).requires_grad_()], 1)
+
+
+def test_a_sparse_matrix_is_refused_by_name():
+    a = general(5, 5).to_sparse().requires_grad_()
+    with pytest.raises(UnsupportedError, match="to_dense"):
+        gl.spectral_norm(a).backward()
+
+
+COMPILED = """
+import torch, gramian.linalg as gl
+
+def loss(m):
+    return (gl.inv_root(2 * m, 4) * 3).sum() + gl.spectral_norm(m + 1)
+
+a = torch.arange(36.0, dtype=torch.float64).reshape(6, 6).sin()
+ours, compiled = ((a @ a.T + torch.eye(6)).requires_grad_() for _ in range(2))
+loss(ours).backward()
+torch.compile(loss, backend="aot_eager")(compiled).backward()
+assert torch.equal(ours.grad, compiled.grad)
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_function_gives_the_same_value_and_gradient():
+    # In a process of its own: torch.compile cannot trace the type checks that the tests add.
+    subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], check=True)
