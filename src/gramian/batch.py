@@ -22,6 +22,7 @@ from gramian.errors import InputError
 __all__ = [
     "LABELS",
     "WEIGHTS",
+    "Batches",
     "Parts",
     "as_batches",
     "described",
@@ -37,6 +38,9 @@ __all__ = [
     "tensors",
     "token_mask",
 ]
+
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+"""What verbs take: batches, or a function that makes them; `as_batches` checks and calls it."""
 
 LABELS = ("labels", "label", "label_ids", "targets", "target", "y")
 """Names of the labels in a batch with names; the first that is there counts."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Literal, Protocol
 
@@ -296,7 +296,8 @@ def _misused(objective: Any) -> str:
 
 
 def _made(fields: dict[str, Any], fisher: Fisher, predict: Predict | None) -> Objective:
-    return Objective(**(fields if predict is None else fields | {"predict": predict}), fisher=fisher)
+    made = Objective(**fields, fisher=fisher)
+    return made if predict is None else replace(made, predict=predict)
 
 
 def _observed(criterion: Criterion) -> Criterion:

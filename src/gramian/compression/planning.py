@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from gramian.batch import Batches
 from gramian.block import blocks
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.modules import module_name, replaced, submodule, unwrapped
@@ -130,7 +131,7 @@ def compress(
     model: nn.Module,
     stats: Statistics | None = None,
     *,
-    batches: Iterable[Any] | None = None,
+    batches: Batches | None = None,
     objective: Objective | Callable | None = None,
     keep: float = 0.5,
     progress: Callable[[int], None] | None = None,
@@ -145,7 +146,7 @@ def compress(
     Args:
         model: left untouched.
         stats: from `gm.capture`, best with `fisher="gauss_newton"`; or give `batches` and `objective`.
-        batches: any re-iterable of batches, in place of `stats`.
+        batches: as in `gm.capture`, in place of `stats`; they are read once.
         objective: how they are turned into a loss, in place of `stats`.
         keep: share of all the model's parameters to keep.
         progress: called with the number of layers done.

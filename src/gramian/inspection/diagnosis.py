@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gramian import linalg
-from gramian.batch import as_batches, first_of, first_samples
+from gramian.batch import Batches, as_batches, first_of, first_samples
 from gramian.calls import as_model
 from gramian.errors import InputError
 from gramian.gram import Gram
@@ -32,7 +32,7 @@ NUM_JACOBIANS = 8
 
 def inspect(
     model_or_path: nn.Module | str | os.PathLike[str],
-    batches: Iterable[Any] | None = None,
+    batches: Batches | None = None,
     objective: Objective | Callable | None = None,
     *,
     quick: bool = False,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gramian import placement
-from gramian.batch import as_batches, no_batches
+from gramian.batch import Batches, as_batches, no_batches
 from gramian.block import blocks
 from gramian.calls import as_model, prepared
 from gramian.errors import DtypeError
@@ -25,7 +25,7 @@ __all__ = ["capture"]
 
 def capture(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Batches,
     objective: Objective | Callable,
     *,
     layouts: Mapping[str, Any] | None = None,
