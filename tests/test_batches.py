@@ -555,7 +555,7 @@ def test_hugging_face_models_and_batches_just_work(name: str) -> None:
         total, units = objective.loss(model, batch)
         wanted = model(**batch).loss
     torch.testing.assert_close(total / units, wanted)
-    report = gm.inspect(model, [batch, batch], objective)
+    report = gm.inspect(model, [batch, batch], objective, quick=True)
     assert report.facts["loss per unit"] == pytest.approx(float(wanted), rel=1e-5)
     assert not [f for f in report.findings if f.severity == "error"]
 

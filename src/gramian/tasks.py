@@ -157,7 +157,7 @@ def load(spec: str, *, write: str = "{}") -> Task:
     if spec in TASKS:
         return TASKS[spec]()
     path, colon, function = spec.rpartition(":")
-    if spec.endswith(".py") and Path(spec).is_file():
+    if spec.endswith(".py"):
         raise TaskError(_without_function(spec, write))
     if not colon or not path.endswith(".py"):
         raise TaskError(f"no task is named {spec!r}; built in: {', '.join(TASKS)}; or give path/file.py:function")
@@ -186,6 +186,8 @@ def load(spec: str, *, write: str = "{}") -> Task:
 
 def _without_function(path: str, write: str) -> str:
     """The error for a file whose function was not named: those that may return a task, read without running it."""
+    if not Path(path).is_file():
+        return f"task file {path} does not exist"
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
     except (SyntaxError, UnicodeDecodeError) as error:
