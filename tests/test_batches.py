@@ -125,6 +125,7 @@ def test_a_graph_is_passed_whole_or_by_its_attributes(model: type[ByNames]) -> N
     torch.testing.assert_close(total, F.cross_entropy(net.layer(mixed), Y, reduction="sum"))
     assert int(units) == len(X)
     assert gm.capture(net, [graph], Objective.classification())["layer.weight"].A is not None
+    assert gm.capture(net, [graph], lambda model, batch: total / len(X) + 0 * model.layer.weight.sum()).units == len(X)
 
 
 RETURNED: dict[str, Any] = {
@@ -152,6 +153,38 @@ def test_other_outputs_are_refused_with_what_was_wanted() -> None:
         Objective.classification().loss(Outputs(lambda z: {"loss": z.sum()}), (X, Y))
     with pytest.raises(InputError, match=r"\(8, 4\), the shape of the target"):
         Objective.reconstruction().loss(Outputs(lambda z: (z, 1)), (X,))
+
+
+def test_wrappers_are_looked_into() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+    batch = {"x": X, "edge_index": torch.tensor([[0, 1], [1, 0]]), "y": Y, "id": torch.arange(len(X))}
+    net = ByNames()
+    plain, wrapped = (Objective.classification().loss(m, batch)[0] for m in (net, Wrapper(Wrapper(net))))
+    assert torch.equal(plain, wrapped), "forward inside takes no 'id'"
+
+
+def test_labels_are_passed_where_forward_requires_them() -> None:
+    class Teacher(nn.Linear):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) + F.one_hot(y, CLASSES)
+
+    net = Teacher(4, CLASSES)
+    total, _ = Objective.classification().loss(net, {"x": X, "y": Y})
+    torch.testing.assert_close(total, F.cross_entropy(net(X, Y), Y, reduction="sum"))
+
+
+def test_predict_says_how_else_to_call_a_model() -> None:
+    net = linear()
+    objective = Objective.classification(predict=lambda model, batch: model(batch["left"] + batch["right"]))
+    total, _ = objective.loss(net, {"left": X, "right": X, "labels": Y})
+    torch.testing.assert_close(total, F.cross_entropy(net(2 * X), Y, reduction="sum"))
 
 
 def test_images_have_their_classes_in_torch_s_order() -> None:
@@ -511,6 +544,14 @@ def transformer(name: str) -> Any:
         "t5": lambda: t.T5ForConditionalGeneration(
             t.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=50, decoder_start_token_id=0)
         ),
+        "whisper": lambda: t.WhisperForConditionalGeneration(
+            t.WhisperConfig(
+                vocab_size=50, num_mel_bins=8, d_model=16, encoder_layers=1, decoder_layers=1,
+                encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+                max_source_positions=10, max_target_positions=12, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+                decoder_start_token_id=2,
+            )
+        ),
         "vit": lambda: t.ViTForImageClassification(
             t.ViTConfig(**TINY, image_size=8, patch_size=4, num_labels=CLASSES)
         ),
@@ -537,6 +578,7 @@ def encoded(name: str) -> dict[str, Tensor]:
         "tokens": tokens | {"labels": by_token.masked_fill(mask == 0, -100)},
         "masked": tokens | {"labels": ids.masked_fill(~hidden | (mask == 0), -100)},
         "t5": tokens | {"labels": answer},
+        "whisper": {"input_features": torch.randn(4, 8, 20, generator=g), "labels": answer},
         "vit": {"pixel_values": torch.randn(4, 3, 8, 8, generator=g), "labels": by_sample},
     }[name]
 
@@ -594,6 +636,14 @@ def test_rows_that_cannot_be_told_apart_are_named() -> None:
     total, units = objective.loss(model, batch)
     torch.testing.assert_close(total / units, model(**batch).loss)
     assert int(units) == 18, "the encoder's mask is not the labels'"
+
+
+@pytest.mark.parametrize("objective", ["classification", "next_token"])
+def test_a_decoder_s_labels_are_not_shifted(objective: str) -> None:
+    model, batch = transformer("whisper"), encoded("whisper")  # it has no method that makes the decoder's inputs
+    with torch.no_grad():
+        total, units = getattr(Objective, objective)().loss(model, batch)
+        torch.testing.assert_close(total / units, model(**batch).loss)
 
 
 def test_suggest_lr_takes_a_batch_encoding() -> None:

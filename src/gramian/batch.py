@@ -184,7 +184,7 @@ def main_input(batch: Any) -> Tensor:
 
 
 def num_samples(batch: Any) -> int:
-    """The number of samples of a batch: the length of its main input.
+    """The number of samples of a batch: the length of its main input; of a graph, that of its labels.
 
     Args:
         batch: any batch.
@@ -198,7 +198,9 @@ def num_samples(batch: Any) -> int:
     >>> num_samples((torch.ones(5, 2), torch.zeros(5)))
     5
     """
-    return len(main_input(batch))
+    given = parts(batch)
+    graph = not isinstance(batch, (Tensor, Sequence)) and fields(batch) is None
+    return len(given.labels) if graph and isinstance(given.labels, Tensor) else len(main_input(batch))
 
 
 def token_mask(batch: Any) -> Tensor | None:
