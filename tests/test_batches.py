@@ -478,6 +478,7 @@ MISUSE: list[tuple[Any, str]] = [
     (lambda: inspect(torch.export.export(linear(), (X,))), r"exported\.module\(\)"),
     (lambda: inspect(nn.Linear(4, 3, device="meta")), "on the meta device"),
     (lambda: inspect(nn.LazyLinear(3)), "Run the model on one batch first"),
+    (lambda: unwrap(gm.compress)(nn.Linear, batches=[(X, Y)], objective=CLASSIFY), "compress: .*the class Linear"),
     (lambda: suggest_lr(nn.Linear, [(X, Y)], CLASSIFY), "suggest_lr: .*the class Linear"),
     (lambda: gm.train(linear()), r"got the model Linear. Write gm\.Task\(lambda: model"),
     (lambda: gm.train("digits"), r"gm\.tasks\.load\('digits'\)"),

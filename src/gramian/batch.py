@@ -410,7 +410,7 @@ def no_batches(batches: Any, verb: str) -> InputError:
         num = len(batches.dataset)  # type: ignore[arg-type]
         why = f"the DataLoader drops the last, incomplete batch, and has {num} samples for {batches.batch_size} a batch"
     elif isinstance(batches, Iterator):
-        why = f"the {type(batches).__name__} can be used once, and may be spent. Pass a DataLoader, or list(...)"
+        why = f"perhaps a spent generator; a {type(batches).__name__} can be used once. Pass a DataLoader, or list(...)"
     return InputError(f"{verb}: there were no batches: {why}")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from gramian.batch import Batches
 from gramian.block import blocks
+from gramian.calls import as_model
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.modules import module_name, replaced, submodule, unwrapped
 from gramian.compression.weighted import WeightedSVD, decompose, why_not
@@ -168,6 +169,7 @@ def compress(
     >>> plan.ranks["0"] < 8, plan.parameters <= 0.6 * plan.parameters_dense
     (True, True)
     """
+    model = as_model(model, "compress")
     if stats is None:
         if batches is None or objective is None:
             raise InputError("compress: give stats from gm.capture, or both batches= and objective=")

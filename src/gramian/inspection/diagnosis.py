@@ -65,6 +65,7 @@ def inspect(
     Returns: a `Report`, with `.findings`, `.layers`, `.save("x.html")` and `.to_json()`.
     Raises:
         InputError: batches without an objective or the reverse, or data for a file.
+        UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: that of `describe` for each matrix; with data, a pass of `capture`, one backward pass, and a Jacobian of 8
         samples. Memory: for a file, one tensor and a few matrices of its smaller side.
@@ -86,11 +87,12 @@ def inspect(
         )
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
+    data = None
     if batches is not None and objective is not None:
-        batches, objective = as_batches(batches, "inspect"), as_objective(objective)
+        data = as_batches(batches, "inspect"), as_objective(objective)
     measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
-    if batches is not None and isinstance(objective, Objective):
-        _measure_signal(measured, model_or_path, batches, objective, progress)
+    if data is not None:
+        _measure_signal(measured, model_or_path, *data, progress)
     return _report(title or type(model_or_path).__name__, measured)
 
 

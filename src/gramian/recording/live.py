@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.block import blocks
+from gramian.calls import as_model
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import Fisher, Objective, as_objective
 from gramian.recording.measuring import eager
@@ -70,7 +71,7 @@ def capturing(
     >>> stats["weight"].G
     Gram(dim=2, count=4)
     """
-    objective = as_objective(objective)
+    model, objective = as_model(model, "capturing"), as_objective(objective)
     kind: Fisher = fisher or "empirical"
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     stats = Statistics(fisher=kind, objective=objective)
