@@ -1,4 +1,4 @@
-"""Batches as people have them: what is in one, by name or by place, and where to get the next.
+"""A batch as people have it: what is in it, by name or by place.
 
 A batch is a tensor, `(x,)`, `(x, y)`, `(x, y, weights)`, a mapping such as a Hugging Face `BatchEncoding`, a
 namedtuple, a dataclass, or an object with a method `to` (a graph). `docs/objectives.md` has the rules.
@@ -8,39 +8,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from gramian.errors import InputError
 
 __all__ = [
     "LABELS",
     "WEIGHTS",
-    "Batches",
     "Parts",
-    "as_batches",
     "described",
     "fields",
-    "first_of",
     "first_samples",
-    "is_one_batch",
     "main_input",
     "mapped",
-    "no_batches",
     "num_samples",
     "parts",
     "tensors",
     "token_mask",
 ]
-
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
-"""What verbs take: batches, or a function that makes them; `as_batches` checks and calls it."""
 
 LABELS = ("labels", "label", "label_ids", "targets", "target", "y")
 """Names of the labels in a batch with names; the first that is there counts."""
@@ -105,6 +95,7 @@ def parts(batch: Any) -> Parts:
     Cost: none.
     Source: this library's own.
 
+    >>> import torch
     >>> parts((torch.ones(2, 3), torch.zeros(2))).labels
     tensor([0., 0.])
     """
@@ -163,6 +154,7 @@ def main_input(batch: Any) -> Tensor:
     Cost: none.
     Source: this library's own.
 
+    >>> import torch
     >>> main_input({"attention_mask": torch.ones(2, 3), "input_ids": torch.zeros(2, 3)}).sum()
     tensor(0.)
     """
@@ -195,6 +187,7 @@ def num_samples(batch: Any) -> int:
     Cost: none.
     Source: this library's own.
 
+    >>> import torch
     >>> num_samples((torch.ones(5, 2), torch.zeros(5)))
     5
     """
@@ -214,6 +207,7 @@ def token_mask(batch: Any) -> Tensor | None:
     Cost: none.
     Source: the convention of Hugging Face transformers.
 
+    >>> import torch
     >>> token_mask({"input_ids": torch.ones(1, 2), "attention_mask": torch.tensor([[1, 0]])})
     tensor([[ True, False]])
     """
@@ -237,6 +231,7 @@ def mapped(batch: Any, change: Callable[[Tensor], Any], other: Callable[[Any], A
     Cost: that of `change`.
     Source: this library's own.
 
+    >>> import torch
     >>> mapped({"x": torch.ones(2), "n": [3]}, lambda t: t + 1)
     {'x': tensor([2., 2.]), 'n': [3]}
     """
@@ -269,6 +264,7 @@ def tensors(batch: Any) -> Iterator[Tensor]:
     Cost: none.
     Source: this library's own.
 
+    >>> import torch
     >>> [t.shape[0] for t in tensors({"x": torch.ones(2), "more": (torch.ones(3), "text")})]
     [2, 3]
     """
@@ -289,129 +285,11 @@ def first_samples(batch: Any, num: int) -> Any:
     Cost: none.
     Source: this library's own.
 
+    >>> import torch
     >>> first_samples((torch.arange(5), {"y": torch.arange(5)}), 2)
     (tensor([0, 1]), {'y': tensor([0, 1])})
     """
     return mapped(batch, lambda t: t[:num] if t.ndim else t)
-
-
-# ---- many batches ----------------------------------------------------------------------------------------------------
-
-
-def as_batches(batches: Any, verb: str) -> Iterable[Any]:
-    """The batches that a verb was given: an iterable, checked; or a function that makes one, called.
-
-    Args:
-        batches: a `DataLoader`, a list, a generator, or a function without arguments that returns one of these.
-        verb: for the error: who asks.
-
-    Returns: the iterable. It may be one that can be used only once: verbs read it once.
-    Raises:
-        InputError: it is no iterable, or it is one batch, or a dataset of single samples.
-    Cost: none.
-    Source: this library's own.
-
-    >>> len(list(as_batches(lambda: iter([1, 2]), "capture")))
-    2
-    """
-    if is_one_batch(batches) or _looks_like_one(batches):
-        raise InputError(
-            f"{verb}: batches must be an iterable of batches, and this looks like one batch, {described(batches)}. "
-            "Write [batch]"
-        )
-    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
-        raise InputError(
-            f"{verb}: batches must be an iterable of batches, got a data set of single samples, "
-            f"{type(batches).__name__}. Write torch.utils.data.DataLoader(dataset, batch_size=32)"
-        )
-    if callable(batches) and not isinstance(batches, Iterable):
-        batches = batches()
-    sequence = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
-    if isinstance(batches, (str, bytes)) or not sequence:
-        raise InputError(
-            f"{verb}: batches must be a DataLoader, a list or another iterable of batches, got {described(batches)}"
-        )
-    return batches
-
-
-def is_one_batch(batches: Any) -> bool:
-    """Whether this is one batch by its type: a tensor, a batch with names, or an object with a method `to`.
-
-    Args:
-        batches: one batch, or many.
-
-    Returns: true for one; false for a list or tuple, which may be either.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
-
-    >>> is_one_batch({"x": torch.ones(2)}), is_one_batch([torch.ones(2)])
-    (True, False)
-    """
-    if isinstance(batches, (nn.Module, type, DataLoader, Dataset)):
-        return False
-    return fields(batches) is not None or isinstance(batches, (Tensor, PackedSequence)) or hasattr(batches, "to")
-
-
-def _looks_like_one(batches: Any) -> bool:
-    """Whether a tuple or list is `(x, y)`: its elements are tensors, and in a list they are of different kinds.
-
-    A list of tensors of one kind is a list of batches `x`.
-    """
-    if not isinstance(batches, (tuple, list)) or not all(isinstance(t, Tensor) for t in batches) or not batches:
-        return False
-    return isinstance(batches, tuple) or len({(t.ndim, t.is_floating_point()) for t in batches}) > 1
-
-
-def first_of(batches: Iterable[Any], verb: str) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and an iterable of all batches, the first again among them.
-
-    So what needs one batch twice reads the rest once, and a generator serves. The global random state, from which a
-    `DataLoader` draws its order, is left as it was.
-
-    Args:
-        batches: as `as_batches` returns it.
-        verb: for the error: who asks.
-
-    Returns: the batch, and an iterable that can be used once.
-    Raises:
-        InputError: there is no batch.
-    Cost: that of one batch.
-    Source: this library's own.
-
-    >>> first, batches = first_of(iter("abc"), "inspect")
-    >>> first, list(batches)
-    ('a', ['a', 'b', 'c'])
-    """
-    with torch.random.fork_rng(devices=[]):
-        iterator = iter(batches)
-        for first in iterator:
-            return first, chain([first], iterator)
-    raise no_batches(batches, verb)
-
-
-def no_batches(batches: Any, verb: str) -> InputError:
-    """The error for an iterable that gave no batch, with the likely reason.
-
-    Args:
-        batches: the iterable.
-        verb: for the error: who asks.
-
-    Returns: the error, to be raised.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
-
-    >>> str(no_batches([], "capture"))
-    'capture: there were no batches: the list is empty'
-    """
-    why = f"the {type(batches).__name__} is empty"
-    if isinstance(batches, DataLoader) and batches.drop_last and hasattr(batches.dataset, "__len__"):
-        num = len(batches.dataset)  # type: ignore[arg-type]
-        why = f"the DataLoader drops the last, incomplete batch, and has {num} samples for {batches.batch_size} a batch"
-    elif isinstance(batches, Iterator):
-        why = f"perhaps a spent generator; a {type(batches).__name__} can be used once. Pass a DataLoader, or list(...)"
-    return InputError(f"{verb}: there were no batches: {why}")
 
 
 def described(value: Any) -> str:
@@ -425,6 +303,7 @@ def described(value: Any) -> str:
     Cost: none.
     Source: this library's own.
 
+    >>> import torch
     >>> described((torch.ones(2, 3), "a"))
     "(a tensor of shape (2, 3), 'a')"
     """

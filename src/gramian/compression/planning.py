@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.batch import Batches
 from gramian.block import blocks
 from gramian.calls import as_model
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.modules import module_name, replaced, submodule, unwrapped
 from gramian.compression.weighted import WeightedSVD, decompose, why_not
 from gramian.errors import InputError
+from gramian.loader import Batches
 from gramian.objective import Objective
 from gramian.recording import capture
 from gramian.statistics import Site, Sites, Statistics

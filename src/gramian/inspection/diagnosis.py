@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from gramian import linalg
-from gramian.batch import Batches, as_batches, first_of, first_samples
+from gramian.batch import first_samples
 from gramian.calls import as_model
 from gramian.errors import InputError
 from gramian.gram import Gram
 from gramian.inspection.measured import Measured
 from gramian.inspection.rules import find
 from gramian.inspection.weights import measure_file, measure_model
+from gramian.loader import Batches, as_batches, first_of
 from gramian.objective import Objective, as_objective
 from gramian.operators import end_to_end_jacobian, layer_gains
 from gramian.recording import capture

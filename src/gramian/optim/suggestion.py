@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gramian import placement
-from gramian.batch import as_batches, is_one_batch, no_batches
 from gramian.calls import as_model, prepared
 from gramian.errors import InputError, UnsupportedError
+from gramian.loader import as_batches, is_one_batch, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.operators import LineCurvature, line_curvature
 from gramian.optim.proximal import Proximal

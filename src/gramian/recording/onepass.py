@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gramian import placement
-from gramian.batch import Batches, as_batches, no_batches
 from gramian.block import blocks
 from gramian.calls import as_model, prepared
 from gramian.errors import DtypeError
+from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Fisher, Objective, as_objective
 from gramian.recording.collective import collective_of
 from gramian.recording.measuring import measuring

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.batch import as_batches
 from gramian.errors import GramianError, InputError, TaskError
+from gramian.loader import as_batches
 from gramian.objective import Objective
 
 __all__ = ["Run", "Task", "as_task", "calling", "described"]
