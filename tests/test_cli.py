@@ -46,6 +46,9 @@ def leaves():
 def wrong():
     return 3
 
+def network():
+    return nn.Linear(8, 2)
+
 def but(**changes):
     import dataclasses
     return dataclasses.replace(task(), **changes)
@@ -104,6 +107,11 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "beside.py").write_text("NAME = 'from beside'\n")
     (tmp_path / "syntax.py").write_text("def task(:\n")
+    (tmp_path / "one.py").write_text("import absent\ndef my_task(): ...\ndef helper(x): ...\n")
+    (tmp_path / "two.py").write_text(
+        "import absent\ndef a() -> 'gm.Task': ...\nasync def b(): ...\ndef c(*, k=1) -> Task: ...\n"
+    )
+    (tmp_path / "none.py").write_text("import absent\ndef f(x): ...\ndef g(*, k): ...\ndef _h(): ...\n")
     (tmp_path / "empty").mkdir()
     return tmp_path
 
@@ -127,6 +135,15 @@ BAD = [
     (["inspect", "task.py:absent"], "it defines task, deep"),
     (["inspect", "nowhere.py:task"], "does not exist"),
     (["inspect", "syntax.py:task"], "SyntaxError"),
+    (["inspect", "nowhere.py"], "task file nowhere.py does not exist"),
+    (["inspect", "syntax.py"], "syntax.py is not Python: SyntaxError"),
+    (["inspect", "task.py"], "name its function that returns the task: gramian inspect task.py:task"),
+    (["inspect", "one.py"], "name its function that returns the task: gramian inspect one.py:my_task"),
+    (["inspect", "two.py"], "one of a, c, as in gramian inspect two.py:a"),
+    (["inspect", "none.py"], "name its function that returns the task: but it has none"),
+    (["inspect", "good.pt", "--task", "one.py"], "gramian inspect good.pt --task one.py:my_task"),
+    (["inspect", "task.py:network"], "returned Linear; wanted a gm.Task. Put the model into one: gm.Task(lambda"),
+    (["train", "one.py", "--steps", "3"], "gramian train one.py:my_task"),
     (["inspect", "good.safetensors", "--task", "nothing"], "no task is named"),
     (["inspect", "other.safetensors", "--task", "task.py:task"], "does not fit"),
     (["inspect", "good.safetensors", "--html", "absent/x.html"], "does not exist"),
@@ -143,7 +160,7 @@ BAD = [
     (["train", "nothing", "--steps", "3"], "no task is named 'nothing'; built in: digits"),
     (["train", "task.py:raises", "--steps", "3"], "RuntimeError: no data"),
     (["train", "task.py:empty", "--steps", "3"], "no batches"),
-    (["train", "task.py:no_model", "--steps", "3"], "model() raised ValueError: broken disk (line 36)"),
+    (["train", "task.py:no_model", "--steps", "3"], "model() raised ValueError: broken disk (line 39)"),
     (["train", "task.py:no_batch", "--steps", "3"], "train_batches(0, generator) raised ValueError: broken disk"),
     (["train", "task.py:no_score", "--steps", "3"], "evaluate(model) raised ValueError: broken disk"),
     (["train", "task.py:own_loss", "--steps", "3"], "returned 'loss', which is the run's own"),

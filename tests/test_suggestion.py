@@ -272,7 +272,7 @@ def test_what_cannot_be_answered_is_refused_with_its_reason():
         gm.suggest_lr(model, (batch[0] * math.nan, batch[1]), CLASSIFY)
     with pytest.raises(InputError, match="unknown optimizer 'adam'; wanted auto, whitened_muon"):
         gm.suggest_lr(model, batch, CLASSIFY, optimizer="adam")
-    with pytest.raises(InputError, match="got an empty list"):
+    with pytest.raises(InputError, match="there were no batches: the list is empty"):
         gm.suggest_lr(model, [], CLASSIFY)
     with pytest.raises(InputError, match="num_steps must be at least 1"):
         gm.suggest_lr(model, batch, CLASSIFY, num_steps=0)

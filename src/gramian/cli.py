@@ -209,7 +209,7 @@ def train_command(
     from gramian import tasks
     from gramian.training import display, train
 
-    found = tasks.load(task)
+    found = tasks.load(task, write="gramian train {}")
     try:
         with _ranks() as first, display.Watched(quiet=quiet or not first) as watched:
             run = train(
@@ -286,10 +286,11 @@ def _with_task(model: str, task: str | None) -> tuple[Any, Any] | None:
     from gramian import tasks
     from gramian.checkpoint import load_into
 
-    is_task = model in tasks.TASKS or ".py:" in model
+    is_task = model in tasks.TASKS or ".py:" in model or model.endswith(".py")
     if task is None and not is_task:
         return None
-    found = tasks.load(model if is_task else str(task))
+    write = "gramian inspect {}" if is_task else f"gramian inspect {model} --task {{}}"
+    found = tasks.load(model if is_task else str(task), write=write)
     network = found.model()
     if not is_task:
         load_into(network, model)

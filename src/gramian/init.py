@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gramian import random
 from gramian.block import Block, blocks
+from gramian.calls import called
 from gramian.errors import GramianWarning, InputError
 from gramian.layers import is_affine, operation_of
 from gramian.objective import Objective
@@ -78,7 +79,7 @@ def isometric_(
     layers: dict[nn.Module, Block] = {b.module: b for b in found if operation_of(b.module).init and is_affine(b.module)}
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
-    objective = Objective(predict or _predict, lambda output, batch: (output.sum(), 1))
+    objective = Objective(predict or called, lambda output, batch: (output.sum(), 1))
     order = list(model.modules()) if sample is None else _forward_order(model, sample, objective)
     chain = [m for m in dict.fromkeys(order) if m in layers]
     if not chain:
@@ -149,10 +150,6 @@ def activation_gain(activation: nn.Module) -> float:
         derivative = torch.stack([torch.autograd.grad(c, z, retain_graph=True)[0] for c in columns], 1)
     chi = float((derivative.square().mean(1) * weight).sum() / weight.sum())
     return 1.0 / math.sqrt(chi) if chi > 0 else 1.0
-
-
-def _predict(model: nn.Module, batch: Any) -> Any:
-    return model(batch if isinstance(batch, Tensor) else batch[0])
 
 
 def _set_orthogonal_(block: Block, scale: float, generator: torch.Generator) -> None:

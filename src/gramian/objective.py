@@ -7,15 +7,18 @@ second moments of the gradient that differ four-fold. So an objective is a pair:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gramian import criteria
+from gramian.batch import described, main_input, num_samples
+from gramian.calls import prepared
 from gramian.errors import InputError
 
 __all__ = ["Fisher", "Objective", "as_objective"]
@@ -26,7 +29,7 @@ Criterion = Callable[[Any, Any], tuple[Tensor, "Tensor | int"]]
 # (output, batch, generator) -> losses, one for each column of a square root of the criterion's Hessian. The sum of the
 # outer products of their gradients is the Fisher matrix (sampled) or the Gauss–Newton matrix (exact).
 Factor = Callable[[Any, Any, torch.Generator], Iterator[Tensor]]
-Padding = Callable[[Any], Tensor]
+Padding = Callable[[Any], Tensor | None]
 
 
 class Observer(Protocol):
@@ -48,7 +51,7 @@ class Objective:
     """A prediction and a sum of losses over known units.
 
     Args:
-        predict: `predict(model, batch) -> output`.
+        predict: `predict(model, batch) -> output`. It gets the batch on the model's device.
         criterion: `criterion(output, batch) -> (sum of losses, number of units)`: a scalar tensor and a count.
         fisher: which second moment of output gradients `capture` takes. `"empirical"`: that of the loss itself;
             `"sampled"`: of the loss with labels drawn from the model's own output; `"gauss_newton"`: with one backward
@@ -56,8 +59,9 @@ class Objective:
             the function of that name.
         sampled, gauss_newton: `(output, batch, generator) -> losses`; the sum of the outer products of their gradients
             is that second moment.
-        rows: `rows(batch) -> bool tensor (B, T)`, false where an input position is padding. Such rows do not count in
-            the second moments of layers' inputs of shape (B, T, …). By default all rows count.
+        rows: `rows(batch) -> bool tensor (B, T)`, false where an input position is padding; or `None`, where none is.
+            Such rows do not count in the second moments of layers' inputs of shape (B, T, …) or (B·T, features). By
+            default all rows count.
 
     Raises: nothing of its own; `loss` and `losses` raise InputError.
     Cost: none.
@@ -81,6 +85,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not hasattr(self.criterion, "observed"):
             object.__setattr__(self, "criterion", _observed(self.criterion))
+        if not hasattr(self.predict, "prepares"):
+            object.__setattr__(self, "predict", _prepared(self.predict))
 
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
@@ -103,6 +109,7 @@ class Objective:
             model: passed to `predict`.
             batch: passed to `predict` and `criterion`.
         """
+        batch = prepared(model, batch)
         for observer in _OBSERVERS.get(self.criterion, ()):
             observer.before_forward(batch)
         return self.checked(self.criterion(self.predict(model, batch), batch))
@@ -111,13 +118,13 @@ class Objective:
         """The criterion's result as two scalar tensors. Raises `InputError` for any other result."""
         wanted = "criterion(output, batch) must return (sum of losses, number of units): a scalar tensor and a count"
         if not (isinstance(result, Sequence) and len(result) == 2):
-            raise InputError(f"objective: {wanted}; got {_describe(result)}")
+            raise InputError(f"objective: {wanted}; got {described(result)}")
         total, units = result
         if not isinstance(total, Tensor) or total.numel() != 1:
-            raise InputError(f"objective: {wanted}; the first is {_describe(total)}. Sum over the batch")
+            raise InputError(f"objective: {wanted}; the first is {described(total)}. Sum over the batch")
         units = torch.as_tensor(units, device=total.device)
         if units.numel() != 1 or not units > 0:
-            raise InputError(f"objective: {wanted}; the second is {_describe(units)}. A batch needs at least one unit")
+            raise InputError(f"objective: {wanted}; the second is {described(units)}. A batch needs at least one unit")
         return total.reshape(()), units.reshape(())
 
     def losses(self, output: Any, batch: Any, fisher: Fisher, generator: torch.Generator) -> Iterator[Tensor]:
@@ -143,48 +150,85 @@ class Objective:
             )
         yield from factor(output, batch, generator)
 
+    def mask(self, batch: Any) -> Tensor | None:
+        """Which rows of a batch's inputs count, (B, T) of bool; `None` where all do."""
+        mask = None if self.rows is None else self.rows(batch)
+        return None if mask is None or bool(mask.all()) else mask
+
     @staticmethod
     def classification(
-        *, fisher: Fisher = "sampled", ignore_index: int = -100, padding: int | None = None
+        *,
+        fisher: Fisher = "sampled",
+        weight: Tensor | Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        padding: int | None = None,
+        predict: Predict | None = None,
     ) -> Objective:
-        """Cross-entropy of class scores `(..., C)` against labels `(...)` for `(x, y)` batches; a unit is a label.
+        """Cross-entropy of class scores `(..., C)` or `(B, C, ...)` against labels `(...)`; a unit is a label.
+
+        For `(x, y)` and `(x, y, weights)`, and for mappings with labels: of samples `(B,)`, or of tokens `(B, T)`,
+        which are not shifted (masked tokens, the outputs of a decoder). With weights, a label counts as that many
+        units, so that the mean is that of `torch.nn.functional.cross_entropy`.
 
         Args:
             fisher: as in `Objective`.
+            weight: of each class, C numbers.
+            label_smoothing: between 0 and 1, as in torch.
             ignore_index: the label of units that have no loss and are not counted.
             padding: the input token whose rows do not count in the second moments of inputs.
+            predict: `predict(model, batch) -> scores`, where the model is not called as `docs/objectives.md` says.
         """
-        return _cross_entropy(_first, lambda output, batch: (output, batch[1]), fisher, ignore_index, padding)
+        options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+        return _made(criteria.cross_entropy(criteria.aligned_labels(), padding=padding, **options), fisher, predict)
 
     @staticmethod
-    def next_token(*, fisher: Fisher = "sampled", ignore_index: int = -100, padding: int | None = None) -> Objective:
-        """Cross-entropy of the next token: output `(B, T, V)` for `(tokens,)` or `(tokens, next tokens)` batches.
+    def next_token(
+        *,
+        fisher: Fisher = "sampled",
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        padding: int | None = None,
+        predict: Predict | None = None,
+    ) -> Objective:
+        """Cross-entropy of the next token, from scores `(B, T, V)`; a unit is a token that is predicted.
+
+        For `tokens`, `(tokens,)`, `(tokens, next tokens)` and `(tokens, next tokens, weights)`; and for mappings with
+        `input_ids` and perhaps `labels`, which are shifted here, as Hugging Face's causal models do. Where
+        `attention_mask` is 0, a position neither predicts nor is predicted.
 
         Args:
             fisher: as in `Objective`.
+            label_smoothing: between 0 and 1, as in torch.
             ignore_index: the next token of units that have no loss and are not counted.
             padding: a token that does not count either, neither as next token nor as input.
+            predict: `predict(model, batch) -> scores`, where the model is not called as `docs/objectives.md` says.
         """
-
-        def scores_and_labels(output: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-            if isinstance(batch, Tensor) or len(batch) == 1:
-                tokens = batch if isinstance(batch, Tensor) else batch[0]
-                output, labels = output[:, :-1], tokens[:, 1:]
-            else:
-                labels = batch[1]
-            return output, labels if padding is None else labels.masked_fill(labels == padding, ignore_index)
-
-        return _cross_entropy(_first, scores_and_labels, fisher, ignore_index, padding)
+        options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+        how = criteria.aligned_tokens(padding)
+        return _made(criteria.cross_entropy(how, padding=padding, **options), fisher, predict)
 
     @staticmethod
-    def regression(*, fisher: Fisher = "gauss_newton") -> Objective:
-        """Squared error `½ Σ (ŷ − y)²` over the last dimension, for `(x, y)` batches; a unit is a row of the output."""
-        return _squared_error(lambda batch: batch[1], fisher)
+    def regression(*, fisher: Fisher = "gauss_newton", predict: Predict | None = None) -> Objective:
+        """Squared error `½ Σ (ŷ − y)²` over the last dimension; a unit is a row of the output.
+
+        For `(x, y)`, `(x, y, weights)` and mappings with labels. Integer targets are cast; `(B,)` and `(B, 1)` match.
+
+        Args:
+            fisher: as in `Objective`.
+            predict: `predict(model, batch) -> ŷ`, where the model is not called as `docs/objectives.md` says.
+        """
+        return _made(criteria.squared_error(criteria.labels_of, checks=True), fisher, predict)
 
     @staticmethod
-    def reconstruction(*, fisher: Fisher = "sampled") -> Objective:
-        """Squared error `½ Σ (x̂ − x)²` of the input itself, for `(x,)` or `(x, y)` batches."""
-        return _squared_error(_inputs, fisher)
+    def reconstruction(*, fisher: Fisher = "sampled", predict: Predict | None = None) -> Objective:
+        """Squared error `½ Σ (x̂ − x)²` of the input itself, for `x`, `(x,)`, `(x, y)` and mappings.
+
+        Args:
+            fisher: as in `Objective`.
+            predict: `predict(model, batch) -> x̂`, where the model is not called as `docs/objectives.md` says.
+        """
+        return _made(criteria.squared_error(main_input, checks=False), fisher, predict)
 
 
 def as_objective(objective: Any) -> Objective:
@@ -208,19 +252,52 @@ def as_objective(objective: Any) -> Objective:
     """
     if isinstance(objective, Objective):
         return objective
-    if not callable(objective):
-        raise InputError(
-            "objective: expected gm.Objective or a function loss(model, batch) -> scalar mean, "
-            f"got {_describe(objective)}"
-        )
+    misused = _misused(objective)
+    if misused:
+        raise InputError(f"objective: expected gm.Objective or a function loss(model, batch) -> scalar mean, {misused}")
 
     def criterion(output: Tensor, batch: Any) -> tuple[Tensor, int]:
         if not isinstance(output, Tensor) or output.numel() != 1:
-            raise InputError(f"objective: loss(model, batch) must return a scalar mean, got {_describe(output)}")
-        units = _num_samples(batch)
+            raise InputError(f"objective: loss(model, batch) must return a scalar mean, got {described(output)}")
+        units = num_samples(batch)
         return output * units, units
 
     return Objective(predict=objective, criterion=criterion)
+
+
+# What torch calls a loss, and the objective that it is.
+_LOSSES = {
+    "CrossEntropyLoss": "classification()",
+    "cross_entropy": "classification()",
+    "MSELoss": "regression()",
+    "mse_loss": "regression()",
+}
+
+
+def _misused(objective: Any) -> str:
+    """What was given in place of an objective, and what to write; empty where it may be a loss function."""
+    if isinstance(objective, type):
+        name = objective.__name__
+    elif isinstance(objective, nn.Module):
+        name = type(objective).__name__
+    elif isinstance(objective, str):
+        return f"got the text {objective!r}. Write gm.Objective.classification(), .regression() or .next_token()"
+    elif objective in (getattr(Objective, kind) for kind in ("classification", "next_token", "regression")):
+        return f"got a function that makes one. Call it: gm.Objective.{objective.__name__}()"
+    elif getattr(objective, "__module__", None) in ("torch.nn.functional", "torch._C._nn"):
+        name = objective.__name__
+    else:
+        return "" if callable(objective) else f"got {described(objective)}"
+    known = f"gm.Objective.{_LOSSES[name]}, or " if name in _LOSSES else ""
+    return (
+        f"got {name}, which takes an output and a target. Write {known}"
+        "lambda model, batch: loss(model(batch[0]), batch[1])"
+    )
+
+
+def _made(fields: dict[str, Any], fisher: Fisher, predict: Predict | None) -> Objective:
+    made = Objective(**fields, fisher=fisher)
+    return made if predict is None else replace(made, predict=predict)
 
 
 def _observed(criterion: Criterion) -> Criterion:
@@ -235,92 +312,10 @@ def _observed(criterion: Criterion) -> Criterion:
     return observed
 
 
-def _inputs(batch: Any) -> Any:
-    return batch if isinstance(batch, Tensor) else batch[0]
+def _prepared(predict: Predict) -> Predict:
+    @wraps(predict)
+    def on_its_device(model: nn.Module, batch: Any) -> Any:
+        return predict(model, prepared(model, batch))
 
-
-def _num_samples(batch: Any) -> int:
-    """The length of the first dimension of the first tensor of a batch: a tensor, a sequence or a dict."""
-    first = batch
-    while isinstance(first, (Mapping, Sequence)) and not isinstance(first, str) and len(first):
-        first = next(iter(first.values() if isinstance(first, Mapping) else first))
-    if not isinstance(first, Tensor) or not first.ndim:
-        raise InputError(f"objective: a batch must start with a tensor (samples, …), got {_describe(first)}")
-    return len(first)
-
-
-def _first(model: nn.Module, batch: Any) -> Any:
-    return model(_inputs(batch))
-
-
-def _cross_entropy(
-    predict: Predict, scores_and_labels: Callable, fisher: Fisher, ignore_index: int, padding: int | None
-) -> Objective:
-    def flat(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        scores, labels = scores_and_labels(output, batch)
-        if not isinstance(scores, Tensor) or scores.ndim < 2 or scores.shape[:-1] != labels.shape:
-            raise InputError(
-                f"objective: classification wants scores (..., classes) and labels (...), "
-                f"got {_describe(scores)} and {_describe(labels)}"
-            )
-        scores = scores.flatten(0, -2)
-        return scores if scores.dtype == torch.float64 else scores.float(), labels.flatten()
-
-    def total(scores: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(scores, labels, reduction="sum", ignore_index=ignore_index)
-
-    def criterion(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        scores, labels = flat(output, batch)
-        return total(scores, labels), (labels != ignore_index).sum()
-
-    def sampled(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
-        scores, labels = flat(output, batch)
-        # A score that is not finite makes NaN gradients, which the diagnosis reports; multinomial would raise instead.
-        p = scores.detach().softmax(-1).nan_to_num(1.0 / scores.shape[-1])
-        drawn = torch.multinomial(p, 1, generator=generator).squeeze(-1)
-        yield total(scores, torch.where(labels == ignore_index, labels, drawn))
-
-    def gauss_newton(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
-        # diag(p) − ppᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ: one loss per class, each example weighted by √p_c.
-        scores, labels = flat(output, batch)
-        weights = scores.detach().softmax(-1).sqrt() * (labels != ignore_index).unsqueeze(-1)
-        weights = weights * _signs(weights, generator)
-        for c in range(scores.shape[-1]):
-            yield (weights[:, c] * -scores.log_softmax(-1)[:, c]).sum()
-
-    rows = None if padding is None else lambda batch: _inputs(batch) != padding
-    return Objective(predict, criterion, fisher, sampled, gauss_newton, rows)
-
-
-def _squared_error(target: Callable[[Any], Tensor], fisher: Fisher) -> Objective:
-    def criterion(output: Tensor, batch: Any) -> tuple[Tensor, int]:
-        wanted = target(batch)
-        if output.shape != wanted.shape:
-            raise InputError(
-                f"objective: output {tuple(output.shape)} and target {tuple(wanted.shape)} differ in shape"
-            )
-        rows = output.numel() // output.shape[-1] if output.ndim > 1 else len(output)
-        return 0.5 * (output - wanted).square().sum(), rows
-
-    def sampled(output: Tensor, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
-        # The Hessian is the identity: labels from N(output, 1) give standard normal gradients.
-        yield (torch.empty_like(output).normal_(generator=generator) * output).sum()
-
-    def gauss_newton(output: Tensor, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
-        columns = output.flatten(0, -2) if output.ndim > 1 else output.unsqueeze(-1)
-        columns = columns * _signs(columns, generator)
-        for c in range(columns.shape[-1]):
-            yield columns[:, c].sum()
-
-    return Objective(_first, criterion, fisher, sampled, gauss_newton)
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random ±1: where several units share a layer's row (attention), their cross terms then cancel on average."""
-    return torch.empty_like(like, requires_grad=False).bernoulli_(generator=generator).mul_(2).sub_(1)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}" if value.numel() != 1 else f"the value {value.item()}"
-    return f"{type(value).__name__}" if not isinstance(value, (int, float)) else repr(value)
+    on_its_device.prepares = predict  # type: ignore[attr-defined]
+    return on_its_device

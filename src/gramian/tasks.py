@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -135,7 +136,7 @@ TASKS: dict[str, Callable[[], Task]] = {
 }
 
 
-def load(spec: str) -> Task:
+def load(spec: str, *, write: str = "{}") -> Task:
     """Return a built-in task by name, or a task from a file: `path/file.py:function`, which returns a `gm.Task`.
 
     The file is run like a program, and can import modules beside it. A task without a name is named after its file and
@@ -143,6 +144,7 @@ def load(spec: str) -> Task:
 
     Args:
         spec: a key of `TASKS`, or `path/file.py:function`.
+        write: for errors: how a spec is written, as in "gramian train {}".
     Returns: the task.
     Raises:
         TaskError: there is no such task, or its function failed; the message has the line.
@@ -155,6 +157,8 @@ def load(spec: str) -> Task:
     if spec in TASKS:
         return TASKS[spec]()
     path, colon, function = spec.rpartition(":")
+    if spec.endswith(".py"):
+        raise TaskError(_without_function(spec, write))
     if not colon or not path.endswith(".py"):
         raise TaskError(f"no task is named {spec!r}; built in: {', '.join(TASKS)}; or give path/file.py:function")
     if not Path(path).is_file():
@@ -173,5 +177,37 @@ def load(spec: str) -> Task:
     except (Exception, SystemExit) as error:
         raise TaskError(f"task {spec} raised {described(error, path)}") from error
     if not isinstance(task, Task):
-        raise TaskError(f"task {spec} returned {type(task).__name__}; wanted a gm.Task")
+        model = ". Put the model into one: gm.Task(lambda: model, objective, train_loader, evaluate)"
+        raise TaskError(
+            f"task {spec} returned {type(task).__name__}; wanted a gm.Task{model * isinstance(task, nn.Module)}"
+        )
     return task if task.name != Task.name else replace(task, name=f"{Path(path).name}:{function}")
+
+
+def _without_function(path: str, write: str) -> str:
+    """The error for a file whose function was not named: those that may return a task, read without running it."""
+    if not Path(path).is_file():
+        return f"task file {path} does not exist"
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        return f"task file {path} is not Python: {described(error, path)}"
+    functions = [f for f in tree.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")]
+    free = [f for f in functions if len(f.args.defaults) >= len(f.args.posonlyargs + f.args.args) and not _wants(f)]
+    likely = [f.name for f in free if _names_task(f)] or [f.name for f in free]
+    if len(likely) == 1:
+        return f"{path} is a file; name its function that returns the task: {write.format(f'{path}:{likely[0]}')}"
+    known = f"one of {', '.join(likely)}, as in {write.format(f'{path}:{likely[0]}')}" if likely else "but it has none"
+    return f"{path} is a file; name its function that returns the task: {known}"
+
+
+def _wants(function: ast.FunctionDef) -> bool:
+    """Whether a keyword-only argument has no default."""
+    return None in function.args.kw_defaults
+
+
+def _names_task(function: ast.FunctionDef) -> bool:
+    """Whether a function returns a `Task` by its annotation, or makes one."""
+    makes = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
+    found = [node for node in (function.returns, *makes) if node is not None]
+    return any(ast.unparse(node).strip("'").split(".")[-1] == "Task" for node in found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from gramian.block import blocks
+from gramian.calls import as_model
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.modules import module_name, replaced, submodule, unwrapped
 from gramian.compression.weighted import WeightedSVD, decompose, why_not
 from gramian.errors import InputError
+from gramian.loader import Batches
 from gramian.objective import Objective
 from gramian.recording import capture
 from gramian.statistics import Site, Sites, Statistics
@@ -130,7 +132,7 @@ def compress(
     model: nn.Module,
     stats: Statistics | None = None,
     *,
-    batches: Iterable[Any] | None = None,
+    batches: Batches | None = None,
     objective: Objective | Callable | None = None,
     keep: float = 0.5,
     progress: Callable[[int], None] | None = None,
@@ -145,7 +147,7 @@ def compress(
     Args:
         model: left untouched.
         stats: from `gm.capture`, best with `fisher="gauss_newton"`; or give `batches` and `objective`.
-        batches: any re-iterable of batches, in place of `stats`.
+        batches: as in `gm.capture`, in place of `stats`; they are read once.
         objective: how they are turned into a loss, in place of `stats`.
         keep: share of all the model's parameters to keep.
         progress: called with the number of layers done.
@@ -167,6 +169,7 @@ def compress(
     >>> plan.ranks["0"] < 8, plan.parameters <= 0.6 * plan.parameters_dense
     (True, True)
     """
+    model = as_model(model, "compress")
     if stats is None:
         if batches is None or objective is None:
             raise InputError("compress: give stats from gm.capture, or both batches= and objective=")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from operator import length_hint
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gramian import linalg
+from gramian.batch import first_samples
+from gramian.calls import as_model
 from gramian.errors import InputError
 from gramian.gram import Gram
 from gramian.inspection.measured import Measured
 from gramian.inspection.rules import find
 from gramian.inspection.weights import measure_file, measure_model
+from gramian.loader import Batches, as_batches, first_of
 from gramian.objective import Objective, as_objective
 from gramian.operators import end_to_end_jacobian, layer_gains
 from gramian.recording import capture
@@ -29,7 +33,7 @@ NUM_JACOBIANS = 8
 
 def inspect(
     model_or_path: nn.Module | str | os.PathLike[str],
-    batches: Iterable[Any] | None = None,
+    batches: Batches | None = None,
     objective: Objective | Callable | None = None,
     *,
     quick: bool = False,
@@ -50,7 +54,8 @@ def inspect(
     Args:
         model_or_path: a module; or a `.safetensors` file, a Hugging Face folder, or a `.pt` state dict, of which
             nothing is executed.
-        batches: any iterable of batches; the first one also serves for the gains and the Jacobian.
+        batches: a `DataLoader`, a list or another iterable of batches, which is read once; see docs/objectives.md. The
+            first batch also serves for the gains and the Jacobian.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean`.
         quick: compute norms, stable rank and energy ranks with error bounds, from a few products, and not all singular
             values.
@@ -61,6 +66,7 @@ def inspect(
     Returns: a `Report`, with `.findings`, `.layers`, `.save("x.html")` and `.to_json()`.
     Raises:
         InputError: batches without an objective or the reverse, or data for a file.
+        UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: that of `describe` for each matrix; with data, a pass of `capture`, one backward pass, and a Jacobian of 8
         samples. Memory: for a file, one tensor and a few matrices of its smaller side.
@@ -71,6 +77,8 @@ def inspect(
     ('No trouble found in 2 layers.', (8, 8))
     """
     progress = progress or (lambda what, done, total: None)
+    if not isinstance(model_or_path, (str, os.PathLike)):
+        model_or_path = as_model(model_or_path, "inspect")
     if not isinstance(model_or_path, nn.Module):
         if batches is not None or objective is not None:
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
@@ -80,9 +88,12 @@ def inspect(
         )
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
-    measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
+    data = None
     if batches is not None and objective is not None:
-        _measure_signal(measured, model_or_path, batches, as_objective(objective), progress)
+        data = as_batches(batches, "inspect"), as_objective(objective)
+    measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
+    if data is not None:
+        _measure_signal(measured, model_or_path, *data, progress)
     return _report(title or type(model_or_path).__name__, measured)
 
 
@@ -99,25 +110,22 @@ def _measure_signal(
     objective: Objective,
     progress: Callable[[str, int, int], None],
 ) -> None:
-    batches = list(batches)
-    if not batches:
-        raise InputError(
-            "inspect: there were no batches; pass any non-empty iterable (a generator may be exhausted already)"
-        )
+    total = length_hint(batches)
+    first, batches = first_of(batches, "inspect")
     stats = capture(
         model,
         batches,
         objective,
         fisher="empirical",
         non_finite="keep",
-        progress=lambda done: progress("signal", done, len(batches)),
+        progress=lambda done: progress("signal", done, max(done, total)),
     )
     measured.stats = stats
     progress("gains", 0, 1)
-    measured.gains = layer_gains(model, batches[0], objective)
+    measured.gains = layer_gains(model, first, objective)
     progress("gains", 1, 1)
     progress("jacobian", 0, 1)
-    jacobian = end_to_end_jacobian(model, _first(batches[0], NUM_JACOBIANS), objective)
+    jacobian = end_to_end_jacobian(model, first_samples(first, NUM_JACOBIANS), objective)
     if jacobian is None:
         measured.notes.append("The end-to-end Jacobian was not measured: it is too large, or rows are not samples.")
     elif torch.isfinite(jacobian).all():
@@ -154,15 +162,3 @@ def _measure_signal(
 def _parameter(name: str) -> str:
     """Return a row's block: its name without the index of a matrix in a fused parameter."""
     return name.partition("[")[0]
-
-
-def _first(batch: Any, num: int) -> Any:
-    """Return the first samples of a batch: of each tensor in it, through tuples, lists and dicts."""
-    if isinstance(batch, Tensor):
-        return batch[:num] if batch.ndim else batch
-    if isinstance(batch, dict):
-        return {key: _first(value, num) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        parts = [_first(value, num) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian import placement
+from gramian.calls import as_model, prepared
 from gramian.errors import InputError, UnsupportedError
+from gramian.loader import as_batches, is_one_batch, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.operators import LineCurvature, line_curvature
 from gramian.optim.proximal import Proximal
@@ -84,8 +87,9 @@ def suggest_lr(
     Args:
         model: in the mode in which it is to be trained. Weights, buffers, gradients, mode and random state are restored
             afterwards.
-        batch: one batch, or a list of batches (tuples, lists or dicts): the last one judges, the others train. Give
-            several: with only one, the rate is that of a gradient without noise.
+        batch: one batch, or many: a `DataLoader`, a list, or another iterable, of which the first `num_steps + 1` are
+            read. The last one read judges, the others train. Give several: with only one, the rate is that of a
+            gradient without noise. A tuple, a list of tensors and a mapping are one batch.
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
         optimizer: `"auto"`, as in `gm.train`, another name of `gm.optim.OPTIMIZERS`, a class, or a function
             `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
@@ -107,10 +111,10 @@ def suggest_lr(
     >>> found.range[0] <= found.lr <= found.range[1]
     True
     """
-    batches = _batches(batch)
     if num_steps < 1:
         raise InputError(f"suggest_lr: num_steps must be at least 1, got {num_steps}")
-    make = _maker(optimizer)
+    model, make = as_model(model, "suggest_lr"), _maker(optimizer)
+    batches = [prepared(model, one) for one in _batches(batch, num_steps + 1)]
     with eager(), _kept(model) as restore:
         return _Rehearsals(model, batches, objective, make, num_steps, restore).suggestion()
 
@@ -159,10 +163,11 @@ class _Rehearsals:
         self._rehearse(lr)
         kind = "Gauss–Newton" if curvature.matrix == "gauss_newton" else "Hessian"
         mode = "training" if self.model.training else "evaluation"
-        alone = ", one batch: without its noise" if self.training[-1] is self.held_out else ""
+        alone = self.training[-1] is self.held_out
+        data = "one batch: without its noise" if alone else f"{len(self.training) + 1} batches, the last one judges"
         why = (
             f"{how}; with it, the held-out loss falls from {before:.4g} to {self.losses[lr]:.4g} in {self.num_steps} "
-            f"steps; the first direction alone has its minimum at {line:.2g} ({kind}, {mode} mode{alone})"
+            f"steps; the first direction alone has its minimum at {line:.2g} ({kind}, {mode} mode, {data})"
         )
         interval = (min(lr, *good), max(lr, *good))
         return LearningRate(lr, line, curvature, interval, before, tuple(sorted(self.losses.items())), why)
@@ -299,13 +304,16 @@ def _devices(model: nn.Module) -> set[torch.device]:
     return {p.device for p in model.parameters() if p.device.type == "cuda"}
 
 
-def _batches(batch: Any) -> list[Any]:
-    """A list of tuples, lists or mappings is a list of batches; anything else is one batch."""
-    if isinstance(batch, list) and batch and all(isinstance(b, (tuple, list, Mapping)) for b in batch):
-        return batch
-    if isinstance(batch, list) and not batch:
-        raise InputError("suggest_lr: got an empty list of batches; give at least one")
-    return [batch]
+def _batches(batch: Any, num: int) -> list[Any]:
+    """At most `num` batches; a tuple, and a list of tensors, are one. A loader's order does not change the seeds."""
+    elements = batch if isinstance(batch, (tuple, list)) else ()
+    if is_one_batch(batch) or isinstance(batch, tuple) or any(isinstance(e, (Tensor, int, float)) for e in elements):
+        return [batch]
+    with torch.random.fork_rng(devices=[]):
+        found = list(islice(as_batches(batch, "suggest_lr"), num))
+    if not found:
+        raise no_batches(batch, "suggest_lr")
+    return found
 
 
 def _maker(optimizer: Any) -> Make:

@@ -54,9 +54,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _plain_rows(x: Tensor) -> Callable[[Tensor | None], Iterator[Tensor]]:
-    """The rows of x (…, D) where a mask over its leading dimensions is true."""
+    """The rows of x (…, D) where a mask over its leading dimensions, or over its rows (flat tokens), is true."""
 
     def rows(mask: Tensor | None) -> Iterator[Tensor]:
+        if mask is not None and x.ndim == 2 and len(x) == mask.numel():
+            mask = mask.flatten()
         yield _rows(x) if not _covers(mask, x) else _rows(x[mask])
 
     return rows

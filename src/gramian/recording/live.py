@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.block import blocks
+from gramian.calls import as_model
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import Fisher, Objective, as_objective
 from gramian.recording.measuring import eager
@@ -70,7 +71,7 @@ def capturing(
     >>> stats["weight"].G
     Gram(dim=2, count=4)
     """
-    objective = as_objective(objective)
+    model, objective = as_model(model, "capturing"), as_objective(objective)
     kind: Fisher = fisher or "empirical"
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     stats = Statistics(fisher=kind, objective=objective)
@@ -105,14 +106,14 @@ class _Loop:
         self.masked = mask is not None
 
     def before_forward(self, batch: Any) -> None:
-        self.begin(None if self.objective.rows is None else self.objective.rows(batch))
+        self.begin(self.objective.mask(batch))
 
     def after_criterion(self, output: Any, batch: Any, result: Any) -> None:
         current = self.recorder.current
         total, units = self.objective.checked(result)
         if not (torch.is_grad_enabled() and total.requires_grad) or current is None:
             return
-        if self.objective.rows is not None and not self.masked and not bool(self.objective.rows(batch).all()):
+        if not self.masked and self.objective.mask(batch) is not None:
             raise InputError(
                 "capturing: the objective leaves rows out (padding), and must know them before the forward pass: "
                 "call objective.loss(model, batch) in place of its criterion"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from gramian import placement
 from gramian.block import blocks
-from gramian.errors import DtypeError, InputError
+from gramian.calls import as_model, prepared
+from gramian.errors import DtypeError
+from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Fisher, Objective, as_objective
 from gramian.recording.collective import collective_of
 from gramian.recording.measuring import measuring
@@ -23,7 +25,7 @@ __all__ = ["capture"]
 
 def capture(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Batches,
     objective: Objective | Callable,
     *,
     layouts: Mapping[str, Any] | None = None,
@@ -47,7 +49,7 @@ def capture(
         model: captured in evaluation mode, and left as it was: mode, gradients, buffers, hooks, random state. Under
             DDP or FSDP2 all ranks call this together, each with its own batches, as many as it has. Each gets the
             statistics of all batches, and an error on one rank is raised on all.
-        batches: any iterable of batches.
+        batches: a `DataLoader`, a list or another iterable of batches, which is read once. See docs/objectives.md.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean` (then `fisher="empirical"`).
         layouts: as in `gm.blocks`: which matrices a tensor holds, where the class of its module does not tell.
         fisher: which second moment G is, see `gm.Objective`; by default the objective's.
@@ -78,7 +80,7 @@ def capture(
     >>> stats["weight"].A, stats["weight"].G
     (Gram(dim=3, count=4), Gram(dim=2, count=4))
     """
-    objective = as_objective(objective)
+    model, objective = as_model(model, "capture"), as_objective(objective)
     fisher = fisher or objective.fisher
     ranks = collective_of(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -89,10 +91,10 @@ def capture(
     recorder = Recorder(blocks(model, layouts), stats, max_dim=max_dim, precision=precision)
     total_loss, num_batches = 0.0, 0
     with ranks.agreed_pass(), measuring(model), ranks.resharded(), recorder.installed():
-        for batch, counts in ranks.steps(batches):
+        for given, counts in ranks.steps(as_batches(batches, "capture")):
             with torch.enable_grad():
-                mask = None if objective.rows is None else objective.rows(batch)
-                recorder.begin(Pass(factor=1.0, dummy=not counts), mask)
+                batch = prepared(ranks.model, given)
+                recorder.begin(Pass(factor=1.0, dummy=not counts), objective.mask(batch))
                 output = objective.predict(ranks.model, batch)
                 recorder.end()
                 with ranks.agreed_loss():
@@ -116,7 +118,7 @@ def capture(
     if ranks.together:
         stats.all_reduce(ranks.group)
     if not stats.units:
-        raise InputError("capture: there were no batches; pass a list, or any iterable that is not a spent generator")
+        raise no_batches(batches, "capture")
     return stats
 
 

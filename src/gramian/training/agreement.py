@@ -7,7 +7,6 @@ batch, however unequal the shares. With one rank every function here returns at 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gramian import placement
+from gramian.batch import mapped, tensors
 from gramian.errors import TaskError, UnsupportedError
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier
@@ -79,7 +79,7 @@ def same_weights_(model: nn.Module) -> None:
 def rows(batch: Any) -> Any:
     """Return this rank's rows of each tensor in the batch: every N-th, of N ranks."""
     rank, size = placement.world()
-    return batch if size == 1 else _sliced(batch, slice(rank, None, size))
+    return batch if size == 1 else mapped(batch, lambda t: t[slice(rank, None, size)], _not_rows)
 
 
 def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
@@ -88,7 +88,7 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
         return
     if len(set(placement.exchange(str(checksum(batch))))) > 1:
         raise TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
-    counts = {len(t) if t.ndim else 0 for t in _tensors(batch)}
+    counts = {len(t) if t.ndim else 0 for t in tensors(batch)}
     num_ranks = placement.world().size
     if len(counts) != 1 or min(counts) < num_ranks:
         raise UnsupportedError(
@@ -99,7 +99,8 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
     with evaluating(model), torch.no_grad():
         whole, units = objective.loss(model, batch)
         parts, part_units = sums(*objective.loss(model, share))
-    if part_units != units or not torch.allclose(parts, whole, rtol=ROUNDING, atol=0, equal_nan=True):
+    same_units = torch.isclose(part_units.double(), units.double())
+    if not same_units or not torch.allclose(parts, whole, rtol=ROUNDING, atol=0, equal_nan=True):
         raise UnsupportedError(
             f"train: the loss of a batch, {float(whole):.6g} over {float(units):g} units, is not the sum over its "
             f"rows, {float(parts):.6g} over {float(part_units):g}, so that ranks cannot divide it. Train in one "
@@ -148,23 +149,11 @@ def restore_random_state(states: list[dict[str, str]], device: torch.device) -> 
         torch.cuda.set_rng_state(tensors["cuda"], device)
 
 
-def _sliced(batch: Any, which: slice) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[which]
-    if isinstance(batch, dict):
-        return {key: _sliced(value, which) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        parts = [_sliced(value, which) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+def _not_rows(value: Any) -> Any:
+    """Refuse what holds no tensor and cannot be divided."""
+    if value is None:
+        return value
     raise UnsupportedError(
-        f"train: ranks can divide a batch of tensors in tuples, lists and dicts; this one has a "
-        f"{type(batch).__name__}. Train in one process"
+        f"train: ranks can divide a batch of tensors in tuples, lists, mappings and dataclasses; this one has a "
+        f"{type(value).__name__}. Train in one process"
     )
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (dict, tuple, list)):
-        for part in batch.values() if isinstance(batch, dict) else batch:
-            yield from _tensors(part)

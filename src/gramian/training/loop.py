@@ -24,7 +24,7 @@ from gramian.training.folder import MODEL, Folder, read
 from gramian.training.optimizers import Choice, choose
 from gramian.training.schedule import Schedule, as_budget
 from gramian.training.stream import Stream
-from gramian.training.task import Run, Task, calling
+from gramian.training.task import Run, Task, as_task, calling
 
 __all__ = ["train"]
 
@@ -92,6 +92,7 @@ def train(
     >>> run.steps, run.metrics["accuracy"] > 0.5
     (40, True)
     """
+    task = as_task(task)
     budget = as_budget(steps, epochs, seconds)
     choice = choose(optimizer, lr)
     start.check(init)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gramian.batch import fields
 from gramian.errors import GramianWarning, TaskError
 from gramian.training.task import Task, calling
 
@@ -38,6 +39,7 @@ class Stream:
         self._began = self._now()
         self._batches: Iterator[Any] | None = None
         self._last: Any = None
+        self._given: Any = None
 
     def take(self) -> Any:
         """Return the next batch."""
@@ -91,6 +93,12 @@ class Stream:
         self._began = self._now()
         with calling(self.task, f"train_batches({self.epoch}, generator)"):
             batches = self.task.train_batches(self.epoch, self.generator)
+            if isinstance(batches, Iterator) and batches is self._given:
+                raise TaskError(
+                    f"task {self.task.name!r}: train_batches({self.epoch}, generator) returned the iterator of the "
+                    "last epoch, which is spent. Make a new one in it, or return a DataLoader or a list"
+                )
+            self._given = batches
             if self.counted and self.epoch == 0:
                 batches = list(batches)
                 self.length = len(batches)
@@ -109,5 +117,6 @@ def checksum(batch: Any) -> int:
     """Return a checksum of a batch's tensors."""
     if isinstance(batch, Tensor):
         return zlib.crc32(batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    named = fields(batch)
+    parts = named.values() if named is not None else batch if isinstance(batch, (list, tuple)) else ()
     return zlib.crc32(repr([checksum(part) for part in parts]).encode())

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.errors import GramianError, TaskError
+from gramian.errors import GramianError, InputError, TaskError
+from gramian.loader import as_batches
 from gramian.objective import Objective
 
-__all__ = ["Run", "Task", "calling", "described"]
+__all__ = ["Run", "Task", "as_task", "calling", "described"]
 
 LIBRARY = str(Path(__file__).parents[1])
 
@@ -29,6 +30,7 @@ class Task:
         model: a function that returns a fresh model.
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean`.
         train_batches: `train_batches(epoch, generator)` gives the batches of one epoch; the generator is for shuffling.
+            Or what gives them in every epoch: a `DataLoader` or a list.
         evaluate: `evaluate(model) -> {"accuracy": …}` returns held-out numbers by name.
         name: for reports.
     """
@@ -38,6 +40,26 @@ class Task:
     train_batches: Callable[[int, torch.Generator], Iterable[Any]]
     evaluate: Callable[[nn.Module], dict[str, float]]
     name: str = "task"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, nn.Module) or not callable(self.model):
+            raise TaskError(
+                f"task {self.name!r}: model must be a function that returns a fresh model, got "
+                f"{_kind(self.model)}. Write model=lambda: {type(self.model).__name__}(…), or model=the class"
+            )
+        if not callable(self.train_batches):
+            given = as_batches(self.train_batches, f"task {self.name!r}")
+            if isinstance(given, Iterator):
+                raise TaskError(
+                    f"task {self.name!r}: train_batches is {_kind(given)}, which serves one epoch only. Pass a "
+                    "DataLoader, list(...), or a function train_batches(epoch, generator) that makes it"
+                )
+            object.__setattr__(self, "train_batches", lambda epoch, generator: given)
+        if not callable(self.evaluate):
+            raise TaskError(
+                f"task {self.name!r}: evaluate must be a function evaluate(model) -> {{'accuracy': …}}, got "
+                f"{_kind(self.evaluate)}"
+            )
 
     def batches(self, num: int | None = None) -> list[Any]:
         """Return the first `num` training batches (by default all) of epoch 0, shuffled with seed 0."""
@@ -83,6 +105,41 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """The last evaluation."""
         return self.history[-1] if self.history else {}
+
+
+def as_task(task: Any) -> Task:
+    """A task as it is.
+
+    Args:
+        task: what `train` was given.
+
+    Returns: the task.
+    Raises:
+        InputError: it is no `Task`, with what to write.
+    Cost: none.
+    Source: this library's own.
+
+    >>> as_task(nn.Linear(2, 1))
+    Traceback (most recent call last):
+    gramian.errors.InputError: train: expected a gm.Task, got the model Linear. Write gm.Task(...
+    """
+    if isinstance(task, Task):
+        return task
+    write = "gm.Task(lambda: model, gm.Objective.classification(), train_loader, lambda model: {'accuracy': …})"
+    if isinstance(task, str):
+        raise InputError(f"train: expected a gm.Task, got the text {task!r}. Write gm.tasks.load({task!r})")
+    if callable(task) and not isinstance(task, (nn.Module, type)):
+        raise InputError(f"train: expected a gm.Task, got {_kind(task)}. If it makes the task, call it; else {write}")
+    raise InputError(f"train: expected a gm.Task, got {_kind(task)}. Write {write}")
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, nn.Module):
+        return f"the model {type(value).__name__}"
+    return f"the function {value.__name__}" if hasattr(value, "__name__") else f"a {type(value).__name__}"
 
 
 @contextmanager

@@ -1,0 +1,272 @@
+"""How a model is called with a batch, and which tensor of what it returns is the output."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from gramian import placement
+from gramian.batch import LABELS, WEIGHTS, described, fields, mapped, parts, tensors
+from gramian.errors import InputError, UnsupportedError
+
+__all__ = ["as_model", "called", "prepared", "tensor_of"]
+
+# Where wrappers, whose own forward names no argument, keep the module inside.
+_INSIDE = ("_orig_mod", "module", "base_model", "model")
+
+
+def as_model(model: Any, verb: str) -> nn.Module:
+    """The model that a verb was given, checked to be a module with values that can be run.
+
+    Args:
+        model: what the user gave.
+        verb: for the error: who asks.
+
+    Returns: the model, as it is.
+    Raises:
+        InputError: it is no `nn.Module`, with what to write instead.
+        UnsupportedError: weights that have no values: on the meta device, or of a lazy layer that has not run.
+    Cost: a pass over the parameters.
+    Source: this library's own.
+
+    >>> as_model(nn.Linear, "inspect")
+    Traceback (most recent call last):
+    gramian.errors.InputError: inspect: expected a torch.nn.Module, got the class Linear. Give an instance: Linear(…)
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{verb}: expected a torch.nn.Module, got {_not_a_model(model)}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, UninitializedParameter):
+            raise UnsupportedError(
+                f"{verb}: {name} of a lazy layer has no shape yet. Run the model on one batch first: model(x)"
+            )
+        if tensor.device.type == "meta":
+            raise UnsupportedError(
+                f"{verb}: {name} is on the meta device and has no values. Load the weights first (from_pretrained "
+                "without device_map='disk' or 'meta', or model.to_empty(device=…) and load_state_dict)"
+            )
+    return model
+
+
+def _not_a_model(value: Any) -> str:
+    """What was given in place of a module, and what to write."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}. Give an instance: {value.__name__}(…)"
+    kind = type(value).__name__
+    if isinstance(value, torch.export.ExportedProgram):
+        return f"{kind}. Give its module: exported.module()"
+    if isinstance(getattr(value, "model", None), nn.Module):
+        return f"{kind}, which has one: give its .model"
+    if isinstance(value, Mapping):
+        return "a mapping, perhaps a state dict. Load it into its model, or save it and give the file"
+    if callable(value):
+        name = getattr(value, "__name__", kind)
+        return f"the function {name}, which has no parameters to look at. Give the module that it calls"
+    return described(value)
+
+
+def prepared(model: nn.Module, batch: Any) -> Any:
+    """The batch as the model and a criterion take it: on the model's device, with the inputs of a decoder.
+
+    A batch is moved where all parameters are on one device and none is sharded; otherwise it stays where it is. Where
+    a mapping has token labels (B, T) and the model is an encoder with a decoder, `decoder_input_ids` are the labels
+    shifted to the right, as the model itself would make them if it were given the labels.
+
+    Args:
+        model: the module that will be called.
+        batch: any batch.
+
+    Returns: the batch itself where there is nothing to do; else a new one.
+    Raises: nothing of its own.
+    Cost: none, or a copy to the device.
+    Source: `prepare_decoder_input_ids_from_labels` of Hugging Face transformers.
+
+    >>> x = torch.ones(2, 3)
+    >>> prepared(nn.Linear(3, 1), (x, x))[0] is x
+    True
+    """
+    first = next(model.parameters(), None)
+    if first is not None and _is_elsewhere(batch, first.device) and _is_on_one_device(model):
+        batch = mapped(batch, lambda t: t.to(first.device), lambda value: _moved(value, first.device))
+    return _with_decoder_inputs(model, batch)
+
+
+def _is_elsewhere(batch: Any, device: torch.device) -> bool:
+    """Whether a tensor is on another device, or an object's tensors, which are not seen, may be."""
+    found: list[bool] = []
+    mapped(batch, lambda t: found.append(t.device != device), lambda value: found.append(_can_move(value)))
+    return any(found)
+
+
+def _is_on_one_device(model: nn.Module) -> bool:
+    devices = {p.device for p in model.parameters()}
+    whole = not any(map(placement.is_sharded, model.parameters()))
+    return len(devices) == 1 and whole and devices != {torch.device("meta")}
+
+
+def _can_move(value: Any) -> bool:
+    """Whether this is an object with a method `to`, such as a graph or a packed sequence."""
+    return callable(getattr(value, "to", None)) and not isinstance(value, (nn.Module, type))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if _can_move(value) else value
+
+
+def _with_decoder_inputs(model: nn.Module, batch: Any) -> Any:
+    named = fields(batch)
+    if named is None:
+        return batch
+    labels, taken = parts(batch).labels, _arguments(model)[0]
+    given = any(named.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if given or "decoder_input_ids" not in taken or not isinstance(labels, Tensor) or labels.ndim != 2:
+        return batch
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if make is not None:
+        return named | {"decoder_input_ids": make(labels=labels)}
+    config = getattr(model, "config", None)
+    start, padding = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "pad"))
+    if start is None:
+        return batch
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
+    return named | {"decoder_input_ids": shifted.masked_fill(shifted < 0, start if padding is None else padding)}
+
+
+def called(model: nn.Module, batch: Any) -> Any:
+    """What a model returns for the inputs of a batch: `model(x)`, or `model(**inputs)` where they have names.
+
+    Labels and weights are passed only if forward requires them. Named inputs that forward does not take are left out,
+    unless it has `**kwargs`. Where forward takes none of the names: `model(value)` if it requires as many arguments as
+    there are inputs, else `model(inputs)` if it requires one. An object with `to` (a graph) is passed whole, or by its
+    attributes where forward requires several arguments and it has all of them.
+
+    Args:
+        model: any module.
+        batch: any batch, `prepared` for the model.
+
+    Returns: what the model returns.
+    Raises:
+        InputError: the batch lacks what forward requires, or the inputs have another dtype than the weights.
+    Cost: a forward pass.
+    Source: this library's own; the names are those of Hugging Face transformers.
+
+    >>> called(nn.Flatten(), {"input": torch.ones(2, 3, 1), "labels": torch.zeros(2)}).shape
+    torch.Size([2, 3])
+    """
+    given = parts(batch)
+    args, kwargs = _matched(model, given.inputs, fields(batch) or {})
+    try:
+        return model(*args, **kwargs)
+    except RuntimeError as error:
+        hint = _dtype_hint(model, [*args, *kwargs.values()], str(error))
+        if hint is None:
+            raise
+        raise InputError(hint) from error
+
+
+def _matched(model: nn.Module, inputs: Any, whole: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of the model."""
+    named = fields(inputs)
+    is_object = named is None and not isinstance(inputs, (Tensor, tuple, list)) and _can_move(inputs)
+    if named is None and not is_object:
+        return (inputs,), {}
+    if named and not any(True for _ in tensors(named)):
+        first = next(iter(named))
+        raise InputError(
+            f"the batch has no tensors: {first!r} is {described(named[first])}. Tokenize with padding=True, "
+            "return_tensors='pt'; or give a DataLoader of dataset.with_format('torch')"
+        )
+    names, required, takes_any = _arguments(model)
+    if is_object:
+        has_all = len(required) > 1 and all(getattr(inputs, name, None) is not None for name in required)
+        return ((), {name: getattr(inputs, name) for name in required}) if has_all else ((inputs,), {})
+    assert named is not None
+    kept = named if takes_any else {name: value for name, value in named.items() if name in names}
+    kept = {name: whole[name] for name in required if name in (*LABELS, *WEIGHTS) and name in whole} | kept
+    missing = [name for name in required if name not in kept]
+    if not missing and (kept or not named):
+        return (), kept
+    if not kept or takes_any:
+        values = [value for value in named.values() if isinstance(value, Tensor)]
+        if len(values) == len(required):
+            return tuple(values), {}
+        if len(required) == 1:
+            return (inputs,), {}
+    raise InputError(
+        f"the batch has {', '.join(map(str, named)) or 'no inputs'}, but forward of {type(model).__name__} requires "
+        f"{', '.join(missing or names) or 'nothing'}. Rename the keys, or say how to call it: "
+        "predict=lambda model, batch: model(…)"
+    )
+
+
+def _arguments(model: nn.Module) -> tuple[list[str], list[str], bool]:
+    """The names that forward takes, those without a default, and whether it has `**kwargs`.
+
+    Wrappers that hand everything on (a compiled module, DDP, PEFT) are looked into.
+    """
+    while True:
+        try:
+            found = inspect.signature(model.forward).parameters.values()
+        except (TypeError, ValueError):  # TorchScript
+            return [], [], True
+        named = [p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
+        inner = next((m for name in _INSIDE if isinstance(m := getattr(model, name, None), nn.Module)), None)
+        if named or not takes_any or inner is None:
+            return [p.name for p in named], [p.name for p in named if p.default is p.empty], takes_any
+        model = inner
+
+
+def _dtype_hint(model: nn.Module, given: Sequence[Any], error: str) -> str | None:
+    """What to write where a call failed because its inputs have another floating dtype than the weights."""
+    inputs = {t.dtype for t in tensors(list(given)) if t.is_floating_point()}
+    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if not inputs or not weights or inputs <= weights or "type" not in error:
+        return None
+    have, want = (", ".join(sorted(str(d).removeprefix("torch.") for d in kinds)) for kinds in (inputs, weights))
+    return (
+        f"the inputs are {have} and the weights of {type(model).__name__} {want}. Cast one of them, as in "
+        f"x.to(torch.{want.partition(',')[0]}), or run this under torch.autocast. ({error.splitlines()[0]})"
+    )
+
+
+def tensor_of(output: Any, fits: Callable[[Tensor], bool], wanted: str) -> Tensor:
+    """The output tensor of a model that may return a tuple, a dict or a `ModelOutput`.
+
+    Args:
+        output: what the model returned. A tensor is returned as it is; `logits` come first; then the first tensor that
+            fits.
+        fits: whether a tensor can be the output.
+        wanted: for the error: what fits, in words.
+
+    Returns: the tensor.
+    Raises:
+        InputError: no tensor fits.
+    Cost: none.
+    Source: this library's own.
+
+    >>> tensor_of({"loss": torch.ones(()), "scores": torch.ones(2, 3)}, lambda t: t.ndim == 2, "(B, C)").shape
+    torch.Size([2, 3])
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = fields(output)
+    logits = (named or {}).get("logits", getattr(output, "logits", None))
+    if isinstance(logits, Tensor):
+        return logits
+    values = named.values() if named is not None else output if isinstance(output, (tuple, list)) else ()
+    found = [value for value in values if isinstance(value, Tensor)]
+    for value in found:
+        if fits(value):
+            return value
+    inside = f" with {', '.join(str(tuple(t.shape)) for t in found)}" if found else ""
+    raise InputError(
+        f"objective: the model returned {described(output)}{inside}; wanted a tensor {wanted}, or a tuple, dict or "
+        "ModelOutput that has it (as 'logits', or the first that fits). Else say which: "
+        "predict=lambda model, batch: model(…)[…]"
+    )

@@ -1,0 +1,409 @@
+"""The usual losses as sums over known units, with weights and masks, and the factors of their Hessians."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.batch import LABELS, described, fields, main_input, parts, token_mask
+from gramian.calls import called, tensor_of
+from gramian.errors import GramianWarning, InputError
+
+__all__ = ["Aligned", "aligned_labels", "aligned_tokens", "cross_entropy", "labels_of", "squared_error"]
+
+_NAMES_OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The model's output, or what of it is compared, with labels at the same positions.
+
+    Args:
+        scores: (..., C).
+        labels: (...).
+        weights: (...), or `None` where all are one.
+        keep: (...) of bool: false at padding, or `None` where there is none.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    weights: Tensor | None = None
+    keep: Tensor | None = None
+
+
+# `select(output, batch)` finds the output tensor in what a model returns; `align(scores, batch)` puts it beside labels.
+Select = Callable[[Any, Any], Tensor]
+Align = Callable[[Tensor, Any], Aligned]
+
+
+def labels_of(batch: Any) -> Tensor:
+    """The labels of a batch.
+
+    Args:
+        batch: any batch.
+
+    Returns: the tensor.
+    Raises:
+        InputError: the batch has none.
+    Cost: none.
+    Source: this library's own.
+
+    >>> labels_of({"x": torch.ones(1, 2), "labels": torch.zeros(1)})
+    tensor([0.])
+    """
+    labels = parts(batch).labels
+    if not isinstance(labels, Tensor):
+        raise InputError(
+            f"objective: found no tensor of labels in the batch, {described(batch)}; wanted (x, y), or one of the keys "
+            f"{', '.join(LABELS)}"
+        )
+    return labels
+
+
+def aligned_labels() -> tuple[Select, Align]:
+    """Scores against labels at the same position: classes of samples, tokens or pixels.
+
+    Returns: a function that finds the scores, and one that aligns them.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: the shapes of `torch.nn.functional.cross_entropy`.
+
+    >>> select, align = aligned_labels()
+    >>> align(torch.ones(2, 5, 4, 4), (None, torch.zeros(2, 4, 4))).scores.shape
+    torch.Size([2, 4, 4, 5])
+    """
+
+    def fits(t: Tensor, labels: Any) -> bool:
+        if t.ndim < 2 or not t.is_floating_point():
+            return False
+        return not isinstance(labels, Tensor) or labels.shape in (t.shape[:-1], t.shape[:1] + t.shape[2:])
+
+    def select(output: Any, batch: Any) -> Tensor:
+        labels = parts(batch).labels
+        wanted = f"(..., classes) for labels {tuple(labels.shape)}" if isinstance(labels, Tensor) else "(..., classes)"
+        return tensor_of(output, lambda t: fits(t, labels), wanted)
+
+    def align(scores: Tensor, batch: Any) -> Aligned:
+        labels = labels_of(batch).to(scores.device)
+        if scores.shape[:-1] != labels.shape and fits(scores, labels):
+            scores = scores.movedim(1, -1)  # torch's order for images: (B, C, H, W)
+        keep = _kept(batch, labels)
+        return Aligned(scores, labels, _weights(batch, labels), keep)
+
+    return select, align
+
+
+def aligned_tokens(padding: int | None) -> tuple[Select, Align]:
+    """Scores against the tokens that follow, which are shifted here unless the batch has them at their place.
+
+    Args:
+        padding: a token that is not predicted.
+
+    Returns: a function that finds the scores, and one that aligns them.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: the labels of Hugging Face's causal models, which are the inputs, shifted in the model.
+
+    >>> select, align = aligned_tokens(None)
+    >>> align(torch.ones(1, 3, 9), torch.tensor([[5, 6, 7]])).labels
+    tensor([[6, 7]])
+    """
+
+    def tokens_of(batch: Any) -> tuple[Tensor, bool]:
+        """The labels, and whether they are still the inputs."""
+        given = parts(batch)
+        labels = main_input(batch) if given.labels is None else given.labels
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise InputError(
+                f"objective: next_token wants integer tokens, got {_with_dtype(labels)}. A tuple is (tokens, next "
+                "tokens, weights); give a mask by its name, in a dict: input_ids, attention_mask"
+            )
+        named = fields(given.inputs) is not None and fields(batch) is not None
+        return labels, given.labels is None or (named and not _has_decoder(batch))
+
+    def select(output: Any, batch: Any) -> Tensor:
+        shape = tokens_of(batch)[0].shape
+        return tensor_of(
+            output,
+            lambda t: t.ndim == len(shape) + 1 and t.is_floating_point() and t.shape[:-1] == shape,
+            f"(B, T, vocabulary) for tokens {tuple(shape)}",
+        )
+
+    def align(scores: Tensor, batch: Any) -> Aligned:
+        labels, shifted = tokens_of(batch)
+        labels = labels.to(scores.device)
+        weights, keep = _weights(batch, labels), _kept(batch, labels)
+        if shifted and scores.ndim > 2:
+            scores, labels = scores[:, :-1], labels[:, 1:]
+            weights = None if weights is None else weights[:, 1:]
+            keep = None if keep is None else keep[:, 1:] & keep[:, :-1]
+        if padding is not None:
+            keep = (labels != padding) if keep is None else (labels != padding) & keep
+        return Aligned(scores, labels, weights, keep)
+
+    return select, align
+
+
+def _weights(batch: Any, like: Tensor) -> Tensor | None:
+    """The weights of a batch, repeated over the dimensions of `like` that they lack."""
+    weights = parts(batch).weights
+    if weights is None:
+        return None
+    fits = isinstance(weights, Tensor) and weights.ndim > 0 and weights.shape == like.shape[: weights.ndim]
+    if not fits or not (weights.is_floating_point() or weights.dtype == torch.bool):
+        shapes = " or ".join(dict.fromkeys((str(tuple(like.shape[:1])), str(tuple(like.shape)))))
+        raise InputError(
+            f"objective: weights must be floating or bool, of shape {shapes}; got {_with_dtype(weights)}. A tuple is "
+            "(inputs, labels, weights); name other parts in a dict"
+        )
+    weights = weights.to(like.device, torch.promote_types(weights.dtype, torch.float32))
+    if not bool((weights >= 0).all()):
+        raise InputError("objective: weights must be at least zero, and not NaN")
+    return weights.reshape(*weights.shape, *[1] * (like.ndim - weights.ndim)).expand(like.shape)
+
+
+def _kept(batch: Any, like: Tensor) -> Tensor | None:
+    """Where the positions (B, T) of `like` are no padding; `None` where the batch does not tell."""
+    mask = None if _has_decoder(batch) else token_mask(batch)
+    return None if mask is None or mask.shape != like.shape else mask.to(like.device)
+
+
+def _decoder_inputs(batch: Any) -> Tensor | None:
+    """What a decoder reads, if there is one: its positions are not those of `attention_mask`."""
+    named = fields(batch) or {}
+    return next((named[name] for name in _NAMES_OF_DECODER if named.get(name) is not None), None)
+
+
+def _has_decoder(batch: Any) -> bool:
+    return _decoder_inputs(batch) is not None
+
+
+def _rows(padding: int | None) -> Callable[[Any], Tensor | None]:
+    """Which rows of the inputs are no padding, by the batch's attention mask and the padding token."""
+
+    def rows(batch: Any) -> Tensor | None:
+        mask, decoder = token_mask(batch), _decoder_inputs(batch)
+        if padding is not None:
+            real = main_input(batch) != padding
+            mask = real if mask is None or mask.shape != real.shape else real & mask
+        if mask is None or decoder is None or decoder.shape[:2] != mask.shape or bool(mask.all()):
+            return mask
+        warnings.warn(
+            f"objective: a decoder reads as many tokens as the encoder, {tuple(mask.shape)}, so that their rows cannot "
+            "be told apart, and padding counts in the second moments of inputs. Pad the two to different lengths",
+            GramianWarning,
+            stacklevel=2,
+        )
+        return None
+
+    return rows
+
+
+def _wide(t: Tensor) -> Tensor:
+    """At least float32, in which losses are summed."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def cross_entropy(
+    how: tuple[Select, Align],
+    *,
+    weight: Tensor | Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    padding: int | None = None,
+) -> dict[str, Any]:
+    """Cross-entropy as the fields of an `Objective`.
+
+    Args:
+        how: finds the scores, and aligns them with labels.
+        weight: of each class.
+        label_smoothing: as in torch.
+        ignore_index: the label that has no loss.
+        padding: the input token whose rows do not count.
+
+    Returns: predict, criterion, sampled, gauss_newton and rows.
+    Raises:
+        InputError: a weight or a smoothing that is out of range.
+    Cost: none.
+    Source: the definition; the weighted mean is that of `torch.nn.functional.cross_entropy`.
+
+    >>> fields = cross_entropy(aligned_labels(), weight=[1.0, 3.0])
+    >>> total, units = fields["criterion"](torch.zeros(2, 2), (None, torch.tensor([0, 1])))
+    >>> float(units), round(float(total / units), 3)
+    (4.0, 0.693)
+    """
+    select, align = how
+    classes = None if weight is None else torch.as_tensor(weight)
+    if classes is not None and (classes.ndim != 1 or not bool((classes >= 0).all())):
+        raise InputError(f"objective: weight must be one number, at least zero, of each class; got {described(weight)}")
+    if not 0 <= label_smoothing <= 1:
+        raise InputError(f"objective: label_smoothing must be between 0 and 1, got {label_smoothing}")
+
+    def flat(output: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scores (N, C), labels (N,) and weights (N,) or `None`; what does not count has `ignore_index`."""
+        found = align(select(output, batch), batch)
+        scores, labels = found.scores, found.labels
+        integers = not labels.is_floating_point() and not labels.is_complex()
+        if scores.ndim < 2 or scores.shape[:-1] != labels.shape or not integers:
+            raise InputError(
+                "objective: classification wants scores (..., classes) and integer labels (...), "
+                f"got {described(scores)} and {_with_dtype(labels)}"
+            )
+        if classes is not None and len(classes) != scores.shape[-1]:
+            raise InputError(f"objective: weight has {len(classes)} classes, and the scores {scores.shape[-1]}")
+        labels = labels.long()
+        labels = labels if found.keep is None else labels.masked_fill(~found.keep, ignore_index)
+        weights = None if found.weights is None else found.weights.flatten()
+        return _wide(scores.flatten(0, -2)), labels.flatten(), weights
+
+    def total(scores: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        c = None if classes is None else classes.to(scores)
+        options: Any = {"weight": c, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        if weights is None:
+            return nn.functional.cross_entropy(scores, labels, reduction="sum", **options)
+        losses = nn.functional.cross_entropy(scores, labels, reduction="none", **options)
+        return (torch.where(weights > 0, losses, 0.0) * weights).sum()
+
+    def counts(scores: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float = 0.0) -> Tensor:
+        """How much each label counts: its own weight times that of its class, or of its smoothed classes."""
+        counted = labels != ignore_index
+        if classes is not None:
+            c = classes.to(scores)
+            counted = counted * ((1 - smoothing) * c[labels.clamp(0, len(c) - 1)] + smoothing * c.mean())
+        return counted if weights is None else counted * weights
+
+    def criterion(output: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        scores, labels, weights = flat(output, batch)
+        return total(scores, labels, weights), counts(scores, labels, weights).sum()
+
+    # The Hessian of a label's loss in its scores is diag(p) − ppᵀ times how much it counts, whatever the label. So the
+    # two factors that estimate it multiply each loss by the square root of that.
+
+    def sampled(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        scores, labels, weights = flat(output, batch)
+        # A score that is not finite makes NaN gradients, which the diagnosis reports; multinomial would raise instead.
+        p = scores.detach().softmax(-1).nan_to_num(1.0 / scores.shape[-1])
+        drawn = torch.multinomial(p, 1, generator=generator).squeeze(-1)
+        drawn = torch.where(labels == ignore_index, labels, drawn)
+        if weights is None and classes is None:
+            yield nn.functional.cross_entropy(scores, drawn, reduction="sum", ignore_index=ignore_index)
+            return
+        roots = counts(scores, labels, weights, label_smoothing).to(scores.dtype).sqrt()
+        losses = nn.functional.cross_entropy(scores, drawn, reduction="none", ignore_index=ignore_index)
+        yield (torch.where(roots > 0, losses, 0.0) * roots).sum()
+
+    def gauss_newton(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        # diag(p) − ppᵀ = Σ_c p_c (e_c − p)(e_c − p)ᵀ: one loss per class, each example weighted by √p_c.
+        scores, labels, weights = flat(output, batch)
+        roots = counts(scores, labels, weights, label_smoothing).to(scores.dtype).sqrt()
+        factors = scores.detach().softmax(-1).sqrt() * roots.unsqueeze(-1)
+        factors = factors * _signs(factors, generator)
+        for c in range(scores.shape[-1]):
+            yield (factors[:, c] * -scores.log_softmax(-1)[:, c]).sum()
+
+    return {
+        "predict": lambda model, batch: select(called(model, batch), batch),
+        "criterion": criterion,
+        "sampled": sampled,
+        "gauss_newton": gauss_newton,
+        "rows": _rows(padding),
+    }
+
+
+def squared_error(target: Callable[[Any], Tensor], *, checks: bool) -> dict[str, Any]:
+    """Squared error as the fields of an `Objective`.
+
+    Args:
+        target: gives the target of a batch.
+        checks: whether a target that is not finite is refused; that of a reconstruction is the input, whose faults the
+            diagnosis reports.
+
+    Returns: predict, criterion, sampled, gauss_newton and rows.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: the definition.
+
+    >>> fields = squared_error(labels_of, checks=True)
+    >>> fields["criterion"](torch.ones(2, 3), (None, torch.zeros(2, 3)))
+    (tensor(3.), 2)
+    """
+
+    def matching(t: Tensor, shape: Sequence[int]) -> bool:
+        """Whether the shapes are the same, but for a last dimension of one."""
+        mine, other = tuple(t.shape), tuple(shape)
+        return t.is_floating_point() and (mine == other or mine == (*other, 1) or (*mine, 1) == other)
+
+    def select(output: Any, batch: Any) -> Tensor:
+        try:
+            shape = target(batch).shape
+        except InputError:  # a forward pass alone needs no target
+            return tensor_of(output, Tensor.is_floating_point, "of floats")
+        return tensor_of(output, lambda t: matching(t, shape), f"{tuple(shape)}, the shape of the target")
+
+    def rows(output: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and target (R, D), and how much each row counts, or `None` where each counts one."""
+        output, wanted = select(output, batch), target(batch)
+        if not matching(output, wanted.shape):
+            raise InputError(
+                f"objective: output {tuple(output.shape)} and target {tuple(wanted.shape)} differ in shape"
+            )
+        output = _wide(output)
+        wanted = wanted.to(output.device, output.dtype).reshape(output.shape)
+        if output.ndim < 2:
+            output, wanted = output.unsqueeze(-1), wanted.unsqueeze(-1)
+        like = wanted[..., 0]
+        weights, keep = _weights(batch, like), _kept(batch, like)
+        if keep is not None:
+            weights = keep.to(output.dtype) if weights is None else weights * keep
+        if checks:
+            counted = wanted if weights is None else wanted[weights > 0]
+            if not bool(counted.isfinite().all()):
+                bad = int((~counted.isfinite()).sum())
+                raise InputError(
+                    f"objective: {bad} of {counted.numel()} targets are NaN or infinite. Leave those samples out, or "
+                    "give them weight 0: (x, y, weights)"
+                )
+        return output.flatten(0, -2), wanted.flatten(0, -2), None if weights is None else weights.flatten()
+
+    def criterion(output: Any, batch: Any) -> tuple[Tensor, Tensor | int]:
+        found, wanted, weights = rows(output, batch)
+        if weights is None:
+            return 0.5 * (found - wanted).square().sum(), len(found)
+        losses = (found - wanted).square().sum(-1)
+        return 0.5 * (torch.where(weights > 0, losses, 0.0) * weights).sum(), weights.sum()
+
+    # The Hessian is the identity, times the weight of the row.
+
+    def sampled(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        found, _, weights = rows(output, batch)
+        noise = torch.empty_like(found).normal_(generator=generator)  # labels from N(output, 1)
+        yield ((noise if weights is None else noise * weights.sqrt().unsqueeze(-1)) * found).sum()
+
+    def gauss_newton(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        found, _, weights = rows(output, batch)
+        found = found if weights is None else found * weights.sqrt().unsqueeze(-1)
+        columns = found * _signs(found, generator)
+        for c in range(columns.shape[-1]):
+            yield columns[:, c].sum()
+
+    return {
+        "predict": lambda model, batch: select(called(model, batch), batch),
+        "criterion": criterion,
+        "sampled": sampled,
+        "gauss_newton": gauss_newton,
+        "rows": _rows(None),
+    }
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random ±1: where several units share a layer's row (attention), their cross terms then cancel on average."""
+    return torch.empty_like(like, requires_grad=False).bernoulli_(generator=generator).mul_(2).sub_(1)
+
+
+def _with_dtype(value: Any) -> str:
+    return f"{described(value)} of {value.dtype}" if isinstance(value, Tensor) else described(value)

@@ -1,0 +1,136 @@
+"""Where batches come from: a loader, a list, a generator; checked, and read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from gramian.batch import described, fields
+from gramian.errors import InputError
+
+__all__ = ["Batches", "as_batches", "first_of", "is_one_batch", "no_batches"]
+
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+"""What verbs take: batches, or a function that makes them; `as_batches` checks and calls it."""
+
+
+def as_batches(batches: Any, verb: str) -> Iterable[Any]:
+    """The batches that a verb was given: an iterable, checked; or a function that makes one, called.
+
+    Args:
+        batches: a `DataLoader`, a list, a generator, or a function without arguments that returns one of these.
+        verb: for the error: who asks.
+
+    Returns: the iterable. It may be one that can be used only once: verbs read it once.
+    Raises:
+        InputError: it is no iterable, or it is one batch, or a dataset of single samples.
+    Cost: none.
+    Source: this library's own.
+
+    >>> len(list(as_batches(lambda: iter([1, 2]), "capture")))
+    2
+    """
+    if is_one_batch(batches) or _looks_like_one(batches):
+        raise InputError(
+            f"{verb}: batches must be an iterable of batches, and this looks like one batch, {described(batches)}. "
+            "Write [batch]"
+        )
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise InputError(
+            f"{verb}: batches must be an iterable of batches, got a data set of single samples, "
+            f"{type(batches).__name__}. Write torch.utils.data.DataLoader(dataset, batch_size=32)"
+        )
+    if callable(batches) and not isinstance(batches, Iterable):
+        batches = batches()
+    sequence = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
+    if isinstance(batches, (str, bytes)) or not sequence:
+        raise InputError(
+            f"{verb}: batches must be a DataLoader, a list or another iterable of batches, got {described(batches)}"
+        )
+    return batches
+
+
+def is_one_batch(batches: Any) -> bool:
+    """Whether this is one batch by its type: a tensor, a batch with names, or an object with a method `to`.
+
+    Args:
+        batches: one batch, or many.
+
+    Returns: true for one; false for a list or tuple, which may be either.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> is_one_batch({"x": torch.ones(2)}), is_one_batch([torch.ones(2)])
+    (True, False)
+    """
+    if isinstance(batches, (nn.Module, type, DataLoader, Dataset)):
+        return False
+    return fields(batches) is not None or isinstance(batches, (Tensor, PackedSequence)) or hasattr(batches, "to")
+
+
+def _looks_like_one(batches: Any) -> bool:
+    """Whether a tuple or list is `(x, y)`: its elements are tensors, and in a list they are of different kinds.
+
+    A list of tensors of one kind is a list of batches `x`.
+    """
+    if not isinstance(batches, (tuple, list)) or not all(isinstance(t, Tensor) for t in batches) or not batches:
+        return False
+    return isinstance(batches, tuple) or len({(t.ndim, t.is_floating_point()) for t in batches}) > 1
+
+
+def first_of(batches: Iterable[Any], verb: str) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and an iterable of all batches, the first again among them.
+
+    So what needs one batch twice reads the rest once, and a generator serves. The global random state, from which a
+    `DataLoader` draws its order, is left as it was.
+
+    Args:
+        batches: as `as_batches` returns it.
+        verb: for the error: who asks.
+
+    Returns: the batch, and an iterable that can be used once.
+    Raises:
+        InputError: there is no batch.
+    Cost: that of one batch.
+    Source: this library's own.
+
+    >>> first, batches = first_of(iter("abc"), "inspect")
+    >>> first, list(batches)
+    ('a', ['a', 'b', 'c'])
+    """
+    with torch.random.fork_rng(devices=[]):
+        iterator = iter(batches)
+        for first in iterator:
+            return first, chain([first], iterator)
+    raise no_batches(batches, verb)
+
+
+def no_batches(batches: Any, verb: str) -> InputError:
+    """The error for an iterable that gave no batch, with the likely reason.
+
+    Args:
+        batches: the iterable.
+        verb: for the error: who asks.
+
+    Returns: the error, to be raised.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> str(no_batches([], "capture"))
+    'capture: there were no batches: the list is empty'
+    """
+    why = f"the {type(batches).__name__} is empty"
+    if isinstance(batches, DataLoader) and batches.drop_last and hasattr(batches.dataset, "__len__"):
+        num = len(batches.dataset)  # type: ignore[arg-type]
+        why = f"the DataLoader drops the last, incomplete batch, and has {num} samples for {batches.batch_size} a batch"
+    elif isinstance(batches, Iterator):
+        why = f"perhaps a spent generator; a {type(batches).__name__} can be used once. Pass a DataLoader, or list(...)"
+    return InputError(f"{verb}: there were no batches: {why}")
