@@ -1,0 +1,82 @@
+"""Parameters as users' loops treat them: quantized, sparse, replaced by a wrapper, or with one rate set for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.checkpoint import clean_name
+from gramian.errors import InputError, UnsupportedError
+from gramian.optim.routing import Route
+
+__all__ = ["check_gradients", "check_not_replaced", "has_one_rate", "reason_to_leave_out", "replacements"]
+
+
+def reason_to_leave_out(name: str, p: Tensor) -> str:
+    """Why an optimizer leaves out a parameter that holds no real numbers and is not trained; empty if it does not.
+
+    Raises `InputError` for one that is to be trained.
+    """
+    if p.is_floating_point() and p.element_size() > 1:
+        return ""
+    dtype = str(p.dtype).removeprefix("torch.")
+    if p.requires_grad:
+        raise InputError(
+            f"{name!r} is of {p.dtype}; expected real floating-point parameters. Leave others out or freeze them, or see "
+            "torch.view_as_real for complex ones"
+        )
+    return f"left out: {dtype}, frozen, no real numbers to step"
+
+
+def check_gradients(params: Iterable[Tensor], routes: Mapping[Tensor, Route]) -> None:
+    """Raises `UnsupportedError` for a sparse gradient, before anything moves."""
+    for p in params:
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise UnsupportedError(
+                f"sparse gradients are not supported, and {routes[p].name!r} has one; make the embedding with sparse=False"
+            )
+
+
+def replacements(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Tensor, Tensor]:
+    """The parameters of a group that a wrapper has put there in place of others, by the one each replaces.
+
+    Accelerate does so under FSDP2. Raises `UnsupportedError` where they are not the same matrices, as under DeepSpeed's
+    ZeRO and FSDP1, which flatten them.
+    """
+    by_name = {r.name: r for r in routes.values()}
+    names = [clean_name(name) for name in group.get("param_names", ())]
+    found = {}
+    for i, p in enumerate(group["params"]):
+        if p in routes:
+            continue
+        old = by_name.get(names[i]) if len(names) == len(group["params"]) else None
+        if old is None or old.parameter.shape != p.shape:
+            raise UnsupportedError(
+                f"the parameters were replaced by tensors of other shapes, such as {tuple(p.shape)}"
+                + (f" for {old.name!r} of shape {tuple(old.parameter.shape)}" if old is not None else "")
+                + ": DeepSpeed's ZeRO and FSDP1 flatten parameters, and flat ones hold no matrices. Use DDP or FSDP2 "
+                "(torch's fully_shard)"
+            )
+        found[old.parameter] = p
+    return found
+
+
+def check_not_replaced(model: nn.Module, routes: Iterable[Route]) -> None:
+    """Raises `InputError` if the model has another parameter now under the name of one that the optimizer steps."""
+    now = {clean_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    gone = [r.name for r in routes if now.get(r.name, r.parameter) is not r.parameter]
+    if gone:
+        raise InputError(
+            f"the model has new parameters in place of {len(gone)} that the optimizer was built with, {gone[0]!r} among "
+            "them, and would not train. Call fully_shard, to_empty or whatever replaced them before building the "
+            "optimizer"
+        )
+
+
+def has_one_rate(groups: Sequence[Mapping[str, Any]], built: Sequence[Any]) -> bool:
+    """Whether groups that were built with several rates all have the same now, above zero."""
+    rates = {g["lr"] for g in groups if isinstance(g["lr"], (int, float))}
+    return len(set(built)) > 1 and len(groups) == len(built) and len(rates) == 1 and max(rates) > 0
