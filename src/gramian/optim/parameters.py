@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,28 @@ from gramian.checkpoint import clean_name
 from gramian.errors import InputError, UnsupportedError
 from gramian.optim.routing import Route
 
-__all__ = ["check_gradients", "check_not_replaced", "has_one_rate", "reason_to_leave_out", "replacements"]
+__all__ = ["check_caller", "check_gradients", "check_not_replaced", "check_state", "has_one_rate", "reason_to_leave_out", "replacements"]
+
+
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+
+
+def check_caller(name: str) -> None:
+    """Raises `UnsupportedError` where torch's ZeroRedundancyOptimizer builds the optimizer.
+
+    It gives each rank some of the parameters, without their names: the roles and the number of matrices, which set the
+    length of the steps, would differ by rank.
+    """
+    if _ZERO not in sys.modules:
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _ZERO:
+            raise UnsupportedError(
+                f"{name} under ZeroRedundancyOptimizer is not supported: each rank would know a part of the parameters "
+                f"and no names. Use {name}(model) with DDP, or with FSDP2 (fully_shard), which shards its state"
+            )
+        frame = frame.f_back
 
 
 def reason_to_leave_out(name: str, p: Tensor) -> str:
@@ -74,6 +96,34 @@ def check_not_replaced(model: nn.Module, routes: Iterable[Route]) -> None:
             "them, and would not train. Call fully_shard, to_empty or whatever replaced them before building the "
             "optimizer"
         )
+
+
+def check_state(name: str, found: Mapping[str, Any], buffers: Iterable[str]) -> None:
+    """Raises `InputError` for the state of another optimizer.
+
+    Args:
+        name: of this optimizer.
+        found: the `state_dict()`.
+        buffers: the names of the buffers that this direction may have.
+    """
+    groups = found.get("param_groups", ())
+    if not all("direction" in group for group in groups):
+        kept = {key for state in found.get("state", {}).values() for key in state}
+        adam = "Call load_adamw(state), which carries over what fits" if "exp_avg_sq" in kept else "Start without it"
+        raise InputError(
+            f"{name}.load_state_dict: this is the state of another optimizer"
+            + (f", with {', '.join(sorted(kept))}" if kept else "")
+            + f". {adam}"
+        )
+    own = set(buffers)
+    for group in groups:
+        for key in group["params"] if group["direction"] == "matrix" else ():
+            kept = set(found["state"].get(key, {}))
+            if kept - own:
+                raise InputError(
+                    f"{name}.load_state_dict: this is the state of another direction, with {', '.join(sorted(kept))}, "
+                    f"where {name} has {', '.join(sorted(own))}. Load it into the optimizer that saved it"
+                )
 
 
 def has_one_rate(groups: Sequence[Mapping[str, Any]], built: Sequence[Any]) -> bool:

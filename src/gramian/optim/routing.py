@@ -99,7 +99,7 @@ def route_groups(
             "embeddings or heads. Pass the model itself, model.named_parameters(), or the groups together with "
             'model=model; or say routes={"*": "matrix"} where all are hidden matrices',
             GramianWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
     overridden = {p: _override(r, chosen[p], (overrides or {})[chosen[p]]) for r in routes if (p := r.parameter) in chosen}
     return [([overridden.get(r.parameter, r) for r in members], own) for members, own in groups if members]

@@ -19,8 +19,10 @@ from gramian.optim.adamw_state import carry_over
 from gramian.optim.health import Row, Skipped, measure
 from gramian.optim.options import LR, REST_LR, SHARED, Shared, check
 from gramian.optim.parameters import (
+    check_caller,
     check_gradients,
     check_not_replaced,
+    check_state,
     has_one_rate,
     reason_to_leave_out,
     replacements,
@@ -90,6 +92,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self, params: nn.Module | Iterable[Any], lr: float, options: dict[str, Any], **shared: Unpack[Shared]
     ) -> None:
         assert options.keys() == self.recipe.options.keys(), "recipe.options and __init__ name different options"
+        check_caller(type(self).__name__)
         for key in shared.keys() - SHARED.keys():
             known = ", ".join(["lr", *options, *SHARED])
             raise InputError(f"{type(self).__name__}: there is no option {key!r}; there are {known}")
@@ -223,7 +226,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 "(OneCycleLR(optimizer, [g['lr'] for g in optimizer.param_groups], …)), or build the optimizer with "
                 "rest_lr equal to lr",
                 GramianWarning,
-                stacklevel=4,
+                stacklevel=6,  # torch wraps a step in three functions
             )
             self._rates = []  # once
 
@@ -411,9 +414,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict()` gave; the next step is then the same, bit for bit."""
         given: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, found: given.update(found))  # after the user's
-        super().load_state_dict(state_dict)
-        hook.remove()
+
+        def take(_: Any, found: dict[str, Any]) -> None:
+            all_buffers = self.recipe.init(torch.empty(1, 1, 1, device="meta"), {**self._options, "refresh": 2})
+            check_state(type(self).__name__, found, all_buffers)
+            given.update(found)
+
+        hook = self.register_load_state_dict_pre_hook(take)  # after the user's
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
         # torch casts the state to the parameter's dtype and shares its memory: put back a copy of what was saved.
         saved = (index for group in given["param_groups"] for index in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
