@@ -167,7 +167,9 @@ GIVEN: dict[str, Callable[[Net], Any]] = {
             {"params": [(n, p) for n, p in net.named_parameters() if p.ndim < 2], "lr": 0.01},
         ]
     ),
-    "another optimizer's groups": lambda net: Muon(torch.optim.SGD(net.named_parameters()).param_groups[0]["params"], model=net),
+    "another optimizer's groups": lambda net: Muon(
+        torch.optim.SGD(net.named_parameters()).param_groups[0]["params"], model=net
+    ),
     "parameters and the model": lambda net: Muon(net.parameters(), model=net),
     "decay groups and the model": lambda net: Muon(decay_groups(net), model=net),
     "some parameters and the model": lambda net: Muon([net.fc1.weight, *net.lm_head.parameters()], model=net),
@@ -347,7 +349,9 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "sequential": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 5)], [2]
     ),
-    "chained": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.LinearLR(o, 0.5), lr_scheduler.ExponentialLR(o, 0.9)]),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.5), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
     "swa": lambda o: swa_utils.SWALR(o, [g["lr"] / 2 for g in o.param_groups], anneal_epochs=3),
 }  # fmt: skip
 

@@ -42,7 +42,7 @@ def step_adamw(
 
 def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[str, Any]:
     """The moments of a parameter, in its dtype and on its device, which the user may have changed."""
-    known = state[p] if p in state else {}
+    known = state.get(p, {})
     if not known:
         zeros = {key: torch.zeros_like(p, memory_format=torch.contiguous_format) for key in ("exp_avg", "exp_avg_sq")}
         state[p] = known = {"step": torch.zeros((), device=p.device), **zeros}

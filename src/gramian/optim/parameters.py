@@ -13,7 +13,15 @@ from gramian.checkpoint import clean_name
 from gramian.errors import InputError, UnsupportedError
 from gramian.optim.routing import Route
 
-__all__ = ["check_caller", "check_gradients", "check_not_replaced", "check_state", "has_one_rate", "reason_to_leave_out", "replacements"]
+__all__ = [
+    "check_caller",
+    "check_gradients",
+    "check_not_replaced",
+    "check_state",
+    "has_one_rate",
+    "reason_to_leave_out",
+    "replacements",
+]
 
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -47,8 +55,8 @@ def reason_to_leave_out(name: str, p: Tensor) -> str:
     dtype = str(p.dtype).removeprefix("torch.")
     if p.requires_grad:
         raise InputError(
-            f"{name!r} is of {p.dtype}; expected real floating-point parameters. Leave others out or freeze them, or see "
-            "torch.view_as_real for complex ones"
+            f"{name!r} is of {p.dtype}; expected real floating-point parameters. Leave others out, or freeze them; for "
+            "complex ones, see torch.view_as_real"
         )
     return f"left out: {dtype}, frozen, no real numbers to step"
 
@@ -58,7 +66,8 @@ def check_gradients(params: Iterable[Tensor], routes: Mapping[Tensor, Route]) ->
     for p in params:
         if p.grad is not None and p.grad.layout is not torch.strided:
             raise UnsupportedError(
-                f"sparse gradients are not supported, and {routes[p].name!r} has one; make the embedding with sparse=False"
+                f"sparse gradients are not supported, and {routes[p].name!r} has one; make the embedding with "
+                "sparse=False"
             )
 
 
@@ -92,9 +101,9 @@ def check_not_replaced(model: nn.Module, routes: Iterable[Route]) -> None:
     gone = [r.name for r in routes if now.get(r.name, r.parameter) is not r.parameter]
     if gone:
         raise InputError(
-            f"the model has new parameters in place of {len(gone)} that the optimizer was built with, {gone[0]!r} among "
-            "them, and would not train. Call fully_shard, to_empty or whatever replaced them before building the "
-            "optimizer"
+            f"the model has new parameters in place of {len(gone)} that the optimizer was built with, such as "
+            f"{gone[0]!r}, and would not train. Call fully_shard, to_empty or whatever replaced them before building "
+            "the optimizer"
         )
 
 

@@ -101,7 +101,9 @@ def route_groups(
             GramianWarning,
             stacklevel=4,
         )
-    overridden = {p: _override(r, chosen[p], (overrides or {})[chosen[p]]) for r in routes if (p := r.parameter) in chosen}
+    overridden = {
+        p: _override(r, chosen[p], (overrides or {})[chosen[p]]) for r in routes if (p := r.parameter) in chosen
+    }
     return [([overridden.get(r.parameter, r) for r in members], own) for members, own in groups if members]
 
 
@@ -130,7 +132,9 @@ def _routes_of_groups(items: Sequence[Any], known: Mapping[Tensor, Route], first
         groups.append((list(map(_named, members, group.get("param_names") or [""] * len(members))), own))
     flat = [pair for members, _ in groups for pair in members]
     if known and not any(p in known for _, p in flat):
-        raise InputError("model= has none of the parameters that the optimizer was given; pass the model that they are of")
+        raise InputError(
+            "model= has none of the parameters that the optimizer was given; pass the model that they are of"
+        )
     for what, keys in (("parameters", [id(p) for _, p in flat]), ("names", [name for name, _ in flat if name])):
         if len(set(keys)) < len(keys):
             raise InputError(f"two of the {what} that the optimizer was given are the same; give each once")

@@ -209,10 +209,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _before_step(self) -> None:
         """Refuses what cannot be stepped, before anything moves, and follows parameters that were replaced."""
+        self._follow()
         params = [p for group in self.param_groups for p in group["params"]]
-        if any(p not in self._routes for p in params):
-            self._follow()
-            params = [p for group in self.param_groups for p in group["params"]]
         check_gradients(params, self._routes)
         model = self._model() if self._model is not None else None
         if model is not None and (self._is_new or all(p.grad is None for p in params)):
@@ -231,7 +229,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._rates = []  # once
 
     def _follow(self) -> None:
-        """Takes over the parameters that a wrapper put into the groups in place of those given, such as their shards."""
+        """Takes over parameters that a wrapper put into the groups in place of those given, such as their shards."""
+        if all(p in self._routes for group in self.param_groups for p in group["params"]):
+            return
         new = {old: p for group in self.param_groups for old, p in replacements(group, self._routes).items()}
         if any(self.state.get(p) for p in new):
             raise InputError(
@@ -304,7 +304,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._skipped.add([self._routes[p].name for p in params], params, bad)
 
     def explain(self) -> list[dict[str, str]]:
-        """Each parameter's name, direction (`"matrix"`, `"adamw"` or `"none"`), matrices, parts, and the reason for its route."""
+        """Each parameter's name, direction (`"matrix"`, `"adamw"`, `"none"`), matrices, parts, and the reason for it."""
         return [
             {
                 "name": r.name,
@@ -315,7 +315,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             }
             for r in self._routes.values()
         ] + [
-            {"name": r.name, "direction": "none", "matrices": "", "parts": "", "reason": r.reason} for r in self._left_out
+            {"name": r.name, "direction": "none", "matrices": "", "parts": "", "reason": r.reason}
+            for r in self._left_out
         ]
 
     def skipped(self) -> dict[Tensor, Tensor]:
@@ -350,6 +351,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         if detail not in ("counts", "spectra"):
             raise InputError(f"health: detail must be 'counts' or 'spectra', got {detail!r}")
+        self._follow()
         skipped = self._skipped.counts()
         groups = {p: g for g in self.param_groups if g["direction"] == "matrix" for p in g["params"]}
         rows: dict[str, Row] = {}
@@ -388,6 +390,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         0.weight | exp_avg | exp_avg_sq, step
         0.bias | exp_avg, exp_avg_sq, step |
         """
+        self._follow()
         groups = {p: g for g in self.param_groups for p in g["params"]}
 
         def empty(r: Route) -> State:
@@ -404,6 +407,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Where parameters are sharded, it is collective and gives this rank's part."""
+        self._follow()
         own = self.state
         try:
             self.state = self._sharding.divide(own)  # type: ignore[assignment]
@@ -413,6 +417,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict()` gave; the next step is then the same, bit for bit."""
+        self._follow()
         given: dict[str, Any] = {}
 
         def take(_: Any, found: dict[str, Any]) -> None:
@@ -450,8 +455,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
 
 _KEPT = (
-    "_routes", "_order", "_left_out", "_num_matrices", "_options", "_built", "_sharding", "_clock", "_skipped", "_rates",
-    "_is_new",
+    "_routes", "_order", "_left_out", "_num_matrices", "_options", "_built", "_sharding", "_clock", "_skipped",
+    "_rates", "_is_new",
 )  # fmt: skip
 """What a copy takes along beside torch's own."""
 

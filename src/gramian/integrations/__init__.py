@@ -1,0 +1,21 @@
+"""gramian in the loops of Hugging Face's Trainer, Lightning and accelerate, and its figures in the loggers people have.
+
+`huggingface.optimizer` and `huggingface.attach` are for a Trainer, `lightning.callback` for Lightning; accelerate needs
+nothing but `accelerator.prepare`. In a loop of one's own, `health_metrics` and `Inspector` give what the callbacks log.
+None of these libraries is imported before the function that uses it is called.
+"""
+
+from gramian.integrations import huggingface, lightning
+from gramian.integrations.loggers import JsonlLogger, Logger, MlflowLogger, TensorBoardLogger
+from gramian.integrations.metrics import Inspector, health_metrics
+
+__all__ = [
+    "Inspector",
+    "JsonlLogger",
+    "Logger",
+    "MlflowLogger",
+    "TensorBoardLogger",
+    "health_metrics",
+    "huggingface",
+    "lightning",
+]
