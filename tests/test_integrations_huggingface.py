@@ -37,7 +37,7 @@ def trainer(folder: Path, model: Any = None, **arguments: Any) -> Any:
         "warmup_steps": 2, "lr_scheduler_type": "cosine", "logging_steps": 2, "save_steps": 3, "report_to": [],
         "use_cpu": True, "disable_tqdm": True, "seed": 3,
     }  # fmt: skip
-    make = integrations.huggingface.optimizer("muon", lr=0.02, weight_decay=0.1)
+    make = integrations.trainer_optimizer("muon", lr=0.02, weight_decay=0.1)
     args = transformers.TrainingArguments(output_dir=str(folder), **(options | arguments))
     return transformers.Trainer(model or llama(), args, train_dataset=DATA, optimizer_cls_and_kwargs=make)
 
@@ -68,7 +68,7 @@ def test_a_run_keeps_roles_logs_health_and_resumes_to_the_bit(tmp_path: Path) ->
 
     again = trainer(tmp_path / "again")
     inspector = Inspector(every=4)
-    integrations.huggingface.attach(again, inspector, [JsonlLogger(tmp_path / "log.jsonl")])
+    integrations.attach_to_trainer(again, inspector, [JsonlLogger(tmp_path / "log.jsonl")])
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_equal(weights(whole.model), weights(again.model))  # inspections change nothing either
     assert list(inspector.reports) == [3, 4, 6]
@@ -99,7 +99,7 @@ def test_every_reporter_of_the_trainer_sees_the_health(tmp_path: Path) -> None:
 
     run = trainer(tmp_path, max_steps=2, save_strategy="no", bf16=True)
     run.add_callback(Reporter())
-    callback = integrations.huggingface.attach(run)
+    callback = integrations.attach_to_trainer(run)
     assert isinstance(callback, transformers.TrainerCallback)
     run.train()
     assert seen[0]["optimizer/skipped"] == 0.0
@@ -136,6 +136,6 @@ def test_the_optimizer_itself_and_the_trainers_groups_work_too(tmp_path: Path) -
 
 def test_what_is_not_known_is_one_line() -> None:
     with pytest.raises(InputError, match="unknown optimizer 'lion'; wanted auto, "):
-        integrations.huggingface.optimizer("lion")
-    make, options = integrations.huggingface.optimizer(Muon, lr=0.1)
+        integrations.trainer_optimizer("lion")
+    make, options = integrations.trainer_optimizer(Muon, lr=0.1)
     assert (make(), options) == (Muon, {"lr": 0.1})

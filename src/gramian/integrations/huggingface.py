@@ -12,10 +12,10 @@ from gramian.integrations.metrics import Inspector, health_metrics
 from gramian.optim.registry import AUTO, MATRIX_OPTIMIZERS
 from gramian.optim.shell import MatrixOptimizer
 
-__all__ = ["attach", "optimizer"]
+__all__ = ["attach_to_trainer", "trainer_optimizer"]
 
 
-def optimizer(kind: str | type[MatrixOptimizer] = "auto", **options: Any) -> tuple[Any, dict[str, Any]]:
+def trainer_optimizer(kind: str | type[MatrixOptimizer] = "auto", **options: Any) -> tuple[Any, dict[str, Any]]:
     """What a Trainer's `optimizer_cls_and_kwargs` takes, so that it builds the optimizer from the model.
 
     The Trainer's own groups of parameters have no names. This one gets the model instead, also after `model_init` and
@@ -37,7 +37,7 @@ def optimizer(kind: str | type[MatrixOptimizer] = "auto", **options: Any) -> tup
     Cost: none.
     Source: `Trainer.create_optimizer` of transformers 5.
 
-    >>> make, options = optimizer("muon", lr=0.02)  # doctest: +SKIP
+    >>> make, options = trainer_optimizer("muon", lr=0.02)  # doctest: +SKIP
     >>> trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(make, options))  # doctest: +SKIP
     """
     load("transformers.trainer_optimizer", "hf")  # since 5.0; it recognizes functions
@@ -46,13 +46,13 @@ def optimizer(kind: str | type[MatrixOptimizer] = "auto", **options: Any) -> tup
         if name not in MATRIX_OPTIMIZERS:
             known = ", ".join(["auto", *MATRIX_OPTIMIZERS])
             raise InputError(
-                f"huggingface.optimizer: unknown optimizer {kind!r}; wanted {known}, or a class of gm.optim"
+                f"trainer_optimizer: unknown optimizer {kind!r}; wanted {known}, or a class of gm.optim"
             )
         kind = MATRIX_OPTIMIZERS[name].optimizer  # type: ignore[assignment]
     return (lambda: kind), options
 
 
-def attach(trainer: Any, inspector: Inspector | None = None, loggers: Sequence[Logger] = ()) -> Any:
+def attach_to_trainer(trainer: Any, inspector: Inspector | None = None, loggers: Sequence[Logger] = ()) -> Any:
     """Adds a callback to a Trainer: the optimizer's health in its logs, and inspections.
 
     Whenever the Trainer logs the loss, the entry has `optimizer/skipped` and `optimizer/fallbacks` too, in
@@ -74,7 +74,7 @@ def attach(trainer: Any, inspector: Inspector | None = None, loggers: Sequence[L
     Cost: one synchronization with the device when the Trainer logs; `gm.inspect` where it inspects.
     Source: this library's own.
 
-    >>> attach(trainer, Inspector(every=500))  # doctest: +SKIP
+    >>> attach_to_trainer(trainer, Inspector(every=500))  # doctest: +SKIP
     """
     base: Any = load("transformers", "hf").TrainerCallback
 

@@ -9,10 +9,10 @@ from gramian.integrations.extras import load
 from gramian.integrations.loggers import Logger
 from gramian.integrations.metrics import Inspector, health_metrics
 
-__all__ = ["callback"]
+__all__ = ["lightning_callback"]
 
 
-def callback(inspector: Inspector | None = None, loggers: Sequence[Logger] = ()) -> Any:
+def lightning_callback(inspector: Inspector | None = None, loggers: Sequence[Logger] = ()) -> Any:
     """A callback for Lightning's Trainer: the optimizers' health in its loggers, and inspections.
 
     Every `log_every_n_steps` steps the Trainer's loggers get `optimizer/skipped` and `optimizer/fallbacks`, with the
@@ -34,7 +34,7 @@ def callback(inspector: Inspector | None = None, loggers: Sequence[Logger] = ())
     Cost: one synchronization with the device where it logs; `gm.inspect` where it inspects.
     Source: this library's own.
 
-    >>> trainer = Trainer(callbacks=[callback(Inspector(every=500))])  # doctest: +SKIP
+    >>> trainer = Trainer(callbacks=[lightning_callback(Inspector(every=500))])  # doctest: +SKIP
     """
     base: Any = load("lightning.pytorch", "lightning").Callback
 
