@@ -51,7 +51,11 @@ def make_accelerator(fsdp: bool, **options: Any) -> Any:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     if dist.is_initialized():
-        os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size()), "ACCELERATE_USE_CPU": "1"}
+        os.environ |= {
+            "RANK": str(dist.get_rank()),
+            "WORLD_SIZE": str(dist.get_world_size()),
+            "ACCELERATE_USE_CPU": "1",
+        }
         os.environ |= {"LOCAL_RANK": os.environ["RANK"], "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     accelerator = Accelerator(cpu=True, **options)
     if fsdp:

@@ -45,9 +45,7 @@ def trainer_optimizer(kind: str | type[MatrixOptimizer] = "auto", **options: Any
         name = AUTO if kind == "auto" else kind
         if name not in MATRIX_OPTIMIZERS:
             known = ", ".join(["auto", *MATRIX_OPTIMIZERS])
-            raise InputError(
-                f"trainer_optimizer: unknown optimizer {kind!r}; wanted {known}, or a class of gm.optim"
-            )
+            raise InputError(f"trainer_optimizer: unknown optimizer {kind!r}; wanted {known}, or a class of gm.optim")
         kind = MATRIX_OPTIMIZERS[name].optimizer  # type: ignore[assignment]
     return (lambda: kind), options
 
