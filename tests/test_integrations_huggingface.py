@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: roles, resuming to the bit, schedules, health in its logs, inspections that change nothing."""
+"""Hugging Face's Trainer: roles, resuming to the bit, schedules, health in its logs, inspections on the way."""
 
 from __future__ import annotations
 

@@ -78,10 +78,10 @@ def test_an_accelerator_is_a_logger(tmp_path: Path) -> None:
 
 
 CALLS: dict[str, tuple[Any, str]] = {
-    "transformers": (lambda: integrations.trainer_optimizer("muon"), r'pip install "gramian\[hf\]"'),
+    "transformers": (lambda: integrations.attach_to_trainer(None), r'pip install "gramian\[hf\]"'),
     "lightning": (lambda: integrations.lightning_callback(), r'pip install "gramian\[lightning\]"'),
     "tensorboard": (lambda: TensorBoardLogger("runs"), r'pip install "gramian\[tensorboard\]"'),
-    "mlflow": (lambda: MlflowLogger(), r'pip install "gramian\[mlflow\]"'),
+    "mlflow": (lambda: MlflowLogger().log({}, 0), r'pip install "gramian\[mlflow\]"'),
 }
 
 

@@ -32,15 +32,14 @@ def trainer_optimizer(kind: str | type[MatrixOptimizer] = "auto", **options: Any
 
     Raises:
         InputError: for a name that is not known.
-        UnsupportedError: transformers is not installed, or is older than such functions.
 
     Cost: none.
     Source: `Trainer.create_optimizer` of transformers 5.
 
-    >>> make, options = trainer_optimizer("muon", lr=0.02)  # doctest: +SKIP
-    >>> trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(make, options))  # doctest: +SKIP
+    >>> make, options = trainer_optimizer("muon", lr=0.02)
+    >>> make(), options  # in full: Trainer(model, args, …, optimizer_cls_and_kwargs=trainer_optimizer("muon", lr=0.02))
+    (<class 'gramian.optim.muon.Muon'>, {'lr': 0.02})
     """
-    load("transformers.trainer_optimizer", "hf")  # since 5.0; it recognizes functions
     if isinstance(kind, str):
         name = AUTO if kind == "auto" else kind
         if name not in MATRIX_OPTIMIZERS:
@@ -72,7 +71,12 @@ def attach_to_trainer(trainer: Any, inspector: Inspector | None = None, loggers:
     Cost: one synchronization with the device when the Trainer logs; `gm.inspect` where it inspects.
     Source: this library's own.
 
-    >>> attach_to_trainer(trainer, Inspector(every=500))  # doctest: +SKIP
+    >>> import torch, transformers
+    >>> args = transformers.TrainingArguments("out", report_to=[], use_cpu=True)
+    >>> trainer = transformers.Trainer(torch.nn.Linear(2, 2), args)
+    >>> callback = attach_to_trainer(trainer, Inspector(every=500))
+    >>> trainer.callback_handler.callbacks[0] is callback
+    True
     """
     base: Any = load("transformers", "hf").TrainerCallback
 

@@ -71,20 +71,18 @@ def health_metrics(optimizer: Any) -> dict[str, float]:
 
 
 class Inspector:
-    """Inspects a model at chosen steps of its training, and keeps the reports.
+    """Inspects a model at chosen steps of its training, and keeps the reports, in `reports`, by step.
 
     Args:
         batches, objective: as in `gm.inspect`; without them, the weights alone are inspected.
         every: steps between two inspections; `None`: at the start and at the end only.
         quick: as in `gm.inspect`.
 
-    Attributes:
-        reports: each `Report`, by step.
-
     Raises:
         InputError: `every` is no whole number of steps.
 
     Cost: that of `gm.inspect`, at each of the steps.
+    Source: this library's own.
 
     >>> inspector = Inspector(every=10)
     >>> inspector(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), step=0)

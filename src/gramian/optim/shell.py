@@ -107,7 +107,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._clock = Clock()
         overrides, layouts, model = given.pop("routes"), given.pop("layouts"), given.pop("model")
         self._options = {"lr": lr, **options, **given}
-        if model is None and isinstance(params, nn.Module):
+        if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise InputError("model= is for lists of parameters; params is a model itself, and another one")
             model = params
         if layouts and model is None:
             raise InputError("layouts= needs the model: pass it in place of its parameters, or as model=")
@@ -240,6 +242,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         moved = {new.get(p, p): replace(r, parameter=new.get(p, p)) for p, r in self._routes.items()}
         self._routes, self._order = moved, [new.get(p, p) for p in self._order]
+        self._known = {p: moved[p] for old in self._known if (p := new.get(old, old)) in moved}
         self._stacks.clear()
         self._sharding = Sharding()
         self._sharding.assign([r.parameter for r in moved.values() if r.layout is not None])
@@ -304,7 +307,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._skipped.add([self._routes[p].name for p in params], params, bad)
 
     def explain(self) -> list[dict[str, str]]:
-        """Each parameter's name, direction (`"matrix"`, `"adamw"`, `"none"`), matrices, parts, and the reason for it."""
+        """Each parameter's name, direction (`"matrix"`, `"adamw"`, `"none"`), matrices, parts, and the reason."""
         return [
             {
                 "name": r.name,
