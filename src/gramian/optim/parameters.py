@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.checkpoint import clean_name
-from gramian.errors import InputError, UnsupportedError
+from gramian.errors import GramianWarning, InputError, UnsupportedError
 from gramian.optim.routing import Route
 
 __all__ = [
@@ -18,9 +19,9 @@ __all__ = [
     "check_gradients",
     "check_not_replaced",
     "check_state",
-    "has_one_rate",
     "reason_to_leave_out",
     "replacements",
+    "warn_of_one_rate",
 ]
 
 
@@ -135,7 +136,17 @@ def check_state(name: str, found: Mapping[str, Any], buffers: Iterable[str]) -> 
                 )
 
 
-def has_one_rate(groups: Sequence[Mapping[str, Any]], built: Sequence[Any]) -> bool:
-    """Whether groups that were built with several rates all have the same now, above zero."""
-    rates = {g["lr"] for g in groups if isinstance(g["lr"], (int, float))}
-    return len(set(built)) > 1 and len(groups) == len(built) and len(rates) == 1 and max(rates) > 0
+def warn_of_one_rate(groups: Sequence[Mapping[str, Any]], built: Sequence[float]) -> bool:
+    """Warns if groups that were built with several rates all have the same now, above zero; returns whether it did."""
+    rates = {group["lr"] for group in groups if isinstance(group["lr"], (int, float))}
+    if len(set(built)) < 2 or len(groups) != len(built) or len(rates) > 1 or not max(rates, default=0):
+        return False
+    several = ", ".join(f"{rate:g}" for rate in sorted(set(built)))
+    warnings.warn(
+        f"all parameter groups have the rate {max(rates):g} now, but were built with {several}: what sets one rate for "
+        "all sets AdamW's too. Multiply each group's own rate (LambdaLR), give a list (OneCycleLR(optimizer, [g['lr'] for "
+        "g in optimizer.param_groups], …)), or build the optimizer with rest_lr equal to lr",
+        GramianWarning,
+        stacklevel=7,  # torch wraps a step in three functions
+    )
+    return True

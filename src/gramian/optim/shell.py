@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian import placement
-from gramian.errors import GramianWarning, InputError
+from gramian.errors import InputError
 from gramian.optim.adamw import step_adamw
 from gramian.optim.adamw_state import carry_over
 from gramian.optim.health import Row, Skipped, measure
@@ -23,9 +22,9 @@ from gramian.optim.parameters import (
     check_gradients,
     check_not_replaced,
     check_state,
-    has_one_rate,
     reason_to_leave_out,
     replacements,
+    warn_of_one_rate,
 )
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.refresh import Clock, due, stagger
@@ -218,16 +217,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if model is not None and (self._is_new or all(p.grad is None for p in params)):
             check_not_replaced(model, self._routes.values())
         self._is_new = False
-        if self._rates and has_one_rate(self.param_groups, self._rates):
-            built = ", ".join(f"{rate:g}" for rate in sorted(set(self._rates)))
-            warnings.warn(
-                f"all parameter groups have the rate {self.param_groups[0]['lr']:g} now, but were built with {built}: "
-                "what sets one rate for all sets AdamW's too. Multiply each group's own rate (LambdaLR), give a list "
-                "(OneCycleLR(optimizer, [g['lr'] for g in optimizer.param_groups], …)), or build the optimizer with "
-                "rest_lr equal to lr",
-                GramianWarning,
-                stacklevel=6,  # torch wraps a step in three functions
-            )
+        if warn_of_one_rate(self.param_groups, self._rates):
             self._rates = []  # once
 
     def _follow(self) -> None:
