@@ -234,6 +234,7 @@ def test_later_groups_have_the_models_roles() -> None:
 
 LISTS: dict[str, tuple[Callable[[], Any], str]] = {
     "another model": (lambda: Muon(Net().parameters(), model=Net()), "none of the parameters"),
+    "another model than the one": (lambda: Muon(Net(), model=Net()), "and another one"),
     "no model": (lambda: Muon(Net().parameters(), model="net"), "model must be the model"),
     "twice": (lambda: Muon([w := nn.Parameter(torch.ones(2, 2)), w]), "give each once"),
     "one name": (lambda: Muon([("w", nn.Parameter(torch.ones(2, 2))) for _ in range(2)]), "give each once"),
@@ -493,6 +494,25 @@ def test_flat_parameters_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match="DeepSpeed's ZeRO and FSDP1 flatten parameters"):
         optimizer.step()
     assert_equal(before, weights(net))
+
+
+def sharded_afterwards() -> str:
+    from torch.distributed.fsdp import fully_shard
+
+    net = Net()
+    optimizer = Muon(net)
+    fully_shard(net)
+    loss_of(net).backward()
+    try:
+        optimizer.step()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_a_model_that_is_sharded_after_its_optimizer_was_built_is_refused() -> None:
+    for message in run_on_ranks(sharded_afterwards, 2):
+        assert "Call fully_shard, to_empty or whatever replaced them before building the optimizer" in message
 
 
 def zero_redundancy() -> str:

@@ -144,8 +144,8 @@ def warn_of_one_rate(groups: Sequence[Mapping[str, Any]], built: Sequence[float]
     several = ", ".join(f"{rate:g}" for rate in sorted(set(built)))
     warnings.warn(
         f"all parameter groups have the rate {max(rates):g} now, but were built with {several}: what sets one rate for "
-        "all sets AdamW's too. Multiply each group's own rate (LambdaLR), give a list (OneCycleLR(optimizer, [g['lr'] for "
-        "g in optimizer.param_groups], …)), or build the optimizer with rest_lr equal to lr",
+        "all sets AdamW's too. Multiply each group's own rate (LambdaLR), give a list (OneCycleLR(optimizer, "
+        "[g['lr'] for g in optimizer.param_groups], …)), or build the optimizer with rest_lr equal to lr",
         GramianWarning,
         stacklevel=7,  # torch wraps a step in three functions
     )
