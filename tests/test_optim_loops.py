@@ -22,7 +22,8 @@ from distributed import run_on_ranks
 from gramian.errors import GramianWarning, InputError, UnsupportedError
 from gramian.optim import OPTIMIZERS, Muon, Proximal
 from gramian.optim.registry import MATRIX_OPTIMIZERS
-from gramian.prox import L1
+from gramian.prox import L1, Nuclear
+from zoo import ZOO
 
 MAKERS: dict[str, Callable[..., Any]] = {name: maker(name) for name in MATRIX_OPTIMIZERS}
 
@@ -223,6 +224,17 @@ def test_what_names_do_not_tell_is_not_guessed() -> None:
     assert roles(Muon(with_biases))["layers.2.weight"] == "adamw"  # as in a file
 
 
+@pytest.mark.parametrize("case", ZOO)
+def test_names_tell_the_roles_of_the_zoo(case: str) -> None:
+    """And its matrices, except for the groups of a convolution, which only the module knows."""
+    model = ZOO[case].make_model(0)
+    by_role, by_name = ({r["name"]: r for r in Muon(given).explain()} for given in (model, model.named_parameters()))
+    for name, row in by_role.items():
+        assert by_name[name]["direction"] == row["direction"], name
+        if not (case == "batchnorm_cnn" and name == "6.weight"):
+            assert by_name[name]["matrices"] == row["matrices"], name
+
+
 def test_later_groups_have_the_models_roles() -> None:
     net = Net()
     optimizer = Muon(net.fc1.parameters(), model=net)
@@ -230,6 +242,8 @@ def test_later_groups_have_the_models_roles() -> None:
     optimizer.add_param_group({"params": net.lm_head.parameters()})
     assert roles(optimizer)["lm_head.weight"] == "adamw"
     assert roles(optimizer)["fc2.weight"] == "matrix"
+    optimizer.add_param_group({"params": [("extra.weight", nn.Parameter(torch.ones(3, 3)))]})  # not of the model
+    assert roles(optimizer)["extra.weight"] == "matrix"
 
 
 LISTS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -467,19 +481,40 @@ def test_a_model_with_new_parameters_is_refused(replace: Callable[[], tuple[nn.M
         optimizer.step()
 
 
-def test_parameters_that_a_wrapper_swaps_in_the_groups_are_followed() -> None:
-    net, twin = Net(), Net()
-    optimizer, plain = Muon(net), Muon(twin)
+def swap_parameters(net: nn.Module, optimizer: Any) -> None:
+    """As accelerate does under FSDP2, without shards."""
     for module in list(net.modules()):
         for name, p in list(module.named_parameters(recurse=False)):
             new = nn.Parameter(p.detach().clone())
             setattr(module, name, new)
             for group in optimizer.param_groups:
                 group["params"] = [new if q is p else q for q in group["params"]]
+
+
+def test_parameters_that_a_wrapper_swaps_in_the_groups_are_followed() -> None:
+    net, twin = Net(), Net()
+    optimizer, plain = Muon(net), Muon(twin)
+    swap_parameters(net, optimizer)
     train(net, optimizer, range(3)), train(twin, plain, range(3))
     assert_equal(weights(net), weights(twin))
     assert roles(optimizer) == roles(plain)
     assert optimizer.health("spectra") == plain.health("spectra")
+
+
+@pytest.mark.parametrize("name", ["muon", "sgd"])
+def test_penalties_follow_too(name: str) -> None:
+    net, twin = Net(), Net()
+    both = []
+    for m in (net, twin):
+        base = Muon(m) if name == "muon" else torch.optim.SGD(m.named_parameters(), lr=0.1)
+        both.append(Proximal(base, {"fc*.weight": Nuclear(0.05), "conv.weight": L1(0.1)}, model=m))
+    swap_parameters(net, both[0])
+    train(net, both[0], range(2)), train(twin, both[1], range(2))
+    assert_equal(weights(net), weights(twin))
+    assert bool((net.conv.weight == 0).any())
+    both[0].base.add_param_group({"params": [("new", nn.Parameter(torch.ones(2)))]})
+    with pytest.raises(UnsupportedError, match="Add groups to the Proximal"):
+        both[0].step()
 
 
 def test_flat_parameters_are_refused_by_name() -> None:

@@ -131,7 +131,7 @@ def _routes_of_groups(items: Sequence[Any], known: Mapping[Tensor, Route], first
         own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         groups.append((list(map(_named, members, group.get("param_names") or [""] * len(members))), own))
     flat = [pair for members, _ in groups for pair in members]
-    if known and not any(p in known for _, p in flat):
+    if known and not first and not any(p in known for _, p in flat):
         raise InputError(
             "model= has none of the parameters that the optimizer was given; pass the model that they are of"
         )
