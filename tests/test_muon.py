@@ -16,6 +16,8 @@ from gramian.errors import GramianError, InputError
 from gramian.optim import Muon
 from zoo import ZOO
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*parameters without names")
+
 EXACT = 1e-5  # asked of the polar factor
 
 

@@ -16,6 +16,8 @@ from gramian.errors import InputError
 from gramian.optim import SOAP, Muon
 from gramian.optim.registry import MATRIX_OPTIMIZERS
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*parameters without names")
+
 
 def network() -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
@@ -97,6 +99,7 @@ def test_soap_takes_all_and_muon_the_momentum() -> None:
         assert (row["carried"], row["lost"]) == wanted
 
 
+@pytest.mark.filterwarnings("ignore:all parameter groups have the rate")
 def test_the_rest_goes_on_as_adamw_would() -> None:
     model, before = trained(lambda m: adamw(m, fused=True, weight_decay=0.0))
     twin, other = trained(lambda m: adamw(m, fused=True, weight_decay=0.0))

@@ -17,6 +17,8 @@ from gramian.errors import GramianWarning, InputError
 from gramian.optim import SOAP, Muon, refresh
 from gramian.optim.registry import MATRIX_OPTIMIZERS
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*parameters without names")
+
 
 def stepped(optimizer: Any, w: nn.Parameter, *grads: torch.Tensor) -> dict[str, Any]:
     for g in grads:

@@ -14,6 +14,8 @@ from directions import checks_of, may_keep_direction, variants
 from gramian.errors import InputError, UnsupportedError
 from gramian.optim import Muon
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*parameters without names")
+
 OPTIMIZERS = variants(2, lr=0.1, scale="match_rms_adamw")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 SHAPES = ((5, 5), (4, 9), (1, 7), (7, 1), (20, 33))

@@ -19,6 +19,8 @@ from gramian.errors import InputError
 from gramian.optim import SOAP, Muon, Proximal
 from gramian.prox import L1
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*parameters without names")
+
 OPTIMIZERS = variants(3)
 
 

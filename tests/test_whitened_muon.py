@@ -15,6 +15,8 @@ from gramian.errors import InputError
 from gramian.optim import Muon, WhitenedMuon
 from steps import LR, gradients, run
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*parameters without names")
+
 
 def polar(x: Tensor) -> Tensor:
     u, _, vt = torch.linalg.svd(x, full_matrices=False)

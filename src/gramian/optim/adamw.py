@@ -2,52 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
+from gramian import placement
 from gramian.optim.sharding import not_finite
 
-__all__ = ["FusedAdamW"]
+__all__ = ["step_adamw"]
 
 
-class FusedAdamW:
-    """torch's fused AdamW, working on the groups and the state of another optimizer."""
+def step_adamw(
+    groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]]
+) -> tuple[list[Tensor], Tensor]:
+    """A step of torch's fused AdamW for every parameter whose gradient is finite and has a finite square.
 
-    def __init__(self, betas: tuple[float, float], eps: float) -> None:
-        self._defaults: dict[str, Any] = {"betas": betas, "eps": eps, "fused": True}
-        self._adamw: torch.optim.AdamW | None = None
+    A square that overflows would stay in the second moment, and the parameter would never move again.
 
-    def share(self, groups: list[dict[str, Any]], state: Any) -> None:
-        """Works on these groups and this state from now on."""
-        if not groups:
-            return
-        if self._adamw is None:
-            self._adamw = torch.optim.AdamW(groups, **self._defaults)  # writes its defaults into the groups
-        for group in groups:
-            for key, value in self._adamw.defaults.items():
-                group.setdefault(key, value)
-        self._adamw.param_groups = groups
-        self._adamw.state = state
+    Args:
+        groups: parameter groups, with `lr`, `betas`, `eps`, `weight_decay` and `maximize`.
+        state: by parameter; torch's, of the same form.
 
-    def step(self) -> tuple[list[Tensor], Tensor]:
-        """Steps every parameter whose gradient is finite and has a finite square.
+    Returns the parameters that have a gradient, and which of them were skipped (P,).
+    """
+    params = [p for group in groups for p in group["params"] if p.grad is not None and p.grad.numel()]
+    if not params:
+        return [], torch.zeros(0)
+    bad = not_finite([p.grad for p in params], power=2)
+    good = {p for p, is_bad in zip(params, bad.tolist(), strict=True) if not is_bad}
+    for group in groups:
+        members = [p for p in group["params"] if p in good]
+        if members:
+            _step(members, group, [_state_of(p, state) for p in members])
+    return params, bad
 
-        A square that overflows would stay in the second moment, and the parameter would never move again.
 
-        Returns the parameters that have a gradient, and which of them were skipped (P,).
-        """
-        groups = self._adamw.param_groups if self._adamw is not None else []
-        params = [p for g in groups for p in g["params"] if p.grad is not None and p.grad.numel()]
-        if not params:
-            return [], torch.zeros(0)
-        assert self._adamw is not None
-        bad = not_finite([p.grad for p in params], power=2)
-        held = [(p, p.grad) for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
-        for p, _ in held:
-            p.grad = None
-        self._adamw.step()
-        for p, grad in held:
-            p.grad = grad
-        return params, bad
+def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[str, Any]:
+    """The moments of a parameter, in its dtype and on its device, which the user may have changed."""
+    known = state.get(p, {})
+    if not known:
+        zeros = {key: torch.zeros_like(p, memory_format=torch.contiguous_format) for key in ("exp_avg", "exp_avg_sq")}
+        state[p] = known = {"step": torch.zeros((), device=p.device), **zeros}
+    elif known["exp_avg"].dtype != p.dtype or known["exp_avg"].device != p.device:
+        known |= {key: known[key].to(p.device, p.dtype) for key in ("exp_avg", "exp_avg_sq")}
+        known["step"] = known["step"].to(p.device)
+    return known
+
+
+def _step(params: Sequence[Tensor], group: dict[str, Any], states: Sequence[dict[str, Any]]) -> None:
+    moments = [[s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")]
+    written = [placement.locals_of(tensors) for tensors in (params, *moments)]
+    grads = placement.locals_of([_placed_as(p, p.grad) for p in params])
+    # The fused step goes through memory and ignores strides: what is not contiguous is stepped as a copy.
+    plain = [[x.contiguous() for x in tensors] for tensors in written]
+    beta1, beta2 = group["betas"]
+    adamw(
+        plain[0],
+        [g.contiguous() for g in grads],
+        plain[1],
+        plain[2],
+        [],
+        [s["step"] for s in states],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+    for tensors, copies in zip(written, plain, strict=True):
+        for tensor, copy in zip(tensors, copies, strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
+
+
+def _placed_as(p: Any, grad: Any) -> Tensor:
+    """The gradient, spread over the ranks as its parameter is."""
+    if not hasattr(p, "placements") or grad.placements == p.placements:
+        return grad
+    return grad.redistribute(p.device_mesh, p.placements)

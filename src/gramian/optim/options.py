@@ -6,6 +6,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
 
+from torch import nn
+
 from gramian.errors import InputError
 from gramian.optim.routing import Direction
 
@@ -98,6 +100,7 @@ class Shared(TypedDict, total=False):
     part_size: int | None
     refresh: int
     max_overhead: float | None
+    model: nn.Module | None
     routes: Mapping[str, Direction] | None
     layouts: Mapping[str, Any] | None
     maximize: bool
@@ -115,6 +118,7 @@ SHARED: dict[str, Option] = {
     "part_size": Option(256, whole(1).or_none()),
     "refresh": Option(1, whole(1)),
     "max_overhead": Option(None, interval("(0, 1)").or_none()),
+    "model": Option(None, Range("the model, an nn.Module, or None", lambda v: v is None or isinstance(v, nn.Module))),
     "routes": Option(None, ANYTHING),
     "layouts": Option(None, ANYTHING),
     "maximize": Option(False, FLAG),

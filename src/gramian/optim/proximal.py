@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.block import Layout, blocks
-from gramian.errors import InputError
+from gramian.errors import InputError, UnsupportedError
 from gramian.optim.routing import plain_layout
 from gramian.optim.shell import MatrixOptimizer
 from gramian.prox import L2, Penalty
@@ -70,12 +70,14 @@ class Proximal(torch.optim.Optimizer):
             {b.parameter: b.layout for b in blocks(model).blocks} if model is not None else {}
         )
         self._chosen = self._choose(unmatched="raise")
+        self._params = self._all_parameters()
         super().__init__(base.param_groups, base.defaults)
         self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Steps the base, then maps every parameter that has a penalty and a gradient; returns the closure's loss."""
+        self._follow()
         loss = None
         coupled = {p: x for p, x in self._chosen.items() if isinstance(x, L2) and x.form == "coupled"}
         if coupled and closure is not None:
@@ -119,6 +121,7 @@ class Proximal(torch.optim.Optimizer):
         self.base.add_param_group(param_group)
         self._share()
         self._chosen = self._choose(unmatched="ignore")
+        self._params = self._all_parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's."""
@@ -130,8 +133,8 @@ class Proximal(torch.optim.Optimizer):
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"base": self.base, "penalties": self.penalties, "_layouts": self._layouts, "_chosen": self._chosen}
-        return super().__getstate__() | own
+        own = ("base", "penalties", "_layouts", "_chosen", "_params")
+        return super().__getstate__() | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -142,6 +145,23 @@ class Proximal(torch.optim.Optimizer):
         self.param_groups = self.base.param_groups
         self.state = self.base.state
         self._shared = True
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [p for group in self.base.param_groups for p in group["params"]]
+
+    def _follow(self) -> None:
+        """Gives the penalties to parameters that a wrapper has put in place of those given, as accelerate does."""
+        now = self._all_parameters()
+        if len(now) != len(self._params):
+            raise UnsupportedError(
+                f"Proximal: the base has {len(now)} parameters now and had {len(self._params)}. Add groups to the "
+                "Proximal, not to its base; wrappers that flatten parameters, as DeepSpeed's ZeRO, are not supported"
+            )
+        new = {old: p for old, p in zip(self._params, now, strict=True) if p is not old}
+        if new:
+            self._chosen = {new.get(p, p): penalty for p, penalty in self._chosen.items()}
+            self._layouts = {new.get(p, p): layout for p, layout in self._layouts.items()}
+            self._params = now
 
     def _choose(self, *, unmatched: str) -> dict[Tensor, Penalty]:
         chosen: dict[Tensor, Penalty] = {}

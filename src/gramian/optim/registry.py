@@ -84,7 +84,12 @@ class Entry:
     def make(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimizer of a model's parameters."""
         make: Any = self.optimizer
-        return make(model if issubclass(make, MatrixOptimizer) else model.parameters(), lr=lr, **self.options)
+        if issubclass(make, MatrixOptimizer):
+            return make(model, lr=lr, **self.options)
+        options = dict(self.options)
+        if options.get("fused"):  # torch's fused steps ignore strides on a CPU, and write to memory beside the tensor
+            options["fused"] = all(p.is_contiguous() for p in model.parameters())
+        return make(model.parameters(), lr=lr, **options)
 
 
 OPTIMIZERS: dict[str, Entry] = {

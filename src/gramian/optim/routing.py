@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from gramian.block import Layout, blocks
 from gramian.checkpoint import clean_name
-from gramian.errors import InputError
+from gramian.errors import GramianWarning, InputError
+from gramian.layers.listed import look_up_listed
+from gramian.layers.roles import Role
 from gramian.optim.parts import in_parts
 
-__all__ = ["Direction", "Route", "plain_layout", "route", "route_groups"]
+__all__ = ["Direction", "Group", "Route", "plain_layout", "route_groups", "routes_of_model"]
 
 Direction = Literal["matrix", "adamw"]
 
@@ -56,84 +59,105 @@ class Route:
         return self if self.layout is None else replace(self, layout=in_parts(self.layout, size), whole=self.layout)
 
 
-def route(
-    params: nn.Module | Iterable[Any],
-    overrides: Mapping[str, Direction] | None,
-    layouts: Mapping[str, Any] | None,
-    first: int = 0,
-) -> list[Route]:
-    """Routes every parameter: of a model by its role, of a list by its shape.
-
-    The hidden matrices of a model step as matrices; everything else (embeddings, heads, elementwise weights, norms,
-    biases) by AdamW. In a list, tensors of two or more dimensions are matrices `(out, in·…)`. `overrides`, by name
-    pattern, win. A parameter without a name is called by its number, counted from `first`.
-    """
-    if isinstance(params, nn.Module):
-        routes = _from_model(params, layouts)
-    elif layouts:
-        raise InputError("layouts= needs the model: pass it in place of its parameters")
-    else:
-        routes = _from_list(params, first)
-    if not routes:
-        raise InputError("the optimizer got an empty parameter list; pass a model, or its parameters() as a list")
-    used = set()
-    for i, r in enumerate(routes):
-        for pattern, direction in (overrides or {}).items():
-            if fnmatch.fnmatchcase(r.name, pattern):
-                used.add(pattern)
-                routes[i] = _override(r, pattern, direction)
-                break
-    for pattern in overrides or {}:
-        if pattern not in used:
-            raise InputError(f"routes: {pattern!r} matches no parameter; names are like {routes[0].name!r}")
-    return routes
+Group = tuple[list[Route], dict[str, Any]]
+"""The routes of a parameter group, and the options of that group."""
 
 
 def route_groups(
     params: nn.Module | Iterable[Any],
-    overrides: Mapping[str, Direction] | None,
-    layouts: Mapping[str, Any] | None,
+    overrides: Mapping[str, Direction] | None = None,
+    known: Mapping[Tensor, Route] | None = None,
     first: int = 0,
-) -> list[tuple[list[Route], dict[str, Any]]]:
-    """The routes of each parameter group, with the options of that group; usually one group without options."""
+) -> list[Group]:
+    """The routes of each parameter group; usually one group without options.
+
+    The hidden matrices of a model step as matrices; everything else (embeddings, heads, elementwise weights, norms,
+    biases) by AdamW. Which are which, the model tells best; then the names; and shapes alone tell nothing: a tensor of
+    two or more dimensions is a matrix `(out, in·…)`, and `GramianWarning` says what to write. `overrides`, by name
+    pattern, win.
+
+    Args:
+        params: a model, its parameters, pairs of names and parameters, or groups of these.
+        known: routes by parameter, those of the model.
+        first: the number that the first parameter without a name is called by.
+    """
     if isinstance(params, nn.Module):
-        return [(route(params, overrides, layouts), {})]
-    items = list(params)
-    if not items or not isinstance(items[0], dict):
-        return [(route(items, overrides, layouts, first), {})]
-    groups = []
-    for group in items:
-        own = {key: value for key, value in group.items() if key != "params"}
-        members = group["params"]
-        routes = route([members] if isinstance(members, Tensor) else members, overrides, layouts, first)
-        first += len(routes)
-        groups.append((routes, own))
-    return groups
+        groups: list[Group] = [(routes_of_model(params), {})] if known is None else [(list(known.values()), {})]
+    else:
+        groups = _routes_of_groups(list(params), known or {}, first)
+    routes = [r for members, _ in groups for r in members]
+    if not routes:
+        raise InputError("the optimizer got an empty parameter list; pass a model, or its parameters() as a list")
+    chosen = {r.parameter: pattern for r in routes if (pattern := _pattern(r.name, overrides or {})) is not None}
+    for pattern in overrides or {}:
+        if pattern not in chosen.values():
+            raise InputError(f"routes: {pattern!r} matches no parameter; names are like {routes[0].name!r}")
+    guessed = [r for r in routes if r.reason == _BY_SHAPE and r.layout is not None and r.parameter not in chosen]
+    if guessed and len(routes) > 1:
+        warnings.warn(
+            f"{len(guessed)} parameters without names step as matrices by their shape alone, be they hidden layers, "
+            "embeddings or heads. Pass the model itself, model.named_parameters(), or the groups together with "
+            'model=model; or say routes={"*": "matrix"} where all are hidden matrices',
+            GramianWarning,
+            stacklevel=4,
+        )
+    overridden = {
+        p: _override(r, chosen[p], (overrides or {})[chosen[p]]) for r in routes if (p := r.parameter) in chosen
+    }
+    return [([overridden.get(r.parameter, r) for r in members], own) for members, own in groups if members]
 
 
-def _from_model(model: nn.Module, layouts: Mapping[str, Any] | None) -> list[Route]:
+def routes_of_model(model: nn.Module, layouts: Mapping[str, Any] | None = None) -> list[Route]:
+    """The routes of all parameters of a model, by their role in it."""
     found, rest = blocks(model, layouts)
-    routes = [
-        Route(b.name, b.parameter, b.layout, b.reason)
-        if b.role == "hidden"
-        else Route(b.name, b.parameter, None, f"{_WHY_ADAMW.get(b.role, b.role)}: {b.reason}")
-        for b in found
-    ]
+    routes = [_by_role(b.name, b.parameter, b.layout, b.role, b.reason) for b in found]
     return routes + [Route(r.name, r.parameter, None, r.reason) for r in rest]
 
 
-def _from_list(params: Iterable[Any], first: int) -> list[Route]:
+def _by_role(name: str, parameter: Tensor, layout: Layout | None, role: Role, reason: str) -> Route:
+    if layout is None or role == "hidden":
+        return Route(name, parameter, layout, reason)
+    return Route(name, parameter, None, f"{_WHY_ADAMW.get(role, role)}: {reason}")
+
+
+_BY_SHAPE = "given without a name: routed by its shape"
+
+
+def _routes_of_groups(items: Sequence[Any], known: Mapping[Tensor, Route], first: int) -> list[Group]:
+    grouped = bool(items) and isinstance(items[0], dict)
+    groups: list[tuple[list[tuple[str, Tensor]], dict[str, Any]]] = []
+    for group in items if grouped else [{"params": items}]:
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        groups.append((list(map(_named, members, group.get("param_names") or [""] * len(members))), own))
+    flat = [pair for members, _ in groups for pair in members]
+    if known and not first and not any(p in known for _, p in flat):
+        raise InputError(
+            "model= has none of the parameters that the optimizer was given; pass the model that they are of"
+        )
+    for what, keys in (("parameters", [id(p) for _, p in flat]), ("names", [name for name, _ in flat if name])):
+        if len(set(keys)) < len(keys):
+            raise InputError(f"two of the {what} that the optimizer was given are the same; give each once")
+    told = look_up_listed({name: tuple(p.shape) for name, p in flat if name})
     routes = []
-    for i, item in enumerate(params, first):
-        name, parameter = item if isinstance(item, tuple) else (str(i), item)
-        if not isinstance(parameter, Tensor):
-            raise InputError(
-                f"expected a model, parameters, (name, parameter) pairs or parameter groups; "
-                f"got {type(parameter).__name__}"
-            )
-        layout = plain_layout(parameter)
-        routes.append(Route(clean_name(name), parameter, layout, "given as a list: routed by its shape"))
-    return routes
+    for i, (name, p) in enumerate(flat, first):
+        if p in known:
+            routes.append(known[p])
+        elif name:
+            routes.append(_by_role(name, p, *told[name]))
+        else:
+            routes.append(Route(str(i), p, plain_layout(p), _BY_SHAPE))
+    numbered = iter(routes)
+    return [([next(numbered) for _ in members], own) for members, own in groups]
+
+
+def _named(item: Any, name: str = "") -> tuple[str, Tensor]:
+    name, parameter = item if isinstance(item, tuple) else (name, item)
+    if not isinstance(parameter, Tensor):
+        raise InputError(
+            f"expected a model, parameters, (name, parameter) pairs or parameter groups; got {type(parameter).__name__}"
+        )
+    return clean_name(name), parameter
 
 
 def plain_layout(parameter: Tensor) -> Layout | None:
@@ -143,6 +167,10 @@ def plain_layout(parameter: Tensor) -> Layout | None:
     axes = " ".join(f"k{i}" for i in range(parameter.ndim - 1))
     columns = f"({axes})" if parameter.ndim > 2 else axes
     return Layout(f"o {axes} -> o {columns}", tuple(parameter.shape))
+
+
+def _pattern(name: str, overrides: Mapping[str, Any]) -> str | None:
+    return next((pattern for pattern in overrides if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def _override(r: Route, pattern: str, direction: Direction) -> Route:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from gramian import placement
-from gramian.errors import UnsupportedError
 from gramian.linalg.engine.scaling import peak
 from gramian.optim.stacks import State
 
@@ -23,8 +22,6 @@ def not_finite(grads: Sequence[Tensor], power: int = 1) -> Tensor:
 
     With `power`, also those with an entry whose power overflows the dtype.
     """
-    if any(g.is_sparse for g in grads):
-        raise UnsupportedError("sparse gradients are not supported; make the embedding with sparse=False")
     parts = placement.locals_of(grads)
     bad = _overflow(_norms(parts), power)
     if bad.device.type == "cpu" and bool(bad.any()):  # or only the norm overflows, and no entry does

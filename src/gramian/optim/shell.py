@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Unpack
 
 import torch
@@ -11,13 +13,22 @@ from torch import Tensor, nn
 
 from gramian import placement
 from gramian.errors import InputError
-from gramian.optim.adamw import FusedAdamW
+from gramian.optim.adamw import step_adamw
 from gramian.optim.adamw_state import carry_over
 from gramian.optim.health import Row, Skipped, measure
 from gramian.optim.options import LR, REST_LR, SHARED, Shared, check
+from gramian.optim.parameters import (
+    check_caller,
+    check_gradients,
+    check_not_replaced,
+    check_state,
+    reason_to_leave_out,
+    replacements,
+    warn_of_one_rate,
+)
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.refresh import Clock, due, stagger
-from gramian.optim.routing import Route, route_groups
+from gramian.optim.routing import Group, Route, route_groups, routes_of_model
 from gramian.optim.sharding import Sharding, not_finite
 from gramian.optim.stacks import Stack, Stacks, State, alike
 
@@ -39,9 +50,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     all of them, to be loaded by any number of ranks.
 
     Args:
-        params: the model (best: matrices are found by their role), or its `named_parameters()`, `parameters()` or
-            torch's parameter groups (matrices are found by their shape). A group's own `lr`, `weight_decay` and other
-            options apply to its matrices and its other parameters alike.
+        params: the model (best: matrices are found by their role), its `named_parameters()` (by name and shape, as in a
+            file), or `parameters()`; or torch's parameter groups of these. A group's own `lr`, `weight_decay` and other
+            options apply to its matrices and its other parameters alike. Frozen parameters that hold no real numbers
+            (quantized weights) are left out; `explain()` says so.
         lr: length of a step of the matrices, in the unit that `scale` sets.
         options: those of the direction, by name.
         shared: the options of all matrix optimizers:
@@ -59,12 +71,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
             - `refresh`: steps between two recomputations of a direction's costly parts, staggered over the matrices.
             - `max_overhead`: the largest share of a step's time that the optimizer may take. `refresh` is then set
               once, after nine steps have been timed, by all ranks together; it is kept in `state_dict()` and replayed.
+            - `model`: where `params` are its parameters or groups of them: the roles, and the names, are then the
+              model's. Without it and without names, whatever has two or more dimensions steps as a matrix, and a
+              `GramianWarning` says so.
             - `routes`: overrides by name pattern: `{"0.weight": "matrix", "*.pos_emb": "adamw"}`.
             - `layouts`: as in `gm.blocks`.
             - `maximize`: ascend.
 
     Raises:
-        InputError: for an empty list, a pattern that matches nothing, an unknown option, or one out of its range.
+        InputError: for an empty list, a pattern that matches nothing, an unknown option, or one out of its range; in
+            `step()`, where the model has other parameters now than the optimizer.
+        UnsupportedError: in `step()`, before anything moves: for sparse gradients, and parameters that a wrapper has
+            flattened (DeepSpeed's ZeRO, FSDP1). Those that accelerate replaces under FSDP2 are followed.
     """
 
     recipe: Recipe
@@ -73,6 +91,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self, params: nn.Module | Iterable[Any], lr: float, options: dict[str, Any], **shared: Unpack[Shared]
     ) -> None:
         assert options.keys() == self.recipe.options.keys(), "recipe.options and __init__ name different options"
+        check_caller(type(self).__name__)
         for key in shared.keys() - SHARED.keys():
             known = ", ".join(["lr", *options, *SHARED])
             raise InputError(f"{type(self).__name__}: there is no option {key!r}; there are {known}")
@@ -80,34 +99,42 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._check({"lr": lr, **options, **given})
         self._routes: dict[Tensor, Route] = {}
         self._order: list[Tensor] = []  # the parameters in the order given; that of `_routes` is by role
+        self._left_out: list[Route] = []
         self._skipped = Skipped()
         self._stacks: dict[int, Stacks] = {}  # by the number of their group
         self._sharding = Sharding()
-        self._rest = FusedAdamW(given.pop("rest_betas"), given.pop("rest_eps"))
         self._clock = Clock()
-        overrides, layouts = given.pop("routes"), given.pop("layouts")
+        overrides, layouts, model = given.pop("routes"), given.pop("layouts"), given.pop("model")
         self._options = {"lr": lr, **options, **given}
-        found = self._cut(route_groups(params, overrides, layouts))
+        if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise InputError("model= is for lists of parameters; params is a model itself, and another one")
+            model = params
+        if layouts and model is None:
+            raise InputError("layouts= needs the model: pass it in place of its parameters, or as model=")
+        self._known = {} if model is None else {r.parameter: r for r in routes_of_model(model, layouts)}
+        self._model = None if model is None else weakref.ref(model)
+        found = self._cut(route_groups(params, overrides, self._known))
         self._add_routes([r for routes, _ in found for r in routes])
         if isinstance(params, nn.Module):
-            self._order = list(params.parameters())
+            self._order = [p for p in params.parameters() if p in self._routes]
         self._built = False
         super().__init__([group for routes, own in found for group in self._split(routes, own)], {})
-        self._built = True
+        self._built, self._is_new = True, True
+        self._rates = [group["lr"] for group in self.param_groups]
         # Schedulers that cycle the momentum look for it here.
         self.defaults = {key: self._options[key] for key in ("lr", "momentum") if key in self._options}
-        self._share()
 
     def _check(self, options: Mapping[str, Any]) -> None:
         shared = {key: option.range for key, option in SHARED.items()}
         check(type(self).__name__, options, {"lr": LR, **self.recipe.options, **shared})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, routed by their shape: one group of matrices, and groups for the rest."""
+        """Adds parameters, routed as those before: one group of matrices, and groups for the rest."""
         if not self._built:
             super().add_param_group(param_group)
             return
-        found = self._cut(route_groups([param_group], None, None, first=len(self._routes)))
+        found = self._cut(route_groups([param_group], known=self._known, first=len(self._routes)))
         for routes, own in found:
             if any(r.parameter in self._routes for r in routes):
                 raise InputError(f"{type(self).__name__}: a parameter of the new group is in the optimizer already")
@@ -115,18 +142,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._add_routes(routes)
             for group in groups:
                 super().add_param_group(group)
-        self._share()
+                self._rates.append(group["lr"])
 
-    def _cut(self, groups: Sequence[tuple[list[Route], dict[str, Any]]]) -> list[tuple[list[Route], dict[str, Any]]]:
-        return [([r.cut(self._options["part_size"]) for r in routes], own) for routes, own in groups]
+    def _cut(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups without what is left out, and with large matrices in parts."""
+        found: list[Group] = []
+        for routes, own in groups:
+            reasons = [reason_to_leave_out(r.name, r.parameter) for r in routes]
+            pairs = list(zip(routes, reasons, strict=True))
+            self._left_out += [replace(r, layout=None, reason=reason) for r, reason in pairs if reason]
+            found.append(([r.cut(self._options["part_size"]) for r, reason in pairs if not reason], own))
+        return found
 
     def _add_routes(self, routes: Sequence[Route]) -> None:
-        for r in routes:
-            if not r.parameter.is_floating_point():
-                raise InputError(
-                    f"{type(self).__name__}: {r.name!r} is of {r.parameter.dtype}; expected real floating-point "
-                    "parameters. Leave others out, or see torch.view_as_real for complex ones"
-                )
         self._order += [r.parameter for r in routes]
         self._routes.update((r.parameter, r) for r in routes)
         matrices = [r for r in self._routes.values() if r.layout is not None]
@@ -143,7 +171,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if "weight_decay" in own:
             options["rest_weight_decay"] = own["weight_decay"]
         self._check(options)
-        lr, rest_lr, rest_decay = float(options["lr"]), options.pop("rest_lr"), options.pop("rest_weight_decay")
+        lr = float(options["lr"])
+        rest_lr, rest_decay, betas, eps = (options.pop(f"rest_{key}") for key in ("lr", "weight_decay", "betas", "eps"))
         matrices = [r for r in routes if r.direction == "matrix"]
         tables = [r for r in routes if r.direction == "adamw" and r.parameter.ndim >= 2]
         vectors = [r for r in routes if r.direction == "adamw" and r.parameter.ndim < 2]
@@ -157,14 +186,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
             groups.append({"params": _named(matrices), "direction": "matrix", **options, "lr": lr, "step": 0})
         for rest, rate, decay in ((tables, rest_lr, rest_decay), (vectors, vector_lr, 0.0)):
             if rest:
-                own_rest = {"lr": float(rate), "weight_decay": decay, "maximize": options["maximize"]}
-                groups.append({"params": _named(rest), "direction": "adamw", **own_rest})
+                own_rest = {"lr": float(rate), "weight_decay": decay, "betas": betas, "eps": eps}
+                kind = {"direction": "adamw", "maximize": options["maximize"], "fused": True}
+                groups.append({"params": _named(rest), **kind, **own_rest})
         return groups
 
-    def _share(self) -> None:
-        """Lets AdamW work on this optimizer's own groups and state, so that each exists once."""
-        self._rest.share([g for g in self.param_groups if g["direction"] == "adamw"], self.state)
-
+    @torch._disable_dynamo  # an optimizer's step of its own kernels; torch.compile of a loop goes around it
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Steps every parameter that has a gradient; returns the closure's loss."""
@@ -172,13 +199,43 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._before_step()
         groups = [g for g in self.param_groups if g["direction"] == "matrix"]
         self._skipped.begin()
         with self._clock.timed(groups):
             for number, group in enumerate(groups):
                 self._step_matrices(number, group)
-            self._count(*self._rest.step())
+            self._count(*step_adamw([g for g in self.param_groups if g["direction"] == "adamw"], self.state))
         return loss
+
+    def _before_step(self) -> None:
+        """Refuses what cannot be stepped, before anything moves, and follows parameters that were replaced."""
+        self._follow()
+        params = [p for group in self.param_groups for p in group["params"]]
+        check_gradients(params, self._routes)
+        model = self._model() if self._model is not None else None
+        if model is not None and (self._is_new or all(p.grad is None for p in params)):
+            check_not_replaced(model, self._routes.values())
+        self._is_new = False
+        if warn_of_one_rate(self.param_groups, self._rates):
+            self._rates = []  # once
+
+    def _follow(self) -> None:
+        """Takes over parameters that a wrapper put into the groups in place of those given, such as their shards."""
+        if all(p in self._routes for group in self.param_groups for p in group["params"]):
+            return
+        new = {old: p for group in self.param_groups for old, p in replacements(group, self._routes).items()}
+        if any(self.state.get(p) for p in new):
+            raise InputError(
+                "the parameters were replaced after the optimizer had stepped them, and its state is that of the old "
+                "ones. Replace them (accelerator.prepare, fully_shard) before the first step, then load the state"
+            )
+        moved = {new.get(p, p): replace(r, parameter=new.get(p, p)) for p, r in self._routes.items()}
+        self._routes, self._order = moved, [new.get(p, p) for p in self._order]
+        self._known = {p: moved[p] for old in self._known if (p := new.get(old, old)) in moved}
+        self._stacks.clear()
+        self._sharding = Sharding()
+        self._sharding.assign([r.parameter for r in moved.values() if r.layout is not None])
 
     def _step_matrices(self, number: int, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None and p.grad.numel()]
@@ -240,7 +297,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._skipped.add([self._routes[p].name for p in params], params, bad)
 
     def explain(self) -> list[dict[str, str]]:
-        """Each parameter's name, direction (`"matrix"` or `"adamw"`), matrices, parts, and the reason for its route."""
+        """Each parameter's name, direction (`"matrix"`, `"adamw"`, `"none"`), matrices, parts, and the reason."""
         return [
             {
                 "name": r.name,
@@ -250,6 +307,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 "reason": r.reason,
             }
             for r in self._routes.values()
+        ] + [
+            {"name": r.name, "direction": "none", "matrices": "", "parts": "", "reason": r.reason}
+            for r in self._left_out
         ]
 
     def skipped(self) -> dict[Tensor, Tensor]:
@@ -284,6 +344,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         if detail not in ("counts", "spectra"):
             raise InputError(f"health: detail must be 'counts' or 'spectra', got {detail!r}")
+        self._follow()
         skipped = self._skipped.counts()
         groups = {p: g for g in self.param_groups if g["direction"] == "matrix" for p in g["params"]}
         rows: dict[str, Row] = {}
@@ -322,6 +383,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         0.weight | exp_avg | exp_avg_sq, step
         0.bias | exp_avg, exp_avg_sq, step |
         """
+        self._follow()
         groups = {p: g for g in self.param_groups for p in g["params"]}
 
         def empty(r: Route) -> State:
@@ -338,6 +400,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Where parameters are sharded, it is collective and gives this rank's part."""
+        self._follow()
         own = self.state
         try:
             self.state = self._sharding.divide(own)  # type: ignore[assignment]
@@ -347,10 +410,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict()` gave; the next step is then the same, bit for bit."""
+        self._follow()
         given: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, found: given.update(found))  # after the user's
-        super().load_state_dict(state_dict)
-        hook.remove()
+
+        def take(_: Any, found: dict[str, Any]) -> None:
+            all_buffers = self.recipe.init(torch.empty(1, 1, 1, device="meta"), {**self._options, "refresh": 2})
+            check_state(type(self).__name__, found, all_buffers)
+            given.update(found)
+
+        hook = self.register_load_state_dict_pre_hook(take)  # after the user's
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
         # torch casts the state to the parameter's dtype and shares its memory: put back a copy of what was saved.
         saved = (index for group in given["param_groups"] for index in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
@@ -359,20 +431,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
         for p in states:
             self.state[p] = {name: value.clone() for name, value in self.state[p].items()}
-        self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_routes", "_order", "_num_matrices", "_options", "_built", "_sharding", "_rest", "_clock", "_skipped")
-        return super().__getstate__() | {name: self.__dict__[name] for name in own}
+        return super().__getstate__() | {name: self.__dict__[name] for name in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._stacks = {}
+        if "_routes" in state:  # a copy, or read from a pickle: it knows no model
+            self._model, self._known = None, {}
         for group in self.param_groups:
             if group["direction"] == "matrix":  # a state saved by an earlier version may lack newer options
-                for key in self._options.keys() - {"rest_lr", "rest_weight_decay"}:
-                    group.setdefault(key, self._options[key])
-        self._share()
+                for key, value in self._options.items():
+                    if not key.startswith("rest_"):
+                        group.setdefault(key, value)
+
+
+_KEPT = (
+    "_routes", "_order", "_left_out", "_num_matrices", "_options", "_built", "_sharding", "_clock", "_skipped",
+    "_rates", "_is_new",
+)  # fmt: skip
+"""What a copy takes along beside torch's own."""
 
 
 def _named(routes: Sequence[Route]) -> list[tuple[str, Tensor]]:

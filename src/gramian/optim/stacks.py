@@ -74,8 +74,11 @@ class Stack:
                     views[name].copy_(known)
 
     def holds(self, states: Mapping[Tensor, State]) -> bool:
-        """Whether the present state of its parameters lies here."""
-        return all(states.get(r.parameter) is views for r, views in zip(self.routes, self.views, strict=True))
+        """Whether the present state of its parameters lies here, in the dtype and on the device that they have now."""
+        wide = torch.promote_types(self.routes[0].parameter.dtype, torch.float32)
+        kind = {(r.parameter.dtype, r.parameter.device) for r in self.routes}
+        same = len(kind) == 1 and (wide, self.routes[0].parameter.device) == (self.dtype, self.device)
+        return same and all(states.get(r.parameter) is views for r, views in zip(self.routes, self.views, strict=True))
 
     def stacked(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """A copy of one tensor for each parameter, as matrices (K, m, n); zeros for `None`."""
