@@ -80,7 +80,7 @@ class Uses(TorchDispatchMode):
             if value.shape[axis] > 1 and value.stride(axis) in strides and value.dtype == parameter.dtype:
                 use.contracted.add(strides.index(value.stride(axis)))
         elif name in ("convolution", "mkldnn_rnn_layer", "lstm"):
-            depthwise = name == "convolution" and args[-1] > 1 and value.shape[1] == 1
+            depthwise = name == "convolution" and value.ndim > 1 and args[-1] > 1 and value.shape[1] == 1
             use.kinds.add("elementwise" if value.ndim < 2 else "depthwise" if depthwise else "matrix")
         elif name in TABLES:
             use.kinds.add("table")

@@ -113,7 +113,8 @@ def test_unequal_parts_are_apart_where_a_config_tells_them(config: object) -> No
     (block,) = gm.blocks(Attention("qkv_proj", (32, 16), config)).blocks
     assert [tuple(p.shape) for p in block.pieces()] == [(16, 16), (8, 16), (8, 16)]
     assert torch.equal(torch.cat(list(block.pieces())), block.parameter)
-    assert block.shape == (32, 16)  # no common stack: what wants one takes them as one matrix
+    assert block.shape == (4, 8, 16)  # a stack of equal parts, the queries being two of them
+    assert torch.equal(block.join(block.split()), block.parameter)
     assert [name[-3:] for name in block.names] == ["[q]", "[k]", "[v]"]
 
 

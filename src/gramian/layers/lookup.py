@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gramian.layers.classes import Layer, layer_of, layout_of
+from gramian.layers.configs import declared_family
 from gramian.layers.names import find_named, weight_name
 from gramian.layers.roles import Role, role_by_name
 from gramian.layout import Layout
@@ -57,10 +58,11 @@ def look_up(use: Owned) -> Lookup:
     weight = row.weight(local, parameter.ndim)
     if weight is not None and row.operation != "linear":
         return _of_class(use, row, weight[2])
-    is_bias = local.startswith("bias") or local.endswith("bias")
-    if parameter.ndim >= 2 and not is_bias:
+    if parameter.ndim >= 2:
         like = weight[0] if weight is not None else ""
-        named = find_named(use.full, shape, use.config, like=like)
+        declared = declared_family(module)
+        config = {**use.config, "model_type": declared} if declared else use.config
+        named = find_named(use.full, shape, config, like=like)
         if named is not None:
             return Lookup(named.layout, named.role or "hidden", named.reason)
     if weight is not None:
@@ -69,7 +71,7 @@ def look_up(use: Owned) -> Lookup:
     if parameter.ndim < 2:
         what = "vector" if parameter.ndim else "scalar"
         return Lookup(None, "hidden", f"{'bias' if 'bias' in local else local}: a {what}")
-    if row.operation == "elementwise" or is_bias:
+    if row.operation == "elementwise":
         return Lookup(None, "elementwise", f"{local} of {kind}: acts element by element")
     if parameter.ndim == 2:
         role = role_by_name(use.full, shape, getattr(module, "bias", None) is not None and local == "weight")

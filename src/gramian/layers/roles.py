@@ -17,9 +17,11 @@ _EMBEDDINGS = re.compile(
     re.IGNORECASE,
 )
 _HEADS = re.compile(
-    r"^(\w+\.)?(lm_head|heads?|classifier|score|embed_out|fc_out|proj_out)(\.head|\.fc|\.\d+)?(\.weight)?$"
-    r"|^(output|fc|logits)(\.weight)?$"
+    r"^(\w+\.)?(lm_head|heads?|classifier|score|embed_out|fc_out|proj_out)(\.head|\.fc|\.out_proj|\.\d+)?(\.weight)?$"
+    r"|^(output|fc|logits|decoder)(\.weight)?$"
 )
+# A projection into a space of embeddings has no scores, even where it comes last.
+_PROJECTIONS = re.compile(r"(^|[._])projection(\.weight)?$")
 
 
 def role_by_name(name: str, shape: tuple[int, ...], has_bias: bool) -> Role:
@@ -67,4 +69,6 @@ def find_head(names: Sequence[Sequence[str]], roles: Sequence[Role], *, last: bo
     if len(names) < 2 or not hidden:
         return None
     named = [i for i in hidden if any(_HEADS.search(name) for name in names[i])]
-    return named[-1] if named else hidden[-1] if last else None
+    if named or not last or any(_PROJECTIONS.search(name) for name in names[hidden[-1]]):
+        return named[-1] if named else None
+    return hidden[-1]
