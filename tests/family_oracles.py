@@ -22,7 +22,8 @@ PRODUCTS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "baddbmm": ((1, -1), (2, -2)),
     "_grouped_mm": ((0, -1), (1, -2)),
 }
-COPIES = ("index", "clone", "_to_copy", "_weight_norm_interface", "cat", "index_select")
+# What still is the weight afterwards: a copy, a choice of experts, a normalized weight.
+COPIES = ("index", "index_select", "cat", "clone", "_to_copy", "_weight_norm_interface", "native_batch_norm")
 TABLES = ("embedding", "gather")
 
 
@@ -100,10 +101,12 @@ def hooked_moments(model: nn.Module, forward: Callable[[], Tensor], units: int) 
     inputs: dict[nn.Module, list[Tensor]] = defaultdict(list)
     gradients: dict[nn.Module, list[Tensor]] = defaultdict(list)
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         inputs[module].append(_rows(module, args[0].detach().double()))
-        if output.requires_grad:
-            output.register_hook(lambda g: gradients[module].append(_outputs(module, g.double())))
+        _check_plain(module, inputs[module][-1], output.detach().double())
+        output = output.clone()  # no view, whose hook would be lost where the model changes it in place
+        output.register_hook(lambda g: gradients[module].append(_outputs(module, g.double())))
+        return output
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if _is_plain(m)]
     flags = [p.requires_grad for p in model.parameters()]
@@ -124,9 +127,17 @@ def hooked_moments(model: nn.Module, forward: Callable[[], Tensor], units: int) 
 
 
 def _is_plain(module: nn.Module) -> bool:
-    if type(module) is nn.Linear or type(module).__name__ == "Conv1D":
+    if isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear"):
         return True
     return type(module) in (nn.Conv1d, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+
+
+def _check_plain(module: Any, rows: Tensor, output: Tensor) -> None:
+    """The layer computes W x + b of the rows that were cut out for it, or the oracle is wrong."""
+    weight = module.weight.detach().double()
+    weight = weight.T if type(module).__name__ == "Conv1D" else weight.flatten(1)
+    bias = 0 if getattr(module, "bias", None) is None else module.bias.detach().double()
+    torch.testing.assert_close(rows @ weight.T + bias, _outputs(module, output), rtol=1e-3, atol=1e-3)
 
 
 def _rows(module: Any, x: Tensor) -> Tensor:
@@ -134,7 +145,12 @@ def _rows(module: Any, x: Tensor) -> Tensor:
         return x.flatten(0, -2)
     x = F.pad(x, module._reversed_padding_repeated_twice)
     if x.ndim == 3:
-        x, kernel, stride, dilation = x[:, :, None], (1, *module.kernel_size), (1, *module.stride), (1, *module.dilation)
+        x, kernel, stride, dilation = (
+            x[:, :, None],
+            (1, *module.kernel_size),
+            (1, *module.stride),
+            (1, *module.dilation),
+        )
     else:
         kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     return F.unfold(x, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1)

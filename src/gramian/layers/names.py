@@ -57,8 +57,10 @@ class NamedWeight:
 
 _GQA = ("heads*dim", "kv*dim", "kv*dim")  # fewer key and value heads than queries
 _MQA = ("heads*dim", "dim", "dim")  # one key and value head
+_MAMBA, _LFM2 = ("mamba", "falcon_mamba"), ("lfm2", "lfm2_moe")
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their linear layers are (in, out)
 _IN_OUT = ("llama4", "llama4_text", "gpt_oss", "experts in out")  # their stacked experts are (expert, in, out)
+_OUT_IN = ("experts out in", "experts out in interleaved", "nemotron_h")
 _INTERLEAVED = ("gpt_oss", "experts in out interleaved")  # these too, gate and up in turn
 
 # Learned vectors that are looked up, or are tokens themselves: positions, queries, registers.
@@ -75,10 +77,10 @@ NAMED: tuple[NamedWeight, ...] = (
     # fused one after the other: GPT-2 along the columns of (in, out), most others along the rows
     NamedWeight(
         "attn.c_attn.weight", "(h three d) i -> three (h d) i", QKV, "attention",
-        models=("gpt_bigcode",), when={"multi_query": False}, sizes={"h": "heads"}, square=True,
+        models=("gpt_bigcode",), sizes={"h": "heads"}, square=True,
     ),
     NamedWeight(
-        "attn.c_attn.weight", "(part d) i -> part d i", QKV, "attention",
+        "attn.c_attn.weight", "(n d) i -> n d i", QKV, "attention",
         models=("gpt_bigcode",), when={"multi_query": True}, sizes={"d": "dim"}, rows=_MQA,
     ),
     NamedWeight("attn.c_attn.weight", "i (three o) -> three o i", QKV, "attention", square=True),
@@ -108,20 +110,20 @@ NAMED: tuple[NamedWeight, ...] = (
     ),
     # Falcon, for each head of keys and values: its queries, key and value; or all queries, one key, one value
     NamedWeight(
-        "query_key_value.weight", "(kv part d) i -> part (kv d) i", QKV, "attention", models=("falcon",),
+        "query_key_value.weight", "(kv n d) i -> n (kv d) i", QKV, "attention", models=("falcon",),
         when={"new_decoder_architecture": True}, sizes={"kv": "kv", "d": "dim"}, rows=_GQA,
     ),
     NamedWeight(
-        "query_key_value.weight", "(part d) i -> part d i", QKV, "attention", models=("falcon",),
+        "query_key_value.weight", "(n d) i -> n d i", QKV, "attention", models=("falcon",),
         when={"multi_query": True, "new_decoder_architecture": False}, sizes={"d": "dim"}, rows=_MQA,
     ),
     # one after the other, with fewer key and value heads than queries: Phi-3, ChatGLM
     NamedWeight(
-        "qkv_proj.weight", "(part kv d) i -> part (kv d) i", QKV, "attention",
+        "qkv_proj.weight", "(n kv d) i -> n (kv d) i", QKV, "attention",
         models=("phi3", "phi4_multimodal", ""), sizes={"kv": "kv", "d": "dim"}, rows=_GQA,
     ),
     NamedWeight(
-        "query_key_value.weight", "(part kv d) i -> part (kv d) i", QKV, "attention",
+        "query_key_value.weight", "(n kv d) i -> n (kv d) i", QKV, "attention",
         models=("chatglm",), sizes={"kv": "kv", "d": "dim"}, rows=_GQA,
     ),
     # CodeGen: for each of four cores its q, v, k
@@ -136,8 +138,8 @@ NAMED: tuple[NamedWeight, ...] = (
     # gates
     NamedWeight("gate_up_proj.weight", "(two o) i -> two o i", GATE_UP, "mlp"),
     NamedWeight("mlp.Wi.weight", "(two o) i -> two o i", ("up", "gate"), "mlp", models=("modernbert",)),
-    NamedWeight("mixer.in_proj.weight", "(two o) i -> two o i", ("x", "gate"), "mamba", models=("mamba", "falcon_mamba")),
-    NamedWeight("conv.in_proj.weight", "(three o) i -> three o i", ("b", "c", "x"), "conv", models=("lfm2", "lfm2_moe")),
+    NamedWeight("mixer.in_proj.weight", "(two o) i -> two o i", ("x", "gate"), "mamba", models=_MAMBA),
+    NamedWeight("conv.in_proj.weight", "(three o) i -> three o i", ("b", "c", "x"), "conv", models=_LFM2),
     NamedWeight("weight_[ih]h*", "(four o) i -> four o i", LSTM_GATES, "lstm", models=("lstm",)),
     NamedWeight("weight_[ih]h*", "(three o) i -> three o i", GRU_GATES, "gru", models=("gru",)),
     # stacked experts: gpt-oss interleaves gate and up, Llama 4 has one after the other, both (expert, in, out);
@@ -149,9 +151,12 @@ NAMED: tuple[NamedWeight, ...] = (
     NamedWeight(
         "experts.gate_up_proj", "e (two o) i -> e two o i", GATE_UP, "experts", models=("experts out in",)
     ),
-    NamedWeight("experts.up_proj", "e o i -> e o i", kind="experts", models=("experts out in", "nemotron_h")),
+    NamedWeight(
+        "experts.gate_up_proj", "e (o two) i -> e two o i", GATE_UP, "experts", models=_OUT_IN[1:2]
+    ),
+    NamedWeight("experts.up_proj", "e o i -> e o i", kind="experts", models=_OUT_IN),
     NamedWeight("experts.down_proj", "e o i -> e o i", kind="experts", sizes={"o": "width"}),
-    NamedWeight("experts.down_proj", "e o i -> e o i", kind="experts", models=("experts out in", "nemotron_h")),
+    NamedWeight("experts.down_proj", "e o i -> e o i", kind="experts", models=_OUT_IN),
     NamedWeight("experts.w[123]", "e o i -> e o i", kind="experts"),
     NamedWeight("input_linear.weight", "e (two o) i -> e two o i", GATE_UP, "experts", sizes={"i": "width"}),
     NamedWeight("output_linear.weight", "e o i -> e o i", kind="experts", sizes={"o": "width"}),
@@ -251,10 +256,12 @@ def find_named(
 
 
 def _is_bias(name: str) -> bool:
-    """Whether a tensor is added to the outputs of a layer, by its name: not so the tables from which biases are read."""
+    """Whether a tensor is added to a layer's outputs, by its name: not so the tables from which biases are read."""
     local = name.rpartition(".")[2]
     words = local.split("_")
-    return bool({"bias", "biases"} & set(words)) and words[-1] not in ("weight", "table") and not local.startswith("rel")
+    return (
+        bool({"bias", "biases"} & set(words)) and words[-1] not in ("weight", "table") and not local.startswith("rel")
+    )
 
 
 def _same_orientation(layout: Layout, like: str) -> bool:
