@@ -73,7 +73,7 @@ def check_blocks(family: Family) -> Cell:
             left += other.parameter.numel()
         if other.parameter.ndim > 1 and "unknown" in other.reason:
             raise Wrong(f"{other.name} {tuple(other.parameter.shape)}: {other.reason}")
-    share = hidden / (hidden + left) if hidden else 1.0
+    share = hidden / (hidden + left) if hidden + left else 1.0
     wanted(share >= 0.99, f"{share:.1%} of the hidden parameters take the matrix direction")
     return Cell("right", f"{share:.0%}")
 

@@ -204,7 +204,7 @@ def find_named(
     config: Mapping[str, Any],
     *,
     like: str = "",
-    rows: Sequence[NamedWeight] = NAMED,
+    rows: Sequence[NamedWeight] | None = None,
 ) -> NameMatch | None:
     """What the first row of the table of names that fits says of a tensor.
 
@@ -212,7 +212,7 @@ def find_named(
         name, shape: of the tensor.
         config: of the model; see `config_of`. `model_type` is its family.
         like: a layout that is known from the class of the module, whose orientation must be kept.
-        rows: of the table.
+        rows: of the table; by default `NAMED`.
 
     Returns:
         `NameMatch`, or `None` where no row fits.
@@ -224,7 +224,7 @@ def find_named(
     >>> find_named("h.0.attn.c_attn.weight", (8, 24), {}).layout.labels
     ('q', 'k', 'v')
     """
-    for row in rows:
+    for row in NAMED if rows is None else rows:
         if not row.matches(name, config) or _is_bias(name):
             continue
         if not row.layout:
