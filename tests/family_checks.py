@@ -132,9 +132,10 @@ def check_pretrained(family: Family) -> Cell:
         theirs = matrices_of_file(path)
     # Libraries rename what they write, so matrices are told by their entries. A file has no classes, which alone tell
     # the groups of a convolution and whether it is transposed.
-    of_class = tuple(b.name for b in gm.blocks(model).blocks if needs_the_class(b))
-    ours = {name: m for name, m in ours.items() if not name.startswith(of_class or ("-",))}
-    theirs = {name: m for name, m in theirs.items() if not name.startswith(of_class or ("-",))}
+    of_class = [b for b in gm.blocks(model).blocks if needs_the_class(b)]
+    ours = {n: m for n, m in ours.items() if not n.startswith(tuple(b.name for b in of_class) or ("-",))}
+    kernels = [b.parameter.detach() for b in of_class]
+    theirs = {n: m for n, m in theirs.items() if not any(torch.isin(m[0], kernel).all() for kernel in kernels)}
     missing = [name for name, m in ours.items() if not any(same(m, other) for other in theirs.values())]
     if missing:
         name = missing[0]

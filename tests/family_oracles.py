@@ -46,6 +46,7 @@ class Uses(TorchDispatchMode):
         super().__init__()
         self.uses: dict[int, Use] = defaultdict(Use)
         self.memory: dict[int, Tensor] = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
+        self.reordered: set[int] = set()
         self.kept: list[Any] = []  # copies, so that their memory is not given to others
 
     def _parameter(self, value: Any) -> Tensor | None:
@@ -66,6 +67,8 @@ class Uses(TorchDispatchMode):
             copied = output[0] if isinstance(output, tuple) else output
             self.memory[copied.untyped_storage().data_ptr()] = first
             self.kept.append(copied)
+            if "index" not in name:  # its axes may have another order in memory
+                self.reordered.add(copied.untyped_storage().data_ptr())
         return output
 
     def _note(self, func: Any, name: str, args: tuple, value: Tensor, parameter: Tensor) -> None:
@@ -77,8 +80,8 @@ class Uses(TorchDispatchMode):
                 use.kinds.add("elementwise")  # a bias that addmm adds
                 return
             use.kinds.add("matrix")
-            strides = parameter.stride()
-            if value.shape[axis] > 1 and value.stride(axis) in strides and value.dtype == parameter.dtype:
+            strides, known = parameter.stride(), value.untyped_storage().data_ptr() not in self.reordered
+            if known and value.shape[axis] > 1 and value.stride(axis) in strides and value.dtype == parameter.dtype:
                 use.contracted.add(strides.index(value.stride(axis)))
         elif name in ("convolution", "mkldnn_rnn_layer", "lstm"):
             depthwise = name == "convolution" and value.ndim > 1 and args[-1] > 1 and value.shape[1] == 1

@@ -105,8 +105,14 @@ def host_of(model: nn.Module, name: str, module: nn.Module, parameter: Tensor) -
         host, weight = found[0]
         largest = max((p for p in module.parameters(recurse=False)), key=Tensor.numel)
         return host, weight if parameter is largest else ""
-    for weight, scale, suffix in ((local[:-2], "_g", "_v"), (local[:-2], "_v", "_g"), (local[:-5], "_u", "_orig")):
-        # torch.nn.utils.weight_norm and spectral_norm, which set the weight itself, no parameter, before each pass
+    made_of = (
+        (local[:-2], "_g", "_v"),
+        (local[:-2], "_v", "_g"),
+        (local[:-5], "_u", "_orig"),
+        (local[:-5], "_mask", "_orig"),
+    )
+    for weight, scale, suffix in made_of:
+        # torch.nn.utils.weight_norm, spectral_norm and prune, which set the weight itself, no parameter, at each pass
         made = weight in vars(module) and weight not in module._parameters
         if local.endswith(suffix) and hasattr(module, weight + scale) and made:
             return module, "" if suffix == "_g" else weight

@@ -169,6 +169,7 @@ NAMED: tuple[NamedWeight, ...] = (
     # tables of positions and tokens that are plain parameters
     *(NamedWeight(name, "v d -> v d", kind="embedding", role="embedding") for name in _TOKENS),
     *(NamedWeight(name, "1 v d -> v d", kind="embedding", role="embedding") for name in _TOKENS),
+    NamedWeight("seg_embed", "v h d -> v (h d)", kind="embedding", role="embedding", models=("xlnet", "funnel")),
     # entry by entry
     NamedWeight("A_log", role="elementwise"),
     NamedWeight("D", role="elementwise", models=("zamba",)),
