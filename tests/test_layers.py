@@ -15,11 +15,11 @@ from gramian.block import METADATA, Block
 from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.errors import GramianWarning, InputError
 from gramian.inspection.matrices import find_holdings
-from gramian.layers import LAYERS, NAMED, OPERATIONS, Layer, find_named, layer_of, operation_of
+from gramian.layers import LAYERS, NAMED, OPERATIONS, Layer, find_head, find_named, layer_of, operation_of
 from gramian.layout import Layout
 from gramian.operators import layer_gains
 from gramian.optim.parts import in_parts
-from zoo import ZOO, GPT2Attention
+from zoo import ZOO, Conv1D, GPT2Attention
 from zoo_modules import MODULES
 
 CASES = ZOO | MODULES
@@ -421,6 +421,40 @@ def test_vectors_tokens_and_biases_are_told_by_name_and_shape(tmp_path: Path) ->
     assert not [r.name for r in rest if "unknown" in r.reason]
     save_tensors(tmp_path / "m.safetensors", model.state_dict())
     check_equal(of_file(tmp_path / "m.safetensors"), of_model(model))
+
+
+def test_a_weight_under_an_adapter_is_what_it_was() -> None:
+    """As PEFT wraps GPT-2: the names of modules change, the layers do not."""
+    layer = nn.ModuleDict({
+        "base_layer": Conv1D(24, 8),
+        "lora_A": nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)}),
+        "lora_B": nn.ModuleDict({"default": nn.Linear(2, 24, bias=False)}),
+    })  # fmt: skip
+    head = nn.ModuleDict({"modules_to_save": nn.ModuleDict({"default": nn.Linear(8, 5)})})
+    model = nn.ModuleDict({"score": head, "attn": nn.ModuleDict({"c_attn": layer})})
+    whole = nn.ModuleDict({"base_model": nn.ModuleDict({"model": model})})
+    found = {b.name.removeprefix("base_model.model."): b for b in gm.blocks(whole).blocks}
+    assert found["attn.c_attn.base_layer.weight"].layout.labels == ("q", "k", "v")
+    assert {b.role for name, b in found.items() if "c_attn" in name} == {"hidden"}
+    assert found["score.modules_to_save.default.weight"].role == "head"
+
+
+def test_an_adapters_file_has_no_head(tmp_path: Path) -> None:
+    tensors = {f"base_model.model.l.{i}.q_proj.lora_{ab}.weight": torch.randn(4, 4) for i in (0, 1) for ab in "AB"}
+    save_tensors(tmp_path / "m.safetensors", tensors)
+    assert {role for _, role in of_file(tmp_path / "m.safetensors").values()} == {"hidden"}
+
+
+@pytest.mark.parametrize(
+    ("names", "head"),
+    [
+        (["embed.weight", "classifier.dense.weight", "classifier.out_proj.weight"], 2),  # RoBERTa
+        (["decoder.weight", "embed.weight", "rnn.weight"], 0),  # torch's own language models
+        (["embed.weight", "visual_projection.weight", "text_projection.weight"], None),  # CLIP
+    ],
+)
+def test_heads_by_name(names: list[str], head: int | None) -> None:
+    assert find_head([[name] for name in names], ["hidden"] * 3, last=True) == head
 
 
 def test_parts_that_cannot_be_three_equal_squares_are_not_guessed() -> None:

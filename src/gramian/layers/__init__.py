@@ -20,8 +20,8 @@ from gramian.layers.classes import (
     runs_as_its_class,
 )
 from gramian.layers.configs import config_of, declared_family, families
-from gramian.layers.names import KERNELS, NAMED, NamedWeight, NameMatch, find_named, weight_name
-from gramian.layers.roles import Role, find_head, role_by_name
+from gramian.layers.names import KERNELS, NAMED, NamedWeight, NameMatch, find_named
+from gramian.layers.roles import Role, find_head, role_by_name, weight_name
 
 __all__ = [
     "KERNELS",

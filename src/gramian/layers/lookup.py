@@ -12,8 +12,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from gramian.layers.classes import Layer, layer_of, layout_of
 from gramian.layers.configs import declared_family
-from gramian.layers.names import find_named, weight_name
-from gramian.layers.roles import Role, role_by_name
+from gramian.layers.names import find_named
+from gramian.layers.roles import Role, role_by_name, weight_name
 from gramian.layout import Layout
 
 __all__ = ["Lookup", "Owned", "host_of", "is_lazy", "look_up", "match_pattern"]

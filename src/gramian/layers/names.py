@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from gramian.layers.configs import number, product
 from gramian.layers.roles import Role
 from gramian.layout import Layout, num_axes
 
-__all__ = ["KERNELS", "NAMED", "NameMatch", "NamedWeight", "find_named", "weight_name"]
+__all__ = ["KERNELS", "NAMED", "NameMatch", "NamedWeight", "find_named"]
 
 GATE_UP = ("gate", "up")
 
@@ -170,6 +169,8 @@ NAMED: tuple[NamedWeight, ...] = (
     *(NamedWeight(name, "v d -> v d", kind="embedding", role="embedding") for name in _TOKENS),
     *(NamedWeight(name, "1 v d -> v d", kind="embedding", role="embedding") for name in _TOKENS),
     NamedWeight("seg_embed", "v h d -> v (h d)", kind="embedding", role="embedding", models=("xlnet", "funnel")),
+    # an adapter of an embedding: its table lies on its side
+    NamedWeight("lora_embedding_A*", "d v -> v d", kind="embedding", role="embedding"),
     # entry by entry
     NamedWeight("A_log", role="elementwise"),
     NamedWeight("D", role="elementwise", models=("zamba",)),
@@ -275,22 +276,3 @@ def _same_orientation(layout: Layout, like: str) -> bool:
         return column_dims(layout) == column_dims(Layout(like, layout.shape))
     except ShapeError:
         return False
-
-
-def weight_name(name: str) -> str:
-    """The name that a weight has without its parametrization (`torch.nn.utils.parametrize`).
-
-    Args:
-        name: of a parameter.
-
-    Returns:
-        The name; the same where it is not parametrized.
-
-    Raises: nothing of its own.
-    Cost: none to speak of.
-    Source: torch's names.
-
-    >>> weight_name("0.parametrizations.weight.original1")
-    '0.weight'
-    """
-    return re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d?$", r"\1\2", name)
