@@ -60,7 +60,11 @@ def library(name: str) -> Any:
     """A library, imported, after torchvision, which the others import too where it is installed."""
     if importlib.util.find_spec("torchvision"):
         import_torchvision()
-    return importlib.import_module(name)
+    module = importlib.import_module(name)
+    if name == "transformers":
+        module.utils.logging.set_verbosity_error()
+        module.utils.logging.disable_progress_bar()
+    return module
 
 
 @cache

@@ -104,7 +104,9 @@ def hooked_moments(model: nn.Module, forward: Callable[[], Tensor], units: int) 
     inputs: dict[nn.Module, list[Tensor]] = defaultdict(list)
     gradients: dict[nn.Module, list[Tensor]] = defaultdict(list)
 
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output  # a router, which derives from Linear
         inputs[module].append(_rows(module, args[0].detach().double()))
         _check_plain(module, inputs[module][-1], output.detach().double())
         output = output.clone()  # no view, whose hook would be lost where the model changes it in place

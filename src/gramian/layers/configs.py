@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["config_of", "declared_family", "families", "number", "product"]
+__all__ = ["config_of", "declared_family", "families"]
 
 # Keys under which configs keep the same number.
 CONFIG_KEYS: dict[str, tuple[str, ...]] = {

@@ -47,7 +47,12 @@ class NamedWeight:
     square: bool = False
 
     def matches(self, name: str, config: Mapping[str, Any]) -> bool:
-        """Whether a tensor of that name, in a model of that config, is meant."""
+        """Whether a tensor is meant.
+
+        Args:
+            name: of the tensor.
+            config: of the model.
+        """
         family = str(config.get("model_type", ""))
         in_family = not self.models or family in self.models
         given = all(config.get(key) == value for key, value in self.when.items())
