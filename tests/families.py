@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -37,7 +39,8 @@ def run(family: Family, verb: str) -> Cell:
     except Wrong as error:
         return Cell("wrong", str(error))
     except GramianError as error:
-        return Cell("refused", str(error), traceback.format_exc())
+        folder = re.escape(tempfile.gettempdir()) + r"/\w+"
+        return Cell("refused", re.sub(folder, "FOLDER", str(error)), traceback.format_exc())
     except Exception as error:
         return Cell("crash", f"{type(error).__name__}: {error}", traceback.format_exc())
 

@@ -124,11 +124,15 @@ def check_pretrained(family: Family) -> Cell:
     model = family.model()
     ours = matrices_of_model(model)
     with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(folder)
         else:
-            torch.save(model.state_dict(), Path(folder) / "m.pt")
-        path = Path(folder) if hasattr(model, "save_pretrained") else Path(folder) / "m.pt"
+            path /= "m.pt"
+            torch.save(model.state_dict(), path)
+        adapter = Path(folder) / "adapter_model.safetensors"
+        if adapter.exists():  # PEFT writes the adapter alone
+            path, ours = adapter, {name: matrix for name, matrix in ours.items() if "lora_" in name}
         theirs = matrices_of_file(path)
     # Libraries rename what they write, so matrices are told by their entries. A file has no classes, which alone tell
     # the groups of a convolution and whether it is transposed.

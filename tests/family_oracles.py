@@ -133,7 +133,7 @@ def hooked_moments(model: nn.Module, forward: Callable[[], Tensor], units: int) 
 
 def _is_plain(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear"):
-        return True
+        return "weight" in module._parameters  # PEFT's Linear has that of the layer inside it
     return type(module) in (nn.Conv1d, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
 
 

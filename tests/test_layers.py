@@ -451,6 +451,7 @@ def test_an_adapters_file_has_no_head(tmp_path: Path) -> None:
         (["embed.weight", "classifier.dense.weight", "classifier.out_proj.weight"], 2),  # RoBERTa
         (["decoder.weight", "embed.weight", "rnn.weight"], 0),  # torch's own language models
         (["embed.weight", "visual_projection.weight", "text_projection.weight"], None),  # CLIP
+        (["decoder.conv_out.weight", "encoder.conv_out.weight", "quant_conv.weight"], 0),  # an AutoencoderKL
     ],
 )
 def test_heads_by_name(names: list[str], head: int | None) -> None:
