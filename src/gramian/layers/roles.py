@@ -17,7 +17,8 @@ _EMBEDDINGS = re.compile(
     re.IGNORECASE,
 )
 _HEADS = re.compile(
-    r"^(?!encoder\.)(\w+\.)?(lm_head|heads?|classifier|score|embed_out|fc_out|proj_out(_2)?|conv_out)(\.head|\.fc|\.out_proj|\.\d+)?(\.weight)?$"
+    r"^(?!encoder\.)(\w+\.)?(lm_head|heads?|classifier|score|embed_out|fc_out|proj_out(_2)?|conv_out)"
+    r"(\.head|\.fc|\.out_proj|\.\d+)?(\.weight)?$"
     r"|^(output|fc|logits|decoder)(\.weight)?$"
 )
 # What may come last and has no scores: a projection into a space of embeddings, an adapter of another layer.
