@@ -14,6 +14,10 @@ test: $(VENV)/.test  ## all tests, the quick ones first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"  # one thread a worker: more only wait for each other
 	$(BIN)/python -m pytest -m slow
 
+.PHONY: test-families
+test-families: $(VENV)/.families  ## every verb on the models of public libraries; one: FAMILIES=gpt2, the page: FAMILIES=--write
+	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py $(FAMILIES)
+
 # What one processor rounds another rounds otherwise. First the kernels that this one can be told to use, then sums in
 # other orders (tests/kernels.py), which stand for processors that are not at hand.
 KERNELS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
@@ -63,6 +67,12 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+# Without their dependencies: torchvision and timm would replace the CPU build of torch.
+$(VENV)/.families: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[families]'
+	$(PIP) --no-deps torchvision timm
 	@touch $@
 
 $(VENV)/.coverage: $(VENV)/.torch pyproject.toml

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import gramian as gm
 from cases import seeded
@@ -420,6 +422,55 @@ def test_factors_keep_what_the_layer_was() -> None:
     assert not low.training
     assert {(p.dtype, p.requires_grad) for p in low.parameters()} == {(torch.bfloat16, False)}
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(9, 6), nn.Conv2d(3, 8, 3, stride=2, padding=1), Conv1D(6, 9)])
+def test_a_factored_layer_has_the_options_of_the_dense_one(layer: nn.Module) -> None:
+    """Models read them: Whisper the stride of its convolutions, others in_features."""
+    low = LowRank(layer, 2)
+    for name, value in vars(layer).items():
+        if not name.startswith("_"):
+            assert getattr(low, name) == value, name
+    assert {name for name, _ in low.named_parameters()} == {"0.weight", "1.weight", "1.bias"}
+
+
+def test_a_layer_in_two_places_is_factored_in_both(tmp_path) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(64, 64)
+            self.second, self.last = self.first, nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+    model, batches = Shared(), ZOO["mlp"].make_batches(0)[:2]
+    plan = compress(model, batches=batches, objective=CLASSIFY, keep=0.5)
+    small = plan.apply()
+    assert small.first is small.second
+    assert isinstance(small.first, LowRank)
+    assert count(small) == plan.parameters <= 0.5 * count(model)
+    save_compressed(small, tmp_path / "m.safetensors")
+    again = load_compressed(Shared(), tmp_path / "m.safetensors")
+    assert torch.equal(again(batches[0][0]), small(batches[0][0]))
+
+
+@pytest.mark.parametrize(
+    "how", [nn.utils.weight_norm, nn.utils.spectral_norm, partial(prune.random_unstructured, name="weight", amount=0.5)]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_weight_that_a_pass_computed_is_copied(how) -> None:
+    """torch's own copy.deepcopy refuses such a model."""
+    model, batches = ZOO["mlp"].make_model(0), ZOO["mlp"].make_batches(0)[:2]
+    how(model[0])
+    plan = compress(model.eval(), batches=batches, objective=CLASSIFY, keep=0.95)
+    small = plan.apply()
+    assert "made of others" in plan.reasons["0"]
+    assert "0" not in plan.ranks
+    small(batches[0][0]).sum().backward()
+    made = [name for name, _ in gm.blocks(model).blocks[0].owners]
+    assert small.get_parameter(made[0]).grad is not None
+    assert model.get_parameter(made[0]).grad is None
 
 
 def test_it_beats_the_plain_svd() -> None:

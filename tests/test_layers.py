@@ -15,9 +15,11 @@ from gramian.block import METADATA, Block
 from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.errors import GramianWarning, InputError
 from gramian.inspection.matrices import find_holdings
-from gramian.layers import LAYERS, NAMED, OPERATIONS, Layer, find_named, layer_of, operation_of
+from gramian.layers import LAYERS, NAMED, OPERATIONS, Layer, find_head, find_named, layer_of, operation_of
+from gramian.layout import Layout
 from gramian.operators import layer_gains
-from zoo import ZOO, GPT2Attention
+from gramian.optim.parts import in_parts
+from zoo import ZOO, Conv1D, GPT2Attention
 from zoo_modules import MODULES
 
 CASES = ZOO | MODULES
@@ -113,20 +115,57 @@ def test_unequal_parts_are_apart_where_a_config_tells_them(config: object) -> No
     (block,) = gm.blocks(Attention("qkv_proj", (32, 16), config)).blocks
     assert [tuple(p.shape) for p in block.pieces()] == [(16, 16), (8, 16), (8, 16)]
     assert torch.equal(torch.cat(list(block.pieces())), block.parameter)
-    assert block.shape == (32, 16)  # no common stack: what wants one takes them as one matrix
+    assert block.shape == (4, 8, 16)  # a stack of equal parts, the queries being two of them
+    assert torch.equal(block.join(block.split()), block.parameter)
     assert [name[-3:] for name in block.names] == ["[q]", "[k]", "[v]"]
 
 
-def test_unequal_parts_of_a_size_that_optimizers_cut_are_stepped() -> None:
-    config = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512}
-    model = Attention("qkv_proj", (1024, 512), config)
-    (block,) = gm.blocks(model).blocks
-    assert len(block.names) == 3
-    optimizer = gm.optim.Muon(model)  # cuts the smaller side into parts of 256
+@pytest.mark.parametrize(
+    ("pattern", "sizes"),
+    [
+        ("(h three d) i -> three (h d) i", {"h": 4}),
+        ("(four three d) i -> three (four d) i", {}),
+        ("(kv n d) i -> n (kv d) i", {"kv": 4, "d": 4}),
+        ("(three o) i -> three o i", {}),
+    ],
+)
+def test_parts_are_cut_from_each_fused_matrix_and_mix_none(pattern: str, sizes: dict[str, int]) -> None:
+    layout = Layout(pattern, (48, 24), sizes)
+    cut = in_parts(layout, 4)
+    w = torch.arange(48.0)[:, None].expand(48, 24)
+    rows, parts = layout.split(w)[..., 0], cut.split(w)[..., 0]
+    assert parts.shape[-1] == 4
+    assert torch.equal(parts.flatten(), rows.flatten())
+
+
+@pytest.mark.parametrize("part_size", [None, 4])
+def test_keys_and_values_step_apart_from_the_queries_that_they_are_fused_with(part_size: int | None) -> None:
+    fused = Attention("qkv_proj", (32, 16), PHI3)
+    (block,) = gm.blocks(fused).blocks
     block.parameter.grad = torch.randn(block.parameter.shape)
-    before = block.parameter.detach().clone()
+    apart = {name: nn.Parameter(piece.clone()) for name, piece in zip("qkv", block.pieces(), strict=True)}
+    for parameter, grad in zip(apart.values(), block.layout.pieces(block.parameter.grad), strict=True):
+        parameter.grad = grad.clone()
+    options = {"scale": "match_rms_adamw", "part_size": part_size}
+    optimizer = gm.optim.Muon(fused, **options)
+    assert optimizer.explain()[0]["matrices"] == "4 × 8 × 16"
     optimizer.step()
-    assert not torch.equal(block.parameter, before)
+    gm.optim.Muon(list(apart.items()), **options).step()
+    stepped = dict(zip("qkv", block.pieces(), strict=True))
+    for name in "kv":
+        torch.testing.assert_close(stepped[name], apart[name].detach(), atol=1e-5, rtol=0)
+
+
+def test_unequal_parts_count_once_each_in_the_share_of_a_step() -> None:
+    fused = Attention("qkv_proj", (32, 16), PHI3)
+    whole = nn.ModuleDict({part: nn.Linear(16, rows, bias=False) for part, rows in zip("qkv", (16, 8, 8), strict=True)})
+    weight = fused.self_attn["qkv_proj"].weight
+    weight.grad = torch.randn(weight.shape)
+    for part, piece, grad in zip("qkv", weight.split([16, 8, 8]), weight.grad.split([16, 8, 8]), strict=True):
+        whole[part].weight.data, whole[part].weight.grad = piece.detach().clone(), grad.clone()
+    gm.optim.Muon(fused).step()
+    gm.optim.Muon(whole, routes={"v.weight": "matrix"}).step()
+    torch.testing.assert_close(weight[16:24].detach(), whole["k"].weight.detach(), atol=1e-5, rtol=0)
 
 
 def test_without_a_config_nothing_is_guessed() -> None:
@@ -204,7 +243,6 @@ def test_every_row_is_reached_and_well_formed() -> None:
     assert len(classes) == len(set(classes))
     for row in NAMED:
         assert row.layout or row.role == "elementwise", row
-        assert not (row.rows and row.sizes), row
         if row.rows:
             assert len(row.rows) == len(row.parts), row
     assert operation_of(nn.LazyLinear(3)).factors == "linear"
@@ -286,6 +324,14 @@ def test_biases_of_experts_are_no_matrices() -> None:
         ("l.qkv_proj.weight", (48, 16), {"model_type": "codegen"}, "(4 3 4)[0]", "(4 3 4)[2]"),
         # every head its q, k, v
         ("l.attn.c_attn.weight", (48, 16), {"model_type": "gpt_bigcode", "n_head": 4}, "(4 3 4)[0]", "(4 3 4)[1]"),
+        ("l.attn.in_proj.weight", (48, 16), {"model_type": "deberta", "n_head": 4}, "(4 3 4)[0]", "(4 3 4)[1]"),
+        (
+            "l.query_key_value.weight",
+            (48, 16),
+            {"model_type": "falcon", "n_head": 4, "multi_query": False, "new_decoder_architecture": False},
+            "(4 3 4)[0]",
+            "(4 3 4)[1]",
+        ),
     ],
 )
 def test_interleaved_orders(name: str, shape: tuple[int, int], config: dict, q: str, k: str) -> None:
@@ -297,6 +343,119 @@ def test_interleaved_orders(name: str, shape: tuple[int, int], config: dict, q: 
     heads = w.view(4, 3, 4, 16)
     for part, where in (("q", q), ("k", k)):
         assert torch.equal(got[part], heads[:, int(where[-2])].reshape(16, 16))
+
+
+FALCON = {"model_type": "falcon", "num_attention_heads": 4, "hidden_size": 16}
+
+
+def test_falcons_queries_keys_and_values_are_those_of_its_forward() -> None:
+    """As FalconAttention._split_heads views them."""
+    w = torch.arange(32 * 16.0).view(32, 16)
+    grouped = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": True}
+    heads = w.view(2, 4, 4, 16)  # for each of two heads of keys: two of queries, one key, one value
+    wanted = (heads[:, :2], heads[:, 2], heads[:, 3])
+    got = _pieces("h.query_key_value.weight", w, grouped)
+    assert sorted(map(tuple, got["q"].tolist())) == sorted(map(tuple, wanted[0].reshape(16, 16).tolist()))
+    assert torch.equal(got["k"], wanted[1].reshape(8, 16))
+    assert torch.equal(got["v"], wanted[2].reshape(8, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("h.query_key_value.weight", FALCON | {"new_decoder_architecture": False, "multi_query": True}),
+        ("h.attn.c_attn.weight", {"model_type": "gpt_bigcode", "n_head": 4, "n_embd": 16, "multi_query": True}),
+    ],
+)
+def test_multi_query_projections_have_one_key_and_one_value(name: str, config: dict) -> None:
+    w = torch.arange(24 * 16.0).view(24, 16)
+    got = _pieces(name, w, config)
+    for part, wanted in zip("qkv", w.split([16, 4, 4]), strict=True):
+        assert torch.equal(got[part], wanted)
+
+
+def _pieces(name: str, w: Tensor, config: dict) -> dict[str, Tensor]:
+    found = find_named(name, tuple(w.shape), config)
+    assert found is not None
+    assert found.layout is not None
+    assert torch.equal(found.layout.join(found.layout.split(w)), w)
+    return dict(zip(found.layout.labels, found.layout.pieces(w), strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("concatenated", [False, True])
+def test_experts_that_declare_their_orientation_need_no_config(transposed: bool, concatenated: bool) -> None:
+    experts = nn.Module()
+    experts.is_transposed, experts.is_concatenated = transposed, concatenated
+    w = torch.randn(3, 4, 8) if transposed else torch.randn(3, 8, 4)
+    experts.gate_up_proj = nn.Parameter(w)
+    experts.down_proj = nn.Parameter(torch.randn(3, 4, 4))  # square: no shape tells
+    found = {b.name: b for b in gm.blocks(nn.ModuleDict({"experts": experts})).blocks}
+    names = zip(found["experts.gate_up_proj"].names, found["experts.gate_up_proj"].pieces(), strict=True)
+    gate = dict(names)["experts.gate_up_proj[1,gate]"]
+    rows = w[1].T if transposed else w[1]
+    assert torch.equal(gate, rows[:4] if concatenated else rows[0::2])
+    down = found["experts.down_proj"]
+    assert torch.equal(down.split()[1], experts.down_proj[1].T if transposed else experts.down_proj[1])
+
+
+def test_vectors_tokens_and_biases_are_told_by_name_and_shape(tmp_path: Path) -> None:
+    model = nn.Module()
+    wanted = {
+        "cls_token": ((1, 1, 8), ""),
+        "gamma": ((8, 1, 1), ""),
+        "pos_bias_u": ((4, 8), ""),
+        "final_logits_bias": ((1, 12), ""),
+        "position_embeddings": ((1, 7, 8), "embedding"),
+        "rel_pos_h": ((7, 8), "embedding"),
+        "query_tokens": ((1, 7, 8), "embedding"),
+        "relative_attention_bias": ((7, 4), "embedding"),
+        "w": ((8, 6), "hidden"),
+        "u": ((6, 8), "hidden"),
+    }
+    for name, (shape, _) in wanted.items():
+        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    model.register_parameter("score", nn.Parameter(torch.randn(5, 6)))
+    found, rest = gm.blocks(model)
+    assert {b.name: b.role for b in found} == {n: r for n, (_, r) in wanted.items() if r} | {"score": "head"}
+    assert not [r.name for r in rest if "unknown" in r.reason]
+    save_tensors(tmp_path / "m.safetensors", model.state_dict())
+    check_equal(of_file(tmp_path / "m.safetensors"), of_model(model))
+
+
+def test_a_weight_under_an_adapter_is_what_it_was() -> None:
+    """As PEFT wraps GPT-2: the names of modules change, the layers do not."""
+    layer = nn.ModuleDict({
+        "base_layer": Conv1D(24, 8),
+        "lora_A": nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)}),
+        "lora_B": nn.ModuleDict({"default": nn.Linear(2, 24, bias=False)}),
+    })  # fmt: skip
+    head = nn.ModuleDict({"modules_to_save": nn.ModuleDict({"default": nn.Linear(8, 5)})})
+    model = nn.ModuleDict({"score": head, "attn": nn.ModuleDict({"c_attn": layer})})
+    whole = nn.ModuleDict({"base_model": nn.ModuleDict({"model": model})})
+    found = {b.name.removeprefix("base_model.model."): b for b in gm.blocks(whole).blocks}
+    assert found["attn.c_attn.base_layer.weight"].layout.labels == ("q", "k", "v")
+    assert {b.role for name, b in found.items() if "c_attn" in name} == {"hidden"}
+    assert found["score.modules_to_save.default.weight"].role == "head"
+
+
+def test_an_adapters_file_has_no_head(tmp_path: Path) -> None:
+    tensors = {f"base_model.model.l.{i}.q_proj.lora_{ab}.weight": torch.randn(4, 4) for i in (0, 1) for ab in "AB"}
+    save_tensors(tmp_path / "m.safetensors", tensors)
+    assert {role for _, role in of_file(tmp_path / "m.safetensors").values()} == {"hidden"}
+
+
+@pytest.mark.parametrize(
+    ("names", "head"),
+    [
+        (["embed.weight", "classifier.dense.weight", "classifier.out_proj.weight"], 2),  # RoBERTa
+        (["decoder.weight", "embed.weight", "rnn.weight"], 0),  # torch's own language models
+        (["embed.weight", "visual_projection.weight", "text_projection.weight"], None),  # CLIP
+        (["decoder.conv_out.weight", "encoder.conv_out.weight", "quant_conv.weight"], 0),  # an AutoencoderKL
+    ],
+)
+def test_heads_by_name(names: list[str], head: int | None) -> None:
+    assert find_head([[name] for name in names], ["hidden"] * 3, last=True) == head
 
 
 def test_parts_that_cannot_be_three_equal_squares_are_not_guessed() -> None:

@@ -27,15 +27,15 @@ class Layout:
     """How a tensor holds its matrices: an einops pattern whose right side ends in rows and columns.
 
     `split` gives `(..., m, n)` and `join` inverts it bitwise: `layout.join(layout.split(t)) == t`. Fused matrices of
-    unequal size (the queries, keys and values of grouped-query attention) have no common stack: `split` then gives
-    them as one matrix, and `pieces` gives them apart, cut by `rows`.
+    unequal size (the queries, keys and values of grouped-query attention) are apart in `pieces`, cut by `rows`; `split`
+    gives a stack of equal parts of them, several for a larger one.
 
     Args:
         pattern: `"i (three o) -> three o i"`. Number words (two … eight) are axes of that size.
         shape: of the tensor.
         sizes: of axes that the shape does not determine, by name.
         parts: names of the fused matrices, `("q", "k", "v")`; empty where they are only numbered.
-        rows: where the fused matrices differ in size, the number of rows of each.
+        rows: where the fused matrices differ in size, the number of rows of each, over all rows of the stack.
 
     Raises:
         ShapeError: the pattern does not fit the shape; the error shows both.
@@ -68,7 +68,7 @@ class Layout:
                 f"layout {self.pattern!r} turns shape {self.shape} into {matrices}; "
                 "the right side must end in two axes, the rows and columns of a matrix"
             )
-        if self.rows and (len(matrices) > 2 or sum(self.rows) != matrices[0]):
+        if self.rows and (sum(self.rows) != math.prod(matrices[:-1]) or any(r % matrices[-2] for r in self.rows)):
             raise ShapeError(f"layout {self.pattern!r}: rows {self.rows} do not add up to those of {matrices}")
         if self.rows and self.parts and len(self.rows) != len(self.parts):
             raise ShapeError(f"layout {self.pattern!r}: {len(self.rows)} rows for {len(self.parts)} parts")
@@ -111,7 +111,7 @@ class Layout:
         if together:
             yield matrices.flatten(0, -2)
         elif self.rows:
-            yield from matrices.split(self.rows)
+            yield from matrices.flatten(0, -2).split(self.rows)
         else:
             yield from matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
 

@@ -36,6 +36,9 @@ class LowRank(nn.Sequential):
         assert layout is not None
         super().__init__(*FACTORS[operation_of(layer).factors](layer, rank, layout.matrices))
         self._layout = layout
+        # Code reads a layer's options, as it reads its weight: Whisper the stride, others in_features.
+        options = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+        vars(self).update(options)
         weight = layer.get_parameter("weight")
         self.train(layer.training).requires_grad_(weight.requires_grad)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+
+from torch import Tensor, nn
 
 from gramian.block import Block
 from gramian.checkpoint import clean_name
 
-__all__ = ["clean_module_name", "module_name", "replaced", "submodule", "unwrapped"]
+__all__ = ["clean_module_name", "copied", "module_name", "replaced", "submodule", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -37,11 +39,18 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The model with another module in the place of `name`; where the model is that layer, the other module itself."""
+    """The model with another module in every place of `name`; the other module itself where that is the whole model."""
     old = submodule(model, name)
-    for parent in model.modules():
-        for child, value in parent.named_children():
+    if old is model:
+        return module
+    for parent in list(model.modules()):
+        for child, value in list(parent._modules.items()):  # named_children gives a shared one only once
             if value is old:
                 setattr(parent, child, module)
-                return model
-    return module
+    return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also where torch's old norms of weights, or its pruning, keep what a pass computed."""
+    computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from gramian.block import blocks
 from gramian.calls import as_model
 from gramian.compression.lowrank import LowRank, matrix_of
-from gramian.compression.modules import module_name, replaced, submodule, unwrapped
+from gramian.compression.modules import copied, module_name, replaced, submodule, unwrapped
 from gramian.compression.weighted import WeightedSVD, decompose, why_not
 from gramian.errors import InputError
 from gramian.loader import Batches
@@ -111,7 +110,7 @@ class Plan:
 
     def apply(self) -> nn.Module:
         """A copy of the model with the planned layers factored. The original is untouched."""
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         for s in self.spectra:
             name = module_name(s.block)
             rank = self.ranks[name]

@@ -62,7 +62,7 @@ def why_not(block: Block, sites: Sites) -> str:
         return "it has forward hooks, which a factored layer would lose"
     if isinstance(block.module, NonDynamicallyQuantizableLinear):
         return "MultiheadAttention applies it by its weight"
-    if block.aliases:
+    if any(module is not block.module for _, module in block.owners):
         return f"tied to {', '.join(block.aliases)}"
     groups = getattr(block.module, "groups", 1)
     if groups > 1:

@@ -201,7 +201,7 @@ def _hold(entry: Entry, config: Mapping[str, Any], checkpoint: Checkpoint) -> Ho
     role = _role(entry, checkpoint)
     if found is not None:
         return (
-            "acts element by element"
+            ("vector" if found.kind == "vector" else "acts element by element")
             if found.layout is None
             else Holding(entry, found.layout, found.kind, found.role or ("hidden" if found.kind != "matrix" else role))
         )

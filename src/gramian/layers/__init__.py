@@ -19,8 +19,9 @@ from gramian.layers.classes import (
     operation_of,
     runs_as_its_class,
 )
-from gramian.layers.names import KERNELS, NAMED, NamedWeight, NameMatch, config_of, families, find_named, weight_name
-from gramian.layers.roles import Role, find_head, role_by_name
+from gramian.layers.configs import config_of, declared_family, families
+from gramian.layers.names import KERNELS, NAMED, NamedWeight, NameMatch, find_named
+from gramian.layers.roles import Role, find_head, role_by_name, weight_name
 
 __all__ = [
     "KERNELS",
@@ -33,6 +34,7 @@ __all__ = [
     "Operation",
     "Role",
     "config_of",
+    "declared_family",
     "families",
     "find_head",
     "find_named",

@@ -107,8 +107,10 @@ _TABLE = {"weight": "v d -> v d"}
 
 # First match wins, along the module's classes from the most derived.
 LAYERS: tuple[Layer, ...] = (
+    Layer("FalconLinear", "linear", _LINEAR),  # its forward is a Linear's, in other words
     Layer(nn.Linear, "linear", _LINEAR),
     Layer("Conv1D", "linear", {"weight": "i o -> o i"}, has="nf"),  # GPT-2's linear layer in transformers: (in, out)
+    Layer("Linear", "linear", _LINEAR, has="weight_initializer"),  # torch_geometric's
     Layer(nn.Bilinear, "bilinear", {"weight": "b o i -> b o i"}),
     Layer(nn.Embedding, "embedding", _TABLE),
     Layer(nn.EmbeddingBag, "bag of embeddings", _TABLE),
@@ -138,6 +140,8 @@ LAYERS: tuple[Layer, ...] = (
     # Their parameters multiply or shift element by element, whatever their number of dimensions.
     Layer(nn.LayerNorm, "elementwise"),
     Layer(nn.RMSNorm, "elementwise"),
+    Layer("GATConv", "elementwise"),  # torch_geometric's: a vector for each head, beside its linear layers
+    Layer("GATv2Conv", "elementwise"),
 )
 
 _UNKNOWN = Layer("", "unknown")

@@ -11,8 +11,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gramian.layers.classes import Layer, layer_of, layout_of
-from gramian.layers.names import find_named, weight_name
-from gramian.layers.roles import Role, role_by_name
+from gramian.layers.configs import declared_family
+from gramian.layers.names import find_named
+from gramian.layers.roles import Role, role_by_name, weight_name
 from gramian.layout import Layout
 
 __all__ = ["Lookup", "Owned", "host_of", "is_lazy", "look_up", "match_pattern"]
@@ -57,10 +58,11 @@ def look_up(use: Owned) -> Lookup:
     weight = row.weight(local, parameter.ndim)
     if weight is not None and row.operation != "linear":
         return _of_class(use, row, weight[2])
-    is_bias = local.startswith("bias") or local.endswith("bias")
-    if parameter.ndim >= 2 and not is_bias:
+    if parameter.ndim >= 2:
         like = weight[0] if weight is not None else ""
-        named = find_named(use.full, shape, use.config, like=like)
+        declared = declared_family(module)
+        config = {**use.config, "model_type": declared} if declared else use.config
+        named = find_named(use.full, shape, config, like=like)
         if named is not None:
             return Lookup(named.layout, named.role or "hidden", named.reason)
     if weight is not None:
@@ -69,7 +71,7 @@ def look_up(use: Owned) -> Lookup:
     if parameter.ndim < 2:
         what = "vector" if parameter.ndim else "scalar"
         return Lookup(None, "hidden", f"{'bias' if 'bias' in local else local}: a {what}")
-    if row.operation == "elementwise" or is_bias:
+    if row.operation == "elementwise":
         return Lookup(None, "elementwise", f"{local} of {kind}: acts element by element")
     if parameter.ndim == 2:
         role = role_by_name(use.full, shape, getattr(module, "bias", None) is not None and local == "weight")
@@ -103,8 +105,14 @@ def host_of(model: nn.Module, name: str, module: nn.Module, parameter: Tensor) -
         host, weight = found[0]
         largest = max((p for p in module.parameters(recurse=False)), key=Tensor.numel)
         return host, weight if parameter is largest else ""
-    for weight, scale, suffix in ((local[:-2], "_g", "_v"), (local[:-2], "_v", "_g"), (local[:-5], "_u", "_orig")):
-        # torch.nn.utils.weight_norm and spectral_norm, which set the weight itself, no parameter, before each pass
+    made_of = (
+        (local[:-2], "_g", "_v"),
+        (local[:-2], "_v", "_g"),
+        (local[:-5], "_u", "_orig"),
+        (local[:-5], "_mask", "_orig"),
+    )
+    for weight, scale, suffix in made_of:
+        # torch.nn.utils.weight_norm, spectral_norm and prune, which set the weight itself, no parameter, at each pass
         made = weight in vars(module) and weight not in module._parameters
         if local.endswith(suffix) and hasattr(module, weight + scale) and made:
             return module, "" if suffix == "_g" else weight

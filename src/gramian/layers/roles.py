@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-__all__ = ["Role", "find_head", "role_by_name"]
+__all__ = ["Role", "find_head", "role_by_name", "weight_name"]
 
 Role = Literal["embedding", "hidden", "head", "elementwise"]
 """`"embedding"`: a table of rows that are looked up. `"head"`: the last matrix. `"elementwise"`: it multiplies entry by
@@ -17,9 +17,16 @@ _EMBEDDINGS = re.compile(
     re.IGNORECASE,
 )
 _HEADS = re.compile(
-    r"^(\w+\.)?(lm_head|heads?|classifier|score|embed_out|fc_out|proj_out)(\.head|\.fc|\.\d+)?(\.weight)?$"
-    r"|^(output|fc|logits)(\.weight)?$"
+    r"^(?!encoder\.)(\w+\.)?(lm_head|heads?|classifier|score|embed_out|fc_out|proj_out(_2)?|conv_out)"
+    r"(\.head|\.fc|\.out_proj|\.\d+)?(\.weight)?$"
+    r"|^(output|fc|logits|decoder)(\.weight)?$"
 )
+# What may come last and has no scores: a projection into a space of embeddings, an adapter of another layer.
+_NO_HEADS = re.compile(r"(^|[._])(projection|lora_[AB](\.\w+)?)(\.weight)?$")
+
+# What torch's parametrizations and PEFT's adapters put into the names of weights.
+_WRAPPERS = ((r"(^|\.)parametrizations\.(\w+)\.original\d?$", r"\1\2"), (r"\.base_layer\.", "."),
+             (r"\.(modules_to_save\.\w+|original_module)\.", "."), (r"^base_model\.model\.", ""))  # fmt: skip
 
 
 def role_by_name(name: str, shape: tuple[int, ...], has_bias: bool) -> Role:
@@ -66,5 +73,31 @@ def find_head(names: Sequence[Sequence[str]], roles: Sequence[Role], *, last: bo
     hidden = [i for i, role in enumerate(roles) if role == "hidden"]
     if len(names) < 2 or not hidden:
         return None
-    named = [i for i in hidden if any(_HEADS.search(name) for name in names[i])]
-    return named[-1] if named else hidden[-1] if last else None
+    plain = [[weight_name(name) for name in of_one] for of_one in names]
+    named = [i for i in hidden if any(_HEADS.search(name) for name in plain[i])]
+    if named or not last or any(_NO_HEADS.search(name) for name in plain[hidden[-1]]):
+        return named[-1] if named else None
+    return hidden[-1]
+
+
+def weight_name(name: str) -> str:
+    """The name that a weight has without what wraps it: torch's parametrizations, or the adapters of PEFT.
+
+    Args:
+        name: of a parameter.
+
+    Returns:
+        The name; the same where nothing wraps it.
+
+    Raises: nothing of its own.
+    Cost: none to speak of.
+    Source: torch's and PEFT's names.
+
+    >>> weight_name("0.parametrizations.weight.original1")
+    '0.weight'
+    >>> weight_name("base_model.model.h.0.attn.c_attn.base_layer.weight")
+    'h.0.attn.c_attn.weight'
+    """
+    for pattern, plain in _WRAPPERS:
+        name = re.sub(pattern, plain, name)
+    return name

@@ -37,7 +37,8 @@ def in_parts(layout: Layout, size: int | None) -> Layout:
     left = " ".join(map(_group, dims))
     right = " ".join([*leading, PART, _group(rows), _group(columns)])
     cut = f"{left} -> {right}"
-    return replace(layout, pattern=cut, sizes={**layout.sizes, PART: counts[0]}, parts=(), rows=())
+    sizes = {**layout.sizes, side[0]: length // counts[0], PART: counts[0]}
+    return replace(layout, pattern=cut, sizes=sizes, parts=(), rows=())
 
 
 def _group(names: tuple[str, ...]) -> str:

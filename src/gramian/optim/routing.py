@@ -54,6 +54,13 @@ class Route:
         assert layout is not None
         return layout.matrices
 
+    @property
+    def num_matrices(self) -> int:
+        """The number of whole matrices; a larger one of fused parts of unequal size is one."""
+        layout = self.whole or self.layout
+        assert layout is not None
+        return len(layout.labels)
+
     def cut(self, size: int | None) -> Route:
         """The same route with large matrices in parts, of at most `size` on the smaller side."""
         return self if self.layout is None else replace(self, layout=in_parts(self.layout, size), whole=self.layout)

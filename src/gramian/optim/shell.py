@@ -159,7 +159,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._routes.update((r.parameter, r) for r in routes)
         matrices = [r for r in self._routes.values() if r.layout is not None]
         trained = [r for r in matrices if r.parameter.requires_grad] or matrices
-        self._num_matrices = sum(math.prod(r.matrices[:-2]) for r in trained)
+        self._num_matrices = sum(r.num_matrices for r in trained)
         self._sharding.assign([r.parameter for r in matrices])
 
     def _split(self, routes: Sequence[Route], own: Mapping[str, Any]) -> list[dict[str, Any]]:
