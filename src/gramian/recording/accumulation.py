@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gramian.gram import At, DiagonalGram, Gram, Sums, sums
-from gramian.recording.forms import Form
+from gramian.recording.form import Form
 from gramian.recording.sides import Side
 from gramian.recording.taps import Pass, in_backward
 from gramian.statistics import Site

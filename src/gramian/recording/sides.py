@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from gramian.block import Block, Layout
 from gramian.gram import At
-from gramian.recording.forms import Form
+from gramian.recording.form import Form
 
-__all__ = ["BlockView", "Side", "sides_of", "view_of"]
+__all__ = ["BlockView", "Side", "sides_of", "uses_of", "view_of"]
 
 
 @dataclass(frozen=True)
 class BlockView:
     """What a tensor holds of a block: its dimensions, as those of the block's parameter, and which matrices.
 
-    `part` lists the matrices by their index along the first axis, or is `None` for all.
+    `part` lists the matrices by their index along the first axis, or is `None` for all. A dimension `None` is none of
+    the parameter's: of size one, or the first of a weight that was repeated along it (`expand`). `index` (S,) says that
+    the first dimension numbers matrices that were selected from the block's by it, as `experts[chosen]` does.
     """
 
     block: Block
-    dims: tuple[int, ...]
+    dims: tuple[int | None, ...]
     part: tuple[int, ...] | None = None
+    index: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,24 @@ def view_of(tensor: Tensor, base: Tensor, whole: BlockView) -> BlockView | None:
     if tensor.is_sparse or base.ndim != len(whole.dims):
         return None
     free, dims = list(range(base.ndim)), []
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+    for place, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         fits = [d for d in free if base.stride(d) == stride and (base.shape[d] == size or (d == 0 and size > 0))]
         fits.sort(key=lambda d: base.shape[d] != size)
-        if not fits:
+        if fits:
+            dims.append(fits[0])
+            free.remove(fits[0])
+        elif size == 1 or (stride == 0 and place == 0):  # of no dimension of the weight: unsqueezed, or repeated
+            dims.append(None)
+        else:
             return None
-        dims.append(fits[0])
-        free.remove(fits[0])
+    if whole.index is None:  # dimensions of size one that were squeezed
+        free = [d for d in free if d == 0 or base.shape[d] != 1]
     start, rest = divmod(int(tensor.storage_offset() - base.storage_offset()), int(base.stride(0)) or 1)
     num = tensor.shape[dims.index(0)] if 0 in dims else 1
-    own = tuple(whole.dims[d] for d in dims)
+    own = tuple(None if d is None else whole.dims[d] for d in dims)
     if not free and num == base.shape[0] and start == rest == 0:
-        return BlockView(whole.block, own, whole.part)
-    if rest or free not in ([], [0]) or whole.part is not None or whole.dims[0] != 0:
+        return BlockView(whole.block, own, whole.part, whole.index)
+    if rest or free not in ([], [0]) or whole.part is not None or whole.index is not None or whole.dims[0] != 0:
         return None
     layout = whole.block.layout
     axis = layout.dims[0][0] if layout.dims[0] else ""
@@ -97,11 +105,62 @@ def view_of(tensor: Tensor, base: Tensor, whole: BlockView) -> BlockView | None:
     return BlockView(whole.block, own, tuple(range(start // step, (start + num) // step)))
 
 
+def uses_of(form: Form, view: BlockView) -> list[tuple[Form, BlockView]]:
+    """The use itself; where its rows belong to different matrices of a stack, one for each matrix that has rows."""
+    if form.owners is None and view.index is None and not _repeats(form, view):
+        return [(form, view)]
+    owners, inputs, outputs = form.owners, form.inputs, form.outputs
+    in_dims, out_dims = form.in_dims, form.out_dims
+    if owners is None:
+        # The first dimension numbers the selected matrices, and each of them has rows of its own.
+        if in_dims[0] != 0 or out_dims[0] != 0:
+            return []
+        num = len(form.weight)
+        in_dims, out_dims = in_dims[1:], out_dims[1:]
+
+        def apart(rows: Tensor) -> Tensor:
+            return rows.reshape(len(rows), num, -1).transpose(0, 1).flatten(0, 1)
+
+        def inputs(mask: Tensor | None) -> Iterator[Tensor]:
+            return map(apart, form.inputs(None))
+
+        def outputs(grad: Tensor) -> Tensor:
+            return apart(form.outputs(grad))
+
+        if view.index is None:
+            return [(replace(form, inputs=inputs, outputs=outputs, in_dims=in_dims, out_dims=out_dims), view)]
+        (rows,) = inputs(None)
+        owners = view.index.repeat_interleave(len(rows) // num)
+    else:
+        (rows,) = inputs(None)
+    if view.part is not None or view.dims[0] != 0 or len(view.block.layout.dims[0]) > 1:
+        return []
+
+    def of_one(e: int) -> tuple[Form, BlockView]:
+        where = (owners == e).nonzero().flatten()
+        one = replace(
+            form,
+            inputs=lambda mask: iter([rows[where]]),
+            outputs=lambda grad: outputs(grad)[where],
+            in_dims=in_dims,
+            out_dims=out_dims,
+            owners=None,
+        )
+        return one, replace(view, part=(e,), index=None)
+
+    return [of_one(e) for e in owners.unique().tolist() if e >= 0]
+
+
+def _repeats(form: Form, view: BlockView) -> bool:
+    """Whether the products along the weight's first dimension are all with the same matrix."""
+    return bool(view.dims) and view.dims[0] is None and 0 in form.in_dims and 0 in form.out_dims
+
+
 def sides_of(form: Form, view: BlockView) -> tuple[Side, Side] | None:
     """The input and the output side of a use of a block; `None` where an axis of its layout belongs to both."""
     layout = view.block.layout
     _, rows, columns = layout.sides
-    names = [layout.dims[d] for d in view.dims]
+    names = [() if d is None else layout.dims[d] for d in view.dims]
     inside = [name for d in form.in_dims for name in names[d]]
     outside = [name for d in form.out_dims for name in names[d]]
     if form.groups > 1:
@@ -112,6 +171,8 @@ def sides_of(form: Form, view: BlockView) -> tuple[Side, Side] | None:
             outside.insert(0, group)
         else:
             inside.insert(0, group)
+    gone = {name for name, size in layout.axes.items() if size == 1} - set(inside) - set(outside)  # squeezed
+    rows, columns = (tuple(name for name in side if name not in gone) for side in (rows, columns))
     for transposed, entering, leaving in ((False, columns, rows), (True, rows, columns)):
         if _takes(layout, inside, entering) and _takes(layout, outside, leaving):
             if form.onehot and tuple(inside) != entering:
