@@ -14,7 +14,7 @@ import gramian as gm
 from cases import seeded
 from gramian.recording.forms import FORMS
 
-R, I, O, E = 5, 4, 3, 2  # rows, inputs, outputs, matrices of a stack
+R, IN, OUT, E = 5, 4, 3, 2  # rows, inputs, outputs, matrices of a stack
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -48,14 +48,31 @@ def unfolded(x: Tensor, k: int) -> Tensor:
     return torch.stack([x[:, :, i : i + k].flatten(1) for i in range(x.shape[2] - k + 1)], 1).flatten(0, 1)
 
 
-x, stack = normal(R, I), normal(E, R, I, seed=1)
-long, tokens = normal(2, I, 6, seed=2), torch.tensor([[0, 3, 1], [2, 2, 0]])
-w, wt, ws, wst = normal(O, I, seed=3), normal(I, O, seed=4), normal(E, I, O, seed=5), normal(E, O, I, seed=6)
-kernel, kernel_t = normal(O, I, 2, seed=7), normal(I, O, 2, seed=8)
-table = normal(4, O, seed=9)
+x, stack = normal(R, IN), normal(E, R, IN, seed=1)
+long, tokens = normal(2, IN, 6, seed=2), torch.tensor([[0, 3, 1], [2, 2, 0]])
+w, wt, ws, wst = (
+    normal(OUT, IN, seed=3),
+    normal(IN, OUT, seed=4),
+    normal(E, IN, OUT, seed=5),
+    normal(E, OUT, IN, seed=6),
+)
+kernel, kernel_t = normal(OUT, IN, 2, seed=7), normal(IN, OUT, 2, seed=8)
+table, chosen = normal(4, OUT, seed=9), tokens.flatten()
 onehot = F.one_hot(tokens.flatten(), 4).double()
-vector, bias = normal(I, seed=10), normal(R, O, seed=11)
+vector, bias = normal(IN, seed=10), normal(R, OUT, seed=11)
 T = True
+
+
+def one_row(g: Tensor) -> Tensor:
+    return g[None]
+
+
+def one_row_each(g: Tensor) -> Tensor:
+    return g[:, None]
+
+
+def by_position(g: Tensor) -> Tensor:
+    return flat(g.mT)
 
 
 def by_stack(g: Tensor) -> Tensor:
@@ -63,18 +80,20 @@ def by_stack(g: Tensor) -> Tensor:
 
 
 CALLS: dict[str, Call] = {
-    "linear": Call(F.linear, w, {"input": x, "weight": "W", "bias": normal(O)}, x, flat),
+    "linear": Call(F.linear, w, {"input": x, "weight": "W", "bias": normal(OUT)}, x, flat),
     "linear_left": Call(F.linear, w, {"input": "W", "weight": x}, x, lambda g: g.T),
     "matmul": Call(torch.matmul, wt, {"input": x, "other": "W"}, x, flat, T),
     "matmul_left": Call(torch.matmul, w, {"input": "W", "other": x.T}, x, lambda g: g.T),
-    "matmul_vector": Call(torch.matmul, w, {"input": "W", "other": vector}, vector[None], lambda g: g[None]),
-    "matmul_vector_right": Call(torch.matmul, wt, {"input": vector, "other": "W"}, vector[None], lambda g: g[None], T),
+    "matmul_vector": Call(torch.matmul, w, {"input": "W", "other": vector}, vector[None], one_row),
+    "matmul_vector_right": Call(torch.matmul, wt, {"input": vector, "other": "W"}, vector[None], one_row, T),
     "matmul_stack": Call(torch.matmul, ws, {"input": stack, "other": "W"}, stack, by_stack, T),
     "matmul_stack_common": Call(torch.matmul, ws, {"input": x, "other": "W"}, x, by_stack, T),
     "matmul_stack_left": Call(torch.matmul, wst, {"input": "W", "other": stack.mT}, stack, lambda g: g.mT),
     "matmul_stack_left_common": Call(torch.matmul, wst, {"input": "W", "other": x.T}, x, lambda g: g.mT),
-    "matmul_stack_vector": Call(torch.matmul, wst, {"input": "W", "other": vector}, vector[None], lambda g: g[:, None]),
-    "matmul_vector_stack": Call(torch.matmul, ws, {"input": vector, "other": "W"}, vector[None], lambda g: g[:, None], T),
+    "matmul_stack_vector": Call(torch.matmul, wst, {"input": "W", "other": vector}, vector[None], one_row_each),
+    "matmul_vector_stack": Call(
+        torch.matmul, ws, {"input": vector, "other": "W"}, vector[None], one_row_each, T
+    ),
     "matmul_method": Call(Tensor.matmul, wt, {"self": x, "other": "W"}, x, flat, T, 99),
     "matmul_operator": Call(Tensor.__matmul__, wt, {"self": x, "other": "W"}, x, flat, T),
     "rmatmul": Call(Tensor.__rmatmul__, wt, {"self": "W", "other": x}, x, flat, T),
@@ -84,8 +103,8 @@ CALLS: dict[str, Call] = {
     "mm_method": Call(Tensor.mm, wt, {"self": x, "mat2": "W"}, x, flat, T),
     "bmm": Call(torch.bmm, ws, {"input": stack, "mat2": "W"}, stack, by_stack, T),
     "bmm_method": Call(Tensor.bmm, ws, {"self": stack, "mat2": "W"}, stack, by_stack, T),
-    "mv": Call(torch.mv, w, {"input": "W", "vec": vector}, vector[None], lambda g: g[None]),
-    "mv_method": Call(Tensor.mv, w, {"self": "W", "vec": vector}, vector[None], lambda g: g[None]),
+    "mv": Call(torch.mv, w, {"input": "W", "vec": vector}, vector[None], one_row),
+    "mv_method": Call(Tensor.mv, w, {"self": "W", "vec": vector}, vector[None], one_row),
     "inner": Call(torch.inner, w, {"input": x, "other": "W"}, x, flat),
     "inner_left": Call(torch.inner, w, {"input": "W", "other": x}, x, lambda g: g.T),
     "inner_method": Call(Tensor.inner, w, {"self": x, "other": "W"}, x, flat),
@@ -93,30 +112,31 @@ CALLS: dict[str, Call] = {
     "addmm_alpha": Call(torch.addmm, wt, {"input": bias, "mat1": x, "mat2": "W", "alpha": 3}, x, lambda g: 3 * g, T, 3),
     "addmm_method": Call(Tensor.addmm, wt, {"self": bias, "mat1": x, "mat2": "W"}, x, flat, T),
     "addmm_": Call(Tensor.addmm_, wt, {"self": bias, "mat1": x, "mat2": "W"}, x, flat, T),
-    "addmv_": Call(Tensor.addmv_, w, {"self": normal(O), "mat": "W", "vec": vector}, vector[None], lambda g: g[None]),
+    "addmv_": Call(Tensor.addmv_, w, {"self": normal(OUT), "mat": "W", "vec": vector}, vector[None], one_row),
     "baddbmm_": Call(
-        Tensor.baddbmm_, ws, {"self": normal(E, R, O), "batch1": stack, "batch2": "W"}, stack, by_stack, T
+        Tensor.baddbmm_, ws, {"self": normal(E, R, OUT), "batch1": stack, "batch2": "W"}, stack, by_stack, T
     ),
     "addbmm_": Call(
-        Tensor.addbmm_, ws, {"self": bias, "batch1": stack, "batch2": "W"}, stack, lambda g: g.expand(E, R, O), T
+        Tensor.addbmm_, ws, {"self": bias, "batch1": stack, "batch2": "W"}, stack, lambda g: g.expand(E, R, OUT), T
     ),
-    "addmv_function_": Call(torch.addmv_, w, {"input": normal(O), "mat": "W", "vec": vector}, vector[None], lambda g: g[None]),
+    "addmv_function_": Call(torch.addmv_, w, {"input": normal(OUT), "mat": "W", "vec": vector}, vector[None], one_row),
     "addmv_method": Call(
-        Tensor.addmv, w, {"self": normal(O), "mat": "W", "vec": vector}, vector[None], lambda g: g[None]
+        Tensor.addmv, w, {"self": normal(OUT), "mat": "W", "vec": vector}, vector[None], one_row
     ),
     "addbmm_method": Call(
-        Tensor.addbmm, ws, {"self": bias, "batch1": stack, "batch2": "W"}, stack, lambda g: g.expand(E, R, O), T
+        Tensor.addbmm, ws, {"self": bias, "batch1": stack, "batch2": "W"}, stack, lambda g: g.expand(E, R, OUT), T
     ),
-    "addmv": Call(torch.addmv, w, {"input": normal(O), "mat": "W", "vec": vector}, vector[None], lambda g: g[None]),
+    "addmv": Call(torch.addmv, w, {"input": normal(OUT), "mat": "W", "vec": vector}, vector[None], one_row),
     "baddbmm": Call(
-        torch.baddbmm, ws, {"input": normal(E, R, O), "batch1": stack, "batch2": "W", "beta": 0}, stack, by_stack, T, 3
+        torch.baddbmm, ws, {"input": normal(E, R, OUT), "batch1": stack, "batch2": "W", "beta": 0}, stack, by_stack,
+        T, 3,
     ),
     "baddbmm_method": Call(
-        Tensor.baddbmm, ws, {"self": normal(E, R, O), "batch1": stack, "batch2": "W", "alpha": 0.5}, stack,
+        Tensor.baddbmm, ws, {"self": normal(E, R, OUT), "batch1": stack, "batch2": "W", "alpha": 0.5}, stack,
         lambda g: 0.5 * g, T, 3,
     ),
     "addbmm": Call(
-        torch.addbmm, ws, {"input": bias, "batch1": stack, "batch2": "W"}, stack, lambda g: g.expand(E, R, O), T, 3
+        torch.addbmm, ws, {"input": bias, "batch1": stack, "batch2": "W"}, stack, lambda g: g.expand(E, R, OUT), T, 3
     ),
     "sparse_mm": Call(torch.sparse.mm, wt, {"sparse": x.to_sparse(), "dense": "W"}, x, flat, T, 2),
     "linalg_matmul": Call(torch.linalg.matmul, wt, {"input": x, "other": "W"}, x, flat, T),
@@ -132,13 +152,15 @@ CALLS: dict[str, Call] = {
     "multi_dot_left": Call(torch.linalg.multi_dot, w, {"tensors": ["W", x.T, normal(R, 2)]}, x, None, T),
     "chain_matmul": Call(torch.chain_matmul, wt, {"*": (bias.T, x, "W")}, bias.T @ x, flat, T),
     "bilinear": Call(
-        F.bilinear, normal(2, O, I), {"input1": normal(R, O), "input2": x, "weight": "W", "bias": normal(2)}, x,
-        lambda g: torch.stack([g[:, [e]] * normal(R, O) for e in range(2)]), layout="e a b -> e a b",
+        F.bilinear, normal(2, OUT, IN), {"input1": normal(R, OUT), "input2": x, "weight": "W", "bias": normal(2)}, x,
+        lambda g: torch.stack([g[:, [e]] * normal(R, OUT) for e in range(2)]), layout="e a b -> e a b",
     ),
-    "conv1d": Call(F.conv1d, kernel, {"input": long, "weight": "W", "bias": normal(O)}, unfolded(long, 2), lambda g: flat(g.mT)),
+    "conv1d": Call(
+        F.conv1d, kernel, {"input": long, "weight": "W", "bias": normal(OUT)}, unfolded(long, 2), by_position
+    ),
     "conv1d_padded": Call(
         F.conv1d, kernel, {"input": long, "weight": "W", "bias": None, "stride": 1, "padding": "same", "dilation": 1},
-        unfolded(F.pad(long, (0, 1)), 2), lambda g: flat(g.mT),
+        unfolded(F.pad(long, (0, 1)), 2), by_position,
     ),
     "conv2d": Call(
         F.conv2d, kernel[:, :, None], {"input": long[:, :, None], "weight": "W"}, unfolded(long, 2),
@@ -166,9 +188,9 @@ CALLS: dict[str, Call] = {
         lambda g: g.repeat_interleave(3, 0), T, 3,
     ),
     "indexing": Call(Tensor.__getitem__, table, {"self": "W", "index": tokens - 4}, onehot, flat, T),
-    "index_select": Call(torch.index_select, table, {"input": "W", "dim": 0, "index": tokens.flatten()}, onehot, flat, T),
+    "index_select": Call(torch.index_select, table, {"input": "W", "dim": 0, "index": chosen}, onehot, flat, T),
     "index_select_method": Call(
-        Tensor.index_select, table, {"self": "W", "dim": 0, "index": tokens.flatten()}, onehot, flat, T
+        Tensor.index_select, table, {"self": "W", "dim": 0, "index": chosen}, onehot, flat, T
     ),
 }  # fmt: skip
 CALLS["multi_dot_left"] = CALLS["multi_dot_left"]._replace(
@@ -297,11 +319,11 @@ def test_out_and_slices_of_it() -> None:
             self.weight = nn.Parameter(wt.clone(), requires_grad=False)
 
         def forward(self, batch: Tensor) -> Tensor:
-            out = torch.zeros(2 * R, O, dtype=x.dtype)
+            out = torch.zeros(2 * R, OUT, dtype=x.dtype)
             torch.mm(x, self.weight, out=out[R:])
             return out
 
-    g = normal(2 * R, O, seed=20)
+    g = normal(2 * R, OUT, seed=20)
     objective = gm.Objective(lambda m, b: m(b), lambda output, b: ((output * g).sum(), 1))
     site = gm.capture(Into(), [torch.zeros(1)], objective)["weight"].only
     torch.testing.assert_close(site.A.matrix, second(x) / R)
@@ -319,7 +341,7 @@ def test_a_call_that_no_row_reads_is_named() -> None:
         def forward(self, batch: Tensor) -> Tensor:
             y = torch.addmm(2, bias, 3, x, self.a)  # deprecated: beta, input, alpha, mat1, mat2
             y = y + torch.cdist(x, self.b.T)
-            return y + F.linear(x, self.c.view(2, 2, O)[0].T[:, :1].expand(O, I))
+            return y + F.linear(x, self.c.view(2, 2, OUT)[0].T[:, :1].expand(OUT, IN))
 
     with pytest.warns(UserWarning, match="deprecated"):
         stats = gm.capture(Strange(), [torch.ones(2)], lambda m, b: m(b).mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from gramian.inspection.measured import Measured
 from gramian.inspection.rules import find
 from gramian.inspection.weights import measure_file, measure_model
 from gramian.objective import Objective, as_objective
-from gramian.operators import end_to_end_jacobian, layer_gains
+from gramian.operators import NoJacobian, layer_gains, try_jacobian
 from gramian.recording import capture
 from gramian.report import Layer, Report
 
@@ -82,7 +82,7 @@ def inspect(
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
     measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
     if batches is not None and objective is not None:
-        _measure_signal(measured, model_or_path, batches, as_objective(objective), progress)
+        _measure_signal(measured, model_or_path, batches, as_objective(objective), layouts, progress)
     return _report(title or type(model_or_path).__name__, measured)
 
 
@@ -97,6 +97,7 @@ def _measure_signal(
     model: nn.Module,
     batches: Iterable[Any],
     objective: Objective,
+    layouts: Mapping[str, Any] | None,
     progress: Callable[[str, int, int], None],
 ) -> None:
     batches = list(batches)
@@ -108,21 +109,18 @@ def _measure_signal(
         model,
         batches,
         objective,
+        layouts=layouts,
         fisher="empirical",
         non_finite="keep",
         progress=lambda done: progress("signal", done, len(batches)),
     )
     measured.stats = stats
+    measured.notes += stats.summary()
     progress("gains", 0, 1)
-    measured.gains = layer_gains(model, batches[0], objective)
+    _measure_gains(measured, model, batches[0], objective)
     progress("gains", 1, 1)
     progress("jacobian", 0, 1)
-    jacobian = end_to_end_jacobian(model, _first(batches[0], NUM_JACOBIANS), objective)
-    if jacobian is None:
-        measured.notes.append("The end-to-end Jacobian was not measured: it is too large, or rows are not samples.")
-    elif torch.isfinite(jacobian).all():
-        values, _ = linalg.svdvals_ex(jacobian)
-        measured.jacobian = tuple(values.double().median(0).values.tolist())
+    _measure_jacobian(measured, model, batches[0], objective)
     progress("jacobian", 1, 1)
     order = {name: i for i, name in enumerate(stats)}
     last = len(order)
@@ -151,18 +149,73 @@ def _measure_signal(
     measured.notes.append("Measured in evaluation mode: dropout off, batch statistics as stored.")
 
 
+def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
+    try:
+        measured.gains = layer_gains(model, batch, objective)
+    except Exception as error:  # a model that runs may still not be differentiated layer by layer
+        measured.notes.append(f"The gains were not measured: {_in_words(error)}.")
+        return
+    known = sum(gain is not None for gain in measured.gains.values())
+    if known < len(measured.gains):
+        measured.notes.append(
+            f"The gain was measured for {known} of {len(measured.gains)} layers. It is not defined where a layer is "
+            "used several times, or where the next layer's input depends on more than this layer (a skip, attention)."
+        )
+
+
+def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
+    what = "The end-to-end Jacobian was not measured"
+    try:
+        try:
+            found = try_jacobian(model, _first(batch, NUM_JACOBIANS), objective)
+        except Exception:  # a part of a batch may be none: the nodes of a graph without the other ends of its edges
+            found = try_jacobian(model, batch, objective)
+    except Exception as error:
+        measured.notes.append(f"{what}: {_in_words(error)}.")
+        return
+    if isinstance(found, NoJacobian):
+        measured.notes.append(f"{what}: {found.reason}.")
+        measured.is_chain = found.is_chain
+        if not found.is_chain:
+            measured.notes.append("So the gradients of the first and the last layer were not compared either.")
+    elif torch.isfinite(found).all():
+        values, _ = linalg.svdvals_ex(found)
+        measured.jacobian = tuple(values.double().median(0).values.tolist())
+    else:
+        measured.notes.append(f"{what}: it is not finite.")
+
+
+def _in_words(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no message'}"
+
+
 def _parameter(name: str) -> str:
     """Return a row's block: its name without the index of a matrix in a fused parameter."""
     return name.partition("[")[0]
 
 
 def _first(batch: Any, num: int) -> Any:
-    """Return the first samples of a batch: of each tensor in it, through tuples, lists and dicts."""
+    """Return the first samples of a batch: of each tensor in it that has as many rows as the first tensor."""
+    tensors = list(_tensors(batch))
+    return _cut(batch, num, len(tensors[0])) if tensors else batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
-        return batch[:num] if batch.ndim else batch
-    if isinstance(batch, dict):
-        return {key: _first(value, num) for key, value in batch.items()}
+        if batch.ndim:
+            yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)
+
+
+def _cut(batch: Any, num: int, size: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:num] if batch.ndim and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return type(batch)({key: _cut(value, num, size) for key, value in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, (tuple, list)):
-        parts = [_first(value, num) for value in batch]
+        parts = [_cut(value, num, size) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch

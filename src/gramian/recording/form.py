@@ -49,8 +49,9 @@ class Row:
     """A row of the table of forms: the names of a function's arguments, and how a call of it is read.
 
     Args:
-        arguments: the names that the function has for its arguments, in its order. Where the reader calls one otherwise,
-            both names stand there, `"input mat2:other"`; a last `"*operands"` takes all the rest, as a tuple.
+        arguments: the names that the function has for its arguments, in its order. Where the reader calls one
+            otherwise, both names stand there, `"input mat2:other"`; a last `"*operands"` takes all the rest, as a
+            tuple.
         reader: `reader(is_weight, ...) -> Form`, or several of them, or `None` where the call is not a product of a
             weight with rows.
     """

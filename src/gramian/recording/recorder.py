@@ -90,7 +90,8 @@ class Recorder(TorchFunctionMode):
                 reason = f"used only by {used}, which is not captured" if used else "no batch reached it"
                 stats.blocks[block.name] = [Site(name=block.name, reason=reason)]
         for other in self.found.rest:
-            if not (other.elementwise or is_lazy(other.parameter) or other.parameter.ndim < 2):
+            known = other.elementwise or is_lazy(other.parameter)
+            if not known and sum(size > 1 for size in other.parameter.shape) > 1:  # else a vector, whatever its shape
                 stats.parameters[other.name] = other.parameter.numel()
         stats.settle()
         for site in stats.sites():
@@ -150,7 +151,8 @@ class Recorder(TorchFunctionMode):
                 output = self._record(uses, output, self.current, in_place=any(output is t for t in tensors))
         used = {id(form.weight) for form, _ in uses}
         others = [one for one in held if id(one.tensor) not in used]
-        self.tracker.follow(func, args, tensors, others, fixed, output)
+        name = name_of(func) + (" (as an input)" if uses else "")
+        self.tracker.follow(func, name, args, tensors, others, fixed, output)
         return output
 
     def _record(self, uses: list[tuple[Form, BlockView]], output: Tensor, current: Pass, *, in_place: bool) -> Tensor:

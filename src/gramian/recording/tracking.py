@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -95,33 +95,41 @@ class Tracker:
         return id(base) in self.buffers or (tensor.ndim == 0 and not tensor.requires_grad)
 
     def follow(
-        self, func: Callable, args: tuple, tensors: list[Tensor], others: list[Held], fixed: bool, output: Any
+        self,
+        func: Callable,
+        name: str,
+        args: tuple,
+        tensors: list[Tensor],
+        others: list[Held],
+        fixed: bool,
+        output: Any,
     ) -> None:
-        """Tracks the output where it is the weight in another form; any other function of one is noted as such.
+        """Tracks the output where it is the weight in another form; any other function of one is noted by its name.
 
         `tensors` are all that the function was given; `others` those of them whose use was not captured.
         """
-        made = [t for t in tensors_of((output,)) if t.is_floating_point()]
+        made = list(tensors_of((output,)))
         for t in made:
             if fixed and tensors:
                 self.fixed[id(t)] = t
             elif self.fixed or self.views:  # data was written into it
                 base = t if t._base is None else t._base
                 self.fixed.pop(id(base), None)
+        made = [t for t in made if t.is_floating_point()]
         copied = False
         for held in others:
             if not made or all(_is_view_of(t, held.tensor) for t in made):
                 continue  # a view is found by its base
             if any(t is held.tensor for t in made):
                 if not fixed and self.views.pop(id(held.tensor), None) is not None:
-                    self.note(held, name_of(func), fixed)
+                    self.note(held, name, fixed)
                 continue
             view = None if copied or held.view is None else self._in_another_form(func, args, held, fixed, made[0])
             if view is not None:
                 self.views[id(made[0])] = (made[0], view)
                 copied = True
                 continue
-            self.note(held, name_of(func), fixed)
+            self.note(held, name, fixed)
 
     def note(self, held: Held, name: str, fixed: bool) -> None:
         """Notes a use that is not captured."""
@@ -180,7 +188,7 @@ def name_of(func: Any) -> str:
         return "indexing"
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", name)
-    return name.strip("_")
+    return name.strip("_").replace("linalg_", "linalg.")
 
 
 def _all_of(block: Block) -> BlockView:
@@ -191,7 +199,7 @@ def _is_view_of(tensor: Tensor, other: Tensor) -> bool:
     return tensor._base is not None and tensor._base is (other if other._base is None else other._base)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_elementwise(func: Callable) -> bool:
     """Whether a function acts entry by entry, as torch's own table of operators says."""
     name = name_of(func)
