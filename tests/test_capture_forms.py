@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
+from gramian.recording.form import Form, Row
 from gramian.recording.forms import FORMS
 
 R, IN, OUT, E = 5, 4, 3, 2  # rows, inputs, outputs, matrices of a stack
@@ -350,3 +352,16 @@ def test_a_call_that_no_row_reads_is_named() -> None:
         "b": "used only by cdist, which is not captured",
         "c": "used only by linear of a slice or reshape of it, which is not captured",
     }
+
+
+def test_a_call_that_a_row_reads_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form whose rows do not fit the weight: the model runs, and the site says why it has nothing."""
+
+    def misread(is_weight: Any, input: Tensor, weight: Tensor, bias: Any = None) -> Form:
+        return Form("linear", weight, input, lambda mask: iter([input[:, 1:]]), flat, (1,), (0,))
+
+    monkeypatch.setitem(FORMS, F.linear, Row("input weight bias", misread))
+    stats = gm.capture(nn.Linear(IN, OUT).double(), [x], lambda m, b: m(b).mean())
+    assert stats["weight"].A is stats["weight"].G is None
+    assert re.match("its use in linear was not understood: (ShapeError|RuntimeError): .+", stats["weight"].reason)
+    assert stats.coverage == 0.0

@@ -115,6 +115,37 @@ def test_experts_have_the_rows_that_were_sent_to_them(kind: type[Experts]) -> No
     assert not stats.summary()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
+def test_transformers_run_experts_in_three_ways(how: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=20, num_local_experts=6, experts_implementation=how,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    tokens = torch.randint(20, (2, 4), generator=seeded(0))
+    given: list[tuple[Tensor, Tensor]] = []
+    experts = model.model.layers[0].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda m, args: given.append((args[0].detach(), args[1])))
+    stats = gm.capture(model, [tokens], lambda m, b: m(input_ids=b, labels=b).loss)
+    handle.remove()
+    up, down = (stats[f"model.layers.0.mlp.experts.{name}_proj"].only for name in ("gate_up", "down"))
+    (x, chosen), act = given[0], torch.nn.functional.silu
+    counts = torch.bincount(chosen.flatten(), minlength=6)
+    assert 0 in counts
+    assert up.A.count.tolist() == down.A.count.tolist() == counts.tolist()
+    for e in range(6):
+        rows = x[(chosen == e).any(-1)]
+        gate, value = (rows @ experts.gate_up_proj[e].T).chunk(2, -1)
+        close(up.A.matrix[e], second(rows) / max(1, len(rows)))
+        close(down.A.matrix[e], second(act(gate) * value) / max(1, len(rows)))
+        # Σ g xᵀ is the gradient: the sides of the gradient lie in those of G and A.
+        assert bool(up.G.matrix[e].any()) == bool(len(rows))
+    assert stats.coverage == 1.0
+
+
 # ---- the weight that is applied --------------------------------------------------------------------------------------
 
 
@@ -233,6 +264,7 @@ NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linalg.vecdot": lambda x, w: torch.linalg.vecdot(x[:, None], w),
     "cdist": lambda x, w: torch.cdist(x, w),
     "cat": lambda x, w: F.linear(x, torch.cat([w, w])[:OUT]),
+    "matmul": lambda x, w: (x @ w.T.expand(3, -1, -1)).sum(0),
     "stack": lambda x, w: F.linear(x, torch.stack([w, w])[0]),
     "pad": lambda x, w: F.linear(F.pad(x, (0, 1)), F.pad(w, (0, 1))),
     "indexing": lambda x, w: F.linear(x, w[torch.arange(OUT)]),

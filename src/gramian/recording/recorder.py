@@ -20,7 +20,8 @@ from gramian.block import Block, Blocks
 from gramian.layers.lookup import is_lazy
 from gramian.recording.accumulation import Accumulator
 from gramian.recording.forms import Form, read
-from gramian.recording.sides import BlockView, Side, sides_of, uses_of
+from gramian.recording.sides import BlockView, Side, sides_of
+from gramian.recording.stacks import uses_of
 from gramian.recording.taps import Pass, in_backward, tapped
 from gramian.recording.tracking import Tracker, name_of, tensors_of
 from gramian.recording.unfused import UNFUSED
@@ -61,6 +62,7 @@ class Recorder(TorchFunctionMode):
         self.leaf = torch.zeros((), requires_grad=True)
         self.running: list[str] = []  # names of the tied parameters whose modules are running, innermost last
         self.paused = 0  # parametrizations that are being computed
+        self.failed: list[tuple[Site, str]] = []
 
     def begin(self, current: Pass, mask: Tensor | None = None) -> None:
         """Starts a forward pass: uses from now on belong to it. Rows outside the mask are left out of A."""
@@ -93,6 +95,8 @@ class Recorder(TorchFunctionMode):
             known = other.elementwise or is_lazy(other.parameter)
             if not known and sum(size > 1 for size in other.parameter.shape) > 1:  # else a vector, whatever its shape
                 stats.parameters[other.name] = other.parameter.numel()
+        for site, reason in self.failed:  # its sums lack rows
+            site.A, site.G, site.reason = None, None, reason
         stats.settle()
         for site in stats.sites():
             if site.G is None and not site.reason:
@@ -173,7 +177,7 @@ class Recorder(TorchFunctionMode):
             if sides is None:
                 site.reason = f"its layout {view.block.layout.pattern!r} does not match its use in {form.op}"
                 continue
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            with self._noting(site, form), torch.no_grad(), torch._C.DisableTorchFunction():
                 self.accumulator.add_inputs(site, form, sides[0], self.mask)
             waiting.append((site, form, sides[1]))
             if not torch.is_grad_enabled():
@@ -184,9 +188,21 @@ class Recorder(TorchFunctionMode):
         def on_gradient(grad: Tensor) -> None:
             if current.accepts_gradients():
                 for site, form, side in waiting:
-                    self.accumulator.add_gradients(site, form, side, grad, current)
+                    with self._noting(site, form):
+                        self.accumulator.add_gradients(site, form, side, grad, current)
 
         return tapped(output, self.leaf, on_gradient, in_place=in_place)
+
+    @contextmanager
+    def _noting(self, site: Site, form: Form) -> Iterator[None]:
+        """A context in which an error becomes the site's reason: it must not reach the user's model."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            line = (str(error).splitlines() or [""])[0]
+            self.failed.append((site, f"its use in {form.op} was not understood: {type(error).__name__}: {line}"))
 
     def _site(self, form: Form, view: BlockView, sides: tuple[Side, Side] | None) -> Site:
         """The site of a use: by the name under which the parameter was used, the operation, and the orientation."""

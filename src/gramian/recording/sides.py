@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from gramian.block import Block, Layout
 from gramian.gram import At
 from gramian.recording.form import Form
 
-__all__ = ["BlockView", "Side", "sides_of", "uses_of", "view_of"]
+__all__ = ["BlockView", "Side", "sides_of", "view_of"]
 
 
 @dataclass(frozen=True)
@@ -105,62 +105,11 @@ def view_of(tensor: Tensor, base: Tensor, whole: BlockView) -> BlockView | None:
     return BlockView(whole.block, own, tuple(range(start // step, (start + num) // step)))
 
 
-def uses_of(form: Form, view: BlockView) -> list[tuple[Form, BlockView]]:
-    """The use itself; where its rows belong to different matrices of a stack, one for each matrix that has rows."""
-    if form.owners is None and view.index is None and not _repeats(form, view):
-        return [(form, view)]
-    owners, inputs, outputs = form.owners, form.inputs, form.outputs
-    in_dims, out_dims = form.in_dims, form.out_dims
-    if owners is None:
-        # The first dimension numbers the selected matrices, and each of them has rows of its own.
-        if in_dims[0] != 0 or out_dims[0] != 0:
-            return []
-        num = len(form.weight)
-        in_dims, out_dims = in_dims[1:], out_dims[1:]
-
-        def apart(rows: Tensor) -> Tensor:
-            return rows.reshape(len(rows), num, -1).transpose(0, 1).flatten(0, 1)
-
-        def inputs(mask: Tensor | None) -> Iterator[Tensor]:
-            return map(apart, form.inputs(None))
-
-        def outputs(grad: Tensor) -> Tensor:
-            return apart(form.outputs(grad))
-
-        if view.index is None:
-            return [(replace(form, inputs=inputs, outputs=outputs, in_dims=in_dims, out_dims=out_dims), view)]
-        (rows,) = inputs(None)
-        owners = view.index.repeat_interleave(len(rows) // num)
-    else:
-        (rows,) = inputs(None)
-    if view.part is not None or view.dims[0] != 0 or len(view.block.layout.dims[0]) > 1:
-        return []
-
-    def of_one(e: int) -> tuple[Form, BlockView]:
-        where = (owners == e).nonzero().flatten()
-        one = replace(
-            form,
-            inputs=lambda mask: iter([rows[where]]),
-            outputs=lambda grad: outputs(grad)[where],
-            in_dims=in_dims,
-            out_dims=out_dims,
-            owners=None,
-        )
-        return one, replace(view, part=(e,), index=None)
-
-    return [of_one(e) for e in owners.unique().tolist() if e >= 0]
-
-
-def _repeats(form: Form, view: BlockView) -> bool:
-    """Whether the products along the weight's first dimension are all with the same matrix."""
-    return bool(view.dims) and view.dims[0] is None and 0 in form.in_dims and 0 in form.out_dims
-
-
 def sides_of(form: Form, view: BlockView) -> tuple[Side, Side] | None:
     """The input and the output side of a use of a block; `None` where an axis of its layout belongs to both."""
     layout = view.block.layout
     _, rows, columns = layout.sides
-    names = [() if d is None else layout.dims[d] for d in view.dims]
+    names: list[tuple[str, ...]] = [() if d is None else layout.dims[d] for d in view.dims]
     inside = [name for d in form.in_dims for name in names[d]]
     outside = [name for d in form.out_dims for name in names[d]]
     if form.groups > 1:

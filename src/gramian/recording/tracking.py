@@ -158,10 +158,7 @@ class Tracker:
             return view
         index = _selection(func, args, held.tensor)
         stacked = view.dims[0] == 0 and view.index is None and view.part is None and held.tensor.ndim > 2
-        layout = view.block.layout
-        if index is None or not stacked or len(layout.dims[0]) > 1 or layout.dims[0][0] not in layout.sides[0]:
-            return None
-        return replace(view, index=index % len(held.tensor))
+        return replace(view, index=index % len(held.tensor)) if index is not None and stacked else None
 
     def _find(self, parameter: nn.Parameter) -> BlockView | None:
         """The block in whose place a module holds this parameter for now: FSDP2 unshards into a fresh one."""
