@@ -350,7 +350,7 @@ def test_a_call_that_no_row_reads_is_named() -> None:
     assert {name: stats[name].reason for name in stats} == {
         "a": "used only by addmm, which is not captured",
         "b": "used only by cdist, which is not captured",
-        "c": "used only by linear of a slice or reshape of it, which is not captured",
+        "c": "used only by linear (of a slice or reshape of it), which is not captured",
     }
 
 

@@ -271,8 +271,8 @@ NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index_select": lambda x, w: F.linear(x, w.index_select(0, torch.arange(OUT))),
     "gather": lambda x, w: F.linear(x, w.gather(0, torch.zeros(OUT, IN, dtype=torch.long))),
     "where": lambda x, w: torch.where(x[:, None] > 0, w, 0.0).sum(-1),
-    "linear of a slice or reshape of it": lambda x, w: F.pad(F.linear(x, w[1:]), (0, 1)),
-    "linear (as an input)": lambda x, w: x[:, :OUT] + F.linear(w, OTHER.weight)[:, 0],
+    "linear (of a slice or reshape of it)": lambda x, w: F.pad(F.linear(x, w[1:]), (0, 1)),
+    "linear, as an input": lambda x, w: x[:, :OUT] + F.linear(w, OTHER.weight)[:, 0],
 }  # fmt: skip
 OTHER = nn.Linear(IN, OUT)
 

@@ -155,7 +155,7 @@ class Recorder(TorchFunctionMode):
                 output = self._record(uses, output, self.current, in_place=any(output is t for t in tensors))
         used = {id(form.weight) for form, _ in uses}
         others = [one for one in held if id(one.tensor) not in used]
-        name = name_of(func) + (" (as an input)" if uses else "")
+        name = name_of(func) + (", as an input" if uses else "")
         self.tracker.follow(func, name, args, tensors, others, fixed, output)
         return output
 

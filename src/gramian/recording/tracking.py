@@ -133,7 +133,8 @@ class Tracker:
 
     def note(self, held: Held, name: str, fixed: bool) -> None:
         """Notes a use that is not captured."""
-        name += "" if held.view is not None else " of a slice or reshape of it"
+        if held.view is None:
+            name = f"{name} (of a slice or reshape of it)"
         uses = self.other_uses.setdefault(held.block.name, {})
         uses[name] = uses.get(name, True) and fixed
 
