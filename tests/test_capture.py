@@ -344,7 +344,7 @@ def test_a_layer_that_some_batches_skip_counts_their_units() -> None:
 
 REASONS = {
     "scaled": "used only by mul, which is not captured",
-    "sliced": "used only by a slice of it, which is not captured",
+    "sliced": "used only by linear (of a slice or reshape of it), which is not captured",
     "unused.weight": "no batch reached it",
     "no_loss.weight": "no gradient reached it",
     "recomputed.weight": "ran without autograd",

@@ -197,6 +197,38 @@ def test_cells(kind: Any, bias: bool, batched: bool) -> None:
     agrees(module, run, [x])
 
 
+class Named(nn.Module):
+    """Calls torch's recurrent functions with all arguments by name."""
+
+    def __init__(self, packed: bool) -> None:
+        super().__init__()
+        self.lstm, self.cell, self.packed = nn.LSTM(3, 5), nn.GRUCell(3, 5), packed
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        states = [torch.zeros(1, x.shape[1], 5, dtype=x.dtype) for _ in range(2)]
+        options = {
+            "hx": states, "params": list(self.lstm.parameters()), "has_biases": True, "num_layers": 1,
+            "dropout": 0.0, "train": False, "bidirectional": False,
+        }  # fmt: skip
+        if self.packed:
+            sizes = torch.full((len(x),), x.shape[1])
+            found = torch.lstm(data=x.flatten(0, 1), batch_sizes=sizes, **options)
+        else:
+            found = torch.lstm(input=x, batch_first=False, **options)
+        c = self.cell
+        new = torch.gru_cell(
+            input=x[0], hx=states[0][0], w_ih=c.weight_ih, w_hh=c.weight_hh, b_ih=c.bias_ih, b_hh=c.bias_hh
+        )
+        return [*found, new]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_arguments_by_name(packed: bool) -> None:
+    torch.manual_seed(0)
+    x = normal(6, 4, 3)
+    agrees(Named(packed), lambda m: m(x), [x])
+
+
 def test_one_layer_that_runs_in_reduced_precision() -> None:
     """Under autocast, the unfused function computes in the dtype of torch's own kernel."""
     module, x = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True), normal(NUM, QUERIES, WIDTH).detach().float()

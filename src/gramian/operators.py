@@ -98,11 +98,16 @@ def layer_gains(
                 [start for _, start, _ in pairs],
                 v,
                 retain_graph=probe + 1 < num_probes,
+                allow_unused=True,
             )
             for (name, start, end), grad in zip(pairs, grads, strict=True):
+                if grad is None:
+                    continue
                 side = min(start.numel(), end.numel()) / len(start)  # of one sample's Jacobian
                 samples[name].append(grad.double().reshape(len(grad), -1).square().sum(1) / side)
         for name, values in samples.items():
+            if not values:
+                continue
             chi = torch.cat(values)
             error = chi.std() / len(chi) ** 0.5 if len(chi) > 1 else torch.tensor(float("nan"))
             gains[name] = Gain(float(chi.mean()), float(error))
@@ -120,11 +125,12 @@ def end_to_end_jacobian(model: nn.Module, batch: Any, objective: Objective | Cal
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean`.
 
     Returns:
-        `(samples, m, n)`; `None` where m exceeds 512 or n 32,768, where samples are not the first dimension of both,
-        or where there are fewer than two layers.
+        `(samples, m, n)`; `None` where m exceeds 512 or n 32,768, where the rows of both are not samples (a graph's
+        nodes mix), where the last layer does not depend on the first or the first is called twice (two towers, a pair
+        of inputs), or where there are fewer than two layers.
 
     Raises: nothing of its own.
-    Cost: one forward pass and m backward passes of the batch. Accuracy: exact to rounding.
+    Cost: one forward pass, and m + 2 log₂(samples) backward passes of the batch. Accuracy: exact to rounding.
     Source: the definition.
 
     >>> net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1))
@@ -132,25 +138,64 @@ def end_to_end_jacobian(model: nn.Module, batch: Any, objective: Objective | Cal
     >>> torch.equal(j[0], net[0].weight)
     True
     """
+    found = try_jacobian(model, batch, objective)
+    return found if isinstance(found, Tensor) else None
+
+
+@dataclass(frozen=True)
+class NoJacobian:
+    """Why there is no end-to-end Jacobian; `is_chain` is false where no path leads from the first to the last layer."""
+
+    reason: str
+    is_chain: bool = True
+
+
+def try_jacobian(model: nn.Module, batch: Any, objective: Objective | Callable) -> Tensor | NoJacobian:
+    """The Jacobian as `end_to_end_jacobian` gives it, or the reason why there is none."""
     objective = as_objective(objective)
     with measuring(model), _cut(model, only_first=True) as cuts, torch.enable_grad():
         objective.predict(model, batch)
         uses = cuts.uses
         if len(uses) < 2:
-            return None
-        start, end = uses[0].leaving, uses[-1].arriving
-        if end is start or not end.requires_grad or start.shape[0] != end.shape[0]:
-            return None
+            return NoJacobian("fewer than two layers were called with a tensor")
+        first, last = uses[0], uses[-1]
+        start, end = first.leaving, last.arriving
+        if end is start or not end.requires_grad or id(start) not in _leaves(end):
+            if any(use.name in (first.name, last.name) for use in uses[1:-1]):
+                return NoJacobian("the layers are used several times in a forward pass, and not in one chain")
+            return NoJacobian(f"the input of {last.name} does not depend on that of {first.name}", is_chain=False)
+        if start.shape[0] != end.shape[0]:
+            rows = f"{first.name} has {start.shape[0]} rows and {last.name} has {end.shape[0]}"
+            return NoJacobian(f"{rows}, so rows are not samples")
         m, n = end[0].numel(), start[0].numel()
         if m > MAX_JACOBIAN_SIDE or n > 64 * MAX_JACOBIAN_SIDE:
-            return None
-        rows = []
+            return NoJacobian(f"it is too large, {m} × {n} for each sample")
+        if _mixes(start, end):
+            return NoJacobian(f"a row at {last.name} depends on several rows at {first.name}: rows are not samples")
+        jacobian = []
         for k in range(m):
             v = torch.zeros(len(end), m, dtype=end.dtype, device=end.device)
             v[:, k] = 1
             v = v.view(end.shape)
-            rows.append(torch.autograd.grad(end, start, v, retain_graph=k + 1 < m)[0].flatten(1))
-        return torch.stack(rows, dim=1)
+            jacobian.append(torch.autograd.grad(end, start, v, retain_graph=k + 1 < m)[0].flatten(1))
+        return torch.stack(jacobian, dim=1)
+
+
+def _mixes(start: Tensor, end: Tensor) -> bool:
+    """Whether a row of `end` depends on another row of `start`.
+
+    The numbers of two rows differ in some binary digit: rows that have it must give no gradient at those that have not.
+    """
+    numbers, generator = torch.arange(len(start), device=end.device), torch.Generator(end.device).manual_seed(0)
+    for digit in range((len(start) - 1).bit_length()):
+        ones = (numbers >> digit & 1).bool()
+        for rows in (ones, ~ones):
+            v = torch.empty_like(end).normal_(generator=generator)
+            v[~rows] = 0
+            (grad,) = torch.autograd.grad(end, start, v, retain_graph=True)
+            if bool((grad[~rows].nan_to_num(0.0, 0.0, 0.0) != 0).any()):
+                return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,8 @@ class Statistics(Mapping[str, Sites]):
         units: the number of units of the loss that were seen.
         loss: the mean loss per unit.
         objective: the objective that a live capture observes.
+        other_uses: for each block, the functions that data and its weight entered and that are not captured.
+        parameters: the number of entries of every parameter that holds matrices, or may.
 
     Raises:
         InputError: `stats[name]` for a name that is no block's.
@@ -149,6 +151,8 @@ class Statistics(Mapping[str, Sites]):
     units: float = 0.0
     loss: float = float("nan")
     objective: Any = field(default=None, repr=False, compare=False)
+    other_uses: dict[str, list[str]] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Sites:
         if name in self.blocks:
@@ -185,6 +189,46 @@ class Statistics(Mapping[str, Sites]):
         """Every site of every block."""
         return (site for sites in self.blocks.values() for site in sites)
 
+    @property
+    def coverage(self) -> float:
+        """The share of the parameters that hold matrices, or may, of which A and G were captured; NaN if unknown."""
+        known = sum(num for name, num in self.parameters.items() if not self._missing(name))
+        return known / total if (total := sum(self.parameters.values())) else float("nan")
+
+    def summary(self) -> list[str]:
+        """In sentences: the coverage, and for each reason what is not captured; `[]` where everything is.
+
+        >>> stats = Statistics({"a": [Site(A=Gram(2), G=Gram(3))]}, parameters={"a": 6, "experts": 18})
+        >>> for line in stats.summary():
+        ...     print(line)
+        Second moments cover 25.0% of the parameters that hold matrices, or may.
+        Not captured, which matrices it holds is not known (1; 75.0% of these parameters): experts
+        """
+        by_reason: dict[str, list[str]] = {}
+        for name in self.parameters:
+            if reason := self._missing(name):
+                by_reason.setdefault(reason, []).append(name)
+        total, lines = sum(self.parameters.values()) or 1, []
+        if by_reason:
+            lines = [f"Second moments cover {self.coverage:.1%} of the parameters that hold matrices, or may."]
+        for reason, names in by_reason.items():
+            share = sum(self.parameters[name] for name in names) / total
+            shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            lines.append(f"Not captured, {reason} ({len(names)}; {share:.1%} of these parameters): {shown}")
+        for name, used in self.other_uses.items():
+            if not self._missing(name):
+                lines.append(f"{name} is also used by {', '.join(used)}, which is not captured.")
+        return lines
+
+    def _missing(self, name: str) -> str:
+        """Why A or G of a parameter is missing; empty where some site has both."""
+        sites = self.blocks.get(name)
+        if sites is None:
+            return "which matrices it holds is not known"
+        if any(site.A is not None and site.G is not None for site in sites):
+            return ""
+        return next((site.reason for site in sites if site.reason), "no gradient reached it")
+
     def settle(self) -> None:
         """Sets the count of every G to all units, less those of backward passes that overflowed.
 
@@ -210,6 +254,9 @@ class Statistics(Mapping[str, Sites]):
         self.units += other.units
         self.loss = sum(losses) / self.units if self.units else float("nan")
         self.aliases |= other.aliases
+        self.parameters |= other.parameters
+        for block, used in other.other_uses.items():
+            self.other_uses[block] = sorted({*self.other_uses.get(block, ()), *used})
         for block, sites in other.blocks.items():
             mine = self.blocks.setdefault(block, [])
             for site in sites:
@@ -251,6 +298,7 @@ class Statistics(Mapping[str, Sites]):
         whole.settle()
         self.blocks, self.aliases, self.fisher = whole.blocks, whole.aliases, whole.fisher
         self.units, self.loss = whole.units, whole.loss
+        self.other_uses, self.parameters = whole.other_uses, whole.parameters
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -278,6 +326,8 @@ class Statistics(Mapping[str, Sites]):
             "fisher": self.fisher,
             "units": self.units,
             "loss": self.loss,
+            "other_uses": self.other_uses,
+            "parameters": self.parameters,
         }
 
     @staticmethod
@@ -315,7 +365,8 @@ def _rebuilt(
         sites.append(Site(**row, skipped=skipped(i)))
     taken = iter(sites)
     blocks = {name: [next(taken) for _ in range(num)] for name, num in about["blocks"].items()}
-    return Statistics(blocks, about["aliases"], about["fisher"], about["units"], about["loss"])
+    more = {key: about.get(key, {}) for key in ("other_uses", "parameters")}  # files of before have neither
+    return Statistics(blocks, about["aliases"], about["fisher"], about["units"], about["loss"], **more)
 
 
 def _zeros(about: dict[str, Any], device: torch.device | str) -> Statistics:

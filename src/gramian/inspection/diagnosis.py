@@ -21,7 +21,7 @@ from gramian.inspection.rules import find
 from gramian.inspection.weights import measure_file, measure_model
 from gramian.loader import Batches, as_batches, first_of
 from gramian.objective import Objective, as_objective
-from gramian.operators import end_to_end_jacobian, layer_gains
+from gramian.operators import NoJacobian, layer_gains, try_jacobian
 from gramian.recording import capture
 from gramian.report import Layer, Report
 
@@ -93,7 +93,7 @@ def inspect(
         data = as_batches(batches, "inspect"), as_objective(objective)
     measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
     if data is not None:
-        _measure_signal(measured, model_or_path, *data, progress)
+        _measure_signal(measured, model_or_path, *data, layouts, progress)
     return _report(title or type(model_or_path).__name__, measured)
 
 
@@ -108,6 +108,7 @@ def _measure_signal(
     model: nn.Module,
     batches: Iterable[Any],
     objective: Objective,
+    layouts: Mapping[str, Any] | None,
     progress: Callable[[str, int, int], None],
 ) -> None:
     total = length_hint(batches)
@@ -116,21 +117,18 @@ def _measure_signal(
         model,
         batches,
         objective,
+        layouts=layouts,
         fisher="empirical",
         non_finite="keep",
         progress=lambda done: progress("signal", done, max(done, total)),
     )
     measured.stats = stats
+    measured.notes += stats.summary()
     progress("gains", 0, 1)
-    measured.gains = layer_gains(model, first, objective)
+    _measure_gains(measured, model, first, objective)
     progress("gains", 1, 1)
     progress("jacobian", 0, 1)
-    jacobian = end_to_end_jacobian(model, first_samples(first, NUM_JACOBIANS), objective)
-    if jacobian is None:
-        measured.notes.append("The end-to-end Jacobian was not measured: it is too large, or rows are not samples.")
-    elif torch.isfinite(jacobian).all():
-        values, _ = linalg.svdvals_ex(jacobian)
-        measured.jacobian = tuple(values.double().median(0).values.tolist())
+    _measure_jacobian(measured, model, first, objective)
     progress("jacobian", 1, 1)
     order = {name: i for i, name in enumerate(stats)}
     last = len(order)
@@ -157,6 +155,47 @@ def _measure_signal(
         )
     measured.facts |= {"loss per unit": stats.loss, "units": int(stats.units)}
     measured.notes.append("Measured in evaluation mode: dropout off, batch statistics as stored.")
+
+
+def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
+    try:
+        measured.gains = layer_gains(model, batch, objective)
+    except Exception as error:  # a model that runs may still not be differentiated layer by layer
+        measured.notes.append(f"The gains were not measured: {_in_words(error)}.")
+        return
+    known = sum(gain is not None for gain in measured.gains.values())
+    if known < len(measured.gains):
+        measured.notes.append(
+            f"The gain was measured for {known} of {len(measured.gains)} layers. It is not defined where a layer is "
+            "used several times, or where the next layer's input depends on more than this layer (a skip, attention)."
+        )
+
+
+def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
+    what = "The end-to-end Jacobian was not measured"
+    try:
+        try:
+            found = try_jacobian(model, first_samples(batch, NUM_JACOBIANS), objective)
+        except Exception:  # a part of a batch may be none: the nodes of a graph without the other ends of its edges
+            found = try_jacobian(model, batch, objective)
+    except Exception as error:
+        measured.notes.append(f"{what}: {_in_words(error)}.")
+        return
+    if isinstance(found, NoJacobian):
+        measured.notes.append(f"{what}: {found.reason}.")
+        measured.is_chain = found.is_chain
+        if not found.is_chain:
+            measured.notes.append("So the gradients of the first and the last layer were not compared either.")
+    elif torch.isfinite(found).all():
+        values, _ = linalg.svdvals_ex(found)
+        measured.jacobian = tuple(values.double().median(0).values.tolist())
+    else:
+        measured.notes.append(f"{what}: it is not finite.")
+
+
+def _in_words(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no message'}"
 
 
 def _parameter(name: str) -> str:

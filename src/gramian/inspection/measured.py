@@ -24,6 +24,7 @@ class Measured:
         stats: second moments of inputs and output gradients; `None` without data, as is all that follows.
         gains: χ of each block by name; `None` where the next layer's input depends on more than this layer.
         jacobian: singular values of the end-to-end Jacobian, largest first.
+        is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         facts: numbers about the whole model, by label, for the report; rules may add some.
         notes: how things were measured, and what was skipped.
         directions: leading singular vectors of the first layer.
@@ -35,6 +36,7 @@ class Measured:
     stats: Statistics | None = None
     gains: dict[str, Gain | None] = field(default_factory=dict)
     jacobian: tuple[float, ...] = ()
+    is_chain: bool = True
     facts: dict[str, float | int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     directions: list[Direction] = field(default_factory=list)

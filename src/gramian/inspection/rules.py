@@ -162,7 +162,7 @@ def gain(measured: Measured) -> Iterator[Finding]:
 def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     """Compare the gradient at the first layer with that at the last."""
     sized = _with_gradients(measured)
-    if len(sized) < 3 or not all(math.isfinite(layer.gradient_rms or 0.0) for layer in sized):
+    if not measured.is_chain or len(sized) < 3 or not all(math.isfinite(layer.gradient_rms or 0.0) for layer in sized):
         return
     first, last = sized[0].gradient_rms or 0.0, sized[-1].gradient_rms or 0.0
     if last == 0.0:
@@ -251,7 +251,7 @@ RULES: tuple[Rule, ...] = (
 def _confirmed(measured: Measured) -> bool:
     """Whether the gradient or the Jacobian, measured across the whole depth, leaves its healthy range."""
     sized = [layer.gradient_rms or 0.0 for layer in _with_gradients(measured)]
-    ratio = sized[0] / sized[-1] if sized and sized[-1] > 0 else 1.0
+    ratio = sized[0] / sized[-1] if measured.is_chain and sized and sized[-1] > 0 else 1.0
     largest = measured.jacobian[0] if measured.jacobian else 1.0
     return not (1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO and 1 / END_TO_END <= largest <= END_TO_END)
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.errors import ShapeError
 from gramian.gram import At, DiagonalGram, Gram, Sums, sums
-from gramian.recording.forms import Form
+from gramian.recording.form import Form
 from gramian.recording.sides import Side
 from gramian.recording.taps import Pass, in_backward
 from gramian.statistics import Site
@@ -31,6 +32,8 @@ class _Buffer:
         if rows.shape[-2] >= self.gram.dim or isinstance(self.gram, DiagonalGram):
             self.gram.update(rows, self.count)
             return
+        if rows.shape[-1] != self.gram.dim:  # here, where the use is known, and not when the rows are added
+            raise ShapeError(f"rows of {rows.shape[-1]} entries for a second moment of {self.gram.dim}")
         # A copy: rows may lie in a parameter's memory, which a step changes and FSDP2 frees when the layer is done.
         self.rows.append(rows.clone())
         self.num += rows.shape[-2]

@@ -17,11 +17,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from gramian.block import Block, Blocks
+from gramian.layers.lookup import is_lazy
 from gramian.recording.accumulation import Accumulator
-from gramian.recording.forms import FORMS, Form
+from gramian.recording.forms import Form, read
 from gramian.recording.sides import BlockView, Side, sides_of
+from gramian.recording.stacks import uses_of
 from gramian.recording.taps import Pass, in_backward, tapped
-from gramian.recording.tracking import Tracker
+from gramian.recording.tracking import Tracker, name_of, tensors_of
 from gramian.recording.unfused import UNFUSED
 from gramian.statistics import Site, Statistics
 
@@ -59,6 +61,8 @@ class Recorder(TorchFunctionMode):
         self.mask: Tensor | None = None
         self.leaf = torch.zeros((), requires_grad=True)
         self.running: list[str] = []  # names of the tied parameters whose modules are running, innermost last
+        self.paused = 0  # parametrizations that are being computed
+        self.failed: list[tuple[Site, str]] = []
 
     def begin(self, current: Pass, mask: Tensor | None = None) -> None:
         """Starts a forward pass: uses from now on belong to it. Rows outside the mask are left out of A."""
@@ -69,6 +73,7 @@ class Recorder(TorchFunctionMode):
     def end(self) -> None:
         """Ends the forward pass: nothing is recorded from now on."""
         self.current = self.mask = None
+        self.paused = 0
         self.tracker.reset()
         self.accumulator.reset()
 
@@ -77,10 +82,21 @@ class Recorder(TorchFunctionMode):
         stats = self.stats
         for block in self.found.blocks:
             stats.aliases |= dict.fromkeys(block.aliases, block.name)
+            stats.parameters[block.name] = block.parameter.numel()
+            others = self.tracker.other_uses.get(block.name, {})
+            with_data = sorted(name for name, fixed in others.items() if not fixed)
+            if with_data:
+                stats.other_uses[block.name] = with_data
             if not stats.blocks.get(block.name):
-                used = ", ".join(sorted(self.tracker.other_uses.get(block.name, ())))
+                used = ", ".join(sorted(others))
                 reason = f"used only by {used}, which is not captured" if used else "no batch reached it"
                 stats.blocks[block.name] = [Site(name=block.name, reason=reason)]
+        for other in self.found.rest:
+            known = other.elementwise or is_lazy(other.parameter)
+            if not known and sum(size > 1 for size in other.parameter.shape) > 1:  # else a vector, whatever its shape
+                stats.parameters[other.name] = other.parameter.numel()
+        for site, reason in self.failed:  # its sums lack rows
+            site.A, site.G, site.reason = None, None, reason
         stats.settle()
         for site in stats.sites():
             if site.G is None and not site.reason:
@@ -96,7 +112,8 @@ class Recorder(TorchFunctionMode):
                     handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name)))
                     handles.append(module.register_forward_hook(lambda *_: _drop(self.running), always_call=True))
                 if isinstance(block.module, ParametrizationList):
-                    handles.append(block.module.register_forward_hook(self._parametrized(block)))
+                    handles.append(block.module.register_forward_pre_hook(self._pause))
+                    handles.append(block.module.register_forward_hook(self._parametrized(block), always_call=True))
             with self:
                 yield self
         finally:
@@ -105,8 +122,12 @@ class Recorder(TorchFunctionMode):
             self.end()
             self.accumulator.flush()
 
+    def _pause(self, *_: Any) -> None:
+        self.paused += 1
+
     def _parametrized(self, block: Block) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            self.paused -= 1
             if isinstance(output, Tensor) and output.shape == block.parameter.shape:
                 self.tracker.hold(output, block)
 
@@ -120,40 +141,68 @@ class Recorder(TorchFunctionMode):
             with self:
                 return UNFUSED[func](*args, **kwargs)
         output = func(*args, **kwargs)
-        if self.current is None or not isinstance(output, Tensor) or in_backward():
+        if self.current is None or self.paused or in_backward():
             return output
-        if func in FORMS:
-            form = FORMS[func](self.tracker.is_weight, *args, **kwargs)
-            view = self.tracker.resolve(form.weight) if form is not None else None
-            if form is not None and view is not None:
-                return self._record(form, view, output, self.current)
-        self.tracker.follow(func, args, output)
+        tensors = list(tensors_of((*args, *kwargs.values())))
+        held, fixed = self.tracker.held(tensors), all(map(self.tracker.is_fixed, tensors))
+        uses: list[tuple[Form, BlockView]] = []
+        if held and isinstance(output, Tensor):
+            for form in read(func, self.tracker.is_weight, args, kwargs):
+                view = self.tracker.resolve(form.weight)
+                if view is not None and not _is_no_use(form, view, fixed):
+                    uses += uses_of(form, view)
+            if uses:
+                output = self._record(uses, output, self.current, in_place=any(output is t for t in tensors))
+        used = {id(form.weight) for form, _ in uses}
+        others = [one for one in held if id(one.tensor) not in used]
+        name = name_of(func) + (", as an input" if uses else "")
+        self.tracker.follow(func, name, args, tensors, others, fixed, output)
         return output
 
-    def _record(self, form: Form, view: BlockView, output: Tensor, current: Pass) -> Tensor:
-        """Adds the inputs of a use to A, and returns its output with a tap that will add the gradient to G."""
+    def _record(self, uses: list[tuple[Form, BlockView]], output: Tensor, current: Pass, *, in_place: bool) -> Tensor:
+        """Adds the inputs of a call's uses to A, and returns its output with a tap that will add the gradient to G."""
         if not (torch.is_grad_enabled() or self.record_without_grad):
             return output
-        sides = sides_of(form, view)
+        found = [(form, view, sides_of(form, view)) for form, view in uses]
         if current.dummy:  # the same graph as on the ranks that have a batch, so that the collectives match
-            return output if sides is None else tapped(output, self.leaf, lambda grad: None)
-        site = self._site(form, view, sides)
-        site.calls += 1
-        if sides is None:
-            site.reason = f"its layout {view.block.layout.pattern!r} does not match its use in {form.op}"
-            return output
-        inputs, outputs = sides
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            self.accumulator.add_inputs(site, form, inputs, self.mask)
-        if not torch.is_grad_enabled():
-            site.reason = NO_GRAD
+            known = any(sides is not None for *_, sides in found)
+            return tapped(output, self.leaf, lambda grad: None, in_place=in_place) if known else output
+        called: list[Site] = []
+        waiting: list[tuple[Site, Form, Side]] = []
+        for form, view, sides in found:
+            site = self._site(form, view, sides)
+            if not any(site is one for one in called):
+                called.append(site)
+                site.calls += 1
+            if sides is None:
+                site.reason = f"its layout {view.block.layout.pattern!r} does not match its use in {form.op}"
+                continue
+            with self._noting(site, form), torch.no_grad(), torch._C.DisableTorchFunction():
+                self.accumulator.add_inputs(site, form, sides[0], self.mask)
+            waiting.append((site, form, sides[1]))
+            if not torch.is_grad_enabled():
+                site.reason = NO_GRAD
+        if not waiting or not torch.is_grad_enabled():
             return output
 
         def on_gradient(grad: Tensor) -> None:
             if current.accepts_gradients():
-                self.accumulator.add_gradients(site, form, outputs, grad, current)
+                for site, form, side in waiting:
+                    with self._noting(site, form):
+                        self.accumulator.add_gradients(site, form, side, grad, current)
 
-        return tapped(output, self.leaf, on_gradient)
+        return tapped(output, self.leaf, on_gradient, in_place=in_place)
+
+    @contextmanager
+    def _noting(self, site: Site, form: Form) -> Iterator[None]:
+        """A context in which an error becomes the site's reason: it must not reach the user's model."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            line = (str(error).splitlines() or [""])[0]
+            self.failed.append((site, f"its use in {form.op} was not understood: {type(error).__name__}: {line}"))
 
     def _site(self, form: Form, view: BlockView, sides: tuple[Side, Side] | None) -> Site:
         """The site of a use: by the name under which the parameter was used, the operation, and the orientation."""
@@ -168,6 +217,16 @@ class Recorder(TorchFunctionMode):
                 return site
         sites.append(Site(name=name, op=form.op, transposed=transposed))
         return sites[-1]
+
+
+def _is_no_use(form: Form, view: BlockView, fixed: bool) -> bool:
+    """Whether a product or lookup is no use of a layer: it measures the weight, or permutes its rows.
+
+    The product of a weight with a fixed vector is a step towards its norm (spectral_norm); rows by index are looked up
+    in a table, and of any other matrix they are rearranged.
+    """
+    vector = form.source.ndim == 1 and form.source.is_floating_point()
+    return (fixed and vector) or (form.op == "indexing" and view.block.role != "embedding")
 
 
 def _drop(names: list[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.block import Block, Layout
 from gramian.gram import At
-from gramian.recording.forms import Form
+from gramian.recording.form import Form
 
 __all__ = ["BlockView", "Side", "sides_of", "view_of"]
 
@@ -19,12 +19,15 @@ __all__ = ["BlockView", "Side", "sides_of", "view_of"]
 class BlockView:
     """What a tensor holds of a block: its dimensions, as those of the block's parameter, and which matrices.
 
-    `part` lists the matrices by their index along the first axis, or is `None` for all.
+    `part` lists the matrices by their index along the first axis, or is `None` for all. A dimension `None` is none of
+    the parameter's: of size one, or the first of a weight that was repeated along it (`expand`). `index` (S,) says that
+    the first dimension numbers matrices that were selected from the block's by it, as `experts[chosen]` does.
     """
 
     block: Block
-    dims: tuple[int, ...]
+    dims: tuple[int | None, ...]
     part: tuple[int, ...] | None = None
+    index: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,24 @@ def view_of(tensor: Tensor, base: Tensor, whole: BlockView) -> BlockView | None:
     if tensor.is_sparse or base.ndim != len(whole.dims):
         return None
     free, dims = list(range(base.ndim)), []
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+    for place, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         fits = [d for d in free if base.stride(d) == stride and (base.shape[d] == size or (d == 0 and size > 0))]
         fits.sort(key=lambda d: base.shape[d] != size)
-        if not fits:
+        if fits:
+            dims.append(fits[0])
+            free.remove(fits[0])
+        elif size == 1 or (stride == 0 and place == 0):  # of no dimension of the weight: unsqueezed, or repeated
+            dims.append(None)
+        else:
             return None
-        dims.append(fits[0])
-        free.remove(fits[0])
+    if whole.index is None:  # dimensions of size one that were squeezed
+        free = [d for d in free if d == 0 or base.shape[d] != 1]
     start, rest = divmod(int(tensor.storage_offset() - base.storage_offset()), int(base.stride(0)) or 1)
     num = tensor.shape[dims.index(0)] if 0 in dims else 1
-    own = tuple(whole.dims[d] for d in dims)
+    own = tuple(None if d is None else whole.dims[d] for d in dims)
     if not free and num == base.shape[0] and start == rest == 0:
-        return BlockView(whole.block, own, whole.part)
-    if rest or free not in ([], [0]) or whole.part is not None or whole.dims[0] != 0:
+        return BlockView(whole.block, own, whole.part, whole.index)
+    if rest or free not in ([], [0]) or whole.part is not None or whole.index is not None or whole.dims[0] != 0:
         return None
     layout = whole.block.layout
     axis = layout.dims[0][0] if layout.dims[0] else ""
@@ -101,7 +109,7 @@ def sides_of(form: Form, view: BlockView) -> tuple[Side, Side] | None:
     """The input and the output side of a use of a block; `None` where an axis of its layout belongs to both."""
     layout = view.block.layout
     _, rows, columns = layout.sides
-    names = [layout.dims[d] for d in view.dims]
+    names: list[tuple[str, ...]] = [() if d is None else layout.dims[d] for d in view.dims]
     inside = [name for d in form.in_dims for name in names[d]]
     outside = [name for d in form.out_dims for name in names[d]]
     if form.groups > 1:
@@ -112,6 +120,8 @@ def sides_of(form: Form, view: BlockView) -> tuple[Side, Side] | None:
             outside.insert(0, group)
         else:
             inside.insert(0, group)
+    gone = {name for name, size in layout.axes.items() if size == 1} - set(inside) - set(outside)  # squeezed
+    rows, columns = (tuple(name for name in side if name not in gone) for side in (rows, columns))
     for transposed, entering, leaving in ((False, columns, rows), (True, rows, columns)):
         if _takes(layout, inside, entering) and _takes(layout, outside, leaving):
             if form.onehot and tuple(inside) != entering:

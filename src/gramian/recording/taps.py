@@ -40,11 +40,15 @@ class Pass:
         return self.active and self.factor is not None and self.task in (None, running_task())
 
 
-def tapped(output: Tensor, leaf: Tensor, on_gradient: OnGradient) -> Tensor:
+def tapped(output: Tensor, leaf: Tensor, on_gradient: OnGradient, *, in_place: bool = False) -> Tensor:
     """The same output with a tap: `on_gradient` is called with its gradient in every backward pass.
 
     All taps depend on `leaf`, so that differentiating by it reaches every tap and computes no gradient of a weight.
+    `in_place` says that the output is one of the function's arguments (`out=`, `addmm_`), which the caller goes on
+    with, perhaps a part of a larger tensor.
     """
+    if in_place:
+        return _Tap.apply(output, leaf, on_gradient)  # type: ignore[return-value]
     base = output._base
     if base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
         # The product of rows in another shape, as a linear layer returns it: the product is tapped in place, and

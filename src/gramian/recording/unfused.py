@@ -133,6 +133,9 @@ def _mask(
 
 # ---- recurrence ------------------------------------------------------------------------------------------------------
 
+_PADDED = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+_PACKED = ("data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
+
 State = tuple[Tensor, ...]
 # (projected input, projected state, state) -> new state, whose first element is the output
 Cell = Callable[[Tensor, Tensor, State], State]
@@ -165,8 +168,9 @@ def recurrent(cell: Cell, num_states: int) -> Callable[..., tuple[Tensor, ...]]:
     The inputs of all steps are multiplied at once, the state at each step.
     """
 
-    def run(*args: Any) -> tuple[Tensor, ...]:
-        packed = isinstance(args[3], (list, tuple))
+    def run(*args: Any, **named: Any) -> tuple[Tensor, ...]:
+        packed = "data" in named or "batch_sizes" in named or (len(args) > 3 and isinstance(args[3], (list, tuple)))
+        args = (*args, *(named[name] for name in (_PACKED if packed else _PADDED)[len(args) :]))
         if packed:
             x, batch_sizes, states, weights, biases, num_layers, dropout, train, bidirectional = args
             sizes = batch_sizes.tolist()
@@ -233,10 +237,10 @@ def single(cell: Cell, num_states: int) -> Callable[..., Any]:
     """`torch.lstm_cell`, `torch.gru_cell`, `torch.rnn_tanh_cell` or `torch.rnn_relu_cell`: one step."""
 
     def run(
-        x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+        input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
     ) -> Any:
         state = tuple(hx) if num_states > 1 else (hx,)
-        new = cell(F.linear(x, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
+        new = cell(F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh), state)
         return new if num_states > 1 else new[0]
 
     return run

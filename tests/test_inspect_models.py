@@ -1,0 +1,197 @@
+"""`inspect` runs on models that are no chain of layers, and says what it could not measure and why."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gramian as gm
+from cases import seeded
+from gramian.operators import end_to_end_jacobian
+
+N, D = 12, 6
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def tower(outputs: int = D) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, outputs))
+
+
+class Towers(nn.Module):
+    """Two encoders that meet in the loss, as in CLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = tower(), tower()
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        return {"scores": self.image(image) @ self.text(text).T}
+
+
+class Graph(nn.Module):
+    """A graph network: rows are nodes, and each layer mixes neighbors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        for layer in (self.one, self.two):
+            x = layer(x)
+            x = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]).relu()
+        return self.head(x)
+
+
+class Unused(nn.Module):
+    """A pooler that is called and whose output the loss does not use, and one that is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pooler, self.other = tower(), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x)
+        return x, self.pooler(x).tanh()
+
+
+class Output(NamedTuple):
+    last: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+class Structured(nn.Module):
+    """An output of nested tuples, from keyword arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tower()
+
+    def forward(self, *, x: Tensor, labels: Tensor) -> Output:
+        return Output(self.body(x), (x,))
+
+
+class Lookup(nn.Module):
+    """Only a table and a function: no module after the first is a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, D)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.table(tokens).mean(1), self.table.weight)
+
+
+class Case(NamedTuple):
+    make: Callable[[], nn.Module]
+    batch: Any
+    loss: Callable[[nn.Module, Any], Tensor]
+    notes: tuple[str, ...]
+
+
+labels = torch.arange(N) % 3
+ring = torch.stack([torch.arange(N), (torch.arange(N) + 1) % N])
+CASES: dict[str, Case] = {
+    "towers": Case(
+        Towers, {"image": normal(N, D), "text": normal(N, D, seed=1)},
+        lambda m, b: F.cross_entropy(m(**b)["scores"], torch.arange(len(b["image"]))),
+        ("does not depend on that of image.0.weight", "were not compared"),
+    ),
+    "called twice": Case(
+        tower, (normal(N, D), normal(N, D, seed=1)),
+        lambda m, b: F.cross_entropy(m(b[0]) @ m(b[1]).T, torch.arange(len(b[0]))),
+        ("used several times in a forward pass", "measured for 0 of 3 layers"),
+    ),
+    "graph": Case(Graph, (normal(N, D), ring, labels), lambda m, b: F.cross_entropy(m(*b[:2]), b[2]), (
+        "rows are not samples",
+    )),
+    "unused": Case(Unused, (normal(N, D),), lambda m, b: m(b[0])[0].square().mean(), (
+        "Not captured, no gradient reached it (1; 20.0% of these parameters): pooler.weight",
+        "Not captured, no batch reached it (1; 20.0% of these parameters): other.weight",
+    )),
+    "structured": Case(Structured, UserDict(x=normal(N, D), labels=labels), lambda m, b: F.cross_entropy(
+        m(**b).last, b["labels"]), ("Measured in evaluation mode",)),
+    "ordered": Case(Structured, OrderedDict(x=normal(N, D), labels=labels), lambda m, b: F.cross_entropy(
+        m(**b).last, b["labels"]), ("Measured in evaluation mode",)),
+    "lookup": Case(Lookup, (torch.arange(N)[:, None] % 9, labels), lambda m, b: F.cross_entropy(m(b[0]), b[1]), (
+        "fewer than two layers",
+    )),
+    "sum over rows": Case(
+        lambda: nn.Sequential(nn.Linear(D, D), nn.Flatten(0), nn.Linear(N * D, 2)), (normal(N, D),),
+        lambda m, b: m(b[0]).square().mean(), (f"0.weight has {N} rows and 2.weight has {N * D}",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inspect_says_what_it_could_not_measure(name: str) -> None:
+    case = CASES[name]
+    report = gm.inspect(case.make(), [case.batch], case.loss)
+    for note in case.notes:
+        assert any(note in line for line in report.notes), report.notes
+    assert not [f.code for f in report.findings if f.severity == "error"]
+    assert not any("Error" in line for line in report.notes)
+
+
+def test_the_sums_of_two_towers() -> None:
+    model, case = Towers(), CASES["towers"]
+    stats = gm.capture(model, [case.batch], case.loss)
+    for name, side in (("image.0.weight", "image"), ("text.0.weight", "text")):
+        x = case.batch[side].double()
+        torch.testing.assert_close(stats[name].A.matrix, x.T @ x / N, rtol=1e-5, atol=1e-6)
+        assert stats[name].G.count == N
+
+
+def test_a_measurement_that_fails_is_left_out_with_its_error() -> None:
+    class Picky(nn.Module):
+        """Wants its first layer's own input tensor, which a measurement of gains replaces."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(D, D), nn.Linear(D, 2)
+            self.one.register_forward_hook(self.look)
+
+        def look(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+            if args[0] is not self.given:
+                raise RuntimeError("another tensor.\nmore")
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.given = x
+            return self.two(self.one(x).relu())
+
+    report = gm.inspect(Picky(), [normal(N, D)], lambda m, b: m(b).square().mean())
+    assert "The gains were not measured: RuntimeError: another tensor." in report.notes
+    assert "The end-to-end Jacobian was not measured: RuntimeError: another tensor." in report.notes
+    assert all(layer.gradient_rms is not None for layer in report.layers)
+
+
+def test_rows_that_mix_have_no_jacobian_of_a_sample() -> None:
+    case = CASES["graph"]
+    assert end_to_end_jacobian(case.make(), case.batch, case.loss) is None
+    apart = torch.stack([torch.arange(N), torch.arange(N)])
+    jacobian = end_to_end_jacobian(case.make(), (case.batch[0], apart, labels), case.loss)
+    assert jacobian is not None
+    assert jacobian.shape == (N, D, D)
+
+
+def test_layouts_reach_the_capture() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(normal(2, D, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.stack[0]).tanh(), self.stack[1])
+
+    report = gm.inspect(Fused(), [normal(N, D)], lambda m, b: m(b).square().mean(), layouts={"stack": "e o i -> e o i"})
+    assert len(report.layers) == 2
+    assert all(layer.gradient_rms for layer in report.layers)
