@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gramian.layers.configs import families
 from gramian.layers.lookup import Lookup
-from gramian.layers.names import KERNELS, NAMED, families, find_named, weight_name
-from gramian.layers.roles import Role, find_head, role_by_name
+from gramian.layers.names import KERNELS, NAMED, find_named
+from gramian.layers.roles import Role, find_head, role_by_name, weight_name
 from gramian.layout import Layout
 
 __all__ = ["look_up_listed"]
