@@ -24,7 +24,7 @@ def isometry(layer: nn.Module, layout: Layout, like: Tensor, generator: torch.Ge
     one tap alone would leave out the border), all taps. The matrix (out, in · taps) of each group is then scaled so
     that the mean squared singular value of the whole operation on images is one, over the smaller of its two sides:
 
-        ‖W‖_F² = min(in · Π min(stride, taps), out)
+        ‖W‖_F² = min(in · Π min(stride, taps), out)        (stride / gcd(stride, dilation) in place of stride)
 
     - One tap, or all taps of a kernel as long as its stride: an exact isometry (out ≥ in · taps) or a projection.
     - A kernel longer than its stride: windows overlap, and white inputs keep their energy, or each output the mean
@@ -56,7 +56,7 @@ def isometry(layer: nn.Module, layout: Layout, like: Tensor, generator: torch.Ge
     rows //= groups
     taps = [_taps(layer, dim, size) for dim, size in enumerate(sizes)]
     num_taps = math.prod(len(chosen) for chosen in taps)
-    covered = math.prod(min(s, len(chosen)) for s, chosen in zip(_stride(layer), taps, strict=True))
+    covered = math.prod(_reach(layer, dim, len(chosen)) for dim, chosen in enumerate(taps))
     q = _orthogonal((groups, rows, columns * num_taps), like, generator)
     energy = min(columns * covered, rows) / min(columns * num_taps, rows)
     kernel = torch.zeros_like(like)
@@ -82,6 +82,12 @@ def _taps(layer: nn.Module, dim: int, size: int) -> range:
         return everything
     tap = min(max(size // 2, low), high)
     return range(tap, tap + 1)
+
+
+def _reach(layer: nn.Module, dim: int, taps: int) -> int:
+    """How many of `stride` inputs in a row the windows reach along a dimension."""
+    stride = _stride(layer)[dim]
+    return min(stride // math.gcd(stride, _tuple(layer, "dilation", dim + 1)[dim]), taps)
 
 
 def _padding(layer: nn.Module, dim: int, size: int, step: int) -> tuple[int, int]:

@@ -48,9 +48,9 @@ class Sign(NamedTuple):
 def signs_of_training(model: nn.Module) -> list[Sign]:
     """The trainable weights of a model that look trained, with what shows it; empty for a model that was just built.
 
-    A fresh matrix has independent entries of one size (normal, uniform, truncated), is orthogonal, or is constant. One
-    that has learned something has singular values too large for independent entries, or rows or columns that differ in
-    size or mean by more than chance. A fresh norm has a constant weight or a constant bias.
+    A fresh matrix has independent entries of one size, symmetric around zero (normal, uniform, truncated), is
+    orthogonal, or is constant. One that has learned something has singular values too large for independent entries, or
+    rows or columns that differ in size or mean by more than chance. A fresh norm has a constant weight or a constant bias.
 
     The rates of error, on models of transformers and timm, are in docs/init.md. What it misses are models of a few
     dozen steps, in which little would be lost.
@@ -89,7 +89,7 @@ def signs_of(model: nn.Module, weights: Iterable[Block]) -> list[Sign]:
 
 
 def _sample(w: Tensor) -> Tensor | None:
-    """Up to 512 × 512 entries in float64, centered and clipped; `None` where they are constant, orthogonal or too few."""
+    """Up to 512 × 512 entries in float64, clipped; `None` where they are constant, orthogonal or too few."""
     m, n = w.shape
     w = w[:: -(-m // SIDE) or 1, :: -(-n // SIDE) or 1].double()
     w = w[(w != 0).any(1)][:, (w != 0).any(0)]  # kernels of one tap
@@ -98,9 +98,9 @@ def _sample(w: Tensor) -> Tensor | None:
     sigma = torch.linalg.svdvals(w)
     if sigma[-1] > FLAT * sigma[0]:
         return None
-    w = w - w.mean()
-    level = EXTREME / TYPICAL * w.abs().median()
-    return (w.clamp(-level, level) if level > 0 else w) / w.abs().max()
+    w = w / w.abs().max()
+    level = float(EXTREME / TYPICAL * w.abs().median())
+    return w.clamp(-level, level) if level > 0 else w
 
 
 def _judge(w: Tensor) -> list[str]:
@@ -121,7 +121,7 @@ def _judge(w: Tensor) -> list[str]:
         sizes = (w.square().mean(dim) - variance[:, None]).square().sum(-1) * size / spread
         tests[f"{what} that differ in size by more than chance"] = _tail(sizes, count - 1) < LEVEL
         means = w.mean(dim).square().sum(-1) * size / variance
-        tests[f"{what} that differ in mean by more than chance"] = _tail(means, count - 1) < LEVEL
+        tests[f"{what} whose means are not zero but for chance"] = _tail(means, count) < LEVEL
     return [next((why for why, failed in tests.items() if bool(failed[k])), "") for k in range(len(w))]
 
 

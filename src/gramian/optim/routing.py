@@ -45,6 +45,11 @@ class Route:
         return "adamw" if self.layout is None else "matrix"
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether AdamW steps it since it is an embedding."""
+        return self.layout is None and self.reason.startswith(_WHY_ADAMW["embedding"])
+
+    @property
     def matrices(self) -> tuple[int, ...]:
         """The shape `(..., m, n)` of the whole matrices."""
         layout = self.whole or self.layout
