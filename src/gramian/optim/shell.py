@@ -54,8 +54,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
               that one rate carries across widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`,
               so that a rate tuned for AdamW can be reused.
             - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr` is 3e-3 by default, for
-              embeddings up to 1e-2 where all are narrower than 800, and `lr` itself with `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate
-              `lr / L` where that is less. Vectors do not decay.
+              embeddings up to 1e-2 where all are narrower than 800, and `lr` itself with `scale="match_rms_adamw"`.
+              With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where that is less. Vectors do
+              not decay.
             - `part_size`: a matrix whose smaller side is longer is cut along that side into equal parts of at most so
               many rows (or columns). Each part has its own direction, which costs less. `None`: never.
             - `refresh`: steps between two recomputations of a direction's costly parts, staggered over the matrices.
