@@ -1,7 +1,7 @@
 """A small ConvNeXt, a Mamba and a mixture of experts: the default optimizer at its default rate against tuned AdamW.
 
-80 steps each, of transformers' own classes with their own initialization, under one schedule: ten steps of warm-up, then
-linear decay, as `gm.train` has it. AdamW is torch's, fused, at the best of five rates on a tuning seed; both are
+80 steps each, of transformers' own classes with their own initialization, under one schedule: ten steps of warm-up,
+then linear decay, as `gm.train` has it. AdamW is torch's, fused, at the best of five rates on a tuning seed; both are
 compared by the held-out loss at the end on three other seeds. Writes `benchmarks/results/families_rates.json`.
 
     python benchmarks/families_rates.py                          # about 4 minutes on one core
@@ -48,8 +48,9 @@ class Family(NamedTuple):
 def convnext() -> nn.Module:
     """Four blocks with depthwise 7×7 kernels, a strided stem and a strided step between the stages."""
     config = transformers.ConvNextConfig(
-        num_channels=1, patch_size=4, num_stages=2, hidden_sizes=[48, 96], depths=[2, 2], num_labels=10
+        num_channels=1, patch_size=4, num_stages=2, hidden_sizes=[48, 96], depths=[2, 2]
     )
+    config.num_labels = 10
     return transformers.ConvNextForImageClassification(config)
 
 
@@ -71,11 +72,11 @@ def mixture() -> nn.Module:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
         num_experts=16,
         num_experts_per_tok=2,
         use_cache=False,
     )
+    config.head_dim = 16
     return transformers.Qwen3MoeForCausalLM(config)
 
 

@@ -43,7 +43,9 @@ def test_groups_of_a_convolution_count_once_and_fused_parts_each() -> None:
 
 def test_narrow_embeddings_take_a_larger_usual_rate() -> None:
     def rates(width: int, **options: object) -> dict[str, float]:
-        optimizer = gm.optim.Muon(nn.Sequential(nn.Embedding(9, width), nn.Linear(width, 4), nn.Linear(4, 2)), **options)
+        optimizer = gm.optim.Muon(
+            nn.Sequential(nn.Embedding(9, width), nn.Linear(width, 4), nn.Linear(4, 2)), **options
+        )
         return {name: g["lr"] for g in optimizer.param_groups for name in g.get("param_names", [])}
 
     assert (rates(64)["0.weight"], rates(64)["2.weight"]) == (1e-2, 3e-3)

@@ -100,7 +100,9 @@ def isometric_(
     chain = _first_uses(order, layers)
     if not chain:
         missing = f"the sample reaches none of {len(layers)}" if layers else f"{type(model).__name__} has none"
-        raise InputError(f"isometric_: sets linear layers and convolutions, but {missing} that it may set{_told(weights)}")
+        raise InputError(
+            f"isometric_: sets linear layers and convolutions, but {missing} that it may set{_told(weights)}"
+        )
     if not overwrite and (signs := signs_of(model, [layers[m].block for m in chain])):
         raise InputError(
             f"isometric_: these weights look trained: {told(signs)}. Pass overwrite=True to replace them all the same"
@@ -152,7 +154,9 @@ def _check_values(model: nn.Module, sample: Any, objective: Objective) -> None:
         )
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy and sample is None:
-        raise InputError(f"isometric_: {lazy[0]} has no shape yet. Pass a sample, or run a batch through the model first")
+        raise InputError(
+            f"isometric_: {lazy[0]} has no shape yet. Pass a sample, or run a batch through the model first"
+        )
     if lazy:
         with measuring(model), torch.no_grad():
             objective.predict(model, sample)
@@ -162,7 +166,9 @@ def _told(weights: Weights) -> str:
     """What is left, by reason, each after a semicolon."""
     text = ""
     for reason, names in weights.left.items():
-        some = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+        some = ", ".join(names[:MOST_NAMES]) + (
+            f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        )
         text += f"; {reason}: {some}"
     return text
 

@@ -50,10 +50,11 @@ def signs_of_training(model: nn.Module) -> list[Sign]:
 
     A fresh matrix has independent entries of one size, symmetric around zero (normal, uniform, truncated), is
     orthogonal, or is constant. One that has learned something has singular values too large for independent entries, or
-    rows or columns that differ in size or mean by more than chance. A fresh norm has a constant weight or a constant bias.
+    rows or columns that differ in size, or whose means are not zero, by more than chance. A fresh norm has a constant
+    weight or a constant bias.
 
-    The rates of error, on models of transformers and timm, are in docs/init.md. What it misses are models of a few
-    dozen steps, in which little would be lost.
+    Measured rates of error are in docs/init.md. What it misses are models after a few dozen steps, in which little
+    would be lost.
 
     Args:
         model: any module. Frozen parameters, embeddings and biases are not looked at.
@@ -89,7 +90,7 @@ def signs_of(model: nn.Module, weights: Iterable[Block]) -> list[Sign]:
 
 
 def _sample(w: Tensor) -> Tensor | None:
-    """Up to 512 × 512 entries in float64, clipped; `None` where they are constant, orthogonal or too few."""
+    """Up to 512 × 512 entries in float64, clipped; `None` where they are constant, orthogonal or few."""
     m, n = w.shape
     w = w[:: -(-m // SIDE) or 1, :: -(-n // SIDE) or 1].double()
     w = w[(w != 0).any(1)][:, (w != 0).any(0)]  # kernels of one tap

@@ -72,7 +72,7 @@ class Weight:
         layer, name = self.layer, self.name
         if parametrize.is_parametrized(layer, name):
             setattr(layer, name, value)
-            steps = layer.parametrizations[name]
+            steps: nn.Module = layer.get_submodule(f"parametrizations.{name}")
             modes = {step: step.training for step in steps.modules()}
             steps.train()  # a spectral norm updates its vectors in training alone
             for _ in range(NUM_POWER_STEPS):

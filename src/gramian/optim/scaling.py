@@ -1,4 +1,4 @@
-"""Sizes: of gradients, so that their squares neither overflow nor vanish; and of steps, by what a network is made of."""
+"""Sizes: of gradients, whose squares must neither overflow nor vanish; and of steps, by what a network is made of."""
 
 from __future__ import annotations
 
