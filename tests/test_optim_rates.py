@@ -1,4 +1,4 @@
-"""The usual rates: L counts what a unit of the function passes through; narrow embeddings move faster."""
+"""The usual rates: L counts what a unit of the function passes through; narrow tables move faster."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_experts_in_parallel_share_one_part_of_the_rate(stacked: bool) -> None:
     assert optimizer._num_matrices == 1 + 3
 
 
-def test_groups_of_a_convolution_count_once_and_fused_parts_each() -> None:
+def test_fused_parts_and_groups_count_each_and_depthwise_kernels_not_at_all() -> None:
     model = nn.Sequential(
         nn.Conv1d(8, 16, 3, groups=4), nn.Conv1d(16, 16, 3, groups=16), nn.MultiheadAttention(16, 2), nn.Linear(16, 2)
     )
-    assert gm.optim.Muon(model)._num_matrices == 1 + 0 + (3 + 1)
+    assert gm.optim.Muon(model)._num_matrices == 4 + 0 + (3 + 1)
 
 
 def test_narrow_embeddings_take_a_larger_usual_rate() -> None:
@@ -48,8 +48,10 @@ def test_narrow_embeddings_take_a_larger_usual_rate() -> None:
         )
         return {name: g["lr"] for g in optimizer.param_groups for name in g.get("param_names", [])}
 
-    assert (rates(64)["0.weight"], rates(64)["2.weight"]) == (1e-2, 3e-3)
+    assert rates(64)["0.weight"] == rates(64)["2.weight"] == 1e-2
     assert rates(600)["0.weight"] == pytest.approx(2.4 / 600)
     assert rates(2048)["0.weight"] == rates(2048)["2.weight"] == 3e-3
     assert rates(64, rest_lr=1e-3)["0.weight"] == 1e-3
     assert rates(64, scale="match_rms_adamw", lr=2e-3)["0.weight"] == 2e-3
+    without = gm.optim.Muon(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
+    assert without.param_groups[1]["lr"] == 3e-3

@@ -13,15 +13,15 @@ from gramian.layout import Layout
 from gramian.linalg.engine.scaling import peak, pow2
 from gramian.optim.stacks import State
 
-__all__ = ["as_long_as_polar", "num_in_sequence", "rescale_", "usual_embedding_lr"]
+__all__ = ["as_long_as_polar", "num_in_sequence", "rescale_", "usual_table_lr"]
 
 SPAN = 24  # powers of two by which gradients may grow or shrink before their unit changes
 LARGEST = {torch.float32: 126, torch.float64: 1022}  # largest k for which 2**k and 2**-k are both normal numbers
 
-EMBEDDING_LR = (3e-3, 1e-2)  # least and largest usual rate under AdamW
+TABLE_LR = (3e-3, 1e-2)  # least and largest usual rate under AdamW
 OUTPUT_STEP = 2.4  # how far one step of AdamW may move an output of a head, all inputs being of size one
 
-PARALLEL = ("g", "e", "b")  # axes of the layouts of gramian.layers: groups, experts, outputs of a bilinear form
+PARALLEL = ("e",)  # axes of the layouts of gramian.layers that number experts
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
@@ -29,9 +29,9 @@ def num_in_sequence(weights: Iterable[tuple[str, Layout]]) -> int:
     """The number of matrices that one unit of the function passes through: the L of `scale="spectral"`.
 
     Each matrix has the share 1/L in the change of the function, and shares add along a path (Large et al. 2024, §3).
-    Fused parts count each, since attention multiplies queries, keys and values, and a gated layer gate and value. What
-    lies in parallel counts once, since its changes do not add up in any output: the groups of a convolution, each with
-    outputs of its own; and experts, of whose outputs a token gets a weighted mean.
+    Fused parts count each, since attention multiplies queries, keys and values, and a gated layer gate and value. The
+    experts of a layer count once, since a token gets a weighted mean of their outputs, in which their changes do not
+    add up. (By the same argument the groups of a convolution would; nothing was measured there, and they count each.)
 
     Args:
         weights: name and layout of each. Experts that are modules of their own are told by the name `experts.N.`.
@@ -50,18 +50,17 @@ def num_in_sequence(weights: Iterable[tuple[str, Layout]]) -> int:
     return sum(counts.values())
 
 
-def usual_embedding_lr(tables: Iterable[Tensor]) -> float:
-    """AdamW's rate for embeddings where none is given: 3e-3, and up to 1e-2 where all are narrow.
+def usual_table_lr(tables: Iterable[Tensor]) -> float:
+    """AdamW's rate for embeddings, and the head beside them, where none is given: 3e-3, up to 1e-2 for narrow ones.
 
-    A table may be the head too. A step of AdamW moves each entry by the rate, and so an output of a head by up to the
-    rate times its number of inputs: that is to be at most 2.4, as with the rate of 1/320 at a width of 768 (Jordan et
-    al., Muon, 2024).
+    A step of AdamW moves each entry by the rate, and so an output of a head by up to the rate times its number of
+    inputs: that is to be at most 2.4, as with the rate of 1/320 at a width of 768 (Jordan et al., Muon, 2024).
 
-    >>> usual_embedding_lr([torch.empty(10, 64)]), usual_embedding_lr([torch.empty(10, 64), torch.empty(10, 4096)])
+    >>> usual_table_lr([torch.empty(10, 64)]), usual_table_lr([torch.empty(10, 64), torch.empty(10, 4096)])
     (0.01, 0.003)
     """
     widest = max((t.shape[-1] for t in tables), default=1)
-    return min(EMBEDDING_LR[1], max(EMBEDDING_LR[0], OUTPUT_STEP / max(widest, 1)))
+    return min(TABLE_LR[1], max(TABLE_LR[0], OUTPUT_STEP / max(widest, 1)))
 
 
 def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:
