@@ -46,7 +46,7 @@ class Operation(NamedTuple):
 OPERATIONS: dict[str, Operation] = {
     "linear": Operation(gain="input", init="orthogonal", factors="linear"),
     "convolution": Operation(gain="input", init="delta", factors="convolution"),
-    "transposed convolution": Operation(gain="input"),
+    "transposed convolution": Operation(gain="input", init="delta"),
     "embedding": Operation(gain="output"),
     "bag of embeddings": Operation(),
     "bilinear": Operation(),

@@ -33,7 +33,7 @@ _WHY_ADAMW = {
 class Route:
     """How one parameter is stepped, and why: as the matrices of `layout`, or by AdamW where that is `None`.
 
-    `whole` is the layout before large matrices were cut into parts.
+    `whole` is the layout before large matrices were cut into parts. `role` is the block's in the model.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Route:
     layout: Layout | None
     reason: str
     whole: Layout | None = None
+    role: Role = "hidden"
 
     @property
     def direction(self) -> Direction:
@@ -53,13 +54,6 @@ class Route:
         layout = self.whole or self.layout
         assert layout is not None
         return layout.matrices
-
-    @property
-    def num_matrices(self) -> int:
-        """The number of whole matrices; a larger one of fused parts of unequal size is one."""
-        layout = self.whole or self.layout
-        assert layout is not None
-        return len(layout.labels)
 
     def cut(self, size: int | None) -> Route:
         """The same route with large matrices in parts, of at most `size` on the smaller side."""
@@ -124,7 +118,7 @@ def routes_of_model(model: nn.Module, layouts: Mapping[str, Any] | None = None) 
 def _by_role(name: str, parameter: Tensor, layout: Layout | None, role: Role, reason: str) -> Route:
     if layout is None or role == "hidden":
         return Route(name, parameter, layout, reason)
-    return Route(name, parameter, None, f"{_WHY_ADAMW.get(role, role)}: {reason}")
+    return Route(name, parameter, None, f"{_WHY_ADAMW.get(role, role)}: {reason}", role=role)
 
 
 _BY_SHAPE = "given without a name: routed by its shape"

@@ -1,19 +1,66 @@
-"""Gradients of any magnitude, scaled so that their squares neither overflow nor vanish."""
+"""Sizes: of gradients, whose squares must neither overflow nor vanish; and of steps, by what a network is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from gramian.layout import Layout
 from gramian.linalg.engine.scaling import peak, pow2
 from gramian.optim.stacks import State
 
-__all__ = ["as_long_as_polar", "rescale_"]
+__all__ = ["as_long_as_polar", "num_in_sequence", "rescale_", "usual_table_lr"]
 
 SPAN = 24  # powers of two by which gradients may grow or shrink before their unit changes
 LARGEST = {torch.float32: 126, torch.float64: 1022}  # largest k for which 2**k and 2**-k are both normal numbers
+
+TABLE_LR = (3e-3, 1e-2)  # least and largest usual rate under AdamW
+OUTPUT_STEP = 2.4  # how far one step of AdamW may move an output of a head, all inputs being of size one
+
+PARALLEL = ("e",)  # axes of the layouts of gramian.layers that number experts
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+
+def num_in_sequence(weights: Iterable[tuple[str, Layout]]) -> int:
+    """The number of matrices that one unit of the function passes through: the L of `scale="spectral"`.
+
+    Each matrix has the share 1/L in the change of the function, and shares add along a path (Large et al. 2024, §3).
+    Fused parts count each, since attention multiplies queries, keys and values, and a gated layer gate and value. The
+    experts of a layer count once, since a token gets a weighted mean of their outputs, in which their changes do not
+    add up. (By the same argument the groups of a convolution would; nothing was measured there, and they count each.)
+
+    Args:
+        weights: name and layout of each. Experts that are modules of their own are told by the name `experts.N.`.
+
+    >>> fused = Layout("(three o) i -> three o i", (6, 2)), Layout("e (two o) i -> e two o i", (8, 4, 2))
+    >>> num_in_sequence([("qkv", fused[0])]), num_in_sequence([("experts.gate_up_proj", fused[1])])
+    (3, 2)
+    >>> num_in_sequence((f"experts.{k}.up", Layout("o i -> o i", (4, 2))) for k in range(8))
+    1
+    """
+    counts: dict[str, int] = {}
+    for name, layout in weights:
+        place = _EXPERT.sub(r"\1experts.*.", name)
+        experts = math.prod(layout.axes[axis] for axis in layout.sides[0] if axis in PARALLEL)
+        counts[place] = max(counts.get(place, 0), len(layout.labels) // max(experts, 1))
+    return sum(counts.values())
+
+
+def usual_table_lr(tables: Iterable[Tensor]) -> float:
+    """AdamW's rate for embeddings, and the head beside them, where none is given: 3e-3, up to 1e-2 for narrow ones.
+
+    A step of AdamW moves each entry by the rate, and so an output of a head by up to the rate times its number of
+    inputs: that is to be at most 2.4, as with the rate of 1/320 at a width of 768 (Jordan et al., Muon, 2024).
+
+    >>> usual_table_lr([torch.empty(10, 64)]), usual_table_lr([torch.empty(10, 64), torch.empty(10, 4096)])
+    (0.01, 0.003)
+    """
+    widest = max((t.shape[-1] for t in tables), default=1)
+    return min(TABLE_LR[1], max(TABLE_LR[0], OUTPUT_STEP / max(widest, 1)))
 
 
 def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:

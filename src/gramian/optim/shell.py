@@ -29,6 +29,7 @@ from gramian.optim.parameters import (
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.refresh import Clock, due, stagger
 from gramian.optim.routing import Group, Route, route_groups, routes_of_model
+from gramian.optim.scaling import num_in_sequence, usual_table_lr
 from gramian.optim.sharding import Sharding, not_finite
 from gramian.optim.stacks import Stack, Stacks, State, alike
 
@@ -59,13 +60,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         shared: the options of all matrix optimizers:
 
             - `weight_decay`: decoupled, of the matrices.
-            - `scale`: `"spectral"`: `s = √(m/n) / L`, where L is the number of matrices that are trained (those frozen
-              when they were given do not count): each matrix has the same share in the change of the network's
-              function, so that one rate carries across widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`,
+            - `scale`: `"spectral"`: `s = √(m/n) / L`, where L is the number of matrices that a unit of the function
+              passes through (those frozen when they were given do not count; the experts of a layer count once): each
+              matrix has the same share in the change of the network's function, so that one rate carries across
+              widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`,
               so that a rate tuned for AdamW can be reused.
-            - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr` is 3e-3 by default, or `lr`
-              itself with `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate
-              `lr / L` where that is less. Vectors do not decay.
+            - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr` is 3e-3 by default (with
+              embeddings, their rate and the head's is up to 1e-2 where all are narrower than 800), or `lr` itself with
+              `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
+              that is less. Vectors do not decay.
             - `part_size`: a matrix whose smaller side is longer is cut along that side into equal parts of at most so
               many rows (or columns). Each part has its own direction, which costs less. `None`: never.
             - `refresh`: steps between two recomputations of a direction's costly parts, staggered over the matrices.
@@ -159,7 +162,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._routes.update((r.parameter, r) for r in routes)
         matrices = [r for r in self._routes.values() if r.layout is not None]
         trained = [r for r in matrices if r.parameter.requires_grad] or matrices
-        self._num_matrices = sum(r.num_matrices for r in trained)
+        self._num_matrices = num_in_sequence((r.name, r.whole or r.layout) for r in trained if r.layout is not None)
         self._sharding.assign([r.parameter for r in matrices])
 
     def _split(self, routes: Sequence[Route], own: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -176,15 +179,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
         matrices = [r for r in routes if r.direction == "matrix"]
         tables = [r for r in routes if r.direction == "adamw" and r.parameter.ndim >= 2]
         vectors = [r for r in routes if r.direction == "adamw" and r.parameter.ndim < 2]
+        table_lr = rest_lr
         if rest_lr is None:
-            rest_lr = lr if options["scale"] == "match_rms_adamw" else REST_LR
+            rest_lr = table_lr = lr if options["scale"] == "match_rms_adamw" else REST_LR
+            if options["scale"] == "spectral" and any(r.role == "embedding" for r in tables):
+                table_lr = usual_table_lr(r.parameter for r in tables)
         # Vectors of all layers move at once, as the matrices do, so that they share the change of the function too.
         shares = options["scale"] == "spectral" and self._num_matrices
         vector_lr = min(rest_lr, lr / self._num_matrices) if shares else rest_lr
         groups: list[dict[str, Any]] = []
         if matrices:
             groups.append({"params": _named(matrices), "direction": "matrix", **options, "lr": lr, "step": 0})
-        for rest, rate, decay in ((tables, rest_lr, rest_decay), (vectors, vector_lr, 0.0)):
+        for rest, rate, decay in ((tables, table_lr, rest_decay), (vectors, vector_lr, 0.0)):
             if rest:
                 own_rest = {"lr": float(rate), "weight_decay": decay, "betas": betas, "eps": eps}
                 kind = {"direction": "adamw", "maximize": options["maximize"], "fused": True}

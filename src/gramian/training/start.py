@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gramian.errors import InputError
-from gramian.init import isometric_
+from gramian.init import isometric_, signs_of_training
 from gramian.inspection import inspect
 from gramian.objective import Objective
 from gramian.report import Finding
@@ -53,9 +53,9 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
         return f"as the task makes it, since no initialization repairs this: {errors[0].title}"
     before = [finding for finding in errors if _init_for(finding)]
     cause = before[0].title
-    structured = [layer.name for layer in inspect(model).layers if layer.above_noise]
-    if structured:
-        return f"as the task makes it, since {structured[0]} has learned something already; but: {cause}"
+    learned = signs_of_training(model)
+    if learned:
+        return f"as the task makes it, since {learned[0].name} has learned something already; but: {cause}"
     kept = copy.deepcopy(model.state_dict())
     try:
         for init in wanted:

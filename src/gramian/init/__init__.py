@@ -1,0 +1,7 @@
+"""Initialization that makes every layer an isometry, so that signals and gradients cross any depth."""
+
+from gramian.init.gains import activation_gain
+from gramian.init.isometric import isometric_
+from gramian.init.trained import signs_of_training
+
+__all__ = ["activation_gain", "isometric_", "signs_of_training"]
