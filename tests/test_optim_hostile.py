@@ -78,7 +78,7 @@ def test_weights_stay_finite_and_outcomes_are_counted(name: str, gradient: str) 
     """All dtypes and shapes in one optimizer: what must move does, by a bounded length, and nothing else."""
     params = {key: nn.Parameter(torch.zeros(shape, dtype=dtype)) for key, shape, dtype in members()}
     empty = nn.Parameter(torch.zeros(0, 4))
-    optimizer = OPTIMIZERS[name]([*params.items(), ("empty", empty)])
+    optimizer = OPTIMIZERS[name]([*params.items(), ("empty", empty)], routes={"*": "matrix"})
     skipped = dict.fromkeys([*params, "empty"], 0)
     pushed, went = set(), set()
     for step in range(STEPS):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from gramian.calls import called
 from gramian.errors import GramianWarning, InputError
 from gramian.init.gains import activation_gain
 from gramian.init.kernels import isometry
