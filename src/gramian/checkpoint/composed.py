@@ -101,7 +101,7 @@ def _scale(module: str, rank: int, known: Mapping[str, Any]) -> tuple[float, str
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether a key of PEFT's alpha_pattern means a module: it is the end of its name, or an expression that matches it.
+    """Whether a key of PEFT's alpha_pattern means a module: it ends its name, or is an expression that matches it.
 
     The expression comes from a file: one with groups or many repetitions could take forever, and is taken literally.
     """
@@ -117,20 +117,22 @@ _STEM = r"(?P<stem>(?:.*\.)?)"
 
 COMPOSED: tuple[Scheme, ...] = (
     Scheme(
-        "weight norm", re.compile(_STEM + r"(?P<w>\w+)_v"), "v", {"g": ("{stem}{w}_g",)}, "{stem}{w}", _weight_norm
+        "weight norm", re.compile(_STEM + r"(?P<w>\w+)_v"), "v", {"g": ("{stem}{w}_g",)}, "{stem}{w}_v", _weight_norm,
+        weight="{stem}{w}",
     ),
     Scheme(
         "weight norm", re.compile(_STEM + r"parametrizations\.(?P<w>\w+)\.original1"), "v",
-        {"g": ("{stem}parametrizations.{w}.original0",)}, "{stem}{w}", _weight_norm,
+        {"g": ("{stem}parametrizations.{w}.original0",)}, "{stem}parametrizations.{w}.original1", _weight_norm,
+        weight="{stem}{w}",
     ),
     Scheme(
-        "spectral norm", re.compile(_STEM + r"(?P<w>\w+)_orig"), "w", {"u": ("{stem}{w}_u",)}, "{stem}{w}",
-        _spectral_norm, {"v": ("{stem}{w}_v",)},
+        "spectral norm", re.compile(_STEM + r"(?P<w>\w+)_orig"), "w", {"u": ("{stem}{w}_u",)}, "{stem}{w}_orig",
+        _spectral_norm, {"v": ("{stem}{w}_v",)}, "{stem}{w}",
     ),
     Scheme(
         "spectral norm", re.compile(_STEM + r"parametrizations\.(?P<w>\w+)\.original"), "w",
-        {"u": ("{stem}parametrizations.{w}.0._u",)}, "{stem}{w}", _spectral_norm,
-        {"v": ("{stem}parametrizations.{w}.0._v",)},
+        {"u": ("{stem}parametrizations.{w}.0._u",)}, "{stem}parametrizations.{w}.original", _spectral_norm,
+        {"v": ("{stem}parametrizations.{w}.0._v",)}, "{stem}{w}",
     ),
     Scheme(
         "LoRA",

@@ -39,9 +39,9 @@ def with_derived(
     for scheme in SCHEMES:
         for name in stored:
             found = None if name in part_of else scheme.match(name, stored)
-            if found is None or any(entry.name in part_of for entry in found[1].values()):
+            if found is None or any(entry.name in part_of for entry in found[2].values()):
                 continue
-            result, parts = found
+            result, weight, parts = found
             taken = result in made or (result in stored and all(entry.name != result for entry in parts.values()))
             plan = None if taken else scheme.plan(Setting(result, parts, config, read))
             if result in made:
@@ -52,7 +52,7 @@ def with_derived(
                 continue
             first = next(iter(parts.values()))
             made[result] = Entry(
-                result, plan.shape, plan.dtype, first.file, first.key, made=Made(plan.how, parts, plan.compute)
+                result, plan.shape, plan.dtype, first.file, first.key, made=Made(weight, plan.how, parts, plan.compute)
             )
             part_of |= {entry.name: result for entry in parts.values()}
             places[name] = result

@@ -89,6 +89,11 @@ class Entry:
     part_of: str = ""
 
     @property
+    def weight(self) -> str:
+        """The name that the weight has in its module."""
+        return self.made.name if self.made else self.name
+
+    @property
     def kind(self) -> Kind:
         """The kind of numbers; only `"float"` has a spectrum. Quantized weights lack their scales here."""
         if 0 in self.shape:
@@ -105,11 +110,13 @@ class Made:
     """How a weight is computed from the tensors that a file holds.
 
     Attributes:
+        name: of the weight in the module that applies it, where that is another than the entry's.
         how: in words, as in `"dequantized from int4 (GPTQ)"`.
         parts: the stored tensors, by their part.
         compute: the weight, from those tensors.
     """
 
+    name: str
     how: str
     parts: Mapping[str, Entry]
     compute: Callable[[Mapping[str, Tensor]], Tensor]

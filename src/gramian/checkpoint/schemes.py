@@ -42,7 +42,8 @@ class Scheme:
         first: the word for the first part.
         parts: templates of the other parts' names, by the word for each; the first that exists is taken.
         optional: those of parts that may be missing.
-        result: the template of the weight's name.
+        result: the template of the entry's name: the weight's, or that of the parameter that has its shape.
+        weight: the template of the weight's name, where that is another.
         plan: from the parts to the weight. Text says why it cannot be computed; `None`, that this is another scheme.
     """
 
@@ -53,9 +54,10 @@ class Scheme:
     result: str
     plan: Callable[[Setting], Plan | str | None]
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    weight: str = ""
 
-    def match(self, name: str, stored: Mapping[str, Entry]) -> tuple[str, dict[str, Entry]] | None:
-        """The weight's name and its parts, where a tensor of that name is the first of them."""
+    def match(self, name: str, stored: Mapping[str, Entry]) -> tuple[str, str, dict[str, Entry]] | None:
+        """The names of the entry and the weight, and the parts, where a tensor of that name is the first of them."""
         found = self.anchor.fullmatch(name)
         if found is None:
             return None
@@ -68,4 +70,5 @@ class Scheme:
                 parts[word] = entry
             elif word in self.parts:
                 return None
-        return self.result.format(**words), parts
+        result = self.result.format(**words)
+        return result, self.weight.format(**words) or result, parts

@@ -138,6 +138,8 @@ class _Builder:
             self.modules.insert(0, str(record.of))
             held = [contents[key] for key in ("_parameters", "_buffers", "_modules") if key in contents]
             return {key: v for part in held if isinstance(part, dict) for key, v in part.items() if v is not None}
+        if record.of.module.startswith("__torch__"):  # TorchScript's module, with flags beside its tensors
+            return {key: v for key, v in contents.items() if isinstance(v, (Tensor, dict))}
         return Left(str(record.of), contents)
 
     def _tensor(self, part: TensorPart) -> Any:

@@ -2,8 +2,8 @@
 
 A pickle is a program that pushes values and calls functions by their names. Here a call of a function that only puts a
 tensor or a container together is carried out by this module's own code; every other call and every object is kept as a
-`Record` of its name and contents. So tensors can be read beside objects of unknown classes, and without those classes: a
-Lightning checkpoint's settings, a whole pickled model, a TorchScript archive, torch.distributed.checkpoint's metadata.
+`Record` of its name and contents. So tensors can be read beside objects of unknown classes, and without those: in a
+Lightning checkpoint, a whole pickled model, a TorchScript archive, the metadata of torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
