@@ -19,8 +19,8 @@ __all__ = ["FOREIGN", "FORMATS", "reader"]
 # What is read: the word for it, its usual suffixes, and the reader. Files are told apart by their contents.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Path], AbstractContextManager[Content]]]] = {
     "safetensors": ((".safetensors",), read_safetensors),
-    "torch.save, zip": ((".pt", ".pth", ".ckpt", ".bin", ".pth.tar"), read_zip),
-    "torch.save before 1.6": ((".pt", ".pth", ".pth.tar"), read_legacy),
+    "torch.save": ((".pt", ".pth", ".ckpt", ".bin", ".pth.tar"), read_zip),
+    "torch.save before PyTorch 1.6": ((".pt", ".pth", ".pth.tar"), read_legacy),
     "TorchScript": ((".pt", ".ts"), read_zip),
     "NumPy": ((".npz",), read_arrays),
     "torch.distributed.checkpoint": (("a folder with .metadata",), read_distributed),

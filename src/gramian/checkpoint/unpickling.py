@@ -26,7 +26,7 @@ class Global(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        return f"{self.module}.{self.name}" if self.module else self.name
 
 
 class Storage(NamedTuple):
@@ -69,11 +69,16 @@ class Record:
         """Whether the pickle wants a function called that may do more than make a value."""
         if not self.called:
             return False
+        if self.of == COMPUTED:
+            return True
         if BENIGN.fullmatch(str(self.of)):
             return False
         is_class = self.of.name.rpartition(".")[2][:1].isupper()
         return not is_class or self.of.module.split(".")[0] in ACTING
 
+
+# What is called where it is itself the result of a call.
+COMPUTED = Global("", "a function that it looks up")
 
 # Modules whose functions and classes act on the machine. A call of one of these makes a file suspect.
 ACTING = frozenset((
@@ -90,7 +95,7 @@ BENIGN = re.compile(
     r"|torch\.jit\._pickle\.\w+|torch\.distributed\.\w+(\.\w+)*\._?[A-Z]\w*|numpy\.(_?core|random)\.\w*(\.\w+)*"
     r"|numpy\.(dtype|ndarray)|_codecs\.encode|datetime\.\w+|copyreg\._reconstructor|collections\.\w+|functools\.partial"
     r"|zoneinfo\.\w+(\.\w+)*|types\.SimpleNamespace|uuid\.UUID|(builtins|__builtin__)\.(set|frozenset|list|tuple|dict"
-    r"|complex|slice|range|bytearray|bytes|object|int|float|str|bool))"
+    r"|complex|slice|range|bytearray|bytes|object|int|float|str|bool|getattr))"
 )
 
 _STORAGES = {
@@ -272,7 +277,7 @@ def _items(holder: Any) -> dict[Any, Any]:
 def _create(function: Any, args: tuple[Any, ...], called: bool) -> Any:
     """The value of a call where this module knows it; otherwise a record of the call."""
     if not isinstance(function, Global):
-        return Record(Global("?", type(function).__name__), args, called)
+        return Record(COMPUTED, (function, *args), called)
     name = str(function)
     name = name.replace("__builtin__.", "builtins.")  # as Python 2 and the older protocols have it
     if name in ("collections.OrderedDict", "builtins.dict", "collections.defaultdict"):

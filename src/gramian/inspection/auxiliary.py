@@ -23,7 +23,7 @@ _MASK = "a mask"
 _CACHE = "a cache or counter"
 _STATISTICS = "running statistics of a norm"
 _SCALES = "a part of a weight quantized in an unknown way"
-_SCALE = "a scale of a parametrized weight"
+_SCALE = "a part of a parametrized weight"
 
 # Reasons for which a tensor is no parameter.
 AUXILIARY = (_OPTIMIZER, _AVERAGE, _WAVES, _MASK, _CACHE, _STATISTICS, _SCALES, _SCALE)
@@ -38,6 +38,7 @@ _CACHES = re.compile(r"((k|v|key|value|kv)_?cache|num_batches_tracked)(_.*)?")
 _PART = re.compile(
     r"(.*[_.])?(scales?|scb|zeros?|zero_points?|q(weight|zeros)|absmax|quant_map|codebooks?|codes|scale_inv)(_\w+)?"
 )
+_PARAMETRIZED = re.compile(r"(.*\.)?parametrizations\.\w+\.(original0|\d+\.(base|_u|_v))")
 _NAMED = ((_TABLES, _WAVES), (_MASKS, _MASK), (_CACHES, _CACHE))
 
 _FEWEST = 3  # rows of a mask or table, below which its values do not tell
@@ -111,10 +112,7 @@ def _by_name(entry: Entry, checkpoint: Checkpoint) -> str:
         return _MASK
     if local in ("running_mean", "running_var") and len(entry.shape) == 1:
         return _STATISTICS
-    if (
-        local in ("original0", "weight_g")
-        and f"{module}.{local.replace('0', '1').replace('_g', '_v')}" in checkpoint.entries
-    ):
+    if _PARAMETRIZED.fullmatch(entry.name) or (local == "weight_g" and f"{module}.weight_v" in checkpoint.entries):
         return _SCALE
     return ""
 

@@ -20,7 +20,7 @@ from gramian.errors import InputError
 from gramian.inspection.auxiliary import AUXILIARY
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
 from gramian.inspection.entries import Entries, count_non_finite
-from gramian.inspection.matrices import Holding, find_holdings
+from gramian.inspection.matrices import Holding, find_holdings, read_config
 from gramian.inspection.measured import Measured
 from gramian.inspection.noise import Noise
 from gramian.inspection.quick import describe_quickly
@@ -69,6 +69,9 @@ def measure_file(
     for reason, names in left_out.items():
         more = f" … ({len(names)} in all)" if len(names) > 5 else ""
         measured.notes.append(f"Left out, {reason}: {', '.join(names[:5])}{more}")
+    roles = {holding.role for holding in holdings}
+    if roles >= {"embedding"} and "head" not in roles and read_config(checkpoint.path).get("tie_word_embeddings"):
+        measured.notes.append("The head is the embedding: tie_word_embeddings in config.json, and none in the file")
     others = {name for reason, names in left_out.items() if reason in AUXILIARY for name in names}
     own = [e for e in checkpoint.entries.values() if not e.tied_to and not e.part_of and e.kind == "float"]
     measured.facts["parameters"] = sum(torch.Size(e.shape).numel() for e in own if e.name not in others)
