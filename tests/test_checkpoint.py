@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pickle
@@ -222,7 +221,7 @@ def test_parts_keep_their_names(tmp_path: Path) -> None:
         pickled(tmp_path / "x.pt", {"G": STATE, "D": {"w": torch.ones(2)}, "optimizer_G": moments})
     )
     assert set(checkpoint.entries) == {"G.a.weight", "G.a.bias", "D.w"}
-    assert checkpoint.notes == ("not tensors, left out: optimizer_G.state.0, optimizer_G.param_groups",)
+    assert checkpoint.notes == ("not tensors, left out: optimizer_G (an optimizer's state)",)
 
 
 KINDS = {
@@ -276,14 +275,14 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n"
 # name: (how to make it, what the line must say)
 FAILURES = {
     "missing": (lambda d: d / "x.pt", ["no such file"]),
-    "suffix": (lambda d: put(d / "x.gguf", "GGUF"), ["unknown suffix '.gguf'", ".safetensors"]),
+    "unknown": (lambda d: put(d / "x.foo", "foo"), ["of unknown contents", ".safetensors"]),
     "empty safetensors": (lambda d: put(d / "x.safetensors", ""), ["an empty file"]),
     "empty pt": (lambda d: put(d / "x.pt", ""), ["an empty file"]),
     "short header": (lambda d: put(d / "x.safetensors", SAFE[:40]), ["damaged or truncated", "again"]),
     "short data": (lambda d: put(d / "x.safetensors", SAFE[:-1]), ["damaged or truncated"]),
     "long data": (lambda d: put(d / "x.safetensors", SAFE + b"\0"), ["damaged or truncated"]),
     "short pt": (lambda d: put(d / "x.pt", pickled(d / "y.pt", STATE).read_bytes()[:-40]), ["damaged or truncated"]),
-    "text": (lambda d: put(d / "x.bin", "<html>Not found</html>"), ["damaged", "not a zip archive"]),
+    "text": (lambda d: put(d / "x.bin", "Not found"), ["damaged", "not a zip archive"]),
     "lfs": (lambda d: put(d / "x.safetensors", LFS), ["Git LFS pointer", "git lfs pull"]),
     "no tensors": (lambda d: put(d / "x.safetensors", safetensors.torch.save({})), ["holds no tensors"]),
     "empty dict": (lambda d: pickled(d / "x.pt", {}), ["holds no tensors"]),
@@ -291,22 +290,17 @@ FAILURES = {
     "list": (lambda d: pickled(d / "x.pt", [torch.ones(2)]), ["holds a list"]),
     "optimizer": (lambda d: pickled(d / "x.pt", {"state": {0: {"m": torch.ones(2)}}}), ["holds no tensors"]),
     "collision": (lambda d: pickled(d / "x.pt", {"module.w": STATE["a.bias"], "w": STATE["a.bias"]}), ["both 'w'"]),
-    "whole model": (lambda d: pickled(d / "x.pt", nn.Linear(2, 2)), ["refused", "linear.Linear", "save_file"]),
-    "arguments": (lambda d: pickled(d / "x.pt", {**STATE, "args": argparse.Namespace(lr=1)}), ["argparse.Namespace"]),
     "hostile zip": (lambda d: pickled(d / "x.pt", {**STATE, "a": Hostile()}), ["refused", "mkdir", "safetensors"]),
     "hostile pickle": (lambda d: put(d / "x.pt", pickle.dumps(Hostile())), ["refused", "mkdir"]),
     "hostile old pickle": (lambda d: put(d / "x.pt", pickle.dumps(Hostile(), protocol=1)), ["refused", "mkdir"]),
-    "old format": (
-        lambda d: pickled(d / "x.pt", STATE, _use_new_zipfile_serialization=False),
-        ["before 1.6", "Re-save"],
+    "hostile old format": (
+        lambda d: pickled(d / "x.pt", {**STATE, "a": Hostile()}, _use_new_zipfile_serialization=False),
+        ["refused", "mkdir"],
     ),
-    "old model": (
-        lambda d: pickled(d / "x.pt", nn.Linear(2, 2), _use_new_zipfile_serialization=False),
-        ["refused", "linear.Linear"],
-    ),
+    "bare pickle": (lambda d: put(d / "x.pt", pickle.dumps({"a": 1})), ["a bare pickle", "save_file"]),
     "empty folder": (lambda d: d, ["folder without weights", "model.safetensors.index.json", "holds nothing"]),
     "other folder": (lambda d: put(d / "adapter.safetensors", SAFE).parent, ["Give one of its files: adapter"]),
-    "distributed folder": (lambda d: put(d / ".metadata", "").parent, ["dcp_to_torch"]),
+    "distributed folder": (lambda d: put(d / ".metadata", "").parent, ["an empty file"]),
     "index damaged": (lambda d: put(d / "model.safetensors.index.json", '{"weight_map": {').parent, ["damaged"]),
     "index without map": (lambda d: put(d / "model.safetensors.index.json", "{}").parent, ["damaged", "weight_map"]),
     "index of numbers": (

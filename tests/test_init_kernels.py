@@ -115,7 +115,7 @@ def test_padding_same_keeps_the_image_in_its_place() -> None:
 
 def test_fused_parts_of_unequal_size_have_a_matrix_each() -> None:
     layer = nn.Linear(16, 32, bias=False)
-    layout = gm.block.Layout("o i -> o i", (32, 16), parts=("q", "k", "v"), rows=(16, 8, 8))
+    layout = gm.block.Layout("(n o) i -> n o i", (32, 16), {"o": 8}, parts=("q", "k", "v"), rows=(16, 8, 8))
     w = isometry(layer, layout, layer.weight.detach(), seeded(0))
     for part in layout.pieces(w):
         torch.testing.assert_close(part @ part.T, torch.eye(len(part)), rtol=0, atol=1e-5)

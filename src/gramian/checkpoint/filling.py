@@ -35,7 +35,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Traceback (most recent call last):
     gramian.errors.CheckpointError: ...model.safetensors does not fit Linear: weight is (2, 3), wanted (2, 4)
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, stored=True)
     own = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
     wrong = [f"{name} is missing" for name in own if name not in checkpoint.entries]
     wrong += [f"{name} is not in the model" for name in checkpoint.entries if name not in own]

@@ -1,15 +1,15 @@
-"""The formats of single files, one reader for each in `READERS`.
+"""What a reader of files gives: entries, described without loading them, and single tensors; and safetensors' reader.
 
-A reader lists a file's tensors without loading them, and gives single tensors that are memory-mapped. So a checkpoint
-larger than memory can be read: the system takes pages of the file back when it needs them. safetensors is imported
-where it is used, since `block` needs this package's `clean_name` and must load only torch.
+Tensors are memory-mapped. So a checkpoint larger than memory can be read: the system takes pages of the file back when
+it needs them. safetensors is imported where it is used, since `block` needs this package's `clean_name` and must load
+only torch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -17,30 +17,26 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from gramian.checkpoint.faults import damaged, not_a_zip, plain, refuse_pointer, refused, unsafe_globals
-from gramian.errors import CheckpointError
+from gramian.checkpoint.faults import damaged, plain
 
 __all__ = [
-    "READERS",
     "SAFETENSORS_DTYPES",
     "TIED",
     "Content",
     "Entry",
     "Kind",
+    "Made",
     "dtype_name",
     "find_tied",
     "get",
     "is_plain",
+    "open_once",
     "read_safetensors",
-    "reader",
 ]
 
 Kind = Literal["float", "complex", "integer", "quantized", "empty"]
 
 TIED = "gramian.tied"  # the metadata key under which a safetensors file of ours records {alias: name} as JSON
-
-# Training loops write their state dict under one of these keys, next to an optimizer and counters.
-CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
 
 # Names of the safetensors format, without those for which torch has no dtype.
 SAFETENSORS_DTYPES = {
@@ -79,6 +75,8 @@ class Entry:
         file: the file that holds it.
         key: its name in that file.
         tied_to: the name of the entry whose memory it shares, or empty.
+        made: where the file holds a weight in parts, such as integers and their scales: how it is computed from them.
+        part_of: the name of the weight that is computed from it and others, or empty.
     """
 
     name: str
@@ -87,6 +85,13 @@ class Entry:
     file: Path
     key: str
     tied_to: str = ""
+    made: Made | None = None
+    part_of: str = ""
+
+    @property
+    def weight(self) -> str:
+        """The name that the weight has in its module."""
+        return self.made.name if self.made else self.name
 
     @property
     def kind(self) -> Kind:
@@ -100,6 +105,23 @@ class Entry:
         return "float" if self.dtype in ("float64", "float32", "float16", "bfloat16") else "integer"
 
 
+@dataclass(frozen=True, eq=False)
+class Made:
+    """How a weight is computed from the tensors that a file holds.
+
+    Attributes:
+        name: of the weight in the module that applies it, where that is another than the entry's.
+        how: in words, as in `"dequantized from int4 (GPTQ)"`.
+        parts: the stored tensors, by their part.
+        compute: the weight, from those tensors.
+    """
+
+    name: str
+    how: str
+    parts: Mapping[str, Entry]
+    compute: Callable[[Mapping[str, Tensor]], Tensor]
+
+
 @dataclass(frozen=True)
 class Content:
     """An open file: its entries, under the names in the file, and a function that loads one tensor."""
@@ -108,16 +130,6 @@ class Content:
     get: Callable[[str], Tensor]
     notes: list[str]
     metadata: dict[str, str]
-
-
-def reader(file: Path) -> AbstractContextManager[Content]:
-    """The open file, by the reader for its suffix."""
-    if file.suffix not in READERS:
-        raise CheckpointError(
-            f"{file}: unknown suffix {plain(file.suffix)!r}, wanted one of {', '.join(READERS)}, or a folder. "
-            "Save the weights as safetensors, or rename the file if it is one of these."
-        )
-    return READERS[file.suffix](file)
 
 
 def get(content: Content, entry: Entry) -> Tensor:
@@ -133,9 +145,8 @@ def read_safetensors(file: Path) -> Iterator[Content]:
     """An open safetensors file."""
     import safetensors
 
-    refuse_pointer(file)
     try:
-        handle = _open_once(file, lambda: safetensors.safe_open(file, "pt"))
+        handle = open_once(file, lambda: safetensors.safe_open(file, "pt"))
     except Exception as error:
         raise damaged(file, error) from error
     with handle as opened:
@@ -154,11 +165,15 @@ def read_safetensors(file: Path) -> Iterator[Content]:
                 raise damaged(file, ValueError(f"{alias!r} is tied to {key!r}, which is not there"))
             target = entries[key]
             aliases.append(Entry(alias, target.shape, target.dtype, file, alias, tied_to=key))
+        for alias, key in metadata.items():  # as safetensors.torch.save_model keeps the names that it drops
+            if key in entries and alias not in entries and "." in alias:
+                target = entries[key]
+                aliases.append(Entry(alias, target.shape, target.dtype, file, alias, tied_to=key))
         where = {entry.key: entry.tied_to or entry.key for entry in (*entries.values(), *aliases)}
         yield Content([*entries.values(), *aliases], lambda key: opened.get_tensor(where[key]), notes, metadata)
 
 
-def _open_once(file: Path, opening: Callable[[], Any]) -> Any:
+def open_once(file: Path, opening: Callable[[], Any]) -> Any:
     """Opens a file that may be replaced meanwhile: libraries open it twice by its name, for its header and its data."""
 
     def identity() -> tuple[int, ...]:
@@ -185,75 +200,6 @@ def _read_tied(file: Path, text: str) -> dict[str, str]:
     if not isinstance(tied, dict) or not all(isinstance(key, str) for key in tied.values()):
         raise damaged(file, ValueError(f"metadata {TIED!r} is not a map of names"))
     return tied
-
-
-@contextmanager
-def _read_pickle(file: Path) -> Iterator[Content]:
-    refuse_pointer(file)
-    with file.open("rb") as stream:
-        if stream.read(4) != b"PK\x03\x04":
-            raise not_a_zip(file)
-    try:
-        loaded = _open_once(file, lambda: torch.load(file, weights_only=True, mmap=True, map_location="cpu"))
-    except Exception as error:
-        wanted = unsafe_globals(file)
-        raise refused(file, wanted) if wanted else damaged(file, error) from error
-    state, notes = _find_state(file, loaded)
-    tensors: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if is_plain(value):
-            tensors[key] = value.detach()
-        else:
-            kind = "quantized" if value.is_quantized else f"{type(value).__name__} with layout {value.layout}"
-            notes.append(f"{plain(key)}: left out, a {kind} tensor on {value.device}")
-    tied = find_tied(tensors)
-    entries = [Entry(key, tuple(t.shape), dtype_name(t), file, key, tied.get(key, "")) for key, t in tensors.items()]
-    yield Content(entries, tensors.__getitem__, notes, {})
-
-
-def _find_state(file: Path, loaded: object) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by dotted name, taken out of the containers that training loops put around them."""
-    notes, under = [], []
-    while isinstance(loaded, Mapping):
-        inner = next((key for key in CONTAINERS if isinstance(loaded.get(key), Mapping)), None)
-        if inner is None:
-            break
-        under.append(inner)
-        left_out = [plain(key) for key in loaded if key != inner]
-        notes.append(
-            f"weights found under {'.'.join(under)!r}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
-        )
-        loaded = loaded[inner]
-    if isinstance(loaded, Tensor) or not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"{file}: holds a {type(loaded).__name__}, wanted a state dict of tensors. Save model.state_dict()."
-        )
-    state: dict[str, Tensor] = {}
-    others: list[str] = []
-    _flatten("", loaded, state, others)
-    if others:
-        notes.append(f"not tensors, left out: {', '.join(others[:8])}" + (", …" if len(others) > 8 else ""))
-    return state, notes
-
-
-def _flatten(prefix: str, tree: Mapping[Any, Any], state: dict[str, Tensor], others: list[str]) -> None:
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(key, str) and isinstance(value, Tensor) and name not in state:
-            state[name] = value
-        elif isinstance(key, str) and isinstance(value, Mapping):
-            _flatten(f"{name}.", value, state, others)
-        else:  # an optimizer's state is keyed by numbers, and is not weights
-            others.append(plain(name))
-
-
-READERS: dict[str, Callable[[Path], AbstractContextManager[Content]]] = {
-    ".safetensors": read_safetensors,
-    ".pt": _read_pickle,
-    ".pth": _read_pickle,
-    ".ckpt": _read_pickle,
-    ".bin": _read_pickle,
-}
 
 
 def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from gramian.checkpoint.faults import damaged, plain, some
-from gramian.checkpoint.formats import READERS, Entry, get, reader
+from gramian.checkpoint.derived import with_derived
+from gramian.checkpoint.faults import damaged, plain
+from gramian.checkpoint.folders import open_folder, open_index, read_json
+from gramian.checkpoint.formats import Entry, get
+from gramian.checkpoint.readers import reader
 from gramian.errors import CheckpointError, InputError
 
 __all__ = ["Checkpoint", "clean_name", "open_checkpoint"]
 
-# Where a Hugging Face folder keeps its weights, in the order in which transformers looks.
-FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# JSON files beside the weights that say how quantized weights and adapters are to be read.
+SETTINGS = ("config.json", "adapter_config.json", "quantize_config.json")
 
 # A wrapper adds its attribute's name to those of the module that it wraps, anywhere in the model; DataParallel and DDP
 # only wrap the whole model.
@@ -53,26 +55,47 @@ class Checkpoint:
         for file, entries in by_file.items():
             with reader(file) as content:
                 for entry in entries:
-                    yield entry.name, get(content, entry)
+                    yield entry.name, _compute(entry) if entry.made else get(content, entry)
 
     def load(self, name: str) -> Tensor:
         """One tensor by name. Raises `InputError` where there is none of that name."""
         if name not in self.entries:
             raise InputError(f"{self.path}: holds no tensor {plain(name)!r}; see Checkpoint.entries.")
-        entry = self.entries[name]
-        with reader(entry.file) as content:
-            return get(content, entry)
+        return _load(self.entries[name])
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def _load(entry: Entry) -> Tensor:
+    if entry.made:
+        return _compute(entry)
+    with reader(entry.file) as content:
+        return get(content, entry)
+
+
+def _compute(entry: Entry) -> Tensor:
+    """A weight from its parts."""
+    assert entry.made is not None
+    parts = {word: _load(part) for word, part in entry.made.parts.items()}
+    try:
+        weight = entry.made.compute(parts)
+        if tuple(weight.shape) != entry.shape:
+            raise ValueError(f"{entry.name} is {tuple(weight.shape)}, wanted {entry.shape}")
+    except (RuntimeError, ValueError, IndexError) as error:  # parts that do not fit each other
+        raise damaged(entry.file, error) from error
+    return weight
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Checkpoint:
     """Opens a checkpoint for reading: nothing in it is executed, and a tensor is loaded only when asked for.
 
     A state dict inside what a training loop wrote (`{"model": …, "optimizer": …}`) is found, and `notes` say so. Names
-    lose their wrappers' prefixes; see `clean_name`.
+    lose their wrappers' prefixes; see `clean_name`. A weight that is stored in parts (quantized, weight norm, LoRA) is
+    an entry under its name in the model, and is computed when it is loaded; `entry.made` says how.
 
     Args:
-        path: a `.safetensors` file; a Hugging Face folder, sharded or not; or a `.pt`, `.pth`, `.ckpt` or `.bin` state
-            dict, read with `torch.load(weights_only=True, mmap=True)`.
+        path: a file of safetensors, torch (`.pt`, `.pth`, `.ckpt`, `.bin`, TorchScript) or NumPy (`.npz`), told apart
+            by its contents; the index of a sharded model; or a folder of Hugging Face, of an adapter, or of
+            torch.distributed.checkpoint.
+        stored: give the tensors as they are stored, and compute none.
 
     Returns: the checkpoint.
     Raises:
@@ -94,24 +117,29 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        stored, notes, metadata = _open_folder(path)
+        found, notes, metadata = open_folder(path)
+    elif path.name.endswith(".index.json") and path.exists():
+        found, notes, metadata = open_index(path)
     elif path.exists():
         with reader(path) as content:
-            stored, notes, metadata = content.entries, content.notes, content.metadata
+            found, notes, metadata = content.entries, content.notes, content.metadata
     else:
         raise CheckpointError(f"{path}: no such file or folder. Check the path.")
-    if not stored:
+    if not found:
         raise CheckpointError(f"{path}: holds no tensors, wanted a model's state dict. Save model.state_dict().")
     entries: dict[str, Entry] = {}
-    for entry in stored:
-        name = clean_name(entry.key)
+    for entry in found:
+        name = clean_name(entry.name)
         if name in entries:
             raise CheckpointError(
                 f"{path}: {plain(entries[name].key)!r} and {plain(entry.key)!r} are both {plain(name)!r} once "
                 "wrappers' prefixes are dropped. Save the state dict of one of the two models."
             )
-        tied_to = clean_name(entry.tied_to)
-        entries[name] = Entry(name, entry.shape, entry.dtype, entry.file, entry.key, tied_to)
+        entries[name] = replace(entry, name=name, tied_to=clean_name(entry.tied_to))
+    if not stored:
+        beside = path if path.is_dir() else path.parent
+        entries, more = with_derived(entries, {name: read_json(beside / name) for name in SETTINGS}, _load)
+        notes = [*notes, *more]
     return Checkpoint(path, entries, tuple(notes), metadata)
 
 
@@ -138,70 +166,3 @@ def clean_name(name: str) -> str:
     while name.startswith(PARALLEL) and name != PARALLEL:
         name = name.removeprefix(PARALLEL)
     return name
-
-
-# ---- folders ---------------------------------------------------------------------------------------------------------
-
-
-def _open_folder(folder: Path) -> tuple[list[Entry], list[str], dict[str, str]]:
-    found = next((folder / name for name in FOLDER if (folder / name).exists()), None)
-    if found is None:
-        raise _no_weights(folder)
-    if found.suffix != ".json":
-        with reader(found) as content:
-            return content.entries, content.notes, content.metadata
-    files = _read_index(found)
-    missing = sorted({file for file in files.values() if not (folder / file).exists()})
-    if missing:
-        raise CheckpointError(f"{found}: names files that are not there: {some(missing)}. Download the folder again.")
-    stored: dict[str, Entry] = {}
-    notes: list[str] = []
-    metadata: dict[str, str] = {}
-    for file in dict.fromkeys(files.values()):
-        with reader(folder / file) as content:
-            held = {entry.key: entry for entry in content.entries}
-            notes += content.notes
-            metadata |= content.metadata
-        listed = [key for key, place in files.items() if place == file]
-        absent = [key for key in listed if key not in held]
-        unread = {note.split(": left out", 1)[0] for note in content.notes}
-        absent = [key for key in absent if plain(key) not in unread]
-        if absent:
-            raise CheckpointError(
-                f"{found}: places tensors in {file} that are not in it: {some(absent)}. Download the folder again."
-            )
-        stored |= {key: held[key] for key in listed if key in held}
-        extra = len(held.keys() - set(listed))
-        if extra:
-            notes.append(f"{file}: {extra} tensors that the index does not name, left out")
-    return list(stored.values()), notes, metadata
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """`{tensor: file}` from a sharded folder's index."""
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise TypeError("weight_map is not a map of names to files")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise damaged(index, error) from error
-    outside = [file for file in files.values() if file in ("", ".", "..") or Path(file).name != file]
-    if outside:  # an index must not point elsewhere
-        raise CheckpointError(
-            f"{index}: names files outside its folder: {some(outside)}, wanted plain names. Do not trust this folder."
-        )
-    return files
-
-
-def _no_weights(folder: Path) -> CheckpointError:
-    held = sorted(file.name for file in folder.iterdir())
-    weights = [name for name in held if Path(name).suffix in READERS]
-    if ".metadata" in held:
-        advice = (
-            "Convert this distributed checkpoint: python -m torch.distributed.checkpoint.format_utils dcp_to_torch."
-        )
-    elif weights:
-        advice = f"Give one of its files: {some(weights)}."
-    else:
-        advice = f"It holds {some(held) if held else 'nothing'}: check the path."
-    return CheckpointError(f"{folder}: a folder without weights; looked for {', '.join(FOLDER)}. {advice}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gramian.checkpoint.formats import dtype_name
 
-__all__ = ["Entries", "clipped", "count_entries"]
+__all__ = ["Entries", "clipped", "count_entries", "count_non_finite"]
 
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -24,6 +24,7 @@ LEAST = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 # Entries beyond this many typical ones are extreme: 2 in 10⁹ of a Gaussian matrix.
 EXTREME = 6.0
 TYPICAL = 0.6745  # median of |x| of a standard normal variable
+PART = 1 << 20  # entries looked at at a time
 SAMPLE = 1 << 16  # entries whose median is taken
 
 
@@ -93,6 +94,22 @@ def count_entries(parts: Iterable[Float[Tensor, "k n"]]) -> Entries:
     if not median and len(drawn):  # more than half are zero: of the others
         median = float(drawn[drawn > 0].median()) if bool((drawn > 0).any()) else 0.0
     return Entries(nonfinite, zeros, largest, median / TYPICAL, squares, overflows, underflows)
+
+
+def count_non_finite(tensor: Tensor) -> int:
+    """Return the number of entries that are NaN or infinite, in any dtype; a mask's −∞ beside zeros do not count."""
+    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+        return 0
+    count, masked, others = 0, 0, False
+    for part in tensor.flatten().split(PART):
+        wide = part.float() if part.dtype.itemsize < 2 else part  # torch tests no float8
+        finite = wide.isfinite()
+        bad = finite.numel() - int(finite.sum())
+        count += bad
+        if not wide.is_complex():
+            masked += int(torch.isneginf(wide).sum())
+            others = others or (bad != finite.numel() and bool((wide.where(finite, 0) != 0).any()))
+    return 0 if masked == count and not others and count < tensor.numel() else count
 
 
 def clipped(w: Float[Tensor, "m n"], level: float, scale: float) -> Float[Tensor, "m n"]:

@@ -6,7 +6,6 @@ shapes and a `config.json` are asked. What they do not tell is not guessed: such
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import re
@@ -21,31 +20,30 @@ from gramian.block import METADATA
 from gramian.checkpoint import Checkpoint
 from gramian.checkpoint.formats import Entry
 from gramian.errors import InputError, ShapeError
+from gramian.inspection.auxiliary import find_auxiliary
+from gramian.inspection.kernels import Kernels
 from gramian.layers import KERNELS, NAMED, Role, config_of, families, find_head, find_named, role_by_name, weight_name
 from gramian.layers.lookup import match_pattern
 from gramian.layout import Layout
 
 __all__ = ["Holding", "find_holdings", "read_config", "read_layouts"]
 
-# Buffers that hold no weights.
-NOT_WEIGHTS = ("*attn.bias", "*attention.bias", "*masked_bias", "*inv_freq", "*relative_position_index", "*causal_mask")
-
-# Beside a weight of the other name, a weight norm's scale; see torch.nn.utils.parametrizations.weight_norm.
-SCALES = ((".original0", ".original1"), ("weight_g", "weight_v"))
-
 ROLES = ("embedding", "hidden", "head", "elementwise")
+
+UNKNOWN = "the parameter of a parametrization that names do not tell, not the weight that is applied"
 
 _DIGITS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
 class Holding:
-    """The matrices of one tensor of a file: a layout, a word for their kind, and their role."""
+    """The matrices of one tensor of a file: a layout, a word for their kind, their role, and what that assumes."""
 
     entry: Entry
     layout: Layout
     kind: str
     role: Role
+    note: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,7 +72,8 @@ def find_holdings(
     """Return the tensors that hold matrices, embedding to head, and the names of the others by the reason.
 
     Args:
-        checkpoint: an open one; only its entries are read, and a `config.json` beside it.
+        checkpoint: an open one. Its entries and a `config.json` beside it are read, and a few rows of tensors that may
+            be masks or tables.
         layouts: override by name pattern, `{"*.c_attn.weight": "i (three o) -> three o i"}`, or with sizes,
             `{"*.qkv.weight": ["(h o) i -> h o i", {"h": 12}]}`; `"skip"` leaves a tensor out.
 
@@ -83,16 +82,18 @@ def find_holdings(
     """
     config, overrides, used = read_config(checkpoint.path), dict(layouts or {}), set()
     known = _metadata(checkpoint)
+    auxiliary = {} if known else find_auxiliary(checkpoint)
+    kernels = Kernels(checkpoint.entries)
     family = families({name: entry.shape for name, entry in checkpoint.entries.items()})
     holdings: list[Holding] = []
     left_out: dict[str, list[str]] = {}
     for name, entry in checkpoint.entries.items():
-        reason = _not_numbers(entry) or ("" if known else _not_weights(entry, checkpoint))
+        reason = auxiliary.get(name) or _not_numbers(entry)
         if not reason:
             pattern = match_pattern(overrides, name)
             if pattern is None:
                 here = config if config.get("model_type") else config | {"model_type": family(name)}
-                held = _of_metadata(entry, known) if known else _hold(entry, here, checkpoint)
+                held = _of_metadata(entry, known) if known else _hold(entry, here, checkpoint, kernels)
                 if isinstance(held, Holding):
                     holdings.append(held)
                     continue
@@ -146,17 +147,6 @@ def _not_numbers(entry: Entry) -> str:
     return "vector" if sum(length > 1 for length in entry.shape) < 2 and len(entry.shape) < 2 else ""
 
 
-def _not_weights(entry: Entry, checkpoint: Checkpoint) -> str:
-    """Why a tensor's name says that it is no weight, in a file that does not say what its tensors are."""
-    if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in NOT_WEIGHTS) and len(entry.shape) > 1:
-        return "a buffer, not weights"
-    if any(
-        entry.name.endswith(end) and entry.name.removesuffix(end) + other in checkpoint.entries for end, other in SCALES
-    ):
-        return "a scale of a parametrized weight"
-    return ""
-
-
 def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the file keeps of the model's blocks, by name; nothing where it keeps nothing that can be read."""
     try:
@@ -174,7 +164,11 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _of_metadata(entry: Entry, known: Mapping[str, Any]) -> Holding | str:
     """What the file's metadata says of a tensor, or why it holds no matrix."""
-    row = known.get(entry.name)
+    # Of a weight that is computed from others the model knows the largest, such as the direction of a weight norm.
+    parts = entry.made.parts.values() if entry.made else ()
+    row = next(
+        (known[e.name] for e in (entry, *parts) if e.name in known and "layout" in known[e.name]), known.get(entry.name)
+    )
     if row is None:
         return "a buffer of the model, not weights"
     if "rest" in row:
@@ -195,24 +189,27 @@ def _of_metadata(entry: Entry, known: Mapping[str, Any]) -> Holding | str:
         ) from None
 
 
-def _hold(entry: Entry, config: Mapping[str, Any], checkpoint: Checkpoint) -> Holding | str:
+def _hold(entry: Entry, config: Mapping[str, Any], checkpoint: Checkpoint, kernels: Kernels) -> Holding | str:
     """What the table of names says of a tensor, or why it holds no matrix that is known."""
-    found = find_named(weight_name(entry.name), entry.shape, config, rows=(*NAMED, *KERNELS))
+    found = find_named(weight_name(entry.weight), entry.shape, config, rows=(*NAMED, *KERNELS))
     role = _role(entry, checkpoint)
-    if found is not None:
-        return (
-            ("vector" if found.kind == "vector" else "acts element by element")
-            if found.layout is None
-            else Holding(entry, found.layout, found.kind, found.role or ("hidden" if found.kind != "matrix" else role))
-        )
+    made = UNKNOWN if ".parametrizations." in f".{entry.name}" and not entry.made else ""
+    if found is not None and found.layout is None:
+        return "vector" if found.kind == "vector" else "acts element by element"
+    if found is not None and found.layout is not None:
+        layout, kind, note = found.layout, found.kind, ""
+        if found.reason == f"named {KERNELS[0].name}":
+            layout, kind, note = kernels.describe(entry, layout, kind)
+        return Holding(entry, layout, kind, found.role or ("hidden" if kind != "matrix" else role), note or made)
     if len(entry.shape) == 2:
-        return Holding(entry, Layout("o i -> o i", entry.shape), "embedding" if role == "embedding" else "matrix", role)
+        kind = "embedding" if role == "embedding" else "matrix"
+        return Holding(entry, Layout("o i -> o i", entry.shape), kind, role, made)
     return f"of {len(entry.shape)} dimensions and an unknown name: give --layouts"
 
 
 def _role(entry: Entry, checkpoint: Checkpoint) -> Role:
-    module, _, local = entry.name.rpartition(".")
-    return role_by_name(entry.name, entry.shape, local == "weight" and f"{module}.bias" in checkpoint.entries)
+    module, _, local = entry.weight.rpartition(".")
+    return role_by_name(entry.weight, entry.shape, local == "weight" and f"{module}.bias" in checkpoint.entries)
 
 
 def _overridden(entry: Entry, pattern: str, value: Any, checkpoint: Checkpoint) -> Holding:

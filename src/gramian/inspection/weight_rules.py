@@ -32,6 +32,12 @@ ZERO_SHARE, UNDERFLOW_SHARE = 0.1, 0.01
 # Share of the parameters that two factors with 99 % of the energy must save to be reported.
 SAVING = 0.3
 
+# A rank is told as lower where that many small singular values would have this probability in a full matrix.
+CHANCE = 1e-5
+
+# Unit roundoff of the dtypes.
+UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
 # A network counts as trained if this share of its matrices has structure above noise.
 TRAINED = 0.5
 
@@ -217,19 +223,17 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
 
 def low_rank(measured: Measured) -> Iterator[Finding]:
     """Find matrices of lower rank than their shape allows, and those that two factors would store in less memory."""
-    low = [
-        layer
-        for layer in measured.layers
-        if layer.numerical_rank is not None and layer.spectral_norm and layer.numerical_rank < min(layer.shape)
-    ]
+    ranks = {layer.name: _rank_beyond_rounding(layer) for layer in measured.layers if layer.spectral_norm}
+    low = [layer for layer in measured.layers if (ranks.get(layer.name) or min(layer.shape)) < min(layer.shape)]
     if low:
-        worst = min(low, key=lambda layer: (layer.numerical_rank or 0) / min(layer.shape))
+        worst = min(low, key=lambda layer: (ranks[layer.name] or 0) / min(layer.shape))
         yield Finding(
             "rank-deficient",
             "info",
             f"{len(low)} of {len(measured.layers)} matrices are rank-deficient",
             where=names_of(low),
-            evidence=f"lowest in {worst.name}: rank {worst.numerical_rank} of {min(worst.shape)}",
+            evidence=f"lowest in {worst.name}: rank {ranks[worst.name]} of {min(worst.shape)}. The other singular "
+            f"values are at the level of rounding in {worst.dtype}, and more than independent entries would put there",
             cause="Some directions of the input never reach the output.",
             action=Action("plan_compression"),
             advice="Directions without energy need not be stored: plan.at(keep=…) factors the layers.",
@@ -249,6 +253,57 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
             action=Action("compress", {"keep": 1 - SAVING}),
             source="Eckart & Young 1936",
         )
+
+
+def _rank_beyond_rounding(layer: Layer) -> int | None:
+    """Return the rank that remains when entries may move by their rounding; `None` where σ are not all known.
+
+    Rounding to the stored dtype moves each entry by up to u |w|. If r directions of an (m, n) matrix carry it, the
+    other σ are then at most about u rms(W) (√(m−r) + √(n−r)). A full matrix has small σ too, the smallest about
+    rms(W)/√n if it is square. So a lower rank is told only where more σ are below that level than independent entries
+    would put there, with p < 1e-5: near zero the σ of a square matrix have a density of at most √n / (π rms(W)) · 2,
+    and those of a tall one begin at rms(W) (√m − √n).
+
+    Source: Edelman, Eigenvalues and condition numbers of random matrices (1988); Marchenko & Pastur 1967.
+    """
+    sigma, (n, m) = layer.singular_values, sorted(layer.shape[:2])
+    unit = UNITS.get(layer.dtype)
+    if layer.numerical_rank is None or len(sigma) != n or unit is None or not layer.frobenius_norm:
+        return None
+    rms = layer.frobenius_norm / math.sqrt(m * n)
+    # Exactly dependent rows are zero up to float64's rounding, whatever the dtype. A product of float32 factors carries
+    # the rounding of its sums; one in a narrow dtype is rounded at the end.
+    exact = UNITS["float64"] * math.sqrt(n)
+    levels = {exact, unit * math.sqrt(n) if layer.dtype == "float32" else max(unit, exact)}
+    return min(_rank_above(level * rms, rms, sigma, m) for level in levels)
+
+
+def _rank_above(level: float, rms: float, sigma: tuple[float, ...], m: int) -> int:
+    """Return the rank of a matrix with entries of size `rms` whose rounding is `level`, where that is beyond chance."""
+    n = len(sigma)
+    for rank in range(n):
+        floor = level * (math.sqrt(m - rank) + math.sqrt(n - rank))
+        if sigma[rank] <= floor:
+            is_possible = floor > rms * (math.sqrt(m) - math.sqrt(n)) / 2
+            expected = 2 * floor * math.sqrt(n) / (math.pi * rms) if is_possible else 0.0
+            return rank if _poisson_tail(n - rank, expected) < CHANCE else n
+    return n
+
+
+def _poisson_tail(count: int, mean: float) -> float:
+    """Return the probability of at least `count` events where `mean` are expected."""
+    if count <= 0:
+        return 1.0
+    if not mean:
+        return 0.0
+    term = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+    total = 0.0
+    for k in range(count, count + 1000):
+        total += term
+        term *= mean / (k + 1)
+        if term < 1e-17 * total:
+            break
+    return min(1.0, total)
 
 
 Rule = Callable[["Measured"], Iterator[Finding]]

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gramian import layers, placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name
 from gramian.errors import InputError
+from gramian.inspection.auxiliary import AUXILIARY
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
-from gramian.inspection.entries import Entries
-from gramian.inspection.matrices import Holding, find_holdings
+from gramian.inspection.entries import Entries, count_non_finite
+from gramian.inspection.matrices import Holding, find_holdings, read_config
 from gramian.inspection.measured import Measured
 from gramian.inspection.noise import Noise
 from gramian.inspection.quick import describe_quickly
@@ -28,7 +30,7 @@ from gramian.inspection.vectors import image_directions, image_side, read_tokens
 from gramian.layers.lookup import is_lazy
 from gramian.report import Layer
 
-__all__ = ["measure_file", "measure_model", "report_row"]
+__all__ = ["applied", "measure_file", "measure_model", "report_row"]
 
 Tell = Callable[[str, int, int], None]
 Rows = list[tuple[Layer, Spectrum]]
@@ -60,15 +62,19 @@ def measure_file(
             measured.layers.append(replace(layer, depth=len(measured.layers)))
             measured.spectra.append(spectrum)
     _find_duplicates(measured, _tensors_of(checkpoint, holdings))
+    held = {holding.entry.name for holding in holdings}
     for name, entry in checkpoint.entries.items():
-        if entry.tied_to:
-            continue
-        if entry.kind == "float" and len(entry.shape) < 2:
-            _add_vector(measured, name, checkpoint.load(name))
+        if name not in held and not entry.tied_to and not entry.made:
+            _add_non_finite(measured, name, checkpoint.load(name))
     for reason, names in left_out.items():
-        measured.notes.append(f"Left out, {reason}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
-    entries = [e for e in checkpoint.entries.values() if not e.tied_to and e.kind == "float"]
-    measured.facts["parameters"] = sum(torch.Size(e.shape).numel() for e in entries)
+        more = f" … ({len(names)} in all)" if len(names) > 5 else ""
+        measured.notes.append(f"Left out, {reason}: {', '.join(names[:5])}{more}")
+    roles = {holding.role for holding in holdings}
+    if roles >= {"embedding"} and "head" not in roles and read_config(checkpoint.path).get("tie_word_embeddings"):
+        measured.notes.append("The head is the embedding: tie_word_embeddings in config.json, and none in the file")
+    others = {name for reason, names in left_out.items() if reason in AUXILIARY for name in names}
+    own = [e for e in checkpoint.entries.values() if not e.tied_to and not e.part_of and e.kind == "float"]
+    measured.facts["parameters"] = sum(torch.Size(e.shape).numel() for e in own if e.name not in others)
     _add_facts(measured, quick)
     _add_directions(measured, checkpoint, holdings)
     return measured
@@ -93,17 +99,19 @@ def measure_model(
     for i, block in enumerate(found):
         tell("spectra", i, len(found))
         norm = _norm_of_module(block, input_size)
-        for name, matrix in zip(block.names, block.pieces(), strict=True):
+        weight, how = applied(block)
+        for name, matrix in zip(block.names, block.layout.pieces(weight, block.role == "elementwise"), strict=True):
             spectrum = _describe(matrix, quick)
             layer = report_row(name, block.kind, block.role, spectrum, norm if len(block.names) == 1 else None)
-            measured.layers.append(replace(layer, depth=len(measured.layers)))
+            note = "; ".join(text for text in (how, layer.note) if text)
+            measured.layers.append(replace(layer, depth=len(measured.layers), note=note))
             measured.spectra.append(spectrum)
             by_name[name] = lambda matrix=matrix: matrix
     tell("spectra", len(found), len(found))
     _find_duplicates(measured, by_name)
     known = [r for r in rest if not is_lazy(r.parameter)]
     for r in known:
-        _add_vector(measured, r.name, r.parameter.detach())
+        _add_non_finite(measured, r.name, r.parameter.detach())
     for r in rest:
         if r not in known or (r.parameter.ndim > 1 and not r.elementwise):
             measured.notes.append(f"Left out: {r.name}, {r.reason}")
@@ -113,6 +121,35 @@ def measure_model(
     if first is not None and first.kind == "Linear":
         measured.directions = image_directions(first.name, by_name[first.name]())
     return measured
+
+
+@torch.no_grad()
+def applied(block: Block) -> tuple[Tensor, str]:
+    """The weight that a block's module applies, of the parameter's shape, and what makes it of the parameter.
+
+    That is the parameter itself, unless it is parametrized (weight norm, spectral norm). In evaluation mode, in which
+    making it changes no buffer.
+    """
+    module, parameter = block.module, block.parameter.detach()
+    local = block.name.rpartition(".")[2]
+    made: Tensor | None = None
+    how = ""
+    if isinstance(module, ParametrizationList):
+        modes = [(part, part.training) for part in module.modules()]
+        module.eval()
+        try:
+            made = module()
+        finally:
+            for part, mode in modes:
+                part.training = mode
+        how = " and ".join(type(part).__name__.strip("_") for part in module)
+    for hook in module._forward_pre_hooks.values():  # torch.nn.utils.weight_norm and spectral_norm, the older ones
+        if local in (f"{getattr(hook, 'name', '')}_v", f"{getattr(hook, 'name', '')}_orig"):
+            power = {"do_power_iteration": False} if local.endswith("_orig") else {}
+            made, how = hook.compute_weight(module, **power), type(hook).__name__  # type: ignore[attr-defined]
+    if made is None or made.shape != parameter.shape:
+        return parameter, ""
+    return made.detach(), f"the weight that {how} makes of it"
 
 
 def report_row(
@@ -203,10 +240,13 @@ def _measure_holding(checkpoint: Checkpoint, holding: Holding, quick: bool, inpu
     if holding.kernel and bool(tensor.isfinite().all()):
         size = (max(input_size[0], tensor.shape[2]), max(input_size[1], tensor.shape[3]))
         norm = (*conv_norm(tensor, size), f"operator norm at {size[0]}×{size[1]}, stride 1, zero padding 'same'")
+    made = holding.entry.made
+    about = [text for text in (made.how if made else "", holding.note) if text]
     found = []
     for name, matrix in zip(holding.names, holding.split(tensor), strict=True):
         spectrum = _describe(matrix, quick)
-        found.append((report_row(name, holding.kind, holding.role, spectrum, norm), spectrum))
+        row = report_row(name, holding.kind, holding.role, spectrum, norm)
+        found.append((replace(row, note="; ".join([*about, *([row.note] if row.note else [])])), spectrum))
     return found
 
 
@@ -285,15 +325,16 @@ def _add_directions(measured: Measured, checkpoint: Checkpoint, holdings: list[H
         measured.directions = image_directions(first.names[0], matrix)
 
 
-def _add_vector(measured: Measured, name: str, vector: Tensor) -> None:
-    """Add a row for a vector with NaN or infinity; other vectors, which have no spectrum, are not listed."""
-    bad = int((~torch.isfinite(vector)).sum())
+def _add_non_finite(measured: Measured, name: str, tensor: Tensor) -> None:
+    """Add a row for a tensor without a spectrum that has NaN or infinity; the others are not listed."""
+    bad = count_non_finite(tensor)
     if not bad:
         return
-    shape = tuple(vector.shape) or (1,)
+    shape = tuple(tensor.shape) or (1,)
     entries = replace(Spectrum((1, 1), "").entries, num_nonfinite=bad)
-    measured.spectra.append(Spectrum((shape[0], 1), dtype_name(vector), entries=entries))
-    measured.layers.append(Layer(name, "vector", shape, len(measured.layers), dtype_name(vector), vector.numel()))
+    measured.spectra.append(Spectrum((shape[0], 1), dtype_name(tensor), entries=entries))
+    kind = "vector" if len(shape) < 2 else "tensor"
+    measured.layers.append(Layer(name, kind, shape, len(measured.layers), dtype_name(tensor), tensor.numel()))
 
 
 def _add_facts(measured: Measured, quick: bool) -> None:
