@@ -49,7 +49,7 @@ def isometry(layer: nn.Module, layout: Layout, like: Tensor, generator: torch.Ge
     if operation_of(layer).init != "delta":
         if layout.rows:  # fused parts of unequal size
             parts = [_orthogonal((rows, layout.matrices[-1]), like, generator) for rows in layout.rows]
-            return layout.join(torch.cat(parts))
+            return layout.join(torch.cat(parts).reshape(layout.matrices))
         return layout.join(_orthogonal(layout.matrices, like, generator))
     # A transposed convolution's weight is (in, out / groups, ...), as that of its adjoint.
     groups, (rows, columns, *sizes) = int(getattr(layer, "groups", 1)), like.shape

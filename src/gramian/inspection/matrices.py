@@ -226,7 +226,7 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
     """The holdings from embeddings to head, `layers.2` before `layers.10`, with the head marked.
 
     A file keeps no order of layers, so the last is the head only where no table of tokens is: a head that is tied to
-    one may not be in the file.
+    one may not be in the file. An adapter has those of its modules that it changes.
     """
     ordered = sorted(holdings, key=lambda h: _place(h.entry.name, h.role))
     if known:
@@ -236,7 +236,8 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
     tied = {e.tied_to for e in checkpoint.entries.values() if e.tied_to}
     roles: list[Role] = [h.role for h in ordered]
     tables = any(h.role == "embedding" and h.entry.name in tied for h in ordered)
-    last = "embedding" not in roles
+    adapter = any(h.entry.made and "LoRA" in h.entry.made.how for h in ordered)
+    last = "embedding" not in roles and not adapter
     at = None if tables else find_head([[h.entry.name] for h in ordered], roles, last=last)
     if at is None:
         return ordered
