@@ -11,12 +11,13 @@ demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-de
 	$(BIN)/gramian demo
 
 test: $(VENV)/.test  ## all tests, the quick ones first
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"  # one thread a worker: more only wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not families"  # one thread a worker: more only wait for each other
 	$(BIN)/python -m pytest -m slow
 
 .PHONY: test-families
 test-families: $(VENV)/.families  ## every verb on the models of public libraries; one: FAMILIES=gpt2, the page: FAMILIES=--write
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py $(FAMILIES)
+	$(if $(FAMILIES),,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m families)
 
 # What one processor rounds another rounds otherwise. First the kernels that this one can be told to use, then sums in
 # other orders (tests/kernels.py), which stand for processors that are not at hand.
@@ -40,7 +41,7 @@ lint: $(VENV)/.lint  ## style, types, floors
 .PHONY: coverage
 coverage: $(VENV)/.coverage  ## which lines the quick tests run; pages in .coverage/html
 	mkdir -p .coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not families" --cov --cov-report=
 	-$(BIN)/coverage combine --append --quiet  # what the ranks of distributed tests wrote when they ended
 	$(BIN)/coverage report
 	$(BIN)/coverage html --quiet

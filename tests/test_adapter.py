@@ -213,7 +213,7 @@ def restore(tmp_path: Path, name: str, dtype: torch.dtype, rank: int = 10_000) -
 
 
 CASES = [
-    pytest.param(name, dtype, marks=() if name in FAST and dtype == torch.float32 else pytest.mark.slow)
+    pytest.param(name, dtype, marks=() if name in FAST and dtype == torch.float32 else pytest.mark.families)
     for name in FAMILIES
     for dtype in (torch.float32, torch.bfloat16)
 ]
@@ -227,7 +227,7 @@ def test_base_and_adapter_are_the_fine_tuned_model(name: str, dtype: torch.dtype
     assert error <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.families
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe"])
 def test_experts_are_left_out_by_name_and_the_rest_is_right(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

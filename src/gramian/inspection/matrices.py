@@ -23,6 +23,7 @@ from gramian.errors import InputError, ShapeError
 from gramian.inspection.auxiliary import find_auxiliary
 from gramian.inspection.kernels import Kernels
 from gramian.layers import KERNELS, NAMED, Role, config_of, families, find_head, find_named, role_by_name, weight_name
+from gramian.layers.listed import depthwise_kernels
 from gramian.layers.lookup import match_pattern
 from gramian.layout import Layout
 
@@ -231,7 +232,8 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
     ordered = sorted(holdings, key=lambda h: _place(h.entry.name, h.role))
     if known:
         return ordered
-    depthwise = {h.entry.name for h in _depthwise(ordered)}
+    kernels = {h.entry.name: h.entry.shape for h in ordered if h.kind.startswith("conv")}
+    depthwise = depthwise_kernels(kernels, any(h.role == "embedding" for h in ordered))
     ordered = [replace(h, role="elementwise") if h.entry.name in depthwise else h for h in ordered]
     tied = {e.tied_to for e in checkpoint.entries.values() if e.tied_to}
     roles: list[Role] = [h.role for h in ordered]
@@ -243,16 +245,6 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
         return ordered
     head = replace(ordered[at], role="head")
     return [*ordered[:at], *ordered[at + 1 :], head]
-
-
-def _depthwise(ordered: list[Holding]) -> list[Holding]:
-    """The kernels of one input channel: all are depthwise, but for the first of a network that sees gray images.
-
-    Such a network shows no kernel for the three channels of color, and looks up no tokens.
-    """
-    kernels = [h for h in ordered if h.kind.startswith("conv")]
-    gray = all(h.entry.shape[1] != 3 for h in kernels) and all(h.role != "embedding" for h in ordered)
-    return [h for h in kernels[1 if gray else 0 :] if h.entry.shape[1] == 1]
 
 
 def _place(name: str, role: Role) -> tuple[int, list[tuple[int, int | str]]]:

@@ -10,7 +10,7 @@ from gramian.layers.names import KERNELS, NAMED, find_named
 from gramian.layers.roles import Role, find_head, role_by_name, weight_name
 from gramian.layout import Layout
 
-__all__ = ["look_up_listed"]
+__all__ = ["depthwise_kernels", "look_up_listed"]
 
 
 def look_up_listed(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Lookup]:
@@ -35,7 +35,10 @@ def look_up_listed(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Lookup]:
     """
     family = families(shapes)
     found = {name: _look_up(name, shape, family(name), shapes) for name, shape in shapes.items()}
-    found |= {name: _as_depthwise(found[name]) for name in _depthwise(found)}
+    patterns = {row.layout for row in KERNELS}
+    kernels = {n: a.layout.shape for n, a in found.items() if a.layout is not None and a.layout.pattern in patterns}
+    tables = any(answer.role == "embedding" for answer in found.values())
+    found |= {name: _as_depthwise(found[name]) for name in depthwise_kernels(kernels, tables)}
     held = [name for name, answer in found.items() if answer.layout is not None]
     roles: list[Role] = [found[name].role for name in held]
     last = "embedding" not in roles and len(held) < len(found)
@@ -60,14 +63,26 @@ def _look_up(name: str, shape: tuple[int, ...], family: str, shapes: Mapping[str
     return Lookup(None, "hidden", f"of {len(shape)} dimensions and an unknown name: pass the model, or routes=")
 
 
-def _depthwise(found: Mapping[str, Lookup]) -> list[str]:
+def depthwise_kernels(kernels: Mapping[str, tuple[int, ...]], tables: bool) -> list[str]:
     """The kernels of one input channel, but for the first of a network that sees gray images.
 
     Such a network shows no kernel for the three channels of color, and looks up no tokens.
+
+    Args:
+        kernels: the shapes of convolution kernels by name, in the order of the model.
+        tables: whether the model has embeddings.
+
+    Returns:
+        Their names.
+
+    Raises: nothing of its own.
+    Cost: a look at each shape.
+    Source: this library's own.
+
+    >>> depthwise_kernels({"stem": (8, 1, 3, 3), "block": (8, 1, 3, 3)}, tables=False)
+    ['block']
     """
-    patterns = {row.layout for row in KERNELS}
-    kernels = {n: a.layout.shape for n, a in found.items() if a.layout is not None and a.layout.pattern in patterns}
-    gray = all(shape[1] != 3 for shape in kernels.values()) and all(a.role != "embedding" for a in found.values())
+    gray = not tables and all(shape[1] != 3 for shape in kernels.values())
     return [name for name in list(kernels)[1 if gray else 0 :] if kernels[name][1] == 1]
 
 
