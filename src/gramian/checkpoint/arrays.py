@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,12 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint.faults import damaged, plain
-from gramian.checkpoint.formats import Content, Entry
+from gramian.checkpoint.formats import Content, Entry, kept
 
 __all__ = ["read_arrays"]
 
 
-@contextmanager
-def read_arrays(file: Path) -> Iterator[Content]:
+def _read(file: Path) -> Content:
     """An open `.npz` file; arrays of Python objects are left out, since they are pickles."""
     entries, notes = [], []
     try:
@@ -43,4 +40,7 @@ def read_arrays(file: Path) -> Iterator[Content]:
             array = arrays[key]
         return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape))
 
-    yield Content(entries, load, notes, {})
+    return Content(entries, load, notes, {})
+
+
+read_arrays = kept(_read)

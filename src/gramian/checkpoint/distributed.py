@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from gramian.checkpoint.containers import find_state
 from gramian.checkpoint.faults import damaged, plain, some
-from gramian.checkpoint.formats import Content, Entry, dtype_name
+from gramian.checkpoint.formats import Content, Entry, dtype_name, kept
 from gramian.checkpoint.unpickling import Global, Record, read_pickle
 from gramian.errors import CheckpointError
 
@@ -37,8 +35,7 @@ class _Chunk(NamedTuple):
     length: int
 
 
-@contextmanager
-def read_distributed(folder: Path) -> Iterator[Content]:
+def _read(folder: Path) -> Content:
     """An open folder of torch.distributed.checkpoint."""
     file = folder / METADATA_FILE
     try:
@@ -50,7 +47,10 @@ def read_distributed(folder: Path) -> Iterator[Content]:
     except Exception as error:
         raise damaged(file, error) from error
     by_key = {entry.key: entry for entry in entries}
-    yield Content(entries, lambda key: _load(folder, by_key[key], chunks[key]), notes, {})
+    return Content(entries, lambda key: _load(folder, by_key[key], chunks[key]), notes, {})
+
+
+read_distributed = kept(_read, METADATA_FILE)
 
 
 def _listed(folder: Path, metadata: Any) -> tuple[list[Entry], dict[str, list[_Chunk]], list[str]]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -29,7 +30,9 @@ __all__ = [
     "dtype_name",
     "find_tied",
     "get",
+    "identity",
     "is_plain",
+    "kept",
     "open_once",
     "read_safetensors",
 ]
@@ -173,23 +176,42 @@ def read_safetensors(file: Path) -> Iterator[Content]:
         yield Content([*entries.values(), *aliases], lambda key: opened.get_tensor(where[key]), notes, metadata)
 
 
+def identity(file: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced."""
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def open_once(file: Path, opening: Callable[[], Any]) -> Any:
     """Opens a file that may be replaced meanwhile: libraries open it twice by its name, for its header and its data."""
-
-    def identity() -> tuple[int, ...]:
-        status = file.stat()
-        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
-
     while True:
-        before = identity()
+        before = identity(file)
         try:
             opened = opening()
         except Exception:
-            if identity() == before:
+            if identity(file) == before:
                 raise
         else:
-            if identity() == before:
+            if identity(file) == before:
                 return opened
+
+
+def kept(read: Callable[[Path], Content], marker: str = "") -> Callable[[Path], AbstractContextManager[Content]]:
+    """A reader that parses a file once, not for each tensor, as long as it is the same file.
+
+    `marker` is the file that tells, where what is read is a folder.
+    """
+    parsed = lru_cache(maxsize=2)(lambda path, _: read(path))
+
+    @contextmanager
+    def opened(path: Path) -> Iterator[Content]:
+        try:
+            now = identity(path / marker)
+        except OSError as error:
+            raise damaged(path, error) from error
+        yield parsed(path, now)
+
+    return opened
 
 
 def _read_tied(file: Path, text: str) -> dict[str, str]:

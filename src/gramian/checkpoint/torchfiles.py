@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from gramian.checkpoint.containers import find_state
 from gramian.checkpoint.faults import damaged, plain, refused
-from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, open_once
+from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, kept, open_once
 from gramian.checkpoint.unpickling import Record, Storage, TensorPart, read_pickle
 from gramian.errors import CheckpointError
 
@@ -28,8 +27,7 @@ __all__ = ["LEGACY", "as_plain", "bare_pickle", "read_legacy", "read_zip"]
 LEGACY = (119547037146038801333356).to_bytes(10, "little")  # the number that opens torch.save's format before 1.6
 
 
-@contextmanager
-def read_zip(file: Path) -> Iterator[Content]:
+def _read_zip(file: Path) -> Content:
     """A file that `torch.save` or `torch.jit.save` wrote."""
     script = _is_script(file)
     if not script:
@@ -38,8 +36,7 @@ def read_zip(file: Path) -> Iterator[Content]:
         except Exception:  # objects of other classes, or damage: the other way says which
             pass
         else:
-            yield _content(file, loaded, [])
-            return
+            return _content(file, loaded, [])
     try:
         tree, numbers = open_once(file, lambda: _open_zip(file))
         loaded, notes = as_plain(file, tree, numbers)
@@ -47,11 +44,10 @@ def read_zip(file: Path) -> Iterator[Content]:
         raise
     except Exception as error:  # a damaged file may raise anything
         raise damaged(file, error) from error
-    yield _content(file, loaded, ["a TorchScript archive: its tensors alone, its code is not run"] * script + notes)
+    return _content(file, loaded, ["a TorchScript archive: its tensors alone, its code is not run"] * script + notes)
 
 
-@contextmanager
-def read_legacy(file: Path) -> Iterator[Content]:
+def _read_legacy(file: Path) -> Content:
     """A file in torch.save's format before 1.6: pickles, then the storages one after the other."""
     try:
         tree, numbers = open_once(file, lambda: _open_legacy(file))
@@ -60,7 +56,10 @@ def read_legacy(file: Path) -> Iterator[Content]:
         raise
     except Exception as error:
         raise damaged(file, error) from error
-    yield _content(file, loaded, notes)
+    return _content(file, loaded, notes)
+
+
+read_zip, read_legacy = kept(_read_zip), kept(_read_legacy)
 
 
 def bare_pickle(file: Path) -> CheckpointError | None:
@@ -233,8 +232,7 @@ def _open_zip(file: Path) -> tuple[Any, Mapping[str, Tensor]]:
 def _open_legacy(file: Path) -> tuple[Any, Mapping[str, Tensor]]:
     """The value, and the storages of the format before 1.6: magic number, version, system, value, keys, storages."""
     with file.open("rb") as stream:
-        read_pickle(stream), read_pickle(stream)
-        system = read_pickle(stream)
+        *_, system = (read_pickle(stream) for _ in range(3))
         if not system.get("little_endian", True):
             raise ValueError("written on a big-endian machine")
         tree, keys = read_pickle(stream), read_pickle(stream)
@@ -266,4 +264,5 @@ def _storages(value: Any, seen: set[int] | None = None) -> Iterator[Storage]:
 def _mapped(file: Path) -> Tensor:
     """A file's bytes, mapped."""
     size = file.stat().st_size
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size))
+    storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # pyright: ignore[reportArgumentType]
