@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gramian.checkpoint.containers import find_state
 from gramian.checkpoint.faults import damaged, plain, refused
-from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, kept, open_once
+from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, open_once
 from gramian.checkpoint.unpickling import Record, Storage, TensorPart, read_pickle
 from gramian.errors import CheckpointError
 
@@ -27,7 +27,7 @@ __all__ = ["LEGACY", "as_plain", "bare_pickle", "read_legacy", "read_zip"]
 LEGACY = (119547037146038801333356).to_bytes(10, "little")  # the number that opens torch.save's format before 1.6
 
 
-def _read_zip(file: Path) -> Content:
+def read_zip(file: Path) -> Content:
     """A file that `torch.save` or `torch.jit.save` wrote."""
     script = _is_script(file)
     if not script:
@@ -47,7 +47,7 @@ def _read_zip(file: Path) -> Content:
     return _content(file, loaded, ["a TorchScript archive: its tensors alone, its code is not run"] * script + notes)
 
 
-def _read_legacy(file: Path) -> Content:
+def read_legacy(file: Path) -> Content:
     """A file in torch.save's format before 1.6: pickles, then the storages one after the other."""
     try:
         tree, numbers = open_once(file, lambda: _open_legacy(file))
@@ -57,9 +57,6 @@ def _read_legacy(file: Path) -> Content:
     except Exception as error:
         raise damaged(file, error) from error
     return _content(file, loaded, notes)
-
-
-read_zip, read_legacy = kept(_read_zip), kept(_read_legacy)
 
 
 def bare_pickle(file: Path) -> CheckpointError | None:
