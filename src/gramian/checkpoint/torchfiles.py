@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.checkpoint.containers import find_state
+from gramian.checkpoint.containers import Module, find_state
 from gramian.checkpoint.faults import damaged, plain, refused
 from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, open_once
 from gramian.checkpoint.unpickling import Record, Storage, TensorPart, read_pickle
@@ -100,7 +100,7 @@ class _Builder:
         self.notes: list[str] = []
         self.modules: list[str] = []
         self._open: set[int] = set()
-        self._built: dict[int, Any] = {}
+        self._built: dict[int, tuple[Any, Any]] = {}  # with the value, so that its id is not given to another
         self._storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def build(self, value: Any) -> Any:
@@ -112,9 +112,9 @@ class _Builder:
             return None
         if id(value) not in self._built:
             self._open.add(id(value))
-            self._built[id(value)] = self._container(value)
+            self._built[id(value)] = value, self._container(value)
             self._open.discard(id(value))
-        return self._built[id(value)]
+        return self._built[id(value)][1]
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, Record):
@@ -133,9 +133,9 @@ class _Builder:
         if "_parameters" in contents and "_modules" in contents:
             self.modules.insert(0, str(record.of))
             held = [contents[key] for key in ("_parameters", "_buffers", "_modules") if key in contents]
-            return {key: v for part in held if isinstance(part, dict) for key, v in part.items() if v is not None}
+            return _module({key: v for part in held if isinstance(part, dict) for key, v in part.items()})
         if record.of.module.startswith("__torch__"):  # TorchScript's module, with flags beside its tensors
-            return {key: v for key, v in contents.items() if isinstance(v, (Tensor, dict))}
+            return _module(contents)
         return Left(str(record.of), contents)
 
     def _tensor(self, part: TensorPart) -> Any:
@@ -160,6 +160,11 @@ class _Builder:
         if small or (0 not in part.shape and last >= len(storage)):
             raise ValueError("a tensor beyond the end of its storage")
         return part.offset
+
+
+def _module(contents: Mapping[Any, Any]) -> Module:
+    """A module's tensors and those of its parts that have any."""
+    return Module({key: v for key, v in contents.items() if isinstance(v, Tensor) or (isinstance(v, dict) and v)})
 
 
 class Left(dict):  # type: ignore[type-arg]
