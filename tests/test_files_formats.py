@@ -44,6 +44,14 @@ class Settings:
         self.__dict__ |= fields
 
 
+class Decoder(nn.Module):
+    """A model with a part called as training loops call the whole, and one without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.act, self.lm_head = network(), nn.ReLU(), nn.Linear(3, 2)
+
+
 class Wrapper(nn.Module):
     """A model whose class is not importable where it is read."""
 
@@ -142,8 +150,14 @@ def test_what_was_not_built_is_named(tmp_path: Path) -> None:
     assert "hyper_parameters (test_files_formats.Settings)" in notes
     assert "a whole model (test_files_formats.Wrapper)" in " ".join(open_checkpoint(saved(tmp_path, Wrapper())).notes)
     assert "TorchScript" in " ".join(open_checkpoint(READ["TorchScript"](tmp_path)).notes)
-    checkpoint = open_checkpoint(saved(tmp_path, Wrapper()))
-    assert checkpoint.entries.keys() == Wrapper().state_dict().keys()
+    for model in (Wrapper(), Decoder()):
+        checkpoint = open_checkpoint(saved(tmp_path, model))
+        assert checkpoint.entries.keys() == model.state_dict().keys()
+        assert len(checkpoint.notes) == 1
+    for content in ({"epoch": 3, "net": Decoder()}, Decoder()):
+        assert "lm_head.weight" in open_checkpoint(saved(tmp_path, content)).entries
+    torch.jit.script(Decoder()).save(str(tmp_path / "script.pt"))
+    assert open_checkpoint(tmp_path / "script.pt").entries.keys() == Decoder().state_dict().keys()
 
 
 class Tied(nn.Module):

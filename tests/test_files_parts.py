@@ -320,7 +320,6 @@ def test_grouped_kernels_abstain(tmp_path: Path) -> None:
         nn.Conv2d(128, 32, 1),
     )  # fmt: skip
     report = gm.inspect(put(tmp_path, model.state_dict()))
-    # The 8 and the 4 inputs of these kernels come from no layer.
     assert {layer.name for layer in report.layers if layer.operator_norm is None} == {"2.weight", "3.weight"}
     assert all("probably grouped" in layer.note for layer in report.layers if layer.operator_norm is None)
 

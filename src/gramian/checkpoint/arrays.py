@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint.faults import damaged, plain
-from gramian.checkpoint.formats import Content, Entry, kept
+from gramian.checkpoint.formats import Content, Entry
 
 __all__ = ["read_arrays"]
 
 
-def _read(file: Path) -> Content:
+def read_arrays(file: Path) -> Content:
     """An open `.npz` file; arrays of Python objects are left out, since they are pickles."""
     entries, notes = [], []
     try:
@@ -41,6 +41,3 @@ def _read(file: Path) -> Content:
         return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape))
 
     return Content(entries, load, notes, {})
-
-
-read_arrays = kept(_read)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gramian.checkpoint.faults import plain
 from gramian.errors import CheckpointError
 
-__all__ = ["find_state"]
+__all__ = ["Module", "find_state"]
 
 # Training loops write their state dict under one of these keys, next to an optimizer and counters.
 CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
@@ -22,13 +22,17 @@ SHADOWS = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema", 
 _MOST, _MOST_TENSORS = 64, 1_000_000  # containers inside each other, and tensors
 
 
+class Module(dict):  # type: ignore[type-arg]
+    """A module's tensors and parts by name: what one of them is called does not make it a container."""
+
+
 def find_state(file: Path, loaded: object, leaf: type = Tensor) -> tuple[dict[str, Any], list[str]]:
     """The tensors by dotted name, taken out of the containers that training loops put around them, and notes.
 
     `leaf` is the class that stands for a tensor.
     """
     notes, under = [], []
-    while isinstance(loaded, Mapping) and len(under) < _MOST:
+    while isinstance(loaded, Mapping) and not isinstance(loaded, Module) and len(under) < _MOST:
         keys = [*CONTAINERS, *(SHADOWS if not _has_weights(loaded, leaf) else ())]
         inner = next((key for key in keys if isinstance(loaded.get(key), Mapping) and loaded[key]), None)
         if inner is None:  # a container of containers: {"app": {"model": …, "optim": …}}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gramian.checkpoint.containers import find_state
 from gramian.checkpoint.faults import damaged, plain, some
-from gramian.checkpoint.formats import Content, Entry, dtype_name, kept
+from gramian.checkpoint.formats import Content, Entry, dtype_name
 from gramian.checkpoint.unpickling import Global, Record, read_pickle
 from gramian.errors import CheckpointError
 
@@ -35,7 +35,7 @@ class _Chunk(NamedTuple):
     length: int
 
 
-def _read(folder: Path) -> Content:
+def read_distributed(folder: Path) -> Content:
     """An open folder of torch.distributed.checkpoint."""
     file = folder / METADATA_FILE
     try:
@@ -48,9 +48,6 @@ def _read(folder: Path) -> Content:
         raise damaged(file, error) from error
     by_key = {entry.key: entry for entry in entries}
     return Content(entries, lambda key: _load(folder, by_key[key], chunks[key]), notes, {})
-
-
-read_distributed = kept(_read, METADATA_FILE)
 
 
 def _listed(folder: Path, metadata: Any) -> tuple[list[Entry], dict[str, list[_Chunk]], list[str]]:

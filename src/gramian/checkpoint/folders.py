@@ -36,8 +36,8 @@ def open_folder(folder: Path) -> Opened:
         raise _no_weights(folder)
     if found.name.endswith(".index.json"):
         return open_index(found)
-    with reader(found) as content:
-        return content.entries, content.notes, content.metadata
+    content = reader(found)
+    return content.entries, content.notes, content.metadata
 
 
 def open_index(index: Path) -> Opened:
@@ -50,10 +50,10 @@ def open_index(index: Path) -> Opened:
     notes: list[str] = []
     metadata: dict[str, str] = {}
     for file in dict.fromkeys(files.values()):
-        with reader(folder / file) as content:
-            held = {entry.key: entry for entry in content.entries}
-            notes += content.notes
-            metadata |= content.metadata
+        content = reader(folder / file)
+        held = {entry.key: entry for entry in content.entries}
+        notes += content.notes
+        metadata |= content.metadata
         listed = [key for key, place in files.items() if place == file]
         absent = [key for key in listed if key not in held]
         unread = {note.split(": left out", 1)[0] for note in content.notes}

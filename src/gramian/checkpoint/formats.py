@@ -8,10 +8,8 @@ only torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -32,7 +30,6 @@ __all__ = [
     "get",
     "identity",
     "is_plain",
-    "kept",
     "open_once",
     "read_safetensors",
 ]
@@ -127,7 +124,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Content:
-    """An open file: its entries, under the names in the file, and a function that loads one tensor."""
+    """What a file holds: its entries, under the names in the file, and a function that loads one tensor."""
 
     entries: list[Entry]
     get: Callable[[str], Tensor]
@@ -143,37 +140,33 @@ def get(content: Content, entry: Entry) -> Tensor:
         raise damaged(entry.file, error) from error
 
 
-@contextmanager
-def read_safetensors(file: Path) -> Iterator[Content]:
-    """An open safetensors file."""
+def read_safetensors(file: Path) -> Content:
+    """A safetensors file."""
     import safetensors
 
     try:
-        handle = open_once(file, lambda: safetensors.safe_open(file, "pt"))
+        opened = open_once(file, lambda: safetensors.safe_open(file, "pt"))
     except Exception as error:
         raise damaged(file, error) from error
-    with handle as opened:
-        metadata = dict(opened.metadata() or {})
-        entries, notes = {}, []
-        for key in opened.keys():  # noqa: SIM118 - not a dict
-            part = opened.get_slice(key)
-            dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
-            if dtype is None:
-                notes.append(f"{plain(key)}: left out, torch has no dtype {part.get_dtype()}")
-            else:
-                entries[key] = Entry(key, tuple(part.get_shape()), dtype, file, key)
-        aliases = []
-        for alias, key in _read_tied(file, metadata.pop(TIED, "{}")).items():
-            if key not in entries or alias in entries:
-                raise damaged(file, ValueError(f"{alias!r} is tied to {key!r}, which is not there"))
-            target = entries[key]
-            aliases.append(Entry(alias, target.shape, target.dtype, file, alias, tied_to=key))
-        for alias, key in metadata.items():  # as safetensors.torch.save_model keeps the names that it drops
-            if key in entries and alias not in entries and "." in alias:
-                target = entries[key]
-                aliases.append(Entry(alias, target.shape, target.dtype, file, alias, tied_to=key))
-        where = {entry.key: entry.tied_to or entry.key for entry in (*entries.values(), *aliases)}
-        yield Content([*entries.values(), *aliases], lambda key: opened.get_tensor(where[key]), notes, metadata)
+    metadata = dict(opened.metadata() or {})
+    entries, notes = {}, []
+    for key in opened.keys():  # noqa: SIM118 - not a dict
+        part = opened.get_slice(key)
+        dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+        if dtype is None:
+            notes.append(f"{plain(key)}: left out, torch has no dtype {part.get_dtype()}")
+        else:
+            entries[key] = Entry(key, tuple(part.get_shape()), dtype, file, key)
+    aliases = []
+    for alias, key in _read_tied(file, metadata.pop(TIED, "{}")).items():
+        if key not in entries or alias in entries:
+            raise damaged(file, ValueError(f"{alias!r} is tied to {key!r}, which is not there"))
+        aliases.append(replace(entries[key], name=alias, key=alias, tied_to=key))
+    for alias, key in metadata.items():  # as safetensors.torch.save_model keeps the names that it drops
+        if key in entries and alias not in entries and "." in alias:
+            aliases.append(replace(entries[key], name=alias, key=alias, tied_to=key))
+    where = {entry.key: entry.tied_to or entry.key for entry in (*entries.values(), *aliases)}
+    return Content([*entries.values(), *aliases], lambda key: opened.get_tensor(where[key]), notes, metadata)
 
 
 def identity(file: Path) -> tuple[int, ...]:
@@ -194,24 +187,6 @@ def open_once(file: Path, opening: Callable[[], Any]) -> Any:
         else:
             if identity(file) == before:
                 return opened
-
-
-def kept(read: Callable[[Path], Content], marker: str = "") -> Callable[[Path], AbstractContextManager[Content]]:
-    """A reader that parses a file once, not for each tensor, as long as it is the same file.
-
-    `marker` is the file that tells, where what is read is a folder.
-    """
-    parsed = lru_cache(maxsize=2)(lambda path, _: read(path))
-
-    @contextmanager
-    def opened(path: Path) -> Iterator[Content]:
-        try:
-            now = identity(path / marker)
-        except OSError as error:
-            raise damaged(path, error) from error
-        yield parsed(path, now)
-
-    return opened
 
 
 def _read_tied(file: Path, text: str) -> dict[str, str]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 
 from gramian.checkpoint.arrays import read_arrays
-from gramian.checkpoint.distributed import read_distributed
+from gramian.checkpoint.distributed import METADATA_FILE, read_distributed
 from gramian.checkpoint.faults import damaged, first_line
-from gramian.checkpoint.formats import Content, read_safetensors
+from gramian.checkpoint.formats import Content, identity, read_safetensors
 from gramian.checkpoint.torchfiles import LEGACY, bare_pickle, read_legacy, read_zip
 from gramian.errors import CheckpointError
 
 __all__ = ["FOREIGN", "FORMATS", "reader"]
 
 # What is read: the word for it, its usual suffixes, and the reader. Files are told apart by their contents.
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Path], AbstractContextManager[Content]]]] = {
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Path], Content]]] = {
     "safetensors": ((".safetensors",), read_safetensors),
     "torch.save": ((".pt", ".pth", ".ckpt", ".bin", ".pth.tar"), read_zip),
     "torch.save before PyTorch 1.6": ((".pt", ".pth", ".pth.tar"), read_legacy),
@@ -66,8 +66,19 @@ PICKLES = (".pkl", ".pickle", ".joblib")
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")  # what a failed download leaves
 
 
-def reader(path: Path) -> AbstractContextManager[Content]:
-    """The open file, or folder of torch.distributed.checkpoint, by the reader for what it is."""
+def reader(path: Path) -> Content:
+    """What a file or a folder of torch.distributed.checkpoint holds; parsed again only where it was written anew."""
+    try:
+        now = identity(path / METADATA_FILE if path.is_dir() else path)
+    except OSError as error:
+        raise damaged(path, error) from error
+    return _parsed(path, now)
+
+
+@lru_cache(maxsize=16)
+def _parsed(path: Path, written: tuple[int, ...]) -> Content:
+    """The contents, by the reader for what they are."""
+    del written  # what was parsed before is kept as long as this is the same
     if path.is_dir():
         return read_distributed(path)
     try:
@@ -88,7 +99,7 @@ def reader(path: Path) -> AbstractContextManager[Content]:
     raise _foreign(path, start)
 
 
-def _read_archive(path: Path) -> AbstractContextManager[Content]:
+def _read_archive(path: Path) -> Content:
     """The reader for what is in a zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:

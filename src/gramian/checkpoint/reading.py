@@ -53,9 +53,9 @@ class Checkpoint:
         for entry in self.entries.values():
             by_file.setdefault(entry.file, []).append(entry)
         for file, entries in by_file.items():
-            with reader(file) as content:
-                for entry in entries:
-                    yield entry.name, _compute(entry) if entry.made else get(content, entry)
+            content = reader(file)
+            for entry in entries:
+                yield entry.name, _compute(entry) if entry.made else get(content, entry)
 
     def load(self, name: str) -> Tensor:
         """One tensor by name. Raises `InputError` where there is none of that name."""
@@ -67,8 +67,7 @@ class Checkpoint:
 def _load(entry: Entry) -> Tensor:
     if entry.made:
         return _compute(entry)
-    with reader(entry.file) as content:
-        return get(content, entry)
+    return get(reader(entry.file), entry)
 
 
 def _compute(entry: Entry) -> Tensor:
@@ -121,8 +120,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Ch
     elif path.name.endswith(".index.json") and path.exists():
         found, notes, metadata = open_index(path)
     elif path.exists():
-        with reader(path) as content:
-            found, notes, metadata = content.entries, content.notes, content.metadata
+        content = reader(path)
+        found, notes, metadata = content.entries, content.notes, content.metadata
     else:
         raise CheckpointError(f"{path}: no such file or folder. Check the path.")
     if not found:

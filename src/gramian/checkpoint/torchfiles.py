@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.checkpoint.containers import find_state
+from gramian.checkpoint.containers import Module, find_state
 from gramian.checkpoint.faults import damaged, plain, refused
-from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, kept, open_once
+from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, open_once
 from gramian.checkpoint.unpickling import Record, Storage, TensorPart, read_pickle
 from gramian.errors import CheckpointError
 
@@ -27,7 +27,7 @@ __all__ = ["LEGACY", "as_plain", "bare_pickle", "read_legacy", "read_zip"]
 LEGACY = (119547037146038801333356).to_bytes(10, "little")  # the number that opens torch.save's format before 1.6
 
 
-def _read_zip(file: Path) -> Content:
+def read_zip(file: Path) -> Content:
     """A file that `torch.save` or `torch.jit.save` wrote."""
     script = _is_script(file)
     if not script:
@@ -47,7 +47,7 @@ def _read_zip(file: Path) -> Content:
     return _content(file, loaded, ["a TorchScript archive: its tensors alone, its code is not run"] * script + notes)
 
 
-def _read_legacy(file: Path) -> Content:
+def read_legacy(file: Path) -> Content:
     """A file in torch.save's format before 1.6: pickles, then the storages one after the other."""
     try:
         tree, numbers = open_once(file, lambda: _open_legacy(file))
@@ -57,9 +57,6 @@ def _read_legacy(file: Path) -> Content:
     except Exception as error:
         raise damaged(file, error) from error
     return _content(file, loaded, notes)
-
-
-read_zip, read_legacy = kept(_read_zip), kept(_read_legacy)
 
 
 def bare_pickle(file: Path) -> CheckpointError | None:
@@ -103,7 +100,7 @@ class _Builder:
         self.notes: list[str] = []
         self.modules: list[str] = []
         self._open: set[int] = set()
-        self._built: dict[int, Any] = {}
+        self._built: dict[int, tuple[Any, Any]] = {}  # with the value, so that its id is not given to another
         self._storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def build(self, value: Any) -> Any:
@@ -115,9 +112,9 @@ class _Builder:
             return None
         if id(value) not in self._built:
             self._open.add(id(value))
-            self._built[id(value)] = self._container(value)
+            self._built[id(value)] = value, self._container(value)
             self._open.discard(id(value))
-        return self._built[id(value)]
+        return self._built[id(value)][1]
 
     def _container(self, value: Any) -> Any:
         if isinstance(value, Record):
@@ -136,9 +133,9 @@ class _Builder:
         if "_parameters" in contents and "_modules" in contents:
             self.modules.insert(0, str(record.of))
             held = [contents[key] for key in ("_parameters", "_buffers", "_modules") if key in contents]
-            return {key: v for part in held if isinstance(part, dict) for key, v in part.items() if v is not None}
+            return _module({key: v for part in held if isinstance(part, dict) for key, v in part.items()})
         if record.of.module.startswith("__torch__"):  # TorchScript's module, with flags beside its tensors
-            return {key: v for key, v in contents.items() if isinstance(v, (Tensor, dict))}
+            return _module(contents)
         return Left(str(record.of), contents)
 
     def _tensor(self, part: TensorPart) -> Any:
@@ -163,6 +160,11 @@ class _Builder:
         if small or (0 not in part.shape and last >= len(storage)):
             raise ValueError("a tensor beyond the end of its storage")
         return part.offset
+
+
+def _module(contents: Mapping[Any, Any]) -> Module:
+    """A module's tensors and those of its parts that have any."""
+    return Module({key: v for key, v in contents.items() if isinstance(v, Tensor) or (isinstance(v, dict) and v)})
 
 
 class Left(dict):  # type: ignore[type-arg]

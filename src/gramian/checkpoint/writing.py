@@ -114,10 +114,10 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Check the path.")
     tensors: dict[str, Tensor] = {}
-    with read_safetensors(path) as content:
-        for entry in content.entries:  # aliases come after all others
-            tensors[entry.key] = tensors[entry.tied_to] if entry.tied_to else get(content, entry)
-        return tensors, dict(content.metadata)
+    content = read_safetensors(path)
+    for entry in content.entries:  # aliases come after all others
+        tensors[entry.key] = tensors[entry.tied_to] if entry.tied_to else get(content, entry)
+    return tensors, dict(content.metadata)
 
 
 def _check(name: str, tensor: object) -> None:
