@@ -231,6 +231,73 @@ def test_the_value_under_a_graph_is_the_value_without():
         assert torch.equal(function(a), function(a.clone().requires_grad_()).detach())
 
 
+@pytest.mark.parametrize("exponent", [-155, 155, 200])
+def test_derivatives_of_very_large_and_small_matrices(exponent):
+    scale = 10.0**exponent
+    m = (scale * torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)).requires_grad_()
+    unit = (m.detach() / scale).requires_grad_()
+    for p in (2, 4, 8):
+        (ours,) = torch.autograd.grad(gl.inv_root(m, p)[0, 0], m)
+        (expected,) = torch.autograd.grad(gl.inv_root(unit, p)[0, 0], unit)
+        wanted = expected * scale ** (-1 / p) / scale
+        keep = wanted.abs() > 1e-300
+        torch.testing.assert_close(ours[keep], wanted[keep], rtol=1e-6, atol=0)
+    (ours,) = torch.autograd.grad(gl.cond(m), m)
+    (expected,) = torch.autograd.grad(gl.cond(unit), unit)
+    torch.testing.assert_close(ours * scale, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_forward_mode_over_forward_mode_is_refused():
+    m = definite(3)
+    for function in (gl.inv, gl.sqrtm, gl.svdvals, lambda a: gl.inv_root(a, 4), gl.polar):
+        with pytest.raises(UnsupportedError, match="forward mode over forward mode"):
+            torch.func.jacfwd(torch.func.jacfwd(lambda a, f=function: f(a).sum()))(m)
+
+
+def test_a_batch_in_forward_mode_is_refused_by_pca_of_batches():
+    x = general(6, 3)
+    with pytest.raises(UnsupportedError, match="one tensor"):
+        torch.func.jvp(lambda rows: gl.pca([rows], 1)[1], (x,), (x,))
+
+
+def test_the_polar_factor_of_a_nearly_singular_matrix_has_the_same_derivative_in_both_modes():
+    u, _, vt = torch.linalg.svd(general(4, 4))
+    a = (u * torch.tensor([1.0, 0.5, 0.2, 1e-8], dtype=torch.float64)) @ vt
+    weights, e = general(4, 4, seed=1), general(4, 4, seed=2)
+
+    def function(a):
+        return (gl.polar(a, method="svd_refined") * weights).sum()
+
+    along = torch.func.jvp(function, (a,), (e,))[1]
+    torch.testing.assert_close((torch.func.grad(function)(a) * e).sum(), along, rtol=1e-8, atol=0)
+
+
+def test_factors_at_a_tie_are_refused_only_where_the_loss_has_them():
+    a = torch.stack([general(4, 3), torch.zeros(4, 3, dtype=torch.float64)]).requires_grad_()
+    (grad,) = torch.autograd.grad(low_rank(a)[0].sum(), a)
+    assert grad.isfinite().all()
+    assert grad[0].any()
+    assert not grad[1].any()
+    tied = torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64)).requires_grad_()
+    (grad,) = torch.autograd.grad(gl.svd_lowrank(tied, 2)[1].sum(), tied)
+    torch.testing.assert_close(grad, torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)))
+
+
+def test_a_noise_that_is_estimated_as_zero_has_no_derivative():
+    a = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="noise"):
+        gl.svd_shrink(a).sum().backward()
+    (grad,) = torch.autograd.grad(gl.svd_shrink(a, 0.0).sum(), a)
+    torch.testing.assert_close(grad, torch.ones_like(a))
+
+
+def test_empty_matrices_have_empty_gradients():
+    a = torch.zeros(3, 0, 0, dtype=torch.float64, requires_grad=True)
+    for function in (lambda x: gl.matrix_power_scaled(x, 3)[0], gl.inv, gl.svdvals):
+        (grad,) = torch.autograd.grad(function(a).sum(), a)
+        assert grad.shape == a.shape
+
+
 def test_batches_that_come_one_by_one_are_refused_where_they_are_in_a_graph():
     with pytest.raises(UnsupportedError, match="one tensor"):
         gl.pca([general(5, 3).requires_grad_()], 1)

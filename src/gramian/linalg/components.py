@@ -20,6 +20,7 @@ from gramian.linalg.engine.double_double import eye_like, minus, pair, rough, tr
 from gramian.linalg.engine.loading import check, choose, load
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import exponent_of, scale
+from gramian.linalg.engine.transforms import has_tangent, transforming
 from gramian.linalg.products import syrk
 
 
@@ -290,7 +291,7 @@ def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
 def _constant(batches: Iterable[Tensor]) -> Iterable[Tensor]:
     """The batches; an error for one that is in a graph, which would be cut off."""
     for rows in batches:
-        if isinstance(rows, Tensor) and rows.requires_grad:
+        if isinstance(rows, Tensor) and (rows.requires_grad or transforming() or has_tangent(rows)):
             raise UnsupportedError(
                 "pca: batches that come one by one have no derivative. Pass one tensor, or detach the rows."
             )

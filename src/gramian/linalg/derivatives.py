@@ -113,14 +113,18 @@ def _of_roots(along: Callable[[Arguments, Tensor, Tensor], Tensor]) -> Rule:
 
 def _along_inverse_root(arguments: Arguments, x: Tensor, e: Tensor) -> Tensor:
     p = arguments["p"]
-    power = torch.linalg.matrix_power(x, p)
-    return -solve_power_sum(x, power @ e @ power, p, "inv_root")
+    # Powers of X need entries near 1: with X = 2ᵏ X̂ the answer is 2^(k(p + 1)) times that of X̂.
+    scaled, exponent = _normalized(x, torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device))
+    power = torch.linalg.matrix_power(scaled, p)
+    d = -solve_power_sum(scaled, power @ e @ power, p, "inv_root")
+    half = (exponent * (p + 1) / 2).floor()
+    return d * torch.exp2(half)[..., None, None] * torch.exp2(exponent * (p + 1) - half)[..., None, None]
 
 
 INVERSE_ROOT = _of_roots(_along_inverse_root)
 """Σₖ Xᵏ dX Xᵖ⁻¹⁻ᵏ = −Xᵖ dM Xᵖ, the derivative of XᵖM = I."""
 
-SQUARE_ROOT = _of_roots(lambda arguments, x, e: solve_power_sum(x, e, 2, "sqrtm"))
+SQUARE_ROOT = _of_roots(lambda arguments, x, e: solve_power_sum(x, e, 2, "sqrtm", root=True))
 """X dX + dX X = dM. Higham, Functions of Matrices (2008), §6.1."""
 
 
@@ -136,8 +140,7 @@ def _tall(a: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 def _polar_vjp(arguments: Arguments, values: Values, given: Given) -> dict[str, Tensor]:
     a, u, g = _tall(arguments["a"], values[0], _only(given))
     h, inner = _symmetric(u.mT @ a), u.mT @ g
-    k = solve_power_sum(h, inner, 2, "polar")
-    to_a = u @ (k - k.mT)
+    to_a = u @ solve_power_sum(h, inner - inner.mT, 2, "polar")
     if a.shape[-2] > a.shape[-1]:
         to_a = to_a + torch.linalg.solve_ex(h, g - u @ inner, left=False)[0]
     return {"a": to_a.mT if arguments["a"].shape[-2] < arguments["a"].shape[-1] else to_a}
@@ -164,7 +167,7 @@ POLAR = Rule(_polar_vjp, _polar_jvp)
 def _of_singular_values(slopes: Callable[[Tensor, Tensor | None], Tensor]) -> Rule:
     """The rule of a function of singular values whose gradient, times the one given, is `slopes(σ, given)`.
 
-    With no gradient given it returns the matrix of partial derivatives of the values.
+    With no gradient given it returns the slopes themselves.
     """
 
     def vjp(arguments: Arguments, values: Values, given: Given) -> dict[str, Tensor]:
@@ -199,7 +202,7 @@ def _ratio(s: Tensor, given: Tensor | None) -> Tensor:
     if not s.shape[-1]:
         return s
     low = s[..., -1:]
-    unit = _nth(s, 0) / low - _nth(s, -1) * s[..., :1] / low.square()
+    unit = _nth(s, 0) / low - _nth(s, -1) * (s[..., :1] / low) / low
     return unit if given is None else unit * given[..., None]
 
 
@@ -238,8 +241,11 @@ def _transposed(jvp: Callable[[Arguments, Values, Tangents], Given], *names: str
     return Rule(vjp, jvp)
 
 
-def _vectors_along(a: Tensor, e: Tensor, right: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """How the leading U, σ and V of A change along E; `right` (..., n, k) are the vectors V that fix their signs."""
+def _vectors_along(a: Tensor, e: Tensor, right: Tensor, needed: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """How the leading U, σ and V of A change along E; `right` (..., n, k) are the vectors V that fix their signs.
+
+    Raises where two of the leading values are equal and the vectors of that matrix are `needed` (...).
+    """
     k = right.shape[-1]
     u, s, v = singular_vectors(a)
     cosine = (v[..., :k] * right.double()).sum(-2).detach()
@@ -247,7 +253,7 @@ def _vectors_along(a: Tensor, e: Tensor, right: Tensor, name: str) -> tuple[Tens
     gaps = -leading[..., : k + 1].diff(dim=-1)
     ok = (gaps > GAP * s[..., :1]) & (cosine.abs() > 0.9)
     guarded(
-        ok.all(-1) | ~s.isfinite().all(-1),
+        ok.all(-1) | ~s.isfinite().all(-1) | ~needed,
         f"{name}: two of the leading singular values, or the last and the next, are equal, or the last is zero: the "
         "factors have no derivative there. Use svdvals, polar or svd_shrink, or another rank.",
     )
@@ -257,25 +263,39 @@ def _vectors_along(a: Tensor, e: Tensor, right: Tensor, name: str) -> tuple[Tens
     own = inner[..., :k] * sign
     across = inner[..., :k, :].mT * sign
     difference = first.square() - s[..., :, None].square()
-    same = torch.eye(s.shape[-1], k, dtype=torch.bool, device=s.device)
+    same = torch.eye(s.shape[-1], k, dtype=torch.bool, device=s.device) | (difference == 0)
     share = torch.where(same, 0.0, 1 / torch.where(same, 1.0, difference))
     du = u @ ((first * own + s[..., :, None] * across) * share)
     dv = v @ ((s[..., :, None] * own + first * across) * share)
     image, back = e @ first_v, e.mT @ first_u
+    divisor = torch.where(first == 0, torch.inf, first)
     if a.shape[-2] > a.shape[-1]:
-        du = du + (image - u @ (u.mT @ image)) / first
+        du = du + (image - u @ (u.mT @ image)) / divisor
     if a.shape[-2] < a.shape[-1]:
-        dv = dv + (back - v @ (v.mT @ back)) / first
+        dv = dv + (back - v @ (v.mT @ back)) / divisor
     return du, (first_u * image).sum(-2), dv
 
 
 def _lowrank_jvp(arguments: Arguments, values: Values, tangents: Tangents) -> Given:
     da = tangents["a"]
     assert da is not None
-    return _vectors_along(arguments["a"].double(), da.double(), values[2], "svd_lowrank")
+    needed = arguments.get("needed", _any(da))
+    return _vectors_along(arguments["a"].double(), da.double(), values[2], needed, "svd_lowrank")
 
 
-LOWRANK = _transposed(_lowrank_jvp, "a")
+def _lowrank_vjp(arguments: Arguments, values: Values, given: Given) -> dict[str, Any]:
+    vectors = [_any(g) for g in (given[0], given[2]) if g is not None]
+    none = torch.zeros(values[1].shape[:-1], dtype=torch.bool, device=values[1].device)
+    needed = {"needed": vectors[0] | vectors[-1] if vectors else none}
+    return _transposed(_lowrank_jvp, "a").vjp({**arguments, **needed}, values, given)  # pyright: ignore[reportReturnType]
+
+
+def _any(x: Tensor) -> Tensor:
+    """For each matrix of a batch, whether it has an entry that is not zero."""
+    return (x.detach() != 0).flatten(-2).any(-1)
+
+
+LOWRANK = Rule(_lowrank_vjp, _lowrank_jvp)
 """First-order perturbation of the leading singular triples. Stewart & Sun, Matrix Perturbation Theory (1990), §V.4."""
 
 
@@ -284,7 +304,8 @@ def _pca_jvp(arguments: Arguments, values: Values, tangents: Tangents) -> Given:
     assert dx is not None
     dx = dx.double()
     rows, change = x - x.mean(-2, keepdim=True), dx - dx.mean(-2, keepdim=True)
-    _, ds, dv = _vectors_along(rows, change, values[0].mT, "pca")
+    needed = torch.ones((), dtype=torch.bool, device=x.device)
+    _, ds, dv = _vectors_along(rows, change, values[0].mT, needed, "pca")
     size = (values[1].double() * (x.shape[-2] - 1)).sqrt()
     return dv.mT, 2 * size * ds / (x.shape[-2] - 1), dx.mean(-2)
 
@@ -307,7 +328,7 @@ def shrinkage(
         k, n = sorted(a.shape[-2:])
         beta = k / n if n else 1.0
         given = arguments["noise"]
-        noise = estimated(s, n, beta) if given is None else s[..., 0] * 0 + given if k else s.sum(-1)
+        noise = estimated(s, n, beta) if given is None else torch.zeros_like(s.sum(-1)) + given
 
         def eta(x: Tensor) -> Tensor:
             return shrink(x, noise, n, beta, arguments["loss"])
@@ -316,14 +337,19 @@ def shrinkage(
         (slope,) = pull(torch.ones_like(s))
         inner = torch.zeros_like(u.mT @ a @ v) if e is None else u.mT @ e.double() @ v
         # η(cσ, c·level) = c η(σ, level) gives the slope along the level.
-        relative = tangents.get("noise")
-        if relative is not None:
-            relative = relative.double() / noise
-        elif given is None and k:
+        moved = tangents.get("noise")
+        if given is None and k:
             at = s.argsort(-1).narrow(-1, (k - 1) // 2, 1)
-            moved = inner.diagonal(dim1=-2, dim2=-1).gather(-1, at)[..., 0]
-            relative = moved / s.gather(-1, at)[..., 0]
-        along = torch.zeros_like(s) if relative is None else (value - s * slope) * relative[..., None]
+            middle = s.gather(-1, at)[..., 0]
+            guarded(
+                (middle > GAP * s[..., 0]) | ~middle.isfinite(),
+                "svd_shrink: no derivative where the estimated noise is zero, since it is the size of a singular value "
+                "there. Pass noise=.",
+            )
+            moved = inner.diagonal(dim1=-2, dim2=-1).gather(-1, at)[..., 0] * noise / middle
+        # Without noise η is the identity, and its slope along the level is zero.
+        share = torch.where(noise > 0, 1 / torch.where(noise > 0, noise, 1.0), 0.0)
+        along = torch.zeros_like(s) if moved is None else (value - s * slope) * (moved.double() * share)[..., None]
         row, column = s[..., :, None], s[..., None, :]
         gap, total = row - column, row + column
         tie = gap.abs() <= GAP * s[..., None, :1]
@@ -380,6 +406,8 @@ def _filled(tangent: Any, like: Any) -> Any:
 
 def _normalized(x: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """X over a power of two, which joins the exponent; a constant, as far as derivatives go."""
+    if not x.shape[-2] or not x.shape[-1]:
+        return x, exponent
     peak = x.detach().abs().amax((-2, -1))
     e = torch.where(peak > 0, torch.frexp(peak)[1], 0)
     return x * torch.exp2(-e.double())[..., None, None], exponent + e

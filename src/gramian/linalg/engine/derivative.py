@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gramian.errors import UnsupportedError
 from gramian.linalg.certificate import Certificate
-from gramian.linalg.engine.transforms import transforming, with_plain
+from gramian.linalg.engine.transforms import forward_levels, transforming, with_plain
 
 Values = tuple[Tensor, ...]
 Gradients = Mapping[str, Any]
@@ -148,7 +148,7 @@ def differentiable(rule: Rule, *, batched: bool = True, **dims: int) -> Callable
     A function that takes no batch is called for each matrix of one under vmap.
 
     The function itself runs without a graph. Works under `torch.autograd`, forward mode, and `torch.func`'s vjp, jvp
-    and vmap, nested in any order.
+    and vmap, nested in any order but forward mode over forward mode, which raises.
     """
 
     def decorated(function: Callable[..., tuple[Any, Certificate]]) -> Callable[..., tuple[Any, Certificate]]:
@@ -160,9 +160,15 @@ def differentiable(rule: Rule, *, batched: bool = True, **dims: int) -> Callable
             arguments = bound.arguments
             places = tuple(place for name in dims for place in _places(name, arguments[name]))
             operands = [_at(arguments, place) for place in places]
-            if not _followed(operands):
+            if not operands or not _followed(operands):
                 with torch.no_grad():
                     return function(*args, **kwargs)
+            if forward_levels() > 1:
+                # torch takes the tangent that a custom function returns for a constant.
+                raise UnsupportedError(
+                    f"{function.__name__.removesuffix('_ex')}: torch has no forward mode over forward mode for this. "
+                    "Use torch.func.hessian, or jacrev or grad for one of the two."
+                )
             found: list[Any] = []
             names = {name for name, _ in places}
             static = {name: value for name, value in arguments.items() if name not in names}

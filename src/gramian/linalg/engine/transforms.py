@@ -14,6 +14,18 @@ def transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def has_tangent(x: Tensor) -> bool:
+    """Whether `torch.autograd.forward_ad` follows a tensor."""
+    forward_ad = torch.autograd.forward_ad
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def forward_levels() -> int:
+    """How many forward-mode transforms of `torch.func` are nested here."""
+    stack = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore[reportAttributeAccessIssue]
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def pullback(function: Callable[..., Any], *at: Any) -> tuple[Any, Callable[..., tuple]]:
     """The value of a function and its vjp: `torch.func.vjp`, which nests in any other transform."""
     value, pull, *_ = torch.func.vjp(function, *at)
