@@ -23,6 +23,7 @@ from family_oracles import hooked_moments, uses_of
 from gramian.checkpoint import open_checkpoint
 from gramian.errors import GramianError
 from gramian.inspection.matrices import find_holdings
+from gramian.inspection.weights import applied
 from gramian.optim.registry import OPTIMIZERS
 
 Verdict = Literal["right", "alarm", "refused", "wrong", "crash"]
@@ -85,7 +86,9 @@ def matrices_of_model(model: nn.Module) -> Matrices:
     return {
         name: (matrix, block.role)
         for block in gm.blocks(model).blocks
-        for name, matrix in zip(block.names, block.pieces(), strict=True)
+        for name, matrix in zip(
+            block.names, block.layout.pieces(applied(block)[0], block.role == "elementwise"), strict=True
+        )
     }
 
 
@@ -98,6 +101,13 @@ def matrices_of_file(path: Path) -> Matrices:
     }
 
 
+def same_entries(a: Tensor, b: Tensor, name: str) -> bool:
+    """Whether two matrices are equal: bit for bit, unless the weight is computed, which file and module do apart."""
+    if a.shape != b.shape:
+        return False
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-7) if "parametrizations" in name else torch.equal(a, b)
+
+
 def compare(theirs: Matrices, ours: Matrices, what: str) -> None:
     for name in [*ours, *(theirs.keys() - ours.keys())]:
         there, here = theirs.get(name), ours.get(name)
@@ -105,8 +115,10 @@ def compare(theirs: Matrices, ours: Matrices, what: str) -> None:
         wanted(here is not None, f"{what} has {name} {tuple(there[0].shape) if there else ''} besides")
         assert there is not None
         assert here is not None
-        same = there[0].shape == here[0].shape and torch.equal(there[0], here[0])
-        wanted(same, f"{what}: {name} is {tuple(there[0].shape)}, wanted {tuple(here[0].shape)} or other entries")
+        wanted(
+            same_entries(there[0], here[0], name),
+            f"{what}: {name} is {tuple(there[0].shape)}, wanted {tuple(here[0].shape)} or other entries",
+        )
         wanted(there[1] == here[1], f"{what}: {name} is {there[1]}, wanted {here[1]}")
 
 
@@ -131,15 +143,24 @@ def check_pretrained(family: Family) -> Cell:
             path /= "m.pt"
             torch.save(model.state_dict(), path)
         adapter = Path(folder) / "adapter_model.safetensors"
-        if adapter.exists():  # PEFT writes the adapter alone
-            path, ours = adapter, {name: matrix for name, matrix in ours.items() if "lora_" in name}
+        if adapter.exists():  # PEFT writes the adapter alone, which holds the change of each weight
+            path, ours = Path(folder), changes_by_peft(model)
         theirs = matrices_of_file(path)
+        tables = tuple(
+            n for why, names in find_holdings(open_checkpoint(path))[1].items() if "sines" in why for n in names
+        )
+    # A table of sines that a model keeps as a parameter is no weight to a file, which names it.
+    ours = {name: matrix for name, matrix in ours.items() if not tables or not name.endswith(tables)}
     # Libraries rename what they write, so matrices are told by their entries. A file has no classes, which alone tell
     # the groups of a convolution and whether it is transposed.
     of_class = [b for b in gm.blocks(model).blocks if needs_the_class(b)]
     ours = {n: m for n, m in ours.items() if not n.startswith(tuple(b.name for b in of_class) or ("-",))}
     kernels = [b.parameter.detach() for b in of_class]
-    theirs = {n: m for n, m in theirs.items() if not any(torch.isin(m[0], kernel).all() for kernel in kernels)}
+    theirs = {
+        n: m
+        for n, m in theirs.items()
+        if not any(torch.isin(m[0], kernel).all() for kernel in kernels) and ".parametrizations." not in n
+    }
     missing = [name for name, m in ours.items() if not any(same(m, other) for other in theirs.values())]
     if missing:
         name = missing[0]
@@ -151,6 +172,15 @@ def check_pretrained(family: Family) -> Cell:
     more = [name for name, m in theirs.items() if not any(same(m, other) for other in ours.values())]
     wanted(not more, f"the file has {more[:2]} besides")
     return Cell("right")
+
+
+def changes_by_peft(model: Any) -> Matrices:
+    """What PEFT itself adds to each weight."""
+    return {
+        name: (module.get_delta_weight("default").detach(), "hidden")
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {})
+    }
 
 
 def needs_the_class(block: gm.Block) -> bool:
