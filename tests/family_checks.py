@@ -146,9 +146,8 @@ def check_pretrained(family: Family) -> Cell:
         if adapter.exists():  # PEFT writes the adapter alone, which holds the change of each weight
             path, ours = Path(folder), changes_by_peft(model)
         theirs = matrices_of_file(path)
-        tables = tuple(
-            n for why, names in find_holdings(open_checkpoint(path))[1].items() if "sines" in why for n in names
-        )
+        left_out = find_holdings(open_checkpoint(path))[1]
+        tables = tuple(name for reason, names in left_out.items() if "sines" in reason for name in names)
     # A table of sines that a model keeps as a parameter is no weight to a file, which names it.
     ours = {name: matrix for name, matrix in ours.items() if not tables or not name.endswith(tables)}
     # Libraries rename what they write, so matrices are told by their entries. A file has no classes, which alone tell
@@ -175,11 +174,13 @@ def check_pretrained(family: Family) -> Cell:
 
 
 def changes_by_peft(model: Any) -> Matrices:
-    """What PEFT itself adds to each weight."""
+    """What PEFT itself adds to each weight, cut as the weight is."""
+    layouts = {block.module: block.layout for block in gm.blocks(model).blocks}
     return {
-        name: (module.get_delta_weight("default").detach(), "hidden")
+        f"{name}[{i}]": (part.detach(), "hidden")
         for name, module in model.named_modules()
         if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {})
+        for i, part in enumerate(layouts[module.base_layer].pieces(module.get_delta_weight("default")))
     }
 
 
