@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from gramian import layers, placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
-from gramian.checkpoint.formats import dtype_name
+from gramian.checkpoint.formats import dtype_name, is_plain
 from gramian.errors import InputError
 from gramian.inspection.auxiliary import AUXILIARY
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
@@ -66,6 +66,8 @@ def measure_file(
     for name, entry in checkpoint.entries.items():
         if name not in held and not entry.tied_to and not entry.made:
             _add_non_finite(measured, name, checkpoint.load(name))
+    for name, load in checkpoint.beside.items():
+        _add_non_finite(measured, name, load())
     for reason, names in left_out.items():
         more = f" … ({len(names)} in all)" if len(names) > 5 else ""
         measured.notes.append(f"Left out, {reason}: {', '.join(names[:5])}{more}")
@@ -112,6 +114,9 @@ def measure_model(
     known = [r for r in rest if not is_lazy(r.parameter)]
     for r in known:
         _add_non_finite(measured, r.name, r.parameter.detach())
+    for name, buffer in model.named_buffers():
+        if is_plain(buffer):
+            _add_non_finite(measured, name, buffer)
     for r in rest:
         if r not in known or (r.parameter.ndim > 1 and not r.elementwise):
             measured.notes.append(f"Left out: {r.name}, {r.reason}")
