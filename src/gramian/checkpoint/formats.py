@@ -216,7 +216,7 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:
-    """Whether the value is a dense tensor in memory: no subclass such as DTensor, nor sparse, nested, meta or quantized."""
+    """Whether the value is a dense tensor in memory: not a DTensor, sparse, nested, on meta or quantized."""
     if type(value) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return False
     assert isinstance(value, Tensor)

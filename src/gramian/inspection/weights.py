@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
 
 from gramian import layers, placement
 from gramian.block import Block, blocks
@@ -132,8 +133,8 @@ def measure_model(
 def applied(block: Block) -> tuple[Tensor, str]:
     """The weight that a block's module applies, of the parameter's shape, and what makes it of the parameter.
 
-    That is the parameter itself, unless it is parametrized (weight norm, spectral norm). In evaluation mode, in which
-    making it changes no buffer.
+    That is the parameter itself, unless it is parametrized (weight norm, spectral norm) or pruned. In
+    evaluation mode, in which making it changes no buffer.
     """
     module, parameter = block.module, block.parameter.detach()
     local = block.name.rpartition(".")[2]
@@ -148,8 +149,11 @@ def applied(block: Block) -> tuple[Tensor, str]:
             for part, mode in modes:
                 part.training = mode
         how = " and ".join(type(part).__name__.strip("_") for part in module)
-    for hook in module._forward_pre_hooks.values():  # torch.nn.utils.weight_norm and spectral_norm, the older ones
-        if local in (f"{getattr(hook, 'name', '')}_v", f"{getattr(hook, 'name', '')}_orig"):
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and local == f"{hook._tensor_name}_orig":
+            made, how = hook.apply_mask(module), "pruning"
+        # torch.nn.utils.weight_norm and spectral_norm, the older ones
+        elif local in (f"{getattr(hook, 'name', '')}_v", f"{getattr(hook, 'name', '')}_orig"):
             power = {"do_power_iteration": False} if local.endswith("_orig") else {}
             made, how = hook.compute_weight(module, **power), type(hook).__name__  # type: ignore[attr-defined]
     if made is None or made.shape != parameter.shape:
