@@ -53,6 +53,11 @@ def test_a_tensor_that_repeats_its_memory_without_bounds_is_left_out(tmp_path: P
     assert len(gm.inspect(path).layers) == 2
 
 
+def test_what_is_left_out_and_cannot_be_searched_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": {"v": normal(8, 8)}, "ema": {"w": torch.zeros(1).expand(200_000, 200_000)}})
+    assert any(note.startswith("not searched") and "ema.w" in note for note in gm.inspect(path).notes)
+
+
 def test_an_archive_that_inflates_is_refused(tmp_path: Path) -> None:
     path = with_pickle(tmp_path, pickle.dumps({"x": "a" * (100 << 20)}, 2), zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="compressed archive"):

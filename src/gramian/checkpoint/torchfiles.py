@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint.containers import Module, find_state
-from gramian.checkpoint.faults import damaged, plain, refused
+from gramian.checkpoint.faults import damaged, plain, refused, some
 from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, open_once
 from gramian.checkpoint.unpickling import Record, Storage, TensorPart, read_pickle
 from gramian.errors import CheckpointError
@@ -194,10 +194,15 @@ def _content(file: Path, loaded: object, notes: list[str]) -> Content:
         else:
             tensors[key] = value.detach()
     loaders: dict[str, Callable[[], Tensor]] = {}
+    unread: list[str] = []
     for key, value in beside.items():
         numbers = _numbers(value)
         if numbers is not None:
             loaders[key] = lambda numbers=numbers: numbers
+        elif key not in state:
+            unread.append(key)
+    if unread:
+        notes.append(f"not searched for NaN, since they are not plain numbers in memory: {some(unread)}")
     tied = find_tied(tensors)
     entries = [Entry(key, tuple(t.shape), dtype_name(t), file, key, tied.get(key, "")) for key, t in tensors.items()]
     return Content(entries, tensors.__getitem__, notes, {}, loaders)
