@@ -442,3 +442,24 @@ def test_where_no_linear_module_changed_the_others_are_named(tmp_path: Path) -> 
     save_tensors(tmp_path / "tuned.safetensors", quantized)
     with pytest.raises(CheckpointError, match="Dequantize"):
         extract_lora(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", 2, tmp_path / "x")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["parametrizations", "weight_norm"])
+def test_a_module_under_weight_norm_is_named_as_not_held(tmp_path: Path, form: str) -> None:
+    utils = nn.utils
+    norm = utils.weight_norm if form == "weight_norm" else utils.parametrizations.weight_norm
+    base = nn.Sequential(nn.Linear(8, 8), norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    save_tensors(tmp_path / "base.safetensors", base.state_dict())
+    with torch.no_grad():
+        for p in base.parameters():
+            p.mul_(1.5)
+    save_tensors(tmp_path / "tuned.safetensors", base.state_dict())
+    found = extract_lora(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", 2, tmp_path / "adapter")
+    old = form == "weight_norm"
+    names = {f"1.weight_{k}" for k in "gv"} if old else {f"1.parametrizations.weight.original{k}" for k in "01"}
+    assert set(found.left_out) == names
+    tensors = load_tensors(tmp_path / "adapter" / "adapter_model.safetensors")[0]
+    assert not any("parametrizations" in key or "weight_v" in key for key in tensors)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert not any("parametrizations" in module for module in config["modules_to_save"] or ())

@@ -95,6 +95,32 @@ def test_a_parametrization_that_names_do_not_tell_is_said(tmp_path: Path) -> Non
     assert "not the weight that is applied" in layer.note
 
 
+# ---- pruning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_the_pruned_weight_is_inspected_in_memory_and_in_the_file(tmp_path: Path, layer: str) -> None:
+    from torch.nn.utils import prune
+
+    model = nn.Sequential(LAYERS[layer](), nn.Flatten())
+    prune.random_unstructured(model[0], "weight", 0.5)
+    prune.l1_unstructured(model[0], "weight", 0.2)  # two of them make a container
+    with torch.no_grad():
+        model[0].weight_orig += 1
+    wanted = (model[0].weight_orig * model[0].weight_mask).detach()
+    path = put(tmp_path, model.state_dict())
+    checkpoint = open_checkpoint(path)
+    (entry,) = (entry for entry in checkpoint.entries.values() if entry.made)
+    assert entry.weight == "0.weight"
+    torch.testing.assert_close(checkpoint.load(entry.name), wanted)
+    (block,) = gm.blocks(model).blocks
+    torch.testing.assert_close(applied(block)[0], wanted)
+    for report in (gm.inspect(model), gm.inspect(path)):
+        (row,) = report.layers
+        assert row.frobenius_norm == pytest.approx(float(wanted.norm()), rel=1e-5)
+        assert "prun" in row.note
+
+
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 FACTORS = {
@@ -152,6 +178,15 @@ def test_an_embeddings_adapter_and_a_convolutions_and_kohyas(tmp_path: Path) -> 
     conv = torch.einsum("or,rihw->oihw", d.flatten(1), c)
     torch.testing.assert_close(checkpoint.load("c.weight"), 2 * conv)
     torch.testing.assert_close(checkpoint.load("unet.k.weight"), 2 * f @ e)
+
+
+def test_a_linear_module_with_embedding_in_its_name_is_not_transposed(tmp_path: Path) -> None:
+    a, b = normal(2, 9), normal(5, 2, seed=1)
+    start = "base_model.model.encoder.embedding_hidden_mapping_in"
+    save_file({f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2}))
+    got = open_checkpoint(tmp_path).load("encoder.embedding_hidden_mapping_in.weight")
+    torch.testing.assert_close(got, b @ a)
 
 
 @pytest.mark.parametrize("stabilized", [False, True])

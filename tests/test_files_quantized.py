@@ -232,6 +232,14 @@ def test_each_scheme_gives_the_numbers_that_it_stands_for(tmp_path: Path, name: 
     assert report.facts["parameters"] == math.prod(entry.shape)
 
 
+def test_a_block_as_large_as_a_row_is_not_called_a_row(tmp_path: Path) -> None:
+    q = draw(256, 16384, low=-8, high=9).to(torch.float8_e4m3fn)
+    path = write(tmp_path, ({"a.weight": q, "a.weight_scale_inv": scales(2, 128).float()}, {}, q.float()))
+    made = open_checkpoint(path).entries["a.weight"].made
+    assert made is not None
+    assert made.how == "dequantized from float8_e4m3fn (a scale per block)"
+
+
 def test_a_quantized_weight_compares_with_the_one_that_it_came_from(tmp_path: Path) -> None:
     for folder in ("quantized", "base"):
         (tmp_path / folder).mkdir()

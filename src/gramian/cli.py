@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from typer.core import TyperCommand
 
 import gramian
+from gramian.checkpoint.faults import plain
 from gramian.errors import GramianError, GramianWarning, InputError
 
 __all__ = ["app", "main"]
@@ -357,7 +358,7 @@ class _Stages:
 
 
 def _complain(message: str) -> None:
-    print(f"gramian: {' '.join(message.split())}", file=sys.stderr)
+    print(f"gramian: {plain(' '.join(message.split()), len(message))}", file=sys.stderr)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -385,7 +386,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **kwargs: Any) -> None:
     if issubclass(category, GramianWarning):
-        print(f"gramian: warning: {message}", file=sys.stderr)
+        print(f"gramian: warning: {plain(message, len(str(message)))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

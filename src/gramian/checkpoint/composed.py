@@ -1,4 +1,4 @@
-"""Weights that are computed from other parameters: weight norm, spectral norm, and the product of LoRA's factors."""
+"""Weights that are computed from other parameters: weight norm, spectral norm, pruning, and LoRA's factors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from gramian.checkpoint.schemes import Plan, Scheme, Setting
 __all__ = ["COMPOSED"]
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+PRUNED = "W · mask of torch's pruning"
 
 _MOST_REPEATS = 4
 
@@ -54,6 +56,14 @@ def _spectral_norm(setting: Setting) -> Plan | None:
     return Plan(w.shape, w.dtype, "W / (uᵀ W v) of a spectral norm", compute)
 
 
+def _pruned(setting: Setting) -> Plan | None:
+    """W · mask, as `torch.nn.utils.prune` applies it."""
+    w, mask = setting.parts["w"], setting.parts["mask"]
+    if w.shape != mask.shape:
+        return None
+    return Plan(w.shape, w.dtype, PRUNED, lambda parts: parts["w"] * parts["mask"].to(parts["w"].dtype))
+
+
 def _lora(setting: Setting) -> Plan | str | None:
     """B A α / r, or α / √r with rank-stabilized LoRA, as PEFT adds it to a weight."""
     a, b = setting.parts["A"], setting.parts["B"]
@@ -68,7 +78,9 @@ def _lora(setting: Setting) -> Plan | str | None:
     base = setting.parts.get("base")
     if base is not None and "lora_alpha" not in known:
         return "beside its base, and no adapter_config.json gives α: factors and base are inspected apart"
-    transposed = len(a.shape) == 2 and (bool(known.get("fan_in_fan_out")) or "embedding" in setting.parts["A"].name)
+    transposed = len(a.shape) == 2 and (
+        bool(known.get("fan_in_fan_out")) or ".lora_embedding_A" in setting.parts["A"].name
+    )
     shape = (b.shape[0], *a.shape[1:])
     dora = "; without DoRA's magnitudes, which need the base" if known.get("use_dora") else ""
 
@@ -124,6 +136,10 @@ COMPOSED: tuple[Scheme, ...] = (
         "weight norm", re.compile(_STEM + r"parametrizations\.(?P<w>\w+)\.original1"), "v",
         {"g": ("{stem}parametrizations.{w}.original0",)}, "{stem}parametrizations.{w}.original1", _weight_norm,
         weight="{stem}{w}",
+    ),
+    Scheme(
+        "pruning", re.compile(_STEM + r"(?P<w>\w+)_orig"), "w", {"mask": ("{stem}{w}_mask",)}, "{stem}{w}_orig",
+        _pruned, weight="{stem}{w}",
     ),
     Scheme(
         "spectral norm", re.compile(_STEM + r"(?P<w>\w+)_orig"), "w", {"u": ("{stem}{w}_u",)}, "{stem}{w}_orig",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from gramian.checkpoint.faults import plain
 from gramian.errors import CheckpointError
 
-__all__ = ["Module", "find_state"]
+__all__ = ["Found", "Module", "find_state"]
 
 # Training loops write their state dict under one of these keys, next to an optimizer and counters.
 CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
@@ -20,18 +20,32 @@ CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "module"
 SHADOWS = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema", "params_ema", "ema_params", "g_ema")
 
 _MOST, _MOST_TENSORS = 64, 1_000_000  # containers inside each other, and tensors
+_LONGEST = 1000  # characters of a name
+
+
+class _TooManyError(Exception):
+    """More tensors than any model has."""
 
 
 class Module(dict):  # type: ignore[type-arg]
     """A module's tensors and parts by name: what one of them is called does not make it a container."""
 
 
-def find_state(file: Path, loaded: object, leaf: type = Tensor) -> tuple[dict[str, Any], list[str]]:
-    """The tensors by dotted name, taken out of the containers that training loops put around them, and notes.
+class Found(NamedTuple):
+    """The tensors by dotted name, notes on what is around them, and the tensors there, such as an optimizer's."""
+
+    state: dict[str, Any]
+    notes: list[str]
+    beside: dict[str, Any]
+
+
+def find_state(file: Path, loaded: object, leaf: type = Tensor) -> Found:
+    """The tensors by dotted name, taken out of the containers that training loops put around them.
 
     `leaf` is the class that stands for a tensor.
     """
     notes, under = [], []
+    beside: dict[str, Any] = {}
     while isinstance(loaded, Mapping) and not isinstance(loaded, Module) and len(under) < _MOST:
         keys = [*CONTAINERS, *(SHADOWS if not _has_weights(loaded, leaf) else ())]
         inner = next((key for key in keys if isinstance(loaded.get(key), Mapping) and loaded[key]), None)
@@ -39,8 +53,13 @@ def find_state(file: Path, loaded: object, leaf: type = Tensor) -> tuple[dict[st
             inner = next((key for key, held in loaded.items() if _is_loop(held)), None)
         if inner is None:
             break
+        left_out = []
+        for key in loaded:
+            if key != inner:
+                held = dict(_tensors(".".join([*under, str(key)]), loaded[key], leaf))
+                beside |= held
+                left_out.append(_told(key, loaded[key], len(held)))
         under.append(str(inner))
-        left_out = [_told(key, loaded[key]) for key in loaded if key != inner]
         note = f"weights found under {'.'.join(under)!r}"
         note += " (a running average)" if inner in SHADOWS else ""
         notes.append(note + (f"; left out: {', '.join(left_out)}" if left_out else ""))
@@ -51,21 +70,29 @@ def find_state(file: Path, loaded: object, leaf: type = Tensor) -> tuple[dict[st
         )
     state: dict[str, Any] = {}
     others: list[str] = []
-    _flatten("", loaded, leaf, state, others)
+    try:
+        _flatten("", loaded, leaf, state, others, beside, {})
+    except _TooManyError:
+        raise CheckpointError(
+            f"{file}: more than {_MOST_TENSORS:,} tensors, wanted a model's. Save model.state_dict()."
+        ) from None
     if not state and _is_optimizer(loaded):
         raise CheckpointError(
             f"{file}: holds no tensors of a model, but an optimizer's state. Save model.state_dict()."
         )
     if others:
         notes.append(f"not tensors, left out: {', '.join(others[:8])}" + (", …" if len(others) > 8 else ""))
-    return state, notes
+    return Found(state, notes, beside)
 
 
 def _has_weights(tree: Mapping[Any, Any], leaf: type) -> bool:
     """Whether there are tensors beside the running averages."""
     return any(
         isinstance(value, leaf)
-        or (isinstance(value, Mapping) and not _is_optimizer(value) and _holds_tensors(value, leaf, set()))
+        or (
+            not (isinstance(value, Mapping) and _is_optimizer(value))
+            and next(_tensors("", value, leaf), None) is not None
+        )
         for key, value in tree.items()
         if isinstance(key, str) and key not in SHADOWS
     )
@@ -86,33 +113,65 @@ def _string_keys(tree: Mapping[Any, Any]) -> bool:
     return any(isinstance(key, str) for key in tree)
 
 
-def _told(key: object, value: object) -> str:
+def _told(key: object, value: object, count: int) -> str:
     """A name that was left out, and what it holds where that is worth saying."""
     of = getattr(value, "of", "")
-    return plain(key) + (f" ({plain(of)})" if of else " (a running average)" if key in SHADOWS else "")
+    if of or key in SHADOWS:
+        return plain(key) + (f" ({plain(of)})" if of else " (a running average)")
+    network = isinstance(value, Mapping) and count and not _is_optimizer(value)
+    return plain(key) + (f" ({count} tensors)" if network else "")
 
 
 def _flatten(
-    prefix: str, tree: Mapping[Any, Any], leaf: type, state: dict[str, Any], others: list[str], depth: int = 0
+    prefix: str,
+    tree: object,
+    leaf: type,
+    state: dict[str, Any],
+    others: list[str],
+    beside: dict[str, Any],
+    seen: dict[int, str],
+    depth: int = 0,
 ) -> None:
-    for key, value in tree.items():
+    """Put the tensors of a dict or list into `state`, those of optimizers into `beside`, and name all else."""
+    for key, value in _parts(tree):
         name = f"{prefix}{key}"
         if isinstance(key, str) and isinstance(value, leaf) and name not in state:
             state[name] = value
         elif isinstance(value, Mapping) and _is_optimizer(value):
             others.append(f"{plain(name)} (an optimizer's state)")
-        elif isinstance(key, str) and depth < _MOST and _holds_tensors(value, leaf, set()):
-            _flatten(f"{name}.", value, leaf, state, others, depth + 1)
+            beside.update(_tensors(name, value, leaf))
+        elif isinstance(key, str) and next(_tensors(name, value, leaf), None):
+            if id(value) in seen:
+                others.append(f"{plain(name)} (the same as {plain(seen[id(value)])})")
+            elif depth < _MOST:
+                seen[id(value)] = name
+                _flatten(f"{name}.", value, leaf, state, others, beside, seen, depth + 1)
+            else:
+                others.append(f"{plain(name)} (more than {_MOST} containers deep)")
         else:
             of = getattr(value, "of", "")
             others.append(plain(name) + (f" ({plain(of)})" if of else ""))
-    if len(state) > _MOST_TENSORS:  # a dict that holds another one many times, which holds a third one many times, …
-        raise ValueError(f"more than {_MOST_TENSORS:,} tensors")
+    if len(state) > _MOST_TENSORS:
+        raise _TooManyError
 
 
-def _holds_tensors(tree: object, leaf: type, seen: set[int]) -> bool:
-    """Whether there is a tensor in a dict, at any depth."""
-    if not isinstance(tree, Mapping) or id(tree) in seen:
-        return False
-    seen.add(id(tree))
-    return any(isinstance(value, leaf) or _holds_tensors(value, leaf, seen) for value in tree.values())
+def _parts(tree: object) -> Iterable[tuple[object, object]]:
+    """What a dict or a list holds, by key or place."""
+    if isinstance(tree, Mapping):
+        return tree.items()
+    return ((str(place), value) for place, value in enumerate(tree)) if isinstance(tree, list | tuple) else ()
+
+
+def _tensors(name: str, tree: object, leaf: type) -> Iterator[tuple[str, Any]]:
+    """The tensors in a value, at any depth, by name; each container once."""
+    seen: set[int] = set()
+    waiting = [(name, tree)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, leaf):
+            yield name, value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            # names of what is nested deeper than any network are cut, since each is as long as its depth
+            start = name if len(name) < _LONGEST else f"{name[:_LONGEST]}…"
+            waiting.extend((f"{start}.{key}", part) for key, part in _parts(value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from gramian.checkpoint.containers import find_state
 from gramian.checkpoint.faults import damaged, plain, some
-from gramian.checkpoint.formats import Content, Entry, dtype_name
+from gramian.checkpoint.formats import Content, Entry, dtype_name, get
 from gramian.checkpoint.unpickling import Global, Record, read_pickle
 from gramian.errors import CheckpointError
 
@@ -41,17 +42,24 @@ def read_distributed(folder: Path) -> Content:
     try:
         with file.open("rb") as stream:
             metadata = read_pickle(stream)
-        entries, chunks, notes = _listed(folder, metadata)
+        entries, beside, chunks, notes = _listed(folder, metadata)
     except CheckpointError:
         raise
     except Exception as error:
         raise damaged(file, error) from error
     by_key = {entry.key: entry for entry in entries}
-    return Content(entries, lambda key: _load(folder, by_key[key], chunks[key]), notes, {})
+
+    def load(entry: Entry) -> Tensor:
+        return _load(folder, entry, chunks[entry.key])
+
+    content = Content(entries, lambda key: load(by_key[key]), notes, {})
+    around = Content(beside, lambda key: load(others[key]), [], {})
+    others = {entry.key: entry for entry in beside}
+    return replace(content, beside={entry.name: partial(get, around, entry) for entry in beside})
 
 
-def _listed(folder: Path, metadata: Any) -> tuple[list[Entry], dict[str, list[_Chunk]], list[str]]:
-    """The entries, the chunks of each by key, and notes."""
+def _listed(folder: Path, metadata: Any) -> tuple[list[Entry], list[Entry], dict[str, list[_Chunk]], list[str]]:
+    """The entries, those of other things than the model, the chunks of each by key, and notes."""
     entries: dict[str, Entry] = {}
     tree: dict[Any, Any] = {}
     paths = metadata.state.get("planner_data") or {}
@@ -82,8 +90,9 @@ def _listed(folder: Path, metadata: Any) -> tuple[list[Entry], dict[str, list[_C
         raise CheckpointError(
             f"{folder}: names files that are not there: {some(sorted(missing))}. Copy the folder again."
         )
-    found, notes = find_state(folder, tree, Entry)
-    return [replace(entry, name=name) for name, entry in found.items()], chunks, notes
+    found, notes, beside = find_state(folder, tree, Entry)
+    named, others = ([replace(entry, name=name) for name, entry in part.items()] for part in (found, beside))
+    return named, others, chunks, notes
 
 
 def _dtype(properties: Record) -> torch.dtype:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from gramian.checkpoint.distributed import METADATA_FILE
 from gramian.checkpoint.faults import damaged, plain, some
@@ -12,7 +15,7 @@ from gramian.checkpoint.formats import Entry
 from gramian.checkpoint.readers import FORMATS, reader
 from gramian.errors import CheckpointError
 
-__all__ = ["WEIGHTS", "open_folder", "open_index", "read_json"]
+__all__ = ["WEIGHTS", "open_file", "open_folder", "open_index", "read_json"]
 
 # The names under which libraries keep a folder's weights: transformers, diffusers, PEFT, Mistral, open_clip; and the
 # order in which they are looked for, each as one file, in shards, and in torch's format.
@@ -24,11 +27,24 @@ WEIGHTS = tuple(
     for name in (f"{safe}.safetensors", f"{safe}.safetensors.index.json", f"{old}.bin", f"{old}.bin.index.json")
 )
 
-Opened = tuple[list[Entry], list[str], dict[str, str]]
+
+class Opened(NamedTuple):
+    """What one file or several of a model hold, as `Content` has it."""
+
+    entries: list[Entry]
+    notes: list[str]
+    metadata: dict[str, str]
+    beside: dict[str, Callable[[], Tensor]]
+
+
+def open_file(path: Path) -> Opened:
+    """What a file holds, or a folder of torch.distributed.checkpoint."""
+    content = reader(path)
+    return Opened(content.entries, content.notes, content.metadata, dict(content.beside))
 
 
 def open_folder(folder: Path) -> Opened:
-    """The entries, notes and metadata of a folder."""
+    """What a folder holds."""
     found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if found is None and (folder / METADATA_FILE).is_file():
         found = folder
@@ -36,12 +52,11 @@ def open_folder(folder: Path) -> Opened:
         raise _no_weights(folder)
     if found.name.endswith(".index.json"):
         return open_index(found)
-    content = reader(found)
-    return content.entries, content.notes, content.metadata
+    return open_file(found)
 
 
 def open_index(index: Path) -> Opened:
-    """The entries, notes and metadata of a sharded model, by its index."""
+    """What a sharded model holds, by its index."""
     folder, files = index.parent, _read_index(index)
     missing = sorted({file for file in files.values() if not (folder / file).exists()})
     if missing:
@@ -49,11 +64,13 @@ def open_index(index: Path) -> Opened:
     stored: dict[str, Entry] = {}
     notes: list[str] = []
     metadata: dict[str, str] = {}
+    beside: dict[str, Callable[[], Tensor]] = {}
     for file in dict.fromkeys(files.values()):
         content = reader(folder / file)
         held = {entry.key: entry for entry in content.entries}
         notes += content.notes
         metadata |= content.metadata
+        beside |= content.beside
         listed = [key for key, place in files.items() if place == file]
         absent = [key for key in listed if key not in held]
         unread = {note.split(": left out", 1)[0] for note in content.notes}
@@ -66,7 +83,7 @@ def open_index(index: Path) -> Opened:
         extra = len(held.keys() - set(listed))
         if extra:
             notes.append(f"{file}: {extra} tensors that the index does not name, left out")
-    return list(stored.values()), notes, metadata
+    return Opened(list(stored.values()), notes, metadata, beside)
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -124,12 +124,16 @@ class Made:
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds: its entries, under the names in the file, and a function that loads one tensor."""
+    """What a file holds: its entries, under the names in the file, and a function that loads one tensor.
+
+    `beside` loads the numbers of tensors that are no entries, such as an optimizer's, to be searched for NaN.
+    """
 
     entries: list[Entry]
     get: Callable[[str], Tensor]
     notes: list[str]
     metadata: dict[str, str]
+    beside: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 def get(content: Content, entry: Entry) -> Tensor:
@@ -212,11 +216,12 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:
-    """Whether the value is a dense tensor in memory: no subclass such as DTensor, not sparse, meta or quantized."""
+    """Whether the value is a dense tensor in memory: not a DTensor, sparse, nested, on meta or quantized."""
     if type(value) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return False
     assert isinstance(value, Tensor)
-    return value.layout == torch.strided and value.device.type != "meta" and not value.is_quantized
+    dense = value.layout == torch.strided and not value.is_nested
+    return dense and value.device.type != "meta" and not value.is_quantized
 
 
 def dtype_name(value: Tensor | torch.dtype) -> str:

@@ -46,7 +46,7 @@ def _scaled(setting: Setting) -> Plan | str | None:
             w = w - _spread(parts["zero"].float(), blocks, q.shape)
         return w * _spread(parts["scale"].float(), blocks, q.shape)
 
-    per = "tensor" if math.prod(s.shape) == 1 else "row" if math.prod(blocks) == math.prod(q.shape[1:]) else "block"
+    per = "tensor" if math.prod(s.shape) == 1 else "row" if blocks == (1, *q.shape[1:]) else "block"
     return Plan(q.shape, "float32", f"dequantized from {q.dtype} (a scale per {per})", compute)
 
 
@@ -225,7 +225,6 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _STEM = r"(?P<stem>(?:.*\.)?)"
-_STATE = "{stem}{w}.quant_state.bitsandbytes__{kind}"
 
 QUANTIZED: tuple[Scheme, ...] = (
     Scheme(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramian.checkpoint.derived import with_derived
 from gramian.checkpoint.faults import damaged, plain
-from gramian.checkpoint.folders import open_folder, open_index, read_json
+from gramian.checkpoint.folders import open_file, open_folder, open_index, read_json
 from gramian.checkpoint.formats import Entry, get
 from gramian.checkpoint.readers import reader
 from gramian.errors import CheckpointError, InputError
@@ -38,12 +38,14 @@ class Checkpoint:
         entries: every tensor's description, by name.
         notes: what was unwrapped or left out.
         metadata: the text that the file carries about itself.
+        beside: loads the numbers of a tensor that is no entry (an optimizer's, a second network's, a sparse one).
     """
 
     path: Path
     entries: Mapping[str, Entry]
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -116,14 +118,14 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Ch
     """
     path = Path(path)
     if path.is_dir():
-        found, notes, metadata = open_folder(path)
+        opened = open_folder(path)
     elif path.name.endswith(".index.json") and path.exists():
-        found, notes, metadata = open_index(path)
+        opened = open_index(path)
     elif path.exists():
-        content = reader(path)
-        found, notes, metadata = content.entries, content.notes, content.metadata
+        opened = open_file(path)
     else:
         raise CheckpointError(f"{path}: no such file or folder. Check the path.")
+    found, notes, metadata, beside = opened
     if not found:
         raise CheckpointError(f"{path}: holds no tensors, wanted a model's state dict. Save model.state_dict().")
     entries: dict[str, Entry] = {}
@@ -136,10 +138,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Ch
             )
         entries[name] = replace(entry, name=name, tied_to=clean_name(entry.tied_to))
     if not stored:
-        beside = path if path.is_dir() else path.parent
-        entries, more = with_derived(entries, {name: read_json(beside / name) for name in SETTINGS}, _load)
+        folder = path if path.is_dir() else path.parent
+        entries, more = with_derived(entries, {name: read_json(folder / name) for name in SETTINGS}, _load)
         notes = [*notes, *more]
-    return Checkpoint(path, entries, tuple(notes), metadata)
+    return Checkpoint(path, entries, tuple(notes), metadata, beside)
 
 
 def clean_name(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint.containers import Module, find_state
-from gramian.checkpoint.faults import damaged, plain, refused
+from gramian.checkpoint.faults import damaged, plain, refused, some
 from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, open_once
 from gramian.checkpoint.unpickling import Record, Storage, TensorPart, read_pickle
 from gramian.errors import CheckpointError
 
 __all__ = ["LEGACY", "as_plain", "bare_pickle", "read_legacy", "read_zip"]
+
+LARGEST_REPEATED = 1 << 26  # bytes that a tensor may take whose memory is smaller
+LARGEST_PACKED = 1 << 26  # bytes to which compressed parts of an archive may grow
 
 LEGACY = (119547037146038801333356).to_bytes(10, "little")  # the number that opens torch.save's format before 1.6
 
@@ -30,6 +33,7 @@ LEGACY = (119547037146038801333356).to_bytes(10, "little")  # the number that op
 def read_zip(file: Path) -> Content:
     """A file that `torch.save` or `torch.jit.save` wrote."""
     script = _is_script(file)
+    _check_packed(file)
     if not script:
         try:
             loaded = open_once(file, lambda: torch.load(file, weights_only=True, mmap=True, map_location="cpu"))
@@ -176,19 +180,48 @@ class Left(dict):  # type: ignore[type-arg]
 
 
 def _content(file: Path, loaded: object, notes: list[str]) -> Content:
-    state, more = find_state(file, loaded)
+    state, more, beside = find_state(file, loaded)
     tensors: dict[str, Tensor] = {}
     notes = notes + more
     for key, value in state.items():
         value = _whole(value)
-        if is_plain(value):
-            tensors[key] = value.detach()
-        else:
+        if not is_plain(value):
             kind = "quantized" if value.is_quantized else f"{type(value).__name__} with layout {value.layout}"
-            notes.append(f"{plain(key)}: left out, a {kind} tensor on {value.device}")
+            notes.append(f"{plain(key)}: left out, a {'nested' if value.is_nested else kind} tensor on {value.device}")
+            beside[key] = value
+        elif _is_blown_up(value):
+            notes.append(f"{plain(key)}: left out, a tensor {tuple(value.shape)} of which the file holds a small part")
+        else:
+            tensors[key] = value.detach()
+    loaders: dict[str, Callable[[], Tensor]] = {}
+    unread: list[str] = []
+    for key, value in beside.items():
+        numbers = _numbers(value)
+        if numbers is not None:
+            loaders[key] = lambda numbers=numbers: numbers
+        elif key not in state:
+            unread.append(key)
+    if unread:
+        notes.append(f"not searched for NaN, since they are not plain numbers in memory: {some(unread)}")
     tied = find_tied(tensors)
     entries = [Entry(key, tuple(t.shape), dtype_name(t), file, key, tied.get(key, "")) for key, t in tensors.items()]
-    return Content(entries, tensors.__getitem__, notes, {})
+    return Content(entries, tensors.__getitem__, notes, {}, loaders)
+
+
+def _is_blown_up(value: Tensor) -> bool:
+    """Whether a tensor repeats its memory (as `expand` does) to a size that a small file should not ask for."""
+    nbytes = value.numel() * value.element_size()
+    return nbytes > LARGEST_REPEATED and nbytes > value.untyped_storage().nbytes()
+
+
+def _numbers(value: Tensor) -> Tensor | None:
+    """The numbers of a tensor that is looked at only for NaN; `None` where they are not in memory."""
+    value = _whole(value)
+    if value.layout == torch.sparse_coo:
+        value = value._values()
+    elif value.is_nested or value.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        value = value.values()
+    return value.detach() if is_plain(value) and not _is_blown_up(value) else None
 
 
 def _whole(value: Tensor) -> Tensor:
@@ -203,6 +236,20 @@ def _is_script(file: Path) -> bool:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
     except Exception:
         return False
+
+
+def _check_packed(file: Path) -> None:
+    """Refuse an archive that is compressed, which torch never writes, and grows beyond bounds."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            grown = sum(i.file_size for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED)
+    except Exception as error:
+        raise damaged(file, error) from error
+    if grown > LARGEST_PACKED:
+        raise CheckpointError(
+            f"{file}: a compressed archive that grows to {grown:,} bytes, wanted one as torch.save writes it. "
+            "Unpack it, and zip it again without compression."
+        )
 
 
 def _open_zip(file: Path) -> tuple[Any, Mapping[str, Tensor]]:

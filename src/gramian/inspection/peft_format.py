@@ -112,10 +112,14 @@ class Modules:
     def has_place(self, name: str) -> bool:
         """Whether an adapter has a place for the tensor.
 
-        Not for stacked experts and their router, which libraries rename and fuse in memory, nor for modules with the
-        name of an expert's, which PEFT would take for experts.
+        Not for the parameters of a parametrization, of which the checkpoint gives the weight that they make and which
+        PEFT cannot copy. Not for stacked experts and their router, which libraries rename and fuse in memory, nor for
+        modules with the name of an expert's, which PEFT would take for experts.
         """
-        parts, holding = name.split("."), self.holdings.get(name)
+        parts, holding, entry = name.split("."), self.holdings.get(name), self.entries[name]
+        made_elsewhere = entry.made is not None and entry.made.name != name
+        if "parametrizations" in parts or made_elsewhere or entry.part_of:
+            return False
         named = self.named(name)
         if not named or (holding is not None and holding.kind == "experts"):
             return False

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
 
 from gramian import layers, placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
-from gramian.checkpoint.formats import dtype_name
+from gramian.checkpoint.formats import dtype_name, is_plain
 from gramian.errors import InputError
 from gramian.inspection.auxiliary import AUXILIARY
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
@@ -66,6 +67,8 @@ def measure_file(
     for name, entry in checkpoint.entries.items():
         if name not in held and not entry.tied_to and not entry.made:
             _add_non_finite(measured, name, checkpoint.load(name))
+    for name, load in checkpoint.beside.items():
+        _add_non_finite(measured, name, load())
     for reason, names in left_out.items():
         more = f" … ({len(names)} in all)" if len(names) > 5 else ""
         measured.notes.append(f"Left out, {reason}: {', '.join(names[:5])}{more}")
@@ -112,6 +115,9 @@ def measure_model(
     known = [r for r in rest if not is_lazy(r.parameter)]
     for r in known:
         _add_non_finite(measured, r.name, r.parameter.detach())
+    for name, buffer in model.named_buffers():
+        if is_plain(buffer):
+            _add_non_finite(measured, name, buffer)
     for r in rest:
         if r not in known or (r.parameter.ndim > 1 and not r.elementwise):
             measured.notes.append(f"Left out: {r.name}, {r.reason}")
@@ -127,8 +133,8 @@ def measure_model(
 def applied(block: Block) -> tuple[Tensor, str]:
     """The weight that a block's module applies, of the parameter's shape, and what makes it of the parameter.
 
-    That is the parameter itself, unless it is parametrized (weight norm, spectral norm). In evaluation mode, in which
-    making it changes no buffer.
+    That is the parameter itself, unless it is parametrized (weight norm, spectral norm) or pruned. In
+    evaluation mode, in which making it changes no buffer.
     """
     module, parameter = block.module, block.parameter.detach()
     local = block.name.rpartition(".")[2]
@@ -143,8 +149,11 @@ def applied(block: Block) -> tuple[Tensor, str]:
             for part, mode in modes:
                 part.training = mode
         how = " and ".join(type(part).__name__.strip("_") for part in module)
-    for hook in module._forward_pre_hooks.values():  # torch.nn.utils.weight_norm and spectral_norm, the older ones
-        if local in (f"{getattr(hook, 'name', '')}_v", f"{getattr(hook, 'name', '')}_orig"):
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and local == f"{hook._tensor_name}_orig":
+            made, how = hook.apply_mask(module), "pruning"
+        # torch.nn.utils.weight_norm and spectral_norm, the older ones
+        elif local in (f"{getattr(hook, 'name', '')}_v", f"{getattr(hook, 'name', '')}_orig"):
             power = {"do_power_iteration": False} if local.endswith("_orig") else {}
             made, how = hook.compute_weight(module, **power), type(hook).__name__  # type: ignore[attr-defined]
     if made is None or made.shape != parameter.shape:

@@ -1,0 +1,152 @@
+"""Small files that ask for much, containers of any form, and NaN in what is left out: one line, or found by name."""
+
+from __future__ import annotations
+
+import pickle
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from gramian.checkpoint import open_checkpoint
+from gramian.cli import main
+from gramian.errors import CheckpointError
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def saved(folder: Path, content: object) -> Path:
+    torch.save(content, folder / "m.pt")
+    return folder / "m.pt"
+
+
+def with_pickle(folder: Path, content: bytes, how: int = zipfile.ZIP_STORED) -> Path:
+    """An archive as `torch.save` writes it, around this pickle."""
+    with zipfile.ZipFile(folder / "m.pt", "w", how) as archive:
+        archive.writestr("m/data.pkl", content)
+        archive.writestr("m/byteorder", "little")
+        archive.writestr("m/version", "3\n")
+    return folder / "m.pt"
+
+
+def bad(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan)
+
+
+# ---- small files that ask for much ---------------------------------------------------------------------------------
+
+
+def test_a_tensor_that_repeats_its_memory_without_bounds_is_left_out(tmp_path: Path) -> None:
+    path = saved(
+        tmp_path, {"w": torch.zeros(1).expand(200_000, 200_000), "v": normal(8, 8), "e": torch.ones(1, 8).expand(8, 8)}
+    )
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint.entries) == {"v", "e"}
+    assert any(note.startswith("w: left out") for note in checkpoint.notes)
+    assert len(gm.inspect(path).layers) == 2
+
+
+def test_what_is_left_out_and_cannot_be_searched_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": {"v": normal(8, 8)}, "ema": {"w": torch.zeros(1).expand(200_000, 200_000)}})
+    assert any(note.startswith("not searched") and "ema.w" in note for note in gm.inspect(path).notes)
+
+
+def test_an_archive_that_inflates_is_refused(tmp_path: Path) -> None:
+    path = with_pickle(tmp_path, pickle.dumps({"x": "a" * (100 << 20)}, 2), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="compressed archive"):
+        open_checkpoint(path)
+
+
+def test_dicts_that_hold_one_another_many_times_are_visited_once(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"w": normal(8, 8)}
+    for _ in range(40):
+        tree = {"a": tree, "b": tree}
+    path, start = saved(tmp_path, tree), time.monotonic()
+    checkpoint = open_checkpoint(path)
+    assert time.monotonic() - start < 2
+    assert list(checkpoint.entries) == ["a." * 40 + "w"]
+    assert "b (the same as " in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("depth", [1_000, 200_000])
+def test_dicts_of_any_depth_are_one_line(tmp_path: Path, depth: int) -> None:
+    nested = b"\x80\x02" + b"}X\x01\0\0\0a" * depth + b"}" + b"s" * depth + b"."
+    with pytest.raises(CheckpointError) as failure:
+        open_checkpoint(with_pickle(tmp_path, nested))
+    assert "\n" not in str(failure.value)
+
+
+def test_nested_tensors_are_left_out_by_name(tmp_path: Path) -> None:
+    parts = [normal(3, 2), normal(2, 2)]
+    for layout in (torch.strided, torch.jagged):
+        checkpoint = open_checkpoint(
+            saved(tmp_path, {"n": torch.nested.nested_tensor(parts, layout=layout), "v": parts[0]})
+        )
+        assert list(checkpoint.entries) == ["v"]
+        assert any(note.startswith("n: left out") for note in checkpoint.notes)
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "\x1b[31mx.pt"
+    assert main(["inspect", str(path)]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+# ---- containers, and numbers in what is left out ---------------------------------------------------------------------
+
+
+def test_lists_of_state_dicts_are_descended(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": [{"w.weight": normal(8, 8)}, {"w.weight": bad(8, 8)}], "step": 3})
+    assert set(open_checkpoint(path).entries) == {"model.0.w.weight", "model.1.w.weight"}
+    assert found(path) == {"model.1.w.weight"}
+
+
+def found(path: Path | nn.Module) -> set[str]:
+    return {f.where for f in gm.inspect(path).findings if f.code == "non-finite-weights"}
+
+
+BESIDE = {
+    "average": ("ema", {"w": bad(8, 8)}, "ema.w"),
+    "optimizer": ("optimizer", {"state": {0: {"exp_avg": bad(8, 8)}}, "param_groups": []}, "optimizer.state.0.exp_avg"),
+    "second network": ("discriminator", {"w": bad(8, 8)}, "discriminator.w"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_nan_beside_the_model_is_found(tmp_path: Path, case: str) -> None:
+    key, held, name = BESIDE[case]
+    path = saved(tmp_path, {"model": {"w": normal(8, 8)}, key: held})
+    assert list(open_checkpoint(path).entries) == ["w"]
+    assert found(path) == {name}
+    if case == "second network":
+        assert "discriminator (1 tensors)" in open_checkpoint(path).notes[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nan_beside_the_model_is_found_in_a_distributed_folder(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"model": {"w": normal(8, 8)}, "ema": {"w": bad(8, 8)}}, checkpoint_id=tmp_path / "d")
+    assert found(tmp_path / "d") == {"ema.w"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_nan_in_sparse_tensors_is_found(tmp_path: Path, layout: str) -> None:
+    path = saved(tmp_path, {"s": getattr(bad(4, 4), layout)(), "v": normal(8, 8)})
+    assert found(path) == {"s"}
+
+
+def test_nan_in_buffers_is_found_in_memory_as_in_the_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model[1].running_var[2] = torch.nan  # type: ignore[index]
+    assert found(model) == found(saved(tmp_path, model.state_dict())) == {"1.running_var"}
