@@ -490,6 +490,22 @@ def test_it_beats_the_plain_svd() -> None:
     assert case.loss(small, batches[0]) < 1.1 * case.loss(model, batches[0])
 
 
+def test_the_default_share_is_raised_to_the_smallest_possible_one() -> None:
+    """A large vector stays dense here, so one half cannot be reached."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.LayerNorm(12), nn.Linear(12, 10))
+    model.register_parameter("dense", nn.Parameter(torch.zeros(2000)))
+    plan = compress(model, batches=BATCHES, objective=CLASSIFY)
+    assert 0.5 < plan.keep < 1
+    assert set(plan.ranks.values()) == {1}
+    assert plan.parameters == round(plan.keep * plan.parameters_dense)
+    assert "smallest possible share" in str(plan)
+    assert plan.at(keep=0.95).parameters <= 0.95 * plan.parameters_dense
+    assert "smallest" not in str(plan.at(keep=0.95))
+    with pytest.raises(InputError, match="smallest possible keep"):
+        compress(model, batches=BATCHES, objective=CLASSIFY, keep=0.5)
+
+
 ERRORS = {
     "no_statistics": (lambda m: compress(m), "give stats from"),
     "keep_zero": (lambda m: compress(m, batches=BATCHES, objective=CLASSIFY, keep=0.0), r"\(0, 1\], got 0"),

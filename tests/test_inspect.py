@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +95,69 @@ def test_known_trouble_is_found(make, present, absent) -> None:
         assert finding.title
         assert finding.evidence
         assert finding.cause
+
+
+class Branch(nn.Module):
+    """`h + b(relu(a(h)))`, with b zero as at the start of a LoRA adapter or a residual branch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.b(torch.relu(self.a(h)))
+
+
+def test_a_matrix_that_is_zero_by_design_is_no_error() -> None:
+    width = batch()[0].shape[1]
+    torch.manual_seed(0)
+    report = gm.inspect(nn.Sequential(*[Branch(width) for _ in range(3)], nn.Linear(width, 4)), [batch()], CLASSIFY)
+    assert any(layer.gradient_rms == 0 for layer in report.layers)
+    assert "zero-weights" in codes(report)
+    assert not codes(report, "error")
+
+
+def test_zero_gradients_without_a_zero_matrix_are_an_underflow() -> None:
+    torch.manual_seed(0)
+    report = gm.inspect(plain(400), [batch()], CLASSIFY)
+    assert report.layers[0].gradient_rms == 0
+    assert "gradient-underflow" in codes(report, "error")
+
+
+def _without_autograd(model: nn.Module, batch: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]).detach(), _without_autograd],
+    ids=["detached", "no_grad"],
+)
+def test_a_loss_without_a_gradient_is_an_error(loss) -> None:
+    report = gm.inspect(plain(3), [batch()], loss)
+    assert "no-gradient" in codes(report, "error")
+    assert "No gradient arrives at any layer" in report.verdict
+
+
+def test_inference_mode_is_an_error() -> None:
+    with torch.inference_mode():
+        report = gm.inspect(plain(3), [batch()], CLASSIFY)
+    assert "no-gradient" in codes(report, "error")
+
+
+def test_the_verdict_says_when_little_was_measured() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = isometric(plain(3)), nn.Linear(400, 400)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    report = gm.inspect(Partly(), [batch()], CLASSIFY)
+    assert "No trouble found in what was measured: " in report.verdict
 
 
 @pytest.mark.parametrize(

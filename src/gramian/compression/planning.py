@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from gramian.statistics import Site, Sites, Statistics
 
 __all__ = ["Plan", "compress"]
 
+DEFAULT_KEEP = 0.5
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -32,9 +35,10 @@ class Plan:
     Args:
         model: as it came, dense.
         spectra: the weighted singular value decomposition of each layer that can be factored.
-        keep: share of all the model's parameters.
+        keep: share of all the model's parameters; where none was asked for, one half, or the smallest that is possible.
         ranks: by layer (the module's name), a rank, or `None` where the layer stays dense.
         reasons: by layer, why it is not factored at any share.
+        note: where `keep` is not the default share, why.
     """
 
     model: nn.Module
@@ -42,6 +46,12 @@ class Plan:
     keep: float
     ranks: dict[str, int | None]
     reasons: dict[str, str]
+    note: str = ""
+
+    def __str__(self) -> str:
+        factored = sum(rank is not None for rank in self.ranks.values())
+        text = f"keep = {self.keep:.3f}: {self.parameters:,} of {self.parameters_dense:,} parameters, {factored} layers"
+        return f"{text} factored{f' ({self.note})' if self.note else ''}"
 
     @property
     def parameters_dense(self) -> int:
@@ -56,6 +66,12 @@ class Plan:
             rank = self.ranks[module_name(s.block)]
             saved += 0 if rank is None else s.block.parameter.numel() - s.cost(rank)
         return self.parameters_dense - saved
+
+    @property
+    def _smallest(self) -> int:
+        """Parameters with rank 1 everywhere."""
+        fixed = self.parameters_dense - sum(s.block.parameter.numel() for s in self.spectra)
+        return fixed + sum(s.cost(1) for s in self.spectra)
 
     @property
     def predicted_loss(self) -> float:
@@ -75,9 +91,7 @@ class Plan:
         """
         if not 0 < keep <= 1:
             raise InputError(f"compress: keep must be a share in (0, 1], got {keep}")
-        total = self.parameters_dense
-        fixed = total - sum(s.block.parameter.numel() for s in self.spectra)
-        spent = fixed + sum(s.cost(1) for s in self.spectra)
+        total, spent = self.parameters_dense, self._smallest
         if spent > keep * total:
             raise InputError(
                 f"compress: keep={keep} of {total:,} parameters is {int(keep * total):,}, but rank 1 everywhere needs "
@@ -100,7 +114,7 @@ class Plan:
             module_name(s.block): 1 + r if 1 + r < s.break_even else None
             for s, r in zip(self.spectra, extra, strict=True)
         }
-        return replace(self, keep=keep, ranks=ranks)
+        return replace(self, keep=keep, ranks=ranks, note="")
 
     def _dense(self) -> str:
         """The layers that are not factored, the first few, for an error."""
@@ -133,7 +147,7 @@ def compress(
     *,
     batches: Batches | None = None,
     objective: Objective | Callable | None = None,
-    keep: float = 0.5,
+    keep: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Factors every linear layer and convolution so that the loss grows least for the parameters kept.
@@ -148,7 +162,8 @@ def compress(
         stats: from `gm.capture`, best with `fisher="gauss_newton"`; or give `batches` and `objective`.
         batches: as in `gm.capture`, in place of `stats`; they are read once.
         objective: how they are turned into a loss, in place of `stats`.
-        keep: share of all the model's parameters to keep.
+        keep: share of all the model's parameters to keep. By default 0.5, or where rank 1 everywhere needs more than
+            that, the smallest possible share, which the plan's text says.
         progress: called with the number of layers done.
 
     Returns:
@@ -191,4 +206,14 @@ def compress(
             f"compress: no layer of {type(model).__name__} can be factored ({why or 'it has no matrices'})"
         )
     empty: dict[str, int | None] = {module_name(s.block): None for s in spectra}
-    return Plan(model, tuple(spectra), 1.0, empty, reasons).at(keep=keep)
+    plan = Plan(model, tuple(spectra), 1.0, empty, reasons)
+    if keep is not None:
+        return plan.at(keep=keep)
+    smallest = plan._smallest / plan.parameters_dense
+    if smallest <= DEFAULT_KEEP:
+        return plan.at(keep=DEFAULT_KEEP)
+    if smallest >= 1:  # nothing becomes smaller: all stays dense, and `at` says why
+        return replace(plan, note="no layer has factors smaller than itself")
+    smallest = math.nextafter(smallest, 1.0)  # the budget of `at` is not below it by rounding
+    note = f"{smallest:.3f} is the smallest possible share; {DEFAULT_KEEP} is not possible{plan._dense()}"
+    return replace(plan.at(keep=smallest), note=note)

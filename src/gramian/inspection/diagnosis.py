@@ -24,6 +24,7 @@ from gramian.objective import Objective, as_objective
 from gramian.operators import NoJacobian, layer_gains, try_jacobian
 from gramian.recording import capture
 from gramian.report import Layer, Report
+from gramian.report.model import COVERAGE, HALF
 
 __all__ = ["inspect"]
 
@@ -154,6 +155,8 @@ def _measure_signal(
             )
         )
     measured.facts |= {"loss per unit": stats.loss, "units": int(stats.units)}
+    if stats.coverage < HALF:
+        measured.facts[COVERAGE] = stats.coverage
     measured.notes.append("Measured in evaluation mode: dropout off, batch statistics as stored.")
 
 

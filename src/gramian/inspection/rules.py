@@ -15,6 +15,7 @@ import torch
 from gramian.gram import Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
+from gramian.recording.recorder import NO_GRAD, NOT_REACHED
 from gramian.report import SEVERITIES, Action, Finding, Layer
 
 if TYPE_CHECKING:
@@ -98,8 +99,27 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
         )
 
 
+def missing_gradients(measured: Measured) -> Iterator[Finding]:
+    """Find a loss that no layer's gradient was measured from, since autograd was off or the loss was detached. Exact."""
+    if measured.stats is None or any(site.G is not None for site in measured.stats.sites()):
+        return
+    blocks = measured.stats.blocks
+    cut = [n for n, sites in blocks.items() if not sites or any(_without_autograd(s.reason) for s in sites)]
+    if cut:
+        yield Finding(
+            "no-gradient",
+            "error",
+            "No gradient arrives at any layer",
+            where=", ".join(cut[:3]) + (" …" if len(cut) > 3 else ""),
+            evidence=f"0 of {len(blocks)} layers got a gradient (exact)",
+            cause="The loss is not connected to the layers, so nothing was measured that needs a gradient.",
+            advice="Look for .detach(), .item(), torch.no_grad() or torch.inference_mode() in the objective, in the "
+            "model's forward or around inspect, and remove it.",
+        )
+
+
 def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
-    """Find gradients below the smallest normal number of the dtype. Exact."""
+    """Find gradients below the smallest normal number of the dtype, and zeros that no zero matrix explains. Exact."""
     sized = _with_gradients(measured)
     tiny = torch.finfo(measured.dtype).tiny
     lost = [layer for layer in sized if (layer.gradient_rms or 0.0) < tiny]
@@ -191,7 +211,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
 
 def end_to_end(measured: Measured) -> Iterator[Finding]:
     """Check the end-to-end Jacobian's largest singular value."""
-    if not measured.jacobian:
+    if not measured.jacobian or _is_blocked(measured):
         return
     largest, middle = measured.jacobian[0], measured.jacobian[len(measured.jacobian) // 2]
     measured.facts["end-to-end Jacobian σ₁"] = largest
@@ -238,6 +258,7 @@ Rule = Callable[["Measured"], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
     weight_rules.non_finite_weights,
     non_finite_signal,
+    missing_gradients,
     underflowing_gradients,
     gain,
     collapsed_inputs,
@@ -252,12 +273,33 @@ def _confirmed(measured: Measured) -> bool:
     """Whether the gradient or the Jacobian, measured across the whole depth, leaves its healthy range."""
     sized = [layer.gradient_rms or 0.0 for layer in _with_gradients(measured)]
     ratio = sized[0] / sized[-1] if measured.is_chain and sized and sized[-1] > 0 else 1.0
-    largest = measured.jacobian[0] if measured.jacobian else 1.0
+    largest = measured.jacobian[0] if measured.jacobian and not _is_blocked(measured) else 1.0
     return not (1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO and 1 / END_TO_END <= largest <= END_TO_END)
 
 
+def _without_autograd(reason: str) -> bool:
+    """Whether a site has no gradient because none came, and not because its layer was not understood."""
+    return reason in ("", NO_GRAD, NOT_REACHED) or "Inference tensor" in reason
+
+
 def _with_gradients(measured: Measured) -> list[Layer]:
-    return [layer for layer in measured.layers if layer.gradient_rms is not None]
+    """The layers with a gradient, without those whose gradient is exactly zero because a later matrix is.
+
+    LoRA's B and the last matrix of a residual branch start at zero on purpose: what is before them gets its gradient
+    after the first step. A zero matrix that should not be one has a finding of its own.
+    """
+    zero = max((layer.depth for layer in _zero_matrices(measured)), default=-1)
+    sized = [layer for layer in measured.layers if layer.gradient_rms is not None]
+    return [layer for layer in sized if layer.gradient_rms != 0.0 or layer.depth >= zero]
+
+
+def _zero_matrices(measured: Measured) -> list[Layer]:
+    return [layer for layer in measured.layers if layer.frobenius_norm == 0.0 and layer.role != "embedding"]
+
+
+def _is_blocked(measured: Measured) -> bool:
+    """Whether the Jacobian is exactly zero, and a zero matrix is why."""
+    return measured.jacobian[0] == 0.0 and bool(_zero_matrices(measured))
 
 
 def _variation(a: Gram) -> float | None:

@@ -33,6 +33,7 @@ MAX_DIM = 8192
 """Sides wider than this keep only the diagonal of their second moment: a vocabulary of 32,000 would take 8 GiB."""
 
 NO_GRAD = "it ran without autograd: in torch.no_grad(), or checkpoint(use_reentrant=True)"
+NOT_REACHED = "no gradient reached it"
 
 
 class Recorder(TorchFunctionMode):
@@ -100,7 +101,7 @@ class Recorder(TorchFunctionMode):
         stats.settle()
         for site in stats.sites():
             if site.G is None and not site.reason:
-                site.reason = "no gradient reached it"
+                site.reason = NOT_REACHED
 
     @contextmanager
     def installed(self) -> Iterator[Recorder]:

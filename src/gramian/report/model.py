@@ -59,6 +59,11 @@ class Finding:
         return "\n".join(part for part in (self.action.code if self.action else "", self.advice) if part)
 
 
+# The fact that says how much of the model the second moments cover; below a half, the verdict says it.
+COVERAGE = "share of parameters whose signal was measured"
+HALF = 0.5
+
+
 @dataclass(frozen=True)
 class Layer:
     """The measurements of one matrix W of the network; what was not measured is `None`.
@@ -212,6 +217,9 @@ class Report:
         remarks = f" ({plural(len(self.findings), 'remark')})" if self.findings else ""
         if not self.layers:
             return f"No trouble found{remarks}, but there were no layers to inspect."
+        share = self.facts.get(COVERAGE, 1.0)
+        if isinstance(share, float) and share < HALF:
+            return f"No trouble found in what was measured: {100 * share:.0f} % of the parameters{remarks}."
         return f"No trouble found in {plural(len(self.layers), 'layer')}{remarks}."
 
     def to_dict(self) -> dict[str, Any]:
