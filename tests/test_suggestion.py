@@ -317,7 +317,7 @@ def test_what_cannot_be_answered_is_refused_with_its_reason():
 def test_a_frozen_backbone_leaves_no_matrix_that_follows_the_rate():
     model, batch = tiny(dtype=torch.float32)
     model[:4].requires_grad_(False)
-    with pytest.raises(InputError, match="no trainable matrix follows|finds no matrix"):
+    with pytest.raises(InputError, match="no trainable matrix follows"):
         gm.suggest_lr(model, batch, CLASSIFY)
 
 

@@ -338,7 +338,10 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _batches(batch: Any, num: int) -> list[Any]:
-    """At most `num` batches; a tuple, and a list of tensors of different shapes, are one. A loader's order does not change the seeds."""
+    """At most `num` batches; a tuple, and a list of tensors of different shapes, are one.
+
+    A loader's order does not change the seeds.
+    """
     elements = batch if isinstance(batch, (tuple, list)) and not _are_batches(batch) else ()
     if is_one_batch(batch) or isinstance(batch, tuple) or any(isinstance(e, (Tensor, int, float)) for e in elements):
         return [batch]
