@@ -259,6 +259,37 @@ def test_the_text_says_how():
     assert "one batch" in str(gm.suggest_lr(model.eval(), batches[0], REGRESS, optimizer="sgd"))
 
 
+def test_a_list_of_tensors_of_one_shape_is_a_list_of_batches():
+    model, (x, _) = tiny(dtype=torch.float32)
+    found = gm.suggest_lr(model, [x[:8], x[8:]], lambda m, x: m(x).square().mean(), optimizer="sgd", num_steps=2)
+    assert "2 batches" in found.why
+
+
+def test_a_loss_may_use_autograd():
+    model, (x, _) = tiny(dtype=torch.float32)
+
+    def penalized(model: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        out = model(x).square().mean()
+        return out + torch.autograd.grad(out, x, create_graph=True)[0].square().sum()
+
+    assert gm.suggest_lr(model, x, penalized, optimizer="adamw", num_steps=2).lr > 0
+
+
+def test_what_the_rest_gains_alone_is_not_the_rate_s():
+    """A hidden matrix whose direction does not help: only the head, at AdamW's fixed rate, lowers the loss."""
+    model, batch = tiny(dtype=torch.float32)
+    apart = [batch, (batch[0].clone(), batch[1])]
+
+    def opposed(model: nn.Module, b: tuple[Tensor, Tensor]) -> Tensor:
+        held = b[0] is apart[1][0]
+        hidden = model[2].weight.square().sum()
+        return nn.functional.cross_entropy(model[3:](model[:3](b[0]).detach()), b[1]) + (0.1 if held else -0.1) * hidden
+
+    with pytest.raises(InputError, match="gains more than the parameters that do not follow lr"):
+        gm.suggest_lr(model, apart, opposed, num_steps=4)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +312,13 @@ def test_what_cannot_be_answered_is_refused_with_its_reason():
     frozen = copy.deepcopy(model).requires_grad_(False)
     with pytest.raises(InputError, match="no trainable parameter"):
         gm.suggest_lr(frozen, batch, CLASSIFY)
+
+
+def test_a_frozen_backbone_leaves_no_matrix_that_follows_the_rate():
+    model, batch = tiny(dtype=torch.float32)
+    model[:4].requires_grad_(False)
+    with pytest.raises(InputError, match="no trainable matrix follows"):
+        gm.suggest_lr(model, batch, CLASSIFY)
 
 
 def test_a_loss_that_no_rate_lowers_is_refused():

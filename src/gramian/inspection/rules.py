@@ -100,7 +100,7 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
 
 
 def missing_gradients(measured: Measured) -> Iterator[Finding]:
-    """Find a loss from which no layer had a gradient: autograd was off, or the loss was detached. Exact."""
+    """Find a loss from which no layer gets a gradient, since autograd was off or the loss was detached. Exact."""
     if measured.stats is None or any(site.G is not None for site in measured.stats.sites()):
         return
     blocks = measured.stats.blocks

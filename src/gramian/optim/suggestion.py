@@ -32,6 +32,7 @@ WARMUP = 4  # a rehearsal's rate rises over a quarter of its steps
 STEP = 10**0.5  # between two rates that are rehearsed
 MAX_REHEARSALS = 24
 MOST_HALVINGS = 8
+NOISE = 0.01  # of what the rest of the model gains alone: a rate that adds less than this share adds nothing
 
 # The best rate of runs of 100 steps over that of a rehearsal, measured on the networks of `gramian bench rates`.
 FRACTION = 0.7
@@ -89,7 +90,9 @@ def suggest_lr(
             afterwards.
         batch: one batch, or many: a `DataLoader`, a list, or another iterable, of which the first `num_steps + 1` are
             read. The last one read judges, the others train. Give several: with only one, the rate is that of a
-            gradient without noise. A tuple, a list of tensors and a mapping are one batch.
+            gradient without noise. A tuple and a mapping are one batch, and so is a
+            list of tensors of different kinds or shapes, `[x, y]`; a list of tensors that differ at most in their first
+            dimension is a list of batches.
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
         optimizer: `"auto"`, as in `gm.train`, another name of `gm.optim.OPTIMIZERS`, a class, or a function
             `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
@@ -135,6 +138,7 @@ class _Rehearsals:
         self.given, self.objective = objective, as_objective(objective)
         self.training, self.held_out = batches[:-1] or batches, batches[-1]
         self.losses: dict[float, float] = {}
+        self.follows: list[bool] = []  # by parameter group, whether its rate is lr
 
     def suggestion(self) -> LearningRate:
         """Takes the parabola, searches from its minimum, and checks the fraction of the best rate."""
@@ -143,19 +147,28 @@ class _Rehearsals:
             raise InputError(f"suggest_lr: the loss is {before} before any step; gm.inspect shows where that begins")
         curvature = self._first_line()
         line = curvature.minimum
-        best = self._search(line if 0 < line < math.inf else 1.0, before)
+        base = self._baseline(before)
+        best = self._search(line if 0 < line < math.inf else 1.0, base)
         if not self.losses[best] < before:
             tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
             raise InputError(
                 f"suggest_lr: no rate from {tried} lowers the held-out loss of {before:.4g} in {self.num_steps} steps; "
                 "give more or larger batches, or repair the model first (see gm.inspect)"
             )
-        gain = before - self.losses[best]
-        good = [rate for rate, loss in self.losses.items() if before - loss >= gain / 2]
+        gain = base - self.losses[best]
+        if not gain > NOISE * (before - base):
+            raise InputError(
+                f"suggest_lr: no rate from {min(self.losses):.1e} to {max(self.losses):.1e} gains more than the "
+                f"parameters that do not follow lr gain alone, at their own rate: the held-out loss falls from "
+                f"{before:.4g} to {base:.4g} in {self.num_steps} steps without lr, to {self.losses[best]:.4g} with the "
+                "best rate. Rehearse more steps (num_steps), lower the optimizer's rest_lr, or ask for "
+                "optimizer='adamw'"
+            )
+        good = [rate for rate, loss in self.losses.items() if base - loss >= gain / 2]
         top = self._top(best)
         lr, how = FRACTION * top, f"{FRACTION:g} × {top:.2g}, the best rate of {self.num_steps} rehearsed steps"
         for halvings in range(1, 1 + MOST_HALVINGS):
-            if self._rehearse(lr) < before:
+            if self._rehearse(lr) < base:
                 break
             lr, how = lr / 2, f"{FRACTION:g} × {top:.2g}, halved {halvings} times until the loss fell"
         else:  # noise: no rate below the best gains
@@ -206,21 +219,35 @@ class _Rehearsals:
             return best * (STEP**-0.25 if right == math.inf else 1.0)
         return best * STEP ** (0.5 * (left - right) / bend)
 
+    def _baseline(self, before: float) -> float:
+        """The held-out loss that a rate must improve on: after the steps in which only the rest of the model moves.
+
+        A matrix optimizer steps embeddings, the head and vectors at a rate of their own: what they gain is not `lr`'s.
+        """
+        optimizer = self.make(self.model, 1.0)
+        if all(self.follows):
+            return before
+        rates = [0.0 if f else group["lr"] for f, group in zip(self.follows, optimizer.param_groups, strict=True)]
+        return min(before, self._loss_after(optimizer, rates))
+
     def _rehearse(self, lr: float) -> float:
         """The held-out loss after some steps at this rate; infinite where it is not finite."""
         if lr not in self.losses:
             optimizer = self.make(self.model, lr)
-            rates = [group["lr"] for group in optimizer.param_groups]
-            rise = max(1, self.num_steps // WARMUP)
-            for step in range(self.num_steps):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * min(1.0, (step + 1) / rise)
-                self._gradient([self.training[step % len(self.training)]], seed=step)
-                optimizer.step()
-            loss = self._held_out_loss()
-            self.losses[lr] = loss if math.isfinite(loss) else math.inf
-            self.restore()
+            self.losses[lr] = self._loss_after(optimizer, [group["lr"] for group in optimizer.param_groups])
         return self.losses[lr]
+
+    def _loss_after(self, optimizer: torch.optim.Optimizer, rates: list[float]) -> float:
+        """The held-out loss after some steps, with one rate for each group; infinite where it is not finite."""
+        rise = max(1, self.num_steps // WARMUP)
+        for step in range(self.num_steps):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1.0, (step + 1) / rise)
+            self._gradient([self.training[step % len(self.training)]], seed=step)
+            optimizer.step()
+        loss = self._held_out_loss()
+        self.restore()
+        return loss if math.isfinite(loss) else math.inf
 
     def _first_line(self) -> LineCurvature:
         """The parabola of the held-out batch along the optimizer's first direction on the other batches."""
@@ -241,7 +268,14 @@ class _Rehearsals:
         optimizer, twice = self.make(self.model, 1.0), self.make(self.model, 2.0)
         _check(optimizer)
         groups = zip(optimizer.param_groups, twice.param_groups, strict=True)
-        follows = [p for group, other in groups if other["lr"] == 2 * group["lr"] for p in group["params"]]
+        self.follows = [other["lr"] == 2 * group["lr"] for group, other in groups]
+        rated = zip(optimizer.param_groups, self.follows, strict=True)
+        follows = [p for group, yes in rated if yes for p in group["params"] if p.requires_grad]
+        if not follows:
+            raise InputError(
+                "suggest_lr: no trainable matrix follows this optimizer's rate: they are frozen, or an embedding or a "
+                "head, which step at a rate of their own. Ask for optimizer='adamw', or unfreeze a hidden layer"
+            )
         self._gradient(self.training, seed=0)
         grads = [p.grad for p in follows if p.grad is not None]
         if not grads or not all(bool(g.isfinite().all()) for g in grads):
@@ -266,9 +300,8 @@ class _Rehearsals:
 
     def _held_out_loss(self) -> float:
         torch.manual_seed(0)
-        with torch.no_grad():
-            total, units = self.objective.loss(self.model, self.held_out)
-        return float(total / units)
+        total, units = self.objective.loss(self.model, self.held_out)  # with autograd: a loss may need gradients
+        return float(total.detach() / units)
 
 
 @contextmanager
@@ -305,8 +338,11 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _batches(batch: Any, num: int) -> list[Any]:
-    """At most `num` batches; a tuple, and a list of tensors, are one. A loader's order does not change the seeds."""
-    elements = batch if isinstance(batch, (tuple, list)) else ()
+    """At most `num` batches; a tuple, and a list of tensors of different shapes, are one.
+
+    A loader's order does not change the seeds.
+    """
+    elements = batch if isinstance(batch, (tuple, list)) and not _are_batches(batch) else ()
     if is_one_batch(batch) or isinstance(batch, tuple) or any(isinstance(e, (Tensor, int, float)) for e in elements):
         return [batch]
     with torch.random.fork_rng(devices=[]):
@@ -314,6 +350,13 @@ def _batches(batch: Any, num: int) -> list[Any]:
     if not found:
         raise no_batches(batch, "suggest_lr")
     return found
+
+
+def _are_batches(batch: Any) -> bool:
+    """Whether a list of tensors is a list of batches: all of one kind and one shape but for their first dimension."""
+    if not isinstance(batch, list) or not all(isinstance(t, Tensor) and t.ndim for t in batch):
+        return False
+    return len({(t.shape[1:], t.is_floating_point()) for t in batch}) == 1
 
 
 def _maker(optimizer: Any) -> Make:
