@@ -675,3 +675,11 @@ def test_the_examples_of_the_page_run(number: int, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
     (tmp_path / "example.py").write_text(EXAMPLES[number], encoding="utf-8")
     runpy.run_path(str(tmp_path / "example.py"))
+
+
+def test_a_label_that_is_no_class_is_named() -> None:
+    batch = torch.zeros(4, 3), torch.tensor([0, 1, 3, -100])
+    with pytest.raises(InputError, match="the label 3 is none of 2 classes"):
+        gm.Objective.classification().loss(nn.Linear(3, 2), batch)
+    with pytest.raises(InputError, match="binary_cross_entropy_with_logits"):
+        gm.Objective.classification().loss(nn.Linear(3, 1), (torch.zeros(4, 3), torch.ones(4, dtype=torch.long)))

@@ -298,3 +298,13 @@ def test_train_does_not_replace_weights_that_look_trained() -> None:
     task = gm.Task(trained, gm.Objective.classification(), lambda epoch, generator: [(x, y)], lambda model: {"n": 0.0})
     with pytest.raises(InputError, match=r"2\.weight .*Pass overwrite=True"):
         gm.train(task, init="isometric", steps=1)
+
+
+def test_complex_layers_are_named_and_a_weight_norm_that_was_set_is_not() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.cfloat), nn.Linear(8, 4))
+    with pytest.warns(GramianWarning, match=r"0\.weight"):
+        gm.init.isometric_(model)
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", GramianWarning)
+            gm.init.isometric_(nn.Sequential(norm(nn.Conv1d(4, 4, 3, padding=1)), nn.Tanh(), nn.Conv1d(4, 4, 1)))

@@ -264,9 +264,21 @@ def cross_entropy(
     def total(scores: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         c = None if classes is None else classes.to(scores)
         options: Any = {"weight": c, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        if weights is None:
-            return nn.functional.cross_entropy(scores, labels, reduction="sum", **options)
-        losses = nn.functional.cross_entropy(scores, labels, reduction="none", **options)
+        if scores.shape[-1] == 1:
+            raise InputError(
+                "objective: one score a unit is no classification, whose loss would be 0 for any score. Give the model "
+                "two outputs, or write gm.Objective(predict, criterion) with binary_cross_entropy_with_logits"
+            )
+        try:
+            if weights is None:
+                return nn.functional.cross_entropy(scores, labels, reduction="sum", **options)
+            losses = nn.functional.cross_entropy(scores, labels, reduction="none", **options)
+        except IndexError as error:
+            wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= scores.shape[-1]))]
+            raise InputError(
+                f"objective: the label {int(wrong[0]) if len(wrong) else '?'} is none of {scores.shape[-1]} classes, "
+                f"wanted 0 to {scores.shape[-1] - 1}, or ignore_index={ignore_index}"
+            ) from error
         return (torch.where(weights > 0, losses, 0.0) * weights).sum()
 
     def counts(scores: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float = 0.0) -> Tensor:

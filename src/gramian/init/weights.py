@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from gramian.block import Block, blocks
 from gramian.errors import InputError
 from gramian.layers import is_affine, operation_of, runs_as_its_class
-from gramian.layers.lookup import host_of
+from gramian.layers.lookup import SCALE, host_of
 
 __all__ = ["Weight", "Weights", "find_weights"]
 
@@ -95,9 +95,11 @@ class Weight:
 
 def _parallel(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are multiples of each other, to the dtype's precision."""
+    # Of entries that are rounded to ε each, the cosine is off by ε² or so.
+    eps = torch.finfo(x.dtype).eps + torch.finfo(y.dtype).eps
     x, y = x.double().flatten(), y.double().flatten()
     cosine = float(x @ y / (x.norm() * y.norm()))
-    return cosine > 1 - 16 * torch.finfo(torch.promote_types(x.dtype, y.dtype)).eps ** 0.5
+    return cosine > 1 - max(16 * torch.finfo(torch.float64).eps ** 0.5, eps**2)
 
 
 @dataclass
@@ -159,7 +161,9 @@ def find_weights(model: nn.Module) -> Weights:
                 f"isometric_: {row.name} is of {p.dtype}, in which a matrix is not orthogonal. Initialize the model in "
                 "float32 or bfloat16, then convert it"
             )
-        if p.ndim > 2 or (p.ndim == 2 and not p.requires_grad and not row.elementwise):
+        if row.reason.endswith(SCALE):
+            continue  # it goes with the weight, which is set or named above
+        if p.ndim > 2 or (p.ndim == 2 and (p.is_complex() or (not p.requires_grad and not row.elementwise))):
             weights.leave(NOT_AFFINE if p.requires_grad else FROZEN, row.name)
     return weights
 

@@ -19,6 +19,10 @@ from gramian.layout import Layout
 __all__ = ["Lookup", "Owned", "host_of", "is_lazy", "look_up", "match_pattern"]
 
 
+SCALE = "a scale of the parametrized weight"
+"""Why a part of a parametrized weight holds no matrix of its own."""
+
+
 class Lookup(NamedTuple):
     """The layout of a parameter, `None` where it holds no matrix; its role, and why."""
 
@@ -47,7 +51,7 @@ def look_up(use: Owned) -> Lookup:
     """What the table says of a parameter: by its module's class, refined by its name; or by its name alone."""
     parameter, local, module = use.parameter, use.local, use.module
     if not local:
-        return Lookup(None, "hidden", f"{use.name.rpartition('.')[2]}: a scale of the parametrized weight")
+        return Lookup(None, "hidden", f"{use.name.rpartition('.')[2]}: {SCALE}")
     if is_lazy(parameter):
         return Lookup(None, "hidden", "not initialized yet: run a batch through the lazy module first")
     if not parameter.is_floating_point() or parameter.element_size() < 2:
