@@ -37,6 +37,15 @@ def task(depth=3):
 def deep():
     return task(60)
 
+def ends():
+    import atexit, sys
+    class Finalized:
+        def __del__(self):
+            print("finalized", file=sys.stderr)
+    sys.modules["kept"] = Finalized()
+    atexit.register(print, "handler", file=sys.stderr)
+    return task()
+
 def raises():
     raise RuntimeError("no\\ndata")
 
@@ -354,12 +363,15 @@ def test_train_under_torchrun(folder) -> None:
     """Two processes, one of which prints and writes; a refusal is told and exits with 2."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "gramian", *TRAIN]
+    command[command.index("task.py:task")] = "task.py:ends"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1000)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Model: runs/x/model.safetensors") == 1
     assert done.stderr.count("train 100%") == 1
     assert sorted(os.listdir("runs/x")) == ["metrics.jsonl", "model.safetensors"]
+    assert "finalized" not in done.stderr  # a thread of the process group may not meet it
+    assert done.stderr.count("handler") == 2
     done = subprocess.run([*command, "--resume", "--seed", "7"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1  # torchrun's own, which tells the processes' in its report
     assert (

@@ -1,7 +1,5 @@
 """`python -m gramian`."""
 
-import sys
+from gramian.cli import program
 
-from gramian.cli import main
-
-sys.exit(main())
+program()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,7 +22,7 @@ import gramian
 from gramian.checkpoint.faults import plain
 from gramian.errors import GramianError, GramianWarning, InputError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "program"]
 
 # typer has its own copy of click: these are the base classes of an error that it exports.
 UsageError = typer.BadParameter.__bases__[0]
@@ -315,7 +316,7 @@ def _compare(model: str, against: str, task: str | None, rank: int | None, out: 
 @contextmanager
 def _ranks() -> Iterator[bool]:
     """Join torchrun's process group, if there is one; yields whether this process prints."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _num_ranks() < 2:
         yield True
         return
     from torch import distributed
@@ -384,10 +385,31 @@ def main(args: list[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
+def program() -> NoReturn:
+    """Run the command line as a process of its own and end it with the exit code.
+
+    A rank of torchrun ends without finalizing the interpreter. DistributedDataParallel keeps the threads of its process
+    group, and Python before 3.14 unwinds a thread that asks for the GIL during finalization, through C++ frames that
+    may not be unwound: now and then a run that was finished and written ended with "terminate called without an active
+    exception" and exit code 134.
+    """
+    code = main()
+    if _num_ranks() > 1:
+        atexit._run_exitfuncs()  # of the user's task and its loggers
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **kwargs: Any) -> None:
     if issubclass(category, GramianWarning):
         print(f"gramian: warning: {plain(message, len(str(message)))}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()
