@@ -18,6 +18,7 @@ from gramian.errors import GramianWarning, InputError
 from gramian.inspection.matrices import find_holdings
 from gramian.inspection.weights import applied
 from gramian.layers import LAYERS, NAMED, OPERATIONS, Layer, find_head, find_named, layer_of, operation_of
+from gramian.layers.listed import look_up_listed
 from gramian.layout import Layout
 from gramian.operators import layer_gains
 from gramian.optim.parts import in_parts
@@ -611,3 +612,33 @@ def test_keyword_calls_of_products_are_captured() -> None:
     stats = gm.capture(Keyword(), ZOO["mlp"].make_batches(0), gm.Objective.classification())
     assert stats["a"].A.dim == 64
     assert stats["b"].A.dim == 16
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("first", "width", "channels"), [("conv1", 16, 16), ("zero.conv", 16, 16), ("a.b.stem", 6, 5)])
+def test_a_list_a_file_and_a_model_agree_on_depthwise_kernels_in_any_order(
+    tmp_path: Path, first: str, width: int, channels: int, reverse: bool
+) -> None:
+    shapes = {
+        f"{first}.weight": (width, 1, 3, 3),
+        f"{first}.bias": (width,),
+        "block.0.dw.weight": (channels, 1, 3, 3),
+        "block.0.pw.weight": (channels, width, 1, 1),
+        "fc.weight": (10, channels),
+    }
+    names = sorted(shapes, reverse=reverse)
+    told = {name: answer.role for name, answer in look_up_listed({name: shapes[name] for name in names}).items()}
+    save_tensors(tmp_path / "m.safetensors", {name: torch.randn(shapes[name]) for name in names})
+    held = {holding.entry.name: holding.role for holding in find_holdings(open_checkpoint(tmp_path / "m.safetensors"))[0]}
+    assert held == {name: told[name] for name in held}
+    assert [name for name, role in told.items() if role == "elementwise"] == ["block.0.dw.weight"]
+
+
+def test_a_transposed_kernel_to_one_channel_is_no_depthwise_one(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 1, 3))
+    save_tensors(tmp_path / "m.safetensors", model.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert look_up_listed(shapes)["1.weight"].layout == gm.blocks(model).blocks[1].layout
+    (_, last), wanted = of_file(tmp_path / "m.safetensors").values(), of_model(model)["1.weight"]
+    assert torch.equal(last[0], wanted[0])
+    assert last[1] == wanted[1] == "head"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from gramian.checkpoint import Checkpoint
 from gramian.checkpoint.formats import Entry
 from gramian.errors import InputError, ShapeError
 from gramian.inspection.auxiliary import find_auxiliary
-from gramian.inspection.kernels import Kernels
-from gramian.layers import KERNELS, NAMED, Role, config_of, families, find_head, find_named, role_by_name, weight_name
-from gramian.layers.listed import depthwise_kernels
+from gramian.layers import Role, config_of
+from gramian.layers.listed import look_up_listed
 from gramian.layers.lookup import match_pattern
 from gramian.layout import Layout
 
@@ -81,37 +80,44 @@ def find_holdings(
     Raises:
         InputError: an override that matches nothing, or does not fit what it matches.
     """
-    config, overrides, used = read_config(checkpoint.path), dict(layouts or {}), set()
+    overrides = dict(layouts or {})
     known = _metadata(checkpoint)
     auxiliary = {} if known else find_auxiliary(checkpoint)
-    kernels = Kernels(checkpoint.entries)
-    family = families({name: entry.shape for name, entry in checkpoint.entries.items()})
+    reasons: dict[str, str] = {}
     holdings: list[Holding] = []
-    left_out: dict[str, list[str]] = {}
+    asked: dict[str, Entry] = {}
+    given: dict[str, Layout] = {}
+    used = set()
     for name, entry in checkpoint.entries.items():
         reason = auxiliary.get(name) or _not_numbers(entry)
-        if not reason:
-            pattern = match_pattern(overrides, name)
-            if pattern is None:
-                here = config if config.get("model_type") else config | {"model_type": family(name)}
-                held = _of_metadata(entry, known) if known else _hold(entry, here, checkpoint, kernels)
-                if isinstance(held, Holding):
-                    holdings.append(held)
-                    continue
-                reason = held
-            else:
-                used.add(pattern)
-                if overrides[pattern] != "skip":
-                    holdings.append(_overridden(entry, pattern, overrides[pattern], checkpoint))
-                    continue
+        pattern = None if reason else match_pattern(overrides, name)
+        if pattern is not None:
+            used.add(pattern)
+            if overrides[pattern] == "skip":
                 reason = "left out by --layouts"
-        if reason != "vector":
-            left_out.setdefault(reason, []).append(name)
+            else:
+                asked[name], given[name] = entry, _layout_given(entry, pattern, overrides[pattern])
+        elif not reason and known:
+            held = _of_metadata(entry, known)
+            if isinstance(held, Holding):
+                holdings.append(held)
+            else:
+                reason = held
+        elif not reason:
+            asked[name] = entry
+        if reason:
+            reasons[name] = reason
     unused = [pattern for pattern in overrides if pattern not in used]
     if unused:
         some = next(iter(checkpoint.entries))
         raise InputError(f"layouts: {unused[0]!r} matches no matrix of {checkpoint.path}; names are like {some!r}")
-    return _with_head(holdings, checkpoint, known), left_out
+    found, more = _by_names(checkpoint, asked, given, auxiliary, last=not known)
+    holdings, reasons = holdings + found, reasons | more
+    left_out: dict[str, list[str]] = {}
+    for name in checkpoint.entries:
+        if reasons.get(name, "vector") != "vector":
+            left_out.setdefault(reasons[name], []).append(name)
+    return sorted(holdings, key=lambda h: _place(h.entry.name, h.role)), left_out
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -190,61 +196,54 @@ def _of_metadata(entry: Entry, known: Mapping[str, Any]) -> Holding | str:
         ) from None
 
 
-def _hold(entry: Entry, config: Mapping[str, Any], checkpoint: Checkpoint, kernels: Kernels) -> Holding | str:
-    """What the table of names says of a tensor, or why it holds no matrix that is known."""
-    found = find_named(weight_name(entry.weight), entry.shape, config, rows=(*NAMED, *KERNELS))
-    role = _role(entry, checkpoint)
-    made = UNKNOWN if ".parametrizations." in f".{entry.name}" and not entry.made else ""
-    if found is not None and found.layout is None:
-        return "vector" if found.kind == "vector" else "acts element by element"
-    if found is not None and found.layout is not None:
-        layout, kind, note = found.layout, found.kind, ""
-        if found.reason == f"named {KERNELS[0].name}":
-            layout, kind, note = kernels.describe(entry, layout, kind)
-        return Holding(entry, layout, kind, found.role or ("hidden" if kind != "matrix" else role), note or made)
-    if len(entry.shape) == 2:
-        kind = "embedding" if role == "embedding" else "matrix"
-        return Holding(entry, Layout("o i -> o i", entry.shape), kind, role, made)
-    return f"of {len(entry.shape)} dimensions and an unknown name: give --layouts"
-
-
-def _role(entry: Entry, checkpoint: Checkpoint) -> Role:
-    module, _, local = entry.weight.rpartition(".")
-    return role_by_name(entry.weight, entry.shape, local == "weight" and f"{module}.bias" in checkpoint.entries)
-
-
-def _overridden(entry: Entry, pattern: str, value: Any, checkpoint: Checkpoint) -> Holding:
-    text, sizes = value if isinstance(value, list | tuple) and len(value) == 2 else (value, {})
-    if not isinstance(text, str) or not isinstance(sizes, Mapping):
-        raise InputError(f"layouts: {pattern!r} must map to a layout, [layout, sizes] or 'skip', got {value!r}")
-    try:
-        return Holding(entry, Layout(text, entry.shape, dict(sizes)), "layouts", _role(entry, checkpoint))
-    except (ShapeError, TypeError) as error:
-        raise InputError(f"layouts: {pattern!r} on {entry.name}: {error}") from None
-
-
-def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[str, Any]) -> list[Holding]:
-    """The holdings from embeddings to head, `layers.2` before `layers.10`, with the head marked.
+def _by_names(
+    checkpoint: Checkpoint,
+    asked: Mapping[str, Entry],
+    given: Mapping[str, Layout],
+    auxiliary: Mapping[str, str],
+    *,
+    last: bool,
+) -> tuple[list[Holding], dict[str, str]]:
+    """What the table of names says of the tensors that are asked for, and why the others hold no matrix.
 
     A file keeps no order of layers, so the last is the head only where no table of tokens is: a head that is tied to
     one may not be in the file. An adapter has those of its modules that it changes.
     """
-    ordered = sorted(holdings, key=lambda h: _place(h.entry.name, h.role))
-    if known:
-        return ordered
-    kernels = {h.entry.name: h.entry.shape for h in ordered if h.kind.startswith("conv")}
-    depthwise = depthwise_kernels(kernels, any(h.role == "embedding" for h in ordered))
-    ordered = [replace(h, role="elementwise") if h.entry.name in depthwise else h for h in ordered]
-    tied = {e.tied_to for e in checkpoint.entries.values() if e.tied_to}
-    roles: list[Role] = [h.role for h in ordered]
-    tables = any(h.role == "embedding" and h.entry.name in tied for h in ordered)
-    adapter = any(h.entry.made and "LoRA" in h.entry.made.how for h in ordered)
-    last = "embedding" not in roles and not adapter
-    at = None if tables else find_head([[h.entry.name] for h in ordered], roles, last=last)
-    if at is None:
-        return ordered
-    head = replace(ordered[at], role="head")
-    return [*ordered[:at], *ordered[at + 1 :], head]
+    entries = checkpoint.entries
+    wrapped = {e.weight for e in asked.values() if e.weight != e.name} & entries.keys()  # in parts, and whole too
+    keys = {name: name if entry.weight in wrapped else entry.weight for name, entry in asked.items()}
+    beside = {e.weight: e.shape for e in entries.values() if not (e.part_of or auxiliary.get(e.name) or e.tied_to)}
+    beside |= {e.name: e.shape for e in entries.values() if e.tied_to and len(e.shape) < 2}
+    adapter = any(e.made and "LoRA" in e.made.how for e in asked.values())
+    ordered = sorted(asked, key=lambda name: _place(name, "hidden"))
+    found = look_up_listed(
+        {keys[name]: asked[name].shape for name in ordered},
+        read_config(checkpoint.path),
+        given={keys[name]: layout for name, layout in given.items()},
+        beside=beside,
+        last=last and not adapter,
+    )
+    holdings, reasons = [], {}
+    for name, entry in asked.items():
+        told = found[keys[name]]
+        made = UNKNOWN if ".parametrizations." in f".{name}" and not entry.made else ""
+        if told.layout is not None:
+            holdings.append(Holding(entry, told.layout, told.kind, told.role, told.note or made))
+        elif told.kind:
+            reasons[name] = "vector" if told.kind == "vector" else "acts element by element"
+        else:
+            reasons[name] = f"of {len(entry.shape)} dimensions and an unknown name: give --layouts"
+    return holdings, reasons
+
+
+def _layout_given(entry: Entry, pattern: str, value: Any) -> Layout:
+    text, sizes = value if isinstance(value, list | tuple) and len(value) == 2 else (value, {})
+    if not isinstance(text, str) or not isinstance(sizes, Mapping):
+        raise InputError(f"layouts: {pattern!r} must map to a layout, [layout, sizes] or 'skip', got {value!r}")
+    try:
+        return Layout(text, entry.shape, dict(sizes))
+    except (ShapeError, TypeError) as error:
+        raise InputError(f"layouts: {pattern!r} on {entry.name}: {error}") from None
 
 
 def _place(name: str, role: Role) -> tuple[int, list[tuple[int, int | str]]]:

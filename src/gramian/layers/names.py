@@ -33,6 +33,7 @@ class NamedWeight:
         sizes: the config's number for an axis of the layout, by one of `CONFIG_KEYS`: `{"h": "heads"}`.
         rows: for fused matrices of unequal size, their rows as products of such numbers: `"heads*dim"`.
         square: whether every fused matrix must be square.
+        kernel: whether it is taken for the kernel of a plain convolution, which shapes may contradict.
     """
 
     name: str
@@ -45,6 +46,7 @@ class NamedWeight:
     sizes: Mapping[str, str] = field(default_factory=dict)
     rows: tuple[str, ...] = ()
     square: bool = False
+    kernel: bool = False
 
     def matches(self, name: str, config: Mapping[str, Any]) -> bool:
         """Whether a tensor is meant.
@@ -183,9 +185,9 @@ NAMED: tuple[NamedWeight, ...] = (
 
 # For files alone, which have no classes: a kernel by its number of axes. Groups and transposition cannot be known.
 KERNELS: tuple[NamedWeight, ...] = (
-    NamedWeight("weight", "o i w -> o (i w)", kind="conv1d"),
-    NamedWeight("weight", "o i h w -> o (i h w)", kind="conv2d"),
-    NamedWeight("weight", "o i d h w -> o (i d h w)", kind="conv3d"),
+    NamedWeight("weight", "o i w -> o (i w)", kind="conv1d", kernel=True),
+    NamedWeight("weight", "o i h w -> o (i h w)", kind="conv2d", kernel=True),
+    NamedWeight("weight", "o i d h w -> o (i d h w)", kind="conv3d", kernel=True),
 )
 
 
@@ -197,12 +199,14 @@ class NameMatch(NamedTuple):
         kind: a word for the report.
         role: where the name tells it.
         reason: which row said so.
+        kernel: whether the row is one for kernels of plain convolutions.
     """
 
     layout: Layout | None
     kind: str
     role: Role | None
     reason: str
+    kernel: bool = False
 
 
 def find_named(
@@ -249,9 +253,8 @@ def find_named(
             continue
         if like and not _same_orientation(layout, like):
             continue
-        return NameMatch(
-            layout, row.kind, row.role, f"named {row.name}" + (f": {', '.join(row.parts)}" * bool(row.parts))
-        )
+        reason = f"named {row.name}" + (f": {', '.join(row.parts)}" * bool(row.parts))
+        return NameMatch(layout, row.kind, row.role, reason, row.kernel)
     if like:
         return None
     local = name.rpartition(".")[2]

@@ -145,7 +145,7 @@ def _routes_of_groups(items: Sequence[Any], known: Mapping[Tensor, Route], first
         if p in known:
             routes.append(known[p])
         elif name:
-            routes.append(_by_role(name, p, *told[name]))
+            routes.append(_by_role(name, p, *told[name][:3]))
         else:
             routes.append(Route(str(i), p, plain_layout(p), _BY_SHAPE))
     numbered = iter(routes)
