@@ -16,6 +16,7 @@ import gramian as gm
 from gramian.checkpoint import open_checkpoint
 from gramian.inspection.auxiliary import is_mask, is_table_of_waves
 from gramian.inspection.weights import applied
+from gramian.report.terminal import to_text
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -89,10 +90,51 @@ def test_parameters_that_are_called_like_parts_are_weights(tmp_path: Path) -> No
     assert len(gm.inspect(path).layers) == 4
 
 
-def test_a_parametrization_that_names_do_not_tell_is_said(tmp_path: Path) -> None:
-    model = nn.Sequential(torch.nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)))
-    (layer,) = gm.inspect(put(tmp_path, model.state_dict())).layers
-    assert "not the weight that is applied" in layer.note
+@pytest.mark.parametrize("shape", [(6, 6), (4, 7), (7, 4), (2, 4, 6)])
+def test_an_orthogonal_parametrization_is_inspected_as_the_matrix_that_it_makes(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Linear(shape[-1], shape[-2])
+        model.weight = nn.Parameter(normal(*shape))
+        model = torch.nn.utils.parametrizations.orthogonal(model)
+        with torch.no_grad():
+            model.parametrizations.weight.original += 0.3 * normal(*shape, seed=1).tril(-1)
+    path = put(tmp_path, model.state_dict())
+    (entry,) = (entry for entry in open_checkpoint(path).entries.values() if entry.made)
+    assert entry.weight == "weight"
+    torch.testing.assert_close(open_checkpoint(path).load(entry.name), model.weight.detach())
+    if len(shape) == 2:
+        (layer,) = gm.inspect(path).layers
+        assert layer.condition == pytest.approx(1.0, rel=1e-5)
+        assert "orthogonal" in layer.note
+
+
+def test_a_base_that_is_not_orthogonal_is_another_parametrization(tmp_path: Path) -> None:
+    parts = {"parametrizations.weight.original": normal(8, 8), "parametrizations.weight.0.base": normal(8, 8, seed=1)}
+    assert not any(entry.made for entry in open_checkpoint(put(tmp_path, parts)).entries.values())
+
+
+class Symmetric(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.triu() + x.triu(1).mT
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x, x))
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_what_is_not_the_applied_weight_is_said_at_any_width(tmp_path: Path, width: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Symmetric())
+    found = gm.inspect(put(tmp_path, model.state_dict()))
+    assert "not the weight that is applied" in " ".join(to_text(found, width).split())
+    model = nn.Sequential(nn.Linear(4, 4))
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Doubled(), unsafe=True)
+    assert "not as applied" in " ".join(to_text(gm.inspect(model), width).split())
 
 
 # ---- pruning ---------------------------------------------------------------------------------------------------------
@@ -187,6 +229,46 @@ def test_a_linear_module_with_embedding_in_its_name_is_not_transposed(tmp_path: 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2}))
     got = open_checkpoint(tmp_path).load("encoder.embedding_hidden_mapping_in.weight")
     torch.testing.assert_close(got, b @ a)
+
+
+def by_design(trained: list[bool]) -> dict[str, Tensor]:
+    """The file of an adapter of rank 2, of which only some modules are trained."""
+    return {
+        f"base_model.model.l.{k}.q.lora_{word}.weight": tensor
+        for k, is_trained in enumerate(trained)
+        for word, tensor in (("A", normal(2, 48, seed=k)), ("B", normal(40, 2, seed=9 + k) * is_trained))
+    }
+
+
+@pytest.mark.parametrize("trained", [[True, True], [True, False], [False, False]])
+def test_an_adapters_rank_and_zeros_are_by_design(tmp_path: Path, trained: list[bool]) -> None:
+    save_file(by_design(trained), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
+    report = gm.inspect(tmp_path)
+    assert not report.findings
+    assert {layer.kind for layer in report.layers} == {"adapter"}
+    said = " ".join(report.notes)
+    assert ("has not been trained yet: it is zero in all 2 modules" in said) == (not any(trained))
+    assert ("in some of its 2 modules: base_model.model.l.1.q (1)" in said) == (trained == [True, False])
+
+
+@pytest.mark.parametrize("method", ["LoraConfig", "LoHaConfig", "LoKrConfig"])
+def test_an_adapter_in_memory_and_in_its_file_is_no_trouble_before_training(tmp_path: Path, method: str) -> None:
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
+        model = peft.get_peft_model(base, getattr(peft, method)(r=4, target_modules=["0", "2"]))
+    model.save_pretrained(tmp_path)
+    for report in (gm.inspect(model), gm.inspect(tmp_path)):
+        assert "zero-weights" not in [finding.code for finding in report.findings]
+        assert "has not been trained yet" in " ".join(report.notes)
+        assert "adapter" in {layer.kind for layer in report.layers}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(word in name for word in ("lora_B", "hada", "lokr")):
+                parameter.normal_()
+    assert "trained" not in " ".join(gm.inspect(model).notes)
 
 
 @pytest.mark.parametrize("stabilized", [False, True])
@@ -387,4 +469,23 @@ def test_rounding_is_no_rank(tmp_path: Path, dtype: torch.dtype) -> None:
     report = gm.inspect(put(tmp_path, full | low))
     (finding,) = (f for f in report.findings if f.code == "rank-deficient")
     assert finding.where == "p.weight, r.weight"
+    ranks = {layer.name: layer.numerical_rank for layer in report.layers}
+    assert ranks["p.weight"] == 80
+    if dtype in (torch.float16, torch.bfloat16):
+        assert all(ranks[name] == min(tensor.shape) for name, tensor in full.items())
     assert "rank 80 of 96" in finding.evidence
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_small_singular_values_without_a_gap_are_no_low_rank(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rows and columns of very different sizes are rounded each on its own; a product of square matrices is full."""
+    sizes = [normal(256, 1, seed=k).exp() for k in range(3)]
+    w = [normal(256, 256, seed=10 + k) for k in range(6)]
+    file = {
+        "random.weight": w[0],
+        "rows.weight": sizes[0].square() * w[1],
+        "both.weight": sizes[1] * w[2] * sizes[2].mT,
+        "product.weight": w[3] @ w[4] @ w[5] / 1000,
+    }
+    report = gm.inspect(put(tmp_path, {name: tensor.to(dtype) for name, tensor in file.items()}))
+    assert "rank-deficient" not in [finding.code for finding in report.findings]

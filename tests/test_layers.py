@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 import gramian as gm
 from gramian.block import METADATA, Block
@@ -41,9 +40,7 @@ def of_model(model: nn.Module) -> Matrices:
 
 
 def weight(block: Block) -> Tensor:
-    """The weight that is applied, where a file can tell it: it has no trace of what makes a weight orthogonal."""
-    is_told = not isinstance(block.module, ParametrizationList) or "Norm" in type(block.module[0]).__name__
-    return applied(block)[0] if is_told else block.parameter.detach()
+    return applied(block)[0]
 
 
 def of_file(path: Path) -> Matrices:
@@ -629,7 +626,7 @@ def test_a_list_a_file_and_a_model_agree_on_depthwise_kernels_in_any_order(
     names = sorted(shapes, reverse=reverse)
     told = {name: answer.role for name, answer in look_up_listed({name: shapes[name] for name in names}).items()}
     save_tensors(tmp_path / "m.safetensors", {name: torch.randn(shapes[name]) for name in names})
-    held = {holding.entry.name: holding.role for holding in find_holdings(open_checkpoint(tmp_path / "m.safetensors"))[0]}
+    held = {h.entry.name: h.role for h in find_holdings(open_checkpoint(tmp_path / "m.safetensors"))[0]}
     assert held == {name: told[name] for name in held}
     assert [name for name, role in told.items() if role == "elementwise"] == ["block.0.dw.weight"]
 

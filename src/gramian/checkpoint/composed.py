@@ -1,4 +1,4 @@
-"""Weights that are computed from other parameters: weight norm, spectral norm, pruning, and LoRA's factors."""
+"""Weights that are computed from others: weight norm, spectral norm, orthogonal ones, pruning, and LoRA's factors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 PRUNED = "W · mask of torch's pruning"
 
 _MOST_REPEATS = 4
+
+# The first rows of a base, which tell whether it is orthogonal, and how far their products may be from 0 and 1.
+_ROWS, _ORTHOGONAL = 8, 0.02
 
 
 def _weight_norm(setting: Setting) -> Plan | None:
@@ -54,6 +57,38 @@ def _spectral_norm(setting: Setting) -> Plan | None:
         return (whole / (left @ matrix @ right)).to(parts["w"].dtype)
 
     return Plan(w.shape, w.dtype, "W / (uᵀ W v) of a spectral norm", compute)
+
+
+def _orthogonal(setting: Setting) -> Plan | None:
+    """The orthogonal matrix base · φ(X) of torch's `orthogonal`, with the map φ that it takes for such a shape.
+
+    A file does not say which map φ was asked for: every one gives the same singular values. Only the strictly lower
+    triangle of X counts: the diagonal is −1 throughout. The base is complete, n × n for the larger side n.
+    """
+    x, base = setting.parts["x"], setting.parts["base"]
+    if len(x.shape) < 2 or base.shape != (*x.shape[:-2], *[max(x.shape[-2:])] * 2) or x.kind != "float":
+        return None
+    some = setting.read(base)[..., :_ROWS, :].double()
+    if not bool(((some @ some.mT - torch.eye(some.shape[-2], dtype=some.dtype)).abs() < _ORTHOGONAL).all()):
+        return None
+    square = x.shape[-2] == x.shape[-1]
+
+    def compute(parts: Mapping[str, Tensor]) -> Tensor:
+        whole = parts["x"].double()
+        wide = whole.shape[-2] < whole.shape[-1]
+        tall = whole.mT if wide else whole
+        lower = tall.tril(-1)
+        if square:
+            made = torch.matrix_exp(lower - lower.mT)
+        else:
+            tau = 2.0 / (1.0 + lower.square().sum(dim=-2))
+            made = torch.linalg.householder_product(lower, tau)
+            made = made * tall.diagonal(dim1=-2, dim2=-1).trunc().unsqueeze(-2)
+        made = parts["base"].double() @ made
+        return (made.mT if wide else made).to(parts["x"].dtype)
+
+    name = "matrix exponential" if square else "Householder"
+    return Plan(x.shape, x.dtype, f"an orthogonal matrix, made by torch's usual map for this shape ({name})", compute)
 
 
 def _pruned(setting: Setting) -> Plan | None:
@@ -149,6 +184,11 @@ COMPOSED: tuple[Scheme, ...] = (
         "spectral norm", re.compile(_STEM + r"parametrizations\.(?P<w>\w+)\.original"), "w",
         {"u": ("{stem}parametrizations.{w}.0._u",)}, "{stem}parametrizations.{w}.original", _spectral_norm,
         {"v": ("{stem}parametrizations.{w}.0._v",)}, "{stem}{w}",
+    ),
+    Scheme(
+        "orthogonal", re.compile(_STEM + r"parametrizations\.(?P<w>\w+)\.original"), "x",
+        {"base": ("{stem}parametrizations.{w}.0.base",)}, "{stem}parametrizations.{w}.original", _orthogonal,
+        weight="{stem}{w}",
     ),
     Scheme(
         "LoRA",

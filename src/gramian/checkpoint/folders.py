@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gramian.checkpoint.distributed import METADATA_FILE
-from gramian.checkpoint.faults import damaged, plain, some
+from gramian.checkpoint.faults import damaged, first_line, plain, some
 from gramian.checkpoint.formats import Entry
 from gramian.checkpoint.readers import FORMATS, reader
 from gramian.errors import CheckpointError
@@ -102,13 +102,17 @@ def _read_index(index: Path) -> dict[str, str]:
     return files
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's object, or nothing."""
+def read_json(file: Path) -> tuple[dict[str, Any], str]:
+    """A JSON file's object, or nothing; and a note where the file is there and holds none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f"{file.name} beside the weights is ignored: it cannot be read ({first_line(error)})"
+    if isinstance(found, dict):
+        return found, ""
+    return {}, f"{file.name} beside the weights is ignored: it holds a {type(found).__name__}, wanted an object"
 
 
 def _no_weights(folder: Path) -> CheckpointError:

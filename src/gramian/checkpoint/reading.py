@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class Checkpoint:
         notes: what was unwrapped or left out.
         metadata: the text that the file carries about itself.
         beside: loads the numbers of a tensor that is no entry (an optimizer's, a second network's, a sparse one).
+        settings: what the JSON files beside the weights hold, by their names, such as `config.json`.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -137,11 +140,14 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Ch
                 "wrappers' prefixes are dropped. Save the state dict of one of the two models."
             )
         entries[name] = replace(entry, name=name, tied_to=clean_name(entry.tied_to))
+    folder = path if path.is_dir() else path.parent
+    read = {name: read_json(folder / name) for name in SETTINGS}
+    settings = {name: found for name, (found, _) in read.items()}
+    notes = [*notes, *(problem for _, problem in read.values() if problem)]
     if not stored:
-        folder = path if path.is_dir() else path.parent
-        entries, more = with_derived(entries, {name: read_json(folder / name) for name in SETTINGS}, _load)
-        notes = [*notes, *more]
-    return Checkpoint(path, entries, tuple(notes), metadata, beside)
+        entries, more = with_derived(entries, settings, _load)
+        notes += more
+    return Checkpoint(path, entries, tuple(notes), metadata, beside, settings)
 
 
 def clean_name(name: str) -> str:

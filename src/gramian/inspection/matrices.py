@@ -22,6 +22,7 @@ from gramian.checkpoint.formats import Entry
 from gramian.errors import InputError, ShapeError
 from gramian.inspection.auxiliary import find_auxiliary
 from gramian.layers import Role, config_of
+from gramian.layers.kernels import GROUPED
 from gramian.layers.listed import look_up_listed
 from gramian.layers.lookup import match_pattern
 from gramian.layout import Layout
@@ -30,7 +31,7 @@ __all__ = ["Holding", "find_holdings", "read_config", "read_layouts"]
 
 ROLES = ("embedding", "hidden", "head", "elementwise")
 
-UNKNOWN = "the parameter of a parametrization that names do not tell, not the weight that is applied"
+UNKNOWN = "not the weight that is applied, but the parameter of a parametrization that names do not tell"
 
 _DIGITS = re.compile(r"(\d+)")
 
@@ -44,6 +45,7 @@ class Holding:
     kind: str
     role: Role
     note: str = ""
+    caveat: bool = False  # whether the note says that these are not the matrices that are applied
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,14 +122,9 @@ def find_holdings(
     return sorted(holdings, key=lambda h: _place(h.entry.name, h.role)), left_out
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the `config.json` in a checkpoint's folder, or nothing; text models nested in a config come to the top."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config_of(config) if isinstance(config, dict) else {}
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the `config.json` beside a checkpoint, or nothing; text models nested in a config come to the top."""
+    return config_of(checkpoint.settings.get("config.json", {}))
 
 
 def read_layouts(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -218,7 +215,7 @@ def _by_names(
     ordered = sorted(asked, key=lambda name: _place(name, "hidden"))
     found = look_up_listed(
         {keys[name]: asked[name].shape for name in ordered},
-        read_config(checkpoint.path),
+        read_config(checkpoint),
         given={keys[name]: layout for name, layout in given.items()},
         beside=beside,
         last=last and not adapter,
@@ -228,7 +225,8 @@ def _by_names(
         told = found[keys[name]]
         made = UNKNOWN if ".parametrizations." in f".{name}" and not entry.made else ""
         if told.layout is not None:
-            holdings.append(Holding(entry, told.layout, told.kind, told.role, told.note or made))
+            caveat = bool(made) or told.kind.endswith(GROUPED)
+            holdings.append(Holding(entry, told.layout, told.kind, told.role, made or told.note, caveat))
         elif told.kind:
             reasons[name] = "vector" if told.kind == "vector" else "acts element by element"
         else:

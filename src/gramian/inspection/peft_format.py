@@ -48,7 +48,7 @@ class Modules:
         self.tied = {entry.tied_to for entry in self.entries.values()} | {
             name for name, entry in self.entries.items() if entry.tied_to
         }
-        own, bases = read_config(pairs.one.path), read_config(pairs.two.path)
+        own, bases = read_config(pairs.one), read_config(pairs.two)
         # the file that transformers wrote, with a config.json, has names that transformers knows
         self.as_base = bool(bases) and not own
         config = own or bases

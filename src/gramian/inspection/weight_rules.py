@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import TYPE_CHECKING
 
+from gramian.inspection.adapted import ADAPTER
+from gramian.inspection.deficiency import rank_beyond_rounding
 from gramian.report import Action, Finding, Layer
+from gramian.report.model import plural
 
 if TYPE_CHECKING:
     from gramian.inspection.measured import Measured
@@ -32,12 +35,6 @@ ZERO_SHARE, UNDERFLOW_SHARE = 0.1, 0.01
 # Share of the parameters that two factors with 99 % of the energy must save to be reported.
 SAVING = 0.3
 
-# A rank is told as lower where that many small singular values would have this probability in a full matrix.
-CHANCE = 1e-5
-
-# Unit roundoff of the dtypes.
-UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-
 # A network counts as trained if this share of its matrices has structure above noise.
 TRAINED = 0.5
 
@@ -47,28 +44,29 @@ def non_finite_weights(measured: Measured) -> Iterator[Finding]:
     bad = [(layer, s) for layer, s in zip(measured.layers, measured.spectra, strict=True) if s.num_nonfinite]
     if bad:
         layer, spectrum = bad[0]
+        holds = f"{len(bad):,} of {plural(len(measured.layers), 'tensor')} {'holds' if len(bad) == 1 else 'hold'}"
         yield Finding(
             "non-finite-weights",
             "error",
-            f"{spectrum.num_nonfinite:,} values of {layer.name} are NaN or infinite",
+            f"{plural(spectrum.num_nonfinite, 'value')} of {layer.name} {_is(spectrum.num_nonfinite)} NaN or infinite",
             where=names_of([layer for layer, _ in bad]),
-            evidence=f"{len(bad)} of {len(measured.layers)} tensors hold values that are not finite (exact count)",
+            evidence=f"{holds} values that are not finite (exact count)",
             cause="Training diverged, or the file was damaged, before these weights were saved.",
             advice="Go back to an earlier checkpoint, and continue with a lower learning rate or clipped gradients.",
         )
 
 
 def zero_weights(measured: Measured) -> Iterator[Finding]:
-    """Find matrices that are zero, and matrices with many zeros. Exact."""
-    zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0]
+    """Find matrices that are zero, but for adapters, which start so, and matrices with many zeros. Exact."""
+    zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0 and layer.kind != ADAPTER]
     if zero:
         yield Finding(
             "zero-weights",
             "warning",
-            f"{_matrices(zero)} {'is' if len(zero) == 1 else 'are'} all zero",
+            f"{_matrices(zero)} {_is(len(zero))} all zero",
             where=names_of(zero),
             evidence="every entry is zero (exact)",
-            cause="Initialized to zero on purpose (a residual branch, an adapter), or never loaded.",
+            cause="Initialized to zero on purpose (a residual branch), or never loaded.",
             action=Action("compare_files"),
             advice="OTHER is the checkpoint that these weights come from: are they zero there too?",
         )
@@ -78,7 +76,7 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "many-zeros",
             "info",
-            f"{len(some)} of {len(measured.layers)} matrices have many exact zeros",
+            f"{_of(some, measured.layers)} {'has' if len(some) == 1 else 'have'} many exact zeros",
             where=names_of(some),
             evidence=f"most in {worst.name}: {_share(worst, worst.zeros):.0%} (exact count)",
             cause="The weights were pruned, or rows were padded or never updated.",
@@ -179,6 +177,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
         layer
         for layer in measured.layers
         if layer.role == "hidden"
+        and layer.kind != ADAPTER
         and layer.stable_rank
         and min(layer.shape) >= DOMINANT_SIDE
         and layer.stable_rank < 1 / DOMINANT
@@ -209,7 +208,7 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "like-noise",
             "info",
-            f"{len(noise)} of {len(pairs)} matrices look like independent random entries",
+            f"{_of(noise, pairs)} {'looks' if len(noise) == 1 else 'look'} like independent random entries",
             where=names_of(noise),
             evidence=f"no singular value beyond the noise edge (p = {noise[0].noise_p_value:.2g} for the largest of "
             f"{noise[0].name}), and the bulk within {noise[0].bulk_distance:.3f} of Marchenko and Pastur's law; "
@@ -223,14 +222,19 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
 
 def low_rank(measured: Measured) -> Iterator[Finding]:
     """Find matrices of lower rank than their shape allows, and those that two factors would store in less memory."""
-    ranks = {layer.name: _rank_beyond_rounding(layer) for layer in measured.layers if layer.spectral_norm}
-    low = [layer for layer in measured.layers if (ranks.get(layer.name) or min(layer.shape)) < min(layer.shape)]
+    layers = [layer for layer in measured.layers if layer.kind != ADAPTER]  # whose rank is low by design
+    ranks = {
+        layer.name: rank_beyond_rounding(layer.singular_values, layer.shape, layer.dtype, layer.frobenius_norm)
+        for layer in layers
+        if layer.spectral_norm and layer.numerical_rank is not None
+    }
+    low = [layer for layer in layers if (ranks.get(layer.name) or min(layer.shape)) < min(layer.shape)]
     if low:
         worst = min(low, key=lambda layer: (ranks[layer.name] or 0) / min(layer.shape))
         yield Finding(
             "rank-deficient",
             "info",
-            f"{len(low)} of {len(measured.layers)} matrices are rank-deficient",
+            f"{_of(low, measured.layers)} {_is(len(low))} rank-deficient",
             where=names_of(low),
             evidence=f"lowest in {worst.name}: rank {ranks[worst.name]} of {min(worst.shape)}. The other singular "
             f"values are at the level of rounding in {worst.dtype}, and more than independent entries would put there",
@@ -238,7 +242,7 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
             action=Action("plan_compression"),
             advice="Directions without energy need not be stored: plan.at(keep=…) factors the layers.",
         )
-    saving = [layer for layer in measured.layers if (layer.saving_99 or 0.0) >= SAVING and min(layer.shape) >= 16]
+    saving = [layer for layer in layers if (layer.saving_99 or 0.0) >= SAVING and min(layer.shape) >= 16]
     if saving:
         most = max(saving, key=lambda layer: (layer.saving_99 or 0.0) * layer.parameters)
         saved = sum((layer.saving_99 or 0.0) * layer.parameters for layer in saving)
@@ -253,57 +257,6 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
             action=Action("compress", {"keep": 1 - SAVING}),
             source="Eckart & Young 1936",
         )
-
-
-def _rank_beyond_rounding(layer: Layer) -> int | None:
-    """Return the rank that remains when entries may move by their rounding; `None` where σ are not all known.
-
-    Rounding to the stored dtype moves each entry by up to u |w|. If r directions of an (m, n) matrix carry it, the
-    other σ are then at most about u rms(W) (√(m−r) + √(n−r)). A full matrix has small σ too, the smallest about
-    rms(W)/√n if it is square. So a lower rank is told only where more σ are below that level than independent entries
-    would put there, with p < 1e-5: near zero the σ of a square matrix have a density of at most √n / (π rms(W)) · 2,
-    and those of a tall one begin at rms(W) (√m − √n).
-
-    Source: Edelman, Eigenvalues and condition numbers of random matrices (1988); Marchenko & Pastur 1967.
-    """
-    sigma, (n, m) = layer.singular_values, sorted(layer.shape[:2])
-    unit = UNITS.get(layer.dtype)
-    if layer.numerical_rank is None or len(sigma) != n or unit is None or not layer.frobenius_norm:
-        return None
-    rms = layer.frobenius_norm / math.sqrt(m * n)
-    # Exactly dependent rows are zero up to float64's rounding, whatever the dtype. A product of float32 factors carries
-    # the rounding of its sums; one in a narrow dtype is rounded at the end.
-    exact = UNITS["float64"] * math.sqrt(n)
-    levels = {exact, unit * math.sqrt(n) if layer.dtype == "float32" else max(unit, exact)}
-    return min(_rank_above(level * rms, rms, sigma, m) for level in levels)
-
-
-def _rank_above(level: float, rms: float, sigma: tuple[float, ...], m: int) -> int:
-    """Return the rank of a matrix with entries of size `rms` whose rounding is `level`, where that is beyond chance."""
-    n = len(sigma)
-    for rank in range(n):
-        floor = level * (math.sqrt(m - rank) + math.sqrt(n - rank))
-        if sigma[rank] <= floor:
-            is_possible = floor > rms * (math.sqrt(m) - math.sqrt(n)) / 2
-            expected = 2 * floor * math.sqrt(n) / (math.pi * rms) if is_possible else 0.0
-            return rank if _poisson_tail(n - rank, expected) < CHANCE else n
-    return n
-
-
-def _poisson_tail(count: int, mean: float) -> float:
-    """Return the probability of at least `count` events where `mean` are expected."""
-    if count <= 0:
-        return 1.0
-    if not mean:
-        return 0.0
-    term = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
-    total = 0.0
-    for k in range(count, count + 1000):
-        total += term
-        term *= mean / (k + 1)
-        if term < 1e-17 * total:
-            break
-    return min(1.0, total)
 
 
 Rule = Callable[["Measured"], Iterator[Finding]]
@@ -327,6 +280,15 @@ def names_of(layers: list[Layer]) -> str:
 def _matrices(layers: list[Layer]) -> str:
     """Return how many matrices these are, in words."""
     return "1 matrix" if len(layers) == 1 else f"{len(layers):,} matrices"
+
+
+def _of(some: Sized, all_of_them: Sized) -> str:
+    """Return how many matrices of how many these are, in words."""
+    return f"{len(some):,} of {len(all_of_them):,} {'matrix' if len(all_of_them) == 1 else 'matrices'}"
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _tie(layer: Layer) -> Action | None:

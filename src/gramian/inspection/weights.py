@@ -18,9 +18,12 @@ from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name, is_plain
 from gramian.errors import InputError
+from gramian.inspection.adapted import ADAPTER, adapted_in, adapter_of, untrained
 from gramian.inspection.auxiliary import AUXILIARY
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
+from gramian.inspection.deficiency import rank_beyond_rounding
 from gramian.inspection.entries import Entries, count_non_finite
+from gramian.inspection.matching import some
 from gramian.inspection.matrices import Holding, find_holdings, read_config
 from gramian.inspection.measured import Measured
 from gramian.inspection.noise import Noise
@@ -35,6 +38,10 @@ __all__ = ["applied", "measure_file", "measure_model", "report_row"]
 
 Tell = Callable[[str, int, int], None]
 Rows = list[tuple[Layer, Spectrum]]
+
+NARROW = ("float16", "bfloat16")
+
+AS_STORED = "shown as stored, not as applied"
 
 # Below this side, a second thread waits at LAPACK's barriers longer than it works.
 ONE_THREAD_SIDE = 1024
@@ -58,10 +65,14 @@ def measure_file(
         rows[place] = _measure_holding(checkpoint, holdings[place], quick, input_size)
     tell("spectra", len(mine), len(mine))
     measured = Measured(notes=list(checkpoint.notes))
+    modules = {holding.entry.name: adapter_of(holding.entry, checkpoint) for holding in holdings}
+    adapted = {name: modules[h.entry.name] for h in holdings if modules[h.entry.name] for name in h.names}
     for _, found in sorted(_gather(rows).items()):
         for layer, spectrum in found:
-            measured.layers.append(replace(layer, depth=len(measured.layers)))
+            kind = ADAPTER if layer.name in adapted else layer.kind
+            measured.layers.append(replace(layer, depth=len(measured.layers), kind=kind))
             measured.spectra.append(spectrum)
+    measured.notes += untrained(measured.layers, adapted)
     _find_duplicates(measured, _tensors_of(checkpoint, holdings))
     held = {holding.entry.name for holding in holdings}
     for name, entry in checkpoint.entries.items():
@@ -70,10 +81,14 @@ def measure_file(
     for name, load in checkpoint.beside.items():
         _add_non_finite(measured, name, load())
     for reason, names in left_out.items():
-        more = f" … ({len(names)} in all)" if len(names) > 5 else ""
-        measured.notes.append(f"Left out, {reason}: {', '.join(names[:5])}{more}")
+        measured.notes.append(f"Left out, {reason}: {some(names)}")
+    caveats: dict[str, list[str]] = {}
+    for holding in holdings:
+        if holding.caveat:
+            caveats.setdefault(holding.note, []).append(holding.entry.name)
+    measured.notes += [f"{some(names)}: {note}" for note, names in caveats.items()]
     roles = {holding.role for holding in holdings}
-    if roles >= {"embedding"} and "head" not in roles and read_config(checkpoint.path).get("tie_word_embeddings"):
+    if roles >= {"embedding"} and "head" not in roles and read_config(checkpoint).get("tie_word_embeddings"):
         measured.notes.append("The head is the embedding: tie_word_embeddings in config.json, and none in the file")
     others = {name for reason, names in left_out.items() if reason in AUXILIARY for name in names}
     own = [e for e in checkpoint.entries.values() if not e.tied_to and not e.part_of and e.kind == "float"]
@@ -99,17 +114,24 @@ def measure_model(
     if found:
         measured.dtype = found[0].parameter.dtype
     by_name: dict[str, Callable[[], Tensor]] = {}
+    adapted: dict[str, str] = {}
     for i, block in enumerate(found):
         tell("spectra", i, len(found))
         norm = _norm_of_module(block, input_size)
+        kind = ADAPTER if (module := adapted_in(model, block.name)) else block.kind
         weight, how = applied(block)
+        if how.startswith(AS_STORED):
+            measured.notes.append(f"{block.name}: {how}")
         for name, matrix in zip(block.names, block.layout.pieces(weight, block.role == "elementwise"), strict=True):
             spectrum = _describe(matrix, quick)
-            layer = report_row(name, block.kind, block.role, spectrum, norm if len(block.names) == 1 else None)
+            layer = report_row(name, kind, block.role, spectrum, norm if len(block.names) == 1 else None)
             note = "; ".join(text for text in (how, layer.note) if text)
             measured.layers.append(replace(layer, depth=len(measured.layers), note=note))
             measured.spectra.append(spectrum)
             by_name[name] = lambda matrix=matrix: matrix
+            if module:
+                adapted[name] = module
+    measured.notes += untrained(measured.layers, adapted)
     tell("spectra", len(found), len(found))
     _find_duplicates(measured, by_name)
     known = [r for r in rest if not is_lazy(r.parameter)]
@@ -156,8 +178,10 @@ def applied(block: Block) -> tuple[Tensor, str]:
         elif local in (f"{getattr(hook, 'name', '')}_v", f"{getattr(hook, 'name', '')}_orig"):
             power = {"do_power_iteration": False} if local.endswith("_orig") else {}
             made, how = hook.compute_weight(module, **power), type(hook).__name__  # type: ignore[attr-defined]
-    if made is None or made.shape != parameter.shape:
+    if made is None:
         return parameter, ""
+    if made.shape != parameter.shape:
+        return parameter, f"{AS_STORED}: the weight that {how} makes of it has another shape, {tuple(made.shape)}"
     return made.detach(), f"the weight that {how} makes of it"
 
 
@@ -166,6 +190,9 @@ def report_row(
 ) -> Layer:
     """Return the report's row for a spectrum; `norm` is a convolution's operator norm, its error bound, and a note."""
     m, n = spectrum.shape
+    rank = spectrum.numerical_rank
+    if rank is not None and spectrum.dtype in NARROW:  # whose rounding is as large as the small σ of a full matrix
+        rank = rank_beyond_rounding(spectrum.singular_values, (m, n), spectrum.dtype, spectrum.frobenius_norm) or rank
     ranks = [*spectrum.energy_ranks, None, None][:2]
     noise, tail, entries = spectrum.noise, spectrum.tail, spectrum.entries
     notes = [*spectrum.notes, *([noise.note] if noise and noise.note else []), *([norm[2]] if norm else [])]
@@ -182,7 +209,7 @@ def report_row(
         condition=spectrum.condition,
         stable_rank=spectrum.stable_rank,
         effective_rank=spectrum.effective_rank,
-        numerical_rank=spectrum.numerical_rank,
+        numerical_rank=rank,
         note="; ".join(notes),
         role=role,
         spectral_norm_error=spectrum.spectral_norm_error or None,

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 
 from gramian.layout import Layout
 
-__all__ = ["Kernels"]
+__all__ = ["GROUPED", "Kernels"]
+
+GROUPED = "grouped"  # the last word of the kind of a kernel that probably is
 
 ASSUMED = "groups 1 and not transposed, as assumed"
 IMAGES = (1, 2, 3)  # channels of an input that no layer made
@@ -50,7 +52,7 @@ class Kernels:
             return Layout(text, shape, sizes), f"{kind} transposed", "transposed, as its bias has it"
         if name in self._grouped:
             note = f"its {shape[1]} input channels are the outputs of no layer, so it is probably grouped: these "
-            return layout, f"{kind} grouped", note + "are statistics of the groups' kernels on top of each other"
+            return layout, f"{kind} {GROUPED}", note + "are statistics of the groups' kernels on top of each other"
         return layout, kind, ASSUMED
 
     def depthwise(self, among: Mapping[str, tuple[int, ...]], tables: bool) -> set[str]:
