@@ -10,6 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from gramian.report import Layer, Report
+from gramian.report.formatting import shorten
 from gramian.report.terminal import DocumentView, LayersView, ReportView, show, to_text
 from test_report_html import everything
 from test_report_model import HOSTILE_NAMES, make_report, poison
@@ -106,3 +107,35 @@ def test_the_pieces_print_alone():
 
 def test_nothing_to_show():
     assert "no layers" in to_text(Report("empty"))
+
+
+ALIKE = {
+    "one letter apart": [f"encoder.layer.0.{word}.weight" for word in ("query", "quality", "quantity", "q", "queue")],
+    "factors": [
+        f"base.model.layers.{i}.attn.{k}_proj.lora_{x}.default.weight"
+        for i in range(11)
+        for k in ("q", "k", "query", "key")
+        for x in "AB"
+    ],
+    "of different depth": [f"{'block.' * k}conv{j}.weight" for k in range(6) for j in range(4)],
+    "without dots": [f"a_very_long_name_{k}_of_one_parameter_of_the_model" for k in range(30)],
+    "other letters": [f"слой.{k}.вес" * 4 for k in range(12)],
+    "like a number": ["a" * 30 + "x" * k for k in range(5)] + ["aaa~1", "aaa~2"],
+}
+
+
+@pytest.mark.parametrize("names", ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize("width", [6, 10, 18, 24, 40])
+def test_names_that_are_shortened_stay_apart(names: list[str], width: int):
+    short = shorten(names, width)
+    assert len(set(short)) == len(names)
+    assert all(len(text) <= width for text in short)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_rows_of_a_table_stay_apart(columns: int):
+    layers = [Layer(name, "Linear", (4, 4), depth, "float32") for depth, name in enumerate(ALIKE["factors"])]
+    report = Report("net", layers=layers)
+    lines = to_text(report, columns, verbose=True).splitlines()
+    names = [line.split()[0] for line in lines if "4×4" in line]
+    assert len(names) == len(set(names)) == len(report.layers)

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from .axes import shows
 from .compose import layer_table, telling_rows
-from .formatting import abbreviate, elide, number, visible
+from .formatting import elide, number, shorten, visible
 from .model import Document, Finding, HeatMap, Picture, Report, Section, Status, Table, is_findings, plural, ranked
 
 if TYPE_CHECKING:
@@ -207,9 +207,10 @@ class TableView:
                 justify="right" if numeric else "left",
             )  # fmt: skip
         emphasis = set(self.table.emphasis)
-        for index, row in zip(picked, cells, strict=True):
+        names = shorten([row[0] for row in cells], widths[0], mark)
+        for index, name, row in zip(picked, names, cells, strict=True):
             style = "yellow" if index in emphasis else ""
-            row = [abbreviate(row[0], widths[0]), *row[1:]]  # names cut in their middle would often look the same
+            row = [name, *row[1:]]
             grid.add_row(*(Text(elide(row[c], widths[c], mark), style if c == kept[0] else "") for c in kept))
         yield grid
         hidden = []
