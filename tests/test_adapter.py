@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from gramian.checkpoint import load_tensors, save_tensors
 from gramian.errors import CheckpointError
 from gramian.inspection import Adapter, extract_lora
+from gramian.inspection.peft_format import MAMBA
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32}
@@ -463,3 +465,32 @@ def test_a_module_under_weight_norm_is_named_as_not_held(tmp_path: Path, form: s
     assert not any("parametrizations" in key or "weight_v" in key for key in tensors)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert not any("parametrizations" in module for module in config["modules_to_save"] or ())
+
+
+def test_peft_refuses_these_types_of_models_and_no_others() -> None:
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    def is_refused(model_type: str) -> bool:
+        model = nn.Module()
+        model.config = SimpleNamespace(model_type=model_type)
+        try:
+            tuners_utils._check_lora_target_modules_mamba(LoraConfig(), model, "out_proj")
+        except ValueError:
+            return True
+        return False
+
+    known = {*transformers.CONFIG_MAPPING.keys(), *MAMBA}
+    assert {model_type for model_type in known if is_refused(model_type)} == set(MAMBA)
+
+
+def test_many_experts_that_no_adapter_holds_are_told_by_kind_with_their_number() -> None:
+    start = "model.layers"
+    names = tuple(f"{start}.{i}.mlp.experts.{k}.{word}.weight" for i in range(8) for k in range(16) for word in "ud")
+    adapter = Adapter(Path(), 4, {"a": 0.0}, 0.0, left_out=("norm.weight", *names))
+    (note,) = (note for note in adapter.notes() if note.startswith("Changed, but not in the adapter"))
+    assert "norm.weight" in note
+    assert "model.layers.*.mlp.experts.*.d.weight (128)" in note
+    assert note.endswith("257 tensors")

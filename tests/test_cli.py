@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -13,11 +14,12 @@ import warnings
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import gramian as gm
 from gramian.checkpoint import save_tensors
-from gramian.cli import main
+from gramian.cli import _Stages, main
 
 TASK = """
 import torch
@@ -242,6 +244,61 @@ def test_weights_that_are_not_finite_are_reported_and_exit_with_2(folder, capsys
     assert "16 values of w are NaN or infinite" in err.splitlines()[-1]
     assert "1 error" in out
     assert json.loads((folder / "r.json").read_text())["findings"][0]["code"] == "non-finite-weights"
+
+
+def test_one_value_that_is_not_finite_is_one(folder, capsys) -> None:
+    save_tensors("one.safetensors", {"w": torch.eye(4).index_put((torch.tensor(1),) * 2, torch.tensor(float("nan")))})
+    assert "1 value of w is NaN or infinite" in run(capsys, "inspect", "one.safetensors")[2].splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("layouts", "message"),
+    [
+        ({"*.nothing": "o i -> o i"}, "'*.nothing' matches no matrix"),
+        ({"*.bias": "o i -> o i"}, "'*.bias' matches no matrix"),
+        ({"*": "skip", "0.*": "o i -> o i"}, "'0.*' matches only tensors that an earlier pattern matches"),
+        ({"*": "skip"}, "nothing was inspected. Left out, left out by --layouts: 0.weight, 2.weight, 4.weight"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--against", "good.pt"]])
+def test_layouts_that_leave_nothing_or_match_nothing_exit_with_2(folder, capsys, layouts, message, more) -> None:
+    (folder / "layouts.json").write_text(json.dumps(layouts))
+    code, _, err = run(capsys, "inspect", "good.safetensors", "--layouts", "layouts.json", *more)
+    if more and len(layouts) == 1 and "skip" in layouts.values():
+        assert code == 0  # all tensors are compared bit by bit
+        return
+    assert code == 2
+    assert message in [line for line in err.splitlines() if line.startswith("gramian: ")][-1]
+
+
+def test_a_file_of_vectors_alone_exits_with_2(folder, capsys) -> None:
+    save_tensors("vectors.safetensors", {"norm.weight": torch.ones(4)})
+    code, _, err = run(capsys, "inspect", "vectors.safetensors")
+    assert code == 2
+    assert "nothing was inspected. It holds no matrix." in err
+
+
+def test_a_broken_config_is_said(folder, capsys) -> None:
+    (folder / "config.json").write_text("{")
+    code, out, _ = run(capsys, "inspect", "good.safetensors")
+    assert code == 0
+    assert "config.json beside the weights is ignored" in " ".join(out.split())
+    (folder / "config.json").write_text("[1]")
+    assert "it holds a list" in " ".join(run(capsys, "inspect", "good.safetensors")[1].split())
+
+
+def test_no_frame_of_the_spinner_is_left_behind_an_error(monkeypatch) -> None:
+    """What a terminal shows in the end: the frames are erased by control codes, which a pseudo-terminal would obey."""
+    monkeypatch.setenv("TERM", "xterm")
+    for error in (None, ValueError("x")):
+        stages = _Stages(quiet=False)
+        stages.progress.live.console = Console(file=io.StringIO(), force_terminal=True, width=60)
+        with contextlib.suppress(ValueError), stages:
+            stages("spectra", 0.5, "")
+            if error:
+                raise error
+        written = stages.progress.live.console.file.getvalue()
+        assert written.endswith("\x1b[1A\x1b[2K") == (error is not None)
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])

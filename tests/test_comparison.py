@@ -236,10 +236,15 @@ def test_one_tensor_of_another_shape_does_not_stop_the_comparison(tmp_path):
     report = compare(tmp_path, new, old)
     assert codes(report) == {"equal-in-common"}
     rows = {layer.name: layer for layer in report.layers}
-    assert set(rows) == {"odd.weight", "head.weight", "layers.1.w.weight"}
+    assert set(rows) == {"odd.weight", "head.weight", "layers.1.w.weight", "embed_tokens.weight[20:24]"}
+    assert rows["embed_tokens.weight[20:24]"].shape == (4, 6)
+    assert "rows 20 to 23, only in" in rows["embed_tokens.weight[20:24]"].note
+    assert report.facts["rows that only one has, not compared"] == 4
+    assert report.facts["tensors of another shape, not compared"] == 1
+    assert "4 rows that only one has" in report.findings[0].evidence
     assert "only in" in rows["layers.1.w.weight"].note
     notes = " ".join(report.notes)
-    assert "embed_tokens.weight the first 20 rows, of (24, 6) and (20, 6)" in notes
+    assert "embed_tokens.weight (24, 6) and (20, 6): the first 20 rows; 4 rows only in" in notes
     assert "not compared: odd.weight (2, 5) and (3, 3)" in notes
     new["embed_tokens.weight"][3] += 1
     report = compare(tmp_path, new, old)
@@ -334,3 +339,37 @@ def test_foreign_files_are_refused_or_compared(pair, tmp_path, capsys):
     report = compare(tmp_path, quantized, tensors)
     assert [layer.kind for layer in report.layers] == ["quantized tensor"] * 4
     assert codes(report) == {"changed-vectors"}
+
+
+PARTS = {
+    "weight norm": torch.nn.utils.parametrizations.weight_norm,
+    "old weight norm": torch.nn.utils.weight_norm,
+    "spectral norm": torch.nn.utils.parametrizations.spectral_norm,
+    "orthogonal": torch.nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_weight_in_parts_is_compared_with_the_merged_one(kind, prefix, swapped, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(PARTS[kind](torch.nn.Linear(n, 12)) for n in (12, 12, 12)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        model.eval()(torch.zeros(1, 12))
+    file = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    words = ("weight", "bias")
+    merged = {f"{prefix}{i}.{word}": getattr(model[i], word).detach().contiguous() for i in range(3) for word in words}
+    both = (merged, file) if swapped else (file, merged)
+    report = compare(tmp_path, *both)
+    assert "equal-up-to-rounding" in codes(report)
+    assert not report.layers
+    merged[f"{prefix}1.weight"] = merged[f"{prefix}1.weight"] + normal(12, 1) @ normal(1, 12, seed=1)
+    (layer,) = compare(tmp_path, *both).layers
+    assert layer.numerical_rank == 1
+    wanted = float((normal(12, 1) @ normal(1, 12, seed=1)).norm())
+    assert layer.frobenius_norm == pytest.approx(wanted, rel=1e-4)

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ def test_nan_beside_the_model_is_found(tmp_path: Path, case: str) -> None:
     assert list(open_checkpoint(path).entries) == ["w"]
     assert found(path) == {name}
     if case == "second network":
-        assert "discriminator (1 tensors)" in open_checkpoint(path).notes[0]
+        assert "discriminator (1 tensor)" in open_checkpoint(path).notes[0]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -150,3 +151,28 @@ def test_nan_in_buffers_is_found_in_memory_as_in_the_file(tmp_path: Path) -> Non
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     model[1].running_var[2] = torch.nan  # type: ignore[index]
     assert found(model) == found(saved(tmp_path, model.state_dict())) == {"1.running_var"}
+
+
+def test_an_archive_of_arrays_that_grows_beyond_bounds_is_refused(tmp_path: Path) -> None:
+    """Zeros compress a thousandfold. The header is trusted neither to be larger nor smaller than what is there."""
+    path = tmp_path / "m.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("w.npy", "w") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (1 << 14, 5000)})
+        for _ in range(1 << 14):
+            stream.write(bytes(20_000))
+    with pytest.raises(CheckpointError, match="would grow to 327,680,128 bytes") as refusal:
+        open_checkpoint(path)
+    assert "\n" not in str(refusal.value)
+    with zipfile.ZipFile(path, "w") as archive, archive.open("w.npy", "w") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)})
+        stream.write(bytes(16))
+    with pytest.raises(CheckpointError, match="its header wants"):
+        open_checkpoint(path)
+
+
+def test_compressed_weights_are_read(tmp_path: Path) -> None:
+    arrays = {"a.weight": np.zeros((64, 64), np.float32), "b.weight": np.eye(8), "none.weight": np.zeros((0, 3))}
+    arrays["n"] = np.array(3)
+    np.savez_compressed(tmp_path / "m.npz", **arrays)
+    checkpoint = open_checkpoint(tmp_path / "m.npz")
+    assert all(np.array_equal(checkpoint.load(name).numpy(), array) for name, array in arrays.items())

@@ -160,6 +160,10 @@ def inspect_command(
     if broken is not None:
         _complain(f"{model}: {broken.title}. {broken.remedy}")
         raise typer.Exit(2)
+    if against is None and not found.layers:
+        why = next((note for note in found.notes if note.startswith("Left out")), "It holds no matrix")
+        _complain(f"{model}: nothing was inspected. {why.rstrip('.')}.")
+        raise typer.Exit(2)
     if fail_on is not FailOn.never:
         grave = SEVERITIES[: SEVERITIES.index(fail_on.value) + 1]
         if any(f.severity in grave for f in found.findings):
@@ -354,6 +358,7 @@ class _Stages:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.progress.live.transient = error[0] is not None  # the message of an error stands alone
         if self.lines:
             self.progress.stop()
 

@@ -82,7 +82,9 @@ def open_index(index: Path) -> Opened:
         stored |= {key: held[key] for key in listed if key in held}
         extra = len(held.keys() - set(listed))
         if extra:
-            notes.append(f"{file}: {extra} tensors that the index does not name, left out")
+            notes.append(
+                f"{file}: {extra} {'tensor' if extra == 1 else 'tensors'} that the index does not name, left out"
+            )
     return Opened(list(stored.values()), notes, metadata, beside)
 
 

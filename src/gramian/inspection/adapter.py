@@ -16,11 +16,12 @@ from torch import Tensor
 from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.errors import CheckpointError, InputError
 from gramian.inspection.changes import change_between, rounding_floor
-from gramian.inspection.matching import Pairs, is_in_out, some
+from gramian.inspection.matching import Pairs, is_in_out, some, some_patterns
 from gramian.inspection.peft_format import PREFIX, Modules, config_of_adapter
 from gramian.inspection.quadrature import leading_vectors
 from gramian.layers.lookup import match_pattern
 from gramian.report.files import write_text
+from gramian.report.model import plural
 
 __all__ = ["Adapter", "extract_lora"]
 
@@ -55,7 +56,7 @@ class Adapter:
         """The adapter in sentences, for a report."""
         worst = max(self.errors, key=lambda name: self.errors[name])
         notes = [
-            f"Adapter of rank {self.rank} for {len(self.errors)} modules in {self.folder}: relative error "
+            f"Adapter of rank {self.rank} for {plural(len(self.errors), 'module')} in {self.folder}: relative error "
             f"{self.error:.2e} in all, {self.errors[worst]:.2e} at most ({worst})"
         ]
         for what, names in (
@@ -65,7 +66,7 @@ class Adapter:
             ("Differ by no more than rounding, and are not in the adapter", self.rounding),
             ("Changed, but not in the adapter", self.left_out),
         ):  # fmt: skip
-            notes += [f"{what}: {some(names, 50 if names is self.left_out else 5)}"] if names else []
+            notes += [f"{what}: {some_patterns(names) if names is self.left_out else some(names)}"] if names else []
         return [*notes, *self.remarks]
 
 

@@ -32,8 +32,10 @@ class Compared:
     equal_matrices: list[str] = field(default_factory=list)
     num_equal: int = 0  # tensors
     casts: dict[str, list[str]] = field(default_factory=dict)  # names, by what was cast to what
+    rounded: list[str] = field(default_factory=list)  # computed in one of the two, and equal up to the rounding of that
     broken: list[tuple[str, int]] = field(default_factory=list)  # and the number of entries, NaN or infinite in one
     cut: list[str] = field(default_factory=list)  # compared on the rows that both have
+    num_rows: int = 0  # of those, that only one has
     turned: list[str] = field(default_factory=list)  # stored (in, out) in one and (out, in) in the other
     shapes: list[str] = field(default_factory=list)  # not compared
     square: float = 0.0
@@ -49,6 +51,17 @@ class Compared:
                     Layer(name, "unmatched", entry.shape, 0, entry.dtype, note=f"only in {checkpoint.path}")
                 )
 
+    def add_rows(self, name: str, new: tuple[int, ...], old: tuple[int, ...], dtype: str) -> None:
+        """Add a row for the rows of a tensor that only one of the two has, such as new tokens."""
+        longer, path = (new, self.pairs.one.path) if new[0] > old[0] else (old, self.pairs.two.path)
+        start, stop = min(new[0], old[0]), longer[0]
+        count = stop - start
+        what = f"row {start}" if count == 1 else f"rows {start} to {stop - 1}"
+        note = f"not compared: {what}, only in {path}"
+        self.num_rows += count
+        self.cut.append(f"{name} {new} and {old}: the first {start} rows; {plural(count, 'row')} only in {path}")
+        self.others.append(Layer(f"{name}[{start}:{stop}]", "unmatched", (count, *longer[1:]), 0, dtype, note=note))
+
     def facts(self) -> dict[str, float | int | str]:
         """The numbers of all tensors together."""
         pairs = self.pairs
@@ -58,6 +71,8 @@ class Compared:
             "matrices that differ": len(self.matrices),
             "matrices that are equal": len(self.equal_matrices),
             "other tensors that differ": len(self.changed),
+            "tensors of another shape, not compared": len(self.shapes),
+            "rows that only one has, not compared": self.num_rows,
             "tensors that only one has": len(pairs.only_one) + len(pairs.only_two),
             "relative change, all together": math.sqrt(self.square / self.base) if self.base else 0.0,
         }
@@ -70,6 +85,7 @@ class Compared:
         for what, names in (
             ("Equal in both", self.equal_matrices),
             *((f"Equal up to the cast {cast}", names) for cast, names in self.casts.items()),
+            ("Equal up to rounding, since one of the two is computed", self.rounded),
             ("Changed, but not analyzed as matrices", [layer.name for layer in self.changed]),
             ("Of another shape, compared on the rows that both have", self.cut),
             ("Stored the other way round, compared matrix by matrix", self.turned),
@@ -105,7 +121,10 @@ def _of_nonfinite(compared: Compared) -> Iterator[Finding]:
     """Tensors with NaN or infinity in one of the two, or differences that are not finite since both have them."""
     broken = dict(compared.broken)
     num_entries = sum(broken.values())
-    title, evidence = "{} not finite in one of the two", f"{num_entries} entries that the other has not (exact)"
+    title, evidence = (
+        "{} not finite in one of the two",
+        f"{num_entries:,} {'entry' if num_entries == 1 else 'entries'} that the other has not (exact)",
+    )
     if not broken:
         broken = {layer.name: 0 for layer in compared.matrices if layer.frobenius_norm is None}
         title, evidence = "{} not finite, and not the same", "NaN or infinity in both (exact)"
@@ -132,6 +151,13 @@ def _of_equality(compared: Compared) -> Iterator[Finding]:
     for cast, names in compared.casts.items():
         title = f"Equal up to the cast {cast}"
         yield Finding("equal-after-cast", "info", title, evidence=f"{plural(len(names), 'tensor')}; {evidence}")
+    if compared.rounded:
+        yield Finding(
+            "equal-up-to-rounding",
+            "info",
+            "Equal up to rounding",
+            evidence=f"{plural(len(compared.rounded), 'weight')} that one of the two stores in parts; {evidence}",
+        )
     unmatched = len(pairs.only_one) + len(pairs.only_two)
     unread = [note for checkpoint in (pairs.one, pairs.two) for note in checkpoint.notes if "left out" in note]
     others = len(compared.shapes) + len(compared.cut) + len(compared.turned)
@@ -144,11 +170,12 @@ def _of_equality(compared: Compared) -> Iterator[Finding]:
                 [evidence]
                 + ([f"{plural(unmatched, 'tensor')} that only one has"] if unmatched else [])
                 + ([f"{plural(others, 'tensor')} of another shape"] if others else [])
+                + ([f"{plural(compared.num_rows, 'row')} that only one has"] if compared.num_rows else [])
                 + (["names differ by a prefix"] if pairs.notes else [])
                 + (["a file holds more than was read"] if unread else [])
             ),
         )
-    elif not compared.casts:
+    elif not compared.casts and not compared.rounded:
         yield Finding("no-difference", "info", "The two are equal", evidence=evidence)
 
 
@@ -166,9 +193,13 @@ def _of_low_rank(compared: Compared) -> Iterator[Finding]:
             "low-rank-update",
             "info",
             f"The difference is a rank-{max(ranks)} update",
-            where=f"{len(known)} matrices differ, {len(compared.equal_matrices)} do not",
+            where=f"{_matrices(len(known), 'differs', 'differ')}, {len(compared.equal_matrices):,} equal",
             evidence=f"rank {max(ranks)} holds 99 % of the energy of every difference (most: {worst.name}){rank}",
             cause="An adapter was merged, or training moved the weights in few directions.",
             action=Action("extract_lora", {"rank": max(ranks)}),
             source="Hu et al. 2106.09685",
         )
+
+
+def _matrices(count: int, one: str, many: str) -> str:
+    return f"1 matrix {one}" if count == 1 else f"{count:,} matrices {many}"

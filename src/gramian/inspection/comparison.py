@@ -31,6 +31,9 @@ __all__ = ["compare_checkpoints", "subspace_angle"]
 MOST_DIRECTIONS = 8
 LEAST_GAP = 1.1
 
+# How far a weight that is computed in float32 from its parts may be from its value, beside the rounding of the result.
+COMPUTED = 16 * 2.0**-23
+
 
 def compare_checkpoints(
     model: str | os.PathLike[str],
@@ -115,13 +118,17 @@ def _compare(pairs: Pairs, name: str, compared: Compared, quick: bool) -> None:
             row = Layer(name, "shape", tuple(new.shape), 0, dtype_name(new), note=f"not compared: {note}")
             compared.others.append(row)
             return
+        compared.add_rows(name, tuple(new.shape), tuple(old.shape), dtype_name(new))
         new, old = common
         note = f"the first {len(new)} rows, of {note}"
-        compared.cut.append(f"{name} {note}")
     pieces = list(pairs.pieces(name, new, old))
     whole = change_between(new, old) if new.shape == old.shape else None  # else only its matrices have equal shapes
     if whole is not None and whole.num_broken:
         compared.broken.append((name, whole.num_broken))
+    if whole is not None and whole.kind == "changed" and _is_rounding(pairs, name, new, old, whole):
+        compared.base += whole.size**2
+        compared.rounded.append(name)
+        return
     if whole is not None and whole.kind != "changed":
         compared.base += whole.size**2
         compared.num_equal += whole.kind == "equal"
@@ -151,6 +158,15 @@ def _compare(pairs: Pairs, name: str, compared: Compared, quick: bool) -> None:
             compared.broken.append((label, change.num_broken))
         holding = pairs.new.get(name) or pairs.old[pairs.names[name]]
         _add_matrix(holding, label, a, b, change, note, compared, quick)
+
+
+def _is_rounding(pairs: Pairs, name: str, new: Tensor, old: Tensor, change: Change) -> bool:
+    """Whether one of the two is computed from parts, and they differ by no more than the rounding of that."""
+    made = [pairs.one.entries[name].made, pairs.two.entries[pairs.names[name]].made]
+    if not any(made) or not (new.is_floating_point() and old.is_floating_point()) or change.num_broken:
+        return False
+    eps = max(torch.finfo(new.dtype).eps, torch.finfo(old.dtype).eps)
+    return change.relative is not None and change.relative <= eps + COMPUTED
 
 
 def _add_matrix(

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from gramian.checkpoint import Checkpoint
+from gramian.checkpoint import Checkpoint, Entry
 from gramian.errors import CheckpointError
 from gramian.inspection.matrices import Holding, find_holdings
 from gramian.layers.lookup import match_pattern
+from gramian.report.model import plural
 
-__all__ = ["Pairs", "is_in_out", "some"]
+__all__ = ["Pairs", "is_in_out", "numbered", "some", "some_patterns"]
 
 # A prefix is looked for among the first components of a name, before the number of a layer.
 LONGEST_PREFIX = 4
@@ -44,12 +45,13 @@ class Pairs:
         self.one, self.two = one, two
         self.names, self.changes = _match(one, two)
         self.notes = [
-            f"{count} names matched: {_prefix(new)} in {one.path} is {_prefix(old)} in {two.path}"
+            f"{plural(count, 'name')} matched: {_prefix(new)} in {one.path} is {_prefix(old)} in {two.path}"
             for new, old, count in self.changes
         ]
-        self.only_one = [name for name in one.entries if name not in self.names]
         taken = set(self.names.values())
-        self.only_two = [name for name in two.entries if name not in taken]
+        # the parts of a weight that is a pair are in it
+        self.only_one = [n for n, e in one.entries.items() if n not in self.names and e.part_of not in self.names]
+        self.only_two = [n for n, e in two.entries.items() if n not in taken and e.part_of not in taken]
         self.new = {h.entry.name: h for h in find_holdings(one, layouts)[0]}
         known = {p: v for p, v in (layouts or {}).items() if any(match_pattern({p: v}, name) for name in two.entries)}
         self.old = {h.entry.name: h for h in find_holdings(two, known)[0]}
@@ -113,18 +115,35 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     return f"{', '.join(names[:limit])}{' …' if len(names) > limit else ''} ({len(names)})"
 
 
+def numbered(name: str) -> str:
+    """The name with `*` for the numbers of layers and experts, which groups tensors of one kind."""
+    return ".".join("*" if word.isdigit() else word for word in name.split("."))
+
+
+def some_patterns(names: Sequence[str], limit: int = 20) -> str:
+    """The names, those of one kind together with their number."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(numbered(name), []).append(name)
+    told = [found[0] if len(found) == 1 else f"{kind} ({len(found):,})" for kind, found in kinds.items()]
+    more = f" and {len(told) - limit:,} more kinds" if len(told) > limit else ""
+    return f"{', '.join(told[:limit])}{more}: {plural(len(names), 'tensor')}"
+
+
 Change = tuple[tuple[str, str], dict[str, str]]
 
 
 def _match(one: Checkpoint, two: Checkpoint) -> tuple[dict[str, str], list[tuple[str, str, int]]]:
-    pairs = {name: name for name in one.entries if name in two.entries}
+    """The pairs, by the names in `one`, and the changes of prefix."""
+    first, second = _weights(one), _weights(two)
+    pairs = {name: name for name in first if name in second}
     changes: list[tuple[str, str, int]] = []
     while True:
         taken = set(pairs.values())
         best = _best_changes(
-            {name: entry.shape for name, entry in one.entries.items() if name not in pairs},
-            {name: entry.shape for name, entry in two.entries.items() if name not in taken},
-            min(len(one), len(two)) / 2,
+            {name: entry.shape for name, entry in first.items() if name not in pairs},
+            {name: entry.shape for name, entry in second.items() if name not in taken},
+            min(len(first), len(second)) / 2,
         )
         if len(best) != 1:
             break
@@ -133,7 +152,13 @@ def _match(one: Checkpoint, two: Checkpoint) -> tuple[dict[str, str], list[tuple
         changes.append((new, old, len(renamed)))
     if not pairs:
         raise _strangers(one, two, [f"{_prefix(new)} as {_prefix(old)}" for (new, old), _ in best])
-    return {name: pairs[name] for name in one.entries if name in pairs}, changes
+    return {first[name].name: second[pairs[name]].name for name in first if name in pairs}, changes
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Entry]:
+    """The entries by the names that their weights have in the model, however a file stores them."""
+    entries = checkpoint.entries
+    return {e.name if e.weight != e.name and e.weight in entries else e.weight: e for e in entries.values()}
 
 
 def _best_changes(one: Mapping[str, tuple[int, ...]], two: Mapping[str, tuple[int, ...]], least: float) -> list[Change]:

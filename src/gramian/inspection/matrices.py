@@ -89,12 +89,14 @@ def find_holdings(
     holdings: list[Holding] = []
     asked: dict[str, Entry] = {}
     given: dict[str, Layout] = {}
-    used = set()
+    used, taken = set(), []
     for name, entry in checkpoint.entries.items():
         reason = auxiliary.get(name) or _not_numbers(entry)
         pattern = None if reason else match_pattern(overrides, name)
         if pattern is not None:
             used.add(pattern)
+            taken.append(name)
+            taken.append(name)
             if overrides[pattern] == "skip":
                 reason = "left out by --layouts"
             else:
@@ -112,7 +114,9 @@ def find_holdings(
     unused = [pattern for pattern in overrides if pattern not in used]
     if unused:
         some = next(iter(checkpoint.entries))
-        raise InputError(f"layouts: {unused[0]!r} matches no matrix of {checkpoint.path}; names are like {some!r}")
+        earlier = any(match_pattern({unused[0]: ""}, name) for name in taken)
+        what = "only tensors that an earlier pattern matches" if earlier else "no matrix"
+        raise InputError(f"layouts: {unused[0]!r} matches {what} of {checkpoint.path}; names are like {some!r}")
     found, more = _by_names(checkpoint, asked, given, auxiliary, last=not known)
     holdings, reasons = holdings + found, reasons | more
     left_out: dict[str, list[str]] = {}

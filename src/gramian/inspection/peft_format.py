@@ -26,7 +26,9 @@ __all__ = ["PREFIX", "Modules", "config_of_adapter"]
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 
-# Their kernels use out_proj and conv1d without calling them, so PEFT refuses these; as PEFT 0.21 lists them.
+# The model types whose out_proj and conv1d PEFT refuses to adapt, since their kernels use these weights without calling
+# the modules. A config does not say so: these are the types in _check_lora_target_modules_mamba of PEFT 0.21.2
+# (peft/tuners/tuners_utils.py). tests/test_adapter.py asks the installed PEFT whether it still refuses just these.
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 

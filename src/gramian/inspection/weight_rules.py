@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gramian.inspection.adapted import ADAPTER
 from gramian.inspection.deficiency import rank_beyond_rounding
+from gramian.inspection.matching import numbered
 from gramian.report import Action, Finding, Layer
 from gramian.report.model import plural
 
@@ -144,7 +145,7 @@ def unusual_size(measured: Measured) -> Iterator[Finding]:
     groups: dict[tuple[str, str, tuple[int, ...]], list[Layer]] = {}
     for layer in measured.layers:
         if layer.spectral_norm and layer.role == "hidden" and not layer.duplicate_of:
-            groups.setdefault((_pattern(layer.name), layer.kind, layer.shape), []).append(layer)
+            groups.setdefault((numbered(layer.name), layer.kind, layer.shape), []).append(layer)
     for layers in groups.values():
         if len(layers) < SIZE_GROUP:
             continue
@@ -301,8 +302,3 @@ def _tie(layer: Layer) -> Action | None:
 
 def _share(layer: Layer, count: int | None) -> float:
     return (count or 0) / layer.parameters if layer.parameters else 0.0
-
-
-def _pattern(name: str) -> str:
-    """Return the name with `*` for the numbers of layers and experts, which groups layers of one kind."""
-    return ".".join("*" if word.isdigit() else word for word in name.split("."))

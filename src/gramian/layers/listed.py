@@ -108,7 +108,5 @@ def _look_up(name: str, shape: tuple[int, ...], role: Role, config: Mapping[str,
         return Listed(layout, role, named.reason, kind, note, named.kernel)
     if len(shape) == 2:
         kind = "embedding" if role == "embedding" else "matrix"
-        return Listed(
-            Layout("o i -> o i", shape), role, "its name tells no more: taken as one matrix (out, in)", kind
-        )
+        return Listed(Layout("o i -> o i", shape), role, "its name tells no more: taken as one matrix (out, in)", kind)
     return Listed(None, "hidden", f"of {len(shape)} dimensions and an unknown name: pass the model, or routes=")
