@@ -6,7 +6,8 @@ defines them. What follows a name in brackets is ignored.
 - A name matches a place that is equal to it; one that is inside it ("blocks.2.linear" holds "blocks.2.linear.weight");
   and one that it is inside of, as long as it is no more than a third of the model's modules with parameters. The
   module that owns a parameter always matches it.
-- A finding that names more than a third of these modules, and more than three, names none of them.
+- A finding that names more than a third of these modules, and more than three, names none of them; unless its code
+  states a fact of each parameter (`FACTS`), of which many are no hedge.
 - The place "all layers" is matched by an empty `where`, by "all layers" or "every layer", by "n of m layers" or
   "n layers", and by names or ranges of at least half of the modules with weights in the blocks.
 - The places "data", "labels", "loss" and "optimizer" are matched by any `where`, since the codes of their causes
@@ -32,6 +33,19 @@ WORDS = re.compile(
 SELF_TELLING = {"data": "input-", "labels": "labels-", "loss": "loss-"}
 OF_OPTIMIZERS = frozenset(
     {"rate-too-high", "rate-too-low", "momentum-too-high", "parameter-not-stepped", "weight-decay-too-large"}
+)
+FACTS = frozenset(
+    {
+        "graph-cut",
+        "parameter-frozen",
+        "parameter-unused",
+        "parameter-shared",
+        "parameter-not-stepped",
+        "parameter-constant",
+        "norm-statistics",
+        "norm-evaluation-mode",
+        "dropout-rate",
+    }
 )
 
 
@@ -105,7 +119,6 @@ def matches(code: str, where: str, truth: Truth, places: Places) -> bool:
         return True
     names = places.named(where)
     covered = set().union(*(places.under(name) for name in names)) if names else set()
-    whole = any(place in ("blocks", "stem") or len(places.under(place)) > 1 for place in truth.places)
-    if len(covered) > max(FEW, SHARE * len(places.owners)) and not (whole or len(truth.places) > FEW):
+    if code not in FACTS and len(covered) > max(FEW, SHARE * len(places.owners)):
         return False
     return any(_local(names, place, places) for place in truth.places)

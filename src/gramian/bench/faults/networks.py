@@ -24,9 +24,10 @@ class Network(nn.Module):
         final: a module that is applied to the scores, or `None`.
     """
 
-    def __init__(self, stem: nn.Module, blocks: list[nn.Module], pool: nn.Module, head: nn.Module) -> None:
+    def __init__(self, stem: nn.Module, blocks: list[nn.Module], pool: nn.Module, head: nn.Linear) -> None:
         super().__init__()
-        self.stem, self.blocks, self.pool, self.head = stem, nn.ModuleList(blocks), pool, head
+        self.stem, self.blocks, self.pool = stem, nn.ModuleList(blocks), pool
+        self.head: nn.Linear = head
         self.final: nn.Module | None = None
         self.uncalled: frozenset[int] = frozenset()
         self.detached: int | None = None

@@ -7,11 +7,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
-from gramian.bench.faults.architectures import STEPS, healthy
+from gramian.bench.faults.architectures import STEPS, Options, healthy
 from gramian.bench.faults.cases import Case
 from gramian.bench.faults.matching import Places, matches
 from gramian.bench.faults.setup import Setup, Truth
@@ -30,7 +30,7 @@ class FindingLike(Protocol):
     severity: str
 
 
-Diagnoser = Callable[[Setup], Sequence[Any]]
+Diagnoser = Callable[[Setup], Sequence[Any]]  # of FindingLike
 
 
 @dataclass(frozen=True)
@@ -142,17 +142,17 @@ def score(diagnoser: Diagnoser, cases: Iterable[Case], tell: Callable[[Verdict],
     return table
 
 
-def alarms(diagnoser: Diagnoser, runs: Iterable[tuple[str, int]]) -> list[Alarm]:
+def alarms(diagnoser: Diagnoser, runs: Iterable[tuple[str, int, Options]]) -> list[Alarm]:
     """What a diagnoser says of healthy runs, untrained and after training.
 
     Args:
         diagnoser: as in `score`.
-        runs: pairs of an architecture and a seed.
+        runs: architecture, seed and options of each.
     """
     found = []
-    for architecture, seed in runs:
+    for architecture, seed, options in runs:
         for trained in (False, True):
-            setup = healthy(architecture, seed)
+            setup = healthy(architecture, seed, options)
             setup.train(STEPS if trained else 0)
             told, crashed, _ = _diagnosed(diagnoser, setup)
             found.append(Alarm(architecture, seed, trained, told, crashed))
@@ -170,4 +170,4 @@ def load(name: str) -> Diagnoser:
         raise InputError(f"faults: cannot load the diagnoser {name!r}: {error}") from None
     if not callable(found):
         raise InputError(f"faults: {name!r} is not a function")
-    return found
+    return cast(Diagnoser, found)

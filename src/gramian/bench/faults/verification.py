@@ -25,7 +25,7 @@ ABOVE_CHANCE = 0.3
 CLEARLY = 0.15
 """On 400 held-out samples and more, six standard errors of a difference of accuracies near 85 %."""
 
-GENERATOR = ("setup.py", "data.py", "networks.py", "architectures.py", "cases.py", "verification.py", "kinds")
+GENERATOR = ("setup.py", "data.py", "networks.py", "architectures.py", "cases.py", "kinds")
 """The files on which cases depend."""
 
 

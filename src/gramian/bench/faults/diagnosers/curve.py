@@ -13,7 +13,7 @@ STEPS = 30
 
 
 def diagnose(setup: Setup) -> list[Told]:
-    """The usual reading: not finite or rising, too high a rate; flat, too low a rate; far above ln C, too large a head."""
+    """Not finite or rising: too high a rate; flat: too low a rate; far above ln C at the start: too large a head."""
     try:
         losses = setup.train(STEPS)
     except (RuntimeError, IndexError, ValueError) as error:

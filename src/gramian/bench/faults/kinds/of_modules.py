@@ -33,7 +33,8 @@ def deep_sigmoid(setup: Setup, draw: Draw) -> Planted:
     return Planted(("all layers", *places))
 
 
-@kind("wrong-init-for-depth", "gain-below-one gradient-vanishes", consequences="parameter-scale-small", only=("mlp", "cnn"),
+@kind("wrong-init-for-depth", "gain-below-one gradient-vanishes", consequences="parameter-scale-small",
+      only=("mlp", "cnn"),
       options=Options(act="relu", depth=12))  # fmt: skip
 def wrong_init_for_depth(setup: Setup, draw: Draw) -> Planted:
     """A deep plain ReLU network keeps PyTorch's default initialization, whose gain is 0.41."""
@@ -165,7 +166,7 @@ def dropout_high(setup: Setup, draw: Draw) -> Planted:
 
 @kind("embedding-scale", "embedding-scale parameter-scale-large", only=("transformer", "lstm"),
       consequences="gate-shut attention-saturated residual-growth saturated-units gain-above-one",
-      options=Options(tokens=True))  # fmt: skip
+      options=Options(tokens=True), steps=40)  # fmt: skip
 def embedding_scale(setup: Setup, draw: Draw) -> Planted:
     """Embeddings are a hundred times too large."""
     found, factor = embedding(setup.model), draw.power(1.7, 2.5)

@@ -11,17 +11,16 @@ from gramian.bench.faults.setup import Draw, Setup
 from gramian.objective import Objective
 
 
-@kind("graph-cut", "graph-cut", consequences="parameter-unused parameter-frozen gradient-vanishes")
+@kind("graph-cut", "graph-cut", consequences="parameter-unused parameter-not-stepped gradient-vanishes")
 def graph_cut(setup: Setup, draw: Draw) -> Planted:
     """A tensor leaves the graph on its way through the blocks, so that nothing before it learns."""
     model = network(setup)
     model.detached = len(model.blocks) - 1 - draw.choice((0, 0, 1)) * (len(model.blocks) > 2)
     after = f"blocks.{model.detached + 1}" if model.detached + 1 < len(model.blocks) else "head"
-    before = [f"blocks.{i}" for i in range(model.detached + 1)]
-    return Planted((*reversed(before), "stem", after, "pool"), f"after blocks.{model.detached}")
+    return Planted((f"blocks.{model.detached}", after), f"after blocks.{model.detached}")
 
 
-@kind("frozen-layers", "parameter-frozen", consequences="graph-cut gradient-vanishes")
+@kind("frozen-layers", "parameter-frozen", consequences="graph-cut parameter-not-stepped gradient-vanishes")
 def frozen_layers(setup: Setup, draw: Draw) -> Planted:
     """Untrained layers do not require gradients."""
     model, keep = network(setup), draw.choice(("head", "head", "norms"))
@@ -34,7 +33,7 @@ def frozen_layers(setup: Setup, draw: Draw) -> Planted:
     return Planted((*places, "stem", "blocks"), f"all but {keep}")
 
 
-@kind("block-not-called", "parameter-unused", consequences="graph-cut gradient-vanishes parameter-frozen")
+@kind("block-not-called", "parameter-unused", consequences="graph-cut gradient-vanishes parameter-not-stepped")
 def block_not_called(setup: Setup, draw: Draw) -> Planted:
     """Forward leaves out the blocks, whose parameters are never used."""
     model = network(setup)

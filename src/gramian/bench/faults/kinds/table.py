@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gramian.bench.faults.architectures import ARCHITECTURES, STEPS, Options
 from gramian.bench.faults.networks import Network
@@ -14,54 +13,18 @@ from gramian.bench.faults.setup import Draw, Setup, Truth
 
 __all__ = ["CAUSES", "KINDS", "Kind", "Planted", "kind"]
 
-CAUSES = frozenset(
-    [
-        "input-non-finite",
-        "input-offset",
-        "input-scale",
-        "input-dominated",
-        "input-constant",
-        "input-duplicates",
-        "labels-constant",
-        "labels-out-of-range",
-        "labels-independent",
-        "loss-double-softmax",
-        "loss-rectified",
-        "loss-non-finite",
-        "parameter-non-finite",
-        "parameter-zero",
-        "parameter-constant",
-        "parameter-rank-one",
-        "parameter-scale-small",
-        "parameter-scale-large",
-        "parameter-shared",
-        "parameter-frozen",
-        "parameter-unused",
-        "graph-cut",
-        "dead-units",
-        "saturated-units",
-        "norm-zero-gain",
-        "norm-statistics",
-        "norm-evaluation-mode",
-        "dropout-rate",
-        "attention-saturated",
-        "gate-shut",
-        "embedding-scale",
-        "head-scale",
-        "residual-growth",
-        "gain-below-one",
-        "gain-above-one",
-        "gradient-vanishes",
-        "gradient-explodes",
-        "gradient-underflow",
-        "gradient-overflow",
-        "rate-too-high",
-        "rate-too-low",
-        "momentum-too-high",
-        "parameter-not-stepped",
-        "weight-decay-too-large",
-    ]
-)
+WORDS = """
+input-non-finite input-offset input-scale input-dominated input-constant input-duplicates
+labels-constant labels-out-of-range labels-independent
+loss-double-softmax loss-rectified loss-non-finite
+parameter-non-finite parameter-zero parameter-constant parameter-rank-one parameter-scale-small
+parameter-scale-large parameter-shared parameter-frozen parameter-unused graph-cut
+dead-units saturated-units norm-zero-gain norm-statistics norm-evaluation-mode dropout-rate
+attention-saturated gate-shut embedding-scale head-scale residual-growth gain-below-one gain-above-one
+gradient-vanishes gradient-explodes gradient-underflow gradient-overflow
+rate-too-high rate-too-low momentum-too-high parameter-not-stepped weight-decay-too-large
+"""
+CAUSES = frozenset(WORDS.split())
 """The codes that name causes."""
 
 
@@ -105,7 +68,7 @@ class Kind:
     consequences: frozenset[str]
     plant: Plant
     architectures: tuple[str, ...]
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
     steps: int = STEPS
     trained: int = 0
 
@@ -164,30 +127,27 @@ def network(setup: Setup) -> Network:
     return setup.model
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+def matrices(model: nn.Module) -> dict[str, Tensor]:
     """The weights that multiply signals, by name, in forward order; no embeddings, positions or norms."""
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            found[f"{name}.weight"] = module.weight
-        elif isinstance(module, nn.LSTM):
-            found[f"{name}.weight_ih_l0"], found[f"{name}.weight_hh_l0"] = module.weight_ih_l0, module.weight_hh_l0
-        elif isinstance(module, nn.MultiheadAttention):
-            found[f"{name}.in_proj_weight"] = module.in_proj_weight
+        held = {nn.LSTM: ("weight_ih_l0", "weight_hh_l0"), nn.MultiheadAttention: ("in_proj_weight",)}
+        multiplies = ("weight",) if isinstance(module, (nn.Linear, nn.Conv2d)) else held.get(type(module), ())
+        found.update({f"{name}.{weight}": module.get_parameter(weight) for weight in multiplies})
     return found
 
 
-def inner(model: nn.Module) -> dict[str, nn.Parameter]:
+def inner(model: nn.Module) -> dict[str, Tensor]:
     """The matrices inside the blocks."""
     return {name: w for name, w in matrices(model).items() if name.startswith("blocks.")}
 
 
-def embedding(model: nn.Module) -> dict[str, nn.Parameter]:
+def embedding(model: nn.Module) -> dict[str, Tensor]:
     """The tables of embeddings."""
     return {f"{n}.weight": m.weight for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
 
 
-def first(model: nn.Module) -> dict[str, nn.Parameter]:
+def first(model: nn.Module) -> dict[str, Tensor]:
     """The stem's matrix or embedding."""
     every = {**embedding(model), **matrices(model)}
     return {name: w for name, w in every.items() if name.startswith("stem.")}
@@ -198,13 +158,13 @@ def modules_of(model: nn.Module, *classes: type[nn.Module]) -> dict[str, nn.Modu
     return {name: m for name, m in model.named_modules() if isinstance(m, classes)}
 
 
-def bias_of(model: nn.Module, weight: str) -> torch.Tensor | None:
+def bias_of(model: nn.Module, weight: str) -> Tensor | None:
     """The bias beside a weight, or `None`."""
     owner = model.get_submodule(weight.rpartition(".")[0])
     return getattr(owner, "bias", None) if weight.endswith(".weight") else None
 
 
-def chain(model: nn.Module) -> dict[str, nn.Parameter]:
+def chain(model: nn.Module) -> dict[str, Tensor]:
     """The matrices through which every signal goes: those that no skip goes around."""
     skips = any(type(block).__name__ in ("Residual", "Transforming") for block in network_blocks(model))
     return first(model) if skips else {**first(model), **inner(model)}
