@@ -97,7 +97,7 @@ def input_dominated(setup: Setup, draw: Draw) -> Planted:
 @kind(
     "input-constant",
     "input-constant",
-    consequences="labels-independent input-duplicates gradient-vanishes dead-units",
+    consequences="labels-independent input-duplicates input-scale gradient-vanishes dead-units",
 )
 def input_constant(setup: Setup, draw: Draw) -> Planted:
     """Every input is the same, as by an index that does not move."""

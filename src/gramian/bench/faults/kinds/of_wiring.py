@@ -72,7 +72,13 @@ HALF = Options(plain=False, optimizer="sgd")
 NO_LSTM = ("mlp", "bn-mlp", "cnn", "resnet", "transformer", "vit", "depthwise")
 
 
-@kind("float16-underflow", "gradient-underflow", consequences="gradient-vanishes", only=NO_LSTM, options=HALF)
+@kind(
+    "float16-underflow",
+    "gradient-underflow",
+    consequences="gradient-vanishes rate-too-high",
+    only=NO_LSTM,
+    options=HALF,
+)
 def float16_underflow(setup: Setup, draw: Draw) -> Planted:
     """Gradients in float16 are below its range: the loss is scaled down, and the rate up to match."""
     scale = draw.power(-7, -5.5)
@@ -85,7 +91,7 @@ def float16_underflow(setup: Setup, draw: Draw) -> Planted:
 @kind(
     "float16-overflow",
     "gradient-overflow",
-    consequences="gradient-explodes loss-non-finite",
+    consequences="gradient-explodes loss-non-finite rate-too-low",
     only=NO_LSTM,
     options=HALF,
 )
