@@ -104,8 +104,14 @@ def _signals(setup: Setup) -> list[Told]:
         found.append(Told("head-scale", "head", "warning"))
     gradients = {n: p.grad for n, p in setup.model.named_parameters() if p.requires_grad}
     missing = [name for name, g in gradients.items() if g is None]
-    if missing:
-        found.append(Told("graph-cut" if len(missing) > 1 else "parameter-unused", missing[-1]))
+    silent = {
+        name for name in leaves if name not in sizes and not name.endswith("out_proj")
+    }  # torch calls no hook there
+    uncalled = [name for name in missing if name.rpartition(".")[0] in silent]
+    if uncalled:
+        found.append(Told("parameter-unused", uncalled[0]))
+    elif missing:
+        found.append(Told("graph-cut", missing[-1]))
     norms = {n: float(g.norm()) for n, g in gradients.items() if g is not None and g.dim() > 1}
     if norms and max(norms.values()) > 1e3:
         found.append(Told("gradient-explodes", max(norms, key=lambda name: norms[name])))
