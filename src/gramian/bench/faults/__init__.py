@@ -6,7 +6,7 @@ better. A diagnoser is a function `(setup) -> findings`, best first, each with `
 >>> case = Case("zero-layer", "mlp", 0)
 >>> setup = case.build()
 >>> sorted(case.truth.causes), case.truth.places
-(['parameter-zero'], ('blocks.2.linear.weight',))
+(['parameter-zero'], ('blocks.3.linear.weight',))
 >>> len(setup.train(2))
 2
 """
