@@ -12,7 +12,7 @@ from gramian.bench.faults.setup import Draw, Setup
 
 EVERYWHERE = ("all layers",)
 
-# Small networks mend one bad layer within a hundred steps, and only lose the time; the check of harm looks early.
+# Small networks overcome one bad layer within a hundred steps, and only lose the time; the check of harm looks early.
 EARLY = 30
 ADAM = Options(optimizer="adam")
 
