@@ -1,0 +1,71 @@
+"""What the rules for causes look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gramian.block import Block, blocks
+from gramian.inspection.observing import Call, Observed
+from gramian.inspection.stepping import Steps
+
+__all__ = ["Context", "listed"]
+
+# Names that a finding spells out.
+SHOWN = 6
+
+
+@dataclass
+class Context:
+    """A model, what a few training steps of it showed, and its optimizer's steps on a copy where one was given."""
+
+    model: nn.Module
+    observed: Observed
+    optimizer: Optimizer | None = None
+    steps: Steps | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def matrices(self) -> list[Block]:
+        """The matrices that take part, in the order of the forward pass, without adapters' and per-sample tables."""
+        used = self.observed.used
+        found = [b for b in blocks(self.model) if b.role in ("hidden", "head", "embedding")]
+        return sorted(found, key=lambda b: used.get(b.name, len(used) * 10**6))
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def module_of(self, parameter: str) -> str:
+        """The name of the module that owns a parameter."""
+        return parameter.rpartition(".")[0]
+
+    @cached_property
+    def first_calls(self) -> dict[str, Call]:
+        found: dict[str, Call] = {}
+        for call in self.observed.calls:
+            found.setdefault(call.name, call)
+        return found
+
+    def is_normed(self, block: Block) -> bool:
+        """Whether the next module after the block's is a norm, which restores the scale."""
+        order = next((c.order for c in self.observed.calls if c.name == self.module_of(block.name)), None)
+        following = [c for c in self.observed.calls if order is not None and c.order > order]
+        return bool(following) and "Norm" in following[0].kind
+
+    def values(self) -> Iterator[tuple[Block, Tensor]]:
+        """Each matrix with the values of its parameter."""
+        for block in self.matrices:
+            p = self.parameters.get(block.name)
+            if p is not None and p.is_floating_point():
+                yield block, p.detach()
+
+
+def listed(names: list[str]) -> str:
+    """A few names, and how many more there are."""
+    more = f" … and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
