@@ -6,7 +6,6 @@ wraps: activations, attention, residual additions, and where autograd is cut. Al
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,13 +18,24 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gramian.batch import tensors
-from gramian.calls import prepared
+from gramian.criteria import labels_of
 from gramian.objective import Objective
 from gramian.recording.measuring import eager
 from gramian.recording.tracking import tensors_of
 from gramian.recording.unfused import UNFUSED
 
-__all__ = ["Activation", "Addition", "Attention", "Call", "Cut", "Moments", "Observed", "observe", "training_as_used"]
+__all__ = [
+    "Activation",
+    "Addition",
+    "Attention",
+    "Call",
+    "Cut",
+    "Moments",
+    "Observed",
+    "batch_statistics",
+    "observe",
+    "training_as_used",
+]
 
 # Batches that are read for a diagnosis of the signal.
 NUM_BATCHES = 4
@@ -119,8 +129,12 @@ class Observed:
         units: number of units.
         batches: the batches themselves, for the rules about data.
         first_non_finite: module and operation that made the first value that is not finite out of finite ones.
+        labels: smallest and largest label, and the number of classes, of the first batch.
+        error: what the loss raised, where the labels explain it; then nothing else was watched.
         branch_ends: modules whose output is an operand of a residual addition.
-        seconds: of one such step.
+        needs_gradient: whether the loss does.
+        statistics: of each batch norm whose stored statistics are no longer the initial ones: how far their means are
+            from those of the batch, in standard deviations, and the ratio of the variances.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -140,6 +154,8 @@ class Observed:
     first_non_finite: tuple[str, str] | None = None
     branch_ends: set[str] = field(default_factory=set)
     needs_gradient: bool = True
+    labels: tuple[int, int, int] | None = None
+    error: Exception | None = None
 
 
 @contextmanager
@@ -179,6 +195,36 @@ def training_as_used(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(kept)
 
 
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """A context in which batch norms that train use the batch's statistics in evaluation mode too.
+
+    Args:
+        model: any module.
+
+    Returns: the context manager.
+    Raises: nothing of its own.
+    Cost: a pass over the modules.
+    Source: this library's own.
+
+    >>> layer = nn.BatchNorm1d(1)
+    >>> with batch_statistics(layer):
+    ...     layer.eval()(torch.tensor([[1.0], [3.0]])).detach().abs().round(decimals=3).flatten().tolist()
+    [1.0, 1.0]
+    """
+    kept = []
+    for module in model.modules():
+        trains = module.training or not model.training
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and trains:
+            kept.append((module, module.running_mean, module.running_var))
+            module.running_mean = module.running_var = None
+    try:
+        yield
+    finally:
+        for module, mean, variance in kept:
+            module.running_mean, module.running_var = mean, variance
+
+
 def observe(
     model: nn.Module, batches: Iterable[Any], objective: Objective, *, num_batches: int = NUM_BATCHES
 ) -> Observed:
@@ -201,8 +247,15 @@ def observe(
     with training_as_used(model):
         for i, batch in enumerate(seen.batches):
             watcher = _Watcher(model, seen, first=i == 0)
-            with watcher.installed(), torch.enable_grad():
-                total, units = objective.loss(model, batch)
+            try:
+                with watcher.installed(), torch.enable_grad():
+                    total, units = objective.loss(model, batch)
+            except Exception as error:
+                seen.labels = seen.labels or _labels_of(model, batch, objective)
+                if seen.labels is None or not _is_out_of_range(*seen.labels):
+                    raise
+                seen.error = error
+                return seen
             _differentiate(total / units, parameters, seen, first=i == 0)
             seen.loss = (0.0 if i == 0 else seen.loss) + float(total.detach())
             seen.units += float(units)
@@ -214,6 +267,29 @@ def observe(
             seen.first_non_finite = watcher.first_non_finite
     seen.loss = seen.loss / seen.units if seen.units else float("nan")
     return seen
+
+
+def labels_range(scores: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[int, int, int] | None:
+    """Smallest and largest label, and the number of classes."""
+    axis = 1 if target.ndim < scores.ndim and scores.ndim > 1 and target.shape != scores.shape[:-1] else -1
+    kept = target[target != ignore_index]
+    return (int(kept.min()), int(kept.max()), scores.shape[axis]) if kept.numel() else None
+
+
+def _labels_of(model: nn.Module, batch: Any, objective: Objective) -> tuple[int, int, int] | None:
+    """The range of the labels where the criterion refused them before it called a loss of torch."""
+    try:
+        with torch.no_grad():
+            output, target = objective.predict(model, batch), labels_of(batch)
+    except Exception:
+        return None
+    if not isinstance(output, Tensor) or output.ndim < 2 or target.is_floating_point():
+        return None
+    return labels_range(output, target)
+
+
+def _is_out_of_range(smallest: int, largest: int, classes: int) -> bool:
+    return smallest < 0 or largest >= classes
 
 
 def _finite(value: float) -> bool:
@@ -256,8 +332,8 @@ def moments(t: Tensor) -> Moments:
 
 # Activations whose zeros are dead units, and those with an end on both sides: name, lower and upper end.
 _RECTIFIERS: dict[Callable, str] = {
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", Tensor.relu: "relu", Tensor.relu_: "relu", F.relu6: "relu6",
-    F.hardtanh: "hardtanh",
+    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", Tensor.relu: "relu", Tensor.relu_: "relu",
+    F.relu6: "relu6", F.hardtanh: "hardtanh",
 }  # fmt: skip
 _BOUNDED: dict[Callable, tuple[str, float, float]] = {
     torch.tanh: ("tanh", -1.0, 1.0), Tensor.tanh: ("tanh", -1.0, 1.0), F.tanh: ("tanh", -1.0, 1.0),
@@ -273,8 +349,9 @@ class _Watcher(TorchFunctionMode):
         self.model, self.seen, self.first, self.careful = model, seen, first, careful
         self.stack: list[str] = []
         self.order = 0
+        self.unfused = 0  # depth of calls that run unfused
         self.names = {id(p): name for name, p in model.named_parameters()}
-        self.made_by: dict[int, str] = {}
+        self.made_by: dict[int, list[str]] = {}
         self.alive: list[Tensor] = []  # so that no id of an output is used twice
         self.first_non_finite: tuple[str, str] | None = None
 
@@ -297,6 +374,11 @@ class _Watcher(TorchFunctionMode):
     def _enter(self, name: str) -> Callable:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(name)
+            if self.first and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                given = _first_float((*args, *kwargs.values()))
+                if given is not None and given.ndim > 1 and given.numel() > given.shape[1]:
+                    with torch._C.DisableTorchFunction():  # before the call, which updates the statistics
+                        self._compare_statistics(name, module, given)
 
         return hook
 
@@ -314,16 +396,16 @@ class _Watcher(TorchFunctionMode):
         made = _first_float((output,))
         if made is None or not self.first:
             return
-        self.made_by[id(made)] = name
+        self.made_by.setdefault(id(made), []).append(name)
         self.alive.append(made)
         given = _first_float((*args, *kwargs.values()))
         if any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False)):
             return
         self.order += 1
-        call = Call(name, type(module).__name__, self.order, moments(given) if given is not None else None, moments(made))
+        call = Call(
+            name, type(module).__name__, self.order, moments(given) if given is not None else None, moments(made)
+        )
         self.seen.calls.append(call)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and given is not None and module.training:
-            self._compare_statistics(name, module, given)
         if made.requires_grad:
             made.register_hook(lambda grad: setattr(call, "gradient", moments(grad)))
 
@@ -333,6 +415,8 @@ class _Watcher(TorchFunctionMode):
         if mean is None or variance is None:
             return
         if bool((mean == 0).all()) and bool((variance == 1).all()):
+            if _is_trained(module):  # the statistics were lost
+                self.seen.statistics[name] = (float("inf"), float("inf"))
             return  # as they are made: nothing was averaged yet
         channels = given.detach().transpose(0, 1).flatten(1).float()
         found_variance, found_mean = torch.var_mean(channels, dim=1)
@@ -346,8 +430,14 @@ class _Watcher(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in UNFUSED:
-            with self:
-                return UNFUSED[func](*args, **kwargs)
+            self.unfused += 1
+            try:
+                with self:
+                    return UNFUSED[func](*args, **kwargs)
+            finally:
+                self.unfused -= 1
+        if func in (F.cross_entropy, F.nll_loss) and self.first:
+            self._labels(args, kwargs)
         finite_before = self.careful and self.first_non_finite is None and _all_finite((*args, *kwargs.values()))
         output = func(*args, **kwargs)
         name = self.stack[-1] if self.stack else ""
@@ -403,6 +493,13 @@ class _Watcher(TorchFunctionMode):
         found = Activation(name, function, self.order, channels.shape[1], dead, saturated, mean, channels.shape[0])
         self.seen.activations.append(found)
 
+    def _labels(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Keeps the number of classes and the range of the labels, before a loss that may refuse them."""
+        scores = args[0] if args else kwargs.get("input")
+        target = args[1] if len(args) > 1 else kwargs.get("target")
+        if isinstance(scores, Tensor) and isinstance(target, Tensor) and not target.is_floating_point():
+            self.seen.labels = labels_range(scores, target, kwargs.get("ignore_index", -100))
+
     def _is_convolutional(self) -> bool:
         """Whether the last module with a matrix was a convolution, whose channels are the second dimension."""
         kinds = [call.kind for call in self.seen.calls if "Conv" in call.kind or call.kind == "Linear"]
@@ -426,14 +523,21 @@ class _Watcher(TorchFunctionMode):
     def _addition(self, name: str, left: Tensor, right: Tensor, made: Tensor) -> None:
         if left.shape != right.shape or left.ndim < 2 or not left.is_floating_point():
             return
-        if id(left) in self.names or id(right) in self.names:
+        if self.unfused or id(left) in self.names or id(right) in self.names:
             return
-        made_left, made_right = self.made_by.get(id(left)), self.made_by.get(id(right))
-        self.seen.branch_ends |= {one for one in (made_left, made_right) if one is not None}
+        self.seen.branch_ends |= {*self.made_by.get(id(left), ()), *self.made_by.get(id(right), ())}
         self.seen.additions.append(Addition(name, self.order, (id(left), id(right)), moments(made).rms))
 
 
-def _weights(query: Tensor, key: Tensor, *rest: Any, scale: float | None = None, is_causal: bool = False, attn_mask: Any = None, **kwargs: Any) -> Tensor | None:  # fmt: skip
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    *rest: Any,
+    scale: float | None = None,
+    is_causal: bool = False,
+    attn_mask: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
     """Attention weights of the first samples."""
     with torch.no_grad():
         q, k = query[:4].float(), key[:4].float()
@@ -454,6 +558,13 @@ def _weights(query: Tensor, key: Tensor, *rest: Any, scale: float | None = None,
         return scores.softmax(-1).nan_to_num()
 
 
+def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the weight and bias of a norm have values that no initialization gives."""
+    if norm.weight is None or norm.bias is None:
+        return False
+    return len(norm.weight) > 1 and len(norm.weight.detach().unique()) > 1 and bool(norm.bias.detach().any())
+
+
 def _rows_of_scores(scores: Tensor) -> Tensor:
     scores = scores.detach().float()
     return scores.movedim(1, -1).reshape(-1, scores.shape[1]) if scores.ndim > 1 else scores.reshape(1, -1)
@@ -469,8 +580,3 @@ def _first_float(values: Iterable[Any]) -> Tensor | None:
 
 def _all_finite(values: Iterable[Any]) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors_of(values) if t.is_floating_point())
-
-
-def copies(*things: Any) -> Any:
-    """Deep copies that refer to each other as the things do: a model and its optimizer."""
-    return copy.deepcopy(things)

@@ -169,8 +169,9 @@ def gain(measured: Measured) -> Iterator[Finding]:
         "gain-below-one" if below else "gain-above-one",
         "error",
         f"Gain {chi:.2g} per layer lets a gradient cross about {TRAINABLE_DEPTHS * xi:.0f} layers; there are {depth}",
-        where=f"{len(side)} of {depth} layers have a gain {'below' if below else 'above'} one",
-        evidence=f"χ = {chi:.3g} ({low:.3g} to {high:.3g}, 95 %), so ξ = 1/|ln χ| = {xi:.2g} layers; "
+        where="all layers",
+        evidence=f"{len(side)} of {depth} layers have a gain {'below' if below else 'above'} one; "
+        f"χ = {chi:.3g} ({low:.3g} to {high:.3g}, 95 %), so ξ = 1/|ln χ| = {xi:.2g} layers; "
         f"{depth} layers need ξ ≥ {depth / TRAINABLE_DEPTHS:.1f}",
         cause=f"Each layer's Jacobian multiplies a gradient by {math.sqrt(chi):.2g} on average; over {depth} layers "
         f"that is {math.sqrt(chi):.2g}^{depth} = {_decade(mean / 2 * depth)}.",
@@ -201,7 +202,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
         f"The gradient at the first layer is {ratio:.0e} times the last layer's"
         if ratio
         else "The gradient at the first layer is zero",
-        where=f"{sized[0].name} … {sized[-1].name}",
+        where="all layers",
         evidence=evidence,
         cause=f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
         action=RETRAIN,

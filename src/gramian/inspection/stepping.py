@@ -9,7 +9,7 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gramian.inspection.observing import training_as_used
@@ -55,6 +55,7 @@ def take_steps(
     """
     given = list(batches)
     taken = Steps(rate=max((float(group.get("lr", 0.0)) for group in optimizer.param_groups), default=0.0))
+    before: dict[str, Tensor] = {}
     with training_as_used(model):
         twin, stepper = copy.deepcopy((model, optimizer))
         names = {n: p for n, p in twin.named_parameters() if p.requires_grad and p.ndim >= 2}
@@ -67,7 +68,9 @@ def take_steps(
             taken.losses.append(float(loss.detach()))
             if i == 0:
                 before = {n: p.detach().clone() for n, p in names.items()}
-                largest = [float(p.grad.detach().abs().amax()) for p in names.values() if p.grad is not None and p.numel()]
+                largest = [
+                    float(p.grad.detach().abs().amax()) for p in names.values() if p.grad is not None and p.numel()
+                ]
                 taken.gradient = max(largest, default=0.0)
             stepper.step()
             if i == 0:

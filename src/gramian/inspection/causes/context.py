@@ -9,9 +9,11 @@ from functools import cached_property
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gramian.batch import main_input
 from gramian.block import Block, blocks
 from gramian.inspection.observing import Call, Observed
 from gramian.inspection.stepping import Steps
+from gramian.report import Layer
 
 __all__ = ["Context", "listed"]
 
@@ -27,18 +29,36 @@ class Context:
     observed: Observed
     optimizer: Optimizer | None = None
     steps: Steps | None = None
-    notes: list[str] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
 
     @cached_property
     def matrices(self) -> list[Block]:
         """The matrices that take part, in the order of the forward pass, without adapters' and per-sample tables."""
         used = self.observed.used
-        found = [b for b in blocks(self.model) if b.role in ("hidden", "head", "embedding")]
+        found = [b for b in blocks(self.model).blocks if b.role in ("hidden", "head", "embedding", "elementwise")]
         return sorted(found, key=lambda b: used.get(b.name, len(used) * 10**6))
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
+
+    @cached_property
+    def has_float_inputs(self) -> bool:
+        return all(main_input(batch).is_floating_point() for batch in self.observed.batches)
+
+    @cached_property
+    def has_constant_output(self) -> bool:
+        """Whether all samples get the same output."""
+        logits = self.observed.logits
+        if logits is not None and len(logits) > 1:
+            return float(logits.std(0).amax()) <= 1e-6 * float(logits.abs().amax())
+        calls = self.observed.calls
+        return bool(calls) and calls[-1].output.between <= 1e-6 * calls[-1].output.rms
+
+    @cached_property
+    def trained(self) -> set[str]:
+        """Parameters whose matrices have singular values that independent entries do not have."""
+        return {layer.name.partition("[")[0] for layer in self.layers if layer.above_noise}
 
     def module_of(self, parameter: str) -> str:
         """The name of the module that owns a parameter."""
@@ -56,6 +76,11 @@ class Context:
         order = next((c.order for c in self.observed.calls if c.name == self.module_of(block.name)), None)
         following = [c for c in self.observed.calls if order is not None and c.order > order]
         return bool(following) and "Norm" in following[0].kind
+
+    def is_lost_in_norm(self, block: Block) -> bool:
+        """Whether the output of a layer is so small that the ε of the norm behind it weighs more."""
+        call = self.first_calls.get(self.module_of(block.name))
+        return call is not None and call.output.between < 0.01
 
     def values(self) -> Iterator[tuple[Block, Tensor]]:
         """Each matrix with the values of its parameter."""

@@ -17,8 +17,8 @@ from gramian.report import Finding
 
 __all__ = ["RULES"]
 
-# Heuristics, with what standardized, unit-interval and byte-grayscale data have in brackets: the mean over the deviation
-# (up to 2), the root mean square (0.3 to 8), and the largest share of variance in one of many features (below 0.3).
+# Heuristics, with what standardized, unit-interval and grayscale data have in brackets: the mean over the deviation (up
+# to 2), the root mean square (0.3 to 8), and the largest share of variance in one of many features (below 0.3).
 OFFSET, SMALL, LARGE, DOMINANT = 5.0, 0.02, 30.0, 0.9
 
 # Samples from which on labels are judged.
@@ -29,6 +29,9 @@ def inputs(context: Context) -> Iterator[Finding]:
     """Judge the inputs' values: finite, centered, of order one, with more than one feature that varies."""
     x = _inputs(context)
     if x is None:
+        return
+    if not context.has_float_inputs:
+        yield from _repeated(x)
         return
     finite = x.isfinite()
     if not bool(finite.all()):
@@ -90,8 +93,23 @@ def inputs(context: Context) -> Iterator[Finding]:
             "The data are in units that the first layer was not initialized for.",
             STANDARDIZE,
         )
+    yield from _repeated(flat)
+
+
+def _repeated(x: Tensor) -> Iterator[Finding]:
+    """Find inputs that are all the same, or mostly copies. Exact."""
+    flat = x.flatten(1)
     copies = len(flat) - len(torch.unique(flat, dim=0))
-    if len(flat) >= FEW and copies > 0.5 * len(flat):
+    if copies and copies == len(flat) - 1:
+        yield _finding(
+            "input-constant",
+            "error",
+            f"All {len(flat)} inputs are the same",
+            "equal bit for bit (exact)",
+            "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
+            "Look at what the loader returns.",
+        )
+    elif len(flat) >= FEW and copies > 0.5 * len(flat):
         yield _finding(
             "input-duplicates",
             "warning",
@@ -103,6 +121,24 @@ def inputs(context: Context) -> Iterator[Finding]:
 
 
 STANDARDIZE = "Standardize: subtract each feature's mean over the training data and divide by its standard deviation."
+
+
+def labels_in_range(context: Context) -> Iterator[Finding]:
+    """Find labels that are no class. Exact."""
+    if context.observed.labels is None:
+        return
+    smallest, largest, classes = context.observed.labels
+    if smallest < 0 or largest >= classes:
+        yield Finding(
+            "labels-out-of-range",
+            "error",
+            f"Labels are {smallest} to {largest}, and there are {classes} classes",
+            where="labels",
+            evidence=f"classes are 0 to {classes - 1} (exact)"
+            + (f"; the loss raised {type(context.observed.error).__name__}" if context.observed.error else ""),
+            cause="Labels that count from one, or a head with too few outputs.",
+            advice="Subtract the smallest label, or give the head an output for each class.",
+        )
 
 
 def labels(context: Context) -> Iterator[Finding]:
@@ -158,7 +194,7 @@ def _inputs(context: Context) -> Tensor | None:
             x = main_input(batch)
         except (GramianError, TypeError, ValueError, KeyError, IndexError):
             return None
-        if not x.is_floating_point() or x.ndim < 2:
+        if x.ndim < 2 or x.is_complex():
             return None
         found.append(x.detach().float().cpu())
     if not found or any(x.shape[1:] != found[0].shape[1:] for x in found):
@@ -170,4 +206,4 @@ def _finding(code: str, severity: str, title: str, evidence: str, cause: str, ad
     return Finding(code, severity, title, where="data", evidence=evidence, cause=cause, advice=advice)  # type: ignore[arg-type]
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, labels)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, labels_in_range, labels)

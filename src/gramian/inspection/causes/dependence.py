@@ -116,5 +116,3 @@ def _statistics(graph: Tensor, linear: Tensor, one_hot: Tensor) -> Tensor:
     agreement = (one_hot[graph] * one_hot[:, None]).sum(-1).mean()
     fitted = (linear.T @ (one_hot - one_hot.mean(0))).square().sum()
     return torch.stack((agreement, fitted))
-
-

@@ -13,13 +13,22 @@ __all__ = ["ordered"]
 _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("non-finite-weights", "input-non-finite"),
     ("labels-constant", "labels-out-of-range", "input-constant"),
-    ("graph-cut", "loss-double-softmax", "loss-rectified", "zero-weights", "parameter-constant", "norm-zero-gain"),
+    (
+        "graph-cut",
+        "gradient-overflow",
+        "loss-double-softmax",
+        "loss-rectified",
+        "zero-weights",
+        "parameter-constant",
+        "norm-zero-gain",
+    ),
     ("input-dominated", "input-offset", "input-scale"),
     ("parameter-not-stepped", "weight-decay-too-large", "momentum-too-high"),
     ("embedding-scale", "head-scale", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one"),
-    ("norm-statistics", "norm-evaluation-mode", "dropout-rate", "gate-shut"),
-    ("attention-saturated", "residual-growth"),
+    ("norm-evaluation-mode", "dropout-rate", "gate-shut"),
+    ("norm-statistics",),
     ("gain-below-one", "gain-above-one"),
+    ("attention-saturated", "residual-growth"),
     ("dead-units", "saturated-units"),
     ("parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("rate-too-high", "rate-too-low"),
@@ -28,15 +37,27 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
 
 # What a finding makes true elsewhere: these are told as following from the first of the causes that is there.
 _SYMPTOMS = frozenset(
-    "samples-indistinguishable gradient-underflow no-gradient gradient-vanishes gradient-explodes jacobian-vanishes "
-    "jacobian-explodes non-finite-input non-finite-gradient loss-non-finite".split()
+    [
+        "samples-indistinguishable",
+        "gradient-underflow",
+        "no-gradient",
+        "gradient-vanishes",
+        "gradient-explodes",
+        "jacobian-vanishes",
+        "jacobian-explodes",
+        "non-finite-input",
+        "non-finite-gradient",
+        "loss-non-finite",
+    ]
 )
-_UNITS = frozenset(("dead-units", "saturated-units", "attention-saturated", "residual-growth"))
+_UNITS = frozenset(("norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth"))
 _GAINS = frozenset(("gain-below-one", "gain-above-one"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
-_SIGNAL = frozenset(code for group in (0, 3, 5, 7) for code in _ORIGINS[group]) | {
-    "zero-weights", "norm-zero-gain", "graph-cut", "input-constant", "parameter-constant", "gate-shut",
-}  # fmt: skip
+_SIGNAL = frozenset(
+    "non-finite-weights input-non-finite input-constant input-dominated input-offset input-scale graph-cut "
+    "gradient-overflow zero-weights parameter-constant norm-zero-gain embedding-scale head-scale parameter-scale-small "
+    "parameter-scale-large parameter-rank-one gate-shut".split()  # noqa: SIM905
+)
 
 
 def _rank(finding: Finding) -> int:
@@ -61,25 +82,28 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
     for finding in found:
         unique.setdefault(finding.code, finding)
     all_of = list(unique.values())
-    serious = [f for f in all_of if f.severity != "info"]
-    causes = sorted((f for f in serious if f.code in _SIGNAL or f.code in _GAINS | _UNITS), key=_rank)
-    result = [replace(f, severity="info", cause=_follows(f, root)) if (root := _root(f, causes, serious)) else f for f in all_of]
+    serious = sorted((f for f in all_of if f.severity != "info"), key=_rank)
+    causes = [f for f in serious if f.code in _SIGNAL | _GAINS | _UNITS]
+    result = []
+    for finding in all_of:
+        root = _root(finding, causes, serious)
+        result.append(finding if root is None else replace(finding, severity="info", cause=_follows(finding, root)))
     return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), _rank(f)))
 
 
 def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Finding | None:
-    """The cause that a finding follows from."""
+    """The first cause, by origin, that a finding follows from."""
     if finding.severity == "info":
         return None
-    first = next((c for c in causes if c is not finding and _rank(c) < _rank(finding)), None)
-    if finding.code in _SYMPTOMS:
-        return first
-    if finding.code in _UNITS | _GAINS:
-        signal = next((c for c in causes if c.code in _SIGNAL and c is not finding and _rank(c) < _rank(finding)), None)
-        return signal or (first if finding.code in _UNITS else None)
-    if finding.code in _RATES:
-        return next((c for c in sorted(serious, key=_rank) if c is not finding and c.code not in _RATES and _rank(c) < _rank(finding)), None)
-    return None
+    if finding.code in _SYMPTOMS | _UNITS:
+        among = causes
+    elif finding.code in _GAINS:
+        among = [c for c in causes if c.code in _SIGNAL]
+    elif finding.code in _RATES:
+        among = [c for c in serious if c.code not in _RATES]
+    else:
+        return None
+    return next((c for c in among if c is not finding and _rank(c) < _rank(finding)), None)
 
 
 def _follows(finding: Finding, root: Finding) -> str:

@@ -33,7 +33,7 @@ def scores(context: Context) -> Iterator[Finding]:
             f"cannot fall below {math.log(1 + (logits.shape[-1] - 1) / math.e):.3g}.",
             advice="Remove the softmax at the end of the network.",
         )
-    elif bool((logits >= 0).all()) and float((logits == 0).float().mean()) > 0.1:
+    elif bool((logits >= 0).all()) and _ends_with(context, "relu", logits.shape[-1]):
         yield Finding(
             "loss-rectified",
             "error",
@@ -43,7 +43,7 @@ def scores(context: Context) -> Iterator[Finding]:
             cause="The network ends with a ReLU: scores cannot become negative, and zero ones get no gradient.",
             advice="Remove the activation after the last layer.",
         )
-    elif bool((logits >= 0).all()) and bool((logits <= 1).all()) and len(logits) >= 30:
+    elif bool((logits >= 0).all()) and bool((logits <= 1).all()) and _ends_with(context, "sigmoid", logits.shape[-1]):
         yield Finding(
             "loss-double-softmax",
             "warning",
@@ -53,6 +53,14 @@ def scores(context: Context) -> Iterator[Finding]:
             cause="The network ends with a sigmoid: scores differ by at most one, so the loss stays near guessing.",
             advice="Remove the activation after the last layer.",
         )
+
+
+def _ends_with(context: Context, function: str, num_classes: int) -> bool:
+    """Whether this activation, of as many channels as there are classes follows the last parameter."""
+    seen = context.observed
+    last = max(seen.used.values(), default=0)
+    after = [a for a in seen.activations if a.order > last and a.channels == num_classes]
+    return any(function in a.function for a in after)
 
 
 def non_finite(context: Context) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from torch import nn
@@ -18,11 +19,11 @@ SATURATED = 0.7
 # A gate is shut if it passes less than this on average.
 SHUT = 0.05
 DROPOUT = 0.8
-ENTROPY = 0.2
+ENTROPY = 0.1
 # Stored statistics of a batch norm: distance of the means in standard deviations, and ratio of the variances.
 SHIFT, RATIO = 3.0, 8.0
 # Growth of a residual stream from its first to its last addition, and per addition.
-GROWTH, STEP = 30.0, 1.25
+GROWTH, STEP = 8.0, 1.25
 # Rows from which on a unit that never acts is told: with N rows it is active on less than 3/N at 95 %.
 FEW = 30
 
@@ -39,10 +40,11 @@ def units(context: Context) -> Iterator[Finding]:
             f"{worst.dead} of {worst.channels} units after {_source(context, dead[0])} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
-            where=listed(list(dict.fromkeys(_source(context, a) for a in dead))),
-            evidence=f"zero on all {worst.rows:,} rows: active on at most {3 / worst.rows:.2%} (95 %)",
-            cause="Their pre-activations are negative for all samples: a bias or an offset of the inputs, or a learning "
-            "rate that was too large.",
+            where=_source(context, dead[0]),
+            evidence=f"first after {_source(context, dead[0])}, in {len(dead)} in all; "
+            f"zero on all {worst.rows:,} rows: active on at most {3 / worst.rows:.2%} (95 %)",
+            cause="Their pre-activations are negative for all samples: a bias or an offset of the inputs, or a rate "
+            "that was too large.",
             action=Action("isometric_"),
             advice="That is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
         )
@@ -64,7 +66,9 @@ def units(context: Context) -> Iterator[Finding]:
                 advice="Set the gate's biases to 0; that of the forget gate to 1.",
                 source="Jozefowicz et al. 2015 (forget gate bias)",
             )
-    ends = [a for a in context.observed.activations if a.function in ("tanh", "sigmoid") and not _is_recurrent(context, a)]
+    ends = [
+        a for a in context.observed.activations if a.function in ("tanh", "sigmoid") and not _is_recurrent(context, a)
+    ]
     ends = [a for a in ends if a.saturated > SATURATED]
     if ends:
         worst = max(ends, key=lambda a: a.saturated)
@@ -74,7 +78,11 @@ def units(context: Context) -> Iterator[Finding]:
             f"{worst.saturated:.0%} of the {worst.function} outputs after {_source(context, ends[0])} are saturated"
             if len(ends) == 1
             else f"The {worst.function} outputs of {len(ends)} layers are saturated, up to {worst.saturated:.0%}",
-            where=listed(list(dict.fromkeys(_source(context, a) for a in ends))),
+            where=_source(context, ends[0])
+            if len(ends) == 1
+            else "all layers"
+            if len(ends) > 2
+            else _source(context, ends[0]),
             evidence="within 1 % of an end of the range, where the derivative is near zero",
             cause="Pre-activations are large: weights, biases or inputs of a wrong scale.",
             action=Action("isometric_"),
@@ -92,13 +100,14 @@ def norms(context: Context) -> Iterator[Finding]:
             if not bool(weight.detach().abs().amax() > 1e-6) and call is not None:
                 zero.append(name)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            if context.model.training and not module.training and any(p.requires_grad for p in module.parameters()):
+            trains = context.model.training or context.optimizer is not None
+            if trains and not module.training and any(p.requires_grad for p in module.parameters()):
                 frozen.append(name)
             shift, ratio = observed.statistics.get(name, (0.0, 1.0))
             if shift > SHIFT or ratio > RATIO:
                 others.append((name, shift, ratio))
     blocking = [n for n in zero if n not in observed.branch_ends]
-    if blocking and _blocks(context):
+    if blocking and context.has_constant_output:
         yield Finding(
             "norm-zero-gain",
             "error",
@@ -115,8 +124,7 @@ def norms(context: Context) -> Iterator[Finding]:
             "error",
             f"The stored statistics of {name} are not those of the data",
             where=listed([n for n, *_ in others]),
-            evidence=f"the means differ by {shift:.3g} standard deviations, the variances by a factor {ratio:.3g}, "
-            f"between what is stored and a batch; so in {len(others)} batch norms",
+            evidence=_distance(shift, ratio) + f"; so in {len(others)} batch norms",
             cause="Evaluation mode uses the stored statistics: they were averaged over other data, too few batches, or "
             "before the last large change of the weights.",
             advice="Run some batches in training mode after module.reset_running_stats(), and check the momentum.",
@@ -124,10 +132,11 @@ def norms(context: Context) -> Iterator[Finding]:
     if frozen:
         yield Finding(
             "norm-evaluation-mode",
-            "warning",
+            "error",
             f"{len(frozen)} batch norms are in evaluation mode while the model trains",
             where=listed(frozen),
-            evidence="module.training is False, and that of the model True (exact)",
+            evidence="module.training is False, "
+            + ("and that of the model True (exact)" if context.model.training else "and an optimizer is given (exact)"),
             cause="model.eval() was called on a part, or after an evaluation without model.train() for that part.",
             advice="Call model.train() before each epoch, unless the statistics are frozen on purpose.",
         )
@@ -166,8 +175,8 @@ def attention(context: Context) -> Iterator[Finding]:
             f"The attention of {worst.name or 'the model'} looks at one key only",
             where=listed([n for n in names if n]) or "all layers",
             evidence=f"the entropy of its weights is {worst.entropy:.1%} of that of equal weights, on average",
-            cause="The scores q·k are large, so that softmax passes nearly no gradient: a missing 1/√d, or weights of q "
-            "and k that are too large.",
+            cause="The scores q·k are large, so that softmax passes nearly no gradient: a missing 1/√d, or "
+            "large weights of q and k.",
             advice="Scale the scores by 1/√d, normalize q and k, or initialize their weights smaller.",
         )
 
@@ -189,16 +198,19 @@ def streams(context: Context) -> Iterator[Finding]:
             evidence=f"root mean square {sizes[0]:.3g} after {first or 'the first'}, {sizes[-1]:.3g} after the last: "
             f"{largest ** (1 / len(sizes)):.2f} times for each",
             cause="Each branch adds as much as the stream holds or more, and no norm divides it.",
-            advice="Normalize the input of each branch, and begin with branches whose last layer is zero or is scaled by "
-            "1/√(number of branches).",
+            advice="Normalize the input of each branch, and begin with branches whose last layer is zero or scaled by "
+            "1 over the root of their number.",
             source="Zhang et al. 1901.09321; De & Smith 2002.10444",
         )
 
 
-def _blocks(context: Context) -> bool:
-    from gramian.inspection.causes.parameters import _is_constant_output
-
-    return _is_constant_output(context)
+def _distance(shift: float, ratio: float) -> str:
+    if math.isinf(shift):
+        return "the statistics are the initial ones, 0 and 1, and weight and bias are trained"
+    return (
+        f"between what is stored and a batch, the means differ by {shift:.3g} standard deviations, "
+        f"the variances by a factor {ratio:.3g}"
+    )
 
 
 def _is_recurrent(context: Context, activation: Activation) -> bool:

@@ -1,4 +1,4 @@
-"""Causes in parameters: values that cannot learn, a scale unlike the others, and parameters that the loss does not reach."""
+"""Causes in parameters: values that cannot learn, a scale unlike the others, and what the loss does not reach."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ ISOMETRIC = Action("isometric_")
 # this range and differs from the median of the others by more than this ratio. Heuristics.
 SMALLEST, LARGEST, RATIO = 0.1, 5.0, 6.0
 
-# Where all layers leave this range and no norm restores the scale, all are told.
-ALL_SMALL, ALL_LARGE = 0.25, 3.0
+# Where all layers leave this range and no norm restores the scale, all are told; behind norms too from `UNIT` on,
+# which are weights that were drawn with unit variance.
+ALL_SMALL, ALL_LARGE, UNIT = 0.3, 2.0, 3.0
 
 # Root mean square of an embedding's rows: torch draws 1, transformers 0.02.
-EMBEDDING = 8.0
+SMALL_EMBEDDING, EMBEDDING = 1e-3, 8.0
 
 # ‖W‖_F² / σ₁² of a matrix that counts as one direction; smaller matrices than this side are not judged.
 ONE, SIDE = 1.02, 4
@@ -51,7 +52,7 @@ def non_finite(context: Context) -> Iterator[Finding]:
 
 def degenerate(context: Context) -> Iterator[Finding]:
     """Find matrices that are zero, constant or of rank one, and through which the output loses the input. Exact."""
-    blocked = _is_constant_output(context)
+    blocked = context.has_constant_output
     zero, constant, single = [], [], []
     for block, w in context.values():
         if not bool(w.isfinite().all()) or w.numel() < 2 or "lora_" in block.name:
@@ -59,9 +60,9 @@ def degenerate(context: Context) -> Iterator[Finding]:
         if not bool(w.any()):
             if block.role != "head" and blocked:
                 zero.append(block.name)
-        elif block.role != "embedding" and bool((w == w.flatten()[0]).all()):
+        elif bool((w == w.flatten()[0]).all()) and len(w) > 1:
             constant.append(block.name)
-        elif block.role != "embedding" and _is_rank_one(block.matrices(w)):
+        elif _is_rank_one(block.split(w)):
             single.append(block.name)
     if zero:
         yield Finding(
@@ -96,20 +97,29 @@ def scale(context: Context) -> Iterator[Finding]:
     """Find layers whose weights are far from the size that keeps a signal, and from that of the other layers."""
     sized: list[tuple[Block, float]] = []
     for block, w in context.values():
-        if block.role == "embedding" or not bool(w.isfinite().all()) or not bool(w.any()) or "lora_" in block.name:
+        if (
+            block.role in ("embedding", "elementwise")
+            or not bool(w.isfinite().all())
+            or not bool(w.any())
+            or "lora_" in block.name
+        ):
             continue
         sized.append((block, float(w.float().square().mean().sqrt()) * math.sqrt(block.shape[-1])))
     for block, w in context.values():
         rms = float(w.float().square().mean().sqrt())
-        if block.role == "embedding" and not context.is_normed(block) and math.isfinite(rms) and rms > EMBEDDING:
+        if block.role != "embedding" or context.is_normed(block) or not 0 < rms < math.inf:
+            continue
+        if not SMALL_EMBEDDING < rms < EMBEDDING:
             yield Finding(
                 "embedding-scale",
                 "error",
                 f"The embedding {block.name} has rows of size {rms:.3g} a component",
                 where=block.name,
                 evidence=f"root mean square {rms:.3g}; usual are 0.02 to 1",
-                cause="What is added to it (positions, branches) is lost beside it, and its gradient is small for its size.",
-                advice=f"Initialize it smaller: torch.nn.init.normal_(weight, std=0.02), not {rms:.2g}.",
+                cause="What is added to it, positions and branches, is lost beside it, and its gradient is small."
+                if rms > 1
+                else "It is lost beside what is added to it, positions and biases, so that all tokens look the same.",
+                advice="torch.nn.init.normal_(weight, std=0.02)",
             )
     if not sized:
         return
@@ -121,8 +131,8 @@ def scale(context: Context) -> Iterator[Finding]:
         if len(sized) >= 3 and not SMALLEST < s < LARGEST and abs(math.log(s / middle)) > math.log(RATIO)
         and not (s < 1 and b.role == "head")
     ]  # fmt: skip
-    told = [(b, s) for b, s in odd if not context.is_normed(b)]
-    for block, s in told[:1] if len(told) < 3 else []:
+    told = [(b, s) for b, s in odd if not context.is_normed(b) or (s < 1 and context.is_lost_in_norm(b))]
+    for block, s in told[:1] if len(told) < max(3, len(sized) // 3) else []:
         small = s < 1
         head = block.role == "head"
         yield Finding(
@@ -136,9 +146,10 @@ def scale(context: Context) -> Iterator[Finding]:
             action=ISOMETRIC,
         )
     normed = any(context.is_normed(b) for b, _ in sized)
-    if not told and len(hidden) >= 2 and not normed and not context.observed.additions:
+    drawn = sum(s > UNIT for s in hidden) > 0.7 * len(hidden) and middle > UNIT
+    if len(told) != 1 and len(hidden) >= 2 and (drawn or not normed):
         small = all(s < ALL_SMALL for s in hidden)
-        if small or all(s > ALL_LARGE for s in hidden):
+        if small or drawn or all(s > ALL_LARGE for s in hidden):
             yield Finding(
                 f"gain-{'below' if small else 'above'}-one",
                 "error",
@@ -171,10 +182,16 @@ def unreached(context: Context) -> Iterator[Finding]:
         yield Finding(
             "graph-cut",
             "error",
-            "No gradient arrives at any layer" if everything else f"{_parameters(len(cut))} no gradient: the graph is cut",
+            "No gradient arrives at any layer"
+            if everything
+            else f"{_parameters(len(cut))} no gradient: the graph is cut",
             where=place,
             evidence=f"{listed(cut)}: used in the forward pass, and not reached from the loss (exact)"
-            + (f"; {where.function} in {where.name or 'the model'} returns a result without a gradient" if where else ""),
+            + (
+                f"; {where.function} in {where.name or 'the model'} returns a result without a gradient"
+                if where
+                else ""
+            ),
             cause="A .detach(), .item(), .data, argmax or torch.no_grad() stands between these layers and the loss.",
             advice="Remove it, or freeze these parameters with requires_grad_(False) if it is meant.",
         )
@@ -192,11 +209,14 @@ def unreached(context: Context) -> Iterator[Finding]:
 
 
 def frozen(context: Context) -> Iterator[Finding]:
-    """Find the smaller part of a network that is frozen."""
+    """Find frozen parameters: a smaller part, or a larger one whose weights do not look trained."""
     all_of = {n: p for n, p in context.parameters.items() if p.is_floating_point()}
     names = [n for n, p in all_of.items() if not p.requires_grad]
     share = sum(all_of[n].numel() for n in names) / max(1, sum(p.numel() for p in all_of.values()))
-    if names and len(names) <= FROZEN * len(all_of) and any("lora_" in n for n in all_of) is False:
+    trained = sum(all_of[n].numel() for n in names if n in context.trained)
+    of = sum(all_of[n].numel() for n in names if all_of[n].ndim >= 2)
+    fine_tune = share > FROZEN and (trained > 0.3 * of or any("lora_" in n for n in all_of))
+    if names and len(names) < len(all_of) and not fine_tune:
         modules = list(dict.fromkeys(context.module_of(n) or n for n in names))
         yield Finding(
             "parameter-frozen",
@@ -244,15 +264,6 @@ def _parameters(count: int, *, verb: str = "get", single: str = "gets") -> str:
     return f"1 parameter {single}" if count == 1 else f"{count} parameters {verb}"
 
 
-def _is_constant_output(context: Context) -> bool:
-    """Whether all samples get the same output."""
-    logits = context.observed.logits
-    if logits is not None and len(logits) > 1:
-        return float(logits.std(0).amax()) <= 1e-6 * float(logits.abs().amax())
-    calls = context.observed.calls
-    return bool(calls) and calls[-1].output.between <= 1e-6 * calls[-1].output.rms
-
-
 def _is_rank_one(matrices: Tensor) -> bool:
     w = matrices.float().reshape(-1, *matrices.shape[-2:])
     if min(w.shape[-2:]) < SIDE:
@@ -267,4 +278,50 @@ def _is_rank_one(matrices: Tensor) -> bool:
     return bool((w.square().sum((1, 2)) < ONE * largest).all())
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (non_finite, degenerate, unreached, frozen, shared, scale)
+def numbers(context: Context) -> Iterator[Finding]:
+    """Find gradients that are lost between a finite loss and the parameters, by their dtype's range. Exact."""
+    seen = context.observed
+    sizes = [g for g in seen.gradients.values() if g is not None]
+    if not sizes or not math.isfinite(seen.loss) or any(not c.output.is_finite for c in seen.calls):
+        return
+    bad = [n for n, g in seen.gradients.items() if g is not None and not math.isfinite(g)]
+    if bad:
+        yield Finding(
+            "gradient-overflow",
+            "error",
+            f"The gradients of {len(bad)} parameters are not finite, and the loss is",
+            where="all layers" if len(bad) > len(sizes) / 3 else listed(bad),
+            evidence=f"{len(bad)} of {len(sizes)} gradients are NaN or infinite (exact); the loss is {seen.loss:.3g}",
+            cause="A gradient left the range of its dtype (65,504 for float16), or a derivative is infinite where its "
+            "function is finite (√0, 0⁰, |0|).",
+            advice="Lower the loss scale, or use bfloat16; torch.autograd.detect_anomaly names the operation.",
+        )
+    elif seen.loss > 0 and _is_zero_behind_head(context):
+        yield Finding(
+            "gradient-underflow",
+            "error",
+            "The gradient of nearly every parameter is exactly zero",
+            where="all layers",
+            evidence=f"{sum(g == 0 for g in sizes)} of {len(sizes)} are zero (exact); the loss is {seen.loss:.3g}",
+            cause="The loss is flat, or its gradient is below the smallest number of a dtype on its way, 6e-8 for "
+            "float16.",
+            advice="Scale the loss (torch.amp.GradScaler), or use bfloat16.",
+        )
+
+
+def _is_zero_behind_head(context: Context) -> bool:
+    """Whether all matrices but the head get a gradient of exact zeros, and no zero matrix explains that."""
+    zero = context.observed.zero_gradients
+    hidden = [b.name for b, w in context.values() if b.role != "head" and b.name in zero]
+    return bool(hidden) and all(zero[n] == 1.0 for n in hidden) and all(bool(w.any()) for _, w in context.values())
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
+    non_finite,
+    degenerate,
+    numbers,
+    unreached,
+    frozen,
+    shared,
+    scale,
+)
