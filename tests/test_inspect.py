@@ -114,8 +114,8 @@ def test_a_matrix_that_is_zero_by_design_is_no_error() -> None:
     torch.manual_seed(0)
     report = gm.inspect(nn.Sequential(*[Branch(width) for _ in range(3)], nn.Linear(width, 4)), [batch()], CLASSIFY)
     assert any(layer.gradient_rms == 0 for layer in report.layers)
-    assert "zero-weights" in codes(report)
     assert not codes(report, "error")
+    assert not codes(report, "warning")
 
 
 def test_zero_gradients_without_a_zero_matrix_are_an_underflow() -> None:
