@@ -39,7 +39,7 @@ __all__ = ["inspect"]
 NUM_JACOBIANS = 8
 
 # What the rules for causes judge better once there are data.
-JUDGED_WITH_DATA = frozenset(("zero-weights", "dead-units", "no-gradient", "repeated-weights"))
+JUDGED_WITH_DATA = frozenset(("zero-weights", "dead-units", "no-gradient"))
 
 
 def inspect(
@@ -136,8 +136,14 @@ def _measure_signal(
     first, batches = first_of(batches, "inspect")
     head, batches = _first_few(batches, NUM_BATCHES)
     progress("steps", 0, 1)
-    observed = observe(model, head, objective)
+    try:
+        observed = observe(model, head, objective)
+    except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
+        measured.notes.append(f"No training step was watched: {_in_words(error)}. So causes were not looked for.")
+        _measure_moments(measured, model, first, batches, objective, layouts, progress, total)
+        return []
     context = Context(model, observed, optimizer, layers=measured.layers)
+    measured.gated = context.has_zero_gates
     if observed.error is not None:
         measured.notes.append(f"The signal was not measured, since the loss fails: {_in_words(observed.error)}.")
         return list(labels_in_range(context))
@@ -146,7 +152,12 @@ def _measure_signal(
             context.steps = take_steps(model, optimizer, head, objective)
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails
             measured.notes.append(f"The optimizer's steps were not measured: {_in_words(error)}.")
-    found = [finding for rule in CAUSES for finding in rule(context)]
+    found: list[Finding] = []
+    for rule in CAUSES:
+        try:
+            found += rule(context)
+        except Exception as error:  # what one rule does not understand must not hide what the others found
+            measured.notes.append(f"The rule for {rule.__name__.replace('_', ' ')} failed: {_in_words(error)}.")
     progress("steps", 1, 1)
     with batch_statistics(model):
         _measure_moments(measured, model, first, batches, objective, layouts, progress, total)

@@ -40,6 +40,9 @@ __all__ = [
 # Batches that are read for a diagnosis of the signal.
 NUM_BATCHES = 4
 
+# Operations that cut the graph and are looked into.
+MOST_CUTS = 64
+
 # A unit of tanh or sigmoid counts as saturated this close to an end of its range, as a share of the range.
 SATURATED = 0.01
 
@@ -100,7 +103,7 @@ class Addition:
 
     name: str
     order: int
-    operands: tuple[int, int]
+    shape: torch.Size
     rms: float
 
 
@@ -111,6 +114,7 @@ class Cut:
     name: str
     function: str
     order: int
+    behind: frozenset[str] = frozenset()  # the parameters whose gradient would come through it
 
 
 @dataclass
@@ -308,7 +312,7 @@ def _differentiate(loss: Tensor, parameters: Mapping[str, Tensor], seen: Observe
             seen.gradients.setdefault(name, None)
         elif first or seen.gradients.get(name) is None:
             grad = grad.coalesce().values() if grad.is_sparse else grad
-            wide = grad.detach().double()
+            wide = grad.detach().abs().double()
             seen.gradients[name] = float(wide.square().mean().sqrt()) if wide.numel() else 0.0
             seen.zero_gradients[name] = float((wide == 0).double().mean()) if wide.numel() else 0.0
 
@@ -458,12 +462,13 @@ class _Watcher(TorchFunctionMode):
         if made is None:
             return
         if not made.requires_grad and made.ndim and any(t.requires_grad for t in given):
-            self.seen.cuts.append(Cut(name, getattr(func, "__name__", str(func)), self.order))
+            self._cut(name, getattr(func, "__name__", str(func)), given)
         if func in _RECTIFIERS:
             self._activation(name, _RECTIFIERS[func], made, None)
         elif func in _BOUNDED:
             function, *ends = _BOUNDED[func]
-            self._activation(name, function, made, (ends[0], ends[1]))
+            finite = given[0].isfinite() if given and given[0].shape == made.shape else None
+            self._activation(name, function, made, (ends[0], ends[1]), finite)
         elif func in _SOFTMAX and made.ndim >= 3 and made.shape[-1] > 1:
             self._attention(name, made)
         elif func is F.scaled_dot_product_attention and len(args) >= 2:
@@ -475,9 +480,11 @@ class _Watcher(TorchFunctionMode):
             if isinstance(scores, Tensor) and func is F.cross_entropy and self.seen.logits is None:
                 self.seen.logits = _rows_of_scores(scores)
 
-    def _activation(self, name: str, function: str, made: Tensor, ends: tuple[float, float] | None) -> None:
-        if made.ndim < 2:
-            return
+    def _activation(
+        self, name: str, function: str, made: Tensor, ends: tuple[float, float] | None, finite: Tensor | None = None
+    ) -> None:
+        if made.ndim < 2 or (finite is not None and not bool(finite.all())):
+            return  # scores that a mask has set to −∞ are at their end on purpose
         axis = 1 if made.ndim == 4 or (made.ndim == 3 and self._is_convolutional()) else made.ndim - 1
         channels = made.detach().movedim(axis, -1).reshape(-1, made.shape[axis])
         dead, saturated = 0, 0.0
@@ -499,6 +506,11 @@ class _Watcher(TorchFunctionMode):
         target = args[1] if len(args) > 1 else kwargs.get("target")
         if isinstance(scores, Tensor) and isinstance(target, Tensor) and not target.is_floating_point():
             self.seen.labels = labels_range(scores, target, kwargs.get("ignore_index", -100))
+
+    def _cut(self, name: str, function: str, given: list[Tensor]) -> None:
+        if len(self.seen.cuts) < MOST_CUTS:
+            behind = frozenset(self.names[leaf] for t in given for leaf in _leaves(t) if leaf in self.names)
+            self.seen.cuts.append(Cut(name, function, self.order, behind))
 
     def _is_convolutional(self) -> bool:
         """Whether the last module with a matrix was a convolution, whose channels are the second dimension."""
@@ -526,7 +538,7 @@ class _Watcher(TorchFunctionMode):
         if self.unfused or id(left) in self.names or id(right) in self.names:
             return
         self.seen.branch_ends |= {*self.made_by.get(id(left), ()), *self.made_by.get(id(right), ())}
-        self.seen.additions.append(Addition(name, self.order, (id(left), id(right)), moments(made).rms))
+        self.seen.additions.append(Addition(name, self.order, made.shape, moments(made).rms))
 
 
 def _weights(
@@ -556,6 +568,22 @@ def _weights(
             except RuntimeError:
                 return None
         return scores.softmax(-1).nan_to_num()
+
+
+def _leaves(tensor: Tensor) -> set[int]:
+    """The ids of the tensors that a graph begins with."""
+    if tensor.grad_fn is None:
+        return {id(tensor)}
+    found, waiting, seen = set(), [tensor.grad_fn], {tensor.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))  # type: ignore[attr-defined]
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
 
 
 def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:

@@ -291,7 +291,7 @@ def _with_gradients(measured: Measured) -> list[Layer]:
     """
     zero = max((layer.depth for layer in _zero_matrices(measured)), default=-1)
     sized = [layer for layer in measured.layers if layer.gradient_rms is not None]
-    return [layer for layer in sized if layer.gradient_rms != 0.0 or layer.depth >= zero]
+    return [layer for layer in sized if layer.gradient_rms != 0.0 or (layer.depth >= zero and not measured.gated)]
 
 
 def _zero_matrices(measured: Measured) -> list[Layer]:

@@ -17,6 +17,10 @@ from gramian.report import Layer
 
 __all__ = ["Context", "listed"]
 
+# Ratio of the root mean squares of a module's output and input from which on its weights' scale is told. A bias and
+# inputs that go one way move it.
+SMALL_GAIN, LARGE_GAIN = 0.2, 3.0
+
 # Names that a finding spells out.
 SHOWN = 6
 
@@ -60,6 +64,15 @@ class Context:
         """Parameters whose matrices have singular values that independent entries do not have."""
         return {layer.name.partition("[")[0] for layer in self.layers if layer.above_noise}
 
+    @cached_property
+    def has_zero_gates(self) -> bool:
+        """Whether a scale of branches is zero and about to open: its own gradient is not zero."""
+        return any(
+            p.ndim < 2 and p.numel() > 0 and "bias" not in name and not bool(p.detach().any())
+            for name, p in self.parameters.items()
+            if self.observed.gradients.get(name)
+        )
+
     def module_of(self, parameter: str) -> str:
         """The name of the module that owns a parameter."""
         return parameter.rpartition(".")[0]
@@ -76,6 +89,27 @@ class Context:
         order = next((c.order for c in self.observed.calls if c.name == self.module_of(block.name)), None)
         following = [c for c in self.observed.calls if order is not None and c.order > order]
         return bool(following) and "Norm" in following[0].kind
+
+    def has_used_twin(self, name: str) -> bool:
+        """Whether a module, or one that holds it, has a sibling of the same class that is called."""
+        while name:
+            parent, _, own = name.rpartition(".")
+            holder = self.model.get_submodule(parent)
+            kind = type(dict(holder.named_children()).get(own))
+            prefix = f"{parent}." if parent else ""
+            twins = [n for n, m in holder.named_children() if n != own and type(m) is kind]
+            if any(prefix + n in self.observed.called for n in twins) and name not in self.observed.called:
+                return isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+            name = parent
+        return False
+
+    def has_gain(self, block: Block, scale: float) -> bool:
+        """Whether the block's module was measured to change the signal as much as its weights say, within a factor."""
+        call = self.first_calls.get(self.module_of(block.name))
+        if call is None or call.input is None or not call.input.rms > 0 or len(block.shape) > 2:
+            return True
+        gain = call.output.rms / call.input.rms
+        return gain > LARGE_GAIN if scale > 1 else gain < SMALL_GAIN
 
     def is_lost_in_norm(self, block: Block) -> bool:
         """Whether the output of a layer is so small that the ε of the norm behind it weighs more."""

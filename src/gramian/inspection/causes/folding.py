@@ -53,11 +53,11 @@ _SYMPTOMS = frozenset(
 _UNITS = frozenset(("norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth"))
 _GAINS = frozenset(("gain-below-one", "gain-above-one"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
-_SIGNAL = frozenset(
-    "non-finite-weights input-non-finite input-constant input-dominated input-offset input-scale graph-cut "
-    "gradient-overflow zero-weights parameter-constant norm-zero-gain embedding-scale head-scale parameter-scale-small "
-    "parameter-scale-large parameter-rank-one gate-shut".split()  # noqa: SIM905
-)
+_SIGNAL = frozenset((
+    "non-finite-weights", "input-non-finite", "input-constant", "input-dominated", "input-offset", "input-scale",
+    "graph-cut", "gradient-overflow", "zero-weights", "parameter-constant", "norm-zero-gain", "embedding-scale",
+    "head-scale", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
+))  # fmt: skip
 
 
 def _rank(finding: Finding) -> int:

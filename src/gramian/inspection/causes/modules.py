@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from gramian.report import Action, Finding
 __all__ = ["RULES"]
 
 # Share of the units of a layer: told from here on, and as an error from there.
-DEAD, MOSTLY_DEAD = 0.5, 0.9
+DEAD, MOSTLY_DEAD = 0.4, 0.9
 SATURATED = 0.7
 # A gate is shut if it passes less than this on average.
 SHUT = 0.05
@@ -23,7 +24,7 @@ ENTROPY = 0.1
 # Stored statistics of a batch norm: distance of the means in standard deviations, and ratio of the variances.
 SHIFT, RATIO = 3.0, 8.0
 # Growth of a residual stream from its first to its last addition, and per addition.
-GROWTH, STEP = 8.0, 1.25
+GROWTH, STEP = 6.0, 1.25
 # Rows from which on a unit that never acts is told: with N rows it is active on less than 3/N at 95 %.
 FEW = 30
 
@@ -183,20 +184,24 @@ def attention(context: Context) -> Iterator[Finding]:
 
 def streams(context: Context) -> Iterator[Finding]:
     """Find a residual stream that grows from addition to addition."""
-    sizes = [a.rms for a in context.observed.additions if a.rms > 0]
-    if len(sizes) < 3:
-        return
-    growth = sizes[-1] / sizes[0] if sizes[0] else 1.0
-    largest = max(sizes) / sizes[0]
-    if largest > GROWTH and largest ** (1 / len(sizes)) > STEP and growth > GROWTH / 3:
+    additions = [a for a in context.observed.additions if a.rms > 0]
+    shapes = [a.shape for a in additions]
+    stream = max(set(shapes), key=shapes.count, default=None)
+    sizes = [a.rms for a in additions if a.shape == stream]
+    if len(sizes) < 3 or any(after < 0.9 * before for before, after in pairwise(sizes)):
+        return  # too few, or a norm divides the stream
+    ratios = sorted(after / before for before, after in pairwise(sizes))
+    growth = sizes[-1] / sizes[0]
+    # Without the largest ratio: the first branch may be much larger than a small embedding, and is not growth.
+    if growth / max(ratios[-1], 1.0) > GROWTH and ratios[len(ratios) // 2] > STEP:
         first = context.observed.additions[0].name
         yield Finding(
             "residual-growth",
             "error",
-            f"The residual stream grows {largest:.2g} times over {len(sizes)} additions",
+            f"The residual stream grows {growth:.2g} times over {len(sizes)} additions",
             where="all layers",
             evidence=f"root mean square {sizes[0]:.3g} after {first or 'the first'}, {sizes[-1]:.3g} after the last: "
-            f"{largest ** (1 / len(sizes)):.2f} times for each",
+            f"{growth ** (1 / len(ratios)):.2f} times for each",
             cause="Each branch adds as much as the stream holds or more, and no norm divides it.",
             advice="Normalize the input of each branch, and begin with branches whose last layer is zero or scaled by "
             "1 over the root of their number.",

@@ -19,17 +19,20 @@ ISOMETRIC = Action("isometric_")
 
 # σ = rms(W) √fan_in is 0.58 for torch's layers and up to 1.7 for other initializations. A layer is told when it leaves
 # this range and differs from the median of the others by more than this ratio. Heuristics.
-SMALLEST, LARGEST, RATIO = 0.1, 5.0, 6.0
+SMALLEST, LARGEST, RATIO = 0.05, 8.0, 8.0
 
 # Where all layers leave this range and no norm restores the scale, all are told; behind norms too from `UNIT` on,
 # which are weights that were drawn with unit variance.
-ALL_SMALL, ALL_LARGE, UNIT = 0.3, 2.0, 3.0
+ALL_SMALL, ALL_LARGE, UNIT = 0.3, 2.0, 2.6
 
 # Root mean square of an embedding's rows: torch draws 1, transformers 0.02.
 SMALL_EMBEDDING, EMBEDDING = 1e-3, 8.0
 
 # ‖W‖_F² / σ₁² of a matrix that counts as one direction; smaller matrices than this side are not judged.
 ONE, SIDE = 1.02, 4
+
+# Share of the values that are not used from which on that is a warning.
+UNUSED = 0.1
 
 # A frozen part of up to this share is told; a larger one is a fine-tune of a few layers.
 FROZEN = 0.5
@@ -131,6 +134,7 @@ def scale(context: Context) -> Iterator[Finding]:
         if len(sized) >= 3 and not SMALLEST < s < LARGEST and abs(math.log(s / middle)) > math.log(RATIO)
         and not (s < 1 and b.role == "head")
     ]  # fmt: skip
+    odd = [(b, s) for b, s in odd if context.has_gain(b, s)]
     told = [(b, s) for b, s in odd if not context.is_normed(b) or (s < 1 and context.is_lost_in_norm(b))]
     for block, s in told[:1] if len(told) < max(3, len(sized) // 3) else []:
         small = s < 1
@@ -145,10 +149,10 @@ def scale(context: Context) -> Iterator[Finding]:
             + ("; its outputs are lost beside biases and rounding." if small else ", and saturates what follows."),
             action=ISOMETRIC,
         )
-    normed = any(context.is_normed(b) for b, _ in sized)
+    normed = any("Norm" in call.kind for call in context.observed.calls)
     drawn = sum(s > UNIT for s in hidden) > 0.7 * len(hidden) and middle > UNIT
     if len(told) != 1 and len(hidden) >= 2 and (drawn or not normed):
-        small = all(s < ALL_SMALL for s in hidden)
+        small = all(s < ALL_SMALL for s in hidden) and not normed and not context.observed.additions
         if small or drawn or all(s > ALL_LARGE for s in hidden):
             yield Finding(
                 f"gain-{'below' if small else 'above'}-one",
@@ -173,9 +177,12 @@ def unreached(context: Context) -> Iterator[Finding]:
     cut = [n for n in missing if n in seen.used]
     if not seen.needs_gradient and not cut:
         cut, unused = missing, []
+    last = max((seen.used.get(n, 0) for n in cut), default=0)
+    ends = [c for c in seen.cuts if c.behind & set(cut)]
+    where = next((c for c in ends if c.order >= last), ends[-1] if ends else None)
+    if where is None and seen.needs_gradient:  # computed, and the loss does not use the result
+        cut, unused = [], missing
     if cut:
-        last = max(seen.used.get(n, 0) for n in cut)
-        where = next((c for c in seen.cuts if c.order >= last), seen.cuts[-1] if seen.cuts else None)
         owner = context.module_of(max(cut, key=lambda n: seen.used.get(n, 0)))
         place = ", ".join(dict.fromkeys(n for n in ((where.name if where else ""), owner) if n)) or "loss"
         everything = len(cut) == len(seen.gradients)
@@ -196,15 +203,17 @@ def unreached(context: Context) -> Iterator[Finding]:
             advice="Remove it, or freeze these parameters with requires_grad_(False) if it is meant.",
         )
     if unused:
-        modules = list(dict.fromkeys(context.module_of(n) for n in unused))
+        modules = list(dict.fromkeys(context.module_of(n) or n for n in unused))
+        share = sum(context.parameters[n].numel() for n in unused) / sum(p.numel() for p in context.parameters.values())
         yield Finding(
             "parameter-unused",
-            "warning",
-            f"{_parameters(len(unused), verb='are', single='is')} not used in the forward pass",
-            where=listed([m or n for m, n in zip(modules, unused, strict=False)]),
-            evidence=f"{listed(unused)}: no operation took them (exact, for {len(seen.batches)} batches)",
-            cause="The layer was built and is not called, or only for other inputs.",
-            advice="Call it in forward, or remove it.",
+            "warning" if share > UNUSED or any(context.has_used_twin(m) for m in modules) else "info",
+            f"The loss does not depend on {len(unused)} of {len(seen.gradients)} parameters",
+            where=listed(modules),
+            evidence=f"{listed(unused)}: no result of theirs reaches the loss in {len(seen.batches)} batches "
+            f"(exact); {share:.1%} of all values",
+            cause="The layer was built and is not called, its result is dropped, or it serves other inputs.",
+            advice="Use it in forward, or remove it.",
         )
 
 
@@ -216,7 +225,9 @@ def frozen(context: Context) -> Iterator[Finding]:
     trained = sum(all_of[n].numel() for n in names if n in context.trained)
     of = sum(all_of[n].numel() for n in names if all_of[n].ndim >= 2)
     fine_tune = share > FROZEN and (trained > 0.3 * of or any("lora_" in n for n in all_of))
-    if names and len(names) < len(all_of) and not fine_tune:
+    # Tables of positions are often fixed.
+    held = {b.name for b in context.matrices if b.role != "embedding"}
+    if held.intersection(names) and len(names) < len(all_of) and not fine_tune:
         modules = list(dict.fromkeys(context.module_of(n) or n for n in names))
         yield Finding(
             "parameter-frozen",
