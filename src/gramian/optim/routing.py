@@ -36,8 +36,8 @@ _WHY_ADAMW = {
 class Route:
     """How one parameter is stepped, and why: as the matrices of `layout`, or by AdamW where that is `None`.
 
-    `whole` is the layout before large matrices were cut into parts; or, of a parameter that steps by AdamW for its role,
-    the layout of the matrices that it holds. `role` is the block's in the model.
+    `whole` is the layout before large matrices were cut into parts; where a parameter steps by AdamW for its role, the
+    layout of the matrices that it holds. `role` is the block's in the model.
     """
 
     name: str
