@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from gramian.block import blocks
-from gramian.calls import as_model
+from gramian.calls import as_model, unwrapped
 from gramian.compression.lowrank import LowRank, matrix_of
-from gramian.compression.modules import copied, module_name, replaced, submodule, unwrapped
+from gramian.compression.modules import copied, module_name, replaced, submodule
 from gramian.compression.weighted import WeightedSVD, decompose, why_not
 from gramian.errors import InputError
 from gramian.loader import Batches

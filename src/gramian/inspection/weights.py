@@ -17,7 +17,6 @@ from gramian import layers, placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name, is_plain
-from gramian.errors import InputError
 from gramian.inspection.auxiliary import AUXILIARY
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
 from gramian.inspection.entries import Entries, count_non_finite
@@ -93,8 +92,6 @@ def measure_model(
 ) -> Measured:
     """Measure the blocks of a model."""
     found, rest = blocks(model, layouts)
-    if any(p.is_meta for p in model.parameters()):
-        raise InputError(f"inspect: weights of {type(model).__name__} are on meta and have no values; load them first")
     measured = Measured()
     if found:
         measured.dtype = found[0].parameter.dtype
