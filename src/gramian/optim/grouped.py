@@ -17,7 +17,7 @@ from gramian.optim.parameters import check_caller, reason_to_leave_out, replacem
 from gramian.optim.recipe import Recipe
 from gramian.optim.refresh import Clock
 from gramian.optim.routing import Group, Route, route_groups, routes_of_model
-from gramian.optim.scaling import num_in_sequence, usual_table_lr
+from gramian.optim.scaling import num_in_sequence, usual_kernel_lr, usual_table_lr
 from gramian.optim.sharding import Sharding
 from gramian.optim.stacks import Stacks
 
@@ -108,7 +108,7 @@ class Grouped(torch.optim.Optimizer):
         self._sharding.assign([r.parameter for r in matrices])
 
     def _split(self, routes: Sequence[Route], own: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Parameter groups for routes that share the options `own`: matrices, tables, vectors."""
+        """Parameter groups for routes that share the options `own`: matrices, tables, depthwise kernels, vectors."""
         known = self._options.keys() - {"max_overhead", "part_size"}
         for key in own.keys() - known:
             raise InputError(f"{type(self).__name__}: a group has no option {key!r}; it has {', '.join(known)}")
@@ -121,18 +121,28 @@ class Grouped(torch.optim.Optimizer):
         matrices = [r for r in routes if r.direction == "matrix"]
         tables = [r for r in routes if r.direction == "adamw" and r.parameter.ndim >= 2]
         vectors = [r for r in routes if r.direction == "adamw" and r.parameter.ndim < 2]
-        table_lr = rest_lr
+        table_lr = kernel_lr = rest_lr
+        kernels = [r for r in tables if r.role == "elementwise" and r.whole is not None]
         if rest_lr is None:
-            rest_lr = table_lr = lr if options["scale"] == "match_rms_adamw" else REST_LR
-            if options["scale"] == "spectral" and any(r.role == "embedding" for r in tables):
-                table_lr = usual_table_lr(r.parameter for r in tables)
+            rest_lr = table_lr = kernel_lr = lr if options["scale"] == "match_rms_adamw" else REST_LR
+            if options["scale"] == "spectral":
+                kernel_lr = usual_kernel_lr(r.whole.matrices[-1] for r in kernels if r.whole is not None)
+                if any(r.role == "embedding" for r in tables):
+                    table_lr = usual_table_lr(r.parameter for r in tables)
+        if kernel_lr == table_lr:
+            kernels = []  # they stay with the tables
+        tables = [r for r in tables if r not in kernels]
         # Vectors of all layers move at once, as the matrices do, so that they share the change of the function too.
         shares = options["scale"] == "spectral" and self._num_matrices
         vector_lr = min(rest_lr, lr / self._num_matrices) if shares else rest_lr
         groups: list[dict[str, Any]] = []
         if matrices:
             groups.append({"params": _named(matrices), "direction": "matrix", **options, "lr": lr, "step": 0})
-        for rest, rate, decay in ((tables, table_lr, rest_decay), (vectors, vector_lr, 0.0)):
+        for rest, rate, decay in (
+            (tables, table_lr, rest_decay),
+            (kernels, kernel_lr, rest_decay),
+            (vectors, vector_lr, 0.0),
+        ):
             if rest:
                 own_rest = {"lr": float(rate), "weight_decay": decay, "betas": betas, "eps": eps}
                 kind = {"direction": "adamw", "maximize": options["maximize"], "fused": True}

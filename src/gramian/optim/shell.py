@@ -48,12 +48,13 @@ class MatrixOptimizer(Saved):
 
             - `weight_decay`: decoupled, of the matrices.
             - `scale`: `"spectral"`: `s = √(m/n) / L`, where L is the number of matrices that a unit of the function
-              passes through (those frozen when they were given do not count; the experts of a layer count once): each
-              matrix has the same share in the change of the network's function, so that one rate carries across
+              passes through (those frozen when they were given do not count, nor those that make the coefficients of a
+              Mamba's recurrence; the experts of a layer count once): each matrix has the same share in the change of the network's function, so that one rate carries across
               widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`,
               so that a rate tuned for AdamW can be reused.
             - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr` is 3e-3 by default (with
-              embeddings, their rate and the head's is up to 1e-2 where all are narrower than 800), or `lr` itself with
+              embeddings, their rate and the head's is up to 1e-2 where all are narrower than 800; that of depthwise
+              kernels is up to 3e-2 where all have fewer than 49 taps), or `lr` itself with
               `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
               that is less. Vectors do not decay.
             - `part_size`: a matrix whose smaller side is longer is cut along that side into equal parts of at most so
@@ -65,6 +66,7 @@ class MatrixOptimizer(Saved):
               model's. Without it and without names, whatever has two or more dimensions steps as a matrix, and a
               `GramianWarning` says so.
             - `routes`: overrides by name pattern: `{"0.weight": "matrix", "*.pos_emb": "adamw"}`.
+              A stack of matrices that nothing tells of needs `layouts`.
             - `layouts`: as in `gm.blocks`.
             - `maximize`: ascend.
 
