@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from gramian.block import Layout, blocks
 from gramian.checkpoint import clean_name
-from gramian.checkpoint.faults import some
-from gramian.errors import GramianWarning, InputError
+from gramian.errors import GramianWarning, InputError, some
 from gramian.layers.listed import look_up_listed
 from gramian.layers.lookup import is_lazy
 from gramian.layers.roles import Role

@@ -49,9 +49,9 @@ class MatrixOptimizer(Saved):
             - `weight_decay`: decoupled, of the matrices.
             - `scale`: `"spectral"`: `s = √(m/n) / L`, where L is the number of matrices that a unit of the function
               passes through (those frozen when they were given do not count, nor those that make the coefficients of a
-              Mamba's recurrence; the experts of a layer count once): each matrix has the same share in the change of the network's function, so that one rate carries across
-              widths and depths. `"match_rms_adamw"`: `s = 0.2 √max(m, n)`,
-              so that a rate tuned for AdamW can be reused.
+              Mamba's recurrence; the experts of a layer count once): each matrix has the same share in the change of
+              the network's function, so that one rate carries across widths and depths. `"match_rms_adamw"`:
+              `s = 0.2 √max(m, n)`, so that a rate tuned for AdamW can be reused.
             - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr` is 3e-3 by default (with
               embeddings, their rate and the head's is up to 1e-2 where all are narrower than 800; that of depthwise
               kernels is up to 3e-2 where all have fewer than 49 taps), or `lr` itself with
