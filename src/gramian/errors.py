@@ -18,7 +18,6 @@ __all__ = [
     "ShapeError",
     "TaskError",
     "UnsupportedError",
-    "some",
 ]
 
 
