@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gramian import placement
 from gramian.batch import LABELS, WEIGHTS, described, fields, mapped, parts, tensors
 from gramian.errors import InputError, UnsupportedError
 
-__all__ = ["as_model", "called", "prepared", "tensor_of"]
+__all__ = ["as_model", "called", "check_values", "prepared", "tensor_of", "unwrapped", "wrappings"]
 
 # Where wrappers, whose own forward names no argument, keep the module inside.
 _INSIDE = ("_orig_mod", "module", "base_model", "model")
@@ -40,8 +40,33 @@ def as_model(model: Any, verb: str) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"{verb}: expected a torch.nn.Module, got {_not_a_model(model)}")
+    check_values(model, verb)
+    return model
+
+
+def check_values(model: nn.Module, verb: str, *, lazy: bool = False) -> None:
+    """Refuses a model whose weights have no values.
+
+    Args:
+        model: a module.
+        verb: for the error: who asks.
+        lazy: whether layers are allowed that get their shapes from the first batch.
+
+    Returns: nothing.
+    Raises:
+        UnsupportedError: a parameter or buffer on the meta device, or of a lazy layer that has not run.
+    Cost: a pass over the parameters.
+    Source: this library's own.
+
+    >>> check_values(nn.LazyLinear(2), "isometric_", lazy=True)
+    >>> check_values(nn.Linear(3, 2, device="meta"), "isometric_")
+    Traceback (most recent call last):
+    gramian.errors.UnsupportedError: isometric_: weight is on the meta device and has no values. Load...
+    """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedParameter):
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            if lazy:
+                continue
             raise UnsupportedError(
                 f"{verb}: {name} of a lazy layer has no shape yet. Run the model on one batch first: model(x)"
             )
@@ -50,7 +75,45 @@ def as_model(model: Any, verb: str) -> nn.Module:
                 f"{verb}: {name} is on the meta device and has no values. Load the weights first (from_pretrained "
                 "without device_map='disk' or 'meta', or model.to_empty(device=…) and load_state_dict)"
             )
-    return model
+
+
+def wrappings(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it is given, and one by one what is inside `torch.compile` and the data-parallel wrappers.
+
+    Args:
+        model: a module.
+
+    Returns: the module itself first, and the user's own module last.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: torch's wrappers.
+
+    >>> [type(m).__name__ for m in wrappings(nn.DataParallel(nn.Linear(2, 2)))]
+    ['DataParallel', 'Linear']
+    """
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        yield inner
+        parallel = isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = inner.module if parallel else getattr(inner, "_orig_mod", None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile` and the data-parallel wrappers.
+
+    Args:
+        model: a module, wrapped or not.
+
+    Returns: the innermost of `wrappings`.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: torch's wrappers.
+
+    >>> net = nn.Linear(2, 2)
+    >>> unwrapped(nn.DataParallel(net)) is net
+    True
+    """
+    return [*wrappings(model)][-1]
 
 
 def _not_a_model(value: Any) -> str:

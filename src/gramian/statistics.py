@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gramian import placement
 from gramian.checkpoint import load_tensors, save_tensors
-from gramian.errors import CheckpointError, InputError
+from gramian.errors import CheckpointError, InputError, some
 from gramian.gram import DiagonalGram, Gram
 
 __all__ = ["Site", "Sites", "Statistics"]
@@ -213,7 +213,7 @@ class Statistics(Mapping[str, Sites]):
             lines = [f"Second moments cover {self.coverage:.1%} of the parameters that hold matrices, or may."]
         for reason, names in by_reason.items():
             share = sum(self.parameters[name] for name in names) / total
-            shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            shown = some(names)
             lines.append(f"Not captured, {reason} ({len(names)}; {share:.1%} of these parameters): {shown}")
         for name, used in self.other_uses.items():
             if not self._missing(name):

@@ -16,6 +16,7 @@ from gramian.checkpoint.composed import COMPOSED
 from gramian.checkpoint.formats import Entry, Made
 from gramian.checkpoint.quantized import QUANTIZED
 from gramian.checkpoint.schemes import Plan, Scheme, Setting
+from gramian.errors import some
 
 __all__ = ["SCHEMES", "with_derived"]
 
@@ -64,5 +65,5 @@ def with_derived(
             entries[name] = replace(entry, part_of=part_of[name])
         elif name not in made:
             entries[name] = entry
-    notes = [f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}: {reason}" for reason, names in failed.items()]
+    notes = [f"{some(names)}: {reason}" for reason, names in failed.items()]
     return entries, notes

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gramian.checkpoint.distributed import METADATA_FILE
-from gramian.checkpoint.faults import damaged, plain, some
+from gramian.checkpoint.faults import damaged, plain
 from gramian.checkpoint.formats import Entry
 from gramian.checkpoint.readers import FORMATS, reader
-from gramian.errors import CheckpointError
+from gramian.errors import CheckpointError, some
 
 __all__ = ["WEIGHTS", "open_file", "open_folder", "open_index", "read_json"]
 
@@ -60,7 +60,9 @@ def open_index(index: Path) -> Opened:
     folder, files = index.parent, _read_index(index)
     missing = sorted({file for file in files.values() if not (folder / file).exists()})
     if missing:
-        raise CheckpointError(f"{index}: names files that are not there: {some(missing)}. Download the folder again.")
+        raise CheckpointError(
+            f"{index}: names files that are not there: {some(map(plain, missing))}. Download the folder again."
+        )
     stored: dict[str, Entry] = {}
     notes: list[str] = []
     metadata: dict[str, str] = {}
@@ -77,7 +79,8 @@ def open_index(index: Path) -> Opened:
         absent = [key for key in absent if plain(key) not in unread]
         if absent:
             raise CheckpointError(
-                f"{index}: places tensors in {file} that are not in it: {some(absent)}. Download the folder again."
+                f"{index}: places tensors in {file} that are not in it: {some(map(plain, absent))}. Download "
+                "the folder again."
             )
         stored |= {key: held[key] for key in listed if key in held}
         extra = len(held.keys() - set(listed))
@@ -97,7 +100,8 @@ def _read_index(index: Path) -> dict[str, str]:
     outside = [file for file in files.values() if file in ("", ".", "..") or Path(file).name != file]
     if outside:  # an index must not point elsewhere
         raise CheckpointError(
-            f"{index}: names files outside its folder: {some(outside)}, wanted plain names. Do not trust this folder."
+            f"{index}: names files outside its folder: {some(map(plain, outside))}, wanted plain names. Do not trust "
+            "this folder."
         )
     return files
 
@@ -120,7 +124,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     if parts:
         what = "a pipeline of models" if (folder / "model_index.json").exists() else "a folder of models"
         return CheckpointError(
-            f"{folder}: {what}, wanted one. Give one of {some([f'{folder}/{p}' for p in parts], 8)}."
+            f"{folder}: {what}, wanted one. Give one of {some(map(plain, [f'{folder}/{p}' for p in parts]), 8)}."
         )
     if (folder / "saved_model.pb").exists():
         return CheckpointError(
@@ -128,9 +132,9 @@ def _no_weights(folder: Path) -> CheckpointError:
             "**arrays)."
         )
     if weights:
-        advice = f"Give one of its files: {some(weights)}."
+        advice = f"Give one of its files: {some(map(plain, weights))}."
     else:
-        advice = f"It holds {some([file.name for file in held]) if held else 'nothing'}: check the path."
+        advice = f"It holds {some(map(plain, [file.name for file in held])) if held else 'nothing'}: check the path."
     return CheckpointError(
         f"{folder}: a folder without weights; looked for {', '.join(WEIGHTS[:4])} and the like. {advice}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from gramian.errors import CheckpointError
 from gramian.inspection.matrices import Holding, find_holdings
 from gramian.layers.lookup import match_pattern
 
-__all__ = ["Pairs", "is_in_out", "some"]
+__all__ = ["Pairs", "is_in_out"]
 
 # A prefix is looked for among the first components of a name, before the number of a layer.
 LONGEST_PREFIX = 4
@@ -106,11 +106,6 @@ class Pairs:
 def is_in_out(holding: Holding) -> bool:
     """Whether the tensor is (in, out), so that the columns of its matrices lie along its first dimension."""
     return bool(set(holding.layout.dims[0]) & set(holding.layout.sides[2]))
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many there are."""
-    return f"{', '.join(names[:limit])}{' …' if len(names) > limit else ''} ({len(names)})"
 
 
 Change = tuple[tuple[str, str], dict[str, str]]

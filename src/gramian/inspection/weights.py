@@ -17,7 +17,7 @@ from gramian import layers, placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name, is_plain
-from gramian.errors import InputError
+from gramian.errors import some
 from gramian.inspection.auxiliary import AUXILIARY
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
 from gramian.inspection.entries import Entries, count_non_finite
@@ -70,8 +70,7 @@ def measure_file(
     for name, load in checkpoint.beside.items():
         _add_non_finite(measured, name, load())
     for reason, names in left_out.items():
-        more = f" … ({len(names)} in all)" if len(names) > 5 else ""
-        measured.notes.append(f"Left out, {reason}: {', '.join(names[:5])}{more}")
+        measured.notes.append(f"Left out, {reason}: {some(names, 5)}")
     roles = {holding.role for holding in holdings}
     if roles >= {"embedding"} and "head" not in roles and read_config(checkpoint.path).get("tie_word_embeddings"):
         measured.notes.append("The head is the embedding: tie_word_embeddings in config.json, and none in the file")
@@ -93,8 +92,6 @@ def measure_model(
 ) -> Measured:
     """Measure the blocks of a model."""
     found, rest = blocks(model, layouts)
-    if any(p.is_meta for p in model.parameters()):
-        raise InputError(f"inspect: weights of {type(model).__name__} are on meta and have no values; load them first")
     measured = Measured()
     if found:
         measured.dtype = found[0].parameter.dtype

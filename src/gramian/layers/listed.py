@@ -60,7 +60,8 @@ def _look_up(name: str, shape: tuple[int, ...], family: str, shapes: Mapping[str
         return Lookup(named.layout, named.role or ("hidden" if named.kind != "matrix" else role), named.reason)
     if len(shape) == 2:
         return Lookup(Layout("o i -> o i", shape), role, "its name tells no more: taken as one matrix (out, in)")
-    return Lookup(None, "hidden", f"of {len(shape)} dimensions and an unknown name: pass the model, or routes=")
+    why = f"of {len(shape)} dimensions and an unknown name: pass the model, and layouts= where its class does not tell"
+    return Lookup(None, "hidden", why)
 
 
 def depthwise_kernels(kernels: Mapping[str, tuple[int, ...]], tables: bool) -> list[str]:
