@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from gramian import criteria
+from gramian import alignment, criteria
 from gramian.batch import described, main_input, num_samples
 from gramian.calls import prepared
 from gramian.errors import InputError
@@ -180,7 +180,7 @@ class Objective:
             predict: `predict(model, batch) -> scores`, where the model is not called as `docs/objectives.md` says.
         """
         options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
-        return _made(criteria.cross_entropy(criteria.aligned_labels(), padding=padding, **options), fisher, predict)
+        return _made(criteria.cross_entropy(alignment.aligned_labels(), padding=padding, **options), fisher, predict)
 
     @staticmethod
     def next_token(
@@ -205,7 +205,7 @@ class Objective:
             predict: `predict(model, batch) -> scores`, where the model is not called as `docs/objectives.md` says.
         """
         options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-        how = criteria.aligned_tokens(padding)
+        how = alignment.aligned_tokens(padding)
         return _made(criteria.cross_entropy(how, padding=padding, **options), fisher, predict)
 
     @staticmethod
@@ -218,7 +218,7 @@ class Objective:
             fisher: as in `Objective`.
             predict: `predict(model, batch) -> ŷ`, where the model is not called as `docs/objectives.md` says.
         """
-        return _made(criteria.squared_error(criteria.labels_of, checks=True), fisher, predict)
+        return _made(criteria.squared_error(alignment.labels_of, checks=True), fisher, predict)
 
     @staticmethod
     def reconstruction(*, fisher: Fisher = "sampled", predict: Predict | None = None) -> Objective:
