@@ -232,16 +232,19 @@ class Objective:
 
 
 def as_objective(objective: Any) -> Objective:
-    """An `Objective` unchanged; a plain `loss(model, batch) -> scalar mean` as an objective with `fisher="empirical"`.
+    """An `Objective` unchanged; a plain `loss(model, batch)` as an objective with `fisher="empirical"`.
 
-    The units of a plain loss are the elements of the batch's first dimension.
+    A plain loss returns a scalar, which is taken for the mean over the samples of the batch; or `(sum, units)`, as a
+    criterion does. The units decide the size of G and the weight of each batch. So where the scalar is a mean over
+    tokens, return `(mean * tokens, tokens)`: taken for one over samples, it gives a G that is smaller by the number of
+    tokens of a sample, and batches with fewer tokens that count count too much.
 
     Args:
         objective: either of these.
 
     Returns: an `Objective`.
     Raises:
-        InputError: it is neither; later, where the function does not return a scalar.
+        InputError: it is neither; later, where the function returns something else.
     Cost: none.
     Source: this library's own.
 
@@ -256,9 +259,14 @@ def as_objective(objective: Any) -> Objective:
     if misused:
         raise InputError(f"objective: expected gm.Objective or a function loss(model, batch) -> scalar mean, {misused}")
 
-    def criterion(output: Tensor, batch: Any) -> tuple[Tensor, int]:
+    def criterion(output: Any, batch: Any) -> tuple[Tensor, Any]:
+        if isinstance(output, (tuple, list)) and len(output) == 2:
+            return output[0], output[1]
         if not isinstance(output, Tensor) or output.numel() != 1:
-            raise InputError(f"objective: loss(model, batch) must return a scalar mean, got {described(output)}")
+            raise InputError(
+                f"objective: loss(model, batch) must return a scalar mean, got {described(output)}. Or return (sum of "
+                "losses, number of units)"
+            )
         units = num_samples(batch)
         return output * units, units
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gramian import placement
 from gramian.calls import as_model, prepared
 from gramian.errors import InputError, UnsupportedError
-from gramian.loader import as_batches, is_one_batch, no_batches
+from gramian.loader import as_batches, is_one_batch, looks_like_one, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.operators import LineCurvature, line_curvature
 from gramian.optim.proximal import Proximal
@@ -90,9 +90,8 @@ def suggest_lr(
             afterwards.
         batch: one batch, or many: a `DataLoader`, a list, or another iterable, of which the first `num_steps + 1` are
             read. The last one read judges, the others train. Give several: with only one, the rate is that of a
-            gradient without noise. A tuple and a mapping are one batch, and so is a
-            list of tensors of different kinds or shapes, `[x, y]`; a list of tensors that differ at most in their first
-            dimension is a list of batches.
+            gradient without noise. A tuple and a mapping are one batch, and so is a list `[x, y]` of tensors that
+            cannot both be inputs; two of one shape are read as two batches, with a warning.
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
         optimizer: `"auto"`, as in `gm.train`, another name of `gm.optim.OPTIMIZERS`, a class, or a function
             `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
@@ -338,25 +337,17 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _batches(batch: Any, num: int) -> list[Any]:
-    """At most `num` batches; a tuple, and a list of tensors of different shapes, are one.
+    """At most `num` batches; a tuple is one, and so is a list that looks like one.
 
     A loader's order does not change the seeds.
     """
-    elements = batch if isinstance(batch, (tuple, list)) and not _are_batches(batch) else ()
-    if is_one_batch(batch) or isinstance(batch, tuple) or any(isinstance(e, (Tensor, int, float)) for e in elements):
+    if isinstance(batch, tuple) or is_one_batch(batch) or looks_like_one(batch):
         return [batch]
     with torch.random.fork_rng(devices=[]):
         found = list(islice(as_batches(batch, "suggest_lr"), num))
     if not found:
         raise no_batches(batch, "suggest_lr")
     return found
-
-
-def _are_batches(batch: Any) -> bool:
-    """Whether a list of tensors is a list of batches: all of one kind and one shape but for their first dimension."""
-    if not isinstance(batch, list) or not all(isinstance(t, Tensor) and t.ndim for t in batch):
-        return False
-    return len({(t.shape[1:], t.is_floating_point()) for t in batch}) == 1
 
 
 def _maker(optimizer: Any) -> Make:
