@@ -46,6 +46,15 @@ def as_batches(batches: Any, verb: str) -> Iterable[Any]:
             f"{verb}: batches must be an iterable of batches, and this looks like one batch, {described(batches)}. "
             "Write [batch]"
         )
+    if isinstance(batches, list) and [isinstance(t, _ARRAYS) for t in batches] == [True, True]:
+        one, two = (tuple(t.shape) for t in batches)
+        if one == two:
+            warnings.warn(
+                f"{verb}: a list of two tensors of one shape, {one}, is read as two batches of inputs. If it is one "
+                "batch [x, y], write [(x, y)]; if it is two, iter([x1, x2]) says so",
+                GramianWarning,
+                stacklevel=3,
+            )
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
         raise InputError(
             f"{verb}: batches must be an iterable of batches, got a data set of single samples, "
@@ -85,7 +94,7 @@ def looks_like_one(batches: Any) -> bool:
 
     A tuple of tensors or numbers is; so is a list of them, unless it may be a list of inputs: tensors of as many
     dimensions, all floating or none, and with as many features where they are two-dimensional floats. Two tensors of
-    one shape are read as two batches, with a warning, since they may be both.
+    one shape may be both, and are read as two batches; `as_batches` then warns.
 
     Args:
         batches: one batch, or many.
@@ -105,16 +114,7 @@ def looks_like_one(batches: Any) -> bool:
         return True
     floats = [(t, t.is_floating_point() if isinstance(t, Tensor) else t.dtype.kind == "f") for t in batches]
     kinds = {(t.ndim, floating, t.shape[1:] if floating and t.ndim == 2 else ()) for t, floating in floats}
-    if len(kinds) > 1:
-        return True
-    if len(batches) == 2 and batches[0].shape == batches[1].shape:
-        warnings.warn(
-            f"a list of two tensors of one shape, {tuple(batches[0].shape)}, is read as two batches of inputs. If it "
-            "is one batch [x, y], write [(x, y)]; if it is two, iter([x1, x2]) says so",
-            GramianWarning,
-            stacklevel=3,
-        )
-    return False
+    return len(kinds) > 1
 
 
 def first_of(batches: Iterable[Any], verb: str) -> tuple[Any, Iterable[Any]]:
