@@ -156,8 +156,8 @@ class _Rehearsals:
         if not before - self.losses[best] > ROUNDING * abs(before):
             tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
             raise InputError(
-                f"suggest_lr: no rate from {tried} lowers the held-out loss of {before:.4g} in {self.num_steps} steps by "
-                "more than rounding and noise; give more or larger batches, or repair the model first (see gm.inspect)"
+                f"suggest_lr: no rate from {tried} lowers the held-out loss of {before:.4g} by more than rounding and "
+                f"noise in {self.num_steps} steps; give more or larger batches, or repair the model first (gm.inspect)"
             )
         gain = base - self.losses[best]
         if not gain > max(NOISE * (before - base), ROUNDING * abs(before)):

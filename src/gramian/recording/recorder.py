@@ -20,6 +20,7 @@ from gramian.block import Block, Blocks
 from gramian.layers.lookup import is_lazy
 from gramian.recording.accumulation import Accumulator
 from gramian.recording.forms import Form, read
+from gramian.recording.joined import uses_of_parts
 from gramian.recording.sides import BlockView, Side, sides_of
 from gramian.recording.stacks import uses_of
 from gramian.recording.taps import Pass, in_backward, tapped
@@ -145,20 +146,28 @@ class Recorder(TorchFunctionMode):
         if self.current is None or self.paused or in_backward():
             return output
         tensors = list(tensors_of((*args, *kwargs.values())))
-        held, fixed = self.tracker.held(tensors), all(map(self.tracker.is_fixed, tensors))
+        tracker = self.tracker
+        held, loose, fixed = tracker.held(tensors), tracker.joined(tensors), all(map(tracker.is_fixed, tensors))
         uses: list[tuple[Form, BlockView]] = []
-        if held and isinstance(output, Tensor):
-            for form in read(func, self.tracker.is_weight, args, kwargs):
-                view = self.tracker.resolve(form.weight)
-                if view is not None and not _is_no_use(form, view, fixed):
-                    uses += uses_of(form, view)
+        used: set[int] = set()
+        if (held or loose) and isinstance(output, Tensor):
+            for form in read(func, tracker.is_weight, args, kwargs):
+                found = self._uses(form, fixed)
+                used |= {id(form.weight)} if found else set()
+                uses += found
             if uses:
                 output = self._record(uses, output, self.current, in_place=any(output is t for t in tensors))
-        used = {id(form.weight) for form, _ in uses}
-        others = [one for one in held if id(one.tensor) not in used]
+        others, loose = [one for one in held if id(one.tensor) not in used], [t for t in loose if id(t) not in used]
         name = name_of(func) + (", as an input" if uses else "")
-        self.tracker.follow(func, name, args, tensors, others, fixed, output)
+        tracker.follow(func, name, args, kwargs, tensors, others, loose, fixed, output)
         return output
+
+    def _uses(self, form: Form, fixed: bool) -> list[tuple[Form, BlockView]]:
+        """The uses in a product: of one matrix, of those of a stack, or of weights put together."""
+        view, whole = self.tracker.resolve(form.weight), self.tracker.join(form.weight)
+        parts = [] if whole is None else uses_of_parts(form, whole)
+        parts = parts if view is None else [(form, view)]
+        return [use for part, one in parts if not _is_no_use(form, one, fixed) for use in uses_of(part, one)]
 
     def _record(self, uses: list[tuple[Form, BlockView]], output: Tensor, current: Pass, *, in_place: bool) -> Tensor:
         """Adds the inputs of a call's uses to A, and returns its output with a tap that will add the gradient to G."""
