@@ -21,10 +21,11 @@ from gramian.layers.lookup import is_lazy
 from gramian.recording.accumulation import Accumulator
 from gramian.recording.forms import Form, read
 from gramian.recording.joined import uses_of_parts
+from gramian.recording.padding import Padding
 from gramian.recording.sides import BlockView, Side, sides_of
 from gramian.recording.stacks import uses_of
 from gramian.recording.taps import Pass, in_backward, tapped
-from gramian.recording.tracking import Tracker, name_of, tensors_of
+from gramian.recording.tracking import Tracker, acts_by_rows, name_of, tensors_of
 from gramian.recording.unfused import UNFUSED
 from gramian.statistics import Site, Statistics
 
@@ -34,7 +35,10 @@ MAX_DIM = 8192
 """Sides wider than this keep only the diagonal of their second moment: a vocabulary of 32,000 would take 8 GiB."""
 
 NO_GRAD = "it ran without autograd: in torch.no_grad(), or checkpoint(use_reentrant=True)"
+INFERENCE = "it ran in torch.inference_mode(), whose Inference tensors have no gradient"
 NOT_REACHED = "no gradient reached it"
+WITHOUT_AUTOGRAD = frozenset({NO_GRAD, INFERENCE, NOT_REACHED})
+"""The reasons of sites that have no G because no gradient came, and not because their use was not understood."""
 
 
 class Recorder(TorchFunctionMode):
@@ -60,7 +64,7 @@ class Recorder(TorchFunctionMode):
         self.accumulator = Accumulator(max_dim, precision)
         self.record_without_grad = record_without_grad
         self.current: Pass | None = None
-        self.mask: Tensor | None = None
+        self.padding = Padding()
         self.leaf = torch.zeros((), requires_grad=True)
         self.running: list[str] = []  # names of the tied parameters whose modules are running, innermost last
         self.paused = 0  # parametrizations that are being computed
@@ -68,13 +72,13 @@ class Recorder(TorchFunctionMode):
 
     def begin(self, current: Pass, mask: Tensor | None = None) -> None:
         """Starts a forward pass: uses from now on belong to it. Rows outside the mask are left out of A."""
-        self.current, self.mask = current, mask
+        self.current, self.padding = current, Padding(mask)
         self.tracker.reset()
         self.accumulator.reset()
 
     def end(self) -> None:
         """Ends the forward pass: nothing is recorded from now on."""
-        self.current = self.mask = None
+        self.current, self.padding = None, Padding()
         self.paused = 0
         self.tracker.reset()
         self.accumulator.reset()
@@ -159,6 +163,7 @@ class Recorder(TorchFunctionMode):
                 output = self._record(uses, output, self.current, in_place=any(output is t for t in tensors))
         others, loose = [one for one in held if id(one.tensor) not in used], [t for t in loose if id(t) not in used]
         name = name_of(func) + (", as an input" if uses else "")
+        self.padding.follow(func, args, kwargs, tensors, output, by_rows=bool(uses) or acts_by_rows(func))
         tracker.follow(func, name, args, kwargs, tensors, others, loose, fixed, output)
         return output
 
@@ -188,10 +193,12 @@ class Recorder(TorchFunctionMode):
                 site.reason = f"its layout {view.block.layout.pattern!r} does not match its use in {form.op}"
                 continue
             with self._noting(site, form), torch.no_grad(), torch._C.DisableTorchFunction():
-                self.accumulator.add_inputs(site, form, sides[0], self.mask)
+                self.accumulator.add_inputs(site, form, sides[0], self.padding.of(form))
+                if self.padding.is_missed(form, view.part is not None):
+                    self.stats.padded.setdefault(view.block.name, form.op)
             waiting.append((site, form, sides[1]))
             if not torch.is_grad_enabled():
-                site.reason = NO_GRAD
+                site.reason = INFERENCE if torch.is_inference_mode_enabled() else NO_GRAD
         if not waiting or not torch.is_grad_enabled():
             return output
 

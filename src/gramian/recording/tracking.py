@@ -15,7 +15,7 @@ from gramian.block import Block, Blocks
 from gramian.recording.joined import JOINS, Joined, joined, of_view
 from gramian.recording.sides import BlockView, view_of
 
-__all__ = ["Held", "Tracker", "name_of", "tensors_of"]
+__all__ = ["Held", "Tracker", "acts_by_rows", "name_of", "tensors_of"]
 
 # Functions whose result is the same weight in another dtype, device or memory layout, or the weight that is applied:
 # scaled, rounded, with some entries dropped.
@@ -35,6 +35,7 @@ _NORMALIZERS: set[Callable] = {
     *(F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm),
     *(torch.batch_norm, torch.layer_norm, torch.group_norm, torch.instance_norm, torch.rms_norm),
 }
+_BY_ROWS: set[Callable] = {F.dropout, F.layer_norm, F.rms_norm, F.softmax, torch.softmax, Tensor.softmax, Tensor.to}
 _SELECTS = {Tensor.__getitem__, Tensor.index_select, torch.index_select}
 _OPERATORS = {"truediv": "div", "rtruediv": "div", "rdiv": "div", "rmul": "mul", "radd": "add", "idiv": "div"}
 
@@ -281,6 +282,11 @@ def _is_elementwise(func: Callable) -> bool:
     packet = getattr(torch.ops.aten, _OPERATORS.get(name, name), None)
     overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
+
+
+def acts_by_rows(func: Callable) -> bool:
+    """Whether a function acts on each row of a matrix alone: entry by entry, or a norm over the last dimension."""
+    return func in _BY_ROWS or _is_elementwise(func)
 
 
 def _selection(func: Callable, args: tuple, weight: Tensor) -> Tensor | None:
