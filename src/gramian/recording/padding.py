@@ -54,7 +54,7 @@ class Padding:
     def follow(
         self,
         func: Callable,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         tensors: list[Tensor],
         output: object,
