@@ -64,14 +64,15 @@ class Padding:
         """Notes the rows of the output of a function; `by_rows` says that it acts row by row."""
         if self.mask is None or not isinstance(output, Tensor) or output.ndim < 2:
             return
-        if func in _SELECTS and args and isinstance(args[0], Tensor):
+        first = next(iter(args), None)
+        if func in _SELECTS and isinstance(first, Tensor):
             index = args[1] if func is Tensor.__getitem__ else args[2] if len(args) > 2 and args[1] == 0 else None
-            rows = self._rows(args[0], self.mask)
+            rows = self._rows(first, self.mask)
             if rows.ndim == 1 and isinstance(index, Tensor) and index.ndim == 1 and not index.is_floating_point():
                 self._note(output, rows[index])
             return
-        if func in _REPEATS and args and isinstance(args[0], Tensor):
-            rows, times = self._rows(args[0], self.mask), kwargs.get("repeats", args[1] if len(args) > 1 else None)
+        if func in _REPEATS and isinstance(first, Tensor):
+            rows, times = self._rows(first, self.mask), kwargs.get("repeats", args[1] if len(args) > 1 else None)
             if rows.ndim == 1 and kwargs.get("dim", args[2] if len(args) > 2 else None) == 0:
                 self._note(output, rows.repeat_interleave(times))
             return
