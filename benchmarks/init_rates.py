@@ -1,11 +1,10 @@
 """`isometric_` on networks with norms and skips: held-out loss after 80 steps of AdamW, with and without it.
 
-A small ConvNeXt, a GPT-2 (pre-norm) and a ResNet with batch norms, of transformers' own classes, in a copy with their own
-initialization and one that `isometric_` has gone over. Rate 1e-3 unless `--rate` says another, under the schedule of
-`families_rates.py`. Prints a row for each.
+A small ConvNeXt, a GPT-2 (pre-norm) and a ResNet with batch norms, of transformers' own classes: with their own
+initialization, and with `isometric_` after it. The schedule is that of `families_rates.py`. Prints a row for each.
 
-    python benchmarks/init_rates.py                          # about 3 minutes on one core
-    python benchmarks/init_rates.py --only convnext
+    python benchmarks/init_rates.py                          # about 1 minute on one core
+    python benchmarks/init_rates.py --only convnext --optimizer default --batch-size 64
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from families_rates import TEXT, Family, adamw, characters, convnext, images, run
 from torch import nn
 
 import gramian as gm
+from families_rates import TEXT, Family, adamw, characters, convnext, default, images, run
 
 SEEDS = (0, 1)
 
@@ -42,10 +41,10 @@ def resnet() -> nn.Module:
     return transformers.ResNetForImageClassification(config)
 
 
-FAMILIES: dict[str, Callable[[], Family]] = {
-    "convnext": lambda: Family(convnext, *images()),
-    "gpt2": lambda: Family(gpt2, *characters()),
-    "resnet": lambda: Family(resnet, *images()),
+FAMILIES: dict[str, Callable[[int], Family]] = {
+    "convnext": lambda size: Family(convnext, *images(size)),
+    "gpt2": lambda size: Family(gpt2, *characters(size)),
+    "resnet": lambda size: Family(resnet, *images(size)),
 }
 
 
@@ -65,14 +64,17 @@ def isometric(family: Family) -> Family:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=FAMILIES)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=("adamw", "default"), default="adamw")
+    parser.add_argument("--rate", type=float, default=3e-3, help="of AdamW")
+    parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{Path(__file__).name}: AdamW at {args.rate:g}, seeds {SEEDS}")
+    optimizer = default if args.optimizer == "default" else adamw(args.rate)
+    print(f"{Path(__file__).name}: {vars(args)}, seeds {SEEDS}")
     rows = []
     for name in [args.only] if args.only else FAMILIES:
-        own = FAMILIES[name]()
-        losses = [[run(f, adamw(args.rate), seed)["loss"] for seed in SEEDS] for f in (own, isometric(own))]
+        own = FAMILIES[name](args.batch_size)
+        losses = [[run(f, optimizer, seed)["loss"] for seed in SEEDS] for f in (own, isometric(own))]
         rows.append(f"| {name} | " + " | ".join(", ".join(f"{x:.3f}" for x in of) for of in losses) + " |")
     print("| network | own initialization | `isometric_` |", "|-|-|-|", *rows, sep="\n")
 

@@ -64,10 +64,10 @@ def isometric_(
     restores before the next matrix, and those in a residual branch, unless the sample's variance changes there by a
     factor outside 1e-4 to 100 (behind a norm) or to 10 (in a branch). Without a sample, norms and skips are not seen.
 
-    What is left as it was, and named in a `GramianWarning`: these, layers that do more than `W x + b`, frozen weights, the
-    parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and adapters are where
-    they start from the identity. A zero weight is set where all are zero, or where the sample shows that
-    it makes the next layer's input the same for all samples. Embeddings, tables tied to a head, and norms keep their
+    What is left as it was, and named in a `GramianWarning`: these, layers that do more than `W x + b`, frozen weights,
+    the parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and adapters are
+    where they start from the identity. A zero weight is set where all are zero, or where the sample shows that it makes
+    the next layer's input the same for all samples. Embeddings, tables tied to a head, and norms keep their
     initialization by definition.
 
     Args:
@@ -88,7 +88,8 @@ def isometric_(
             look trained, and `overwrite` is false; weights have no values (meta) or a dtype of less than two bytes.
 
     Cost: one QR factorization for each layer, and the singular values of at most 512 × 512 entries of each; with a
-    sample, four forward passes, one with its graph, and where an activation is no module, four measurements of `layer_gains`.
+    sample, four forward passes, one of which keeps its graph, and where an activation is no module, four measurements
+    of `layer_gains`.
     Source: Saxe et al. (1312.6120); Pennington et al. (1711.04735); delta-orthogonal: Xiao et al. (1806.05393), §3.
 
     >>> net = isometric_(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))

@@ -97,7 +97,7 @@ def _trace(
 
 
 def _differentiable(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Inputs with a node in the graph, so that a skip from the input is seen; not leaves, which forbid work in place."""
+    """Inputs with a node in the graph, so that a skip from the input is seen; leaves would forbid work in place."""
 
     def mark(x: Any) -> Any:
         return x.detach().requires_grad_() * 1 if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -156,7 +156,7 @@ class _Graph:
         parts = self.before[node]
         for root in parts if name in _ROOTS and len(parts) == 2 else ():
             x = parts[1] if root is parts[0] else parts[0]
-            if _operation(root) in _ROOTS[name] and x in self._upstream(root, lambda n: n is x):
+            if _operation(root) in _ROOTS[name] and x in self._upstream(root, self._is_matrix):
                 return True
         return False
 
@@ -171,7 +171,7 @@ class _Graph:
             for n in following:
                 if n in seen or self.is_norm(n):
                     continue
-                if _operation(n) in _MATRICES and n not in self.through:
+                if self._is_matrix(n):
                     return False
                 seen.add(n)
                 stack.append(n)
@@ -199,6 +199,9 @@ class _Graph:
             if inputs and node is not skip:
                 depth[node] = 0 if self.is_norm(node) else max(inputs) + (node in matrices)
         return set() if max(depth.values()) > MOST_IN_BRANCH else matrices & (depth.keys() - {skip})
+
+    def _is_matrix(self, node: Node) -> bool:
+        return _operation(node) in _MATRICES and node not in self.through
 
     def _upstream(self, node: Node, stop: Callable[[Node], bool]) -> set[Node]:
         """A node and what it was computed from, up to the nodes at which to stop."""
