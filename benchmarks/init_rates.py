@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=FAMILIES)
     parser.add_argument("--optimizer", choices=("adamw", "default"), default="adamw")
-    parser.add_argument("--rate", type=float, default=3e-3, help="of AdamW")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of AdamW")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
     torch.set_num_threads(1)
