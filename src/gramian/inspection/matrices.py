@@ -238,7 +238,7 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
     tied = {e.tied_to for e in checkpoint.entries.values() if e.tied_to}
     roles: list[Role] = [h.role for h in ordered]
     tables = any(h.role == "embedding" and h.entry.name in tied for h in ordered)
-    adapter = any(h.entry.made and "LoRA" in h.entry.made.how for h in ordered)
+    adapter = any(h.entry.made and h.entry.made.low_rank for h in ordered)
     last = "embedding" not in roles and not adapter
     at = None if tables else find_head([[h.entry.name] for h in ordered], roles, last=last)
     if at is None:
