@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gramian.block import METADATA
 from gramian.checkpoint import Checkpoint
+from gramian.checkpoint.folders import read_json
 from gramian.checkpoint.formats import Entry
 from gramian.errors import InputError, ShapeError
 from gramian.inspection.auxiliary import find_auxiliary
@@ -113,12 +114,8 @@ def find_holdings(
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the `config.json` in a checkpoint's folder, or nothing; text models nested in a config come to the top."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config_of(config) if isinstance(config, dict) else {}
+    found, _ = read_json((path if path.is_dir() else path.parent) / "config.json")  # open_checkpoint notes a broken one
+    return config_of(found)
 
 
 def read_layouts(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from gramian.inspection.by_design import is_change, is_product, name_pattern, starts_at_zero, untrained_adapter
 from gramian.inspection.ranks import rank_beyond_chance
 from gramian.report import Action, Finding, Layer
+from gramian.report.model import plural
 
 if TYPE_CHECKING:
     from gramian.inspection.measured import Measured
@@ -46,9 +47,10 @@ def non_finite_weights(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "non-finite-weights",
             "error",
-            f"{spectrum.num_nonfinite:,} values of {layer.name} are NaN or infinite",
+            f"{plural(spectrum.num_nonfinite, 'value')} of {layer.name} {'is' if spectrum.num_nonfinite == 1 else 'are'} "
+            "NaN or infinite",
             where=names_of([layer for layer, _ in bad]),
-            evidence=f"{len(bad)} of {len(measured.layers)} tensors hold values that are not finite (exact count)",
+            evidence=f"{len(bad)} of {plural(len(measured.layers), 'tensor')} with values that are not finite (exact count)",
             cause="Training diverged, or the file was damaged, before these weights were saved.",
             advice="Go back to an earlier checkpoint, and continue with a lower learning rate or clipped gradients.",
         )
