@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,7 +130,7 @@ def test_nan_beside_the_model_is_found(tmp_path: Path, case: str) -> None:
     assert list(open_checkpoint(path).entries) == ["w"]
     assert found(path) == {name}
     if case == "second network":
-        assert "discriminator (1 tensors)" in open_checkpoint(path).notes[0]
+        assert "discriminator (1 tensor)" in open_checkpoint(path).notes[0]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -44,13 +44,13 @@ def non_finite_weights(measured: Measured) -> Iterator[Finding]:
     bad = [(layer, s) for layer, s in zip(measured.layers, measured.spectra, strict=True) if s.num_nonfinite]
     if bad:
         layer, spectrum = bad[0]
+        verb = "is" if spectrum.num_nonfinite == 1 else "are"
         yield Finding(
             "non-finite-weights",
             "error",
-            f"{plural(spectrum.num_nonfinite, 'value')} of {layer.name} {'is' if spectrum.num_nonfinite == 1 else 'are'} "
-            "NaN or infinite",
+            f"{plural(spectrum.num_nonfinite, 'value')} of {layer.name} {verb} NaN or infinite",
             where=names_of([layer for layer, _ in bad]),
-            evidence=f"{len(bad)} of {plural(len(measured.layers), 'tensor')} with values that are not finite (exact count)",
+            evidence=f"{len(bad)} of {plural(len(measured.layers), 'tensor')} with such values (exact count)",
             cause="Training diverged, or the file was damaged, before these weights were saved.",
             advice="Go back to an earlier checkpoint, and continue with a lower learning rate or clipped gradients.",
         )
