@@ -267,7 +267,7 @@ def test_prefixes_are_matched(new, old, tmp_path):
     assert len(changed) == len(body)
     assert [layer.name for layer in report.layers if layer.kind == "unmatched"] == ["score.weight"]
     if clean_name(new + "x") != clean_name(old + "x"):
-        assert f"{len(body)} names matched" in report.notes[0]
+        assert f"{len(body)} name{'s' * (len(body) != 1)} matched" in report.notes[0]
 
 
 def test_prefixes_that_several_changes_explain_are_not_matched(tmp_path):

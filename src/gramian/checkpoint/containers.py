@@ -119,7 +119,7 @@ def _told(key: object, value: object, count: int) -> str:
     if of or key in SHADOWS:
         return plain(key) + (f" ({plain(of)})" if of else " (a running average)")
     network = isinstance(value, Mapping) and count and not _is_optimizer(value)
-    return plain(key) + (f" ({count} tensors)" if network else "")
+    return plain(key) + (f" ({count} tensor{'s' * (count != 1)})" if network else "")
 
 
 def _flatten(

@@ -52,9 +52,8 @@ def with_derived(
             if not isinstance(plan, Plan):
                 continue
             first = next(iter(parts.values()))
-            made[result] = Entry(
-                result, plan.shape, plan.dtype, first.file, first.key, made=Made(weight, plan.how, parts, plan.compute)
-            )
+            how = Made(weight, plan.how, parts, plan.compute, plan.low_rank)
+            made[result] = Entry(result, plan.shape, plan.dtype, first.file, first.key, made=how)
             part_of |= {entry.name: result for entry in parts.values()}
             places[name] = result
     entries: dict[str, Entry] = {}

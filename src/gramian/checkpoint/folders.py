@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gramian.checkpoint.distributed import METADATA_FILE
-from gramian.checkpoint.faults import damaged, plain
+from gramian.checkpoint.faults import damaged, first_line, plain
 from gramian.checkpoint.formats import Entry
 from gramian.checkpoint.readers import FORMATS, reader
 from gramian.errors import CheckpointError, some
@@ -85,7 +85,7 @@ def open_index(index: Path) -> Opened:
         stored |= {key: held[key] for key in listed if key in held}
         extra = len(held.keys() - set(listed))
         if extra:
-            notes.append(f"{file}: {extra} tensors that the index does not name, left out")
+            notes.append(f"{file}: {extra} tensor{'s' * (extra != 1)} that the index does not name, left out")
     return Opened(list(stored.values()), notes, metadata, beside)
 
 
@@ -106,13 +106,17 @@ def _read_index(index: Path) -> dict[str, str]:
     return files
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's object, or nothing."""
+def read_json(file: Path) -> tuple[dict[str, Any], str]:
+    """A JSON file's object, or nothing; and a note where there is a file that cannot be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}, wanted an object")
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f"{file.name} cannot be read ({first_line(error)}), so names and shapes alone tell what tensors hold"
+    return found, ""
 
 
 def _no_weights(folder: Path) -> CheckpointError:

@@ -106,7 +106,10 @@ def _of_nonfinite(compared: Compared) -> Iterator[Finding]:
     """Tensors with NaN or infinity in one of the two, or differences that are not finite since both have them."""
     broken = dict(compared.broken)
     num_entries = sum(broken.values())
-    title, evidence = "{} not finite in one of the two", f"{num_entries} entries that the other has not (exact)"
+    title, evidence = (
+        "{} not finite in one of the two",
+        f"{num_entries:,} {'entry' if num_entries == 1 else 'entries'} that the other has not (exact)",
+    )
     if not broken:
         broken = {layer.name: 0 for layer in compared.matrices if layer.frobenius_norm is None}
         title, evidence = "{} not finite, and not the same", "NaN or infinity in both (exact)"

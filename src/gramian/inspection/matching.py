@@ -11,6 +11,7 @@ from gramian.checkpoint import Checkpoint
 from gramian.errors import CheckpointError
 from gramian.inspection.matrices import Holding, find_holdings
 from gramian.layers.lookup import match_pattern
+from gramian.report.model import plural
 
 __all__ = ["Pairs", "is_in_out"]
 
@@ -44,7 +45,7 @@ class Pairs:
         self.one, self.two = one, two
         self.names, self.changes = _match(one, two)
         self.notes = [
-            f"{count} names matched: {_prefix(new)} in {one.path} is {_prefix(old)} in {two.path}"
+            f"{plural(count, 'name')} matched: {_prefix(new)} in {one.path} is {_prefix(old)} in {two.path}"
             for new, old, count in self.changes
         ]
         self.only_one = [name for name in one.entries if name not in self.names]

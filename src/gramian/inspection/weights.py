@@ -19,6 +19,7 @@ from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name, is_plain
 from gramian.errors import some
 from gramian.inspection.auxiliary import AUXILIARY
+from gramian.inspection.by_design import PRODUCT, untrained_adapter
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
 from gramian.inspection.entries import Entries, count_non_finite
 from gramian.inspection.matrices import Holding, find_holdings, read_config
@@ -251,7 +252,7 @@ def _measure_holding(checkpoint: Checkpoint, holding: Holding, quick: bool, inpu
     found = []
     for name, matrix in zip(holding.names, holding.split(tensor), strict=True):
         spectrum = _describe(matrix, quick)
-        row = report_row(name, holding.kind, holding.role, spectrum, norm)
+        row = report_row(name, PRODUCT if made and made.low_rank else holding.kind, holding.role, spectrum, norm)
         found.append((replace(row, note="; ".join([*about, *([row.note] if row.note else [])])), spectrum))
     return found
 
@@ -344,6 +345,8 @@ def _add_non_finite(measured: Measured, name: str, tensor: Tensor) -> None:
 
 
 def _add_facts(measured: Measured, quick: bool) -> None:
+    if untrained := untrained_adapter(measured.layers):
+        measured.notes.append(untrained)
     measured.facts["matrices"] = len(measured.layers)
     tested = [spectrum.noise for spectrum in measured.spectra if spectrum.noise is not None]
     if tested:

@@ -200,12 +200,14 @@ class NameMatch(NamedTuple):
         kind: a word for the report.
         role: where the name tells it.
         reason: which row said so.
+        is_kernel: whether it was taken for the kernel of a plain convolution, by its number of axes.
     """
 
     layout: Layout | None
     kind: str
     role: Role | None
     reason: str
+    is_kernel: bool = False
 
 
 def find_named(
@@ -252,9 +254,8 @@ def find_named(
             continue
         if like and not _same_orientation(layout, like):
             continue
-        return NameMatch(
-            layout, row.kind, row.role, f"named {row.name}" + (f": {', '.join(row.parts)}" * bool(row.parts))
-        )
+        parts = f": {', '.join(row.parts)}" if row.parts else ""
+        return NameMatch(layout, row.kind, row.role, f"named {row.name}{parts}", row in KERNELS)
     if like:
         return None
     local = name.rpartition(".")[2]
