@@ -149,6 +149,12 @@ def inspect_command(
             found = _compare(model, against, task, extract_lora, out, options | {"progress": progress})
         else:
             found = _inspect(model, task, options | {"progress": progress})
+        if not found.layers and against is None:
+            reasons = "".join(f". {note}" for note in found.notes)
+            raise InputError(
+                f"{model}: nothing was inspected, since it holds no matrix that is known{reasons}. "
+                "Give a model with weight matrices, or --layouts for tensors of unknown names."
+            )
     if not first:
         return
     for path in (html, json):
@@ -375,9 +381,14 @@ class _Stages:
     def __enter__(self) -> _Stages:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.lines:
+    def __exit__(self, error: object, *rest: object) -> None:
+        if not self.lines:
+            return
+        if error is None:
             self.progress.stop()
+        else:  # leave no frame of a stage that did not end; Progress.stop would print a line outside a terminal
+            self.progress.live.transient = True
+            self.progress.live.stop()
 
 
 def _complain(message: str) -> None:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gramian.alignment import labels_of
 from gramian.batch import tensors
-from gramian.criteria import labels_of
 from gramian.objective import Objective
 from gramian.recording.measuring import eager
 from gramian.recording.tracking import tensors_of

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
+from gramian.errors import some
 from gramian.gram import Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
@@ -110,7 +111,7 @@ def missing_gradients(measured: Measured) -> Iterator[Finding]:
             "no-gradient",
             "error",
             "No gradient arrives at any layer",
-            where=", ".join(cut[:3]) + (" …" if len(cut) > 3 else ""),
+            where=some(cut),
             evidence=f"0 of {len(blocks)} layers got a gradient (exact)",
             cause="The loss is not connected to the layers, so nothing was measured that needs a gradient.",
             advice="Look for .detach(), .item(), torch.no_grad() or torch.inference_mode() in the objective, in the "

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from gramian.alignment import labels_of
 from gramian.batch import main_input
-from gramian.criteria import labels_of
 from gramian.errors import GramianError
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend

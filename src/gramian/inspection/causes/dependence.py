@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.alignment import labels_of
 from gramian.batch import main_input
-from gramian.criteria import labels_of
 from gramian.errors import GramianError
 
 __all__ = ["Dependence", "labels_depend"]
