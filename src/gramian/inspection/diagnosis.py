@@ -38,8 +38,8 @@ __all__ = ["inspect"]
 # Samples at which the end-to-end Jacobian is computed; the report shows the median of each singular value over them.
 NUM_JACOBIANS = 8
 
-# What the rules for causes judge better once there are data.
-JUDGED_WITH_DATA = frozenset(("zero-weights", "dead-units", "no-gradient"))
+# Rules of weights alone that the rules for causes replace where there are data.
+JUDGED_WITH_DATA = frozenset(("zero-weights",))
 
 
 def inspect(

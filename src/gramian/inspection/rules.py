@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
-from gramian.errors import some
 from gramian.gram import Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
-from gramian.recording.recorder import NO_GRAD, NOT_REACHED
 from gramian.report import SEVERITIES, Action, Finding, Layer
 
 if TYPE_CHECKING:
@@ -97,25 +95,6 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
             cause="Each layer shrinks the differences between samples, until only the biases are left.",
             action=ISOMETRIC,
             source="Schoenholz et al. 1611.01232, §3",
-        )
-
-
-def missing_gradients(measured: Measured) -> Iterator[Finding]:
-    """Find a loss from which no layer gets a gradient, since autograd was off or the loss was detached. Exact."""
-    if measured.stats is None or any(site.G is not None for site in measured.stats.sites()):
-        return
-    blocks = measured.stats.blocks
-    cut = [n for n, sites in blocks.items() if not sites or any(_without_autograd(s.reason) for s in sites)]
-    if cut:
-        yield Finding(
-            "no-gradient",
-            "error",
-            "No gradient arrives at any layer",
-            where=some(cut),
-            evidence=f"0 of {len(blocks)} layers got a gradient (exact)",
-            cause="The loss is not connected to the layers, so nothing was measured that needs a gradient.",
-            advice="Look for .detach(), .item(), torch.no_grad() or torch.inference_mode() in the objective, in the "
-            "model's forward or around inspect, and remove it.",
         )
 
 
@@ -235,38 +214,15 @@ def end_to_end(measured: Measured) -> Iterator[Finding]:
         )
 
 
-def dead_units(measured: Measured) -> Iterator[Finding]:
-    """Find hidden units that are zero on all N rows, which bounds their activity by 3/N at 95 %."""
-    if measured.stats is None:
-        return
-    for site in list(measured.stats.sites())[1:]:
-        if not _single(site.A) or site.A.count < 30:
-            continue
-        dead = int((site.A.diagonal == 0).sum())
-        if dead > 0.1 * site.A.dim:
-            yield Finding(
-                "dead-units",
-                "warning",
-                f"{dead} of {site.A.dim} inputs of {site.name} are dead units",
-                where=site.name,
-                evidence=f"zero on all {site.A.count:,.0f} rows: active on at most {3 / site.A.count:.2%} (95 %)",
-                cause="Their pre-activations are negative for all samples: a learning rate or bias was too large.",
-                action=ISOMETRIC,
-                advice="That is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
-            )
-
-
 Rule = Callable[["Measured"], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
     weight_rules.non_finite_weights,
     non_finite_signal,
-    missing_gradients,
     underflowing_gradients,
     gain,
     collapsed_inputs,
     gradient_by_depth,
     end_to_end,
-    dead_units,
     *weight_rules.RULES,
 )
 
@@ -277,11 +233,6 @@ def _confirmed(measured: Measured) -> bool:
     ratio = sized[0] / sized[-1] if measured.is_chain and sized and sized[-1] > 0 else 1.0
     largest = measured.jacobian[0] if measured.jacobian and not _is_blocked(measured) else 1.0
     return not (1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO and 1 / END_TO_END <= largest <= END_TO_END)
-
-
-def _without_autograd(reason: str) -> bool:
-    """Whether a site has no gradient because none came, and not because its layer was not understood."""
-    return reason in ("", NO_GRAD, NOT_REACHED) or "Inference tensor" in reason
 
 
 def _with_gradients(measured: Measured) -> list[Layer]:

@@ -324,7 +324,12 @@ def _is_zero_behind_head(context: Context) -> bool:
     """Whether all matrices but the head get a gradient of exact zeros, and no zero matrix explains that."""
     zero = context.observed.zero_gradients
     hidden = [b.name for b, w in context.values() if b.role != "head" and b.name in zero]
-    return bool(hidden) and all(zero[n] == 1.0 for n in hidden) and all(bool(w.any()) for _, w in context.values())
+    return (
+        bool(hidden)
+        and not context.has_zero_gates
+        and all(zero[n] == 1.0 for n in hidden)
+        and all(bool(w.any()) for _, w in context.values())
+    )
 
 
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
