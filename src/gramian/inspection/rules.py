@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
-from gramian.errors import some
 from gramian.gram import Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
-from gramian.recording.recorder import NO_GRAD, NOT_REACHED
 from gramian.report import SEVERITIES, Action, Finding, Layer
 
 if TYPE_CHECKING:
@@ -100,25 +98,6 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
         )
 
 
-def missing_gradients(measured: Measured) -> Iterator[Finding]:
-    """Find a loss from which no layer gets a gradient, since autograd was off or the loss was detached. Exact."""
-    if measured.stats is None or any(site.G is not None for site in measured.stats.sites()):
-        return
-    blocks = measured.stats.blocks
-    cut = [n for n, sites in blocks.items() if not sites or any(_without_autograd(s.reason) for s in sites)]
-    if cut:
-        yield Finding(
-            "no-gradient",
-            "error",
-            "No gradient arrives at any layer",
-            where=some(cut),
-            evidence=f"0 of {len(blocks)} layers got a gradient (exact)",
-            cause="The loss is not connected to the layers, so nothing was measured that needs a gradient.",
-            advice="Look for .detach(), .item(), torch.no_grad() or torch.inference_mode() in the objective, in the "
-            "model's forward or around inspect, and remove it.",
-        )
-
-
 def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
     """Find gradients below the smallest normal number of the dtype, and zeros that no zero matrix explains. Exact."""
     sized = _with_gradients(measured)
@@ -170,8 +149,9 @@ def gain(measured: Measured) -> Iterator[Finding]:
         "gain-below-one" if below else "gain-above-one",
         "error",
         f"Gain {chi:.2g} per layer lets a gradient cross about {TRAINABLE_DEPTHS * xi:.0f} layers; there are {depth}",
-        where=f"{len(side)} of {depth} layers have a gain {'below' if below else 'above'} one",
-        evidence=f"χ = {chi:.3g} ({low:.3g} to {high:.3g}, 95 %), so ξ = 1/|ln χ| = {xi:.2g} layers; "
+        where="all layers",
+        evidence=f"{len(side)} of {depth} layers have a gain {'below' if below else 'above'} one; "
+        f"χ = {chi:.3g} ({low:.3g} to {high:.3g}, 95 %), so ξ = 1/|ln χ| = {xi:.2g} layers; "
         f"{depth} layers need ξ ≥ {depth / TRAINABLE_DEPTHS:.1f}",
         cause=f"Each layer's Jacobian multiplies a gradient by {math.sqrt(chi):.2g} on average; over {depth} layers "
         f"that is {math.sqrt(chi):.2g}^{depth} = {_decade(mean / 2 * depth)}.",
@@ -202,7 +182,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
         f"The gradient at the first layer is {ratio:.0e} times the last layer's"
         if ratio
         else "The gradient at the first layer is zero",
-        where=f"{sized[0].name} … {sized[-1].name}",
+        where="all layers",
         evidence=evidence,
         cause=f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
         action=RETRAIN,
@@ -234,38 +214,15 @@ def end_to_end(measured: Measured) -> Iterator[Finding]:
         )
 
 
-def dead_units(measured: Measured) -> Iterator[Finding]:
-    """Find hidden units that are zero on all N rows, which bounds their activity by 3/N at 95 %."""
-    if measured.stats is None:
-        return
-    for site in list(measured.stats.sites())[1:]:
-        if not _single(site.A) or site.A.count < 30:
-            continue
-        dead = int((site.A.diagonal == 0).sum())
-        if dead > 0.1 * site.A.dim:
-            yield Finding(
-                "dead-units",
-                "warning",
-                f"{dead} of {site.A.dim} inputs of {site.name} are dead units",
-                where=site.name,
-                evidence=f"zero on all {site.A.count:,.0f} rows: active on at most {3 / site.A.count:.2%} (95 %)",
-                cause="Their pre-activations are negative for all samples: a learning rate or bias was too large.",
-                action=ISOMETRIC,
-                advice="That is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
-            )
-
-
 Rule = Callable[["Measured"], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
     weight_rules.non_finite_weights,
     non_finite_signal,
-    missing_gradients,
     underflowing_gradients,
     gain,
     collapsed_inputs,
     gradient_by_depth,
     end_to_end,
-    dead_units,
     *weight_rules.RULES,
 )
 
@@ -278,11 +235,6 @@ def _confirmed(measured: Measured) -> bool:
     return not (1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO and 1 / END_TO_END <= largest <= END_TO_END)
 
 
-def _without_autograd(reason: str) -> bool:
-    """Whether a site has no gradient because none came, and not because its layer was not understood."""
-    return reason in ("", NO_GRAD, NOT_REACHED) or "Inference tensor" in reason
-
-
 def _with_gradients(measured: Measured) -> list[Layer]:
     """The layers with a gradient, without those whose gradient is exactly zero because a later matrix is.
 
@@ -291,7 +243,7 @@ def _with_gradients(measured: Measured) -> list[Layer]:
     """
     zero = max((layer.depth for layer in _zero_matrices(measured)), default=-1)
     sized = [layer for layer in measured.layers if layer.gradient_rms is not None]
-    return [layer for layer in sized if layer.gradient_rms != 0.0 or layer.depth >= zero]
+    return [layer for layer in sized if layer.gradient_rms != 0.0 or (layer.depth >= zero and not measured.gated)]
 
 
 def _zero_matrices(measured: Measured) -> list[Layer]:
