@@ -255,6 +255,7 @@ def bench_command(
     ] = False,
     diagnose: Annotated[str, typer.Option(help="faults: score this diagnoser, module:function.")] = "",
     held_out: Annotated[bool, typer.Option("--held-out", help="faults: on the seeds that are held out.")] = False,
+    seeds: Annotated[list[int] | None, typer.Option(help="faults: only these of the seeds; may be repeated.")] = None,
     kinds: Annotated[list[str] | None, typer.Option(help="faults: only these kinds; may be repeated.")] = None,
     architectures: Annotated[list[str] | None, typer.Option(help="faults: only these; may be repeated.")] = None,
     cases: Annotated[Path | None, typer.Option(help="faults: the list of verified cases.")] = None,
@@ -266,7 +267,8 @@ def bench_command(
     """Time gramian on this machine, interleaved with the peers that are installed."""
     from gramian import bench, report
 
-    ours = {"diagnose": diagnose, "held_out": held_out, "kinds": kinds, "architectures": architectures, "cases": cases}
+    ours: dict[str, Any] = {"diagnose": diagnose, "held_out": held_out, "seeds": seeds, "kinds": kinds}
+    ours |= {"architectures": architectures, "cases": cases}
     options = {key: value for key, value in ours.items() if value}
     if (options or freeze) and name != "faults":
         wrong = "--freeze" if freeze else f"--{next(iter(options)).replace('_', '-')}"

@@ -38,6 +38,9 @@ GRADIENT_RATIO = 1e3
 # Share of variance in the second moment below which float32 sums cannot distinguish it from rounding.
 VARIATION_FLOOR = 1e-6
 
+# Share of the layers whose gain must be on the side of the mean, for a finding about all of them.
+UNIFORM = 0.6
+
 # Largest σ₁ of the end-to-end Jacobian, and largest 1/σ₁, without a warning. A heuristic, as for the gradients.
 END_TO_END = 1e3
 
@@ -144,6 +147,8 @@ def gain(measured: Measured) -> Iterator[Finding]:
         return
     xi = 1 / abs(mean)
     side = [g for g in known if (g.chi < 1) == (mean < 0)]
+    if len(side) < UNIFORM * depth:
+        return  # a few layers have most of the ratio, and are told by name
     below = mean < 0
     yield Finding(
         "gain-below-one" if below else "gain-above-one",
@@ -165,7 +170,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     sized = _with_gradients(measured)
     if not measured.is_chain or len(sized) < 3 or not all(math.isfinite(layer.gradient_rms or 0.0) for layer in sized):
         return
-    first, last = sized[0].gradient_rms or 0.0, sized[-1].gradient_rms or 0.0
+    first, last = _per_unit(measured, sized[0]), _per_unit(measured, sized[-1])
     if last == 0.0:
         return
     measured.facts["gradient, first layer against last"] = ratio = first / last
@@ -173,7 +178,10 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
         return
     vanishes = ratio < 1
     unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
-    evidence = f"root mean square {first:.1e} at {sized[0].name}, {last:.1e} at {sized[-1].name}"
+    evidence = (
+        f"root mean square, times the root of the positions of a unit: {first:.1e} at {sized[0].name}, "
+        f"{last:.1e} at {sized[-1].name}"
+    )
     if unmoved:
         evidence += f"; below AdamW's ε = 1e-8 in {len(unmoved)} of {len(sized)} layers, which AdamW hardly moves"
     yield Finding(
@@ -229,7 +237,7 @@ RULES: tuple[Rule, ...] = (
 
 def _confirmed(measured: Measured) -> bool:
     """Whether the gradient or the Jacobian, measured across the whole depth, leaves its healthy range."""
-    sized = [layer.gradient_rms or 0.0 for layer in _with_gradients(measured)]
+    sized = [_per_unit(measured, layer) for layer in _with_gradients(measured)]
     ratio = sized[0] / sized[-1] if measured.is_chain and sized and sized[-1] > 0 else 1.0
     largest = measured.jacobian[0] if measured.jacobian and not _is_blocked(measured) else 1.0
     return not (1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO and 1 / END_TO_END <= largest <= END_TO_END)
@@ -244,6 +252,17 @@ def _with_gradients(measured: Measured) -> list[Layer]:
     zero = max((layer.depth for layer in _zero_matrices(measured)), default=-1)
     sized = [layer for layer in measured.layers if layer.gradient_rms is not None]
     return [layer for layer in sized if layer.gradient_rms != 0.0 or (layer.depth >= zero and not measured.gated)]
+
+
+def _per_unit(measured: Measured, layer: Layer) -> float:
+    """The gradient's root mean square times the root of the number of rows (positions of an image) for each unit.
+
+    Where a mean over positions follows, each position's gradient is small because there are many.
+    """
+    sites = measured.stats.get(layer.name.partition("[")[0]) if measured.stats is not None else None
+    a = sites[0].A if sites else None
+    rows = a.count / measured.stats.units if measured.stats is not None and _single(a) else 1.0
+    return (layer.gradient_rms or 0.0) * math.sqrt(max(rows, 1.0))
 
 
 def _zero_matrices(measured: Measured) -> list[Layer]:

@@ -13,6 +13,7 @@ from gramian.bench.faults.kinds import KINDS
 from gramian.bench.faults.scoring import Table, alarms, load, score, wilson
 from gramian.bench.faults.verification import Harm, frozen, keep, verify
 from gramian.bench.table import Goal, Measurement, Row, Tell
+from gramian.errors import InputError, some
 
 __all__ = ["LIST", "freeze", "rows"]
 
@@ -32,6 +33,7 @@ def rows(
     *,
     diagnose: str = "",
     held_out: bool = False,
+    seeds: Sequence[int] = (),
     kinds: Sequence[str] = (),
     architectures: Sequence[str] = (),
     cases: Path | None = None,
@@ -44,12 +46,18 @@ def rows(
         tell: called with what is done.
         diagnose: "module:function", in place of those in `DIAGNOSERS`.
         held_out: whether to score on the held-out seeds rather than on those for development.
+        seeds: only these of them; all where empty.
         kinds, architectures: only these; all where empty.
         cases: the list of verified cases; `LIST` where `None`. Without such a file the cases are verified first,
             which takes about three minutes for each seed.
     """
     kinds, architectures = chosen("kind", kinds, KINDS), chosen("architecture", architectures, ARCHITECTURES)
-    seeds = HELD_OUT_SEEDS if held_out else DEVELOPMENT_SEEDS
+    every = HELD_OUT_SEEDS if held_out else DEVELOPMENT_SEEDS
+    if unknown := set(seeds).difference(every):
+        raise InputError(
+            f"faults: expected seeds of {', '.join(map(str, every))}; got {some(sorted(map(str, unknown)))}"
+        )
+    seeds = seeds or every
     diagnosers = {diagnose: diagnose} if diagnose else {name: at for name, at in DIAGNOSERS.items() if only in name}
     loaded = {name: load(at) for name, at in diagnosers.items()}
     harms = [
