@@ -37,15 +37,6 @@ def task(depth=3):
 def deep():
     return task(60)
 
-def ends():
-    import atexit, sys
-    class Finalized:
-        def __del__(self):
-            print("finalized", file=sys.stderr)
-    sys.modules["kept"] = Finalized()
-    atexit.register(print, "handler", file=sys.stderr)
-    return task()
-
 def raises():
     raise RuntimeError("no\\ndata")
 
@@ -93,6 +84,15 @@ def wrong_rows():
 def neighbor():
     import beside
     return but(name=beside.NAME)
+
+def ends():
+    import atexit, sys
+    class Finalized:
+        def __del__(self):
+            print("finalized", file=sys.stderr)
+    sys.modules["kept"] = Finalized()
+    atexit.register(print, "handler", file=sys.stderr)
+    return task()
 """
 
 

@@ -221,7 +221,7 @@ class Statistics(Mapping[str, Sites]):
             if not self._missing(name):
                 also.setdefault(", ".join(used), []).append(name)
         for used, names in also.items():
-            verb = "is" if len(names) == 1 else f"({len(names)}) are"
+            verb = "is" if len(names) == 1 else "are"
             lines.append(f"{some(names)} {verb} also used by {used}, which is not captured.")
         if self.padded:
             ops = ", ".join(dict.fromkeys(self.padded.values()))
