@@ -39,6 +39,7 @@ class Saved(Grouped):
         Raises:
             InputError: for a state that is not Adam's, or whose shapes do not fit.
 
+        >>> from torch import nn
         >>> from gramian.optim import Muon
         >>> net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
         >>> adamw = torch.optim.AdamW(net.parameters())

@@ -187,6 +187,7 @@ class MatrixOptimizer(Saved):
         Cost: counts synchronize with the device once; spectra take a singular value decomposition of each matrix.
         Source: the effective rank: Roy and Vetterli (2007), eq. 3.
 
+        >>> from torch import nn
         >>> from gramian.optim import Muon
         >>> layer = nn.Linear(3, 2, bias=False)
         >>> optimizer = Muon([("weight", layer.weight)])
