@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import gramian as gm
-from gramian.inspection.observing import moments, observe
+from gramian.inspection.observed import moments
+from gramian.inspection.observing import observe
 
 CLASSIFY = gm.Objective.classification()
 

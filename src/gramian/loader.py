@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from gramian.batch import described, fields
 from gramian.errors import GramianWarning, InputError
 
-__all__ = ["Batches", "as_batches", "first_of", "is_one_batch", "looks_like_one", "no_batches"]
+__all__ = ["Batches", "as_batches", "first_few", "is_one_batch", "looks_like_one", "no_batches"]
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 """What verbs take: batches, or a function that makes them; `as_batches` checks and calls it."""
@@ -117,31 +117,33 @@ def looks_like_one(batches: Any) -> bool:
     return len(kinds) > 1
 
 
-def first_of(batches: Iterable[Any], verb: str) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and an iterable of all batches, the first again among them.
+def first_few(batches: Iterable[Any], num: int, verb: str) -> tuple[list[Any], Iterable[Any]]:
+    """The first few batches, and an iterable of all batches, these again among them.
 
-    So what needs one batch twice reads the rest once, and a generator serves. The global random state, from which a
+    So what needs a batch twice reads the rest once, and a generator serves. The global random state, from which a
     `DataLoader` draws its order, is left as it was.
 
     Args:
         batches: as `as_batches` returns it.
+        num: how many; fewer come where there are fewer.
         verb: for the error: who asks.
 
-    Returns: the batch, and an iterable that can be used once.
+    Returns: the batches, and an iterable that can be used once.
     Raises:
         InputError: there is no batch.
-    Cost: that of one batch.
+    Cost: that of these batches.
     Source: this library's own.
 
-    >>> first, batches = first_of(iter("abc"), "inspect")
-    >>> first, list(batches)
-    ('a', ['a', 'b', 'c'])
+    >>> few, batches = first_few(iter("abc"), 2, "inspect")
+    >>> few, list(batches)
+    (['a', 'b'], ['a', 'b', 'c'])
     """
     with torch.random.fork_rng(devices=[]):
-        iterator = iter(batches)
-        for first in iterator:
-            return first, chain([first], iterator)
-    raise no_batches(batches, verb)
+        rest = iter(batches)
+        few = list(islice(rest, num))
+    if not few:
+        raise no_batches(batches, verb)
+    return few, chain(few, rest)
 
 
 def no_batches(batches: Any, verb: str) -> InputError:

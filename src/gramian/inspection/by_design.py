@@ -7,17 +7,23 @@ from collections.abc import Iterable
 
 from gramian.report import Layer
 
-__all__ = ["PRODUCT", "is_change", "is_product", "name_pattern", "starts_at_zero", "untrained_adapter"]
+__all__ = ["PRODUCT", "is_change", "is_factor", "is_product", "name_pattern", "starts_at_zero", "untrained_adapter"]
 
 PRODUCT = "LoRA product"  # the kind of B A alone, without the weight that it changes
 
 # B of LoRA, by the names of PEFT, loralib, diffusers and kohya: it starts at zero.
 _B = re.compile(r"(^|[._])lora([._]embedding)?[._](B|up)([._]|$)")
+_FACTOR = re.compile(r"(^|[._])lora([._]embedding)?[._](A|B|up|down)([._]|$)")
 
 
 def is_product(layer: Layer) -> bool:
     """Whether a row is the product B A of an adapter, whose rank is that of its factors."""
     return layer.kind == PRODUCT
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter is a factor of LoRA by its name, which has a scale and a rank of its own."""
+    return bool(_FACTOR.search(name))
 
 
 def is_change(layer: Layer) -> bool:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice
 from operator import length_hint
 from typing import Any
 
@@ -22,14 +21,15 @@ from gramian.gram import Gram
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.measured import Measured
-from gramian.inspection.observing import NUM_BATCHES, batch_statistics, observe
+from gramian.inspection.observing import NUM_BATCHES, observe
 from gramian.inspection.rules import find
 from gramian.inspection.stepping import take_steps
 from gramian.inspection.weights import measure_file, measure_model
-from gramian.loader import Batches, as_batches, first_of
+from gramian.loader import Batches, as_batches, first_few
 from gramian.objective import Objective, as_objective
 from gramian.operators import NoJacobian, layer_gains, try_jacobian
 from gramian.recording import capture
+from gramian.recording.measuring import batch_statistics
 from gramian.report import Finding, Layer, Report
 from gramian.report.model import COVERAGE, HALF
 
@@ -37,9 +37,6 @@ __all__ = ["inspect"]
 
 # Samples at which the end-to-end Jacobian is computed; the report shows the median of each singular value over them.
 NUM_JACOBIANS = 8
-
-# Rules of weights alone that the rules for causes replace where there are data.
-JUDGED_WITH_DATA = frozenset(("zero-weights",))
 
 
 def inspect(
@@ -83,8 +80,9 @@ def inspect(
         InputError: batches without an objective or the reverse, or data for a file.
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
         CheckpointError: the file is missing, damaged, or would run code.
-    Cost: that of `describe` for each matrix; with data, a pass of `capture`, one backward pass, and a Jacobian of 8
-        samples. Memory: for a file, one tensor and a few matrices of its smaller side.
+    Cost: that of `describe` for each matrix; with data, four training steps, a pass of `capture`, one backward pass,
+        and a Jacobian of 8 samples; with an optimizer, seven steps and a copy of both. Memory: for a file, one tensor
+        and a few matrices of its smaller side.
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
@@ -116,9 +114,7 @@ def inspect(
 
 
 def _report(title: str, measured: Measured, causes: Sequence[Finding] | None = None) -> Report:
-    found = find(measured)
-    if causes is not None:
-        found = ordered((*causes, *(f for f in found if f.code not in JUDGED_WITH_DATA)))
+    found = find(measured) if causes is None else ordered((*causes, *find(measured)))
     return Report(title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions)
 
 
@@ -133,14 +129,13 @@ def _measure_signal(
 ) -> list[Finding]:
     """Measures the signal, and returns the causes that were found."""
     total = length_hint(batches)
-    first, batches = first_of(batches, "inspect")
-    head, batches = _first_few(batches, NUM_BATCHES)
+    few, batches = first_few(batches, NUM_BATCHES, "inspect")
     progress("steps", 0, 1)
     try:
-        observed = observe(model, head, objective)
+        observed = observe(model, few, objective)
     except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
         measured.notes.append(f"No training step was watched: {_in_words(error)}. So causes were not looked for.")
-        _measure_moments(measured, model, first, batches, objective, layouts, progress, total)
+        _measure_moments(measured, model, few[0], batches, objective, layouts, progress, total)
         return []
     context = Context(model, observed, optimizer, layers=measured.layers)
     measured.gated = context.has_zero_gates
@@ -149,7 +144,7 @@ def _measure_signal(
         return list(labels_in_range(context))
     if optimizer is not None and math.isfinite(observed.loss):
         try:
-            context.steps = take_steps(model, optimizer, head, objective)
+            context.steps = take_steps(model, optimizer, few, objective)
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails
             measured.notes.append(f"The optimizer's steps were not measured: {_in_words(error)}.")
     found: list[Finding] = []
@@ -160,18 +155,9 @@ def _measure_signal(
             measured.notes.append(f"The rule for {rule.__name__.replace('_', ' ')} failed: {_in_words(error)}.")
     progress("steps", 1, 1)
     with batch_statistics(model):
-        _measure_moments(measured, model, first, batches, objective, layouts, progress, total)
+        _measure_moments(measured, model, few[0], batches, objective, layouts, progress, total)
     measured.facts |= {"loss in training mode": observed.loss}
     return found
-
-
-def _first_few(batches: Iterable[Any], num: int) -> tuple[list[Any], Iterable[Any]]:
-    """The first few batches, and an iterable of all."""
-    if isinstance(batches, Sequence):
-        return list(batches[:num]), batches
-    rest = iter(batches)
-    few = list(islice(rest, num))
-    return few, chain(few, rest)
 
 
 def _measure_moments(

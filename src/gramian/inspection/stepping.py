@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gramian.inspection.observing import training_as_used
 from gramian.objective import Objective
+from gramian.recording.measuring import training
 
 __all__ = ["NUM_STEPS", "Steps", "take_steps"]
 
@@ -56,7 +56,7 @@ def take_steps(
     given = list(batches)
     taken = Steps(rate=max((float(group.get("lr", 0.0)) for group in optimizer.param_groups), default=0.0))
     before: dict[str, Tensor] = {}
-    with training_as_used(model):
+    with training(model):
         twin, stepper = copy.deepcopy((model, optimizer))
         names = {n: p for n, p in twin.named_parameters() if p.requires_grad and p.ndim >= 2}
         for i, batch in enumerate(islice(cycle(given), num_steps)):

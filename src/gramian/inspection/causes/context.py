@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,18 +12,27 @@ from torch.optim import Optimizer
 
 from gramian.batch import main_input
 from gramian.block import Block, blocks
-from gramian.inspection.observing import Call, Observed
+from gramian.inspection.observed import Call, Observed
 from gramian.inspection.stepping import Steps
 from gramian.report import Layer
 
-__all__ = ["Context", "listed"]
+__all__ = ["ONE", "SHOWN", "Context"]
+
+# ‖W‖_F² / σ₁² of a matrix that counts as one direction; smaller matrices than this side are not judged.
+ONE, SIDE = 1.02, 4
+
+# Names that a finding spells out.
+SHOWN = 6
 
 # Ratio of the root mean squares of a module's output and input from which on its weights' scale is told. A bias and
 # inputs that go one way move it.
 SMALL_GAIN, LARGE_GAIN = 0.2, 3.0
 
-# Names that a finding spells out.
-SHOWN = 6
+# Variation of a module's output below which the ε of a norm behind it, 1e-5 of a variance, weighs too.
+LOST_IN_NORM = 0.01
+
+# Outputs count as equal for all samples below this share of their size, a few roundings of float32.
+EQUAL = 1e-6
 
 
 @dataclass
@@ -37,10 +47,9 @@ class Context:
 
     @cached_property
     def matrices(self) -> list[Block]:
-        """The matrices that take part, in the order of the forward pass, without adapters' and per-sample tables."""
+        """The parameters that hold matrices, in the order of the forward pass."""
         used = self.observed.used
-        found = [b for b in blocks(self.model).blocks if b.role in ("hidden", "head", "embedding", "elementwise")]
-        return sorted(found, key=lambda b: used.get(b.name, len(used) * 10**6))
+        return sorted(blocks(self.model).blocks, key=lambda block: used.get(block.name, math.inf))
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -55,14 +64,24 @@ class Context:
         """Whether all samples get the same output."""
         logits = self.observed.logits
         if logits is not None and len(logits) > 1:
-            return float(logits.std(0).amax()) <= 1e-6 * float(logits.abs().amax())
+            return float(logits.std(0).amax()) <= EQUAL * float(logits.abs().amax())
         calls = self.observed.calls
-        return bool(calls) and calls[-1].output.between <= 1e-6 * calls[-1].output.rms
+        return bool(calls) and calls[-1].output.between <= EQUAL * calls[-1].output.rms
 
     @cached_property
     def trained(self) -> set[str]:
         """Parameters whose matrices have singular values that independent entries do not have."""
         return {layer.name.partition("[")[0] for layer in self.layers if layer.above_noise}
+
+    @cached_property
+    def rank_one(self) -> set[str]:
+        """Parameters all of whose matrices have one direction."""
+        found: dict[str, bool] = {}
+        for layer in self.layers:
+            name = layer.name.partition("[")[0]
+            one = min(layer.shape, default=0) >= SIDE and layer.stable_rank is not None and layer.stable_rank < ONE
+            found[name] = found.get(name, True) and one
+        return {name for name, one in found.items() if one}
 
     @cached_property
     def has_zero_gates(self) -> bool:
@@ -86,9 +105,9 @@ class Context:
 
     def is_normed(self, block: Block) -> bool:
         """Whether the next module after the block's is a norm, which restores the scale."""
-        order = next((c.order for c in self.observed.calls if c.name == self.module_of(block.name)), None)
-        following = [c for c in self.observed.calls if order is not None and c.order > order]
-        return bool(following) and "Norm" in following[0].kind
+        call = self.first_calls.get(self.module_of(block.name))
+        after = next((c for c in self.observed.calls if call is not None and c.order > call.order), None)
+        return after is not None and "Norm" in after.kind
 
     def has_used_twin(self, name: str) -> bool:
         """Whether a module, or one that holds it, has a sibling of the same class that is called."""
@@ -114,7 +133,7 @@ class Context:
     def is_lost_in_norm(self, block: Block) -> bool:
         """Whether the output of a layer is so small that the ε of the norm behind it weighs more."""
         call = self.first_calls.get(self.module_of(block.name))
-        return call is not None and call.output.between < 0.01
+        return call is not None and call.output.between < LOST_IN_NORM
 
     def values(self) -> Iterator[tuple[Block, Tensor]]:
         """Each matrix with the values of its parameter."""
@@ -122,9 +141,3 @@ class Context:
             p = self.parameters.get(block.name)
             if p is not None and p.is_floating_point():
                 yield block, p.detach()
-
-
-def listed(names: list[str]) -> str:
-    """A few names, and how many more there are."""
-    more = f" … and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

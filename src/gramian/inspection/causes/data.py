@@ -14,6 +14,7 @@ from gramian.errors import GramianError
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
 from gramian.report import Finding
+from gramian.report.model import Severity
 
 __all__ = ["RULES"]
 
@@ -202,8 +203,8 @@ def _inputs(context: Context) -> Tensor | None:
     return torch.cat(found)
 
 
-def _finding(code: str, severity: str, title: str, evidence: str, cause: str, advice: str) -> Finding:
-    return Finding(code, severity, title, where="data", evidence=evidence, cause=cause, advice=advice)  # type: ignore[arg-type]
+def _finding(code: str, severity: Severity, title: str, evidence: str, cause: str, advice: str) -> Finding:
+    return Finding(code, severity, title, where="data", evidence=evidence, cause=cause, advice=advice)
 
 
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, labels_in_range, labels)

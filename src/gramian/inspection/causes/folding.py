@@ -40,7 +40,6 @@ _SYMPTOMS = frozenset(
     [
         "samples-indistinguishable",
         "gradient-underflow",
-        "no-gradient",
         "gradient-vanishes",
         "gradient-explodes",
         "jacobian-vanishes",
@@ -68,7 +67,7 @@ def _rank(finding: Finding) -> int:
 
 
 def ordered(found: Iterable[Finding]) -> list[Finding]:
-    """Findings by severity and origin, one for each code and place; what follows from a cause becomes information.
+    """Findings by severity and origin, one for each code, the first; what follows from a cause becomes information.
 
     Args:
         found: all findings.

@@ -5,142 +5,177 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from statistics import fmean
 
 from torch import nn
 
-from gramian.inspection.causes.context import Context, listed
-from gramian.inspection.observing import Activation
+from gramian.errors import some
+from gramian.inspection.causes.context import SHOWN, Context
+from gramian.inspection.observed import Activation
 from gramian.report import Action, Finding
 
 __all__ = ["RULES"]
 
+ISOMETRIC = Action("isometric_")
+
 # Share of the units of a layer: told from here on, and as an error from there.
 DEAD, MOSTLY_DEAD = 0.4, 0.9
-SATURATED = 0.7
+SATURATED, MOSTLY_SATURATED = 0.7, 0.9
 # A gate is shut if it passes less than this on average.
 SHUT = 0.05
-DROPOUT = 0.8
+# Dropout's p: told from here on, and as an error from there.
+DROPOUT, NEARLY_ALL = 0.8, 0.9
+# Entropy of attention as a share of that of equal weights: told below, and as an error below half of it.
 ENTROPY = 0.1
 # Stored statistics of a batch norm: distance of the means in standard deviations, and ratio of the variances.
 SHIFT, RATIO = 3.0, 8.0
 # Growth of a residual stream from its first to its last addition, and per addition.
 GROWTH, STEP = 6.0, 1.25
+# A stream that falls below this share of itself is divided by a norm.
+KEPT = 0.9
 # Rows from which on a unit that never acts is told: with N rows it is active on less than 3/N at 95 %.
 FEW = 30
 
 
-def units(context: Context) -> Iterator[Finding]:
-    """Find layers most of whose units are zero on all rows, or at an end of their range."""
-    dead = [a for a in context.observed.activations if "relu" in a.function or a.function == "hardtanh"]
-    dead = [a for a in dead if a.rows >= FEW and a.dead > DEAD * a.channels]
+def dead_units(context: Context) -> Iterator[Finding]:
+    """Find layers most of whose units are zero on all rows."""
+    rectified = [a for a in context.observed.activations if a.function in ("relu", "relu6", "hardtanh")]
+    dead = [a for a in rectified if a.rows >= FEW and a.dead > DEAD * a.channels]
     if dead:
-        worst = max(dead, key=lambda a: a.dead / a.channels)
+        worst, source = max(dead, key=lambda a: a.dead / a.channels), _source(context, dead[0])
         yield Finding(
             "dead-units",
             "error" if worst.dead > MOSTLY_DEAD * worst.channels else "warning",
-            f"{worst.dead} of {worst.channels} units after {_source(context, dead[0])} are never active"
+            f"{worst.dead} of {worst.channels} units after {source} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
-            where=_source(context, dead[0]),
-            evidence=f"first after {_source(context, dead[0])}, in {len(dead)} in all; "
+            where=source,
+            evidence=f"first after {source}, in {len(dead)} in all; "
             f"zero on all {worst.rows:,} rows: active on at most {3 / worst.rows:.2%} (95 %)",
             cause="Their pre-activations are negative for all samples: a bias or an offset of the inputs, or a rate "
             "that was too large.",
-            action=Action("isometric_"),
+            action=ISOMETRIC,
             advice="That is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
         )
-    gates = [a for a in context.observed.activations if a.function == "sigmoid" and _is_recurrent(context, a)]
-    by_module: dict[str, list[Activation]] = {}
-    for a in gates:
-        by_module.setdefault(a.name, []).append(a)
-    for name, found in by_module.items():
-        kinds = 3 if isinstance(context.model.get_submodule(name), (nn.LSTM, nn.LSTMCell)) else 2
-        means = [sum(a.mean for a in found[k::kinds]) / len(found[k::kinds]) for k in range(min(kinds, len(found)))]
-        if min(means) < SHUT:
-            yield Finding(
-                "gate-shut",
-                "error",
-                f"A gate of {name} is shut",
-                where=name,
-                evidence=f"one of its gates passes {min(means):.2g} on average",
-                cause="The gate's bias is so negative that the cell neither takes nor keeps anything.",
-                advice="Set the gate's biases to 0; that of the forget gate to 1.",
-                source="Jozefowicz et al. 2015 (forget gate bias)",
-            )
-    ends = [
-        a for a in context.observed.activations if a.function in ("tanh", "sigmoid") and not _is_recurrent(context, a)
-    ]
-    ends = [a for a in ends if a.saturated > SATURATED]
+
+
+def saturated_units(context: Context) -> Iterator[Finding]:
+    """Find layers most of whose outputs are at an end of their range."""
+    bounded = [a for a in context.observed.activations if a.function in ("tanh", "sigmoid")]
+    ends = [a for a in bounded if a.saturated > SATURATED and not _is_recurrent(context, a)]
     if ends:
-        worst = max(ends, key=lambda a: a.saturated)
+        worst, source = max(ends, key=lambda a: a.saturated), _source(context, ends[0])
         yield Finding(
             "saturated-units",
-            "error" if worst.saturated > 0.9 else "warning",
-            f"{worst.saturated:.0%} of the {worst.function} outputs after {_source(context, ends[0])} are saturated"
+            "error" if worst.saturated > MOSTLY_SATURATED else "warning",
+            f"{worst.saturated:.0%} of the {worst.function} outputs after {source} are saturated"
             if len(ends) == 1
             else f"The {worst.function} outputs of {len(ends)} layers are saturated, up to {worst.saturated:.0%}",
-            where=_source(context, ends[0])
-            if len(ends) == 1
-            else "all layers"
-            if len(ends) > 2
-            else _source(context, ends[0]),
+            where="all layers" if len(ends) > 2 else source,
             evidence="within 1 % of an end of the range, where the derivative is near zero",
             cause="Pre-activations are large: weights, biases or inputs of a wrong scale.",
-            action=Action("isometric_"),
+            action=ISOMETRIC,
         )
 
 
-def norms(context: Context) -> Iterator[Finding]:
-    """Find norms that pass nothing, whose stored statistics are not those of the data, or that do not use batches."""
-    observed = context.observed
-    zero, others, frozen = [], [], []
-    for name, module in context.model.named_modules():
-        weight = getattr(module, "weight", None)
-        if "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter) and weight.ndim == 1:
-            call = context.first_calls.get(name)
-            if not bool(weight.detach().abs().amax() > 1e-6) and call is not None:
-                zero.append(name)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            trains = context.model.training or context.optimizer is not None
-            if trains and not module.training and any(p.requires_grad for p in module.parameters()):
-                frozen.append(name)
-            shift, ratio = observed.statistics.get(name, (0.0, 1.0))
-            if shift > SHIFT or ratio > RATIO:
-                others.append((name, shift, ratio))
-    blocking = [n for n in zero if n not in observed.branch_ends]
+def gates(context: Context) -> Iterator[Finding]:
+    """Find recurrent gates that let nothing through."""
+    by_module: dict[str, list[float]] = {}
+    for a in context.observed.activations:
+        if a.function == "sigmoid" and _is_recurrent(context, a):
+            by_module.setdefault(a.name, []).append(a.mean)
+    lowest = {name: min(_gate_means(context.model.get_submodule(name), means)) for name, means in by_module.items()}
+    shut = {name: mean for name, mean in lowest.items() if mean < SHUT}
+    if shut:
+        yield Finding(
+            "gate-shut",
+            "error",
+            f"A gate of {next(iter(shut))} is shut",
+            where=some(shut, SHOWN),
+            evidence=f"one of its gates passes {min(shut.values()):.2g} on average over the steps",
+            cause="The gate's bias is so negative that the cell neither takes nor keeps anything.",
+            advice="Set the gate's biases to 0; that of the forget gate to 1.",
+            source="Jozefowicz et al. 2015 (forget gate bias)",
+        )
+
+
+def _gate_means(module: nn.Module, means: list[float]) -> list[float]:
+    """The mean over the steps of each gate of each layer, from those of all steps as they are computed.
+
+    Layers and directions come one after the other, and in each the gates of a step together: three in an LSTM, two in
+    a GRU.
+    """
+    gates = 3 if isinstance(module, (nn.LSTM, nn.LSTMCell)) else 2
+    runs = module.num_layers * (2 if module.bidirectional else 1) if isinstance(module, nn.RNNBase) else 1
+    each = max(gates, len(means) // runs)
+    return [fmean(means[i : i + each][k::gates]) for i in range(0, len(means), each) for k in range(gates)]
+
+
+def norm_gain(context: Context) -> Iterator[Finding]:
+    """Find norms that pass nothing, where the output then depends on nothing. Exact."""
+    zero = [
+        name
+        for name, module in context.model.named_modules()
+        if "Norm" in type(module).__name__ and name in context.first_calls and _is_zero(getattr(module, "weight", None))
+    ]
+    blocking = [name for name in zero if name not in context.observed.branch_ends]
     if blocking and context.has_constant_output:
         yield Finding(
             "norm-zero-gain",
             "error",
             f"The norm {blocking[0]} multiplies by zero",
-            where=listed(blocking),
+            where=some(blocking, SHOWN),
             evidence="every entry of its weight γ is zero, and it is not the end of a residual branch (exact)",
             cause="γ was initialized to zero, or decayed to it; nothing passes.",
             advice="torch.nn.init.ones_(norm.weight)",
         )
+
+
+def norm_statistics(context: Context) -> Iterator[Finding]:
+    """Find batch norms whose stored statistics are not those of the data."""
+    found = context.observed.statistics
+    others = {name: far for name, far in found.items() if far[0] > SHIFT or far[1] > RATIO}
     if others:
-        name, shift, ratio = max(others, key=lambda one: max(one[1] / SHIFT, one[2] / RATIO))
+        name, (shift, ratio) = max(others.items(), key=lambda one: max(one[1][0] / SHIFT, one[1][1] / RATIO))
         yield Finding(
             "norm-statistics",
             "error",
             f"The stored statistics of {name} are not those of the data",
-            where=listed([n for n, *_ in others]),
-            evidence=_distance(shift, ratio) + f"; so in {len(others)} batch norms",
+            where=some(others, SHOWN),
+            evidence=f"{_distance(shift, ratio)}; so in {len(others)} batch norms",
             cause="Evaluation mode uses the stored statistics: they were averaged over other data, too few batches, or "
             "before the last large change of the weights.",
             advice="Run some batches in training mode after module.reset_running_stats(), and check the momentum.",
         )
-    if frozen:
+
+
+def norm_mode(context: Context) -> Iterator[Finding]:
+    """Find batch norms that use stored statistics while the model is trained. Exact."""
+    trains = context.model.training or context.optimizer is not None
+    fixed = [
+        name
+        for name, module in context.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.track_running_stats
+        and trains
+        and not module.training
+        and any(p.requires_grad for p in module.parameters())
+    ]
+    if fixed:
         yield Finding(
             "norm-evaluation-mode",
             "error",
-            f"{len(frozen)} batch norms are in evaluation mode while the model trains",
-            where=listed(frozen),
+            f"{len(fixed)} batch norms are in evaluation mode while the model trains",
+            where=some(fixed, SHOWN),
             evidence="module.training is False, "
             + ("and that of the model True (exact)" if context.model.training else "and an optimizer is given (exact)"),
             cause="model.eval() was called on a part, or after an evaluation without model.train() for that part.",
             advice="Call model.train() before each epoch, unless the statistics are frozen on purpose.",
         )
+
+
+def _is_zero(weight: object) -> bool:
+    return isinstance(weight, nn.Parameter) and not bool(weight.detach().any())
 
 
 def dropout(context: Context) -> Iterator[Finding]:
@@ -155,9 +190,9 @@ def dropout(context: Context) -> Iterator[Finding]:
         worst = max(p for _, p in high)
         yield Finding(
             "dropout-rate",
-            "error" if worst >= 0.9 else "warning",
+            "error" if worst >= NEARLY_ALL else "warning",
             f"Dropout removes {worst:.0%} of the units",
-            where=listed([n for n, _ in high]),
+            where=some([n for n, _ in high], SHOWN),
             evidence=f"p = {worst:g}; usual are 0 to 0.5",
             cause="torch's p is the share that is dropped; 1 − p was perhaps meant.",
             advice="Lower p.",
@@ -174,7 +209,7 @@ def attention(context: Context) -> Iterator[Finding]:
             "attention-saturated",
             "error" if worst.entropy < ENTROPY / 2 else "warning",
             f"The attention of {worst.name or 'the model'} looks at one key only",
-            where=listed([n for n in names if n]) or "all layers",
+            where=some([n for n in names if n], SHOWN) or "all layers",
             evidence=f"the entropy of its weights is {worst.entropy:.1%} of that of equal weights, on average",
             cause="The scores q·k are large, so that softmax passes nearly no gradient: a missing 1/√d, or "
             "large weights of q and k.",
@@ -188,7 +223,7 @@ def streams(context: Context) -> Iterator[Finding]:
     shapes = [a.shape for a in additions]
     stream = max(set(shapes), key=shapes.count, default=None)
     sizes = [a.rms for a in additions if a.shape == stream]
-    if len(sizes) < 3 or any(after < 0.9 * before for before, after in pairwise(sizes)):
+    if len(sizes) < 3 or any(after < KEPT * before for before, after in pairwise(sizes)):
         return  # too few, or a norm divides the stream
     ratios = sorted(after / before for before, after in pairwise(sizes))
     growth = sizes[-1] / sizes[0]
@@ -233,4 +268,14 @@ def _source(context: Context, activation: Activation) -> str:
     return owned[-1] if owned else activation.name
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (units, norms, dropout, attention, streams)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
+    dead_units,
+    saturated_units,
+    gates,
+    norm_gain,
+    norm_statistics,
+    norm_mode,
+    dropout,
+    attention,
+    streams,
+)

@@ -7,18 +7,24 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
-from gramian.inspection.causes.context import Context, listed
+from gramian.errors import some
+from gramian.inspection.causes.context import SHOWN, Context
 from gramian.report import Finding
 
 __all__ = ["RULES"]
 
 # Relative change of a matrix in a step, ‖ΔW‖_F / ‖W‖_F: AdamW at 1e-3 makes 0.02 at first, a late step 1e-4.
 SLOW, FAST = 1e-4, 0.5
+# A loss diverges that rises to this many times its first value, and by this much. It makes no progress while it is
+# above this share of its first value, unless that was already small.
+DIVERGES, RISES, NO_PROGRESS, SOLVED = 3.0, 3.0, 0.9, 0.05
 MOMENTUM = 0.995
 # Share of each weight that decay removes in a step; AdamW's default 1e-5.
 DECAY = 2e-3
 # Usual decays are up to 0.1, and up to 5e-3 where the decay joins the gradient.
 LARGE_DECOUPLED, LARGE_COUPLED = 0.2, 0.02
+# For Adam and AdamW this is too large at any rate.
+LARGE_ADAM = 0.3
 
 
 def covered(context: Context) -> Iterator[Finding]:
@@ -40,8 +46,9 @@ def covered(context: Context) -> Iterator[Finding]:
             "parameter-not-stepped",
             "error",
             f"The optimizer does not move {len(names)} of {len(trained)} parameters",
-            where="optimizer" if everything else listed(modules),
-            evidence=f"{listed(names)}: in {'none of its groups' if absent else 'a group with a rate of zero'} (exact)",
+            where="optimizer" if everything else some(modules, SHOWN),
+            evidence=f"{some(names, SHOWN)}: in "
+            + ("none of its groups (exact)" if absent else "a group with a rate of zero (exact)"),
             cause="The optimizer was made before these layers were added or replaced, for a copy of the model, or for "
             "a part of it.",
             advice="Make the optimizer with model.parameters() after the model is complete.",
@@ -68,7 +75,7 @@ def settings(context: Context) -> Iterator[Finding]:
     for group in context.optimizer.param_groups:
         rate, decay = float(group.get("lr", 0.0)), float(group.get("weight_decay", 0.0) or 0.0)
         unusual = decay > (LARGE_DECOUPLED if _is_decoupled(context.optimizer, group) else LARGE_COUPLED)
-        if unusual and (rate * decay > DECAY or ("betas" in group and decay >= 0.3)):
+        if unusual and (rate * decay > DECAY or ("betas" in group and decay >= LARGE_ADAM)):
             yield Finding(
                 "weight-decay-too-large",
                 "error" if rate * decay > 5 * DECAY else "warning",
@@ -90,7 +97,9 @@ def steps(context: Context) -> Iterator[Finding]:
     first, losses = taken.losses[0], taken.losses
     changes = [c for c in taken.changes.values() if math.isfinite(c)]
     change = median(changes) if changes else float("nan")
-    diverged = not all(map(math.isfinite, losses)) or max(losses[1:], default=first) > max(3 * first, first + 3)
+    diverged = not all(map(math.isfinite, losses)) or max(losses[1:], default=first) > max(
+        DIVERGES * first, first + RISES
+    )
     if diverged or (changes and change > FAST):
         yield Finding(
             "rate-too-high",
@@ -104,7 +113,7 @@ def steps(context: Context) -> Iterator[Finding]:
             cause=f"The rate {taken.rate:g} is too large for this model.",
             advice="Divide the rate by 10 or more, or call gm.suggest_lr.",
         )
-    elif changes and change < SLOW and taken.gradient > 0 and losses[-1] > 0.9 * first and first > 0.05:
+    elif changes and change < SLOW and taken.gradient > 0 and losses[-1] > NO_PROGRESS * first and first > SOLVED:
         yield Finding(
             "rate-too-low",
             "warning",
