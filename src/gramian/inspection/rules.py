@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
+from gramian.errors import some
 from gramian.gram import Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
@@ -38,8 +40,8 @@ GRADIENT_RATIO = 1e3
 # Share of variance in the second moment below which float32 sums cannot distinguish it from rounding.
 VARIATION_FLOOR = 1e-6
 
-# Share of the layers whose gain must be on the side of the mean, for a finding about all of them.
-UNIFORM = 0.6
+# Share of the layers up to which those that have most of the ratio are named, and not all.
+LOCAL = 1 / 3
 
 # Largest σ₁ of the end-to-end Jacobian, and largest 1/σ₁, without a warning. A heuristic, as for the gradients.
 END_TO_END = 1e3
@@ -132,24 +134,37 @@ def gain(measured: Measured) -> Iterator[Finding]:
     χ averages over all directions, of which a trained network uses few. So the finding also needs an end-to-end
     measurement that agrees: the gradient by depth, or the Jacobian.
     """
-    known = [g for g in measured.gains.values() if g is not None and g.chi > 0 and math.isfinite(g.chi)]
-    if len(known) < 3 or len(known) < 0.5 * len(measured.gains):
+    gains = {name: g for name, g in measured.gains.items() if g is not None and g.chi > 0 and math.isfinite(g.chi)}
+    depth = len(gains)
+    if depth < 3 or depth < 0.5 * len(measured.gains):
         return
-    logs = [math.log(g.chi) for g in known]
-    mean = sum(logs) / len(logs)
-    errors = [g.standard_error / g.chi for g in known if math.isfinite(g.standard_error)]
-    half = 2 * math.sqrt(sum(e * e for e in errors)) / len(known)
+    logs = {name: math.log(g.chi) for name, g in gains.items()}
+    mean = fmean(logs.values())
+    errors = [g.standard_error / g.chi for g in gains.values() if math.isfinite(g.standard_error)]
+    half = 2 * math.sqrt(sum(e * e for e in errors)) / depth
     chi, low, high = math.exp(mean), math.exp(mean - half), math.exp(mean + half)
     measured.facts["gain χ (geometric mean)"] = chi
-    closest = max(0.0, abs(mean) - half)  # the end of the interval nearer to χ = 1
-    depth = len(known)
-    if closest == 0.0 or TRAINABLE_DEPTHS / closest >= depth or not _confirmed(measured):
+    if _crosses(mean, half, depth) or not _confirmed(measured):
+        return
+    below = mean < 0
+    few = _culprits(logs, half)
+    if len(few) <= LOCAL * depth:
+        rest = math.exp(fmean(v for name, v in logs.items() if name not in few))
+        yield Finding(
+            "gain-below-one" if below else "gain-above-one",
+            "error",
+            f"The gain of {some(few)} {'stops' if below else 'blows up'} the gradient; the others' is {rest:.2g}",
+            where=some(few),
+            evidence=", ".join(f"χ = {gains[name].chi:.2g} at {name}" for name in few[:3])
+            + f"; the geometric mean of the other {depth - len(few)} layers is {rest:.3g}",
+            cause="These layers have most of the ratio of the gradients: their weights, biases or activations do not "
+            "keep the signal.",
+            action=ISOMETRIC,
+            source="Schoenholz et al. 1611.01232, §5",
+        )
         return
     xi = 1 / abs(mean)
-    side = [g for g in known if (g.chi < 1) == (mean < 0)]
-    if len(side) < UNIFORM * depth:
-        return  # a few layers have most of the ratio, and are told by name
-    below = mean < 0
+    side = [value for value in logs.values() if (value < 0) == below]
     yield Finding(
         "gain-below-one" if below else "gain-above-one",
         "error",
@@ -163,6 +178,21 @@ def gain(measured: Measured) -> Iterator[Finding]:
         action=ISOMETRIC,
         source="Schoenholz et al. 1611.01232, §5",
     )
+
+
+def _crosses(mean: float, half: float, depth: int) -> bool:
+    """Whether a gradient crosses this many layers at the favorable end of the interval of their mean ln χ."""
+    return max(0.0, abs(mean) - half) * depth <= TRAINABLE_DEPTHS
+
+
+def _culprits(logs: dict[str, float], half: float) -> list[str]:
+    """The fewest layers without which a gradient would cross the others."""
+    sign = math.copysign(1.0, fmean(logs.values()))
+    order = sorted(logs, key=lambda name: -sign * logs[name])
+    few = 0
+    while few < len(order) and not _crosses(fmean(logs[name] for name in order[few:]), half, len(order) - few):
+        few += 1
+    return order[:few]
 
 
 def gradient_by_depth(measured: Measured) -> Iterator[Finding]:

@@ -24,8 +24,8 @@ ONE, SIDE = 1.02, 4
 # Names that a finding spells out.
 SHOWN = 6
 
-# Ratio of the root mean squares of a module's output and input from which on its weights' scale is told. A bias and
-# inputs that go one way move it.
+# Ratio of the differences between samples after and before a module from which on its weights' scale is told. Inputs
+# that go one way move it.
 SMALL_GAIN, LARGE_GAIN = 0.2, 3.0
 
 # Variation of a module's output below which the ε of a norm behind it, 1e-5 of a variance, weighs too.
@@ -123,11 +123,14 @@ class Context:
         return False
 
     def has_gain(self, block: Block, scale: float) -> bool:
-        """Whether the block's module was measured to change the signal as much as its weights say, within a factor."""
+        """Whether the module was measured to change the differences between samples in the way its weights say.
+
+        A bias is the same for all samples, so that it does not hide what the weights do.
+        """
         call = self.first_calls.get(self.module_of(block.name))
-        if call is None or call.input is None or not call.input.rms > 0 or len(block.shape) > 2:
+        if call is None or call.input is None or not call.input.between > 0 or len(block.shape) > 2:
             return True
-        gain = call.output.rms / call.input.rms
+        gain = call.output.between / call.input.between
         return gain > LARGE_GAIN if scale > 1 else gain < SMALL_GAIN
 
     def is_lost_in_norm(self, block: Block) -> bool:

@@ -94,6 +94,9 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     """The first cause, by origin, that a finding follows from."""
     if finding.severity == "info":
         return None
+    if _is_local(finding):  # one layer's gain is what its units, weights or norm make it
+        return next((c for c in causes if c is not finding), None)
+    causes = [c for c in causes if not _is_local(c)]
     if finding.code in _SYMPTOMS | _UNITS:
         among = causes
     elif finding.code in _GAINS:
@@ -103,6 +106,11 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     else:
         return None
     return next((c for c in among if c is not finding and _rank(c) < _rank(finding)), None)
+
+
+def _is_local(finding: Finding) -> bool:
+    """Whether a finding about gains names a few layers."""
+    return finding.code in _GAINS and finding.where != "all layers"
 
 
 def _follows(finding: Finding, root: Finding) -> str:

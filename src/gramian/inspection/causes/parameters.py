@@ -76,7 +76,7 @@ def embedding_scale(context: Context) -> Iterator[Finding]:
     """Find embeddings beside which nothing else counts, or that are lost beside what is added to them."""
     odd: list[tuple[str, float]] = []
     for block, w in context.values():
-        if block.role == "embedding" and not context.is_normed(block):
+        if block.role == "embedding":
             rms = float(w.float().square().mean().sqrt())
             if 0 < rms < math.inf and not SMALL_EMBEDDING < rms < EMBEDDING:
                 odd.append((block.name, rms))
@@ -135,9 +135,8 @@ def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
 def _one_layer(told: list[tuple[Block, float]], middle: float) -> Finding:
     block, size = told[0]
     small = size < 1
-    code = "head-scale" if block.role == "head" else f"parameter-scale-{'small' if small else 'large'}"
     return Finding(
-        code,
+        "head-scale" if block.role == "head" else f"parameter-scale-{'small' if small else 'large'}",
         "error",
         f"{block.name} multiplies the signal by about {size:.2g}",
         where=some([b.name for b, _ in told], SHOWN),
