@@ -211,12 +211,7 @@ FAULTS = [
     (Images, "parameter-shared", "blocks.0, blocks.1", shared),
     (Sentences, "graph-cut", "blocks.0.out", cut),
     (Sentences, "embedding-scale", "tokens.weight", times("tokens.weight", 100.0)),
-    (
-        Sentences,
-        "attention-saturated",
-        "blocks.1",
-        lambda m: times("blocks.1.k.weight", 8)(times("blocks.1.q.weight", 8)(m)),
-    ),
+    (Sentences, "attention-saturated", "blocks.1", scores),
     (Sentences, "head-scale", "head.weight", times("head.weight", 100.0)),
     (Recurrent, "gate-shut", "lstm", shut),
     (Deep, "parameter-scale-small", "5.weight", times("5.weight", 1e-3)),
