@@ -209,8 +209,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     vanishes = ratio < 1
     unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
     evidence = (
-        f"root mean square, times the root of the positions of a unit: {first:.1e} at {sized[0].name}, "
-        f"{last:.1e} at {sized[-1].name}"
+        f"root mean square{_positions(measured, sized)} {first:.1e} at {sized[0].name}, {last:.1e} at {sized[-1].name}"
     )
     if unmoved:
         evidence += f"; below AdamW's ε = 1e-8 in {len(unmoved)} of {len(sized)} layers, which AdamW hardly moves"
@@ -289,10 +288,19 @@ def _per_unit(measured: Measured, layer: Layer) -> float:
 
     Where a mean over positions follows, each position's gradient is small because there are many.
     """
+    return (layer.gradient_rms or 0.0) * math.sqrt(_rows_per_unit(measured, layer))
+
+
+def _rows_per_unit(measured: Measured, layer: Layer) -> float:
     sites = measured.stats.get(layer.name.partition("[")[0]) if measured.stats is not None else None
     a = sites[0].A if sites else None
-    rows = a.count / measured.stats.units if measured.stats is not None and _single(a) else 1.0
-    return (layer.gradient_rms or 0.0) * math.sqrt(max(rows, 1.0))
+    return max(1.0, float(a.count / measured.stats.units)) if measured.stats is not None and _single(a) else 1.0
+
+
+def _positions(measured: Measured, layers: list[Layer]) -> str:
+    """What is said of the positions where there are several."""
+    several = any(_rows_per_unit(measured, layer) > 1 for layer in layers)
+    return " over units, all positions of a unit together:" if several else ""
 
 
 def _zero_matrices(measured: Measured) -> list[Layer]:

@@ -72,7 +72,7 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
     Args:
         found: all findings.
 
-    Returns: the list; a finding that follows from another has severity "info" and says from which.
+    Returns: the list; a finding that follows from another is information, says from which, and has no remedy.
     Raises: nothing of its own.
     Cost: linear.
     Source: this library's own.
@@ -83,10 +83,7 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
     all_of = list(unique.values())
     serious = sorted((f for f in all_of if f.severity != "info"), key=_rank)
     causes = [f for f in serious if f.code in _SIGNAL | _GAINS | _UNITS]
-    result = []
-    for finding in all_of:
-        root = _root(finding, causes, serious)
-        result.append(finding if root is None else replace(finding, severity="info", cause=_follows(finding, root)))
+    result = [_told(finding, _root(finding, causes, serious)) for finding in all_of]
     return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), _rank(f)))
 
 
@@ -113,5 +110,9 @@ def _is_local(finding: Finding) -> bool:
     return finding.code in _GAINS and finding.where != "all layers"
 
 
-def _follows(finding: Finding, root: Finding) -> str:
-    return f"Follows from {root.code}: {root.title[0].lower()}{root.title[1:]}. {finding.cause}".strip()
+def _told(finding: Finding, root: Finding | None) -> Finding:
+    """The finding, or, where it follows from another, information without a remedy of its own."""
+    if root is None:
+        return finding
+    cause = f"Follows from {root.code}: {root.title[0].lower()}{root.title[1:]}. {finding.cause}".strip()
+    return replace(finding, severity="info", cause=cause, action=None, advice="")
