@@ -85,9 +85,9 @@ class Context:
 
     @cached_property
     def has_zero_gates(self) -> bool:
-        """Whether a scale of branches is zero and about to open: its own gradient is not zero."""
+        """Whether a vector that scales branches is zero and about to open: its own gradient is not zero."""
         return any(
-            p.ndim < 2 and p.numel() > 0 and "bias" not in name and not bool(p.detach().any())
+            0 < p.numel() == max(p.shape, default=1) and "bias" not in name and not bool(p.detach().any())
             for name, p in self.parameters.items()
             if self.observed.gradients.get(name)
         )

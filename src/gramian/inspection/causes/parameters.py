@@ -78,7 +78,8 @@ def embedding_scale(context: Context) -> Iterator[Finding]:
     for block, w in context.values():
         if block.role == "embedding":
             rms = float(w.float().square().mean().sqrt())
-            if 0 < rms < math.inf and not SMALL_EMBEDDING < rms < EMBEDDING:
+            lost = 0 < rms < SMALL_EMBEDDING and not context.is_normed(block)
+            if lost or EMBEDDING < rms < math.inf:
                 odd.append((block.name, rms))
     if odd:
         name, rms = odd[0]
