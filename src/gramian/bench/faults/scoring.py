@@ -93,7 +93,7 @@ def wilson(count: int, of: int, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     share, square = count / of, z * z / of
     middle, half = share + square / 2, z * math.sqrt(share * (1 - share) / of + square / (4 * of))
-    return (middle - half) / (1 + square), (middle + half) / (1 + square)
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))  # rounding
 
 
 def _serious(findings: Iterable[Any]) -> tuple[tuple[str, str], ...]:
