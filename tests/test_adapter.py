@@ -493,4 +493,4 @@ def test_many_experts_that_no_adapter_holds_are_told_by_kind_with_their_number()
     (note,) = (note for note in adapter.notes() if note.startswith("Changed, but not in the adapter"))
     assert "norm.weight" in note
     assert "model.layers.*.mlp.experts.*.d.weight (128)" in note
-    assert note.endswith("257 tensors")
+    assert note.endswith("(257 tensors)")

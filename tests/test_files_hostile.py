@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import time
 import zipfile
@@ -153,21 +154,22 @@ def test_nan_in_buffers_is_found_in_memory_as_in_the_file(tmp_path: Path) -> Non
     assert found(model) == found(saved(tmp_path, model.state_dict())) == {"1.running_var"}
 
 
-def test_an_archive_of_arrays_that_grows_beyond_bounds_is_refused(tmp_path: Path) -> None:
-    """Zeros compress a thousandfold. The header is trusted neither to be larger nor smaller than what is there."""
-    path = tmp_path / "m.npz"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("w.npy", "w") as stream:
-        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (1 << 14, 5000)})
-        for _ in range(1 << 14):
-            stream.write(bytes(20_000))
-    with pytest.raises(CheckpointError, match="would grow to 327,680,128 bytes") as refusal:
-        open_checkpoint(path)
-    assert "\n" not in str(refusal.value)
-    with zipfile.ZipFile(path, "w") as archive, archive.open("w.npy", "w") as stream:
-        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)})
-        stream.write(bytes(16))
-    with pytest.raises(CheckpointError, match="its header wants"):
-        open_checkpoint(path)
+def test_an_archive_of_arrays_that_grows_without_bounds_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", w=np.zeros((1 << 12, 1 << 12)))
+    with pytest.raises(CheckpointError, match="that grows to 134,217,8") as raised:
+        open_checkpoint(tmp_path / "bomb.npz")
+    assert len(str(raised.value).splitlines()) == 1
+    np.savez_compressed(tmp_path / "small.npz", w=np.zeros((100, 100)))
+    assert open_checkpoint(tmp_path / "small.npz").entries["w"].shape == (100, 100)
+
+
+def test_an_array_is_not_allocated_beyond_what_is_there(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 20, 1 << 20)})
+    with zipfile.ZipFile(tmp_path / "lie.npz", "w") as archive:
+        archive.writestr("w.npy", header.getvalue() + bytes(80))
+    with pytest.raises(CheckpointError, match="promises more numbers"):
+        open_checkpoint(tmp_path / "lie.npz")
 
 
 def test_compressed_weights_are_read(tmp_path: Path) -> None:

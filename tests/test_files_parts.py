@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.checkpoint import open_checkpoint
 from gramian.inspection.auxiliary import is_mask, is_table_of_waves
+from gramian.inspection.matrices import find_holdings
 from gramian.inspection.weights import applied
+from gramian.layers.listed import look_up_listed
 from gramian.report.terminal import to_text
 
 
@@ -231,27 +233,6 @@ def test_a_linear_module_with_embedding_in_its_name_is_not_transposed(tmp_path: 
     torch.testing.assert_close(got, b @ a)
 
 
-def by_design(trained: list[bool]) -> dict[str, Tensor]:
-    """The file of an adapter of rank 2, of which only some modules are trained."""
-    return {
-        f"base_model.model.l.{k}.q.lora_{word}.weight": tensor
-        for k, is_trained in enumerate(trained)
-        for word, tensor in (("A", normal(2, 48, seed=k)), ("B", normal(40, 2, seed=9 + k) * is_trained))
-    }
-
-
-@pytest.mark.parametrize("trained", [[True, True], [True, False], [False, False]])
-def test_an_adapters_rank_and_zeros_are_by_design(tmp_path: Path, trained: list[bool]) -> None:
-    save_file(by_design(trained), tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
-    report = gm.inspect(tmp_path)
-    assert not report.findings
-    assert {layer.kind for layer in report.layers} == {"adapter"}
-    said = " ".join(report.notes)
-    assert ("has not been trained yet: it is zero in all 2 modules" in said) == (not any(trained))
-    assert ("in some of its 2 modules: base_model.model.l.1.q (1)" in said) == (trained == [True, False])
-
-
 @pytest.mark.parametrize("method", ["LoraConfig", "LoHaConfig", "LoKrConfig"])
 def test_an_adapter_in_memory_and_in_its_file_is_no_trouble_before_training(tmp_path: Path, method: str) -> None:
     peft = pytest.importorskip("peft")
@@ -263,7 +244,6 @@ def test_an_adapter_in_memory_and_in_its_file_is_no_trouble_before_training(tmp_
     for report in (gm.inspect(model), gm.inspect(tmp_path)):
         assert "zero-weights" not in [finding.code for finding in report.findings]
         assert "has not been trained yet" in " ".join(report.notes)
-        assert "adapter" in {layer.kind for layer in report.layers}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(word in name for word in ("lora_B", "hada", "lokr")):
@@ -469,10 +449,6 @@ def test_rounding_is_no_rank(tmp_path: Path, dtype: torch.dtype) -> None:
     report = gm.inspect(put(tmp_path, full | low))
     (finding,) = (f for f in report.findings if f.code == "rank-deficient")
     assert finding.where == "p.weight, r.weight"
-    ranks = {layer.name: layer.numerical_rank for layer in report.layers}
-    assert ranks["p.weight"] == 80
-    if dtype in (torch.float16, torch.bfloat16):
-        assert all(ranks[name] == min(tensor.shape) for name, tensor in full.items())
     assert "rank 80 of 96" in finding.evidence
 
 
@@ -489,3 +465,28 @@ def test_small_singular_values_without_a_gap_are_no_low_rank(tmp_path: Path, dty
     }
     report = gm.inspect(put(tmp_path, {name: tensor.to(dtype) for name, tensor in file.items()}))
     assert "rank-deficient" not in [finding.code for finding in report.findings]
+
+
+# ---- a file and a list of parameters --------------------------------------------------------------------------------
+
+GRAY = {
+    "first by depth": {"conv1.weight": (16, 1, 3, 3), "block.dw.weight": (16, 1, 3, 3), "fc.weight": (4, 16)},
+    "first by name": {"stem.weight": (16, 1, 3, 3), "block.weight": (16, 1, 3, 3), "fc.weight": (4, 16)},
+    "first by number": {"2.weight": (16, 1, 3, 3), "10.weight": (16, 1, 3, 3), "12.weight": (4, 16)},
+}
+
+
+@pytest.mark.parametrize("case", GRAY)
+def test_which_kernel_is_depthwise_does_not_depend_on_order(tmp_path: Path, case: str) -> None:
+    """A file sorts its names, a list has them in the order of the model: both find the same first kernel."""
+    shapes = GRAY[case] | {f"{next(iter(GRAY[case]))[:-6]}bias": (16,)}
+    first, second, head = list(GRAY[case])
+    wanted = {first: "hidden", second: "elementwise", head: "head"}
+    for order in (list(shapes), sorted(shapes), sorted(shapes, reverse=True)):
+        found = look_up_listed({name: shapes[name] for name in order})
+        assert [name for name, answer in found.items() if answer.role == "elementwise"] == [second]
+    path = put(tmp_path, {name: normal(*shape) for name, shape in shapes.items()})
+    holdings, _ = find_holdings(open_checkpoint(path))
+    assert {h.entry.name: h.role for h in holdings} == wanted
+    listed = look_up_listed(shapes)
+    assert {name: answer.role for name, answer in listed.items() if answer.layout is not None} == wanted

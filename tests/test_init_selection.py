@@ -137,7 +137,7 @@ def test_zero_branches_are_kept(with_sample: bool) -> None:
     assert text.endswith(": down.weight")
     assert not model.down.weight.any()
     assert not model.gain.any()
-    assert is_isometry(model.up.weight, float(model.up.weight.detach().norm()) / 4)  # σ was measured with the sample
+    assert is_isometry(model.up.weight) != with_sample  # the sample shows that a skip goes around it
 
 
 def test_a_zero_layer_that_nothing_goes_around_is_set() -> None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -40,7 +39,6 @@ class Checkpoint:
         notes: what was unwrapped or left out.
         metadata: the text that the file carries about itself.
         beside: loads the numbers of a tensor that is no entry (an optimizer's, a second network's, a sparse one).
-        settings: what the JSON files beside the weights hold, by their names, such as `config.json`.
     """
 
     path: Path
@@ -48,7 +46,6 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -140,14 +137,12 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Ch
                 "wrappers' prefixes are dropped. Save the state dict of one of the two models."
             )
         entries[name] = replace(entry, name=name, tied_to=clean_name(entry.tied_to))
-    folder = path if path.is_dir() else path.parent
-    read = {name: read_json(folder / name) for name in SETTINGS}
-    settings = {name: found for name, (found, _) in read.items()}
-    notes = [*notes, *(problem for _, problem in read.values() if problem)]
     if not stored:
-        entries, more = with_derived(entries, settings, _load)
-        notes += more
-    return Checkpoint(path, entries, tuple(notes), metadata, beside, settings)
+        folder = path if path.is_dir() else path.parent
+        settings = {name: read_json(folder / name) for name in SETTINGS}
+        entries, more = with_derived(entries, {name: found for name, (found, _) in settings.items()}, _load)
+        notes = [*notes, *(note for _, note in settings.values() if note), *more]
+    return Checkpoint(path, entries, tuple(notes), metadata, beside)
 
 
 def clean_name(name: str) -> str:

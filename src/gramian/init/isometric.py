@@ -16,6 +16,7 @@ from gramian.calls import called
 from gramian.errors import GramianWarning, InputError
 from gramian.init.gains import activation_gain
 from gramian.init.kernels import isometry
+from gramian.init.structure import kept_in_order
 from gramian.init.trained import signs_of, told
 from gramian.init.weights import NOT_REACHED, PARAMETRIZED, ZERO, Weight, Weights, find_weights
 from gramian.layers import operation_of
@@ -59,10 +60,14 @@ def isometric_(
       the mean square of white inputs, on average over images.
     - A transposed convolution is set as the adjoint of a convolution.
 
-    What is left as it was, and named in a `GramianWarning`: layers that do more than `W x + b`, frozen weights, the
-    parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and adapters are where
-    they start from the identity. A zero weight is set where all are zero, or where the sample shows that
-    it makes the next layer's input the same for all samples. Embeddings, tables tied to a head, and norms keep their
+    With a sample, matrices that a norm or a skip already keeps in order are left as they were: those whose scale a norm
+    restores before the next matrix, and those in a residual branch, unless the sample's variance changes there by a
+    factor outside 1e-4 to 100 (behind a norm) or to 10 (in a branch). Without a sample, norms and skips are not seen.
+
+    What is left as it was, and named in a `GramianWarning`: these, layers that do more than `W x + b`, frozen weights,
+    the parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and adapters are
+    where they start from the identity. A zero weight is set where all are zero, or where the sample shows that it makes
+    the next layer's input the same for all samples. Embeddings, tables tied to a head, and norms keep their
     initialization by definition.
 
     Args:
@@ -83,7 +88,8 @@ def isometric_(
             look trained, and `overwrite` is false; weights have no values (meta) or a dtype of less than two bytes.
 
     Cost: one QR factorization for each layer, and the singular values of at most 512 × 512 entries of each; with a
-    sample, three forward passes, and where an activation is no module, four measurements of `layer_gains`.
+    sample, four forward passes, one of which keeps its graph, and where an activation is no module, four measurements
+    of `layer_gains`.
     Source: Saxe et al. (1312.6120); Pennington et al. (1711.04735); delta-orthogonal: Xiao et al. (1806.05393), §3.
 
     >>> net = isometric_(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
@@ -110,8 +116,12 @@ def isometric_(
         )
     zero = [m for m in chain if not bool(layers[m].value.any())]
     zero = zero if len(zero) < len(chain) else []
+    kept = {} if sample is None else kept_in_order(model, layers, weights.depthwise, sample, objective)
+    kept = {m: reason for m, reason in kept.items() if m in chain and m not in zero}
+    for layer, reason in kept.items():
+        weights.leave(reason, layers[layer].block.name)
     for layer, activation in _followed_by(order, layers):
-        if layer in chain and layer not in zero:
+        if layer in chain and layer not in zero and layer not in kept:
             _set_isometry_(layers[layer], activation, generator, weights)
     for layer in zero:
         if sample is not None and _cuts_off(layer, order, layers, model, sample, objective):
@@ -121,7 +131,7 @@ def isometric_(
             weights.leave(ZERO, layers[layer].block.name)
     left = {name for names in weights.left.values() for name in names}
     chain = [m for m in chain if layers[m].block.name not in left]
-    if not chain:
+    if not chain and not kept:
         raise InputError(f"isometric_: {type(model).__name__} has no layer that it may set{_told(weights)}")
     reached = {layers[m] for m in order if m in layers}
     for weight in dict.fromkeys(layers.values()):
@@ -129,7 +139,7 @@ def isometric_(
             weights.leave(NOT_REACHED, weight.block.name)
     if weights.left:
         warnings.warn(f"isometric_: {_told(weights).removeprefix('; ')}", GramianWarning, stacklevel=2)
-    if sample is not None:
+    if sample is not None and chain:
         if chain[0] is next(m for m in order if m in layers or m in weights.others):
             _scale_input_(layers[chain[0]], model, sample, objective)
         unknown = [m for m, activation in _followed_by(order, layers) if activation is None and m in chain[:-1]]

@@ -106,11 +106,14 @@ def _parallel(x: Tensor, y: Tensor) -> bool:
 class Weights:
     """The weights that an initialization may set, by layer; the other modules that hold matrices; the names left.
 
+    `depthwise` has those of the others that act on each channel alone.
+
     `left` has the names by reason, as a warning says it.
     """
 
     by_layer: dict[nn.Module, Weight] = field(default_factory=dict)
     others: set[nn.Module] = field(default_factory=set)
+    depthwise: set[nn.Module] = field(default_factory=set)
     left: dict[str, list[str]] = field(default_factory=dict)
 
     def leave(self, reason: str, name: str) -> None:
@@ -145,6 +148,8 @@ def find_weights(model: nn.Module) -> Weights:
         reason = "" if block.role == "embedding" else _obstacle(block, layer, local, adapters)
         if reason or block.role == "embedding":
             weights.others.update(owner for _, owner in block.owners)
+            if block.role == "elementwise":
+                weights.depthwise.update(owner for _, owner in block.owners)
             if reason:
                 weights.leave(reason, name)
             continue

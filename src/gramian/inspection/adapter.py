@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint import open_checkpoint, save_tensors
-from gramian.errors import CheckpointError, InputError
+from gramian.errors import CheckpointError, InputError, some
+from gramian.inspection.by_design import name_pattern
 from gramian.inspection.changes import change_between, rounding_floor
-from gramian.inspection.matching import Pairs, is_in_out, some, some_patterns
+from gramian.inspection.matching import Pairs, is_in_out
 from gramian.inspection.peft_format import PREFIX, Modules, config_of_adapter
 from gramian.inspection.quadrature import leading_vectors
 from gramian.layers.lookup import match_pattern
@@ -24,6 +25,9 @@ from gramian.report.files import write_text
 from gramian.report.model import plural
 
 __all__ = ["Adapter", "extract_lora"]
+
+# How many kinds of tensors a note names.
+MOST_KINDS = 20
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Adapter:
             ("Differ by no more than rounding, and are not in the adapter", self.rounding),
             ("Changed, but not in the adapter", self.left_out),
         ):  # fmt: skip
-            notes += [f"{what}: {some_patterns(names) if names is self.left_out else some(names)}"] if names else []
+            notes += [f"{what}: {_kinds(names)} ({plural(len(names), 'tensor')})"] if names else []
         return [*notes, *self.remarks]
 
 
@@ -269,11 +273,11 @@ def _remarks(found: _Found, pairs: Pairs, modules: Modules, kernels: bool) -> li
         which = "base" if modules.as_base else "model"
         remarks.append(f"The adapter's names are those of the {which}'s file; load it into a base with these names")
     if pairs.only_one:
-        remarks.append(f"Only in the model, so build the base with them before loading: {some(pairs.only_one)}")
+        remarks.append(f"Only in the model, so build the base with them before loading: {some(pairs.only_one, 5)}")
     if pairs.only_two:
-        remarks.append(f"Only in the base, so build it without them before loading: {some(pairs.only_two)}")
+        remarks.append(f"Only in the base, so build it without them before loading: {some(pairs.only_two, 5)}")
     if found.shapes:
-        remarks.append(f"Of another shape, so resize the base before loading: {some(found.shapes)}")
+        remarks.append(f"Of another shape, so resize the base before loading: {some(found.shapes, 5)}")
     if modules.model_type and modules.memory is None:
         remarks.append(
             f"transformers did not build this {modules.model_type}, so the adapter has the names of the file, which "
@@ -299,14 +303,22 @@ def _nothing(pairs: Pairs, found: _Found) -> CheckpointError:
     changed = [*found.others, *pairs.only_one]
     if changed:
         return CheckpointError(
-            f"{start}no linear module differs, there is nothing to extract; changed: {some(changed)}. "
+            f"{start}no linear module differs, there is nothing to extract; changed: {some(changed, 5)}. "
             "Copy these tensors instead."
         )
     if found.rounding:
         return CheckpointError(
-            f"{start}they differ only by rounding, there is nothing to extract: {some(found.rounding)}."
+            f"{start}they differ only by rounding, there is nothing to extract: {some(found.rounding, 5)}."
         )
     return CheckpointError(f"{start}no linear module differs, there is nothing to extract.")
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """The names, those that differ in the numbers of layers or experts together, with how many they are."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name_pattern(name), []).append(name)
+    return some([f"{kind} ({len(of)})" if len(of) > 1 else of[0] for kind, of in kinds.items()], MOST_KINDS)
 
 
 def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from gramian.inspection.matching import Pairs, some
+from gramian.errors import some
+from gramian.inspection.matching import Pairs
 from gramian.report import Action, Finding, Layer
 from gramian.report.model import plural
 
@@ -93,7 +94,7 @@ class Compared:
             (f"Only in {pairs.one.path}", pairs.only_one),
             (f"Only in {pairs.two.path}", pairs.only_two),
         ):
-            notes += [f"{what}: {some(names)}"] if names else []
+            notes += [f"{what}: {some(names, 5)}"] if names else []
         for checkpoint in (pairs.one, pairs.two):
             notes += [f"{checkpoint.path}: {note}" for note in checkpoint.notes]
         return notes
@@ -134,7 +135,7 @@ def _of_nonfinite(compared: Compared) -> Iterator[Finding]:
             "non-finite-difference",
             "error",
             title.format(f"{plural(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'}"),
-            where=", ".join(names[:10]) + (" …" if len(names) > 10 else ""),
+            where=some(names, 10),
             evidence=evidence,
             cause="Training diverged in one of them, or a file is damaged.",
             action=Action("inspect_file"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from gramian.inspection.matrices import Holding, find_holdings
 from gramian.layers.lookup import match_pattern
 from gramian.report.model import plural
 
-__all__ = ["Pairs", "is_in_out", "numbered", "some", "some_patterns"]
+__all__ = ["Pairs", "is_in_out"]
 
 # A prefix is looked for among the first components of a name, before the number of a layer.
 LONGEST_PREFIX = 4
@@ -49,7 +49,7 @@ class Pairs:
             for new, old, count in self.changes
         ]
         taken = set(self.names.values())
-        # the parts of a weight that is a pair are in it
+        # the parts of a weight that is in a pair are in it too
         self.only_one = [n for n, e in one.entries.items() if n not in self.names and e.part_of not in self.names]
         self.only_two = [n for n, e in two.entries.items() if n not in taken and e.part_of not in taken]
         self.new = {h.entry.name: h for h in find_holdings(one, layouts)[0]}
@@ -108,26 +108,6 @@ class Pairs:
 def is_in_out(holding: Holding) -> bool:
     """Whether the tensor is (in, out), so that the columns of its matrices lie along its first dimension."""
     return bool(set(holding.layout.dims[0]) & set(holding.layout.sides[2]))
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many there are."""
-    return f"{', '.join(names[:limit])}{' …' if len(names) > limit else ''} ({len(names)})"
-
-
-def numbered(name: str) -> str:
-    """The name with `*` for the numbers of layers and experts, which groups tensors of one kind."""
-    return ".".join("*" if word.isdigit() else word for word in name.split("."))
-
-
-def some_patterns(names: Sequence[str], limit: int = 20) -> str:
-    """The names, those of one kind together with their number."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(numbered(name), []).append(name)
-    told = [found[0] if len(found) == 1 else f"{kind} ({len(found):,})" for kind, found in kinds.items()]
-    more = f" and {len(told) - limit:,} more kinds" if len(told) > limit else ""
-    return f"{', '.join(told[:limit])}{more}: {plural(len(names), 'tensor')}"
 
 
 Change = tuple[tuple[str, str], dict[str, str]]

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from torch import Tensor
 
 from gramian.block import METADATA
 from gramian.checkpoint import Checkpoint
+from gramian.checkpoint.folders import read_json
 from gramian.checkpoint.formats import Entry
 from gramian.errors import InputError, ShapeError
 from gramian.inspection.auxiliary import find_auxiliary
-from gramian.layers import Role, config_of
-from gramian.layers.kernels import GROUPED
-from gramian.layers.listed import look_up_listed
+from gramian.layers import Role, config_of, families, role_by_name
+from gramian.layers.kernels import Kernels
+from gramian.layers.listed import look_up_name, natural_order, settle_roles
 from gramian.layers.lookup import match_pattern
 from gramian.layout import Layout
 
@@ -31,9 +31,7 @@ __all__ = ["Holding", "find_holdings", "read_config", "read_layouts"]
 
 ROLES = ("embedding", "hidden", "head", "elementwise")
 
-UNKNOWN = "not the weight that is applied, but the parameter of a parametrization that names do not tell"
-
-_DIGITS = re.compile(r"(\d+)")
+UNKNOWN = "the parameter of a parametrization that names do not tell, not the weight that is applied"
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,6 @@ class Holding:
     kind: str
     role: Role
     note: str = ""
-    caveat: bool = False  # whether the note says that these are not the matrices that are applied
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,53 +79,46 @@ def find_holdings(
     Raises:
         InputError: an override that matches nothing, or does not fit what it matches.
     """
-    overrides = dict(layouts or {})
+    config, overrides, used, taken = read_config(checkpoint.path), dict(layouts or {}), set(), []
     known = _metadata(checkpoint)
     auxiliary = {} if known else find_auxiliary(checkpoint)
-    reasons: dict[str, str] = {}
+    kernels = Kernels({e.weight: e.shape for e in checkpoint.entries.values() if not e.part_of})
+    family = families({name: entry.shape for name, entry in checkpoint.entries.items()})
     holdings: list[Holding] = []
-    asked: dict[str, Entry] = {}
-    given: dict[str, Layout] = {}
-    used, taken = set(), []
+    left_out: dict[str, list[str]] = {}
     for name, entry in checkpoint.entries.items():
         reason = auxiliary.get(name) or _not_numbers(entry)
-        pattern = None if reason else match_pattern(overrides, name)
-        if pattern is not None:
-            used.add(pattern)
-            taken.append(name)
-            taken.append(name)
-            if overrides[pattern] == "skip":
-                reason = "left out by --layouts"
-            else:
-                asked[name], given[name] = entry, _layout_given(entry, pattern, overrides[pattern])
-        elif not reason and known:
-            held = _of_metadata(entry, known)
-            if isinstance(held, Holding):
-                holdings.append(held)
-            else:
+        if not reason:
+            pattern = match_pattern(overrides, name)
+            if pattern is None:
+                here = config if config.get("model_type") else config | {"model_type": family(name)}
+                held = _of_metadata(entry, known) if known else _hold(entry, here, checkpoint, kernels)
+                if isinstance(held, Holding):
+                    holdings.append(held)
+                    continue
                 reason = held
-        elif not reason:
-            asked[name] = entry
-        if reason:
-            reasons[name] = reason
+            else:
+                used.add(pattern)
+                taken.append(name)
+                if overrides[pattern] != "skip":
+                    holdings.append(_overridden(entry, pattern, overrides[pattern], checkpoint))
+                    continue
+                reason = "left out by --layouts"
+        if reason != "vector":
+            left_out.setdefault(reason, []).append(name)
     unused = [pattern for pattern in overrides if pattern not in used]
     if unused:
         some = next(iter(checkpoint.entries))
-        earlier = any(match_pattern({unused[0]: ""}, name) for name in taken)
-        what = "only tensors that an earlier pattern matches" if earlier else "no matrix"
+        shadowed = any(match_pattern({unused[0]: ""}, name) for name in taken)
+        what = "only tensors that an earlier pattern matches" if shadowed else "no matrix"
         raise InputError(f"layouts: {unused[0]!r} matches {what} of {checkpoint.path}; names are like {some!r}")
-    found, more = _by_names(checkpoint, asked, given, auxiliary, last=not known)
-    holdings, reasons = holdings + found, reasons | more
-    left_out: dict[str, list[str]] = {}
-    for name in checkpoint.entries:
-        if reasons.get(name, "vector") != "vector":
-            left_out.setdefault(reasons[name], []).append(name)
-    return sorted(holdings, key=lambda h: _place(h.entry.name, h.role)), left_out
+    return _with_head(holdings, checkpoint, known), left_out
 
 
-def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the `config.json` beside a checkpoint, or nothing; text models nested in a config come to the top."""
-    return config_of(checkpoint.settings.get("config.json", {}))
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the `config.json` in a checkpoint's folder, or nothing; text models nested in a config come to the top."""
+    found, _ = read_json((path if path.is_dir() else path.parent) / "config.json")  # open_checkpoint notes a broken one
+    return config_of(found)
 
 
 def read_layouts(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -197,58 +187,51 @@ def _of_metadata(entry: Entry, known: Mapping[str, Any]) -> Holding | str:
         ) from None
 
 
-def _by_names(
-    checkpoint: Checkpoint,
-    asked: Mapping[str, Entry],
-    given: Mapping[str, Layout],
-    auxiliary: Mapping[str, str],
-    *,
-    last: bool,
-) -> tuple[list[Holding], dict[str, str]]:
-    """What the table of names says of the tensors that are asked for, and why the others hold no matrix.
-
-    A file keeps no order of layers, so the last is the head only where no table of tokens is: a head that is tied to
-    one may not be in the file. An adapter has those of its modules that it changes.
-    """
-    entries = checkpoint.entries
-    wrapped = {e.weight for e in asked.values() if e.weight != e.name} & entries.keys()  # in parts, and whole too
-    keys = {name: name if entry.weight in wrapped else entry.weight for name, entry in asked.items()}
-    beside = {e.weight: e.shape for e in entries.values() if not (e.part_of or auxiliary.get(e.name) or e.tied_to)}
-    beside |= {e.name: e.shape for e in entries.values() if e.tied_to and len(e.shape) < 2}
-    adapter = any(e.made and "LoRA" in e.made.how for e in asked.values())
-    ordered = sorted(asked, key=lambda name: _place(name, "hidden"))
-    found = look_up_listed(
-        {keys[name]: asked[name].shape for name in ordered},
-        read_config(checkpoint),
-        given={keys[name]: layout for name, layout in given.items()},
-        beside=beside,
-        last=last and not adapter,
-    )
-    holdings, reasons = [], {}
-    for name, entry in asked.items():
-        told = found[keys[name]]
-        made = UNKNOWN if ".parametrizations." in f".{name}" and not entry.made else ""
-        if told.layout is not None:
-            caveat = bool(made) or told.kind.endswith(GROUPED)
-            holdings.append(Holding(entry, told.layout, told.kind, told.role, made or told.note, caveat))
-        elif told.kind:
-            reasons[name] = "vector" if told.kind == "vector" else "acts element by element"
-        else:
-            reasons[name] = f"of {len(entry.shape)} dimensions and an unknown name: give --layouts"
-    return holdings, reasons
+def _hold(entry: Entry, config: Mapping[str, Any], checkpoint: Checkpoint, kernels: Kernels) -> Holding | str:
+    """What the table of names says of a tensor, or why it holds no matrix that is known."""
+    found = look_up_name(entry.weight, entry.shape, config, checkpoint.entries)
+    if found.layout is None:
+        if found.kind == "unknown":
+            return f"of {len(entry.shape)} dimensions and an unknown name: give --layouts"
+        return "vector" if found.kind == "vector" else "acts element by element"
+    layout, kind = found.layout, found.kind
+    note = UNKNOWN if ".parametrizations." in f".{entry.name}" and not entry.made else ""
+    if found.is_kernel:
+        layout, kind, note = kernels.describe(entry.weight, layout, kind)
+    return Holding(entry, layout, kind, found.role or "hidden", note)
 
 
-def _layout_given(entry: Entry, pattern: str, value: Any) -> Layout:
+def _overridden(entry: Entry, pattern: str, value: Any, checkpoint: Checkpoint) -> Holding:
     text, sizes = value if isinstance(value, list | tuple) and len(value) == 2 else (value, {})
     if not isinstance(text, str) or not isinstance(sizes, Mapping):
         raise InputError(f"layouts: {pattern!r} must map to a layout, [layout, sizes] or 'skip', got {value!r}")
+    module, _, local = entry.weight.rpartition(".")
+    role = role_by_name(entry.weight, entry.shape, local == "weight" and f"{module}.bias" in checkpoint.entries)
     try:
-        return Layout(text, entry.shape, dict(sizes))
+        return Holding(entry, Layout(text, entry.shape, dict(sizes)), "layouts", role)
     except (ShapeError, TypeError) as error:
         raise InputError(f"layouts: {pattern!r} on {entry.name}: {error}") from None
 
 
+def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[str, Any]) -> list[Holding]:
+    """The holdings from embeddings to head, `layers.2` before `layers.10`, with the head marked.
+
+    A file keeps no order of layers, so the last is the head only where no table of tokens is: a head that is tied to
+    one may not be in the file. An adapter has those of its modules that it changes.
+    """
+    ordered = sorted(holdings, key=lambda h: _place(h.entry.name, h.role))
+    if known:
+        return ordered
+    tied = {e.tied_to for e in checkpoint.entries.values() if e.tied_to}
+    settled = settle_roles(
+        {h.entry.name: (h.kind, h.entry.shape, h.role) for h in ordered},
+        may_be_last=not any(h.entry.made and h.entry.made.low_rank for h in ordered),
+        has_head=not any(h.role == "embedding" and h.entry.name in tied for h in ordered),
+    )
+    ordered = [replace(h, role=settled.get(h.entry.name, h.role)) for h in ordered]
+    return sorted(ordered, key=lambda h: h.role == "head" and h.entry.name in settled)
+
+
 def _place(name: str, role: Role) -> tuple[int, list[tuple[int, int | str]]]:
     """Order embeddings, the body with `layers.2` before `layers.10`, then heads."""
-    words = [(0, int(word)) if word.isdigit() else (1, word) for word in _DIGITS.split(name) if word]
-    return {"embedding": 0, "hidden": 1, "elementwise": 1, "head": 2}[role], words  # type: ignore[return-value]
+    return {"embedding": 0, "hidden": 1, "elementwise": 1, "head": 2}[role], natural_order(name)

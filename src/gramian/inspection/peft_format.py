@@ -26,9 +26,7 @@ __all__ = ["PREFIX", "Modules", "config_of_adapter"]
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 
-# The model types whose out_proj and conv1d PEFT refuses to adapt, since their kernels use these weights without calling
-# the modules. A config does not say so: these are the types in _check_lora_target_modules_mamba of PEFT 0.21.2
-# (peft/tuners/tuners_utils.py). tests/test_adapter.py asks the installed PEFT whether it still refuses just these.
+# Their kernels use out_proj and conv1d without calling them, so PEFT refuses these; as PEFT 0.21 lists them.
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
@@ -50,7 +48,7 @@ class Modules:
         self.tied = {entry.tied_to for entry in self.entries.values()} | {
             name for name, entry in self.entries.items() if entry.tied_to
         }
-        own, bases = read_config(pairs.one), read_config(pairs.two)
+        own, bases = read_config(pairs.one.path), read_config(pairs.two.path)
         # the file that transformers wrote, with a config.json, has names that transformers knows
         self.as_base = bool(bases) and not own
         config = own or bases

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from gramian.inspection.adapted import ADAPTER
-from gramian.inspection.deficiency import rank_beyond_rounding
-from gramian.inspection.matching import numbered
+from gramian.inspection.by_design import is_change, is_product, name_pattern, starts_at_zero, untrained_adapter
+from gramian.inspection.ranks import rank_beyond_chance
 from gramian.report import Action, Finding, Layer
 from gramian.report.model import plural
 
@@ -45,29 +44,45 @@ def non_finite_weights(measured: Measured) -> Iterator[Finding]:
     bad = [(layer, s) for layer, s in zip(measured.layers, measured.spectra, strict=True) if s.num_nonfinite]
     if bad:
         layer, spectrum = bad[0]
-        holds = f"{len(bad):,} of {plural(len(measured.layers), 'tensor')} {'holds' if len(bad) == 1 else 'hold'}"
+        verb = "is" if spectrum.num_nonfinite == 1 else "are"
         yield Finding(
             "non-finite-weights",
             "error",
-            f"{plural(spectrum.num_nonfinite, 'value')} of {layer.name} {_is(spectrum.num_nonfinite)} NaN or infinite",
+            f"{plural(spectrum.num_nonfinite, 'value')} of {layer.name} {verb} NaN or infinite",
             where=names_of([layer for layer, _ in bad]),
-            evidence=f"{holds} values that are not finite (exact count)",
+            evidence=f"{len(bad)} of {plural(len(measured.layers), 'tensor')} with such values (exact count)",
             cause="Training diverged, or the file was damaged, before these weights were saved.",
             advice="Go back to an earlier checkpoint, and continue with a lower learning rate or clipped gradients.",
         )
 
 
 def zero_weights(measured: Measured) -> Iterator[Finding]:
-    """Find matrices that are zero, but for adapters, which start so, and matrices with many zeros. Exact."""
-    zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0 and layer.kind != ADAPTER]
-    if zero:
+    """Find matrices that are zero, and matrices with many zeros. Exact."""
+    zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0]
+    by_design = starts_at_zero(measured.layers)
+    wrong = [layer for layer in zero if layer.name not in by_design and not is_change(layer)]
+    if wrong:
         yield Finding(
             "zero-weights",
             "warning",
-            f"{_matrices(zero)} {_is(len(zero))} all zero",
-            where=names_of(zero),
+            f"{_matrices(wrong)} {'is' if len(wrong) == 1 else 'are'} all zero",
+            where=names_of(wrong),
             evidence="every entry is zero (exact)",
-            cause="Initialized to zero on purpose (a residual branch), or never loaded.",
+            cause="Never loaded, or initialized to zero.",
+            action=Action("compare_files"),
+            advice="OTHER is the checkpoint that these weights come from: are they zero there too?",
+        )
+    untrained = untrained_adapter(measured.layers)
+    started = [layer for layer in zero if layer not in wrong and not (untrained and is_change(layer))]
+    if started:
+        yield Finding(
+            "zero-weights",
+            "info",
+            f"{_matrices(started)} {'is' if len(started) == 1 else 'are'} all zero",
+            where=names_of(started),
+            evidence="every entry is zero (exact); other matrices are not, and no block differs from another in this",
+            cause="Initialized to zero on purpose (a head, a table, the end of a branch) and not trained yet, or never "
+            "loaded.",
             action=Action("compare_files"),
             advice="OTHER is the checkpoint that these weights come from: are they zero there too?",
         )
@@ -77,7 +92,7 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "many-zeros",
             "info",
-            f"{_of(some, measured.layers)} {'has' if len(some) == 1 else 'have'} many exact zeros",
+            f"{len(some)} of {len(measured.layers)} matrices have many exact zeros",
             where=names_of(some),
             evidence=f"most in {worst.name}: {_share(worst, worst.zeros):.0%} (exact count)",
             cause="The weights were pruned, or rows were padded or never updated.",
@@ -145,7 +160,7 @@ def unusual_size(measured: Measured) -> Iterator[Finding]:
     groups: dict[tuple[str, str, tuple[int, ...]], list[Layer]] = {}
     for layer in measured.layers:
         if layer.spectral_norm and layer.role == "hidden" and not layer.duplicate_of:
-            groups.setdefault((numbered(layer.name), layer.kind, layer.shape), []).append(layer)
+            groups.setdefault((name_pattern(layer.name), layer.kind, layer.shape), []).append(layer)
     for layers in groups.values():
         if len(layers) < SIZE_GROUP:
             continue
@@ -178,7 +193,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
         layer
         for layer in measured.layers
         if layer.role == "hidden"
-        and layer.kind != ADAPTER
+        and not is_product(layer)
         and layer.stable_rank
         and min(layer.shape) >= DOMINANT_SIDE
         and layer.stable_rank < 1 / DOMINANT
@@ -209,7 +224,7 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
         yield Finding(
             "like-noise",
             "info",
-            f"{_of(noise, pairs)} {'looks' if len(noise) == 1 else 'look'} like independent random entries",
+            f"{len(noise)} of {len(pairs)} matrices look like independent random entries",
             where=names_of(noise),
             evidence=f"no singular value beyond the noise edge (p = {noise[0].noise_p_value:.2g} for the largest of "
             f"{noise[0].name}), and the bulk within {noise[0].bulk_distance:.3f} of Marchenko and Pastur's law; "
@@ -223,19 +238,15 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
 
 def low_rank(measured: Measured) -> Iterator[Finding]:
     """Find matrices of lower rank than their shape allows, and those that two factors would store in less memory."""
-    layers = [layer for layer in measured.layers if layer.kind != ADAPTER]  # whose rank is low by design
-    ranks = {
-        layer.name: rank_beyond_rounding(layer.singular_values, layer.shape, layer.dtype, layer.frobenius_norm)
-        for layer in layers
-        if layer.spectral_norm and layer.numerical_rank is not None
-    }
+    layers = [layer for layer in measured.layers if not is_product(layer)]  # their factors are stored already
+    ranks = {layer.name: rank_beyond_chance(layer) for layer in layers if layer.spectral_norm}
     low = [layer for layer in layers if (ranks.get(layer.name) or min(layer.shape)) < min(layer.shape)]
     if low:
         worst = min(low, key=lambda layer: (ranks[layer.name] or 0) / min(layer.shape))
         yield Finding(
             "rank-deficient",
             "info",
-            f"{_of(low, measured.layers)} {_is(len(low))} rank-deficient",
+            f"{len(low)} of {len(measured.layers)} matrices are rank-deficient",
             where=names_of(low),
             evidence=f"lowest in {worst.name}: rank {ranks[worst.name]} of {min(worst.shape)}. The other singular "
             f"values are at the level of rounding in {worst.dtype}, and more than independent entries would put there",
@@ -243,7 +254,11 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
             action=Action("plan_compression"),
             advice="Directions without energy need not be stored: plan.at(keep=…) factors the layers.",
         )
-    saving = [layer for layer in layers if (layer.saving_99 or 0.0) >= SAVING and min(layer.shape) >= 16]
+    saving = [
+        layer
+        for layer in layers
+        if layer.spectral_norm and (layer.saving_99 or 0.0) >= SAVING and min(layer.shape) >= 16
+    ]
     if saving:
         most = max(saving, key=lambda layer: (layer.saving_99 or 0.0) * layer.parameters)
         saved = sum((layer.saving_99 or 0.0) * layer.parameters for layer in saving)
@@ -281,15 +296,6 @@ def names_of(layers: list[Layer]) -> str:
 def _matrices(layers: list[Layer]) -> str:
     """Return how many matrices these are, in words."""
     return "1 matrix" if len(layers) == 1 else f"{len(layers):,} matrices"
-
-
-def _of(some: Sized, all_of_them: Sized) -> str:
-    """Return how many matrices of how many these are, in words."""
-    return f"{len(some):,} of {len(all_of_them):,} {'matrix' if len(all_of_them) == 1 else 'matrices'}"
-
-
-def _is(count: int) -> str:
-    return "is" if count == 1 else "are"
 
 
 def _tie(layer: Layer) -> Action | None:

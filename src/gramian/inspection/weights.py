@@ -17,13 +17,11 @@ from gramian import layers, placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name, is_plain
-from gramian.errors import InputError
-from gramian.inspection.adapted import ADAPTER, adapted_in, adapter_of, untrained
+from gramian.errors import some
 from gramian.inspection.auxiliary import AUXILIARY
+from gramian.inspection.by_design import PRODUCT, untrained_adapter
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
-from gramian.inspection.deficiency import rank_beyond_rounding
 from gramian.inspection.entries import Entries, count_non_finite
-from gramian.inspection.matching import some
 from gramian.inspection.matrices import Holding, find_holdings, read_config
 from gramian.inspection.measured import Measured
 from gramian.inspection.noise import Noise
@@ -38,10 +36,6 @@ __all__ = ["applied", "measure_file", "measure_model", "report_row"]
 
 Tell = Callable[[str, int, int], None]
 Rows = list[tuple[Layer, Spectrum]]
-
-NARROW = ("float16", "bfloat16")
-
-AS_STORED = "shown as stored, not as applied"
 
 # Below this side, a second thread waits at LAPACK's barriers longer than it works.
 ONE_THREAD_SIDE = 1024
@@ -65,14 +59,10 @@ def measure_file(
         rows[place] = _measure_holding(checkpoint, holdings[place], quick, input_size)
     tell("spectra", len(mine), len(mine))
     measured = Measured(notes=list(checkpoint.notes))
-    modules = {holding.entry.name: adapter_of(holding.entry, checkpoint) for holding in holdings}
-    adapted = {name: modules[h.entry.name] for h in holdings if modules[h.entry.name] for name in h.names}
     for _, found in sorted(_gather(rows).items()):
         for layer, spectrum in found:
-            kind = ADAPTER if layer.name in adapted else layer.kind
-            measured.layers.append(replace(layer, depth=len(measured.layers), kind=kind))
+            measured.layers.append(replace(layer, depth=len(measured.layers)))
             measured.spectra.append(spectrum)
-    measured.notes += untrained(measured.layers, adapted)
     _find_duplicates(measured, _tensors_of(checkpoint, holdings))
     held = {holding.entry.name for holding in holdings}
     for name, entry in checkpoint.entries.items():
@@ -81,14 +71,9 @@ def measure_file(
     for name, load in checkpoint.beside.items():
         _add_non_finite(measured, name, load())
     for reason, names in left_out.items():
-        measured.notes.append(f"Left out, {reason}: {some(names)}")
-    caveats: dict[str, list[str]] = {}
-    for holding in holdings:
-        if holding.caveat:
-            caveats.setdefault(holding.note, []).append(holding.entry.name)
-    measured.notes += [f"{some(names)}: {note}" for note, names in caveats.items()]
+        measured.notes.append(f"Left out, {reason}: {some(names, 5)}")
     roles = {holding.role for holding in holdings}
-    if roles >= {"embedding"} and "head" not in roles and read_config(checkpoint).get("tie_word_embeddings"):
+    if roles >= {"embedding"} and "head" not in roles and read_config(checkpoint.path).get("tie_word_embeddings"):
         measured.notes.append("The head is the embedding: tie_word_embeddings in config.json, and none in the file")
     others = {name for reason, names in left_out.items() if reason in AUXILIARY for name in names}
     own = [e for e in checkpoint.entries.values() if not e.tied_to and not e.part_of and e.kind == "float"]
@@ -108,30 +93,21 @@ def measure_model(
 ) -> Measured:
     """Measure the blocks of a model."""
     found, rest = blocks(model, layouts)
-    if any(p.is_meta for p in model.parameters()):
-        raise InputError(f"inspect: weights of {type(model).__name__} are on meta and have no values; load them first")
     measured = Measured()
     if found:
         measured.dtype = found[0].parameter.dtype
     by_name: dict[str, Callable[[], Tensor]] = {}
-    adapted: dict[str, str] = {}
     for i, block in enumerate(found):
         tell("spectra", i, len(found))
         norm = _norm_of_module(block, input_size)
-        kind = ADAPTER if (module := adapted_in(model, block.name)) else block.kind
         weight, how = applied(block)
-        if how.startswith(AS_STORED):
-            measured.notes.append(f"{block.name}: {how}")
         for name, matrix in zip(block.names, block.layout.pieces(weight, block.role == "elementwise"), strict=True):
             spectrum = _describe(matrix, quick)
-            layer = report_row(name, kind, block.role, spectrum, norm if len(block.names) == 1 else None)
+            layer = report_row(name, block.kind, block.role, spectrum, norm if len(block.names) == 1 else None)
             note = "; ".join(text for text in (how, layer.note) if text)
             measured.layers.append(replace(layer, depth=len(measured.layers), note=note))
             measured.spectra.append(spectrum)
             by_name[name] = lambda matrix=matrix: matrix
-            if module:
-                adapted[name] = module
-    measured.notes += untrained(measured.layers, adapted)
     tell("spectra", len(found), len(found))
     _find_duplicates(measured, by_name)
     known = [r for r in rest if not is_lazy(r.parameter)]
@@ -181,7 +157,8 @@ def applied(block: Block) -> tuple[Tensor, str]:
     if made is None:
         return parameter, ""
     if made.shape != parameter.shape:
-        return parameter, f"{AS_STORED}: the weight that {how} makes of it has another shape, {tuple(made.shape)}"
+        shape = tuple(made.shape)
+        return parameter, f"shown as stored, not as applied: the weight that {how} makes of it has the shape {shape}"
     return made.detach(), f"the weight that {how} makes of it"
 
 
@@ -190,9 +167,6 @@ def report_row(
 ) -> Layer:
     """Return the report's row for a spectrum; `norm` is a convolution's operator norm, its error bound, and a note."""
     m, n = spectrum.shape
-    rank = spectrum.numerical_rank
-    if rank is not None and spectrum.dtype in NARROW:  # whose rounding is as large as the small σ of a full matrix
-        rank = rank_beyond_rounding(spectrum.singular_values, (m, n), spectrum.dtype, spectrum.frobenius_norm) or rank
     ranks = [*spectrum.energy_ranks, None, None][:2]
     noise, tail, entries = spectrum.noise, spectrum.tail, spectrum.entries
     notes = [*spectrum.notes, *([noise.note] if noise and noise.note else []), *([norm[2]] if norm else [])]
@@ -209,7 +183,7 @@ def report_row(
         condition=spectrum.condition,
         stable_rank=spectrum.stable_rank,
         effective_rank=spectrum.effective_rank,
-        numerical_rank=rank,
+        numerical_rank=spectrum.numerical_rank,
         note="; ".join(notes),
         role=role,
         spectral_norm_error=spectrum.spectral_norm_error or None,
@@ -281,7 +255,7 @@ def _measure_holding(checkpoint: Checkpoint, holding: Holding, quick: bool, inpu
     found = []
     for name, matrix in zip(holding.names, holding.split(tensor), strict=True):
         spectrum = _describe(matrix, quick)
-        row = report_row(name, holding.kind, holding.role, spectrum, norm)
+        row = report_row(name, PRODUCT if made and made.low_rank else holding.kind, holding.role, spectrum, norm)
         found.append((replace(row, note="; ".join([*about, *([row.note] if row.note else [])])), spectrum))
     return found
 
@@ -374,6 +348,8 @@ def _add_non_finite(measured: Measured, name: str, tensor: Tensor) -> None:
 
 
 def _add_facts(measured: Measured, quick: bool) -> None:
+    if untrained := untrained_adapter(measured.layers):
+        measured.notes.append(untrained)
     measured.facts["matrices"] = len(measured.layers)
     tested = [spectrum.noise for spectrum in measured.spectra if spectrum.noise is not None]
     if tested:

@@ -33,7 +33,6 @@ class NamedWeight:
         sizes: the config's number for an axis of the layout, by one of `CONFIG_KEYS`: `{"h": "heads"}`.
         rows: for fused matrices of unequal size, their rows as products of such numbers: `"heads*dim"`.
         square: whether every fused matrix must be square.
-        kernel: whether it is taken for the kernel of a plain convolution, which shapes may contradict.
     """
 
     name: str
@@ -46,7 +45,6 @@ class NamedWeight:
     sizes: Mapping[str, str] = field(default_factory=dict)
     rows: tuple[str, ...] = ()
     square: bool = False
-    kernel: bool = False
 
     def matches(self, name: str, config: Mapping[str, Any]) -> bool:
         """Whether a tensor is meant.
@@ -145,6 +143,9 @@ NAMED: tuple[NamedWeight, ...] = (
     NamedWeight("gate_up_proj.weight", "(two o) i -> two o i", GATE_UP, "mlp"),
     NamedWeight("mlp.Wi.weight", "(two o) i -> two o i", ("up", "gate"), "mlp", models=("modernbert",)),
     NamedWeight("mixer.in_proj.weight", "(two o) i -> two o i", ("x", "gate"), "mamba", models=_MAMBA),
+    # the coefficients of a Mamba's recurrence, which are the axis c: steps, what enters the state, what is read from it
+    *(NamedWeight(f"{mixer}.{name}_proj.weight", "c i -> c i", kind="mamba")
+      for mixer in ("mixer", "mamba") for name in ("x", "dt")),
     NamedWeight("conv.in_proj.weight", "(three o) i -> three o i", ("b", "c", "x"), "conv", models=_LFM2),
     NamedWeight("weight_[ih]h*", "(four o) i -> four o i", LSTM_GATES, "lstm", models=("lstm",)),
     NamedWeight("weight_[ih]h*", "(three o) i -> three o i", GRU_GATES, "gru", models=("gru",)),
@@ -168,7 +169,7 @@ NAMED: tuple[NamedWeight, ...] = (
     NamedWeight("output_linear.weight", "e o i -> e o i", kind="experts", sizes={"o": "width"}),
     # heads that are matrices of their own
     NamedWeight("*_gate_weight", "h i o -> h o i", kind="gate", models=("recurrent_gemma",)),
-    NamedWeight("[dx]*_proj_weight", "h o i -> h o i", kind="mamba", models=("zamba",)),
+    NamedWeight("[dx]*_proj_weight", "h c i -> h c i", kind="mamba", models=("zamba",)),
     # plain parameters that stand at the right of a product
     NamedWeight("mm_input_projection_weight", "i o -> o i", kind="projection"),
     NamedWeight("prompts_visual_projection", "i o -> o i", kind="projection"),
@@ -185,9 +186,9 @@ NAMED: tuple[NamedWeight, ...] = (
 
 # For files alone, which have no classes: a kernel by its number of axes. Groups and transposition cannot be known.
 KERNELS: tuple[NamedWeight, ...] = (
-    NamedWeight("weight", "o i w -> o (i w)", kind="conv1d", kernel=True),
-    NamedWeight("weight", "o i h w -> o (i h w)", kind="conv2d", kernel=True),
-    NamedWeight("weight", "o i d h w -> o (i d h w)", kind="conv3d", kernel=True),
+    NamedWeight("weight", "o i w -> o (i w)", kind="conv1d"),
+    NamedWeight("weight", "o i h w -> o (i h w)", kind="conv2d"),
+    NamedWeight("weight", "o i d h w -> o (i d h w)", kind="conv3d"),
 )
 
 
@@ -199,14 +200,14 @@ class NameMatch(NamedTuple):
         kind: a word for the report.
         role: where the name tells it.
         reason: which row said so.
-        kernel: whether the row is one for kernels of plain convolutions.
+        is_kernel: whether it was taken for the kernel of a plain convolution, by its number of axes.
     """
 
     layout: Layout | None
     kind: str
     role: Role | None
     reason: str
-    kernel: bool = False
+    is_kernel: bool = False
 
 
 def find_named(
@@ -253,8 +254,8 @@ def find_named(
             continue
         if like and not _same_orientation(layout, like):
             continue
-        reason = f"named {row.name}" + (f": {', '.join(row.parts)}" * bool(row.parts))
-        return NameMatch(layout, row.kind, row.role, reason, row.kernel)
+        parts = f": {', '.join(row.parts)}" if row.parts else ""
+        return NameMatch(layout, row.kind, row.role, f"named {row.name}{parts}", row in KERNELS)
     if like:
         return None
     local = name.rpartition(".")[2]

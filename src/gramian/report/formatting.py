@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
-from itertools import count
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 MISSING = "–"
@@ -59,61 +58,6 @@ def abbreviate(name: str, width: int) -> str:
         if not parts[place][:1].isdigit():
             parts[place] = parts[place][:1]
     return ".".join(parts)
-
-
-def shorten(names: Sequence[str], width: int, mark: str = "…") -> list[str]:
-    """Shorten names to a width so that different ones stay different.
-
-    Names that would coincide keep in full the parts in which they differ, and lose those that all names share; where
-    that does not fit, they end in a number, in their order.
-
-    >>> shorten(["encoder.layer.0.query.weight", "encoder.layer.0.quality.weight"], 16)
-    ['e.l.0.query.w', 'e.l.0.quality.w']
-    >>> shorten([f"model.layers.{i}.attn.{k}_proj.lora_A.weight" for i in (0, 1) for k in ("q", "query")], 14)
-    ['…0.q_proj', '…0.query_proj', '…1.q_proj', '…1.query_proj']
-    >>> shorten(["encoder.attention", "encoder.attraction"], 8)
-    ['e.a…ti~1', 'e.a…ti~2']
-    """
-    short = {name: elide(abbreviate(name, width), width, mark) for name in names}
-    for group in _coinciding(short):
-        short |= {name: elide(text, width, mark) for name, text in zip(group, _by_difference(group), strict=True)}
-    rest = [name for group in _coinciding(short) for name in group]
-    for name, text in zip(short, _by_difference(list(short), mark), strict=True):
-        if name in rest and len(text) <= width:
-            short[name] = text
-    for group in _coinciding(short):
-        taken = set(short.values())
-        numbers = count(1)
-        for name in group:
-            text = short[name]
-            while short[name] in taken:
-                tag = f"~{next(numbers)}"
-                short[name] = (text[: max(width - len(tag), 0)] + tag)[-width:] if width else ""
-                if len(tag) > width:  # nothing distinct fits
-                    break
-            taken.add(short[name])
-    return [short[name] for name in names]
-
-
-def _coinciding(short: Mapping[str, str]) -> list[list[str]]:
-    """Groups of names whose short forms are the same."""
-    groups: dict[str, list[str]] = {}
-    for name, text in short.items():
-        groups.setdefault(text, []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _by_difference(names: Sequence[str], mark: str = "") -> list[str]:
-    """The names with initials for the parts that all of them share; or without these, with a mark at the start."""
-    parts = [name.split(".") for name in names]
-    same = [len(set(column)) == 1 for column in zip(*parts, strict=False)]
-    same += [False] * (max(map(len, parts), default=0) - len(same))
-    if mark:
-        return [mark + ".".join(part for i, part in enumerate(own) if not same[i]) for own in parts]
-    return [
-        ".".join(part[:1] if same[i] and not part[:1].isdigit() else part for i, part in enumerate(own))
-        for own in parts
-    ]
 
 
 def distinct_parts(names: Sequence[str]) -> tuple[list[str], str]:
