@@ -11,9 +11,15 @@ __all__ = ["PRODUCT", "is_change", "is_factor", "is_product", "name_pattern", "s
 
 PRODUCT = "LoRA product"  # the kind of B A alone, without the weight that it changes
 
-# B of LoRA, by the names of PEFT, loralib, diffusers and kohya: it starts at zero.
-_B = re.compile(r"(^|[._])lora([._]embedding)?[._](B|up)([._]|$)")
-_FACTOR = re.compile(r"(^|[._])lora([._]embedding)?[._](A|B|up|down)([._]|$)")
+# What starts at zero: B of LoRA, by the names of PEFT, loralib, diffusers and kohya; and its like in other adapters of
+# PEFT (LoHa, LoKr, OFT, BOFT, DeLoRA, RandLoRA).
+_B = re.compile(
+    r"(^|[._])(lora([._]embedding)?[._](B|up)|delora_B|hada_w2_b|lokr_w1(_b)?|b?oft_R|randlora_lambda)([._]|$)"
+)
+_FACTOR = re.compile(
+    r"(^|[._])((de)?lora([._]embedding)?[._](A|B|up|down)|hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|b?oft_R|randlora_\w+)"
+    r"([._]|$)"
+)
 
 
 def is_product(layer: Layer) -> bool:
@@ -22,7 +28,7 @@ def is_product(layer: Layer) -> bool:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a parameter is a factor of LoRA by its name, which has a scale and a rank of its own."""
+    """Whether a parameter is a factor of an adapter by its name, which has a scale and a rank of its own."""
     return bool(_FACTOR.search(name))
 
 
@@ -36,7 +42,7 @@ def untrained_adapter(layers: Iterable[Layer]) -> str:
     changes = [layer for layer in layers if is_change(layer)]
     if not changes or any(layer.spectral_norm != 0.0 for layer in changes):
         return ""
-    return "The adapter has not been trained yet: every B is zero, so the model is its base"
+    return "The adapter has not been trained yet: what starts at zero (B of LoRA) is zero, so the model is its base"
 
 
 def starts_at_zero(layers: Iterable[Layer]) -> set[str]:
