@@ -6,8 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from gramian.checkpoint import Checkpoint
+from gramian.checkpoint.formats import dtype_name
 from gramian.errors import some
+from gramian.inspection.by_design import is_product
+from gramian.inspection.changes import same_bits
+from gramian.inspection.entries import count_non_finite
 from gramian.inspection.matching import Pairs
+from gramian.inspection.matrices import read_config
 from gramian.report import Action, Finding, Layer
 from gramian.report.model import plural
 
@@ -34,6 +42,8 @@ class Compared:
     num_equal: int = 0  # tensors
     casts: dict[str, list[str]] = field(default_factory=dict)  # names, by what was cast to what
     rounded: list[str] = field(default_factory=list)  # computed in one of the two, and equal up to the rounding of that
+    same: set[str] = field(default_factory=set)  # names of tensors that are equal, up to a cast or rounding
+    parts: list[str] = field(default_factory=list)  # that differ, of weights that are the same
     broken: list[tuple[str, int]] = field(default_factory=list)  # and the number of entries, NaN or infinite in one
     cut: list[str] = field(default_factory=list)  # compared on the rows that both have
     num_rows: int = 0  # of those, that only one has
@@ -43,25 +53,39 @@ class Compared:
     base: float = 0.0
 
     def add_unmatched(self) -> None:
-        """Add a row for each tensor that only one of the two has."""
+        """Add a row for each tensor that only one of the two has; they too are searched for NaN."""
         pairs = self.pairs
-        for checkpoint, names in ((pairs.one, pairs.only_one), (pairs.two, pairs.only_two)):
+        sides = ((pairs.one, pairs.only_one, pairs.new, pairs.two), (pairs.two, pairs.only_two, pairs.old, pairs.one))
+        for checkpoint, names, holdings, other in sides:
             for name in names:
                 entry = checkpoint.entries[name]
-                self.others.append(
-                    Layer(name, "unmatched", entry.shape, 0, entry.dtype, note=f"only in {checkpoint.path}")
-                )
+                tensor = checkpoint.load(name)
+                self._search(name, tensor)
+                note = f"only in {checkpoint.path}"
+                if name in holdings and holdings[name].role == "head" and _ties_head(other):
+                    tables = [h.entry for h in holdings.values() if h.role == "embedding" and h.entry.name != name]
+                    same = [t.name for t in tables if same_bits(checkpoint.load(t.name), tensor)]
+                    note += f", equal to {same[0]}, to which {other.path} ties its head" if same else ""
+                self.others.append(Layer(name, "unmatched", entry.shape, 0, entry.dtype, note=note))
 
-    def add_rows(self, name: str, new: tuple[int, ...], old: tuple[int, ...], dtype: str) -> None:
+    def add_rows(self, name: str, new: Tensor, old: Tensor) -> None:
         """Add a row for the rows of a tensor that only one of the two has, such as new tokens."""
-        longer, path = (new, self.pairs.one.path) if new[0] > old[0] else (old, self.pairs.two.path)
-        start, stop = min(new[0], old[0]), longer[0]
+        longer, path = (new, self.pairs.one.path) if len(new) > len(old) else (old, self.pairs.two.path)
+        start, stop = min(len(new), len(old)), len(longer)
         count = stop - start
         what = f"row {start}" if count == 1 else f"rows {start} to {stop - 1}"
         note = f"not compared: {what}, only in {path}"
         self.num_rows += count
-        self.cut.append(f"{name} {new} and {old}: the first {start} rows; {plural(count, 'row')} only in {path}")
-        self.others.append(Layer(f"{name}[{start}:{stop}]", "unmatched", (count, *longer[1:]), 0, dtype, note=note))
+        shapes = f"{tuple(new.shape)} and {tuple(old.shape)}"
+        self.cut.append(f"{name} {shapes}: the first {plural(start, 'row')}; {plural(count, 'row')} only in {path}")
+        label, rest = f"{name}[{start}:{stop}]", longer[start:]
+        self._search(label, rest)
+        self.others.append(Layer(label, "unmatched", tuple(rest.shape), 0, dtype_name(rest), note=note))
+
+    def _search(self, name: str, tensor: Tensor) -> None:
+        """Search what only one has for NaN and infinity."""
+        if count := count_non_finite(tensor):
+            self.broken.append((name, count))
 
     def facts(self) -> dict[str, float | int | str]:
         """The numbers of all tensors together."""
@@ -72,7 +96,7 @@ class Compared:
             "matrices that differ": len(self.matrices),
             "matrices that are equal": len(self.equal_matrices),
             "other tensors that differ": len(self.changed),
-            "tensors of another shape, not compared": len(self.shapes),
+            "tensors that were not compared": len(self.shapes),
             "rows that only one has, not compared": self.num_rows,
             "tensors that only one has": len(pairs.only_one) + len(pairs.only_two),
             "relative change, all together": math.sqrt(self.square / self.base) if self.base else 0.0,
@@ -87,6 +111,7 @@ class Compared:
             ("Equal in both", self.equal_matrices),
             *((f"Equal up to the cast {cast}", names) for cast, names in self.casts.items()),
             ("Equal up to rounding, since one of the two is computed", self.rounded),
+            ("Different parts of a weight that is equal", self.parts),
             ("Changed, but not analyzed as matrices", [layer.name for layer in self.changed]),
             ("Of another shape, compared on the rows that both have", self.cut),
             ("Stored the other way round, compared matrix by matrix", self.turned),
@@ -114,7 +139,9 @@ def find_differences(compared: Compared) -> Iterator[Finding]:
             f"{plural(len(known), 'tensor')} that {'is' if len(known) == 1 else 'are'} no matrix changed",
             where=known[0].name,
             evidence=f"relative change ‖Δ‖ / ‖w‖: {', '.join(largest)}" if largest else "of bits, or from zero",
-            cause="Norms, biases or buffers were trained too; the factors of an adapter do not hold them.",
+            cause="Norms, biases or buffers were trained too; the factors of an adapter do not hold them."
+            if any(layer.kind != "quantized tensor" for layer in known)
+            else "The weights were quantized, and no scales that are known are beside them. Dequantize them first.",
         )
 
 
@@ -162,7 +189,7 @@ def _of_equality(compared: Compared) -> Iterator[Finding]:
     unmatched = len(pairs.only_one) + len(pairs.only_two)
     unread = [note for checkpoint in (pairs.one, pairs.two) for note in checkpoint.notes if "left out" in note]
     others = len(compared.shapes) + len(compared.cut) + len(compared.turned)
-    if unmatched or others or unread or pairs.notes:
+    if unmatched or others or unread or pairs.notes or compared.parts:
         yield Finding(
             "equal-in-common",
             "info",
@@ -172,6 +199,7 @@ def _of_equality(compared: Compared) -> Iterator[Finding]:
                 + ([f"{plural(unmatched, 'tensor')} that only one has"] if unmatched else [])
                 + ([f"{plural(others, 'tensor')} of another shape"] if others else [])
                 + ([f"{plural(compared.num_rows, 'row')} that only one has"] if compared.num_rows else [])
+                + ([f"{plural(len(compared.parts), 'part')} of equal weights that differ"] if compared.parts else [])
                 + (["names differ by a prefix"] if pairs.notes else [])
                 + (["a file holds more than was read"] if unread else [])
             ),
@@ -180,8 +208,12 @@ def _of_equality(compared: Compared) -> Iterator[Finding]:
         yield Finding("no-difference", "info", "The two are equal", evidence=evidence)
 
 
+def _ties_head(checkpoint: Checkpoint) -> bool:
+    return bool(read_config(checkpoint.path).get("tie_word_embeddings"))
+
+
 def _of_low_rank(compared: Compared) -> Iterator[Finding]:
-    layers = compared.matrices
+    layers = [layer for layer in compared.matrices if not is_product(layer)]
     known = [layer for layer in layers if layer.rank_99 and layer.spectral_norm]
     if not known or len(known) < len(layers):
         return

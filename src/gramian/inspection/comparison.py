@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gramian.checkpoint import open_checkpoint
 from gramian.checkpoint.formats import dtype_name
+from gramian.inspection.by_design import PRODUCT
 from gramian.inspection.changes import Change, change_between, rounding_floor
 from gramian.inspection.compared import Compared, find_differences
 from gramian.inspection.matching import Pairs
@@ -30,6 +31,10 @@ __all__ = ["compare_checkpoints", "subspace_angle"]
 # subspace is well defined only before a gap in the spectrum. No angle is given where the ratio is below LEAST_GAP.
 MOST_DIRECTIONS = 8
 LEAST_GAP = 1.1
+
+# Two tensors whose common rows differ by more than these have no rows in common: new heads of another size, with ‖Δ‖ of
+# about √2 ‖W‖, not a vocabulary with new tokens.
+UNRELATED = 1.0
 
 # How far a weight that is computed in float32 from its parts may be from its value, beside the rounding of the result.
 COMPUTED = 16 * 2.0**-23
@@ -109,16 +114,18 @@ def subspace_angle(a: Float[Tensor, "m n"], b: Float[Tensor, "m n"]) -> tuple[fl
 def _compare(pairs: Pairs, name: str, compared: Compared, quick: bool) -> None:
     """Compare two tensors, and add what was found."""
     new, old = pairs.load(name)
-    note = ""
+    note = "; ".join(pairs.made(name))
     if new.shape != old.shape and not pairs.turned(name):
         note = f"{tuple(new.shape)} and {tuple(old.shape)}"
         common = pairs.common_rows(name, new, old)
+        if common is not None and (change_between(*common).relative or 0.0) >= UNRELATED:
+            note, common = f"{note}, whose first rows have nothing in common", None
         if common is None:
             compared.shapes.append(f"{name} {note}")
             row = Layer(name, "shape", tuple(new.shape), 0, dtype_name(new), note=f"not compared: {note}")
             compared.others.append(row)
             return
-        compared.add_rows(name, tuple(new.shape), tuple(old.shape), dtype_name(new))
+        compared.add_rows(name, new, old)
         new, old = common
         note = f"the first {len(new)} rows, of {note}"
     pieces = list(pairs.pieces(name, new, old))
@@ -127,27 +134,34 @@ def _compare(pairs: Pairs, name: str, compared: Compared, quick: bool) -> None:
         compared.broken.append((name, whole.num_broken))
     if whole is not None and whole.kind == "changed" and _is_rounding(pairs, name, new, old, whole):
         compared.base += whole.size**2
+        compared.same.add(name)
         compared.rounded.append(name)
         return
     if whole is not None and whole.kind != "changed":
         compared.base += whole.size**2
+        compared.same.add(name)
         compared.num_equal += whole.kind == "equal"
         if whole.kind == "cast":
             compared.casts.setdefault(whole.cast, []).append(name)
         else:
             compared.equal_matrices += [label for label, _, _ in pieces]
         return
+    if whole is not None and pairs.whole_of(name):  # whose own row says what this changes
+        if pairs.whole_of(name) in compared.same:
+            compared.parts.append(name)
+        return
     if whole is not None and not pieces:
-        entry = pairs.one.entries[name]
+        entry, other = pairs.one.entries[name], pairs.two.entries[pairs.names[name]]
         kind = "vector" if entry.kind == "float" and new.ndim < 2 else f"{entry.kind} tensor"
-        row = Layer(
-            name, kind, tuple(new.shape), 0, dtype_name(new), new.numel(), relative_change=whole.relative, note=note
-        )
+        relative = whole.relative
+        if entry.kind != other.kind and "quantized" in (entry.kind, other.kind):  # no values without scales
+            relative, note = None, f"{dtype_name(new)} against {dtype_name(old)}, no scales"
+        row = Layer(name, kind, tuple(new.shape), 0, dtype_name(new), new.numel(), relative_change=relative, note=note)
         compared.others.append(row)
-        if whole.relative or not whole.num_broken:
+        if relative or not whole.num_broken:
             compared.changed.append(row)
         if entry.kind == "float":
-            compared.square += (whole.relative or 0.0) ** 2 * whole.size**2
+            compared.square += (relative or 0.0) ** 2 * whole.size**2
             compared.base += whole.size**2
         return
     if whole is None:
@@ -181,7 +195,9 @@ def _add_matrix(
     wide = torch.float64 if torch.float64 in (new.dtype, old.dtype) else torch.float32
     new, old = new.to(wide), old.to(wide)
     spectrum = describe_quickly(new - old) if quick else describe(new - old)
-    layer = report_row(name, holding.kind, holding.role, _ranked_by_rounding(spectrum, eps, change.size))
+    made = holding.entry.made
+    kind = PRODUCT if made and made.low_rank else holding.kind
+    layer = report_row(name, kind, holding.role, _ranked_by_rounding(spectrum, eps, change.size))
     size = spectrum.frobenius_norm
     angle, dim = subspace_angle(new, old) if size and change.size else (None, None)
     compared.matrices.append(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gramian.checkpoint import Checkpoint, Entry
 from gramian.errors import CheckpointError
+from gramian.inspection.by_design import is_factor
 from gramian.inspection.matrices import Holding, find_holdings
 from gramian.layers.lookup import match_pattern
 from gramian.report.model import plural
@@ -30,7 +31,8 @@ class Pairs:
     Attributes:
         one, two: the checkpoints.
         names: of each pair, the name in `two` by the name in `one`.
-        order: the names in `one`, those with matrices from embedding to head, then the others; without aliases.
+        order: the names in `one`, those with matrices from embedding to head, then the others, and parts last; without
+            aliases.
         only_one, only_two: the names that have no partner.
         changes: of prefix, `(in one, in two, number of names)`.
         notes: the same in words.
@@ -56,7 +58,8 @@ class Pairs:
         known = {p: v for p, v in (layouts or {}).items() if any(match_pattern({p: v}, name) for name in two.entries)}
         self.old = {h.entry.name: h for h in find_holdings(two, known)[0]}
         self.order = [name for name in self.new if name in self.names]
-        self.order += [name for name in self.names if name not in self.new and not self._is_alias(name)]
+        others = [name for name in self.names if name not in self.new and not self._is_alias(name)]
+        self.order += sorted(others, key=lambda name: bool(self.whole_of(name)))
 
     def renamed(self, name: str) -> str:
         """The name that a tensor or module of `one` has, or would have, in `two`."""
@@ -68,6 +71,16 @@ class Pairs:
     def load(self, name: str) -> tuple[Tensor, Tensor]:
         """Both tensors of a pair, by the name in `one`."""
         return self.one.load(name), self.two.load(self.names[name])
+
+    def whole_of(self, name: str) -> str:
+        """The weight, a pair itself, of which both tensors of a pair are parts; or empty."""
+        whole = self.one.entries[name].part_of
+        return whole if whole and self.names.get(whole) == self.two.entries[self.names[name]].part_of else ""
+
+    def made(self, name: str) -> list[str]:
+        """How the tensors of a pair are computed, those that are not in their file as they are."""
+        entries = ((self.one, self.one.entries[name]), (self.two, self.two.entries[self.names[name]]))
+        return [f"{entry.made.how}, in {checkpoint.path}" for checkpoint, entry in entries if entry.made]
 
     def turned(self, name: str) -> bool:
         """Whether the tensors hold matrices of the same shapes, whatever shapes they have themselves."""
@@ -130,6 +143,9 @@ def _match(one: Checkpoint, two: Checkpoint) -> tuple[dict[str, str], list[tuple
         (new, old), renamed = best[0]
         pairs |= renamed
         changes.append((new, old, len(renamed)))
+    for name, other in pairs.items():
+        if _is_product(first[name]) != _is_product(second[other]):
+            raise _of_adapter(one if _is_product(first[name]) else two)
     if not pairs:
         raise _strangers(one, two, [f"{_prefix(new)} as {_prefix(old)}" for (new, old), _ in best])
     return {first[name].name: second[pairs[name]].name for name in first if name in pairs}, changes
@@ -139,6 +155,18 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Entry]:
     """The entries by the names that their weights have in the model, however a file stores them."""
     entries = checkpoint.entries
     return {e.name if e.weight != e.name and e.weight in entries else e.weight: e for e in entries.values()}
+
+
+def _is_product(entry: Entry) -> bool:
+    return entry.made is not None and entry.made.low_rank
+
+
+def _of_adapter(checkpoint: Checkpoint) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.path}: holds an adapter's factors, wanted a whole model. Their products are the difference from "
+        "its base: run gramian inspect on it alone. Or merge it first: "
+        "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained('merged')."
+    )
 
 
 def _best_changes(one: Mapping[str, tuple[int, ...]], two: Mapping[str, tuple[int, ...]], least: float) -> list[Change]:
@@ -184,11 +212,8 @@ def _prefix(prefix: str) -> str:
 
 def _strangers(one: Checkpoint, two: Checkpoint, rivals: list[str]) -> CheckpointError:
     for checkpoint in (one, two):
-        if any(".lora_A." in name or ".lora_embedding_A" in name for name in checkpoint.entries):
-            return CheckpointError(
-                f"{checkpoint.path}: holds an adapter's factors, wanted a whole model. Merge it first: "
-                "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained('merged')."
-            )
+        if any(_is_product(entry) or is_factor(name) for name, entry in checkpoint.entries.items()):
+            return _of_adapter(checkpoint)
     first, second = next(iter(one.entries)), next(iter(two.entries))
     equally = f" (several prefixes fit equally well: {'; '.join(rivals)})" if rivals else ""
     return CheckpointError(

@@ -17,7 +17,7 @@ CHANCE = 1e-5
 
 # At the level of a dtype's rounding, the gap must also be this large and have this many σ below it: products of square
 # matrices, and rows of very different sizes, have gaps of any kind among their last few σ. Of 144 full matrices of side
-# 256 (independent entries, sizes that differ by rows or columns, heavy tails, products) in float32, float16 and bfloat16
+# 256 (independent entries, rows or columns of different sizes, heavy tails, products) in float32, float16 and bfloat16
 # none was taken for a lower rank, and 3 without this; of 72 products of thin factors 70 were, and all without this.
 GAP, FEWEST = 4.0, 4
 
