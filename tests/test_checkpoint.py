@@ -372,6 +372,14 @@ def test_extra_tensors_of_a_shard_are_noted(tmp_path: Path) -> None:
     assert checkpoint.notes == ("m.safetensors: 1 tensor that the index does not name, left out",)
 
 
+def test_other_weights_in_a_folder_are_named(tmp_path: Path) -> None:
+    for file in ("model.safetensors", "adapter_model.safetensors"):
+        save_tensors(tmp_path / file, STATE)
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    (note,) = open_checkpoint(tmp_path).notes
+    assert note == "model.safetensors is read, and not what is beside it: pytorch_model.bin, adapter_model.safetensors"
+
+
 def test_a_dtype_that_torch_lacks_is_left_out_with_a_note(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
     body = safetensors.torch.save(STATE)

@@ -373,3 +373,76 @@ def test_a_weight_in_parts_is_compared_with_the_merged_one(kind, prefix, swapped
     assert layer.numerical_rank == 1
     wanted = float((normal(12, 1) @ normal(1, 12, seed=1)).norm())
     assert layer.frobenius_norm == pytest.approx(wanted, rel=1e-4)
+
+
+def adapter(folder, seed, scale=1.0):
+    """A LoRA of rank 2, whose factors `scale` moves from one to the other."""
+    folder.mkdir()
+    name = "base_model.model.layers.0.proj.lora_{}.weight"
+    factors = {name.format("A"): normal(2, 12) * scale, name.format("B"): normal(12, 2, seed=seed) / scale}
+    save_tensors(folder / "adapter_model.safetensors", factors)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    return folder
+
+
+def test_an_adapter_is_compared_with_another_by_products_and_not_with_its_base(tmp_path):
+    one, two, base = adapter(tmp_path / "one", 1), adapter(tmp_path / "two", 2), tmp_path / "base.safetensors"
+    save_tensors(base, {"layers.0.proj.weight": normal(12, 12)})
+    for files in ((one, base), (base, one)):
+        with pytest.raises(CheckpointError, match="products are the difference from its base: run gramian inspect"):
+            compare_checkpoints(*files)
+    report = compare_checkpoints(one, two)
+    (layer,) = report.layers
+    assert layer.frobenius_norm == pytest.approx(
+        float(((normal(12, 2, seed=1) - normal(12, 2, seed=2)) @ normal(2, 12)).norm())
+    )
+    assert not report.findings  # a low rank is by design, and the factors are no vectors
+    same = compare_checkpoints(one, adapter(tmp_path / "three", 1, scale=4.0))
+    assert codes(same) == {"equal-in-common"}
+    assert "2 parts of equal weights that differ" in same.findings[0].evidence
+
+
+@pytest.mark.parametrize("where", ["only in one", "new rows"])
+def test_what_only_one_has_is_searched_for_nan(tmp_path, where):
+    old = {"embed_tokens.weight": normal(20, 6), "layers.0.w.weight": normal(6, 6, seed=1)}
+    new = dict(old)
+    if where == "new rows":
+        new["embed_tokens.weight"] = torch.cat((old["embed_tokens.weight"], torch.full((2, 6), float("nan"))))
+    else:
+        new["layers.0.w.bias"] = torch.tensor([1.0, float("inf")])
+    (finding,) = compare(tmp_path, new, old).findings
+    assert finding.code == "non-finite-difference"
+    assert finding.where == {"new rows": "embed_tokens.weight[20:22]", "only in one": "layers.0.w.bias"}[where]
+
+
+def test_a_new_head_of_another_size_is_not_compared_row_by_row(tmp_path):
+    old = {"layers.0.w.weight": normal(16, 16), "score.weight": normal(5, 16, seed=1)}
+    new = {"layers.0.w.weight": old["layers.0.w.weight"] + 1, "score.weight": normal(3, 16, seed=2)}
+    report = compare(tmp_path, new, old)
+    assert codes(report) == {"low-rank-update"}
+    assert {layer.name: layer.kind for layer in report.layers}["score.weight"] == "shape"
+    assert any("(3, 16) and (5, 16), whose first rows have nothing in common" in note for note in report.notes)
+
+
+def test_a_head_that_the_other_ties_is_said(tmp_path):
+    table = normal(20, 6)
+    for name, more in (("untied", {"lm_head.weight": table.clone()}), ("tied", {})):
+        (tmp_path / name).mkdir()
+        state = {"embed_tokens.weight": table, "layers.0.w.weight": normal(6, 6, seed=1), **more}
+        save_tensors(tmp_path / name / "model.safetensors", state)
+    (tmp_path / "tied" / "config.json").write_text('{"tie_word_embeddings": true}')
+    (layer,) = compare_checkpoints(tmp_path / "untied", tmp_path / "tied").layers
+    assert "equal to embed_tokens.weight, to which" in layer.note
+
+
+def test_int8_is_compared_as_the_weight_that_its_scales_make(tmp_path):
+    w = normal(16, 16)
+    scale = w.abs().amax(1)
+    whole = (w / scale[:, None] * 127).round().to(torch.int8)
+    (layer,) = compare(tmp_path, {"a.weight": whole, "a.SCB": scale}, {"a.weight": w}).layers
+    wanted = (whole * scale[:, None].double() / 127 - w).norm() / w.norm()
+    assert layer.relative_change == pytest.approx(float(wanted), rel=1e-4)
+    assert "dequantized from int8" in layer.note
+    bare = compare(tmp_path, {"a.weight": whole}, {"a.weight": w})
+    assert "Dequantize them first" in bare.findings[0].cause
+    assert bare.layers[0].relative_change is None

@@ -50,9 +50,11 @@ def open_folder(folder: Path) -> Opened:
         found = folder
     if found is None:
         raise _no_weights(folder)
-    if found.name.endswith(".index.json"):
-        return open_index(found)
-    return open_file(found)
+    opened = open_index(found) if found.name.endswith(".index.json") else open_file(found)
+    others = [name for name in WEIGHTS if (folder / name).exists() and folder / name != found]
+    if others:
+        opened.notes.append(f"{found.name} is read, and not what is beside it: {some(others)}")
+    return opened
 
 
 def open_index(index: Path) -> Opened:
