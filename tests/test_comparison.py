@@ -446,3 +446,40 @@ def test_int8_is_compared_as_the_weight_that_its_scales_make(tmp_path):
     bare = compare(tmp_path, {"a.weight": whole}, {"a.weight": w})
     assert "Dequantize them first" in bare.findings[0].cause
     assert bare.layers[0].relative_change is None
+
+
+def test_the_state_of_a_wrapped_model_is_compared_with_its_base(tmp_path):
+    """PEFT's own names, without the adapter_config.json that says how factors are scaled."""
+    start, base = (
+        "base_model.model.layers.0.proj",
+        {"layers.0.proj.weight": normal(12, 12), "head.weight": normal(4, 12)},
+    )
+    state = {
+        f"{start}.base_layer.weight": base["layers.0.proj.weight"],
+        f"{start}.lora_A.default.weight": normal(2, 12),
+        f"{start}.lora_B.default.weight": normal(12, 2),
+        "base_model.model.head.original_module.weight": base["head.weight"],
+        "base_model.model.head.modules_to_save.default.weight": base["head.weight"] + normal(4, 12, seed=1),
+    }
+    report = compare(tmp_path, state, base)
+    rows = {layer.name.rpartition("proj.")[-1]: layer.kind for layer in report.layers}
+    assert {name for name, kind in rows.items() if kind == "unmatched"} == {
+        "lora_A.default.weight", "lora_B.default.weight", "base_model.model.head.original_module.weight",
+    }  # fmt: skip
+    assert report.facts["tensors that are equal"] == 1
+    assert report.facts["matrices that differ"] == 1
+    with pytest.raises(CheckpointError, match="Or merge it first"):
+        extract_lora(tmp_path / "new.safetensors", tmp_path / "old.safetensors", 1, tmp_path / "x")
+
+
+def test_models_of_two_sizes_are_refused(tmp_path):
+    one, two = ({"a.weight": normal(n, n), "norm.weight": torch.ones(n)} for n in (6, 8))
+    with pytest.raises(CheckpointError, match="every tensor that both have is of another shape"):
+        compare(tmp_path, one, two)
+    one, two = ({"lm_head.weight": normal(n, 4), "lm_head.bias": torch.ones(n)} for n in (6, 8))
+    assert (
+        compare(tmp_path, one, two | {"lm_head.weight": torch.cat((one["lm_head.weight"], normal(2, 4)))}).facts[
+            "rows that only one has, not compared"
+        ]
+        == 4
+    )

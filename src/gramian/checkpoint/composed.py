@@ -88,7 +88,8 @@ def _orthogonal(setting: Setting) -> Plan | None:
         return (made.mT if wide else made).to(parts["x"].dtype)
 
     name = "matrix exponential" if square else "Householder"
-    return Plan(x.shape, x.dtype, f"an orthogonal matrix, made by torch's usual map for this shape ({name})", compute)
+    how = f"an orthogonal matrix, made by torch's usual map for this shape ({name}); another has other entries"
+    return Plan(x.shape, x.dtype, how, compute)
 
 
 def _pruned(setting: Setting) -> Plan | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.errors import CheckpointError, InputError, some
-from gramian.inspection.by_design import name_pattern
+from gramian.inspection.by_design import is_factor, name_pattern
 from gramian.inspection.changes import change_between, rounding_floor
-from gramian.inspection.matching import Pairs, is_in_out
+from gramian.inspection.matching import Pairs, is_in_out, refuse_adapter
 from gramian.inspection.peft_format import PREFIX, Modules, config_of_adapter
 from gramian.inspection.quadrature import leading_vectors
 from gramian.layers.lookup import match_pattern
@@ -115,6 +115,9 @@ def extract_lora(
     """
     tell = progress or (lambda what, done, total: None)
     pairs = Pairs(open_checkpoint(model), open_checkpoint(base), layouts)
+    for checkpoint in (pairs.one, pairs.two):
+        if any(is_factor(name) and not entry.part_of for name, entry in checkpoint.entries.items()):
+            refuse_adapter(checkpoint)
     modules = Modules(pairs)
     found = _Found()
     for done, name in enumerate(pairs.order):

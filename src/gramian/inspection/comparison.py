@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gramian.checkpoint import open_checkpoint
 from gramian.checkpoint.formats import dtype_name
+from gramian.errors import CheckpointError, some
 from gramian.inspection.by_design import PRODUCT
 from gramian.inspection.changes import Change, change_between, rounding_floor
 from gramian.inspection.compared import Compared, find_differences
@@ -61,7 +62,7 @@ def compare_checkpoints(
         progress: called as `progress(what, done, total)`.
     Returns: the report.
     Raises:
-        CheckpointError: one of them cannot be read, or they share no names.
+        CheckpointError: one of them cannot be read, or they share no names or no shapes.
     Cost: that of `inspect` for one checkpoint, and a few products for the subspaces. Memory: two tensors.
     Source: the angle: Björck & Golub, Math. Comp. 27 (1973).
 
@@ -81,6 +82,11 @@ def compare_checkpoints(
         tell("differences", done, len(pairs.order))
         _compare(pairs, name, compared, quick)
     tell("differences", len(pairs.order), len(pairs.order))
+    if len(compared.shapes) == len(pairs.order):
+        raise CheckpointError(
+            f"{model} and {other}: every tensor that both have is of another shape: {some(compared.shapes)}. "
+            "Give two checkpoints of one architecture and size."
+        )
     compared.add_unmatched()
     layers = [replace(layer, depth=depth) for depth, layer in enumerate((*compared.matrices, *compared.others))]
     title = f"{_base(model)} − {_base(other)}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -14,10 +15,13 @@ from gramian.inspection.matrices import Holding, find_holdings
 from gramian.layers.lookup import match_pattern
 from gramian.report.model import plural
 
-__all__ = ["Pairs", "is_in_out"]
+__all__ = ["Pairs", "is_in_out", "refuse_adapter"]
 
 # A prefix is looked for among the first components of a name, before the number of a layer.
 LONGEST_PREFIX = 4
+
+# The modules that PEFT puts between a module's name and its weight.
+_IN_PEFT = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
 
 
 class Pairs:
@@ -88,10 +92,15 @@ class Pairs:
         return a is not None and b is not None and a.shapes == b.shapes
 
     def common_rows(self, name: str, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The first rows that both tensors have, if they differ in nothing else and hold one matrix or none."""
+        """The first rows that both tensors have, if they differ in nothing else and hold one matrix or none.
+
+        A vector is cut only where a matrix is, from the same length to the same: as the bias of a head's rows is.
+        """
         holdings = (self.new.get(name), self.old.get(self.names[name]))
         whole = all(h is None or (len(h.shapes) == 1 and not is_in_out(h)) for h in holdings)
         if not whole or new.ndim != old.ndim or not new.ndim or new.shape[1:] != old.shape[1:]:
+            return None
+        if new.ndim == 1 and (len(new), len(old)) not in self._resized():
             return None
         rows = min(len(new), len(old))
         return (new[:rows], old[:rows]) if rows else None
@@ -111,6 +120,11 @@ class Pairs:
             a = b = max((h for h in (a, b) if h is not None), key=lambda h: len(h.shapes))
         labels = a.layout.names(name, a.role == "elementwise")
         yield from zip(labels, a.split(new), b.split(old), strict=True)
+
+    def _resized(self) -> set[tuple[int, int]]:
+        """The numbers of rows of matrices that differ in that alone."""
+        shapes = ((self.one.entries[name].shape, self.two.entries[other].shape) for name, other in self.names.items())
+        return {(a[0], b[0]) for a, b in shapes if len(a) > 1 and a[1:] == b[1:] and a != b}
 
     def _is_alias(self, name: str) -> bool:
         """Whether both names are aliases, of tensors that are a pair themselves."""
@@ -145,7 +159,7 @@ def _match(one: Checkpoint, two: Checkpoint) -> tuple[dict[str, str], list[tuple
         changes.append((new, old, len(renamed)))
     for name, other in pairs.items():
         if _is_product(first[name]) != _is_product(second[other]):
-            raise _of_adapter(one if _is_product(first[name]) else two)
+            refuse_adapter(one if _is_product(first[name]) else two)
     if not pairs:
         raise _strangers(one, two, [f"{_prefix(new)} as {_prefix(old)}" for (new, old), _ in best])
     return {first[name].name: second[pairs[name]].name for name in first if name in pairs}, changes
@@ -154,15 +168,20 @@ def _match(one: Checkpoint, two: Checkpoint) -> tuple[dict[str, str], list[tuple
 def _weights(checkpoint: Checkpoint) -> dict[str, Entry]:
     """The entries by the names that their weights have in the model, however a file stores them."""
     entries = checkpoint.entries
-    return {e.name if e.weight != e.name and e.weight in entries else e.weight: e for e in entries.values()}
+    named: dict[str, Entry] = {}
+    for entry in entries.values():
+        name = _IN_PEFT.sub("", entry.weight)
+        named[entry.name if name != entry.name and name in entries else name] = entry
+    return named
 
 
 def _is_product(entry: Entry) -> bool:
     return entry.made is not None and entry.made.low_rank
 
 
-def _of_adapter(checkpoint: Checkpoint) -> CheckpointError:
-    return CheckpointError(
+def refuse_adapter(checkpoint: Checkpoint) -> NoReturn:
+    """Raise that an adapter is no whole model."""
+    raise CheckpointError(
         f"{checkpoint.path}: holds an adapter's factors, wanted a whole model. Their products are the difference from "
         "its base: run gramian inspect on it alone. Or merge it first: "
         "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained('merged')."
@@ -213,7 +232,7 @@ def _prefix(prefix: str) -> str:
 def _strangers(one: Checkpoint, two: Checkpoint, rivals: list[str]) -> CheckpointError:
     for checkpoint in (one, two):
         if any(_is_product(entry) or is_factor(name) for name, entry in checkpoint.entries.items()):
-            return _of_adapter(checkpoint)
+            refuse_adapter(checkpoint)
     first, second = next(iter(one.entries)), next(iter(two.entries))
     equally = f" (several prefixes fit equally well: {'; '.join(rivals)})" if rivals else ""
     return CheckpointError(
