@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -117,33 +117,30 @@ def looks_like_one(batches: Any) -> bool:
     return len(kinds) > 1
 
 
-def first_few(batches: Iterable[Any], num: int, verb: str) -> tuple[list[Any], Iterable[Any]]:
-    """The first few batches, and an iterable of all batches, these again among them.
+def first_few(batches: Iterable[Any], num: int, verb: str) -> list[Any]:
+    """The first few batches.
 
-    So what needs a batch twice reads the rest once, and a generator serves. The global random state, from which a
-    `DataLoader` draws its order, is left as it was.
+    The global random state, from which a `DataLoader` draws its order, is left as it was.
 
     Args:
         batches: as `as_batches` returns it.
         num: how many; fewer come where there are fewer.
         verb: for the error: who asks.
 
-    Returns: the batches, and an iterable that can be used once.
+    Returns: the batches.
     Raises:
         InputError: there is no batch.
     Cost: that of these batches.
     Source: this library's own.
 
-    >>> few, batches = first_few(iter("abc"), 2, "inspect")
-    >>> few, list(batches)
-    (['a', 'b'], ['a', 'b', 'c'])
+    >>> first_few(iter("abc"), 2, "inspect")
+    ['a', 'b']
     """
     with torch.random.fork_rng(devices=[]):
-        rest = iter(batches)
-        few = list(islice(rest, num))
+        few = list(islice(batches, num))
     if not few:
         raise no_batches(batches, verb)
-    return few, chain(few, rest)
+    return few
 
 
 def no_batches(batches: Any, verb: str) -> InputError:

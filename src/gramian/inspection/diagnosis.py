@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from operator import length_hint
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gramian import linalg
-from gramian.batch import first_samples
+from gramian.batch import first_samples, mapped, num_samples
 from gramian.calls import as_model
 from gramian.errors import InputError
-from gramian.gram import Gram
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
+from gramian.inspection.evaluated import evaluate
 from gramian.inspection.measured import Measured
+from gramian.inspection.observed import Observed
 from gramian.inspection.observing import NUM_BATCHES, observe
 from gramian.inspection.rules import find
 from gramian.inspection.stepping import take_steps
@@ -35,8 +35,15 @@ from gramian.report.model import COVERAGE, HALF
 
 __all__ = ["inspect"]
 
-# Samples at which the end-to-end Jacobian is computed; the report shows the median of each singular value over them.
-NUM_JACOBIANS = 8
+# Samples at which the end-to-end Jacobian is computed, fewer where all their rows together would cost more than this
+# many backward passes of the batch; the report shows the median of each singular value over them.
+NUM_JACOBIANS, JACOBIAN_PASSES = 8, 8
+
+# It is computed up to this side, however small the batch.
+LEAST_ROWS = 256
+
+# Samples from which on two random vectors for each serve for the gains, and not four.
+MANY = 16
 
 
 def inspect(
@@ -65,8 +72,8 @@ def inspect(
     Args:
         model_or_path: a module; or a `.safetensors` file, a Hugging Face folder, or a `.pt` state dict, of which
             nothing is executed.
-        batches: a `DataLoader`, a list or another iterable of batches, which is read once; see docs/objectives.md. The
-            first batch also serves for the gains and the Jacobian.
+        batches: a `DataLoader`, a list or another iterable of batches, of which the first four are read; see
+            docs/objectives.md. Most is measured on the first.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean`.
         optimizer: made for this model. Its settings are judged, and a few of its steps are taken on a copy of both.
         quick: compute norms, stable rank and energy ranks with error bounds, from a few products, and not all singular
@@ -101,16 +108,27 @@ def inspect(
         )
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
-    data = None
-    if batches is not None and objective is not None:
-        data = as_batches(batches, "inspect"), as_objective(objective)
-    measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
-    if data is not None:
-        found = _measure_signal(measured, model_or_path, *data, optimizer, layouts, progress)
-        return _report(title or type(model_or_path).__name__, measured, found)
-    if optimizer is not None:
-        raise InputError("inspect: an optimizer is judged by its steps; pass batches and an objective with it")
-    return _report(title or type(model_or_path).__name__, measured)
+    if batches is None or objective is None:
+        if optimizer is not None:
+            raise InputError("inspect: an optimizer is judged by its steps; pass batches and an objective with it")
+        measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
+        return _report(title or type(model_or_path).__name__, measured)
+    few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
+    objective = as_objective(objective)
+    progress("steps", 0, 1)
+    observed, failure = _observe(model_or_path, few, objective)
+    progress("steps", 1, 1)
+    measured = measure_model(
+        model_or_path,
+        progress,
+        quick=quick,
+        layouts=layouts,
+        input_size=input_size,
+        image_sizes=observed.image_sizes if observed is not None else {},
+    )
+    measured.notes += failure
+    found = _measure_signal(measured, model_or_path, few, objective, observed, optimizer, layouts, progress)
+    return _report(title or type(model_or_path).__name__, measured, found)
 
 
 def _report(title: str, measured: Measured, causes: Sequence[Finding] | None = None) -> Report:
@@ -118,30 +136,37 @@ def _report(title: str, measured: Measured, causes: Sequence[Finding] | None = N
     return Report(title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions)
 
 
+def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Observed | None, list[str]]:
+    """What a few training steps show, or a note on why there are none."""
+    try:
+        return observe(model, few, objective), []
+    except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
+        return None, [f"No training step was watched: {_in_words(error)}. So causes were not looked for."]
+
+
 def _measure_signal(
     measured: Measured,
     model: nn.Module,
-    batches: Iterable[Any],
+    few: list[Any],
     objective: Objective,
+    observed: Observed | None,
     optimizer: Optimizer | None,
     layouts: Mapping[str, Any] | None,
     progress: Callable[[str, int, int], None],
 ) -> list[Finding]:
     """Measures the signal, and returns the causes that were found."""
-    total = length_hint(batches)
-    few, batches = first_few(batches, NUM_BATCHES, "inspect")
-    progress("steps", 0, 1)
-    try:
-        observed = observe(model, few, objective)
-    except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
-        measured.notes.append(f"No training step was watched: {_in_words(error)}. So causes were not looked for.")
-        _measure_moments(measured, model, few[0], batches, objective, layouts, progress, total)
+    if observed is None:
+        _measure_moments(measured, model, few[0], objective, layouts, progress)
         return []
     context = Context(model, observed, optimizer, layers=measured.layers)
     measured.gated = context.has_zero_gates
     if observed.error is not None:
         measured.notes.append(f"The signal was not measured, since the loss fails: {_in_words(observed.error)}.")
         return list(labels_in_range(context))
+    try:
+        context.evaluated = evaluate(model, few[0], objective)
+    except Exception as error:  # a model that cannot run in evaluation mode
+        measured.notes.append(f"Evaluation mode was not looked at: {_in_words(error)}.")
     if optimizer is not None and math.isfinite(observed.loss):
         try:
             context.steps = take_steps(model, optimizer, few, objective)
@@ -153,39 +178,45 @@ def _measure_signal(
             found += rule(context)
         except Exception as error:  # what one rule does not understand must not hide what the others found
             measured.notes.append(f"The rule for {rule.__name__.replace('_', ' ')} failed: {_in_words(error)}.")
-    progress("steps", 1, 1)
     with batch_statistics(model):
-        _measure_moments(measured, model, few[0], batches, objective, layouts, progress, total)
+        _measure_moments(measured, model, few[0], objective, layouts, progress)
     measured.facts |= {"loss in training mode": observed.loss}
+    if context.evaluated is not None:
+        measured.facts |= {"loss in evaluation mode": context.evaluated.loss}
+    measured.notes.append(
+        f"Looked at {len(few)} batches, and no more were read: all for the data, the first for the signal."
+        if len(few) > 1
+        else "Looked at one batch."
+    )
     return found
 
 
 def _measure_moments(
     measured: Measured,
     model: nn.Module,
-    first: Any,
-    batches: Iterable[Any],
+    batch: Any,
     objective: Objective,
     layouts: Mapping[str, Any] | None,
     progress: Callable[[str, int, int], None],
-    total: int,
 ) -> None:
+    progress("signal", 0, 1)
     stats = capture(
         model,
-        batches,
+        [batch],
         objective,
         layouts=layouts,
+        max_dim=1,  # sizes and means, and no matrices
         fisher="empirical",
         non_finite="keep",
-        progress=lambda done: progress("signal", done, max(done, total)),
     )
+    progress("signal", 1, 1)
     measured.stats = stats
     measured.notes += stats.summary()
     progress("gains", 0, 1)
-    _measure_gains(measured, model, first, objective)
+    _measure_gains(measured, model, batch, objective)
     progress("gains", 1, 1)
     progress("jacobian", 0, 1)
-    _measure_jacobian(measured, model, first, objective)
+    _measure_jacobian(measured, model, batch, objective)
     progress("jacobian", 1, 1)
     order = {name: i for i, name in enumerate(stats)}
     last = len(order)
@@ -205,7 +236,7 @@ def _measure_moments(
                 layer,
                 depth=depth,
                 gain=gain.chi if gain else None,
-                activation_rms=site.A.rms if site and isinstance(site.A, Gram) else None,
+                activation_rms=site.A.rms if site and site.A is not None and layer.role != "embedding" else None,
                 gradient_rms=site.G.rms if site and site.G is not None else None,
                 note="; ".join(part for part in (layer.note, site.reason if site else "") if part),
             )
@@ -218,7 +249,8 @@ def _measure_moments(
 
 def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
     try:
-        measured.gains = layer_gains(model, batch, objective)
+        probes = 2 if num_samples(batch) >= MANY else 4
+        measured.gains = layer_gains(model, batch, objective, num_probes=probes)
     except Exception as error:  # a model that runs may still not be differentiated layer by layer
         measured.notes.append(f"The gains were not measured: {_in_words(error)}.")
         return
@@ -232,11 +264,18 @@ def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: 
 
 def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
     what = "The end-to-end Jacobian was not measured"
+    sites = reversed(list(measured.stats.sites() if measured.stats is not None else ()))
+    side = next((site.A.dim for site in sites if site.A is not None), 1)
+    batch_size = num_samples(batch)
+    most = max(JACOBIAN_PASSES * batch_size, LEAST_ROWS)
+    num = max(1, min(NUM_JACOBIANS, batch_size, most // side))
+    copies = max(1, min(side, batch_size // num))
     try:
         try:
-            found = try_jacobian(model, first_samples(batch, NUM_JACOBIANS), objective)
+            repeated = mapped(first_samples(batch, num), lambda t: t.repeat_interleave(copies, 0) if t.ndim else t)
+            found = try_jacobian(model, repeated, objective, copies=copies, most=most)
         except Exception:  # a part of a batch may be none: the nodes of a graph without the other ends of its edges
-            found = try_jacobian(model, batch, objective)
+            found = try_jacobian(model, batch, objective, most=most)
     except Exception as error:
         measured.notes.append(f"{what}: {_in_words(error)}.")
         return

@@ -7,9 +7,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Activation", "Addition", "Attention", "Call", "Cut", "Moments", "Observed", "moments"]
+from gramian.batch import tensors
+
+__all__ = [
+    "Activation",
+    "Addition",
+    "Attention",
+    "Broadcast",
+    "Call",
+    "Criterion",
+    "Cut",
+    "Ends",
+    "Moments",
+    "Observed",
+    "Reduction",
+    "first_float",
+    "moments",
+]
+
+# Between these a sum of squares of float32 numbers has neither lost nor overflown any that count.
+LOW, HIGH = 1e-24, 1e30
 
 
 @dataclass(frozen=True)
@@ -29,13 +48,14 @@ class Moments:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a module that applies parameters or has no children."""
+    """A call of a module that applies parameters or has no children, with the shape of its output."""
 
     name: str
     kind: str
     order: int
     input: Moments | None
     output: Moments
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,11 +74,17 @@ class Activation:
 
 @dataclass(frozen=True)
 class Attention:
-    """Softmax weights over keys: their entropy as a share of ln(number of keys), on average."""
+    """Softmax weights over keys.
+
+    Attributes:
+        entropy: as a share of ln(number of keys that are not masked), on average.
+        masked: share of the queries whose keys are all masked.
+    """
 
     name: str
     order: int
     entropy: float
+    masked: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,43 @@ class Addition:
     order: int
     shape: torch.Size
     rms: float
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A mean or sum of n values that is less than a rounding of theirs: `share` of their size over √n."""
+
+    name: str
+    function: str
+    order: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A loss of torch, by its function's name, and what it was applied to first."""
+
+    function: str
+    given: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """A difference or loss of two tensors that became a matrix of all pairs."""
+
+    function: str
+    left: torch.Size
+    right: torch.Size
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A function, and the ends between which its values are."""
+
+    function: str
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -92,6 +155,15 @@ class Observed:
         used: order of the first operation that takes each parameter; those that are missing take part in nothing.
         called: names of the modules whose forward ran.
         logits: what cross-entropy was applied to, as float32, from the first batch.
+        criteria: torch's losses, each with what it was first applied to.
+        broadcast: where a loss took an output and a target of other shapes.
+        softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
+            whole model.
+        output: the model's, the first tensor of it.
+        ends: of the function that made it.
+        reductions: means and sums that cancel.
+        ungraded: modules that run under `torch.no_grad`.
+        first_loss: of the first batch, as `loss`.
         loss: mean over units, in training mode.
         units: number of units.
         batches: the batches themselves, for the rules about data.
@@ -100,6 +172,7 @@ class Observed:
         error: what the loss raised, where the labels explain it; then nothing else was watched.
         branch_ends: modules whose output is an operand of a residual addition.
         needs_gradient: whether the loss does.
+        image_sizes: height and width of the input of each module that takes images, where it is called first.
         statistics: of each batch norm whose stored statistics are no longer the initial ones: how far their means are
             from those of the batch, in standard deviations, and the ratio of the variances.
     """
@@ -115,12 +188,21 @@ class Observed:
     called: set[str] = field(default_factory=set)
     statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
     logits: Tensor | None = None
+    criteria: list[Criterion] = field(default_factory=list)
+    broadcast: Broadcast | None = None
+    softmax_over_rows: torch.Size | None = None
+    output: Tensor | None = None
+    ends: Ends | None = None
+    reductions: list[Reduction] = field(default_factory=list)
+    ungraded: set[str] = field(default_factory=set)
     loss: float = float("nan")
+    first_loss: float = float("nan")
     units: float = 0.0
     batches: list[Any] = field(default_factory=list)
     first_non_finite: tuple[str, str] | None = None
     branch_ends: set[str] = field(default_factory=set)
     needs_gradient: bool = True
+    image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     labels: tuple[int, int, int] | None = None
     error: Exception | None = None
 
@@ -132,11 +214,22 @@ def moments(t: Tensor) -> Moments:
         wide = wide.reshape(-1, 1) if wide.ndim < 2 else wide.reshape(-1, wide.shape[-1])
     if wide.numel() == 0:
         return Moments(0.0, 0.0, is_finite=True)
-    largest = float(wide.abs().amax())
-    if not math.isfinite(largest):
-        return Moments(largest, largest, is_finite=False)
-    scale = largest or 1.0  # squares of very large and very small values exist after division
-    variance, mean = torch.var_mean(wide / scale, dim=0, correction=0)
-    between = float(variance.mean().sqrt()) * scale
-    rms = float((variance + mean.square()).mean().sqrt()) * scale
-    return Moments(rms, between, is_finite=True)
+    variance, mean = torch.var_mean(wide, dim=0, correction=0)
+    between, square = float(variance.mean()), float(mean.square().mean())
+    if not LOW < between + square < HIGH or between == 0.0:
+        largest = float(wide.abs().amax())
+        if not math.isfinite(largest):
+            return Moments(largest, largest, is_finite=False)
+        scale = largest or 1.0  # squares of very large and very small values exist after division
+        variance, mean = torch.var_mean(wide / scale, dim=0, correction=0)
+        between, square = (float(v) * scale * scale for v in (variance.mean(), mean.square().mean()))
+    return Moments(math.sqrt(between + square), math.sqrt(between), is_finite=True)
+
+
+def first_float(*values: Any) -> Tensor | None:
+    """The first tensor of numbers, with a dimension, in what a module takes or gives."""
+    for value in values:
+        for t in tensors(value) if not isinstance(value, nn.Module) else ():
+            if t.is_floating_point() and t.ndim:
+                return t
+    return None

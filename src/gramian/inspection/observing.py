@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from gramian.alignment import labels_of
+from gramian.inspection.losses import labels_range
 from gramian.inspection.observed import Observed
-from gramian.inspection.watching import Watcher, labels_range
+from gramian.inspection.watching import Watcher
 from gramian.objective import Objective
 from gramian.recording.measuring import training
 
 __all__ = ["NUM_BATCHES", "observe"]
 
-# Batches that are read for a diagnosis of the signal; the first is watched, and all are differentiated.
+# Batches that are read for a diagnosis of the signal; the first is watched.
 NUM_BATCHES = 4
 
 
@@ -36,7 +37,8 @@ def observe(
 
     Returns: an `Observed`.
     Raises: what the model raises.
-    Cost: `num_batches` training steps without the optimizer, and a few passes over each activation of the first.
+    Cost: a training step without the optimizer, a few passes over each activation, and a forward pass of each other
+        batch; a backward pass too as long as parameters get no gradient.
     Source: this library's own.
     """
     seen = Observed()
@@ -45,8 +47,9 @@ def observe(
     total_loss = 0.0
     with training(model):
         for i, batch in enumerate(seen.batches):
+            reaches = i == 0 or None in seen.gradients.values()  # experts that the first batch did not use, say
             try:
-                with Watcher(model, seen).installed() if i == 0 else nullcontext(), torch.enable_grad():
+                with Watcher(model, seen).installed() if i == 0 else nullcontext(), torch.set_grad_enabled(reaches):
                     total, units = objective.loss(model, batch)
             except Exception as error:
                 seen.labels = seen.labels or _labels_of(model, batch, objective)
@@ -54,8 +57,11 @@ def observe(
                     raise
                 seen.error = error
                 return seen
-            _differentiate(total / units, parameters, seen)
+            if reaches:
+                _differentiate(total / units, parameters, seen)
             total_loss += float(total.detach())
+            if i == 0:
+                seen.first_loss = float(total.detach()) / float(units)
             seen.units += float(units)
         seen.loss = total_loss / seen.units if seen.units else math.nan
         if seen.batches and not (math.isfinite(seen.loss) and all(call.output.is_finite for call in seen.calls)):

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 
 from gramian.errors import some
-from gramian.gram import Gram
+from gramian.gram import DiagonalGram, Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
 from gramian.report import SEVERITIES, Action, Finding, Layer
+from gramian.statistics import Site
 
 if TYPE_CHECKING:
     from gramian.inspection.measured import Measured
@@ -53,17 +54,23 @@ def find(measured: Measured) -> list[Finding]:
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
-def _single(a: object) -> TypeGuard[Gram]:
-    """Whether a second moment is a single matrix for the whole layer, not one per head or group."""
-    return isinstance(a, Gram) and not a.batch
+def _single(a: Gram | DiagonalGram | None) -> TypeGuard[Gram | DiagonalGram]:
+    """Whether there is a single second moment for the whole layer, not one per head or group."""
+    return a is not None and not a.batch
+
+
+def _sites(measured: Measured) -> list[Site]:
+    """Where weights meet vectors; lookups take indices, which have no size."""
+    if measured.stats is None:
+        return []
+    lookups = {layer.name for layer in measured.layers if layer.role == "embedding"}
+    return [site for site in measured.stats.sites() if site.name not in lookups]
 
 
 def non_finite_signal(measured: Measured) -> Iterator[Finding]:
     """Find the first layer whose input is not finite, and, backward, the first whose gradient is not. Exact."""
-    if measured.stats is None:
-        return
-    sites = list(measured.stats.sites())
-    forward = [s.name for s in sites if isinstance(s.A, Gram) and not math.isfinite(s.A.rms)]
+    sites = _sites(measured)
+    forward = [s.name for s in sites if s.A is not None and not math.isfinite(s.A.rms)]
     backward = [s.name for s in sites if s.G is not None and not math.isfinite(s.G.rms)]
     for names, what, first in ((forward, "input", forward[:1]), (backward, "gradient", backward[-1:])):
         if names:
@@ -80,9 +87,7 @@ def non_finite_signal(measured: Measured) -> Iterator[Finding]:
 
 def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
     """Find the depth from which on all samples look the same."""
-    if measured.stats is None:
-        return
-    sites = [(s.name, s.A) for s in measured.stats.sites() if _single(s.A) and s.A.count > 1]
+    sites = [(s.name, s.A) for s in _sites(measured) if _single(s.A) and s.A.count > 1]
     varying = [(n, _variation(a)) for n, a in sites[1:]]
     lost = [n for n, share in varying if share is not None and share < VARIATION_FLOOR]
     if lost:
@@ -312,10 +317,10 @@ def _is_blocked(measured: Measured) -> bool:
     return measured.jacobian[0] == 0.0 and bool(_zero_matrices(measured))
 
 
-def _variation(a: Gram) -> float | None:
+def _variation(a: Gram | DiagonalGram) -> float | None:
     """Return the share of variance in the second moment; `None` where it is undefined."""
-    total = float(a.matrix.trace())
-    return float(a.covariance.trace()) / total if total > 0 and math.isfinite(total) else None
+    total = float(a.diagonal.sum())
+    return 1.0 - float(a.mean.square().sum()) / total if total > 0 and math.isfinite(total) else None
 
 
 def _decade(log: float) -> str:

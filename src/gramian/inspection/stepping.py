@@ -17,7 +17,7 @@ from gramian.recording.measuring import training
 
 __all__ = ["NUM_STEPS", "Steps", "take_steps"]
 
-NUM_STEPS = 6
+NUM_STEPS = 5
 
 
 @dataclass
@@ -26,15 +26,14 @@ class Steps:
 
     Attributes:
         losses: mean loss before each step, and after the last; of the first batch where there are several.
-        changes: ‖ΔW‖_F / ‖W‖_F in the first step, by parameter of two or more dimensions.
+        changes: ‖ΔW‖_F / ‖W‖_F in the first step, by parameter of two or more dimensions, of those that are not zero
+            and get a gradient that is not.
         gradient: largest entry of the first gradient.
-        rate: the largest rate of the groups.
     """
 
     losses: list[float] = field(default_factory=list)
     changes: dict[str, float] = field(default_factory=dict)
     gradient: float = 0.0
-    rate: float = 0.0
 
 
 def take_steps(
@@ -54,7 +53,7 @@ def take_steps(
     Source: this library's own.
     """
     given = list(batches)
-    taken = Steps(rate=max((float(group.get("lr", 0.0)) for group in optimizer.param_groups), default=0.0))
+    taken = Steps()
     before: dict[str, Tensor] = {}
     with training(model):
         twin, stepper = copy.deepcopy((model, optimizer))
@@ -67,18 +66,21 @@ def take_steps(
                 loss.backward()
             taken.losses.append(float(loss.detach()))
             if i == 0:
-                before = {n: p.detach().clone() for n, p in names.items()}
-                largest = [
-                    float(p.grad.detach().abs().amax()) for p in names.values() if p.grad is not None and p.numel()
-                ]
-                taken.gradient = max(largest, default=0.0)
+                sizes = {n: _largest(p.grad) for n, p in names.items() if p.grad is not None}
+                taken.gradient = max(sizes.values(), default=0.0)
+                before = {n: names[n].detach().clone() for n, size in sizes.items() if size != 0.0}
             stepper.step()
             if i == 0:
-                for n, p in names.items():
-                    size = float(before[n].float().norm())
+                for n, old in before.items():
+                    size = float(old.float().norm())
                     if size > 0:
-                        taken.changes[n] = float((p.detach() - before[n]).float().norm()) / size
+                        taken.changes[n] = float((names[n].detach() - old).float().norm()) / size
         with torch.no_grad():
             total, units = objective.loss(twin, given[0])
             taken.losses.append(float(total / units))
     return taken
+
+
+def _largest(gradient: Tensor) -> float:
+    gradient = gradient.detach().coalesce().values() if gradient.is_sparse else gradient.detach()
+    return float(gradient.abs().amax()) if gradient.numel() else 0.0

@@ -15,13 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gramian.batch import tensors
-from gramian.inspection.observed import Activation, Addition, Attention, Call, Cut, Observed, moments
+from gramian.inspection.attention import attention_weights, entropy_and_masked
+from gramian.inspection.losses import ends_of, see_loss
+from gramian.inspection.observed import (
+    Activation,
+    Addition,
+    Attention,
+    Call,
+    Cut,
+    Ends,
+    Moments,
+    Observed,
+    Reduction,
+    first_float,
+    moments,
+)
 from gramian.operators import leaves_of
 from gramian.recording.tracking import tensors_of
 from gramian.recording.unfused import UNFUSED
 
-__all__ = ["Watcher", "labels_range"]
+__all__ = ["Watcher"]
 
 # Operations that cut the graph and are looked into.
 MOST_CUTS = 64
@@ -29,8 +42,8 @@ MOST_CUTS = 64
 # A unit of tanh or sigmoid counts as saturated this close to an end of its range, as a share of the range.
 SATURATED = 0.01
 
-# Samples of which attention's weights are computed.
-ATTENTION_SAMPLES = 4
+# A mean of n values counts as cancelled below this share of their size over √n, which independent values would have.
+CANCELS = 1e-4
 
 # Activations whose zeros are dead units, and those with an end on both sides: name, lower and upper end.
 _RECTIFIERS: dict[Callable, str] = {
@@ -41,9 +54,8 @@ _BOUNDED: dict[Callable, tuple[str, float, float]] = {
     torch.tanh: ("tanh", -1.0, 1.0), Tensor.tanh: ("tanh", -1.0, 1.0), F.tanh: ("tanh", -1.0, 1.0),
     torch.sigmoid: ("sigmoid", 0.0, 1.0), Tensor.sigmoid: ("sigmoid", 0.0, 1.0), F.sigmoid: ("sigmoid", 0.0, 1.0),
 }  # fmt: skip
-# Losses of scores and classes.
-_LOSSES = {F.cross_entropy, F.nll_loss}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
+_MEANS = {torch.mean, Tensor.mean, torch.sum, Tensor.sum}
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__, Tensor.__radd__}
 
 
@@ -58,6 +70,8 @@ class Watcher(TorchFunctionMode):
         self.unfused = 0  # depth of calls that run unfused
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.made_by: dict[int, list[str]] = {}
+        self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
+        self.measured: dict[tuple[int, int], Moments] = {}
         self.alive: list[Tensor] = []  # so that no id of an output is used twice
         self.first_non_finite: tuple[str, str] | None = None
 
@@ -76,12 +90,15 @@ class Watcher(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
             self.alive.clear()
+            self.ended = None
 
     def _enter(self, name: str) -> Callable:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(name)
+            if not torch.is_grad_enabled():
+                self.seen.ungraded.add(name)
             if not self.careful and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                given = _first_float((*args, *kwargs.values()))
+                given = first_float(*args, *kwargs.values())
                 if given is not None and given.ndim > 1 and given.numel() > given.shape[1]:
                     with torch._C.DisableTorchFunction():  # before the call, which updates the statistics
                         self._compare_statistics(name, module, given)
@@ -99,19 +116,32 @@ class Watcher(TorchFunctionMode):
 
     def _returned(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.seen.called.add(name)
-        made = _first_float((output,))
+        made = first_float(output)
         if made is None or self.careful:
             return
+        if not name and self.seen.output is None:
+            self.seen.output = made.detach()
+            if self.ended is not None and (made is self.ended[0] or made._base is self.ended[0]):
+                self.seen.ends = self.ended[1]
         self.made_by.setdefault(id(made), []).append(name)
         self.alive.append(made)
-        given = _first_float((*args, *kwargs.values()))
+        given = first_float(*args, *kwargs.values())
         if any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False)):
             return
+        if given is not None and given.ndim == 4:
+            self.seen.image_sizes.setdefault(name, (given.shape[2], given.shape[3]))
         self.order += 1
-        call = Call(
-            name, type(module).__name__, self.order, moments(given) if given is not None else None, moments(made)
-        )
+        before = self._moments(given) if given is not None else None
+        call = Call(name, type(module).__name__, self.order, before, self._moments(made), made.shape)
         self.seen.calls.append(call)
+
+    def _moments(self, t: Tensor) -> Moments:
+        """The moments of a tensor, which often is one module's output and the next's input."""
+        key = (id(t), t._version)
+        if key not in self.measured:
+            self.measured[key] = moments(t)
+            self.alive.append(t)
+        return self.measured[key]
 
     def _compare_statistics(self, name: str, module: nn.modules.batchnorm._BatchNorm, given: Tensor) -> None:
         """Keeps how far the stored statistics of a batch norm are from those of this batch."""
@@ -140,8 +170,9 @@ class Watcher(TorchFunctionMode):
                     return UNFUSED[func](*args, **kwargs)
             finally:
                 self.unfused -= 1
-        if func in _LOSSES:
-            self._labels(args, kwargs)
+        if not self.careful:
+            with torch._C.DisableTorchFunction():
+                see_loss(self.seen, self.stack[-1] if self.stack else "", func, args, kwargs)
         finite_before = self.careful and self.first_non_finite is None and _all_finite((*args, *kwargs.values()))
         output = func(*args, **kwargs)
         name = self.stack[-1] if self.stack else ""
@@ -161,22 +192,25 @@ class Watcher(TorchFunctionMode):
         made = output if isinstance(output, Tensor) else None
         if made is None:
             return
+        ends = ends_of(func, args, kwargs)
+        if ends is not None:
+            self.ended = (made, ends)
         if not made.requires_grad and made.ndim and any(t.requires_grad for t in given):
             self._cut(name, getattr(func, "__name__", str(func)), given)
         if func in _RECTIFIERS:
             self._activation(name, _RECTIFIERS[func], made, None)
         elif func in _BOUNDED:
-            function, *ends = _BOUNDED[func]
+            function, low, high = _BOUNDED[func]
             finite = given[0].isfinite() if given and given[0].shape == made.shape else None
-            self._activation(name, function, made, (ends[0], ends[1]), finite)
+            self._activation(name, function, made, (low, high), finite)
         elif func in _SOFTMAX and made.ndim >= 3 and made.shape[-1] > 1:
-            self._attention(name, made)
+            self._attention(name, made, given[0] if given and given[0].shape == made.shape else None)
         elif func is F.scaled_dot_product_attention:
-            self._attention(name, _weights(*args, **kwargs))
+            self._attention(name, *(attention_weights(*args, **kwargs) or ()))
+        elif func in _MEANS and given and made.ndim and made.is_floating_point():
+            self._reduction(name, func, given[0], made)
         elif func in _ADDITIONS and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
             self._addition(name, args[0], args[1], made)
-        elif func is F.cross_entropy and self.seen.logits is None:
-            self.seen.logits = _rows_of_scores(args[0] if args else kwargs["input"])
 
     def _activation(
         self, name: str, function: str, made: Tensor, ends: tuple[float, float] | None, finite: Tensor | None = None
@@ -198,13 +232,6 @@ class Watcher(TorchFunctionMode):
         found = Activation(name, function, self.order, channels.shape[1], dead, saturated, mean, channels.shape[0])
         self.seen.activations.append(found)
 
-    def _labels(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Keeps the number of classes and the range of the labels, before a loss that may refuse them."""
-        scores = args[0] if args else kwargs.get("input")
-        target = args[1] if len(args) > 1 else kwargs.get("target")
-        if isinstance(scores, Tensor) and isinstance(target, Tensor) and not target.is_floating_point():
-            self.seen.labels = labels_range(scores, target, kwargs.get("ignore_index", -100))
-
     def _cut(self, name: str, function: str, given: list[Tensor]) -> None:
         if len(self.seen.cuts) < MOST_CUTS:
             behind = frozenset(self.names[leaf] for t in given for leaf in {id(t), *leaves_of(t)} if leaf in self.names)
@@ -215,20 +242,19 @@ class Watcher(TorchFunctionMode):
         kinds = [call.kind for call in self.seen.calls if "Conv" in call.kind or call.kind == "Linear"]
         return bool(kinds) and "Conv" in kinds[-1]
 
-    def _attention(self, name: str, weights: Tensor | None) -> None:
-        if weights is None:
+    def _attention(self, name: str, weights: Tensor | None = None, scores: Tensor | None = None) -> None:
+        found = entropy_and_masked(weights, scores) if weights is not None else None
+        if found is not None:
+            self.seen.attentions.append(Attention(name, self.order, *found))
+
+    def _reduction(self, name: str, func: Callable, given: Tensor, made: Tensor) -> None:
+        count = given.numel() / max(1, made.numel())
+        if count < 2 or not given.numel():
             return
-        p = weights.detach().float()
-        allowed = (p > 0).sum(-1).clamp(min=2)
-        kept = (p > 0).sum(-1) > 1
-        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1) / allowed.float().log()
-        # Weights that underflow to zero are saturation too: rows with one key left count where they could see more.
-        last = p.shape[-1]
-        rows = torch.where(kept, entropy, torch.zeros_like(entropy))
-        if p.ndim >= 2 and p.shape[-2] == last:
-            rows = rows[..., 1:]  # the first row of a causal mask sees one key
-        if rows.numel():
-            self.seen.attentions.append(Attention(name, self.order, float(rows.mean())))
+        before, after = (float(t.detach().float().square().mean().sqrt()) for t in (given, made))
+        share = after / before * (count**-0.5 if "sum" in func.__name__ else count**0.5) if before > 0 else 1.0
+        if share < CANCELS:
+            self.seen.reductions.append(Reduction(name, func.__name__, self.order, share))
 
     def _addition(self, name: str, left: Tensor, right: Tensor, made: Tensor) -> None:
         if left.shape != right.shape or left.ndim < 2 or not left.is_floating_point():
@@ -239,61 +265,11 @@ class Watcher(TorchFunctionMode):
         self.seen.additions.append(Addition(name, self.order, made.shape, moments(made).rms))
 
 
-def _weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    """The weights of `scaled_dot_product_attention`, whose arguments these are, of the first samples."""
-    with torch.no_grad():
-        q, k = query[:ATTENTION_SAMPLES].float(), key[:ATTENTION_SAMPLES].float()
-        if q.shape[:-2] != k.shape[:-2]:
-            if q.ndim < 4 or q.shape[1] % k.shape[1]:
-                return None
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = q @ k.mT * (scale if scale is not None else q.shape[-1] ** -0.5)
-        if is_causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-            scores = scores.masked_fill(~mask, float("-inf"))
-        if isinstance(attn_mask, Tensor):
-            try:
-                mask = attn_mask[:ATTENTION_SAMPLES] if attn_mask.ndim == query.ndim else attn_mask
-                scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-            except RuntimeError:
-                return None
-        return scores.softmax(-1).nan_to_num()
-
-
-def labels_range(scores: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[int, int, int] | None:
-    """Smallest and largest label, and the number of classes."""
-    axis = 1 if target.ndim < scores.ndim and scores.ndim > 1 and target.shape != scores.shape[:-1] else -1
-    kept = target[target != ignore_index]
-    return (int(kept.min()), int(kept.max()), scores.shape[axis]) if kept.numel() else None
-
-
 def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     """Whether the weight and bias of a norm have values that no initialization gives."""
     if norm.weight is None or norm.bias is None:
         return False
     return len(norm.weight) > 1 and len(norm.weight.detach().unique()) > 1 and bool(norm.bias.detach().any())
-
-
-def _rows_of_scores(scores: Tensor) -> Tensor:
-    scores = scores.detach().float()
-    return scores.movedim(1, -1).reshape(-1, scores.shape[1]) if scores.ndim > 1 else scores.reshape(1, -1)
-
-
-def _first_float(values: Iterable[Any]) -> Tensor | None:
-    for value in values:
-        for t in tensors(value) if not isinstance(value, nn.Module) else ():
-            if t.is_floating_point() and t.ndim:
-                return t
-    return None
 
 
 def _all_finite(values: Iterable[Any]) -> bool:

@@ -24,6 +24,8 @@ __all__ = ["RULES", "names_of", "non_finite_weights"]
 # A hidden matrix has a dominant direction if that holds this share of the energy; smaller matrices than this side are
 # not tested.
 DOMINANT, DOMINANT_SIDE = 0.5, 32
+# A warning from this share on: a small matrix that is trained by few samples reaches half.
+NEARLY_ALL = 0.8
 
 # σ₁ is unusual if it differs from the median of matrices of the same kind by more than this ratio and this many robust
 # standard deviations of log σ₁, in groups of at least this many.
@@ -106,7 +108,7 @@ def repeated_weights(measured: Measured) -> Iterator[Finding]:
     if hidden:
         yield Finding(
             "repeated-weights",
-            "warning",
+            "warning" if measured.stats is None else "info",  # copies that get gradients of their own part at once
             f"{_matrices(hidden)} {'equals' if len(hidden) == 1 else 'equal'} another one bit for bit",
             where=names_of(hidden),
             evidence=f"{hidden[0].name} = {hidden[0].duplicate_of} (exact)",
@@ -204,7 +206,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
         share = 1 / (worst.stable_rank or 1.0)
         yield Finding(
             "dominant-direction",
-            "warning",
+            "warning" if share > NEARLY_ALL else "info",
             f"One direction holds most of the energy of {_matrices(found)}",
             where=names_of(found),
             evidence=f"most in {worst.name}: σ₁² is {share:.0%} of ‖W‖_F² "

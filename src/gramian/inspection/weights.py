@@ -90,8 +90,10 @@ def measure_model(
     quick: bool = False,
     layouts: Mapping[str, Any] | None = None,
     input_size: tuple[int, int] = (32, 32),
+    image_sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> Measured:
-    """Measure the blocks of a model."""
+    """Measure the blocks of a model; convolutions at the sizes of their inputs where these are known and smaller."""
+    image_sizes = image_sizes or {}
     found, rest = blocks(model, layouts)
     measured = Measured()
     if found:
@@ -99,7 +101,8 @@ def measure_model(
     by_name: dict[str, Callable[[], Tensor]] = {}
     for i, block in enumerate(found):
         tell("spectra", i, len(found))
-        norm = _norm_of_module(block, input_size)
+        height, width = image_sizes.get(block.name.rpartition(".")[0], input_size)
+        norm = _norm_of_module(block, (min(height, input_size[0]), min(width, input_size[1])))
         weight, how = applied(block)
         for name, matrix in zip(block.names, block.layout.pieces(weight, block.role == "elementwise"), strict=True):
             spectrum = _describe(matrix, quick)

@@ -6,12 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gramian.batch import main_input
+from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
+from gramian.errors import GramianError
+from gramian.inspection.evaluated import Evaluated
+from gramian.inspection.losses import VALUES
 from gramian.inspection.observed import Call, Observed
 from gramian.inspection.stepping import Steps
 from gramian.report import Layer
@@ -37,12 +41,13 @@ EQUAL = 1e-6
 
 @dataclass
 class Context:
-    """A model, what a few training steps of it showed, and its optimizer's steps on a copy where one was given."""
+    """A model, what a few training steps and a pass in evaluation mode showed, and its optimizer's steps on a copy."""
 
     model: nn.Module
     observed: Observed
     optimizer: Optimizer | None = None
     steps: Steps | None = None
+    evaluated: Evaluated | None = None
     layers: list[Layer] = field(default_factory=list)
 
     @cached_property
@@ -56,6 +61,13 @@ class Context:
         return dict(self.model.named_parameters())
 
     @cached_property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's group of each of the model's parameters that it has."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else ()
+        of = {id(p): group for group in groups for p in group["params"]}
+        return {name: of[id(p)] for name, p in self.parameters.items() if id(p) in of}
+
+    @cached_property
     def has_float_inputs(self) -> bool:
         return all(main_input(batch).is_floating_point() for batch in self.observed.batches)
 
@@ -67,6 +79,24 @@ class Context:
             return float(logits.std(0).amax()) <= EQUAL * float(logits.abs().amax())
         calls = self.observed.calls
         return bool(calls) and calls[-1].output.between <= EQUAL * calls[-1].output.rms
+
+    @cached_property
+    def targets(self) -> Tensor | None:
+        """What the output of the first batch is compared with, where it is numbers and not classes."""
+        output = self.observed.output
+        for found in self.observed.criteria:
+            if found.function in VALUES and output is not None and found.given.data_ptr() == output.data_ptr():
+                return found.target if found.target.is_floating_point() else None
+        return None
+
+    @cached_property
+    def num_labels(self) -> int:
+        """The number of labels of the first batch where each sample has one; else 0."""
+        try:
+            labels = parts(self.observed.batches[0]).labels
+        except (GramianError, IndexError):
+            return 0
+        return len(labels) if isinstance(labels, Tensor) and labels.ndim == 1 else 0
 
     @cached_property
     def trained(self) -> set[str]:

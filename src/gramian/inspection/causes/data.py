@@ -25,6 +25,9 @@ OFFSET, SMALL, LARGE, DOMINANT = 5.0, 0.02, 30.0, 0.9
 # Samples from which on labels are judged.
 FEW = 30
 
+# Targets are told that are this large, and this many times as large as the outputs.
+TARGETS = 30.0
+
 
 def inputs(context: Context) -> Iterator[Finding]:
     """Judge the inputs' values: finite, centered, of order one, with more than one feature that varies."""
@@ -165,6 +168,7 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Shuffle the training data, and look at the labels that the loader returns.",
         )
         return
+    yield from _size_of_targets(context)
     test = labels_depend(context.observed.batches)
     if test is not None and test.p_value > test.level:
         yield Finding(
@@ -176,6 +180,43 @@ def labels(context: Context) -> Iterator[Finding]:
             cause="Inputs and labels were shuffled apart, or joined by the wrong index.",
             advice="Look at a few samples beside their labels. Relations that no neighborhood or linear test sees "
             "(parity, copying) also look like this.",
+        )
+
+
+def _size_of_targets(context: Context) -> Iterator[Finding]:
+    """Find numbers to be predicted that are far larger than what the network puts out."""
+    target, output = context.targets, context.observed.output
+    if target is None or output is None or not target.numel() or not bool(target.isfinite().all()):
+        return
+    size, made = (float(t.double().square().mean().sqrt()) for t in (target, output))
+    if size > TARGETS and size > TARGETS * made:
+        yield Finding(
+            "labels-scale",
+            "warning",
+            f"The targets' root mean square is {size:.3g}, that of the outputs {made:.2g}",
+            where="labels",
+            evidence=f"mean {float(target.double().mean()):.3g}, standard deviation {float(target.double().std()):.3g}",
+            cause="The targets are in units that the network was not initialized for: it first has to learn their mean "
+            "and scale, in steps as small as the rate.",
+            advice="Standardize the targets: subtract their mean over the training data and divide by their standard "
+            "deviation.",
+        )
+
+
+def mixed(context: Context) -> Iterator[Finding]:
+    """Find outputs that depend on the other samples of the batch."""
+    by = context.evaluated.mixed_by if context.evaluated is not None else None
+    if by is not None:
+        yield Finding(
+            "samples-mixed",
+            "warning",
+            "The output for a sample depends on the other samples of the batch",
+            where=by or "all layers",
+            evidence=f"in evaluation mode, with another first sample the outputs of the others change; first in "
+            f"{by or 'the model'}",
+            cause="A softmax, mean, reshape or recurrence runs over the samples: a wrong dim, a transpose, or "
+            "batch_first.",
+            advice="Look at the dimensions in this module, unless samples are meant to be compared.",
         )
 
 
@@ -207,4 +248,4 @@ def _finding(code: str, severity: Severity, title: str, evidence: str, cause: st
     return Finding(code, severity, title, where="data", evidence=evidence, cause=cause, advice=advice)
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, labels_in_range, labels)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, labels_in_range, labels, mixed)

@@ -108,8 +108,9 @@ def _principal(x: Tensor) -> Tensor:
     """Coordinates (N, r) along the leading principal directions, of unit variance."""
     x = _standardized(x)
     rank = max(1, min(x.shape[0] // 10, x.shape[1], 32))
-    u, *_ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    return u[:, :rank]
+    x = x - x.mean(0)
+    _, u = torch.linalg.eigh((x @ x.T).double())  # cheaper than an SVD where there are many features
+    return u[:, -rank:].float()
 
 
 def _statistics(graph: Tensor, linear: Tensor, one_hot: Tensor) -> Tensor:

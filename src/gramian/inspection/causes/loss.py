@@ -6,14 +6,21 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from gramian.inspection.causes.context import Context
+from gramian.inspection.observed import Criterion
 from gramian.report import Finding
 
 __all__ = ["RULES"]
 
-# A loss this many times above that of guessing, with scores this large, starts in the saturated range of the softmax.
-START, SPREAD = 2.0, 8.0
+# An offset of the scores that all samples share: told where its spread over the classes is this large, this many times
+# the samples' own, and the loss is this far above guessing.
+SPREAD, SHARED, ABOVE = 8.0, 3.0, 3.0
+# Share of the targets outside the range of the output from which on it is told.
+OUTSIDE = 0.2
+# Numbers are log-probabilities if their exponentials sum to one this closely.
+SUMS = 1e-2
 
 
 def scores(context: Context) -> Iterator[Finding]:
@@ -43,16 +50,141 @@ def scores(context: Context) -> Iterator[Finding]:
             cause="The network ends with a ReLU: scores cannot become negative, and zero ones get no gradient.",
             advice="Remove the activation after the last layer.",
         )
-    elif bool((logits >= 0).all()) and bool((logits <= 1).all()) and _ends_with(context, "sigmoid", logits.shape[-1]):
+    elif bool((logits.abs() <= 1).all()):
+        function = next((f for f in ("sigmoid", "tanh") if _ends_with(context, f, logits.shape[-1])), None)
+        if function is not None:
+            yield Finding(
+                "loss-double-softmax",
+                "warning",
+                f"Cross-entropy is applied to scores between {'-1' if function == 'tanh' else '0'} and 1",
+                where="loss",
+                evidence=f"all {logits.numel():,} scores are in this range (exact)",
+                cause=f"The network ends with a {function}, so that scores hardly differ, and the loss stays near "
+                "guessing.",
+                advice="Remove the activation after the last layer.",
+            )
+
+
+def binary_scores(context: Context) -> Iterator[Finding]:
+    """Find a binary cross-entropy of scores that is applied to probabilities. Exact."""
+    found = _criterion(context, "binary_cross_entropy_with_logits")
+    ends = context.observed.ends
+    if found is None or ends is None or ends.function not in ("sigmoid", "softmax"):
+        return
+    if bool((found.given >= 0).all()) and bool((found.given <= 1).all()):
         yield Finding(
-            "loss-double-softmax",
-            "warning",
-            "Cross-entropy is applied to scores between 0 and 1",
+            "loss-double-sigmoid",
+            "error",
+            "A loss of scores is applied to probabilities",
             where="loss",
-            evidence=f"all {logits.numel():,} scores are in [0, 1] (exact)",
-            cause="The network ends with a sigmoid: scores differ by at most one, so the loss stays near guessing.",
-            advice="Remove the activation after the last layer.",
+            evidence=f"the network ends with a {ends.function}, and all {found.given.numel():,} of its outputs go to "
+            "binary_cross_entropy_with_logits (exact)",
+            cause="The loss takes another sigmoid: no probability can be below 0.5 or above 0.73.",
+            advice=f"Remove the {ends.function} at the end of the network.",
         )
+
+
+def log_probabilities(context: Context) -> Iterator[Finding]:
+    """Find a negative log-likelihood that is applied to something else than log-probabilities. Exact."""
+    found = _criterion(context, "nll_loss")
+    if found is None or found.given.ndim < 2 or not bool(found.given.isfinite().all()):
+        return
+    sums = found.given.float().logsumexp(1)
+    wrong = float((sums.abs() > SUMS).float().mean())
+    if wrong > 0.5:
+        yield Finding(
+            "loss-not-log-probabilities",
+            "error",
+            "nll_loss is applied to numbers that are no log-probabilities",
+            where="loss",
+            evidence=f"the exponentials of the scores sum to {float(sums.exp().median()):.3g} for the median row, not "
+            "to 1 (exact)",
+            cause="nll_loss takes the output of log_softmax. Of other scores it has no minimum: they grow without end."
+            if not _is_over_rows(found.given)
+            else "The log-softmax is over the samples, and not over the classes.",
+            advice="Use cross_entropy, or log_softmax(scores, dim=1) before it.",
+        )
+
+
+def rows(context: Context) -> Iterator[Finding]:
+    """Find losses that join each output with every target, or normalize over the samples. Exact."""
+    found = context.observed.broadcast
+    if found is not None:
+        yield Finding(
+            "loss-broadcast",
+            "error",
+            f"The loss compares every output with every target: {tuple(found.left)} with {tuple(found.right)}",
+            where="loss",
+            evidence=f"{found.function} of these shapes gives a matrix of all pairs (exact)",
+            cause="A dimension of 1 is broadcast. The best that the network can do is the mean of the targets.",
+            advice="Give both the same shape: output.squeeze(-1), or target.unsqueeze(-1).",
+        )
+    shape = context.observed.softmax_over_rows
+    if shape is not None and context.num_labels == shape[0]:
+        yield Finding(
+            "samples-mixed",
+            "error",
+            "The loss takes a softmax over the samples, and not over the classes",
+            where="loss",
+            evidence=f"softmax over the first dimension of {tuple(shape)}, of {shape[0]} samples (exact)",
+            cause="The scores of each class sum to one over the batch.",
+            advice="Use dim=1, or dim=-1.",
+        )
+
+
+def offset(context: Context) -> Iterator[Finding]:
+    """Find scores that prefer a class by an amount beside which the samples do not count."""
+    found, logits = _criterion(context, "cross_entropy"), context.observed.logits
+    if found is None or logits is None or len(logits) < 2 or not bool(logits.isfinite().all()):
+        return
+    shared, own = float(logits.mean(0).std()), float(logits.std(0).mean())
+    guessing = math.log(max(2, logits.shape[-1]))
+    if shared > SPREAD and shared > SHARED * own and context.observed.first_loss > guessing + ABOVE:
+        top = int(logits.mean(0).argmax())
+        yield Finding(
+            "head-offset",
+            "error",
+            f"All samples get class {top}: the scores have a large offset",
+            where=_last_module(context) or "loss",
+            evidence=f"over the classes the mean scores differ by {shared:.3g}, those of a class between samples by "
+            f"{own:.2g}; loss {context.observed.first_loss:.3g}, and {guessing:.3g} by guessing",
+            cause="The head's bias, or an input of it that is the same for all samples, is large.",
+            advice="torch.nn.init.zeros_(head.bias)",
+        )
+
+
+def output_range(context: Context) -> Iterator[Finding]:
+    """Find targets that the last function of the network cannot reach. Exact."""
+    ends, output, target = context.observed.ends, context.observed.output, context.targets
+    if ends is None or output is None or target is None or target.numel() != output.numel():
+        return
+    outside = (target < ends.low) | (target > ends.high)
+    share = float(outside.float().mean())
+    if share > OUTSIDE:
+        yield Finding(
+            "output-range",
+            "error",
+            f"{share:.0%} of the targets are outside the range of the output",
+            where="loss",
+            evidence=f"the network ends with {ends.function}, of values in [{ends.low:g}, {ends.high:g}]; targets are "
+            f"{float(target.min()):.3g} to {float(target.max()):.3g} (exact)",
+            cause="Outputs at an end of the range get no gradient.",
+            advice=f"Remove the {ends.function} at the end, or scale the targets into its range.",
+        )
+
+
+def _criterion(context: Context, function: str) -> Criterion | None:
+    return next((c for c in context.observed.criteria if c.function == function), None)
+
+
+def _is_over_rows(given: Tensor) -> bool:
+    return given.ndim == 2 and bool((given.float().logsumexp(0).abs() < SUMS).all())
+
+
+def _last_module(context: Context) -> str:
+    """The module of the last parameter that the forward pass used."""
+    used = context.observed.used
+    return context.module_of(max(used, key=lambda name: used[name])) if used else ""
 
 
 def _ends_with(context: Context, function: str, num_classes: int) -> bool:
@@ -84,4 +216,12 @@ def non_finite(context: Context) -> Iterator[Finding]:
     )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (scores, non_finite)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
+    scores,
+    binary_scores,
+    log_probabilities,
+    rows,
+    offset,
+    output_range,
+    non_finite,
+)

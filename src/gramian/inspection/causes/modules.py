@@ -1,8 +1,7 @@
-"""Causes in modules: units that do not act, norms, dropout, attention, gates, and streams that grow."""
+"""Causes in modules: units that do not act, dropout, attention, gates, streams that grow, and sums that cancel."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from statistics import fmean
@@ -27,8 +26,8 @@ SHUT = 0.05
 DROPOUT, NEARLY_ALL = 0.8, 0.9
 # Entropy of attention as a share of that of equal weights: told below, and as an error below half of it.
 ENTROPY = 0.1
-# Stored statistics of a batch norm: distance of the means in standard deviations, and ratio of the variances.
-SHIFT, RATIO = 3.0, 8.0
+# Share of queries without a key from which on the mask is told; queries at padding may have none.
+BLIND = 0.9
 # Growth of a residual stream from its first to its last addition, and per addition.
 GROWTH, STEP = 6.0, 1.25
 # A stream that falls below this share of itself is divided by a norm.
@@ -111,73 +110,6 @@ def _gate_means(module: nn.Module, means: list[float]) -> list[float]:
     return [fmean(means[i : i + each][k::gates]) for i in range(0, len(means), each) for k in range(gates)]
 
 
-def norm_gain(context: Context) -> Iterator[Finding]:
-    """Find norms that pass nothing, where the output then depends on nothing. Exact."""
-    zero = [
-        name
-        for name, module in context.model.named_modules()
-        if "Norm" in type(module).__name__ and name in context.first_calls and _is_zero(getattr(module, "weight", None))
-    ]
-    blocking = [name for name in zero if name not in context.observed.branch_ends]
-    if blocking and context.has_constant_output:
-        yield Finding(
-            "norm-zero-gain",
-            "error",
-            f"The norm {blocking[0]} multiplies by zero",
-            where=some(blocking, SHOWN),
-            evidence="every entry of its weight γ is zero, and it is not the end of a residual branch (exact)",
-            cause="γ was initialized to zero, or decayed to it; nothing passes.",
-            advice="torch.nn.init.ones_(norm.weight)",
-        )
-
-
-def norm_statistics(context: Context) -> Iterator[Finding]:
-    """Find batch norms whose stored statistics are not those of the data."""
-    found = context.observed.statistics
-    others = {name: far for name, far in found.items() if far[0] > SHIFT or far[1] > RATIO}
-    if others:
-        name, (shift, ratio) = max(others.items(), key=lambda one: max(one[1][0] / SHIFT, one[1][1] / RATIO))
-        yield Finding(
-            "norm-statistics",
-            "error",
-            f"The stored statistics of {name} are not those of the data",
-            where=some(others, SHOWN),
-            evidence=f"{_distance(shift, ratio)}; so in {len(others)} batch norms",
-            cause="Evaluation mode uses the stored statistics: they were averaged over other data, too few batches, or "
-            "before the last large change of the weights.",
-            advice="Run some batches in training mode after module.reset_running_stats(), and check the momentum.",
-        )
-
-
-def norm_mode(context: Context) -> Iterator[Finding]:
-    """Find batch norms that use stored statistics while the model is trained. Exact."""
-    trains = context.model.training or context.optimizer is not None
-    fixed = [
-        name
-        for name, module in context.model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.track_running_stats
-        and trains
-        and not module.training
-        and any(p.requires_grad for p in module.parameters())
-    ]
-    if fixed:
-        yield Finding(
-            "norm-evaluation-mode",
-            "error",
-            f"{len(fixed)} batch norms are in evaluation mode while the model trains",
-            where=some(fixed, SHOWN),
-            evidence="module.training is False, "
-            + ("and that of the model True (exact)" if context.model.training else "and an optimizer is given (exact)"),
-            cause="model.eval() was called on a part, or after an evaluation without model.train() for that part.",
-            advice="Call model.train() before each epoch, unless the statistics are frozen on purpose.",
-        )
-
-
-def _is_zero(weight: object) -> bool:
-    return isinstance(weight, nn.Parameter) and not bool(weight.detach().any())
-
-
 def dropout(context: Context) -> Iterator[Finding]:
     """Find dropout that drops nearly all."""
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -200,7 +132,20 @@ def dropout(context: Context) -> Iterator[Finding]:
 
 
 def attention(context: Context) -> Iterator[Finding]:
-    """Find attention that sees one key only."""
+    """Find attention that sees no key, or one only."""
+    blind = [a for a in context.observed.attentions if a.masked > BLIND]
+    if blind:
+        names = list(dict.fromkeys(a.name for a in blind if a.name))
+        yield Finding(
+            "attention-masked",
+            "error",
+            f"The mask of {names[0] if names else 'the model'} hides every key",
+            where=some(names, SHOWN) or "all layers",
+            evidence=f"{max(a.masked for a in blind):.0%} of its queries have no key that is not masked (exact)",
+            cause="The mask is inverted: torch's key_padding_mask is true where a key is hidden, and a bool attn_mask "
+            "of scaled_dot_product_attention is true where it is seen.",
+            advice="Invert the mask.",
+        )
     low = [a for a in context.observed.attentions if a.entropy < ENTROPY]
     if low:
         worst = min(low, key=lambda a: a.entropy)
@@ -244,13 +189,21 @@ def streams(context: Context) -> Iterator[Finding]:
         )
 
 
-def _distance(shift: float, ratio: float) -> str:
-    if math.isinf(shift):
-        return "the statistics are the initial ones, 0 and 1, and weight and bias are trained"
-    return (
-        f"between what is stored and a batch, the means differ by {shift:.3g} standard deviations, "
-        f"the variances by a factor {ratio:.3g}"
-    )
+def reductions(context: Context) -> Iterator[Finding]:
+    """Find means and sums that cancel, where the output then depends on nothing."""
+    lost = context.observed.reductions
+    if lost and context.has_constant_output:
+        first = lost[0]
+        yield Finding(
+            "reduction-cancels",
+            "error",
+            f"A {first.function} in {first.name or 'the model'} cancels",
+            where=first.name or "all layers",
+            evidence=f"its result is {first.share:.0e} of what independent values would give, and all samples get the "
+            "same output",
+            cause="The values sum to zero over this dimension, as a norm makes them over the features.",
+            advice="Average over another dimension: positions, not features.",
+        )
 
 
 def _is_recurrent(context: Context, activation: Activation) -> bool:
@@ -272,10 +225,8 @@ RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     dead_units,
     saturated_units,
     gates,
-    norm_gain,
-    norm_statistics,
-    norm_mode,
     dropout,
     attention,
     streams,
+    reductions,
 )

@@ -85,14 +85,17 @@ def frozen(context: Context) -> Iterator[Finding]:
     held = {b.name for b in context.matrices if b.role != "embedding"}  # tables of positions are often fixed
     if held.intersection(names) and len(names) < len(all_of) and not fine_tune:
         modules = list(dict.fromkeys(context.module_of(n) or n for n in names))
+        meant = all(_is_held(context, module) for module in modules)
         yield Finding(
             "parameter-frozen",
-            "warning",
+            "info" if meant else "warning",
             f"{_parameters(len(names), verb='are', single='is')} frozen: requires_grad is False",
             where=some(modules, SHOWN),
             evidence=f"{share:.0%} of the values, in {some(names, SHOWN)} (exact)",
-            cause="Frozen for an earlier fine-tune or by mistake; the optimizer does not move them.",
-            advice="model.requires_grad_(True), unless it is meant.",
+            cause="They run in evaluation mode or under torch.no_grad, so it is meant."
+            if meant
+            else "Frozen for an earlier fine-tune or by mistake; the optimizer does not move them.",
+            advice="" if meant else "model.requires_grad_(True), unless it is meant.",
         )
 
 
@@ -159,6 +162,14 @@ def _is_zero_behind_head(context: Context) -> bool:
         and all(zero[n] == 1.0 for n in hidden)
         and all(bool(w.any()) for _, w in context.values())
     )
+
+
+def _is_held(context: Context, name: str) -> bool:
+    """Whether a module is fixed in more ways than one: it runs under `no_grad`, or in evaluation mode in training."""
+    parts = name.split(".")
+    around = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    module = context.model.get_submodule(name) if name in dict(context.model.named_modules()) else context.model
+    return bool(around & context.observed.ungraded) or (context.model.training and not module.training)
 
 
 def _is_tied(context: Context, names: list[str]) -> bool:

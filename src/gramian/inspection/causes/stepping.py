@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -15,6 +16,8 @@ __all__ = ["RULES"]
 
 # Relative change of a matrix in a step, ‖ΔW‖_F / ‖W‖_F: AdamW at 1e-3 makes 0.02 at first, a late step 1e-4.
 SLOW, FAST = 1e-4, 0.5
+# In a group of several, a change is lost below this: 10,000 such steps change a weight by 1 %.
+LOST = 1e-6
 # A loss diverges that rises to this many times its first value, and by this much. It makes no progress while it is
 # above this share of its first value, unless that was already small.
 DIVERGES, RISES, NO_PROGRESS, SOLVED = 3.0, 3.0, 0.9, 0.05
@@ -31,15 +34,13 @@ def covered(context: Context) -> Iterator[Finding]:
     """Find parameters that the optimizer does not have, or has at a rate of zero. Exact."""
     if context.optimizer is None:
         return
-    rates: dict[int, float] = {}
-    for group in context.optimizer.param_groups:
-        for p in group["params"]:
-            rates[id(p)] = float(group.get("lr", 1.0))
+    groups = context.groups
     trained = {n: p for n, p in context.parameters.items() if p.requires_grad}
-    absent = [n for n, p in trained.items() if id(p) not in rates]
-    still = [n for n, p in trained.items() if rates.get(id(p)) == 0.0]
-    if absent or still:
-        names = absent or still
+    absent = [n for n in trained if n not in groups]
+    still = [n for n in trained if n in groups and _rate(groups[n]) == 0.0]
+    waiting = [n for n in still if _scheduled(groups[n]) > 0.0]
+    names = absent or ([] if waiting else still)
+    if names:
         modules = list(dict.fromkeys(context.module_of(n) or n for n in names))
         everything = len(names) == len(trained)
         yield Finding(
@@ -50,15 +51,38 @@ def covered(context: Context) -> Iterator[Finding]:
             evidence=f"{some(names, SHOWN)}: in "
             + ("none of its groups (exact)" if absent else "a group with a rate of zero (exact)"),
             cause="The optimizer was made before these layers were added or replaced, for a copy of the model, or for "
-            "a part of it.",
-            advice="Make the optimizer with model.parameters() after the model is complete.",
+            "a part of it."
+            if absent
+            else "The group was given a rate of zero.",
+            advice="Make the optimizer with model.parameters() after the model is complete."
+            if absent
+            else "Set the group's lr.",
+        )
+    elif waiting:
+        yield Finding(
+            "parameter-not-stepped",
+            "info",
+            f"The rate of {len(waiting)} of {len(trained)} parameters is zero now, by a schedule",
+            where="optimizer",
+            evidence=f"lr is 0 and the schedule's rate {_scheduled(groups[waiting[0]]):g} (exact)",
+            cause="A warm-up starts at zero, or a decay has ended there. The rate was not judged.",
         )
 
 
 def settings(context: Context) -> Iterator[Finding]:
-    """Judge momentum and weight decay."""
+    """Judge the direction, momentum and weight decay."""
     if context.optimizer is None:
         return
+    if any(group.get("maximize") for group in context.optimizer.param_groups):
+        yield Finding(
+            "loss-maximized",
+            "error",
+            "The optimizer makes the loss larger",
+            where="optimizer",
+            evidence="maximize is True (exact)",
+            cause="Its steps go along the gradient, and not against it.",
+            advice="Leave maximize out, or give the objective that is to be minimized.",
+        )
     for group in context.optimizer.param_groups:
         momentum = _momentum(group)
         if momentum >= MOMENTUM:
@@ -92,15 +116,17 @@ def settings(context: Context) -> Iterator[Finding]:
 def steps(context: Context) -> Iterator[Finding]:
     """Judge the rate by what a few steps on a copy did to the loss and to the matrices."""
     taken = context.steps
-    if taken is None or not taken.losses or not math.isfinite(taken.losses[0]):
+    if taken is None or not taken.losses or not math.isfinite(taken.losses[0]) or not taken.changes:
         return
     first, losses = taken.losses[0], taken.losses
-    changes = [c for c in taken.changes.values() if math.isfinite(c)]
-    change = median(changes) if changes else float("nan")
-    diverged = not all(map(math.isfinite, losses)) or max(losses[1:], default=first) > max(
-        DIVERGES * first, first + RISES
-    )
-    if diverged or (changes and change > FAST):
+    change = median(taken.changes.values())
+    diverged = not all(map(math.isfinite, losses)) or max(losses[1:]) > max(DIVERGES * first, first + RISES)
+    stuck = losses[-1] > NO_PROGRESS * first and first > SOLVED
+    by_group = _by_group(context, taken.changes)
+    fastest = max(by_group, key=lambda one: one.change)
+    slow = [one for one in by_group if one.change < LOST and not one.is_scheduled]
+    told = f"on a copy: loss {', '.join(f'{v:.3g}' for v in losses)}"
+    if diverged or not change <= FAST:
         yield Finding(
             "rate-too-high",
             "error",
@@ -108,22 +134,76 @@ def steps(context: Context) -> Iterator[Finding]:
             if diverged
             else "A step changes the weights by their own size",
             where="optimizer",
-            evidence=f"on a copy: loss {', '.join(f'{v:.3g}' for v in losses)}; the median matrix changes by "
-            f"{change:.2g} of its size in the first step",
-            cause=f"The rate {taken.rate:g} is too large for this model.",
+            evidence=f"{told}; the median matrix{fastest.of} changes by {fastest.change:.2g} of its size in the first "
+            "step",
+            cause=f"The rate {fastest.rate:g}{fastest.of} is too large for this model.",
             advice="Divide the rate by 10 or more, or call gm.suggest_lr.",
         )
-    elif changes and change < SLOW and taken.gradient > 0 and losses[-1] > NO_PROGRESS * first and first > SOLVED:
-        yield Finding(
-            "rate-too-low",
-            "warning",
-            "The optimizer's steps hardly change the weights",
-            where="optimizer",
-            evidence=f"on a copy, a step changes the median matrix by {change:.1e} of its size; "
-            f"loss {first:.4g} → {losses[-1]:.4g} in {len(losses) - 1} steps",
-            cause=f"The rate {taken.rate:g} is too small for this model.",
-            advice="Multiply the rate by 10 or more, or call gm.suggest_lr.",
-        )
+    elif change < SLOW and stuck and not any(one.is_scheduled for one in by_group):
+        yield _too_low(context, max(by_group, key=lambda one: len(one.names)), taken.gradient, told)
+    elif slow:
+        yield _too_low(context, slow[0], taken.gradient, told)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A parameter group, by what its first step did."""
+
+    group: dict[str, Any]
+    names: list[str]
+    change: float  # of the median matrix
+    of: str  # which group, in words, where there are several
+
+    @property
+    def rate(self) -> float:
+        return _rate(self.group)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a schedule has set the rate to less than half of what it reaches."""
+        return self.rate < 0.5 * _scheduled(self.group)
+
+
+def _by_group(context: Context, changes: dict[str, float]) -> list[_Group]:
+    names: dict[int, list[str]] = {}
+    for name in changes:
+        if name in context.groups:
+            names.setdefault(id(context.groups[name]), []).append(name)
+    found = []
+    for i, group in enumerate(context.optimizer.param_groups if context.optimizer is not None else ()):
+        of = names.get(id(group), [])
+        if of:
+            words = f" of group {i} ({of[0]}{', …' if len(of) > 1 else ''})" if len(names) > 1 else ""
+            values = [changes[n] if math.isfinite(changes[n]) else math.inf for n in of]
+            found.append(_Group(group, of, median(values), words))
+    return found
+
+
+def _too_low(context: Context, slow: _Group, gradient: float, told: str) -> Finding:
+    """The finding about a rate, or about Adam's ε where that is larger than the gradient."""
+    eps = float(slow.group.get("eps", 0.0) or 0.0) if "betas" in slow.group else 0.0
+    modules = list(dict.fromkeys(context.module_of(n) or n for n in slow.names))
+    return Finding(
+        "rate-too-low",
+        "warning",
+        f"The optimizer's steps hardly change the weights{slow.of}",
+        where=some(modules, SHOWN) if slow.of else "optimizer",
+        evidence=f"{told}; a step changes the median matrix{slow.of} by {slow.change:.1e} of its size",
+        cause=f"Adam's ε of {eps:g} is larger than the gradients, of which the largest is {gradient:.1e}: it divides "
+        "the step."
+        if eps > gradient
+        else f"The rate {slow.rate:g}{slow.of} is too small for this model.",
+        advice="Use an ε of 1e-8." if eps > gradient else "Multiply the rate by 10 or more, or call gm.suggest_lr.",
+    )
+
+
+def _rate(group: dict[str, Any]) -> float:
+    return float(group.get("lr", 1.0))
+
+
+def _scheduled(group: dict[str, Any]) -> float:
+    """The rate that a schedule starts from, or reaches."""
+    return max(float(group.get("initial_lr", 0.0) or 0.0), float(group.get("max_lr", 0.0) or 0.0))
 
 
 def _momentum(group: dict[str, Any]) -> float:

@@ -1,0 +1,168 @@
+"""Causes in norms: weights of zero, statistics that are not the data's, and values that a norm erases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from math import prod
+
+from torch import nn
+
+from gramian.errors import some
+from gramian.inspection.causes.context import SHOWN, Context
+from gramian.report import Finding
+
+__all__ = ["RULES"]
+
+# Stored statistics of a batch norm: distance of the means in standard deviations, and ratio of the variances.
+SHIFT, RATIO = 3.0, 8.0
+
+# Values per channel up to which a batch norm leaves little but their signs: of two, ±1.
+FEW_VALUES = 3
+
+
+def norm_gain(context: Context) -> Iterator[Finding]:
+    """Find norms that pass nothing, where the output then depends on nothing. Exact."""
+    zero = [
+        name
+        for name, module in context.model.named_modules()
+        if "Norm" in type(module).__name__ and name in context.first_calls and _is_zero(getattr(module, "weight", None))
+    ]
+    blocking = [name for name in zero if name not in context.observed.branch_ends]
+    if blocking and context.has_constant_output:
+        yield Finding(
+            "norm-zero-gain",
+            "error",
+            f"The norm {blocking[0]} multiplies by zero",
+            where=some(blocking, SHOWN),
+            evidence="every entry of its weight γ is zero, and it is not the end of a residual branch (exact)",
+            cause="γ was initialized to zero, or decayed to it; nothing passes.",
+            advice="torch.nn.init.ones_(norm.weight)",
+        )
+
+
+def norm_size(context: Context) -> Iterator[Finding]:
+    """Find norms over one value, which erase it, and batch norms over two or three. Exact."""
+    counts = {name: _values(context, name, module) for name, module in context.model.named_modules()}
+    single = [name for name, count in counts.items() if count == 1]
+    if single:
+        yield Finding(
+            "norm-single-value",
+            "error",
+            f"The norm {single[0]} divides each value by itself",
+            where=some(single, SHOWN),
+            evidence="it normalizes over one value (exact), so that its output is the same whatever comes in, or ±1",
+            cause="The dimension over which it normalizes has one entry: a wrong normalized_shape, or as many groups "
+            "as channels where there are no positions.",
+            advice="Normalize over the features: LayerNorm(features), or fewer groups.",
+        )
+    few = {
+        name: count
+        for name, count in counts.items()
+        if count and 1 < count <= FEW_VALUES and isinstance(context.model.get_submodule(name), _BATCH_NORM)
+    }
+    if few:
+        name, count = next(iter(few.items()))
+        yield Finding(
+            "norm-few-values",
+            "warning",
+            f"The batch norm {name} averages over {count} values",
+            where=some(few, SHOWN),
+            evidence=f"{count} values for each channel in a batch (exact); so in {len(few)} batch norms",
+            cause="Normalized, two values are ±1 whatever they were, and three keep one number; the stored statistics "
+            "are as noisy.",
+            advice="Use larger batches, or GroupNorm or LayerNorm.",
+        )
+
+
+def norm_statistics(context: Context) -> Iterator[Finding]:
+    """Find batch norms whose stored statistics are not those of the data, or never will be."""
+    found = context.observed.statistics
+    others = {name: far for name, far in found.items() if far[0] > SHIFT or far[1] > RATIO}
+    held = [
+        name
+        for name, module in context.model.named_modules()
+        if isinstance(module, _BATCH_NORM) and module.track_running_stats and module.momentum == 0.0
+    ]
+    if others:
+        name, (shift, ratio) = max(others.items(), key=lambda one: max(one[1][0] / SHIFT, one[1][1] / RATIO))
+        yield Finding(
+            "norm-statistics",
+            "error",
+            f"The stored statistics of {name} are not those of the data",
+            where=some(others, SHOWN),
+            evidence=f"{_distance(shift, ratio)}; so in {len(others)} batch norms",
+            cause="Evaluation mode uses the stored statistics: they were averaged over other data, too few batches, or "
+            "before the last large change of the weights.",
+            advice="Run some batches in training mode after module.reset_running_stats(), and check the momentum.",
+        )
+    elif held and any(context.model.get_submodule(name).training for name in held):
+        yield Finding(
+            "norm-statistics",
+            "error",
+            f"The stored statistics of {held[0]} never change",
+            where=some(held, SHOWN),
+            evidence="its momentum is 0 (exact)",
+            cause="torch's momentum is the share of the new statistics, and not that of the old: with 0, evaluation "
+            "mode uses the initial ones, 0 and 1.",
+            advice="Use 0.1, or None for the average over all batches.",
+        )
+
+
+def norm_mode(context: Context) -> Iterator[Finding]:
+    """Find batch norms that use stored statistics while the model is trained. Exact."""
+    trains = context.model.training or context.optimizer is not None
+    fixed = [
+        name
+        for name, module in context.model.named_modules()
+        if isinstance(module, _BATCH_NORM)
+        and module.track_running_stats
+        and trains
+        and not module.training
+        and any(p.requires_grad for p in module.parameters())
+    ]
+    if fixed:
+        yield Finding(
+            "norm-evaluation-mode",
+            "error",
+            f"{len(fixed)} batch norms are in evaluation mode while the model trains",
+            where=some(fixed, SHOWN),
+            evidence="module.training is False, "
+            + ("and that of the model True (exact)" if context.model.training else "and an optimizer is given (exact)"),
+            cause="model.eval() was called on a part, or after an evaluation without model.train() for that part.",
+            advice="Call model.train() before each epoch, unless the statistics are frozen on purpose.",
+        )
+
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def _values(context: Context, name: str, module: nn.Module) -> int | None:
+    """Over how many values a norm averages; `None` where it is not called, or no norm."""
+    call = context.first_calls.get(name)
+    if call is None:
+        return None
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return prod(module.normalized_shape)
+    shape = call.shape
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels // module.num_groups * prod(shape[2:])
+    if isinstance(module, _BATCH_NORM) and module.training and len(shape) > 1:
+        return shape[0] * prod(shape[2:])
+    return None
+
+
+def _is_zero(weight: object) -> bool:
+    return isinstance(weight, nn.Parameter) and not bool(weight.detach().any())
+
+
+def _distance(shift: float, ratio: float) -> str:
+    if math.isinf(shift):
+        return "the statistics are the initial ones, 0 and 1, and weight and bias are trained"
+    return (
+        f"between what is stored and a batch, the means differ by {shift:.3g} standard deviations, "
+        f"the variances by a factor {ratio:.3g}"
+    )
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (norm_gain, norm_size, norm_statistics, norm_mode)

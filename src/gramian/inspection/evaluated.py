@@ -1,0 +1,140 @@
+"""A batch in evaluation mode: its loss, and whether a sample's output depends on the other samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.batch import LABELS, main_input, mapped, parts, tensors
+from gramian.errors import InputError
+from gramian.inspection.observed import first_float
+from gramian.objective import Objective
+from gramian.recording.measuring import eager, evaluating
+
+__all__ = ["Evaluated", "evaluate"]
+
+# A row of an output counts as changed if it moves by this share of the rows' size. Products of the same shapes round
+# each row alike, whatever the others hold.
+MOVED = 1e-5
+# Samples from which on a mixture is looked for.
+FEW = 4
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a pass in evaluation mode gave.
+
+    Attributes:
+        loss: mean over the units of the batch.
+        mixed_by: the first module whose output for a sample changes when another sample does; `None` where there is
+            none, or the rows of the batch are no separate samples.
+    """
+
+    loss: float
+    mixed_by: str | None = None
+
+
+def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
+    """Run a batch in evaluation mode, and once more with another sample in the place of the first.
+
+    The second pass is made where the batch is rows of inputs with a label each, and nothing in the model says that rows
+    belong together, as a norm does that uses the batch's statistics in evaluation mode too.
+
+    Args:
+        model: left as it was.
+        batch: as `objective` takes it.
+        objective: gives the loss.
+
+    Returns: an `Evaluated`.
+    Raises: what the model raises.
+    Cost: two forward passes; three where samples seem to mix.
+    Source: this library's own.
+    """
+    rows = _separate_rows(model, batch)
+    with evaluating(model), eager(), torch.no_grad():
+        loss, before = _run(model, batch, objective, rows)
+        if not rows or not math.isfinite(loss):
+            return Evaluated(loss)
+        changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
+        if changed is not None and _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
+            return Evaluated(loss)  # the model draws numbers of its own: no two passes agree
+    return Evaluated(loss, changed)
+
+
+def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[float, list[tuple[str, Tensor]]]:
+    torch.manual_seed(0)
+    with _watched(model, rows) as seen:
+        total, units = objective.loss(model, batch)
+    return float(total) / float(units), seen
+
+
+def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]]) -> str | None:
+    """The first module whose rows moved, where the model's did."""
+    whole = [i for i, (name, _) in enumerate(before) if not name]
+    if not whole or [name for name, _ in before] != [name for name, _ in after]:
+        return None
+    moved = [name for (name, a), (_, b) in zip(before, after, strict=True) if _differ(a, b)]
+    return moved[0] if moved and _differ(before[whole[-1]][1], after[whole[-1]][1]) else None
+
+
+def _separate_rows(model: nn.Module, batch: Any) -> int:
+    """The number of samples where each row of the batch is one, with a label; else 0."""
+    if not isinstance(batch, (Mapping, tuple, list)):
+        return 0
+    try:
+        x, y = main_input(batch), parts(batch).labels
+        given = list(tensors(parts(batch).inputs))
+    except (InputError, TypeError):
+        return 0
+    rows = len(x)
+    if not isinstance(y, Tensor) or rows < FEW or y.shape not in ((rows,), (rows, 1)):
+        return 0
+    if any(t.ndim == 0 or len(t) != rows or (t.ndim == 2 and t.shape[1] == rows) for t in given):
+        return 0  # edges, an adjacency matrix, or another input for all samples
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return 0 if any(m.running_mean is None for m in norms) else rows
+
+
+def _with_another_first(batch: Any, rows: int) -> Any:
+    """The batch with the inputs of its last sample in the place of the first's; labels as they were."""
+
+    def change(t: Tensor) -> Tensor:
+        return torch.cat((t[-1:], t[1:])) if t.ndim and len(t) == rows else t
+
+    if isinstance(batch, Mapping):
+        return {key: value if key in LABELS else mapped(value, change) for key, value in batch.items()}
+    return (mapped(batch[0], change), *batch[1:])
+
+
+@contextmanager
+def _watched(model: nn.Module, rows: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """A context that lists each module's output as it returns: sums over each row but the first, and their size."""
+    found: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            made = first_float(output)
+            if made is not None and len(made) == rows:
+                wide = made[1:].detach().reshape(rows - 1, -1).double()
+                found.append((name, torch.stack((wide.sum(1), wide.abs().sum(1)))))
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()] if rows else []
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether a row moved."""
+    size = float(torch.maximum(one[1], other[1]).mean())
+    return size > 0 and bool(((one - other).abs() > MOVED * size).any())
