@@ -483,3 +483,19 @@ def test_models_of_two_sizes_are_refused(tmp_path):
         ]
         == 4
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_equal_weights_in_other_parts_are_not_called_equal_files(tmp_path):
+    """A pruned model and its merged form; the old and the new form of weight norm."""
+    w, mask = normal(6, 6), (normal(6, 6) > 0).float()
+    v, g = normal(6, 6), normal(6, 1)
+    start = "a.parametrizations.weight.original"
+    for one, two in (
+        ({"a.weight_orig": w, "a.weight_mask": mask}, {"a.weight": w * mask}),
+        ({f"{start}0": g, f"{start}1": v}, {"a.weight_g": g, "a.weight_v": v}),
+    ):
+        (finding,) = compare(tmp_path, one, two).findings
+        assert finding.code == "equal-in-common"
+        assert "1 weight that the two store in other parts" in finding.evidence
+        assert codes(compare(tmp_path, one, one)) == {"no-difference"}

@@ -189,7 +189,8 @@ def _of_equality(compared: Compared) -> Iterator[Finding]:
     unmatched = len(pairs.only_one) + len(pairs.only_two)
     unread = [note for checkpoint in (pairs.one, pairs.two) for note in checkpoint.notes if "left out" in note]
     others = len(compared.shapes) + len(compared.cut) + len(compared.turned)
-    if unmatched or others or unread or pairs.notes or compared.parts:
+    stored = sum(pairs.stored_otherwise(name) for name in pairs.order)
+    if unmatched or others or unread or pairs.notes or compared.parts or (stored and not compared.rounded):
         yield Finding(
             "equal-in-common",
             "info",
@@ -200,6 +201,7 @@ def _of_equality(compared: Compared) -> Iterator[Finding]:
                 + ([f"{plural(others, 'tensor')} of another shape"] if others else [])
                 + ([f"{plural(compared.num_rows, 'row')} that only one has"] if compared.num_rows else [])
                 + ([f"{plural(len(compared.parts), 'part')} of equal weights that differ"] if compared.parts else [])
+                + ([f"{plural(stored, 'weight')} that the two store in other parts"] if stored else [])
                 + (["names differ by a prefix"] if pairs.notes else [])
                 + (["a file holds more than was read"] if unread else [])
             ),

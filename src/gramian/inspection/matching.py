@@ -86,6 +86,12 @@ class Pairs:
         entries = ((self.one, self.one.entries[name]), (self.two, self.two.entries[self.names[name]]))
         return [f"{entry.made.how}, in {checkpoint.path}" for checkpoint, entry in entries if entry.made]
 
+    def stored_otherwise(self, name: str) -> bool:
+        """Whether the two files hold a weight in other parts."""
+        entry, other = self.one.entries[name], self.two.entries[self.names[name]]
+        is_same = bool(entry.made) == bool(other.made) and self.renamed(name) == other.name
+        return not is_same and (entry.made is not None or other.made is not None)
+
     def turned(self, name: str) -> bool:
         """Whether the tensors hold matrices of the same shapes, whatever shapes they have themselves."""
         a, b = self.new.get(name), self.old.get(self.names[name])
