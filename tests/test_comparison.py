@@ -402,17 +402,19 @@ def test_an_adapter_is_compared_with_another_by_products_and_not_with_its_base(t
     assert "2 parts of equal weights that differ" in same.findings[0].evidence
 
 
-@pytest.mark.parametrize("where", ["only in one", "new rows"])
-def test_what_only_one_has_is_searched_for_nan(tmp_path, where):
+@pytest.mark.parametrize("where", ["only in one", "new rows", "another shape"])
+def test_what_is_not_compared_is_searched_for_nan(tmp_path, where):
     old = {"embed_tokens.weight": normal(20, 6), "layers.0.w.weight": normal(6, 6, seed=1)}
     new = dict(old)
     if where == "new rows":
         new["embed_tokens.weight"] = torch.cat((old["embed_tokens.weight"], torch.full((2, 6), float("nan"))))
     else:
         new["layers.0.w.bias"] = torch.tensor([1.0, float("inf")])
+    if where == "another shape":
+        old["layers.0.w.bias"] = torch.ones(3)
     (finding,) = compare(tmp_path, new, old).findings
     assert finding.code == "non-finite-difference"
-    assert finding.where == {"new rows": "embed_tokens.weight[20:22]", "only in one": "layers.0.w.bias"}[where]
+    assert finding.where == ("embed_tokens.weight[20:22]" if where == "new rows" else "layers.0.w.bias")
 
 
 def test_a_new_head_of_another_size_is_not_compared_row_by_row(tmp_path):

@@ -60,7 +60,7 @@ class Compared:
             for name in names:
                 entry = checkpoint.entries[name]
                 tensor = checkpoint.load(name)
-                self._search(name, tensor)
+                self.search(name, tensor)
                 note = f"only in {checkpoint.path}"
                 if name in holdings and holdings[name].role == "head" and _ties_head(other):
                     tables = [h.entry for h in holdings.values() if h.role == "embedding" and h.entry.name != name]
@@ -79,11 +79,11 @@ class Compared:
         shapes = f"{tuple(new.shape)} and {tuple(old.shape)}"
         self.cut.append(f"{name} {shapes}: the first {plural(start, 'row')}; {plural(count, 'row')} only in {path}")
         label, rest = f"{name}[{start}:{stop}]", longer[start:]
-        self._search(label, rest)
+        self.search(label, rest)
         self.others.append(Layer(label, "unmatched", tuple(rest.shape), 0, dtype_name(rest), note=note))
 
-    def _search(self, name: str, tensor: Tensor) -> None:
-        """Search what only one has for NaN and infinity."""
+    def search(self, name: str, tensor: Tensor) -> None:
+        """Search what is not compared, or only one has, for NaN and infinity."""
         if count := count_non_finite(tensor):
             self.broken.append((name, count))
 

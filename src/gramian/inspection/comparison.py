@@ -130,6 +130,8 @@ def _compare(pairs: Pairs, name: str, compared: Compared, quick: bool) -> None:
             compared.shapes.append(f"{name} {note}")
             row = Layer(name, "shape", tuple(new.shape), 0, dtype_name(new), note=f"not compared: {note}")
             compared.others.append(row)
+            for tensor in (new, old):
+                compared.search(name, tensor)
             return
         compared.add_rows(name, new, old)
         new, old = common
