@@ -319,12 +319,14 @@ def test_the_entropy_of_attention_is_that_of_its_weights(causal: bool, masked: b
     model, x = Attend().double(), torch.randn(3, 5, 4, generator=draw()).double()
     [found] = observe(model, [(x, torch.zeros(3, dtype=torch.long))], CLASSIFY).attentions
     scores = model.q(x) @ x.mT / 2
+    allowed = torch.ones(5, 5, dtype=torch.bool)
     if causal or masked:
-        allowed = torch.ones(5, 5, dtype=torch.bool).tril() if causal else model.mask
+        allowed = allowed.tril() if causal else model.mask
         scores = scores.masked_fill(~allowed, -torch.inf)
-    p = scores.softmax(-1)
-    entropy = torch.special.entr(p).sum(-1) / (p > 0).sum(-1).clamp(min=2).double().log()
-    assert found.entropy == pytest.approx(float(entropy[:, 1:].mean()), rel=1e-5)
+    p, keys = scores.detach().softmax(-1), allowed.sum(-1)
+    entropy = torch.special.entr(p).sum(-1)[:, keys > 1] / keys[keys > 1].double().log()
+    assert found.entropy == pytest.approx(float(entropy.mean()), rel=1e-5)
+    assert found.masked == 0.0
 
 
 def test_a_gradient_by_depth_counts_all_positions() -> None:

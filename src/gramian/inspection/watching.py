@@ -42,7 +42,7 @@ MOST_CUTS = 64
 # A unit of tanh or sigmoid counts as saturated this close to an end of its range, as a share of the range.
 SATURATED = 0.01
 
-# A mean of n values counts as cancelled below this share of their size over √n, which independent values would have.
+# A mean of n values counts as canceled below this share of their size over √n, which independent values would have.
 CANCELS = 1e-4
 
 # Activations whose zeros are dead units, and those with an end on both sides: name, lower and upper end.
@@ -137,7 +137,7 @@ class Watcher(TorchFunctionMode):
 
     def _moments(self, t: Tensor) -> Moments:
         """The moments of a tensor, which often is one module's output and the next's input."""
-        key = (id(t), t._version)
+        key = (id(t), 0 if t.is_inference() else t._version)
         if key not in self.measured:
             self.measured[key] = moments(t)
             self.alive.append(t)

@@ -1,0 +1,279 @@
+"""Causes in what the loss is applied to, in norms, masks and groups of the optimizer; each with its healthy network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gramian as gm
+from gramian.inspection.evaluated import evaluate
+from gramian.inspection.observed import moments
+
+CLASSIFY, REGRESS = gm.Objective.classification(), gm.Objective.regression()
+N, WIDTH, CLASSES = 64, 20, 5
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def data(kind: str) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, N, WIDTH, generator=generator)
+    scores = x @ torch.randn(WIDTH, CLASSES, generator=generator)
+    y = {"classes": scores.argmax(-1), "number": x[..., 0] * 2 + x[..., 1], "bits": (scores > 0).float()}[kind]
+    return list(zip(x, y, strict=True))
+
+
+def net(outputs: int = CLASSES, *last: nn.Module, norm: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle = [norm] if norm is not None else []
+    return nn.Sequential(nn.Linear(WIDTH, 64), *middle, nn.ReLU(), nn.Linear(64, outputs), *last)
+
+
+def found(model: nn.Module, batches: Any, objective: Any, optimizer: Any = None) -> dict[str, Any]:
+    """The errors and warnings, by code."""
+    report = gm.inspect(model, batches, objective, optimizer=optimizer)
+    return {f.code: f for f in report.findings if f.severity != "info"}
+
+
+def loss(function: Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    return lambda model, batch: function(model(batch[0]), batch[1])
+
+
+class Column(nn.Module):
+    """Adds a dimension of one for a norm over the last."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x[..., None])[..., 0]
+
+
+class Transposed(nn.Module):
+    """A reshape that mixes the samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.t().reshape(x.shape)
+
+
+class Softmaxed(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.softmax(self.dim) * 20
+
+
+SOFTMAX_OF_SAMPLES = loss(lambda s, y: -F.log_softmax(s, 0)[torch.arange(N), y].mean())
+OF_LOSSES: dict[str, tuple[str, nn.Module, str, Any]] = {
+    "sigmoid before a loss of scores": (
+        "loss-double-sigmoid", net(CLASSES, nn.Sigmoid()), "bits", loss(F.binary_cross_entropy_with_logits),
+    ),
+    "nll_loss of scores": ("loss-not-log-probabilities", net(), "classes", loss(F.nll_loss)),
+    "a log-softmax over the samples": ("samples-mixed", net(), "classes", SOFTMAX_OF_SAMPLES),
+    "tanh before cross-entropy": ("loss-double-softmax", net(CLASSES, nn.Tanh()), "classes", CLASSIFY),
+    "(N, 1) against (N,)": ("loss-broadcast", net(1), "number", loss(lambda s, y: (s - y).square().mean())),
+    "ReLU before a regression": ("output-range", net(1, nn.ReLU()), "number", REGRESS),
+    "targets of another unit": (
+        "labels-scale", net(1), "number", loss(lambda s, y: F.mse_loss(s.squeeze(-1), 1e4 * y + 1e5)),
+    ),
+    "a mixing reshape": ("samples-mixed", net(CLASSES, Transposed()), "classes", CLASSIFY),
+    "a softmax over the samples": ("samples-mixed", net(CLASSES, Softmaxed(0)), "classes", CLASSIFY),
+    "a norm over one value": ("norm-single-value", net(norm=Column(nn.LayerNorm(1))), "classes", CLASSIFY),
+    "groups of one value": ("norm-single-value", net(norm=nn.GroupNorm(64, 64)), "classes", CLASSIFY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_LOSSES)
+def test_the_cause_is_named_first(name: str) -> None:
+    code, model, kind, objective = OF_LOSSES[name]
+    serious = found(model, data(kind), objective)
+    assert next(iter(serious)) == code
+
+
+HEALTHY: dict[str, tuple[nn.Module, str, Any]] = {
+    "scores of bits": (net(), "bits", loss(F.binary_cross_entropy_with_logits)),
+    "log-probabilities": (net(CLASSES, nn.LogSoftmax(1)), "classes", loss(F.nll_loss)),
+    "a number": (net(1), "number", loss(lambda s, y: F.mse_loss(s.squeeze(-1), y))),
+    "a softmax over the features": (net(CLASSES, Softmaxed(1)), "classes", CLASSIFY),
+    "probabilities to bits": (net(CLASSES, nn.Sigmoid()), "bits", loss(F.binary_cross_entropy)),
+    "a group norm": (net(norm=nn.GroupNorm(4, 64)), "classes", CLASSIFY),
+    "a batch norm": (net(norm=nn.BatchNorm1d(64)), "classes", CLASSIFY),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_networks_draw_no_alarm(name: str) -> None:
+    model, kind, objective = HEALTHY[name]
+    assert not found(model, data(kind), objective)
+
+
+def test_few_values_for_a_batch_norm() -> None:
+    batches = [(x[:2], y[:2]) for x, y in data("classes")]
+    assert "norm-few-values" in found(net(norm=nn.BatchNorm1d(64)), batches, CLASSIFY)
+
+
+def test_a_batch_norm_without_momentum() -> None:
+    finding = found(net(norm=nn.BatchNorm1d(64, momentum=0.0)), data("classes"), CLASSIFY)["norm-statistics"]
+    assert "never change" in finding.title
+
+
+def test_an_offset_of_the_head() -> None:
+    model = net()
+    with torch.no_grad():
+        model[-1].bias[0] = 100.0
+    finding = found(model, data("classes"), CLASSIFY)["head-offset"]
+    assert "class 0" in finding.title
+    assert finding.where == "2"
+
+
+def test_a_mask_of_all_keys() -> None:
+    class Masked(nn.Module):
+        def __init__(self, hidden: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True, dropout=0.0)
+            self.head, self.hidden = nn.Linear(WIDTH, CLASSES), hidden
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.zeros(len(x), 3, dtype=torch.bool)
+            mask[:, 2:] = True  # padding
+            x = self.layer(x[:, None] + torch.arange(3.0)[:, None], src_key_padding_mask=mask | self.hidden)
+            return self.head(x.mean(1))
+
+    assert "attention-masked" in found(Masked(True), data("classes"), CLASSIFY)
+    assert not found(Masked(False), data("classes"), CLASSIFY)
+
+
+def test_a_mean_over_normalized_features() -> None:
+    class Mean(nn.Module):
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.norm = nn.Linear(WIDTH, 16), nn.LayerNorm(16)
+            self.head, self.dim = nn.Linear(4 if dim == 2 else 16, CLASSES), dim
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.stack([self.stem(x.roll(i, 1)) for i in range(4)], 1)
+            return self.head(self.norm(x).mean(self.dim))
+
+    serious = found(Mean(2), data("classes"), CLASSIFY, torch.optim.Adam(Mean(2).parameters()))
+    assert "reduction-cancels" in serious
+    assert "gradient-vanishes" not in serious
+    assert not found(Mean(1), data("classes"), CLASSIFY)
+
+
+def adam(model: nn.Module, first: float = 1e-3, rest: float = 1e-3, **settings: Any) -> torch.optim.Optimizer:
+    groups = [
+        {"params": list(model[:1].parameters()), "lr": first},
+        {"params": list(model[1:].parameters()), "lr": rest},
+    ]
+    return torch.optim.Adam(groups, **settings)
+
+
+def test_the_group_at_fault_is_named() -> None:
+    model = net()
+    low = found(model, data("classes"), CLASSIFY, adam(model, 1e-9))["rate-too-low"]
+    high = found(model, data("classes"), CLASSIFY, adam(model, rest=3.0))["rate-too-high"]
+    assert low.where == "0"
+    assert "1e-09 of group 0 (0.weight)" in low.cause
+    assert "The rate 3 of group 1 (2.weight)" in high.cause
+    assert not found(model, data("classes"), CLASSIFY, adam(model))
+
+
+def test_a_large_epsilon_is_the_cause_of_small_steps() -> None:
+    model = net()
+    finding = found(model, data("classes"), CLASSIFY, adam(model, eps=10.0))["rate-too-low"]
+    assert "ε of 10" in finding.cause
+
+
+def test_maximize() -> None:
+    model = net()
+    serious = found(model, data("classes"), CLASSIFY, torch.optim.SGD(model.parameters(), 0.1, maximize=True))
+    assert next(iter(serious)) == "loss-maximized"
+
+
+def test_a_warm_up_from_zero_is_no_fault() -> None:
+    model = net()
+    optimizer = adam(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 100)
+    assert not found(model, data("classes"), CLASSIFY, optimizer)
+    still = adam(model, 0.0)
+    assert "was given a rate of zero" in found(model, data("classes"), CLASSIFY, still)["parameter-not-stepped"].cause
+
+
+def test_branches_that_start_shut_do_not_make_the_rate_low() -> None:
+    class Shut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gate = nn.Linear(64, 64), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gate * F.relu(self.layer(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 64), *(Shut() for _ in range(6)), nn.Linear(64, CLASSES))
+    assert not found(model, data("classes"), CLASSIFY, torch.optim.Adam(model.parameters()))
+
+
+def test_a_teacher_under_no_grad_and_a_backbone_in_evaluation_mode_are_meant() -> None:
+    class Student(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = net(), net().requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = self.teacher(x + 0.1)
+            return self.student(x) - 0.1 * wanted
+
+    assert not found(Student(), data("classes"), CLASSIFY)
+    model = net()
+    model[0].requires_grad_(False)
+    assert "parameter-frozen" in found(model, data("classes"), CLASSIFY)
+    model[0].eval()
+    assert "parameter-frozen" not in found(model, data("classes"), CLASSIFY)
+
+
+def test_evaluation_leaves_the_model_and_the_random_state_alone() -> None:
+    model = net(CLASSES, nn.Dropout(0.5), norm=nn.BatchNorm1d(64))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    batch = data("classes")[0]
+    result = evaluate(model, batch, CLASSIFY)
+    total, units = CLASSIFY.loss(model.eval(), batch)
+    assert result.mixed_by is None
+    assert result.loss == pytest.approx(float(total / units), rel=1e-6)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_samples_that_draw_numbers_of_their_own_do_not_look_mixed() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x + 0.1 * torch.randn(x.shape, generator=generator))
+
+    assert evaluate(Noisy(), data("classes")[0], CLASSIFY).mixed_by is None
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-18, 1.0, 1e18, 1e30])
+def test_moments_have_no_scale(scale: float) -> None:
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) + 2
+    found = moments(x * scale)
+    wide = (x * scale).double()
+    assert found.is_finite
+    assert found.rms == pytest.approx(float(wide.square().mean().sqrt()), rel=1e-5)
+    assert found.between == pytest.approx(float(wide.std(0, correction=0).square().mean().sqrt()), rel=1e-5)
