@@ -277,3 +277,22 @@ def test_moments_have_no_scale(scale: float) -> None:
     assert found.is_finite
     assert found.rms == pytest.approx(float(wide.square().mean().sqrt()), rel=1e-5)
     assert found.between == pytest.approx(float(wide.std(0, correction=0).square().mean().sqrt()), rel=1e-5)
+
+
+def test_a_branch_on_the_mode_is_told() -> None:
+    class Branch(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.net, self.factor = net(norm=nn.BatchNorm1d(64)), factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * (1.0 if self.training else self.factor)
+
+    def averaged(model: nn.Module) -> nn.Module:
+        for _ in range(40):
+            model(data("classes")[0][0])
+        return model
+
+    assert "modes-disagree" in found(averaged(Branch(40.0)), data("classes"), CLASSIFY)
+    assert not found(averaged(Branch(1.0)), data("classes"), CLASSIFY)
+    assert not found(Branch(1.0), data("classes"), CLASSIFY)  # statistics that have not settled

@@ -44,6 +44,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("attention-saturated", "residual-growth"),
     ("dead-units", "saturated-units"),
     ("parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
+    ("modes-disagree",),
     ("rate-too-high", "rate-too-low"),
     ("labels-independent",),
 )
@@ -60,6 +61,7 @@ _SYMPTOMS = frozenset(
         "non-finite-input",
         "non-finite-gradient",
         "loss-non-finite",
+        "modes-disagree",
     ]
 )
 _UNITS = frozenset(("norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth"))

@@ -17,6 +17,10 @@ __all__ = ["RULES"]
 # Stored statistics of a batch norm: distance of the means in standard deviations, and ratio of the variances.
 SHIFT, RATIO = 3.0, 8.0
 
+# A loss in evaluation mode is told that is more than this many times that in training mode, and this much more, once
+# the statistics of batch norms have seen this many batches.
+TIMES, MORE, SETTLED = 2.0, 1.0, 30
+
 # Values per channel up to which a batch norm leaves little but their signs: of two, ±1.
 FEW_VALUES = 3
 
@@ -134,6 +138,24 @@ def norm_mode(context: Context) -> Iterator[Finding]:
         )
 
 
+def modes(context: Context) -> Iterator[Finding]:
+    """Find a loss that is far larger in evaluation mode than in training mode, on the same batch."""
+    trained, evaluated = context.observed.first_loss, context.evaluated.loss if context.evaluated is not None else 0.0
+    norms = [m for m in context.model.modules() if isinstance(m, _BATCH_NORM) and m.track_running_stats]
+    settled = all(int(m.num_batches_tracked if m.num_batches_tracked is not None else 0) >= SETTLED for m in norms)
+    if settled and math.isfinite(trained) and evaluated > TIMES * abs(trained) + MORE:
+        yield Finding(
+            "modes-disagree",
+            "warning",
+            f"The loss of a batch is {trained:.3g} in training mode and {evaluated:.3g} in evaluation mode",
+            where="all layers",
+            evidence="the same batch and weights",
+            cause="Evaluation mode computes something else: statistics that are not those of the data, or a branch on "
+            "self.training.",
+            advice="Look at what depends on module.training.",
+        )
+
+
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -165,4 +187,4 @@ def _distance(shift: float, ratio: float) -> str:
     )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (norm_gain, norm_size, norm_statistics, norm_mode)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (norm_gain, norm_size, norm_statistics, norm_mode, modes)
