@@ -22,6 +22,7 @@ from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.measured import Measured
 from gramian.inspection.observing import NUM_BATCHES, observe
+from gramian.inspection.places import places
 from gramian.inspection.rules import find
 from gramian.inspection.stepping import take_steps
 from gramian.inspection.weights import measure_file, measure_model
@@ -37,6 +38,9 @@ __all__ = ["inspect"]
 
 # Samples at which the end-to-end Jacobian is computed; the report shows the median of each singular value over them.
 NUM_JACOBIANS = 8
+
+# What a report says it looked at, or not.
+SIGNAL, STEPS, JACOBIAN = "signal and gradients by layer", "optimizer's steps", "end-to-end Jacobian"
 
 
 def inspect(
@@ -86,8 +90,8 @@ def inspect(
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
-    >>> report.verdict, report.layers[0].shape
-    ('No trouble found in 2 layers.', (8, 8))
+    >>> report.verdict.partition(".")[0], report.not_looked_at
+    ('No trouble found in 2 layers', {'signal and gradients by layer': 'no batches and objective were given'})
     """
     progress = progress or (lambda what, done, total: None)
     if not isinstance(model_or_path, (str, os.PathLike)):
@@ -95,10 +99,9 @@ def inspect(
     if not isinstance(model_or_path, nn.Module):
         if batches is not None or objective is not None:
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
-        return _report(
-            title or os.path.basename(os.path.abspath(model_or_path)),
-            measure_file(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size),
-        )
+        measured = measure_file(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
+        measured.skipped |= {SIGNAL: "a file has weights and no forward pass"}
+        return _report(title or os.path.basename(os.path.abspath(model_or_path)), measured)
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
     data = None
@@ -110,12 +113,16 @@ def inspect(
         return _report(title or type(model_or_path).__name__, measured, found)
     if optimizer is not None:
         raise InputError("inspect: an optimizer is judged by its steps; pass batches and an objective with it")
+    measured.skipped |= {SIGNAL: "no batches and objective were given"}
     return _report(title or type(model_or_path).__name__, measured)
 
 
 def _report(title: str, measured: Measured, causes: Sequence[Finding] | None = None) -> Report:
     found = find(measured) if causes is None else ordered((*causes, *find(measured)))
-    return Report(title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions)
+    return Report(
+        title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions,
+        measured.places, measured.looked_at, measured.skipped,
+    )  # fmt: skip
 
 
 def _measure_signal(
@@ -134,29 +141,36 @@ def _measure_signal(
     try:
         observed = observe(model, few, objective)
     except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
-        measured.notes.append(f"No training step was watched: {_in_words(error)}. So causes were not looked for.")
+        measured.skipped |= {"causes": f"no training step could be watched: {_in_words(error)}"}
         _measure_moments(measured, model, few[0], batches, objective, layouts, progress, total)
         return []
     context = Context(model, observed, optimizer, layers=measured.layers)
     measured.gated = context.has_zero_gates
     if observed.error is not None:
-        measured.notes.append(f"The signal was not measured, since the loss fails: {_in_words(observed.error)}.")
+        measured.skipped |= {SIGNAL: f"the loss fails: {_in_words(observed.error)}"}
         return list(labels_in_range(context))
-    if optimizer is not None and math.isfinite(observed.loss):
+    measured.looked_at += ["data", "loss", "modules in training steps"]
+    if optimizer is None:
+        measured.skipped |= {STEPS: "no optimizer was given"}
+    elif not math.isfinite(observed.loss):
+        measured.skipped |= {STEPS: "the loss is not finite"}
+    else:
         try:
             context.steps = take_steps(model, optimizer, few, objective)
+            measured.looked_at.append(STEPS)
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails
-            measured.notes.append(f"The optimizer's steps were not measured: {_in_words(error)}.")
+            measured.skipped |= {STEPS: _in_words(error)}
     found: list[Finding] = []
     for rule in CAUSES:
         try:
             found += rule(context)
         except Exception as error:  # what one rule does not understand must not hide what the others found
-            measured.notes.append(f"The rule for {rule.__name__.replace('_', ' ')} failed: {_in_words(error)}.")
+            measured.skipped |= {rule.__name__.replace("_", " "): f"the rule failed: {_in_words(error)}"}
     progress("steps", 1, 1)
     with batch_statistics(model):
         _measure_moments(measured, model, few[0], batches, objective, layouts, progress, total)
     measured.facts |= {"loss in training mode": observed.loss}
+    measured.places = places(observed, measured, context.steps.changes if context.steps else {})
     return found
 
 
@@ -181,6 +195,7 @@ def _measure_moments(
     )
     measured.stats = stats
     measured.notes += stats.summary()
+    measured.looked_at.append(SIGNAL)
     progress("gains", 0, 1)
     _measure_gains(measured, model, first, objective)
     progress("gains", 1, 1)
@@ -220,36 +235,38 @@ def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: 
     try:
         measured.gains = layer_gains(model, batch, objective)
     except Exception as error:  # a model that runs may still not be differentiated layer by layer
-        measured.notes.append(f"The gains were not measured: {_in_words(error)}.")
+        measured.skipped |= {"gains": _in_words(error)}
         return
     known = sum(gain is not None for gain in measured.gains.values())
+    if known:
+        measured.looked_at.append("gains")
     if known < len(measured.gains):
-        measured.notes.append(
-            f"The gain was measured for {known} of {len(measured.gains)} layers. It is not defined where a layer is "
-            "used several times, or where the next layer's input depends on more than this layer (a skip, attention)."
-        )
+        measured.skipped |= {
+            f"gains of {len(measured.gains) - known} of {len(measured.gains)} layers": "undefined where a layer is "
+            "used several times, or the next one's input depends on more than it (a skip, attention)"
+        }
 
 
 def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
-    what = "The end-to-end Jacobian was not measured"
     try:
         try:
             found = try_jacobian(model, first_samples(batch, NUM_JACOBIANS), objective)
         except Exception:  # a part of a batch may be none: the nodes of a graph without the other ends of its edges
             found = try_jacobian(model, batch, objective)
     except Exception as error:
-        measured.notes.append(f"{what}: {_in_words(error)}.")
+        measured.skipped |= {JACOBIAN: _in_words(error)}
         return
     if isinstance(found, NoJacobian):
-        measured.notes.append(f"{what}: {found.reason}.")
+        measured.skipped |= {JACOBIAN: found.reason}
         measured.is_chain = found.is_chain
         if not found.is_chain:
-            measured.notes.append("So the gradients of the first and the last layer were not compared either.")
+            measured.skipped |= {"gradient of the first layer against the last": "the last does not depend on the first"}
     elif torch.isfinite(found).all():
         values, _ = linalg.svdvals_ex(found)
         measured.jacobian = tuple(values.double().median(0).values.tolist())
+        measured.looked_at.append(JACOBIAN)
     else:
-        measured.notes.append(f"{what}: it is not finite.")
+        measured.skipped |= {JACOBIAN: "it is not finite"}
 
 
 def _in_words(error: Exception) -> str:

@@ -20,7 +20,7 @@ __all__ = ["ACTIONS", "Action"]
 
 # Name of an action: its code, Python or a command line that begins with "gramian". Every {parameter} must be given.
 ACTIONS: dict[str, str] = {
-    "isometric_": "gm.init.isometric_(model, sample)",
+    "isometric_": "gm.init.isometric_(model, next(iter(batches)))",
     "train": "gm.train(task, init={init}, optimizer={optimizer})",
     "inspect": "gm.inspect(model, batches, objective)",
     "inspect_in_float32": "gm.inspect(model.float(), batches, objective)",

@@ -25,10 +25,22 @@ from markupsafe import Markup, escape
 from gramian.errors import InputError
 
 from .canvas import drawing_settings
+from .depth import draw_depth, read_out
 from .files import write_text
 from .formatting import number, visible
 from .heatmaps import draw_heat_map, shared_scale
-from .model import Detail, Document, Drawing, Finding, HeatMap, Picture, Section, Table, is_findings, ranked
+from .model import (
+    Depth,
+    Detail,
+    Document,
+    Drawing,
+    Finding,
+    HeatMap,
+    Section,
+    Table,
+    causes_first,
+    is_findings,
+)
 from .pictures import Drawn, draw_picture
 
 if TYPE_CHECKING:
@@ -129,6 +141,11 @@ class Figure:
         return [_detail(detail) for detail in self.item.details] if isinstance(self.item, Table) else []
 
     @property
+    def depth(self) -> dict[str, Any] | None:
+        """What the picture by depth shows at the pointer."""
+        return read_out(self.item) if isinstance(self.item, Depth) else None
+
+    @property
     def kind(self) -> str:
         return "table" if isinstance(self.item, Table) else "figure"
 
@@ -140,11 +157,11 @@ class Figure:
 def _items(section: Section, identifiers: Iterator[int]) -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = []
     for item in section.items:
-        if isinstance(item, Picture | HeatMap | Table):
+        if isinstance(item, Drawing | Table):
             shown.append({"kind": "one", "figures": _figures((item,), identifiers, alone=True)})
         elif is_findings(item):
             findings: Sequence[Finding] = item  # type: ignore[assignment]
-            shown.append({"kind": "findings", "findings": ranked(findings)})
+            shown.append({"kind": "findings", "findings": causes_first(findings)})
         else:
             side_by_side: tuple[Drawing | Table, ...] = tuple(item)  # type: ignore[arg-type]
             alone = len(side_by_side) == 1
@@ -165,7 +182,9 @@ def _figures(items: Sequence[Drawing | Table], identifiers: Iterator[int], alone
         for width in (HALF, WIDE) if alone else (HALF,):
             prefix = f"p{next(identifiers)}-"
             height = 280.0 if width == HALF else 330.0
-            if isinstance(item, HeatMap):
+            if isinstance(item, Depth):
+                drawn.append(Drawn(draw_depth(item, width)))
+            elif isinstance(item, HeatMap):
                 drawn.append(draw_heat_map(item, prefix, scales[item.log], width, height))
             else:
                 drawn.append(draw_picture(item, prefix, width, height))

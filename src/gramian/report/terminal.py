@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
@@ -17,14 +16,26 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from .axes import shows
-from .compose import layer_table, telling_rows
+from .compose import depth_section, layer_table, telling_rows
 from .formatting import number
-from .model import Document, Finding, HeatMap, Picture, Report, Section, Status, Table, is_findings, plural, ranked
+from .model import (
+    Depth,
+    Document,
+    Drawing,
+    Finding,
+    HeatMap,
+    Picture,
+    Report,
+    Section,
+    Status,
+    Table,
+    causes_first,
+    is_findings,
+    plural,
+)
 from .spelling import Speller
+from .sparklines import DepthView
 from .tables import TableView
-
-if TYPE_CHECKING:
-    from .model import Drawing
 
 MOST_FINDINGS = 12  # shown unless verbose
 MOST_ROWS = 24
@@ -96,19 +107,19 @@ class VerdictView:
 
 @dataclass(frozen=True)
 class FindingsView:
-    """Findings by rank: severity and title, then where, evidence, cause and remedy; with `verbose`, the source too."""
+    """Causes by rank: severity and title, where, evidence, cause, remedy, what follows; with `verbose`, the source."""
 
     findings: Sequence[Finding]
     verbose: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         spell = Speller(options)
-        findings = ranked(self.findings)
-        shown = findings if self.verbose else findings[:MOST_FINDINGS]
+        causes = causes_first(self.findings)
+        shown = causes if self.verbose else causes[:MOST_FINDINGS]
         grid = Grid.grid(padding=(0, 2, 0, 0))
         grid.add_column(no_wrap=True)
         grid.add_column(overflow="fold")
-        for place, finding in enumerate(shown):
+        for place, (finding, after) in enumerate(shown):
             if place:
                 grid.add_row("", "")
             style = _STYLES[finding.severity]
@@ -121,9 +132,12 @@ class FindingsView:
             for field, text in rows:
                 if text:
                     grid.add_row(Text(field, "dim"), text)
+            for number_, one in enumerate(after):
+                told = f"{one.title} ({one.evidence})" if self.verbose and one.evidence else one.title
+                grid.add_row(Text("" if number_ else "follows", "dim"), Text(spell(told)))
         yield grid
-        if len(shown) < len(findings):
-            yield Text(f"{plural(len(findings) - len(shown), 'more finding')} (verbose shows all).", "dim")
+        if len(shown) < len(causes):
+            yield Text(f"{plural(len(causes) - len(shown), 'more finding')} (verbose shows all).", "dim")
 
 
 @dataclass(frozen=True)
@@ -142,25 +156,40 @@ class LayersView:
 
 @dataclass(frozen=True)
 class ReportView:
-    """A whole report: title, verdict, facts, findings, layers, notes."""
+    """A whole report: title, verdict, facts, the network by depth, findings, layers, notes; if long, the verdict again."""
 
     report: Report
     verbose: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        spell = Speller(options)
+        parts = list(self._parts(Speller(options)))
+        yield from parts
+        verdict = parts[1]
+        if len(console.render_lines(Group(*parts), options, pad=False)) > console.size.height:
+            yield ""
+            yield verdict
+
+    def _parts(self, spell: Speller) -> Iterator[RenderableType]:
         report = self.report
         yield Text(spell(report.title), "dim")
         yield VerdictView(report.status, report.verdict)
         if report.facts:
             yield ""
             yield _pairs([(spell(label), spell(number(value))) for label, value in report.facts.items()])
+        signal = depth_section([report], [""], ["accent"])
+        if signal is not None:
+            yield ""
+            yield from (DepthView(item) for item in signal.items if isinstance(item, Depth))
         if report.findings:
             yield ""
             yield FindingsView(report.findings, self.verbose)
         if report.layers:
             yield ""
             yield LayersView(report, self.verbose)
+        if report.not_looked_at:
+            yield ""
+            yield Text("Not looked at", "dim")
+            yield _pairs([(spell(what), spell(why)) for what, why in report.not_looked_at.items()])
         if report.notes:
             yield ""
             yield from (_bullet(spell(" ".join(note.split()))) for note in report.notes)
@@ -197,7 +226,7 @@ class DocumentView:
 
 def _items(section: Section) -> Iterator[Drawing | Table | Sequence[Finding]]:
     for item in section.items:
-        if isinstance(item, Picture | HeatMap | Table) or is_findings(item):
+        if isinstance(item, Drawing | Table) or is_findings(item):
             yield item  # type: ignore[misc]
         else:
             yield from item  # type: ignore[misc]
@@ -209,6 +238,8 @@ def _item_view(item: Drawing | Table | Sequence[Finding], spell: Speller, verbos
         return _titled(item.title, TableView(item, rows), spell)
     if isinstance(item, HeatMap):
         return Text(spell(f"{item.title}: a heat map, shown in the HTML page."), "dim")
+    if isinstance(item, Depth):
+        return DepthView(item)
     if isinstance(item, Picture):
         return _titled(item.title, TableView(_in_numbers(item)), spell)
     return FindingsView(item, verbose)

@@ -115,4 +115,4 @@ def _told(finding: Finding, root: Finding | None) -> Finding:
     if root is None:
         return finding
     cause = f"Follows from {root.code}: {root.title[0].lower()}{root.title[1:]}. {finding.cause}".strip()
-    return replace(finding, severity="info", cause=cause, action=None, advice="")
+    return replace(finding, severity="info", cause=cause, action=None, advice="", follows=root.code)

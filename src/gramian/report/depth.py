@@ -1,0 +1,152 @@
+"""The network by depth as SVG: lanes of curves over the places of the forward pass, with culprits marked.
+
+A lane is an inner `<svg>` whose view box is in places, so that the page zooms by setting one attribute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import escape
+
+from gramian.errors import InputError
+
+from .axes import Axis, make_axis, shows
+from .formatting import MISSING, number, visible
+from .model import Depth, Lane, Role, Series
+from .palette import colors_of, variable
+
+__all__ = ["draw_depth", "read_out"]
+
+_LANE, _GAP, _TOP, _FOOT, _LEFT, _RIGHT = 62, 27, 24, 42, 52, 12  # pixels
+_MOST_DISCS = 80  # places up to which each value has a disc
+_TICK_SIZE = 11.5
+
+
+@dataclass(frozen=True)
+class _Curve:
+    color: str
+    values: Sequence[float | None]
+
+
+def draw_depth(item: Depth, width: float) -> str:
+    """Return the picture as markup, `width` pixels wide; every text in it is escaped."""
+    count = len(item.names)
+    inner = width - _LEFT - _RIGHT
+    height = _TOP + len(item.lanes) * (_LANE + _GAP) + _FOOT - _GAP
+    parts = [_bands(item, inner, height - _TOP - _FOOT)]
+    for place, lane in enumerate(item.lanes):
+        if any(len(values) != count for _, _, values in lane.series):
+            raise InputError(f"depth {item.title!r}: {lane.label!r} needs {count} values, one for each name.")
+        parts.append(_lane(lane, _TOP + place * (_LANE + _GAP), inner, count))
+    parts.append(_ticks(count, inner, height - _FOOT))
+    label = f"place in the forward pass, 0 to {count - 1}" if count > 1 else "place in the forward pass"
+    parts.append(_text(_LEFT + inner / 2, height - 6, label, "middle"))
+    spoken = escape(visible(_spoken(item)))
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{spoken}">{"".join(parts)}</svg>'
+
+
+def read_out(item: Depth) -> dict[str, Any]:
+    """Return what the page shows at the pointer: names, and the values of every lane as text."""
+    lanes = []
+    for lane in item.lanes:
+        for (label, _, values), color in zip(lane.series, _colors(lane), strict=True):
+            told = " · ".join(part for part in (visible(lane.label), visible(label)) if part)
+            lanes.append([told, variable(color), [number(value) for value in values]])
+    return {"names": [visible(name) for name in item.names], "lanes": lanes}
+
+
+def _colors(lane: Lane) -> list[str]:
+    roles: list[Role] = [role for _, role, _ in lane.series]
+    return colors_of([Series("", (), (), role) for role in roles])
+
+
+def _bands(item: Depth, width: float, height: float) -> str:
+    """Bars behind all lanes at the marked places; a line in each keeps it visible among hundreds of places."""
+    marks = [(place, "culprit") for place in item.culprits]
+    marks += [(place, "consequence") for place in item.consequences if place not in item.culprits]
+    drawn = "".join(
+        f'<g class="{kind}"><rect x="{place - 0.5:g}" y="0" width="1" height="1"/>'
+        f'<path d="M{place} 0V1" vector-effect="non-scaling-stroke"/></g>'
+        for place, kind in marks
+    )
+    return _inner(_TOP, width, height, len(item.names), drawn)
+
+
+def _inner(top: float, width: float, height: float, count: int, content: str) -> str:
+    """An inner view in which x is the place and y goes from 0 above to 1 below."""
+    return (
+        f'<svg class="lane" x="{_LEFT}" y="{top:g}" width="{width:g}" height="{height:g}" '
+        f'viewBox="-0.5 0 {max(count, 1)} 1" preserveAspectRatio="none">{content}</svg>'
+    )
+
+
+def _lane(lane: Lane, top: float, width: float, count: int) -> str:
+    curves = [_Curve(color, values) for color, (_, _, values) in zip(_colors(lane), lane.series, strict=True)]
+    known = [value for curve in curves for value in curve.values if value is not None and shows(value, log=True)]
+    axis = make_axis(
+        known + ([lane.reference] if lane.reference is not None and known else []), log=True, num_ticks=3, margin=0.12
+    )
+    parts = [_text(_LEFT, top - 7, lane.label, "start", 12.5)]
+    for tick, label in zip(axis.ticks, axis.labels, strict=True):
+        y = top + (1 - (tick - axis.low) / (axis.high - axis.low)) * _LANE
+        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}h{width:g}"/>')
+        parts.append(_text(_LEFT - 7, y + 4, label, "end"))
+    parts.append(f'<rect class="frame" x="{_LEFT}" y="{top:g}" width="{width:g}" height="{_LANE}"/>')
+    inside = ""
+    if lane.reference is not None and known:
+        inside += (
+            f'<path class="reference" vector-effect="non-scaling-stroke" '
+            f'd="M-0.5 {1 - axis.fraction(lane.reference):.4f}H{count}"/>'
+        )
+    inside += "".join(_curve(curve, axis) for curve in curves)
+    return "".join(parts) + _inner(top, width, _LANE, count, inside)
+
+
+def _curve(curve: _Curve, axis: Axis) -> str:
+    """A line through the known values, discs where they are few, and marks at the edges for 0 and what is not finite."""
+    line, discs, edges = [], [], []
+    for place, value in enumerate(curve.values):
+        if value is None:
+            continue
+        if shows(value, log=True):
+            line.append(f"{place} {1 - axis.fraction(value):.4f}")
+        else:
+            edges.append(f"M{place} {0.94 if value == 0 else 0.06}h0")
+    if len(line) <= _MOST_DISCS:
+        discs = [f"M{point}h0" for point in line]
+    drawn = f'<path class="curve" vector-effect="non-scaling-stroke" d="M{"L".join(line)}"/>' if line else ""
+    for kind, marks in (("discs", discs), ("edges", edges)):
+        if marks:
+            drawn += f'<path class="{kind}" vector-effect="non-scaling-stroke" d="{"".join(marks)}"/>'
+    return f'<g style="color:{variable(curve.color)}">{drawn}</g>'
+
+
+def _ticks(count: int, width: float, top: float) -> str:
+    axis = make_axis([0, max(count - 1, 1)], num_ticks=max(3, int(width / 80)), integer=True)
+    places = [tick for tick in axis.ticks if 0 <= tick <= count - 1]
+    marks = [_text(_LEFT + (p + 0.5) / max(count, 1) * width, top + 16, f"{p:g}", "middle") for p in places]
+    return f'<g class="ticks" data-left="{_LEFT}" data-width="{width:g}" data-y="{top + 16:g}">{"".join(marks)}</g>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, size: float = _TICK_SIZE) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}">{escape(visible(text))}</text>'
+
+
+def _spoken(item: Depth) -> str:
+    parts = [f"{item.title}, {len(item.names):,} places."]
+    for lane in item.lanes:
+        for label, _, values in lane.series:
+            known = [value for value in values if value is not None and math.isfinite(value)]
+            if known:
+                told = f"{lane.label} {label}".strip()
+                parts.append(
+                    f"{told}: from {number(known[0])} to {number(known[-1])}, least {number(min(known))}, "
+                    f"greatest {number(max(known))}."
+                )
+    if item.culprits:
+        parts.append(f"Marked: {', '.join(item.names[place] or MISSING for place in item.culprits[:6])}.")
+    return " ".join(parts)
