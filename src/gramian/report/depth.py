@@ -15,15 +15,16 @@ from markupsafe import escape
 from gramian.errors import InputError
 
 from .axes import Axis, make_axis, shows
-from .formatting import MISSING, number, visible
+from .formatting import MISSING, elide, number, visible
 from .model import Depth, Lane, Role, Series
 from .palette import colors_of, variable
 
 __all__ = ["draw_depth", "read_out"]
 
-_LANE, _GAP, _TOP, _FOOT, _LEFT, _RIGHT = 62, 27, 24, 42, 52, 12  # pixels
+_LANE, _GAP, _TOP, _FOOT, _LEFT, _RIGHT = 62, 27, 42, 42, 52, 12  # pixels
 _MOST_DISCS = 80  # places up to which each value has a disc
 _TICK_SIZE = 11.5
+_LONGEST_NAME = 36  # characters of a culprit's name in the picture
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def draw_depth(item: Depth, width: float) -> str:
     count = len(item.names)
     inner = width - _LEFT - _RIGHT
     height = _TOP + len(item.lanes) * (_LANE + _GAP) + _FOOT - _GAP
-    parts = [_bands(item, inner, height - _TOP - _FOOT)]
+    parts = [_bands(item, inner, height - _TOP - _FOOT), *_pointer(item, inner)]
     for place, lane in enumerate(item.lanes):
         if any(len(values) != count for _, _, values in lane.series):
             raise InputError(f"depth {item.title!r}: {lane.label!r} needs {count} values, one for each name.")
@@ -74,6 +75,20 @@ def _bands(item: Depth, width: float, height: float) -> str:
         for place, kind in marks
     )
     return _inner(_TOP, width, height, len(item.names), drawn)
+
+
+def _pointer(item: Depth, width: float) -> list[str]:
+    """The name of the first marked place above it, on the side where there is room; the page moves it with the zoom."""
+    if not item.culprits:
+        return []
+    place, count = item.culprits[0], len(item.names)
+    x = _LEFT + (place + 0.5) / count * width
+    more = f" and {len(item.culprits) - 1} more" if len(item.culprits) > 1 else ""
+    name = elide(visible(item.names[place]), _LONGEST_NAME)
+    anchor, text = ("start", f"▼ {name}{more}") if place < count / 2 else ("end", f"{name}{more} ▼")
+    shift = -5 if anchor == "start" else 5
+    drawn = _text(x + shift, 15, text, anchor, 12.5)
+    return [f'<g class="pointer" data-place="{place}" data-shift="{shift}">{drawn}</g>']
 
 
 def _inner(top: float, width: float, height: float, count: int, content: str) -> str:

@@ -274,6 +274,12 @@
         const [left, width, y] = [ticks.dataset.left, ticks.dataset.width, ticks.dataset.y].map(Number);
         const most = Math.max(3, Math.floor(width / 80));
         const step = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000].find((s) => (to - from) / s <= most) || 10000;
+        const pointed = drawing.querySelector(".pointer");
+        if (pointed) {
+          const place = Number(pointed.dataset.place);
+          pointed.style.display = place < from || place >= to ? "none" : "";
+          pointed.firstChild.setAttribute("x", left + ((place - from + 0.5) / (to - from)) * width + Number(pointed.dataset.shift));
+        }
         const marks = [];
         for (let place = Math.ceil(from / step) * step; place < to; place += step) {
           marks.push(svg("text", { x: left + ((place - from + 0.5) / (to - from)) * width, y, "text-anchor": "middle", "font-size": 11.5 }, String(place)));

@@ -134,7 +134,7 @@ class FindingsView:
                     grid.add_row(Text(field, "dim"), text)
             for number_, one in enumerate(after):
                 told = f"{one.title} ({one.evidence})" if self.verbose and one.evidence else one.title
-                grid.add_row(Text("" if number_ else "follows", "dim"), Text(spell(told)))
+                grid.add_row(Text("" if number_ else "leads to", "dim"), Text(spell(told)))
         yield grid
         if len(shown) < len(causes):
             yield Text(f"{plural(len(causes) - len(shown), 'more finding')} (verbose shows all).", "dim")
