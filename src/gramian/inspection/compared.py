@@ -40,6 +40,11 @@ class Compared:
     square: float = 0.0
     base: float = 0.0
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """Of the two checkpoints, as the commands of remedies take them."""
+        return {"model": str(self.pairs.one.path), "other": str(self.pairs.two.path)}
+
     def add_unmatched(self) -> None:
         """Add a row for each tensor that only one of the two has."""
         pairs = self.pairs
@@ -122,8 +127,7 @@ def _of_nonfinite(compared: Compared) -> Iterator[Finding]:
             where=some(names, 10),
             evidence=evidence,
             cause="Training diverged in one of them, or a file is damaged.",
-            action=Action("inspect_file"),
-            advice="Run it on each of the two.",
+            action=Action("inspect_files", compared.paths),
         )
 
 
@@ -173,6 +177,6 @@ def _of_low_rank(compared: Compared) -> Iterator[Finding]:
             where=f"{len(known)} matrices differ, {len(compared.equal_matrices)} do not",
             evidence=f"rank {max(ranks)} holds 99 % of the energy of every difference (most: {worst.name}){rank}",
             cause="An adapter was merged, or training moved the weights in few directions.",
-            action=Action("extract_lora", {"rank": max(ranks)}),
+            action=Action("extract_lora", compared.paths | {"rank": max(ranks)}),
             source="Hu et al. 2106.09685",
         )

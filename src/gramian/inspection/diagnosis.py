@@ -101,7 +101,9 @@ def inspect(
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
         measured = measure_file(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
         measured.skipped |= {SIGNAL: "a file has weights and no forward pass"}
-        return _report(title or os.path.basename(os.path.abspath(model_or_path)), measured)
+        report = _report(title or os.path.basename(os.path.abspath(model_or_path)), measured)
+        report.findings = [_in_prose(finding) for finding in report.findings]
+        return report
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
     data = None
@@ -123,6 +125,15 @@ def _report(title: str, measured: Measured, causes: Sequence[Finding] | None = N
         title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions,
         measured.places, measured.looked_at, measured.skipped,
     )  # fmt: skip
+
+
+def _in_prose(finding: Finding) -> Finding:
+    """The finding of a file, which has no model that Python's code could be run on, with its action as advice."""
+    if finding.action is None or finding.action.is_command:
+        return finding
+    code = finding.action.code.replace("\n", "; ")
+    told = f"With the model in memory: {code}"
+    return replace(finding, action=None, advice=f"{told}\n{finding.advice}" if finding.advice else told)
 
 
 def _measure_signal(

@@ -92,7 +92,7 @@ def frozen(context: Context) -> Iterator[Finding]:
             where=some(modules, SHOWN),
             evidence=f"{share:.0%} of the values, in {some(names, SHOWN)} (exact)",
             cause="Frozen for an earlier fine-tune or by mistake; the optimizer does not move them.",
-            advice="model.requires_grad_(True), unless it is meant.",
+            advice="Unless it is meant, call model.requires_grad_(True).",
         )
 
 
