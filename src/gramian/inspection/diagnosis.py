@@ -20,6 +20,7 @@ from gramian.errors import InputError
 from gramian.gram import Gram
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
+from gramian.inspection.failing import check_runs
 from gramian.inspection.measured import Measured
 from gramian.inspection.observing import NUM_BATCHES, observe
 from gramian.inspection.places import places
@@ -81,7 +82,8 @@ def inspect(
         progress: called as `progress(what, done, total)`.
     Returns: a `Report`, with `.findings`, `.layers`, `.save("x.html")` and `.to_json()`.
     Raises:
-        InputError: batches without an objective or the reverse, or data for a file.
+        InputError: batches without an objective or the reverse, data for a file, or a module that cannot run on what
+            it is given.
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: that of `describe` for each matrix; with data, four training steps, a pass of `capture`, one backward pass,
@@ -152,6 +154,7 @@ def _measure_signal(
     try:
         observed = observe(model, few, objective)
     except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
+        check_runs(model, few[0], objective)
         measured.skipped |= {"causes": f"no training step could be watched: {_in_words(error)}"}
         _measure_moments(measured, model, few[0], batches, objective, layouts, progress, total)
         return []

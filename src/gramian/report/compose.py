@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .axes import shows
 from .formatting import number
@@ -65,7 +66,7 @@ def document_of(report: Report) -> Document:
         sections.append(Section("Not looked at", "\n".join(lines)))
     if report.notes:
         sections.append(Section("Notes", "\n".join("- " + " ".join(note.split()) for note in report.notes)))
-    return Document(report.title, report.verdict, report.status, tiles, sections)
+    return Document(report.title, report.outcome, report.status, tiles, sections, left_out=report.left_out)
 
 
 def compare(before: Report, after: Report, labels: tuple[str, str] = ("before", "after")) -> list[Section]:
@@ -268,6 +269,10 @@ def places_of(finding: Finding, names: Sequence[str]) -> list[int]:
     >>> places_of(Finding("c", "error", "t", where="1.weight, 3"), ["0", "1", "3.a", "3.b"])
     [1, 2, 3]
     """
+    ends = re.fullmatch(r"(\S+) … (\S+)", finding.where)
+    if ends:  # from one to the other
+        hits = [places_of(replace(finding, where=end), names) for end in ends.groups()]
+        return list(range(hits[0][0], hits[1][-1] + 1)) if all(hits) else sorted(hits[0] + hits[1])
     words = {word for word in re.split(r"[\s,;…()]+", finding.where.replace(" and ", ", ")) if word}
     words = {word.partition("[")[0] for word in words}
     found = []
@@ -295,7 +300,8 @@ def _marked(report: Report, names: Sequence[str]) -> tuple[list[int], list[int],
     later = sorted({place for finding in after for place in places_of(finding, names)} - set(culprits))
     if not culprits:
         where = "about all of it" if cause.where == "all layers" else "about no single place"
-        return [], later, f"The first finding is {where}: {title}."
+        faint = " Shaded: what follows from it." if later else ""
+        return [], later, f"The first finding is {where}: {title}.{faint}"
     faint = " Fainter: what follows from it." if later else ""
     return culprits, later, f"Marked: {title}.{faint}"
 

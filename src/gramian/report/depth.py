@@ -66,15 +66,32 @@ def _colors(lane: Lane) -> list[str]:
 
 
 def _bands(item: Depth, width: float, height: float) -> str:
-    """Bars behind all lanes at the marked places; a line in each keeps it visible among hundreds of places."""
-    marks = [(place, "culprit") for place in item.culprits]
-    marks += [(place, "consequence") for place in item.consequences if place not in item.culprits]
-    drawn = "".join(
-        f'<g class="{kind}"><rect x="{place - 0.5:g}" y="0" width="1" height="1"/>'
-        f'<path d="M{place} 0V1" vector-effect="non-scaling-stroke"/></g>'
-        for place, kind in marks
-    )
+    """Bars behind all lanes at the marked places; lines at their ends keep them visible among hundreds of places."""
+    later = [place for place in item.consequences if place not in item.culprits]
+    drawn = ""
+    for kind, marks in (("consequence", later), ("culprit", item.culprits)):
+        for run in _runs(marks):
+            ends = "".join(f"M{place} 0V1" for place in sorted({run.start, run.stop - 1}))
+            drawn += (
+                f'<g class="{kind}"><rect x="{run.start - 0.5:g}" y="0" width="{len(run)}" height="1"/>'
+                f'<path d="{ends}" vector-effect="non-scaling-stroke"/></g>'
+            )
     return _inner(_TOP, width, height, len(item.names), drawn)
+
+
+def _runs(places: Sequence[int]) -> list[range]:
+    """The places as ranges.
+
+    >>> _runs([1, 2, 3, 7])
+    [range(1, 4), range(7, 8)]
+    """
+    runs: list[range] = []
+    for place in sorted(places):
+        if runs and place == runs[-1].stop:
+            runs[-1] = range(runs[-1].start, place + 1)
+        else:
+            runs.append(range(place, place + 1))
+    return runs
 
 
 def _pointer(item: Depth, width: float) -> list[str]:

@@ -243,10 +243,17 @@ class Report:
     @property
     def verdict(self) -> str:
         """The number of errors and warnings and the first of them, or where no trouble was found; what was left out."""
-        left_out = "; ".join(f"{what} ({elide_words(why, _LONGEST_REASON)})" for what, why in self.not_looked_at.items())
-        return f"{self._found()} Not looked at: {left_out}." if left_out else self._found()
+        return f"{self.outcome} {self.left_out}".strip()
 
-    def _found(self) -> str:
+    @property
+    def left_out(self) -> str:
+        """What was not looked at and why, in one sentence; empty where nothing was left out."""
+        told = "; ".join(f"{what} ({elide_words(why, _LONGEST_REASON)})" for what, why in self.not_looked_at.items())
+        return f"Not looked at: {told}." if told else ""
+
+    @property
+    def outcome(self) -> str:
+        """The verdict without what was left out."""
         counts = [(sum(f.severity == severity for f in self.findings), severity) for severity in ("error", "warning")]
         parts = [plural(count, severity) for count, severity in counts if count]
         if parts:
@@ -565,6 +572,7 @@ class Document:
         tiles: headline numbers.
         sections: in reading order.
         footer: small print at the end.
+        left_out: what was not looked at and why, a sentence below the verdict.
     """
 
     title: str
@@ -573,6 +581,7 @@ class Document:
     tiles: list[Tile] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     footer: str = ""
+    left_out: str = ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the page as one HTML file that needs no network.

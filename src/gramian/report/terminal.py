@@ -205,7 +205,7 @@ class DocumentView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         spell = Speller(options)
         yield Text(spell(self.document.title), "dim")
-        yield VerdictView(self.document.status, self.document.verdict)
+        yield VerdictView(self.document.status, f"{self.document.verdict} {self.document.left_out}".strip())
         if self.document.tiles:
             yield ""
             remarks = [f" ({tile.remark})" if tile.remark else "" for tile in self.document.tiles]
