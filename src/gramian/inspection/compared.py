@@ -55,6 +55,17 @@ class Compared:
                     Layer(name, "unmatched", entry.shape, 0, entry.dtype, note=f"only in {checkpoint.path}")
                 )
 
+    def not_looked_at(self) -> dict[str, str]:
+        """Why something was not compared, by what it is."""
+        pairs = self.pairs
+        reasons = {"signal": "files have no forward pass"}
+        for checkpoint, names in ((pairs.one, pairs.only_one), (pairs.two, pairs.only_two)):
+            if names:
+                reasons[plural(len(names), "tensor")] = f"only in {checkpoint.path}"
+        if self.shapes:
+            reasons[f"{plural(len(self.shapes), 'pair')} of tensors"] = "of different shapes"
+        return reasons
+
     def facts(self) -> dict[str, float | int | str]:
         """The numbers of all tensors together."""
         pairs = self.pairs

@@ -47,11 +47,11 @@ def document_of(report: Report) -> Document:
         Tile("Parameters", number(report.facts.get("parameters", parameters(report.layers)))),
     ]
     tiles += [Tile(label, number(value)) for label, value in facts[:_MOST_TILES]]
-    signal = depth_section([report], [""], ["accent"])
+    main = main_section(report)
     weights = _weights_section(report)
     # The picture of the whole network comes first, then what is wrong with it.
-    sections = [signal or weights, _findings_section("Findings", report), weights if signal else None]
-    sections = [section for section in (*sections, _spectra_section([report], [""])) if section is not None]
+    parts = (main, _findings_section("Findings", report), weights if weights != main else None)
+    sections = [section for section in (*parts, _spectra_section([report], [""])) if section is not None]
     if report.jacobian:
         sections.append(_jacobian_section([report], [""], ["accent"]))
     if report.directions:
@@ -67,6 +67,11 @@ def document_of(report: Report) -> Document:
     if report.notes:
         sections.append(Section("Notes", "\n".join("- " + " ".join(note.split()) for note in report.notes)))
     return Document(report.title, report.outcome, report.status, tiles, sections, left_out=report.left_out)
+
+
+def main_section(report: Report) -> Section | None:
+    """Return the picture of the whole network: the signal by depth, or the weights where no signal was measured."""
+    return depth_section([report], [""], ["accent"]) or _weights_section(report)
 
 
 def compare(before: Report, after: Report, labels: tuple[str, str] = ("before", "after")) -> list[Section]:
@@ -308,10 +313,10 @@ def _marked(report: Report, names: Sequence[str]) -> tuple[list[int], list[int],
 
 # The lanes of the picture by depth: label, what of a place, and the height of a reference line.
 _LANES: tuple[tuple[str, Callable[[Place], float | None], float | None], ...] = (
-    ("signal, root mean square", lambda place: place.rms, None),
+    ("signal, root mean square (RMS)", lambda place: place.rms, None),
     ("variation between samples, share of the signal", lambda place: place.variation, None),
-    ("gradient at the output, root mean square per unit", lambda place: place.gradient, None),
-    ("gain χ; below 1 gradients shrink, above 1 they grow", lambda place: place.gain, 1.0),
+    ("gradient at the output, RMS per unit", lambda place: place.gradient, None),
+    ("gain χ; gradients shrink below 1", lambda place: place.gain, 1.0),
     ("first step ‖ΔW‖ / ‖W‖", lambda place: place.update, None),
 )
 _EDGES = "A cross at the lower edge is a zero, one at the upper edge is not finite."

@@ -21,8 +21,9 @@ from .palette import colors_of, variable
 
 __all__ = ["draw_depth", "read_out"]
 
-_LANE, _GAP, _TOP, _FOOT, _LEFT, _RIGHT = 62, 27, 42, 42, 52, 12  # pixels
+_LANE, _GAP, _TOP, _FOOT, _LEFT, _RIGHT = 62, 27, 24, 42, 52, 12  # pixels
 _MOST_DISCS = 80  # places up to which each value has a disc
+_POINTER = 18  # above, where a culprit is named
 _TICK_SIZE = 11.5
 _LONGEST_NAME = 36  # characters of a culprit's name in the picture
 
@@ -37,12 +38,13 @@ def draw_depth(item: Depth, width: float) -> str:
     """Return the picture as markup, `width` pixels wide; every text in it is escaped."""
     count = len(item.names)
     inner = width - _LEFT - _RIGHT
-    height = _TOP + len(item.lanes) * (_LANE + _GAP) + _FOOT - _GAP
-    parts = [_bands(item, inner, height - _TOP - _FOOT), *_pointer(item, inner)]
+    top = _TOP + (_POINTER if item.culprits else 0)
+    height = top + len(item.lanes) * (_LANE + _GAP) + _FOOT - _GAP
+    parts = [_bands(item, inner, top, height - top - _FOOT), *_pointer(item, inner)]
     for place, lane in enumerate(item.lanes):
         if any(len(values) != count for _, _, values in lane.series):
             raise InputError(f"depth {item.title!r}: {lane.label!r} needs {count} values, one for each name.")
-        parts.append(_lane(lane, _TOP + place * (_LANE + _GAP), inner, count))
+        parts.append(_lane(lane, top + place * (_LANE + _GAP), inner, count))
     parts.append(_ticks(count, inner, height - _FOOT))
     label = f"place in the forward pass, 0 to {count - 1}" if count > 1 else "place in the forward pass"
     parts.append(_text(_LEFT + inner / 2, height - 6, label, "middle"))
@@ -65,7 +67,7 @@ def _colors(lane: Lane) -> list[str]:
     return colors_of([Series("", (), (), role) for role in roles])
 
 
-def _bands(item: Depth, width: float, height: float) -> str:
+def _bands(item: Depth, width: float, top: float, height: float) -> str:
     """Bars behind all lanes at the marked places; lines at their ends keep them visible among hundreds of places."""
     later = [place for place in item.consequences if place not in item.culprits]
     drawn = ""
@@ -76,7 +78,7 @@ def _bands(item: Depth, width: float, height: float) -> str:
                 f'<g class="{kind}"><rect x="{run.start - 0.5:g}" y="0" width="{len(run)}" height="1"/>'
                 f'<path d="{ends}" vector-effect="non-scaling-stroke"/></g>'
             )
-    return _inner(_TOP, width, height, len(item.names), drawn)
+    return _inner(top, width, height, len(item.names), drawn)
 
 
 def _runs(places: Sequence[int]) -> list[range]:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 WIDE, HALF = 960.0, 430.0  # drawing widths: alone on a wide page; beside another, or on a telephone
+NARROW = 360.0  # the network by depth, whose texts are small, on a telephone
 ROWS_AT_FIRST = 40  # a longer table opens at a click; all rows are in the page
 FINDINGS_OPEN = 6  # findings after these begin folded
 
@@ -179,7 +180,8 @@ def _figures(items: Sequence[Drawing | Table], identifiers: Iterator[int], alone
             figures.append(_cells(item))
             continue
         drawn = []
-        for width in (HALF, WIDE) if alone else (HALF,):
+        half = NARROW if isinstance(item, Depth) else HALF
+        for width in (half, WIDE) if alone else (half,):
             prefix = f"p{next(identifiers)}-"
             height = 280.0 if width == HALF else 330.0
             if isinstance(item, Depth):

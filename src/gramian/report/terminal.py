@@ -15,8 +15,9 @@ from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
 
+from .actions import Action
 from .axes import shows
-from .compose import depth_section, layer_table, telling_rows
+from .compose import layer_table, main_section, telling_rows
 from .formatting import number
 from .model import (
     Depth,
@@ -125,7 +126,7 @@ class FindingsView:
             style = _STYLES[finding.severity]
             grid.add_row(Text(finding.severity, style), Text(spell(finding.title), "bold"))
             rows = [(field, Text(spell(getattr(finding, field)))) for field in ("where", "evidence", "cause")]
-            code = Text(spell.lines(finding.action.code), "cyan") if finding.action else Text()
+            code = Text(spell.lines(_typed(finding.action, options.max_width)), "cyan") if finding.action else Text()
             rows += [("remedy", code), ("" if code else "remedy", Text(spell.lines(finding.advice)))]
             if self.verbose:
                 rows.append(("source", Text(spell(finding.source))))
@@ -176,10 +177,10 @@ class ReportView:
         if report.facts:
             yield ""
             yield _pairs([(spell(label), spell(number(value))) for label, value in report.facts.items()])
-        signal = depth_section([report], [""], ["accent"])
-        if signal is not None:
+        picture = main_section(report)
+        if picture is not None:
             yield ""
-            yield from (DepthView(item) for item in signal.items if isinstance(item, Depth))
+            yield from (DepthView(item) for item in picture.items if isinstance(item, Depth))
         if report.findings:
             yield ""
             yield FindingsView(report.findings, self.verbose)
@@ -222,6 +223,14 @@ class DocumentView:
         if self.document.footer:
             yield ""
             yield Text(spell(self.document.footer), "dim")
+
+
+def _typed(action: Action, width: int) -> str:
+    """The action's code as it can be typed: a command that is wider than the terminal goes on after a backslash."""
+    longest = max(map(len, action.code.split("\n"))) + 10
+    if action.is_command and longest > width and not {"'", '"'} & set(action.code):
+        return action.code.replace(" --", " \\\n  --")
+    return action.code
 
 
 def _items(section: Section) -> Iterator[Drawing | Table | Sequence[Finding]]:
