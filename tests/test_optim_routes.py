@@ -51,7 +51,7 @@ def test_experts_that_no_row_knows_are_told(cls: type[Muon]) -> None:
 @pytest.mark.parametrize(("shape", "layout"), [((4, 8, 16), "e i o -> e o i"), ((4, 16, 8), "e o i -> e o i")])
 @pytest.mark.parametrize("names", [("w_in", "b_in"), ("weight", "bias"), ("up", "up_bias")])
 def test_a_bias_tells_how_a_stack_lies(shape: tuple[int, ...], layout: str, names: tuple[str, str]) -> None:
-    """The bias has the length of the output, 16; what the warning says is what steps each expert the right way round."""
+    """The bias has the length of the output, 16; what the warning says steps each expert the right way round."""
     model = nn.Module()
     model.experts = nn.Module()
     for name, size in zip(names, (shape, (4, 16)), strict=True):
@@ -113,7 +113,9 @@ def test_names_alone_say_to_pass_the_model() -> None:
 def test_a_stack_is_not_one_matrix(as_model: bool) -> None:
     model = network()
     given = model if as_model else list(model.named_parameters())
-    with pytest.raises(InputError, match=r"'1\.w_in' of shape \(4, 8, 16\) .*layouts=\{'1\.w_in': LAYOUT\} \(LAYOUT: 'e i o"):
+    with pytest.raises(
+        InputError, match=r"'1\.w_in' of shape \(4, 8, 16\) .*layouts=\{'1\.w_in': LAYOUT\} \(LAYOUT: 'e i o"
+    ):
         Muon(given, routes={"1.w_in": "matrix", "*.w_*": "adamw"})
 
 

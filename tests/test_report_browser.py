@@ -1,7 +1,7 @@
 """The page in a browser, where there is one: nothing overflows, the depth zooms, the table sorts, the keys walk.
 
-Headless Chromium opens the file as a person does. The test's script runs in a copy without the page's policy, which lets no
-other script run.
+Headless Chromium opens the file as a person does. The test's script runs in a copy without the page's policy, which
+lets no other script run.
 """
 
 from __future__ import annotations
@@ -26,32 +26,49 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="nee
 ASK = """
 addEventListener("load", () => {
   const told = {};
+  const all = (what, of = document) => [...of.querySelectorAll(what)];
   const figure = document.querySelector("figure.depth");
-  const drawing = [...figure.querySelectorAll(".drawing")].find((d) => d.offsetParent);
+  const drawing = all(".drawing", figure).find((d) => d.offsetParent);
   const here = figure.querySelector(".here");
-  const press = (key) => drawing.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  const press = (key) => drawing.dispatchEvent(new KeyboardEvent("keydown", { key, cancelable: true }));
   const view = () => drawing.querySelector(".lane").getAttribute("viewBox");
-  told.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-  told.cut = [...document.querySelectorAll(".verdict, .finding .what, .tile, .caption, .omitted")].filter((e) => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).length;
+  const root = document.documentElement;
+  told.overflow = root.scrollWidth - root.clientWidth;
+  const texts = all(".verdict, .finding .what, .tile, .caption, .omitted");
+  told.cut = texts.filter((e) => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).length;
   told.whole = view();
   press("End"); told.last = here.textContent;
   press("Home"); press("ArrowRight"); told.second = here.textContent;
   press("+"); told.zoomed = view(); told.shown = here.textContent;
   press("Escape"); told.again = view();
   const box = drawing.querySelector("svg").getBoundingClientRect();
-  drawing.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2, clientY: box.top + 40, bubbles: true }));
+  const middle = { clientX: box.left + box.width / 2, clientY: box.top + 40 };
+  drawing.dispatchEvent(new PointerEvent("pointermove", middle));
   told.tip = drawing.querySelector(".tip").textContent;
-  const table = [...document.querySelectorAll("figure.table")].pop();
-  const names = () => [...table.querySelectorAll("tbody tr:not(.filtered)")].map((row) => row.cells[0].textContent);
-  const header = [...table.querySelectorAll("th span")].find((s) => s.textContent === "activation");
+  const table = all("figure.table").pop();
+  const names = () => all("tbody tr:not(.filtered)", table).map((row) => row.cells[0].textContent);
+  const header = all("th span", table).find((s) => s.textContent === "activation");
   header.click(); told.descending = names()[0];
   header.click(); told.ascending = names()[0];
   const filter = table.querySelector("input");
-  filter.value = "layers.7."; filter.dispatchEvent(new Event("input")); told.filtered = names();
-  told.unnamed = [...document.querySelectorAll("button, input, [role=img], [role=group], [role=region]")].filter((e) => !(e.getAttribute("aria-label") || e.textContent.trim() || e.closest("label"))).length;
-  const out = document.createElement("pre"); out.id = "told"; out.textContent = JSON.stringify(told); document.body.append(out);
+  filter.value = "layers.7.";
+  filter.dispatchEvent(new Event("input"));
+  told.filtered = names();
+  const controls = all("button, input, [role=img], [role=group], [role=region]");
+  told.unnamed = controls.filter((e) => !(e.ariaLabel || e.textContent.trim() || e.closest("label"))).length;
+  const out = document.createElement("pre");
+  out.id = "told";
+  out.textContent = JSON.stringify(told);
+  document.body.append(out);
 });
 """
+
+# A window has a least width, a frame has none; its page tells its result by the title of the outer one.
+FRAME = """<iframe src="page.html" style="width:{}px;height:900px;border:0"></iframe><script>
+addEventListener("load", () => {{
+  document.title = document.querySelector("iframe").contentDocument.getElementById("told").textContent;
+}});
+</script><title></title>"""
 
 
 def report() -> Report:
@@ -59,7 +76,7 @@ def report() -> Report:
     found.depth = [Place(f"layers.{i}", "Linear", 0.7**i, 0.9**i, 0.7 ** (60 - i), 0.5) for i in range(60)]
     found.findings = [
         Finding("parameter-scale-small", "error", "One layer is small " * 4, where="layers.30.linear", evidence="1e-4"),
-        Finding("gradient-vanishes", "info", "The gradient vanishes", where="all layers", follows="parameter-scale-small"),
+        Finding("gradient-vanishes", "info", "The gradient vanishes", follows="parameter-scale-small"),
     ]  # fmt: skip
     found.not_looked_at = {"optimizer's steps": "no optimizer was given"}
     return found
@@ -68,19 +85,13 @@ def report() -> Report:
 def asked(folder: Path, width: int) -> dict[str, Any]:
     html = re.sub(r"<meta http-equiv[^>]*>", "", render(report().to_document()))
     (folder / "page.html").write_text(html.replace("</body>", f"<script>{ASK}</script></body>"))
-    # A window has a least width, a frame has not.
-    frame = f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe>'
-    target = folder / ("frame.html" if width < 500 else "page.html")
-    if width < 500:
-        (folder / "frame.html").write_text(frame)
+    (folder / "frame.html").write_text(FRAME.format(width))
     assert CHROMIUM is not None
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
-    command += [f"--window-size={max(width, 500)},1000", "--allow-file-access-from-files"]
-    command += ["--disable-web-security", f"--user-data-dir={folder / 'profile'}"]
-    if width < 500:
-        top = 'addEventListener("load", () => { document.title = document.querySelector("iframe").contentDocument.getElementById("told").textContent; });'
-        target.write_text(f"<script>{top}</script>{frame}")
-    dom = subprocess.run([*command, "--dump-dom", target.as_uri()], capture_output=True, text=True, timeout=60).stdout
+    command += [f"--window-size={max(width, 500)},1000", f"--user-data-dir={folder / 'profile'}"]
+    command += ["--allow-file-access-from-files", "--disable-web-security", "--dump-dom"]
+    target = folder / ("page.html" if width >= 500 else "frame.html")
+    dom = subprocess.run([*command, target.as_uri()], capture_output=True, text=True, timeout=60).stdout
     pattern = r'<pre id="told">(.*?)</pre>' if width >= 500 else r"<title>(.*?)</title>"
     return json.loads(unescape(re.findall(pattern, dom, re.S)[-1]))
 
@@ -94,7 +105,9 @@ def test_the_page_works(tmp_path: Path, width: int) -> None:
     assert told["second"].startswith("1: layers.1. ")
     assert told["zoomed"] == "-0.5 0 30 1"
     assert told["shown"] == "Shown: 0 to 29 of 60, layers.0 … layers.29"
-    drawn = 360 if width < 500 else 960  # the middle of the drawing, less the labels on its left and the room on its right
+    drawn = (
+        360 if width < 500 else 960
+    )  # the middle of the drawing, less the labels on its left and the room on its right
     assert told["tip"].startswith(f"{int((drawn / 2 - 52) / (drawn - 64) * 60)}: layers.")
     assert (told["descending"], told["ascending"]) == ("layers.0.linear", "layers.59.linear")
     assert told["filtered"] == ["layers.7.linear"]

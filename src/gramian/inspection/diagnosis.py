@@ -103,9 +103,7 @@ def inspect(
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
         measured = measure_file(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
         measured.skipped |= {SIGNAL: "a file has weights and no forward pass"}
-        report = _report(title or os.path.basename(os.path.abspath(model_or_path)), measured)
-        report.findings = [_in_prose(finding) for finding in report.findings]
-        return report
+        return _report(title or os.path.basename(os.path.abspath(model_or_path)), measured, has_model=False)
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
     data = None
@@ -121,20 +119,25 @@ def inspect(
     return _report(title or type(model_or_path).__name__, measured)
 
 
-def _report(title: str, measured: Measured, causes: Sequence[Finding] | None = None) -> Report:
+def _report(
+    title: str, measured: Measured, causes: Sequence[Finding] | None = None, *, has_model: bool = True
+) -> Report:
     found = find(measured) if causes is None else ordered((*causes, *find(measured)))
+    found = [_runnable(finding, has_model=has_model, has_data=causes is not None) for finding in found]
     return Report(
         title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions,
         measured.places, measured.looked_at, measured.skipped,
     )  # fmt: skip
 
 
-def _in_prose(finding: Finding) -> Finding:
-    """The finding of a file, which has no model that Python's code could be run on, with its action as advice."""
+def _runnable(finding: Finding, *, has_model: bool, has_data: bool) -> Finding:
+    """The finding, with an action as advice where its code names a model or batches that nobody gave."""
     if finding.action is None or finding.action.is_command:
         return finding
     code = finding.action.code.replace("\n", "; ")
-    told = f"With the model in memory: {code}"
+    if has_model and (has_data or "batches" not in code):
+        return finding
+    told = f"With {'data' if has_model else 'the model in memory'}: {code}"
     return replace(finding, action=None, advice=f"{told}\n{finding.advice}" if finding.advice else told)
 
 
@@ -274,7 +277,9 @@ def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objectiv
         measured.skipped |= {JACOBIAN: found.reason}
         measured.is_chain = found.is_chain
         if not found.is_chain:
-            measured.skipped |= {"gradient of the first layer against the last": "the last does not depend on the first"}
+            measured.skipped |= {
+                "gradient of the first layer against the last": "the last does not depend on the first"
+            }
     elif torch.isfinite(found).all():
         values, _ = linalg.svdvals_ex(found)
         measured.jacobian = tuple(values.double().median(0).values.tolist())

@@ -181,7 +181,7 @@ def unusual_size(measured: Measured) -> Iterator[Finding]:
                     cause="This layer's weights grew without bound." if larger else "This layer's weights decayed.",
                     advice="Add weight decay, put a normalization before the layer, or train with gm.optim.Muon."
                     if larger
-                    else "Check that a gradient arrives at the layer: the gradient by depth, where data are given, shows it.",
+                    else "Check that a gradient arrives at the layer: with data, gm.inspect shows it by depth.",
                     source="a heuristic; false alarms are counted in benchmarks/results/inspect_calibration.json",
                 )
 
@@ -249,7 +249,8 @@ def low_rank(measured: Measured) -> Iterator[Finding]:
             evidence=f"lowest in {worst.name}: rank {ranks[worst.name]} of {min(worst.shape)}. The other singular "
             f"values are at the level of rounding in {worst.dtype}, and more than independent entries would put there",
             cause="Some directions of the input never reach the output.",
-            advice="Directions without energy need not be stored: gm.compress factors the layers.",
+            action=Action("plan_compression"),
+            advice="Directions without energy need not be stored: plan.at(keep=…) factors the layers.",
         )
     saving = [
         layer

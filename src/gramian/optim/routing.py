@@ -140,8 +140,8 @@ def _warn_of_matrices_left(routes: Sequence[Route], overridden: Sequence[Route],
     warnings.warn(
         f"{num_left / (num_left + matrices):.0%} of the hidden parameters step by AdamW, since nothing tells which "
         f"matrices they hold: {some([r.name for r in left])}. Pass "
-        f"{write if model else f'the model, and where its classes do not tell, {write}'}, which says how they lie{tell}, "
-        f"see gm.blocks; or, where AdamW is right, routes={{{patterns[0]!r}: 'adamw'}}",
+        f"{write if model else f'the model, and where its classes do not tell, {write}'}, which says how they "
+        f"lie{tell}, see gm.blocks; or, where AdamW is right, routes={{{patterns[0]!r}: 'adamw'}}",
         GramianWarning,
         stacklevel=5,
     )

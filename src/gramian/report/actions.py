@@ -18,12 +18,14 @@ from .formatting import visible
 
 __all__ = ["ACTIONS", "Action"]
 
-# Name of an action: its code, Python or a command line that begins with "gramian". Every {parameter} must be given. Python
-# runs as it stands after `import torch, gramian as gm` with what `gm.inspect(model, batches, objective)` was given.
+# Name of an action: its code, Python or a command line that begins with "gramian". Every {parameter} must be given.
+# Python runs as it stands after `import torch, gramian as gm` with what `gm.inspect(model, batches, objective)` was
+# given.
 ACTIONS: dict[str, str] = {
     "isometric_": "gm.init.isometric_(model, next(iter(batches)))",
     "cast_to_bfloat16": "model.to(torch.bfloat16)",
     "tie": "model.get_submodule({module}).{attribute} = model.get_parameter({source})",
+    "plan_compression": "plan = gm.compress(model, batches=batches, objective=objective)",
     "compress": "plan = gm.compress(model, batches=batches, objective=objective)\nsmall = plan.at(keep={keep}).apply()",
     "inspect_files": "gramian inspect {model}\ngramian inspect {other}",
     "extract_lora": "gramian inspect {model} --against {other} --extract-lora {rank}",

@@ -363,9 +363,9 @@ def _weights_section(report: Report) -> Section | None:
         return None
     sizes: dict[str, Callable[[Layer], float | None]] = {
         "largest": lambda layer: layer.operator_norm or layer.spectral_norm,
-        "root mean square": lambda layer: None
-        if layer.frobenius_norm is None
-        else layer.frobenius_norm / math.sqrt(min(layer.shape)),
+        "root mean square": lambda layer: (
+            None if layer.frobenius_norm is None else layer.frobenius_norm / math.sqrt(min(layer.shape))
+        ),
         "noise edge": lambda layer: layer.noise_edge,
     }
     ranks: dict[str, Callable[[Layer], float | None]] = {

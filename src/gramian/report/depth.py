@@ -141,7 +141,7 @@ def _lane(lane: Lane, top: float, width: float, count: int) -> str:
 
 
 def _curve(curve: _Curve, axis: Axis) -> str:
-    """A line through the known values, discs where they are few, and marks at the edges for 0 and what is not finite."""
+    """A line through what is known, discs where it is little, and marks at the edges: 0, and what is not finite."""
     line, discs, edges = [], [], []
     for place, value in enumerate(curve.values):
         if value is None:

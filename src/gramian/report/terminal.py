@@ -34,8 +34,8 @@ from .model import (
     is_findings,
     plural,
 )
-from .spelling import Speller
 from .sparklines import DepthView
+from .spelling import Speller
 from .tables import TableView
 
 MOST_FINDINGS = 12  # shown unless verbose
@@ -157,7 +157,7 @@ class LayersView:
 
 @dataclass(frozen=True)
 class ReportView:
-    """A whole report: title, verdict, facts, the network by depth, findings, layers, notes; if long, the verdict again."""
+    """A whole report: title, verdict, facts, picture by depth, findings, layers, notes; if long, the verdict again."""
 
     report: Report
     verbose: bool = False
