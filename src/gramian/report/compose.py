@@ -50,7 +50,8 @@ def document_of(report: Report) -> Document:
     main = main_section(report)
     weights = _weights_section(report)
     # The picture of the whole network comes first, then what is wrong with it.
-    parts = (main, _findings_section("Findings", report), weights if weights != main else None)
+    findings = _findings_section("Findings", report) if report.findings else None
+    parts = (main, findings, weights if weights != main else None)
     sections = [section for section in (*parts, _spectra_section([report], [""])) if section is not None]
     if report.jacobian:
         sections.append(_jacobian_section([report], [""], ["accent"]))
@@ -264,7 +265,7 @@ def _with_error(value: float | None, error: float | None) -> str | float | None:
 
 def _findings_section(heading: str, report: Report) -> Section:
     if not report.findings:
-        return Section(heading, report.verdict)
+        return Section(heading, report.outcome)
     return Section(heading, items=[list(report.findings)])
 
 
@@ -329,7 +330,7 @@ def depth_section(reports: Sequence[Report], labels: Sequence[str], roles: Seque
     lanes = []
     for label, measure, reference in _LANES:
         values = [[measure(place) for place in track] for track in tracks]
-        curves = [
+        curves: list[tuple[str, Role, Sequence[float | None]]] = [
             (curve, role, row + [None] * (len(names) - len(row)))
             for curve, role, row in zip(labels, roles, values, strict=True)
             if sum(value is not None for value in row) > 1
@@ -362,8 +363,8 @@ def _weights_section(report: Report) -> Section | None:
     if sum(bool(layer.spectral_norm) for layer in layers) < 2:
         return None
     sizes: dict[str, Callable[[Layer], float | None]] = {
-        "largest": lambda layer: layer.operator_norm or layer.spectral_norm,
-        "root mean square": lambda layer: (
+        "largest σ": lambda layer: layer.operator_norm or layer.spectral_norm,
+        "root mean square σ": lambda layer: (
             None if layer.frobenius_norm is None else layer.frobenius_norm / math.sqrt(min(layer.shape))
         ),
         "noise edge": lambda layer: layer.noise_edge,
@@ -380,10 +381,12 @@ def _weights_section(report: Report) -> Section | None:
         ("rank, share of the full one", ranks),
         ("change ‖ΔW‖ / ‖W‖", changes),
     ):
-        curves = [(curve, "auto", [measure(layer) for layer in layers]) for curve, measure in measures.items()]
+        curves: list[tuple[str, Role, list[float | None]]] = [
+            (curve, "auto", [measure(layer) for layer in layers]) for curve, measure in measures.items()
+        ]
         known = [curve for curve in curves if sum(value is not None for value in curve[2]) > 1]
         if known:
-            lanes.append(Lane(label, known))  # type: ignore[arg-type]
+            lanes.append(Lane(label, known))
     names = [layer.name for layer in layers]
     culprits, later, caption = _marked(report, names)
     caption = " ".join(
@@ -394,7 +397,9 @@ def _weights_section(report: Report) -> Section | None:
             _EDGES if _has_edges(lanes) else "",
         ) if part
     )  # fmt: skip
-    return Section("Weights by depth", items=[Depth("Weights by depth", names, lanes, culprits, later, caption)])
+    return Section(
+        "Weights by depth", items=[Depth("Weights by depth", names, lanes, culprits, later, caption, "matrix")]
+    )
 
 
 def _spectra_section(reports: Sequence[Report], labels: Sequence[str]) -> Section | None:

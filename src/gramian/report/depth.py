@@ -19,7 +19,7 @@ from .formatting import MISSING, elide, number, visible
 from .model import Depth, Lane, Role, Series
 from .palette import colors_of, variable
 
-__all__ = ["draw_depth", "read_out"]
+__all__ = ["draw_depth", "lane_legend", "read_out"]
 
 _LANE, _GAP, _TOP, _FOOT, _LEFT, _RIGHT = 62, 27, 24, 42, 52, 12  # pixels
 _MOST_DISCS = 80  # places up to which each value has a disc
@@ -46,7 +46,7 @@ def draw_depth(item: Depth, width: float) -> str:
             raise InputError(f"depth {item.title!r}: {lane.label!r} needs {count} values, one for each name.")
         parts.append(_lane(lane, top + place * (_LANE + _GAP), inner, count))
     parts.append(_ticks(count, inner, height - _FOOT))
-    label = f"place in the forward pass, 0 to {count - 1}" if count > 1 else "place in the forward pass"
+    label = f"{item.x_label}, 0 to {count - 1}" if count > 1 else item.x_label
     parts.append(_text(_LEFT + inner / 2, height - 6, label, "middle"))
     spoken = escape(visible(_spoken(item)))
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{spoken}">{"".join(parts)}</svg>'
@@ -56,10 +56,15 @@ def read_out(item: Depth) -> dict[str, Any]:
     """Return what the page shows at the pointer: names, and the values of every lane as text."""
     lanes = []
     for lane in item.lanes:
-        for (label, _, values), color in zip(lane.series, _colors(lane), strict=True):
-            told = " · ".join(part for part in (visible(lane.label), visible(label)) if part)
-            lanes.append([told, variable(color), [number(value) for value in values]])
+        for (_, _, values), (label, color) in zip(lane.series, lane_legend(lane), strict=True):
+            told = " · ".join(part for part in (visible(lane.label), label) if part)
+            lanes.append([told, color, [number(value) for value in values]])
     return {"names": [visible(name) for name in item.names], "lanes": lanes}
+
+
+def lane_legend(lane: Lane) -> list[tuple[str, str]]:
+    """Return label and CSS color of each curve of a lane."""
+    return [(visible(label), variable(c)) for (label, _, _), c in zip(lane.series, _colors(lane), strict=True)]
 
 
 def _colors(lane: Lane) -> list[str]:

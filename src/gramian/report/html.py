@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 from gramian.errors import InputError
 
 from .canvas import drawing_settings
-from .depth import draw_depth, read_out
+from .depth import draw_depth, lane_legend, read_out
 from .files import write_text
 from .formatting import number, visible
 from .heatmaps import draw_heat_map, shared_scale
@@ -145,6 +145,14 @@ class Figure:
     def depth(self) -> dict[str, Any] | None:
         """What the picture by depth shows at the pointer."""
         return read_out(self.item) if isinstance(self.item, Depth) else None
+
+    @property
+    def legend(self) -> list[tuple[str, str, str]]:
+        """Label, color and style of each curve of a picture by depth, where there are several."""
+        curves = (
+            [entry for lane in self.item.lanes for entry in lane_legend(lane)] if isinstance(self.item, Depth) else []
+        )
+        return [(label, color, "line") for label, color in dict.fromkeys(curves) if label]
 
     @property
     def kind(self) -> str:

@@ -468,6 +468,7 @@ class Depth:
         culprits: places that the first finding names.
         consequences: places of what follows from it.
         caption: a sentence or two below the title.
+        x_label: what a place is.
     """
 
     title: str
@@ -476,6 +477,7 @@ class Depth:
     culprits: Sequence[int] = ()
     consequences: Sequence[int] = ()
     caption: str = ""
+    x_label: str = "place in the forward pass"
 
 
 Drawing = Picture | HeatMap | Depth
