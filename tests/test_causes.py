@@ -130,7 +130,8 @@ class Uncopied(torch.optim.SGD):
 def test_an_optimizer_that_cannot_be_copied_is_a_note() -> None:
     model = mlp()
     report = gm.inspect(model, [data()], CLASSIFY, optimizer=Uncopied(model.parameters(), lr=0.1))
-    assert any("steps were not measured" in note for note in report.notes)
+    assert "optimizer's steps" in report.not_looked_at
+    assert "Not looked at: optimizer's steps (" in report.verdict
 
 
 class Tuple(nn.Module):

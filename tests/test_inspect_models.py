@@ -104,12 +104,12 @@ CASES: dict[str, Case] = {
     "towers": Case(
         Towers, {"image": normal(N, D), "text": normal(N, D, seed=1)},
         lambda m, b: F.cross_entropy(m(**b)["scores"], torch.arange(len(b["image"]))),
-        ("does not depend on that of image.0.weight", "were not compared"),
+        ("does not depend on that of image.0.weight", "gradient of the first layer against the last"),
     ),
     "called twice": Case(
         tower, (normal(N, D), normal(N, D, seed=1)),
         lambda m, b: F.cross_entropy(m(b[0]) @ m(b[1]).T, torch.arange(len(b[0]))),
-        ("used several times in a forward pass", "measured for 0 of 3 layers"),
+        ("used several times", "gains of 3 of 3 layers"),
     ),
     "graph": Case(Graph, (normal(N, D), ring, labels), lambda m, b: F.cross_entropy(m(*b[:2]), b[2]), (
         "rows are not samples",
@@ -136,10 +136,11 @@ CASES: dict[str, Case] = {
 def test_inspect_says_what_it_could_not_measure(name: str) -> None:
     case = CASES[name]
     report = gm.inspect(case.make(), [case.batch], case.loss)
+    said = [*report.notes, *(f"{what}: {why}" for what, why in report.not_looked_at.items())]
     for note in case.notes:
-        assert any(note in line for line in report.notes), report.notes
+        assert any(note in line for line in said), said
     assert not [f.code for f in report.findings if f.severity == "error"]
-    assert not any("Error" in line for line in report.notes)
+    assert not any("Error" in line for line in said)
 
 
 def test_the_sums_of_two_towers() -> None:
@@ -169,9 +170,37 @@ def test_a_measurement_that_fails_is_left_out_with_its_error() -> None:
             return self.two(self.one(x).relu())
 
     report = gm.inspect(Picky(), [normal(N, D)], lambda m, b: m(b).square().mean())
-    assert "The gains were not measured: RuntimeError: another tensor." in report.notes
-    assert "The end-to-end Jacobian was not measured: RuntimeError: another tensor." in report.notes
+    assert report.not_looked_at["gains"] == "RuntimeError: another tensor"
+    assert report.not_looked_at["end-to-end Jacobian"] == "RuntimeError: another tensor"
+    assert "gains (RuntimeError: another tensor)" in report.verdict
     assert all(layer.gradient_rms is not None for layer in report.layers)
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(D, D), nn.Parameter(normal(D + 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) @ self.w
+
+
+MISFITS = {
+    "first": (nn.Sequential(nn.Linear(D + 1, 2)), normal(N, D), r"0 \(Linear\) .*\(12, 6\) and wants 7 features"),
+    "middle": (nn.Sequential(nn.Linear(D, D), nn.Linear(9, 2)), normal(N, D), r"1 \(Linear\) .* wants 9 features"),
+    "channels": (nn.Sequential(nn.Conv2d(3, 2, 3)), normal(N, 1, 5, 5), r"0 \(Conv2d\) .* wants 3 channels"),
+    "tokens": (nn.Sequential(nn.Embedding(4, 2)), torch.arange(9), r"from 0 to 8 and wants integers from 0, below 4"),
+    "no layer's": (Product(), normal(N, D), r"the model \(Product\) cannot run on a tensor of shape \(12, 6\)"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_forward_pass_that_fails_is_one_line_with_the_module(name: str) -> None:
+    model, x, told = MISFITS[name]
+    with pytest.raises(gm.errors.InputError, match=told) as caught:
+        gm.inspect(model, [x], lambda m, b: m(b).square().mean())
+    assert "\n" not in str(caught.value)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_rows_that_mix_have_no_jacobian_of_a_sample() -> None:

@@ -44,7 +44,21 @@ def test_experts_that_no_row_knows_are_told(cls: type[Muon]) -> None:
     (warning,) = caught
     text = str(warning.message)
     assert "1.w_in, 1.w_out, 2.w_in and 1 more" in text
-    assert "layouts={'1.w_in': 'e i o -> e o i', '1.w_out': 'e i o -> e o i', '2.w_in': " in text
+    assert "layouts={'1.w_in': LAYOUT, '1.w_out': LAYOUT, '2.w_in': LAYOUT, …}" in text
+    assert "LAYOUT: 'e i o -> e o i' if forward computes x @ w[e], 'e o i -> e o i' if it computes x @ w[e].T" in text
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((4, 8, 16), "e i o -> e o i"), ((4, 16, 8), "e o i -> e o i")])
+@pytest.mark.parametrize("names", [("w_in", "b_in"), ("weight", "bias"), ("up", "up_bias")])
+def test_a_bias_tells_how_a_stack_lies(shape: tuple[int, ...], layout: str, names: tuple[str, str]) -> None:
+    """The bias has the length of the output, 16; what the warning says steps each expert the right way round."""
+    model = nn.Module()
+    model.experts = nn.Module()
+    for name, size in zip(names, (shape, (4, 16)), strict=True):
+        model.experts.register_parameter(name, nn.Parameter(torch.randn(size)))
+    with pytest.warns(GramianWarning, match=f"layouts={{'experts.{names[0]}': '{layout}'}}") as caught:
+        Muon(model)
+    assert "LAYOUT" not in str(caught[0].message)
 
 
 def test_layers_of_one_kind_are_told_by_one_pattern() -> None:
@@ -99,7 +113,9 @@ def test_names_alone_say_to_pass_the_model() -> None:
 def test_a_stack_is_not_one_matrix(as_model: bool) -> None:
     model = network()
     given = model if as_model else list(model.named_parameters())
-    with pytest.raises(InputError, match=r"'1\.w_in' of shape \(4, 8, 16\) .*layouts=\{'1\.w_in': 'e i o -> e o i'"):
+    with pytest.raises(
+        InputError, match=r"'1\.w_in' of shape \(4, 8, 16\) .*layouts=\{'1\.w_in': LAYOUT\} \(LAYOUT: 'e i o"
+    ):
         Muon(given, routes={"1.w_in": "matrix", "*.w_*": "adamw"})
 
 

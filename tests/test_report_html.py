@@ -17,7 +17,22 @@ from typing import Any
 import pytest
 
 from gramian.errors import InputError
-from gramian.report import Action, Document, Finding, HeatMap, Picture, Report, Role, Section, Series, Table, Tile
+from gramian.report import (
+    Action,
+    Depth,
+    Document,
+    Finding,
+    HeatMap,
+    Lane,
+    Picture,
+    Place,
+    Report,
+    Role,
+    Section,
+    Series,
+    Table,
+    Tile,
+)
 from gramian.report.compose import compare
 from gramian.report.html import render
 from test_report_model import HOSTILE_NAMES, TIE, make_report, poison
@@ -73,6 +88,7 @@ def everything(name: str = "name") -> Document:
         Picture(name, series, name, name, caption=name, reference=(1.5, name)),
         Picture(name, series[:2], name, name, log_x=True, log_y=True, reference=(1.5, name), x_names=[name] * 4),
         (HeatMap(name, [[1.0, 2.0], [3.0]], name, name, True, name, name), HeatMap(name, [[5.0]])),
+        Depth(name, [name, "b"], [Lane(name, [(name, "accent", [1.0, 2.0])])], [0], [1], name),
         Table(name, [name, "number"], [[name, 1.0], [name, None]], name, [0]),
         [Finding(name, "error", name, name, name, name, Action("tie", TIE | {"module": name}), name, name)],
     ]
@@ -213,12 +229,62 @@ def test_a_report_of_unknown_and_broken_numbers():
 def test_before_and_after_stand_side_by_side_on_one_scale():
     sections = compare(make_report(5), make_report(5), ("old", "new"))
     assert [s.heading for s in sections] == [
-        "Findings old", "Findings new", "Signal by depth", "Weight spectra", "End-to-end Jacobian",
+        "The network by depth", "Findings old", "Findings new", "Weight spectra", "End-to-end Jacobian",
     ]  # fmt: skip
     Page(render(Document("t", "v", sections=sections)))
-    overlaid = sections[2].items[1]
-    assert isinstance(overlaid, Picture)
-    assert [(s.label, s.role) for s in overlaid.series] == [("old", "before"), ("new", "after")]
+    overlaid = sections[0].items[0]
+    assert isinstance(overlaid, Depth)
+    assert [lane.label.split()[0] for lane in overlaid.lanes] == ["signal,", "gradient", "gain"]
+    for lane in overlaid.lanes:
+        assert [(label, role) for label, role, _ in lane.series] == [("old", "before"), ("new", "after")]
+
+
+def marked() -> Report:
+    """A cause with two consequences, in a network of six modules; the second module has several parameters."""
+    report = make_report(0)
+    report.depth = [Place(f"net.{i}", "Linear", 1.0, 0.5, 0.0 if i < 2 else 1.0, 1.0) for i in range(6)]
+    report.findings = [
+        Finding("vanishes", "info", "All of it vanishes", where="net.3.weight … net.5.weight", follows="small"),
+        Finding("dead", "warning", "Some are dead", where="net.0"),
+        Finding("small", "error", "One is small", where="net.1.weight[q] and 2 more"),
+        Finding("flat", "info", "Nothing arrives", where="all layers", evidence="it is 0", follows="small"),
+    ]
+    return report
+
+
+def test_the_first_finding_is_marked_in_the_picture_and_what_follows_is_fainter():
+    sections = marked().to_document().sections
+    assert [s.heading for s in sections[:2]] == ["The network by depth", "Findings"]
+    picture = sections[0].items[0]
+    assert isinstance(picture, Depth)
+    assert (picture.culprits, picture.consequences) == ([1], [3, 4, 5])
+    assert "Marked: One is small. Fainter: what follows from it." in picture.caption
+    assert "cross at the lower edge is a zero" in picture.caption
+    html = render(marked().to_document())
+    assert html.count('<g class="culprit"><rect x="0.5" y="0" width="1"') == 2  # wide and narrow
+    assert html.count('<g class="consequence"><rect x="2.5" y="0" width="3"') == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "told"), [("data", "about the data, before the first place"), ("all layers", "about all of it")]
+)
+def test_a_cause_without_a_place_is_told(where: str, told: str):
+    report = marked()
+    report.findings[2] = Finding("small", "error", "One is small", where=where)
+    picture = report.to_document().sections[0].items[0]
+    assert isinstance(picture, Depth)
+    assert not picture.culprits
+    assert told in picture.caption
+
+
+def test_one_cause_has_one_card_with_what_follows_in_it():
+    page = render(marked().to_document())
+    cards = re.findall(r'class="finding \w+" data-code="([^"]+)"', page)
+    assert cards == ["small", "dead"]
+    card = page[page.index('data-code="small"') : page.index('data-code="dead"')]
+    assert re.findall(r'<li data-code="([^"]+)"', card) == ["vanishes", "flat"]
+    lonely = Report("t", [Finding("a", "info", "A", follows="gone")])  # its cause is not in the report
+    assert 'data-code="a"' in render(lonely.to_document())
 
 
 def test_comparing_with_nothing_measured_leaves_out():

@@ -52,6 +52,11 @@ class Compared:
     square: float = 0.0
     base: float = 0.0
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """Of the two checkpoints, as the commands of remedies take them."""
+        return {"model": str(self.pairs.one.path), "other": str(self.pairs.two.path)}
+
     def add_unmatched(self) -> None:
         """Add a row for each tensor that only one of the two has; they too are searched for NaN."""
         pairs = self.pairs
@@ -86,6 +91,17 @@ class Compared:
         """Search what is not compared, or only one has, for NaN and infinity."""
         if count := count_non_finite(tensor):
             self.broken.append((name, count))
+
+    def not_looked_at(self) -> dict[str, str]:
+        """Why something was not compared, by what it is."""
+        pairs = self.pairs
+        reasons = {"signal": "files have no forward pass"}
+        for checkpoint, names in ((pairs.one, pairs.only_one), (pairs.two, pairs.only_two)):
+            if names:
+                reasons[plural(len(names), "tensor")] = f"only in {checkpoint.path}"
+        if self.shapes:
+            reasons[f"{plural(len(self.shapes), 'pair')} of tensors"] = "of different shapes"
+        return reasons
 
     def facts(self) -> dict[str, float | int | str]:
         """The numbers of all tensors together."""
@@ -165,8 +181,7 @@ def _of_nonfinite(compared: Compared) -> Iterator[Finding]:
             where=some(names, 10),
             evidence=evidence,
             cause="Training diverged in one of them, or a file is damaged.",
-            action=Action("inspect_file"),
-            advice="Run it on each of the two.",
+            action=Action("inspect_files", compared.paths),
         )
 
 
@@ -231,7 +246,7 @@ def _of_low_rank(compared: Compared) -> Iterator[Finding]:
             where=f"{_matrices(len(known), 'differs', 'differ')}, {len(compared.equal_matrices):,} equal",
             evidence=f"rank {max(ranks)} holds 99 % of the energy of every difference (most: {worst.name}){rank}",
             cause="An adapter was merged, or training moved the weights in few directions.",
-            action=Action("extract_lora", {"rank": max(ranks)}),
+            action=Action("extract_lora", compared.paths | {"rank": max(ranks)}),
             source="Hu et al. 2106.09685",
         )
 

@@ -90,7 +90,10 @@ def compare_checkpoints(
     compared.add_unmatched()
     layers = [replace(layer, depth=depth) for depth, layer in enumerate((*compared.matrices, *compared.others))]
     title = f"{_base(model)} − {_base(other)}"
-    return Report(title, list(find_differences(compared)), layers, compared.facts(), notes=compared.notes())
+    return Report(
+        title, list(find_differences(compared)), layers, compared.facts(), notes=compared.notes(),
+        looked_at=["tensors that both have"], not_looked_at=compared.not_looked_at(),
+    )  # fmt: skip
 
 
 def subspace_angle(a: Float[Tensor, "m n"], b: Float[Tensor, "m n"]) -> tuple[float | None, int | None]:

@@ -8,42 +8,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gramian import linalg
-from gramian.batch import first_samples, mapped, num_samples
 from gramian.calls import as_model
 from gramian.errors import InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.evaluated import evaluate
+from gramian.inspection.failing import check_runs
 from gramian.inspection.measured import Measured
 from gramian.inspection.observed import Observed
 from gramian.inspection.observing import NUM_BATCHES, observe
+from gramian.inspection.places import places
 from gramian.inspection.rules import find
+from gramian.inspection.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.stepping import take_steps
 from gramian.inspection.weights import measure_file, measure_model
 from gramian.loader import Batches, as_batches, first_few
 from gramian.objective import Objective, as_objective
-from gramian.operators import NoJacobian, layer_gains, try_jacobian
-from gramian.recording import capture
 from gramian.recording.measuring import batch_statistics
-from gramian.report import Finding, Layer, Report
-from gramian.report.model import COVERAGE, HALF
+from gramian.report import Finding, Report
 
 __all__ = ["inspect"]
 
-# Samples at which the end-to-end Jacobian is computed, fewer where all their rows together would cost more than this
-# many backward passes of the batch; the report shows the median of each singular value over them.
-NUM_JACOBIANS, JACOBIAN_PASSES = 8, 8
-
-# It is computed up to this side, however small the batch.
-LEAST_ROWS = 256
-
-# Samples from which on two random vectors for each serve for the gains, and not four.
-MANY = 16
+# What a report says it looked at, or not.
+STEPS = "optimizer's steps"
 
 
 def inspect(
@@ -84,7 +74,8 @@ def inspect(
         progress: called as `progress(what, done, total)`.
     Returns: a `Report`, with `.findings`, `.layers`, `.save("x.html")` and `.to_json()`.
     Raises:
-        InputError: batches without an objective or the reverse, or data for a file.
+        InputError: batches without an objective or the reverse, data for a file, or a module that cannot run on what
+            it is given.
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: that of `describe` for each matrix; with data, four training steps, a pass of `capture`, one backward pass,
@@ -93,8 +84,8 @@ def inspect(
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
-    >>> report.verdict, report.layers[0].shape
-    ('No trouble found in 2 layers.', (8, 8))
+    >>> report.verdict.partition(".")[0], report.not_looked_at
+    ('No trouble found in 2 layers', {'signal and gradients by layer': 'no batches and objective were given'})
     """
     progress = progress or (lambda what, done, total: None)
     if not isinstance(model_or_path, (str, os.PathLike)):
@@ -102,21 +93,21 @@ def inspect(
     if not isinstance(model_or_path, nn.Module):
         if batches is not None or objective is not None:
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
-        return _report(
-            title or os.path.basename(os.path.abspath(model_or_path)),
-            measure_file(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size),
-        )
+        measured = measure_file(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
+        measured.skipped |= {SIGNAL: "a file has weights and no forward pass"}
+        return _report(title or os.path.basename(os.path.abspath(model_or_path)), measured, has_model=False)
     if (batches is None) != (objective is None):
         raise InputError("inspect: batches and objective go together; give both, or neither for the weights alone")
     if batches is None or objective is None:
         if optimizer is not None:
             raise InputError("inspect: an optimizer is judged by its steps; pass batches and an objective with it")
         measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
+        measured.skipped |= {SIGNAL: "no batches and objective were given"}
         return _report(title or type(model_or_path).__name__, measured)
     few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
     objective = as_objective(objective)
     progress("steps", 0, 1)
-    observed, failure = _observe(model_or_path, few, objective)
+    observed, skipped = _observe(model_or_path, few, objective)
     progress("steps", 1, 1)
     measured = measure_model(
         model_or_path,
@@ -126,22 +117,40 @@ def inspect(
         input_size=input_size,
         image_sizes=observed.image_sizes if observed is not None else {},
     )
-    measured.notes += failure
+    measured.skipped |= skipped
     found = _measure_signal(measured, model_or_path, few, objective, observed, optimizer, layouts, progress)
     return _report(title or type(model_or_path).__name__, measured, found)
 
 
-def _report(title: str, measured: Measured, causes: Sequence[Finding] | None = None) -> Report:
+def _report(
+    title: str, measured: Measured, causes: Sequence[Finding] | None = None, *, has_model: bool = True
+) -> Report:
     found = find(measured) if causes is None else ordered((*causes, *find(measured)))
-    return Report(title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions)
+    found = [_runnable(finding, has_model=has_model, has_data=causes is not None) for finding in found]
+    return Report(
+        title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions,
+        measured.places, measured.looked_at, measured.skipped,
+    )  # fmt: skip
 
 
-def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Observed | None, list[str]]:
-    """What a few training steps show, or a note on why there are none."""
+def _runnable(finding: Finding, *, has_model: bool, has_data: bool) -> Finding:
+    """The finding, with an action as advice where its code names a model or batches that nobody gave."""
+    if finding.action is None or finding.action.is_command:
+        return finding
+    code = finding.action.code.replace("\n", "; ")
+    if has_model and (has_data or "batches" not in code):
+        return finding
+    told = f"With {'data' if has_model else 'the model in memory'}: {code}"
+    return replace(finding, action=None, advice=f"{told}\n{finding.advice}" if finding.advice else told)
+
+
+def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Observed | None, dict[str, str]]:
+    """What a few training steps show, or why there are none."""
     try:
-        return observe(model, few, objective), []
+        return observe(model, few, objective), {}
     except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
-        return None, [f"No training step was watched: {_in_words(error)}. So causes were not looked for."]
+        check_runs(model, few[0], objective)
+        return None, {"causes": f"no training step could be watched: {in_words(error)}"}
 
 
 def _measure_signal(
@@ -156,30 +165,37 @@ def _measure_signal(
 ) -> list[Finding]:
     """Measures the signal, and returns the causes that were found."""
     if observed is None:
-        _measure_moments(measured, model, few[0], objective, layouts, progress)
+        measure_signal(measured, model, few[0], objective, layouts, progress)
         return []
     context = Context(model, observed, optimizer, layers=measured.layers)
     measured.gated = context.has_zero_gates
     if observed.error is not None:
-        measured.notes.append(f"The signal was not measured, since the loss fails: {_in_words(observed.error)}.")
+        measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
         return list(labels_in_range(context))
+    measured.looked_at += ["data", "loss", "modules in training steps"]
     try:
         context.evaluated = evaluate(model, few[0], objective)
+        measured.looked_at.append("evaluation mode")
     except Exception as error:  # a model that cannot run in evaluation mode
-        measured.notes.append(f"Evaluation mode was not looked at: {_in_words(error)}.")
-    if optimizer is not None and math.isfinite(observed.loss):
+        measured.skipped |= {"evaluation mode": in_words(error)}
+    if optimizer is None:
+        measured.skipped |= {STEPS: "no optimizer was given"}
+    elif not math.isfinite(observed.loss):
+        measured.skipped |= {STEPS: "the loss is not finite"}
+    else:
         try:
             context.steps = take_steps(model, optimizer, few, objective)
+            measured.looked_at.append(STEPS)
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails
-            measured.notes.append(f"The optimizer's steps were not measured: {_in_words(error)}.")
+            measured.skipped |= {STEPS: in_words(error)}
     found: list[Finding] = []
     for rule in CAUSES:
         try:
             found += rule(context)
         except Exception as error:  # what one rule does not understand must not hide what the others found
-            measured.notes.append(f"The rule for {rule.__name__.replace('_', ' ')} failed: {_in_words(error)}.")
+            measured.skipped |= {rule.__name__.replace("_", " "): f"the rule failed: {in_words(error)}"}
     with batch_statistics(model):
-        _measure_moments(measured, model, few[0], objective, layouts, progress)
+        measure_signal(measured, model, few[0], objective, layouts, progress)
     measured.facts |= {"loss in training mode": observed.loss}
     if context.evaluated is not None:
         measured.facts |= {"loss in evaluation mode": context.evaluated.loss}
@@ -188,114 +204,5 @@ def _measure_signal(
         if len(few) > 1
         else "Looked at one batch."
     )
+    measured.places = places(observed, measured, context.steps.changes if context.steps else {})
     return found
-
-
-def _measure_moments(
-    measured: Measured,
-    model: nn.Module,
-    batch: Any,
-    objective: Objective,
-    layouts: Mapping[str, Any] | None,
-    progress: Callable[[str, int, int], None],
-) -> None:
-    progress("signal", 0, 1)
-    stats = capture(
-        model,
-        [batch],
-        objective,
-        layouts=layouts,
-        max_dim=1,  # sizes and means, and no matrices
-        fisher="empirical",
-        non_finite="keep",
-    )
-    progress("signal", 1, 1)
-    measured.stats = stats
-    measured.notes += stats.summary()
-    progress("gains", 0, 1)
-    _measure_gains(measured, model, batch, objective)
-    progress("gains", 1, 1)
-    progress("jacobian", 0, 1)
-    _measure_jacobian(measured, model, batch, objective)
-    progress("jacobian", 1, 1)
-    order = {name: i for i, name in enumerate(stats)}
-    last = len(order)
-
-    def key(layer: Layer) -> tuple[int, int]:
-        return order.get(_parameter(layer.name), last), layer.depth
-
-    rows = sorted(zip(measured.layers, measured.spectra, strict=True), key=lambda row: key(row[0]))
-    measured.spectra = [spectrum for _, spectrum in rows]
-    measured.layers = []
-    for depth, (layer, _) in enumerate(rows):
-        sites = stats.get(_parameter(layer.name))
-        site = sites[0] if sites else None
-        gain = measured.gains.get(_parameter(layer.name))
-        measured.layers.append(
-            replace(
-                layer,
-                depth=depth,
-                gain=gain.chi if gain else None,
-                activation_rms=site.A.rms if site and site.A is not None and layer.role != "embedding" else None,
-                gradient_rms=site.G.rms if site and site.G is not None else None,
-                note="; ".join(part for part in (layer.note, site.reason if site else "") if part),
-            )
-        )
-    measured.facts |= {"loss per unit": stats.loss, "units": int(stats.units)}
-    if stats.coverage < HALF:
-        measured.facts[COVERAGE] = stats.coverage
-    measured.notes.append("Measured without dropout, and with the batch's statistics in batch norms.")
-
-
-def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
-    try:
-        probes = 2 if num_samples(batch) >= MANY else 4
-        measured.gains = layer_gains(model, batch, objective, num_probes=probes)
-    except Exception as error:  # a model that runs may still not be differentiated layer by layer
-        measured.notes.append(f"The gains were not measured: {_in_words(error)}.")
-        return
-    known = sum(gain is not None for gain in measured.gains.values())
-    if known < len(measured.gains):
-        measured.notes.append(
-            f"The gain was measured for {known} of {len(measured.gains)} layers. It is not defined where a layer is "
-            "used several times, or where the next layer's input depends on more than this layer (a skip, attention)."
-        )
-
-
-def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
-    what = "The end-to-end Jacobian was not measured"
-    sites = reversed(list(measured.stats.sites() if measured.stats is not None else ()))
-    side = next((site.A.dim for site in sites if site.A is not None), 1)
-    batch_size = num_samples(batch)
-    most = max(JACOBIAN_PASSES * batch_size, LEAST_ROWS)
-    num = max(1, min(NUM_JACOBIANS, batch_size, most // side))
-    copies = max(1, min(side, batch_size // num))
-    try:
-        try:
-            repeated = mapped(first_samples(batch, num), lambda t: t.repeat_interleave(copies, 0) if t.ndim else t)
-            found = try_jacobian(model, repeated, objective, copies=copies, most=most)
-        except Exception:  # a part of a batch may be none: the nodes of a graph without the other ends of its edges
-            found = try_jacobian(model, batch, objective, most=most)
-    except Exception as error:
-        measured.notes.append(f"{what}: {_in_words(error)}.")
-        return
-    if isinstance(found, NoJacobian):
-        measured.notes.append(f"{what}: {found.reason}.")
-        measured.is_chain = found.is_chain
-        if not found.is_chain:
-            measured.notes.append("So the gradients of the first and the last layer were not compared either.")
-    elif torch.isfinite(found).all():
-        values, _ = linalg.svdvals_ex(found)
-        measured.jacobian = tuple(values.double().median(0).values.tolist())
-    else:
-        measured.notes.append(f"{what}: it is not finite.")
-
-
-def _in_words(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no message'}"
-
-
-def _parameter(name: str) -> str:
-    """Return a row's block: its name without the index of a matrix in a fused parameter."""
-    return name.partition("[")[0]

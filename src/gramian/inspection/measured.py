@@ -8,7 +8,7 @@ import torch
 
 from gramian.inspection.spectra import Spectrum
 from gramian.operators import Gain
-from gramian.report import Direction, Layer
+from gramian.report import Direction, Layer, Place
 from gramian.statistics import Statistics
 
 __all__ = ["Measured"]
@@ -29,6 +29,9 @@ class Measured:
         facts: numbers about the whole model, by label, for the report; rules may add some.
         notes: how things were measured, and what was skipped.
         directions: leading singular vectors of the first layer.
+        places: the modules in the order of the forward pass.
+        looked_at: what was examined.
+        skipped: why something was not examined, by what it is.
     """
 
     layers: list[Layer] = field(default_factory=list)
@@ -42,3 +45,6 @@ class Measured:
     facts: dict[str, float | int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     directions: list[Direction] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    looked_at: list[str] = field(default_factory=lambda: ["weights"])
+    skipped: dict[str, str] = field(default_factory=dict)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["RULES", "find"]
 
 ISOMETRIC = Action("isometric_")
-RETRAIN = Action("train", {"init": "isometric", "optimizer": "muon"})
 
 # A network of depth L trains where L ≲ 6ξ, ξ = 1/|ln χ| (Schoenholz et al. 1611.01232, figure 5).
 TRAINABLE_DEPTHS = 6.0
@@ -81,7 +80,9 @@ def non_finite_signal(measured: Measured) -> Iterator[Finding]:
                 where=first[0],
                 evidence=f"the {what} is not finite at {len(names)} of {len(sites)} layers (exact)",
                 cause=f"The layer {'before' if what == 'input' else 'after'} it computed the first such value.",
-                action=ISOMETRIC if what == "input" else Action("inspect_in_float32"),
+                advice="Look at this layer's weights and at the operation after it."
+                if what == "input"
+                else "Measure again with model.float() and inputs in float32: finite there, it is the dtype's range.",
             )
 
 
@@ -227,7 +228,8 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
         where="all layers",
         evidence=evidence,
         cause=f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
-        action=RETRAIN,
+        action=ISOMETRIC,
+        advice="Then train with gm.optim.Muon, whose steps do not shrink with the gradient.",
         source="Hochreiter 1991; Pascanu et al. 1211.5063",
     )
 

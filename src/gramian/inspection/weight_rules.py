@@ -71,8 +71,8 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
             where=names_of(wrong),
             evidence="every entry is zero (exact)",
             cause="Never loaded, or initialized to zero.",
-            action=Action("compare_files"),
-            advice="OTHER is the checkpoint that these weights come from: are they zero there too?",
+            advice="Compare with the checkpoint that these weights come from (gramian inspect MODEL --against OTHER): "
+            "are they zero there too?",
         )
     untrained = untrained_adapter(measured.layers)
     started = [layer for layer in zero if layer not in wrong and not (untrained and is_change(layer))]
@@ -85,8 +85,8 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
             evidence="every entry is zero (exact); other matrices are not, and no block differs from another in this",
             cause="Initialized to zero on purpose (a head, a table, the end of a branch) and not trained yet, or never "
             "loaded.",
-            action=Action("compare_files"),
-            advice="OTHER is the checkpoint that these weights come from: are they zero there too?",
+            advice="Compare with the checkpoint that these weights come from (gramian inspect MODEL --against OTHER): "
+            "are they zero there too?",
         )
     some = [layer for layer in measured.layers if layer.spectral_norm and _share(layer, layer.zeros) > ZERO_SHARE]
     if some:
@@ -181,10 +181,9 @@ def unusual_size(measured: Measured) -> Iterator[Finding]:
                     evidence=f"{layer.spectral_norm:.3g}, and a median of {math.exp(middle):.3g} over {len(layers)} "
                     f"matrices, half of which are within a factor of {math.exp(spread / 1.4826):.2f} of it",
                     cause="This layer's weights grew without bound." if larger else "This layer's weights decayed.",
-                    action=None if larger else Action("inspect"),
                     advice="Add weight decay, put a normalization before the layer, or train with gm.optim.Muon."
                     if larger
-                    else "Check that a gradient arrives at the layer.",
+                    else "Check that a gradient arrives at the layer: with data, gm.inspect shows it by depth.",
                     source="a heuristic; false alarms are counted in benchmarks/results/inspect_calibration.json",
                 )
 
@@ -232,8 +231,7 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
             f"{noise[0].name}), and the bulk within {noise[0].bulk_distance:.3f} of Marchenko and Pastur's law; "
             f"{structured} others have structure",
             cause="The layers are frozen, receive no gradient, or have hardly moved from their initialization.",
-            action=Action("inspect"),
-            advice="Look at the gradient by depth: does it reach these layers?",
+            advice="Look at the gradient by depth, which gm.inspect shows with data: does it reach these layers?",
             source="Marchenko & Pastur 1967; Johnstone 2001. Valid against independent entries only",
         )
 

@@ -130,24 +130,48 @@ def _warn_of_matrices_left(routes: Sequence[Route], overridden: Sequence[Route],
     if num_left <= MOST_LEFT * (num_left + matrices):
         return
     patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", r.name) for r in left))
-    layouts = ", ".join(f"{pattern!r}: {_example(left, pattern)!r}" for pattern in patterns[:3])
+    shown = [next(r for r in left if fnmatch.fnmatchcase(r.name, pattern)) for pattern in patterns[:3]]
+    biases = {r.name: tuple(r.parameter.shape) for r in routes}
+    found = {p: _layouts(r, biases) for p, r in zip(patterns, shown, strict=False)}
+    layouts = ", ".join(f"{p!r}: {repr(options[0]) if len(options) == 1 else OPEN}" for p, options in found.items())
     write = f"layouts={{{layouts}{', …' if len(patterns) > 3 else ''}}}"
+    undecided = next((options for options in found.values() if len(options) > 1), None)
+    tell = f" ({_how_to_tell(undecided)})" if undecided else ""
     warnings.warn(
         f"{num_left / (num_left + matrices):.0%} of the hidden parameters step by AdamW, since nothing tells which "
         f"matrices they hold: {some([r.name for r in left])}. Pass "
-        f"{write if model else f'the model, and where its classes do not tell, {write}'}, which says how they lie: "
-        "'e i o -> e o i' for e matrices stored as (in, out), 'e o i -> e o i' as (out, in), see gm.blocks; or, where "
-        f"AdamW is right, routes={{{patterns[0]!r}: 'adamw'}}",
+        f"{write if model else f'the model, and where its classes do not tell, {write}'}, which says how they "
+        f"lie{tell}, see gm.blocks; or, where AdamW is right, routes={{{patterns[0]!r}: 'adamw'}}",
         GramianWarning,
         stacklevel=5,
     )
 
 
-def _example(left: Sequence[Route], pattern: str) -> str:
-    """A layout to start from, with as many dimensions as the first of these parameters that the pattern means."""
-    ndim = next(r.parameter.ndim for r in left if fnmatch.fnmatchcase(r.name, pattern))
-    stack = "".join(f"{axis} " for axis in "abcdefgh"[: ndim - 3] + "e"[: ndim - 2])
-    return f"{stack}i o -> {stack}o i"
+OPEN = "LAYOUT"
+"""What stands for a layout that nothing tells: code that is pasted with it does not run, rather than transpose."""
+
+
+def _layouts(route: Route, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The layouts that a stack of matrices may have: the one that its bias tells, else (in, out) and (out, in).
+
+    A bias has the length of the output: of the two last sizes, where they differ, the one that it shares is `out`.
+    """
+    shape = tuple(route.parameter.shape)
+    stack = "".join(f"{axis} " for axis in "abcdefgh"[: len(shape) - 3] + "e"[: len(shape) - 2])
+    both = [f"{stack}i o -> {stack}o i", f"{stack}o i -> {stack}o i"]
+    module, dot, own = route.name.rpartition(".")
+    names = [f"{own}_bias", own.replace("weight", "bias"), re.sub("^w", "b", own)]
+    lengths = {shapes[module + dot + name][-1] for name in names if name != own and shapes.get(module + dot + name)}
+    if len(lengths) == 1 and shape[-1] != shape[-2]:
+        length = lengths.pop()
+        if length in shape[-2:]:
+            return [both[0] if length == shape[-1] else both[1]]
+    return both
+
+
+def _how_to_tell(layouts: Sequence[str]) -> str:
+    """Which of two layouts is right, from what forward computes."""
+    return f"{OPEN}: {layouts[0]!r} if forward computes x @ w[e], {layouts[1]!r} if it computes x @ w[e].T"
 
 
 def routes_of_model(model: nn.Module, layouts: Mapping[str, Any] | None = None) -> list[Route]:
@@ -231,9 +255,10 @@ def _override(r: Route, pattern: str, direction: Direction) -> Route:
     if layout is None and len(shape) < 2:
         raise InputError(f"routes: {r.name!r} is a vector of shape {shape} and holds no matrix")
     if layout is None:
+        layouts = _layouts(r, {})
         raise InputError(
             f"routes: {r.name!r} of shape {shape} is one matrix or several, and nothing tells which. In place of "
-            f"routes={{{pattern!r}: 'matrix'}}, pass the model with layouts={{{pattern!r}: 'e i o -> e o i'}} for e "
-            "matrices stored as (in, out), 'e o i -> e o i' stored as (out, in); see gm.blocks"
+            f"routes={{{pattern!r}: 'matrix'}}, pass the model with layouts={{{pattern!r}: {OPEN}}} "
+            f"({_how_to_tell(layouts)}); see gm.blocks"
         )
     return Route(r.name, r.parameter, layout, reason)

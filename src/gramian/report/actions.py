@@ -19,18 +19,16 @@ from .formatting import visible
 __all__ = ["ACTIONS", "Action"]
 
 # Name of an action: its code, Python or a command line that begins with "gramian". Every {parameter} must be given.
+# Python runs as it stands after `import torch, gramian as gm` with what `gm.inspect(model, batches, objective)` was
+# given.
 ACTIONS: dict[str, str] = {
-    "isometric_": "gm.init.isometric_(model, sample)",
-    "train": "gm.train(task, init={init}, optimizer={optimizer})",
-    "inspect": "gm.inspect(model, batches, objective)",
-    "inspect_in_float32": "gm.inspect(model.float(), batches, objective)",
+    "isometric_": "gm.init.isometric_(model, next(iter(batches)))",
     "cast_to_bfloat16": "model.to(torch.bfloat16)",
     "tie": "model.get_submodule({module}).{attribute} = model.get_parameter({source})",
     "plan_compression": "plan = gm.compress(model, batches=batches, objective=objective)",
     "compress": "plan = gm.compress(model, batches=batches, objective=objective)\nsmall = plan.at(keep={keep}).apply()",
-    "inspect_file": "gramian inspect MODEL",
-    "compare_files": "gramian inspect MODEL --against OTHER",
-    "extract_lora": "gramian inspect MODEL --against OTHER --extract-lora {rank}",
+    "inspect_files": "gramian inspect {model}\ngramian inspect {other}",
+    "extract_lora": "gramian inspect {model} --against {other} --extract-lora {rank}",
 }
 
 Argument = str | int | float | bool
@@ -47,8 +45,8 @@ class Action:
     Raises:
         InputError: an unknown name, or arguments that do not fit the action.
 
-    >>> Action("train", {"init": "isometric", "optimizer": "muon"}).code
-    'gm.train(task, init="isometric", optimizer="muon")'
+    >>> Action("extract_lora", {"model": "tuned/", "other": "base/", "rank": 8}).code
+    'gramian inspect tuned/ --against base/ --extract-lora 8'
     """
 
     name: str
@@ -92,7 +90,7 @@ class Action:
 def parameters(name: str) -> list[str]:
     """Return the names of an action's parameters.
 
-    >>> parameters("train")
-    ['init', 'optimizer']
+    >>> parameters("extract_lora")
+    ['model', 'other', 'rank']
     """
     return [key for _, key, _, _ in string.Formatter().parse(ACTIONS[name]) if key]

@@ -5,33 +5,32 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from numbers import Real
+from dataclasses import replace
 
+from .axes import shows
 from .formatting import number
 from .model import (
+    Depth,
     Detail,
     Document,
     Drawing,
     Finding,
     HeatMap,
+    Lane,
     Layer,
     Picture,
+    Place,
     Report,
     Role,
     Section,
     Series,
     Table,
     Tile,
+    causes_first,
 )
 
 _MOST_TILES = 6
 
-_ACTIVATION_CAPTION = "Root mean square of each layer's input. A straight slope means a constant factor per layer."
-_GRADIENT_CAPTION = "Root mean square of the loss's gradient at each layer's output, per unit."
-_GAIN_CAPTION = (
-    "χ, the mean squared singular value of the layer's Jacobian. Below 1, gradients shrink; above 1, they grow."
-)
 _SPECTRA_CAPTION = "One row per layer, its singular values from the largest to the smallest."
 _JACOBIAN_CAPTION = (
     "Singular values of the Jacobian from the first layer's input to the last layer's input. "
@@ -48,11 +47,12 @@ def document_of(report: Report) -> Document:
         Tile("Parameters", number(report.facts.get("parameters", parameters(report.layers)))),
     ]
     tiles += [Tile(label, number(value)) for label, value in facts[:_MOST_TILES]]
-    sections = [_findings_section("Findings", report)]
-    signal = _signal_section([report], [""], ["accent"])
+    main = main_section(report)
     weights = _weights_section(report)
-    spectra = _spectra_section([report], [""])
-    sections += [section for section in (signal, weights, spectra) if section is not None]
+    # The picture of the whole network comes first, then what is wrong with it.
+    findings = _findings_section("Findings", report) if report.findings else None
+    parts = (main, findings, weights if weights != main else None)
+    sections = [section for section in (*parts, _spectra_section([report], [""])) if section is not None]
     if report.jacobian:
         sections.append(_jacobian_section([report], [""], ["accent"]))
     if report.directions:
@@ -62,9 +62,17 @@ def document_of(report: Report) -> Document:
     if len(facts) > _MOST_TILES:
         rows = [(label, value) for label, value in facts[_MOST_TILES:]]
         sections.append(Section("Further facts", items=[Table("", ("fact", "value"), rows)]))
+    if report.not_looked_at:
+        lines = [f"- {what}: {why}" for what, why in report.not_looked_at.items()]
+        sections.append(Section("Not looked at", "\n".join(lines)))
     if report.notes:
         sections.append(Section("Notes", "\n".join("- " + " ".join(note.split()) for note in report.notes)))
-    return Document(report.title, report.verdict, report.status, tiles, sections)
+    return Document(report.title, report.outcome, report.status, tiles, sections, left_out=report.left_out)
+
+
+def main_section(report: Report) -> Section | None:
+    """Return the picture of the whole network: the signal by depth, or the weights where no signal was measured."""
+    return depth_section([report], [""], ["accent"]) or _weights_section(report)
 
 
 def compare(before: Report, after: Report, labels: tuple[str, str] = ("before", "after")) -> list[Section]:
@@ -73,7 +81,7 @@ def compare(before: Report, after: Report, labels: tuple[str, str] = ("before", 
     Args:
         before, after: the two reports.
         labels: what to call them.
-    Returns: findings of each, then signal by depth, spectra and end-to-end Jacobian of both, where measured.
+    Returns: both by depth, findings of each, then spectra and end-to-end Jacobian of both, where measured.
     Raises: nothing of its own.
     Cost: none to speak of; the pictures are drawn when the page is rendered.
     Source: this library's own.
@@ -83,9 +91,9 @@ def compare(before: Report, after: Report, labels: tuple[str, str] = ("before", 
     """
     reports = [before, after]
     roles: tuple[Role, Role] = ("before", "after")
-    sections = [_findings_section(f"Findings {label}", report) for label, report in zip(labels, reports, strict=True)]
-    optional = (_signal_section(reports, labels, roles), _spectra_section(reports, labels))
-    sections += [section for section in optional if section is not None]
+    findings = [_findings_section(f"Findings {label}", report) for label, report in zip(labels, reports, strict=True)]
+    parts = (depth_section(reports, labels, roles), *findings, _spectra_section(reports, labels))
+    sections = [section for section in parts if section is not None]
     if before.jacobian or after.jacobian:
         sections.append(_jacobian_section(reports, labels, roles))
     return sections
@@ -98,12 +106,11 @@ def parameters(layers: Sequence[Layer]) -> int:
 
 def named_in(findings: Sequence[Finding], layers: Sequence[Layer]) -> dict[str, int]:
     """Return, for each layer that the `where` of a finding names, the rank of the first such finding."""
-    names = {layer.name for layer in layers}
+    names = [layer.name for layer in layers]
     ranks: dict[str, int] = {}
     for rank, finding in enumerate(findings):
-        for word in re.split(r"[\s,;…()\[\]]+", finding.where):
-            if word in names:
-                ranks.setdefault(word, rank)
+        for place in places_of(finding, names):
+            ranks.setdefault(names[place], rank)
     return ranks
 
 
@@ -258,65 +265,108 @@ def _with_error(value: float | None, error: float | None) -> str | float | None:
 
 def _findings_section(heading: str, report: Report) -> Section:
     if not report.findings:
-        return Section(heading, report.verdict)
+        return Section(heading, report.outcome)
     return Section(heading, items=[list(report.findings)])
 
 
-def _depths(layers: Sequence[Layer]) -> list[float]:
-    """Return each layer's depth, or its index where depths repeat, as in parallel branches."""
-    depths = [float(layer.depth) for layer in layers]
-    increasing = all(a < b for a, b in pairwise(depths))
-    return depths if increasing else [float(place) for place in range(len(layers))]
+def places_of(finding: Finding, names: Sequence[str]) -> list[int]:
+    """Return the places that the `where` of a finding names: modules, their parameters, or what is inside them.
+
+    >>> places_of(Finding("c", "error", "t", where="1.weight, 3"), ["0", "1", "3.a", "3.b"])
+    [1, 2, 3]
+    """
+    ends = re.fullmatch(r"(\S+) … (\S+)", finding.where)
+    if ends:  # from one to the other
+        hits = [places_of(replace(finding, where=end), names) for end in ends.groups()]
+        return list(range(hits[0][0], hits[1][-1] + 1)) if all(hits) else sorted(hits[0] + hits[1])
+    words = {word for word in re.split(r"[\s,;…()]+", finding.where.replace(" and ", ", ")) if word}
+    words = {word.partition("[")[0] for word in words}
+    found = []
+    for place, name in enumerate(names):
+        plain = name.partition("[")[0]
+        if plain and any(_meets(plain, word) for word in words):
+            found.append(place)
+    return found
 
 
-def _by_depth(
-    reports: Sequence[Report],
-    labels: Sequence[str],
-    roles: Sequence[Role],
-    value: Callable[[Layer], float | None],
-    picture: Picture,
-) -> Picture | None:
-    """Return the picture with one curve per report; None where fewer than two layers were measured."""
-    series: list[Series] = []
-    for report, label, role in zip(reports, labels, roles, strict=True):
-        known = [(x, value(layer)) for x, layer in zip(_depths(report.layers), report.layers, strict=True)]
-        points = [(x, float(y)) for x, y in known if isinstance(y, Real)]
-        if len(points) >= 2:
-            series.append(Series(label, [x for x, _ in points], [y for _, y in points], role))
-    if not series:
+def _meets(name: str, word: str) -> bool:
+    return name == word or name.startswith(f"{word}.") or word.rpartition(".")[0] == name
+
+
+def _marked(report: Report, names: Sequence[str]) -> tuple[list[int], list[int], str]:
+    """Return the places that the first trouble names, those of what follows from it, and a sentence on the marks."""
+    first = next(((cause, after) for cause, after in causes_first(report.findings) if cause.severity != "info"), None)
+    if first is None:
+        return [], [], ""
+    cause, after = first
+    title = cause.title.rstrip(".")
+    if cause.where == "data":
+        return [], [], f"The first finding is about the data, before the first place: {title}."
+    culprits = places_of(cause, names)
+    later = sorted({place for finding in after for place in places_of(finding, names)} - set(culprits))
+    if not culprits:
+        where = "about all of it" if cause.where == "all layers" else "about no single place"
+        faint = " Shaded: what follows from it." if later else ""
+        return [], later, f"The first finding is {where}: {title}.{faint}"
+    faint = " Fainter: what follows from it." if later else ""
+    return culprits, later, f"Marked: {title}.{faint}"
+
+
+# The lanes of the picture by depth: label, what of a place, and the height of a reference line.
+_LANES: tuple[tuple[str, Callable[[Place], float | None], float | None], ...] = (
+    ("signal, root mean square (RMS)", lambda place: place.rms, None),
+    ("variation between samples, share of the signal", lambda place: place.variation, None),
+    ("gradient at the output, RMS per unit", lambda place: place.gradient, None),
+    ("gain χ; gradients shrink below 1", lambda place: place.gain, 1.0),
+    ("first step ‖ΔW‖ / ‖W‖", lambda place: place.update, None),
+)
+_EDGES = "A cross at the lower edge is a zero, one at the upper edge is not finite."
+
+
+def depth_section(reports: Sequence[Report], labels: Sequence[str], roles: Sequence[Role]) -> Section | None:
+    """Return the network by depth, one curve for each report in each lane; None where no signal was measured."""
+    tracks = [report.depth or _places_of_layers(report) for report in reports]
+    names = [place.name for place in max(tracks, key=len)]
+    lanes = []
+    for label, measure, reference in _LANES:
+        values = [[measure(place) for place in track] for track in tracks]
+        curves: list[tuple[str, Role, Sequence[float | None]]] = [
+            (curve, role, row + [None] * (len(names) - len(row)))
+            for curve, role, row in zip(labels, roles, values, strict=True)
+            if sum(value is not None for value in row) > 1
+        ]
+        if curves:
+            lanes.append(Lane(label, curves, reference))
+    if not lanes:
         return None
-    return Picture(
-        picture.title, series, "depth (layer number)", picture.y_label, log_y=True, caption=picture.caption,
-        reference=picture.reference,
-    )  # fmt: skip
+    culprits, later, caption = _marked(reports[0], names) if len(reports) == 1 else ([], [], "")
+    caption = " ".join(part for part in (caption, _EDGES if _has_edges(lanes) else "") if part)
+    return Section("The network by depth", items=[Depth("Signal by depth", names, lanes, culprits, later, caption)])
 
 
-def _signal_section(reports: Sequence[Report], labels: Sequence[str], roles: Sequence[Role]) -> Section | None:
-    activation = _by_depth(
-        reports, labels, roles, lambda layer: layer.activation_rms,
-        Picture("Activation size by depth", (), y_label="RMS of the input", caption=_ACTIVATION_CAPTION),
-    )  # fmt: skip
-    gradient = _by_depth(
-        reports, labels, roles, lambda layer: layer.gradient_rms,
-        Picture("Gradient size by depth", (), y_label="RMS of the gradient", caption=_GRADIENT_CAPTION),
-    )  # fmt: skip
-    gain = _by_depth(
-        reports, labels, roles, lambda layer: layer.gain,
-        Picture("Gain per layer", (), y_label="gain χ", caption=_GAIN_CAPTION, reference=(1.0, "critical: 1")),
-    )  # fmt: skip
-    pair: tuple[Drawing, ...] = tuple(picture for picture in (activation, gradient) if picture is not None)
-    items = [pair, gain] if pair and gain is not None else [pair] if pair else [gain] if gain is not None else []
-    return Section("Signal by depth", items=items) if items else None
+def _places_of_layers(report: Report) -> list[Place]:
+    """Places from the table of layers, for a report that has no others."""
+    return [
+        Place(layer.name, layer.kind, layer.activation_rms, None, layer.gradient_rms, layer.gain)
+        for layer in report.layers
+    ]
+
+
+def _has_edges(lanes: Sequence[Lane]) -> bool:
+    values = [value for lane in lanes for _, _, row in lane.series for value in row if value is not None]
+    return any(not shows(value, log=True) for value in values)
 
 
 def _weights_section(report: Report) -> Section | None:
     """Sizes and ranks of the matrices over the depth of the network."""
-    layers = [layer for layer in report.layers if layer.spectral_norm]
-    if len(layers) < 2:
+    layers = report.layers
+    if sum(bool(layer.spectral_norm) for layer in layers) < 2:
         return None
     sizes: dict[str, Callable[[Layer], float | None]] = {
         "largest σ": lambda layer: layer.operator_norm or layer.spectral_norm,
-        "root mean square σ": lambda layer: (layer.frobenius_norm or 0.0) / math.sqrt(min(layer.shape)) or None,
+        "root mean square σ": lambda layer: (
+            None if layer.frobenius_norm is None else layer.frobenius_norm / math.sqrt(min(layer.shape))
+        ),
         "noise edge": lambda layer: layer.noise_edge,
     }
     ranks: dict[str, Callable[[Layer], float | None]] = {
@@ -324,26 +374,32 @@ def _weights_section(report: Report) -> Section | None:
         "90 % of the energy": lambda layer: layer.rank_90[-1] / min(layer.shape) if layer.rank_90 else None,
         "stable rank": lambda layer: layer.stable_rank / min(layer.shape) if layer.stable_rank else None,
     }
-    depths = _depths(layers)
-
-    def curves(measures: dict[str, Callable[[Layer], float | None]]) -> list[Series]:
-        series = []
-        for label, measure in measures.items():
-            points = [(x, y) for x, y in zip(depths, map(measure, layers), strict=True) if y is not None]
-            if len(points) >= 2:
-                series.append(Series(label, [x for x, _ in points], [y for _, y in points]))
-        return series
-
-    size = Picture(
-        "Size of the weights by depth", curves(sizes), "depth (matrix number)", "singular value", log_y=True,
-        caption="Random independent entries of the same size have no singular value above the noise edge. A largest σ "
-        "far above it is structure that the matrix has learned.",
+    changes: dict[str, Callable[[Layer], float | None]] = {"": lambda layer: layer.relative_change}
+    lanes = []
+    for label, measures in (
+        ("singular values", sizes),
+        ("rank, share of the full one", ranks),
+        ("change ‖ΔW‖ / ‖W‖", changes),
+    ):
+        curves: list[tuple[str, Role, list[float | None]]] = [
+            (curve, "auto", [measure(layer) for layer in layers]) for curve, measure in measures.items()
+        ]
+        known = [curve for curve in curves if sum(value is not None for value in curve[2]) > 1]
+        if known:
+            lanes.append(Lane(label, known))
+    names = [layer.name for layer in layers]
+    culprits, later, caption = _marked(report, names)
+    caption = " ".join(
+        part for part in (
+            caption if culprits or later else "",
+            "Random entries of the same size have no singular value above the noise edge; a largest one far above it "
+            "is structure that was learned.",
+            _EDGES if _has_edges(lanes) else "",
+        ) if part
     )  # fmt: skip
-    rank = Picture(
-        "Rank of the weights by depth", curves(ranks), "depth (matrix number)", "share of the full rank", log_y=True,
-        caption="How many of a matrix's directions hold its energy ‖W‖_F². A low value means that few do.",
-    )  # fmt: skip
-    return Section("Weights by depth", items=[(size, rank)])
+    return Section(
+        "Weights by depth", items=[Depth("Weights by depth", names, lanes, culprits, later, caption, "matrix")]
+    )
 
 
 def _spectra_section(reports: Sequence[Report], labels: Sequence[str]) -> Section | None:

@@ -25,16 +25,29 @@ from markupsafe import Markup, escape
 from gramian.errors import InputError
 
 from .canvas import drawing_settings
+from .depth import draw_depth, lane_legend, read_out
 from .files import write_text
 from .formatting import number, visible
 from .heatmaps import draw_heat_map, shared_scale
-from .model import Detail, Document, Drawing, Finding, HeatMap, Picture, Section, Table, is_findings, ranked
+from .model import (
+    Depth,
+    Detail,
+    Document,
+    Drawing,
+    Finding,
+    HeatMap,
+    Section,
+    Table,
+    causes_first,
+    is_findings,
+)
 from .pictures import Drawn, draw_picture
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 WIDE, HALF = 960.0, 430.0  # drawing widths: alone on a wide page; beside another, or on a telephone
+NARROW = 360.0  # the network by depth, whose texts are small, on a telephone
 ROWS_AT_FIRST = 40  # a longer table opens at a click; all rows are in the page
 FINDINGS_OPEN = 6  # findings after these begin folded
 
@@ -129,6 +142,19 @@ class Figure:
         return [_detail(detail) for detail in self.item.details] if isinstance(self.item, Table) else []
 
     @property
+    def depth(self) -> dict[str, Any] | None:
+        """What the picture by depth shows at the pointer."""
+        return read_out(self.item) if isinstance(self.item, Depth) else None
+
+    @property
+    def legend(self) -> list[tuple[str, str, str]]:
+        """Label, color and style of each curve of a picture by depth, where there are several."""
+        curves = (
+            [entry for lane in self.item.lanes for entry in lane_legend(lane)] if isinstance(self.item, Depth) else []
+        )
+        return [(label, color, "line") for label, color in dict.fromkeys(curves) if label]
+
+    @property
     def kind(self) -> str:
         return "table" if isinstance(self.item, Table) else "figure"
 
@@ -140,11 +166,11 @@ class Figure:
 def _items(section: Section, identifiers: Iterator[int]) -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = []
     for item in section.items:
-        if isinstance(item, Picture | HeatMap | Table):
+        if isinstance(item, Drawing | Table):
             shown.append({"kind": "one", "figures": _figures((item,), identifiers, alone=True)})
         elif is_findings(item):
             findings: Sequence[Finding] = item  # type: ignore[assignment]
-            shown.append({"kind": "findings", "findings": ranked(findings)})
+            shown.append({"kind": "findings", "findings": causes_first(findings)})
         else:
             side_by_side: tuple[Drawing | Table, ...] = tuple(item)  # type: ignore[arg-type]
             alone = len(side_by_side) == 1
@@ -162,10 +188,13 @@ def _figures(items: Sequence[Drawing | Table], identifiers: Iterator[int], alone
             figures.append(_cells(item))
             continue
         drawn = []
-        for width in (HALF, WIDE) if alone else (HALF,):
+        half = NARROW if isinstance(item, Depth) else HALF
+        for width in (half, WIDE) if alone else (half,):
             prefix = f"p{next(identifiers)}-"
             height = 280.0 if width == HALF else 330.0
-            if isinstance(item, HeatMap):
+            if isinstance(item, Depth):
+                drawn.append(Drawn(draw_depth(item, width)))
+            elif isinstance(item, HeatMap):
                 drawn.append(draw_heat_map(item, prefix, scales[item.log], width, height))
             else:
                 drawn.append(draw_picture(item, prefix, width, height))

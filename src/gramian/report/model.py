@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
+_LONGEST_REASON = 72  # characters of a reason in the verdict; the report has it in full
+
 Status = Literal["good", "warning", "bad"]
 
 
@@ -38,9 +40,10 @@ class Finding:
         action: what to do, where code can do it.
         advice: what to do that no code performs, or what to consider beside the action.
         source: the paper behind the rule.
+        follows: the code of the finding that this one follows from; empty for a cause.
 
     >>> Finding("gain-below-one", "error", "Gradients vanish", action=Action("isometric_")).remedy
-    'gm.init.isometric_(model, sample)'
+    'gm.init.isometric_(model, next(iter(batches)))'
     """
 
     code: str
@@ -52,6 +55,7 @@ class Finding:
     action: Action | None = None
     advice: str = ""
     source: str = ""
+    follows: str = ""
 
     @property
     def remedy(self) -> str:
@@ -157,6 +161,29 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Place:
+    """One call of a module as the first batch crossed it in training mode; what was not measured is `None`.
+
+    Attributes:
+        name: of the module.
+        kind: its class.
+        rms: root mean square of its output.
+        variation: share of that which differs between samples: 0 where all samples get the same output.
+        gradient: root mean square of the loss's gradient at the output of its matrix, per unit.
+        gain: χ of its matrix, as in `Layer`.
+        update: ‖ΔW‖_F / ‖W‖_F of its matrix in the optimizer's first step.
+    """
+
+    name: str
+    kind: str = ""
+    rms: float | None = None
+    variation: float | None = None
+    gradient: float | None = None
+    gain: float | None = None
+    update: float | None = None
+
+
+@dataclass(frozen=True)
 class Direction:
     """A leading singular vector of a layer, shown as an image or as tokens.
 
@@ -187,6 +214,9 @@ class Report:
         jacobian: singular values of the end-to-end Jacobian, largest first; empty where it was not measured.
         notes: how things were measured, and what was skipped.
         directions: leading singular vectors of the first layer.
+        depth: the modules in the order of the forward pass; empty where no data were given.
+        looked_at: what was examined, in a few words each.
+        not_looked_at: why something was not examined, by what it is.
 
     >>> report = Report("net", [Finding("dead-units", "warning", "12 of 64 units are dead", where="layers.3")])
     >>> report.status, report.verdict
@@ -200,6 +230,9 @@ class Report:
     jacobian: tuple[float, ...] = ()
     notes: list[str] = field(default_factory=list)
     directions: list[Direction] = field(default_factory=list)
+    depth: list[Place] = field(default_factory=list)
+    looked_at: list[str] = field(default_factory=list)
+    not_looked_at: dict[str, str] = field(default_factory=dict)
 
     @property
     def status(self) -> Status:
@@ -209,7 +242,18 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One sentence: the number of errors and warnings and the first of them, or that nothing is wrong."""
+        """The number of errors and warnings and the first of them, or where no trouble was found; what was left out."""
+        return f"{self.outcome} {self.left_out}".strip()
+
+    @property
+    def left_out(self) -> str:
+        """What was not looked at and why, in one sentence; empty where nothing was left out."""
+        told = "; ".join(f"{what} ({elide_words(why, _LONGEST_REASON)})" for what, why in self.not_looked_at.items())
+        return f"Not looked at: {told}." if told else ""
+
+    @property
+    def outcome(self) -> str:
+        """The verdict without what was left out."""
         counts = [(sum(f.severity == severity for f in self.findings), severity) for severity in ("error", "warning")]
         parts = [plural(count, severity) for count, severity in counts if count]
         if parts:
@@ -217,10 +261,11 @@ class Report:
         remarks = f" ({plural(len(self.findings), 'remark')})" if self.findings else ""
         if not self.layers:
             return f"No trouble found{remarks}, but there were no layers to inspect."
+        among = f" Looked at: {', '.join(self.looked_at)}." if self.looked_at else ""
         share = self.facts.get(COVERAGE, 1.0)
         if isinstance(share, float) and share < HALF:
-            return f"No trouble found in what was measured: {100 * share:.0f} % of the parameters{remarks}."
-        return f"No trouble found in {plural(len(self.layers), 'layer')}{remarks}."
+            return f"No trouble found in what was measured: {100 * share:.0f} % of the parameters{remarks}.{among}"
+        return f"No trouble found in {plural(len(self.layers), 'layer')}{remarks}.{among}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dicts and lists that strict JSON can hold; NaN and infinity become `None`."""
@@ -255,7 +300,7 @@ class Report:
         return layers_to_dataframe(self.layers)
 
     def to_document(self) -> Document:
-        """Return the report as a page: findings, signal by depth, spectra, end-to-end Jacobian, layers, notes."""
+        """Return the report as a page: the network by depth, findings, spectra, Jacobian, layers, notes."""
         from .compose import document_of
 
         return document_of(self)
@@ -295,6 +340,29 @@ def plural(count: int, noun: str) -> str:
     ('1 error', '1,200 layers')
     """
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def elide_words(text: str, most: int) -> str:
+    """Return the text, cut after a word where it is longer than `most` characters.
+
+    >>> elide_words("one two three", 9), elide_words("one two", 9)
+    ('one two …', 'one two')
+    """
+    return text if len(text) <= most else text[: most - 1].rpartition(" ")[0] + " …"
+
+
+def causes_first(findings: Sequence[Finding]) -> list[tuple[Finding, list[Finding]]]:
+    """Return the findings by rank, each with those that follow from it, which have no entry of their own.
+
+    >>> causes_first([Finding("b", "info", "B", follows="a"), Finding("a", "error", "A")])[0][0].code
+    'a'
+    """
+    causes = {f.code for f in findings if not f.follows}
+    return [
+        (cause, [f for f in findings if f.follows == cause.code])
+        for cause in ranked(findings)
+        if not cause.follows or cause.follows not in causes
+    ]
 
 
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
@@ -374,7 +442,45 @@ class HeatMap:
     value_label: str = ""
 
 
-Drawing = Picture | HeatMap
+@dataclass(frozen=True)
+class Lane:
+    """One quantity along the depth of a network, on a logarithmic axis.
+
+    Args:
+        label: what it is.
+        series: label, role and values of each curve; `None` where a value is unknown.
+        reference: a horizontal line's height.
+    """
+
+    label: str
+    series: Sequence[tuple[str, Role, Sequence[float | None]]]
+    reference: float | None = None
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A network from its input to its output, left to right: quantities one below the other, with places marked.
+
+    Args:
+        title: above the picture.
+        names: of the places.
+        lanes: the quantities.
+        culprits: places that the first finding names.
+        consequences: places of what follows from it.
+        caption: a sentence or two below the title.
+        x_label: what a place is.
+    """
+
+    title: str
+    names: Sequence[str]
+    lanes: Sequence[Lane]
+    culprits: Sequence[int] = ()
+    consequences: Sequence[int] = ()
+    caption: str = ""
+    x_label: str = "place in the forward pass"
+
+
+Drawing = Picture | HeatMap | Depth
 
 
 @dataclass(frozen=True)
@@ -430,12 +536,12 @@ class Section:
 
     heading: str
     text: str = ""
-    items: Sequence[Picture | HeatMap | Table | Sequence[Finding] | tuple[Picture | HeatMap | Table, ...]] = ()
+    items: Sequence[Drawing | Table | Sequence[Finding] | tuple[Drawing | Table, ...]] = ()
 
 
 def is_findings(item: object) -> bool:
     """Whether an item of a section is a list of findings, and not a tuple of items that stand side by side."""
-    if isinstance(item, Picture | HeatMap | Table) or not isinstance(item, Sequence):
+    if isinstance(item, Drawing | Table) or not isinstance(item, Sequence):
         return False
     return all(isinstance(part, Finding) for part in item)
 
@@ -468,6 +574,7 @@ class Document:
         tiles: headline numbers.
         sections: in reading order.
         footer: small print at the end.
+        left_out: what was not looked at and why, a sentence below the verdict.
     """
 
     title: str
@@ -476,6 +583,7 @@ class Document:
     tiles: list[Tile] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     footer: str = ""
+    left_out: str = ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the page as one HTML file that needs no network.

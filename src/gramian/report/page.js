@@ -180,17 +180,43 @@
     });
   }
 
+  /* A line and a box with values over a drawing, at a place in its own pixels. */
+  function pointer(drawing) {
+    const cursor = make("div", "cursor");
+    const tip = make("div", "tip");
+    return {
+      hide() { cursor.remove(); tip.remove(); },
+      show(x, top, bottom, heading, lines) {
+        const box = drawing.querySelector("svg").getBoundingClientRect();
+        const frame = drawing.getBoundingClientRect();
+        const scale = box.width / drawing.querySelector("svg").viewBox.baseVal.width;
+        tip.replaceChildren(make("div", "", heading));
+        for (const [label, color, value] of lines) {
+          const line = make("div");
+          const swatch = make("span", "swatch");
+          swatch.style.color = color;
+          line.append(swatch, make("b", "", value), ` ${label}`);
+          tip.append(line);
+        }
+        const left = box.left - frame.left + x * scale;
+        cursor.style.left = `${left}px`;
+        tip.style.top = cursor.style.top = `${box.top - frame.top + top * scale}px`;
+        cursor.style.height = `${(bottom - top) * scale}px`;
+        drawing.append(cursor, tip);
+        const right = left + 14 + tip.offsetWidth > frame.width;
+        tip.style.left = `${Math.max(0, right ? left - 14 - tip.offsetWidth : left + 14)}px`;
+      },
+    };
+  }
+
   function hoverValues(drawing) {
     const data = JSON.parse(drawing.dataset.hover);
     const svg = drawing.querySelector("svg");
-    const cursor = make("div", "cursor");
-    const tip = make("div", "tip");
-    const hide = () => { cursor.remove(); tip.remove(); };
+    const { hide, show } = pointer(drawing);
     drawing.addEventListener("pointerleave", hide);
     drawing.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect();
-      const scale = box.width / data.width;
-      const x = (event.clientX - box.left) / scale;
+      const x = (event.clientX - box.left) / (box.width / data.width);
       let best = null;
       for (const curve of data.curves) for (const point of curve.points) {
         if (best === null || Math.abs(point[0] - x) < Math.abs(best - x)) best = point[0];
@@ -201,24 +227,115 @@
         for (const point of curve.points) if (near === null || Math.abs(point[0] - best) < Math.abs(near[0] - best)) near = point;
         return near && Math.abs(near[0] - best) < 3 ? { curve, near } : null;
       }).filter(Boolean);
-      tip.replaceChildren(make("div", "", lines[0].near[2]));
-      for (const { curve, near } of lines) {
-        const line = make("div");
-        const swatch = make("span", "swatch");
-        swatch.style.color = curve.color;
-        line.append(swatch, make("b", "", near[3]), ` ${curve.label}`);
-        tip.append(line);
-      }
-      const frame = drawing.getBoundingClientRect();
-      const left = box.left - frame.left + best * scale;
-      cursor.style.left = `${left}px`;
-      cursor.style.top = `${box.top - frame.top + data.top * scale}px`;
-      cursor.style.height = `${(data.bottom - data.top) * scale}px`;
-      drawing.append(cursor, tip);
-      const right = left + 14 + tip.offsetWidth > frame.width;
-      tip.style.left = `${Math.max(0, right ? left - 14 - tip.offsetWidth : left + 14)}px`;
-      tip.style.top = `${box.top - frame.top + data.top * scale}px`;
+      return show(best, data.top, data.bottom, lines[0].near[2], lines.map(({ curve, near }) => [curve.label, curve.color, near[3]]));
     });
+  }
+
+  /* The network by depth: values at the pointer or at the key's place, and zoom, for both widths of the drawing at once. */
+  function depthTools(figure) {
+    const data = JSON.parse(figure.dataset.depth);
+    const count = data.names.length;
+    const drawings = [...figure.querySelectorAll(".drawing")];
+    const here = figure.querySelector(".here");
+    let from = 0, to = count; // places shown: from ≤ place < to
+    let at = -1;
+    const pointers = new Map(drawings.map((drawing) => [drawing, pointer(drawing)]));
+    const edges = (drawing) => {
+      const [first, last] = [drawing.querySelector(".lane"), [...drawing.querySelectorAll(".lane")].pop()];
+      const number = (lane, name) => lane[name].baseVal.value;
+      return { left: number(first, "x"), width: number(first, "width"), top: number(first, "y"), bottom: number(last, "y") + number(last, "height") };
+    };
+    const placeAt = (drawing, clientX) => {
+      const svg = drawing.querySelector("svg");
+      const box = svg.getBoundingClientRect();
+      const { left, width } = edges(drawing);
+      const share = ((clientX - box.left) / box.width * svg.viewBox.baseVal.width - left) / width;
+      return Math.min(to - 1, Math.max(from, from + Math.floor(share * (to - from))));
+    };
+    const tell = (place) => {
+      at = place;
+      const lines = data.lanes.map(([label, color, values]) => [label, color, values[place]]);
+      const heading = `${place}: ${data.names[place]}`;
+      for (const drawing of drawings) {
+        const { left, width, top, bottom } = edges(drawing);
+        if (drawing.offsetParent) pointers.get(drawing).show(left + ((place - from + 0.5) / (to - from)) * width, top, bottom, heading, lines);
+      }
+      return `${heading}. ${lines.map(([label, , value]) => `${label} ${value}`).join("; ")}`;
+    };
+    const hide = () => pointers.forEach((one) => one.hide());
+    const zoom = (first, last) => {
+      const size = Math.min(count, Math.max(Math.min(4, count), Math.round(last - first)));
+      from = Math.max(0, Math.min(count - size, Math.round(first)));
+      to = from + size;
+      hide();
+      for (const drawing of drawings) {
+        drawing.querySelectorAll(".lane").forEach((lane) => lane.setAttribute("viewBox", `${from - 0.5} 0 ${to - from} 1`));
+        const ticks = drawing.querySelector(".ticks");
+        const [left, width, y] = [ticks.dataset.left, ticks.dataset.width, ticks.dataset.y].map(Number);
+        const most = Math.max(3, Math.floor(width / 80));
+        const step = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000].find((s) => (to - from) / s <= most) || 10000;
+        const pointed = drawing.querySelector(".pointer");
+        if (pointed) {
+          const place = Number(pointed.dataset.place);
+          pointed.style.display = place < from || place >= to ? "none" : "";
+          pointed.firstChild.setAttribute("x", left + ((place - from + 0.5) / (to - from)) * width + Number(pointed.dataset.shift));
+        }
+        const marks = [];
+        for (let place = Math.ceil(from / step) * step; place < to; place += step) {
+          marks.push(svg("text", { x: left + ((place - from + 0.5) / (to - from)) * width, y, "text-anchor": "middle", "font-size": 11.5 }, String(place)));
+        }
+        ticks.replaceChildren(...marks);
+      }
+      here.textContent = to - from < count ? `Shown: ${from} to ${to - 1} of ${count}, ${data.names[from]} … ${data.names[to - 1]}` : "";
+    };
+    const scale = (factor) => {
+      const middle = at >= from && at < to ? at + 0.5 : (from + to) / 2;
+      zoom(middle - ((to - from) * factor) / 2, middle + ((to - from) * factor) / 2);
+    };
+    const actions = { in: () => scale(0.5), out: () => scale(2), all: () => zoom(0, count) };
+    figure.querySelectorAll("[data-zoom]").forEach((button) => button.addEventListener("click", actions[button.dataset.zoom]));
+    for (const drawing of drawings) {
+      let start = null;
+      let range = null;
+      drawing.tabIndex = 0;
+      drawing.setAttribute("role", "group");
+      drawing.setAttribute("aria-label", "Values by place: arrow keys walk, plus and minus zoom, escape shows all");
+      drawing.addEventListener("pointerdown", (event) => { if (event.button === 0) start = event.clientX; });
+      drawing.addEventListener("pointermove", (event) => {
+        tell(placeAt(drawing, event.clientX));
+        if (start === null || Math.abs(event.clientX - start) < 6) return;
+        event.preventDefault();
+        if (range === null) { range = make("div", "range"); drawing.append(range); getSelection().removeAllRanges(); }
+        const frame = drawing.getBoundingClientRect();
+        range.style.left = `${Math.min(start, event.clientX) - frame.left}px`;
+        range.style.width = `${Math.abs(event.clientX - start)}px`;
+        range.style.top = "14px";
+        range.style.bottom = "0";
+      });
+      const end = (event) => {
+        if (range !== null && event.type === "pointerup") {
+          const [a, b] = [placeAt(drawing, start), placeAt(drawing, event.clientX)];
+          zoom(Math.min(a, b), Math.max(a, b) + 1);
+        }
+        if (range !== null) range.remove();
+        start = range = null;
+        if (event.type === "pointerleave") hide();
+      };
+      for (const kind of ["pointerup", "pointerleave", "pointercancel"]) drawing.addEventListener(kind, end);
+      drawing.addEventListener("blur", hide);
+      drawing.addEventListener("keydown", (event) => {
+        if (event.ctrlKey || event.metaKey || event.altKey) return;
+        const walk = { ArrowLeft: Math.max(at - 1, 0), ArrowRight: Math.min(at + 1, count - 1), Home: 0, End: count - 1 }[event.key];
+        if (walk !== undefined) {
+          if (walk < from || walk >= to) zoom(walk < from ? walk : walk - (to - from) + 1, walk < from ? walk + to - from : walk + 1);
+          here.textContent = tell(walk);
+        } else if (event.key === "+" || event.key === "=") actions.in();
+        else if (event.key === "-") actions.out();
+        else if (event.key === "Escape") actions.all();
+        else return;
+        event.preventDefault();
+      });
+    }
   }
 
   addEventListener("DOMContentLoaded", () => {
@@ -227,6 +344,7 @@
     document.querySelectorAll("figure.table").forEach(rowDetails);
     document.querySelectorAll(".copy").forEach(copyButton);
     document.querySelectorAll("[data-hover]").forEach(hoverValues);
+    document.querySelectorAll("[data-depth]").forEach(depthTools);
   });
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
 })();

@@ -15,7 +15,7 @@ from gramian.errors import InputError, UnsupportedError
 
 from .actions import ACTIONS, Action
 from .files import check_target, write_text
-from .model import SEVERITIES, Direction, Finding, Layer, Report
+from .model import SEVERITIES, Direction, Finding, Layer, Place, Report
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SCHEMA = 1  # raised when a key changes its meaning; a new key does not raise it
 FORMATS = (".html", ".json")
 
-Record = TypeVar("Record", Finding, Layer, Direction)
+Record = TypeVar("Record", Finding, Layer, Direction, Place)
 
 
 def jsonable(value: Any) -> Any:
@@ -57,6 +57,9 @@ def report_to_dict(report: Report) -> dict[str, Any]:
         "jacobian": jsonable(report.jacobian),
         "notes": jsonable(report.notes),
         "directions": [jsonable(asdict(direction)) for direction in report.directions],
+        "depth": [jsonable(asdict(place)) for place in report.depth],
+        "looked_at": list(report.looked_at),
+        "not_looked_at": dict(report.not_looked_at),
     }
 
 
@@ -86,6 +89,9 @@ def report_from_json(text: str | bytes) -> Report:
             jacobian=_numbers(data.get("jacobian", [])),
             notes=[str(note) for note in data.get("notes", [])],
             directions=[_record(Direction, row) for row in data.get("directions", [])],
+            depth=[_record(Place, row) for row in data.get("depth", [])],
+            looked_at=[str(what) for what in data.get("looked_at", [])],
+            not_looked_at={str(what): str(why) for what, why in data.get("not_looked_at", {}).items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"report: a field of the JSON is missing or wrong ({error}). Write the file again.") from None
@@ -110,6 +116,8 @@ def _record(cls: type[Record], row: Mapping[str, Any]) -> Record:
     elif cls is Direction:
         values["image"] = tuple(_numbers(row) for row in values.get("image", ()))
         values["tokens"] = tuple(tuple(str(token) for token in end) for end in values.get("tokens", ()))
+    elif cls is Place:
+        pass
     elif values["severity"] not in SEVERITIES:
         raise ValueError(f"severity {values['severity']!r}")
     else:

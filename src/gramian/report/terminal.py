@@ -9,22 +9,34 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text
 
+from .actions import Action
 from .axes import shows
-from .compose import layer_table, telling_rows
+from .compose import layer_table, main_section, telling_rows
 from .formatting import number
-from .model import Document, Finding, HeatMap, Picture, Report, Section, Status, Table, is_findings, plural, ranked
+from .model import (
+    Depth,
+    Document,
+    Drawing,
+    Finding,
+    HeatMap,
+    Picture,
+    Report,
+    Section,
+    Status,
+    Table,
+    causes_first,
+    is_findings,
+    plural,
+)
+from .sparklines import DepthView
 from .spelling import Speller
 from .tables import TableView
-
-if TYPE_CHECKING:
-    from .model import Drawing
 
 MOST_FINDINGS = 12  # shown unless verbose
 MOST_ROWS = 24
@@ -96,34 +108,37 @@ class VerdictView:
 
 @dataclass(frozen=True)
 class FindingsView:
-    """Findings by rank: severity and title, then where, evidence, cause and remedy; with `verbose`, the source too."""
+    """Causes by rank: severity and title, where, evidence, cause, remedy, what follows; with `verbose`, the source."""
 
     findings: Sequence[Finding]
     verbose: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         spell = Speller(options)
-        findings = ranked(self.findings)
-        shown = findings if self.verbose else findings[:MOST_FINDINGS]
+        causes = causes_first(self.findings)
+        shown = causes if self.verbose else causes[:MOST_FINDINGS]
         grid = Grid.grid(padding=(0, 2, 0, 0))
         grid.add_column(no_wrap=True)
         grid.add_column(overflow="fold")
-        for place, finding in enumerate(shown):
+        for place, (finding, after) in enumerate(shown):
             if place:
                 grid.add_row("", "")
             style = _STYLES[finding.severity]
             grid.add_row(Text(finding.severity, style), Text(spell(finding.title), "bold"))
             rows = [(field, Text(spell(getattr(finding, field)))) for field in ("where", "evidence", "cause")]
-            code = Text(spell.lines(finding.action.code), "cyan") if finding.action else Text()
+            code = Text(spell.lines(_typed(finding.action, options.max_width)), "cyan") if finding.action else Text()
             rows += [("remedy", code), ("" if code else "remedy", Text(spell.lines(finding.advice)))]
             if self.verbose:
                 rows.append(("source", Text(spell(finding.source))))
             for field, text in rows:
                 if text:
                     grid.add_row(Text(field, "dim"), text)
+            for number_, one in enumerate(after):
+                told = f"{one.title} ({one.evidence})" if self.verbose and one.evidence else one.title
+                grid.add_row(Text("" if number_ else "leads to", "dim"), Text(spell(told)))
         yield grid
-        if len(shown) < len(findings):
-            yield Text(f"{plural(len(findings) - len(shown), 'more finding')} (verbose shows all).", "dim")
+        if len(shown) < len(causes):
+            yield Text(f"{plural(len(causes) - len(shown), 'more finding')} (verbose shows all).", "dim")
 
 
 @dataclass(frozen=True)
@@ -142,25 +157,40 @@ class LayersView:
 
 @dataclass(frozen=True)
 class ReportView:
-    """A whole report: title, verdict, facts, findings, layers, notes."""
+    """A whole report: title, verdict, facts, picture by depth, findings, layers, notes; if long, the verdict again."""
 
     report: Report
     verbose: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        spell = Speller(options)
+        parts = list(self._parts(Speller(options)))
+        yield from parts
+        verdict = parts[1]
+        if len(console.render_lines(Group(*parts), options, pad=False)) > console.size.height:
+            yield ""
+            yield verdict
+
+    def _parts(self, spell: Speller) -> Iterator[RenderableType]:
         report = self.report
         yield Text(spell(report.title), "dim")
         yield VerdictView(report.status, report.verdict)
         if report.facts:
             yield ""
             yield _pairs([(spell(label), spell(number(value))) for label, value in report.facts.items()])
+        picture = main_section(report)
+        if picture is not None:
+            yield ""
+            yield from (DepthView(item) for item in picture.items if isinstance(item, Depth))
         if report.findings:
             yield ""
             yield FindingsView(report.findings, self.verbose)
         if report.layers:
             yield ""
             yield LayersView(report, self.verbose)
+        if report.not_looked_at:
+            yield ""
+            yield Text("Not looked at", "dim")
+            yield _pairs([(spell(what), spell(why)) for what, why in report.not_looked_at.items()])
         if report.notes:
             yield ""
             yield from (_bullet(spell(" ".join(note.split()))) for note in report.notes)
@@ -176,7 +206,7 @@ class DocumentView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         spell = Speller(options)
         yield Text(spell(self.document.title), "dim")
-        yield VerdictView(self.document.status, self.document.verdict)
+        yield VerdictView(self.document.status, f"{self.document.verdict} {self.document.left_out}".strip())
         if self.document.tiles:
             yield ""
             remarks = [f" ({tile.remark})" if tile.remark else "" for tile in self.document.tiles]
@@ -195,9 +225,17 @@ class DocumentView:
             yield Text(spell(self.document.footer), "dim")
 
 
+def _typed(action: Action, width: int) -> str:
+    """The action's code as it can be typed: a command that is wider than the terminal goes on after a backslash."""
+    longest = max(map(len, action.code.split("\n"))) + 10
+    if action.is_command and longest > width and not {"'", '"'} & set(action.code):
+        return action.code.replace(" --", " \\\n  --")
+    return action.code
+
+
 def _items(section: Section) -> Iterator[Drawing | Table | Sequence[Finding]]:
     for item in section.items:
-        if isinstance(item, Picture | HeatMap | Table) or is_findings(item):
+        if isinstance(item, Drawing | Table) or is_findings(item):
             yield item  # type: ignore[misc]
         else:
             yield from item  # type: ignore[misc]
@@ -209,6 +247,8 @@ def _item_view(item: Drawing | Table | Sequence[Finding], spell: Speller, verbos
         return _titled(item.title, TableView(item, rows), spell)
     if isinstance(item, HeatMap):
         return Text(spell(f"{item.title}: a heat map, shown in the HTML page."), "dim")
+    if isinstance(item, Depth):
+        return DepthView(item)
     if isinstance(item, Picture):
         return _titled(item.title, TableView(_in_numbers(item)), spell)
     return FindingsView(item, verbose)

@@ -97,5 +97,4 @@ INITS: dict[str, Callable[[nn.Module, Task, Objective, int], str]] = {
 # stands for. The others, such as a cast or a compression, are for the user to decide.
 INIT_OF_ACTION: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "isometric_": lambda arguments: "isometric",
-    "train": lambda arguments: arguments["init"],
 }

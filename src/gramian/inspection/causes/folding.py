@@ -66,6 +66,7 @@ _SYMPTOMS = frozenset(
 )
 _UNITS = frozenset(("norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth"))
 _GAINS = frozenset(("gain-below-one", "gain-above-one"))
+_SIZES = frozenset(("unusual-size", "dominant-direction"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
 _SIGNAL = frozenset((
     "non-finite-weights", "input-non-finite", "input-constant", "input-dominated", "input-offset", "input-scale",
@@ -110,6 +111,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     if _is_local(finding):  # one layer's gain is what its units, weights or norm make it
         return next((c for c in causes if c is not finding), None)
     causes = [c for c in causes if not _is_local(c)]
+    if finding.code in _SIZES:  # the same matrix, seen by its weights alone
+        return next((c for c in causes if c.code in _SIGNAL and c.where == finding.where), None)
     if finding.code in _SYMPTOMS | _UNITS:
         among = causes
     elif finding.code in _GAINS:
@@ -131,4 +134,4 @@ def _told(finding: Finding, root: Finding | None) -> Finding:
     if root is None:
         return finding
     cause = f"Follows from {root.code}: {root.title[0].lower()}{root.title[1:]}. {finding.cause}".strip()
-    return replace(finding, severity="info", cause=cause, action=None, advice="")
+    return replace(finding, severity="info", cause=cause, action=None, advice="", follows=root.code)

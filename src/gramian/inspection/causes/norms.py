@@ -41,7 +41,7 @@ def norm_gain(context: Context) -> Iterator[Finding]:
             where=some(blocking, SHOWN),
             evidence="every entry of its weight γ is zero, and it is not the end of a residual branch (exact)",
             cause="γ was initialized to zero, or decayed to it; nothing passes.",
-            advice="torch.nn.init.ones_(norm.weight)",
+            advice=f"Set its weight to one: torch.nn.init.ones_ of {blocking[0]}.weight.",
         )
 
 

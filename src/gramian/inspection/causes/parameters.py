@@ -92,7 +92,7 @@ def embedding_scale(context: Context) -> Iterator[Finding]:
             cause="What is added to it, positions and branches, is lost beside it, and its gradient is small."
             if rms > 1
             else "It is lost beside what is added to it, positions and biases, so that all tokens look the same.",
-            advice="torch.nn.init.normal_(weight, std=0.02)",
+            advice=f"Draw it anew with a standard deviation of 0.02: torch.nn.init.normal_ of {name}.",
         )
 
 

@@ -95,7 +95,7 @@ def frozen(context: Context) -> Iterator[Finding]:
             cause="They run in evaluation mode or under torch.no_grad, so it is meant."
             if meant
             else "Frozen for an earlier fine-tune or by mistake; the optimizer does not move them.",
-            advice="" if meant else "model.requires_grad_(True), unless it is meant.",
+            advice="" if meant else "Unless it is meant, call model.requires_grad_(True).",
         )
 
 
