@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,24 +12,17 @@ from torch.nn.parameter import UninitializedParameter
 
 from gramian.calls import called
 from gramian.errors import GramianWarning, InputError
-from gramian.init.gains import activation_gain
-from gramian.init.kernels import isometry
+from gramian.init.paths import bypassed, hooked, normalized
+from gramian.init.setting import Setting
 from gramian.init.trained import signs_of, told
-from gramian.init.weights import NOT_REACHED, PARAMETRIZED, ZERO, Weight, Weights, find_weights
+from gramian.init.weights import BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
 from gramian.layers import operation_of
 from gramian.objective import Objective
-from gramian.operators import layer_gains
 from gramian.recording import measuring
 
 __all__ = ["isometric_"]
 
-# Root mean square of the first layer's output where a sample is given: past the linear part of tanh, not saturated.
-INPUT_RMS = 0.5
-
 MOST_NAMES = 30  # in a warning, for each reason
-
-# Measurements of the gains behind activations that are no modules: each changes the sizes that later layers see.
-NUM_SWEEPS = 4
 
 _NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d, nn.GLU)
 
@@ -104,45 +95,84 @@ def isometric_(
         raise InputError(
             f"isometric_: sets linear layers and convolutions, but {missing} that it may set{_told(weights)}"
         )
-    if not overwrite and (signs := signs_of(model, [layers[m].block for m in chain])):
+    signs = signs_of(model, [layers[m].block for m in chain])
+    if signs and not overwrite:
         raise InputError(
             f"isometric_: these weights look trained: {told(signs)}. Pass overwrite=True to replace them all the same"
         )
     zero = [m for m in chain if not bool(layers[m].value.any())]
     zero = zero if len(zero) < len(chain) else []
-    for layer, activation in _followed_by(order, layers):
-        if layer in chain and layer not in zero:
-            _set_isometry_(layers[layer], activation, generator, weights)
-    for layer in zero:
-        if sample is not None and _cuts_off(layer, order, layers, model, sample, objective):
-            activation = next(after for m, after in _followed_by(order, layers) if m is layer)
-            _set_isometry_(layers[layer], activation, generator, weights)
-        else:
-            weights.leave(ZERO, layers[layer].block.name)
+    _leave_what_needs_none(model, order, chain, zero, weights, sample, objective)
     left = {name for names in weights.left.values() for name in names}
-    chain = [m for m in chain if layers[m].block.name not in left]
-    if not chain:
-        raise InputError(f"isometric_: {type(model).__name__} has no layer that it may set{_told(weights)}")
+    chosen = [m for m in chain if m not in zero and layers[m].block.name not in left]
+    setting = Setting(model, sample, objective, weights, generator)
+    points = setting.critical_points(chosen, _followed_by(order, layers))
+    chosen = [m for m in chosen if setting.isometry_(m, points.get(m))]
+    for layer in zero:
+        if sample is None or not _cuts_off(layer, order, layers, model, sample, objective):
+            weights.leave(ZERO, layers[layer].block.name)
+            continue
+        points |= setting.critical_points([layer], _followed_by(order, layers))
+        if setting.isometry_(layer, points.get(layer)):
+            chosen = [m for m in chain if m in chosen or m is layer]
     reached = {layers[m] for m in order if m in layers}
     for weight in dict.fromkeys(layers.values()):
         if weight not in reached:
             weights.leave(NOT_REACHED, weight.block.name)
-    if weights.left:
-        warnings.warn(f"isometric_: {_told(weights).removeprefix('; ')}", GramianWarning, stacklevel=2)
+    if not chosen and not (weights.left.keys() & {NORMALIZED, BYPASSED}):
+        raise InputError(f"isometric_: {type(model).__name__} has no layer that it may set{_told(weights)}")
+    entered = next((m for m in order if m in layers or m in weights.others), None)
+    setting.sizes_(chosen, points, entered)
+    hidden = chosen[:-1] if chosen and chosen[-1] is chain[-1] else chosen
     if sample is not None:
-        if chain[0] is next(m for m in order if m in layers or m in weights.others):
-            _scale_input_(layers[chain[0]], model, sample, objective)
-        unknown = [m for m, activation in _followed_by(order, layers) if activation is None and m in chain[:-1]]
-        for _ in range(NUM_SWEEPS if unknown else 0):
-            gains = layer_gains(model, sample, objective)  # probes drawn on the model's own device
-            for weight in [layers[m] for m in unknown]:
-                gain = gains.get(weight.block.name)
-                if gain is not None and gain.chi > 0:
-                    weight.set_(weight.value / math.sqrt(gain.chi))
-    if len(chain) > 1 and chain[-1] is [m for m in dict.fromkeys(order) if operation_of(m).init][-1]:
-        weight = layers[chain[-1]]
+        setting.sweep_([m for m in hidden if m not in points])
+    notes = setting.beyond([m for m in hidden if m is not entered], points)
+    if chosen and len(chain) > 1 and chosen[-1] is [m for m in dict.fromkeys(order) if operation_of(m).init][-1]:
+        weight = layers[chosen[-1]]
         weight.set_(weight.value * head_scale)
+    if signs:
+        notes.insert(0, f"replaced weights that look trained, and what they had learned is lost: {told(signs)}")
+    text = "; ".join([*notes, *filter(None, [_told(weights).removeprefix("; ")])])
+    if text:
+        warnings.warn(f"isometric_: {text}", GramianWarning, stacklevel=2)
     return model
+
+
+def _leave_what_needs_none(
+    model: nn.Module,
+    order: list[nn.Module],
+    chain: list[nn.Module],
+    zero: list[nn.Module],
+    weights: Weights,
+    sample: Any,
+    objective: Objective,
+) -> None:
+    """Leaves the layers whose scale a norm undoes, and those around which a path goes, as the forward pass shows."""
+    layers = weights.by_layer
+    owners = [m for m in dict.fromkeys(order) if m in layers or m in weights.others]
+    if sample is None:
+        free = {m for m in chain if _norm_follows(order, m, owners)}
+        around: set[nn.Module] = set()
+    else:
+        device = next(model.parameters()).device
+        around = bypassed(model, owners, sample, objective)
+        free = normalized(model, owners, sample, objective, torch.Generator(device).manual_seed(0))
+    for weight in dict.fromkeys(layers[m] for m in chain if m not in zero):
+        uses = [m for m in owners if layers.get(m) is weight]
+        if any(m in around for m in uses):
+            weights.leave(BYPASSED, weight.block.name)
+        elif uses and all(m in free for m in uses):
+            weights.leave(NORMALIZED, weight.block.name)
+
+
+def _norm_follows(order: list[nn.Module], layer: nn.Module, owners: list[nn.Module]) -> bool:
+    """Whether a norm stands between a layer and the next, in the order of the modules."""
+    for later in order[order.index(layer) + 1 :]:
+        if later in owners:
+            return False
+        if _is_norm(later):
+            return True
+    return False
 
 
 def _check_values(model: nn.Module, sample: Any, objective: Objective) -> None:
@@ -183,17 +213,9 @@ def _first_uses(order: list[nn.Module], layers: Mapping[nn.Module, Weight]) -> l
     return list(first.values())
 
 
-def _set_isometry_(weight: Weight, activation: nn.Module | None, generator: torch.Generator, weights: Weights) -> None:
-    """Sets σ Q and zeroes the bias; notes where a parametrization forbids it."""
-    scale = activation_gain(activation) if activation is not None else 1.0
-    block = weight.block
-    value = scale * isometry(weight.layer, block.layout, block.parameter.detach(), generator)
-    if not weight.set_(value):
-        weights.leave(PARAMETRIZED, block.name)
-        return
-    bias = getattr(weight.layer, "bias", None)
-    if bias is not None and bias.requires_grad:
-        bias.data.zero_()
+def _is_norm(module: nn.Module) -> bool:
+    parametrization = type(module).__module__.startswith("torch.nn.utils")
+    return "norm" in type(module).__name__.lower() and not parametrization
 
 
 def _cuts_off(
@@ -219,7 +241,7 @@ def _cuts_off(
         if isinstance(x, Tensor) and x.is_floating_point():
             differ.setdefault(module, bool((x - x[:1]).abs().max() > 1e-6 * x.abs().max()))
 
-    with _hooked([layer, after], note), measuring(model), torch.no_grad():
+    with hooked([layer, after], note), measuring(model), torch.no_grad():
         objective.predict(model, sample)
     return differ.get(layer, False) and not differ.get(after, True)
 
@@ -247,30 +269,6 @@ def _forward_order(
     """The leaf modules in the order in which a forward pass calls them, an activation that is shared at every call."""
     order: list[nn.Module] = []
     leaves = [m for m in model.modules() if m in layers or not list(m.children())]  # a parametrized layer has children
-    with _hooked(leaves, lambda m, x, y: order.append(m)), measuring(model), torch.no_grad():
+    with hooked(leaves, lambda m, x, y: order.append(m)), measuring(model), torch.no_grad():
         objective.predict(model, sample)
     return order
-
-
-def _scale_input_(first: Weight, model: nn.Module, sample: Any, objective: Objective) -> None:
-    sizes: list[Tensor] = []
-    measure = _hooked([first.layer], lambda m, x, y: sizes.append(_rms(y)))
-    with measure, measuring(model), torch.no_grad():
-        objective.predict(model, sample)
-    rms = float(sizes[0]) if sizes else 0.0
-    if math.isfinite(rms) and rms > 0:
-        first.set_(first.value * (INPUT_RMS / rms))
-
-
-def _rms(output: Any) -> Tensor:
-    return output.float().square().mean().sqrt() if isinstance(output, Tensor) else torch.zeros(())
-
-
-@contextmanager
-def _hooked(modules: list[nn.Module], hook: Callable) -> Iterator[None]:
-    handles = [m.register_forward_hook(lambda *args: (hook(*args), None)[1]) for m in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,243 @@
+"""Sets weights to isometries of the size that the activation behind needs, and measures what was reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.init.gains import CriticalPoint, critical_point, point_of
+from gramian.init.kernels import isometry
+from gramian.init.weights import PARAMETRIZED, Weights
+from gramian.objective import Objective
+from gramian.operators import layer_gains
+from gramian.recording import measuring
+
+__all__ = ["Setting"]
+
+# Root mean square of the first layer's output where a sample is given: past the linear part of tanh, not saturated.
+INPUT_RMS = 0.5
+
+# Measurements of the gains behind what does not work element by element: each changes the sizes that later layers see.
+NUM_SWEEPS = 4
+
+# An activation that is no module is measured on a grid in place of a layer's output: this wide, of at least so many
+# points, which are dense at the origin, with differences of this step.
+WIDEST, LEAST_POINTS, STEP = 80.0, 256, 0.02
+
+# Gradients that change by more than this factor across the layers that were set are told.
+MOST_CHANGE = 100.0
+
+# Layers behind an activation without a stable critical point, from which that is told where nothing is measured.
+MANY = 5
+
+
+@dataclass
+class Setting:
+    """What is set, and on what it is measured.
+
+    Args:
+        model: set in place.
+        sample: a batch, or `None`.
+        objective: predicts.
+        weights: those that may be set; what cannot be is noted there.
+        generator: draws matrices and biases.
+    """
+
+    model: nn.Module
+    sample: Any
+    objective: Objective
+    weights: Weights
+    generator: torch.Generator
+
+    def critical_points(
+        self, chosen: Sequence[nn.Module], followed: Iterable[tuple[nn.Module, nn.Module | None]]
+    ) -> dict[nn.Module, CriticalPoint]:
+        """The critical point of what follows each layer; none where it is unknown."""
+        points: dict[nn.Module, CriticalPoint] = {}
+        known: dict[Any, CriticalPoint] = {}
+        activations = dict(followed)
+        for layer in chosen:
+            activation = activations.get(layer)
+            if activation is not None:
+                key = (str(activation), tuple(p.detach().sum().item() for p in activation.parameters()))
+                points[layer] = known[key] if key in known else known.setdefault(key, point_of(activation))
+        rest = [m for m in chosen[:-1] if m not in points]
+        if rest and self.sample is not None:
+            for layer, (grid, values) in self._measured_activations(rest).items():
+                key = (len(values), values.sum().item(), values.square().sum().item())
+                if key not in known:
+                    known[key] = critical_point(_interpolated(grid, values), STEP)
+                points[layer] = known[key]
+        return points
+
+    def _measured_activations(self, layers: Sequence[nn.Module]) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """What lies between a layer and the next one, where it works element by element: (x, φ(x)) on a grid.
+
+        The layer's output is replaced by a grid in two random orders; φ is the same in both only if it looks at no
+        other element.
+        """
+        found: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
+        for seed in (0, 1):
+            measured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+            pending: list[tuple[nn.Module, Tensor, torch.Size]] = []
+
+            def after(module: nn.Module, args: tuple[Any, ...], output: Any, seed: int = seed, pending=pending) -> Any:
+                pending.clear()
+                narrow = not isinstance(output, Tensor) or output.dtype not in (torch.float32, torch.float64)
+                if module not in layers or narrow or output.numel() < LEAST_POINTS:
+                    return None
+                line = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
+                grid = WIDEST * torch.sinh(5 * line) / math.sinh(5)
+                order = torch.randperm(len(grid), generator=torch.Generator().manual_seed(seed))
+                pending.append((module, order, output.shape))
+                return grid[order].view(output.shape).to(output)
+
+            def before(module: nn.Module, args: tuple[Any, ...], measured=measured, pending=pending) -> None:
+                x = args[0] if args else None
+                if pending and isinstance(x, Tensor) and x.shape == pending[0][2]:
+                    layer, order, _ = pending[0]
+                    values = torch.empty(x.numel(), dtype=torch.float64)
+                    values[order] = x.detach().double().flatten().cpu()
+                    line = torch.linspace(-1, 1, x.numel(), dtype=torch.float64)
+                    measured.setdefault(layer, (WIDEST * torch.sinh(5 * line) / math.sinh(5), values))
+                pending.clear()
+
+            owners = [m for m in self.model.modules() if m in self.weights.by_layer or m in self.weights.others]
+            handles = [h for m in owners for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
+            try:
+                with measuring(self.model), torch.no_grad():
+                    self.objective.predict(self.model, self.sample)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            found.append(measured)
+        first, second = found
+        return {
+            layer: pair
+            for layer, pair in first.items()
+            if layer in second
+            and bool(pair[1].isfinite().all())
+            and torch.allclose(pair[1], second[layer][1], 1e-4, 1e-5)
+        }
+
+    def isometry_(self, layer: nn.Module, point: CriticalPoint | None) -> bool:
+        """Sets σ Q and a bias of zero; `False`, and noted, where a parametrization forbids it."""
+        weight = self.weights.by_layer[layer]
+        block = weight.block
+        scale = point.weight if point is not None else 1.0
+        value = scale * isometry(weight.layer, block.layout, block.parameter.detach(), self.generator)
+        if not weight.set_(value):
+            self.weights.leave(PARAMETRIZED, block.name)
+            return False
+        bias = self._bias(layer)
+        if bias is not None:
+            bias.zero_()
+        return True
+
+    def _bias(self, layer: nn.Module) -> Tensor | None:
+        bias = getattr(self.weights.by_layer[layer].layer, "bias", None)
+        return bias.data if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+
+    def sizes_(
+        self, chosen: Sequence[nn.Module], points: dict[nn.Module, CriticalPoint], entered: nn.Module | None
+    ) -> None:
+        """Scales the layer that the data enter, and holds preactivations at their critical mean square.
+
+        With a sample, layer by layer in one forward pass: `W` is scaled so that `W x` has a mean square of q − σ_b²,
+        and the bias is drawn. Without one, the data are taken to have a mean square of one.
+        """
+        wanted: dict[nn.Module, tuple[float, float]] = {}  # mean square of W x, and the bias's standard deviation
+        for layer in chosen:
+            point = points.get(layer)
+            if point is not None and point.square is not None:
+                bias = point.bias if self._bias(layer) is not None else 0.0
+                wanted[layer] = (point.square - point.bias**2, bias)
+            elif layer is entered and self.sample is not None:
+                wanted[layer] = (INPUT_RMS**2, 0.0)
+        done: set[Any] = set()
+
+        def scale(layer: nn.Module, size: float) -> Tensor | None:
+            weight = self.weights.by_layer[layer]
+            square, spread = wanted[layer]
+            done.add(weight)
+            if math.isfinite(size) and size > 0:
+                weight.set_(weight.value * math.sqrt(square / size))
+            bias = self._bias(layer)
+            if bias is not None and spread:
+                drawn = torch.empty(bias.shape, device=self.generator.device).normal_(generator=self.generator)
+                bias.copy_(spread * drawn)
+            return None
+
+        def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self.weights.by_layer[layer] in done or not isinstance(output, Tensor):
+                return None
+            scale(layer, float(output.double().square().mean()))
+            return layer.forward(*args)
+
+        if self.sample is not None:
+            handles = [layer.register_forward_hook(after) for layer in wanted]
+            try:
+                with measuring(self.model), torch.no_grad():
+                    self.objective.predict(self.model, self.sample)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            return
+        for layer in wanted:
+            weight = self.weights.by_layer[layer]
+            rows, columns = weight.block.layout.matrices[-2:]
+            point = points[layer]
+            kept = min(1.0, columns / rows)  # of the mean square, by an isometry into more dimensions
+            before = 1.0 if layer is entered else wanted[layer][0] / point.weight**2
+            scale(layer, point.weight**2 * kept * before)
+
+    def sweep_(self, layers: Sequence[nn.Module]) -> None:
+        """Divides layers before what does not work element by element (pooling) by the gains that are measured."""
+        for _ in range(NUM_SWEEPS if layers else 0):
+            gains = layer_gains(self.model, self.sample, self.objective)
+            for weight in [self.weights.by_layer[m] for m in layers]:
+                gain = gains.get(weight.block.name)
+                if gain is not None and gain.chi > 0:
+                    weight.set_(weight.value / math.sqrt(gain.chi))
+
+    def beyond(self, hidden: Sequence[nn.Module], points: dict[nn.Module, CriticalPoint]) -> list[str]:
+        """What was not reached: a depth across which gradients still shrink or grow."""
+        names = {m: self.weights.by_layer[m].block.name for m in hidden}
+        unstable = [names[m] for m in hidden if m in points and not points[m].stable]
+        biased = [names[m] for m in hidden if m in points and points[m].bias and self._bias(m) is None]
+        why = [
+            *([f"{len(unstable)} stand before an activation without a stable critical point"] if unstable else []),
+            *([f"{len(biased)} have no bias, which their activation needs"] if biased else []),
+        ]
+        cure = "a norm or a skip in each block is what helps"
+        if self.sample is None:
+            if len(unstable) + len(biased) < MANY:
+                return []
+            return [f"beyond initialization at depth: of {len(hidden)} layers, {' and '.join(why)}; {cure}"]
+        gains = layer_gains(self.model, self.sample, self.objective) if len(hidden) > 1 else {}
+        measured = {name: g.chi for m in hidden if (g := gains.get(name := names[m])) is not None}
+        if not measured:
+            return []
+        change = sum(math.log(chi) / 2 if chi > 0 else -math.inf for chi in measured.values())
+        if abs(change) <= math.log(MOST_CHANGE):
+            return []
+        worst = max(measured, key=lambda name: abs(math.log(max(measured[name], 1e-300))))
+        told = f"beyond initialization: across {len(measured)} layers gradients still change by a factor of "
+        told += f"{math.exp(max(change, -700.0)):.1e} (χ is {measured[worst]:.2g} at {worst})"
+        return [f"{told}; {'; '.join([*why, cure])}"]
+
+
+def _interpolated(grid: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+    """The piecewise linear function through points, continued beyond them."""
+
+    def phi(z: Tensor) -> Tensor:
+        k = torch.searchsorted(grid, z.detach().contiguous()).clamp(1, len(grid) - 1)
+        slope = (values[k] - values[k - 1]) / (grid[k] - grid[k - 1])
+        return values[k - 1] + slope * (z - grid[k - 1])
+
+    return phi
