@@ -88,7 +88,7 @@ def isometric_(
     layers = weights.by_layer
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
-    order = list(model.modules()) if sample is None else _forward_order(model, layers, sample, objective)
+    order = list(_registered(model)) if sample is None else _forward_order(model, layers, sample, objective)
     chain = _first_uses(order, layers)
     if not chain:
         missing = f"the sample reaches none of {len(layers)}" if layers else f"{type(model).__name__} has none"
@@ -102,7 +102,7 @@ def isometric_(
         )
     zero = [m for m in chain if not bool(layers[m].value.any())]
     zero = zero if len(zero) < len(chain) else []
-    _leave_what_needs_none(model, order, chain, zero, weights, sample, objective)
+    around, ends = _leave_what_needs_none(model, order, chain, zero, weights, sample, objective)
     left = {name for names in weights.left.values() for name in names}
     chosen = [m for m in chain if m not in zero and layers[m].block.name not in left]
     setting = Setting(model, sample, objective, weights, generator)
@@ -123,10 +123,11 @@ def isometric_(
         raise InputError(f"isometric_: {type(model).__name__} has no layer that it may set{_told(weights)}")
     entered = next((m for m in order if m in layers or m in weights.others), None)
     setting.sizes_(chosen, points, entered)
+    notes = setting.branches_([m for m in order if m in around], [m for m in chain if m in ends])
     hidden = chosen[:-1] if chosen and chosen[-1] is chain[-1] else chosen
     if sample is not None:
         setting.sweep_([m for m in hidden if m not in points])
-    notes = setting.beyond([m for m in hidden if m is not entered], points)
+    notes += setting.beyond([m for m in hidden if m is not entered], points)
     if chosen and len(chain) > 1 and chosen[-1] is [m for m in dict.fromkeys(order) if operation_of(m).init][-1]:
         weight = layers[chosen[-1]]
         weight.set_(weight.value * head_scale)
@@ -146,16 +147,19 @@ def _leave_what_needs_none(
     weights: Weights,
     sample: Any,
     objective: Objective,
-) -> None:
-    """Leaves the layers whose scale a norm undoes, and those around which a path goes, as the forward pass shows."""
+) -> tuple[set[nn.Module], set[nn.Module]]:
+    """Leaves the layers whose scale a norm undoes, and those around which a path goes, as the forward pass shows.
+
+    Returns those around which a path goes, and of them the last of their branches.
+    """
     layers = weights.by_layer
     owners = [m for m in dict.fromkeys(order) if m in layers or m in weights.others]
     if sample is None:
         free = {m for m in chain if _norm_follows(order, m, owners)}
-        around: set[nn.Module] = set()
+        around, ends = set[nn.Module](), set[nn.Module]()
     else:
         device = next(model.parameters()).device
-        around = bypassed(model, owners, sample, objective)
+        around, ends = bypassed(model, owners, sample, objective)
         free = normalized(model, owners, sample, objective, torch.Generator(device).manual_seed(0))
     for weight in dict.fromkeys(layers[m] for m in chain if m not in zero):
         uses = [m for m in owners if layers.get(m) is weight]
@@ -163,6 +167,7 @@ def _leave_what_needs_none(
             weights.leave(BYPASSED, weight.block.name)
         elif uses and all(m in free for m in uses):
             weights.leave(NORMALIZED, weight.block.name)
+    return around & set(owners), {m for m in ends if m in chain and m not in zero}
 
 
 def _norm_follows(order: list[nn.Module], layer: nn.Module, owners: list[nn.Module]) -> bool:
@@ -197,6 +202,8 @@ def _told(weights: Weights) -> str:
     """What is left, by reason, each after a semicolon."""
     text = ""
     for reason, names in weights.left.items():
+        if not names:
+            continue
         some = ", ".join(names[:MOST_NAMES]) + (
             f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         )
@@ -261,6 +268,13 @@ def _followed_by(
                 activation = later
                 break
         yield module, activation
+
+
+def _registered(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in the order in which they are registered, one that is shared at each place."""
+    yield module
+    for child in module.children() if not isinstance(module, nn.Sequential) else module:
+        yield from _registered(child)
 
 
 def _forward_order(

@@ -86,11 +86,14 @@ def normalized(
     return {module for module, free in verdicts.items() if free}
 
 
-def bypassed(model: nn.Module, modules: Iterable[nn.Module], sample: Any, objective: Objective) -> set[nn.Module]:
-    """The modules around which a path of the forward pass goes: a skip, or a branch beside theirs.
+def bypassed(
+    model: nn.Module, modules: Iterable[nn.Module], sample: Any, objective: Objective
+) -> tuple[set[nn.Module], set[nn.Module]]:
+    """The modules around which a path goes, a skip or a branch beside theirs; and those whose output a skip adds to.
 
     In the graph of one forward pass, something that a module's input depends on then has a successor that leads to the
-    model's output without the module.
+    model's output without the module. The second ones are the last of their branch: a sum has their output on one side,
+    and on the other what their own input depends on.
 
     Args:
         model: left as it was.
@@ -144,7 +147,22 @@ def bypassed(model: nn.Module, modules: Iterable[nn.Module], sample: Any, object
         for parent, _ in node.next_functions:
             if parent in bits:
                 reached[node] |= reached[parent]
-    return {module for module, x, y in uses if x in bits and y in bits and reached[x] & ~(before[y] | bits[y])}
+    around = {m for m, x, y in uses if x in bits and y in bits and reached[x] & ~(before[y] | bits[y])}
+    ends: set[nn.Module] = set()
+    carried: dict[Any, dict[Any, tuple[nn.Module, Any]]] = {}  # outputs that reach a node without another module
+    made = {y: (module, x) for module, x, y in uses}
+    for node in bits:
+        parents = [p for p, _ in node.next_functions if p in bits]
+        carried[node] = {}
+        for parent in parents:
+            carried[node] |= carried[parent]
+        if node in made:
+            carried[node] = {node: made[node]}
+        if node.name() == "AddBackward0" and len(parents) == 2:
+            for one, other in (parents, parents[::-1]):
+                last = [(m, x) for m, x in carried[one].values() if x in bits]
+                ends |= {m for m, x in last if (before[x] | bits[x]) & bits[other]}
+    return around, ends & around
 
 
 def _from_first(ends: Iterable[Any]) -> list[Any]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gramian.init.gains import CriticalPoint, critical_point, point_of
 from gramian.init.kernels import isometry
-from gramian.init.weights import PARAMETRIZED, Weights
+from gramian.init.paths import batch_statistics, hooked
+from gramian.init.weights import BYPASSED, PARAMETRIZED, Weights
 from gramian.objective import Objective
 from gramian.operators import layer_gains
 from gramian.recording import measuring
@@ -31,6 +32,9 @@ WIDEST, LEAST_POINTS, STEP = 80.0, 256, 0.02
 
 # Gradients that change by more than this factor across the layers that were set are told.
 MOST_CHANGE = 100.0
+
+# A residual stream that grows by more than this is scaled, by no less than that.
+MOST_GROWTH, LEAST_FACTOR = 10.0, 1e-3
 
 # Layers behind an activation without a stable critical point, from which that is told where nothing is measured.
 MANY = 5
@@ -195,6 +199,46 @@ class Setting:
             kept = min(1.0, columns / rows)  # of the mean square, by an isometry into more dimensions
             before = 1.0 if layer is entered else wanted[layer][0] / point.weight**2
             scale(layer, point.weight**2 * kept * before)
+
+    def branches_(self, around: Sequence[nn.Module], ends: Sequence[nn.Module]) -> list[str]:
+        """Scales the last layers of residual branches where the stream is seen to grow with depth; says so.
+
+        By 1/√K for K branches, which keeps a sum of K independent branches of the stream's own size at that size, and
+        by further halves where that is not enough. Behind norms nothing is seen to grow.
+
+        Source: Hanin & Rolnick (1803.01719), theorem 6, and Zhang, Dauphin & Ma (1901.09321).
+        """
+        first = growth = self._growth(around) if ends and self.sample is not None else 1.0
+        factor = 1.0
+        while growth > MOST_GROWTH and factor > LEAST_FACTOR:
+            step = 0.5 if factor < 1 else len(ends) ** -0.5 if len(ends) > 1 else 0.5
+            factor *= step
+            for weight in dict.fromkeys(self.weights.by_layer[m] for m in ends):
+                weight.set_(weight.value * step)
+                bias = self._bias(weight.layer)
+                if bias is not None:
+                    bias.mul_(step)
+            growth = self._growth(around)
+        if factor == 1:
+            return []
+        scaled = {self.weights.by_layer[m].block.name for m in ends}
+        self.weights.left[BYPASSED] = [name for name in self.weights.left[BYPASSED] if name not in scaled]
+        told = f"scaled the last layers of {len(ends)} residual branches by {factor:.2g}, since the stream grew"
+        return [f"{told} by a factor of {first:.1e} (now {growth:.2g})"]
+
+    def _growth(self, layers: Sequence[nn.Module]) -> float:
+        """The largest root mean square of the inputs of some layers, over that of the first."""
+        sizes: list[float] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            x = args[0] if args else None
+            if isinstance(x, Tensor) and x.is_floating_point():
+                sizes.append(float(x.double().square().mean().sqrt()))
+
+        with hooked(dict.fromkeys(layers), note), measuring(self.model), batch_statistics(self.model), torch.no_grad():
+            self.objective.predict(self.model, self.sample)
+        largest = max((size if math.isfinite(size) else math.inf for size in sizes), default=0.0)
+        return largest / sizes[0] if sizes and sizes[0] > 0 else 1.0
 
     def sweep_(self, layers: Sequence[nn.Module]) -> None:
         """Divides layers before what does not work element by element (pooling) by the gains that are measured."""
