@@ -256,9 +256,8 @@ def test_zoo(name: str, with_sample: bool) -> None:
             isometric_(model, sample)
         (message,) = [str(w.message) for w in caught if w.category is GramianWarning]
         assert LEFT.get(name, "3.shortcut.weight") in message
-        for left in (part.rpartition(": ")[2] for part in message.split("; ")):
-            for key in left.split(", "):
-                assert torch.equal(before[key], model.state_dict()[key])
+        for key in {word for word in message.replace(",", "").replace(";", "").split() if word in before}:
+            assert torch.equal(before[key], model.state_dict()[key])
     # Each weight was set or named; nothing is silently left.
     untouched = {k for k, v in model.state_dict().items() if v.ndim > 1 and torch.equal(v, before[k])}
     embeddings = {n for b in gm.blocks(model).blocks if b.role == "embedding" for n in (b.name, *b.aliases)}
@@ -266,6 +265,96 @@ def test_zoo(name: str, with_sample: bool) -> None:
     for k in untouched - embeddings:
         assert k in message
     assert math.isfinite(case.loss(model, batch).item())
+
+
+def gradient_ratio(model: nn.Module) -> float:
+    """Of the second layer to the last but one."""
+    model.zero_grad()
+    x, y = digits()
+    F.cross_entropy(model(x), y).backward()
+    weights = [p.grad.norm().item() for p in model.parameters() if p.ndim == 2 and p.grad is not None]
+    return weights[1] / weights[-2] if weights[-2] else 0.0
+
+
+DEEP = {
+    "gelu": lambda: stack(nn.GELU(), 48, 100),
+    "silu": lambda: stack(nn.SiLU(), 48, 100),
+    "mish": lambda: stack(nn.Mish(), 48, 100),
+    "elu": lambda: stack(nn.ELU(), 48, 100),
+    "selu": lambda: stack(nn.SELU(), 48, 100),
+    "gelu, odd width": lambda: stack(nn.GELU(), 49, 100),
+}
+
+
+@pytest.mark.parametrize("with_sample", [False, True], ids=["alone", "sample"])
+@pytest.mark.parametrize("name", DEEP)
+def test_gradients_cross_100_layers_of_smooth_activations(name: str, with_sample: bool) -> None:
+    torch.manual_seed(0)
+    model = DEEP[name]()
+    assert gradient_ratio(model) < 1e-6
+    isometric_(model, digits(256) if with_sample else None)
+    assert 0.02 < gradient_ratio(model) < 50
+    if name in ("gelu", "silu"):  # φ(z) − φ(−z) = z, so that the network is linear at first
+        assert gradient_ratio(model) == pytest.approx(1.0, rel=0.05)
+        x, _ = digits(8)
+        torch.testing.assert_close(model(x) - model(0 * x), 2 * (model(x / 2) - model(0 * x)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_function_in_place_of_a_module_is_measured() -> None:
+    for phi, module in ((F.gelu, nn.GELU()), (F.silu, nn.SiLU()), (F.mish, nn.Mish()), (F.elu, nn.ELU())):
+        by_function = isometric_(Functional(phi), digits(256))
+        by_module = isometric_(stack(module), digits(256))
+        for layer, other in zip(by_function.layers, [m for m in by_module if isinstance(m, nn.Linear)], strict=True):
+            torch.testing.assert_close(layer.weight, other.weight, rtol=2e-2, atol=1e-3)
+            torch.testing.assert_close(layer.bias, other.bias, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", [nn.Softplus(), nn.Sigmoid()], ids=str)
+def test_what_initialization_does_not_reach_is_told(activation: nn.Module) -> None:
+    for sample in (digits(), None):
+        with pytest.warns(GramianWarning, match=r"beyond initialization.*without a stable critical point; a norm or"):
+            isometric_(stack(activation, depth=60), sample)
+
+
+class Block(nn.Module):
+    """x + W₂ relu(W₁ x), by He's initialization; a norm first, if any."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = norm, nn.Linear(32, 32), nn.Linear(32, 32)
+        for layer in (self.up, self.down):
+            nn.init.kaiming_normal_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.LayerNorm(32), lambda: nn.BatchNorm1d(32)])
+def test_branches_are_scaled_only_where_the_stream_is_seen_to_grow(norm) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), *(Block(norm()) for _ in range(40)), nn.Linear(32, 10))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    grows = norm is nn.Identity
+    with pytest.warns(GramianWarning, match="scaled the last layers of 40" if grows else "a path goes around them"):
+        isometric_(model, digits())
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
+    assert changed == ({f"{k}.down.{part}" for k in range(1, 41) for part in ("weight", "bias")} if grows else set())
+    stream = model[0](digits()[0]).square().mean()
+    assert model[:-1](digits()[0]).square().mean() < (16 if grows else 1e4) * stream
+
+
+def test_what_a_norm_or_a_skip_makes_free_is_left() -> None:
+    """The oracle: scaling a left layer's output changes nothing behind the norm; the plain run in the model is set."""
+    plain = [m for _ in range(4) for m in (nn.Linear(32, 32), nn.Tanh())]
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.BatchNorm1d(32), *plain, nn.Linear(32, 10))
+    before = model[0].weight.clone()
+    with pytest.warns(GramianWarning, match="a norm undoes any scale of what they compute: 0.weight"):
+        isometric_(model, digits())
+    assert torch.equal(model[0].weight, before)
+    w = model[5].weight.detach()
+    torch.testing.assert_close(w @ w.T, torch.eye(32), rtol=0, atol=1e-5)
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    assert torch.equal(buffers[0], torch.zeros(32))  # measuring leaves the statistics alone
 
 
 def test_a_deep_network_learns_from_it() -> None:

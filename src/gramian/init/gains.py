@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class CriticalPoint:
         weight: σ.
         bias: the biases' standard deviation.
         square: q; `None` where any will do (ReLU), or where it tends to zero (tanh).
+        odd: c, where φ(z) − φ(−z) = c z for all z (GELU, SiLU, ReLU: 1), else zero.
         stable: whether q returns to it, so that χ stays at one. Where it is false, there is no such point with a
             variance of the biases that is not negative: σ then gives χ = 1 at q = 1.
     """
@@ -41,6 +42,7 @@ class CriticalPoint:
     weight: float
     bias: float = 0.0
     square: float | None = None
+    odd: float = 0.0
     stable: bool = True
 
 
@@ -117,7 +119,15 @@ def critical_point(phi: Callable[[Tensor], Tensor], h: float = 1e-5) -> Critical
         if bias >= 0 and cross / derivative < 1 - STABLE:
             found.append((cross / derivative, CriticalPoint(1.0 / math.sqrt(derivative), math.sqrt(bias), q)))
     best = min(found, key=lambda pair: pair[0])[1] if found else at_one
-    return at_one if best.square is None or best.square > MOST_SQUARE / ratio**0.5 else best
+    best = at_one if best.square is None or best.square > MOST_SQUARE / ratio**0.5 else best
+    return replace(best, odd=_odd_slope(phi))
+
+
+def _odd_slope(phi: Callable[[Tensor], Tensor]) -> float:
+    z = torch.linspace(0.1, 8.0, 64, dtype=torch.float64)
+    slopes = (_columns(phi(z)) - _columns(phi(-z))).detach() / z[:, None]
+    slope = float(slopes.mean())
+    return slope if slope > 0 and float((slopes - slope).abs().max()) < 1e-3 * slope else 0.0
 
 
 def _moments(phi: Callable[[Tensor], Tensor], q: float) -> tuple[float, float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from gramian.errors import GramianWarning, InputError
 from gramian.init.paths import bypassed, hooked, normalized
 from gramian.init.setting import Setting
 from gramian.init.trained import signs_of, told
-from gramian.init.weights import BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
+from gramian.init.weights import ALONE, BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
 from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.recording import measuring
 
 __all__ = ["isometric_"]
+
+# In a network with norms or skips, so many plain layers in a row are set: gains multiply along such a run alone, and a
+# stem or a head by itself is as good as its library makes it.
+LEAST_RUN = 3
 
 MOST_NAMES = 30  # in a warning, for each reason
 
@@ -107,6 +112,7 @@ def isometric_(
     chosen = [m for m in chain if m not in zero and layers[m].block.name not in left]
     setting = Setting(model, sample, objective, weights, generator)
     points = setting.critical_points(chosen, _followed_by(order, layers))
+    setting.mirror(chosen, order, points)
     chosen = [m for m in chosen if setting.isometry_(m, points.get(m))]
     for layer in zero:
         if sample is None or not _cuts_off(layer, order, layers, model, sample, objective):
@@ -131,8 +137,9 @@ def isometric_(
     if chosen and len(chain) > 1 and chosen[-1] is [m for m in dict.fromkeys(order) if operation_of(m).init][-1]:
         weight = layers[chosen[-1]]
         weight.set_(weight.value * head_scale)
-    if signs:
-        notes.insert(0, f"replaced weights that look trained, and what they had learned is lost: {told(signs)}")
+    replaced = [s for s in signs if s.name in {layers[m].block.name for m in chosen}]
+    if replaced:
+        notes.insert(0, f"replaced weights that look trained, and what they had learned is lost: {told(replaced)}")
     text = "; ".join([*notes, *filter(None, [_told(weights).removeprefix("; ")])])
     if text:
         warnings.warn(f"isometric_: {text}", GramianWarning, stacklevel=2)
@@ -167,6 +174,14 @@ def _leave_what_needs_none(
             weights.leave(BYPASSED, weight.block.name)
         elif uses and all(m in free for m in uses):
             weights.leave(NORMALIZED, weight.block.name)
+    if weights.left.keys() & {NORMALIZED, BYPASSED}:
+        left = {name for names in weights.left.values() for name in names}
+        for free_run, run in groupby(owners, lambda m: m in chain and layers[m].block.name not in left):
+            few = list(dict.fromkeys(run))
+            if free_run and len(few) < LEAST_RUN:
+                for m in few:
+                    if m not in zero:
+                        weights.leave(ALONE, layers[m].block.name)
     return around & set(owners), {m for m in ends if m in chain and m not in zero}
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gramian import random
 from gramian.init.gains import CriticalPoint, critical_point, point_of
 from gramian.init.kernels import isometry
 from gramian.init.paths import batch_statistics, hooked
 from gramian.init.weights import BYPASSED, PARAMETRIZED, Weights
+from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.operators import layer_gains
 from gramian.recording import measuring
@@ -50,6 +53,8 @@ class Setting:
         objective: predicts.
         weights: those that may be set; what cannot be is noted there.
         generator: draws matrices and biases.
+        rows: layers whose second half of rows is the negative of the first: `[Q; −Q]`.
+        columns: layers whose second half of columns is the negative of the first, and c of the activation before.
     """
 
     model: nn.Module
@@ -57,6 +62,8 @@ class Setting:
     objective: Objective
     weights: Weights
     generator: torch.Generator
+    rows: set[nn.Module] = field(default_factory=set)
+    columns: dict[nn.Module, float] = field(default_factory=dict)
 
     def critical_points(
         self, chosen: Sequence[nn.Module], followed: Iterable[tuple[nn.Module, nn.Module | None]]
@@ -129,12 +136,55 @@ class Setting:
             and torch.allclose(pair[1], second[layer][1], 1e-4, 1e-5)
         }
 
+    def mirror(
+        self, chosen: Sequence[nn.Module], order: Sequence[nn.Module], points: dict[nn.Module, CriticalPoint]
+    ) -> None:
+        """Chooses the layers that are set so that, with the next one, they compute a linear function.
+
+        That needs a smooth activation with φ(z) − φ(−z) = c z that alone stands between two linear layers of an even
+        width in common, each used once. What holds is then an isometry, at any depth.
+        """
+        layers = [m for m in order if m in self.weights.by_layer or m in self.weights.others]
+        pairs = [
+            (m, after)
+            for m, after in pairwise(layers)
+            if m in chosen
+            and after in chosen
+            and m in points
+            and points[m].odd
+            and points[m].square is not None
+            and all(self._is_plain_matrix(one) and layers.count(one) == 1 for one in (m, after))
+            and self._shape(m)[0] == self._shape(after)[1]
+            and self._shape(m)[0] % 2 == 0
+        ]
+        if self.sample is not None and pairs:
+            alone = self._measured_activations([m for m, _ in pairs])
+            pairs = [(m, after) for m, after in pairs if m in alone]
+        for m, after in pairs:
+            self.rows.add(m)
+            self.columns[after] = points[m].odd
+
+    def _is_plain_matrix(self, layer: nn.Module) -> bool:
+        layout = self.weights.by_layer[layer].block.layout
+        return operation_of(layer).init == "orthogonal" and len(layout.matrices) == 2 and not layout.rows
+
+    def _shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return self.weights.by_layer[layer].block.layout.matrices
+
     def isometry_(self, layer: nn.Module, point: CriticalPoint | None) -> bool:
         """Sets σ Q and a bias of zero; `False`, and noted, where a parametrization forbids it."""
         weight = self.weights.by_layer[layer]
         block = weight.block
-        scale = point.weight if point is not None else 1.0
-        value = scale * isometry(weight.layer, block.layout, block.parameter.detach(), self.generator)
+        scale = point.weight if point is not None and layer not in self.rows else 1.0
+        like = block.parameter.detach()
+        if layer in self.rows or layer in self.columns:
+            rows, columns = self._shape(layer)
+            shape = (rows // (1 + (layer in self.rows)), columns // (1 + (layer in self.columns)))
+            q = random.orthogonal(*shape, generator=self.generator, device=self.generator.device).to(like)
+            q = torch.cat([q, -q], 1) / self.columns[layer] if layer in self.columns else q
+            value = scale * block.layout.join(torch.cat([q, -q]) if layer in self.rows else q)
+        else:
+            value = scale * isometry(weight.layer, block.layout, like, self.generator)
         if not weight.set_(value):
             self.weights.leave(PARAMETRIZED, block.name)
             return False
@@ -158,7 +208,7 @@ class Setting:
         wanted: dict[nn.Module, tuple[float, float]] = {}  # mean square of W x, and the bias's standard deviation
         for layer in chosen:
             point = points.get(layer)
-            if point is not None and point.square is not None:
+            if point is not None and point.square is not None and layer not in self.rows:
                 bias = point.bias if self._bias(layer) is not None else 0.0
                 wanted[layer] = (point.square - point.bias**2, bias)
             elif layer is entered and self.sample is not None:
@@ -251,9 +301,9 @@ class Setting:
 
     def beyond(self, hidden: Sequence[nn.Module], points: dict[nn.Module, CriticalPoint]) -> list[str]:
         """What was not reached: a depth across which gradients still shrink or grow."""
-        names = {m: self.weights.by_layer[m].block.name for m in hidden}
-        unstable = [names[m] for m in hidden if m in points and not points[m].stable]
-        biased = [names[m] for m in hidden if m in points and points[m].bias and self._bias(m) is None]
+        unstable = [m for m in hidden if m in points and not points[m].stable]
+        critical = [m for m in hidden if m in points and m not in self.rows and points[m].bias]
+        biased = [m for m in critical if self._bias(m) is None]
         why = [
             *([f"{len(unstable)} stand before an activation without a stable critical point"] if unstable else []),
             *([f"{len(biased)} have no bias, which their activation needs"] if biased else []),
@@ -263,17 +313,40 @@ class Setting:
             if len(unstable) + len(biased) < MANY:
                 return []
             return [f"beyond initialization at depth: of {len(hidden)} layers, {' and '.join(why)}; {cure}"]
-        gains = layer_gains(self.model, self.sample, self.objective) if len(hidden) > 1 else {}
-        measured = {name: g.chi for m in hidden if (g := gains.get(name := names[m])) is not None}
-        if not measured:
+        backward, forward = self._changes(hidden) if len(hidden) > 2 else (1.0, 1.0)
+        told = [
+            f"{what} still change by a factor of {change:.1e}"
+            for what, change in (("gradients", backward), ("signals", forward))
+            if not 1 / MOST_CHANGE <= change <= MOST_CHANGE
+        ]
+        if not told:
             return []
-        change = sum(math.log(chi) / 2 if chi > 0 else -math.inf for chi in measured.values())
-        if abs(change) <= math.log(MOST_CHANGE):
-            return []
-        worst = max(measured, key=lambda name: abs(math.log(max(measured[name], 1e-300))))
-        told = f"beyond initialization: across {len(measured)} layers gradients still change by a factor of "
-        told += f"{math.exp(max(change, -700.0)):.1e} (χ is {measured[worst]:.2g} at {worst})"
-        return [f"{told}; {'; '.join([*why, cure])}"]
+        return ["; ".join([f"beyond initialization: across {len(hidden)} layers {' and '.join(told)}", *why, cure])]
+
+    def _changes(self, layers: Sequence[nn.Module]) -> tuple[float, float]:
+        """How a random vector's gradient changes from the last layer's output to the first's; and the output's size."""
+        outputs: dict[nn.Module, Tensor] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                outputs.setdefault(module, output)
+
+        ends = [layers[0], layers[-1]]
+        handles = [m.register_forward_hook(lambda m, x, y: (note(m, x, y), y.clone())[1]) for m in ends]
+        try:
+            with measuring(self.model), batch_statistics(self.model), torch.enable_grad():
+                self.objective.predict(self.model, self.sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(outputs) < 2:
+            return 1.0, 1.0
+        first, last = outputs[ends[0]], outputs[ends[1]]
+        v = torch.empty_like(last).normal_(generator=torch.Generator(last.device).manual_seed(0))
+        (gradient,) = torch.autograd.grad(last, first, v, allow_unused=True)
+        sizes = [float(x.detach().double().square().mean().sqrt()) for x in (first, last)]
+        forward = sizes[1] / sizes[0] if sizes[0] > 0 else 1.0
+        return (1.0 if gradient is None else float(gradient.double().norm() / v.double().norm())), forward
 
 
 def _interpolated(grid: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:

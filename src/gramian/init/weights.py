@@ -129,6 +129,7 @@ PARAMETRIZED = "left as they were, since their parametrization takes no such wei
 DESIGNED = "left as they were, with a bias that is neither constant nor centered, as if by design"
 NORMALIZED = "left as they were, since a norm undoes any scale of what they compute"
 BYPASSED = "left as they were, since a path goes around them (a skip, or a branch beside theirs)"
+ALONE = "left as they were, since few layers follow each other there without a norm or a skip"
 DEPTHWISE = "left as they were, since they act on each channel alone"
 
 
