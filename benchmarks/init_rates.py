@@ -85,7 +85,7 @@ def mixer() -> nn.Module:
 def gpt2() -> nn.Module:
     """Four layers of 64."""
     vocabulary = len(TEXT.unique())
-    tokens = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
+    tokens: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
     config = transformers.GPT2Config(**tokens, n_positions=64, n_embd=64, n_layer=4, n_head=4, use_cache=False)
     return transformers.GPT2LMHeadModel(config)
 
@@ -93,12 +93,19 @@ def gpt2() -> nn.Module:
 def resnet() -> nn.Module:
     """Two stages of two blocks, with batch norm."""
     sizes: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "layer_type": "basic"}
-    return transformers.ResNetForImageClassification(transformers.ResNetConfig(num_channels=1, num_labels=10, **sizes))
+    config = transformers.ResNetConfig(num_channels=1, **sizes)
+    config.num_labels = 10
+    return transformers.ResNetForImageClassification(config)
 
 
 def vit() -> nn.Module:
     """Four layers of 64, patches of 8×8."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     config = transformers.ViTConfig(image_size=32, patch_size=8, num_channels=1, **sizes)
     config.num_labels = 10
     return transformers.ViTForImageClassification(config)

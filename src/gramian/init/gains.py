@@ -109,7 +109,7 @@ def critical_point(phi: Callable[[Tensor], Tensor], h: float = 1e-5) -> Critical
     if all(math.isclose(d, derivative, rel_tol=1e-2) for _, d, _ in others) and math.isclose(
         value, derivative, rel_tol=1e-2
     ):
-        return CriticalPoint(at_one.weight)  # positively homogeneous
+        return CriticalPoint(at_one.weight, odd=_odd_slope(phi))  # positively homogeneous
     found: list[tuple[float, CriticalPoint]] = []
     ratio = (MOST_SQUARE / LEAST_SQUARE) ** (1 / (NUM_SQUARES - 1))
     for k in range(NUM_SQUARES):

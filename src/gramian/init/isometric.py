@@ -41,13 +41,17 @@ def isometric_(
     predict: Callable[[nn.Module, Any], Any] | None = None,
     overwrite: bool = False,
 ) -> nn.Module:
-    """Makes every layer as close to an isometry as its shape allows: `W = σ Q` with `QᵀQ = I` or `QQᵀ = I`, `b = 0`.
+    """Makes every layer whose size matters as close to an isometry as its shape allows: `W = σ Q`, Q orthogonal.
 
-    σ is the gain at which the following activation keeps the size of gradients (χ = 1): 1 for tanh, √2 for ReLU (see
-    `activation_gain`). Each matrix of a fused projection gets a Q of its own. A parametrized weight (weight norm,
-    spectral norm, orthogonality) is set so that the weight that is applied is the isometry, with σ = 1 where the
-    parametrization fixes the size.
+    σ is the gain at which the following activation keeps the size of gradients (χ = 1; see `activation_gain`), and the
+    bias is zero. Each matrix of a fused projection gets a Q of its own. A parametrized weight (weight norm, spectral
+    norm, orthogonality) is set so that the weight that is applied is the isometry, with σ = 1 where the parametrization
+    fixes the size.
 
+    - Linear layers with an activation between them for which φ(z) − φ(−z) = c z (ReLU, GELU, SiLU, softplus), and an
+      even width, get `[Q, −Q; −Q, Q] / c`: what they compute is linear at first, and an exact isometry at any depth.
+    - Before other smooth activations (ELU, SELU, Mish) signals keep their size at one mean square q, and with biases:
+      they are drawn, and q is held at the stable critical point by a forward pass.
     - Convolutions of stride one, padded so that no input is cut off, get Q at one tap and zeros elsewhere
       (delta-orthogonal): an exact isometry of whole images.
     - Other convolutions get a kernel that is orthogonal over all of its taps, so that every input counts. With a kernel
@@ -55,21 +59,30 @@ def isometric_(
       the mean square of white inputs, on average over images.
     - A transposed convolution is set as the adjoint of a convolution.
 
-    What is left as it was, and named in a `GramianWarning`: layers that do more than `W x + b`, frozen weights, the
-    parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and adapters are where
-    they start from the identity. A zero weight is set where all are zero, or where the sample shows that
-    it makes the next layer's input the same for all samples. Embeddings, tables tied to a head, and norms keep their
-    initialization by definition.
+    A network with norms and skips is left as its library makes it: layers whose scale a norm undoes (measured: the
+    derivative along the output is zero), layers around which a path goes (in the graph of the forward pass), and beside
+    them runs of fewer than three other layers. Only where the residual stream is seen to grow more than tenfold, the
+    last layers of its branches are scaled, by 1/√(number of branches) or less.
+
+    What is left as it was is named in a `GramianWarning`: these; layers that do more than `W x + b`, frozen
+    weights, the parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and
+    adapters are where they start from the identity. A zero weight is set where all are zero, or where the sample
+    shows that it makes the next layer's input the same for all samples. Embeddings, tables tied to a head, and
+    norms keep their initialization by definition. The warning also says what no initialization reaches: "beyond
+    initialization", where gradients or signals still change by a factor of 100 over the depth (softplus, sigmoid);
+    and which trained weights were replaced.
 
     Args:
         model: set in place.
-        sample: a batch, `(x, y)` or `x`. With it, the order of the layers is the order of the forward pass, an
+        sample: a batch, `(x, y)` or `x`. Pass it: without one skips are not seen, and a norm only where it is
+            registered behind the layer. With it, the order of the layers is the order of the forward pass, an
             activation that is no module (`torch.tanh(x)`) is measured, and a layer that the data enter is scaled so
             that its output has a root mean square of 0.5, whatever the units of the data.
         head_scale: gain of the last layer: small, so that training starts from nearly equal scores.
         generator: draws Q; seeded with 0 by default.
         predict: `predict(model, sample)`, where it is not `model(x)`.
-        overwrite: whether to set also weights that look trained (see `signs_of_training`).
+        overwrite: whether to set also weights that look trained (see `signs_of_training`). What they have learned is
+            then lost.
 
     Returns:
         The model.
@@ -79,8 +92,10 @@ def isometric_(
             look trained, and `overwrite` is false; weights have no values (meta) or a dtype of less than two bytes.
 
     Cost: one QR factorization for each layer, and the singular values of at most 512 × 512 entries of each; with a
-    sample, three forward passes, and where an activation is no module, four measurements of `layer_gains`.
-    Source: Saxe et al. (1312.6120); Pennington et al. (1711.04735); delta-orthogonal: Xiao et al. (1806.05393), §3.
+    sample, some ten forward and ten backward passes, and where pooling or the like stands between layers four
+    measurements of `layer_gains`.
+    Source: Saxe et al. (1312.6120); Pennington et al. (1711.04735); delta-orthogonal: Xiao et al. (1806.05393), §3;
+    `[Q, −Q; −Q, Q]`: Balduzzi et al. (1702.08591), §5; holding q: Mishkin & Matas (1511.06422).
 
     >>> net = isometric_(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
     >>> w = net[2].weight.detach()

@@ -126,8 +126,8 @@ def bypassed(
             output = objective.predict(model, sample)
     finally:
         handle.remove()
-    ends = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None] or [y for _, _, y in uses]
-    order = _from_first(ends)
+    last = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None] or [y for _, _, y in uses]
+    order = _from_first(last)
     # One bit for each node that the data reach; those that parameters alone reach are no paths.
     bits: dict[Any, int] = {}
     before: dict[Any, int] = {}  # what a node depends on
@@ -160,8 +160,8 @@ def bypassed(
             carried[node] = {node: made[node]}
         if node.name() == "AddBackward0" and len(parents) == 2:
             for one, other in (parents, parents[::-1]):
-                last = [(m, x) for m, x in carried[one].values() if x in bits]
-                ends |= {m for m, x in last if (before[x] | bits[x]) & bits[other]}
+                branches = [(m, x) for m, x in carried[one].values() if x in bits]
+                ends |= {m for m, x in branches if (before[x] | bits[x]) & bits[other]}
     return around, ends & around
 
 

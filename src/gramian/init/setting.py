@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gramian import random
 from gramian.init.gains import CriticalPoint, critical_point, point_of
 from gramian.init.kernels import isometry
+from gramian.init.measured import STEP, interpolated, measured_activations
 from gramian.init.paths import batch_statistics, hooked
 from gramian.init.weights import BYPASSED, PARAMETRIZED, Weights
 from gramian.layers import operation_of
@@ -28,10 +29,6 @@ INPUT_RMS = 0.5
 
 # Measurements of the gains behind what does not work element by element: each changes the sizes that later layers see.
 NUM_SWEEPS = 4
-
-# An activation that is no module is measured on a grid in place of a layer's output: this wide, of at least so many
-# points, which are dense at the origin, with differences of this step.
-WIDEST, LEAST_POINTS, STEP = 80.0, 256, 0.02
 
 # Gradients that change by more than this factor across the layers that were set are told.
 MOST_CHANGE = 100.0
@@ -79,70 +76,24 @@ class Setting:
                 points[layer] = known[key] if key in known else known.setdefault(key, point_of(activation))
         rest = [m for m in chosen[:-1] if m not in points]
         if rest and self.sample is not None:
-            for layer, (grid, values) in self._measured_activations(rest).items():
+            for layer, (grid, values) in self._between(rest).items():
                 key = (len(values), values.sum().item(), values.square().sum().item())
                 if key not in known:
-                    known[key] = critical_point(_interpolated(grid, values), STEP)
+                    known[key] = critical_point(interpolated(grid, values), STEP)
                 points[layer] = known[key]
         return points
 
-    def _measured_activations(self, layers: Sequence[nn.Module]) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """What lies between a layer and the next one, where it works element by element: (x, φ(x)) on a grid.
-
-        The layer's output is replaced by a grid in two random orders; φ is the same in both only if it looks at no
-        other element.
-        """
-        found: list[dict[nn.Module, tuple[Tensor, Tensor]]] = []
-        for seed in (0, 1):
-            measured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-            pending: list[tuple[nn.Module, Tensor, torch.Size]] = []
-
-            def after(module: nn.Module, args: tuple[Any, ...], output: Any, seed: int = seed, pending=pending) -> Any:
-                pending.clear()
-                narrow = not isinstance(output, Tensor) or output.dtype not in (torch.float32, torch.float64)
-                if module not in layers or narrow or output.numel() < LEAST_POINTS:
-                    return None
-                line = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
-                grid = WIDEST * torch.sinh(5 * line) / math.sinh(5)
-                order = torch.randperm(len(grid), generator=torch.Generator().manual_seed(seed))
-                pending.append((module, order, output.shape))
-                return grid[order].view(output.shape).to(output)
-
-            def before(module: nn.Module, args: tuple[Any, ...], measured=measured, pending=pending) -> None:
-                x = args[0] if args else None
-                if pending and isinstance(x, Tensor) and x.shape == pending[0][2]:
-                    layer, order, _ = pending[0]
-                    values = torch.empty(x.numel(), dtype=torch.float64)
-                    values[order] = x.detach().double().flatten().cpu()
-                    line = torch.linspace(-1, 1, x.numel(), dtype=torch.float64)
-                    measured.setdefault(layer, (WIDEST * torch.sinh(5 * line) / math.sinh(5), values))
-                pending.clear()
-
-            owners = [m for m in self.model.modules() if m in self.weights.by_layer or m in self.weights.others]
-            handles = [h for m in owners for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-            try:
-                with measuring(self.model), torch.no_grad():
-                    self.objective.predict(self.model, self.sample)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            found.append(measured)
-        first, second = found
-        return {
-            layer: pair
-            for layer, pair in first.items()
-            if layer in second
-            and bool(pair[1].isfinite().all())
-            and torch.allclose(pair[1], second[layer][1], 1e-4, 1e-5)
-        }
+    def _between(self, layers: Sequence[nn.Module]) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        owners = [m for m in self.model.modules() if m in self.weights.by_layer or m in self.weights.others]
+        return measured_activations(self.model, layers, owners, self.sample, self.objective)
 
     def mirror(
         self, chosen: Sequence[nn.Module], order: Sequence[nn.Module], points: dict[nn.Module, CriticalPoint]
     ) -> None:
         """Chooses the layers that are set so that, with the next one, they compute a linear function.
 
-        That needs a smooth activation with φ(z) − φ(−z) = c z that alone stands between two linear layers of an even
-        width in common, each used once. What holds is then an isometry, at any depth.
+        That needs an activation with φ(z) − φ(−z) = c z (ReLU, GELU, SiLU, softplus) that alone stands between two
+        linear layers of an even width in common, each used once. What holds is then an isometry, at any depth.
         """
         layers = [m for m in order if m in self.weights.by_layer or m in self.weights.others]
         pairs = [
@@ -152,13 +103,12 @@ class Setting:
             and after in chosen
             and m in points
             and points[m].odd
-            and points[m].square is not None
             and all(self._is_plain_matrix(one) and layers.count(one) == 1 for one in (m, after))
             and self._shape(m)[0] == self._shape(after)[1]
             and self._shape(m)[0] % 2 == 0
         ]
         if self.sample is not None and pairs:
-            alone = self._measured_activations([m for m, _ in pairs])
+            alone = self._between([m for m, _ in pairs])
             pairs = [(m, after) for m, after in pairs if m in alone]
         for m, after in pairs:
             self.rows.add(m)
@@ -301,7 +251,7 @@ class Setting:
 
     def beyond(self, hidden: Sequence[nn.Module], points: dict[nn.Module, CriticalPoint]) -> list[str]:
         """What was not reached: a depth across which gradients still shrink or grow."""
-        unstable = [m for m in hidden if m in points and not points[m].stable]
+        unstable = [m for m in hidden if m in points and m not in self.rows and not points[m].stable]
         critical = [m for m in hidden if m in points and m not in self.rows and points[m].bias]
         biased = [m for m in critical if self._bias(m) is None]
         why = [
@@ -347,14 +297,3 @@ class Setting:
         sizes = [float(x.detach().double().square().mean().sqrt()) for x in (first, last)]
         forward = sizes[1] / sizes[0] if sizes[0] > 0 else 1.0
         return (1.0 if gradient is None else float(gradient.double().norm() / v.double().norm())), forward
-
-
-def _interpolated(grid: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
-    """The piecewise linear function through points, continued beyond them."""
-
-    def phi(z: Tensor) -> Tensor:
-        k = torch.searchsorted(grid, z.detach().contiguous()).clamp(1, len(grid) - 1)
-        slope = (values[k] - values[k - 1]) / (grid[k] - grid[k - 1])
-        return values[k - 1] + slope * (z - grid[k - 1])
-
-    return phi
