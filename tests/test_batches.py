@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import runpy
+import warnings
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,9 @@ FORMS: dict[str, Any] = {
     "dataclass": Samples(X, Y),
     "dataclass_xy": Sample(X, Y),
     "inputs_in_a_dict": ({"input": X}, Y),
+    "numpy": (X.numpy(), Y.numpy()),
+    "numpy_by_names": {"input": X.numpy(), "labels": Y.numpy()},
+    "numpy_backwards": (X.flip(0).numpy()[::-1], Y.flip(0).numpy()[::-1]),
 }
 
 
@@ -115,6 +120,81 @@ def test_every_form_gives_the_loss_and_the_statistics_of_a_tuple(name: str) -> N
         mine, plain = getattr(stats["weight"], side), getattr(wanted["weight"], side)
         torch.testing.assert_close(mine.matrix, plain.matrix)
         assert float(mine.count) == float(plain.count)
+
+
+class Towers(nn.Module):
+    """Takes two inputs by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, CLASSES), nn.Linear(4, CLASSES)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.left(left) + self.right(right)
+
+
+class OptionalTower(Towers):
+    def forward(self, left: Tensor, right: Tensor | None = None, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        assert right is not None
+        return super().forward(left, right) * scale
+
+
+class AnyTowers(Towers):
+    def forward(self, *towers: Tensor) -> Tensor:
+        return super().forward(*towers)
+
+
+class PairOfTowers(Towers):
+    def forward(self, pair: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        return super().forward(*pair) * scale
+
+
+class TowersWithLoss(Towers):
+    def forward(self, left: Tensor, right: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        assert labels.shape == left.shape[:1]
+        return super().forward(left, right)
+
+
+@pytest.mark.parametrize("model", [Towers, OptionalTower, AnyTowers, PairOfTowers, TowersWithLoss])
+@pytest.mark.parametrize("form", [tuple, list])
+def test_a_tuple_of_inputs_is_spread_where_forward_takes_as_many(model: type[Towers], form: type) -> None:
+    net = model()
+    batch = (form((X, X.flip(0))), Y)
+    total, _ = Objective.classification().loss(net, batch)
+    wanted = F.cross_entropy(net.left(X) + net.right(X.flip(0)), Y, reduction="sum")
+    assert float(total) == pytest.approx(float(wanted), rel=1e-6)
+    assert gm.capture(net, [batch], Objective.classification()).coverage == 1.0
+    gm.inspect(net, [batch], Objective.classification())
+
+
+def test_a_plain_loss_gets_tensors_for_numpy_arrays() -> None:
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    stats = gm.capture(linear(), [(X.numpy(), Y.numpy())], loss)
+    assert stats.loss == pytest.approx(gm.capture(linear(), [(X, Y)], loss).loss)
+    assert gm.suggest_lr(linear(), [X.numpy(), Y.numpy()], loss, optimizer="sgd", num_steps=2).lr > 0
+
+
+def test_a_plain_loss_may_say_its_units() -> None:
+    """The mean over tokens, taken for one over samples, would give a G that is smaller by the tokens of a sample."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    tokens = torch.randint(9, (5, 7), generator=seeded(0))
+
+    def summed(model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+        scores, labels = model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+        return F.cross_entropy(scores, labels, reduction="sum"), labels.numel()
+
+    def mean(model: nn.Module, batch: Tensor) -> Tensor:
+        total, units = summed(model, batch)
+        return total / units
+
+    wanted = gm.capture(model, [tokens], Objective.next_token(), fisher="empirical")
+    found, by_samples = gm.capture(model, [tokens], summed), gm.capture(model, [tokens], mean)
+    assert (found.units, found.loss) == (wanted.units, pytest.approx(wanted.loss))
+    torch.testing.assert_close(found["1.weight"].G.matrix, wanted["1.weight"].G.matrix)
+    torch.testing.assert_close(6 * by_samples["1.weight"].G.matrix, wanted["1.weight"].G.matrix)  # 6 tokens a sample
 
 
 @pytest.mark.parametrize("model", [ByNames, Whole])
@@ -499,6 +579,15 @@ MISUSE: list[tuple[Any, str]] = [
     (lambda: Objective.classification(weight=[1.0, -1.0]), "at least zero, of each class"),
     (lambda: Objective.classification(weight=[1.0, 1.0]).loss(linear(), (X, Y)), "2 classes, and the scores 3"),
     (lambda: Objective.classification(label_smoothing=2.0), "between 0 and 1"),
+    (lambda: CLASSIFY.loss(Towers(), (X, Y)), r"requires left, right, .* has one input.*\(\(left, right\), "),
+    (lambda: CLASSIFY.loss(Towers(), ((X, X, X), Y)), r"requires left, right, and the batch has 3 inputs"),
+    (lambda: CLASSIFY.loss(linear(), ((X, X), Y)), r"Linear was given \(a tensor .*, where a layer wants a tensor"),
+    (lambda: CLASSIFY.loss(linear(), (X.tolist(), Y)), r"Linear was given list, where a layer wants a tensor"),
+    (lambda: CLASSIFY.loss(linear(), (X.double().numpy(), Y.numpy())), r"inputs are float64.*x\.to\(torch\.float32"),
+    (lambda: CLASSIFY.loss(linear(), (np.array(["a"]), Y)), r"NumPy array of <U1, which torch has not"),
+    (lambda: capture(linear(), X.numpy(), CLASSIFY), r"looks like one batch, a NumPy array of shape \(8, 4\)"),
+    (lambda: inspect(linear(), (X.numpy(), Y.numpy()), CLASSIFY), r"looks like one batch.*Write \[batch\]"),
+    (lambda: capture(linear(), [X, X[:, :3]], Objective.regression()), r"looks like one batch.*Write \[batch\]"),
 ]  # fmt: skip
 
 
@@ -513,6 +602,18 @@ def test_misuse_gets_a_line_that_says_what_to_write(number: int) -> None:
 def test_a_list_of_tensors_of_one_kind_is_a_list_of_batches() -> None:
     stats = gm.capture(nn.Linear(4, 4), [X, X[:3]], Objective.reconstruction())
     assert stats.units == 11
+
+
+def test_two_tensors_of_one_shape_may_be_one_batch_which_is_told() -> None:
+    for verb in (gm.capture, gm.suggest_lr):
+        with pytest.warns(
+            GramianWarning, match=r"two tensors of one shape, \(8, 4\), is read as two batches.*\[\(x, y\)\]"
+        ):
+            verb(nn.Linear(4, 4), [X, X.flip(0)], Objective.reconstruction())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GramianWarning)
+        assert gm.capture(nn.Linear(4, 4), iter([X, X.flip(0)]), Objective.reconstruction()).units == 16
+        gm.capture(nn.Linear(4, 4), [(X, X)], Objective.regression())
 
 
 def test_parts_keep_their_form() -> None:

@@ -369,7 +369,7 @@ def test_damage_anywhere_is_refused_or_harmless(tmp_path: Path, suffix: str) -> 
 def test_extra_tensors_of_a_shard_are_noted(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(sharded(tmp_path, {"m.safetensors": STATE}, {"a.bias": "m.safetensors"}))
     assert list(checkpoint.entries) == ["a.bias"]
-    assert checkpoint.notes == ("m.safetensors: 1 tensors that the index does not name, left out",)
+    assert checkpoint.notes == ("m.safetensors: 1 tensor that the index does not name, left out",)
 
 
 def test_a_dtype_that_torch_lacks_is_left_out_with_a_note(tmp_path: Path) -> None:

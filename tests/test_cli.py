@@ -37,15 +37,6 @@ def task(depth=3):
 def deep():
     return task(60)
 
-def ends():
-    import atexit, sys
-    class Finalized:
-        def __del__(self):
-            print("finalized", file=sys.stderr)
-    sys.modules["kept"] = Finalized()
-    atexit.register(print, "handler", file=sys.stderr)
-    return task()
-
 def raises():
     raise RuntimeError("no\\ndata")
 
@@ -93,6 +84,15 @@ def wrong_rows():
 def neighbor():
     import beside
     return but(name=beside.NAME)
+
+def ends():
+    import atexit, sys
+    class Finalized:
+        def __del__(self):
+            print("finalized", file=sys.stderr)
+    sys.modules["kept"] = Finalized()
+    atexit.register(print, "handler", file=sys.stderr)
+    return task()
 """
 
 
@@ -409,3 +409,51 @@ def test_the_help_of_train_names_what_the_tables_hold(capsys) -> None:
 
     words = run(capsys, "train", "--help")[1].replace(",", " ").replace(".", " ").split()
     assert {"auto", *OPTIMIZERS, *INITS} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "layouts", "wanted"),
+    [
+        ({"a.weight": torch.ones(8, 8)}, {"zz*": "skip"}, "matches no matrix"),
+        ({"a.weight": torch.ones(8, 8)}, {"*": "skip"}, "nothing was inspected"),
+        ({"a.bias": torch.ones(8)}, None, "nothing was inspected"),
+        ({"strange": torch.ones(4, 4, 4)}, None, "nothing was inspected"),
+    ],
+)
+def test_inspect_without_a_matrix_is_bad_input(tmp_path, capfd, tensors, layouts, wanted):
+    save_tensors(tmp_path / "m.safetensors", tensors)
+    args = ["inspect", str(tmp_path / "m.safetensors")]
+    if layouts is not None:
+        (tmp_path / "l.json").write_text(json.dumps(layouts))
+        args += ["--layouts", str(tmp_path / "l.json")]
+    assert main(args) == 2
+    out, err = capfd.readouterr()
+    assert not out
+    assert len(err.splitlines()) == 1, err
+    assert wanted in err
+
+
+def test_an_error_leaves_no_spinner_behind(tmp_path, capfd, monkeypatch):
+    def fails(*args, progress, **options):
+        progress("spectra", 1, 3)
+        raise gm.errors.InputError("no more")
+
+    monkeypatch.setattr("gramian.inspection.inspect", fails)
+    assert main(["inspect", str(tmp_path / "m.safetensors")]) == 2
+    assert capfd.readouterr().err == "gramian: no more\n"
+
+
+def test_one_value_is_singular(tmp_path, capfd):
+    w = torch.ones(4, 4)
+    w[1, 1] = float("nan")
+    save_tensors(tmp_path / "m.safetensors", {"w": w, "v": torch.eye(4)})
+    assert main(["inspect", str(tmp_path / "m.safetensors")]) == 2
+    assert "1 value of w is NaN or infinite" in capfd.readouterr().err
+
+
+def test_a_broken_config_is_noted(tmp_path, capfd):
+    save_tensors(tmp_path / "model.safetensors", {"w": torch.eye(4)})
+    for text, wanted in (("{broken", True), ("[1]", True), ("{}", False)):
+        (tmp_path / "config.json").write_text(text)
+        assert main(["inspect", str(tmp_path)]) == 0
+        assert ("config.json cannot be read" in " ".join(capfd.readouterr().out.split())) == wanted

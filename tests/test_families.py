@@ -84,7 +84,7 @@ def test_a_file_with_other_roles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_library_file_read_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gramian.inspection.matrices.NAMED", ())
+    monkeypatch.setattr("gramian.layers.listed.NAMED", ())
     with pytest.raises(Wrong, match="differ, first"):
         check_pretrained(FAMILIES["gpt2"])
 

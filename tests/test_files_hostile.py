@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,7 +130,7 @@ def test_nan_beside_the_model_is_found(tmp_path: Path, case: str) -> None:
     assert list(open_checkpoint(path).entries) == ["w"]
     assert found(path) == {name}
     if case == "second network":
-        assert "discriminator (1 tensors)" in open_checkpoint(path).notes[0]
+        assert "discriminator (1 tensor)" in open_checkpoint(path).notes[0]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -150,3 +152,21 @@ def test_nan_in_buffers_is_found_in_memory_as_in_the_file(tmp_path: Path) -> Non
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     model[1].running_var[2] = torch.nan  # type: ignore[index]
     assert found(model) == found(saved(tmp_path, model.state_dict())) == {"1.running_var"}
+
+
+def test_an_archive_of_arrays_that_grows_without_bounds_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", w=np.zeros((1 << 12, 1 << 12)))
+    with pytest.raises(CheckpointError, match="that grows to 134,217,8") as raised:
+        open_checkpoint(tmp_path / "bomb.npz")
+    assert len(str(raised.value).splitlines()) == 1
+    np.savez_compressed(tmp_path / "small.npz", w=np.zeros((100, 100)))
+    assert open_checkpoint(tmp_path / "small.npz").entries["w"].shape == (100, 100)
+
+
+def test_an_array_is_not_allocated_beyond_what_is_there(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 20, 1 << 20)})
+    with zipfile.ZipFile(tmp_path / "lie.npz", "w") as archive:
+        archive.writestr("w.npy", header.getvalue() + bytes(80))
+    with pytest.raises(CheckpointError, match="promises more numbers"):
+        open_checkpoint(tmp_path / "lie.npz")

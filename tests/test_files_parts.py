@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.checkpoint import open_checkpoint
 from gramian.inspection.auxiliary import is_mask, is_table_of_waves
+from gramian.inspection.matrices import find_holdings
 from gramian.inspection.weights import applied
+from gramian.layers.listed import look_up_listed
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -388,3 +390,28 @@ def test_rounding_is_no_rank(tmp_path: Path, dtype: torch.dtype) -> None:
     (finding,) = (f for f in report.findings if f.code == "rank-deficient")
     assert finding.where == "p.weight, r.weight"
     assert "rank 80 of 96" in finding.evidence
+
+
+# ---- a file and a list of parameters --------------------------------------------------------------------------------
+
+GRAY = {
+    "first by depth": {"conv1.weight": (16, 1, 3, 3), "block.dw.weight": (16, 1, 3, 3), "fc.weight": (4, 16)},
+    "first by name": {"stem.weight": (16, 1, 3, 3), "block.weight": (16, 1, 3, 3), "fc.weight": (4, 16)},
+    "first by number": {"2.weight": (16, 1, 3, 3), "10.weight": (16, 1, 3, 3), "12.weight": (4, 16)},
+}
+
+
+@pytest.mark.parametrize("case", GRAY)
+def test_which_kernel_is_depthwise_does_not_depend_on_order(tmp_path: Path, case: str) -> None:
+    """A file sorts its names, a list has them in the order of the model: both find the same first kernel."""
+    shapes = GRAY[case] | {f"{next(iter(GRAY[case]))[:-6]}bias": (16,)}
+    first, second, head = list(GRAY[case])
+    wanted = {first: "hidden", second: "elementwise", head: "head"}
+    for order in (list(shapes), sorted(shapes), sorted(shapes, reverse=True)):
+        found = look_up_listed({name: shapes[name] for name in order})
+        assert [name for name, answer in found.items() if answer.role == "elementwise"] == [second]
+    path = put(tmp_path, {name: normal(*shape) for name, shape in shapes.items()})
+    holdings, _ = find_holdings(open_checkpoint(path))
+    assert {h.entry.name: h.role for h in holdings} == wanted
+    listed = look_up_listed(shapes)
+    assert {name: answer.role for name, answer in listed.items() if answer.layout is not None} == wanted

@@ -119,9 +119,9 @@ CASES: dict[str, Case] = {
         "Not captured, no batch reached it (1; 20.0% of these parameters): other.weight",
     )),
     "structured": Case(Structured, UserDict(x=normal(N, D), labels=labels), lambda m, b: F.cross_entropy(
-        m(**b).last, b["labels"]), ("Measured in evaluation mode",)),
+        m(**b).last, b["labels"]), ("Measured without dropout",)),
     "ordered": Case(Structured, OrderedDict(x=normal(N, D), labels=labels), lambda m, b: F.cross_entropy(
-        m(**b).last, b["labels"]), ("Measured in evaluation mode",)),
+        m(**b).last, b["labels"]), ("Measured without dropout",)),
     "lookup": Case(Lookup, (torch.arange(N)[:, None] % 9, labels), lambda m, b: F.cross_entropy(m(b[0]), b[1]), (
         "fewer than two layers",
     )),

@@ -6,21 +6,28 @@ import ast
 import inspect as python
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from gramian.inspection import comparison, rules, weight_rules
+from gramian.inspection.causes import data, folding, loss, modules, parameters, reach, stepping
 
 MODULES = (rules, weight_rules, comparison)
+CAUSES = (data, loss, modules, parameters, reach, stepping)
 FINDINGS = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
 
 
 def calls() -> Iterator[ast.Call]:
     """Each `Finding(…)` in the source of the rules."""
     for module in MODULES:
-        for node in ast.walk(ast.parse(python.getsource(module))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding":
-                yield node
+        yield from calls_of(module)
+
+
+def calls_of(module: ModuleType) -> Iterator[ast.Call]:
+    for node in ast.walk(ast.parse(python.getsource(module))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Finding", "_finding"):
+            yield node
 
 
 def starts(code: ast.expr) -> list[str]:
@@ -53,3 +60,18 @@ def test_an_error_or_warning_says_what_to_do(call: ast.Call) -> None:
 def test_every_rule_is_in_the_table(module) -> None:
     functions = [f for f in vars(module).values() if python.isgeneratorfunction(f) and f.__module__ == module.__name__]
     assert {f.__name__ for f in functions} <= {rule.__name__ for rule in rules.RULES}
+
+
+def test_the_causes_are_documented_and_have_a_rank() -> None:
+    """In docs/inspect.md, and among the origins by which findings are ordered."""
+    ranked = {code for codes in folding._ORIGINS for code in codes} | folding._SYMPTOMS
+    assert not {code for code in ranked if f"`{code}`" not in FINDINGS}
+    assert ranked >= folding._SIGNAL | folding._UNITS | folding._GAINS | folding._RATES
+    told = {start for module in CAUSES for call in calls_of(module) for start in literals(call.args[0])}
+    assert len(told) > 25
+    assert not {code for code in told if not any(known.startswith(code) for known in ranked)}
+
+
+def literals(code: ast.expr) -> list[str]:
+    """As `starts`, without codes that are in variables."""
+    return [] if isinstance(code, ast.Name) else starts(code)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import gramian as gm
 from gramian.checkpoint import save_tensors
@@ -245,3 +246,86 @@ def test_a_broken_tokenizer_gives_no_tokens(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     save_file({"embed.weight": normal(40, 16)}, tmp_path / "model.safetensors")
     assert gm.inspect(tmp_path).directions == []
+
+
+# ---- what is by design ----------------------------------------------------------------------------------------------
+
+
+def uneven(kind: str, n: int, seed: int) -> torch.Tensor:
+    """A matrix of full rank whose entries differ in size, so that the smallest singular values are far below rms."""
+    if kind == "even":
+        return normal(n, n, seed=seed)
+    if kind == "rows":
+        return normal(n, n, seed=seed) * torch.exp(2 * normal(n, 1, seed=seed + 1))
+    if kind == "heavy tail":
+        return normal(n, n, seed=seed) / normal(3, n, n, seed=seed + 1).square().mean(0).sqrt()  # Student, 3 degrees
+    return 0.02 * normal(n, n, seed=seed) + normal(n, 1, seed=seed + 1) @ normal(1, n, seed=seed + 2)
+
+
+@pytest.mark.parametrize("kind", ["even", "rows", "heavy tail", "one direction"])
+@pytest.mark.parametrize("n", [64, 256])
+def test_random_bfloat16_matrices_are_not_rank_deficient(tmp_path, kind, n):
+    tensors = {f"w{k}.weight": uneven(kind, n, 10 * k).bfloat16() for k in range(4)}
+    exact = [int(torch.linalg.matrix_rank(w.double())) for w in tensors.values()]
+    assert exact == [n] * 4
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert "rank-deficient" not in {f.code for f in gm.inspect(tmp_path / "m.safetensors").findings}
+
+
+def test_the_rank_of_bfloat16_is_that_above_rounding():
+    """Before, one floor for all ranks called two or three of 256 directions rounding in most random matrices."""
+    ranks = [describe(normal(256, 256, seed=k).bfloat16()).numerical_rank for k in range(8)]
+    assert sum(rank == 256 for rank in ranks) >= 6
+    low = (normal(256, 200) @ normal(200, 256, seed=1)).bfloat16()
+    assert describe(low).numerical_rank == 200
+
+
+def adapter(folder: Path, b: float) -> Path:
+    tensors = {}
+    for k in range(3):
+        start = f"base_model.model.layers.{k}.q_proj"
+        tensors[f"{start}.lora_A.weight"] = normal(4, 64, seed=k)
+        tensors[f"{start}.lora_B.weight"] = b * normal(64, 4, seed=10 + k)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    return folder
+
+
+@pytest.mark.parametrize("b", [0.0, 1.0])
+def test_the_products_of_an_adapter_have_the_rank_of_their_factors_by_design(tmp_path, b):
+    report = gm.inspect(adapter(tmp_path, b))
+    assert len(report.layers) == 3
+    assert not report.findings
+    assert any("has not been trained yet" in note for note in report.notes) == (b == 0)
+
+
+class WithFactors(nn.Module):
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(32, 32)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(32, 4, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 32, bias=False)})
+        self.head = nn.Linear(32, 5)
+        if not trained:
+            nn.init.zeros_(self.lora_B["default"].weight)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_adapter_in_memory_may_start_at_zero(trained):
+    report = gm.inspect(WithFactors(trained))
+    assert "zero-weights" not in {f.code for f in report.findings}
+    assert any("has not been trained yet" in note for note in report.notes) != trained
+
+
+def severity(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> list[str]:
+    save_file(tensors, tmp_path / "m.safetensors")
+    return [f.severity for f in gm.inspect(tmp_path / "m.safetensors").findings if f.code == "zero-weights"]
+
+
+def test_zero_is_a_warning_only_where_other_blocks_are_not_zero(tmp_path):
+    blocks = {f"h.{k}.{part}.weight": normal(32, 32, seed=k) for k in range(4) for part in ("fc1", "fc2")}
+    assert severity(tmp_path, blocks | {"classifier.weight": torch.zeros(5, 32)}) == ["info"]
+    assert severity(tmp_path, blocks | {f"h.{k}.fc2.weight": torch.zeros(32, 32) for k in range(4)}) == ["info"]
+    assert severity(tmp_path, blocks | {"pos_embed.weight": torch.zeros(50, 32)}) == ["info"]
+    assert severity(tmp_path, blocks | {"h.2.fc2.weight": torch.zeros(32, 32)}) == ["warning"]
+    assert severity(tmp_path, {name: torch.zeros(32, 32) for name in blocks}) == ["warning"]

@@ -215,7 +215,8 @@ def test_without_names_or_model_a_warning_says_what_to_write() -> None:
 
 def test_what_names_do_not_tell_is_not_guessed() -> None:
     w = nn.Parameter(torch.ones(2, 3, 4))
-    (row,) = Muon([("odd", w)]).explain()
+    with pytest.warns(GramianWarning, match="100% of the hidden parameters step by AdamW"):
+        (row,) = Muon([("odd", w)]).explain()
     assert row["direction"] == "adamw"
     assert "unknown name" in row["reason"]
     hidden = [(f"layers.{i}.weight", nn.Parameter(torch.ones(3, 3))) for i in range(3)]

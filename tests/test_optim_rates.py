@@ -55,3 +55,48 @@ def test_narrow_embeddings_take_a_larger_usual_rate() -> None:
     assert rates(64, scale="match_rms_adamw", lr=2e-3)["0.weight"] == 2e-3
     without = gm.optim.Muon(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
     assert without.param_groups[1]["lr"] == 3e-3
+
+
+class _Mamba(nn.Module):
+    """The weights of a Mamba's block as transformers and mamba_ssm name them; the forward pass does not matter here."""
+
+    def __init__(self, width: int = 8, rank: int = 2, states: int = 4) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(5, width)
+        self.mixer = nn.Module()
+        self.mixer.in_proj = nn.Linear(width, 4 * width, bias=False)
+        self.mixer.conv1d = nn.Conv1d(2 * width, 2 * width, 4, groups=2 * width)
+        self.mixer.x_proj = nn.Linear(2 * width, rank + 2 * states, bias=False)
+        self.mixer.dt_proj = nn.Linear(rank, 2 * width)
+        self.mixer.out_proj = nn.Linear(2 * width, width, bias=False)
+        self.head = nn.Linear(width, 3)
+
+
+@pytest.mark.parametrize("as_model", [True, False])
+def test_what_makes_the_coefficients_of_a_recurrence_steps_as_a_matrix_and_does_not_count(as_model: bool) -> None:
+    model = _Mamba()
+    optimizer = gm.optim.Muon(model if as_model else list(model.named_parameters()))
+    direction = {row["name"]: row["direction"] for row in optimizer.explain()}
+    assert direction["mixer.x_proj.weight"] == direction["mixer.dt_proj.weight"] == "matrix"
+    assert optimizer._num_matrices == 2  # in_proj, which only its config would tell to be two, and out_proj
+
+
+def test_coefficients_alone_have_the_whole_rate() -> None:
+    model = _Mamba()
+    for name, p in model.named_parameters():
+        p.requires_grad_("x_proj" in name)
+    assert gm.optim.Muon(model)._num_matrices == 1
+
+
+@pytest.mark.parametrize(("taps", "rate"), [(3, 0.147 / 9), (7, 3e-3), (1, 3e-2)])
+def test_small_depthwise_kernels_take_a_larger_usual_rate(taps: int, rate: float) -> None:
+    """All entries moved by the rate move an output by the rate times the taps, which is the same for every size."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, taps, groups=8), nn.Linear(8, 2))
+    rates = {name: g["lr"] for g in gm.optim.Muon(model).param_groups for name in g["param_names"]}
+    assert rates["1.weight"] == pytest.approx(rate)
+    assert rates["2.weight"] == 3e-3
+    given = gm.optim.Muon(model, rest_lr=1e-3)
+    assert len(given.param_groups) == 3  # matrices, the rest, vectors
+    assert all(g["lr"] == 1e-3 for g in given.param_groups[1:])
+    for g in gm.optim.Muon(model, scale="match_rms_adamw", lr=2e-3).param_groups:
+        assert g["lr"] == 2e-3

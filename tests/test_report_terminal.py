@@ -106,3 +106,60 @@ def test_the_pieces_print_alone():
 
 def test_nothing_to_show():
     assert "no layers" in to_text(Report("empty"))
+
+
+def names_in(text: str, num: int) -> list[str]:
+    """The first cell of each row of the table, which is the last thing in the text."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("layer "))
+    return [line.split("  ")[0] for line in lines[start + 1 : start + 1 + num]]
+
+
+ALIKE = {
+    "initials": [f"model.{a}.{b}.weight" for a in ("attention", "adapter") for b in ("query", "quantizer")],
+    "middles": [f"{'a' * 30}{k}{'b' * 40}" for k in range(12)],
+    "wide": [f"層{'重' * 40}{k}{'み' * 40}" for k in range(12)],
+    "ascii": ["wä.weight", "wa.weight"],
+    "tags": ["model.attention.query_projection_of_it.weight #2", *(f"model.{a}.q{'x' * 30}.w" for a in ("at", "au"))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ALIKE)
+@pytest.mark.parametrize("width", [24, 40, 80])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_no_two_rows_read_the_same(case: str, width: int, encoding: str):
+    layers = [Layer(name, "Linear", (4, 4), i, condition=1e3) for i, name in enumerate(ALIKE[case])]
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    show(Report("t", layers=layers), Console(file=file, width=width))
+    file.seek(0)
+    text = file.read()
+    names = names_in(text, len(layers))
+    assert len(set(names)) == len(layers)
+    assert all(cell_len(line) <= width for line in text.splitlines())
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_note_is_told_in_full_at_any_width(width: int):
+    long = "dequantized from int4 (GPTQ), groups of 128 columns, symmetric"
+    notes = [long, "", long, "tied to the embedding"]
+    layers = [
+        Layer(
+            f"model.layers.{i}.q", "Linear", (4, 4), i, condition=1e3, spectral_norm=2.0, stable_rank=2.0,
+            rank_90=(2, 2), rank_99=(3, 3), above_noise=1, noise_p_value=1e-9, gain=1.0, gradient_rms=1.0, note=note,
+        )
+        for i, note in enumerate(notes)
+    ]  # fmt: skip
+    text = to_text(Report("t", layers=layers), width)
+    assert long in " ".join(text.split())
+    assert "tied to the embedding" in " ".join(text.split())
+    assert " ".join(text.split()).count(long) == 1
+    rows = [line for line in text.splitlines() if line.startswith("model.layers")]
+    assert [line.split()[-1] for line in rows][0::2] == ["1", "1"]
+    assert rows[3].split()[-1] == "2"
+
+
+def test_short_notes_stay_in_their_rows():
+    layers = [Layer(f"l.{i}", "Linear", (4, 4), i, note="a note" if i else "") for i in range(3)]
+    text = to_text(Report("t", layers=layers), 80)
+    assert text.count("a note") == 2
+    assert "note 1:" not in text

@@ -145,6 +145,7 @@ def test_a_stopped_run_goes_on_exactly(often, tmp_path, optimizer: str) -> None:
     stop_and_go_on(tmp_path, [6, 13], optimizer=FUNCTIONS.get(optimizer, optimizer), steps=23)
 
 
+@pytest.mark.filterwarnings("ignore:isometric_. left as they were")  # the norm of the task
 @pytest.mark.parametrize("stops", [[1], [7], [8], [14, 15], [20, 21]], ids=str)
 @pytest.mark.parametrize("budget", [{"steps": 21}, {"epochs": 3}], ids=str)
 def test_it_goes_on_from_any_step(often, tmp_path, budget: dict, stops: list[int]) -> None:
@@ -407,6 +408,7 @@ def test_an_unfinished_run_is_not_overwritten(often, tmp_path) -> None:
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
 
+@pytest.mark.filterwarnings("ignore:isometric_. left as they were")  # the norm of the task
 def test_a_finished_run_is_returned_and_a_new_one_may_take_its_place(tmp_path) -> None:
     first = gm.train(task(), steps=9, init="isometric", out=tmp_path)
     steps: list[int] = []

@@ -225,7 +225,119 @@ def test_noise_on_the_plateau_of_too_large_rates_is_no_minimum():
             self.losses[lr] = min((abs(math.log(lr / rate)), loss) for rate, loss in losses.items())[1]
             return self.losses[lr]
 
-    assert Told()._search(40.0, before=1.0) == pytest.approx(1.26, rel=0.01)
+    assert Told()._search(40.0, base=1.0) == pytest.approx(1.26, rel=0.01)
+
+
+def test_a_small_minimum_before_the_real_one_is_passed() -> None:
+    """Measured on a residual network: small rates only fit the head's biases, and a bump lies above them."""
+    losses = {
+        3e-5: 2.2846,
+        1e-4: 2.2842,
+        3e-4: 2.2833,
+        1e-3: 2.2833,
+        3e-3: 2.2839,
+        1e-2: 2.1561,
+        3e-2: 2.1127,
+        1e-1: 2.3,
+    }
+
+    class Told(_Rehearsals):
+        def __init__(self) -> None:
+            self.losses = {}
+
+        def _rehearse(self, lr: float) -> float:
+            self.losses[lr] = min((abs(math.log(lr / rate)), loss) for rate, loss in losses.items())[1]
+            return self.losses[lr]
+
+    assert Told()._search(2.7e-3, base=2.2848) == pytest.approx(2.7e-2, rel=0.1)
+
+
+# --- what trains ------------------------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self, size: int = 24) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, size, batch_first=True), nn.Linear(size, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self, size: int = 16) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(size, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+        self.embed, self.head = nn.Linear(8, size), nn.Linear(size, 4)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(x)).mean(1))
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8)), nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4),
+    )  # fmt: skip
+
+
+NETWORKS = {"lstm": Recurrent, "transformer": Attention, "mlp": perceptron, "cnn": convolutional}
+FACTOR = 2.0  # of the best loss of a grid; measured with three seeds: 1.78 at most, and 1.25 in 33 of 36 runs
+
+
+def series(num: int, seed: int, *, random_labels: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Batches of series (32, 8, 8) in four classes, by a linear function of their means; or in random ones."""
+    g = seeded(seed)
+    to_class, x = torch.randn(8, 4, generator=g), torch.randn(num, 32, 8, 8, generator=g)
+    y = torch.randint(4, (num, 32), generator=g) if random_labels else (x.mean(2) @ to_class).argmax(-1)
+    return list(zip(x, y, strict=True))
+
+
+def loss_after(name: str, optimizer: str, lr: float, batches: list, held_out: list, steps: int = 30) -> float:
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    opt = OPTIMIZERS[optimizer].make(model, lr)
+    rates = [group["lr"] for group in opt.param_groups]
+    for step in range(steps):
+        for group, rate in zip(opt.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, (step + 1) / 7)
+        opt.zero_grad()
+        loss_of(model, batches[step]).backward()
+        opt.step()
+    with torch.no_grad():
+        loss = sum(float(loss_of(model, batch)) for batch in held_out) / len(held_out)
+    return loss if math.isfinite(loss) else math.inf
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_suggestion_trains_nearly_as_well_as_the_best_of_a_grid(name: str, optimizer: str) -> None:
+    data = series(34, seed=5)
+    torch.manual_seed(0)
+    found = gm.suggest_lr(NETWORKS[name](), data[:17], CLASSIFY, optimizer=optimizer)
+    grid = [loss_after(name, optimizer, found.lr * 10 ** (k / 2), data[:30], data[30:]) for k in range(-4, 5)]
+    assert grid[4] <= FACTOR * min(grid)
+    assert grid[4] < found.before
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rounding_is_no_gain(name: str, optimizer: str) -> None:
+    """Nothing can be learned from random labels: a rate of 2e-12 once came of it, which changed the last digit."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, data = NETWORKS[name](), series(3, seed=seed, random_labels=True)
+        try:
+            found = gm.suggest_lr(model, data, CLASSIFY, optimizer=optimizer, num_steps=8)
+        except InputError as error:
+            assert "lowers the held-out loss" in str(error)  # noqa: PT017
+        else:
+            assert found.before - dict(found.rehearsed)[found.lr] > 1e-5 * found.before
 
 
 def test_a_failure_changes_nothing_either():
@@ -261,7 +373,7 @@ def test_the_text_says_how():
 
 def test_a_list_of_tensors_of_one_shape_is_a_list_of_batches():
     model, (x, _) = tiny(dtype=torch.float32)
-    found = gm.suggest_lr(model, [x[:8], x[8:]], lambda m, x: m(x).square().mean(), optimizer="sgd", num_steps=2)
+    found = gm.suggest_lr(model, [x[:9], x[9:]], lambda m, x: m(x).square().mean(), optimizer="sgd", num_steps=2)
     assert "2 batches" in found.why
 
 

@@ -1,7 +1,8 @@
 """A batch as people have it: what is in it, by name or by place.
 
 A batch is a tensor, `(x,)`, `(x, y)`, `(x, y, weights)`, a mapping such as a Hugging Face `BatchEncoding`, a
-namedtuple, a dataclass, or an object with a method `to` (a graph). `docs/objectives.md` has the rules.
+namedtuple, a dataclass, or an object with a method `to` (a graph). NumPy arrays stand for tensors.
+`docs/objectives.md` has the rules.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +27,7 @@ __all__ = [
     "described",
     "fields",
     "first_samples",
+    "has_arrays",
     "main_input",
     "mapped",
     "num_samples",
@@ -219,7 +223,8 @@ def token_mask(batch: Any) -> Tensor | None:
 def mapped(batch: Any, change: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
     """A batch of the same form with every tensor changed.
 
-    A mapping becomes a dict; tuples, lists, namedtuples and dataclasses keep their types.
+    A mapping becomes a dict; tuples, lists, namedtuples and dataclasses keep their types; a NumPy array becomes a
+    tensor.
 
     Args:
         batch: any batch.
@@ -227,7 +232,8 @@ def mapped(batch: Any, change: Callable[[Tensor], Any], other: Callable[[Any], A
         other: what is applied to what is neither a tensor nor holds any by the rules above.
 
     Returns: the new batch.
-    Raises: nothing of its own.
+    Raises:
+        InputError: a NumPy array of a dtype that torch has not, such as text.
     Cost: that of `change`.
     Source: this library's own.
 
@@ -237,6 +243,8 @@ def mapped(batch: Any, change: Callable[[Tensor], Any], other: Callable[[Any], A
     """
     if isinstance(batch, Tensor):
         return change(batch)
+    if isinstance(batch, np.ndarray):
+        return change(_as_tensor(batch))
     if isinstance(batch, PackedSequence):
         return other(batch)
     if isinstance(batch, Mapping):
@@ -251,6 +259,37 @@ def mapped(batch: Any, change: Callable[[Tensor], Any], other: Callable[[Any], A
     for name, value in named.items():
         object.__setattr__(changed, name, mapped(value, change, other))
     return changed
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """The array as a tensor: of its memory where torch can share it, which has no negative strides."""
+    try:
+        return torch.from_numpy(array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy())
+    except TypeError as error:
+        raise InputError(
+            f"the batch has a NumPy array of {array.dtype}, which torch has not; turn it into numbers first: "
+            "array.astype('float32')"
+        ) from error
+
+
+def has_arrays(batch: Any) -> bool:
+    """Whether there is a NumPy array in a batch.
+
+    Args:
+        batch: any batch.
+
+    Returns: true where `mapped` would turn something into a tensor.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> has_arrays((torch.ones(2), {"y": np.ones(2)}))
+    True
+    """
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
+        return any(map(has_arrays, batch))
+    named = fields(batch)
+    return isinstance(batch, np.ndarray) if named is None else any(map(has_arrays, named.values()))
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:
@@ -309,6 +348,8 @@ def described(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}" if value.numel() != 1 else f"the value {value.item()}"
+    if isinstance(value, np.ndarray):
+        return f"a NumPy array of shape {value.shape}"
     if isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) < 40):
         return repr(value)
     named = fields(value)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.rnn import PackedSequence
 
 from gramian import placement
-from gramian.batch import LABELS, WEIGHTS, described, fields, mapped, parts, tensors
+from gramian.batch import LABELS, WEIGHTS, Parts, described, fields, has_arrays, mapped, parts, tensors
 from gramian.errors import InputError, UnsupportedError
 
-__all__ = ["as_model", "called", "prepared", "tensor_of"]
+__all__ = ["as_model", "called", "check_values", "prepared", "tensor_of", "unwrapped", "wrappings"]
+
+# What torch or Python says where something else stands in a tensor's place.
+_NO_TENSOR = r"must be Tensor, not|'(list|tuple|dict|str)' object has no attribute"
 
 # Where wrappers, whose own forward names no argument, keep the module inside.
 _INSIDE = ("_orig_mod", "module", "base_model", "model")
@@ -40,8 +45,33 @@ def as_model(model: Any, verb: str) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"{verb}: expected a torch.nn.Module, got {_not_a_model(model)}")
+    check_values(model, verb)
+    return model
+
+
+def check_values(model: nn.Module, verb: str, *, lazy: bool = False) -> None:
+    """Refuses a model whose weights have no values.
+
+    Args:
+        model: a module.
+        verb: for the error: who asks.
+        lazy: whether layers are allowed that get their shapes from the first batch.
+
+    Returns: nothing.
+    Raises:
+        UnsupportedError: a parameter or buffer on the meta device, or of a lazy layer that has not run.
+    Cost: a pass over the parameters.
+    Source: this library's own.
+
+    >>> check_values(nn.LazyLinear(2), "isometric_", lazy=True)
+    >>> check_values(nn.Linear(3, 2, device="meta"), "isometric_")
+    Traceback (most recent call last):
+    gramian.errors.UnsupportedError: isometric_: weight is on the meta device and has no values. Load...
+    """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedParameter):
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            if lazy:
+                continue
             raise UnsupportedError(
                 f"{verb}: {name} of a lazy layer has no shape yet. Run the model on one batch first: model(x)"
             )
@@ -50,7 +80,45 @@ def as_model(model: Any, verb: str) -> nn.Module:
                 f"{verb}: {name} is on the meta device and has no values. Load the weights first (from_pretrained "
                 "without device_map='disk' or 'meta', or model.to_empty(device=…) and load_state_dict)"
             )
-    return model
+
+
+def wrappings(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as it is given, and one by one what is inside `torch.compile` and the data-parallel wrappers.
+
+    Args:
+        model: a module.
+
+    Returns: the module itself first, and the user's own module last.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: torch's wrappers.
+
+    >>> [type(m).__name__ for m in wrappings(nn.DataParallel(nn.Linear(2, 2)))]
+    ['DataParallel', 'Linear']
+    """
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        yield inner
+        parallel = isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = inner.module if parallel else getattr(inner, "_orig_mod", None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile` and the data-parallel wrappers.
+
+    Args:
+        model: a module, wrapped or not.
+
+    Returns: the innermost of `wrappings`.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: torch's wrappers.
+
+    >>> net = nn.Linear(2, 2)
+    >>> unwrapped(nn.DataParallel(net)) is net
+    True
+    """
+    return [*wrappings(model)][-1]
 
 
 def _not_a_model(value: Any) -> str:
@@ -71,18 +139,20 @@ def _not_a_model(value: Any) -> str:
 
 
 def prepared(model: nn.Module, batch: Any) -> Any:
-    """The batch as the model and a criterion take it: on the model's device, with the inputs of a decoder.
+    """The batch as the model and a criterion take it: tensors on the model's device, with the inputs of a decoder.
 
-    A batch is moved where all parameters are on one device and none is sharded; otherwise it stays where it is. Where
-    a mapping has token labels (B, T) and the model is an encoder with a decoder, `decoder_input_ids` are the labels
-    shifted to the right, as the model itself would make them if it were given the labels.
+    NumPy arrays become tensors of their dtype. A batch is moved where all parameters are on one device and none is
+    sharded; otherwise it stays where it is. Where a mapping has token labels (B, T) and the model is an encoder with a
+    decoder, `decoder_input_ids` are the labels shifted to the right, as the model itself would make them if it were
+    given the labels.
 
     Args:
         model: the module that will be called.
         batch: any batch.
 
     Returns: the batch itself where there is nothing to do; else a new one.
-    Raises: nothing of its own.
+    Raises:
+        InputError: a NumPy array of a dtype that torch has not.
     Cost: none, or a copy to the device.
     Source: `prepare_decoder_input_ids_from_labels` of Hugging Face transformers.
 
@@ -90,6 +160,7 @@ def prepared(model: nn.Module, batch: Any) -> Any:
     >>> prepared(nn.Linear(3, 1), (x, x))[0] is x
     True
     """
+    batch = mapped(batch, lambda t: t) if has_arrays(batch) else batch
     first = next(model.parameters(), None)
     if first is not None and _is_elsewhere(batch, first.device) and _is_on_one_device(model):
         batch = mapped(batch, lambda t: t.to(first.device), lambda value: _moved(value, first.device))
@@ -122,7 +193,7 @@ def _with_decoder_inputs(model: nn.Module, batch: Any) -> Any:
     named = fields(batch)
     if named is None:
         return batch
-    labels, taken = parts(batch).labels, _arguments(model)[0]
+    labels, taken = parts(batch).labels, _arguments(model).names
     given = any(named.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
     if given or "decoder_input_ids" not in taken or not isinstance(labels, Tensor) or labels.ndim != 2:
         return batch
@@ -140,10 +211,12 @@ def _with_decoder_inputs(model: nn.Module, batch: Any) -> Any:
 def called(model: nn.Module, batch: Any) -> Any:
     """What a model returns for the inputs of a batch: `model(x)`, or `model(**inputs)` where they have names.
 
-    Labels and weights are passed only if forward requires them. Named inputs that forward does not take are left out,
-    unless it has `**kwargs`. Where forward takes none of the names: `model(value)` if it requires as many arguments as
-    there are inputs, else `model(inputs)` if it requires one. An object with `to` (a graph) is passed whole, or by its
-    attributes where forward requires several arguments and it has all of them.
+    A tuple or list of inputs is spread, `model(left, right)`, where forward takes as many arguments by position, those
+    whose default is a value (and not `None`) left aside; otherwise it is one argument. Named inputs that forward does
+    not take are left out, unless it has `**kwargs`. Where forward takes none of the names: `model(value)` if it
+    requires as many arguments as there are inputs, else `model(inputs)` if it requires one. An object with `to` (a
+    graph) is passed whole, or by its attributes where forward requires several arguments and it has all of them.
+    Labels and weights are passed, by name, only if forward requires them.
 
     Args:
         model: any module.
@@ -151,7 +224,8 @@ def called(model: nn.Module, batch: Any) -> Any:
 
     Returns: what the model returns.
     Raises:
-        InputError: the batch lacks what forward requires, or the inputs have another dtype than the weights.
+        InputError: the batch lacks what forward requires, or the inputs are no tensors, or of another dtype than the
+            weights.
     Cost: a forward pass.
     Source: this library's own; the names are those of Hugging Face transformers.
 
@@ -159,39 +233,42 @@ def called(model: nn.Module, batch: Any) -> Any:
     torch.Size([2, 3])
     """
     given = parts(batch)
-    args, kwargs = _matched(model, given.inputs, fields(batch) or {})
+    args, kwargs = _matched(model, given, fields(batch) or {})
     try:
         return model(*args, **kwargs)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         hint = _dtype_hint(model, [*args, *kwargs.values()], str(error))
+        hint = hint or _type_hint(model, given.inputs, str(error))
         if hint is None:
             raise
         raise InputError(hint) from error
 
 
-def _matched(model: nn.Module, inputs: Any, whole: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _matched(model: nn.Module, given: Parts, whole: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call of the model."""
+    inputs = given.inputs
     named = fields(inputs)
     is_object = named is None and not isinstance(inputs, (Tensor, tuple, list)) and _can_move(inputs)
     if named is None and not is_object:
-        return (inputs,), {}
+        return _by_place(model, given)
     if named and not any(True for _ in tensors(named)):
         first = next(iter(named))
         raise InputError(
             f"the batch has no tensors: {first!r} is {described(named[first])}. Tokenize with padding=True, "
             "return_tensors='pt'; or give a DataLoader of dataset.with_format('torch')"
         )
-    names, required, takes_any = _arguments(model)
+    takes = _arguments(model)
+    names, required = takes.names, takes.required
     if is_object:
         has_all = len(required) > 1 and all(getattr(inputs, name, None) is not None for name in required)
         return ((), {name: getattr(inputs, name) for name in required}) if has_all else ((inputs,), {})
     assert named is not None
-    kept = named if takes_any else {name: value for name, value in named.items() if name in names}
+    kept = named if takes.any_name else {name: value for name, value in named.items() if name in names}
     kept = {name: whole[name] for name in required if name in (*LABELS, *WEIGHTS) and name in whole} | kept
     missing = [name for name in required if name not in kept]
     if not missing and (kept or not named):
         return (), kept
-    if not kept or takes_any:
+    if not kept or takes.any_name:
         values = [value for value in named.values() if isinstance(value, Tensor)]
         if len(values) == len(required):
             return tuple(values), {}
@@ -204,22 +281,69 @@ def _matched(model: nn.Module, inputs: Any, whole: Mapping[str, Any]) -> tuple[t
     )
 
 
-def _arguments(model: nn.Module) -> tuple[list[str], list[str], bool]:
-    """The names that forward takes, those without a default, and whether it has `**kwargs`.
+def _by_place(model: nn.Module, given: Parts) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with inputs that have no names: one, or as many as there are in a tuple."""
+    takes, inputs = _arguments(model), given.inputs
+    several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
+    by_name = {**dict.fromkeys(LABELS, given.labels), **dict.fromkeys(WEIGHTS, given.weights)}
+    extra = {name: by_name[name] for name in takes.required[1:] if by_name.get(name) is not None}
+    required = [name for name in takes.required if name not in extra]
+    most = len([name for name in takes.places if name not in extra])
+    if several and len(inputs) > 1 and len(required) <= len(inputs) and (takes.any_place or len(inputs) <= most):
+        return tuple(inputs), extra
+    if len(required) <= 1:
+        return (inputs,), extra
+    have = f"{len(inputs)} inputs" if several else f"one input, {described(inputs)}"
+    raise InputError(
+        f"forward of {type(model).__name__} requires {', '.join(required)}, and the batch has {have}. Write "
+        f"(({', '.join(required)}), labels), a dict with these keys, or predict=lambda model, batch: model(…)"
+    )
 
-    Wrappers that hand everything on (a compiled module, DDP, PEFT) are looked into.
+
+class _Arguments(NamedTuple):
+    """What forward takes: `names`, those without a default, those by place that may be tensors, and stars."""
+
+    names: list[str]
+    required: list[str]
+    places: list[str]
+    any_place: bool
+    any_name: bool
+
+
+def _arguments(model: nn.Module) -> _Arguments:
+    """What forward takes. Wrappers that hand everything on (a compiled module, DDP, PEFT) are looked into.
+
+    An argument whose default is neither missing nor `None` is an option, and no place for a tensor.
     """
     while True:
         try:
             found = inspect.signature(model.forward).parameters.values()
         except (TypeError, ValueError):  # TorchScript
-            return [], [], True
-        named = [p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            return _Arguments([], [], [], any_place=False, any_name=True)
+        placed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        named = [p for p in found if p.kind in (*placed, p.KEYWORD_ONLY)]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
         inner = next((m for name in _INSIDE if isinstance(m := getattr(model, name, None), nn.Module)), None)
         if named or not takes_any or inner is None:
-            return [p.name for p in named], [p.name for p in named if p.default is p.empty], takes_any
+            return _Arguments(
+                [p.name for p in named if p.kind is not p.POSITIONAL_ONLY],
+                [p.name for p in named if p.default is p.empty],
+                [p.name for p in named if p.kind in placed and p.default in (p.empty, None)],
+                any_place=any(p.kind is p.VAR_POSITIONAL for p in found),
+                any_name=takes_any,
+            )
         model = inner
+
+
+def _type_hint(model: nn.Module, inputs: Any, error: str) -> str | None:
+    """What to write where a call failed because a layer was given something else than a tensor: a list, a tuple."""
+    if isinstance(inputs, Tensor) or not re.search(_NO_TENSOR, error):
+        return None
+    return (
+        f"{type(model).__name__} was given {described(inputs)}, where a layer wants a tensor. Give tensors or NumPy "
+        "arrays, several inputs as arguments that forward takes by place, or say how to call it: "
+        f"predict=lambda model, batch: model(…). ({error.splitlines()[0]})"
+    )
 
 
 def _dtype_hint(model: nn.Module, given: Sequence[Any], error: str) -> str | None:

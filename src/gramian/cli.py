@@ -149,6 +149,12 @@ def inspect_command(
             found = _compare(model, against, task, extract_lora, out, options | {"progress": progress})
         else:
             found = _inspect(model, task, options | {"progress": progress})
+        if not found.layers and against is None:
+            reasons = "".join(f". {note}" for note in found.notes)
+            raise InputError(
+                f"{model}: nothing was inspected, since it holds no matrix that is known{reasons}. "
+                "Give a model with weight matrices, or --layouts for tensors of unknown names."
+            )
     if not first:
         return
     for path in (html, json):
@@ -247,10 +253,34 @@ def bench_command(
         bool,
         typer.Option("--calibrate", help="Measure the costs that linalg's automatic choices use, save them, and stop."),
     ] = False,
+    diagnose: Annotated[str, typer.Option(help="faults: score this diagnoser, module:function.")] = "",
+    held_out: Annotated[bool, typer.Option("--held-out", help="faults: on the seeds that are held out.")] = False,
+    seeds: Annotated[list[int] | None, typer.Option(help="faults: only these of the seeds; may be repeated.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help="faults: only these kinds; may be repeated.")] = None,
+    architectures: Annotated[list[str] | None, typer.Option(help="faults: only these; may be repeated.")] = None,
+    cases: Annotated[Path | None, typer.Option(help="faults: the list of verified cases.")] = None,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="faults: train all cases and their twins, write the list, and stop.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Time gramian on this machine, interleaved with the peers that are installed."""
     from gramian import bench, report
+
+    ours: dict[str, Any] = {"diagnose": diagnose, "held_out": held_out, "seeds": seeds, "kinds": kinds}
+    ours |= {"architectures": architectures, "cases": cases}
+    options = {key: value for key, value in ours.items() if value}
+    if (options or freeze) and name != "faults":
+        wrong = "--freeze" if freeze else f"--{next(iter(options)).replace('_', '-')}"
+        raise InputError(f"bench: {wrong} is for faults, got {name!r}. Write: gramian bench faults {wrong}")
+    if freeze:
+        from gramian.bench.faults import freeze as freeze_cases
+
+        with _Stages(quiet) as stages:
+            path = freeze_cases(lambda what: stages(what, 0.0, ""), held_out=held_out, cases=cases)
+        if not quiet:
+            print(f"wrote {path}")
+        return
 
     if calibrate:
         if name != "linalg":
@@ -266,7 +296,7 @@ def bench_command(
     if json is not None:
         report.check_target(json)
     with _Stages(quiet) as stages:
-        rows = bench.run(name, repeats=repeats, only=only, tell=lambda task: stages(task, 0.0, ""))
+        rows = bench.run(name, repeats=repeats, only=only, tell=lambda task: stages(task, 0.0, ""), **options)
     if json is not None:
         bench.as_json(name, rows, json)
     if not quiet:
@@ -353,9 +383,14 @@ class _Stages:
     def __enter__(self) -> _Stages:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.lines:
+    def __exit__(self, error: object, *rest: object) -> None:
+        if not self.lines:
+            return
+        if error is None:
             self.progress.stop()
+        else:  # leave no frame of a stage that did not end; Progress.stop would print a line outside a terminal
+            self.progress.live.transient = True
+            self.progress.live.stop()
 
 
 def _complain(message: str) -> None:

@@ -6,6 +6,8 @@ Every error says what came, what was wanted, and what to do. Errors that a user 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "CheckpointError",
     "ConvergenceError",
@@ -53,3 +55,26 @@ class UnsupportedError(InputError):
 
 class GramianWarning(UserWarning):
     """A setting is ignored, or a result needs attention."""
+
+
+def some(names: Iterable[str], limit: int = 3, separator: str = ", ") -> str:
+    """The first few names, and how many more there are.
+
+    Args:
+        names: or other short texts, printable.
+        limit: how many are shown.
+        separator: what stands between them.
+
+    Returns:
+        A line.
+
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> some(["a", "b", "c"]), some("abcde"), some("abcde", 2, "; ")
+    ('a, b, c', 'a, b, c and 2 more', 'a; b and 3 more')
+    """
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return separator.join(listed[:limit]) + more

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from gramian.batch import described, fields
-from gramian.errors import InputError
+from gramian.errors import GramianWarning, InputError
 
-__all__ = ["Batches", "as_batches", "first_of", "is_one_batch", "no_batches"]
+__all__ = ["Batches", "as_batches", "first_few", "is_one_batch", "looks_like_one", "no_batches"]
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 """What verbs take: batches, or a function that makes them; `as_batches` checks and calls it."""
+
+
+_ARRAYS = (Tensor, np.ndarray)
 
 
 def as_batches(batches: Any, verb: str) -> Iterable[Any]:
@@ -36,11 +41,20 @@ def as_batches(batches: Any, verb: str) -> Iterable[Any]:
     >>> len(list(as_batches(lambda: iter([1, 2]), "capture")))
     2
     """
-    if is_one_batch(batches) or _looks_like_one(batches):
+    if is_one_batch(batches) or looks_like_one(batches):
         raise InputError(
             f"{verb}: batches must be an iterable of batches, and this looks like one batch, {described(batches)}. "
             "Write [batch]"
         )
+    if isinstance(batches, list) and [isinstance(t, _ARRAYS) for t in batches] == [True, True]:
+        one, two = (tuple(t.shape) for t in batches)
+        if one == two:
+            warnings.warn(
+                f"{verb}: a list of two tensors of one shape, {one}, is read as two batches of inputs. If it is one "
+                "batch [x, y], write [(x, y)]; if it is two, iter([x1, x2]) says so",
+                GramianWarning,
+                stacklevel=3,
+            )
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
         raise InputError(
             f"{verb}: batches must be an iterable of batches, got a data set of single samples, "
@@ -57,7 +71,7 @@ def as_batches(batches: Any, verb: str) -> Iterable[Any]:
 
 
 def is_one_batch(batches: Any) -> bool:
-    """Whether this is one batch by its type: a tensor, a batch with names, or an object with a method `to`.
+    """Whether this is one batch by its type: a tensor or array, a batch with names, or an object with a method `to`.
 
     Args:
         batches: one batch, or many.
@@ -72,44 +86,64 @@ def is_one_batch(batches: Any) -> bool:
     """
     if isinstance(batches, (nn.Module, type, DataLoader, Dataset)):
         return False
-    return fields(batches) is not None or isinstance(batches, (Tensor, PackedSequence)) or hasattr(batches, "to")
+    return fields(batches) is not None or isinstance(batches, (*_ARRAYS, PackedSequence)) or hasattr(batches, "to")
 
 
-def _looks_like_one(batches: Any) -> bool:
-    """Whether a tuple or list is `(x, y)`: its elements are tensors, and in a list they are of different kinds.
+def looks_like_one(batches: Any) -> bool:
+    """Whether a tuple or list is one batch, `(x, y)` or `[x, y]`, by what is in it.
 
-    A list of tensors of one kind is a list of batches `x`.
+    A tuple of tensors or numbers is; so is a list of them, unless it may be a list of inputs: tensors of as many
+    dimensions, all floating or none, and with as many features where they are two-dimensional floats. Two tensors of
+    one shape may be both, and are read as two batches; `as_batches` then warns.
+
+    Args:
+        batches: one batch, or many.
+
+    Returns: true for one.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> x, y = torch.ones(4, 2), torch.ones(4, dtype=torch.long)
+    >>> looks_like_one([x, y]), looks_like_one([x, x[:3]]), looks_like_one([(x, y)])
+    (True, False, False)
     """
-    if not isinstance(batches, (tuple, list)) or not all(isinstance(t, Tensor) for t in batches) or not batches:
+    if not isinstance(batches, (tuple, list)) or not any(isinstance(t, (*_ARRAYS, int, float)) for t in batches):
         return False
-    return isinstance(batches, tuple) or len({(t.ndim, t.is_floating_point()) for t in batches}) > 1
+    if isinstance(batches, tuple) or not all(isinstance(t, _ARRAYS) and t.ndim for t in batches):
+        return True
+    floats = [(t, t.is_floating_point() if isinstance(t, Tensor) else t.dtype.kind == "f") for t in batches]
+    kinds = {(t.ndim, floating, t.shape[1:] if floating and t.ndim == 2 else ()) for t, floating in floats}
+    return len(kinds) > 1
 
 
-def first_of(batches: Iterable[Any], verb: str) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and an iterable of all batches, the first again among them.
+def first_few(batches: Iterable[Any], num: int, verb: str) -> tuple[list[Any], Iterable[Any]]:
+    """The first few batches, and an iterable of all batches, these again among them.
 
-    So what needs one batch twice reads the rest once, and a generator serves. The global random state, from which a
+    So what needs a batch twice reads the rest once, and a generator serves. The global random state, from which a
     `DataLoader` draws its order, is left as it was.
 
     Args:
         batches: as `as_batches` returns it.
+        num: how many; fewer come where there are fewer.
         verb: for the error: who asks.
 
-    Returns: the batch, and an iterable that can be used once.
+    Returns: the batches, and an iterable that can be used once.
     Raises:
         InputError: there is no batch.
-    Cost: that of one batch.
+    Cost: that of these batches.
     Source: this library's own.
 
-    >>> first, batches = first_of(iter("abc"), "inspect")
-    >>> first, list(batches)
-    ('a', ['a', 'b', 'c'])
+    >>> few, batches = first_few(iter("abc"), 2, "inspect")
+    >>> few, list(batches)
+    (['a', 'b'], ['a', 'b', 'c'])
     """
     with torch.random.fork_rng(devices=[]):
-        iterator = iter(batches)
-        for first in iterator:
-            return first, chain([first], iterator)
-    raise no_batches(batches, verb)
+        rest = iter(batches)
+        few = list(islice(rest, num))
+    if not few:
+        raise no_batches(batches, verb)
+    return few, chain(few, rest)
 
 
 def no_batches(batches: Any, verb: str) -> InputError:

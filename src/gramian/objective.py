@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from gramian import criteria
+from gramian import alignment, criteria
 from gramian.batch import described, main_input, num_samples
 from gramian.calls import prepared
 from gramian.errors import InputError
@@ -180,7 +180,7 @@ class Objective:
             predict: `predict(model, batch) -> scores`, where the model is not called as `docs/objectives.md` says.
         """
         options = {"weight": weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
-        return _made(criteria.cross_entropy(criteria.aligned_labels(), padding=padding, **options), fisher, predict)
+        return _made(criteria.cross_entropy(alignment.aligned_labels(), padding=padding, **options), fisher, predict)
 
     @staticmethod
     def next_token(
@@ -205,7 +205,7 @@ class Objective:
             predict: `predict(model, batch) -> scores`, where the model is not called as `docs/objectives.md` says.
         """
         options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-        how = criteria.aligned_tokens(padding)
+        how = alignment.aligned_tokens(padding)
         return _made(criteria.cross_entropy(how, padding=padding, **options), fisher, predict)
 
     @staticmethod
@@ -218,7 +218,7 @@ class Objective:
             fisher: as in `Objective`.
             predict: `predict(model, batch) -> ŷ`, where the model is not called as `docs/objectives.md` says.
         """
-        return _made(criteria.squared_error(criteria.labels_of, checks=True), fisher, predict)
+        return _made(criteria.squared_error(alignment.labels_of, checks=True), fisher, predict)
 
     @staticmethod
     def reconstruction(*, fisher: Fisher = "sampled", predict: Predict | None = None) -> Objective:
@@ -232,16 +232,19 @@ class Objective:
 
 
 def as_objective(objective: Any) -> Objective:
-    """An `Objective` unchanged; a plain `loss(model, batch) -> scalar mean` as an objective with `fisher="empirical"`.
+    """An `Objective` unchanged; a plain `loss(model, batch)` as an objective with `fisher="empirical"`.
 
-    The units of a plain loss are the elements of the batch's first dimension.
+    A plain loss returns a scalar, which is taken for the mean over the samples of the batch; or `(sum, units)`, as a
+    criterion does. The units decide the size of G and the weight of each batch. So where the scalar is a mean over
+    tokens, return `(mean * tokens, tokens)`: taken for one over samples, it gives a G that is smaller by the number of
+    tokens of a sample, and batches with fewer tokens that count count too much.
 
     Args:
         objective: either of these.
 
     Returns: an `Objective`.
     Raises:
-        InputError: it is neither; later, where the function does not return a scalar.
+        InputError: it is neither; later, where the function returns something else.
     Cost: none.
     Source: this library's own.
 
@@ -256,9 +259,14 @@ def as_objective(objective: Any) -> Objective:
     if misused:
         raise InputError(f"objective: expected gm.Objective or a function loss(model, batch) -> scalar mean, {misused}")
 
-    def criterion(output: Tensor, batch: Any) -> tuple[Tensor, int]:
+    def criterion(output: Any, batch: Any) -> tuple[Tensor, Any]:
+        if isinstance(output, (tuple, list)) and len(output) == 2:
+            return output[0], output[1]
         if not isinstance(output, Tensor) or output.numel() != 1:
-            raise InputError(f"objective: loss(model, batch) must return a scalar mean, got {described(output)}")
+            raise InputError(
+                f"objective: loss(model, batch) must return a scalar mean, got {described(output)}. Or return (sum of "
+                "losses, number of units)"
+            )
         units = num_samples(batch)
         return output * units, units
 

@@ -88,7 +88,7 @@ def layer_gains(
         for use, end in zip(uses, ends, strict=False):
             gains[use.name] = None
             chain = operation_of(use.module).gain and names.count(use.name) == 1
-            if chain and end is not None and _leaves(end) & leaves == {id(use.leaving)}:
+            if chain and end is not None and leaves_of(end) & leaves == {id(use.leaving)}:
                 pairs.append((use.name, use.leaving, end))
         samples: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
         for probe in range(num_probes if pairs else 0):
@@ -160,7 +160,7 @@ def try_jacobian(model: nn.Module, batch: Any, objective: Objective | Callable) 
             return NoJacobian("fewer than two layers were called with a tensor")
         first, last = uses[0], uses[-1]
         start, end = first.leaving, last.arriving
-        if end is start or not end.requires_grad or id(start) not in _leaves(end):
+        if end is start or not end.requires_grad or id(start) not in leaves_of(end):
             if any(use.name in (first.name, last.name) for use in uses[1:-1]):
                 return NoJacobian("the layers are used several times in a forward pass, and not in one chain")
             return NoJacobian(f"the input of {last.name} does not depend on that of {first.name}", is_chain=False)
@@ -379,7 +379,7 @@ def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
             handle.remove()
 
 
-def _leaves(tensor: Tensor) -> set[int]:
+def leaves_of(tensor: Tensor) -> set[int]:
     """The ids of the leaf tensors that `tensor`'s graph reaches."""
     found: set[int] = set()
     seen: set[Any] = set()

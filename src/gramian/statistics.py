@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gramian import placement
 from gramian.checkpoint import load_tensors, save_tensors
-from gramian.errors import CheckpointError, InputError
+from gramian.errors import CheckpointError, InputError, some
 from gramian.gram import DiagonalGram, Gram
 
 __all__ = ["Site", "Sites", "Statistics"]
@@ -133,6 +133,7 @@ class Statistics(Mapping[str, Sites]):
         loss: the mean loss per unit.
         objective: the objective that a live capture observes.
         other_uses: for each block, the functions that data and its weight entered and that are not captured.
+        padded: for each block in whose A padded positions count, since the mask did not reach them, the operation.
         parameters: the number of entries of every parameter that holds matrices, or may.
 
     Raises:
@@ -152,6 +153,7 @@ class Statistics(Mapping[str, Sites]):
     loss: float = float("nan")
     objective: Any = field(default=None, repr=False, compare=False)
     other_uses: dict[str, list[str]] = field(default_factory=dict)
+    padded: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Sites:
@@ -213,11 +215,17 @@ class Statistics(Mapping[str, Sites]):
             lines = [f"Second moments cover {self.coverage:.1%} of the parameters that hold matrices, or may."]
         for reason, names in by_reason.items():
             share = sum(self.parameters[name] for name in names) / total
-            shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-            lines.append(f"Not captured, {reason} ({len(names)}; {share:.1%} of these parameters): {shown}")
+            lines.append(f"Not captured, {reason} ({len(names)}; {share:.1%} of these parameters): {some(names)}")
+        also: dict[str, list[str]] = {}
         for name, used in self.other_uses.items():
             if not self._missing(name):
-                lines.append(f"{name} is also used by {', '.join(used)}, which is not captured.")
+                also.setdefault(", ".join(used), []).append(name)
+        for used, names in also.items():
+            verb = "is" if len(names) == 1 else "are"
+            lines.append(f"{some(names)} {verb} also used by {used}, which is not captured.")
+        if self.padded:
+            ops = ", ".join(dict.fromkeys(self.padded.values()))
+            lines.append(f"Padded positions count in A, which the mask does not reach in {ops}: {some(self.padded)}")
         return lines
 
     def _missing(self, name: str) -> str:
@@ -255,6 +263,7 @@ class Statistics(Mapping[str, Sites]):
         self.loss = sum(losses) / self.units if self.units else float("nan")
         self.aliases |= other.aliases
         self.parameters |= other.parameters
+        self.padded |= other.padded
         for block, used in other.other_uses.items():
             self.other_uses[block] = sorted({*self.other_uses.get(block, ()), *used})
         for block, sites in other.blocks.items():
@@ -298,7 +307,7 @@ class Statistics(Mapping[str, Sites]):
         whole.settle()
         self.blocks, self.aliases, self.fisher = whole.blocks, whole.aliases, whole.fisher
         self.units, self.loss = whole.units, whole.loss
-        self.other_uses, self.parameters = whole.other_uses, whole.parameters
+        self.other_uses, self.padded, self.parameters = whole.other_uses, whole.padded, whole.parameters
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -327,6 +336,7 @@ class Statistics(Mapping[str, Sites]):
             "units": self.units,
             "loss": self.loss,
             "other_uses": self.other_uses,
+            "padded": self.padded,
             "parameters": self.parameters,
         }
 
@@ -365,7 +375,7 @@ def _rebuilt(
         sites.append(Site(**row, skipped=skipped(i)))
     taken = iter(sites)
     blocks = {name: [next(taken) for _ in range(num)] for name, num in about["blocks"].items()}
-    more = {key: about.get(key, {}) for key in ("other_uses", "parameters")}  # files of before have neither
+    more = {key: about.get(key, {}) for key in ("other_uses", "padded", "parameters")}  # files of before have none
     return Statistics(blocks, about["aliases"], about["fisher"], about["units"], about["loss"], **more)
 
 

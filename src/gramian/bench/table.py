@@ -23,8 +23,9 @@ BENCHES: dict[str, str] = {
     "inspect": "gramian.bench.inspect",
     "optim": "gramian.bench.optim",
     "rates": "gramian.bench.rates",
+    "faults": "gramian.bench.faults",
 }
-"""Name on the command line: module with `rows(repeats, only, tell) -> Iterator[Row]`."""
+"""Name on the command line: module with `rows(repeats, only, tell, **options) -> Iterator[Row]`."""
 
 Tell = Callable[[str], None]
 
@@ -62,11 +63,14 @@ class Row:
     goals: tuple[tuple[Goal, float], ...] = ()
 
 
-def run(name: str, *, repeats: int = 5, only: str = "", tell: Tell = lambda what: None) -> list[Row]:
-    """Return the rows of a benchmark whose task contains `only`; `tell` is called with each task as it begins."""
+def run(name: str, *, repeats: int = 5, only: str = "", tell: Tell = lambda what: None, **options: Any) -> list[Row]:
+    """Return the rows of a benchmark whose task contains `only`; `tell` is called with each task as it begins.
+
+    What else is given goes to the benchmark's `rows`.
+    """
     if name not in BENCHES:
         raise InputError(f"bench: there is no {name!r}; choose one of {', '.join(BENCHES)}")
-    found = list(importlib.import_module(BENCHES[name]).rows(repeats, only, tell))
+    found = list(importlib.import_module(BENCHES[name]).rows(repeats, only, tell, **options))
     if not found:
         raise InputError(f"bench {name}: no task contains {only!r}")
     return found

@@ -94,7 +94,7 @@ def _lora(setting: Setting) -> Plan | str | None:
     if base is not None and base.shape != shape_in_model:
         return "beside a base of another shape: factors and base are inspected apart"
     how = f"{'W + ' if base else ''}B A of a LoRA adapter, r = {rank}, {told}{dora}"
-    return Plan(shape_in_model, "float32", how, compute)
+    return Plan(shape_in_model, "float32", how, compute, low_rank=base is None)
 
 
 def _scale(module: str, rank: int, known: Mapping[str, Any]) -> tuple[float, str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gramian.checkpoint.faults import plain
-from gramian.errors import CheckpointError
+from gramian.errors import CheckpointError, some
 
 __all__ = ["Found", "Module", "find_state"]
 
@@ -81,7 +81,7 @@ def find_state(file: Path, loaded: object, leaf: type = Tensor) -> Found:
             f"{file}: holds no tensors of a model, but an optimizer's state. Save model.state_dict()."
         )
     if others:
-        notes.append(f"not tensors, left out: {', '.join(others[:8])}" + (", …" if len(others) > 8 else ""))
+        notes.append(f"not tensors, left out: {some(others, 8)}")
     return Found(state, notes, beside)
 
 
@@ -119,7 +119,7 @@ def _told(key: object, value: object, count: int) -> str:
     if of or key in SHADOWS:
         return plain(key) + (f" ({plain(of)})" if of else " (a running average)")
     network = isinstance(value, Mapping) and count and not _is_optimizer(value)
-    return plain(key) + (f" ({count} tensors)" if network else "")
+    return plain(key) + (f" ({count} tensor{'s' * (count != 1)})" if network else "")
 
 
 def _flatten(

@@ -16,6 +16,7 @@ from gramian.checkpoint.composed import COMPOSED
 from gramian.checkpoint.formats import Entry, Made
 from gramian.checkpoint.quantized import QUANTIZED
 from gramian.checkpoint.schemes import Plan, Scheme, Setting
+from gramian.errors import some
 
 __all__ = ["SCHEMES", "with_derived"]
 
@@ -51,9 +52,8 @@ def with_derived(
             if not isinstance(plan, Plan):
                 continue
             first = next(iter(parts.values()))
-            made[result] = Entry(
-                result, plan.shape, plan.dtype, first.file, first.key, made=Made(weight, plan.how, parts, plan.compute)
-            )
+            how = Made(weight, plan.how, parts, plan.compute, plan.low_rank)
+            made[result] = Entry(result, plan.shape, plan.dtype, first.file, first.key, made=how)
             part_of |= {entry.name: result for entry in parts.values()}
             places[name] = result
     entries: dict[str, Entry] = {}
@@ -64,5 +64,5 @@ def with_derived(
             entries[name] = replace(entry, part_of=part_of[name])
         elif name not in made:
             entries[name] = entry
-    notes = [f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}: {reason}" for reason, names in failed.items()]
+    notes = [f"{some(names)}: {reason}" for reason, names in failed.items()]
     return entries, notes

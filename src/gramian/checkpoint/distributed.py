@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint.containers import find_state
-from gramian.checkpoint.faults import damaged, plain, some
+from gramian.checkpoint.faults import damaged, plain
 from gramian.checkpoint.formats import Content, Entry, dtype_name, get
 from gramian.checkpoint.unpickling import Global, Record, read_pickle
-from gramian.errors import CheckpointError
+from gramian.errors import CheckpointError, some
 
 __all__ = ["METADATA_FILE", "read_distributed"]
 
@@ -88,7 +88,7 @@ def _listed(folder: Path, metadata: Any) -> tuple[list[Entry], list[Entry], dict
             chunks[key].append(_Chunk(offsets, name, int(place.state["offset"]), int(place.state["length"])))
     if missing:
         raise CheckpointError(
-            f"{folder}: names files that are not there: {some(sorted(missing))}. Copy the folder again."
+            f"{folder}: names files that are not there: {some(map(plain, sorted(missing)))}. Copy the folder again."
         )
     found, notes, beside = find_state(folder, tree, Entry)
     named, others = ([replace(entry, name=name) for name, entry in part.items()] for part in (found, beside))

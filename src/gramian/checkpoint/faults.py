@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gramian.errors import CheckpointError
+from gramian.errors import CheckpointError, some
 
-__all__ = ["damaged", "first_line", "plain", "refused", "some"]
+__all__ = ["damaged", "first_line", "plain", "refused"]
 
 
 def damaged(file: Path, error: Exception) -> CheckpointError:
@@ -22,8 +22,8 @@ def damaged(file: Path, error: Exception) -> CheckpointError:
 def refused(file: Path, wanted: list[str]) -> CheckpointError:
     """The error for a pickle that would call these functions."""
     return CheckpointError(
-        f"{file}: refused, since loading it would run {some(wanted)}; wanted tensors only. If you trust it, "
-        "load it yourself and save it again: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
+        f"{file}: refused, since loading it would run {some(map(plain, wanted))}; wanted tensors only. If you trust "
+        "it, load it yourself and save it again: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
     )
 
 
@@ -39,9 +39,3 @@ def first_line(error: Exception) -> str:
         return error.strerror
     sentence = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
     return plain(sentence.rstrip(". "))
-
-
-def some(names: list[str], limit: int = 3) -> str:
-    """The first few of the names, and how many more there are."""
-    shown = ", ".join(plain(name) for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gramian.checkpoint.reading import clean_name, open_checkpoint
-from gramian.errors import CheckpointError
+from gramian.errors import CheckpointError, some
 
 __all__ = ["load_into"]
 
@@ -45,8 +45,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if name in own and entry.shape != tuple(own[name].shape)
     ]
     if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}")
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {some(wrong, separator='; ')}")
     with torch.no_grad():
         for name, tensor in checkpoint:
             own[name].copy_(tensor)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gramian.checkpoint.distributed import METADATA_FILE
-from gramian.checkpoint.faults import damaged, plain, some
+from gramian.checkpoint.faults import damaged, first_line, plain
 from gramian.checkpoint.formats import Entry
 from gramian.checkpoint.readers import FORMATS, reader
-from gramian.errors import CheckpointError
+from gramian.errors import CheckpointError, some
 
 __all__ = ["WEIGHTS", "open_file", "open_folder", "open_index", "read_json"]
 
@@ -60,7 +60,9 @@ def open_index(index: Path) -> Opened:
     folder, files = index.parent, _read_index(index)
     missing = sorted({file for file in files.values() if not (folder / file).exists()})
     if missing:
-        raise CheckpointError(f"{index}: names files that are not there: {some(missing)}. Download the folder again.")
+        raise CheckpointError(
+            f"{index}: names files that are not there: {some(map(plain, missing))}. Download the folder again."
+        )
     stored: dict[str, Entry] = {}
     notes: list[str] = []
     metadata: dict[str, str] = {}
@@ -77,12 +79,13 @@ def open_index(index: Path) -> Opened:
         absent = [key for key in absent if plain(key) not in unread]
         if absent:
             raise CheckpointError(
-                f"{index}: places tensors in {file} that are not in it: {some(absent)}. Download the folder again."
+                f"{index}: places tensors in {file} that are not in it: {some(map(plain, absent))}. Download "
+                "the folder again."
             )
         stored |= {key: held[key] for key in listed if key in held}
         extra = len(held.keys() - set(listed))
         if extra:
-            notes.append(f"{file}: {extra} tensors that the index does not name, left out")
+            notes.append(f"{file}: {extra} tensor{'s' * (extra != 1)} that the index does not name, left out")
     return Opened(list(stored.values()), notes, metadata, beside)
 
 
@@ -97,18 +100,23 @@ def _read_index(index: Path) -> dict[str, str]:
     outside = [file for file in files.values() if file in ("", ".", "..") or Path(file).name != file]
     if outside:  # an index must not point elsewhere
         raise CheckpointError(
-            f"{index}: names files outside its folder: {some(outside)}, wanted plain names. Do not trust this folder."
+            f"{index}: names files outside its folder: {some(map(plain, outside))}, wanted plain names. Do not trust "
+            "this folder."
         )
     return files
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's object, or nothing."""
+def read_json(file: Path) -> tuple[dict[str, Any], str]:
+    """A JSON file's object, or nothing; and a note where there is a file that cannot be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}, wanted an object")
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f"{file.name} cannot be read ({first_line(error)}), so names and shapes alone tell what tensors hold"
+    return found, ""
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -120,7 +128,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     if parts:
         what = "a pipeline of models" if (folder / "model_index.json").exists() else "a folder of models"
         return CheckpointError(
-            f"{folder}: {what}, wanted one. Give one of {some([f'{folder}/{p}' for p in parts], 8)}."
+            f"{folder}: {what}, wanted one. Give one of {some(map(plain, [f'{folder}/{p}' for p in parts]), 8)}."
         )
     if (folder / "saved_model.pb").exists():
         return CheckpointError(
@@ -128,9 +136,9 @@ def _no_weights(folder: Path) -> CheckpointError:
             "**arrays)."
         )
     if weights:
-        advice = f"Give one of its files: {some(weights)}."
+        advice = f"Give one of its files: {some(map(plain, weights))}."
     else:
-        advice = f"It holds {some([file.name for file in held]) if held else 'nothing'}: check the path."
+        advice = f"It holds {some(map(plain, [file.name for file in held])) if held else 'nothing'}: check the path."
     return CheckpointError(
         f"{folder}: a folder without weights; looked for {', '.join(WEIGHTS[:4])} and the like. {advice}"
     )

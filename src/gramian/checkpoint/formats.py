@@ -114,12 +114,14 @@ class Made:
         how: in words, as in `"dequantized from int4 (GPTQ)"`.
         parts: the stored tensors, by their part.
         compute: the weight, from those tensors.
+        low_rank: whether it is a product of thin factors alone, the change that an adapter makes.
     """
 
     name: str
     how: str
     parts: Mapping[str, Entry]
     compute: Callable[[Mapping[str, Tensor]], Tensor]
+    low_rank: bool = False
 
 
 @dataclass(frozen=True)

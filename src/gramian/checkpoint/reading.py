@@ -139,8 +139,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Ch
         entries[name] = replace(entry, name=name, tied_to=clean_name(entry.tied_to))
     if not stored:
         folder = path if path.is_dir() else path.parent
-        entries, more = with_derived(entries, {name: read_json(folder / name) for name in SETTINGS}, _load)
-        notes = [*notes, *more]
+        settings = {name: read_json(folder / name) for name in SETTINGS}
+        entries, more = with_derived(entries, {name: found for name, (found, _) in settings.items()}, _load)
+        notes = [*notes, *(note for _, note in settings.values() if note), *more]
     return Checkpoint(path, entries, tuple(notes), metadata, beside)
 
 

@@ -24,12 +24,16 @@ class Setting(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The weight that the parts give: its shape, its dtype, how it is made in words, and the function that makes it."""
+    """The weight that the parts give: its shape, its dtype, how it is made in words, and the function that makes it.
+
+    `low_rank` says that it is a product of thin factors alone.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     how: str
     compute: Callable[[Mapping[str, Tensor]], Tensor]
+    low_rank: bool = False
 
 
 @dataclass(frozen=True)

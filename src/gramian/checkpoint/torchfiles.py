@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint.containers import Module, find_state
-from gramian.checkpoint.faults import damaged, plain, refused, some
+from gramian.checkpoint.faults import damaged, plain, refused
 from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, open_once
 from gramian.checkpoint.unpickling import Record, Storage, TensorPart, read_pickle
-from gramian.errors import CheckpointError
+from gramian.errors import CheckpointError, some
 
 __all__ = ["LEGACY", "as_plain", "bare_pickle", "read_legacy", "read_zip"]
 
@@ -202,7 +202,7 @@ def _content(file: Path, loaded: object, notes: list[str]) -> Content:
         elif key not in state:
             unread.append(key)
     if unread:
-        notes.append(f"not searched for NaN, since they are not plain numbers in memory: {some(unread)}")
+        notes.append(f"not searched for NaN, since they are not plain numbers in memory: {some(map(plain, unread))}")
     tied = find_tied(tensors)
     entries = [Entry(key, tuple(t.shape), dtype_name(t), file, key, tied.get(key, "")) for key, t in tensors.items()]
     return Content(entries, tensors.__getitem__, notes, {}, loaders)

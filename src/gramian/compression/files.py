@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from gramian.block import blocks
+from gramian.calls import unwrapped
 from gramian.checkpoint import load_tensors, save_tensors
 from gramian.compression.lowrank import LowRank, matrix_of
-from gramian.compression.modules import clean_module_name, replaced, submodule, unwrapped
+from gramian.compression.modules import clean_module_name, replaced, submodule
 from gramian.errors import CheckpointError
 from gramian.layers import is_affine, operation_of
 

@@ -1,4 +1,4 @@
-"""Modules of a model by name, with and without what wraps them."""
+"""Modules of a model by name, without what wraps them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,7 @@ from torch import Tensor, nn
 from gramian.block import Block
 from gramian.checkpoint import clean_name
 
-__all__ = ["clean_module_name", "copied", "module_name", "replaced", "submodule", "unwrapped"]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what `torch.compile` and the data-parallel wrappers put around it."""
-    while True:
-        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        inner = model.module if parallel else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+__all__ = ["clean_module_name", "copied", "module_name", "replaced", "submodule"]
 
 
 def module_name(block: Block) -> str:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from gramian.block import blocks
-from gramian.calls import as_model
+from gramian.calls import as_model, unwrapped
 from gramian.compression.lowrank import LowRank, matrix_of
-from gramian.compression.modules import copied, module_name, replaced, submodule, unwrapped
+from gramian.compression.modules import copied, module_name, replaced, submodule
 from gramian.compression.weighted import WeightedSVD, decompose, why_not
-from gramian.errors import InputError
+from gramian.errors import InputError, some
 from gramian.loader import Batches
 from gramian.objective import Objective
 from gramian.recording import capture
@@ -118,9 +118,8 @@ class Plan:
 
     def _dense(self) -> str:
         """The layers that are not factored, the first few, for an error."""
-        shown = [f"{name} ({why})" for name, why in list(self.reasons.items())[:3]]
-        more = f" and {len(self.reasons) - 3} more" if len(self.reasons) > 3 else ""
-        return f" (not factored: {'; '.join(shown)}{more})" if shown else ""
+        shown = some((f"{name} ({why})" for name, why in self.reasons.items()), separator="; ")
+        return f" (not factored: {shown})" if shown else ""
 
     def apply(self) -> nn.Module:
         """A copy of the model with the planned layers factored. The original is untouched."""

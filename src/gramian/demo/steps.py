@@ -144,7 +144,7 @@ def _logistic(data: Digits) -> float:
 
 def _diagnose(when: str, which: str, model: nn.Module, task: Task, batches: list[Any], progress: Progress) -> Report:
     stage = f"Diagnose {when}"
-    steps = ("spectra", "signal", "gains", "jacobian")
+    steps = ("spectra", "steps", "signal", "gains", "jacobian")
 
     def update(what: str, done: int, total: int) -> None:
         progress(stage, (steps.index(what) + done / max(1, total)) / len(steps), what)

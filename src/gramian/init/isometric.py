@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,19 +12,19 @@ from torch.nn.parameter import UninitializedParameter
 
 from gramian.calls import called
 from gramian.errors import GramianWarning, InputError
-from gramian.init.paths import bypassed, hooked, normalized
+from gramian.init.paths import hooked, normalized, trace
 from gramian.init.setting import Setting
 from gramian.init.trained import signs_of, told
-from gramian.init.weights import ALONE, BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
+from gramian.init.weights import BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
 from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.recording import measuring
 
 __all__ = ["isometric_"]
 
-# In a network with norms or skips, so many plain layers in a row are set: gains multiply along such a run alone, and a
-# stem or a head by itself is as good as its library makes it.
-LEAST_RUN = 3
+# The mean square of a layer's output over that of its input. Below 1 at most initializations of transformers (0.02²
+# times the width, over twice the depth at the end of a branch); a kaiming kernel that narrows four times is at 8.
+HEALTHY = {NORMALIZED: (1e-4, 1e2), BYPASSED: (1e-4, 10.0)}
 
 MOST_NAMES = 30  # in a warning, for each reason
 
@@ -122,10 +121,13 @@ def isometric_(
         )
     zero = [m for m in chain if not bool(layers[m].value.any())]
     zero = zero if len(zero) < len(chain) else []
-    around, ends = _leave_what_needs_none(model, order, chain, zero, weights, sample, objective)
+    around, ends = list[nn.Module](), list[nn.Module]()
+    if sample is not None:
+        around, ends = _leave_what_needs_none(model, [m for m in chain if m not in zero], weights, sample, objective)
     left = {name for names in weights.left.values() for name in names}
     chosen = [m for m in chain if m not in zero and layers[m].block.name not in left]
     setting = Setting(model, sample, objective, weights, generator)
+    before = setting.state(chosen[:-1])
     points = setting.critical_points(chosen, _followed_by(order, layers))
     setting.mirror(chosen, order, points)
     chosen = [m for m in chosen if setting.isometry_(m, points.get(m))]
@@ -144,15 +146,16 @@ def isometric_(
         raise InputError(f"isometric_: {type(model).__name__} has no layer that it may set{_told(weights)}")
     entered = next((m for m in order if m in layers or m in weights.others), None)
     setting.sizes_(chosen, points, entered)
-    notes = setting.branches_([m for m in order if m in around], [m for m in chain if m in ends])
+    notes = setting.branches_(around, ends)
     hidden = chosen[:-1] if chosen and chosen[-1] is chain[-1] else chosen
-    if sample is not None:
-        setting.sweep_([m for m in hidden if m not in points])
-    notes += setting.beyond([m for m in hidden if m is not entered], points)
-    if chosen and len(chain) > 1 and chosen[-1] is [m for m in dict.fromkeys(order) if operation_of(m).init][-1]:
+    setting.sweep_([m for m in hidden if m not in points])
+    restored = setting.restore_if_worse_(before)
+    notes += restored or setting.beyond([m for m in hidden if m is not entered], points)
+    is_head = bool(chosen) and chosen[-1] is [m for m in dict.fromkeys(order) if operation_of(m).init][-1]
+    if is_head and len(chosen) > 1 and chosen[-2] is chain[-2] and not restored:
         weight = layers[chosen[-1]]
         weight.set_(weight.value * head_scale)
-    replaced = [s for s in signs if s.name in {layers[m].block.name for m in chosen}]
+    replaced = [s for s in signs if s.name in {layers[m].block.name for m in chosen} and not restored]
     if replaced:
         notes.insert(0, f"replaced weights that look trained, and what they had learned is lost: {told(replaced)}")
     text = "; ".join([*notes, *filter(None, [_told(weights).removeprefix("; ")])])
@@ -163,51 +166,31 @@ def isometric_(
 
 def _leave_what_needs_none(
     model: nn.Module,
-    order: list[nn.Module],
-    chain: list[nn.Module],
-    zero: list[nn.Module],
+    chain: Collection[nn.Module],
     weights: Weights,
     sample: Any,
     objective: Objective,
-) -> tuple[set[nn.Module], set[nn.Module]]:
-    """Leaves the layers whose scale a norm undoes, and those around which a path goes, as the forward pass shows.
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Leaves the layers whose scale a norm undoes, and those that a skip goes around, as the forward pass shows.
 
-    Returns those around which a path goes, and of them the last of their branches.
+    Not those that change the sample's mean square by a factor outside `HEALTHY`. Returns the layers in residual
+    branches that are left, and of the chain the last of each branch.
     """
     layers = weights.by_layer
-    owners = [m for m in dict.fromkeys(order) if m in layers or m in weights.others]
-    if sample is None:
-        free = {m for m in chain if _norm_follows(order, m, owners)}
-        around, ends = set[nn.Module](), set[nn.Module]()
-    else:
-        device = next(model.parameters()).device
-        around, ends = bypassed(model, owners, sample, objective)
-        free = normalized(model, owners, sample, objective, torch.Generator(device).manual_seed(0))
-    for weight in dict.fromkeys(layers[m] for m in chain if m not in zero):
-        uses = [m for m in owners if layers.get(m) is weight]
-        if any(m in around for m in uses):
-            weights.leave(BYPASSED, weight.block.name)
-        elif uses and all(m in free for m in uses):
-            weights.leave(NORMALIZED, weight.block.name)
-    if weights.left.keys() & {NORMALIZED, BYPASSED}:
-        left = {name for names in weights.left.values() for name in names}
-        for free_run, run in groupby(owners, lambda m: m in chain and layers[m].block.name not in left):
-            few = list(dict.fromkeys(run))
-            if free_run and len(few) < LEAST_RUN:
-                for m in few:
-                    if m not in zero:
-                        weights.leave(ALONE, layers[m].block.name)
-    return around & set(owners), {m for m in ends if m in chain and m not in zero}
-
-
-def _norm_follows(order: list[nn.Module], layer: nn.Module, owners: list[nn.Module]) -> bool:
-    """Whether a norm stands between a layer and the next, in the order of the modules."""
-    for later in order[order.index(layer) + 1 :]:
-        if later in owners:
-            return False
-        if _is_norm(later):
-            return True
-    return False
+    device = next(model.parameters()).device
+    flow = trace(model, layers.keys() | weights.others, sample, objective)
+    ends = flow.ends()
+    matrices = layers.keys() | weights.others - weights.depthwise
+    free = normalized(model, matrices, ends, sample, objective, torch.Generator(device).manual_seed(0))
+    around = flow.bypassed(free)
+    for layer in chain:
+        uses = [m for m, weight in layers.items() if weight is layers[layer] and m in flow.gains]
+        for reason, kept in ((NORMALIZED, free), (BYPASSED, around)):
+            low, high = HEALTHY[reason]
+            if uses and all(m in kept and all(low <= gain <= high for gain in flow.gains[m]) for m in uses):
+                weights.leave(reason, layers[layer].block.name)
+                break
+    return [m for m in flow.made.values() if m in around], [m for m in chain if m in ends & around]
 
 
 def _check_values(model: nn.Module, sample: Any, objective: Objective) -> None:
@@ -248,11 +231,6 @@ def _first_uses(order: list[nn.Module], layers: Mapping[nn.Module, Weight]) -> l
         if m in layers:
             first.setdefault(layers[m], m)
     return list(first.values())
-
-
-def _is_norm(module: nn.Module) -> bool:
-    parametrization = type(module).__module__.startswith("torch.nn.utils")
-    return "norm" in type(module).__name__.lower() and not parametrization
 
 
 def _cuts_off(

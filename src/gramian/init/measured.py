@@ -38,15 +38,16 @@ def measured_activations(
     for seed in (0, 1):
         measured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         pending: list[tuple[nn.Module, Tensor, torch.Size]] = []
+        draws = torch.Generator().manual_seed(seed)  # of one order for each layer: a product of two layers is no φ
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any, seed: int = seed, pending=pending) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any, draws=draws, pending=pending) -> Any:
             pending.clear()
             narrow = not isinstance(output, Tensor) or output.dtype not in (torch.float32, torch.float64)
             if module not in layers or narrow or output.numel() < LEAST_POINTS:
                 return None
             line = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
             grid = WIDEST * torch.sinh(5 * line) / math.sinh(5)
-            order = torch.randperm(len(grid), generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(len(grid), generator=draws)
             pending.append((module, order, output.shape))
             return grid[order].view(output.shape).to(output)
 

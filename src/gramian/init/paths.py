@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gramian.objective import Objective
 from gramian.recording import measuring
 
-__all__ = ["batch_statistics", "bypassed", "hooked", "normalized"]
+__all__ = ["Flow", "batch_statistics", "hooked", "normalized", "trace"]
+
+Node = Any  # torch.autograd.graph.Node; its subclasses are made by torch, one for each operation
 
 NUM_PROBES = 8
 
@@ -20,9 +25,17 @@ NUM_PROBES = 8
 # 1 is taken for a norm with a probability of 1e-7.
 INVARIANT = 0.01
 
+# More modules than this in a row without a norm are a plain deep network, whatever skip goes around all of them.
+MOST_IN_BRANCH = 4
+
 
 def normalized(
-    model: nn.Module, modules: Iterable[nn.Module], sample: Any, objective: Objective, generator: torch.Generator
+    model: nn.Module,
+    modules: Collection[nn.Module],
+    silent: Collection[nn.Module],
+    sample: Any,
+    objective: Objective,
+    generator: torch.Generator,
 ) -> set[nn.Module]:
     """The modules whose output may be multiplied by any number without a change in the input of the next ones.
 
@@ -34,6 +47,8 @@ def normalized(
     Args:
         model: left as it was.
         modules: those that hold matrices.
+        silent: of these, those whose output is taken as zero: the ends of residual branches, so that the norm before
+            the next layer is seen to undo the scale of the stream.
         sample: a batch.
         objective: predicts.
         generator: draws the random vectors.
@@ -53,6 +68,8 @@ def normalized(
             return None
         y = output.detach()
         rms = y.float().square().mean().sqrt()
+        if module in silent:
+            return torch.zeros_like(y)
         leaf = (y / rms.to(y.dtype) if rms.isfinite() and rms > 0 else y.clone()).requires_grad_()
         outputs.append((module, leaf))
         return leaf.clone()
@@ -86,14 +103,91 @@ def normalized(
     return {module for module, free in verdicts.items() if free}
 
 
-def bypassed(
-    model: nn.Module, modules: Iterable[nn.Module], sample: Any, objective: Objective
-) -> tuple[set[nn.Module], set[nn.Module]]:
-    """The modules around which a path goes, a skip or a branch beside theirs; and those whose output a skip adds to.
+@dataclass
+class Flow:
+    """The graph of one forward pass: what each step was computed from.
 
-    In the graph of one forward pass, something that a module's input depends on then has a successor that leads to the
-    model's output without the module. The second ones are the last of their branch: a sum has their output on one side,
-    and on the other what their own input depends on.
+    Args:
+        parents: of each step that the data reach, those that the data reach too; each step after its parents.
+        made: the modules, by the step that made their output.
+        gains: of each module's uses, the mean square of the output over that of the input.
+    """
+
+    parents: dict[Node, list[Node]]
+    made: dict[Node, nn.Module]
+    gains: dict[nn.Module, list[float]]
+
+    def __post_init__(self) -> None:
+        self.order = list(self.parents)
+        self.position = {node: i for i, node in enumerate(self.order)}
+        self.before: dict[Node, int] = {}  # what a step depends on, a bit for each
+        for node, parents in self.parents.items():
+            self.before[node] = 0
+            for parent in parents:
+                self.before[node] |= self.before[parent] | 1 << self.position[parent]
+
+    def ends(self) -> set[nn.Module]:
+        """The modules whose output a skip adds to: the last of each residual branch."""
+        found: set[nn.Module] = set()
+        for _, way in self._branches():
+            inside, stack = set(way), [way[-1]]
+            while stack:
+                node = stack.pop()
+                if node in self.made:
+                    found.add(self.made[node])
+                else:
+                    stack.extend(p for p in self.parents[node] if p in inside)
+        return found
+
+    def bypassed(self, free: Collection[nn.Module]) -> set[nn.Module]:
+        """The modules of residual branches: around all of their uses a path goes that passes no module.
+
+        A branch with more than `MOST_IN_BRANCH` modules in a row is a plain deep network, whatever goes around it.
+
+        Args:
+            free: those whose scale a norm undoes; with them a row ends.
+        """
+        found: set[Node] = set()
+        for skip, way in self._branches():
+            length = {skip: 0}
+            for node in way:
+                module = self.made.get(node)
+                longest = max(length[p] for p in self.parents[node] if p in length)
+                length[node] = 0 if module in free else longest + (module is not None)
+            if max(length.values()) <= MOST_IN_BRANCH:
+                found.update(node for node in way if node in self.made)
+        rest = {module for node, module in self.made.items() if node not in found}
+        return {self.made[node] for node in found} - rest
+
+    def _branches(self) -> Iterator[tuple[Node, list[Node]]]:
+        """Of each sum of a branch and what it was computed from: where the two part, and the steps of the branch."""
+        for node, parents in self.parents.items():
+            if not _is_sum(node, parents):
+                continue
+            for end, other in (parents, parents[::-1]):
+                # Of x + attention(x) + mlp(x), the first sum is the other side of the second.
+                others = [other, *(self.parents[other] if _is_sum(other, self.parents[other]) else ())]
+                skip = next((s for s in map(self._source, others) if self._depends(end, s)), None)
+                if skip is not None:
+                    steps = self.order[self.position[skip] + 1 : self.position[end] + 1]
+                    yield skip, [n for n in steps if self._depends(n, skip) and (n is end or self._depends(end, n))]
+
+    def _source(self, node: Node) -> Node:
+        """Where a step's value comes from, without views, dropout, and whatever else takes one input."""
+        while node not in self.made and len(self.parents[node]) == 1:
+            node = self.parents[node][0]
+        return node
+
+    def _depends(self, node: Node, on: Node) -> bool:
+        return bool(self.before[node] >> self.position[on] & 1)
+
+
+def _is_sum(node: Node, parents: list[Node]) -> bool:
+    return node.name() == "AddBackward0" and len(parents) == 2
+
+
+def trace(model: nn.Module, modules: Collection[nn.Module], sample: Any, objective: Objective) -> Flow:
+    """The graph of one forward pass on a sample; what runs in it without a graph (`no_grad`) is not seen.
 
     Args:
         model: left as it was.
@@ -101,68 +195,46 @@ def bypassed(
         sample: a batch.
         objective: predicts.
     """
-    uses: list[tuple[nn.Module, Any, Any]] = []
-    sources: set[Any] = set()
+    made: dict[Node, nn.Module] = {}
+    gains: dict[nn.Module, list[float]] = {}
+    sources: set[Node] = set()
 
     def track(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.requires_grad:
             return x
-        tracked = x.detach().requires_grad_().clone()
+        tracked = x.detach().requires_grad_().clone()  # a copy, since a leaf forbids work in place
         sources.add(tracked.grad_fn)
         return tracked
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return tuple(track(x) for x in args), {key: track(x) for key, x in kwargs.items()}
+        return tree_map(track, args), tree_map(track, kwargs)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        x = next((x for x in args if isinstance(x, Tensor)), None)
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            uses.append((module, None if x is None else x.grad_fn, output.grad_fn))
-            sources.add(output.grad_fn)
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        output = track(output)  # of frozen weights
+        made[output.grad_fn] = module
+        sources.add(output.grad_fn)
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            size, last = (float(x.detach().double().square().mean()) for x in (output, args[0]))
+            gains.setdefault(module, []).append(size / last if last else math.nan)
+        return output
 
-    handle = model.register_forward_pre_hook(enter, with_kwargs=True)
+    handles = [module.register_forward_hook(after) for module in modules]
+    handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
     try:
-        with hooked(modules, after), measuring(model), torch.enable_grad():
+        with measuring(model), torch.enable_grad():
             output = objective.predict(model, sample)
     finally:
-        handle.remove()
-    last = [x.grad_fn for x in _tensors(output) if x.grad_fn is not None] or [y for _, _, y in uses]
-    order = _from_first(last)
-    # One bit for each node that the data reach; those that parameters alone reach are no paths.
-    bits: dict[Any, int] = {}
-    before: dict[Any, int] = {}  # what a node depends on
-    successors: dict[Any, int] = {}  # of a node
-    for node in order:
-        parents = [p for p, _ in node.next_functions if p in bits]
-        if not parents and node not in sources:
-            continue
-        bits[node] = 1 << len(bits)
-        before[node] = 0
-        for parent in parents:
-            before[node] |= before[parent] | bits[parent]
-            successors[parent] = successors.get(parent, 0) | bits[node]
-    reached: dict[Any, int] = {}  # successors of all that a node depends on, and its own
-    for node in bits:
-        reached[node] = successors.get(node, 0)
-        for parent, _ in node.next_functions:
-            if parent in bits:
-                reached[node] |= reached[parent]
-    around = {m for m, x, y in uses if x in bits and y in bits and reached[x] & ~(before[y] | bits[y])}
-    ends: set[nn.Module] = set()
-    carried: dict[Any, dict[Any, tuple[nn.Module, Any]]] = {}  # outputs that reach a node without another module
-    made = {y: (module, x) for module, x, y in uses}
-    for node in bits:
-        parents = [p for p, _ in node.next_functions if p in bits]
-        carried[node] = {}
-        for parent in parents:
-            carried[node] |= carried[parent]
-        if node in made:
-            carried[node] = {node: made[node]}
-        if node.name() == "AddBackward0" and len(parents) == 2:
-            for one, other in (parents, parents[::-1]):
-                branches = [(m, x) for m, x in carried[one].values() if x in bits]
-                ends |= {m for m, x in branches if (before[x] | bits[x]) & bits[other]}
-    return around, ends & around
+        for handle in handles:
+            handle.remove()
+    parents: dict[Node, list[Node]] = {}
+    ends = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor) and x.grad_fn is not None]
+    for node in _from_first([*ends, *made]):
+        reached = [p for p, _ in node.next_functions if p in parents]
+        if reached or node in sources:  # what parameters alone reach is no path
+            parents[node] = reached
+    return Flow(parents, {node: module for node, module in made.items() if node in parents}, gains)
 
 
 def _from_first(ends: Iterable[Any]) -> list[Any]:
@@ -179,17 +251,6 @@ def _from_first(ends: Iterable[Any]) -> list[Any]:
             stack.append((node, True))
             stack.extend((p, False) for p, _ in node.next_functions if p is not None and p not in seen)
     return order
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,24 @@ NUM_SWEEPS = 4
 # Gradients that change by more than this factor across the layers that were set are told.
 MOST_CHANGE = 100.0
 
+# The old weights are put back where the new ones change gradients or signals by so much more, and by at least so much.
+MOST_WORSE, LEAST_WORSE = 2.0, 10.0
+
+CURE = "a norm or a skip in each block is what helps"
+
 # A residual stream that grows by more than this is scaled, by no less than that.
 MOST_GROWTH, LEAST_FACTOR = 10.0, 1e-3
 
 # Layers behind an activation without a stable critical point, from which that is told where nothing is measured.
 MANY = 5
+
+
+class State(NamedTuple):
+    """Parameters and buffers by name, and how gradients and signals change across layers with them."""
+
+    kept: dict[str, Tensor]
+    hidden: Sequence[nn.Module]
+    changes: tuple[float, float]
 
 
 @dataclass
@@ -242,12 +255,32 @@ class Setting:
 
     def sweep_(self, layers: Sequence[nn.Module]) -> None:
         """Divides layers before what does not work element by element (pooling) by the gains that are measured."""
-        for _ in range(NUM_SWEEPS if layers else 0):
+        for _ in range(NUM_SWEEPS if layers and self.sample is not None else 0):
             gains = layer_gains(self.model, self.sample, self.objective)
             for weight in [self.weights.by_layer[m] for m in layers]:
                 gain = gains.get(weight.block.name)
                 if gain is not None and gain.chi > 0:
                     weight.set_(weight.value / math.sqrt(gain.chi))
+
+    def state(self, hidden: Sequence[nn.Module]) -> State:
+        """The parameters as they are, and how signals and gradients change across the layers before they are set."""
+        kept = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
+        return State(kept, hidden, self._changes(hidden))
+
+    def restore_if_worse_(self, before: State) -> list[str]:
+        """Puts all back where signals or gradients change clearly more than before; says so."""
+        now = self._changes(before.hidden)
+        if _size(now) < max(MOST_WORSE * _size(before.changes), LEAST_WORSE):
+            return []
+        self.model.load_state_dict(before.kept)
+        was, tried = (
+            f"gradients change by a factor of {b:.2g} and signals by {f:.2g}" for b, f in (before.changes, now)
+        )
+        note = (
+            f"left all as it was, since isometries are worse: across {len(before.hidden)} layers {tried}, and {was} now"
+        )
+        beyond = _size(before.changes) > MOST_CHANGE
+        return [f"{note}, which is beyond initialization; {CURE}" if beyond else note]
 
     def beyond(self, hidden: Sequence[nn.Module], points: dict[nn.Module, CriticalPoint]) -> list[str]:
         """What was not reached: a depth across which gradients still shrink or grow."""
@@ -258,12 +291,11 @@ class Setting:
             *([f"{len(unstable)} stand before an activation without a stable critical point"] if unstable else []),
             *([f"{len(biased)} have no bias, which their activation needs"] if biased else []),
         ]
-        cure = "a norm or a skip in each block is what helps"
         if self.sample is None:
             if len(unstable) + len(biased) < MANY:
                 return []
-            return [f"beyond initialization at depth: of {len(hidden)} layers, {' and '.join(why)}; {cure}"]
-        backward, forward = self._changes(hidden) if len(hidden) > 2 else (1.0, 1.0)
+            return [f"beyond initialization at depth: of {len(hidden)} layers, {' and '.join(why)}; {CURE}"]
+        backward, forward = self._changes(hidden)
         told = [
             f"{what} still change by a factor of {change:.1e}"
             for what, change in (("gradients", backward), ("signals", forward))
@@ -271,10 +303,12 @@ class Setting:
         ]
         if not told:
             return []
-        return ["; ".join([f"beyond initialization: across {len(hidden)} layers {' and '.join(told)}", *why, cure])]
+        return ["; ".join([f"beyond initialization: across {len(hidden)} layers {' and '.join(told)}", *why, CURE])]
 
     def _changes(self, layers: Sequence[nn.Module]) -> tuple[float, float]:
         """How a random vector's gradient changes from the last layer's output to the first's; and the output's size."""
+        if self.sample is None or len(layers) < 3:
+            return 1.0, 1.0
         outputs: dict[nn.Module, Tensor] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -297,3 +331,8 @@ class Setting:
         sizes = [float(x.detach().double().square().mean().sqrt()) for x in (first, last)]
         forward = sizes[1] / sizes[0] if sizes[0] > 0 else 1.0
         return (1.0 if gradient is None else float(gradient.double().norm() / v.double().norm())), forward
+
+
+def _size(changes: tuple[float, float]) -> float:
+    """The larger of two changes, where a shrinking by a factor counts as a growth by it."""
+    return max(max(c, 1 / c) if 0 < c < math.inf else math.inf for c in changes)

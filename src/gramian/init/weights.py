@@ -106,11 +106,14 @@ def _parallel(x: Tensor, y: Tensor) -> bool:
 class Weights:
     """The weights that an initialization may set, by layer; the other modules that hold matrices; the names left.
 
+    `depthwise` has those of the others that act on each channel alone.
+
     `left` has the names by reason, as a warning says it.
     """
 
     by_layer: dict[nn.Module, Weight] = field(default_factory=dict)
     others: set[nn.Module] = field(default_factory=set)
+    depthwise: set[nn.Module] = field(default_factory=set)
     left: dict[str, list[str]] = field(default_factory=dict)
 
     def leave(self, reason: str, name: str) -> None:
@@ -128,8 +131,7 @@ ZERO = "left zero, as residual branches are by design (set them first if they ar
 PARAMETRIZED = "left as they were, since their parametrization takes no such weight"
 DESIGNED = "left as they were, with a bias that is neither constant nor centered, as if by design"
 NORMALIZED = "left as they were, since a norm undoes any scale of what they compute"
-BYPASSED = "left as they were, since a path goes around them (a skip, or a branch beside theirs)"
-ALONE = "left as they were, since few layers follow each other there without a norm or a skip"
+BYPASSED = "left as they were, since a skip goes around them"
 DEPTHWISE = "left as they were, since they act on each channel alone"
 
 
@@ -148,6 +150,8 @@ def find_weights(model: nn.Module) -> Weights:
         reason = "" if block.role == "embedding" else _obstacle(block, layer, local, adapters)
         if reason or block.role == "embedding":
             weights.others.update(owner for _, owner in block.owners)
+            if block.role == "elementwise":
+                weights.depthwise.update(owner for _, owner in block.owners)
             if reason:
                 weights.leave(reason, name)
             continue

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint import open_checkpoint, save_tensors
-from gramian.errors import CheckpointError, InputError
+from gramian.errors import CheckpointError, InputError, some
 from gramian.inspection.changes import change_between, rounding_floor
-from gramian.inspection.matching import Pairs, is_in_out, some
+from gramian.inspection.matching import Pairs, is_in_out
 from gramian.inspection.peft_format import PREFIX, Modules, config_of_adapter
 from gramian.inspection.quadrature import leading_vectors
 from gramian.layers.lookup import match_pattern
@@ -268,11 +268,11 @@ def _remarks(found: _Found, pairs: Pairs, modules: Modules, kernels: bool) -> li
         which = "base" if modules.as_base else "model"
         remarks.append(f"The adapter's names are those of the {which}'s file; load it into a base with these names")
     if pairs.only_one:
-        remarks.append(f"Only in the model, so build the base with them before loading: {some(pairs.only_one)}")
+        remarks.append(f"Only in the model, so build the base with them before loading: {some(pairs.only_one, 5)}")
     if pairs.only_two:
-        remarks.append(f"Only in the base, so build it without them before loading: {some(pairs.only_two)}")
+        remarks.append(f"Only in the base, so build it without them before loading: {some(pairs.only_two, 5)}")
     if found.shapes:
-        remarks.append(f"Of another shape, so resize the base before loading: {some(found.shapes)}")
+        remarks.append(f"Of another shape, so resize the base before loading: {some(found.shapes, 5)}")
     if modules.model_type and modules.memory is None:
         remarks.append(
             f"transformers did not build this {modules.model_type}, so the adapter has the names of the file, which "
@@ -298,12 +298,12 @@ def _nothing(pairs: Pairs, found: _Found) -> CheckpointError:
     changed = [*found.others, *pairs.only_one]
     if changed:
         return CheckpointError(
-            f"{start}no linear module differs, there is nothing to extract; changed: {some(changed)}. "
+            f"{start}no linear module differs, there is nothing to extract; changed: {some(changed, 5)}. "
             "Copy these tensors instead."
         )
     if found.rounding:
         return CheckpointError(
-            f"{start}they differ only by rounding, there is nothing to extract: {some(found.rounding)}."
+            f"{start}they differ only by rounding, there is nothing to extract: {some(found.rounding, 5)}."
         )
     return CheckpointError(f"{start}no linear module differs, there is nothing to extract.")
 

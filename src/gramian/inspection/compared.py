@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from gramian.inspection.matching import Pairs, some
+from gramian.errors import some
+from gramian.inspection.matching import Pairs
 from gramian.report import Action, Finding, Layer
 from gramian.report.model import plural
 
@@ -77,7 +78,7 @@ class Compared:
             (f"Only in {pairs.one.path}", pairs.only_one),
             (f"Only in {pairs.two.path}", pairs.only_two),
         ):
-            notes += [f"{what}: {some(names)}"] if names else []
+            notes += [f"{what}: {some(names, 5)}"] if names else []
         for checkpoint in (pairs.one, pairs.two):
             notes += [f"{checkpoint.path}: {note}" for note in checkpoint.notes]
         return notes
@@ -105,7 +106,10 @@ def _of_nonfinite(compared: Compared) -> Iterator[Finding]:
     """Tensors with NaN or infinity in one of the two, or differences that are not finite since both have them."""
     broken = dict(compared.broken)
     num_entries = sum(broken.values())
-    title, evidence = "{} not finite in one of the two", f"{num_entries} entries that the other has not (exact)"
+    title, evidence = (
+        "{} not finite in one of the two",
+        f"{num_entries:,} {'entry' if num_entries == 1 else 'entries'} that the other has not (exact)",
+    )
     if not broken:
         broken = {layer.name: 0 for layer in compared.matrices if layer.frobenius_norm is None}
         title, evidence = "{} not finite, and not the same", "NaN or infinity in both (exact)"
@@ -115,7 +119,7 @@ def _of_nonfinite(compared: Compared) -> Iterator[Finding]:
             "non-finite-difference",
             "error",
             title.format(f"{plural(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'}"),
-            where=", ".join(names[:10]) + (" …" if len(names) > 10 else ""),
+            where=some(names, 10),
             evidence=evidence,
             cause="Training diverged in one of them, or a file is damaged.",
             action=Action("inspect_file"),

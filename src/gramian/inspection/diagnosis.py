@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import length_hint
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from gramian import linalg
 from gramian.batch import first_samples
 from gramian.calls import as_model
 from gramian.errors import InputError
 from gramian.gram import Gram
+from gramian.inspection.causes import CAUSES, Context, ordered
+from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.measured import Measured
+from gramian.inspection.observing import NUM_BATCHES, observe
 from gramian.inspection.rules import find
+from gramian.inspection.stepping import take_steps
 from gramian.inspection.weights import measure_file, measure_model
-from gramian.loader import Batches, as_batches, first_of
+from gramian.loader import Batches, as_batches, first_few
 from gramian.objective import Objective, as_objective
 from gramian.operators import NoJacobian, layer_gains, try_jacobian
 from gramian.recording import capture
-from gramian.report import Layer, Report
+from gramian.recording.measuring import batch_statistics
+from gramian.report import Finding, Layer, Report
 from gramian.report.model import COVERAGE, HALF
 
 __all__ = ["inspect"]
@@ -37,6 +44,7 @@ def inspect(
     batches: Batches | None = None,
     objective: Objective | Callable | None = None,
     *,
+    optimizer: Optimizer | None = None,
     quick: bool = False,
     layouts: Mapping[str, Any] | None = None,
     input_size: tuple[int, int] = (32, 32),
@@ -49,7 +57,9 @@ def inspect(
     and an `objective` it also has the size of activations and gradients by depth, the gain χ of each layer with its
     standard error, how much samples still differ at each depth, and the end-to-end Jacobian's singular values.
 
-    The model is measured in evaluation mode and left as it was. A file is read one tensor at a time. Under `torchrun`
+    A few training steps are watched in the mode in which the model is trained, without taking them. Second moments,
+    gains and the Jacobian are measured without dropout, and with the statistics of the batch in batch norms. The model
+    is left as it was. A file is read one tensor at a time. Under `torchrun`
     the ranks divide the tensors between them by cost, and every rank returns the whole report.
 
     Args:
@@ -58,6 +68,7 @@ def inspect(
         batches: a `DataLoader`, a list or another iterable of batches, which is read once; see docs/objectives.md. The
             first batch also serves for the gains and the Jacobian.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean`.
+        optimizer: made for this model. Its settings are judged, and a few of its steps are taken on a copy of both.
         quick: compute norms, stable rank and energy ranks with error bounds, from a few products, and not all singular
             values.
         layouts: the matrices in a tensor, by name pattern, for architectures that are not in the table of layers.
@@ -69,8 +80,9 @@ def inspect(
         InputError: batches without an objective or the reverse, or data for a file.
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
         CheckpointError: the file is missing, damaged, or would run code.
-    Cost: that of `describe` for each matrix; with data, a pass of `capture`, one backward pass, and a Jacobian of 8
-        samples. Memory: for a file, one tensor and a few matrices of its smaller side.
+    Cost: that of `describe` for each matrix; with data, four training steps, a pass of `capture`, one backward pass,
+        and a Jacobian of 8 samples; with an optimizer, seven steps and a copy of both. Memory: for a file, one tensor
+        and a few matrices of its smaller side.
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
@@ -94,14 +106,16 @@ def inspect(
         data = as_batches(batches, "inspect"), as_objective(objective)
     measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
     if data is not None:
-        _measure_signal(measured, model_or_path, *data, layouts, progress)
+        found = _measure_signal(measured, model_or_path, *data, optimizer, layouts, progress)
+        return _report(title or type(model_or_path).__name__, measured, found)
+    if optimizer is not None:
+        raise InputError("inspect: an optimizer is judged by its steps; pass batches and an objective with it")
     return _report(title or type(model_or_path).__name__, measured)
 
 
-def _report(title: str, measured: Measured) -> Report:
-    return Report(
-        title, find(measured), measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions
-    )
+def _report(title: str, measured: Measured, causes: Sequence[Finding] | None = None) -> Report:
+    found = find(measured) if causes is None else ordered((*causes, *find(measured)))
+    return Report(title, found, measured.layers, measured.facts, measured.jacobian, measured.notes, measured.directions)
 
 
 def _measure_signal(
@@ -109,11 +123,53 @@ def _measure_signal(
     model: nn.Module,
     batches: Iterable[Any],
     objective: Objective,
+    optimizer: Optimizer | None,
     layouts: Mapping[str, Any] | None,
     progress: Callable[[str, int, int], None],
-) -> None:
+) -> list[Finding]:
+    """Measures the signal, and returns the causes that were found."""
     total = length_hint(batches)
-    first, batches = first_of(batches, "inspect")
+    few, batches = first_few(batches, NUM_BATCHES, "inspect")
+    progress("steps", 0, 1)
+    try:
+        observed = observe(model, few, objective)
+    except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
+        measured.notes.append(f"No training step was watched: {_in_words(error)}. So causes were not looked for.")
+        _measure_moments(measured, model, few[0], batches, objective, layouts, progress, total)
+        return []
+    context = Context(model, observed, optimizer, layers=measured.layers)
+    measured.gated = context.has_zero_gates
+    if observed.error is not None:
+        measured.notes.append(f"The signal was not measured, since the loss fails: {_in_words(observed.error)}.")
+        return list(labels_in_range(context))
+    if optimizer is not None and math.isfinite(observed.loss):
+        try:
+            context.steps = take_steps(model, optimizer, few, objective)
+        except Exception as error:  # an optimizer that cannot be copied, or a step that fails
+            measured.notes.append(f"The optimizer's steps were not measured: {_in_words(error)}.")
+    found: list[Finding] = []
+    for rule in CAUSES:
+        try:
+            found += rule(context)
+        except Exception as error:  # what one rule does not understand must not hide what the others found
+            measured.notes.append(f"The rule for {rule.__name__.replace('_', ' ')} failed: {_in_words(error)}.")
+    progress("steps", 1, 1)
+    with batch_statistics(model):
+        _measure_moments(measured, model, few[0], batches, objective, layouts, progress, total)
+    measured.facts |= {"loss in training mode": observed.loss}
+    return found
+
+
+def _measure_moments(
+    measured: Measured,
+    model: nn.Module,
+    first: Any,
+    batches: Iterable[Any],
+    objective: Objective,
+    layouts: Mapping[str, Any] | None,
+    progress: Callable[[str, int, int], None],
+    total: int,
+) -> None:
     stats = capture(
         model,
         batches,
@@ -157,7 +213,7 @@ def _measure_signal(
     measured.facts |= {"loss per unit": stats.loss, "units": int(stats.units)}
     if stats.coverage < HALF:
         measured.facts[COVERAGE] = stats.coverage
-    measured.notes.append("Measured in evaluation mode: dropout off, batch statistics as stored.")
+    measured.notes.append("Measured without dropout, and with the batch's statistics in batch norms.")
 
 
 def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:

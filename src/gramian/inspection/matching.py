@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +11,9 @@ from gramian.checkpoint import Checkpoint
 from gramian.errors import CheckpointError
 from gramian.inspection.matrices import Holding, find_holdings
 from gramian.layers.lookup import match_pattern
+from gramian.report.model import plural
 
-__all__ = ["Pairs", "is_in_out", "some"]
+__all__ = ["Pairs", "is_in_out"]
 
 # A prefix is looked for among the first components of a name, before the number of a layer.
 LONGEST_PREFIX = 4
@@ -44,7 +45,7 @@ class Pairs:
         self.one, self.two = one, two
         self.names, self.changes = _match(one, two)
         self.notes = [
-            f"{count} names matched: {_prefix(new)} in {one.path} is {_prefix(old)} in {two.path}"
+            f"{plural(count, 'name')} matched: {_prefix(new)} in {one.path} is {_prefix(old)} in {two.path}"
             for new, old, count in self.changes
         ]
         self.only_one = [name for name in one.entries if name not in self.names]
@@ -106,11 +107,6 @@ class Pairs:
 def is_in_out(holding: Holding) -> bool:
     """Whether the tensor is (in, out), so that the columns of its matrices lie along its first dimension."""
     return bool(set(holding.layout.dims[0]) & set(holding.layout.sides[2]))
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many there are."""
-    return f"{', '.join(names[:limit])}{' …' if len(names) > limit else ''} ({len(names)})"
 
 
 Change = tuple[tuple[str, str], dict[str, str]]

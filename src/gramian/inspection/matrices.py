@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +17,13 @@ from torch import Tensor
 
 from gramian.block import METADATA
 from gramian.checkpoint import Checkpoint
+from gramian.checkpoint.folders import read_json
 from gramian.checkpoint.formats import Entry
 from gramian.errors import InputError, ShapeError
 from gramian.inspection.auxiliary import find_auxiliary
 from gramian.inspection.kernels import Kernels
-from gramian.layers import KERNELS, NAMED, Role, config_of, families, find_head, find_named, role_by_name, weight_name
-from gramian.layers.listed import depthwise_kernels
+from gramian.layers import Role, config_of, families, role_by_name
+from gramian.layers.listed import look_up_name, natural_order, settle_roles
 from gramian.layers.lookup import match_pattern
 from gramian.layout import Layout
 
@@ -32,8 +32,6 @@ __all__ = ["Holding", "find_holdings", "read_config", "read_layouts"]
 ROLES = ("embedding", "hidden", "head", "elementwise")
 
 UNKNOWN = "the parameter of a parametrization that names do not tell, not the weight that is applied"
-
-_DIGITS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
@@ -116,12 +114,8 @@ def find_holdings(
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the `config.json` in a checkpoint's folder, or nothing; text models nested in a config come to the top."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config_of(config) if isinstance(config, dict) else {}
+    found, _ = read_json((path if path.is_dir() else path.parent) / "config.json")  # open_checkpoint notes a broken one
+    return config_of(found)
 
 
 def read_layouts(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -192,33 +186,26 @@ def _of_metadata(entry: Entry, known: Mapping[str, Any]) -> Holding | str:
 
 def _hold(entry: Entry, config: Mapping[str, Any], checkpoint: Checkpoint, kernels: Kernels) -> Holding | str:
     """What the table of names says of a tensor, or why it holds no matrix that is known."""
-    found = find_named(weight_name(entry.weight), entry.shape, config, rows=(*NAMED, *KERNELS))
-    role = _role(entry, checkpoint)
-    made = UNKNOWN if ".parametrizations." in f".{entry.name}" and not entry.made else ""
-    if found is not None and found.layout is None:
+    found = look_up_name(entry.weight, entry.shape, config, checkpoint.entries)
+    if found.layout is None:
+        if found.kind == "unknown":
+            return f"of {len(entry.shape)} dimensions and an unknown name: give --layouts"
         return "vector" if found.kind == "vector" else "acts element by element"
-    if found is not None and found.layout is not None:
-        layout, kind, note = found.layout, found.kind, ""
-        if found.reason == f"named {KERNELS[0].name}":
-            layout, kind, note = kernels.describe(entry, layout, kind)
-        return Holding(entry, layout, kind, found.role or ("hidden" if kind != "matrix" else role), note or made)
-    if len(entry.shape) == 2:
-        kind = "embedding" if role == "embedding" else "matrix"
-        return Holding(entry, Layout("o i -> o i", entry.shape), kind, role, made)
-    return f"of {len(entry.shape)} dimensions and an unknown name: give --layouts"
-
-
-def _role(entry: Entry, checkpoint: Checkpoint) -> Role:
-    module, _, local = entry.weight.rpartition(".")
-    return role_by_name(entry.weight, entry.shape, local == "weight" and f"{module}.bias" in checkpoint.entries)
+    layout, kind = found.layout, found.kind
+    note = UNKNOWN if ".parametrizations." in f".{entry.name}" and not entry.made else ""
+    if found.is_kernel:
+        layout, kind, note = kernels.describe(entry, layout, kind)
+    return Holding(entry, layout, kind, found.role or "hidden", note)
 
 
 def _overridden(entry: Entry, pattern: str, value: Any, checkpoint: Checkpoint) -> Holding:
     text, sizes = value if isinstance(value, list | tuple) and len(value) == 2 else (value, {})
     if not isinstance(text, str) or not isinstance(sizes, Mapping):
         raise InputError(f"layouts: {pattern!r} must map to a layout, [layout, sizes] or 'skip', got {value!r}")
+    module, _, local = entry.weight.rpartition(".")
+    role = role_by_name(entry.weight, entry.shape, local == "weight" and f"{module}.bias" in checkpoint.entries)
     try:
-        return Holding(entry, Layout(text, entry.shape, dict(sizes)), "layouts", _role(entry, checkpoint))
+        return Holding(entry, Layout(text, entry.shape, dict(sizes)), "layouts", role)
     except (ShapeError, TypeError) as error:
         raise InputError(f"layouts: {pattern!r} on {entry.name}: {error}") from None
 
@@ -232,22 +219,16 @@ def _with_head(holdings: list[Holding], checkpoint: Checkpoint, known: Mapping[s
     ordered = sorted(holdings, key=lambda h: _place(h.entry.name, h.role))
     if known:
         return ordered
-    kernels = {h.entry.name: h.entry.shape for h in ordered if h.kind.startswith("conv")}
-    depthwise = depthwise_kernels(kernels, any(h.role == "embedding" for h in ordered))
-    ordered = [replace(h, role="elementwise") if h.entry.name in depthwise else h for h in ordered]
     tied = {e.tied_to for e in checkpoint.entries.values() if e.tied_to}
-    roles: list[Role] = [h.role for h in ordered]
-    tables = any(h.role == "embedding" and h.entry.name in tied for h in ordered)
-    adapter = any(h.entry.made and "LoRA" in h.entry.made.how for h in ordered)
-    last = "embedding" not in roles and not adapter
-    at = None if tables else find_head([[h.entry.name] for h in ordered], roles, last=last)
-    if at is None:
-        return ordered
-    head = replace(ordered[at], role="head")
-    return [*ordered[:at], *ordered[at + 1 :], head]
+    settled = settle_roles(
+        {h.entry.name: (h.kind, h.entry.shape, h.role) for h in ordered},
+        may_be_last=not any(h.entry.made and h.entry.made.low_rank for h in ordered),
+        has_head=not any(h.role == "embedding" and h.entry.name in tied for h in ordered),
+    )
+    ordered = [replace(h, role=settled.get(h.entry.name, h.role)) for h in ordered]
+    return sorted(ordered, key=lambda h: h.role == "head" and h.entry.name in settled)
 
 
 def _place(name: str, role: Role) -> tuple[int, list[tuple[int, int | str]]]:
     """Order embeddings, the body with `layers.2` before `layers.10`, then heads."""
-    words = [(0, int(word)) if word.isdigit() else (1, word) for word in _DIGITS.split(name) if word]
-    return {"embedding": 0, "hidden": 1, "elementwise": 1, "head": 2}[role], words  # type: ignore[return-value]
+    return {"embedding": 0, "hidden": 1, "elementwise": 1, "head": 2}[role], natural_order(name)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
+from gramian.errors import some
 from gramian.gram import Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
-from gramian.recording.recorder import NO_GRAD, NOT_REACHED
 from gramian.report import SEVERITIES, Action, Finding, Layer
 
 if TYPE_CHECKING:
@@ -33,11 +34,14 @@ TRAINABLE_DEPTHS = 6.0
 ADAMW_EPS = 1e-8
 
 # Ratio of the gradient's size at the first and last layer that gives a warning. A heuristic: healthy plain networks of
-# 1,000 layers stay below 30.
-GRADIENT_RATIO = 1e3
+# 1,000 layers stay below 30, and an encoder with its decoder (Whisper) reaches 2e3 as it is initialized.
+GRADIENT_RATIO = 1e4
 
 # Share of variance in the second moment below which float32 sums cannot distinguish it from rounding.
 VARIATION_FLOOR = 1e-6
+
+# Share of the layers up to which those that have most of the ratio are named, and not all.
+LOCAL = 1 / 3
 
 # Largest σ₁ of the end-to-end Jacobian, and largest 1/σ₁, without a warning. A heuristic, as for the gradients.
 END_TO_END = 1e3
@@ -99,25 +103,6 @@ def collapsed_inputs(measured: Measured) -> Iterator[Finding]:
         )
 
 
-def missing_gradients(measured: Measured) -> Iterator[Finding]:
-    """Find a loss from which no layer gets a gradient, since autograd was off or the loss was detached. Exact."""
-    if measured.stats is None or any(site.G is not None for site in measured.stats.sites()):
-        return
-    blocks = measured.stats.blocks
-    cut = [n for n, sites in blocks.items() if not sites or any(_without_autograd(s.reason) for s in sites)]
-    if cut:
-        yield Finding(
-            "no-gradient",
-            "error",
-            "No gradient arrives at any layer",
-            where=", ".join(cut[:3]) + (" …" if len(cut) > 3 else ""),
-            evidence=f"0 of {len(blocks)} layers got a gradient (exact)",
-            cause="The loss is not connected to the layers, so nothing was measured that needs a gradient.",
-            advice="Look for .detach(), .item(), torch.no_grad() or torch.inference_mode() in the objective, in the "
-            "model's forward or around inspect, and remove it.",
-        )
-
-
 def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
     """Find gradients below the smallest normal number of the dtype, and zeros that no zero matrix explains. Exact."""
     sized = _with_gradients(measured)
@@ -149,28 +134,44 @@ def gain(measured: Measured) -> Iterator[Finding]:
     χ averages over all directions, of which a trained network uses few. So the finding also needs an end-to-end
     measurement that agrees: the gradient by depth, or the Jacobian.
     """
-    known = [g for g in measured.gains.values() if g is not None and g.chi > 0 and math.isfinite(g.chi)]
-    if len(known) < 3 or len(known) < 0.5 * len(measured.gains):
+    gains = {name: g for name, g in measured.gains.items() if g is not None and g.chi > 0 and math.isfinite(g.chi)}
+    depth = len(gains)
+    if depth < 3 or depth < 0.5 * len(measured.gains):
         return
-    logs = [math.log(g.chi) for g in known]
-    mean = sum(logs) / len(logs)
-    errors = [g.standard_error / g.chi for g in known if math.isfinite(g.standard_error)]
-    half = 2 * math.sqrt(sum(e * e for e in errors)) / len(known)
+    logs = {name: math.log(g.chi) for name, g in gains.items()}
+    mean = fmean(logs.values())
+    errors = [g.standard_error / g.chi for g in gains.values() if math.isfinite(g.standard_error)]
+    half = 2 * math.sqrt(sum(e * e for e in errors)) / depth
     chi, low, high = math.exp(mean), math.exp(mean - half), math.exp(mean + half)
     measured.facts["gain χ (geometric mean)"] = chi
-    closest = max(0.0, abs(mean) - half)  # the end of the interval nearer to χ = 1
-    depth = len(known)
-    if closest == 0.0 or TRAINABLE_DEPTHS / closest >= depth or not _confirmed(measured):
+    if _crosses(mean, half, depth) or not _confirmed(measured):
+        return
+    below = mean < 0
+    few = _culprits(logs, half)
+    if len(few) <= LOCAL * depth:
+        rest = math.exp(fmean(v for name, v in logs.items() if name not in few))
+        yield Finding(
+            "gain-below-one" if below else "gain-above-one",
+            "error",
+            f"The gain of {some(few)} {'stops' if below else 'blows up'} the gradient; the others' is {rest:.2g}",
+            where=some(few),
+            evidence=", ".join(f"χ = {gains[name].chi:.2g} at {name}" for name in few[:3])
+            + f"; the geometric mean of the other {depth - len(few)} layers is {rest:.3g}",
+            cause="These layers have most of the ratio of the gradients: their weights, biases or activations do not "
+            "keep the signal.",
+            action=ISOMETRIC,
+            source="Schoenholz et al. 1611.01232, §5",
+        )
         return
     xi = 1 / abs(mean)
-    side = [g for g in known if (g.chi < 1) == (mean < 0)]
-    below = mean < 0
+    side = [value for value in logs.values() if (value < 0) == below]
     yield Finding(
         "gain-below-one" if below else "gain-above-one",
         "error",
         f"Gain {chi:.2g} per layer lets a gradient cross about {TRAINABLE_DEPTHS * xi:.0f} layers; there are {depth}",
-        where=f"{len(side)} of {depth} layers have a gain {'below' if below else 'above'} one",
-        evidence=f"χ = {chi:.3g} ({low:.3g} to {high:.3g}, 95 %), so ξ = 1/|ln χ| = {xi:.2g} layers; "
+        where="all layers",
+        evidence=f"{len(side)} of {depth} layers have a gain {'below' if below else 'above'} one; "
+        f"χ = {chi:.3g} ({low:.3g} to {high:.3g}, 95 %), so ξ = 1/|ln χ| = {xi:.2g} layers; "
         f"{depth} layers need ξ ≥ {depth / TRAINABLE_DEPTHS:.1f}",
         cause=f"Each layer's Jacobian multiplies a gradient by {math.sqrt(chi):.2g} on average; over {depth} layers "
         f"that is {math.sqrt(chi):.2g}^{depth} = {_decade(mean / 2 * depth)}.",
@@ -179,12 +180,27 @@ def gain(measured: Measured) -> Iterator[Finding]:
     )
 
 
+def _crosses(mean: float, half: float, depth: int) -> bool:
+    """Whether a gradient crosses this many layers at the favorable end of the interval of their mean ln χ."""
+    return max(0.0, abs(mean) - half) * depth <= TRAINABLE_DEPTHS
+
+
+def _culprits(logs: dict[str, float], half: float) -> list[str]:
+    """The fewest layers without which a gradient would cross the others."""
+    sign = math.copysign(1.0, fmean(logs.values()))
+    order = sorted(logs, key=lambda name: -sign * logs[name])
+    few = 0
+    while few < len(order) and not _crosses(fmean(logs[name] for name in order[few:]), half, len(order) - few):
+        few += 1
+    return order[:few]
+
+
 def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     """Compare the gradient at the first layer with that at the last."""
     sized = _with_gradients(measured)
     if not measured.is_chain or len(sized) < 3 or not all(math.isfinite(layer.gradient_rms or 0.0) for layer in sized):
         return
-    first, last = sized[0].gradient_rms or 0.0, sized[-1].gradient_rms or 0.0
+    first, last = _per_unit(measured, sized[0]), _per_unit(measured, sized[-1])
     if last == 0.0:
         return
     measured.facts["gradient, first layer against last"] = ratio = first / last
@@ -192,7 +208,9 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
         return
     vanishes = ratio < 1
     unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
-    evidence = f"root mean square {first:.1e} at {sized[0].name}, {last:.1e} at {sized[-1].name}"
+    evidence = (
+        f"root mean square{_positions(measured, sized)} {first:.1e} at {sized[0].name}, {last:.1e} at {sized[-1].name}"
+    )
     if unmoved:
         evidence += f"; below AdamW's ε = 1e-8 in {len(unmoved)} of {len(sized)} layers, which AdamW hardly moves"
     yield Finding(
@@ -201,7 +219,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
         f"The gradient at the first layer is {ratio:.0e} times the last layer's"
         if ratio
         else "The gradient at the first layer is zero",
-        where=f"{sized[0].name} … {sized[-1].name}",
+        where="all layers",
         evidence=evidence,
         cause=f"The product of the layers' Jacobians {'shrinks' if vanishes else 'grows'} with every layer.",
         action=RETRAIN,
@@ -233,53 +251,25 @@ def end_to_end(measured: Measured) -> Iterator[Finding]:
         )
 
 
-def dead_units(measured: Measured) -> Iterator[Finding]:
-    """Find hidden units that are zero on all N rows, which bounds their activity by 3/N at 95 %."""
-    if measured.stats is None:
-        return
-    for site in list(measured.stats.sites())[1:]:
-        if not _single(site.A) or site.A.count < 30:
-            continue
-        dead = int((site.A.diagonal == 0).sum())
-        if dead > 0.1 * site.A.dim:
-            yield Finding(
-                "dead-units",
-                "warning",
-                f"{dead} of {site.A.dim} inputs of {site.name} are dead units",
-                where=site.name,
-                evidence=f"zero on all {site.A.count:,.0f} rows: active on at most {3 / site.A.count:.2%} (95 %)",
-                cause="Their pre-activations are negative for all samples: a learning rate or bias was too large.",
-                action=ISOMETRIC,
-                advice="That is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
-            )
-
-
 Rule = Callable[["Measured"], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
     weight_rules.non_finite_weights,
     non_finite_signal,
-    missing_gradients,
     underflowing_gradients,
     gain,
     collapsed_inputs,
     gradient_by_depth,
     end_to_end,
-    dead_units,
     *weight_rules.RULES,
 )
 
 
 def _confirmed(measured: Measured) -> bool:
     """Whether the gradient or the Jacobian, measured across the whole depth, leaves its healthy range."""
-    sized = [layer.gradient_rms or 0.0 for layer in _with_gradients(measured)]
+    sized = [_per_unit(measured, layer) for layer in _with_gradients(measured)]
     ratio = sized[0] / sized[-1] if measured.is_chain and sized and sized[-1] > 0 else 1.0
     largest = measured.jacobian[0] if measured.jacobian and not _is_blocked(measured) else 1.0
     return not (1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO and 1 / END_TO_END <= largest <= END_TO_END)
-
-
-def _without_autograd(reason: str) -> bool:
-    """Whether a site has no gradient because none came, and not because its layer was not understood."""
-    return reason in ("", NO_GRAD, NOT_REACHED) or "Inference tensor" in reason
 
 
 def _with_gradients(measured: Measured) -> list[Layer]:
@@ -290,7 +280,27 @@ def _with_gradients(measured: Measured) -> list[Layer]:
     """
     zero = max((layer.depth for layer in _zero_matrices(measured)), default=-1)
     sized = [layer for layer in measured.layers if layer.gradient_rms is not None]
-    return [layer for layer in sized if layer.gradient_rms != 0.0 or layer.depth >= zero]
+    return [layer for layer in sized if layer.gradient_rms != 0.0 or (layer.depth >= zero and not measured.gated)]
+
+
+def _per_unit(measured: Measured, layer: Layer) -> float:
+    """The gradient's root mean square times the root of the number of rows (positions of an image) for each unit.
+
+    Where a mean over positions follows, each position's gradient is small because there are many.
+    """
+    return (layer.gradient_rms or 0.0) * math.sqrt(_rows_per_unit(measured, layer))
+
+
+def _rows_per_unit(measured: Measured, layer: Layer) -> float:
+    sites = measured.stats.get(layer.name.partition("[")[0]) if measured.stats is not None else None
+    a = sites[0].A if sites else None
+    return max(1.0, float(a.count / measured.stats.units)) if measured.stats is not None and _single(a) else 1.0
+
+
+def _positions(measured: Measured, layers: list[Layer]) -> str:
+    """What is said of the positions where there are several."""
+    several = any(_rows_per_unit(measured, layer) > 1 for layer in layers)
+    return " over units, all positions of a unit together:" if several else ""
 
 
 def _zero_matrices(measured: Measured) -> list[Layer]:

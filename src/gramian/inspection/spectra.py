@@ -19,6 +19,7 @@ from gramian.errors import DtypeError, ShapeError
 from gramian.inspection.entries import Entries, clipped, count_entries
 from gramian.inspection.noise import Noise, against_noise
 from gramian.inspection.quadrature import largest_singular_value
+from gramian.inspection.ranks import rank_above_rounding
 from gramian.inspection.tail import Tail, fit_tail
 
 __all__ = ["Spectrum", "check_matrix", "describe", "energy_rank"]
@@ -208,9 +209,9 @@ def _derive(spectrum: Spectrum, sigma: Float[Tensor, " k"], dtype: torch.dtype, 
     share = (sigma / frobenius).square()
     eps = torch.finfo(dtype).eps
     if dtype in NARROW:
-        tolerance = eps / 2 * (math.sqrt(m) + math.sqrt(n)) * frobenius / math.sqrt(m * n)
+        rank = rank_above_rounding(sigma.tolist(), (m, n), eps / 2 * frobenius / math.sqrt(m * n))
     else:
-        tolerance = max(m, n) * eps * first
+        rank = int((sigma > max(m, n) * eps * first).sum())
     # Norms can overflow float64 where entries do not.
     values = tuple((sigma * unit).tolist())
     notes = []
@@ -228,7 +229,7 @@ def _derive(spectrum: Spectrum, sigma: Float[Tensor, " k"], dtype: torch.dtype, 
         condition=first / last if last > resolved * first else None,
         stable_rank=(frobenius / first) ** 2,
         effective_rank=math.exp(float(torch.special.entr(share).sum())),
-        numerical_rank=int((sigma > tolerance).sum()),
+        numerical_rank=rank,
         energy_ranks=tuple((rank, rank) for rank in ranks),
         notes=tuple(notes),
     )

@@ -17,8 +17,9 @@ from gramian import layers, placement
 from gramian.block import Block, blocks
 from gramian.checkpoint import Checkpoint, open_checkpoint
 from gramian.checkpoint.formats import dtype_name, is_plain
-from gramian.errors import InputError
+from gramian.errors import some
 from gramian.inspection.auxiliary import AUXILIARY
+from gramian.inspection.by_design import PRODUCT, untrained_adapter
 from gramian.inspection.convolution import conv_norm, conv_norm_circular
 from gramian.inspection.entries import Entries, count_non_finite
 from gramian.inspection.matrices import Holding, find_holdings, read_config
@@ -70,8 +71,7 @@ def measure_file(
     for name, load in checkpoint.beside.items():
         _add_non_finite(measured, name, load())
     for reason, names in left_out.items():
-        more = f" … ({len(names)} in all)" if len(names) > 5 else ""
-        measured.notes.append(f"Left out, {reason}: {', '.join(names[:5])}{more}")
+        measured.notes.append(f"Left out, {reason}: {some(names, 5)}")
     roles = {holding.role for holding in holdings}
     if roles >= {"embedding"} and "head" not in roles and read_config(checkpoint.path).get("tie_word_embeddings"):
         measured.notes.append("The head is the embedding: tie_word_embeddings in config.json, and none in the file")
@@ -93,8 +93,6 @@ def measure_model(
 ) -> Measured:
     """Measure the blocks of a model."""
     found, rest = blocks(model, layouts)
-    if any(p.is_meta for p in model.parameters()):
-        raise InputError(f"inspect: weights of {type(model).__name__} are on meta and have no values; load them first")
     measured = Measured()
     if found:
         measured.dtype = found[0].parameter.dtype
@@ -254,7 +252,7 @@ def _measure_holding(checkpoint: Checkpoint, holding: Holding, quick: bool, inpu
     found = []
     for name, matrix in zip(holding.names, holding.split(tensor), strict=True):
         spectrum = _describe(matrix, quick)
-        row = report_row(name, holding.kind, holding.role, spectrum, norm)
+        row = report_row(name, PRODUCT if made and made.low_rank else holding.kind, holding.role, spectrum, norm)
         found.append((replace(row, note="; ".join([*about, *([row.note] if row.note else [])])), spectrum))
     return found
 
@@ -347,6 +345,8 @@ def _add_non_finite(measured: Measured, name: str, tensor: Tensor) -> None:
 
 
 def _add_facts(measured: Measured, quick: bool) -> None:
+    if untrained := untrained_adapter(measured.layers):
+        measured.notes.append(untrained)
     measured.facts["matrices"] = len(measured.layers)
     tested = [spectrum.noise for spectrum in measured.spectra if spectrum.noise is not None]
     if tested:

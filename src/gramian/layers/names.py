@@ -143,6 +143,9 @@ NAMED: tuple[NamedWeight, ...] = (
     NamedWeight("gate_up_proj.weight", "(two o) i -> two o i", GATE_UP, "mlp"),
     NamedWeight("mlp.Wi.weight", "(two o) i -> two o i", ("up", "gate"), "mlp", models=("modernbert",)),
     NamedWeight("mixer.in_proj.weight", "(two o) i -> two o i", ("x", "gate"), "mamba", models=_MAMBA),
+    # the coefficients of a Mamba's recurrence, which are the axis c: steps, what enters the state, what is read from it
+    *(NamedWeight(f"{mixer}.{name}_proj.weight", "c i -> c i", kind="mamba")
+      for mixer in ("mixer", "mamba") for name in ("x", "dt")),
     NamedWeight("conv.in_proj.weight", "(three o) i -> three o i", ("b", "c", "x"), "conv", models=_LFM2),
     NamedWeight("weight_[ih]h*", "(four o) i -> four o i", LSTM_GATES, "lstm", models=("lstm",)),
     NamedWeight("weight_[ih]h*", "(three o) i -> three o i", GRU_GATES, "gru", models=("gru",)),
@@ -166,7 +169,7 @@ NAMED: tuple[NamedWeight, ...] = (
     NamedWeight("output_linear.weight", "e o i -> e o i", kind="experts", sizes={"o": "width"}),
     # heads that are matrices of their own
     NamedWeight("*_gate_weight", "h i o -> h o i", kind="gate", models=("recurrent_gemma",)),
-    NamedWeight("[dx]*_proj_weight", "h o i -> h o i", kind="mamba", models=("zamba",)),
+    NamedWeight("[dx]*_proj_weight", "h c i -> h c i", kind="mamba", models=("zamba",)),
     # plain parameters that stand at the right of a product
     NamedWeight("mm_input_projection_weight", "i o -> o i", kind="projection"),
     NamedWeight("prompts_visual_projection", "i o -> o i", kind="projection"),
@@ -197,12 +200,14 @@ class NameMatch(NamedTuple):
         kind: a word for the report.
         role: where the name tells it.
         reason: which row said so.
+        is_kernel: whether it was taken for the kernel of a plain convolution, by its number of axes.
     """
 
     layout: Layout | None
     kind: str
     role: Role | None
     reason: str
+    is_kernel: bool = False
 
 
 def find_named(
@@ -249,9 +254,8 @@ def find_named(
             continue
         if like and not _same_orientation(layout, like):
             continue
-        return NameMatch(
-            layout, row.kind, row.role, f"named {row.name}" + (f": {', '.join(row.parts)}" * bool(row.parts))
-        )
+        parts = f": {', '.join(row.parts)}" if row.parts else ""
+        return NameMatch(layout, row.kind, row.role, f"named {row.name}{parts}", row in KERNELS)
     if like:
         return None
     local = name.rpartition(".")[2]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gramian.errors import ConvergenceError, InputError
+from gramian.errors import ConvergenceError, InputError, some
 from gramian.linalg.engine.transforms import with_plain
 
 KINDS = ("bound", "estimate")
@@ -176,12 +176,11 @@ def _require(name: str, certificate: Certificate) -> None:
     failed = (~certificate.converged.flatten()).nonzero().flatten().tolist()
     reasons = certificate.reasons
     bounds = certificate.error_bound.flatten().tolist()
-    shown = "; ".join(f"matrix {i}: {reasons[i]} (error bound {bounds[i]:.1e})" for i in failed[:3])
-    more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+    shown = some((f"matrix {i}: {reasons[i]} (error bound {bounds[i]:.1e})" for i in failed), separator="; ")
     # The reason for an overflow says what to do, and nothing else would help.
     helps = any(reasons[i] != REASONS[OVERFLOW] for i in failed)
     advice = ", add damping where the function takes it, pass a wider dtype, or loosen rtol" if helps else ""
     raise ConvergenceError(
-        f"{name}: {len(failed)} of {len(reasons)} matrices failed their certificate. {shown}{more}. "
+        f"{name}: {len(failed)} of {len(reasons)} matrices failed their certificate. {shown}. "
         f"Use {name}_ex for the value and the certificate{advice}."
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gramian.errors import DtypeError, InputError, ShapeError, UnsupportedError
 from gramian.linalg import certificate as cert
-from gramian.linalg import derivatives
+from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.derivative import differentiable
@@ -99,7 +99,7 @@ def estimated_noise(s: Tensor, n: int, beta: float) -> Tensor:
     return s.median(-1).values / math.sqrt(n * marchenko_pastur_median(beta)) if s.shape[-1] else s.sum(-1)
 
 
-@differentiable(derivatives.shrinkage(shrink, estimated_noise), a=2, noise=0)
+@differentiable(singular_derivatives.shrinkage(shrink, estimated_noise), a=2, noise=0)
 def svd_shrink_ex(
     a: Float[Tensor, "*b m n"],
     noise: float | Tensor | None = None,
@@ -301,7 +301,7 @@ def _constant(batches: Iterable[Tensor]) -> Iterable[Tensor]:
 PCA_METHODS = ("covariance",)
 
 
-@differentiable(derivatives.PCA, batched=False, x=2)
+@differentiable(singular_derivatives.PCA, batched=False, x=2)
 def _pca(
     x: Tensor | Iterable[Tensor], k: int, *, method: str, rtol: float | None, strict: bool
 ) -> tuple[PCA, Certificate]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg import derivatives
+from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.engine import probes
 from gramian.linalg.engine.derivative import differentiable
@@ -180,7 +180,7 @@ COND: dict[str, Callable[..., Number]] = {
 }
 
 
-@differentiable(derivatives.CONDITION, a=2)
+@differentiable(singular_derivatives.CONDITION, a=2)
 def cond_ex(
     a: Float[Tensor, "*b m n"],
     *,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
-from gramian.linalg import derivatives
+from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
 from gramian.linalg.engine import lapack, probes
 from gramian.linalg.engine.derivative import differentiable
@@ -135,7 +135,7 @@ def _of_map(
     return ((v, s, u) if wide else (u, s, v)), proof
 
 
-@differentiable(derivatives.LOWRANK, a=2)
+@differentiable(singular_derivatives.LOWRANK, a=2)
 def svd_lowrank_ex(
     a: Float[Tensor, "*b m n"] | LinearMap,
     rank: int,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gramian.linalg import derivatives
+from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.engine import probes
 from gramian.linalg.engine.derivative import differentiable
@@ -192,7 +192,7 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
     return numbers(family, ["lanczos"], rtol, torch.float64, x, flags, (), lambda v, _: scale(v, exponent.to(v.device)))
 
 
-@differentiable(derivatives.SPECTRAL_NORM, a=2)
+@differentiable(singular_derivatives.SPECTRAL_NORM, a=2)
 def spectral_norm_ex(
     a: Float[Tensor, "*b m n"] | LinearMap,
     *,

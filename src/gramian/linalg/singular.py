@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg import derivatives
+from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.derivative import differentiable
@@ -113,7 +113,7 @@ SVDVALS = register(
 )
 
 
-@differentiable(derivatives.SINGULAR_VALUES, a=2)
+@differentiable(singular_derivatives.SINGULAR_VALUES, a=2)
 def svdvals_ex(
     a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b k"], Certificate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from gramian.block import Layout, blocks
 from gramian.checkpoint import clean_name
-from gramian.errors import GramianWarning, InputError
+from gramian.errors import GramianWarning, InputError, some
 from gramian.layers.listed import look_up_listed
+from gramian.layers.lookup import is_lazy
 from gramian.layers.roles import Role
 from gramian.optim.parts import in_parts
 
@@ -33,7 +35,8 @@ _WHY_ADAMW = {
 class Route:
     """How one parameter is stepped, and why: as the matrices of `layout`, or by AdamW where that is `None`.
 
-    `whole` is the layout before large matrices were cut into parts. `role` is the block's in the model.
+    `whole` is the layout before large matrices were cut into parts; where a parameter steps by AdamW for its role, the
+    layout of the matrices that it holds. `role` is the block's in the model.
     """
 
     name: str
@@ -105,20 +108,63 @@ def route_groups(
     overridden = {
         p: _override(r, chosen[p], (overrides or {})[chosen[p]]) for r in routes if (p := r.parameter) in chosen
     }
+    others = [r for r in routes if r.parameter not in overridden]
+    _warn_of_matrices_left(others, list(overridden.values()), model=bool(known))
     return [([overridden.get(r.parameter, r) for r in members], own) for members, own in groups if members]
+
+
+MOST_LEFT = 0.25
+"""The largest share of the hidden parameters that may go to AdamW, for want of a layout, without a warning."""
+
+
+def _warn_of_matrices_left(routes: Sequence[Route], overridden: Sequence[Route], *, model: bool) -> None:
+    """Warns if more than `MOST_LEFT` of the hidden parameters step by AdamW since nothing tells their matrices.
+
+    Hidden are the matrices, and what has two or more dimensions and is no table, head or elementwise weight. Frozen
+    parameters, and those that `routes=` names, are as the user wants them. `model`: whether the model was asked.
+    """
+    trained = [r for r in routes if r.parameter.requires_grad and r.role == "hidden" and not is_lazy(r.parameter)]
+    left = [r for r in trained if r.layout is None and sum(length > 1 for length in r.parameter.shape) >= 2]
+    matrices = sum(r.parameter.numel() for r in (*trained, *overridden) if r.layout is not None)
+    num_left = sum(r.parameter.numel() for r in left)
+    if num_left <= MOST_LEFT * (num_left + matrices):
+        return
+    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", r.name) for r in left))
+    layouts = ", ".join(f"{pattern!r}: {_example(left, pattern)!r}" for pattern in patterns[:3])
+    write = f"layouts={{{layouts}{', …' if len(patterns) > 3 else ''}}}"
+    warnings.warn(
+        f"{num_left / (num_left + matrices):.0%} of the hidden parameters step by AdamW, since nothing tells which "
+        f"matrices they hold: {some([r.name for r in left])}. Pass "
+        f"{write if model else f'the model, and where its classes do not tell, {write}'}, which says how they lie: "
+        "'e i o -> e o i' for e matrices stored as (in, out), 'e o i -> e o i' as (out, in), see gm.blocks; or, where "
+        f"AdamW is right, routes={{{patterns[0]!r}: 'adamw'}}",
+        GramianWarning,
+        stacklevel=5,
+    )
+
+
+def _example(left: Sequence[Route], pattern: str) -> str:
+    """A layout to start from, with as many dimensions as the first of these parameters that the pattern means."""
+    ndim = next(r.parameter.ndim for r in left if fnmatch.fnmatchcase(r.name, pattern))
+    stack = "".join(f"{axis} " for axis in "abcdefgh"[: ndim - 3] + "e"[: ndim - 2])
+    return f"{stack}i o -> {stack}o i"
 
 
 def routes_of_model(model: nn.Module, layouts: Mapping[str, Any] | None = None) -> list[Route]:
     """The routes of all parameters of a model, by their role in it."""
     found, rest = blocks(model, layouts)
     routes = [_by_role(b.name, b.parameter, b.layout, b.role, b.reason) for b in found]
-    return routes + [Route(r.name, r.parameter, None, r.reason) for r in rest]
+    return routes + [
+        Route(r.name, r.parameter, None, r.reason, role="elementwise" if r.elementwise else "hidden") for r in rest
+    ]
 
 
 def _by_role(name: str, parameter: Tensor, layout: Layout | None, role: Role, reason: str) -> Route:
     if layout is None or role == "hidden":
-        return Route(name, parameter, layout, reason)
-    return Route(name, parameter, None, f"{_WHY_ADAMW.get(role, role)}: {reason}", role=role)
+        return Route(name, parameter, layout, reason, role=role)
+    # A depthwise kernel that is to be a matrix all the same is one, a row for each channel.
+    whole = plain_layout(parameter) if role == "elementwise" else layout
+    return Route(name, parameter, None, f"{_WHY_ADAMW.get(role, role)}: {reason}", whole, role)
 
 
 _BY_SHAPE = "given without a name: routed by its shape"
@@ -180,7 +226,14 @@ def _override(r: Route, pattern: str, direction: Direction) -> Route:
         return Route(r.name, r.parameter, None, reason)
     if direction != "matrix":
         raise InputError(f"routes[{pattern!r}]: expected 'matrix' or 'adamw', got {direction!r}")
-    layout = r.layout or plain_layout(r.parameter)
+    shape = tuple(r.parameter.shape)
+    layout = r.layout or r.whole or (plain_layout(r.parameter) if len(shape) == 2 else None)
+    if layout is None and len(shape) < 2:
+        raise InputError(f"routes: {r.name!r} is a vector of shape {shape} and holds no matrix")
     if layout is None:
-        raise InputError(f"routes: {r.name!r} is a vector of shape {tuple(r.parameter.shape)} and holds no matrix")
+        raise InputError(
+            f"routes: {r.name!r} of shape {shape} is one matrix or several, and nothing tells which. In place of "
+            f"routes={{{pattern!r}: 'matrix'}}, pass the model with layouts={{{pattern!r}: 'e i o -> e o i'}} for e "
+            "matrices stored as (in, out), 'e o i -> e o i' stored as (out, in); see gm.blocks"
+        )
     return Route(r.name, r.parameter, layout, reason)

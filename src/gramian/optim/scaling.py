@@ -13,15 +13,18 @@ from gramian.layout import Layout
 from gramian.linalg.engine.scaling import peak, pow2
 from gramian.optim.stacks import State
 
-__all__ = ["as_long_as_polar", "num_in_sequence", "rescale_", "usual_table_lr"]
+__all__ = ["as_long_as_polar", "num_in_sequence", "rescale_", "usual_kernel_lr", "usual_table_lr"]
 
 SPAN = 24  # powers of two by which gradients may grow or shrink before their unit changes
 LARGEST = {torch.float32: 126, torch.float64: 1022}  # largest k for which 2**k and 2**-k are both normal numbers
 
 TABLE_LR = (3e-3, 1e-2)  # least and largest usual rate under AdamW
 OUTPUT_STEP = 2.4  # how far one step of AdamW may move an output of a head, all inputs being of size one
+KERNEL_LR = (3e-3, 3e-2)
+KERNEL_STEP = 0.147  # the same for an output of a depthwise kernel: what 3e-3 is for ConvNeXt's 7 × 7 taps
 
 PARALLEL = ("e",)  # axes of the layouts of gramian.layers that number experts
+COEFFICIENTS = "c"  # the axis of their rows that are coefficients of a recurrence
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
@@ -32,6 +35,8 @@ def num_in_sequence(weights: Iterable[tuple[str, Layout]]) -> int:
     Fused parts count each, since attention multiplies queries, keys and values, and a gated layer gate and value. The
     experts of a layer count once, since a token gets a weighted mean of their outputs, in which their changes do not
     add up. (By the same argument the groups of a convolution would; nothing was measured there, and they count each.)
+    The matrices that make the coefficients of a Mamba's recurrence do not count beside others: the unit passes by them,
+    through the kernel, D and the gate, and a step of theirs changes the outputs a hundredth as much (docs/optim.md).
 
     Args:
         weights: name and layout of each. Experts that are modules of their own are told by the name `experts.N.`.
@@ -41,13 +46,19 @@ def num_in_sequence(weights: Iterable[tuple[str, Layout]]) -> int:
     (3, 2)
     >>> num_in_sequence((f"experts.{k}.up", Layout("o i -> o i", (4, 2))) for k in range(8))
     1
+    >>> num_in_sequence([("mixer.x_proj", Layout("c i -> c i", (20, 64))), ("out", Layout("o i -> o i", (64, 64)))])
+    1
     """
     counts: dict[str, int] = {}
+    beside = False
     for name, layout in weights:
+        if COEFFICIENTS in layout.sides[1]:
+            beside = True
+            continue
         place = _EXPERT.sub(r"\1experts.*.", name)
         experts = math.prod(layout.axes[axis] for axis in layout.sides[0] if axis in PARALLEL)
         counts[place] = max(counts.get(place, 0), len(layout.labels) // max(experts, 1))
-    return sum(counts.values())
+    return sum(counts.values()) or int(beside)
 
 
 def usual_table_lr(tables: Iterable[Tensor]) -> float:
@@ -61,6 +72,17 @@ def usual_table_lr(tables: Iterable[Tensor]) -> float:
     """
     widest = max((t.shape[-1] for t in tables), default=1)
     return min(TABLE_LR[1], max(TABLE_LR[0], OUTPUT_STEP / max(widest, 1)))
+
+
+def usual_kernel_lr(num_taps: Iterable[int]) -> float:
+    """AdamW's rate for depthwise kernels where none is given: 3e-3 for 7 × 7 taps, and more for fewer, up to 3e-2.
+
+    A step of AdamW moves each tap by the rate, and so an output by up to the rate times the number of taps.
+
+    >>> usual_kernel_lr([49]), usual_kernel_lr([4]), round(usual_kernel_lr([9, 4]), 4)
+    (0.003, 0.03, 0.0163)
+    """
+    return min(KERNEL_LR[1], max(KERNEL_LR[0], KERNEL_STEP / max(num_taps, default=1)))
 
 
 def rescale_(g: Tensor, state: State, powers: Mapping[str, int]) -> None:

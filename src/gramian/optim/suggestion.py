@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gramian import placement
 from gramian.calls import as_model, prepared
 from gramian.errors import InputError, UnsupportedError
-from gramian.loader import as_batches, is_one_batch, no_batches
+from gramian.loader import as_batches, is_one_batch, looks_like_one, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.operators import LineCurvature, line_curvature
 from gramian.optim.proximal import Proximal
@@ -30,9 +30,11 @@ Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 NUM_STEPS = 16  # of a rehearsal
 WARMUP = 4  # a rehearsal's rate rises over a quarter of its steps
 STEP = 10**0.5  # between two rates that are rehearsed
+WINDOW = 3  # half-decades above and below the start that are rehearsed first
 MAX_REHEARSALS = 24
-MOST_HALVINGS = 8
 NOISE = 0.01  # of what the rest of the model gains alone: a rate that adds less than this share adds nothing
+ROUNDING = 1e-5  # of the loss: a gain below this share is taken for rounding (float32, over the steps of a rehearsal)
+CLEAR = 10  # a gain is clear of noise if it is so many times what the two smaller rates lose
 
 # The best rate of runs of 100 steps over that of a rehearsal, measured on the networks of `gramian bench rates`.
 FRACTION = 0.7
@@ -80,19 +82,19 @@ def suggest_lr(
 
     With D the optimizer's first direction (of all parameters whose rate follows `lr`) and G the Gauss–Newton matrix,
     `η* = gᵀD / (DᵀGD)` is where the loss along D is lowest to second order. Training is then rehearsed for `num_steps`
-    steps at η*, with a warm-up over the first quarter, and at half-decades above and below until the best rate lies
-    between worse ones, judged by the loss of a batch on which no step was taken. The suggestion is 0.7 of the best
-    rehearsed rate (interpolated by a parabola over its logarithm), since a short run tolerates larger steps than a long
-    one. A suggestion that does not lower the held-out loss is halved until it does.
+    steps at η*, with a warm-up over the first quarter, and at three half-decades above and below, and further until the
+    best rate lies between worse ones, judged by the loss of a batch on which no step was taken. The suggestion is 0.7
+    of the best rehearsed rate (interpolated by a parabola over its logarithm), since a short run tolerates larger steps
+    than a long one; or the best rate itself, where that gains less than half as much. A gain of less than 1e-5 of the
+    loss is taken for rounding, and is none.
 
     Args:
         model: in the mode in which it is to be trained. Weights, buffers, gradients, mode and random state are restored
             afterwards.
         batch: one batch, or many: a `DataLoader`, a list, or another iterable, of which the first `num_steps + 1` are
             read. The last one read judges, the others train. Give several: with only one, the rate is that of a
-            gradient without noise. A tuple and a mapping are one batch, and so is a
-            list of tensors of different kinds or shapes, `[x, y]`; a list of tensors that differ at most in their first
-            dimension is a list of batches.
+            gradient without noise. A tuple and a mapping are one batch, and so is a list `[x, y]` of tensors that
+            cannot both be inputs; two of one shape are read as two batches, with a warning.
         objective: `gm.Objective`, or `loss(model, batch) -> scalar mean` (the Hessian then takes G's place).
         optimizer: `"auto"`, as in `gm.train`, another name of `gm.optim.OPTIMIZERS`, a class, or a function
             `(model, lr) -> optimizer`, such as `partial(gm.optim.Muon, scale="match_rms_adamw")`.
@@ -103,7 +105,7 @@ def suggest_lr(
             gradient that is not finite, or zero; a direction along which the loss does not fall at any rate.
         UnsupportedError: for an operation without a second derivative, sharded parameters, and optimizers whose step
             depends on the weights.
-    Cost: about `7 · num_steps` training steps. Accuracy: see docs/learning_rates.md.
+    Cost: about `9 · num_steps` training steps. Accuracy: see docs/learning_rates.md.
     Source: the line minimum under Gauss–Newton: Martens (1412.1193), §6.4; held-out batches against noise: this
     library's own measurements.
 
@@ -149,14 +151,16 @@ class _Rehearsals:
         line = curvature.minimum
         base = self._baseline(before)
         best = self._search(line if 0 < line < math.inf else 1.0, base)
-        if not self.losses[best] < before:
+        if best is None or not base - self.losses[best] > ROUNDING * abs(before):
+            best = self._least()
+        if not before - self.losses[best] > ROUNDING * abs(before):
             tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
             raise InputError(
-                f"suggest_lr: no rate from {tried} lowers the held-out loss of {before:.4g} in {self.num_steps} steps; "
-                "give more or larger batches, or repair the model first (see gm.inspect)"
+                f"suggest_lr: no rate from {tried} lowers the held-out loss of {before:.4g} by more than rounding and "
+                f"noise in {self.num_steps} steps; give more or larger batches, or repair the model first (gm.inspect)"
             )
         gain = base - self.losses[best]
-        if not gain > NOISE * (before - base):
+        if not gain > max(NOISE * (before - base), ROUNDING * abs(before)):
             raise InputError(
                 f"suggest_lr: no rate from {min(self.losses):.1e} to {max(self.losses):.1e} gains more than the "
                 f"parameters that do not follow lr gain alone, at their own rate: the held-out loss falls from "
@@ -167,13 +171,8 @@ class _Rehearsals:
         good = [rate for rate, loss in self.losses.items() if base - loss >= gain / 2]
         top = self._top(best)
         lr, how = FRACTION * top, f"{FRACTION:g} × {top:.2g}, the best rate of {self.num_steps} rehearsed steps"
-        for halvings in range(1, 1 + MOST_HALVINGS):
-            if self._rehearse(lr) < base:
-                break
-            lr, how = lr / 2, f"{FRACTION:g} × {top:.2g}, halved {halvings} times until the loss fell"
-        else:  # noise: no rate below the best gains
+        if not base - self._rehearse(lr) >= gain / 2:  # the best rate stands alone among its neighbors
             lr, how = best, f"the best rate of {self.num_steps} rehearsed steps"
-        self._rehearse(lr)
         kind = "Gauss–Newton" if curvature.matrix == "gauss_newton" else "Hessian"
         mode = "training" if self.model.training else "evaluation"
         alone = self.training[-1] is self.held_out
@@ -185,27 +184,47 @@ class _Rehearsals:
         interval = (min(lr, *good), max(lr, *good))
         return LearningRate(lr, line, curvature, interval, before, tuple(sorted(self.losses.items())), why)
 
-    def _search(self, start: float, before: float) -> float:
-        """The best of the half-decades around `start`: one above it is worse, and two below it gain, but less.
+    def _search(self, start: float, base: float) -> float | None:
+        """The best of the half-decades around `start` that counts, with rates rehearsed above and below it, or none.
 
-        Rates that are far too large end on a plateau, where noise makes minima; but rates below such a minimum gain
-        nothing.
+        A whole window is rehearsed first, since the loss has a second minimum where small rates only fit the head's
+        biases. Smaller rates follow while there is no rate that counts, until they change nothing any more.
         """
-        self._rehearse(start)
-        while len(self.losses) < MAX_REHEARSALS:
-            at, best = sorted(self.losses), self._best()
-            below = [self.losses[rate] for rate in at if rate < best][-2:]
-            if len(below) < 2 or not all(loss < before for loss in below):
-                self._rehearse(at[0] / STEP)
-            elif best == at[-1]:
+        for k in range(-WINDOW, WINDOW + 1):
+            self._rehearse(start * STEP**k)
+        while True:
+            at, best = sorted(self.losses), self._best(base)
+            if len(at) >= MAX_REHEARSALS:
+                return best
+            if best is not None and best == at[-1]:
                 self._rehearse(best * STEP)
+            elif best is not None and at.index(best) > 1:
+                return best
+            elif best is None and self._is_still(at[:2]):
+                return None
             else:
-                break
-        return self._best()
+                self._rehearse(at[0] / STEP)
 
-    def _best(self) -> float:
-        """The rate of the least loss; the smallest of several with the same loss."""
+    def _best(self, base: float) -> float | None:
+        """The rate of the least loss that counts, the smallest of several; `None` where none does.
+
+        Rates that are far too large end on a plateau, where noise makes minima. So a rate counts if it gains, and the
+        two below it gain too, or lose much less. The lowest two count if they gain, until there are rates below them.
+        """
+        at, found = sorted(self.losses), []
+        for k, rate in enumerate(at):
+            gain, below = base - self.losses[rate], [base - self.losses[other] for other in at[max(0, k - 2) : k]]
+            if gain > 0 and all(other > 0 or gain > -CLEAR * other for other in below):
+                found.append((self.losses[rate], rate))
+        return min(found)[1] if found else None
+
+    def _least(self) -> float:
         return min(self.losses, key=lambda rate: (self.losses[rate], rate))
+
+    def _is_still(self, rates: Sequence[float]) -> bool:
+        """Whether the losses after these rates are the same to rounding, so that smaller ones would change nothing."""
+        losses = [self.losses[rate] for rate in rates]
+        return max(losses) - min(losses) <= ROUNDING * abs(min(losses))
 
     def _top(self, best: float) -> float:
         """Where the parabola through the best rate and its neighbors is lowest, over the logarithm of the rate."""
@@ -338,25 +357,17 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _batches(batch: Any, num: int) -> list[Any]:
-    """At most `num` batches; a tuple, and a list of tensors of different shapes, are one.
+    """At most `num` batches; a tuple is one, and so is a list that looks like one.
 
     A loader's order does not change the seeds.
     """
-    elements = batch if isinstance(batch, (tuple, list)) and not _are_batches(batch) else ()
-    if is_one_batch(batch) or isinstance(batch, tuple) or any(isinstance(e, (Tensor, int, float)) for e in elements):
+    if isinstance(batch, tuple) or is_one_batch(batch) or looks_like_one(batch):
         return [batch]
     with torch.random.fork_rng(devices=[]):
         found = list(islice(as_batches(batch, "suggest_lr"), num))
     if not found:
         raise no_batches(batch, "suggest_lr")
     return found
-
-
-def _are_batches(batch: Any) -> bool:
-    """Whether a list of tensors is a list of batches: all of one kind and one shape but for their first dimension."""
-    if not isinstance(batch, list) or not all(isinstance(t, Tensor) and t.ndim for t in batch):
-        return False
-    return len({(t.shape[1:], t.is_floating_point()) for t in batch}) == 1
 
 
 def _maker(optimizer: Any) -> Make:

@@ -68,7 +68,9 @@ class Accumulator:
             site.A.add(*form.moment())
             return
         # Projections of one tensor (queries, keys and values; gate and up) share its second moment.
-        key = (id(form.source), form.source._version, form.op, form.in_dims, side.key, type(site.A), id(mask))
+        # Inference tensors have no version, and are not written to where their model may be differentiated.
+        version = -1 if form.source.is_inference() else form.source._version
+        key = (id(form.source), version, form.op, form.in_dims, side.key, type(site.A), id(mask))
         for rows in form.inputs(mask):
             rows = side.arrange(rows)
             if form.op != "linear" or isinstance(site.A, DiagonalGram) or rows.shape[-2] < side.dim or side.at:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gramian import placement
+from gramian.calls import wrappings
 from gramian.checkpoint import clean_name
 from gramian.errors import UnsupportedError
 
@@ -62,9 +63,9 @@ def collective_of(model: nn.Module) -> Collective:
     Raises `UnsupportedError` for a model that is sharded in another way than by `fully_shard` over ranks with batches
     of their own: under tensor parallelism several ranks have the same batch.
     """
-    inner = getattr(model, "_orig_mod", model)  # a compiled model, which a capture runs uncompiled
-    if isinstance(inner, DistributedDataParallel):
-        return Collective(inner.module, together=True, group=inner.process_group)
+    for inner in wrappings(model):  # of a compiled model too, which a capture runs uncompiled
+        if isinstance(inner, DistributedDataParallel):
+            return Collective(inner.module, together=True, group=inner.process_group)
     sharded = [(name, p) for name, p in model.named_parameters() if placement.is_sharded(p)]
     if not sharded:
         return Collective(model)

@@ -37,7 +37,7 @@ def embedding(
         rows = rows_of(grad)
         return rows if keep is None else rows[keep]
 
-    return Form("embedding", weight, input, inputs, outputs, (0,), (1,), onehot=True)
+    return Form("embedding", weight, input, inputs, outputs, (0,), (1,), onehot=True, follows_mask=True)
 
 
 def indexing(is_weight: IsWeight, input: Tensor, index: Any) -> Form | None:

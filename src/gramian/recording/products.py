@@ -35,10 +35,16 @@ def _covers(mask: Tensor | None, x: Tensor) -> bool:
 def linear(is_weight: IsWeight, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Form | None:
     """The products of all vectors along the last dimensions of two tensors: `linear`, `inner`."""
     if is_weight(weight):
-        return Form("linear", weight, input, _plain_rows(input), rows_of, (1,), (0,)) if weight.ndim == 2 else None
+        return (
+            Form("linear", weight, input, _plain_rows(input), rows_of, (1,), (0,), follows_mask=True)
+            if weight.ndim == 2
+            else None
+        )
     if not is_weight(input) or input.ndim != 2:
         return None
-    return Form("linear", input, weight, _plain_rows(weight), lambda g: rows_of(g.movedim(0, -1)), (1,), (0,))
+    return Form(
+        "linear", input, weight, _plain_rows(weight), lambda g: rows_of(g.movedim(0, -1)), (1,), (0,), follows_mask=True
+    )
 
 
 def matmul(is_weight: IsWeight, input: Tensor, other: Tensor) -> Form | None:
@@ -50,12 +56,12 @@ def matmul(is_weight: IsWeight, input: Tensor, other: Tensor) -> Form | None:
 def _from_right(w: Tensor, x: Tensor) -> Form | None:
     """x W, of a matrix or a stack of them."""
     if w.ndim == 2:
-        return Form("matmul", w, x, _plain_rows(x), rows_of, (0,), (1,))
+        return Form("matmul", w, x, _plain_rows(x), rows_of, (0,), (1,), follows_mask=True)
     if w.ndim != 3:
         return None
     if x.ndim <= 2:  # every matrix of the stack takes the same rows
         stack = _stacked(w, 1 if x.ndim == 1 else None)
-        return Form("matmul", w, x, _plain_rows(x), stack, (1,), (0, 2))
+        return Form("matmul", w, x, _plain_rows(x), stack, (1,), (0, 2), follows_mask=True)
     stack = _stacked(w)
     return Form("matmul", w, x, lambda mask: iter([stack(x)]), stack, (0, 1), (0, 2)) if _fits(w, x) else None
 
@@ -152,7 +158,7 @@ def chain(is_weight: IsWeight, matrices: Sequence[Tensor]) -> list[Form]:
         left, right = list(matrices[:k]), list(matrices[k + 1 :])
         if left and all(known[k + 1 :]):
             rows = _product(left)
-            form = Form("matmul", w, rows, _plain_rows(rows), rows_of, (0,), (1,))
+            form = Form("matmul", w, rows, _plain_rows(rows), rows_of, (0,), (1,), follows_mask=True)
             found.append(replace(form, outputs=lambda g, r=right: rows_of(_product([g, *(t.mT for t in r[::-1])]))))
         elif right and all(known[:k]):
             rows = _product(right).T
@@ -234,4 +240,4 @@ def bilinear(
     def outputs(grad: Tensor) -> Tensor:
         return (rows_of(grad).unsqueeze(-1) * left.unsqueeze(1)).flatten(1)
 
-    return Form("bilinear", weight, input2, _plain_rows(input2), outputs, (2,), (0, 1))
+    return Form("bilinear", weight, input2, _plain_rows(input2), outputs, (2,), (0, 1), follows_mask=True)

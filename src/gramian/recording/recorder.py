@@ -20,10 +20,12 @@ from gramian.block import Block, Blocks
 from gramian.layers.lookup import is_lazy
 from gramian.recording.accumulation import Accumulator
 from gramian.recording.forms import Form, read
+from gramian.recording.joined import uses_of_parts
+from gramian.recording.padding import Padding
 from gramian.recording.sides import BlockView, Side, sides_of
 from gramian.recording.stacks import uses_of
 from gramian.recording.taps import Pass, in_backward, tapped
-from gramian.recording.tracking import Tracker, name_of, tensors_of
+from gramian.recording.tracking import Tracker, acts_by_rows, name_of, tensors_of
 from gramian.recording.unfused import UNFUSED
 from gramian.statistics import Site, Statistics
 
@@ -33,7 +35,10 @@ MAX_DIM = 8192
 """Sides wider than this keep only the diagonal of their second moment: a vocabulary of 32,000 would take 8 GiB."""
 
 NO_GRAD = "it ran without autograd: in torch.no_grad(), or checkpoint(use_reentrant=True)"
+INFERENCE = "it ran in torch.inference_mode(), whose Inference tensors have no gradient"
 NOT_REACHED = "no gradient reached it"
+WITHOUT_AUTOGRAD = frozenset({NO_GRAD, INFERENCE, NOT_REACHED})
+"""The reasons of sites that have no G because no gradient came, and not because their use was not understood."""
 
 
 class Recorder(TorchFunctionMode):
@@ -59,7 +64,7 @@ class Recorder(TorchFunctionMode):
         self.accumulator = Accumulator(max_dim, precision)
         self.record_without_grad = record_without_grad
         self.current: Pass | None = None
-        self.mask: Tensor | None = None
+        self.padding = Padding()
         self.leaf = torch.zeros((), requires_grad=True)
         self.running: list[str] = []  # names of the tied parameters whose modules are running, innermost last
         self.paused = 0  # parametrizations that are being computed
@@ -67,13 +72,13 @@ class Recorder(TorchFunctionMode):
 
     def begin(self, current: Pass, mask: Tensor | None = None) -> None:
         """Starts a forward pass: uses from now on belong to it. Rows outside the mask are left out of A."""
-        self.current, self.mask = current, mask
+        self.current, self.padding = current, Padding(mask)
         self.tracker.reset()
         self.accumulator.reset()
 
     def end(self) -> None:
         """Ends the forward pass: nothing is recorded from now on."""
-        self.current = self.mask = None
+        self.current, self.padding = None, Padding()
         self.paused = 0
         self.tracker.reset()
         self.accumulator.reset()
@@ -145,20 +150,29 @@ class Recorder(TorchFunctionMode):
         if self.current is None or self.paused or in_backward():
             return output
         tensors = list(tensors_of((*args, *kwargs.values())))
-        held, fixed = self.tracker.held(tensors), all(map(self.tracker.is_fixed, tensors))
+        tracker = self.tracker
+        held, loose, fixed = tracker.held(tensors), tracker.joined(tensors), all(map(tracker.is_fixed, tensors))
         uses: list[tuple[Form, BlockView]] = []
-        if held and isinstance(output, Tensor):
-            for form in read(func, self.tracker.is_weight, args, kwargs):
-                view = self.tracker.resolve(form.weight)
-                if view is not None and not _is_no_use(form, view, fixed):
-                    uses += uses_of(form, view)
+        used: set[int] = set()
+        if (held or loose) and isinstance(output, Tensor):
+            for form in read(func, tracker.is_weight, args, kwargs):
+                found = self._uses(form, fixed)
+                used |= {id(form.weight)} if found else set()
+                uses += found
             if uses:
                 output = self._record(uses, output, self.current, in_place=any(output is t for t in tensors))
-        used = {id(form.weight) for form, _ in uses}
-        others = [one for one in held if id(one.tensor) not in used]
+        others, loose = [one for one in held if id(one.tensor) not in used], [t for t in loose if id(t) not in used]
         name = name_of(func) + (", as an input" if uses else "")
-        self.tracker.follow(func, name, args, tensors, others, fixed, output)
+        self.padding.follow(func, args, kwargs, tensors, output, by_rows=bool(uses) or acts_by_rows(func))
+        tracker.follow(func, name, args, kwargs, tensors, others, loose, fixed, output)
         return output
+
+    def _uses(self, form: Form, fixed: bool) -> list[tuple[Form, BlockView]]:
+        """The uses in a product: of one matrix, of those of a stack, or of weights put together."""
+        view, whole = self.tracker.resolve(form.weight), self.tracker.join(form.weight)
+        parts = [] if whole is None else uses_of_parts(form, whole)
+        parts = parts if view is None else [(form, view)]
+        return [use for part, one in parts if not _is_no_use(form, one, fixed) for use in uses_of(part, one)]
 
     def _record(self, uses: list[tuple[Form, BlockView]], output: Tensor, current: Pass, *, in_place: bool) -> Tensor:
         """Adds the inputs of a call's uses to A, and returns its output with a tap that will add the gradient to G."""
@@ -179,10 +193,12 @@ class Recorder(TorchFunctionMode):
                 site.reason = f"its layout {view.block.layout.pattern!r} does not match its use in {form.op}"
                 continue
             with self._noting(site, form), torch.no_grad(), torch._C.DisableTorchFunction():
-                self.accumulator.add_inputs(site, form, sides[0], self.mask)
+                self.accumulator.add_inputs(site, form, sides[0], self.padding.of(form))
+                if self.padding.is_missed(form, view.part is not None):
+                    self.stats.padded.setdefault(view.block.name, form.op)
             waiting.append((site, form, sides[1]))
             if not torch.is_grad_enabled():
-                site.reason = NO_GRAD
+                site.reason = INFERENCE if torch.is_inference_mode_enabled() else NO_GRAD
         if not waiting or not torch.is_grad_enabled():
             return output
 

@@ -64,9 +64,12 @@ def _by_owner(form: Form, view: BlockView, owners: Tensor) -> list[Use]:
         where = (owners == e).nonzero().flatten()
 
         def inputs(mask: Tensor | None) -> Iterator[Tensor]:
-            yield rows[where]
+            known = mask is not None and mask.ndim == 1 and len(mask) == len(rows)
+            yield rows[where[mask[where]]] if known else rows[where]  # pyright: ignore[reportOptionalSubscript]
 
-        one = replace(form, inputs=inputs, outputs=lambda grad: form.outputs(grad)[where], owners=None)
+        one = replace(
+            form, inputs=inputs, outputs=lambda grad: form.outputs(grad)[where], owners=None, follows_mask=True
+        )
         return one, replace(view, part=(e,), index=None)
 
     return [of_one(e) for e in owners.unique().tolist() if e >= 0]

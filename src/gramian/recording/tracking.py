@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.block import Block, Blocks
+from gramian.recording.joined import JOINS, Joined, joined, of_view
 from gramian.recording.sides import BlockView, view_of
 
-__all__ = ["Held", "Tracker", "name_of", "tensors_of"]
+__all__ = ["Held", "Tracker", "acts_by_rows", "name_of", "tensors_of"]
 
 # Functions whose result is the same weight in another dtype, device or memory layout, or the weight that is applied:
 # scaled, rounded, with some entries dropped.
@@ -29,6 +30,12 @@ _COPIES: set[Callable] = {
     *(torch.fake_quantize_per_tensor_affine, torch.fake_quantize_per_channel_affine),
     Tensor.data.__get__,  # type: ignore[attr-defined]
 }
+# Functions whose result is a weight in standardized form (NFNet, weight standardization), if no data enters.
+_NORMALIZERS: set[Callable] = {
+    *(F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm),
+    *(torch.batch_norm, torch.layer_norm, torch.group_norm, torch.instance_norm, torch.rms_norm),
+}
+_BY_ROWS: set[Callable] = {F.dropout, F.layer_norm, F.rms_norm, F.softmax, torch.softmax, Tensor.softmax, Tensor.to}
 _SELECTS = {Tensor.__getitem__, Tensor.index_select, torch.index_select}
 _OPERATORS = {"truediv": "div", "rtruediv": "div", "rdiv": "div", "rmul": "mul", "radd": "add", "idiv": "div"}
 
@@ -58,6 +65,9 @@ class Tracker:
         # Of the current pass, by identity; the tensor is kept, so that no other gets its id.
         self.views: dict[int, tuple[Tensor, BlockView]] = {}
         self.fixed: dict[int, Tensor] = {}  # what no data enters
+        self.joins: dict[int, Joined] = {}  # weights put together
+        # The weight that is applied, in another shape: with the shape that it takes again, and what it holds then.
+        self.reshaped: dict[int, tuple[Tensor, torch.Size, BlockView]] = {}
         self.other_uses: dict[str, dict[str, bool]] = {}
 
     def held(self, tensors: Iterable[Tensor]) -> list[Held]:
@@ -66,6 +76,8 @@ class Tracker:
         for tensor in tensors:
             view, base = self.resolve(tensor), tensor._base
             whole = view if view is not None or base is None else self.resolve(base)
+            if whole is None and (other := self.reshaped.get(id(tensor if base is None else base))) is not None:
+                whole = other[2]
             if whole is not None:
                 found.append(Held(tensor, whole.block, view))
         return found
@@ -80,12 +92,28 @@ class Tracker:
         if isinstance(tensor, nn.Parameter):
             return None if id(tensor) in self.rest else self._find(tensor)
         base = tensor._base
-        whole = None if base is None else self.resolve(base)
-        return None if base is None or whole is None else view_of(tensor, base, whole)
+        if base is None:
+            return None
+        _, shape, again = self.reshaped.get(id(base), (None, None, None))
+        if again is not None:
+            return again if tensor.shape == shape and _is_reshape(tensor, base) else None
+        whole = self.resolve(base)
+        return None if whole is None else view_of(tensor, base, whole)
+
+    def join(self, tensor: Any) -> Joined | None:
+        """The weights that were put together in a tensor, if any."""
+        found = self.joins.get(id(tensor))
+        if found is None and isinstance(tensor, Tensor) and (whole := self.joins.get(id(tensor._base))) is not None:
+            return of_view(tensor, whole)
+        return found
+
+    def joined(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some tensors that are weights put together, or a part of such."""
+        return [t for t in tensors if id(t) in self.joins or id(t._base) in self.joins] if self.joins else []
 
     def is_weight(self, value: Any) -> bool:
-        """Whether a value holds a block's weight."""
-        return self.resolve(value) is not None
+        """Whether a value holds a block's weight, or several."""
+        return self.resolve(value) is not None or self.join(value) is not None
 
     def is_fixed(self, tensor: Tensor) -> bool:
         """Whether no data enters a tensor: a parameter, a buffer of a layer, a number, or a function of such alone."""
@@ -99,14 +127,17 @@ class Tracker:
         func: Callable,
         name: str,
         args: tuple,
+        kwargs: Mapping[str, Any],
         tensors: list[Tensor],
         others: list[Held],
+        loose: list[Tensor],
         fixed: bool,
         output: Any,
     ) -> None:
         """Tracks the output where it is the weight in another form; any other function of one is noted by its name.
 
-        `tensors` are all that the function was given; `others` those of them whose use was not captured.
+        `tensors` are all that the function was given; `others` those of them whose use was not captured, and `loose`
+        the same of weights put together.
         """
         made = list(tensors_of((output,)))
         for t in made:
@@ -116,20 +147,53 @@ class Tracker:
                 base = t if t._base is None else t._base
                 self.fixed.pop(id(base), None)
         made = [t for t in made if t.is_floating_point()]
+        whole = None
+        if fixed and others and func in JOINS:
+            whole = joined(func, name, args, kwargs, self.resolve, made[0])
+            if whole is not None:
+                self.joins[id(made[0])] = whole
         copied = False
         for held in others:
-            if not made or all(_is_view_of(t, held.tensor) for t in made):
+            if not made or all(_is_view_of(t, held.tensor) for t in made) or (whole and held.view is not None):
                 continue  # a view is found by its base
             if any(t is held.tensor for t in made):
                 if not fixed and self.views.pop(id(held.tensor), None) is not None:
                     self.note(held, name, fixed)
                 continue
-            view = None if copied or held.view is None else self._in_another_form(func, args, held, fixed, made[0])
-            if view is not None:
-                self.views[id(made[0])] = (made[0], view)
+            if not copied and self._follow_form(func, args, held, fixed, made[0]):
                 copied = True
                 continue
             self.note(held, name, fixed)
+        for tensor in loose:
+            self._follow_joined(func, tensor, fixed, made)
+
+    def _follow_form(self, func: Callable, args: tuple, held: Held, fixed: bool, output: Tensor) -> bool:
+        """Tracks the output of a function of a weight, if it can be applied in the weight's place."""
+        if held.view is not None:
+            view = self._in_another_form(func, args, held, fixed, output)
+            if view is not None:
+                self.views[id(output)] = (output, view)
+            return view is not None
+        tensor, base = held.tensor, held.tensor._base
+        _, shape, view = self.reshaped.get(id(tensor), (None, None, None))
+        if view is None and base is not None and _is_reshape(tensor, base):
+            shape, view = base.shape, self.resolve(base)
+        if view is None or shape is None or not fixed or not _keeps(func, args, tensor, output):
+            return False
+        self.reshaped[id(output)] = (output, shape, view)
+        return True
+
+    def _follow_joined(self, func: Callable, tensor: Tensor, fixed: bool, made: list[Tensor]) -> None:
+        """The same for weights put together; what is not captured is noted by the function that did so."""
+        if not made or all(_is_view_of(t, tensor) for t in made):
+            return
+        whole = self.join(tensor)
+        if whole is not None and fixed and _keeps(func, (tensor,), tensor, made[0]):
+            self.joins[id(made[0])] = replace(whole, tensor=made[0])
+            return
+        whole = whole or self.joins[id(tensor if tensor._base is None else tensor._base)]
+        for _, _, view in whole.views():
+            self.note(Held(tensor, view.block, view), whole.name, fixed)
 
     def note(self, held: Held, name: str, fixed: bool) -> None:
         """Notes a use that is not captured."""
@@ -148,6 +212,8 @@ class Tracker:
         """Forgets the views and copies of the last forward pass."""
         self.views.clear()
         self.fixed.clear()
+        self.joins.clear()
+        self.reshaped.clear()
 
     def _in_another_form(
         self, func: Callable, args: tuple, held: Held, fixed: bool, output: Tensor
@@ -155,7 +221,7 @@ class Tracker:
         """What the output of a function of a weight holds of its block, if it can be applied in the weight's place."""
         view = held.view
         assert view is not None
-        if output.shape == held.tensor.shape and (func in _COPIES or (fixed and _is_elementwise(func))):
+        if _keeps(func, args, held.tensor, output) and (fixed or func in _COPIES):
             return view
         index = _selection(func, args, held.tensor)
         stacked = view.dims[0] == 0 and view.index is None and view.part is None and held.tensor.ndim > 2
@@ -193,6 +259,18 @@ def _all_of(block: Block) -> BlockView:
     return BlockView(block, tuple(range(block.parameter.ndim)))
 
 
+def _is_reshape(tensor: Tensor, base: Tensor) -> bool:
+    """Whether a view has all entries of its base, in their order."""
+    return tensor.numel() == base.numel() and tensor.is_contiguous() and base.is_contiguous()
+
+
+def _keeps(func: Callable, args: tuple, weight: Tensor, output: Tensor) -> bool:
+    """Whether a function of a weight, and of what no data enters, gives a weight with its entries at their places."""
+    if output.shape != weight.shape:
+        return False
+    return func in _COPIES or _is_elementwise(func) or (func in _NORMALIZERS and bool(args) and args[0] is weight)
+
+
 def _is_view_of(tensor: Tensor, other: Tensor) -> bool:
     return tensor._base is not None and tensor._base is (other if other._base is None else other._base)
 
@@ -204,6 +282,11 @@ def _is_elementwise(func: Callable) -> bool:
     packet = getattr(torch.ops.aten, _OPERATORS.get(name, name), None)
     overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
+
+
+def acts_by_rows(func: Callable) -> bool:
+    """Whether a function acts on each row of a matrix alone: entry by entry, or a norm over the last dimension."""
+    return func in _BY_ROWS or _is_elementwise(func)
 
 
 def _selection(func: Callable, args: tuple, weight: Tensor) -> Tensor | None:

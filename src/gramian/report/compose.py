@@ -153,6 +153,8 @@ def _tail(layer: Layer) -> str | None:
     return f"{layer.tail_alpha:.1f} ({low:.1f}–{high:.1f}; n = {layer.tail_size})"
 
 
+NOTE = "note"  # the column of texts of any length
+
 # The columns of a layer table: heading, and what it shows of a layer. A column without a single value is left out.
 COLUMNS: dict[str, Callable[[Layer], str | float | int | None]] = {
     "layer": lambda layer: layer.name,
@@ -179,7 +181,7 @@ COLUMNS: dict[str, Callable[[Layer], str | float | int | None]] = {
     "same as": lambda layer: layer.duplicate_of or None,
     "parameters": lambda layer: layer.parameters or None,
     "dtype": lambda layer: layer.dtype or None,
-    "note": lambda layer: layer.note or None,
+    NOTE: lambda layer: layer.note or None,
 }
 
 
@@ -193,7 +195,7 @@ def layer_table(layers: Sequence[Layer], findings: Sequence[Finding] = ()) -> Ta
         columns.remove("dtype")
         caption.append(f"All are {dtypes.pop()}.")
     rows = [[COLUMNS[column](layer) for column in columns] for layer in layers]
-    words = [i for i, column in enumerate(columns) if column in ("dtype", "note", "same as", "tail α")]
+    words = [i for i, column in enumerate(columns) if column in ("dtype", NOTE, "same as", "tail α")]
     rows = [["" if i in words and cell is None else cell for i, cell in enumerate(row)] for row in rows]
     emphasis = [index for index, layer in enumerate(layers) if layer.name in named]
     if emphasis:

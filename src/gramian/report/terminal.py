@@ -7,12 +7,10 @@ markup, so a layer named `[red]` is shown as it is.
 from __future__ import annotations
 
 import io
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table as Grid
@@ -20,8 +18,10 @@ from rich.text import Text
 
 from .axes import shows
 from .compose import layer_table, telling_rows
-from .formatting import abbreviate, elide, number, visible
+from .formatting import number
 from .model import Document, Finding, HeatMap, Picture, Report, Section, Status, Table, is_findings, plural, ranked
+from .spelling import Speller
+from .tables import TableView
 
 if TYPE_CHECKING:
     from .model import Drawing
@@ -35,43 +35,6 @@ _SIGNS: dict[Status, tuple[str, str]] = {
     "warning": ("!", "bold yellow"),
     "bad": ("✗", "bold red"),
 }
-# Columns by importance: a narrow terminal drops the last of these first, and never the table's first column.
-_PRIORITY = (
-    *("σ", "‖ΔW‖ / ‖W‖", "gain χ", "gradient", "activation", "condition", "shape", "σ max", "stable rank", "rank 90 %"),
-    *("above noise", "rank", "conv norm", "rank 99 %", "same as", "p", "tail α", "zeros"),
-    *("kind", "parameters", "note", "effective rank", "‖W‖_F", "dtype"),
-)
-_GAP = 2
-_LEAST_NAME = 18
-_MOST_WORD = 40  # cells of words other than the name
-
-_SPELLED = str.maketrans(
-    dict(
-        pair.split("=", 1)
-        for pair in (
-            *("…=...", "×=x", "–=-", "—=-", "−=-", "→=->", "≥=>=", "≤=<=", "≈=~", "±=+/-", "√=sqrt", "‖=||", "·=*"),
-            *("χ=chi", "σ=sigma", "ξ=xi", "λ=lambda", "κ=kappa", "η=eta", "Θ=Theta", "Δ=Delta", "Σ=sum ", "∇=grad "),
-            *("‘='", "’='", '“="', '”="', "✓=ok", "✗=x"),
-        )
-    )
-)
-
-
-def ascii_text(text: str) -> str:
-    r"""Spell a text in ASCII.
-
-    >>> ascii_text("gain χ ≥ 1, 3×3, 10⁻³, naïve, 中")
-    'gain chi >= 1, 3x3, 10-3, naive, \\u4e2d'
-    """
-    if text.isascii():
-        return text
-    letters = []
-    for char in text.translate(_SPELLED):
-        if not char.isascii():
-            plain = unicodedata.normalize("NFKD", char).translate(_SPELLED).encode("ascii", "ignore").decode()
-            char = plain or char.encode("unicode_escape").decode("ascii")
-        letters.append(char)
-    return "".join(letters)
 
 
 def show(item: Report | Document, console: Console | None = None, verbose: bool = False) -> None:
@@ -114,20 +77,6 @@ def to_text(item: Report | Document, width: int = 100, verbose: bool = False) ->
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-class _Speller:
-    """Makes texts safe for the console: control characters escaped, and ASCII where it has no Unicode."""
-
-    def __init__(self, options: ConsoleOptions) -> None:
-        self.ascii = options.ascii_only
-
-    def __call__(self, text: object) -> str:
-        shown = visible(text)
-        return ascii_text(shown) if self.ascii else shown
-
-    def lines(self, text: str) -> str:
-        return "\n".join(self(line) for line in text.split("\n"))
-
-
 @dataclass(frozen=True)
 class VerdictView:
     """The verdict in one sentence, after a sign for its status."""
@@ -136,7 +85,7 @@ class VerdictView:
     verdict: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        spell = _Speller(options)
+        spell = Speller(options)
         sign, style = _SIGNS[self.status]
         line = Grid.grid(padding=(0, 1, 0, 0))
         line.add_column(no_wrap=True)
@@ -153,7 +102,7 @@ class FindingsView:
     verbose: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        spell = _Speller(options)
+        spell = Speller(options)
         findings = ranked(self.findings)
         shown = findings if self.verbose else findings[:MOST_FINDINGS]
         grid = Grid.grid(padding=(0, 2, 0, 0))
@@ -178,67 +127,6 @@ class FindingsView:
 
 
 @dataclass(frozen=True)
-class TableView:
-    """A table that fits the terminal: less important columns are dropped, long names shortened; `rows` selects rows."""
-
-    table: Table
-    rows: Sequence[int] | None = None
-    noun: str = "row"
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        spell = _Speller(options)
-        picked = range(len(self.table.rows)) if self.rows is None else self.rows
-        cells = [[spell(number(value)) for value in self.table.rows[i]] for i in picked]
-        heads = [spell(column) for column in self.table.columns]
-        if not heads:
-            return
-        widths = [max([cell_len(head), *(cell_len(row[c]) for row in cells)]) for c, head in enumerate(heads)]
-        widths[1:] = [min(width, max(_MOST_WORD, cell_len(heads[c]))) for c, width in enumerate(widths)][1:]
-        kept = _fitting(self.table.columns, widths, options.max_width)
-        mark = "..." if spell.ascii else "…"
-        grid = Grid(box=None, show_edge=False, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
-        taken = sum(widths[c] for c in kept[1:]) + _GAP * (len(kept) - 1)
-        widths[kept[0]] = max(min(widths[kept[0]], options.max_width - taken), 1)
-        for c in kept:
-            values = [row[c] for row in self.table.rows if row[c] is not None]
-            numeric = any(not isinstance(value, str) for value in values)
-            grid.add_column(
-                Text(elide(heads[c], widths[c], mark)), width=widths[c], no_wrap=True, overflow="crop",
-                justify="right" if numeric else "left",
-            )  # fmt: skip
-        emphasis = set(self.table.emphasis)
-        for index, row in zip(picked, cells, strict=True):
-            style = "yellow" if index in emphasis else ""
-            row = [abbreviate(row[0], widths[0]), *row[1:]]  # names cut in their middle would often look the same
-            grid.add_row(*(Text(elide(row[c], widths[c], mark), style if c == kept[0] else "") for c in kept))
-        yield grid
-        hidden = []
-        if len(cells) < len(self.table.rows):
-            count = len(self.table.rows) - len(cells)
-            hidden.append(f"{count:,} of {plural(len(self.table.rows), self.noun)} (verbose shows all)")
-        if len(kept) < len(heads):
-            hidden.append(f"{plural(len(heads) - len(kept), 'column')} (a wider terminal shows more)")
-        if hidden:
-            yield Text(f"Hidden: {', '.join(hidden)}.", "dim")
-
-
-def _fitting(columns: Sequence[str], widths: Sequence[int], width: int) -> list[int]:
-    """Return the columns that fit beside a readable name, in the table's order."""
-    kept = [0]
-    taken = min(widths[0], _LEAST_NAME)
-    order = sorted(range(1, len(columns)), key=lambda c: (_rank(columns[c]), c))
-    for c in order:
-        if taken + _GAP + widths[c] <= width:
-            taken += _GAP + widths[c]
-            kept.append(c)
-    return sorted(kept)
-
-
-def _rank(column: str) -> int:
-    return _PRIORITY.index(column) if column in _PRIORITY else 0
-
-
-@dataclass(frozen=True)
 class LayersView:
     """The layers of a report: all if they are few or `verbose`, else the most informative ones."""
 
@@ -260,7 +148,7 @@ class ReportView:
     verbose: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        spell = _Speller(options)
+        spell = Speller(options)
         report = self.report
         yield Text(spell(report.title), "dim")
         yield VerdictView(report.status, report.verdict)
@@ -286,7 +174,7 @@ class DocumentView:
     verbose: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        spell = _Speller(options)
+        spell = Speller(options)
         yield Text(spell(self.document.title), "dim")
         yield VerdictView(self.document.status, self.document.verdict)
         if self.document.tiles:
@@ -315,7 +203,7 @@ def _items(section: Section) -> Iterator[Drawing | Table | Sequence[Finding]]:
             yield from item  # type: ignore[misc]
 
 
-def _item_view(item: Drawing | Table | Sequence[Finding], spell: _Speller, verbose: bool) -> RenderableType:
+def _item_view(item: Drawing | Table | Sequence[Finding], spell: Speller, verbose: bool) -> RenderableType:
     if isinstance(item, Table):
         rows = range(MOST_ROWS) if len(item.rows) > MOST_ROWS and not verbose else None
         return _titled(item.title, TableView(item, rows), spell)
@@ -326,7 +214,7 @@ def _item_view(item: Drawing | Table | Sequence[Finding], spell: _Speller, verbo
     return FindingsView(item, verbose)
 
 
-def _titled(title: str, view: TableView, spell: _Speller) -> RenderableType:
+def _titled(title: str, view: TableView, spell: Speller) -> RenderableType:
     return Group(Text(spell(title), "bold dim"), view) if title else view
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gramian import placement
 from gramian.batch import mapped, tensors
+from gramian.calls import wrappings
 from gramian.errors import TaskError, UnsupportedError
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier
@@ -59,7 +60,8 @@ def check_model(model: nn.Module) -> None:
                 f"train: {name} is a {type(module).__name__}, which would see only its rank's share of a batch. "
                 "Use SyncBatchNorm (on GPUs), GroupNorm or LayerNorm, or train in one process"
             )
-    if isinstance(model, nn.parallel.DistributedDataParallel) or any(map(placement.is_sharded, model.parameters())):
+    parallel = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in wrappings(model))
+    if parallel or any(map(placement.is_sharded, model.parameters())):
         raise UnsupportedError(
             f"train: the task's model is a wrapped or sharded {type(model).__name__}; expected the plain module, whose "
             "gradients train adds up itself. For FSDP2 write your own loop with gm.optim"

@@ -1,4 +1,4 @@
-"""Derivatives of the public functions: one decorator, and a rule for each function in `linalg/derivatives.py`.
+"""Derivatives of the public functions: one decorator, and a rule for each function in `linalg/*derivatives.py`.
 
 A certified value is computed without a graph, by whatever method. Its derivative follows from the value itself by an
 implicit formula, so that it needs no method's steps, and is finite wherever the function has a derivative: repeated
@@ -21,6 +21,10 @@ from gramian.linalg.certificate import Certificate
 from gramian.linalg.engine.transforms import forward_levels, transforming, with_plain
 
 Values = tuple[Tensor, ...]
+Arguments = Mapping[str, Any]
+Tangents = Mapping[str, Tensor | None]
+Given = tuple[Tensor | None, ...]
+"""Gradients of the values, or their tangents; `None` is zero."""
 Gradients = Mapping[str, Any]
 Place = tuple[str, int | None]
 """Where an operand stands: an argument's name, and its position where that is a tuple of tensors."""
@@ -231,3 +235,14 @@ def guarded(ok: Tensor, message: str) -> None:
             raise UnsupportedError(message)
 
     with_plain(look, ok)
+
+
+def only(given: Given) -> Tensor:
+    """The gradient of the one value that a function has."""
+    assert given[0] is not None
+    return given[0].double()
+
+
+def symmetric(x: Tensor) -> Tensor:
+    """The symmetric part."""
+    return (x + x.mT) / 2

@@ -1,0 +1,18 @@
+"""Rules for causes, one file for each origin: the data, the loss, the wiring, parameters, modules, the optimizer.
+
+Each rule takes a `Context`, which holds a few watched training steps, and yields at most one finding for a code.
+`ordered` puts causes before what follows from them.
+"""
+
+from gramian.inspection.causes.context import Context
+from gramian.inspection.causes.data import RULES as DATA
+from gramian.inspection.causes.folding import ordered
+from gramian.inspection.causes.loss import RULES as LOSS
+from gramian.inspection.causes.modules import RULES as MODULES
+from gramian.inspection.causes.parameters import RULES as PARAMETERS
+from gramian.inspection.causes.reach import RULES as REACH
+from gramian.inspection.causes.stepping import RULES as STEPPING
+
+__all__ = ["CAUSES", "Context", "ordered"]
+
+CAUSES = (*DATA, *LOSS, *REACH, *PARAMETERS, *MODULES, *STEPPING)

@@ -1,0 +1,146 @@
+"""What the rules for causes look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gramian.batch import main_input
+from gramian.block import Block, blocks
+from gramian.inspection.observed import Call, Observed
+from gramian.inspection.stepping import Steps
+from gramian.report import Layer
+
+__all__ = ["ONE", "SHOWN", "Context"]
+
+# ‖W‖_F² / σ₁² of a matrix that counts as one direction; smaller matrices than this side are not judged.
+ONE, SIDE = 1.02, 4
+
+# Names that a finding spells out.
+SHOWN = 6
+
+# Ratio of the differences between samples after and before a module from which on its weights' scale is told. Inputs
+# that go one way move it.
+SMALL_GAIN, LARGE_GAIN = 0.2, 3.0
+
+# Variation of a module's output below which the ε of a norm behind it, 1e-5 of a variance, weighs too.
+LOST_IN_NORM = 0.01
+
+# Outputs count as equal for all samples below this share of their size, a few roundings of float32.
+EQUAL = 1e-6
+
+
+@dataclass
+class Context:
+    """A model, what a few training steps of it showed, and its optimizer's steps on a copy where one was given."""
+
+    model: nn.Module
+    observed: Observed
+    optimizer: Optimizer | None = None
+    steps: Steps | None = None
+    layers: list[Layer] = field(default_factory=list)
+
+    @cached_property
+    def matrices(self) -> list[Block]:
+        """The parameters that hold matrices, in the order of the forward pass."""
+        used = self.observed.used
+        return sorted(blocks(self.model).blocks, key=lambda block: used.get(block.name, math.inf))
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    @cached_property
+    def has_float_inputs(self) -> bool:
+        return all(main_input(batch).is_floating_point() for batch in self.observed.batches)
+
+    @cached_property
+    def has_constant_output(self) -> bool:
+        """Whether all samples get the same output."""
+        logits = self.observed.logits
+        if logits is not None and len(logits) > 1:
+            return float(logits.std(0).amax()) <= EQUAL * float(logits.abs().amax())
+        calls = self.observed.calls
+        return bool(calls) and calls[-1].output.between <= EQUAL * calls[-1].output.rms
+
+    @cached_property
+    def trained(self) -> set[str]:
+        """Parameters whose matrices have singular values that independent entries do not have."""
+        return {layer.name.partition("[")[0] for layer in self.layers if layer.above_noise}
+
+    @cached_property
+    def rank_one(self) -> set[str]:
+        """Parameters all of whose matrices have one direction."""
+        found: dict[str, bool] = {}
+        for layer in self.layers:
+            name = layer.name.partition("[")[0]
+            one = min(layer.shape, default=0) >= SIDE and layer.stable_rank is not None and layer.stable_rank < ONE
+            found[name] = found.get(name, True) and one
+        return {name for name, one in found.items() if one}
+
+    @cached_property
+    def has_zero_gates(self) -> bool:
+        """Whether a vector that scales branches is zero and about to open: its own gradient is not zero."""
+        return any(
+            0 < p.numel() == max(p.shape, default=1) and "bias" not in name and not bool(p.detach().any())
+            for name, p in self.parameters.items()
+            if self.observed.gradients.get(name)
+        )
+
+    def module_of(self, parameter: str) -> str:
+        """The name of the module that owns a parameter."""
+        return parameter.rpartition(".")[0]
+
+    @cached_property
+    def first_calls(self) -> dict[str, Call]:
+        found: dict[str, Call] = {}
+        for call in self.observed.calls:
+            found.setdefault(call.name, call)
+        return found
+
+    def is_normed(self, block: Block) -> bool:
+        """Whether the next module after the block's is a norm, which restores the scale."""
+        call = self.first_calls.get(self.module_of(block.name))
+        after = next((c for c in self.observed.calls if call is not None and c.order > call.order), None)
+        return after is not None and "Norm" in after.kind
+
+    def has_used_twin(self, name: str) -> bool:
+        """Whether a module, or one that holds it, has a sibling of the same class that is called."""
+        while name:
+            parent, _, own = name.rpartition(".")
+            holder = self.model.get_submodule(parent)
+            kind = type(dict(holder.named_children()).get(own))
+            prefix = f"{parent}." if parent else ""
+            twins = [n for n, m in holder.named_children() if n != own and type(m) is kind]
+            if any(prefix + n in self.observed.called for n in twins) and name not in self.observed.called:
+                return isinstance(holder, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+            name = parent
+        return False
+
+    def has_gain(self, block: Block, scale: float) -> bool:
+        """Whether the module was measured to change the differences between samples in the way its weights say.
+
+        A bias is the same for all samples, so that it does not hide what the weights do.
+        """
+        call = self.first_calls.get(self.module_of(block.name))
+        if call is None or call.input is None or not call.input.between > 0 or len(block.shape) > 2:
+            return True
+        gain = call.output.between / call.input.between
+        return gain > LARGE_GAIN if scale > 1 else gain < SMALL_GAIN
+
+    def is_lost_in_norm(self, block: Block) -> bool:
+        """Whether the output of a layer is so small that the ε of the norm behind it weighs more."""
+        call = self.first_calls.get(self.module_of(block.name))
+        return call is not None and call.output.between < LOST_IN_NORM
+
+    def values(self) -> Iterator[tuple[Block, Tensor]]:
+        """Each matrix with the values of its parameter."""
+        for block in self.matrices:
+            p = self.parameters.get(block.name)
+            if p is not None and p.is_floating_point():
+                yield block, p.detach()

@@ -1,0 +1,118 @@
+"""The order of findings: by origin, with what follows from a cause told as such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from gramian.report import SEVERITIES, Finding
+
+__all__ = ["ordered"]
+
+# Codes by origin, causes first. What is in no group comes after these, before depth.
+_ORIGINS: tuple[tuple[str, ...], ...] = (
+    ("non-finite-weights", "input-non-finite"),
+    ("labels-constant", "labels-out-of-range", "input-constant"),
+    (
+        "graph-cut",
+        "gradient-overflow",
+        "loss-double-softmax",
+        "loss-rectified",
+        "zero-weights",
+        "parameter-constant",
+        "norm-zero-gain",
+    ),
+    ("input-dominated", "input-offset", "input-scale"),
+    ("parameter-not-stepped", "weight-decay-too-large", "momentum-too-high"),
+    ("embedding-scale", "head-scale", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one"),
+    ("norm-evaluation-mode", "dropout-rate", "gate-shut"),
+    ("norm-statistics",),
+    ("gain-below-one", "gain-above-one"),
+    ("attention-saturated", "residual-growth"),
+    ("dead-units", "saturated-units"),
+    ("parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
+    ("rate-too-high", "rate-too-low"),
+    ("labels-independent",),
+)
+
+# What a finding makes true elsewhere: these are told as following from the first of the causes that is there.
+_SYMPTOMS = frozenset(
+    [
+        "samples-indistinguishable",
+        "gradient-underflow",
+        "gradient-vanishes",
+        "gradient-explodes",
+        "jacobian-vanishes",
+        "jacobian-explodes",
+        "non-finite-input",
+        "non-finite-gradient",
+        "loss-non-finite",
+    ]
+)
+_UNITS = frozenset(("norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth"))
+_GAINS = frozenset(("gain-below-one", "gain-above-one"))
+_RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
+_SIGNAL = frozenset((
+    "non-finite-weights", "input-non-finite", "input-constant", "input-dominated", "input-offset", "input-scale",
+    "graph-cut", "gradient-overflow", "zero-weights", "parameter-constant", "norm-zero-gain", "embedding-scale",
+    "head-scale", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
+))  # fmt: skip
+
+
+def _rank(finding: Finding) -> int:
+    for i, codes in enumerate(_ORIGINS):
+        if finding.code in codes:
+            return i
+    return len(_ORIGINS)
+
+
+def ordered(found: Iterable[Finding]) -> list[Finding]:
+    """Findings by severity and origin, one for each code, the first; what follows from a cause becomes information.
+
+    Args:
+        found: all findings.
+
+    Returns: the list; a finding that follows from another is information, says from which, and has no remedy.
+    Raises: nothing of its own.
+    Cost: linear.
+    Source: this library's own.
+    """
+    unique: dict[str, Finding] = {}
+    for finding in found:
+        unique.setdefault(finding.code, finding)
+    all_of = list(unique.values())
+    serious = sorted((f for f in all_of if f.severity != "info"), key=_rank)
+    causes = [f for f in serious if f.code in _SIGNAL | _GAINS | _UNITS]
+    result = [_told(finding, _root(finding, causes, serious)) for finding in all_of]
+    return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), _rank(f)))
+
+
+def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Finding | None:
+    """The first cause, by origin, that a finding follows from."""
+    if finding.severity == "info":
+        return None
+    if _is_local(finding):  # one layer's gain is what its units, weights or norm make it
+        return next((c for c in causes if c is not finding), None)
+    causes = [c for c in causes if not _is_local(c)]
+    if finding.code in _SYMPTOMS | _UNITS:
+        among = causes
+    elif finding.code in _GAINS:
+        among = [c for c in causes if c.code in _SIGNAL]
+    elif finding.code in _RATES:
+        among = [c for c in serious if c.code not in _RATES]
+    else:
+        return None
+    return next((c for c in among if c is not finding and _rank(c) < _rank(finding)), None)
+
+
+def _is_local(finding: Finding) -> bool:
+    """Whether a finding about gains names a few layers."""
+    return finding.code in _GAINS and finding.where != "all layers"
+
+
+def _told(finding: Finding, root: Finding | None) -> Finding:
+    """The finding, or, where it follows from another, information without a remedy of its own."""
+    if root is None:
+        return finding
+    cause = f"Follows from {root.code}: {root.title[0].lower()}{root.title[1:]}. {finding.cause}".strip()
+    return replace(finding, severity="info", cause=cause, action=None, advice="")

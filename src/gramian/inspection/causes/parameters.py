@@ -1,0 +1,170 @@
+"""Causes in parameters: values that cannot learn, and a scale that does not keep the signal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from statistics import median
+
+from gramian.block import Block
+from gramian.errors import some
+from gramian.inspection.by_design import is_factor
+from gramian.inspection.causes.context import ONE, SHOWN, Context
+from gramian.report import Action, Finding
+
+__all__ = ["RULES"]
+
+ISOMETRIC = Action("isometric_")
+
+# σ = rms(W) √fan_in is 0.58 for torch's layers and up to 1.7 for other initializations. A layer is told when it leaves
+# this range and differs from the median of the others by more than this ratio, where there are a few. Heuristics.
+SMALLEST, LARGEST, RATIO = 0.05, 8.0, 8.0
+FEW_LAYERS = 3
+
+# Where all layers leave this range and no norm restores the scale, all are told. Behind norms too where most are beyond
+# `UNIT`, which are weights that were drawn with unit variance.
+ALL_SMALL, ALL_LARGE, UNIT, MOST = 0.3, 2.0, 2.6, 0.7
+
+# Root mean square of an embedding's rows: torch draws 1, transformers 0.02.
+SMALL_EMBEDDING, EMBEDDING = 1e-3, 8.0
+
+
+def degenerate(context: Context) -> Iterator[Finding]:
+    """Find matrices that are zero, constant or of rank one, and through which the output loses the input. Exact."""
+    blocked = context.has_constant_output
+    zero, constant, single = [], [], []
+    for block, w in context.values():
+        if not bool(w.isfinite().all()) or w.numel() < 2 or is_factor(block.name):
+            continue
+        if not bool(w.any()):
+            if block.role != "head" and blocked:
+                zero.append(block.name)
+        elif bool((w == w.flatten()[0]).all()) and len(w) > 1:
+            constant.append(block.name)
+        elif block.name in context.rank_one:
+            single.append(block.name)
+    if zero:
+        yield Finding(
+            "zero-weights",
+            "error",
+            f"{some(zero, SHOWN)} {'is' if len(zero) == 1 else 'are'} zero, and the output ignores the input",
+            where=some(zero, SHOWN),
+            evidence="every entry is zero, and all samples get the same output (exact)",
+            cause="The layer was never initialized or never loaded. Layers behind it see a constant; those before it "
+            "get no gradient.",
+            action=ISOMETRIC,
+        )
+    for code, names, what, evidence in (
+        ("parameter-constant", constant, "the same number in all entries", "all entries are equal (exact)"),
+        ("parameter-rank-one", single, "rank one", f"‖W‖_F² < {ONE} σ₁²"),
+    ):
+        if names:
+            yield Finding(
+                code,
+                "error",
+                f"{some(names, SHOWN)} {'has' if len(names) == 1 else 'have'} {what}",
+                where=some(names, SHOWN),
+                evidence=evidence,
+                cause="All units of the layer compute the same function, get the same gradient, and stay equal."
+                if code == "parameter-constant"
+                else "All that passes the layer is one number for each sample.",
+                action=ISOMETRIC,
+            )
+
+
+def embedding_scale(context: Context) -> Iterator[Finding]:
+    """Find embeddings beside which nothing else counts, or that are lost beside what is added to them."""
+    odd: list[tuple[str, float]] = []
+    for block, w in context.values():
+        if block.role == "embedding":
+            rms = float(w.float().square().mean().sqrt())
+            lost = 0 < rms < SMALL_EMBEDDING and not context.is_normed(block)
+            if lost or EMBEDDING < rms < math.inf:
+                odd.append((block.name, rms))
+    if odd:
+        name, rms = odd[0]
+        yield Finding(
+            "embedding-scale",
+            "error",
+            f"The embedding {name} has rows of size {rms:.3g} a component",
+            where=some([n for n, _ in odd], SHOWN),
+            evidence=f"root mean square {rms:.3g}; usual are 0.02 to 1",
+            cause="What is added to it, positions and branches, is lost beside it, and its gradient is small."
+            if rms > 1
+            else "It is lost beside what is added to it, positions and biases, so that all tokens look the same.",
+            advice="torch.nn.init.normal_(weight, std=0.02)",
+        )
+
+
+def scale(context: Context) -> Iterator[Finding]:
+    """Find layers, or all of them, whose weights are far from the size that keeps a signal."""
+    sized = _sized(context)
+    if not sized:
+        return
+    hidden = [s for b, s in sized if b.role == "hidden"] or [s for _, s in sized]
+    middle = median(hidden)
+    told = [(b, s) for b, s in sized if len(sized) >= FEW_LAYERS and _is_odd(context, b, s, middle)]
+    if told and len(told) < max(FEW_LAYERS, len(sized) // 3):
+        yield _one_layer(told, middle)
+    if len(told) != 1 and len(hidden) >= 2:
+        yield from _all_layers(context, hidden, middle)
+
+
+def _sized(context: Context) -> list[tuple[Block, float]]:
+    """The hidden matrices and the head, each with rms(W) √fan_in; without those that have no scale to judge."""
+    found = []
+    for block, w in context.values():
+        if (
+            block.role in ("hidden", "head")
+            and not is_factor(block.name)
+            and bool(w.isfinite().all())
+            and bool(w.any())
+        ):
+            found.append((block, float(w.float().square().mean().sqrt()) * math.sqrt(block.shape[-1])))
+    return found
+
+
+def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
+    """Whether a matrix is unlike the others by its entries and by what it did to the signal, and no norm repairs it."""
+    if SMALLEST < size < LARGEST or abs(math.log(size / middle)) <= math.log(RATIO):
+        return False
+    if (size < 1 and block.role == "head") or not context.has_gain(block, size):
+        return False
+    return not context.is_normed(block) or (size < 1 and context.is_lost_in_norm(block))
+
+
+def _one_layer(told: list[tuple[Block, float]], middle: float) -> Finding:
+    block, size = told[0]
+    small = size < 1
+    return Finding(
+        "head-scale" if block.role == "head" else f"parameter-scale-{'small' if small else 'large'}",
+        "error",
+        f"{block.name} multiplies the signal by about {size:.2g}",
+        where=some([b.name for b, _ in told], SHOWN),
+        evidence=f"root mean square of the weights × √fan_in = {size:.3g}; median of the other layers {middle:.3g}",
+        cause="The layer was initialized with another fan or a wrong factor"
+        + ("; its outputs are lost beside biases and rounding." if small else ", and saturates what follows."),
+        action=ISOMETRIC,
+    )
+
+
+def _all_layers(context: Context, hidden: list[float], middle: float) -> Iterator[Finding]:
+    normed = any("Norm" in call.kind for call in context.observed.calls)
+    small = all(s < ALL_SMALL for s in hidden) and not normed and not context.observed.additions
+    large = all(s > ALL_LARGE for s in hidden) and not normed
+    drawn = middle > UNIT and sum(s > UNIT for s in hidden) > MOST * len(hidden)
+    if small or large or drawn:
+        yield Finding(
+            f"gain-{'below' if small else 'above'}-one",
+            "error",
+            f"Every layer multiplies the signal by about {middle:.2g}",
+            where="all layers",
+            evidence=f"root mean square of the weights × √fan_in between {min(hidden):.2g} and {max(hidden):.2g}; "
+            "about 1 keeps a signal",
+            cause="The weights were drawn with another variance than 1/fan_in to 2/fan_in.",
+            action=ISOMETRIC,
+            source="He et al. 1502.01852, eq. 10",
+        )
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (degenerate, embedding_scale, scale)

@@ -1,0 +1,177 @@
+"""Causes in the wiring: parameters that no gradient reaches, that are frozen or shared, and gradients that are lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from gramian.errors import some
+from gramian.inspection.by_design import is_factor
+from gramian.inspection.causes.context import SHOWN, Context
+from gramian.report import Finding
+
+__all__ = ["RULES"]
+
+# Share of the values that are not used from which on that is a warning.
+UNUSED = 0.1
+
+# A frozen part of up to this share of the values is told; a larger one only where no more than this share of it has
+# singular values that training gives, since else it is a fine-tune.
+FROZEN, TRAINED = 0.5, 0.3
+
+# Share of the gradients that are not finite from which on a finding is about all layers.
+MOST = 1 / 3
+
+
+def unreached(context: Context) -> Iterator[Finding]:
+    """Find parameters that are never used, and those that were used and get no gradient. Exact."""
+    seen = context.observed
+    missing = [n for n, grad in seen.gradients.items() if grad is None]
+    if not missing:
+        return
+    unused = [n for n in missing if n not in seen.used]
+    cut = [n for n in missing if n in seen.used]
+    if not seen.needs_gradient and not cut:
+        cut, unused = missing, []
+    last = max((seen.used.get(n, 0) for n in cut), default=0)
+    ends = [c for c in seen.cuts if c.behind & set(cut)]
+    where = next((c for c in ends if c.order >= last), ends[-1] if ends else None)
+    if where is None and seen.needs_gradient:  # computed, and the loss does not use the result
+        cut, unused = [], missing
+    if cut:
+        owner = context.module_of(max(cut, key=lambda n: seen.used.get(n, 0)))
+        place = ", ".join(dict.fromkeys(n for n in ((where.name if where else ""), owner) if n)) or "loss"
+        everything = len(cut) == len(seen.gradients)
+        yield Finding(
+            "graph-cut",
+            "error",
+            "No gradient arrives at any layer"
+            if everything
+            else f"{_parameters(len(cut))} no gradient: the graph is cut",
+            where=place,
+            evidence=f"{some(cut, SHOWN)}: used in the forward pass, and not reached from the loss (exact)"
+            + (
+                f"; {where.function} in {where.name or 'the model'} returns a result without a gradient"
+                if where
+                else ""
+            ),
+            cause="A .detach(), .item(), .data, argmax or torch.no_grad() stands between these layers and the loss.",
+            advice="Remove it, or freeze these parameters with requires_grad_(False) if it is meant.",
+        )
+    if unused:
+        modules = list(dict.fromkeys(context.module_of(n) or n for n in unused))
+        share = sum(context.parameters[n].numel() for n in unused) / sum(p.numel() for p in context.parameters.values())
+        yield Finding(
+            "parameter-unused",
+            "warning" if share > UNUSED or any(context.has_used_twin(m) for m in modules) else "info",
+            f"The loss does not depend on {len(unused)} of {len(seen.gradients)} parameters",
+            where=some(modules, SHOWN),
+            evidence=f"{some(unused, SHOWN)}: no result of theirs reaches the loss in {len(seen.batches)} batches "
+            f"(exact); {share:.1%} of all values",
+            cause="The layer was built and is not called, its result is dropped, or it serves other inputs.",
+            advice="Use it in forward, or remove it.",
+        )
+
+
+def frozen(context: Context) -> Iterator[Finding]:
+    """Find frozen parameters: a smaller part, or a larger one whose weights do not look trained."""
+    all_of = {n: p for n, p in context.parameters.items() if p.is_floating_point()}
+    names = [n for n, p in all_of.items() if not p.requires_grad]
+    share = sum(all_of[n].numel() for n in names) / max(1, sum(p.numel() for p in all_of.values()))
+    trained = sum(all_of[n].numel() for n in names if n in context.trained)
+    of = sum(all_of[n].numel() for n in names if all_of[n].ndim >= 2)
+    is_tuned = trained > TRAINED * of or any(map(is_factor, all_of))
+    fine_tune = share > FROZEN and is_tuned
+    held = {b.name for b in context.matrices if b.role != "embedding"}  # tables of positions are often fixed
+    if held.intersection(names) and len(names) < len(all_of) and not fine_tune:
+        modules = list(dict.fromkeys(context.module_of(n) or n for n in names))
+        yield Finding(
+            "parameter-frozen",
+            "warning",
+            f"{_parameters(len(names), verb='are', single='is')} frozen: requires_grad is False",
+            where=some(modules, SHOWN),
+            evidence=f"{share:.0%} of the values, in {some(names, SHOWN)} (exact)",
+            cause="Frozen for an earlier fine-tune or by mistake; the optimizer does not move them.",
+            advice="model.requires_grad_(True), unless it is meant.",
+        )
+
+
+def shared(context: Context) -> Iterator[Finding]:
+    """Find modules that stand in the network under several names. Exact."""
+    by_module: dict[int, list[str]] = {}
+    for name, module in context.model.named_modules(remove_duplicate=False):
+        if any(True for _ in module.parameters()):
+            by_module.setdefault(id(module), []).append(name)
+    repeated = [names for names in by_module.values() if len(names) > 1]
+    outer = [names for names in repeated if not any(_inside(names, other) for other in repeated)]
+    outer = [names for names in outer if not _is_tied(context, names)]
+    if outer:
+        names = outer[0]
+        yield Finding(
+            "parameter-shared",
+            "warning",
+            f"{' and '.join(names[:3])} are one module",
+            where=some(names, SHOWN),
+            evidence=f"{len(names)} names of one object (exact)",
+            cause="The list was built from one instance ([layer] * n), so that all places have the same weights.",
+            advice="Build a new module for each place, unless sharing is meant.",
+        )
+
+
+def numbers(context: Context) -> Iterator[Finding]:
+    """Find gradients that are lost between a finite loss and the parameters, by their dtype's range. Exact."""
+    seen = context.observed
+    sizes = [g for g in seen.gradients.values() if g is not None]
+    if not sizes or not math.isfinite(seen.loss) or any(not c.output.is_finite for c in seen.calls):
+        return
+    bad = [n for n, g in seen.gradients.items() if g is not None and not math.isfinite(g)]
+    if bad:
+        yield Finding(
+            "gradient-overflow",
+            "error",
+            f"The gradients of {len(bad)} parameters are not finite, and the loss is",
+            where="all layers" if len(bad) > MOST * len(sizes) else some(bad, SHOWN),
+            evidence=f"{len(bad)} of {len(sizes)} gradients are NaN or infinite (exact); the loss is {seen.loss:.3g}",
+            cause="A gradient left the range of its dtype (65,504 for float16), or a derivative is infinite where its "
+            "function is finite (√0, 0⁰, |0|).",
+            advice="Lower the loss scale, or use bfloat16; torch.autograd.detect_anomaly names the operation.",
+        )
+    elif seen.loss > 0 and _is_zero_behind_head(context):
+        yield Finding(
+            "gradient-underflow",
+            "error",
+            "The gradient of nearly every parameter is exactly zero",
+            where="all layers",
+            evidence=f"{sum(g == 0 for g in sizes)} of {len(sizes)} are zero (exact); the loss is {seen.loss:.3g}",
+            cause="The loss is flat, or its gradient is below the smallest number of a dtype on its way, 6e-8 for "
+            "float16.",
+            advice="Scale the loss (torch.amp.GradScaler), or use bfloat16.",
+        )
+
+
+def _is_zero_behind_head(context: Context) -> bool:
+    """Whether all matrices but the head get a gradient of exact zeros, and no zero matrix explains that."""
+    zero = context.observed.zero_gradients
+    hidden = [b.name for b, w in context.values() if b.role != "head" and b.name in zero]
+    return (
+        bool(hidden)
+        and not context.has_zero_gates
+        and all(zero[n] == 1.0 for n in hidden)
+        and all(bool(w.any()) for _, w in context.values())
+    )
+
+
+def _is_tied(context: Context, names: list[str]) -> bool:
+    module = context.model.get_submodule(names[0])
+    return "Embedding" in type(module).__name__
+
+
+def _inside(names: list[str], other: list[str]) -> bool:
+    return names is not other and any(name.startswith(o + ".") for name in names for o in other)
+
+
+def _parameters(count: int, *, verb: str = "get", single: str = "gets") -> str:
+    return f"1 parameter {single}" if count == 1 else f"{count} parameters {verb}"
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, unreached, frozen, shared)

@@ -1,0 +1,300 @@
+"""A forward pass, watched by hooks on the modules and a torch function mode.
+
+The hooks say in which module the computation is; the mode sees the operations, also those that no module wraps:
+activations, attention, residual additions, and where autograd is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gramian.batch import tensors
+from gramian.inspection.observed import Activation, Addition, Attention, Call, Cut, Observed, moments
+from gramian.operators import leaves_of
+from gramian.recording.tracking import tensors_of
+from gramian.recording.unfused import UNFUSED
+
+__all__ = ["Watcher", "labels_range"]
+
+# Operations that cut the graph and are looked into.
+MOST_CUTS = 64
+
+# A unit of tanh or sigmoid counts as saturated this close to an end of its range, as a share of the range.
+SATURATED = 0.01
+
+# Samples of which attention's weights are computed.
+ATTENTION_SAMPLES = 4
+
+# Activations whose zeros are dead units, and those with an end on both sides: name, lower and upper end.
+_RECTIFIERS: dict[Callable, str] = {
+    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", Tensor.relu: "relu", Tensor.relu_: "relu",
+    F.relu6: "relu6", F.hardtanh: "hardtanh",
+}  # fmt: skip
+_BOUNDED: dict[Callable, tuple[str, float, float]] = {
+    torch.tanh: ("tanh", -1.0, 1.0), Tensor.tanh: ("tanh", -1.0, 1.0), F.tanh: ("tanh", -1.0, 1.0),
+    torch.sigmoid: ("sigmoid", 0.0, 1.0), Tensor.sigmoid: ("sigmoid", 0.0, 1.0), F.sigmoid: ("sigmoid", 0.0, 1.0),
+}  # fmt: skip
+# Losses of scores and classes.
+_LOSSES = {F.cross_entropy, F.nll_loss}
+_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
+_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__, Tensor.__radd__}
+
+
+class Watcher(TorchFunctionMode):
+    """Adds what it sees of a forward pass to an `Observed`; with `careful`, it looks for the first non-finite value."""
+
+    def __init__(self, model: nn.Module, seen: Observed, *, careful: bool = False) -> None:
+        super().__init__()
+        self.model, self.seen, self.careful = model, seen, careful
+        self.stack: list[str] = []
+        self.order = 0
+        self.unfused = 0  # depth of calls that run unfused
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.made_by: dict[int, list[str]] = {}
+        self.alive: list[Tensor] = []  # so that no id of an output is used twice
+        self.first_non_finite: tuple[str, str] | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        handles = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave(name), always_call=True, with_kwargs=True))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.alive.clear()
+
+    def _enter(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.stack.append(name)
+            if not self.careful and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                given = _first_float((*args, *kwargs.values()))
+                if given is not None and given.ndim > 1 and given.numel() > given.shape[1]:
+                    with torch._C.DisableTorchFunction():  # before the call, which updates the statistics
+                        self._compare_statistics(name, module, given)
+
+        return hook
+
+    def _leave(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self.stack:
+                self.stack.pop()
+            with torch._C.DisableTorchFunction():
+                self._returned(name, module, args, kwargs, output)
+
+        return hook
+
+    def _returned(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.seen.called.add(name)
+        made = _first_float((output,))
+        if made is None or self.careful:
+            return
+        self.made_by.setdefault(id(made), []).append(name)
+        self.alive.append(made)
+        given = _first_float((*args, *kwargs.values()))
+        if any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False)):
+            return
+        self.order += 1
+        call = Call(
+            name, type(module).__name__, self.order, moments(given) if given is not None else None, moments(made)
+        )
+        self.seen.calls.append(call)
+
+    def _compare_statistics(self, name: str, module: nn.modules.batchnorm._BatchNorm, given: Tensor) -> None:
+        """Keeps how far the stored statistics of a batch norm are from those of this batch."""
+        mean, variance = module.running_mean, module.running_var
+        if mean is None or variance is None:
+            return
+        if bool((mean == 0).all()) and bool((variance == 1).all()):
+            if _is_trained(module):  # the statistics were lost
+                self.seen.statistics[name] = (float("inf"), float("inf"))
+            return  # as they are made: nothing was averaged yet
+        channels = given.detach().transpose(0, 1).flatten(1).float()
+        found_variance, found_mean = torch.var_mean(channels, dim=1)
+        eps = module.eps
+        shift = ((mean - found_mean).square() / (found_variance + eps)).mean().sqrt()
+        ratio = ((variance.clamp(min=0) + eps) / (found_variance + eps)).log().abs().mean().exp()
+        self.seen.statistics[name] = (float(shift), float(ratio))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in UNFUSED:
+            self.unfused += 1
+            try:
+                with self:
+                    return UNFUSED[func](*args, **kwargs)
+            finally:
+                self.unfused -= 1
+        if func in _LOSSES:
+            self._labels(args, kwargs)
+        finite_before = self.careful and self.first_non_finite is None and _all_finite((*args, *kwargs.values()))
+        output = func(*args, **kwargs)
+        name = self.stack[-1] if self.stack else ""
+        with torch._C.DisableTorchFunction():
+            if finite_before and not _all_finite((output,)):
+                self.first_non_finite = (name, getattr(func, "__name__", str(func)))
+            if not self.careful:
+                self._see(name, func, args, kwargs, output)
+        return output
+
+    def _see(self, name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        self.order += 1
+        given = list(tensors_of((*args, *kwargs.values())))
+        for t in given:
+            if id(t) in self.names:
+                self.seen.used.setdefault(self.names[id(t)], self.order)
+        made = output if isinstance(output, Tensor) else None
+        if made is None:
+            return
+        if not made.requires_grad and made.ndim and any(t.requires_grad for t in given):
+            self._cut(name, getattr(func, "__name__", str(func)), given)
+        if func in _RECTIFIERS:
+            self._activation(name, _RECTIFIERS[func], made, None)
+        elif func in _BOUNDED:
+            function, *ends = _BOUNDED[func]
+            finite = given[0].isfinite() if given and given[0].shape == made.shape else None
+            self._activation(name, function, made, (ends[0], ends[1]), finite)
+        elif func in _SOFTMAX and made.ndim >= 3 and made.shape[-1] > 1:
+            self._attention(name, made)
+        elif func is F.scaled_dot_product_attention:
+            self._attention(name, _weights(*args, **kwargs))
+        elif func in _ADDITIONS and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
+            self._addition(name, args[0], args[1], made)
+        elif func is F.cross_entropy and self.seen.logits is None:
+            self.seen.logits = _rows_of_scores(args[0] if args else kwargs["input"])
+
+    def _activation(
+        self, name: str, function: str, made: Tensor, ends: tuple[float, float] | None, finite: Tensor | None = None
+    ) -> None:
+        if made.ndim < 2 or (finite is not None and not bool(finite.all())):
+            return  # scores that a mask has set to −∞ are at their end on purpose
+        axis = 1 if made.ndim == 4 or (made.ndim == 3 and self._is_convolutional()) else made.ndim - 1
+        channels = made.detach().movedim(axis, -1).reshape(-1, made.shape[axis])
+        dead, saturated = 0, 0.0
+        if ends is None:
+            dead = int((channels == 0).all(0).sum())
+        else:
+            low, high = ends
+            margin = SATURATED * (high - low)
+            at_end = (channels < low + margin) | (channels > high - margin)
+            saturated = float(at_end.float().mean())
+            dead = int((at_end.float().mean(0) > 0.99).sum())
+        mean = float(channels.float().mean())
+        found = Activation(name, function, self.order, channels.shape[1], dead, saturated, mean, channels.shape[0])
+        self.seen.activations.append(found)
+
+    def _labels(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Keeps the number of classes and the range of the labels, before a loss that may refuse them."""
+        scores = args[0] if args else kwargs.get("input")
+        target = args[1] if len(args) > 1 else kwargs.get("target")
+        if isinstance(scores, Tensor) and isinstance(target, Tensor) and not target.is_floating_point():
+            self.seen.labels = labels_range(scores, target, kwargs.get("ignore_index", -100))
+
+    def _cut(self, name: str, function: str, given: list[Tensor]) -> None:
+        if len(self.seen.cuts) < MOST_CUTS:
+            behind = frozenset(self.names[leaf] for t in given for leaf in {id(t), *leaves_of(t)} if leaf in self.names)
+            self.seen.cuts.append(Cut(name, function, self.order, behind))
+
+    def _is_convolutional(self) -> bool:
+        """Whether the last module with a matrix was a convolution, whose channels are the second dimension."""
+        kinds = [call.kind for call in self.seen.calls if "Conv" in call.kind or call.kind == "Linear"]
+        return bool(kinds) and "Conv" in kinds[-1]
+
+    def _attention(self, name: str, weights: Tensor | None) -> None:
+        if weights is None:
+            return
+        p = weights.detach().float()
+        allowed = (p > 0).sum(-1).clamp(min=2)
+        kept = (p > 0).sum(-1) > 1
+        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1) / allowed.float().log()
+        # Weights that underflow to zero are saturation too: rows with one key left count where they could see more.
+        last = p.shape[-1]
+        rows = torch.where(kept, entropy, torch.zeros_like(entropy))
+        if p.ndim >= 2 and p.shape[-2] == last:
+            rows = rows[..., 1:]  # the first row of a causal mask sees one key
+        if rows.numel():
+            self.seen.attentions.append(Attention(name, self.order, float(rows.mean())))
+
+    def _addition(self, name: str, left: Tensor, right: Tensor, made: Tensor) -> None:
+        if left.shape != right.shape or left.ndim < 2 or not left.is_floating_point():
+            return
+        if self.unfused or id(left) in self.names or id(right) in self.names:
+            return
+        self.seen.branch_ends |= {*self.made_by.get(id(left), ()), *self.made_by.get(id(right), ())}
+        self.seen.additions.append(Addition(name, self.order, made.shape, moments(made).rms))
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """The weights of `scaled_dot_product_attention`, whose arguments these are, of the first samples."""
+    with torch.no_grad():
+        q, k = query[:ATTENTION_SAMPLES].float(), key[:ATTENTION_SAMPLES].float()
+        if q.shape[:-2] != k.shape[:-2]:
+            if q.ndim < 4 or q.shape[1] % k.shape[1]:
+                return None
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = q @ k.mT * (scale if scale is not None else q.shape[-1] ** -0.5)
+        if is_causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~mask, float("-inf"))
+        if isinstance(attn_mask, Tensor):
+            try:
+                mask = attn_mask[:ATTENTION_SAMPLES] if attn_mask.ndim == query.ndim else attn_mask
+                scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            except RuntimeError:
+                return None
+        return scores.softmax(-1).nan_to_num()
+
+
+def labels_range(scores: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[int, int, int] | None:
+    """Smallest and largest label, and the number of classes."""
+    axis = 1 if target.ndim < scores.ndim and scores.ndim > 1 and target.shape != scores.shape[:-1] else -1
+    kept = target[target != ignore_index]
+    return (int(kept.min()), int(kept.max()), scores.shape[axis]) if kept.numel() else None
+
+
+def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the weight and bias of a norm have values that no initialization gives."""
+    if norm.weight is None or norm.bias is None:
+        return False
+    return len(norm.weight) > 1 and len(norm.weight.detach().unique()) > 1 and bool(norm.bias.detach().any())
+
+
+def _rows_of_scores(scores: Tensor) -> Tensor:
+    scores = scores.detach().float()
+    return scores.movedim(1, -1).reshape(-1, scores.shape[1]) if scores.ndim > 1 else scores.reshape(1, -1)
+
+
+def _first_float(values: Iterable[Any]) -> Tensor | None:
+    for value in values:
+        for t in tensors(value) if not isinstance(value, nn.Module) else ():
+            if t.is_floating_point() and t.ndim:
+                return t
+    return None
+
+
+def _all_finite(values: Iterable[Any]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors_of(values) if t.is_floating_point())

@@ -1,0 +1,121 @@
+"""The state of a matrix optimizer: as a `state_dict`, from an AdamW, and in copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gramian import placement
+from gramian.optim.adamw_state import carry_over
+from gramian.optim.grouped import Grouped
+from gramian.optim.parameters import check_state
+from gramian.optim.routing import Route
+from gramian.optim.stacks import State
+
+__all__ = ["Saved"]
+
+
+class Saved(Grouped):
+    """Saves, loads and copies what `Grouped` holds, also where it is sharded."""
+
+    def load_adamw(
+        self, source: torch.optim.Optimizer | Mapping[str, Any], names: Sequence[str] | None = None
+    ) -> list[dict[str, str]]:
+        """Continues from the state of an Adam or AdamW, as far as it carries over; reports what did not, and why.
+
+        Parameters that AdamW steps here too take all of it: both moments and the number of steps. Matrices take what
+        their direction declares (`Recipe.adamw`), cut into the matrices: the first moment as the momentum, and for
+        SOAP, which is Adam in a basis that starts as the identity, also the second. Rates and other options stay this
+        optimizer's; its own state is replaced. Collective where parameters are sharded.
+
+        Args:
+            source: the optimizer, or its `state_dict()`. Its parameters are found by identity, or by `param_names`
+                where it has them, and otherwise by their order: that of `model.parameters()`.
+            names: of the parameters of a `state_dict()` without names, in its order: needed where its groups are not
+                in the order of the model, as with one group for weights and one for biases.
+        Returns: a row for each parameter: `name`, `direction`, `carried`, `lost` and `reason`.
+        Raises:
+            InputError: for a state that is not Adam's, or whose shapes do not fit.
+
+        >>> from torch import nn
+        >>> from gramian.optim import Muon
+        >>> net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        >>> adamw = torch.optim.AdamW(net.parameters())
+        >>> net(torch.ones(1, 3)).sum().backward()
+        >>> adamw.step()
+        >>> for row in Muon(net).load_adamw(adamw)[:2]:
+        ...     print(row["name"], "|", row["carried"], "|", row["lost"])
+        0.weight | exp_avg | exp_avg_sq, step
+        0.bias | exp_avg, exp_avg_sq, step |
+        """
+        self._follow()
+        groups = {p: g for g in self.param_groups for p in g["params"]}
+
+        def empty(r: Route) -> State:
+            assert r.layout is not None
+            return self.recipe.init(torch.empty(1, *r.layout.matrices[-2:], device="meta"), groups[r.parameter])
+
+        routes = [self._routes[p] for p in self._order]
+        maximize = self._options["maximize"]
+        states, rows = carry_over(source, names, routes, self._sharding, empty, self.recipe.adamw, maximize)
+        self.state.clear()
+        self.state.update(states)
+        self._stacks.clear()
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Where parameters are sharded, it is collective and gives this rank's part."""
+        self._follow()
+        own = self.state
+        try:
+            self.state = self._sharding.divide(own)  # type: ignore[assignment]
+            return super().state_dict()
+        finally:
+            self.state = own
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict()` gave; the next step is then the same, bit for bit."""
+        self._follow()
+        given: dict[str, Any] = {}
+
+        def take(_: Any, found: dict[str, Any]) -> None:
+            all_buffers = self.recipe.init(torch.empty(1, 1, 1, device="meta"), {**self._options, "refresh": 2})
+            check_state(type(self).__name__, found, all_buffers)
+            given.update(found)
+
+        hook = self.register_load_state_dict_pre_hook(take)  # after the user's
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        # torch casts the state to the parameter's dtype and shares its memory: put back a copy of what was saved.
+        saved = (index for group in given["param_groups"] for index in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        states = {p: given["state"][i] for p, i in zip(params, saved, strict=True) if i in given["state"]}
+        for p, state in self._sharding.collect({p: s for p, s in states.items() if self._routes[p].layout}).items():
+            self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
+        for p in states:
+            self.state[p] = {name: value.clone() for name, value in self.state[p].items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: self.__dict__[name] for name in _KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stacks = {}
+        if "_routes" in state:  # a copy, or read from a pickle: it knows no model
+            self._model, self._known = None, {}
+        for group in self.param_groups:
+            if group["direction"] == "matrix":  # a state saved by an earlier version may lack newer options
+                for key, value in self._options.items():
+                    if not key.startswith("rest_"):
+                        group.setdefault(key, value)
+
+
+_KEPT = (
+    "_routes", "_order", "_left_out", "_num_matrices", "_options", "_built", "_sharding", "_clock", "_skipped",
+    "_rates", "_is_new",
+)  # fmt: skip
+"""What a copy takes along beside torch's own."""

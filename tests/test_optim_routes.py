@@ -1,0 +1,110 @@
+"""Where nothing tells which matrices a parameter holds: the warning, what it says to write, and that this works."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gramian.errors import GramianWarning, InputError
+from gramian.optim import Muon, Shampoo, WhitenedMuon
+from gramian.optim.routing import MOST_LEFT
+
+
+class Experts(nn.Module):
+    """A layer of hand-written experts, each (in, out), of which every row takes one."""
+
+    def __init__(self, num: int, wide: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, num, bias=False)
+        self.w_in = nn.Parameter(torch.randn(num, 8, wide) / 3)
+        self.w_out = nn.Parameter(torch.randn(num, wide, 8) / 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates = self.router(x).softmax(-1)
+        hidden = torch.einsum("bi,eio->ebo", x, self.w_in).relu()
+        return x + torch.einsum("ebo,be->bo", torch.bmm(hidden, self.w_out), gates)
+
+
+def network(num: int = 4, wide: int = 16) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), Experts(num, wide), Experts(num, wide), nn.Linear(8, 3))
+
+
+LAYOUTS = {"*.w_in": "e i o -> e o i", "*.w_out": "e i o -> e o i"}
+
+
+@pytest.mark.parametrize("cls", [Muon, Shampoo, WhitenedMuon])
+def test_experts_that_no_row_knows_are_told(cls: type[Muon]) -> None:
+    model = network()
+    left = 2 * 2 * 4 * 8 * 16
+    share = left / (left + 64 + 2 * 32)  # beside the first layer and the routers; the head counts nowhere
+    with pytest.warns(GramianWarning, match=f"{share:.0%} of the hidden parameters step by AdamW") as caught:
+        cls(model)
+    (warning,) = caught
+    text = str(warning.message)
+    assert "1.w_in, 1.w_out, 2.w_in and 1 more" in text
+    assert "layouts={'1.w_in': 'e i o -> e o i', '1.w_out': 'e i o -> e o i', '2.w_in': " in text
+
+
+def test_layers_of_one_kind_are_told_by_one_pattern() -> None:
+    model = nn.ModuleDict({"layers": network()[1:3]})
+    with pytest.warns(GramianWarning, match=r"layouts=\{'layers\.\*\.w_in': [^:]*, 'layers\.\*\.w_out': [^:]*\}"):
+        Muon(model)
+
+
+def test_what_the_warning_says_to_write_steps_each_expert_by_itself() -> None:
+    """The update of a stack is that of its experts one by one, transposed from (in, out), by the naive way."""
+    model = network()
+    optimizer = Muon(model, lr=0.1, rtol=1e-3, layouts=LAYOUTS)
+    assert sum(r["direction"] == "adamw" and "w_" in r["name"] for r in optimizer.explain()) == 0
+    w = model[1].w_in
+    before, wanted = w.detach().clone(), torch.empty_like(w)
+    model(torch.randn(64, 8)).square().mean().backward()
+    for expert, gradient in enumerate(w.grad.double()):
+        u, _, v = torch.linalg.svd(gradient.mT, full_matrices=False)
+        scale = (16 / 8) ** 0.5 / optimizer._num_matrices
+        wanted[expert] = (before[expert] - 0.1 * scale * (u @ v).mT).float()
+    optimizer.step()
+    w = w.detach()
+    assert float((w - wanted).norm() / (wanted - before).norm()) < 0.01
+
+
+def test_the_user_may_want_adamw_and_frozen_experts_do_not_count() -> None:
+    Muon(network(), routes={"*.w_*": "adamw"})
+    frozen = network()
+    for name, p in frozen.named_parameters():
+        p.requires_grad_("w_" not in name)
+    Muon(frozen)
+
+
+@pytest.mark.parametrize(("extra", "warns"), [(0, False), (1, True)])
+def test_the_share_is_the_one_stated(extra: int, warns: bool) -> None:
+    matrix = nn.Parameter(torch.randn(24, 24))
+    most = int(MOST_LEFT / (1 - MOST_LEFT) * matrix.numel()) // 4  # as many as reach the share exactly
+    pairs = [("layer.weight", matrix), ("stack", nn.Parameter(torch.randn(2, 2, most + extra)))]
+    if warns:
+        with pytest.warns(GramianWarning, match="of the hidden parameters step by AdamW"):
+            Muon(pairs)
+    else:
+        Muon(pairs)
+
+
+def test_names_alone_say_to_pass_the_model() -> None:
+    with pytest.warns(GramianWarning, match="Pass the model, and where its classes do not tell, layouts="):
+        Muon(network().named_parameters())
+
+
+@pytest.mark.parametrize("as_model", [True, False])
+def test_a_stack_is_not_one_matrix(as_model: bool) -> None:
+    model = network()
+    given = model if as_model else list(model.named_parameters())
+    with pytest.raises(InputError, match=r"'1\.w_in' of shape \(4, 8, 16\) .*layouts=\{'1\.w_in': 'e i o -> e o i'"):
+        Muon(given, routes={"1.w_in": "matrix", "*.w_*": "adamw"})
+
+
+def test_what_is_a_matrix_for_its_role_keeps_its_own_layout() -> None:
+    """A head that is a kernel, or a table, steps as the matrices that the table of layers knows."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 3))
+    row = {r["name"]: r for r in Muon(model, routes={"1.weight": "matrix"}).explain()}["1.weight"]
+    assert row["matrices"] == "36 × 8"
