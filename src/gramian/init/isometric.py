@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from gramian.calls import called
 from gramian.errors import GramianWarning, InputError
 from gramian.init.paths import hooked, normalized, trace
+from gramian.init.reached import State
 from gramian.init.setting import Setting
 from gramian.init.trained import signs_of, told
 from gramian.init.weights import BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
@@ -58,26 +59,30 @@ def isometric_(
       the mean square of white inputs, on average over images.
     - A transposed convolution is set as the adjoint of a convolution.
 
-    A network with norms and skips is left as its library makes it: layers whose scale a norm undoes (measured: the
-    derivative along the output is zero), layers around which a path goes (in the graph of the forward pass), and beside
-    them runs of fewer than three other layers. Only where the residual stream is seen to grow more than tenfold, the
-    last layers of its branches are scaled, by 1/√(number of branches) or less.
+    With a sample, matrices that a norm or a skip already keeps in order are left: layers whose scale a norm undoes
+    (measured: the derivative along the output is zero), and layers of residual branches (in the graph of the forward
+    pass) of at most four in a row; unless the sample's mean square changes over a layer by a factor outside 1e-4 to 100
+    (before a norm) or to 10 (in a branch). Only where the residual stream is seen to grow more than tenfold, the last
+    layers of its branches are scaled, by 1/√(number of branches) or less. Without a sample every matrix is set.
+
+    Where gradients or signals then change more over the depth than before, twice as much and tenfold at least, all is
+    put back (a SIREN, `sin(30 W x)`).
 
     What is left as it was is named in a `GramianWarning`: these; layers that do more than `W x + b`, frozen
     weights, the parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and
     adapters are where they start from the identity. A zero weight is set where all are zero, or where the sample
     shows that it makes the next layer's input the same for all samples. Embeddings, tables tied to a head, and
     norms keep their initialization by definition. The warning also says what no initialization reaches: "beyond
-    initialization", where gradients or signals still change by a factor of 100 over the depth (softplus, sigmoid);
-    and which trained weights were replaced.
+    initialization", where gradients or signals still change by a factor of 100 over the depth (softplus, sigmoid, gates
+    without norms); and which trained weights were replaced.
 
     Args:
         model: set in place.
-        sample: a batch, `(x, y)` or `x`. Pass it: without one skips are not seen, and a norm only where it is
-            registered behind the layer. With it, the order of the layers is the order of the forward pass, an
+        sample: a batch, `(x, y)` or `x`. Pass it: with it, the order of the layers is the order of the forward pass, an
             activation that is no module (`torch.tanh(x)`) is measured, and a layer that the data enter is scaled so
             that its output has a root mean square of 0.5, whatever the units of the data.
-        head_scale: gain of the last layer: small, so that training starts from nearly equal scores.
+        head_scale: gain of the last layer where the layer before it is set too: small, so that training starts from
+            nearly equal scores.
         generator: draws Q; seeded with 0 by default.
         predict: `predict(model, sample)`, where it is not `model(x)`.
         overwrite: whether to set also weights that look trained (see `signs_of_training`). What they have learned is
@@ -127,7 +132,7 @@ def isometric_(
     left = {name for names in weights.left.values() for name in names}
     chosen = [m for m in chain if m not in zero and layers[m].block.name not in left]
     setting = Setting(model, sample, objective, weights, generator)
-    before = setting.state(chosen[:-1])
+    before = State.of(model, chosen[:-1], sample, objective)
     points = setting.critical_points(chosen, _followed_by(order, layers))
     setting.mirror(chosen, order, points)
     chosen = [m for m in chosen if setting.isometry_(m, points.get(m))]
@@ -149,7 +154,7 @@ def isometric_(
     notes = setting.branches_(around, ends)
     hidden = chosen[:-1] if chosen and chosen[-1] is chain[-1] else chosen
     setting.sweep_([m for m in hidden if m not in points])
-    restored = setting.restore_if_worse_(before)
+    restored = before.restore_if_better_(model, sample, objective)
     notes += restored or setting.beyond([m for m in hidden if m is not entered], points)
     is_head = bool(chosen) and chosen[-1] is [m for m in dict.fromkeys(order) if operation_of(m).init][-1]
     if is_head and len(chosen) > 1 and chosen[-2] is chain[-2] and not restored:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from gramian.init.gains import CriticalPoint, critical_point, point_of
 from gramian.init.kernels import isometry
 from gramian.init.measured import STEP, interpolated, measured_activations
 from gramian.init.paths import batch_statistics, hooked
+from gramian.init.reached import CURE, MOST_CHANGE, changes
 from gramian.init.weights import BYPASSED, PARAMETRIZED, Weights
 from gramian.layers import operation_of
 from gramian.objective import Objective
@@ -30,27 +31,11 @@ INPUT_RMS = 0.5
 # Measurements of the gains behind what does not work element by element: each changes the sizes that later layers see.
 NUM_SWEEPS = 4
 
-# Gradients that change by more than this factor across the layers that were set are told.
-MOST_CHANGE = 100.0
-
-# The old weights are put back where the new ones change gradients or signals by so much more, and by at least so much.
-MOST_WORSE, LEAST_WORSE = 2.0, 10.0
-
-CURE = "a norm or a skip in each block is what helps"
-
 # A residual stream that grows by more than this is scaled, by no less than that.
 MOST_GROWTH, LEAST_FACTOR = 10.0, 1e-3
 
 # Layers behind an activation without a stable critical point, from which that is told where nothing is measured.
 MANY = 5
-
-
-class State(NamedTuple):
-    """Parameters and buffers by name, and how gradients and signals change across layers with them."""
-
-    kept: dict[str, Tensor]
-    hidden: Sequence[nn.Module]
-    changes: tuple[float, float]
 
 
 @dataclass
@@ -262,26 +247,6 @@ class Setting:
                 if gain is not None and gain.chi > 0:
                     weight.set_(weight.value / math.sqrt(gain.chi))
 
-    def state(self, hidden: Sequence[nn.Module]) -> State:
-        """The parameters as they are, and how signals and gradients change across the layers before they are set."""
-        kept = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
-        return State(kept, hidden, self._changes(hidden))
-
-    def restore_if_worse_(self, before: State) -> list[str]:
-        """Puts all back where signals or gradients change clearly more than before; says so."""
-        now = self._changes(before.hidden)
-        if _size(now) < max(MOST_WORSE * _size(before.changes), LEAST_WORSE):
-            return []
-        self.model.load_state_dict(before.kept)
-        was, tried = (
-            f"gradients change by a factor of {b:.2g} and signals by {f:.2g}" for b, f in (before.changes, now)
-        )
-        note = (
-            f"left all as it was, since isometries are worse: across {len(before.hidden)} layers {tried}, and {was} now"
-        )
-        beyond = _size(before.changes) > MOST_CHANGE
-        return [f"{note}, which is beyond initialization; {CURE}" if beyond else note]
-
     def beyond(self, hidden: Sequence[nn.Module], points: dict[nn.Module, CriticalPoint]) -> list[str]:
         """What was not reached: a depth across which gradients still shrink or grow."""
         unstable = [m for m in hidden if m in points and m not in self.rows and not points[m].stable]
@@ -295,7 +260,7 @@ class Setting:
             if len(unstable) + len(biased) < MANY:
                 return []
             return [f"beyond initialization at depth: of {len(hidden)} layers, {' and '.join(why)}; {CURE}"]
-        backward, forward = self._changes(hidden)
+        backward, forward = changes(self.model, hidden, self.sample, self.objective)
         told = [
             f"{what} still change by a factor of {change:.1e}"
             for what, change in (("gradients", backward), ("signals", forward))
@@ -304,35 +269,3 @@ class Setting:
         if not told:
             return []
         return ["; ".join([f"beyond initialization: across {len(hidden)} layers {' and '.join(told)}", *why, CURE])]
-
-    def _changes(self, layers: Sequence[nn.Module]) -> tuple[float, float]:
-        """How a random vector's gradient changes from the last layer's output to the first's; and the output's size."""
-        if self.sample is None or len(layers) < 3:
-            return 1.0, 1.0
-        outputs: dict[nn.Module, Tensor] = {}
-
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor) and output.requires_grad:
-                outputs.setdefault(module, output)
-
-        ends = [layers[0], layers[-1]]
-        handles = [m.register_forward_hook(lambda m, x, y: (note(m, x, y), y.clone())[1]) for m in ends]
-        try:
-            with measuring(self.model), batch_statistics(self.model), torch.enable_grad():
-                self.objective.predict(self.model, self.sample)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if len(outputs) < 2:
-            return 1.0, 1.0
-        first, last = outputs[ends[0]], outputs[ends[1]]
-        v = torch.empty_like(last).normal_(generator=torch.Generator(last.device).manual_seed(0))
-        (gradient,) = torch.autograd.grad(last, first, v, allow_unused=True)
-        sizes = [float(x.detach().double().square().mean().sqrt()) for x in (first, last)]
-        forward = sizes[1] / sizes[0] if sizes[0] > 0 else 1.0
-        return (1.0 if gradient is None else float(gradient.double().norm() / v.double().norm())), forward
-
-
-def _size(changes: tuple[float, float]) -> float:
-    """The larger of two changes, where a shrinking by a factor counts as a growth by it."""
-    return max(max(c, 1 / c) if 0 < c < math.inf else math.inf for c in changes)
