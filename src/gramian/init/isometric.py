@@ -64,9 +64,7 @@ def isometric_(
     pass) of at most four in a row; unless the sample's mean square changes over a layer by a factor outside 1e-4 to 100
     (before a norm) or to 10 (in a branch). Only where the residual stream is seen to grow more than tenfold, the last
     layers of its branches are scaled, by 1/√(number of branches) or less. Without a sample every matrix is set.
-
-    Where gradients or signals then change more over the depth than before, twice as much and tenfold at least, all is
-    put back (a SIREN, `sin(30 W x)`).
+    Where signals or gradients then change twice as much over the depth as before, and tenfold, all is put back.
 
     What is left as it was is named in a `GramianWarning`: these; layers that do more than `W x + b`, frozen
     weights, the parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and
@@ -85,8 +83,7 @@ def isometric_(
             nearly equal scores.
         generator: draws Q; seeded with 0 by default.
         predict: `predict(model, sample)`, where it is not `model(x)`.
-        overwrite: whether to set also weights that look trained (see `signs_of_training`). What they have learned is
-            then lost.
+        overwrite: whether to set also weights that look trained (see `signs_of_training`), and lose what they learned.
 
     Returns:
         The model.
@@ -186,6 +183,8 @@ def _leave_what_needs_none(
     flow = trace(model, layers.keys() | weights.others, sample, objective)
     ends = flow.ends()
     matrices = layers.keys() | weights.others - weights.depthwise
+    # A module that holds a table of positions and calls layers (a ViT's embeddings) is no step after them.
+    matrices = {m for m in matrices if not any(k in flow.gains for k in m.modules() if k is not m)}
     free = normalized(model, matrices, ends, sample, objective, torch.Generator(device).manual_seed(0))
     around = flow.bypassed(free)
     for layer in chain:
