@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import scipy.integrate
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 import gramian as gm
 from cases import seeded
 from gramian.errors import GramianWarning, InputError
-from gramian.init import activation_gain, isometric_
+from gramian.init import isometric_
 from gramian.operators import layer_gains
 from zoo import ZOO
 
@@ -63,52 +61,10 @@ def test_convolutions_are_isometries_of_images(name: str) -> None:
     torch.testing.assert_close((conv(x) * conv(y)).flatten(1).sum(1), (x * y).flatten(1).sum(1), rtol=1e-4, atol=1e-4)
 
 
-ACTIVATIONS = [
-    nn.ReLU(), nn.LeakyReLU(0.2), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.ELU(), nn.SELU(), nn.CELU(2.0),
-    nn.Softplus(), nn.Sigmoid(), nn.Hardsigmoid(), nn.Hardswish(), nn.LogSigmoid(), nn.ReLU6(), nn.Hardshrink(),
-    nn.Softshrink(), nn.Threshold(0.3, 0.0), nn.Tanhshrink(), nn.PReLU(), nn.PReLU(3, init=0.5),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-def test_gain_is_the_quadrature(activation: nn.Module) -> None:
-    """σ² E[φ'(z)²] = 1 by scipy's adaptive quadrature of a derivative by differences."""
-
-    def value(z: float) -> float:
-        channels = getattr(activation, "num_parameters", 1)
-        return activation.double()(torch.full((1, channels), z, dtype=torch.float64))[0, 0].item()
-
-    def integrand(z: float) -> float:
-        slope = (value(z + 1e-5) - value(z - 1e-5)) / 2e-5
-        return 0.0 if abs(slope) > 1e3 else slope**2 * scipy.stats.norm.pdf(z)  # a jump has no derivative
-
-    chi, _ = scipy.integrate.quad(integrand, -9, 9, points=[-3, -0.5, 0, 0.3, 0.5, 3, 6], limit=200, epsrel=1e-6)
-    assert activation_gain(activation) == pytest.approx(chi**-0.5, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("activation", "slope"),
-    [(nn.Tanh(), 1), (nn.Identity(), 1), (nn.Softsign(), 1), (nn.Hardtanh(), 1)],
-    ids=lambda x: str(x),
-)
-def test_linear_at_the_origin_has_the_inverse_slope(activation: nn.Module, slope: float) -> None:
-    assert activation_gain(activation) == pytest.approx(1 / slope, rel=1e-4)
-
-
-def test_gain_leaves_the_activation_alone() -> None:
-    state = torch.get_rng_state()
-    for activation in (nn.ReLU(inplace=True), nn.RReLU(), nn.PReLU()):
-        first = activation_gain(activation)
-        assert activation_gain(activation) == first
-        assert activation.training
-        assert all(p.dtype == torch.float32 and p.grad is None for p in activation.parameters())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 class Functional(nn.Module):
-    def __init__(self, phi) -> None:
+    def __init__(self, phi, depth: int = 5) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(64, 48), *(nn.Linear(48, 48) for _ in range(5)), nn.Linear(48, 10)])
+        self.layers = nn.ModuleList([nn.Linear(64, 48), *(nn.Linear(48, 48) for _ in range(depth)), nn.Linear(48, 10)])
         self.phi = phi
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,10 +89,12 @@ def test_hidden_gains_are_one(name: str) -> None:
     model = isometric_(MODELS[name](), digits())
     gains = list(layer_gains(model, digits(), CLASSIFY, num_probes=8).values())
     hidden = [g.chi for g in gains[1:-1]]
-    # ReLU's is one on average over directions, tanh's just below at a finite variance; torch's own is 1/6 and 1/3.
-    assert min(hidden) > 0.75
+    # ReLU's is one on average over directions, tanh's just below at a finite variance; torch's own is 1/6 and 1/3. The
+    # rows of [Q, −Q; −Q, Q] / 1.2 before a leaky ReLU make 1.04 / 1.44.
+    assert min(hidden) > (0.7 if name == "leaky" else 0.75)
     assert max(hidden) < 1.25
-    assert gains[-1].chi == pytest.approx(0.01, rel=0.2)  # the head's scale
+    mirrored = {"leaky": 2 / 1.44}.get(name, 2 if "relu" in name else 1)
+    assert gains[-1].chi == pytest.approx(0.01 * mirrored, rel=0.2)  # the head's scale
 
 
 def test_the_default_initialization_fails_that_test() -> None:
@@ -180,7 +138,7 @@ LEFT = {
 }
 # With a sample also the matrices that norms and skips keep in order.
 KEPT = {
-    "batchnorm_cnn": "a norm restores their scale before the next matrix: ",
+    "batchnorm_cnn": "a norm undoes any scale of what they compute: ",
     "residual_cnn": "a skip goes around them: ",
     "gpt2": "a skip goes around them: ",
     "grouped_query": "a skip goes around them: ",

@@ -90,10 +90,12 @@ def test_trained_models_are_not_overwritten(name: str) -> None:
     with pytest.raises(InputError, match=r"look trained: .* Pass overwrite=True"):
         isometric_(model, batches[0])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GramianWarning)
+    with pytest.warns(GramianWarning) as caught:
         isometric_(model, batches[0], overwrite=True)
-    assert signs_of_training(nn.ModuleList([m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))])) == []
+    text = str(caught[-1].message)
+    weights = {sign.name for sign in signs_of_training(model) if model.get_parameter(sign.name).ndim > 1}
+    assert all(name in text for name in weights)  # left, since a norm or a skip makes them free
+    assert name != "mlp" or ("what they had learned is lost" in text and not weights)
 
 
 def test_a_trained_backbone_that_is_frozen_does_not_hinder_a_fresh_head() -> None:
@@ -134,10 +136,10 @@ class Residual(nn.Module):
 def test_zero_branches_are_kept(with_sample: bool) -> None:
     model, sample = Residual(), torch.randn(8, 16, generator=seeded(0))
     assert "left zero, as residual branches" in (text := left_by(model, sample if with_sample else None))
-    assert text.endswith(": down.weight")
+    assert "not): down.weight" in text
     assert not model.down.weight.any()
     assert not model.gain.any()
-    assert is_isometry(model.up.weight) != with_sample  # the sample shows that a skip goes around it
+    assert with_sample or is_isometry(model.up.weight)
 
 
 def test_a_zero_layer_that_nothing_goes_around_is_set() -> None:

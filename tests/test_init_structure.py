@@ -85,6 +85,21 @@ def test_what_norms_and_skips_keep(name: str) -> None:
     assert torch.equal(model.scale, scale)
 
 
+def test_a_module_with_a_table_of_positions_around_a_layer_is_no_step() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Parameter(0.02 * torch.randn(4, 16, generator=seeded(1)))
+            self.projection = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.projection(x) + self.position
+
+    model = Net(STEPS["pre-norm"][0])
+    model.stem = Patches()
+    assert changed(model, torch.randn(8, 4, 16, generator=seeded(0))) == {"head"}
+
+
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
 @pytest.mark.parametrize("name", ["skip", "batch norms"])
 def test_an_unhealthy_size_is_mended(name: str, factor: float) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,25 +12,22 @@ from torch.nn.parameter import UninitializedParameter
 
 from gramian.calls import called
 from gramian.errors import GramianWarning, InputError
-from gramian.init.gains import activation_gain
-from gramian.init.kernels import isometry
-from gramian.init.structure import kept_in_order
+from gramian.init.paths import hooked, normalized, trace
+from gramian.init.reached import State
+from gramian.init.setting import Setting
 from gramian.init.trained import signs_of, told
-from gramian.init.weights import NOT_REACHED, PARAMETRIZED, ZERO, Weight, Weights, find_weights
+from gramian.init.weights import BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
 from gramian.layers import operation_of
 from gramian.objective import Objective
-from gramian.operators import layer_gains
 from gramian.recording import measuring
 
 __all__ = ["isometric_"]
 
-# Root mean square of the first layer's output where a sample is given: past the linear part of tanh, not saturated.
-INPUT_RMS = 0.5
+# The mean square of a layer's output over that of its input. Below 1 at most initializations of transformers (0.02²
+# times the width, over twice the depth at the end of a branch); a kaiming kernel that narrows four times is at 8.
+HEALTHY = {NORMALIZED: (1e-4, 1e2), BYPASSED: (1e-4, 10.0)}
 
 MOST_NAMES = 30  # in a warning, for each reason
-
-# Measurements of the gains behind activations that are no modules: each changes the sizes that later layers see.
-NUM_SWEEPS = 4
 
 _NOT_ELEMENTWISE = (nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d, nn.GLU)
 
@@ -46,13 +41,17 @@ def isometric_(
     predict: Callable[[nn.Module, Any], Any] | None = None,
     overwrite: bool = False,
 ) -> nn.Module:
-    """Makes every layer as close to an isometry as its shape allows: `W = σ Q` with `QᵀQ = I` or `QQᵀ = I`, `b = 0`.
+    """Makes every layer whose size matters as close to an isometry as its shape allows: `W = σ Q`, Q orthogonal.
 
-    σ is the gain at which the following activation keeps the size of gradients (χ = 1): 1 for tanh, √2 for ReLU (see
-    `activation_gain`). Each matrix of a fused projection gets a Q of its own. A parametrized weight (weight norm,
-    spectral norm, orthogonality) is set so that the weight that is applied is the isometry, with σ = 1 where the
-    parametrization fixes the size.
+    σ is the gain at which the following activation keeps the size of gradients (χ = 1; see `activation_gain`), and the
+    bias is zero. Each matrix of a fused projection gets a Q of its own. A parametrized weight (weight norm, spectral
+    norm, orthogonality) is set so that the weight that is applied is the isometry, with σ = 1 where the parametrization
+    fixes the size.
 
+    - Linear layers with an activation between them for which φ(z) − φ(−z) = c z (ReLU, GELU, SiLU, softplus), and an
+      even width, get `[Q, −Q; −Q, Q] / c`: what they compute is linear at first, and an exact isometry at any depth.
+    - Before other smooth activations (ELU, SELU, Mish) signals keep their size at one mean square q, and with biases:
+      they are drawn, and q is held at the stable critical point by a forward pass.
     - Convolutions of stride one, padded so that no input is cut off, get Q at one tap and zeros elsewhere
       (delta-orthogonal): an exact isometry of whole images.
     - Other convolutions get a kernel that is orthogonal over all of its taps, so that every input counts. With a kernel
@@ -60,25 +59,31 @@ def isometric_(
       the mean square of white inputs, on average over images.
     - A transposed convolution is set as the adjoint of a convolution.
 
-    With a sample, matrices that a norm or a skip already keeps in order are left as they were: those whose scale a norm
-    restores before the next matrix, and those in a residual branch, unless the sample's variance changes there by a
-    factor outside 1e-4 to 100 (behind a norm) or to 10 (in a branch). Without a sample, norms and skips are not seen.
+    With a sample, matrices that a norm or a skip already keeps in order are left: layers whose scale a norm undoes
+    (measured: the derivative along the output is zero), and layers of residual branches (in the graph of the forward
+    pass) of at most four in a row; unless the sample's mean square changes over a layer by a factor outside 1e-4 to 100
+    (before a norm) or to 10 (in a branch). Only where the residual stream is seen to grow more than tenfold, the last
+    layers of its branches are scaled, by 1/√(number of branches) or less. Without a sample every matrix is set.
+    Where signals or gradients then change twice as much over the depth as before, and tenfold, all is put back.
 
-    What is left as it was, and named in a `GramianWarning`: these, layers that do more than `W x + b`, frozen weights,
-    the parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and adapters are
-    where they start from the identity. A zero weight is set where all are zero, or where the sample shows that it makes
-    the next layer's input the same for all samples. Embeddings, tables tied to a head, and norms keep their
-    initialization by definition.
+    What is left as it was is named in a `GramianWarning`: these; layers that do more than `W x + b`, frozen
+    weights, the parts of PEFT's adapters, depthwise kernels, and weights that are zero, as residual branches and
+    adapters are where they start from the identity. A zero weight is set where all are zero, or where the sample
+    shows that it makes the next layer's input the same for all samples. Embeddings, tables tied to a head, and
+    norms keep their initialization by definition. The warning also says what no initialization reaches: "beyond
+    initialization", where gradients or signals still change by a factor of 100 over the depth (softplus, sigmoid, gates
+    without norms); and which trained weights were replaced.
 
     Args:
         model: set in place.
-        sample: a batch, `(x, y)` or `x`. With it, the order of the layers is the order of the forward pass, an
+        sample: a batch, `(x, y)` or `x`. Pass it: with it, the order of the layers is the order of the forward pass, an
             activation that is no module (`torch.tanh(x)`) is measured, and a layer that the data enter is scaled so
             that its output has a root mean square of 0.5, whatever the units of the data.
-        head_scale: gain of the last layer: small, so that training starts from nearly equal scores.
+        head_scale: gain of the last layer where the layer before it is set too: small, so that training starts from
+            nearly equal scores.
         generator: draws Q; seeded with 0 by default.
         predict: `predict(model, sample)`, where it is not `model(x)`.
-        overwrite: whether to set also weights that look trained (see `signs_of_training`).
+        overwrite: whether to set also weights that look trained (see `signs_of_training`), and lose what they learned.
 
     Returns:
         The model.
@@ -88,9 +93,10 @@ def isometric_(
             look trained, and `overwrite` is false; weights have no values (meta) or a dtype of less than two bytes.
 
     Cost: one QR factorization for each layer, and the singular values of at most 512 × 512 entries of each; with a
-    sample, four forward passes, one of which keeps its graph, and where an activation is no module, four measurements
-    of `layer_gains`.
-    Source: Saxe et al. (1312.6120); Pennington et al. (1711.04735); delta-orthogonal: Xiao et al. (1806.05393), §3.
+    sample, some ten forward and ten backward passes, and where pooling or the like stands between layers four
+    measurements of `layer_gains`.
+    Source: Saxe et al. (1312.6120); Pennington et al. (1711.04735); delta-orthogonal: Xiao et al. (1806.05393), §3;
+    `[Q, −Q; −Q, Q]`: Balduzzi et al. (1702.08591), §5; holding q: Mishkin & Matas (1511.06422).
 
     >>> net = isometric_(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
     >>> w = net[2].weight.detach()
@@ -103,56 +109,92 @@ def isometric_(
     layers = weights.by_layer
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
-    order = list(model.modules()) if sample is None else _forward_order(model, layers, sample, objective)
+    order = list(_registered(model)) if sample is None else _forward_order(model, layers, sample, objective)
     chain = _first_uses(order, layers)
     if not chain:
         missing = f"the sample reaches none of {len(layers)}" if layers else f"{type(model).__name__} has none"
         raise InputError(
             f"isometric_: sets linear layers and convolutions, but {missing} that it may set{_told(weights)}"
         )
-    if not overwrite and (signs := signs_of(model, [layers[m].block for m in chain])):
+    signs = signs_of(model, [layers[m].block for m in chain])
+    if signs and not overwrite:
         raise InputError(
             f"isometric_: these weights look trained: {told(signs)}. Pass overwrite=True to replace them all the same"
         )
     zero = [m for m in chain if not bool(layers[m].value.any())]
     zero = zero if len(zero) < len(chain) else []
-    kept = {} if sample is None else kept_in_order(model, layers, weights.depthwise, sample, objective)
-    kept = {m: reason for m, reason in kept.items() if m in chain and m not in zero}
-    for layer, reason in kept.items():
-        weights.leave(reason, layers[layer].block.name)
-    for layer, activation in _followed_by(order, layers):
-        if layer in chain and layer not in zero and layer not in kept:
-            _set_isometry_(layers[layer], activation, generator, weights)
-    for layer in zero:
-        if sample is not None and _cuts_off(layer, order, layers, model, sample, objective):
-            activation = next(after for m, after in _followed_by(order, layers) if m is layer)
-            _set_isometry_(layers[layer], activation, generator, weights)
-        else:
-            weights.leave(ZERO, layers[layer].block.name)
+    around, ends = list[nn.Module](), list[nn.Module]()
+    if sample is not None:
+        around, ends = _leave_what_needs_none(model, [m for m in chain if m not in zero], weights, sample, objective)
     left = {name for names in weights.left.values() for name in names}
-    chain = [m for m in chain if layers[m].block.name not in left]
-    if not chain and not kept:
-        raise InputError(f"isometric_: {type(model).__name__} has no layer that it may set{_told(weights)}")
+    chosen = [m for m in chain if m not in zero and layers[m].block.name not in left]
+    setting = Setting(model, sample, objective, weights, generator)
+    before = State.of(model, chosen[:-1], sample, objective)
+    points = setting.critical_points(chosen, _followed_by(order, layers))
+    setting.mirror(chosen, order, points)
+    chosen = [m for m in chosen if setting.isometry_(m, points.get(m))]
+    for layer in zero:
+        if sample is None or not _cuts_off(layer, order, layers, model, sample, objective):
+            weights.leave(ZERO, layers[layer].block.name)
+            continue
+        points |= setting.critical_points([layer], _followed_by(order, layers))
+        if setting.isometry_(layer, points.get(layer)):
+            chosen = [m for m in chain if m in chosen or m is layer]
     reached = {layers[m] for m in order if m in layers}
     for weight in dict.fromkeys(layers.values()):
         if weight not in reached:
             weights.leave(NOT_REACHED, weight.block.name)
-    if weights.left:
-        warnings.warn(f"isometric_: {_told(weights).removeprefix('; ')}", GramianWarning, stacklevel=2)
-    if sample is not None and chain:
-        if chain[0] is next(m for m in order if m in layers or m in weights.others):
-            _scale_input_(layers[chain[0]], model, sample, objective)
-        unknown = [m for m, activation in _followed_by(order, layers) if activation is None and m in chain[:-1]]
-        for _ in range(NUM_SWEEPS if unknown else 0):
-            gains = layer_gains(model, sample, objective)  # probes drawn on the model's own device
-            for weight in [layers[m] for m in unknown]:
-                gain = gains.get(weight.block.name)
-                if gain is not None and gain.chi > 0:
-                    weight.set_(weight.value / math.sqrt(gain.chi))
-    if len(chain) > 1 and chain[-1] is [m for m in dict.fromkeys(order) if operation_of(m).init][-1]:
-        weight = layers[chain[-1]]
+    if not chosen and not (weights.left.keys() & {NORMALIZED, BYPASSED}):
+        raise InputError(f"isometric_: {type(model).__name__} has no layer that it may set{_told(weights)}")
+    entered = next((m for m in order if m in layers or m in weights.others), None)
+    setting.sizes_(chosen, points, entered)
+    notes = setting.branches_(around, ends)
+    hidden = chosen[:-1] if chosen and chosen[-1] is chain[-1] else chosen
+    setting.sweep_([m for m in hidden if m not in points])
+    restored = before.restore_if_better_(model, sample, objective)
+    notes += restored or setting.beyond([m for m in hidden if m is not entered], points)
+    is_head = bool(chosen) and chosen[-1] is [m for m in dict.fromkeys(order) if operation_of(m).init][-1]
+    if is_head and len(chosen) > 1 and chosen[-2] is chain[-2] and not restored:
+        weight = layers[chosen[-1]]
         weight.set_(weight.value * head_scale)
+    replaced = [s for s in signs if s.name in {layers[m].block.name for m in chosen} and not restored]
+    if replaced:
+        notes.insert(0, f"replaced weights that look trained, and what they had learned is lost: {told(replaced)}")
+    text = "; ".join([*notes, *filter(None, [_told(weights).removeprefix("; ")])])
+    if text:
+        warnings.warn(f"isometric_: {text}", GramianWarning, stacklevel=2)
     return model
+
+
+def _leave_what_needs_none(
+    model: nn.Module,
+    chain: Collection[nn.Module],
+    weights: Weights,
+    sample: Any,
+    objective: Objective,
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Leaves the layers whose scale a norm undoes, and those that a skip goes around, as the forward pass shows.
+
+    Not those that change the sample's mean square by a factor outside `HEALTHY`. Returns the layers in residual
+    branches that are left, and of the chain the last of each branch.
+    """
+    layers = weights.by_layer
+    device = next(model.parameters()).device
+    flow = trace(model, layers.keys() | weights.others, sample, objective)
+    ends = flow.ends()
+    matrices = layers.keys() | weights.others - weights.depthwise
+    # A module that holds a table of positions and calls layers (a ViT's embeddings) is no step after them.
+    matrices = {m for m in matrices if not any(k in flow.gains for k in m.modules() if k is not m)}
+    free = normalized(model, matrices, ends, sample, objective, torch.Generator(device).manual_seed(0))
+    around = flow.bypassed(free)
+    for layer in chain:
+        uses = [m for m, weight in layers.items() if weight is layers[layer] and m in flow.gains]
+        for reason, kept in ((NORMALIZED, free), (BYPASSED, around)):
+            low, high = HEALTHY[reason]
+            if uses and all(m in kept and all(low <= gain <= high for gain in flow.gains[m]) for m in uses):
+                weights.leave(reason, layers[layer].block.name)
+                break
+    return [m for m in flow.made.values() if m in around], [m for m in chain if m in ends & around]
 
 
 def _check_values(model: nn.Module, sample: Any, objective: Objective) -> None:
@@ -177,6 +219,8 @@ def _told(weights: Weights) -> str:
     """What is left, by reason, each after a semicolon."""
     text = ""
     for reason, names in weights.left.items():
+        if not names:
+            continue
         some = ", ".join(names[:MOST_NAMES]) + (
             f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         )
@@ -191,19 +235,6 @@ def _first_uses(order: list[nn.Module], layers: Mapping[nn.Module, Weight]) -> l
         if m in layers:
             first.setdefault(layers[m], m)
     return list(first.values())
-
-
-def _set_isometry_(weight: Weight, activation: nn.Module | None, generator: torch.Generator, weights: Weights) -> None:
-    """Sets σ Q and zeroes the bias; notes where a parametrization forbids it."""
-    scale = activation_gain(activation) if activation is not None else 1.0
-    block = weight.block
-    value = scale * isometry(weight.layer, block.layout, block.parameter.detach(), generator)
-    if not weight.set_(value):
-        weights.leave(PARAMETRIZED, block.name)
-        return
-    bias = getattr(weight.layer, "bias", None)
-    if bias is not None and bias.requires_grad:
-        bias.data.zero_()
 
 
 def _cuts_off(
@@ -229,7 +260,7 @@ def _cuts_off(
         if isinstance(x, Tensor) and x.is_floating_point():
             differ.setdefault(module, bool((x - x[:1]).abs().max() > 1e-6 * x.abs().max()))
 
-    with _hooked([layer, after], note), measuring(model), torch.no_grad():
+    with hooked([layer, after], note), measuring(model), torch.no_grad():
         objective.predict(model, sample)
     return differ.get(layer, False) and not differ.get(after, True)
 
@@ -251,36 +282,19 @@ def _followed_by(
         yield module, activation
 
 
+def _registered(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in the order in which they are registered, one that is shared at each place."""
+    yield module
+    for child in module.children() if not isinstance(module, nn.Sequential) else module:
+        yield from _registered(child)
+
+
 def _forward_order(
     model: nn.Module, layers: Mapping[nn.Module, Weight], sample: Any, objective: Objective
 ) -> list[nn.Module]:
     """The leaf modules in the order in which a forward pass calls them, an activation that is shared at every call."""
     order: list[nn.Module] = []
     leaves = [m for m in model.modules() if m in layers or not list(m.children())]  # a parametrized layer has children
-    with _hooked(leaves, lambda m, x, y: order.append(m)), measuring(model), torch.no_grad():
+    with hooked(leaves, lambda m, x, y: order.append(m)), measuring(model), torch.no_grad():
         objective.predict(model, sample)
     return order
-
-
-def _scale_input_(first: Weight, model: nn.Module, sample: Any, objective: Objective) -> None:
-    sizes: list[Tensor] = []
-    measure = _hooked([first.layer], lambda m, x, y: sizes.append(_rms(y)))
-    with measure, measuring(model), torch.no_grad():
-        objective.predict(model, sample)
-    rms = float(sizes[0]) if sizes else 0.0
-    if math.isfinite(rms) and rms > 0:
-        first.set_(first.value * (INPUT_RMS / rms))
-
-
-def _rms(output: Any) -> Tensor:
-    return output.float().square().mean().sqrt() if isinstance(output, Tensor) else torch.zeros(())
-
-
-@contextmanager
-def _hooked(modules: list[nn.Module], hook: Callable) -> Iterator[None]:
-    handles = [m.register_forward_hook(lambda *args: (hook(*args), None)[1]) for m in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

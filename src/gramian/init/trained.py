@@ -31,6 +31,7 @@ TYPICAL = 0.6745  # median of |x| of a standard normal variable
 
 # Singular values within this ratio of each other: an orthogonal matrix, which is an initialization.
 FLAT = 0.99
+NULL = 1e-4  # `isometric_` sets [Q, −Q; −Q, Q], whose rank is half its side
 
 
 class Sign(NamedTuple):
@@ -97,6 +98,7 @@ def _sample(w: Tensor) -> Tensor | None:
     if w.numel() < LEAST_ENTRIES or not bool(w.isfinite().all()) or bool((w == w[0, 0]).all()):
         return None
     sigma = torch.linalg.svdvals(w)
+    sigma = sigma[sigma > NULL * sigma[0]]
     if sigma[-1] > FLAT * sigma[0]:
         return None
     w = w / w.abs().max()

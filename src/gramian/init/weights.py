@@ -130,6 +130,8 @@ IN_ADAPTER = "left as they were, as parts of an adapter"
 ZERO = "left zero, as residual branches are by design (set them first if they are not)"
 PARAMETRIZED = "left as they were, since their parametrization takes no such weight"
 DESIGNED = "left as they were, with a bias that is neither constant nor centered, as if by design"
+NORMALIZED = "left as they were, since a norm undoes any scale of what they compute"
+BYPASSED = "left as they were, since a skip goes around them"
 DEPTHWISE = "left as they were, since they act on each channel alone"
 
 
