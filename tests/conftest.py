@@ -1,14 +1,15 @@
-"""Under the tests, the jaxtyping signatures of the modules that take tensors are checked at run time by beartype."""
+"""Under the tests, the signatures of the modules that take tensors are checked at run time (tests/signatures.py)."""
 
 import pytest
-from jaxtyping import install_import_hook
+
+import signatures
 
 CHECKED = (
     "block", "compression", "gram", "init", "inspection", "layers", "layout", "linalg", "operators", "optim", "prox",
     "random", "recording", "statistics",
 )  # fmt: skip
 
-install_import_hook([f"gramian.{name}" for name in CHECKED], "beartype.beartype")
+signatures.install([f"gramian.{name}" for name in CHECKED])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
