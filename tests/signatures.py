@@ -1,9 +1,9 @@
 """Signatures are checked at run time: shapes by jaxtyping with beartype, plain types by beartype alone.
 
 jaxtyping's import hook would wrap every definition. Each call then binds its arguments first, which takes 20 µs, and a
-definition inside of a function compiles two checkers whenever it is reached, which takes 2 ms: together, most of the time
-of the tests. Only what has a shape in its signature needs jaxtyping; what is defined inside of a function has none, and
-is left to pyright.
+definition inside of a function compiles two checkers whenever it is reached, which takes 2 ms: together, most of the
+time of the tests. Only what has a shape in its signature needs jaxtyping; what is defined inside of a function has
+none, and is left to pyright.
 """
 
 from __future__ import annotations
