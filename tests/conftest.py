@@ -13,7 +13,8 @@ signatures.install([f"gramian.{name}" for name in CHECKED])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The zoo's mixture of experts has parameters that no row of the table knows, which optimizers warn of."""
+    """The slow tests come last. The zoo's mixture of experts has parameters of no known role: optimizers warn of them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     for item in items:
         if "mixture_of_experts" in item.name:
             item.add_marker(pytest.mark.filterwarnings("ignore:.*hidden parameters step by AdamW"))
