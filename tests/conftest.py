@@ -13,7 +13,7 @@ signatures.install([f"gramian.{name}" for name in CHECKED])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests come last. The zoo's mixture of experts has parameters of no known role: optimizers warn of them."""
+    """Slow tests come last. The zoo's mixture of experts has parameters of no known role, which optimizers warn of."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     for item in items:
         if "mixture_of_experts" in item.name:
