@@ -1,6 +1,7 @@
 """Under the tests, the signatures of the modules that take tensors are checked at run time (tests/signatures.py)."""
 
 import pytest
+import torch
 
 import signatures
 
@@ -10,6 +11,12 @@ CHECKED = (
 )  # fmt: skip
 
 signatures.install([f"gramian.{name}" for name in CHECKED])
+
+
+@pytest.fixture(autouse=True)
+def global_generator() -> None:
+    """What a test draws without a generator does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
