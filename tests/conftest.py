@@ -20,8 +20,17 @@ def global_generator() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come last. The zoo's mixture of experts has parameters of no known role, which optimizers warn of."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Tests of distribution come first, so that one of pytest-xdist's workers starts the ranks, and slow ones last.
+
+    The zoo's mixture of experts has parameters of no known role, which optimizers warn of.
+    """
+
+    def place(item: pytest.Item) -> int:
+        if hasattr(getattr(item, "module", None), "run_on_ranks"):
+            return 0
+        return 1 if item.get_closest_marker("slow") is None else 2
+
+    items.sort(key=place)
     for item in items:
         if "mixture_of_experts" in item.name:
             item.add_marker(pytest.mark.filterwarnings("ignore:.*hidden parameters step by AdamW"))
