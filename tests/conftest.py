@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 import signatures
 
@@ -11,6 +12,11 @@ CHECKED = (
 )  # fmt: skip
 
 signatures.install([f"gramian.{name}" for name in CHECKED])
+
+
+# By default, hypothesis draws other examples in every run, and fails one that takes 0.2 s.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
