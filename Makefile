@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE  # the tests start Python often; it need not compile the library each time
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 .PHONY: demo test test-kernels lint docs bench clean
@@ -10,9 +11,8 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-demo/report.html
 	$(BIN)/gramian demo
 
-test: $(VENV)/.test  ## all tests, the quick ones first
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not families"  # one thread a worker: more only wait for each other
-	$(BIN)/python -m pytest -m slow
+test: $(VENV)/.test  ## all tests, the slow ones last
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not families"  # one thread a worker: more only wait for each other
 
 .PHONY: test-families
 test-families: $(VENV)/.families  ## every verb on the models of public libraries; one: FAMILIES=gpt2, the page: FAMILIES=--write

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import jaxtyping
 import mpmath
@@ -183,9 +184,17 @@ def gallery_for(needs: str, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
 # --- oracles ---------------------------------------------------------------------------------------------------------
 
 
+Entries = tuple[tuple[float, ...], ...]
+
+
+def entries(x: Tensor) -> Entries:
+    """The matrix as what a cache can look up."""
+    return tuple(map(tuple, x.to(torch.float64).tolist()))
+
+
 def mp(x: Tensor) -> mpmath.matrix:
     """The matrix exactly, in 60 digits."""
-    return mpmath.matrix(x.to(torch.float64).tolist())
+    return mpmath.matrix(entries(x))
 
 
 def mp_error(value: Tensor, exact: mpmath.matrix | None) -> float:
@@ -197,13 +206,20 @@ def mp_error(value: Tensor, exact: mpmath.matrix | None) -> float:
     return error if error > 1e-25 else 0.0
 
 
+@lru_cache(4096)  # the functions of symmetric matrices are tried on the same ones
+def eigen(a: Entries) -> tuple[mpmath.matrix, mpmath.matrix]:
+    """Eigenvalues and eigenvectors of a symmetric matrix, in 60 digits."""
+    return mpmath.eigsy(mpmath.matrix(a))
+
+
 def oracle(name: str, a: Tensor, damping: float = 0.0, **options) -> mpmath.matrix | None:
     """A registered function of a + damping·I in 60 digits, by its row's `exact`; None where it does not exist."""
     function = REGISTRY[name]
-    x = mp(a) + mpmath.mpf(damping) * mpmath.eye(a.shape[0]) if damping else mp(a)
     if not function.symmetric:
+        x = mp(a) + mpmath.mpf(damping) * mpmath.eye(a.shape[0]) if damping else mp(a)
         return function.exact(mpmath, x, **options)
-    w, v = mpmath.eigsy(x)
+    w, v = eigen(entries(a))
+    w = [e + mpmath.mpf(damping) for e in w]
     top = max(abs(e) for e in w)
     exists = True
     if function.domain == "definite":
@@ -253,12 +269,18 @@ FUNCTIONS = {
 oracle_svdvals = FUNCTIONS["svdvals"][1]
 
 
+@lru_cache(4096)
+def exact_svdvals(a: Entries) -> list[mpmath.mpf]:
+    """Ascending."""
+    return sorted(oracle_svdvals(torch.tensor(a, dtype=torch.float64)))
+
+
 def oracle_norm(a: Tensor) -> mpmath.matrix:
-    return mpmath.matrix([[max(oracle_svdvals(a))]])
+    return mpmath.matrix([[exact_svdvals(entries(a))[-1]]])
 
 
 def oracle_cond(a: Tensor) -> mpmath.matrix | None:
-    s = sorted(oracle_svdvals(a))
+    s = exact_svdvals(entries(a))
     return mpmath.matrix([[s[-1] / s[0]]]) if s[0] > s[-1] * mpmath.mpf(10) ** -22 else None
 
 

@@ -417,9 +417,6 @@ def samples(
 
 
 def moments(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor, float]:
-    """The sums of xxᵀ and of x, and the number of rows, row by row."""
-    x = torch.cat(list(rows))
-    second = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for row in x:
-        second += torch.outer(row, row)
-    return second, x.sum(0), float(len(x))
+    """The sums of xxᵀ and of x, and the number of rows."""
+    x = torch.cat(list(rows)).double()
+    return x.T @ x, x.sum(0), float(len(x))

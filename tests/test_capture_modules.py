@@ -52,6 +52,12 @@ def batches(name: str, sizes: list[int], dtype: torch.dtype) -> list[Batch]:
 
 def wanted(name: str, sizes: list[int], padding: int | None = None) -> dict[Key, tuple[Moments, Moments]]:
     """The second and first moments, and counts, of inputs and of output gradients, by use and by matrix."""
+    return moments_of(name, tuple(sizes) if name in SHARED else (), padding)
+
+
+@cache
+def moments_of(name: str, sizes: tuple[int, ...], padding: int | None) -> dict[Key, tuple[Moments, Moments]]:
+    """As `wanted`; the sizes of batches, which most models do not depend on, where they count."""
     found, _, units = oracle(name, padding)
     result = {}
     for key in {key: None for sample in found for key in sample}:
@@ -135,7 +141,7 @@ def capture(name: str, sizes: list[int], dtype: torch.dtype, **options) -> gm.St
     return gm.capture(model, batches(name, sizes, dtype), objective, fisher="empirical", layouts=layouts)
 
 
-@pytest.mark.parametrize("sizes", ["whole", pytest.param("ones", marks=pytest.mark.slow), "uneven"])
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_every_use_agrees_with_the_naive_loop(name: str, sizes: str) -> None:
     stats = capture(name, SIZES[sizes], torch.float64)

@@ -6,9 +6,9 @@ found once, and there are no line numbers to keep. Then the `>>>` blocks are run
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -98,11 +98,21 @@ def test_the_examples_of_the_walks_run(changed: Path) -> None:
     run(changed, "-W", "ignore", "-c", program)
 
 
+PROGRAM = """
+import json, shlex, sys, pytest
+
+for command in json.loads(sys.argv[1]):
+    print("$", command, flush=True)
+    if pytest.main([*shlex.split(command)[1:], "-q", "-x", "-p", "no:cacheprovider"]):
+        sys.exit(f"failed: {command}")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("command", commands(PAGE.read_text(encoding="utf-8")))
-def test_the_tests_that_a_walk_names_pass(changed: Path, command: str) -> None:
-    run(changed, "-m", *shlex.split(command), "-q", "-x", "-p", "no:cacheprovider")
+def test_the_tests_that_the_walks_name_pass(changed: Path) -> None:
+    """All in one process, of which the start and imports take longer than the tests."""
+    run(changed, "-c", PROGRAM, json.dumps(commands(PAGE.read_text(encoding="utf-8"))))
 
 
 def test_the_page_has_its_five_walks() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -66,13 +65,12 @@ def test_an_archive_that_inflates_is_refused(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+@pytest.mark.timeout(300)  # 2⁴⁰ visits would take days
 def test_dicts_that_hold_one_another_many_times_are_visited_once(tmp_path: Path) -> None:
     tree: dict[str, Any] = {"w": normal(8, 8)}
     for _ in range(40):
         tree = {"a": tree, "b": tree}
-    path, start = saved(tmp_path, tree), time.monotonic()
-    checkpoint = open_checkpoint(path)
-    assert time.monotonic() - start < 2
+    checkpoint = open_checkpoint(saved(tmp_path, tree))
     assert list(checkpoint.entries) == ["a." * 40 + "w"]
     assert "b (the same as " in checkpoint.notes[0]
 

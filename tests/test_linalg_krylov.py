@@ -57,8 +57,7 @@ def test_norms_of_misleading_spectra_are_within_their_bounds(dtype, scale):
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-@pytest.mark.parametrize("order", [10, 11, 15, 20, 31, 36])
-@pytest.mark.parametrize("scale", [1.0, 1e30])
+@pytest.mark.parametrize(("scale", "order"), [(1.0, n) for n in (10, 11, 15, 20, 31, 36)] + [(1e30, 15)])
 def test_verdicts_on_norms_do_not_depend_on_the_order_of_sums(scale, dtype, order):
     """Converged with every kernel's rounding, and in float64 by far.
 
@@ -121,8 +120,7 @@ def test_conditions_of_misleading_spectra_are_within_their_bounds(dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
-@pytest.mark.parametrize("rank", [1, 12, 30])
+@pytest.mark.parametrize(("scale", "rank"), [(1.0, 1), (1.0, 12), (1.0, 30), (1e30, 30), (1e-30, 12)])
 def test_excesses_on_misleading_spectra_are_within_their_bounds(dtype, scale, rank):
     a = matrices(dtype, scale=scale)
     wide, s = a.double(), torch.linalg.svdvals(a.double())
@@ -154,7 +152,7 @@ def test_krylov_routes_of_tiny_matrices(n, dtype):
 @pytest.mark.parametrize("name", SPECTRA)
 def test_a_run_that_stops_too_early_still_bounds_the_top(name):
     m = torch.diag(SPECTRA[name])[None]
-    for seed in range(8):
+    for seed in range(4):
         for r, steps in ((1, 3), (2, 2), (8, 1), (16, 3), (16, 8)):
             start = random.normal(1, r, N, generator=seeded(seed), dtype=torch.float64)
             found = krylov.lanczos(lambda y: y @ m, start, steps)
@@ -221,8 +219,9 @@ def test_sums_of_the_largest_eigenvalues_are_bounded(outside):
 WRAPS = {"map": Map, "csr": lambda a: a.to_sparse_csr(), "coo": lambda a: a.to_sparse()}
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+@pytest.mark.parametrize(
+    ("scale", "wrap"), [*((1.0, wrap) for wrap in WRAPS), (1e30, "map"), (1e30, "csr"), (1e-30, "coo")]
+)
 @pytest.mark.filterwarnings("ignore:Sparse")
 def test_low_rank_of_maps_and_sparse_matrices_is_within_its_bound(wrap, scale):
     a = matrices(torch.float64, scale=scale)

@@ -98,11 +98,22 @@ def test_units_that_share_a_row_do_not_mix() -> None:
         assert ((samples.mean(0) - exact).abs() <= 5 * samples.std(0) / math.sqrt(draws)).all(), fisher
 
 
+G = seeded(3)
 LOSSES = {
-    "classification": (Objective.classification(), torch.randn(12, 5, CLASSES), torch.randint(CLASSES, (12, 5)), 60),
-    "next_token": (Objective.next_token(), torch.randn(12, 5, CLASSES), torch.randint(CLASSES, (12, 5)), 60),
-    "regression": (Objective.regression(), torch.randn(12, 5, 3), torch.randn(12, 5, 3), 60),
-    "regression_1d": (Objective.regression(), torch.randn(12), torch.randn(12), 12),
+    "classification": (
+        Objective.classification(),
+        torch.randn(12, 5, CLASSES, generator=G),
+        torch.randint(CLASSES, (12, 5), generator=G),
+        60,
+    ),
+    "next_token": (
+        Objective.next_token(),
+        torch.randn(12, 5, CLASSES, generator=G),
+        torch.randint(CLASSES, (12, 5), generator=G),
+        60,
+    ),
+    "regression": (Objective.regression(), torch.randn(12, 5, 3, generator=G), torch.randn(12, 5, 3, generator=G), 60),
+    "regression_1d": (Objective.regression(), torch.randn(12, generator=G), torch.randn(12, generator=G), 12),
 }
 
 

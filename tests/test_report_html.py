@@ -323,7 +323,7 @@ def test_a_rows_detail_is_in_the_page_and_escaped():
 def test_500_blocks_stay_light():
     html = render(make_report(500, width=2048).to_document())
     assert len(html) < 6e6
-    assert calls_to_render(500) < 12 * calls_to_render(50), "the work grows faster than the number of blocks"
+    assert calls_to_render(200) < 12 * calls_to_render(20), "the work grows faster than the number of blocks"
 
 
 def calls_to_render(num_blocks: int) -> int:

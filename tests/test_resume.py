@@ -278,7 +278,7 @@ def train_in_a_process():
 
     def run(path: Path, steps: int = KILLED["steps"], before_operation: int = 0, after_steps: float = 0.0) -> int:
         ours.send((str(path), steps, before_operation, after_steps))
-        assert ours.poll(60), "a process hangs"
+        assert ours.poll(600), "a process hangs"
         return ours.recv()
 
     yield run
