@@ -17,7 +17,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -413,6 +413,7 @@ DTYPES = st.sampled_from(
     st.dictionaries(TEXT, st.tuples(DTYPES, st.lists(st.integers(0, 4), max_size=3), st.booleans()), max_size=5),
     st.dictionaries(TEXT, TEXT, max_size=3),
 )
+@example({"": (torch.float64, [], False)}, {".": ""})
 @settings(max_examples=60, deadline=None)
 def test_what_is_saved_comes_back_bitwise(
     tmp_path_factory: pytest.TempPathFactory,

@@ -169,7 +169,7 @@ def read_safetensors(file: Path) -> Content:
             raise damaged(file, ValueError(f"{alias!r} is tied to {key!r}, which is not there"))
         aliases.append(replace(entries[key], name=alias, key=alias, tied_to=key))
     for alias, key in metadata.items():  # as safetensors.torch.save_model keeps the names that it drops
-        if key in entries and alias not in entries and "." in alias:
+        if key and key in entries and alias not in entries and "." in alias:
             aliases.append(replace(entries[key], name=alias, key=alias, tied_to=key))
     where = {entry.key: entry.tied_to or entry.key for entry in (*entries.values(), *aliases)}
     return Content([*entries.values(), *aliases], lambda key: opened.get_tensor(where[key]), notes, metadata)
