@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gramian.errors import UnsupportedError
 from gramian.linalg.certificate import Certificate
+from gramian.linalg.engine.spectrum import Spectrum, keeping
 from gramian.linalg.engine.transforms import forward_levels, transforming, with_plain
 
 Values = tuple[Tensor, ...]
@@ -36,6 +37,8 @@ class Rule(NamedTuple):
     Attributes:
         vjp: `(arguments, values, gradients of the values) -> gradients by argument`. A gradient of `None` is zero.
         jvp: `(arguments, values, tangents by argument) -> tangents of the values`. A tangent of `None` is zero.
+
+    The argument `spectrum` is that of the value, where the method had one.
 
     The gradients and tangents of an argument that is a tuple of tensors are tuples.
     """
@@ -57,15 +60,17 @@ class _Call:
     found: list[Any]
 
     def run(self, operands: Values) -> Values:
-        """The values and the certificate's tensors; their structure is left in `found`."""
-        value, proof = self.function(**self.bind(operands))
+        """The values, the certificate's tensors and the spectrum, if any; their structure is left in `found`."""
+        with keeping() as kept:
+            value, proof = self.function(**self.bind(operands))
         self.found[:] = [value, proof]
+        spectrum = kept[-1] if kept else ()
         # A view of something larger would make autograd take the value for a view of its input.
         whole = (
             x if x._base is None and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
             for x in _flat(value)
         )
-        return (*whole, *proof.tensors())
+        return (*whole, *proof.tensors(), *spectrum)
 
     def bind(self, operands: Values) -> dict[str, Any]:
         """The arguments, with `operands` in the places of those that are in the graph."""
@@ -90,29 +95,32 @@ class _Node(torch.autograd.Function):
         ctx.call, ctx.num_values = call, len(_flat(call.found[0]))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[ctx.num_values :])
-        ctx.save_for_backward(*operands, *output[: ctx.num_values])
-        ctx.save_for_forward(*operands, *output[: ctx.num_values])
+        ctx.num_operands = len(operands)
+        saved = (*operands, *output[: ctx.num_values], *output[ctx.num_values + len(Certificate.fields()) :])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        operands, values = _split(ctx)
+        operands, values, spectrum = _split(ctx)
         if all(grad is None for grad in grads[: ctx.num_values]):
             return (None,) * (1 + len(operands))
         if any(x.layout != torch.strided for x in operands):
             raise UnsupportedError(
                 "linalg: a sparse matrix has no derivative here, since its gradient is dense. Use a.to_dense()."
             )
-        found = ctx.call.rule.vjp(ctx.call.bind(operands), values, grads[: ctx.num_values])
+        found = ctx.call.rule.vjp({**ctx.call.bind(operands), **spectrum}, values, grads[: ctx.num_values])
         given = (_at(found, place) for place in ctx.call.places)
         return (None, *(g if g is None else g.to(x.dtype) for g, x in zip(given, operands, strict=True)))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        operands, values = _split(ctx)
-        found = ctx.call.rule.jvp(ctx.call.bind(operands), values, ctx.call.named(tangents[1:]))
+        operands, values, spectrum = _split(ctx)
+        arguments = {**ctx.call.bind(operands), **spectrum}
+        found = ctx.call.rule.jvp(arguments, values, ctx.call.named(tangents[1:]))
         # Forward mode wants values and tangents of one layout.
         given = (t if t is None else t.to(v.dtype).contiguous() for t, v in zip(found, values, strict=True))
-        return (*given, *(None for _ in range(len(Certificate.fields()))))
+        return (*given, *(None for _ in range(len(Certificate.fields()) + (2 if spectrum else 0))))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, call: _Call, *operands: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -137,9 +145,11 @@ class _Node(torch.autograd.Function):
         return out, (0,) * len(out)
 
 
-def _split(ctx: Any) -> tuple[Values, Values]:
-    saved = ctx.saved_tensors
-    return saved[: len(saved) - ctx.num_values], saved[len(saved) - ctx.num_values :]
+def _split(ctx: Any) -> tuple[Values, Values, dict[str, Spectrum]]:
+    """Operands, values, and the spectrum by its name among the arguments of a rule, if it was kept."""
+    saved, end = ctx.saved_tensors, ctx.num_operands + ctx.num_values
+    rest = saved[end:]
+    return saved[: ctx.num_operands], saved[ctx.num_operands : end], {"spectrum": Spectrum(*rest)} if rest else {}
 
 
 def _flat(value: Any) -> Values:
@@ -179,7 +189,7 @@ def differentiable(rule: Rule, *, batched: bool = True, **dims: int) -> Callable
             out = _Node.apply(_Call(function, rule, static, places, dims, batched, found), *operands)
             assert out is not None
             value, proof = found
-            tensors = out[len(_flat(value)) :]
+            tensors = out[len(_flat(value)) :][: len(Certificate.fields())]
             proof = Certificate(*tensors, methods=proof.methods)
             if isinstance(value, Tensor):
                 return out[0], proof
