@@ -99,7 +99,13 @@ def estimated_noise(s: Tensor, n: int, beta: float) -> Tensor:
     return s.median(-1).values / math.sqrt(n * marchenko_pastur_median(beta)) if s.shape[-1] else s.sum(-1)
 
 
-@differentiable(singular_derivatives.shrinkage(shrink, estimated_noise), a=2, noise=0)
+@differentiable(
+    singular_derivatives.shrinkage(shrink, estimated_noise),
+    shapes=lambda a, **_: torch.empty_like(a),
+    methods=SVD_SHRINK,
+    a=2,
+    noise=0,
+)
 def svd_shrink_ex(
     a: Float[Tensor, "*b m n"],
     noise: float | Tensor | None = None,
@@ -301,7 +307,14 @@ def _constant(batches: Iterable[Tensor]) -> Iterable[Tensor]:
 PCA_METHODS = ("covariance",)
 
 
-@differentiable(singular_derivatives.PCA, batched=False, x=2)
+@differentiable(
+    singular_derivatives.PCA,
+    shapes=lambda x, k, **_: PCA(x.new_empty(k, x.shape[1]), x.new_empty(k), x.new_empty(x.shape[1])),
+    methods=PCA_METHODS,
+    batched=False,
+    made=PCA,
+    x=2,
+)
 def _pca(
     x: Tensor | Iterable[Tensor], k: int, *, method: str, rtol: float | None, strict: bool
 ) -> tuple[PCA, Certificate]:

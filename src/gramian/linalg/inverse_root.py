@@ -338,7 +338,14 @@ INV_ROOT = register(
 )
 
 
-@differentiable(derivatives.INVERSE_ROOT, m=2, damping=0)
+@differentiable(
+    derivatives.INVERSE_ROOT,
+    shapes=lambda m, **_: torch.empty_like(m),
+    methods=INV_ROOT.methods,
+    spectral=True,
+    m=2,
+    damping=0,
+)
 def inv_root_ex(
     m: Float[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:

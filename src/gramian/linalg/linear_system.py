@@ -118,7 +118,14 @@ SOLVE = register(
 )
 
 
-@differentiable(derivatives.SOLUTION, m=2, b=2, damping=0)
+@differentiable(
+    derivatives.SOLUTION,
+    shapes=lambda m, b, **_: torch.empty_like(b, dtype=torch.promote_types(m.dtype, b.dtype)),
+    methods=SOLVE.methods,
+    m=2,
+    b=2,
+    damping=0,
+)
 def solve_ex(
     m: Float[Tensor, "*b n n"],
     b: Float[Tensor, "*b n k"],

@@ -198,7 +198,14 @@ SQRTM = register(
 )
 
 
-@differentiable(derivatives.SQUARE_ROOT, m=2, damping=0)
+@differentiable(
+    derivatives.SQUARE_ROOT,
+    shapes=lambda m, **_: torch.empty_like(m),
+    methods=SQRTM.methods,
+    spectral=True,
+    m=2,
+    damping=0,
+)
 def sqrtm_ex(
     m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple, TypeGuard
@@ -39,13 +39,19 @@ def kept() -> list[Spectrum] | None:
     return _KEPT.get()
 
 
+def unknown(batch: Sequence[int], n: int, dtype: torch.dtype, device: torch.device) -> Spectrum:
+    """A spectrum of which nothing is known."""
+    wide = torch.promote_types(dtype, torch.float32)
+    nothing = torch.full((*batch, n), torch.nan, dtype=torch.float64, device=device)
+    return Spectrum(nothing, torch.zeros(*batch, n, n, dtype=wide, device=device))
+
+
 def usable(spectrum: Spectrum | None, count: int, n: int, dtype: torch.dtype, device: torch.device) -> Spectrum:
     """The spectrum with vectors in `dtype`, at least float32; unknown where there is none, or in a narrower type."""
     wide = torch.promote_types(dtype, torch.float32)
     if spectrum is None or (wide == torch.float64 and spectrum.vectors.dtype != wide):
-        nothing = torch.full((count, n), torch.nan, dtype=torch.float64, device=device)
-        return Spectrum(nothing, torch.zeros(1, dtype=wide, device=device).expand(count, n, n))
-    return Spectrum(spectrum.values.double(), spectrum.vectors.to(wide))
+        return unknown((count,), n, dtype, device)
+    return Spectrum(spectrum.values.double(), spectrum.vectors.to(wide).contiguous())
 
 
 def known(spectrum: Spectrum | None) -> TypeGuard[Spectrum]:
