@@ -190,7 +190,9 @@ def _require(name: str, certificate: Certificate) -> None:
     )
 
 
-@torch.library.custom_op("gramian::linalg_require", mutates_args=())
+@torch.library.custom_op(
+    "gramian::linalg_require", mutates_args=(), schema="(str name, str methods, Tensor[] tensors) -> ()"
+)
 def _require_in_graph(name: str, methods: str, tensors: Sequence[Tensor]) -> None:
     _require(name, Certificate(*tensors, methods=tuple(methods.split(","))))
 

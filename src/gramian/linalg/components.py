@@ -253,6 +253,7 @@ class _Moments(NamedTuple):
 def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
     """Merged batch by batch about the batches' own means. Chan, Golub, LeVeque, eq. 1.5."""
     seen: _Moments | None = None
+    first, constant = None, True
     for i, rows in enumerate(batches):
         check("pca", rows)
         if rows.ndim != 2 or (seen is not None and rows.shape[1] != seen.mean.shape[1]):
@@ -263,6 +264,8 @@ def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
             raise DtypeError(f"pca: batch {i} holds NaN or inf. Drop or fill those rows first.")
         wide = rows.to(torch.float64)[None].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         n, d = rows.shape
+        first = wide[:, :1] if first is None and n else first
+        constant = constant and (first is None or torch.equal(wide, first.expand_as(wide)))
         if seen is None:
             zero = wide.new_zeros(1)
             seen = _Moments(
@@ -291,6 +294,10 @@ def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
     if seen is None or seen.num_rows < 2:
         came = 0 if seen is None else seen.num_rows
         raise InputError(f"pca: expected at least 2 rows, got {came}. An iterator can be read only once.")
+    if constant and first is not None:
+        # No rounding: the mean is the row, and nothing varies about it.
+        zero, mean = seen.error * 0, scale(first[:, 0], -seen.exponent)
+        return seen._replace(mean=mean, total=seen.total * 0, mean_error=zero, error=zero)
     return seen
 
 

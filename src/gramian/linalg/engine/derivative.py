@@ -52,6 +52,7 @@ class _Call:
 
     function: Callable[..., tuple[Any, Certificate]]
     rule: Rule
+    staged: Staged
     arguments: Mapping[str, Any]
     places: tuple[Place, ...]
     dims: Mapping[str, int]
@@ -62,7 +63,9 @@ class _Call:
     def run(self, operands: Values) -> Values:
         """The values, the certificate's tensors and the spectrum, if any; their structure is left in `found`."""
         with keeping() as kept:
-            value, proof = self.function(**self.bind(operands))
+            arguments = self.bind(operands)
+            empty = any(abstract(x) for x in operands)
+            value, proof = shaped(self.staged, arguments, operands) if empty else self.function(**arguments)
         self.found[:] = [value, proof]
         spectrum = ()
         if self.spectral:
@@ -85,6 +88,8 @@ class _Call:
             raise UnsupportedError(
                 "linalg: a sparse matrix has no derivative here, since its gradient is dense. Use a.to_dense()."
             )
+        if any(abstract(x) for x in operands):
+            return tuple(torch.empty_like(x) for x in operands)
         found = self.rule.vjp({**self.bind(operands), **spectrum}, values, given)
         grads = (_at(found, place) for place in self.places)
         return tuple(g if g is None else g.to(x.dtype) for g, x in zip(grads, operands, strict=True))
@@ -124,8 +129,11 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         operands, values, spectrum = _split(ctx)
-        arguments = {**ctx.call.bind(operands), **spectrum}
-        found = ctx.call.rule.jvp(arguments, values, ctx.call.named(tangents[1:]))
+        if any(abstract(x) for x in operands):
+            found: Given = tuple(torch.empty_like(v) for v in values)
+        else:
+            arguments = {**ctx.call.bind(operands), **spectrum}
+            found = ctx.call.rule.jvp(arguments, values, ctx.call.named(tangents[1:]))
         # Forward mode wants values and tangents of one layout.
         given = (t if t is None else t.to(v.dtype).contiguous() for t, v in zip(found, values, strict=True))
         return (*given, *(None for _ in range(len(Certificate.fields()) + (2 if spectrum else 0))))
@@ -190,21 +198,21 @@ def differentiable(
             arguments = bound.arguments
             places = tuple(place for name in dims for place in _places(name, arguments[name]))
             operands = [_at(arguments, place) for place in places]
-            if any(abstract(x) for x in operands):
-                return shaped(staged, arguments, operands)
             if not operands or not _followed(operands):
                 with torch.no_grad():
+                    if any(abstract(x) for x in operands):
+                        return shaped(staged, arguments, operands)
                     return function(*args, **kwargs)
             if forward_levels() > 1:
                 # torch takes the tangent that a custom function returns for a constant.
                 raise UnsupportedError(
-                    f"{function.__name__.removesuffix('_ex')}: torch has no forward mode over forward mode for this. "
+                    f"{function.__name__.removesuffix('_ex').lstrip('_')}: torch has no forward mode over forward mode for this. "
                     "Use torch.func.hessian, or jacrev or grad for one of the two."
                 )
             found: list[Any] = []
             names = {name for name, _ in places}
             static = {name: value for name, value in arguments.items() if name not in names}
-            out = _Node.apply(_Call(function, rule, static, places, dims, batched, spectral, found), *operands)
+            out = _Node.apply(_Call(function, rule, staged, static, places, dims, batched, spectral, found), *operands)
             assert out is not None
             value, proof = found
             tensors = out[len(flat(value)) :][: len(Certificate.fields())]
@@ -215,7 +223,7 @@ def differentiable(
             return made(out[: len(value)]), proof
 
         def forward(static: Mapping[str, Any], places: tuple[Place, ...], operands: Sequence[Tensor]) -> Values:
-            return _Call(function, rule, static, places, dims, batched, spectral, []).run(tuple(operands))
+            return _Call(function, rule, staged, static, places, dims, batched, spectral, []).run(tuple(operands))
 
         def backward(
             static: Mapping[str, Any],
@@ -224,7 +232,7 @@ def differentiable(
             found: Sequence[Tensor],
             given: Given,
         ) -> list[Tensor]:
-            call = _Call(function, rule, static, places, dims, batched, spectral, [])
+            call = _Call(function, rule, staged, static, places, dims, batched, spectral, [])
             values, rest = tuple(found[: len(given)]), found[len(given) :]
             spectrum = {"spectrum": Spectrum(*rest)} if rest else {}
             grads = call.pull(tuple(operands), values, spectrum, given)

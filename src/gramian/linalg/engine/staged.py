@@ -91,7 +91,7 @@ def encodable(static: Mapping[str, Any]) -> bool:
     return all(v is None or isinstance(v, bool | int | float | str | torch.dtype) for v in static.values())
 
 
-@torch.library.custom_op("gramian::linalg", mutates_args=())
+@torch.library.custom_op("gramian::linalg", mutates_args=(), schema="(str text, Tensor[] operands) -> Tensor[]")
 def call(text: str, operands: Sequence[Tensor]) -> list[Tensor]:
     """A function of matrices in a compiled graph: its values, the certificate's tensors, and its spectrum if any."""
     staged, static, places = _decoded(text)
@@ -111,7 +111,11 @@ def _(text: str, operands: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-@torch.library.custom_op("gramian::linalg_vjp", mutates_args=())
+@torch.library.custom_op(
+    "gramian::linalg_vjp",
+    mutates_args=(),
+    schema="(str text, Tensor[] operands, Tensor[] found, Tensor[] given) -> Tensor[]",
+)
 def call_vjp(
     text: str, operands: Sequence[Tensor], found: Sequence[Tensor], given: Sequence[Tensor]
 ) -> list[Tensor]:
