@@ -180,9 +180,7 @@ COND: dict[str, Callable[..., Number]] = {
 }
 
 
-@differentiable(
-    singular_derivatives.CONDITION, shapes=lambda a, **_: a.new_empty(a.shape[:-2]), methods=COND, a=2
-)
+@differentiable(singular_derivatives.CONDITION, shapes=lambda a, **_: a.new_empty(a.shape[:-2]), methods=COND, a=2)
 def cond_ex(
     a: Float[Tensor, "*b m n"],
     *,

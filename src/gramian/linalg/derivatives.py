@@ -2,8 +2,8 @@
 
 Those of singular values and vectors are in `singular_derivatives.py`.
 
-Sums are in float64, or in the dtype of the eigenvectors that the value came with. Every formula consists of operations that have derivatives themselves, so that a second
-derivative is the derivative of the first.
+Sums are in float64, or in the dtype of the eigenvectors that the value came with. Every formula consists of operations
+that have derivatives themselves, so that a second derivative is the derivative of the first.
 """
 
 from __future__ import annotations

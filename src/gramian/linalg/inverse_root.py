@@ -62,9 +62,7 @@ def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
     spectrum = Spectrum(_root(w.double(), p), v)
-    return Answer(
-        value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum
-    )
+    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
 def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
@@ -85,9 +83,7 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
         on_range = ((v * root[:, None, :]) @ v.mT).to(value.dtype)
         value = torch.where(proven[:, None, None], value, on_range)
     spectrum = Spectrum(_root(w, p), v)
-    return Answer(
-        value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum
-    )
+    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
 def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:

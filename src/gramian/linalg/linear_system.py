@@ -135,14 +135,14 @@ def _solve_ex(
 
 
 def solve_ex(
-    m: Float[Tensor, "..."],
-    b: Float[Tensor, "..."],
+    m: Float[Tensor, ...],
+    b: Float[Tensor, ...],
     damping: Damping = 0.0,
     *,
     left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> tuple[Float[Tensor, "..."], Certificate]:
+) -> tuple[Float[Tensor, ...], Certificate]:
     """`solve` with its certificate, never raising for a matrix's values; NaN where there is no solution.
 
     Args:
@@ -177,14 +177,14 @@ def solve_ex(
 
 
 def solve(
-    m: Float[Tensor, "..."],
-    b: Float[Tensor, "..."],
+    m: Float[Tensor, ...],
+    b: Float[Tensor, ...],
     damping: Damping = 0.0,
     *,
     left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, ...]:
     """The solution Z of (M + λI) Z = B, or of Z (M + λI) = B if not `left`.
 
     Z = (M + λI)⁻¹ B, refined against the residual B − (M + λI) Z.

@@ -206,7 +206,7 @@ def differentiable(
             if forward_levels() > 1:
                 # torch takes the tangent that a custom function returns for a constant.
                 raise UnsupportedError(
-                    f"{function.__name__.removesuffix('_ex').lstrip('_')}: torch has no forward mode over forward mode for this. "
+                    f"{public}: torch has no forward mode over forward mode for this. "
                     "Use torch.func.hessian, or jacrev or grad for one of the two."
                 )
             found: list[Any] = []
@@ -239,7 +239,8 @@ def differentiable(
             return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, operands, strict=True)]
 
         name = function.__name__
-        staged = STAGED[name] = Staged(forward, backward, shapes, tuple(methods), spectral)
+        public = name.removesuffix("_ex").lstrip("_")
+        staged = STAGED[name] = Staged(public, forward, backward, shapes, tuple(methods), spectral)
         eager = torch._disable_dynamo(evaluated)
         parameters = tuple(signature.parameters)
         defaults = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}

@@ -22,6 +22,7 @@ class Staged:
     """What the operators of a compiled graph call for one function.
 
     Attributes:
+        name: of the public function.
         forward: from a call without its tensors and the operands to the values, the certificate's tensors, and, where
             `spectral`, a spectrum.
         backward: from the same, the values with the spectrum, and the gradients of the values to those of the operands.
@@ -30,6 +31,7 @@ class Staged:
         spectral: whether there is a spectrum among the outputs.
     """
 
+    name: str
     forward: Callable[[Mapping[str, Any], tuple[Place, ...], Sequence[Tensor]], Sequence[Tensor]]
     backward: Callable[..., Sequence[Tensor]]
     shapes: Callable[..., Any]
@@ -63,7 +65,7 @@ def shaped(staged: Staged, arguments: Mapping[str, Any], operands: Sequence[Tens
     """Empty values and an empty certificate of the right shapes."""
     for name, x in arguments.items():
         if isinstance(x, Tensor) and name in ("a", "m", "x"):
-            check("linalg", x, square=name == "m")
+            check(staged.name, x, square=name == "m")
     value = staged.shapes(**arguments)
     batch = () if operands[0].ndim < 2 else operands[0].shape[:-2]
     kinds = {"converged": torch.bool, **dict.fromkeys(("kind", "steps", "method", "reason"), torch.long)}
@@ -116,9 +118,7 @@ def _(text: str, operands: Sequence[Tensor]) -> list[Tensor]:
     mutates_args=(),
     schema="(str text, Tensor[] operands, Tensor[] found, Tensor[] given) -> Tensor[]",
 )
-def call_vjp(
-    text: str, operands: Sequence[Tensor], found: Sequence[Tensor], given: Sequence[Tensor]
-) -> list[Tensor]:
+def call_vjp(text: str, operands: Sequence[Tensor], found: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """Its backward pass: gradients of the operands from those of the values."""
     staged, static, places = _decoded(text)
     with torch.no_grad():

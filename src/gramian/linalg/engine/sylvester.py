@@ -152,11 +152,11 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, x: Tensor, e: Tensor, w: Any, v: Any, equation: Equation) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, e, w, v = (
+        full: Any = (
             y if y is None else y.expand(info.batch_size, *y.shape) if d is None else y.movedim(d, 0)
             for y, d in zip((x, e, w, v), in_dims[:4], strict=True)
         )
-        return _Solve.apply(x, e, w, v, equation), 0
+        return _Solve.apply(*full, equation), 0
 
 
 def _defect(equation: Equation, x: Tensor, e: Tensor, d: Tensor) -> Tensor:

@@ -155,9 +155,7 @@ POLAR = register(
 )
 
 
-@differentiable(
-    derivatives.POLAR, shapes=lambda a, **_: torch.empty_like(a), methods=POLAR.methods, spectral=True, a=2
-)
+@differentiable(derivatives.POLAR, shapes=lambda a, **_: torch.empty_like(a), methods=POLAR.methods, spectral=True, a=2)
 def polar_ex(
     a: Float[Tensor, "*b m n"],
     *,
