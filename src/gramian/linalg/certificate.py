@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
-from torch._subclasses.fake_tensor import FakeTensor
 
 from gramian.errors import ConvergenceError, InputError, some
-from gramian.linalg.engine.transforms import with_plain
+from gramian.linalg.engine.transforms import has_no_values, with_plain
 
 KINDS = ("bound", "estimate")
 """A bound is never below the true error. An estimate may be, with the probability that the certificate states."""
@@ -170,7 +169,7 @@ def require_converged(name: str, certificate: Certificate) -> None:
     tensors = certificate.tensors()
     if torch.compiler.is_compiling():
         _require_in_graph(name, ",".join(certificate.methods), tensors)
-    elif not certificate.converged.is_meta and not isinstance(certificate.converged, FakeTensor):
+    elif not has_no_values(certificate.converged):
         with_plain(lambda *tensors: _require(name, Certificate(*tensors, methods=certificate.methods)), *tensors)
 
 

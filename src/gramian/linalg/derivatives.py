@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.linalg.engine.derivative import Arguments, Given, Rule, Tangents, Values, only, symmetric
+from gramian.linalg.engine.derivative import Arguments, Given, Rule, Tangents, Values, guarded, only, symmetric
 from gramian.linalg.engine.spectrum import known
 from gramian.linalg.engine.sylvester import solve_power_sum, solve_skew
-from gramian.linalg.engine.transforms import pullback
+from gramian.linalg.engine.transforms import grads_batched, pullback
 
 
 def _with_damping(to_m: Tensor, arguments: Arguments) -> dict[str, Tensor]:
@@ -59,6 +59,9 @@ INVERSE = Rule(_inverse_vjp, _inverse_jvp)
 def _solved(arguments: Arguments, m: Tensor, right: Tensor) -> Tensor:
     from gramian.linalg.linear_system import solve_ex  # whose derivative this is
 
+    if grads_batched(right):
+        shifted = m.double() + _step({"damping": torch.as_tensor(arguments["damping"], dtype=torch.float64)}, m)
+        return torch.linalg.solve_ex(shifted, right)[0]
     return solve_ex(m.double(), right, arguments["damping"])[0]
 
 
@@ -132,15 +135,31 @@ def _polar_along(arguments: Arguments, values: Values, e: Tensor | None) -> Tens
     wide, tall = a.shape[-2] < a.shape[-1], a.shape[-2] != a.shape[-1]
     a, u, e = (x.mT if wide else x for x in _worked(arguments, a, values[0], e))
     spectrum = arguments.get("spectrum")
-    if known(spectrum) and not tall:
-        left, right = u @ spectrum.vectors, spectrum.vectors  # the singular vectors: two products fewer
-        return left @ solve_skew(left.mT @ (e @ right), spectrum.values, "polar") @ right.mT
+    if known(spectrum):
+        # With the singular vectors the products are fewer.
+        sigma, right = spectrum.values, spectrum.vectors
+        left, image = u @ right, e @ right
+        inner = left.mT @ image
+        core = solve_skew(inner, sigma, "polar", outside=image if tall else None)
+        if tall:
+            share = torch.where(sigma > 0, 1 / sigma, 0.0).to(right.dtype)[..., None, :]
+            out = (left @ (core - inner * share) + image * share) @ right.mT
+        else:
+            out = left @ core @ right.mT
+        return out.mT if wide else out
     inner = u.mT @ e
     h = symmetric(u.mT @ a)
     out = u @ solve_power_sum(h, inner - inner.mT, 2, "polar", spectrum=spectrum)
     if tall:
-        outside = (e - u @ inner).double()
-        out = out + torch.linalg.solve_ex(h.double(), outside, left=False)[0]
+        outside, h = (e - u @ inner).double(), h.double()
+        zero = (h.detach() == 0).flatten(-2).all(-1)
+        guarded(
+            ~(zero & (outside.detach() != 0).flatten(-2).any(-1)),
+            "polar: has no derivative at a zero matrix. Leave such matrices out of the loss.",
+        )
+        eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+        safe = torch.where(zero[..., None, None], eye, h)  # where nothing is asked, not NaN
+        out = out + torch.linalg.solve_ex(safe, outside, left=False)[0]
     return out.mT if wide else out
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from gramian.linalg.certificate import Certificate
 from gramian.linalg.engine.loading import check
+from gramian.linalg.engine.transforms import has_no_values
 
 Place = tuple[str, int | None]
 
@@ -45,7 +45,7 @@ STAGED: dict[str, Staged] = {}
 
 def abstract(x: Any) -> bool:
     """Whether it is a tensor that has a shape but no values."""
-    return isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor))
+    return isinstance(x, Tensor) and has_no_values(x)
 
 
 def bound(static: Mapping[str, Any], places: Sequence[Place], operands: Sequence[Any]) -> dict[str, Any]:
@@ -73,13 +73,14 @@ def shaped(staged: Staged, arguments: Mapping[str, Any], operands: Sequence[Tens
     return value, Certificate(*tensors, methods=staged.methods)
 
 
-def _encoded(name: str, static: Mapping[str, Any], places: Sequence[Place]) -> str:
+def encoded(name: str, static: Mapping[str, Any], places: Sequence[Place]) -> str:
     """A call without its tensors as text, which an operator of a graph can take."""
     plain = {k: ("dtype", str(v)) if isinstance(v, torch.dtype) else v for k, v in static.items()}
     return repr((name, plain, tuple(places))).replace("inf", "1e999")
 
 
-encoded = torch._dynamo.assume_constant_result(_encoded)
+# What torch._dynamo.assume_constant_result does, without the import, which takes seconds.
+encoded._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _decoded(text: str) -> tuple[Staged, dict[str, Any], tuple[Place, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -66,6 +66,14 @@ class Equation(NamedTuple):
         power = torch.linalg.matrix_power(x, self.p)
         return -(power @ e @ power)
 
+    def refuse(self) -> NoReturn:
+        """Say that there is no derivative."""
+        at = "where the slope of a root is infinite. Add damping, or leave" if self.root else "where it jumps. Leave"
+        raise UnsupportedError(
+            f"{self.name}: has no derivative at a matrix that is singular up to rounding, {at} such matrices out of "
+            "the loss."
+        )
+
     def solved(self, k: Tensor, w: Tensor) -> Tensor:
         """The solution in the eigenbasis, where E is `k` and the eigenvalues are `w`."""
         n, eps = w.shape[-1], torch.finfo(k.dtype).eps
@@ -81,11 +89,7 @@ class Equation(NamedTuple):
         if bool(small.any()):
             zero = small[..., :, None] & small[..., None, :]
             if bool((zero & (k.abs() > n * eps * k.abs().amax((-2, -1), keepdim=True))).any()):
-                at = "where the slope of a root is infinite. Add damping, or leave"
-                raise UnsupportedError(
-                    f"{self.name}: has no derivative at a matrix that is singular up to rounding, "
-                    f"{at if self.root else 'where it jumps. Leave'} such matrices out of the loss."
-                )
+                self.refuse()
             d = torch.where(zero, 0.0, d)
         if not self.inverse:
             return d
@@ -93,9 +97,17 @@ class Equation(NamedTuple):
         return d.mul_(-power[..., :, None]).mul_(power[..., None, :])
 
 
-def solve_skew(k: Tensor, w: Tensor, name: str) -> Tensor:
-    """The D with WD + DW = K − Kᵀ for a diagonal W = diag(w), without derivatives of its own."""
-    return Equation(2, name, False, False).solved(k - k.mT, w)
+def solve_skew(k: Tensor, w: Tensor, name: str, *, outside: Tensor | None) -> Tensor:
+    """The D with WD + DW = K − Kᵀ for a diagonal W = diag(w), without derivatives of its own.
+
+    It raises where two of the w are zero and K does not vanish, or one is and its column of `outside` does not.
+    """
+    equation = Equation(2, name, False, False)
+    if outside is not None and w.shape[-1]:
+        small = w <= w.shape[-1] * EPS * w.amax(-1, keepdim=True)
+        if bool(small.any()) and bool((small & (outside != 0).any(-2)).any()):
+            equation.refuse()
+    return equation.solved(k - k.mT, w)
 
 
 def _eigenpairs(x: Tensor) -> tuple[Tensor, Tensor]:
