@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import gramian.linalg as gl
 from cases import seeded
-from gramian.errors import ShapeError, UnsupportedError
+from gramian.errors import InputError, ShapeError, UnsupportedError
 
 FINE = 1e-12  # finite differences need values far better than the default rtol
 
@@ -476,3 +476,18 @@ def test_rows_that_are_all_the_same_vary_along_nothing():
         assert result.explained_variance.tolist() == [0.0, 0.0]
         torch.testing.assert_close(result.components @ result.components.mT, torch.eye(2))
         assert result.mean.tolist() in ([torch.tensor(0.1).item()] * 3, [torch.tensor(1e30).item()] * 3)
+
+
+def test_the_condition_in_other_norms_is_torch_s_and_has_a_derivative():
+    m = torch.cat([definite(2, 5), torch.zeros(1, 5, 5, dtype=torch.float64)])
+    for p in (1, math.inf, "fro", "nuc"):
+        for a in (m, m.float()):
+            value, certificate = gl.cond_ex(a, p)
+            peer = torch.linalg.cond(a[:2].double(), p)
+            assert certificate.converged.tolist() == [True, True, False]
+            torch.testing.assert_close(value[:2].double(), peer, rtol=1e-5, atol=0)
+            assert ((value[:2] - peer).abs() <= certificate.error_bound[:2] * peer).all()
+            assert value[2] == math.inf
+        assert gradcheck(lambda x, p=p: gl.cond(x, p, rtol=1e-10), m[0].clone().requires_grad_(), check_forward_ad=True)
+    with pytest.raises(InputError, match="'fro'"):
+        gl.cond(m, -1)
