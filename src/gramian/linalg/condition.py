@@ -218,13 +218,17 @@ def _by_norms(a: Tensor, p: float | int | str, method: str, rtol: float | None) 
     tolerance, growth = default_rtol(rtol, a.dtype), NORMS[p](max(a.shape[-1], 1))
     wide = a.double()
     y, proof = inv_ex(wide, rtol=tolerance / (4 * growth))
-    sizes = [torch.linalg.matrix_norm(x, p) if x.shape[-1] else x.sum((-2, -1)) for x in (wide, y)]
-    value = (sizes[0] * sizes[1]).to(a.dtype)
+    # LAPACK raises for the whole batch where one matrix is not finite.
+    ok = (wide.isfinite() & y.isfinite()).flatten(-2).all(-1)
+    eye = torch.eye(a.shape[-1], dtype=wide.dtype, device=a.device)
+    kept = (torch.where(ok[..., None, None], x, eye) for x in (wide, y))
+    sizes = [torch.linalg.matrix_norm(x, p) if x.shape[-1] else x.sum((-2, -1)) for x in kept]
+    value = torch.where(ok, sizes[0] * sizes[1], math.nan).to(a.dtype)
     share = growth * proof.error_bound
-    bound = torch.where(share < 0.5, share / (1 - share), math.inf) + 8 * gamma(a.shape[-1] ** 2 + 2)
+    bound = torch.where(ok & (share < 0.5), share / (1 - share), math.inf) + 8 * gamma(a.shape[-1] ** 2 + 2)
     bound = bound + (0.0 if a.dtype == torch.float64 else torch.finfo(a.dtype).eps)
     reason = torch.where(proof.reason == cert.INACCURATE, cert.NONE, proof.reason)
-    reason = torch.where((reason == cert.NONE) & ~value.detach().isfinite(), cert.OVERFLOW, reason)
+    reason = torch.where((reason == cert.NONE) & value.detach().isinf(), cert.OVERFLOW, reason)
     value = torch.where(reason == cert.SINGULAR, math.inf, value)
     return value, verdict(
         bound.flatten(),
