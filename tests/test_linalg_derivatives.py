@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 import gramian.linalg as gl
 from cases import seeded
-from gramian.errors import UnsupportedError
+from gramian.errors import InputError, ShapeError, UnsupportedError
 
 FINE = 1e-12  # finite differences need values far better than the default rtol
 
@@ -313,17 +314,180 @@ COMPILED = """
 import torch, gramian.linalg as gl
 
 def loss(m):
-    return (gl.inv_root(2 * m, 4) * 3).sum() + gl.spectral_norm(m + 1)
+    u, s, v = gl.svd_lowrank(m, 2)
+    total = (gl.inv_root(2 * m, 4, 0.1) * 3).sum() + gl.spectral_norm(m + 1) + s.sum() + gl.polar(m)[0].sum()
+    power, size = gl.matrix_power_scaled(m, 3)
+    total = total + power.sum() + size + gl.product_scaled([m, m.mT])[0].sum() + gl.solve(m, m[0])[1]
+    root, certificate = gl.sqrtm_ex(m, rtol=1e-3)
+    return total + gl.pca(m, 2).explained_variance.sum() + (root * certificate.converged).sum()
 
 a = torch.arange(36.0, dtype=torch.float64).reshape(6, 6).sin()
 ours, compiled = ((a @ a.T + torch.eye(6)).requires_grad_() for _ in range(2))
 loss(ours).backward()
-torch.compile(loss, backend="aot_eager")(compiled).backward()
+torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled).backward()
 assert torch.equal(ours.grad, compiled.grad)
+try:
+    torch.compile(lambda m: gl.inv(m).sum() * 0 + 1, backend="aot_eager", fullgraph=True)(torch.zeros(3, 3))
+except gl.certificate.ConvergenceError as e:
+    assert "singular" in str(e)
+else:
+    raise SystemExit("no certificate was asked for")
 """
 
 
 @pytest.mark.slow
-def test_a_compiled_function_gives_the_same_value_and_gradient():
+def test_a_compiled_graph_without_a_break_gives_the_same_gradient_and_asks_for_the_certificate():
     # In a process of its own: torch.compile cannot trace the type checks that the tests add.
     subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], check=True)
+
+
+ONE = {
+    "inv": gl.inv, "inv_root": lambda m: gl.inv_root(m, 4), "sqrtm": gl.sqrtm, "polar": gl.polar, "svdvals": gl.svdvals,
+    "solve": lambda m: gl.solve(m, m[..., :2]), "spectral_norm": gl.spectral_norm, "cond": gl.cond,
+    "svd_lowrank": lambda m: gl.svd_lowrank(m, 2), "svd_shrink": lambda m: gl.svd_shrink(m, 0.1),
+    "pca": lambda m: gl.pca(m, 2), "matrix_power_scaled": lambda m: gl.matrix_power_scaled(m, 3),
+    "product_scaled": lambda m: gl.product_scaled([m, m.mT]), "syrk": gl.syrk, "second_moment": gl.second_moment,
+    "matmul": lambda m: gl.matmul(m, m), "spectral_radius": gl.spectral_radius, "spectral_density": gl.spectral_density,
+}  # fmt: skip
+"""Every public function, as a function of one definite matrix."""
+
+
+def tensors(out):
+    return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
+def test_every_function_has_a_derivative_in_both_modes_or_refuses_it():
+    public = {name.removesuffix("_ex") for name in gl.__all__ if name[0].islower()}
+    assert set(ONE) == public
+    refusing = set()
+    m, e = definite(4), general(4, 4, seed=1)
+    e = e + e.mT
+    for name, function in ONE.items():
+        m.requires_grad_()
+        out = tensors(function(m))
+        assert all(x.requires_grad for x in out), name
+        try:
+            weights = [torch.randn(x.shape, generator=seeded(3), dtype=torch.float64) for x in out]
+            (grad,) = torch.autograd.grad(out, m, weights)
+        except UnsupportedError:
+            refusing.add(name)
+            with pytest.raises(UnsupportedError, match=name):
+                torch.func.jvp(lambda x, f=function: tensors(f(x))[0], (m.detach(),), (e,))
+            continue
+        several = torch.stack([weights[0], 2 * weights[0]])
+        if name not in ("svd_lowrank", "pca"):  # whose vectors look at the gradients' values
+            (batched,) = torch.autograd.grad(tensors(function(m))[0], m, several, is_grads_batched=True)
+            torch.testing.assert_close(batched[1], 2 * batched[0])
+        _, along = torch.func.jvp(lambda x, f=function: tuple(tensors(f(x))), (m.detach(),), (e,))
+        total = sum((w * t).sum() for w, t in zip(weights, along, strict=True))
+        torch.testing.assert_close((grad * e).sum(), total, rtol=1e-8, atol=1e-8)
+        assert float(grad.abs().max()) > 0, name
+    assert refusing == {"spectral_radius", "spectral_density"}
+
+
+def test_functions_of_meta_and_fake_tensors_have_the_shapes_and_types_of_real_ones():
+    for dtype in (torch.float64, torch.bfloat16):
+        m = definite(5).to(dtype)
+        mode = FakeTensorMode()
+        fake, meta = mode.from_tensor(m), m.to("meta").requires_grad_()
+        for name, function in ONE.items():
+            real = [(x.shape, x.dtype) for x in tensors(function(m))]
+            out = tensors(function(meta))
+            assert [(x.shape, x.dtype) for x in out] == real, name
+            assert torch.autograd.grad(sum(x.sum() for x in out), meta)[0].shape == m.shape
+            with mode:
+                assert [(x.shape, x.dtype) for x in tensors(function(fake))] == real, name
+
+
+def frechet(m, e, function, slope):
+    """The derivative of a function of a symmetric matrix along E by Daleckii and Krein's divided differences."""
+    w, v = torch.linalg.eigh(m)
+    gap, mean = w[:, None] - w, (w[:, None] + w) / 2
+    tie = gap.abs() < 1e-5 * w.max()
+    value = function(w)
+    share = torch.where(tie, slope(mean), (value[:, None] - value) / torch.where(tie, 1.0, gap))
+    return v @ (share * (v.mT @ e @ v)) @ v.mT
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "tol"), [(torch.float64, 6, 1e-9), (torch.float32, 6, 1e-5), (torch.float32, 40, 1e-5)]
+)
+def test_roots_and_polar_factors_agree_with_divided_differences_at_ties_without_another_eigendecomposition(
+    dtype, n, tol, monkeypatch
+):
+    q = torch.linalg.qr(general(n, n)).Q
+    m = (q * torch.tensor([1e-3, 1e-3, 1.0, 1.0, 2.0, 2.0], dtype=torch.float64).repeat(n)[:n]) @ q.mT
+    m = ((m + m.mT) / 2).to(dtype)
+    e = general(n, n, seed=1)
+    e = (e + e.mT).to(dtype).double()
+    expected = [frechet(m.double(), e, torch.sqrt, lambda w: 0.5 * w**-0.5)]
+    expected += [
+        frechet(m.double(), e, lambda w, p=p: w ** (-1 / p), lambda w, p=p: -1 / p * w ** (-1 / p - 1))
+        for p in (1, 2, 3, 4, 7)
+    ]
+    # polar(M) = I moves by the skew Ω with MΩ + ΩM = E − Eᵀ.
+    w, v = torch.linalg.eigh(m.double())
+    skew = general(n, n, seed=2).to(dtype).double()
+    inner = v.mT @ (skew - skew.mT) @ v
+    expected += [v @ (inner / (w[:, None] + w)) @ v.mT]
+    given = [e] * 6 + [skew]
+    # Of a tall matrix the part outside the range is divided by H.
+    tall = (general(n + 3, n, seed=3) + torch.eye(n + 3, n)).to(dtype)
+    side = general(n + 3, n, seed=4).to(dtype)
+    left, s, vh = torch.linalg.svd(tall.double(), full_matrices=False)
+    inner = left.mT @ side.double() @ vh.mT
+    within = left @ ((inner - inner.mT) / (s[:, None] + s)) @ vh
+    wanted_tall = within + ((side.double() @ vh.mT - left @ inner) / s) @ vh
+    functions = [gl.sqrtm, *(lambda x, p=p: gl.inv_root(x, p) for p in (1, 2, 3, 4, 7)), gl.polar]
+    leaves = [m.clone().requires_grad_() for _ in functions]
+    both = [tall.requires_grad_(), tall.detach().mT.clone().requires_grad_()]
+    polars = [gl.polar(x) for x in both]
+    values = [function(x) for function, x in zip(functions, leaves, strict=True)]
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    for q, x, g in ((polars[0], both[0], side), (polars[1].mT, both[1], side)):
+        (ours,) = torch.autograd.grad(q, x, g)
+        ours = ours if x is both[0] else ours.mT
+        torch.testing.assert_close(ours.double(), wanted_tall, rtol=tol, atol=10 * tol * float(wanted_tall.abs().max()))
+    for value, x, g, wanted in zip(values, leaves, given, expected, strict=True):
+        (ours,) = torch.autograd.grad(value, x, g.to(dtype))
+        torch.testing.assert_close(ours.double(), wanted, rtol=tol, atol=tol * float(wanted.abs().max()))
+
+
+def test_a_system_takes_what_torch_takes():
+    m, g = definite(3, 4), seeded(5)
+    for a, shape, left in (
+        (m[0], (4,), True), (m, (3, 4), True), (m[0], (5, 4, 2), True), (m, (2, 1, 4, 3), True), (m, (2, 4), False),
+    ):  # fmt: skip
+        a, b = a + 0.1 * a.tril(-1), torch.randn(shape, generator=g, dtype=torch.float64)
+        ours, peer = gl.solve(a, b, left=left), torch.linalg.solve(a, b, left=left)
+        torch.testing.assert_close(ours, peer)
+        vector = b.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(gl.solve(a, vector, left=left).sum(), vector)
+        (wanted,) = torch.autograd.grad(torch.linalg.solve(a, vector, left=left).sum(), vector)
+        torch.testing.assert_close(grad, wanted)
+    with pytest.raises(ShapeError, match="broadcast"):
+        gl.solve(m, general(2, 4, 1))
+
+
+def test_rows_that_are_all_the_same_vary_along_nothing():
+    for rows in (torch.full((5, 3), 0.1), iter([torch.full((5, 3), 1e30), torch.full((2, 3), 1e30)])):
+        result = gl.pca(rows, 2)
+        assert result.explained_variance.tolist() == [0.0, 0.0]
+        torch.testing.assert_close(result.components @ result.components.mT, torch.eye(2))
+        assert result.mean.tolist() in ([torch.tensor(0.1).item()] * 3, [torch.tensor(1e30).item()] * 3)
+
+
+def test_the_condition_in_other_norms_is_torch_s_and_has_a_derivative():
+    m = torch.cat([definite(2, 5), torch.zeros(1, 5, 5, dtype=torch.float64)])
+    for p in (1, math.inf, "fro", "nuc"):
+        for a in (m, m.float()):
+            value, certificate = gl.cond_ex(a, p)
+            peer = torch.linalg.cond(a[:2].double(), p)
+            assert certificate.converged.tolist() == [True, True, False]
+            torch.testing.assert_close(value[:2].double(), peer, rtol=1e-5, atol=0)
+            assert ((value[:2] - peer).abs() <= certificate.error_bound[:2] * peer).all()
+            assert value[2] == math.inf
+        assert gradcheck(lambda x, p=p: gl.cond(x, p, rtol=1e-10), m[0].clone().requires_grad_(), check_forward_ad=True)
+    with pytest.raises(InputError, match="'fro'"):
+        gl.cond(m, -1)

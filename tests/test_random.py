@@ -156,3 +156,11 @@ def test_wishart_eigenvalues_follow_marchenko_pastur(ratio, scale):
 def test_wishart_of_few_samples_is_deficient():
     m = random.wishart(3, 6, 6, samples=2, generator=seeded(9), dtype=torch.float64)
     assert torch.linalg.matrix_rank(m).tolist() == [2, 2, 2]
+
+
+def test_uniform_entries_of_narrow_types_stay_below_the_upper_end():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for low, high in ((0, 1), (-1, 0), (-3, -2), (0, 0.1)):
+            x = random.uniform(20000, low=low, high=high, generator=seeded(0), dtype=dtype).double()
+            assert float(x.max()) < high
+            assert float(x.mean()) == pytest.approx((low + high) / 2, abs=0.02)

@@ -80,7 +80,23 @@ def uniform(
     if not low <= high:
         raise InputError(f"uniform: expected low ≤ high, got {low} and {high}.")
     u = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-    return _place(low + (high - low) * u, dtype, device)
+    x = low + (high - low) * u
+    wanted = dtype or torch.get_default_dtype()
+    below = _below(high, wanted)
+    # Rounding to a narrow type would reach the upper end.
+    return _place(x.clamp_max(below) if below >= low else x, dtype, device)
+
+
+def _below(high: Real, dtype: torch.dtype) -> float:
+    """The largest number of `dtype` below `high`."""
+    top = torch.tensor(high, dtype=torch.float64, device="cpu").to(dtype)
+    if float(top) < high:
+        return float(top)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    if float(top) == 0:
+        return -torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    # The patterns of floating-point numbers are ordered by magnitude.
+    return float((top.view(bits) + (-1 if float(top) > 0 else 1)).view(dtype))
 
 
 def normal(

@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from gramian.errors import ConvergenceError, InputError, some
-from gramian.linalg.engine.transforms import with_plain
+from gramian.linalg.engine.transforms import has_no_values, with_plain
 
 KINDS = ("bound", "estimate")
 """A bound is never below the true error. An estimate may be, with the probability that the certificate states."""
@@ -165,9 +166,11 @@ def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
 
 def require_converged(name: str, certificate: Certificate) -> None:
     """Raise a `ConvergenceError` that names the failed matrices, why, and what to do."""
-    with_plain(
-        lambda *tensors: _require(name, Certificate(*tensors, methods=certificate.methods)), *certificate.tensors()
-    )
+    tensors = certificate.tensors()
+    if torch.compiler.is_compiling():
+        _require_in_graph(name, ",".join(certificate.methods), tensors)
+    elif not has_no_values(certificate.converged):
+        with_plain(lambda *tensors: _require(name, Certificate(*tensors, methods=certificate.methods)), *tensors)
 
 
 def _require(name: str, certificate: Certificate) -> None:
@@ -184,3 +187,19 @@ def _require(name: str, certificate: Certificate) -> None:
         f"{name}: {len(failed)} of {len(reasons)} matrices failed their certificate. {shown}. "
         f"Use {name}_ex for the value and the certificate{advice}."
     )
+
+
+@torch.library.custom_op(
+    "gramian::linalg_require", mutates_args=(), schema="(str name, str methods, Tensor[] tensors) -> ()"
+)
+def _require_in_graph(name: str, methods: str, tensors: Sequence[Tensor]) -> None:
+    _require(name, Certificate(*tensors, methods=tuple(methods.split(","))))
+
+
+@_require_in_graph.register_fake
+def _(name: str, methods: str, tensors: Sequence[Tensor]) -> None:
+    return None
+
+
+# Nothing depends on it, so that a compiler would drop it.
+_register_effectful_op(torch.ops.gramian.linalg_require.default, _EffectType.ORDERED)

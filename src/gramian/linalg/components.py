@@ -99,7 +99,13 @@ def estimated_noise(s: Tensor, n: int, beta: float) -> Tensor:
     return s.median(-1).values / math.sqrt(n * marchenko_pastur_median(beta)) if s.shape[-1] else s.sum(-1)
 
 
-@differentiable(singular_derivatives.shrinkage(shrink, estimated_noise), a=2, noise=0)
+@differentiable(
+    singular_derivatives.shrinkage(shrink, estimated_noise),
+    shapes=lambda a, **_: torch.empty_like(a),
+    methods=SVD_SHRINK,
+    a=2,
+    noise=0,
+)
 def svd_shrink_ex(
     a: Float[Tensor, "*b m n"],
     noise: float | Tensor | None = None,
@@ -247,6 +253,7 @@ class _Moments(NamedTuple):
 def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
     """Merged batch by batch about the batches' own means. Chan, Golub, LeVeque, eq. 1.5."""
     seen: _Moments | None = None
+    first, constant = None, True
     for i, rows in enumerate(batches):
         check("pca", rows)
         if rows.ndim != 2 or (seen is not None and rows.shape[1] != seen.mean.shape[1]):
@@ -257,6 +264,8 @@ def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
             raise DtypeError(f"pca: batch {i} holds NaN or inf. Drop or fill those rows first.")
         wide = rows.to(torch.float64)[None].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         n, d = rows.shape
+        first = wide[:, :1] if first is None and n else first
+        constant = constant and (first is None or torch.equal(wide, first.expand_as(wide)))
         if seen is None:
             zero = wide.new_zeros(1)
             seen = _Moments(
@@ -285,6 +294,10 @@ def _moments(batches: Iterable[Tensor], strict: bool) -> _Moments:
     if seen is None or seen.num_rows < 2:
         came = 0 if seen is None else seen.num_rows
         raise InputError(f"pca: expected at least 2 rows, got {came}. An iterator can be read only once.")
+    if constant and first is not None:
+        # No rounding: the mean is the row, and nothing varies about it.
+        zero, mean = seen.error * 0, scale(first[:, 0], -seen.exponent)
+        return seen._replace(mean=mean, total=seen.total * 0, mean_error=zero, error=zero)
     return seen
 
 
@@ -301,7 +314,14 @@ def _constant(batches: Iterable[Tensor]) -> Iterable[Tensor]:
 PCA_METHODS = ("covariance",)
 
 
-@differentiable(singular_derivatives.PCA, batched=False, x=2)
+@differentiable(
+    singular_derivatives.PCA,
+    shapes=lambda x, k, **_: PCA(x.new_empty(k, x.shape[1]), x.new_empty(k), x.new_empty(x.shape[1])),
+    methods=PCA_METHODS,
+    batched=False,
+    made=PCA,
+    x=2,
+)
 def _pca(
     x: Tensor | Iterable[Tensor], k: int, *, method: str, rtol: float | None, strict: bool
 ) -> tuple[PCA, Certificate]:

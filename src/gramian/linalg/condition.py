@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gramian.errors import InputError
 from gramian.linalg import certificate as cert
 from gramian.linalg import singular_derivatives
-from gramian.linalg.certificate import Certificate, default_rtol, require_converged
+from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
 from gramian.linalg.engine import probes
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plus, product, transpose
@@ -19,6 +20,7 @@ from gramian.linalg.engine.escalation import Number, numbers
 from gramian.linalg.engine.krylov import FAILURE, by, top_bound, top_vector
 from gramian.linalg.engine.loading import check, choose, load, unscaled
 from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.inverse import inv_ex
 from gramian.linalg.norm import NARROW, SEEN, SMALL, leading, search, start_of
 from gramian.linalg.singular import by_gram, svd_double_double
 
@@ -180,27 +182,11 @@ COND: dict[str, Callable[..., Number]] = {
 }
 
 
-@differentiable(singular_derivatives.CONDITION, a=2)
-def cond_ex(
-    a: Float[Tensor, "*b m n"],
-    *,
-    method: str = "auto",
-    rtol: float | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[Float[Tensor, "*b"], Certificate]:
-    """`cond` with its certificate, never raising for a matrix's values; inf, not converged, where a σ is zero.
-
-    Args:
-        a, method, rtol, generator: as for `cond`.
-    Returns: the condition numbers and their `Certificate`.
-    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
-    Cost: as for `cond`.
-    Source: as for `cond`.
-
-    >>> value, certificate = cond_ex(torch.diag_embed(torch.tensor([[4.0, 2.0], [4.0, 0.0]])))
-    >>> value.tolist(), certificate.converged.tolist()
-    ([2.0, inf], [True, False])
-    """
+@differentiable(singular_derivatives.CONDITION, shapes=lambda a, **_: a.new_empty(a.shape[:-2]), methods=COND, a=2)
+def _cond_ex(
+    a: Tensor, *, method: str = "auto", rtol: float | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Certificate]:
+    """`cond_ex` in the 2-norm."""
     check("cond", a)
     choose("cond", method, COND)
     batch = unscaled(load(a.mT if a.shape[-2] < a.shape[-1] else a))
@@ -218,21 +204,86 @@ def cond_ex(
     return numbers(COND, names, tolerance, a.dtype, x, batch.finite, batch.shape, lambda v, _: v, generator=generator)
 
 
+NORMS: dict[float | str, Callable[[int], float]] = {1: float, math.inf: float, "fro": lambda n: 1.0, "nuc": math.sqrt}
+"""The other norms, and by how much a relative error in the Frobenius norm of an n×n matrix may grow in them."""
+
+
+def _by_norms(a: Tensor, p: float | int | str, method: str, rtol: float | None) -> tuple[Tensor, Certificate]:
+    """‖A‖ₚ ‖A⁻¹‖ₚ from a certified inverse; its derivative is that of the inverse and of torch's norms."""
+    check("cond", a, square=True)
+    if p not in NORMS:
+        raise InputError(f"cond: unknown p={p!r}. Use one of: 2, 1, inf, 'fro', 'nuc'.")
+    if method != "auto":
+        raise InputError(f"cond: the methods {', '.join(COND)} are for p=2. Leave method='auto' for p={p!r}.")
+    tolerance, growth = default_rtol(rtol, a.dtype), NORMS[p](max(a.shape[-1], 1))
+    wide = a.double()
+    y, proof = inv_ex(wide, rtol=tolerance / (4 * growth))
+    # LAPACK raises for the whole batch where one matrix is not finite.
+    ok = (wide.isfinite() & y.isfinite()).flatten(-2).all(-1)
+    eye = torch.eye(a.shape[-1], dtype=wide.dtype, device=a.device)
+    kept = (torch.where(ok[..., None, None], x, eye) for x in (wide, y))
+    sizes = [torch.linalg.matrix_norm(x, p) if x.shape[-1] else x.sum((-2, -1)) for x in kept]
+    value = torch.where(ok, sizes[0] * sizes[1], math.nan).to(a.dtype)
+    share = growth * proof.error_bound
+    bound = torch.where(ok & (share < 0.5), share / (1 - share), math.inf) + 8 * gamma(a.shape[-1] ** 2 + 2)
+    bound = bound + (0.0 if a.dtype == torch.float64 else torch.finfo(a.dtype).eps)
+    reason = torch.where(proof.reason == cert.INACCURATE, cert.NONE, proof.reason)
+    reason = torch.where((reason == cert.NONE) & value.detach().isinf(), cert.OVERFLOW, reason)
+    value = torch.where(reason == cert.SINGULAR, math.inf, value)
+    return value, verdict(
+        bound.flatten(),
+        tolerance,
+        reason.flatten(),
+        shape=a.shape[:-2],
+        methods=("norms",),
+        code=0,
+        failure_probability=math.nan,
+    )
+
+
+def cond_ex(
+    a: Float[Tensor, "*b m n"],
+    p: float | int | str | None = None,
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, "*b"], Certificate]:
+    """`cond` with its certificate, never raising for a matrix's values; inf, not converged, where a σ is zero.
+
+    Args:
+        a, p, method, rtol, generator: as for `cond`.
+    Returns: the condition numbers and their `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `cond`.
+    Source: as for `cond`.
+
+    >>> value, certificate = cond_ex(torch.diag_embed(torch.tensor([[4.0, 2.0], [4.0, 0.0]])))
+    >>> value.tolist(), certificate.converged.tolist()
+    ([2.0, inf], [True, False])
+    """
+    if p is None or p == 2:
+        return _cond_ex(a, method=method, rtol=rtol, generator=generator)
+    return _by_norms(a, p, method, rtol)
+
+
 def _none(x: Tensor) -> Tensor:
     return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
 
 def cond(
     a: Float[Tensor, "*b m n"],
+    p: float | int | str | None = None,
     *,
     method: str = "auto",
     rtol: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*b"]:
-    """The condition number in the 2-norm, κ(A) = σ₁ / σ_min(m,n).
+    """The condition number, in the 2-norm κ(A) = σ₁ / σ_min(m,n), in another ‖A‖ₚ ‖A⁻¹‖ₚ.
 
     Args:
-        a: `(..., m, n)`.
+        a: `(..., m, n)`, square where p is not 2.
+        p: the norm: 2, also if None, 1, inf, "fro" or "nuc".
         method: "gram", "lanczos", "inverse" or "auto".
         rtol: the relative error of κ asked for; `certificate.RTOL` of the dtype if None. Two digits, 1e-2, are cheaper.
         generator: of the random start; one of a fixed seed if None.
@@ -240,18 +291,20 @@ def cond(
     Raises:
         ShapeError: where `a` has fewer than two dimensions.
         DtypeError: where `a` is not real floating point.
-        InputError: for an unknown method or a negative rtol.
+        InputError: for an unknown p or method, or a negative rtol.
         ConvergenceError: where the error bound is above rtol, as for a κ beyond what float64 resolves (about 1e14).
     Cost: "gram", up to a side of 512, the Gram matrix's eigenvalues in float64; "lanczos", from a side of 128, one
     float64 LU (QR if not square) and 2·(10 to 40) products and 2·(10 to 40) solves with 16 vectors; "inverse", where
     those do not reach rtol, some 20 products in float64. Accuracy: uκ² for "gram", uκ for "lanczos", rtol up to κ of
     about 1e13 for "inverse"; the bound of "lanczos" is an estimate that fails with probability 5 `krylov.FAILURE`.
+    Other norms: one certified inverse in float64; a bound on its error in the Frobenius norm is taken n times for 1 and
+    inf, and √n times for "nuc".
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3, on AᵀA and its
     inverse; Higham, Accuracy and Stability (2002), §15.1.
 
     >>> cond(torch.tensor([[4.0, 0.0], [0.0, 2.0]]))
     tensor(2.)
     """
-    value, certificate = cond_ex(a, method=method, rtol=rtol, generator=generator)
+    value, certificate = cond_ex(a, p, method=method, rtol=rtol, generator=generator)
     require_converged("cond", certificate)
     return value

@@ -87,7 +87,12 @@ def _made_dense(name: str, a: object) -> Tensor:
     return own.matmat(eye).to(own.dtype)
 
 
-@differentiable(refused("spectral_radius", "Bound it by spectral_norm, which has one."), m=2)
+@differentiable(
+    refused("spectral_radius", "Bound it by spectral_norm, which has one."),
+    shapes=lambda m, **_: m.new_empty(m.shape[:-2]),
+    methods=SPECTRAL_RADIUS,
+    m=2,
+)
 def spectral_radius_ex(
     m: Float[Tensor, "*b n n"] | LinearMap, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b"], Certificate]:
@@ -192,7 +197,20 @@ def _by_quadrature(linear: Any, n: int, source: torch.Generator, like: Tensor) -
     return nodes.flatten()[order], (weights.flatten() / PROBES)[order], quadrature + sampling, spread
 
 
-@differentiable(refused("spectral_density", "Differentiate svdvals of a dense matrix."), a=2)
+def _empty_density(a: Tensor, method: str, **_: Any) -> SpectralDensity:
+    n = a.shape[-1]
+    quadrature = n > FEW if method == "auto" else method == "lanczos_quadrature"
+    nodes = a.new_empty(*a.shape[:-2], PROBES * min(STEPS, n) if quadrature else n, dtype=torch.float64)
+    return SpectralDensity(nodes, torch.empty_like(nodes))
+
+
+@differentiable(
+    refused("spectral_density", "Differentiate svdvals of a dense matrix."),
+    shapes=_empty_density,
+    methods=DENSITY,
+    made=SpectralDensity,
+    a=2,
+)
 def spectral_density_ex(
     a: Float[Tensor, "*b n n"] | LinearMap,
     *,

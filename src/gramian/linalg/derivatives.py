@@ -2,8 +2,8 @@
 
 Those of singular values and vectors are in `singular_derivatives.py`.
 
-All sums are in float64. Every formula consists of operations that have derivatives themselves, so that a second
-derivative is the derivative of the first.
+Sums are in float64, or in the dtype of the eigenvectors that the value came with. Every formula consists of operations
+that have derivatives themselves, so that a second derivative is the derivative of the first.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.linalg.engine.derivative import Arguments, Given, Rule, Tangents, Values, only, symmetric
-from gramian.linalg.engine.sylvester import solve_power_sum
-from gramian.linalg.engine.transforms import pullback
+from gramian.linalg.engine.derivative import Arguments, Given, Rule, Tangents, Values, guarded, only, symmetric
+from gramian.linalg.engine.spectrum import known
+from gramian.linalg.engine.sylvester import solve_power_sum, solve_skew
+from gramian.linalg.engine.transforms import grads_batched, pullback
 
 
 def _with_damping(to_m: Tensor, arguments: Arguments) -> dict[str, Tensor]:
@@ -58,6 +59,9 @@ INVERSE = Rule(_inverse_vjp, _inverse_jvp)
 def _solved(arguments: Arguments, m: Tensor, right: Tensor) -> Tensor:
     from gramian.linalg.linear_system import solve_ex  # whose derivative this is
 
+    if grads_batched(right):
+        shifted = m.double() + _step({"damping": torch.as_tensor(arguments["damping"], dtype=torch.float64)}, m)
+        return torch.linalg.solve_ex(shifted, right)[0]
     return solve_ex(m.double(), right, arguments["damping"])[0]
 
 
@@ -83,62 +87,86 @@ def _of_roots(along: Callable[[Arguments, Tensor, Tensor], Tensor]) -> Rule:
     """The rule of a root X of a symmetric matrix, whose derivative `along` a symmetric matrix is its own adjoint."""
 
     def vjp(arguments: Arguments, values: Values, given: Given) -> dict[str, Tensor]:
-        return _with_damping(along(arguments, values[0].double(), symmetric(only(given))), arguments)
+        x, e = _worked(arguments, values[0], given[0])
+        return _with_damping(along(arguments, x, symmetric(e)), arguments)
 
     def jvp(arguments: Arguments, values: Values, tangents: Tangents) -> Given:
-        x = values[0].double()
-        return (along(arguments, x, symmetric(_step(tangents, x))),)
+        x, e = _worked(arguments, values[0], _step(tangents, values[0]))
+        return (along(arguments, x, symmetric(e)),)
 
     return Rule(vjp, jvp)
 
 
+def _worked(arguments: Arguments, *tensors: Tensor | None) -> list[Tensor]:
+    """The tensors in the dtype of the spectrum's vectors, or in float64 if there is none."""
+    spectrum = arguments.get("spectrum")
+    work = torch.float64 if spectrum is None else spectrum.vectors.dtype
+    return [x.to(work) for x in tensors if x is not None]
+
+
 def _along_inverse_root(arguments: Arguments, x: Tensor, e: Tensor) -> Tensor:
-    p = arguments["p"]
+    p, spectrum = arguments["p"], arguments.get("spectrum")
     # Powers of X need entries near 1: with X = 2ᵏ X̂ the answer is 2^(k(p + 1)) times that of X̂.
     scaled, exponent = _normalized(x, torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device))
-    power = torch.linalg.matrix_power(scaled, p)
-    d = -solve_power_sum(scaled, power @ e @ power, p, "inv_root")
+    if spectrum is not None:
+        spectrum = spectrum._replace(values=spectrum.values * torch.exp2(-exponent)[..., None])
+    d = solve_power_sum(scaled, e, p, "inv_root", inverse=True, spectrum=spectrum)
     half = (exponent * (p + 1) / 2).floor()
-    return d * torch.exp2(half)[..., None, None] * torch.exp2(exponent * (p + 1) - half)[..., None, None]
+    rest = exponent * (p + 1) - half
+    return d * torch.exp2(half).to(d.dtype)[..., None, None] * torch.exp2(rest).to(d.dtype)[..., None, None]
 
 
 INVERSE_ROOT = _of_roots(_along_inverse_root)
 """Σₖ Xᵏ dX Xᵖ⁻¹⁻ᵏ = −Xᵖ dM Xᵖ, the derivative of XᵖM = I."""
 
-SQUARE_ROOT = _of_roots(lambda arguments, x, e: solve_power_sum(x, e, 2, "sqrtm", root=True))
+SQUARE_ROOT = _of_roots(
+    lambda arguments, x, e: solve_power_sum(x, e, 2, "sqrtm", root=True, spectrum=arguments.get("spectrum"))
+)
 """X dX + dX X = dM. Higham, Functions of Matrices (2008), §6.1."""
 
 
 # ---- the polar factor ------------------------------------------------------------------------------------------------
 
 
-def _tall(a: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """The same in float64, all transposed if a is wide."""
-    wide = a.shape[-2] < a.shape[-1]
-    return tuple((x.mT if wide else x).double() for x in (a, *others))
+def _polar_along(arguments: Arguments, values: Values, e: Tensor | None) -> Tensor:
+    """The derivative along E; the map from E to it is its own adjoint."""
+    assert e is not None
+    a = arguments["a"]
+    wide, tall = a.shape[-2] < a.shape[-1], a.shape[-2] != a.shape[-1]
+    a, u, e = (x.mT if wide else x for x in _worked(arguments, a, values[0], e))
+    spectrum = arguments.get("spectrum")
+    if known(spectrum):
+        # With the singular vectors the products are fewer.
+        sigma, right = spectrum.values, spectrum.vectors
+        left, image = u @ right, e @ right
+        inner = left.mT @ image
+        core = solve_skew(inner, sigma, "polar", outside=image if tall else None)
+        if tall:
+            share = torch.where(sigma > 0, 1 / sigma, 0.0).to(right.dtype)[..., None, :]
+            out = (left @ (core - inner * share) + image * share) @ right.mT
+        else:
+            out = left @ core @ right.mT
+        return out.mT if wide else out
+    inner = u.mT @ e
+    h = symmetric(u.mT @ a)
+    out = u @ solve_power_sum(h, inner - inner.mT, 2, "polar", spectrum=spectrum)
+    if tall:
+        outside, h = (e - u @ inner).double(), h.double()
+        zero = (h.detach() == 0).flatten(-2).all(-1)
+        guarded(
+            ~(zero & (outside.detach() != 0).flatten(-2).any(-1)),
+            "polar: has no derivative at a zero matrix. Leave such matrices out of the loss.",
+        )
+        eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+        safe = torch.where(zero[..., None, None], eye, h)  # where nothing is asked, not NaN
+        out = out + torch.linalg.solve_ex(safe, outside, left=False)[0]
+    return out.mT if wide else out
 
 
-def _polar_vjp(arguments: Arguments, values: Values, given: Given) -> dict[str, Tensor]:
-    a, u, g = _tall(arguments["a"], values[0], only(given))
-    h, inner = symmetric(u.mT @ a), u.mT @ g
-    to_a = u @ solve_power_sum(h, inner - inner.mT, 2, "polar")
-    if a.shape[-2] > a.shape[-1]:
-        to_a = to_a + torch.linalg.solve_ex(h, g - u @ inner, left=False)[0]
-    return {"a": to_a.mT if arguments["a"].shape[-2] < arguments["a"].shape[-1] else to_a}
-
-
-def _polar_jvp(arguments: Arguments, values: Values, tangents: Tangents) -> Given:
-    da = tangents["a"]
-    assert da is not None
-    a, u, e = _tall(arguments["a"], values[0], da)
-    h, inner = symmetric(u.mT @ a), u.mT @ e
-    du = u @ solve_power_sum(h, inner - inner.mT, 2, "polar")
-    if a.shape[-2] > a.shape[-1]:
-        du = du + torch.linalg.solve_ex(h, e - u @ inner, left=False)[0]
-    return (du.mT if arguments["a"].shape[-2] < arguments["a"].shape[-1] else du,)
-
-
-POLAR = Rule(_polar_vjp, _polar_jvp)
+POLAR = Rule(
+    lambda arguments, values, given: {"a": _polar_along(arguments, values, given[0])},
+    lambda arguments, values, tangents: (_polar_along(arguments, values, tangents["a"]),),
+)
 """dU = UΩ + (I − UUᵀ) dA H⁻¹ with H = UᵀA and HΩ + ΩH = UᵀdA − dAᵀU. Kenney & Laub, SIAM J. Matrix Anal. 12 (1991)."""
 
 
@@ -179,7 +207,7 @@ def _normalized(x: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
         return x, exponent
     peak = x.detach().abs().amax((-2, -1))
     e = torch.where(peak > 0, torch.frexp(peak)[1], 0)
-    return x * torch.exp2(-e.double())[..., None, None], exponent + e
+    return x * torch.exp2(-e.double()).to(x.dtype)[..., None, None], exponent + e
 
 
 def _as_slogdet(x: Tensor, exponent: Tensor) -> Values:

@@ -192,7 +192,7 @@ INV = register(
 )
 
 
-@differentiable(derivatives.INVERSE, m=2, damping=0)
+@differentiable(derivatives.INVERSE, shapes=lambda m, **_: torch.empty_like(m), methods=INV.methods, m=2, damping=0)
 def inv_ex(
     m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:

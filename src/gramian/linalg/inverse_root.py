@@ -34,6 +34,7 @@ from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
 from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm, unit_roundoff
+from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.symmetric_products import symmetric_product
 
@@ -60,7 +61,8 @@ def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
     proven = ok & error.isfinite() & (w > 0).all(-1)
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
-    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure)
+    spectrum = Spectrum(_root(w.double(), p), v)
+    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
 def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
@@ -80,7 +82,8 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
         root = torch.where(kept, w, torch.inf) ** (-1 / p)
         on_range = ((v * root[:, None, :]) @ v.mT).to(value.dtype)
         value = torch.where(proven[:, None, None], value, on_range)
-    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure)
+    spectrum = Spectrum(_root(w, p), v)
+    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
 def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
@@ -122,6 +125,11 @@ def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rto
     return Answer(value, error, residual, reason, steps, failure=2 * probes(n, x.device).failure)
 
 
+def _root(w: Tensor, p: int) -> Tensor:
+    """w^(-1/p), zero where w is not positive."""
+    return torch.where(w > 0, w, torch.inf) ** (-1 / p)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for the others."""
     return torch.promote_types(dtype, torch.float32)
@@ -130,7 +138,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _from_eigenpairs(m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """V w^(-1/p) Vᵀ in `dtype`, its bound and its residual."""
     n = w.shape[-1]
-    root = torch.where(w > 0, w, torch.inf) ** (-1 / p)
+    root = _root(w, p)
     left = v.to(dtype) * root.sqrt().to(dtype)[:, None, :]
     value = symmetric_product(left, left.mT)
     if v.dtype == torch.float64 and n:
@@ -245,7 +253,7 @@ def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol:
     """
     m = damped(x, shift)
     w, v, floor, reason = decompose(m, dtype)
-    root = torch.where(w > 0, w, torch.inf) ** (-1 / p)
+    root = _root(w, p)
     value = symmetric(pair((v * root[:, None, :]) @ v.mT))
     value = pair(value.hi)
     row, column = root[:, :, None], root[:, None, :]
@@ -298,6 +306,7 @@ INV_ROOT = register(
                 lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 10},
                 "κ ≤ 250 at 1e-4",
                 narrow=True,
+                spectral=True,
             ),
             "eigh64": Method(
                 _eigh64,
@@ -305,6 +314,7 @@ INV_ROOT = register(
                 1e-12,
                 lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 14},
                 "κ ≤ 1e12",
+                spectral=True,
             ),
             "eigh_refined": Method(
                 _eigh_refined,
@@ -324,7 +334,14 @@ INV_ROOT = register(
 )
 
 
-@differentiable(derivatives.INVERSE_ROOT, m=2, damping=0)
+@differentiable(
+    derivatives.INVERSE_ROOT,
+    shapes=lambda m, **_: torch.empty_like(m),
+    methods=INV_ROOT.methods,
+    spectral=True,
+    m=2,
+    damping=0,
+)
 def inv_root_ex(
     m: Float[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:

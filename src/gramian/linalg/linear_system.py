@@ -118,19 +118,35 @@ SOLVE = register(
 )
 
 
-@differentiable(derivatives.SOLUTION, m=2, b=2, damping=0)
+@differentiable(
+    derivatives.SOLUTION,
+    shapes=lambda m, b, **_: torch.empty_like(b, dtype=torch.promote_types(m.dtype, b.dtype)),
+    methods=SOLVE.methods,
+    m=2,
+    b=2,
+    damping=0,
+)
+def _solve_ex(
+    m: Tensor, b: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> tuple[Tensor, Certificate]:
+    """`solve_ex` of matrices in one batch."""
+    dtype = torch.promote_types(m.dtype, b.dtype)
+    return evaluate(SOLVE, m.to(dtype), method=method, rtol=rtol, damping=damping, right=load(b.to(dtype)))
+
+
 def solve_ex(
-    m: Float[Tensor, "*b n n"],
-    b: Float[Tensor, "*b n k"],
+    m: Float[Tensor, ...],
+    b: Float[Tensor, ...],
     damping: Damping = 0.0,
     *,
+    left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> tuple[Float[Tensor, "*b n k"], Certificate]:
+) -> tuple[Float[Tensor, ...], Certificate]:
     """`solve` with its certificate, never raising for a matrix's values; NaN where there is no solution.
 
     Args:
-        m, b, damping, method, rtol: as for `solve`.
+        m, b, damping, left, method, rtol: as for `solve`.
     Returns: the solution and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `solve`.
@@ -141,35 +157,47 @@ def solve_ex(
     ([[0.5], [0.5]], True)
     """
     check("solve", m, square=True)
-    check("solve", b)
-    if m.shape[-1] != b.shape[-2] or m.shape[:-2] != b.shape[:-2]:
+    vector = isinstance(b, Tensor) and (b.ndim == 1 or b.shape == m.shape[:-1])
+    right = check("solve", b[..., None] if vector else b)
+    if not left:
+        m, right = m.mT, right if vector else right.mT
+    try:
+        batch = torch.broadcast_shapes(m.shape[:-2], right.shape[:-2])
+    except RuntimeError:
+        batch = None
+    if batch is None or m.shape[-1] != right.shape[-2]:
         raise ShapeError(
-            f"solve: expected (..., n, n) and (..., n, k), got {tuple(m.shape)} and {tuple(b.shape)}. "
-            "Expand the batch dimensions, and write a vector as b[..., None]."
+            f"solve: expected (..., n, n) and (..., n, k), (..., k, n) if left=False, or (n,) or (..., n), got "
+            f"{tuple(m.shape)} and {tuple(b.shape)}. The batch dimensions are broadcast; a vector that is broadcast "
+            "too is b[..., None]."
         )
-    dtype = torch.promote_types(m.dtype, b.dtype)
-    return evaluate(SOLVE, m.to(dtype), method=method, rtol=rtol, damping=damping, right=load(b.to(dtype)))
+    m, right = m.expand(*batch, *m.shape[-2:]), right.expand(*batch, *right.shape[-2:])
+    value, proof = _solve_ex(m, right, damping, method=method, rtol=rtol)
+    return value[..., 0] if vector else value if left else value.mT, proof
 
 
 def solve(
-    m: Float[Tensor, "*b n n"],
-    b: Float[Tensor, "*b n k"],
+    m: Float[Tensor, ...],
+    b: Float[Tensor, ...],
     damping: Damping = 0.0,
     *,
+    left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> Float[Tensor, "*b n k"]:
-    """The solution Z of (M + λI) Z = B.
+) -> Float[Tensor, ...]:
+    """The solution Z of (M + λI) Z = B, or of Z (M + λI) = B if not `left`.
 
     Z = (M + λI)⁻¹ B, refined against the residual B − (M + λI) Z.
 
     Args:
         m: `(..., n, n)`.
-        b: `(..., n, k)`; a vector is `(..., n, 1)`.
+        b: `(..., n, k)`, `(..., k, n)` if not `left`, or a vector: `(n,)`, or the shape of `m` without its last
+            dimension, as for `torch.linalg.solve`. Batches are broadcast.
         damping: λ ≥ 0, absolute, one number or one per matrix.
+        left: whether M stands to the left of Z.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error of Z asked for; `certificate.RTOL` of the dtype if None.
-    Returns: `(..., n, k)`, the solution, in the wider dtype of `m` and `b`.
+    Returns: the solution, of the shape of `b` with the batch of both, in the wider dtype of `m` and `b`.
     Raises:
         ShapeError: where `m` is not square, or `b` or `damping` does not fit it.
         DtypeError: where `m` or `b` is not real floating point.
@@ -183,6 +211,6 @@ def solve(
     tensor([[1.0000],
             [0.5000]])
     """
-    value, certificate = solve_ex(m, b, damping, method=method, rtol=rtol)
+    value, certificate = solve_ex(m, b, damping, left=left, method=method, rtol=rtol)
     require_converged("solve", certificate)
     return value

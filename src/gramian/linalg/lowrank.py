@@ -135,7 +135,12 @@ def _of_map(
     return ((v, s, u) if wide else (u, s, v)), proof
 
 
-@differentiable(singular_derivatives.LOWRANK, a=2)
+def _empty_factors(a: Tensor, rank: int, **_: Any) -> Factors:
+    shapes = (a.shape[-2], rank), (rank,), (a.shape[-1], rank)
+    return tuple(a.new_empty(*a.shape[:-2], *shape) for shape in shapes)
+
+
+@differentiable(singular_derivatives.LOWRANK, shapes=_empty_factors, methods=METHODS, a=2)
 def svd_lowrank_ex(
     a: Float[Tensor, "*b m n"] | LinearMap,
     rank: int,

@@ -192,7 +192,9 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
     return numbers(family, ["lanczos"], rtol, torch.float64, x, flags, (), lambda v, _: scale(v, exponent.to(v.device)))
 
 
-@differentiable(singular_derivatives.SPECTRAL_NORM, a=2)
+@differentiable(
+    singular_derivatives.SPECTRAL_NORM, shapes=lambda a, **_: a.new_empty(a.shape[:-2]), methods=SPECTRAL_NORM, a=2
+)
 def spectral_norm_ex(
     a: Float[Tensor, "*b m n"] | LinearMap,
     *,

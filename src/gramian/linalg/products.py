@@ -49,7 +49,7 @@ def syrk(x: Float[Tensor, "*b n d"], *, precision: str = "float32") -> Float[Ten
         raise InputError(f"syrk: expected precision 'float32' or 'bfloat16', got {precision!r}.")
     wide = torch.promote_types(x.dtype, torch.float32)
     d = x.shape[-1]
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         factor = x.to(torch.bfloat16 if precision == "bfloat16" and d >= HALVED_FROM else wide)
         return symmetric_product(factor.mT, factor, wide)
 

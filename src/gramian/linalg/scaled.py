@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -129,7 +130,12 @@ def _finish(
     return (mantissa.reshape(loaded.shape + mantissa.shape[1:]), log_scale.reshape(loaded.shape)), relative
 
 
-@differentiable(derivatives.POWER, a=2)
+@differentiable(
+    derivatives.POWER,
+    shapes=lambda a, **_: (torch.empty_like(a), a.new_empty(a.shape[:-2], dtype=torch.float64)),
+    methods=POWER,
+    a=2,
+)
 def matrix_power_scaled_ex(
     a: Float[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[tuple[Float[Tensor, "*b n n"], Float[Tensor, "*b"]], Certificate]:
@@ -245,7 +251,14 @@ def product_scaled_ex(
     return _product_scaled_ex(tuple(matrices), method=method, rtol=rtol)
 
 
-@differentiable(derivatives.PRODUCT, matrices=2)
+def _empty_product(matrices: tuple[Tensor, ...], **_: object) -> Slogdet:
+    first, last = matrices[0], matrices[-1]
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in matrices))
+    size = first.new_empty(first.shape[:-2], dtype=torch.float64)
+    return first.new_empty(*first.shape[:-1], last.shape[-1], dtype=dtype), size
+
+
+@differentiable(derivatives.PRODUCT, shapes=_empty_product, methods=PRODUCT, matrices=2)
 def _product_scaled_ex(matrices: tuple[Tensor, ...], *, method: str, rtol: float | None) -> tuple[Slogdet, Certificate]:
     name = "product_scaled"
     choose(name, method, dict.fromkeys(PRODUCT))

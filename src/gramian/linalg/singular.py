@@ -113,7 +113,12 @@ SVDVALS = register(
 )
 
 
-@differentiable(singular_derivatives.SINGULAR_VALUES, a=2)
+@differentiable(
+    singular_derivatives.SINGULAR_VALUES,
+    shapes=lambda a, **_: a.new_empty(*a.shape[:-2], min(a.shape[-2:])),
+    methods=SVDVALS.methods,
+    a=2,
+)
 def svdvals_ex(
     a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b k"], Certificate]:

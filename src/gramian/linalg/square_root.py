@@ -30,6 +30,7 @@ from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import apply, of_norm, probes
 from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
+from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.symmetric_products import symmetric_product
 
@@ -78,7 +79,9 @@ def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, s
     columns = (columns + wide * (drift.norm(dim=1) + drift_error[:, None])) / s
     columns = torch.where(s > 0, columns, math.inf).minimum(wide)
     error = columns.norm(dim=-1) * (1 + norm(f) + f_error) + norm(value.lo)
-    return Answer(value.hi, error, norm(e) / norm(m.hi).clamp_min(2.0**-1000), reason, steps)
+    residual = norm(e) / norm(m.hi).clamp_min(2.0**-1000)
+    # Corrections make the value more accurate than its eigenvalues.
+    return Answer(value.hi, error, residual, reason, steps, spectrum=None if steps else Spectrum(s, v))
 
 
 def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) -> Answer:
@@ -118,7 +121,8 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) 
         reason = torch.where(reason == cert.NONE, cert.NONE, cert.INACCURATE)
     reason = torch.where(usable, reason, cert.INACCURATE)
     error = torch.where(usable, error, math.inf)
-    return Answer(value, error, miss / norm(m.hi).clamp_min(2.0**-1000), reason, failure=3 * p.failure)
+    residual = miss / norm(m.hi).clamp_min(2.0**-1000)
+    return Answer(value, error, residual, reason, failure=3 * p.failure, spectrum=Spectrum(s, v))
 
 
 def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer | None:
@@ -159,6 +163,7 @@ SQRTM = register(
                 lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 9},
                 "well-conditioned matrices",
                 narrow=True,
+                spectral=True,
             ),
             "eigh64": Method(
                 _eigh64,
@@ -166,8 +171,16 @@ SQRTM = register(
                 1e-5,
                 lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 9},
                 "singular matrices too",
+                spectral=True,
             ),
-            "eigh": Method(_eigh, torch.float64, 1e-13, lambda m, n: {"eigh64": 1, "float64": 11}, "a finer bound"),
+            "eigh": Method(
+                _eigh,
+                torch.float64,
+                1e-13,
+                lambda m, n: {"eigh64": 1, "float64": 11},
+                "a finer bound",
+                spectral=True,
+            ),
             "eigh_refined": Method(
                 _eigh_refined,
                 torch.float64,
@@ -185,7 +198,14 @@ SQRTM = register(
 )
 
 
-@differentiable(derivatives.SQUARE_ROOT, m=2, damping=0)
+@differentiable(
+    derivatives.SQUARE_ROOT,
+    shapes=lambda m, **_: torch.empty_like(m),
+    methods=SQRTM.methods,
+    spectral=True,
+    m=2,
+    damping=0,
+)
 def sqrtm_ex(
     m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:

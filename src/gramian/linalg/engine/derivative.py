@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from gramian.errors import UnsupportedError
 from gramian.linalg.certificate import Certificate
+from gramian.linalg.engine.spectrum import Spectrum, keeping, unknown
+from gramian.linalg.engine.staged import STAGED, Place, Staged, abstract, bound, call, encodable, encoded, flat, shaped
 from gramian.linalg.engine.transforms import forward_levels, transforming, with_plain
 
 Values = tuple[Tensor, ...]
@@ -26,8 +28,6 @@ Tangents = Mapping[str, Tensor | None]
 Given = tuple[Tensor | None, ...]
 """Gradients of the values, or their tangents; `None` is zero."""
 Gradients = Mapping[str, Any]
-Place = tuple[str, int | None]
-"""Where an operand stands: an argument's name, and its position where that is a tuple of tensors."""
 
 
 class Rule(NamedTuple):
@@ -36,6 +36,8 @@ class Rule(NamedTuple):
     Attributes:
         vjp: `(arguments, values, gradients of the values) -> gradients by argument`. A gradient of `None` is zero.
         jvp: `(arguments, values, tangents by argument) -> tangents of the values`. A tangent of `None` is zero.
+
+    The argument `spectrum` is that of the value, where the method had one.
 
     The gradients and tangents of an argument that is a tuple of tensors are tuples.
     """
@@ -50,33 +52,55 @@ class _Call:
 
     function: Callable[..., tuple[Any, Certificate]]
     rule: Rule
+    staged: Staged
     arguments: Mapping[str, Any]
     places: tuple[Place, ...]
     dims: Mapping[str, int]
     batched: bool
+    spectral: bool
     found: list[Any]
 
     def run(self, operands: Values) -> Values:
-        """The values and the certificate's tensors; their structure is left in `found`."""
-        value, proof = self.function(**self.bind(operands))
+        """The values, the certificate's tensors and the spectrum, if any; their structure is left in `found`."""
+        with keeping() as kept:
+            arguments = self.bind(operands)
+            empty = any(abstract(x) for x in operands)
+            value, proof = shaped(self.staged, arguments, operands) if empty else self.function(**arguments)
         self.found[:] = [value, proof]
+        spectrum = ()
+        if self.spectral:
+            # The number of outputs must not depend on the method.
+            like, first = operands[0], flat(value)[0]
+            nothing = unknown(like.shape[:-2], min(like.shape[-2:]), first.dtype, first.device)
+            spectrum = kept[-1] if kept else nothing
         # A view of something larger would make autograd take the value for a view of its input.
         whole = (
             x if x._base is None and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
-            for x in _flat(value)
+            for x in flat(value)
         )
-        return (*whole, *proof.tensors())
+        return (*whole, *proof.tensors(), *spectrum)
+
+    def pull(
+        self, operands: Values, values: Values, spectrum: Mapping[str, Spectrum], given: Given
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of the operands from those of the values."""
+        if any(x.layout != torch.strided for x in operands):
+            raise UnsupportedError(
+                "linalg: a sparse matrix has no derivative here, since its gradient is dense. Use a.to_dense()."
+            )
+        if any(abstract(x) for x in operands):
+            return tuple(torch.empty_like(x) for x in operands)
+        found = self.rule.vjp({**self.bind(operands), **spectrum}, values, given)
+        grads = (_at(found, place) for place in self.places)
+        return tuple(g if g is None else g.to(x.dtype) for g, x in zip(grads, operands, strict=True))
 
     def bind(self, operands: Values) -> dict[str, Any]:
         """The arguments, with `operands` in the places of those that are in the graph."""
-        return {**self.arguments, **self.named(operands)}
+        return bound(self.arguments, self.places, operands)
 
     def named(self, operands: tuple) -> dict[str, Any]:
         """What belongs to the operands, by argument."""
-        found: dict[str, Any] = {}
-        for (name, position), operand in zip(self.places, operands, strict=True):
-            found[name] = operand if position is None else (*found.get(name, ()), operand)
-        return found
+        return bound({}, self.places, operands)
 
 
 class _Node(torch.autograd.Function):
@@ -87,32 +111,32 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Values) -> None:
         call, *operands = inputs
-        ctx.call, ctx.num_values = call, len(_flat(call.found[0]))
+        ctx.call, ctx.num_values = call, len(flat(call.found[0]))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[ctx.num_values :])
-        ctx.save_for_backward(*operands, *output[: ctx.num_values])
-        ctx.save_for_forward(*operands, *output[: ctx.num_values])
+        ctx.num_operands = len(operands)
+        saved = (*operands, *output[: ctx.num_values], *output[ctx.num_values + len(Certificate.fields()) :])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        operands, values = _split(ctx)
+        operands, values, spectrum = _split(ctx)
         if all(grad is None for grad in grads[: ctx.num_values]):
             return (None,) * (1 + len(operands))
-        if any(x.layout != torch.strided for x in operands):
-            raise UnsupportedError(
-                "linalg: a sparse matrix has no derivative here, since its gradient is dense. Use a.to_dense()."
-            )
-        found = ctx.call.rule.vjp(ctx.call.bind(operands), values, grads[: ctx.num_values])
-        given = (_at(found, place) for place in ctx.call.places)
-        return (None, *(g if g is None else g.to(x.dtype) for g, x in zip(given, operands, strict=True)))
+        return (None, *ctx.call.pull(operands, values, spectrum, grads[: ctx.num_values]))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        operands, values = _split(ctx)
-        found = ctx.call.rule.jvp(ctx.call.bind(operands), values, ctx.call.named(tangents[1:]))
+        operands, values, spectrum = _split(ctx)
+        if any(abstract(x) for x in operands):
+            found: Given = tuple(torch.empty_like(v) for v in values)
+        else:
+            arguments = {**ctx.call.bind(operands), **spectrum}
+            found = ctx.call.rule.jvp(arguments, values, ctx.call.named(tangents[1:]))
         # Forward mode wants values and tangents of one layout.
         given = (t if t is None else t.to(v.dtype).contiguous() for t, v in zip(found, values, strict=True))
-        return (*given, *(None for _ in range(len(Certificate.fields()))))
+        return (*given, *(None for _ in range(len(Certificate.fields()) + (2 if spectrum else 0))))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, call: _Call, *operands: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -137,17 +161,27 @@ class _Node(torch.autograd.Function):
         return out, (0,) * len(out)
 
 
-def _split(ctx: Any) -> tuple[Values, Values]:
-    saved = ctx.saved_tensors
-    return saved[: len(saved) - ctx.num_values], saved[len(saved) - ctx.num_values :]
+def _split(ctx: Any) -> tuple[Values, Values, dict[str, Spectrum]]:
+    """Operands, values, and the spectrum by its name among the arguments of a rule, if it was kept."""
+    saved, end = ctx.saved_tensors, ctx.num_operands + ctx.num_values
+    rest = saved[end:]
+    return saved[: ctx.num_operands], saved[ctx.num_operands : end], {"spectrum": Spectrum(*rest)} if rest else {}
 
 
-def _flat(value: Any) -> Values:
-    return (value,) if isinstance(value, Tensor) else tuple(value)
-
-
-def differentiable(rule: Rule, *, batched: bool = True, **dims: int) -> Callable[[Callable], Callable]:
+def differentiable(
+    rule: Rule,
+    *,
+    shapes: Callable[..., Any],
+    methods: Iterable[str],
+    batched: bool = True,
+    spectral: bool = False,
+    made: Callable[..., Any] | None = None,
+    **dims: int,
+) -> Callable[[Callable], Callable]:
     """Make a certified function differentiable by `rule` in the arguments `dims`, each with its number of dimensions.
+
+    `shapes` makes empty values from the arguments, `methods` are the names for the certificate, `made` puts several
+    values together, and `spectral` says that the value may come with a spectrum.
 
     A function that takes no batch is called for each matrix of one under vmap.
 
@@ -166,32 +200,67 @@ def differentiable(rule: Rule, *, batched: bool = True, **dims: int) -> Callable
             operands = [_at(arguments, place) for place in places]
             if not operands or not _followed(operands):
                 with torch.no_grad():
+                    if any(abstract(x) for x in operands):
+                        return shaped(staged, arguments, operands)
                     return function(*args, **kwargs)
             if forward_levels() > 1:
                 # torch takes the tangent that a custom function returns for a constant.
                 raise UnsupportedError(
-                    f"{function.__name__.removesuffix('_ex')}: torch has no forward mode over forward mode for this. "
+                    f"{public}: torch has no forward mode over forward mode for this. "
                     "Use torch.func.hessian, or jacrev or grad for one of the two."
                 )
             found: list[Any] = []
             names = {name for name, _ in places}
             static = {name: value for name, value in arguments.items() if name not in names}
-            out = _Node.apply(_Call(function, rule, static, places, dims, batched, found), *operands)
+            out = _Node.apply(_Call(function, rule, staged, static, places, dims, batched, spectral, found), *operands)
             assert out is not None
             value, proof = found
-            tensors = out[len(_flat(value)) :]
+            tensors = out[len(flat(value)) :][: len(Certificate.fields())]
             proof = Certificate(*tensors, methods=proof.methods)
             if isinstance(value, Tensor):
                 return out[0], proof
             made = getattr(type(value), "_make", tuple)
             return made(out[: len(value)]), proof
 
+        def forward(static: Mapping[str, Any], places: tuple[Place, ...], operands: Sequence[Tensor]) -> Values:
+            return _Call(function, rule, staged, static, places, dims, batched, spectral, []).run(tuple(operands))
+
+        def backward(
+            static: Mapping[str, Any],
+            places: tuple[Place, ...],
+            operands: Sequence[Tensor],
+            found: Sequence[Tensor],
+            given: Given,
+        ) -> list[Tensor]:
+            call = _Call(function, rule, staged, static, places, dims, batched, spectral, [])
+            values, rest = tuple(found[: len(given)]), found[len(given) :]
+            spectrum = {"spectrum": Spectrum(*rest)} if rest else {}
+            grads = call.pull(tuple(operands), values, spectrum, given)
+            return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, operands, strict=True)]
+
+        name = function.__name__
+        public = name.removesuffix("_ex").lstrip("_")
+        staged = STAGED[name] = Staged(public, forward, backward, shapes, tuple(methods), spectral)
         eager = torch._disable_dynamo(evaluated)
+        parameters = tuple(signature.parameters)
+        defaults = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> tuple[Any, Certificate]:
-            # Compiled arithmetic is reordered, and a bound on rounding is then none: the graph breaks here.
-            return (eager if torch.compiler.is_compiling() else evaluated)(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                return evaluated(*args, **kwargs)
+            # Compiled arithmetic is reordered, and a bound on rounding is then none: in the graph this is one operator.
+            arguments = {**defaults, **dict(zip(parameters, args, strict=False)), **kwargs}
+            places = tuple(place for name in dims for place in _places(name, arguments[name]))
+            names = {name for name, _ in places}
+            static = {key: value for key, value in arguments.items() if key not in names}
+            if not places or not encodable(static):
+                return eager(*args, **kwargs)
+            out = call(encoded(name, static, places), [_at(arguments, place) for place in places])
+            count = len(out) - len(Certificate.fields()) - (2 if spectral else 0)
+            proof = [x.detach() for x in out[count : count + len(Certificate.fields())]]
+            value = tuple(out[:count]) if count > 1 else out[0]
+            return (value if made is None else made(*value)), Certificate(*proof, methods=staged.methods)
 
         return wrapper
 

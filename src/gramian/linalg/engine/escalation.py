@@ -16,6 +16,7 @@ from gramian.linalg.engine.cost import Operations, predict
 from gramian.linalg.engine.loading import Loaded
 from gramian.linalg.engine.rounding import norm
 from gramian.linalg.engine.scaling import scale
+from gramian.linalg.engine.spectrum import Spectrum
 
 SMALL = 32
 """Smaller side up to which a method in float32 saves nothing worth its error."""
@@ -33,6 +34,8 @@ class Answer:
         steps: the iterations taken.
         failure: the probability that the error is above its bound: 0 where the bound is proven, NaN where unknown.
         size: `(B,)`, the Frobenius norm of the exact answer, where it is known beforehand.
+        spectrum: eigenvalues and vectors of the value, or of H for a polar factor U with A = UH, if the method has them
+            and they are as accurate as the value.
     """
 
     value: Tensor
@@ -42,6 +45,7 @@ class Answer:
     steps: int = 0
     failure: float = 0.0
     size: Tensor | None = None
+    spectrum: Spectrum | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Method:
         purpose: what it is for, for the docs.
         narrow: whether its speed comes from float32, which saves nothing up to a smaller side of `SMALL`.
         symmetric: whether it works only on matrices that are symmetric to the last bit.
+        spectral: whether its answer has a spectrum, which spares the derivative an eigendecomposition.
     """
 
     run: Callable[..., Answer | None]
@@ -65,6 +70,7 @@ class Method:
     purpose: str
     narrow: bool = False
     symmetric: bool = False
+    spectral: bool = False
 
 
 def ladder(methods: Mapping[str, Method], shape: Sequence[int], rtol: float, device: str) -> list[str]:

@@ -18,6 +18,7 @@ from gramian.linalg.certificate import Certificate, default_rtol
 from gramian.linalg.engine.escalation import Method, Values, climb, ladder, settle
 from gramian.linalg.engine.loading import Damping, Loaded, check, choose, damping_of, load, symmetric_part, unscaled
 from gramian.linalg.engine.scaling import scale
+from gramian.linalg.engine.spectrum import Spectrum, kept, usable
 
 Domain = Literal["general", "square", "symmetric", "semidefinite", "definite"]
 Degree = Fraction | int | Literal["by exponent", "unscaled"]
@@ -164,7 +165,8 @@ def _run(
     options: Mapping[str, Any],
 ) -> tuple[Tensor, Certificate]:
     """The methods `names` in turn on loaded matrices, whose values are scaled by 2^exponent (None: not at all)."""
-    methods = tuple(function.methods)
+    methods, keep = tuple(function.methods), kept()
+    spectral = any(function.methods[name].spectral for name in names)
 
     def attempt(name: str, rows: Tensor | None, last: bool) -> tuple[Values, Certificate] | None:
         part = loaded.rows(rows)
@@ -175,9 +177,16 @@ def _run(
             return None
         power = exponent if exponent is None or rows is None else exponent[rows]
         value, proof = settle(part, answer, power, code=methods.index(name), methods=methods, rtol=rtol)
-        return (value,), proof
+        if keep is None or not spectral:
+            return (value,), proof
+        n = min(loaded.raw.shape[1:])
+        found = usable(answer.spectrum, len(value), n, loaded.dtype, value.device)
+        values = torch.where(part.finite[:, None], found.values, torch.nan)
+        return (value, scale(values, part.exponent if power is None else power), found.vectors), proof
 
-    (value,), certificate = climb(names, attempt)
+    (value, *spectrum), certificate = climb(names, attempt)
+    if keep is not None and spectrum:
+        keep.append(Spectrum(*(x.reshape(loaded.shape + x.shape[1:]) for x in spectrum)))
     return value.reshape(loaded.shape + value.shape[1:]), certificate.reshape(loaded.shape)
 
 

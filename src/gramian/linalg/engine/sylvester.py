@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from gramian.errors import UnsupportedError
+from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.transforms import pullback
 
 EPS = torch.finfo(torch.float64).eps
@@ -21,82 +22,155 @@ def power_sum(x: Tensor, d: Tensor, p: int) -> Tensor:
     return total
 
 
-def _power_sum_along(x: Tensor, dx: Tensor, d: Tensor, p: int) -> Tensor:
-    """The derivative of `power_sum(X, D, p)` as X moves along dX."""
-    total, power, d_total, d_power = d, x, torch.zeros_like(d), dx
-    for _ in range(p - 1):
-        d_total, d_power = dx @ total + x @ d_total + d @ d_power, d_power @ x + power @ dx
-        total, power = x @ total + d @ power, power @ x
-    return d_total
-
-
-def solve_power_sum(x: Tensor, e: Tensor, p: int, name: str, *, root: bool = False) -> Tensor:
-    """The D with Σₖ Xᵏ D Xᵖ⁻¹⁻ᵏ = E, for a symmetric positive semi-definite X (..., n, n).
+def solve_power_sum(
+    x: Tensor,
+    e: Tensor,
+    p: int,
+    name: str,
+    *,
+    root: bool = False,
+    inverse: bool = False,
+    spectrum: Spectrum | None = None,
+) -> Tensor:
+    """The D with Σₖ Xᵏ D Xᵖ⁻¹⁻ᵏ = E, or −XᵖEXᵖ if `inverse`, for a symmetric positive semi-definite X (..., n, n).
 
     In the eigenbasis of X each entry of E is divided by a sum of products of two eigenvalues, none of them negative. So
     equal eigenvalues do no harm, and only two that are zero do: there `name` has no derivative, and it raises. Zero is
     what rounding cannot tell from it: nε of the largest, or √(nε) where X is a square `root` of what was given. An
     entry of E there counts as zero up to nε of its largest.
 
-    Its own derivatives are solutions of the same equation, so no eigenvector is ever differentiated.
+    With the `spectrum` of X no eigendecomposition is needed, and the products are in the dtype of its vectors; where it
+    is NaN, and without one, in float64. Its own derivatives are solutions of the same equation, so no eigenvector is
+    ever differentiated.
 
     Source: Higham, Functions of Matrices (2008), §3.2 and theorem 3.11.
     """
-    out = _Solve.apply(x, e, p, name, root)
+    w, v = (None, None) if spectrum is None else spectrum
+    out = _Solve.apply(x, e, w, v, Equation(p, name, root, inverse))
     assert isinstance(out, Tensor)
     return out
 
 
+class Equation(NamedTuple):
+    """The equation of `solve_power_sum`."""
+
+    p: int
+    name: str
+    root: bool
+    inverse: bool
+
+    def right(self, x: Tensor, e: Tensor) -> Tensor:
+        """The right-hand side."""
+        if not self.inverse:
+            return e
+        power = torch.linalg.matrix_power(x, self.p)
+        return -(power @ e @ power)
+
+    def refuse(self) -> NoReturn:
+        """Say that there is no derivative."""
+        at = "where the slope of a root is infinite. Add damping, or leave" if self.root else "where it jumps. Leave"
+        raise UnsupportedError(
+            f"{self.name}: has no derivative at a matrix that is singular up to rounding, {at} such matrices out of "
+            "the loss."
+        )
+
+    def solved(self, k: Tensor, w: Tensor) -> Tensor:
+        """The solution in the eigenbasis, where E is `k` and the eigenvalues are `w`."""
+        n, eps = w.shape[-1], torch.finfo(k.dtype).eps
+        floor = (n * EPS) ** 0.5 if self.root else n * EPS
+        small = w <= floor * w.amax(-1, keepdim=True) if n and self.p > 1 else w < 0
+        w = w.to(k.dtype)
+        if self.p == 2:
+            sums = w[..., :, None] + w[..., None, :]
+        else:
+            powers = torch.stack([w**i for i in range(self.p)], -1)
+            sums = powers @ powers.flip(-1).mT
+        d = k / sums
+        if bool(small.any()):
+            zero = small[..., :, None] & small[..., None, :]
+            if bool((zero & (k.abs() > n * eps * k.abs().amax((-2, -1), keepdim=True))).any()):
+                self.refuse()
+            d = torch.where(zero, 0.0, d)
+        if not self.inverse:
+            return d
+        power = w**self.p
+        return d.mul_(-power[..., :, None]).mul_(power[..., None, :])
+
+
+def solve_skew(k: Tensor, w: Tensor, name: str, *, outside: Tensor | None) -> Tensor:
+    """The D with WD + DW = K − Kᵀ for a diagonal W = diag(w), without derivatives of its own.
+
+    It raises where two of the w are zero and K does not vanish, or one is and its column of `outside` does not.
+    """
+    equation = Equation(2, name, False, False)
+    if outside is not None and w.shape[-1]:
+        small = w <= w.shape[-1] * EPS * w.amax(-1, keepdim=True)
+        if bool(small.any()) and bool((small & (outside != 0).any(-2)).any()):
+            equation.refuse()
+    return equation.solved(k - k.mT, w)
+
+
+def _eigenpairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    finite = x.isfinite().flatten(-2).all(-1)[..., None, None]
+    eye = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
+    w, v = torch.linalg.eigh(torch.where(finite, (x + x.mT).double() / 2, eye))
+    return torch.where(finite[..., 0], w, torch.nan), v
+
+
 class _Solve(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, e: Tensor, p: int, name: str, root: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        n = x.shape[-1]
-        finite = x.isfinite().flatten(-2).all(-1)[..., None, None]
-        w, v = torch.linalg.eigh(torch.where(finite, (x + x.mT) / 2, torch.eye(n, dtype=x.dtype, device=x.device)))
-        w = w.clamp_min(0)
-        k = v.mT @ e @ v
-        row, column = w[..., :, None], w[..., None, :]
-        sums = column ** (p - 1)
-        for i in range(1, p):
-            sums = sums + row**i * column ** (p - 1 - i)
-        floor = (n * EPS) ** 0.5 if root else n * EPS
-        zero = torch.maximum(row, column) <= floor * w.amax(-1)[..., None, None] if n and p > 1 else sums < 0
-        lost = zero & finite & (k.abs() > n * EPS * k.abs().amax((-2, -1), keepdim=True)) if n else zero
-        if bool(lost.any()):
-            advice = "where the slope of a root is infinite. Add damping, or leave" if root else "where it jumps. Leave"
-            raise UnsupportedError(
-                f"{name}: has no derivative at a matrix that is singular up to rounding, {advice} such matrices out of "
-                "the loss."
-            )
-        d = v @ torch.where(zero, 0.0, k / torch.where(zero, 1.0, sums)) @ v.mT
-        return torch.where(finite, d, torch.nan)
+    def forward(x: Tensor, e: Tensor, w: Tensor | None, v: Tensor | None, equation: Equation) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if w is None or v is None or bool(w.isnan().any()):
+            w, v = _eigenpairs(x)
+        # A matrix that is not finite has no derivative, and the others theirs.
+        finite = w.isfinite().all(-1)
+        w = torch.where(finite[..., None], w, 1.0).clamp_min(0)
+        d = v @ equation.solved(v.mT @ e.to(v.dtype) @ v, w) @ v.mT
+        return d.to(e.dtype) if bool(finite.all()) else torch.where(finite[..., None, None], d.to(e.dtype), torch.nan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, _, ctx.p, ctx.name, ctx.root = inputs
-        ctx.save_for_backward(x, output)
-        ctx.save_for_forward(x, output)
+        x, e, w, v, ctx.equation = inputs
+        saved = (x, e, output, *(() if w is None else (w, v)))
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, d = ctx.saved_tensors
-        to_e = solve_power_sum(x, grad, ctx.p, ctx.name, root=ctx.root)
-        _, pull = pullback(lambda y: power_sum(y, d, ctx.p), x)
-        (to_x,) = pull(-to_e)
+        x, e, d, *pairs = ctx.saved_tensors
+        equation, spectrum = ctx.equation, Spectrum(*pairs) if pairs else None
+        to_e = solve_power_sum(x, grad, spectrum=spectrum, **equation._asdict())
+        # ⟨grad, dD⟩ = ⟨Y, d(right) − d(sum)⟩, where Y solves the equation with grad on its right.
+        plain = equation._replace(inverse=False)
+        y = solve_power_sum(x, grad, spectrum=spectrum, **plain._asdict()) if equation.inverse else to_e
+        _, pull = pullback(lambda x: _defect(equation, x, e, d), x)
+        (to_x,) = pull(y)
         return (to_x + to_x.mT) / 2, to_e, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, de: Tensor | None, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, d = ctx.saved_tensors
-        right = torch.zeros_like(d) if de is None else de
+        x, e, d, *pairs = ctx.saved_tensors
+        equation, spectrum = ctx.equation, Spectrum(*pairs) if pairs else None
+        out = torch.zeros_like(d)
+        if de is not None:
+            out = out + solve_power_sum(x, de, spectrum=spectrum, **equation._asdict())
         if dx is not None:
-            right = right - _power_sum_along(x, dx, d, ctx.p)
-        return solve_power_sum(x, right, ctx.p, ctx.name, root=ctx.root)
+            # The transpose of a pullback, which is linear: forward mode does not nest.
+            _, pull = pullback(lambda x: _defect(equation, x, e, d), x)
+            _, push = pullback(lambda y: pull(y)[0], torch.zeros_like(d))
+            plain = equation._replace(inverse=False)
+            out = out + solve_power_sum(x, push(dx)[0], spectrum=spectrum, **plain._asdict())
+        return out
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, e: Tensor, p: int, name: str, root: bool) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, e = (
-            y.expand(info.batch_size, *y.shape) if d is None else y.movedim(d, 0)
-            for y, d in zip((x, e), in_dims[:2], strict=True)
+    def vmap(info: Any, in_dims: tuple, x: Tensor, e: Tensor, w: Any, v: Any, equation: Equation) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        full: Any = (
+            y if y is None else y.expand(info.batch_size, *y.shape) if d is None else y.movedim(d, 0)
+            for y, d in zip((x, e, w, v), in_dims[:4], strict=True)
         )
-        return solve_power_sum(x, e, p, name, root=root), 0
+        return _Solve.apply(*full, equation), 0
+
+
+def _defect(equation: Equation, x: Tensor, e: Tensor, d: Tensor) -> Tensor:
+    """The right-hand side less the sum: zero where D solves the equation."""
+    return equation.right(x, e) - power_sum(x, d, equation.p)

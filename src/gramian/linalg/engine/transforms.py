@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,17 @@ from torch import Tensor
 def transforming() -> bool:
     """Whether a transform of `torch.func` is running, so that tensors may be wrapped."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Whether it is a meta or a fake tensor, which has a shape only."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")  # its import takes sympy along
+    return x.is_meta or (fake is not None and isinstance(x, fake.FakeTensor))
+
+
+def grads_batched(x: Tensor) -> bool:
+    """Whether a tensor stands for several gradients at once (`is_grads_batched`), where only torch's operations do."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def has_tangent(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import SMALL, Answer
 from gramian.linalg.engine.probes import Probes, apply, apply_transposed, of_norm, probes
 from gramian.linalg.engine.rounding import U, chain_rounding, norm
+from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_products import gram, symmetric_product
 
 GRAM32_ERROR = 4 * 2.0**-24
@@ -57,7 +58,8 @@ def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float) ->
     error = torch.where(kept.all(-1), error, math.inf)
     reason = torch.where(ok, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE), cert.LAPACK)
     exact = torch.full_like(error, math.sqrt(n))
-    return Answer(q, error, defect, reason, failure=2 * probes(n, x.device).failure, size=exact)
+    spectrum = Spectrum(w.double().clamp_min(0).sqrt(), v)
+    return Answer(q, error, defect, reason, failure=2 * probes(n, x.device).failure, size=exact, spectrum=spectrum)
 
 
 def gram_bound(x: Tensor, q: Tensor, v: Tensor, root: Tensor, size: Tensor, p: Probes) -> tuple[Tensor, Tensor]:

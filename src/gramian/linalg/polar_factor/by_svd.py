@@ -24,6 +24,7 @@ from gramian.linalg.engine.double_double import (
 )
 from gramian.linalg.engine.escalation import Answer
 from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.spectrum import Spectrum
 
 
 def _by_svd(x: Tensor, times: Product, steps: int) -> Answer:
@@ -38,7 +39,8 @@ def _by_svd(x: Tensor, times: Product, steps: int) -> Answer:
     deficient = ~answer.error.isfinite() & ~kept.all(-1)
     value = torch.where(deficient[:, None, None], (u * kept[:, None, :]) @ v.mT, answer.value)
     reason = torch.where(ok, torch.where(deficient, cert.SINGULAR, answer.reason), cert.LAPACK)
-    return replace(answer, value=value, reason=reason)
+    # Newton steps make the value more accurate than its singular vectors.
+    return replace(answer, value=value, reason=reason, spectrum=None if steps else Spectrum(s, v))
 
 
 def svd(x: Tensor, *, rtol: float) -> Answer:

@@ -108,6 +108,7 @@ POLAR = register(
                 lambda m, n: {"eigh32": 1, "float32": 0.8 + 1.7 * m / n, "thin64": 4 + 5 * m / n},
                 "error εκ²: κ ≤ 100 at 1e-3, κ ≤ 20 at 1e-4",
                 narrow=True,
+                spectral=True,
             ),
             "qdwh": Method(
                 qdwh,
@@ -128,6 +129,7 @@ POLAR = register(
                 1e-10,
                 lambda m, n: {"eigh64": 1, "float64": 0.8 * m / n, "float32": 0.8 + m / n, "thin64": 4 + 5 * m / n},
                 "error uκ²: κ ≤ 1e6 at 1e-4",
+                spectral=True,
             ),
             "svd": Method(
                 svd,
@@ -135,6 +137,7 @@ POLAR = register(
                 1e-13,
                 lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 6 + 5 * m / n},
                 "error uκ",
+                spectral=True,
             ),
             "svd_refined": Method(
                 svd_refined,
@@ -152,7 +155,7 @@ POLAR = register(
 )
 
 
-@differentiable(derivatives.POLAR, a=2)
+@differentiable(derivatives.POLAR, shapes=lambda a, **_: torch.empty_like(a), methods=POLAR.methods, spectral=True, a=2)
 def polar_ex(
     a: Float[Tensor, "*b m n"],
     *,
