@@ -111,6 +111,9 @@ def inspect_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Norms and ranks with error bounds, from a few products.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Try each remedy on a copy by 50 training steps; offer what helps.")
+    ] = False,
     layouts: Annotated[
         Path | None,
         typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
@@ -136,6 +139,10 @@ def inspect_command(
     if extract_lora is not None and against is None:
         raise InputError("--extract-lora needs --against BASE: an adapter is a difference from a base model")
     options: dict[str, Any] = {"quick": quick, "input_size": (input_size, input_size)}
+    if verify and against is not None:
+        raise InputError("--verify tries the remedies of one model; --against compares two")
+    if verify:
+        options["verify"] = True
     if layouts is not None:
         from gramian.inspection.matrices import read_layouts
 
@@ -304,10 +311,12 @@ def bench_command(
 
 
 def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
-    from gramian.inspection import inspect
+    from gramian.remedies import inspect
 
     found = _with_task(model, task)
     if found is None:
+        if options.get("verify"):
+            raise InputError(f"--verify trains on data, and {model} is a file: add --task")
         return inspect(model, **options)
     network, its_task = found
     return inspect(network, its_task.batches(), its_task.objective, title=model, **options)

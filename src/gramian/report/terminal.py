@@ -116,6 +116,8 @@ class FindingsView:
             rows = [(field, Text(spell(getattr(finding, field)))) for field in ("where", "evidence", "cause")]
             code = Text(spell.lines(finding.action.code), "cyan") if finding.action else Text()
             rows += [("remedy", code), ("" if code else "remedy", Text(spell.lines(finding.advice)))]
+            if finding.rehearsal:
+                rows.append(("verified", Text(spell(finding.rehearsal.told))))
             if self.verbose:
                 rows.append(("source", Text(spell(finding.source))))
             for field, text in rows:

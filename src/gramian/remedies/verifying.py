@@ -1,0 +1,191 @@
+"""Verification: each finding keeps the action that was seen to help, and loses the one that was not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.errors import GramianError
+from gramian.init import signs_of_training
+from gramian.inspection import inspect
+from gramian.remedies.performing import Setting, perform
+from gramian.remedies.proposals import proposals
+from gramian.remedies.rehearsing import NUM_STEPS, rehearse
+from gramian.report import Action, Finding, Rehearsal, Report
+
+__all__ = ["NUM_SEEDS", "verified"]
+
+NUM_SEEDS = 2
+
+# A remedy helps if it lowers the loss by this share of it and by so many standard deviations between seeds.
+SHARE, DEVIATIONS = 0.05, 2.0
+
+# Among candidates whose losses differ by less than this share, the earlier one, which loses less, is taken.
+SIMILAR = 0.1
+
+# Cosine of the angle between a parameter before and after, below which what it had learned counts as lost.
+KEPT = 0.99
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A candidate: its action, the setting after it, and the loss after a rehearsal."""
+
+    action: Action
+    setting: Setting
+    loss: float
+
+
+def verified(
+    report: Report,
+    setting: Setting,
+    *,
+    num_steps: int = NUM_STEPS,
+    num_seeds: int = NUM_SEEDS,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Report:
+    """Try the remedies of a report's errors and warnings on copies, and offer those that help.
+
+    For each finding, the actions of `proposals` are performed on copies of the model and the optimizer, each followed
+    by a rehearsal: some training steps from the same random state, on the same batches, at the same rate. The action
+    with the lowest loss is measured again: it is offered where the loss in evaluation mode is lower than without it, by
+    5 % and by two standard deviations between the seeds, and where the finding is gone when the copy is diagnosed.
+
+    Args:
+        report: of `inspect`.
+        setting: what it reports on. The model, its optimizer, the batches and the random state are left as they are.
+        num_steps: of a rehearsal.
+        num_seeds: rehearsals of the best candidate and of the training without it.
+        progress: called as `progress(what, done, total)`.
+
+    Returns:
+        A report whose findings have an action and a `rehearsal` where the action helps; where none does, no action, and
+        advice that says so. Findings that no code can cure are as they were.
+
+    Raises:
+        What a copy of the model or of the optimizer raises.
+
+    Cost: a rehearsal for each candidate (1 to 9 for a finding), and `num_seeds` and a diagnosis for the best. Accuracy:
+        measured by `gramian bench remedies`; see docs/inspect.md.
+    Source: this library's own.
+    """
+    asked = [(finding, proposals(finding, setting)) for finding in report.findings]
+    total, done = sum(bool(actions) for _, actions in asked), 0
+    trained = {sign.name for sign in signs_of_training(setting.model)} if total else set()
+    without: list[float] = []
+    kept = []
+    for finding, actions in asked:
+        if actions:
+            progress("remedies", done, total)
+            without = without or [rehearse(setting, num_steps=num_steps, seed=seed) for seed in range(num_seeds)]
+            finding = _verified(finding, actions, setting, without, trained, num_steps)
+            done += 1
+        kept.append(finding)
+    progress("remedies", 1, 1)
+    if total:
+        note = f"Remedies were tried on copies, by {num_steps} training steps with and without each"
+        used = "the given optimizer" if setting.optimizer is not None else "AdamW at a rate of 0.001"
+        report = replace(report, notes=[*report.notes, f"{note}, with {used}."])
+    return replace(report, findings=kept)
+
+
+def _verified(
+    finding: Finding, actions: Sequence[Action], setting: Setting, without: list[float], trained: set[str], steps: int
+) -> Finding:
+    tried, failures = [], {}
+    for action in actions:
+        try:
+            changed = perform(action, setting.copied())
+            tried.append(_Tried(action, changed, rehearse(changed, num_steps=steps)))
+        except Exception as error:  # the action does not fit this model; that is said
+            failures[action.code] = _in_words(error)
+    tried = [one for one in tried if math.isfinite(one.loss)]
+    if not tried:
+        return _not_helped(finding, actions, failures, "training fails all the same")
+    least = min(one.loss for one in tried)
+    ranked = [one for one in tried if one.loss <= least + SIMILAR * abs(least)]
+    ranked += sorted((one for one in tried if one not in ranked), key=lambda one: one.loss)
+    best, after = ranked[0], [ranked[0].loss]
+    after += [rehearse(best.setting, num_steps=steps, seed=seed) for seed in range(1, len(without))]
+    before_spread, after_spread = _spread(without), _spread(after)
+    found = Rehearsal(
+        steps,
+        len(without),
+        fmean(without),
+        fmean(after),
+        before_spread,
+        after_spread,
+        is_gone=_is_gone(finding, best.setting, setting),
+        note=_lost(setting, best.setting, trained),
+    )
+    margin = max(SHARE * abs(found.before), DEVIATIONS * max(before_spread, after_spread))
+    helps = math.isfinite(found.after) and (not math.isfinite(found.before) or found.after < found.before - margin)
+    if helps and found.is_gone:
+        return replace(finding, action=best.action, rehearsal=found)
+    return _not_helped(finding, [best.action], failures, found.told)
+
+
+def _not_helped(finding: Finding, actions: Sequence[Action], failures: dict[str, str], why: str) -> Finding:
+    reasons = [f"{' '.join(code.split())}: {error}" for code, error in failures.items()]
+    code = " ".join(actions[0].code.split()) if actions else ""
+    line = f"Tried on a copy, and did not help: {code} ({'; '.join(reasons) if reasons and code in reasons[0] else why})."
+    return replace(finding, action=None, advice=f"{finding.advice} {line}".strip())
+
+
+def _is_gone(finding: Finding, setting: Setting, before: Setting) -> bool:
+    """Whether a diagnosis of the copy, and of what its network is given, no longer has the finding."""
+    setting = _as_received(setting, before)
+    try:
+        again = inspect(
+            setting.model, setting.batches, setting.objective, optimizer=setting.optimizer, quick=True
+        ).findings
+    except Exception:  # a network that cannot be diagnosed is not known to be cured
+        return False
+    return all(f.code != finding.code or f.severity == "info" for f in again)
+
+
+def _as_received(setting: Setting, before: Setting) -> Setting:
+    """The same with the remedy's hooks on inputs applied to the batches, so that rules see what the network is given."""
+    hooks = setting.model._forward_pre_hooks
+    added = [key for key in hooks if key not in before.model._forward_pre_hooks]
+    if not added:
+        return setting
+    batches: list[Any] = list(setting.batches)
+    for key in added:
+        hook = hooks.pop(key)
+        batches = [(*hook(setting.model, (batch[0],)), *batch[1:]) for batch in batches]
+    return replace(setting, batches=batches)
+
+
+def _lost(before: Setting, after: Setting, trained: set[str]) -> str:
+    """What is said of trained weights that the action replaces; empty where it replaces none."""
+    parameters = dict(after.model.named_parameters())
+    lost = [
+        name
+        for name, p in before.model.named_parameters()
+        if name in trained and (name not in parameters or not _is_kept(p.detach(), parameters[name].detach()))
+    ]
+    return f"It replaces trained weights, whose learning is lost: {len(lost)} parameters." if lost else ""
+
+
+def _is_kept(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    a, b = one.flatten().double().nan_to_num(), other.flatten().double().nan_to_num()
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > KEPT
+
+
+def _spread(losses: Sequence[float]) -> float:
+    return pstdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else 0.0
+
+
+def _in_words(error: Exception) -> str:
+    lines = str(error).splitlines()
+    kind = "" if isinstance(error, GramianError) else f"{type(error).__name__}: "
+    return kind + (lines[0].rstrip(".") if lines else "no message")
