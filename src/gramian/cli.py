@@ -261,11 +261,11 @@ def bench_command(
         typer.Option("--calibrate", help="Measure the costs that linalg's automatic choices use, save them, and stop."),
     ] = False,
     diagnose: Annotated[str, typer.Option(help="faults: score this diagnoser, module:function.")] = "",
-    held_out: Annotated[bool, typer.Option("--held-out", help="faults: on the seeds that are held out.")] = False,
-    seeds: Annotated[list[int] | None, typer.Option(help="faults: only these of the seeds; may be repeated.")] = None,
-    kinds: Annotated[list[str] | None, typer.Option(help="faults: only these kinds; may be repeated.")] = None,
-    architectures: Annotated[list[str] | None, typer.Option(help="faults: only these; may be repeated.")] = None,
-    cases: Annotated[Path | None, typer.Option(help="faults: the list of verified cases.")] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="faults, remedies: on the seeds that are held out.")] = False,
+    seeds: Annotated[list[int] | None, typer.Option(help="faults, remedies: only these of the seeds; may be repeated.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help="faults, remedies: only these kinds; may be repeated.")] = None,
+    architectures: Annotated[list[str] | None, typer.Option(help="faults, remedies: only these; may be repeated.")] = None,
+    cases: Annotated[Path | None, typer.Option(help="faults, remedies: the list of verified cases.")] = None,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="faults: train all cases and their twins, write the list, and stop.")
     ] = False,
@@ -277,7 +277,7 @@ def bench_command(
     ours: dict[str, Any] = {"diagnose": diagnose, "held_out": held_out, "seeds": seeds, "kinds": kinds}
     ours |= {"architectures": architectures, "cases": cases}
     options = {key: value for key, value in ours.items() if value}
-    if (options or freeze) and name != "faults":
+    if (options or freeze) and (name != "faults" and (freeze or diagnose or name != "remedies")):
         wrong = "--freeze" if freeze else f"--{next(iter(options)).replace('_', '-')}"
         raise InputError(f"bench: {wrong} is for faults, got {name!r}. Write: gramian bench faults {wrong}")
     if freeze:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gramian.alignment import labels_of
+from gramian.block import blocks
 from gramian.errors import GramianError
 from gramian.init.reset import USUAL, sizes
+from gramian.objective import as_objective
 from gramian.recording.measuring import evaluating
 from gramian.remedies.performing import Setting
 from gramian.report import Action, Finding
@@ -29,6 +31,9 @@ TOO_LOW = tuple(round(10 ** (k / 2), 2) for k in range(1, 10))
 
 # Root mean squares of embeddings: torch's, transformers', and one between.
 EMBEDDINGS = (1.0, 0.14, 0.02)
+
+# Size rms(W) √fan_in of matrices in branches that no norm divides.
+BRANCH = 0.3
 
 USUAL_DROPOUT, USUAL_NORM_MOMENTUM, USUAL_MOMENTUM = 0.1, 0.1, 0.9
 # Weight decay of AdamW, and of optimizers that add it to the gradient.
@@ -58,6 +63,11 @@ class Asked:
         known = {n for n, _ in self.model.named_parameters()} | {n for n, _ in self.model.named_modules() if n}
         words = self.finding.where.replace(" and ", ", ").split(", ")
         return tuple(word for word in words if word in known)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that the finding names."""
+        return {name: module for name, module in self.model.named_modules() if name in self.places}
 
     def parameters(self, condition: Callable[[Tensor], bool]) -> tuple[str, ...]:
         """The floating-point parameters that meet a condition."""
@@ -107,6 +117,13 @@ def _places(asked: Asked) -> Iterator[Action]:
         yield Action("reset", {"names": asked.places})
 
 
+def _small_branches(asked: Asked) -> Iterator[Action]:
+    """All matrices but the first and the head, so small that the branches that they are in add little."""
+    names = [block.name for block in blocks(asked.model).blocks if block.role == "hidden"]
+    if len(names) > 1:
+        yield Action("reset_to_size", {"names": tuple(names[1:]), "size": BRANCH})
+
+
 def _zero(asked: Asked) -> Iterator[Action]:
     names = asked.parameters(lambda p: p.ndim > 1 and not bool(p.any()))
     if names:
@@ -135,15 +152,16 @@ def _rescaled(asked: Asked) -> Iterator[Action]:
 
 
 def _rescaled_embedding(asked: Asked) -> Iterator[Action]:
-    for name in asked.places[:1]:
-        rms = float(asked.model.get_parameter(name).detach().float().square().mean().sqrt())
+    for name, p in asked.model.named_parameters():
+        rms = float(p.detach().float().square().mean().sqrt())
+        if name != (asked.places or ("",))[0] or not 0 < rms < math.inf:
+            continue
         for wanted in EMBEDDINGS:
             yield Action("rescale", {"name": name, "factor": _rounded(wanted / rms)})
 
 
 def _gates(asked: Asked) -> Iterator[Action]:
-    modules = [(name, asked.model.get_submodule(name)) for name in asked.places]
-    names = [f"{at}.{own}" for at, module in modules for own, _ in module.named_parameters() if "bias" in own]
+    names = [f"{at}.{own}" for at, module in asked.modules.items() for own, _ in module.named_parameters() if "bias" in own]
     if names:
         yield Action("reset", {"names": tuple(names)})
 
@@ -151,8 +169,8 @@ def _gates(asked: Asked) -> Iterator[Action]:
 def _norm_gain(asked: Asked) -> Iterator[Action]:
     names = [
         f"{name}.weight"
-        for name in asked.places
-        if isinstance(weight := getattr(asked.model.get_submodule(name), "weight", None), Tensor)
+        for name, module in asked.modules.items()
+        if isinstance(weight := getattr(module, "weight", None), Tensor)
         and not bool(weight.detach().any())
     ]
     if names:
@@ -188,8 +206,9 @@ def _statistics(asked: Asked) -> Iterator[Action]:
         and module.momentum < USUAL_NORM_MOMENTUM / 10
     )
     if slow:
-        yield Action("set", {"names": slow, "attribute": "momentum", "value": USUAL_NORM_MOMENTUM})
-    yield Action("update_statistics")
+        yield Action("set_norm_momentum", {"names": slow, "momentum": USUAL_NORM_MOMENTUM})
+    else:
+        yield Action("update_statistics")
 
 
 def _last_function(asked: Asked) -> Iterator[Action]:
@@ -209,8 +228,6 @@ def _last_function(asked: Asked) -> Iterator[Action]:
 
 
 def _predicted(setting: Setting) -> None:
-    from gramian.objective import as_objective
-
     as_objective(setting.objective).loss(setting.model, setting.batches[0])
 
 
@@ -303,7 +320,7 @@ CURES: dict[str, tuple[Propose, ...]] = {
     "norm-evaluation-mode": (_always("train_mode"),),
     "dropout-rate": (_dropout,),
     "attention-saturated": (_places, _everything),
-    "residual-growth": (_everything,),
+    "residual-growth": (_small_branches, _everything),
     "gradient-vanishes": (_everything, _sigmoids),
     "gradient-explodes": (_everything,),
     "jacobian-vanishes": (_everything,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.errors import GramianError
+from gramian.errors import GramianError, GramianWarning
 from gramian.init import signs_of_training
 from gramian.inspection import inspect
 from gramian.remedies.performing import Setting, perform
 from gramian.remedies.proposals import proposals
-from gramian.remedies.rehearsing import NUM_STEPS, rehearse
+from gramian.remedies.rehearsing import MOMENTS, rehearse
 from gramian.report import Action, Finding, Rehearsal, Report
 
 __all__ = ["NUM_SEEDS", "verified"]
@@ -35,18 +36,22 @@ KEPT = 0.99
 
 @dataclass(frozen=True)
 class _Tried:
-    """A candidate: its action, the setting after it, and the loss after a rehearsal."""
+    """A candidate: its action, the setting after it, and the losses of a rehearsal."""
 
     action: Action
     setting: Setting
-    loss: float
+    losses: list[float]
+
+    @property
+    def last(self) -> float:
+        return self.losses[-1]
 
 
 def verified(
     report: Report,
     setting: Setting,
     *,
-    num_steps: int = NUM_STEPS,
+    moments: Sequence[int] = MOMENTS,
     num_seeds: int = NUM_SEEDS,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Report:
@@ -54,13 +59,14 @@ def verified(
 
     For each finding, the actions of `proposals` are performed on copies of the model and the optimizer, each followed
     by a rehearsal: some training steps from the same random state, on the same batches, at the same rate. The action
-    with the lowest loss is measured again: it is offered where the loss in evaluation mode is lower than without it, by
-    5 % and by two standard deviations between the seeds, and where the finding is gone when the copy is diagnosed.
+    with the lowest loss is measured again: it is offered where the loss in evaluation mode is lower than without it at
+    one of the moments, by 5 % and by two standard deviations between the seeds, and not higher at the last, and where
+    the finding is gone when the copy is diagnosed.
 
     Args:
         report: of `inspect`.
         setting: what it reports on. The model, its optimizer, the batches and the random state are left as they are.
-        num_steps: of a rehearsal.
+        moments: numbers of steps after which losses are compared; the last is the length of a rehearsal.
         num_seeds: rehearsals of the best candidate and of the training without it.
         progress: called as `progress(what, done, total)`.
 
@@ -72,69 +78,91 @@ def verified(
         What a copy of the model or of the optimizer raises.
 
     Cost: a rehearsal for each candidate (1 to 9 for a finding), and `num_seeds` and a diagnosis for the best. Accuracy:
-        measured by `gramian bench remedies`; see docs/inspect.md.
+        measured by `gramian bench remedies`, see docs/inspect.md.
     Source: this library's own.
     """
     asked = [(finding, proposals(finding, setting)) for finding in report.findings]
     total, done = sum(bool(actions) for _, actions in asked), 0
     trained = {sign.name for sign in signs_of_training(setting.model)} if total else set()
-    without: list[float] = []
+    without: list[list[float]] = []
     kept = []
     for finding, actions in asked:
         if actions:
             progress("remedies", done, total)
-            without = without or [rehearse(setting, num_steps=num_steps, seed=seed) for seed in range(num_seeds)]
-            finding = _verified(finding, actions, setting, without, trained, num_steps)
+            without = without or [rehearse(setting, moments=moments, seed=seed) for seed in range(num_seeds)]
+            finding = _verified(finding, actions, setting, without, trained, moments)
             done += 1
         kept.append(finding)
     progress("remedies", 1, 1)
     if total:
-        note = f"Remedies were tried on copies, by {num_steps} training steps with and without each"
+        note = f"Remedies were tried on copies, by {max(moments)} training steps with and without each"
         used = "the given optimizer" if setting.optimizer is not None else "AdamW at a rate of 0.001"
         report = replace(report, notes=[*report.notes, f"{note}, with {used}."])
     return replace(report, findings=kept)
 
 
 def _verified(
-    finding: Finding, actions: Sequence[Action], setting: Setting, without: list[float], trained: set[str], steps: int
+    finding: Finding,
+    actions: Sequence[Action],
+    setting: Setting,
+    without: list[list[float]],
+    trained: set[str],
+    moments: Sequence[int],
 ) -> Finding:
     tried, failures = [], {}
     for action in actions:
         try:
-            changed = perform(action, setting.copied())
-            tried.append(_Tried(action, changed, rehearse(changed, num_steps=steps)))
+            with warnings.catch_warnings():  # an action warns again when the user performs it
+                warnings.simplefilter("ignore", GramianWarning)
+                changed = perform(action, setting.copied())
+            tried.append(_Tried(action, changed, rehearse(changed, moments=moments)))
         except Exception as error:  # the action does not fit this model; that is said
             failures[action.code] = _in_words(error)
-    tried = [one for one in tried if math.isfinite(one.loss)]
     if not tried:
-        return _not_helped(finding, actions, failures, "training fails all the same")
-    least = min(one.loss for one in tried)
-    ranked = [one for one in tried if one.loss <= least + SIMILAR * abs(least)]
-    ranked += sorted((one for one in tried if one not in ranked), key=lambda one: one.loss)
-    best, after = ranked[0], [ranked[0].loss]
-    after += [rehearse(best.setting, num_steps=steps, seed=seed) for seed in range(1, len(without))]
-    before_spread, after_spread = _spread(without), _spread(after)
-    found = Rehearsal(
-        steps,
-        len(without),
-        fmean(without),
-        fmean(after),
-        before_spread,
-        after_spread,
-        is_gone=_is_gone(finding, best.setting, setting),
-        note=_lost(setting, best.setting, trained),
-    )
-    margin = max(SHARE * abs(found.before), DEVIATIONS * max(before_spread, after_spread))
-    helps = math.isfinite(found.after) and (not math.isfinite(found.before) or found.after < found.before - margin)
-    if helps and found.is_gone:
-        return replace(finding, action=best.action, rehearsal=found)
-    return _not_helped(finding, [best.action], failures, found.told)
+        return _not_helped(finding, actions[0], next(iter(failures.values())))
+    best, is_gone = _best(finding, tried, setting)
+    after = [best.losses, *(rehearse(best.setting, moments=moments, seed=seed) for seed in range(1, len(without)))]
+    compared = [
+        _compared(steps, [losses[i] for losses in without], [losses[i] for losses in after])
+        for i, steps in enumerate(moments)
+    ]
+    better = next((one for one in reversed(compared) if _difference(one) > 0), None)
+    shown = compared[-1] if better is None or _difference(compared[-1]) < 0 else better
+    shown = replace(shown, is_gone=is_gone, note=_lost(setting, best.setting, trained))
+    if is_gone and _difference(shown) > 0:
+        return replace(finding, action=best.action, rehearsal=shown)
+    return _not_helped(finding, best.action, shown.told)
 
 
-def _not_helped(finding: Finding, actions: Sequence[Action], failures: dict[str, str], why: str) -> Finding:
-    reasons = [f"{' '.join(code.split())}: {error}" for code, error in failures.items()]
-    code = " ".join(actions[0].code.split()) if actions else ""
-    line = f"Tried on a copy, and did not help: {code} ({'; '.join(reasons) if reasons and code in reasons[0] else why})."
+def _best(finding: Finding, tried: Sequence[_Tried], setting: Setting) -> tuple[_Tried, bool]:
+    """The candidate to offer, and whether it removes the finding.
+
+    Among those that remove it, the first whose loss is near the least of them; where none does, the one of least loss.
+    """
+    by_loss = sorted(tried, key=lambda one: one.last)
+    first = next((one for one in by_loss if _is_gone(finding, one.setting, setting)), None)
+    if first is None:
+        return by_loss[0], False
+    for one in tried[: tried.index(first)]:
+        if one.last <= first.last * (1 + SIMILAR) and _is_gone(finding, one.setting, setting):
+            return one, True
+    return first, True
+
+
+def _compared(steps: int, before: Sequence[float], after: Sequence[float]) -> Rehearsal:
+    return Rehearsal(steps, len(before), fmean(before), fmean(after), _spread(before), _spread(after))
+
+
+def _difference(found: Rehearsal) -> int:
+    """1 where the loss is lower with the remedy, by more than the margin; −1 where it is higher; 0 between."""
+    if not (math.isfinite(found.after) and math.isfinite(found.before)):
+        return math.isfinite(found.after) - math.isfinite(found.before)
+    margin = max(SHARE * abs(found.before), DEVIATIONS * max(found.before_spread, found.after_spread))
+    return (found.after < found.before - margin) - (found.after > found.before + margin)
+
+
+def _not_helped(finding: Finding, action: Action, why: str) -> Finding:
+    line = f"Tried on a copy, and did not help: {' '.join(action.code.split())} ({why})."
     return replace(finding, action=None, advice=f"{finding.advice} {line}".strip())
 
 
@@ -152,10 +180,11 @@ def _is_gone(finding: Finding, setting: Setting, before: Setting) -> bool:
 
 def _as_received(setting: Setting, before: Setting) -> Setting:
     """The same with the remedy's hooks on inputs applied to the batches, so that rules see what the network is given."""
-    hooks = setting.model._forward_pre_hooks
-    added = [key for key in hooks if key not in before.model._forward_pre_hooks]
+    added = [key for key in setting.model._forward_pre_hooks if key not in before.model._forward_pre_hooks]
     if not added:
         return setting
+    setting = setting.copied()
+    hooks = setting.model._forward_pre_hooks
     batches: list[Any] = list(setting.batches)
     for key in added:
         hook = hooks.pop(key)

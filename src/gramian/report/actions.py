@@ -33,6 +33,7 @@ ACTIONS: dict[str, str] = {
     "extract_lora": "gramian inspect MODEL --against OTHER --extract-lora {rank}",
     # Cures, which `gramian.remedies` performs by this very code on copies of what the names stand for.
     "reset": "gm.init.reset_(model, {names})",
+    "reset_to_size": "gm.init.reset_(model, {names}, size={size})",
     "reset_all": "gm.init.reset_(model)",
     "rescale": "model.get_parameter({name}).data.mul_({factor})",
     "zero_non_finite": "for p in model.parameters():\n    p.data.nan_to_num_(0.0, 0.0, 0.0)",
@@ -47,6 +48,8 @@ ACTIONS: dict[str, str] = {
     "unfreeze": "model.requires_grad_(True)",
     "train_mode": "model.train()",
     "update_statistics": "torch.optim.swa_utils.update_bn(batches, model)",
+    "set_norm_momentum": "for name in {names}:\n    model.get_submodule(name).momentum = {momentum}\n"
+    "torch.optim.swa_utils.update_bn(batches, model)",
     "standardize": "std, mean = torch.std_mean(torch.cat([batch[0] for batch in batches]), 0)\n"
     "std = std.clamp(min=std.median())\n"
     "model.register_forward_pre_hook(lambda _, args: ((args[0] - mean.to(args[0])) / std.to(args[0]), *args[1:]))",

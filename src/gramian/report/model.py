@@ -29,7 +29,7 @@ class Rehearsal:
     """What a remedy was seen to do: a few training steps on copies, with and without it.
 
     Args:
-        steps: of each rehearsal.
+        steps: before the losses are compared.
         seeds: number of rehearsals, of different random states and orders of the batches.
         before, after: loss after the steps in evaluation mode, without and with the remedy, the mean over the seeds;
             NaN or infinite where the training fails.
@@ -60,7 +60,8 @@ class Rehearsal:
         ]
         seeds = f" ({self.seeds} seeds)" if many else ""
         gone = "the finding is gone" if self.is_gone else "the finding remains"
-        line = f"loss after {self.steps} steps {' → '.join(losses)}{seeds}; {gone}"
+        when = f"after {self.steps} steps" if self.steps else "before any step"
+        line = f"loss {when} {' → '.join(losses)}{seeds}; {gone}"
         return f"{line}. {self.note}" if self.note else line
 
 

@@ -1,0 +1,250 @@
+"""Remedies: the code that is shown is what is tried, what does not help is not offered, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gramian as gm
+from gramian.errors import InputError
+from gramian.init.reset import sizes
+from gramian.remedies import Setting, perform, proposals, rehearse, verified
+from gramian.remedies.proposals import CURES
+from gramian.report import Action, Finding, Rehearsal, Report, to_text
+from gramian.report.actions import ACTIONS
+
+
+def data(count: int = 6, size: int = 48) -> list[tuple[Tensor, Tensor]]:
+    """Batches of four well-separated clusters in eight dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    centers = 2 * torch.randn(4, 8, generator=generator)
+    labels = torch.randint(4, (count * size,), generator=generator)
+    x = centers[labels] + 0.5 * torch.randn(count * size, 8, generator=generator)
+    return list(zip(x.split(size), labels.split(size), strict=True))
+
+
+def network(*, norm: bool = False, seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for inputs in (8, 24, 24, 24):
+            layers += [nn.Linear(inputs, 24), *([nn.BatchNorm1d(24)] if norm else []), nn.Dropout(0.0), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(24, 4))
+
+
+def setting(model: nn.Module | None = None, batches: list | None = None, **options: Any) -> Setting:
+    model = model or network()
+    optimizer = torch.optim.AdamW(model.parameters(), **{"lr": 3e-3, "weight_decay": 0.01, **options})
+    return Setting(model, batches or data(), gm.Objective.classification(), optimizer)
+
+
+def inspected(run: Setting) -> Report:
+    return gm.inspect(run.model, run.batches, run.objective, optimizer=run.optimizer, verify=True, quick=True)
+
+
+def finding(report: Report, code: str) -> Finding:
+    return next(f for f in report.findings if f.code == code)
+
+
+def scaled(model: nn.Module, name: str, factor: float) -> nn.Module:
+    model.get_parameter(name).data.mul_(factor)
+    return model
+
+
+def set_dropout(model: nn.Module, p: float) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+    return model
+
+
+def with_nan(model: nn.Module) -> nn.Module:
+    model.get_parameter("3.weight").data[0, 0] = math.nan
+    return model
+
+
+def without_stem(run: Setting) -> Setting:
+    head = [p for name, p in run.model.named_parameters() if name.startswith("12")]
+    return Setting(run.model, run.batches, run.objective, torch.optim.AdamW(head, lr=3e-3))
+
+
+PLANTED = {
+    "parameter-scale-large": (lambda: setting(scaled(network(), "3.weight", 300.0)), "rescale"),
+    "non-finite-weights": (lambda: setting(with_nan(network())), "zero_non_finite"),
+    "input-offset": (lambda: setting(batches=[(x + 100, y) for x, y in data()]), "standardize"),
+    "labels-out-of-range": (lambda: setting(batches=[(x, y + 1) for x, y in data()]), "shift_labels"),
+    "loss-double-softmax": (lambda: setting(nn.Sequential(*network(), nn.Softmax(-1))), "remove"),
+    "dropout-rate": (lambda: setting(set_dropout(network(), 0.95)), "set"),
+    "parameter-not-stepped": (lambda: without_stem(setting()), "add_to_optimizer"),
+    "rate-too-high": (lambda: setting(lr=1.0), "scale_rate"),
+}
+
+
+@pytest.mark.parametrize("code", PLANTED)
+def test_what_is_offered_was_seen_to_cure_and_does_when_its_line_is_run(code: str):
+    plant, name = PLANTED[code]
+    run = plant()
+    found = finding(inspected(run), code)
+    assert found.action is not None
+    assert found.action.name == name
+    assert found.rehearsal is not None
+    assert found.rehearsal.is_gone
+    assert not found.rehearsal.after >= 0.95 * found.rehearsal.before
+    # The user pastes the line, and trains: by the plain loop, without this library's rehearsal.
+    names = {"gm": gm, "torch": torch, "sample": run.batches[0]} | vars(run)
+    exec(found.action.code, names)
+    model, optimizer = names["model"], names["optimizer"]
+    for step in range(50):
+        x, y = names["batches"][step % len(names["batches"])]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    model.eval()
+    right = torch.cat([(model(x).argmax(-1) == y).float() for x, y in names["batches"]]).mean()
+    assert right > 0.9
+
+
+def state(run: Setting) -> dict[str, Any]:
+    assert run.optimizer is not None
+    return {
+        "model": copy.deepcopy(run.model.state_dict()),
+        "optimizer": copy.deepcopy(run.optimizer.state_dict()),
+        "gradients": [None if p.grad is None else p.grad.clone() for p in run.model.parameters()],
+        "modes": [m.training for m in run.model.modules()],
+        "hooks": [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in run.model.modules()],
+        "batches": [(x.clone(), y.clone()) for x, y in run.batches],
+        "random": torch.get_rng_state(),
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("code", ["input-offset", "dropout-rate", "rate-too-high"])
+def test_the_users_model_optimizer_batches_and_random_state_stay_bitwise(code: str):
+    run = PLANTED[code][0]()
+    assert run.optimizer is not None
+    run.objective.loss(run.model, run.batches[0])[0].backward()
+    run.optimizer.step()  # so that the optimizer has a state
+    before = state(run)
+    inspected(run)
+    assert same(before, state(run))
+
+
+def test_what_does_not_help_is_not_offered_and_advice_says_that_it_was_tried():
+    run = setting()
+    report = Report("net", [Finding("dead-units", "error", "t", "0", action=Action("isometric_"), advice="Lower it.")])
+    found = verified(report, run, moments=(0, 5)).findings[0]
+    assert (found.action, found.rehearsal) == (None, None)
+    assert found.advice.startswith("Lower it. Tried on a copy, and did not help: ")
+
+
+def test_an_action_that_fails_is_not_offered_and_advice_says_why():
+    run = setting()
+    run.batches[:] = [{"x": x, "y": y} for x, y in run.batches]
+    report = Report("net", [Finding("input-offset", "warning", "t", "data")])
+    wrapped = Setting(run.model, run.batches, lambda model, b: F.cross_entropy(model(b["x"]), b["y"]), run.optimizer)
+    assert "KeyError" in verified(report, wrapped, moments=(2,)).findings[0].advice
+
+
+def test_advice_that_no_code_performs_stays_as_it_was():
+    found = Finding("graph-cut", "error", "t", "0", advice="Remove the detach.")
+    report = Report("net", [found])
+    assert verified(report, setting(), moments=(2,)).findings == [found]
+
+
+def test_a_remedy_that_replaces_trained_weights_says_so():
+    run = setting(network(norm=True))
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.02)
+    for _ in range(30):
+        for batch in run.batches:
+            optimizer.zero_grad()
+            run.objective.loss(run.model, batch)[0].backward()
+            optimizer.step()
+    run.model.get_parameter("4.weight").data.fill_(0.1)
+    report = Report("net", [Finding("parameter-constant", "error", "t", "4.weight", action=Action("reset_all"))])
+    from gramian.init import signs_of_training
+    from gramian.remedies.verifying import _lost
+
+    trained = {sign.name for sign in signs_of_training(run.model)}
+    assert trained
+    everything = perform(Action("reset_all"), run.copied())
+    one = perform(Action("reset", {"names": ["4.weight"]}), run.copied())
+    assert "trained weights" in _lost(run, everything, trained)
+    assert _lost(run, one, trained - {"4.weight"}) == ""
+    assert report.findings[0].rehearsal is None
+
+
+def test_a_rehearsal_repeats_and_depends_on_its_seed_alone():
+    run = setting(set_dropout(network(), 0.3))
+    torch.manual_seed(1)
+    first = rehearse(run, moments=(10,), seed=1)
+    torch.manual_seed(2)
+    assert rehearse(run, moments=(10,), seed=1) == first
+    assert rehearse(run, moments=(10,), seed=2) != first
+
+
+def test_training_that_raises_ends_at_infinity():
+    assert rehearse(setting(batches=[(x, y + 1) for x, y in data()]), moments=(2, 8)) == [math.inf, math.inf]
+
+
+def test_every_proposal_is_an_action_of_python():
+    run = setting(set_dropout(network(norm=True), 0.9), lr=0.0)
+    for code in CURES:
+        for action in proposals(Finding(code, "error", "t", "0.weight"), run):
+            assert not action.is_command
+            assert action.name in ACTIONS
+
+
+def test_verification_needs_data():
+    with pytest.raises(InputError, match="verified by training"):
+        gm.inspect(network(), verify=True)
+
+
+def test_a_command_line_is_not_performed():
+    with pytest.raises(InputError, match="run it in a shell"):
+        perform(Action("inspect_file"), setting())
+
+
+def test_reset_draws_at_the_size_of_the_siblings_and_leaves_the_others():
+    model = network()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=1.3 / module.in_features**0.5)
+    before = copy.deepcopy(model.state_dict())
+    model.get_parameter("3.weight").data.mul_(1e-5)
+    gm.init.reset_(model, ["3"])
+    assert sizes(model)["3.weight"] == pytest.approx(1.3, rel=0.15)
+    assert not bool(model.get_parameter("3.bias").any())
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items() if not n.startswith("3."))
+
+
+def test_reset_opens_gates_and_refuses_unknown_names():
+    lstm = nn.LSTM(4, 6)
+    gm.init.reset_(lstm, ["bias_ih_l0"])
+    assert lstm.bias_ih_l0.tolist() == [0.0] * 6 + [1.0] * 6 + [0.0] * 12
+    with pytest.raises(InputError, match="neither a parameter nor a module"):
+        gm.init.reset_(lstm, ["bias"])
+
+
+def test_a_rehearsal_is_shown_and_survives_json():
+    shown = Rehearsal(50, 2, math.inf, 0.25, after_spread=0.01, is_gone=True, note="It replaces trained weights.")
+    report = Report("net", [Finding("c", "error", "t", action=Action("unfreeze"), rehearsal=shown)])
+    assert "inf → 0.25 ± 0.01 (2 seeds); the finding is gone. It replaces" in " ".join(to_text(report).split())
+    again = Report.from_json(report.to_json()).findings[0].rehearsal
+    assert again is not None
+    assert math.isnan(again.before)
+    assert again.after == 0.25
