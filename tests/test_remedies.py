@@ -33,7 +33,7 @@ def network(*, norm: bool = False, seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for inputs in (8, 24, 24, 24):
+        for inputs in (8, 24, 24):
             layers += [nn.Linear(inputs, 24), *([nn.BatchNorm1d(24)] if norm else []), nn.Dropout(0.0), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(24, 4))
 
@@ -70,19 +70,19 @@ def with_nan(model: nn.Module) -> nn.Module:
 
 
 def without_stem(run: Setting) -> Setting:
-    head = [p for name, p in run.model.named_parameters() if name.startswith("12")]
+    head = [p for name, p in run.model.named_parameters() if name.startswith("9")]
     return Setting(run.model, run.batches, run.objective, torch.optim.AdamW(head, lr=3e-3))
 
 
 PLANTED = {
-    "parameter-scale-large": (lambda: setting(scaled(network(), "3.weight", 300.0)), "rescale"),
+    "zero-weights": (lambda: setting(scaled(network(), "6.weight", 0.0)), "reset"),
     "non-finite-weights": (lambda: setting(with_nan(network())), "zero_non_finite"),
     "input-offset": (lambda: setting(batches=[(x + 100, y) for x, y in data()]), "standardize"),
+    "momentum-too-high": (lambda: setting(betas=(0.9995, 0.999)), "set_beta1"),
     "labels-out-of-range": (lambda: setting(batches=[(x, y + 1) for x, y in data()]), "shift_labels"),
     "loss-double-softmax": (lambda: setting(nn.Sequential(*network(), nn.Softmax(-1))), "remove"),
     "dropout-rate": (lambda: setting(set_dropout(network(), 0.95)), "set"),
     "parameter-not-stepped": (lambda: without_stem(setting()), "add_to_optimizer"),
-    "rate-too-high": (lambda: setting(lr=1.0), "scale_rate"),
 }
 
 
@@ -133,7 +133,7 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("code", ["input-offset", "dropout-rate", "rate-too-high"])
+@pytest.mark.parametrize("code", ["input-offset", "dropout-rate"])
 def test_the_users_model_optimizer_batches_and_random_state_stay_bitwise(code: str):
     run = PLANTED[code][0]()
     assert run.optimizer is not None
@@ -146,7 +146,7 @@ def test_the_users_model_optimizer_batches_and_random_state_stay_bitwise(code: s
 
 def test_what_does_not_help_is_not_offered_and_advice_says_that_it_was_tried():
     run = setting()
-    report = Report("net", [Finding("dead-units", "error", "t", "0", action=Action("isometric_"), advice="Lower it.")])
+    report = Report("net", [Finding("gate-shut", "error", "t", "0", action=Action("isometric_"), advice="Lower it.")])
     found = verified(report, run, moments=(0, 5)).findings[0]
     assert (found.action, found.rehearsal) == (None, None)
     assert found.advice.startswith("Lower it. Tried on a copy, and did not help: ")
@@ -204,7 +204,7 @@ def test_training_that_raises_ends_at_infinity():
 def test_every_proposal_is_an_action_of_python():
     run = setting(set_dropout(network(norm=True), 0.9), lr=0.0)
     for code in CURES:
-        for action in proposals(Finding(code, "error", "t", "0.weight"), run):
+        for action in proposals(Finding(code, "error", "t", "0.weight, 1"), run):
             assert not action.is_command
             assert action.name in ACTIONS
 

@@ -261,11 +261,19 @@ def bench_command(
         typer.Option("--calibrate", help="Measure the costs that linalg's automatic choices use, save them, and stop."),
     ] = False,
     diagnose: Annotated[str, typer.Option(help="faults: score this diagnoser, module:function.")] = "",
-    held_out: Annotated[bool, typer.Option("--held-out", help="faults, remedies: on the seeds that are held out.")] = False,
-    seeds: Annotated[list[int] | None, typer.Option(help="faults, remedies: only these of the seeds; may be repeated.")] = None,
-    kinds: Annotated[list[str] | None, typer.Option(help="faults, remedies: only these kinds; may be repeated.")] = None,
-    architectures: Annotated[list[str] | None, typer.Option(help="faults, remedies: only these; may be repeated.")] = None,
-    cases: Annotated[Path | None, typer.Option(help="faults, remedies: the list of verified cases.")] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="faults and remedies: on the seeds that are held out.")
+    ] = False,
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="faults and remedies: only these of the seeds; may be repeated.")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None, typer.Option(help="faults and remedies: only these kinds; may be repeated.")
+    ] = None,
+    architectures: Annotated[
+        list[str] | None, typer.Option(help="faults and remedies: only these; may be repeated.")
+    ] = None,
+    cases: Annotated[Path | None, typer.Option(help="faults and remedies: the list of verified cases.")] = None,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="faults: train all cases and their twins, write the list, and stop.")
     ] = False,

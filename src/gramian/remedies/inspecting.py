@@ -97,7 +97,7 @@ def inspect(
     report = diagnose(model_or_path, batches, objective, **options)
     setting = Setting(as_model(model_or_path, "inspect"), few, objective, optimizer)
     try:
-        return verified(report, setting, **({"progress": progress} if progress else {}))
+        return verified(report, setting, progress=progress)
     except Exception as error:  # a model or an optimizer that cannot be copied
         report.notes.append(f"Remedies were not verified: {type(error).__name__}: {error}.")
         return report

@@ -161,7 +161,9 @@ def _rescaled_embedding(asked: Asked) -> Iterator[Action]:
 
 
 def _gates(asked: Asked) -> Iterator[Action]:
-    names = [f"{at}.{own}" for at, module in asked.modules.items() for own, _ in module.named_parameters() if "bias" in own]
+    names = [
+        f"{at}.{own}" for at, module in asked.modules.items() for own, _ in module.named_parameters() if "bias" in own
+    ]
     if names:
         yield Action("reset", {"names": tuple(names)})
 
@@ -170,8 +172,7 @@ def _norm_gain(asked: Asked) -> Iterator[Action]:
     names = [
         f"{name}.weight"
         for name, module in asked.modules.items()
-        if isinstance(weight := getattr(module, "weight", None), Tensor)
-        and not bool(weight.detach().any())
+        if isinstance(weight := getattr(module, "weight", None), Tensor) and not bool(weight.detach().any())
     ]
     if names:
         yield Action("fill_with_ones", {"names": tuple(names)})

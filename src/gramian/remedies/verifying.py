@@ -53,7 +53,7 @@ def verified(
     *,
     moments: Sequence[int] = MOMENTS,
     num_seeds: int = NUM_SEEDS,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Try the remedies of a report's errors and warnings on copies, and offer those that help.
 
@@ -81,6 +81,7 @@ def verified(
         measured by `gramian bench remedies`, see docs/inspect.md.
     Source: this library's own.
     """
+    progress = progress or (lambda what, done, total: None)
     asked = [(finding, proposals(finding, setting)) for finding in report.findings]
     total, done = sum(bool(actions) for _, actions in asked), 0
     trained = {sign.name for sign in signs_of_training(setting.model)} if total else set()
@@ -179,7 +180,7 @@ def _is_gone(finding: Finding, setting: Setting, before: Setting) -> bool:
 
 
 def _as_received(setting: Setting, before: Setting) -> Setting:
-    """The same with the remedy's hooks on inputs applied to the batches, so that rules see what the network is given."""
+    """The same, the remedy's hooks on inputs being applied to the batches, so that rules see what the network gets."""
     added = [key for key in setting.model._forward_pre_hooks if key not in before.model._forward_pre_hooks]
     if not added:
         return setting

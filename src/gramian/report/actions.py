@@ -43,8 +43,8 @@ ACTIONS: dict[str, str] = {
     "remove": "model.set_submodule({module}, torch.nn.Identity())",
     "set": "for name in {names}:\n    model.get_submodule(name).{attribute} = {value}",
     "unshare": "import copy\n\nmodel.set_submodule(\n    {module}, torch.nn.ModuleList(copy.deepcopy(m) for m in "
-    "model.get_submodule({module}))\n)\nknown = {{p for group in optimizer.param_groups for p in group[\"params\"]}}\n"
-    "optimizer.add_param_group({{\"params\": [p for p in model.parameters() if p not in known]}})",
+    'model.get_submodule({module}))\n)\nknown = {{p for group in optimizer.param_groups for p in group["params"]}}\n'
+    'optimizer.add_param_group({{"params": [p for p in model.parameters() if p not in known]}})',
     "unfreeze": "model.requires_grad_(True)",
     "train_mode": "model.train()",
     "update_statistics": "torch.optim.swa_utils.update_bn(batches, model)",
@@ -56,13 +56,13 @@ ACTIONS: dict[str, str] = {
     "replace_non_finite": "model.register_forward_pre_hook("
     "lambda _, args: (args[0].nan_to_num(0.0, 0.0, 0.0), *args[1:]))",
     "shift_labels": "batches = [(x, y - {by}) for x, y in batches]",
-    "add_to_optimizer": "known = {{p for group in optimizer.param_groups for p in group[\"params\"]}}\n"
-    "optimizer.add_param_group({{\"params\": [p for p in model.parameters() if p not in known]}})",
-    "set_zero_rates": "for group in optimizer.param_groups:\n    group[\"lr\"] = group[\"lr\"] or {rate}",
-    "scale_rate": "for group in optimizer.param_groups:\n    group[\"lr\"] *= {factor}",
-    "set_momentum": "for group in optimizer.param_groups:\n    group[\"momentum\"] = {momentum}",
-    "set_beta1": "for group in optimizer.param_groups:\n    group[\"betas\"] = ({beta1}, group[\"betas\"][1])",
-    "set_weight_decay": "for group in optimizer.param_groups:\n    group[\"weight_decay\"] = {decay}",
+    "add_to_optimizer": 'known = {{p for group in optimizer.param_groups for p in group["params"]}}\n'
+    'optimizer.add_param_group({{"params": [p for p in model.parameters() if p not in known]}})',
+    "set_zero_rates": 'for group in optimizer.param_groups:\n    group["lr"] = group["lr"] or {rate}',
+    "scale_rate": 'for group in optimizer.param_groups:\n    group["lr"] *= {factor}',
+    "set_momentum": 'for group in optimizer.param_groups:\n    group["momentum"] = {momentum}',
+    "set_beta1": 'for group in optimizer.param_groups:\n    group["betas"] = ({beta1}, group["betas"][1])',
+    "set_weight_decay": 'for group in optimizer.param_groups:\n    group["weight_decay"] = {decay}',
 }
 
 Argument = str | int | float | bool | tuple[str, ...]
@@ -100,7 +100,9 @@ class Action:
         object.__setattr__(self, "arguments", tuples)
         for key, value in self.arguments.items():
             words = isinstance(value, tuple) and all(isinstance(word, str) for word in value)
-            if not (words or isinstance(value, str | int | float)) or (key == "attribute" and not str(value).isidentifier()):
+            if not (words or isinstance(value, str | int | float)) or (
+                key == "attribute" and not str(value).isidentifier()
+            ):
                 kind = "the name of an attribute" if key == "attribute" else "a word, a number or a list of words"
                 raise InputError(f"action {self.name}: expected {key} to be {kind}, got {value!r}.")
 

@@ -125,7 +125,8 @@ def _record(cls: type[Record], row: Mapping[str, Any]) -> Record:
 def _rehearsal(row: Mapping[str, Any]) -> Rehearsal:
     """Return the rehearsal of a file; a loss that was not finite comes back as NaN."""
     known = {f.name for f in fields(Rehearsal)}
-    return Rehearsal(**{key: math.nan if value is None else value for key, value in row.items() if key in known})
+    values: dict[str, Any] = {key: math.nan if value is None else value for key, value in row.items() if key in known}
+    return Rehearsal(**values)
 
 
 def _action(row: Mapping[str, Any] | None) -> Action | None:

@@ -111,9 +111,7 @@ def outcome(harm: Harm) -> Outcome:
     offers = [_offer(harm, f, f.action) for f in serious if f.action is not None and f.rehearsal is not None]
     dropped = [(f.code, f.advice.partition("Tried")[2]) for f in serious if "Tried on a copy" in f.advice]
     isometric = cured(case, harm.twin, Action("isometric_"))[1]
-    return Outcome(
-        case, tuple(offers), tuple(dropped), isometric, harm.faulty > harm.twin - CLEARLY, round(seconds, 2)
-    )
+    return Outcome(case, tuple(offers), tuple(dropped), isometric, harm.faulty > harm.twin - CLEARLY, round(seconds, 2))
 
 
 def _offer(harm: Harm, finding: Finding, action: Action) -> Offer:
