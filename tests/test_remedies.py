@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.errors import InputError
+from gramian.init import signs_of_training
 from gramian.init.reset import sizes
 from gramian.remedies import Setting, perform, proposals, rehearse, verified
 from gramian.remedies.proposals import CURES
+from gramian.remedies.verifying import _lost
 from gramian.report import Action, Finding, Rehearsal, Report, to_text
 from gramian.report.actions import ACTIONS
 
@@ -160,6 +162,16 @@ def test_an_action_that_fails_is_not_offered_and_advice_says_why():
     assert "KeyError" in verified(report, wrapped, moments=(2,)).findings[0].advice
 
 
+def test_what_is_gone_with_an_earlier_remedy_gets_none_of_its_own():
+    run = setting(scaled(network(), "6.weight", 0.0))
+    zero = Finding("zero-weights", "error", "t", "6.weight")
+    follows = Finding("gain-below-one", "error", "t", "all layers", action=Action("isometric_"))
+    first, second = verified(Report("net", [zero, follows]), run).findings
+    assert first.rehearsal is not None
+    assert second.action is None
+    assert second.advice == "It is gone with the remedy for zero-weights."
+
+
 def test_advice_that_no_code_performs_stays_as_it_was():
     found = Finding("graph-cut", "error", "t", "0", advice="Remove the detach.")
     report = Report("net", [found])
@@ -175,17 +187,12 @@ def test_a_remedy_that_replaces_trained_weights_says_so():
             run.objective.loss(run.model, batch)[0].backward()
             optimizer.step()
     run.model.get_parameter("4.weight").data.fill_(0.1)
-    report = Report("net", [Finding("parameter-constant", "error", "t", "4.weight", action=Action("reset_all"))])
-    from gramian.init import signs_of_training
-    from gramian.remedies.verifying import _lost
-
     trained = {sign.name for sign in signs_of_training(run.model)}
     assert trained
     everything = perform(Action("reset_all"), run.copied())
     one = perform(Action("reset", {"names": ["4.weight"]}), run.copied())
-    assert "trained weights" in _lost(run, everything, trained)
-    assert _lost(run, one, trained - {"4.weight"}) == ""
-    assert report.findings[0].rehearsal is None
+    assert "trained weights" in " ".join(_lost(run, everything, trained))
+    assert _lost(run, one, trained - {"4.weight"}) == []
 
 
 def test_a_rehearsal_repeats_and_depends_on_its_seed_alone():

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gramian.errors import GramianError, GramianWarning
+from gramian.errors import GramianError, GramianWarning, some
 from gramian.init import signs_of_training
 from gramian.inspection import inspect
 from gramian.remedies.performing import Setting, perform
@@ -34,17 +35,41 @@ SIMILAR = 0.1
 KEPT = 0.99
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Tried:
     """A candidate: its action, the setting after it, and the losses of a rehearsal."""
 
     action: Action
     setting: Setting
     losses: list[float]
+    start: Setting
 
     @property
     def last(self) -> float:
         return self.losses[-1]
+
+    @cached_property
+    def codes(self) -> set[str] | None:
+        """Codes of the errors and warnings of a diagnosis after the action; `None` where it fails."""
+        seen = _as_received(self.setting, self.start)
+        try:
+            found = inspect(seen.model, seen.batches, seen.objective, optimizer=seen.optimizer, quick=True).findings
+        except Exception:  # a network that cannot be diagnosed is not known to be cured
+            return None
+        return {f.code for f in found if f.severity != "info"}
+
+    def removes(self, finding: Finding) -> bool:
+        return self.codes is not None and finding.code not in self.codes
+
+
+@dataclass
+class _State:
+    """What the remedies that were offered so far have made: the setting, the losses, and the findings that are left."""
+
+    setting: Setting
+    losses: list[list[float]]
+    offered: list[str] = field(default_factory=list)
+    codes: set[str] | None = None
 
 
 def verified(
@@ -85,14 +110,16 @@ def verified(
     asked = [(finding, proposals(finding, setting)) for finding in report.findings]
     total, done = sum(bool(actions) for _, actions in asked), 0
     trained = {sign.name for sign in signs_of_training(setting.model)} if total else set()
-    without: list[list[float]] = []
-    kept = []
+    losses = [rehearse(setting, moments=moments, seed=seed) for seed in range(num_seeds)] if total else []
+    state, kept = _State(setting, losses), []
     for finding, actions in asked:
-        if actions:
+        if actions and state.codes is not None and finding.code not in state.codes:
+            line = f"It is gone with the remedy for {', '.join(state.offered)}."
+            finding = replace(finding, action=None, advice=f"{finding.advice} {line}".strip())
+        elif actions:
             progress("remedies", done, total)
-            without = without or [rehearse(setting, moments=moments, seed=seed) for seed in range(num_seeds)]
-            finding = _verified(finding, actions, setting, without, trained, moments)
-            done += 1
+            finding = _verified(finding, actions, state, setting, trained, moments)
+        done += bool(actions)
         kept.append(finding)
     progress("remedies", 1, 1)
     if total:
@@ -105,49 +132,54 @@ def verified(
 def _verified(
     finding: Finding,
     actions: Sequence[Action],
-    setting: Setting,
-    without: list[list[float]],
+    state: _State,
+    start: Setting,
     trained: set[str],
     moments: Sequence[int],
 ) -> Finding:
+    """The finding with the action that helps on top of what was offered before; the state then moves on."""
     tried, failures = [], {}
     for action in actions:
         try:
             with warnings.catch_warnings():  # an action warns again when the user performs it
                 warnings.simplefilter("ignore", GramianWarning)
-                changed = perform(action, setting.copied())
-            tried.append(_Tried(action, changed, rehearse(changed, moments=moments)))
+                changed = perform(action, state.setting.copied())
+            tried.append(_Tried(action, changed, rehearse(changed, moments=moments), start))
         except Exception as error:  # the action does not fit this model; that is said
             failures[action.code] = _in_words(error)
     if not tried:
         return _not_helped(finding, actions[0], next(iter(failures.values())))
-    best, is_gone = _best(finding, tried, setting)
-    after = [best.losses, *(rehearse(best.setting, moments=moments, seed=seed) for seed in range(1, len(without)))]
+    best = _best(finding, tried)
+    after = [best.losses]
+    after += [rehearse(best.setting, moments=moments, seed=seed) for seed in range(1, len(state.losses))]
     compared = [
-        _compared(steps, [losses[i] for losses in without], [losses[i] for losses in after])
+        _compared(steps, [losses[i] for losses in state.losses], [losses[i] for losses in after])
         for i, steps in enumerate(moments)
     ]
     better = next((one for one in reversed(compared) if _difference(one) > 0), None)
     shown = compared[-1] if better is None or _difference(compared[-1]) < 0 else better
-    shown = replace(shown, is_gone=is_gone, note=_lost(setting, best.setting, trained))
-    if is_gone and _difference(shown) > 0:
-        return replace(finding, action=best.action, rehearsal=shown)
-    return _not_helped(finding, best.action, shown.told)
+    notes = [f"Together with the remedy for {', '.join(state.offered)}."] if state.offered else []
+    notes += _lost(state.setting, best.setting, trained)
+    shown = replace(shown, is_gone=best.removes(finding), note=" ".join(notes))
+    if not (shown.is_gone and _difference(shown) > 0):
+        return _not_helped(finding, best.action, shown.told)
+    state.setting, state.losses, state.codes = best.setting, after, best.codes
+    state.offered.append(finding.code)
+    return replace(finding, action=best.action, rehearsal=shown)
 
 
-def _best(finding: Finding, tried: Sequence[_Tried], setting: Setting) -> tuple[_Tried, bool]:
-    """The candidate to offer, and whether it removes the finding.
+def _best(finding: Finding, tried: Sequence[_Tried]) -> _Tried:
+    """The candidate to offer.
 
-    Among those that remove it, the first whose loss is near the least of them; where none does, the one of least loss.
+    Among those that remove the finding, the first whose loss is near the least of them; where none does, the one of
+    least loss.
     """
     by_loss = sorted(tried, key=lambda one: one.last)
-    first = next((one for one in by_loss if _is_gone(finding, one.setting, setting)), None)
-    if first is None:
-        return by_loss[0], False
-    for one in tried[: tried.index(first)]:
-        if one.last <= first.last * (1 + SIMILAR) and _is_gone(finding, one.setting, setting):
-            return one, True
-    return first, True
+    least = next((one for one in by_loss if one.removes(finding)), None)
+    if least is None:
+        return by_loss[0]
+    earlier = tried[: tried.index(least)]
+    return next((one for one in earlier if one.last <= least.last * (1 + SIMILAR) and one.removes(finding)), least)
 
 
 def _compared(steps: int, before: Sequence[float], after: Sequence[float]) -> Rehearsal:
@@ -167,18 +199,6 @@ def _not_helped(finding: Finding, action: Action, why: str) -> Finding:
     return replace(finding, action=None, advice=f"{finding.advice} {line}".strip())
 
 
-def _is_gone(finding: Finding, setting: Setting, before: Setting) -> bool:
-    """Whether a diagnosis of the copy, and of what its network is given, no longer has the finding."""
-    setting = _as_received(setting, before)
-    try:
-        again = inspect(
-            setting.model, setting.batches, setting.objective, optimizer=setting.optimizer, quick=True
-        ).findings
-    except Exception:  # a network that cannot be diagnosed is not known to be cured
-        return False
-    return all(f.code != finding.code or f.severity == "info" for f in again)
-
-
 def _as_received(setting: Setting, before: Setting) -> Setting:
     """The same, the remedy's hooks on inputs being applied to the batches, so that rules see what the network gets."""
     added = [key for key in setting.model._forward_pre_hooks if key not in before.model._forward_pre_hooks]
@@ -193,15 +213,15 @@ def _as_received(setting: Setting, before: Setting) -> Setting:
     return replace(setting, batches=batches)
 
 
-def _lost(before: Setting, after: Setting, trained: set[str]) -> str:
-    """What is said of trained weights that the action replaces; empty where it replaces none."""
+def _lost(before: Setting, after: Setting, trained: set[str]) -> list[str]:
+    """What is said of trained weights that the action replaces; nothing where it replaces none."""
     parameters = dict(after.model.named_parameters())
     lost = [
         name
         for name, p in before.model.named_parameters()
         if name in trained and (name not in parameters or not _is_kept(p.detach(), parameters[name].detach()))
     ]
-    return f"It replaces trained weights, whose learning is lost: {len(lost)} parameters." if lost else ""
+    return [f"It replaces trained weights, whose learning is lost: {some(lost)}."] if lost else []
 
 
 def _is_kept(one: Tensor, other: Tensor) -> bool:

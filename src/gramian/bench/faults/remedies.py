@@ -27,7 +27,7 @@ from gramian.bench.faults.verification import CLEARLY, Harm, trained
 from gramian.bench.table import Goal, Measurement, Row, Tell
 from gramian.errors import GramianWarning, InputError, some
 from gramian.remedies import Setting, inspect, perform
-from gramian.report import Action, Finding
+from gramian.report import Action
 
 __all__ = ["Offer", "Outcome", "cured", "outcome", "rows"]
 
@@ -79,13 +79,14 @@ class Outcome:
         return bool(self.offers) and self.offers[0].cures
 
 
-def cured(case: Case, twin: float, action: Action) -> tuple[float, bool]:
-    """The accuracy of a fresh case after an action and the training of its check of harm, and whether that cures."""
+def cured(case: Case, twin: float, actions: Sequence[Action]) -> tuple[float, bool]:
+    """The accuracy of a fresh case after actions and the training of its check of harm, and whether that cures."""
     setup = case.build()
     try:
         with warnings.catch_warnings():  # about what is left as it was
             warnings.simplefilter("ignore", GramianWarning)
-            _apply(action, setup)
+            for action in actions:
+                _apply(action, setup)
     except (RuntimeError, ValueError, AttributeError):
         return setup.chance, False
     score, _ = trained(setup, KINDS[case.kind].steps)
@@ -108,14 +109,13 @@ def outcome(harm: Harm) -> Outcome:
     ).findings
     seconds = time.perf_counter() - start
     serious = [f for f in findings if f.severity in SERIOUS]
-    offers = [_offer(harm, f, f.action) for f in serious if f.action is not None and f.rehearsal is not None]
+    helped = [(f.code, f.action) for f in serious if f.action is not None and f.rehearsal is not None]
+    offers = []
+    for i, (code, action) in enumerate(helped):  # on top of those before it, as it was verified
+        offers.append(Offer(code, action.name, *cured(case, harm.twin, [one for _, one in helped[: i + 1]])))
     dropped = [(f.code, f.advice.partition("Tried")[2]) for f in serious if "Tried on a copy" in f.advice]
-    isometric = cured(case, harm.twin, Action("isometric_"))[1]
+    isometric = cured(case, harm.twin, [Action("isometric_")])[1]
     return Outcome(case, tuple(offers), tuple(dropped), isometric, harm.faulty > harm.twin - CLEARLY, round(seconds, 2))
-
-
-def _offer(harm: Harm, finding: Finding, action: Action) -> Offer:
-    return Offer(finding.code, action.name, *cured(harm.case, harm.twin, action))
 
 
 def outcomes(harms: Iterable[Harm], tell: Callable[[Outcome], None] = lambda found: None) -> list[Outcome]:
