@@ -16,10 +16,12 @@ from gramian.errors import InputError
 from gramian.init import signs_of_training
 from gramian.init.reset import sizes
 from gramian.remedies import Setting, perform, proposals, rehearse, verified
+from gramian.remedies.performing import PERFORMED
 from gramian.remedies.proposals import CURES
 from gramian.remedies.verifying import _lost
 from gramian.report import Action, Finding, Rehearsal, Report, to_text
 from gramian.report.actions import ACTIONS
+from test_report_actions import ARGUMENTS
 
 
 def data(count: int = 6, size: int = 48) -> list[tuple[Tensor, Tensor]]:
@@ -71,6 +73,13 @@ def with_nan(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_statistics(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean, module.running_var = torch.full((24,), 30.0), torch.full((24,), 0.01)
+    return model
+
+
 def without_stem(run: Setting) -> Setting:
     head = [p for name, p in run.model.named_parameters() if name.startswith("9")]
     return Setting(run.model, run.batches, run.objective, torch.optim.AdamW(head, lr=3e-3))
@@ -118,9 +127,10 @@ def state(run: Setting) -> dict[str, Any]:
         "model": copy.deepcopy(run.model.state_dict()),
         "optimizer": copy.deepcopy(run.optimizer.state_dict()),
         "gradients": [None if p.grad is None else p.grad.clone() for p in run.model.parameters()],
+        "trainable": [p.requires_grad for p in run.model.parameters()],
         "modes": [m.training for m in run.model.modules()],
         "hooks": [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in run.model.modules()],
-        "batches": [(x.clone(), y.clone()) for x, y in run.batches],
+        "batches": [(x.nan_to_num(9.0), y.clone()) for x, y in run.batches],
         "random": torch.get_rng_state(),
     }
 
@@ -135,15 +145,58 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("code", ["input-offset", "dropout-rate"])
+@pytest.mark.parametrize("code", ["input-offset", "norm-statistics"])
 def test_the_users_model_optimizer_batches_and_random_state_stay_bitwise(code: str):
-    run = PLANTED[code][0]()
+    run = PLANTED[code][0]() if code in PLANTED else setting(set_dropout(with_statistics(network(norm=True)), 0.3))
     assert run.optimizer is not None
     run.objective.loss(run.model, run.batches[0])[0].backward()
     run.optimizer.step()  # so that the optimizer has a state
     before = state(run)
-    inspected(run)
+    report = inspected(run)
+    assert finding(report, code).severity != "info"
     assert same(before, state(run))
+
+
+class Net(nn.Sequential):
+    """A network beside whose layers stands a list that shares one module."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in list(self)[:5]:
+            input = layer(input)
+        return input
+
+
+def run_of(name: str) -> Setting:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shared = nn.Linear(3, 3)
+        model = Net(nn.Linear(8, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Sigmoid(), nn.Dropout(0.9))
+        model.append(nn.ModuleList([shared, shared]))
+    model[5].requires_grad_(name != "unfreeze")
+    batches = [(x.index_fill(0, torch.tensor([2]), math.nan), y) for x, y in data(2, 6)]
+    batches = batches if name == "replace_non_finite" else data(2, 6)
+    make = torch.optim.Adam if name == "set_beta1" else torch.optim.SGD
+    return Setting(model, batches, gm.Objective.classification(), make(list(model.parameters())[:2], lr=0.5))
+
+
+@pytest.mark.parametrize("name", [name for name in PERFORMED if name != "tie"])
+@pytest.mark.filterwarnings("ignore::gramian.errors.GramianWarning")
+def test_the_line_that_is_shown_does_what_was_verified(name: str):
+    action, run = Action(name, ARGUMENTS.get(name, {})), run_of(name)
+    pasted, start = run.copied(), state(run)
+    names = {"gm": gm, "torch": torch, "sample": pasted.batches[0]} | vars(pasted)
+    torch.manual_seed(0)
+    exec(action.code, names)
+    by_hand = Setting(names["model"], names["batches"], names["objective"], names["optimizer"])
+    torch.manual_seed(0)
+    performed = perform(action, run.copied())
+    assert same(state(performed), state(by_hand))
+    assert [p.requires_grad for p in performed.model.parameters()] == [
+        p.requires_grad for p in by_hand.model.parameters()
+    ]
+    x = performed.batches[0][0].to(performed.model[0].weight.dtype)
+    assert torch.equal(performed.model.eval()(x), by_hand.model.eval()(x))
+    assert same(start | {"random": 0}, state(run) | {"random": 0})
 
 
 def test_what_does_not_help_is_not_offered_and_advice_says_that_it_was_tried():
@@ -222,7 +275,7 @@ def test_verification_needs_data():
 
 
 def test_a_command_line_is_not_performed():
-    with pytest.raises(InputError, match="run it in a shell"):
+    with pytest.raises(InputError, match="no cure that can be tried"):
         perform(Action("inspect_file"), setting())
 
 

@@ -6,7 +6,6 @@ import ast
 import inspect
 import json
 import shlex
-import warnings
 from typing import Any
 
 import pytest
@@ -45,7 +44,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "set_beta1": {"beta1": 0.9},
     "set_weight_decay": {"decay": 0.01},
 }
-# Those that `gramian.remedies` performs.
+# Those that tests/test_remedies.py runs.
 CURES = list(ACTIONS)[list(ACTIONS).index("reset") :]
 
 # What stands for each name that code may begin with: the plan is what gm.compress returns.
@@ -80,29 +79,6 @@ def test_code_parses_and_calls_public_functions_with_parameters_that_exist(name:
         is_method = isinstance(call.func, ast.Attribute) and resolved(call.func.value) in (nn.Module, gm.Plan)
         keywords = {keyword.arg: None for keyword in call.keywords}
         inspect.signature(function).bind(*[None] * (len(call.args) + is_method), **keywords)
-
-
-class Net(nn.Sequential):
-    """A network beside whose layers stands a list that shares one module."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        for layer in list(self)[:5]:
-            input = layer(input)
-        return input
-
-
-@pytest.mark.parametrize("name", CURES)
-def test_cures_run_as_they_stand(name: str):
-    shared = nn.Linear(3, 3)
-    model = Net(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Sigmoid(), nn.Dropout(0.9))
-    model.append(nn.ModuleList([shared, shared]))
-    batches = [(torch.randn(6, 4), torch.ones(6, dtype=torch.long))] * 2
-    beside_adam = name == "set_beta1"
-    optimizer = (torch.optim.Adam if beside_adam else torch.optim.SGD)(list(model.parameters())[:2], lr=0.5)
-    names = {"gm": gm, "torch": torch, "model": model, "batches": batches, "sample": batches[0]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", gm.errors.GramianWarning)
-        exec(action(name).code, names | {"optimizer": optimizer})
 
 
 @pytest.mark.parametrize("name", [name for name in ACTIONS if action(name).is_command])

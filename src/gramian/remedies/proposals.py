@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from gramian.errors import GramianError
 from gramian.init.reset import USUAL, sizes
 from gramian.objective import as_objective
 from gramian.recording.measuring import evaluating
-from gramian.remedies.performing import Setting
+from gramian.remedies.performing import PERFORMED, Setting
 from gramian.report import Action, Finding
 
 __all__ = ["CURES", "proposals"]
@@ -52,10 +51,6 @@ class Asked:
     @property
     def model(self) -> nn.Module:
         return self.setting.model
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        return self.setting.optimizer.param_groups if self.setting.optimizer is not None else []
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -102,7 +97,7 @@ def proposals(finding: Finding, setting: Setting) -> list[Action]:
         for action in propose(Asked(finding, setting)):
             found.setdefault(action.code, action)
     own = finding.action
-    if own is not None and own.name in ("isometric_", "cast_to_bfloat16", "tie"):
+    if own is not None and own.name in PERFORMED:
         found.setdefault(own.code, own)
     return list(found.values())
 
@@ -244,15 +239,15 @@ def _labels(asked: Asked) -> Iterator[Action]:
 def _unshared(asked: Asked) -> Iterator[Action]:
     holders = {name.rpartition(".")[0] for name in asked.places}
     holder = next(iter(holders)) if len(holders) == 1 else ""
-    if holder and isinstance(asked.model.get_submodule(holder), nn.ModuleList) and asked.groups:
+    if holder and isinstance(asked.model.get_submodule(holder), nn.ModuleList) and asked.setting.groups:
         yield Action("unshare", {"module": holder})
 
 
 def _not_stepped(asked: Asked) -> Iterator[Action]:
-    known = {p for group in asked.groups for p in group["params"]}
+    known = {p for group in asked.setting.groups for p in group["params"]}
     if any(p not in known for p in asked.model.parameters()):
         yield Action("add_to_optimizer")
-    rates = [float(group.get("lr", 0.0)) for group in asked.groups]
+    rates = [float(group.get("lr", 0.0)) for group in asked.setting.groups]
     if 0.0 in rates and max(rates) > 0:
         yield Action("set_zero_rates", {"rate": max(rates)})
 
@@ -268,9 +263,9 @@ def _higher_rates(asked: Asked) -> Iterator[Action]:
 
 
 def _momentum(asked: Asked) -> Iterator[Action]:
-    if all("betas" in group for group in asked.groups):
+    if all("betas" in group for group in asked.setting.groups):
         yield Action("set_beta1", {"beta1": USUAL_MOMENTUM})
-    elif all("momentum" in group for group in asked.groups):
+    elif all("momentum" in group for group in asked.setting.groups):
         yield Action("set_momentum", {"momentum": USUAL_MOMENTUM})
 
 
@@ -335,4 +330,4 @@ CURES: dict[str, tuple[Propose, ...]] = {
     "rate-too-low": (_higher_rates,),
 }
 """Code of a finding: what proposes actions for it, in the order in which they are tried. Findings of other codes get
-advice in words: a detached graph, say, is mended in the user's code."""
+advice in words: a detached graph, say, is repaired in the user's code."""

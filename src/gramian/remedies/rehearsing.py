@@ -44,8 +44,7 @@ def rehearse(setting: Setting, *, moments: Sequence[int] = MOMENTS, seed: int = 
         The mean loss over units at each moment; infinity where training or evaluation raises or gives what is not
         finite.
 
-    Raises:
-        What the copy raises.
+    Raises: nothing of its own.
 
     Cost: the training steps, a copy of the model and optimizer, and an evaluation at each moment.
     Source: this library's own.
@@ -72,7 +71,7 @@ def rehearse(setting: Setting, *, moments: Sequence[int] = MOMENTS, seed: int = 
         return [loss_of(model, held, objective)] * len(moments)
     order = torch.Generator().manual_seed(seed)
     losses = [loss_of(model, held, objective)] if 0 in moments else []
-    with _random_state(model, seed), eager(), torch.enable_grad():
+    with random_state(model, seed), eager(), torch.enable_grad():
         try:
             for step in range(max(moments)):
                 if step % len(used) == 0 and seed:
@@ -103,7 +102,8 @@ def loss_of(model: nn.Module, batches: Sequence[Any], objective: Objective) -> f
 
 
 @contextmanager
-def _random_state(model: nn.Module, seed: int) -> Iterator[None]:
+def random_state(model: nn.Module, seed: int) -> Iterator[None]:
+    """A context with the global random state seeded; then it is what it was."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

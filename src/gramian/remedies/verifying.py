@@ -18,7 +18,7 @@ from gramian.init import signs_of_training
 from gramian.inspection import inspect
 from gramian.remedies.performing import Setting, perform
 from gramian.remedies.proposals import proposals
-from gramian.remedies.rehearsing import MOMENTS, rehearse
+from gramian.remedies.rehearsing import MOMENTS, random_state, rehearse
 from gramian.report import Action, Finding, Rehearsal, Report
 
 __all__ = ["NUM_SEEDS", "verified"]
@@ -99,12 +99,20 @@ def verified(
         A report whose findings have an action and a `rehearsal` where the action helps; where none does, no action, and
         advice that says so. Findings that no code can cure are as they were.
 
-    Raises:
-        What a copy of the model or of the optimizer raises.
+    Raises: nothing of its own.
 
     Cost: a rehearsal for each candidate (1 to 9 for a finding), and `num_seeds` and a diagnosis for the best. Accuracy:
         measured by `gramian bench remedies`, see docs/inspect.md.
     Source: this library's own.
+
+    >>> from torch import nn
+    >>> from gramian.objective import Objective
+    >>> net, x = nn.Linear(4, 2), torch.randn(16, 4)
+    >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.999)
+    >>> setting = Setting(net, [(x, x[:, :2])], Objective.regression(), sgd)
+    >>> found = Report("net", [Finding("momentum-too-high", "warning", "A momentum of 0.999")])
+    >>> verified(found, setting, moments=(50,)).findings[0].action.name
+    'set_momentum'
     """
     progress = progress or (lambda what, done, total: None)
     asked = [(finding, proposals(finding, setting)) for finding in report.findings]
@@ -141,8 +149,8 @@ def _verified(
     tried, failures = [], {}
     for action in actions:
         try:
-            with warnings.catch_warnings():  # an action warns again when the user performs it
-                warnings.simplefilter("ignore", GramianWarning)
+            with warnings.catch_warnings(), random_state(state.setting.model, 0):
+                warnings.simplefilter("ignore", GramianWarning)  # it warns when the user performs it
                 changed = perform(action, state.setting.copied())
             tried.append(_Tried(action, changed, rehearse(changed, moments=moments), start))
         except Exception as error:  # the action does not fit this model; that is said
