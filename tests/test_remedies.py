@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
+from gramian.bench.faults.remedies import rows as bench_rows
+from gramian.cli import main
 from gramian.errors import InputError
 from gramian.init import signs_of_training
 from gramian.init.reset import sizes
@@ -19,7 +22,7 @@ from gramian.remedies import Setting, perform, proposals, rehearse, verified
 from gramian.remedies.performing import PERFORMED
 from gramian.remedies.proposals import CURES
 from gramian.remedies.verifying import _lost
-from gramian.report import Action, Finding, Rehearsal, Report, to_text
+from gramian.report import Action, Finding, Rehearsal, Report, render, to_text
 from gramian.report.actions import ACTIONS
 from test_report_actions import ARGUMENTS
 
@@ -300,10 +303,38 @@ def test_reset_opens_gates_and_refuses_unknown_names():
         gm.init.reset_(lstm, ["bias"])
 
 
+def test_the_bench_counts_what_cures_by_training():
+    cases = Path(__file__).parent.parent / "benchmarks/faults/cases.json"
+    only = {"kinds": ["frozen-layers"], "architectures": ["mlp"], "seeds": [0]}
+    shares, kinds = bench_rows(1, "", lambda what: None, cases=cases, **only)
+    told = {m.method: m.remark for m in shares.measurements}
+    assert told["offered remedies that cure"].startswith("1 of 1")
+    assert told["cured by nothing"].startswith("0 of 1")
+    assert kinds.measurements[0].remark == "1 of 1 cases offered; 1 of 1 cure: unfreeze"
+
+
+def test_the_command_line_verifies(tmp_path: Path):
+    task = tmp_path / "task.py"
+    task.write_text(
+        "import torch, gramian as gm\n"
+        "def make():\n"
+        "    def batches(epoch, generator):\n"
+        "        x = torch.randn(64, 4, generator=generator)\n"
+        "        return [(x + 300, x[:, :2])] * 2\n"
+        "    return gm.Task(lambda: torch.nn.Linear(4, 2), gm.Objective.regression(), batches, lambda model: {})\n"
+    )
+    found = tmp_path / "found.json"
+    assert main(["inspect", f"{task}:make", "--verify", "--json", str(found), "-q"]) == 0
+    offered = finding(Report.from_json(found.read_text()), "input-offset")
+    assert offered.action == Action("standardize")
+    assert main(["inspect", str(found), "--verify"]) == 2
+
+
 def test_a_rehearsal_is_shown_and_survives_json():
     shown = Rehearsal(50, 2, math.inf, 0.25, after_spread=0.01, is_gone=True, note="It replaces trained weights.")
     report = Report("net", [Finding("c", "error", "t", action=Action("unfreeze"), rehearsal=shown)])
     assert "inf → 0.25 ± 0.01 (2 seeds); the finding is gone. It replaces" in " ".join(to_text(report).split())
+    assert "<dt>Verified</dt><dd>loss after 50 steps" in render(report.to_document())
     again = Report.from_json(report.to_json()).findings[0].rehearsal
     assert again is not None
     assert math.isnan(again.before)

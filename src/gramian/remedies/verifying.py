@@ -25,8 +25,8 @@ __all__ = ["NUM_SEEDS", "verified"]
 
 NUM_SEEDS = 2
 
-# A remedy helps if it lowers the loss by this share of it and by so many standard deviations between seeds.
-SHARE, DEVIATIONS = 0.05, 2.0
+# A remedy helps if it lowers the loss by this share of it, in each pair of rehearsals that have the same seed.
+SHARE = 0.05
 
 # Among candidates whose losses differ by less than this share, the earlier one, which loses less, is taken.
 SIMILAR = 0.1
@@ -160,16 +160,25 @@ def _verified(
     best = _best(finding, tried)
     after = [best.losses]
     after += [rehearse(best.setting, moments=moments, seed=seed) for seed in range(1, len(state.losses))]
-    compared = [
-        _compared(steps, [losses[i] for losses in state.losses], [losses[i] for losses in after])
-        for i, steps in enumerate(moments)
-    ]
-    better = next((one for one in reversed(compared) if _difference(one) > 0), None)
-    shown = compared[-1] if better is None or _difference(compared[-1]) < 0 else better
+    pairs = [[(old[i], new[i]) for old, new in zip(state.losses, after, strict=True)] for i in range(len(moments))]
+    last = len(moments) - 1
+    moment = next((i for i in reversed(range(len(moments))) if _is_lower(pairs[i])), last)
+    helps = _is_lower(pairs[moment]) and not _is_higher(pairs[last])
+    moment = moment if helps else last
     notes = [f"Together with the remedy for {', '.join(state.offered)}."] if state.offered else []
     notes += _lost(state.setting, best.setting, trained)
-    shown = replace(shown, is_gone=best.removes(finding), note=" ".join(notes))
-    if not (shown.is_gone and _difference(shown) > 0):
+    before, now = zip(*pairs[moment], strict=True)
+    shown = Rehearsal(
+        moments[moment],
+        len(after),
+        fmean(before),
+        fmean(now),
+        _spread(before),
+        _spread(now),
+        is_gone=best.removes(finding),
+        note=" ".join(notes),
+    )
+    if not (helps and shown.is_gone):
         return _not_helped(finding, best.action, shown.told)
     state.setting, state.losses, state.codes = best.setting, after, best.codes
     state.offered.append(finding.code)
@@ -190,16 +199,15 @@ def _best(finding: Finding, tried: Sequence[_Tried]) -> _Tried:
     return next((one for one in earlier if one.last <= least.last * (1 + SIMILAR) and one.removes(finding)), least)
 
 
-def _compared(steps: int, before: Sequence[float], after: Sequence[float]) -> Rehearsal:
-    return Rehearsal(steps, len(before), fmean(before), fmean(after), _spread(before), _spread(after))
+def _is_lower(pairs: Sequence[tuple[float, float]]) -> bool:
+    """Whether the loss is clearly lower with the remedy, in every pair of rehearsals of one seed."""
+    return all(math.isfinite(now) and now < before * (1 - SHARE) for before, now in pairs)
 
 
-def _difference(found: Rehearsal) -> int:
-    """1 where the loss is lower with the remedy, by more than the margin; −1 where it is higher; 0 between."""
-    if not (math.isfinite(found.after) and math.isfinite(found.before)):
-        return math.isfinite(found.after) - math.isfinite(found.before)
-    margin = max(SHARE * abs(found.before), DEVIATIONS * max(found.before_spread, found.after_spread))
-    return (found.after < found.before - margin) - (found.after > found.before + margin)
+def _is_higher(pairs: Sequence[tuple[float, float]]) -> bool:
+    """Whether the mean loss is clearly higher with it."""
+    before, now = (fmean(losses) for losses in zip(*pairs, strict=True))
+    return not now <= before + SHARE * abs(before)
 
 
 def _not_helped(finding: Finding, action: Action, why: str) -> Finding:
