@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from gramian.block import Block, Blocks, Layout, blocks
     from gramian.compression import Plan, compress, load_compressed, save_compressed
     from gramian.gram import DiagonalGram, Gram
-    from gramian.inspection import inspect
     from gramian.objective import Objective
     from gramian.optim.suggestion import LearningRate, suggest_lr
     from gramian.recording import capture, capturing
+    from gramian.remedies import inspect
     from gramian.report import Report
     from gramian.statistics import Statistics
     from gramian.training import Run, Task, train
@@ -72,7 +72,7 @@ _HOME = {
     "capture": "recording",
     "capturing": "recording",
     "compress": "compression",
-    "inspect": "inspection",
+    "inspect": "remedies",
     "load_compressed": "compression",
     "save_compressed": "compression",
     "suggest_lr": "optim.suggestion",

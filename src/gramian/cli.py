@@ -111,6 +111,9 @@ def inspect_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Norms and ranks with error bounds, from a few products.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Try each remedy on a copy by 50 training steps; offer what helps.")
+    ] = False,
     layouts: Annotated[
         Path | None,
         typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
@@ -136,6 +139,10 @@ def inspect_command(
     if extract_lora is not None and against is None:
         raise InputError("--extract-lora needs --against BASE: an adapter is a difference from a base model")
     options: dict[str, Any] = {"quick": quick, "input_size": (input_size, input_size)}
+    if verify and against is not None:
+        raise InputError("--verify tries the remedies of one model; --against compares two")
+    if verify:
+        options["verify"] = True
     if layouts is not None:
         from gramian.inspection.matrices import read_layouts
 
@@ -254,11 +261,19 @@ def bench_command(
         typer.Option("--calibrate", help="Measure the costs that linalg's automatic choices use, save them, and stop."),
     ] = False,
     diagnose: Annotated[str, typer.Option(help="faults: score this diagnoser, module:function.")] = "",
-    held_out: Annotated[bool, typer.Option("--held-out", help="faults: on the seeds that are held out.")] = False,
-    seeds: Annotated[list[int] | None, typer.Option(help="faults: only these of the seeds; may be repeated.")] = None,
-    kinds: Annotated[list[str] | None, typer.Option(help="faults: only these kinds; may be repeated.")] = None,
-    architectures: Annotated[list[str] | None, typer.Option(help="faults: only these; may be repeated.")] = None,
-    cases: Annotated[Path | None, typer.Option(help="faults: the list of verified cases.")] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="faults and remedies: on the seeds that are held out.")
+    ] = False,
+    seeds: Annotated[
+        list[int] | None, typer.Option(help="faults and remedies: only these of the seeds; may be repeated.")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None, typer.Option(help="faults and remedies: only these kinds; may be repeated.")
+    ] = None,
+    architectures: Annotated[
+        list[str] | None, typer.Option(help="faults and remedies: only these; may be repeated.")
+    ] = None,
+    cases: Annotated[Path | None, typer.Option(help="faults and remedies: the list of verified cases.")] = None,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="faults: train all cases and their twins, write the list, and stop.")
     ] = False,
@@ -270,7 +285,7 @@ def bench_command(
     ours: dict[str, Any] = {"diagnose": diagnose, "held_out": held_out, "seeds": seeds, "kinds": kinds}
     ours |= {"architectures": architectures, "cases": cases}
     options = {key: value for key, value in ours.items() if value}
-    if (options or freeze) and name != "faults":
+    if (options or freeze) and (name != "faults" and (freeze or diagnose or name != "remedies")):
         wrong = "--freeze" if freeze else f"--{next(iter(options)).replace('_', '-')}"
         raise InputError(f"bench: {wrong} is for faults, got {name!r}. Write: gramian bench faults {wrong}")
     if freeze:
@@ -304,10 +319,12 @@ def bench_command(
 
 
 def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
-    from gramian.inspection import inspect
+    from gramian.remedies import inspect
 
     found = _with_task(model, task)
     if found is None:
+        if options.get("verify"):
+            raise InputError(f"--verify trains on data, and {model} is a file: add --task")
         return inspect(model, **options)
     network, its_task = found
     return inspect(network, its_task.batches(), its_task.objective, title=model, **options)

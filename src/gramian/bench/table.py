@@ -24,6 +24,7 @@ BENCHES: dict[str, str] = {
     "optim": "gramian.bench.optim",
     "rates": "gramian.bench.rates",
     "faults": "gramian.bench.faults",
+    "remedies": "gramian.bench.faults.remedies",
 }
 """Name on the command line: module with `rows(repeats, only, tell, **options) -> Iterator[Row]`."""
 

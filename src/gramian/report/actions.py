@@ -29,9 +29,41 @@ ACTIONS: dict[str, str] = {
     "compress": "plan = gm.compress(model, batches=batches, objective=objective)\nsmall = plan.at(keep={keep}).apply()",
     "inspect_files": "gramian inspect {model}\ngramian inspect {other}",
     "extract_lora": "gramian inspect {model} --against {other} --extract-lora {rank}",
+    # Cures, which `gramian.remedies` performs by this very code on copies of what the names stand for.
+    "reset": "gm.init.reset_(model, {names})",
+    "reset_to_size": "gm.init.reset_(model, {names}, size={size})",
+    "reset_all": "gm.init.reset_(model)",
+    "rescale": "model.get_parameter({name}).data.mul_({factor})",
+    "zero_non_finite": "for p in model.parameters():\n    p.data.nan_to_num_(0.0, 0.0, 0.0)",
+    "fill_with_ones": "for name in {names}:\n    torch.nn.init.ones_(model.get_parameter(name))",
+    "rectify": "for name in {names}:\n    model.set_submodule(name, torch.nn.ReLU())\n"
+    "gm.init.isometric_(model, next(iter(batches)))",
+    "remove": "model.set_submodule({module}, torch.nn.Identity())",
+    "set": "for name in {names}:\n    model.get_submodule(name).{attribute} = {value}",
+    "unshare": "import copy\n\nmodel.set_submodule(\n    {module}, torch.nn.ModuleList(copy.deepcopy(m) for m in "
+    'model.get_submodule({module}))\n)\nknown = {{p for group in optimizer.param_groups for p in group["params"]}}\n'
+    'optimizer.add_param_group({{"params": [p for p in model.parameters() if p not in known]}})',
+    "unfreeze": "model.requires_grad_(True)",
+    "train_mode": "model.train()",
+    "update_statistics": "torch.optim.swa_utils.update_bn(batches, model)",
+    "set_norm_momentum": "for name in {names}:\n    model.get_submodule(name).momentum = {momentum}\n"
+    "torch.optim.swa_utils.update_bn(batches, model)",
+    "standardize": "std, mean = torch.std_mean(torch.cat([batch[0] for batch in batches]), 0)\n"
+    "std = std.clamp(min=std.median())\n"
+    "model.register_forward_pre_hook(lambda _, args: ((args[0] - mean.to(args[0])) / std.to(args[0]), *args[1:]))",
+    "replace_non_finite": "model.register_forward_pre_hook("
+    "lambda _, args: (args[0].nan_to_num(0.0, 0.0, 0.0), *args[1:]))",
+    "shift_labels": "batches = [(x, y - {by}) for x, y in batches]",
+    "add_to_optimizer": 'known = {{p for group in optimizer.param_groups for p in group["params"]}}\n'
+    'optimizer.add_param_group({{"params": [p for p in model.parameters() if p not in known]}})',
+    "set_zero_rates": 'for group in optimizer.param_groups:\n    group["lr"] = group["lr"] or {rate}',
+    "scale_rate": 'for group in optimizer.param_groups:\n    group["lr"] *= {factor}',
+    "set_momentum": 'for group in optimizer.param_groups:\n    group["momentum"] = {momentum}',
+    "set_beta1": 'for group in optimizer.param_groups:\n    group["betas"] = ({beta1}, group["betas"][1])',
+    "set_weight_decay": 'for group in optimizer.param_groups:\n    group["weight_decay"] = {decay}',
 }
 
-Argument = str | int | float | bool
+Argument = str | int | float | bool | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -61,9 +93,15 @@ class Action:
                 f"action {self.name}: expected the arguments {', '.join(wanted) or '(none)'}; "
                 f"got {', '.join(self.arguments) or '(none)'}."
             )
+        # JSON has lists and no tuples.
+        tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in self.arguments.items()}
+        object.__setattr__(self, "arguments", tuples)
         for key, value in self.arguments.items():
-            if not isinstance(value, str | int | float) or (key == "attribute" and not str(value).isidentifier()):
-                kind = "the name of an attribute" if key == "attribute" else "a word or a number"
+            words = isinstance(value, tuple) and all(isinstance(word, str) for word in value)
+            if not (words or isinstance(value, str | int | float)) or (
+                key == "attribute" and not str(value).isidentifier()
+            ):
+                kind = "the name of an attribute" if key == "attribute" else "a word, a number or a list of words"
                 raise InputError(f"action {self.name}: expected {key} to be {kind}, got {value!r}.")
 
     @property
@@ -84,7 +122,9 @@ class Action:
         if key == "attribute":
             return str(value)
         # JSON's quotes, then Python's escapes for what would act on a terminal: what is shown is what runs.
-        return visible(json.dumps(value, ensure_ascii=False)) if isinstance(value, str) else repr(value)
+        if not isinstance(value, str | tuple):
+            return repr(value)
+        return visible(json.dumps(value, ensure_ascii=False))
 
 
 def parameters(name: str) -> list[str]:

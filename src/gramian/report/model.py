@@ -27,6 +27,47 @@ Status = Literal["good", "warning", "bad"]
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """What a remedy was seen to do: a few training steps on copies, with and without it.
+
+    Args:
+        steps: before the losses are compared.
+        seeds: number of rehearsals, of different random states and orders of the batches.
+        before, after: loss after the steps in evaluation mode, without and with the remedy, the mean over the seeds;
+            NaN or infinite where the training fails.
+        before_spread, after_spread: standard deviation over the seeds.
+        is_gone: whether the finding is gone when the copy with the remedy is diagnosed.
+        note: what else the remedy does, such as the loss of trained weights.
+
+    >>> print(Rehearsal(50, 2, 2.3, 0.412, 0.01, 0.02, is_gone=True).told)
+    loss after 50 steps 2.3 ± 0.01 → 0.412 ± 0.02 (2 seeds); the finding is gone
+    """
+
+    steps: int
+    seeds: int
+    before: float
+    after: float
+    before_spread: float = 0.0
+    after_spread: float = 0.0
+    is_gone: bool = False
+    note: str = ""
+
+    @property
+    def told(self) -> str:
+        """The rehearsal in one line."""
+        many = self.seeds > 1
+        losses = [
+            f"{mean:.3g}" + (f" ± {spread:.1g}" if many and spread > 0 else "")
+            for mean, spread in ((self.before, self.before_spread), (self.after, self.after_spread))
+        ]
+        seeds = f" ({self.seeds} seeds)" if many else ""
+        gone = "the finding is gone" if self.is_gone else "the finding remains"
+        when = f"after {self.steps} steps" if self.steps else "before any step"
+        line = f"loss {when} {' → '.join(losses)}{seeds}; {gone}"
+        return f"{line}. {self.note}" if self.note else line
+
+
+@dataclass(frozen=True)
 class Finding:
     """One problem, or one fact worth knowing: where it is, how large, why it happens, and what to do.
 
@@ -41,6 +82,7 @@ class Finding:
         advice: what to do that no code performs, or what to consider beside the action.
         source: the paper behind the rule.
         follows: the code of the finding that this one follows from; empty for a cause.
+        rehearsal: what the action was seen to do, where it was verified.
 
     >>> Finding("gain-below-one", "error", "Gradients vanish", action=Action("isometric_")).remedy
     'gm.init.isometric_(model, next(iter(batches)))'
@@ -56,6 +98,7 @@ class Finding:
     advice: str = ""
     source: str = ""
     follows: str = ""
+    rehearsal: Rehearsal | None = None
 
     @property
     def remedy(self) -> str:

@@ -15,7 +15,7 @@ from gramian.errors import InputError, UnsupportedError
 
 from .actions import ACTIONS, Action
 from .files import check_target, write_text
-from .model import SEVERITIES, Direction, Finding, Layer, Place, Report
+from .model import SEVERITIES, Direction, Finding, Layer, Place, Rehearsal, Report
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
@@ -121,11 +121,20 @@ def _record(cls: type[Record], row: Mapping[str, Any]) -> Record:
     elif values["severity"] not in SEVERITIES:
         raise ValueError(f"severity {values['severity']!r}")
     else:
+        rehearsal = values.get("rehearsal")
+        values["rehearsal"] = None if rehearsal is None else _rehearsal(rehearsal)
         values["action"] = _action(values.get("action"))
         if values["action"] is None and not values.get("advice"):
             # A file from before there were actions, or with an action of a later version: keep its text.
             values["advice"] = str(row.get("remedy", ""))
     return cls(**values)
+
+
+def _rehearsal(row: Mapping[str, Any]) -> Rehearsal:
+    """Return the rehearsal of a file; a loss that was not finite comes back as NaN."""
+    known = {f.name for f in fields(Rehearsal)}
+    values: dict[str, Any] = {key: math.nan if value is None else value for key, value in row.items() if key in known}
+    return Rehearsal(**values)
 
 
 def _action(row: Mapping[str, Any] | None) -> Action | None:

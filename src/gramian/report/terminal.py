@@ -128,6 +128,8 @@ class FindingsView:
             rows = [(field, Text(spell(getattr(finding, field)))) for field in ("where", "evidence", "cause")]
             code = Text(spell.lines(_typed(finding.action, options.max_width)), "cyan") if finding.action else Text()
             rows += [("remedy", code), ("" if code else "remedy", Text(spell.lines(finding.advice)))]
+            if finding.rehearsal:
+                rows.append(("verified", Text(spell(finding.rehearsal.told))))
             if self.verbose:
                 rows.append(("source", Text(spell(finding.source))))
             for field, text in rows:

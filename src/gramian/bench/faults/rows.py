@@ -15,7 +15,7 @@ from gramian.bench.faults.verification import Harm, frozen, keep, verify
 from gramian.bench.table import Goal, Measurement, Row, Tell
 from gramian.errors import InputError, some
 
-__all__ = ["LIST", "freeze", "rows"]
+__all__ = ["LIST", "freeze", "rows", "share", "verified_cases"]
 
 LIST = Path("benchmarks/faults/cases.json")
 """The list of verified cases, from the root of the repository."""
@@ -60,11 +60,7 @@ def rows(
     seeds = seeds or every
     diagnosers = {diagnose: diagnose} if diagnose else {name: at for name, at in DIAGNOSERS.items() if only in name}
     loaded = {name: load(at) for name, at in diagnosers.items()}
-    harms = [
-        harm
-        for harm in _verified(cases, seeds, kinds, architectures, tell)
-        if harm.seed in seeds and harm.kind in kinds and harm.architecture in architectures
-    ]
+    harms = verified_cases(cases, seeds, kinds, architectures, tell)
     # A kind's options make another twin: deeper, without norms, with another optimizer.
     healthy = {
         (harm.architecture, harm.seed, KINDS[harm.kind].options)
@@ -92,31 +88,37 @@ def freeze(tell: Tell, *, held_out: bool = False, cases: Path | None = None) -> 
     return path
 
 
-def _verified(
+def verified_cases(
     cases: Path | None, seeds: Sequence[int], kinds: Sequence[str], architectures: Sequence[str], tell: Tell
 ) -> list[Harm]:
-    if cases is not None or LIST.is_file():
-        return frozen(cases or LIST)
-    tell("no list of cases here: training each case and its twin")
-    return [harm for harm in verify(candidates(seeds, kinds, architectures)) if harm.valid]
+    """The cases of these seeds, kinds and architectures that count, from the list; trained where there is none."""
+    if cases is None and not LIST.is_file():
+        tell("no list of cases here: training each case and its twin")
+        return [harm for harm in verify(candidates(seeds, kinds, architectures)) if harm.valid]
+    return [
+        harm
+        for harm in frozen(cases or LIST)
+        if harm.seed in seeds and harm.kind in kinds and harm.architecture in architectures
+    ]
 
 
-def _share(count: int, of: int) -> str:
+def share(count: int, of: int) -> str:
+    """A count as a share in percent, with Wilson's interval."""
     low, high = wilson(count, of)
     return f"{count} of {of}: {100 * count / max(of, 1):.1f} % ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def _overall(name: str, table: Table, false: tuple[int, int], broken: int, *, goals: bool) -> Row:
     counts = {what: table.count(what) for what in SCORES}
-    found = [Measurement(SCORES[what], None, None, _share(*count)) for what, count in counts.items()]
-    found.append(Measurement("false alarms on healthy runs", None, None, _share(*false)))
+    found = [Measurement(SCORES[what], None, None, share(*count)) for what, count in counts.items()]
+    found.append(Measurement("false alarms on healthy runs", None, None, share(*false)))
     seconds = statistics.median([v.seconds for v in table.verdicts] or [0.0])
     found.append(Measurement("median time of a diagnosis", seconds))
-    share = {what: count / max(of, 1) for what, (count, of) in counts.items()}
+    part = {what: count / max(of, 1) for what, (count, of) in counts.items()}
     wanted = (
-        (Goal("right place and cause", ">=", 0.90), share["hit"]),
-        (Goal("ranked first", ">=", 0.85), share["first"]),
-        (Goal("misleading", "<=", 0.03), share["misleading"]),
+        (Goal("right place and cause", ">=", 0.90), part["hit"]),
+        (Goal("ranked first", ">=", 0.85), part["first"]),
+        (Goal("misleading", "<=", 0.03), part["misleading"]),
         (Goal("crashes, healthy runs included", "<=", 0), counts["crashed"][0] + broken),
         (Goal("false alarms", "<=", 0.02), false[0] / max(false[1], 1)),
     )
@@ -129,6 +131,6 @@ def _by(name: str, what: str, names: Sequence[str], table: Table) -> Row:
         hits, of = table.count("hit", **{what: each})
         first, misleading, crashed = (table.count(s, **{what: each})[0] for s in ("first", "misleading", "crashed"))
         if of:
-            remark = f"{_share(hits, of)}; first {first}, misleading {misleading}, crashed {crashed}"
+            remark = f"{share(hits, of)}; first {first}, misleading {misleading}, crashed {crashed}"
             found.append(Measurement(each, None, None, remark))
     return Row(f"{name}, by {what}", "hits", tuple(found))

@@ -19,7 +19,7 @@ from gramian.bench.faults.setup import Setup
 from gramian.errors import InputError
 from gramian.report.files import write_text
 
-__all__ = ["Harm", "fingerprint", "frozen", "harm_of", "keep", "verify"]
+__all__ = ["Harm", "fingerprint", "frozen", "harm_of", "keep", "trained", "verify"]
 
 ABOVE_CHANCE = 0.3
 CLEARLY = 0.15
@@ -59,7 +59,8 @@ class Harm:
         return Case(self.kind, self.architecture, self.seed)
 
 
-def _trained(setup: Setup, steps: int) -> tuple[float, str]:
+def trained(setup: Setup, steps: int) -> tuple[float, str]:
+    """The score after training, and the exception that ended it, or empty; then the score is that of chance."""
     try:
         setup.train(steps)
     except (RuntimeError, IndexError, ValueError) as error:  # as it would end the user's training
@@ -70,14 +71,14 @@ def _trained(setup: Setup, steps: int) -> tuple[float, str]:
 @lru_cache(maxsize=256)
 def _twin(architecture: str, seed: int, options: Options, steps: int) -> tuple[float, float]:
     setup = healthy(architecture, seed, options)
-    return setup.chance, _trained(setup, steps)[0]
+    return setup.chance, trained(setup, steps)[0]
 
 
 def harm_of(case: Case) -> Harm:
     """Train a case and its twin, and score both."""
     kind = KINDS[case.kind]
     chance, twin = _twin(case.architecture, case.seed, kind.options, kind.trained + kind.steps)
-    faulty, failed = _trained(case.build(), kind.steps)
+    faulty, failed = trained(case.build(), kind.steps)
     return Harm(case.kind, case.architecture, case.seed, round(chance, 4), round(twin, 4), round(faulty, 4), failed)
 
 

@@ -1,0 +1,103 @@
+"""`gm.inspect`: a diagnosis, and on request its remedies, verified."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from gramian.calls import as_model
+from gramian.errors import InputError, UnsupportedError
+from gramian.inspection import inspect as diagnose
+from gramian.loader import Batches, as_batches, first_few
+from gramian.objective import Objective
+from gramian.placement import is_distributed
+from gramian.remedies.performing import Setting
+from gramian.remedies.verifying import verified
+from gramian.report import Report
+
+__all__ = ["inspect"]
+
+# Batches that are kept for rehearsals.
+NUM_BATCHES = 16
+
+
+def inspect(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    batches: Batches | None = None,
+    objective: Objective | Callable | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+    verify: bool = False,
+    quick: bool = False,
+    layouts: Mapping[str, Any] | None = None,
+    input_size: tuple[int, int] = (32, 32),
+    title: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Diagnose a network from its matrices: what is wrong, how sure that is, why, and what to do.
+
+    Without data the report has the singular values of every weight matrix and what follows from them. With `batches`
+    and an `objective` it also has the size of activations and gradients by depth, the gain χ of each layer with its
+    standard error, how much samples still differ at each depth, and the end-to-end Jacobian's singular values.
+
+    A few training steps are watched in the mode in which the model is trained, without taking them. Second moments,
+    gains and the Jacobian are measured without dropout, and with the statistics of the batch in batch norms. The model
+    is left as it was. A file is read one tensor at a time. Under `torchrun`
+    the ranks divide the tensors between them by cost, and every rank returns the whole report.
+
+    With `verify` the remedies of errors and warnings are tried on copies of the model and the optimizer, each followed
+    by 50 training steps with and without it; those that do not help are not offered, and more kinds of findings get a
+    remedy (see docs/inspect.md). The lines that are offered may name `model`, `batches`, `sample` (the first batch),
+    `objective` and `optimizer`.
+
+    Args:
+        model_or_path: a module; or a `.safetensors` file, a Hugging Face folder, or a `.pt` state dict, of which
+            nothing is executed.
+        batches: a `DataLoader`, a list or another iterable of batches, which is read once; see docs/objectives.md. The
+            first batch also serves for the gains and the Jacobian, and up to 16 for rehearsals.
+        objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean`.
+        optimizer: made for this model. Its settings are judged, and a few of its steps are taken on a copy of both.
+        verify: whether to try the remedies.
+        quick: compute norms, stable rank and energy ranks with error bounds, from a few products, and not all singular
+            values.
+        layouts: the matrices in a tensor, by name pattern, for architectures that are not in the table of layers.
+        input_size: height and width of the images for which convolutions' operator norms are computed.
+        title: of the report.
+        progress: called as `progress(what, done, total)`.
+
+    Returns: a `Report`, with `.findings`, `.layers`, `.save("x.html")` and `.to_json()`.
+    Raises:
+        InputError: batches without an objective or the reverse, or data for a file; `verify` without data.
+        UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run); `verify` on
+            several ranks.
+        CheckpointError: the file is missing, damaged, or would run code.
+    Cost: that of `describe` for each matrix; with data, four training steps, a pass of `capture`, one backward pass,
+        and a Jacobian of 8 samples; with an optimizer, seven steps and a copy of both. Memory: for a file, one tensor
+        and a few matrices of its smaller side. With `verify`, 100 training steps, and 50 to 500 and a second diagnosis
+        for each finding, with two copies of the model and of the optimizer for each action that is tried.
+    Source: this library's own; each finding names the source of its rule.
+
+    >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
+    >>> report.verdict, report.layers[0].shape
+    ('No trouble found in 2 layers.', (8, 8))
+    """
+    options: dict[str, Any] = {"optimizer": optimizer, "quick": quick, "layouts": layouts, "input_size": input_size}
+    options |= {"title": title, "progress": progress}
+    if not verify:
+        return diagnose(model_or_path, batches, objective, **options)
+    if batches is None or objective is None:
+        raise InputError("inspect: remedies are verified by training; pass batches and an objective with verify=True")
+    if is_distributed():
+        raise UnsupportedError("inspect: remedies are verified in one process; run it without torchrun")
+    few, batches = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
+    report = diagnose(model_or_path, batches, objective, **options)
+    setting = Setting(as_model(model_or_path, "inspect"), few, objective, optimizer)
+    try:
+        return verified(report, setting, progress=progress)
+    except Exception as error:  # a model or an optimizer that cannot be copied
+        report.notes.append(f"Remedies were not verified: {type(error).__name__}: {error}.")
+        return report

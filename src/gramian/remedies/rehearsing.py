@@ -1,0 +1,110 @@
+"""A rehearsal: some training steps on copies, and the loss on the way."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from gramian.objective import Objective, as_objective
+from gramian.recording.measuring import eager, evaluating
+from gramian.remedies.performing import Setting
+
+__all__ = ["MOMENTS", "rehearse"]
+
+# Steps after which the loss is measured: faults of a trained network show at once, small networks overcome some others.
+MOMENTS = (0, 12, 50)
+
+# From so many batches on, the last quarter is held out, and the loss is measured there.
+HELD_OUT = 4
+
+FAILURES = (RuntimeError, ValueError, IndexError, ArithmeticError)
+
+
+def rehearse(setting: Setting, *, moments: Sequence[int] = MOMENTS, seed: int = 0) -> list[float]:
+    """Train a copy for a few steps, and return its loss in evaluation mode after so many of them.
+
+    The loss is measured on the last quarter of the batches, which are not trained on, where there are at least four;
+    on all of them where there are fewer. The model trains in the mode in which it is; one that is in evaluation mode as
+    a whole and has no optimizer is set to training.
+
+    Args:
+        setting: left as it is: the model, its optimizer, the random state. Without an optimizer, AdamW at torch's
+            default rate is taken.
+        moments: numbers of steps, increasing.
+        seed: of the random state; the batches are used in their order for 0, and in a random order for others.
+
+    Returns:
+        The mean loss over units at each moment; infinity where training or evaluation raises or gives what is not
+        finite.
+
+    Raises: nothing of its own.
+
+    Cost: the training steps, a copy of the model and optimizer, and an evaluation at each moment.
+    Source: this library's own.
+
+    >>> torch.manual_seed(0) and None
+    >>> x = torch.randn(8, 4)
+    >>> net = nn.Linear(4, 2)
+    >>> setting = Setting(net, [(x, x[:, :2])], Objective.regression(), torch.optim.SGD(net.parameters(), 0.1))
+    >>> first, last = rehearse(setting, moments=(0, 20))
+    >>> last < first
+    True
+    """
+    objective = as_objective(setting.objective)
+    num_held = len(setting.batches) // 4 if len(setting.batches) >= HELD_OUT else 0
+    used = setting.batches[: len(setting.batches) - num_held]
+    held = setting.batches[len(used) :] or used
+    model, optimizer = copy.deepcopy((setting.model, setting.optimizer))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if optimizer is None and trainable:
+        optimizer = AdamW(trainable)
+        if not model.training:
+            model.train()
+    if optimizer is None:
+        return [loss_of(model, held, objective)] * len(moments)
+    order = torch.Generator().manual_seed(seed)
+    losses = [loss_of(model, held, objective)] if 0 in moments else []
+    with random_state(model, seed), eager(), torch.enable_grad():
+        try:
+            for step in range(max(moments)):
+                if step % len(used) == 0 and seed:
+                    used = [used[i] for i in torch.randperm(len(used), generator=order).tolist()]
+                optimizer.zero_grad()
+                total, units = objective.loss(model, used[step % len(used)])
+                (total / units).backward()
+                optimizer.step()
+                if step + 1 in moments:
+                    losses.append(loss_of(model, held, objective))
+        except FAILURES:  # as it would end the user's training
+            pass
+    return losses + [math.inf] * (len(moments) - len(losses))
+
+
+def loss_of(model: nn.Module, batches: Sequence[Any], objective: Objective) -> float:
+    """The mean loss over units in evaluation mode; infinity where there is none."""
+    total, units = 0.0, 0.0
+    with evaluating(model), torch.no_grad():
+        try:
+            for batch in batches:
+                loss, count = objective.loss(model, batch)
+                total, units = total + float(loss), units + float(count)
+        except FAILURES:
+            return math.inf
+    mean = total / units if units else math.inf
+    return mean if math.isfinite(mean) else math.inf
+
+
+@contextmanager
+def random_state(model: nn.Module, seed: int) -> Iterator[None]:
+    """A context with the global random state seeded; then it is what it was."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield

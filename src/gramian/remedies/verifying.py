@@ -1,0 +1,260 @@
+"""Verification: each finding keeps the action that was seen to help, and loses the one that was not."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.errors import GramianError, GramianWarning, some
+from gramian.init import signs_of_training
+from gramian.inspection import inspect
+from gramian.remedies.performing import Setting, perform
+from gramian.remedies.proposals import proposals
+from gramian.remedies.rehearsing import MOMENTS, random_state, rehearse
+from gramian.report import Action, Finding, Rehearsal, Report
+
+__all__ = ["NUM_SEEDS", "verified"]
+
+NUM_SEEDS = 2
+
+# A remedy helps if it lowers the loss by this share of it, in each pair of rehearsals that have the same seed.
+SHARE = 0.05
+
+# Among candidates whose losses differ by less than this share, the earlier one, which loses less, is taken.
+SIMILAR = 0.1
+
+# Cosine of the angle between a parameter before and after, below which what it had learned counts as lost.
+KEPT = 0.99
+
+
+@dataclass
+class _Tried:
+    """A candidate: its action, the setting after it, and the losses of a rehearsal."""
+
+    action: Action
+    setting: Setting
+    losses: list[float]
+    start: Setting
+
+    @property
+    def last(self) -> float:
+        return self.losses[-1]
+
+    @cached_property
+    def codes(self) -> set[str] | None:
+        """Codes of the errors and warnings of a diagnosis after the action; `None` where it fails."""
+        seen = _as_received(self.setting, self.start)
+        try:
+            found = inspect(seen.model, seen.batches, seen.objective, optimizer=seen.optimizer, quick=True).findings
+        except Exception:  # a network that cannot be diagnosed is not known to be cured
+            return None
+        return {f.code for f in found if f.severity != "info"}
+
+    def removes(self, finding: Finding) -> bool:
+        return self.codes is not None and finding.code not in self.codes
+
+
+@dataclass
+class _State:
+    """What the remedies that were offered so far have made: the setting, the losses, and the findings that are left."""
+
+    setting: Setting
+    losses: list[list[float]]
+    offered: list[str] = field(default_factory=list)
+    codes: set[str] | None = None
+
+
+def verified(
+    report: Report,
+    setting: Setting,
+    *,
+    moments: Sequence[int] = MOMENTS,
+    num_seeds: int = NUM_SEEDS,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Try the remedies of a report's errors and warnings on copies, and offer those that help.
+
+    For each finding, the actions of `proposals` are performed on copies of the model and the optimizer, each followed
+    by a rehearsal: some training steps from the same random state, on the same batches, at the same rate. The action
+    with the lowest loss that removes the finding is rehearsed with another seed. It is offered where the loss in
+    evaluation mode is lower than without it by 5 % at one of the moments, with each seed, and not higher at the last,
+    and where the finding is gone when the copy is diagnosed. Findings are taken in their order, each on top of the
+    remedies that were offered for those before it: what is gone already with these gets no remedy of its own.
+
+    Args:
+        report: of `inspect`.
+        setting: what it reports on. The model, its optimizer, the batches and the random state are left as they are.
+        moments: numbers of steps after which losses are compared; the last is the length of a rehearsal.
+        num_seeds: rehearsals of the best candidate and of the training without it.
+        progress: called as `progress(what, done, total)`.
+
+    Returns:
+        A report whose findings have an action and a `rehearsal` where the action helps; where none does, no action, and
+        advice that says so. Findings that no code can cure are as they were.
+
+    Raises: nothing of its own.
+
+    Cost: a rehearsal for each candidate (1 to 9 for a finding), and `num_seeds` and a diagnosis for the best. Accuracy:
+        measured by `gramian bench remedies`, see docs/inspect.md.
+    Source: this library's own.
+
+    >>> from torch import nn
+    >>> from gramian.objective import Objective
+    >>> net, x = nn.Linear(4, 2), torch.randn(16, 4)
+    >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.999)
+    >>> setting = Setting(net, [(x, x[:, :2])], Objective.regression(), sgd)
+    >>> found = Report("net", [Finding("momentum-too-high", "warning", "A momentum of 0.999")])
+    >>> verified(found, setting, moments=(50,)).findings[0].action.name
+    'set_momentum'
+    """
+    progress = progress or (lambda what, done, total: None)
+    asked = [(finding, proposals(finding, setting)) for finding in report.findings]
+    total, done = sum(bool(actions) for _, actions in asked), 0
+    trained = {sign.name for sign in signs_of_training(setting.model)} if total else set()
+    losses = [rehearse(setting, moments=moments, seed=seed) for seed in range(num_seeds)] if total else []
+    state, kept = _State(setting, losses), []
+    for finding, actions in asked:
+        if actions and state.codes is not None and finding.code not in state.codes:
+            line = f"It is gone with the remedy for {', '.join(state.offered)}."
+            finding = replace(finding, action=None, advice=f"{finding.advice} {line}".strip())
+        elif actions:
+            progress("remedies", done, total)
+            finding = _verified(finding, actions, state, setting, trained, moments)
+        done += bool(actions)
+        kept.append(finding)
+    progress("remedies", 1, 1)
+    if total:
+        note = f"Remedies were tried on copies, by {max(moments)} training steps with and without each"
+        used = "the given optimizer" if setting.optimizer is not None else "AdamW at a rate of 0.001"
+        report = replace(report, notes=[*report.notes, f"{note}, with {used}."])
+    return replace(report, findings=kept)
+
+
+def _verified(
+    finding: Finding,
+    actions: Sequence[Action],
+    state: _State,
+    start: Setting,
+    trained: set[str],
+    moments: Sequence[int],
+) -> Finding:
+    """The finding with the action that helps on top of what was offered before; the state then moves on."""
+    tried, failures = [], {}
+    for action in actions:
+        try:
+            with warnings.catch_warnings(), random_state(state.setting.model, 0):
+                warnings.simplefilter("ignore", GramianWarning)  # it warns when the user performs it
+                changed = perform(action, state.setting.copied())
+            tried.append(_Tried(action, changed, rehearse(changed, moments=moments), start))
+        except Exception as error:  # the action does not fit this model; that is said
+            failures[action.code] = _in_words(error)
+    if not tried:
+        return _not_helped(finding, actions[0], next(iter(failures.values())))
+    best = _best(finding, tried)
+    after = [best.losses]
+    after += [rehearse(best.setting, moments=moments, seed=seed) for seed in range(1, len(state.losses))]
+    pairs = [[(old[i], new[i]) for old, new in zip(state.losses, after, strict=True)] for i in range(len(moments))]
+    last = len(moments) - 1
+    moment = next((i for i in reversed(range(len(moments))) if _is_lower(pairs[i])), last)
+    helps = _is_lower(pairs[moment]) and not _is_higher(pairs[last])
+    moment = moment if helps else last
+    notes = [f"Together with the remedy for {', '.join(state.offered)}."] if state.offered else []
+    notes += _lost(state.setting, best.setting, trained)
+    before, now = zip(*pairs[moment], strict=True)
+    shown = Rehearsal(
+        moments[moment],
+        len(after),
+        fmean(before),
+        fmean(now),
+        _spread(before),
+        _spread(now),
+        is_gone=best.removes(finding),
+        note=" ".join(notes),
+    )
+    if not (helps and shown.is_gone):
+        return _not_helped(finding, best.action, shown.told)
+    state.setting, state.losses, state.codes = best.setting, after, best.codes
+    state.offered.append(finding.code)
+    return replace(finding, action=best.action, rehearsal=shown)
+
+
+def _best(finding: Finding, tried: Sequence[_Tried]) -> _Tried:
+    """The candidate to offer.
+
+    Among those that remove the finding, the first whose loss is near the least of them; where none does, the one of
+    least loss.
+    """
+    by_loss = sorted(tried, key=lambda one: one.last)
+    least = next((one for one in by_loss if one.removes(finding)), None)
+    if least is None:
+        return by_loss[0]
+    earlier = tried[: tried.index(least)]
+    return next((one for one in earlier if one.last <= least.last * (1 + SIMILAR) and one.removes(finding)), least)
+
+
+def _is_lower(pairs: Sequence[tuple[float, float]]) -> bool:
+    """Whether the loss is clearly lower with the remedy, in every pair of rehearsals of one seed."""
+    return all(
+        math.isfinite(now) and (math.isinf(before) or now < before - SHARE * abs(before)) for before, now in pairs
+    )
+
+
+def _is_higher(pairs: Sequence[tuple[float, float]]) -> bool:
+    """Whether the mean loss is clearly higher with it."""
+    before, now = (fmean(losses) for losses in zip(*pairs, strict=True))
+    return not now <= before + SHARE * abs(before)
+
+
+def _not_helped(finding: Finding, action: Action, why: str) -> Finding:
+    line = f"Tried on a copy, and did not help: {' '.join(action.code.split())} ({why})."
+    return replace(finding, action=None, advice=f"{finding.advice} {line}".strip())
+
+
+def _as_received(setting: Setting, before: Setting) -> Setting:
+    """The same, the remedy's hooks on inputs being applied to the batches, so that rules see what the network gets."""
+    added = [key for key in setting.model._forward_pre_hooks if key not in before.model._forward_pre_hooks]
+    if not added:
+        return setting
+    setting = setting.copied()
+    hooks = setting.model._forward_pre_hooks
+    batches: list[Any] = list(setting.batches)
+    for key in added:
+        hook = hooks.pop(key)
+        batches = [(*hook(setting.model, (batch[0],)), *batch[1:]) for batch in batches]
+    return replace(setting, batches=batches)
+
+
+def _lost(before: Setting, after: Setting, trained: set[str]) -> list[str]:
+    """What is said of trained weights that the action replaces; nothing where it replaces none."""
+    parameters = dict(after.model.named_parameters())
+    lost = [
+        name
+        for name, p in before.model.named_parameters()
+        if name in trained and (name not in parameters or not _is_kept(p.detach(), parameters[name].detach()))
+    ]
+    return [f"It replaces trained weights, whose learning is lost: {some(lost)}."] if lost else []
+
+
+def _is_kept(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    a, b = one.flatten().double().nan_to_num(), other.flatten().double().nan_to_num()
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > KEPT
+
+
+def _spread(losses: Sequence[float]) -> float:
+    return pstdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else 0.0
+
+
+def _in_words(error: Exception) -> str:
+    lines = str(error).splitlines()
+    kind = "" if isinstance(error, GramianError) else f"{type(error).__name__}: "
+    return kind + (lines[0].rstrip(".") if lines else "no message")
