@@ -279,7 +279,7 @@ def test_verification_needs_data():
 
 def test_a_command_line_is_not_performed():
     with pytest.raises(InputError, match="no cure that can be tried"):
-        perform(Action("inspect_file"), setting())
+        perform(Action("extract_lora", {"model": "a", "other": "b", "rank": 1}), setting())
 
 
 def test_reset_draws_at_the_size_of_the_siblings_and_leaves_the_others():

@@ -91,7 +91,10 @@ def test_commands_name_options_that_exist(name: str):
     assert {word for word in words if word.startswith("-")} <= options
 
 
-@pytest.mark.parametrize("name", [name for name in ACTIONS if not action(name).is_command and name != "tie"])
+RUN = [name for name in ACTIONS if not action(name).is_command and name not in ("tie", *CURES)]
+
+
+@pytest.mark.parametrize("name", RUN)
 @pytest.mark.parametrize("keys", [False, True], ids=["tuples", "dicts"])
 def test_the_line_runs_as_it_stands(name: str, keys: bool):
     """With what `gm.inspect` was given and nothing else; batches as tuples and as dicts."""

@@ -57,8 +57,8 @@ def inspect(
     Args:
         model_or_path: a module; or a `.safetensors` file, a Hugging Face folder, or a `.pt` state dict, of which
             nothing is executed.
-        batches: a `DataLoader`, a list or another iterable of batches, which is read once; see docs/objectives.md. The
-            first batch also serves for the gains and the Jacobian, and up to 16 for rehearsals.
+        batches: a `DataLoader`, a list or another iterable of batches, of which the first four are read, and with
+            `verify` up to 16; see docs/objectives.md. Most is measured on the first.
         objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean`.
         optimizer: made for this model. Its settings are judged, and a few of its steps are taken on a copy of both.
         verify: whether to try the remedies.
@@ -75,9 +75,8 @@ def inspect(
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run); `verify` on
             several ranks.
         CheckpointError: the file is missing, damaged, or would run code.
-    Cost: that of `describe` for each matrix; with data, four training steps, a pass of `capture`, one backward pass,
-        and a Jacobian of 8 samples; with an optimizer, seven steps and a copy of both. Memory: for a file, one tensor
-        and a few matrices of its smaller side. With `verify`, 100 training steps, and 50 to 500 and a second diagnosis
+    Cost: the singular values of each matrix; with data, some 10 to 20 training steps, and with an optimizer six more
+        and a copy of both. Memory: for a file, one tensor and a few matrices of its smaller side. With `verify`, 100 training steps, and 50 to 500 and a second diagnosis
         for each finding, with two copies of the model and of the optimizer for each action that is tried.
     Source: this library's own; each finding names the source of its rule.
 
@@ -93,8 +92,8 @@ def inspect(
         raise InputError("inspect: remedies are verified by training; pass batches and an objective with verify=True")
     if is_distributed():
         raise UnsupportedError("inspect: remedies are verified in one process; run it without torchrun")
-    few, batches = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
-    report = diagnose(model_or_path, batches, objective, **options)
+    few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
+    report = diagnose(model_or_path, few, objective, **options)
     setting = Setting(as_model(model_or_path, "inspect"), few, objective, optimizer)
     try:
         return verified(report, setting, progress=progress)
