@@ -76,8 +76,9 @@ def inspect(
             several ranks.
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: the singular values of each matrix; with data, some 10 to 20 training steps, and with an optimizer six more
-        and a copy of both. Memory: for a file, one tensor and a few matrices of its smaller side. With `verify`, 100 training steps, and 50 to 500 and a second diagnosis
-        for each finding, with two copies of the model and of the optimizer for each action that is tried.
+        and a copy of both. Memory: for a file, one tensor and a few matrices of its smaller side. With `verify`, 100
+        training steps, and 50 to 500 and a second diagnosis for each finding, with two copies of the model and of the
+        optimizer for each action that is tried.
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
