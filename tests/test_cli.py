@@ -459,7 +459,7 @@ def test_an_error_leaves_no_spinner_behind(tmp_path, capfd, monkeypatch):
         progress("spectra", 1, 3)
         raise gm.errors.InputError("no more")
 
-    monkeypatch.setattr("gramian.inspection.inspect", fails)
+    monkeypatch.setattr("gramian.remedies.inspect", fails)
     assert main(["inspect", str(tmp_path / "m.safetensors")]) == 2
     assert capfd.readouterr().err == "gramian: no more\n"
 

@@ -82,11 +82,13 @@ def inspect(
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
-    >>> report.verdict, report.layers[0].shape
+    >>> report.outcome, report.layers[0].shape
     ('No trouble found in 2 layers.', (8, 8))
     """
     options: dict[str, Any] = {"optimizer": optimizer, "quick": quick, "layouts": layouts, "input_size": input_size}
     options |= {"title": title, "progress": progress}
+    if not isinstance(model_or_path, (str, os.PathLike)):
+        model_or_path = as_model(model_or_path, "inspect")
     if not verify:
         return diagnose(model_or_path, batches, objective, **options)
     if batches is None or objective is None:
