@@ -88,7 +88,7 @@ class Inspector:
     >>> inspector(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), step=0)
     {'inspect/errors': 0.0, 'inspect/warnings': 0.0}
     >>> inspector.reports[0].outcome
-    'No trouble found in 2 layers.'
+    'No trouble found in 2 layers. Looked at: weights.'
     """
 
     def __init__(

@@ -83,7 +83,7 @@ def inspect(
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
     >>> report.outcome, report.layers[0].shape
-    ('No trouble found in 2 layers.', (8, 8))
+    ('No trouble found in 2 layers. Looked at: weights.', (8, 8))
     """
     options: dict[str, Any] = {"optimizer": optimizer, "quick": quick, "layouts": layouts, "input_size": input_size}
     options |= {"title": title, "progress": progress}
