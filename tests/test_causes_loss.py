@@ -296,3 +296,125 @@ def test_a_branch_on_the_mode_is_told() -> None:
     assert "modes-disagree" in found(averaged(Branch(40.0)), data("classes"), CLASSIFY)
     assert not found(averaged(Branch(1.0)), data("classes"), CLASSIFY)
     assert not found(Branch(1.0), data("classes"), CLASSIFY)  # statistics that have not settled
+
+
+# ---- what users make and lists of faults forget ----------------------------------------------------------------------
+
+
+def test_layers_in_a_python_list_are_not_the_models() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.layers = nn.Linear(WIDTH, 32), [nn.Linear(32, 32) for _ in range(2)]
+            self.head = nn.Linear(32, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for layer in self.layers:
+                x = F.relu(layer(x))
+            return self.head(x)
+
+    serious = found(Hidden(), data("classes"), CLASSIFY)
+    assert next(iter(serious)) == "parameter-unregistered"
+    assert "4 parameters" in serious["parameter-unregistered"].title
+
+
+def test_all_frozen() -> None:
+    finding = found(net().requires_grad_(False), data("classes"), CLASSIFY)["parameter-frozen"]
+    assert finding.severity == "error"
+
+
+def test_a_training_step_that_fails_is_no_clean_verdict() -> None:
+    batches = [(x[:1], y[:1]) for x, y in data("classes")]
+    assert "training-fails" in found(net(norm=nn.BatchNorm1d(64)), batches, CLASSIFY)
+
+
+def test_a_softmax_over_one_value() -> None:
+    serious = found(net(1, nn.Softmax(1)), data("number"), loss(lambda s, y: F.mse_loss(s.squeeze(-1), y)))
+    assert next(iter(serious)) in ("softmax-single-value", "output-range")
+    assert "softmax-single-value" in serious
+
+
+def test_labels_that_are_not_finite() -> None:
+    batches = [(x, torch.where(torch.arange(N) == 3, torch.nan, y)) for x, y in data("number")]
+    serious = found(net(1), batches, loss(lambda s, y: (s.squeeze(-1) - y).square().mean()))
+    assert next(iter(serious)) == "labels-non-finite"
+    assert "loss-non-finite" not in serious
+
+
+def test_inputs_that_a_norm_or_the_model_rescales_are_not_judged() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x / 255)
+
+    batches = [(255 * x, y) for x, y in data("classes")]
+    assert "input-scale" in found(net(), batches, CLASSIFY)
+    assert not found(nn.Sequential(nn.BatchNorm1d(WIDTH), net()), batches, CLASSIFY)
+    assert not found(Scaled(), batches, CLASSIFY)
+
+
+def test_a_norm_that_is_called_on_two_kinds_of_data_is_not_judged_by_the_first() -> None:
+    model = net(1, norm=nn.BatchNorm1d(64))
+    batches = [(x, 0.05 * x + 3) for x, _ in data("number")]
+    assert not found(model, batches, lambda m, b: F.softplus(-m(b[0])).mean() + F.softplus(m(b[1])).mean())
+
+
+def test_a_weighted_log_probability_is_one() -> None:
+    def focal(scores: Tensor, y: Tensor) -> Tensor:
+        log_p = F.log_softmax(scores, 1)
+        return F.nll_loss((1 - log_p.exp()) ** 2 * log_p, y)
+
+    assert not found(net(), data("classes"), loss(focal))
+
+
+def test_rates_that_fall_by_layer_are_no_fault() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 32), *(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(12)))
+    model.append(nn.Linear(32, CLASSES))
+    gm.init.isometric_(model, data("classes")[0][0])
+    groups = [{"params": list(m.parameters()), "lr": 1e-3 * 0.4 ** (13 - i)} for i, m in enumerate(model)]
+    assert not found(model, data("classes"), CLASSIFY, torch.optim.Adam(groups))
+
+
+def test_nodes_of_a_graph_mix_on_purpose() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.register_buffer("adjacency", torch.eye(N) + torch.eye(N).roll(1, 0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.adjacency @ x)
+
+    assert "samples-mixed" not in found(Graph(), data("classes"), CLASSIFY)
+
+
+def test_arrays_and_batches_of_many_parts() -> None:
+    pairs = data("classes")
+    assert not found(net(), [(x.numpy(), y.numpy()) for x, y in pairs], CLASSIFY)
+    assert not found(net(), [(x, x, x, y) for x, y in pairs], lambda m, b: F.cross_entropy(m(b[0]), b[3]))
+
+
+def test_a_model_that_returns_something_else_in_evaluation_mode() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            scores = self.net(x)
+            return {"loss": F.cross_entropy(scores, y)} if self.training else [scores.argmax(1)]
+
+    report = gm.inspect(Detector(), data("classes"), lambda m, b: m(*b)["loss"])
+    assert report.not_looked_at.keys() >= {"evaluation mode"}
+    assert not [f for f in report.findings if f.severity == "error"]
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    with pytest.raises(gm.errors.InputError, match="optimizer"):
+        gm.inspect(net(), data("classes"), CLASSIFY, optimizer="adam")  # type: ignore[arg-type]

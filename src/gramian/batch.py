@@ -162,7 +162,7 @@ def main_input(batch: Any) -> Tensor:
     >>> main_input({"attention_mask": torch.ones(2, 3), "input_ids": torch.zeros(2, 3)}).sum()
     tensor(0.)
     """
-    inputs = parts(batch).inputs
+    inputs = batch[0] if _has_many_places(batch) else parts(batch).inputs
     named = fields(inputs)
     found = inputs
     if named is not None or not isinstance(inputs, (Tensor, Sequence)):
@@ -177,6 +177,11 @@ def main_input(batch: Any) -> Tensor:
             + ("; tokenize first" if isinstance(found, str) else "")
         )
     return found
+
+
+def _has_many_places(batch: Any) -> bool:
+    """Whether a batch is a tuple of more parts than have a meaning, which only its own loss can read."""
+    return isinstance(batch, (tuple, list)) and fields(batch) is None and len(batch) > 3
 
 
 def num_samples(batch: Any) -> int:
@@ -195,6 +200,8 @@ def num_samples(batch: Any) -> int:
     >>> num_samples((torch.ones(5, 2), torch.zeros(5)))
     5
     """
+    if _has_many_places(batch):
+        return len(main_input(batch))
     given = parts(batch)
     graph = not isinstance(batch, (Tensor, Sequence)) and fields(batch) is None
     return len(given.labels) if graph and isinstance(given.labels, Tensor) else len(main_input(batch))

@@ -11,10 +11,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from gramian.batch import has_arrays, mapped
 from gramian.calls import as_model
 from gramian.errors import InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
+from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.evaluated import evaluate
 from gramian.inspection.failing import check_runs
 from gramian.inspection.measured import Measured
@@ -104,6 +106,7 @@ def inspect(
         measured.skipped |= {SIGNAL: "no batches and objective were given"}
         return _report(title or type(model_or_path).__name__, measured)
     few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
+    few = [mapped(batch, lambda t: t) if has_arrays(batch) else batch for batch in few]
     objective = as_objective(objective)
     progress("steps", 0, 1)
     observed, skipped = _observe(model_or_path, few, objective)
@@ -149,7 +152,7 @@ def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Ob
         return observe(model, few, objective), {}
     except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
         check_runs(model, few[0], objective)
-        return None, {"causes": f"no training step could be watched: {in_words(error)}"}
+        return None, {"causes": in_words(error)}
 
 
 def _measure_signal(
@@ -165,7 +168,7 @@ def _measure_signal(
     """Measures the signal, and returns the causes that were found."""
     if observed is None:
         measure_signal(measured, model, few[0], objective, layouts, progress)
-        return []
+        return list(training_fails(measured.skipped["causes"]))
     context = Context(model, observed, optimizer, layers=measured.layers)
     measured.gated = context.has_zero_gates
     if observed.error is not None:
@@ -193,8 +196,11 @@ def _measure_signal(
             found += rule(context)
         except Exception as error:  # what one rule does not understand must not hide what the others found
             measured.skipped |= {rule.__name__.replace("_", " "): f"the rule failed: {in_words(error)}"}
-    with batch_statistics(model):
-        measure_signal(measured, model, few[0], objective, layouts, progress)
+    try:
+        with batch_statistics(model):
+            measure_signal(measured, model, few[0], objective, layouts, progress)
+    except Exception as error:  # in evaluation mode, in which some models return something else
+        measured.skipped |= {SIGNAL: f"evaluation mode: {in_words(error)}"}
     measured.facts |= {"loss in training mode": observed.loss}
     if context.evaluated is not None:
         measured.facts |= {"loss in evaluation mode": context.evaluated.loss}

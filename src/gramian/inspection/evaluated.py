@@ -34,10 +34,12 @@ class Evaluated:
         loss: mean over the units of the batch.
         mixed_by: the first module whose output for a sample changes when another sample does; `None` where there is
             none, or the rows of the batch are no separate samples.
+        before: the last module before it whose outputs do not.
     """
 
     loss: float
     mixed_by: str | None = None
+    before: str = ""
 
 
 def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
@@ -64,7 +66,7 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
         changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
         if changed is not None and _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
             return Evaluated(loss)  # the model draws numbers of its own: no two passes agree
-    return Evaluated(loss, changed)
+    return Evaluated(loss, *(changed or ()))
 
 
 def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[float, list[tuple[str, Tensor]]]:
@@ -74,13 +76,15 @@ def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple
     return float(total) / float(units), seen
 
 
-def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]]) -> str | None:
-    """The first module whose rows moved, where the model's did."""
+def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The first module whose rows moved, where the model's did, and the one before it."""
     whole = [i for i, (name, _) in enumerate(before) if not name]
     if not whole or [name for name, _ in before] != [name for name, _ in after]:
         return None
-    moved = [name for (name, a), (_, b) in zip(before, after, strict=True) if _differ(a, b)]
-    return moved[0] if moved and _differ(before[whole[-1]][1], after[whole[-1]][1]) else None
+    moved = [i for i, ((_, a), (_, b)) in enumerate(zip(before, after, strict=True)) if _differ(a, b)]
+    if not moved or whole[-1] not in moved:
+        return None
+    return before[moved[0]][0], before[moved[0] - 1][0] if moved[0] else ""
 
 
 def _separate_rows(model: nn.Module, batch: Any) -> int:
@@ -97,6 +101,8 @@ def _separate_rows(model: nn.Module, batch: Any) -> int:
         return 0
     if any(t.ndim == 0 or len(t) != rows or (t.ndim == 2 and t.shape[1] == rows) for t in given):
         return 0  # edges, an adjacency matrix, or another input for all samples
+    if any(b.ndim == 2 and len(b) == b.shape[1] == rows for b in model.buffers()):
+        return 0  # the adjacency matrix of a graph whose nodes are the rows
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return 0 if any(m.running_mean is None for m in norms) else rows
 

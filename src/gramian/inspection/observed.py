@@ -172,6 +172,8 @@ class Observed:
         error: what the loss raised, where the labels explain it; then nothing else was watched.
         branch_ends: modules whose output is an operand of a residual addition.
         needs_gradient: whether the loss does.
+        strangers: by id, the module and shape of each parameter that is used in the model and is not one of its own.
+        is_narrow: whether a module computed in float16 or bfloat16.
         image_sizes: height and width of the input of each module that takes images, where it is called first.
         statistics: of each batch norm whose stored statistics are no longer the initial ones: how far their means are
             from those of the batch, in standard deviations, and the ratio of the variances.
@@ -202,6 +204,8 @@ class Observed:
     first_non_finite: tuple[str, str] | None = None
     branch_ends: set[str] = field(default_factory=set)
     needs_gradient: bool = True
+    strangers: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    is_narrow: bool = False
     image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     labels: tuple[int, int, int] | None = None
     error: Exception | None = None

@@ -42,6 +42,9 @@ MOST_CUTS = 64
 # A unit of tanh or sigmoid counts as saturated this close to an end of its range, as a share of the range.
 SATURATED = 0.01
 
+# With a momentum of this or more, the statistics of a batch norm count from this many batches on.
+USUAL, SETTLED = 0.05, 30
+
 # A mean of n values counts as canceled below this share of their size over √n, which independent values would have.
 CANCELS = 1e-4
 
@@ -119,6 +122,7 @@ class Watcher(TorchFunctionMode):
         made = first_float(output)
         if made is None or self.careful:
             return
+        self.seen.is_narrow |= made.dtype in (torch.float16, torch.bfloat16)
         if not name and self.seen.output is None:
             self.seen.output = made.detach()
             if self.ended is not None and (made is self.ended[0] or made._base is self.ended[0]):
@@ -152,12 +156,20 @@ class Watcher(TorchFunctionMode):
             if _is_trained(module):  # the statistics were lost
                 self.seen.statistics[name] = (float("inf"), float("inf"))
             return  # as they are made: nothing was averaged yet
+        if name in self.seen.statistics or self._is_settling(name, module):
+            return
         channels = given.detach().transpose(0, 1).flatten(1).float()
         found_variance, found_mean = torch.var_mean(channels, dim=1)
         eps = module.eps
         shift = ((mean - found_mean).square() / (found_variance + eps)).mean().sqrt()
         ratio = ((variance.clamp(min=0) + eps) / (found_variance + eps)).log().abs().mean().exp()
         self.seen.statistics[name] = (float(shift), float(ratio))
+
+    def _is_settling(self, name: str, module: nn.modules.batchnorm._BatchNorm) -> bool:
+        """Whether the statistics still remember their initial values, or the norm was called before in this pass."""
+        again = name in self.seen.called
+        batches = int(module.num_batches_tracked) if module.num_batches_tracked is not None else SETTLED
+        return again or (0 < batches < SETTLED and (module.momentum or 1.0) >= USUAL)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -187,6 +199,9 @@ class Watcher(TorchFunctionMode):
         self.order += 1
         given = list(tensors_of((*args, *kwargs.values())))
         for t in given:
+            if isinstance(t, nn.Parameter) and t.requires_grad and self.stack and id(t) not in self.names:
+                self.seen.strangers.setdefault(id(t), (name, tuple(t.shape)))
+                self.alive.append(t)
             if id(t) in self.names:
                 self.seen.used.setdefault(self.names[id(t)], self.order)
         made = output if isinstance(output, Tensor) else None

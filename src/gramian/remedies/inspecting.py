@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from gramian.batch import described
 from gramian.calls import as_model
 from gramian.errors import InputError, UnsupportedError
 from gramian.inspection import inspect as diagnose
@@ -89,6 +90,8 @@ def inspect(
     options |= {"title": title, "progress": progress}
     if not isinstance(model_or_path, (str, os.PathLike)):
         model_or_path = as_model(model_or_path, "inspect")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise InputError(f"inspect: optimizer is a torch optimizer made for this model; got {described(optimizer)}")
     if not verify:
         return diagnose(model_or_path, batches, objective, **options)
     if batches is None or objective is None:

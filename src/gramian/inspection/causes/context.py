@@ -16,7 +16,7 @@ from gramian.block import Block, blocks
 from gramian.errors import GramianError
 from gramian.inspection.evaluated import Evaluated
 from gramian.inspection.losses import VALUES
-from gramian.inspection.observed import Call, Observed
+from gramian.inspection.observed import Call, Observed, moments
 from gramian.inspection.stepping import Steps
 from gramian.report import Layer
 
@@ -61,6 +61,10 @@ class Context:
         return dict(self.model.named_parameters())
 
     @cached_property
+    def frozen(self) -> list[str]:
+        return [name for name, p in self.parameters.items() if not p.requires_grad]
+
+    @cached_property
     def groups(self) -> dict[str, dict[str, Any]]:
         """The optimizer's group of each of the model's parameters that it has."""
         groups = self.optimizer.param_groups if self.optimizer is not None else ()
@@ -81,6 +85,20 @@ class Context:
         return bool(calls) and calls[-1].output.between <= EQUAL * calls[-1].output.rms
 
     @cached_property
+    def changes_inputs_first(self) -> bool:
+        """Whether the first layer with weights is a norm, or gets other numbers than the batch holds."""
+        for call in self.observed.calls:
+            module = self.model.get_submodule(call.name)
+            if any(True for _ in module.parameters(recurse=False)):
+                try:
+                    given = moments(main_input(self.observed.batches[0]).float()).rms
+                except (GramianError, IndexError):
+                    return False
+                seen = call.input.rms if call.input is not None else given
+                return "Norm" in call.kind or not 0.8 * given <= seen <= 1.25 * given
+        return False
+
+    @cached_property
     def targets(self) -> Tensor | None:
         """What the output of the first batch is compared with, where it is numbers and not classes."""
         output = self.observed.output
@@ -88,6 +106,17 @@ class Context:
             if found.function in VALUES and output is not None and found.given.data_ptr() == output.data_ptr():
                 return found.target if found.target.is_floating_point() else None
         return None
+
+    @cached_property
+    def labels(self) -> list[Tensor]:
+        """The labels of the batches that have some."""
+        found = []
+        for batch in self.observed.batches:
+            try:
+                found.append(parts(batch).labels)
+            except GramianError:
+                continue
+        return [y for y in found if isinstance(y, Tensor)]
 
     @cached_property
     def num_labels(self) -> int:

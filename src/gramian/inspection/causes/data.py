@@ -67,6 +67,9 @@ def inputs(context: Context) -> Iterator[Finding]:
         return
     deviation, rms = math.sqrt(total / len(mean)) * scale, math.sqrt(float((variance + mean.square()).mean())) * scale
     offset = float(mean.mean().abs()) * scale / deviation
+    if context.changes_inputs_first:
+        yield from _repeated(flat)
+        return  # a norm, or arithmetic before the first layer, which sees other numbers
     share, top = (float(v) for v in (variance / total).max(0))
     if len(mean) >= 4 and share > DOMINANT:
         yield _finding(
@@ -152,6 +155,18 @@ def labels(context: Context) -> Iterator[Finding]:
     if not kept or len(kept) < len(found):
         return
     y = torch.cat([one.reshape(-1).cpu() for one in kept])
+    lost = int((~y.isfinite()).sum()) if y.is_floating_point() else 0
+    if lost:
+        yield Finding(
+            "labels-non-finite",
+            "error",
+            f"{lost} of {len(y)} labels are NaN or infinite",
+            where="labels",
+            evidence=f"{lost} values in {len(kept)} batches (exact)",
+            cause="The targets have missing values; the loss and every gradient are lost with them.",
+            advice="Drop those samples, or leave them out of the loss.",
+        )
+        return
     if y.is_floating_point():
         constant = len(y) >= FEW and float(y.std()) <= 1e-7 * float(y.abs().amax() + 1e-30)
     else:
@@ -205,18 +220,20 @@ def _size_of_targets(context: Context) -> Iterator[Finding]:
 
 def mixed(context: Context) -> Iterator[Finding]:
     """Find outputs that depend on the other samples of the batch."""
-    by = context.evaluated.mixed_by if context.evaluated is not None else None
+    by, before = (context.evaluated.mixed_by, context.evaluated.before) if context.evaluated is not None else (None, "")
     if by is not None:
         yield Finding(
             "samples-mixed",
             "warning",
             "The output for a sample depends on the other samples of the batch",
-            where=by or "all layers",
-            evidence=f"in evaluation mode, with another first sample the outputs of the others change; first in "
-            f"{by or 'the model'}",
+            where=", ".join(n for n in (before, by) if n) or "all layers",
+            evidence=f"in evaluation mode, with another first sample the outputs of the others change: that of "
+            f"{by or 'the model'} does" + (f", and that of {before} before it does not" if before else ""),
             cause="A softmax, mean, reshape or recurrence runs over the samples: a wrong dim, a transpose, or "
             "batch_first.",
-            advice="Look at the dimensions in this module, unless samples are meant to be compared.",
+            advice=f"Look at the dimensions in {by or 'the model'}"
+            + (f" and between {before} and it" if before else "")
+            + ", unless samples are meant to be compared.",
         )
 
 

@@ -13,6 +13,7 @@ __all__ = ["ordered"]
 _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("non-finite-weights", "input-non-finite"),
     ("labels-constant", "labels-out-of-range", "input-constant"),
+    ("labels-non-finite", "training-fails", "parameter-unregistered", "softmax-single-value"),
     ("loss-broadcast", "loss-not-log-probabilities", "output-range", "loss-maximized"),
     (
         "graph-cut",
@@ -72,6 +73,7 @@ _SIGNAL = frozenset((
     "non-finite-weights", "input-non-finite", "input-constant", "input-dominated", "input-offset", "input-scale",
     "graph-cut", "gradient-overflow", "zero-weights", "parameter-constant", "norm-zero-gain", "embedding-scale",
     "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
+    "labels-non-finite", "parameter-unregistered", "softmax-single-value",
     "head-scale", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
 ))  # fmt: skip
 

@@ -91,7 +91,7 @@ def log_probabilities(context: Context) -> Iterator[Finding]:
         return
     sums = found.given.float().logsumexp(1)
     wrong = float((sums.abs() > SUMS).float().mean())
-    if wrong > 0.5:
+    if wrong > 0.5 and bool((found.given > 0).any()):  # a weighted log-probability is never positive
         yield Finding(
             "loss-not-log-probabilities",
             "error",
@@ -149,7 +149,7 @@ def offset(context: Context) -> Iterator[Finding]:
             evidence=f"over the classes the mean scores differ by {shared:.3g}, those of a class between samples by "
             f"{own:.2g}; loss {context.observed.first_loss:.3g}, and {guessing:.3g} by guessing",
             cause="The head's bias, or an input of it that is the same for all samples, is large.",
-            advice="torch.nn.init.zeros_(head.bias)",
+            advice=f"Set the bias to zero: torch.nn.init.zeros_ of {_last_module(context)}.bias.",
         )
 
 
@@ -171,6 +171,35 @@ def output_range(context: Context) -> Iterator[Finding]:
             cause="Outputs at an end of the range get no gradient.",
             advice=f"Remove the {ends.function} at the end, or scale the targets into its range.",
         )
+
+
+def single_softmax(context: Context) -> Iterator[Finding]:
+    """Find a softmax over one value at the end. Exact."""
+    ends, output = context.observed.ends, context.observed.output
+    if ends is not None and ends.function == "softmax" and output is not None and output.shape[-1] == 1:
+        yield Finding(
+            "softmax-single-value",
+            "error",
+            "The network ends with a softmax over one value, which is always 1",
+            where="loss",
+            evidence=f"the output has the shape {tuple(output.shape)} (exact)",
+            cause="A softmax divides by the sum over its dimension, which has one entry: no gradient passes.",
+            advice="Use a sigmoid, or no function and a loss of scores.",
+        )
+
+
+def training_fails(error: str) -> Iterator[Finding]:
+    """The finding for a training step that raises, in a model that runs in evaluation mode."""
+    yield Finding(
+        "training-fails",
+        "error",
+        "A training step fails, and evaluation mode does not",
+        where="all layers",
+        evidence=error,
+        cause="What runs in training mode only cannot take these batches; a batch norm cannot take one value for each "
+        "channel.",
+        advice="Run a training step by hand to see where; use larger batches (drop_last=True) for batch norms.",
+    )
 
 
 def _criterion(context: Context, function: str) -> Criterion | None:
@@ -202,17 +231,19 @@ def non_finite(context: Context) -> Iterator[Finding]:
         return
     where = made[0] if made and made[0] else "loss"
     parameters = [n for n, p in context.parameters.items() if not bool(torch.isfinite(p.detach()).all())]
-    if parameters:
-        return  # said by the rule for parameters
+    if parameters or any(t.is_floating_point() and not bool(t.isfinite().all()) for t in context.labels):
+        return  # said by the rules for parameters and labels
     yield Finding(
         "loss-non-finite",
         "error",
         f"The first value that is not finite is made by {made[1]}" if made else "The loss is NaN or infinite",
         where=where,
-        evidence=f"the loss is {context.observed.loss}; "
-        + (f"in {where}, the inputs of {made[1]} are finite and its output is not (exact)" if made else ""),
+        evidence=f"the loss is {context.observed.loss}"
+        + (f"; in {where}, the inputs of {made[1]} are finite and its output is not (exact)" if made else ""),
         cause="An overflow, a division by zero, or the logarithm or root of zero.",
-        advice="Look at this operation's inputs; bound them, or compute in float32.",
+        advice="Look at this operation's inputs; bound them, or compute in float32."
+        if made
+        else "Look at what the loss is given.",
     )
 
 
@@ -223,5 +254,6 @@ RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     rows,
     offset,
     output_range,
+    single_softmax,
     non_finite,
 )

@@ -54,7 +54,7 @@ def dead_units(context: Context) -> Iterator[Finding]:
             cause="Their pre-activations are negative for all samples: a bias or an offset of the inputs, or a rate "
             "that was too large.",
             action=ISOMETRIC,
-            advice="That is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
+            advice="isometric_ is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
         )
 
 

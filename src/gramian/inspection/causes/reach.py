@@ -31,7 +31,7 @@ def unreached(context: Context) -> Iterator[Finding]:
         return
     unused = [n for n in missing if n not in seen.used]
     cut = [n for n in missing if n in seen.used]
-    if not seen.needs_gradient and not cut:
+    if not seen.needs_gradient and not cut and not any(n in seen.used for n in context.frozen):
         cut, unused = missing, []
     last = max((seen.used.get(n, 0) for n in cut), default=0)
     ends = [c for c in seen.cuts if c.behind & set(cut)]
@@ -82,6 +82,18 @@ def frozen(context: Context) -> Iterator[Finding]:
     of = sum(all_of[n].numel() for n in names if all_of[n].ndim >= 2)
     is_tuned = trained > TRAINED * of or any(map(is_factor, all_of))
     fine_tune = share > FROZEN and is_tuned
+    if names and not any(n in context.observed.used for n in all_of if n not in names):
+        yield Finding(
+            "parameter-frozen",
+            "error",
+            "All parameters that are used are frozen",
+            where="all layers",
+            evidence=f"requires_grad is False in {len(names)} of {len(all_of)} parameters, and in all that the forward "
+            "pass uses (exact)",
+            cause="Nothing can be trained.",
+            advice="Call requires_grad_(True) on what should be trained.",
+        )
+        return
     held = {b.name for b in context.matrices if b.role != "embedding"}  # tables of positions are often fixed
     if held.intersection(names) and len(names) < len(all_of) and not fine_tune:
         modules = list(dict.fromkeys(context.module_of(n) or n for n in names))
@@ -135,9 +147,10 @@ def numbers(context: Context) -> Iterator[Finding]:
             f"The gradients of {len(bad)} parameters are not finite, and the loss is",
             where="all layers" if len(bad) > MOST * len(sizes) else some(bad, SHOWN),
             evidence=f"{len(bad)} of {len(sizes)} gradients are NaN or infinite (exact); the loss is {seen.loss:.3g}",
-            cause="A gradient left the range of its dtype (65,504 for float16), or a derivative is infinite where its "
-            "function is finite (√0, 0⁰, |0|).",
-            advice="Lower the loss scale, or use bfloat16; torch.autograd.detect_anomaly names the operation.",
+            cause=("A gradient left the range of its dtype (65,504 for float16), or a" if seen.is_narrow else "A")
+            + " derivative is infinite where its function is finite (√0, 0⁰, |0|).",
+            advice=("Lower the loss scale, or use bfloat16; t" if seen.is_narrow else "T")
+            + "orch.autograd.detect_anomaly names the operation.",
         )
     elif seen.loss > 0 and _is_zero_behind_head(context):
         yield Finding(
@@ -147,8 +160,13 @@ def numbers(context: Context) -> Iterator[Finding]:
             where="all layers",
             evidence=f"{sum(g == 0 for g in sizes)} of {len(sizes)} are zero (exact); the loss is {seen.loss:.3g}",
             cause="The loss is flat, or its gradient is below the smallest number of a dtype on its way, 6e-8 for "
-            "float16.",
-            advice="Scale the loss (torch.amp.GradScaler), or use bfloat16.",
+            "float16."
+            if seen.is_narrow
+            else "The loss is flat where the network is: its outputs are at an end of their range, or do not depend on "
+            "the weights.",
+            advice="Scale the loss (torch.amp.GradScaler), or use bfloat16."
+            if seen.is_narrow
+            else "Look at the last function of the network, and at what the loss is given.",
         )
 
 
@@ -172,6 +190,22 @@ def _is_held(context: Context, name: str) -> bool:
     return bool(around & context.observed.ungraded) or (context.model.training and not module.training)
 
 
+def unregistered(context: Context) -> Iterator[Finding]:
+    """Find parameters that are used in the model and are not among its own. Exact."""
+    strangers = list(context.observed.strangers.values())
+    if strangers:
+        places = list(dict.fromkeys(name for name, _ in strangers))
+        yield Finding(
+            "parameter-unregistered",
+            "error",
+            f"{len(strangers)} parameters that the forward pass uses are not the model's",
+            where=some([n for n in places if n], SHOWN) or "all layers",
+            evidence=f"not in model.parameters(): shapes {', '.join(str(s) for _, s in strangers[:SHOWN])} (exact)",
+            cause="Layers in a Python list or dict, or made anew in forward: no optimizer gets them, nor a state dict.",
+            advice="Use nn.ModuleList, nn.ModuleDict or nn.ParameterList, and make layers in __init__.",
+        )
+
+
 def _is_tied(context: Context, names: list[str]) -> bool:
     module = context.model.get_submodule(names[0])
     return "Embedding" in type(module).__name__
@@ -185,4 +219,4 @@ def _parameters(count: int, *, verb: str = "get", single: str = "gets") -> str:
     return f"1 parameter {single}" if count == 1 else f"{count} parameters {verb}"
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, unreached, frozen, shared)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, unreached, unregistered, frozen, shared)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -17,7 +17,8 @@ __all__ = ["RULES"]
 # Relative change of a matrix in a step, ‖ΔW‖_F / ‖W‖_F: AdamW at 1e-3 makes 0.02 at first, a late step 1e-4.
 SLOW, FAST = 1e-4, 0.5
 # In a group of several, a change is lost below this: 10,000 such steps change a weight by 1 %.
-LOST = 1e-6
+# The others change by at least this many times as much.
+LOST, GAP = 1e-6, 100.0
 # A loss diverges that rises to this many times its first value, and by this much. It makes no progress while it is
 # above this share of its first value, unless that was already small.
 DIVERGES, RISES, NO_PROGRESS, SOLVED = 3.0, 3.0, 0.9, 0.05
@@ -122,9 +123,12 @@ def steps(context: Context) -> Iterator[Finding]:
     change = median(taken.changes.values())
     diverged = not all(map(math.isfinite, losses)) or max(losses[1:]) > max(DIVERGES * first, first + RISES)
     stuck = losses[-1] > NO_PROGRESS * first and first > SOLVED
-    by_group = _by_group(context, taken.changes)
-    fastest = max(by_group, key=lambda one: one.change)
-    slow = [one for one in by_group if one.change < LOST and not one.is_scheduled]
+    by_group = sorted(_by_group(context, taken.changes), key=lambda one: one.change)
+    if not by_group:
+        return  # another model's optimizer, which is said by its own rule
+    fastest, slow = by_group[-1], [one for one in by_group if one.change < LOST and not one.is_scheduled]
+    if len(slow) < len(by_group) and by_group[len(slow)].change < GAP * max((one.change for one in slow), default=0.0):
+        slow = []  # rates that fall from group to group, as they do by layer in a fine-tune
     told = f"on a copy: loss {', '.join(f'{v:.3g}' for v in losses)}"
     if diverged or not change <= FAST:
         yield Finding(
@@ -139,8 +143,14 @@ def steps(context: Context) -> Iterator[Finding]:
             cause=f"The rate {fastest.rate:g}{fastest.of} is too large for this model.",
             advice="Divide the rate by 10 or more, or call gm.suggest_lr.",
         )
-    elif change < SLOW and stuck and not any(one.is_scheduled for one in by_group):
-        yield _too_low(context, max(by_group, key=lambda one: len(one.names)), taken.gradient, told)
+    elif fastest.change < SLOW and stuck:
+        largest = max(by_group, key=lambda one: len(one.names))
+        found = _too_low(context, largest, taken.gradient, told)
+        if largest.is_scheduled:  # a warm-up, or the end of a decay, or one that has come too early
+            cause = f"A schedule has set the rate to {largest.rate:g}, from or towards {_scheduled(largest.group):g}."
+            advice = "Look at whether the schedule is where it should be: it counts steps, or epochs."
+            found = replace(found, severity="info", cause=cause, advice=advice)
+        yield found
     elif slow:
         yield _too_low(context, slow[0], taken.gradient, told)
 
