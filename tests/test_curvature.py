@@ -1,11 +1,11 @@
-"""Curvature maps equal torch.func's dense matrices, and their outermost eigenvalues those of eigh."""
+"""Curvature maps equal the dense matrices of torch.autograd.functional, and their outermost eigenvalues those of eigh."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import functional_call
 
 import gramian as gm
 from gramian.errors import ConvergenceError, InputError, ShapeError
@@ -14,7 +14,7 @@ from gramian.errors import ConvergenceError, InputError, ShapeError
 class LastOfLSTM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+        self.lstm, self.head = nn.LSTM(3, 3, batch_first=True), nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.lstm(x)[0][:, -1])
@@ -23,7 +23,7 @@ class LastOfLSTM(nn.Module):
 class OneLayerTransformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, activation="gelu")
+        self.layer = nn.TransformerEncoderLayer(4, 2, 3, batch_first=True, activation="gelu")
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def dense(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tenso
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         hessian = torch.autograd.functional.hessian(loss, flat)
-        j = jacrev(outputs, chunk_size=1)(flat) if False else torch.autograd.functional.jacobian(outputs, flat)
+        j = torch.autograd.functional.jacobian(outputs, flat)
     p = outputs(flat).softmax(-1).detach()
     middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     g = torch.einsum("bc,bcn->bn", p - nn.functional.one_hot(y, 3), j)
@@ -176,3 +176,24 @@ def test_top_eigenvalues_of_hard_maps():
         top(Diagonal(d), 0)
     matrices = torch.stack([torch.diag(d[:6]), -torch.diag(d[:6])])
     assert top(matrices, 2).tolist() == [[-5, 4], [5, -4]]
+
+
+def test_inspect_tells_the_eigenvalues_and_the_rate_of_sgd():
+    model, batches = made("mlp")
+    values = torch.linalg.eigvalsh(dense(model, batches)[0])
+    values = values[values.abs().argsort(descending=True)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=4 / float(values.max()))
+    stages = set()
+    report = gm.inspect(
+        model, batches, gm.Objective.classification(), optimizer=optimizer, curvature=True,
+        progress=lambda what, done, total: stages.add(what),
+    )  # fmt: skip
+    found = [report.facts[f"Hessian λ{i}"] for i in "₁₂₃₄₅"]
+    assert found == pytest.approx(values[:5].tolist(), rel=1e-3)
+    wanted = torch.linalg.eigvalsh(dense(model, batches)[1])[-1]
+    assert report.facts["Gauss–Newton λ₁"] == pytest.approx(float(wanted), rel=1e-3)
+    assert "curvature" in stages
+    assert "curvature" in report.looked_at
+    assert any("is above 2 / λ" in note for note in report.notes)
+    with pytest.raises(InputError, match="curvature"):
+        gm.inspect(model, curvature=True)

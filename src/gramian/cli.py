@@ -111,6 +111,9 @@ def inspect_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Norms and ranks with error bounds, from a few products.")
     ] = False,
+    curvature: Annotated[
+        bool, typer.Option("--curvature", help="With a task: also the leading eigenvalues of the loss's Hessian.")
+    ] = False,
     layouts: Annotated[
         Path | None,
         typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
@@ -136,6 +139,8 @@ def inspect_command(
     if extract_lora is not None and against is None:
         raise InputError("--extract-lora needs --against BASE: an adapter is a difference from a base model")
     options: dict[str, Any] = {"quick": quick, "input_size": (input_size, input_size)}
+    if curvature and against is not None:
+        raise InputError("--curvature is that of one model's loss; leave out --against")
     if layouts is not None:
         from gramian.inspection.matrices import read_layouts
 
@@ -148,7 +153,7 @@ def inspect_command(
         if against is not None:
             found = _compare(model, against, task, extract_lora, out, options | {"progress": progress})
         else:
-            found = _inspect(model, task, options | {"progress": progress})
+            found = _inspect(model, task, options | {"curvature": curvature, "progress": progress})
         if not found.layers and against is None:
             reasons = "".join(f". {note}" for note in found.notes)
             raise InputError(

@@ -15,6 +15,7 @@ from gramian.calls import as_model
 from gramian.errors import InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
+from gramian.inspection.curvature import measure_curvature
 from gramian.inspection.evaluated import evaluate
 from gramian.inspection.failing import check_runs
 from gramian.inspection.measured import Measured
@@ -43,6 +44,7 @@ def inspect(
     *,
     optimizer: Optimizer | None = None,
     quick: bool = False,
+    curvature: bool = False,
     layouts: Mapping[str, Any] | None = None,
     input_size: tuple[int, int] = (32, 32),
     title: str | None = None,
@@ -68,6 +70,8 @@ def inspect(
         optimizer: made for this model. Its settings are judged, and a few of its steps are taken on a copy of both.
         quick: compute norms, stable rank and energy ranks with error bounds, from a few products, and not all singular
             values.
+        curvature: also compute the five largest eigenvalues of the loss's Hessian, by absolute value, and the largest
+            of the Gauss–Newton matrix; needs batches. See docs/curvature.md.
         layouts: the matrices in a tensor, by name pattern, for architectures that are not in the table of layers.
         input_size: height and width of the images for which convolutions' operator norms are computed.
         title: of the report.
@@ -79,7 +83,7 @@ def inspect(
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: that of `describe` for each matrix; with data, four training steps, a pass of `capture`, one backward pass,
-        and a Jacobian of 8 samples; with an optimizer, seven steps and a copy of both. Memory: for a file, one tensor
+        and a Jacobian of 8 samples; with `curvature`, some hundred passes of the batches; with an optimizer, seven steps and a copy of both. Memory: for a file, one tensor
         and a few matrices of its smaller side.
     Source: this library's own; each finding names the source of its rule.
 
@@ -90,6 +94,8 @@ def inspect(
     progress = progress or (lambda what, done, total: None)
     if not isinstance(model_or_path, (str, os.PathLike)):
         model_or_path = as_model(model_or_path, "inspect")
+    if curvature and (batches is None or objective is None):
+        raise InputError("inspect: curvature is that of the loss; pass batches and an objective with it")
     if not isinstance(model_or_path, nn.Module):
         if batches is not None or objective is not None:
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
@@ -119,6 +125,8 @@ def inspect(
     )
     measured.skipped |= skipped
     found = _measure_signal(measured, model_or_path, few, objective, observed, optimizer, layouts, progress)
+    if curvature:
+        measure_curvature(measured, model_or_path, few, objective, optimizer, progress)
     return _report(title or type(model_or_path).__name__, measured, found)
 
 

@@ -17,8 +17,9 @@ from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plus, product, transpose
 from gramian.linalg.engine.escalation import Number, numbers
 from gramian.linalg.engine.krylov import FAILURE, by, top_bound, top_vector
-from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.loading import choose, load, unscaled
 from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.linear_map import LinearMap, made_dense
 from gramian.linalg.norm import NARROW, SEEN, SMALL, leading, search, start_of
 from gramian.linalg.singular import by_gram, svd_double_double
 
@@ -182,7 +183,7 @@ COND: dict[str, Callable[..., Number]] = {
 
 @differentiable(singular_derivatives.CONDITION, a=2)
 def cond_ex(
-    a: Float[Tensor, "*b m n"],
+    a: Float[Tensor, "*b m n"] | LinearMap,
     *,
     method: str = "auto",
     rtol: float | None = None,
@@ -201,7 +202,7 @@ def cond_ex(
     >>> value.tolist(), certificate.converged.tolist()
     ([2.0, inf], [True, False])
     """
-    check("cond", a)
+    a = made_dense("cond", a)
     choose("cond", method, COND)
     batch = unscaled(load(a.mT if a.shape[-2] < a.shape[-1] else a))
     tolerance = default_rtol(rtol, a.dtype)
@@ -223,7 +224,7 @@ def _none(x: Tensor) -> Tensor:
 
 
 def cond(
-    a: Float[Tensor, "*b m n"],
+    a: Float[Tensor, "*b m n"] | LinearMap,
     *,
     method: str = "auto",
     rtol: float | None = None,
@@ -232,7 +233,8 @@ def cond(
     """The condition number in the 2-norm, κ(A) = σ₁ / σ_min(m,n).
 
     Args:
-        a: `(..., m, n)`.
+        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`; the last two are first made dense by n
+            products, since no few products bound the least singular value.
         method: "gram", "lanczos", "inverse" or "auto".
         rtol: the relative error of κ asked for; `certificate.RTOL` of the dtype if None. Two digits, 1e-2, are cheaper.
         generator: of the random start; one of a fixed seed if None.

@@ -23,7 +23,7 @@ from gramian.linalg.engine.krylov import (
     ritz_pairs,
     without_zero_rows,
 )
-from gramian.linalg.engine.loading import NEGLIGIBLE, check, choose, load
+from gramian.linalg.engine.loading import NEGLIGIBLE, check, load
 from gramian.linalg.engine.rounding import U, norm
 from gramian.linalg.engine.scaling import scale
 from gramian.linalg.linear_map import LinearMap, as_linear_map, is_dense, scaled_map
@@ -157,7 +157,8 @@ def eigvalsh_top_ex(
     ([-3.0, 2.0], True)
     """
     name = "eigvalsh_top"
-    choose(name, which, dict.fromkeys(WHICH))
+    if which not in WHICH:
+        raise InputError(f"{name}: which must be one of {', '.join(WHICH)}, got {which!r}")
     dense = isinstance(a, Tensor) and is_dense(a)
     linear = as_linear_map(name, a)
     n = linear.shape[-1]

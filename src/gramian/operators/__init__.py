@@ -4,11 +4,17 @@ from gramian.operators.curvature import Curvature, fisher, gauss_newton, hessian
 from gramian.operators.jacobians import (
     Gain,
     LineCurvature,
-    NoJacobian as NoJacobian,
     end_to_end_jacobian,
     layer_gains,
-    leaves_of as leaves_of,
     line_curvature,
+)
+from gramian.operators.jacobians import (
+    NoJacobian as NoJacobian,
+)
+from gramian.operators.jacobians import (
+    leaves_of as leaves_of,
+)
+from gramian.operators.jacobians import (
     try_jacobian as try_jacobian,
 )
 

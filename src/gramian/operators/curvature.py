@@ -103,7 +103,7 @@ class Curvature:
         columns = [[part.to(p.dtype) for p, part in zip(params, self.unflatten(c).values(), strict=True)] for c in x.T]
         total = torch.zeros(x.shape[1], n, dtype=self.dtype, device=self.device)
         units = 0.0
-        with measuring(self.model), twice_differentiable(self.model):
+        with measuring(self.model), twice_differentiable():
             for batch in self.batches:
                 output = self.objective.predict(self.model, batch)
                 try:
@@ -148,7 +148,7 @@ def hessian(model: nn.Module, batches: Batches, objective: Objective | Callable)
     return _curvature("hessian", model, batches, objective, _hessian_of)
 
 
-def gauss_newton(model: nn.Module, batches: Batches, objective: Objective) -> Curvature:
+def gauss_newton(model: nn.Module, batches: Batches, objective: Objective | Callable) -> Curvature:
     """The Gauss–Newton matrix JᵀLJ of the mean loss, L being the Hessian of the criterion by the model's output.
 
     For a convex criterion it has no negative eigenvalues. For cross-entropy and squared error it is the Fisher matrix
@@ -174,7 +174,7 @@ def gauss_newton(model: nn.Module, batches: Batches, objective: Objective) -> Cu
     return _curvature("gauss_newton", model, batches, _with_output("gauss_newton", objective), _gauss_newton_of)
 
 
-def fisher(model: nn.Module, batches: Batches, objective: Objective) -> Curvature:
+def fisher(model: nn.Module, batches: Batches, objective: Objective | Callable) -> Curvature:
     """The empirical Fisher matrix Σ gᵢgᵢᵀ / units, gᵢ being the gradient of the sum of losses of sample i.
 
     A sample is an index of the first dimension of the output. The gradients are those of the labels in the batch; for
@@ -207,7 +207,9 @@ def _curvature(name: str, model: Any, batches: Any, objective: Any, make: Made) 
         raise no_batches(batches, name)
     params = {key: p for key, p in model.named_parameters() if p.requires_grad and p.numel()}
     if not params:
-        raise InputError(f"{name}: the model has no trainable parameter. Set requires_grad_() on those to differentiate")
+        raise InputError(
+            f"{name}: the model has no trainable parameter. Set requires_grad_() on those to differentiate"
+        )
     devices = {p.device for p in params.values()}
     if len(devices) > 1:
         raise UnsupportedError(f"{name}: parameters on one device are wanted, got {sorted(map(str, devices))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -271,7 +271,7 @@ def line_curvature(
     parts = [direction[p].detach().to(p.dtype) for p in params]
     if not params:
         raise InputError("line_curvature: the direction holds no trainable parameter; give at least one")
-    with twice_differentiable(model):
+    with twice_differentiable():
         output = objective.predict(model, batch)
         total, units = objective.checked(objective.criterion(output, batch))
         whole = isinstance(output, Tensor) and output.is_floating_point() and split
@@ -298,11 +298,9 @@ def line_curvature(
 
 
 @contextmanager
-def twice_differentiable(model: nn.Module) -> Iterator[None]:
+def twice_differentiable() -> Iterator[None]:
     """A context with gradients on, in which attention and recurrence run in the forms that have second derivatives."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    plain = torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext()
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), plain:
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
 
 
