@@ -207,9 +207,7 @@ def _curvature(name: str, model: Any, batches: Any, objective: Any, make: Made) 
         raise no_batches(batches, name)
     params = {key: p for key, p in model.named_parameters() if p.requires_grad and p.numel()}
     if not params:
-        raise InputError(
-            f"{name}: the model has no trainable parameter. Set requires_grad_() on those to differentiate"
-        )
+        raise InputError(f"{name}: the model has no trainable parameter. Set requires_grad_() on some")
     devices = {p.device for p in params.values()}
     if len(devices) > 1:
         raise UnsupportedError(f"{name}: parameters on one device are wanted, got {sorted(map(str, devices))}")
