@@ -83,9 +83,9 @@ def inspect(
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: that of `describe` for each matrix; with data, four training steps, a pass of `capture`, one backward pass,
-        and a Jacobian of 8 samples; with `curvature`, some hundred passes of the batches; with an optimizer, seven
-        steps and a copy of both. Memory: for a file, one tensor and a few matrices of its smaller side; with
-        `curvature`, some hundred times the parameters in float64.
+        and a Jacobian of 8 samples; with `curvature`, some hundred products with the Hessian, about four passes of the
+        batches each; with an optimizer, seven steps and a copy of both. Memory: for a file, one tensor and
+        a few matrices of its smaller side; with `curvature`, some hundred times the parameters in float64.
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))

@@ -93,8 +93,9 @@ def spectral_radius_ex(
     >>> round(value.item(), 5), certificate.converged.item()
     (2.0, True)
     """
-    m = made_dense("spectral_radius", m)
-    check("spectral_radius", m, square=True)
+    if not (isinstance(m, Tensor) and is_dense(m)) and len(set(as_linear_map("spectral_radius", m).shape)) != 1:
+        raise ShapeError(f"spectral_radius: expected a square map (n, n), got {tuple(m.shape)}. See gm.linalg.svdvals.")
+    m = check("spectral_radius", made_dense("spectral_radius", m), square=True)
     choose("spectral_radius", method, SPECTRAL_RADIUS)
     batch = load(m)
     return numbers(
