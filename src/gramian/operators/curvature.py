@@ -126,7 +126,8 @@ def hessian(model: nn.Module, batches: Batches, objective: Objective | Callable)
 
     `gm.linalg.eigvalsh_top`, `spectral_norm`, `spectral_density`, `svd_lowrank` and `cond` take it. The loss is the
     mean over the units of all batches, in evaluation mode: no dropout, and batch norms with their stored statistics.
-    Inside `gramian.recording.measuring.batch_statistics(model)` they use those of each batch. The model is left as it was.
+    Inside `gramian.recording.measuring.batch_statistics(model)` they use those of each batch.
+    The model is left as it was.
 
     Args:
         model: any module with trainable parameters, all on one device.
