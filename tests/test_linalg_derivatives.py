@@ -348,6 +348,7 @@ ONE = {
     "pca": lambda m: gl.pca(m, 2), "matrix_power_scaled": lambda m: gl.matrix_power_scaled(m, 3),
     "product_scaled": lambda m: gl.product_scaled([m, m.mT]), "syrk": gl.syrk, "second_moment": gl.second_moment,
     "matmul": lambda m: gl.matmul(m, m), "spectral_radius": gl.spectral_radius, "spectral_density": gl.spectral_density,
+    "eigvalsh_top": lambda m: gl.eigvalsh_top(m, 2),
 }  # fmt: skip
 """Every public function, as a function of one definite matrix."""
 
@@ -382,7 +383,7 @@ def test_every_function_has_a_derivative_in_both_modes_or_refuses_it():
         total = sum((w * t).sum() for w, t in zip(weights, along, strict=True))
         torch.testing.assert_close((grad * e).sum(), total, rtol=1e-8, atol=1e-8)
         assert float(grad.abs().max()) > 0, name
-    assert refusing == {"spectral_radius", "spectral_density"}
+    assert refusing == {"spectral_radius", "spectral_density", "eigvalsh_top"}
 
 
 def test_functions_of_meta_and_fake_tensors_have_the_shapes_and_types_of_real_ones():

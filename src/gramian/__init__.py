@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gramian import errors, init, integrations, linalg, optim, prox, random, tasks
+    from gramian import errors, init, integrations, linalg, operators, optim, prox, random, tasks
     from gramian.block import Block, Blocks, Layout, blocks
     from gramian.compression import Plan, compress, load_compressed, save_compressed
     from gramian.gram import DiagonalGram, Gram
@@ -46,6 +46,7 @@ __all__ = [
     "integrations",
     "linalg",
     "load_compressed",
+    "operators",
     "optim",
     "prox",
     "random",

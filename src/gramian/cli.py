@@ -114,6 +114,9 @@ def inspect_command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Try each remedy on a copy by 50 training steps; offer what helps.")
     ] = False,
+    curvature: Annotated[
+        bool, typer.Option("--curvature", help="With a task: also the leading eigenvalues of the loss's Hessian.")
+    ] = False,
     layouts: Annotated[
         Path | None,
         typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
@@ -143,6 +146,8 @@ def inspect_command(
         raise InputError("--verify tries the remedies of one model; --against compares two")
     if verify:
         options["verify"] = True
+    if curvature and against is not None:
+        raise InputError("--curvature is that of one model's loss; leave out --against")
     if layouts is not None:
         from gramian.inspection.matrices import read_layouts
 
@@ -155,7 +160,7 @@ def inspect_command(
         if against is not None:
             found = _compare(model, against, task, extract_lora, out, options | {"progress": progress})
         else:
-            found = _inspect(model, task, options | {"progress": progress})
+            found = _inspect(model, task, options | {"curvature": curvature, "progress": progress})
         if not found.layers and against is None:
             reasons = "".join(f". {note}" for note in found.notes)
             raise InputError(

@@ -17,6 +17,7 @@ from gramian.errors import InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.causes.loss import training_fails
+from gramian.inspection.curvature import measure_curvature
 from gramian.inspection.evaluated import evaluate
 from gramian.inspection.failing import check_runs
 from gramian.inspection.measured import Measured
@@ -45,6 +46,7 @@ def inspect(
     *,
     optimizer: Optimizer | None = None,
     quick: bool = False,
+    curvature: bool = False,
     layouts: Mapping[str, Any] | None = None,
     input_size: tuple[int, int] = (32, 32),
     title: str | None = None,
@@ -70,6 +72,8 @@ def inspect(
         optimizer: made for this model. Its settings are judged, and a few of its steps are taken on a copy of both.
         quick: compute norms, stable rank and energy ranks with error bounds, from a few products, and not all singular
             values.
+        curvature: also compute the five largest eigenvalues of the loss's Hessian, by absolute value, and the largest
+            of the Gauss–Newton matrix; needs batches. See docs/curvature.md.
         layouts: the matrices in a tensor, by name pattern, for architectures that are not in the table of layers.
         input_size: height and width of the images for which convolutions' operator norms are computed.
         title: of the report.
@@ -81,7 +85,9 @@ def inspect(
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: the singular values of each matrix; with data, some 10 to 20 training steps, and with an optimizer six more
-        and a copy of both. Memory: for a file, one tensor and a few matrices of its smaller side.
+        and a copy of both; with `curvature`, some hundred products with the Hessian, about four passes of the batches
+        each. Memory: for a file, one tensor and a few matrices of its smaller side; with `curvature`, some hundred
+        times the parameters in float64.
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
@@ -91,6 +97,8 @@ def inspect(
     progress = progress or (lambda what, done, total: None)
     if not isinstance(model_or_path, (str, os.PathLike)):
         model_or_path = as_model(model_or_path, "inspect")
+    if curvature and (batches is None or objective is None):
+        raise InputError("inspect: curvature is that of the loss; pass batches and an objective with it")
     if not isinstance(model_or_path, nn.Module):
         if batches is not None or objective is not None:
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
@@ -121,6 +129,8 @@ def inspect(
     )
     measured.skipped |= skipped
     found = _measure_signal(measured, model_or_path, few, objective, observed, optimizer, layouts, progress)
+    if curvature:
+        measure_curvature(measured, model_or_path, few, objective, optimizer, progress)
     return _report(title or type(model_or_path).__name__, measured, found)
 
 

@@ -15,6 +15,7 @@ from gramian.linalg.density import (
     spectral_radius,
     spectral_radius_ex,
 )
+from gramian.linalg.eigenvalues import eigvalsh_top, eigvalsh_top_ex
 from gramian.linalg.engine.function import FUNCTIONS
 from gramian.linalg.linear_map import LinearMap
 from gramian.linalg.lowrank import svd_lowrank, svd_lowrank_ex
@@ -38,6 +39,8 @@ __all__ = [
     "SpectralDensity",
     "cond",
     "cond_ex",
+    "eigvalsh_top",
+    "eigvalsh_top_ex",
     "matmul",
     "matmul_ex",
     "matrix_power_scaled",

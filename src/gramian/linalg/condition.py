@@ -21,6 +21,7 @@ from gramian.linalg.engine.krylov import FAILURE, by, top_bound, top_vector
 from gramian.linalg.engine.loading import check, choose, load, unscaled
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.inverse import inv_ex
+from gramian.linalg.linear_map import LinearMap, made_dense
 from gramian.linalg.norm import NARROW, SEEN, SMALL, leading, search, start_of
 from gramian.linalg.singular import by_gram, svd_double_double
 
@@ -242,7 +243,7 @@ def _by_norms(a: Tensor, p: float | int | str, method: str, rtol: float | None) 
 
 
 def cond_ex(
-    a: Float[Tensor, "*b m n"],
+    a: Float[Tensor, "*b m n"] | LinearMap,
     p: float | int | str | None = None,
     *,
     method: str = "auto",
@@ -262,6 +263,7 @@ def cond_ex(
     >>> value.tolist(), certificate.converged.tolist()
     ([2.0, inf], [True, False])
     """
+    a = made_dense("cond", a)
     if p is None or p == 2:
         return _cond_ex(a, method=method, rtol=rtol, generator=generator)
     return _by_norms(a, p, method, rtol)
@@ -272,7 +274,7 @@ def _none(x: Tensor) -> Tensor:
 
 
 def cond(
-    a: Float[Tensor, "*b m n"],
+    a: Float[Tensor, "*b m n"] | LinearMap,
     p: float | int | str | None = None,
     *,
     method: str = "auto",
@@ -282,7 +284,8 @@ def cond(
     """The condition number, in the 2-norm κ(A) = σ₁ / σ_min(m,n), in another ‖A‖ₚ ‖A⁻¹‖ₚ.
 
     Args:
-        a: `(..., m, n)`, square where p is not 2.
+        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`, square where p is not 2; the last two are
+            first made dense by n products, since no few products bound the least singular value.
         p: the norm: 2, also if None, 1, inf, "fro" or "nuc".
         method: "gram", "lanczos", "inverse" or "auto".
         rtol: the relative error of κ asked for; `certificate.RTOL` of the dtype if None. Two digits, 1e-2, are cheaper.

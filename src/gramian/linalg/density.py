@@ -19,7 +19,7 @@ from gramian.linalg.engine.krylov import default_generator, gaussian, lanczos, r
 from gramian.linalg.engine.loading import check, choose, load
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import scale
-from gramian.linalg.linear_map import LinearMap, ScaledMap, as_linear_map, is_dense
+from gramian.linalg.linear_map import LinearMap, ScaledMap, as_linear_map, is_dense, made_dense
 from gramian.linalg.scaled import matrix_power_scaled_ex
 
 GELFAND = 2**30
@@ -74,19 +74,6 @@ def radius_by_gelfand(x: Tensor, *, rtol: float) -> Number:
 SPECTRAL_RADIUS = {"eigenvalues": radius_by_eigenvalues, "gelfand": radius_by_gelfand}
 
 
-def _made_dense(name: str, a: object) -> Tensor:
-    """A square dense tensor as it is; a sparse one or a map by its product with the identity."""
-    if isinstance(a, Tensor) and is_dense(a):
-        return check(name, a, square=True)
-    linear = as_linear_map(name, a)
-    n = linear.shape[-1]
-    if linear.shape[-2] != n:
-        raise ShapeError(f"{name}: expected a square map (n, n), got {tuple(linear.shape)}. See gm.linalg.svdvals.")
-    own = ScaledMap(linear)
-    eye = torch.eye(n, dtype=torch.float64, device=own.device)
-    return own.matmat(eye).to(own.dtype)
-
-
 @differentiable(
     refused("spectral_radius", "Bound it by spectral_norm, which has one."),
     shapes=lambda m, **_: m.new_empty(m.shape[:-2]),
@@ -111,7 +98,9 @@ def spectral_radius_ex(
     >>> round(value.item(), 5), certificate.converged.item()
     (2.0, True)
     """
-    m = _made_dense("spectral_radius", m)
+    if not (isinstance(m, Tensor) and is_dense(m)) and len(set(as_linear_map("spectral_radius", m).shape)) != 1:
+        raise ShapeError(f"spectral_radius: expected a square map (n, n), got {tuple(m.shape)}. See gm.linalg.svdvals.")
+    m = check("spectral_radius", made_dense("spectral_radius", m), square=True)
     choose("spectral_radius", method, SPECTRAL_RADIUS)
     batch = load(m)
     return numbers(

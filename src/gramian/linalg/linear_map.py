@@ -144,3 +144,16 @@ def as_linear_map(name: str, a: object) -> LinearMap:
     if len(a.shape) != 2:
         raise ShapeError(f"{name}: expected a linear map of shape (m, n), got {tuple(a.shape)}.")
     return a
+
+
+def made_dense(name: str, a: object) -> Tensor:
+    """A dense tensor as it is; a sparse matrix or a map by its product with the identity.
+
+    >>> made_dense("f", torch.eye(2).to_sparse_csr()).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    if isinstance(a, Tensor) and is_dense(a):
+        return check(name, a)
+    own = ScaledMap(as_linear_map(name, a))
+    eye = torch.eye(own.shape[-1], dtype=torch.float64, device=own.device)
+    return own.matmat(eye).to(own.dtype)

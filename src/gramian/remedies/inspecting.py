@@ -34,6 +34,7 @@ def inspect(
     optimizer: Optimizer | None = None,
     verify: bool = False,
     quick: bool = False,
+    curvature: bool = False,
     layouts: Mapping[str, Any] | None = None,
     input_size: tuple[int, int] = (32, 32),
     title: str | None = None,
@@ -65,6 +66,8 @@ def inspect(
         verify: whether to try the remedies.
         quick: compute norms, stable rank and energy ranks with error bounds, from a few products, and not all singular
             values.
+        curvature: also compute the five largest eigenvalues of the loss's Hessian, by absolute value, and the largest
+            of the Gauss–Newton matrix; needs batches. See docs/curvature.md.
         layouts: the matrices in a tensor, by name pattern, for architectures that are not in the table of layers.
         input_size: height and width of the images for which convolutions' operator norms are computed.
         title: of the report.
@@ -87,7 +90,7 @@ def inspect(
     ('No trouble found in 2 layers. Looked at: weights.', (8, 8))
     """
     options: dict[str, Any] = {"optimizer": optimizer, "quick": quick, "layouts": layouts, "input_size": input_size}
-    options |= {"title": title, "progress": progress}
+    options |= {"curvature": curvature, "title": title, "progress": progress}
     if not isinstance(model_or_path, (str, os.PathLike)):
         model_or_path = as_model(model_or_path, "inspect")
     if optimizer is not None and not isinstance(optimizer, Optimizer):

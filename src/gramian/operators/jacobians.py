@@ -1,4 +1,4 @@
-"""A network's derivatives, measured without changing it: gains, the end-to-end Jacobian, curvature along a line."""
+"""Gains, the end-to-end Jacobian, and the curvature along a line, measured without changing the model."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def line_curvature(
     parts = [direction[p].detach().to(p.dtype) for p in params]
     if not params:
         raise InputError("line_curvature: the direction holds no trainable parameter; give at least one")
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+    with twice_differentiable():
         output = objective.predict(model, batch)
         total, units = objective.checked(objective.criterion(output, batch))
         whole = isinstance(output, Tensor) and output.is_floating_point() and split
@@ -284,7 +284,7 @@ def line_curvature(
         try:
             twice = matrix == "hessian"
             grads = torch.autograd.grad(total / units, params, retain_graph=True, create_graph=twice, allow_unused=True)
-            slope = _dot(grads, parts)
+            slope = dot(grads, parts)
             if matrix == "hessian":
                 curvature = _second(slope, params, parts)
             else:
@@ -297,13 +297,20 @@ def line_curvature(
     return LineCurvature(float(total.detach() / units), float(slope.detach()), float(curvature.detach()), matrix)
 
 
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """A context with gradients on, in which attention and recurrence run in the forms that have second derivatives."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
 def _gauss_newton(
     objective: Objective, batch: Any, output: Tensor, params: list[Tensor], parts: list[Tensor]
 ) -> Tensor:
     """(JD)ᵀ L (JD): JD is the derivative by v of (Jᵀv)ᵀD, and L is applied by differentiating the criterion twice."""
     v = torch.zeros_like(output, requires_grad=True)
     pulled = torch.autograd.grad(output, params, v, create_graph=True, allow_unused=True)
-    along = _dot(pulled, parts)
+    along = dot(pulled, parts)
     pushed = torch.autograd.grad(along, v)[0] if along.requires_grad else torch.zeros_like(output)
     end = output.detach().requires_grad_()
     total, _ = objective.checked(objective.criterion(end, batch))
@@ -315,10 +322,11 @@ def _second(slope: Tensor, params: list[Tensor], parts: list[Tensor]) -> Tensor:
     """The derivative of `slope` along `parts`: zero where it does not depend on the parameters."""
     if not slope.requires_grad:
         return torch.zeros_like(slope)
-    return _dot(torch.autograd.grad(slope, params, allow_unused=True), parts)
+    return dot(torch.autograd.grad(slope, params, allow_unused=True), parts)
 
 
-def _dot(grads: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Tensor:
+def dot(grads: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Tensor:
+    """Σ gᵢ · dᵢ, a gradient of `None` being zero."""
     products = [(g * d).sum() for g, d in zip(grads, parts, strict=True) if g is not None]
     return torch.stack(products).sum() if products else torch.zeros(())
 
