@@ -306,8 +306,8 @@ def _nothing(pairs: Pairs, found: _Found) -> CheckpointError:
     changed = [*found.others, *pairs.only_one]
     if changed:
         return CheckpointError(
-            f"{start}no linear module differs, there is nothing to extract; changed: {some(changed, 5)}. "
-            "Copy these tensors instead."
+            f"{start}no linear module differs that an adapter can hold, so there is nothing to extract; changed: "
+            f"{some(changed, 5)}. Copy these tensors instead."
         )
     if found.rounding:
         return CheckpointError(
