@@ -201,7 +201,7 @@ def unregistered(context: Context) -> Iterator[Finding]:
             f"{len(strangers)} parameters that the forward pass uses are not the model's",
             where=some([n for n in places if n], SHOWN) or "all layers",
             evidence=f"not in model.parameters(): shapes {', '.join(str(s) for _, s in strangers[:SHOWN])} (exact)",
-            cause="Layers in a Python list or dict, or made anew in forward: no optimizer gets them, nor a state dict.",
+            cause="Layers in a Python list or dict, or built in forward: no optimizer gets them, nor a state dict.",
             advice="Use nn.ModuleList, nn.ModuleDict or nn.ParameterList, and make layers in __init__.",
         )
 
