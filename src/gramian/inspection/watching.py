@@ -42,9 +42,6 @@ MOST_CUTS = 64
 # A unit of tanh or sigmoid counts as saturated this close to an end of its range, as a share of the range.
 SATURATED = 0.01
 
-# With a momentum of this or more, the statistics of a batch norm count from this many batches on.
-USUAL, SETTLED = 0.05, 30
-
 # A mean of n values counts as canceled below this share of their size over √n, which independent values would have.
 CANCELS = 1e-4
 
@@ -156,20 +153,18 @@ class Watcher(TorchFunctionMode):
             if _is_trained(module):  # the statistics were lost
                 self.seen.statistics[name] = (float("inf"), float("inf"))
             return  # as they are made: nothing was averaged yet
-        if name in self.seen.statistics or self._is_settling(name, module):
+        if name in self.seen.called:  # on two kinds of data, say, of whose mixture the statistics are
+            self.seen.statistics.pop(name, None)
             return
         channels = given.detach().transpose(0, 1).flatten(1).float()
         found_variance, found_mean = torch.var_mean(channels, dim=1)
+        if module.momentum and module.num_batches_tracked:  # what is left of the initial values, 0 and 1
+            left = (1 - module.momentum) ** int(module.num_batches_tracked)
+            found_mean, found_variance = (1 - left) * found_mean, (1 - left) * found_variance + left
         eps = module.eps
         shift = ((mean - found_mean).square() / (found_variance + eps)).mean().sqrt()
         ratio = ((variance.clamp(min=0) + eps) / (found_variance + eps)).log().abs().mean().exp()
         self.seen.statistics[name] = (float(shift), float(ratio))
-
-    def _is_settling(self, name: str, module: nn.modules.batchnorm._BatchNorm) -> bool:
-        """Whether the statistics still remember their initial values, or the norm was called before in this pass."""
-        again = name in self.seen.called
-        batches = int(module.num_batches_tracked) if module.num_batches_tracked is not None else SETTLED
-        return again or (0 < batches < SETTLED and (module.momentum or 1.0) >= USUAL)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
