@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gramian.block import Block, Blocks, Layout, blocks
     from gramian.compression import Plan, compress, load_compressed, save_compressed
     from gramian.gram import DiagonalGram, Gram
-    from gramian.inspection import inspect
+    from gramian.inspection import inspect, watch
     from gramian.objective import Objective
     from gramian.optim.suggestion import LearningRate, suggest_lr
     from gramian.recording import capture, capturing
@@ -53,6 +53,7 @@ __all__ = [
     "suggest_lr",
     "tasks",
     "train",
+    "watch",
 ]
 
 _HOME = {
@@ -77,6 +78,7 @@ _HOME = {
     "save_compressed": "compression",
     "suggest_lr": "optim.suggestion",
     "train": "training",
+    "watch": "inspection",
 }
 
 
