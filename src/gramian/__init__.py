@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gramian.block import Block, Blocks, Layout, blocks
     from gramian.compression import Plan, compress, load_compressed, save_compressed
     from gramian.gram import DiagonalGram, Gram
+    from gramian.inspection import watch
     from gramian.objective import Objective
     from gramian.optim.suggestion import LearningRate, suggest_lr
     from gramian.recording import capture, capturing
@@ -54,6 +55,7 @@ __all__ = [
     "suggest_lr",
     "tasks",
     "train",
+    "watch",
 ]
 
 _HOME = {
@@ -78,6 +80,7 @@ _HOME = {
     "save_compressed": "compression",
     "suggest_lr": "optim.suggestion",
     "train": "training",
+    "watch": "inspection",
 }
 
 

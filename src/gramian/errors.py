@@ -7,11 +7,13 @@ Every error says what came, what was wanted, and what to do. Errors that a user 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "CheckpointError",
     "ConvergenceError",
     "DtypeError",
+    "FindingError",
     "GramianError",
     "GramianWarning",
     "InputError",
@@ -39,6 +41,14 @@ class DtypeError(InputError):
 
 class ConvergenceError(GramianError, ArithmeticError):
     """A matrix function's certificate failed: no method was accurate enough, or the answer does not exist."""
+
+
+class FindingError(GramianError):
+    """A watched training was stopped by a finding: `finding`, at the step `step`, counted from 1."""
+
+    def __init__(self, finding: Any, step: int) -> None:
+        super().__init__(f"step {step}: {finding.title} ({finding.code} at {finding.where}). {finding.remedy}")
+        self.finding, self.step = finding, step
 
 
 class CheckpointError(InputError):

@@ -60,11 +60,15 @@ _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd_
 
 
 class Watcher(TorchFunctionMode):
-    """Adds what it sees of a forward pass to an `Observed`; with `careful`, it looks for the first non-finite value."""
+    """Adds what it sees of a forward pass to an `Observed`; with `careful`, it looks for the first non-finite value.
 
-    def __init__(self, model: nn.Module, seen: Observed, *, careful: bool = False) -> None:
+    With `live` the pass is one of the user's own: every operation runs as it is, so that the results are the same to
+    the last bit, and losses are not kept.
+    """
+
+    def __init__(self, model: nn.Module, seen: Observed, *, careful: bool = False, live: bool = False) -> None:
         super().__init__()
-        self.model, self.seen, self.careful = model, seen, careful
+        self.model, self.seen, self.careful, self.live = model, seen, careful, live
         self.stack: list[str] = []
         self.order = 0
         self.unfused = 0  # depth of calls that run unfused
@@ -77,12 +81,13 @@ class Watcher(TorchFunctionMode):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
+        """A context in which it watches; a live one leaves the model's own hooks to the caller, who is in one."""
         handles = []
         for name, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule) or (self.live and module is self.model):
                 continue
-            handles.append(module.register_forward_pre_hook(self._enter(name), prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave(name), always_call=True, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(self.entering(name), prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(self.leaving(name), always_call=True, with_kwargs=True))
         try:
             with self:
                 yield
@@ -92,7 +97,9 @@ class Watcher(TorchFunctionMode):
             self.alive.clear()
             self.ended = None
 
-    def _enter(self, name: str) -> Callable:
+    def entering(self, name: str) -> Callable:
+        """The hook for before a module's call."""
+
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self.stack.append(name)
             if not torch.is_grad_enabled():
@@ -105,7 +112,9 @@ class Watcher(TorchFunctionMode):
 
         return hook
 
-    def _leave(self, name: str) -> Callable:
+    def leaving(self, name: str) -> Callable:
+        """The hook for after it."""
+
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if self.stack:
                 self.stack.pop()
@@ -170,14 +179,14 @@ class Watcher(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in UNFUSED:
+        if func in UNFUSED and not self.live:
             self.unfused += 1
             try:
                 with self:
                     return UNFUSED[func](*args, **kwargs)
             finally:
                 self.unfused -= 1
-        if not self.careful:
+        if not self.careful and not self.live:
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.stack[-1] if self.stack else "", func, args, kwargs)
         finite_before = self.careful and self.first_non_finite is None and _all_finite((*args, *kwargs.values()))

@@ -115,21 +115,27 @@ def settings(context: Context) -> Iterator[Finding]:
 
 
 def steps(context: Context) -> Iterator[Finding]:
-    """Judge the rate by what a few steps on a copy did to the loss and to the matrices."""
+    """Judge the rate by what a few steps on a copy did to the loss and to the matrices.
+
+    Of a step of the run itself the losses are not known.
+    """
     taken = context.steps
-    if taken is None or not taken.losses or not math.isfinite(taken.losses[0]) or not taken.changes:
+    if taken is None or not all(map(math.isfinite, taken.losses[:1])) or not taken.changes:
         return
-    first, losses = taken.losses[0], taken.losses
+    losses = taken.losses
+    first = losses[0] if losses else 0.0
     change = median(taken.changes.values())
-    diverged = not all(map(math.isfinite, losses)) or max(losses[1:]) > max(DIVERGES * first, first + RISES)
-    stuck = losses[-1] > NO_PROGRESS * first and first > SOLVED
+    risen = max(losses[1:], default=0.0) > max(DIVERGES * first, first + RISES)
+    diverged = risen or not all(map(math.isfinite, losses))
+    stuck = bool(losses) and losses[-1] > NO_PROGRESS * first and first > SOLVED
     by_group = sorted(_by_group(context, taken.changes), key=lambda one: one.change)
     if not by_group:
         return  # another model's optimizer, which is said by its own rule
     fastest, slow = by_group[-1], [one for one in by_group if one.change < LOST and not one.is_scheduled]
     if len(slow) < len(by_group) and by_group[len(slow)].change < GAP * max((one.change for one in slow), default=0.0):
         slow = []  # rates that fall from group to group, as they do by layer in a fine-tune
-    told = f"on a copy: loss {', '.join(f'{v:.3g}' for v in losses)}"
+    told = f"on a copy: loss {', '.join(f'{v:.3g}' for v in losses)}" if losses else "measured in the run"
+    once = "the first step" if losses else "a step"
     if diverged or not change <= FAST:
         yield Finding(
             "rate-too-high",
@@ -138,8 +144,7 @@ def steps(context: Context) -> Iterator[Finding]:
             if diverged
             else "A step changes the weights by their own size",
             where="optimizer",
-            evidence=f"{told}; the median matrix{fastest.of} changes by {fastest.change:.2g} of its size in the first "
-            "step",
+            evidence=f"{told}; the median matrix{fastest.of} changes by {fastest.change:.2g} of its size in {once}",
             cause=f"The rate {fastest.rate:g}{fastest.of} is too large for this model.",
             advice="Divide the rate by 10 or more, or call gm.suggest_lr.",
         )

@@ -1,0 +1,134 @@
+"""Where the first value that is not finite came from: a forward pass, run again with a look at every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gramian.batch import mapped, tensors
+from gramian.errors import some
+from gramian.inspection.causes import Context
+from gramian.inspection.causes.context import SHOWN
+from gramian.inspection.causes.loss import non_finite
+from gramian.inspection.observed import Observed
+from gramian.inspection.watching import Watcher
+from gramian.recording.measuring import training
+from gramian.report import Finding
+
+__all__ = ["Pass", "are_finite", "find_origin", "values_of"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass that can be run again: what the model was given, without a graph, and under which autocast."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    autocasts: list[tuple[str, torch.dtype]]
+
+    @staticmethod
+    def of(args: tuple, kwargs: dict[str, Any]) -> Pass:
+        """The pass that begins now."""
+        args, kwargs = mapped((args, kwargs), lambda t: t.detach() if t.requires_grad else t)
+        kinds = {t.device.type for t in tensors((args, kwargs))}
+        return Pass(args, kwargs, [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)])
+
+
+def find_origin(
+    model: nn.Module, last: Pass | None, parallel: nn.parallel.DistributedDataParallel | None, when: str
+) -> Finding:
+    """Say where the values that are not finite come from: weights, inputs, an operation, or behind the model.
+
+    Args:
+        model: left as it was.
+        last: its last forward pass; `None` where it could not be watched.
+        parallel: around the model; then all ranks ask together, and all get the answer of the first that has one.
+        when: the step, in words.
+
+    Returns: the finding.
+    Raises: nothing of its own.
+    Cost: a pass over the weights and a forward pass with a look at each operation.
+    Source: this library's own.
+    """
+    weights = [n for n, p in model.named_parameters() if not are_finite([values_of(p)])]
+    if weights:
+        return Finding(
+            "non-finite-weights",
+            "error",
+            f"{some(weights, SHOWN)} {'has' if len(weights) == 1 else 'have'} values that are NaN or infinite",
+            where=some(weights, SHOWN),
+            evidence=f"before {when} (exact)",
+            cause="An earlier step, or the checkpoint, made them.",
+            advice="Go back to an earlier checkpoint, and continue with a lower learning rate or clipped gradients.",
+        )
+    found = None if last is None else _run_again(model, last)
+    if parallel is not None:
+        every: list[Any] = [None] * dist.get_world_size(parallel.process_group)
+        dist.all_gather_object(every, found, group=parallel.process_group)
+        found = next((one for one in every if one is not None), None)
+    if found == ("", ""):
+        return Finding(
+            "input-non-finite",
+            "error",
+            "The inputs have values that are NaN or infinite",
+            where="input",
+            evidence=f"in the last batch of {when} (exact)",
+            cause="The data have missing or overflown values; everything computed from them is lost.",
+            advice="Find where they come from, and replace or drop those samples.",
+        )
+    if found is not None:
+        (finding,) = non_finite(Context(model, Observed(first_non_finite=found)))
+        return replace(finding, evidence=f"{when}: {finding.evidence.partition('; ')[2]}")  # the loss is not known
+    trained = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    bad = [n for n, grad in trained.items() if not are_finite([values_of(grad)])]
+    again = "; a forward pass of its last batch has finite values only (exact)" if last is not None else ""
+    return Finding(
+        "gradient-overflow",
+        "error",
+        f"The gradients of {len(bad)} parameters are not finite"
+        if bad
+        else "The output is not finite, and was when the pass was repeated",
+        where="all layers" if len(bad) > len(trained) / 3 else some(bad, SHOWN),
+        evidence=f"{when}: {len(bad)} of {len(trained)} gradients (exact){again}",
+        cause="The loss, its gradient, or an earlier batch of this step left the range of the dtype, or a derivative "
+        "is infinite where its function is finite (√0, 0⁰, |0|).",
+        advice="Lower the loss scale, or use bfloat16; torch.autograd.detect_anomaly names the operation.",
+    )
+
+
+def _run_again(model: nn.Module, last: Pass) -> tuple[str, str] | None:
+    """The module and operation that make the first value that is not finite; two empty names for the inputs."""
+    if not are_finite(tensors((last.args, last.kwargs))):
+        return "", ""
+    watcher = Watcher(model, Observed(), careful=True)
+    try:
+        with ExitStack() as inside:
+            for kind, dtype in last.autocasts:
+                inside.enter_context(torch.autocast(kind, dtype=dtype))
+            inside.enter_context(training(model))
+            inside.enter_context(torch.no_grad())
+            inside.enter_context(watcher.installed())
+            model(*last.args, **last.kwargs)
+    except Exception:  # an operation that refuses such values: what was found before it counts
+        pass
+    return watcher.first_non_finite
+
+
+def are_finite(found: Iterable[Tensor]) -> bool:
+    """Whether all values are, from the largest: one synchronization with the device."""
+    floats = [t.detach() for t in found if t.is_floating_point() and t.numel()]
+    return not floats or bool(torch.nn.utils.get_total_norm(floats, float("inf")).isfinite())
+
+
+def values_of(t: Tensor) -> Tensor:
+    """The stored values: of a sparse tensor those that are not zero, of a sharded one this rank's."""
+    t = t.detach()
+    local = getattr(t, "to_local", None)
+    t = t if local is None else local()
+    return t.coalesce().values() if t.is_sparse else t
