@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gramian.batch import mapped, tensors
@@ -18,6 +17,7 @@ from gramian.inspection.causes.context import SHOWN
 from gramian.inspection.causes.loss import non_finite
 from gramian.inspection.observed import Observed
 from gramian.inspection.watching import Watcher
+from gramian.placement import exchange_json
 from gramian.recording.measuring import training
 from gramian.report import Finding
 
@@ -69,9 +69,8 @@ def find_origin(
         )
     found = None if last is None else _run_again(model, last)
     if parallel is not None:
-        every: list[Any] = [None] * dist.get_world_size(parallel.process_group)
-        dist.all_gather_object(every, found, group=parallel.process_group)
-        found = next((one for one in every if one is not None), None)
+        every = exchange_json(found, parallel.process_group)
+        found = next(((one[0], one[1]) for one in every if one is not None), None)
     if found == ("", ""):
         return Finding(
             "input-non-finite",
