@@ -5,7 +5,7 @@ then linear decay, as `gm.train` has it. AdamW is torch's, fused, at the best of
 compared by the held-out loss at the end on three other seeds. Writes `benchmarks/results/families_rates.json`.
 
     python benchmarks/families_rates.py                          # about 4 minutes on one core
-    python benchmarks/families_rates.py --only mamba --out /tmp/mamba.json
+    python benchmarks/families_rates.py --only mamba --out mamba.json
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ on the digits for 300 steps at three rates of Muon and of AdamW; compared is the
 `benchmarks/results/init_rates.json`.
 
     python benchmarks/init_rates.py                    # about 10 minutes on one core
-    python benchmarks/init_rates.py --only gpt2 --out /tmp/gpt2.json
+    python benchmarks/init_rates.py --only gpt2 --out gpt2.json
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ def test_a_watched_run_is_the_same_to_the_last_bit(make, options) -> None:
             assert not [f for f in watching.findings if f.severity == "error"]
             assert set(watching.not_looked_at) == {
                 "data, loss and labels", "attention and gates inside torch's fused functions", "spectra",
+                "frozen and rank-one parameters",
             }  # fmt: skip
         results.append((*state(model), torch.get_rng_state()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -319,7 +320,11 @@ def test_a_compiled_model_keeps_the_check_of_its_gradients() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"every": 0}, "at least 1"), ({"raise_on": "fatal"}, "raise_on"), ({"log": 3}, "log is a int")],
+    [
+        ({"every": 0}, "at least 1"),
+        ({"raise_on": "fatal"}, "raise_on"),
+        ({"log": 3}, "log is a int"),
+    ],
 )
 def test_wrong_arguments_are_named(options, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -330,6 +330,8 @@ def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
     if found is None:
         if options.get("verify"):
             raise InputError(f"--verify trains on data, and {model} is a file: add --task")
+        if options.get("curvature"):
+            raise InputError(f"--curvature is that of a loss on data, and {model} is a file: add --task")
         return inspect(model, **options)
     network, its_task = found
     return inspect(network, its_task.batches(), its_task.objective, title=model, **options)

@@ -52,42 +52,16 @@ def inspect(
     title: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Diagnose a network from its matrices: what is wrong, how sure that is, why, and what to do.
-
-    Without data the report has the singular values of every weight matrix and what follows from them. With `batches`
-    and an `objective` it also has the size of activations and gradients by depth, the gain χ of each layer with its
-    standard error, how much samples still differ at each depth, and the end-to-end Jacobian's singular values.
-
-    A few training steps are watched in the mode in which the model is trained, without taking them. Second moments,
-    gains and the Jacobian are measured without dropout, and with the statistics of the batch in batch norms. The model
-    is left as it was. A file is read one tensor at a time. Under `torchrun`
-    the ranks divide the tensors between them by cost, and every rank returns the whole report.
+    """Diagnose a network without trying its remedies: `gm.inspect`, which adds `verify` and has the documentation.
 
     Args:
-        model_or_path: a module; or a `.safetensors` file, a Hugging Face folder, or a `.pt` state dict, of which
-            nothing is executed.
-        batches: a `DataLoader`, a list or another iterable of batches, of which the first four are read; see
-            docs/objectives.md. Most is measured on the first.
-        objective: `gm.Objective`, or a plain `loss(model, batch) -> scalar mean`.
-        optimizer: made for this model. Its settings are judged, and a few of its steps are taken on a copy of both.
-        quick: compute norms, stable rank and energy ranks with error bounds, from a few products, and not all singular
-            values.
-        curvature: also compute the five largest eigenvalues of the loss's Hessian, by absolute value, and the largest
-            of the Gauss–Newton matrix; needs batches. See docs/curvature.md.
-        layouts: the matrices in a tensor, by name pattern, for architectures that are not in the table of layers.
-        input_size: height and width of the images for which convolutions' operator norms are computed.
-        title: of the report.
-        progress: called as `progress(what, done, total)`.
-    Returns: a `Report`, with `.findings`, `.layers`, `.save("x.html")` and `.to_json()`.
+        model_or_path, batches, objective, optimizer, quick, curvature: as in `gm.inspect`.
+        layouts, input_size, title, progress: as in `gm.inspect`.
+
+    Returns: a `Report`.
     Raises:
-        InputError: batches without an objective or the reverse, data for a file, or a module that cannot run on what
-            it is given.
-        UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run).
-        CheckpointError: the file is missing, damaged, or would run code.
-    Cost: the singular values of each matrix; with data, some 10 to 20 training steps, and with an optimizer six more
-        and a copy of both; with `curvature`, some hundred products with the Hessian, about four passes of the batches
-        each. Memory: for a file, one tensor and a few matrices of its smaller side; with `curvature`, some hundred
-        times the parameters in float64.
+        InputError, UnsupportedError, CheckpointError: as `gm.inspect`.
+    Cost: as `gm.inspect` without `verify`.
     Source: this library's own; each finding names the source of its rule.
 
     >>> report = inspect(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gramian.batch import fields, tensors
+from gramian.batch import described, fields, tensors
 from gramian.calls import as_model, unwrapped, wrappings
 from gramian.errors import FindingError, InputError
 from gramian.inspection.causes import Context, ordered
@@ -42,6 +42,7 @@ MODULE_RULES: tuple[Callable, ...] = (numbers, unreached, shared, *PARAMETERS, *
 _LEFT = {
     "data, loss and labels": "they are outside of the model's forward pass; call gm.inspect",
     "attention and gates inside torch's fused functions": "they run as they are; call gm.inspect",
+    "frozen and rank-one parameters": "they are judged beside the spectra; call gm.inspect",
     "spectra": "they cost more than a step; call gm.inspect",
 }
 
@@ -388,8 +389,13 @@ def watch(
     [('input-non-finite', 'input')]
     """
     model = as_model(model, "watch")
-    if every < 1:
-        raise InputError(f"watch: every is {every}; wanted at least 1")
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise InputError(f"watch: optimizer is a torch optimizer made for this model; got {described(optimizer)}")
+    if not isinstance(every, int) or every < 1:
+        raise InputError(f"watch: every is {every!r}; wanted a whole number of steps, at least 1")
+    if on_finding is not None and not callable(on_finding):
+        raise InputError(f"watch: on_finding is {described(on_finding)}; wanted a function of a finding and the step")
     if isinstance(raise_on, str) and raise_on not in SEVERITIES:
         raise InputError(f"watch: raise_on is {raise_on!r}; wanted 'error', 'warning', 'info', or a list of codes")
-    return Watch(model, getattr(optimizer, "optimizer", optimizer), every, on_finding, raise_on, as_log(log))
+    return Watch(model, optimizer, every, on_finding, raise_on, as_log(log))

@@ -149,7 +149,7 @@ def eigvalsh_top_ex(
         a: `(..., n, n)` dense symmetric, a sparse matrix `(n, n)`, or a symmetric `LinearMap`.
         k: how many, from 1 to n.
         which: "magnitude", "largest" or "smallest".
-        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+        rtol: the error asked for, relative to the norm of the k values; `certificate.RTOL` of the dtype if None.
         generator: of the random start; a fixed seed if None.
     Returns: the eigenvalues `(..., k)`, and their certificate; its residual is ‖AV − VΘ‖_F, A being scaled to entries
         below 1.
@@ -192,7 +192,8 @@ def eigvalsh_top(
             `gm.operators.hessian`.
         k: how many, from 1 to n; an eigenvalue counts as often as it is repeated.
         which: "magnitude", by absolute value; "largest" or "smallest", by value.
-        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+        rtol: the error asked for, relative to the norm of the k values together; `certificate.RTOL` of the dtype if
+            None. Of values of very different sizes the small ones may be less accurate.
         generator: of the random start; a fixed seed if None.
     Returns: the eigenvalues `(..., k)` in the dtype of `a`.
     Raises:

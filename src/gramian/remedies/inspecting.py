@@ -46,10 +46,10 @@ def inspect(
     and an `objective` it also has the size of activations and gradients by depth, the gain χ of each layer with its
     standard error, how much samples still differ at each depth, and the end-to-end Jacobian's singular values.
 
-    A few training steps are watched in the mode in which the model is trained, without taking them. Second moments,
-    gains and the Jacobian are measured without dropout, and with the statistics of the batch in batch norms. The model
-    is left as it was. A file is read one tensor at a time. Under `torchrun`
-    the ranks divide the tensors between them by cost, and every rank returns the whole report.
+    A training step is watched in the mode in which the model is trained, without taking it. Sizes, gains and the
+    Jacobian are measured without dropout, and with the statistics of the batch in batch norms. The model is left as it
+    was. A file is read one tensor at a time. Under `torchrun` the ranks divide the tensors between them by cost, and
+    every rank returns the whole report.
 
     With `verify` the remedies of errors and warnings are tried on copies of the model and the optimizer, each followed
     by 50 training steps with and without it; those that do not help are not offered, and more kinds of findings get a
@@ -75,12 +75,15 @@ def inspect(
 
     Returns: a `Report`, with `.findings`, `.layers`, `.save("x.html")` and `.to_json()`.
     Raises:
-        InputError: batches without an objective or the reverse, or data for a file; `verify` without data.
+        InputError: batches without an objective or the reverse, data for a file, `verify` or `curvature` without data,
+            or a module that cannot run on what it is given.
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run); `verify` on
             several ranks.
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: the singular values of each matrix; with data, some 10 to 20 training steps, and with an optimizer six more
-        and a copy of both. Memory: for a file, one tensor and a few matrices of its smaller side. With `verify`, 100
+        and a copy of both; with `curvature`, some hundred products with the Hessian, about four passes of the batches
+        each, and as many vectors of the parameters in float64. Memory: for a file, one tensor and a few matrices of its
+        smaller side. With `verify`, 100
         training steps, and 50 to 500 and a second diagnosis for each finding, with two copies of the model and of the
         optimizer for each action that is tried.
     Source: this library's own; each finding names the source of its rule.

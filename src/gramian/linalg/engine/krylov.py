@@ -27,6 +27,8 @@ CLOSE = 1.5
 """The ratio of successive distances from the Ritz value at which eigenvalues are tested for exclusion."""
 BELOW = 6
 """How many such distances below the guess are tested."""
+CHUNK = 64
+"""Blocks for which a run has memory at first; it grows by half."""
 
 
 class Krylov(NamedTuple):
@@ -112,14 +114,16 @@ def lanczos(
     """
     batch, r, n = start.shape
     steps = max(1, min(steps, -(-n // r)))
-    # Most runs stop long before `steps`; memory that is never written is never mapped.
-    rows = start.new_empty(batch, steps * r, n)
+    # Most runs stop long before `steps`, for which there may be no memory.
+    rows = start.new_empty(batch, min(steps, CHUNK) * r, n)
     t = start.new_empty(batch, steps * r, steps * r, dtype=torch.float64)
     block, _ = orthonormal(start)
     found = Krylov(rows[:, :0], t[:, :0, :0], block, r)
     due = first
     for j in range(steps):
         here, ahead = slice(j * r, (j + 1) * r), slice((j + 1) * r, (j + 2) * r)
+        if j * r == rows.shape[1]:
+            rows = torch.cat((rows, rows.new_empty(batch, min(steps - j, max(CHUNK, j // 2)) * r, n)), 1)
         rows[:, here] = block
         t[:, here, : max(0, j - 1) * r] = 0
         t[:, : max(0, j - 1) * r, here] = 0
