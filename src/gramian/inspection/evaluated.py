@@ -127,8 +127,9 @@ def _watched(model: nn.Module, rows: int) -> Iterator[list[tuple[str, Tensor]]]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             made = first_float(output)
             if made is not None and len(made) == rows:
-                wide = made[1:].detach().reshape(rows - 1, -1).double()
-                found.append((name, torch.stack((wide.sum(1), wide.abs().sum(1)))))
+                others = made[1:].detach().reshape(rows - 1, -1)
+                sums = (t.sum(1, dtype=torch.float64) for t in (others, others.abs()))
+                found.append((name, torch.stack(tuple(sums))))
 
         return keep
 

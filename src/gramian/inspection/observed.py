@@ -29,6 +29,8 @@ __all__ = [
 
 # Between these a sum of squares of float32 numbers has neither lost nor overflown any that count.
 LOW, HIGH = 1e-24, 1e30
+# Below this share, the mean square less that of the mean has lost too many digits.
+CANCELED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -212,22 +214,31 @@ class Observed:
 
 
 def moments(t: Tensor) -> Moments:
-    """The size of a tensor, from one pass for the moments over samples."""
+    """The size of a tensor, from its mean over samples and the rest; `torch.var_mean` takes 20 times as long."""
     wide = t.detach().float()
     if wide.ndim == 0 or wide.shape[0] < 2:
         wide = wide.reshape(-1, 1) if wide.ndim < 2 else wide.reshape(-1, wide.shape[-1])
     if wide.numel() == 0:
         return Moments(0.0, 0.0, is_finite=True)
-    variance, mean = torch.var_mean(wide, dim=0, correction=0)
-    between, square = float(variance.mean()), float(mean.square().mean())
+    between, square = _mean_squares(wide)
     if not LOW < between + square < HIGH or between == 0.0:
         largest = float(wide.abs().amax())
         if not math.isfinite(largest):
             return Moments(largest, largest, is_finite=False)
         scale = largest or 1.0  # squares of very large and very small values exist after division
-        variance, mean = torch.var_mean(wide / scale, dim=0, correction=0)
-        between, square = (float(v) * scale * scale for v in (variance.mean(), mean.square().mean()))
+        between, square = (value * scale * scale for value in _mean_squares(wide / scale))
     return Moments(math.sqrt(between + square), math.sqrt(between), is_finite=True)
+
+
+def _mean_squares(t: Tensor) -> tuple[float, float]:
+    """The mean square of what differs between samples, and of the mean over samples."""
+    mean = t.mean(0).reshape(-1)
+    square = float(mean.dot(mean)) / mean.numel()
+    total = float(t.reshape(-1).dot(t.reshape(-1))) / t.numel()
+    if total - square < CANCELED * total:
+        varying = (t.reshape(len(t), -1) - mean).reshape(-1)
+        total = square + float(varying.dot(varying)) / t.numel()
+    return total - square, square
 
 
 def first_float(*values: Any) -> Tensor | None:

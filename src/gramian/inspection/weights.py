@@ -102,11 +102,13 @@ def measure_model(
     for i, block in enumerate(found):
         tell("spectra", i, len(found))
         height, width = image_sizes.get(block.name.rpartition(".")[0], input_size)
-        norm = _norm_of_module(block, (min(height, input_size[0]), min(width, input_size[1])))
         weight, how = applied(block)
         for name, matrix in zip(block.names, block.layout.pieces(weight, block.role == "elementwise"), strict=True):
             spectrum = _describe(matrix, quick)
-            layer = report_row(name, block.kind, block.role, spectrum, norm if len(block.names) == 1 else None)
+            norm = None
+            if len(block.names) == 1:
+                norm = _norm_of_module(block, (min(height, input_size[0]), min(width, input_size[1])), spectrum)
+            layer = report_row(name, block.kind, block.role, spectrum, norm)
             note = "; ".join(text for text in (how, layer.note) if text)
             measured.layers.append(replace(layer, depth=len(measured.layers), note=note))
             measured.spectra.append(spectrum)
@@ -263,7 +265,8 @@ def _measure_holding(checkpoint: Checkpoint, holding: Holding, quick: bool, inpu
     return found
 
 
-def _norm_of_module(block: Block, size: tuple[int, int]) -> tuple[float, float, str] | None:
+def _norm_of_module(block: Block, size: tuple[int, int], spectrum: Spectrum) -> tuple[float, float, str] | None:
+    """Return the operator norm of a convolution that holds one matrix, its error, and how it was found."""
     module: Any = block.module
     kernel = block.parameter.detach()
     own = getattr(module, "weight", None) is block.parameter
@@ -272,6 +275,8 @@ def _norm_of_module(block: Block, size: tuple[int, int]) -> tuple[float, float, 
     if not bool(kernel.isfinite().all()):
         return None
     where = f"operator norm at {size[0]}×{size[1]}"
+    if module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid") and spectrum.spectral_norm:
+        return spectrum.spectral_norm, spectrum.spectral_norm_error, "operator norm of a 1×1 kernel, that of its matrix"
     plain = module.stride == (1, 1) and module.dilation == (1, 1) and module.groups == 1
     if module.padding_mode == "circular" and plain and min(size) >= max(module.kernel_size):
         return conv_norm_circular(kernel, size), 0.0, f"{where}, circular padding (FFT)"

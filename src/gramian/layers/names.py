@@ -53,10 +53,10 @@ class NamedWeight:
             name: of the tensor.
             config: of the model.
         """
-        family = str(config.get("model_type", ""))
-        in_family = not self.models or family in self.models
-        given = all(config.get(key) == value for key, value in self.when.items())
-        return in_family and given and fnmatch.fnmatchcase(f".{name}", f"*.{self.name}")
+        if not fnmatch.fnmatchcase(f".{name}", f"*.{self.name}"):
+            return False
+        in_family = not self.models or str(config.get("model_type", "")) in self.models
+        return in_family and all(config.get(key) == value for key, value in self.when.items())
 
 
 _GQA = ("heads*dim", "kv*dim", "kv*dim")  # fewer key and value heads than queries

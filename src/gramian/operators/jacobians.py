@@ -90,22 +90,16 @@ def layer_gains(
             chain = operation_of(use.module).gain and names.count(use.name) == 1
             if chain and end is not None and leaves_of(end) & leaves == {id(use.leaving)}:
                 pairs.append((use.name, use.leaving, end))
-        samples: dict[str, list[Tensor]] = {name: [] for name, _, _ in pairs}
-        for probe in range(num_probes if pairs else 0):
-            v = [torch.empty_like(end).normal_(generator=generator) for _, _, end in pairs]
-            grads = torch.autograd.grad(
-                [end for _, _, end in pairs],
-                [start for _, start, _ in pairs],
-                v,
-                retain_graph=probe + 1 < num_probes,
-                allow_unused=True,
-            )
-            for (name, start, end), grad in zip(pairs, grads, strict=True):
-                if grad is None:
-                    continue
-                side = min(start.numel(), end.numel()) / len(start)  # of one sample's Jacobian
-                samples[name].append(grad.double().reshape(len(grad), -1).square().sum(1) / side)
-        for name, values in samples.items():
+        for name, start, end in pairs:  # one at a time: the vectors of all would be as large as all activations
+            side = min(start.numel(), end.numel()) / len(start)  # of one sample's Jacobian
+            values = []
+            for probe in range(num_probes):
+                v = torch.empty_like(end).normal_(generator=generator)
+                keep = probe + 1 < num_probes
+                (grad,) = torch.autograd.grad(end, start, v, retain_graph=keep, allow_unused=True)
+                if grad is not None:
+                    sizes = torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1, dtype=torch.float64)
+                    values.append(sizes.square() / side)
             if not values:
                 continue
             chi = torch.cat(values)

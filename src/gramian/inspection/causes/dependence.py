@@ -63,14 +63,11 @@ def labels_depend(batches: Sequence[Any]) -> Dependence | None:
     num = int(y.max()) + 1 if len(y) else 0
     if len(y) < LEAST or num < 2 or num > len(y) // 5 or int(y.min()) < 0 or not bool(x.isfinite().all()):
         return None
-    one_hot = torch.nn.functional.one_hot(y, num).float()
-    graph = _neighbors(x)
-    linear = _principal(x)
     generator = torch.Generator().manual_seed(0)
-    found = _statistics(graph, linear, one_hot)
-    by_chance = torch.stack(
-        [_statistics(graph, linear, one_hot[torch.randperm(len(y), generator=generator)]) for _ in range(50)]
-    )
+    shuffled = [y[torch.randperm(len(y), generator=generator)] for _ in range(50)]
+    x = _standardized(x)
+    found, *by_chance = _statistics(_neighbors(x), _principal(x), torch.stack((y, *shuffled)), num)
+    by_chance = torch.stack(by_chance)
     z = (found - by_chance.mean(0)) / by_chance.std(0).clamp(min=1e-9)
     p = float(torch.special.erfc(z.max() / 2**0.5)) / 2 * len(z)
     return Dependence(
@@ -99,21 +96,24 @@ def _standardized(x: Tensor) -> Tensor:
 
 def _neighbors(x: Tensor) -> Tensor:
     """Indices (N, k) of the nearest other samples."""
-    distances = torch.cdist(_standardized(x), _standardized(x))
+    distances = torch.cdist(x, x)
     distances.fill_diagonal_(float("inf"))
     return distances.topk(NEIGHBORS, largest=False).indices
 
 
 def _principal(x: Tensor) -> Tensor:
-    """Coordinates (N, r) along the leading principal directions, of unit variance."""
-    x = _standardized(x)
+    """Coordinates (N, r) along the leading principal directions, of unit length."""
     rank = max(1, min(x.shape[0] // 10, x.shape[1], 32))
-    x = x - x.mean(0)
-    _, u = torch.linalg.eigh((x @ x.T).double())  # cheaper than an SVD where there are many features
-    return u[:, -rank:].float()
+    x = (x - x.mean(0)).double()
+    if x.shape[0] < x.shape[1]:
+        return torch.linalg.eigh(x @ x.T)[1][:, -rank:].float()
+    u = x @ torch.linalg.eigh(x.T @ x)[1][:, -rank:]
+    return (u / u.norm(dim=0).clamp(min=1e-12)).float()
 
 
-def _statistics(graph: Tensor, linear: Tensor, one_hot: Tensor) -> Tensor:
-    agreement = (one_hot[graph] * one_hot[:, None]).sum(-1).mean()
-    fitted = (linear.T @ (one_hot - one_hot.mean(0))).square().sum()
-    return torch.stack((agreement, fitted))
+def _statistics(graph: Tensor, linear: Tensor, labels: Tensor, num: int) -> Tensor:
+    """The two statistics (K, 2) of each row of `labels` (K, N)."""
+    agreement = (labels[:, graph] == labels[:, :, None]).float().mean((1, 2))
+    one_hot = torch.nn.functional.one_hot(labels, num).float()
+    fitted = (linear.T @ (one_hot - one_hot.mean(1, keepdim=True))).square().sum((1, 2))
+    return torch.stack((agreement, fitted), dim=1)
