@@ -172,22 +172,27 @@ class Watcher(TorchFunctionMode):
         mean, variance = module.running_mean, module.running_var
         if mean is None or variance is None:
             return
-        if bool((mean == 0).all()) and bool((variance == 1).all()):
-            if _is_trained(module):  # the statistics were lost
-                self.seen.statistics[name] = (float("inf"), float("inf"))
-            return  # as they are made: nothing was averaged yet
-        if name in self.seen.called:  # on two kinds of data, say, of whose mixture the statistics are
-            self.seen.statistics.pop(name, None)
-            return
-        channels = given.detach().transpose(0, 1).flatten(1).float()
-        found_variance, found_mean = torch.var_mean(channels, dim=1)
-        if module.momentum and module.num_batches_tracked:  # what is left of the initial values, 0 and 1
-            left = (1 - module.momentum) ** int(module.num_batches_tracked)
+        wide = given.detach().transpose(0, 1).float()
+        others, spread = tuple(range(1, wide.ndim)), (-1, *(1,) * (wide.ndim - 1))
+        found_mean = wide.mean(others)
+        found_variance = (wide - found_mean.view(spread)).square_().mean(others)
+        if module.momentum and module.num_batches_tracked is not None:  # what is left of the initial values, 0 and 1
+            left = (1 - module.momentum) ** module.num_batches_tracked
             found_mean, found_variance = (1 - left) * found_mean, (1 - left) * found_variance + left
         eps = module.eps
         shift = ((mean - found_mean).square() / (found_variance + eps)).mean().sqrt()
         ratio = ((variance.clamp(min=0) + eps) / (found_variance + eps)).log().abs().mean().exp()
-        self.seen.statistics[name] = (float(shift), float(ratio))
+        is_again = name in self.seen.called
+
+        def keep(initial: float, shift: float, ratio: float) -> None:
+            if initial:  # nothing was averaged yet, or the statistics were lost
+                self.seen.statistics |= {name: (math.inf, math.inf)} if _is_trained(module) else {}
+            elif is_again:  # on two kinds of data, say, of whose mixture the statistics are
+                self.seen.statistics.pop(name, None)
+            else:
+                self.seen.statistics[name] = (shift, ratio)
+
+        self._read(((mean == 0).all() & (variance == 1).all(), shift, ratio), keep)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
