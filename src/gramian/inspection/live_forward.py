@@ -213,7 +213,7 @@ def _entry(model: nn.Module) -> tuple[nn.Module, bool, str]:
     ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if is_compiled and ranks and any(isinstance(m, nn.SyncBatchNorm) for m in modules.values()):
         return root, True, "a compiled model is run again to see it, and SyncBatchNorm would wait for other ranks"
-    return compiled or root, is_compiled, ""
+    return root if compiled is None else compiled, is_compiled, ""
 
 
 def _loss_in(output: Any) -> float:

@@ -29,7 +29,7 @@ __all__ = ["Looker"]
 
 EVERY_LOOK: tuple[Callable, ...] = (numbers, unreached, *MODULES, *NORMS)
 
-# Change of a parameter's norm, as a share, from which on the rules about its values are run again.
+# Change of a matrix's norm, as a share, from which on the rules about its values are run again.
 CHANGED = 0.05
 
 
@@ -86,7 +86,7 @@ class Looker:
         self.is_settled = self.is_settled or _is_settled(self.root)
         rules = [rule for rule in EVERY_LOOK if self.is_settled or rule is not norm_statistics]
         context = self._context(seen, passes)
-        state = norms({n: p for n, p in self.parameters.items() if p.is_floating_point()}), context.has_constant_output
+        state = norms({n: p for n, p in self.parameters.items() if p.ndim >= 2}), context.has_constant_output
         if self._judged is None or _has_changed(self._judged, state):
             rules += [shared, *PARAMETERS]
             self._judged = state
