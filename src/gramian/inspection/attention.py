@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention_weights", "entropy_and_masked"]
+__all__ = ["NUM_SAMPLES", "attention_weights", "entropy_and_masked"]
 
 # Samples of which attention's weights are computed.
 NUM_SAMPLES = 4
@@ -14,7 +14,7 @@ NUM_SAMPLES = 4
 MASKED = -9e3
 
 
-def entropy_and_masked(weights: Tensor, scores: Tensor | None) -> tuple[float, float] | None:
+def entropy_and_masked(weights: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean entropy as a share of that of equal weights, and the share of the queries whose keys are all masked.
 
     Args:
@@ -22,19 +22,18 @@ def entropy_and_masked(weights: Tensor, scores: Tensor | None) -> tuple[float, f
         scores: (…, T, S), what the softmax was applied to; `None` where only the weights are known, of which those that
             are zero then count as masked.
 
-    Returns: both, over the queries that see several keys; `None` where there is nothing to judge.
+    Returns: both, the first over the queries that see several keys, and the number of these; scalars on the device.
     Raises: nothing of its own.
     Cost: a few passes over the weights.
     Source: this library's own.
     """
     p = weights.detach().float().nan_to_num()
     seen = (p > 0 if scores is None else scores.detach().float() > MASKED).sum(-1)
-    masked = float((seen == 0).float().mean()) if seen.numel() else 0.0
+    masked = (seen == 0).float().mean() if seen.numel() else p.new_zeros(())
     entropy = -(p * p.clamp(min=1e-30).log()).sum(-1) / seen.clamp(min=2).float().log()
     several = seen > 1
-    if bool(several.any()):
-        return float(entropy[several].mean()), masked
-    return (1.0, masked) if masked else None
+    seeing = several.sum()
+    return torch.where(several, entropy, 0.0).sum() / seeing.clamp(min=1), masked, seeing
 
 
 def attention_weights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,18 +26,37 @@ __all__ = ["Pass", "are_finite", "find_origin", "values_of"]
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass that can be run again: what the model was given, without a graph, and under which autocast."""
+    """A forward pass that can be run again: what the model was given, without a graph, and under which autocast.
+
+    `call` is what is called with the arguments, where that is not the model.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
     autocasts: list[tuple[str, torch.dtype]]
+    call: Callable | None = None
 
     @staticmethod
-    def of(args: tuple, kwargs: dict[str, Any]) -> Pass:
+    def of(args: tuple, kwargs: dict[str, Any], call: Callable | None = None) -> Pass:
         """The pass that begins now."""
-        args, kwargs = mapped((args, kwargs), lambda t: t.detach() if t.requires_grad else t)
-        kinds = {t.device.type for t in tensors((args, kwargs))}
-        return Pass(args, kwargs, [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)])
+        kinds: set[str] = set()
+
+        def kept(t: Tensor) -> Tensor:
+            kinds.add(t.device.type)
+            return t.detach() if t.requires_grad else t
+
+        args, kwargs = mapped((args, kwargs), kept)
+        enabled = [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)]
+        return Pass(args, kwargs, enabled, call)
+
+    def run(self, model: nn.Module, watcher: Watcher) -> None:
+        """Runs it again, watched, and uncompiled; the model's mode, its buffers and the random state are restored."""
+        with ExitStack() as inside:
+            for kind, dtype in self.autocasts:
+                inside.enter_context(torch.autocast(kind, dtype=dtype))
+            inside.enter_context(training(model))
+            inside.enter_context(watcher.installed())
+            (self.call or model)(*self.args, **self.kwargs)
 
 
 def find_origin(
@@ -107,13 +126,8 @@ def _run_again(model: nn.Module, last: Pass) -> tuple[str, str] | None:
         return "", ""
     watcher = Watcher(model, Observed(), careful=True)
     try:
-        with ExitStack() as inside:
-            for kind, dtype in last.autocasts:
-                inside.enter_context(torch.autocast(kind, dtype=dtype))
-            inside.enter_context(training(model))
-            inside.enter_context(torch.no_grad())
-            inside.enter_context(watcher.installed())
-            model(*last.args, **last.kwargs)
+        with torch.no_grad():
+            last.run(model, watcher)
     except Exception:  # an operation that refuses such values: what was found before it counts
         pass
     return watcher.first_non_finite

@@ -6,7 +6,8 @@ activations, attention, residual additions, and where autograd is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gramian.inspection.attention import attention_weights, entropy_and_masked
+from gramian.inspection.attention import NUM_SAMPLES, attention_weights, entropy_and_masked
 from gramian.inspection.losses import ends_of, see_loss
 from gramian.inspection.observed import (
     Activation,
@@ -24,11 +25,11 @@ from gramian.inspection.observed import (
     Call,
     Cut,
     Ends,
-    Moments,
     Observed,
     Reduction,
+    as_moments,
     first_float,
-    moments,
+    squares,
 )
 from gramian.operators import leaves_of
 from gramian.recording.tracking import tensors_of
@@ -75,7 +76,8 @@ class Watcher(TorchFunctionMode):
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.made_by: dict[int, list[str]] = {}
         self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
-        self.measured: dict[tuple[int, int], Moments] = {}
+        self.measured: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.is_convolutional = False  # whether the last module with a matrix was a convolution
         self.alive: list[Tensor] = []  # so that no id of an output is used twice
         self.first_non_finite: tuple[str, str] | None = None
 
@@ -141,15 +143,27 @@ class Watcher(TorchFunctionMode):
         if given is not None and given.ndim == 4:
             self.seen.image_sizes.setdefault(name, (given.shape[2], given.shape[3]))
         self.order += 1
-        before = self._moments(given) if given is not None else None
-        call = Call(name, type(module).__name__, self.order, before, self._moments(made), made.shape)
-        self.seen.calls.append(call)
+        kind, order, versions = type(module).__name__, self.order, [_version(t) for t in (made, given)]
+        if "Conv" in kind or kind == "Linear":
+            self.is_convolutional = "Conv" in kind
 
-    def _moments(self, t: Tensor) -> Moments:
-        """The moments of a tensor, which often is one module's output and the next's input."""
-        key = (id(t), 0 if t.is_inference() else t._version)
+        def keep(*sizes: float) -> None:
+            left = [t if _version(t) == v else None for t, v in zip((made, given), versions, strict=True)]
+            after = as_moments(left[0], *sizes[:2])
+            before = as_moments(left[1], *sizes[2:]) if given is not None else None
+            self.seen.calls.append(Call(name, kind, order, before, after, made.shape))
+
+        self._read((*self._squares(made), *(self._squares(given) if given is not None else ())), keep)
+
+    def _read(self, scalars: Sequence[Tensor], keep: Callable[..., None]) -> None:
+        """Gives `keep` the numbers of tensors on the device: now, and in a pass of the user's own in its order."""
+        keep(*map(float, scalars))
+
+    def _squares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers for the moments of a tensor, which often is one module's output and the next's input."""
+        key = (id(t), _version(t))
         if key not in self.measured:
-            self.measured[key] = moments(t)
+            self.measured[key] = squares(t)
             self.alive.append(t)
         return self.measured[key]
 
@@ -158,22 +172,27 @@ class Watcher(TorchFunctionMode):
         mean, variance = module.running_mean, module.running_var
         if mean is None or variance is None:
             return
-        if bool((mean == 0).all()) and bool((variance == 1).all()):
-            if _is_trained(module):  # the statistics were lost
-                self.seen.statistics[name] = (float("inf"), float("inf"))
-            return  # as they are made: nothing was averaged yet
-        if name in self.seen.called:  # on two kinds of data, say, of whose mixture the statistics are
-            self.seen.statistics.pop(name, None)
-            return
-        channels = given.detach().transpose(0, 1).flatten(1).float()
-        found_variance, found_mean = torch.var_mean(channels, dim=1)
-        if module.momentum and module.num_batches_tracked:  # what is left of the initial values, 0 and 1
-            left = (1 - module.momentum) ** int(module.num_batches_tracked)
+        wide = given.detach().transpose(0, 1).float()
+        others, spread = tuple(range(1, wide.ndim)), (-1, *(1,) * (wide.ndim - 1))
+        found_mean = wide.mean(others)
+        found_variance = (wide - found_mean.view(spread)).square_().mean(others)
+        if module.momentum and module.num_batches_tracked is not None:  # what is left of the initial values, 0 and 1
+            left = (1 - module.momentum) ** module.num_batches_tracked
             found_mean, found_variance = (1 - left) * found_mean, (1 - left) * found_variance + left
         eps = module.eps
         shift = ((mean - found_mean).square() / (found_variance + eps)).mean().sqrt()
         ratio = ((variance.clamp(min=0) + eps) / (found_variance + eps)).log().abs().mean().exp()
-        self.seen.statistics[name] = (float(shift), float(ratio))
+        is_again = name in self.seen.called
+
+        def keep(initial: float, shift: float, ratio: float) -> None:
+            if initial:  # nothing was averaged yet, or the statistics were lost
+                self.seen.statistics |= {name: (math.inf, math.inf)} if _is_trained(module) else {}
+            elif is_again:  # on two kinds of data, say, of whose mixture the statistics are
+                self.seen.statistics.pop(name, None)
+            else:
+                self.seen.statistics[name] = (shift, ratio)
+
+        self._read(((mean == 0).all() & (variance == 1).all(), shift, ratio), keep)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -220,8 +239,7 @@ class Watcher(TorchFunctionMode):
             self._activation(name, _RECTIFIERS[func], made, None)
         elif func in _BOUNDED:
             function, low, high = _BOUNDED[func]
-            finite = given[0].isfinite() if given and given[0].shape == made.shape else None
-            self._activation(name, function, made, (low, high), finite)
+            self._activation(name, function, made, (low, high), next((t for t in given if t.shape == made.shape), None))
         elif func in _SOFTMAX and made.ndim >= 3 and made.shape[-1] > 1:
             self._attention(name, made, given[0] if given and given[0].shape == made.shape else None)
         elif func is F.scaled_dot_product_attention:
@@ -232,48 +250,63 @@ class Watcher(TorchFunctionMode):
             self._addition(name, args[0], args[1], made)
 
     def _activation(
-        self, name: str, function: str, made: Tensor, ends: tuple[float, float] | None, finite: Tensor | None = None
+        self, name: str, function: str, made: Tensor, ends: tuple[float, float] | None, given: Tensor | None = None
     ) -> None:
-        if made.ndim < 2 or (finite is not None and not bool(finite.all())):
-            return  # scores that a mask has set to −∞ are at their end on purpose
-        axis = 1 if made.ndim == 4 or (made.ndim == 3 and self._is_convolutional()) else made.ndim - 1
-        channels = made.detach().movedim(axis, -1).reshape(-1, made.shape[axis])
-        dead, saturated = 0, 0.0
+        if made.ndim < 2 or not made.numel():
+            return
+        values, order = made.detach(), self.order
+        axis = 1 if made.ndim == 4 or (made.ndim == 3 and self.is_convolutional) else made.ndim - 1
+        others = [d for d in range(made.ndim) if d != axis]
+        channels, rows = made.shape[axis], made.numel() // max(1, made.shape[axis])
+        mean, finite = values.mean(dtype=torch.float32), torch.ones((), device=made.device)
         if ends is None:
-            dead = int((channels == 0).all(0).sum())
+            zero = values.amax(others) == 0
+            dead = zero if function != "hardtanh" else zero & (values.amin(others) == 0)
+            saturated = torch.zeros((), device=made.device)
         else:
             low, high = ends
             margin = SATURATED * (high - low)
-            at_end = (channels < low + margin) | (channels > high - margin)
-            saturated = float(at_end.float().mean())
-            dead = int((at_end.float().mean(0) > 0.99).sum())
-        mean = float(channels.float().mean())
-        found = Activation(name, function, self.order, channels.shape[1], dead, saturated, mean, channels.shape[0])
-        self.seen.activations.append(found)
+            at_end = ((values < low + margin) | (values > high - margin)).float().mean(others)
+            dead, saturated = at_end > 0.99, at_end.mean()
+            finite = finite if given is None else given.detach().float().sum().isfinite()
+
+        def keep(mean: float, dead: float, saturated: float, finite: float) -> None:
+            if finite:  # scores that a mask has set to −∞ are at their end on purpose
+                found = Activation(name, function, order, channels, int(dead), saturated, mean, rows)
+                self.seen.activations.append(found)
+
+        self._read((mean, dead.sum(), saturated, finite), keep)
 
     def _cut(self, name: str, function: str, given: list[Tensor]) -> None:
         if len(self.seen.cuts) < MOST_CUTS:
             behind = frozenset(self.names[leaf] for t in given for leaf in {id(t), *leaves_of(t)} if leaf in self.names)
             self.seen.cuts.append(Cut(name, function, self.order, behind))
 
-    def _is_convolutional(self) -> bool:
-        """Whether the last module with a matrix was a convolution, whose channels are the second dimension."""
-        kinds = [call.kind for call in self.seen.calls if "Conv" in call.kind or call.kind == "Linear"]
-        return bool(kinds) and "Conv" in kinds[-1]
-
     def _attention(self, name: str, weights: Tensor | None = None, scores: Tensor | None = None) -> None:
-        found = entropy_and_masked(weights, scores) if weights is not None else None
-        if found is not None:
-            self.seen.attentions.append(Attention(name, self.order, *found))
+        if weights is None:
+            return
+        if self.live:
+            weights, scores = weights[:NUM_SAMPLES], None if scores is None else scores[:NUM_SAMPLES]
+        order = self.order
+
+        def keep(entropy: float, masked: float, seeing: float) -> None:
+            if seeing or masked:
+                self.seen.attentions.append(Attention(name, order, entropy if seeing else 1.0, masked))
+
+        self._read(entropy_and_masked(weights, scores), keep)
 
     def _reduction(self, name: str, func: Callable, given: Tensor, made: Tensor) -> None:
         count = given.numel() / max(1, made.numel())
         if count < 2 or not given.numel():
             return
-        before, after = (float(t.detach().float().square().mean().sqrt()) for t in (given, made))
-        share = after / before * (count**-0.5 if "sum" in func.__name__ else count**0.5) if before > 0 else 1.0
-        if share < CANCELS:
-            self.seen.reductions.append(Reduction(name, func.__name__, self.order, share))
+        function, order, scale = func.__name__, self.order, count**-0.5 if "sum" in func.__name__ else count**0.5
+
+        def keep(before: float, after: float) -> None:
+            share = math.sqrt(after / before) * scale if before > 0 else 1.0
+            if share < CANCELS:
+                self.seen.reductions.append(Reduction(name, function, order, share))
+
+        self._read([t.detach().float().square().mean() for t in (given, made)], keep)
 
     def _addition(self, name: str, left: Tensor, right: Tensor, made: Tensor) -> None:
         if left.shape != right.shape or left.ndim < 2 or not left.is_floating_point():
@@ -281,7 +314,13 @@ class Watcher(TorchFunctionMode):
         if self.unfused or id(left) in self.names or id(right) in self.names:
             return
         self.seen.branch_ends |= {*self.made_by.get(id(left), ()), *self.made_by.get(id(right), ())}
-        self.seen.additions.append(Addition(name, self.order, made.shape, moments(made).rms))
+        order, version = self.order, _version(made)
+
+        def keep(*sizes: float) -> None:
+            rms = as_moments(made if _version(made) == version else None, *sizes).rms
+            self.seen.additions.append(Addition(name, order, made.shape, rms))
+
+        self._read(self._squares(made), keep)
 
 
 def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
@@ -289,6 +328,11 @@ def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     if norm.weight is None or norm.bias is None:
         return False
     return len(norm.weight) > 1 and len(norm.weight.detach().unique()) > 1 and bool(norm.bias.detach().any())
+
+
+def _version(t: Tensor | None) -> int:
+    """How often a tensor was written to."""
+    return 0 if t is None or t.is_inference() else t._version
 
 
 def _all_finite(values: Iterable[Any]) -> bool:

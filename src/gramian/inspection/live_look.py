@@ -1,0 +1,143 @@
+"""What a look of a `watch` measures of weights, gradients and a step, and which rules judge it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gramian.block import Block, blocks
+from gramian.errors import GramianError
+from gramian.inspection.causes import Context
+from gramian.inspection.causes.modules import RULES as MODULES
+from gramian.inspection.causes.norms import RULES as NORMS
+from gramian.inspection.causes.norms import SETTLED, norm_statistics
+from gramian.inspection.causes.parameters import RULES as PARAMETERS
+from gramian.inspection.causes.reach import numbers, shared, unreached
+from gramian.inspection.causes.stepping import RULES as STEPPING
+from gramian.inspection.live_gradients import norms, sampled
+from gramian.inspection.observed import Observed
+from gramian.inspection.signal import in_words
+from gramian.inspection.stepping import Steps
+from gramian.report import Finding
+
+__all__ = ["Looker"]
+
+EVERY_LOOK: tuple[Callable, ...] = (numbers, unreached, *MODULES, *NORMS)
+
+# Change of a matrix's norm, as a share, from which on the rules about its values are run again.
+CHANGED = 0.05
+
+
+class Looker:
+    """Measures and judges the steps that are looked at.
+
+    The rules about parameters' values and about the model's structure are run at the first look, and again when a
+    norm has changed by a twentieth, or whether all samples get the same output.
+
+    Attributes:
+        numbers: of the last look.
+        failed: by name, rules that could not be run, and why.
+
+    Args:
+        root: the model.
+        parameters: those that are trained, by name.
+        optimizer: that steps them, or `None`.
+    """
+
+    def __init__(self, root: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> None:
+        self.root, self.parameters, self.optimizer = root, parameters, optimizer
+        self.numbers: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        self.is_settled = False
+        self._matrices: tuple[Block, ...] | None = None
+        self._judged: tuple[dict[str, float], bool] | None = None  # norms, and whether the output was constant
+        self._before: dict[str, Tensor] = {}
+        self._found: list[Finding] = []
+
+    def before_step(self, seen: Observed, passes: int, scale: Tensor | None) -> None:
+        """Measures gradients and weights, and judges the pass, before the step moves the weights."""
+        self._measure_gradients(seen, scale)
+        matrices = ((n, p) for n, p in self.parameters.items() if p.ndim >= 2 and seen.gradients.get(n))
+        self._before = {n: t.clone() for n, t in sampled(matrices).items()}
+        self._found = self.judge_modules(seen, passes)
+
+    def after_step(self, seen: Observed, passes: int) -> list[Finding]:
+        """What was found of the pass and of the step that was made."""
+        before, self._before = self._before, {}
+        changes: dict[str, float] = {}
+        if before:
+            sizes = norms(before)
+            after = sampled((n, self.parameters[n]) for n in before)
+            moved = {n: t.sub_(after[n]) for n, t in before.items()}
+            changes = {n: norm / sizes[n] for n, norm in norms(moved).items() if sizes[n] > 0}
+        if changes:
+            self.numbers["change"] = median(changes.values())
+        return [*self._found, *self._judge(STEPPING, seen, passes, changes)]
+
+    def judge_modules(self, seen: Observed, passes: int) -> list[Finding]:
+        """Of the weights as they were in the forward pass; nothing if that was not seen."""
+        if not seen.called:
+            return []
+        self.is_settled = self.is_settled or _is_settled(self.root)
+        rules = [rule for rule in EVERY_LOOK if self.is_settled or rule is not norm_statistics]
+        context = self._context(seen, passes)
+        state = norms({n: p for n, p in self.parameters.items() if p.ndim >= 2}), context.has_constant_output
+        if self._judged is None or _has_changed(self._judged, state):
+            rules += [shared, *PARAMETERS]
+            self._judged = state
+        return self._run(rules, context)
+
+    def _measure_gradients(self, seen: Observed, scale: Tensor | None) -> None:
+        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        if not gradients:
+            return  # a closure makes them within the step
+        factor = 1.0 if scale is None else 1.0 / float(scale)
+        sizes = {n: norm * factor for n, norm in norms(gradients).items()}
+        for name, p in self.parameters.items():
+            rms = sizes[name] / math.sqrt(max(1, p.numel())) if name in sizes else None
+            seen.gradients[name] = rms
+            seen.zero_gradients[name] = float(rms is None or rms == 0.0)
+        self.numbers["gradient"] = math.hypot(*sizes.values())
+
+    def _judge(
+        self, rules: Iterable[Callable], seen: Observed, passes: int, changes: Mapping[str, float]
+    ) -> list[Finding]:
+        sizes = [g for g in seen.gradients.values() if g is not None]
+        steps = Steps(changes=dict(changes), gradient=max(sizes, default=0.0)) if changes else None
+        return self._run(rules, self._context(seen, passes, steps))
+
+    def _context(self, seen: Observed, passes: int, steps: Steps | None = None) -> Context:
+        seen.batches = [None] * passes
+        context = Context(self.root, seen, self.optimizer, steps)
+        if self._matrices is None:
+            try:
+                self._matrices = blocks(self.root).blocks
+            except GramianError as error:
+                self._matrices, self.failed["weights"] = (), in_words(error)
+        context.matrices = sorted(self._matrices, key=lambda block: seen.used.get(block.name, math.inf))
+        return context
+
+    def _run(self, rules: Iterable[Callable], context: Context) -> list[Finding]:
+        found: list[Finding] = []
+        for rule in rules:
+            try:
+                found += rule(context)
+            except Exception as error:  # a rule must not stop a training
+                self.failed[rule.__name__.replace("_", " ")] = f"the rule failed: {in_words(error)}"
+        return found
+
+
+def _has_changed(old: tuple[dict[str, float], bool], new: tuple[dict[str, float], bool]) -> bool:
+    return old[1] != new[1] or any(not abs(size - old[0][n]) <= CHANGED * old[0][n] for n, size in new[0].items())
+
+
+def _is_settled(root: nn.Module) -> bool:
+    """Whether all running statistics have seen enough batches to be those of the data."""
+    counts = [module.num_batches_tracked for module in root.modules() if hasattr(module, "num_batches_tracked")]
+    of = [count for count in counts if count is not None]
+    return not of or bool((torch.stack([count.cpu() for count in of]) >= SETTLED).all())

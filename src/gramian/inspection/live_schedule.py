@@ -1,0 +1,80 @@
+"""When a `watch` looks: rarely enough that its looks take no more than a share of the time."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from statistics import median
+from time import perf_counter
+
+__all__ = ["Schedule"]
+
+# Ordinary steps, and looks, of which the median is what one takes.
+ORDINARY, LOOKS = 16, 3
+
+# What is left for looks where the check of every step alone takes most of the share, as a part of it.
+LEFT = 0.25
+
+
+class Schedule:
+    """Chooses the steps to look at: the first, and then each that is a multiple of the interval.
+
+    The interval is `every`, doubled until looks take at most `share` of the time, together with the checks of every
+    step. Intervals that are doubled keep ranks together: one that looks less often than another does so at the same
+    steps. A look takes what its step takes longer, from the beginning of its forward pass to the end of the step, than
+    other steps do; loading data and evaluations are not in between.
+
+    Args:
+        every: steps from one look to the next, at least.
+        share: of the time, at most; `None` for any.
+    """
+
+    def __init__(self, every: int, share: float | None) -> None:
+        self.every, self.share = every, share
+        self.is_due = True
+        self._begun: float | None = None
+        self._ended: float | None = None
+        self._looks: deque[float] = deque(maxlen=LOOKS)
+        self._spans: deque[float] = deque(maxlen=ORDINARY)
+        self._periods: deque[float] = deque(maxlen=ORDINARY)
+        self._checks: deque[float] = deque(maxlen=ORDINARY)
+
+    @property
+    def interval(self) -> int:
+        """Steps from one look to the next, by what steps and looks have taken so far."""
+        if self.share is None or not self._looks or not self._spans or not self._periods:
+            return self.every
+        period = median(self._periods)
+        left = max(LEFT * self.share, self.share - median(self._checks or (0.0,)) / period) * period
+        steps = (median(self._looks) - median(self._spans)) / left
+        return self.every * 2 ** max(0, math.ceil(math.log2(steps / self.every))) if steps > 0 else self.every
+
+    def begin(self) -> None:
+        """A forward pass begins, the first of its step or a later one."""
+        if self._begun is None:
+            self._begun = perf_counter()
+
+    def check(self, seconds: float) -> None:
+        """Notes what the check of a step took."""
+        self._checks.append(seconds)
+
+    def end(self, step: int, looked: bool) -> None:
+        """A step ends, and is counted as the `step`-th."""
+        now = perf_counter()
+        if self._begun is not None and looked:
+            self._looks.append(now - self._begun)
+        elif self._begun is not None:
+            self._spans.append(now - self._begun)
+            self._periods.extend(_period(self._ended, now))
+        self._begun, self._ended = None, now
+        is_known = self.share is None or bool(self._spans)  # else the next step is one to compare with
+        self.is_due = (step + 1) % self.every == 0 and is_known and (step + 1) % self.interval == 0
+
+    def drop(self) -> None:
+        """The step that has begun is not taken."""
+        self._begun = None
+
+
+def _period(ended: float | None, now: float) -> Iterable[float]:
+    return () if ended is None else (now - ended,)

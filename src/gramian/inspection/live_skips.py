@@ -1,0 +1,92 @@
+"""Backward passes that are followed by no step, as when a GradScaler skips them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gramian.report import Finding
+
+__all__ = ["MANY", "Skips", "skipped_steps"]
+
+# Steps in a row. A scale of 65,536 is halved 16 times until it is 1.
+MANY = 20
+
+
+class Skips:
+    """Counts the backward passes since the last step whose gradients were then dropped.
+
+    Two parameters tell, so that nothing is done to the others: gradients that arrived, and are gone or were written to
+    when the next forward pass begins, though no step was taken.
+
+    Args:
+        parameters: that are trained.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.count = 0
+        self.was_finite = True  # the gradients of the last of many
+        self._arrived: dict[int, tuple[nn.Parameter, int]] = {}
+        ends = {id(p): p for p in (*parameters[:1], *parameters[-1:])}
+        self.handles: list[Any] = [p.register_post_accumulate_grad_hook(self._arrive) for p in ends.values()]
+
+    def _arrive(self, parameter: Tensor) -> None:
+        if parameter.grad is not None and isinstance(parameter, nn.Parameter):
+            self._arrived[id(parameter)] = parameter, parameter.grad._version
+            if self.count >= MANY - 1:
+                self.was_finite = bool(parameter.grad.isfinite().all())
+
+    def forward_begins(self) -> bool:
+        """Says whether many gradients in a row were dropped, once."""
+        if not self._arrived:
+            return False
+        if any(p.grad is not None and p.grad._version == version for p, version in self._arrived.values()):
+            return False  # accumulation
+        return self.skipped()
+
+    def skipped(self) -> bool:
+        """Counts a step that was skipped; says whether these are many now."""
+        self._arrived.clear()
+        self.count += 1
+        return self.count == MANY
+
+    def stepped(self) -> None:
+        """A step was taken."""
+        self._arrived.clear()
+        self.count = 0
+
+
+def skipped_steps(origin: Finding, was_finite: bool) -> Finding:
+    """The finding about many steps in a row that were not taken.
+
+    Args:
+        origin: where values that are not finite come from.
+        was_finite: whether the last gradients were finite.
+
+    Returns: the finding.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+    """
+    if origin.code != "gradient-overflow":
+        cause = f"{origin.title} ({origin.where}), so that a GradScaler skips every step."
+        advice = origin.advice
+    elif was_finite:
+        cause = "The gradients are finite. The loop drops them, or its condition for a step is never met."
+        advice = "Call optimizer.step() between backward() and zero_grad()."
+    else:
+        cause = "The gradients times the loss scale are not finite, so that a GradScaler skips every step: the scale "
+        cause += "is not lowered, or the gradients are out of range without it."
+        advice = "Call scaler.update() after scaler.step(optimizer), clip the loss, or use bfloat16."
+    return Finding(
+        "steps-skipped",
+        "error",
+        f"None of the last {MANY} backward passes was followed by a step",
+        where="optimizer",
+        evidence=f"gradients arrived and were dropped {MANY} times in a row (exact); of the last, they were "
+        + ("finite" if was_finite else "not finite"),
+        cause=cause,
+        advice=advice,
+    )
