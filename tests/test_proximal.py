@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.linear_model import ElasticNet, Lasso, Ridge
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gramian as gm
 from cases import seeded
@@ -199,3 +200,54 @@ def test_refusals_say_why() -> None:
     with pytest.raises(InputError, match="holds no matrix"):
         Proximal(named, {"*": gm.prox.Nuclear(1.0)})
     Proximal(nameless, {"*": gm.prox.L1(1.0)})
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_hooks_of_both_run_once(name: str) -> None:
+    """Those of the step, of the state and of loading it; a hook of all optimizers sees the outer step alone."""
+    net = network()
+    base = BASES[name](net)
+    optimizer = Proximal(base, {"2.weight": gm.prox.L1(0.1)})
+    calls: list[str] = []
+    kinds = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+    for whose, opt in (("outer", optimizer), ("base", base)):
+        for kind in kinds:
+            getattr(opt, f"register_{kind}_hook")(lambda *_, name=f"{whose} {kind}": calls.append(name))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: {k: v for k, v in state.items() if k != "extra"})
+    handles = [
+        register_optimizer_step_pre_hook(lambda opt, *_: calls.append(f"global pre {type(opt).__name__}")),
+        register_optimizer_step_post_hook(lambda opt, *_: calls.append(f"global post {type(opt).__name__}")),
+    ]
+    try:
+        backward(net)
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    state = optimizer.state_dict()
+    assert state["extra"] == 1
+    optimizer.load_state_dict(state)
+    assert sorted(calls) == sorted(
+        [f"{whose} {kind}" for whose in ("outer", "base") for kind in kinds]
+        + ["global pre Proximal", "global post Proximal"]
+    )
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_penalty_stays_whatever_names_a_state_brings(name: str) -> None:
+    net = network()
+    optimizer = Proximal(BASES[name](net), {"2.weight": gm.prox.L1(100.0)})
+    for change in (lambda group: group.pop("param_names"), lambda group: group.update(param_names=["x"] * 6)):
+        state = copy.deepcopy(optimizer.state_dict())
+        for group in state["param_groups"]:
+            change(group)
+        try:
+            optimizer.load_state_dict(state)
+        except InputError as error:  # names that cannot be matched may be refused, by name
+            assert "'x'" in str(error)
+        optimizer.add_param_group({"params": [(f"new.{len(optimizer.param_groups)}", nn.Parameter(torch.ones(2)))]})
+    assert optimizer.penalty() > 0
+    backward(net)
+    optimizer.step()
+    assert not net[2].weight.any()
