@@ -24,7 +24,7 @@ __all__ = ["Proximal"]
 class Proximal(torch.optim.Optimizer):
     """Steps `base`, then applies the proximal map of each parameter's penalty: `W ← prox(W − lr·direction, lr)`.
 
-    `lr` is the rate of the parameter's group at the time of the step, so that schedulers act on both halves.
+    `lr` is the parameter's rate at the time of the step (its group's, or that of a gramian base for it), so that schedulers act on both halves.
     `param_groups`, `state` and `state_dict()` are those of the base. A parameter without a gradient does not change,
     nor does one that a gramian base skipped because its gradient was not finite.
 
@@ -96,10 +96,11 @@ class Proximal(torch.optim.Optimizer):
         for p, grad in held:
             p.grad = grad
         skipped = self.base.skipped() if isinstance(self.base, MatrixOptimizer) else {}
+        rates = self.base._rates() if isinstance(self.base, MatrixOptimizer) else {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p in self._chosen and p not in coupled and p.grad is not None:
-                    mapped = self._prox(p, self._chosen[p], float(group["lr"]))
+                    mapped = self._prox(p, self._chosen[p], rates.get(p, float(group["lr"])))
                     p.copy_(torch.where(skipped[p], p, mapped) if p in skipped else mapped)
         return loss if loss is not None else stepped
 
