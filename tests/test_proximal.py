@@ -84,12 +84,13 @@ def test_a_step_is_the_bases_and_then_the_map(name: str) -> None:
     for seed in range(3):
         backward(net, seed), backward(twin, seed)
         optimizer.step(), alone.step()
-        rates = {p: g["lr"] for g in alone.param_groups for p in g["params"]}
+        lr = alone.param_groups[0]["lr"]
+        rates = alone.rates() if name == "muon" else {key: lr for key, _ in twin.named_parameters()}
         for key, p in twin.named_parameters():
             penalty = {"0.weight": penalties["0.weight"], "2.weight": penalties["2.weight"]}.get(key)
             penalty = penalties["*.bias"] if key.endswith("bias") else penalty
             if penalty is not None:
-                value = penalty.prox(p.detach().flatten(1) if penalty.of_matrix else p.detach(), rates[p])
+                value = penalty.prox(p.detach().flatten(1) if penalty.of_matrix else p.detach(), rates[key])
                 p.data.copy_(value.reshape(p.shape))
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -127,7 +128,7 @@ class Grouped(torch.optim.Optimizer):
             options["rest_weight_decay"] = own.get("rest_weight_decay", own["weight_decay"])
         self._check(options)
         kept = {
-            "full_lr": full_rate(own, options["lr"], [float(self._options["lr"])]),
+            "full_lr": full_rate(own, options["lr"], [self._options["lr"], self._usual_lr()]),
             "num_matrices": self._num_matrices,
             "direction": self._direction(),
             "step": 0,
@@ -139,6 +140,11 @@ class Grouped(torch.optim.Optimizer):
     def _direction(cls) -> str:
         """The name under which a state is saved: that of the class that has the recipe, for classes made of it too."""
         return next(base.__name__ for base in cls.__mro__ if "recipe" in base.__dict__)
+
+    @classmethod
+    def _usual_lr(cls) -> float:
+        default = inspect.signature(cls).parameters["lr"].default
+        return 1.0 if default is inspect.Parameter.empty else default
 
     def _follow(self) -> None:
         """Takes over parameters that a wrapper put into the groups in place of those given, such as their shards."""

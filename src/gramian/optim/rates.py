@@ -16,7 +16,7 @@ __all__ = ["full_rate", "rates_of", "rest_groups"]
 Kind = Literal["matrix", "table", "kernel", "vector"]
 
 
-def full_rate(own: Mapping[str, Any], lr: Any, others: Iterable[float]) -> float:
+def full_rate(own: Mapping[str, Any], lr: Any, others: Iterable[Any]) -> float:
     """The `lr` of a group at which AdamW's rate is `rest_lr`: the one that schedules start from.
 
     Args:
