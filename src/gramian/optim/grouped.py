@@ -39,7 +39,7 @@ class Grouped(torch.optim.Optimizer):
     recipe: Recipe
 
     def __init__(
-        self, params: nn.Module | Iterable[Any], lr: float, options: dict[str, Any], **shared: Unpack[Shared]
+        self, params: nn.Module | Iterable[Any], lr: float | Tensor, options: dict[str, Any], **shared: Unpack[Shared]
     ) -> None:
         assert options.keys() == self.recipe.options.keys(), "recipe.options and __init__ name different options"
         check_caller(type(self).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint import clean_name
-from gramian.errors import InputError, some
+from gramian.errors import GramianWarning, InputError, some
 from gramian.optim.routing import Route
 
 __all__ = ["matched"]
@@ -45,10 +46,24 @@ def matched(
     if len(saved) != len(groups):
         raise InputError(f"{caller}: the state has {len(saved)} parameter groups, and the optimizer {len(groups)}")
     saved = [_in_order(caller, theirs, ours) for theirs, ours in zip(saved, groups, strict=True)]
+    state, lost = dict(found["state"]), []
     for theirs, ours in zip(saved, groups, strict=True):
         for key, p in zip(theirs["params"], ours["params"], strict=True):
-            _check_shapes(caller, routes[p], found["state"].get(key, {}), shapes(routes[p], theirs))
-    return {**found, "param_groups": saved}
+            kept = state.get(key, {})
+            if kept and ("exp_avg" in kept) == (routes[p].layout is not None):
+                lost.append(routes[p].name)
+                del state[key]
+            else:
+                _check_shapes(caller, routes[p], kept, shapes(routes[p], theirs))
+    if lost:
+        warnings.warn(
+            f"{caller}: the state of {some(lost)} is not loaded: a matrix has a state of its direction, and other "
+            "parameters have AdamW's, and the optimizer that was saved routed them otherwise. Build both from the "
+            "model, or both from its named parameters",
+            GramianWarning,
+            stacklevel=6,
+        )
+    return {**found, "state": state, "param_groups": saved}
 
 
 def _check_kind(caller: str, direction: str, found: Mapping[str, Any], saved: Sequence[Mapping[str, Any]]) -> None:

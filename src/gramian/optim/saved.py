@@ -70,6 +70,8 @@ class Saved(Grouped):
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Where parameters are sharded, it is collective and gives this rank's part."""
         self._follow()
+        if not self._sharding:
+            return super().state_dict()
         own = self.state
         try:
             self.state = self._sharding.divide(own)  # type: ignore[assignment]
@@ -78,7 +80,17 @@ class Saved(Grouped):
             self.state = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict()` gave; the next step is then the same, bit for bit."""
+        """Restores what `state_dict()` gave; the next step is then the same, bit for bit.
+
+        Parameters are matched by name where both have names, and otherwise by their order.
+
+        Args:
+            state_dict: of an optimizer of the same direction.
+
+        Raises:
+            InputError: before anything changes: for the state of another optimizer or direction, or of other
+                parameters.
+        """
         self._follow()
         given: dict[str, Any] = {}
         names = [group.get("param_names") for group in self.param_groups]
@@ -88,22 +100,30 @@ class Saved(Grouped):
             given.update(matched(caller, self._direction(), found, self.param_groups, self._routes, self._shapes))
             return given
 
-        hook = self.register_load_state_dict_pre_hook(take)  # after the user's
+        def put_back(_: Any) -> None:
+            # torch casts the state to the parameter's dtype and shares its memory: put back a copy of what was saved.
+            saved = (index for group in given["param_groups"] for index in group["params"])
+            params = (p for group in self.param_groups for p in group["params"])
+            states = {p: given["state"][i] for p, i in zip(params, saved, strict=True) if i in given["state"]}
+            matrices = {p: s for p, s in states.items() if self._routes[p].layout}
+            for p, state in self._sharding.collect(matrices).items():
+                self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
+            for p in states:
+                self.state[p] = {name: _copy(value, p) for name, value in self.state[p].items()}
+            for group, known in zip(self.param_groups, names, strict=True):
+                if known is not None:  # those of the model, whatever the state calls them
+                    group["param_names"] = known
+
+        # After the user's hooks before loading, and before those after it.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put_back, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        # torch casts the state to the parameter's dtype and shares its memory: put back a copy of what was saved.
-        saved = (index for group in given["param_groups"] for index in group["params"])
-        params = (p for group in self.param_groups for p in group["params"])
-        states = {p: given["state"][i] for p, i in zip(params, saved, strict=True) if i in given["state"]}
-        for p, state in self._sharding.collect({p: s for p, s in states.items() if self._routes[p].layout}).items():
-            self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
-        for p in states:
-            self.state[p] = {name: _copy(value, p) for name, value in self.state[p].items()}
-        for group, known in zip(self.param_groups, names, strict=True):
-            if known is not None:  # those of the model, whatever the state calls them
-                group["param_names"] = known
+            for hook in hooks:
+                hook.remove()
 
     def _empty(self, r: Route, group: Mapping[str, Any]) -> State:
         """The initial state of one matrix of a route, for its names and shapes."""
