@@ -163,19 +163,22 @@ def set_gradients(model: nn.Module, seed: int) -> None:
 def test_the_rest_is_torch_adamw_to_the_bit() -> None:
     model, twin = mixed(), mixed()
     optimizer = Muon(model, lr=1e-4, rest_lr=2e-3, rest_weight_decay=0.01, rest_betas=(0.8, 0.9), rest_eps=1e-7)
-    groups = [g for g in optimizer.param_groups if g["direction"] == "adamw"]
-    own = {id(p): q for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
-    same = [{k: g[k] for k in ("lr", "weight_decay")} | {"params": [own[id(p)] for p in g["params"]]} for g in groups]
+    rates = optimizer.rates()
+    rest = [row["name"] for row in optimizer.explain() if row["direction"] == "adamw"]
+    assert len(rest) == 7  # embedding, head, norm's two, three biases
+    vectors = [name for name in rest if twin.get_parameter(name).ndim < 2]
+    assert {name: rates[name] for name in rest} == {name: 5e-5 if name in vectors else 2e-3 for name in rest}
+    same = [
+        {"params": [twin.get_parameter(n)], "lr": rates[n], "weight_decay": 0.0 if n in vectors else 0.01} for n in rest
+    ]
     reference = torch.optim.AdamW(same, betas=(0.8, 0.9), eps=1e-7, fused=True)
-    assert sum(len(g["params"]) for g in groups) == 7  # embedding, head, norm's two, three biases
     for step in range(5):
         set_gradients(model, step)
         set_gradients(twin, step)
         optimizer.step()
         reference.step()
-    for g in groups:
-        for p in g["params"]:
-            assert torch.equal(p, own[id(p)])
+    for name in rest:
+        assert torch.equal(model.get_parameter(name), twin.get_parameter(name))
     assert not torch.equal(model[1].weight, twin[1].weight)
 
 
@@ -225,11 +228,11 @@ def test_a_copy_of_model_and_optimizer_steps_alike(clone) -> None:
 
 def test_a_scheduler_drives_every_group() -> None:
     optimizer = Muon(mixed())
-    before = [g["lr"] for g in optimizer.param_groups]
+    before = optimizer.rates()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     optimizer.step()
     scheduler.step()
-    assert [g["lr"] for g in optimizer.param_groups] == [rate / 2 for rate in before]
+    assert optimizer.rates() == {name: rate / 2 for name, rate in before.items()}
     model = mixed()
     optimizer = Muon(model)
     for g in optimizer.param_groups:
@@ -369,7 +372,9 @@ ERRORS = {
     "vector": (lambda: Muon(mixed(), routes={"1.bias": "matrix"}), r"'1\.bias' is a vector"),
     "empty group": (lambda: Muon([{"params": []}]), "empty parameter list"),
     "unknown option": (lambda: Muon([torch.zeros(2, 2)], beta=0.5), "there is no option 'beta'"),
-    "unknown option of a group": (lambda: Muon([{"params": [torch.zeros(2, 2)], "beta": 0.5}]), "no option 'beta'"),
+    "misspelt option of a group": (
+        lambda: Muon([{"params": [torch.zeros(2, 2)], "momentm": 0.5}]), "no option 'momentm'; did you mean 'momentum'"
+    ),
     "layouts_of_a_list": (lambda: Muon(mixed().parameters(), layouts={"*": "o i -> i o"}), "layouts= needs the model"),
     "lr": (lambda: Muon(mixed(), lr=-1.0), r"lr must be in \[0, ∞\), got -1\.0"),
     "lr_nan": (lambda: Muon(mixed(), lr=math.nan), r"lr must be in \[0, ∞\), got nan"),

@@ -251,8 +251,10 @@ LISTS: dict[str, tuple[Callable[[], Any], str]] = {
     "another model": (lambda: Muon(Net().parameters(), model=Net()), "none of the parameters"),
     "another model than the one": (lambda: Muon(Net(), model=Net()), "and another one"),
     "no model": (lambda: Muon(Net().parameters(), model="net"), "model must be the model"),
-    "twice": (lambda: Muon([w := nn.Parameter(torch.ones(2, 2)), w]), "give each once"),
-    "one name": (lambda: Muon([("w", nn.Parameter(torch.ones(2, 2))) for _ in range(2)]), "give each once"),
+    "in two groups": (
+        lambda: Muon([{"params": [w := nn.Parameter(torch.ones(2, 2))]}, {"params": [w]}]), "give each once",
+    ),
+    "one name": (lambda: Muon([("w", nn.Parameter(torch.ones(2, 2))) for _ in range(2)]), "have the name 'w'"),
     "quantized, trained": (
         lambda: Muon([("w", nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn)))]),
         "real floating-point",
@@ -369,48 +371,44 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
         [lr_scheduler.LinearLR(o, 0.5), lr_scheduler.ExponentialLR(o, 0.9)]
     ),
     "swa": lambda o: swa_utils.SWALR(o, [g["lr"] / 2 for g in o.param_groups], anneal_epochs=3),
+    "one cycle, one rate": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+    "cyclic, one rate": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+    "swa, one rate": lambda o: swa_utils.SWALR(o, 0.1, anneal_epochs=3),
+    "one lambda": lambda o: lr_scheduler.LambdaLR(o, [lambda step: 0.5**step]),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, eta_min=1e-3),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_rates_of_all_groups_keep_their_ratio(schedule: str) -> None:
+def test_the_rates_of_all_parameters_keep_their_ratio(schedule: str) -> None:
+    """AdamW's follow `lr`, also where a scheduler or a loop sets one rate for all groups."""
     net = Net()
     optimizer = Muon(net, lr=0.05, rest_lr=3e-3)
-    built = [g["lr"] for g in optimizer.param_groups]
+    built = optimizer.rates()
+    assert len(set(built.values())) == 2
     scheduler = SCHEDULES[schedule](optimizer)
+    moved = set()
     for seed in range(5):
-        factors = [g["lr"] / rate for g, rate in zip(optimizer.param_groups, built, strict=True)]
-        assert factors == pytest.approx([factors[0]] * 3)
+        factor = optimizer.param_groups[0]["lr"] / 0.05
+        moved.add(factor)
+        assert optimizer.rates() == pytest.approx({name: rate * factor for name, rate in built.items()})
         train(net, optimizer, range(seed, seed + 1))
         scheduler.step()
+    assert len(moved) > 1
 
 
-def set_all(optimizer: Any, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-ABSOLUTE: dict[str, Callable[[Any], Any]] = {
-    "a loop": lambda o: set_all(o, 0.01),
-    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.05, total_steps=9),
-    "swa": lambda o: [s := swa_utils.SWALR(o, 0.05, anneal_epochs=1), s.step(), s.step()],
-}
-
-
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
-@pytest.mark.parametrize("how", ABSOLUTE)
-def test_one_rate_for_all_groups_is_told_once(how: str) -> None:
-    net = Net()
-    optimizer = Muon(net, lr=0.05, rest_lr=3e-3)
-    ABSOLUTE[how](optimizer)
-    with pytest.warns(GramianWarning, match="one rate for all sets AdamW's too") as caught:
-        train(net, optimizer, range(1))
-    assert len(caught) == 1
-    train(net, optimizer, range(1, 2))
-    same = Muon(Net(), lr=1e-3, rest_lr=1e-3, scale="match_rms_adamw")
-    set_all(same, 0.01)
-    net = Net()
-    train(net, Muon(net, lr=1e-3, rest_lr=1e-3, scale="match_rms_adamw"), range(1))
+def test_the_rest_steps_at_the_rate_that_is_told() -> None:
+    net, twin = Net(), Net()
+    optimizer, plain = Muon(net, lr=0.05, rest_lr=3e-3), Muon(twin, lr=0.01, rest_lr=6e-4)
+    optimizer.param_groups[0]["lr"] = 0.01
+    train(net, optimizer, range(3)), train(twin, plain, range(3))
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = weights(net)
+    train(net, optimizer, range(1))
+    assert_equal(before, weights(net))
 
 
 @pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
@@ -581,7 +579,7 @@ def test_the_state_of_another_optimizer_is_refused(name: str) -> None:
     muon = torch.optim.Muon([net.fc1.weight, net.fc2.weight])
     net.fc1.weight.grad = torch.ones_like(net.fc1.weight)
     muon.step()
-    with pytest.raises(InputError, match=r"another optimizer, with momentum_buffer\. Start without it"):
+    with pytest.raises(InputError, match=r"another optimizer, with momentum_buffer\. load_adamw takes the state of an Adam"):
         optimizer.load_state_dict(muon.state_dict())
     other = MAKERS["shampoo" if name != "shampoo" else "soap"](net)
     train(net, other, range(1))

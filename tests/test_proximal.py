@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.linear_model import ElasticNet, Lasso, Ridge
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gramian as gm
 from cases import seeded
@@ -83,12 +84,13 @@ def test_a_step_is_the_bases_and_then_the_map(name: str) -> None:
     for seed in range(3):
         backward(net, seed), backward(twin, seed)
         optimizer.step(), alone.step()
-        rates = {p: g["lr"] for g in alone.param_groups for p in g["params"]}
+        lr = alone.param_groups[0]["lr"]
+        rates = alone.rates() if name == "muon" else {key: lr for key, _ in twin.named_parameters()}
         for key, p in twin.named_parameters():
             penalty = {"0.weight": penalties["0.weight"], "2.weight": penalties["2.weight"]}.get(key)
             penalty = penalties["*.bias"] if key.endswith("bias") else penalty
             if penalty is not None:
-                value = penalty.prox(p.detach().flatten(1) if penalty.of_matrix else p.detach(), rates[p])
+                value = penalty.prox(p.detach().flatten(1) if penalty.of_matrix else p.detach(), rates[key])
                 p.data.copy_(value.reshape(p.shape))
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             assert torch.equal(p, q)
@@ -199,3 +201,53 @@ def test_refusals_say_why() -> None:
     with pytest.raises(InputError, match="holds no matrix"):
         Proximal(named, {"*": gm.prox.Nuclear(1.0)})
     Proximal(nameless, {"*": gm.prox.L1(1.0)})
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_hooks_of_both_run_once(name: str) -> None:
+    """Those of the step, of the state and of loading it; a hook of all optimizers sees the outer step alone."""
+    net = network()
+    base = BASES[name](net)
+    optimizer = Proximal(base, {"2.weight": gm.prox.L1(0.1)})
+    calls: list[str] = []
+    kinds = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+    for whose, opt in (("outer", optimizer), ("base", base)):
+        for kind in kinds:
+            getattr(opt, f"register_{kind}_hook")(lambda *_, name=f"{whose} {kind}": calls.append(name))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: {k: v for k, v in state.items() if k != "extra"})
+    handles = [
+        register_optimizer_step_pre_hook(lambda opt, *_: calls.append(f"global pre {type(opt).__name__}")),
+        register_optimizer_step_post_hook(lambda opt, *_: calls.append(f"global post {type(opt).__name__}")),
+    ]
+    try:
+        backward(net)
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    state = optimizer.state_dict()
+    assert state["extra"] == 1
+    optimizer.load_state_dict(state)
+    assert sorted(calls) == sorted(
+        [f"{whose} {kind}" for whose in ("outer", "base") for kind in kinds]
+        + ["global pre Proximal", "global post Proximal"]
+    )
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_penalty_stays_whatever_names_a_state_brings(name: str) -> None:
+    net = network()
+    optimizer = Proximal(BASES[name](net), {"2.weight": gm.prox.L1(100.0)})
+    for renamed in (False, True):
+        state = copy.deepcopy(optimizer.state_dict())
+        for number, group in enumerate(state["param_groups"]):
+            names = group.pop("param_names")
+            if renamed:
+                group["param_names"] = [f"{number}.{i}" for i in range(len(names))]
+        optimizer.load_state_dict(state)
+        optimizer.add_param_group({"params": [(f"new.{len(optimizer.param_groups)}", nn.Parameter(torch.ones(2)))]})
+    assert optimizer.penalty() > 0
+    backward(net)
+    optimizer.step()
+    assert not net[2].weight.any()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from gramian import placement
+from gramian.errors import InputError
 from gramian.optim.sharding import not_finite
 
 __all__ = ["step_adamw"]
@@ -35,8 +36,11 @@ def step_adamw(
     good = {p for p, is_bad in zip(params, bad.tolist(), strict=True) if not is_bad}
     for group in groups:
         members = [p for p in group["params"] if p in good]
-        if members:
-            _step(members, group, [_state_of(p, state) for p in members])
+        # Parameters that are not contiguous step one by one, since they may share memory and are stepped as copies.
+        plain = [p for p in members if placement.locals_of([p])[0].is_contiguous()]
+        for together in (plain, *([p] for p in members if p not in set(plain))):
+            if together:
+                _step(together, group, [_state_of(p, state) for p in together])
     return params, bad
 
 
@@ -49,6 +53,11 @@ def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[
     elif known["exp_avg"].dtype != p.dtype or known["exp_avg"].device != p.device:
         known |= {key: known[key].to(p.device, p.dtype) for key in ("exp_avg", "exp_avg_sq")}
         known["step"] = known["step"].to(p.device)
+    if known["exp_avg"].shape != p.shape:  # the fused step would read memory that is not its own
+        raise InputError(
+            f"a parameter of shape {tuple(p.shape)} has a state of shape {tuple(known['exp_avg'].shape)}; build the "
+            "optimizer again after a parameter has changed its shape"
+        )
     return known
 
 

@@ -42,11 +42,12 @@ def carry_over(
     sharding: Sharding,
     empty: Callable[[Route], State],
     wanted: Mapping[str, AdamWPart],
-    maximize: bool,
+    maximize: Callable[[Route], bool],
 ) -> tuple[dict[Tensor, State], list[dict[str, str]]]:
     """The state of each parameter, as far as it carries over from `source`, and a row on each; see `load_adamw`.
 
-    `empty` gives the initial state of one matrix of a route, for its names and shapes; `wanted` is `Recipe.adamw`.
+    `empty` gives the initial state of one matrix of a route, for its names and shapes; `wanted` is `Recipe.adamw`, `maximize` whether
+    this optimizer ascends.
     """
     known = _match(source, names, routes)
     steady = _finite([(r, known[r.parameter]) for r in routes if r.parameter in known])
@@ -70,7 +71,7 @@ def carry_over(
             states[p] = {key: _like(p, entry.state[key]) for key in carried[:2]}
             states[p]["step"] = torch.as_tensor(entry.state["step"], dtype=torch.float32).clone().to(p.device)
         else:
-            sign = 1 if bool(entry.group.get("maximize", False)) == maximize else -1
+            sign = 1 if bool(entry.group.get("maximize", False)) == maximize(r) else -1
             taken: dict[str, AdamWPart] = {buffer: part for buffer, part in wanted.items() if buffer in empty(r)}
             parts[p], weights[p] = {}, {}
             for buffer, part in taken.items():

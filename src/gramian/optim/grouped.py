@@ -1,7 +1,9 @@
-"""Parameters in their groups: routed when they are given, followed where a wrapper replaces them, explained."""
+"""Parameters in the groups that the user gave: routed, followed where a wrapper replaces them, explained."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,20 +14,24 @@ from torch import Tensor, nn
 
 from gramian.errors import InputError
 from gramian.optim.health import Skipped
-from gramian.optim.options import LR, REST_LR, SHARED, Shared, check
+from gramian.optim.options import LR, SHARED, Shared, check
 from gramian.optim.parameters import check_caller, reason_to_leave_out, replacements
+from gramian.optim.rates import full_rate, rates_of
 from gramian.optim.recipe import Recipe
 from gramian.optim.refresh import Clock
 from gramian.optim.routing import Group, Route, route_groups, routes_of_model
-from gramian.optim.scaling import num_in_sequence, usual_kernel_lr, usual_table_lr
+from gramian.optim.scaling import num_in_sequence
 from gramian.optim.sharding import Sharding
 from gramian.optim.stacks import Stacks
 
 __all__ = ["Grouped"]
 
+OWN_KEYS = ("params", "param_names", "step", "full_lr", "num_matrices", "direction")
+"""What a group holds beside its options and what the user put there."""
+
 
 class Grouped(torch.optim.Optimizer):
-    """The parameters of a matrix optimizer, with the route of each: groups of matrices, of tables, and of vectors.
+    """The parameters of a matrix optimizer, in the groups that the user gave, with the route of each.
 
     For the arguments see `gramian.optim.shell.MatrixOptimizer`, which steps them.
     """
@@ -33,7 +39,7 @@ class Grouped(torch.optim.Optimizer):
     recipe: Recipe
 
     def __init__(
-        self, params: nn.Module | Iterable[Any], lr: float, options: dict[str, Any], **shared: Unpack[Shared]
+        self, params: nn.Module | Iterable[Any], lr: float | Tensor, options: dict[str, Any], **shared: Unpack[Shared]
     ) -> None:
         assert options.keys() == self.recipe.options.keys(), "recipe.options and __init__ name different options"
         check_caller(type(self).__name__)
@@ -43,12 +49,12 @@ class Grouped(torch.optim.Optimizer):
         given: dict[str, Any] = {key: option.default for key, option in SHARED.items()} | shared
         self._check({"lr": lr, **options, **given})
         self._routes: dict[Tensor, Route] = {}
-        self._order: list[Tensor] = []  # the parameters in the order given; that of `_routes` is by role
         self._left_out: list[Route] = []
         self._skipped = Skipped()
         self._stacks: dict[int, Stacks] = {}  # by the number of their group
         self._sharding = Sharding()
         self._clock = Clock()
+        self._num_missing = -1  # parameters without a gradient in the last step; no step has been taken
         overrides, layouts, model = given.pop("routes"), given.pop("layouts"), given.pop("model")
         self._options = {"lr": lr, **options, **given}
         if isinstance(params, nn.Module):
@@ -60,34 +66,36 @@ class Grouped(torch.optim.Optimizer):
         self._known = {} if model is None else {r.parameter: r for r in routes_of_model(model, layouts)}
         self._model = None if model is None else weakref.ref(model)
         found = self._cut(route_groups(params, overrides, self._known))
-        self._add_routes([r for routes, _ in found for r in routes])
+        self._named = any(r.named for routes, _ in found for r in routes)
+        self._add_routes(found)
         if isinstance(params, nn.Module):
-            self._order = [p for p in params.parameters() if p in self._routes]
+            # In the order of the model, which is that of an AdamW's state too; `found` is ordered by role.
+            order = {p: i for i, p in enumerate(params.parameters())}
+            found[0][0].sort(key=lambda r: order[r.parameter])
         self._built = False
-        super().__init__([group for routes, own in found for group in self._split(routes, own)], {})
-        self._built, self._is_new = True, True
-        self._rates = [group["lr"] for group in self.param_groups]
-        # Schedulers that cycle the momentum look for it here.
-        self.defaults = {key: self._options[key] for key in ("lr", "momentum") if key in self._options}
+        super().__init__([self._group(routes, own) for routes, own in found], dict(self._options))
+        self._built = True
 
     def _check(self, options: Mapping[str, Any]) -> None:
         shared = {key: option.range for key, option in SHARED.items()}
         check(type(self).__name__, options, {"lr": LR, **self.recipe.options, **shared})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, routed as those before: one group of matrices, and groups for the rest."""
+        """Adds a group of parameters, routed as those before."""
         if not self._built:
             super().add_param_group(param_group)
             return
         found = self._cut(route_groups([param_group], known=self._known, first=len(self._routes)))
-        for routes, own in found:
-            if any(r.parameter in self._routes for r in routes):
-                raise InputError(f"{type(self).__name__}: a parameter of the new group is in the optimizer already")
-            groups = self._split(routes, own)
-            self._add_routes(routes)
-            for group in groups:
-                super().add_param_group(group)
-                self._rates.append(group["lr"])
+        ((routes, own),) = found
+        if any(r.parameter in self._routes for r in routes):
+            raise InputError(
+                f"{type(self).__name__}: some parameters appear in more than one parameter group: one of the new group "
+                "is in the optimizer already"
+            )
+        super().add_param_group(self._group(routes, own))
+        self._add_routes(found)
+        for group in self.param_groups:
+            group["num_matrices"] = self._num_matrices
 
     def _cut(self, groups: Sequence[Group]) -> list[Group]:
         """The groups without what is left out, and with large matrices in parts."""
@@ -96,75 +104,85 @@ class Grouped(torch.optim.Optimizer):
             reasons = [reason_to_leave_out(r.name, r.parameter) for r in routes]
             pairs = list(zip(routes, reasons, strict=True))
             self._left_out += [replace(r, layout=None, reason=reason) for r, reason in pairs if reason]
-            found.append(([r.cut(self._options["part_size"]) for r, reason in pairs if not reason], own))
+            size = own.get("part_size", self._options["part_size"])
+            found.append(([r.cut(size) for r, reason in pairs if not reason], own))
         return found
 
-    def _add_routes(self, routes: Sequence[Route]) -> None:
-        self._order += [r.parameter for r in routes]
-        self._routes.update((r.parameter, r) for r in routes)
+    def _add_routes(self, groups: Sequence[Group]) -> None:
+        self._routes.update((r.parameter, r) for routes, _ in groups for r in routes)
         matrices = [r for r in self._routes.values() if r.layout is not None]
         trained = [r for r in matrices if r.parameter.requires_grad] or matrices
         self._num_matrices = num_in_sequence((r.name, r.whole or r.layout) for r in trained if r.layout is not None)
         self._sharding.assign([r.parameter for r in matrices])
 
-    def _split(self, routes: Sequence[Route], own: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Parameter groups for routes that share the options `own`: matrices, tables, depthwise kernels, vectors."""
-        known = self._options.keys() - {"max_overhead", "part_size"}
-        for key in own.keys() - known:
-            raise InputError(f"{type(self).__name__}: a group has no option {key!r}; it has {', '.join(known)}")
-        options = self._options | dict(own)
+    def _group(self, routes: Sequence[Route], own: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameter group that a user's group becomes: with the same parameters, and its own keys kept."""
+        name = type(self).__name__
+        for key in own.keys() - self._options.keys() - {*OWN_KEYS}:
+            if near := difflib.get_close_matches(key, self._options, 1, cutoff=0.85):
+                raise InputError(f"{name}: a group has no option {key!r}; did you mean {near[0]!r}?")
+        options = self._options | {key: value for key, value in own.items() if key in self._options}
+        if options["max_overhead"] != self._options["max_overhead"]:
+            raise InputError(f"{name}: max_overhead is of the whole optimizer, and no option of a group")
         if "weight_decay" in own:
-            options["rest_weight_decay"] = own["weight_decay"]
+            options["rest_weight_decay"] = own.get("rest_weight_decay", own["weight_decay"])
         self._check(options)
-        lr = float(options["lr"])
-        rest_lr, rest_decay, betas, eps = (options.pop(f"rest_{key}") for key in ("lr", "weight_decay", "betas", "eps"))
-        matrices = [r for r in routes if r.direction == "matrix"]
-        tables = [r for r in routes if r.direction == "adamw" and r.parameter.ndim >= 2]
-        vectors = [r for r in routes if r.direction == "adamw" and r.parameter.ndim < 2]
-        table_lr = kernel_lr = rest_lr
-        kernels = [r for r in tables if r.role == "elementwise" and r.whole is not None]
-        if rest_lr is None:
-            rest_lr = table_lr = kernel_lr = lr if options["scale"] == "match_rms_adamw" else REST_LR
-            if options["scale"] == "spectral":
-                kernel_lr = usual_kernel_lr(r.whole.matrices[-1] for r in kernels if r.whole is not None)
-                if any(r.role == "embedding" for r in tables):
-                    table_lr = usual_table_lr(r.parameter for r in tables)
-        if kernel_lr == table_lr:
-            kernels = []  # they stay with the tables
-        tables = [r for r in tables if r not in kernels]
-        # Vectors of all layers move at once, as the matrices do, so that they share the change of the function too.
-        shares = options["scale"] == "spectral" and self._num_matrices
-        vector_lr = min(rest_lr, lr / self._num_matrices) if shares else rest_lr
-        groups: list[dict[str, Any]] = []
-        if matrices:
-            groups.append({"params": _named(matrices), "direction": "matrix", **options, "lr": lr, "step": 0})
-        for rest, rate, decay in (
-            (tables, table_lr, rest_decay),
-            (kernels, kernel_lr, rest_decay),
-            (vectors, vector_lr, 0.0),
-        ):
-            if rest:
-                own_rest = {"lr": float(rate), "weight_decay": decay, "betas": betas, "eps": eps}
-                kind = {"direction": "adamw", "maximize": options["maximize"], "fused": True}
-                groups.append({"params": _named(rest), **kind, **own_rest})
-        return groups
+        kept = {
+            "full_lr": full_rate(own, options["lr"], [self._options["lr"], self._usual_lr()]),
+            "num_matrices": self._num_matrices,
+            "direction": self._direction(),
+            "step": 0,
+        }
+        names = {"param_names": [r.name for r in routes]} if self._named else {}
+        return {**own, "params": [r.parameter for r in routes], **names, **options, **kept}
+
+    @classmethod
+    def _direction(cls) -> str:
+        """The name under which a state is saved: that of the class that has the recipe, for classes made of it too."""
+        return next(base.__name__ for base in cls.__mro__ if "recipe" in base.__dict__)
+
+    @classmethod
+    def _usual_lr(cls) -> float:
+        default = inspect.signature(cls).parameters["lr"].default
+        return 1.0 if default is inspect.Parameter.empty else default
 
     def _follow(self) -> None:
         """Takes over parameters that a wrapper put into the groups in place of those given, such as their shards."""
         if all(p in self._routes for group in self.param_groups for p in group["params"]):
             return
-        new = {old: p for group in self.param_groups for old, p in replacements(group, self._routes).items()}
+        given = list(self._routes)
+        new = replacements(self.param_groups, self._routes)
         if any(self.state.get(p) for p in new):
             raise InputError(
                 "the parameters were replaced after the optimizer had stepped them, and its state is that of the old "
                 "ones. Replace them (accelerator.prepare, fully_shard) before the first step, then load the state"
             )
-        moved = {new.get(p, p): replace(r, parameter=new.get(p, p)) for p, r in self._routes.items()}
-        self._routes, self._order = moved, [new.get(p, p) for p in self._order]
-        self._known = {p: moved[p] for old in self._known if (p := new.get(old, old)) in moved}
+        self._routes = {new.get(p, p): replace(self._routes[p], parameter=new.get(p, p)) for p in given}
+        self._known = {p: self._routes[p] for old in self._known if (p := new.get(old, old)) in self._routes}
         self._stacks.clear()
         self._sharding = Sharding()
-        self._sharding.assign([r.parameter for r in moved.values() if r.layout is not None])
+        self._sharding.assign([r.parameter for r in self._routes.values() if r.layout is not None])
+
+    def rates(self) -> dict[str, float]:
+        """The rate at which each parameter steps now, by name.
+
+        Matrices step at their group's `lr`; AdamW's rates for the others follow it: where a schedule has halved `lr`,
+        they are half of what they were at the start.
+
+        Returns: the rates.
+
+        >>> from gramian.optim import Muon
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> optimizer = Muon(net, lr=0.1, rest_lr=1e-3)
+        >>> optimizer.param_groups[0]["lr"] *= 0.5
+        >>> {name: optimizer.rates()[name] for name in ("0.weight", "2.weight")}
+        {'0.weight': 0.05, '2.weight': 0.0005}
+        """
+        return {self._routes[p].name: rate for p, rate in self._rates().items()}
+
+    def _rates(self) -> dict[Tensor, float]:
+        self._follow()
+        return {p: rate for group in self.param_groups for p, rate in rates_of(group, self._routes).items()}
 
     def explain(self) -> list[dict[str, str]]:
         """Each parameter's name, direction (`"matrix"`, `"adamw"`, `"none"`), matrices, parts, and the reason."""
@@ -181,7 +199,3 @@ class Grouped(torch.optim.Optimizer):
             {"name": r.name, "direction": "none", "matrices": "", "parts": "", "reason": r.reason}
             for r in self._left_out
         ]
-
-
-def _named(routes: Sequence[Route]) -> list[tuple[str, Tensor]]:
-    return [(r.name, r.parameter) for r in routes]

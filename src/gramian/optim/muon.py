@@ -103,7 +103,7 @@ class Muon(MatrixOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 0.05,
+        lr: float | Tensor = 0.05,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,

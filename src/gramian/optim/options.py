@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from torch import nn
+from torch import Tensor, nn
 
 from gramian.errors import InputError
 from gramian.optim.routing import Direction
@@ -129,5 +129,10 @@ SHARED: dict[str, Option] = {
 def check(name: str, options: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
     """Raises `InputError` for the first option that is out of its range; every option must have one."""
     for key, value in options.items():
+        if key == "lr" and isinstance(value, Tensor) and (value.numel() != 1 or value.requires_grad):
+            raise InputError(
+                f"{name}: Tensor lr must be 1-element, and without requires_grad, since no step is differentiated; got "
+                f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+            )
         if not ranges[key].holds(value):
             raise InputError(f"{name}: {key} must be {ranges[key].words}, got {value!r}")

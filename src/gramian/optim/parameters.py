@@ -1,27 +1,28 @@
-"""Parameters as users' loops treat them: quantized, sparse, replaced by a wrapper, or with one rate set for all."""
+"""Parameters as users' loops treat them: quantized, sparse, reshaped, or replaced by a wrapper."""
 
 from __future__ import annotations
 
+import functools
 import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gramian import placement
 from gramian.checkpoint import clean_name
-from gramian.errors import GramianWarning, InputError, UnsupportedError
+from gramian.errors import InputError, UnsupportedError
+from gramian.layers.lookup import is_lazy
 from gramian.optim.routing import Route
 
 __all__ = [
     "check_caller",
-    "check_gradients",
     "check_not_replaced",
-    "check_state",
+    "check_step",
+    "overlaps_itself",
     "reason_to_leave_out",
     "replacements",
-    "warn_of_one_rate",
 ]
 
 
@@ -49,9 +50,14 @@ def check_caller(name: str) -> None:
 def reason_to_leave_out(name: str, p: Tensor) -> str:
     """Why an optimizer leaves out a parameter that holds no real numbers and is not trained; empty if it does not.
 
-    Raises `InputError` for one that is to be trained.
+    Raises `InputError` for one that is to be trained, and for one whose entries share memory.
     """
     if p.is_floating_point() and p.element_size() > 1:
+        if not is_lazy(p) and overlaps_itself(p):
+            raise InputError(
+                f"{name!r} of shape {tuple(p.shape)} and strides {p.stride()} has entries that share memory, as expand "
+                "makes them, and cannot be stepped. Give the tensor before it was expanded, or a clone"
+            )
         return ""
     dtype = str(p.dtype).removeprefix("torch.")
     if p.requires_grad:
@@ -62,37 +68,67 @@ def reason_to_leave_out(name: str, p: Tensor) -> str:
     return f"left out: {dtype}, frozen, no real numbers to step"
 
 
-def check_gradients(params: Iterable[Tensor], routes: Mapping[Tensor, Route]) -> None:
-    """Raises `UnsupportedError` for a sparse gradient, before anything moves."""
-    for p in params:
-        if p.grad is not None and p.grad.layout is not torch.strided:
+def overlaps_itself(p: Tensor) -> bool:
+    """Whether two entries of a tensor share memory, as those of an expanded one do."""
+    local = placement.locals_of([p])[0]
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(local.stride(), local.shape, strict=True) if n > 1):
+        if stride <= reach:  # perhaps
+            ranges = [torch.arange(n) * s for n, s in zip(local.shape, local.stride(), strict=True) if n > 1]
+            offsets = functools.reduce(lambda a, b: (a[:, None] + b).flatten(), ranges)
+            return len(offsets.unique()) < len(offsets)
+        reach += stride * (size - 1)
+    return False
+
+
+def check_step(groups: Iterable[Mapping[str, Any]], routes: Mapping[Tensor, Route]) -> None:
+    """Raises, before anything moves, for parameters and gradients that cannot be stepped."""
+    for p in (p for group in groups for p in group["params"]):
+        r = routes[p]
+        if r.shape is not None and p.shape != r.shape:
+            raise InputError(
+                f"{r.name!r} has shape {tuple(p.shape)} now and had {r.shape} when the optimizer was built. Build it "
+                "again after a parameter has changed its shape"
+            )
+        if p.grad is None:
+            continue
+        if p.grad.layout is not torch.strided:
             raise UnsupportedError(
-                f"sparse gradients are not supported, and {routes[p].name!r} has one; make the embedding with "
-                "sparse=False"
+                f"sparse gradients are not supported, and {r.name!r} has one; make the embedding with sparse=False"
+            )
+        if p.grad.shape != p.shape:
+            raise InputError(f"{r.name!r} has shape {tuple(p.shape)} and a gradient of shape {tuple(p.grad.shape)}")
+        if p.is_meta:
+            raise UnsupportedError(
+                f"{r.name!r} is on the meta device and holds no numbers. Call model.to_empty(device=…), initialize "
+                "the model, and build the optimizer then"
             )
 
 
-def replacements(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Tensor, Tensor]:
-    """The parameters of a group that a wrapper has put there in place of others, by the one each replaces.
+def replacements(groups: Sequence[Mapping[str, Any]], routes: Mapping[Tensor, Route]) -> dict[Tensor, Tensor]:
+    """The parameters that a wrapper has put into the groups in place of others, by the one each replaces.
 
-    Accelerate does so under FSDP2. Raises `UnsupportedError` where they are not the same matrices, as under DeepSpeed's
-    ZeRO and FSDP1, which flatten them.
+    Accelerate does so under FSDP2. They are told by name, or by place where they have none. Raises `UnsupportedError`
+    where they are not the same matrices, as under DeepSpeed's ZeRO and FSDP1, which flatten them.
     """
     by_name = {r.name: r for r in routes.values()}
-    names = [clean_name(name) for name in group.get("param_names", ())]
+    numbers = iter(routes.values())
     found = {}
-    for i, p in enumerate(group["params"]):
-        if p in routes:
-            continue
-        old = by_name.get(names[i]) if len(names) == len(group["params"]) else None
-        if old is None or old.parameter.shape != p.shape:
-            raise UnsupportedError(
-                f"the parameters were replaced by tensors of other shapes, such as {tuple(p.shape)}"
-                + (f" for {old.name!r} of shape {tuple(old.parameter.shape)}" if old is not None else "")
-                + ": DeepSpeed's ZeRO and FSDP1 flatten parameters, and flat ones hold no matrices. Use DDP or FSDP2 "
-                "(torch's fully_shard)"
-            )
-        found[old.parameter] = p
+    for group in groups:
+        names = [clean_name(name) for name in group.get("param_names", ())]
+        for i, p in enumerate(group["params"]):
+            number = next(numbers, None)
+            if p in routes:
+                continue
+            old = number if not names else by_name.get(names[i]) if len(names) == len(group["params"]) else None
+            if old is None or old.parameter.shape != p.shape:
+                raise UnsupportedError(
+                    f"the parameters were replaced by tensors of other shapes, such as {tuple(p.shape)}"
+                    + (f" for {old.name!r} of shape {tuple(old.parameter.shape)}" if old is not None else "")
+                    + ": DeepSpeed's ZeRO and FSDP1 flatten parameters, and flat ones hold no matrices. Use DDP or "
+                    "FSDP2 (torch's fully_shard). A parameter that is new joins by add_param_group"
+                )
+            found[old.parameter] = p
     return found
 
 
@@ -106,47 +142,3 @@ def check_not_replaced(model: nn.Module, routes: Iterable[Route]) -> None:
             f"{gone[0]!r}, and would not train. Call fully_shard, to_empty or whatever replaced them before building "
             "the optimizer"
         )
-
-
-def check_state(name: str, found: Mapping[str, Any], buffers: Iterable[str]) -> None:
-    """Raises `InputError` for the state of another optimizer.
-
-    Args:
-        name: of this optimizer.
-        found: the `state_dict()`.
-        buffers: the names of the buffers that this direction may have.
-    """
-    groups = found.get("param_groups", ())
-    if not all("direction" in group for group in groups):
-        kept = {key for state in found.get("state", {}).values() for key in state}
-        adam = "Call load_adamw(state), which carries over what fits" if "exp_avg_sq" in kept else "Start without it"
-        raise InputError(
-            f"{name}.load_state_dict: this is the state of another optimizer"
-            + (f", with {', '.join(sorted(kept))}" if kept else "")
-            + f". {adam}"
-        )
-    own = set(buffers)
-    for group in groups:
-        for key in group["params"] if group["direction"] == "matrix" else ():
-            kept = set(found["state"].get(key, {}))
-            if kept - own:
-                raise InputError(
-                    f"{name}.load_state_dict: this is the state of another direction, with {', '.join(sorted(kept))}, "
-                    f"where {name} has {', '.join(sorted(own))}. Load it into the optimizer that saved it"
-                )
-
-
-def warn_of_one_rate(groups: Sequence[Mapping[str, Any]], built: Sequence[float]) -> bool:
-    """Warns if groups that were built with several rates all have the same now, above zero; returns whether it did."""
-    rates = {group["lr"] for group in groups if isinstance(group["lr"], (int, float))}
-    if len(set(built)) < 2 or len(groups) != len(built) or len(rates) > 1 or not max(rates, default=0):
-        return False
-    several = ", ".join(f"{rate:g}" for rate in sorted(set(built)))
-    warnings.warn(
-        f"all parameter groups have the rate {max(rates):g} now, but were built with {several}: what sets one rate for "
-        "all sets AdamW's too. Multiply each group's own rate (LambdaLR), give a list (OneCycleLR(optimizer, "
-        "[g['lr'] for g in optimizer.param_groups], …)), or build the optimizer with rest_lr equal to lr",
-        GramianWarning,
-        stacklevel=7,  # torch wraps a step in three functions
-    )
-    return True

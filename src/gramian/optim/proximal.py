@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 from gramian.block import Layout, blocks
 from gramian.errors import InputError, UnsupportedError
@@ -21,7 +24,7 @@ __all__ = ["Proximal"]
 class Proximal(torch.optim.Optimizer):
     """Steps `base`, then applies the proximal map of each parameter's penalty: `W ← prox(W − lr·direction, lr)`.
 
-    `lr` is the rate of the parameter's group at the time of the step, so that schedulers act on both halves.
+    `lr` is the parameter's rate at the time of the step (its group's, or that of a gramian base for it), so that schedulers act on both halves.
     `param_groups`, `state` and `state_dict()` are those of the base. A parameter without a gradient does not change,
     nor does one that a gramian base skipped because its gradient was not finite.
 
@@ -69,6 +72,7 @@ class Proximal(torch.optim.Optimizer):
         self._layouts: dict[Tensor, Layout] = (
             {b.parameter: b.layout for b in blocks(model).blocks} if model is not None else {}
         )
+        self._names: dict[Tensor, str] = {}
         self._chosen = self._choose(unmatched="raise")
         self._params = self._all_parameters()
         super().__init__(base.param_groups, base.defaults)
@@ -87,14 +91,16 @@ class Proximal(torch.optim.Optimizer):
         held = [(p, p.grad) for p in coupled if p.grad is not None]
         for p, grad in held:
             p.grad = grad.add(p, alpha=coupled[p].strength)
-        stepped = self.base.step(closure) if closure is not None else self.base.step()
+        with _without_global_hooks():
+            stepped = self.base.step(closure) if closure is not None else self.base.step()
         for p, grad in held:
             p.grad = grad
         skipped = self.base.skipped() if isinstance(self.base, MatrixOptimizer) else {}
+        rates = self.base._rates() if isinstance(self.base, MatrixOptimizer) else {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p in self._chosen and p not in coupled and p.grad is not None:
-                    mapped = self._prox(p, self._chosen[p], float(group["lr"]))
+                    mapped = self._prox(p, self._chosen[p], rates.get(p, float(group["lr"])))
                     p.copy_(torch.where(skipped[p], p, mapped) if p in skipped else mapped)
         return loss if loss is not None else stepped
 
@@ -124,16 +130,28 @@ class Proximal(torch.optim.Optimizer):
         self._params = self._all_parameters()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's."""
-        return self.base.state_dict()
+        """The base's, through the hooks of both."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state = self.base.state_dict()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a `state_dict()` of this optimizer or of the base."""
-        self.base.load_state_dict(state_dict)
+        """Loads a `state_dict()` of this optimizer or of the base, through the hooks of both."""
+        state = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
+        self.base.load_state_dict(state)
         self._share()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base", "penalties", "_layouts", "_chosen", "_params")
+        own = ("base", "penalties", "_layouts", "_names", "_chosen", "_params")
         return super().__getstate__() | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,6 +179,7 @@ class Proximal(torch.optim.Optimizer):
         if new:
             self._chosen = {new.get(p, p): penalty for p, penalty in self._chosen.items()}
             self._layouts = {new.get(p, p): layout for p, layout in self._layouts.items()}
+            self._names = {new.get(p, p): name for p, name in self._names.items()}
             self._params = now
 
     def _choose(self, *, unmatched: str) -> dict[Tensor, Penalty]:
@@ -169,12 +188,15 @@ class Proximal(torch.optim.Optimizer):
         names: list[str] = []
         for group in self.base.param_groups:
             known = group.get("param_names")
-            if known is None and set(self.penalties) - {"*"}:
+            unnamed = known is None and not all(p in self._names for p in group["params"])
+            if unnamed and set(self.penalties) - {"*"}:
                 raise InputError(
                     "Proximal: the base optimizer's parameters have no names to match "
                     f"{sorted(self.penalties)} against. Build it from model.named_parameters()."
                 )
-            for p, name in zip(group["params"], known or [""] * len(group["params"]), strict=True):
+            for p, given in zip(group["params"], known or [""] * len(group["params"]), strict=True):
+                # The name at construction: a state that is loaded may bring others into the groups.
+                name = self._names.setdefault(p, given)
                 names.append(name)
                 pattern = next((x for x in self.penalties if fnmatch.fnmatchcase(name, x)), None)
                 if pattern is None:
@@ -202,3 +224,17 @@ class Proximal(torch.optim.Optimizer):
             return penalty.prox(p, lr)
         layout = self._layout(p)
         return layout.join(penalty.prox(layout.split(p), lr))
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Steps of an optimizer inside another run no hooks of all optimizers, which see the outer one's step."""
+    names = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    kept = {name: getattr(torch_optimizer, name) for name in names}
+    try:
+        for name in names:
+            setattr(torch_optimizer, name, OrderedDict())
+        yield
+    finally:
+        for name, hooks in kept.items():
+            setattr(torch_optimizer, name, hooks)

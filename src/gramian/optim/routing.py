@@ -6,7 +6,7 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ class Route:
     """How one parameter is stepped, and why: as the matrices of `layout`, or by AdamW where that is `None`.
 
     `whole` is the layout before large matrices were cut into parts; where a parameter steps by AdamW for its role, the
-    layout of the matrices that it holds. `role` is the block's in the model.
+    layout of the matrices that it holds. `role` is the block's in the model. `shape` is the parameter's at the start.
+    A parameter that is not `named` is called by its number.
     """
 
     name: str
@@ -45,6 +46,12 @@ class Route:
     reason: str
     whole: Layout | None = None
     role: Role = "hidden"
+    named: bool = True
+    shape: tuple[int, ...] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = None if is_lazy(self.parameter) else tuple(self.parameter.shape)
+        object.__setattr__(self, "shape", shape)
 
     @property
     def direction(self) -> Direction:
@@ -87,8 +94,17 @@ def route_groups(
     """
     if isinstance(params, nn.Module):
         groups: list[Group] = [(routes_of_model(params), {})] if known is None else [(list(known.values()), {})]
+    elif isinstance(params, Tensor):
+        raise TypeError(
+            "params argument given to the optimizer should be an iterable of Tensors or dicts, but got one tensor of "
+            f"shape {tuple(params.shape)}; give [tensor]"
+        )
     else:
-        groups = _routes_of_groups(list(params), known or {}, first)
+        items = params if isinstance(params, (set, frozenset)) else list(params)
+        if isinstance(items, list) and items and isinstance(items[0], dict):
+            groups = _routes_of_groups(items, known or {}, first)
+        else:
+            groups = _routes_of_groups([{"params": items}], known or {}, first)
     routes = [r for members, _ in groups for r in members]
     if not routes:
         raise InputError("the optimizer got an empty parameter list; pass a model, or its parameters() as a list")
@@ -110,7 +126,7 @@ def route_groups(
     }
     others = [r for r in routes if r.parameter not in overridden]
     _warn_of_matrices_left(others, list(overridden.values()), model=bool(known))
-    return [([overridden.get(r.parameter, r) for r in members], own) for members, own in groups if members]
+    return [([overridden.get(r.parameter, r) for r in members], own) for members, own in groups]
 
 
 MOST_LEFT = 0.25
@@ -195,20 +211,20 @@ _BY_SHAPE = "given without a name: routed by its shape"
 
 
 def _routes_of_groups(items: Sequence[Any], known: Mapping[Tensor, Route], first: int) -> list[Group]:
-    grouped = bool(items) and isinstance(items[0], dict)
-    groups: list[tuple[list[tuple[str, Tensor]], dict[str, Any]]] = []
-    for group in items if grouped else [{"params": items}]:
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        groups.append((list(map(_named, members, group.get("param_names") or [""] * len(members))), own))
-    flat = [pair for members, _ in groups for pair in members]
+    given = [_members(group) for group in items]
+    flat = [pair for members, _ in given for pair in members]
     if known and not first and not any(p in known for _, p in flat):
         raise InputError(
             "model= has none of the parameters that the optimizer was given; pass the model that they are of"
         )
-    for what, keys in (("parameters", [id(p) for _, p in flat]), ("names", [name for name, _ in flat if name])):
-        if len(set(keys)) < len(keys):
-            raise InputError(f"two of the {what} that the optimizer was given are the same; give each once")
+    if not known:
+        _check_all_named([[name for name, _ in members] for members, _ in given])
+    if len({id(p) for _, p in flat}) < len(flat):
+        raise InputError("some parameters appear in more than one parameter group; give each once")
+    names = [name for name, _ in flat if name]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"two of the parameters that the optimizer was given have the name {twice!r}; rename one")
     told = look_up_listed({name: tuple(p.shape) for name, p in flat if name})
     routes = []
     for i, (name, p) in enumerate(flat, first):
@@ -217,13 +233,52 @@ def _routes_of_groups(items: Sequence[Any], known: Mapping[Tensor, Route], first
         elif name:
             routes.append(_by_role(name, p, *told[name]))
         else:
-            routes.append(Route(str(i), p, plain_layout(p), _BY_SHAPE))
+            routes.append(Route(str(i), p, plain_layout(p), _BY_SHAPE, named=False))
     numbered = iter(routes)
-    return [([next(numbered) for _ in members], own) for members, own in groups]
+    return [([next(numbered) for _ in members], own) for members, own in given]
+
+
+def _members(group: Any) -> tuple[list[tuple[str, Tensor]], dict[str, Any]]:
+    """The named parameters of a group, each once, and what else it holds. Raises as torch's optimizers do."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"a parameter group must be a dict with 'params', but got {group!r:.60}")
+    params = group["params"]
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(
+            "optimizer parameters need to be organized in ordered collections, but the ordering of tensors in sets "
+            "will change between runs. Please use a list instead."
+        )
+    members = [params] if isinstance(params, Tensor) else list(params)
+    names = list(group.get("param_names") or [""] * len(members))
+    if len(names) != len(members):
+        raise InputError(f"a group has {len(members)} parameters and {len(names)} param_names; give one for each")
+    found: dict[Tensor, str] = {}
+    for item, name in zip(members, names, strict=True):
+        name, p = _named(item, name)
+        found.setdefault(p, name)
+    if len(found) < len(members):
+        warnings.warn(
+            "the optimizer was given a parameter group with duplicate parameters; each is stepped once",
+            GramianWarning,
+            stacklevel=6,
+        )
+    own = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    return [(name, p) for p, name in found.items()], own
+
+
+def _check_all_named(groups: Sequence[Sequence[str]]) -> None:
+    """Raises `InputError` where some parameters have names and some have none, in torch's words."""
+    if any(any(names) and not all(names) for names in groups):
+        raise InputError("all optimizer params should be with/without names. Some param names are missing")
+    if len({any(names) for names in groups if names}) > 1:
+        raise InputError(
+            "all optimizer param groups should be with/without names. cannot add param group with names to the "
+            "optimizer beside one without"
+        )
 
 
 def _named(item: Any, name: str = "") -> tuple[str, Tensor]:
-    name, parameter = item if isinstance(item, tuple) else (name, item)
+    name, parameter = item if isinstance(item, tuple) and len(item) == 2 else (name, item)
     if not isinstance(parameter, Tensor):
         raise InputError(
             f"expected a model, parameters, (name, parameter) pairs or parameter groups; got {type(parameter).__name__}"
@@ -247,7 +302,7 @@ def _pattern(name: str, overrides: Mapping[str, Any]) -> str | None:
 def _override(r: Route, pattern: str, direction: Direction) -> Route:
     reason = f"routes[{pattern!r}]"
     if direction == "adamw":
-        return Route(r.name, r.parameter, None, reason)
+        return replace(r, layout=None, reason=reason, whole=None, role="hidden")
     if direction != "matrix":
         raise InputError(f"routes[{pattern!r}]: expected 'matrix' or 'adamw', got {direction!r}")
     shape = tuple(r.parameter.shape)
@@ -261,4 +316,4 @@ def _override(r: Route, pattern: str, direction: Direction) -> Route:
             f"routes={{{pattern!r}: 'matrix'}}, pass the model with layouts={{{pattern!r}: {OPEN}}} "
             f"({_how_to_tell(layouts)}); see gm.blocks"
         )
-    return Route(r.name, r.parameter, layout, reason)
+    return replace(r, layout=layout, reason=reason, whole=None, role="hidden")

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gramian import placement
 from gramian.optim.adamw_state import carry_over
 from gramian.optim.grouped import Grouped
-from gramian.optim.parameters import check_state
+from gramian.optim.matching import matched
 from gramian.optim.routing import Route
 from gramian.optim.stacks import State
 
@@ -54,11 +55,12 @@ class Saved(Grouped):
         groups = {p: g for g in self.param_groups for p in g["params"]}
 
         def empty(r: Route) -> State:
-            assert r.layout is not None
-            return self.recipe.init(torch.empty(1, *r.layout.matrices[-2:], device="meta"), groups[r.parameter])
+            return self._empty(r, groups[r.parameter])
 
-        routes = [self._routes[p] for p in self._order]
-        maximize = self._options["maximize"]
+        def maximize(r: Route) -> bool:
+            return bool(groups[r.parameter]["maximize"])
+
+        routes = [self._routes[p] for p in groups]
         states, rows = carry_over(source, names, routes, self._sharding, empty, self.recipe.adamw, maximize)
         self.state.clear()
         self.state.update(states)
@@ -68,6 +70,8 @@ class Saved(Grouped):
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Where parameters are sharded, it is collective and gives this rank's part."""
         self._follow()
+        if not self._sharding:
+            return super().state_dict()
         own = self.state
         try:
             self.state = self._sharding.divide(own)  # type: ignore[assignment]
@@ -76,28 +80,62 @@ class Saved(Grouped):
             self.state = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict()` gave; the next step is then the same, bit for bit."""
+        """Restores what `state_dict()` gave; the next step is then the same, bit for bit.
+
+        Parameters are matched by name where both have names, and otherwise by their order.
+
+        Args:
+            state_dict: of an optimizer of the same direction.
+
+        Raises:
+            InputError: before anything changes: for the state of another optimizer or direction, or of other
+                parameters.
+        """
         self._follow()
         given: dict[str, Any] = {}
+        names = [group.get("param_names") for group in self.param_groups]
 
-        def take(_: Any, found: dict[str, Any]) -> None:
-            all_buffers = self.recipe.init(torch.empty(1, 1, 1, device="meta"), {**self._options, "refresh": 2})
-            check_state(type(self).__name__, found, all_buffers)
-            given.update(found)
+        def take(_: Any, found: dict[str, Any]) -> dict[str, Any]:
+            caller = f"{type(self).__name__}.load_state_dict"
+            given.update(matched(caller, self._direction(), found, self.param_groups, self._routes, self._shapes))
+            return given
 
-        hook = self.register_load_state_dict_pre_hook(take)  # after the user's
+        def put_back(_: Any) -> None:
+            # torch casts the state to the parameter's dtype and shares its memory: put back a copy of what was saved.
+            saved = (index for group in given["param_groups"] for index in group["params"])
+            params = (p for group in self.param_groups for p in group["params"])
+            states = {p: given["state"][i] for p, i in zip(params, saved, strict=True) if i in given["state"]}
+            matrices = {p: s for p, s in states.items() if self._routes[p].layout}
+            for p, state in self._sharding.collect(matrices).items():
+                self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
+            for p in states:
+                self.state[p] = {name: _copy(value, p) for name, value in self.state[p].items()}
+            for group, known in zip(self.param_groups, names, strict=True):
+                if known is not None:  # those of the model, whatever the state calls them
+                    group["param_names"] = known
+
+        # After the user's hooks before loading, and before those after it.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put_back, prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            hook.remove()
-        # torch casts the state to the parameter's dtype and shares its memory: put back a copy of what was saved.
-        saved = (index for group in given["param_groups"] for index in group["params"])
-        params = (p for group in self.param_groups for p in group["params"])
-        states = {p: given["state"][i] for p, i in zip(params, saved, strict=True) if i in given["state"]}
-        for p, state in self._sharding.collect({p: s for p, s in states.items() if self._routes[p].layout}).items():
-            self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
-        for p in states:
-            self.state[p] = {name: value.clone() for name, value in self.state[p].items()}
+            for hook in hooks:
+                hook.remove()
+
+    def _empty(self, r: Route, group: Mapping[str, Any]) -> State:
+        """The initial state of one matrix of a route, for its names and shapes."""
+        assert r.layout is not None
+        return self.recipe.init(torch.empty(1, *r.layout.matrices[-2:], device="meta"), group)
+
+    def _shapes(self, r: Route, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shape of each buffer of a parameter, with the options of a saved group."""
+        if r.layout is None:
+            return dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(r.parameter.shape))
+        stacked = r.layout.matrices[:-2]
+        return {k: (*stacked, *v.shape[1:]) for k, v in self._empty(r, {**self._options, **group}).items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: self.__dict__[name] for name in _KEPT}
@@ -107,15 +145,20 @@ class Saved(Grouped):
         self._stacks = {}
         if "_routes" in state:  # a copy, or read from a pickle: it knows no model
             self._model, self._known = None, {}
-        for group in self.param_groups:
-            if group["direction"] == "matrix":  # a state saved by an earlier version may lack newer options
-                for key, value in self._options.items():
-                    if not key.startswith("rest_"):
-                        group.setdefault(key, value)
+        for group in self.param_groups:  # a state saved by an earlier version may lack newer options
+            for key, value in self._options.items():
+                group.setdefault(key, value)
 
 
 _KEPT = (
-    "_routes", "_order", "_left_out", "_num_matrices", "_options", "_built", "_sharding", "_clock", "_skipped",
-    "_rates", "_is_new",
+    "_routes", "_left_out", "_num_matrices", "_options", "_built", "_named", "_sharding", "_clock", "_skipped",
+    "_num_missing",
 )  # fmt: skip
 """What a copy takes along beside torch's own."""
+
+
+def _copy(value: Any, p: Tensor) -> Tensor:
+    """A copy of an entry of a state; AdamW's number of steps may be saved as a plain number."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return torch.tensor(float(value), dtype=torch.float32, device=placement.locals_of([p])[0].device)

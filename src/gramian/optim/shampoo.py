@@ -136,7 +136,7 @@ class Shampoo(MatrixOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,

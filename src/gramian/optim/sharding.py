@@ -60,6 +60,10 @@ class Sharding:
     def __init__(self) -> None:
         self._owner: dict[Tensor, int] = {}
 
+    def __bool__(self) -> bool:
+        """Whether any parameter is sharded."""
+        return bool(self._owner)
+
     def assign(self, params: Sequence[Tensor]) -> None:
         """Assigns owners to the sharded parameters that have none yet, the same on all ranks."""
         new = [p for p in params if p not in self._owner]

@@ -12,7 +12,8 @@ from torch import Tensor
 from gramian.errors import InputError
 from gramian.optim.adamw import step_adamw
 from gramian.optim.health import Row, measure
-from gramian.optim.parameters import check_gradients, check_not_replaced, warn_of_one_rate
+from gramian.optim.parameters import check_not_replaced, check_step
+from gramian.optim.rates import rest_groups
 from gramian.optim.recipe import StepContext
 from gramian.optim.refresh import due, stagger
 from gramian.optim.routing import Route
@@ -86,28 +87,32 @@ class MatrixOptimizer(Saved):
             with torch.enable_grad():
                 loss = closure()
         self._before_step()
-        groups = [g for g in self.param_groups if g["direction"] == "matrix"]
+        with_matrices = [g for g in self.param_groups if self._matrices(g)]
         self._skipped.begin()
-        with self._clock.timed(groups):
-            for number, group in enumerate(groups):
-                self._step_matrices(number, group)
-            self._count(*step_adamw([g for g in self.param_groups if g["direction"] == "adamw"], self.state))
+        with self._clock.timed(with_matrices):
+            for number, group in enumerate(self.param_groups):
+                self._step_matrices(number, group, self._matrices(group))
+            rest = [own for group in self.param_groups for own in rest_groups(group, self._routes)]
+            self._count(*step_adamw(rest, self.state))
         return loss
 
     def _before_step(self) -> None:
         """Refuses what cannot be stepped, before anything moves, and follows parameters that were replaced."""
         self._follow()
-        params = [p for group in self.param_groups for p in group["params"]]
-        check_gradients(params, self._routes)
+        for group in self.param_groups:
+            self._check({key: group[key] for key in self._options})
+        check_step(self.param_groups, self._routes)
+        num_missing = sum(p.grad is None for group in self.param_groups for p in group["params"])
         model = self._model() if self._model is not None else None
-        if model is not None and (self._is_new or all(p.grad is None for p in params)):
+        if model is not None and num_missing != self._num_missing:  # perhaps the model has others in their place
             check_not_replaced(model, self._routes.values())
-        self._is_new = False
-        if warn_of_one_rate(self.param_groups, self._rates):
-            self._rates = []  # once
+        self._num_missing = num_missing
 
-    def _step_matrices(self, number: int, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None and p.grad.numel()]
+    def _matrices(self, group: Mapping[str, Any]) -> list[Tensor]:
+        return [p for p in group["params"] if self._routes[p].layout is not None]
+
+    def _step_matrices(self, number: int, group: dict[str, Any], matrices: Sequence[Tensor]) -> None:
+        params = [p for p in matrices if p.grad is not None and p.grad.numel()]
         if params:
             bad = not_finite([p.grad for p in params])  # type: ignore[misc]
             self._count(params, bad)
@@ -115,10 +120,11 @@ class MatrixOptimizer(Saved):
             for p in params:
                 self.state.setdefault(p, {})  # on all ranks, which torch.distributed.checkpoint wants
             grads, updates = self._sharding.gradients(params), {}
-            for stack in self._current(number, group, [p for p in group["params"] if p in grads or self._pauses(p)]):
+            for stack in self._current(number, group, [p for p in matrices if p in grads or self._pauses(p)]):
                 updates.update(self._step_stack(stack, group, grads, flags))
-            self._sharding.add_(params, updates, _decay(params, bad, group["lr"] * group["weight_decay"]))
-        group["step"] += 1
+            self._sharding.add_(params, updates, _decay(params, bad, float(group["lr"]) * group["weight_decay"]))
+        if matrices:
+            group["step"] += 1
 
     def _pauses(self, p: Tensor) -> bool:
         """Whether a parameter has a state but no gradient in this step: it keeps its place in a stack."""
@@ -132,7 +138,7 @@ class MatrixOptimizer(Saved):
             stacks = [Stack(same, lambda m: self.recipe.init(m, group), self.state) for same in alike(routes)]
             for stack in stacks:
                 self.state.update((r.parameter, views) for r, views in zip(stack.routes, stack.views, strict=True))
-            stagger(stacks, [self._routes[p] for p in group["params"]], group["refresh"])
+            stagger(stacks, [self._routes[p] for p in self._matrices(group)], group["refresh"])
             known = self._stacks[number] = Stacks(routes, group["refresh"], stacks)
         return known.stacks
 
@@ -154,12 +160,12 @@ class MatrixOptimizer(Saved):
         direction = self.recipe.update(g, stack.state, context)
         stack.fresh.zero_()
         scales = torch.tensor([self._scale(r, group) for r in stack.routes], dtype=g.dtype, device=g.device)
-        update = direction * (context.alive * stack.repeated(-group["lr"] * scales)).to(direction.dtype)
+        update = direction * (context.alive * stack.repeated(-float(group["lr"]) * scales)).to(direction.dtype)
         return zip(params, stack.unstacked(update), strict=True)
 
     def _scale(self, r: Route, group: Mapping[str, Any]) -> float:
         m, n = r.matrices[-2:]
-        return math.sqrt(m / n) / self._num_matrices if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
+        return math.sqrt(m / n) / group["num_matrices"] if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
 
     def _count(self, params: list[Tensor], bad: Tensor) -> None:
         if params:
@@ -200,7 +206,7 @@ class MatrixOptimizer(Saved):
             raise InputError(f"health: detail must be 'counts' or 'spectra', got {detail!r}")
         self._follow()
         skipped = self._skipped.counts()
-        groups = {p: g for g in self.param_groups if g["direction"] == "matrix" for p in g["params"]}
+        groups = {p: g for g in self.param_groups for p in self._matrices(g)}
         rows: dict[str, Row] = {}
         for p, r in self._routes.items():
             rows[r.name] = {"skipped": skipped.get(r.name, 0)}

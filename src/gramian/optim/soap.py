@@ -140,7 +140,7 @@ class SOAP(MatrixOptimizer):
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     >>> optimizer = SOAP(net, lr=0.05, refresh=5)
-    >>> sorted(group["refresh"] for group in optimizer.param_groups if group["direction"] == "matrix")
+    >>> [group["refresh"] for group in optimizer.param_groups]
     [5]
     """
 
@@ -163,7 +163,7 @@ class SOAP(MatrixOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -140,7 +140,7 @@ class _Rehearsals:
         self.given, self.objective = objective, as_objective(objective)
         self.training, self.held_out = batches[:-1] or batches, batches[-1]
         self.losses: dict[float, float] = {}
-        self.follows: list[bool] = []  # by parameter group, whether its rate is lr
+        self.follows: set[Tensor] = set()  # the parameters whose rate is lr
 
     def suggestion(self) -> LearningRate:
         """Takes the parabola, searches from its minimum, and checks the fraction of the best rate."""
@@ -244,25 +244,27 @@ class _Rehearsals:
         A matrix optimizer steps embeddings, the head and vectors at a rate of their own: what they gain is not `lr`'s.
         """
         optimizer = self.make(self.model, 1.0)
-        if all(self.follows):
+        if self.follows == _rates(optimizer).keys():
             return before
-        rates = [0.0 if f else group["lr"] for f, group in zip(self.follows, optimizer.param_groups, strict=True)]
-        return min(before, self._loss_after(optimizer, rates))
+        return min(before, self._loss_after(optimizer, still=self.follows))
 
     def _rehearse(self, lr: float) -> float:
         """The held-out loss after some steps at this rate; infinite where it is not finite."""
         if lr not in self.losses:
             optimizer = self.make(self.model, lr)
-            self.losses[lr] = self._loss_after(optimizer, [group["lr"] for group in optimizer.param_groups])
+            self.losses[lr] = self._loss_after(optimizer)
         return self.losses[lr]
 
-    def _loss_after(self, optimizer: torch.optim.Optimizer, rates: list[float]) -> float:
-        """The held-out loss after some steps, with one rate for each group; infinite where it is not finite."""
+    def _loss_after(self, optimizer: torch.optim.Optimizer, still: Collection[Tensor] = ()) -> float:
+        """The held-out loss after some steps in which some parameters stay; infinite where it is not finite."""
         rise = max(1, self.num_steps // WARMUP)
+        rates = [group["lr"] for group in optimizer.param_groups]
         for step in range(self.num_steps):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * min(1.0, (step + 1) / rise)
             self._gradient([self.training[step % len(self.training)]], seed=step)
+            for p in still:
+                p.grad = None
             optimizer.step()
         loss = self._held_out_loss()
         self.restore()
@@ -286,10 +288,9 @@ class _Rehearsals:
         """
         optimizer, twice = self.make(self.model, 1.0), self.make(self.model, 2.0)
         _check(optimizer)
-        groups = zip(optimizer.param_groups, twice.param_groups, strict=True)
-        self.follows = [other["lr"] == 2 * group["lr"] for group, other in groups]
-        rated = zip(optimizer.param_groups, self.follows, strict=True)
-        follows = [p for group, yes in rated if yes for p in group["params"] if p.requires_grad]
+        rates, doubled = _rates(optimizer), _rates(twice)
+        self.follows = {p for p, rate in rates.items() if doubled[p] == 2 * rate}
+        follows = [p for p in self.model.parameters() if p in self.follows and p.requires_grad]
         if not follows:
             raise InputError(
                 "suggest_lr: no trainable matrix follows this optimizer's rate: they are frozen, or an embedding or a "
@@ -382,6 +383,13 @@ def _maker(optimizer: Any) -> Make:
     return lambda model, lr: make(model, lr=lr)
 
 
+def _rates(optimizer: torch.optim.Optimizer) -> dict[Tensor, float]:
+    """The rate of each parameter."""
+    if isinstance(optimizer, MatrixOptimizer):
+        return optimizer._rates()
+    return {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _check(optimizer: Any) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"suggest_lr: the function must return a torch optimizer, got {type(optimizer).__name__}")
@@ -390,5 +398,5 @@ def _check(optimizer: Any) -> None:
             f"suggest_lr: a step of {type(optimizer).__name__} is not its rate times a direction of the gradient; "
             "ask for the optimizer inside it, or use a grid"
         )
-    if isinstance(optimizer, MatrixOptimizer) and not any(g["direction"] == "matrix" for g in optimizer.param_groups):
+    if isinstance(optimizer, MatrixOptimizer) and all(row["direction"] != "matrix" for row in optimizer.explain()):
         raise InputError(f"suggest_lr: {type(optimizer).__name__} finds no matrix in this model, see its explain()")

@@ -171,7 +171,7 @@ class WhitenedMuon(MatrixOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float = 0.3,
+        lr: float | Tensor = 0.3,
         *,
         momentum: float = 0.9,
         nesterov: bool = True,

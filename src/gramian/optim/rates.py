@@ -1,0 +1,89 @@
+"""At which rate each parameter of a group steps: the matrices at `lr`, the rest at AdamW's rates, which follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from gramian.optim.options import REST_LR
+from gramian.optim.routing import Route
+from gramian.optim.scaling import usual_kernel_lr, usual_table_lr
+
+__all__ = ["full_rate", "rates_of", "rest_groups"]
+
+Kind = Literal["matrix", "table", "kernel", "vector"]
+
+
+def full_rate(own: Mapping[str, Any], lr: Any, others: Iterable[Any]) -> float:
+    """The `lr` of a group at which AdamW's rate is `rest_lr`: the one that schedules start from.
+
+    Args:
+        own: the options that the group came with: a state's `full_lr`, a scheduler's `initial_lr`.
+        lr: the group's rate now.
+        others: rates to take where that is zero, in order.
+    """
+    candidates = (own.get("full_lr"), own.get("initial_lr"), lr, *others)
+    return next((float(rate) for rate in candidates if rate is not None and float(rate) > 0), 1.0)
+
+
+def _kind(r: Route) -> Kind:
+    if r.layout is not None:
+        return "matrix"
+    if r.parameter.ndim < 2:
+        return "vector"
+    return "kernel" if r.role == "elementwise" and r.whole is not None else "table"
+
+
+def _by_kind(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Kind, list[Route]]:
+    kinds: dict[Kind, list[Route]] = {}
+    for p in group["params"]:
+        kinds.setdefault(_kind(routes[p]), []).append(routes[p])
+    return kinds
+
+
+def _rates(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> dict[Kind, float]:
+    """The rate of each kind now.
+
+    AdamW's are those of the full `lr`, times the factor by which a schedule has changed that.
+    """
+    lr, full, rest = float(group["lr"]), group["full_lr"], group["rest_lr"]
+    spectral = group["scale"] == "spectral"
+    rest = float(rest) if rest is not None else REST_LR if spectral else full
+    rates: dict[Kind, float] = {"table": rest, "kernel": rest, "vector": rest}
+    if spectral and group["rest_lr"] is None:
+        tables, kernels = kinds.get("table", []), kinds.get("kernel", [])
+        if any(r.role == "embedding" for r in tables):
+            rates["table"] = usual_table_lr(r.parameter for r in tables)
+        rates["kernel"] = usual_kernel_lr(r.whole.matrices[-1] for r in kernels if r.whole is not None)
+    if spectral and group["num_matrices"]:
+        # Vectors of all layers move at once, as the matrices do, so that they share the change of the function too.
+        rates["vector"] = min(rest, full / group["num_matrices"])
+    factor = lr / full
+    return {kind: rate * factor for kind, rate in rates.items()} | {"matrix": lr}
+
+
+def rates_of(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Tensor, float]:
+    """The rate at which each parameter of a group steps now."""
+    kinds = _by_kind(group, routes)
+    rates = _rates(group, kinds)
+    return {r.parameter: rates[kind] for kind, members in kinds.items() for r in members}
+
+
+def rest_groups(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> list[dict[str, Any]]:
+    """What AdamW steps of a group, as groups for `step_adamw`. Vectors do not decay."""
+    kinds = _by_kind(group, routes)
+    rates = _rates(group, kinds)
+    return [
+        {
+            "params": [r.parameter for r in members],
+            "lr": rates[kind],
+            "weight_decay": 0.0 if kind == "vector" else group["rest_weight_decay"],
+            "betas": group["rest_betas"],
+            "eps": group["rest_eps"],
+            "maximize": group["maximize"],
+        }
+        for kind, members in kinds.items()
+        if kind != "matrix"
+    ]
