@@ -60,9 +60,8 @@ class Competitor:
     ours: bool = False
     remark: str = ""
 
-    def obstacle(self, model: nn.Module) -> str:
-        """Why it cannot take part with this model; empty where it can."""
-        del model
+    def obstacle(self) -> str:
+        """Why it cannot take part; empty where it can."""
         if self.package and find_spec(self.package) is None:
             return f"not measured: {self.package} is not installed"
         return ""

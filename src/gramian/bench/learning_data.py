@@ -1,4 +1,4 @@
-"""The data of the optimizers' race: digits, text, and sequences that are made up. Splits and held-out draws are fixed."""
+"""The data of the optimizers' race: digits, text, and sequences that are made up. Splits are fixed."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def ill_scaled(num: int = 4096, inputs: int = 64, outputs: int = 8, batch_size: 
 
 
 def coordinates(size: int = 64, batch_size: int = 512) -> Pairs:
-    """A picture of discs and stripes as pairs of a point of the unit square and its brightness; points are drawn once."""
+    """A picture of discs and stripes: points of the unit square, drawn once, and the brightness at each."""
     generator = torch.Generator().manual_seed(0)
 
     def brightness(x: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ TEMPLATES = (
 
 
 def signals(num: int = 4000, batch_size: int = 128) -> Pairs:
-    """Digits of one dimension, 40 numbers each, after MNIST-1D (Greydanus 2020): padded, scaled, shifted, with noise."""
+    """Digits of one dimension after MNIST-1D (Greydanus 2020): 40 numbers each, scaled, shifted, with noise."""
     generator = torch.Generator().manual_seed(0)
     total = num + 1000
     y = torch.arange(total) % 10

@@ -140,7 +140,9 @@ class Recurrent(nn.Module):
         self.embed = nn.Embedding(vocabulary, width)
         self.linear = linear
         self.layers: nn.Module = (
-            nn.Sequential(*(_Scan(width) for _ in range(depth))) if linear else nn.LSTM(width, width, depth, batch_first=True)
+            nn.Sequential(*(_Scan(width) for _ in range(depth)))
+            if linear
+            else nn.LSTM(width, width, depth, batch_first=True)
         )
         self.head = nn.Linear(width, vocabulary)
 

@@ -83,7 +83,7 @@ def _peers(names: Mapping[str, Any]) -> list[str]:
 def _equal_seconds(
     title: str, task: str, learning: LearningTask, runs: Runs, seeds: Sequence[int], tell: Tell
 ) -> tuple[Row, dict[str, Figures]]:
-    field, missing = _field(learning)
+    field, missing = _field()
     spent = _costs(task, learning, field, runs)
     measured: list[Measurement] = []
     figures: dict[str, Figures] = {}
@@ -112,7 +112,7 @@ def _equal_seconds(
 def _equal_steps(
     title: str, task: str, learning: LearningTask, runs: Runs, seeds: Sequence[int], tell: Tell
 ) -> tuple[Row, dict[str, Figures]]:
-    field, missing = _field(learning)
+    field, missing = _field()
     measured: list[Measurement] = []
     rest_lr = COMPETITORS[ADAMW].start
     for name, competitor in field.items():
@@ -124,10 +124,9 @@ def _equal_steps(
     return Row(title, _conditions(what, task, seeds, missing), tuple(measured)), {}
 
 
-def _field(learning: LearningTask) -> tuple[dict[str, Competitor], list[str]]:
+def _field() -> tuple[dict[str, Competitor], list[str]]:
     """Those that can take part, AdamW first since the others use its rate; and lines about the others."""
-    model = learning.make(TUNING_SEED).model()
-    obstacles = {name: competitor.obstacle(model) for name, competitor in chosen().items()}
+    obstacles = {name: competitor.obstacle() for name, competitor in chosen().items()}
     field = {name: competitor for name, competitor in chosen().items() if not obstacles[name]}
     return field, [f"{name}: {why}" for name, why in obstacles.items() if why]
 

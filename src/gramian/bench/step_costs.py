@@ -102,7 +102,7 @@ def _field(make: Callable[[], nn.Module], competitors: Mapping[str, Competitor])
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             model = make()
-        obstacle = competitor.obstacle(model)
+        obstacle = competitor.obstacle()
         if obstacle:
             missing.append(f"{name}: {obstacle}")
         else:
