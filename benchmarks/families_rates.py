@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.bench.learning_tasks import ShiftedDigits
+from gramian.bench.learning_data import ShiftedDigits
 from gramian.bench.machine import features
 
 STEPS, WARMUP = 80, 10

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from families_rates import FAMILIES, TEXT, Family, adamw, characters, default, images, run
-from gramian.bench.learning_tasks import Digits
+from gramian.tasks import Digits
 from gramian.bench.machine import features
 
 RATES, SEEDS = (1e-3, 3e-3, 1e-2), (0, 1)

@@ -1,7 +1,8 @@
-"""`gramian bench optim`: runs stop at a target judged on held-out data, tuning is pruned fairly, tasks are seeded."""
+"""`gramian bench optim`: runs decay to zero and repeat, rates are tuned alike, time to target is interpolated."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,16 +12,15 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
-from gramian.bench import competitors, learning_tasks, optim, race, run, step_costs
-from gramian.bench.learning_tasks import LEARNING, RATES, LearningTask
+from gramian.bench import competitors, learning_data, optim, race, run, step_costs
+from gramian.bench.learning_tasks import LADDER, LEARNING, SCORING_SEEDS, LearningTask, half
 from gramian.errors import InputError, TaskError
 
 X = torch.randn(64, 4, generator=seeded(0))
 Y = X @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]])
-QUICK = ("autoencoder", "cnn", "deep tanh")
 
 
-def linear(seed: int, *, evaluate=None) -> gm.Task:
+def linear(seed: int) -> gm.Task:
     """A line through 64 points: gradient descent at a rate below 1 converges, above 2 it diverges."""
 
     def model() -> nn.Module:
@@ -33,76 +33,28 @@ def linear(seed: int, *, evaluate=None) -> gm.Task:
             yield X[rows], Y[rows]
 
     def error(net: nn.Module) -> dict[str, float]:
+        assert not net.training
+        assert not torch.is_grad_enabled()
         return {"error": float((net(X) - Y).square().mean())}
 
-    return gm.Task(model, gm.Objective.regression(), batches, evaluate or error, "line")
+    return gm.Task(model, gm.Objective.regression(), batches, error, "line")
 
 
-LINE = LearningTask(linear, "error", 0.01, every=2, seconds=5.0)
+LINE = LearningTask(linear, "error", 40, "development")
 
 
 def descent(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr)
 
 
-def finished(learning: LearningTask, rate: float, seed: int = 0, **limits: int) -> race.Run:
-    running = race.Run(learning, descent, rate, seed, **limits)
-    while not running.ended:
-        running.advance()
-    return running
+def test_half_of_the_tasks_are_held_out_and_their_names_are_fixed() -> None:
+    ours = ["mlp", "autoencoder", "characters", "depthwise", "lstm", "ill-scaled", "recall"]
+    assert list(half("development")) == ours
+    assert list(half("held out")) == ["cnn", "deep tanh", "patches", "recurrence", "experts", "mnist1d", "waves"]
+    assert len(LEARNING) == 14
 
 
-def test_a_run_stops_at_the_first_evaluation_at_the_target() -> None:
-    running = finished(LINE, 0.3)
-    result = running.result()
-    assert result.reached
-    assert result.held_out <= LINE.target
-    assert result.steps == len(running.times) == finished(LINE, 0.3).result().steps
-    assert result.steps % LINE.every == 0
-    assert not finished(LINE, 0.3, max_steps=result.steps - LINE.every).result().reached
-
-
-def test_the_target_is_judged_by_the_held_out_number_alone() -> None:
-    numbers = iter([9.0, 9.0, 9.0, 0.001])
-    modes = []
-
-    def scripted(net: nn.Module) -> dict[str, float]:
-        modes.append(net.training or torch.is_grad_enabled())
-        return {"error": next(numbers)}
-
-    running = finished(replace(LINE, make=lambda seed: linear(seed, evaluate=scripted)), 0.0)
-    assert running.ended == "target"  # though a rate of zero learns nothing
-    assert len(running.times) == 3 * LINE.every
-    assert not any(modes)
-    assert running.model.training
-
-
-def test_training_seconds_leave_evaluations_out(monkeypatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(race, "clock", lambda: now[0])
-
-    class Second(torch.optim.SGD):
-        def step(self, closure=None):
-            now[0] += 1.0
-            return super().step(closure)
-
-    def slow(net: nn.Module) -> dict[str, float]:
-        now[0] += 1000.0
-        return {"error": 9.0}
-
-    learning = replace(LINE, make=lambda seed: linear(seed, evaluate=slow), seconds=100.0)
-    running = race.Run(learning, lambda model, lr: Second(model.parameters(), lr=lr), 0.1, 0)
-    while not running.ended:
-        running.advance()
-    assert running.ended == "stalled"
-    assert running.seconds == len(running.times) == math.ceil(learning.limit * race.STALLED / 2) * 2
-
-
-def test_a_run_that_is_not_finite_ends() -> None:
-    assert finished(LINE, 1e9).ended == "not finite"
-
-
-def test_rates_warm_up_and_then_stay() -> None:
+def test_the_rate_rises_and_falls_linearly_to_zero() -> None:
     rates: list[float] = []
 
     class Watched(torch.optim.SGD):
@@ -110,46 +62,63 @@ def test_rates_warm_up_and_then_stay() -> None:
             rates.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
-    running = race.Run(replace(LINE, target=-1.0), lambda m, lr: Watched(m.parameters(), lr=lr), 0.5, 0, 20)
-    while not running.ended:
-        running.advance()
-    assert rates == pytest.approx([0.05 * k for k in range(1, 11)] + [0.5] * 10)
+    race.held_out(LINE, lambda m, lr: Watched(m.parameters(), lr=lr), 0.5, 0, 42)
+    assert len(rates) == 42
+    assert rates[:2] == pytest.approx([0.25, 0.5])
+    assert rates[2:] == pytest.approx([0.5 * (42 - k) / 40 for k in range(2, 42)])
 
 
-def test_the_tuned_rate_is_that_of_a_whole_grid_and_no_run_outlasts_the_best() -> None:
-    whole = {rate: finished(LINE, rate, seed=100, max_steps=400).result() for rate in RATES}
-    fewest = min((r.steps, rate) for rate, r in whole.items() if r.reached)
-    best, tried = race.tune(LINE, descent, 0.01, seed=100)
-    assert best is not None
-    assert best.steps == fewest[0]
-    assert best.rate == fewest[1]
-    so_far = math.inf
-    for result in tried:
-        assert result.steps <= so_far
-        so_far = min(so_far, result.steps if result.reached else math.inf)
-    assert len({result.rate for result in tried}) == len(tried) <= len(RATES)
+def test_a_run_repeats_to_the_bit_and_what_diverges_is_infinite() -> None:
+    found = race.held_out(LINE, descent, 0.3, 0, 40)
+    assert found == race.held_out(LINE, descent, 0.3, 0, 40) != race.held_out(LINE, descent, 0.3, 1, 40)
+    assert found < 0.1 * race.held_out(LINE, descent, 0.0, 0, 1)
+    assert race.held_out(LINE, descent, 1e9, 0, 40) == math.inf
 
 
-def test_tuning_that_reaches_nothing_says_so() -> None:
-    told: list[str] = []
-    never = replace(LINE, target=-1.0, seconds=0.02)
-    best, tried = race.tune(never, descent, 0.01, seed=100, rates=(0.01, 0.1), tell=told.append)
-    assert best is None
-    assert len(tried) == len(told) == 2
+def test_costs_separate_an_optimizer_from_what_is_around_it(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(race, "clock", lambda: now[0])
+
+    def taking(seconds: float):
+        class Slow(torch.optim.SGD):
+            def step(self, closure=None):
+                now[0] += seconds
+
+        return lambda model, lr: Slow(model.parameters(), lr=lr)
+
+    forward = nn.Linear.forward
+
+    def slow(self, x: Tensor) -> Tensor:
+        now[0] += 10.0
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", slow)
+    found = race.costs(LINE, {"one": (taking(1.0), 0.1), "three": (taking(3.0), 0.1)}, 0)
+    assert found == {"one": race.Cost(10.0, 1.0), "three": race.Cost(10.0, 3.0)}
 
 
-def test_a_race_gives_every_competitor_every_seed() -> None:
-    entries = {"slow": (descent, 0.03), "fast": (descent, 0.3)}
-    scores = race.race(LINE, entries, seeds=(0, 1, 2))
-    for name, (make, rate) in entries.items():
-        assert make is descent
-        assert scores[name].steps == tuple(finished(LINE, rate, seed).result().steps for seed in (0, 1, 2))
-        assert scores[name].num_reached == 3
-        assert scores[name].median_seconds == sorted(scores[name].seconds)[1]
-    assert scores["fast"].median_steps < scores["slow"].median_steps
+@pytest.mark.parametrize("wanted", [0.13, 0.3, 0.5, 0.61, 0.99, 1.2])
+def test_time_to_target_is_found_between_two_rungs(wanted: float) -> None:
+    asked: list[float] = []
+
+    def number(share: float) -> float:
+        asked.append(share)
+        return share**-2.0
+
+    share, remark = race.share_to_target(number, wanted**-2.0)
+    assert share == pytest.approx(wanted)
+    assert remark == ""
+    assert len(asked) == len(set(asked))
+    assert set(asked) <= set(LADDER)
 
 
-@pytest.mark.parametrize("name", QUICK)
+def test_time_to_target_says_where_it_is_a_bound() -> None:
+    assert race.share_to_target(lambda share: 1.0, 0.5) == (race.STEEPEST, "missed at 1.4 budgets, counted as")
+    assert race.share_to_target(lambda share: 0.1, 0.5) == (LADDER[0], "at most")
+    assert race.share_to_target(lambda share: math.inf if share < 0.4 else 0.1, 0.5) == (0.5, "at most")
+
+
+@pytest.mark.parametrize("name", LEARNING)
 def test_tasks_are_seeded_and_their_data_are_fixed(name: str) -> None:
     def first(task: gm.Task, seed: int) -> Tensor:
         return next(iter(task.train_batches(0, seeded(seed))))[0]
@@ -162,34 +131,61 @@ def test_tasks_are_seeded_and_their_data_are_fixed(name: str) -> None:
     assert not torch.equal(first(one, 0), first(one, 1))
     model = one.model().eval()
     with torch.no_grad():
-        assert one.evaluate(model) == other.evaluate(model)
+        number = one.evaluate(model)[LEARNING[name].metric]
+        assert number == other.evaluate(model)[LEARNING[name].metric]
+    assert 0.5 < number < 1000
 
 
-@pytest.mark.parametrize("name", ["cnn", "autoencoder"])
-def test_no_held_out_image_is_trained_on(name: str) -> None:
-    size = 8 if name == "cnn" else 28
-    data = learning_tasks.ShiftedDigits.load(size, 1, 128)
+@pytest.mark.parametrize("size", [8, 28])
+def test_no_held_out_image_is_trained_on(size: int) -> None:
+    data = learning_data.ShiftedDigits.load(size, 1, 128)
     middle = data.train[:, 1, 1].flatten(1), data.test[:, 1, 1].flatten(1)
     assert float(torch.cdist(*middle).min()) > 0
+
+
+def test_recall_asks_for_values_that_were_shown() -> None:
+    tokens, wanted = learning_data.recall(seeded(0), 20)
+    for row, answers in zip(tokens.tolist(), wanted.tolist(), strict=True):
+        shown = dict(zip(row[0:16:2], row[1:16:2], strict=True))
+        assert answers[:16] == [-100] * 16
+        assert [shown[key] for key in row[16::2]] == answers[16::2] == row[17::2]
+        assert answers[17::2] == [-100] * 8
 
 
 def test_text_is_split_and_its_absence_told(tmp_path, monkeypatch) -> None:
     path = tmp_path / "text.txt"
     path.write_text("to be or not to be\n" * 200)
-    learning_tasks.tinyshakespeare.cache_clear()
-    monkeypatch.setenv(learning_tasks.TEXT_VARIABLE, str(path))
-    train, held_out = learning_tasks.tinyshakespeare()
+    learning_data.text.cache_clear()
+    monkeypatch.setenv(learning_data.TEXT_VARIABLE, str(path))
+    source, train, held_out = learning_data.text()
+    assert source == "tiny Shakespeare"
     assert len(train) + len(held_out) == len(path.read_text())
-    batch = next(iter(learning_tasks.characters(0).train_batches(0, seeded(0))))
-    assert [tuple(t.shape) for t in batch] == [(16, 128), (16, 128)]
+    batch = next(iter(learning_data.Windows(64, 16).batches(0, seeded(0))))
+    assert [tuple(t.shape) for t in batch] == [(16, 64), (16, 64)]
     assert torch.equal(batch[0][:, 1:], batch[1][:, :-1])
-    learning_tasks.tinyshakespeare.cache_clear()
-    monkeypatch.setenv(learning_tasks.TEXT_VARIABLE, str(tmp_path / "none"))
-    with pytest.raises(TaskError, match="set GRAMIAN_TINYSHAKESPEARE to where it is"):
-        learning_tasks.characters(0)
-    (row,) = run("optim", only="time to target: transformer")
-    assert "set GRAMIAN_TINYSHAKESPEARE" in row.error
-    assert row.measurements == ()
+    learning_data.text.cache_clear()
+    monkeypatch.setenv(learning_data.TEXT_VARIABLE, str(tmp_path / "none"))
+    with pytest.raises(TaskError, match="where there is no file"):
+        learning_data.text()
+    learning_data.text.cache_clear()
+
+
+def test_torch_muon_steps_kernels_and_experts_as_matrices() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3, bias=False)})
+    kernel = model["conv"].weight
+    stack = nn.Parameter(torch.randn(2, 5, 3, generator=seeded(0)))
+    twins = [nn.Parameter(p.detach().clone()) for p in (kernel.flatten(1), stack[0], stack[1])]
+    together = competitors._AsMatrices(model, [kernel, stack], lambda ps: torch.optim.Muon(ps, lr=0.1))
+    alone = torch.optim.Muon(twins, lr=0.1)
+    kernel.grad, stack.grad = torch.ones_like(kernel).cumsum(0), torch.ones_like(stack).cumsum(-1)
+    for twin, grad in zip(twins, (kernel.grad.flatten(1), *stack.grad), strict=True):
+        twin.grad = grad.clone()
+    together.step()
+    alone.step()
+    assert torch.equal(kernel.flatten(1), twins[0])
+    assert torch.equal(stack, torch.stack(twins[1:]))
+    together.zero_grad()
+    assert kernel.grad is None
 
 
 def test_hidden_matrices_and_the_rest_are_all_parameters() -> None:
@@ -197,21 +193,20 @@ def test_hidden_matrices_and_the_rest_are_all_parameters() -> None:
     hidden, rest = competitors.hidden_and_rest(net)
     assert [p.ndim for p in hidden] == [4] * 4
     assert {id(p) for p in hidden + rest} == {id(p) for p in net.parameters()}
-    assert competitors.COMPETITORS[competitors.TORCH_MUON].obstacle(net)
-    assert not competitors.COMPETITORS[competitors.TORCH_MUON].obstacle(LEARNING["deep tanh"].make(0).model())
 
 
 @pytest.mark.parametrize("name", competitors.COMPETITORS)
 def test_every_competitor_steps(name: str) -> None:
     competitor = competitors.COMPETITORS[name]
-    learning = LEARNING["deep tanh"]
-    if competitor.obstacle(learning.make(0).model()):
+    learning = LEARNING["cnn"]
+    if competitor.obstacle():
         pytest.skip(competitor.package)
-    running = race.Run(replace(learning, every=3), lambda model, lr: competitor.make(model, lr, 1e-3), 1e-3, 0, 3)
-    before = [p.detach().clone() for p in running.model.parameters()]
-    running.advance()
-    moved = [not torch.equal(p, q) for p, q in zip(before, running.model.parameters(), strict=True)]
-    assert all(moved)
+    training = race._Training(learning, lambda model, lr: competitor.make(model, lr, 1e-3), 1e-3, 0)
+    before = [p.detach().clone() for p in training.model.parameters()]
+    for _ in range(3):
+        training.differentiate()
+        training.step(1.0)
+    assert all(not torch.equal(p, q) for p, q in zip(before, training.model.parameters(), strict=True))
 
 
 def test_competitors_are_chosen_by_name(monkeypatch) -> None:
@@ -222,23 +217,36 @@ def test_competitors_are_chosen_by_name(monkeypatch) -> None:
         competitors.chosen()
 
 
-def test_a_row_has_goals_and_tuned_rates_are_kept(monkeypatch, tmp_path) -> None:
-    def table(factor: float, *, ours: bool) -> competitors.Competitor:
-        return competitors.Competitor(lambda model, lr, rest_lr: descent(model, factor * lr), 0.1, ours=ours)
+def test_a_half_is_raced_and_continued_from_its_file(monkeypatch, tmp_path) -> None:
+    def table(most: float, *, ours: bool) -> competitors.Competitor:
+        return competitors.Competitor(lambda model, lr, rest_lr: descent(model, min(lr, most)), 0.1, ours=ours)
 
-    field = {competitors.ADAMW: table(0.3, ours=False), competitors.DEFAULT: table(1.0, ours=True)}
+    field = {competitors.ADAMW: table(0.03, ours=False), competitors.DEFAULT: table(1.0, ours=True)}
     monkeypatch.setattr(competitors, "COMPETITORS", field)
     monkeypatch.setattr(optim, "COMPETITORS", field)
-    monkeypatch.setattr(optim, "LEARNING", {"line": LINE})
-    monkeypatch.setenv(optim.RATES_VARIABLE, str(tmp_path / "rates.json"))
-    (rates,) = run("optim", only="rates: line")
-    assert [m.method for m in rates.measurements] == list(field)
-    monkeypatch.setattr(optim, "tune", lambda *args, **kwargs: pytest.fail("tuned twice"))
-    row, mean = run("optim", only="time to target")
-    ((goal, figure),) = row.goals
-    assert goal == optim.TIME_GOAL
-    assert figure == pytest.approx(row.measurements[1].seconds / row.measurements[0].seconds)
-    assert mean.goals[0][1] == pytest.approx(figure)
+    monkeypatch.setattr(optim, "LEARNING", {"line": LINE, "other": replace(LINE, half="held out")})
+    monkeypatch.setattr(optim, "costs", lambda learning, entries, seed: {name: race.Cost(2.0, 1.0) for name in entries})
+    monkeypatch.setenv(optim.RUNS_VARIABLE, str(tmp_path / "runs.json"))
+    row, everything = run("optim", only="equal seconds: development")
+    slow, fast = row.measurements
+    assert slow.error == sorted(race.held_out(LINE, descent, 0.03, seed, 40) for seed in SCORING_SEEDS)[1]
+    assert slow.seconds == pytest.approx(40 * 3.0)
+    assert fast.error < slow.error
+    assert dict(row.goals)[optim.TIME_GOAL] == pytest.approx(fast.seconds / slow.seconds)
+    assert dict(everything.goals)[optim.MEAN_GOAL] == pytest.approx(fast.seconds / slow.seconds)
+    assert all(key.startswith("line |") for key in json.loads((tmp_path / "runs.json").read_text()))
+    monkeypatch.setattr(race, "held_out", lambda *args: pytest.fail("ran twice"))
+    assert run("optim", only="equal seconds: development")[0] == row
+
+
+def test_a_half_is_summed_up_by_geometric_means() -> None:
+    adamw, muon, default = competitors.ADAMW, competitors.TORCH_MUON, competitors.DEFAULT
+    one = {adamw: optim.Figures(1.0, 1.0), muon: optim.Figures(0.5, 0.5), default: optim.Figures(0.4, 0.4)}
+    two = {adamw: optim.Figures(1.0, 1.0), muon: optim.Figures(1.1, 1.6), default: optim.Figures(1.2, 0.9)}
+    goals = dict(optim.summary("all", {"one": one, "two": two}).goals)
+    assert goals[optim.MEAN_GOAL] == pytest.approx(math.sqrt(0.8 * 0.9))
+    assert goals[optim.ADAMW_GOAL] == pytest.approx(math.sqrt(0.4 * 0.9))
+    assert goals[optim.BETTER_GOAL] == pytest.approx(0.5)
 
 
 def test_orthogonality_measures_singular_values_against_the_nominal() -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gramian.bench.learning_tasks import Transformer
+from gramian.bench.learning_networks import Transformer
 from gramian.bench.table import Goal, Measurement, Row
 from gramian.bench.timing import interleaved
 from gramian.gram import Gram

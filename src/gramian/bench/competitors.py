@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gramian.block import blocks
 from gramian.errors import InputError
@@ -52,7 +52,6 @@ class Competitor:
         package: what it needs besides torch.
         ours: whether it is gramian's.
         remark: how it was configured.
-        ndim: how many dimensions a hidden weight must have for it, if that matters.
     """
 
     make: Callable[[nn.Module, float, float], Stepper]
@@ -60,21 +59,18 @@ class Competitor:
     package: str = ""
     ours: bool = False
     remark: str = ""
-    ndim: int | None = None
 
-    def obstacle(self, model: nn.Module) -> str:
-        """Why it cannot take part with this model; empty where it can."""
+    def obstacle(self) -> str:
+        """Why it cannot take part; empty where it can."""
         if self.package and find_spec(self.package) is None:
             return f"not measured: {self.package} is not installed"
-        if self.ndim is not None and not hidden_and_rest(model, ndim=self.ndim)[0]:
-            return f"refuses the model's hidden weights, which do not have {self.ndim} dimensions"
         return ""
 
 
 class _Together:
     """Two optimizers that step as one: hidden matrices by the first, the rest by fused AdamW."""
 
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(self, parts: Sequence[Stepper]) -> None:
         self.parts = parts
 
     @property
@@ -90,14 +86,50 @@ class _Together:
             part.step()
 
 
-def hidden_and_rest(model: nn.Module, *, ndim: int | None = None) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The hidden matrices of `gm.blocks` (those of `ndim` dimensions, if given), and all other parameters."""
+def hidden_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The hidden matrices of `gm.blocks`, and all other parameters."""
     found, _ = blocks(model)
-    names = {b.name for b in found if b.role == "hidden" and ndim in (None, b.parameter.ndim)}
+    names = {b.name for b in found if b.role == "hidden"}
     parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in model.named_parameters():
         parts[name not in names].append(parameter)
     return parts
+
+
+class _AsMatrices:
+    """An optimizer of matrices alone, given kernels and stacks of experts as views of two dimensions of their memory.
+
+    A kernel `(out, in, taps…)` has a row for each output; a stack is taken apart.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[nn.Parameter],
+        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        self.params = params
+        self.kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+        self.views = [[nn.Parameter(view) for view in self._matrices(p, p.detach())] for p in params]
+        self.optimizer = make([view for views in self.views for view in views])
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def step(self) -> None:
+        for p, views in zip(self.params, self.views, strict=True):
+            if p.grad is not None:
+                for view, grad in zip(views, self._matrices(p, p.grad), strict=True):
+                    view.grad = grad
+        self.optimizer.step()
+
+    def _matrices(self, p: nn.Parameter, x: Tensor) -> Sequence[Tensor]:
+        return [x.flatten(1)] if id(p) in self.kernels else x.flatten(0, -3).unbind() if x.ndim > 2 else [x]
 
 
 def _adamw(params: Any, lr: float) -> torch.optim.Optimizer:
@@ -105,8 +137,9 @@ def _adamw(params: Any, lr: float) -> torch.optim.Optimizer:
 
 
 def _torch_muon(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
-    hidden, rest = hidden_and_rest(model, ndim=2)
-    return _Together([torch.optim.Muon(hidden, lr=lr, weight_decay=0.0), _adamw(rest, rest_lr)])
+    hidden, rest = hidden_and_rest(model)
+    muon = _AsMatrices(model, hidden, lambda matrices: torch.optim.Muon(matrices, lr=lr, weight_decay=0.0))
+    return _Together([muon, _adamw(rest, rest_lr)])
 
 
 def _peer_muon(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
@@ -146,7 +179,7 @@ DEFAULT = ours(AUTO)
 _REST = "the rest by fused AdamW at its tuned rate"
 COMPETITORS: dict[str, Competitor] = {
     ADAMW: Competitor(lambda model, lr, rest_lr: _adamw(model.parameters(), lr), 1e-3),
-    TORCH_MUON: Competitor(_torch_muon, 3.16e-2, remark=f"hidden matrices; {_REST}", ndim=2),
+    TORCH_MUON: Competitor(_torch_muon, 3.16e-2, remark=f"hidden matrices, kernels flattened; {_REST}"),
     "pytorch_optimizer Muon": Competitor(_peer_muon, 3.16e-2, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
     "pytorch_optimizer SOAP": Competitor(_peer_soap, 3.16e-3, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
     **{ours(name): _entry(entry) for name, entry in MATRIX_OPTIMIZERS.items()},

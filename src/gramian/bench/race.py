@@ -1,36 +1,49 @@
-"""Training until a held-out target: one run, the tuning of its rate, and races of several runs in turns."""
+"""Races of optimizers on equal seconds: what a step costs, the tuning of a rate, and the time to a target.
+
+A run has a fixed number of steps, with warm-up and a linear decay to zero, as people train. How many steps an
+optimizer gets in a budget follows from what its step costs against AdamW's, measured in turns; after that nothing
+depends on the clock, so that a run can be repeated to the bit.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramian.bench.competitors import Stepper
-from gramian.bench.learning_tasks import RATES, LearningTask
+from gramian.bench.learning_tasks import LADDER, LearningTask
 from gramian.objective import as_objective
 from gramian.recording import evaluating
-from gramian.training import WARMUP_STEPS, Task
+from gramian.report.files import write_text
+from gramian.training import Task
 
-__all__ = ["Result", "Run", "Score", "clock", "order_of_rates", "race", "tune"]
+__all__ = ["Contest", "Cost", "Make", "Runs", "clock", "costs", "grid", "held_out", "share_to_target"]
 
 Make = Callable[[Any, float], Stepper]
 """`make(model, lr)`: a competitor with `rest_lr` filled in."""
 
-STALLED = 1 / 3
-"""Share of its seconds after which a run that is not half-way from where it began to the target is given up."""
+WARMUP = 0.05
+"""Share of a run's steps over which the rate rises to its highest, from which it falls linearly to zero."""
 
-PATIENCE = 2
-"""Rates in a row that do no better, after which tuning leaves that side of the grid."""
+HALF_DECADE = 10**0.5
+MOST_RATES = 9
 
-NO_LIMIT = 2**31
+TURNS, STEPS_A_TURN, UNTIMED_TURNS = 7, 4, 2
+"""Steps whose cost is measured: whole cycles of a basis refreshed every ten or twenty, after eight that are not."""
+
+STEEPEST = 2.0
+"""Of the budgets beyond the ladder: a target that even its longest run missed counts as reached at so many budgets."""
 
 
 def clock() -> float:
@@ -38,107 +51,47 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    `ended` is `"target"`, `"time"`, `"stalled"` (never half-way in a third of the time), `"steps"` (as many as were
-    allowed) or `"not finite"`; `seconds` are of training alone, `median_step` and `mean_step` seconds of one step:
-    batch, forward, backward and optimizer.
-    """
-
-    rate: float
-    seed: int
-    ended: str
-    steps: int
-    seconds: float
-    median_step: float
-    mean_step: float
-    held_out: float
-
-    @property
-    def reached(self) -> bool:
-        """Whether it reached the target."""
-        return self.ended == "target"
+def grid(score: Callable[[float], float], first: float) -> dict[float, float]:
+    """Scores of half-decades by rate, from `first` outward until the best lies between two worse ones."""
+    scores = {first: score(first)}
+    while len(scores) < MOST_RATES:
+        best = min(scores, key=lambda rate: (scores[rate], rate))
+        outside = [rate for rate in (best / HALF_DECADE, best * HALF_DECADE) if not _known(rate, scores)]
+        if not outside:
+            break
+        scores[outside[0]] = score(outside[0])
+    return dict(sorted(scores.items()))
 
 
-@dataclass
-class Run:
-    """One training run: `advance()` until it has `ended`.
+def _known(rate: float, scores: Mapping[float, float]) -> bool:
+    return any(abs(math.log(rate / other)) < 1e-6 for other in scores)
 
-    The rate rises over the first 10 steps and then stays. Only the target on held-out data stops a run early;
-    evaluations are not timed.
-    """
 
-    learning: LearningTask
-    make: Make
-    rate: float
-    seed: int
-    max_steps: int = NO_LIMIT
-    ended: str = ""
-    held_out: float = math.inf
-    best: float = math.inf
-    times: list[float] = field(default_factory=list)
+class _Training:
+    """A model, its optimizer, and its stream of batches."""
 
-    def __post_init__(self) -> None:
-        self.task = self.learning.make(self.seed)
+    def __init__(self, learning: LearningTask, make: Make, rate: float, seed: int) -> None:
+        self.task = learning.make(seed)
         self.objective = as_objective(self.task.objective)
         self.model = self.task.model()
         self.model.train()
-        self.optimizer = self.make(self.model, self.rate)
+        self.optimizer = make(self.model, rate)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.batches = _stream(self.task, torch.Generator().manual_seed(self.seed))
-        self.half_way = (self._evaluate() + self.learning.target) / 2
+        self.batches = _stream(self.task, torch.Generator().manual_seed(seed))
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far."""
-        return sum(self.times)
-
-    def advance(self) -> None:
-        """Trains until the next evaluation, and evaluates."""
-        loss = torch.zeros(())
-        with torch.random.fork_rng([]):
-            torch.manual_seed(self.seed + len(self.times))  # for dropout: runs take turns
-            for _ in range(min(self.learning.every, self.max_steps - len(self.times))):
-                start = clock()
-                loss = self._step()
-                self.times.append(clock() - start)
-        if not math.isfinite(float(loss)):
-            self.ended = "not finite"
-            return
-        self.held_out = self._evaluate()
-        self.best = min(self.best, self.held_out)
-        if self.held_out <= self.learning.target:
-            self.ended = "target"
-        elif not math.isfinite(self.held_out):
-            self.ended = "not finite"
-        elif len(self.times) >= self.max_steps:
-            self.ended = "steps"
-        elif self.seconds >= self.learning.limit:
-            self.ended = "time"
-        elif self.seconds >= self.learning.limit * STALLED and self.best > self.half_way:
-            self.ended = "stalled"
-
-    def _evaluate(self) -> float:
-        with evaluating(self.model), torch.no_grad():
-            return self.task.evaluate(self.model)[self.learning.metric]
-
-    def _step(self) -> Tensor:
+    def differentiate(self) -> Tensor:
+        """The loss of the next batch, whose gradients are set."""
         batch = next(self.batches)
-        warm = min(1.0, (len(self.times) + 1) / WARMUP_STEPS)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * warm
         self.optimizer.zero_grad()
         total, units = self.objective.loss(self.model, batch)
         (total / units).backward()
-        self.optimizer.step()
         return total.detach()
 
-    def result(self) -> Result:
-        """How it ended."""
-        median, mean = statistics.median(self.times), statistics.fmean(self.times)
-        return Result(self.rate, self.seed, self.ended, len(self.times), self.seconds, median, mean, self.held_out)
+    def step(self, share: float) -> None:
+        """A step at `share` of the rates."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+        self.optimizer.step()
 
 
 def _stream(task: Task, generator: torch.Generator) -> Iterator[Any]:
@@ -146,117 +99,143 @@ def _stream(task: Task, generator: torch.Generator) -> Iterator[Any]:
         yield from task.train_batches(epoch, generator)
 
 
-def order_of_rates(start: float, rates: Sequence[float] = RATES) -> tuple[list[float], list[float]]:
-    """The rates from the one nearest to `start` upwards, and those below it downwards.
+def share_of_rate(step: int, steps: int) -> float:
+    """The share of the highest rate at a step: a short rise, then linearly to zero.
 
-    >>> order_of_rates(0.01, (0.001, 0.01, 0.1, 1.0))
-    ([0.01, 0.1, 1.0], [0.001])
+    >>> [round(share_of_rate(step, 40), 3) for step in (0, 1, 2, 21, 39)]
+    [0.5, 1.0, 1.0, 0.5, 0.026]
     """
-    first = min(range(len(rates)), key=lambda i: abs(math.log(rates[i] / start)))
-    return list(rates[first:]), list(rates[:first][::-1])
+    warm = max(1, round(WARMUP * steps))
+    return min((step + 1) / warm, (steps - step) / max(steps - warm, 1), 1.0)
 
 
-def tune(
-    learning: LearningTask,
-    make: Make,
-    start: float,
-    *,
-    seed: int,
-    rates: Sequence[float] = RATES,
-    tell: Callable[[str], None] = lambda what: None,
-) -> tuple[Result | None, list[Result]]:
-    """The run of the grid that reaches the target in the fewest steps, and all runs; `None` where none reaches it.
-
-    A step costs the same at every rate, so fewest steps is least time, without the clock's noise. Rates are tried from
-    `start` outwards, sides in turn; no run gets more steps than the best so far took, and a side is left after two
-    rates in a row that did no better than one nearer to the start. Until a first run has reached the target, no side is
-    left.
-    """
-    up, down = order_of_rates(start, rates)
-    sides, failures = [up, down], [0, 0]
-    best: Result | None = None
-    tried: list[Result] = []
-    turn = 0
-    while any(sides):
-        turn = turn if sides[turn] else 1 - turn
-        rate = sides[turn].pop(0)
-        run = Run(learning, make, rate, seed, NO_LIMIT if best is None else best.steps)
-        while not run.ended:
-            run.advance()
-        result = run.result()
-        tried.append(result)
-        tell(f"{rate:g}: {result.ended} after {result.steps} steps, {result.seconds:.1f} s, at {result.held_out:.4g}")
-        better = result.reached and (best is None or result.steps < best.steps)
-        if better:
-            best = result
-        failures[turn] = 0 if better else failures[turn] + 1
-        if best is not None and failures[turn] >= PATIENCE:
-            sides[turn] = []
-        turn = 1 - turn
-    return best, tried
+def held_out(learning: LearningTask, make: Make, rate: float, seed: int, steps: int) -> float:
+    """The held-out number after a run of so many steps; infinite where it or a loss is not finite."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        training = _Training(learning, make, rate, seed)
+        for step in range(steps):
+            loss = training.differentiate()
+            if step % 16 == 0 and not math.isfinite(float(loss)):
+                return math.inf
+            training.step(share_of_rate(step, steps))
+        with evaluating(training.model), torch.no_grad():
+            found = training.task.evaluate(training.model)[learning.metric]
+    return found if math.isfinite(found) else math.inf
 
 
 @dataclass(frozen=True)
-class Score:
-    """One competitor's runs at its best rate, one number for each seed.
+class Cost:
+    """Seconds of a step: those of batch, forward and backward, the same for all; and the optimizer's own, the mean."""
 
-    `seconds` are the steps times the mean step while all competitors were still racing in turns, so that other load on
-    the machine slowed all of them alike. `own_seconds` is what the run itself took. A run that missed the target counts
-    with the steps and seconds after which it was stopped, which is too little.
+    around: float
+    own: float
+
+    @property
+    def total(self) -> float:
+        """The whole step's."""
+        return self.around + self.own
+
+
+def costs(learning: LearningTask, entries: Mapping[str, tuple[Make, float]], seed: int) -> dict[str, Cost]:
+    """What a step of each costs, `{name: (make, rate)}`: all take turns, so that other load slows them alike.
+
+    The own seconds are the mean without the slowest tenth, which another process caused.
     """
-
-    seconds: tuple[float, ...]
-    own_seconds: tuple[float, ...]
-    steps: tuple[int, ...]
-    num_reached: int
-    median_step: float
-    mean_step: float
-
-    @property
-    def median_seconds(self) -> float:
-        """The median over the seeds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def median_steps(self) -> float:
-        """The median over the seeds."""
-        return statistics.median(self.steps)
-
-    def as_text(self) -> str:
-        """Steps and seconds by seed, and the median and mean step in ms."""
-        steps = "/".join(f"{s}" for s in self.steps)
-        own = "/".join(f"{s:.3g}" for s in self.own_seconds)
-        step = f"median {1e3 * self.median_step:.3g}, mean {1e3 * self.mean_step:.3g} ms"
-        missed = len(self.steps) - self.num_reached
-        return f"{steps} steps; step {step}; own clock {own} s" + (f"; {missed} missed the target" if missed else "")
+    trainings = {name: _Training(learning, make, rate, seed) for name, (make, rate) in entries.items()}
+    around: list[float] = []
+    own: dict[str, list[float]] = {name: [] for name in entries}
+    for turn in range(-UNTIMED_TURNS, TURNS):
+        for name, training in trainings.items():
+            for _ in range(STEPS_A_TURN):
+                start = clock()
+                training.differentiate()
+                middle = clock()
+                training.step(1e-3)
+                if turn >= 0:
+                    around.append(middle - start)
+                    own[name].append(clock() - middle)
+    shared = statistics.median(around)
+    return {name: Cost(shared, statistics.fmean(sorted(s)[: math.ceil(0.9 * len(s))])) for name, s in own.items()}
 
 
-def race(
-    learning: LearningTask,
-    entries: Mapping[str, tuple[Make, float]],
-    *,
-    seeds: Sequence[int],
-    tell: Callable[[str], None] = lambda what: None,
-) -> dict[str, Score]:
-    """Every competitor at its rate, `{name: (make, rate)}`, on every seed: all take turns, `every` steps each."""
-    runs: dict[str, list[Run]] = {name: [] for name in entries}
-    shared: dict[str, list[float]] = {name: [] for name in entries}
-    for seed in seeds:
-        running = {name: Run(learning, make, rate, seed) for name, (make, rate) in entries.items()}
-        while not all(run.ended for run in running.values()):
-            for run in running.values():
-                if not run.ended:
-                    run.advance()
-        together = min(len(run.times) for run in running.values())
-        for name, run in running.items():
-            runs[name].append(run)
-            shared[name] += run.times[:together]
-            tell(f"seed {seed}: {name}: {run.ended} after {len(run.times)} steps, {run.seconds:.1f} s")
-    return {name: _score(runs[name], shared[name]) for name in entries}
+@dataclass
+class Runs:
+    """Held-out numbers of runs that were made, in the file `path` too, so that a race can be continued."""
+
+    path: Path | None = None
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.exists():
+            self.known = json.loads(self.path.read_text())
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """What is known under `key`, or measured and kept."""
+        if key not in self.known:
+            self.known[key] = measure()
+            if self.path is not None:
+                write_text(os.fspath(self.path), json.dumps(self.known, indent=0) + "\n")
+        return self.known[key]
 
 
-def _score(runs: Sequence[Run], shared: Sequence[float]) -> Score:
-    mean, median = statistics.fmean(shared), statistics.median(shared)
-    steps = tuple(len(run.times) for run in runs)
-    reached = sum(run.ended == "target" for run in runs)
-    return Score(tuple(s * mean for s in steps), tuple(run.seconds for run in runs), steps, reached, median, mean)
+@dataclass
+class Contest:
+    """One competitor on one task: `steps` fill the budget. Numbers are medians over the seeds at the tuned rate."""
+
+    task: str
+    name: str
+    learning: LearningTask
+    make: Make
+    steps: int
+    runs: Runs
+    tell: Callable[[str], None] = lambda what: None
+
+    def measure(self, rate: float, seed: int, share: float = 1.0) -> float:
+        """The held-out number of one run of `share` of the budget."""
+        steps = max(1, round(share * self.steps))
+        key = f"{self.task} | {self.name} | rate {rate:.4g} | seed {seed} | {steps} steps"
+
+        def run() -> float:
+            found = held_out(self.learning, self.make, rate, seed, steps)
+            self.tell(f"{key}: {found:.4g}")
+            return found
+
+        return self.runs.get(key, run)
+
+    def tune(self, start: float, seed: int) -> dict[float, float]:
+        """The scores of a grid of rates, from the half-decade nearest to `start`."""
+        return grid(lambda rate: self.measure(rate, seed), 10 ** (round(2 * math.log10(start)) / 2))
+
+    def median(self, rate: float, seeds: Sequence[int], share: float = 1.0) -> float:
+        """The median over the seeds of the held-out number at `share` of the budget."""
+        return statistics.median(self.measure(rate, seed, share) for seed in seeds)
+
+
+def share_to_target(number: Callable[[float], float], target: float) -> tuple[float, str]:
+    """The share of the budget at which a run of its own ends at the target, and a remark where it is a bound.
+
+    `number(share)` is what a run of that share ends at. The ladder is climbed, or descended, from its middle; between
+    two rungs the logarithm of the number is taken to be linear in that of the share.
+
+    >>> share_to_target(lambda share: 1 / share, 4.0)[0], share_to_target(lambda share: 1.0, 2.0)
+    (0.25, (0.125, 'at most'))
+    """
+    place = LADDER.index(0.5)
+    numbers = {place: number(LADDER[place])}
+    direction = -1 if numbers[place] <= target else 1
+    while 0 <= place + direction < len(LADDER):
+        place += direction
+        numbers[place] = number(LADDER[place])
+        if (numbers[place] <= target) != (direction < 0):
+            break
+    above = min((p for p in numbers if numbers[p] <= target), default=None)
+    if above is None:
+        return STEEPEST, "missed at 1.4 budgets, counted as"
+    if above - 1 not in numbers:
+        return LADDER[0], "at most"
+    high, low = numbers[above - 1], numbers[above]
+    if not math.isfinite(high) or low <= 0:
+        return LADDER[above], "at most"
+    part = math.log(high / target) / math.log(high / low)
+    return LADDER[above - 1] * (LADDER[above] / LADDER[above - 1]) ** part, ""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.bench.learning_tasks import classes
+from gramian.bench.race import HALF_DECADE, MOST_RATES, grid
 from gramian.bench.table import Goal, Measurement, Row, Tell
 from gramian.errors import GramianWarning
 from gramian.init import isometric_
@@ -27,10 +28,7 @@ from gramian.optim.suggestion import suggest_lr
 from gramian.tasks import plain_tanh_network
 from gramian.training import Task, train
 
-__all__ = ["grid", "rows"]
-
-HALF_DECADE = 10**0.5
-MOST_RATES = 9
+__all__ = ["HALF_DECADE", "MOST_RATES", "grid", "rows"]
 
 NUM_STEPS = 60
 NUM_STEPS_LONG = 400
@@ -111,22 +109,6 @@ def rows(repeats: int, only: str, tell: Tell) -> Iterator[Row]:
         if only in name:
             tell(name)
             yield measure(name)
-
-
-def grid(score: Callable[[float], float], first: float) -> dict[float, float]:
-    """Scores of half-decades by rate, from `first` outward until the best lies between two worse ones."""
-    scores = {first: score(first)}
-    while len(scores) < MOST_RATES:
-        best = min(scores, key=lambda rate: (scores[rate], rate))
-        outside = [rate for rate in (best / HALF_DECADE, best * HALF_DECADE) if not _known(rate, scores)]
-        if not outside:
-            break
-        scores[outside[0]] = score(outside[0])
-    return dict(sorted(scores.items()))
-
-
-def _known(rate: float, scores: Mapping[float, float]) -> bool:
-    return any(abs(math.log(rate / other)) < 1e-6 for other in scores)
 
 
 def _score(task: Task, make: Make, steps: int, lr: float) -> float:

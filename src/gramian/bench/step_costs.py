@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gramian import optim
 from gramian.bench.competitors import DEFAULT, TORCH_MUON, Competitor, Stepper, chosen, ours
-from gramian.bench.learning_tasks import Transformer, autoencoder, images
+from gramian.bench.learning_networks import Transformer, autoencoder
+from gramian.bench.learning_tasks import images
 from gramian.bench.race import clock
 from gramian.bench.table import Goal, Measurement, Row
 
@@ -101,7 +102,7 @@ def _field(make: Callable[[], nn.Module], competitors: Mapping[str, Competitor])
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             model = make()
-        obstacle = competitor.obstacle(model)
+        obstacle = competitor.obstacle()
         if obstacle:
             missing.append(f"{name}: {obstacle}")
         else:

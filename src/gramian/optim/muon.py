@@ -53,10 +53,11 @@ def average(mean: Tensor, value: Tensor, beta: float, context: StepContext) -> N
 
 
 def look_ahead(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
-    """Nesterov's momentum: what one more step with the same gradient would make of it. May be `momentum` itself."""
-    if not context.options["nesterov"]:
-        return momentum
-    return torch.lerp(g, momentum, context.options["momentum"])
+    """Nesterov's momentum: what one more step with the same gradient would make of it.
+
+    Written over `g`, since a new tensor of that size costs more than its numbers; or `momentum` itself.
+    """
+    return g.lerp_(momentum, context.options["momentum"]) if context.options["nesterov"] else momentum
 
 
 def orthogonal(x: Tensor, context: StepContext) -> Tensor:

@@ -160,7 +160,10 @@ class MatrixOptimizer(Saved):
         direction = self.recipe.update(g, stack.state, context)
         stack.fresh.zero_()
         scales = torch.tensor([self._scale(r, group) for r in stack.routes], dtype=g.dtype, device=g.device)
-        update = direction * (context.alive * stack.repeated(-float(group["lr"]) * scales)).to(direction.dtype)
+        factors = (context.alive * stack.repeated(-float(group["lr"]) * scales)).to(direction.dtype)
+        # In place where the direction is new: another tensor of that size costs more than the product.
+        kept = any(direction.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for b in stack.state.values())
+        update = direction * factors if kept else direction.mul_(factors)
         return zip(params, stack.unstacked(update), strict=True)
 
     def _scale(self, r: Route, group: Mapping[str, Any]) -> float:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gramian.linalg.engine.cost import Operations, predict
+from gramian.linalg.engine.cost import Operations, constants, predict
 from gramian.linalg.polar_factor.newton_schulz import composed, quintics
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
 
@@ -54,6 +55,12 @@ def least_ratio(short: int, rtol: float) -> float:
 
 def cheapest(short: int, long: int, batch: int, rtol: float, device: str) -> Approach:
     """The cheapest approach by the constants of `cost`."""
+    return _cheapest(short, long, batch, rtol, device, id(constants(device)))
+
+
+@lru_cache(maxsize=1024)
+def _cheapest(short: int, long: int, batch: int, rtol: float, device: str, of_constants: int) -> Approach:
+    """Kept, since an optimizer asks in every step; anew where the constants were measured anew."""
     low, ratio = least_ratio(short, rtol), long / max(short, 1)
     best, least = Approach("newton_schulz", MOST, torch.float32, low), math.inf
     for candidate, operations in _candidates(low, ratio, rtol, half=rtol >= HALF and short >= NARROW):
