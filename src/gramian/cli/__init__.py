@@ -1,0 +1,98 @@
+"""The command line: parse, call, print; nothing else. Exit codes: 0 fine, 1 findings, 2 bad input."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import traceback
+import warnings
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import gramian
+from gramian.checkpoint.faults import plain
+from gramian.cli import bench, demo, inspect, train
+from gramian.cli.common import complain, num_ranks
+from gramian.errors import GramianError, GramianWarning
+
+__all__ = ["app", "main", "program"]
+
+# typer has its own copy of click: these are the base classes of an error that it exports.
+UsageError = typer.BadParameter.__bases__[0]
+ClickException = UsageError.__bases__[0]
+
+
+app = typer.Typer(
+    help="See a network as its matrices: diagnose, repair, train and compress it.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"gramian {gramian.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """See a network as its matrices: diagnose, repair, train and compress it."""
+
+
+app.command("demo")(demo.command)
+app.command("inspect")(inspect.command)
+app.command("train", cls=train.WithOptimizers)(train.command)
+app.command("bench")(bench.command)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return the exit code; a user's error is one line on stderr."""
+    warnings.showwarning = _show_warning
+    args = sys.argv[1:] if args is None else args
+    try:
+        code = app(args=args or ["--help"], prog_name="gramian", standalone_mode=False)
+    except GramianError as error:
+        complain(str(error))
+        return 2
+    except ClickException as error:  # type: ignore[misc]
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "gramian"
+        complain(f"{error.format_message().rstrip('.')}. See '{where} --help'.")  # type: ignore[attr-defined]
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 3
+    return code if isinstance(code, int) else 0
+
+
+def program() -> NoReturn:
+    """Run the command line as a process of its own and end it with the exit code.
+
+    A rank of torchrun ends without finalizing the interpreter. DistributedDataParallel keeps the threads of its process
+    group, and Python before 3.14 unwinds a thread that asks for the GIL during finalization, through C++ frames that
+    may not be unwound: now and then a run that was finished and written ended with "terminate called without an active
+    exception" and exit code 134.
+    """
+    code = main()
+    if num_ranks() > 1:
+        atexit._run_exitfuncs()  # of the user's task and its loggers
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **kwargs: Any) -> None:
+    if issubclass(category, GramianWarning):
+        print(f"gramian: warning: {plain(message, len(str(message)))}", file=sys.stderr)

@@ -1,0 +1,95 @@
+"""What commands share: arguments, progress, ranks, and the network that MODEL and --task name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from gramian.checkpoint.faults import plain
+
+__all__ = ["Model", "Quiet", "Stages", "complain", "num_ranks", "ranks", "with_task"]
+
+# Arguments that several commands share.
+Model = Annotated[str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def with_task(model: str, task: str | None) -> tuple[Any, Any] | None:
+    """Return the network that MODEL and --task name, and its task; `None` where MODEL is a file without a task."""
+    from gramian import tasks
+    from gramian.checkpoint import load_into
+
+    is_task = model in tasks.TASKS or ".py:" in model or model.endswith(".py")
+    if task is None and not is_task:
+        return None
+    write = "gramian inspect {}" if is_task else f"gramian inspect {model} --task {{}}"
+    found = tasks.load(model if is_task else str(task), write=write)
+    network = found.model()
+    if not is_task:
+        load_into(network, model)
+    return network, found
+
+
+@contextmanager
+def ranks() -> Iterator[bool]:
+    """Join torchrun's process group, if there is one; yields whether this process prints."""
+    if num_ranks() < 2:
+        yield True
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    try:
+        yield distributed.get_rank() == 0
+    finally:
+        distributed.destroy_process_group()
+
+
+class Stages:
+    """Progress on stderr, one line for each stage."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.progress = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=12),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[remark]}", markup=False),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self.lines: dict[str, Any] = {}
+
+    def __call__(self, stage: str, share: float, remark: str) -> None:
+        if not self.lines:
+            self.progress.start()
+        if stage not in self.lines:
+            self.lines[stage] = self.progress.add_task(stage, total=1.0, remark="")
+        self.progress.update(self.lines[stage], completed=share, remark=remark)
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, error: object, *rest: object) -> None:
+        if not self.lines:
+            return
+        if error is None:
+            self.progress.stop()
+        else:  # leave no frame of a stage that did not end; Progress.stop would print a line outside a terminal
+            self.progress.live.transient = True
+            self.progress.live.stop()
+
+
+def complain(message: str) -> None:
+    print(f"gramian: {plain(' '.join(message.split()), len(message))}", file=sys.stderr)
+
+
+def num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,137 @@
+"""`gramian inspect`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gramian.cli.common import Model, Quiet, Stages, complain, ranks, with_task
+from gramian.errors import InputError
+
+__all__ = ["command"]
+
+
+class FailOn(StrEnum):
+    """The least severe finding for which `inspect` exits with 1."""
+
+    error = "error"
+    warning = "warning"
+    info = "info"
+    never = "never"
+
+
+def command(
+    model: Model,
+    task: Annotated[str | None, typer.Option(help="Task whose model and data go with the weights.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another checkpoint: the spectrum of every difference MODEL − OTHER.")
+    ] = None,
+    extract_lora: Annotated[
+        int | None, typer.Option(help="With --against: write the difference as a PEFT adapter of this rank.", min=1)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Norms and ranks with error bounds, from a few products.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Try each remedy on a copy by 50 training steps; offer what helps.")
+    ] = False,
+    curvature: Annotated[
+        bool, typer.Option("--curvature", help="With a task: also the leading eigenvalues of the loss's Hessian.")
+    ] = False,
+    layouts: Annotated[
+        Path | None,
+        typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
+    ] = None,
+    input_size: Annotated[int, typer.Option(help="Side of the images for convolutions' operator norms.", min=1)] = 32,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 for findings of this severity or worse.")] = FailOn.never,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find what is wrong with a network, with evidence, causes and remedies.
+
+    From a file: the spectra of its weights. From a task, or a file with a task: also the size of signals and gradients,
+    the gain of each layer, and the end-to-end Jacobian.
+    """
+    from gramian import report
+    from gramian.report import SEVERITIES
+
+    for path in (html, json):
+        if path is not None:
+            report.check_target(path)
+    if extract_lora is not None and against is None:
+        raise InputError("--extract-lora needs --against BASE: an adapter is a difference from a base model")
+    options: dict[str, Any] = {"quick": quick, "input_size": (input_size, input_size)}
+    if verify and against is not None:
+        raise InputError("--verify tries the remedies of one model; --against compares two")
+    if verify:
+        options["verify"] = True
+    if curvature and against is not None:
+        raise InputError("--curvature is that of one model's loss; leave out --against")
+    if layouts is not None:
+        from gramian.inspection.matrices import read_layouts
+
+        options["layouts"] = read_layouts(layouts)
+    with ranks() as first, Stages(quiet or not first) as tell:
+
+        def progress(what: str, done: int, total: int) -> None:
+            tell(what, done / max(1, total), "")
+
+        if against is not None:
+            found = _compare(model, against, task, extract_lora, out, options | {"progress": progress})
+        else:
+            found = _inspect(model, task, options | {"curvature": curvature, "progress": progress})
+        if not found.layers and against is None:
+            reasons = "".join(f". {note}" for note in found.notes)
+            raise InputError(
+                f"{model}: nothing was inspected, since it holds no matrix that is known{reasons}. "
+                "Give a model with weight matrices, or --layouts for tensors of unknown names."
+            )
+    if not first:
+        return
+    for path in (html, json):
+        if path is not None:
+            found.save(path)
+    if not quiet:
+        report.show(found, verbose=verbose)
+    broken = next((f for f in found.findings if f.code == "non-finite-weights"), None)
+    if broken is not None:
+        complain(f"{model}: {broken.title}. {broken.remedy}")
+        raise typer.Exit(2)
+    if fail_on is not FailOn.never:
+        grave = SEVERITIES[: SEVERITIES.index(fail_on.value) + 1]
+        if any(f.severity in grave for f in found.findings):
+            raise typer.Exit(1)
+
+
+def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
+    from gramian.remedies import inspect
+
+    found = with_task(model, task)
+    if found is None:
+        if options.get("verify"):
+            raise InputError(f"--verify trains on data, and {model} is a file: add --task")
+        if options.get("curvature"):
+            raise InputError(f"--curvature is that of a loss on data, and {model} is a file: add --task")
+        return inspect(model, **options)
+    network, its_task = found
+    return inspect(network, its_task.batches(), its_task.objective, title=model, **options)
+
+
+def _compare(model: str, against: str, task: str | None, rank: int | None, out: Path, options: dict[str, Any]) -> Any:
+    from gramian.inspection import compare_checkpoints, extract_lora
+
+    if task is not None:
+        raise InputError("--against compares two checkpoints; leave out --task")
+    options.pop("input_size")
+    report = compare_checkpoints(model, against, **options)
+    if rank is not None:
+        options.pop("quick")
+        adapter = extract_lora(model, against, rank, out, **options)
+        report.notes += adapter.notes()
+    return report
