@@ -347,7 +347,7 @@ def test_a_torn_line_and_half_a_file_are_put_right(often, tmp_path) -> None:
         gm.train(task(), out=tmp_path / "broken", on_step=stopping(4), **KILLED)
     with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    for name in (".checkpoint.safetensors.1-ab.tmp", ".metrics.jsonl.0a.tmp", ".tmpA1b2C3"):
+    for name in (".checkpoint.safetensors.1-0123abcd.tmp", f".metrics.jsonl.{'0a' * 6}.tmp"):
         (tmp_path / "broken" / name).write_bytes(b"half")
     gm.train(task(), out=tmp_path / "broken", resume=True, **KILLED)
     assert_same(tmp_path / "whole", tmp_path / "broken")
@@ -423,6 +423,9 @@ def test_a_finished_run_is_returned_and_a_new_one_may_take_its_place(tmp_path) -
         assert torch.equal(tensor, other)
     with pytest.raises(Stop):
         gm.train(task(), steps=5, out=tmp_path, on_step=stopping(0))
+    assert gm.train(task(), steps=9, init="isometric", out=tmp_path, resume=True).resumed == 9, "nothing was done yet"
+    with pytest.raises(Stop):
+        gm.train(task(), steps=5, out=tmp_path, on_step=stopping(1))
     assert os.listdir(tmp_path) == ["metrics.jsonl"], "the old model is not taken for the new run's"
     assert gm.train(task(), steps=5, out=tmp_path, resume=True).steps == 5
 
@@ -462,7 +465,7 @@ def test_two_processes_in_one_folder_are_refused(tmp_path) -> None:
 def test_keeping_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypatch) -> None:
     kept: list[int] = []
 
-    def slow(path: str, tree: Any) -> None:
+    def slow(path: str, tree: Any, previous: Any = None) -> None:
         kept.append(tree["steps"])
         time.sleep(0.03)
 

@@ -36,7 +36,7 @@ UNKNOWN = "crc32:00000000"
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor in CPU memory."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def crc(data: bytes | memoryview) -> str:
