@@ -29,7 +29,7 @@ from cases import seeded
 from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
 from gramian.optim import OPTIMIZERS
-from gramian.training import folder, loop
+from gramian.training import folder, running
 
 X = torch.randn(112, 6, generator=seeded(0))
 Y = (X[:, 0] > 0).long()
@@ -199,7 +199,7 @@ def test_batches_that_cannot_be_drawn_again_are_reported(often, tmp_path) -> Non
 def test_seconds_go_on_with_the_time_that_is_left(often, tmp_path, monkeypatch) -> None:
     # Each look at the clock takes 0.01 s, however long it takes on this machine.
     ticks = itertools.count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks)))
+    monkeypatch.setattr(running, "time", SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks)))
 
     def stop(run: gm.Run, share: float) -> None:
         if share > 0.5:
@@ -514,6 +514,7 @@ def test_what_is_not_a_checkpoint_is_one_clear_line(often, tmp_path, monkeypatch
         else:
             path.write_bytes(damage)
         before = path.read_bytes()
+        Path("run/checkpoint.previous.safetensors").unlink(missing_ok=True)
         with pytest.raises(GramianError) as caught:
             gm.train(task(), steps=9, out="run", resume=True)
         assert "\n" not in str(caught.value)

@@ -150,8 +150,11 @@ def _keep(path: Path, previous: Path) -> None:
         os.link(path, link)
     except OSError:  # a file system without links; between these two renames only the previous one is there
         os.replace(path, previous)
-    else:
+        return
+    try:
         os.replace(link, previous)
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def load_tensors(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

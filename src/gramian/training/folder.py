@@ -209,7 +209,7 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
             "with the version that began it, or choose another folder"
         )
     differing = [
-        f"{name} {plain(saved.get(name, 'unknown'))}, not {own}"
+        f"{name} {plain(saved.get(name, 'unknown'), 1000)}, not {own}"
         for name, own in identity.items()
         if saved.get(name) != own
     ]
