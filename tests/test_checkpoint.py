@@ -12,6 +12,7 @@ import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import safetensors
@@ -21,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gramian.checkpoint import Checkpoint, clean_name, load_tensors, open_checkpoint, save_tensors
+from gramian.checkpoint import Checkpoint, clean_name, load_tensors, open_checkpoint, save_tensors, writing
 from gramian.checkpoint.formats import SAFETENSORS_DTYPES
 from gramian.errors import CheckpointError, InputError
 from zoo import ZOO
@@ -497,11 +498,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     save_tensors(path, STATE)
     before = path.read_bytes()
 
-    def full(tensors: object, file: Path, *_: object) -> None:
-        put(file, "half")
-        raise safetensors.SafetensorError("No space left on device")
+    def full(file: BinaryIO, *_: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(writing, "_write", full)
     with pytest.raises(CheckpointError, match=r"could not be written \(No space left on device\)"):
         save_tensors(path, {"other": torch.ones(2)})
     assert path.read_bytes() == before

@@ -169,7 +169,7 @@ BAD = [
     (["train", "nothing", "--steps", "3"], "no task is named 'nothing'; built in: digits"),
     (["train", "task.py:raises", "--steps", "3"], "RuntimeError: no data"),
     (["train", "task.py:empty", "--steps", "3"], "no batches"),
-    (["train", "task.py:no_model", "--steps", "3"], "model() raised ValueError: broken disk (line 39)"),
+    (["train", "task.py:no_model", "--steps", "3"], "model() raised ValueError: broken disk (task.py, line 39)"),
     (["train", "task.py:no_batch", "--steps", "3"], "train_batches(0, generator) raised ValueError: broken disk"),
     (["train", "task.py:no_score", "--steps", "3"], "evaluate(model) raised ValueError: broken disk"),
     (["train", "task.py:own_loss", "--steps", "3"], "returned 'loss', which is the run's own"),
@@ -355,11 +355,14 @@ def test_train_that_is_interrupted_and_not_kept_says_so(folder, capsys, monkeypa
     assert run(capsys, "train", "task.py:task", "--steps", "3") == (130, "", "gramian: interrupted\n")
 
 
-def test_an_error_that_nobody_foresaw_is_told_from_divergence(folder, capsys) -> None:
+def test_an_error_of_the_task_is_one_line_and_told_from_divergence(folder, capsys) -> None:
     code, _, err = run(capsys, "train", "task.py:wrong_rows", "--steps", "3", "--init", "default")
-    assert code == 3
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "the forward pass or the loss raised RuntimeError: mat1 and mat2 shapes cannot be multiplied" in err
+    code, _, err = run(capsys, "train", "task.py:wrong_rows", "--steps", "3", "--init", "default", "--traceback")
+    assert code == 2
     assert err.startswith("Traceback")
-    assert "mat1 and mat2 shapes cannot be multiplied" in err
 
 
 def test_a_task_file_imports_what_lies_beside_it(folder, capsys, monkeypatch) -> None:
@@ -376,7 +379,8 @@ def test_runs_of_two_tasks_of_a_file_are_told_apart(folder, capsys) -> None:
     command = [part.replace("task.py:task", "task.py:deep") for part in TRAIN]
     code, _, err = run(capsys, *command, "--resume")
     assert code == 2
-    assert "of task task.py:task, not task.py:deep" in err
+    assert "task.py:task, not " in err
+    assert "task.py:deep; model" in err
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from cases import seeded
 from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
 from gramian.optim import OPTIMIZERS
-from gramian.training import folder, loop
+from gramian.training import folder, running
 
 X = torch.randn(112, 6, generator=seeded(0))
 Y = (X[:, 0] > 0).long()
@@ -199,7 +199,7 @@ def test_batches_that_cannot_be_drawn_again_are_reported(often, tmp_path) -> Non
 def test_seconds_go_on_with_the_time_that_is_left(often, tmp_path, monkeypatch) -> None:
     # Each look at the clock takes 0.01 s, however long it takes on this machine.
     ticks = itertools.count()
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks)))
+    monkeypatch.setattr(running, "time", SimpleNamespace(perf_counter=lambda: 0.01 * next(ticks)))
 
     def stop(run: gm.Run, share: float) -> None:
         if share > 0.5:
@@ -347,7 +347,7 @@ def test_a_torn_line_and_half_a_file_are_put_right(often, tmp_path) -> None:
         gm.train(task(), out=tmp_path / "broken", on_step=stopping(4), **KILLED)
     with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    for name in (".checkpoint.safetensors.1-ab.tmp", ".metrics.jsonl.0a.tmp", ".tmpA1b2C3"):
+    for name in (".checkpoint.safetensors.1-0123abcd.tmp", f".metrics.jsonl.{'0a' * 6}.tmp"):
         (tmp_path / "broken" / name).write_bytes(b"half")
     gm.train(task(), out=tmp_path / "broken", resume=True, **KILLED)
     assert_same(tmp_path / "whole", tmp_path / "broken")
@@ -423,6 +423,9 @@ def test_a_finished_run_is_returned_and_a_new_one_may_take_its_place(tmp_path) -
         assert torch.equal(tensor, other)
     with pytest.raises(Stop):
         gm.train(task(), steps=5, out=tmp_path, on_step=stopping(0))
+    assert gm.train(task(), steps=9, init="isometric", out=tmp_path, resume=True).resumed == 9, "nothing was done yet"
+    with pytest.raises(Stop):
+        gm.train(task(), steps=5, out=tmp_path, on_step=stopping(1))
     assert os.listdir(tmp_path) == ["metrics.jsonl"], "the old model is not taken for the new run's"
     assert gm.train(task(), steps=5, out=tmp_path, resume=True).steps == 5
 
@@ -462,7 +465,7 @@ def test_two_processes_in_one_folder_are_refused(tmp_path) -> None:
 def test_keeping_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypatch) -> None:
     kept: list[int] = []
 
-    def slow(path: str, tree: Any) -> None:
+    def slow(path: str, tree: Any, previous: Any = None) -> None:
         kept.append(tree["steps"])
         time.sleep(0.03)
 
@@ -511,6 +514,7 @@ def test_what_is_not_a_checkpoint_is_one_clear_line(often, tmp_path, monkeypatch
         else:
             path.write_bytes(damage)
         before = path.read_bytes()
+        Path("run/checkpoint.previous.safetensors").unlink(missing_ok=True)
         with pytest.raises(GramianError) as caught:
             gm.train(task(), steps=9, out="run", resume=True)
         assert "\n" not in str(caught.value)

@@ -24,7 +24,9 @@ __all__ = [
 
 
 class GramianError(Exception):
-    """The base class of gramian's errors."""
+    """The base class of gramian's errors. `rank` is the one that failed, where all ranks raise its error."""
+
+    rank: int | None = None
 
 
 class InputError(GramianError, ValueError):

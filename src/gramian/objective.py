@@ -100,7 +100,7 @@ class Objective:
             if not observers:
                 del _OBSERVERS[self.criterion]
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, batch: Any, *, empty: bool = False) -> tuple[Tensor, Tensor]:
         """`(sum of losses, number of units)` of one batch, as two scalar tensors.
 
         Raises `InputError` where the criterion returns anything else, or no units.
@@ -108,13 +108,14 @@ class Objective:
         Args:
             model: passed to `predict`.
             batch: passed to `predict` and `criterion`.
+            empty: whether a batch may have no units, as where all labels are ignored.
         """
         batch = prepared(model, batch)
         for observer in _OBSERVERS.get(self.criterion, ()):
             observer.before_forward(batch)
-        return self.checked(self.criterion(self.predict(model, batch), batch))
+        return self.checked(self.criterion(self.predict(model, batch), batch), empty=empty)
 
-    def checked(self, result: Any) -> tuple[Tensor, Tensor]:
+    def checked(self, result: Any, *, empty: bool = False) -> tuple[Tensor, Tensor]:
         """The criterion's result as two scalar tensors. Raises `InputError` for any other result."""
         wanted = "criterion(output, batch) must return (sum of losses, number of units): a scalar tensor and a count"
         if not (isinstance(result, Sequence) and len(result) == 2):
@@ -123,7 +124,7 @@ class Objective:
         if not isinstance(total, Tensor) or total.numel() != 1:
             raise InputError(f"objective: {wanted}; the first is {described(total)}. Sum over the batch")
         units = torch.as_tensor(units, device=total.device)
-        if units.numel() != 1 or not units > 0:
+        if units.numel() != 1 or not (units >= 0 if empty else units > 0):
             raise InputError(f"objective: {wanted}; the second is {described(units)}. A batch needs at least one unit")
         return total.reshape(()), units.reshape(())
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gramian import placement
 from gramian.checkpoint import load_tensors, save_tensors
+from gramian.checkpoint.faults import damaged
 from gramian.errors import CheckpointError, InputError, some
 from gramian.gram import DiagonalGram, Gram
 
@@ -358,7 +360,10 @@ class Statistics(Mapping[str, Sites]):
         def parts(i: int, side: str) -> tuple[Tensor, ...]:
             return tuple(tensors[f"{i}.{side}.{part}"] for part in ("total", "sum", "count"))
 
-        return _rebuilt(json.loads(metadata[_FORMAT]), parts, lambda i: tensors.get(f"{i}.skipped"))
+        try:
+            return _rebuilt(json.loads(metadata[_FORMAT]), parts, lambda i: tensors.get(f"{i}.skipped"))
+        except Exception as error:  # what the metadata or the tensors say may be anything
+            raise damaged(Path(path), error) from error
 
 
 def _rebuilt(

@@ -4,7 +4,7 @@ from gramian.checkpoint.filling import load_into
 from gramian.checkpoint.formats import Entry
 from gramian.checkpoint.reading import Checkpoint, clean_name, open_checkpoint
 from gramian.checkpoint.trees import load_tree, save_tree
-from gramian.checkpoint.writing import load_tensors, save_tensors
+from gramian.checkpoint.writing import load_tensors, save_tensors, verify_file
 
 __all__ = [
     "Checkpoint",
@@ -16,4 +16,5 @@ __all__ = [
     "open_checkpoint",
     "save_tensors",
     "save_tree",
+    "verify_file",
 ]

@@ -22,9 +22,9 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Returns: the model.
     Raises:
-        CheckpointError: before anything is copied, where a tensor is missing, unexpected or of another shape; the
-            message names the first ones. Also as `open_checkpoint`.
-    Cost: reads the file once; memory for one tensor at a time.
+        CheckpointError: before anything is copied, where a tensor is missing, unexpected, damaged or of another
+            shape; the message names the first ones. Also as `open_checkpoint`.
+    Cost: reads the file twice; memory for one tensor at a time.
     Source: this library's own.
 
     >>> import pathlib, tempfile
@@ -46,6 +46,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     ]
     if wrong:
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {some(wrong, separator='; ')}")
+    for _ in checkpoint:  # a tensor that cannot be read, or differs from its checksum, is found before any is copied
+        pass
     with torch.no_grad():
         for name, tensor in checkpoint:
             own[name].copy_(tensor)

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
+from gramian.checkpoint.checksums import CHECKSUMS, HEADER, check_tensor, read_checksums
 from gramian.checkpoint.faults import damaged, plain
 
 __all__ = [
@@ -129,6 +130,7 @@ class Content:
     """What a file holds: its entries, under the names in the file, and a function that loads one tensor.
 
     `beside` loads the numbers of tensors that are no entries, such as an optimizer's, to be searched for NaN.
+    `verified` says that every tensor is compared with its checksum when it is loaded.
     """
 
     entries: list[Entry]
@@ -136,6 +138,7 @@ class Content:
     notes: list[str]
     metadata: dict[str, str]
     beside: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    verified: bool = False
 
 
 def get(content: Content, entry: Entry) -> Tensor:
@@ -146,15 +149,25 @@ def get(content: Content, entry: Entry) -> Tensor:
         raise damaged(entry.file, error) from error
 
 
-def read_safetensors(file: Path) -> Content:
-    """A safetensors file."""
+def read_safetensors(file: Path, *, verify: bool = True) -> Content:
+    """A safetensors file; where it has checksums, its header is compared with them now and a tensor when it is loaded.
+
+    Args:
+        file: the file.
+        verify: whether to compare tensors too.
+    """
     import safetensors
 
+    def opening() -> tuple[Any, dict[str, str], dict[str, str] | None]:
+        opened = safetensors.safe_open(file, "pt")
+        metadata = dict(opened.metadata() or {})
+        return opened, metadata, read_checksums(file, metadata)
+
     try:
-        opened = open_once(file, lambda: safetensors.safe_open(file, "pt"))
+        opened, metadata, checksums = open_once(file, opening)
     except Exception as error:
         raise damaged(file, error) from error
-    metadata = dict(opened.metadata() or {})
+    metadata = {name: text for name, text in metadata.items() if name not in (CHECKSUMS, HEADER)}
     entries, notes = {}, []
     for key in opened.keys():  # noqa: SIM118 - not a dict
         part = opened.get_slice(key)
@@ -172,7 +185,15 @@ def read_safetensors(file: Path) -> Content:
         if key and key in entries and alias not in entries and "." in alias:
             aliases.append(replace(entries[key], name=alias, key=alias, tied_to=key))
     where = {entry.key: entry.tied_to or entry.key for entry in (*entries.values(), *aliases)}
-    return Content([*entries.values(), *aliases], lambda key: opened.get_tensor(where[key]), notes, metadata)
+
+    def load(key: str) -> Tensor:
+        tensor = opened.get_tensor(where[key])
+        if verify and checksums is not None:
+            check_tensor(where[key], tensor, checksums)
+        return tensor
+
+    verified = verify and checksums is not None
+    return Content([*entries.values(), *aliases], load, notes, metadata, verified=verified)
 
 
 def identity(file: Path) -> tuple[int, ...]:

@@ -66,17 +66,17 @@ PICKLES = (".pkl", ".pickle", ".joblib")
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")  # what a failed download leaves
 
 
-def reader(path: Path) -> Content:
+def reader(path: Path, *, verify: bool = True) -> Content:
     """What a file or a folder of torch.distributed.checkpoint holds; parsed again only where it was written anew."""
     try:
         now = identity(path / METADATA_FILE if path.is_dir() else path)
     except OSError as error:
         raise damaged(path, error) from error
-    return _parsed(path, now)
+    return _parsed(path, now, verify)
 
 
 @lru_cache(maxsize=16)
-def _parsed(path: Path, written: tuple[int, ...]) -> Content:
+def _parsed(path: Path, written: tuple[int, ...], verify: bool) -> Content:
     """The contents, by the reader for what they are."""
     del written  # what was parsed before is kept as long as this is the same
     if path.is_dir():
@@ -91,7 +91,7 @@ def _parsed(path: Path, written: tuple[int, ...]) -> Content:
         raise CheckpointError(f"{path}: an empty file, wanted weights. Copy, download or save it again.")
     header = int.from_bytes(start[:8], "little")
     if 2 <= header <= size - 8 and start[8:9] == b"{":
-        return read_safetensors(path)
+        return read_safetensors(path, verify=verify)
     if start.startswith(b"PK\x03\x04"):
         return _read_archive(path)
     if LEGACY in start[:16]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -39,6 +40,7 @@ class Checkpoint:
         notes: what was unwrapped or left out.
         metadata: the text that the file carries about itself.
         beside: loads the numbers of a tensor that is no entry (an optimizer's, a second network's, a sparse one).
+        verify: whether a tensor is compared with its checksum when it is loaded, where the file has them.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    verify: bool = True
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -55,27 +58,27 @@ class Checkpoint:
         for entry in self.entries.values():
             by_file.setdefault(entry.file, []).append(entry)
         for file, entries in by_file.items():
-            content = reader(file)
+            content = reader(file, verify=self.verify)
             for entry in entries:
-                yield entry.name, _compute(entry) if entry.made else get(content, entry)
+                yield entry.name, _compute(entry, self.verify) if entry.made else get(content, entry)
 
     def load(self, name: str) -> Tensor:
         """One tensor by name. Raises `InputError` where there is none of that name."""
         if name not in self.entries:
             raise InputError(f"{self.path}: holds no tensor {plain(name)!r}; see Checkpoint.entries.")
-        return _load(self.entries[name])
+        return _load(self.entries[name], self.verify)
 
 
-def _load(entry: Entry) -> Tensor:
+def _load(entry: Entry, verify: bool) -> Tensor:
     if entry.made:
-        return _compute(entry)
-    return get(reader(entry.file), entry)
+        return _compute(entry, verify)
+    return get(reader(entry.file, verify=verify), entry)
 
 
-def _compute(entry: Entry) -> Tensor:
+def _compute(entry: Entry, verify: bool) -> Tensor:
     """A weight from its parts."""
     assert entry.made is not None
-    parts = {word: _load(part) for word, part in entry.made.parts.items()}
+    parts = {word: _load(part, verify) for word, part in entry.made.parts.items()}
     try:
         weight = entry.made.compute(parts)
         if tuple(weight.shape) != entry.shape:
@@ -85,7 +88,7 @@ def _compute(entry: Entry) -> Tensor:
     return weight
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False, verify: bool = True) -> Checkpoint:
     """Opens a checkpoint for reading: nothing in it is executed, and a tensor is loaded only when asked for.
 
     A state dict inside what a training loop wrote (`{"model": …, "optimizer": …}`) is found, and `notes` say so. Names
@@ -97,6 +100,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Ch
             by its contents; the index of a sharded model; or a folder of Hugging Face, of an adapter, or of
             torch.distributed.checkpoint.
         stored: give the tensors as they are stored, and compute none.
+        verify: compare each tensor that is loaded with its checksum, where the file has them, as those that gramian
+            writes. The header's is always compared.
 
     Returns: the checkpoint.
     Raises:
@@ -138,11 +143,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False) -> Ch
             )
         entries[name] = replace(entry, name=name, tied_to=clean_name(entry.tied_to))
     if not stored:
-        folder = path if path.is_dir() else path.parent
+        folder, load = path if path.is_dir() else path.parent, partial(_load, verify=verify)
         settings = {name: read_json(folder / name) for name in SETTINGS}
-        entries, more = with_derived(entries, {name: found for name, (found, _) in settings.items()}, _load)
+        entries, more = with_derived(entries, {name: found for name, (found, _) in settings.items()}, load)
         notes = [*notes, *(note for _, note in settings.values() if note), *more]
-    return Checkpoint(path, entries, tuple(notes), metadata, beside)
+    return Checkpoint(path, entries, tuple(notes), metadata, beside, verify)
 
 
 def clean_name(name: str) -> str:

@@ -20,12 +20,13 @@ __all__ = ["load_tree", "save_tree"]
 TREE = "gramian.tree"
 
 
-def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
+def save_tree(path: str | os.PathLike[str], tree: Any, *, previous: str | os.PathLike[str] | None = None) -> None:
     """Writes dicts, lists and tuples of tensors, numbers, text and `None` to one file, whole or not at all.
 
     Args:
         path: the file to write or replace; its folder must exist.
         tree: the value. Keys of dicts are text or numbers.
+        previous: as in `save_tensors`.
 
     Raises:
         UnsupportedError: the value holds anything else; the message says where.
@@ -41,7 +42,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(tree, "", tensors))
-    save_tensors(path, tensors, {TREE: text})
+    save_tensors(path, tensors, {TREE: text}, previous=previous)
 
 
 def load_tree(path: str | os.PathLike[str]) -> Any:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from gramian.checkpoint.faults import plain
 
-__all__ = ["Model", "Quiet", "Stages", "complain", "num_ranks", "ranks", "with_task"]
+__all__ = ["Model", "Quiet", "Stages", "complain", "num_ranks", "rank_number", "ranks", "with_task"]
 
 # Arguments that several commands share.
 Model = Annotated[str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")]
@@ -38,14 +39,17 @@ def with_task(model: str, task: str | None) -> tuple[Any, Any] | None:
 
 
 @contextmanager
-def ranks() -> Iterator[bool]:
-    """Join torchrun's process group, if there is one; yields whether this process prints."""
+def ranks(timeout: float = 1800.0) -> Iterator[bool]:
+    """Join torchrun's process group, if there is one; yields whether this process prints.
+
+    A collective that waits longer than `timeout` seconds fails.
+    """
     if num_ranks() < 2:
         yield True
         return
     from torch import distributed
 
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     try:
         yield distributed.get_rank() == 0
     finally:
@@ -93,3 +97,8 @@ def complain(message: str) -> None:
 
 def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_number() -> int:
+    """This process's number under torchrun."""
+    return int(os.environ.get("RANK", "0"))

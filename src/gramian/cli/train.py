@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from gramian.cli.common import Quiet, complain, ranks
-from gramian.errors import InputError
+from gramian.cli.common import Quiet, complain, rank_number, ranks
+from gramian.errors import GramianError, InputError
 
 __all__ = ["WithOptimizers", "command"]
 
@@ -25,8 +27,21 @@ class WithOptimizers(TyperCommand):
             formatter.write_dl([("auto", AUTO), *rows])
 
 
+def _list(asked: bool) -> None:
+    if asked:
+        from gramian.tasks import TASKS
+
+        for name, entry in {"chars": None, **TASKS}.items():
+            print(f"{name:12} {entry.summary if entry else 'the next character of a text: --text FILE'}")
+        raise typer.Exit
+
+
 def command(
     task: Annotated[str, typer.Argument(help="A built-in task's name, or path/file.py:function.")],
+    listed: Annotated[
+        bool, typer.Option("--list", callback=_list, is_eager=True, help="Show the built-in tasks.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="The text file of the task chars.")] = None,
     optimizer: Annotated[str, typer.Option(help="One of the names below.")] = "auto",
     lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
     init: Annotated[
@@ -35,11 +50,34 @@ def command(
     steps: Annotated[int | None, typer.Option(help="Budget in steps.", min=1)] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training alone.", min=0.1)] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Of the rate: linear, constant, cosine, step, exponential or plateau.")
+    ] = "linear",
+    warmup: Annotated[int, typer.Option(help="Steps over which the rate rises first.", min=0)] = 10,
+    weight_decay: Annotated[float | None, typer.Option(help="In place of the optimizer's own.", min=0)] = None,
+    regularize: Annotated[
+        str, typer.Option(help="l1=X, l2=X, both, nuclear=X, spectral=X or orthogonal=X, exact by proximal maps.")
+    ] = "",
+    augment: Annotated[
+        str,
+        typer.Option(help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X."),
+    ] = "",
+    clip: Annotated[float | None, typer.Option(help="Largest norm of all gradients together.")] = None,
+    accumulate: Annotated[int, typer.Option(help="Batches in a step.", min=1)] = 1,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 for the forward pass.")] = "float32",
+    ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights, as 0.999.")] = None,
+    best: Annotated[str | None, typer.Option(help="Keep the best evaluation's model: max:NAME or min:NAME.")] = None,
+    patience: Annotated[int | None, typer.Option(help="End after so many evaluations without a better one.")] = None,
     seed: Annotated[
         int, typer.Option(help="Of the model, the order of the batches and dropout.", min=0, max=2**63 - 1)
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    timeout: Annotated[
+        float,
+        typer.Option(help="Seconds after which a process of torchrun counts as hung.", min=1),
+    ] = 1800.0,
+    trace: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a task's network, evaluate it during the run, and save it.
@@ -55,30 +93,68 @@ def command(
         raise InputError("train: --resume needs --out DIR, the folder of the run to continue")
     if out is not None and not resume and (out / "model.safetensors").exists():
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
+    options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}
+    options |= {"accumulate": accumulate, "precision": precision, "best": best, "patience": patience}
+    options |= {"regularize": _strengths("--regularize", regularize), "augment": _strengths("--augment", augment)}
+    budget = {"steps": steps, "epochs": epochs, "seconds": seconds}
+    again = "" if out is None else "; continue with the same command and --resume"
+    try:
+        with ranks(timeout) as first:
+            run, name = _train(
+                task,
+                text,
+                first and not quiet,
+                {"optimizer": optimizer, "lr": lr, "init": init, "seed": seed, "out": out, "resume": resume}
+                | budget
+                | options,
+            )
+    except KeyboardInterrupt:
+        complain(f"interrupted{again}")
+        raise typer.Exit(130) from None
+    except SystemExit as error:  # SIGTERM
+        complain(f"terminated{again}")
+        raise typer.Exit(error.code if isinstance(error.code, int) else 2) from None
+    except GramianError as error:
+        if error.rank not in (None, rank_number()):
+            raise typer.Exit(2) from None  # the rank that failed says so
+        if trace:
+            traceback.print_exc()
+        raise
+    if first and not quiet:
+        from gramian.training import display
+
+        display.show(run, name, automatic=optimizer == "auto")
+    if run.diverged:
+        raise typer.Exit(1)
+
+
+def _train(task: str, text: Path | None, shown: bool, options: dict[str, Any]) -> tuple[Any, str]:
+    """Load the task and train it; returns the run and the task's name."""
     from gramian import tasks
     from gramian.training import display, train
 
-    found = tasks.load(task, write="gramian train {}")
-    try:
-        with ranks() as first, display.Watched(quiet=quiet or not first) as watched:
-            run = train(
-                found,
-                optimizer=optimizer,
-                lr=lr,
-                init=init,
-                steps=steps,
-                epochs=epochs,
-                seconds=seconds,
-                seed=seed,
-                out=out,
-                resume=resume,
-                progress=watched.evaluated,
-                on_step=watched.stepped,
-            )
-    except KeyboardInterrupt:
-        complain("interrupted" if out is None else "interrupted; continue with the same command and --resume")
-        raise typer.Exit(130) from None
-    if first and not quiet:
-        display.show(run, found.name, automatic=optimizer == "auto")
-    if run.diverged:
-        raise typer.Exit(1)
+    here = Path.cwd()
+    if task == "chars" or text is not None:
+        if task != "chars" or text is None:
+            raise InputError("train: --text FILE belongs to the task chars, as in gramian train chars --text FILE")
+        found = tasks.chars(text)
+    else:
+        found = tasks.load(task, write="gramian train {}")
+    if options["out"] is not None and Path.cwd() != here:  # the task's file went elsewhere
+        options["out"] = here / options["out"]
+    with display.Watched(quiet=not shown) as watched:
+        return train(found, progress=watched.evaluated, on_step=watched.stepped, **options), found.name
+
+
+def _strengths(option: str, text: str) -> dict[str, float]:
+    """Parse `name=number,name=number`."""
+    found: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, number = part.partition("=")
+        try:
+            found[name.strip()] = float(number) if equals else math.nan
+        except ValueError:
+            found[name.strip()] = math.nan
+        if math.isnan(found[name.strip()]):
+            raise InputError(f"train: {option} wants name=number, as in l1=1e-4,l2=1e-3; got {part!r}")
+    return found

@@ -226,7 +226,9 @@ def raise_together(what: str, error: Exception | None, group: Group = None) -> N
     name, _, message = texts[failed[0]].partition("\n")
     cls = getattr(errors, name, GramianError) if name in errors.__all__ else GramianError
     others = f"; {len(failed) - 1} other ranks failed too" if len(failed) > 1 else ""
-    raise cls(f"{what}: rank {failed[0]} of {len(texts)} failed: {message}{others}") from error
+    failure = cls(f"{what}: rank {failed[0]} of {len(texts)} failed: {message}{others}")
+    failure.rank = failed[0]
+    raise failure from error
 
 
 def _class_name(error: Exception) -> str:

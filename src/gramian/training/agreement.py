@@ -2,11 +2,16 @@
 
 An objective is a sum of losses and a number of units. Both, and the gradients, add up over ranks to those of the whole
 batch, however unequal the shares. With one rank every function here returns at once.
+
+An exception on one rank must not leave the others waiting in a collective. So what a rank does alone is done under
+`Failure.caught`, and the next collective carries the news: all ranks raise that rank's error.
 """
 
 from __future__ import annotations
 
-import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,18 +22,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gramian import placement
 from gramian.batch import mapped, tensors
 from gramian.calls import wrappings
-from gramian.errors import TaskError, UnsupportedError
+from gramian.checkpoint.faults import first_line
+from gramian.errors import GramianError, TaskError, UnsupportedError, some
 from gramian.objective import Objective
-from gramian.placement.ranks import carrier
+from gramian.placement.ranks import carrier, raise_together
 from gramian.recording import evaluating
+from gramian.training.randomness import as_plain, restore_python, state_of_python
 from gramian.training.stream import checksum
 
 __all__ = [
+    "Failure",
     "add_gradients",
     "check_batch",
     "check_model",
+    "check_rows",
+    "exchanged",
     "first",
-    "first_ranks",
+    "has_rows",
+    "naming_the_lost",
     "random_states",
     "restore_random_state",
     "rows",
@@ -39,15 +50,81 @@ __all__ = [
 # Generous bound on the rounding of a float32 sum over a batch; a loss that is no sum over rows differs by far more.
 ROUNDING = 1e-3
 
+# How long ranks that noticed a loss wait for each other, to know who is missing.
+ANSWER_SECONDS = 3.0
+
 
 def first() -> bool:
     """Whether this is rank 0, which writes the files."""
     return placement.world().rank == 0
 
 
-def first_ranks(values: list[Any]) -> list[Any]:
-    """Return rank 0's values (numbers, strings, lists) on all ranks."""
-    return json.loads(placement.exchange(json.dumps(values))[0]) if placement.is_distributed() else values
+class Failure:
+    """The first exception on this rank since all ranks last agreed that there was none."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Keep an exception until `tell`, where there are other ranks; the code inside must not call collectives."""
+        if self.error is not None:
+            return
+        try:
+            yield
+        except Exception as error:
+            if not placement.is_distributed():
+                raise
+            self.error = error
+
+    def tell(self, failed: bool) -> None:
+        """Raise the failing rank's error on all ranks, if any `failed`, which all ranks know."""
+        if failed:
+            raise_together("train", self.error)
+
+
+def exchanged(facts: dict[str, Any], failure: Failure) -> list[dict[str, Any]]:
+    """Return the facts (JSON) of all ranks by rank; raise on all ranks where one has failed."""
+    if not placement.is_distributed():
+        return [facts]
+    found = placement.exchange_json(facts | {"failed": failure.error is not None})
+    failure.tell(any(other["failed"] for other in found))
+    return found
+
+
+@contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """A context that turns the error of a collective, which waited in vain, into one that names the missing ranks."""
+    try:
+        yield
+    except GramianError:
+        raise
+    except RuntimeError as error:
+        if not placement.is_distributed():
+            raise
+        raise TaskError(_lost(error)) from error
+
+
+def _lost(error: RuntimeError) -> str:
+    """Say which ranks do not answer: those that hang or are gone, since the others all come here within moments."""
+    rank, size = placement.world()
+    reason = "hangs" if "timed out" in str(error).lower() else "is gone"
+    answered = {rank}
+    try:
+        from torch.distributed import distributed_c10d
+
+        store = distributed_c10d._get_default_store()
+        store.set(f"gramian/train/here/{rank}", "1")
+        until = time.monotonic() + ANSWER_SECONDS
+        while len(answered) < size and time.monotonic() < until:
+            answered |= {r for r in range(size) if r not in answered and store.check([f"gramian/train/here/{r}"])}
+            time.sleep(0.05)
+    except (RuntimeError, ValueError):  # the process that held the store is gone
+        return f"train: rank {rank} of {size} lost the other ranks ({first_line(error)}). See their own errors"
+    lost = [f"rank {r}" for r in range(size) if r not in answered]
+    if not lost:
+        return f"train: a collective failed on rank {rank} of {size}: {first_line(error)}"
+    return f"train: {some(lost)} of {size} {reason}; the others waited in vain and end. See its last output"
 
 
 def check_model(model: nn.Module) -> None:
@@ -78,10 +155,38 @@ def same_weights_(model: nn.Module) -> None:
                 tensor.copy_(wire)
 
 
+def has_rows(batch: Any) -> bool:
+    """Whether this rank gets rows of the batch: the last ranks get none of a batch that is smaller than their number.
+
+    Such a rank takes no forward pass, and adds nothing to the sums.
+    """
+    rank, size = placement.world()
+    counts = [len(t) for t in tensors(batch) if t.ndim]
+    return size == 1 or not counts or min(counts) > rank
+
+
 def rows(batch: Any) -> Any:
     """Return this rank's rows of each tensor in the batch: every N-th, of N ranks."""
     rank, size = placement.world()
     return batch if size == 1 else mapped(batch, lambda t: t[slice(rank, None, size)], _not_rows)
+
+
+def check_rows(model: nn.Module, batch: Any) -> None:
+    """Raise where a batch has no rows that ranks can divide."""
+    if not placement.is_distributed():
+        return
+    counts = {len(t) if t.ndim else 0 for t in tensors(batch)}
+    num_ranks = placement.world().size
+    if len(counts) != 1 or min(counts) < 1:
+        raise UnsupportedError(
+            f"train: {num_ranks} ranks divide a batch by rows, but its tensors have {sorted(counts)} rows. Put the "
+            "samples in the first dimension, or train in one process"
+        )
+    if min(counts) < num_ranks and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise UnsupportedError(
+            f"train: a batch has {min(counts)} rows for {num_ranks} ranks, and SyncBatchNorm needs one on each. Leave "
+            "out the last, smaller batch (drop_last=True)"
+        )
 
 
 def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
@@ -90,19 +195,17 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
         return
     if len(set(placement.exchange(str(checksum(batch))))) > 1:
         raise TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
-    counts = {len(t) if t.ndim else 0 for t in tensors(batch)}
-    num_ranks = placement.world().size
-    if len(counts) != 1 or min(counts) < num_ranks:
-        raise UnsupportedError(
-            f"train: {num_ranks} ranks divide a batch by rows, but its tensors have {sorted(counts)} rows. Put the "
-            "samples in the first dimension, at least one for each rank, or train in one process"
-        )
-    share = rows(batch)
+    failure = Failure()
+    whole = units = parts = part_units = torch.zeros(())
     with evaluating(model), torch.no_grad():
-        whole, units = objective.loss(model, batch)
-        parts, part_units = sums(*objective.loss(model, share))
+        with failure.caught():
+            whole, units = objective.loss(model, batch, empty=True)
+        with failure.caught():
+            if has_rows(batch):
+                parts, part_units = objective.loss(model, rows(batch), empty=True)
+        parts, part_units = sums(parts, part_units, failure)
     same_units = torch.isclose(part_units.double(), units.double())
-    if not same_units or not torch.allclose(parts, whole, rtol=ROUNDING, atol=0, equal_nan=True):
+    if not same_units or not torch.allclose(parts.double(), whole.double(), rtol=ROUNDING, atol=0, equal_nan=True):
         raise UnsupportedError(
             f"train: the loss of a batch, {float(whole):.6g} over {float(units):g} units, is not the sum over its "
             f"rows, {float(parts):.6g} over {float(part_units):g}, so that ranks cannot divide it. Train in one "
@@ -110,41 +213,57 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
         )
 
 
-def sums(loss: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss, detached, and the number of units of the whole batch."""
+def sums(loss: Tensor, units: Tensor, failure: Failure, position: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+    """Return the loss, detached, and the number of units of the whole batch.
+
+    Raises on all ranks where one has failed, or where they are not at the same position (epoch, batch) in the stream.
+    """
     loss = loss.detach()
     if placement.is_distributed():
-        loss, units = loss.clone(), units.detach().clone()
-        placement.all_reduce_sum([loss, units])
-    return loss, units
+        failed = float(failure.error is not None)
+        own = [float(value) if not failed else 0.0 for value in (loss, units)]
+        place = (65_537 * position[0] + position[1]) % 2**20  # its square is exact
+        total = torch.tensor([*own, failed, place, place**2], dtype=torch.float64)
+        placement.all_reduce_sum([total])
+        failure.tell(bool(total[2] > 0))
+        if placement.world().size * total[4] != total[3] ** 2:  # equal numbers only
+            raise TaskError(
+                "train: the batches of an epoch ended on one rank earlier than on another. Give all ranks the same "
+                "batches; each takes its own rows of them"
+            )
+        return total[0].to(loss.device, loss.dtype), total[1].to(units.device, units.dtype)
+    return loss, units.detach()
 
 
-def add_gradients(model: nn.Module) -> None:
+def add_gradients(model: nn.Module, failure: Failure) -> None:
     """Add up the gradients over the ranks, in place; a missing gradient counts as zero."""
     if not placement.is_distributed():
         return
     params = [p for p in model.parameters() if p.requires_grad]
-    known = torch.tensor([p.grad is not None for p in params], dtype=torch.int64)
+    known = torch.tensor([failure.error is not None, *(p.grad is not None for p in params)], dtype=torch.int64)
     placement.all_reduce_sum([known])
-    used = [p for p, count in zip(params, known.tolist(), strict=True) if count]
+    failed, *counts = known.tolist()
+    failure.tell(failed > 0)
+    used = [p for p, count in zip(params, counts, strict=True) if count]
     for p in used:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     placement.all_reduce_sum([p.grad for p in used if p.grad is not None])
 
 
-def random_states(device: torch.device) -> list[dict[str, str]]:
-    """Return the states of each rank's global generators, as text."""
+def random_states(device: torch.device) -> list[dict[str, Any]]:
+    """Return the states of each rank's global generators, as text and numbers."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    own = {name: bytes(state.tolist()).hex() for name, state in states.items()}
-    return [json.loads(text) for text in placement.exchange(json.dumps(own))]
+    own: dict[str, Any] = {name: bytes(state.tolist()).hex() for name, state in states.items()}
+    return placement.exchange_json(own | {"python": as_plain(state_of_python())})
 
 
-def restore_random_state(states: list[dict[str, str]], device: torch.device) -> None:
+def restore_random_state(states: list[dict[str, Any]], device: torch.device) -> None:
     """Set this rank's global generators to their states from `random_states`."""
-    own = states[placement.world().rank]
+    own = dict(states[placement.world().rank])
+    restore_python(own.pop("python"))
     tensors = {name: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for name, text in own.items()}
     torch.set_rng_state(tensors["cpu"])
     if device.type == "cuda":

@@ -35,6 +35,8 @@ class Watched:
                 "speed": f"{four_digits(run.steps / run.seconds)} steps/s",
                 "rate": f"rate {four_digits(run.rate)}",
             }
+        if run.skipped:
+            numbers["skipped"] = f"{run.skipped:,} skipped"
         if share > 0:
             numbers["left"] = f"{_duration(run.seconds * (1 - share) / share)} left"
         self._watch.update(share, numbers)
@@ -68,10 +70,18 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
         table.add_row(*(Text(plain(part, 500)) for part in (name, text)))  # these may come from a file
     console.print(table, highlight=False)
     console.print()
-    if run.out is None:
+    if run.skipped:
+        console.print(f"{run.skipped:,} steps were skipped: the loss or a gradient was not finite.", highlight=False)
+    if run.stopped:
+        console.print(f"Stopped early: {plain(run.stopped)}.", markup=False, highlight=False)
+    if run.diverged:
+        console.print("The run diverged and is not finished; no model was written.", highlight=False)
+    elif run.out is None:
         console.print("The model was not saved; --out DIR saves it.", highlight=False)
     else:
-        console.print(f"Model: {run.out / MODEL}", markup=False, highlight=False, soft_wrap=True)  # one line, to copy
+        console.print(
+            f"Model: {plain(run.out / MODEL, 10_000)}", markup=False, highlight=False, soft_wrap=True
+        )  # one line, to copy
 
 
 def _measured(row: dict[str, float]) -> dict[str, float]:

@@ -1,31 +1,45 @@
-"""The folder of a run: the checkpoint and metrics while it trains, and the model when it is finished."""
+"""The folder of a run: checkpoints and metrics while it trains, and the model when it is finished."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import tempfile
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from gramian.block import blocks
-from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree
+from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree, verify_file
 from gramian.checkpoint.faults import plain
-from gramian.errors import CheckpointError, InputError
+from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.report import write_text
 from gramian.training.lock import locked
 
-__all__ = ["CHECKPOINT", "METRICS", "MODEL", "Folder", "read"]
+__all__ = ["CHECKPOINT", "FORMAT", "METRICS", "MODEL", "PREVIOUS", "Folder", "read"]
 
-CHECKPOINT, METRICS, MODEL = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors"
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+METRICS, MODEL = "metrics.jsonl", "model.safetensors"
+
+# Of checkpoints and finished runs; to be raised when their content changes so that an older one cannot be resumed.
+FORMAT = 2
 
 # Key in the metadata of a finished run's model, with the summary of `Folder.finish` as JSON.
 FINISHED = "gramian.run"
 
-# Temporary files, ours and safetensors' own, that a killed process leaves behind.
-HALF_WRITTEN = (*(f".{name}.*.tmp" for name in (CHECKPOINT, METRICS, MODEL)), ".tmp??????")
+# Temporary files of ours that a killed process leaves behind: those of `save_tensors` and of `write_text`.
+HALF_WRITTEN = re.compile(
+    rf"\.({'|'.join(map(re.escape, (CHECKPOINT, PREVIOUS, MODEL)))})\.\d+-[0-9a-f]{{8}}\.tmp"
+    rf"|\.{re.escape(METRICS)}\.[0-9a-f]{{12}}\.tmp"
+)
+
+# How each line of a run's metrics begins.
+FIRST_LINE = '{"step": '
 
 EVERY_SECONDS = 30.0
 
@@ -36,55 +50,89 @@ LARGEST_SHARE = 0.1
 class Folder:
     """A run's folder: `checkpoint.safetensors` while the run is unfinished, then `model.safetensors`; `metrics.jsonl`.
 
-    A checkpoint is one file, written atomically, and reading it executes nothing. When the run is finished,
-    `model.safetensors` replaces it, with a summary of the run in its metadata. Each evaluation adds a line to
+    A checkpoint is one file, written atomically, and reading it executes nothing. The one before is kept as
+    `checkpoint.previous.safetensors` until the next is written and verified. When the run is finished,
+    `model.safetensors` replaces both, with a summary of the run in its metadata. Each evaluation adds a line to
     `metrics.jsonl` at once; a resumed run drops the lines after its checkpoint and measures them again.
+
+    Nothing in the folder changes before the first step is taken, and no file that is not of a run ever does.
 
     Args:
         path: the folder, created if it is missing, and locked against other processes until `close`.
         identity: the settings that a run must share with a checkpoint to resume it, as text by name.
+        shown: the path as the user gave it, for messages.
     """
 
-    def __init__(self, path: Path, identity: dict[str, str]) -> None:
-        self.path, self.identity = path, identity
+    def __init__(self, path: Path, identity: dict[str, str], shown: Path | None = None) -> None:
+        self.path, self.identity, self.shown = path, identity, shown or path
+        self._made = [parent for parent in (path, *path.parents) if not parent.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / METRICS).touch()
-        except OSError as error:
-            raise InputError(f"train: cannot write to {path}: {error.strerror}. Choose another folder") from None
-        self._lock = locked(path)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except (OSError, ValueError) as error:
+            self._remove_made()
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError(f"train: cannot write to {self.shown}: {reason}. Choose another folder") from None
+        self._lock = locked(path, self.shown)
         self._kept_at, self._cost = time.perf_counter(), 0.0
+        self._torn = False  # whether a line of metrics could not be written
+        self.sound = True  # whether the checkpoint in the folder is whole, and worth keeping as the previous one
 
     def close(self) -> None:
-        """Release the folder for other processes."""
+        """Release the folder for other processes; it is removed if it was made for this run and nothing is in it."""
         self._lock.close()
+        self._remove_made()
 
     def open(self, *, resume: bool) -> None:
-        """Prepare the folder for a run: the one in it, with `resume`, or a new one.
+        """Check what is in the folder, for the run in it, with `resume`, or a new one.
 
-        Raises `InputError` where an unfinished run would be overwritten.
+        Raises `InputError` where an unfinished run, or a file that is not of a run, would be overwritten.
         """
-        for pattern in HALF_WRITTEN:
-            for left in self.path.glob(pattern):
+        for name in (MODEL, METRICS, CHECKPOINT, PREVIOUS):
+            if (self.path / name).is_symlink() or (self.path / name).exists():
+                _check_own(self.path / name, self.shown / name)
+        for left in self.path.iterdir():
+            if HALF_WRITTEN.fullmatch(left.name) and left.is_file():
                 left.unlink(missing_ok=True)
-        if not resume and (self.path / CHECKPOINT).exists():
+        if not resume and any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS)):
             raise InputError(
-                f"train: {self.path} holds an unfinished run. Resume it (resume=True, --resume), choose another "
+                f"train: {self.shown} holds an unfinished run. Resume it (resume=True, --resume), choose another "
                 f"folder, or delete {CHECKPOINT} there"
             )
-        if not resume or read(self.path, self.identity) is None:
-            # Delete an earlier run's model first, so that it is never mistaken for the new run's.
-            (self.path / MODEL).unlink(missing_ok=True)
-            self.write([])
+
+    def begin(self, history: list[dict[str, float]]) -> None:
+        """Make the folder the run's own, when its first step was taken: an earlier run's model goes."""
+        # Deleted first, so that it is never mistaken for the new run's.
+        (self.path / MODEL).unlink(missing_ok=True)
+        self.write(history)
 
     def write(self, history: list[dict[str, float]]) -> None:
-        """Rewrite `metrics.jsonl`."""
-        write_text(self.path / METRICS, "".join(map(_line, history)))
+        """Rewrite `metrics.jsonl`, unless it is as it should be."""
+        text = "".join(map(_line, history))
+        with suppress(OSError, ValueError):
+            if (self.path / METRICS).read_text(encoding="utf-8") == text:
+                return
+        write_text(self.path / METRICS, text)
 
-    def append(self, row: dict[str, float]) -> None:
-        """Append an evaluation to `metrics.jsonl`."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+    def append(self, history: list[dict[str, float]]) -> None:
+        """Append the last evaluation to `metrics.jsonl`. Where that fails, the next one writes all lines again."""
+        try:
+            if self._torn:
+                self.write(history)
+            else:
+                with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                    file.write(_line(history[-1]))
+            self._torn = False
+        except (OSError, InputError) as error:
+            if not self._torn:
+                warnings.warn(
+                    f"train: {METRICS} could not be written ({getattr(error, 'strerror', None) or error}); it is "
+                    "tried again at the next evaluation",
+                    GramianWarning,
+                    stacklevel=4,
+                )
+            self._torn = True
 
     def due(self, *, evaluated: bool) -> bool:
         """Whether to write a checkpoint: after an evaluation or half a minute, unless that would cost too much time."""
@@ -92,30 +140,60 @@ class Folder:
         return (evaluated or since >= EVERY_SECONDS) and since * LARGEST_SHARE >= self._cost
 
     def keep(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; the one before stays until this one is written and verified."""
         begin = time.perf_counter()
-        save_tree(self.path / CHECKPOINT, {"identity": self.identity, **state})
+        content = {"format": FORMAT, "identity": self.identity, **state}
+        save_tree(self.path / CHECKPOINT, content, previous=self.path / PREVIOUS if self.sound else None)
+        self.sound = True
         self._kept_at = time.perf_counter()
         self._cost = self._kept_at - begin
 
-    def finish(self, model: nn.Module, summary: dict[str, Any]) -> None:
-        """Write the model and the summary of its run, and remove the checkpoint."""
-        text = json.dumps({"identity": self.identity, **summary})
+    def finish(self, model: nn.Module, summary: dict[str, Any], history: list[dict[str, float]]) -> None:
+        """Write the model and the summary of its run, verify it, and remove the checkpoints."""
+        if self._torn:
+            self.write(history)
+        text = json.dumps({"format": FORMAT, "identity": self.identity, **summary})
         tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
         about = {"gramian.task": self.identity["task"], FINISHED: text} | blocks(model).metadata()
         save_tensors(self.path / MODEL, tensors, about)
-        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        verify_file(self.path / MODEL)
+        for name in (CHECKPOINT, PREVIOUS):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _remove_made(self) -> None:
+        for made in self._made:
+            with suppress(OSError):  # it is not empty
+                made.rmdir()
 
 
-def read(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
+def _check_own(path: Path, shown: Path) -> None:
+    """Raise `InputError` where a file has the name of one of a run's, and is not one."""
+    own = path.is_file() and not path.is_symlink()
+    if own and path.name == METRICS:
+        with path.open("rb") as file:
+            start = file.read(len(FIRST_LINE))
+        own = FIRST_LINE.encode().startswith(start)
+    elif own and path.name == MODEL:
+        try:
+            own = FINISHED in load_tensors(path, verify=False)[1]
+        except CheckpointError:
+            own = False
+    if not own:
+        raise InputError(
+            f"train: {shown} is not from a run of gramian, and would be overwritten. Move it, or choose another folder"
+        )
+
+
+def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dict[str, Any] | None:
     """Return the state of the run in a folder, whose key `finished` says whether it is done; `None` if there is no run.
 
+    Where the last checkpoint is damaged, it is that of the one before, and the key `damage` says why.
     Raises `InputError`, which names what differs, where the run has other settings.
     """
-    finished = not (path / CHECKPOINT).exists()
-    if not finished:
-        state = load_tree(path / CHECKPOINT)
-    else:
+    shown = shown or path
+    state, damage = _last_checkpoint(path)
+    finished = state is None
+    if finished:
         text = load_tensors(path / MODEL)[1].get(FINISHED) if (path / MODEL).exists() else None
         if text is None:
             return None
@@ -124,18 +202,37 @@ def read(path: Path, identity: dict[str, str]) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             state = None
     if not isinstance(state, dict) or not isinstance(saved := state.get("identity"), dict):
-        raise CheckpointError(f"{path}: these files are not from a run of gm.train. Choose another folder")
+        raise CheckpointError(f"{shown}: these files are not from a run of gm.train. Choose another folder")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{shown}: a run of format {plain(state.get('format', 1))}; this version of gramian reads {FORMAT}. Go on "
+            "with the version that began it, or choose another folder"
+        )
     differing = [
-        f"{name} {plain(saved.get(name, 'unknown'))}, not {own}"
+        f"{name} {plain(saved.get(name, 'unknown'), 1000)}, not {own}"
         for name, own in identity.items()
         if saved.get(name) != own
     ]
     if differing:
         raise InputError(
-            f"train: cannot resume, the run in {path} is of {'; '.join(differing)}. Give the settings that it began "
+            f"train: cannot resume, the run in {shown} is of {'; '.join(differing)}. Give the settings that it began "
             "with, or choose another folder"
         )
-    return state | {"finished": finished}
+    return state | {"finished": finished, "damage": damage}
+
+
+def _last_checkpoint(path: Path) -> tuple[Any, str]:
+    """The content of the last checkpoint that is whole, and what is wrong with a later one; `None` without any."""
+    damage: CheckpointError | None = None
+    for name in (CHECKPOINT, PREVIOUS):
+        if (path / name).exists():
+            try:
+                return load_tree(path / name), "" if damage is None else str(damage)
+            except CheckpointError as error:
+                damage = damage or error
+    if damage is not None:
+        raise damage
+    return None, ""
 
 
 def _line(row: dict[str, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from pathlib import Path
 
 from gramian.errors import InputError
@@ -21,6 +22,7 @@ class Lock:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        _HELD.add(self)
 
     def close(self) -> None:
         """Release the lock."""
@@ -29,7 +31,20 @@ class Lock:
             self._descriptor = -1
 
 
-def locked(folder: Path) -> Lock:
+_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for lock in list(_HELD):
+        lock.close()
+
+
+# A forked process, such as a DataLoader's worker, shares the lock, and may live on when this one is killed.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+def locked(folder: Path, shown: Path | None = None) -> Lock:
     """Lock a folder; raises `InputError` where another process has it. Without effect on file systems without locks.
 
     The kernel holds the lock, on the folder itself, so that a killed process leaves no lock file behind.
@@ -42,6 +57,8 @@ def locked(folder: Path) -> Lock:
     except OSError as error:
         os.close(descriptor)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise InputError(f"train: another process is training in {folder}. Wait for it, or stop it") from None
+            raise InputError(
+                f"train: another process is training in {shown or folder}. Wait for it, or stop it"
+            ) from None
         return Lock(-1)
     return Lock(descriptor)

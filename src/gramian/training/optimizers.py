@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from gramian.errors import GramianWarning, InputError
+from gramian.block import blocks
+from gramian.errors import GramianWarning, InputError, TaskError
+from gramian.optim.proximal import Proximal
 from gramian.optim.registry import OPTIMIZERS, known_name
+from gramian.optim.shell import MatrixOptimizer
+from gramian.prox import Penalty
+from gramian.training.options import Options, penalty
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "skips_itself"]
 
 
 class Choice(NamedTuple):
@@ -24,15 +30,56 @@ class Choice(NamedTuple):
     make: Callable[[nn.Module], torch.optim.Optimizer]
 
 
-def choose(optimizer: str | Callable[[nn.Module], torch.optim.Optimizer], lr: float | None) -> Choice:
+def choose(optimizer: str | Callable[[nn.Module], torch.optim.Optimizer], lr: float | None, options: Options) -> Choice:
     """The optimizer of a name, at its usual rate where `lr` is `None`; or the function that was given."""
     if callable(optimizer):
         if lr is not None:
             warnings.warn("train: lr is ignored, since the optimizer is a function", GramianWarning, stacklevel=3)
-        return Choice(getattr(optimizer, "__qualname__", type(optimizer).__qualname__), None, optimizer)
+        return Choice(
+            getattr(optimizer, "__qualname__", type(optimizer).__qualname__),
+            None,
+            lambda model: _completed(optimizer(model), model, options),
+        )
     name = known_name("train", optimizer, "a function of the model")
     if lr is not None and not 0 <= lr < math.inf:
         raise InputError(f"train: lr must be zero or a positive number, got {lr}")
     entry = OPTIMIZERS[name]
     rate = entry.lr if lr is None else lr
-    return Choice(name, rate, lambda model: entry.make(model, rate))
+    return Choice(name, rate, lambda model: _completed(entry.make(model, rate), model, options))
+
+
+def skips_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer leaves a parameter as it is where its gradient is not finite."""
+    return isinstance(optimizer.base if isinstance(optimizer, Proximal) else optimizer, MatrixOptimizer)
+
+
+def _completed(optimizer: Any, model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """The optimizer with the weight decay and the penalty of the options."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TaskError(
+            f"train: optimizer(model) must return a torch.optim.Optimizer, got a {type(optimizer).__name__}"
+        )
+    if options.weight_decay is not None:
+        for group in optimizer.param_groups:
+            if "weight_decay" not in group:
+                raise InputError(f"train: {type(optimizer).__name__} has no weight decay; use regularize l2 instead")
+            group["weight_decay"] = options.weight_decay
+    found = penalty(options.regularize)
+    return optimizer if found is None else _proximal(optimizer, model, found)
+
+
+def _proximal(optimizer: torch.optim.Optimizer, model: nn.Module, found: Penalty) -> Proximal:
+    """The optimizer with the proximal map of a penalty on every parameter that holds matrices."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group.setdefault("param_names", [names.get(p, "") for p in group["params"]])
+    matrices = {block.parameter for block in blocks(model).blocks}
+    patterns = [
+        glob.escape(name)
+        for group in optimizer.param_groups
+        for p, name in zip(group["params"], group["param_names"], strict=True)
+        if p in matrices and name
+    ]
+    if not patterns:
+        raise InputError("train: regularize acts on matrices, and none of the optimizer's parameters holds one")
+    return Proximal(optimizer, dict.fromkeys(patterns, found), model=model)

@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 
 from gramian.errors import InputError
 from gramian.training.task import Run
 
-__all__ = ["NUM_EVALUATIONS", "WARMUP_STEPS", "Schedule", "as_budget"]
+__all__ = ["NUM_EVALUATIONS", "SCHEDULES", "WARMUP_STEPS", "Schedule", "as_budget"]
 
 # Evaluations in a run, evenly spread over its budget.
 NUM_EVALUATIONS = 20
 
 WARMUP_STEPS = 10
+
+# "step" and "plateau" divide the rate by these, "exponential" ends at its share of the rate.
+STEP_FACTOR, PLATEAU_FACTOR, EXPONENTIAL_END = 0.1, 0.5, 0.01
+
+# Evaluations without a smaller training loss after which "plateau" lowers the rate.
+PLATEAU_EVALUATIONS = 2
+
+
+def _plateaus(share: float, losses: Sequence[float]) -> float:
+    """A factor for each time that the loss of the last evaluations was no better than the best before."""
+    factor, best, waited = 1.0, math.inf, 0
+    for loss in losses:
+        waited = 0 if loss < best else waited + 1
+        best = min(best, loss) if math.isfinite(loss) else best
+        if waited == PLATEAU_EVALUATIONS:
+            factor, waited = factor * PLATEAU_FACTOR, 0
+    return factor
+
+
+# The factor of the learning rate after the warm-up, by the share of the budget that is spent and the training losses at
+# the evaluations so far. Pure functions: a resumed run has nothing to restore.
+SCHEDULES: dict[str, Callable[[float, Sequence[float]], float]] = {
+    "linear": lambda share, losses: 1 - share,
+    "constant": lambda share, losses: 1.0,
+    "cosine": lambda share, losses: (1 + math.cos(math.pi * share)) / 2,
+    "step": lambda share, losses: STEP_FACTOR ** min(2, math.floor(3 * share + 1e-9)),
+    "exponential": lambda share, losses: EXPONENTIAL_END**share,
+    "plateau": _plateaus,
+}
 
 
 def as_budget(steps: int | None, epochs: int | None, seconds: float | None) -> tuple[str, float]:
@@ -25,14 +55,34 @@ def as_budget(steps: int | None, epochs: int | None, seconds: float | None) -> t
     ((kind, amount),) = given.items()
     if not amount > 0:
         raise InputError(f"train: {kind} must be positive, got {amount}")
+    if not math.isfinite(amount):
+        raise InputError(f"train: {kind} must be finite, got {amount}. To train until you stop it, give a large number")
     return kind, amount
 
 
 class Schedule:
-    """A run's budget, learning rate, and times of evaluation."""
+    """A run's budget, learning rate, and times of evaluation.
 
-    def __init__(self, kind: str, amount: float, optimizer: torch.optim.Optimizer) -> None:
+    Args:
+        kind, amount: the budget.
+        optimizer: its groups' rates are those that the schedule multiplies.
+        name: of `SCHEDULES`.
+        warmup: steps over which the rate rises at the beginning.
+        accumulate: batches in a step.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        amount: float,
+        optimizer: torch.optim.Optimizer,
+        *,
+        name: str = "linear",
+        warmup: int = WARMUP_STEPS,
+        accumulate: int = 1,
+    ) -> None:
         self.kind, self.amount, self.optimizer = kind, amount, optimizer
+        self.factor, self.warmup, self.accumulate = SCHEDULES[name], warmup, accumulate
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.batches_per_epoch = 0
         self.evaluations = 0
@@ -41,12 +91,20 @@ class Schedule:
         """Return the share of the budget that is spent; 1 at the end."""
         if self.kind == "seconds":
             return min(1.0, run.seconds / self.amount)
-        total = self.amount * self.batches_per_epoch if self.kind == "epochs" else self.amount
+        total = self.amount * self.batches_per_epoch / self.accumulate if self.kind == "epochs" else self.amount
         return min(1.0, run.steps / math.ceil(total)) if run.steps else 0.0
+
+    def num_batches(self, run: Run) -> int:
+        """Return how many batches the next step takes: fewer where an epoch's end is that of the budget."""
+        if self.kind != "epochs" or not self.batches_per_epoch:
+            return self.accumulate
+        left = math.ceil(self.amount * self.batches_per_epoch) - run.steps * self.accumulate
+        return max(1, min(self.accumulate, left))
 
     def set_rates(self, run: Run) -> None:
         """Set each group's learning rate for the next step."""
-        factor = min(1.0, (run.steps + 1) / WARMUP_STEPS) * (1 - self.share(run))
+        factor = min(1.0, (run.steps + 1) / self.warmup) if self.warmup else 1.0
+        factor *= self.factor(self.share(run), [row["loss"] for row in run.history])
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         run.rate = run.lr * factor

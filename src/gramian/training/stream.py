@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gramian.batch import fields
 from gramian.errors import GramianWarning, TaskError
+from gramian.training.randomness import Own, as_plain, restore_python, state_of_python
 from gramian.training.task import Task, calling
 
 __all__ = ["Stream"]
@@ -24,8 +25,9 @@ class Stream:
 
     A saved position has the states of the generators at the beginning of the epoch. To restore it, the epoch is started
     again, and the batches that were taken are drawn and dropped. That is exact where the batches of an epoch depend
-    only on its number and the generator, or on the global generator's state when the epoch begins, as in a `DataLoader`
-    without a generator. If the last batch differs from the saved one, a `GramianWarning` says so.
+    only on its number, the generator, and the global generators of torch, Python and numpy; torch's has a state of its
+    own here, and the model should draw from no other. If the last batch differs from the saved one, a `GramianWarning`
+    says so.
 
     Args:
         task: where the batches come from.
@@ -35,6 +37,8 @@ class Stream:
 
     def __init__(self, task: Task, generator: torch.Generator, *, counted: bool) -> None:
         self.task, self.generator, self.counted = task, generator, counted
+        # On all ranks the same: of the seed.
+        self._own = Own(torch.Generator().manual_seed(generator.initial_seed()).get_state())
         self.epoch = self.taken = self.length = 0
         self._began = self._now()
         self._batches: Iterator[Any] | None = None
@@ -56,22 +60,23 @@ class Stream:
 
     def state(self) -> dict[str, Any]:
         """Return the position, for `restore`."""
-        generator, shared = self._began
+        generator, shared, python = self._began
         return {
             "epoch": self.epoch,
             "taken": self.taken,
             "length": self.length,
             "generator": generator,
             "global": shared,
+            "python": as_plain(python),
             "last": checksum(self._last),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a saved position. The global generator is left as it was."""
+        """Go back to a saved position. Python's and numpy's generators are then where the batches left them."""
         self.epoch, self.taken, self.length = state["epoch"], state["taken"], state["length"]
-        now = torch.get_rng_state()
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["global"])
+        self._own.state = state["global"]
+        restore_python(state["python"])
         self._batches = self._begin()
         for number in range(self.taken):
             if (batch := self._next()) is END:
@@ -80,18 +85,17 @@ class Stream:
                     f"{self.taken} were taken before. Resume with the data that the run began with"
                 )
             self._last = batch
-        torch.set_rng_state(now)
         if checksum(self._last) != state["last"]:
             warnings.warn(
                 f"task {self.task.name!r}: train_batches({self.epoch}, generator) gave other batches than before: the "
                 "run continues, but not exactly. Draw everything random in the batches from the generator",
                 GramianWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _begin(self) -> Iterator[Any]:
         self._began = self._now()
-        with calling(self.task, f"train_batches({self.epoch}, generator)"):
+        with calling(self.task, f"train_batches({self.epoch}, generator)"), self._own:
             batches = self.task.train_batches(self.epoch, self.generator)
             if isinstance(batches, Iterator) and batches is self._given:
                 raise TaskError(
@@ -106,11 +110,11 @@ class Stream:
 
     def _next(self) -> Any:
         assert self._batches is not None
-        with calling(self.task, f"train_batches({self.epoch}, generator)"):
+        with calling(self.task, f"train_batches({self.epoch}, generator)"), self._own:
             return next(self._batches, END)
 
-    def _now(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.generator.get_state(), torch.get_rng_state()
+    def _now(self) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, Any]]:
+        return self.generator.get_state(), self._own.state, state_of_python()
 
 
 def checksum(batch: Any) -> int:

@@ -21,6 +21,12 @@ __all__ = ["Run", "Task", "as_task", "calling", "described"]
 
 LIBRARY = str(Path(__file__).parents[1])
 
+STDLIB = str(Path(traceback.__file__).parent)
+
+PACKAGES = {"site-packages", "dist-packages"}
+
+LONGEST = 500  # characters of an error's message
+
 
 @dataclass(frozen=True)
 class Task:
@@ -33,6 +39,8 @@ class Task:
             Or what gives them in every epoch: a `DataLoader` or a list.
         evaluate: `evaluate(model) -> {"accuracy": …}` returns held-out numbers by name.
         name: for reports.
+        source: what tells the task from others when a run is resumed, as its file's path and function; by default its
+            name.
     """
 
     model: Callable[[], nn.Module]
@@ -40,6 +48,7 @@ class Task:
     train_batches: Callable[[int, torch.Generator], Iterable[Any]]
     evaluate: Callable[[nn.Module], dict[str, float]]
     name: str = "task"
+    source: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module) or not callable(self.model):
@@ -80,13 +89,15 @@ class Run:
             the last row), and the task's numbers.
         steps: steps taken.
         seconds: time of training alone.
-        diverged: whether the loss stopped being finite.
+        diverged: whether the loss stopped being finite, so that the run is not finished.
         out: the folder it was written to.
         optimizer: name of the optimizer.
         lr: its learning rate.
         rate: the learning rate of the last step.
         init: what was done to the model's own initialization, and why.
         resumed: the step at which the run was resumed; 0 if it was not.
+        skipped: steps that were skipped, since the loss or a gradient was not finite.
+        stopped: why the run ended before its budget; empty if it did not.
     """
 
     model: nn.Module
@@ -100,6 +111,8 @@ class Run:
     rate: float = 0.0
     init: str = ""
     resumed: int = 0
+    skipped: int = 0
+    stopped: str = ""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -154,13 +167,27 @@ def calling(task: Task, function: str) -> Iterator[None]:
 
 
 def described(error: BaseException, path: str | None = None) -> str:
-    """Return the error's type, its message, and the line of the user's file where it occurred.
+    """Return the error's type, its message, and the file and line where the user's code raised or called what did.
 
-    The file is `path`, or the first one in the traceback that is not of this library.
+    That is the innermost line in the file `path`, or in any that is neither of this library nor installed.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    if path is None:
-        path = next((frame.filename for frame in frames if not frame.filename.startswith(LIBRARY)), "")
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}" + (f" (line {lines[-1]})" if lines else "")
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:  # the error is where the parser was
+        frames.append(traceback.FrameSummary(error.filename, error.lineno, ""))
+    own = [frame for frame in frames if frame.filename == path or not _is_installed(frame.filename)]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {_one_line(error)}{place}"
+
+
+def _one_line(error: BaseException) -> str:
+    """The message without line breaks; of an exception in a DataLoader's worker, its last line and not the trace."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1]
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a file is of this library, of Python's own, or of an installed package."""
+    return file.startswith((LIBRARY, STDLIB, "<frozen")) or not PACKAGES.isdisjoint(Path(file).parts)

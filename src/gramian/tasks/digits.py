@@ -1,25 +1,20 @@
-"""Built-in tasks on real data, and tasks from a user's file."""
+"""scikit-learn's handwritten digits, with a network that is hard to train because of its depth."""
 
 from __future__ import annotations
 
-import ast
-import runpy
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gramian.errors import GramianError, InputError, TaskError
+from gramian.errors import InputError, TaskError
 from gramian.objective import Objective
 from gramian.training import Task
-from gramian.training.task import described
 
-__all__ = ["TASKS", "Digits", "digits", "load", "plain_tanh_network"]
+__all__ = ["Digits", "digits", "plain_tanh_network"]
 
 HELD_OUT = 0.3
 BATCH_SIZE = 128
@@ -130,84 +125,72 @@ def digits(*, depth: int = 100, classes: int = 2, seed: int = 0) -> Task:
     )
 
 
-TASKS: dict[str, Callable[[], Task]] = {
-    "digits": digits,
-    "digits-10": partial(digits, classes=10),
-}
-
-
-def load(spec: str, *, write: str = "{}") -> Task:
-    """Return a built-in task by name, or a task from a file: `path/file.py:function`, which returns a `gm.Task`.
-
-    The file is run like a program, and can import modules beside it. A task without a name is named after its file and
-    function.
+def digits_cnn(*, seed: int = 0) -> Task:
+    """Return a task of images: which handwritten digit, with two convolutions and a linear layer.
 
     Args:
-        spec: a key of `TASKS`, or `path/file.py:function`.
-        write: for errors: how a spec is written, as in "gramian train {}".
+        seed: of the split.
+    Returns: the task, whose batches are images `(B, 1, 8, 8)`.
+    Raises:
+        TaskError: scikit-learn is not installed.
+    Cost: reading the digits, a tenth of a second.
+    Source: scikit-learn's `load_digits`.
+
+    >>> digits_cnn().batches(1)[0][0].shape
+    torch.Size([128, 1, 8, 8])
+    """
+    data = Digits.load(classes=10, seed=seed)
+    images = Digits(data.x_train.view(-1, 1, 8, 8), data.y_train, data.x_test.view(-1, 1, 8, 8), data.y_test)
+    return Task(_convolutional, Objective.classification(), images.batches, images.evaluate, name="digits-cnn")
+
+
+def _convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 10),
+    )
+
+
+def autoencoder(*, dim: int = 8, seed: int = 0) -> Task:
+    """Return a task of compression: digits are to be rebuilt from a few numbers.
+
+    The evaluation tells the share of the variance of held-out digits that is left unexplained, and for comparison that
+    of as many principal components of the training digits, the best linear map of this kind.
+
+    Args:
+        dim: how many numbers.
+        seed: of the split.
     Returns: the task.
     Raises:
-        TaskError: there is no such task, or its function failed; the message has the line.
-    Cost: that of running the file.
-    Source: this library's own.
+        InputError: `dim` is not between 1 and 64.
+        TaskError: scikit-learn is not installed.
+    Cost: reading the digits, and a singular value decomposition of 1,257 × 64.
+    Source: Hinton & Salakhutdinov, Science 313 (2006).
 
-    >>> load("digits-10").name
-    'digits-10'
+    >>> sorted(autoencoder().evaluate(nn.Identity()))
+    ['pca_unexplained', 'unexplained']
     """
-    if spec in TASKS:
-        return TASKS[spec]()
-    path, colon, function = spec.rpartition(":")
-    if spec.endswith(".py"):
-        raise TaskError(_without_function(spec, write))
-    if not colon or not path.endswith(".py"):
-        raise TaskError(f"no task is named {spec!r}; built in: {', '.join(TASKS)}; or give path/file.py:function")
-    if not Path(path).is_file():
-        raise TaskError(f"task file {path} does not exist")
-    folder = str(Path(path).resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        scope = runpy.run_path(path)
-        if not callable(scope.get(function)):
-            names = [k for k, v in scope.items() if callable(v) and not k.startswith("_") and not isinstance(v, type)]
-            raise TaskError(f"{path} has no function {function!r}; it defines {', '.join(names) or 'none'}")
-        task = scope[function]()
-    except GramianError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise TaskError(f"task {spec} raised {described(error, path)}") from error
-    if not isinstance(task, Task):
-        model = ". Put the model into one: gm.Task(lambda: model, objective, train_loader, evaluate)"
-        raise TaskError(
-            f"task {spec} returned {type(task).__name__}; wanted a gm.Task{model * isinstance(task, nn.Module)}"
-        )
-    return task if task.name != Task.name else replace(task, name=f"{Path(path).name}:{function}")
+    if not 1 <= dim <= 64:
+        raise InputError(f"autoencoder: dim must be between 1 and 64, got {dim}")
+    data = Digits.load(classes=10, seed=seed)
+    mean = data.x_train.mean(0)
+    basis = torch.linalg.svd(data.x_train - mean, full_matrices=False).Vh[:dim]
+    rebuilt = mean + (data.x_test - mean) @ basis.T @ basis
+    variance = (data.x_test - mean).square().sum()
 
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        outputs = {"unexplained": model(data.x_test), "pca_unexplained": rebuilt}
+        return {name: float((output - data.x_test).square().sum() / variance) for name, output in outputs.items()}
 
-def _without_function(path: str, write: str) -> str:
-    """The error for a file whose function was not named: those that may return a task, read without running it."""
-    if not Path(path).is_file():
-        return f"task file {path} does not exist"
-    try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
-    except (SyntaxError, UnicodeDecodeError) as error:
-        return f"task file {path} is not Python: {described(error, path)}"
-    functions = [f for f in tree.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")]
-    free = [f for f in functions if len(f.args.defaults) >= len(f.args.posonlyargs + f.args.args) and not _wants(f)]
-    likely = [f.name for f in free if _names_task(f)] or [f.name for f in free]
-    if len(likely) == 1:
-        return f"{path} is a file; name its function that returns the task: {write.format(f'{path}:{likely[0]}')}"
-    known = f"one of {', '.join(likely)}, as in {write.format(f'{path}:{likely[0]}')}" if likely else "but it has none"
-    return f"{path} is a file; name its function that returns the task: {known}"
+    def batches(epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor]]:
+        return ((x,) for x, _ in data.batches(epoch, generator))
 
+    def model() -> nn.Module:
+        layers = [nn.Linear(64, 64), nn.GELU(), nn.Linear(64, dim), nn.Linear(dim, 64), nn.GELU(), nn.Linear(64, 64)]
+        return nn.Sequential(*layers)
 
-def _wants(function: ast.FunctionDef) -> bool:
-    """Whether a keyword-only argument has no default."""
-    return None in function.args.kw_defaults
-
-
-def _names_task(function: ast.FunctionDef) -> bool:
-    """Whether a function returns a `Task` by its annotation, or makes one."""
-    makes = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
-    found = [node for node in (function.returns, *makes) if node is not None]
-    return any(ast.unparse(node).strip("'").split(".")[-1] == "Task" for node in found)
+    return Task(model, Objective.reconstruction(), batches, evaluate, name="autoencoder")

@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM during a run: it ends after the step that it is in, so that it can be kept."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+__all__ = ["Interrupts"]
+
+HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """A context that notes Ctrl-C and SIGTERM instead of ending the process; a second one ends it at once.
+
+    A signal for which the program has a handler of its own is left alone, and so are all of them outside the main
+    thread, where Python has no handlers.
+
+    Args:
+        active: whether to note signals at all.
+
+    >>> with Interrupts() as interrupts:
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     interrupts.received == signal.SIGTERM
+    True
+    """
+
+    def __init__(self, *, active: bool = True) -> None:
+        self.active, self.received = active, 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if self.active and threading.current_thread() is threading.main_thread():
+            for number in HANDLED:
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            self.end(number)
+        self.received = number
+
+    @staticmethod
+    def end(number: int) -> None:
+        """Raise what a signal stands for: `KeyboardInterrupt` for Ctrl-C, else an exit with 128 and its number."""
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)

@@ -1,0 +1,111 @@
+"""The options of a run beside its optimizer: schedule, regularization, clipping, accumulation, averaging, stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from gramian.errors import InputError
+from gramian.prox import L1, L2, ElasticNet, Nuclear, Orthogonal, Penalty, SpectralNorm
+from gramian.training.augmentation import check as check_augmentation
+from gramian.training.schedule import SCHEDULES, WARMUP_STEPS
+
+__all__ = ["PENALTIES", "PRECISIONS", "Options", "best_row", "penalty"]
+
+PENALTIES: dict[str, Callable[[float], Penalty]] = {
+    "l1": L1,
+    "l2": L2,
+    "nuclear": Nuclear,
+    "spectral": SpectralNorm,
+    "orthogonal": Orthogonal,
+}
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `train` by the same names, checked."""
+
+    schedule: str = "linear"
+    warmup: int = WARMUP_STEPS
+    weight_decay: float | None = None
+    regularize: Mapping[str, float] = field(default_factory=dict)
+    clip: float | None = None
+    accumulate: int = 1
+    precision: str = "float32"
+    ema: float | None = None
+    augment: Mapping[str, float] = field(default_factory=dict)
+    best: str | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("precision", self.precision, PRECISIONS)
+        _check("warmup", self.warmup, self.warmup >= 0, "a number of steps, zero or more")
+        _check("accumulate", self.accumulate, self.accumulate >= 1, "a number of batches, at least 1")
+        for name, value in (("clip", self.clip), ("patience", self.patience)):
+            _check(name, value, value is None or 0 < value < math.inf, "a positive number")
+        decay = self.weight_decay
+        _check("weight_decay", decay, decay is None or 0 <= decay < math.inf, "zero or a positive number")
+        _check("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1, as 0.999")
+        for name, strength in self.regularize.items():
+            _one_of("regularize", name, PENALTIES)
+            _check(f"regularize {name}", strength, 0 <= strength < math.inf, "zero or a positive number")
+        penalty(self.regularize)
+        check_augmentation(self.augment)
+        if self.best is not None and self.best.partition(":")[0] not in ("max", "min"):
+            raise InputError(f"train: best must be max:NAME or min:NAME, as in max:accuracy; got {self.best!r}")
+        if self.patience is not None and self.best is None:
+            raise InputError("train: patience needs best=, the number that is to improve, as in best='max:accuracy'")
+
+    def identity(self) -> dict[str, str]:
+        """Return what differs from the defaults, as text by name, for a run's identity."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: _text(value) for name, value in found.items() if value != getattr(Options(), name)}
+
+
+def penalty(strengths: Mapping[str, float]) -> Penalty | None:
+    """Return the one penalty that these strengths stand for: L1 and L2 together are an elastic net."""
+    names = set(strengths)
+    if names == {"l1", "l2"}:
+        return ElasticNet(strengths["l1"], strengths["l2"])
+    if len(names) > 1:
+        raise InputError(
+            f"train: regularize takes one penalty, or l1 and l2 together; got {', '.join(strengths)}. Their joint "
+            "proximal map is not known in closed form"
+        )
+    return next((PENALTIES[name](strength) for name, strength in strengths.items()), None)
+
+
+def best_row(best: str, history: list[dict[str, float]]) -> tuple[int, int]:
+    """Return the index of the best row of a history, and how many rows have come since.
+
+    Raises `InputError` where the rows lack the number.
+    """
+    direction, _, name = best.partition(":")
+    if history and name not in history[-1]:
+        known = ", ".join(key for key in history[-1] if key not in ("step", "seconds"))
+        raise InputError(f"train: best is {best!r}, but an evaluation has no {name!r}; it has {known}")
+    sign = 1 if direction == "max" else -1
+    values = [sign * row[name] if math.isfinite(row[name]) else -math.inf for row in history]
+    index = max(range(len(values)), key=lambda i: (values[i], -i))  # the first of equals
+    return index, len(values) - 1 - index
+
+
+def _one_of(name: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise InputError(f"train: {name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def _check(name: str, value: Any, right: bool, wanted: str) -> None:
+    if not right:
+        raise InputError(f"train: {name} must be {wanted}; got {value}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={float(strength):g}" for name, strength in value.items())
+    return f"{value}"

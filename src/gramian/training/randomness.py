@@ -1,0 +1,75 @@
+"""The global generators of a run: torch's, Python's and numpy's, seeded, saved, restored and given back.
+
+The batches draw from a state of torch's generator that is their own (`Own`), so that what the model draws, as dropout
+does, has no influence on the data, and a resumed run can draw the same batches again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Own", "as_plain", "restore_python", "seeded", "state_of_python"]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch (the CPU's and those of GPUs in use), Python and numpy; then restore them."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    before = state_of_python()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that tasks draw from
+        try:
+            yield
+        finally:
+            restore_python(before)
+
+
+def state_of_python() -> tuple[Any, Any]:
+    """The states of Python's and numpy's global generators."""
+    return random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def as_plain(state: tuple[Any, Any]) -> list[Any]:
+    """A state of `state_of_python` as numbers and text, for a file."""
+    (version, numbers, gauss), (kind, keys, place, has_gauss, cached) = state
+    own = [str(kind), [int(key) for key in keys], int(place), int(has_gauss), float(cached)]
+    return [[version, list(numbers), gauss], own]
+
+
+def restore_python(state: tuple[Any, Any] | list[Any]) -> None:
+    """Set Python's and numpy's global generators to a state of `state_of_python`, or of `as_plain`."""
+    (version, numbers, gauss), (kind, keys, place, has_gauss, cached) = state
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), place, has_gauss, cached))  # noqa: NPY002
+
+
+class Own:
+    """A context in which torch's global generator (the CPU's) goes on from a state of its own.
+
+    >>> own = Own(torch.get_rng_state())
+    >>> with own:
+    ...     first = torch.rand(1)
+    >>> torch.equal(first, torch.rand(1))  # outside, it goes on as if nothing had been drawn
+    True
+    """
+
+    def __init__(self, state: Tensor) -> None:
+        self.state = state
+
+    def __enter__(self) -> Own:
+        self._outside = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.state = torch.get_rng_state()
+        torch.set_rng_state(self._outside)

@@ -1,0 +1,283 @@
+"""The state of a run that changes from step to step: taken forward, saved, and restored exactly."""
+
+from __future__ import annotations
+
+import numbers
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian import placement
+from gramian.checkpoint import load_tensors
+from gramian.errors import CheckpointError, GramianError, InputError, TaskError
+from gramian.objective import Objective
+from gramian.recording import evaluating
+from gramian.training import agreement
+from gramian.training.averaging import Average
+from gramian.training.folder import MODEL, Folder
+from gramian.training.interrupts import Interrupts
+from gramian.training.options import Options, best_row
+from gramian.training.randomness import restore_python, state_of_python
+from gramian.training.schedule import Schedule
+from gramian.training.stepping import Stepper
+from gramian.training.stream import Stream
+from gramian.training.task import Run, Task, calling
+
+__all__ = ["NONFINITE_STEPS", "Loop"]
+
+# So many steps in a row without a finite loss or gradient end a run.
+NONFINITE_STEPS = 10
+
+
+class Loop:
+    """The state of a run that changes from step to step.
+
+    Args:
+        run, task, objective, schedule, stream, options, seed: of the run.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        task: Task,
+        objective: Objective,
+        schedule: Schedule,
+        stream: Stream,
+        options: Options,
+        seed: int,
+    ) -> None:
+        self.run, self.task, self.schedule, self.stream = run, task, schedule, stream
+        self.options, self.seed = options, seed
+        self.optimizer = schedule.optimizer
+        self.stepper = Stepper(run.model, task, objective, self.optimizer, options)
+        self.failure, self.device = self.stepper.failure, self.stepper.device
+        # Sums of the loss since the last evaluation.
+        self.total, self.units = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.streak = 0  # skipped steps in a row
+        self.average = None if options.ema is None else Average(run.model, options.ema)
+        self.best: dict[str, Tensor] = {}  # the weights of the best evaluation
+        self.finished = False
+        run.lr = schedule.rates[0]
+
+    def go(
+        self,
+        folder: Folder | None,
+        progress: Callable[[dict[str, float], float], None] | None,
+        on_step: Callable[[Run, float], None] | None,
+    ) -> None:
+        """Take steps until the budget is spent, nothing improves any more, or the loss stays not finite."""
+        run, schedule = self.run, self.schedule
+        run.model.train()
+        started = time.perf_counter() - run.seconds
+        ended = schedule.share(run) >= 1
+        began = False
+        if on_step is not None:
+            on_step(run, schedule.share(run))
+        with Interrupts(active=run.out is not None) as interrupts, agreement.naming_the_lost():
+            while not ended:
+                self._step()
+                due = [folder is not None and folder.due(evaluated=evaluated) for evaluated in (False, True)]
+                facts = {"seconds": time.perf_counter() - started, "due": due, "signal": interrupts.received}
+                told = agreement.exchanged(facts, self.failure)
+                run.seconds, due = told[0]["seconds"], told[0]["due"]
+                signal = max(other["signal"] for other in told)
+                if not began and folder is not None:
+                    folder.begin(run.history)
+                began = True
+                if on_step is not None:
+                    on_step(run, schedule.share(run))
+                run.diverged = self.streak >= min(NONFINITE_STEPS, run.steps)
+                evaluate = schedule.due(run)
+                ended = schedule.share(run) >= 1 or self.streak >= NONFINITE_STEPS
+                run.diverged = ended and run.diverged
+                if evaluate or run.diverged:
+                    row = self._evaluate()
+                    if folder is not None:
+                        folder.append(run.history)
+                    if progress is not None:
+                        progress(row, schedule.share(run))
+                    ended = ended or self._stops()
+                if (due[evaluate] or signal) and not ended and self._is_sound():
+                    self._keep(folder)
+                if signal and not ended:
+                    interrupts.end(signal)
+                started = time.perf_counter() - run.seconds  # only steps count
+        self.finished = not run.diverged
+        if self.finished:
+            self._take_final_weights()
+
+    def _step(self) -> None:
+        run, schedule = self.run, self.schedule
+        schedule.batches_per_epoch = self.stream.length
+        schedule.set_rates(run)
+        total, units, taken = self.stepper.step(self.stream, schedule.num_batches(run), self.seed)
+        schedule.batches_per_epoch = self.stream.length
+        run.steps += 1
+        if taken:
+            self.total += total
+            self.units += units
+            self.streak = 0
+            if self.average is not None:
+                self.average.update()
+            return
+        self.streak += 1
+        run.skipped += 1
+
+    def _evaluate(self) -> dict[str, float]:
+        run, task = self.run, self.task
+        loss = float(self.total / self.units)
+        self.total.zero_()
+        self.units.zero_()
+        found: Any = {}
+        python = state_of_python()
+        with (
+            placement.agreed("train"),
+            evaluating(run.model),
+            torch.no_grad(),
+            calling(task, "evaluate(model)"),
+            self._averaged(),
+        ):
+            found = task.evaluate(run.model)
+        restore_python(python)
+        measured = _numbers(found, task)
+        row = {"step": run.steps, "seconds": round(run.seconds, 4), "loss": loss}
+        for name in row.keys() & measured.keys():
+            raise TaskError(
+                f"task {task.name!r}: evaluate(model) returned {name!r}, which is the run's own (loss: of training); "
+                f"choose another name, as in 'held_out_{name}'"
+            )
+        row |= measured
+        run.history.append(row)
+        if self.options.best is not None and best_row(self.options.best, run.history)[1] == 0:
+            with self._averaged():
+                self.best = {name: t.detach().clone() for name, t in _tensors(run.model).items()}
+        return row
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """A context with the weights that are evaluated."""
+        return nullcontext() if self.average is None else self.average.used()
+
+    def _stops(self) -> bool:
+        """Whether the best evaluation lies too far back."""
+        options, run = self.options, self.run
+        if options.best is None or options.patience is None or run.diverged:
+            return False
+        since = best_row(options.best, run.history)[1]
+        if since >= options.patience:
+            run.stopped = f"{options.best} did not improve in {since} evaluations"
+        return since >= options.patience
+
+    def _is_sound(self) -> bool:
+        """Whether the weights are worth keeping: the last loss was finite, and so are they."""
+        return self.streak == 0 and all(bool(torch.isfinite(p).all()) for p in self.run.model.parameters())
+
+    def _keep(self, folder: Folder | None) -> None:
+        state = self.state()
+        with placement.agreed("train"):
+            if folder is not None:
+                folder.keep(state)
+
+    def _take_final_weights(self) -> None:
+        """Give the model the weights that the run was for: the best evaluation's, or the averaged ones."""
+        if self.best:
+            with torch.no_grad():
+                for name, tensor in _tensors(self.run.model).items():
+                    tensor.copy_(self.best[name])
+        elif self.average is not None:
+            self.average.put()
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run's numbers without its weights; enough for `restore` if the run is finished."""
+        run = self.run
+        found = {name: getattr(run, name) for name in ("steps", "seconds", "diverged", "init", "skipped", "stopped")}
+        return found | {"rates": self.schedule.rates, "history": run.history}
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on."""
+        return self.summary() | {
+            "since": {"total": self.total, "units": self.units},
+            "evaluations": self.schedule.evaluations,
+            "stream": self.stream.state(),
+            "random": agreement.random_states(self.device),
+            "model": self.run.model.state_dict(),
+            "buffers": _nonpersistent(self.run.model),
+            "optimizer": self.optimizer.state_dict(),
+            "average": {} if self.average is None else self.average.state(),
+            "best": self.best,
+        }
+
+    def restore(self, saved: dict[str, Any], place: Any) -> None:
+        """Restore what `state` returned, or the end of a finished run in the folder `place`."""
+        run, schedule = self.run, self.schedule
+        try:
+            if saved["rates"] != schedule.rates:
+                raise InputError(
+                    f"train: cannot resume, the run in {run.out} is of learning rates {saved['rates']}, not "
+                    f"{schedule.rates}. Give the optimizer that it began with, or choose another folder"
+                )
+            run.steps, run.seconds, run.resumed = int(saved["steps"]), float(saved["seconds"]), int(saved["steps"])
+            run.init, run.diverged = str(saved["init"]), bool(saved["diverged"])
+            run.skipped, run.stopped = int(saved["skipped"]), str(saved["stopped"])
+            run.history = [{str(name): value + 0 for name, value in row.items()} for row in saved["history"]]
+            if saved.get("finished"):
+                run.model.load_state_dict(load_tensors(place / MODEL)[0], strict=False)  # extra state is not in it
+                self.finished = True
+                return
+            run.model.load_state_dict(saved["model"])
+            for name, buffer in _nonpersistent(run.model).items():
+                buffer.copy_(saved["buffers"][name])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            schedule.evaluations = saved["evaluations"]
+            self.total.copy_(saved["since"]["total"])
+            self.units.copy_(saved["since"]["units"])
+            if self.average is not None:
+                self.average.restore(saved["average"])
+            self.best = {name: tensor.to(self.device) for name, tensor in saved["best"].items()}
+            self.stream.restore(saved["stream"])
+            agreement.restore_random_state(saved["random"], self.device)
+            schedule.batches_per_epoch = self.stream.length
+        except GramianError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"train: the run in {run.out} cannot be resumed ({type(error).__name__}: {reason}). Was it written by "
+                "this task and version? Choose another folder for a new run"
+            ) from error
+
+
+def _numbers(found: Any, task: Task) -> dict[str, float]:
+    """What `evaluate` returned, as Python's numbers: numpy's and tensors of one element are taken too."""
+    if isinstance(found, dict):
+        measured = {name: _number(value) for name, value in found.items()}
+        if all(isinstance(name, str) and value is not None for name, value in measured.items()):
+            return {name: value for name, value in measured.items() if value is not None}
+    raise TaskError(f"task {task.name!r}: evaluate(model) must return a dict of floats, got {_short(found)}")
+
+
+def _number(value: Any) -> float | int | None:
+    """A real number as an int or a float; `None` for anything else."""
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        value = value.item()
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
+def _nonpersistent(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that are not in the state dict."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}

@@ -1,0 +1,136 @@
+"""One step of a run: gradients of one batch or several, over all ranks, and the optimizer's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.objective import Objective
+from gramian.training import agreement
+from gramian.training.augmentation import augmented
+from gramian.training.optimizers import skips_itself
+from gramian.training.options import Options
+from gramian.training.stream import Stream
+from gramian.training.task import Task, calling
+
+__all__ = ["Stepper"]
+
+
+class Stepper:
+    """Takes steps on a model.
+
+    A step is skipped, on all ranks alike, where the loss is not finite, or a gradient that the optimizer would take;
+    the model's buffers are then as they were before. A batch without units (all labels are ignored) adds nothing.
+
+    Args:
+        model, task, objective, optimizer, options: of the run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        options: Options,
+    ) -> None:
+        self.model, self.task, self.objective, self.optimizer, self.options = model, task, objective, optimizer, options
+        self.failure = agreement.Failure()
+        self.device = next(model.parameters()).device
+        self._buffers = _Buffers(model)
+        self._watch = options.clip is not None or not skips_itself(optimizer)
+
+    def step(self, stream: Stream, num_batches: int, seed: int) -> tuple[Tensor, Tensor, bool]:
+        """Take one step; return the sum of the losses, the number of units, and whether the step was taken.
+
+        Args:
+            stream: of the batches.
+            num_batches: whose gradients are added up.
+            seed: of the changes of their inputs.
+        """
+        self._buffers.note()
+        self.optimizer.zero_grad()
+        total = units = torch.zeros((), device=self.device)
+        first = 0.0  # the divisor of all gradients, until the number of all units is known
+        sound = True
+        for _ in range(num_batches):
+            loss, count, own = self._forward(stream, seed)
+            amount, number = torch.stack([loss.double(), count.double()]).tolist()
+            total, units = total + loss, units + count
+            sound = sound and amount - amount == 0  # neither NaN nor infinite
+            if sound and number:
+                first = first or number
+                with self.failure.caught(), calling(self.task, "the backward pass"):
+                    if own is not None and own.requires_grad:
+                        (own / (count if first == number else first)).backward()
+        agreement.add_gradients(self.model, self.failure)
+        taken = sound and bool(first) and self._apply(first / float(units))
+        if not sound:
+            self._buffers.restore()
+        return total.detach(), units, taken or (sound and not first)
+
+    def _forward(self, stream: Stream, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss and the units of the next batch, of all ranks; and this rank's loss, to be differentiated."""
+        batch: Any = None
+        own: Tensor | None = None
+        loss = units = torch.zeros((), device=self.device)
+        with self.failure.caught():
+            batch = stream.take()
+            batch = augmented(batch, self.options.augment, (seed, stream.epoch, stream.taken))
+            if stream.taken == 1:
+                agreement.check_rows(self.model, batch)
+            if agreement.has_rows(batch):
+                share = agreement.rows(batch)
+                half = self.options.precision == "bfloat16"
+                with (
+                    calling(self.task, "the forward pass or the loss"),
+                    torch.autocast(self.device.type, torch.bfloat16, enabled=half),
+                ):
+                    own, units = self.objective.loss(self.model, share, empty=True)
+                loss = own
+        loss, units = agreement.sums(loss, units, self.failure, (stream.epoch, stream.taken))
+        if stream.taken == 1:
+            agreement.check_batch(self.model, self.objective, batch)
+        return loss, units, own
+
+    def _apply(self, factor: float) -> bool:
+        """Step with the gradients times a factor, and clipped; false where they are not finite."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
+        if factor != 1.0:
+            torch._foreach_mul_(grads, factor)
+        if self._watch and grads:
+            norm = torch.nn.utils.get_total_norm(grads)
+            if not torch.isfinite(norm):
+                return False
+            if self.options.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(params, self.options.clip, norm)
+        with self.failure.caught(), calling(self.task, "optimizer.step()"):
+            self.optimizer.step()
+        return True
+
+
+class _Buffers:
+    """The buffers that change during training, as they were before the step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: dict[Tensor, Tensor] = {}
+        self._seen: dict[Tensor, int] = {}
+
+    def note(self) -> None:
+        """Keep copies of those that the last step changed; of all at first."""
+        for buffer in self._model.buffers():
+            if self._seen.get(buffer) == buffer._version:
+                self._kept.pop(buffer, None)
+            else:
+                self._kept[buffer] = buffer.clone()
+                self._seen[buffer] = buffer._version
+
+    def restore(self) -> None:
+        """Undo a step's changes."""
+        with torch.no_grad():
+            for buffer, copy in self._kept.items():
+                buffer.copy_(copy)
