@@ -25,6 +25,7 @@ from gramian.linalg.scaled import matrix_power_scaled, matrix_power_scaled_ex, p
 
 # The table of matrix functions, one row for the file of each: the import registers what the file defines.
 # isort: split
+from gramian.linalg.exponential import *
 from gramian.linalg.inverse import *
 from gramian.linalg.inverse_root import *
 from gramian.linalg.linear_system import *

@@ -241,3 +241,6 @@ def _product(arguments: Arguments) -> Values:
 
 POWER = recomputed(_power, "a")
 PRODUCT = recomputed(_product, "matrices")
+
+EXPONENTIAL = recomputed(lambda arguments: (torch.linalg.matrix_exp(arguments["m"]),), "m")
+"""The Fréchet derivative, the upper right block of the exponential of [[Mᵀ, E], [0, Mᵀ]]. Higham (2008), §10.6."""
