@@ -29,7 +29,9 @@ from gramian.linalg.exponential import *
 from gramian.linalg.inverse import *
 from gramian.linalg.inverse_root import *
 from gramian.linalg.linear_system import *
+from gramian.linalg.logarithm import *
 from gramian.linalg.polar_factor import *
+from gramian.linalg.sign import *
 from gramian.linalg.singular import *
 from gramian.linalg.square_root import *
 
