@@ -25,10 +25,13 @@ from gramian.linalg.scaled import matrix_power_scaled, matrix_power_scaled_ex, p
 
 # The table of matrix functions, one row for the file of each: the import registers what the file defines.
 # isort: split
+from gramian.linalg.exponential import *
 from gramian.linalg.inverse import *
 from gramian.linalg.inverse_root import *
 from gramian.linalg.linear_system import *
+from gramian.linalg.logarithm import *
 from gramian.linalg.polar_factor import *
+from gramian.linalg.sign import *
 from gramian.linalg.singular import *
 from gramian.linalg.square_root import *
 

@@ -26,9 +26,13 @@ REASONS = (
     "the error bound is above rtol",
     "LAPACK did not converge",
     "the answer overflows its dtype: convert the matrix to a wider one, such as float64, or change its scale",
+    "the answer does not exist: the matrix has eigenvalues on the imaginary axis, up to rounding",
+    "the answer does not exist: the matrix has eigenvalues on the negative real axis, up to rounding",
 )
 """Why a matrix failed. Saved certificates hold the index, so a new reason goes to the end."""
-NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERFLOW = range(len(REASONS))
+NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERFLOW, NO_SIGN, ON_CUT = range(
+    len(REASONS)
+)
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """The default rtol of each dtype. Half types: a few roundings of the answer itself. Wider types: far enough above one

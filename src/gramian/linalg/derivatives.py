@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gramian.linalg.engine.derivative import Arguments, Given, Rule, Tangents, Values, guarded, only, symmetric
 from gramian.linalg.engine.spectrum import known
+from gramian.linalg.engine.stable import solved
 from gramian.linalg.engine.sylvester import solve_power_sum, solve_skew
 from gramian.linalg.engine.transforms import grads_batched, pullback
 
@@ -125,6 +126,33 @@ SQUARE_ROOT = _of_roots(
 """X dX + dX X = dM. Higham, Functions of Matrices (2008), §6.1."""
 
 
+# ---- functions of matrices that need not be symmetric ----------------------------------------------------------------
+
+
+def _sign_vjp(arguments: Arguments, values: Values, given: Given) -> dict[str, Tensor]:
+    s = values[0].double()
+    z = solved((arguments["m"].double() @ s).mT, only(given))
+    return {"m": z - s.mT @ z @ s.mT}
+
+
+def _sign_jvp(arguments: Arguments, values: Values, tangents: Tangents) -> Given:
+    s, m = values[0].double(), tangents["m"]
+    assert m is not None
+    e = m.double()
+    return (solved(arguments["m"].double() @ s, e - s @ e @ s),)
+
+
+SIGN = Rule(_sign_vjp, _sign_jvp)
+"""N dS + dS N = dM − S dM S, N = MS. Higham, Functions of Matrices (2008), theorem 5.3."""
+
+
+PRINCIPAL_ROOT = Rule(
+    lambda arguments, values, given: _with_damping(solved(values[0].double().mT, only(given)), arguments),
+    lambda arguments, values, tangents: (solved(values[0].double(), _step(tangents, values[0])),),
+)
+"""X dX + dX X = dM, as for symmetric matrices."""
+
+
 # ---- the polar factor ------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +197,9 @@ POLAR = Rule(
 )
 """dU = UΩ + (I − UUᵀ) dA H⁻¹ with H = UᵀA and HΩ + ΩH = UᵀdA − dAᵀU. Kenney & Laub, SIAM J. Matrix Anal. 12 (1991)."""
 
+
+ROOTS = 8
+"""Square roots that bring the matrices of a logarithm near to the identity, for its derivative."""
 
 # ---- what a differentiable formula computes again --------------------------------------------------------------------
 
@@ -241,3 +272,24 @@ def _product(arguments: Arguments) -> Values:
 
 POWER = recomputed(_power, "a")
 PRODUCT = recomputed(_product, "matrices")
+
+EXPONENTIAL = recomputed(lambda arguments: (torch.linalg.matrix_exp(arguments["m"]),), "m")
+"""The Fréchet derivative, the upper right block of the exponential of [[Mᵀ, E], [0, Mᵀ]]. Higham (2008), §10.6."""
+
+
+def _logarithm(arguments: Arguments) -> Values:
+    """By square roots and a Padé approximant, as the value, in operations with derivatives."""
+    from gramian.linalg.logarithm import gauss_legendre  # whose derivative this is
+    from gramian.linalg.principal_root import principal_root_ex
+
+    x = arguments["m"]
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    for _ in range(ROOTS):
+        x, _ = principal_root_ex(x)
+    y = x - eye
+    total = sum(weight * torch.linalg.inv_ex(eye + node * y)[0] for node, weight in gauss_legendre(12))
+    return (2.0**ROOTS * (y @ total),)
+
+
+LOGARITHM = recomputed(_logarithm, "m")
+"""d log A = 2ᵏ d log(A^(1/2ᵏ)), where the roots have the derivatives of roots. Higham (2008), §11.8."""

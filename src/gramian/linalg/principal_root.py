@@ -1,0 +1,152 @@
+"""The principal square root of matrices that need not be symmetric: `sqrtm` with `symmetric=False`."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.linalg import certificate as cert
+from gramian.linalg import derivatives
+from gramian.linalg.certificate import Certificate
+from gramian.linalg.engine.derivative import differentiable
+from gramian.linalg.engine.double_double import damped, minus, pair, plus, product
+from gramian.linalg.engine.escalation import Answer, Method
+from gramian.linalg.engine.function import MatrixFunction, evaluate
+from gramian.linalg.engine.loading import Damping
+from gramian.linalg.engine.rounding import norm
+from gramian.linalg.engine.stable import Stable, inverse, solve, stable
+
+STEPS = 60
+CORRECTIONS = 2
+"""First-order corrections before the one whose remainder the bound counts."""
+
+
+class Root(NamedTuple):
+    """X with X² ≈ A, where Denman and Beavers's iteration converged, and in how many steps."""
+
+    value: Tensor
+    converged: Tensor
+    steps: int
+
+
+def denman_beavers(a: Tensor) -> Root:
+    """The principal square root of each matrix (B, n, n) by the product form of Denman and Beavers's iteration.
+
+    Source: Cheng, Higham, Kenney, Laub, SIAM J. Matrix Anal. Appl. 22 (2001), equation (3.5).
+    """
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    bad = ~a.isfinite().flatten(1).all(1)
+    m = torch.where(bad[:, None, None], eye, a)
+    x = m
+    done, count = torch.zeros_like(bad), 0
+    for count in range(1, STEPS + 1):  # noqa: B007
+        y, failed = inverse(m)
+        if bool(failed.any()):
+            bad = bad | failed
+            m, x, y = (torch.where(bad[:, None, None], eye, z) for z in (m, x, y))
+        finished = done.all()
+        far = norm(m - eye)
+        mu = torch.where((far > 0.1) & ~bad, (norm(y) / norm(m)) ** 0.25, 1.0)[:, None, None]
+        x = x @ (mu * eye + y / mu) / 2
+        m = (eye + (mu**2 * m + y / mu**2) / 2) / 2
+        done = done | bad | (far < 1e-7)
+        if bool(finished):
+            break
+    return Root(x, done & ~bad & x.isfinite().flatten(1).all(1), count)
+
+
+def root_equation(root: Root) -> Stable:
+    """What solves XZ + ZX = C, the derivative of X²; its eigenvalues tell that X is the principal root."""
+    eye = torch.eye(root.value.shape[-1], dtype=root.value.dtype, device=root.value.device)
+    return stable(torch.where(root.converged[:, None, None], root.value, eye))
+
+
+def _newton(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
+    """Denman–Beavers to X, Newton's corrections on double-double residuals, and a bound on the remainder of the last.
+
+    The root is X + D* with XD* + D*X = E − D*², E = A − X². So with D from E alone, and β of `stable`,
+    ‖D* − D‖ ≤ β‖D*‖², and ‖D*‖ ≤ 2‖D‖ where 4β‖D‖ < 1 (Kantorovich).
+    """
+    a = damped(x, shift)
+    root = denman_beavers(a.hi)
+    s = root_equation(root)
+    close = pair(s.n)
+    for _ in range(CORRECTIONS):
+        e, _ = minus(a, product(close, close))
+        d, _ = solve(s, e)
+        close = plus(close, torch.where((norm(d) < 0.1 * norm(s.n))[:, None, None], d, 0.0))
+    e, e_error = minus(a, product(close, close))
+    d, gap = solve(s, e)
+    # The equation is that of the first X.
+    slack = norm(close.hi - s.n) + norm(close.lo)
+    beta = s.beta / (1 - 2 * s.beta * slack)
+    rest = beta * (gap + e_error + 2 * slack * norm(d))
+    first = norm(d) + rest
+    known = s.ok & root.converged & (2 * s.beta * slack < 0.5) & (4 * beta * first < 0.5)
+    value = plus(close, d)
+    error = torch.where(known, (beta * (2 * first) ** 2 + rest + norm(value.lo)) * (1 + 2.0**-20), math.inf)
+    if not x[0:1].numel():
+        error = torch.zeros_like(error)
+    bad = ~(root.converged & s.steps.converged)
+    reason = torch.where(bad, cert.ON_CUT, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE))
+    out = torch.where(bad[:, None, None], math.nan, value.hi)
+    residual = norm(e) / norm(a.hi).clamp_min(2.0**-1000)
+    return Answer(out, error, residual, reason, root.steps, math.nan if s.estimated else 0.0)
+
+
+def _plain(m: Tensor) -> Tensor:
+    w, v = torch.linalg.eig(m)
+    return ((v * w.sqrt()[..., None, :]) @ torch.linalg.inv(v)).real
+
+
+def exact_root(mp: Any, m: Any) -> Any:
+    """By Denman and Beavers's iteration in many digits; None where it does not converge to a principal root."""
+    with mp.workdps(120):
+        x, y = m.copy(), mp.eye(m.rows)
+        try:
+            for _ in range(400):
+                new, y = (x + y**-1) / 2, (y + x**-1) / 2
+                change = mp.norm(new - x) / mp.norm(new)
+                x = new
+                if change < mp.mpf(10) ** -60:
+                    return x if mp.norm(x * x - m) < mp.mpf(10) ** -40 * mp.norm(m) else None
+        except ZeroDivisionError:
+            return None
+    return None
+
+
+PRINCIPAL_ROOT = MatrixFunction(
+    "sqrtm",
+    {
+        "denman_beavers": Method(
+            _newton,
+            torch.float64,
+            0.0,
+            lambda m, n: {"inverse64": 20, "float64": 80},
+            "matrices that need not be symmetric",
+        ),
+    },
+    "square",
+    Fraction(1, 2),
+    plain=_plain,
+    exact=exact_root,
+    damped=True,
+)
+
+
+@differentiable(
+    derivatives.PRINCIPAL_ROOT,
+    shapes=lambda m, **_: torch.empty_like(m),
+    methods=PRINCIPAL_ROOT.methods,
+    m=2,
+    damping=0,
+)
+def principal_root_ex(
+    m: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> tuple[Tensor, Certificate]:
+    """The principal square root of M + λI with its certificate."""
+    return evaluate(PRINCIPAL_ROOT, m, method=method, rtol=rtol, damping=damping)
