@@ -16,7 +16,7 @@ from gramian.block import blocks
 from gramian.calls import unwrapped
 from gramian.checkpoint import Checkpoint, clean_name, open_checkpoint, save_tensors
 from gramian.compression.ranks import factor, ranks_of, restore
-from gramian.errors import CheckpointError, InputError, some
+from gramian.errors import CheckpointError, some
 
 __all__ = ["RANKS", "load_compressed", "pretrained_support", "save_compressed"]
 
