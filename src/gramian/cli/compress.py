@@ -109,7 +109,6 @@ def _loaded(model: str, task: str | None, calibrate: Path | None) -> tuple[Any, 
         from gramian.integrations.texts import BETTER, task_of_texts
 
         found = task_of_texts(model, calibrate)
-        _silence()
         network = found.model()
         return network, found, BETTER[next(iter(found.evaluate(network)))]
     named = with_task(model, task, verb="compress")
@@ -134,10 +133,3 @@ def _make(out: Path) -> None:
         out.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"compress: cannot write to {out}: {error.strerror}. Choose another --out") from None
-
-
-def _silence() -> None:
-    """Keep transformers' bars out of this command's own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

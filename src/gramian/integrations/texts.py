@@ -40,7 +40,7 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
     - a language model predicts the next token; the measure is `loss`, for each held-out token;
     - a model with class scores is to keep its own answers: labels are drawn from its own output, and the measure is
       `agreement`, the share of held-out answers that are those of the model as it came;
-    - a model that returns vectors is to keep their mean over the tokens; the measure is `cosine` to the model as it came.
+    - a model that returns vectors is to keep their mean over the tokens; the measure is `cosine`, to the mean before.
 
     Args:
         folder: with `config.json`, weights and tokenizer; nothing is downloaded, and no code in it is run.
