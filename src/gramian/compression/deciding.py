@@ -19,7 +19,7 @@ from gramian.compression.modules import module_name
 from gramian.compression.planning import Plan, compress
 from gramian.compression.plans import load_plan, save_plan
 from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares, smallest_share
-from gramian.errors import InputError
+from gramian.errors import GramianError, InputError
 from gramian.objective import Objective, as_objective
 from gramian.recording import capture
 from gramian.report.compression import Contender, FactoredLayer, Outcome
@@ -195,10 +195,15 @@ def _planned(
 
 def _exact(objective: Objective, model: nn.Module, batch: Any) -> Objective:
     """The objective with Gauss–Newton's G where that costs few backward passes, one for each output; else as it is."""
+    try:
+        with torch.no_grad():
+            output = objective.predict(model, first_samples(prepared(model, batch), 1))
+    except GramianError:
+        raise
+    except Exception as error:
+        raise InputError(f"compress: {type(model).__name__} fails on the first batch: {_line(error)}") from error
     if objective.gauss_newton is None or objective.fisher == "gauss_newton":
         return objective
-    with torch.no_grad():
-        output = objective.predict(model, first_samples(prepared(model, batch), 1))
     few = isinstance(output, Tensor) and output.shape[-1] <= MOST_OUTPUTS
     return replace(objective, fisher="gauss_newton") if few else objective
 
@@ -267,7 +272,7 @@ def _contenders(
                 speeds.predict(models[prefix + form], speeds.one)
             except Exception as error:  # whatever keeps a model from this form is told in its row
                 models.pop(prefix + form, None)
-                failed[prefix + form] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.80}"
+                failed[prefix + form] = _line(error)
     tell("Measure", 0.1, "latency")
     one, many = speeds(models)
     rows = []
@@ -279,7 +284,7 @@ def _contenders(
         except InputError:
             raise
         except Exception as error:
-            quality, note = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.80}"
+            quality, note = None, _line(error)
         parameters = sum(p.numel() for p in (small if "compressed" in name else dense).parameters())
         rows.append(Contender(name, parameters, num_bytes(model), quality, one[name], many[name], note))
     tell("Measure", 1.0, "")
@@ -319,3 +324,8 @@ def _notes(tried: Tried, target: Target, contenders: tuple[Contender, ...]) -> t
                 "machine is busy, or the speed is at the edge"
             )
     return tuple(notes)
+
+
+def _line(error: Exception) -> str:
+    """An error of someone else's code in a few words."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -53,11 +53,7 @@ def save_compressed(model: nn.Module, path: str | Path) -> None:
     model, path = unwrapped(model), Path(path)
     support = pretrained_support()
     if support is not None and support.is_pretrained(model) and path.suffix != ".safetensors":
-        support.attach(model)
-        try:
-            model.save_pretrained(path)  # type: ignore[operator]
-        except OSError as error:
-            raise CheckpointError(f"{path}: could not be written ({error.strerror}). Save elsewhere.") from error
+        support.save_folder(model, path)
         return
     save_tensors(path, model.state_dict(), {RANKS: json.dumps(ranks_of(model))} | blocks(model).metadata())
 

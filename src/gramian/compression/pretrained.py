@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gramian.compression.files import RANKS, _check_fit
 from gramian.compression.ranks import factor, ranks_of, restore
 from gramian.errors import CheckpointError, some
 
-__all__ = ["METHOD", "FactoredConfig", "FactoredQuantizer", "attach", "is_pretrained", "load_folder"]
+__all__ = ["METHOD", "FactoredConfig", "FactoredQuantizer", "attach", "is_pretrained", "load_folder", "save_folder"]
 
 METHOD = "gramian"
 """The name of the quantization method in a folder's config."""
@@ -99,6 +101,34 @@ def attach(model: nn.Module) -> None:
                 module.hf_quantizer = FactoredQuantizer(FactoredConfig(ranks))  # type: ignore[assignment]
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which it shows also where the output is no terminal."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def save_folder(model: Any, folder: Path) -> None:
+    """`save_pretrained`, with the ranks in the config.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    attach(model)
+    try:
+        with without_bars():
+            model.save_pretrained(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error.strerror}). Save elsewhere.") from error
+    if not folder.is_dir():  # transformers logs, and writes nothing, where a file has that name
+        raise CheckpointError(f"{folder}: is a file, wanted a folder. Save elsewhere.")
+
+
 def load_folder(model: Any, folder: Path) -> Any:
     """`from_pretrained`, into a model that is there: its modules are replaced by those that were loaded.
 
@@ -124,7 +154,10 @@ def load_folder(model: Any, folder: Path) -> Any:
     first = next(model.parameters())
     dtype = "auto" if first.is_meta else first.dtype
     try:
-        loaded, info = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+        with without_bars():
+            loaded, info = type(model).from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+            )
         if info["missing_keys"]:
             raise ValueError(f"it holds no {some(sorted(info['missing_keys']))}")
         _check_fit({name: tuple(tensor.shape) for name, tensor in loaded.state_dict().items()}, wanted)

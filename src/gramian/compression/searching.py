@@ -96,9 +96,7 @@ def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: st
         raise InputError(f"compress: the task's evaluate must return numbers by name, got {numbers!r:.60}")
     name = measure or next(iter(numbers))
     if name not in numbers:
-        raise InputError(
-            f"compress: the task's evaluate gives {', '.join(numbers)}, and no {name!r}. Choose one of them"
-        )
+        raise InputError(f"compress: the task's evaluate gives no {name!r}; choose one of {', '.join(numbers)}")
     return name, float(numbers[name])
 
 

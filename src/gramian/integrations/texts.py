@@ -25,6 +25,9 @@ BETTER = {"loss": "lower", "agreement": "higher", "cosine": "higher"}
 HELD_OUT = 5
 """Every fifth text is held out."""
 
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json")
+"""Files of which a tokenizer has one; transformers makes an empty one where there is none."""
+
 FEWEST = 10
 MOST_TOKENS = 128
 BATCH_SIZE = 32
@@ -112,13 +115,16 @@ def copy_companions(folder: str | Path, out: str | Path) -> None:
 
 def _opened(transformers: Any, folder: Path) -> tuple[Any, Any]:
     """The model, of the class that its config names, and the tokenizer."""
+    from gramian.compression.pretrained import without_bars  # which registers the loading of factored models too
+
+    if not any(file.name in TOKENIZERS or file.suffix == ".model" for file in folder.iterdir()):
+        raise CheckpointError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)} or a .model). Save it there too.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = config.get("architectures") or []
         cls = getattr(transformers, names[0], None) if names else None
-        if "gramian" in str(config.get("quantization_config", "")):
-            from gramian.integrations import compressed  # noqa: F401
-        model = (cls or transformers.AutoModel).from_pretrained(folder, local_files_only=True)
+        with without_bars():
+            model = (cls or transformers.AutoModel).from_pretrained(folder, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise of every kind for a folder that they cannot read
         text = " ".join(str(error).split())[:200]
