@@ -367,7 +367,7 @@ def hf_folder(folder: Path, make, lines: int = 40) -> Path:
 def test_a_folder_and_texts_are_enough(folder, capsys, make, measure: str) -> None:
     path = hf_folder(folder, make)
     args = [str(path), "--calibrate", "texts.txt", "--keep", "0.8", "--out", "small", "--no-curve", "--json", "x.json"]
-    code, out, err = run(capsys, *args)
+    code, _, err = run(capsys, *args)
     assert code == 0, err
     told = json.loads((folder / "x.json").read_text())
     assert told["measure"] == measure
@@ -381,6 +381,7 @@ def test_a_folder_and_texts_are_enough(folder, capsys, make, measure: str) -> No
     assert not (folder / "small/texts.txt").exists()
     # A compressed folder is a folder: it can be calibrated, evaluated and compressed in turn.
     again = ["small", "--calibrate", "texts.txt", "--keep", "0.95", "--no-curve", "--json", "y.json", "--quiet"]
+    capsys.readouterr()
     assert run(capsys, *again) == (0, "", "")
     assert json.loads((folder / "y.json").read_text())["contenders"][0]["bytes"] == told["contenders"][1]["bytes"]
 

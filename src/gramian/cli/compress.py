@@ -17,8 +17,8 @@ __all__ = ["command"]
 class Direction(StrEnum):
     """The direction in which a measure is better."""
 
-    higher = "higher"
-    lower = "lower"
+    up = "higher"
+    down = "lower"
 
 
 def command(

@@ -33,7 +33,6 @@ METHOD = "gramian"
 """The name of the quantization method in a folder's config."""
 
 
-@register_quantization_config(METHOD)
 class FactoredConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a folder's config.
 
@@ -47,7 +46,6 @@ class FactoredConfig(QuantizationConfigMixin):
         self.ranks = dict(ranks or {})
 
 
-@register_quantizer(METHOD)
 class FactoredQuantizer(HfQuantizer):
     """Puts factored layers into a model before its weights are loaded, and marks them when it is saved."""
 
@@ -55,7 +53,7 @@ class FactoredQuantizer(HfQuantizer):
     is_qat_trainable = True  # type: ignore[assignment]
     is_compileable = True  # type: ignore[assignment]
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]
         """A factored model can be saved."""
         return True
 
@@ -74,16 +72,22 @@ class FactoredQuantizer(HfQuantizer):
         model.is_quantized = False  # its numbers are ordinary ones: it may be cast and trained
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    def get_state_dict_and_metadata(  # type: ignore[override]
+        self, model: Any
+    ) -> tuple[dict[str, Any], dict[str, str]]:
         """What `save_pretrained` writes; the config of the model gets the ranks that it has now.
 
         Args:
             model: the one that is saved, which may be a part of another.
         """
         ranks = ranks_of(model)
-        model.config.quantization_config = FactoredConfig(ranks)
+        model.config.quantization_config = FactoredConfig(ranks=ranks)
         marks = {f"{name}.weight": torch.empty(0) for name in ranks}
         return model.state_dict() | marks, {RANKS: json.dumps(ranks)}
+
+
+register_quantization_config(METHOD)(FactoredConfig)
+register_quantizer(METHOD)(FactoredQuantizer)
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -97,8 +101,8 @@ def attach(model: nn.Module) -> None:
         if isinstance(module, PreTrainedModel):
             ranks = ranks_of(module)
             if ranks:
-                module.config.quantization_config = FactoredConfig(ranks)
-                module.hf_quantizer = FactoredQuantizer(FactoredConfig(ranks))  # type: ignore[assignment]
+                module.config.quantization_config = FactoredConfig(ranks=ranks)
+                module.hf_quantizer = FactoredQuantizer(FactoredConfig(ranks=ranks))  # type: ignore[assignment]
 
 
 @contextmanager

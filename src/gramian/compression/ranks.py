@@ -43,7 +43,7 @@ def factor(model: nn.Module, ranks: Mapping[str, Any]) -> tuple[nn.Module, dict[
 
 def restore(model: nn.Module, dense: Mapping[str, nn.Module]) -> nn.Module:
     """The model with these layers put back, the last first."""
-    for name, layer in reversed(dense.items()):
+    for name, layer in reversed([*dense.items()]):
         model = replaced(model, name, layer)
     return model
 

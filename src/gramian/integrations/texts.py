@@ -88,7 +88,7 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
             text = str(error).partition("\n")[0]
             raise UnsupportedError(f"{folder}: {type(model).__name__} does not take tokens alone ({text})") from None
     objective, batches, evaluate = _kind(model, output)(model, batches, tests)
-    return Task(lambda: model, objective, batches, evaluate, name=folder.name)
+    return Task(lambda: model, objective, lambda epoch, generator: batches, evaluate, name=folder.name)
 
 
 def copy_companions(folder: str | Path, out: str | Path) -> None:
