@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gramian import errors, init, integrations, linalg, operators, optim, prox, random, tasks
     from gramian.block import Block, Blocks, Layout, blocks
-    from gramian.compression import Plan, compress, load_compressed, save_compressed
+    from gramian.compression import Plan, compress, load_compressed, load_plan, save_compressed, save_plan
     from gramian.gram import DiagonalGram, Gram
     from gramian.inspection import watch
     from gramian.objective import Objective
@@ -47,11 +47,13 @@ __all__ = [
     "integrations",
     "linalg",
     "load_compressed",
+    "load_plan",
     "operators",
     "optim",
     "prox",
     "random",
     "save_compressed",
+    "save_plan",
     "suggest_lr",
     "tasks",
     "train",
@@ -77,7 +79,9 @@ _HOME = {
     "compress": "compression",
     "inspect": "remedies",
     "load_compressed": "compression",
+    "load_plan": "compression",
     "save_compressed": "compression",
+    "save_plan": "compression",
     "suggest_lr": "optim.suggestion",
     "train": "training",
     "watch": "inspection",

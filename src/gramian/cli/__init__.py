@@ -13,7 +13,7 @@ import typer
 
 import gramian
 from gramian.checkpoint.faults import plain
-from gramian.cli import bench, demo, inspect, train
+from gramian.cli import bench, compress, demo, inspect, train
 from gramian.cli.common import complain, num_ranks
 from gramian.errors import GramianError, GramianWarning
 
@@ -50,6 +50,7 @@ def _common(
 app.command("demo")(demo.command)
 app.command("inspect")(inspect.command)
 app.command("train", cls=train.WithOptimizers)(train.command)
+app.command("compress")(compress.command)
 app.command("bench")(bench.command)
 
 

@@ -22,7 +22,7 @@ Model = Annotated[str, typer.Argument(help="A .safetensors file, a Hugging Face 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
-def with_task(model: str, task: str | None) -> tuple[Any, Any] | None:
+def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any, Any] | None:
     """Return the network that MODEL and --task name, and its task; `None` where MODEL is a file without a task."""
     from gramian import tasks
     from gramian.checkpoint import load_into
@@ -30,7 +30,7 @@ def with_task(model: str, task: str | None) -> tuple[Any, Any] | None:
     is_task = model in tasks.TASKS or ".py:" in model or model.endswith(".py")
     if task is None and not is_task:
         return None
-    write = "gramian inspect {}" if is_task else f"gramian inspect {model} --task {{}}"
+    write = f"gramian {verb} {{}}" if is_task else f"gramian {verb} {model} --task {{}}"
     found = tasks.load(model if is_task else str(task), write=write)
     network = found.model()
     if not is_task:

@@ -12,6 +12,7 @@ from torch import nn
 
 from gramian.block import blocks
 from gramian.calls import as_model, unwrapped
+from gramian.compression.files import pretrained_support
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.modules import copied, module_name, replaced, submodule
 from gramian.compression.weighted import WeightedSVD, decompose, why_not
@@ -137,6 +138,9 @@ class Plan:
                 bias = bias + (matrix_of(layer).double() - left @ right) @ s.mean
             low.set_(left, right, bias)
             model = replaced(model, name, low)
+        support = pretrained_support()
+        if support is not None:
+            support.attach(model)
         return model
 
 

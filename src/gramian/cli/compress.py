@@ -1,0 +1,135 @@
+"""`gramian compress`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gramian.cli.common import Quiet, Stages, with_task
+from gramian.errors import InputError
+
+__all__ = ["command"]
+
+
+class Direction(StrEnum):
+    """The direction in which a measure is better."""
+
+    up = "higher"
+    down = "lower"
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")
+    ],
+    task: Annotated[str | None, typer.Option(help="Task whose model, data and evaluation go with the weights.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="In place of a task, for a Hugging Face folder: texts, one a line.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="Target: this share of the parameters, as 0.6.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Target: the held-out measure worse by no more than this, as 0.01.")
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="Target: a forward pass this many times as fast on this machine, as 1.5.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the model and the report; must not exist.")] = None,
+    metric: Annotated[str, typer.Option(help="Which number of the evaluation counts. [default: the first]")] = "",
+    direction: Annotated[
+        Direction | None, typer.Option("--better", help="Which direction of it is better. [default: measured]")
+    ] = None,
+    batches: Annotated[int, typer.Option(help="Batches of the first epoch to calibrate with.", min=1)] = 100,
+    batch: Annotated[int, typer.Option(help="Samples of the larger batch whose latency is measured.", min=2)] = 32,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan: read in place of calibrating, or written where there is none.")
+    ] = None,
+    curve: Annotated[bool, typer.Option("--curve/--no-curve", help="Evaluate at shares from 0.9 to 0.1.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Factor a model's layers to a target, measure it beside bfloat16 and int8, and save it.
+
+    Give one of --keep, --max-drop and --speedup. DIR gets report.html, report.json and the model: a folder that
+    from_pretrained loads after `import gramian.integrations.compressed`, or model.safetensors for gm.load_compressed.
+    """
+    from gramian import report
+    from gramian.compression import save_compressed
+    from gramian.compression.deciding import Target, decide
+
+    target = Target(keep=keep, max_drop=max_drop, speedup=speedup)
+    if json is not None:
+        report.check_target(json, (".json",))
+    if out is not None:
+        _check_free(out)
+    with Stages(quiet) as stages:
+        network, found, better = _loaded(model, task, calibrate)
+        better = better if direction is None else direction.value
+        made = decide(
+            network,
+            found.batches(batches),
+            found.objective,
+            found.evaluate,
+            target,
+            measure=metric,
+            better=better,
+            title=Path(model).name,
+            batch=batch,
+            curve=curve,
+            plan_file=plan,
+            progress=stages,
+        )
+    numbers = made.outcome.to_json()
+    if json is not None:
+        report.write_text(json, numbers)
+    page = made.outcome.to_document()
+    if out is not None:
+        _make(out)
+        is_folder = hasattr(made.model, "save_pretrained")
+        save_compressed(made.model, out if is_folder else out / "model.safetensors")
+        if is_folder and calibrate is not None:
+            from gramian.integrations.texts import copy_companions
+
+            copy_companions(model, out)
+        report.write_text(out / "report.json", numbers)
+        page.save(out / "report.html")
+    if not quiet:
+        report.show(page)
+        if out is not None:
+            print(f"\nModel and report: {out}")
+
+
+def _loaded(model: str, task: str | None, calibrate: Path | None) -> tuple[Any, Any, str]:
+    """The network, the task, and which direction of its measure is better where that is known."""
+    if calibrate is not None:
+        if task is not None:
+            raise InputError("compress: --calibrate takes the place of a task; leave out one of the two")
+        from gramian.integrations.texts import BETTER, task_of_texts
+
+        found = task_of_texts(model, calibrate)
+        network = found.model()
+        return network, found, BETTER[next(iter(found.evaluate(network)))]
+    named = with_task(model, task, verb="compress")
+    if named is None:
+        raise InputError(
+            f"compress: {model} is a file, and compressing needs data: add --task path/file.py:function, or for a "
+            "Hugging Face folder --calibrate texts.txt"
+        )
+    return *named, ""
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a folder that holds something, before anything is computed."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"compress: {out} exists already. Choose another --out, or delete it")
+    if not out.resolve().parent.is_dir():
+        raise InputError(f"compress: the folder {out.parent} for --out does not exist. Create it first")
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"compress: cannot write to {out}: {error.strerror}. Choose another --out") from None

@@ -1,0 +1,117 @@
+"""What a model costs on this machine, and the alternatives to factoring it: bfloat16, and int8 of its linear layers."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.batch import first_samples, num_samples
+from gramian.compression.modules import copied
+
+__all__ = ["FORMS", "in_bfloat16", "in_int8", "latencies", "num_bytes", "samples"]
+
+Call = Callable[[nn.Module, Any], Any]
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """A copy in bfloat16 that takes and returns the types that the model does."""
+    small = copied(model).bfloat16()
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    wide = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _cast(args, torch.bfloat16), _cast(kwargs, torch.bfloat16)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        return _cast(output, wide)
+
+    small.register_forward_pre_hook(enter, with_kwargs=True)
+    small.register_forward_hook(leave)
+    return small
+
+
+def in_int8(model: nn.Module) -> nn.Module:
+    """A copy whose linear layers have int8 weights, a scale for each output, and inputs quantized as they come."""
+    quantization = torch.ao.quantization
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says at each call that it will move this to torchao
+        spec: Any = {nn.Linear: quantization.per_channel_dynamic_qconfig}
+        return quantization.quantize_dynamic(copied(model), spec, dtype=torch.qint8, inplace=True)
+
+
+FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {"bfloat16": in_bfloat16, "int8": in_int8}
+"""The forms that a model can take without being factored."""
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Bytes of the model's tensors, a shared one once, packed ones of quantized layers included."""
+    held = {id(value): value for value in _flat(model.state_dict(keep_vars=True).values())}
+    return sum(value.numel() * value.element_size() for value in held.values())
+
+
+def samples(batch: Any, num: int) -> tuple[Any, Any, int]:
+    """Of a batch: its first sample, its first `num`, and how many these are."""
+    num = min(num, num_samples(batch))
+    return first_samples(batch, 1), first_samples(batch, num), num
+
+
+@torch.no_grad()
+def latencies(models: Mapping[str, nn.Module], call: Call, batch: Any, seconds: float = 0.5) -> dict[str, float]:
+    """Median milliseconds of a forward pass of each model, which take turns; a slow phase then affects all alike.
+
+    Args:
+        models: by name.
+        call: runs a model on the batch.
+        batch: the input.
+        seconds: about how long to measure, of all models together; at least five rounds are measured.
+
+    Raises: what a model raises at its first pass.
+    """
+    names, times = list(models), {name: [] for name in models}
+    for name in names:  # the first pass allocates
+        call(models[name], batch)
+    begin, turn = time.perf_counter(), 0
+    while turn < 5 or (turn < 200 and time.perf_counter() - begin < seconds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            _wait()
+            start = time.perf_counter()
+            call(models[name], batch)
+            _wait()
+            times[name].append(time.perf_counter() - start)
+        turn += 1
+    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The value with its floating-point tensors cast, in the containers that models take and return."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):  # transformers' outputs are dicts, and are changed in place to stay what they are
+        cast = {key: _cast(item, dtype) for key, item in value.items()}
+        if type(value) is dict:
+            return cast
+        for key, item in cast.items():
+            value[key] = item
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value
+
+
+def _flat(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _flat(value)

@@ -1,0 +1,144 @@
+"""Plans in files: calibrate once, and choose the share later or elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.block import Block, blocks
+from gramian.calls import as_model, unwrapped
+from gramian.checkpoint import load_tree, open_checkpoint, save_tree
+from gramian.checkpoint.trees import TREE
+from gramian.compression.planning import Plan
+from gramian.compression.weighted import WeightedSVD
+from gramian.errors import CheckpointError, some
+
+__all__ = ["load_plan", "save_plan"]
+
+STORED: dict[str, type] = {cls.__name__: cls for cls in (Plan, WeightedSVD)}
+"""The classes that a plan consists of, whose fields are written by name."""
+
+CLASS = "class"
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Writes a plan as safetensors: the weighted singular value decompositions, the ranks and the reasons.
+
+    The model is not written; of each factored layer's weight there is a checksum, so that the plan is used only with
+    the weights that it was made from.
+
+    Args:
+        plan: from `gm.compress`.
+        path: the file to write or replace.
+
+    Raises:
+        InputError: the folder is missing.
+        CheckpointError: the file cannot be written.
+
+    Cost: one write: for a layer (m, n) about (m + n) · min(m, n) numbers of float64.
+    Source: this library's own.
+
+    >>> import tempfile, gramian as gm
+    >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2)), torch.eye(16)
+    >>> plan = gm.compress(net, batches=[(x, x[:, :2])], objective=gm.Objective.regression(), keep=0.6)
+    >>> path = tempfile.mkdtemp() + "/plan.safetensors"
+    >>> save_plan(plan, path)
+    >>> load_plan(net, path).at(keep=0.5).parameters < plan.parameters
+    True
+    """
+    shapes = {f"{b.name}": list(b.parameter.shape) for b in blocks(plan.model).blocks}
+    digests = {s.block.name: _digest(s.block.parameter) for s in plan.spectra}
+    save_tree(path, {"plan": _packed(plan), "shapes": shapes, "digests": digests})
+
+
+def load_plan(model: nn.Module, path: str | Path) -> Plan:
+    """The plan from a file of `save_plan`, for the model that it was made from.
+
+    Args:
+        model: dense, with the weights that the plan was made from.
+        path: the file.
+
+    Returns:
+        The plan: `load_plan(model, path).at(keep=0.4).apply()`.
+
+    Raises:
+        CheckpointError: the file is no plan, or one for another model or for other weights; the message names the
+            first layers that differ.
+
+    Cost: one read, and a checksum of the weights.
+    Source: this library's own.
+
+    >>> import tempfile
+    >>> from gramian.checkpoint import save_tensors
+    >>> path = tempfile.mkdtemp() + "/plan.safetensors"
+    >>> save_tensors(path, {"w": torch.ones(2)})
+    >>> load_plan(nn.Linear(2, 2), path)
+    Traceback (most recent call last):
+    gramian.errors.CheckpointError: ...plan.safetensors was not written by save_plan. Give the file of a plan.
+    """
+    model = unwrapped(as_model(model, "load_plan"))
+    tree = load_tree(path) if TREE in open_checkpoint(path, stored=True).metadata else None
+    if not isinstance(tree, dict) or tree.keys() != {"plan", "shapes", "digests"}:
+        raise CheckpointError(f"{path} was not written by save_plan. Give the file of a plan.")
+    own = {block.name: block for block in blocks(model).blocks}
+    shapes = {name: list(block.parameter.shape) for name, block in own.items()}
+    planned = tree["shapes"]
+    wrong = [
+        f"{name} is {shapes.get(name, 'missing')}, planned {planned.get(name, 'missing')}"
+        for name in sorted(shapes.keys() | planned.keys())
+        if shapes.get(name) != planned.get(name)
+    ]
+    if wrong:
+        raise CheckpointError(f"{path} is a plan for another model than {type(model).__name__}: {some(wrong, 2, '; ')}")
+    moved = [name for name, digest in tree["digests"].items() if _digest(own[name].parameter) != digest]
+    if moved:
+        raise CheckpointError(
+            f"{path} is a plan for other weights: {some(moved)} changed since it was made (trained on, cast or "
+            "initialized again). Load those weights, or make the plan again."
+        )
+    try:
+        return _unpacked(tree["plan"], model, own)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: a plan of another version of gramian ({type(error).__name__}: {error}). Make the plan again."
+        ) from None
+
+
+def _packed(value: Any) -> Any:
+    """The value as a tree that `save_tree` takes: an object of STORED as its fields, a block as its name."""
+    if isinstance(value, Block):
+        return {CLASS: "Block", "name": value.name}
+    if is_dataclass(value) and type(value).__name__ in STORED:
+        held = {f.name: _packed(getattr(value, f.name)) for f in fields(value) if f.name != "model"}
+        return {CLASS: type(value).__name__, **held}
+    if isinstance(value, Mapping):
+        return {"items": {key: _packed(item) for key, item in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_packed(item) for item in value) if type(value) in (list, tuple) else value
+    return value
+
+
+def _unpacked(value: Any, model: nn.Module, own: Mapping[str, Block]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_unpacked(item, model, own) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if CLASS not in value:
+        return {key: _unpacked(item, model, own) for key, item in value["items"].items()}
+    if value[CLASS] == "Block":
+        return own[value["name"]]
+    held = {key: _unpacked(item, model, own) for key, item in value.items() if key != CLASS}
+    cls = STORED[value[CLASS]]
+    return cls(**held | ({"model": model} if cls is Plan else {}))
+
+
+def _digest(weight: Tensor) -> str:
+    """A checksum of a tensor's numbers, in their own type."""
+    numbers = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()

@@ -1,0 +1,199 @@
+"""Which share to keep: found by bisection on held-out quality, or on latency that is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gramian.compression.planning import Plan
+from gramian.errors import InputError
+
+__all__ = ["Quality", "Tried", "by_drop", "by_speed", "shares", "smallest_share"]
+
+HALVINGS = 6
+"""Steps of a bisection between shares, by their ratio: from 1/50 to 1 the share is found to 6 %."""
+
+GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Shares at which the curve of quality over size is measured, as far as they are possible."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One held-out number of a task, and which direction of it is better.
+
+    Where it is not said, the direction is that of the damage: what the number does when the model keeps the least that
+    is possible. From its name it would have to be guessed.
+
+    Args:
+        evaluate: `evaluate(model)`, the numbers by name.
+        measure: the name of the one that counts.
+        dense: its value for the model as it came.
+        sign: +1 where higher is better, −1 where lower is, 0 where the damage left it as it was.
+    """
+
+    evaluate: Callable[[nn.Module], Mapping[str, float]]
+    measure: str
+    dense: float
+    sign: int = 0
+
+    @property
+    def better(self) -> str:
+        """The direction in a word."""
+        return {1: "higher", -1: "lower", 0: ""}[self.sign]
+
+    def of(self, model: nn.Module) -> float:
+        """The number for a model."""
+        return measured(self.evaluate, model, self.measure)[1]
+
+    def drop(self, value: float) -> float:
+        """How much worse than the dense model a value is; infinite where it is not finite."""
+        return self.sign * (self.dense - value) if math.isfinite(value) else math.inf
+
+
+@dataclass
+class Tried:
+    """The shares that were evaluated.
+
+    Args:
+        plan: at any share.
+        quality: what is evaluated.
+        points: the held-out number by share.
+        tell: called with the share and its number.
+    """
+
+    plan: Plan
+    quality: Quality
+    points: dict[float, float] = field(default_factory=dict)
+    tell: Callable[[float, float], None] = lambda keep, value: None
+
+    def __call__(self, keep: float) -> float:
+        """The held-out number at a share, evaluated once."""
+        if keep not in self.points:
+            self.points[keep] = self.quality.of(self.plan.at(keep=keep).apply())
+            self.tell(keep, self.points[keep])
+        return self.points[keep]
+
+
+def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: str = "") -> tuple[str, float]:
+    """The name and the value of one held-out number of a model: the one asked for, or the first.
+
+    Raises:
+        InputError: the evaluation gave no such number.
+    """
+    was = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            numbers = evaluate(model)
+    finally:
+        model.train(was)
+    if not isinstance(numbers, Mapping) or not numbers:
+        raise InputError(f"compress: the task's evaluate must return numbers by name, got {numbers!r:.60}")
+    name = measure or next(iter(numbers))
+    if name not in numbers:
+        raise InputError(f"compress: the task's evaluate gives no {name!r}; choose one of {', '.join(numbers)}")
+    return name, float(numbers[name])
+
+
+def smallest_share(plan: Plan) -> float:
+    """The least share of the parameters that the plan can keep: rank 1 wherever factors are smaller."""
+    return min(1.0, math.nextafter(plan._smallest / plan.parameters_dense, 1.0))
+
+
+def shares(plan: Plan) -> list[float]:
+    """The shares of the curve, from large to small."""
+    least = smallest_share(plan)
+    return [1.0, *(keep for keep in GRID if keep > least), *([least] if least < 1 else [])]
+
+
+def judged(
+    plan: Plan, evaluate: Callable[[nn.Module], Mapping[str, float]], measure: str = "", better: str = ""
+) -> Tried:
+    """The quality of the dense model, and of the smallest plan, which tells the direction where `better` does not.
+
+    Raises:
+        InputError: the dense model's number is not finite, or there is none.
+    """
+    name, dense = measured(evaluate, plan.model, measure)
+    if not math.isfinite(dense):
+        raise InputError(f"compress: {name} of the model as it came is {dense}; gm.inspect finds where that begins")
+    least = smallest_share(plan)
+    damaged = Quality(evaluate, name, dense).of(plan.at(keep=least).apply())
+    unmoved = damaged == dense or (not better and not math.isfinite(damaged))
+    sign = 0 if unmoved else {"higher": 1, "lower": -1}.get(better) or (1 if damaged < dense else -1)
+    return Tried(plan, Quality(evaluate, name, dense, sign), {1.0: dense, least: damaged})
+
+
+def by_drop(tried: Tried, max_drop: float) -> float:
+    """The smallest share, to a few per cent of itself, whose held-out number is at most `max_drop` worse.
+
+    Raises:
+        InputError: no share below 1 is good enough, with the best that was tried.
+    """
+    low, high = smallest_share(tried.plan), 1.0
+    if tried.quality.drop(tried(low)) <= max_drop:
+        return low
+    for _ in range(HALVINGS):
+        middle = math.sqrt(low * high)
+        if tried.quality.drop(tried(middle)) <= max_drop:
+            high = middle
+        else:
+            low = middle
+    if high == 1.0:
+        keep = max(k for k in tried.points if k < 1)
+        raise InputError(
+            f"compress: no share below 1 loses at most {max_drop:g} of {tried.quality.measure}; keeping {keep:.3f} "
+            f"loses {tried.quality.drop(tried.points[keep]):.4g}. Allow more, or quantize the model instead"
+        )
+    return high
+
+
+def by_speed(
+    plan: Plan, speed: Callable[[nn.Module], float], wanted: float, tell: Callable[[float, float], None]
+) -> float:
+    """The largest share, to a few per cent of itself, whose model is measured to be `wanted` times as fast.
+
+    Args:
+        plan: at any share.
+        speed: how many times as fast as the dense model a model is, measured.
+        wanted: at least this.
+        tell: called with each share and its speed.
+
+    Raises:
+        TooSlowError: not even the smallest share is fast enough; it has the best that was reached.
+    """
+    speeds: dict[float, float] = {}
+
+    def reached(keep: float) -> bool:
+        found = speed(plan.at(keep=keep).apply())
+        speeds[keep] = min(found, speeds.get(keep, math.inf))
+        tell(keep, found)
+        return found >= wanted
+
+    low, high = smallest_share(plan), 1.0
+    if reached(low):
+        for _ in range(HALVINGS):
+            middle = math.sqrt(low * high)
+            if reached(middle):
+                low = middle
+            else:
+                high = middle
+        # Measured again, since the best of several noisy figures is too good.
+        for keep in sorted((k for k, found in speeds.items() if found >= wanted), reverse=True):
+            if reached(keep):
+                return keep
+    best = max(speeds, key=lambda k: speeds[k])
+    raise TooSlowError(best, speeds[best])
+
+
+class TooSlowError(InputError):
+    """No share is fast enough: the share that was fastest, and how fast it is."""
+
+    def __init__(self, keep: float, speed: float) -> None:
+        super().__init__(f"compress: the best is {speed:.2f}×, keeping {keep:.3f}")
+        self.keep, self.speed = keep, speed

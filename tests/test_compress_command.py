@@ -1,0 +1,407 @@
+"""`gramian compress`: the target is met or refused with the best that was reached, and bad input is one clear line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gramian as gm
+from gramian.cli import main
+from gramian.compression import deciding, searching
+from gramian.compression.deciding import Target, decide
+from gramian.compression.measuring import in_bfloat16, in_int8, num_bytes
+from gramian.errors import InputError
+from gramian.report import to_text
+from gramian.report.compression import Contender, Outcome
+from zoo import ZOO
+
+TASK = """
+import dataclasses
+import torch
+import gramian as gm
+from torch import nn
+
+X = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+Y = (X[:, :4].sum(1) > 0).long() + 2 * (X[:, 4] > 0).long()
+
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
+    step = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(40):
+        step.zero_grad()
+        nn.functional.cross_entropy(net(X[:128]), Y[:128]).backward()
+        step.step()
+    return net
+
+def evaluate(net):
+    scores = net(X[128:])
+    loss = nn.functional.cross_entropy(scores, Y[128:])
+    return {"accuracy": float((scores.argmax(-1) == Y[128:]).float().mean()), "loss": float(loss)}
+
+def task():
+    return gm.Task(model, gm.Objective.classification(), [(X[:128], Y[:128])], evaluate)
+
+def but(**changes):
+    return dataclasses.replace(task(), **changes)
+
+def untrained():
+    return but(model=lambda: nn.Sequential(nn.Linear(16, 4)))
+
+def vectors():
+    return but(model=lambda: nn.Sequential(nn.LayerNorm(16)))
+
+def other_inputs():
+    return but(model=lambda: nn.Sequential(nn.Linear(17, 4)))
+
+def vector():
+    return but(objective=lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="none"))
+
+class Unreached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.bias = nn.Linear(16, 4), nn.Parameter(torch.zeros(4))
+    def forward(self, x):
+        return self.layer(x) if x.mean() > 100 else self.bias + x[:, :4]
+
+def unreached():
+    return but(model=Unreached)
+
+def broken():
+    return but(train_batches=[(torch.where(torch.arange(16) == 3, torch.nan, X[:128]), Y[:128])])
+
+def silent():
+    return but(evaluate=lambda net: {})
+
+def undefined():
+    return but(evaluate=lambda net: {"accuracy": float("nan")})
+
+def thin():
+    return but(model=lambda: nn.Sequential(nn.Linear(16, 1), nn.Linear(1, 4)))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "task.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+    code = main(["compress", *args])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def network(folder: Path):
+    return gm.tasks.load(f"{folder}/task.py:task")
+
+
+def test_a_share_is_kept_saved_and_told(folder, capsys) -> None:
+    code, out, err = run(capsys, "task.py:task", "--keep", "0.5", "--out", "small", "--json", "x.json")
+    assert code == 0, err
+    assert {p.name for p in (folder / "small").iterdir()} == {"model.safetensors", "report.html", "report.json"}
+    told = json.loads((folder / "x.json").read_text())
+    assert told == json.loads((folder / "small/report.json").read_text())
+    dense, small = told["contenders"][:2]
+    assert small["parameters"] <= 0.5 * dense["parameters"]
+    assert small["bytes"] == 4 * small["parameters"]
+    assert [c["name"] for c in told["contenders"][2:4]] == ["bfloat16", "int8"]
+    assert told["contenders"][2]["bytes"] == dense["bytes"] / 2
+    task = network(folder)
+    loaded = gm.load_compressed(nn.Sequential(*task.model()), folder / "small/model.safetensors").eval()
+    assert task.evaluate(loaded)["accuracy"] == small["quality"]
+    assert told["better"] == "higher"
+    shown = " ".join(out.split())
+    assert "Ranks, and why" in shown
+    assert f"of {dense['parameters']:,}" in shown
+    page = (folder / "small/report.html").read_text()
+    assert "Quality over size" in page
+    assert "compressed, int8" in page
+
+
+@pytest.mark.parametrize(("measure", "drop"), [("accuracy", 0.02), ("loss", 0.05), ("accuracy", 0.0)])
+def test_a_floor_of_quality_is_met_and_not_by_much(folder, capsys, measure: str, drop: float) -> None:
+    args = ["task.py:task", "--max-drop", str(drop), "--metric", measure, "--json", "x.json", "--quiet"]
+    code, out, err = run(capsys, *args)
+    assert (code, out, err) == (0, "", "")
+    told = json.loads((folder / "x.json").read_text())
+    sign = {"accuracy": 1, "loss": -1}[measure]
+    assert told["better"] == {1: "higher", -1: "lower"}[sign]
+    dense, small = (c["quality"] for c in told["contenders"][:2])
+    assert sign * (dense - small) <= drop
+    assert told["contenders"][1]["parameters"] < told["contenders"][0]["parameters"]
+    # The next smaller share that was tried is worse than asked.
+    below = [value for keep, value in told["curve"] if told["keep"] / 1.1 < keep < told["keep"]]
+    assert all(sign * (dense - value) > drop for value in below[-1:])
+
+
+def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:
+    args = ["task.py:task", "--keep", "0.5", "--no-curve", "--plan", "plan.safetensors", "--quiet", "--json"]
+    assert run(capsys, *args, "a.json")[0] == 0
+    monkeypatch.setattr(deciding, "capture", None)  # would fail
+    assert run(capsys, *args, "b.json")[0] == 0
+    a, b = (json.loads((folder / name).read_text()) for name in ("a.json", "b.json"))
+    assert (a["layers"], a["curve"]) == (b["layers"], b["curve"])
+    code, _, err = run(capsys, "task.py:untrained", *args[1:], "c.json")
+    assert code == 2
+    assert "plan for another model" in err
+    assert err.count("\n") == 1
+
+
+BAD = {
+    "no_target": (["task.py:task"], "give one of keep, max_drop and speedup; got none"),
+    "two_targets": (["task.py:task", "--keep", "0.5", "--max-drop", "0.1"], "got keep and max_drop"),
+    "keep_zero": (["task.py:task", "--keep", "0"], r"keep must be a share in (0, 1], got 0"),
+    "keep_large": (["task.py:task", "--keep", "1.5"], r"keep must be a share in (0, 1], got 1.5"),
+    "drop": (["task.py:task", "--max-drop", "-1"], "max_drop must be a number of at least 0, got -1"),
+    "slower": (["task.py:task", "--speedup", "0.5"], "speedup must be above 1, got 0.5"),
+    "too_small": (["task.py:task", "--keep", "0.01"], "the smallest possible keep is 0."),
+    "no_layer": (["task.py:vectors", "--keep", "0.5"], "no layer of Sequential can be factored (it has no matrices)"),
+    "other_inputs": (["task.py:other_inputs", "--keep", "0.5"], "Sequential fails on the first batch: RuntimeError"),
+    "thin": (["task.py:thin", "--keep", "0.5"], "no layer has factors smaller than itself"),
+    "vector": (["task.py:vector", "--keep", "0.5"], "must return a scalar mean, got"),
+    "unreached": (["task.py:unreached", "--keep", "0.5"], "no layer of Unreached can be factored (layer:"),
+    "nan_rows": (["task.py:broken", "--keep", "0.5"], "the loss of batch 0 is nan"),
+    "no_number": (["task.py:silent", "--keep", "0.5"], "evaluate must return numbers by name"),
+    "nan_number": (["task.py:undefined", "--keep", "0.5"], "accuracy of the model as it came is nan"),
+    "no_metric": (["task.py:task", "--keep", "0.5", "--metric", "f1"], "no 'f1'; choose one of accuracy, loss"),
+    "other_file": (["other.safetensors", "--task", "task.py:task", "--keep", "0.5"], "does not fit Sequential"),
+    "no_task": (["other.safetensors", "--keep", "0.5"], "--calibrate texts.txt"),
+    "both": (["other.safetensors", "--task", "x", "--calibrate", "y", "--keep", "0.5"], "takes the place of a task"),
+    "out_exists": (["task.py:task", "--keep", "0.5", "--out", "full"], "full exists already"),
+    "out_nowhere": (["task.py:task", "--keep", "0.5", "--out", "a/b/c"], "does not exist. Create it first"),
+    "json": (["task.py:task", "--keep", "0.5", "--json", "x.txt"], "ends in .json"),
+    "no_config": (["full", "--calibrate", "task.py", "--keep", "0.5"], "no config.json there"),
+    "plan": (["task.py:task", "--keep", "0.5", "--plan", "other.safetensors"], "not written by save_plan"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line(folder, capsys, name: str) -> None:
+    from gramian.checkpoint import save_tensors
+
+    save_tensors(folder / "other.safetensors", nn.Linear(3, 3).state_dict())
+    (folder / "full").mkdir()
+    (folder / "full/file").touch()
+    args, message = BAD[name]
+    code, out, err = run(capsys, *args, "--quiet")
+    assert code == 2
+    assert out == ""
+    assert err.startswith("gramian: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_floor_that_no_share_meets_is_refused_with_the_best(folder) -> None:
+    task = network(folder)
+    plan = gm.compress(task.model(), batches=task.batches(), objective=task.objective)
+    calls = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:  # anything less than the whole is worthless
+        calls.append(model)
+        return {"score": float(sum(p.numel() for p in model.parameters()) == plan.parameters_dense)}
+
+    tried = searching.judged(plan, evaluate)
+    assert tried.quality.sign == 1
+    with pytest.raises(InputError, match=r"no share below 1 loses at most 0\.5 of score; keeping 0\.9\d\d loses 1"):
+        searching.by_drop(tried, 0.5)
+    assert len(calls) == 2 + searching.HALVINGS
+
+
+def test_a_measure_that_never_moves_tells_nothing(folder) -> None:
+    task = network(folder)
+    made = decide(task.model(), task.batches(), task.objective, lambda m: {"score": 1.0}, Target(keep=0.5), curve=False)
+    assert made.outcome.better == made.outcome.advice == ""
+    assert "tells nothing" in made.outcome.notes[0]
+    assert made.outcome.to_document().status == "warning"
+
+
+def by_size(half: float, int8: float = 9.0):
+    """Latencies as if a pass took a millisecond, and one for each thousand parameters; and those of the other forms."""
+
+    def latencies(models, call, batch, seconds=0.5):
+        taken = {}
+        for name, model in models.items():
+            parameters = list(model.parameters())
+            cost = 1.0 + sum(p.numel() for p in parameters) / 1000
+            if any(p.dtype == torch.bfloat16 for p in parameters):
+                cost = half
+            taken[name] = int8 if any(hasattr(m, "_packed_params") for m in model.modules()) else cost
+        return taken
+
+    return latencies
+
+
+def test_a_speed_is_met_by_the_largest_share_that_reaches_it(folder, monkeypatch) -> None:
+    monkeypatch.setattr(deciding, "latencies", by_size(9.0))
+    task = network(folder)
+    made = decide(task.model(), task.batches(), task.objective, task.evaluate, Target(speedup=1.6), curve=False)
+    reached = made.outcome.speedups(made.outcome.compressed)
+    assert min(reached) >= 1.6  # type: ignore[type-var]
+    larger = made.plan.at(keep=made.outcome.keep * 1.1).apply()
+    assert deciding._Speeds(task.model(), task.objective, task.batches()[0], 32).ratio(larger) < 1.6
+    assert not made.outcome.notes
+
+
+@pytest.mark.parametrize(
+    ("half", "told"), [(7.0, "and bfloat16 is 0.6"), (0.5, "Do not factor this model; use bfloat16, which")]
+)
+def test_a_speed_out_of_reach_is_refused_with_what_is_best(folder, capsys, monkeypatch, half: float, told: str) -> None:
+    monkeypatch.setattr(deciding, "latencies", by_size(half))
+    code, _, err = run(capsys, "task.py:task", "--speedup", "3.5", "--out", "x", "--quiet")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "the best is 3.3" in err
+    assert told in err
+    assert not (folder / "x").exists()
+
+
+def test_a_noisy_speed_is_measured_again(folder) -> None:
+    """The first figure of every share is lucky; only the second counts."""
+    task = network(folder)
+    plan = gm.compress(task.model(), batches=task.batches(), objective=task.objective)
+    seen: dict[int, int] = {}
+
+    def speed(model: nn.Module) -> float:
+        count = sum(p.numel() for p in model.parameters())
+        seen[count] = seen.get(count, 0) + 1
+        return plan.parameters_dense / count * (1.5 if seen[count] == 1 else 1.0)
+
+    keep = searching.by_speed(plan, speed, 2.0, lambda keep, ratio: None)
+    assert plan.at(keep=keep).parameters <= plan.parameters_dense / 2
+
+
+def outcome(*contenders: Contender, better: str = "higher") -> Outcome:
+    return Outcome("net", "keep 60 %", "accuracy", better, 0.6, contenders, ((1.0, 0.9),), (), 32, 0.1, 1.0)
+
+
+DENSE = Contender("dense", 1000, 4000, 0.9, 2.0, 20.0)
+SMALL = Contender("compressed", 600, 2400, 0.88, 1.5, 15.0)
+ADVICE = {
+    "better": (Contender("bfloat16", 1000, 2000, 0.9, 1.2, 9.0), "do not factor this model: bfloat16 is smaller"),
+    "slower": (
+        Contender("bfloat16", 1000, 2000, 0.9, 2.2, 9.0),
+        "bfloat16 is smaller and no worse, but slower at batch 1",
+    ),
+    "worse": (Contender("int8", 1000, 1000, 0.5, 1.2, 9.0), ""),
+    "larger": (Contender("int8", 1000, 3000, 0.9, 1.2, 9.0), ""),
+    "unknown": (Contender("int8", None, None, None, note="failed"), ""),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_the_report_says_where_factoring_is_not_worth_it(name: str) -> None:
+    other, told = ADVICE[name]
+    found = outcome(DENSE, SMALL, other)
+    assert found.advice == (found.advice if told and told in found.advice else told)
+    assert bool(told) == bool(found.advice)
+    text = " ".join(to_text(found.to_document(), width=200).split())
+    assert told in text
+    assert found.drop == pytest.approx(0.02)
+    assert outcome(DENSE, SMALL, better="lower").drop == pytest.approx(-0.02)
+
+
+def test_the_other_forms_of_a_model_take_and_give_what_it_does() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(5, 64)
+    for form, share in ((in_bfloat16, 0.5), (in_int8, 0.3)):
+        other = form(model)
+        assert other(x).dtype == torch.float32
+        torch.testing.assert_close(other(x), model(x), rtol=0.05, atol=0.05)
+        assert num_bytes(other) <= share * num_bytes(model)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    shared = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
+    shared[1].weight = shared[0].weight
+    assert num_bytes(shared) == 4 * 36
+    assert in_bfloat16(ZOO["transformer_classifier"].make_model(0)) is not None
+
+
+# ---- a Hugging Face folder and texts ---------------------------------------------------------------------------------
+
+WORDS = [f"w{i}" for i in range(40)]
+
+
+def language(transformers):
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=45, pad_token_id=0
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def encoder(transformers, cls: str = "BertModel"):
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=45
+    )
+    return getattr(transformers, cls)(config)
+
+
+def classes(transformers):
+    return encoder(transformers, "BertForSequenceClassification")
+
+
+def seq2seq(transformers):
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2, vocab_size=45)
+    )
+
+
+def hf_folder(folder: Path, make, lines: int = 40) -> Path:
+    transformers = pytest.importorskip("transformers")
+    path = folder / "hf"
+    path.mkdir()
+    (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    transformers.BertTokenizer(str(path / "vocab.txt"), model_max_length=32).save_pretrained(path)
+    torch.manual_seed(0)
+    make(transformers).save_pretrained(path)
+    texts = [" ".join(WORDS[(i * j) % 40] for j in range(1, 5 + i % 5)) for i in range(1, lines + 1)]
+    (folder / "texts.txt").write_text("\n\n".join(texts))
+    return path
+
+
+@pytest.mark.parametrize(("make", "measure"), [(language, "loss"), (encoder, "cosine"), (classes, "agreement")])
+def test_a_folder_and_texts_are_enough(folder, capsys, make, measure: str) -> None:
+    path = hf_folder(folder, make)
+    args = [str(path), "--calibrate", "texts.txt", "--keep", "0.8", "--out", "small", "--no-curve", "--json", "x.json"]
+    code, _, err = run(capsys, *args)
+    assert code == 0, err
+    told = json.loads((folder / "x.json").read_text())
+    assert told["measure"] == measure
+    assert any(layer["rank"] for layer in told["layers"])
+    import transformers
+
+    loaded = getattr(transformers, make(transformers).__class__.__name__).from_pretrained(folder / "small").eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(folder / "small")(["w1 w2 w3"], return_tensors="pt")
+    assert loaded(**tokens)[0].isfinite().all()
+    assert sum(p.numel() for p in loaded.parameters()) == told["contenders"][1]["parameters"]
+    assert not (folder / "small/texts.txt").exists()
+    # A compressed folder is a folder: it can be calibrated, evaluated and compressed in turn.
+    again = ["small", "--calibrate", "texts.txt", "--keep", "0.95", "--no-curve", "--json", "y.json", "--quiet"]
+    capsys.readouterr()
+    assert run(capsys, *again) == (0, "", "")
+    assert json.loads((folder / "y.json").read_text())["contenders"][0]["bytes"] == told["contenders"][1]["bytes"]
+
+
+BAD_FOLDERS = {
+    "few": (encoder, {"lines": 4}, None, "holds 4 texts, wanted at least 10"),
+    "decoder": (seq2seq, {}, None, "has a decoder, which needs targets"),
+    "no_tokenizer": (encoder, {}, ("tokenizer.json", "tokenizer_config.json", "vocab.txt"), "has no tokenizer"),
+    "no_weights": (encoder, {}, ("model.safetensors",), "transformers cannot load it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_a_folder_that_is_not_enough_is_one_clear_line(folder, capsys, name: str) -> None:
+    make, options, missing, message = BAD_FOLDERS[name]
+    path = hf_folder(folder, make, **options)
+    for file in missing or ():
+        (path / file).unlink()
+    capsys.readouterr()
+    code, _, err = run(capsys, str(path), "--calibrate", "texts.txt", "--keep", "0.5", "--quiet")
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
