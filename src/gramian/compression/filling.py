@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,20 +17,17 @@ class Candidates(NamedTuple):
     Args:
         losses: entry r is the loss at rank r, `Σ_{j>r} σ_j²`: one more entry than singular values.
         shape: (m, n) of the matrix.
+        dense: parameters of the layer where it stays as it is.
     """
 
-    losses: Tensor
+    losses: Tensor  # float64, in memory
     shape: tuple[int, int]
+    dense: int
 
     @property
     def price(self) -> int:
         """Parameters that one rank costs."""
         return sum(self.shape)
-
-    @property
-    def dense(self) -> int:
-        """Parameters of the dense layer."""
-        return math.prod(self.shape)
 
     @property
     def top(self) -> int:
@@ -41,7 +37,7 @@ class Candidates(NamedTuple):
     def jump(self) -> tuple[int, float]:
         """The rank from which the hull goes straight to dense, and the loss saved per parameter on the way."""
         ranks = torch.arange(1, self.top + 1, dtype=torch.float64)
-        slopes = self.losses[1 : self.top + 1].double().cpu() / (self.dense - ranks * self.price)
+        slopes = self.losses[1 : self.top + 1] / (self.dense - ranks * self.price)
         best = int(slopes.argmax())
         return best + 1, float(slopes[best])
 
@@ -65,8 +61,8 @@ def fill(layers: Sequence[Candidates], budget: int) -> list[int | None]:
     Cost: one sort of all singular values.
     Source: the greedy algorithm for the multiple-choice knapsack problem (Sinha & Zoltners 1979).
 
-    >>> losses = torch.tensor([3.0, 2.0, 1.5, 1.2, 1.1, 0.0])
-    >>> fill([Candidates(losses, (12, 12))], 143), fill([Candidates(losses, (12, 12))], 144)
+    >>> losses = torch.tensor([3.0, 2.0, 1.5, 1.2, 1.1, 0.0], dtype=torch.float64)
+    >>> fill([Candidates(losses, (12, 12), 144)], 143), fill([Candidates(losses, (12, 12), 144)], 144)
     ([5], [None])
     """
     spent = sum(layer.price for layer in layers)
@@ -77,7 +73,7 @@ def fill(layers: Sequence[Candidates], budget: int) -> list[int | None]:
     for i, layer in enumerate(layers):
         at, slope = layer.jump()
         jumps.append(at)
-        saved = (layer.losses[1:at] - layer.losses[2 : at + 1]).double().cpu() / layer.price
+        saved = (layer.losses[1:at] - layer.losses[2 : at + 1]) / layer.price
         # Rounding must not put a jump before the ranks that it starts from.
         slope = min(slope, float(saved.min())) if len(saved) else slope
         worth.append(torch.cat([saved, torch.tensor([slope], dtype=torch.float64)]))
@@ -98,7 +94,7 @@ def _with_the_rest(layers: Sequence[Candidates], ranks: list[int | None], left: 
         if rank is not None:
             more = layer.losses[rank : layer.top] - layer.losses[rank + 1 : layer.top + 1]
             num = min(len(more), left // layer.price)
-            entries += [(-float(w) / layer.price, i, layer.price) for w in more[:num].double().cpu()]
+            entries += [(-w / layer.price, i, layer.price) for w in more[:num].tolist()]
     filled = list(ranks)
     for _, i, price in sorted(entries):
         if price > left:
@@ -123,7 +119,7 @@ def uniform(layers: Sequence[Candidates], budget: int) -> list[int | None]:
     Cost: none to speak of.
     Source: the definition.
 
-    >>> uniform([Candidates(torch.ones(13), (12, 12)), Candidates(torch.ones(5), (4, 20))], 150)
+    >>> uniform([Candidates(torch.ones(13), (12, 12), 144), Candidates(torch.ones(5), (4, 20), 80)], 150)
     [4, 2]
     """
     total = sum(layer.dense for layer in layers)
