@@ -139,7 +139,7 @@ def test_another_share_costs_no_decomposition() -> None:
     with Operations() as done:
         plan.at(keep=0.5)
     # `Plan.at` promises less than a second: it sorts and sums singular values that are known.
-    assert done.count < 12 * len(plan.spectra)
+    assert done.count < 200
     assert done.entries < count(model)
 
 
@@ -345,7 +345,8 @@ def test_a_constant_input_far_from_zero() -> None:
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
     x = 1000 + 1e-4 * torch.randn(64, 12)
     stats = gm.capture(model, [(x, torch.randint(4, (64,)))], CLASSIFY, fisher="gauss_newton")
-    small = compress(model, stats, keep=0.7).apply()
+    with pytest.warns(GramianWarning, match="the same for all samples"):
+        small = compress(model, stats, keep=0.7).apply()
     torch.testing.assert_close(small(x), model(x), rtol=1e-3, atol=0.05)
 
 

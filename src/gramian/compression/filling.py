@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 __all__ = ["Candidates", "fill", "uniform"]
 
 
-class Candidates(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Candidates:
     """What a layer can become: its ranks below break-even, each with a price and what it loses; or dense.
 
     Args:
@@ -34,12 +36,18 @@ class Candidates(NamedTuple):
         """The largest rank whose factors are smaller than the matrix; 0 where there is none."""
         return (self.dense - 1) // self.price
 
-    def jump(self) -> tuple[int, float]:
-        """The rank from which the hull goes straight to dense, and the loss saved per parameter on the way."""
+    @cached_property
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """The hull's steps, single ranks from 1 on and the jump to dense: loss saved per parameter, and price."""
         ranks = torch.arange(1, self.top + 1, dtype=torch.float64)
         slopes = self.losses[1 : self.top + 1] / (self.dense - ranks * self.price)
-        best = int(slopes.argmax())
-        return best + 1, float(slopes[best])
+        at = int(slopes.argmin()) + 1  # the line from there to dense lies below every other rank
+        saved = (self.losses[1:at] - self.losses[2 : at + 1]) / self.price
+        # Rounding must not put the jump before the ranks that it starts from.
+        jump = slopes[at - 1 : at] if at == 1 else torch.minimum(slopes[at - 1 : at], saved[-1:])
+        price = torch.full((at,), self.price)
+        price[-1] = self.dense - at * self.price
+        return torch.cat([saved, jump]), price
 
 
 def fill(layers: Sequence[Candidates], budget: int) -> list[int | None]:
@@ -66,25 +74,16 @@ def fill(layers: Sequence[Candidates], budget: int) -> list[int | None]:
     ([5], [None])
     """
     spent = sum(layer.price for layer in layers)
-    worth: list[Tensor] = []
-    price: list[Tensor] = []
-    owner: list[Tensor] = []
-    jumps = []
-    for i, layer in enumerate(layers):
-        at, slope = layer.jump()
-        jumps.append(at)
-        saved = (layer.losses[1:at] - layer.losses[2 : at + 1]) / layer.price
-        # Rounding must not put a jump before the ranks that it starts from.
-        slope = min(slope, float(saved.min())) if len(saved) else slope
-        worth.append(torch.cat([saved, torch.tensor([slope], dtype=torch.float64)]))
-        price.append(torch.tensor([layer.price] * (at - 1) + [layer.dense - at * layer.price]))
-        owner.append(torch.full((at,), i))
-    order = torch.cat(worth).argsort(descending=True, stable=True)
-    prices, owners = torch.cat(price)[order], torch.cat(owner)[order]
-    taken = int((prices.cumsum(0) <= budget - spent).sum())
-    steps = owners[:taken].bincount(minlength=len(layers)).tolist()
-    ranks: list[int | None] = [None if n == at else 1 + n for n, at in zip(steps, jumps, strict=True)]
-    return _with_the_rest(layers, ranks, budget - spent - int(prices[:taken].sum()))
+    worth, price = (torch.cat(parts) for parts in zip(*(layer.steps for layer in layers), strict=True))
+    lengths = [len(layer.steps[1]) for layer in layers]
+    owner = torch.repeat_interleave(torch.tensor(lengths))
+    order = worth.argsort(descending=True, stable=True)
+    total = price[order].cumsum(0)
+    taken = int((total <= budget - spent).sum())
+    steps = owner[order[:taken]].bincount(minlength=len(layers)).tolist()
+    ranks: list[int | None] = [None if n == all_ else 1 + n for n, all_ in zip(steps, lengths, strict=True)]
+    left = budget - spent - (int(total[taken - 1]) if taken else 0)
+    return _with_the_rest(layers, ranks, left)
 
 
 def _with_the_rest(layers: Sequence[Candidates], ranks: list[int | None], left: int) -> list[int | None]:
@@ -92,9 +91,9 @@ def _with_the_rest(layers: Sequence[Candidates], ranks: list[int | None], left: 
     entries = []
     for i, (layer, rank) in enumerate(zip(layers, ranks, strict=True)):
         if rank is not None:
-            more = layer.losses[rank : layer.top] - layer.losses[rank + 1 : layer.top + 1]
-            num = min(len(more), left // layer.price)
-            entries += [(-w / layer.price, i, layer.price) for w in more[:num].tolist()]
+            num = min(layer.top - rank, left // layer.price + 1)  # one that does not fit ends the filling
+            saved = (layer.losses[rank : rank + num] - layer.losses[rank + 1 : rank + num + 1]) / layer.price
+            entries += [(-w, i, layer.price) for w in saved.tolist()]
     filled = list(ranks)
     for _, i, price in sorted(entries):
         if price > left:

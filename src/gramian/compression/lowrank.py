@@ -57,7 +57,7 @@ class LowRank(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """`L R` in the shape of the layer's own weight, for code that reads it; multiplied out only where it must be."""
+        """`L R` in the shape of the layer's own weight, multiplied out only where its entries are asked for."""
         left, right = self.get_parameter("1.weight"), self.get_parameter("0.weight")
 
         def product() -> Tensor:

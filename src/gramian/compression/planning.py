@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from gramian.calls import as_model, unwrapped
@@ -18,7 +17,7 @@ from gramian.compression.filling import fill, uniform
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.modules import copied, replaced, submodule
 from gramian.compression.predicting import Point, Predicted, losses_of, measured_point, predict
-from gramian.compression.targets import Target, targets
+from gramian.compression.targets import targets
 from gramian.compression.weighted import WeightedSVD, decompose, site_of
 from gramian.errors import GramianWarning, InputError, some
 from gramian.loader import Batches
@@ -312,7 +311,8 @@ def _judged(calibration: Calibration) -> tuple[list[str], bool, bool]:
     elif units < FEW_UNITS:
         what = "unit" if round(units) == 1 else "units"
         notes.append(
-            f"{units:.0f} distinct {what} of the loss cannot tell which layers matter, which takes {FEW_UNITS}: {shared}"
+            f"{units:.0f} distinct {what} of the loss cannot tell which layers matter, which takes {FEW_UNITS}: "
+            f"{shared}"
         )
     elif calibration.distinct < 0.5:
         notes.append(f"only {calibration.samples:.0f} samples are distinct: the others count as none")
