@@ -12,7 +12,7 @@ from torch import Tensor
 from gramian.block import Block
 from gramian.compression.filling import Candidates
 from gramian.compression.lowrank import matrix_of
-from gramian.compression.shrinkage import Roots, roots
+from gramian.compression.shrinkage import Roots, roots, shrunk_mean
 from gramian.compression.targets import Target
 from gramian.errors import InputError
 from gramian.gram import DiagonalGram, Gram
@@ -108,7 +108,8 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool) -> Weigh
     rows = share * float(torch.as_tensor(site.A.count).max())
     try:
         label = "A"
-        a = roots(site.A, rows, centered=centered)
+        mean = shrunk_mean(site.A, rows) if centered else None
+        a = roots(site.A, rows, around=mean)
         label = "G"
         g = _output_roots(target.block, site.G, rows)
     except InputError as error:
@@ -137,7 +138,6 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool) -> Weigh
         side for side, moment in (("inputs", site.A), ("outputs", site.G)) if isinstance(moment, DiagonalGram)
     )
     matters = blind or bool(site.A.total.any() and site.G.total.any())
-    mean = site.A.mean if centered else None
     return WeightedSVD(
         target.name, values * matters, left * scale, right / scale[:, None], mean, target.dense, diagonal
     )
