@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian.alignment import Align, Select, kept, unpadded, weights_of, with_dtype
-from gramian.batch import described
+from gramian.batch import described, fields, token_mask
 from gramian.calls import called, tensor_of
 from gramian.errors import InputError
 
-__all__ = ["cross_entropy", "squared_error"]
+__all__ = ["cross_entropy", "own_output", "squared_error"]
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -224,6 +224,74 @@ def squared_error(target: Callable[[Any], Tensor], *, checks: bool) -> dict[str,
         "gauss_newton": gauss_newton,
         "rows": unpadded(None),
     }
+
+
+def own_output(
+    predict: Callable[[nn.Module, Any], Any] | None = None, teacher: nn.Module | None = None
+) -> dict[str, Any]:
+    """Squared error to a teacher's output, which is by default the model's own, as the fields of an `Objective`.
+
+    Args:
+        predict: `predict(model, batch) -> output`; by default the model is called.
+        teacher: the model whose outputs are the targets; by default the outputs themselves, so that the loss is 0.
+
+    Returns: predict, criterion, sampled and rows; `sampled` is what curvature rests on.
+    Raises: nothing of its own.
+    Cost: with a teacher, one more forward pass for each batch.
+    Source: the Gauss-Newton matrix of a squared error does not depend on its target (1412.1193, §8).
+
+    >>> layer = nn.Linear(3, 2)
+    >>> fields = own_output()
+    >>> total, units = fields["criterion"](fields["predict"](layer, torch.ones(4, 3)), torch.ones(4, 3))
+    >>> float(total), units
+    (0.0, 4)
+    """
+    call = predict or called
+
+    def pairs(model: nn.Module, batch: Any) -> list[tuple[Tensor, Tensor]]:
+        found = _outputs(call(model, batch))
+        if teacher is None:
+            return [(one, one.detach()) for one in found]
+        with torch.no_grad():
+            return list(zip(found, _outputs(call(teacher, batch)), strict=True))
+
+    def counted(one: Tensor, batch: Any) -> Tensor:
+        """The entries that are not padding: of an output (B, T, ...), those where the mask of tokens is true."""
+        mask = token_mask(batch)
+        return one[mask.to(one.device)] if mask is not None and one.shape[:2] == mask.shape else one
+
+    def criterion(output: Any, batch: Any) -> tuple[Tensor, int]:
+        errors = [counted(_wide(one) - _wide(target), batch).square().sum() for one, target in output]
+        return 0.5 * torch.stack(errors).sum(), _num_rows(output)
+
+    def sampled(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        parts = [counted(_wide(one), batch) for one, _ in output]
+        noise = [torch.empty_like(one, requires_grad=False).normal_(generator=generator) for one in parts]
+        yield torch.stack([(one * z).sum() for one, z in zip(parts, noise, strict=True)]).sum()
+
+    return {"predict": pairs, "criterion": criterion, "sampled": sampled, "rows": unpadded(None)}
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    """The tensors of floats of an output, without a loss: itself, or the entries of a tuple, dict or ModelOutput."""
+    if isinstance(output, Tensor):
+        found = [output]
+    else:
+        named = output if isinstance(output, Mapping) else fields(output)
+        values = named.items() if named is not None else enumerate(output if isinstance(output, (tuple, list)) else ())
+        found = [value for name, value in values if isinstance(value, Tensor) and name != "loss"]
+    found = [one for one in found if one.is_floating_point() and one.numel()]
+    if not found:
+        raise InputError(
+            f"objective: the model returned {described(output)}; wanted a tensor of floats, or a tuple, dict or "
+            "ModelOutput with one. Else say which: predict=lambda model, batch: model(…)[…]"
+        )
+    return found
+
+
+def _num_rows(output: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """The number of samples: the first dimension of the first output."""
+    return output[0][0].shape[0] if output[0][0].ndim else 1
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -62,6 +62,8 @@ class Objective:
         rows: `rows(batch) -> bool tensor (B, T)`, false where an input position is padding; or `None`, where none is.
             Such rows do not count in the second moments of layers' inputs of shape (B, T, …) or (B·T, features). By
             default all rows count.
+        against: `against(teacher) -> objective`, for an objective whose targets are a model's outputs: the same with
+            those of another model; or `None`.
 
     Raises: nothing of its own; `loss` and `losses` raise InputError.
     Cost: none.
@@ -81,6 +83,7 @@ class Objective:
     sampled: Factor | None = None
     gauss_newton: Factor | None = None
     rows: Padding | None = None
+    against: Callable[[nn.Module], Objective] | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.criterion, "observed"):
@@ -230,6 +233,29 @@ class Objective:
             predict: `predict(model, batch) -> x̂`, where the model is not called as `docs/objectives.md` says.
         """
         return _made(criteria.squared_error(main_input, checks=False), fisher, predict)
+
+    @staticmethod
+    def self_distillation(*, teacher: nn.Module | None = None, predict: Predict | None = None) -> Objective:
+        """Squared error `½ Σ (ŷ − y)²` to the model's own output, for models without labels; a unit is a sample.
+
+        The output is a tensor, or all tensors of floats in a tuple, dict or `ModelOutput`, but a loss. Outputs
+        `(B, T, ...)` count where the batch's mask of tokens does. At the model itself the loss and its gradient are
+        0, so G is that of labels drawn around the output, `fisher="sampled"`: how much a change of each layer's output
+        moves the model's.
+
+        Args:
+            teacher: the model whose output is the target, to measure how far a changed model is from it; by default
+                the model that is called.
+            predict: `predict(model, batch) -> output`: which output, where not all count alike (an embedding that is
+                pooled and normalized).
+
+        >>> objective = Objective.self_distillation()
+        >>> layer = nn.Linear(3, 2)
+        >>> float(objective.loss(layer, torch.ones(4, 3))[0]), objective.fisher
+        (0.0, 'sampled')
+        """
+        made = Objective(**criteria.own_output(predict, teacher), fisher="sampled")
+        return replace(made, against=lambda other: Objective.self_distillation(teacher=other, predict=predict))
 
 
 def as_objective(objective: Any) -> Objective:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from gramian.compression.factored_weight import FactoredWeight
 from gramian.layers import layout_of, operation_of
 
 __all__ = ["FACTORS", "LowRank", "matrix_of"]
@@ -32,15 +34,21 @@ class LowRank(nn.Sequential):
     """
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
-        layout = layout_of(layer)
-        assert layout is not None
-        super().__init__(*FACTORS[operation_of(layer).factors](layer, rank, layout.matrices))
+        if isinstance(layer, LowRank):
+            layout, factors = layer._layout, _fewer(layer, rank)
+        else:
+            layout = layout_of(layer)
+            assert layout is not None
+            factors = FACTORS[operation_of(layer).factors](layer, rank, layout.matrices)
+        super().__init__(*factors)
         self._layout = layout
-        # Code reads a layer's options, as it reads its weight: Whisper the stride, others in_features.
-        options = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
-        vars(self).update(options)
-        weight = layer.get_parameter("weight")
-        self.train(layer.training).requires_grad_(weight.requires_grad)
+        # Code reads a layer's options, as it reads its weight: Whisper the stride, others in_features. What others have
+        # set on the layer, and its hooks, stay too.
+        own = vars(self)
+        own.update({name: value for name, value in vars(layer).items() if name not in own})
+        own.update({name: copy.copy(value) for name, value in vars(layer).items() if name in HOOKS})
+        parameter = next(layer.parameters())
+        self.train(layer.training).requires_grad_(parameter.requires_grad)
 
     @property
     def rank(self) -> int:
@@ -49,9 +57,16 @@ class LowRank(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """`L R` in the shape of the layer's own weight, for code that reads a layer's weight (torch's encoder does)."""
+        """`L R` in the shape of the layer's own weight, multiplied out only where its entries are asked for."""
         left, right = self.get_parameter("1.weight"), self.get_parameter("0.weight")
-        return self._layout.join(left.flatten(1) @ right.flatten(1))
+
+        def product() -> Tensor:
+            return self._layout.join(left.flatten(1) @ right.flatten(1))
+
+        # A graph drops a product that nothing uses, and traces no tensor without storage.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return product()
+        return FactoredWeight(product, left, self._layout.shape)
 
     @property
     def bias(self) -> Tensor | None:
@@ -71,6 +86,24 @@ class LowRank(nn.Sequential):
         for name, value in values.items():
             parameter = self.get_parameter(name)
             parameter.copy_(value.reshape(parameter.shape))
+
+
+HOOKS = frozenset({
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+})  # fmt: skip
+"""What a module keeps of the hooks that see its inputs, outputs and their gradients."""
+
+
+def _fewer(layer: LowRank, rank: int) -> tuple[nn.Module, nn.Module]:
+    """The two layers of a factored one, again at another rank: the second is linear, or has a kernel of size one."""
+    first, second = copy.deepcopy(layer[0]), copy.deepcopy(layer[1])
+    left, right = layer.get_parameter("1.weight"), layer.get_parameter("0.weight")
+    first.weight = nn.Parameter(torch.empty_like(right[:1]).expand(rank, *right.shape[1:]).clone())
+    second.weight = nn.Parameter(torch.empty_like(left[:, :1]).expand(-1, rank, *left.shape[2:]).clone())
+    first.__dict__["out_features" if hasattr(first, "out_features") else "out_channels"] = rank
+    second.__dict__["in_features" if hasattr(second, "in_features") else "in_channels"] = rank
+    return first, second
 
 
 def _linear(layer: nn.Module, rank: int, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
@@ -104,7 +137,10 @@ FACTORS: dict[str, Callable[[Any, int, tuple[int, ...]], tuple[nn.Module, nn.Mod
 
 
 def matrix_of(layer: nn.Module) -> Tensor:
-    """The layer's whole matrix (m, n), its rows in the order of the outputs."""
+    """The layer's whole matrix (m, n), its rows in the order of the outputs; of a factored layer the product."""
+    if isinstance(layer, LowRank):
+        left, right = layer.get_parameter("1.weight").detach(), layer.get_parameter("0.weight").detach()
+        return (left.flatten(1).double() @ right.flatten(1).double()).to(left.dtype)
     layout = layout_of(layer)
     assert layout is not None
     return layout.split(layer.get_parameter("weight").detach())

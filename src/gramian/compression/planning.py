@@ -3,43 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from gramian.block import blocks
 from gramian.calls import as_model, unwrapped
+from gramian.compression.calibrating import Calibration, Measure, calibrate
 from gramian.compression.files import pretrained_support
+from gramian.compression.filling import fill, uniform
 from gramian.compression.lowrank import LowRank, matrix_of
-from gramian.compression.modules import copied, module_name, replaced, submodule
-from gramian.compression.weighted import WeightedSVD, decompose, why_not
-from gramian.errors import InputError, some
+from gramian.compression.modules import copied, replaced, submodule
+from gramian.compression.predicting import Point, Predicted, losses_of, measured_point, predict
+from gramian.compression.targets import targets
+from gramian.compression.weighted import WeightedSVD, decompose, site_of
+from gramian.errors import GramianWarning, InputError, some
 from gramian.loader import Batches
-from gramian.objective import Objective
-from gramian.recording import capture
-from gramian.statistics import Site, Sites, Statistics
+from gramian.objective import Objective, as_objective
+from gramian.statistics import Statistics
 
 __all__ = ["Plan", "compress"]
 
 DEFAULT_KEEP = 0.5
+REMOVED = (0.1, 0.2, 0.4, 0.6, 0.8)
+"""Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
+VARIED = 1e-6
+"""The least share of variance in the second moment of inputs; below it there is little but float32's rounding."""
+FEW_UNITS = 16
+"""Below so many distinct units of the loss, G says nothing of which layers matter, and every layer loses one share."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How many ranks each layer keeps at a share `keep` of the model's parameters.
+    """How many ranks each layer keeps at a share `keep` of the parameters.
 
-    `plan.at(keep=…)` gives another share without new decompositions; `plan.apply()` gives the smaller model.
+    `plan.at(keep=…)` gives another share without new decompositions; `plan.apply()` gives the smaller model. A plan has
+    a copy of the model, so that training the model on does not change it.
 
     Args:
-        model: as it came, dense.
+        model: a copy of the model as it came.
         spectra: the weighted singular value decomposition of each layer that can be factored.
-        keep: share of all the model's parameters; where none was asked for, one half, or the smallest that is possible.
-        ranks: by layer (the module's name), a rank, or `None` where the layer stays dense.
+        keep: share of the parameters counted by `of`; where none was asked for, one half, or the smallest possible.
+        ranks: by layer (the module's name), a rank, or `None` where the layer stays as it is.
         reasons: by layer, why it is not factored at any share.
-        note: where `keep` is not the default share, why.
+        of: what `keep` is a share of: "all" parameters, or those of the "factorable" layers' weights.
+        notes: what a person has to know of the calibration and of the share, in sentences.
+        ranked: whether the statistics tell which layers matter; if not, each loses the same share.
+        points: where the rise of the loss was measured.
     """
 
     model: nn.Module
@@ -47,75 +60,105 @@ class Plan:
     keep: float
     ranks: dict[str, int | None]
     reasons: dict[str, str]
-    note: str = ""
+    of: Literal["all", "factorable"] = "all"
+    notes: tuple[str, ...] = ()
+    ranked: bool = True
+    points: tuple[Point, ...] = ()
 
     def __str__(self) -> str:
         factored = sum(rank is not None for rank in self.ranks.values())
-        text = f"keep = {self.keep:.3f}: {self.parameters:,} of {self.parameters_dense:,} parameters, {factored} layers"
-        return f"{text} factored{f' ({self.note})' if self.note else ''}"
+        what = f"{self.parameters:,} of {self.parameters_dense:,} parameters, {factored} layers factored"
+        text = f"keep = {self.keep:.3f}{'' if self.of == 'all' else ' of the factorable ones'}: {what}"
+        return f"{text} ({'; '.join(self.notes)})" if self.notes else text
 
-    @property
+    def explain(self) -> list[dict[str, Any]]:
+        """One row for each layer with a matrix: its name, shape, rank, share of parameters kept, loss, and the reason.
+
+        The loss is the second-order estimate of the layer's part of the rise. The reason says why a layer stays as it
+        is, or that the diagonal alone of a wide side is known.
+        """
+        rows = []
+        for s in self.spectra:
+            rank = self.ranks[s.name]
+            kept = 1.0 if rank is None else rank * sum(s.shape) / s.dense
+            loss = 0.0 if rank is None else 0.5 * float(s.candidates.losses[rank])
+            why = "worth its parameters" if rank is None else ""
+            why = "; ".join(filter(None, [why, *(f"{side} weighted by their diagonal alone" for side in s.diagonal)]))
+            rows.append({"name": s.name, "shape": s.shape, "rank": rank, "kept": kept, "loss": loss, "reason": why})
+        dense = {"shape": None, "rank": None, "kept": 1.0, "loss": 0.0}
+        return rows + [{"name": name, **dense, "reason": reason} for name, reason in self.reasons.items()]
+
+    @cached_property
     def parameters_dense(self) -> int:
         """Parameters of the model as it came."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def parameters_factorable(self) -> int:
+        """Parameters of the weights that can be factored."""
+        return sum(s.dense for s in self.spectra)
 
     @property
     def parameters(self) -> int:
         """Parameters of the model that `apply()` gives."""
         saved = 0
         for s in self.spectra:
-            rank = self.ranks[module_name(s.block)]
-            saved += 0 if rank is None else s.block.parameter.numel() - s.cost(rank)
+            rank = self.ranks[s.name]
+            saved += 0 if rank is None else s.dense - rank * sum(s.shape)
         return self.parameters_dense - saved
 
     @property
-    def _smallest(self) -> int:
-        """Parameters with rank 1 everywhere."""
-        fixed = self.parameters_dense - sum(s.block.parameter.numel() for s in self.spectra)
-        return fixed + sum(s.cost(1) for s in self.spectra)
+    def predicted_loss(self) -> float:
+        """The rise of the mean loss that the dropped singular values stand for, to second order: `½ Σ σ²`.
+
+        It leaves out how the errors of layers add up, and is often several times too low; see `predicted`.
+        """
+        ranks = [(s, self.ranks[s.name]) for s in self.spectra]
+        return 0.5 * float(sum(float(s.values[rank:].square().sum()) for s, rank in ranks if rank is not None))
 
     @property
-    def predicted_loss(self) -> float:
-        """The increase of the mean loss that the dropped singular values stand for, to second order: `½ Σ σ²`."""
-        lost = [s.values[self.ranks[module_name(s.block)] or len(s.values) :].square().sum() for s in self.spectra]
-        return 0.5 * float(sum(lost))
+    def predicted(self) -> Predicted:
+        """The rise of the mean loss that is expected, with an interval, from the points where it was measured."""
+        return predict(self.predicted_loss, self.points)
 
-    def at(self, *, keep: float) -> Plan:
-        """The plan at another share of the model's parameters, `0 < keep ≤ 1`.
+    def at(self, *, keep: float, of: Literal["all", "factorable"] | None = None) -> Plan:
+        """The plan at another share of the parameters, `0 < keep ≤ 1`.
 
         Singular values of all layers stand in one list, by `σ²` for each parameter that they cost, and are taken from
-        the top until the budget is spent. Every layer keeps at least rank 1; a layer whose factors would be no smaller
-        than itself stays dense.
+        the top until the budget is spent. Every layer keeps at least rank 1. A layer goes from the rank where that is
+        worth it straight to dense.
+
+        Args:
+            keep: the share.
+            of: what it is a share of, as in `compress`; by default as this plan has it.
 
         Raises:
             InputError: `keep` is out of range, or below what rank 1 everywhere needs.
         """
+        of = of or self.of
+        if of not in ("all", "factorable"):
+            raise InputError(f"compress: of must be 'all' or 'factorable', got {of!r}")
         if not 0 < keep <= 1:
             raise InputError(f"compress: keep must be a share in (0, 1], got {keep}")
-        total, spent = self.parameters_dense, self._smallest
-        if spent > keep * total:
+        total, fixed = self._counted(of)
+        least = sum(sum(s.shape) for s in self.spectra) + fixed
+        if least > keep * total:
             raise InputError(
                 f"compress: keep={keep} of {total:,} parameters is {int(keep * total):,}, but rank 1 everywhere needs "
-                f"{spent:,}{self._dense()}; the smallest possible keep is {spent / total:.3f}"
+                f"{least:,}{self._dense()}; the smallest possible keep is {least / total:.3f}"
             )
-        # Beyond its break-even a layer is dense, its further singular values free, taken with the last paid one.
-        steps = [range(1, s.break_even) for s in self.spectra]
-        worth = torch.cat([
-            s.values[1 : s.break_even].cpu().square() / sum(s.shape) for s in self.spectra
-        ])  # fmt: skip
-        cost = torch.tensor(
-            [s.cost(r + 1) - s.cost(r) for s, r_s in zip(self.spectra, steps, strict=True) for r in r_s]
-        )
-        owner = torch.repeat_interleave(torch.tensor([len(r) for r in steps]))
-        # Filled to the first that does not fit, and no further: so a larger budget never takes a rank from a layer.
-        order = worth.argsort(descending=True, stable=True)
-        taken = int((cost[order].cumsum(0) <= keep * total - spent).sum())
-        extra = owner[order[:taken]].bincount(minlength=len(self.spectra)).tolist()
-        ranks = {
-            module_name(s.block): 1 + r if 1 + r < s.break_even else None
-            for s, r in zip(self.spectra, extra, strict=True)
-        }
-        return replace(self, keep=keep, ranks=ranks, note="")
+        layers = [s.candidates for s in self.spectra]
+        budget = int(keep * total) - fixed
+        ranks = fill(layers, budget) if self.ranked else uniform(layers, budget)
+        by_name = {s.name: rank for s, rank in zip(self.spectra, ranks, strict=True)}
+        notes = tuple(note for note in self.notes if _SMALLEST not in note)
+        return replace(self, keep=keep, of=of, ranks=by_name, notes=notes)
+
+    def _counted(self, of: str) -> tuple[int, int]:
+        """The parameters that a share is of, and how many of those stay in any case."""
+        if of == "factorable":
+            return self.parameters_factorable, 0
+        return self.parameters_dense, self.parameters_dense - self.parameters_factorable
 
     def _dense(self) -> str:
         """The layers that are not factored, the first few, for an error."""
@@ -123,25 +166,27 @@ class Plan:
         return f" (not factored: {shown})" if shown else ""
 
     def apply(self) -> nn.Module:
-        """A copy of the model with the planned layers factored. The original is untouched."""
+        """A copy of the model with the planned layers factored. The plan, and the model that it was made of, stay."""
         model = copied(self.model)
         for s in self.spectra:
-            name = module_name(s.block)
-            rank = self.ranks[name]
+            rank = self.ranks[s.name]
             if rank is None:
                 continue
-            layer = submodule(model, name)
+            layer = submodule(model, s.name)
             low = LowRank(layer, rank)
             left, right = s.left[:, :rank], s.right[:rank]
             bias: Any = getattr(layer, "bias", None)
             if bias is not None and s.mean is not None:
                 bias = bias + (matrix_of(layer).double() - left @ right) @ s.mean
             low.set_(left, right, bias)
-            model = replaced(model, name, low)
+            model = replaced(model, s.name, low)
         support = pretrained_support()
         if support is not None:
             support.attach(model)
         return model
+
+
+_SMALLEST = "is the smallest possible share"
 
 
 def compress(
@@ -151,22 +196,32 @@ def compress(
     batches: Batches | None = None,
     objective: Objective | Callable | None = None,
     keep: float | None = None,
+    of: Literal["all", "factorable"] = "all",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Factors every linear layer and convolution so that the loss grows least for the parameters kept.
 
     Each layer is cut where its output error, weighted by the loss's curvature, is least: the SVD of `G^½ W A^½`, with A
     the covariance of the layer's inputs (its bias takes up what the mean input loses) and G the second moment of its
-    output gradients. So weighted, the squared singular values of all layers are in one unit, the loss, and one budget
-    is filled from one list.
+    output gradients, both shrunk as far as their number of rows asks for. So weighted, the squared singular values of
+    all layers are in one unit, the loss, and one budget is filled from one list.
+
+    What the calibration lacks is warned of and stands in `plan.notes`: too few or constant samples to tell which layers
+    matter (then each loses the same share), a loss whose gradient vanishes.
 
     Args:
-        model: left untouched.
+        model: left untouched; the plan has a copy. Layers that are factored already are cut further.
         stats: from `gm.capture`, best with `fisher="gauss_newton"`; or give `batches` and `objective`.
-        batches: as in `gm.capture`, in place of `stats`; they are read once.
-        objective: how they are turned into a loss, in place of `stats`.
-        keep: share of all the model's parameters to keep. By default 0.5, or where rank 1 everywhere needs more than
-            that, the smallest possible share, which the plan's text says.
+        batches: as in `gm.capture`, in place of `stats`; they are read once, and an eighth is kept to measure the rise
+            of the loss on. With `stats`, all of them (a list) are for measuring.
+        objective: how they are turned into a loss; `gm.Objective.self_distillation()` where there are no labels.
+        keep: share of the parameters to keep. By default 0.5, or where rank 1 everywhere needs more than that, the
+            smallest possible share, which the plan's text says.
+        of: what `keep` is a share of: "all" parameters of the model, or those of the "factorable" layers' weights.
+        include: name patterns (`"encoder.*"`): only layers that match one are factored.
+        exclude: name patterns of layers that stay as they are.
         progress: called with the number of layers done.
 
     Returns:
@@ -174,49 +229,122 @@ def compress(
         out of it.
 
     Raises:
-        InputError: there are no statistics, they are not finite, or no layer can be factored.
+        InputError: there are no statistics, they are not finite, a pattern matches no layer, or no layer can be
+            factored.
 
-    Cost: two eigendecompositions and one singular value decomposition in float64 for each layer.
+    Cost: three eigendecompositions in float64 for each layer, and five evaluations of the batches kept to measure on.
     Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
-    factors.
+    factors; shrinkage: Ledoit & Wolf (Bernoulli 28, 2022).
 
-    >>> from torch import nn
-    >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2)), torch.eye(16)
+    >>> import torch
+    >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2)), torch.cat([torch.eye(16), -torch.eye(16)])
     >>> plan = compress(net, batches=[(x, x[:, :2])], objective=Objective.regression(), keep=0.6)
     >>> plan.ranks["0"] < 8, plan.parameters <= 0.6 * plan.parameters_dense
     (True, True)
     """
     model = as_model(model, "compress")
-    if stats is None:
-        if batches is None or objective is None:
-            raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
-        stats = capture(model, batches, objective)
-    model = unwrapped(model)
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise InputError("compress: include and exclude are lists of patterns: exclude=['lm_head']")
+    plain = unwrapped(model)
+    found, reasons = targets(plain, include, exclude)  # before any data is read
+    if not found:
+        raise _nothing(plain, reasons)
+    if stats is not None:
+        calibration = Calibration(stats, samples=stats.units)
+        if batches is not None and objective is not None:
+            calibration.measure = Measure(list(batches), _measured_by(objective, plain))
+    elif batches is None or objective is None:
+        raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
+    else:
+        calibration = calibrate(model, batches, objective)
+    notes, ranked, blind = _judged(calibration)
     spectra: list[WeightedSVD] = []
-    reasons: dict[str, str] = {}
-    for block in blocks(model).blocks:
-        sites = stats.get(block.name) or Sites([Site(reason="not in the statistics")])
-        reason = why_not(block, sites)
-        if reason:
-            reasons[module_name(block)] = reason
+    own = copied(plain)
+    for target in found:
+        try:
+            site = site_of(target, calibration.stats)
+        except InputError as error:
+            reasons[target.name] = str(error)
             continue
-        spectra.append(decompose(block, sites.only))
+        here = target._replace(module=submodule(own, target.name))
+        spectra.append(decompose(here, site, share=calibration.distinct, blind=blind))
         if progress is not None:
             progress(len(spectra))
     if not spectra:
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise InputError(
-            f"compress: no layer of {type(model).__name__} can be factored ({why or 'it has no matrices'})"
-        )
-    empty: dict[str, int | None] = {module_name(s.block): None for s in spectra}
-    plan = Plan(model, tuple(spectra), 1.0, empty, reasons)
+        raise _nothing(plain, reasons)
+    for note in notes:
+        warnings.warn(f"compress: {note}", GramianWarning, stacklevel=2)
+    empty: dict[str, int | None] = {s.name: None for s in spectra}
+    plan = Plan(own, tuple(spectra), 1.0, empty, reasons, of, tuple(notes), ranked)
+    plan = replace(plan, points=_measured(plan, calibration.measure))
+    if calibration.measure is not None and calibration.measure.seen:
+        few = "the rise of the loss was measured on the calibration batch itself, which flatters it"
+        plan = replace(plan, notes=(*plan.notes, few))
     if keep is not None:
         return plan.at(keep=keep)
-    smallest = plan._smallest / plan.parameters_dense
+    return _by_default(plan)
+
+
+def _nothing(model: nn.Module, reasons: dict[str, str]) -> InputError:
+    why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:20])
+    return InputError(f"compress: no layer of {type(model).__name__} can be factored ({why or 'it has no matrices'})")
+
+
+def _measured_by(objective: Objective | Callable, model: nn.Module) -> Objective:
+    made = as_objective(objective)
+    return made.against(model) if made.against else made
+
+
+def _judged(calibration: Calibration) -> tuple[list[str], bool, bool]:
+    """What is wrong with the data; whether it tells which layers matter; whether G is to be left out."""
+    notes, stats = list(calibration.notes), calibration.stats
+    units = stats.units * calibration.distinct or math.inf  # Grams from elsewhere have no units
+    sites = [site for site in stats.sites() if site.A is not None and site.G is not None]
+    flat = not any(bool(site.G.diagonal.any()) for site in sites if site.G is not None)
+    moments = [site.A for site in sites if site.A is not None and site.op != "embedding"]
+    varied = [float((a.diagonal - a.mean.square()).sum()) > VARIED * float(a.diagonal.sum()) for a in moments]
+    same = bool(moments) and not any(varied)
+    poor = flat or same or units < FEW_UNITS
+    shared = "layers are weighted by their inputs alone, and each loses the same share"
+    if flat:
+        notes.append(
+            f"the gradient of the loss is zero at every layer, so nothing tells which outputs matter: {shared}"
+        )
+    if same:
+        notes.append(f"the inputs of every layer are zero, or the same for all samples: {shared}")
+    elif units < FEW_UNITS:
+        what = "unit" if round(units) == 1 else "units"
+        notes.append(
+            f"{units:.0f} distinct {what} of the loss cannot tell which layers matter, which takes {FEW_UNITS}: "
+            f"{shared}"
+        )
+    elif calibration.distinct < 0.5:
+        notes.append(f"only {calibration.samples:.0f} samples are distinct: the others count as none")
+    return notes, not poor, poor
+
+
+def _measured(plan: Plan, measure: Measure | None) -> tuple[Point, ...]:
+    """The rise of the loss at a few shares, so that others can be predicted."""
+    if measure is None or not measure.batches:
+        return ()
+    before = losses_of(plan.model, measure)
+    points = []
+    for removed in REMOVED:
+        try:
+            part = plan.at(keep=1 - removed, of="factorable")
+        except InputError:
+            break
+        after = losses_of(part.apply(), measure)
+        points.append(measured_point(part.predicted_loss, before, after))
+    return tuple(points)
+
+
+def _by_default(plan: Plan) -> Plan:
+    total, fixed = plan._counted(plan.of)
+    smallest = (sum(sum(s.shape) for s in plan.spectra) + fixed) / total
     if smallest <= DEFAULT_KEEP:
         return plan.at(keep=DEFAULT_KEEP)
-    if smallest >= 1:  # nothing becomes smaller: all stays dense, and `at` says why
-        return replace(plan, note="no layer has factors smaller than itself")
     smallest = math.nextafter(smallest, 1.0)  # the budget of `at` is not below it by rounding
-    note = f"{smallest:.3f} is the smallest possible share; {DEFAULT_KEEP} is not possible{plan._dense()}"
-    return replace(plan.at(keep=smallest), note=note)
+    note = f"{smallest:.3f} {_SMALLEST}; {DEFAULT_KEEP} is not possible{plan._dense()}"
+    made = plan.at(keep=smallest)
+    return replace(made, notes=(*made.notes, note))

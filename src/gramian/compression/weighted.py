@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gramian.block import Block
+from gramian.compression.filling import Candidates
 from gramian.compression.lowrank import matrix_of
+from gramian.compression.shrinkage import Roots, roots, shrunk_mean
+from gramian.compression.targets import Target
 from gramian.errors import InputError
-from gramian.gram import Gram
-from gramian.layers import is_affine, layout_of, operation_of, runs_as_its_class
-from gramian.statistics import Site, Sites
+from gramian.gram import DiagonalGram, Gram
+from gramian.layers import layout_of
+from gramian.statistics import Site, Statistics
 
-__all__ = ["DAMPING", "WeightedSVD", "decompose", "why_not"]
-
-# Relative damping of A and G, as a share of their mean eigenvalue. Both are singular usually (dead inputs, two
-# classes): without it the inverse roots do not exist; with more, directions that matter little would weigh in.
-DAMPING = 1e-6
+__all__ = ["WeightedSVD", "decompose", "site_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,89 +27,139 @@ class WeightedSVD:
     """One layer's weighted SVD: `G^½ W A^½ = U S Vᵀ`, and the factors of W.
 
     W is the layer's whole matrix (m, n), its rows in the order of the outputs; fused projections are factored together.
+
+    Args:
+        name: of the layer.
+        values: S, descending; zero where the layer does not matter to the loss.
+        left: `G^-½ U S`, (m, k), its columns as long as the rows of `right`.
+        right: `Vᵀ A^-½`, (k, n).
+        mean: of the inputs, where the layer's bias can take up the mean.
+        dense: parameters of the weight as it is.
+        diagonal: the sides ("inputs", "outputs") that are weighted by a diagonal alone.
     """
 
-    block: Block
-    values: Tensor  # S, descending; zero where the layer does not matter to the loss
-    left: Tensor  # G^-½ U S, (m, k), its columns as long as the rows of `right`
-    right: Tensor  # Vᵀ A^-½, (k, n)
-    mean: Tensor | None  # of the inputs, where the layer's bias can take up the mean
+    name: str
+    values: Tensor
+    left: Tensor
+    right: Tensor
+    mean: Tensor | None
+    dense: int
+    diagonal: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n)."""
         return len(self.left), self.right.shape[1]
 
-    def cost(self, rank: int) -> int:
-        """Parameters of the weight at this rank: factored, or dense where that is no more."""
-        m, n = self.shape
-        return min(rank * (m + n), m * n)
-
-    @property
-    def break_even(self) -> int:
-        """The smallest rank at which two factors are no smaller than the matrix."""
-        m, n = self.shape
-        return -(-m * n // (m + n))
+    @cached_property
+    def candidates(self) -> Candidates:
+        """What the layer can become, with what each loses."""
+        squares = self.values.double().cpu().square()
+        losses = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+        return Candidates(losses, self.shape, self.dense)
 
 
-def why_not(block: Block, sites: Sites) -> str:
-    """Why a block's layer is not factored; empty where it is."""
-    if not operation_of(block.module).factors or not runs_as_its_class(block.module):
-        return f"{block.kind} is not factored"
-    if not is_affine(block.module):
-        return f"{block.kind} has other parameters than a weight and a bias, or a weight that is made of others"
-    if block.module._forward_hooks or block.module._forward_pre_hooks:
-        return "it has forward hooks, which a factored layer would lose"
-    if isinstance(block.module, NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention applies it by its weight"
-    if any(module is not block.module for _, module in block.owners):
-        return f"tied to {', '.join(block.aliases)}"
-    groups = getattr(block.module, "groups", 1)
-    if groups > 1:
-        return f"{groups} groups are not factored"
-    if len(sites) > 1:
-        return f"used in {len(sites)} ways"
-    if not isinstance(sites.A, Gram) or not isinstance(sites.G, Gram):
-        return sites.reason or "only the diagonal of its second moments was captured: raise max_dim"
-    return ""
+def site_of(target: Target, stats: Statistics) -> Site:
+    """The second moments of a layer's inputs and output gradients, over all its uses.
+
+    Raises `InputError` with the reason where there are none.
+    """
+    sites = [stats.get(name) or [Site(reason="not in the statistics")] for name in (target.inputs, target.outputs)]
+    for site in (*sites[0], *sites[1]):
+        if site.A is None or site.G is None:
+            raise InputError(site.reason or "its second moments were not captured")
+    used, gave = sites
+    if any(site.transposed for site in (*used, *gave)):
+        raise InputError("it is also used as a table, or transposed")
+    if len({(type(s.A), s.A.batch, s.A.dim, type(s.G), s.G.batch, s.G.dim) for s in used}) > 1:
+        raise InputError(f"used in {len(used)} ways that see it as different matrices")
+    moments = used[0].A, gave[0].G
+    if len(used) > 1:  # a copy: the statistics stay
+        moments = tuple(copy.deepcopy(one) for one in moments)
+        units = max(float(site.G.count.max()) for site in gave)
+        for a_site, g_site in zip(used[1:], gave[1:], strict=True):
+            moments[0].merge(a_site.A)
+            moments[1].merge(g_site.G)
+        moments[1].count.fill_(units)  # all uses of one unit
+    return Site(*moments, name=target.name)
 
 
-def decompose(block: Block, site: Site) -> WeightedSVD:
-    assert isinstance(site.A, Gram)
-    assert isinstance(site.G, Gram)
-    w = matrix_of(block.module).double()
-    centered = getattr(block.module, "bias", None) is not None
-    a, g = site.A.covariance if centered else site.A.matrix, site.G.matrix
-    for label, moment, dim in (("A", a, w.shape[1]), ("G", g, block.shape[-2])):
-        if moment.shape[-1] != dim:
-            raise InputError(
-                f"compress: {label} of {block.name!r} is for {moment.shape[-1]} features, not {dim}: another model's?"
-            )
-        if not torch.isfinite(moment).all():
-            raise InputError(f"compress: {label} of {block.name!r} is not finite; gm.inspect finds where NaN begins")
-    a_root, a_inverse = site.A.roots(DAMPING, centered=centered)
-    g_root, g_inverse = _output_roots(block, site.G)
-    u, s, vt = torch.linalg.svd(g_root @ w @ a_root, full_matrices=False)
-    left, right = g_inverse @ u * s, vt @ a_inverse
+def decompose(target: Target, site: Site, *, share: float, blind: bool) -> WeightedSVD:
+    """The weighted singular value decomposition of a layer.
+
+    Args:
+        target: the layer.
+        site: its second moments.
+        share: the independent rows among those that were added to A and G.
+        blind: whether G is left out, since too few units were seen.
+
+    Raises:
+        InputError: the second moments are those of another model, or not finite.
+    """
+    assert site.A is not None
+    assert site.G is not None
+    w = matrix_of(target.module).double()
+    centered = getattr(target.module, "bias", None) is not None
+    out = site.G.dim * (site.G.batch[-1] if site.G.batch and target.block is None else 1)
+    wide = w.shape[0] if not site.G.batch or target.block is None else target.block.shape[-2]
+    for label, got, dim in (("A", site.A.dim, w.shape[1]), ("G", out, wide)):
+        if got != dim:
+            raise InputError(f"compress: {label} of {target.name!r} is for {got} features, not {dim}: another model's?")
+    rows = share * float(torch.as_tensor(site.A.count).max())
+    try:
+        label = "A"
+        mean = shrunk_mean(site.A, rows) if centered else None
+        a = roots(site.A, rows, around=mean)
+        label = "G"
+        g = _output_roots(target.block, site.G, rows)
+    except InputError as error:
+        raise InputError(f"compress: {label} of {target.inputs!r} {error}") from None
+    if blind:
+        one = torch.ones(len(w), dtype=w.dtype, device=w.device)
+        g = Roots(one, one)
+    weighted = g.left(a.right(w))
+    # The factors are projections of W itself: with all ranks they are W, whatever the rounding of the roots.
+    m, n = w.shape
+    if m <= n:
+        squares, u = torch.linalg.eigh(weighted @ weighted.mT)
+        u = u.flip(1)
+        left, right = g.solve_left(u), u.mT @ g.left(w)
+    else:
+        squares, v = torch.linalg.eigh(weighted.mT @ weighted)
+        v = v.flip(1)
+        left, right = a.right(w) @ v, a.solve_right(v.mT)
+    values = squares.flip(0).clamp_min(0).sqrt()
+    if target.rank:  # beyond it, a product of factors has no singular values but rounding
+        values, left, right = values[: target.rank], left[:, : target.rank], right[: target.rank]
     # The singular values are shared out so that neither factor is badly scaled.
-    share = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
-    share = torch.where(share.isfinite() & (share > 0), share, 1.0)
-    matters = bool(a.any() and g.any())
-    return WeightedSVD(block, s * matters, left * share, right / share[:, None], site.A.mean if centered else None)
+    scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+    diagonal = tuple(
+        side for side, moment in (("inputs", site.A), ("outputs", site.G)) if isinstance(moment, DiagonalGram)
+    )
+    matters = blind or bool(site.A.total.any() and site.G.total.any())
+    return WeightedSVD(
+        target.name, values * matters, left * scale, right / scale[:, None], mean, target.dense, diagonal
+    )
 
 
-def _output_roots(block: Block, g: Gram) -> tuple[Tensor, Tensor]:
-    """`G^½` and `G^-½` over the layer's outputs; of fused parts, which have a G each, along the diagonal."""
-    roots = g.roots(DAMPING)
-    if roots[0].ndim == 2:
-        return roots
+def _output_roots(block: Block | None, g: Gram | DiagonalGram, rows: float) -> Roots:
+    """The roots of G over the layer's outputs; of fused parts, which have a G each, along the diagonal."""
+    found = roots(g, rows)
+    if block is None or not g.batch:
+        return found
     layout = layout_of(block.module)
     assert layout is not None
-    outputs = torch.arange(layout.matrices[0], device=roots[0].device)[:, None].expand(layout.matrices)
+    outputs = torch.arange(layout.matrices[0], device=found.root.device)[:, None].expand(layout.matrices)
     order = block.split(layout.join(outputs))[..., 0].flatten()  # the output of each row of each part
-    whole = []
-    for parts in roots:
-        root = torch.empty(len(order), len(order), dtype=parts.dtype, device=parts.device)
-        root[order[:, None], order] = torch.block_diag(*parts.flatten(0, -3))
-        whole.append(root)
-    return whole[0], whole[1]
+    return Roots(
+        *(_placed(parts, order, diagonal=isinstance(g, DiagonalGram)) for parts in (found.root, found.inverse))
+    )
+
+
+def _placed(parts: Tensor, order: Tensor, *, diagonal: bool) -> Tensor:
+    if diagonal:
+        return torch.empty_like(parts.flatten()).index_copy_(0, order, parts.flatten())
+    whole = torch.empty(len(order), len(order), dtype=parts.dtype, device=parts.device)
+    whole[order[:, None], order] = torch.block_diag(*parts.flatten(0, -3))
+    return whole

@@ -1,0 +1,156 @@
+"""Targets: the layers of a model that can be factored, and for each other one the reason why not."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from gramian.block import Block, blocks
+from gramian.compression.lowrank import HOOKS, LowRank
+from gramian.compression.modules import module_name
+from gramian.errors import InputError, some
+from gramian.layers import is_affine, layer_of, operation_of, runs_as_its_class
+
+__all__ = ["Target", "targets"]
+
+
+class Target(NamedTuple):
+    """A layer that can be factored.
+
+    Args:
+        name: of the module.
+        module: the layer, dense or factored already.
+        block: of its weight; `None` for a factored layer, whose matrix is the product of two.
+        inputs, outputs: the parameters at whose sites A and G of the layer are.
+        dense: parameters of the weight as it is.
+        rank: of a factored layer; 0 for a dense one.
+    """
+
+    name: str
+    module: nn.Module
+    block: Block | None
+    inputs: str
+    outputs: str
+    dense: int
+    rank: int = 0
+
+
+def targets(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> tuple[list[Target], dict[str, str]]:
+    """The layers that can be factored, and by name of each other layer with a matrix why it is not.
+
+    Args:
+        model: any module.
+        include: name patterns; only layers that match one are factored.
+        exclude: name patterns of layers that stay as they are.
+
+    Raises:
+        InputError: a pattern matches no layer.
+    """
+    found: list[Target] = []
+    reasons: dict[str, str] = {}
+    factored = {id(child): low for low in model.modules() if isinstance(low, LowRank) for child in low}
+    adapted = _adapted(model)
+    all_blocks = blocks(model).blocks
+    for block in all_blocks:
+        low = factored.get(id(block.module))
+        name = module_name(block)
+        if low is None:
+            reason = why_not(block) or adapted.get(id(block.module), "")
+            target = Target(name, block.module, block, block.name, block.name, block.parameter.numel())
+        else:
+            name = name.rpartition(".")[0]
+            if block.module is low[1]:
+                continue  # told with the first
+            weights = [f"{name}.{i}.weight" if name else f"{i}.weight" for i in (0, 1)]
+            dense = sum(low.get_parameter(f"{i}.weight").numel() for i in (0, 1))
+            target = Target(name, low, None, *weights, dense, low.rank)
+            reason = "its factors have rank 1" if low.rank == 1 else ""
+        reason = _by_pattern(name, include, exclude) or reason or _unprofitable(target)
+        if reason:
+            reasons[name] = reason
+        else:
+            found.append(target)
+    names = [target.name for target in found] + list(reasons)
+    for pattern in (*(include or ()), *exclude):
+        if not fnmatch.filter(names, pattern):
+            raise InputError(f"compress: {pattern!r} matches no layer; names are like {some(names)}")
+    return found, reasons
+
+
+def _by_pattern(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
+    for pattern in exclude:
+        if fnmatch.fnmatchcase(name, pattern):
+            return f"excluded by {pattern!r}"
+    if include is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
+        return "not included"
+    return ""
+
+
+def _unprofitable(target: Target) -> str:
+    """Told where even rank 1 is no smaller than the layer."""
+    if target.block is None:
+        return ""
+    m, n = _shape(target.block)
+    return "" if m + n < m * n else f"two factors of its {m} × {n} matrix are no smaller than it"
+
+
+def _shape(block: Block) -> tuple[int, int]:
+    n = block.shape[-1]
+    return block.parameter.numel() // n, n
+
+
+def _adapted(model: nn.Module) -> dict[int, str]:
+    """The reason for each layer in an adapter, or under one (PEFT's keep the layer they adapt as `base_layer`)."""
+    reasons: dict[int, str] = {}
+    for outer in model.modules():
+        if isinstance(getattr(outer, "base_layer", None), nn.Module):
+            what = f"{type(outer).__name__} adapts it: merge the adapter into the weight first (merge_and_unload)"
+            reasons |= {id(inner): what for inner in outer.modules()}
+    return reasons
+
+
+def why_not(block: Block) -> str:
+    """Why a dense layer is not factored; empty where it is."""
+    module, kind = block.module, block.kind
+    others = [name for name, owner in block.owners if owner is not module]
+    tied = f"tied to {', '.join(block.aliases)}" if others else ""
+    if not operation_of(module).factors or not runs_as_its_class(module):
+        own = "" if layer_of(module).operation == "unknown" else _own_forward(module)
+        return ", ".join(filter(None, [f"{kind} is not factored{own}", tied]))
+    if not is_affine(module):
+        return f"{kind} has other parameters than a weight and a bias, or a weight that is made of others"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention applies it by its weight"
+    if tied:
+        return tied
+    groups = getattr(module, "groups", 1)
+    if groups > 1:
+        depthwise = " (depthwise)" if block.role == "elementwise" else ""
+        return f"{groups} groups{depthwise} are not factored"
+    return _beyond(module)
+
+
+def _own_forward(module: nn.Module) -> str:
+    return "" if runs_as_its_class(module) or not operation_of(module).factors else ": its forward is its own"
+
+
+def _beyond(module: nn.Module) -> str:
+    """What a layer has beside a weight, a bias, options and hooks that a factored one would lose."""
+    kind = type(module).__name__
+    base = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn") or cls is type(module))
+    extra = sorted(n for cls in type(module).__mro__ if issubclass(cls, base) and cls is not base for n in vars(cls))
+    extra = [name for name in extra if not name.startswith("__") and name != "forward"]  # that one was compared
+    if extra:
+        return f"{kind} has {some(extra)} of its own, which a factored layer would lose"
+    if list(module.buffers(recurse=False)) or list(module.children()):
+        return f"{kind} holds buffers or layers, which a factored layer would lose"
+    kept = [name for name, value in vars(module).items() if name.endswith("_hooks") and name not in HOOKS and value]
+    if kept:
+        return f"it has {some(kept)}, which a factored layer would lose"
+    return ""

@@ -1,0 +1,241 @@
+"""Calibration that cannot mislead: any number of samples, data that tell nothing, losses without a gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from cases import seeded
+from gramian.compression import compress
+from gramian.compression.filling import Candidates, fill, uniform
+from gramian.compression.shrinkage import roots, shrunk
+from gramian.errors import GramianWarning, InputError
+from gramian.gram import Gram
+
+
+def spectrum(d: int) -> Tensor:
+    return torch.logspace(0, -4, d, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("num", [1, 2, 5, 30, 60, 200, 5000, 10**6])
+def test_shrinkage_is_right_from_one_row_to_a_million(num: int) -> None:
+    """A cut by the shrunk moment loses, on the true one, no more than one by the sample itself."""
+    d, rank, generator = 40, 12, seeded(0)
+    true = spectrum(d)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+    w = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    if num < 10**5:
+        x = torch.randn(num, d, generator=generator, dtype=torch.float64) * true.sqrt() @ basis.T
+        gram = Gram(d).update(x)
+    else:
+        gram = Gram.of(basis * true @ basis.T * num, torch.zeros(d, dtype=torch.float64), torch.tensor(float(num)))
+
+    def lost(root: Tensor, inverse: Tensor) -> float:
+        u, s, vt = torch.linalg.svd(w @ root, full_matrices=False)
+        cut = u[:, :rank] * s[:rank] @ vt[:rank] @ inverse
+        return float((((w - cut) @ basis).square() * true).sum())
+
+    made = roots(gram, float(num))
+    assert made.root.isfinite().all()
+    assert made.inverse.isfinite().all()
+    best = lost(basis * true.sqrt() @ basis.T, basis / true.sqrt() @ basis.T)
+    plain = lost(*gram.roots(1e-6))
+    assert lost(made.root, made.inverse) <= 1.02 * plain
+    if num >= 5000:
+        assert lost(made.root, made.inverse) <= 1.05 * best
+    if num == 10**6:
+        torch.testing.assert_close(made.root @ made.root, gram.matrix, rtol=1e-3, atol=1e-5)
+
+
+def test_shrunk_eigenvalues_keep_their_sum_and_dead_directions() -> None:
+    values = torch.cat([torch.zeros(5), spectrum(20).flip(0)])
+    assert float(shrunk(values, 100.0).sum()) == pytest.approx(float(values.sum()))
+    assert not shrunk(values, 100.0)[:5].any()
+    assert not shrunk(values, 20.0, seen=20.0)[:5].any()
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """Inputs of a falling variance, three layers of which the loss sees the later ones more."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 12)).eval()
+
+
+def inputs(num: int, seed: int) -> Tensor:
+    return torch.randn(num, 32, generator=seeded(seed)) * torch.logspace(0.5, -1.5, 32)
+
+
+def whitened(model: nn.Sequential, x: Tensor, ranks: dict[str, int | None]) -> nn.Sequential:
+    """Input whitening by the recipe of SVD-LLM, written out: the SVD of W A^½ at the given ranks."""
+    small = network()
+    small.load_state_dict(model.state_dict())
+    for i, layer in enumerate(model):
+        if isinstance(layer, nn.Linear) and ranks.get(str(i)):
+            a = (x.mT @ x / len(x)).double()
+            values, vectors = torch.linalg.eigh(a + (1e-6 * a.diagonal().mean() + 1e-12) * torch.eye(len(a)))
+            values = values.clamp_min(1e-12)
+            root, inverse = vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T
+            u, s, vt = torch.linalg.svd(layer.weight.detach().double() @ root, full_matrices=False)
+            r = ranks[str(i)]
+            small[i].weight.data = (u[:, :r] * s[:r] @ vt[:r] @ inverse).float()
+        x = layer(x).detach()
+    return small
+
+
+def distance(model: nn.Module, small: nn.Module) -> float:
+    x = inputs(1000, 99)
+    with torch.no_grad():
+        return float((model(x) - small(x)).square().mean())
+
+
+DEGENERATE = {
+    "one_sample": (inputs(1, 1), "the same for all samples"),
+    "constant": (inputs(1, 1).expand(256, -1).contiguous(), "the same for all samples"),
+    "two_samples_repeated": (inputs(2, 1).repeat(64, 1), "2 distinct units"),
+    "zero_inputs": (torch.zeros(256, 32), "zero, or the same for all samples"),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_data_that_tell_nothing_are_told_and_do_no_harm(name: str) -> None:
+    x, message = DEGENERATE[name]
+    model = network()
+    with pytest.warns(GramianWarning, match=message):
+        plan = compress(model, batches=[x], objective=gm.Objective.self_distillation(), keep=0.6, of="factorable")
+    assert any(message in note for note in plan.notes)
+    shares = {s.name: plan.ranks[s.name] * sum(s.shape) / s.dense for s in plan.spectra}
+    assert max(shares.values()) - min(shares.values()) < 0.15
+    recipe = whitened(model, x, plan.ranks)
+    assert distance(model, plan.apply()) <= distance(model, recipe) * (1 + 1e-3)
+
+
+def test_a_gradient_that_vanishes_is_told_and_replaced() -> None:
+    """The distance to the model's own output is an obvious loss without labels, and has no gradient but rounding."""
+    model, x = network(), inputs(512, 1)
+    target = model(x).detach()
+    batches = [(part, y) for part, y in zip(x.split(64), target.split(64), strict=True)]
+    with pytest.warns(GramianWarning, match="gradient of the loss is zero"):
+        plan = compress(model, batches=batches, objective=lambda m, b: (m(b[0]) - b[1]).square().mean(), keep=0.6)
+    other = compress(model, batches=list(x.split(64)), objective=gm.Objective.self_distillation(), keep=0.6)
+    assert plan.ranks == other.ranks
+    noisy = [(part, y + 1e-7 * torch.randn(y.shape, generator=seeded(3))) for part, y in batches]
+    with pytest.warns(GramianWarning, match="gradient of the loss is zero"):
+        plan = compress(model, batches=noisy, objective=lambda m, b: (m(b[0]) - b[1]).square().mean(), keep=0.6)
+    assert plan.ranks == other.ranks
+    assert distance(model, plan.apply()) < 0.8 * distance(model, whitened(model, x, plan.at(keep=0.6).ranks))
+
+
+def test_a_small_gradient_is_no_vanishing_one() -> None:
+    model, x = network(), inputs(512, 1)
+    y = model(x).detach() + 1e-3 * torch.randn(512, 12, generator=seeded(2))
+    batches = list(zip(x.split(64), y.split(64), strict=True))
+    plan = compress(model, batches=batches, objective=lambda m, b: (m(b[0]) - b[1]).square().mean())
+    assert not plan.notes
+
+
+class Output(NamedTuple):
+    hidden: Tensor
+    scores: Tensor
+
+
+@pytest.mark.parametrize("kind", [tuple, dict, Output])
+def test_self_distillation_takes_every_tensor_of_an_output(kind: type) -> None:
+    model, x = network(), inputs(64, 1)
+    body, head = model[:4], model[4]
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = body, head
+
+        def forward(self, x: Tensor):
+            hidden = self.body(x)
+            found = {"hidden": hidden, "scores": self.head(hidden)}
+            return found if kind is dict else Output(**found) if kind is Output else tuple(found.values())
+
+    pair, objective = Pair(), gm.Objective.self_distillation()
+    other = nn.Module.__new__(Pair)
+    nn.Module.__init__(other)
+    other.body, other.head = network(1)[:4], network(1)[4]
+    total, units = objective.against(other).loss(pair, x)
+    want = (body(x) - other.body(x)).square().sum() + (head(body(x)) - other.head(other.body(x))).square().sum()
+    assert float(total.detach()) == pytest.approx(0.5 * float(want.detach()), rel=1e-5)
+    assert int(units) == 64
+    stats = gm.capture(pair, [x], objective)
+    # Of the last layer's output the second moment is that of unit noise.
+    assert float(stats["head.weight"].G.diagonal.mean()) == pytest.approx(1.0, abs=0.3)
+
+
+def test_self_distillation_leaves_padding_out() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(10, 8), nn.Linear(8, 4)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.out(self.embed(input_ids))
+
+    torch.manual_seed(0)
+    model, other = Tokens(), Tokens()
+    batch = {"input_ids": torch.arange(6).view(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+    total, _ = gm.Objective.self_distillation(teacher=other).loss(model, batch)
+    gap = (model(**batch) - other(**batch))[batch["attention_mask"].bool()]
+    assert float(total.detach()) == pytest.approx(0.5 * float(gap.square().sum().detach()), rel=1e-5)
+
+
+def test_an_output_without_floats_is_refused() -> None:
+    class Labels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).argmax(-1)
+
+    with pytest.raises(InputError, match="wanted a tensor of floats"):
+        gm.capture(Labels(), [torch.ones(2, 4)], gm.Objective.self_distillation())
+
+
+def test_the_fill_is_the_best_there_is_at_its_price() -> None:
+    """Against every combination of ranks and dense layers of three small ones."""
+    generator = seeded(0)
+    layers = []
+    for shape in ((6, 7), (8, 5), (5, 5)):
+        values = torch.rand(min(shape), generator=generator, dtype=torch.float64).sort(descending=True).values
+        losses = torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
+        layers.append(Candidates(losses, shape, shape[0] * shape[1]))
+    choices = [
+        [(r, r * c.price, float(c.losses[r])) for r in range(1, c.top + 1)] + [(None, c.dense, 0.0)] for c in layers
+    ]
+    every = [
+        ((a[0], b[0], c[0]), a[1] + b[1] + c[1], a[2] + b[2] + c[2])
+        for a in choices[0] for b in choices[1] for c in choices[2]
+    ]  # fmt: skip
+    price = {ranks: cost for ranks, cost, _ in every}
+    loss = {ranks: lost for ranks, _, lost in every}
+    hulls = 0
+    for budget in range(sum(c.price for c in layers), sum(c.dense for c in layers) + 1):
+        ranks = tuple(fill(layers, budget))
+        assert price[ranks] <= budget
+        best = min(lost for _, cost, lost in every if cost <= budget)
+        steps = max(max(c.dense - c.price for c in layers), 1)
+        # Never worse than the best of a budget that is smaller by one step of the hull.
+        smaller = [lost for _, cost, lost in every if cost <= budget - steps]
+        assert loss[ranks] <= min(smaller, default=float("inf")) + 1e-12
+        hulls += loss[ranks] == best
+    assert hulls > 10
+    assert fill(layers, sum(c.dense for c in layers)) == [None] * 3 == uniform(layers, sum(c.dense for c in layers))
+
+
+@pytest.mark.parametrize("name", ["stats", "batches"])
+def test_statistics_with_wide_sides_are_used(name: str) -> None:
+    model, x = network(), inputs(512, 1)
+    objective = gm.Objective.self_distillation()
+    stats = gm.capture(model, list(x.split(64)), objective, max_dim=40 if name == "stats" else 8192)
+    plan = compress(model, stats, keep=0.6)
+    wide = {row["name"]: row["reason"] for row in plan.explain()}
+    assert ("diagonal" in wide["2"]) == (name == "stats")
+    assert plan.at(keep=0.3).apply()(x).isfinite().all()
