@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 LABELS = Path(__file__).parent / "results" / "trainability_labels.json"
 FIRST_SEED = {"development": 0, "held-out": 100_000}
-NUM_NETWORKS = 120
+NUM_NETWORKS = {"development": 90, "held-out": 110}
 
 BATCH, STEPS, WINDOW = 64, 400, 20
 ADAM, SGD, MOMENTUM, CLIP = (1e-5, 1e-4, 1e-3), (3e-3, 3e-2), 0.9, 1.0
@@ -170,7 +170,7 @@ def label(split: str) -> None:
     """Trains the networks of a split that have no label yet, and keeps each label as soon as it is there."""
     x, y = digits()
     rows: dict[str, Any] = json.loads(LABELS.read_text()) if LABELS.exists() else {}
-    for seed in range(FIRST_SEED[split], FIRST_SEED[split] + NUM_NETWORKS):
+    for seed in range(FIRST_SEED[split], FIRST_SEED[split] + NUM_NETWORKS[split]):
         if str(seed) in rows:
             continue
         start, draw = time.process_time(), drawn(seed)
