@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 LABELS = Path(__file__).parent / "results" / "trainability_labels.json"
 FIRST_SEED = {"development": 0, "held-out": 100_000}
-NUM_NETWORKS = {"development": 90, "held-out": 110}
+NUM_NETWORKS = {"development": 60, "held-out": 80}
 
 BATCH, STEPS, WINDOW = 64, 400, 20
 ADAM, SGD, MOMENTUM, CLIP = (1e-5, 1e-4, 1e-3), (3e-3, 3e-2), 0.9, 1.0
