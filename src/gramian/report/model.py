@@ -8,6 +8,7 @@ second; the demo builds its own document. Terminal, HTML and JSON all render the
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -363,7 +364,7 @@ class Report:
     def __str__(self) -> str:
         from .terminal import to_text
 
-        return to_text(self)
+        return to_text(self, width=shutil.get_terminal_size((100, 24)).columns)  # COLUMNS, the terminal, or 100
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from .terminal import ReportView
