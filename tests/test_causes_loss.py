@@ -24,7 +24,14 @@ def data(kind: str) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, N, WIDTH, generator=generator)
     scores = x @ torch.randn(WIDTH, CLASSES, generator=generator)
-    y = {"classes": scores.argmax(-1), "number": x[..., 0] * 2 + x[..., 1], "bits": (scores > 0).float()}[kind]
+    if kind == "sequences":  # of 8 steps, and 3 labels each
+        return [(x[0].view(8, 8, WIDTH), torch.randint(1, CLASSES, (8, 3), generator=generator))]
+    y = {
+        "classes": scores.argmax(-1),
+        "shares": scores.softmax(-1),
+        "number": x[..., 0] * 2 + x[..., 1],
+        "bits": (scores > 0).float(),
+    }[kind]
     return list(zip(x, y, strict=True))
 
 
@@ -42,6 +49,18 @@ def found(model: nn.Module, batches: Any, objective: Any, optimizer: Any = None)
 
 def loss(function: Callable[[Tensor, Tensor], Tensor]) -> Loss:
     return lambda model, batch: function(model(batch[0]), batch[1])
+
+
+def ctc(change: Callable[[Tensor], Tensor]) -> Loss:
+    def function(scores: Tensor, labels: Tensor) -> Tensor:
+        n, steps, _ = scores.shape
+        given = change(scores).transpose(0, 1)
+        return F.ctc_loss(given, labels, torch.full((n,), steps), torch.full((n,), labels.shape[1]))
+
+    return loss(function)
+
+
+KL = loss(lambda s, p: F.kl_div(s, p, reduction="batchmean"))
 
 
 class Column(nn.Module):
@@ -77,6 +96,13 @@ OF_LOSSES: dict[str, tuple[str, nn.Module, str, Any]] = {
         "loss-double-sigmoid", net(CLASSES, nn.Sigmoid()), "bits", loss(F.binary_cross_entropy_with_logits),
     ),
     "nll_loss of scores": ("loss-not-log-probabilities", net(), "classes", loss(F.nll_loss)),
+    "kl_div of probabilities": ("loss-not-log-probabilities", net(CLASSES, nn.Softmax(1)), "shares", KL),
+    "kl_div of scores": ("loss-not-log-probabilities", net(), "shares", KL),
+    "kl_div against log-probabilities": (
+        "loss-not-log-probabilities", net(CLASSES, nn.LogSoftmax(1)), "shares", loss(lambda s, p: F.kl_div(s, p.log(), reduction="batchmean")),
+    ),
+    "ctc_loss of scores": ("loss-not-log-probabilities", net(), "sequences", ctc(lambda s: s)),
+    "ctc_loss of probabilities": ("loss-not-log-probabilities", net(), "sequences", ctc(lambda s: s.softmax(-1))),
     "a log-softmax over the samples": ("samples-mixed", net(), "classes", SOFTMAX_OF_SAMPLES),
     "tanh before cross-entropy": ("loss-double-softmax", net(CLASSES, nn.Tanh()), "classes", CLASSIFY),
     "(N, 1) against (N,)": ("loss-broadcast", net(1), "number", loss(lambda s, y: (s - y).square().mean())),
@@ -101,6 +127,13 @@ def test_the_cause_is_named_first(name: str) -> None:
 HEALTHY: dict[str, tuple[nn.Module, str, Any]] = {
     "scores of bits": (net(), "bits", loss(F.binary_cross_entropy_with_logits)),
     "log-probabilities": (net(CLASSES, nn.LogSoftmax(1)), "classes", loss(F.nll_loss)),
+    "kl_div of log-probabilities": (net(CLASSES, nn.LogSoftmax(1)), "shares", KL),
+    "kl_div of two log-probabilities": (
+        net(CLASSES, nn.LogSoftmax(1)),
+        "shares",
+        loss(lambda s, p: F.kl_div(s, p.log(), reduction="batchmean", log_target=True)),
+    ),
+    "ctc_loss of log-probabilities": (net(), "sequences", ctc(lambda s: s.log_softmax(-1))),
     "a number": (net(1), "number", loss(lambda s, y: F.mse_loss(s.squeeze(-1), y))),
     "a softmax over the features": (net(CLASSES, Softmaxed(1)), "classes", CLASSIFY),
     "probabilities to bits": (net(CLASSES, nn.Sigmoid()), "bits", loss(F.binary_cross_entropy)),

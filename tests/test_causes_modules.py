@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
+from gramian.inspection.causes.context import Context
+from gramian.inspection.causes.precision import float16_weights
+from gramian.inspection.observed import Observed
 from gramian.inspection.observing import observe
 
 CLASSIFY = gm.Objective.classification()
@@ -342,3 +345,54 @@ def test_a_gradient_by_depth_counts_all_positions() -> None:
         report = gm.inspect(model, [(x, torch.arange(16) % CLASSES)], CLASSIFY)
         ratios.append(float(report.facts["gradient, first layer against last"]))
     assert 0.5 < ratios[1] / ratios[0] < 2.0  # with sixteen times the positions
+
+
+class FunctionalDropout(nn.Module):
+    """Dropout by functions, with or without the flag of the mode."""
+
+    def __init__(self, *, follows_mode: bool, attends: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.follows_mode, self.attends = follows_mode, attends
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        acts = self.training or not self.follows_mode
+        if self.attends:
+            heads = h.view(-1, 4, 8)
+            return self.last(F.scaled_dot_product_attention(heads, heads, heads, None, 0.2 * acts).flatten(1))
+        return self.last(F.dropout(h, 0.2, acts))
+
+
+@pytest.mark.parametrize("attends", [False, True])
+@pytest.mark.parametrize("follows_mode", [False, True])
+def test_dropout_that_acts_in_evaluation_mode_is_named(attends: bool, follows_mode: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(FunctionalDropout(follows_mode=follows_mode, attends=attends))
+    x = torch.randn(64, 16)
+    report = gm.inspect(model, [(x, x[:, :4].argmax(1))], gm.Objective.classification(), quick=True)
+    told = [f.title for f in report.findings if f.code == "dropout-evaluation"]
+    assert told == ([] if follows_mode else ["Dropout in module '0' (FunctionalDropout) acts in evaluation mode too"])
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, None])
+def test_float16_weights_are_named_before_the_steps_that_diverge(make: type[torch.optim.Optimizer] | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).half()
+    x = torch.randn(64, 16)
+    y = x[:, :4].argmax(1)
+    optimizer = make(model.parameters(), 1e-3) if make else None
+    report = gm.inspect(model, [(x.half(), y)], gm.Objective.classification(), optimizer=optimizer, quick=True)
+    first = report.findings[0]
+    assert (first.code, first.severity) == ("parameter-float16", "error" if make is torch.optim.AdamW else "warning")
+    if make is torch.optim.AdamW:  # which does diverge
+        assert optimizer is not None
+        F.cross_entropy(model(x.half()).float(), y).backward()
+        optimizer.step()
+        assert not all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_frozen_float16_weights_are_nothing_to_tell() -> None:
+    model = nn.Sequential(nn.Linear(16, 32).half().requires_grad_(False), nn.ReLU(), nn.Linear(32, 4))
+    model[2].weight.data.clamp_(-1, 1)
+    assert not list(float16_weights(Context(model, Observed())))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
+from gramian.errors import InputError
 from gramian.operators import end_to_end_jacobian
 
 N, D = 12, 6
@@ -224,3 +225,19 @@ def test_layouts_reach_the_capture() -> None:
     report = gm.inspect(Fused(), [normal(N, D)], lambda m, b: m(b).square().mean(), layouts={"stack": "e o i -> e o i"})
     assert len(report.layers) == 2
     assert all(layer.gradient_rms for layer in report.layers)
+
+
+def test_gradients_that_the_caller_switched_off_are_no_cut_graph() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+    x = torch.randn(64, 8)
+    told = [gm.inspect(model, [(x, x[:, :4].argmax(1))], gm.Objective.classification(), quick=True)]
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            batch = (x * 1, x[:, :4].argmax(1))
+            told.append(gm.inspect(model, [batch], gm.Objective.classification(), quick=True))
+            assert not torch.is_grad_enabled()
+    assert len({str(report.findings) for report in told}) == 1
+    assert "graph-cut" not in {f.code for f in told[0].findings}
+    with torch.inference_mode(), pytest.raises(InputError, match="its weights can have no gradient"):
+        gm.inspect(nn.Linear(8, 4), [batch], gm.Objective.classification())

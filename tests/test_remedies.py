@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,11 @@ def test_what_is_offered_was_seen_to_cure_and_does_when_its_line_is_run(code: st
     assert found.action.name == name
     assert found.rehearsal is not None
     assert found.rehearsal.is_gone
-    assert not found.rehearsal.after >= 0.95 * found.rehearsal.before
+    if name == "remove":  # by the same loss, this easy problem is learned through two softmaxes too
+        assert "measured by the loss as the remedy leaves it" in found.rehearsal.note
+        assert found.rehearsal.after < found.rehearsal.before + 0.05 * math.log(4)
+    else:
+        assert not found.rehearsal.after >= 0.95 * found.rehearsal.before
     # The user pastes the line, and trains: by the plain loop, without this library's rehearsal.
     names = {"gm": gm, "torch": torch, "sample": run.batches[0]} | vars(run)
     exec(found.action.code, names)
@@ -207,7 +212,52 @@ def test_what_does_not_help_is_not_offered_and_advice_says_that_it_was_tried():
     report = Report("net", [Finding("gate-shut", "error", "t", "0", action=Action("isometric_"), advice="Lower it.")])
     found = verified(report, run, moments=(0, 5)).findings[0]
     assert (found.action, found.rehearsal) == (None, None)
-    assert found.advice.startswith("Lower it. Tried on a copy, and did not help: ")
+    assert found.advice.startswith("Lower it. Tried on a copy and not offered (the best of 2): ")
+
+
+def losses_alike(run: Setting, action: Action, steps: int) -> tuple[float, float]:
+    """The naive way: train without the remedy and with it, and measure both by the remedied loss."""
+    found = []
+    for remedied in (False, True):
+        trained = perform(action, run.copied()) if remedied else run.copied()
+        used = trained.batches[:5]  # of six, one is held out
+        trained.model.train()
+        for step in range(steps):
+            x, y = used[step % 5]
+            trained.optimizer.zero_grad()
+            F.cross_entropy(trained.model(x), y).backward()
+            trained.optimizer.step()
+        scores = trained.model.eval()[:10](run.batches[5][0])
+        found.append(F.cross_entropy(scores, run.batches[5][1]).item())
+    return found[0], found[1]
+
+
+def test_losses_with_and_without_a_removed_softmax_are_of_one_kind():
+    run = PLANTED["loss-double-softmax"][0]()
+    shown = finding(inspected(run), "loss-double-softmax")
+    assert shown.rehearsal is not None
+    assert shown.action is not None
+    one_seed = verified(Report("net", [replace(shown, rehearsal=None)]), run, moments=(12,), num_seeds=1).findings[0]
+    assert one_seed.rehearsal is not None
+    before, after = losses_alike(run, shown.action, 12)
+    assert one_seed.rehearsal.before == pytest.approx(before, rel=1e-4)
+    assert one_seed.rehearsal.after == pytest.approx(after, rel=1e-4)
+
+
+def test_fresh_statistics_alone_are_no_gain():
+    """They lower the loss of the stored ones at once, which a few steps of training do as well."""
+    run = setting(network(norm=True), lr=0.02)
+    for batch in run.batches * 5:
+        run.optimizer.zero_grad()
+        run.objective.loss(run.model, batch)[0].backward()
+        run.optimizer.step()
+    with_statistics(run.model)
+    report = Report("net", [Finding("gate-shut", "error", "t", "0", action=Action("update_statistics"))])
+    found = verified(report, run, moments=(0, 6)).findings[0]
+    assert found.action is None
+    assert "training without it comes as far" in found.advice
+    report = Report("net", [Finding("norm-statistics", "error", "t", "1", action=Action("update_statistics"))])
+    assert verified(report, run, moments=(0, 6)).findings[0].action == Action("update_statistics")
 
 
 def test_an_action_that_fails_is_not_offered_and_advice_says_why():

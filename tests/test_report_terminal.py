@@ -163,3 +163,12 @@ def test_short_notes_stay_in_their_rows():
     text = to_text(Report("t", layers=layers), 80)
     assert text.count("a note") == 2
     assert "note 1:" not in text
+
+
+@pytest.mark.parametrize("columns", [50, 80, 132])
+def test_a_printed_report_is_as_wide_as_the_terminal(monkeypatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    report = make_report(30, NAMES[0])
+    lines = str(report).splitlines()
+    assert max(map(cell_len, lines)) <= columns
+    assert str(report) == to_text(report, width=columns)

@@ -1,4 +1,4 @@
-"""A batch in evaluation mode: its loss, and whether a sample's output depends on the other samples."""
+"""A batch in evaluation mode: its loss, dropout that still acts, and whether a sample's output depends on others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gramian.batch import LABELS, main_input, mapped, parts, tensors
 from gramian.errors import InputError
@@ -25,6 +27,12 @@ MOVED = 1e-5
 # Samples from which on a mixture is looked for.
 FEW = 4
 
+# Functions that drop; whether they do where nobody says whether it is training.
+_DROPOUT: dict[Callable, bool] = {
+    F.dropout: True, F.dropout1d: True, F.dropout2d: True, F.dropout3d: True,
+    F.alpha_dropout: False, F.feature_alpha_dropout: False,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -35,11 +43,13 @@ class Evaluated:
         mixed_by: the first module whose output for a sample changes when another sample does; `None` where there is
             none, or the rows of the batch are no separate samples.
         before: the last module before it whose outputs do not.
+        drops: the first module in which dropout acts, with the function that drops; `None` where none does.
     """
 
     loss: float
     mixed_by: str | None = None
     before: str = ""
+    drops: tuple[str, str] | None = None
 
 
 def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
@@ -60,9 +70,10 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
     """
     rows = _separate_rows(model, batch)
     with evaluating(model), eager(), torch.no_grad():
-        loss, before = _run(model, batch, objective, rows)
-        if not rows or not math.isfinite(loss):
-            return Evaluated(loss)
+        with _Drops(model).installed() as drops:
+            loss, before = _run(model, batch, objective, rows)
+        if not rows or not math.isfinite(loss) or drops.first:
+            return Evaluated(loss, drops=drops.first)
         changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
         if changed is not None and _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
             return Evaluated(loss)  # the model draws numbers of its own: no two passes agree
@@ -74,6 +85,50 @@ def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple
     with _watched(model, rows) as seen:
         total, units = objective.loss(model, batch)
     return float(total) / float(units), seen
+
+
+class _Drops(TorchFunctionMode):
+    """Looks for dropout that acts, and in which module it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.stack = model, []
+        self.first: tuple[str, str] | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[_Drops]:
+        """A context in which it looks."""
+
+        def leave(*_: Any) -> None:
+            self.stack.pop()
+
+        handles = []
+        for name, module in self.model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            with self:
+                yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.first is None and self.stack and _acts(func, args, kwargs):
+            self.first = (self.stack[-1], func.__name__)
+        return func(*args, **kwargs)
+
+
+def _acts(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call drops something; attention has no flag for training, and drops whatever the mode."""
+    if func is F.scaled_dot_product_attention:
+        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
+    if func not in _DROPOUT:
+        return False
+    p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+    return p > 0 and bool(args[2] if len(args) > 2 else kwargs.get("training", _DROPOUT[func]))
 
 
 def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]]) -> tuple[str, str] | None:

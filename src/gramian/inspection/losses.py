@@ -16,6 +16,8 @@ __all__ = ["VALUES", "ends_of", "labels_range", "see_loss"]
 
 _CLASSES: dict[Callable, str] = {F.cross_entropy: "cross_entropy", F.nll_loss: "nll_loss"}
 _BINARY = {F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits"}
+# Losses of log-probabilities: by the dimension of the classes, where it is known.
+_LOG_PROBABILITIES: dict[Callable, str] = {F.kl_div: "kl_div", F.ctc_loss: "ctc_loss", torch.ctc_loss: "ctc_loss"}
 _VALUES: dict[Callable, str] = {
     F.mse_loss: "mse_loss", F.l1_loss: "l1_loss", F.smooth_l1_loss: "smooth_l1_loss", F.huber_loss: "huber_loss",
 }  # fmt: skip
@@ -43,9 +45,9 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
         inside: name of the module in which the call is; empty in the model itself and outside.
         func, args, kwargs: the call.
     """
-    name = _CLASSES.get(func) or _BINARY.get(func) or _VALUES.get(func)
+    name = _CLASSES.get(func) or _BINARY.get(func) or _VALUES.get(func) or _LOG_PROBABILITIES.get(func)
     if name:
-        scores, target = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "target")
+        scores, target = _given(func, args, kwargs)
         if not (isinstance(scores, Tensor) and isinstance(target, Tensor)):
             return
         if func in _CLASSES and not target.is_floating_point():
@@ -53,6 +55,8 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
             seen.labels = labels_range(scores, target, ignored if isinstance(ignored, int) else -100)
         if func in _VALUES:
             _broadcast(seen, name, scores, target)
+        if func is F.kl_div and _argument(args, kwargs, 5, "log_target"):
+            target = target.exp()
         _keep(seen, name, scores, target)
         if func is F.cross_entropy and seen.logits is None:
             seen.logits = _rows_of_scores(scores)
@@ -100,6 +104,13 @@ def _broadcast(seen: Observed, function: str, left: Tensor, right: Tensor) -> No
     column, row = (left, right) if left.ndim == 2 else (right, left)
     if column.shape[1] == 1 and len(column) == len(row) > 1:
         seen.broadcast = seen.broadcast or Broadcast(function, left.shape, right.shape)
+
+
+def _given(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a loss compares: the output and the target."""
+    names = ("log_probs", "targets") if _LOG_PROBABILITIES.get(func) == "ctc_loss" else ("input", "target")
+    first, second = (_argument(args, kwargs, place, name) for place, name in enumerate(names))
+    return first, second
 
 
 def _argument(args: tuple, kwargs: Mapping[str, Any], place: int, name: str) -> Any:

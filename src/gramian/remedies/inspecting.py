@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gramian.batch import described
+from gramian.batch import described, mapped
 from gramian.calls import as_model
 from gramian.errors import InputError, UnsupportedError
 from gramian.inspection import inspect as diagnose
@@ -46,7 +47,8 @@ def inspect(
     and an `objective` it also has the size of activations and gradients by depth, the gain χ of each layer with its
     standard error, how much samples still differ at each depth, and the end-to-end Jacobian's singular values.
 
-    A training step is watched in the mode in which the model is trained, without taking it. Sizes, gains and the
+    A training step is watched in the mode in which the model is trained, without taking it, with gradients whether the
+    caller has switched them off or not. Sizes, gains and the
     Jacobian are measured without dropout, and with the statistics of the batch in batch norms. The model is left as it
     was. A file is read one tensor at a time. Under `torchrun` the ranks divide the tensors between them by cost, and
     every rank returns the whole report.
@@ -98,17 +100,38 @@ def inspect(
         model_or_path = as_model(model_or_path, "inspect")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise InputError(f"inspect: optimizer is a torch optimizer made for this model; got {described(optimizer)}")
-    if not verify:
-        return diagnose(model_or_path, batches, objective, **options)
-    if batches is None or objective is None:
-        raise InputError("inspect: remedies are verified by training; pass batches and an objective with verify=True")
-    if is_distributed():
-        raise UnsupportedError("inspect: remedies are verified in one process; run it without torchrun")
-    few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
-    report = diagnose(model_or_path, few, objective, **options)
-    setting = Setting(as_model(model_or_path, "inspect"), few, objective, optimizer)
-    try:
-        return verified(report, setting, progress=progress)
-    except Exception as error:  # a model or an optimizer that cannot be copied
-        report.notes.append(f"Remedies were not verified: {type(error).__name__}: {error}.")
-        return report
+    if batches is not None and torch.is_inference_mode_enabled():
+        _check_can_train(model_or_path)
+        batches = map(_outside_inference, as_batches(batches, "inspect"))
+    # In the caller's torch.no_grad() or torch.inference_mode() there would be no training step to watch.
+    with torch.inference_mode(False), torch.enable_grad():
+        if not verify:
+            return diagnose(model_or_path, batches, objective, **options)
+        if batches is None or objective is None:
+            raise InputError(
+                "inspect: remedies are verified by training; pass batches and an objective with verify=True"
+            )
+        if is_distributed():
+            raise UnsupportedError("inspect: remedies are verified in one process; run it without torchrun")
+        few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
+        report = diagnose(model_or_path, few, objective, **options)
+        setting = Setting(as_model(model_or_path, "inspect"), few, objective, optimizer)
+        try:
+            return verified(report, setting, progress=progress)
+        except Exception as error:  # a model or an optimizer that cannot be copied
+            report.notes.append(f"Remedies were not verified: {type(error).__name__}: {error}.")
+            return report
+
+
+def _check_can_train(model: Any) -> None:
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    if any(t.is_inference() for t in tensors):
+        raise InputError(
+            "inspect: the model was made in torch.inference_mode(), so that its weights can have no gradient; "
+            "make it outside"
+        )
+
+
+def _outside_inference(batch: Any) -> Any:
+    """The batch with copies of tensors that no gradient may pass."""
+    return mapped(batch, lambda t: t.clone() if t.is_inference() else t)

@@ -20,7 +20,7 @@ from gramian.init import isometric_, reset_
 from gramian.objective import Objective
 from gramian.report import Action
 
-__all__ = ["PERFORMED", "Setting", "perform"]
+__all__ = ["OF_THE_LOSS", "PERFORMED", "Setting", "perform"]
 
 
 @dataclass(frozen=True)
@@ -220,3 +220,6 @@ PERFORMED: dict[str, Callable[..., Setting | None]] = {
     "set_weight_decay": _set_in_groups("weight_decay", "decay"),
 }
 """Name of an action that may cure a finding: the function that does it. The other actions show, compare or compress."""
+
+OF_THE_LOSS = ("remove", "shift_labels")
+"""Actions that change what the loss measures: losses before and after them are not comparable as they are."""

@@ -322,6 +322,7 @@ CURES: dict[str, tuple[Propose, ...]] = {
     "jacobian-vanishes": (_everything,),
     "jacobian-explodes": (_everything,),
     "samples-indistinguishable": (_everything,),
+    "parameter-float16": (_half_precision,),
     "gradient-overflow": (_half_precision,),
     "gradient-underflow": (_half_precision,),
     "momentum-too-high": (_momentum,),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import nn
 from torch.optim import AdamW
 
 from gramian.objective import Objective, as_objective
-from gramian.recording.measuring import eager, evaluating
-from gramian.remedies.performing import Setting
+from gramian.recording.measuring import batch_statistics, eager, evaluating
+from gramian.remedies.performing import Setting, perform
+from gramian.report import Action
 
-__all__ = ["MOMENTS", "rehearse"]
+__all__ = ["MOMENTS", "Measure", "rehearse"]
 
 # Steps after which the loss is measured: faults of a trained network show at once, small networks overcome some others.
 MOMENTS = (0, 12, 50)
@@ -27,7 +29,33 @@ HELD_OUT = 4
 FAILURES = (RuntimeError, ValueError, IndexError, ArithmeticError)
 
 
-def rehearse(setting: Setting, *, moments: Sequence[int] = MOMENTS, seed: int = 0) -> list[float]:
+@dataclass(frozen=True)
+class Measure:
+    """How the loss is measured, so that trainings with and without a remedy are measured alike.
+
+    Args:
+        stored: whether batch norms use their stored statistics, as for a finding about these, and not the batch's. A
+            remedy that only renews the statistics else seems to lower the loss, which a few steps do as well.
+        after: an action that changes the loss itself, which is done to a copy of what is measured.
+    """
+
+    stored: bool = False
+    after: Action | None = None
+
+    def loss(self, setting: Setting, batches: Sequence[Any]) -> float:
+        """The mean loss over units in evaluation mode; infinity where there is none."""
+        measured = Setting(setting.model, list(batches), setting.objective)
+        try:
+            if self.after is not None:
+                measured = perform(self.after, measured.copied())
+            return loss_of(measured.model, measured.batches, as_objective(measured.objective), stored=self.stored)
+        except FAILURES:
+            return math.inf
+
+
+def rehearse(
+    setting: Setting, *, moments: Sequence[int] = MOMENTS, seed: int = 0, measure: Measure | None = None
+) -> list[float]:
     """Train a copy for a few steps, and return its loss in evaluation mode after so many of them.
 
     The loss is measured on the last quarter of the batches, which are not trained on, where there are at least four;
@@ -39,6 +67,7 @@ def rehearse(setting: Setting, *, moments: Sequence[int] = MOMENTS, seed: int = 
             default rate is taken.
         moments: numbers of steps, increasing.
         seed: of the random state; the batches are used in their order for 0, and in a random order for others.
+        measure: how the loss is measured; with the batch's statistics in batch norms by default.
 
     Returns:
         The mean loss over units at each moment; infinity where training or evaluation raises or gives what is not
@@ -61,16 +90,18 @@ def rehearse(setting: Setting, *, moments: Sequence[int] = MOMENTS, seed: int = 
     num_held = len(setting.batches) // 4 if len(setting.batches) >= HELD_OUT else 0
     used = setting.batches[: len(setting.batches) - num_held]
     held = setting.batches[len(used) :] or used
+    measure = measure or Measure()
     model, optimizer = copy.deepcopy((setting.model, setting.optimizer))
+    trained = replace(setting, model=model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if optimizer is None and trainable:
         optimizer = AdamW(trainable)
         if not model.training:
             model.train()
     if optimizer is None:
-        return [loss_of(model, held, objective)] * len(moments)
+        return [measure.loss(trained, held)] * len(moments)
     order = torch.Generator().manual_seed(seed)
-    losses = [loss_of(model, held, objective)] if 0 in moments else []
+    losses = [measure.loss(trained, held)] if 0 in moments else []
     with random_state(model, seed), eager(), torch.enable_grad():
         try:
             for step in range(max(moments)):
@@ -81,22 +112,19 @@ def rehearse(setting: Setting, *, moments: Sequence[int] = MOMENTS, seed: int = 
                 (total / units).backward()
                 optimizer.step()
                 if step + 1 in moments:
-                    losses.append(loss_of(model, held, objective))
+                    losses.append(measure.loss(trained, held))
         except FAILURES:  # as it would end the user's training
             pass
     return losses + [math.inf] * (len(moments) - len(losses))
 
 
-def loss_of(model: nn.Module, batches: Sequence[Any], objective: Objective) -> float:
-    """The mean loss over units in evaluation mode; infinity where there is none."""
+def loss_of(model: nn.Module, batches: Sequence[Any], objective: Objective, *, stored: bool = False) -> float:
+    """The mean loss over units in evaluation mode, with the stored statistics of batch norms or the batch's."""
     total, units = 0.0, 0.0
-    with evaluating(model), torch.no_grad():
-        try:
-            for batch in batches:
-                loss, count = objective.loss(model, batch)
-                total, units = total + float(loss), units + float(count)
-        except FAILURES:
-            return math.inf
+    with nullcontext() if stored else batch_statistics(model), evaluating(model), torch.no_grad():
+        for batch in batches:
+            loss, count = objective.loss(model, batch)
+            total, units = total + float(loss), units + float(count)
     mean = total / units if units else math.inf
     return mean if math.isfinite(mean) else math.inf
 

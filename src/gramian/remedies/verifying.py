@@ -16,9 +16,9 @@ from torch import Tensor
 from gramian.errors import GramianError, GramianWarning, some
 from gramian.init import signs_of_training
 from gramian.inspection import inspect
-from gramian.remedies.performing import Setting, perform
+from gramian.remedies.performing import OF_THE_LOSS, Setting, perform
 from gramian.remedies.proposals import proposals
-from gramian.remedies.rehearsing import MOMENTS, random_state, rehearse
+from gramian.remedies.rehearsing import MOMENTS, Measure, random_state, rehearse
 from gramian.report import Action, Finding, Rehearsal, Report
 
 __all__ = ["NUM_SEEDS", "verified"]
@@ -33,6 +33,9 @@ SIMILAR = 0.1
 
 # Cosine of the angle between a parameter before and after, below which what it had learned counts as lost.
 KEPT = 0.99
+
+# Findings about the stored statistics of batch norms.
+OF_STATISTICS = ("norm-statistics",)
 
 
 @dataclass
@@ -64,12 +67,23 @@ class _Tried:
 
 @dataclass
 class _State:
-    """What the remedies that were offered so far have made: the setting, the losses, and the findings that are left."""
+    """What the remedies that were offered so far have made: the setting, and the findings that are left."""
 
     setting: Setting
-    losses: list[list[float]]
+    moments: Sequence[int]
+    num_seeds: int
     offered: list[str] = field(default_factory=list)
     codes: set[str] | None = None
+    found: dict[Measure, list[list[float]]] = field(default_factory=dict)
+
+    def losses(self, measure: Measure) -> list[list[float]]:
+        """The losses of rehearsals without a further remedy, one list for each seed."""
+        if measure not in self.found:
+            seeds = range(self.num_seeds)
+            self.found[measure] = [
+                rehearse(self.setting, moments=self.moments, seed=seed, measure=measure) for seed in seeds
+            ]
+        return self.found[measure]
 
 
 def verified(
@@ -86,7 +100,11 @@ def verified(
     by a rehearsal: some training steps from the same random state, on the same batches, at the same rate. The action
     with the lowest loss that removes the finding is rehearsed with another seed. It is offered where the loss in
     evaluation mode is lower than without it by 5 % at one of the moments, with each seed, and not higher at the last,
-    and where the finding is gone when the copy is diagnosed. Findings are taken in their order, each on top of the
+    and where the finding is gone when the copy is diagnosed. The loss before any step counts where the weights look
+    trained; of other networks it says nothing. Both trainings are measured alike: with the batch's statistics in batch
+    norms, unless the finding is about the stored ones, and by the loss as the remedy leaves it. An action that changes
+    the loss itself is offered where the loss after it falls as far, to 5 % of its first value: such findings are exact,
+    and an easy problem is learned by a wrong loss too. Findings are taken in their order, each on top of the
     remedies that were offered for those before it: what is gone already with these gets no remedy of its own.
 
     Args:
@@ -119,15 +137,14 @@ def verified(
     asked = [(finding, proposals(finding, setting)) for finding in report.findings]
     total, done = sum(bool(actions) for _, actions in asked), 0
     trained = {sign.name for sign in signs_of_training(setting.model)} if total else set()
-    losses = [rehearse(setting, moments=moments, seed=seed) for seed in range(num_seeds)] if total else []
-    state, kept = _State(setting, losses), []
+    state, kept = _State(setting, moments, num_seeds), []
     for finding, actions in asked:
         if actions and state.codes is not None and finding.code not in state.codes:
             line = f"It is gone with the remedy for {', '.join(state.offered)}."
             finding = replace(finding, action=None, advice=f"{finding.advice} {line}".strip())
         elif actions:
             progress("remedies", done, total)
-            finding = _verified(finding, actions, state, setting, trained, moments)
+            finding = _verified(finding, actions, state, setting, trained)
         done += bool(actions)
         kept.append(finding)
     progress("remedies", 1, 1)
@@ -144,29 +161,37 @@ def _verified(
     state: _State,
     start: Setting,
     trained: set[str],
-    moments: Sequence[int],
 ) -> Finding:
     """The finding with the action that helps on top of what was offered before; the state then moves on."""
-    tried, failures = [], {}
+    tried, failures, moments = [], {}, state.moments
+    measure = Measure(stored=finding.code in OF_STATISTICS)
     for action in actions:
         try:
             with warnings.catch_warnings(), random_state(state.setting.model, 0):
                 warnings.simplefilter("ignore", GramianWarning)  # it warns when the user performs it
                 changed = perform(action, state.setting.copied())
-            tried.append(_Tried(action, changed, rehearse(changed, moments=moments), start))
+            tried.append(_Tried(action, changed, rehearse(changed, moments=moments, measure=measure), start))
         except Exception as error:  # the action does not fit this model; that is said
             failures[action.code] = _in_words(error)
     if not tried:
-        return _not_helped(finding, actions[0], next(iter(failures.values())))
+        return _not_offered(finding, actions[0], f"it fails: {next(iter(failures.values()))}")
     best = _best(finding, tried)
     after = [best.losses]
-    after += [rehearse(best.setting, moments=moments, seed=seed) for seed in range(1, len(state.losses))]
-    pairs = [[(old[i], new[i]) for old, new in zip(state.losses, after, strict=True)] for i in range(len(moments))]
+    after += [rehearse(best.setting, moments=moments, seed=seed, measure=measure) for seed in range(1, state.num_seeds)]
+    changes_loss = best.action.name in OF_THE_LOSS
+    without = state.losses(replace(measure, after=best.action) if changes_loss else measure)
+    pairs = [[(old[i], new[i]) for old, new in zip(without, after, strict=True)] for i in range(len(moments))]
     last = len(moments) - 1
-    moment = next((i for i in reversed(range(len(moments))) if _is_lower(pairs[i])), last)
+    counts = [i for i, steps in enumerate(moments) if steps or trained or measure.stored or last == 0]
+    moment = next((i for i in reversed(counts) if _is_lower(pairs[i])), last)
     helps = _is_lower(pairs[moment]) and not _is_higher(pairs[last])
     moment = moment if helps else last
+    is_as_good = changes_loss and not helps and _is_no_worse(pairs[last], [losses[0] for losses in without])
     notes = [f"Together with the remedy for {', '.join(state.offered)}."] if state.offered else []
+    if changes_loss:
+        notes.append("Both are measured by the loss as the remedy leaves it.")
+    if is_as_good:
+        notes.append("Training without it comes as far in these steps.")
     notes += _lost(state.setting, best.setting, trained)
     before, now = zip(*pairs[moment], strict=True)
     shown = Rehearsal(
@@ -179,9 +204,11 @@ def _verified(
         is_gone=best.removes(finding),
         note=" ".join(notes),
     )
-    if not (helps and shown.is_gone):
-        return _not_helped(finding, best.action, shown.told)
-    state.setting, state.losses, state.codes = best.setting, after, best.codes
+    if not ((helps or is_as_good) and shown.is_gone):
+        among = f" (the best of {len(tried)})" if len(tried) > 1 else ""
+        why = _why_not(shown, helps=helps, is_higher=_is_higher(pairs[last]))
+        return _not_offered(finding, best.action, f"{why} ({shown.told})", among)
+    state.setting, state.found, state.codes = best.setting, {measure: after}, best.codes
     state.offered.append(finding.code)
     return replace(finding, action=best.action, rehearsal=shown)
 
@@ -207,14 +234,33 @@ def _is_lower(pairs: Sequence[tuple[float, float]]) -> bool:
     )
 
 
+def _is_no_worse(pairs: Sequence[tuple[float, float]], first: Sequence[float]) -> bool:
+    """Whether the loss falls as far with the remedy as without, up to a share of the first loss."""
+    return all(
+        math.isfinite(now) and now <= before + SHARE * abs(start)
+        for (before, now), start in zip(pairs, first, strict=True)
+    )
+
+
 def _is_higher(pairs: Sequence[tuple[float, float]]) -> bool:
     """Whether the mean loss is clearly higher with it."""
     before, now = (fmean(losses) for losses in zip(*pairs, strict=True))
     return not now <= before + SHARE * abs(before)
 
 
-def _not_helped(finding: Finding, action: Action, why: str) -> Finding:
-    line = f"Tried on a copy, and did not help: {' '.join(action.code.split())} ({why})."
+def _why_not(shown: Rehearsal, *, helps: bool, is_higher: bool) -> str:
+    """Why what was seen is not enough to offer the action."""
+    if helps:
+        return "the loss is lower with it, but it does not remove what was found"
+    if not math.isfinite(shown.after):
+        return "training fails with it"
+    if is_higher:
+        return "the loss is higher with it than without"
+    return "training without it comes as far"
+
+
+def _not_offered(finding: Finding, action: Action, why: str, among: str = "") -> Finding:
+    line = f"Tried on a copy and not offered{among}: {' '.join(action.code.split())}. The reason: {why}."
     return replace(finding, action=None, advice=f"{finding.advice} {line}".strip())
 
 

@@ -8,6 +8,7 @@ second; the demo builds its own document. Terminal, HTML and JSON all render the
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,8 +34,8 @@ class Rehearsal:
     Args:
         steps: before the losses are compared.
         seeds: number of rehearsals, of different random states and orders of the batches.
-        before, after: loss after the steps in evaluation mode, without and with the remedy, the mean over the seeds;
-            NaN or infinite where the training fails.
+        before, after: loss after the steps in evaluation mode, without and with the remedy, measured alike, the mean over
+            the seeds; NaN or infinite where the training fails.
         before_spread, after_spread: standard deviation over the seeds.
         is_gone: whether the finding is gone when the copy with the remedy is diagnosed.
         note: what else the remedy does, such as the loss of trained weights.
@@ -363,7 +364,7 @@ class Report:
     def __str__(self) -> str:
         from .terminal import to_text
 
-        return to_text(self)
+        return to_text(self, width=shutil.get_terminal_size((100, 24)).columns)  # COLUMNS, the terminal, or 100
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from .terminal import ReportView

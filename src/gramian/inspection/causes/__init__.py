@@ -11,9 +11,10 @@ from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
+from gramian.inspection.causes.precision import RULES as PRECISION
 from gramian.inspection.causes.reach import RULES as REACH
 from gramian.inspection.causes.stepping import RULES as STEPPING
 
 __all__ = ["CAUSES", "Context", "ordered"]
 
-CAUSES = (*DATA, *LOSS, *REACH, *PARAMETERS, *MODULES, *NORMS, *STEPPING)
+CAUSES = (*DATA, *LOSS, *REACH, *PARAMETERS, *MODULES, *NORMS, *PRECISION, *STEPPING)

@@ -151,6 +151,13 @@ class Context:
             if self.observed.gradients.get(name)
         )
 
+    def told(self, module: str) -> str:
+        """A module in a sentence, where a name like 0.3.1 alone would read as a number."""
+        if not module:
+            return "the model"
+        kind = type(dict(self.model.named_modules()).get(module)).__name__
+        return f"module '{module}'" + (f" ({kind})" if kind != "NoneType" else "")
+
     def module_of(self, parameter: str) -> str:
         """The name of the module that owns a parameter."""
         return parameter.rpartition(".")[0]

@@ -30,7 +30,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "samples-mixed",
     ),
     ("input-dominated", "input-offset", "input-scale", "labels-scale"),
-    ("parameter-not-stepped", "weight-decay-too-large", "momentum-too-high"),
+    ("parameter-not-stepped", "parameter-float16", "weight-decay-too-large", "momentum-too-high"),
     (
         "embedding-scale",
         "head-scale",
@@ -39,7 +39,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "parameter-scale-large",
         "parameter-rank-one",
     ),
-    ("norm-evaluation-mode", "dropout-rate", "gate-shut"),
+    ("norm-evaluation-mode", "dropout-rate", "dropout-evaluation", "gate-shut"),
     ("norm-statistics", "norm-few-values"),
     ("gain-below-one", "gain-above-one"),
     ("attention-saturated", "residual-growth"),

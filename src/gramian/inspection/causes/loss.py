@@ -86,6 +86,11 @@ def binary_scores(context: Context) -> Iterator[Finding]:
 
 def log_probabilities(context: Context) -> Iterator[Finding]:
     """Find a negative log-likelihood that is applied to something else than log-probabilities. Exact."""
+    for function in ("kl_div", "ctc_loss"):
+        found = _criterion(context, function)
+        if found is not None:
+            yield from _divergence(found)
+            return
     found = _criterion(context, "nll_loss")
     if found is None or found.given.ndim < 2 or not bool(found.given.isfinite().all()):
         return
@@ -104,6 +109,45 @@ def log_probabilities(context: Context) -> Iterator[Finding]:
             else "The log-softmax is over the samples, and not over the classes.",
             advice="Use cross_entropy, or log_softmax(scores, dim=1) before it.",
         )
+
+
+def _divergence(found: Criterion) -> Iterator[Finding]:
+    """The finding for kl_div or ctc_loss of something else than log-probabilities, or against log-probabilities."""
+    given, function = found.given.float(), found.function
+    if given.ndim < 2 or not bool(given.isfinite().all()):
+        return
+    # kl_div does not know which dimension holds the classes: each is tried, and one that fits is enough.
+    dims = range(given.ndim) if function == "kl_div" else (given.ndim - 1,)
+    sums = {dim: given.logsumexp(dim) for dim in dims if given.shape[dim] > 1}
+    if any(float((s.abs() > SUMS).float().mean()) <= 0.5 for s in sums.values()):
+        if function == "kl_div" and bool((found.target < 0).any()):
+            yield Finding(
+                "loss-not-log-probabilities",
+                "error",
+                "kl_div is given a target of log-probabilities, and takes probabilities",
+                where="loss",
+                evidence=f"{float((found.target < 0).float().mean()):.0%} of the target's entries are negative (exact)",
+                cause="The target's entropy is computed as that of probabilities: of negative ones it is NaN.",
+                advice="Pass log_target=True, or target.exp().",
+            )
+        return
+    is_probability = bool((given >= 0).all()) and any(bool(((given.sum(dim) - 1).abs() < SUMS).all()) for dim in sums)
+    if not is_probability and not bool((given > 0).any()):
+        return  # a weighted or masked log-probability is never positive
+    advice = "Use log_softmax(scores, dim=-1), or probabilities.log()"
+    yield Finding(
+        "loss-not-log-probabilities",
+        "error",
+        f"{function} is applied to " + ("probabilities" if is_probability else "numbers that are no log-probabilities"),
+        where="loss",
+        evidence=f"the exponentials of the inputs sum to {float(sums[max(sums)].exp().median()):.3g} for the median "
+        "row, not to 1 (exact)",
+        cause=f"{function} takes log-probabilities as its input. Of others it has no minimum: they grow without end."
+        if not is_probability
+        else f"{function} takes log-probabilities as its input; probabilities cannot fall below zero, and the loss has "
+        "its minimum where the largest is 1, whatever the target.",
+        advice=f"{advice}." if function == "kl_div" else "Use log_softmax(scores, dim=-1) before it.",
+    )
 
 
 def rows(context: Context) -> Iterator[Finding]:
@@ -239,7 +283,11 @@ def non_finite(context: Context) -> Iterator[Finding]:
         f"The first value that is not finite is made by {made[1]}" if made else "The loss is NaN or infinite",
         where=where,
         evidence=f"the loss is {context.observed.loss}"
-        + (f"; in {where}, the inputs of {made[1]} are finite and its output is not (exact)" if made else ""),
+        + (
+            f"; in {context.told(made[0])}, the inputs of {made[1]} are finite and its output is not (exact)"
+            if made
+            else ""
+        ),
         cause="An overflow, a division by zero, or the logarithm or root of zero.",
         advice="Look at this operation's inputs; bound them, or compute in float32."
         if made

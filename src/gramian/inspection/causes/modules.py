@@ -45,11 +45,11 @@ def dead_units(context: Context) -> Iterator[Finding]:
         yield Finding(
             "dead-units",
             "error" if worst.dead > MOSTLY_DEAD * worst.channels else "warning",
-            f"{worst.dead} of {worst.channels} units after {source} are never active"
+            f"{worst.dead} of {worst.channels} units after {context.told(source)} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
             where=source,
-            evidence=f"first after {source}, in {len(dead)} in all; "
+            evidence=f"first after {context.told(source)}, in {len(dead)} in all; "
             f"zero on all {worst.rows:,} rows: active on at most {3 / worst.rows:.2%} (95 %)",
             cause="Their pre-activations are negative for all samples: a bias or an offset of the inputs, or a rate "
             "that was too large.",
@@ -67,7 +67,7 @@ def saturated_units(context: Context) -> Iterator[Finding]:
         yield Finding(
             "saturated-units",
             "error" if worst.saturated > MOSTLY_SATURATED else "warning",
-            f"{worst.saturated:.0%} of the {worst.function} outputs after {source} are saturated"
+            f"{worst.saturated:.0%} of the {worst.function} outputs after {context.told(source)} are saturated"
             if len(ends) == 1
             else f"The {worst.function} outputs of {len(ends)} layers are saturated, up to {worst.saturated:.0%}",
             where="all layers" if len(ends) > 2 else source,
@@ -89,7 +89,7 @@ def gates(context: Context) -> Iterator[Finding]:
         yield Finding(
             "gate-shut",
             "error",
-            f"A gate of {next(iter(shut))} is shut",
+            f"A gate of {context.told(next(iter(shut)))} is shut",
             where=some(shut, SHOWN),
             evidence=f"one of its gates passes {min(shut.values()):.2g} on average over the steps",
             cause="The gate's bias is so negative that the cell neither takes nor keeps anything.",
@@ -131,6 +131,26 @@ def dropout(context: Context) -> Iterator[Finding]:
         )
 
 
+def dropout_in_evaluation(context: Context) -> Iterator[Finding]:
+    """Find dropout that acts in evaluation mode too. Exact."""
+    drops = context.evaluated.drops if context.evaluated is not None else None
+    if drops is not None:
+        name, function = drops
+        is_attention = function == "scaled_dot_product_attention"
+        yield Finding(
+            "dropout-evaluation",
+            "warning",
+            f"Dropout in {context.told(name)} acts in evaluation mode too",
+            where=name or "all layers",
+            evidence=f"F.{function} was called in evaluation mode, and dropped (exact)",
+            cause="Its dropout_p does not follow the mode of the module."
+            if is_attention
+            else "It does not follow the mode of the module: training=True is its default.",
+            advice=("Pass dropout_p=p if self.training else 0.0" if is_attention else "Pass training=self.training")
+            + ", unless samples of the output are wanted.",
+        )
+
+
 def attention(context: Context) -> Iterator[Finding]:
     """Find attention that sees no key, or one only."""
     blind = [a for a in context.observed.attentions if a.masked > BLIND]
@@ -139,7 +159,7 @@ def attention(context: Context) -> Iterator[Finding]:
         yield Finding(
             "attention-masked",
             "error",
-            f"The mask of {names[0] if names else 'the model'} hides every key",
+            f"The mask of {context.told(names[0] if names else '')} hides every key",
             where=some(names, SHOWN) or "all layers",
             evidence=f"{max(a.masked for a in blind):.0%} of its queries have no key that is not masked (exact)",
             cause="The mask is inverted: torch's key_padding_mask is true where a key is hidden, and a bool attn_mask "
@@ -153,7 +173,7 @@ def attention(context: Context) -> Iterator[Finding]:
         yield Finding(
             "attention-saturated",
             "error" if worst.entropy < ENTROPY / 2 else "warning",
-            f"The attention of {worst.name or 'the model'} looks at one key only",
+            f"The attention of {context.told(worst.name)} looks at one key only",
             where=some([n for n in names if n], SHOWN) or "all layers",
             evidence=f"the entropy of its weights is {worst.entropy:.1%} of that of equal weights, on average",
             cause="The scores q·k are large, so that softmax passes nearly no gradient: a missing 1/√d, or "
@@ -180,8 +200,8 @@ def streams(context: Context) -> Iterator[Finding]:
             "error",
             f"The residual stream grows {growth:.2g} times over {len(sizes)} additions",
             where="all layers",
-            evidence=f"root mean square {sizes[0]:.3g} after {first or 'the first'}, {sizes[-1]:.3g} after the last: "
-            f"{growth ** (1 / len(ratios)):.2f} times for each",
+            evidence=f"root mean square {sizes[0]:.3g} after the first, in {context.told(first)}, {sizes[-1]:.3g} after "
+            f"the last: {growth ** (1 / len(ratios)):.2f} times for each",
             cause="Each branch adds as much as the stream holds or more, and no norm divides it.",
             advice="Normalize the input of each branch, and begin with branches whose last layer is zero or scaled by "
             "1 over the root of their number.",
@@ -197,7 +217,7 @@ def reductions(context: Context) -> Iterator[Finding]:
         yield Finding(
             "reduction-cancels",
             "error",
-            f"A {first.function} in {first.name or 'the model'} cancels",
+            f"A {first.function} in {context.told(first.name)} cancels",
             where=first.name or "all layers",
             evidence=f"its result is {first.share:.0e} of what independent values would give, and all samples get the "
             "same output",
@@ -226,6 +246,7 @@ RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     saturated_units,
     gates,
     dropout,
+    dropout_in_evaluation,
     attention,
     streams,
     reductions,

@@ -37,7 +37,7 @@ def norm_gain(context: Context) -> Iterator[Finding]:
         yield Finding(
             "norm-zero-gain",
             "error",
-            f"The norm {blocking[0]} multiplies by zero",
+            f"The norm {context.told(blocking[0])} multiplies by zero",
             where=some(blocking, SHOWN),
             evidence="every entry of its weight γ is zero, and it is not the end of a residual branch (exact)",
             cause="γ was initialized to zero, or decayed to it; nothing passes.",
@@ -53,7 +53,7 @@ def norm_size(context: Context) -> Iterator[Finding]:
         yield Finding(
             "norm-single-value",
             "error",
-            f"The norm {single[0]} divides each value by itself",
+            f"The norm {context.told(single[0])} divides each value by itself",
             where=some(single, SHOWN),
             evidence="it normalizes over one value (exact), so that its output is the same whatever comes in, or ±1",
             cause="The dimension over which it normalizes has one entry: a wrong normalized_shape, or as many groups "
@@ -70,7 +70,7 @@ def norm_size(context: Context) -> Iterator[Finding]:
         yield Finding(
             "norm-few-values",
             "warning",
-            f"The batch norm {name} averages over {count} values",
+            f"The batch norm {context.told(name)} averages over {count} values",
             where=some(few, SHOWN),
             evidence=f"{count} values for each channel in a batch (exact); so in {len(few)} batch norms",
             cause="Normalized, two values are ±1 whatever they were, and three keep one number; the stored statistics "
@@ -93,7 +93,7 @@ def norm_statistics(context: Context) -> Iterator[Finding]:
         yield Finding(
             "norm-statistics",
             "error",
-            f"The stored statistics of {name} are not those of the data",
+            f"The stored statistics of {context.told(name)} are not those of the data",
             where=some(others, SHOWN),
             evidence=f"{_distance(shift, ratio)}; so in {len(others)} batch norms",
             cause="Evaluation mode uses the stored statistics: they were averaged over other data, too few batches, or "
@@ -104,7 +104,7 @@ def norm_statistics(context: Context) -> Iterator[Finding]:
         yield Finding(
             "norm-statistics",
             "error",
-            f"The stored statistics of {held[0]} never change",
+            f"The stored statistics of {context.told(held[0])} never change",
             where=some(held, SHOWN),
             evidence="its momentum is 0 (exact)",
             cause="torch's momentum is the share of the new statistics, and not that of the old: with 0, evaluation "

@@ -51,9 +51,7 @@ def unreached(context: Context) -> Iterator[Finding]:
             where=place,
             evidence=f"{some(cut, SHOWN)}: used in the forward pass, and not reached from the loss (exact)"
             + (
-                f"; {where.function} in {where.name or 'the model'} returns a result without a gradient"
-                if where
-                else ""
+                f"; {where.function} in {context.told(where.name)} returns a result without a gradient" if where else ""
             ),
             cause="A .detach(), .item(), .data, argmax or torch.no_grad() stands between these layers and the loss.",
             advice="Remove it, or freeze these parameters with requires_grad_(False) if it is meant.",
@@ -125,7 +123,7 @@ def shared(context: Context) -> Iterator[Finding]:
         yield Finding(
             "parameter-shared",
             "warning",
-            f"{' and '.join(names[:3])} are one module",
+            f"Modules {' and '.join(map(repr, names[:3]))} are one",
             where=some(names, SHOWN),
             evidence=f"{len(names)} names of one object (exact)",
             cause="The list was built from one instance ([layer] * n), so that all places have the same weights.",
