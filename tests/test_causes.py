@@ -107,6 +107,16 @@ def test_a_fault_of_the_data_is_named_first(control, code, where, plant) -> None
     assert code not in troubles(control)
 
 
+def test_batches_in_the_order_of_their_classes(control) -> None:
+    x, y = data()
+    order = y.argsort()
+    batches = [(x[part], y[part]) for part in order.chunk(4)]
+    first_is(gm.inspect(mlp(), batches, CLASSIFY), "labels-sorted", "labels")
+    first_is(gm.inspect(mlp(), [(x, y) for x, y in reversed(batches)][:1], CLASSIFY), "labels-constant", "labels")
+    within = [(x[part], y[part]) for part in (half[y[half].argsort()] for half in torch.arange(N).chunk(2))]
+    assert "labels-sorted" not in {f.code for f in gm.inspect(mlp(), within, CLASSIFY).findings}
+
+
 def test_optimizers() -> None:
     model = mlp()
     good = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -184,6 +184,17 @@ def labels(context: Context) -> Iterator[Finding]:
         )
         return
     yield from _size_of_targets(context)
+    if _are_sorted(kept):
+        yield Finding(
+            "labels-sorted",
+            "warning",
+            f"The {len(y)} labels of {len(kept)} batches come in order: {y[0].item():g} to {y[-1].item():g}",
+            where="labels",
+            evidence=f"each of {len(y)} labels is at least the one before it, or each at most (exact)",
+            cause="The data are sorted by class and not shuffled: each batch pulls the weights to the classes that it "
+            "holds.",
+            advice="Shuffle the training data: DataLoader(…, shuffle=True).",
+        )
     test = labels_depend(context.observed.batches)
     if test is not None and test.p_value > test.level:
         yield Finding(
@@ -196,6 +207,14 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Look at a few samples beside their labels. Relations that no neighborhood or linear test sees "
             "(parity, copying) also look like this.",
         )
+
+
+def _are_sorted(batches: Sequence[Tensor]) -> bool:
+    """Whether class labels never fall, or never rise, from the first of several batches to the last."""
+    if len(batches) < 2 or any(y.is_floating_point() or y.ndim != 1 for y in batches):
+        return False
+    steps = torch.cat([y.cpu() for y in batches]).diff()
+    return len(steps) >= FEW and bool((steps >= 0).all() or (steps <= 0).all())
 
 
 def _size_of_targets(context: Context) -> Iterator[Finding]:

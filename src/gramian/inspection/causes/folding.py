@@ -12,7 +12,7 @@ __all__ = ["ordered"]
 # Codes by origin, causes first. What is in no group comes after these, before depth.
 _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("non-finite-weights", "input-non-finite"),
-    ("labels-constant", "labels-out-of-range", "input-constant"),
+    ("labels-constant", "labels-out-of-range", "labels-sorted", "input-constant"),
     ("labels-non-finite", "training-fails", "parameter-unregistered", "softmax-single-value"),
     ("loss-broadcast", "loss-not-log-probabilities", "output-range", "loss-maximized"),
     (
