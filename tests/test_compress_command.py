@@ -144,7 +144,7 @@ def test_a_floor_of_quality_is_met_and_not_by_much(folder, capsys, measure: str,
 def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:
     args = ["task.py:task", "--keep", "0.5", "--no-curve", "--plan", "plan.safetensors", "--quiet", "--json"]
     assert run(capsys, *args, "a.json")[0] == 0
-    monkeypatch.setattr(deciding, "capture", None)  # would fail
+    monkeypatch.setattr(deciding, "compress", None)  # would fail
     assert run(capsys, *args, "b.json")[0] == 0
     a, b = (json.loads((folder / name).read_text()) for name in ("a.json", "b.json"))
     assert (a["layers"], a["curve"]) == (b["layers"], b["curve"])

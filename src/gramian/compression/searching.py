@@ -102,7 +102,8 @@ def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: st
 
 def smallest_share(plan: Plan) -> float:
     """The least share of the parameters that the plan can keep: rank 1 wherever factors are smaller."""
-    return min(1.0, math.nextafter(plan._smallest / plan.parameters_dense, 1.0))
+    saved = sum(max(0, m * n - m - n) for m, n in (s.shape for s in plan.spectra))
+    return min(1.0, math.nextafter((plan.parameters_dense - saved) / plan.parameters_dense, 2.0))
 
 
 def shares(plan: Plan) -> list[float]:
