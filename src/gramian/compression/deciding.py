@@ -170,6 +170,7 @@ def decide(
         predicted=plan.predicted_loss,
         seconds=seconds,
         notes=_notes(tried, target, contenders),
+        for_speed=target.speedup is not None,
     )
     return Decision(plan, small, outcome)
 
@@ -280,15 +281,16 @@ def _contenders(
     rows = []
     for place, (name, model) in enumerate(models.items()):
         tell("Measure", 0.5 + place / (2 * len(models)), name)
-        note = ""
+        note, others = "", {}
         try:
-            quality: float | None = tried.quality.of(model)
+            others = tried.quality.all_of(model)
+            quality: float | None = others.pop(tried.quality.measure)
         except InputError:
             raise
         except Exception as error:
             quality, note = None, _line(error)
         parameters = sum(p.numel() for p in (small if "compressed" in name else dense).parameters())
-        rows.append(Contender(name, parameters, num_bytes(model), quality, one[name], many[name], note))
+        rows.append(Contender(name, parameters, num_bytes(model), quality, one[name], many[name], note, others))
     tell("Measure", 1.0, "")
     rows += [Contender(name, None, None, note=why) for name, why in failed.items()]
     return tuple(rows)
