@@ -170,7 +170,7 @@ def by_speed(
         tell: called with each share and its speed.
 
     Raises:
-        TooSlowError: not even the smallest share is fast enough; it has the best that was reached.
+        TooSlowError: no share of the curve is fast enough; it has the best that was reached.
     """
     speeds: dict[float, float] = {}
 
@@ -180,8 +180,9 @@ def by_speed(
         tell(keep, found)
         return found >= wanted
 
-    low, high = smallest_share(plan), 1.0
-    if reached(low):
+    # The smallest is fastest as a rule, and not where its overhead counts more than its arithmetic.
+    low, high = next((keep for keep in reversed(shares(plan)[1:]) if reached(keep)), None), 1.0
+    if low is not None:
         for _ in range(HALVINGS):
             middle = math.sqrt(low * high)
             if reached(middle):
