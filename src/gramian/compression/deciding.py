@@ -240,7 +240,7 @@ def _share(target: Target, tried: Tried, speeds: _Speeds, tell: Progress) -> flo
             tried.plan,
             speeds.ratio,
             target.speedup,
-            lambda keep, ratio: tell("Measure speed", next(count) / 7, f"keep {keep:.3f}: {ratio:.2f}×"),
+            lambda keep, ratio: tell("Measure speed", min(1.0, next(count) / 17), f"keep {keep:.3f}: {ratio:.2f}×"),
         )
     except TooSlowError as error:
         others = []

@@ -180,7 +180,7 @@ def by_speed(
         tell(keep, found)
         return found >= wanted
 
-    # The smallest is fastest as a rule, and not where its overhead counts more than its arithmetic.
+    # The smallest is usually the fastest, but not where its overhead counts more than its arithmetic.
     low, high = next((keep for keep in reversed(shares(plan)[1:]) if reached(keep)), None), 1.0
     if low is not None:
         for _ in range(HALVINGS):
