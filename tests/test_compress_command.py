@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -116,7 +117,13 @@ def test_a_share_is_kept_saved_and_told(folder, capsys) -> None:
     task = network(folder)
     loaded = gm.load_compressed(nn.Sequential(*task.model()), folder / "small/model.safetensors").eval()
     assert task.evaluate(loaded)["accuracy"] == small["quality"]
+    # The file is one that the other commands take with its task.
+    assert main(["inspect", "small/model.safetensors", "--task", "task.py:task", "--quiet"]) == 0
+    code, _, err = run(capsys, "small", "--task", "task.py:task", "--keep", "0.9", "--no-curve", "--quiet")
+    assert code == 0, err
     assert told["better"] == "higher"
+    assert small["others"].keys() == {"loss"}
+    assert dense["others"]["loss"] == pytest.approx(task.evaluate(task.model())["loss"])
     shown = " ".join(out.split())
     assert "Ranks, and why" in shown
     assert f"of {dense['parameters']:,}" in shown
@@ -144,7 +151,7 @@ def test_a_floor_of_quality_is_met_and_not_by_much(folder, capsys, measure: str,
 def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:
     args = ["task.py:task", "--keep", "0.5", "--no-curve", "--plan", "plan.safetensors", "--quiet", "--json"]
     assert run(capsys, *args, "a.json")[0] == 0
-    monkeypatch.setattr(deciding, "capture", None)  # would fail
+    monkeypatch.setattr(deciding, "compress", None)  # would fail
     assert run(capsys, *args, "b.json")[0] == 0
     a, b = (json.loads((folder / name).read_text()) for name in ("a.json", "b.json"))
     assert (a["layers"], a["curve"]) == (b["layers"], b["curve"])
@@ -295,12 +302,18 @@ ADVICE = {
 }
 
 
+def test_where_speed_is_asked_an_alternative_need_not_be_smaller() -> None:
+    large = Contender("bfloat16", 1000, 2500, 0.9, 1.2, 9.0)
+    assert outcome(DENSE, SMALL, large).advice == ""
+    fast = dataclasses.replace(outcome(DENSE, SMALL, large), for_speed=True)
+    assert fast.advice == "do not factor this model: bfloat16 is no worse and no slower"
+
+
 @pytest.mark.parametrize("name", ADVICE)
 def test_the_report_says_where_factoring_is_not_worth_it(name: str) -> None:
     other, told = ADVICE[name]
     found = outcome(DENSE, SMALL, other)
-    assert found.advice == (found.advice if told and told in found.advice else told)
-    assert bool(told) == bool(found.advice)
+    assert found.advice.startswith(told) if told else found.advice == ""
     text = " ".join(to_text(found.to_document(), width=200).split())
     assert told in text
     assert found.drop == pytest.approx(0.02)

@@ -341,7 +341,8 @@ def test_a_plan_is_saved_and_loaded(tmp_path) -> None:
     model, plan, x = mlp_plan()
     gm.save_plan(plan, tmp_path / "plan.safetensors")
     loaded = gm.load_plan(copy.deepcopy(model), tmp_path / "plan.safetensors")
-    assert (loaded.ranks, loaded.keep, loaded.reasons, loaded.note) == (plan.ranks, plan.keep, plan.reasons, plan.note)
+    assert (loaded.ranks, loaded.keep, loaded.reasons) == (plan.ranks, plan.keep, plan.reasons)
+    assert str(loaded) == str(plan)
     for keep in (0.3, 0.5, 0.9):
         assert torch.equal(loaded.at(keep=keep).apply()(x), plan.at(keep=keep).apply()(x))
         assert loaded.at(keep=keep).predicted_loss == plan.at(keep=keep).predicted_loss
@@ -357,7 +358,7 @@ def test_a_plan_for_another_model_is_refused_by_name(tmp_path) -> None:
         gm.load_plan(ZOO["residual_cnn"].make_model(0), path)
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
-    with pytest.raises(CheckpointError, match=r"plan for other weights: 0\.weight changed") as caught:
+    with pytest.raises(CheckpointError, match=r"plan for other weights: 0 changed") as caught:
         gm.load_plan(model, path)
     assert "\n" not in str(caught.value)
     save_tensors(path, model.state_dict())

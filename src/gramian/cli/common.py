@@ -26,6 +26,8 @@ def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any,
     """Return the network that MODEL and --task name, and its task; `None` where MODEL is a file without a task."""
     from gramian import tasks
     from gramian.checkpoint import load_into
+    from gramian.compression import load_compressed
+    from gramian.compression.files import has_ranks
 
     is_task = model in tasks.TASKS or ".py:" in model or model.endswith(".py")
     if task is None and not is_task:
@@ -34,7 +36,7 @@ def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any,
     found = tasks.load(model if is_task else str(task), write=write)
     network = found.model()
     if not is_task:
-        load_into(network, model)
+        network = load_compressed(network, model) if has_ranks(model) else load_into(network, model)
     return network, found
 
 

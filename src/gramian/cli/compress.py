@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gramian.cli.common import Quiet, Stages, with_task
+from gramian.cli.common import Quiet, Stages, num_ranks, with_task
 from gramian.errors import InputError
 
 __all__ = ["command"]
@@ -59,6 +59,8 @@ def command(
     from gramian.compression import save_compressed
     from gramian.compression.deciding import Target, decide
 
+    if num_ranks() > 1:
+        raise InputError("compress: runs as one process; start it without torchrun")
     target = Target(keep=keep, max_drop=max_drop, speedup=speedup)
     if json is not None:
         report.check_target(json, (".json",))
@@ -89,7 +91,7 @@ def command(
         _make(out)
         is_folder = hasattr(made.model, "save_pretrained")
         save_compressed(made.model, out if is_folder else out / "model.safetensors")
-        if is_folder and calibrate is not None:
+        if is_folder and Path(model).is_dir():
             from gramian.integrations.texts import copy_companions
 
             copy_companions(model, out)

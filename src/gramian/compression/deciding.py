@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from gramian.batch import first_samples
+from gramian.block import blocks
 from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.measuring import FORMS, latencies, num_bytes, samples
-from gramian.compression.modules import module_name
 from gramian.compression.planning import Plan, compress
 from gramian.compression.plans import load_plan, save_plan
 from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares, smallest_share
 from gramian.errors import GramianError, InputError
 from gramian.objective import Objective, as_objective
-from gramian.recording import capture
 from gramian.report.compression import Contender, FactoredLayer, Outcome
 
 MOST_OUTPUTS = 32
@@ -171,6 +170,7 @@ def decide(
         predicted=plan.predicted_loss,
         seconds=seconds,
         notes=_notes(tried, target, contenders),
+        for_speed=target.speedup is not None,
     )
     return Decision(plan, small, outcome)
 
@@ -182,12 +182,14 @@ def _planned(
         tell("Plan", 1.0, f"read from {Path(plan_file).name}")
         return load_plan(model, plan_file)
     tell("Calibrate", 0.0, f"{len(batches)} batches")
-    stats = capture(model, batches, _exact(as_objective(objective), model, batches[0]))
-    tell("Calibrate", 1.0, f"{len(batches)} batches")
-    layers = max(1, len(list(stats)))
-    tell("Factor", 0.0, "")
-    plan = compress(model, stats, progress=lambda done: tell("Factor", min(1.0, done / layers), f"{done} layers"))
-    tell("Factor", 1.0, f"{len(plan.spectra)} layers")
+    layers = max(1, len(blocks(model).blocks))
+    plan = compress(
+        model,
+        batches=batches,
+        objective=_exact(as_objective(objective), model, batches[0]),
+        progress=lambda done: tell("Calibrate", min(0.99, done / layers), f"{done} layers factored"),
+    )
+    tell("Calibrate", 1.0, f"{len(plan.spectra)} layers can be factored")
     if plan_file is not None:
         save_plan(plan, plan_file)
     return plan
@@ -238,7 +240,7 @@ def _share(target: Target, tried: Tried, speeds: _Speeds, tell: Progress) -> flo
             tried.plan,
             speeds.ratio,
             target.speedup,
-            lambda keep, ratio: tell("Measure speed", next(count) / 7, f"keep {keep:.3f}: {ratio:.2f}×"),
+            lambda keep, ratio: tell("Measure speed", min(1.0, next(count) / 17), f"keep {keep:.3f}: {ratio:.2f}×"),
         )
     except TooSlowError as error:
         others = []
@@ -259,6 +261,7 @@ def _share(target: Target, tried: Tried, speeds: _Speeds, tell: Progress) -> flo
         ) from None
 
 
+@torch.no_grad()
 def _contenders(
     dense: nn.Module, small: nn.Module, tried: Tried, speeds: _Speeds, tell: Progress
 ) -> tuple[Contender, ...]:
@@ -270,7 +273,7 @@ def _contenders(
             try:
                 models[prefix + form] = make(model)
                 speeds.predict(models[prefix + form], speeds.one)
-            except Exception as error:  # whatever keeps a model from this form is told in its row
+            except Exception as error:  # whatever keeps a model from this form stands in its row
                 models.pop(prefix + form, None)
                 failed[prefix + form] = _line(error)
     tell("Measure", 0.1, "latency")
@@ -278,15 +281,16 @@ def _contenders(
     rows = []
     for place, (name, model) in enumerate(models.items()):
         tell("Measure", 0.5 + place / (2 * len(models)), name)
-        note = ""
+        note, others = "", {}
         try:
-            quality: float | None = tried.quality.of(model)
+            others = tried.quality.all_of(model)
+            quality: float | None = others.pop(tried.quality.measure)
         except InputError:
             raise
         except Exception as error:
             quality, note = None, _line(error)
         parameters = sum(p.numel() for p in (small if "compressed" in name else dense).parameters())
-        rows.append(Contender(name, parameters, num_bytes(model), quality, one[name], many[name], note))
+        rows.append(Contender(name, parameters, num_bytes(model), quality, one[name], many[name], note, others))
     tell("Measure", 1.0, "")
     rows += [Contender(name, None, None, note=why) for name, why in failed.items()]
     return tuple(rows)
@@ -294,17 +298,14 @@ def _contenders(
 
 def _layers(plan: Plan) -> tuple[FactoredLayer, ...]:
     rows = []
-    for s in plan.spectra:
-        name, (m, n) = module_name(s.block), s.shape
-        rank = plan.ranks[name]
+    for (name, rank), s in zip(plan.ranks.items(), plan.spectra, strict=True):
+        m, n = s.shape
         if rank is None:
-            rows.append(
-                FactoredLayer(name, (m, n), None, 0, f"dense: it earns the {s.break_even} ranks that cost as much")
-            )
+            rows.append(FactoredLayer(name, (m, n), None, 0, "dense: worth its parameters, or factors are no smaller"))
             continue
         total, kept = float(s.values.square().sum()), float(s.values[:rank].square().sum())
         why = f"{kept / total:.1%} of its weighted energy" if total > 0 else "the loss does not depend on it"
-        rows.append(FactoredLayer(name, (m, n), rank, m * n - s.cost(rank), why))
+        rows.append(FactoredLayer(name, (m, n), rank, m * n - rank * (m + n), why))
     return (*rows, *(FactoredLayer(name, (), None, 0, f"dense: {why}") for name, why in plan.reasons.items()))
 
 
@@ -320,8 +321,8 @@ def _notes(tried: Tried, target: Target, contenders: tuple[Contender, ...]) -> t
         reached = min(dense.latency_one / small.latency_one, dense.latency_many / (small.latency_many or math.inf))
         if reached < target.speedup:
             notes.append(
-                f"two measurements during the search reached {target.speedup:g}×, and the last one {reached:.2f}×: the "
-                "machine is busy, or the speed is at the edge"
+                f"the search measured {target.speedup:g}× twice, and the last measurement {reached:.2f}×: the machine "
+                "is busy, or the speed is at the edge"
             )
     return tuple(notes)
 

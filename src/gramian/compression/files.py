@@ -18,7 +18,7 @@ from gramian.checkpoint import Checkpoint, clean_name, open_checkpoint, save_ten
 from gramian.compression.ranks import factor, ranks_of, restore
 from gramian.errors import CheckpointError, some
 
-__all__ = ["RANKS", "load_compressed", "pretrained_support", "save_compressed"]
+__all__ = ["RANKS", "has_ranks", "load_compressed", "pretrained_support", "save_compressed"]
 
 RANKS = "gramian.ranks"
 """The entry of a file's metadata that has the ranks, as JSON."""
@@ -113,6 +113,15 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
     if support is not None:
         support.attach(model)
     return model
+
+
+def has_ranks(path: str | Path) -> bool:
+    """Whether a file or folder is that of a factored model.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return RANKS in open_checkpoint(path, stored=True).metadata
 
 
 def pretrained_support() -> ModuleType | None:

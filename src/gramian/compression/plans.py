@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gramian.block import Block, blocks
 from gramian.calls import as_model, unwrapped
-from gramian.checkpoint import load_tree, open_checkpoint, save_tree
+from gramian.checkpoint import clean_name, load_tree, open_checkpoint, save_tree
 from gramian.checkpoint.trees import TREE
+from gramian.compression.modules import copied, submodule
 from gramian.compression.planning import Plan
-from gramian.compression.weighted import WeightedSVD
 from gramian.errors import CheckpointError, some
 
 __all__ = ["load_plan", "save_plan"]
 
-STORED: dict[str, type] = {cls.__name__: cls for cls in (Plan, WeightedSVD)}
-"""The classes that a plan consists of, whose fields are written by name."""
+HOME = "gramian.compression."
+"""Where the classes are that a plan consists of: their objects are written as the values of their fields."""
 
 CLASS = "class"
 
@@ -52,9 +53,8 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     >>> load_plan(net, path).at(keep=0.5).parameters < plan.parameters
     True
     """
-    shapes = {f"{b.name}": list(b.parameter.shape) for b in blocks(plan.model).blocks}
-    digests = {s.block.name: _digest(s.block.parameter) for s in plan.spectra}
-    save_tree(path, {"plan": _packed(plan), "shapes": shapes, "digests": digests})
+    digests = {name: _digest(submodule(plan.model, name)) for name in plan.ranks}
+    save_tree(path, {"plan": _packed(plan), "shapes": _shapes(plan.model), "digests": digests})
 
 
 def load_plan(model: nn.Module, path: str | Path) -> Plan:
@@ -86,9 +86,7 @@ def load_plan(model: nn.Module, path: str | Path) -> Plan:
     tree = load_tree(path) if TREE in open_checkpoint(path, stored=True).metadata else None
     if not isinstance(tree, dict) or tree.keys() != {"plan", "shapes", "digests"}:
         raise CheckpointError(f"{path} was not written by save_plan. Give the file of a plan.")
-    own = {block.name: block for block in blocks(model).blocks}
-    shapes = {name: list(block.parameter.shape) for name, block in own.items()}
-    planned = tree["shapes"]
+    shapes, planned = _shapes(model), tree["shapes"]
     wrong = [
         f"{name} is {shapes.get(name, 'missing')}, planned {planned.get(name, 'missing')}"
         for name in sorted(shapes.keys() | planned.keys())
@@ -96,31 +94,37 @@ def load_plan(model: nn.Module, path: str | Path) -> Plan:
     ]
     if wrong:
         raise CheckpointError(f"{path} is a plan for another model than {type(model).__name__}: {some(wrong, 2, '; ')}")
-    moved = [name for name, digest in tree["digests"].items() if _digest(own[name].parameter) != digest]
+    moved = [name for name, digest in tree["digests"].items() if _digest(submodule(model, name)) != digest]
     if moved:
         raise CheckpointError(
             f"{path} is a plan for other weights: {some(moved)} changed since it was made (trained on, cast or "
             "initialized again). Load those weights, or make the plan again."
         )
     try:
-        return _unpacked(tree["plan"], model, own)
-    except (KeyError, TypeError) as error:
+        model = copied(model)  # which training on does not change
+        return _unpacked(tree["plan"], model, {block.name: block for block in blocks(model).blocks})
+    except (AttributeError, ImportError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: a plan of another version of gramian ({type(error).__name__}: {error}). Make the plan again."
         ) from None
 
 
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {clean_name(name): list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def _packed(value: Any) -> Any:
-    """The value as a tree that `save_tree` takes: an object of STORED as its fields, a block as its name."""
+    """The value as a tree that `save_tree` takes: an object as its fields, a block as its name, a model as nothing."""
     if isinstance(value, Block):
         return {CLASS: "Block", "name": value.name}
-    if is_dataclass(value) and type(value).__name__ in STORED:
-        held = {f.name: _packed(getattr(value, f.name)) for f in fields(value) if f.name != "model"}
-        return {CLASS: type(value).__name__, **held}
+    if is_dataclass(value) and not isinstance(value, type) and type(value).__module__.startswith(HOME):
+        held = [(f.name, getattr(value, f.name)) for f in fields(value)]
+        place = f"{type(value).__module__.removeprefix(HOME)}:{type(value).__qualname__}"
+        return {CLASS: place, **{name: _packed(item) for name, item in held if not isinstance(item, nn.Module)}}
     if isinstance(value, Mapping):
         return {"items": {key: _packed(item) for key, item in value.items()}}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_packed(item) for item in value) if type(value) in (list, tuple) else value
+    if type(value) in (list, tuple):
+        return type(value)(_packed(item) for item in value)
     return value
 
 
@@ -133,12 +137,17 @@ def _unpacked(value: Any, model: nn.Module, own: Mapping[str, Block]) -> Any:
         return {key: _unpacked(item, model, own) for key, item in value["items"].items()}
     if value[CLASS] == "Block":
         return own[value["name"]]
+    place, _, name = value[CLASS].partition(":")
+    cls = getattr(importlib.import_module(HOME + place), name)
+    if not (is_dataclass(cls) and isinstance(cls, type)):
+        raise TypeError(f"{name} is no part of a plan")
     held = {key: _unpacked(item, model, own) for key, item in value.items() if key != CLASS}
-    cls = STORED[value[CLASS]]
     return cls(**held | ({"model": model} if cls is Plan else {}))
 
 
-def _digest(weight: Tensor) -> str:
-    """A checksum of a tensor's numbers, in their own type."""
-    numbers = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
+def _digest(layer: nn.Module) -> str:
+    """A checksum of a layer's numbers, in their own type."""
+    digest = hashlib.sha256()
+    for _, parameter in sorted(layer.named_parameters()):
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -48,7 +48,11 @@ class Quality:
 
     def of(self, model: nn.Module) -> float:
         """The number for a model."""
-        return measured(self.evaluate, model, self.measure)[1]
+        return self.all_of(model)[self.measure]
+
+    def all_of(self, model: nn.Module) -> dict[str, float]:
+        """All numbers for a model, this one first."""
+        return measured(self.evaluate, model, self.measure)
 
     def drop(self, value: float) -> float:
         """How much worse than the dense model a value is; infinite where it is not finite."""
@@ -79,8 +83,8 @@ class Tried:
         return self.points[keep]
 
 
-def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: str = "") -> tuple[str, float]:
-    """The name and the value of one held-out number of a model: the one asked for, or the first.
+def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: str = "") -> dict[str, float]:
+    """The held-out numbers of a model in evaluation mode, the one that counts first: that asked for, or the first.
 
     Raises:
         InputError: the evaluation gave no such number.
@@ -97,12 +101,13 @@ def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: st
     name = measure or next(iter(numbers))
     if name not in numbers:
         raise InputError(f"compress: the task's evaluate gives no {name!r}; choose one of {', '.join(numbers)}")
-    return name, float(numbers[name])
+    return {key: float(numbers[key]) for key in (name, *(key for key in numbers if key != name))}
 
 
 def smallest_share(plan: Plan) -> float:
     """The least share of the parameters that the plan can keep: rank 1 wherever factors are smaller."""
-    return min(1.0, math.nextafter(plan._smallest / plan.parameters_dense, 1.0))
+    saved = sum(max(0, m * n - m - n) for m, n in (s.shape for s in plan.spectra))
+    return min(1.0, math.nextafter((plan.parameters_dense - saved) / plan.parameters_dense, 2.0))
 
 
 def shares(plan: Plan) -> list[float]:
@@ -119,7 +124,7 @@ def judged(
     Raises:
         InputError: the dense model's number is not finite, or there is none.
     """
-    name, dense = measured(evaluate, plan.model, measure)
+    name, dense = next(iter(measured(evaluate, plan.model, measure).items()))
     if not math.isfinite(dense):
         raise InputError(f"compress: {name} of the model as it came is {dense}; gm.inspect finds where that begins")
     least = smallest_share(plan)
@@ -165,7 +170,7 @@ def by_speed(
         tell: called with each share and its speed.
 
     Raises:
-        TooSlowError: not even the smallest share is fast enough; it has the best that was reached.
+        TooSlowError: no share of the curve is fast enough; it has the best that was reached.
     """
     speeds: dict[float, float] = {}
 
@@ -175,8 +180,9 @@ def by_speed(
         tell(keep, found)
         return found >= wanted
 
-    low, high = smallest_share(plan), 1.0
-    if reached(low):
+    # The smallest is usually the fastest, but not where its overhead counts more than its arithmetic.
+    low, high = next((keep for keep in reversed(shares(plan)[1:]) if reached(keep)), None), 1.0
+    if low is not None:
         for _ in range(HALVINGS):
             middle = math.sqrt(low * high)
             if reached(middle):

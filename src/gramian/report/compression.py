@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .model import Document, Picture, Section, Series, Table, Tile
@@ -25,6 +25,7 @@ class Contender:
         quality: the held-out measure; `None` where it could not be evaluated.
         latency_one, latency_many: milliseconds of a forward pass, at batch 1 and at the larger batch.
         note: why something was not measured.
+        others: the evaluation's other numbers, such as those of a second domain.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Contender:
     latency_one: float | None = None
     latency_many: float | None = None
     note: str = ""
+    others: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Outcome:
         predicted: the rise of the calibration loss that the plan predicts.
         seconds: that calibrating and factoring took.
         notes: what else must be known.
+        for_speed: whether speed was asked and not size, so that an alternative need not be smaller.
     """
 
     title: str
@@ -86,6 +89,7 @@ class Outcome:
     predicted: float
     seconds: float
     notes: tuple[str, ...] = ()
+    for_speed: bool = False
 
     @property
     def dense(self) -> Contender:
@@ -107,19 +111,18 @@ class Outcome:
         """Whether a form that is not factored serves better; empty where none does."""
         if not self.better:
             return ""
-        told = []
+        told, sized = [], not self.for_speed
         for other in self.contenders[2:]:
             if other.name not in ("bfloat16", "int8") or other.quality is None:
                 continue
-            small = (other.bytes or 0) <= (self.compressed.bytes or 0)
-            good = self._drop(other) <= self.drop
-            if not (small and good):
+            larger = (other.bytes or 0) > (self.compressed.bytes or 0)
+            if (sized and larger) or self._drop(other) > self.drop:
                 continue
             slower = [where for where, ratio in self._slower(other) if ratio > 1.02]
-            if slower:
+            if not slower:
+                told.append(f"do not factor this model: {other.name} is {'smaller, ' * sized}no worse and no slower")
+            elif sized:
                 told.append(f"{other.name} is smaller and no worse, but slower at {' and '.join(slower)}")
-            else:
-                told.append(f"do not factor this model: {other.name} is smaller, no worse and no slower")
         return "; ".join(told)
 
     @property
@@ -176,11 +179,22 @@ class Outcome:
     def _choice(self, plots: bool) -> Section:
         direction = f" {self.better.capitalize()} is better." if self.better else ""
         lines = [*(f"- {note}" for note in self.notes), *([f"- {self.advice}."] if self.advice else [])]
+        others = [*self.dense.others]
         rows = [
-            [c.name, c.quality, c.parameters, c.bytes, c.latency_one, c.latency_many, *self.speedups(c), c.note]
+            [
+                c.name,
+                c.quality,
+                *(c.others.get(name) for name in others),
+                c.parameters,
+                c.bytes,
+                c.latency_one,
+                c.latency_many,
+                *self.speedups(c),
+                c.note,
+            ]
             for c in self.contenders
         ]
-        heads = ["", f"held-out {self.measure}", "parameters", "bytes", "ms at 1", f"ms at {self.batch}"]
+        heads = ["", f"held-out {self.measure}", *others, "parameters", "bytes", "ms at 1", f"ms at {self.batch}"]
         table = Table(
             "The compressed model and its alternatives",
             [*heads, "× at 1", f"× at {self.batch}", "not measured"],
