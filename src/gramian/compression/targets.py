@@ -143,8 +143,9 @@ def _own_forward(module: nn.Module) -> str:
 def _beyond(module: nn.Module) -> str:
     """What a layer has beside a weight, a bias, options and hooks that a factored one would lose."""
     kind = type(module).__name__
-    base = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn") or cls is type(module))
-    extra = sorted(n for cls in type(module).__mro__ if issubclass(cls, base) and cls is not base for n in vars(cls))
+    classes = type(module).__mro__
+    base = next((cls for cls in classes if cls.__module__.startswith("torch.nn") and cls is not nn.Module), classes[0])
+    extra = sorted(n for cls in classes if issubclass(cls, base) and cls is not base for n in vars(cls))
     extra = [name for name in extra if not name.startswith("__") and name != "forward"]  # that one was compared
     if extra:
         return f"{kind} has {some(extra)} of its own, which a factored layer would lose"
