@@ -205,7 +205,7 @@ def test_half_precision_and_frozen_models(dtype: torch.dtype) -> None:
     assert gap < 0.3 * size
 
 
-@pytest.mark.parametrize("removed", [0.15, 0.3, 0.5, 0.6])
+@pytest.mark.parametrize("removed", [0.15, 0.35, 0.45, 0.6])
 def test_the_prediction_is_near_what_is_measured_on_new_data(removed: float) -> None:
     model = network()
     plan = compress(model, batches=list(inputs(2048, 1).split(64)), objective=DISTILL)

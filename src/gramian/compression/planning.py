@@ -27,7 +27,7 @@ from gramian.statistics import Statistics
 __all__ = ["Plan", "compress"]
 
 DEFAULT_KEEP = 0.5
-REMOVED = (0.1, 0.2, 0.4, 0.6, 0.8)
+REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 """Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
 VARIED = 1e-6
 """The least share of variance in the second moment of inputs; below it there is little but float32's rounding."""
@@ -228,7 +228,7 @@ def compress(
         InputError: there are no statistics, they are not finite, a pattern matches no layer, or no layer can be
             factored.
 
-    Cost: three eigendecompositions in float64 for each layer, and five evaluations of the batches kept to measure on.
+    Cost: three eigendecompositions in float64 for each layer, and eight evaluations of the batches kept to measure on.
     Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
     factors; shrinkage: Ledoit & Wolf (Bernoulli 28, 2022).
 

@@ -15,7 +15,7 @@ from gramian.recording import evaluating
 __all__ = ["Point", "Predicted", "losses_of", "measured_point", "predict"]
 
 INTERPOLATION = 0.1
-"""How far the rise between two measured points may be from the line between them, as a share of it."""
+"""How far the rise between two measured points may at least be from the line between them, as a share of it."""
 
 
 class Predicted(NamedTuple):
@@ -94,7 +94,7 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
     left = known[upper - 1] if upper else Point(0.0, 0.0, 0.0)
     rise, error = _between(estimate, left, right)
     outside = max(0.0, math.log(estimate / right.estimate))  # beyond the last point, less is known
-    half = math.hypot(error, (INTERPOLATION + 0.5 * outside) * abs(rise))
+    half = math.hypot(error, (_roughness(known) + 0.5 * outside) * abs(rise))
     return Predicted(rise, rise - half, rise + half, True)
 
 
@@ -107,6 +107,16 @@ def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
     share = math.log(estimate / left.estimate) / math.log(right.estimate / left.estimate)
     rise = math.exp((1 - share) * math.log(left.rise) + share * math.log(right.rise))
     return rise, rise * (abs(1 - share) * left.error / left.rise + abs(share) * right.error / right.rise)
+
+
+def _roughness(known: Sequence[Point]) -> float:
+    """How far a rise may be from the line between two points: half as far as points are from their neighbors' line."""
+    off = [
+        abs(_between(point.estimate, left, right)[0] / point.rise - 1)
+        for left, point, right in zip(known, known[1:], known[2:], strict=False)
+        if point.rise > 0 and left.estimate < point.estimate < right.estimate
+    ]
+    return max([INTERPOLATION, *(0.5 * one for one in off)])
 
 
 def _student(freedom: int) -> float:
