@@ -67,9 +67,9 @@ def targets(
             name = name.rpartition(".")[0]
             if block.module is low[1]:
                 continue  # told with the first
-            weights = [f"{name}.{i}.weight" if name else f"{i}.weight" for i in (0, 1)]
+            first, second = (f"{name}.{i}.weight" if name else f"{i}.weight" for i in (0, 1))
             dense = sum(low.get_parameter(f"{i}.weight").numel() for i in (0, 1))
-            target = Target(name, low, None, *weights, dense, low.rank)
+            target = Target(name, low, None, first, second, dense, low.rank)
             reason = "its factors have rank 1" if low.rank == 1 else ""
         reason = _by_pattern(name, include, exclude) or reason or _unprofitable(target)
         if reason:
