@@ -23,6 +23,7 @@ BENCHES: dict[str, str] = {
     "inspect": "gramian.bench.inspect",
     "optim": "gramian.bench.optim",
     "rates": "gramian.bench.rates",
+    "compress": "gramian.bench.compress",
     "faults": "gramian.bench.faults",
     "remedies": "gramian.bench.faults.remedies",
 }

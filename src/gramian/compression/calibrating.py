@@ -50,6 +50,7 @@ class Calibration:
         stats: of `gm.capture`.
         distinct: the share of samples that are not the same as another.
         samples: the number of distinct samples.
+        objective: whose gradients gave G; `None` where the statistics came from elsewhere.
         measure: on what the rise of the loss is measured; `None` where there is nothing.
         notes: what a person has to know of the data, in sentences.
     """
@@ -57,6 +58,7 @@ class Calibration:
     stats: Statistics
     distinct: float = 1.0
     samples: float = 0.0
+    objective: Objective | None = None
     measure: Measure | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -96,7 +98,7 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
         stats.merge(capture(model, itertools.chain([second], given), used, generator=generator))
     measured = objective.against(model) if objective.against else objective
     held, seen = (reader.held, False) if reader.held else ([first], True)
-    return Calibration(stats, reader.distinct, float(len(reader.hashes)), Measure(held, measured, seen), notes)
+    return Calibration(stats, reader.distinct, float(len(reader.hashes)), used, Measure(held, measured, seen), notes)
 
 
 def around_output(objective: Objective) -> Objective:

@@ -15,7 +15,7 @@ from gramian.recording import evaluating
 __all__ = ["Point", "Predicted", "losses_of", "measured_point", "predict"]
 
 INTERPOLATION = 0.1
-"""How far the rise between two measured points may be from the line between them, as a share of it."""
+"""How far the rise between two measured points may at least be from the line between them, as a share of it."""
 
 
 class Predicted(NamedTuple):
@@ -35,7 +35,7 @@ class Predicted(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One measurement: the second-order estimate of a plan, and what the loss rose by, with its standard error."""
+    """One measurement: the second-order estimate of a plan, and what the loss rose by, with half its 90 % interval."""
 
     estimate: float
     rise: float
@@ -63,7 +63,7 @@ def measured_point(
         return Point(estimate, rise, abs(rise))
     each = [r - rise * n for r, (_, n) in zip(rises, before, strict=True)]
     spread = sum(e * e for e in each) * len(each) / (len(each) - 1)
-    return Point(estimate, rise, math.sqrt(spread) / units)
+    return Point(estimate, rise, _student(len(rises) - 1) * math.sqrt(spread) / units)
 
 
 def predict(estimate: float, points: Sequence[Point]) -> Predicted:
@@ -94,12 +94,12 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
     left = known[upper - 1] if upper else Point(0.0, 0.0, 0.0)
     rise, error = _between(estimate, left, right)
     outside = max(0.0, math.log(estimate / right.estimate))  # beyond the last point, less is known
-    half = math.hypot(1.64 * _student(len(points)) * error, (INTERPOLATION + 0.5 * outside) * abs(rise))
+    half = math.hypot(error, (_roughness(known) + 0.5 * outside) * abs(rise))
     return Predicted(rise, rise - half, rise + half, True)
 
 
 def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
-    """The rise and its standard error on a line between two points, of logarithms where both have risen."""
+    """The rise and half its interval on a line between two points, of logarithms where both have risen."""
     if left.estimate <= 0 or min(left.rise, right.rise) <= 0 or left.estimate == right.estimate:
         share = (estimate - left.estimate) / max(right.estimate - left.estimate, 1e-300)
         rise = left.rise + share * (right.rise - left.rise)
@@ -109,6 +109,17 @@ def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
     return rise, rise * (abs(1 - share) * left.error / left.rise + abs(share) * right.error / right.rise)
 
 
-def _student(num: int) -> float:
-    """Widens an interval for the few values that its standard error rests on."""
-    return 1.0 + 2.0 / max(num, 2)
+def _roughness(known: Sequence[Point]) -> float:
+    """How far a rise may be from the line between two points: half as far as points are from their neighbors' line."""
+    off = [
+        abs(_between(point.estimate, left, right)[0] / point.rise - 1)
+        for left, point, right in zip(known, known[1:], known[2:], strict=False)
+        if point.rise > 0 and left.estimate < point.estimate < right.estimate
+    ]
+    return max([INTERPOLATION, *(0.5 * one for one in off)])
+
+
+def _student(freedom: int) -> float:
+    """The 95 % quantile of Student's t, by its expansion (Abramowitz & Stegun, 26.7.5)."""
+    z = 1.6449
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -67,9 +67,9 @@ def targets(
             name = name.rpartition(".")[0]
             if block.module is low[1]:
                 continue  # told with the first
-            weights = [f"{name}.{i}.weight" if name else f"{i}.weight" for i in (0, 1)]
+            first, second = (f"{name}.{i}.weight" if name else f"{i}.weight" for i in (0, 1))
             dense = sum(low.get_parameter(f"{i}.weight").numel() for i in (0, 1))
-            target = Target(name, low, None, *weights, dense, low.rank)
+            target = Target(name, low, None, first, second, dense, low.rank)
             reason = "its factors have rank 1" if low.rank == 1 else ""
         reason = _by_pattern(name, include, exclude) or reason or _unprofitable(target)
         if reason:
@@ -143,8 +143,9 @@ def _own_forward(module: nn.Module) -> str:
 def _beyond(module: nn.Module) -> str:
     """What a layer has beside a weight, a bias, options and hooks that a factored one would lose."""
     kind = type(module).__name__
-    base = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn") or cls is type(module))
-    extra = sorted(n for cls in type(module).__mro__ if issubclass(cls, base) and cls is not base for n in vars(cls))
+    classes = type(module).__mro__
+    base = next((cls for cls in classes if cls.__module__.startswith("torch.nn") and cls is not nn.Module), classes[0])
+    extra = sorted(n for cls in classes if issubclass(cls, base) and cls is not base for n in vars(cls))
     extra = [name for name in extra if not name.startswith("__") and name != "forward"]  # that one was compared
     if extra:
         return f"{kind} has {some(extra)} of its own, which a factored layer would lose"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -51,6 +51,10 @@ class WeightedSVD:
         """(m, n)."""
         return len(self.left), self.right.shape[1]
 
+    def scaled(self, factor: float) -> WeightedSVD:
+        """The same with every loss times a factor."""
+        return replace(self, values=self.values * factor**0.5)
+
     @cached_property
     def candidates(self) -> Candidates:
         """What the layer can become, with what each loses."""
@@ -71,17 +75,22 @@ def site_of(target: Target, stats: Statistics) -> Site:
     used, gave = sites
     if any(site.transposed for site in (*used, *gave)):
         raise InputError("it is also used as a table, or transposed")
-    if len({(type(s.A), s.A.batch, s.A.dim, type(s.G), s.G.batch, s.G.dim) for s in used}) > 1:
+    seen = {(type(s.A), s.A.batch, s.A.dim, type(s.G), s.G.batch, s.G.dim) for s in used if s.A and s.G}
+    if len(seen) > 1:
         raise InputError(f"used in {len(used)} ways that see it as different matrices")
-    moments = used[0].A, gave[0].G
-    if len(used) > 1:  # a copy: the statistics stay
-        moments = tuple(copy.deepcopy(one) for one in moments)
-        units = max(float(site.G.count.max()) for site in gave)
-        for a_site, g_site in zip(used[1:], gave[1:], strict=True):
-            moments[0].merge(a_site.A)
-            moments[1].merge(g_site.G)
-        moments[1].count.fill_(units)  # all uses of one unit
-    return Site(*moments, name=target.name)
+    inputs, outputs = used[0].A, gave[0].G
+    assert inputs is not None
+    assert outputs is not None
+    if len(used) > 1:  # copies: the statistics stay
+        inputs, outputs = copy.deepcopy(inputs), copy.deepcopy(outputs)
+        units = outputs.count.clone()
+        for site in used[1:]:
+            assert site.A is not None
+            assert site.G is not None
+            inputs.merge(site.A)
+            outputs.merge(site.G)
+        outputs.count.copy_(units)  # all uses of one unit
+    return Site(A=inputs, G=outputs, name=target.name)
 
 
 def decompose(target: Target, site: Site, *, share: float, blind: bool) -> WeightedSVD:

