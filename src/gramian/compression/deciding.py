@@ -18,7 +18,7 @@ from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.measuring import FORMS, latencies, num_bytes, samples
 from gramian.compression.planning import Plan, compress
 from gramian.compression.plans import load_plan, save_plan
-from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares, smallest_share
+from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares
 from gramian.errors import GramianError, InputError
 from gramian.objective import Objective, as_objective
 from gramian.report.compression import Contender, FactoredLayer, Outcome
@@ -138,7 +138,7 @@ def decide(
     try:
         plan = _planned(model, batches, objective, plan_file, tell)
         seconds = time.perf_counter() - begin
-        if smallest_share(plan) >= 1:
+        if plan.smallest >= 1:
             raise InputError(f"compress: no layer has factors smaller than itself{plan._dense()}; quantize it instead")
         if target.keep is not None:
             plan = plan.at(keep=target.keep)  # refused before anything is evaluated
@@ -167,9 +167,9 @@ def decide(
         curve=tuple(sorted(tried.points.items())),
         layers=_layers(plan),
         batch=speeds.num,
-        predicted=plan.predicted_loss,
+        predicted=plan.predicted.rise,
         seconds=seconds,
-        notes=_notes(tried, target, contenders),
+        notes=(*plan.notes, *_notes(tried, target, contenders)),
         for_speed=target.speedup is not None,
     )
     return Decision(plan, small, outcome)

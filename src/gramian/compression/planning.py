@@ -155,6 +155,13 @@ class Plan:
         notes = tuple(note for note in self.notes if _SMALLEST not in note)
         return replace(self, keep=keep, of=of, ranks=by_name, notes=notes)
 
+    @property
+    def smallest(self) -> float:
+        """The smallest possible share: rank 1 everywhere."""
+        total, fixed = self._counted(self.of)
+        least = (sum(sum(s.shape) for s in self.spectra) + fixed) / total
+        return min(1.0, math.nextafter(least, 1.0))  # whose budget is not below it by rounding
+
     def _counted(self, of: str) -> tuple[int, int]:
         """The parameters that a share is of, and how many of those stay in any case."""
         if of == "factorable":
@@ -345,11 +352,9 @@ def _measured(plan: Plan, measure: Measure | None) -> tuple[Point, ...]:
 
 
 def _by_default(plan: Plan) -> Plan:
-    total, fixed = plan._counted(plan.of)
-    smallest = (sum(sum(s.shape) for s in plan.spectra) + fixed) / total
+    smallest = plan.smallest
     if smallest <= DEFAULT_KEEP:
         return plan.at(keep=DEFAULT_KEEP)
-    smallest = math.nextafter(smallest, 1.0)  # the budget of `at` is not below it by rounding
     note = f"{smallest:.3f} {_SMALLEST}; {DEFAULT_KEEP} is not possible{plan._dense()}"
     made = plan.at(keep=smallest)
     return replace(made, notes=(*made.notes, note))

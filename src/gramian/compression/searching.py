@@ -13,7 +13,7 @@ from torch import nn
 from gramian.compression.planning import Plan
 from gramian.errors import InputError
 
-__all__ = ["Quality", "Tried", "by_drop", "by_speed", "shares", "smallest_share"]
+__all__ = ["Quality", "Tried", "by_drop", "by_speed", "shares"]
 
 HALVINGS = 6
 """Steps of a bisection between shares, by their ratio: from 1/50 to 1 the share is found to 6 %."""
@@ -104,15 +104,9 @@ def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: st
     return {key: float(numbers[key]) for key in (name, *(key for key in numbers if key != name))}
 
 
-def smallest_share(plan: Plan) -> float:
-    """The least share of the parameters that the plan can keep: rank 1 wherever factors are smaller."""
-    saved = sum(max(0, m * n - m - n) for m, n in (s.shape for s in plan.spectra))
-    return min(1.0, math.nextafter((plan.parameters_dense - saved) / plan.parameters_dense, 2.0))
-
-
 def shares(plan: Plan) -> list[float]:
     """The shares of the curve, from large to small."""
-    least = smallest_share(plan)
+    least = plan.smallest
     return [1.0, *(keep for keep in GRID if keep > least), *([least] if least < 1 else [])]
 
 
@@ -127,7 +121,7 @@ def judged(
     name, dense = next(iter(measured(evaluate, plan.model, measure).items()))
     if not math.isfinite(dense):
         raise InputError(f"compress: {name} of the model as it came is {dense}; gm.inspect finds where that begins")
-    least = smallest_share(plan)
+    least = plan.smallest
     damaged = Quality(evaluate, name, dense).of(plan.at(keep=least).apply())
     unmoved = damaged == dense or (not better and not math.isfinite(damaged))
     sign = 0 if unmoved else {"higher": 1, "lower": -1}.get(better) or (1 if damaged < dense else -1)
@@ -140,7 +134,7 @@ def by_drop(tried: Tried, max_drop: float) -> float:
     Raises:
         InputError: no share below 1 is good enough, with the best that was tried.
     """
-    low, high = smallest_share(tried.plan), 1.0
+    low, high = tried.plan.smallest, 1.0
     if tried.quality.drop(tried(low)) <= max_drop:
         return low
     for _ in range(HALVINGS):
