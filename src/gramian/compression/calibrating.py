@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -148,7 +149,7 @@ def _vanishes(model: nn.Module, objective: Objective, batch: Any, stats: Statist
 
 
 def _gradient(stats: Statistics) -> float:
-    return sum(float(site.G.diagonal.sum()) for site in stats.sites() if site.G is not None)
+    return math.fsum(float(site.G.diagonal.sum()) for site in stats.sites() if site.G is not None)
 
 
 class _Reader:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from gramian.block import Block, blocks
 from gramian.calls import as_model, unwrapped
 from gramian.checkpoint import clean_name, load_tree, open_checkpoint, save_tree
 from gramian.checkpoint.trees import TREE
 from gramian.compression.modules import copied, submodule
 from gramian.compression.planning import Plan
+from gramian.compression.predicting import Point
+from gramian.compression.weighted import WeightedSVD
 from gramian.errors import CheckpointError, some
 
 __all__ = ["load_plan", "save_plan"]
 
-HOME = "gramian.compression."
-"""Where the classes are that a plan consists of: their objects are written as the values of their fields."""
+STORED: dict[str, type] = {cls.__name__: cls for cls in (Plan, WeightedSVD, Point)}
+"""The classes that a plan consists of, whose fields are written by name."""
 
 CLASS = "class"
 
@@ -102,8 +101,8 @@ def load_plan(model: nn.Module, path: str | Path) -> Plan:
         )
     try:
         model = copied(model)  # which training on does not change
-        return _unpacked(tree["plan"], model, {block.name: block for block in blocks(model).blocks})
-    except (AttributeError, ImportError, KeyError, TypeError) as error:
+        return _unpacked(tree["plan"], model)
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: a plan of another version of gramian ({type(error).__name__}: {error}). Make the plan again."
         ) from None
@@ -114,13 +113,11 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _packed(value: Any) -> Any:
-    """The value as a tree that `save_tree` takes: an object as its fields, a block as its name, a model as nothing."""
-    if isinstance(value, Block):
-        return {CLASS: "Block", "name": value.name}
-    if is_dataclass(value) and not isinstance(value, type) and type(value).__module__.startswith(HOME):
-        held = [(f.name, getattr(value, f.name)) for f in fields(value)]
-        place = f"{type(value).__module__.removeprefix(HOME)}:{type(value).__qualname__}"
-        return {CLASS: place, **{name: _packed(item) for name, item in held if not isinstance(item, nn.Module)}}
+    """The value as a tree that `save_tree` takes: an object of STORED as its fields, without the model."""
+    name = type(value).__name__
+    if STORED.get(name) is type(value):
+        held = [(key, getattr(value, key)) for key in type(value).__annotations__]
+        return {CLASS: name, **{key: _packed(item) for key, item in held if not isinstance(item, nn.Module)}}
     if isinstance(value, Mapping):
         return {"items": {key: _packed(item) for key, item in value.items()}}
     if type(value) in (list, tuple):
@@ -128,21 +125,16 @@ def _packed(value: Any) -> Any:
     return value
 
 
-def _unpacked(value: Any, model: nn.Module, own: Mapping[str, Block]) -> Any:
+def _unpacked(value: Any, model: nn.Module) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(_unpacked(item, model, own) for item in value)
+        return type(value)(_unpacked(item, model) for item in value)
     if not isinstance(value, dict):
         return value
     if CLASS not in value:
-        return {key: _unpacked(item, model, own) for key, item in value["items"].items()}
-    if value[CLASS] == "Block":
-        return own[value["name"]]
-    place, _, name = value[CLASS].partition(":")
-    cls = getattr(importlib.import_module(HOME + place), name)
-    if not (is_dataclass(cls) and isinstance(cls, type)):
-        raise TypeError(f"{name} is no part of a plan")
-    held = {key: _unpacked(item, model, own) for key, item in value.items() if key != CLASS}
-    return cls(**held | ({"model": model} if cls is Plan else {}))
+        return {key: _unpacked(item, model) for key, item in value["items"].items()}
+    held = {key: _unpacked(item, model) for key, item in value.items() if key != CLASS}
+    cls = STORED[value[CLASS]]
+    return cls(**held, **({"model": model} if cls is Plan else {}))
 
 
 def _digest(layer: nn.Module) -> str:
