@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from itertools import pairwise
 
 import pytest
@@ -27,6 +25,11 @@ class Root(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sqrt()
+
+
+class Body(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() * 2
 
 
 def network() -> nn.Sequential:
@@ -115,7 +118,7 @@ def test_numbers_that_wait_are_those_that_are_read_at_once() -> None:
         model = nn.Sequential(
             network(), nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 1), nn.Sigmoid(), nn.Hardtanh(), nn.ReLU()
         )
-        train(model, torch.optim.SGD(model.parameters(), lr=0.0), 1) if False else model(batch(1)[0])
+        model(batch(1)[0])
         watcher = kind(model, Observed(), live=True)
         with watcher.installed():
             model(batch(0)[0])
@@ -159,7 +162,9 @@ def test_a_matrix_whose_gradient_alone_is_not_finite_is_seen_at_its_step(value: 
         with pytest.raises(FindingError):
             optimizer.step()
     assert torch.equal(model[0].weight, before)
-    assert [(f.code, f.where) for f in watching.findings if f.severity == "error"] == [("gradient-overflow", "4.weight")]
+    assert [(f.code, f.where) for f in watching.findings if f.severity == "error"] == [
+        ("gradient-overflow", "4.weight")
+    ]
     assert watching.findings[-1].evidence.startswith("step 4")
 
 
@@ -172,7 +177,9 @@ def test_norms_of_many_tensors_are_those_of_each() -> None:
     found["large"] = torch.full((300,), 6e4, dtype=torch.float16)
     read = norms(found)
     for name, t in found.items():
-        assert read[name] == pytest.approx(float(t.to_dense().double().norm()), rel=1e-3 if t.dtype in kinds[1:3] else 1e-6)
+        assert read[name] == pytest.approx(
+            float(t.to_dense().double().norm()), rel=1e-3 if t.dtype in kinds[1:3] else 1e-6
+        )
     assert all_finite(list(found.values()))
     assert all_finite([torch.full((4,), 3e38)])  # whose sum overflows
     assert not all_finite([*found.values(), torch.tensor([1.0, float("nan")], dtype=torch.float16)])
@@ -255,7 +262,8 @@ def test_a_compiled_model_is_seen_and_runs_as_it_is(form: str) -> None:
         elif form == "part":
             model[4] = torch.compile(model[4], backend=backend)
         else:
-            model[4].compile(backend=backend)
+            model[5] = Body()
+            model[5].compile(backend=backend)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         watching = gm.watch(model, optimizer, every=2, share=None) if is_watched else None
         train(model, optimizer, 5)
@@ -345,14 +353,3 @@ def compiled_ranks() -> tuple[list[str], int]:
 
 def test_ranks_of_a_compiled_model_look_together() -> None:
     assert run_on_ranks(compiled_ranks, 2) == [(["dead-units"], 1)] * 2
-
-
-def test_a_copy_of_a_watched_model_can_be_trained() -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with gm.watch(model, optimizer) as watching:
-        twin, stepper = copy.deepcopy((model, optimizer))
-        started = time.monotonic()
-        train(twin, stepper, 2)
-        assert time.monotonic() >= started
-        assert watching.step == 0
