@@ -1,8 +1,9 @@
 """gramian in the loops of Hugging Face's Trainer, Lightning and accelerate, and its figures in the loggers people have.
 
 `trainer_optimizer`, `attach_to_trainer` and `watch_trainer` are for a Trainer, `lightning_callback` and
-`lightning_watch` for Lightning; accelerate needs nothing but `accelerator.prepare`. In a loop of one's own, `health_metrics` and `Inspector` give what the callbacks log.
-None of these libraries is imported before the function that uses it is called.
+`lightning_watch` for Lightning; accelerate needs nothing but `accelerator.prepare`. In a loop of one's own,
+`health_metrics` and `Inspector` give what the callbacks log. None of these libraries is imported before the function
+that uses it is called.
 """
 
 from gramian.integrations.huggingface import attach_to_trainer, trainer_optimizer, watch_trainer

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: an optimizer that knows the roles of its matrices, inspections, a watch, health in its logs."""
+"""Hugging Face's Trainer: an optimizer that knows its matrices' roles; inspections, a watch, and health in the logs."""
 
 from __future__ import annotations
 
