@@ -9,8 +9,8 @@ __all__ = ["before_moving"]
 
 
 def before_moving(
-    args: tuple, kwargs: dict[str, Any], judge: Callable[[], None]
-) -> tuple[tuple, dict[str, Any]] | None:
+    args: tuple[Any, ...], kwargs: dict[str, Any], judge: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Calls `judge` once the gradients of a step are there: now, or after the first call of its closure.
 
     Args:
@@ -37,4 +37,4 @@ def before_moving(
 
     if "closure" in kwargs:
         return args, kwargs | {"closure": watched}
-    return (args[0], watched, *args[2:]), kwargs
+    return (*args[:1], watched, *args[2:]), kwargs

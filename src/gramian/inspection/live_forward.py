@@ -225,7 +225,11 @@ def _entry(model: nn.Module) -> tuple[nn.Module, bool, str]:
     if isinstance(root, torch.jit.ScriptModule):
         return root, False, "the model is a ScriptModule, which takes no hooks"
     if any(map(is_sharded, root.parameters())):
-        return root, False, "parameters are sharded (FSDP2); numbers are of this rank's shards"
+        return (
+            root,
+            False,
+            "parameters are sharded (FSDP2): skipped steps are not seen either, and numbers are of this rank's shards",
+        )
     compiled = next((m for m in outer if hasattr(m, "_orig_mod")), None)
     in_place = [m for m in (*outer, *modules.values()) if getattr(m, "_compiled_call_impl", None) is not None]
     if any(m is root for m in in_place) and compiled is None:

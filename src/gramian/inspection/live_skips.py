@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gramian.report import Finding
@@ -18,7 +20,7 @@ MANY = 20
 class Skips:
     """Counts the backward passes since the last step whose gradients were then dropped.
 
-    Two parameters tell, so that nothing is done to the others: gradients that arrived, and are gone or were written to
+    Two parameters tell, so that nothing is done to the others: gradients that arrived, and are gone, zero or not finite
     when the next forward pass begins, though no step was taken.
 
     Args:
@@ -42,7 +44,7 @@ class Skips:
         """Says whether many gradients in a row were dropped, once."""
         if not self._arrived:
             return False
-        if any(p.grad is not None and p.grad._version == version for p, version in self._arrived.values()):
+        if any(_is_kept(p, version) for p, version in self._arrived.values()):
             return False  # accumulation
         return self.skipped()
 
@@ -56,6 +58,15 @@ class Skips:
         """A step was taken."""
         self._arrived.clear()
         self.count = 0
+
+
+def _is_kept(parameter: nn.Parameter, version: int) -> bool:
+    """Whether a gradient that arrived is still there: not removed, nor zero, nor what a GradScaler has to skip."""
+    grad = parameter.grad
+    if grad is None or grad._version == version:
+        return grad is not None
+    size = float(torch.linalg.vector_norm(grad.detach(), dtype=torch.float32))  # DDP and clipping write to it too
+    return math.isfinite(size) and size > 0.0
 
 
 def skipped_steps(origin: Finding, was_finite: bool) -> Finding:
