@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -82,7 +81,8 @@ class Watch:
         self.step = self.looks = 0
         self._parallel = next((m for m in wrappings(model) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
         self._optimizer = optimizer
-        self._schedule = Schedule(every, share)
+        self._on_processor = all(p.is_cpu for p in model.parameters())
+        self._schedule = Schedule(every, share, on_processor=self._on_processor)
         self._forward = Forward(model, self._forward_begins, self._forward_ends)
         self._root = self._forward.root
         self._parameters = {n: p for n, p in self._root.named_parameters() if p.requires_grad}
@@ -90,7 +90,7 @@ class Watch:
         self._looker = Looker(self._root, self._parameters, optimizer)
         self._skips = Skips(self._trained if optimizer is not None else [])
         self._is_lost = self._is_skipped = False
-        self._handles: list[Any] = [*self._skips.handles]
+        self._handles: list[Any] = []
         reason = self._forward.failure
         if optimizer is None:
             if reason or self._forward.is_replayed:
@@ -127,6 +127,7 @@ class Watch:
     def close(self) -> None:
         """Removes the hooks; `findings` stay."""
         self._forward.close()
+        self._skips.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -147,7 +148,7 @@ class Watch:
 
     def _forward_begins(self) -> bool:
         self._schedule.begin()
-        if self._skips.forward_begins():
+        if self._skips.forward_begins(self._forward.passes - 1):
             self._tell_skipped()
         return self._schedule.is_due
 
@@ -185,7 +186,7 @@ class Watch:
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._is_skipped:
-            if self._skips.skipped():
+            if self._skips.skipped(was_finite=False):
                 self._tell_skipped()
             self._forward.clear()  # no step was taken
             self._schedule.drop()
@@ -201,12 +202,13 @@ class Watch:
         self._next(looked=seen is not None)
 
     def _are_gradients_finite(self) -> bool:
-        begun = perf_counter()
+        on_processor = self._schedule.is_timed and self._on_processor  # elsewhere, most of it is waiting
+        begun = self._schedule.clock() if on_processor else 0.0
         gradients = [p.grad for p in self._trained if p.grad is not None]
         with torch.no_grad():  # gradients of a graph of gradients
             result = all_finite(gradients)
-        if not gradients or gradients[0].is_cpu:  # elsewhere most of it is waiting for the backward pass
-            self._schedule.check(perf_counter() - begun)
+        if on_processor:
+            self._schedule.check(self._schedule.clock() - begun)
         return result
 
     def _next(self, *, looked: bool) -> None:
