@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cases import seeded
 from gramian import integrations
-from gramian.errors import InputError
+from gramian.errors import FindingError, InputError
 from gramian.integrations import Inspector, JsonlLogger
 from gramian.optim import Muon
 
@@ -139,3 +139,50 @@ def test_what_is_not_known_is_one_line() -> None:
         integrations.trainer_optimizer("lion")
     make, options = integrations.trainer_optimizer(Muon, lr=0.1)
     assert (make(), options) == (Muon, {"lr": 0.1})
+
+
+def test_a_watched_run_logs_its_numbers_and_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    options = {"save_strategy": "no", "logging_steps": 2, "gradient_accumulation_steps": 2}
+    plain = trainer(tmp_path / "plain", **options)
+    plain.train()
+    run = trainer(tmp_path / "watched", **options)
+    callback = integrations.watch_trainer(run, [JsonlLogger(tmp_path / "log.jsonl")], every=3, share=None)
+    run.train()
+    assert_equal(weights(plain.model), weights(run.model))
+    assert callback.watching.step == 6
+    assert callback.watching.looks == 3
+    assert "modules" not in callback.watching.not_looked_at
+    assert not [f for f in callback.watching.findings if f.severity == "error"]
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    assert all(entry["watch/gradient"] > 0 for entry in entries)
+    assert [entry["watch/change"] > 0 for entry in entries] == [False, True, True]  # the warm-up starts at zero
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3, 6]
+    assert not run.model._forward_hooks
+
+
+def test_a_fault_stops_the_trainer_at_its_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="no")
+    told: list[tuple[str, int]] = []
+
+    class Poison(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+
+    run.add_callback(Poison())
+    integrations.watch_trainer(run, raise_on="error", on_finding=lambda f, step: told.append((f.where, step)))
+    with pytest.raises(FindingError, match="up_proj"):
+        run.train()
+    assert [one for one in told if "up_proj" in one[0]] == [("model.layers.0.mlp.up_proj.weight", 3)]
+    assert run.state.global_step == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_trainer_is_watched(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="no", max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    callback = integrations.watch_trainer(run)
+    run.train()
+    assert "modules" not in callback.watching.not_looked_at
+    assert callback.watching.looks == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from itertools import pairwise
 
 import pytest
@@ -27,6 +25,11 @@ class Root(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sqrt()
+
+
+class Body(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() * 2
 
 
 def network() -> nn.Sequential:
@@ -61,7 +64,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 def clocked(monkeypatch: pytest.MonkeyPatch, cost: float, *, every: int, share: float | None, steps: int) -> list[int]:
     """The steps that are looked at where a step takes 1 s, a look `cost` s more, and loading a batch 1 s."""
     now = [0.0]
-    monkeypatch.setattr(live_schedule, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(live_schedule, "thread_time", lambda: now[0])
     schedule, looked = Schedule(every, share), []
     for step in range(1, steps + 1):
         now[0] += 1.0
@@ -84,7 +87,7 @@ def test_looks_take_no_more_than_their_share(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_share_is_kept_with_what_every_step_is_checked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(live_schedule, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(live_schedule, "thread_time", lambda: now[0])
     schedule = Schedule(1, 0.02)
     for step, cost in enumerate((1.0, 0.0, 0.0, 0.0), 1):
         schedule.begin()
@@ -115,7 +118,7 @@ def test_numbers_that_wait_are_those_that_are_read_at_once() -> None:
         model = nn.Sequential(
             network(), nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 1), nn.Sigmoid(), nn.Hardtanh(), nn.ReLU()
         )
-        train(model, torch.optim.SGD(model.parameters(), lr=0.0), 1) if False else model(batch(1)[0])
+        model(batch(1)[0])
         watcher = kind(model, Observed(), live=True)
         with watcher.installed():
             model(batch(0)[0])
@@ -159,7 +162,9 @@ def test_a_matrix_whose_gradient_alone_is_not_finite_is_seen_at_its_step(value: 
         with pytest.raises(FindingError):
             optimizer.step()
     assert torch.equal(model[0].weight, before)
-    assert [(f.code, f.where) for f in watching.findings if f.severity == "error"] == [("gradient-overflow", "4.weight")]
+    assert [(f.code, f.where) for f in watching.findings if f.severity == "error"] == [
+        ("gradient-overflow", "4.weight")
+    ]
     assert watching.findings[-1].evidence.startswith("step 4")
 
 
@@ -172,7 +177,7 @@ def test_norms_of_many_tensors_are_those_of_each() -> None:
     found["large"] = torch.full((300,), 6e4, dtype=torch.float16)
     read = norms(found)
     for name, t in found.items():
-        assert read[name] == pytest.approx(float(t.to_dense().double().norm()), rel=1e-3 if t.dtype in kinds[1:3] else 1e-6)
+        assert read[name] == pytest.approx(float(t.to_dense().double().norm()), rel=1e-6)
     assert all_finite(list(found.values()))
     assert all_finite([torch.full((4,), 3e38)])  # whose sum overflows
     assert not all_finite([*found.values(), torch.tensor([1.0, float("nan")], dtype=torch.float16)])
@@ -197,7 +202,7 @@ def test_a_scaler_that_skips_every_step_is_told_with_the_operation(fused: bool, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     scaler = torch.amp.GradScaler("cpu")
     with gm.watch(model, optimizer) as watching:
-        for i in range(MANY + 2):
+        for i in range(2 * MANY + 3):
             optimizer.zero_grad(set_to_none=none)
             x, y = batch(i)
             scaler.scale(F.cross_entropy(model(x), y)).backward()
@@ -222,7 +227,7 @@ def test_a_loop_that_drops_its_gradients_is_told_and_accumulation_is_not() -> No
         for i in range(2 * MANY):
             model(batch(i)[0])  # without a backward pass
         assert not watching.findings
-        for i in range(MANY + 1):
+        for i in range(2 * MANY):
             F.cross_entropy(model(batch(i)[0]), batch(i)[1]).backward()
             optimizer.zero_grad()
     (finding,) = watching.findings
@@ -255,7 +260,8 @@ def test_a_compiled_model_is_seen_and_runs_as_it_is(form: str) -> None:
         elif form == "part":
             model[4] = torch.compile(model[4], backend=backend)
         else:
-            model[4].compile(backend=backend)
+            model[5] = Body()
+            model[5].compile(backend=backend)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         watching = gm.watch(model, optimizer, every=2, share=None) if is_watched else None
         train(model, optimizer, 5)
@@ -345,14 +351,3 @@ def compiled_ranks() -> tuple[list[str], int]:
 
 def test_ranks_of_a_compiled_model_look_together() -> None:
     assert run_on_ranks(compiled_ranks, 2) == [(["dead-units"], 1)] * 2
-
-
-def test_a_copy_of_a_watched_model_can_be_trained() -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with gm.watch(model, optimizer) as watching:
-        twin, stepper = copy.deepcopy((model, optimizer))
-        started = time.monotonic()
-        train(twin, stepper, 2)
-        assert time.monotonic() >= started
-        assert watching.step == 0

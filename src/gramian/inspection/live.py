@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from time import perf_counter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,9 +13,10 @@ from gramian.batch import described, tensors
 from gramian.calls import as_model, wrappings
 from gramian.errors import FindingError, InputError
 from gramian.inspection.causes import ordered
+from gramian.inspection.live_closure import before_moving
 from gramian.inspection.live_forward import Forward
 from gramian.inspection.live_gradients import all_finite
-from gramian.inspection.live_log import as_log
+from gramian.inspection.live_log import Teller, as_log
 from gramian.inspection.live_look import Looker
 from gramian.inspection.live_schedule import Schedule
 from gramian.inspection.live_skips import Skips, skipped_steps
@@ -55,7 +54,6 @@ class Watch:
         on_finding: called with each finding and the step.
         raise_on: severity, or codes, for which `FindingError` is raised.
         log: called with the numbers, the findings and the step.
-        is_called: whether the loop calls the model. If not, it calls `forward_begins` and `forward_ends`.
 
     Raises:
         InputError: nothing could be watched.
@@ -77,23 +75,22 @@ class Watch:
         on_finding: Callable[[Finding, int], Any] | None,
         raise_on: str | Collection[str] | None,
         log: Any,
-        *,
-        is_called: bool = True,
     ) -> None:
-        self.findings: list[Finding] = []
+        self._teller = Teller(on_finding, raise_on, log)
         self.not_looked_at: dict[str, str] = dict(_LEFT)
         self.step = self.looks = 0
         self._parallel = next((m for m in wrappings(model) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
-        self._optimizer, self._on_finding, self._raise_on, self._log = optimizer, on_finding, raise_on, log
-        self._schedule = Schedule(every, share)
-        self._forward = Forward(model, self._forward_begins, self._forward_ends, is_called=is_called)
+        self._optimizer = optimizer
+        self._on_processor = all(p.is_cpu for p in model.parameters())
+        self._schedule = Schedule(every, share, on_processor=self._on_processor)
+        self._forward = Forward(model, self._forward_begins, self._forward_ends)
         self._root = self._forward.root
         self._parameters = {n: p for n, p in self._root.named_parameters() if p.requires_grad}
         self._trained = [*self._parameters.values()]
         self._looker = Looker(self._root, self._parameters, optimizer)
         self._skips = Skips(self._trained if optimizer is not None else [])
         self._is_lost = self._is_skipped = False
-        self._handles: list[Any] = [*self._skips.handles]
+        self._handles: list[Any] = []
         reason = self._forward.failure
         if optimizer is None:
             if reason or self._forward.is_replayed:
@@ -113,6 +110,11 @@ class Watch:
         self.close()
 
     @property
+    def findings(self) -> list[Finding]:
+        """What was found so far, each code and place once."""
+        return self._teller.findings
+
+    @property
     def numbers(self) -> dict[str, float]:
         """Those of the last step that was looked at."""
         return self._looker.numbers
@@ -125,23 +127,28 @@ class Watch:
     def close(self) -> None:
         """Removes the hooks; `findings` stay."""
         self._forward.close()
+        self._skips.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     # ---- the forward pass ----
 
-    def forward_begins(self, *args: Any, call: Callable | None = None) -> None:
-        """A pass in training begins, of a loop that does not call the model itself; `call` runs it again."""
-        self._forward.begin(args, {}, call)
+    def around(self, function: Callable, again: Callable | None = None) -> Callable:
+        """Watches a function that makes the forward passes, in a loop that does not call the model itself.
 
-    def forward_ends(self, output: Any) -> None:
-        """That pass ends."""
-        self._forward.end(output)
+        Args:
+            function: such as the `training_step` of a Lightning module.
+            again: makes a pass again, from the same arguments, without what else the function does; `None` for passes
+                that cannot be repeated, so that the operation that made a NaN is not named.
+
+        Returns: the function to call in its place.
+        """
+        return self._forward.around(function, again)
 
     def _forward_begins(self) -> bool:
         self._schedule.begin()
-        if self._skips.forward_begins():
+        if self._skips.forward_begins(self._forward.passes - 1):
             self._tell_skipped()
         return self._schedule.is_due
 
@@ -156,7 +163,10 @@ class Watch:
 
     # ---- the optimizer's step ----
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return before_moving(args, kwargs, lambda: self._judge_gradients(optimizer))
+
+    def _judge_gradients(self, optimizer: Optimizer) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # of a GradScaler that leaves the skipping to the optimizer
         self._is_skipped = skipped is not None and bool(skipped)
         if self._is_skipped:
@@ -176,7 +186,7 @@ class Watch:
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._is_skipped:
-            if self._skips.skipped():
+            if self._skips.skipped(was_finite=False):
                 self._tell_skipped()
             self._forward.clear()  # no step was taken
             self._schedule.drop()
@@ -192,12 +202,13 @@ class Watch:
         self._next(looked=seen is not None)
 
     def _are_gradients_finite(self) -> bool:
-        begun = perf_counter()
+        on_processor = self._schedule.is_timed and self._on_processor  # elsewhere, most of it is waiting
+        begun = self._schedule.clock() if on_processor else 0.0
         gradients = [p.grad for p in self._trained if p.grad is not None]
         with torch.no_grad():  # gradients of a graph of gradients
             result = all_finite(gradients)
-        if not gradients or gradients[0].is_cpu:  # elsewhere most of it is waiting for the backward pass
-            self._schedule.check(perf_counter() - begun)
+        if on_processor:
+            self._schedule.check(self._schedule.clock() - begun)
         return result
 
     def _next(self, *, looked: bool) -> None:
@@ -222,23 +233,11 @@ class Watch:
         self.not_looked_at |= self._looker.failed
 
     def _tell(self, found: list[Finding]) -> None:
-        known = {(f.code, f.where) for f in self.findings}
-        new = [f for f in found if (f.code, f.where) not in known]
-        self.findings += new
-        if self._log is not None and not (dist.is_initialized() and dist.get_rank()):
-            self._log(self.numbers, new, self.step + 1)
-        for finding in new:
-            if self._on_finding is not None:
-                self._on_finding(finding, self.step + 1)
-        for finding in new:
-            if self._raises(finding):
-                self.close()
-                raise FindingError(finding, self.step + 1)
-
-    def _raises(self, finding: Finding) -> bool:
-        if isinstance(self._raise_on, str):
-            return SEVERITIES.index(finding.severity) <= SEVERITIES.index(self._raise_on)  # type: ignore[arg-type]
-        return self._raise_on is not None and finding.code in self._raise_on
+        try:
+            self._teller(found, self.numbers, self.step + 1)
+        except FindingError:
+            self.close()
+            raise
 
 
 def watch(

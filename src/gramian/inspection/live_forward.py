@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import wraps
 from typing import Any
 
 import torch
@@ -41,12 +42,9 @@ class Forward:
         model: as it is trained.
         begins: called before each pass in training; says whether to look at it.
         ends: called with the output, after it.
-        is_called: whether the model itself is called. If not, the loop calls `begin` and `end`.
     """
 
-    def __init__(
-        self, model: nn.Module, begins: Callable[[], bool], ends: Callable[[Any], None], *, is_called: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, begins: Callable[[], bool], ends: Callable[[Any], None]) -> None:
         self.root = unwrapped(model)
         self.seen: Observed | None = None
         self.last: Pass | None = None
@@ -57,7 +55,7 @@ class Forward:
         self._inside = ExitStack()  # the hooks and the mode of the pass that is watched
         self._is_asleep = False
         entry, self.is_replayed, self.failure = _entry(model)
-        if not self.failure and is_called:
+        if not self.failure:
             before, after = _Hook(self._before), _Hook(self._after)
             self.handles.append(entry.register_forward_pre_hook(before, with_kwargs=True))
             self.handles.append(entry.register_forward_hook(after, with_kwargs=True, always_call=True))
@@ -80,18 +78,42 @@ class Forward:
         inside.callback(setattr, self, "_is_asleep", False)
         return inside
 
+    def around(self, function: Callable, again: Callable | None) -> Callable:
+        """A function that makes the passes in place of the model's call."""
+        for handle in self.handles:
+            handle.remove()
+        self.is_replayed |= hasattr(function, "_torchdynamo_orig_callable")
+
+        @wraps(function)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            is_counted = self._is_counted()
+            if is_counted:
+                self._begin(args, kwargs, None if again is None else Pass.of(args, kwargs, again))
+            output = None
+            try:
+                output = function(*args, **kwargs)
+            finally:
+                if is_counted:
+                    self._end(output)
+            return output
+
+        return watched
+
+    def _is_counted(self) -> bool:
+        """Whether a pass that begins now is the user's, in training, and no recomputation."""
+        return not self._is_asleep and self.root.training and torch.is_grad_enabled() and not in_backward()
+
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self._is_asleep and self.root.training and torch.is_grad_enabled() and not in_backward():
-            self.begin(args, kwargs)
+        if self._is_counted():
+            self._begin(args, kwargs, Pass.of(args, kwargs))
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not self._is_asleep and not in_backward():
-            self.end(output, is_counted=self.root.training and torch.is_grad_enabled())
+        if self._is_counted():
+            self._end(output)
 
-    def begin(self, args: tuple, kwargs: dict[str, Any], call: Callable | None = None) -> None:
-        """A pass in training begins; `call` is what runs it again, where that is not the model."""
+    def _begin(self, args: tuple, kwargs: dict[str, Any], last: Pass | None) -> None:
         self.passes += 1
-        self.last = Pass.of(args, kwargs, call)
+        self.last = last
         is_due = self._begins()
         if is_due and not self.is_replayed and not self.failure and self.seen is None and self._watcher is None:
             self.seen = Observed()
@@ -99,19 +121,18 @@ class Forward:
             self._inside.enter_context(self._watcher.installed())
             self._watcher.entering("")(self.root, args, kwargs)
 
-    def end(self, output: Any, *, is_counted: bool = True) -> None:
-        """The pass ends with an output; with `None`, it raised."""
+    def _end(self, output: Any) -> None:
+        """The pass ends with an output; with `None`, it raised, or gave nothing to differentiate."""
+        watcher, self._watcher = self._watcher, None
         if output is None:
+            self.seen = self.seen if watcher is None else None
             self._inside.close()
-            self._watcher = self.seen = None
             return
-        if self._watcher is not None:
-            watcher, self._watcher = self._watcher, None
+        if watcher is not None:
             watcher.leaving("")(self.root, (), {}, output)
             self._inside.close()
             self._finish(watcher, output)
-        if is_counted:
-            self._ends(output)
+        self._ends(output)
 
     def look_again(self) -> None:
         """Runs the last pass once more to see it, without a backward pass, if it could not be seen itself."""
@@ -204,7 +225,11 @@ def _entry(model: nn.Module) -> tuple[nn.Module, bool, str]:
     if isinstance(root, torch.jit.ScriptModule):
         return root, False, "the model is a ScriptModule, which takes no hooks"
     if any(map(is_sharded, root.parameters())):
-        return root, False, "parameters are sharded (FSDP2); numbers are of this rank's shards"
+        return (
+            root,
+            False,
+            "parameters are sharded (FSDP2): skipped steps are not seen either, and numbers are of this rank's shards",
+        )
     compiled = next((m for m in outer if hasattr(m, "_orig_mod")), None)
     in_place = [m for m in (*outer, *modules.values()) if getattr(m, "_compiled_call_impl", None) is not None]
     if any(m is root for m in in_place) and compiled is None:

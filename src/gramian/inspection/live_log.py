@@ -1,4 +1,4 @@
-"""Where `watch` writes: JSON lines, or a logger."""
+"""How `watch` tells: it calls back, raises, and writes JSON lines or to a logger."""
 
 from __future__ import annotations
 
@@ -9,10 +9,46 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from gramian.errors import InputError
-from gramian.report import Finding
+import torch.distributed as dist
 
-__all__ = ["as_log"]
+from gramian.errors import FindingError, InputError
+from gramian.report import SEVERITIES, Finding
+
+__all__ = ["Teller", "as_log"]
+
+
+class Teller:
+    """Keeps each finding once, by its code and place, and tells those that are new.
+
+    Args:
+        on_finding: called with each and its step.
+        raise_on: severity, or codes, for which `FindingError` is raised.
+        log: called with numbers, the new findings and the step, on rank 0.
+    """
+
+    def __init__(
+        self, on_finding: Callable[[Finding, int], Any] | None, raise_on: str | Collection[str] | None, log: Any
+    ) -> None:
+        self.findings: list[Finding] = []
+        self._on_finding, self._raise_on, self._log = on_finding, raise_on, log
+
+    def __call__(self, found: Collection[Finding], numbers: Mapping[str, float], step: int) -> None:
+        known = {(f.code, f.where) for f in self.findings}
+        new = [f for f in found if (f.code, f.where) not in known]
+        self.findings += new
+        if self._log is not None and not (dist.is_initialized() and dist.get_rank()):
+            self._log(numbers, new, step)
+        for finding in new:
+            if self._on_finding is not None:
+                self._on_finding(finding, step)
+        for finding in new:
+            if self._raises(finding):
+                raise FindingError(finding, step)
+
+    def _raises(self, finding: Finding) -> bool:
+        if isinstance(self._raise_on, str):
+            return SEVERITIES.index(finding.severity) <= SEVERITIES.index(self._raise_on)  # type: ignore[arg-type]
+        return self._raise_on is not None and finding.code in self._raise_on
 
 
 class _Jsonl:

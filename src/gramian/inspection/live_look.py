@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -138,6 +137,5 @@ def _has_changed(old: tuple[dict[str, float], bool], new: tuple[dict[str, float]
 
 def _is_settled(root: nn.Module) -> bool:
     """Whether all running statistics have seen enough batches to be those of the data."""
-    counts = [module.num_batches_tracked for module in root.modules() if hasattr(module, "num_batches_tracked")]
-    of = [count for count in counts if count is not None]
-    return not of or bool((torch.stack([count.cpu() for count in of]) >= SETTLED).all())
+    counts = [getattr(module, "num_batches_tracked", None) for module in root.modules()]
+    return all(count.item() >= SETTLED for count in counts if isinstance(count, Tensor))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 
 __all__ = ["Schedule"]
 
 # Ordinary steps, and looks, of which the median is what one takes.
-ORDINARY, LOOKS = 16, 3
+ORDINARY, LOOKS = 8, 3
 
 # What is left for looks where the check of every step alone takes most of the share, as a part of it.
 LEFT = 0.25
@@ -23,16 +22,19 @@ class Schedule:
     The interval is `every`, doubled until looks take at most `share` of the time, together with the checks of every
     step. Intervals that are doubled keep ranks together: one that looks less often than another does so at the same
     steps. A look takes what its step takes longer, from the beginning of its forward pass to the end of the step, than
-    other steps do; loading data and evaluations are not in between.
+    other steps do; loading data and evaluations are not in between. Steps shortly before a look are timed: by the time
+    of the thread, which other processes do not disturb, or where a device computes by the clock.
 
     Args:
         every: steps from one look to the next, at least.
         share: of the time, at most; `None` for any.
+        on_processor: whether the model computes there.
     """
 
-    def __init__(self, every: int, share: float | None) -> None:
+    def __init__(self, every: int, share: float | None, *, on_processor: bool = True) -> None:
         self.every, self.share = every, share
-        self.is_due = True
+        self.clock = thread_time if on_processor else perf_counter
+        self.is_due = self.is_timed = True
         self._begun: float | None = None
         self._ended: float | None = None
         self._looks: deque[float] = deque(maxlen=LOOKS)
@@ -52,8 +54,8 @@ class Schedule:
 
     def begin(self) -> None:
         """A forward pass begins, the first of its step or a later one."""
-        if self._begun is None:
-            self._begun = perf_counter()
+        if self._begun is None and self.is_timed:
+            self._begun = self.clock()
 
     def check(self, seconds: float) -> None:
         """Notes what the check of a step took."""
@@ -61,20 +63,20 @@ class Schedule:
 
     def end(self, step: int, looked: bool) -> None:
         """A step ends, and is counted as the `step`-th."""
-        now = perf_counter()
-        if self._begun is not None and looked:
+        now = self.clock() if self.is_timed else None
+        if now is None:
+            pass
+        elif self._begun is not None and looked:
             self._looks.append(now - self._begun)
         elif self._begun is not None:
             self._spans.append(now - self._begun)
-            self._periods.extend(_period(self._ended, now))
+            self._periods.extend(() if self._ended is None else (now - self._ended,))
         self._begun, self._ended = None, now
         is_known = self.share is None or bool(self._spans)  # else the next step is one to compare with
         self.is_due = (step + 1) % self.every == 0 and is_known and (step + 1) % self.interval == 0
+        near = -(step + 1) % self.every <= ORDINARY or len(self._spans) < ORDINARY
+        self.is_timed = self.share is not None and (self.is_due or near)
 
     def drop(self) -> None:
         """The step that has begun is not taken."""
         self._begun = None
-
-
-def _period(ended: float | None, now: float) -> Iterable[float]:
-    return () if ended is None else (now - ended,)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gramian.report import Finding
@@ -18,8 +20,11 @@ MANY = 20
 class Skips:
     """Counts the backward passes since the last step whose gradients were then dropped.
 
-    Two parameters tell, so that nothing is done to the others: gradients that arrived, and are gone or were written to
+    Two parameters tell, so that nothing is done to the others: gradients that arrived, and are gone, zero or not finite
     when the next forward pass begins, though no step was taken.
+
+    They are asked for that only once a forward pass has begun without a step since the last one and without their
+    gradients, or many have, so that ordinary loops pay nothing.
 
     Args:
         parameters: that are trained.
@@ -29,8 +34,14 @@ class Skips:
         self.count = 0
         self.was_finite = True  # the gradients of the last of many
         self._arrived: dict[int, tuple[nn.Parameter, int]] = {}
-        ends = {id(p): p for p in (*parameters[:1], *parameters[-1:])}
-        self.handles: list[Any] = [p.register_post_accumulate_grad_hook(self._arrive) for p in ends.values()]
+        self._ends = [*{id(p): p for p in (*parameters[:1], *parameters[-1:])}.values()]
+        self._handles: list[Any] = []
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _arrive(self, parameter: Tensor) -> None:
         if parameter.grad is not None and isinstance(parameter, nn.Parameter):
@@ -38,17 +49,20 @@ class Skips:
             if self.count >= MANY - 1:
                 self.was_finite = bool(parameter.grad.isfinite().all())
 
-    def forward_begins(self) -> bool:
-        """Says whether many gradients in a row were dropped, once."""
+    def forward_begins(self, passes: int) -> bool:
+        """Says whether many gradients in a row were dropped, once; `passes` were made since the last step."""
+        if not self._handles and passes and (passes > MANY or all(p.grad is None for p in self._ends)):
+            self._handles = [p.register_post_accumulate_grad_hook(self._arrive) for p in self._ends]
         if not self._arrived:
             return False
-        if any(p.grad is not None and p.grad._version == version for p, version in self._arrived.values()):
+        if any(_is_kept(p, version) for p, version in self._arrived.values()):
             return False  # accumulation
-        return self.skipped()
+        return self.skipped(was_finite=self.was_finite)
 
-    def skipped(self) -> bool:
+    def skipped(self, *, was_finite: bool) -> bool:
         """Counts a step that was skipped; says whether these are many now."""
         self._arrived.clear()
+        self.was_finite = was_finite
         self.count += 1
         return self.count == MANY
 
@@ -56,6 +70,16 @@ class Skips:
         """A step was taken."""
         self._arrived.clear()
         self.count = 0
+        self.close()
+
+
+def _is_kept(parameter: nn.Parameter, version: int) -> bool:
+    """Whether a gradient that arrived is still there: not removed, nor zero, nor what a GradScaler has to skip."""
+    grad = parameter.grad
+    if grad is None or grad._version == version:
+        return grad is not None
+    size = float(torch.linalg.vector_norm(grad.detach(), dtype=torch.float32))  # DDP and clipping write to it too
+    return math.isfinite(size) and size > 0.0
 
 
 def skipped_steps(origin: Finding, was_finite: bool) -> Finding:

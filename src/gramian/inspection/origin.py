@@ -39,13 +39,15 @@ class Pass:
     @staticmethod
     def of(args: tuple, kwargs: dict[str, Any], call: Callable | None = None) -> Pass:
         """The pass that begins now."""
-        kinds: set[str] = set()
+        values = (*args, *kwargs.values())
+        kinds = {t.device.type for t in values if type(t) is Tensor}
 
         def kept(t: Tensor) -> Tensor:
             kinds.add(t.device.type)
             return t.detach() if t.requires_grad else t
 
-        args, kwargs = mapped((args, kwargs), kept)
+        if not all(type(t) is Tensor and not t.requires_grad for t in values):
+            args, kwargs = mapped((args, kwargs), kept)
         enabled = [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)]
         return Pass(args, kwargs, enabled, call)
 
