@@ -99,7 +99,8 @@ OF_LOSSES: dict[str, tuple[str, nn.Module, str, Any]] = {
     "kl_div of probabilities": ("loss-not-log-probabilities", net(CLASSES, nn.Softmax(1)), "shares", KL),
     "kl_div of scores": ("loss-not-log-probabilities", net(), "shares", KL),
     "kl_div against log-probabilities": (
-        "loss-not-log-probabilities", net(CLASSES, nn.LogSoftmax(1)), "shares", loss(lambda s, p: F.kl_div(s, p.log(), reduction="batchmean")),
+        "loss-not-log-probabilities", net(CLASSES, nn.LogSoftmax(1)), "shares",
+        loss(lambda s, p: F.kl_div(s, p.log(), reduction="batchmean")),
     ),
     "ctc_loss of scores": ("loss-not-log-probabilities", net(), "sequences", ctc(lambda s: s)),
     "ctc_loss of probabilities": ("loss-not-log-probabilities", net(), "sequences", ctc(lambda s: s.softmax(-1))),

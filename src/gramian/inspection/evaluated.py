@@ -77,7 +77,8 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
         changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
         if changed is not None and _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
             return Evaluated(loss)  # the model draws numbers of its own: no two passes agree
-    return Evaluated(loss, *(changed or ()))
+    by, not_yet = changed or (None, "")
+    return Evaluated(loss, by, not_yet)
 
 
 def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[float, list[tuple[str, Tensor]]]:

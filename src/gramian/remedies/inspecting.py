@@ -14,6 +14,7 @@ from gramian.batch import described, mapped
 from gramian.calls import as_model
 from gramian.errors import InputError, UnsupportedError
 from gramian.inspection import inspect as diagnose
+from gramian.inspection.trainability import DECADES_LOST, decades_lost
 from gramian.loader import Batches, as_batches, first_few
 from gramian.objective import Objective
 from gramian.placement import is_distributed
@@ -78,7 +79,7 @@ def inspect(
     Returns: a `Report`, with `.findings`, `.layers`, `.save("x.html")` and `.to_json()`.
     Raises:
         InputError: batches without an objective or the reverse, data for a file, `verify` or `curvature` without data,
-            or a module that cannot run on what it is given.
+            or a module that cannot run on what it is given; a model made in `torch.inference_mode()`.
         UnsupportedError: weights without values (on the meta device, or of a lazy layer that has not run); `verify` on
             several ranks.
         CheckpointError: the file is missing, damaged, or would run code.
@@ -106,7 +107,7 @@ def inspect(
     # In the caller's torch.no_grad() or torch.inference_mode() there would be no training step to watch.
     with torch.inference_mode(False), torch.enable_grad():
         if not verify:
-            return diagnose(model_or_path, batches, objective, **options)
+            return _with_decades_lost(diagnose(model_or_path, batches, objective, **options))
         if batches is None or objective is None:
             raise InputError(
                 "inspect: remedies are verified by training; pass batches and an objective with verify=True"
@@ -114,13 +115,21 @@ def inspect(
         if is_distributed():
             raise UnsupportedError("inspect: remedies are verified in one process; run it without torchrun")
         few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
-        report = diagnose(model_or_path, few, objective, **options)
+        report = _with_decades_lost(diagnose(model_or_path, few, objective, **options))
         setting = Setting(as_model(model_or_path, "inspect"), few, objective, optimizer)
         try:
             return verified(report, setting, progress=progress)
         except Exception as error:  # a model or an optimizer that cannot be copied
             report.notes.append(f"Remedies were not verified: {type(error).__name__}: {error}.")
             return report
+
+
+def _with_decades_lost(report: Report) -> Report:
+    """The report, with what a plain network of some depth loses on the way, among its facts."""
+    lost = decades_lost(report)
+    if lost is not None:
+        report.facts[DECADES_LOST] = lost
+    return report
 
 
 def _check_can_train(model: Any) -> None:

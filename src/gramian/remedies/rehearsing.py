@@ -34,21 +34,23 @@ class Measure:
     """How the loss is measured, so that trainings with and without a remedy are measured alike.
 
     Args:
-        stored: whether batch norms use their stored statistics, as for a finding about these, and not the batch's. A
-            remedy that only renews the statistics else seems to lower the loss, which a few steps do as well.
+        stored: whether batch norms use their stored statistics before any step, as for a finding about these, and not
+            the batch's. Else a remedy that only renews the statistics seems to lower the loss, which a few steps do as
+            well. After some steps they always use the stored ones, which both trainings have then renewed.
         after: an action that changes the loss itself, which is done to a copy of what is measured.
     """
 
     stored: bool = False
     after: Action | None = None
 
-    def loss(self, setting: Setting, batches: Sequence[Any]) -> float:
-        """The mean loss over units in evaluation mode; infinity where there is none."""
+    def loss(self, setting: Setting, batches: Sequence[Any], step: int) -> float:
+        """The mean loss over units in evaluation mode after so many steps; infinity where there is none."""
         measured = Setting(setting.model, list(batches), setting.objective)
         try:
             if self.after is not None:
                 measured = perform(self.after, measured.copied())
-            return loss_of(measured.model, measured.batches, as_objective(measured.objective), stored=self.stored)
+            stored = self.stored or step > 0
+            return loss_of(measured.model, measured.batches, as_objective(measured.objective), stored=stored)
         except FAILURES:
             return math.inf
 
@@ -67,7 +69,7 @@ def rehearse(
             default rate is taken.
         moments: numbers of steps, increasing.
         seed: of the random state; the batches are used in their order for 0, and in a random order for others.
-        measure: how the loss is measured; with the batch's statistics in batch norms by default.
+        measure: how the loss is measured.
 
     Returns:
         The mean loss over units at each moment; infinity where training or evaluation raises or gives what is not
@@ -99,9 +101,9 @@ def rehearse(
         if not model.training:
             model.train()
     if optimizer is None:
-        return [measure.loss(trained, held)] * len(moments)
+        return [measure.loss(trained, held, 0)] * len(moments)
     order = torch.Generator().manual_seed(seed)
-    losses = [measure.loss(trained, held)] if 0 in moments else []
+    losses = [measure.loss(trained, held, 0)] if 0 in moments else []
     with random_state(model, seed), eager(), torch.enable_grad():
         try:
             for step in range(max(moments)):
@@ -112,7 +114,7 @@ def rehearse(
                 (total / units).backward()
                 optimizer.step()
                 if step + 1 in moments:
-                    losses.append(measure.loss(trained, held))
+                    losses.append(measure.loss(trained, held, step + 1))
         except FAILURES:  # as it would end the user's training
             pass
     return losses + [math.inf] * (len(moments) - len(losses))

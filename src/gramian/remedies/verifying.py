@@ -101,11 +101,11 @@ def verified(
     with the lowest loss that removes the finding is rehearsed with another seed. It is offered where the loss in
     evaluation mode is lower than without it by 5 % at one of the moments, with each seed, and not higher at the last,
     and where the finding is gone when the copy is diagnosed. The loss before any step counts where the weights look
-    trained; of other networks it says nothing. Both trainings are measured alike: with the batch's statistics in batch
-    norms, unless the finding is about the stored ones, and by the loss as the remedy leaves it. An action that changes
-    the loss itself is offered where the loss after it falls as far, to 5 % of its first value: such findings are exact,
-    and an easy problem is learned by a wrong loss too. Findings are taken in their order, each on top of the
-    remedies that were offered for those before it: what is gone already with these gets no remedy of its own.
+    trained, with the batch's statistics in batch norms unless the finding is about the stored ones; of other networks
+    it says nothing. Both trainings are measured by the loss as the remedy leaves it. An action that changes the loss
+    itself is offered where the loss after it falls as far, to 5 % of its first value: such findings are exact, and an
+    easy problem is learned by a wrong loss too. Findings are taken in their order, each on top of the remedies that
+    were offered for those before it: what is gone already with these gets no remedy of its own.
 
     Args:
         report: of `inspect`.

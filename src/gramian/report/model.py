@@ -34,8 +34,8 @@ class Rehearsal:
     Args:
         steps: before the losses are compared.
         seeds: number of rehearsals, of different random states and orders of the batches.
-        before, after: loss after the steps in evaluation mode, without and with the remedy, measured alike, the mean over
-            the seeds; NaN or infinite where the training fails.
+        before, after: loss after the steps in evaluation mode, without and with the remedy, measured alike, the mean
+            over the seeds; NaN or infinite where the training fails.
         before_spread, after_spread: standard deviation over the seeds.
         is_gone: whether the finding is gone when the copy with the remedy is diagnosed.
         note: what else the remedy does, such as the loss of trained weights.

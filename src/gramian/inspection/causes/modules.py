@@ -200,8 +200,8 @@ def streams(context: Context) -> Iterator[Finding]:
             "error",
             f"The residual stream grows {growth:.2g} times over {len(sizes)} additions",
             where="all layers",
-            evidence=f"root mean square {sizes[0]:.3g} after the first, in {context.told(first)}, {sizes[-1]:.3g} after "
-            f"the last: {growth ** (1 / len(ratios)):.2f} times for each",
+            evidence=f"root mean square {sizes[0]:.3g} after the first, in {context.told(first)}, {sizes[-1]:.3g} "
+            f"after the last: {growth ** (1 / len(ratios)):.2f} times for each",
             cause="Each branch adds as much as the stream holds or more, and no norm divides it.",
             advice="Normalize the input of each branch, and begin with branches whose last layer is zero or scaled by "
             "1 over the root of their number.",
