@@ -1,4 +1,4 @@
-"""What cannot be stepped, or cannot be right, is refused before anything moves; states find their parameters by name."""
+"""What cannot be stepped or be right is refused before anything moves; states find their parameters by name."""
 
 from __future__ import annotations
 
@@ -265,9 +265,9 @@ def test_a_state_of_other_shapes_is_refused_before_anything_changes() -> None:
 def test_states_of_others_are_refused_also_before_their_first_step() -> None:
     model = two_layers()
     muon = Muon(model)
-    with pytest.raises(InputError, match="another optimizer.*load_adamw"):
+    with pytest.raises(InputError, match=r"another optimizer.*load_adamw"):
         muon.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
-    with pytest.raises(InputError, match="another optimizer.*load_adamw"):
+    with pytest.raises(InputError, match=r"another optimizer.*load_adamw"):
         muon.load_state_dict(torch.optim.Muon([model[0].weight, model[1].weight]).state_dict())
     with pytest.raises(InputError, match="another direction, Muon, where SOAP is wanted"):
         SOAP(model).load_state_dict(muon.state_dict())
@@ -313,8 +313,8 @@ def test_a_model_that_is_cast_is_stepped_on_or_refused(overwrite: bool) -> None:
         switch(False)
     set_gradients(model, 1)
     if overwrite:
+        optimizer.zero_grad()
         with pytest.raises(InputError, match="has new parameters in place of 6"):
-            optimizer.zero_grad()
             optimizer.step()
         return
     with warnings.catch_warnings():
