@@ -373,7 +373,8 @@ ERRORS = {
     "empty group": (lambda: Muon([{"params": []}]), "empty parameter list"),
     "unknown option": (lambda: Muon([torch.zeros(2, 2)], beta=0.5), "there is no option 'beta'"),
     "misspelt option of a group": (
-        lambda: Muon([{"params": [torch.zeros(2, 2)], "momentm": 0.5}]), "no option 'momentm'; did you mean 'momentum'"
+        lambda: Muon([{"params": [torch.zeros(2, 2)], "momentm": 0.5}]),
+        "no option 'momentm'; did you mean 'momentum'",
     ),
     "layouts_of_a_list": (lambda: Muon(mixed().parameters(), layouts={"*": "o i -> i o"}), "layouts= needs the model"),
     "lr": (lambda: Muon(mixed(), lr=-1.0), r"lr must be in \[0, ∞\), got -1\.0"),

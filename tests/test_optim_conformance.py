@@ -32,7 +32,7 @@ from gramian.prox import L1
 if "expecttest" not in sys.modules:  # torch's own test case is made of it, and nothing here is
     sys.modules["expecttest"] = types.ModuleType("expecttest")
     sys.modules["expecttest"].TestCase = unittest.TestCase  # type: ignore[attr-defined]
-from torch.testing._internal import common_optimizers as common  # noqa: E402
+from torch.testing._internal import common_optimizers as common
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*parameters without names"),
@@ -51,11 +51,14 @@ def inputs(device: Any = None, dtype: Any = None) -> list[Any]:
     return [common.OptimizerInput(params=None, kwargs=dict(kwargs), desc=str(kwargs)) for kwargs in given]
 
 
+FLAGS = ("foreach", "fused", "differentiable", "capturable")  # there is one way to compute a step
+
+
 def errors(device: Any, dtype: Any) -> list[Any]:
     """Those that torch asks of all, and those of options out of their range."""
     wrong = [({"lr": -1.0}, "lr must be in"), ({"lr": float("inf")}, "lr must be in"),
              ({"weight_decay": -1.0}, "weight_decay must be"), ({"momentum": 1.5}, "momentum must be"),
-             *(({flag: True}, f"no option '{flag}'") for flag in ("foreach", "fused", "differentiable", "capturable"))]  # fmt: skip
+             *(({flag: True}, f"no option '{flag}'") for flag in FLAGS)]  # fmt: skip
     return common.get_error_inputs_for_all_optims(device, dtype) + [
         common.ErrorOptimizerInput(
             common.OptimizerInput(params=None, kwargs=kwargs, desc=regex), error_type=ValueError, error_regex=regex
@@ -471,7 +474,7 @@ def test_hooks_of_a_state_run_in_their_order(name: str) -> None:
 
         after: list[float] = []
         optimizer.register_load_state_dict_pre_hook(first)
-        optimizer.register_load_state_dict_post_hook(lambda opt: after.append(opt.param_groups[0]["lr"]))
+        optimizer.register_load_state_dict_post_hook(lambda opt, after=after: after.append(opt.param_groups[0]["lr"]))
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.register_load_state_dict_pre_hook(second, prepend=True)
         optimizer.load_state_dict(optimizer.state_dict())

@@ -210,7 +210,7 @@ def test_hooks_of_both_run_once(name: str) -> None:
     base = BASES[name](net)
     optimizer = Proximal(base, {"2.weight": gm.prox.L1(0.1)})
     calls: list[str] = []
-    kinds = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+    kinds = [f"{what}_{when}" for what in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")]
     for whose, opt in (("outer", optimizer), ("base", base)):
         for kind in kinds:
             getattr(opt, f"register_{kind}_hook")(lambda *_, name=f"{whose} {kind}": calls.append(name))

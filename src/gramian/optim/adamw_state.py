@@ -46,8 +46,8 @@ def carry_over(
 ) -> tuple[dict[Tensor, State], list[dict[str, str]]]:
     """The state of each parameter, as far as it carries over from `source`, and a row on each; see `load_adamw`.
 
-    `empty` gives the initial state of one matrix of a route, for its names and shapes; `wanted` is `Recipe.adamw`, `maximize` whether
-    this optimizer ascends.
+    `empty` gives the initial state of one matrix of a route, for its names and shapes; `wanted` is `Recipe.adamw`,
+    and `maximize` tells whether this optimizer ascends.
     """
     known = _match(source, names, routes)
     steady = _finite([(r, known[r.parameter]) for r in routes if r.parameter in known])

@@ -70,7 +70,7 @@ class Grouped(torch.optim.Optimizer):
         self._add_routes(found)
         if isinstance(params, nn.Module):
             # In the order of the model, which is that of an AdamW's state too; `found` is ordered by role.
-            order = {p: i for i, p in enumerate(params.parameters())}
+            order: dict[Tensor, int] = {p: i for i, p in enumerate(params.parameters())}
             found[0][0].sort(key=lambda r: order[r.parameter])
         self._built = False
         super().__init__([self._group(routes, own) for routes, own in found], dict(self._options))
@@ -91,6 +91,12 @@ class Grouped(torch.optim.Optimizer):
             raise InputError(
                 f"{type(self).__name__}: some parameters appear in more than one parameter group: one of the new group "
                 "is in the optimizer already"
+            )
+        if routes and not self._known and any(r.named for r in routes) != self._named:
+            new, old = ("without", "with") if self._named else ("with", "without")
+            raise InputError(
+                "all optimizer param groups should be with/without names. cannot add param group "
+                f"{new} names to the optimizer, whose parameters are {old}"
             )
         super().add_param_group(self._group(routes, own))
         self._add_routes(found)

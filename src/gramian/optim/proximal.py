@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as torch_optimizer
 
 from gramian.block import Layout, blocks
 from gramian.errors import InputError, UnsupportedError
@@ -24,7 +24,8 @@ __all__ = ["Proximal"]
 class Proximal(torch.optim.Optimizer):
     """Steps `base`, then applies the proximal map of each parameter's penalty: `W ← prox(W − lr·direction, lr)`.
 
-    `lr` is the parameter's rate at the time of the step (its group's, or that of a gramian base for it), so that schedulers act on both halves.
+    `lr` is the parameter's rate at the time of the step (its group's, or what a gramian base has for it), so that
+    schedulers act on both halves.
     `param_groups`, `state` and `state_dict()` are those of the base. A parameter without a gradient does not change,
     nor does one that a gramian base skipped because its gradient was not finite.
 
@@ -229,6 +230,7 @@ class Proximal(torch.optim.Optimizer):
 @contextmanager
 def _without_global_hooks() -> Iterator[None]:
     """Steps of an optimizer inside another run no hooks of all optimizers, which see the outer one's step."""
+    torch_optimizer = sys.modules[torch.optim.Optimizer.__module__]
     names = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
     kept = {name: getattr(torch_optimizer, name) for name in names}
     try:

@@ -61,7 +61,9 @@ def _rates(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> dict[
         # Vectors of all layers move at once, as the matrices do, so that they share the change of the function too.
         rates["vector"] = min(rest, full / group["num_matrices"])
     factor = lr / full
-    return {kind: rate * factor for kind, rate in rates.items()} | {"matrix": lr}
+    scaled: dict[Kind, float] = {kind: rate * factor for kind, rate in rates.items()}
+    scaled["matrix"] = lr
+    return scaled
 
 
 def rates_of(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Tensor, float]:

@@ -40,10 +40,12 @@ class MatrixOptimizer(Saved):
 
     Args:
         params: the model (best: matrices are found by their role), its `named_parameters()` (by name and shape, as in a
-            file), or `parameters()`; or torch's parameter groups of these. A group's own `lr`, `weight_decay` and other
-            options apply to its matrices and its other parameters alike. Frozen parameters that hold no real numbers
+            file), or `parameters()`; or torch's parameter groups of these, which stay as they are given. A group's own
+            `lr`, `weight_decay` and other options apply to its matrices and its other parameters alike, and other keys
+            are kept. Frozen parameters that hold no real numbers
             (quantized weights) are left out; `explain()` says so.
-        lr: length of a step of the matrices, in the unit that `scale` sets.
+        lr: length of a step of the matrices, in the unit that `scale` sets. Where a schedule changes it in a group,
+            AdamW's rates there follow in proportion; `rates()` tells them.
         options: those of the direction, by name.
         shared: the options of all matrix optimizers:
 
@@ -53,7 +55,8 @@ class MatrixOptimizer(Saved):
               Mamba's recurrence; the experts of a layer count once): each matrix has the same share in the change of
               the network's function, so that one rate carries across widths and depths. `"match_rms_adamw"`:
               `s = 0.2 √max(m, n)`, so that a rate tuned for AdamW can be reused.
-            - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr` is 3e-3 by default (with
+            - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr`, its rate while `lr` is what
+              it was at the start, is 3e-3 by default (with
               embeddings, their rate and the head's is up to 1e-2 where all are narrower than 800; that of depthwise
               kernels is up to 3e-2 where all have fewer than 49 taps), or `lr` itself with
               `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
@@ -72,10 +75,14 @@ class MatrixOptimizer(Saved):
             - `maximize`: ascend.
 
     Raises:
-        InputError: for an empty list, a pattern that matches nothing, an unknown option, or one out of its range; in
-            `step()`, where the model has other parameters now than the optimizer.
-        UnsupportedError: in `step()`, before anything moves: for sparse gradients, and parameters that a wrapper has
-            flattened (DeepSpeed's ZeRO, FSDP1). Those that accelerate replaces under FSDP2 are followed.
+        InputError: for an empty list, a pattern that matches nothing, an unknown option, or one out of its range,
+            parameters that are complex, or whose entries share memory; in `step()`, before anything moves, where the
+            model has other parameters now than the optimizer, where one has another shape, or where an option of a
+            group is out of its range.
+        UnsupportedError: in `step()`, before anything moves: for sparse gradients, parameters on the meta device, and
+            those that a wrapper has flattened (DeepSpeed's ZeRO, FSDP1). Those that accelerate replaces under FSDP2
+            are followed.
+        TypeError: as torch's, for one tensor, or a set.
     """
 
     @torch._disable_dynamo  # an optimizer's step of its own kernels; torch.compile of a loop goes around it

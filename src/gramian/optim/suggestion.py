@@ -290,7 +290,7 @@ class _Rehearsals:
         _check(optimizer)
         rates, doubled = _rates(optimizer), _rates(twice)
         self.follows = {p for p, rate in rates.items() if doubled[p] == 2 * rate}
-        follows = [p for p in self.model.parameters() if p in self.follows and p.requires_grad]
+        follows: list[Tensor] = [p for p in self.model.parameters() if p in self.follows and p.requires_grad]
         if not follows:
             raise InputError(
                 "suggest_lr: no trainable matrix follows this optimizer's rate: they are frozen, or an embedding or a "
