@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import gramian as gm
 from families_rates import FAMILIES, TEXT, Family, adamw, characters, default, images, run
-from gramian.tasks import Digits
 from gramian.bench.machine import features
+from gramian.tasks import Digits
 
 RATES, SEEDS = (1e-3, 3e-3, 1e-2), (0, 1)
 DEPTH, WIDTH, STEPS, BATCH = 100, 64, 300, 64

@@ -169,6 +169,8 @@ class Patches(nn.Module):
 class Waves(nn.Module):
     """An image as a function of its coordinates: sines of the two coordinates, then a plain network."""
 
+    waves: Tensor
+
     def __init__(self, width: int = 96, num_waves: int = 32) -> None:
         super().__init__()
         self.register_buffer("waves", 8 * torch.randn(2, num_waves))

@@ -22,7 +22,7 @@ from gramian.compression.predicting import Point, Predicted, losses_of, measured
 from gramian.compression.targets import targets
 from gramian.compression.weighted import WeightedSVD, decompose, site_of
 from gramian.errors import GramianWarning, InputError, some
-from gramian.loader import Batches
+from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
 from gramian.statistics import Statistics
 
@@ -262,7 +262,7 @@ def compress(
     if stats is not None:
         calibration = Calibration(stats, samples=stats.units)
         if batches is not None and objective is not None:
-            calibration.measure = Measure(list(batches), _measured_by(objective, plain))
+            calibration.measure = Measure(list(as_batches(batches, "compress")), _measured_by(objective, plain))
     elif batches is None or objective is None:
         raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
     else:

@@ -104,7 +104,7 @@ class Muon(MatrixOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor = 0.05,
+        lr: float | Tensor = 0.1,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,

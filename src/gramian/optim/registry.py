@@ -137,7 +137,7 @@ MATRIX_OPTIMIZERS: dict[str, Entry] = {
     name: entry for name, entry in OPTIMIZERS.items() if issubclass(entry.optimizer, MatrixOptimizer)
 }
 
-AUTO = "whitened_muon"
+AUTO = "muon"
 """What `"auto"` stands for: the best in `gramian bench optim`."""
 
 
@@ -147,7 +147,7 @@ def known_name(caller: str, name: str, otherwise: str) -> str:
     Raises `InputError` for one that is not there; the error says what `caller` takes `otherwise`.
 
     >>> known_name("train", "auto", "a function")
-    'whitened_muon'
+    'muon'
     """
     if name != "auto" and name not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)

@@ -169,9 +169,8 @@ class MatrixOptimizer(Saved):
         scales = torch.tensor([self._scale(r, group) for r in stack.routes], dtype=g.dtype, device=g.device)
         factors = (context.alive * stack.repeated(-float(group["lr"]) * scales)).to(direction.dtype)
         # In place where the direction is new: another tensor of that size costs more than the product.
-        kept = any(
-            direction.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for b in stack.state.values()
-        )
+        memory = direction.untyped_storage().data_ptr()
+        kept = any(buffer.untyped_storage().data_ptr() == memory for buffer in stack.state.values())
         update = direction * factors if kept else direction.mul_(factors)
         return zip(params, stack.unstacked(update), strict=True)
 

@@ -126,7 +126,7 @@ class WhitenedMuon(MatrixOptimizer):
     by its `rank` leading eigenvectors and the rest of its trace, spread evenly; `λ = damping · trace / size`. Of all
     steps D with `‖P⁻¹ D Q⁻¹‖₂ ≤ 1` this one descends fastest; with `P = Q = I` it is Muon. Along directions in which
     the gradient is always large, such as the mean of the inputs, it goes less far. The constant c gives the step the
-    norm of a polar factor. `optimizer="auto"` takes it; `gramian bench optim` compares it with the others.
+    norm of a polar factor. It pays where inputs are badly scaled; `gramian bench optim` compares it with the others.
 
     Args:
         params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramian.errors import ShapeError, UnsupportedError
 from gramian.placement.ranks import Group, world
@@ -128,7 +128,9 @@ def _chunk(index: Tensor, num_shards: int, which: int) -> Tensor:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    # Importing DTensor takes half a second; where nobody has imported it, no tensor is one.
+    # An optimizer asks hundreds of times a step. Importing DTensor takes half a second; without it, no tensor is one.
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -165,14 +167,14 @@ def local(tensor: Tensor) -> Tensor:
     tensor([1., 1.])
     """
     if not _is_dtensor(tensor):
-        return tensor.detach()
+        return tensor.detach() if tensor.requires_grad else tensor
     with torch.no_grad():
         part = _dtensor(tensor).to_local()
     return (part.wait() if hasattr(part, "wait") else part).detach()
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`local` of each tensor; free of cost where this process has not imported `DTensor`.
+    """`local` of each tensor.
 
     Args:
         tensors: plain, or of class `DTensor`.
@@ -185,8 +187,6 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     >>> locals_of([torch.ones(2)])
     [tensor([1., 1.])]
     """
-    if "torch.distributed.tensor" not in sys.modules:
-        return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
     return [local(tensor) for tensor in tensors]
 
 
