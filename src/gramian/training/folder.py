@@ -41,6 +41,9 @@ HALF_WRITTEN = re.compile(
 # How each line of a run's metrics begins.
 FIRST_LINE = '{"step": '
 
+# What stands for an option of a run that is not among its settings.
+UNSET = "the default"
+
 EVERY_SECONDS = 30.0
 
 # Writing checkpoints may take up to this share of the time: a large model is then saved less often.
@@ -209,9 +212,9 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
             "with the version that began it, or choose another folder"
         )
     differing = [
-        f"{name} {plain(saved.get(name, 'unknown'), 1000)}, not {own}"
-        for name, own in identity.items()
-        if saved.get(name) != own
+        f"{name} {plain(saved.get(name, UNSET), 1000)}, not {identity.get(name, UNSET)}"
+        for name in (*identity, *(name for name in saved if name not in identity))  # options that are unset are in none
+        if saved.get(name) != identity.get(name)
     ]
     if differing:
         raise InputError(
