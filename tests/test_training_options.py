@@ -317,6 +317,26 @@ def test_the_built_in_tasks_learn(name: str) -> None:
     assert run.history[-1]["loss"] < 0.9 * run.history[0]["loss"]
 
 
+def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypatch) -> None:
+    from gramian.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "diabetes", "--compare", "adamw,auto", "--steps", "3", "--out", "runs", "--quiet"]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["adamw", "whitened_muon"]
+    capsys.readouterr()
+    assert main(["train", "diabetes", "--compare", "adamw,sgd", "--steps", "20"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()] == ["optimizer", "adamw", "sgd"]
+    assert out.count("█") >= 1
+    for options, message in (
+        (["--compare", "adamw"], "takes two different optimizers or more; got adamw"),
+        (["--compare", "adamw,adagrad"], "unknown optimizer 'adagrad'"),
+        (["--compare", "adamw,sgd", "--lr", "1"], "leave out --optimizer and --lr"),
+    ):
+        assert main(["train", "diabetes", "--steps", "2", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_options_are_part_of_the_identity() -> None:
     assert Options().identity() == {}
     assert Options(regularize={"l1": 1e-4}, clip=1.0).identity() == {"regularize": "l1=0.0001", "clip": "1.0"}
