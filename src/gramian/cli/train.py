@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,7 +95,7 @@ def command(
         raise InputError(f"train: {wanted}; got {' and '.join(given) or 'none'}")
     if resume and out is None:
         raise InputError("train: --resume needs --out DIR, the folder of the run to continue")
-    if out is not None and not resume and (out / "model.safetensors").exists():
+    if out is not None and not resume and os.path.exists(out / "model.safetensors"):
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
     if compare and (optimizer != "auto" or lr is not None):
         raise InputError("train: --compare names the optimizers, at their usual rates; leave out --optimizer and --lr")

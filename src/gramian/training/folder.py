@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tempfile
 import time
@@ -68,7 +69,7 @@ class Folder:
 
     def __init__(self, path: Path, identity: dict[str, str], shown: Path | None = None) -> None:
         self.path, self.identity, self.shown = path, identity, shown or path
-        self._made = [parent for parent in (path, *path.parents) if not parent.exists()]
+        self._made = [parent for parent in (path, *path.parents) if not os.path.exists(parent)]
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -76,7 +77,9 @@ class Folder:
         except (OSError, ValueError) as error:
             self._remove_made()
             reason = getattr(error, "strerror", None) or str(error)
-            raise InputError(f"train: cannot write to {self.shown}: {reason}. Choose another folder") from None
+            raise InputError(
+                f"train: cannot write to {plain(self.shown, 500)}: {reason}. Choose another folder"
+            ) from None
         self._lock = locked(path, self.shown)
         self._kept_at, self._cost = time.perf_counter(), 0.0
         self._torn = False  # whether a line of metrics could not be written
