@@ -188,6 +188,12 @@ BAD = [
     (["train", "task.py:task", "--steps", "3", "--resume"], "--resume needs --out"),
     (["train", "task.py:task", "--steps", "3", "--out", "task.py"], "cannot write to task.py"),
     (["train", "task.py:task", "--steps", "3", "--out", "task.py/run"], "cannot write to task.py/run"),
+    (["train", "task.py:task", "--steps", "3", "--out", "y" * 5000], "File name too long"),
+    (["train", "task.py:task", "--steps", "3", "--out", "a\0b"], "null byte"),
+    (["train", "x" * 5000 + ".py:task", "--steps", "3"], "does not exist"),
+    (["train", "task.py:task", "--seconds", "inf"], "seconds must be finite"),
+    (["train", "task.py:task", "--steps", "3", "--regularize", "l1"], "--regularize wants name=number"),
+    (["train", "task.py:task", "--steps", "3", "--text", "task.py"], "belongs to the task chars"),
     (["frobnicate"], "frobnicate"),
     (["--frobnicate"], "--frobnicate"),
 ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 import gramian as gm
 from cases import seeded
 from distributed import run_on_ranks
-from gramian.errors import GramianError
+from gramian.errors import GramianError, GramianWarning
 from gramian.optim import OPTIMIZERS
 from gramian.training import folder
 
@@ -186,3 +189,158 @@ def test_another_run_is_refused_on_all_ranks(tmp_path: Path) -> None:
         assert "of budget 3 steps, not 4 steps" in message
     with pytest.raises(GramianError, match="of ranks 2, not 1"):
         gm.train(task(), steps=3, out=tmp_path, resume=True)
+
+
+# ---- ranks that fail -------------------------------------------------------------------------------------------------
+
+
+def small_batches(epoch: int, generator: torch.Generator):
+    """The last batch has one row, fewer than the ranks; another has no label that counts."""
+    return [(X[:16], Y[:16]), (X[16:17], Y[16:17]), (X[17:33], torch.full((16,), -100))]
+
+
+def trained_on_small() -> tuple[list[Tensor], int]:
+    run = gm.train(task(train_batches=small_batches), optimizer="adamw", epochs=3)
+    return weights(run), run.skipped
+
+
+def test_a_batch_may_be_smaller_than_the_ranks() -> None:
+    (first, skipped), (second, _) = run_on_ranks(trained_on_small, 2)
+    assert skipped == 0
+    for p, q, r in zip(trained_on_small()[0], first, second, strict=True):
+        assert torch.equal(q, r)
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def failing(where: str) -> tuple[str, int | None, float]:
+    """What a rank says when rank 1 fails in its fifth step, and how long it took since then."""
+    seen = [0, 0.0]
+
+    def fail(now: bool) -> None:
+        if now:
+            seen[1] = time.monotonic()
+            if rank() == 1:
+                raise KeyError(where)
+
+    def made(epoch: int, generator: torch.Generator):
+        for number, batch in enumerate(batches(epoch, generator)):
+            if where == "early end" and rank() == 1 and (epoch, number) == (0, 3):
+                return
+            fail(where == "batches" and (epoch, number) == (0, 3))
+            yield batch
+
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            fail(where == "model")
+            self.body = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen[0] += self.training
+            fail(where == "forward" and seen[0] == 5)
+            out = self.body(x)
+            if where == "backward" and seen[0] == 5:
+                out.register_hook(lambda grad: fail(True))
+            return out
+
+    def measured(model: nn.Module) -> dict[str, float]:
+        fail(where == "evaluate")
+        return evaluate(model)
+
+    class Stepping(torch.optim.SGD):
+        def step(self, closure=None):
+            fail(where == "step" and seen[0] == 5)
+            return super().step(closure)
+
+    what = task(model=Failing, train_batches=made, evaluate=measured)
+    try:
+        gm.train(what, optimizer=lambda m: Stepping(m.parameters(), lr=0.1), steps=20)
+    except GramianError as error:
+        return str(error), error.rank, time.monotonic() - seen[1]
+    return "trained", None, 0.0
+
+
+@pytest.mark.parametrize("where", ["model", "batches", "forward", "backward", "step", "evaluate", "early end"])
+def test_an_error_on_one_rank_ends_all_with_its_line(where: str) -> None:
+    for message, failed, seconds in run_on_ranks(failing, 2, where):
+        if where == "early end":
+            assert message.startswith("train: the batches of an epoch ended on one rank earlier than on another")
+            continue
+        assert message.startswith("train: rank 1 of 2 failed: task 'task': ")
+        assert f"raised KeyError: '{where}' (test_training_ranks.py, line " in message
+        assert failed == 1
+        assert "\n" not in message
+        assert seconds < 5
+
+
+def poisoned_on_one_rank() -> tuple[list[Tensor], int]:
+    """A loss that is not finite on rank 1 alone: its rows of one batch."""
+    bad = X.clone()
+    bad[17] = math.nan  # the second row of the second batch
+
+    def made(epoch: int, generator: torch.Generator):
+        return [(X[:16], Y[:16]), (bad[16:32], Y[16:32]), (X[32:48], Y[32:48])]
+
+    with pytest.warns(GramianWarning, match="3 of 9 steps were skipped"):
+        run = gm.train(task(train_batches=made), optimizer="adamw", epochs=3)
+    return weights(run), run.skipped
+
+
+def test_ranks_agree_to_skip_a_step() -> None:
+    (first, skipped), (second, also) = run_on_ranks(poisoned_on_one_rank, 2)
+    assert skipped == also == 3
+    for p, q in zip(first, second, strict=True):
+        assert torch.equal(p, q)
+        assert torch.isfinite(p).all()
+
+
+HANGS = """
+import sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from torch import nn
+import gramian as gm
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+store, two_seconds = "file://" + sys.argv[2], timedelta(seconds=2)
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3, timeout=two_seconds)
+x, y = torch.randn(12, 4), torch.zeros(12, dtype=torch.long)
+dist.broadcast(x, 0)
+def batches(epoch, generator):
+    for step in range(9):
+        if step == 4 and rank == 1:
+            time.sleep(12)
+        yield x, y
+task = gm.Task(lambda: nn.Linear(4, 2), gm.Objective.classification(), batches, lambda model: {"one": 1.0})
+try:
+    gm.train(task, optimizer="adamw", steps=9)
+except gm.errors.GramianError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    begin = time.monotonic()
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "hangs.py"), str(number), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for number in range(3)
+    ]
+    told = [processes[number].communicate(timeout=200)[0] for number in (0, 2)]
+    processes[1].kill()
+    processes[1].communicate()
+    for text in told:
+        assert text == "train: rank 1 of 3 hangs; the others waited in vain and end. See its last output\n"
+    assert time.monotonic() - begin < 100

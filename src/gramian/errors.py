@@ -24,9 +24,9 @@ __all__ = [
 
 
 class GramianError(Exception):
-    """The base class of gramian's errors. `rank` is the one that failed, where all ranks raise its error."""
+    """The base class of gramian's errors."""
 
-    rank: int | None = None
+    rank = None  # type: int | None  # the rank that failed, where all ranks raise its error
 
 
 class InputError(GramianError, ValueError):

@@ -119,7 +119,12 @@ class Objective:
         return self.checked(self.criterion(self.predict(model, batch), batch), empty=empty)
 
     def checked(self, result: Any, *, empty: bool = False) -> tuple[Tensor, Tensor]:
-        """The criterion's result as two scalar tensors. Raises `InputError` for any other result."""
+        """The criterion's result as two scalar tensors. Raises `InputError` for any other result.
+
+        Args:
+            result: of `criterion`.
+            empty: whether it may have no units.
+        """
         wanted = "criterion(output, batch) must return (sum of losses, number of units): a scalar tensor and a count"
         if not (isinstance(result, Sequence) and len(result) == 2):
             raise InputError(f"objective: {wanted}; got {described(result)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,9 @@ def command(
     init: Annotated[
         str, typer.Option(help="auto (repaired only if it cannot learn as it is), default or isometric.")
     ] = "auto",
+    compare: Annotated[
+        str, typer.Option(help="Train once with each of these optimizers, as adamw,muon,auto, and compare.")
+    ] = "",
     steps: Annotated[int | None, typer.Option(help="Budget in steps.", min=1)] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training alone.", min=0.1)] = None,
@@ -91,8 +95,10 @@ def command(
         raise InputError(f"train: {wanted}; got {' and '.join(given) or 'none'}")
     if resume and out is None:
         raise InputError("train: --resume needs --out DIR, the folder of the run to continue")
-    if out is not None and not resume and (out / "model.safetensors").exists():
+    if out is not None and not resume and os.path.exists(out / "model.safetensors"):
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
+    if compare and (optimizer != "auto" or lr is not None):
+        raise InputError("train: --compare names the optimizers, at their usual rates; leave out --optimizer and --lr")
     options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}
     options |= {"accumulate": accumulate, "precision": precision, "best": best, "patience": patience}
     options |= {"regularize": _strengths("--regularize", regularize), "augment": _strengths("--augment", augment)}
@@ -100,14 +106,9 @@ def command(
     again = "" if out is None else "; continue with the same command and --resume"
     try:
         with ranks(timeout) as first:
-            run, name = _train(
-                task,
-                text,
-                first and not quiet,
-                {"optimizer": optimizer, "lr": lr, "init": init, "seed": seed, "out": out, "resume": resume}
-                | budget
-                | options,
-            )
+            options |= {"init": init, "seed": seed, "out": out, "resume": resume, **budget}
+            options |= {} if compare else {"optimizer": optimizer, "lr": lr}
+            runs, name = _train(task, text, first and not quiet, compare, options)
     except KeyboardInterrupt:
         complain(f"interrupted{again}")
         raise typer.Exit(130) from None
@@ -123,15 +124,20 @@ def command(
     if first and not quiet:
         from gramian.training import display
 
-        display.show(run, name, automatic=optimizer == "auto")
-    if run.diverged:
+        if compare:
+            display.show_comparison(runs)
+        else:
+            display.show(runs[optimizer], name, automatic=optimizer == "auto")
+    if any(run.diverged for run in runs.values()):
         raise typer.Exit(1)
 
 
-def _train(task: str, text: Path | None, shown: bool, options: dict[str, Any]) -> tuple[Any, str]:
-    """Load the task and train it; returns the run and the task's name."""
+def _train(
+    task: str, text: Path | None, shown: bool, compared: str, options: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Load the task and train it; returns the runs by their optimizers, and the task's name."""
     from gramian import tasks
-    from gramian.training import display, train
+    from gramian.training import compare, display, train
 
     here = Path.cwd()
     if task == "chars" or text is not None:
@@ -143,7 +149,10 @@ def _train(task: str, text: Path | None, shown: bool, options: dict[str, Any]) -
     if options["out"] is not None and Path.cwd() != here:  # the task's file went elsewhere
         options["out"] = here / options["out"]
     with display.Watched(quiet=not shown) as watched:
-        return train(found, progress=watched.evaluated, on_step=watched.stepped, **options), found.name
+        options |= {"progress": watched.evaluated, "on_step": watched.stepped}
+        if compared:
+            return compare(found, compared.split(","), begun=watched.begun, **options), found.name
+        return {options["optimizer"]: train(found, **options)}, found.name
 
 
 def _strengths(option: str, text: str) -> dict[str, float]:

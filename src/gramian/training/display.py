@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +13,9 @@ from gramian.report.live import Watch, four_digits
 from gramian.training.folder import MODEL
 from gramian.training.task import Run
 
-__all__ = ["Watched", "show"]
+__all__ = ["Watched", "show", "show_comparison"]
+
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class Watched:
@@ -40,6 +44,10 @@ class Watched:
         if share > 0:
             numbers["left"] = f"{_duration(run.seconds * (1 - share) / share)} left"
         self._watch.update(share, numbers)
+
+    def begun(self, optimizer: str) -> None:
+        """Show which optimizer's run follows; pass this as `begun` of `gm.training.compare`."""
+        self._watch.log({"optimizer": optimizer})
 
     def evaluated(self, row: dict[str, float], share: float) -> None:
         """Show an evaluation; pass this as `progress`."""
@@ -82,6 +90,38 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
         console.print(
             f"Model: {plain(run.out / MODEL, 10_000)}", markup=False, highlight=False, soft_wrap=True
         )  # one line, to copy
+
+
+def show_comparison(runs: dict[str, Run], console: Console | None = None) -> None:
+    """Print a line for each run: its steps, its last evaluation, and the curve of its training loss.
+
+    Args:
+        runs: by the optimizer's name.
+        console: where to print; stdout by default.
+    """
+    console = console or Console()
+    losses = [row["loss"] for run in runs.values() for row in run.history if math.isfinite(row["loss"])]
+    scale = (min(losses), max(losses)) if losses else (0.0, 1.0)
+    table = Table(box=None, pad_edge=False)
+    names = list(next(iter(runs.values())).metrics)
+    for name in ("optimizer", "rate", *names, "training loss, on one scale"):
+        table.add_column(Text(plain(name, 100)), no_wrap=True)
+    for name, run in runs.items():
+        values = [four_digits(run.metrics[key]) if key in run.metrics else "" for key in names]
+        curve = _curve([row["loss"] for row in run.history], *scale)
+        table.add_row(name, four_digits(run.lr), *values, Text(curve + " diverged" * run.diverged))
+    console.print(table, highlight=False)
+
+
+def _curve(values: list[float], least: float, greatest: float) -> str:
+    """Return numbers as a line of blocks; "!" stands for what is not finite.
+
+    >>> _curve([3.0, 2.0, 1.0, float("nan")], 1.0, 3.0)
+    '█▅▁!'
+    """
+    span = (greatest - least) or 1.0
+    places = [round((v - least) / span * (len(BLOCKS) - 1)) if math.isfinite(v) else -1 for v in values]
+    return "".join("!" if place < 0 else BLOCKS[place] for place in places)
 
 
 def _measured(row: dict[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tempfile
 import time
@@ -41,6 +42,9 @@ HALF_WRITTEN = re.compile(
 # How each line of a run's metrics begins.
 FIRST_LINE = '{"step": '
 
+# What stands for an option of a run that is not among its settings.
+UNSET = "the default"
+
 EVERY_SECONDS = 30.0
 
 # Writing checkpoints may take up to this share of the time: a large model is then saved less often.
@@ -65,7 +69,7 @@ class Folder:
 
     def __init__(self, path: Path, identity: dict[str, str], shown: Path | None = None) -> None:
         self.path, self.identity, self.shown = path, identity, shown or path
-        self._made = [parent for parent in (path, *path.parents) if not parent.exists()]
+        self._made = [parent for parent in (path, *path.parents) if not os.path.exists(parent)]
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -73,7 +77,9 @@ class Folder:
         except (OSError, ValueError) as error:
             self._remove_made()
             reason = getattr(error, "strerror", None) or str(error)
-            raise InputError(f"train: cannot write to {self.shown}: {reason}. Choose another folder") from None
+            raise InputError(
+                f"train: cannot write to {plain(self.shown, 500)}: {reason}. Choose another folder"
+            ) from None
         self._lock = locked(path, self.shown)
         self._kept_at, self._cost = time.perf_counter(), 0.0
         self._torn = False  # whether a line of metrics could not be written
@@ -209,9 +215,9 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
             "with the version that began it, or choose another folder"
         )
     differing = [
-        f"{name} {plain(saved.get(name, 'unknown'), 1000)}, not {own}"
-        for name, own in identity.items()
-        if saved.get(name) != own
+        f"{name} {plain(saved.get(name, UNSET), 1000)}, not {identity.get(name, UNSET)}"
+        for name in (*identity, *(name for name in saved if name not in identity))  # options that are unset are in none
+        if saved.get(name) != identity.get(name)
     ]
     if differing:
         raise InputError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from gramian.objective import Objective
 from gramian.training import agreement
@@ -117,13 +118,16 @@ class _Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        # Batch norm's own kernel changes its statistics without a trace in their versions.
+        norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+        self._running = {buffer for module in norms for buffer in module.buffers()}
         self._kept: dict[Tensor, Tensor] = {}
         self._seen: dict[Tensor, int] = {}
 
     def note(self) -> None:
         """Keep copies of those that the last step changed; of all at first."""
         for buffer in self._model.buffers():
-            if self._seen.get(buffer) == buffer._version:
+            if self._seen.get(buffer) == buffer._version and buffer not in self._running:
                 self._kept.pop(buffer, None)
             else:
                 self._kept[buffer] = buffer.clone()

@@ -1,0 +1,56 @@
+"""Several optimizers on one task, with equal budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gramian.errors import InputError
+from gramian.optim.registry import known_name
+from gramian.training.loop import train
+from gramian.training.task import Run, Task
+
+__all__ = ["compare"]
+
+
+def compare(
+    task: Task,
+    optimizers: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    begun: Callable[[str], None] | None = None,
+    **options: Any,
+) -> dict[str, Run]:
+    """Train a task once with each optimizer, from the same initial weights, on the same batches, for the same budget.
+
+    With `seconds`, each optimizer has the same time of training alone, so that one whose steps are cheap takes more of
+    them. The rates are the usual ones: a fair comparison gives each its best (`gm.suggest_lr`).
+
+    Args:
+        task: what to train.
+        optimizers: names, as for `train`.
+        out: a folder that gets one for each optimizer, by its name.
+        begun: called with the name of each optimizer before its run.
+        options: as for `train`, but `optimizer` and `lr`.
+    Returns: the runs by the optimizer's name, in the order given.
+    Raises:
+        InputError: fewer than two optimizers, one of them twice, or an unknown one; and as `train`.
+    Cost: that of the runs, one after the other.
+    Source: this library's own.
+
+    >>> from gramian import tasks
+    >>> runs = compare(tasks.diabetes(), ["adamw", "sgd"], steps=20)
+    >>> [(name, run.steps) for name, run in runs.items()]
+    [('adamw', 20), ('sgd', 20)]
+    """
+    names = [known_name("train", name, "two names or more") for name in optimizers]
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise InputError(f"train: compare takes two different optimizers or more; got {', '.join(names) or 'none'}")
+    runs = {}
+    for name in names:
+        if begun is not None:
+            begun(name)
+        place = None if out is None else Path(out) / name
+        runs[name] = train(task, optimizer=name, out=place, **options)
+    return runs

@@ -1,0 +1,342 @@
+"""What a trainer has: each option does what it says, survives a kill bit for bit, and is part of the run's identity."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from cases import seeded
+from gramian.errors import InputError, TaskError, UnsupportedError
+from gramian.tasks import TASKS
+from gramian.training import augmentation, folder
+from gramian.training.augmentation import AUGMENTATIONS, augmented
+from gramian.training.options import Options, best_row
+from gramian.training.schedule import SCHEDULES
+
+X = torch.randn(70, 16, generator=seeded(0), dtype=torch.float64)
+Y = (X[:, 0] > 0).long()
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2)).double()
+
+
+def plain_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+
+def batches(epoch: int, generator: torch.Generator):
+    for part in torch.randperm(len(X), generator=generator).split(16):
+        yield X[part], Y[part]
+
+
+def evaluate(model: nn.Module) -> dict[str, float]:
+    return {"size": float(model(X).detach().square().mean())}
+
+
+def task(**changes: Any) -> gm.Task:
+    parts = {"model": net, "objective": gm.Objective.classification(), "train_batches": batches, "evaluate": evaluate}
+    return gm.Task(**(parts | changes))
+
+
+def weights(run: gm.Run) -> list[Tensor]:
+    return [t.clone() for t in run.model.state_dict().values()]
+
+
+class Stop(BaseException):
+    """Somebody pulled the plug."""
+
+
+def stopping(step: int):
+    def on_step(run: gm.Run, share: float) -> None:
+        if run.steps == step:
+            raise Stop
+
+    return on_step
+
+
+CHANGES = {"shift": 1, "rotate": 20, "scale": 0.1, "flip": 0.5, "cutout": 0.3, "noise": 0.1, "mask": 0.1}
+
+
+EVERYTHING: dict[str, dict[str, Any]] = {
+    **{name: {"schedule": name} for name in SCHEDULES},
+    "no warm-up": {"warmup": 0},
+    "weight decay": {"weight_decay": 0.1},
+    "l1 and l2": {"regularize": {"l1": 1e-2, "l2": 1e-2}},
+    "nuclear": {"regularize": {"nuclear": 1e-2}},
+    "clip": {"clip": 0.1},
+    "accumulate": {"accumulate": 3},
+    "ema": {"ema": 0.9},
+    "bfloat16": {"precision": "bfloat16"},
+    "best": {"best": "min:size", "patience": 8},
+    "best of averages": {"best": "max:size", "ema": 0.5},
+    "augment": {"augment": CHANGES},
+}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_every_option_survives_a_kill_bit_for_bit(tmp_path, monkeypatch, name: str) -> None:
+    monkeypatch.setattr(folder, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(folder, "LARGEST_SHARE", math.inf)
+    options = {"epochs": 4, "optimizer": "adamw", "lr": 0.05, **EVERYTHING[name]}
+    whole = gm.train(task(), out=tmp_path / "whole", **options)
+
+    for step in (3, 5):
+        with pytest.raises(Stop):
+            gm.train(task(), out=tmp_path / "a", resume=True, on_step=stopping(step), **options)
+    broken = gm.train(task(), out=tmp_path / "a", resume=True, **options)
+    assert broken.resumed == 4
+    assert all(map(torch.equal, weights(whole), weights(broken)))
+    again = gm.train(task(), out=tmp_path / "a", resume=True, **options)
+    assert all(map(torch.equal, weights(whole), weights(again)))
+    rows = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (path / "metrics.jsonl").open()]
+        for path in (tmp_path / "whole", tmp_path / "a")
+    ]
+    assert rows[0] == rows[1]
+    default = {"epochs": 4, "optimizer": "adamw", "lr": 0.05}
+    if options != default | {"schedule": "linear"}:
+        with pytest.raises(InputError, match="cannot resume"):
+            gm.train(task(), out=tmp_path / "a", resume=True, **default)
+
+
+RATES = {
+    "constant": lambda i: 1.0,
+    "linear": lambda i: 1 - i / 90,
+    "cosine": lambda i: (1 + math.cos(math.pi * i / 90)) / 2,
+    "step": lambda i: 0.1 ** (i // 30),
+    "exponential": lambda i: 0.01 ** (i / 90),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_rates_follow_their_schedule(name: str) -> None:
+    rates: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    gm.train(task(), steps=90, optimizer=lambda m: Watched(m.parameters(), lr=0.5), schedule=name, warmup=5)
+    wanted = [0.5 * min(1, (i + 1) / 5) * RATES[name](i) for i in range(90)]
+    assert rates == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_plateau_halves_the_rate() -> None:
+    assert [SCHEDULES["plateau"](0.5, [3, 2, *[2.0] * n]) for n in range(5)] == [1, 1, 0.5, 0.5, 0.25]
+    assert SCHEDULES["plateau"](0.5, [3, math.nan, 2, 1]) == 1
+
+
+def test_regularization_is_the_proximal_map() -> None:
+    """One step of gradient descent and the soft threshold, written out; biases are left alone."""
+    lr, l1 = 0.5, 0.02
+    model: list[nn.Module] = []
+
+    def kept() -> nn.Module:
+        model.append(plain_net())
+        return model[-1]
+
+    def whole(epoch: int, generator: torch.Generator):
+        return [(X, Y)]
+
+    def sgd(m: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(m.parameters(), lr=lr)
+
+    options = {"steps": 1, "optimizer": sgd, "warmup": 0}
+    before = gm.train(task(model=plain_net, train_batches=whole), **options | {"steps": 1, "schedule": "constant"})
+    run = gm.train(task(model=kept, train_batches=whole), schedule="constant", regularize={"l1": l1}, **options)
+    for (name, free), (_, own) in zip(before.model.named_parameters(), run.model.named_parameters(), strict=True):
+        wanted = nn.functional.softshrink(free, lr * l1) if name.endswith("weight") else free
+        torch.testing.assert_close(own, wanted, rtol=0, atol=1e-12)
+    sparse = gm.train(task(model=plain_net), epochs=60, optimizer=sgd, regularize={"l1": 0.05})
+    share = torch.cat([p.flatten() for n, p in sparse.model.named_parameters() if "weight" in n]).eq(0).double().mean()
+    assert share > 0.3
+
+
+def test_accumulated_batches_are_one_batch() -> None:
+    """Of unequal sizes, 40, 20 and 10: the gradient is that of the union."""
+
+    def parts(epoch: int, generator: torch.Generator):
+        return [(X[a:b], Y[a:b]) for a, b in ((0, 40), (40, 60), (60, 70))]
+
+    options = {"steps": 5, "optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.3)}
+    one = gm.train(task(model=plain_net, train_batches=lambda e, g: [(X, Y)]), **options)
+    three = gm.train(task(model=plain_net, train_batches=parts), accumulate=3, **options)
+    for p, q in zip(weights(one), weights(three), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+    assert gm.train(task(), epochs=3, accumulate=2, optimizer="adamw").steps == math.ceil(3 * 5 / 2)
+
+
+def test_gradients_are_clipped_together() -> None:
+    norms: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+            return super().step(closure)
+
+    def make(m: nn.Module) -> torch.optim.Optimizer:
+        return Watched(m.parameters(), lr=0.1)
+
+    gm.train(task(), steps=10, optimizer=make)
+    free, norms[:] = list(norms), []
+    gm.train(task(), steps=10, optimizer=make, clip=0.05)
+    assert min(free) > 0.06
+    assert norms == pytest.approx([0.05] * 10, rel=1e-4)
+
+
+def test_the_average_is_evaluated_and_kept() -> None:
+    sizes: list[float] = []
+    run = gm.train(task(), steps=40, optimizer="adamw", lr=0.1, ema=0.9, schedule="constant")
+    sizes.append(evaluate(run.model.eval())["size"])
+    assert run.metrics["size"] == pytest.approx(sizes[0], rel=1e-12)
+    raw = gm.train(task(), steps=40, optimizer="adamw", lr=0.1, schedule="constant")
+    assert raw.metrics["size"] != run.metrics["size"]
+
+
+def test_the_best_model_is_the_finished_one() -> None:
+    values = iter([0.1, 0.5, 0.9, 0.4, 0.3, 0.2, *[0.0] * 20])
+    seen: list[list[Tensor]] = []
+
+    def scored(model: nn.Module) -> dict[str, float]:
+        seen.append([t.clone() for t in model.state_dict().values()])
+        return {"score": next(values)}
+
+    run = gm.train(task(evaluate=scored), steps=20, optimizer="adamw", lr=0.1, best="max:score", patience=3)
+    assert (run.steps, run.stopped) == (6, "max:score did not improve in 3 evaluations")
+    assert all(map(torch.equal, weights(run), seen[2]))
+    assert best_row("min:a", [{"a": 3.0}, {"a": 1.0}, {"a": 1.0}, {"a": math.nan}]) == (1, 2)
+    with pytest.raises(InputError, match="best is 'max:b', but an evaluation has no 'b'; it has loss, size"):
+        gm.train(task(), steps=2, best="max:b")
+
+
+def images(num: int = 400) -> Tensor:
+    return torch.randn(num, 1, 8, 8, generator=seeded(1))
+
+
+def test_augmentations_are_drawn_from_the_seed_alone() -> None:
+    x = images()
+    for name in AUGMENTATIONS:
+        first, again, other = (augmented((x, Y), {name: 0.5 if name != "shift" else 2}, (0, 0, i)) for i in (1, 1, 2))
+        assert first[0].shape == x.shape
+        assert torch.equal(first[0], again[0])
+        assert not torch.equal(first[0], other[0])
+        assert first[1] is Y
+        assert torch.equal(augmented(x, {name: 0.0}, (0,)), x) or name in ("rotate", "scale")  # these interpolate
+        torch.testing.assert_close(augmented(x, {name: 0.0}, (0,)), x, rtol=0, atol=1e-5)
+        rows = augmented((x.flatten(1),), {name: 0.5 if name != "shift" else 2}, (0, 0, 1))[0]
+        if name not in ("noise", "mask"):  # rows of pixels are those of a square
+            assert torch.equal(rows, first[0].flatten(1))
+
+
+def test_shifts_are_of_whole_pixels_and_zero_comes_in() -> None:
+    x = torch.zeros(500, 1, 8, 8)
+    x[:, 0, 4, 3] = 1.0
+    moved = augmented(x, {"shift": 2}, (0,))
+    assert torch.equal(moved.sum((1, 2, 3)), torch.ones(500))
+    places = {tuple(place) for place in moved[:, 0].nonzero()[:, 1:].tolist()}
+    assert places == {(a, b) for a in range(2, 7) for b in range(1, 6)}
+
+
+def test_shares_are_as_asked() -> None:
+    x = torch.ones(2000, 1, 8, 8)
+    assert float(augmented(x, {"mask": 0.3}, (0,)).eq(0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    noise = augmented(x, {"noise": 0.7}, (0,)) - 1
+    assert float(noise.std()) == pytest.approx(0.7, rel=0.02)
+    turned = x.clone()
+    turned[..., :4] = 0
+    flipped = augmented(turned, {"flip": 0.25}, (0,))
+    assert float((flipped[:, 0, 0, 0] == 1).float().mean()) == pytest.approx(0.25, abs=0.03)
+    tokens = torch.arange(1000).reshape(10, 100)
+    masked = augmented(tokens, {"mask": 0.2}, (0,))
+    assert masked.dtype == tokens.dtype
+    assert float((masked != tokens).float().mean()) == pytest.approx(0.2, abs=0.04)
+
+
+def test_a_rotation_turns(monkeypatch) -> None:
+    """An angle of 90 degrees is a transpose and a flip."""
+    x = images(3)
+    monkeypatch.setattr(augmentation, "_uniform", lambda num, generator: torch.tensor([1.0, -1.0, 1.0]))
+    turned = augmented(x, {"rotate": 90.0}, (0,))
+    either = [torch.rot90(x, k, (2, 3)) for k in (1, -1)]
+    assert any(torch.allclose(turned[0], e[0], atol=1e-5) for e in either)
+    assert any(torch.allclose(turned[1], e[1], atol=1e-5) for e in either)
+    assert not torch.allclose(turned[0], turned[1])
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "schedule": ({"schedule": "cos"}, "schedule must be one of linear, constant, cosine, step, exponential, plateau"),
+    "precision": ({"precision": "half"}, "precision must be one of float32, bfloat16; got 'half'"),
+    "warmup": ({"warmup": -1}, "warmup must be a number of steps, zero or more; got -1"),
+    "accumulate": ({"accumulate": 0}, "accumulate must be a number of batches, at least 1; got 0"),
+    "clip": ({"clip": math.nan}, "clip must be a positive number; got nan"),
+    "decay": ({"weight_decay": -1.0}, "weight_decay must be zero or a positive number"),
+    "ema": ({"ema": 1.0}, "ema must be between 0 and 1, as 0.999; got 1.0"),
+    "penalty": ({"regularize": {"l3": 1.0}}, "regularize must be one of l1, l2, nuclear, spectral, orthogonal"),
+    "strength": ({"regularize": {"l1": -1.0}}, "regularize l1 must be zero or a positive number"),
+    "two penalties": ({"regularize": {"l1": 1.0, "nuclear": 1.0}}, "takes one penalty, or l1 and l2 together"),
+    "augment": ({"augment": {"swirl": 1.0}}, "augment must be of shift, rotate, scale, flip, cutout, noise, mask"),
+    "too much": ({"augment": {"flip": 2.0}}, "augment flip must be between 0 and 1; got 2.0"),
+    "best": ({"best": "accuracy"}, "best must be max:NAME or min:NAME, as in max:accuracy; got 'accuracy'"),
+    "patience": ({"patience": 3}, "patience needs best="),
+    "seconds": ({"seconds": math.inf, "steps": None}, "seconds must be finite, got inf"),
+    "seed": ({"seed": 2**64}, "seed must be a whole number from 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options_are_named(tmp_path, name: str) -> None:
+    options, message = WRONG[name]
+    with pytest.raises(InputError, match=message):
+        gm.train(task(), out=tmp_path / "run", **({"steps": 3} | options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_changed_is_named() -> None:
+    with pytest.raises(UnsupportedError, match=r"needs images .* got \(16, 15\)"):
+        gm.train(task(train_batches=lambda e, g: [(X[:16, :15], Y[:16])]), steps=1, augment={"shift": 1})
+    with pytest.raises(UnsupportedError, match="noise needs floating numbers"):
+        augmented((Y,), {"noise": 1.0}, (0,))
+    with pytest.raises(InputError, match="LBFGS has no weight decay; use regularize l2"):
+        gm.train(task(), steps=1, optimizer=lambda m: torch.optim.LBFGS(m.parameters()), weight_decay=0.1)
+    with pytest.raises(TaskError, match=r"optimizer\(model\) must return a torch.optim.Optimizer, got a int"):
+        gm.train(task(), steps=1, optimizer=lambda m: 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("digits", "digits-10")])
+def test_the_built_in_tasks_learn(name: str) -> None:
+    run = gm.train(TASKS[name].make(), optimizer="adamw", lr=0.005, steps=60)
+    assert run.history[-1]["loss"] < 0.9 * run.history[0]["loss"]
+
+
+def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypatch) -> None:
+    from gramian.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "diabetes", "--compare", "adamw,auto", "--steps", "3", "--out", "runs", "--quiet"]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["adamw", "whitened_muon"]
+    capsys.readouterr()
+    assert main(["train", "diabetes", "--compare", "adamw,sgd", "--steps", "20"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()] == ["optimizer", "adamw", "sgd"]
+    assert out.count("█") >= 1
+    for options, message in (
+        (["--compare", "adamw"], "takes two different optimizers or more; got adamw"),
+        (["--compare", "adamw,adagrad"], "unknown optimizer 'adagrad'"),
+        (["--compare", "adamw,sgd", "--lr", "1"], "leave out --optimizer and --lr"),
+    ):
+        assert main(["train", "diabetes", "--steps", "2", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_options_are_part_of_the_identity() -> None:
+    assert Options().identity() == {}
+    assert Options(regularize={"l1": 1e-4}, clip=1.0).identity() == {"regularize": "l1=0.0001", "clip": "1.0"}

@@ -1,0 +1,423 @@
+"""A run survives what happens to it: bad numbers, other people's files, full disks, signals, and its own task."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import gramian as gm
+from cases import seeded
+from gramian.checkpoint import load_tree, save_tensors, save_tree, writing
+from gramian.errors import CheckpointError, GramianWarning, InputError, TaskError
+from gramian.tasks import load
+from gramian.training import folder
+
+X = torch.randn(48, 6, generator=seeded(0))
+Y = (X[:, 0] > 0).long()
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def batches(epoch: int, generator: torch.Generator):
+    for part in torch.randperm(len(X), generator=generator).split(16):
+        yield X[part], Y[part]
+
+
+def evaluate(model: nn.Module) -> dict[str, Any]:
+    return {"accuracy": np.float64((model(X).argmax(-1) == Y).float().mean().item())}
+
+
+def task(**changes: Any) -> gm.Task:
+    parts = {"model": net, "objective": gm.Objective.classification(), "train_batches": batches, "evaluate": evaluate}
+    return gm.Task(**(parts | changes))
+
+
+class Stop(BaseException):
+    """Somebody pulled the plug."""
+
+
+def stopping(step: int):
+    def on_step(run: gm.Run, share: float) -> None:
+        if run.steps == step:
+            raise Stop
+
+    return on_step
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """A checkpoint after every step."""
+    monkeypatch.setattr(folder, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(folder, "LARGEST_SHARE", float("inf"))
+
+
+def tensors(run: gm.Run) -> list[Tensor]:
+    return [t.clone() for t in run.model.state_dict().values()]
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), np.int64(3), torch.tensor(0.5), True], ids=repr)
+def test_numbers_of_any_make_are_taken(often, tmp_path, number: Any) -> None:
+    run = gm.train(task(evaluate=lambda model: {"a": number}), steps=2, optimizer="adamw", out=tmp_path)
+    assert run.metrics["a"] == float(number)
+    assert type(run.metrics["a"]) in (int, float)
+
+
+def poisoned(*bad: int):
+    """The batches with these numbers (from 0) not finite."""
+    seen = [0]
+
+    def made(epoch: int, generator: torch.Generator):
+        for x, y in batches(epoch, generator):
+            yield (x * float("nan") if seen[0] in bad else x), y
+            seen[0] += 1
+
+    return made
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_loss_that_is_not_finite_costs_one_step(tmp_path, optimizer: str) -> None:
+    """Weights, batch statistics and the averages of the loss are those of the other steps."""
+    with pytest.warns(GramianWarning, match="1 of 60 steps were skipped"):
+        run = gm.train(task(train_batches=poisoned(11)), steps=60, optimizer=optimizer, out=tmp_path)
+    assert (run.skipped, run.diverged) == (1, False)
+    assert all(torch.isfinite(t).all() for t in tensors(run))
+    assert all(np.isfinite(row["loss"]) for row in run.history)
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "model.safetensors"]
+
+
+def test_a_gradient_that_is_not_finite_costs_one_step() -> None:
+    class Root(torch.autograd.Function):
+        calls = 0
+
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+            Root.calls += 1
+            return grad / 0 if Root.calls == 5 else grad
+
+    objective = gm.Objective.classification(predict=lambda model, batch: Root.apply(model(batch[0])))
+    with pytest.warns(GramianWarning, match="1 of 12 steps were skipped"):
+        run = gm.train(task(objective=objective), steps=12, optimizer="adamw")
+    assert all(torch.isfinite(t).all() for t in tensors(run))
+
+
+def test_ten_in_a_row_end_the_run_and_its_checkpoint_stays(often, tmp_path) -> None:
+    with pytest.warns(GramianWarning, match="not finite in 10 steps in a row; stopped after 17 steps"):
+        run = gm.train(task(train_batches=poisoned(*range(7, 60))), steps=60, optimizer="adamw", out=tmp_path)
+    assert run.diverged
+    kept = load_tree(tmp_path / "checkpoint.safetensors")
+    assert kept["steps"] == 7
+    assert all(torch.isfinite(t).all() for t in kept["model"].values())
+    assert not (tmp_path / "model.safetensors").exists()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_batch_whose_labels_are_all_ignored_adds_nothing(tmp_path) -> None:
+    def with_ignored(epoch: int, generator: torch.Generator):
+        first, *others = batches(epoch, generator)
+        return [first, (X[:16], torch.full((16,), -100)), *others]
+
+    run = gm.train(task(train_batches=with_ignored), epochs=3, optimizer="adamw", out=tmp_path)
+    assert (run.steps, run.skipped) == (12, 0)
+    assert [row["step"] for row in run.history if not np.isfinite(row["loss"])] == [2, 6, 10]  # no loss at all
+
+
+class Random(Dataset):
+    """Samples changed by each of the three global generators."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
+        return X[index] + noise, Y[index]
+
+
+def test_global_generators_are_the_runs_own(often, tmp_path) -> None:
+    """Batches that draw from them between steps, beside dropout, come back exactly; afterwards nothing has changed."""
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    what = task(train_batches=lambda epoch, generator: DataLoader(Random(), batch_size=16, shuffle=True))
+    whole = gm.train(what, steps=11, optimizer="adamw", out=tmp_path / "whole")
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])
+    for step in (5, 8):
+        with pytest.raises(Stop):
+            gm.train(what, steps=11, optimizer="adamw", out=tmp_path / "a", resume=True, on_step=stopping(step))
+    broken = gm.train(what, steps=11, optimizer="adamw", out=tmp_path / "a", resume=True)
+    assert broken.resumed == 7
+    assert all(map(torch.equal, tensors(whole), tensors(broken)))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+FOREIGN = {
+    "model.safetensors": lambda path: save_tensors(path, {"w": X}),
+    "metrics.jsonl": lambda path: path.write_text("mine\n"),
+    "checkpoint.safetensors": lambda path: save_tensors(path, {"w": X}),
+}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_refused_by_name(tmp_path, name: str, resume: bool) -> None:
+    FOREIGN[name](tmp_path / name)
+    (tmp_path / ".tmpA1b2C3").write_text("mine")
+    before = {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)}
+    with pytest.raises(InputError, match=r"is not from a run|are not from a run|holds an unfinished run") as caught:
+        gm.train(task(), steps=2, out=tmp_path, resume=resume)
+    assert "\n" not in str(caught.value)
+    assert before == {file: (tmp_path / file).read_bytes() for file in os.listdir(tmp_path)}
+
+
+def test_what_is_not_the_runs_stays(tmp_path) -> None:
+    for name in (".tmpA1b2C3", ".checkpoint.safetensors.mine.tmp", "notes"):
+        (tmp_path / name).write_text("mine")
+    gm.train(task(), steps=2, optimizer="adamw", out=tmp_path)
+    assert {".tmpA1b2C3", ".checkpoint.safetensors.mine.tmp", "notes"} < set(os.listdir(tmp_path))
+
+
+def test_a_task_that_fails_changes_nothing(tmp_path) -> None:
+    gm.train(task(), steps=2, optimizer="adamw", out=tmp_path / "old")
+    before = {file: (tmp_path / "old" / file).read_bytes() for file in os.listdir(tmp_path / "old")}
+
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        raise ValueError("no")
+
+    for where in ("old", "new/er"):
+        with pytest.raises(TaskError, match=r"the forward pass or the loss raised ValueError: no \(test_training_surv"):
+            gm.train(task(objective=broken), steps=9, out=tmp_path / where)
+    assert before == {file: (tmp_path / "old" / file).read_bytes() for file in os.listdir(tmp_path / "old")}
+    assert os.listdir(tmp_path) == ["old"]
+
+
+def test_the_checkpoint_before_is_used_where_the_last_is_damaged(often, tmp_path) -> None:
+    options: dict[str, Any] = {"steps": 11, "optimizer": "muon"}
+    whole = gm.train(task(), out=tmp_path / "whole", **options)
+    with pytest.raises(Stop):
+        gm.train(task(), out=tmp_path / "a", on_step=stopping(7), **options)
+    for damage in (lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[: len(data) // 2]):
+        path = tmp_path / "a" / "checkpoint.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.warns(GramianWarning, match="Resumed from the checkpoint before, of step 5"), pytest.raises(Stop):
+            gm.train(task(), out=tmp_path / "a", resume=True, on_step=stopping(6), **options)
+    with pytest.warns(GramianWarning, match="of step 5"):
+        broken = gm.train(task(), out=tmp_path / "a", resume=True, **options)
+    assert broken.resumed == 5
+    assert all(map(torch.equal, tensors(whole), tensors(broken)))
+
+
+def test_a_checkpoint_of_another_format_is_named(often, tmp_path) -> None:
+    with pytest.raises(Stop):
+        gm.train(task(), steps=9, out=tmp_path, on_step=stopping(2))
+    state = load_tree(tmp_path / "checkpoint.safetensors")
+    save_tree(tmp_path / "checkpoint.safetensors", state | {"format": 99})
+    with pytest.raises(CheckpointError, match="a run of format 99; this version of gramian reads 2"):
+        gm.train(task(), steps=9, out=tmp_path, resume=True)
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_stays(often, tmp_path, monkeypatch) -> None:
+    write, calls = writing._write, []
+
+    def full(file: Any, *arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        write(file, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_write", full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            gm.train(task(), steps=9, optimizer="adamw", out=tmp_path)
+    assert load_tree(tmp_path / "checkpoint.safetensors")["steps"] == 3
+    assert load_tree(tmp_path / "checkpoint.previous.safetensors")["steps"] == 2
+    assert gm.train(task(), steps=9, optimizer="adamw", out=tmp_path, resume=True).resumed == 3
+
+
+def test_metrics_that_cannot_be_written_are_written_later(tmp_path, monkeypatch) -> None:
+    calls: list[int] = []
+
+    def away(run: gm.Run, share: float) -> None:
+        calls.append(run.steps)
+        path = tmp_path / "metrics.jsonl"
+        if run.steps == 3:
+            path.unlink()
+            path.mkdir()
+        if run.steps == 6:
+            path.rmdir()
+
+    with pytest.warns(GramianWarning, match=r"metrics.jsonl could not be written \(Is a directory\)"):
+        run = gm.train(task(), steps=9, optimizer="adamw", out=tmp_path, on_step=away)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == run.history
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path) -> None:
+    def away(run: gm.Run, share: float) -> None:
+        if run.steps == 2:
+            os.rename(tmp_path / "a", tmp_path / "b")
+
+    with (
+        pytest.raises(InputError, match=r"a.*(does not exist|No such file)"),
+        pytest.warns(GramianWarning),
+    ):
+        gm.train(task(), steps=40, optimizer="adamw", out=tmp_path / "a", on_step=away)
+
+
+def test_a_task_may_change_folders(tmp_path, monkeypatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def moves() -> nn.Module:
+        os.chdir(tmp_path / "elsewhere")
+        return net()
+
+    gm.train(task(model=moves), steps=2, optimizer="adamw", out="run")
+    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.jsonl", "model.safetensors"]
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+# ---- task files ------------------------------------------------------------------------------------------------------
+
+TASK = """
+from __future__ import annotations
+import torch, gramian as gm
+from torch import nn
+from torch.utils.data import DataLoader
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 32
+    def __getitem__(self, i): return torch.randn(6, generator=torch.Generator().manual_seed(i)), i % 2
+
+def first(batch):
+    return torch.stack([x for x, _ in batch]), torch.tensor([y for _, y in batch])
+
+def task():
+    loader = lambda epoch, generator: DataLoader(Data(), 8, num_workers=1, collate_fn=first,
+                                                 multiprocessing_context="spawn")
+    return gm.Task(lambda: nn.Linear(6, 2), gm.Objective.classification(), loader, lambda model: {"one": 1.0})
+"""
+
+
+WITHOUT_WORKERS = TASK.replace("num_workers=1", "num_workers=0").replace('"spawn"', "None")
+
+
+@pytest.mark.slow
+def test_spawned_workers_import_a_task_file(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_loader_task.py").write_text(TASK)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    run = gm.train(load(f"{tmp_path}/my_loader_task.py:task"), steps=5, optimizer="adamw")
+    assert run.steps == 5
+
+
+def test_a_task_is_known_by_its_path_and_function(often, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "task.py").write_text(WITHOUT_WORKERS)
+    one, two = (load(f"{tmp_path / name}/task.py:task") for name in ("one", "two"))
+    assert one.name == two.name == "task.py:task"
+    with pytest.raises(Stop):
+        gm.train(one, steps=5, out=tmp_path / "run", on_step=stopping(3))
+    with pytest.raises(InputError, match=r"one/task.py:task, not .*two/task.py:task"):
+        gm.train(two, steps=5, out=tmp_path / "run", resume=True)
+    assert not list(tmp_path.glob("*/__pycache__"))
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+SLOW = (
+    WITHOUT_WORKERS
+    + """
+def slow():
+    import dataclasses, time
+    def evaluate(model):
+        time.sleep(0.02)
+        return {"one": 1.0}
+    return dataclasses.replace(task(), evaluate=evaluate)
+
+def workers():
+    import dataclasses, time
+    class Waiting(Data):
+        def __getitem__(self, i):
+            if i == 20: time.sleep(100)
+            return super().__getitem__(i)
+    loader = lambda epoch, generator: DataLoader(Waiting(), 8, num_workers=1, collate_fn=first)
+    return dataclasses.replace(task(), train_batches=loader)
+"""
+)
+
+
+def started(tmp_path: Path, function: str, *options: str) -> subprocess.Popen:
+    (tmp_path / "task.py").write_text(SLOW)
+    command = [
+        sys.executable,
+        "-m",
+        "gramian",
+        "train",
+        f"task.py:{function}",
+        "--optimizer",
+        "adamw",
+        "--init",
+        "default",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *options], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_run(tmp_path, number: int, code: int) -> None:
+    process = started(tmp_path, "slow", "--steps", "4000", "--out", "run")
+    wait_for(tmp_path / "run" / "checkpoint.safetensors", process)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err.splitlines()[-1].endswith("continue with the same command and --resume")
+    assert "Traceback" not in err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert load_tree(tmp_path / "run" / "checkpoint.safetensors")["steps"] >= json.loads(lines[-1])["step"]
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_run_do_not_hold_the_lock(tmp_path) -> None:
+    process = started(tmp_path, "workers", "--steps", "100", "--out", "run")
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    process.kill()
+    process.communicate()
+    sys_path = list(sys.path)
+    gm.train(task(), steps=1, optimizer="adamw", out=tmp_path / "run")
+    sys.path[:] = sys_path
