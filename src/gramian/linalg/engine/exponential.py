@@ -79,7 +79,7 @@ def exponential(a: Pair, times: Product) -> Exponential:
     powers = [_scaled(x, (k + 1) * (start - squarings)) for k, x in enumerate(powers[:block])]
     x = _taylor(powers, degree, times)
     small = alpha < degree / 2 + 1
-    tail = math.sqrt(n) * alpha ** (degree + 1) / math.factorial(degree + 1) / (1 - alpha / (degree + 2))
+    tail = math.sqrt(n) * alpha ** (degree + 1) / float(math.factorial(degree + 1)) / (1 - alpha / (degree + 2))
     error = torch.where(small & ~hopeless, x.error + tail * (1 + 2.0**-40), math.inf)
     remainder = tail / norm(x.hi)
     exponent = torch.zeros_like(squarings)
@@ -123,7 +123,7 @@ def _plan(sizes: list[Tensor], start: Tensor, fine: bool) -> tuple[Tensor, tuple
     best: tuple[int, Tensor, tuple[int, int]] | None = None
     for degree, block in SCHEMES:
         target = FINE_REMAINDER if fine else REMAINDER
-        theta = (target * math.factorial(degree + 1)) ** (1 / (degree + 1))
+        theta = (target * float(math.factorial(degree + 1))) ** (1 / (degree + 1))
         alpha = _alpha(sizes, degree)
         # log₂(α 2^start / θ), rounded up.
         need = torch.where(alpha > 0, (alpha / theta).log2().ceil() + start, 0.0)

@@ -87,6 +87,24 @@ def register(function: MatrixFunction) -> MatrixFunction:
     return function
 
 
+def of_eigenvalues(mp: Any, m: Any, f: Callable[[Any], Any]) -> Any:
+    """V f(Λ) V⁻¹ in mpmath for M = VΛV⁻¹; None where f gives None for an eigenvalue."""
+    for digits in (80, 250):
+        with mp.workdps(digits):
+            w, v = mp.eig(m)
+            values = [f(x) for x in w]
+            if any(y is None for y in values):
+                return None
+            try:
+                inverse = v**-1
+            except ZeroDivisionError:
+                continue
+            # The digits that a matrix far from normal loses.
+            if mp.norm(v) * mp.norm(inverse) < mp.mpf(10) ** (digits // 2 - 10):
+                return (v * mp.diag(values) * inverse).apply(mp.re)
+    return None
+
+
 def examples() -> Iterator[tuple[str, str, Options]]:
     """Each example of each registered function: its own name, the function's, and its options from the matrix."""
     for name, function in FUNCTIONS.items():
