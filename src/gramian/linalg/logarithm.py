@@ -31,7 +31,7 @@ NEAR = 0.25
 ORDER = 7
 ROOTS = 40
 CORRECTIONS = 2
-GRID = 8
+GRID = 64
 LN2, LN2_LOW = math.log(2), 2.3190468138462996e-17
 """ln 2 to 106 bits."""
 
@@ -104,23 +104,29 @@ def _slope(x: Tensor, d: Tensor) -> Tensor:
     return torch.linalg.matrix_exp(block)[..., :n, n:] * unit
 
 
-def _growth(x: Tensor) -> Tensor:
-    """A bound on ‖e^(tX)‖₂ for 0 ≤ t ≤ 1, from t = 1/8, 2/8, …"""
+def _curvature(x: Tensor) -> Tensor:
+    """A bound on half the second derivative of the exponential at X: ‖e^(uX)‖₂ ‖e^(vX)‖₂ ‖e^(wX)‖₂/2, u + v + w = 1.
+
+    The norms are known where u is a multiple of 1/GRID, and between them within e^(‖X‖/GRID).
+    """
     part = torch.linalg.matrix_exp(x / GRID)
-    power, most = part, torch.ones_like(x[:, 0, 0])
+    power, sizes = part, [torch.zeros_like(x[:, 0, 0])]
     for _ in range(GRID):
         top = power.abs().amax((-2, -1)).clamp_min(2.0**-1000)
-        most = most.maximum(top * two_norm(power / top[:, None, None]))
+        sizes.append((top * two_norm(power / top[:, None, None])).log())
         power = power @ part
-    return most * (norm(x) / GRID).exp() * (1 + 1e-6)
+    g = torch.stack(sizes, -1)
+    pairs = torch.stack([(g[:, : i + 1] + g[:, : i + 1].flip(-1)).amax(-1) for i in range(GRID + 1)], -1)
+    most = (g + pairs.flip(-1)).amax(-1)
+    return 0.5 * (most + 3 * (two_norm(x / 2.0**20) * 2.0**20) / GRID).exp() * (1 + 1e-6)
 
 
 def _inverse_scaling(x: Tensor, *, rtol: float) -> Answer:
     """Inverse scaling and squaring to X, Newton's corrections on A − e^X in double-double, and a bound on the remainder.
 
-    With X* = X + D*, e^X + L(D*) + R = A, where L is the derivative of the exponential at X and ‖R‖ ≤ ‖D*‖²g³/2 for
-    g ≥ ‖e^(tX)‖₂, 0 ≤ t ≤ 1 + ‖D*‖. With E = A − e^X and D ≈ L⁻¹E, ‖D* − D‖ ≤ β(‖E − L(D)‖ + ‖R‖), β ≥ ‖L⁻¹‖, and ‖D*‖
-    is at most twice ‖L⁻¹E‖ where βg³ times that is small (Kantorovich).
+    With X* = X + D*, e^X + L(D*) + R = A, where L is the derivative of the exponential at X and ‖R‖ ≤ c‖D*‖² with
+    half the bound c on its second derivative. With E = A − e^X and D ≈ L⁻¹E, ‖D* − D‖ ≤ β(‖E − L(D)‖ + ‖R‖), β ≥ ‖L⁻¹‖, and ‖D*‖
+    is at most twice ‖L⁻¹E‖ where βc times that is small (Kantorovich). The factors 2 below are for the way from X to X*.
     """
     n = x.shape[-1]
     if not x[0:1].numel():
@@ -145,7 +151,7 @@ def _inverse_scaling(x: Tensor, *, rtol: float) -> Answer:
     images = _along(r, along.basis.expand(-1, x.shape[0], -1, -1))
     left = frobenius(along.basis - _slope(close.hi, images), along)
     beta = torch.where(left < 0.25, 1.5 * operator_norm(images, along), math.inf)
-    curve = beta * _growth(close.hi) ** 3
+    curve = 2 * beta * _curvature(close.hi)
     rest = beta * (norm(e - _slope(close.hi, d)) + e_error + 1e-8 * norm(e))
     first = norm(d) + rest
     known = r.ok & (curve * first < 0.1)
@@ -154,7 +160,7 @@ def _inverse_scaling(x: Tensor, *, rtol: float) -> Answer:
     high = plus(value, (shift * LN2)[:, None, None] * eye)
     # The product with ln 2 is rounded.
     lost = torch.where(down == 0, 0.0, U * math.sqrt(n) * LN2 * shift.abs())
-    error = torch.where(known, (2 * curve * first**2 + rest + norm(high.lo) + lost) * (1 + 2.0**-20), math.inf)
+    error = torch.where(known, (4 * curve * first**2 + rest + norm(high.lo) + lost) * (1 + 2.0**-20), math.inf)
     reason = torch.where(r.ok, torch.where(known, cert.NONE, cert.INACCURATE), cert.ON_CUT)
     out = torch.where(keep, high.hi, math.nan)
     residual = norm(e) / norm(a.hi).clamp_min(2.0**-1000)
