@@ -312,12 +312,12 @@ EXPONENTIAL = recomputed(lambda arguments: (torch.linalg.matrix_exp(arguments["m
 def _logarithm(arguments: Arguments) -> Values:
     """By square roots and a Padé approximant, as the value, in operations with derivatives."""
     from gramian.linalg.logarithm import gauss_legendre  # whose derivative this is
-    from gramian.linalg.principal_root import principal_root_ex
+    from gramian.linalg.principal_root import plain_root
 
     x = arguments["m"]
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     for _ in range(ROOTS):
-        x, _ = principal_root_ex(x)
+        x = plain_root(x)
     y = x - eye
     total = sum(weight * torch.linalg.inv_ex(eye + node * y)[0] for node, weight in gauss_legendre(12))
     return (2.0**ROOTS * (y @ total),)

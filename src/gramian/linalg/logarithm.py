@@ -16,10 +16,10 @@ from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, minus, pair, plus, product
 from gramian.linalg.engine.escalation import Answer, Method
-from gramian.linalg.engine.exponential import exponential, two_norm
+from gramian.linalg.engine.exponential import SCHEMES, exponential, two_norm
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues, register
 from gramian.linalg.engine.rounding import U, norm
-from gramian.linalg.engine.scaling import scale
+from gramian.linalg.engine.scaling import pow2, scale
 from gramian.linalg.engine.stable import Stable, directions, frobenius, inverse, operator_norm, refined
 from gramian.linalg.principal_root import denman_beavers, on_cut, root_equation
 
@@ -50,14 +50,16 @@ class Roots(NamedTuple):
 
     Attributes:
         value: the logarithm.
-        equations: those of the roots A^(1/2), A^(1/4), …
+        equations: those of the roots A^(1/2), A^(1/4), … and, for each, the matrices (B,) that took this root.
+        counts: `(B,)`, k.
         parts: the (I + xY)⁻¹ of the last one, I + Y.
         ok: where all roots are principal ones, and Y is small.
         steps: of the iterations.
     """
 
     value: Tensor
-    equations: list[Stable]
+    equations: list[tuple[Stable, Tensor]]
+    counts: Tensor
     parts: list[Tensor]
     ok: Tensor
     steps: int
@@ -68,30 +70,34 @@ def _roots(a: Tensor) -> Roots:
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     ok = a.isfinite().flatten(1).all(1)
     x = torch.where(ok[:, None, None], a, eye)
-    steps = 0
-    equations: list[Stable] = []
-    while len(equations) < ROOTS and bool((two_norm(x - eye) > NEAR).any()):
-        root = denman_beavers(x)
+    steps, counts = 0, torch.zeros(len(x), dtype=torch.long, device=x.device)
+    equations: list[tuple[Stable, Tensor]] = []
+    while len(equations) < ROOTS:
+        far = ok & (two_norm(x - eye) > NEAR)
+        if not bool(far.any()):
+            break
+        root = denman_beavers(torch.where(far[:, None, None], x, eye))
         s = root_equation(root)
         ok = ok & s.ok & root.converged
-        x = torch.where(ok[:, None, None], s.n, eye)
-        steps += root.steps + len(s.steps.factors)
-        equations.append(s)
+        far = far & ok
+        x = torch.where(far[:, None, None], s.n, torch.where(ok[:, None, None], x, eye))
+        steps, counts = steps + root.steps + len(s.steps.factors), counts + far
+        equations.append((s, far))
     y = x - eye
     parts = [inverse(eye + node * y)[0] for node, _ in gauss_legendre()]
     value = sum((weight * part for (_, weight), part in zip(gauss_legendre(), parts, strict=True)), torch.zeros_like(y))
-    value = 2.0 ** len(equations) * (y @ value)
-    return Roots(value, equations, parts, ok & (two_norm(y) < 0.5), steps)
+    value = scale(y @ value, counts)
+    return Roots(value, equations, counts, parts, ok & (two_norm(y) < 0.5), steps)
 
 
 def _along(r: Roots, e: Tensor) -> Tensor:
     """The derivative of the logarithm along E (..., B, n, n)."""
-    for s in r.equations:
-        e = refined(s, e)
+    for s, far in r.equations:
+        e = torch.where(far[:, None, None], refined(s, e), e)
     out = torch.zeros_like(e)
     for (_, weight), part in zip(gauss_legendre(), r.parts, strict=True):
         out = out + weight * (part @ e @ part)
-    return 2.0 ** len(r.equations) * out
+    return out * pow2(r.counts)[:, None, None]
 
 
 def _slope(x: Tensor, d: Tensor) -> Tensor:
@@ -141,7 +147,7 @@ def _inverse_scaling(x: Tensor, *, rtol: float) -> Answer:
     target = Pair(torch.where(keep, a.hi, eye), a.lo, a.error)
     close = pair(torch.where(keep, r.value, 0.0))
     for step in range(CORRECTIONS + 1):
-        found = exponential(close, product)
+        found = exponential(close, product, SCHEMES[-2:-1])
         e, e_error = minus(target, _restored(found.value, found.exponent))
         d = _along(r, e)
         d = torch.where((norm(d) < 0.1)[:, None, None], d, 0.0)

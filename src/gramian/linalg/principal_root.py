@@ -18,7 +18,7 @@ from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.rounding import norm
-from gramian.linalg.engine.stable import Stable, inverse, solve, stable
+from gramian.linalg.engine.stable import Stable, inverse, solve, solved, stable
 
 STEPS = 60
 CORRECTIONS = 2
@@ -63,6 +63,37 @@ def root_equation(root: Root) -> Stable:
     """What solves XZ + ZX = C, the derivative of X²; its eigenvalues tell that X is the principal root."""
     eye = torch.eye(root.value.shape[-1], dtype=root.value.dtype, device=root.value.device)
     return stable(torch.where(root.converged[:, None, None], root.value, eye))
+
+
+class _Root(torch.autograd.Function):
+    @staticmethod
+    def forward(m: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        root = denman_beavers(m.reshape(-1, *m.shape[-2:]))
+        return torch.where(root.converged[:, None, None], root.value, torch.nan).reshape(m.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return solved(ctx.saved_tensors[0].mT, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return solved(ctx.saved_tensors[0], tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, m: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Root.apply(m.movedim(in_dims[0], 0)), 0
+
+
+def plain_root(m: Tensor) -> Tensor:
+    """The principal square root (..., n, n) without a certificate, differentiable; NaN where there is none."""
+    out = _Root.apply(m)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _newton(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:

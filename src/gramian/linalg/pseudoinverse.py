@@ -203,11 +203,11 @@ def lstsq_ex(
     value = y @ wide
     if has_no_values(value):
         return value.to(dtype), proof
-    size, right, length = (norm(x.detach().flatten(0, -3)) for x in (y, wide, value))
+    size, right, length = (norm(x.detach().reshape(-1, *x.shape[-2:])) for x in (y, wide, value))
     out = value.to(dtype)
     # The rounding of the pseudoinverse, of the product, and to the dtype.
     error = (proof.error_bound.flatten() * 1.01 + gamma(m + 1)) * size * right
-    error = error + (norm((out.detach().double() - value.detach()).flatten(0, -3)) if dtype != torch.float64 else 0.0)
+    error = error + (norm((out.detach().double() - value.detach()).reshape(-1, *out.shape[-2:])) if dtype != torch.float64 else 0.0)
     bound = torch.where(right == 0, 0.0, error / (length - error).clamp_min(0))
     reason = proof.reason.flatten()
     reason = torch.where((reason == cert.INACCURATE) & bound.isfinite(), cert.NONE, reason)
