@@ -361,7 +361,7 @@ ONE = {
     "product_scaled": lambda m: gl.product_scaled([m, m.mT]), "syrk": gl.syrk, "second_moment": gl.second_moment,
     "matmul": lambda m: gl.matmul(m, m), "spectral_radius": gl.spectral_radius, "spectral_density": gl.spectral_density,
     "eigvalsh_top": lambda m: gl.eigvalsh_top(m, 2), "expm": gl.expm, "logm": gl.logm, "pinv": gl.pinv,
-    "sign": lambda m: gl.sign(m - m.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(m.shape[-1]).to(m)),
+    "sign": lambda m: gl.sign(m @ torch.diag((-1.0) ** torch.arange(m.shape[-1])).to(m)),
     "lstsq": lambda m: gl.lstsq(m, m[..., :2].tril()),
 }  # fmt: skip
 """Every public function, as a function of one definite matrix."""

@@ -171,7 +171,9 @@ def _pseudoinverse_vjp(a: Tensor, y: Tensor, g: Tensor) -> Tensor:
 
 
 PSEUDOINVERSE = Rule(
-    lambda arguments, values, given: {"a": _pseudoinverse_vjp(arguments["a"].double(), values[0].double(), only(given))},
+    lambda arguments, values, given: {
+        "a": _pseudoinverse_vjp(arguments["a"].double(), values[0].double(), only(given))
+    },
     lambda arguments, values, tangents: (
         _pseudoinverse_along(arguments["a"].double(), values[0].double(), tangents["a"].double()),
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -108,9 +107,7 @@ def expm_ex(
     return evaluate(EXPM, m, method=method, rtol=rtol)
 
 
-def expm(
-    m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
-) -> Float[Tensor, "*b n n"]:
+def expm(m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b n n"]:
     """The exponential of a square matrix.
 
     expm(M) = I + M + M²/2! + M³/3! + …

@@ -26,7 +26,9 @@ from gramian.linalg.principal_root import denman_beavers, on_cut, root_equation
 __all__ = ["logm", "logm_ex"]
 
 NEAR = 0.25
-"""‖A^(1/2ᵏ) − I‖₂ at which the Padé approximant of order `ORDER` is good to u (0.264 for 7; Higham (2008), table 11.1)."""
+"""‖A^(1/2ᵏ) − I‖₂ at which the Padé approximant of order `ORDER` is good to u (0.264 for 7).
+
+Higham, Functions of Matrices (2008), table 11.1."""
 
 ORDER = 7
 ROOTS = 40
@@ -66,7 +68,7 @@ class Roots(NamedTuple):
 
 
 def _roots(a: Tensor) -> Roots:
-    """Inverse scaling and squaring. Al-Mohy and Higham, SIAM J. Sci. Comput. 34 (2012), with other roots than Schur's."""
+    """Inverse scaling and squaring (Al-Mohy and Higham, SIAM J. Sci. Comput. 34 (2012)) without Schur forms."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     ok = a.isfinite().flatten(1).all(1)
     x = torch.where(ok[:, None, None], a, eye)
@@ -128,11 +130,12 @@ def _curvature(x: Tensor) -> Tensor:
 
 
 def _inverse_scaling(x: Tensor, *, rtol: float) -> Answer:
-    """Inverse scaling and squaring to X, Newton's corrections on A − e^X in double-double, and a bound on the remainder.
+    """Inverse scaling and squaring to X, Newton's corrections on A − e^X in double-double, and a bound on the rest.
 
     With X* = X + D*, e^X + L(D*) + R = A, where L is the derivative of the exponential at X and ‖R‖ ≤ c‖D*‖² with
-    half the bound c on its second derivative. With E = A − e^X and D ≈ L⁻¹E, ‖D* − D‖ ≤ β(‖E − L(D)‖ + ‖R‖), β ≥ ‖L⁻¹‖, and ‖D*‖
-    is at most twice ‖L⁻¹E‖ where βc times that is small (Kantorovich). The factors 2 below are for the way from X to X*.
+    half the bound c on its second derivative. With E = A − e^X, D ≈ L⁻¹E and β ≥ ‖L⁻¹‖,
+    ‖D* − D‖ ≤ β(‖E − L(D)‖ + ‖R‖), and ‖D*‖ is at most twice ‖L⁻¹E‖ where βc times that is small (Kantorovich). The
+    factors 2 below are for the way from X to X*.
     """
     n = x.shape[-1]
     if not x[0:1].numel():

@@ -207,7 +207,9 @@ def lstsq_ex(
     out = value.to(dtype)
     # The rounding of the pseudoinverse, of the product, and to the dtype.
     error = (proof.error_bound.flatten() * 1.01 + gamma(m + 1)) * size * right
-    error = error + (norm((out.detach().double() - value.detach()).reshape(-1, *out.shape[-2:])) if dtype != torch.float64 else 0.0)
+    error = error + (
+        norm((out.detach().double() - value.detach()).reshape(-1, *out.shape[-2:])) if dtype != torch.float64 else 0.0
+    )
     bound = torch.where(right == 0, 0.0, error / (length - error).clamp_min(0))
     reason = proof.reason.flatten()
     reason = torch.where((reason == cert.INACCURATE) & bound.isfinite(), cert.NONE, reason)

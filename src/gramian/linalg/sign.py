@@ -133,7 +133,7 @@ def sign_ex(
 
 
 def sign(m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b n n"]:
-    """The sign of a square matrix, which is 1 on its eigenvectors with eigenvalues right of the imaginary axis, else −1.
+    """The sign of a matrix: its eigenvectors, with 1 for eigenvalues right of the imaginary axis and −1 left of it.
 
     sign(M) = M (M²)^(-1/2), with the principal root; (I + sign(M))/2 projects onto an invariant subspace. It is not the
     sign of each entry, which `torch.sign` gives.

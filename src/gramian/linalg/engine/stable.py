@@ -18,6 +18,7 @@ from gramian.linalg.engine import lapack
 from gramian.linalg.engine.exponential import two_norm
 from gramian.linalg.engine.probes import FAILURE, GAINS, SEED
 from gramian.linalg.engine.rounding import U, norm
+
 STEPS = 60
 """Newton's steps at most. With scaling 8 to 12 are usual, and an eigenvalue 1e-16 from the imaginary axis takes 50."""
 
