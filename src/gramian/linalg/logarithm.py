@@ -129,6 +129,14 @@ def _curvature(x: Tensor) -> Tensor:
     return 0.5 * (most + 3 * (two_norm(x / 2.0**20) * 2.0**20) / GRID).exp() * (1 + 1e-6)
 
 
+def _correction(a: Pair, r: Roots, x: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """E = A − e^X, a bound on its error, and D ≈ L⁻¹E, zero where it is too large to correct anything."""
+    found = exponential(x, product, SCHEMES[-2:-1])
+    e, e_error = minus(a, _restored(found.value, found.exponent))
+    d = _along(r, e)
+    return e, e_error, torch.where((norm(d) < 0.1)[:, None, None], d, 0.0)
+
+
 def _inverse_scaling(x: Tensor, *, rtol: float) -> Answer:
     """Inverse scaling and squaring to X, Newton's corrections on A − e^X in double-double, and a bound on the rest.
 
@@ -149,13 +157,10 @@ def _inverse_scaling(x: Tensor, *, rtol: float) -> Answer:
     keep = r.ok[:, None, None]
     target = Pair(torch.where(keep, a.hi, eye), a.lo, a.error)
     close = pair(torch.where(keep, r.value, 0.0))
-    for step in range(CORRECTIONS + 1):
-        found = exponential(close, product, SCHEMES[-2:-1])
-        e, e_error = minus(target, _restored(found.value, found.exponent))
-        d = _along(r, e)
-        d = torch.where((norm(d) < 0.1)[:, None, None], d, 0.0)
-        if step < CORRECTIONS:
-            close = plus(close, d)
+    e, e_error, d = _correction(target, r, close)
+    for _ in range(CORRECTIONS):
+        close = plus(close, d)
+        e, e_error, d = _correction(target, r, close)
     along = directions(x)
     images = _along(r, along.basis.expand(-1, x.shape[0], -1, -1))
     left = frobenius(along.basis - _slope(close.hi, images), along)
