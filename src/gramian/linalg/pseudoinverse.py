@@ -85,7 +85,7 @@ def _exact(mp: Any, m: Any) -> Any:
         a = m.T if wide else m
         try:
             y = (a.T * a) ** -1 * a.T
-        except ZeroDivisionError:
+        except (ZeroDivisionError, TypeError):  # as in `exact_inverse`
             return None
         if not mp.norm(a) * mp.norm(y) < mp.mpf(10) ** 40:
             return None

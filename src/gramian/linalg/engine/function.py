@@ -101,7 +101,7 @@ def of_eigenvalues(mp: Any, m: Any, f: Callable[[Any], Any]) -> Any:
                 return None
             try:
                 inverse = v**-1
-            except ZeroDivisionError:
+            except (ZeroDivisionError, TypeError):  # a zero pivot
                 continue
             # The digits that a matrix far from normal loses.
             if mp.norm(v) * mp.norm(inverse) < mp.mpf(10) ** (digits // 2 - 10):
