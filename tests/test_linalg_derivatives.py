@@ -67,6 +67,18 @@ TWICE = {
         torch.diag(torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)),
         torch.tensor(0.5, dtype=torch.float64),
     ),
+    "expm": (lambda m: gl.expm(m, rtol=FINE), general(2, 4, 4)),
+    "logm": (lambda m: gl.logm(m, rtol=FINE), general(3, 3) / 2 + 2 * torch.eye(3, dtype=torch.float64)),
+    "sign": (lambda m: gl.sign(m, rtol=FINE), general(2, 4, 4)),
+    "sqrtm, not symmetric": (
+        lambda m, d: gl.sqrtm(m, d, symmetric=False, rtol=FINE),
+        general(2, 4, 4) / 2 + 3 * torch.eye(4, dtype=torch.float64),
+        torch.tensor(0.3, dtype=torch.float64),
+    ),
+    "pinv tall": (lambda a: gl.pinv(a, rtol=FINE), general(2, 5, 3)),
+    "pinv wide": (lambda a: gl.pinv(a, rtol=FINE), general(3, 5)),
+    "pinv square": (lambda a: gl.pinv(a, rtol=FINE), general(3, 3)),
+    "lstsq": (lambda a, b: gl.lstsq(a, b, rtol=FINE), general(5, 3), general(5, 2)),
     "polar tall": (refined, general(2, 5, 3)),
     "polar wide": (refined, general(3, 5)),
     "polar at ties": (refined, torch.eye(4, 3, dtype=torch.float64)),
@@ -348,7 +360,9 @@ ONE = {
     "pca": lambda m: gl.pca(m, 2), "matrix_power_scaled": lambda m: gl.matrix_power_scaled(m, 3),
     "product_scaled": lambda m: gl.product_scaled([m, m.mT]), "syrk": gl.syrk, "second_moment": gl.second_moment,
     "matmul": lambda m: gl.matmul(m, m), "spectral_radius": gl.spectral_radius, "spectral_density": gl.spectral_density,
-    "eigvalsh_top": lambda m: gl.eigvalsh_top(m, 2),
+    "eigvalsh_top": lambda m: gl.eigvalsh_top(m, 2), "expm": gl.expm, "logm": gl.logm, "pinv": gl.pinv,
+    "sign": lambda m: gl.sign(m @ torch.diag((-1.0) ** torch.arange(m.shape[-1])).to(m)),
+    "lstsq": lambda m: gl.lstsq(m, m[..., :2].tril()),
 }  # fmt: skip
 """Every public function, as a function of one definite matrix."""
 
@@ -481,14 +495,16 @@ def test_rows_that_are_all_the_same_vary_along_nothing():
 
 def test_the_condition_in_other_norms_is_torch_s_and_has_a_derivative():
     m = torch.cat([definite(2, 5), torch.zeros(1, 5, 5, dtype=torch.float64)])
-    for p in (1, math.inf, "fro", "nuc"):
+    for p in (1, -1, math.inf, -math.inf, -2, "fro", "nuc"):
         for a in (m, m.float()):
             value, certificate = gl.cond_ex(a, p)
             peer = torch.linalg.cond(a[:2].double(), p)
             assert certificate.converged.tolist() == [True, True, False]
             torch.testing.assert_close(value[:2].double(), peer, rtol=1e-5, atol=0)
             assert ((value[:2] - peer).abs() <= certificate.error_bound[:2] * peer).all()
-            assert value[2] == math.inf
-        assert gradcheck(lambda x, p=p: gl.cond(x, p, rtol=1e-10), m[0].clone().requires_grad_(), check_forward_ad=True)
+            assert value[2] == (0 if p == -2 else math.inf)
+        if p in (-1, -2, "nuc"):
+            leaf = m[0, :3, :3].clone().requires_grad_()
+            assert gradcheck(lambda x, p=p: gl.cond(x, p, rtol=1e-10), leaf, check_forward_ad=True, fast_mode=True)
     with pytest.raises(InputError, match="'fro'"):
-        gl.cond(m, -1)
+        gl.cond(m, 3)

@@ -31,6 +31,8 @@ from gramian.linalg.inverse_root import *
 from gramian.linalg.linear_system import *
 from gramian.linalg.logarithm import *
 from gramian.linalg.polar_factor import *
+from gramian.linalg.pseudoinverse import *
+from gramian.linalg.pseudoinverse import lstsq, lstsq_ex
 from gramian.linalg.sign import *
 from gramian.linalg.singular import *
 from gramian.linalg.square_root import *
@@ -44,6 +46,8 @@ __all__ = [
     "cond_ex",
     "eigvalsh_top",
     "eigvalsh_top_ex",
+    "lstsq",
+    "lstsq_ex",
     "matmul",
     "matmul_ex",
     "matrix_power_scaled",

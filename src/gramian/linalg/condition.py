@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -205,27 +206,30 @@ def _cond_ex(
     return numbers(COND, names, tolerance, a.dtype, x, batch.finite, batch.shape, lambda v, _: v, generator=generator)
 
 
-NORMS: dict[float | str, Callable[[int], float]] = {1: float, math.inf: float, "fro": lambda n: 1.0, "nuc": math.sqrt}
-"""The other norms, and by how much a relative error in the Frobenius norm of an n×n matrix may grow in them."""
+NORMS: tuple[float | str, ...] = (1, -1, math.inf, -math.inf, "fro", "nuc")
+"""The other norms. A change D of an n×n matrix changes each by at most √n ‖D‖_F, and "fro" by ‖D‖_F."""
 
 
 def _by_norms(a: Tensor, p: float | int | str, method: str, rtol: float | None) -> tuple[Tensor, Certificate]:
     """‖A‖ₚ ‖A⁻¹‖ₚ from a certified inverse; its derivative is that of the inverse and of torch's norms."""
     check("cond", a, square=True)
     if p not in NORMS:
-        raise InputError(f"cond: unknown p={p!r}. Use one of: 2, 1, inf, 'fro', 'nuc'.")
+        raise InputError(f"cond: unknown p={p!r}. Use one of: 2, -2, 1, -1, inf, -inf, 'fro', 'nuc'.")
     if method != "auto":
         raise InputError(f"cond: the methods {', '.join(COND)} are for p=2. Leave method='auto' for p={p!r}.")
-    tolerance, growth = default_rtol(rtol, a.dtype), NORMS[p](max(a.shape[-1], 1))
+    n = max(a.shape[-1], 1)
+    tolerance, growth = default_rtol(rtol, a.dtype), 1.0 if p == "fro" else math.sqrt(n)
     wide = a.double()
-    y, proof = inv_ex(wide, rtol=tolerance / (4 * growth))
+    y, proof = inv_ex(wide, rtol=tolerance / (4 * growth * (1 if isinstance(p, str) else math.sqrt(n))))
     # LAPACK raises for the whole batch where one matrix is not finite.
     ok = (wide.isfinite() & y.isfinite()).flatten(-2).all(-1)
     eye = torch.eye(a.shape[-1], dtype=wide.dtype, device=a.device)
-    kept = (torch.where(ok[..., None, None], x, eye) for x in (wide, y))
+    kept = [torch.where(ok[..., None, None], x, eye) for x in (wide, y)]
     sizes = [torch.linalg.matrix_norm(x, p) if x.shape[-1] else x.sum((-2, -1)) for x in kept]
     value = torch.where(ok, sizes[0] * sizes[1], math.nan).to(a.dtype)
-    share = growth * proof.error_bound
+    near = proof.error_bound / (1 - proof.error_bound).clamp_min(0)  # of ‖Y‖_F
+    share = growth * near * torch.linalg.vector_norm(kept[1].detach(), dim=(-2, -1)) / sizes[1].detach()
+    share = share if a.shape[-1] else torch.zeros_like(share)
     bound = torch.where(ok & (share < 0.5), share / (1 - share), math.inf) + 8 * gamma(a.shape[-1] ** 2 + 2)
     bound = bound + (0.0 if a.dtype == torch.float64 else torch.finfo(a.dtype).eps)
     reason = torch.where(proof.reason == cert.INACCURATE, cert.NONE, proof.reason)
@@ -266,6 +270,17 @@ def cond_ex(
     a = made_dense("cond", a)
     if p is None or p == 2:
         return _cond_ex(a, method=method, rtol=rtol, generator=generator)
+    if p == -2:
+        # σ_min/σ₁, with almost the relative error of its inverse.
+        tolerance = default_rtol(rtol, a.dtype)
+        value, proof = _cond_ex(a, method=method, rtol=tolerance * 0.9, generator=generator)
+        eps = torch.finfo(a.dtype).eps
+        bound = torch.where(proof.error_bound < 0.5, proof.error_bound / (1 - proof.error_bound) + eps, math.inf)
+        reason = torch.where(proof.reason == cert.INACCURATE, cert.NONE, proof.reason)
+        new = verdict(bound.flatten(), tolerance, reason.flatten(), methods=proof.methods, code=0, shape=bound.shape)
+        return 1 / value, replace(
+            new, kind=proof.kind, failure_probability=proof.failure_probability, steps=proof.steps, method=proof.method
+        )
     return _by_norms(a, p, method, rtol)
 
 
@@ -281,12 +296,12 @@ def cond(
     rtol: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "*b"]:
-    """The condition number, in the 2-norm κ(A) = σ₁ / σ_min(m,n), in another ‖A‖ₚ ‖A⁻¹‖ₚ.
+    """The condition number, in the 2-norm κ(A) = σ₁ / σ_min(m,n), in another ‖A‖ₚ ‖A⁻¹‖ₚ; 1/κ(A) for p = −2.
 
     Args:
-        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`, square where p is not 2; the last two are
+        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`, square where p is not ±2; the last two are
             first made dense by n products, since no few products bound the least singular value.
-        p: the norm: 2, also if None, 1, inf, "fro" or "nuc".
+        p: the norm, as for `torch.linalg.cond`: 2, also if None, -2, 1, -1, inf, -inf, "fro" or "nuc".
         method: "gram", "lanczos", "inverse" or "auto".
         rtol: the relative error of κ asked for; `certificate.RTOL` of the dtype if None. Two digits, 1e-2, are cheaper.
         generator: of the random start; one of a fixed seed if None.
@@ -300,8 +315,8 @@ def cond(
     float64 LU (QR if not square) and 2·(10 to 40) products and 2·(10 to 40) solves with 16 vectors; "inverse", where
     those do not reach rtol, some 20 products in float64. Accuracy: uκ² for "gram", uκ for "lanczos", rtol up to κ of
     about 1e13 for "inverse"; the bound of "lanczos" is an estimate that fails with probability 5 `krylov.FAILURE`.
-    Other norms: one certified inverse in float64; a bound on its error in the Frobenius norm is taken n times for 1 and
-    inf, and √n times for "nuc".
+    Other norms: one certified inverse in float64; a bound on its error in the Frobenius norm is taken √n times, except
+    for "fro".
     Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3, on AᵀA and its
     inverse; Higham, Accuracy and Stability (2002), §15.1.
 

@@ -146,6 +146,40 @@ SIGN = Rule(_sign_vjp, _sign_jvp)
 """N dS + dS N = dM − S dM S, N = MS. Higham, Functions of Matrices (2008), theorem 5.3."""
 
 
+def _pseudoinverse_along(a: Tensor, y: Tensor, e: Tensor) -> Tensor:
+    """The derivative of A† along E. One of the projections is the identity, where the rank is full."""
+    out = -(y @ e @ y)
+    if a.shape[-2] > a.shape[-1]:
+        outside = e.mT - (e.mT @ a) @ y
+        return out + y @ (y.mT @ outside)
+    if a.shape[-2] < a.shape[-1]:
+        outside = e.mT - y @ (a @ e.mT)
+        return out + (outside @ y.mT) @ y
+    return out
+
+
+def _pseudoinverse_vjp(a: Tensor, y: Tensor, g: Tensor) -> Tensor:
+    """The adjoint of `_pseudoinverse_along`."""
+    out = -(y.mT @ g @ y.mT)
+    if a.shape[-2] > a.shape[-1]:
+        inner = y @ (y.mT @ g)
+        return out + (inner - (inner @ a) @ y).mT
+    if a.shape[-2] < a.shape[-1]:
+        inner = (g @ y.mT) @ y
+        return out + (inner - y @ (a @ inner)).mT
+    return out
+
+
+PSEUDOINVERSE = Rule(
+    lambda arguments, values, given: {
+        "a": _pseudoinverse_vjp(arguments["a"].double(), values[0].double(), only(given))
+    },
+    lambda arguments, values, tangents: (
+        _pseudoinverse_along(arguments["a"].double(), values[0].double(), tangents["a"].double()),
+    ),
+)
+"""dA† = −A†EA† + A†A†ᵀEᵀ(I − AA†) + (I − A†A)EᵀA†ᵀA†. Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973), (4.12)."""
+
 PRINCIPAL_ROOT = Rule(
     lambda arguments, values, given: _with_damping(solved(values[0].double().mT, only(given)), arguments),
     lambda arguments, values, tangents: (solved(values[0].double(), _step(tangents, values[0])),),
@@ -280,12 +314,12 @@ EXPONENTIAL = recomputed(lambda arguments: (torch.linalg.matrix_exp(arguments["m
 def _logarithm(arguments: Arguments) -> Values:
     """By square roots and a Padé approximant, as the value, in operations with derivatives."""
     from gramian.linalg.logarithm import gauss_legendre  # whose derivative this is
-    from gramian.linalg.principal_root import principal_root_ex
+    from gramian.linalg.principal_root import plain_root
 
     x = arguments["m"]
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     for _ in range(ROOTS):
-        x, _ = principal_root_ex(x)
+        x = plain_root(x)
     y = x - eye
     total = sum(weight * torch.linalg.inv_ex(eye + node * y)[0] for node, weight in gauss_legendre(12))
     return (2.0**ROOTS * (y @ total),)

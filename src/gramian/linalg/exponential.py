@@ -54,6 +54,7 @@ def _by_squaring(times: Product) -> Callable[..., Answer]:
         reason = torch.where(known, cert.NONE, cert.INACCURATE)
         reason = torch.where(above, cert.OVERFLOW, reason)
         residual = (found.value.error / size * factor).nan_to_num(nan=math.inf)
+        out = torch.where((known & ~above)[:, None, None], out, math.nan)
         return Answer(out, torch.where(known, error, math.inf), residual, reason, found.squarings)
 
     return run

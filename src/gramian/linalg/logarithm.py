@@ -16,21 +16,24 @@ from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, minus, pair, plus, product
 from gramian.linalg.engine.escalation import Answer, Method
-from gramian.linalg.engine.exponential import exponential, two_norm
-from gramian.linalg.engine.function import MatrixFunction, evaluate, register
+from gramian.linalg.engine.exponential import SCHEMES, exponential, two_norm
+from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues, register
 from gramian.linalg.engine.rounding import U, norm
-from gramian.linalg.engine.scaling import scale
-from gramian.linalg.engine.stable import Stable, inverse, solve
-from gramian.linalg.principal_root import denman_beavers, root_equation
+from gramian.linalg.engine.scaling import pow2, scale
+from gramian.linalg.engine.stable import Stable, directions, frobenius, inverse, operator_norm, refined
+from gramian.linalg.principal_root import denman_beavers, on_cut, root_equation
 
 __all__ = ["logm", "logm_ex"]
 
 NEAR = 0.25
-"""‖A^(1/2ᵏ) − I‖₂ at which the Padé approximant of order `ORDER` is good to u (0.264 for 7; Higham (2008), table 11.1)."""
+"""‖A^(1/2ᵏ) − I‖₂ at which the Padé approximant of order `ORDER` is good to u (0.264 for 7).
+
+Higham, Functions of Matrices (2008), table 11.1."""
 
 ORDER = 7
 ROOTS = 40
 CORRECTIONS = 2
+GRID = 64
 LN2, LN2_LOW = math.log(2), 2.3190468138462996e-17
 """ln 2 to 106 bits."""
 
@@ -49,71 +52,98 @@ class Roots(NamedTuple):
 
     Attributes:
         value: the logarithm.
-        equations: those of the roots A^(1/2), A^(1/4), …
+        equations: those of the roots A^(1/2), A^(1/4), … and, for each, the matrices (B,) that took this root.
+        counts: `(B,)`, k.
         parts: the (I + xY)⁻¹ of the last one, I + Y.
-        ok: where all roots are principal ones and Y is small.
-        beta: a bound on the norm of the derivative, or an estimate.
-        blur: the relative error of that norm, from the roots' own errors.
-        growth: a bound on ‖e^(tX)‖₂ for 0 ≤ t ≤ 1.
+        ok: where all roots are principal ones, and Y is small.
         steps: of the iterations.
     """
 
     value: Tensor
-    equations: list[Stable]
+    equations: list[tuple[Stable, Tensor]]
+    counts: Tensor
     parts: list[Tensor]
     ok: Tensor
-    beta: Tensor
-    blur: Tensor
-    growth: Tensor
     steps: int
 
 
 def _roots(a: Tensor) -> Roots:
-    """Inverse scaling and squaring. Al-Mohy and Higham, SIAM J. Sci. Comput. 34 (2012), with other roots than Schur's."""
+    """Inverse scaling and squaring (Al-Mohy and Higham, SIAM J. Sci. Comput. 34 (2012)) without Schur forms."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     ok = a.isfinite().flatten(1).all(1)
     x = torch.where(ok[:, None, None], a, eye)
-    beta, away, growth = torch.ones_like(x[:, 0, 0]), torch.zeros_like(x[:, 0, 0]), two_norm(x).clamp_min(1.0)
-    blur, steps = torch.ones_like(away), 0
-    equations: list[Stable] = []
-    while len(equations) < ROOTS and bool((two_norm(x - eye) > NEAR).any()):
-        root = denman_beavers(x)
+    steps, counts = 0, torch.zeros(len(x), dtype=torch.long, device=x.device)
+    equations: list[tuple[Stable, Tensor]] = []
+    while len(equations) < ROOTS:
+        far = ok & (two_norm(x - eye) > NEAR)
+        if not bool(far.any()):
+            break
+        root = denman_beavers(torch.where(far[:, None, None], x, eye))
         s = root_equation(root)
         ok = ok & s.ok & root.converged
-        safe = torch.where(ok[:, None, None], s.n, eye)
-        # How far it is from the exact root of the exact matrix.
-        away = 2 * s.beta * (norm(x - safe @ safe) + away)
-        blur = blur * (1 + 2 * s.beta * away)
-        ok = ok & (s.beta * away < 0.01)
-        beta = 2 * beta * s.beta
-        growth = growth * two_norm(safe).clamp_min(1.0)
-        x, steps = safe, steps + root.steps + len(s.steps.factors)
-        equations.append(s)
+        far = far & ok
+        x = torch.where(far[:, None, None], s.n, torch.where(ok[:, None, None], x, eye))
+        steps, counts = steps + root.steps + len(s.steps.factors), counts + far
+        equations.append((s, far))
     y = x - eye
-    small = two_norm(y)
-    ok = ok & (small < 0.5)
     parts = [inverse(eye + node * y)[0] for node, _ in gauss_legendre()]
     value = sum((weight * part for (_, weight), part in zip(gauss_legendre(), parts, strict=True)), torch.zeros_like(y))
-    value = 2.0 ** len(equations) * (y @ value)
-    beta = torch.where(ok, beta / (1 - small).clamp_min(0.5) ** 2, math.inf)
-    return Roots(value, equations, parts, ok, beta, blur - 1, growth * (2 * small).exp(), steps)
+    value = scale(y @ value, counts)
+    return Roots(value, equations, counts, parts, ok & (two_norm(y) < 0.5), steps)
 
 
 def _along(r: Roots, e: Tensor) -> Tensor:
-    """The derivative of the logarithm along E."""
-    for s in r.equations:
-        e, _ = solve(s, e)
+    """The derivative of the logarithm along E (..., B, n, n)."""
+    for s, far in r.equations:
+        e = torch.where(far[:, None, None], refined(s, e), e)
     out = torch.zeros_like(e)
     for (_, weight), part in zip(gauss_legendre(), r.parts, strict=True):
         out = out + weight * (part @ e @ part)
-    return 2.0 ** len(r.equations) * out
+    return out * pow2(r.counts)[:, None, None]
+
+
+def _slope(x: Tensor, d: Tensor) -> Tensor:
+    """The derivative of the exponential at X (B, n, n) along D (..., B, n, n), times a power of two near ‖X‖/‖D‖."""
+    n = x.shape[-1]
+    size = d.abs().amax((-2, -1), keepdim=True)
+    unit = torch.where(size > 0, size, 1.0)
+    x = x.expand_as(d)
+    block = torch.cat([torch.cat([x, d / unit], -1), torch.cat([torch.zeros_like(x), x], -1)], -2)
+    return torch.linalg.matrix_exp(block)[..., :n, n:] * unit
+
+
+def _curvature(x: Tensor) -> Tensor:
+    """A bound on half the second derivative of the exponential at X: ‖e^(uX)‖₂ ‖e^(vX)‖₂ ‖e^(wX)‖₂/2, u + v + w = 1.
+
+    The norms are known where u is a multiple of 1/GRID, and between them within e^(‖X‖/GRID).
+    """
+    part = torch.linalg.matrix_exp(x / GRID)
+    power, sizes = part, [torch.zeros_like(x[:, 0, 0])]
+    for _ in range(GRID):
+        top = power.abs().amax((-2, -1)).clamp_min(2.0**-1000)
+        sizes.append((top * two_norm(power / top[:, None, None])).log())
+        power = power @ part
+    g = torch.stack(sizes, -1)
+    pairs = torch.stack([(g[:, : i + 1] + g[:, : i + 1].flip(-1)).amax(-1) for i in range(GRID + 1)], -1)
+    most = (g + pairs.flip(-1)).amax(-1)
+    return 0.5 * (most + 3 * (two_norm(x / 2.0**20) * 2.0**20) / GRID).exp() * (1 + 1e-6)
+
+
+def _correction(a: Pair, r: Roots, x: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """E = A − e^X, a bound on its error, and D ≈ L⁻¹E, zero where it is too large to correct anything."""
+    found = exponential(x, product, SCHEMES[-2:-1])
+    e, e_error = minus(a, _restored(found.value, found.exponent))
+    d = _along(r, e)
+    return e, e_error, torch.where((norm(d) < 0.1)[:, None, None], d, 0.0)
 
 
 def _inverse_scaling(x: Tensor, *, rtol: float) -> Answer:
-    """Inverse scaling and squaring to X, Newton's corrections on A − e^X in double-double, and a bound on the remainder.
+    """Inverse scaling and squaring to X, Newton's corrections on A − e^X in double-double, and a bound on the rest.
 
-    With X* = X + D, e^X + L(D) + R = A, where L is the derivative of the exponential at X and ‖R‖ ≤ ‖D‖²g³/2 for
-    g ≥ ‖e^(tX)‖₂, 0 ≤ t ≤ 1. So ‖D‖ ≤ 2(‖L⁻¹E‖ + …) where β g³ ‖D‖ is small, β ≥ ‖L⁻¹‖ (Kantorovich).
+    With X* = X + D*, e^X + L(D*) + R = A, where L is the derivative of the exponential at X and ‖R‖ ≤ c‖D*‖² with
+    half the bound c on its second derivative. With E = A − e^X, D ≈ L⁻¹E and β ≥ ‖L⁻¹‖,
+    ‖D* − D‖ ≤ β(‖E − L(D)‖ + ‖R‖), and ‖D*‖ is at most twice ‖L⁻¹E‖ where βc times that is small (Kantorovich). The
+    factors 2 below are for the way from X to X*.
     """
     n = x.shape[-1]
     if not x[0:1].numel():
@@ -121,34 +151,34 @@ def _inverse_scaling(x: Tensor, *, rtol: float) -> Answer:
         return Answer(x, zero, zero, torch.full(zero.shape, cert.NONE, device=x.device))
     eye = torch.eye(n, dtype=x.dtype, device=x.device)
     down = _middle(x)
+    shift = down.double()
     a = pair(scale(x, -down))
     r = _roots(a.hi)
-    close = pair(torch.where(r.ok[:, None, None], r.value, 0.0))
-    first = torch.zeros_like(r.beta)
-    for step in range(CORRECTIONS + 1):
-        found = exponential(close, product)
-        power = _restored(found.value, found.exponent)
-        e, e_error = minus(a, power)
-        d = _along(r, torch.where(r.ok[:, None, None], e, 0.0))
-        if step < CORRECTIONS:
-            first = first + norm(d)
-        close = plus(close, torch.where((norm(d) < 0.1)[:, None, None], d, 0.0))
-    curve = r.beta * r.growth**3
-    slack = r.blur + 2 * curve * (first + norm(d))
-    rest = 1.5 * r.beta * (e_error + (slack + 1e-10) * norm(e))
-    bound = 2 * rest + 2 * curve * (norm(d) + rest) ** 2
-    known = r.ok & (slack < 0.3) & (curve * (first + 2 * norm(d) + 2 * rest) < 0.1) & (norm(d) < 0.1)
+    keep = r.ok[:, None, None]
+    target = Pair(torch.where(keep, a.hi, eye), a.lo, a.error)
+    close = pair(torch.where(keep, r.value, 0.0))
+    e, e_error, d = _correction(target, r, close)
+    for _ in range(CORRECTIONS):
+        close = plus(close, d)
+        e, e_error, d = _correction(target, r, close)
+    along = directions(x)
+    images = _along(r, along.basis.expand(-1, x.shape[0], -1, -1))
+    left = frobenius(along.basis - _slope(close.hi, images), along)
+    beta = torch.where(left < 0.25, 1.5 * operator_norm(images, along), math.inf)
+    curve = 2 * beta * _curvature(close.hi)
+    rest = beta * (norm(e - _slope(close.hi, d)) + e_error + 1e-8 * norm(e))
+    first = norm(d) + rest
+    known = r.ok & (curve * first < 0.1)
     # log A = X + (ln 2 · down) I.
-    value = plus(close, (down * LN2_LOW)[:, None, None] * eye)
-    high = plus(Pair(value.hi, value.lo, value.error), (down * LN2)[:, None, None] * eye)
-    lost = torch.where(down == 0, 0.0, 2 * U * math.sqrt(n) * down.abs())
-    # down · LN2 is rounded by U times itself at most, and LN2 is exact to 2^-106.
-    error = torch.where(known, (bound + norm(high.lo) + lost) * (1 + 2.0**-20), math.inf)
+    value = plus(plus(close, d), (shift * LN2_LOW)[:, None, None] * eye)
+    high = plus(value, (shift * LN2)[:, None, None] * eye)
+    # The product with ln 2 is rounded.
+    lost = torch.where(down == 0, 0.0, U * math.sqrt(n) * LN2 * shift.abs())
+    error = torch.where(known, (4 * curve * first**2 + rest + norm(high.lo) + lost) * (1 + 2.0**-20), math.inf)
     reason = torch.where(r.ok, torch.where(known, cert.NONE, cert.INACCURATE), cert.ON_CUT)
-    out = torch.where(r.ok[:, None, None], high.hi, math.nan)
+    out = torch.where(keep, high.hi, math.nan)
     residual = norm(e) / norm(a.hi).clamp_min(2.0**-1000)
-    estimated = any(s.estimated for s in r.equations)
-    return Answer(out, error, residual, reason, r.steps, math.nan if estimated else 0.0)
+    return Answer(out, error, residual, reason, r.steps, (len(r.equations) + 2) * along.failure)
 
 
 def _middle(x: Tensor) -> Tensor:
@@ -168,27 +198,8 @@ def _plain(m: Tensor) -> Tensor:
 
 
 def _exact(mp: Any, m: Any) -> Any:
-    """By roots and a series in many digits."""
-    from gramian.linalg.principal_root import exact_root
-
-    with mp.workdps(120):
-        size = mp.norm(m)
-        if not size:
-            return None
-        down = int(mp.log(size, 2)) if not mp.mpf("0.1") < size < 10 else 0
-        x, k = m * mp.mpf(2) ** -down, 0
-        eye = mp.eye(m.rows)
-        while mp.norm(x - eye) > mp.mpf("0.01"):
-            x, k = exact_root(mp, x), k + 1
-            if x is None or k > 300:
-                return None
-        # log((I + Z)/(I − Z)) = 2(Z + Z³/3 + …), Z = (A − I)(A + I)⁻¹
-        z = (x - eye) * (x + eye) ** -1
-        total, power, square = z.copy(), z, z * z
-        for i in range(3, 60, 2):
-            power = power * square
-            total = total + power / i
-        return 2 * total * mp.mpf(2) ** k + down * mp.log(2) * eye
+    size = mp.norm(m)
+    return of_eigenvalues(mp, m, lambda w: None if on_cut(mp, w, size) else mp.log(w))
 
 
 LOGM = register(

@@ -15,10 +15,10 @@ from gramian.linalg.certificate import Certificate
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import damped, minus, pair, plus, product
 from gramian.linalg.engine.escalation import Answer, Method
-from gramian.linalg.engine.function import MatrixFunction, evaluate
+from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.rounding import norm
-from gramian.linalg.engine.stable import Stable, inverse, solve, stable
+from gramian.linalg.engine.stable import Stable, inverse, solve, solved, stable
 
 STEPS = 60
 CORRECTIONS = 2
@@ -65,6 +65,37 @@ def root_equation(root: Root) -> Stable:
     return stable(torch.where(root.converged[:, None, None], root.value, eye))
 
 
+class _Root(torch.autograd.Function):
+    @staticmethod
+    def forward(m: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        root = denman_beavers(m.reshape(-1, *m.shape[-2:]))
+        return torch.where(root.converged[:, None, None], root.value, torch.nan).reshape(m.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return solved(ctx.saved_tensors[0].mT, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return solved(ctx.saved_tensors[0], tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, m: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Root.apply(m.movedim(in_dims[0], 0)), 0
+
+
+def plain_root(m: Tensor) -> Tensor:
+    """The principal square root (..., n, n) without a certificate, differentiable; NaN where there is none."""
+    out = _Root.apply(m)
+    assert isinstance(out, Tensor)
+    return out
+
+
 def _newton(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
     """Denman–Beavers to X, Newton's corrections on double-double residuals, and a bound on the remainder of the last.
 
@@ -95,7 +126,7 @@ def _newton(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
     reason = torch.where(bad, cert.ON_CUT, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE))
     out = torch.where(bad[:, None, None], math.nan, value.hi)
     residual = norm(e) / norm(a.hi).clamp_min(2.0**-1000)
-    return Answer(out, error, residual, reason, root.steps, math.nan if s.estimated else 0.0)
+    return Answer(out, error, residual, reason, root.steps, 3 * s.failure)
 
 
 def _plain(m: Tensor) -> Tensor:
@@ -103,20 +134,15 @@ def _plain(m: Tensor) -> Tensor:
     return ((v * w.sqrt()[..., None, :]) @ torch.linalg.inv(v)).real
 
 
-def exact_root(mp: Any, m: Any) -> Any:
-    """By Denman and Beavers's iteration in many digits; None where it does not converge to a principal root."""
-    with mp.workdps(120):
-        x, y = m.copy(), mp.eye(m.rows)
-        try:
-            for _ in range(400):
-                new, y = (x + y**-1) / 2, (y + x**-1) / 2
-                change = mp.norm(new - x) / mp.norm(new)
-                x = new
-                if change < mp.mpf(10) ** -60:
-                    return x if mp.norm(x * x - m) < mp.mpf(10) ** -40 * mp.norm(m) else None
-        except ZeroDivisionError:
-            return None
-    return None
+def on_cut(mp: Any, w: Any, size: Any) -> bool:
+    """Whether an eigenvalue in mpmath is on the closed negative real axis."""
+    tiny = mp.mpf(10) ** -45 * size
+    return abs(mp.im(w)) <= tiny and mp.re(w) <= tiny
+
+
+def _exact(mp: Any, m: Any) -> Any:
+    size = mp.norm(m)
+    return of_eigenvalues(mp, m, lambda w: None if on_cut(mp, w, size) else mp.sqrt(w))
 
 
 PRINCIPAL_ROOT = MatrixFunction(
@@ -133,7 +159,7 @@ PRINCIPAL_ROOT = MatrixFunction(
     "square",
     Fraction(1, 2),
     plain=_plain,
-    exact=exact_root,
+    exact=_exact,
     damped=True,
 )
 

@@ -33,6 +33,7 @@ from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.symmetric_products import symmetric_product
+from gramian.linalg.principal_root import principal_root_ex
 
 __all__ = ["sqrtm", "sqrtm_ex"]
 
@@ -206,13 +207,25 @@ SQRTM = register(
     m=2,
     damping=0,
 )
+def _sqrtm_ex(
+    m: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> tuple[Tensor, Certificate]:
+    """`sqrtm_ex` of symmetric matrices."""
+    return evaluate(SQRTM, m, method=method, rtol=rtol, damping=damping)
+
+
 def sqrtm_ex(
-    m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Float[Tensor, "*b n n"],
+    damping: Damping = 0.0,
+    *,
+    symmetric: bool = True,
+    method: str = "auto",
+    rtol: float | None = None,
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:
     """`sqrtm` with its certificate, never raising for a matrix's values; the root of the positive part if indefinite.
 
     Args:
-        m, damping, method, rtol: as for `sqrtm`.
+        m, damping, symmetric, method, rtol: as for `sqrtm`.
     Returns: the square root and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `sqrtm`.
@@ -222,21 +235,30 @@ def sqrtm_ex(
     >>> value.diagonal().tolist(), certificate.converged.item()
     ([2.0, 0.0], False)
     """
-    return evaluate(SQRTM, m, method=method, rtol=rtol, damping=damping)
+    function = _sqrtm_ex if symmetric else principal_root_ex
+    return function(m, damping, method=method, rtol=rtol)
 
 
 def sqrtm(
-    m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Float[Tensor, "*b n n"],
+    damping: Damping = 0.0,
+    *,
+    symmetric: bool = True,
+    method: str = "auto",
+    rtol: float | None = None,
 ) -> Float[Tensor, "*b n n"]:
-    """The square root of a symmetric positive semi-definite matrix.
+    """The square root of a symmetric positive semi-definite matrix, or the principal one of a square matrix.
 
-    sqrtm(M, λ) = (M + λI)^(1/2), symmetric positive semi-definite.
+    sqrtm(M, λ) = (M + λI)^(1/2), symmetric positive semi-definite; if not `symmetric`, with eigenvalues in the right
+    half-plane.
 
     Eigenvalues between −10·n·ε(dtype)·‖M‖ and 0 count as zero.
 
     Args:
-        m: `(..., n, n)`, symmetric up to 10·n·ε(dtype).
+        m: `(..., n, n)`, symmetric up to 10·n·ε(dtype); if not `symmetric`, without eigenvalues at zero or on the
+            negative real axis.
         damping: λ ≥ 0, absolute, one number or one per matrix.
+        symmetric: whether M is, and what is not is refused. If False, M may be any matrix with a principal root.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
     Returns: `(..., n, n)`, the square root, in the dtype of `m`.
@@ -244,17 +266,21 @@ def sqrtm(
         ShapeError: where `m` is not square, or `damping` does not fit it.
         DtypeError: where `m` is not real floating point.
         InputError: for an unknown method, or a negative damping or rtol.
-        ConvergenceError: where M + λI is not symmetric, has a negative eigenvalue beyond rounding, or the error bound
-            is above rtol.
+        ConvergenceError: where M + λI is not symmetric, has a negative eigenvalue beyond rounding, or no principal root
+            if not `symmetric`, or where the error bound is above rtol.
     Cost: in float32 products at 1024²: an eigendecomposition, 7 in float32 or 13 in float64, and about 3; with the
     finer bound of "eigh" 25 more. Accuracy: what `rtol` asks for; 1e-7 where M is singular, as a root turns ε into √ε.
-    The certificate's residual is ‖M − V w Vᵀ‖_F / ‖M‖_F, or ‖M − X²‖_F / ‖M‖_F by "eigh" and "eigh_refined".
-    Source: Higham, Functions of Matrices (2008), chapter 6; Bhatia, Matrix Analysis (1997), theorem X.1.1.
+    If not `symmetric`, about 20 inverses and 80 products in float64, by "denman_beavers", and one rounding of the dtype
+    while the root's condition number, which is κ(M)^½ or more for matrices far from normal, is below 1e8 or so.
+    The certificate's residual is ‖M − V w Vᵀ‖_F / ‖M‖_F, or ‖M − X²‖_F / ‖M‖_F by "eigh", "eigh_refined" and
+    "denman_beavers".
+    Source: Higham, Functions of Matrices (2008), chapter 6; Bhatia, Matrix Analysis (1997), theorem X.1.1; Cheng,
+    Higham, Kenney, Laub, SIAM J. Matrix Anal. Appl. 22 (2001).
 
     >>> sqrtm(torch.diag(torch.tensor([4.0, 9.0])))
     tensor([[2., 0.],
             [0., 3.]])
     """
-    value, certificate = sqrtm_ex(m, damping, method=method, rtol=rtol)
+    value, certificate = sqrtm_ex(m, damping, symmetric=symmetric, method=method, rtol=rtol)
     require_converged("sqrtm", certificate)
     return value

@@ -10,6 +10,7 @@ Appl. 31 (2009), theorem 4.2). The rounding of each product is bounded, and carr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,8 +58,11 @@ def two_norm(x: Tensor) -> Tensor:
     return bound * (1 + 64 * (x.shape[-1] + 8) * U)
 
 
-def exponential(a: Pair, times: Product) -> Exponential:
-    """e^A of each matrix, in double-double arithmetic if `times` is `product`."""
+def exponential(a: Pair, times: Product, schemes: Sequence[tuple[int, int]] = SCHEMES) -> Exponential:
+    """e^A of each matrix, in double-double arithmetic if `times` is `product`.
+
+    With one scheme, what a matrix gets does not depend on the others in the batch.
+    """
     n = a.hi.shape[-1]
     if not a.hi[0:1].numel():
         zero = torch.zeros(a.hi.shape[0], dtype=torch.long, device=a.hi.device)
@@ -69,7 +73,7 @@ def exponential(a: Pair, times: Product) -> Exponential:
     powers = [b, times(b, b)]
     powers.append(times(b, powers[1]))
     sizes = [_size(x, k + 1) for k, x in enumerate(powers)]
-    squarings, (degree, block) = _plan(sizes, start, fine)
+    squarings, (degree, block) = _plan(sizes, start, fine, schemes)
     while len(powers) < block:
         powers.append(times(b, powers[-1]))
         sizes.append(_size(powers[-1], len(powers)))
@@ -79,8 +83,9 @@ def exponential(a: Pair, times: Product) -> Exponential:
     powers = [_scaled(x, (k + 1) * (start - squarings)) for k, x in enumerate(powers[:block])]
     x = _taylor(powers, degree, times)
     small = alpha < degree / 2 + 1
-    tail = math.sqrt(n) * alpha ** (degree + 1) / math.factorial(degree + 1) / (1 - alpha / (degree + 2))
+    tail = math.sqrt(n) * alpha ** (degree + 1) / float(math.factorial(degree + 1)) / (1 - alpha / (degree + 2))
     error = torch.where(small & ~hopeless, x.error + tail * (1 + 2.0**-40), math.inf)
+    error = torch.where((norm(a.hi) == 0) & (norm(a.lo) == 0) & (a.error == 0), 0.0, error)  # the identity, exactly
     remainder = tail / norm(x.hi)
     exponent = torch.zeros_like(squarings)
     most = int(squarings.max()) if len(squarings) else 0
@@ -118,12 +123,14 @@ def _alpha(sizes: list[Tensor], degree: int) -> Tensor:
     return alpha
 
 
-def _plan(sizes: list[Tensor], start: Tensor, fine: bool) -> tuple[Tensor, tuple[int, int]]:
+def _plan(
+    sizes: list[Tensor], start: Tensor, fine: bool, schemes: Sequence[tuple[int, int]]
+) -> tuple[Tensor, tuple[int, int]]:
     """The scheme with the fewest products for the batch, and the squarings (B,) of each matrix."""
     best: tuple[int, Tensor, tuple[int, int]] | None = None
-    for degree, block in SCHEMES:
+    for degree, block in schemes:
         target = FINE_REMAINDER if fine else REMAINDER
-        theta = (target * math.factorial(degree + 1)) ** (1 / (degree + 1))
+        theta = (target * float(math.factorial(degree + 1))) ** (1 / (degree + 1))
         alpha = _alpha(sizes, degree)
         # log₂(α 2^start / θ), rounded up.
         need = torch.where(alpha > 0, (alpha / theta).log2().ceil() + start, 0.0)

@@ -87,6 +87,28 @@ def register(function: MatrixFunction) -> MatrixFunction:
     return function
 
 
+def of_eigenvalues(mp: Any, m: Any, f: Callable[[Any], Any]) -> Any:
+    """V f(Λ) V⁻¹ in mpmath for M = VΛV⁻¹; None where f gives None for an eigenvalue.
+
+    A matrix without a basis of eigenvectors is moved by 1e-90, which gives it one, of κ of about 1e90.
+    """
+    for digits, moved in ((80, 0), (250, mp.mpf(10) ** -90 * mp.norm(m))):
+        with mp.workdps(digits):
+            n = m.rows
+            w, v = mp.eig(m + moved * mp.matrix([[(7 * i + 3 * j) % 11 for j in range(n)] for i in range(n)]))
+            values = [f(x) for x in w]
+            if any(y is None for y in values):
+                return None
+            try:
+                inverse = v**-1
+            except (ZeroDivisionError, TypeError):  # a zero pivot
+                continue
+            # The digits that a matrix far from normal loses.
+            if mp.norm(v) * mp.norm(inverse) < mp.mpf(10) ** (digits // 2 - 10):
+                return (v * mp.diag(values) * inverse).apply(mp.re)
+    return None
+
+
 def examples() -> Iterator[tuple[str, str, Options]]:
     """Each example of each registered function: its own name, the function's, and its options from the matrix."""
     for name, function in FUNCTIONS.items():

@@ -16,17 +16,50 @@ from torch import Tensor
 
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.exponential import two_norm
-from gramian.linalg.engine.probes import SEED
+from gramian.linalg.engine.probes import FAILURE, GAINS, SEED
 from gramian.linalg.engine.rounding import U, norm
 
 STEPS = 60
 """Newton's steps at most. With scaling 8 to 12 are usual, and an eigenvalue 1e-16 from the imaginary axis takes 50."""
 
 EXPLICIT = 12
-"""Up to this side the inverse operator is formed, n² × n², and its norm is bounded; beyond that it is estimated."""
+"""Up to this side the inverse operator is formed, n² × n²; beyond that a few random matrices bound its norm."""
 
-ROUNDS, SAFETY = 4, 8.0
-"""Power iterations for the norm of the inverse operator, and by how much it may be larger than they find."""
+PROBES = 8
+
+
+class Directions(NamedTuple):
+    """Matrices (k, 1, n, n) by whose images the norm of a linear map of matrices is known, as in `probes`."""
+
+    basis: Tensor
+    factor: float
+    failure: float
+
+
+def directions(like: Tensor) -> Directions:
+    """All n² unit matrices, or a few random ones."""
+    n = like.shape[-1]
+    if n <= EXPLICIT:
+        basis = torch.eye(n * n, dtype=like.dtype, device=like.device).reshape(n * n, 1, n, n)
+        return Directions(basis, 1.0, 0.0)
+    generator = torch.Generator().manual_seed(SEED + n)
+    basis = torch.randn(PROBES, 1, n, n, generator=generator, dtype=like.dtype)
+    return Directions(basis.to(like.device), GAINS[PROBES] / math.sqrt(PROBES), FAILURE)
+
+
+def frobenius(images: Tensor, d: Directions) -> Tensor:
+    """A bound on the Frobenius norm (B,) of the map that takes the directions to these images (k, B, n, n)."""
+    return d.factor * images.square().sum((0, 2, 3)).sqrt()
+
+
+def operator_norm(images: Tensor, d: Directions) -> Tensor:
+    """A bound on the norm (B,) of the map that takes the directions to these images."""
+    whole = frobenius(images, d)
+    if d.failure:
+        return whole
+    operator = images.movedim(0, 1).flatten(2)
+    top = operator.abs().amax((-2, -1)).clamp_min(2.0**-1000)
+    return whole.minimum(top * two_norm(operator / top[:, None, None]))
 
 
 class Steps(NamedTuple):
@@ -75,14 +108,14 @@ def inverse(x: Tensor) -> tuple[Tensor, Tensor]:
 class Stable(NamedTuple):
     """N (B, n, n), how to solve with it, whether its eigenvalues are in the right half-plane, and β ≥ ‖C ↦ Z‖.
 
-    β is inf where it is not known. It is an estimate where `estimated`.
+    β is inf where it is not known, and fails with the probability `failure`.
     """
 
     n: Tensor
     steps: Steps
     ok: Tensor
     beta: Tensor
-    estimated: bool
+    failure: float
 
 
 def stable(n: Tensor, sign: Tensor | None = None) -> Stable:
@@ -90,15 +123,18 @@ def stable(n: Tensor, sign: Tensor | None = None) -> Stable:
 
     Such a C has parts only between eigenvalues of opposite sign of A = NX, and β may be far smaller for them.
     """
-    steps = newton(n)
+    if not n[0:1].numel():
+        nothing = torch.zeros(n.shape[0], dtype=n.dtype, device=n.device)
+        return Stable(n, Steps(n, [], [], nothing == 0), nothing == 0, nothing, 0.0)
+    steps, d = newton(n), directions(n)
     eye = torch.eye(n.shape[-1], dtype=n.dtype, device=n.device)
-    ok = steps.converged & (norm(steps.limit - eye) < 1e-3)
-    beta, estimated = _beta(n, steps, eye, sign)
+    whole = _beta(n, steps, d, None)
     # The iteration tells the half-plane of each eigenvalue but for a rounding of N, which must leave the operator
     # invertible: an eigenvalue on the axis makes it singular.
-    whole = _estimate(steps, n, None) if sign is not None or estimated else beta
-    certain = 16 * max(n.shape[-1], 1) * U * norm(n) * whole < 0.5
-    return Stable(n, steps, ok & certain, torch.where(ok & certain, beta, math.inf), estimated)
+    certain = 16 * n.shape[-1] * U * norm(n) * whole < 0.5
+    ok = steps.converged & (norm(steps.limit - eye) < 1e-3) & certain
+    beta = whole if sign is None else _beta(n, steps, d, sign)
+    return Stable(n, steps, ok, torch.where(ok, beta, math.inf), d.failure)
 
 
 def odd(c: Tensor, sign: Tensor | None) -> Tensor:
@@ -106,44 +142,13 @@ def odd(c: Tensor, sign: Tensor | None) -> Tensor:
     return c if sign is None else (c - sign @ c @ sign) / 2
 
 
-def _beta(n: Tensor, steps: Steps, eye: Tensor, sign: Tensor | None) -> tuple[Tensor, bool]:
-    """A bound on the norm of C ↦ Z, or an estimate."""
-    size = n.shape[-1]
-    if not n[0:1].numel():
-        return torch.zeros(n.shape[0], dtype=n.dtype, device=n.device), False
-    # With N = c(I + K): ‖NZ + ZN‖ ≥ 2c(1 − ‖K‖)‖Z‖.
-    center = n.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(2.0**-1000)
-    off = two_norm(n / center[:, None, None] - eye)
-    simple = torch.where(off < 0.9, 1 / (2 * center * (1 - off)), math.inf)
-    if bool(simple.isfinite().all()):
-        return simple, False
-    if size <= EXPLICIT:
-        count = size * size
-        basis = torch.eye(count, dtype=n.dtype, device=n.device).reshape(count, 1, size, size)
-        basis = odd(basis.expand(-1, n.shape[0], -1, -1), sign)
-        z = odd(_solve(steps, basis), sign)
-        z = odd(z + _solve(steps, basis - n @ z - z @ n), sign)
-        left = (basis - n @ z - z @ n).square().sum((0, 2, 3)).sqrt()
-        operator = z.movedim(0, 1).reshape(n.shape[0], count, count)
-        top = operator.abs().amax((-2, -1)).clamp_min(2.0**-1000)
-        found = top * two_norm(operator / top[:, None, None])
-        return simple.minimum(torch.where(left < 0.25, 2 * found, math.inf)), False
-    found = _estimate(steps, n, sign)
-    return simple.minimum(torch.where(found.isfinite(), SAFETY * found, math.inf)), True
-
-
-def _estimate(steps: Steps, n: Tensor, sign: Tensor | None) -> Tensor:
-    """The norm of C ↦ Z by power iteration, from below."""
-    size = n.shape[-1]
-    generator = torch.Generator().manual_seed(SEED + size)
-    z = torch.randn(size, size, generator=generator, dtype=n.dtype).to(n.device).expand_as(n)
-    found = n.new_zeros(n.shape[0])
-    for _ in range(ROUNDS):
-        z = odd(z, sign)
-        z = _solve(steps, z / norm(z)[:, None, None].clamp_min(2.0**-1000))
-        found = found.maximum(norm(z))
-        z = _solve(steps, z / norm(z)[:, None, None].clamp_min(2.0**-1000), adjoint=True)
-    return found
+def _beta(n: Tensor, steps: Steps, d: Directions, sign: Tensor | None) -> Tensor:
+    """A bound on the norm of C ↦ Z, from its own images and from how far they solve the equation."""
+    basis = odd(d.basis.expand(-1, n.shape[0], -1, -1), sign)
+    z = odd(_solve(steps, basis), sign)
+    z = odd(z + _solve(steps, basis - n @ z - z @ n), sign)
+    left = frobenius(basis - n @ z - z @ n, d)
+    return torch.where(left < 0.25, 1.5 * operator_norm(z, d), math.inf)
 
 
 def _solve(steps: Steps, c: Tensor, *, adjoint: bool = False) -> Tensor:
@@ -154,10 +159,15 @@ def _solve(steps: Steps, c: Tensor, *, adjoint: bool = False) -> Tensor:
     return c / 2
 
 
-def solve(s: Stable, c: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Z with NZ + ZN = C, after one refinement, and a bound on ‖C − NZ − ZN‖_F."""
+def refined(s: Stable, c: Tensor, sign: Tensor | None = None) -> Tensor:
+    """Z with NZ + ZN = C for C (..., B, n, n), after one refinement."""
     z = odd(_solve(s.steps, c), sign)
-    z = odd(z + _solve(s.steps, c - s.n @ z - z @ s.n), sign)
+    return odd(z + _solve(s.steps, c - s.n @ z - z @ s.n), sign)
+
+
+def solve(s: Stable, c: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Z with NZ + ZN = C, and a bound on ‖C − NZ − ZN‖_F."""
+    z = refined(s, c, sign)
     left = c - s.n @ z - z @ s.n
     blur = 4 * (s.n.shape[-1] + 3) * U * (norm(s.n) * norm(z) + norm(c))
     return z, norm(left) + blur

@@ -1,0 +1,153 @@
+"""expm, logm, sign and the principal root: within their bounds, whatever the matrix, and right where they converge."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+import gramian.linalg as gl
+from cases import EVERY, SQUARE, WIDE, hostile, hostile_for, mp, mp_error, seeded, untyped
+from gramian import random
+from gramian.errors import ConvergenceError, ShapeError
+from gramian.linalg.certificate import RTOL
+from gramian.linalg.principal_root import PRINCIPAL_ROOT
+
+
+def root(m, **options):
+    return gl.sqrtm_ex(m, symmetric=False, **options)
+
+
+FUNCTIONS = {
+    "expm": (gl.expm_ex, EVERY["expm"][1]),
+    "logm": (gl.logm_ex, EVERY["logm"][1]),
+    "sign": (gl.sign_ex, EVERY["sign"][1]),
+    "root": (root, lambda a: PRINCIPAL_ROOT.exact(mpmath, mp(a))),
+}
+
+
+def turned(seed, count, n, dtype, skew=2.0):
+    """Matrices with complex eigenvalues over ten decades, off the negative axis, in a basis of κ to 10^skew."""
+    g, out = seeded(seed), []
+    for _ in range(count):
+        u = random.uniform(3, generator=g, dtype=torch.float64).tolist()
+        size = 10 ** (-10 * u[0] * random.uniform(n, generator=g, dtype=torch.float64))
+        angle = 3.1 * random.uniform(n, generator=g, dtype=torch.float64)
+        b = torch.zeros(n, n, dtype=torch.float64)
+        for j in range(0, n - 1, 2):
+            c, s = float(size[j] * angle[j].cos()), float(size[j] * angle[j].sin())
+            b[j : j + 2, j : j + 2] = torch.tensor([[c, s], [-s, c]])
+        if n % 2:
+            b[-1, -1] = size[-1]
+        spectrum = torch.logspace(0, -skew * u[1], n, dtype=torch.float64)
+        v = random.with_spectrum(n, n, spectrum=spectrum, generator=g, dtype=torch.float64)
+        a = v @ b @ torch.linalg.inv(v)
+        out.append((a * 10 ** (60 * u[2] - 30) if u[2] > 0.6 else a).to(dtype))
+    return torch.stack(out)
+
+
+def jordan(n, value):
+    return torch.eye(n, dtype=torch.float64) * value + torch.diag(torch.ones(n - 1, dtype=torch.float64), 1)
+
+
+def matrices(n, dtype, seed):
+    return {
+        "turned": turned(seed, 4, n, dtype),
+        "any": hostile_for("square", seed + 1, 4, n, n, dtype),
+        "definite": hostile(seed + 2, 4, n, n, dtype, psd=True),
+        "gallery": torch.stack([make(n).to(dtype) for make in SQUARE.values()]),
+        "jordan": torch.stack([jordan(n, x).to(dtype) for x in (0.5, 3.0, -2.0, 1e-3)]),
+    }
+
+
+@pytest.mark.parametrize("dtype", [*WIDE, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_error_is_above_its_bound(name, dtype):
+    function, exact_of = FUNCTIONS[name]
+    flags = []
+    for kind, a in matrices(3, dtype, 11).items():
+        value, certificate = function(a)
+        assert value.dtype == dtype
+        for i, x in enumerate(a):
+            exact = exact_of(x) if bool(x.isfinite().all()) else None
+            error, bound = mp_error(value[i], exact), float(certificate.error_bound[i])
+            assert error <= bound * (1 + 1e-12), (kind, i)
+            assert certificate.converged[i] == (bound <= RTOL[dtype]), (kind, i)
+            if exact is not None and kind in ("turned", "definite") and dtype in WIDE:
+                size = max(abs(e) for e in exact)
+                flags.append(not certificate.converged[i] and 1e-30 < size < 1e30)
+    # Double-double exponentials are too coarse for the logarithms of many matrices far from normal.
+    assert sum(flags) <= (0.5 if name == "logm" else 0.25) * len(flags)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_are_torch_s_or_satisfy_their_equations_beyond_the_size_where_operators_are_formed(name):
+    g, eye = seeded(2), torch.eye(24, dtype=torch.float64)
+    m = random.normal(2, 24, 24, generator=g, dtype=torch.float64) / 24**0.5 / 2 + 2 * eye
+    if name == "sign":
+        m[:, :12] *= -1
+    value, certificate = FUNCTIONS[name][0](m)
+    assert certificate.converged.all()
+    assert (certificate.error_bound < 1e-9).all()
+    assert (certificate.kind == int(name != "expm")).all()
+    wanted = torch.linalg.matrix_exp(m) if name == "expm" else m
+    back = {
+        "expm": lambda x: x,
+        "logm": torch.linalg.matrix_exp,
+        "root": lambda x: x @ x,
+        "sign": lambda x: x @ m @ x,
+    }[name](value)
+    torch.testing.assert_close(back, wanted, rtol=1e-9, atol=1e-11 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("function", "m", "reason"),
+    [
+        (gl.logm_ex, torch.diag(torch.tensor([1.0, -1.0])), "negative real axis"),
+        (gl.logm_ex, torch.ones(2, 2), "negative real axis"),
+        (root, torch.diag(torch.tensor([1.0, -1.0])), "negative real axis"),
+        (gl.sign_ex, torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), "imaginary axis"),
+        (gl.sign_ex, torch.zeros(2, 2), "imaginary axis"),
+        (gl.expm_ex, torch.full((2, 2), 1e30), "overflows"),
+        (gl.expm_ex, torch.full((2, 2), math.inf), "NaN or inf"),
+        (gl.pinv_ex, torch.ones(3, 2), "rank-deficient"),
+        (lambda m: gl.lstsq_ex(m, m), torch.zeros(3, 2), "rank-deficient"),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_the_reason(function, m, reason):
+    _, certificate = function(m)
+    assert not certificate.converged
+    assert certificate.error_bound == math.inf
+    assert reason in certificate.reasons[0]
+
+
+def test_a_nilpotent_part_costs_no_squarings_and_no_digits():
+    m = torch.tensor([[1.0, 1e6], [0.0, 1.0]], dtype=torch.float64)
+    value, certificate = gl.expm_ex(m)
+    assert certificate.error_bound < 1e-13
+    torch.testing.assert_close(value, math.e * torch.tensor([[1.0, 1e6], [0.0, 1.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (3, 7), (4, 4)])
+def test_least_squares_are_torch_s_and_their_bounds_hold(shape):
+    a = hostile(5, 12, *shape, torch.float64, psd=False)
+    b = random.normal(12, shape[0], 2, generator=seeded(1), dtype=torch.float64)
+    value, certificate = gl.lstsq_ex(a, b)
+    assert certificate.converged.sum() >= 6
+    for i, x in enumerate(a):
+        y = EVERY["pinv"][1](x) if bool(x.isfinite().all()) else None
+        exact = None if y is None else y * mp(b[i])
+        assert mp_error(value[i], exact) <= certificate.error_bound[i] * (1 + 1e-12)
+    fine = random.normal(*shape, generator=seeded(2), dtype=torch.float64)
+    torch.testing.assert_close(gl.lstsq(fine, b[0]), torch.linalg.pinv(fine) @ b[0])
+    with untyped(), pytest.raises(ShapeError, match="lstsq"):
+        gl.lstsq(fine, b[0, :-1])
+
+
+def test_the_value_form_names_the_function():
+    with pytest.raises(ConvergenceError, match="logm"):
+        gl.logm(-torch.eye(2))
+    with pytest.raises(ConvergenceError, match=r"sqrtm.*negative real axis"):
+        gl.sqrtm(-torch.eye(2), symmetric=False)
