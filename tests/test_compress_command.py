@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import gramian as gm
 from gramian.cli import main
 from gramian.compression import deciding, searching
 from gramian.compression.deciding import Target, decide
-from gramian.compression.measuring import in_bfloat16, in_int8, num_bytes
+from gramian.compression.measuring import in_bfloat16, in_int8, latencies, num_bytes
 from gramian.errors import InputError
 from gramian.report import to_text
 from gramian.report.compression import Contender, Outcome
@@ -90,6 +91,7 @@ def thin():
 def folder(tmp_path, monkeypatch):
     (tmp_path / "task.py").write_text(TASK)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(deciding, "latencies", partial(latencies, seconds=0.01))
     return tmp_path
 
 
