@@ -25,7 +25,7 @@ from gramian.bench.machine import features
 
 RESULTS = Path(__file__).parent / "results" / "watch.json"
 CLASSES = 10
-TURNS, STEPS, RUNS = 40, 200, 1
+TURNS, STEPS, RUNS = 40, 300, 1
 
 
 def perceptron() -> nn.Module:
