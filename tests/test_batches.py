@@ -464,6 +464,7 @@ LOADERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:compress. .* distinct units of the loss")
 @pytest.mark.parametrize("name", LOADERS)
 def test_what_can_be_iterated_once_is_enough(name: str) -> None:
     net, make = linear(), LOADERS[name]
