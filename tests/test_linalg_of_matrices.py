@@ -123,6 +123,16 @@ def test_what_does_not_exist_is_refused_with_the_reason(function, m, reason):
     assert reason in certificate.reasons[0]
 
 
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_an_exponential_that_underflows_is_not_zero(dtype):
+    for exponent in (-120.0, -760.0, -1e5):
+        m = torch.diag(torch.tensor([exponent, 2 * exponent], dtype=dtype))
+        value, certificate = gl.expm_ex(m)
+        error = mp_error(value, EVERY["expm"][1](m))
+        assert error <= certificate.error_bound
+        assert bool(certificate.converged) == (exponent == -120 and dtype == torch.float64)
+
+
 def test_a_nilpotent_part_costs_no_squarings_and_no_digits():
     m = torch.tensor([[1.0, 1e6], [0.0, 1.0]], dtype=torch.float64)
     value, certificate = gl.expm_ex(m)

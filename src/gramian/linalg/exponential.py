@@ -46,7 +46,7 @@ def _by_squaring(times: Product) -> Callable[..., Answer]:
         still = (norm(hi) == 0) & (mean == 0)
         error = torch.where(still, 0.0, error)
         exponent = found.exponent + power.long()
-        out, lowest = scale(value, exponent), n * 2.0**-1074
+        out, lowest = scale(value, exponent), torch.full_like(error, max(n, 1) * 2.0**-1074)
         error = torch.where(still, 0.0, scale(error, exponent) + torch.where(exponent < -900, lowest, 0.0))
         known = error.isfinite() & (mean.abs() < WHOLE / 2)
         # An entry is at least e^μ/n, since a spectral radius is at least the mean.
