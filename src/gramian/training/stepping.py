@@ -40,6 +40,7 @@ class Stepper:
         self.model, self.task, self.objective, self.optimizer, self.options = model, task, objective, optimizer, options
         self.failure = agreement.Failure()
         self.device = next(model.parameters()).device
+        self._params = list(model.parameters())  # a walk over the modules in every step would cost more than the sums
         self._buffers = _Buffers(model)
         self._watch = options.clip is not None or not skips_itself(optimizer)
 
@@ -98,7 +99,7 @@ class Stepper:
 
     def _apply(self, factor: float) -> bool:
         """Step with the gradients times a factor, and clipped; false where they are not finite."""
-        params = [p for p in self.model.parameters() if p.grad is not None]
+        params = [p for p in self._params if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
@@ -117,7 +118,7 @@ class _Buffers:
     """The buffers that change during training, as they were before the step."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._all = list(model.buffers())
         # Batch norm's own kernel changes its statistics without a trace in their versions.
         norms = [module for module in model.modules() if isinstance(module, _NormBase)]
         self._running = {buffer for module in norms for buffer in module.buffers()}
@@ -126,7 +127,7 @@ class _Buffers:
 
     def note(self) -> None:
         """Keep copies of those that the last step changed; of all at first."""
-        for buffer in self._model.buffers():
+        for buffer in self._all:
             if self._seen.get(buffer) == buffer._version and buffer not in self._running:
                 self._kept.pop(buffer, None)
             else:
