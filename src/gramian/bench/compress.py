@@ -16,21 +16,25 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramian.bench.learning_tasks import characters, tinyshakespeare
+from gramian.bench.learning_data import text as characters_of_text
+from gramian.bench.learning_networks import Transformer
+from gramian.bench.learning_tasks import characters
 from gramian.bench.table import Goal, Measurement, Row, Tell
 from gramian.block import blocks
 from gramian.compression import Plan, compress
 from gramian.compression.filling import uniform
 from gramian.compression.lowrank import matrix_of
-from gramian.objective import Objective
+from gramian.objective import Objective, as_objective
 from gramian.recording import capture
 from gramian.statistics import Statistics
+from gramian.training import Task
 
 __all__ = ["rows"]
 
@@ -106,15 +110,21 @@ def _plan(case: Case) -> tuple[Plan, Statistics, float]:
     return plan, capture(case.model, case.batches, case.objective), seconds
 
 
+def _decoder() -> Task:
+    make = partial(Transformer, width=128, depth=4, heads=4, context=128)
+    return characters("characters", make, 128, 0)
+
+
 def _characters() -> Iterator[Row]:
-    task = characters(0)
+    task = _decoder()
+    objective = as_objective(task.objective)
     model, generator = task.model(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
     step = 0
     while step < STEPS:
         for batch in task.train_batches(0, generator):
-            total, units = task.objective.loss(model, batch)
+            total, units = objective.loss(model, batch)
             optimizer.zero_grad()
             (total / units).backward()
             optimizer.step()
@@ -127,9 +137,9 @@ def _characters() -> Iterator[Row]:
 
 def characters_rows(model: nn.Module) -> Iterator[Row]:
     """The rows of a trained decoder of characters."""
-    task = characters(0)
+    task = _decoder()
     batches = [b for b, _ in zip(task.train_batches(1, torch.Generator().manual_seed(1)), range(32), strict=False)]
-    held_out = tinyshakespeare()[1]
+    held_out = characters_of_text()[2]
     windows = held_out.unfold(0, 129, 1)[torch.linspace(0, len(held_out) - 130, 128).long()]
 
     def loss(model: nn.Module) -> float:
@@ -137,7 +147,7 @@ def characters_rows(model: nn.Module) -> Iterator[Row]:
             scores = model(windows[:, :-1])
         return float(nn.functional.cross_entropy(scores.flatten(0, 1), windows[:, 1:].flatten()))
 
-    case = Case(model, batches, task.objective, loss, ["blocks.*"])
+    case = Case(model, batches, as_objective(task.objective), loss, ["blocks.*"])
     plan, stats, seconds = _plan(case)
     dense, names = loss(model), [s.name for s in plan.spectra]
     for removed, goal in RISES.items():

@@ -70,8 +70,8 @@ class FactoredWeight(Tensor):
                     f"LowRank.weight: {name} would change a product that nobody keeps. Change the factors, "
                     "layer[0].weight and layer[1].weight, or use layer.set_"
                 )
-        args, kwargs = tree_map_only(cls, lambda one: one.product(), (args, dict(kwargs)))
-        return func(*args, **kwargs)
+        args, given = tree_map_only(cls, lambda one: one.product(), (args, {**kwargs}))
+        return func(*args, **given)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:

@@ -131,7 +131,7 @@ def _compression_section(story: Story) -> Section:
     plan = story.plan
     trained = story.accuracy(CELLS[-1])
     names = list(plan.ranks)
-    shapes = {name: spectrum.block.shape for name, spectrum in zip(names, plan.spectra, strict=True)}
+    shapes = {name: spectrum.shape for name, spectrum in zip(names, plan.spectra, strict=True)}
     kept = [rank if rank is not None else min(shapes[name]) for name, rank in plan.ranks.items()]
     dense = sum(rank is None for rank in plan.ranks.values())
     rows: list[list[str | float | int | None]] = [
