@@ -40,10 +40,10 @@ def convolutional() -> nn.Module:
 
 
 class Transformer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True, norm_first=True, dropout=0.0)
-        self.embedding, self.head = nn.Embedding(64, 64), nn.Linear(64, CLASSES)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True, norm_first=True, dropout=0.0)
+        self.embedding, self.head = nn.Embedding(64, width), nn.Linear(width, CLASSES)
         self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,6 +54,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "perceptron, 4 layers of 256, batch 128": (perceptron, lambda: torch.randn(128, 256)),
     "convolutional, 3 layers, 32 px, batch 32": (convolutional, lambda: torch.randn(32, 3, 32, 32)),
     "transformer, d 64, 4 layers, 32 tokens, batch 16": (Transformer, lambda: torch.randint(64, (16, 32))),
+    "transformer, d 128, 4 layers, 64 tokens, batch 32": (
+        lambda: Transformer(128),
+        lambda: torch.randint(64, (32, 64)),
+    ),
 }
 
 

@@ -45,7 +45,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     Source: this library's own.
 
     >>> import tempfile, gramian as gm
-    >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2)), torch.eye(16)
+    >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2)), torch.randn(64, 16)
     >>> plan = gm.compress(net, batches=[(x, x[:, :2])], objective=gm.Objective.regression(), keep=0.6)
     >>> path = tempfile.mkdtemp() + "/plan.safetensors"
     >>> save_plan(plan, path)

@@ -246,9 +246,9 @@ def lstsq(
     Cost: as for `pinv`, and a product. Accuracy: u ‖A†‖ ‖B‖ / ‖X‖. The certificate's residual is that of `pinv`.
     Source: Björck, Numerical Methods for Least Squares Problems (1996), §1.2.
 
-    >>> lstsq(torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]), torch.tensor([[1.0], [3.0], [5.0]]))
-    tensor([[1.0000],
-            [2.0000]])
+    >>> a, b = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]), torch.tensor([[1.0], [3.0], [5.0]])
+    >>> lstsq(a, b).round(decimals=5).tolist()
+    [[1.0], [2.0]]
     """
     value, certificate = lstsq_ex(a, b, method=method, rtol=rtol)
     require_converged("lstsq", certificate)

@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from gramian.block import blocks
-from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree, verify_file
+from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, save_tensors, save_tree, verify_file
 from gramian.checkpoint.faults import plain
+from gramian.checkpoint.trees import TREE
 from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.report import write_text
 from gramian.training.lock import locked
@@ -185,9 +186,11 @@ def _check_own(path: Path, shown: Path) -> None:
         except CheckpointError:
             own = False
     if not own:
-        raise InputError(
-            f"train: {shown} is not from a run of gramian, and would be overwritten. Move it, or choose another folder"
-        )
+        raise InputError(_not_ours(shown))
+
+
+def _not_ours(shown: Path) -> str:
+    return f"train: {shown} is not from a run of gramian, and would be overwritten. Move it, or choose another folder"
 
 
 def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dict[str, Any] | None:
@@ -197,7 +200,7 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
     Raises `InputError`, which names what differs, where the run has other settings.
     """
     shown = shown or path
-    state, damage = _last_checkpoint(path)
+    state, damage = _last_checkpoint(path, shown)
     finished = state is None
     if finished:
         text = load_tensors(path / MODEL)[1].get(FINISHED) if (path / MODEL).exists() else None
@@ -227,12 +230,14 @@ def read(path: Path, identity: dict[str, str], shown: Path | None = None) -> dic
     return state | {"finished": finished, "damage": damage}
 
 
-def _last_checkpoint(path: Path) -> tuple[Any, str]:
+def _last_checkpoint(path: Path, shown: Path) -> tuple[Any, str]:
     """The content of the last checkpoint that is whole, and what is wrong with a later one; `None` without any."""
     damage: CheckpointError | None = None
     for name in (CHECKPOINT, PREVIOUS):
         if (path / name).exists():
             try:
+                if TREE not in open_checkpoint(path / name, stored=True).metadata:
+                    raise InputError(_not_ours(Path(shown, name)))
                 return load_tree(path / name), "" if damage is None else str(damage)
             except CheckpointError as error:
                 damage = damage or error
