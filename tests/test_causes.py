@@ -117,6 +117,24 @@ def test_batches_in_the_order_of_their_classes(control) -> None:
     assert "labels-sorted" not in {f.code for f in gm.inspect(mlp(), within, CLASSIFY).findings}
 
 
+class WithBias(nn.Module):
+    """One number for each sample, to which a table that starts at zero is added last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Linear(D, 1), nn.Embedding(7, 1)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.layer(x) + self.table(torch.arange(len(x)) % 7))[:, 0]
+
+
+def test_what_starts_at_zero_does_not_block_the_input() -> None:
+    x, _ = data()
+    report = gm.inspect(WithBias(), [(x, x[:, 0])], gm.Objective.regression())
+    assert "zero-weights" not in troubles(report)
+
+
 def test_optimizers() -> None:
     model = mlp()
     good = torch.optim.AdamW(model.parameters(), lr=1e-3)

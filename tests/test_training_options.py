@@ -323,6 +323,10 @@ def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     assert main(["train", "diabetes", "--compare", "adamw,auto", "--steps", "3", "--out", "runs", "--quiet"]) == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["adamw", "muon"]
+    before = (tmp_path / "runs" / "muon" / "model.safetensors").read_bytes()
+    again = ["train", "diabetes", "--compare", "adamw,auto", "--steps", "3", "--seed", "7", "--out", "runs", "--quiet"]
+    assert main(again) == 2
+    assert (tmp_path / "runs" / "muon" / "model.safetensors").read_bytes() == before
     capsys.readouterr()
     assert main(["train", "diabetes", "--compare", "adamw,sgd", "--steps", "20"]) == 0
     out = capsys.readouterr().out

@@ -80,7 +80,9 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
         raise UnsupportedError(f"{folder}: {type(model).__name__} has a decoder, which needs targets. Write a gm.Task")
     kept = [line for place, line in enumerate(lines) if place % HELD_OUT]
     held = [line for place, line in enumerate(lines) if not place % HELD_OUT]
-    batches, tests = (_batches(tokenizer, some, most_tokens) for some in (kept, held))
+    positions = getattr(model.config, "max_position_embeddings", None) or most_tokens
+    most = min(most_tokens, tokenizer.model_max_length, positions)
+    batches, tests = (_batches(tokenizer, some, most) for some in (kept, held))
     with torch.no_grad():
         try:
             output = model(**batches[0])

@@ -47,6 +47,12 @@ def compare(
     names = [known_name("train", name, "two names or more") for name in optimizers]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise InputError(f"train: compare takes two different optimizers or more; got {', '.join(names) or 'none'}")
+    for name in names:
+        if out is not None and not options.get("resume") and (Path(out) / name / "model.safetensors").exists():
+            raise InputError(
+                f"train: {Path(out) / name} holds a finished run. Choose another folder, or delete model.safetensors "
+                "there"
+            )
     runs = {}
     for name in names:
         if begun is not None:

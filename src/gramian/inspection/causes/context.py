@@ -78,9 +78,10 @@ class Context:
     @cached_property
     def has_constant_output(self) -> bool:
         """Whether all samples get the same output."""
-        logits = self.observed.logits
-        if logits is not None and len(logits) > 1:
-            return float(logits.std(0).amax()) <= EQUAL * float(logits.abs().amax())
+        output = self.observed.output if self.observed.logits is None else self.observed.logits
+        if output is not None and output.ndim and len(output) > 1 and output.numel():
+            output = output.float()
+            return float(output.std(0).amax()) <= EQUAL * float(output.abs().amax())
         calls = self.observed.calls
         return bool(calls) and calls[-1].output.between <= EQUAL * calls[-1].output.rms
 

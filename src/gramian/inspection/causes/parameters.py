@@ -31,9 +31,11 @@ SMALL_EMBEDDING, EMBEDDING = 1e-3, 8.0
 
 def degenerate(context: Context) -> Iterator[Finding]:
     """Find matrices that are zero, constant or of rank one, and through which the output loses the input. Exact."""
-    blocked = context.has_constant_output
+    values = list(context.values())
+    starts_at_zero = any(block.role == "head" and not bool(w.any()) for block, w in values)  # which opens in a step
+    blocked = context.has_constant_output and not starts_at_zero
     zero, constant, single = [], [], []
-    for block, w in context.values():
+    for block, w in values:
         if not bool(w.isfinite().all()) or w.numel() < 2 or is_factor(block.name):
             continue
         if not bool(w.any()):
