@@ -37,7 +37,7 @@ FEW_UNITS = 16
 """Below so many distinct units of the loss, G says nothing of which layers matter, and every layer loses one share."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """How many ranks each layer keeps at a share `keep` of the parameters.
 
@@ -71,6 +71,9 @@ class Plan:
         what = f"{self.parameters:,} of {self.parameters_dense:,} parameters, {factored} layers factored"
         text = f"keep = {self.keep:.3f}{'' if self.of == 'all' else ' of the factorable ones'}: {what}"
         return f"{text} ({'; '.join(self.notes)})" if self.notes else text
+
+    def __repr__(self) -> str:
+        return f"Plan({self})"  # the matrices of all layers would fill pages
 
     def explain(self) -> list[dict[str, Any]]:
         """One row for each layer with a matrix: its name, shape, rank, share of parameters kept, loss, and the reason.
@@ -139,8 +142,8 @@ class Plan:
         of = of or self.of
         if of not in ("all", "factorable"):
             raise InputError(f"compress: of must be 'all' or 'factorable', got {of!r}")
-        if not 0 < keep <= 1:
-            raise InputError(f"compress: keep must be a share in (0, 1], got {keep}")
+        if not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+            raise InputError(f"compress: keep must be a share in (0, 1], got {keep!r}")
         total, fixed = self._counted(of)
         least = sum(sum(s.shape) for s in self.spectra) + fixed
         if least > keep * total:
