@@ -49,7 +49,8 @@ class FindingError(GramianError):
     """A watched training was stopped by a finding: `finding`, at the step `step`, counted from 1."""
 
     def __init__(self, finding: Any, step: int) -> None:
-        super().__init__(f"step {step}: {finding.title} ({finding.code} at {finding.where}). {finding.remedy}")
+        told = f"{finding.title} ({finding.code} at {finding.where}). {finding.cause}".rstrip()
+        super().__init__(f"step {step}: {told} {finding.remedy}".rstrip())
         self.finding, self.step = finding, step
 
 

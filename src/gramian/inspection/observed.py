@@ -170,6 +170,7 @@ class Observed:
         units: number of units.
         batches: the batches themselves, for the rules about data.
         first_non_finite: module and operation that made the first value that is not finite out of finite ones.
+        first_infinite_derivative: module and operation that made the first gradient that is not finite.
         labels: smallest and largest label, and the number of classes, of the first batch.
         error: what the loss raised, where the labels explain it; then nothing else was watched.
         branch_ends: modules whose output is an operand of a residual addition.
@@ -204,6 +205,7 @@ class Observed:
     units: float = 0.0
     batches: list[Any] = field(default_factory=list)
     first_non_finite: tuple[str, str] | None = None
+    first_infinite_derivative: tuple[str, str] | None = None
     branch_ends: set[str] = field(default_factory=set)
     needs_gradient: bool = True
     strangers: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)

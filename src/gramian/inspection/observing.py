@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.alignment import labels_of
+from gramian.inspection.derivatives import first_infinite_derivative
 from gramian.inspection.losses import labels_range
 from gramian.inspection.observed import Observed
 from gramian.inspection.watching import Watcher
@@ -69,6 +70,10 @@ def observe(
             with watcher.installed(), torch.no_grad():
                 objective.loss(model, seen.batches[0])
             seen.first_non_finite = watcher.first_non_finite
+        elif any(g is not None and not math.isfinite(g) for g in seen.gradients.values()):
+            seen.first_infinite_derivative = first_infinite_derivative(
+                model, lambda: torch.stack([objective.loss(model, batch)[0] for batch in seen.batches]).sum()
+            )
     return seen
 
 

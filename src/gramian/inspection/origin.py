@@ -15,11 +15,15 @@ from gramian.errors import some
 from gramian.inspection.causes import Context
 from gramian.inspection.causes.context import SHOWN
 from gramian.inspection.causes.loss import non_finite
+from gramian.inspection.causes.precision import gradient_overflow
+from gramian.inspection.derivatives import first_infinite_derivative
 from gramian.inspection.observed import Observed
 from gramian.inspection.watching import Watcher
 from gramian.placement import exchange_json
 from gramian.recording.measuring import training
 from gramian.report import Finding
+
+NARROW = (torch.float16, torch.bfloat16)
 
 __all__ = ["Pass", "are_finite", "find_origin", "values_of"]
 
@@ -51,14 +55,20 @@ class Pass:
         enabled = [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)]
         return Pass(args, kwargs, enabled, call)
 
-    def run(self, model: nn.Module, watcher: Watcher) -> None:
+    @property
+    def is_narrow(self) -> bool:
+        """Whether autocast computes in float16 or bfloat16."""
+        return any(dtype in NARROW for _, dtype in self.autocasts)
+
+    def run(self, model: nn.Module, watcher: Watcher | None = None) -> Any:
         """Runs it again, watched, and uncompiled; the model's mode, its buffers and the random state are restored."""
         with ExitStack() as inside:
             for kind, dtype in self.autocasts:
                 inside.enter_context(torch.autocast(kind, dtype=dtype))
             inside.enter_context(training(model))
-            inside.enter_context(watcher.installed())
-            (self.call or model)(*self.args, **self.kwargs)
+            if watcher is not None:
+                inside.enter_context(watcher.installed())
+            return (self.call or model)(*self.args, **self.kwargs)
 
 
 def find_origin(
@@ -105,21 +115,34 @@ def find_origin(
     if found is not None:
         (finding,) = non_finite(Context(model, Observed(first_non_finite=found)))
         return replace(finding, evidence=f"{when}: {finding.evidence.partition('; ')[2]}")  # the loss is not known
-    trained = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    bad = [n for n, grad in trained.items() if not are_finite([values_of(grad)])]
+    gradients = {n: values_of(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    bad = [n for n, grad in gradients.items() if not are_finite([grad])]
     again = "; a forward pass of its last batch has finite values only (exact)" if last is not None else ""
-    return Finding(
-        "gradient-overflow",
-        "error",
-        f"The gradients of {len(bad)} parameters are not finite"
-        if bad
-        else "The output is not finite, and was when the pass was repeated",
-        where="all layers" if len(bad) > len(trained) / 3 else some(bad, SHOWN),
-        evidence=f"{when}: {len(bad)} of {len(trained)} gradients (exact){again}",
-        cause="The loss, its gradient, or an earlier batch of this step left the range of the dtype, or a derivative "
-        "is infinite where its function is finite (√0, 0⁰, |0|).",
-        advice="Lower the loss scale, or use bfloat16; torch.autograd.detect_anomaly names the operation.",
-    )
+    is_narrow = any(t.dtype in NARROW for t in gradients.values()) or (last is not None and last.is_narrow)
+    derivative = None if last is None or not bad else _differentiated_again(model, last)
+    if parallel is not None:
+        every = exchange_json(derivative, parallel.process_group)
+        derivative = next(((one[0], one[1]) for one in every if one is not None), None)
+    told = f"{when}: {len(bad)} of {len(gradients)} gradients (exact){again}"
+    return gradient_overflow(bad, len(gradients), told, derivative, is_narrow=is_narrow)
+
+
+def _differentiated_again(model: nn.Module, last: Pass) -> tuple[str, str] | None:
+    """The module and operation whose derivative is not finite where a random gradient arrives at the outputs."""
+    if any(hasattr(p, "to_local") for p in model.parameters()):
+        return None  # sharded parameters are gathered for a backward pass of the whole loss alone
+
+    def forward() -> Tensor:
+        made = [t for t in tensors(last.run(model)) if t.is_floating_point() and t.requires_grad]
+        generators = {t.device: torch.Generator(t.device).manual_seed(0) for t in made}
+        return torch.stack(
+            [(t * torch.randn(t.shape, generator=generators[t.device], device=t.device)).float().sum() for t in made]
+        ).sum()
+
+    try:
+        return first_infinite_derivative(model, forward)
+    except Exception:  # a pass that cannot be repeated with a graph, or outputs that have none
+        return None
 
 
 def _run_again(model: nn.Module, last: Pass) -> tuple[str, str] | None:

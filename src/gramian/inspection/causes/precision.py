@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import torch
 
+from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.report import Finding
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "gradient_overflow"]
 
 # Largest number that float16 rounds to zero, and the largest share of a weight that is lost when it is added.
 ZERO, LOST = 2.0**-25, 2.0**-11
+# Share of the gradients from which on all layers are named.
+MOST = 0.3
 # β₂ of Adam, where no optimizer says it.
 BETA2 = 0.999
 
@@ -48,6 +51,46 @@ def float16_weights(context: Context) -> Iterator[Finding]:
         "bfloat16.",
         source="Micikevicius et al. 1710.03740, §3.1",
     )
+
+
+def gradient_overflow(
+    bad: Sequence[str], total: int, evidence: str, derivative: tuple[str, str] | None, *, is_narrow: bool
+) -> Finding:
+    """The finding about gradients that are not finite behind a forward pass that is.
+
+    Args:
+        bad: parameters with such gradients; none where the gradients are not known, and the output was not finite.
+        total: of the gradients.
+        evidence: what was seen.
+        derivative: module and operation that make the first such gradient, if they were found.
+        is_narrow: whether numbers are float16 or bfloat16 somewhere.
+
+    Returns: the finding.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+    """
+    title = (
+        f"The gradients of {len(bad)} parameters are not finite"
+        if bad
+        else "The output is not finite, and was when the pass was repeated"
+    )
+    if derivative is None:
+        where = "all layers" if len(bad) > MOST * total else some(bad, SHOWN)
+        cause = "The loss, its gradient or an earlier batch of this step left the range of the dtype"
+        cause += " (65,504 for float16)." if is_narrow else ", or the derivative of the loss is infinite."
+        advice = "Lower the loss scale, or use bfloat16; t" if is_narrow else "Look at what the loss is given; t"
+        advice += "orch.autograd.detect_anomaly names the operation."
+    else:
+        module, operation = derivative
+        where = module or "the model's own forward"
+        title += f", from the derivative of {operation} on"
+        cause = f"The gradient goes into the derivative of {operation} finite, and comes out NaN or infinite (exact): "
+        cause += "a derivative is infinite where its function is finite (√0, ‖0‖, 0⁰, arccos 1), or 0 · ∞ was "
+        cause += "computed for values that torch.where then drops."
+        advice = "Keep the argument away from that point: an ε inside of the root or the norm, a clamp before it, and "
+        advice += "torch.where on the argument in place of the result."
+    return Finding("gradient-overflow", "error", title, where=where, evidence=evidence, cause=cause, advice=advice)
 
 
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (float16_weights,)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from gramian.errors import some
 from gramian.inspection.by_design import is_factor
 from gramian.inspection.causes.context import SHOWN, Context
+from gramian.inspection.causes.precision import gradient_overflow
 from gramian.report import Finding
 
 __all__ = ["RULES"]
@@ -139,17 +140,8 @@ def numbers(context: Context) -> Iterator[Finding]:
         return
     bad = [n for n, g in seen.gradients.items() if g is not None and not math.isfinite(g)]
     if bad:
-        yield Finding(
-            "gradient-overflow",
-            "error",
-            f"The gradients of {len(bad)} parameters are not finite, and the loss is",
-            where="all layers" if len(bad) > MOST * len(sizes) else some(bad, SHOWN),
-            evidence=f"{len(bad)} of {len(sizes)} gradients are NaN or infinite (exact); the loss is {seen.loss:.3g}",
-            cause=("A gradient left the range of its dtype (65,504 for float16), or a" if seen.is_narrow else "A")
-            + " derivative is infinite where its function is finite (√0, 0⁰, |0|).",
-            advice=("Lower the loss scale, or use bfloat16; t" if seen.is_narrow else "T")
-            + "orch.autograd.detect_anomaly names the operation.",
-        )
+        told = f"{len(bad)} of {len(sizes)} gradients are NaN or infinite (exact); the loss is {seen.loss:.3g}"
+        yield gradient_overflow(bad, len(sizes), told, seen.first_infinite_derivative, is_narrow=seen.is_narrow)
     elif seen.loss > 0 and _is_zero_behind_head(context):
         yield Finding(
             "gradient-underflow",
