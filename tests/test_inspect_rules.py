@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect as python
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
-from gramian.inspection import comparison, rules, weight_rules
-from gramian.inspection.causes import data, folding, loss, modules, parameters, reach, stepping
+from gramian.inspection import comparison, live_look, live_skips, origin, rules, weight_rules
+from gramian.inspection.causes import data, folding, loss, modules, norms, parameters, precision, reach, stepping
 
 MODULES = (rules, weight_rules, comparison)
 CAUSES = (data, loss, modules, parameters, reach, stepping)
@@ -24,7 +25,7 @@ def calls() -> Iterator[ast.Call]:
         yield from calls_of(module)
 
 
-def calls_of(module: ModuleType) -> Iterator[ast.Call]:
+def calls_of(module: Any) -> Iterator[ast.Call]:
     for node in ast.walk(ast.parse(python.getsource(module))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Finding", "_finding"):
             yield node
@@ -70,6 +71,21 @@ def test_the_causes_are_documented_and_have_a_rank() -> None:
     told = {start for module in CAUSES for call in calls_of(module) for start in literals(call.args[0])}
     assert len(told) > 25
     assert not {code for code in told if not any(known.startswith(code) for known in ranked)}
+
+
+def test_the_codes_of_a_watch_are_those_of_its_rules() -> None:
+    """Every code that stands in the source of what it runs, and no other."""
+    files = {python.getmodule(rule) for rule in (*modules.RULES, *norms.RULES, *parameters.RULES, *stepping.RULES)}
+    inside = (*files, reach.numbers, reach.unreached, reach.shared, precision.gradient_overflow, loss.non_finite)
+    words = {
+        node.value
+        for part in (*inside, live_skips, origin)
+        for node in ast.walk(ast.parse(python.getsource(part)))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    starts_of_codes = tuple(word for word in words if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*-", word))
+    ranked = {code for codes in folding._ORIGINS for code in codes} | folding._SYMPTOMS | live_look.CODES
+    assert {code for code in ranked if code in words or code.startswith(starts_of_codes)} == live_look.CODES
 
 
 def literals(code: ast.expr) -> list[str]:

@@ -321,3 +321,34 @@ def test_a_model_that_is_cast_is_stepped_on_or_refused(overwrite: bool) -> None:
         warnings.simplefilter("error")
         optimizer.step()
     assert all(p.dtype == torch.float64 and p.isfinite().all() for p in model.parameters())
+
+
+@every
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_new_head_joins_as_the_head_that_it_is(name: str, copied: bool) -> None:
+    """The model tells what a new layer is, also the copy of a model in a copy made with it; the old layer stays."""
+
+    def trained(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        for seed in range(3):
+            set_gradients(model, seed)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    def with_new_head(model: nn.Sequential) -> nn.Sequential:
+        torch.manual_seed(3)
+        model[-1] = nn.Linear(model[-1].in_features, 3)
+        return model
+
+    model = two_layers()
+    optimizer = MAKERS[name](model)
+    with_new_head(model)
+    if copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
+    set_gradients(model)
+    with pytest.raises(InputError, match=r"has new parameters in place of 2 .*add_param_group"):
+        optimizer.step()
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    optimizer.add_param_group({"params": [(n, p) for n, p in model.named_parameters() if p not in stepped]})
+    new = with_new_head(two_layers())
+    for one, other in zip(trained(model, optimizer), trained(new, MAKERS[name](new)), strict=True):
+        torch.testing.assert_close(one, other)

@@ -129,6 +129,28 @@ def test_what_is_offered_was_seen_to_cure_and_does_when_its_line_is_run(code: st
     assert right > 0.9
 
 
+@pytest.mark.parametrize("named", [False, True, None], ids=["without names", "with names", "of this library"])
+def test_a_new_head_is_added_to_any_optimizer(named: bool | None):
+    model = network()
+    given = model.named_parameters() if named else model.parameters()
+    optimizer = gm.optim.Muon(model) if named is None else torch.optim.AdamW(given, lr=3e-3)
+    model[-1] = nn.Linear(24, 4)
+    found = finding(
+        inspected(Setting(model, data(), gm.Objective.classification(), optimizer)), "parameter-not-stepped"
+    )
+    assert found.rehearsal is not None, found.remedy
+    assert found.rehearsal.is_gone
+    exec(found.action.code, {"model": model, "optimizer": optimizer})
+    assert {*model.parameters()} <= {p for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_bfloat16_is_offered_where_the_batches_are_float16():
+    model = network().to(torch.float16)
+    batches = [(x.half(), y) for x, y in data()]
+    run = Setting(model, batches, gm.Objective.classification(), torch.optim.AdamW(model.parameters(), lr=3e-3))
+    assert finding(inspected(run), "parameter-float16").action == Action("cast_to_bfloat16")
+
+
 def state(run: Setting) -> dict[str, Any]:
     assert run.optimizer is not None
     return {

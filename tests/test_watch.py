@@ -312,6 +312,8 @@ def test_the_numbers_are_those_of_the_step(tmp_path) -> None:
         ({"every": 0}, "at least 1"),
         ({"share": 0.0}, "share is 0.0"),
         ({"raise_on": "fatal"}, "raise_on"),
+        ({"raise_on": ["rate-to-high"]}, "did you mean 'rate-too-high'"),
+        ({"raise_on": ["labels-sorted"]}, "no code of a watch"),
         ({"log": 3}, "log is a int"),
     ],
 )

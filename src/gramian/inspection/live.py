@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -17,7 +18,7 @@ from gramian.inspection.live_closure import before_moving
 from gramian.inspection.live_forward import Forward
 from gramian.inspection.live_gradients import all_finite
 from gramian.inspection.live_log import Teller, as_log
-from gramian.inspection.live_look import Looker
+from gramian.inspection.live_look import CODES, Looker
 from gramian.inspection.live_schedule import Schedule
 from gramian.inspection.live_skips import Skips, skipped_steps
 from gramian.inspection.observed import Observed
@@ -301,4 +302,16 @@ def watch(
         raise InputError(f"watch: on_finding is {described(on_finding)}; wanted a function of a finding and the step")
     if isinstance(raise_on, str) and raise_on not in SEVERITIES:
         raise InputError(f"watch: raise_on is {raise_on!r}; wanted 'error', 'warning', 'info', or a list of codes")
+    if not isinstance(raise_on, str) and raise_on is not None:
+        raise_on = _known_codes(raise_on)
     return Watch(model, optimizer, every, share, on_finding, raise_on, as_log(log))
+
+
+def _known_codes(codes: Collection[str]) -> list[str]:
+    """The codes, if a watch can make all of them: a training must not run on for want of a letter."""
+    for code in (codes := list(codes)):
+        if code not in CODES:
+            near = difflib.get_close_matches(code, CODES, 1)
+            told = f"did you mean {near[0]!r}?" if near else f"those are {', '.join(sorted(CODES))}"
+            raise InputError(f"watch: raise_on has {code!r}, which is no code of a watch's findings; {told}")
+    return codes

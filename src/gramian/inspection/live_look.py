@@ -24,9 +24,21 @@ from gramian.inspection.signal import in_words
 from gramian.inspection.stepping import Steps
 from gramian.report import Finding
 
-__all__ = ["Looker"]
+__all__ = ["CODES", "Looker"]
 
 EVERY_LOOK: tuple[Callable, ...] = (numbers, unreached, *MODULES, *NORMS)
+
+CODES = frozenset((
+    "gain-above-one", "gain-below-one", "non-finite-weights", "input-non-finite",
+    "loss-non-finite", "gradient-overflow", "gradient-underflow",
+    "steps-skipped", "graph-cut", "parameter-unused", "parameter-shared", "zero-weights", "parameter-constant",
+    "parameter-rank-one", "parameter-scale-small", "parameter-scale-large", "embedding-scale", "head-scale",
+    "dead-units", "saturated-units", "gate-shut", "dropout-rate", "dropout-evaluation", "attention-saturated",
+    "attention-masked", "residual-growth", "reduction-cancels", "norm-zero-gain", "norm-single-value",
+    "norm-few-values", "norm-statistics", "norm-evaluation-mode", "modes-disagree", "parameter-not-stepped",
+    "momentum-too-high", "weight-decay-too-large", "rate-too-high", "rate-too-low", "loss-maximized",
+))  # fmt: skip
+"""Codes of all findings that a watch can make."""
 
 # Change of a matrix's norm, as a share, from which on the rules about its values are run again.
 CHANGED = 0.05

@@ -65,6 +65,7 @@ class Grouped(torch.optim.Optimizer):
             raise InputError("layouts= needs the model: pass it in place of its parameters, or as model=")
         self._known = {} if model is None else {r.parameter: r for r in routes_of_model(model, layouts)}
         self._model = None if model is None else weakref.ref(model)
+        self._layouts = layouts
         found = self._cut(route_groups(params, overrides, self._known))
         self._named = any(r.named for routes, _ in found for r in routes)
         self._add_routes(found)
@@ -85,6 +86,11 @@ class Grouped(torch.optim.Optimizer):
         if not self._built:
             super().add_param_group(param_group)
             return
+        model = self._model() if self._model is not None else None
+        if model is not None:  # which may have new layers, and tells what they are
+            self._known |= {
+                r.parameter: r for r in routes_of_model(model, self._layouts) if r.parameter not in self._known
+            }
         found = self._cut(route_groups([param_group], known=self._known, first=len(self._routes)))
         ((routes, own),) = found
         if any(r.parameter in self._routes for r in routes):

@@ -133,12 +133,14 @@ def replacements(groups: Sequence[Mapping[str, Any]], routes: Mapping[Tensor, Ro
 
 
 def check_not_replaced(model: nn.Module, routes: Iterable[Route]) -> None:
-    """Raises `InputError` if the model has another parameter now under the name of one that the optimizer steps."""
+    """Raises `InputError` if the model has a parameter under a name that the optimizer knows, and is not stepped."""
     now = {clean_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    gone = [r.name for r in routes if now.get(r.name, r.parameter) is not r.parameter]
+    routes = list(routes)
+    stepped = {r.parameter for r in routes}
+    gone = [r.name for r in routes if now.get(r.name, r.parameter) not in stepped]
     if gone:
         raise InputError(
             f"the model has new parameters in place of {len(gone)} that the optimizer was built with, such as "
             f"{gone[0]!r}, and would not train. Call fully_shard, to_empty or whatever replaced them before building "
-            "the optimizer"
+            "the optimizer, or add them with add_param_group"
         )

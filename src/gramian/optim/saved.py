@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -140,6 +142,15 @@ class Saved(Grouped):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: self.__dict__[name] for name in _KEPT}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saved:
+        """A copy; it belongs to the copy of the model if that was made before it, as in `deepcopy((model, self))`."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        model = memo.get(id(self._model())) if self._model is not None else None
+        copied._model = None if model is None else weakref.ref(model)
+        return copied
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._stacks = {}
@@ -152,7 +163,7 @@ class Saved(Grouped):
 
 _KEPT = (
     "_routes", "_left_out", "_num_matrices", "_options", "_built", "_named", "_sharding", "_clock", "_skipped",
-    "_num_missing",
+    "_num_missing", "_layouts",
 )  # fmt: skip
 """What a copy takes along beside torch's own."""
 

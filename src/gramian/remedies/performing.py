@@ -142,19 +142,24 @@ def _train_mode(setting: Setting) -> None:
 
 def _cast_to_bfloat16(setting: Setting) -> None:
     setting.model.to(torch.bfloat16)
+    _before_forward(setting, lambda x: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x)
 
 
 def _standardize(setting: Setting) -> None:
     std, mean = torch.std_mean(torch.cat([batch[0] for batch in setting.batches]), 0)
     std = std.clamp(min=std.median())
-    _before_forward(setting, lambda x: (x - mean.to(x)) / std.to(x))
+    _before_first(setting, lambda x: (x - mean.to(x)) / std.to(x))
 
 
 def _replace_non_finite(setting: Setting) -> None:
-    _before_forward(setting, lambda x: x.nan_to_num(0.0, 0.0, 0.0))
+    _before_first(setting, lambda x: x.nan_to_num(0.0, 0.0, 0.0))
 
 
-def _before_forward(setting: Setting, function: Callable[[Tensor], Tensor]) -> None:
+def _before_forward(setting: Setting, function: Callable[[Any], Any]) -> None:
+    setting.model.register_forward_pre_hook(lambda _, args: tuple(map(function, args)))
+
+
+def _before_first(setting: Setting, function: Callable[[Tensor], Tensor]) -> None:
     setting.model.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
 
 
@@ -165,7 +170,9 @@ def _shift_labels(setting: Setting, by: int) -> Setting:
 def _add_to_optimizer(setting: Setting) -> None:
     known = {p for group in setting.groups for p in group["params"]}
     assert setting.optimizer is not None
-    setting.optimizer.add_param_group({"params": [p for p in setting.model.parameters() if p not in known]})
+    new = [(name, p) for name, p in setting.model.named_parameters() if p not in known]
+    is_named = "param_names" in setting.groups[0]
+    setting.optimizer.add_param_group({"params": new if is_named else [p for _, p in new]})
 
 
 def _set_zero_rates(setting: Setting, rate: float) -> None:

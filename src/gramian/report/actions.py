@@ -18,12 +18,19 @@ from .formatting import visible
 
 __all__ = ["ACTIONS", "Action"]
 
+# torch takes no group without names beside groups that have them, and no group with names beside those without.
+_ADD = (
+    'known = {{p for group in optimizer.param_groups for p in group["params"]}}\n'
+    "new = [(name, p) for name, p in model.named_parameters() if p not in known]\n"
+    'named = "param_names" in optimizer.param_groups[0]\n'
+    'optimizer.add_param_group({{"params": new if named else [p for _, p in new]}})'
+)
+
 # Name of an action: its code, Python or a command line that begins with "gramian". Every {parameter} must be given.
 # Python runs as it stands after `import torch, gramian as gm` with what `gm.inspect(model, batches, objective)` was
 # given.
 ACTIONS: dict[str, str] = {
     "isometric_": "gm.init.isometric_(model, next(iter(batches)))",
-    "cast_to_bfloat16": "model.to(torch.bfloat16)",
     "tie": "model.get_submodule({module}).{attribute} = model.get_parameter({source})",
     "plan_compression": "plan = gm.compress(model, batches=batches, objective=objective)",
     "compress": "plan = gm.compress(model, batches=batches, objective=objective)\nsmall = plan.at(keep={keep}).apply()",
@@ -41,21 +48,22 @@ ACTIONS: dict[str, str] = {
     "remove": "model.set_submodule({module}, torch.nn.Identity())",
     "set": "for name in {names}:\n    model.get_submodule(name).{attribute} = {value}",
     "unshare": "import copy\n\nmodel.set_submodule(\n    {module}, torch.nn.ModuleList(copy.deepcopy(m) for m in "
-    'model.get_submodule({module}))\n)\nknown = {{p for group in optimizer.param_groups for p in group["params"]}}\n'
-    'optimizer.add_param_group({{"params": [p for p in model.parameters() if p not in known]}})',
+    "model.get_submodule({module}))\n)\n" + _ADD,
     "unfreeze": "model.requires_grad_(True)",
     "train_mode": "model.train()",
     "update_statistics": "torch.optim.swa_utils.update_bn(batches, model)",
     "set_norm_momentum": "for name in {names}:\n    model.get_submodule(name).momentum = {momentum}\n"
     "torch.optim.swa_utils.update_bn(batches, model)",
+    "cast_to_bfloat16": "model.to(torch.bfloat16)\n"
+    "model.register_forward_pre_hook(\n    lambda _, args: tuple(x.bfloat16() if torch.is_tensor(x) and "
+    "x.is_floating_point() else x for x in args)\n)",
     "standardize": "std, mean = torch.std_mean(torch.cat([batch[0] for batch in batches]), 0)\n"
     "std = std.clamp(min=std.median())\n"
     "model.register_forward_pre_hook(lambda _, args: ((args[0] - mean.to(args[0])) / std.to(args[0]), *args[1:]))",
     "replace_non_finite": "model.register_forward_pre_hook("
     "lambda _, args: (args[0].nan_to_num(0.0, 0.0, 0.0), *args[1:]))",
     "shift_labels": "batches = [(x, y - {by}) for x, y in batches]",
-    "add_to_optimizer": 'known = {{p for group in optimizer.param_groups for p in group["params"]}}\n'
-    'optimizer.add_param_group({{"params": [p for p in model.parameters() if p not in known]}})',
+    "add_to_optimizer": _ADD,
     "set_zero_rates": 'for group in optimizer.param_groups:\n    group["lr"] = group["lr"] or {rate}',
     "scale_rate": 'for group in optimizer.param_groups:\n    group["lr"] *= {factor}',
     "set_momentum": 'for group in optimizer.param_groups:\n    group["momentum"] = {momentum}',
