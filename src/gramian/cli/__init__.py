@@ -13,7 +13,7 @@ import typer
 
 import gramian
 from gramian.checkpoint.faults import plain
-from gramian.cli import bench, compress, demo, inspect, train
+from gramian.cli import bench, compress, demo, doctor, inspect, train
 from gramian.cli.common import complain, num_ranks
 from gramian.errors import GramianError, GramianWarning
 
@@ -26,7 +26,6 @@ ClickException = UsageError.__bases__[0]
 
 app = typer.Typer(
     help="See a network as its matrices: diagnose, repair, train and compress it.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -38,20 +37,38 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+WELCOME = """\
+gramian {version}: see a network as its matrices
+
+What is wrong with it?   gramian inspect model.safetensors --html report.html
+Train one                gramian train digits --out run
+Make one smaller         gramian compress run/model.safetensors --task digits --keep 0.5 --out small
+See it all in a minute   gramian demo
+Is this machine ready?   gramian doctor
+
+Each has --help; all commands: gramian --help"""
+
+
+@app.callback(invoke_without_command=True)
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """See a network as its matrices: diagnose, repair, train and compress it."""
+    if context.invoked_subcommand is None:
+        print(WELCOME.format(version=gramian.__version__))
 
 
-app.command("demo")(demo.command)
-app.command("inspect")(inspect.command)
-app.command("train", cls=train.WithOptimizers)(train.command)
-app.command("compress")(compress.command)
-app.command("bench")(bench.command)
+app.command("demo", short_help="Diagnose, repair, train and compress a network in a minute.")(demo.command)
+app.command("inspect", short_help="Find what is wrong with a network, with causes and remedies.")(inspect.command)
+app.command("train", short_help="Train a task's network, and go on after any interruption.", cls=train.WithOptimizers)(
+    train.command
+)
+app.command("compress", short_help="Make a model smaller, to a share, a quality or a speed.")(compress.command)
+app.command("bench", short_help="Time gramian on this machine against the peers installed.")(bench.command)
+app.command("doctor", short_help="Show versions, the processor, and what is installed.")(doctor.command)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -59,7 +76,7 @@ def main(args: list[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     args = sys.argv[1:] if args is None else args
     try:
-        code = app(args=args or ["--help"], prog_name="gramian", standalone_mode=False)
+        code = app(args=args, prog_name="gramian", standalone_mode=False)
     except GramianError as error:
         complain(str(error))
         return 2
