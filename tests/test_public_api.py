@@ -122,7 +122,8 @@ def commands() -> Iterator[str]:
     program: Any = typer.main.get_command(app)
     assert app.registered_callback
     yield "gramian"
-    yield from (f"    {option(p, app.registered_callback.callback)}" for p in program.params)
+    own = typing.get_type_hints(app.registered_callback.callback)  # typer adds the flags of shell completion
+    yield from (f"    {option(p, app.registered_callback.callback)}" for p in program.params if p.name in own)
     for registered in sorted(app.registered_commands, key=lambda command: str(command.name)):
         yield f"gramian {registered.name}"
         yield from (f"    {option(p, registered.callback)}" for p in program.commands[registered.name].params)

@@ -18,6 +18,7 @@ from gramian.errors import InputError, ShapeError
 from gramian.layers import Role, config_of, families, find_head, layer_of
 from gramian.layers.lookup import Lookup, Owned, host_of, is_lazy, look_up, match_pattern
 from gramian.layout import Layout
+from gramian.rows import Rows
 
 __all__ = ["METADATA", "Block", "Blocks", "Layout", "Rest", "blocks"]
 
@@ -43,6 +44,9 @@ class Block:
     layout: Layout
     role: Role
     reason: str
+
+    def __repr__(self) -> str:
+        return f"Block({self.name!r}, {self.kind}, {' × '.join(map(str, self.shape))}, {self.role})"
 
     @property
     def name(self) -> str:
@@ -108,6 +112,9 @@ class Rest:
     aliases: tuple[str, ...] = ()
     elementwise: bool = False
 
+    def __repr__(self) -> str:
+        return f"Rest({self.name!r}, {' × '.join(map(str, self.parameter.shape))}, {self.reason})"
+
 
 class Blocks(NamedTuple):
     """Every parameter of a model exactly once.
@@ -120,7 +127,14 @@ class Blocks(NamedTuple):
     blocks: tuple[Block, ...]
     rest: tuple[Rest, ...]
 
-    def explain(self) -> list[dict[str, str]]:
+    def __repr__(self) -> str:
+        rest = f"{len(self.rest)} other parameter{'s' * (len(self.rest) != 1)}"
+        return f"<Blocks: {len(self.blocks)} with matrices, {rest}; see explain()>"
+
+    def _repr_html_(self) -> str:
+        return self.explain()._repr_html_()
+
+    def explain(self) -> Rows:
         """One row for each parameter: its name, whether it is a block, its matrices, role, and the reason.
 
         >>> from torch import nn
@@ -146,7 +160,7 @@ class Blocks(NamedTuple):
         rows += [
             {"name": " = ".join((r.name, *r.aliases)), "group": "rest", **empty, "reason": r.reason} for r in self.rest
         ]
-        return rows
+        return Rows(rows)
 
     def metadata(self) -> dict[str, str]:
         """What a file of the model's tensors lacks, as text for its metadata: layouts, parts, roles and classes.

@@ -91,6 +91,11 @@ class Objective:
         if not hasattr(self.predict, "prepares"):
             object.__setattr__(self, "predict", _prepared(self.predict))
 
+    def __repr__(self) -> str:
+        names = [getattr(f, "__qualname__", type(f).__name__) for f in (self.predict, self.criterion)]
+        told = " of ".join(dict.fromkeys(name.partition(".<locals>")[0] for name in reversed(names)))
+        return f"<Objective: {told}, fisher {self.fisher!r}>"
+
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
         """A context in which `observer` is called at every evaluation of this objective."""

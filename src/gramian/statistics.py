@@ -18,6 +18,7 @@ from gramian.checkpoint import load_tensors, save_tensors
 from gramian.checkpoint.faults import damaged
 from gramian.errors import CheckpointError, InputError, some
 from gramian.gram import DiagonalGram, Gram
+from gramian.rows import Rows
 
 __all__ = ["Site", "Sites", "Statistics"]
 
@@ -157,6 +158,37 @@ class Statistics(Mapping[str, Sites]):
     other_uses: dict[str, list[str]] = field(default_factory=dict)
     padded: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sites = sum(1 for _ in self.sites())
+        return (
+            f"<Statistics: {len(self)} block{'s' * (len(self) != 1)} at {sites} site{'s' * (sites != 1)}, "
+            f"{self.units:g} units, loss {self.loss:.4g}, G {self.fisher!r}; see explain()>"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.explain()._repr_html_()
+
+    def explain(self) -> Rows:
+        """One row for each site: its name, the operation, the sides of A and G, the rows seen, and what is missing.
+
+        >>> Statistics({"a": [Site(A=Gram(2), op="linear", name="a", calls=1, reason="frozen")]}).explain()
+        name  op      A  G  rows  calls  reason
+        a     linear  2        0      1  frozen
+        """
+        return Rows(
+            {
+                "name": site.name or name,
+                "op": site.op,
+                "A": None if site.A is None else site.A.dim,
+                "G": None if site.G is None else site.G.dim,
+                "rows": None if site.A is None else int(site.A.count.max()),
+                "calls": site.calls,
+                "reason": site.reason,
+            }
+            for name, sites in self.blocks.items()
+            for site in sites
+        )
 
     def __getitem__(self, name: str) -> Sites:
         if name in self.blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from gramian.compression.weighted import WeightedSVD, decompose, site_of
 from gramian.errors import GramianWarning, InputError, some
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
+from gramian.rows import Rows
 from gramian.statistics import Statistics
 
 __all__ = ["Plan", "compress"]
@@ -75,7 +77,10 @@ class Plan:
     def __repr__(self) -> str:
         return f"Plan({self})"  # the matrices of all layers would fill pages
 
-    def explain(self) -> list[dict[str, Any]]:
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.explain()._repr_html_()}"
+
+    def explain(self) -> Rows:
         """One row for each layer with a matrix: its name, shape, rank, share of parameters kept, loss, and the reason.
 
         The loss is the second-order estimate of the layer's part of the rise. The reason says why a layer stays as it
@@ -90,7 +95,7 @@ class Plan:
             why = "; ".join(filter(None, [why, *(f"{side} weighted by their diagonal alone" for side in s.diagonal)]))
             rows.append({"name": s.name, "shape": s.shape, "rank": rank, "kept": kept, "loss": loss, "reason": why})
         dense = {"shape": None, "rank": None, "kept": 1.0, "loss": 0.0}
-        return rows + [{"name": name, **dense, "reason": reason} for name, reason in self.reasons.items()]
+        return Rows(rows + [{"name": name, **dense, "reason": reason} for name, reason in self.reasons.items()])
 
     @cached_property
     def parameters_dense(self) -> int:

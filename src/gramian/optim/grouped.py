@@ -23,6 +23,7 @@ from gramian.optim.routing import Group, Route, route_groups, routes_of_model
 from gramian.optim.scaling import num_in_sequence
 from gramian.optim.sharding import Sharding
 from gramian.optim.stacks import Stacks
+from gramian.rows import Rows
 
 __all__ = ["Grouped"]
 
@@ -196,9 +197,9 @@ class Grouped(torch.optim.Optimizer):
         self._follow()
         return {p: rate for group in self.param_groups for p, rate in rates_of(group, self._routes).items()}
 
-    def explain(self) -> list[dict[str, str]]:
+    def explain(self) -> Rows:
         """Each parameter's name, direction (`"matrix"`, `"adamw"`, `"none"`), matrices, parts, and the reason."""
-        return [
+        rows = [
             {
                 "name": r.name,
                 "direction": r.direction,
@@ -207,7 +208,6 @@ class Grouped(torch.optim.Optimizer):
                 "reason": r.reason,
             }
             for r in self._routes.values()
-        ] + [
-            {"name": r.name, "direction": "none", "matrices": "", "parts": "", "reason": r.reason}
-            for r in self._left_out
         ]
+        empty = {"direction": "none", "matrices": "", "parts": ""}
+        return Rows(rows + [{"name": r.name, **empty, "reason": r.reason} for r in self._left_out])

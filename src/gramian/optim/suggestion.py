@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from gramian.optim.proximal import Proximal
 from gramian.optim.registry import OPTIMIZERS, known_name
 from gramian.optim.shell import MatrixOptimizer
 from gramian.recording.measuring import eager
+from gramian.rows import Rows
 
 __all__ = ["LearningRate", "suggest_lr"]
 
@@ -64,6 +66,13 @@ class LearningRate:
     before: float
     rehearsed: tuple[tuple[float, float], ...]
     why: str
+
+    def __repr__(self) -> str:
+        return f"<LearningRate: {self}>"
+
+    def _repr_html_(self) -> str:
+        rows = Rows({"rate": rate, "held-out loss": loss} for rate, loss in self.rehearsed)
+        return f"<p>{html.escape(str(self))} It starts at a loss of {self.before:.4g}.</p>{rows._repr_html_()}"
 
     def __str__(self) -> str:
         low, high = self.range

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import nn
 from gramian.errors import GramianError, InputError, TaskError
 from gramian.loader import as_batches
 from gramian.objective import Objective
+from gramian.rows import Rows
 
 __all__ = ["Run", "Task", "as_task", "calling", "described"]
 
@@ -113,6 +115,17 @@ class Run:
     resumed: int = 0
     skipped: int = 0
     stopped: str = ""
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(
+            f"{key} {value:.4g}" for key, value in self.metrics.items() if key not in ("step", "seconds")
+        )
+        how = f"{self.optimizer} at lr {self.lr:.3g}" if self.optimizer else "no optimizer"
+        ended = "; diverged" if self.diverged else f"; stopped: {self.stopped}" if self.stopped else ""
+        return f"<Run: {self.steps:,} steps in {self.seconds:.1f} s by {how}: {numbers or 'not evaluated'}{ended}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{Rows(self.history)._repr_html_()}"
 
     @property
     def metrics(self) -> dict[str, float]:

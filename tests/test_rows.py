@@ -1,0 +1,72 @@
+"""Tables print as tables, show as tables in a notebook, and stay lists; what holds tensors has a short repr."""
+
+from __future__ import annotations
+
+import pandas
+import pytest
+import torch
+from torch import nn
+
+import gramian as gm
+from gramian.rows import SHOWN, Rows
+from gramian.training.task import Run
+
+
+def test_rows_stay_a_list_and_align() -> None:
+    rows = Rows([{"name": "a", "n": 1, "share": 0.5}, {"name": "bcd", "n": 1200, "share": None}])
+    assert rows == [{"name": "a", "n": 1, "share": 0.5}, {"name": "bcd", "n": 1200, "share": None}]
+    assert repr(rows).splitlines() == ["name      n  share", "a         1    0.5", "bcd   1,200"]
+    assert list(pandas.DataFrame(rows).columns) == ["name", "n", "share"]
+    assert repr(Rows()) == "no rows"
+    assert "no rows" in Rows()._repr_html_()
+
+
+def test_a_long_table_is_cut_in_the_middle_and_says_so() -> None:
+    rows = Rows({"i": i} for i in range(1000))
+    lines = repr(rows).splitlines()
+    assert len(lines) == SHOWN + 2
+    assert lines[1].strip() == "0"
+    assert lines[-1].strip() == "999"
+    assert "… 960 more" in lines
+    assert rows._repr_html_().count("<tr>") == SHOWN + 2
+
+
+def test_names_cannot_break_out_of_the_page_or_the_line() -> None:
+    rows = Rows([{"na<me": "<script>alert(1)</script>\n\x1b[31m"}])
+    assert "<script>" not in rows._repr_html_()
+    assert "&lt;script&gt;" in rows._repr_html_()
+    assert len(repr(rows).splitlines()) == 2
+    assert "\x1b" not in repr(rows)
+    assert "\x1b" not in rows._repr_html_()
+
+
+@pytest.fixture(scope="module")
+def nouns() -> dict[str, object]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    batches = [(x, x.argmax(-1) % 3) for x in torch.randn(20, 64, 10)]
+    objective = gm.Objective.classification()
+    stats = gm.capture(model, batches, objective)
+    blocks, plan, optimizer = gm.blocks(model), gm.compress(model, stats), gm.optim.Muon(model)
+    run = Run(model, [{"step": 10, "seconds": 1.0, "loss": 0.5, "accuracy": 0.9}], 10, 1.0, optimizer="muon", lr=0.1)
+    return {
+        "blocks": blocks, "block": blocks.blocks[0], "rest": blocks.rest[0], "statistics": stats, "plan": plan,
+        "objective": objective, "run": run, "report": gm.inspect(model, quick=True),
+        "rate": gm.suggest_lr(model, batches, objective),
+        "rows of blocks": blocks.explain(), "rows of a plan": plan.explain(),
+        "rows of an optimizer": optimizer.explain(),
+    }  # fmt: skip
+
+
+def test_reprs_are_short_and_show_no_tensor(nouns) -> None:
+    for name, noun in nouns.items():
+        assert "tensor(" not in repr(noun), name
+        assert len(repr(noun)) < 700, name
+        if not name.startswith("rows"):
+            assert "\n" not in repr(noun), name
+
+
+@pytest.mark.parametrize("name", ["blocks", "statistics", "plan", "run", "rate", "report"])
+def test_a_notebook_shows_a_table_or_a_page(nouns, name: str) -> None:
+    shown = nouns[name]._repr_html_()
+    assert "<table" in shown or "<iframe" in shown
