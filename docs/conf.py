@@ -1,11 +1,18 @@
 """Sphinx configuration."""
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import gramian
 from gramian.linalg.engine.function import methods_table
 from gramian.optim.registry import table as directions_table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from generated import write_pages
+
+write_pages()
 
 project = "gramian"
 author = "the gramian developers"
