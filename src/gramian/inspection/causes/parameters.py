@@ -55,8 +55,7 @@ def degenerate(context: Context) -> Iterator[Finding]:
             "get no gradient.",
             action=ISOMETRIC,
         )
-    elif context.opening is not None and context.opening.shut:
-        shut = sorted(context.opening.shut, key=lambda name: context.observed.used.get(name, math.inf))
+    elif shut := _shut(context):
         yield Finding(
             "zero-weights",
             "error",
@@ -84,6 +83,14 @@ def degenerate(context: Context) -> Iterator[Finding]:
                 else "All that passes the layer is one number for each sample.",
                 action=ISOMETRIC,
             )
+
+
+def _shut(context: Context) -> list[str]:
+    """The zeros that keep each other shut, without norms that shut the whole network, which `norm_gain` tells."""
+    names = context.opening.shut if context.opening is not None else ()
+    modules = dict(context.model.named_modules())
+    told = [n for n in names if not (context.is_blocked and "Norm" in type(modules[context.module_of(n)]).__name__)]
+    return sorted(told, key=lambda name: context.observed.used.get(name, math.inf))
 
 
 def embedding_scale(context: Context) -> Iterator[Finding]:
