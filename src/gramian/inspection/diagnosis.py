@@ -20,6 +20,7 @@ from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.curvature import measure_curvature
 from gramian.inspection.evaluated import evaluate
 from gramian.inspection.failing import check_runs
+from gramian.inspection.leaking import find_leak
 from gramian.inspection.measured import Measured
 from gramian.inspection.observed import Observed
 from gramian.inspection.observing import NUM_BATCHES, observe
@@ -165,6 +166,10 @@ def _measure_signal(
         measured.looked_at.append("evaluation mode")
     except Exception as error:  # a model that cannot run in evaluation mode
         measured.skipped |= {"evaluation mode": in_words(error)}
+    try:
+        context.leak = find_leak(model, observed, objective)
+    except Exception as error:
+        measured.skipped |= {"whether an output sees its target": in_words(error)}
     try:
         context.opening = open_zeros(model, observed, objective)
         measured.waiting = context.opening.waiting

@@ -9,6 +9,7 @@ from gramian.inspection.causes.data import RULES as DATA
 from gramian.inspection.causes.folding import ordered
 from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.loss import RULES as LOSS
+from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
@@ -18,4 +19,4 @@ from gramian.inspection.causes.stepping import RULES as STEPPING
 
 __all__ = ["CAUSES", "Context", "ordered"]
 
-CAUSES = (*DATA, *LOSS, *REACH, *FREEZING, *PARAMETERS, *MODULES, *NORMS, *PRECISION, *STEPPING)
+CAUSES = (*DATA, *LOSS, *REACH, *FREEZING, *PARAMETERS, *MASKS, *MODULES, *NORMS, *PRECISION, *STEPPING)

@@ -15,6 +15,7 @@ from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
 from gramian.errors import GramianError
 from gramian.inspection.evaluated import Evaluated
+from gramian.inspection.leaking import Leak
 from gramian.inspection.losses import VALUES
 from gramian.inspection.observed import Call, Observed, moments
 from gramian.inspection.opening import Opening
@@ -50,6 +51,7 @@ class Context:
     steps: Steps | None = None
     evaluated: Evaluated | None = None
     opening: Opening | None = None
+    leak: Leak | None = None
     layers: list[Layer] = field(default_factory=list)
 
     @cached_property
