@@ -88,7 +88,7 @@ def find_leak(model: nn.Module, observed: Observed, objective: Objective) -> Lea
 
 
 def _next_inputs(observed: Observed, x: Tensor) -> Tensor | None:
-    """Where (B, T) the target of the loss is the next input, and counts; `None` where the targets are something else."""
+    """Where (B, T) the target of the loss is the next input, and counts; `None` where the targets are others."""
     if x.ndim < 2 or x.shape[1] < LEAST:
         return None
     for found in observed.criteria:
@@ -127,9 +127,16 @@ def _watched(model: nn.Module, shape: tuple[int, ...]) -> Iterator[list[tuple[st
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             made = first_float(output)
-            if made is not None and made.ndim > 2 and len(made) == shape[0] and made.shape[1] in (shape[1], shape[1] - 1):
+            if (
+                made is not None
+                and made.ndim > 2
+                and len(made) == shape[0]
+                and made.shape[1] in (shape[1], shape[1] - 1)
+            ):
                 wide = made.detach().flatten(2)
-                found.append((name, torch.stack((wide.float().mean(-1), wide[..., 0].float(), wide[..., -1].float()), -1)))
+                found.append(
+                    (name, torch.stack((wide.float().mean(-1), wide[..., 0].float(), wide[..., -1].float()), -1))
+                )
 
         return keep
 

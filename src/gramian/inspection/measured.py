@@ -24,8 +24,8 @@ class Measured:
         stats: second moments of inputs and output gradients; `None` without data, as is all that follows.
         gains: χ of each block by name; `None` where the next layer's input depends on more than this layer.
         jacobian: singular values of the end-to-end Jacobian, largest first.
-        waiting: parameters whose gradient is exactly zero until what is zero has made a few steps; `None` where that was
-            not tried.
+        waiting: parameters whose gradient is exactly zero until what is zero has made a few steps; `None` where that
+            was not tried.
         frozen: parameters that need no gradient, where others do.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         facts: numbers about the whole model, by label, for the report; rules may add some.

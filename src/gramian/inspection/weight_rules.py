@@ -63,7 +63,9 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
     zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0]
     by_design = starts_at_zero(measured.layers)
     waiting = measured.waiting or frozenset()
-    learns = {n for n, size in ((layer.name, layer.gradient_rms) for layer in zero) if size or n.partition("[")[0] in waiting}
+    learns = {
+        n for n, size in ((layer.name, layer.gradient_rms) for layer in zero) if size or n.partition("[")[0] in waiting
+    }
     learns -= measured.frozen
     wrong = [layer for layer in zero if layer.name not in by_design | learns and not is_change(layer)]
     if wrong:
@@ -91,8 +93,8 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
                 if learns.issuperset(layer.name for layer in started)
                 else "; other matrices are not, and no block differs from another in this"
             ),
-            cause="By design if this is a head, a table, a gate or the end of a branch that is not trained yet; else it "
-            "was never loaded.",
+            cause="By design if this is a head, a table, a gate or the end of a branch that is not trained yet; else "
+            "never loaded.",
             advice="Compare with the checkpoint that these weights come from (gramian inspect MODEL --against OTHER): "
             "are they zero there too?",
         )

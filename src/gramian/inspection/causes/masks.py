@@ -13,6 +13,7 @@ from gramian.inspection.attention import NUM_SAMPLES
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.observed import Visible
 from gramian.report import Finding
+from gramian.report.model import Severity
 
 __all__ = ["RULES"]
 
@@ -22,8 +23,8 @@ INVERTED = 0.9
 LEAST = 3
 
 _MEANING = (
-    "torch's key_padding_mask is true where a key is hidden, and a bool attn_mask of scaled_dot_product_attention is true "
-    "where it is seen."
+    "torch's key_padding_mask is true where a key is hidden, and a bool attn_mask of scaled_dot_product_attention is "
+    "true where it is seen."
 )
 
 
@@ -77,7 +78,7 @@ def masks(context: Context) -> Iterator[Finding]:
         )
 
 
-def _masked(context: Context, names: list[str], severity: str, does: str, evidence: str, cause: str) -> Finding:
+def _masked(context: Context, names: list[str], severity: Severity, does: str, evidence: str, cause: str) -> Finding:
     places = list(dict.fromkeys(n for n in names if n))
     return Finding(
         "attention-masked",

@@ -63,8 +63,8 @@ def degenerate(context: Context) -> Iterator[Finding]:
             where=some(shut, SHOWN),
             evidence="every entry and its gradient are zero in all batches, and the gradient is not once these values "
             "are others (tried)",
-            cause="Each is multiplied by another that is zero, or feeds ReLUs that are at zero with it. One factor of a "
-            "product may start at zero, not all.",
+            cause="Each is multiplied by another that is zero, or feeds ReLUs that are at zero with it. One factor of "
+            "a product may start at zero, not all.",
             advice="Draw the values of all but the last factor anew.",
         )
     for code, names, what, evidence in (
