@@ -63,7 +63,7 @@ def open_zeros(model: nn.Module, observed: Observed, objective: Objective) -> Op
     pending = {n for n in trained if observed.gradients[n] == 0.0}
     with training(model):
         last = _last(model, observed.batches[0], objective, {n: p for n, p in zeros.items() if p.ndim > 1})
-        if not pending or not any(observed.gradients[n] for n in trained):
+        if not pending:
             return Opening(last=last)
         with _restored({n: p for n, p in trained.items() if bool((p.detach() == 0).any())}) as opened:
             left = _step(model, observed.batches, objective, trained, pending, opened)

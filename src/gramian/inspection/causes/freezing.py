@@ -57,8 +57,8 @@ def _mistake(context: Context) -> str:
     """Why what is frozen looks forgotten; empty where it looks meant.
 
     Meant are parts beside whose every matrix something is trained (adapters, biases), all matrices while prompts,
-    tables or norms are trained, trained layers before those that are trained on, most of a network around adapters, and
-    a trained network in another.
+    tables or norms are trained, trained layers before those that are trained on, the head and others or most of a
+    network around new parts, and a trained network in another.
     """
     used = [b for b in context.matrices if b.role != "embedding" and b.name in context.observed.used]
     moving = [b for b in used if b.parameter.requires_grad]
@@ -66,10 +66,10 @@ def _mistake(context: Context) -> str:
     still = [b for b in held if not _has_beside(context, b, moving)]
     if not still or not moving:
         return ""
-    size = sum(b.parameter.numel() for b in still)
-    is_trained = sum(b.parameter.numel() for b in still if b.name in context.trained) > TRAINED * size
-    if all(b.role == "head" for b in still):
-        return "The head is frozen, and what is before it is trained." if still == held else ""
+    if any(b.role == "head" for b in still):  # with other layers: new parts are trained within a network
+        return "The head is frozen, and what is before it is trained." if len(held) == 1 else ""
+    size = sum(b.parameter.numel() for b in held)
+    is_trained = sum(b.parameter.numel() for b in held if b.name in context.trained) > TRAINED * size
     if used[: len(still)] == still:  # the layers before the others
         return "" if is_trained else "Layers are frozen whose weights do not look trained: they are as they were drawn."
     if size > MOST * sum(b.parameter.numel() for b in used) or (is_trained and _is_part(context, still)):
@@ -89,9 +89,10 @@ def _has_beside(context: Context, block: Block, moving: Sequence[Block]) -> bool
             continue
         prefix = f"{parent}." if parent else ""
         ends = [set(b.shape[-2:]) for b in moving if b.name.startswith(prefix) and min(b.shape[-2:]) < inner]
-        ranks = [rank for shape in ends for rank in [min(shape)] if outer <= {d for s in ends if rank in s for d in s}]
-        if ranks:
-            return True
+        for rank in {min(shape) for shape in ends}:
+            factors = [shape - {rank} for shape in ends if rank in shape]
+            if len(factors) > 1 and outer <= set().union(*factors):
+                return True
     return False
 
 
