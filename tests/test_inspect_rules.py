@@ -11,10 +11,10 @@ from types import ModuleType
 import pytest
 
 from gramian.inspection import comparison, rules, weight_rules
-from gramian.inspection.causes import data, folding, loss, modules, parameters, reach, stepping
+from gramian.inspection.causes import data, folding, freezing, loss, masks, modules, parameters, reach, stepping
 
 MODULES = (rules, weight_rules, comparison)
-CAUSES = (data, loss, modules, parameters, reach, stepping)
+CAUSES = (data, loss, freezing, masks, modules, parameters, reach, stepping)
 FINDINGS = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
 
 
