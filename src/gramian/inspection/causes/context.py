@@ -160,9 +160,13 @@ class Context:
 
     @cached_property
     def has_zero_gates(self) -> bool:
-        """Whether zeros are why gradients are zero: they open in a few steps, or, untried, look as if they did."""
+        """Whether zeros are why most gradients of zero are: they open in a few steps, or, untried, look as if they did.
+
+        Not most in an underflow, where a few gradients come and go between batches.
+        """
         if self.opening is not None:
-            return bool(self.opening.waiting)
+            still = {n for n, size in self.observed.gradients.items() if size == 0.0}
+            return 2 * len(still & self.opening.waiting) > len(still)
         return any(
             0 < p.numel() == max(p.shape, default=1) and "bias" not in name and not bool(p.detach().any())
             for name, p in self.parameters.items()
