@@ -12,10 +12,22 @@ from typing import Any
 import pytest
 
 from gramian.inspection import comparison, live_look, live_skips, origin, rules, weight_rules
-from gramian.inspection.causes import data, folding, loss, modules, norms, parameters, precision, reach, stepping
+from gramian.inspection.causes import (
+    data,
+    folding,
+    freezing,
+    loss,
+    masks,
+    modules,
+    norms,
+    parameters,
+    precision,
+    reach,
+    stepping,
+)
 
 MODULES = (rules, weight_rules, comparison)
-CAUSES = (data, loss, modules, parameters, reach, stepping)
+CAUSES = (data, loss, freezing, masks, modules, parameters, reach, stepping)
 FINDINGS = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NUM_SAMPLES", "attention_weights", "entropy_and_masked"]
+__all__ = ["NUM_SAMPLES", "attention_weights", "entropy_and_masked", "visible_keys"]
 
 # Samples of which attention's weights are computed.
 NUM_SAMPLES = 4
+
+# Samples, or samples times heads, of which it is kept which keys they see.
+NUM_ROWS = 64
 
 # A score of this or less is masked: masks write −∞, −1e4, −1e9 or the dtype's lowest number.
 MASKED = -9e3
@@ -34,6 +37,14 @@ def entropy_and_masked(weights: Tensor, scores: Tensor | None) -> tuple[Tensor, 
     several = seen > 1
     seeing = several.sum()
     return torch.where(several, entropy, 0.0).sum() / seeing.clamp(min=1), masked, seeing
+
+
+def visible_keys(scores: Tensor) -> Tensor | None:
+    """Which keys (B, T, S) a head sees, by the scores (…, T, S), of the first rows; `None` where no score is masked."""
+    seen = scores.detach()[:NUM_ROWS] > MASKED
+    if bool(seen.all()):
+        return None
+    return seen.flatten(1, -3).any(1) if seen.ndim > 3 else seen
 
 
 def attention_weights(

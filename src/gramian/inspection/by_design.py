@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from gramian.report import Layer
 
@@ -48,17 +48,36 @@ def untrained_adapter(layers: Iterable[Layer]) -> str:
 def starts_at_zero(layers: Iterable[Layer]) -> set[str]:
     """The names of zero matrices that may have started at zero on purpose, in a model of which others are not zero.
 
-    Heads, tables, an adapter's B, and the ends of residual branches start at zero in some models; the last in every
-    block alike. So a zero matrix that is not zero in another block was more likely never loaded.
+    Heads, tables, an adapter's B, and the ends of branches start at zero in some models; the last in every block alike.
+    So of the layers whose names differ from a zero one's in one number, all of one kind are zero too (the same layer of
+    all blocks), or none comes after it (the last layer of a chain). Another was more likely never loaded.
     """
     layers = [layer for layer in layers if layer.spectral_norm is not None]
-    live = [layer for layer in layers if layer.spectral_norm]
-    others = {name_pattern(layer.name) for layer in live if layer.role == "hidden"}
-    return {
-        layer.name
-        for layer in layers
-        if live and not layer.spectral_norm and (layer.role != "hidden" or name_pattern(layer.name) not in others)
-    }
+    if not any(layer.spectral_norm for layer in layers):
+        return set()
+    hidden = [layer for layer in layers if layer.role == "hidden"]
+    rows: dict[tuple[str, ...], list[tuple[int, bool]]] = {}
+    for layer in hidden:
+        for row, number in _rows(layer.name):
+            rows.setdefault(row, []).append((number, layer.spectral_norm == 0.0))
+    names = {layer.name for layer in layers if layer.spectral_norm == 0.0}
+    return names - {layer.name for layer in hidden if layer.spectral_norm == 0.0 and _stands_out(layer.name, rows)}
+
+
+def _rows(name: str) -> Iterator[tuple[tuple[str, ...], int]]:
+    """The groups of layers whose names differ from this one in one number, and that number."""
+    words = name.split(".")
+    for i, word in enumerate(words):
+        if word.isdigit():
+            yield (*words[:i], "*", *words[i + 1 :]), int(word)
+
+
+def _stands_out(name: str, rows: dict[tuple[str, ...], list[tuple[int, bool]]]) -> bool:
+    """Whether a zero matrix has others in its place in other blocks or after it in its chain, and they are not zero."""
+    others = [(row, number, rows[row]) for row, number in _rows(name) if len(rows[row]) > 1]
+    alike = any(all(zero for _, zero in row) for _, _, row in others)
+    ends = any(row[-2:-1] == ("*",) and number == max(n for n, _ in of) for row, number, of in others)
+    return bool(others) and not alike and not (ends and len(others) == 1)
 
 
 def name_pattern(name: str) -> str:

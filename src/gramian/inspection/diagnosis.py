@@ -20,9 +20,11 @@ from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.curvature import measure_curvature
 from gramian.inspection.evaluated import evaluate
 from gramian.inspection.failing import check_runs
+from gramian.inspection.leaking import find_leak
 from gramian.inspection.measured import Measured
 from gramian.inspection.observed import Observed
 from gramian.inspection.observing import NUM_BATCHES, observe
+from gramian.inspection.opening import open_zeros
 from gramian.inspection.places import places
 from gramian.inspection.rules import find
 from gramian.inspection.signal import SIGNAL, in_words, measure_signal
@@ -154,7 +156,7 @@ def _measure_signal(
         measure_signal(measured, model, few[0], objective, layouts, progress)
         return list(training_fails(measured.skipped["causes"]))
     context = Context(model, observed, optimizer, layers=measured.layers)
-    measured.gated = context.has_zero_gates
+    measured.frozen = frozenset(context.frozen if len(context.frozen) < len(context.parameters) else ())
     if observed.error is not None:
         measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
         return list(labels_in_range(context))
@@ -164,6 +166,15 @@ def _measure_signal(
         measured.looked_at.append("evaluation mode")
     except Exception as error:  # a model that cannot run in evaluation mode
         measured.skipped |= {"evaluation mode": in_words(error)}
+    try:
+        context.leak = find_leak(model, observed, objective)
+    except Exception as error:
+        measured.skipped |= {"whether an output sees its target": in_words(error)}
+    try:
+        context.opening = open_zeros(model, observed, objective)
+        measured.waiting = context.opening.waiting
+    except Exception as error:  # a model that cannot be trained twice on one batch
+        measured.skipped |= {"what starts at zero": in_words(error)}
     if optimizer is None:
         measured.skipped |= {STEPS: "no optimizer was given"}
     elif not math.isfinite(observed.loss):

@@ -24,7 +24,9 @@ class Measured:
         stats: second moments of inputs and output gradients; `None` without data, as is all that follows.
         gains: χ of each block by name; `None` where the next layer's input depends on more than this layer.
         jacobian: singular values of the end-to-end Jacobian, largest first.
-        gated: whether a vector or scalar that is zero on purpose, whose own gradient is not, shuts branches.
+        waiting: parameters whose gradient is exactly zero until what is zero has made a few steps; `None` where that
+            was not tried.
+        frozen: parameters that need no gradient, where others do.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         facts: numbers about the whole model, by label, for the report; rules may add some.
         notes: how things were measured, and what was skipped.
@@ -41,7 +43,8 @@ class Measured:
     gains: dict[str, Gain | None] = field(default_factory=dict)
     jacobian: tuple[float, ...] = ()
     is_chain: bool = True
-    gated: bool = False
+    waiting: frozenset[str] | None = None
+    frozen: frozenset[str] = frozenset()
     facts: dict[str, float | int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     directions: list[Direction] = field(default_factory=list)

@@ -23,6 +23,7 @@ __all__ = [
     "Moments",
     "Observed",
     "Reduction",
+    "Visible",
     "as_moments",
     "first_float",
     "moments",
@@ -90,6 +91,19 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Visible:
+    """Which keys attention sees: `seen` (B, T, S) is true where a score is not masked, of the first samples.
+
+    `rows` is the length of the first dimension, samples or samples times heads.
+    """
+
+    name: str
+    order: int
+    seen: Tensor
+    rows: int
+
+
+@dataclass(frozen=True)
 class Addition:
     """A residual addition of two tensors of one shape, neither of them a parameter."""
 
@@ -152,6 +166,7 @@ class Observed:
 
     Attributes:
         calls, activations, attentions, additions, cuts: in the order of the forward pass of the first batch.
+        visible: keys that attention sees, where it has a mask.
         gradients: root mean square of the loss's gradient by parameter; `None` where it does not reach the parameter.
         zero_gradients: share of exact zeros in it.
         used: order of the first operation that takes each parameter; those that are missing take part in nothing.
@@ -185,6 +200,7 @@ class Observed:
     calls: list[Call] = field(default_factory=list)
     activations: list[Activation] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
+    visible: list[Visible] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     gradients: dict[str, float | None] = field(default_factory=dict)

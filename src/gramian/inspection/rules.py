@@ -280,14 +280,16 @@ def _confirmed(measured: Measured) -> bool:
 
 
 def _with_gradients(measured: Measured) -> list[Layer]:
-    """The layers with a gradient, without those whose gradient is exactly zero because a later matrix is.
+    """The layers with a gradient, without those whose gradient is exactly zero as long as a factor of it is.
 
-    LoRA's B and the last matrix of a residual branch start at zero on purpose: what is before them gets its gradient
-    after the first step. A zero matrix that should not be one has a finding of its own.
+    LoRA's B, a gate, and the last matrix of a residual branch start at zero on purpose: what they multiply gets its
+    gradient after the first step. Where that was not tried, any zero matrix is taken for the reason.
     """
-    zero = max((layer.depth for layer in _zero_matrices(measured)), default=-1)
     sized = [layer for layer in measured.layers if layer.gradient_rms is not None]
-    return [layer for layer in sized if layer.gradient_rms != 0.0 or (layer.depth >= zero and not measured.gated)]
+    if measured.waiting is None:
+        return [layer for layer in sized if layer.gradient_rms != 0.0 or not _zero_matrices(measured)]
+    owners = {name.rpartition(".")[0] for name in measured.waiting | measured.frozen}
+    return [layer for layer in sized if layer.gradient_rms != 0.0 or layer.name.rpartition(".")[0] not in owners]
 
 
 def _per_unit(measured: Measured, layer: Layer) -> float:

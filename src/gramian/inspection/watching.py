@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gramian.inspection.attention import NUM_SAMPLES, attention_weights, entropy_and_masked
+from gramian.inspection.attention import NUM_SAMPLES, attention_weights, entropy_and_masked, visible_keys
 from gramian.inspection.losses import ends_of, see_loss
 from gramian.inspection.observed import (
     Activation,
@@ -27,6 +27,7 @@ from gramian.inspection.observed import (
     Ends,
     Observed,
     Reduction,
+    Visible,
     as_moments,
     first_float,
     squares,
@@ -57,6 +58,7 @@ _BOUNDED: dict[Callable, tuple[str, float, float]] = {
 }  # fmt: skip
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _MEANS = {torch.mean, Tensor.mean, torch.sum, Tensor.sum}
+_MASKING = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_, torch.where, Tensor.where}
 _ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__, Tensor.__radd__}
 
 
@@ -208,11 +210,11 @@ class Watcher(TorchFunctionMode):
         if not self.careful and not self.live:
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.stack[-1] if self.stack else "", func, args, kwargs)
-        finite_before = self.careful and self.first_non_finite is None and _all_finite((*args, *kwargs.values()))
+        given = (*args, *kwargs.values()) if self.careful and self.first_non_finite is None else None
         output = func(*args, **kwargs)
         name = self.stack[-1] if self.stack else ""
         with torch._C.DisableTorchFunction():
-            if finite_before and not _all_finite((output,)):
+            if given is not None and _breaks(func, given, output):
                 self.first_non_finite = (name, getattr(func, "__name__", str(func)))
             if not self.careful:
                 self._see(name, func, args, kwargs, output)
@@ -287,6 +289,8 @@ class Watcher(TorchFunctionMode):
             return
         if self.live:
             weights, scores = weights[:NUM_SAMPLES], None if scores is None else scores[:NUM_SAMPLES]
+        elif scores is not None and (seen := visible_keys(scores)) is not None:
+            self.seen.visible.append(Visible(name, self.order, seen, len(scores)))
         order = self.order
 
         def keep(entropy: float, masked: float, seeing: float) -> None:
@@ -333,6 +337,15 @@ def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
 def _version(t: Tensor | None) -> int:
     """How often a tensor was written to."""
     return 0 if t is None or t.is_inference() else t._version
+
+
+def _breaks(func: Any, given: tuple, output: Any) -> bool:
+    """Whether a function makes the first value that is not finite; a −∞ that hides a score is meant."""
+    if not all(bool((t < math.inf).all()) for t in tensors_of(given) if t.is_floating_point()):
+        return False
+    if not all(bool((t < math.inf).all()) for t in tensors_of((output,)) if t.is_floating_point()):
+        return True
+    return func not in _MASKING and _all_finite(given) and not _all_finite((output,))
 
 
 def _all_finite(values: Iterable[Any]) -> bool:

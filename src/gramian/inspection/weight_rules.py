@@ -62,7 +62,12 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
     """Find matrices that are zero, and matrices with many zeros. Exact."""
     zero = [layer for layer in measured.layers if layer.spectral_norm == 0.0]
     by_design = starts_at_zero(measured.layers)
-    wrong = [layer for layer in zero if layer.name not in by_design and not is_change(layer)]
+    waiting = measured.waiting or frozenset()
+    learns = {
+        n for n, size in ((layer.name, layer.gradient_rms) for layer in zero) if size or n.partition("[")[0] in waiting
+    }
+    learns -= measured.frozen
+    wrong = [layer for layer in zero if layer.name not in by_design | learns and not is_change(layer)]
     if wrong:
         yield Finding(
             "zero-weights",
@@ -82,9 +87,14 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
             "info",
             f"{_matrices(started)} {'is' if len(started) == 1 else 'are'} all zero",
             where=names_of(started),
-            evidence="every entry is zero (exact); other matrices are not, and no block differs from another in this",
-            cause="Initialized to zero on purpose (a head, a table, the end of a branch) and not trained yet, or never "
-            "loaded.",
+            evidence="every entry is zero (exact)"
+            + (
+                "; a gradient arrives in the first steps of training"
+                if learns.issuperset(layer.name for layer in started)
+                else "; other matrices are not, and no block differs from another in this"
+            ),
+            cause="By design if this is a head, a table, a gate or the end of a branch that is not trained yet; else "
+            "never loaded.",
             advice="Compare with the checkpoint that these weights come from (gramian inspect MODEL --against OTHER): "
             "are they zero there too?",
         )

@@ -7,7 +7,9 @@ Each rule takes a `Context`, which holds a few watched training steps, and yield
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import RULES as DATA
 from gramian.inspection.causes.folding import ordered
+from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.loss import RULES as LOSS
+from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
@@ -17,4 +19,4 @@ from gramian.inspection.causes.stepping import RULES as STEPPING
 
 __all__ = ["CAUSES", "Context", "ordered"]
 
-CAUSES = (*DATA, *LOSS, *REACH, *PARAMETERS, *MODULES, *NORMS, *PRECISION, *STEPPING)
+CAUSES = (*DATA, *LOSS, *REACH, *FREEZING, *PARAMETERS, *MASKS, *MODULES, *NORMS, *PRECISION, *STEPPING)

@@ -15,8 +15,10 @@ from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
 from gramian.errors import GramianError
 from gramian.inspection.evaluated import Evaluated
+from gramian.inspection.leaking import Leak
 from gramian.inspection.losses import VALUES
 from gramian.inspection.observed import Call, Observed, moments
+from gramian.inspection.opening import Opening
 from gramian.inspection.stepping import Steps
 from gramian.report import Layer
 
@@ -48,6 +50,8 @@ class Context:
     optimizer: Optimizer | None = None
     steps: Steps | None = None
     evaluated: Evaluated | None = None
+    opening: Opening | None = None
+    leak: Leak | None = None
     layers: list[Layer] = field(default_factory=list)
 
     @cached_property
@@ -84,6 +88,17 @@ class Context:
             return float(output.std(0).amax()) <= EQUAL * float(output.abs().amax())
         calls = self.observed.calls
         return bool(calls) and calls[-1].output.between <= EQUAL * calls[-1].output.rms
+
+    @cached_property
+    def is_blocked(self) -> bool:
+        """Whether all samples get the same output, and not because a head, whose inputs differ, starts at zero."""
+        if not self.has_constant_output:
+            return False
+        if self.opening is None:
+            return not any(block.role == "head" and not bool(w.any()) for block, w in self.values())
+        calls = [self.first_calls.get(self.module_of(name)) for name in self.opening.last]
+        given = [call.input for call in calls if call is not None and call.input is not None]
+        return all(size.between <= EQUAL * size.rms for size in given) if given else not self.opening.last
 
     @cached_property
     def changes_inputs_first(self) -> bool:
@@ -145,7 +160,13 @@ class Context:
 
     @cached_property
     def has_zero_gates(self) -> bool:
-        """Whether a vector that scales branches is zero and about to open: its own gradient is not zero."""
+        """Whether zeros are why most gradients of zero are: they open in a few steps, or, untried, look as if they did.
+
+        Not most in an underflow, where a few gradients come and go between batches.
+        """
+        if self.opening is not None:
+            still = {n for n, size in self.observed.gradients.items() if size == 0.0}
+            return 2 * len(still & self.opening.waiting) > len(still)
         return any(
             0 < p.numel() == max(p.shape, default=1) and "bias" not in name and not bool(p.detach().any())
             for name, p in self.parameters.items()

@@ -28,6 +28,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "attention-masked",
         "reduction-cancels",
         "samples-mixed",
+        "target-leak",
     ),
     ("input-dominated", "input-offset", "input-scale", "labels-scale"),
     ("parameter-not-stepped", "parameter-float16", "weight-decay-too-large", "momentum-too-high"),

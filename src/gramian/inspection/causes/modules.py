@@ -212,7 +212,7 @@ def streams(context: Context) -> Iterator[Finding]:
 def reductions(context: Context) -> Iterator[Finding]:
     """Find means and sums that cancel, where the output then depends on nothing."""
     lost = context.observed.reductions
-    if lost and context.has_constant_output:
+    if lost and context.is_blocked:
         first = lost[0]
         yield Finding(
             "reduction-cancels",

@@ -33,7 +33,7 @@ def norm_gain(context: Context) -> Iterator[Finding]:
         if "Norm" in type(module).__name__ and name in context.first_calls and _is_zero(getattr(module, "weight", None))
     ]
     blocking = [name for name in zero if name not in context.observed.branch_ends]
-    if blocking and context.has_constant_output:
+    if blocking and context.is_blocked:
         yield Finding(
             "norm-zero-gain",
             "error",

@@ -32,14 +32,13 @@ SMALL_EMBEDDING, EMBEDDING = 1e-3, 8.0
 def degenerate(context: Context) -> Iterator[Finding]:
     """Find matrices that are zero, constant or of rank one, and through which the output loses the input. Exact."""
     values = list(context.values())
-    starts_at_zero = any(block.role == "head" and not bool(w.any()) for block, w in values)  # which opens in a step
-    blocked = context.has_constant_output and not starts_at_zero
+    last = context.opening.last if context.opening is not None else {b.name for b, _ in values if b.role == "head"}
     zero, constant, single = [], [], []
     for block, w in values:
         if not bool(w.isfinite().all()) or w.numel() < 2 or is_factor(block.name):
             continue
         if not bool(w.any()):
-            if block.role != "head" and blocked:
+            if block.name not in last and context.is_blocked:
                 zero.append(block.name)
         elif bool((w == w.flatten()[0]).all()) and len(w) > 1:
             constant.append(block.name)
@@ -55,6 +54,18 @@ def degenerate(context: Context) -> Iterator[Finding]:
             cause="The layer was never initialized or never loaded. Layers behind it see a constant; those before it "
             "get no gradient.",
             action=ISOMETRIC,
+        )
+    elif shut := _shut(context):
+        yield Finding(
+            "zero-weights",
+            "error",
+            f"{some(shut, SHOWN)} {'is' if len(shut) == 1 else 'are'} zero, and no step changes that",
+            where=some(shut, SHOWN),
+            evidence="every entry and its gradient are zero in all batches, and the gradient is not once these values "
+            "are others (tried)",
+            cause="Each is multiplied by another that is zero, or feeds ReLUs that are at zero with it. One factor of "
+            "a product may start at zero, not all.",
+            advice="Draw the values of all but the last factor anew.",
         )
     for code, names, what, evidence in (
         ("parameter-constant", constant, "the same number in all entries", "all entries are equal (exact)"),
@@ -72,6 +83,14 @@ def degenerate(context: Context) -> Iterator[Finding]:
                 else "All that passes the layer is one number for each sample.",
                 action=ISOMETRIC,
             )
+
+
+def _shut(context: Context) -> list[str]:
+    """The zeros that keep each other shut, without norms that shut the whole network, which `norm_gain` tells."""
+    names = context.opening.shut if context.opening is not None else ()
+    modules = dict(context.model.named_modules())
+    told = [n for n in names if not (context.is_blocked and "Norm" in type(modules[context.module_of(n)]).__name__)]
+    return sorted(told, key=lambda name: context.observed.used.get(name, math.inf))
 
 
 def embedding_scale(context: Context) -> Iterator[Finding]:

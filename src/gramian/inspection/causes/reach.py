@@ -1,4 +1,4 @@
-"""Causes in the wiring: parameters that no gradient reaches, that are frozen or shared, and gradients that are lost."""
+"""Causes in the wiring: parameters that no gradient reaches or that are shared, and gradients that are lost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 
 from gramian.errors import some
-from gramian.inspection.by_design import is_factor
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.causes.precision import gradient_overflow
 from gramian.report import Finding
@@ -15,10 +14,6 @@ __all__ = ["RULES"]
 
 # Share of the values that are not used from which on that is a warning.
 UNUSED = 0.1
-
-# A frozen part of up to this share of the values is told; a larger one only where no more than this share of it has
-# singular values that training gives, since else it is a fine-tune.
-FROZEN, TRAINED = 0.5, 0.3
 
 # Share of the gradients that are not finite from which on a finding is about all layers.
 MOST = 1 / 3
@@ -69,44 +64,6 @@ def unreached(context: Context) -> Iterator[Finding]:
             f"(exact); {share:.1%} of all values",
             cause="The layer was built and is not called, its result is dropped, or it serves other inputs.",
             advice="Use it in forward, or remove it.",
-        )
-
-
-def frozen(context: Context) -> Iterator[Finding]:
-    """Find frozen parameters: a smaller part, or a larger one whose weights do not look trained."""
-    all_of = {n: p for n, p in context.parameters.items() if p.is_floating_point()}
-    names = [n for n, p in all_of.items() if not p.requires_grad]
-    share = sum(all_of[n].numel() for n in names) / max(1, sum(p.numel() for p in all_of.values()))
-    trained = sum(all_of[n].numel() for n in names if n in context.trained)
-    of = sum(all_of[n].numel() for n in names if all_of[n].ndim >= 2)
-    is_tuned = trained > TRAINED * of or any(map(is_factor, all_of))
-    fine_tune = share > FROZEN and is_tuned
-    if names and not any(n in context.observed.used for n in all_of if n not in names):
-        yield Finding(
-            "parameter-frozen",
-            "error",
-            "All parameters that are used are frozen",
-            where="all layers",
-            evidence=f"requires_grad is False in {len(names)} of {len(all_of)} parameters, and in all that the forward "
-            "pass uses (exact)",
-            cause="Nothing can be trained.",
-            advice="Call requires_grad_(True) on what should be trained.",
-        )
-        return
-    held = {b.name for b in context.matrices if b.role != "embedding"}  # tables of positions are often fixed
-    if held.intersection(names) and len(names) < len(all_of) and not fine_tune:
-        modules = list(dict.fromkeys(context.module_of(n) or n for n in names))
-        meant = all(_is_held(context, module) for module in modules)
-        yield Finding(
-            "parameter-frozen",
-            "info" if meant else "warning",
-            f"{_parameters(len(names), verb='are', single='is')} frozen: requires_grad is False",
-            where=some(modules, SHOWN),
-            evidence=f"{share:.0%} of the values, in {some(names, SHOWN)} (exact)",
-            cause="They run in evaluation mode or under torch.no_grad, so it is meant."
-            if meant
-            else "Frozen for an earlier fine-tune or by mistake; the optimizer does not move them.",
-            advice="" if meant else "Unless it is meant, call model.requires_grad_(True).",
         )
 
 
@@ -172,14 +129,6 @@ def _is_zero_behind_head(context: Context) -> bool:
     )
 
 
-def _is_held(context: Context, name: str) -> bool:
-    """Whether a module is fixed in more ways than one: it runs under `no_grad`, or in evaluation mode in training."""
-    parts = name.split(".")
-    around = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
-    module = context.model.get_submodule(name) if name in dict(context.model.named_modules()) else context.model
-    return bool(around & context.observed.ungraded) or (context.model.training and not module.training)
-
-
 def unregistered(context: Context) -> Iterator[Finding]:
     """Find parameters that are used in the model and are not among its own. Exact."""
     strangers = list(context.observed.strangers.values())
@@ -209,4 +158,4 @@ def _parameters(count: int, *, verb: str = "get", single: str = "gets") -> str:
     return f"1 parameter {single}" if count == 1 else f"{count} parameters {verb}"
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, unreached, unregistered, frozen, shared)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, unreached, unregistered, shared)

@@ -136,14 +136,14 @@ def steps(context: Context) -> Iterator[Finding]:
         slow = []  # rates that fall from group to group, as they do by layer in a fine-tune
     told = f"on a copy: loss {', '.join(f'{v:.3g}' for v in losses)}" if losses else "measured in the run"
     once = "the first step" if losses else "a step"
-    if diverged or not change <= FAST:
+    if diverged or not change <= FAST or (stuck and fastest.change > FAST):
         yield Finding(
             "rate-too-high",
             "error",
             "The loss rises in the optimizer's first steps"
             if diverged
-            else "A step changes the weights by their own size",
-            where="optimizer",
+            else f"A step changes the weights{fastest.of} by their own size",
+            where=_place(context, fastest),
             evidence=f"{told}; the median matrix{fastest.of} changes by {fastest.change:.2g} of its size in {once}",
             cause=f"The rate {fastest.rate:g}{fastest.of} is too large for this model.",
             advice="Divide the rate by 10 or more, or call gm.suggest_lr.",
@@ -194,15 +194,20 @@ def _by_group(context: Context, changes: dict[str, float]) -> list[_Group]:
     return found
 
 
+def _place(context: Context, one: _Group) -> str:
+    """The modules of a group where there are several; else the optimizer."""
+    modules = list(dict.fromkeys(context.module_of(n) or n for n in one.names))
+    return some(modules, SHOWN) if one.of else "optimizer"
+
+
 def _too_low(context: Context, slow: _Group, gradient: float, told: str) -> Finding:
     """The finding about a rate, or about Adam's ε where that is larger than the gradient."""
     eps = float(slow.group.get("eps", 0.0) or 0.0) if "betas" in slow.group else 0.0
-    modules = list(dict.fromkeys(context.module_of(n) or n for n in slow.names))
     return Finding(
         "rate-too-low",
         "warning",
         f"The optimizer's steps hardly change the weights{slow.of}",
-        where=some(modules, SHOWN) if slow.of else "optimizer",
+        where=_place(context, slow),
         evidence=f"{told}; a step changes the median matrix{slow.of} by {slow.change:.1e} of its size",
         cause=f"Adam's ε of {eps:g} is larger than the gradients, of which the largest is {gradient:.1e}: it divides "
         "the step."

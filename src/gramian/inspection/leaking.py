@@ -1,0 +1,155 @@
+"""Whether an output sees the target that it is to predict: next positions, replaced by others, must not change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.batch import main_input, mapped
+from gramian.errors import GramianError
+from gramian.inspection.observed import Observed, first_float
+from gramian.objective import Objective
+from gramian.recording.measuring import eager, evaluating
+
+__all__ = ["Leak", "find_leak"]
+
+# Share of the targets that are the next inputs from which on they are a sequence's; fewer than half are the inputs.
+SHIFTED, SAME = 0.95, 0.5
+# Change at positions before the replaced ones, against that at the replaced ones, which rounding does not make.
+MOVED, MOVED_NARROW = 1e-3, 3e-2
+LEAST = 4
+
+
+@dataclass(frozen=True)
+class Leak:
+    """An output that depends on inputs behind it, by `share` of what it depends on its own.
+
+    Attributes:
+        position: the last position that was left as it was.
+        share: change of its output, over that of the outputs whose inputs were replaced.
+        name: the first module whose output at the positions before changes.
+        before: the module before it, whose output does not.
+    """
+
+    position: int
+    share: float
+    name: str
+    before: str
+
+
+def find_leak(model: nn.Module, observed: Observed, objective: Objective) -> Leak | None:
+    """Look for outputs that depend on the next input, in a model whose targets are its inputs, shifted by one.
+
+    Args:
+        model: left as it was.
+        observed: of this model; has its batches and what its loss compared.
+        objective: gives the loss.
+
+    Returns: a `Leak`; `None` where there is none, or the targets are something else.
+    Raises: what the model raises.
+    Cost: two forward passes where the targets are the next inputs; else nothing.
+    Source: this library's own.
+    """
+    try:
+        batch = observed.batches[0]
+        x = main_input(batch)
+    except (GramianError, IndexError):
+        return None
+    counted = _next_inputs(observed, x)
+    if counted is None:
+        return None
+    places = counted.sum(0).nonzero().flatten()  # not in a prefix without targets, which may see all of itself
+    position = int(places[len(places) // 2])
+    rows = counted[:, position].nonzero().flatten()
+    other = x.clone()
+    other[:, position + 1 :] = (x.roll(1, 0) if len(x) > 1 else x.flip(1))[:, position + 1 :]
+    changed = (other != x).flatten(2).any(-1) if x.ndim > 2 else other != x
+    rows = rows[changed[rows, position + 1]]
+    if not len(rows):
+        return None
+    with evaluating(model), eager(), torch.no_grad():
+        runs = [_run(model, given, objective, x.shape[:2]) for given in (batch, _with(batch, x, other))]
+    (names, before), (again, after) = runs
+    if names != again or "" not in names:
+        return None
+    narrow = observed.is_narrow or any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    bound = MOVED_NARROW if narrow else MOVED
+    shares = [_share(one, two, rows, position) for one, two in zip(before, after, strict=True)]
+    whole = shares[len(names) - 1 - names[::-1].index("")]
+    if not whole > bound:
+        return None
+    first = next(i for i, share in enumerate(shares) if share > bound)
+    return Leak(position, whole, names[first], names[first - 1] if first else "")
+
+
+def _next_inputs(observed: Observed, x: Tensor) -> Tensor | None:
+    """Where (B, T) the target of the loss is the next input, and counts; `None` where the targets are others."""
+    if x.ndim < 2 or x.shape[1] < LEAST:
+        return None
+    for found in observed.criteria:
+        for length in (x.shape[1], x.shape[1] - 1):
+            if found.target.numel() != x[:, :length].numel():
+                continue
+            target = found.target.reshape(x[:, :length].shape).to(x.device)
+            here, following = x[:, :length], x[:, 1 : length + 1]
+            counts = target[:, : following.shape[1]] >= 0 if not target.is_floating_point() else None
+            same = [target[:, : t.shape[1]] == t for t in (here, following)]
+            if x.ndim > 2:
+                same = [t.flatten(2).all(-1) for t in same]
+            valid = torch.ones_like(same[1]) if counts is None or x.ndim > 2 else counts
+            share = [(t[:, : valid.shape[1]] & valid).sum() / valid.sum().clamp(min=1) for t in same]
+            if bool(valid.any()) and share[1] >= SHIFTED and share[0] < SAME:
+                return valid & same[1]
+    return None
+
+
+def _with(batch: Any, x: Tensor, other: Tensor) -> Any:
+    """The batch with other inputs; targets may be the same tensor, and do not matter here."""
+    return mapped(batch, lambda t: other if t is x else t)
+
+
+def _run(model: nn.Module, batch: Any, objective: Objective, shape: tuple[int, ...]) -> tuple[list[str], list[Tensor]]:
+    with _watched(model, shape) as seen:
+        objective.loss(model, batch)
+    return [name for name, _ in seen], [t for _, t in seen]
+
+
+@contextmanager
+def _watched(model: nn.Module, shape: tuple[int, ...]) -> Iterator[list[tuple[str, Tensor]]]:
+    """A context that lists each module's output with the samples and positions in front, as it returns."""
+    found: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            made = first_float(output)
+            if (
+                made is not None
+                and made.ndim > 2
+                and len(made) == shape[0]
+                and made.shape[1] in (shape[1], shape[1] - 1)
+            ):
+                wide = made.detach().flatten(2)
+                found.append(
+                    (name, torch.stack((wide.float().mean(-1), wide[..., 0].float(), wide[..., -1].float()), -1))
+                )
+
+        return keep
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _share(before: Tensor, after: Tensor, rows: Tensor, position: int) -> float:
+    """The change up to a position over that behind it; 0 where nothing changes behind it."""
+    moved = (after - before)[rows].square().nan_to_num()
+    later = float(moved[:, position + 1 :].mean()) ** 0.5 if moved.shape[1] > position + 1 else 0.0
+    return float(moved[:, : position + 1].mean()) ** 0.5 / later if later > 0 else 0.0
