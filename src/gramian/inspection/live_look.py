@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from gramian.block import Block, blocks
 from gramian.errors import GramianError
 from gramian.inspection.causes import Context
+from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.norms import SETTLED, norm_statistics
@@ -26,7 +27,7 @@ from gramian.report import Finding
 
 __all__ = ["Looker"]
 
-EVERY_LOOK: tuple[Callable, ...] = (numbers, unreached, *MODULES, *NORMS)
+EVERY_LOOK: tuple[Callable, ...] = (numbers, unreached, *MODULES, *GATES, *NORMS)
 
 # Change of a matrix's norm, as a share, from which on the rules about its values are run again.
 CHANGED = 0.05

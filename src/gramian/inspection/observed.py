@@ -20,13 +20,16 @@ __all__ = [
     "Criterion",
     "Cut",
     "Ends",
+    "Gate",
     "Moments",
     "Observed",
     "Reduction",
+    "Source",
     "as_moments",
     "first_float",
     "moments",
     "squares",
+    "version",
 ]
 
 # Between these a sum of squares of float32 numbers has neither lost nor overflown any that count.
@@ -100,6 +103,60 @@ class Addition:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A parameter from which values come by one matrix, and the rows of it that do; all, where these are not known.
+
+    Attributes:
+        name: of the parameter.
+        is_bias: whether it is added.
+        start, stop: of the rows.
+    """
+
+    name: str
+    is_bias: bool
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass
+class Gate:
+    """A value between 0 and an end that multiplies another: what passes it, as shares of that end.
+
+    Attributes:
+        name: the module in which it multiplies.
+        order: of the function that made it.
+        function: sigmoid, say.
+        sources: the parameters of its pre-activations.
+        is_flipped: whether it is 1 − the function.
+        depends: whether its pre-activations are made of more than parameters.
+        mean, opened: its mean, and the share of its entries above a half; those that a mask set to zero do not count.
+        level: mean of the pre-activations.
+        size: root mean square of what it multiplies.
+        is_partnered: whether 1 − it multiplies what is added.
+        carries: whether it multiplies what it took part in before, as a recurrent cell's gate does its state.
+        has_skip: whether another value is added to what passes.
+        times: number of gated values that are added up, where the gate is one number for each.
+        weighs: whether what it multiplies lies between 0 and an end too, as a probability does.
+    """
+
+    name: str
+    order: int
+    function: str
+    sources: tuple[Source, ...]
+    is_flipped: bool
+    depends: bool
+    mean: float = math.nan
+    opened: float = math.nan
+    level: float = math.nan
+    size: float = math.nan
+    is_partnered: bool = False
+    carries: bool = False
+    has_skip: bool = False
+    times: int = 1
+    weighs: bool = False
+
+
+@dataclass(frozen=True)
 class Reduction:
     """A mean or sum of n values that is less than a rounding of theirs: `share` of their size over √n."""
 
@@ -151,7 +208,7 @@ class Observed:
     """What a few training steps showed.
 
     Attributes:
-        calls, activations, attentions, additions, cuts: in the order of the forward pass of the first batch.
+        calls, activations, attentions, additions, gates, cuts: in the order of the forward pass of the first batch.
         gradients: root mean square of the loss's gradient by parameter; `None` where it does not reach the parameter.
         zero_gradients: share of exact zeros in it.
         used: order of the first operation that takes each parameter; those that are missing take part in nothing.
@@ -185,6 +242,7 @@ class Observed:
     activations: list[Activation] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     gradients: dict[str, float | None] = field(default_factory=dict)
     zero_gradients: dict[str, float] = field(default_factory=dict)
@@ -257,3 +315,8 @@ def first_float(*values: Any) -> Tensor | None:
             if t.is_floating_point() and t.ndim:
                 return t
     return None
+
+
+def version(t: Tensor | None) -> int:
+    """How often a tensor was written to."""
+    return 0 if t is None or t.is_inference() else t._version
