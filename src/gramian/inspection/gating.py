@@ -144,9 +144,9 @@ class Gating:
             half = given[0].shape[dim] // 2
             value, before = given[0].narrow(dim, 0, half), given[0].narrow(dim, half, half)
             gate = Bounded(before.detach().sigmoid(), before, order, "sigmoid", 0.0, 1.0)
-            self._product(name, gate, value, made)
+            self._product(name, order, gate, value, made)
         elif func in _PRODUCTS and len(args) == 2:
-            self._multiply(name, args, made)
+            self._multiply(name, order, args, made)
         elif func in _QUOTIENTS and len(args) == 2 and isinstance(args[1], (int, float)) and args[1]:
             self._scale(given[0], made, 1 / args[1])
         elif func in ADDITIONS and len(args) == 2:
@@ -163,10 +163,10 @@ class Gating:
             self._sum(given[0], made)
         elif func in _LERP and len(given) == 3 and id(given[2]) in self.bounded:
             start, end, weight = given
-            for gate in self._product(name, self.bounded[id(weight)], end, made):
+            for gate in self._product(name, order, self.bounded[id(weight)], end, made):
                 self._pair(gate, start, end)
         elif func in _ADDCMUL and len(given) == 3:
-            self._multiply(name, given[1:], made)
+            self._multiply(name, order, given[1:], made)
             self._add_to(made, given[0], made)
 
     def divided(self, func: Callable, given: Sequence[Tensor], parts: Any) -> None:
@@ -191,7 +191,7 @@ class Gating:
         if id(given) in self.products and not shift:
             self.products[id(made)] = replace(self.products[id(given)], values=made, given=None)
 
-    def _multiply(self, name: str, factors: Sequence[Any], made: Tensor) -> None:
+    def _multiply(self, name: str, order: int, factors: Sequence[Any], made: Tensor) -> None:
         for one, other in (factors, factors[::-1]):
             if not isinstance(one, Tensor):
                 continue
@@ -202,20 +202,22 @@ class Gating:
                 if self._is_mask(other):
                     self._keep(gate.moved(made))
                 elif gate.end:
-                    self._product(name, gate, other, made)
+                    self._product(name, order, gate, other, made)
 
     def _is_mask(self, other: Tensor) -> bool:
         """Whether a factor is 0 or 1, or may be: in the user's own pass its values are not waited for."""
         if other.requires_grad or id(other) in self.bounded:
             return False
-        return self.live or not other.is_floating_point() or bool(((other == 0) | (other == 1)).all())
+        if self.live or not other.is_floating_point():
+            return True
+        return bool(((other == 0) | (other == 1)).all() & other.any())  # all zero is a state at the first step
 
-    def _product(self, name: str, gate: Bounded, value: Tensor, made: Tensor) -> list[Gate]:
+    def _product(self, name: str, order: int, gate: Bounded, value: Tensor, made: Tensor) -> list[Gate]:
         """Keeps a gate and what it multiplies; returns it, or nothing where values multiply a function of their own."""
         found, other = trace(gate.before if gate.gate else _with_graph(gate), self.names), trace(value, self.names)
         if value is gate.before or (found.ends and found.ends == other.ends) or not value.is_floating_point():
             return []
-        kept = Gate(name, gate.order, gate.function, found.sources, gate.is_flipped, found.depends)
+        kept = Gate(name, gate.order, order, gate.function, found.sources, gate.is_flipped, found.depends)
         kept.weighs = id(value) in self.bounded and self.bounded[id(value)].end != 0.0
         kept.carries = any(_same(kept, before) for before in self._behind(self.sums, value))
         minuend = self.differences.get(id(value))

@@ -17,6 +17,7 @@ __all__ = [
     "Attention",
     "Broadcast",
     "Call",
+    "Cosines",
     "Criterion",
     "Cut",
     "Ends",
@@ -124,7 +125,7 @@ class Gate:
 
     Attributes:
         name: the module in which it multiplies.
-        order: of the function that made it.
+        order, at: of the function that made it, and of the product.
         function: sigmoid, say.
         sources: the parameters of its pre-activations.
         is_flipped: whether it is 1 − the function.
@@ -141,6 +142,7 @@ class Gate:
 
     name: str
     order: int
+    at: int
     function: str
     sources: tuple[Source, ...]
     is_flipped: bool
@@ -185,6 +187,19 @@ class Broadcast:
 
 
 @dataclass(frozen=True)
+class Cosines:
+    """Scores that are the cosines of angles, times a number.
+
+    Attributes:
+        scale: that number.
+        num_classes: how many scores of a row are not masked.
+    """
+
+    scale: float
+    num_classes: int
+
+
+@dataclass(frozen=True)
 class Ends:
     """A function, and the ends between which its values are."""
 
@@ -220,6 +235,7 @@ class Observed:
             whole model.
         output: the model's, the first tensor of it.
         ends: of the function that made it.
+        cosines: where the loss's scores are cosines.
         reductions: means and sums that cancel.
         ungraded: modules that run under `torch.no_grad`.
         first_loss: of the first batch, as `loss`.
@@ -255,6 +271,7 @@ class Observed:
     softmax_over_rows: torch.Size | None = None
     output: Tensor | None = None
     ends: Ends | None = None
+    cosines: Cosines | None = None
     reductions: list[Reduction] = field(default_factory=list)
     ungraded: set[str] = field(default_factory=set)
     loss: float = float("nan")

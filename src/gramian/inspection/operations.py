@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gramian.inspection.attention import NUM_SAMPLES, attention_weights, entropy_and_masked
 from gramian.inspection.gating import ADDITIONS, Gating
+from gramian.inspection.heads import Heads
 from gramian.inspection.observed import Activation, Addition, Attention, Observed, Reduction, as_moments, version
 
 __all__ = ["Operations"]
@@ -59,6 +60,7 @@ class Operations:
         live: bool,
     ) -> None:
         self.seen, self.names, self.read, self.squares, self.live = seen, names, read, squares, live
+        self.heads = Heads(seen)
         self.gating = Gating(seen, names, read, live=live)
         self.is_convolutional = False  # whether the last module with a matrix was a convolution
         self.unfused = 0  # depth of calls that run unfused
@@ -67,6 +69,7 @@ class Operations:
     def clear(self) -> None:
         """Lets go of the pass's tensors."""
         self.gating.clear()
+        self.heads.clear()
 
     def see(
         self,
@@ -87,6 +90,8 @@ class Operations:
             given: the tensors in its arguments.
             made: its result, or the first of them.
         """
+        if not self.live:
+            self.heads.see(func, args, kwargs, given, made)
         self.gating.see(name, order, func, args, kwargs, given, made)
         if func in _RECTIFIERS:
             self._activation(name, order, _RECTIFIERS[func], made, None)

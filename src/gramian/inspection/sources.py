@@ -72,7 +72,7 @@ def trace(t: Tensor, names: Mapping[int, str]) -> Trace:
     """
     found: dict[Source, None] = {}
     ends: set[tuple[Any, tuple[Rows, ...]]] = set()
-    stack: list[tuple[Any, int, tuple[Rows, ...], bool]] = [(t.grad_fn, 0, (), False)]
+    stack: list[tuple[Any, int, tuple[Rows, ...], bool]] = [(t.grad_fn, t.output_nr, (), False)]
     for _ in range(MOST_NODES):
         if not stack:
             break

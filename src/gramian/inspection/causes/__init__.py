@@ -8,6 +8,7 @@ from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import RULES as DATA
 from gramian.inspection.causes.folding import ordered
 from gramian.inspection.causes.gates import RULES as GATES
+from gramian.inspection.causes.heads import RULES as HEADS
 from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
@@ -18,4 +19,4 @@ from gramian.inspection.causes.stepping import RULES as STEPPING
 
 __all__ = ["CAUSES", "Context", "ordered"]
 
-CAUSES = (*DATA, *LOSS, *REACH, *PARAMETERS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING)
+CAUSES = (*DATA, *LOSS, *HEADS, *REACH, *PARAMETERS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING)

@@ -100,7 +100,7 @@ def _is_meant(context: Context, group: Sequence[Gate], groups: Sequence[Sequence
     if all(g.has_skip for g in group) and not gate.depends:
         return True  # a branch that a learned number lets begin small, as LayerScale does
     # Products of probabilities behind all layers, as of an object and its class, are no gates.
-    return all(g.weighs for g in group) and gate.order > max(context.observed.used.values(), default=0)
+    return all(g.weighs for g in group) and gate.at > max(context.observed.used.values(), default=0)
 
 
 def _is_partner(gate: Gate, other: Gate) -> bool:
