@@ -20,6 +20,8 @@ SATURATED, MOSTLY_SATURATED = 0.7, 0.9
 # A gate is shut if it passes less than this on average, and hardly any of its entries is above a half: one that is
 # open at few places may select them.
 SHUT, OPENED = 0.05, 0.01
+# From here on it is an error; at once where it multiplies a recurrent state, of which each step loses the rest.
+TIGHT = 0.01
 # Share of the pre-activation from which on its bias is what shuts a gate.
 MOSTLY = 0.5
 
@@ -49,27 +51,28 @@ def gates(context: Context) -> Iterator[Finding]:
     shut = [group for group in groups if _is_shut(group) and not _is_meant(context, group, groups)]
     if not shut:
         return
-    biases = {name: bias for group in shut for name, bias in _biases_that_shut(context, group).items()}
+    biases = {name: None for group in shut for name in _biases_that_shut(context, group)}
     group = min(shut, key=_passed)
-    own = _biases_that_shut(context, group)
-    passed, gate = _passed(group), group[0]
-    level = fmean(g.level for g in group)
-    place = _place(context, gate)
+    gate, passed, own = group[0], _passed(group), _biases_that_shut(context, group)
+    is_recurrent = any(g.carries for g in group)
+    told = f"A gate of {context.told(_place(context, gate))} is" if len(shut) == 1 else f"{len(shut)} gates are"
     yield Finding(
         "gate-shut",
-        "error",
-        f"A gate of {context.told(place)} is shut" if len(shut) == 1 else f"{len(shut)} gates are shut",
+        "error" if passed < TIGHT or is_recurrent else "warning",
+        f"{told} {'' if passed < TIGHT else 'nearly '}shut",
         where=some(list(dict.fromkeys(_place(context, g[0]) or "all layers" for g in shut)), SHOWN),
         evidence=f"{'1 − ' if gate.is_flipped else ''}{gate.function} in {context.told(gate.name)} passes {passed:.2g} "
-        f"on average, and as much of the gradient; {passed * (1 - passed):.2g} reaches its pre-activations, which are "
-        f"{level:.3g} on average" + "".join(f", {bias:.3g} of it by {name}" for name, bias in own.items()),
-        cause=f"The bias {some(own, SHOWN)} shuts it, so that what it multiplies neither acts nor learns."
+        "on average, and as much of the gradient"
+        + (f"; {passed * (1 - passed):.2g} of it reaches its pre-activations" if gate.function == "sigmoid" else "")
+        + f"; these are {_level(group):.3g} on average"
+        + "".join(f", {bias:.3g} of it by {name}" for name, bias in own.items()),
+        cause=f"{some(own, SHOWN)} shuts it, so that what it multiplies "
+        + ("is not kept from step to step." if is_recurrent else "neither acts nor learns.")
         if own
-        else "No bias shuts it, but the weights before it, the inputs of these, or a constant that is added, so that "
-        "what it multiplies neither acts nor learns.",
+        else "No bias shuts it, but the weights before it, what they multiply, or a constant that is added.",
         action=Action("reset", {"names": tuple(biases)}) if biases else None,
-        advice="A forget gate begins best at a bias of 1, others at 0." if own else _advice(gate),
-        source="Jozefowicz et al. 2015 (forget gate bias)",
+        advice=_advice(gate, is_recurrent=is_recurrent, by_bias=bool(own)),
+        source="Jozefowicz et al. 2015 (forget gate bias)" if is_recurrent else "",
     )
 
 
@@ -84,6 +87,10 @@ def _groups(found: Sequence[Gate]) -> list[list[Gate]]:
 
 def _passed(group: Sequence[Gate]) -> float:
     return fmean(gate.mean * gate.times for gate in group)
+
+
+def _level(group: Sequence[Gate]) -> float:
+    return fmean(gate.level for gate in group)
 
 
 def _is_shut(group: Sequence[Gate]) -> bool:
@@ -118,7 +125,7 @@ def _size(group: Sequence[Gate]) -> float:
 
 def _biases_that_shut(context: Context, group: Sequence[Gate]) -> dict[str, float]:
     """The biases, with their means, that make the larger part of a gate's pre-activations."""
-    level = fmean(gate.level for gate in group)
+    level = _level(group)
     found = {source.name: _mean(context, source, level) for source in group[0].sources if source.is_bias}
     found = {name: mean for name, mean in found.items() if mean * level > 0}
     return found if sum(found.values()) / level >= MOSTLY else {}
@@ -138,11 +145,12 @@ def _place(context: Context, gate: Gate) -> str:
     return (context.module_of(named[0].name) or named[0].name) if named else gate.name
 
 
-def _advice(gate: Gate) -> str:
+def _advice(gate: Gate, *, is_recurrent: bool, by_bias: bool) -> str:
+    if by_bias:
+        return "A forget gate begins best at a bias of 1." if is_recurrent else "A bias of 0 leaves a gate half open."
     weights = [source.name for source in gate.sources if not source.is_bias]
-    return (
-        f"Initialize {some(weights, SHOWN)} smaller, or normalize what it multiplies" if weights else "Raise its input"
-    ) + "; if a constant is subtracted in forward, lower it. Pre-activations between −2 and 2 keep a gate open."
+    first = f"Initialize {some(weights, SHOWN)} smaller, or normalize what it multiplies" if weights else "Raise it"
+    return f"{first}; if forward adds a constant, move it. Between −2 and 2 a pre-activation keeps a gate open."
 
 
 def _is_gate(context: Context, activation: Activation) -> bool:

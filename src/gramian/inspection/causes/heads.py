@@ -66,10 +66,11 @@ def bounded_scores(context: Context) -> Iterator[Finding]:
     if cosines is None or cosines.num_classes < 2:
         return
     classes, scale = cosines.num_classes, cosines.scale
+    balanced = math.log1p((classes - 1) * math.exp(-scale * classes / (classes - 1)))
     lowest, guessing = math.log1p((classes - 1) * math.exp(-2 * scale)), math.log(classes)
     if lowest < FLOOR * guessing:
         return
-    # Half of the way from guessing to zero for a row whose own cosine is 1 and whose others are 0.
+    # With this scale, a cosine of 1 against others of 0 has a hundredth of the loss of guessing.
     wanted = math.log((classes - 1) / math.expm1(guessing / 100))
     yield Finding(
         "loss-bounded-scores",
@@ -79,7 +80,8 @@ def bounded_scores(context: Context) -> Iterator[Finding]:
         evidence=f"both factors of the scores have length one (exact); with {classes:,} classes the lowest loss is "
         f"ln(1 + {classes - 1:,} e^(−{2 * scale:g})) = {lowest:.3g}, {lowest / guessing:.0%} of guessing's "
         f"{guessing:.3g}",
-        cause="Features and class vectors are normalized, and no temperature widens the range of their products.",
+        cause="Features and class vectors are normalized, and no temperature widens the range of their products. With "
+        f"as many samples of each class the loss stays above {balanced:.3g}.",
         advice=f"Multiply the scores by a scale: {max(10.0, math.ceil(wanted)):g} or more here, or a learned one that "
         "starts there, such as exp of a parameter at ln 14 (CLIP); dividing by a temperature of 0.1 is a scale of 10.",
         source="Wang et al. 1704.06369, proposition 2",
