@@ -20,6 +20,9 @@ __all__ = ["Operations"]
 # A unit of tanh or sigmoid counts as saturated this close to an end of its range, as a share of the range.
 SATURATED = 0.01
 
+# A pre-activation below this is one that a mask has set.
+MASKED = -1e4
+
 # A mean of n values counts as canceled below this share of their size over √n, which independent values would have.
 CANCELS = 1e-4
 
@@ -133,10 +136,10 @@ class Operations:
             margin = SATURATED * (high - low)
             at_end = ((values < low + margin) | (values > high - margin)).float().mean(others)
             dead, saturated = at_end > 0.99, at_end.mean()
-            finite = finite if given is None else given.detach().float().sum().isfinite()
+            finite = finite if given is None else (given.detach() > MASKED).all() & given.detach().isfinite().all()
 
         def keep(mean: float, dead: float, saturated: float, finite: float) -> None:
-            if finite:  # scores that a mask has set to −∞ are at their end on purpose
+            if finite:  # scores that a mask has set are at their end on purpose
                 found = Activation(name, function, order, channels, int(dead), saturated, mean, rows)
                 self.seen.activations.append(found)
 

@@ -21,7 +21,7 @@ _ELEMENTWISE = (
     "View", "UnsafeView", "ReshapeAlias", "Expand", "Clone", "ToCopy", "Alias", "NativeDropout", "Split",
     "SplitWithSizes", "Slice", "Select", "Unbind", "Unsqueeze", "Squeeze", "Permute", "Transpose", "T",
 )  # fmt: skip
-_MOVES = ("Unsqueeze", "Squeeze", "Permute", "Transpose", "T")
+_MOVES = ("Unsqueeze", "Squeeze", "Permute", "Transpose", "T", "Unbind")
 _SCALINGS = ("Mul", "Div")
 # Products with a weight, and norms: places of the weights and of the bias among the node's inputs.
 _PRODUCTS: dict[str, tuple[tuple[int, ...], int | None]] = {
@@ -111,11 +111,11 @@ def _sources(node: Any, names: Mapping[int, str], rows: Rows | None, *, is_bias:
 
 
 def _channel_dim(node: Any, kind: str) -> int:
-    """The dimension, from the last, that a bias is added along."""
+    """The dimension, from the last, that a bias is added along; 0 where that is not known."""
+    if kind.endswith(("BatchNorm", "GroupNorm")):
+        return 0
     if "Convolution" in kind:
         return len(node._saved_stride) + 1
-    if "BatchNorm" in kind:
-        return max(1, node._saved_input.ndim - 1)
     return 1
 
 
@@ -134,7 +134,7 @@ def _before(node: Any, kind: str, index: int, rows: tuple[Rows, ...]) -> tuple[R
     if kind in ("View", "UnsafeView", "ReshapeAlias"):
         sizes = node._saved_self_sym_sizes
         return tuple(r for r in rows if r.dim == 1 and len(sizes) and int(sizes[-1]) == r.size)
-    if kind in ("Select", "Unbind"):
+    if kind == "Select":
         dim = len(node._saved_self_sym_sizes) - _signed(node._saved_dim) % len(node._saved_self_sym_sizes)
         return tuple(r if r.dim < dim else replace(r, dim=r.dim + 1) for r in rows)
     return () if kind in _MOVES else rows
