@@ -52,6 +52,9 @@ _MOVES = {
     torch.broadcast_to, Tensor.broadcast_to, F.dropout, F.dropout2d, F.interpolate,
 }  # fmt: skip
 
+# Products looked at in a pass: of a long recurrence, those of the first steps.
+MOST_GATES = 256
+
 # An end counts as zero within this share of the range.
 ZERO = 1e-3
 
@@ -214,6 +217,8 @@ class Gating:
 
     def _product(self, name: str, order: int, gate: Bounded, value: Tensor, made: Tensor) -> list[Gate]:
         """Keeps a gate and what it multiplies; returns it, or nothing where values multiply a function of their own."""
+        if len(self.seen.gates) >= MOST_GATES:
+            return []
         found, other = trace(gate.before if gate.gate else _with_graph(gate), self.names), trace(value, self.names)
         if value is gate.before or (found.ends and found.ends == other.ends) or not value.is_floating_point():
             return []

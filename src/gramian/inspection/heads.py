@@ -25,10 +25,11 @@ _DOTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, to
 _COSINES = {F.cosine_similarity, torch.cosine_similarity}
 _TIMES = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 _OVER = {torch.div, Tensor.div, Tensor.__truediv__}
+_TRANSPOSES = [getattr(Tensor, name).__get__ for name in ("T", "mT")]  # as torch names its properties
 _MOVES = {
     Tensor.t, torch.t, Tensor.transpose, torch.transpose, Tensor.squeeze, torch.squeeze, Tensor.view, Tensor.reshape,
     Tensor.flatten, Tensor.float, Tensor.to, Tensor.contiguous, Tensor.masked_fill, torch.masked_fill,
-    Tensor.masked_fill_, Tensor.T.__get__, Tensor.mT.__get__, torch.neg, Tensor.neg, Tensor.__neg__,
+    Tensor.masked_fill_, *_TRANSPOSES, torch.neg, Tensor.neg, Tensor.__neg__,
 }  # fmt: skip
 _JOINS = {torch.cat, torch.concat}
 _LOSSES = {F.cross_entropy, F.log_softmax, torch.log_softmax, Tensor.log_softmax}

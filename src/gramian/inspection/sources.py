@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +13,14 @@ from gramian.inspection.observed import Source
 
 __all__ = ["Trace", "trace"]
 
-# Nodes looked at before the way back counts as lost.
-MOST_NODES = 400
+# Nodes looked at, the nearest first: a recurrent state goes back to the first step.
+MOST_NODES = 64
 
-# Nodes of autograd that change no value, or each value by itself.
+# Nodes of autograd that a gate is made with, of which one is passed, and those that move values or change each by a
+# product or sum.
+_FUNCTIONS = ("Sigmoid", "Hardsigmoid", "Tanh")
 _ELEMENTWISE = (
-    "Sigmoid", "Hardsigmoid", "Tanh", "Silu", "Gelu", "Rsub", "Neg", "Sub", "Add", "Mul", "Div", "MaskedFill", "Pow",
+    "Rsub", "Neg", "Sub", "Add", "Mul", "Div", "MaskedFill", "Pow",
     "View", "UnsafeView", "ReshapeAlias", "Expand", "Clone", "ToCopy", "Alias", "NativeDropout", "Split",
     "SplitWithSizes", "Slice", "Select", "Unbind", "Unsqueeze", "Squeeze", "Permute", "Transpose", "T",
 )  # fmt: skip
@@ -72,19 +75,19 @@ def trace(t: Tensor, names: Mapping[int, str]) -> Trace:
     """
     found: dict[Source, None] = {}
     ends: set[tuple[Any, tuple[Rows, ...]]] = set()
-    stack: list[tuple[Any, int, tuple[Rows, ...], bool]] = [(t.grad_fn, t.output_nr, (), False)]
+    ahead: deque[tuple[Any, int, tuple[Rows, ...], bool, bool]] = deque([(t.grad_fn, t.output_nr, (), False, False)])
     for _ in range(MOST_NODES):
-        if not stack:
+        if not ahead:
             break
-        node, index, rows, is_scaled = stack.pop()
+        node, index, rows, is_scaled, is_behind = ahead.popleft()
         kind = _kind(node)
         if node is None:
             continue
         if kind == "AccumulateGrad":
             found |= dict.fromkeys(_sources(node, names, None, is_bias=not is_scaled))
-        elif kind in _ELEMENTWISE:
-            rows, is_scaled = _before(node, kind, index, rows), is_scaled or kind in _SCALINGS
-            stack += [(n, i, rows, is_scaled) for n, i in node.next_functions]
+        elif kind in _ELEMENTWISE or (kind in _FUNCTIONS and not is_behind):
+            rows, is_behind = _before(node, kind, index, rows), is_behind or kind in _FUNCTIONS
+            ahead += [(n, i, rows, is_scaled or kind in _SCALINGS, is_behind) for n, i in node.next_functions]
         else:
             ends.add((node, rows))
             weights, bias = _PRODUCTS.get(kind, ((), None))
