@@ -109,7 +109,7 @@ class Gating:
         seen: gets them.
         names: of the model's parameters, by id.
         read: gives the numbers of scalars on the device to a function.
-        live: whether the pass is one of the user's own, in which nothing may wait for the device.
+        live: whether the pass is one of the user's own, in which nothing may synchronize.
     """
 
     def __init__(self, seen: Observed, names: Mapping[int, str], read: Callable, *, live: bool) -> None:

@@ -50,7 +50,7 @@ class Operations:
         names: of the model's parameters, by id.
         read: gives the numbers of scalars on the device to a function.
         squares: the numbers for the moments of a tensor.
-        live: whether the pass is one of the user's own, in which nothing may wait for the device.
+        live: whether the pass is one of the user's own, in which nothing may synchronize.
     """
 
     def __init__(
