@@ -219,7 +219,10 @@ class Gating:
         """Keeps a gate and what it multiplies; returns it, or nothing where values multiply a function of their own."""
         if len(self.seen.gates) >= MOST_GATES:
             return []
-        found, other = trace(gate.before if gate.gate else _with_graph(gate), self.names), trace(value, self.names)
+        found, other = (
+            trace(gate.before if gate.gate else _with_graph(gate), self.names),
+            trace(value, self.names, is_before=True),
+        )
         if value is gate.before or (found.ends and found.ends == other.ends) or not value.is_floating_point():
             return []
         kept = Gate(name, gate.order, order, gate.function, found.sources, gate.is_flipped, found.depends)

@@ -61,12 +61,13 @@ class Trace:
     depends: bool
 
 
-def trace(t: Tensor, names: Mapping[int, str]) -> Trace:
+def trace(t: Tensor, names: Mapping[int, str], *, is_before: bool = False) -> Trace:
     """Go back from a tensor to the parameters that its values are made of by one product with a matrix.
 
     Args:
         t: with a graph; without one, nothing is found.
         names: of parameters, by id.
+        is_before: whether the tensor is no gate, so that the way back ends at the functions that gates are made with.
 
     Returns: a `Trace`.
     Raises: nothing of its own.
@@ -75,7 +76,9 @@ def trace(t: Tensor, names: Mapping[int, str]) -> Trace:
     """
     found: dict[Source, None] = {}
     ends: set[tuple[Any, tuple[Rows, ...]]] = set()
-    ahead: deque[tuple[Any, int, tuple[Rows, ...], bool, bool]] = deque([(t.grad_fn, t.output_nr, (), False, False)])
+    ahead: deque[tuple[Any, int, tuple[Rows, ...], bool, bool]] = deque(
+        [(t.grad_fn, t.output_nr, (), False, is_before)]
+    )
     for _ in range(MOST_NODES):
         if not ahead:
             break
