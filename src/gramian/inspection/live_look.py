@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from gramian.block import Block, blocks
 from gramian.errors import GramianError
 from gramian.inspection.causes import Context
+from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.norms import SETTLED, norm_statistics
@@ -26,7 +27,7 @@ from gramian.report import Finding
 
 __all__ = ["CODES", "Looker"]
 
-EVERY_LOOK: tuple[Callable, ...] = (numbers, unreached, *MODULES, *NORMS)
+EVERY_LOOK: tuple[Callable, ...] = (numbers, unreached, *MODULES, *GATES, *NORMS)
 
 CODES = frozenset((
     "gain-above-one", "gain-below-one", "non-finite-weights", "input-non-finite",

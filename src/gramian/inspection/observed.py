@@ -17,17 +17,21 @@ __all__ = [
     "Attention",
     "Broadcast",
     "Call",
+    "Cosines",
     "Criterion",
     "Cut",
     "Ends",
+    "Gate",
     "Moments",
     "Observed",
     "Reduction",
+    "Source",
     "Visible",
     "as_moments",
     "first_float",
     "moments",
     "squares",
+    "version",
 ]
 
 # Between these a sum of squares of float32 numbers has neither lost nor overflown any that count.
@@ -114,6 +118,61 @@ class Addition:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A parameter from which values come by one matrix, and the rows of it that do; all, where these are not known.
+
+    Attributes:
+        name: of the parameter.
+        is_bias: whether it is added.
+        start, stop: of the rows.
+    """
+
+    name: str
+    is_bias: bool
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass
+class Gate:
+    """A value between 0 and an end that multiplies another: what passes it, as shares of that end.
+
+    Attributes:
+        name: the module in which it multiplies.
+        order, at: of the function that made it, and of the product.
+        function: sigmoid, say.
+        sources: the parameters of its pre-activations.
+        is_flipped: whether it is 1 − the function.
+        depends: whether its pre-activations are made of more than parameters.
+        mean, opened: its mean, and the share of its entries above a half; those that a mask set to zero do not count.
+        level: mean of the pre-activations.
+        size: root mean square of what it multiplies.
+        is_partnered: whether 1 − it multiplies what is added.
+        carries: whether it multiplies what it took part in before, as a recurrent cell's gate does its state.
+        has_skip: whether another value is added to what passes.
+        times: number of gated values that are added up, where the gate is one number for each.
+        weighs: whether what it multiplies lies between 0 and an end too, as a probability does.
+    """
+
+    name: str
+    order: int
+    at: int
+    function: str
+    sources: tuple[Source, ...]
+    is_flipped: bool
+    depends: bool
+    mean: float = math.nan
+    opened: float = math.nan
+    level: float = math.nan
+    size: float = math.nan
+    is_partnered: bool = False
+    carries: bool = False
+    has_skip: bool = False
+    times: int = 1
+    weighs: bool = False
+
+
+@dataclass(frozen=True)
 class Reduction:
     """A mean or sum of n values that is less than a rounding of theirs: `share` of their size over √n."""
 
@@ -142,6 +201,19 @@ class Broadcast:
 
 
 @dataclass(frozen=True)
+class Cosines:
+    """Scores that are the cosines of angles, times a number.
+
+    Attributes:
+        scale: that number.
+        num_classes: how many scores of a row are not masked.
+    """
+
+    scale: float
+    num_classes: int
+
+
+@dataclass(frozen=True)
 class Ends:
     """A function, and the ends between which its values are."""
 
@@ -165,7 +237,7 @@ class Observed:
     """What a few training steps showed.
 
     Attributes:
-        calls, activations, attentions, additions, cuts: in the order of the forward pass of the first batch.
+        calls, activations, attentions, additions, gates, cuts: in the order of the forward pass of the first batch.
         visible: keys that attention sees, where it has a mask.
         gradients: root mean square of the loss's gradient by parameter; `None` where it does not reach the parameter.
         zero_gradients: share of exact zeros in it.
@@ -178,6 +250,7 @@ class Observed:
             whole model.
         output: the model's, the first tensor of it.
         ends: of the function that made it.
+        cosines: where the loss's scores are cosines.
         reductions: means and sums that cancel.
         ungraded: modules that run under `torch.no_grad`.
         first_loss: of the first batch, as `loss`.
@@ -202,6 +275,7 @@ class Observed:
     attentions: list[Attention] = field(default_factory=list)
     visible: list[Visible] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     gradients: dict[str, float | None] = field(default_factory=dict)
     zero_gradients: dict[str, float] = field(default_factory=dict)
@@ -214,6 +288,7 @@ class Observed:
     softmax_over_rows: torch.Size | None = None
     output: Tensor | None = None
     ends: Ends | None = None
+    cosines: Cosines | None = None
     reductions: list[Reduction] = field(default_factory=list)
     ungraded: set[str] = field(default_factory=set)
     loss: float = float("nan")
@@ -275,3 +350,8 @@ def first_float(*values: Any) -> Tensor | None:
             if t.is_floating_point() and t.ndim:
                 return t
     return None
+
+
+def version(t: Tensor | None) -> int:
+    """How often a tensor was written to."""
+    return 0 if t is None or t.is_inference() else t._version

@@ -12,26 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gramian.inspection.attention import NUM_SAMPLES, attention_weights, entropy_and_masked, visible_keys
 from gramian.inspection.losses import ends_of, see_loss
-from gramian.inspection.observed import (
-    Activation,
-    Addition,
-    Attention,
-    Call,
-    Cut,
-    Ends,
-    Observed,
-    Reduction,
-    Visible,
-    as_moments,
-    first_float,
-    squares,
-)
+from gramian.inspection.observed import Call, Cut, Ends, Observed, as_moments, first_float, squares, version
+from gramian.inspection.operations import Operations
 from gramian.operators import leaves_of
 from gramian.recording.tracking import tensors_of
 from gramian.recording.unfused import UNFUSED
@@ -41,25 +27,7 @@ __all__ = ["Watcher"]
 # Operations that cut the graph and are looked into.
 MOST_CUTS = 64
 
-# A unit of tanh or sigmoid counts as saturated this close to an end of its range, as a share of the range.
-SATURATED = 0.01
-
-# A mean of n values counts as canceled below this share of their size over √n, which independent values would have.
-CANCELS = 1e-4
-
-# Activations whose zeros are dead units, and those with an end on both sides: name, lower and upper end.
-_RECTIFIERS: dict[Callable, str] = {
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", Tensor.relu: "relu", Tensor.relu_: "relu",
-    F.relu6: "relu6", F.hardtanh: "hardtanh",
-}  # fmt: skip
-_BOUNDED: dict[Callable, tuple[str, float, float]] = {
-    torch.tanh: ("tanh", -1.0, 1.0), Tensor.tanh: ("tanh", -1.0, 1.0), F.tanh: ("tanh", -1.0, 1.0),
-    torch.sigmoid: ("sigmoid", 0.0, 1.0), Tensor.sigmoid: ("sigmoid", 0.0, 1.0), F.sigmoid: ("sigmoid", 0.0, 1.0),
-}  # fmt: skip
-_SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
-_MEANS = {torch.mean, Tensor.mean, torch.sum, Tensor.sum}
 _MASKING = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_, torch.where, Tensor.where}
-_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__, Tensor.__radd__}
 
 
 class Watcher(TorchFunctionMode):
@@ -74,12 +42,10 @@ class Watcher(TorchFunctionMode):
         self.model, self.seen, self.careful, self.live = model, seen, careful, live
         self.stack: list[str] = []
         self.order = 0
-        self.unfused = 0  # depth of calls that run unfused
         self.names = {id(p): name for name, p in model.named_parameters()}
-        self.made_by: dict[int, list[str]] = {}
         self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
         self.measured: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self.is_convolutional = False  # whether the last module with a matrix was a convolution
+        self.operations = Operations(seen, self.names, self._read, self._squares, live=live)
         self.alive: list[Tensor] = []  # so that no id of an output is used twice
         self.first_non_finite: tuple[str, str] | None = None
 
@@ -99,6 +65,7 @@ class Watcher(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
             self.alive.clear()
+            self.operations.clear()
             self.ended = None
 
     def entering(self, name: str) -> Callable:
@@ -137,7 +104,7 @@ class Watcher(TorchFunctionMode):
             self.seen.output = made.detach()
             if self.ended is not None and (made is self.ended[0] or made._base is self.ended[0]):
                 self.seen.ends = self.ended[1]
-        self.made_by.setdefault(id(made), []).append(name)
+        self.operations.made_by.setdefault(id(made), []).append(name)
         self.alive.append(made)
         given = first_float(*args, *kwargs.values())
         if any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False)):
@@ -145,12 +112,12 @@ class Watcher(TorchFunctionMode):
         if given is not None and given.ndim == 4:
             self.seen.image_sizes.setdefault(name, (given.shape[2], given.shape[3]))
         self.order += 1
-        kind, order, versions = type(module).__name__, self.order, [_version(t) for t in (made, given)]
+        kind, order, versions = type(module).__name__, self.order, [version(t) for t in (made, given)]
         if "Conv" in kind or kind == "Linear":
-            self.is_convolutional = "Conv" in kind
+            self.operations.is_convolutional = "Conv" in kind
 
         def keep(*sizes: float) -> None:
-            left = [t if _version(t) == v else None for t, v in zip((made, given), versions, strict=True)]
+            left = [t if version(t) == v else None for t, v in zip((made, given), versions, strict=True)]
             after = as_moments(left[0], *sizes[:2])
             before = as_moments(left[1], *sizes[2:]) if given is not None else None
             self.seen.calls.append(Call(name, kind, order, before, after, made.shape))
@@ -163,7 +130,7 @@ class Watcher(TorchFunctionMode):
 
     def _squares(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers for the moments of a tensor, which often is one module's output and the next's input."""
-        key = (id(t), _version(t))
+        key = (id(t), version(t))
         if key not in self.measured:
             self.measured[key] = squares(t)
             self.alive.append(t)
@@ -201,12 +168,12 @@ class Watcher(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in UNFUSED and not self.live:
-            self.unfused += 1
+            self.operations.unfused += 1
             try:
                 with self:
                     return UNFUSED[func](*args, **kwargs)
             finally:
-                self.unfused -= 1
+                self.operations.unfused -= 1
         if not self.careful and not self.live:
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.stack[-1] if self.stack else "", func, args, kwargs)
@@ -231,100 +198,19 @@ class Watcher(TorchFunctionMode):
                 self.seen.used.setdefault(self.names[id(t)], self.order)
         made = output if isinstance(output, Tensor) else None
         if made is None:
+            self.operations.gating.divided(func, given, output)
             return
         ends = ends_of(func, args, kwargs)
         if ends is not None:
             self.ended = (made, ends)
         if not made.requires_grad and made.ndim and any(t.requires_grad for t in given):
             self._cut(name, getattr(func, "__name__", str(func)), given)
-        if func in _RECTIFIERS:
-            self._activation(name, _RECTIFIERS[func], made, None)
-        elif func in _BOUNDED:
-            function, low, high = _BOUNDED[func]
-            self._activation(name, function, made, (low, high), next((t for t in given if t.shape == made.shape), None))
-        elif func in _SOFTMAX and made.ndim >= 3 and made.shape[-1] > 1:
-            self._attention(name, made, given[0] if given and given[0].shape == made.shape else None)
-        elif func is F.scaled_dot_product_attention:
-            self._attention(name, *(attention_weights(*args, **kwargs) or ()))
-        elif func in _MEANS and given and made.ndim and made.is_floating_point():
-            self._reduction(name, func, given[0], made)
-        elif func in _ADDITIONS and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
-            self._addition(name, args[0], args[1], made)
-
-    def _activation(
-        self, name: str, function: str, made: Tensor, ends: tuple[float, float] | None, given: Tensor | None = None
-    ) -> None:
-        if made.ndim < 2 or not made.numel():
-            return
-        values, order = made.detach(), self.order
-        axis = 1 if made.ndim == 4 or (made.ndim == 3 and self.is_convolutional) else made.ndim - 1
-        others = [d for d in range(made.ndim) if d != axis]
-        channels, rows = made.shape[axis], made.numel() // max(1, made.shape[axis])
-        mean, finite = values.mean(dtype=torch.float32), torch.ones((), device=made.device)
-        if ends is None:
-            zero = values.amax(others) == 0
-            dead = zero if function != "hardtanh" else zero & (values.amin(others) == 0)
-            saturated = torch.zeros((), device=made.device)
-        else:
-            low, high = ends
-            margin = SATURATED * (high - low)
-            at_end = ((values < low + margin) | (values > high - margin)).float().mean(others)
-            dead, saturated = at_end > 0.99, at_end.mean()
-            finite = finite if given is None else given.detach().float().sum().isfinite()
-
-        def keep(mean: float, dead: float, saturated: float, finite: float) -> None:
-            if finite:  # scores that a mask has set to −∞ are at their end on purpose
-                found = Activation(name, function, order, channels, int(dead), saturated, mean, rows)
-                self.seen.activations.append(found)
-
-        self._read((mean, dead.sum(), saturated, finite), keep)
+        self.operations.see(name, self.order, func, args, kwargs, given, made)
 
     def _cut(self, name: str, function: str, given: list[Tensor]) -> None:
         if len(self.seen.cuts) < MOST_CUTS:
             behind = frozenset(self.names[leaf] for t in given for leaf in {id(t), *leaves_of(t)} if leaf in self.names)
             self.seen.cuts.append(Cut(name, function, self.order, behind))
-
-    def _attention(self, name: str, weights: Tensor | None = None, scores: Tensor | None = None) -> None:
-        if weights is None:
-            return
-        if self.live:
-            weights, scores = weights[:NUM_SAMPLES], None if scores is None else scores[:NUM_SAMPLES]
-        elif scores is not None and (seen := visible_keys(scores)) is not None:
-            self.seen.visible.append(Visible(name, self.order, seen, len(scores)))
-        order = self.order
-
-        def keep(entropy: float, masked: float, seeing: float) -> None:
-            if seeing or masked:
-                self.seen.attentions.append(Attention(name, order, entropy if seeing else 1.0, masked))
-
-        self._read(entropy_and_masked(weights, scores), keep)
-
-    def _reduction(self, name: str, func: Callable, given: Tensor, made: Tensor) -> None:
-        count = given.numel() / max(1, made.numel())
-        if count < 2 or not given.numel():
-            return
-        function, order, scale = func.__name__, self.order, count**-0.5 if "sum" in func.__name__ else count**0.5
-
-        def keep(before: float, after: float) -> None:
-            share = math.sqrt(after / before) * scale if before > 0 else 1.0
-            if share < CANCELS:
-                self.seen.reductions.append(Reduction(name, function, order, share))
-
-        self._read([t.detach().float().square().mean() for t in (given, made)], keep)
-
-    def _addition(self, name: str, left: Tensor, right: Tensor, made: Tensor) -> None:
-        if left.shape != right.shape or left.ndim < 2 or not left.is_floating_point():
-            return
-        if self.unfused or id(left) in self.names or id(right) in self.names:
-            return
-        self.seen.branch_ends |= {*self.made_by.get(id(left), ()), *self.made_by.get(id(right), ())}
-        order, version = self.order, _version(made)
-
-        def keep(*sizes: float) -> None:
-            rms = as_moments(made if _version(made) == version else None, *sizes).rms
-            self.seen.additions.append(Addition(name, order, made.shape, rms))
-
-        self._read(self._squares(made), keep)
 
 
 def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
@@ -332,11 +218,6 @@ def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     if norm.weight is None or norm.bias is None:
         return False
     return len(norm.weight) > 1 and len(norm.weight.detach().unique()) > 1 and bool(norm.bias.detach().any())
-
-
-def _version(t: Tensor | None) -> int:
-    """How often a tensor was written to."""
-    return 0 if t is None or t.is_inference() else t._version
 
 
 def _breaks(func: Any, given: tuple, output: Any) -> bool:

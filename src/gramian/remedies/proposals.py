@@ -156,11 +156,9 @@ def _rescaled_embedding(asked: Asked) -> Iterator[Action]:
 
 
 def _gates(asked: Asked) -> Iterator[Action]:
-    names = [
-        f"{at}.{own}" for at, module in asked.modules.items() for own, _ in module.named_parameters() if "bias" in own
-    ]
-    if names:
-        yield Action("reset", {"names": tuple(names)})
+    """The weights, where no bias shuts the gate, which the finding's own action would reset."""
+    if asked.finding.action is None:
+        yield from _places(asked)
 
 
 def _norm_gain(asked: Asked) -> Iterator[Action]:

@@ -17,7 +17,7 @@ from gramian.errors import GramianError
 from gramian.inspection.evaluated import Evaluated
 from gramian.inspection.leaking import Leak
 from gramian.inspection.losses import VALUES
-from gramian.inspection.observed import Call, Observed, moments
+from gramian.inspection.observed import Activation, Call, Observed, moments
 from gramian.inspection.opening import Opening
 from gramian.inspection.stepping import Steps
 from gramian.report import Layer
@@ -179,6 +179,14 @@ class Context:
             return "the model"
         kind = type(dict(self.model.named_modules()).get(module)).__name__
         return f"module '{module}'" + (f" ({kind})" if kind != "NoneType" else "")
+
+    def source_of(self, activation: Activation) -> str:
+        """The module with parameters before an activation, to which its pre-activations are due."""
+        before = [c for c in self.observed.calls if c.order < activation.order and c.name != activation.name]
+        owned = [
+            c.name for c in before if any(True for _ in self.model.get_submodule(c.name).parameters(recurse=False))
+        ]
+        return owned[-1] if owned else activation.name
 
     def module_of(self, parameter: str) -> str:
         """The name of the module that owns a parameter."""

@@ -21,6 +21,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "loss-double-softmax",
         "loss-double-sigmoid",
         "loss-rectified",
+        "loss-bounded-scores",
         "zero-weights",
         "parameter-constant",
         "norm-zero-gain",
@@ -44,6 +45,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("norm-statistics", "norm-few-values"),
     ("gain-below-one", "gain-above-one"),
     ("attention-saturated", "residual-growth"),
+    ("head-input-offset",),
     ("dead-units", "saturated-units"),
     ("parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("modes-disagree",),
@@ -66,7 +68,9 @@ _SYMPTOMS = frozenset(
         "modes-disagree",
     ]
 )
-_UNITS = frozenset(("norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth"))
+_UNITS = frozenset((
+    "norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth", "head-input-offset",
+))  # fmt: skip
 _GAINS = frozenset(("gain-below-one", "gain-above-one"))
 _SIZES = frozenset(("unusual-size", "dominant-direction"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
@@ -77,6 +81,9 @@ _SIGNAL = frozenset((
     "labels-non-finite", "parameter-unregistered", "softmax-single-value",
     "head-scale", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
 ))  # fmt: skip
+
+# What lies behind a residual stream or beside it, and does not make it grow.
+_BESIDE = frozenset(("samples-mixed", "graph-cut", "attention-masked", "gate-shut", "head-scale", "output-range"))
 
 
 def _rank(finding: Finding) -> int:
@@ -117,7 +124,7 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     if finding.code in _SIZES:  # the same matrix, seen by its weights alone
         return next((c for c in causes if c.code in _SIGNAL and c.where == finding.where), None)
     if finding.code in _SYMPTOMS | _UNITS:
-        among = causes
+        among = [c for c in causes if finding.code != "residual-growth" or c.code not in _BESIDE]
     elif finding.code in _GAINS:
         among = [c for c in causes if c.code in _SIGNAL]
     elif finding.code in _RATES:

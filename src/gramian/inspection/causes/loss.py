@@ -14,9 +14,6 @@ from gramian.report import Finding
 
 __all__ = ["RULES"]
 
-# An offset of the scores that all samples share: told where its spread over the classes is this large, this many times
-# the samples' own, and the loss is this far above guessing.
-SPREAD, SHARED, ABOVE = 8.0, 3.0, 3.0
 # Share of the targets outside the range of the output from which on it is told.
 OUTSIDE = 0.2
 # Numbers are log-probabilities if their exponentials sum to one this closely.
@@ -176,27 +173,6 @@ def rows(context: Context) -> Iterator[Finding]:
         )
 
 
-def offset(context: Context) -> Iterator[Finding]:
-    """Find scores that prefer a class by an amount beside which the samples do not count."""
-    found, logits = _criterion(context, "cross_entropy"), context.observed.logits
-    if found is None or logits is None or len(logits) < 2 or not bool(logits.isfinite().all()):
-        return
-    shared, own = float(logits.mean(0).std()), float(logits.std(0).mean())
-    guessing = math.log(max(2, logits.shape[-1]))
-    if shared > SPREAD and shared > SHARED * own and context.observed.first_loss > guessing + ABOVE:
-        top = int(logits.mean(0).argmax())
-        yield Finding(
-            "head-offset",
-            "error",
-            f"All samples get class {top}: the scores have a large offset",
-            where=_last_module(context) or "loss",
-            evidence=f"over the classes the mean scores differ by {shared:.3g}, those of a class between samples by "
-            f"{own:.2g}; loss {context.observed.first_loss:.3g}, and {guessing:.3g} by guessing",
-            cause="The head's bias, or an input of it that is the same for all samples, is large.",
-            advice=f"Set the bias to zero: torch.nn.init.zeros_ of {_last_module(context)}.bias.",
-        )
-
-
 def output_range(context: Context) -> Iterator[Finding]:
     """Find targets that the last function of the network cannot reach. Exact."""
     ends, output, target = context.observed.ends, context.observed.output, context.targets
@@ -254,12 +230,6 @@ def _is_over_rows(given: Tensor) -> bool:
     return given.ndim == 2 and bool((given.float().logsumexp(0).abs() < SUMS).all())
 
 
-def _last_module(context: Context) -> str:
-    """The module of the last parameter that the forward pass used."""
-    used = context.observed.used
-    return context.module_of(max(used, key=lambda name: used[name])) if used else ""
-
-
 def _ends_with(context: Context, function: str, num_classes: int) -> bool:
     """Whether this activation, of as many channels as there are classes follows the last parameter."""
     seen = context.observed
@@ -300,7 +270,6 @@ RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     binary_scores,
     log_probabilities,
     rows,
-    offset,
     output_range,
     single_softmax,
     non_finite,

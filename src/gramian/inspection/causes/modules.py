@@ -1,16 +1,14 @@
-"""Causes in modules: units that do not act, dropout, attention, gates, streams that grow, and sums that cancel."""
+"""Causes in modules: units that do not act, dropout, attention, streams that grow, and sums that cancel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from statistics import fmean
 
 from torch import nn
 
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
-from gramian.inspection.observed import Activation
 from gramian.report import Action, Finding
 
 __all__ = ["RULES"]
@@ -19,9 +17,6 @@ ISOMETRIC = Action("isometric_")
 
 # Share of the units of a layer: told from here on, and as an error from there.
 DEAD, MOSTLY_DEAD = 0.4, 0.9
-SATURATED, MOSTLY_SATURATED = 0.7, 0.9
-# A gate is shut if it passes less than this on average.
-SHUT = 0.05
 # Dropout's p: told from here on, and as an error from there.
 DROPOUT, NEARLY_ALL = 0.8, 0.9
 # Entropy of attention as a share of that of equal weights: told below, and as an error below half of it.
@@ -41,7 +36,7 @@ def dead_units(context: Context) -> Iterator[Finding]:
     rectified = [a for a in context.observed.activations if a.function in ("relu", "relu6", "hardtanh")]
     dead = [a for a in rectified if a.rows >= FEW and a.dead > DEAD * a.channels]
     if dead:
-        worst, source = max(dead, key=lambda a: a.dead / a.channels), _source(context, dead[0])
+        worst, source = max(dead, key=lambda a: a.dead / a.channels), context.source_of(dead[0])
         yield Finding(
             "dead-units",
             "error" if worst.dead > MOSTLY_DEAD * worst.channels else "warning",
@@ -56,58 +51,6 @@ def dead_units(context: Context) -> Iterator[Finding]:
             action=ISOMETRIC,
             advice="isometric_ is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
         )
-
-
-def saturated_units(context: Context) -> Iterator[Finding]:
-    """Find layers most of whose outputs are at an end of their range."""
-    bounded = [a for a in context.observed.activations if a.function in ("tanh", "sigmoid")]
-    ends = [a for a in bounded if a.saturated > SATURATED and not _is_recurrent(context, a)]
-    if ends:
-        worst, source = max(ends, key=lambda a: a.saturated), _source(context, ends[0])
-        yield Finding(
-            "saturated-units",
-            "error" if worst.saturated > MOSTLY_SATURATED else "warning",
-            f"{worst.saturated:.0%} of the {worst.function} outputs after {context.told(source)} are saturated"
-            if len(ends) == 1
-            else f"The {worst.function} outputs of {len(ends)} layers are saturated, up to {worst.saturated:.0%}",
-            where="all layers" if len(ends) > 2 else source,
-            evidence="within 1 % of an end of the range, where the derivative is near zero",
-            cause="Pre-activations are large: weights, biases or inputs of a wrong scale.",
-            action=ISOMETRIC,
-        )
-
-
-def gates(context: Context) -> Iterator[Finding]:
-    """Find recurrent gates that let nothing through."""
-    by_module: dict[str, list[float]] = {}
-    for a in context.observed.activations:
-        if a.function == "sigmoid" and _is_recurrent(context, a):
-            by_module.setdefault(a.name, []).append(a.mean)
-    lowest = {name: min(_gate_means(context.model.get_submodule(name), means)) for name, means in by_module.items()}
-    shut = {name: mean for name, mean in lowest.items() if mean < SHUT}
-    if shut:
-        yield Finding(
-            "gate-shut",
-            "error",
-            f"A gate of {context.told(next(iter(shut)))} is shut",
-            where=some(shut, SHOWN),
-            evidence=f"one of its gates passes {min(shut.values()):.2g} on average over the steps",
-            cause="The gate's bias is so negative that the cell neither takes nor keeps anything.",
-            advice="Set the gate's biases to 0; that of the forget gate to 1.",
-            source="Jozefowicz et al. 2015 (forget gate bias)",
-        )
-
-
-def _gate_means(module: nn.Module, means: list[float]) -> list[float]:
-    """The mean over the steps of each gate of each layer, from those of all steps as they are computed.
-
-    Layers and directions come one after the other, and in each the gates of a step together: three in an LSTM, two in
-    a GRU.
-    """
-    gates = 3 if isinstance(module, (nn.LSTM, nn.LSTMCell)) else 2
-    runs = module.num_layers * (2 if module.bidirectional else 1) if isinstance(module, nn.RNNBase) else 1
-    each = max(gates, len(means) // runs)
-    return [fmean(means[i : i + each][k::gates]) for i in range(0, len(means), each) for k in range(gates)]
 
 
 def dropout(context: Context) -> Iterator[Finding]:
@@ -226,25 +169,8 @@ def reductions(context: Context) -> Iterator[Finding]:
         )
 
 
-def _is_recurrent(context: Context, activation: Activation) -> bool:
-    try:
-        module = context.model.get_submodule(activation.name)
-    except AttributeError:
-        return False
-    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-
-
-def _source(context: Context, activation: Activation) -> str:
-    """The module with parameters before an activation, to which its pre-activations are due."""
-    before = [c for c in context.observed.calls if c.order < activation.order and c.name != activation.name]
-    owned = [c.name for c in before if any(True for _ in context.model.get_submodule(c.name).parameters(recurse=False))]
-    return owned[-1] if owned else activation.name
-
-
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     dead_units,
-    saturated_units,
-    gates,
     dropout,
     dropout_in_evaluation,
     attention,

@@ -1,0 +1,104 @@
+"""Causes in the head: scores with an offset, and scores between ends that are too near."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from gramian.inspection.causes.context import Context
+from gramian.report import Finding
+
+__all__ = ["RULES"]
+
+# An offset of the scores that all samples share: told where its spread over the classes is this large, this many times
+# the samples' own, and the loss is this far above guessing.
+SPREAD, SHARED, ABOVE = 8.0, 3.0, 3.0
+# The lowest loss that bounded scores can reach, as a share of ln(classes): told from here on, and as an error from
+# there.
+FLOOR, MOSTLY = 0.2, 0.5
+
+
+def offset(context: Context) -> Iterator[Finding]:
+    """Find scores that prefer a class by an amount beside which the samples do not count."""
+    logits = context.observed.logits
+    if logits is None or len(logits) < 2 or not bool(logits.isfinite().all()):
+        return
+    mean, own = logits.mean(0), float(logits.std(0).mean())
+    shared, guessing = float(mean.std()), math.log(max(2, logits.shape[-1]))
+    if not (_is_shared(shared, own) and context.observed.first_loss > guessing + ABOVE):
+        return
+    module, bias = _last_bias(context, logits.shape[-1])
+    by_inputs = shared if bias is None else float((mean - bias).std())
+    title = f"All samples get class {int(mean.argmax())}: the scores have a large offset"
+    evidence = (
+        f"over the classes the mean scores differ by {shared:.3g}, those of a class between samples by {own:.2g}; "
+        f"loss {context.observed.first_loss:.3g}, and {guessing:.3g} by guessing; without the head's bias the mean "
+        f"scores differ by {by_inputs:.3g}"
+    )
+    if _is_shared(by_inputs, own):
+        yield Finding(
+            "head-input-offset",
+            "error",
+            title,
+            where=module or "loss",
+            evidence=evidence,
+            cause="What the head is given is large and nearly the same for all samples.",
+            advice="Normalize the features before the head, and look for what makes them alike: sums over many "
+            "neighbors or positions, an offset that the layers before it add.",
+        )
+    else:
+        yield Finding(
+            "head-offset",
+            "error",
+            title,
+            where=module or "loss",
+            evidence=evidence,
+            cause="The head's bias is large.",
+            advice=f"Set the bias to zero: torch.nn.init.zeros_ of {module}.bias.",
+        )
+
+
+def bounded_scores(context: Context) -> Iterator[Finding]:
+    """Find a cross-entropy of cosines without a temperature, which cannot become small. Exact."""
+    cosines = context.observed.cosines
+    if cosines is None or cosines.num_classes < 2:
+        return
+    classes, scale = cosines.num_classes, cosines.scale
+    balanced = math.log1p((classes - 1) * math.exp(-scale * classes / (classes - 1)))
+    lowest, guessing = math.log1p((classes - 1) * math.exp(-2 * scale)), math.log(classes)
+    if lowest < FLOOR * guessing:
+        return
+    # With this scale, a cosine of 1 against others of 0 has a hundredth of the loss of guessing.
+    wanted = math.log((classes - 1) / math.expm1(guessing / 100))
+    yield Finding(
+        "loss-bounded-scores",
+        "error" if lowest > MOSTLY * guessing else "warning",
+        f"The scores are cosines, between {-scale:g} and {scale:g}: the loss cannot fall below {lowest:.3g}",
+        where="loss",
+        evidence=f"both factors of the scores have length one (exact); with {classes:,} classes the lowest loss is "
+        f"ln(1 + {classes - 1:,} e^(−{2 * scale:g})) = {lowest:.3g}, {lowest / guessing:.0%} of guessing's "
+        f"{guessing:.3g}",
+        cause="Features and class vectors are normalized, and no temperature widens the range of their products. With "
+        f"as many samples of each class the loss stays above {balanced:.3g}.",
+        advice=f"Multiply the scores by a scale: {max(10.0, math.ceil(wanted)):g} or more here, or a learned one that "
+        "starts there, such as exp of a parameter at ln 14 (CLIP); dividing by a temperature of 0.1 is a scale of 10.",
+        source="Wang et al. 1704.06369, proposition 2",
+    )
+
+
+def _is_shared(shared: float, own: float) -> bool:
+    return shared > SPREAD and shared > SHARED * own
+
+
+def _last_bias(context: Context, num_classes: int) -> tuple[str, Tensor | None]:
+    """The module of the last parameter that the forward pass used, and its bias where it has one for each class."""
+    used = context.observed.used
+    module = context.module_of(max(used, key=lambda name: used[name])) if used else ""
+    bias = context.parameters.get(f"{module}.bias" if module else "bias")
+    is_one = bias is not None and bias.shape == (num_classes,)
+    return module, bias.detach().float() if is_one and bias is not None else None
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (offset, bounded_scores)
