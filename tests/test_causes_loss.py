@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.inspection.evaluated import evaluate
-from gramian.inspection.observed import moments
+from gramian.inspection.moments import moments
 
 CLASSIFY, REGRESS = gm.Objective.classification(), gm.Objective.regression()
 N, WIDTH, CLASSES = 64, 20, 5

@@ -19,7 +19,6 @@ from gramian.inspection.causes import (
     loss,
     masks,
     modules,
-    norms,
     parameters,
     precision,
     reach,
@@ -87,7 +86,8 @@ def test_the_causes_are_documented_and_have_a_rank() -> None:
 
 def test_the_codes_of_a_watch_are_those_of_its_rules() -> None:
     """Every code that stands in the source of what it runs, and no other."""
-    files = {python.getmodule(rule) for rule in (*modules.RULES, *norms.RULES, *parameters.RULES, *stepping.RULES)}
+    rules_of_a_look = (*live_look.EVERY_LOOK, *parameters.RULES, *stepping.RULES)
+    files = {python.getmodule(rule) for rule in rules_of_a_look} - {reach}
     inside = (*files, reach.numbers, reach.unreached, reach.shared, precision.gradient_overflow, loss.non_finite)
     words = {
         node.value

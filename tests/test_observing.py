@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gramian as gm
-from gramian.inspection.observed import moments
+from gramian.inspection.moments import moments
 from gramian.inspection.observing import observe
 
 CLASSIFY = gm.Objective.classification()

@@ -16,7 +16,8 @@ from gramian.inspection import live_forward, live_schedule
 from gramian.inspection.live_gradients import SAMPLE, all_finite, norms, sampled
 from gramian.inspection.live_schedule import Schedule
 from gramian.inspection.live_skips import MANY
-from gramian.inspection.observed import Observed, moments
+from gramian.inspection.moments import moments
+from gramian.inspection.observed import Observed
 from gramian.inspection.watching import Watcher
 
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from gramian.batch import LABELS, main_input, mapped, parts, tensors
 from gramian.errors import InputError
-from gramian.inspection.observed import first_float
+from gramian.inspection.moments import first_float
 from gramian.objective import Objective
 from gramian.recording.measuring import eager, evaluating
 

@@ -10,47 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramian.inspection.gate_functions import (
+    ADDCMUL,
+    ADDITIONS,
+    DIFFERENCES,
+    FUNCTIONS,
+    LERP,
+    MOVES,
+    NEGATIONS,
+    PRODUCTS,
+    QUOTIENTS,
+    REVERSED,
+    SELF_GATED,
+    SUMS,
+)
 from gramian.inspection.observed import Gate, Observed
 from gramian.inspection.sources import trace
 
-__all__ = ["ADDITIONS", "Gating"]
-
-ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__, Tensor.__radd__}
-
-# What a gate is made with: name, and the ends of its values. Of softplus and exp, sizes and step widths are made, which
-# begin small on purpose.
-_FUNCTIONS: dict[Callable, tuple[str, float, float]] = {
-    torch.sigmoid: ("sigmoid", 0.0, 1.0), Tensor.sigmoid: ("sigmoid", 0.0, 1.0), F.sigmoid: ("sigmoid", 0.0, 1.0),
-    torch.sigmoid_: ("sigmoid", 0.0, 1.0), Tensor.sigmoid_: ("sigmoid", 0.0, 1.0),
-    F.hardsigmoid: ("hardsigmoid", 0.0, 1.0),
-    torch.tanh: ("tanh", -1.0, 1.0), Tensor.tanh: ("tanh", -1.0, 1.0), F.tanh: ("tanh", -1.0, 1.0),
-}  # fmt: skip
-# Units that are their own input times a gate: the gate, as a function of the input.
-_SELF_GATED: dict[Callable, tuple[str, Callable[[Tensor], Tensor]]] = {
-    F.silu: ("SiLU", torch.sigmoid),
-    F.gelu: ("GELU", torch.special.ndtr),
-}
-_PRODUCTS = {
-    torch.mul, Tensor.mul, Tensor.__mul__, Tensor.mul_, Tensor.__imul__, Tensor.__rmul__,
-    torch.multiply, Tensor.multiply,
-}  # fmt: skip
-_QUOTIENTS = {torch.div, Tensor.div, Tensor.__truediv__, Tensor.div_, Tensor.__itruediv__}
-_DIFFERENCES = {torch.sub, Tensor.sub, Tensor.__sub__, Tensor.sub_, Tensor.__isub__}
-_REVERSED = {Tensor.__rsub__, torch.rsub}
-_NEGATIONS = {torch.neg, Tensor.neg, Tensor.__neg__}
-_SUMS = {torch.sum, Tensor.sum}
-_LERP = {torch.lerp, Tensor.lerp}
-_ADDCMUL = {torch.addcmul, Tensor.addcmul}
-# What moves values and changes none, dropout among them.
-_MOVES = {
-    Tensor.view, Tensor.reshape, torch.reshape, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze,
-    Tensor.expand, Tensor.expand_as, Tensor.permute, torch.permute, Tensor.transpose, torch.transpose, Tensor.flatten,
-    torch.flatten, Tensor.unflatten, torch.unflatten, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.to,
-    Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.type_as, Tensor.chunk, torch.chunk, Tensor.split, torch.split,
-    Tensor.unbind, torch.unbind, Tensor.narrow, torch.narrow, Tensor.select, torch.select, Tensor.__getitem__,
-    Tensor.movedim, torch.movedim, Tensor.repeat, Tensor.repeat_interleave, torch.repeat_interleave,
-    torch.broadcast_to, Tensor.broadcast_to, F.dropout, F.dropout2d, F.interpolate,
-}  # fmt: skip
+__all__ = ["Gating"]
 
 # Products looked at in a pass: of a long recurrence, those of the first steps.
 MOST_GATES = 256
@@ -137,10 +114,10 @@ class Gating:
         """Keeps what an operation shows of gates; its arguments are those of `Operations.see`."""
         if not made.is_floating_point() or not given:
             return
-        if func in _FUNCTIONS:
-            self._keep(Bounded(made, given[0], order, *_FUNCTIONS[func]))
-        elif func in _SELF_GATED:
-            function, gate = _SELF_GATED[func]
+        if func in FUNCTIONS:
+            self._keep(Bounded(made, given[0], order, *FUNCTIONS[func]))
+        elif func in SELF_GATED:
+            function, gate = SELF_GATED[func]
             self._keep(Bounded(made, given[0], order, function, 0.0, 1.0, gate=gate))
         elif func is F.glu:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
@@ -148,33 +125,33 @@ class Gating:
             value, before = given[0].narrow(dim, 0, half), given[0].narrow(dim, half, half)
             gate = Bounded(before.detach().sigmoid(), before, order, "sigmoid", 0.0, 1.0)
             self._product(name, order, gate, value, made)
-        elif func in _PRODUCTS and len(args) == 2:
+        elif func in PRODUCTS and len(args) == 2:
             self._multiply(name, order, args, made)
-        elif func in _QUOTIENTS and len(args) == 2 and isinstance(args[1], (int, float)) and args[1]:
+        elif func in QUOTIENTS and len(args) == 2 and isinstance(args[1], (int, float)) and args[1]:
             self._scale(given[0], made, 1 / args[1])
         elif func in ADDITIONS and len(args) == 2:
             self._add(args, made)
-        elif func in _DIFFERENCES and len(args) == 2:
+        elif func in DIFFERENCES and len(args) == 2:
             self._subtract(args, made)
-        elif func in _REVERSED and len(args) == 2:
+        elif func in REVERSED and len(args) == 2:
             self._subtract(args[::-1], made)
-        elif func in _NEGATIONS:
+        elif func in NEGATIONS:
             self._scale(given[0], made, -1.0)
-        elif func in _MOVES:
+        elif func in MOVES:
             self.divided(func, given, (made,))
-        elif func in _SUMS:
+        elif func in SUMS:
             self._sum(given[0], made)
-        elif func in _LERP and len(given) == 3 and id(given[2]) in self.bounded:
+        elif func in LERP and len(given) == 3 and id(given[2]) in self.bounded:
             start, end, weight = given
             for gate in self._product(name, order, self.bounded[id(weight)], end, made):
                 self._pair(gate, start, end)
-        elif func in _ADDCMUL and len(given) == 3:
+        elif func in ADDCMUL and len(given) == 3:
             self._multiply(name, order, given[1:], made)
             self._add_to(made, given[0], made)
 
     def divided(self, func: Callable, given: Sequence[Tensor], parts: Any) -> None:
         """Keeps that an operation's results, one or several, are parts of what it was given."""
-        if func not in _MOVES or not given or not isinstance(parts, (tuple, list)):
+        if func not in MOVES or not given or not isinstance(parts, (tuple, list)):
             return
         for kept in (self.products, self.sums):
             if id(given[0]) in kept:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
-from gramian.inspection.observed import Observed, first_float
+from gramian.inspection.moments import first_float
+from gramian.inspection.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.measuring import eager, evaluating
 

@@ -11,18 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.inspection.attention import NUM_SAMPLES, attention_weights, entropy_and_masked, visible_keys
-from gramian.inspection.gating import ADDITIONS, Gating
+from gramian.inspection.gate_functions import ADDITIONS
+from gramian.inspection.gating import Gating
 from gramian.inspection.heads import Heads
-from gramian.inspection.observed import (
-    Activation,
-    Addition,
-    Attention,
-    Observed,
-    Reduction,
-    Visible,
-    as_moments,
-    version,
-)
+from gramian.inspection.moments import as_moments, version
+from gramian.inspection.observed import Activation, Addition, Attention, Observed, Reduction, Visible
 
 __all__ = ["Operations"]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gramian.inspection.losses import ends_of, see_loss
-from gramian.inspection.observed import Call, Cut, Ends, Observed, as_moments, first_float, squares, version
+from gramian.inspection.moments import as_moments, first_float, squares, version
+from gramian.inspection.observed import Call, Cut, Ends, Observed
 from gramian.inspection.operations import Operations
 from gramian.operators import leaves_of
 from gramian.recording.tracking import tensors_of

@@ -17,7 +17,8 @@ from gramian.errors import GramianError
 from gramian.inspection.evaluated import Evaluated
 from gramian.inspection.leaking import Leak
 from gramian.inspection.losses import VALUES
-from gramian.inspection.observed import Activation, Call, Observed, moments
+from gramian.inspection.moments import moments
+from gramian.inspection.observed import Activation, Call, Observed
 from gramian.inspection.opening import Opening
 from gramian.inspection.stepping import Steps
 from gramian.report import Layer

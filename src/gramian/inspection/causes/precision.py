@@ -16,6 +16,8 @@ __all__ = ["RULES", "gradient_overflow"]
 
 # Largest number that float16 rounds to zero, and the largest share of a weight that is lost when it is added.
 ZERO, LOST = 2.0**-25, 2.0**-11
+# Autograd's name of a change of dtype.
+CAST = "to_copy"
 # Share of the gradients from which on all layers are named.
 MOST = 0.3
 # β₂ of Adam, where no optimizer says it.
@@ -75,6 +77,8 @@ def gradient_overflow(
         if bad
         else "The output is not finite, and was when the pass was repeated"
     )
+    if derivative is not None and derivative[1] == CAST:  # which has a derivative of one
+        derivative, is_narrow = None, True
     if derivative is None:
         where = "all layers" if len(bad) > MOST * total else some(bad, SHOWN)
         cause = "The loss, its gradient or an earlier batch of this step left the range of the dtype"
@@ -86,6 +90,7 @@ def gradient_overflow(
         where = module or "the model's own forward"
         title += f", from the derivative of {operation} on"
         cause = f"The gradient goes into the derivative of {operation} finite, and comes out NaN or infinite (exact): "
+        cause += "it left the range of its dtype (65,504 for float16), " if is_narrow else ""
         cause += "a derivative is infinite where its function is finite (√0, ‖0‖, 0⁰, arccos 1), or 0 · ∞ was "
         cause += "computed for values that torch.where then drops."
         advice = "Keep the argument away from that point: an ε inside of the root or the norm, a clamp before it, and "
