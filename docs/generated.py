@@ -1,4 +1,4 @@
-"""Pages that are made at each build: the API, a page a family; the examples with what they print; the benchmarks' figures."""
+"""Pages that are made at each build: the API by family, the examples with what they print, the benchmarks' figures."""
 
 from __future__ import annotations
 

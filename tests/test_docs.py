@@ -1,9 +1,9 @@
 """The code of the start page and the how-to guides runs, and prints what the pages show.
 
-Of a page, in order: a `python` block is run in the page's namespace, one that begins with `# file: NAME` is written to the
-page's folder, and the lines of a `console` block that begin with `$ gramian` are run as commands. A `text` block right after
-code has what the code prints; `…` on a line of its own stands for lines that are not shown. Numbers are not compared, since
-processors round differently. A block after `<!-- not run: WHY -->` is left out.
+Of a page, in order: a `python` block is run in the page's namespace, one that begins with `# file: NAME` is written to
+the page's folder, and the lines of a `console` block that begin with `$ gramian` are run as commands. A `text` block
+right after code has what the code prints; `…` on a line of its own stands for lines that are not shown. Numbers are not
+compared, since processors round differently. A block after `<!-- not run: WHY -->` is left out.
 
 `python tests/test_docs.py --write` runs all pages and pastes what they print.
 """
