@@ -19,7 +19,7 @@ author = "the gramian developers"
 version = release = gramian.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
 html_theme = "furo"
-exclude_patterns = ["_build", "benchmarks_tables.md"]
+exclude_patterns = ["_build"]
 default_role = "code"  # docstrings write code between single backticks, as the pages do
 napoleon_use_ivar = True  # a field is described once, with its class
 napoleon_attr_annotations = False  # "*b m n" is no emphasis
