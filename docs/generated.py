@@ -1,9 +1,10 @@
-"""Pages that are made at each build: the API, one page a family, and the examples with what they print and draw."""
+"""Pages that are made at each build: the API by family, the examples with what they print, the benchmarks' figures."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"
+RESULTS = DOCS.parent / "benchmarks" / "results"
 
 # File of a family, its title, and the modules whose names it has, under the shortest public name of each.
 FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -40,6 +42,7 @@ def write_pages() -> None:
     """Write all of them, where what they show has changed."""
     write_api(DOCS / "api")
     write_tutorials(DOCS / "tutorials")
+    write_benchmarks(DOCS / "_build" / "benchmarks.md")
 
 
 def write_api(folder: Path) -> None:
@@ -87,6 +90,46 @@ def write_tutorials(folder: Path) -> None:
         lines += ["## The code", "", "```{literalinclude} ../../examples/" + name + ".py", "```", ""]
         lines += ["## What it prints", "", "```{literalinclude} " + output.name, ":language: text", "```", ""]
         _write(folder / f"{name}.md", "\n".join(lines))
+
+
+def write_benchmarks(page: Path) -> None:
+    """The tables of `gramian bench` in benchmarks/results: every measurement and every goal, met or missed."""
+    lines: list[str] = []
+    for file in sorted(RESULTS.glob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        rows = found.get("rows", []) if isinstance(found, dict) else []
+        if not rows or "measurements" not in rows[0]:
+            continue
+        lines += [f"## {file.stem}", "", f"`benchmarks/results/{file.name}`: {_machine(found['machine'])}.", ""]
+        for row in rows:
+            lines += [f"### {_cell(row['task'])}", "", f"Error: {_cell(row['error'])}.", ""]
+            lines += ["| method | seconds | error | remark |", "|-|-|-|-|"]
+            for m in row["measurements"]:
+                cells = (m["method"], _number(m["seconds"]), _number(m["error"]), m["remark"])
+                lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+            lines += ["", "| goal | wanted | measured | |", "|-|-|-|-|"] if row["goals"] else []
+            for goal in row["goals"]:
+                wanted = f"{goal['relation'].replace('<=', '≤').replace('>=', '≥')} {_number(goal['value'])}"
+                told = "met" if goal["met"] else "**missed**"
+                lines.append(f"| {_cell(goal['what'])} | {wanted} | {_number(goal['measured'])} | {told} |")
+            lines.append("")
+    page.parent.mkdir(exist_ok=True)
+    _write(page, "\n".join(lines))
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    accelerator = machine["accelerator"] or "no accelerator"
+    threads = f"{machine['threads']} of {machine['cores']} cores"
+    return f"{machine['processor']}, {threads}, {', '.join(machine['units'])}, {accelerator}, torch {machine['torch']}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _cell(text: str) -> str:
+    """Text in a table, where a bar would end the cell and a star would begin emphasis."""
+    return re.sub(r"([|*<_`\[\]\\])", r"\\\1", text)
 
 
 def _public(module: str) -> dict[str, Any]:

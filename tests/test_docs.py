@@ -1,0 +1,172 @@
+"""The code of the start page and the how-to guides runs, and prints what the pages show.
+
+Of a page, in order: a `python` block is run in the page's namespace, one that begins with `# file: NAME` is written to
+the page's folder, and the lines of a `console` block that begin with `$ gramian` are run as commands. A `text` block
+right after code has what the code prints; `…` on a line of its own stands for lines that are not shown. Numbers are not
+compared, since processors round differently. A block after `<!-- not run: WHY -->` is left out.
+
+`python tests/test_docs.py --write` runs all pages and pastes what they print.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from gramian.cli import main
+from gramian.errors import GramianWarning
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [DOCS / "start.md", *sorted((DOCS / "howto").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- not run: (?P<why>.*?) -->\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
+FILE = re.compile(r"# file: (\S+)\n")
+NUMBER = re.compile(r"[-+−]?(?<![A-Za-z_])\d[\d,]*(\.\d+)?(e[-+]?\d+)?|\binf\b|\bnan\b")
+WIDTH = "88"
+
+
+class Block(NamedTuple):
+    language: str
+    body: str
+    why: str
+    start: int
+    end: int
+    follows: bool
+    """Nothing stands between it and the block before it."""
+
+
+def blocks(text: str) -> list[Block]:
+    """The fenced blocks of a page, and where their contents begin and end."""
+    found, end = [], 0
+    for match in BLOCK.finditer(text):
+        follows = not text[end : match.start()].strip()
+        found.append(Block(match["language"], match["body"], match["why"] or "", *match.span("body"), follows))
+        end = match.end()
+    return found
+
+
+def run(page: Path, folder: Path) -> list[tuple[Block, str]]:
+    """The blocks of a page with output, each with what was printed. Runs in `folder`."""
+    names: dict[str, Any] = {"__name__": page.stem}
+    shown, printed = [], ""
+    torch.manual_seed(0)
+    with contextlib.chdir(folder):
+        for block in blocks(page.read_text(encoding="utf-8")):
+            if block.language == "text" and block.follows and not block.why:
+                shown.append((block, printed))
+            elif block.why or block.language not in ("python", "console"):
+                continue
+            elif named := FILE.match(block.body):
+                Path(named[1]).write_text(block.body[named.end() :], encoding="utf-8")
+            elif block.language == "python":
+                line = page.read_text(encoding="utf-8").count("\n", 0, block.start)
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    exec(compile("\n" * line + block.body, str(page), "exec"), names)
+                printed = plain(out.getvalue())
+            else:
+                shown.append((block, console(block.body)))
+    return shown
+
+
+def console(body: str) -> str:
+    """The commands of a block, each with what it prints."""
+    lines = []
+    for command in re.findall(r"^\$ gramian .*\n", body, re.M):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = main(shlex.split(command)[2:])
+        assert code == 0, command
+        lines += [command, plain(out.getvalue())]
+    return "".join(lines)
+
+
+def plain(text: str) -> str:
+    return "".join(f"{line.rstrip()}\n" for line in text.strip("\n").splitlines())
+
+
+def masked(text: str) -> str:
+    """What is compared: words. Numbers may differ in the last digit, and lines may break elsewhere for it."""
+    return " ".join(NUMBER.sub("#", re.sub("[▁▂▃▄▅▆▇█]+", "▄", text)).split())
+
+
+def fits(shown: str, printed: str) -> bool:
+    """Whether the page shows what is printed; its `…` may stand for any lines."""
+    parts = [re.escape(masked(part)) for part in re.split(r"^…$", shown, flags=re.M)]
+    return re.fullmatch(r"\s?.*?\s?".join(parts), masked(printed)) is not None
+
+
+def cut(printed: str, shown: str) -> str:
+    """As many of the printed lines as the page shows before and after its `…`; all where it has none."""
+    head, dots, tail = (f"\n{shown}").partition("\n…\n")
+    if not dots:
+        return printed
+    lines, last = printed.splitlines(), len(tail.splitlines())
+    return "".join(f"{line}\n" for line in [*lines[: head.count("\n")], "…", *lines[len(lines) - last :]])
+
+
+@pytest.fixture(autouse=True)
+def width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a terminal, for tables."""
+    monkeypatch.setenv("COLUMNS", WIDTH)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_and_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
+    for block, printed in run(page, tmp_path):
+        assert fits(block.body, printed), f"{page.name} shows\n{block.body}\nand the code prints\n{printed}"
+
+
+def test_a_block_that_is_not_run_says_why() -> None:
+    left_out = [block for page in PAGES for block in blocks(page.read_text(encoding="utf-8")) if block.why]
+    assert len(left_out) <= 20
+    assert all(len(block.why.split()) >= 3 for block in left_out)
+    unknown = {block.language for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))}
+    assert unknown <= {"python", "console", "text", "toctree"}
+
+
+def test_commands_that_no_test_runs_are_marked() -> None:
+    for page in PAGES:
+        for block in blocks(page.read_text(encoding="utf-8")):
+            if block.language == "console" and not block.why:
+                assert re.findall(r"^\$ (?!gramian )", block.body, re.M) == [], f"{page.name}: {block.body}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("loss 0.5\n", "loss 0.25\n", True),
+        ("loss 0.5\n", "accuracy 0.5\n", False),
+        ("first\n…\nlast\n", "first\nand\nmore\nlast\n", True),
+        ("first\n…\nlast\n", "first\nand\nmore\n", False),
+        ("1 error\n", "1 error\n1 warning\n", False),
+    ],
+)
+def test_what_fits(shown: str, printed: str, same: bool) -> None:
+    assert fits(shown, printed) == same
+
+
+def write() -> None:
+    """Run the pages and paste what they print."""
+    os.environ["COLUMNS"] = WIDTH
+    warnings.simplefilter("error", GramianWarning)
+    wanted = [page for page in PAGES if not sys.argv[2:] or page.stem in sys.argv[2:]]
+    for page in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            found = run(page, Path(folder))
+        text = page.read_text(encoding="utf-8")
+        for block, printed in reversed(found):
+            text = text[: block.start] + cut(printed, block.body or "\n") + text[block.end :]
+        page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__" and "--write" in sys.argv:
+    write()
