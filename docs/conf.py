@@ -26,7 +26,7 @@ napoleon_attr_annotations = False  # "*b m n" is no emphasis
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
-myst_enable_extensions = ["colon_fence", "substitution"]
+myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 myst_substitutions = {"matrix_functions": methods_table(), "directions": directions_table()}
 suppress_warnings = ["myst.header"]
 

@@ -63,7 +63,7 @@ RIDDLES = {
 
 
 def texts() -> list[Path]:
-    """The files that people read, but for this one."""
+    """The files that people read, but for this one, and for the Chinese ones: docs/zh and what ends in .zh.md."""
     inside = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
     every = [*sorted(ROOT.glob("*.md")), ROOT / "pyproject.toml", ROOT / "Makefile", *inside]
     built = {"_build", "__pycache__", "out"}
@@ -73,6 +73,8 @@ def texts() -> list[Path]:
         if path.is_file()
         and (path.suffix in SUFFIXES or path.name == "Makefile")
         and not built & set(path.parts)
+        and not path.is_relative_to(ROOT / "docs" / "zh")
+        and not path.name.endswith(".zh.md")
         and path.name not in ("CHANGELOG.md", Path(__file__).name)
     ]
 
