@@ -414,7 +414,7 @@ def test_what_cannot_be_answered_is_refused_with_its_reason():
         gm.suggest_lr(model, batch, lambda m, b: 0.0 * loss_of(m, b), optimizer="sgd")
     with pytest.raises(InputError, match="loss is nan before any step"):
         gm.suggest_lr(model, (batch[0] * math.nan, batch[1]), CLASSIFY)
-    with pytest.raises(InputError, match="unknown optimizer 'adam'; wanted auto, whitened_muon"):
+    with pytest.raises(InputError, match="unknown optimizer 'adam'; wanted auto, muon"):
         gm.suggest_lr(model, batch, CLASSIFY, optimizer="adam")
     with pytest.raises(InputError, match="there were no batches: the list is empty"):
         gm.suggest_lr(model, [], CLASSIFY)
