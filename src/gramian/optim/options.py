@@ -14,7 +14,6 @@ from gramian.optim.routing import Direction
 __all__ = [
     "FLAG",
     "LR",
-    "REST_LR",
     "SHARED",
     "Option",
     "Range",
@@ -105,8 +104,6 @@ class Shared(TypedDict, total=False):
     layouts: Mapping[str, Any] | None
     maximize: bool
 
-
-REST_LR = 3e-3
 
 SHARED: dict[str, Option] = {
     "weight_decay": Option(0.0, NOT_NEGATIVE),

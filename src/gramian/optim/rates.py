@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from gramian.optim.options import REST_LR
 from gramian.optim.routing import Route
 from gramian.optim.scaling import usual_kernel_lr, usual_table_lr
 
@@ -50,12 +49,13 @@ def _rates(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> dict[
     """
     lr, full, rest = float(group["lr"]), group["full_lr"], group["rest_lr"]
     spectral = group["scale"] == "spectral"
-    rest = float(rest) if rest is not None else REST_LR if spectral else full
+    usual = rest is None and spectral
+    if rest is None:
+        rest = usual_table_lr((r.parameter for r in kinds.get("table", [])), full) if spectral else full
+    rest = float(rest)
     rates: dict[Kind, float] = {"table": rest, "kernel": rest, "vector": rest}
-    if spectral and group["rest_lr"] is None:
-        tables, kernels = kinds.get("table", []), kinds.get("kernel", [])
-        if any(r.role == "embedding" for r in tables):
-            rates["table"] = usual_table_lr(r.parameter for r in tables)
+    if usual:
+        kernels = kinds.get("kernel", [])
         rates["kernel"] = usual_kernel_lr(r.whole.matrices[-1] for r in kernels if r.whole is not None)
     if spectral and group["num_matrices"]:
         # Vectors of all layers move at once, as the matrices do, so that they share the change of the function too.

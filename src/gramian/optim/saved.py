@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramian import placement
+from gramian.optim import guard
 from gramian.optim.adamw_state import carry_over
 from gramian.optim.grouped import Grouped
 from gramian.optim.matching import matched
@@ -128,7 +129,11 @@ class Saved(Grouped):
     def _empty(self, r: Route, group: Mapping[str, Any]) -> State:
         """The initial state of one matrix of a route, for its names and shapes."""
         assert r.layout is not None
-        return self.recipe.init(torch.empty(1, *r.layout.matrices[-2:], device="meta"), group)
+        return self._initial(torch.empty(1, *r.layout.matrices[-2:], device="meta"), group)
+
+    def _initial(self, m: Tensor, group: Mapping[str, Any]) -> State:
+        """The state before the first step of matrices like `m`: the direction's own, and that of the guard."""
+        return self.recipe.init(m, group) | guard.init(m)
 
     def _shapes(self, r: Route, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The shape of each buffer of a parameter, with the options of a saved group."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.optim.adamw import step_adamw
+from gramian.optim.guard import limit_
 from gramian.optim.health import Row, measure
 from gramian.optim.parameters import check_not_replaced, check_step
 from gramian.optim.rates import rest_groups
@@ -142,7 +143,7 @@ class MatrixOptimizer(Saved):
         routes = [self._routes[p] for p in params]
         known = self._stacks.get(number)
         if known is None or not known.fit(routes, group["refresh"], self.state):
-            stacks = [Stack(same, lambda m: self.recipe.init(m, group), self.state) for same in alike(routes)]
+            stacks = [Stack(same, lambda m: self._initial(m, group), self.state) for same in alike(routes)]
             for stack in stacks:
                 self.state.update((r.parameter, views) for r, views in zip(stack.routes, stack.views, strict=True))
             stagger(stacks, [self._routes[p] for p in self._matrices(group)], group["refresh"])
@@ -163,6 +164,7 @@ class MatrixOptimizer(Saved):
             g.masked_fill_(bad, 0.0)
         if group["maximize"]:
             g.neg_()
+        limit_(g, stack.state)
         context = StepContext((~bad).to(g.dtype), all_alive, due(stack, group), group)
         direction = self.recipe.update(g, stack.state, context)
         stack.fresh.zero_()
