@@ -16,13 +16,13 @@ from gramian.errors import InputError
 from gramian.optim.health import Skipped
 from gramian.optim.options import LR, SHARED, Shared, check
 from gramian.optim.parameters import check_caller, reason_to_leave_out, replacements
+from gramian.optim.plan import Plan
 from gramian.optim.rates import full_rate, rates_of
 from gramian.optim.recipe import Recipe
 from gramian.optim.refresh import Clock
 from gramian.optim.routing import Group, Route, route_groups, routes_of_model
 from gramian.optim.scaling import num_in_sequence
 from gramian.optim.sharding import Sharding
-from gramian.optim.stacks import Stacks
 
 __all__ = ["Grouped"]
 
@@ -51,7 +51,7 @@ class Grouped(torch.optim.Optimizer):
         self._routes: dict[Tensor, Route] = {}
         self._left_out: list[Route] = []
         self._skipped = Skipped()
-        self._stacks: dict[int, Stacks] = {}  # by the number of their group
+        self._plans: dict[int, Plan] = {}  # by the number of their group
         self._sharding = Sharding()
         self._clock = Clock()
         self._num_missing = -1  # parameters without a gradient in the last step; no step has been taken
@@ -165,7 +165,7 @@ class Grouped(torch.optim.Optimizer):
             )
         self._routes = {new.get(p, p): replace(self._routes[p], parameter=new.get(p, p)) for p in given}
         self._known = {p: self._routes[p] for old in self._known if (p := new.get(old, old)) in self._routes}
-        self._stacks.clear()
+        self._plans.clear()
         self._sharding = Sharding()
         self._sharding.assign([r.parameter for r in self._routes.values() if r.layout is not None])
 

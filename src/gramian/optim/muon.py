@@ -107,7 +107,7 @@ class Muon(MatrixOptimizer):
         params: nn.Module | Iterable[Any],
         lr: float | Tensor = 0.1,
         *,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         nesterov: bool = True,
         rtol: float = 0.1,
         **shared: Unpack[Shared],

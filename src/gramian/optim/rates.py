@@ -10,7 +10,7 @@ from torch import Tensor
 from gramian.optim.routing import Route
 from gramian.optim.scaling import usual_kernel_lr, usual_table_lr
 
-__all__ = ["full_rate", "rates_of", "rest_groups"]
+__all__ = ["by_kind", "full_rate", "rates_of", "rest_groups"]
 
 Kind = Literal["matrix", "table", "kernel", "vector"]
 
@@ -35,10 +35,11 @@ def _kind(r: Route) -> Kind:
     return "kernel" if r.role == "elementwise" and r.whole is not None else "table"
 
 
-def _by_kind(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Kind, list[Route]]:
+def by_kind(routes: Iterable[Route]) -> dict[Kind, list[Route]]:
+    """The routes of each kind: all of a kind step at one rate."""
     kinds: dict[Kind, list[Route]] = {}
-    for p in group["params"]:
-        kinds.setdefault(_kind(routes[p]), []).append(routes[p])
+    for r in routes:
+        kinds.setdefault(_kind(r), []).append(r)
     return kinds
 
 
@@ -68,14 +69,13 @@ def _rates(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> dict[
 
 def rates_of(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Tensor, float]:
     """The rate at which each parameter of a group steps now."""
-    kinds = _by_kind(group, routes)
+    kinds = by_kind(routes[p] for p in group["params"])
     rates = _rates(group, kinds)
     return {r.parameter: rates[kind] for kind, members in kinds.items() for r in members}
 
 
-def rest_groups(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> list[dict[str, Any]]:
+def rest_groups(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> list[dict[str, Any]]:
     """What AdamW steps of a group, as groups for `step_adamw`. Vectors do not decay."""
-    kinds = _by_kind(group, routes)
     rates = _rates(group, kinds)
     return [
         {

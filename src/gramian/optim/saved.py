@@ -65,7 +65,7 @@ class Saved(Grouped):
         states, rows = carry_over(source, names, routes, self._sharding, empty, self.recipe.adamw, maximize)
         self.state.clear()
         self.state.update(states)
-        self._stacks.clear()
+        self._plans.clear()
         return rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,6 +111,7 @@ class Saved(Grouped):
                 self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
             for p in states:
                 self.state[p] = {name: _copy(value, p) for name, value in self.state[p].items()}
+            self._plans.clear()
             for group, known in zip(self.param_groups, names, strict=True):
                 if known is not None:  # those of the model, whatever the state calls them
                     group["param_names"] = known
@@ -147,7 +148,7 @@ class Saved(Grouped):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stacks = {}
+        self._plans = {}
         if "_routes" in state:  # a copy, or read from a pickle: it knows no model
             self._model, self._known = None, {}
         for group in self.param_groups:  # a state saved by an earlier version may lack newer options
