@@ -16,7 +16,10 @@ from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
 
-__all__ = ["Muon", "average", "init", "look_ahead", "orthogonal", "staleness", "update"]
+__all__ = ["Muon", "average", "init", "look_ahead", "orthogonal", "staleness", "update", "weight_of_past"]
+
+YOUNG = 10.0
+"""Steps after which the past has a weight of one half, if `momentum` allows it."""
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
@@ -27,8 +30,9 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
 
 def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """polar(B + (1 − μ)(g − B)), with B ← B + (1 − μ)(g − B)."""
-    average(state["momentum"], g, context.options["momentum"], context)
-    ahead = look_ahead(g, state["momentum"], context)
+    beta = weight_of_past(context.options)
+    average(state["momentum"], g, beta, context)
+    ahead = look_ahead(g, state["momentum"], beta, context)
     if "direction" not in state:
         return orthogonal(ahead, context)
     if context.due is None:
@@ -53,12 +57,22 @@ def average(mean: Tensor, value: Tensor, beta: float, context: StepContext) -> N
         mean.lerp_(value, ((1 - beta) * context.alive).expand_as(mean))
 
 
-def look_ahead(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
+def weight_of_past(options: Mapping[str, Any]) -> float:
+    """The weight of the past in step t: t / (t + 10), and at most `momentum`. The network changes fast at first.
+
+    >>> [round(weight_of_past({"momentum": 0.9, "step": t - 1}), 2) for t in (1, 10, 30, 90, 1000)]
+    [0.09, 0.5, 0.75, 0.9, 0.9]
+    """
+    step = options["step"] + 1
+    return min(options["momentum"], step / (step + YOUNG))
+
+
+def look_ahead(g: Tensor, momentum: Tensor, beta: float, context: StepContext) -> Tensor:
     """Nesterov's momentum: what one more step with the same gradient would make of it.
 
     Written over `g`, since a new tensor of that size costs more than its numbers; or `momentum` itself.
     """
-    return g.lerp_(momentum, context.options["momentum"]) if context.options["nesterov"] else momentum
+    return g.lerp_(momentum, beta) if context.options["nesterov"] else momentum
 
 
 def orthogonal(x: Tensor, context: StepContext) -> Tensor:
@@ -76,7 +90,8 @@ class Muon(MatrixOptimizer):
     Args:
         params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.
         lr: length of a step of the matrices, in the unit that `scale` sets.
-        momentum: μ, the weight of the past in the running mean of the gradients.
+        momentum: μ, the weight of the past in the running mean of the gradients; t / (t + 10) in step t while that is
+            less.
         nesterov: whether the step looks ahead by one update of the momentum.
         rtol: root mean square of σ − 1 over the singular values of the direction; the cheapest method that reaches it
             is taken (see `gm.linalg.polar_ex`). The usual five Newton–Schulz steps in bfloat16 reach about 0.18.

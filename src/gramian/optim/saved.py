@@ -66,6 +66,10 @@ class Saved(Grouped):
         self.state.clear()
         self.state.update(states)
         self._plans.clear()
+        known = source.state if isinstance(source, torch.optim.Optimizer) else source["state"]
+        steps = [int(float(entry["step"])) for entry in known.values() if "step" in entry]
+        for group in self.param_groups:  # a momentum that is taken over is not young
+            group["step"] = max(steps, default=0)
         return rows
 
     def state_dict(self) -> dict[str, Any]:
