@@ -57,10 +57,10 @@ class MatrixOptimizer(Saved):
               the network's function, so that one rate carries across widths and depths. `"match_rms_adamw"`:
               `s = 0.2 √max(m, n)`, so that a rate tuned for AdamW can be reused.
             - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr`, its rate while `lr` is what
-              it was at the start, is 3e-3 by default (with
-              embeddings, their rate and the head's is up to 1e-2 where all are narrower than 800; that of depthwise
-              kernels is up to 3e-2 where all have fewer than 49 taps), or `lr` itself with
-              `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
+              it was at the start, is 3e-3 by default, and up to 1e-2 where all embeddings and heads are narrower than
+              800; where the `lr` at the start is larger than 0.1, it grows in proportion, at most threefold. (Depthwise
+              kernels take 3e-3, and up to 3e-2 where all have fewer than 49 taps.) With `scale="match_rms_adamw"`, it
+              is `lr` itself. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
               that is less. Vectors do not decay.
             - `part_size`: a matrix whose smaller side is longer is cut along that side into equal parts of at most so
               many rows (or columns). Each part has its own direction, which costs less. `None`: never.
