@@ -26,7 +26,7 @@ from gramian.optim.sharding import Sharding
 
 __all__ = ["Grouped"]
 
-OWN_KEYS = ("params", "param_names", "step", "full_lr", "num_matrices", "direction")
+OWN_KEYS = ("params", "param_names", "step", "full_lr", "num_matrices", "direction", "approaches")
 """What a group holds beside its options and what the user put there."""
 
 
@@ -139,6 +139,10 @@ class Grouped(torch.optim.Optimizer):
             "direction": self._direction(),
             "step": 0,
         }
+        matrices = [r for r in routes if r.layout is not None]
+        if self.recipe.choose is not None and matrices:
+            shapes = [r.layout.matrices[-2:] for r in matrices if r.layout is not None]
+            kept |= self.recipe.choose(shapes, matrices[0].parameter.device, options)
         names = {"param_names": [r.name for r in routes]} if self._named else {}
         return {**own, "params": [r.parameter for r in routes], **names, **options, **kept}
 

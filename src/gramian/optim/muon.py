@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gramian import linalg
-from gramian.linalg.polar_factor.direction import direction
 from gramian.optim.health import sine
-from gramian.optim.options import FLAG, Shared, interval
+from gramian.optim.options import FLAG, Shared, interval, one_of
+from gramian.optim.polar import APPROACHES, approaches, polar
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
@@ -62,8 +62,8 @@ def look_ahead(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
 
 
 def orthogonal(x: Tensor, context: StepContext) -> Tensor:
-    """The polar factor, to the accuracy `rtol`: what `polar_ex(certify=False)` gives, without the cost of its call."""
-    return direction(x, context.options["rtol"])[0]
+    """The polar factor, to the accuracy `rtol`."""
+    return polar(x, context.options)
 
 
 class Muon(MatrixOptimizer):
@@ -78,8 +78,13 @@ class Muon(MatrixOptimizer):
         lr: length of a step of the matrices, in the unit that `scale` sets.
         momentum: μ, the weight of the past in the running mean of the gradients.
         nesterov: whether the step looks ahead by one update of the momentum.
-        rtol: root mean square of σ − 1 over the singular values of the direction; the cheapest method that reaches it
-            is taken (see `gm.linalg.polar_ex`). The usual five Newton–Schulz steps in bfloat16 reach about 0.18.
+        rtol: root mean square of σ − 1 over those singular values of the direction that are not too small before
+            (σ/σ₁ above 1/700 by default). The usual five Newton–Schulz steps in bfloat16 reach about 0.2.
+        approach: how the polar factor is computed, in float32 or bfloat16, by composed quintics or by inverses of the
+            Gram matrix: `"predicted"`, the cheapest by a cost model, which is the same in every run on a kind of
+            processor; or `"measured"`: the fastest, timed for each shape within a second when a group is built. The
+            measured choice stands in `param_groups` and in the state, and a resumed run replays it; a new run may choose
+            another one, and is then not the same bit for bit. All ranks take the first one's; building is collective.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`.
 
     Raises:
@@ -96,10 +101,16 @@ class Muon(MatrixOptimizer):
     recipe = Recipe(
         init=init,
         update=update,
-        options={"momentum": interval("[0, 1)"), "nesterov": FLAG, "rtol": interval("(0, 1)")},
+        options={
+            "momentum": interval("[0, 1)"),
+            "nesterov": FLAG,
+            "rtol": interval("(0, 1)"),
+            "approach": one_of("predicted", "measured"),
+        },
         adamw={"momentum": "exp_avg"},
         momentum="momentum",
         staleness=staleness,
+        choose=lambda shapes, device, options: {"approaches": approaches(shapes, device, options)},
     )
 
     def __init__(
@@ -109,8 +120,9 @@ class Muon(MatrixOptimizer):
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
-        rtol: float = 0.1,
+        rtol: float = 0.125,
+        approach: APPROACHES = "predicted",
         **shared: Unpack[Shared],
     ) -> None:
-        options = {"momentum": momentum, "nesterov": nesterov, "rtol": rtol}
+        options = {"momentum": momentum, "nesterov": nesterov, "rtol": rtol, "approach": approach}
         super().__init__(params, lr, options, **shared)
