@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -141,7 +142,8 @@ class Grouped(torch.optim.Optimizer):
         }
         matrices = [r for r in routes if r.layout is not None]
         if self.recipe.choose is not None and matrices:
-            shapes = [r.layout.matrices[-2:] for r in matrices if r.layout is not None]
+            parts = [r.layout.matrices for r in matrices if r.layout is not None]
+            shapes = [(m, n) for *num, m, n in parts for _ in range(math.prod(num))]
             kept |= self.recipe.choose(shapes, matrices[0].parameter.device, options)
         names = {"param_names": [r.name for r in routes]} if self._named else {}
         return {**own, "params": [r.parameter for r in routes], **names, **options, **kept}

@@ -82,8 +82,8 @@ class Muon(MatrixOptimizer):
             (σ/σ₁ above 1/700 by default). The usual five Newton–Schulz steps in bfloat16 reach about 0.2.
         approach: how the polar factor is computed, in float32 or bfloat16, by composed quintics or by inverses of the
             Gram matrix: `"predicted"`, the cheapest by a cost model, which is the same in every run on a kind of
-            processor; or `"measured"`: the fastest, timed for each shape within a second when a group is built. The
-            measured choice stands in `param_groups` and in the state, and a resumed run replays it; a new run may choose
+            processor; or `"measured"`: the fastest, timed for each shape within a second when a group is built. That
+            choice stands in `param_groups` and in the state, and a resumed run replays it; a new run may choose
             another one, and is then not the same bit for bit. All ranks take the first one's; building is collective.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -23,12 +24,12 @@ __all__ = ["APPROACHES", "Approach", "approaches", "chosen", "polar"]
 APPROACHES = Literal["predicted", "measured"]
 
 RATIO = 1 / 512
-"""Largest `low` that an approach may have at rtol 0.125. torch's five steps lift singular values down to about there."""
+"""Largest `low` that an approach may have at rtol 0.125: torch's five steps lift singular values from about there."""
 
 COARSE = 0.125
 MOST = 12  # steps or terms
 HALF = 0.05  # least rtol for products in bfloat16, whose rounding leaves 0.02 to 0.03
-NARROW = 96  # least smaller side for them: below it they take as long as in float32
+NARROW = 96  # least smaller side for them and for LAPACK's inverses: below it neither is faster
 GRAM = 5e-3  # least rtol for which the Gram matrix in float32 is good enough
 ASSUMED_BATCH = 8  # a direction must not depend on its batch, which differs between one process and several
 
@@ -60,9 +61,10 @@ def _fractions(x: Tensor, *, low: float, steps: int, dtype: torch.dtype) -> Tens
 
 
 def polar(x: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """The polar factor of each matrix (K, m, n) to `rtol`, by what `approaches` has for its shape, else as predicted."""
+    """The polar factor of each matrix (K, m, n) to `rtol`, by what `approaches` has for its shape, or as predicted."""
     short, long = sorted(x.shape[-2:])
-    name = options["approaches"].get(f"{short}x{long}") if options.get("approaches") else None
+    found = options.get("approaches")
+    name = found.get(f"{short}x{long}") if found else None
     return _approach(short, long, options["rtol"], x.device.type, name, id(constants(x.device.type)))(x)
 
 
@@ -75,24 +77,27 @@ def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options:
     if options["approach"] != "measured" or device.type == "meta":
         return {}
     end = time.perf_counter() + SECONDS
-    pairs = sorted({(min(shape), max(shape)) for shape in shapes})
-    found = {f"{m}x{n}": str(chosen(m, n, options["rtol"], device.type, end - time.perf_counter())) for m, n in pairs}
+    found = {}
+    for (short, long), count in sorted(Counter((min(shape), max(shape)) for shape in shapes).items()):
+        left = end - time.perf_counter()
+        found[f"{short}x{long}"] = str(chosen(short, long, count, options["rtol"], device.type, left))
     return placement.exchange_json(found)[0] if placement.is_distributed() else found
 
 
 _KNOWN: dict[tuple[Any, ...], Approach] = {}  # what was measured in this process
 
 
-def chosen(short: int, long: int, rtol: float, device: str, seconds: float) -> Approach:
+def chosen(short: int, long: int, count: int, rtol: float, device: str, seconds: float) -> Approach:
     """The fastest approach that reaches `rtol`: measured, if that takes no longer than `seconds`; else predicted."""
-    key = (short, long, rtol, device, torch.get_num_threads())
+    count = min(count, ASSUMED_BATCH)
+    key = (short, long, count, rtol, device, torch.get_num_threads())
     if key in _KNOWN:
         return _KNOWN[key]
     found = dict(_candidates(short, long / max(short, 1), rtol))
-    once = sum(predict(operations, short, ASSUMED_BATCH, device) for operations in found.values())
+    once = sum(predict(operations, short, count, device) for operations in found.values())
     if once * (ROUNDS + 1) > seconds:
         return _approach(short, long, rtol, device, None, id(constants(device)))
-    x = torch.randn(ASSUMED_BATCH, short, long, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(count, short, long, generator=torch.Generator().manual_seed(0)).to(device)
     times: dict[Approach, list[float]] = {a: [] for a in found}
     end = time.perf_counter() + seconds
     for round_ in range(ROUNDS + 1):
@@ -132,7 +137,7 @@ def _candidates(short: int, ratio: float, rtol: float) -> Iterator[tuple[Approac
         pairs = steps // 2 if ratio >= PAIRED_FROM else 0
         products = pairs * (2 * ratio + 5) + (steps - 2 * pairs) * (2 * ratio + 1)
         yield Approach("quintics", steps, dtype, low), {dtype: products}
-        if rtol >= GRAM:
+        if rtol >= GRAM and short >= NARROW:
             terms, low = _fewest("fractions", rtol)
             # The Gram matrix is halved; what is left out is worth a third of a product with A.
             operations: dict[str, float] = {"float32": ratio + 0.5, "cholesky32": terms, "potri32": terms}

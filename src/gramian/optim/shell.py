@@ -94,7 +94,7 @@ class MatrixOptimizer(Saved):
             with torch.enable_grad():
                 loss = closure()
         plans = self._prepared()
-        finite = surely_finite([p.grad for plan in plans for p in plan.stepped])
+        finite = surely_finite([g for plan in plans for g in plan.gradients])
         self._skipped.begin()
         with self._clock.timed([g for g, plan in zip(self.param_groups, plans, strict=True) if plan.matrices]):
             for group, plan in zip(self.param_groups, plans, strict=True):

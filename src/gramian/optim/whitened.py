@@ -178,7 +178,7 @@ class WhitenedMuon(MatrixOptimizer):
         rank: int = 16,
         moment_beta: float = 0.9,
         damping: float = 0.1,
-        rtol: float = 0.1,
+        rtol: float = 0.125,
         **shared: Unpack[Shared],
     ) -> None:
         options = {

@@ -1,4 +1,4 @@
-"""Composed quintics for stacks of small or long matrices: few passes over memory, and steps in pairs on the Gram matrix.
+"""Composed quintics for stacks of small or long matrices: few passes over memory, and pairs of steps on a Gram matrix.
 
 Where the longer side is large, products with X cost the most. Two steps are then one polynomial of the Gram matrix,
 P₂(G₁) P₁(G₀) with G₁ = P₁² G₀: two products with X in place of four, and five small ones in place of two. More than two
@@ -54,7 +54,8 @@ def few_passes(
 
 def _scaled(x: Tensor, *, tall: bool, dtype: torch.dtype) -> Tensor:
     """x (B, m, n), m ≤ n once transposed, in `dtype`, each matrix of Frobenius norm about one, or zero."""
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
     if x.device.type != "cpu" or not bool(((norm > NORMAL[0]) & (norm < NORMAL[1])).all()):
         x = unit_peak(x, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
