@@ -138,7 +138,7 @@ class MatrixOptimizer(Saved):
             if old.layout is None or new.layout is None:
                 continue
             shapes, wanted = self._shapes(old, before), self._shapes(new, plan.options)
-            if group["step"] and any(shapes[k] != wanted[k] for k in shapes.keys() & wanted.keys()):
+            if before and group["step"] and any(shapes[k] != wanted[k] for k in shapes.keys() & wanted.keys()):
                 plan.options = before
                 raise InputError(
                     f"{', '.join(f'{key}={group[key]!r}' for key in shaping)}: the state of {old.name!r} has another "
