@@ -21,8 +21,8 @@ from gramian.optim.polar import approaches, polar
 CPU = torch.device("cpu")
 
 
-def names(short: int, long: int, rtol: float) -> list[str]:
-    return [str(approach) for approach, _ in module._candidates(short, long / short, rtol)]
+def names(shape: str, rtol: float = 0.125) -> list[str]:
+    return module._names(*map(int, shape.split("x")), rtol)
 
 
 def deviation(x: Tensor) -> float:
@@ -37,7 +37,7 @@ def test_every_approach_reaches_rtol(shape: tuple[int, int], rtol: float) -> Non
     spectrum = torch.logspace(0, -math.log10(300), short, dtype=torch.float64)
     x = random.with_spectrum(3, *shape, spectrum=spectrum, generator=seeded(0), dtype=torch.float32)
     x = x * torch.tensor([1.0, 1e-30, 1e30])[:, None, None]
-    for name in names(short, long, rtol):
+    for name in names(f"{short}x{long}", rtol):
         y = polar(x, {"rtol": rtol, "approaches": {f"{short}x{long}": name}})
         assert deviation(y) <= 1.2 * rtol, name
         u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
@@ -86,8 +86,8 @@ def test_what_was_measured_stands_in_the_state_and_is_replayed(monkeypatch: pyte
     measured = Muon(one, approach="measured")
     found = measured.param_groups[0]["approaches"]
     assert found.keys() == {"100x100", "100x200"}
-    assert all(found[key] in names(*map(int, key.split("x")), 0.125) for key in found)
-    other = {key: next(n for n in names(*map(int, key.split("x")), 0.125) if n != name) for key, name in found.items()}
+    assert all(found[key] in names(key) for key in found)
+    other = {key: next(n for n in names(key) if n != name) for key, name in found.items()}
     measured.param_groups[0]["approaches"] = other  # as another machine may have it
     step(one, measured, 0)
     resumed = Muon(two, approach="measured")
@@ -103,7 +103,11 @@ def test_nothing_is_measured_unless_asked_nor_beyond_the_time() -> None:
     assert Muon(net()).param_groups[0]["approaches"] == {}
     huge = approaches([(20_000, 50_000)] * 8, CPU, {"approach": "measured", "rtol": 0.125})
     assert huge == {"20000x50000": str(module._approach(20_000, 50_000, 0.125, "cpu", None, 0))}
-    optimizer = Muon(net())
+    optimizer = Muon(model := net())
+    for approach, found in (("measured", {"100x100", "100x200"}), ("predicted", set())):  # later too
+        optimizer.param_groups[0]["approach"] = approach
+        step(model, optimizer, 0)
+        assert optimizer.param_groups[0]["approaches"].keys() == found
     optimizer.param_groups[0]["approach"] = "guessed"
     with pytest.raises(InputError, match="approach must be 'predicted' or 'measured'"):
         optimizer.step()

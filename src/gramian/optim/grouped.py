@@ -140,13 +140,18 @@ class Grouped(torch.optim.Optimizer):
             "direction": self._direction(),
             "step": 0,
         }
-        matrices = [r for r in routes if r.layout is not None]
-        if self.recipe.choose is not None and matrices:
-            parts = [r.layout.matrices for r in matrices if r.layout is not None]
-            shapes = [(m, n) for *num, m, n in parts for _ in range(math.prod(num))]
-            kept |= self.recipe.choose(shapes, matrices[0].parameter.device, options)
         names = {"param_names": [r.name for r in routes]} if self._named else {}
+        kept |= self._choices(routes, options)
         return {**own, "params": [r.parameter for r in routes], **names, **options, **kept}
+
+    def _choices(self, routes: Sequence[Route], options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the recipe decides once for these matrices."""
+        matrices = [r for r in routes if r.layout is not None]
+        if self.recipe.choose is None or not matrices:
+            return {}
+        parts = [r.layout.matrices for r in matrices if r.layout is not None]
+        shapes = [(m, n) for *num, m, n in parts for _ in range(math.prod(num))]
+        return self.recipe.choose(shapes, matrices[0].parameter.device, options)
 
     @classmethod
     def _direction(cls) -> str:

@@ -66,6 +66,10 @@ def orthogonal(x: Tensor, context: StepContext) -> Tensor:
     return polar(x, context.options)
 
 
+def _choose(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"approaches": approaches(shapes, device, options)}
+
+
 class Muon(MatrixOptimizer):
     """Steps along the polar factor of the momentum: `W ← W − lr · s · polar(μB + (1 − μ)g)`, with `B ← μB + (1 − μ)g`.
 
@@ -110,7 +114,7 @@ class Muon(MatrixOptimizer):
         adamw={"momentum": "exp_avg"},
         momentum="momentum",
         staleness=staleness,
-        choose=lambda shapes, device, options: {"approaches": approaches(shapes, device, options)},
+        choose=_choose,
     )
 
     def __init__(

@@ -72,13 +72,17 @@ def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options:
     """How the matrices of each shape are computed, by `"short x long"`; empty where it is as predicted.
 
     Measured in less than a second in all; what would take longer stays as predicted. The first rank's choice is that of
-    all. Collective where it is measured.
+    all. Collective where it is measured. A choice that the options hold already is kept, if it reaches their `rtol`.
     """
     if options["approach"] != "measured" or device.type == "meta":
         return {}
+    known = options.get("approaches") or {}
+    pairs = Counter((min(shape), max(shape)) for shape in shapes)
+    if all(known.get(f"{m}x{n}") in _names(m, n, options["rtol"]) for m, n in pairs):
+        return known
     end = time.perf_counter() + SECONDS
     found = {}
-    for (short, long), count in sorted(Counter((min(shape), max(shape)) for shape in shapes).items()):
+    for (short, long), count in sorted(pairs.items()):
         left = end - time.perf_counter()
         found[f"{short}x{long}"] = str(chosen(short, long, count, options["rtol"], device.type, left))
     return placement.exchange_json(found)[0] if placement.is_distributed() else found
@@ -143,6 +147,10 @@ def _candidates(short: int, ratio: float, rtol: float) -> Iterator[tuple[Approac
             operations: dict[str, float] = {"float32": ratio + 0.5, "cholesky32": terms, "potri32": terms}
             operations[dtype] = operations.get(dtype, 0.0) + ratio
             yield Approach("fractions", terms, dtype, low), operations
+
+
+def _names(short: int, long: int, rtol: float) -> list[str]:
+    return [str(approach) for approach, _ in _candidates(short, long / max(short, 1), rtol)]
 
 
 @lru_cache(maxsize=64)

@@ -56,7 +56,7 @@ class Recipe:
         staleness: `staleness(state, options) -> (K,)`, from 0 to 1: how far the buffers that are recomputed only every
             `refresh` steps are from their present values; `None` where nothing is kept.
         choose: `choose(shapes, device, options)`: what is decided once for the matrices of a group, of these shapes
-            (m, n), and kept in the group and its state.
+            (m, n), and kept in the group and its state. It is asked again when options change, with the group itself.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], State]

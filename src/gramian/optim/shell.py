@@ -133,6 +133,7 @@ class MatrixOptimizer(Saved):
         if not shaping:
             return plan
         routes = [r.cut(group["part_size"]) for r in plan.routes]
+        group.update(self._choices(routes, group))
         same = True
         for old, new in zip(plan.routes, routes, strict=True):
             if old.layout is None or new.layout is None:
