@@ -63,29 +63,36 @@ def _fractions(x: Tensor, *, low: float, steps: int, dtype: torch.dtype) -> Tens
 def polar(x: Tensor, options: Mapping[str, Any]) -> Tensor:
     """The polar factor of each matrix (K, m, n) to `rtol`, by what `approaches` has for its shape, or as predicted."""
     short, long = sorted(x.shape[-2:])
-    found = options.get("approaches")
-    name = found.get(f"{short}x{long}") if found else None
+    name = _read(options.get("approaches", "")).get(f"{short}x{long}")
     return _approach(short, long, options["rtol"], x.device.type, name, id(constants(x.device.type)))(x)
 
 
-def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> dict[str, str]:
-    """How the matrices of each shape are computed, by `"short x long"`; empty where it is as predicted.
+def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> str:
+    """How the matrices of each shape are computed: `"100x200 quintics 5 float32, …"`; empty where it is as predicted.
+
+    A text, since torch.distributed.checkpoint would take a dict apart.
 
     Measured in less than a second in all; what would take longer stays as predicted. The first rank's choice is that of
     all. Collective where it is measured. A choice that the options hold already is kept, if it reaches their `rtol`.
     """
     if options["approach"] != "measured" or device.type == "meta":
-        return {}
-    known = options.get("approaches") or {}
+        return ""
+    known = _read(options.get("approaches", ""))
     pairs = Counter((min(shape), max(shape)) for shape in shapes)
     if all(known.get(f"{m}x{n}") in _names(m, n, options["rtol"]) for m, n in pairs):
-        return known
+        return options["approaches"]
     end = time.perf_counter() + SECONDS
-    found = {}
+    found = []
     for (short, long), count in sorted(pairs.items()):
         left = end - time.perf_counter()
-        found[f"{short}x{long}"] = str(chosen(short, long, count, options["rtol"], device.type, left))
-    return placement.exchange_json(found)[0] if placement.is_distributed() else found
+        found.append(f"{short}x{long} {chosen(short, long, count, options['rtol'], device.type, left)}")
+    return placement.exchange(", ".join(found))[0] if placement.is_distributed() else ", ".join(found)
+
+
+@lru_cache(maxsize=256)
+def _read(text: str) -> dict[str, str]:
+    """What `approaches` wrote, by shape."""
+    return dict(entry.split(" ", 1) for entry in text.split(", ") if entry)  # type: ignore[misc]
 
 
 _KNOWN: dict[tuple[Any, ...], Approach] = {}  # what was measured in this process
