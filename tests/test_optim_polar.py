@@ -14,7 +14,7 @@ from gramian import random
 from gramian.errors import InputError
 from gramian.linalg.polar_factor.few_passes import few_passes
 from gramian.linalg.polar_factor.newton_schulz import composed
-from gramian.optim import Muon
+from gramian.optim import SOAP, Muon
 from gramian.optim import polar as module
 from gramian.optim.polar import approaches, polar
 
@@ -89,9 +89,7 @@ def test_what_was_measured_stands_in_the_state_and_is_replayed(monkeypatch: pyte
     assert found.keys() == {"100x100", "100x200"}
     assert all(found[key] in names(key) for key in found)
     replaced = {key: next(n for n in names(key) if n != name) for key, name in found.items()}
-    measured.param_groups[0]["approaches"] = other = ", ".join(
-        map(" ".join, replaced.items())
-    )
+    measured.param_groups[0]["approaches"] = other = ", ".join(map(" ".join, replaced.items()))
     step(one, measured, 0)
     resumed = Muon(two, approach="measured")
     two.load_state_dict(one.state_dict())
@@ -106,6 +104,8 @@ def test_nothing_is_measured_unless_asked_nor_beyond_the_time() -> None:
     assert Muon(net()).param_groups[0]["approaches"] == ""
     huge = approaches([(20_000, 50_000)] * 8, CPU, {"approach": "measured", "rtol": 0.125})
     assert huge == f"20000x50000 {module._approach(20_000, 50_000, 0.125, 'cpu', None, 0)}"
+    with pytest.raises(InputError, match="approach='measured' is for Muon"):
+        SOAP(net(), approach="measured")
     optimizer = Muon(model := net())
     for approach, found in (("measured", {"100x100", "100x200"}), ("predicted", set())):  # later too
         optimizer.param_groups[0]["approach"] = approach

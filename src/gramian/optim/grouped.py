@@ -147,6 +147,8 @@ class Grouped(torch.optim.Optimizer):
     def _choices(self, routes: Sequence[Route], options: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the recipe decides once for these matrices."""
         matrices = [r for r in routes if r.layout is not None]
+        if self.recipe.choose is None and options["approach"] != "predicted":
+            raise InputError(f"{type(self).__name__}: approach={options['approach']!r} is for Muon; leave it out")
         if self.recipe.choose is None or not matrices:
             return {}
         parts = [r.layout.matrices for r in matrices if r.layout is not None]

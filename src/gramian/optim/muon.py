@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gramian import linalg
 from gramian.optim.health import sine
-from gramian.optim.options import FLAG, Shared, interval, one_of
-from gramian.optim.polar import APPROACHES, approaches, polar
+from gramian.optim.options import FLAG, Shared, interval
+from gramian.optim.polar import approaches, polar
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
@@ -84,11 +84,6 @@ class Muon(MatrixOptimizer):
         nesterov: whether the step looks ahead by one update of the momentum.
         rtol: root mean square of σ − 1 over those singular values of the direction that are not too small before
             (σ/σ₁ above 1/700 by default). The usual five Newton–Schulz steps in bfloat16 reach about 0.2.
-        approach: how the polar factor is computed, in float32 or bfloat16, by composed quintics or by inverses of the
-            Gram matrix: `"predicted"`, the cheapest by a cost model, which is the same in every run on a kind of
-            processor; or `"measured"`: the fastest, timed for each shape within a second when a group is built. That
-            choice stands in `param_groups` and in the state, and a resumed run replays it; a new run may choose
-            another one, and is then not the same bit for bit. All ranks take the first one's; building is collective.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`.
 
     Raises:
@@ -109,7 +104,6 @@ class Muon(MatrixOptimizer):
             "momentum": interval("[0, 1)"),
             "nesterov": FLAG,
             "rtol": interval("(0, 1)"),
-            "approach": one_of("predicted", "measured"),
         },
         adamw={"momentum": "exp_avg"},
         momentum="momentum",
@@ -125,8 +119,7 @@ class Muon(MatrixOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         rtol: float = 0.125,
-        approach: APPROACHES = "predicted",
         **shared: Unpack[Shared],
     ) -> None:
-        options = {"momentum": momentum, "nesterov": nesterov, "rtol": rtol, "approach": approach}
+        options = {"momentum": momentum, "nesterov": nesterov, "rtol": rtol}
         super().__init__(params, lr, options, **shared)

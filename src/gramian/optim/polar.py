@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from gramian.linalg.polar_factor.few_passes import PAIRED_FROM, few_passes
 from gramian.linalg.polar_factor.newton_schulz import composed
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
 
-__all__ = ["APPROACHES", "Approach", "approaches", "chosen", "polar"]
-
-APPROACHES = Literal["predicted", "measured"]
+__all__ = ["Approach", "approaches", "chosen", "polar"]
 
 RATIO = 1 / 512
 """Largest `low` that an approach may have at rtol 0.125: torch's five steps lift singular values from about there."""
