@@ -188,7 +188,7 @@ def test_the_zoo_gets_a_rate(name: str):
     case = ZOO[name]
     objective = getattr(gm.Objective, case.objective)()
     for optimizer in OPTIMIZERS:
-        found = gm.suggest_lr(case.make_model(0), case.make_batches(0), objective, optimizer=optimizer, num_steps=4)
+        found = gm.suggest_lr(case.make_model(0), case.make_batches(0), objective, optimizer=optimizer, num_steps=8)
         assert 0 < found.lr < math.inf
         assert found.rehearsed == tuple(sorted(found.rehearsed))
 

@@ -69,7 +69,7 @@ def _step(params: Sequence[Tensor], group: dict[str, Any], states: Sequence[dict
     written = [placement.locals_of(tensors) for tensors in (params, *moments)]
     grads = placement.locals_of([_placed_as(p, p.grad) for p in params])
     # The fused step goes through memory and ignores strides: what is not contiguous is stepped as a copy.
-    plain = [[x.contiguous() for x in tensors] for tensors in written]
+    plain = [[x if x.is_contiguous() else x.contiguous() for x in tensors] for tensors in written]
     beta1, beta2 = group["betas"]
     adamw(
         plain[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from gramian.optim.sharding import Sharding
 
 __all__ = ["Grouped"]
 
-OWN_KEYS = ("params", "param_names", "step", "full_lr", "num_matrices", "direction")
+OWN_KEYS = ("params", "param_names", "step", "full_lr", "num_matrices", "direction", "approaches")
 """What a group holds beside its options and what the user put there."""
 
 
@@ -140,7 +141,19 @@ class Grouped(torch.optim.Optimizer):
             "step": 0,
         }
         names = {"param_names": [r.name for r in routes]} if self._named else {}
+        kept |= self._choices(routes, options)
         return {**own, "params": [r.parameter for r in routes], **names, **options, **kept}
+
+    def _choices(self, routes: Sequence[Route], options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the recipe decides once for these matrices."""
+        matrices = [r for r in routes if r.layout is not None]
+        if self.recipe.choose is None and options["approach"] != "predicted":
+            raise InputError(f"{type(self).__name__}: approach={options['approach']!r} is for Muon; leave it out")
+        if self.recipe.choose is None or not matrices:
+            return {}
+        parts = [r.layout.matrices for r in matrices if r.layout is not None]
+        shapes = [(m, n) for *num, m, n in parts for _ in range(math.prod(num))]
+        return self.recipe.choose(shapes, matrices[0].parameter.device, options)
 
     @classmethod
     def _direction(cls) -> str:

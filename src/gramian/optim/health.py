@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gramian import linalg
+from gramian.linalg.engine.scaling import peak
 from gramian.optim.recipe import Recipe
 from gramian.optim.routing import Route
 from gramian.optim.stacks import State
@@ -71,7 +72,8 @@ def measure(state: State, recipe: Recipe, options: Mapping[str, Any], detail: st
     flat = {name: value.reshape(-1, *value.shape[-2:]) for name, value in state.items()}
     momentum = flat.get(recipe.momentum or "")
     if momentum is not None:
-        sigma = linalg.svdvals_ex(momentum)[0].double()
+        size = peak(momentum, (-2, -1))  # entries near the largest number would overflow in a singular value
+        sigma = linalg.svdvals_ex(momentum / torch.where(size > 0, size, 1.0))[0].double()
         share = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         row["condition"] = float(torch.where(sigma[:, -1] > 0, sigma[:, 0] / sigma[:, -1], math.inf).max())
         row["effective_rank"] = float(torch.special.entr(share).sum(-1).exp().min())

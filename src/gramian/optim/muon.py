@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gramian import linalg
-from gramian.linalg.polar_factor.direction import direction
 from gramian.optim.health import sine
 from gramian.optim.options import FLAG, Shared, interval
+from gramian.optim.polar import approaches, polar
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
@@ -76,8 +76,12 @@ def look_ahead(g: Tensor, momentum: Tensor, beta: float, context: StepContext) -
 
 
 def orthogonal(x: Tensor, context: StepContext) -> Tensor:
-    """The polar factor, to the accuracy `rtol`: what `polar_ex(certify=False)` gives, without the cost of its call."""
-    return direction(x, context.options["rtol"])[0]
+    """The polar factor, to the accuracy `rtol`."""
+    return polar(x, context.options)
+
+
+def _choose(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"approaches": approaches(shapes, device, options)}
 
 
 class Muon(MatrixOptimizer):
@@ -93,8 +97,8 @@ class Muon(MatrixOptimizer):
         momentum: μ, the weight of the past in the running mean of the gradients; t / (t + 10) in step t while that is
             less.
         nesterov: whether the step looks ahead by one update of the momentum.
-        rtol: root mean square of σ − 1 over the singular values of the direction; the cheapest method that reaches it
-            is taken (see `gm.linalg.polar_ex`). The usual five Newton–Schulz steps in bfloat16 reach about 0.18.
+        rtol: root mean square of σ − 1 over those singular values of the direction that are not too small before
+            (σ/σ₁ above 1/700 by default). The usual five Newton–Schulz steps in bfloat16 reach about 0.2.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`.
 
     Raises:
@@ -111,10 +115,15 @@ class Muon(MatrixOptimizer):
     recipe = Recipe(
         init=init,
         update=update,
-        options={"momentum": interval("[0, 1)"), "nesterov": FLAG, "rtol": interval("(0, 1)")},
+        options={
+            "momentum": interval("[0, 1)"),
+            "nesterov": FLAG,
+            "rtol": interval("(0, 1)"),
+        },
         adamw={"momentum": "exp_avg"},
         momentum="momentum",
         staleness=staleness,
+        choose=_choose,
     )
 
     def __init__(
@@ -124,7 +133,7 @@ class Muon(MatrixOptimizer):
         *,
         momentum: float = 0.9,
         nesterov: bool = True,
-        rtol: float = 0.1,
+        rtol: float = 0.125,
         **shared: Unpack[Shared],
     ) -> None:
         options = {"momentum": momentum, "nesterov": nesterov, "rtol": rtol}

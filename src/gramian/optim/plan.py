@@ -36,9 +36,9 @@ class Plan:
         self._made_for: tuple[list[bool], int] = ([], 0)
 
     @property
-    def stepped(self) -> list[Tensor]:
-        """The parameters with a gradient."""
-        return [p for p, has in zip(self.params, self.present, strict=True) if has]
+    def gradients(self) -> list[Tensor]:
+        """Those that there are."""
+        return [p.grad for p in self.params if p.grad is not None and p.grad.numel()]
 
     def of(self, params: Sequence[Tensor]) -> bool:
         """Whether these are its parameters."""

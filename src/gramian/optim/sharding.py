@@ -24,7 +24,7 @@ def surely_finite(grads: Sequence[Tensor]) -> bool:
     """
     if any(type(g) is not Tensor or g.device.type != "cpu" for g in grads):
         return False
-    norms = torch._foreach_norm([g for g in grads if g.numel()])
+    norms = torch._foreach_norm(list(grads)) if grads else ()
     # A norm in bfloat16 or float16 is rounded by far less than the factor of two.
     return all(norm.item() < torch.finfo(norm.dtype).max ** 0.5 / 2 for norm in norms)
 

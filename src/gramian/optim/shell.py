@@ -67,6 +67,11 @@ class MatrixOptimizer(Saved):
             - `refresh`: steps between two recomputations of a direction's costly parts, staggered over the matrices.
             - `max_overhead`: the largest share of a step's time that the optimizer may take. `refresh` is then set
               once, after nine steps have been timed, by all ranks together; it is kept in `state_dict()` and replayed.
+            - `approach`: how a polar factor is computed, in float32 or bfloat16, by composed quintics or by inverses of
+              the Gram matrix: `"predicted"`, the cheapest by a cost model, which is the same in every run on a kind of
+              processor; or `"measured"` (of `Muon`), the fastest, timed within a second when a group is built, which is
+              collective then. The group and its state keep that as `approaches`: a resumed run replays it, and a new
+              one may choose otherwise.
             - `model`: where `params` are its parameters or groups of them: the roles, and the names, are then the
               model's. Without it and without names, whatever has two or more dimensions steps as a matrix, and a
               `GramianWarning` says so.
@@ -95,7 +100,7 @@ class MatrixOptimizer(Saved):
             with torch.enable_grad():
                 loss = closure()
         plans = self._prepared()
-        finite = surely_finite([p.grad for plan in plans for p in plan.stepped])
+        finite = surely_finite([g for plan in plans for g in plan.gradients])
         self._skipped.begin()
         with self._clock.timed([g for g, plan in zip(self.param_groups, plans, strict=True) if plan.matrices]):
             for group, plan in zip(self.param_groups, plans, strict=True):
@@ -130,28 +135,29 @@ class MatrixOptimizer(Saved):
         if "max_overhead" in changed and len({g["max_overhead"] for g in self.param_groups}) > 1:
             raise InputError("max_overhead is of the whole optimizer: give all parameter groups the same one")
         before, plan.options = plan.options, {key: group[key] for key in self._options}
-        shaping = [key for key in changed if key in self.recipe.options or key == "part_size"]
+        shaping = [key for key in changed if key in self.recipe.options or key in ("part_size", "approach")]
         if not shaping:
             return plan
         routes = [r.cut(group["part_size"]) for r in plan.routes]
+        group.update(self._choices(routes, group))
         same = True
         for old, new in zip(plan.routes, routes, strict=True):
             if old.layout is None or new.layout is None:
                 continue
             shapes, wanted = self._shapes(old, before), self._shapes(new, plan.options)
-            if group["step"] and any(shapes[k] != wanted[k] for k in shapes.keys() & wanted.keys()):
+            if before and group["step"] and any(shapes[k] != wanted[k] for k in shapes.keys() & wanted.keys()):
                 plan.options = before
                 raise InputError(
                     f"{', '.join(f'{key}={group[key]!r}' for key in shaping)}: the state of {old.name!r} has another "
-                    f"shape by now. Set it before the first step, or build the optimizer again"
+                    "shape by now. Set it before the first step, or build the optimizer again"
                 )
             same = same and shapes == wanted
         if same:
             return plan
         self._routes.update((r.parameter, r) for r in routes)
-        options, plan = plan.options, Plan(group, self._routes)
-        plan.options = options
-        return plan
+        new_plan = Plan(group, self._routes)
+        new_plan.options = plan.options
+        return new_plan
 
     def _step_matrices(self, group: dict[str, Any], plan: Plan, *, finite: bool) -> None:
         params = [p for p in plan.matrices if p.grad is not None and p.grad.numel()]
@@ -211,8 +217,7 @@ class MatrixOptimizer(Saved):
         # In place where the direction is new: another tensor of that size costs more than the product.
         memory = direction.untyped_storage().data_ptr()
         kept = any(buffer.untyped_storage().data_ptr() == memory for buffer in stack.state.values())
-        update = direction * factors if kept else direction.mul_(factors)
-        return zip(params, stack.unstacked(update), strict=True)
+        return zip(params, stack.unstacked(direction * factors if kept else direction.mul_(factors)), strict=True)
 
     def _scales(self, stack: Stack, group: Mapping[str, Any]) -> Tensor:
         """The s of each matrix, (K, 1, 1)."""

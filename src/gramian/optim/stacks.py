@@ -87,8 +87,9 @@ class Stack:
     def stacked(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """A copy of one tensor for each parameter, as matrices (K, m, n); zeros for `None`."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        if self.simple and all(tensor is not None for tensor in tensors):
-            torch._foreach_copy_(out.unbind(), list(tensors))
+        known = [tensor for tensor in tensors if tensor is not None]
+        if self.simple and len(known) == len(tensors):
+            torch._foreach_copy_(out.unbind(), known)
             return out
         for r, tensor, into in zip(self.routes, tensors, out.split(self.counts), strict=True):
             if tensor is None:
