@@ -156,7 +156,7 @@ def run(family: Family, make: Callable[[nn.Module], torch.optim.Optimizer], seed
 
 def default(model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that "auto" stands for, at the rate it takes where none is given."""
-    return gm.optim.WhitenedMuon(model)
+    return gm.optim.Muon(model)
 
 
 def adamw(rate: float) -> Callable[[nn.Module], torch.optim.Optimizer]:

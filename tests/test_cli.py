@@ -181,7 +181,7 @@ BAD = [
     (["train", "task.py:task", "--seconds", "nan"], "--seconds"),
     (
         ["train", "task.py:task", "--steps", "3", "--optimizer", "adagrad"],
-        "unknown optimizer 'adagrad'; wanted auto, whitened_muon",
+        "unknown optimizer 'adagrad'; wanted auto, muon",
     ),
     (["train", "task.py:task", "--steps", "3", "--lr", "nan"], "lr must be"),
     (["train", "task.py:task", "--steps", "3", "--init", "zeros"], "init must be one of default, isometric, auto"),

@@ -115,16 +115,17 @@ def test_the_rest_goes_on_as_adamw_would() -> None:
 
 
 def test_muon_steps_with_the_momentum_that_it_took() -> None:
-    """Against a hand calculation: B = 0.5 exp_avg + 0.5 g, and the polar factor of it."""
+    """Against a hand calculation: B = 0.2 exp_avg + 0.8 g, and the polar factor of it; the steps go on from AdamW's."""
     model, before = trained(adamw)
-    optimizer = Muon(model, lr=1.0, momentum=0.5, nesterov=False, rtol=1e-5, scale="match_rms_adamw")
+    optimizer = Muon(model, lr=1.0, momentum=0.2, nesterov=False, rtol=1e-5, scale="match_rms_adamw")
     optimizer.load_adamw(before)
+    assert {group["step"] for group in optimizer.param_groups} == {int(before.state[model[3].weight]["step"])}
     w = model[3].weight
     start, g = w.detach().clone(), torch.randn(4, 4, generator=seeded(9))
     optimizer.zero_grad()
     w.grad = g.clone()
     optimizer.step()
-    u, _, vt = torch.linalg.svd((0.5 * by_hand("3.weight")[0] + 0.5 * g).double())
+    u, _, vt = torch.linalg.svd((0.2 * by_hand("3.weight")[0] + 0.8 * g).double())
     torch.testing.assert_close((start - w.detach()).double(), 0.2 * 2.0 * u @ vt, rtol=0, atol=1e-3)
 
 

@@ -352,3 +352,48 @@ def test_a_new_head_joins_as_the_head_that_it_is(name: str, copied: bool) -> Non
     new = with_new_head(two_layers())
     for one, other in zip(trained(model, optimizer), trained(new, MAKERS[name](new)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+# ---- options that change later
+
+
+@pytest.mark.parametrize(("name", "option", "value"), [("soap", "part_size", 2), ("muon", "part_size", 2)])
+def test_an_option_that_sets_a_shape_counts_before_the_first_step_and_is_refused_after_it(
+    name: str, option: str, value: int
+) -> None:
+    one, two, model = two_layers(), two_layers(), two_layers()
+    optimizer, wanted = MAKERS[name](model), MAKERS[name](one, **{option: value})
+    optimizer.param_groups[0][option] = value
+    for net, stepper in ((model, optimizer), (one, wanted)):
+        set_gradients(net)
+        stepper.step()
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(one), strict=True))
+    late = MAKERS[name](two)
+    set_gradients(two)
+    late.step()
+    before = values(two)
+    late.param_groups[0][option] = value
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"{option}={value}.*'0.weight'.*before the first step"):
+            late.step()
+    assert all(torch.equal(a, b) for a, b in zip(values(two), before, strict=True))
+
+
+def test_sides_that_change_later_count() -> None:
+    model = two_layers()
+    optimizer = SOAP(model, sides="both")
+    set_gradients(model)
+    optimizer.step()
+    optimizer.param_groups[0]["sides"] = "small"
+    optimizer.step()
+    state = optimizer.state[model[0].weight]
+    assert any(key.startswith("left") for key in state) != any(key.startswith("right") for key in state)
+
+
+def test_max_overhead_of_one_group_alone_is_refused() -> None:
+    model = two_layers()
+    optimizer = Muon([{"params": [model[0].weight]}, {"params": [model[1].weight]}], model=model)
+    optimizer.param_groups[1]["max_overhead"] = 0.1
+    set_gradients(model)
+    with pytest.raises(InputError, match="max_overhead is of the whole optimizer"):
+        optimizer.step()

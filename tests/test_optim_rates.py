@@ -41,7 +41,7 @@ def test_fused_parts_and_groups_count_each_and_depthwise_kernels_not_at_all() ->
     assert gm.optim.Muon(model)._num_matrices == 4 + 0 + (3 + 1)
 
 
-def test_narrow_embeddings_take_a_larger_usual_rate() -> None:
+def test_narrow_tables_take_a_larger_usual_rate() -> None:
     def rates(width: int, **options: object) -> dict[str, float]:
         optimizer = gm.optim.Muon(
             nn.Sequential(nn.Embedding(9, width), nn.Linear(width, 4), nn.Linear(4, 2)), **options
@@ -54,7 +54,18 @@ def test_narrow_embeddings_take_a_larger_usual_rate() -> None:
     assert rates(64, rest_lr=1e-3)["0.weight"] == 1e-3
     assert rates(64, scale="match_rms_adamw", lr=2e-3)["0.weight"] == 2e-3
     without = gm.optim.Muon(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
-    assert without.rates()["2.weight"] == 3e-3
+    assert without.rates()["2.weight"] == 1e-2
+
+
+@pytest.mark.parametrize(("lr", "table"), [(0.01, 1e-2), (0.1, 1e-2), (0.2, 2e-2), (1.0, 3e-2), (10.0, 3e-2)])
+def test_the_rest_takes_more_where_the_matrices_do(lr: float, table: float) -> None:
+    """In proportion and at most threefold; vectors take the same, but no more than a matrix's share of the rate."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer = gm.optim.Muon(net, lr=lr)
+    assert optimizer.rates()["4.weight"] == pytest.approx(table)
+    assert optimizer.rates()["4.bias"] == pytest.approx(min(table, lr / 2))
+    optimizer.param_groups[0]["lr"] *= 0.5  # a schedule
+    assert optimizer.rates()["4.weight"] == pytest.approx(table / 2)
 
 
 class _Mamba(nn.Module):
@@ -94,7 +105,7 @@ def test_small_depthwise_kernels_take_a_larger_usual_rate(taps: int, rate: float
     model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, taps, groups=8), nn.Linear(8, 2))
     rates = gm.optim.Muon(model).rates()
     assert rates["1.weight"] == pytest.approx(rate)
-    assert rates["2.weight"] == 3e-3
+    assert rates["2.weight"] == 1e-2
     given = gm.optim.Muon(model, rest_lr=1e-3)
     assert len(given.param_groups) == 1
     assert {rate for name, rate in given.rates().items() if name != "0.weight"} == {1e-3}

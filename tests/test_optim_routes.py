@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gramian.errors import GramianWarning, InputError
-from gramian.optim import Muon, Shampoo, WhitenedMuon
+from gramian.optim import SOAP, Muon, Shampoo
 from gramian.optim.routing import MOST_LEFT
 
 
@@ -34,7 +34,7 @@ def network(num: int = 4, wide: int = 16) -> nn.Module:
 LAYOUTS = {"*.w_in": "e i o -> e o i", "*.w_out": "e i o -> e o i"}
 
 
-@pytest.mark.parametrize("cls", [Muon, Shampoo, WhitenedMuon])
+@pytest.mark.parametrize("cls", [Muon, Shampoo, SOAP])
 def test_experts_that_no_row_knows_are_told(cls: type[Muon]) -> None:
     model = network()
     left = 2 * 2 * 4 * 8 * 16

@@ -17,8 +17,8 @@ __all__ = ["step_adamw"]
 
 
 def step_adamw(
-    groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]]
-) -> tuple[list[Tensor], Tensor]:
+    groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]], *, finite: bool = False
+) -> tuple[list[Tensor], Tensor | None]:
     """A step of torch's fused AdamW for every parameter whose gradient is finite and has a finite square.
 
     A square that overflows would stay in the second moment, and the parameter would never move again.
@@ -26,19 +26,22 @@ def step_adamw(
     Args:
         groups: parameter groups, with `lr`, `betas`, `eps`, `weight_decay` and `maximize`.
         state: by parameter; torch's, of the same form.
+        finite: whether all gradients are known to be so.
 
-    Returns the parameters that have a gradient, and which of them were skipped (P,).
+    Returns the parameters that have a gradient, and which of them were skipped (P,), `None` for none.
     """
     params = [p for group in groups for p in group["params"] if p.grad is not None and p.grad.numel()]
     if not params:
-        return [], torch.zeros(0)
-    bad = not_finite([p.grad for p in params], power=2)
-    good = {p for p, is_bad in zip(params, bad.tolist(), strict=True) if not is_bad}
+        return [], None
+    bad = None if finite else not_finite([p.grad for p in params], power=2)
+    skipped = set() if bad is None else {p for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad}
     for group in groups:
-        members = [p for p in group["params"] if p in good]
+        members = [p for p in group["params"] if p.grad is not None and p.grad.numel() and p not in skipped]
         # Parameters that are not contiguous step one by one, since they may share memory and are stepped as copies.
-        plain = [p for p in members if placement.locals_of([p])[0].is_contiguous()]
-        for together in (plain, *([p] for p in members if p not in set(plain))):
+        contiguous = [placement.local(p).is_contiguous() for p in members]
+        plain = [p for p, is_plain in zip(members, contiguous, strict=True) if is_plain]
+        others = [p for p, is_plain in zip(members, contiguous, strict=True) if not is_plain]
+        for together in (plain, *([p] for p in others)):
             if together:
                 _step(together, group, [_state_of(p, state) for p in together])
     return params, bad
@@ -66,7 +69,7 @@ def _step(params: Sequence[Tensor], group: dict[str, Any], states: Sequence[dict
     written = [placement.locals_of(tensors) for tensors in (params, *moments)]
     grads = placement.locals_of([_placed_as(p, p.grad) for p in params])
     # The fused step goes through memory and ignores strides: what is not contiguous is stepped as a copy.
-    plain = [[x.contiguous() for x in tensors] for tensors in written]
+    plain = [[x if x.is_contiguous() else x.contiguous() for x in tensors] for tensors in written]
     beta1, beta2 = group["betas"]
     adamw(
         plain[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,18 +17,18 @@ from gramian.errors import InputError
 from gramian.optim.health import Skipped
 from gramian.optim.options import LR, SHARED, Shared, check
 from gramian.optim.parameters import check_caller, reason_to_leave_out, replacements
+from gramian.optim.plan import Plan
 from gramian.optim.rates import full_rate, rates_of
 from gramian.optim.recipe import Recipe
 from gramian.optim.refresh import Clock
 from gramian.optim.routing import Group, Route, route_groups, routes_of_model
 from gramian.optim.scaling import num_in_sequence
 from gramian.optim.sharding import Sharding
-from gramian.optim.stacks import Stacks
 from gramian.rows import Rows
 
 __all__ = ["Grouped"]
 
-OWN_KEYS = ("params", "param_names", "step", "full_lr", "num_matrices", "direction")
+OWN_KEYS = ("params", "param_names", "step", "full_lr", "num_matrices", "direction", "approaches")
 """What a group holds beside its options and what the user put there."""
 
 
@@ -52,7 +53,7 @@ class Grouped(torch.optim.Optimizer):
         self._routes: dict[Tensor, Route] = {}
         self._left_out: list[Route] = []
         self._skipped = Skipped()
-        self._stacks: dict[int, Stacks] = {}  # by the number of their group
+        self._plans: dict[int, Plan] = {}  # by the number of their group
         self._sharding = Sharding()
         self._clock = Clock()
         self._num_missing = -1  # parameters without a gradient in the last step; no step has been taken
@@ -147,7 +148,19 @@ class Grouped(torch.optim.Optimizer):
             "step": 0,
         }
         names = {"param_names": [r.name for r in routes]} if self._named else {}
+        kept |= self._choices(routes, options)
         return {**own, "params": [r.parameter for r in routes], **names, **options, **kept}
+
+    def _choices(self, routes: Sequence[Route], options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the recipe decides once for these matrices."""
+        matrices = [r for r in routes if r.layout is not None]
+        if self.recipe.choose is None and options["approach"] != "predicted":
+            raise InputError(f"{type(self).__name__}: approach={options['approach']!r} is for Muon; leave it out")
+        if self.recipe.choose is None or not matrices:
+            return {}
+        parts = [r.layout.matrices for r in matrices if r.layout is not None]
+        shapes = [(m, n) for *num, m, n in parts for _ in range(math.prod(num))]
+        return self.recipe.choose(shapes, matrices[0].parameter.device, options)
 
     @classmethod
     def _direction(cls) -> str:
@@ -172,7 +185,7 @@ class Grouped(torch.optim.Optimizer):
             )
         self._routes = {new.get(p, p): replace(self._routes[p], parameter=new.get(p, p)) for p in given}
         self._known = {p: self._routes[p] for old in self._known if (p := new.get(old, old)) in self._routes}
-        self._stacks.clear()
+        self._plans.clear()
         self._sharding = Sharding()
         self._sharding.assign([r.parameter for r in self._routes.values() if r.layout is not None])
 

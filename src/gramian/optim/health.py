@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from gramian import linalg
+from gramian.linalg.engine.scaling import peak
 from gramian.optim.recipe import Recipe
+from gramian.optim.routing import Route
 from gramian.optim.stacks import State
 
 __all__ = ["Row", "Skipped", "measure", "sine"]
@@ -27,16 +29,18 @@ class Skipped:
     def __init__(self) -> None:
         self._counters: dict[tuple[str, ...], Tensor] = {}  # by the names of the parameters that step together
         self._past: Counter[str] = Counter()
-        self._last: list[tuple[Sequence[Tensor], Tensor]] = []
+        self._last: list[tuple[Sequence[Tensor], Tensor | None]] = []
 
     def begin(self) -> None:
         """A new step."""
         self._last = []
 
-    def add(self, names: Sequence[str], params: Sequence[Tensor], bad: Tensor) -> None:
-        """Notes which of the parameters are skipped in this step, (P,)."""
+    def add(self, params: Sequence[Tensor], bad: Tensor | None, routes: Mapping[Tensor, Route]) -> None:
+        """Notes which of the parameters are skipped in this step, (P,); `None` for none."""
         self._last.append((params, bad))
-        key = tuple(names)
+        if bad is None:
+            return
+        key = tuple(routes[p].name for p in params)
         if key not in self._counters and len(self._counters) >= NUM_COUNTERS:
             self._past = self.counts()
             self._counters = {}
@@ -44,7 +48,11 @@ class Skipped:
 
     def last(self) -> dict[Tensor, Tensor]:
         """Whether each parameter was skipped in this step."""
-        return {p: flag for params, bad in self._last for p, flag in zip(params, bad.unbind(), strict=True)}
+        flags: dict[Tensor, Tensor] = {}
+        for params, bad in self._last:
+            none = (torch.zeros((), dtype=torch.bool, device=p.device) for p in params)
+            flags.update(zip(params, none if bad is None else bad.unbind(), strict=True))
+        return flags
 
     def counts(self) -> Counter[str]:
         """Skipped steps by name; synchronizes with the device."""
@@ -64,7 +72,8 @@ def measure(state: State, recipe: Recipe, options: Mapping[str, Any], detail: st
     flat = {name: value.reshape(-1, *value.shape[-2:]) for name, value in state.items()}
     momentum = flat.get(recipe.momentum or "")
     if momentum is not None:
-        sigma = linalg.svdvals_ex(momentum)[0].double()
+        size = peak(momentum, (-2, -1))  # entries near the largest number would overflow in a singular value
+        sigma = linalg.svdvals_ex(momentum / torch.where(size > 0, size, 1.0))[0].double()
         share = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         row["condition"] = float(torch.where(sigma[:, -1] > 0, sigma[:, 0] / sigma[:, -1], math.inf).max())
         row["effective_rank"] = float(torch.special.entr(share).sum(-1).exp().min())

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from gramian import linalg
-from gramian.linalg.polar_factor.direction import direction
 from gramian.optim.health import sine
 from gramian.optim.options import FLAG, Shared, interval
+from gramian.optim.polar import approaches, polar
 from gramian.optim.recipe import Recipe, StepContext
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.stacks import State
 
-__all__ = ["Muon", "average", "init", "look_ahead", "orthogonal", "staleness", "update"]
+__all__ = ["Muon", "average", "init", "look_ahead", "orthogonal", "staleness", "update", "weight_of_past"]
+
+YOUNG = 10.0
+"""Steps after which the past has a weight of one half, if `momentum` allows it."""
 
 
 def init(m: Tensor, options: Mapping[str, Any]) -> State:
@@ -27,8 +30,9 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
 
 def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """polar(B + (1 − μ)(g − B)), with B ← B + (1 − μ)(g − B)."""
-    average(state["momentum"], g, context.options["momentum"], context)
-    ahead = look_ahead(g, state["momentum"], context)
+    beta = weight_of_past(context.options)
+    average(state["momentum"], g, beta, context)
+    ahead = look_ahead(g, state["momentum"], beta, context)
     if "direction" not in state:
         return orthogonal(ahead, context)
     if context.due is None:
@@ -53,17 +57,31 @@ def average(mean: Tensor, value: Tensor, beta: float, context: StepContext) -> N
         mean.lerp_(value, ((1 - beta) * context.alive).expand_as(mean))
 
 
-def look_ahead(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
+def weight_of_past(options: Mapping[str, Any]) -> float:
+    """The weight of the past in step t: t / (t + 10), and at most `momentum`. The network changes fast at first.
+
+    >>> [round(weight_of_past({"momentum": 0.9, "step": t - 1}), 2) for t in (1, 10, 30, 90, 1000)]
+    [0.09, 0.5, 0.75, 0.9, 0.9]
+    """
+    step = options["step"] + 1
+    return min(options["momentum"], step / (step + YOUNG))
+
+
+def look_ahead(g: Tensor, momentum: Tensor, beta: float, context: StepContext) -> Tensor:
     """Nesterov's momentum: what one more step with the same gradient would make of it.
 
     Written over `g`, since a new tensor of that size costs more than its numbers; or `momentum` itself.
     """
-    return g.lerp_(momentum, context.options["momentum"]) if context.options["nesterov"] else momentum
+    return g.lerp_(momentum, beta) if context.options["nesterov"] else momentum
 
 
 def orthogonal(x: Tensor, context: StepContext) -> Tensor:
-    """The polar factor, to the accuracy `rtol`: what `polar_ex(certify=False)` gives, without the cost of its call."""
-    return direction(x, context.options["rtol"])[0]
+    """The polar factor, to the accuracy `rtol`."""
+    return polar(x, context.options)
+
+
+def _choose(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"approaches": approaches(shapes, device, options)}
 
 
 class Muon(MatrixOptimizer):
@@ -76,10 +94,11 @@ class Muon(MatrixOptimizer):
     Args:
         params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.
         lr: length of a step of the matrices, in the unit that `scale` sets.
-        momentum: μ, the weight of the past in the running mean of the gradients.
+        momentum: μ, the weight of the past in the running mean of the gradients; t / (t + 10) in step t while that is
+            less.
         nesterov: whether the step looks ahead by one update of the momentum.
-        rtol: root mean square of σ − 1 over the singular values of the direction; the cheapest method that reaches it
-            is taken (see `gm.linalg.polar_ex`). The usual five Newton–Schulz steps in bfloat16 reach about 0.18.
+        rtol: root mean square of σ − 1 over those singular values of the direction that are not too small before
+            (σ/σ₁ above 1/700 by default). The usual five Newton–Schulz steps in bfloat16 reach about 0.2.
         shared: options of all matrix optimizers, see `gramian.optim.shell.MatrixOptimizer`.
 
     Raises:
@@ -96,10 +115,15 @@ class Muon(MatrixOptimizer):
     recipe = Recipe(
         init=init,
         update=update,
-        options={"momentum": interval("[0, 1)"), "nesterov": FLAG, "rtol": interval("(0, 1)")},
+        options={
+            "momentum": interval("[0, 1)"),
+            "nesterov": FLAG,
+            "rtol": interval("(0, 1)"),
+        },
         adamw={"momentum": "exp_avg"},
         momentum="momentum",
         staleness=staleness,
+        choose=_choose,
     )
 
     def __init__(
@@ -107,9 +131,9 @@ class Muon(MatrixOptimizer):
         params: nn.Module | Iterable[Any],
         lr: float | Tensor = 0.1,
         *,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         nesterov: bool = True,
-        rtol: float = 0.1,
+        rtol: float = 0.125,
         **shared: Unpack[Shared],
     ) -> None:
         options = {"momentum": momentum, "nesterov": nesterov, "rtol": rtol}

@@ -14,7 +14,6 @@ from gramian.optim.routing import Direction
 __all__ = [
     "FLAG",
     "LR",
-    "REST_LR",
     "SHARED",
     "Option",
     "Range",
@@ -100,13 +99,12 @@ class Shared(TypedDict, total=False):
     part_size: int | None
     refresh: int
     max_overhead: float | None
+    approach: Literal["predicted", "measured"]
     model: nn.Module | None
     routes: Mapping[str, Direction] | None
     layouts: Mapping[str, Any] | None
     maximize: bool
 
-
-REST_LR = 3e-3
 
 SHARED: dict[str, Option] = {
     "weight_decay": Option(0.0, NOT_NEGATIVE),
@@ -118,6 +116,7 @@ SHARED: dict[str, Option] = {
     "part_size": Option(256, whole(1).or_none()),
     "refresh": Option(1, whole(1)),
     "max_overhead": Option(None, interval("(0, 1)").or_none()),
+    "approach": Option("predicted", one_of("predicted", "measured")),
     "model": Option(None, Range("the model, an nn.Module, or None", lambda v: v is None or isinstance(v, nn.Module))),
     "routes": Option(None, ANYTHING),
     "layouts": Option(None, ANYTHING),

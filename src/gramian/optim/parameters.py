@@ -81,28 +81,31 @@ def overlaps_itself(p: Tensor) -> bool:
     return False
 
 
-def check_step(groups: Iterable[Mapping[str, Any]], routes: Mapping[Tensor, Route]) -> None:
-    """Raises, before anything moves, for parameters and gradients that cannot be stepped."""
-    for p in (p for group in groups for p in group["params"]):
-        r = routes[p]
-        if r.shape is not None and p.shape != r.shape:
+def check_step(params: Sequence[Tensor], routes: Sequence[Route]) -> list[bool]:
+    """Which parameters have a gradient. Raises for parameters and gradients that cannot be stepped."""
+    present = []
+    for p, r in zip(params, routes, strict=True):
+        g, shape = p.grad, p.shape
+        if shape != r.shape and r.shape is not None:
             raise InputError(
-                f"{r.name!r} has shape {tuple(p.shape)} now and had {r.shape} when the optimizer was built. Build it "
+                f"{r.name!r} has shape {tuple(shape)} now and had {r.shape} when the optimizer was built. Build it "
                 "again after a parameter has changed its shape"
             )
-        if p.grad is None:
+        present.append(g is not None and g.numel() > 0)
+        if g is None:
             continue
-        if p.grad.layout is not torch.strided:
+        if g.layout is not torch.strided:
             raise UnsupportedError(
                 f"sparse gradients are not supported, and {r.name!r} has one; make the embedding with sparse=False"
             )
-        if p.grad.shape != p.shape:
-            raise InputError(f"{r.name!r} has shape {tuple(p.shape)} and a gradient of shape {tuple(p.grad.shape)}")
+        if g.shape != shape:
+            raise InputError(f"{r.name!r} has shape {tuple(shape)} and a gradient of shape {tuple(g.shape)}")
         if p.is_meta:
             raise UnsupportedError(
                 f"{r.name!r} is on the meta device and holds no numbers. Call model.to_empty(device=…), initialize "
                 "the model, and build the optimizer then"
             )
+    return present
 
 
 def replacements(groups: Sequence[Mapping[str, Any]], routes: Mapping[Tensor, Route]) -> dict[Tensor, Tensor]:

@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from gramian.optim.options import REST_LR
 from gramian.optim.routing import Route
 from gramian.optim.scaling import usual_kernel_lr, usual_table_lr
 
-__all__ = ["full_rate", "rates_of", "rest_groups"]
+__all__ = ["by_kind", "full_rate", "rates_of", "rest_groups"]
 
 Kind = Literal["matrix", "table", "kernel", "vector"]
 
@@ -36,10 +35,11 @@ def _kind(r: Route) -> Kind:
     return "kernel" if r.role == "elementwise" and r.whole is not None else "table"
 
 
-def _by_kind(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Kind, list[Route]]:
+def by_kind(routes: Iterable[Route]) -> dict[Kind, list[Route]]:
+    """The routes of each kind: all of a kind step at one rate."""
     kinds: dict[Kind, list[Route]] = {}
-    for p in group["params"]:
-        kinds.setdefault(_kind(routes[p]), []).append(routes[p])
+    for r in routes:
+        kinds.setdefault(_kind(r), []).append(r)
     return kinds
 
 
@@ -50,12 +50,13 @@ def _rates(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> dict[
     """
     lr, full, rest = float(group["lr"]), group["full_lr"], group["rest_lr"]
     spectral = group["scale"] == "spectral"
-    rest = float(rest) if rest is not None else REST_LR if spectral else full
+    usual = rest is None and spectral
+    if rest is None:
+        rest = usual_table_lr((r.parameter for r in kinds.get("table", [])), full) if spectral else full
+    rest = float(rest)
     rates: dict[Kind, float] = {"table": rest, "kernel": rest, "vector": rest}
-    if spectral and group["rest_lr"] is None:
-        tables, kernels = kinds.get("table", []), kinds.get("kernel", [])
-        if any(r.role == "embedding" for r in tables):
-            rates["table"] = usual_table_lr(r.parameter for r in tables)
+    if usual:
+        kernels = kinds.get("kernel", [])
         rates["kernel"] = usual_kernel_lr(r.whole.matrices[-1] for r in kernels if r.whole is not None)
     if spectral and group["num_matrices"]:
         # Vectors of all layers move at once, as the matrices do, so that they share the change of the function too.
@@ -68,14 +69,13 @@ def _rates(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> dict[
 
 def rates_of(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> dict[Tensor, float]:
     """The rate at which each parameter of a group steps now."""
-    kinds = _by_kind(group, routes)
+    kinds = by_kind(routes[p] for p in group["params"])
     rates = _rates(group, kinds)
     return {r.parameter: rates[kind] for kind, members in kinds.items() for r in members}
 
 
-def rest_groups(group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> list[dict[str, Any]]:
+def rest_groups(group: Mapping[str, Any], kinds: Mapping[Kind, list[Route]]) -> list[dict[str, Any]]:
     """What AdamW steps of a group, as groups for `step_adamw`. Vectors do not decay."""
-    kinds = _by_kind(group, routes)
     rates = _rates(group, kinds)
     return [
         {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from gramian.optim.options import Range
@@ -54,6 +55,8 @@ class Recipe:
         fallbacks: the buffer `(K, 1, 1)` that counts results which were not good enough, so that older ones stayed.
         staleness: `staleness(state, options) -> (K,)`, from 0 to 1: how far the buffers that are recomputed only every
             `refresh` steps are from their present values; `None` where nothing is kept.
+        choose: `choose(shapes, device, options)`: what is decided once for the matrices of a group, of these shapes
+            (m, n), and kept in the group and its state. It is asked again when options change, with the group itself.
     """
 
     init: Callable[[Tensor, Mapping[str, Any]], State]
@@ -63,3 +66,4 @@ class Recipe:
     momentum: str | None = None
     fallbacks: str | None = None
     staleness: Callable[[State, Mapping[str, Any]], Tensor | None] | None = None
+    choose: Callable[[Iterable[tuple[int, int]], torch.device, Mapping[str, Any]], Mapping[str, Any]] | None = None

@@ -44,6 +44,8 @@ def stagger(stacks: Sequence[Stack], routes: Sequence[Route], refresh: int) -> N
 
 def due(stack: Stack, group: dict[str, Any]) -> Tensor | None:
     """The indices of the matrices that are new or whose phase this step is; `None` for all."""
+    if group["refresh"] == 1:
+        return None
     now = stack.fresh | (stack.phases == group["step"] % group["refresh"])
     return None if bool(now.all()) else now.nonzero()[:, 0].to(stack.device)
 

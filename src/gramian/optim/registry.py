@@ -19,7 +19,6 @@ from gramian.optim.muon import Muon
 from gramian.optim.shampoo import Shampoo
 from gramian.optim.shell import MatrixOptimizer
 from gramian.optim.soap import SOAP
-from gramian.optim.whitened import WhitenedMuon
 
 Property = Literal["signed permutations", "rotations", "ranks on singular gradients"]
 
@@ -93,20 +92,6 @@ class Entry:
 
 
 OPTIMIZERS: dict[str, Entry] = {
-    "whitened_muon": Entry(
-        WhitenedMuon,
-        summary="Muon in the metric of the gradients' second moments",
-        formula="`P polar(P B Q) Q`, with `P = (L + λ)^(-1/2)` and `Q = (R + λ)^(-1/2)` of rank 16",
-        cost="that of Muon, and products with 16 vectors a side",
-        checks=Checks(
-            small={"rank": 3},
-            exact={"rtol": 1e-9},
-            accuracy=2e-6,
-            roundings=4,
-            # It starts from a fixed random basis.
-            exempt=frozenset({"signed permutations", "rotations", "ranks on singular gradients"}),
-        ),
-    ),
     "muon": Entry(
         Muon,
         summary="the momentum, orthogonalized",

@@ -67,7 +67,10 @@ class Route:
 
     def cut(self, size: int | None) -> Route:
         """The same route with large matrices in parts, of at most `size` on the smaller side."""
-        return self if self.layout is None else replace(self, layout=in_parts(self.layout, size), whole=self.layout)
+        if self.layout is None:
+            return self
+        whole = self.whole or self.layout
+        return replace(self, layout=in_parts(whole, size), whole=whole)
 
 
 Group = tuple[list[Route], dict[str, Any]]

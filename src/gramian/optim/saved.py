@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gramian import placement
+from gramian.optim import guard
 from gramian.optim.adamw_state import carry_over
 from gramian.optim.grouped import Grouped
 from gramian.optim.matching import matched
@@ -66,7 +67,11 @@ class Saved(Grouped):
         states, rows = carry_over(source, names, routes, self._sharding, empty, self.recipe.adamw, maximize)
         self.state.clear()
         self.state.update(states)
-        self._stacks.clear()
+        self._plans.clear()
+        known = source.state if isinstance(source, torch.optim.Optimizer) else source["state"]
+        steps = [int(float(entry["step"])) for entry in known.values() if "step" in entry]
+        for group in self.param_groups:  # a momentum that is taken over is not young
+            group["step"] = max(steps, default=0)
         return rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,6 +117,7 @@ class Saved(Grouped):
                 self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
             for p in states:
                 self.state[p] = {name: _copy(value, p) for name, value in self.state[p].items()}
+            self._plans.clear()
             for group, known in zip(self.param_groups, names, strict=True):
                 if known is not None:  # those of the model, whatever the state calls them
                     group["param_names"] = known
@@ -130,7 +136,11 @@ class Saved(Grouped):
     def _empty(self, r: Route, group: Mapping[str, Any]) -> State:
         """The initial state of one matrix of a route, for its names and shapes."""
         assert r.layout is not None
-        return self.recipe.init(torch.empty(1, *r.layout.matrices[-2:], device="meta"), group)
+        return self._initial(torch.empty(1, *r.layout.matrices[-2:], device="meta"), group)
+
+    def _initial(self, m: Tensor, group: Mapping[str, Any]) -> State:
+        """The state before the first step of matrices like `m`: the direction's own, and that of the guard."""
+        return self.recipe.init(m, group) | guard.init(m)
 
     def _shapes(self, r: Route, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The shape of each buffer of a parameter, with the options of a saved group."""
@@ -153,7 +163,7 @@ class Saved(Grouped):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stacks = {}
+        self._plans = {}
         if "_routes" in state:  # a copy, or read from a pickle: it knows no model
             self._model, self._known = None, {}
         for group in self.param_groups:  # a state saved by an earlier version may lack newer options

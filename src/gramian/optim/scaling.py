@@ -20,6 +20,7 @@ LARGEST = {torch.float32: 126, torch.float64: 1022}  # largest k for which 2**k 
 
 TABLE_LR = (3e-3, 1e-2)  # least and largest usual rate under AdamW
 OUTPUT_STEP = 2.4  # how far one step of AdamW may move an output of a head, all inputs being of size one
+BASE_LR, MOST_GROWTH = 0.1, 3.0  # the matrices' rate from which the tables' grows with it, and by how much
 KERNEL_LR = (3e-3, 3e-2)
 KERNEL_STEP = 0.147  # the same for an output of a depthwise kernel: what 3e-3 is for ConvNeXt's 7 × 7 taps
 
@@ -61,17 +62,22 @@ def num_in_sequence(weights: Iterable[tuple[str, Layout]]) -> int:
     return sum(counts.values()) or int(beside)
 
 
-def usual_table_lr(tables: Iterable[Tensor]) -> float:
-    """AdamW's rate for embeddings, and the head beside them, where none is given: 3e-3, up to 1e-2 for narrow ones.
+def usual_table_lr(tables: Iterable[Tensor], lr: float = BASE_LR) -> float:
+    """AdamW's rate for embeddings and the head where none is given: 3e-3, up to 1e-2 for narrow ones, at `lr=0.1`.
 
     A step of AdamW moves each entry by the rate, and so an output of a head by up to the rate times its number of
     inputs: that is to be at most 2.4, as with the rate of 1/320 at a width of 768 (Jordan et al., Muon, 2024).
 
+    Where the matrices take a larger `lr` than 0.1, as short runs do, it grows in proportion, at most threefold.
+
     >>> usual_table_lr([torch.empty(10, 64)]), usual_table_lr([torch.empty(10, 64), torch.empty(10, 4096)])
     (0.01, 0.003)
+    >>> usual_table_lr([torch.empty(10, 64)], lr=0.2), usual_table_lr([torch.empty(10, 64)], lr=10.0)
+    (0.02, 0.03)
     """
     widest = max((t.shape[-1] for t in tables), default=1)
-    return min(TABLE_LR[1], max(TABLE_LR[0], OUTPUT_STEP / max(widest, 1)))
+    usual = min(TABLE_LR[1], max(TABLE_LR[0], OUTPUT_STEP / max(widest, 1)))
+    return usual * min(MOST_GROWTH, max(1.0, lr / BASE_LR))
 
 
 def usual_kernel_lr(num_taps: Iterable[int]) -> float:

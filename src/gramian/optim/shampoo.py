@@ -46,7 +46,7 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
         if context.due is None or len(context.due):
             _renew(state, side, 2 * len(sides), context)
     average(state["momentum"], g, options["momentum"], context)
-    d = look_ahead(g, state["momentum"], context)
+    d = look_ahead(g, state["momentum"], options["momentum"], context)
     for side in sides:
         d = state[f"{side}_root"] @ d if side == "left" else d @ state[f"{side}_root"]
     return as_long_as_polar(d)

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.optim.adamw import step_adamw
+from gramian.optim.guard import limit_
 from gramian.optim.health import Row, measure
 from gramian.optim.parameters import check_not_replaced, check_step
+from gramian.optim.plan import Plan
 from gramian.optim.rates import rest_groups
 from gramian.optim.recipe import StepContext
 from gramian.optim.refresh import due, stagger
-from gramian.optim.routing import Route
 from gramian.optim.saved import Saved
-from gramian.optim.sharding import not_finite
-from gramian.optim.stacks import Stack, Stacks, alike
+from gramian.optim.sharding import not_finite, surely_finite
+from gramian.optim.stacks import Stack, alike
 
 __all__ = ["MatrixOptimizer"]
 
@@ -56,16 +57,21 @@ class MatrixOptimizer(Saved):
               the network's function, so that one rate carries across widths and depths. `"match_rms_adamw"`:
               `s = 0.2 √max(m, n)`, so that a rate tuned for AdamW can be reused.
             - `rest_lr`, `rest_betas`, `rest_eps`, `rest_weight_decay`: of AdamW. `rest_lr`, its rate while `lr` is what
-              it was at the start, is 3e-3 by default (with
-              embeddings, their rate and the head's is up to 1e-2 where all are narrower than 800; that of depthwise
-              kernels is up to 3e-2 where all have fewer than 49 taps), or `lr` itself with
-              `scale="match_rms_adamw"`. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
+              it was at the start, is 3e-3 by default, and up to 1e-2 where all embeddings and heads are narrower than
+              800; where the `lr` at the start is larger than 0.1, it grows in proportion, at most threefold. (Depthwise
+              kernels take 3e-3, and up to 3e-2 where all have fewer than 49 taps.) With `scale="match_rms_adamw"`, it
+              is `lr` itself. With `scale="spectral"`, vectors (biases, norms) take the rate `lr / L` where
               that is less. Vectors do not decay.
             - `part_size`: a matrix whose smaller side is longer is cut along that side into equal parts of at most so
               many rows (or columns). Each part has its own direction, which costs less. `None`: never.
             - `refresh`: steps between two recomputations of a direction's costly parts, staggered over the matrices.
             - `max_overhead`: the largest share of a step's time that the optimizer may take. `refresh` is then set
               once, after nine steps have been timed, by all ranks together; it is kept in `state_dict()` and replayed.
+            - `approach`: how a polar factor is computed, in float32 or bfloat16, by composed quintics or by inverses of
+              the Gram matrix: `"predicted"`, the cheapest by a cost model, which is the same in every run on a kind of
+              processor; or `"measured"` (of `Muon`), the fastest, timed within a second when a group is built, which is
+              collective then. The group and its state keep that as `approaches`: a resumed run replays it, and a new
+              one may choose otherwise.
             - `model`: where `params` are its parameters or groups of them: the roles, and the names, are then the
               model's. Without it and without names, whatever has two or more dimensions steps as a matrix, and a
               `GramianWarning` says so.
@@ -93,94 +99,138 @@ class MatrixOptimizer(Saved):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._before_step()
-        with_matrices = [g for g in self.param_groups if self._matrices(g)]
+        plans = self._prepared()
+        finite = surely_finite([g for plan in plans for g in plan.gradients])
         self._skipped.begin()
-        with self._clock.timed(with_matrices):
-            for number, group in enumerate(self.param_groups):
-                self._step_matrices(number, group, self._matrices(group))
-            rest = [own for group in self.param_groups for own in rest_groups(group, self._routes)]
-            self._count(*step_adamw(rest, self.state))
+        with self._clock.timed([g for g, plan in zip(self.param_groups, plans, strict=True) if plan.matrices]):
+            for group, plan in zip(self.param_groups, plans, strict=True):
+                self._step_matrices(group, plan, finite=finite)
+            rest = [own for g, plan in zip(self.param_groups, plans, strict=True) for own in rest_groups(g, plan.kinds)]
+            self._count(*step_adamw(rest, self.state, finite=finite))
         return loss
 
-    def _before_step(self) -> None:
-        """Refuses what cannot be stepped, before anything moves, and follows parameters that were replaced."""
+    def _prepared(self) -> list[Plan]:
+        """The plan of each group. Refuses what cannot be stepped, before anything moves, and follows replacements."""
         self._follow()
-        for group in self.param_groups:
-            self._check({key: group[key] for key in self._options})
-        check_step(self.param_groups, self._routes)
-        num_missing = sum(p.grad is None for group in self.param_groups for p in group["params"])
+        plans = []
+        for number, group in enumerate(self.param_groups):
+            plan = self._plans.get(number)
+            if plan is None or not plan.of(group["params"]):
+                plan = self._plans[number] = Plan(group, self._routes)
+            changed = plan.changed(group, self._options)
+            if changed:
+                self._check({key: group[key] for key in changed})
+                plan = self._plans[number] = self._with_options(group, plan, changed)
+            plan.present = check_step(plan.params, plan.routes)
+            plans.append(plan)
+        num_missing = sum(plan.present.count(False) for plan in plans)
         model = self._model() if self._model is not None else None
         if model is not None and num_missing != self._num_missing:  # perhaps the model has others in their place
             check_not_replaced(model, self._routes.values())
         self._num_missing = num_missing
+        return plans
 
-    def _matrices(self, group: Mapping[str, Any]) -> list[Tensor]:
-        return [p for p in group["params"] if self._routes[p].layout is not None]
+    def _with_options(self, group: dict[str, Any], plan: Plan, changed: Sequence[str]) -> Plan:
+        """The plan for options that have changed. Raises `InputError` for one that can no longer be honored."""
+        if "max_overhead" in changed and len({g["max_overhead"] for g in self.param_groups}) > 1:
+            raise InputError("max_overhead is of the whole optimizer: give all parameter groups the same one")
+        before, plan.options = plan.options, {key: group[key] for key in self._options}
+        shaping = [key for key in changed if key in self.recipe.options or key in ("part_size", "approach")]
+        if not shaping:
+            return plan
+        routes = [r.cut(group["part_size"]) for r in plan.routes]
+        group.update(self._choices(routes, group))
+        same = True
+        for old, new in zip(plan.routes, routes, strict=True):
+            if old.layout is None or new.layout is None:
+                continue
+            shapes, wanted = self._shapes(old, before), self._shapes(new, plan.options)
+            if before and group["step"] and any(shapes[k] != wanted[k] for k in shapes.keys() & wanted.keys()):
+                plan.options = before
+                raise InputError(
+                    f"{', '.join(f'{key}={group[key]!r}' for key in shaping)}: the state of {old.name!r} has another "
+                    "shape by now. Set it before the first step, or build the optimizer again"
+                )
+            same = same and shapes == wanted
+        if same:
+            return plan
+        self._routes.update((r.parameter, r) for r in routes)
+        new_plan = Plan(group, self._routes)
+        new_plan.options = plan.options
+        return new_plan
 
-    def _step_matrices(self, number: int, group: dict[str, Any], matrices: Sequence[Tensor]) -> None:
-        params = [p for p in matrices if p.grad is not None and p.grad.numel()]
+    def _step_matrices(self, group: dict[str, Any], plan: Plan, *, finite: bool) -> None:
+        params = [p for p in plan.matrices if p.grad is not None and p.grad.numel()]
         if params:
-            bad = not_finite([p.grad for p in params])  # type: ignore[misc]
+            bad = None if finite else not_finite([p.grad for p in params])  # type: ignore[misc]
             self._count(params, bad)
-            flags = dict(zip(params, bad.unbind(), strict=True))
-            for p in params:
-                self.state.setdefault(p, {})  # on all ranks, which torch.distributed.checkpoint wants
             grads, updates = self._sharding.gradients(params), {}
-            for stack in self._current(number, group, [p for p in matrices if p in grads or self._pauses(p)]):
+            for stack in self._current(group, plan, grads):
+                flags = None if bad is None else dict(zip(params, bad.unbind(), strict=True))
                 updates.update(self._step_stack(stack, group, grads, flags))
             self._sharding.add_(params, updates, _decay(params, bad, float(group["lr"]) * group["weight_decay"]))
-        if matrices:
+        if plan.matrices:
             group["step"] += 1
 
     def _pauses(self, p: Tensor) -> bool:
         """Whether a parameter has a state but no gradient in this step: it keeps its place in a stack."""
         return p.grad is None and p.requires_grad and bool(self.state.get(p))
 
-    def _current(self, number: int, group: dict[str, Any], params: Sequence[Tensor]) -> Sequence[Stack]:
-        """The stacks of these parameters, with the state as it is now."""
-        routes = [self._routes[p] for p in params]
-        known = self._stacks.get(number)
-        if known is None or not known.fit(routes, group["refresh"], self.state):
-            stacks = [Stack(same, lambda m: self.recipe.init(m, group), self.state) for same in alike(routes)]
+    def _current(self, group: dict[str, Any], plan: Plan, grads: Mapping[Tensor, Tensor]) -> Sequence[Stack]:
+        """The stacks of the parameters that this rank steps, with the state as it is now."""
+        stacks = plan.current(group["refresh"], self.state)
+        if stacks is None:
+            for p in plan.matrices:
+                if p.grad is not None:
+                    self.state.setdefault(p, {})  # on all ranks, which torch.distributed.checkpoint wants
+            routes = [self._routes[p] for p in plan.matrices if p in grads or self._pauses(p)]
+            stacks = [Stack(same, lambda m: self._initial(m, group), self.state) for same in alike(routes)]
             for stack in stacks:
                 self.state.update((r.parameter, views) for r, views in zip(stack.routes, stack.views, strict=True))
-            stagger(stacks, [self._routes[p] for p in self._matrices(group)], group["refresh"])
-            known = self._stacks[number] = Stacks(routes, group["refresh"], stacks)
-        return known.stacks
+            stagger(stacks, [self._routes[p] for p in plan.matrices], group["refresh"])
+            plan.keep(stacks, group["refresh"])
+        return stacks
 
     def _step_stack(
-        self, stack: Stack, group: dict[str, Any], grads: Mapping[Tensor, Tensor], flags: Mapping[Tensor, Tensor]
+        self, stack: Stack, group: dict[str, Any], grads: Mapping[Tensor, Tensor], flags: Mapping[Tensor, Tensor] | None
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """Each parameter of the stack with its update, which is still to be added."""
         params = [r.parameter for r in stack.routes]
         g = stack.stacked([grads.get(p) for p in params])
-        missing = torch.ones_like(next(iter(flags.values())))
-        bad = stack.repeated(torch.stack([flags.get(p, missing) for p in params]).to(g.device))
-        # Bad gradients are masked on the device, without synchronizing; on a CPU, it costs nothing to look first.
-        all_alive = g.device.type == "cpu" and not bool(bad.any())
-        if not all_alive:
-            g.masked_fill_(bad, 0.0)
         if group["maximize"]:
             g.neg_()
-        context = StepContext((~bad).to(g.dtype), all_alive, due(stack, group), group)
-        direction = self.recipe.update(g, stack.state, context)
+        bad = None
+        if flags is not None or any(p not in grads for p in params):
+            bad = stack.repeated(_bad(params, grads, flags, g.device))
+            # Bad gradients are masked on the device, without synchronizing; on a CPU, it costs nothing to look first.
+            if g.device.type != "cpu" or bool(bad.any()):
+                g.masked_fill_(bad, 0.0)
+            else:
+                bad = None
+        limit_(g, stack.state)
+        alive = stack.alive if bad is None else (~bad).to(g.dtype)
+        direction = self.recipe.update(g, stack.state, StepContext(alive, bad is None, due(stack, group), group))
         stack.fresh.zero_()
-        scales = torch.tensor([self._scale(r, group) for r in stack.routes], dtype=g.dtype, device=g.device)
-        factors = (context.alive * stack.repeated(-float(group["lr"]) * scales)).to(direction.dtype)
+        factors = self._scales(stack, group) * -float(group["lr"])
+        if bad is not None:
+            factors.mul_(alive)
         # In place where the direction is new: another tensor of that size costs more than the product.
         memory = direction.untyped_storage().data_ptr()
         kept = any(buffer.untyped_storage().data_ptr() == memory for buffer in stack.state.values())
-        update = direction * factors if kept else direction.mul_(factors)
-        return zip(params, stack.unstacked(update), strict=True)
+        return zip(params, stack.unstacked(direction * factors if kept else direction.mul_(factors)), strict=True)
 
-    def _scale(self, r: Route, group: Mapping[str, Any]) -> float:
-        m, n = r.matrices[-2:]
-        return math.sqrt(m / n) / group["num_matrices"] if group["scale"] == "spectral" else 0.2 * math.sqrt(max(m, n))
+    def _scales(self, stack: Stack, group: Mapping[str, Any]) -> Tensor:
+        """The s of each matrix, (K, 1, 1)."""
+        given = group["scale"], group["num_matrices"]
+        if stack.scaled_for != given:
+            values = [_scale(r.matrices, *given) for r in stack.routes]
+            stack.scaled_for = given
+            stack.scales = stack.repeated(torch.tensor(values, dtype=stack.dtype, device=stack.device))
+        return stack.scales
 
-    def _count(self, params: list[Tensor], bad: Tensor) -> None:
+    def _count(self, params: list[Tensor], bad: Tensor | None) -> None:
         if params:
-            self._skipped.add([self._routes[p].name for p in params], params, bad)
+            self._skipped.add(params, bad, self._routes)
 
     def skipped(self) -> dict[Tensor, Tensor]:
         """Whether each parameter was skipped in the last step because its gradient was not finite; on its device."""
@@ -217,7 +267,7 @@ class MatrixOptimizer(Saved):
             raise InputError(f"health: detail must be 'counts' or 'spectra', got {detail!r}")
         self._follow()
         skipped = self._skipped.counts()
-        groups = {p: g for g in self.param_groups for p in self._matrices(g)}
+        groups = {p: g for g in self.param_groups for p in g["params"] if self._routes[p].layout is not None}
         rows: dict[str, Row] = {}
         for p, r in self._routes.items():
             rows[r.name] = {"skipped": skipped.get(r.name, 0)}
@@ -226,9 +276,27 @@ class MatrixOptimizer(Saved):
         return rows
 
 
-def _decay(params: Sequence[Tensor], bad: Tensor, rate: float) -> list[Tensor] | None:
+def _scale(shape: Sequence[int], scale: str, num_matrices: int) -> float:
+    m, n = shape[-2:]
+    return math.sqrt(m / n) / num_matrices if scale == "spectral" else 0.2 * math.sqrt(max(m, n))
+
+
+def _bad(
+    params: Sequence[Tensor],
+    grads: Mapping[Tensor, Tensor],
+    flags: Mapping[Tensor, Tensor] | None,
+    device: torch.device,
+) -> Tensor:
+    """Which parameters have no finite gradient in this step (P,)."""
+    if flags is None:
+        return torch.tensor([p not in grads for p in params], device=device)
+    missing = torch.ones_like(next(iter(flags.values())))
+    return torch.stack([flags.get(p, missing) for p in params]).to(device)
+
+
+def _decay(params: Sequence[Tensor], bad: Tensor | None, rate: float) -> list[Tensor] | float:
     """What each parameter is multiplied by: 1 − rate, or one where it is skipped."""
-    if not rate:
-        return None
+    if bad is None or not rate:
+        return 1 - rate
     wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     return list(torch.ones_like(bad, dtype=wide).masked_fill_(~bad, 1 - rate).unbind())

@@ -57,7 +57,9 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     root = state["variance"].sqrt()
     floor = state["variance"].mean((-2, -1), keepdim=True).sqrt() * DAMPING
     # Not in place: without Nesterov, look_ahead returns the momentum itself.
-    d = look_ahead(g, state["momentum"], context) / root.add_(floor.clamp_min_(torch.finfo(g.dtype).tiny))
+    d = look_ahead(g, state["momentum"], options["momentum"], context) / root.add_(
+        floor.clamp_min_(torch.finfo(g.dtype).tiny)
+    )
     # The entries of Adam's direction are usually at most ±1, so that its norm is at most that of a polar factor.
     d *= state["weight"].sqrt() / max(d.shape[-2:]) ** 0.5
     for side in sides:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from gramian.errors import InputError
 from gramian.optim.routing import Route
 
-__all__ = ["Stack", "Stacks", "State", "alike"]
+__all__ = ["Stack", "State", "alike"]
 
 State = dict[str, Tensor]
 
@@ -41,7 +40,8 @@ class Stack:
     """K matrices (m, n) of one or more parameters, and their state as tensors `(K, …)`.
 
     The state of each parameter is a view of these, of shape `(*its number of matrices, …)`, so that both change
-    together. `fresh` (K,) says which matrices lacked a part of their state before this step.
+    together. `fresh` (K,) says which matrices lacked a part of their state before this step. A stack is `simple` where
+    each parameter is one matrix as it is.
     """
 
     def __init__(
@@ -52,9 +52,12 @@ class Stack:
         self.shape = (sum(self.counts), *_matrices(self.routes[0])[-2:])
         p = self.routes[0].parameter
         like = torch.empty((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-        self.dtype, self.device = like.dtype, like.device
+        self.param_dtype, self.dtype, self.device = p.dtype, like.dtype, like.device
         self.state = init(like.expand(self.shape))
         self.views: list[State] = [{} for _ in routes]
+        self.scaled_for: object = None  # what `scales`, the lengths of the steps (K, 1, 1), were computed from
+        self.scales = self.alive = torch.ones(self.shape[0], 1, 1, dtype=self.dtype, device=self.device)
+        self.simple = all(r.layout is not None and r.layout.is_identity and r.parameter.ndim == 2 for r in routes)
         self.fresh = torch.zeros(self.shape[0], dtype=torch.bool)
         self.phases = torch.zeros(self.shape[0], dtype=torch.long)  # the step of a cycle in which each matrix is due
         for name, buffer in self.state.items():
@@ -75,14 +78,19 @@ class Stack:
 
     def holds(self, states: Mapping[Tensor, State]) -> bool:
         """Whether the present state of its parameters lies here, in the dtype and on the device that they have now."""
-        wide = torch.promote_types(self.routes[0].parameter.dtype, torch.float32)
-        kind = {(r.parameter.dtype, r.parameter.device) for r in self.routes}
-        same = len(kind) == 1 and (wide, self.routes[0].parameter.device) == (self.dtype, self.device)
-        return same and all(states.get(r.parameter) is views for r, views in zip(self.routes, self.views, strict=True))
+        for r, views in zip(self.routes, self.views, strict=True):
+            p = r.parameter
+            if states.get(p) is not views or p.dtype != self.param_dtype or p.device != self.device:
+                return False
+        return True
 
     def stacked(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """A copy of one tensor for each parameter, as matrices (K, m, n); zeros for `None`."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        known = [tensor for tensor in tensors if tensor is not None]
+        if self.simple and len(known) == len(tensors):
+            torch._foreach_copy_(out.unbind(), known)
+            return out
         for r, tensor, into in zip(self.routes, tensors, out.split(self.counts), strict=True):
             if tensor is None:
                 into.zero_()
@@ -92,6 +100,8 @@ class Stack:
 
     def unstacked(self, matrices: Tensor) -> list[Tensor]:
         """Matrices (K, m, n) as one tensor for each parameter, of its shape; views where layouts allow."""
+        if self.simple:
+            return list(matrices.unbind())
         parts = zip(self.routes, matrices.split(self.counts), strict=True)
         return [r.layout.join(part.view(_matrices(r))) for r, part in parts]  # type: ignore[union-attr]
 
@@ -99,18 +109,6 @@ class Stack:
         """One value for each matrix, (K, 1, 1), from one for each parameter."""
         counts = torch.tensor(self.counts, device=values.device)
         return values.repeat_interleave(counts, output_size=self.shape[0]).view(-1, 1, 1)
-
-
-class Stacks(NamedTuple):
-    """The stacks of a parameter group, made for a `refresh` of so many steps."""
-
-    routes: list[Route]
-    refresh: int
-    stacks: list[Stack]
-
-    def fit(self, routes: list[Route], refresh: int, states: Mapping[Tensor, State]) -> bool:
-        """Whether they can be used again: for the same parameters and `refresh`, and with their present state."""
-        return routes == self.routes and refresh == self.refresh and all(s.holds(states) for s in self.stacks)
 
 
 def _matrices(r: Route) -> tuple[int, ...]:

@@ -1,0 +1,66 @@
+"""What the step of a parameter group needs beside the gradients, worked out once and used while it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+from gramian.optim.rates import by_kind
+from gramian.optim.routing import Route
+from gramian.optim.stacks import Stack, State
+
+__all__ = ["Plan"]
+
+
+class Plan:
+    """The routes of a group's parameters, by kind, and the stacks of its matrices for the present gradients.
+
+    Whether it fits is asked in every step, and costs an identity test for each parameter and option.
+
+    Args:
+        group: the parameter group.
+        routes: of all parameters.
+    """
+
+    def __init__(self, group: Mapping[str, Any], routes: Mapping[Tensor, Route]) -> None:
+        self.params: list[Tensor] = list(group["params"])
+        self.routes = [routes[p] for p in self.params]
+        self.kinds = by_kind(self.routes)
+        self.matrices = [r.parameter for r in self.kinds.get("matrix", [])]
+        self.options: dict[str, Any] = {}  # as they were checked last
+        self.stacks: list[Stack] | None = None
+        self.present: list[bool] = []  # which of the parameters have a gradient
+        self._made_for: tuple[list[bool], int] = ([], 0)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Those that there are."""
+        return [p.grad for p in self.params if p.grad is not None and p.grad.numel()]
+
+    def of(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are its parameters."""
+        return _same(self.params, params)
+
+    def changed(self, group: Mapping[str, Any], keys: Collection[str]) -> list[str]:
+        """The options whose value is another than when they were checked; a tensor always counts."""
+        if _same(list(self.options.values()), [group[key] for key in keys]) and not isinstance(group["lr"], Tensor):
+            return []
+        known = self.options
+        return [key for key in keys if key not in known or isinstance(group[key], Tensor) or known[key] != group[key]]
+
+    def current(self, refresh: int, states: Mapping[Tensor, State]) -> list[Stack] | None:
+        """The stacks, if they are for the present gradients and hold the present state."""
+        if self.stacks is None or self._made_for != (self.present, refresh):
+            return None
+        return self.stacks if all(stack.holds(states) for stack in self.stacks) else None
+
+    def keep(self, stacks: list[Stack], refresh: int) -> None:
+        """Keeps the stacks that were made for the present gradients."""
+        self.stacks, self._made_for = stacks, (self.present, refresh)
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))

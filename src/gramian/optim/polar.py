@@ -1,0 +1,174 @@
+"""The polar factor of a step: how it is computed, as the cost model predicts or as this machine was measured."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian import placement
+from gramian.linalg.engine.cost import Operations, constants, predict
+from gramian.linalg.polar_factor.few_passes import PAIRED_FROM, few_passes
+from gramian.linalg.polar_factor.newton_schulz import composed
+from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
+
+__all__ = ["Approach", "approaches", "chosen", "polar"]
+
+RATIO = 1 / 512
+"""Largest `low` that an approach may have at rtol 0.125: torch's five steps lift singular values from about there."""
+
+COARSE = 0.125
+MOST = 12  # steps or terms
+HALF = 0.05  # least rtol for products in bfloat16, whose rounding leaves 0.02 to 0.03
+NARROW = 96  # least smaller side for them and for LAPACK's inverses: below it neither is faster
+GRAM = 5e-3  # least rtol for which the Gram matrix in float32 is good enough
+ASSUMED_BATCH = 8  # a direction must not depend on its batch, which differs between one process and several
+
+BISECTED = 1.05  # ratio of the bounds of a `low` that is good enough
+
+SECONDS = 0.8  # for all measurements of an optimizer
+ROUNDS = 3
+
+
+class Approach(NamedTuple):
+    """A method, its steps or terms, the dtype of its products, and the least σ/σ₁ that its coefficients allow for."""
+
+    method: str
+    steps: int
+    dtype: str
+    low: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The polar factor of each matrix, roughly."""
+        compute = few_passes if self.method == "quintics" else _fractions
+        return compute(x, low=self.low, steps=self.steps, dtype=getattr(torch, self.dtype))
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.steps} {self.dtype}"
+
+
+def _fractions(x: Tensor, *, low: float, steps: int, dtype: torch.dtype) -> Tensor:
+    return zolotarev(x, low=low, terms=steps, dtype=dtype)
+
+
+def polar(x: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """The polar factor of each matrix (K, m, n) to `rtol`, by what `approaches` has for its shape, or as predicted."""
+    short, long = sorted(x.shape[-2:])
+    name = _read(options.get("approaches", "")).get(f"{short}x{long}")
+    return _approach(short, long, options["rtol"], x.device.type, name, id(constants(x.device.type)))(x)
+
+
+def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> str:
+    """How the matrices of each shape are computed: `"100x200 quintics 5 float32, …"`; empty where it is as predicted.
+
+    A text, since torch.distributed.checkpoint would take a dict apart.
+
+    Measured in less than a second in all; what would take longer stays as predicted. The first rank's choice is that of
+    all. Collective where it is measured. A choice that the options hold already is kept, if it reaches their `rtol`.
+    """
+    if options["approach"] != "measured" or device.type == "meta":
+        return ""
+    known = _read(options.get("approaches", ""))
+    pairs = Counter((min(shape), max(shape)) for shape in shapes)
+    if all(known.get(f"{m}x{n}") in _names(m, n, options["rtol"]) for m, n in pairs):
+        return options["approaches"]
+    end = time.perf_counter() + SECONDS
+    found = []
+    for (short, long), count in sorted(pairs.items()):
+        left = end - time.perf_counter()
+        found.append(f"{short}x{long} {chosen(short, long, count, options['rtol'], device.type, left)}")
+    return placement.exchange(", ".join(found))[0] if placement.is_distributed() else ", ".join(found)
+
+
+@lru_cache(maxsize=256)
+def _read(text: str) -> dict[str, str]:
+    """What `approaches` wrote, by shape."""
+    return dict(entry.split(" ", 1) for entry in text.split(", ") if entry)  # type: ignore[misc]
+
+
+_KNOWN: dict[tuple[Any, ...], Approach] = {}  # what was measured in this process
+
+
+def chosen(short: int, long: int, count: int, rtol: float, device: str, seconds: float) -> Approach:
+    """The fastest approach that reaches `rtol`: measured, if that takes no longer than `seconds`; else predicted."""
+    count = min(count, ASSUMED_BATCH)
+    key = (short, long, count, rtol, device, torch.get_num_threads())
+    if key in _KNOWN:
+        return _KNOWN[key]
+    found = dict(_candidates(short, long / max(short, 1), rtol))
+    once = sum(predict(operations, short, count, device) for operations in found.values())
+    if once * (ROUNDS + 1) > seconds:
+        return _approach(short, long, rtol, device, None, id(constants(device)))
+    x = torch.randn(count, short, long, generator=torch.Generator().manual_seed(0)).to(device)
+    times: dict[Approach, list[float]] = {a: [] for a in found}
+    end = time.perf_counter() + seconds
+    for round_ in range(ROUNDS + 1):
+        if round_ > 1 and time.perf_counter() > end:
+            break
+        for a in found:
+            start = _now(device)
+            a(x)
+            times[a].append(_now(device) - start)
+    _KNOWN[key] = min(found, key=lambda a: statistics.median(times[a][1:]))
+    return _KNOWN[key]
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@lru_cache(maxsize=1024)
+def _approach(short: int, long: int, rtol: float, device: str, name: str | None, of_constants: int) -> Approach:
+    """The approach of that name; without one, the cheapest by the constants of the cost model."""
+    best, least = Approach("quintics", MOST, "float32", LEAST), math.inf
+    for candidate, operations in _candidates(short, long / max(short, 1), rtol):
+        seconds = predict(operations, short, ASSUMED_BATCH, device)
+        if str(candidate) == name:
+            return candidate
+        if seconds < least:
+            best, least = candidate, seconds
+    return best
+
+
+def _candidates(short: int, ratio: float, rtol: float) -> Iterator[tuple[Approach, Operations]]:
+    """The approaches that reach `rtol`."""
+    for dtype in ("float32", *(["bfloat16"] if rtol >= HALF and short >= NARROW else [])):
+        steps, low = _fewest("quintics", rtol)
+        pairs = steps // 2 if ratio >= PAIRED_FROM else 0
+        products = pairs * (2 * ratio + 5) + (steps - 2 * pairs) * (2 * ratio + 1)
+        yield Approach("quintics", steps, dtype, low), {dtype: products}
+        if rtol >= GRAM and short >= NARROW:
+            terms, low = _fewest("fractions", rtol)
+            # The Gram matrix is halved; what is left out is worth a third of a product with A.
+            operations: dict[str, float] = {"float32": ratio + 0.5, "cholesky32": terms, "potri32": terms}
+            operations[dtype] = operations.get(dtype, 0.0) + ratio
+            yield Approach("fractions", terms, dtype, low), operations
+
+
+def _names(short: int, long: int, rtol: float) -> list[str]:
+    return [str(approach) for approach, _ in _candidates(short, long / max(short, 1), rtol)]
+
+
+@lru_cache(maxsize=64)
+def _fewest(method: str, rtol: float) -> tuple[int, float]:
+    """The fewest steps that reach `rtol`, and the least σ/σ₁ down to which they do.
+
+    The errors equioscillate, so that the root mean square is 1/√2 of the largest.
+    """
+    of, most = composed if method == "quintics" else fractions, rtol * math.sqrt(2)
+    high = max(LEAST, RATIO * min(1.0, rtol / COARSE))
+    steps = next((k for k in range(1, MOST) if of(high, k).error <= most), MOST)
+    low = LEAST
+    while high / low > BISECTED:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if of(middle, steps).error <= most else (middle, high)
+    return steps, high
