@@ -57,7 +57,9 @@ def command(
     schedule: Annotated[
         str, typer.Option(help="Of the rate: linear, constant, cosine, step, exponential or plateau.")
     ] = "linear",
-    warmup: Annotated[int, typer.Option(help="Steps over which the rate rises first.", min=0)] = 10,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps over which the rate rises first. [default: 10]", min=0)
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="In place of the optimizer's own.", min=0)] = None,
     regularize: Annotated[
         str, typer.Option(help="l1=X, l2=X, both, nuclear=X, spectral=X or orthogonal=X, exact by proximal maps.")

@@ -44,7 +44,7 @@ def compare(
     >>> [(name, run.steps) for name, run in runs.items()]
     [('adamw', 20), ('sgd', 20)]
     """
-    names = [known_name("train", name, "two names or more") for name in optimizers]
+    names = [known_name("train: compare", name) for name in optimizers]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise InputError(f"train: compare takes two different optimizers or more; got {', '.join(names) or 'none'}")
     for name in names:

@@ -60,7 +60,7 @@ class Folder:
     `model.safetensors` replaces both, with a summary of the run in its metadata. Each evaluation adds a line to
     `metrics.jsonl` at once; a resumed run drops the lines after its checkpoint and measures them again.
 
-    Nothing in the folder changes before the first step is taken, and no file that is not of a run ever does.
+    Nothing in the folder changes before the first evaluation or checkpoint, and no file that is not of a run ever does.
 
     Args:
         path: the folder, created if it is missing, and locked against other processes until `close`.
@@ -83,6 +83,7 @@ class Folder:
             ) from None
         self._lock = locked(path, self.shown)
         self._kept_at, self._cost = time.perf_counter(), 0.0
+        self._begun = False
         self._torn = False  # whether a line of metrics could not be written
         self.sound = True  # whether the checkpoint in the folder is whole, and worth keeping as the previous one
 
@@ -108,15 +109,24 @@ class Folder:
                 f"folder, or delete {CHECKPOINT} there"
             )
 
-    def begin(self, history: list[dict[str, float]]) -> None:
-        """Make the folder the run's own, when its first step was taken: an earlier run's model goes."""
-        # Deleted first, so that it is never mistaken for the new run's.
-        (self.path / MODEL).unlink(missing_ok=True)
-        self.write(history)
+    def _begin(self, history: list[dict[str, float]]) -> None:
+        """Make the folder the run's own, when it has something to keep: an earlier run's model goes."""
+        if self._begun:
+            return
+        try:
+            # Deleted first, so that it is never mistaken for the new run's.
+            (self.path / MODEL).unlink(missing_ok=True)
+            self.write(history)
+        except OSError as error:
+            raise CheckpointError(f"train: cannot write to {plain(self.shown, 500)} ({error.strerror})") from error
+        self._begun = True
 
     def write(self, history: list[dict[str, float]]) -> None:
-        """Rewrite `metrics.jsonl`, unless it is as it should be."""
+        """Rewrite `metrics.jsonl`, unless it is as it should be; without evaluations there is none."""
         text = "".join(map(_line, history))
+        if not text:
+            (self.path / METRICS).unlink(missing_ok=True)
+            return
         with suppress(OSError, ValueError):
             if (self.path / METRICS).read_text(encoding="utf-8") == text:
                 return
@@ -124,6 +134,7 @@ class Folder:
 
     def append(self, history: list[dict[str, float]]) -> None:
         """Append the last evaluation to `metrics.jsonl`. Where that fails, the next one writes all lines again."""
+        self._begin(history[:-1])
         try:
             if self._torn:
                 self.write(history)
@@ -149,6 +160,7 @@ class Folder:
     def keep(self, state: dict[str, Any]) -> None:
         """Write the checkpoint; the one before stays until this one is written and verified."""
         begin = time.perf_counter()
+        self._begin(state["history"])
         content = {"format": FORMAT, "identity": self.identity, **state}
         save_tree(self.path / CHECKPOINT, content, previous=self.path / PREVIOUS if self.sound else None)
         self.sound = True
@@ -157,6 +169,7 @@ class Folder:
 
     def finish(self, model: nn.Module, summary: dict[str, Any], history: list[dict[str, float]]) -> None:
         """Write the model and the summary of its run, verify it, and remove the checkpoints."""
+        self._begin(history)
         if self._torn:
             self.write(history)
         text = json.dumps({"format": FORMAT, "identity": self.identity, **summary})
@@ -240,7 +253,9 @@ def _last_checkpoint(path: Path, shown: Path) -> tuple[Any, str]:
                     raise InputError(_not_ours(Path(shown, name)))
                 return load_tree(path / name), "" if damage is None else str(damage)
             except CheckpointError as error:
-                damage = damage or error
+                if damage is not None:
+                    raise CheckpointError(f"{damage} The one before is damaged too: {error}") from error
+                damage = error
     if damage is not None:
         raise damage
     return None, ""

@@ -17,6 +17,7 @@ from gramian.errors import GramianWarning, InputError, TaskError
 from gramian.objective import as_objective
 from gramian.training import agreement, start
 from gramian.training.folder import Folder, read
+from gramian.training.interrupts import Interrupts, end
 from gramian.training.optimizers import Choice, choose
 from gramian.training.options import Options
 from gramian.training.randomness import seeded
@@ -38,7 +39,7 @@ def train(
     epochs: int | None = None,
     seconds: float | None = None,
     schedule: str = "linear",
-    warmup: int = WARMUP_STEPS,
+    warmup: int | None = None,
     weight_decay: float | None = None,
     regularize: Mapping[str, float] | None = None,
     clip: float | None = None,
@@ -87,7 +88,7 @@ def train(
         schedule: of the learning rate after the warm-up: `"linear"` to zero, `"constant"`, `"cosine"` to zero, `"step"`
             (a tenth after each third of the budget), `"exponential"` to a hundredth, or `"plateau"` (half after two
             evaluations without a smaller training loss).
-        warmup: steps over which the rate rises first.
+        warmup: steps over which the rate rises first, not more than the run has; 10 by default.
         weight_decay: of all parameter groups, in place of the optimizer's own.
         regularize: one of the penalties `l1`, `l2`, `nuclear`, `spectral`, `orthogonal` with its strength, or `l1` and
             `l2`, on every parameter that holds matrices; exact, by its proximal map after each step (`gm.optim.
@@ -133,7 +134,7 @@ def train(
         raise InputError(f"train: seed must be a whole number from 0 to 2**63 - 1, got {seed}")
     options = Options(
         schedule,
-        warmup,
+        WARMUP_STEPS if warmup is None else warmup,
         weight_decay,
         dict(regularize or {}),
         clip,
@@ -178,6 +179,7 @@ def train(
             opt = choice.make(model)
         stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
         rates = Schedule(*budget, opt, name=schedule, warmup=warmup, accumulate=accumulate)
+        rates.check_warmup()
         loop = Loop(run, task, objective, rates, stream, options, seed)
         if saved is not None:
             loop.restore(saved, place)
@@ -192,10 +194,13 @@ def train(
             if folder is not None:
                 folder.write(run.history)
         else:
-            loop.go(folder, progress, on_step)
-            with placement.agreed("train"):
-                if folder is not None and loop.finished:
-                    folder.finish(model, loop.summary(), run.history)
+            with Interrupts(active=run.out is not None) as interrupts:
+                loop.go(folder, progress, on_step, interrupts)
+                with placement.agreed("train"):
+                    if folder is not None and loop.finished:
+                        folder.finish(model, loop.summary(), run.history)
+                if interrupts.received:
+                    end(interrupts.received)
     if run.diverged:
         warnings.warn(
             f"train: the loss is not finite in {min(NONFINITE_STEPS, run.steps)} steps in a row; stopped after "

@@ -19,7 +19,7 @@ from gramian.recording import evaluating
 from gramian.training import agreement
 from gramian.training.averaging import Average
 from gramian.training.folder import MODEL, Folder
-from gramian.training.interrupts import Interrupts
+from gramian.training.interrupts import Interrupts, end
 from gramian.training.options import Options, best_row
 from gramian.training.randomness import restore_python, state_of_python
 from gramian.training.schedule import Schedule
@@ -51,9 +51,9 @@ class Loop:
         seed: int,
     ) -> None:
         self.run, self.task, self.schedule, self.stream = run, task, schedule, stream
-        self.options, self.seed = options, seed
+        self.options = options
         self.optimizer = schedule.optimizer
-        self.stepper = Stepper(run.model, task, objective, self.optimizer, options)
+        self.stepper = Stepper(run.model, task, objective, self.optimizer, options, seed)
         self.failure, self.device = self.stepper.failure, self.stepper.device
         # Sums of the loss since the last evaluation.
         self.total, self.units = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
@@ -68,16 +68,19 @@ class Loop:
         folder: Folder | None,
         progress: Callable[[dict[str, float], float], None] | None,
         on_step: Callable[[Run, float], None] | None,
+        interrupts: Interrupts,
     ) -> None:
-        """Take steps until the budget is spent, nothing improves any more, or the loss stays not finite."""
+        """Take steps until the budget is spent, nothing improves any more, or the loss stays not finite.
+
+        A signal that is noted in `interrupts` ends the process after the step, when the run was kept.
+        """
         run, schedule = self.run, self.schedule
         run.model.train()
         started = time.perf_counter() - run.seconds
         ended = schedule.share(run) >= 1
-        began = False
         if on_step is not None:
             on_step(run, schedule.share(run))
-        with Interrupts(active=run.out is not None) as interrupts, agreement.naming_the_lost():
+        with agreement.naming_the_lost():
             while not ended:
                 self._step()
                 due = [folder is not None and folder.due(evaluated=evaluated) for evaluated in (False, True)]
@@ -85,9 +88,7 @@ class Loop:
                 told = agreement.exchanged(facts, self.failure)
                 run.seconds, due = told[0]["seconds"], told[0]["due"]
                 signal = max(other["signal"] for other in told)
-                if not began and folder is not None:
-                    folder.begin(run.history)
-                began = True
+                schedule.check_warmup()
                 if on_step is not None:
                     on_step(run, schedule.share(run))
                 run.diverged = self.streak >= min(NONFINITE_STEPS, run.steps)
@@ -104,7 +105,7 @@ class Loop:
                 if (due[evaluate] or signal) and not ended and self._is_sound():
                     self._keep(folder)
                 if signal and not ended:
-                    interrupts.end(signal)
+                    end(signal)
                 started = time.perf_counter() - run.seconds  # only steps count
         self.finished = not run.diverged
         if self.finished:
@@ -114,14 +115,14 @@ class Loop:
         run, schedule = self.run, self.schedule
         schedule.batches_per_epoch = self.stream.length
         schedule.set_rates(run)
-        total, units, taken = self.stepper.step(self.stream, schedule.num_batches(run), self.seed)
+        total, units, taken = self.stepper.step(self.stream, schedule.num_batches(run))
         schedule.batches_per_epoch = self.stream.length
         run.steps += 1
         if taken:
             self.total += total
             self.units += units
             self.streak = 0
-            if self.average is not None:
+            if self.average is not None and not self.stepper.overflowed:
                 self.average.update()
             return
         self.streak += 1
@@ -206,6 +207,7 @@ class Loop:
             "model": self.run.model.state_dict(),
             "buffers": _nonpersistent(self.run.model),
             "optimizer": self.optimizer.state_dict(),
+            "scale": self.stepper.scale.state(),
             "average": {} if self.average is None else self.average.state(),
             "best": self.best,
         }
@@ -234,6 +236,7 @@ class Loop:
             schedule.evaluations = saved["evaluations"]
             self.total.copy_(saved["since"]["total"])
             self.units.copy_(saved["since"]["units"])
+            self.stepper.scale.restore(saved.get("scale", {}))
             if self.average is not None:
                 self.average.restore(saved["average"])
             self.best = {name: tensor.to(self.device) for name, tensor in saved["best"].items()}
