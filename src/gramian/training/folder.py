@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gramian.block import blocks
-from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, save_tensors, save_tree, verify_file
+from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, pack_tree, save_tensors, verify_file
 from gramian.checkpoint.faults import plain
 from gramian.checkpoint.trees import TREE
 from gramian.errors import CheckpointError, GramianWarning, InputError
@@ -56,7 +57,8 @@ class Folder:
     """A run's folder: `checkpoint.safetensors` while the run is unfinished, then `model.safetensors`; `metrics.jsonl`.
 
     A checkpoint is one file, written atomically, and reading it executes nothing. The one before is kept as
-    `checkpoint.previous.safetensors` until the next is written and verified. When the run is finished,
+    `checkpoint.previous.safetensors` until the next is written and verified. The run goes on while a checkpoint is
+    written, from a copy, by a thread; what it raises is raised by the next call here. When the run is finished,
     `model.safetensors` replaces both, with a summary of the run in its metadata. Each evaluation adds a line to
     `metrics.jsonl` at once; a resumed run drops the lines after its checkpoint and measures them again.
 
@@ -83,12 +85,15 @@ class Folder:
             ) from None
         self._lock = locked(path, self.shown)
         self._kept_at, self._cost = time.perf_counter(), 0.0
+        self._writer = ThreadPoolExecutor(1, "gramian-checkpoint")
+        self._writing: Future[None] | None = None
         self._begun = False
         self._torn = False  # whether a line of metrics could not be written
         self.sound = True  # whether the checkpoint in the folder is whole, and worth keeping as the previous one
 
     def close(self) -> None:
         """Release the folder for other processes; it is removed if it was made for this run and nothing is in it."""
+        self._writer.shutdown()
         self._lock.close()
         self._remove_made()
 
@@ -153,19 +158,38 @@ class Folder:
             self._torn = True
 
     def due(self, *, evaluated: bool) -> bool:
-        """Whether to write a checkpoint: after an evaluation or half a minute, unless that would cost too much time."""
+        """Whether to write a checkpoint: after an evaluation or half a minute, unless that would cost too much time.
+
+        Raises `CheckpointError` where the last one could not be written.
+        """
         since = time.perf_counter() - self._kept_at
-        return (evaluated or since >= EVERY_SECONDS) and since * LARGEST_SHARE >= self._cost
+        if self._writing is not None and not self._writing.done():
+            cost = since
+        else:
+            self.wait()
+            cost = self._cost
+        return (evaluated or since >= EVERY_SECONDS) and since * LARGEST_SHARE >= cost
 
     def keep(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint; the one before stays until this one is written and verified."""
-        begin = time.perf_counter()
+        """Copy the state and begin to write the checkpoint; the one before stays until this one is verified."""
+        self.wait()
+        begin = self._kept_at = time.perf_counter()
         self._begin(state["history"])
-        content = {"format": FORMAT, "identity": self.identity, **state}
-        save_tree(self.path / CHECKPOINT, content, previous=self.path / PREVIOUS if self.sound else None)
-        self.sound = True
-        self._kept_at = time.perf_counter()
-        self._cost = self._kept_at - begin
+        packed = pack_tree({"format": FORMAT, "identity": self.identity, **state}).copied()
+
+        def write() -> None:
+            packed.save(self.path / CHECKPOINT, self.path / PREVIOUS if self.sound else None)
+            self.sound = True
+            self._kept_at = time.perf_counter()
+            self._cost = self._kept_at - begin
+
+        self._writing = self._writer.submit(write)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written; raises what its thread raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def finish(self, model: nn.Module, summary: dict[str, Any], history: list[dict[str, float]]) -> None:
         """Write the model and the summary of its run, verify it, and remove the checkpoints."""

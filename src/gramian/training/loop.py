@@ -197,8 +197,10 @@ def train(
             with Interrupts(active=run.out is not None) as interrupts:
                 loop.go(folder, progress, on_step, interrupts)
                 with placement.agreed("train"):
-                    if folder is not None and loop.finished:
-                        folder.finish(model, loop.summary(), run.history)
+                    if folder is not None:
+                        folder.wait()
+                        if loop.finished:
+                            folder.finish(model, loop.summary(), run.history)
                 if interrupts.received:
                     end(interrupts.received)
     if run.diverged:

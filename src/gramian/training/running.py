@@ -83,7 +83,10 @@ class Loop:
         with agreement.naming_the_lost():
             while not ended:
                 self._step()
-                due = [folder is not None and folder.due(evaluated=evaluated) for evaluated in (False, True)]
+                due = [False, False]
+                with self.failure.caught():
+                    if folder is not None:
+                        due = [folder.due(evaluated=evaluated) for evaluated in (False, True)]
                 facts = {"seconds": time.perf_counter() - started, "due": due, "signal": interrupts.received}
                 told = agreement.exchanged(facts, self.failure)
                 run.seconds, due = told[0]["seconds"], told[0]["due"]
@@ -103,7 +106,7 @@ class Loop:
                         progress(row, schedule.share(run))
                     ended = ended or self._stops()
                 if (due[evaluate] or signal) and not ended and self._is_sound():
-                    self._keep(folder)
+                    self._keep(folder, wait=bool(signal))
                 if signal and not ended:
                     end(signal)
                 started = time.perf_counter() - run.seconds  # only steps count
@@ -176,11 +179,13 @@ class Loop:
         """Whether the weights are worth keeping: the last loss was finite, and so are they."""
         return self.streak == 0 and all(bool(torch.isfinite(p).all()) for p in self.run.model.parameters())
 
-    def _keep(self, folder: Folder | None) -> None:
+    def _keep(self, folder: Folder | None, *, wait: bool) -> None:
         state = self.state()
         with placement.agreed("train"):
             if folder is not None:
                 folder.keep(state)
+                if wait:
+                    folder.wait()
 
     def _take_final_weights(self) -> None:
         """Give the model the weights that the run was for: the best evaluation's, or the averaged ones."""
