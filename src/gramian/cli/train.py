@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from gramian.cli.common import Quiet, complain, rank_number, ranks
+from gramian.cli.config import read_config
 from gramian.errors import GramianError, InputError
 
 __all__ = ["WithOptimizers", "command"]
@@ -42,7 +43,14 @@ def command(
     listed: Annotated[
         bool, typer.Option("--list", callback=_list, is_eager=True, help="Show the built-in tasks.")
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=read_config, is_eager=True, help="A TOML file of these options by their names; flags win."
+        ),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="The text file of the task chars.")] = None,
+    model: Annotated[str | None, typer.Option(help="Of the task chars: transformer or lstm.")] = None,
     optimizer: Annotated[str, typer.Option(help="One of the names below.")] = "auto",
     lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
     init: Annotated[
@@ -66,11 +74,15 @@ def command(
     ] = "",
     augment: Annotated[
         str,
-        typer.Option(help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X."),
+        typer.Option(
+            help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X, mixup=X."
+        ),
     ] = "",
     clip: Annotated[float | None, typer.Option(help="Largest norm of all gradients together.")] = None,
     accumulate: Annotated[int, typer.Option(help="Batches in a step.", min=1)] = 1,
-    precision: Annotated[str, typer.Option(help="float32, or bfloat16 for the forward pass.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="Of the forward pass: float32, bfloat16, or float16 with a loss scale.")
+    ] = "float32",
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights, as 0.999.")] = None,
     best: Annotated[str | None, typer.Option(help="Keep the best evaluation's model: max:NAME or min:NAME.")] = None,
     patience: Annotated[int | None, typer.Option(help="End after so many evaluations without a better one.")] = None,
@@ -79,6 +91,12 @@ def command(
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report: curves, spectra before and after, and what went wrong.")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to the folder tensorboard in --out too.")
+    ] = False,
     timeout: Annotated[
         float,
         typer.Option(help="Seconds after which a process of torchrun counts as hung.", min=1),
