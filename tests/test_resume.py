@@ -31,6 +31,7 @@ from gramian.checkpoint.trees import PackedTree
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
 from gramian.optim import OPTIMIZERS
 from gramian.training import folder, running
+from runs import Stop, stopping
 
 X = torch.randn(112, 6, generator=seeded(0))
 Y = (X[:, 0] > 0).long()
@@ -79,18 +80,6 @@ def task(**changes: Any) -> gm.Task:
     return gm.Task(**(parts | changes))
 
 
-class Stop(BaseException):
-    """Somebody pulled the plug."""
-
-
-def stopping(step: int):
-    def on_step(run: gm.Run, share: float) -> None:
-        if run.steps == step:
-            raise Stop
-
-    return on_step
-
-
 def left_by(path: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """The weights and the metrics without their seconds, after a look at what lies there."""
     assert sorted(os.listdir(path)) == ["metrics.jsonl", "model.safetensors"]
@@ -107,13 +96,6 @@ def assert_same(path: Path, other: Path) -> None:
     assert list(weights) == list(weights_2)
     for name, tensor in weights.items():
         assert torch.equal(tensor, weights_2[name]), name
-
-
-@pytest.fixture
-def often(monkeypatch):
-    """A checkpoint after every step."""
-    monkeypatch.setattr(folder, "EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(folder, "LARGEST_SHARE", math.inf)
 
 
 def stop_and_go_on(tmp_path: Path, stops: list[int], **options: Any) -> None:

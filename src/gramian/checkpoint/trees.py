@@ -37,9 +37,7 @@ class PackedTree:
         for name, tensor in self.tensors.items():
             check_writable(name, tensor)
             if memory_of(tensor) not in copies:
-                copies[memory_of(tensor)] = tensor.detach().to(
-                    "cpu", copy=True, memory_format=torch.contiguous_format
-                )
+                copies[memory_of(tensor)] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return PackedTree({name: copies[memory_of(t)] for name, t in self.tensors.items()}, self.text)
 
     def save(self, path: str | os.PathLike[str], previous: str | os.PathLike[str] | None = None) -> None:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from gramian.checkpoint.checksums import CHECKSUMS, HEADER, UNKNOWN, crc, raw_bytes, seal
 from gramian.checkpoint.faults import first_line
-from gramian.checkpoint.formats import SAFETENSORS_DTYPES, TIED, dtype_name, find_tied, get, is_plain, memory_of, read_safetensors
+from gramian.checkpoint.formats import (
+    SAFETENSORS_DTYPES,
+    TIED,
+    dtype_name,
+    find_tied,
+    get,
+    is_plain,
+    memory_of,
+    read_safetensors,
+)
 from gramian.errors import CheckpointError, InputError
 
 __all__ = ["check_writable", "load_tensors", "memory_of", "save_tensors", "verify_file"]

@@ -15,7 +15,8 @@ from torch import nn
 from gramian import placement
 from gramian.errors import GramianWarning, InputError, TaskError
 from gramian.objective import as_objective
-from gramian.training import agreement, start
+from gramian.report import Report
+from gramian.training import agreement, page, start
 from gramian.training.folder import Folder, read
 from gramian.training.interrupts import Interrupts, end
 from gramian.training.optimizers import Choice, choose
@@ -52,6 +53,7 @@ def train(
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
+    report: str | Path | None = None,
     progress: Callable[[dict[str, float], float], None] | None = None,
     on_step: Callable[[Run, float], None] | None = None,
 ) -> Run:
@@ -107,6 +109,8 @@ def train(
         out: a folder for `metrics.jsonl` (a line for each evaluation, as it happens), `checkpoint.safetensors` while
             the run is unfinished, and `model.safetensors` when it is finished.
         resume: continue the run in `out`, if there is one; a finished one is returned as it is.
+        report: an HTML file for the run's curves, the diagnosis and the spectra of its weights before and after, and
+            `task.pictures`. Where the loss is not finite or did not fall, it says what `gm.inspect` finds.
         progress: called after each evaluation with its row and the share of the budget that is spent.
         on_step: called before the first and after each step with the run so far and the share that is spent.
     Returns: the run, with its model and history.
@@ -147,6 +151,7 @@ def train(
     )
     choice = choose(optimizer, lr, options)
     start.check(init)
+    page.check(report)
     objective = as_objective(task.objective)
     if resume and out is None:
         raise InputError("train: resume needs out=, the folder of the run to resume")
@@ -181,6 +186,9 @@ def train(
         rates = Schedule(*budget, opt, name=schedule, warmup=warmup, accumulate=accumulate)
         rates.check_warmup()
         loop = Loop(run, task, objective, rates, stream, options, seed)
+        if report is not None and saved is None:
+            with seeded(seed):
+                loop.before = page.diagnose(model, task, objective).to_json()
         if saved is not None:
             loop.restore(saved, place)
             if saved["damage"] and folder is not None:
@@ -203,6 +211,13 @@ def train(
                             folder.finish(model, loop.summary(), run.history)
                 if interrupts.received:
                     end(interrupts.received)
+        if report is not None:
+            with seeded(seed):
+                before = Report.from_json(loop.before) if loop.before else None
+                after = page.diagnose(model, task, objective)
+                with placement.agreed("train"):
+                    if agreement.first():
+                        page.document(run, task, before, after).save(report)
     if run.diverged:
         warnings.warn(
             f"train: the loss is not finite in {min(NONFINITE_STEPS, run.steps)} steps in a row; stopped after "

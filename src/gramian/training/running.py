@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import time
 from collections.abc import Callable
@@ -61,6 +62,7 @@ class Loop:
         self.average = None if options.ema is None else Average(run.model, options.ema)
         self.best: dict[str, Tensor] = {}  # the weights of the best evaluation
         self.finished = False
+        self.before = ""  # the diagnosis before the first step, as JSON, for the report
         run.lr = schedule.rates[0]
 
     def go(
@@ -125,6 +127,8 @@ class Loop:
             self.total += total
             self.units += units
             self.streak = 0
+            if math.isnan(run.start) and units > 0:
+                run.start = float(total / units)
             if self.average is not None and not self.stepper.overflowed:
                 self.average.update()
             return
@@ -199,14 +203,15 @@ class Loop:
     def summary(self) -> dict[str, Any]:
         """Return the run's numbers without its weights; enough for `restore` if the run is finished."""
         run = self.run
-        found = {name: getattr(run, name) for name in ("steps", "seconds", "diverged", "init", "skipped", "stopped")}
-        return found | {"rates": self.schedule.rates, "history": run.history}
+        names = ("steps", "seconds", "diverged", "init", "skipped", "stopped", "start")
+        return {name: getattr(run, name) for name in names} | {"rates": self.schedule.rates, "history": run.history}
 
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on."""
         return self.summary() | {
             "since": {"total": self.total, "units": self.units},
             "evaluations": self.schedule.evaluations,
+            "before": self.before,
             "stream": self.stream.state(),
             "random": agreement.random_states(self.device),
             "model": self.run.model.state_dict(),
@@ -229,6 +234,7 @@ class Loop:
             run.steps, run.seconds, run.resumed = int(saved["steps"]), float(saved["seconds"]), int(saved["steps"])
             run.init, run.diverged = str(saved["init"]), bool(saved["diverged"])
             run.skipped, run.stopped = int(saved["skipped"]), str(saved["stopped"])
+            run.start = float(saved.get("start", math.nan))
             run.history = [{str(name): value + 0 for name, value in row.items()} for row in saved["history"]]
             if saved.get("finished"):
                 run.model.load_state_dict(load_tensors(place / MODEL)[0], strict=False)  # extra state is not in it
@@ -239,6 +245,7 @@ class Loop:
                 buffer.copy_(saved["buffers"][name])
             self.optimizer.load_state_dict(saved["optimizer"])
             schedule.evaluations = saved["evaluations"]
+            self.before = str(saved.get("before", ""))
             self.total.copy_(saved["since"]["total"])
             self.units.copy_(saved["since"]["units"])
             self.stepper.scale.restore(saved.get("scale", {}))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from gramian.calls import prepared
 from gramian.objective import Objective
 from gramian.training import agreement
-from gramian.calls import prepared
 from gramian.training.augmentation import augmented, mixed
 from gramian.training.optimizers import skips_itself
 from gramian.training.options import PRECISIONS, Options

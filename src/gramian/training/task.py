@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,6 +17,7 @@ from torch import nn
 from gramian.errors import GramianError, InputError, TaskError
 from gramian.loader import as_batches
 from gramian.objective import Objective
+from gramian.report import HeatMap, Picture, Table
 
 __all__ = ["Run", "Task", "as_task", "calling", "described"]
 
@@ -41,6 +43,7 @@ class Task:
         name: for reports.
         source: what tells the task from others when a run is resumed, as its file's path and function; by default its
             name.
+        pictures: `pictures(model)` draws what the model does, for the report of a run; side by side.
     """
 
     model: Callable[[], nn.Module]
@@ -49,6 +52,7 @@ class Task:
     evaluate: Callable[[nn.Module], dict[str, float]]
     name: str = "task"
     source: str = ""
+    pictures: Callable[[nn.Module], Sequence[Picture | HeatMap | Table]] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module) or not callable(self.model):
@@ -98,6 +102,7 @@ class Run:
         resumed: the step at which the run was resumed; 0 if it was not.
         skipped: steps that were skipped, since the loss or a gradient was not finite.
         stopped: why the run ended before its budget; empty if it did not.
+        start: the loss of the first step; NaN before it.
     """
 
     model: nn.Module
@@ -113,6 +118,7 @@ class Run:
     resumed: int = 0
     skipped: int = 0
     stopped: str = ""
+    start: float = math.nan
 
     @property
     def metrics(self) -> dict[str, float]:
