@@ -275,17 +275,15 @@ def test_mixup_is_the_loss_of_two_labels() -> None:
     model = plain_net()
     want = model(mixed_x)
     losses = [nn.functional.cross_entropy(want, labels) for labels in (first, second)]
-    wanted = float(weight * losses[0] + rest * losses[1])
+    wanted = float((weight * losses[0] + rest * losses[1]).detach())
     frozen = model.state_dict()
-    for objective in (
-        gm.Objective.classification(),
-        lambda m, batch: nn.functional.cross_entropy(m(batch[0]), batch[1]),
-    ):
-        options = {
-            "steps": 1,
-            "optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.0),
-            "augment": {"mixup": 0.7},
-        }
+
+    def plain(m: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(m(batch[0]), batch[1])
+
+    options: dict[str, Any] = {"steps": 1, "optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.0)}
+    options["augment"] = {"mixup": 0.7}
+    for objective in (gm.Objective.classification(), plain):
         run = gm.train(task(model=loaded(frozen), train_batches=whole, objective=objective), **options)
         assert run.metrics["loss"] == pytest.approx(wanted, rel=1e-6)
     shares = torch.tensor([mixed((x, y), {"mixup": 0.2}, (0, 0, i))[0][0] for i in range(2000)])
@@ -317,7 +315,7 @@ def single(**changes: Any) -> gm.Task:
 
 
 def test_a_loss_in_float16_is_scaled_and_the_scale_survives_a_kill(often, tmp_path, monkeypatch) -> None:
-    """Its gradients would be zero without the scale; an overflow leaves a step out, halves the scale, and is no fault."""
+    """Without it the gradients would be zero; an overflow leaves a step out, halves the scale, and is no fault."""
     monkeypatch.setattr(scaling, "GROWTH_STEPS", 3)
     monkeypatch.setattr(scaling, "INITIAL", 2.0**22)
     tiny = gm.Objective.classification(predict=lambda model, batch: 1e-7 * model(batch[0]))
@@ -341,6 +339,7 @@ def test_a_loss_in_float16_is_scaled_and_the_scale_survives_a_kill(often, tmp_pa
             seen.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
             return super().step(closure)
 
+    monkeypatch.setattr(scaling, "INITIAL", 2.0**10)
     for precision in ("float16", "float32"):
         still = single(model=lambda: plain_net().float())
         gm.train(still, steps=1, optimizer=lambda m: Watched(m.parameters(), lr=0.1), precision=precision)
@@ -356,21 +355,21 @@ def test_a_gradient_that_is_not_finite_at_scale_one_counts() -> None:
 
 
 def test_a_report_has_curves_spectra_and_what_went_wrong(often, tmp_path) -> None:
-    options: dict[str, Any] = {"optimizer": "adamw", "steps": 20}
-    for step in (7,):  # the diagnosis before training is in the checkpoint
-        with pytest.raises(Stop):
-            gm.train(single(), out=tmp_path / "a", report=tmp_path / "a.html", on_step=stopping(step), **options)
-    run = gm.train(single(), out=tmp_path / "a", report=tmp_path / "a.html", resume=True, lr=0.001, **options)
+    options: dict[str, Any] = {"optimizer": "adamw", "steps": 40, "lr": 0.03}
+    with pytest.raises(Stop):
+        gm.train(single(), out=tmp_path / "a", report=tmp_path / "a.html", on_step=stopping(7), **options)
+    # The diagnosis before training is in the checkpoint.
+    run = gm.train(single(), out=tmp_path / "a", report=tmp_path / "a.html", resume=True, **options)
     text = (tmp_path / "a.html").read_text()
     for words in ("Training loss", "size", "Findings before training", "Findings after training", "Singular values"):
         assert words in text
     assert "What went wrong" not in text
     assert page.trouble(run) == ""
-    still = gm.train(single(), report=tmp_path / "b.html", lr=0.0, **options)
+    still = gm.train(single(), report=tmp_path / "b.html", **options | {"lr": 0.0})
     assert page.trouble(still).startswith("The training loss did not fall: ")
     assert "The network before training: " in (tmp_path / "b.html").read_text()
     assert not list(tmp_path.glob("c*"))
-    with pytest.raises(InputError, match="expected a name that ends in .html"):
+    with pytest.raises(InputError, match=r"expected a name that ends in \.html"):
         gm.train(single(), report=tmp_path / "c.pdf", out=tmp_path / "c", **options)
     assert not list(tmp_path.glob("c*"))
 
