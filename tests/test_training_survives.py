@@ -437,7 +437,8 @@ def test_a_signal_before_the_run_and_after_it(tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_the_run(tmp_path, number: int, code: int) -> None:
-    process = started(tmp_path, "slow", "--steps", "100000", "--out", "run")
+    process = started(tmp_path, "slow", "--steps", "20000", "--out", "run")
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
     wait_for(tmp_path / "run" / "checkpoint.safetensors", process)
     time.sleep(0.3)
     process.send_signal(number)

@@ -1,0 +1,202 @@
+"""Files that an attacker makes: what `gramian inspect` does with each, in how many seconds and how much memory.
+
+    python benchmarks/hostile.py
+
+Each is made here, and read by a process of its own. The figures are the CPU seconds and the peak of resident memory of
+the whole process; the first row is an ordinary file, which costs what Python and torch cost. The result is a table in
+Markdown. docs/train.md quotes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LIMIT_SECONDS, LIMIT_MB = 5.0, 500.0
+
+
+def archive(pickled: bytes, how: int = zipfile.ZIP_STORED) -> bytes:
+    """A file as `torch.save` writes it, around a pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", how) as made:
+        made.writestr("m/data.pkl", pickled)
+        made.writestr("m/byteorder", "little")
+        made.writestr("m/version", "3\n")
+    return buffer.getvalue()
+
+
+def saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def doubled(levels: int, tensor: bool) -> object:
+    """Dicts that hold the next one twice: 2 ** levels names."""
+    tree: object = {"w": torch.ones(4, 4)} if tensor else {}
+    for _ in range(levels):
+        tree = {"a": tree, "b": tree}
+    return tree
+
+
+def itself() -> object:
+    tree: dict[str, object] = {"w": torch.ones(4, 4)}
+    tree["model"] = tree["state_dict"] = tree["again"] = tree
+    return tree
+
+
+def nested(levels: int) -> bytes:
+    return b"\x80\x02" + b"}X\x01\0\0\0a" * levels + b"}" + b"s" * levels + b"."
+
+
+def copies(of: str, length: int, count: int) -> bytes:
+    """A list of `length`, of which `count` copies are made by calls that copy: a square of the pickle's length."""
+    module, name = of.rsplit(".", 1)
+    start = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"q\x00" + b"](" + b"K\x01" * length + b"eq\x01("
+    pairs = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"q\x00" + b"](" + b"K\x01K\x01\x86" * length + b"eq\x01("
+    return (pairs if "Dict" in name or "dict" in name else start) + b"h\x00h\x01\x85R" * count + b"t."
+
+
+def zeros_of_strides() -> bytes:
+    return saved({"w": torch.zeros(1).expand(200_000, 200_000), "v": torch.ones(4, 4)})
+
+
+def bomb() -> bytes:
+    """Two gigabytes of pickle in two megabytes of zip."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as made:
+        with made.open("m/data.pkl", "w", force_zip64=True) as member:
+            member.write(b"\x80\x02")
+            for _ in range(2048):
+                member.write(b"]" * (1 << 20))
+            member.write(b".")
+        made.writestr("m/version", "3\n")
+    return buffer.getvalue()
+
+
+def header(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def vector() -> bytes:
+    """A safetensors header that claims four terabytes."""
+    return header(b'{"w":{"dtype":"F32","shape":[1048576,1048576],"data_offsets":[0,4398046511104]}}') + bytes(1500)
+
+
+CASES: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "an ordinary file": ("m.pt", lambda: saved({"w": torch.ones(4, 4)})),
+    "2²⁴ names in 2 kB": ("m.pt", lambda: saved(doubled(24, True))),
+    "2²⁴ names of nothing": ("m.pt", lambda: saved(doubled(24, False))),
+    "a state dict that contains itself": ("m.pt", lambda: saved(itself())),
+    "strides of zero that claim 160 GB": ("m.pt", zeros_of_strides),
+    "20,000 nested levels": ("m.pt", lambda: archive(nested(20_000))),
+    "20,000 nested levels, a bare pickle": ("m.pkl", lambda: nested(20_000)),
+    "2 GB of pickle in 2 MB of zip": ("m.pt", bomb),
+    "20,000 copies of a list of 100,000": ("m.pt", lambda: archive(copies("builtins.list", 100_000, 20_000))),
+    "20,000 copies of a set": ("m.pt", lambda: archive(copies("builtins.set", 100_000, 20_000))),
+    "20,000 copies of a shape": ("m.pt", lambda: archive(copies("torch.Size", 100_000, 20_000))),
+    "20,000 copies of an ordered dict": ("m.pt", lambda: archive(copies("collections.OrderedDict", 30_000, 20_000))),
+    "an array of 10¹² bytes": (
+        "m.pt",
+        lambda: archive(b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\x10\xa5\xd4\xe8\0\x85R."),
+    ),
+    "ten million instructions": ("m.pt", lambda: archive(b"\x80\x02" + b"N0" * 5_000_000 + b"}.")),
+    "a name of 1 MB before 50,000 others": (
+        "m.pt",
+        lambda: saved({"n" * (1 << 20): dict.fromkeys(map(str, range(50_000)), shared)}),
+    ),
+    "a dict of nothing under 30,000 names": (
+        "m.pt",
+        lambda: saved(dict.fromkeys(map(str, range(30_000)), {str(i): {} for i in range(30_000)}) | {"w": shared}),
+    ),
+    "the same beside a model": (
+        "m.pt",
+        lambda: saved(
+            dict.fromkeys(map(str, range(30_000)), {str(i): {} for i in range(30_000)}) | {"model": {"w": shared}}
+        ),
+    ),
+    "a vector of 4 TB in 1.5 kB": ("m.safetensors", vector),
+    "20,000 nested levels of JSON": ("m.safetensors", lambda: header(b"[" * 20_000 + b"]" * 20_000)),
+    "a header of a million names": (
+        "m.safetensors",
+        lambda: header(
+            b"{"
+            + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(1_000_000))
+            + b"}"
+        ),
+    ),
+    "a storage that 50,000 tensors share": (
+        "m.pt",
+        lambda: saved({f"w{i}": shared[: i % 7 + 1] for i in range(50_000)}),
+    ),
+}
+
+shared = torch.ones(8)
+
+
+def limited() -> None:
+    """Bounds of the child, so that a file that succeeds does no harm to this machine."""
+    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+
+
+def measured(path: Path) -> tuple[float, float, float, int, str]:
+    """Seconds of the CPU and of the clock, the peak in MB, the exit code and the last line of `gramian inspect`."""
+    read, write = os.pipe()
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gramian", "inspect", str(path), "--quiet"],
+        stdout=subprocess.DEVNULL,
+        stderr=write,
+        preexec_fn=limited,
+    )
+    os.close(write)
+    with os.fdopen(read, errors="replace") as stream:
+        text = stream.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    lines = text.strip().splitlines()
+    told = lines[-1] if lines else ""
+    seconds = usage.ru_utime + usage.ru_stime
+    return seconds, time.monotonic() - begin, usage.ru_maxrss / 1024, os.waitstatus_to_exitcode(status), told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    only = parser.parse_args().only
+    print("| file | bytes | CPU s | wall s | MB | exit code | what it says |\n|-|-|-|-|-|-|-|")
+    base: tuple[float, float] | None = None
+    bad = 0
+    for name, (file, make) in CASES.items():
+        if only and only not in name and base is not None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, file)
+            path.write_bytes(make())
+            seconds, wall, memory, code, told = measured(path)
+            size = path.stat().st_size
+        base = base or (seconds, memory)
+        over = seconds > LIMIT_SECONDS or memory > LIMIT_MB or code not in (0, 2)
+        bad += over
+        told = told.replace(folder + "/", "").replace("|", "\\|")[:110]
+        print(
+            f"| {name} | {size:,} | {seconds:.1f} | {wall:.1f} | {memory:.0f} | {code}{' **over**' * over} | {told} |",
+            flush=True,
+        )
+    print(f"\n{len(CASES)} files, {bad} over {LIMIT_SECONDS:g} s or {LIMIT_MB:g} MB")
+
+
+if __name__ == "__main__":
+    main()
