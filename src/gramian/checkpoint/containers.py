@@ -86,11 +86,12 @@ def find_state(file: Path, loaded: object, leaf: type = Tensor) -> Found:
 
 def _has_weights(tree: Mapping[Any, Any], leaf: type) -> bool:
     """Whether there are tensors beside the running averages."""
+    seen: set[int] = set()
     return any(
         isinstance(value, leaf)
         or (
             not (isinstance(value, Mapping) and _is_optimizer(value))
-            and next(_tensors("", value, leaf), None) is not None
+            and next(_tensors("", value, leaf, seen), None) is not None
         )
         for key, value in tree.items()
         if isinstance(key, str) and key not in SHADOWS

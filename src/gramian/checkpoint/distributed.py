@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
