@@ -131,9 +131,9 @@ CASES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "the same beside a model": ("m.pt", lambda: saved(shared_by_many() | {"model": {"w": shared}})),
     "a vector of 4 TB in 1.5 kB": ("m.safetensors", vector),
     "20,000 nested levels of JSON": ("m.safetensors", lambda: header(b"[" * 20_000 + b"]" * 20_000)),
-    "a header of a million names": (
+    "a header of 300,000 names": (
         "m.safetensors",
-        lambda: header(b"{" + b",".join(map(row, range(1_000_000))) + b"}"),
+        lambda: header(b"{" + b",".join(map(row, range(300_000))) + b"}"),
     ),
     "a storage that 50,000 tensors share": (
         "m.pt",
@@ -150,7 +150,7 @@ def measured(path: Path) -> tuple[float, float, int, str]:
     number = os.fork()
     if number == 0:
         # Bounds, so that a file that succeeds does no harm to this machine.
-        resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+        resource.setrlimit(resource.RLIMIT_CPU, (15, 15))
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         os.dup2(write, 2)
         code = 3

@@ -83,7 +83,9 @@ def started(path: Path, optimizer: str) -> int:
 
 def left_by(path: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return load_tensors(path / "model.safetensors")[0], [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return load_tensors(path / "model.safetensors")[0], [
+        {k: v for k, v in row.items() if k != "seconds"} for row in rows
+    ]
 
 
 def main() -> None:
@@ -95,7 +97,9 @@ def main() -> None:
     folder.EVERY_SECONDS, folder.LARGEST_SHARE = 0.0, float("inf")
     draw = random.Random(arguments.seed)
     each = -(-arguments.kills // len(OPTIMIZERS))
-    print("| optimizer | runs | kills | SIGKILL / SIGTERM / SIGINT | inside a write | lost | not bitwise |\n|-|-|-|-|-|-|-|")
+    print(
+        "| optimizer | runs | kills | SIGKILL / SIGTERM / SIGINT | inside a write | lost | not bitwise |\n|-|-|-|-|-|-|-|"
+    )
     total = Counter[str]()
     for optimizer in OPTIMIZERS:
         with tempfile.TemporaryDirectory() as place:
