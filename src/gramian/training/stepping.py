@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -114,9 +115,9 @@ class Stepper:
 
     def _loss(self, parts: list[tuple[float, Any]]) -> tuple[Tensor, Tensor]:
         """This rank's loss and units of batches with weights, which share their inputs and so the forward pass."""
+        if len(parts) == 1:
+            return self.objective.loss(self.model, agreement.rows(parts[0][1]), empty=True)
         own = [(weight, prepared(self.model, agreement.rows(part))) for weight, part in parts]
-        if len(own) == 1:
-            return self.objective.loss(self.model, own[0][1], empty=True)
         if self.objective is not self.task.objective:  # loss(model, batch), whose forward pass is its own
             found = [(w, *self.objective.loss(self.model, part, empty=True)) for w, part in own]
         else:
@@ -133,11 +134,12 @@ class Stepper:
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
         if self._watch and grads:
-            norm = torch.nn.utils.get_total_norm(grads)
-            if not torch.isfinite(norm):
+            # The largest entries: a sum of squares of finite numbers may be infinite.
+            largest = torch._foreach_norm(grads, math.inf)
+            if not torch.isfinite(torch.stack([value.float() for value in largest])).all():
                 return False
             if self.options.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(params, self.options.clip, norm)
+                torch.nn.utils.clip_grad_norm_(params, self.options.clip)
         with self.failure.caught(), calling(self.task, "optimizer.step()"):
             self.optimizer.step()
         return True
