@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -134,15 +135,18 @@ class Stepper:
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
         if self._watch and grads:
-            # The largest entries: a sum of squares of finite numbers may be infinite.
-            largest = torch._foreach_norm(grads, math.inf)
-            if not torch.isfinite(torch.stack([value.float() for value in largest])).all():
+            # The sum of squares of finite numbers may be infinite; their largest is not.
+            if not (_is_finite(torch._foreach_norm(grads)) or _is_finite(torch._foreach_norm(grads, math.inf))):
                 return False
             if self.options.clip is not None:
                 torch.nn.utils.clip_grad_norm_(params, self.options.clip)
         with self.failure.caught(), calling(self.task, "optimizer.step()"):
             self.optimizer.step()
         return True
+
+
+def _is_finite(norms: Sequence[Tensor]) -> bool:
+    return math.isfinite(sum(torch.stack([norm.double() for norm in norms]).tolist()))
 
 
 class _Buffers:
