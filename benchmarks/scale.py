@@ -28,11 +28,6 @@ SHAPES = ((384, 384), (192, 768))
 STEPS = 11  # of which the first is left out; a multiple of the ten after which bases and roots are computed, and one
 
 
-def model(shape: tuple[int, int]) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.ParameterDict({f"w{i}": nn.Parameter(torch.randn(*shape) / shape[1] ** 0.5) for i in range(COUNT)})
-
-
 class Net(nn.Module):
     """Matrices of one shape, applied to a vector each."""
 

@@ -92,7 +92,7 @@ MANY = b"](" + b"K\x01" * 10_000 + b"e"
         (calls("builtins.set", 2_000, MANY), "copies more than 4,000,000 values"),
         (calls("torch.Size", 2_000, MANY), "copies more than 4,000,000 values"),
         (calls("builtins.bytearray", 1, b"\x8a\x06\0\x10\xa5\xd4\xe8\0"), "copies more than 4,000,000 values"),
-        (b"\x80\x02" + b"N0" * 600_000 + b"}.", "a pickle of more than 1,0"),
+        (b"\x80\x02" + b"N0" * 1_200_000 + b"}.", "a pickle of more than 2,"),
     ],
     ids=["list", "set", "shape", "bytes", "instructions"],
 )

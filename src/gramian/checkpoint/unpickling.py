@@ -21,7 +21,7 @@ __all__ = ["Global", "OverBudgetError", "Record", "Storage", "TensorPart", "read
 
 # What a pickle may ask for, whatever its length: instructions, beside one for so many bytes of its file, since a tensor
 # takes some fifty and hundreds of bytes; and values copied by calls, which may be the square of its length.
-MOST_STEPS, BYTES_A_STEP, MOST_COPIED = 1_000_000, 16, 4_000_000
+MOST_STEPS, BYTES_A_STEP, MOST_COPIED = 2_000_000, 16, 4_000_000
 
 
 class OverBudgetError(ValueError):
