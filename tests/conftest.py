@@ -25,6 +25,15 @@ def global_generator() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training runs write a checkpoint after every step."""
+    from gramian.training import folder
+
+    monkeypatch.setattr(folder, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(folder, "LARGEST_SHARE", float("inf"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of distribution come first, so that one of pytest-xdist's workers starts the ranks, and slow ones last.
 

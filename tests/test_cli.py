@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import gramian as gm
-from gramian.checkpoint import save_tensors
+from gramian.checkpoint import load_tensors, save_tensors
 from gramian.cli import main
 
 TASK = """
@@ -488,3 +488,70 @@ def test_a_broken_config_is_noted(tmp_path, capfd):
         (tmp_path / "config.json").write_text(text)
         assert main(["inspect", str(tmp_path)]) == 0
         assert ("config.json cannot be read" in " ".join(capfd.readouterr().out.split())) == wanted
+
+
+# ---- a file of options -----------------------------------------------------------------------------------------------
+
+WRONG_CONFIG = {
+    "weight_decy = 1": "unknown key 'weight_decy'; did you mean weight-decay?",
+    "zzz = 1": "unknown key 'zzz'; known are task, text, model, optimizer, lr,",
+    "config = 'a'": "unknown key 'config'",
+    "steps = 1.5": "--steps",
+    "steps = true": "steps must be text or a number; got True",
+    "steps = [1]": "steps must be text or a number; got [1]",
+    "quiet = 1": "quiet must be true or false; got 1",
+    "augment = {shift = 'x'}": "augment must be text or a number",
+    "clip = 1\nclip = 2": "is not TOML: ",
+    "weight-decay = 1\nweight_decay = 2": "weight-decay is there twice",
+    "\x00": "is not TOML: ",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_CONFIG)
+def test_a_wrong_file_of_options_is_one_line(folder, capsys, text) -> None:
+    (folder / "run.toml").write_text(text)
+    code, out, err = run(capsys, "train", "task.py:task", "--config", "run.toml", "--epochs", "1")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert WRONG_CONFIG[text] in err
+    assert run(capsys, "train", "--config", "none.toml")[2].count("cannot be read (No such file or directory)") == 1
+
+
+def test_a_file_of_options_is_as_their_flags_and_flags_win(folder, capsys) -> None:
+    (folder / "run.toml").write_text(
+        "task = 'task.py:task'\nsteps = 5\noptimizer = 'adamw'\nweight-decay = 0.1\nquiet = true\n"
+        "compare = ['adamw', 'sgd']\n[augment]\nnoise = 0.1\n"
+    )
+    assert run(capsys, "train", "--config", "run.toml", "--compare", "", "--steps", "3", "--out", "a") == (0, "", "")
+    flags = ["--optimizer", "adamw", "--weight-decay", "0.1", "--augment", "noise=0.1", "--steps", "3"]
+    assert run(capsys, "train", "task.py:task", *flags, "--quiet", "--out", "b") == (0, "", "")
+    one, two = (load_tensors(folder / name / "model.safetensors")[0] for name in "ab")
+    assert all(map(torch.equal, one.values(), two.values()))
+
+
+def test_tensorboard_gets_what_the_metrics_have(folder, capsys) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(capsys, *TRAIN, "--quiet", "--tensorboard")[0] == 0
+    board = events.EventAccumulator(str(folder / "runs/x/tensorboard"))
+    board.Reload()
+    rows = [json.loads(line) for line in (folder / "runs/x/metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "accuracy"):
+        found = [(event.step, event.value) for event in board.Scalars(name)]
+        assert found == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+    assert len(board.Scalars("rate")) == len(rows)
+    code, _, err = run(capsys, "train", "task.py:task", "--steps", "3", "--tensorboard")
+    assert (code, err.count("--tensorboard needs --out DIR")) == (2, 1)
+
+
+def test_a_file_is_inspected_without_its_checksums(folder, capsys) -> None:
+    save_tensors(folder / "w.safetensors", {"a.weight": torch.eye(8), "b.weight": 2 * torch.eye(8)})
+    damaged = bytearray((folder / "w.safetensors").read_bytes())
+    damaged[-2] ^= 1
+    (folder / "w.safetensors").write_bytes(damaged)
+    code, _, err = run(capsys, "inspect", "w.safetensors", "--quiet")
+    assert (code, "the checksum is another" in err) == (2, True)
+    assert run(capsys, "inspect", "w.safetensors", "--quiet", "--no-verify") == (0, "", "")
+    both = ["inspect", "w.safetensors", "--against", "w.safetensors", "--quiet"]
+    assert [run(capsys, *both, *more)[0] for more in ([], ["--no-verify"])] == [2, 0]
+    code, _, err = run(capsys, "inspect", "task.py:task", "--no-verify")
+    assert (code, err.count("--no-verify is for files")) == (2, 1)

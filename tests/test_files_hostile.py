@@ -75,6 +75,46 @@ def test_dicts_that_hold_one_another_many_times_are_visited_once(tmp_path: Path)
     assert "b (the same as " in checkpoint.notes[0]
 
 
+def calls(function: str, times: int, argument: bytes) -> bytes:
+    """A pickle that keeps what a function makes of one argument, so many times."""
+    module, _, name = function.rpartition(".")
+    start = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"q\x00" + argument + b"q\x01("
+    return start + b"h\x00h\x01\x85R" * times + b"t."
+
+
+MANY = b"](" + b"K\x01" * 10_000 + b"e"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (calls("builtins.list", 2_000, MANY), "copies more than 4,000,000 values"),
+        (calls("builtins.set", 2_000, MANY), "copies more than 4,000,000 values"),
+        (calls("torch.Size", 2_000, MANY), "copies more than 4,000,000 values"),
+        (calls("builtins.bytearray", 1, b"\x8a\x06\0\x10\xa5\xd4\xe8\0"), "copies more than 4,000,000 values"),
+        (b"\x80\x02" + b"N0" * 1_200_000 + b"}.", "a pickle of more than 2,"),
+    ],
+    ids=["list", "set", "shape", "bytes", "instructions"],
+)
+def test_a_pickle_has_a_budget(tmp_path: Path, content: bytes, message: str) -> None:
+    """It would grow to the square of its length, or to what a number asks for."""
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(with_pickle(tmp_path, content))
+
+
+def test_names_have_a_budget(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a name of 5,000 characters"):
+        open_checkpoint(saved(tmp_path, {"n" * 5_000: {"w": normal(8, 8)}}))
+
+
+@pytest.mark.timeout(100)  # a search of each would take hours
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_dict_without_tensors_is_searched_once(tmp_path: Path, inside: bool) -> None:
+    empty: dict[str, Any] = {str(i): {} for i in range(20_000)}
+    tree = {str(i): empty for i in range(20_000)} | ({"model": {"w": normal(8, 8)}} if inside else {"w": normal(8, 8)})
+    assert list(open_checkpoint(saved(tmp_path, tree)).entries) == ["w"]
+
+
 @pytest.mark.parametrize("depth", [1_000, 200_000])
 def test_dicts_of_any_depth_are_one_line(tmp_path: Path, depth: int) -> None:
     nested = b"\x80\x02" + b"}X\x01\0\0\0a" * depth + b"}" + b"s" * depth + b"."

@@ -27,9 +27,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import gramian as gm
 from cases import seeded
 from gramian.checkpoint import load_tensors, load_tree, save_tensors, save_tree
+from gramian.checkpoint.trees import PackedTree
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
 from gramian.optim import OPTIMIZERS
 from gramian.training import folder, running
+from runs import Stop, stopping
 
 X = torch.randn(112, 6, generator=seeded(0))
 Y = (X[:, 0] > 0).long()
@@ -78,18 +80,6 @@ def task(**changes: Any) -> gm.Task:
     return gm.Task(**(parts | changes))
 
 
-class Stop(BaseException):
-    """Somebody pulled the plug."""
-
-
-def stopping(step: int):
-    def on_step(run: gm.Run, share: float) -> None:
-        if run.steps == step:
-            raise Stop
-
-    return on_step
-
-
 def left_by(path: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """The weights and the metrics without their seconds, after a look at what lies there."""
     assert sorted(os.listdir(path)) == ["metrics.jsonl", "model.safetensors"]
@@ -106,13 +96,6 @@ def assert_same(path: Path, other: Path) -> None:
     assert list(weights) == list(weights_2)
     for name, tensor in weights.items():
         assert torch.equal(tensor, weights_2[name]), name
-
-
-@pytest.fixture
-def often(monkeypatch):
-    """A checkpoint after every step."""
-    monkeypatch.setattr(folder, "EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(folder, "LARGEST_SHARE", math.inf)
 
 
 def stop_and_go_on(tmp_path: Path, stops: list[int], **options: Any) -> None:
@@ -465,15 +448,47 @@ def test_two_processes_in_one_folder_are_refused(tmp_path) -> None:
 def test_keeping_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypatch) -> None:
     kept: list[int] = []
 
-    def slow(path: str, tree: Any, previous: Any = None) -> None:
-        kept.append(tree["steps"])
+    def slow(tree: PackedTree, path: str, previous: Any = None) -> None:
+        kept.append(1)
         time.sleep(0.03)
 
-    monkeypatch.setattr(folder, "save_tree", slow)
+    monkeypatch.setattr(PackedTree, "save", slow)
     begin = time.perf_counter()
     run = gm.train(task(), out=tmp_path, steps=200, on_step=lambda run, share: time.sleep(0.002))
     assert 1 <= len(kept) <= 2 + (time.perf_counter() - begin) / 0.3
-    assert run.seconds < time.perf_counter() - begin - 0.03 * len(kept), "keeping counted as training"
+    assert run.seconds < time.perf_counter() - begin
+
+
+def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch) -> None:
+    """The step does not wait for the writer, whose failure ends the run; what was written is the state at its time."""
+    begun, go_on = threading.Event(), threading.Event()
+    save = PackedTree.save
+
+    def slow(tree: PackedTree, path: str, previous: Any = None) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        save(tree, path, previous)
+        if previous_steps:
+            raise OSError("the disk is gone")
+        previous_steps.append(load_tree(path)["steps"])
+
+    previous_steps: list[int] = []
+    monkeypatch.setattr(PackedTree, "save", slow)
+    monkeypatch.setattr(folder, "EVERY_SECONDS", 0.0)
+    steps: list[int] = []
+
+    def on_step(run: gm.Run, share: float) -> None:
+        steps.append(run.steps)
+        if run.steps == 5:
+            assert begun.is_set()
+            assert not previous_steps
+            monkeypatch.setattr(folder, "LARGEST_SHARE", math.inf)
+            go_on.set()
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        gm.train(task(), out=tmp_path, steps=200, on_step=on_step)
+    assert previous_steps == [1]
+    assert 5 < len(steps) < 50
 
 
 # ---- hostile and odd files -------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from gramian.checkpoint import load_tree, save_tensors, save_tree, writing
 from gramian.errors import CheckpointError, GramianWarning, InputError, TaskError
 from gramian.tasks import load
 from gramian.training import folder
+from runs import Stop, stopping, weights
 
 X = torch.randn(48, 6, generator=seeded(0))
 Y = (X[:, 0] > 0).long()
@@ -45,29 +46,6 @@ def evaluate(model: nn.Module) -> dict[str, Any]:
 def task(**changes: Any) -> gm.Task:
     parts = {"model": net, "objective": gm.Objective.classification(), "train_batches": batches, "evaluate": evaluate}
     return gm.Task(**(parts | changes))
-
-
-class Stop(BaseException):
-    """Somebody pulled the plug."""
-
-
-def stopping(step: int):
-    def on_step(run: gm.Run, share: float) -> None:
-        if run.steps == step:
-            raise Stop
-
-    return on_step
-
-
-@pytest.fixture
-def often(monkeypatch):
-    """A checkpoint after every step."""
-    monkeypatch.setattr(folder, "EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(folder, "LARGEST_SHARE", float("inf"))
-
-
-def tensors(run: gm.Run) -> list[Tensor]:
-    return [t.clone() for t in run.model.state_dict().values()]
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -98,7 +76,7 @@ def test_a_loss_that_is_not_finite_costs_one_step(tmp_path, optimizer: str) -> N
     with pytest.warns(GramianWarning, match="1 of 60 steps were skipped"):
         run = gm.train(task(train_batches=poisoned(11)), steps=60, optimizer=optimizer, out=tmp_path)
     assert (run.skipped, run.diverged) == (1, False)
-    assert all(torch.isfinite(t).all() for t in tensors(run))
+    assert all(torch.isfinite(t).all() for t in weights(run))
     assert all(np.isfinite(row["loss"]) for row in run.history)
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "model.safetensors"]
 
@@ -119,7 +97,7 @@ def test_a_gradient_that_is_not_finite_costs_one_step() -> None:
     objective = gm.Objective.classification(predict=lambda model, batch: Root.apply(model(batch[0])))
     with pytest.warns(GramianWarning, match="1 of 12 steps were skipped"):
         run = gm.train(task(objective=objective), steps=12, optimizer="adamw")
-    assert all(torch.isfinite(t).all() for t in tensors(run))
+    assert all(torch.isfinite(t).all() for t in weights(run))
 
 
 def test_ten_in_a_row_end_the_run_and_its_checkpoint_stays(often, tmp_path) -> None:
@@ -168,7 +146,7 @@ def test_global_generators_are_the_runs_own(often, tmp_path) -> None:
             gm.train(what, steps=11, optimizer="adamw", out=tmp_path / "a", resume=True, on_step=stopping(step))
     broken = gm.train(what, steps=11, optimizer="adamw", out=tmp_path / "a", resume=True)
     assert broken.resumed == 7
-    assert all(map(torch.equal, tensors(whole), tensors(broken)))
+    assert all(map(torch.equal, weights(whole), weights(broken)))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -226,7 +204,44 @@ def test_the_checkpoint_before_is_used_where_the_last_is_damaged(often, tmp_path
     with pytest.warns(GramianWarning, match="of step 5"):
         broken = gm.train(task(), out=tmp_path / "a", resume=True, **options)
     assert broken.resumed == 5
-    assert all(map(torch.equal, tensors(whole), tensors(broken)))
+    assert all(map(torch.equal, weights(whole), weights(broken)))
+
+
+def test_where_both_checkpoints_are_damaged_both_are_named(often, tmp_path) -> None:
+    with pytest.raises(Stop):
+        gm.train(task(), steps=9, out=tmp_path, on_step=stopping(4))
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+    both = r"checkpoint\.safetensors.* The one before is damaged too: .*checkpoint\.previous\.safetensors"
+    with pytest.raises(CheckpointError, match=both):
+        gm.train(task(), steps=9, out=tmp_path, resume=True)
+
+
+def test_a_failed_evaluation_leaves_nothing_and_takes_nothing(tmp_path) -> None:
+    def failing(model: nn.Module) -> dict[str, Any]:
+        raise ValueError("no")
+
+    gm.train(task(), steps=2, optimizer="adamw", out=tmp_path / "old")
+    before = {file: (tmp_path / "old" / file).read_bytes() for file in os.listdir(tmp_path / "old")}
+    for where in ("old", "new"):
+        with pytest.raises(TaskError, match="evaluate"):
+            gm.train(task(evaluate=failing), steps=9, optimizer="adamw", out=tmp_path / where)
+    assert os.listdir(tmp_path) == ["old"]
+    assert before == {file: (tmp_path / "old" / file).read_bytes() for file in os.listdir(tmp_path / "old")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_is_written_ends_after_it(tmp_path, monkeypatch, number: int) -> None:
+    finish = folder.Folder.finish
+
+    def interrupted(self: folder.Folder, *arguments: Any) -> None:
+        signal.raise_signal(number)
+        finish(self, *arguments)
+
+    monkeypatch.setattr(folder.Folder, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+        gm.train(task(), steps=2, optimizer="adamw", out=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "model.safetensors"]
 
 
 def test_a_checkpoint_of_another_format_is_named(often, tmp_path) -> None:
@@ -404,9 +419,26 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_before_the_run_and_after_it(tmp_path) -> None:
+    """143 while the task is made; the run's own code while the process ends."""
+    (tmp_path / "task.py").write_text(
+        WITHOUT_WORKERS
+        + "import atexit, os, signal\n"
+        + "def early():\n    os.kill(os.getpid(), signal.SIGTERM)\n    return task()\n"
+        + "def late():\n    atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n    return task()\n"
+    )
+    for function, code in (("early", 143), ("late", 0)):
+        command = [sys.executable, "-m", "gramian", "train", f"task.py:{function}", "--steps", "2", "--out", function]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "task.py"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_the_run(tmp_path, number: int, code: int) -> None:
-    process = started(tmp_path, "slow", "--steps", "4000", "--out", "run")
+    process = started(tmp_path, "slow", "--steps", "20000", "--out", "run")
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
     wait_for(tmp_path / "run" / "checkpoint.safetensors", process)
     time.sleep(0.3)
     process.send_signal(number)
@@ -420,7 +452,7 @@ def test_a_signal_keeps_the_run(tmp_path, number: int, code: int) -> None:
 
 @pytest.mark.slow
 def test_workers_of_a_killed_run_do_not_hold_the_lock(tmp_path) -> None:
-    process = started(tmp_path, "workers", "--steps", "100", "--out", "run")
+    process = started(tmp_path, "workers", "--steps", "20", "--out", "run")
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     process.kill()
     process.communicate()

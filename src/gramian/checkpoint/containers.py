@@ -24,7 +24,7 @@ _LONGEST = 1000  # characters of a name
 
 
 class _TooManyError(Exception):
-    """More tensors than any model has."""
+    """More tensors than any model has, or a longer name."""
 
 
 class Module(dict):  # type: ignore[type-arg]
@@ -54,9 +54,10 @@ def find_state(file: Path, loaded: object, leaf: type = Tensor) -> Found:
         if inner is None:
             break
         left_out = []
+        seen: set[int] = set()  # what several keys share is visited once
         for key in loaded:
             if key != inner:
-                held = dict(_tensors(".".join([*under, str(key)]), loaded[key], leaf))
+                held = dict(_tensors(".".join([*under, str(key)]), loaded[key], leaf, seen))
                 beside |= held
                 left_out.append(_told(key, loaded[key], len(held)))
         under.append(str(inner))
@@ -72,10 +73,8 @@ def find_state(file: Path, loaded: object, leaf: type = Tensor) -> Found:
     others: list[str] = []
     try:
         _flatten("", loaded, leaf, state, others, beside, {})
-    except _TooManyError:
-        raise CheckpointError(
-            f"{file}: more than {_MOST_TENSORS:,} tensors, wanted a model's. Save model.state_dict()."
-        ) from None
+    except _TooManyError as error:
+        raise CheckpointError(f"{file}: {error}, wanted a model's. Save model.state_dict().") from None
     if not state and _is_optimizer(loaded):
         raise CheckpointError(
             f"{file}: holds no tensors of a model, but an optimizer's state. Save model.state_dict()."
@@ -87,11 +86,12 @@ def find_state(file: Path, loaded: object, leaf: type = Tensor) -> Found:
 
 def _has_weights(tree: Mapping[Any, Any], leaf: type) -> bool:
     """Whether there are tensors beside the running averages."""
+    seen: set[int] = set()
     return any(
         isinstance(value, leaf)
         or (
             not (isinstance(value, Mapping) and _is_optimizer(value))
-            and next(_tensors("", value, leaf), None) is not None
+            and next(_tensors("", value, leaf, seen), None) is not None
         )
         for key, value in tree.items()
         if isinstance(key, str) and key not in SHADOWS
@@ -135,24 +135,28 @@ def _flatten(
     """Put the tensors of a dict or list into `state`, those of optimizers into `beside`, and name all else."""
     for key, value in _parts(tree):
         name = f"{prefix}{key}"
+        if len(name) > _LONGEST:
+            raise _TooManyError(f"a name of {len(name):,} characters")
         if isinstance(key, str) and isinstance(value, leaf) and name not in state:
             state[name] = value
         elif isinstance(value, Mapping) and _is_optimizer(value):
             others.append(f"{plain(name)} (an optimizer's state)")
             beside.update(_tensors(name, value, leaf))
+        elif id(value) in seen:
+            others.append(plain(name) + f" (the same as {plain(seen[id(value)])})" * bool(seen[id(value)]))
         elif isinstance(key, str) and next(_tensors(name, value, leaf), None):
-            if id(value) in seen:
-                others.append(f"{plain(name)} (the same as {plain(seen[id(value)])})")
-            elif depth < _MOST:
+            if depth < _MOST:
                 seen[id(value)] = name
                 _flatten(f"{name}.", value, leaf, state, others, beside, seen, depth + 1)
             else:
                 others.append(f"{plain(name)} (more than {_MOST} containers deep)")
         else:
+            if isinstance(value, Mapping | list | tuple):
+                seen[id(value)] = ""  # it holds no tensor, so that it need not be searched again
             of = getattr(value, "of", "")
             others.append(plain(name) + (f" ({plain(of)})" if of else ""))
     if len(state) > _MOST_TENSORS:
-        raise _TooManyError
+        raise _TooManyError(f"more than {_MOST_TENSORS:,} tensors")
 
 
 def _parts(tree: object) -> Iterable[tuple[object, object]]:
@@ -162,9 +166,9 @@ def _parts(tree: object) -> Iterable[tuple[object, object]]:
     return ((str(place), value) for place, value in enumerate(tree)) if isinstance(tree, list | tuple) else ()
 
 
-def _tensors(name: str, tree: object, leaf: type) -> Iterator[tuple[str, Any]]:
-    """The tensors in a value, at any depth, by name; each container once."""
-    seen: set[int] = set()
+def _tensors(name: str, tree: object, leaf: type, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """The tensors in a value, at any depth, by name; each container once, and none of those in `seen`."""
+    seen = set() if seen is None else seen
     waiting = [(name, tree)]
     while waiting:
         name, value = waiting.pop()

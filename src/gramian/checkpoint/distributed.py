@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ def read_distributed(folder: Path) -> Content:
     file = folder / METADATA_FILE
     try:
         with file.open("rb") as stream:
-            metadata = read_pickle(stream)
+            metadata = read_pickle(stream, os.fstat(stream.fileno()).st_size)
         entries, beside, chunks, notes = _listed(folder, metadata)
     except CheckpointError:
         raise

@@ -31,6 +31,7 @@ __all__ = [
     "get",
     "identity",
     "is_plain",
+    "memory_of",
     "open_once",
     "read_safetensors",
 ]
@@ -232,10 +233,15 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     tied = {}
     for name, t in tensors.items():
         if t.numel():  # empty tensors are all at address 0
-            memory = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg())
+            memory = memory_of(t)
             if first.setdefault(memory, name) != name:
                 tied[name] = first[memory]
     return tied
+
+
+def memory_of(t: Tensor) -> tuple[Any, ...]:
+    """What two tensors share that are the same memory, seen in the same way."""
+    return (t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg())
 
 
 def is_plain(value: object) -> TypeGuard[Tensor]:

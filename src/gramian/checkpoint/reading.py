@@ -32,7 +32,8 @@ PARALLEL = "module."
 class Checkpoint:
     """The tensors of a file or folder; iterating loads them one by one as `(name, tensor)`, in the order of `entries`.
 
-    Tensors are memory-mapped: change a clone of them.
+    Tensors are memory-mapped: change a clone of them. An open checkpoint stands wherever its path does, as in
+    `gm.inspect(open_checkpoint(path, verify=False))`.
 
     Attributes:
         path: of the file or folder.
@@ -49,6 +50,12 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     verify: bool = True
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -98,7 +105,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False, verif
     Args:
         path: a file of safetensors, torch (`.pt`, `.pth`, `.ckpt`, `.bin`, TorchScript) or NumPy (`.npz`), told apart
             by its contents; the index of a sharded model; or a folder of Hugging Face, of an adapter, or of
-            torch.distributed.checkpoint.
+            torch.distributed.checkpoint; or a checkpoint that is open, which is returned.
         stored: give the tensors as they are stored, and compute none.
         verify: compare each tensor that is loaded with its checksum, where the file has them, as those that gramian
             writes. The header's is always compared.
@@ -121,6 +128,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False, verif
     >>> [(name, float(tensor.sum())) for name, tensor in checkpoint]
     [('w', 6.0)]
     """
+    if isinstance(path, Checkpoint):
+        if not stored:
+            return path
+        verify = path.verify
     path = Path(path)
     if path.is_dir():
         opened = open_folder(path)

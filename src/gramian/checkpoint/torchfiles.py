@@ -19,13 +19,14 @@ from torch import Tensor
 from gramian.checkpoint.containers import Module, find_state
 from gramian.checkpoint.faults import damaged, plain, refused
 from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, open_once
-from gramian.checkpoint.unpickling import Record, Storage, TensorPart, read_pickle
+from gramian.checkpoint.unpickling import OverBudgetError, Record, Storage, TensorPart, read_pickle
 from gramian.errors import CheckpointError, some
 
 __all__ = ["LEGACY", "as_plain", "bare_pickle", "read_legacy", "read_zip"]
 
 LARGEST_REPEATED = 1 << 26  # bytes that a tensor may take whose memory is smaller
 LARGEST_PACKED = 1 << 26  # bytes to which compressed parts of an archive may grow
+LARGEST_PICKLE = 1 << 27  # bytes of a pickle, whose tensors lie beside it
 
 LEGACY = (119547037146038801333356).to_bytes(10, "little")  # the number that opens torch.save's format before 1.6
 
@@ -34,7 +35,7 @@ def read_zip(file: Path) -> Content:
     """A file that `torch.save` or `torch.jit.save` wrote."""
     script = _is_script(file)
     _check_packed(file)
-    if not script:
+    if not script and _is_affordable(file):
         try:
             loaded = open_once(file, lambda: torch.load(file, weights_only=True, mmap=True, map_location="cpu"))
         except Exception:  # objects of other classes, or damage: the other way says which
@@ -67,7 +68,7 @@ def bare_pickle(file: Path) -> CheckpointError | None:
     """The error for a pickle without torch's format around it; `None` where the file is no pickle."""
     try:
         with file.open("rb") as stream:
-            tree = read_pickle(stream)
+            tree = read_pickle(stream, file.stat().st_size)
         as_plain(file, tree, {})
     except CheckpointError as error:
         return error
@@ -252,6 +253,29 @@ def _check_packed(file: Path) -> None:
         )
 
 
+def _is_affordable(file: Path) -> bool:
+    """Whether the pickles of an archive can be followed within their budget; `torch.load` has none.
+
+    Raises `CheckpointError` for one that goes beyond it. What cannot be followed for another reason is told later.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for name in {name for name in archive.namelist() if name.endswith("data.pkl")}:
+                read_pickle(io.BytesIO(_read_pickle(archive, name)), file.stat().st_size)
+    except OverBudgetError as error:
+        raise damaged(file, error) from error
+    except Exception:
+        return False
+    return True
+
+
+def _read_pickle(archive: zipfile.ZipFile, name: str) -> bytes:
+    size = archive.getinfo(name).file_size
+    if size > LARGEST_PICKLE:
+        raise OverBudgetError(f"a pickle of {size:,} bytes")
+    return archive.read(name)
+
+
 def _open_zip(file: Path) -> tuple[Any, Mapping[str, Tensor]]:
     """The pickle's value, and the storages of a zip archive, mapped."""
     with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
@@ -261,7 +285,7 @@ def _open_zip(file: Path) -> tuple[Any, Mapping[str, Tensor]]:
         order = members.get(f"{folder}byteorder")
         if order is not None and archive.read(order) != b"little":
             raise ValueError("written on a big-endian machine")
-        tree = read_pickle(io.BytesIO(archive.read(pickle)))
+        tree = read_pickle(io.BytesIO(_read_pickle(archive, pickle)), file.stat().st_size)
         whole = _mapped(file)
         numbers = {}
         for name, info in members.items():
@@ -284,7 +308,8 @@ def _open_legacy(file: Path) -> tuple[Any, Mapping[str, Tensor]]:
         *_, system = (read_pickle(stream) for _ in range(3))
         if not system.get("little_endian", True):
             raise ValueError("written on a big-endian machine")
-        tree, keys = read_pickle(stream), read_pickle(stream)
+        size = file.stat().st_size
+        tree, keys = read_pickle(stream, size), read_pickle(stream, size)
         sizes = {storage.key: storage.dtype for storage in _storages(tree)}
         whole, numbers = _mapped(file), {}
         for key in keys:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,46 @@ import torch
 from torch import Tensor
 
 from gramian.checkpoint.faults import damaged, plain
-from gramian.checkpoint.writing import load_tensors, save_tensors
+from gramian.checkpoint.writing import check_writable, load_tensors, memory_of, save_tensors
 from gramian.errors import UnsupportedError
 
-__all__ = ["load_tree", "save_tree"]
+__all__ = ["PackedTree", "load_tree", "pack_tree", "save_tree"]
 
 TREE = "gramian.tree"
+
+
+@dataclass(frozen=True)
+class PackedTree:
+    """A nested value as `save_tree` writes it: its tensors by name, and the rest as JSON."""
+
+    tensors: Mapping[str, Tensor]
+    text: str
+
+    def copied(self) -> PackedTree:
+        """The same with copies of the tensors in CPU memory, which a training may not change while they are written.
+
+        A tensor that occurs twice is copied once.
+        """
+        copies: dict[Any, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            check_writable(name, tensor)
+            if memory_of(tensor) not in copies:
+                copies[memory_of(tensor)] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return PackedTree({name: copies[memory_of(t)] for name, t in self.tensors.items()}, self.text)
+
+    def save(self, path: str | os.PathLike[str], previous: str | os.PathLike[str] | None = None) -> None:
+        """Write the value to a file, as `save_tree` does."""
+        save_tensors(path, self.tensors, {TREE: self.text}, previous=previous)
+
+
+def pack_tree(tree: Any) -> PackedTree:
+    """Dicts, lists and tuples of tensors, numbers, text and `None` as a `PackedTree`.
+
+    Raises `UnsupportedError` where the value holds anything else; the message says where.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_pack(tree, "", tensors))
+    return PackedTree(tensors, text)
 
 
 def save_tree(path: str | os.PathLike[str], tree: Any, *, previous: str | os.PathLike[str] | None = None) -> None:
@@ -40,9 +75,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any, *, previous: str | os.Pat
     >>> load_tree(path)
     {'state': {0: {'step': tensor(3.)}}, 'betas': (0.9, inf)}
     """
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(_pack(tree, "", tensors))
-    save_tensors(path, tensors, {TREE: text}, previous=previous)
+    pack_tree(tree).save(path, previous)
 
 
 def load_tree(path: str | os.PathLike[str]) -> Any:

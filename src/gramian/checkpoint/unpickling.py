@@ -16,7 +16,16 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-__all__ = ["Global", "Record", "Storage", "TensorPart", "read_pickle"]
+__all__ = ["Global", "OverBudgetError", "Record", "Storage", "TensorPart", "read_pickle"]
+
+
+# What a pickle may ask for, whatever its length: instructions, beside one for so many bytes of its file, since a tensor
+# takes some fifty and hundreds of bytes; and values copied by calls, which may be the square of its length.
+MOST_STEPS, BYTES_A_STEP, MOST_COPIED = 2_000_000, 16, 4_000_000
+
+
+class OverBudgetError(ValueError):
+    """A pickle that asks for more than its file can need."""
 
 
 class Global(NamedTuple):
@@ -107,14 +116,18 @@ _STORAGES = {
 _MARK = object()
 
 
-def read_pickle(stream: IO[bytes]) -> Any:
+def read_pickle(stream: IO[bytes], size: int = 0) -> Any:
     """Return the value of one pickle, with `Record` for objects and `TensorPart` for tensors.
 
-    Raises `ValueError` for what is no pickle, or one that this reader does not know.
+    Raises `ValueError` for what is no pickle, or one that this reader does not know, and `OverBudgetError` for one that
+    takes more instructions or copies than a file of `size` bytes with a model in it.
     """
     machine = _Machine()
+    most = MOST_STEPS + size // BYTES_A_STEP
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if number > most:
+                raise OverBudgetError(f"a pickle of more than {most:,} instructions")
             if opcode.name == "STOP":
                 return machine.stack.pop()
             machine.step(opcode.name, argument)
@@ -129,6 +142,7 @@ class _Machine:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
 
     def step(self, name: str, argument: Any) -> None:
         """Follow one instruction."""
@@ -220,10 +234,19 @@ class _Machine:
 
     def _reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
+        self._count(args)
         self.stack.append(_create(function, tuple(args), True))
+
+    def _count(self, args: Any) -> None:
+        """Add what a call of these arguments may copy: their values, and as many bytes as a number asks for."""
+        first = args[0] if args else ()
+        self.copied += len(args) + (first if type(first) is int else len(first) if hasattr(first, "__len__") else 0)
+        if self.copied > MOST_COPIED:
+            raise OverBudgetError(f"a pickle that copies more than {MOST_COPIED:,} values")
 
     def _newobj(self) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
+        self._count(args)
         self.stack.append(_create(cls, tuple(args), False))
 
     def _newobj_ex(self) -> None:
@@ -232,6 +255,7 @@ class _Machine:
 
     def _obj(self) -> None:
         cls, *args = self._to_mark()
+        self._count(args)
         self.stack.append(_create(cls, tuple(args), False))
 
     def _build(self) -> None:

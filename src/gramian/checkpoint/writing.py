@@ -15,10 +15,19 @@ from torch import Tensor
 
 from gramian.checkpoint.checksums import CHECKSUMS, HEADER, UNKNOWN, crc, raw_bytes, seal
 from gramian.checkpoint.faults import first_line
-from gramian.checkpoint.formats import SAFETENSORS_DTYPES, TIED, dtype_name, find_tied, get, is_plain, read_safetensors
+from gramian.checkpoint.formats import (
+    SAFETENSORS_DTYPES,
+    TIED,
+    dtype_name,
+    find_tied,
+    get,
+    is_plain,
+    memory_of,
+    read_safetensors,
+)
 from gramian.errors import CheckpointError, InputError
 
-__all__ = ["load_tensors", "save_tensors", "verify_file"]
+__all__ = ["check_writable", "load_tensors", "memory_of", "save_tensors", "verify_file"]
 
 
 def save_tensors(
@@ -60,7 +69,7 @@ def save_tensors(
     if taken & text.keys() or not all(isinstance(part, str) for item in text.items() for part in item):
         raise InputError(f"save_tensors: metadata must map str to str, and {sorted(taken)} are taken; got {text!r}.")
     for name, tensor in tensors.items():
-        _check(name, tensor)
+        check_writable(name, tensor)
     folder = path.parent
     if not folder.is_dir():
         raise InputError(f"{path}: the folder {folder} does not exist. Create it, or save elsewhere.")
@@ -188,7 +197,7 @@ def load_tensors(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[
     return tensors, dict(content.metadata)
 
 
-def _check(name: str, tensor: object) -> None:
+def check_writable(name: str, tensor: object) -> None:
     """Raises where safetensors cannot hold the tensor, or not under this name."""
     if name == "__metadata__":
         raise InputError("save_tensors: a tensor cannot be named '__metadata__' in a safetensors file. Rename it.")

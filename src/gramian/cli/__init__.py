@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import traceback
 import warnings
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -97,11 +99,18 @@ def main(args: list[str] | None = None) -> int:
 def program() -> NoReturn:
     """Run the command line as a process of its own and end it with the exit code.
 
+    SIGTERM ends it with 143, after what has to be undone, such as a half-written file; `gm.train` saves its run first.
+    Once the exit code is known, and the exit functions have run, it ends with that code: Python restores the signal's
+    default while it still takes the interpreter apart, which would turn a finished run into a killed one.
+
     A rank of torchrun ends without finalizing the interpreter. DistributedDataParallel keeps the threads of its process
     group, and Python before 3.14 unwinds a thread that asks for the GIL during finalization, through C++ frames that
     may not be unwound: now and then a run that was finished and written ended with "terminate called without an active
     exception" and exit code 134.
     """
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # registered first, so that it runs last
     code = main()
     if num_ranks() > 1:
         atexit._run_exitfuncs()  # of the user's task and its loggers
@@ -109,6 +118,10 @@ def program() -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **kwargs: Any) -> None:

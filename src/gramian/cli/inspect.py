@@ -42,6 +42,10 @@ def command(
     curvature: Annotated[
         bool, typer.Option("--curvature", help="With a task: also the leading eigenvalues of the loss's Hessian.")
     ] = False,
+    unchecked: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Do not compare a file's tensors with its checksums, as for a huge file."),
+    ] = False,
     layouts: Annotated[
         Path | None,
         typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
@@ -73,6 +77,8 @@ def command(
         options["verify"] = True
     if curvature and against is not None:
         raise InputError("--curvature is that of one model's loss; leave out --against")
+    if unchecked and task is not None:
+        raise InputError("--no-verify is for files that are inspected alone; leave out --task")
     if layouts is not None:
         from gramian.inspection.matrices import read_layouts
 
@@ -83,9 +89,9 @@ def command(
             tell(what, done / max(1, total), "")
 
         if against is not None:
-            found = _compare(model, against, task, extract_lora, out, options | {"progress": progress})
+            found = _compare(model, against, unchecked, task, extract_lora, out, options | {"progress": progress})
         else:
-            found = _inspect(model, task, options | {"curvature": curvature, "progress": progress})
+            found = _inspect(model, unchecked, task, options | {"curvature": curvature, "progress": progress})
         if not found.layers and against is None:
             reasons = "".join(f". {note}" for note in found.notes)
             raise InputError(
@@ -109,7 +115,8 @@ def command(
             raise typer.Exit(1)
 
 
-def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
+def _inspect(model: str, unchecked: bool, task: str | None, options: dict[str, Any]) -> Any:
+    from gramian.checkpoint import open_checkpoint
     from gramian.remedies import inspect
 
     found = with_task(model, task)
@@ -118,20 +125,26 @@ def _inspect(model: str, task: str | None, options: dict[str, Any]) -> Any:
             raise InputError(f"--verify trains on data, and {model} is a file: add --task")
         if options.get("curvature"):
             raise InputError(f"--curvature is that of a loss on data, and {model} is a file: add --task")
-        return inspect(model, **options)
+        return inspect(open_checkpoint(model, verify=not unchecked), **options)
+    if unchecked:
+        raise InputError(f"--no-verify is for files, and {model} is a task")
     network, its_task = found
     return inspect(network, its_task.batches(), its_task.objective, title=model, **options)
 
 
-def _compare(model: str, against: str, task: str | None, rank: int | None, out: Path, options: dict[str, Any]) -> Any:
+def _compare(
+    model: str, against: str, unchecked: bool, task: str | None, rank: int | None, out: Path, options: dict[str, Any]
+) -> Any:
+    from gramian.checkpoint import open_checkpoint
     from gramian.inspection import compare_checkpoints, extract_lora
 
     if task is not None:
         raise InputError("--against compares two checkpoints; leave out --task")
     options.pop("input_size")
-    report = compare_checkpoints(model, against, **options)
+    opened = [open_checkpoint(path, verify=not unchecked) for path in (model, against)]
+    report = compare_checkpoints(*opened, **options)
     if rank is not None:
         options.pop("quick")
-        adapter = extract_lora(model, against, rank, out, **options)
+        adapter = extract_lora(*opened, rank, out, **options)
         report.notes += adapter.notes()
     return report

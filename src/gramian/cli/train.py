@@ -6,12 +6,13 @@ import math
 import os
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand
 
 from gramian.cli.common import Quiet, complain, rank_number, ranks
+from gramian.cli.config import read_config
 from gramian.errors import GramianError, InputError
 
 __all__ = ["WithOptimizers", "command"]
@@ -42,7 +43,14 @@ def command(
     listed: Annotated[
         bool, typer.Option("--list", callback=_list, is_eager=True, help="Show the built-in tasks.")
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=read_config, is_eager=True, help="A TOML file of these options by their names; flags win."
+        ),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="The text file of the task chars.")] = None,
+    model: Annotated[str | None, typer.Option(help="Of the task chars: transformer or lstm.")] = None,
     optimizer: Annotated[str, typer.Option(help="One of the names below.")] = "auto",
     lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
     init: Annotated[
@@ -57,18 +65,24 @@ def command(
     schedule: Annotated[
         str, typer.Option(help="Of the rate: linear, constant, cosine, step, exponential or plateau.")
     ] = "linear",
-    warmup: Annotated[int, typer.Option(help="Steps over which the rate rises first.", min=0)] = 10,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps over which the rate rises first. [default: 10]", min=0)
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="In place of the optimizer's own.", min=0)] = None,
     regularize: Annotated[
         str, typer.Option(help="l1=X, l2=X, both, nuclear=X, spectral=X or orthogonal=X, exact by proximal maps.")
     ] = "",
     augment: Annotated[
         str,
-        typer.Option(help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X."),
+        typer.Option(
+            help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X, mixup=X."
+        ),
     ] = "",
     clip: Annotated[float | None, typer.Option(help="Largest norm of all gradients together.")] = None,
     accumulate: Annotated[int, typer.Option(help="Batches in a step.", min=1)] = 1,
-    precision: Annotated[str, typer.Option(help="float32, or bfloat16 for the forward pass.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="Of the forward pass: float32, bfloat16, or float16 with a loss scale.")
+    ] = "float32",
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights, as 0.999.")] = None,
     best: Annotated[str | None, typer.Option(help="Keep the best evaluation's model: max:NAME or min:NAME.")] = None,
     patience: Annotated[int | None, typer.Option(help="End after so many evaluations without a better one.")] = None,
@@ -77,6 +91,12 @@ def command(
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report: curves, spectra before and after, and what went wrong.")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log to the folder tensorboard in --out too.")
+    ] = False,
     timeout: Annotated[
         float,
         typer.Option(help="Seconds after which a process of torchrun counts as hung.", min=1),
@@ -97,6 +117,8 @@ def command(
         raise InputError("train: --resume needs --out DIR, the folder of the run to continue")
     if out is not None and not resume and os.path.exists(out / "model.safetensors"):
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
+    if tensorboard and out is None:
+        raise InputError("train: --tensorboard needs --out DIR, the folder that it writes to")
     if compare and (optimizer != "auto" or lr is not None):
         raise InputError("train: --compare names the optimizers, at their usual rates; leave out --optimizer and --lr")
     options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}
@@ -106,9 +128,10 @@ def command(
     again = "" if out is None else "; continue with the same command and --resume"
     try:
         with ranks(timeout) as first:
-            options |= {"init": init, "seed": seed, "out": out, "resume": resume, **budget}
+            options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html, **budget}
             options |= {} if compare else {"optimizer": optimizer, "lr": lr}
-            runs, name = _train(task, text, first and not quiet, compare, options)
+            logs = tensorboard and first
+            runs, name = _train(_Asked(task, text, model), first and not quiet, compare, logs, options)
     except KeyboardInterrupt:
         complain(f"interrupted{again}")
         raise typer.Exit(130) from None
@@ -132,24 +155,55 @@ def command(
         raise typer.Exit(1)
 
 
+class _Asked(NamedTuple):
+    """The task that was asked for, and its own options."""
+
+    task: str
+    text: Path | None
+    model: str | None
+
+    def load(self) -> Any:
+        """The task."""
+        from gramian import tasks
+
+        if self.task == "chars":
+            if self.text is None:
+                raise InputError("train: the task chars needs a text: gramian train chars --text FILE")
+            return tasks.chars(self.text, **({} if self.model is None else {"model": self.model}))
+        for flag, value in (("--text FILE", self.text), ("--model", self.model)):
+            if value is not None:
+                raise InputError(f"train: {flag} belongs to the task chars, as in gramian train chars --text FILE")
+        return tasks.load(self.task, write="gramian train {}")
+
+
 def _train(
-    task: str, text: Path | None, shown: bool, compared: str, options: dict[str, Any]
+    asked: _Asked, shown: bool, compared: str, logs: bool, options: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
     """Load the task and train it; returns the runs by their optimizers, and the task's name."""
-    from gramian import tasks
     from gramian.training import compare, display, train
 
     here = Path.cwd()
-    if task == "chars" or text is not None:
-        if task != "chars" or text is None:
-            raise InputError("train: --text FILE belongs to the task chars, as in gramian train chars --text FILE")
-        found = tasks.chars(text)
-    else:
-        found = tasks.load(task, write="gramian train {}")
-    if options["out"] is not None and Path.cwd() != here:  # the task's file went elsewhere
-        options["out"] = here / options["out"]
+    found = asked.load()
+    for name in ("out", "report"):
+        if options[name] is not None:  # the task's file may have gone elsewhere
+            options[name] = here / options[name] if Path.cwd() != here else options[name]
+    listeners: list[Any] = []
+    if logs:
+        from gramian.integrations import RunBoard
+
+        listeners.append(RunBoard())
+
+    def progress(row: dict[str, float], share: float) -> None:
+        for listener in listeners:
+            listener.evaluated(row, share)
+
+    def on_step(run: Any, share: float) -> None:
+        for listener in listeners:
+            listener.stepped(run, share)
+
     with display.Watched(quiet=not shown) as watched:
-        options |= {"progress": watched.evaluated, "on_step": watched.stepped}
+        listeners.append(watched)
+        options |= {"progress": progress, "on_step": on_step}
         if compared:
             return compare(found, compared.split(","), begun=watched.begun, **options), found.name
         return {options["optimizer"]: train(found, **options)}, found.name

@@ -10,12 +10,14 @@ from gramian.integrations.huggingface import attach_to_trainer, trainer_optimize
 from gramian.integrations.lightning import lightning_callback, lightning_watch
 from gramian.integrations.loggers import JsonlLogger, Logger, MlflowLogger, TensorBoardLogger
 from gramian.integrations.metrics import Inspector, health_metrics
+from gramian.integrations.runs import RunBoard
 
 __all__ = [
     "Inspector",
     "JsonlLogger",
     "Logger",
     "MlflowLogger",
+    "RunBoard",
     "TensorBoardLogger",
     "attach_to_trainer",
     "health_metrics",

@@ -126,17 +126,17 @@ AUTO = "muon"
 """What `"auto"` stands for: the best in `gramian bench optim`."""
 
 
-def known_name(caller: str, name: str, otherwise: str) -> str:
+def known_name(caller: str, name: str, otherwise: str = "") -> str:
     """The name in the table that `name` stands for.
 
-    Raises `InputError` for one that is not there; the error says what `caller` takes `otherwise`.
+    Raises `InputError` for one that is not there; the error says what `caller` takes `otherwise`, if anything.
 
     >>> known_name("train", "auto", "a function")
     'muon'
     """
     if name != "auto" and name not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        raise InputError(f"{caller}: unknown optimizer {name!r}; wanted auto, {known}, or {otherwise}")
+        *known, last = ["auto", *OPTIMIZERS, *filter(None, [otherwise])]
+        raise InputError(f"{caller}: unknown optimizer {name!r}; wanted {', '.join(known)} or {last}")
     return AUTO if name == "auto" else name
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gramian.errors import InputError, TaskError
 from gramian.objective import Objective
+from gramian.report import HeatMap
 from gramian.training import Task
 
 __all__ = ["Digits", "digits", "plain_tanh_network"]
@@ -159,7 +160,8 @@ def autoencoder(*, dim: int = 8, seed: int = 0) -> Task:
     """Return a task of compression: digits are to be rebuilt from a few numbers.
 
     The evaluation tells the share of the variance of held-out digits that is left unexplained, and for comparison that
-    of as many principal components of the training digits, the best linear map of this kind.
+    of as many principal components of the training digits, the best linear map of this kind. The report of a run draws
+    digits beside both.
 
     Args:
         dim: how many numbers.
@@ -189,8 +191,18 @@ def autoencoder(*, dim: int = 8, seed: int = 0) -> Task:
     def batches(epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor]]:
         return ((x,) for x, _ in data.batches(epoch, generator))
 
+    def pictures(model: nn.Module) -> list[HeatMap]:
+        drawn = {"Held-out digits": data.x_test, "Rebuilt by the network": model(data.x_test)}
+        drawn[f"Rebuilt by {dim} principal components"] = rebuilt
+        return [HeatMap(title, _mosaic(images), "column", "row") for title, images in drawn.items()]
+
     def model() -> nn.Module:
         layers = [nn.Linear(64, 64), nn.GELU(), nn.Linear(64, dim), nn.Linear(dim, 64), nn.GELU(), nn.Linear(64, 64)]
         return nn.Sequential(*layers)
 
-    return Task(model, Objective.reconstruction(), batches, evaluate, name="autoencoder")
+    return Task(model, Objective.reconstruction(), batches, evaluate, name="autoencoder", pictures=pictures)
+
+
+def _mosaic(images: Tensor, side: int = 4) -> list[list[float]]:
+    """The first images, side by side in a square, as rows of pixels."""
+    return images[: side * side].reshape(side, side, 8, 8).transpose(1, 2).reshape(8 * side, 8 * side).tolist()

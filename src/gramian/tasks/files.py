@@ -65,6 +65,8 @@ def load(spec: str, *, write: str = "{}") -> Task:
     except GramianError:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+            raise  # a signal's, as the command line raises at SIGTERM
         raise TaskError(f"task {spec} raised {described(error, str(file))}") from error
     if not isinstance(task, Task):
         model = ". Put the model into one: gm.Task(lambda: model, objective, train_loader, evaluate)"

@@ -1,19 +1,19 @@
-"""Sequences of tokens: copying, and the characters of a text, with a small transformer."""
+"""Sequences of tokens: copying, and the characters of a text, with a small transformer or an LSTM."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gramian.errors import TaskError
+from gramian.errors import InputError, TaskError
 from gramian.objective import Objective
 from gramian.training import Task
 
-__all__ = ["CausalTransformer", "chars", "copying"]
+__all__ = ["LSTM", "CausalTransformer", "chars", "copying"]
 
 BATCH_SIZE, NUM_BATCHES = 32, 50
 
@@ -49,6 +49,39 @@ class CausalTransformer(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
         x = self.embed(tokens) + self.place(torch.arange(length, device=tokens.device))
         return self.head(self.layers(x, mask=mask, is_causal=True))
+
+
+class LSTM(nn.Module):
+    """A small recurrent network that predicts the next token.
+
+    Args:
+        vocabulary: number of tokens.
+        width, num_layers: of its layers.
+
+    Raises: nothing of its own.
+    Cost: that of torch's LSTM, one token after the other.
+    Source: Hochreiter & Schmidhuber, Long Short-Term Memory (1997).
+
+    >>> LSTM(5)(torch.zeros(2, 8, dtype=torch.long)).shape
+    torch.Size([2, 8, 5])
+    """
+
+    def __init__(self, vocabulary: int, *, width: int = 96, num_layers: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.LSTM(width, width, num_layers, batch_first=True)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The scores of the token after each one, `(B, T, vocabulary)`."""
+        return self.head(self.layers(self.embed(tokens))[0])
+
+
+# The models of `chars`, from the vocabulary and the length of the sequences.
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "transformer": CausalTransformer,
+    "lstm": lambda vocabulary, length: LSTM(vocabulary),
+}
 
 
 def copying(*, letters: int = 8, length: int = 10, gap: int = 10) -> Task:
@@ -95,14 +128,16 @@ def copying(*, letters: int = 8, length: int = 10, gap: int = 10) -> Task:
     return Task(model, Objective.classification(), batches, evaluate, name="copying")
 
 
-def chars(text: str | os.PathLike[str], *, length: int = 64) -> Task:
+def chars(text: str | os.PathLike[str], *, length: int = 64, model: str = "transformer") -> Task:
     """Return a task of language: the next character of a text, of which the last tenth is held out.
 
     Args:
         text: path of a file of UTF-8 text.
         length: of the sequences, in characters.
+        model: `"transformer"` or `"lstm"`, of about 110,000 and 160,000 parameters.
     Returns: the task; the evaluation tells the bits of a held-out character.
     Raises:
+        InputError: another model.
         TaskError: the file cannot be read, or is too short.
     Cost: reading the file.
     Source: this library's own.
@@ -114,6 +149,8 @@ def chars(text: str | os.PathLike[str], *, length: int = 64) -> Task:
     >>> chars(file).batches(1)[0].shape
     torch.Size([32, 65])
     """
+    if model not in MODELS:
+        raise InputError(f"chars: model must be one of {', '.join(MODELS)}; got {model!r}")
     try:
         content = Path(text).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -136,12 +173,12 @@ def chars(text: str | os.PathLike[str], *, length: int = 64) -> Task:
 
     held_out = test[: len(test) // (length + 1) * (length + 1)].view(-1, length + 1)[:64]
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        scores = model(held_out[:, :-1])
+    def evaluate(network: nn.Module) -> dict[str, float]:
+        scores = network(held_out[:, :-1])
         loss = nn.functional.cross_entropy(scores.flatten(0, 1), held_out[:, 1:].flatten())
         return {"bits": float(loss / torch.log(torch.tensor(2.0)))}
 
-    def model() -> nn.Module:
-        return CausalTransformer(len(known), length + 1)
+    def made() -> nn.Module:
+        return MODELS[model](len(known), length + 1)
 
-    return Task(model, Objective.next_token(), batches, evaluate, name="chars", source=f"chars {Path(text).resolve()}")
+    return Task(made, Objective.next_token(), batches, evaluate, name="chars", source=f"chars {Path(text).resolve()}")

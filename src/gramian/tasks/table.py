@@ -9,6 +9,7 @@ from functools import partial
 from gramian.tasks.digits import autoencoder, digits, digits_cnn
 from gramian.tasks.regression import diabetes
 from gramian.tasks.sequences import copying
+from gramian.tasks.signals import mnist1d
 from gramian.training import Task
 
 __all__ = ["TASKS", "Builtin"]
@@ -32,6 +33,9 @@ TASKS: dict[str, Builtin] = {
     "digits-10": Builtin(partial(digits, classes=10), "which digit, with the same network"),
     "digits-cnn": Builtin(digits_cnn, "which digit, with a small convolutional network"),
     "autoencoder": Builtin(autoencoder, "digits through 8 numbers and back, beside their 8 principal components"),
+    "mnist1d": Builtin(
+        mnist1d, "which digit, from 40 points of a curve, with a small convolutional network (an extra)"
+    ),
     "diabetes": Builtin(diabetes, "regression: the progression of diabetes in 442 patients, from 10 measurements"),
     "copying": Builtin(copying, "sequences of random letters, repeated after a gap, with a small transformer"),
 }

@@ -1,4 +1,4 @@
-"""Random changes of the training inputs: of images, of sequences of tokens, and of any numbers.
+"""Random changes of the training inputs: of images, of sequences of tokens, and of any numbers; and mixup.
 
 Each is a switch with a strength. What is drawn depends on the seed, the epoch and the number of the batch alone, so a
 resumed run draws the same, and so do all ranks.
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.batch import mapped
 from gramian.errors import InputError, UnsupportedError
 
-__all__ = ["AUGMENTATIONS", "augmented", "check"]
+__all__ = ["AUGMENTATIONS", "augmented", "check", "mixed"]
 
 
 def augmented(batch: Any, strengths: Mapping[str, float], seed: tuple[int, ...]) -> Any:
-    """Return the batch with its inputs changed, in the order of `strengths`.
+    """Return the batch with its inputs changed, in the order of `strengths`; `mixed` does the rest of mixup.
 
     Args:
         batch: `(x, …)`, a list or a tuple whose first tensor holds the inputs; or a tensor.
@@ -35,19 +36,62 @@ def augmented(batch: Any, strengths: Mapping[str, float], seed: tuple[int, ...])
             f"train: augment changes the first tensor of a batch (x, …); this batch is a {type(batch).__name__}. "
             "Change the inputs in train_batches instead"
         )
-    digest = hashlib.sha256(repr(seed).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    generator = _generator(seed)
     for name, strength in strengths.items():
-        x = AUGMENTATIONS[name][0](x, strength, generator)
+        x = _mixed_inputs(x, strength, seed) if name == MIXUP else AUGMENTATIONS[name][0](x, strength, generator)
     return x if isinstance(batch, Tensor) else type(batch)([x, *batch[1:]])
+
+
+def mixed(batch: Any, strengths: Mapping[str, float], seed: tuple[int, ...]) -> list[tuple[float, Any]]:
+    """Return the batches, with weights, whose losses add up to that of a batch that `augmented` changed.
+
+    Without mixup that is the batch itself. With it (Zhang et al., 1710.09412), each input is λ of its own and 1 − λ of
+    another's, and so is its loss: λ of that with its own labels and 1 − λ of that with the other's.
+    """
+    strength = strengths.get(MIXUP, 0.0)
+    if not strength or isinstance(batch, Tensor) or len(batch) == 1:  # what is to be rebuilt is the mixed input
+        return [(1.0, batch)]
+    weight, order = _mixing(len(batch[0]), strength, seed)
+
+    def other(values: Tensor) -> Tensor:
+        if not values.ndim or len(values) != len(order):
+            raise UnsupportedError(
+                f"train: augment by mixup pairs the {len(order)} rows of a batch, but its labels are of shape "
+                f"{tuple(values.shape)}. Give one row of labels for each input"
+            )
+        return values[order.to(values.device)]
+
+    return [(weight, batch), (1 - weight, type(batch)([batch[0], *(mapped(part, other) for part in batch[1:])]))]
+
+
+def _mixing(num: int, strength: float, seed: tuple[int, ...]) -> tuple[float, Tensor]:
+    """A weight λ of a Beta(strength, strength) distribution, and with whom each row is mixed."""
+    generator = _generator((*seed, 1))
+    shares = torch._standard_gamma(torch.full((2,), strength, dtype=torch.float64), generator=generator)
+    weight = float(shares[0] / shares.sum()) if float(shares.sum()) else 1.0
+    return weight, torch.randperm(num, generator=generator)
+
+
+def _mixed_inputs(x: Tensor, strength: float, seed: tuple[int, ...]) -> Tensor:
+    if not x.is_floating_point():
+        raise UnsupportedError(f"train: augment by mixup needs floating numbers; got {x.dtype}. For tokens, use mask")
+    if not strength:
+        return x
+    weight, order = _mixing(len(x), strength, seed)
+    return weight * x + (1 - weight) * x[order.to(x.device)]
+
+
+def _generator(seed: tuple[int, ...]) -> torch.Generator:
+    digest = hashlib.sha256(repr(seed).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def check(strengths: Mapping[str, float]) -> None:
     """Raise `InputError` for an unknown name or a strength out of its range."""
     for name, strength in strengths.items():
-        if name not in AUGMENTATIONS:
-            raise InputError(f"train: augment must be of {', '.join(AUGMENTATIONS)}; got {name!r}")
-        largest = AUGMENTATIONS[name][1]
+        if name not in (*AUGMENTATIONS, MIXUP):
+            raise InputError(f"train: augment must be of {', '.join((*AUGMENTATIONS, MIXUP))}; got {name!r}")
+        largest = AUGMENTATIONS[name][1] if name != MIXUP else math.inf
         if not 0 <= strength <= largest or not math.isfinite(strength):
             wanted = f"between 0 and {largest:g}" if math.isfinite(largest) else "zero or a positive number"
             raise InputError(f"train: augment {name} must be {wanted}; got {strength}")
@@ -140,6 +184,9 @@ def _mask(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     drawn = torch.randint(x.numel(), x.shape, generator=generator).to(x.device)
     return torch.where(chosen, x.reshape(-1)[drawn], x)
 
+
+# It also changes the loss, by `mixed`; its strength is the parameter of a Beta distribution.
+MIXUP = "mixup"
 
 # By name: the change, and its largest strength. A new one is a function and a row.
 AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, float, torch.Generator], Tensor], float]] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 from gramian.errors import InputError
 from gramian.optim.registry import known_name
+from gramian.training import agreement, page
 from gramian.training.loop import train
 from gramian.training.task import Run, Task
 
@@ -19,6 +20,7 @@ def compare(
     optimizers: Sequence[str],
     *,
     out: str | Path | None = None,
+    report: str | Path | None = None,
     begun: Callable[[str], None] | None = None,
     **options: Any,
 ) -> dict[str, Run]:
@@ -31,6 +33,7 @@ def compare(
         task: what to train.
         optimizers: names, as for `train`.
         out: a folder that gets one for each optimizer, by its name.
+        report: an HTML file for their curves.
         begun: called with the name of each optimizer before its run.
         options: as for `train`, but `optimizer` and `lr`.
     Returns: the runs by the optimizer's name, in the order given.
@@ -44,7 +47,7 @@ def compare(
     >>> [(name, run.steps) for name, run in runs.items()]
     [('adamw', 20), ('sgd', 20)]
     """
-    names = [known_name("train", name, "two names or more") for name in optimizers]
+    names = [known_name("train: compare", name) for name in optimizers]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise InputError(f"train: compare takes two different optimizers or more; got {', '.join(names) or 'none'}")
     for name in names:
@@ -53,10 +56,13 @@ def compare(
                 f"train: {Path(out) / name} holds a finished run. Choose another folder, or delete model.safetensors "
                 "there"
             )
+    page.check(report)
     runs = {}
     for name in names:
         if begun is not None:
             begun(name)
         place = None if out is None else Path(out) / name
         runs[name] = train(task, optimizer=name, out=place, **options)
+    if report is not None and agreement.first():
+        page.comparison(runs, task).save(report)
     return runs

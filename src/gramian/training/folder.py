@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gramian.block import blocks
-from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, save_tensors, save_tree, verify_file
+from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, pack_tree, save_tensors, verify_file
 from gramian.checkpoint.faults import plain
 from gramian.checkpoint.trees import TREE
 from gramian.errors import CheckpointError, GramianWarning, InputError
@@ -56,11 +57,12 @@ class Folder:
     """A run's folder: `checkpoint.safetensors` while the run is unfinished, then `model.safetensors`; `metrics.jsonl`.
 
     A checkpoint is one file, written atomically, and reading it executes nothing. The one before is kept as
-    `checkpoint.previous.safetensors` until the next is written and verified. When the run is finished,
+    `checkpoint.previous.safetensors` until the next is written and verified. The run goes on while a checkpoint is
+    written, from a copy, by a thread; what it raises is raised by the next call here. When the run is finished,
     `model.safetensors` replaces both, with a summary of the run in its metadata. Each evaluation adds a line to
     `metrics.jsonl` at once; a resumed run drops the lines after its checkpoint and measures them again.
 
-    Nothing in the folder changes before the first step is taken, and no file that is not of a run ever does.
+    Nothing in the folder changes before the first evaluation or checkpoint, and no file that is not of a run ever does.
 
     Args:
         path: the folder, created if it is missing, and locked against other processes until `close`.
@@ -83,11 +85,15 @@ class Folder:
             ) from None
         self._lock = locked(path, self.shown)
         self._kept_at, self._cost = time.perf_counter(), 0.0
+        self._writer = ThreadPoolExecutor(1, "gramian-checkpoint")
+        self._writing: Future[None] | None = None
+        self._begun = False
         self._torn = False  # whether a line of metrics could not be written
         self.sound = True  # whether the checkpoint in the folder is whole, and worth keeping as the previous one
 
     def close(self) -> None:
         """Release the folder for other processes; it is removed if it was made for this run and nothing is in it."""
+        self._writer.shutdown()
         self._lock.close()
         self._remove_made()
 
@@ -108,15 +114,24 @@ class Folder:
                 f"folder, or delete {CHECKPOINT} there"
             )
 
-    def begin(self, history: list[dict[str, float]]) -> None:
-        """Make the folder the run's own, when its first step was taken: an earlier run's model goes."""
-        # Deleted first, so that it is never mistaken for the new run's.
-        (self.path / MODEL).unlink(missing_ok=True)
-        self.write(history)
+    def _begin(self, history: list[dict[str, float]]) -> None:
+        """Make the folder the run's own, when it has something to keep: an earlier run's model goes."""
+        if self._begun:
+            return
+        try:
+            # Deleted first, so that it is never mistaken for the new run's.
+            (self.path / MODEL).unlink(missing_ok=True)
+            self.write(history)
+        except OSError as error:
+            raise CheckpointError(f"train: cannot write to {plain(self.shown, 500)} ({error.strerror})") from error
+        self._begun = True
 
     def write(self, history: list[dict[str, float]]) -> None:
-        """Rewrite `metrics.jsonl`, unless it is as it should be."""
+        """Rewrite `metrics.jsonl`, unless it is as it should be; without evaluations there is none."""
         text = "".join(map(_line, history))
+        if not text:
+            (self.path / METRICS).unlink(missing_ok=True)
+            return
         with suppress(OSError, ValueError):
             if (self.path / METRICS).read_text(encoding="utf-8") == text:
                 return
@@ -124,6 +139,7 @@ class Folder:
 
     def append(self, history: list[dict[str, float]]) -> None:
         """Append the last evaluation to `metrics.jsonl`. Where that fails, the next one writes all lines again."""
+        self._begin(history[:-1])
         try:
             if self._torn:
                 self.write(history)
@@ -142,21 +158,42 @@ class Folder:
             self._torn = True
 
     def due(self, *, evaluated: bool) -> bool:
-        """Whether to write a checkpoint: after an evaluation or half a minute, unless that would cost too much time."""
+        """Whether to write a checkpoint: after an evaluation or half a minute, unless that would cost too much time.
+
+        Raises `CheckpointError` where the last one could not be written.
+        """
         since = time.perf_counter() - self._kept_at
-        return (evaluated or since >= EVERY_SECONDS) and since * LARGEST_SHARE >= self._cost
+        if self._writing is not None and not self._writing.done():
+            cost = since
+        else:
+            self.wait()
+            cost = self._cost
+        return (evaluated or since >= EVERY_SECONDS) and since * LARGEST_SHARE >= cost
 
     def keep(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint; the one before stays until this one is written and verified."""
-        begin = time.perf_counter()
-        content = {"format": FORMAT, "identity": self.identity, **state}
-        save_tree(self.path / CHECKPOINT, content, previous=self.path / PREVIOUS if self.sound else None)
-        self.sound = True
-        self._kept_at = time.perf_counter()
-        self._cost = self._kept_at - begin
+        """Copy the state and begin to write the checkpoint; the one before stays until this one is verified."""
+        self.wait()
+        begin = self._kept_at = time.perf_counter()
+        self._begin(state["history"])
+        packed = pack_tree({"format": FORMAT, "identity": self.identity, **state}).copied()
+
+        def write() -> None:
+            packed.save(self.path / CHECKPOINT, self.path / PREVIOUS if self.sound else None)
+            self.sound = True
+            self._kept_at = time.perf_counter()
+            self._cost = self._kept_at - begin
+
+        self._writing = self._writer.submit(write)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written; raises what its thread raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def finish(self, model: nn.Module, summary: dict[str, Any], history: list[dict[str, float]]) -> None:
         """Write the model and the summary of its run, verify it, and remove the checkpoints."""
+        self._begin(history)
         if self._torn:
             self.write(history)
         text = json.dumps({"format": FORMAT, "identity": self.identity, **summary})
@@ -240,7 +277,9 @@ def _last_checkpoint(path: Path, shown: Path) -> tuple[Any, str]:
                     raise InputError(_not_ours(Path(shown, name)))
                 return load_tree(path / name), "" if damage is None else str(damage)
             except CheckpointError as error:
-                damage = damage or error
+                if damage is not None:
+                    raise CheckpointError(f"{damage} The one before is damaged too: {error}") from error
+                damage = error
     if damage is not None:
         raise damage
     return None, ""

@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "end"]
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
@@ -15,8 +15,8 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """A context that notes Ctrl-C and SIGTERM instead of ending the process; a second one ends it at once.
 
-    A signal for which the program has a handler of its own is left alone, and so are all of them outside the main
-    thread, where Python has no handlers.
+    A signal for which the program has a handler of its own is left alone (that of the command line gives way), and so
+    are all of them outside the main thread, where Python has no handlers.
 
     Args:
         active: whether to note signals at all.
@@ -34,7 +34,9 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if self.active and threading.current_thread() is threading.main_thread():
             for number in HANDLED:
-                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before = signal.getsignal(number)
+                gives_way = getattr(before, "__module__", "").startswith("gramian.cli")
+                if gives_way or before in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -44,12 +46,12 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            self.end(number)
+            end(number)
         self.received = number
 
-    @staticmethod
-    def end(number: int) -> None:
-        """Raise what a signal stands for: `KeyboardInterrupt` for Ctrl-C, else an exit with 128 and its number."""
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+
+def end(number: int) -> None:
+    """Raise what a signal stands for: `KeyboardInterrupt` for Ctrl-C, else an exit with 128 and its number."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

@@ -15,8 +15,10 @@ from torch import nn
 from gramian import placement
 from gramian.errors import GramianWarning, InputError, TaskError
 from gramian.objective import as_objective
-from gramian.training import agreement, start
+from gramian.report import Report
+from gramian.training import agreement, page, start
 from gramian.training.folder import Folder, read
+from gramian.training.interrupts import Interrupts, end
 from gramian.training.optimizers import Choice, choose
 from gramian.training.options import Options
 from gramian.training.randomness import seeded
@@ -38,7 +40,7 @@ def train(
     epochs: int | None = None,
     seconds: float | None = None,
     schedule: str = "linear",
-    warmup: int = WARMUP_STEPS,
+    warmup: int | None = None,
     weight_decay: float | None = None,
     regularize: Mapping[str, float] | None = None,
     clip: float | None = None,
@@ -51,6 +53,7 @@ def train(
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
+    report: str | Path | None = None,
     progress: Callable[[dict[str, float], float], None] | None = None,
     on_step: Callable[[Run, float], None] | None = None,
 ) -> Run:
@@ -87,7 +90,7 @@ def train(
         schedule: of the learning rate after the warm-up: `"linear"` to zero, `"constant"`, `"cosine"` to zero, `"step"`
             (a tenth after each third of the budget), `"exponential"` to a hundredth, or `"plateau"` (half after two
             evaluations without a smaller training loss).
-        warmup: steps over which the rate rises first.
+        warmup: steps over which the rate rises first, not more than the run has; 10 by default.
         weight_decay: of all parameter groups, in place of the optimizer's own.
         regularize: one of the penalties `l1`, `l2`, `nuclear`, `spectral`, `orthogonal` with its strength, or `l1` and
             `l2`, on every parameter that holds matrices; exact, by its proximal map after each step (`gm.optim.
@@ -106,6 +109,8 @@ def train(
         out: a folder for `metrics.jsonl` (a line for each evaluation, as it happens), `checkpoint.safetensors` while
             the run is unfinished, and `model.safetensors` when it is finished.
         resume: continue the run in `out`, if there is one; a finished one is returned as it is.
+        report: an HTML file for the run's curves, the diagnosis and the spectra of its weights before and after, and
+            `task.pictures`. Where the loss is not finite or did not fall, it says what `gm.inspect` finds.
         progress: called after each evaluation with its row and the share of the budget that is spent.
         on_step: called before the first and after each step with the run so far and the share that is spent.
     Returns: the run, with its model and history.
@@ -133,7 +138,7 @@ def train(
         raise InputError(f"train: seed must be a whole number from 0 to 2**63 - 1, got {seed}")
     options = Options(
         schedule,
-        warmup,
+        WARMUP_STEPS if warmup is None else warmup,
         weight_decay,
         dict(regularize or {}),
         clip,
@@ -146,6 +151,7 @@ def train(
     )
     choice = choose(optimizer, lr, options)
     start.check(init)
+    page.check(report)
     objective = as_objective(task.objective)
     if resume and out is None:
         raise InputError("train: resume needs out=, the folder of the run to resume")
@@ -178,7 +184,11 @@ def train(
             opt = choice.make(model)
         stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
         rates = Schedule(*budget, opt, name=schedule, warmup=warmup, accumulate=accumulate)
+        rates.check_warmup()
         loop = Loop(run, task, objective, rates, stream, options, seed)
+        if report is not None and saved is None:
+            with seeded(seed):
+                loop.before = page.diagnose(model, task, objective).to_json()
         if saved is not None:
             loop.restore(saved, place)
             if saved["damage"] and folder is not None:
@@ -192,10 +202,22 @@ def train(
             if folder is not None:
                 folder.write(run.history)
         else:
-            loop.go(folder, progress, on_step)
-            with placement.agreed("train"):
-                if folder is not None and loop.finished:
-                    folder.finish(model, loop.summary(), run.history)
+            with Interrupts(active=run.out is not None) as interrupts:
+                loop.go(folder, progress, on_step, interrupts)
+                with placement.agreed("train"):
+                    if folder is not None:
+                        folder.wait()
+                        if loop.finished:
+                            folder.finish(model, loop.summary(), run.history)
+                if interrupts.received:
+                    end(interrupts.received)
+        if report is not None:
+            with seeded(seed):
+                before = Report.from_json(loop.before) if loop.before else None
+                after = page.diagnose(model, task, objective)
+                with placement.agreed("train"):
+                    if agreement.first():
+                        page.document(run, task, before, after).save(report)
     if run.diverged:
         warnings.warn(
             f"train: the loss is not finite in {min(NONFINITE_STEPS, run.steps)} steps in a row; stopped after "

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from gramian.errors import InputError
 from gramian.prox import L1, L2, ElasticNet, Nuclear, Orthogonal, Penalty, SpectralNorm
 from gramian.training.augmentation import check as check_augmentation
@@ -22,7 +24,8 @@ PENALTIES: dict[str, Callable[[float], Penalty]] = {
     "orthogonal": Orthogonal,
 }
 
-PRECISIONS = ("float32", "bfloat16")
+# Of the forward pass: what autocast is to use, if anything.
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from gramian.recording import evaluating
 from gramian.training import agreement
 from gramian.training.averaging import Average
 from gramian.training.folder import MODEL, Folder
-from gramian.training.interrupts import Interrupts
+from gramian.training.interrupts import Interrupts, end
 from gramian.training.options import Options, best_row
 from gramian.training.randomness import restore_python, state_of_python
 from gramian.training.schedule import Schedule
@@ -51,9 +52,9 @@ class Loop:
         seed: int,
     ) -> None:
         self.run, self.task, self.schedule, self.stream = run, task, schedule, stream
-        self.options, self.seed = options, seed
+        self.options = options
         self.optimizer = schedule.optimizer
-        self.stepper = Stepper(run.model, task, objective, self.optimizer, options)
+        self.stepper = Stepper(run.model, task, objective, self.optimizer, options, seed)
         self.failure, self.device = self.stepper.failure, self.stepper.device
         # Sums of the loss since the last evaluation.
         self.total, self.units = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
@@ -61,6 +62,7 @@ class Loop:
         self.average = None if options.ema is None else Average(run.model, options.ema)
         self.best: dict[str, Tensor] = {}  # the weights of the best evaluation
         self.finished = False
+        self.before = ""  # the diagnosis before the first step, as JSON, for the report
         run.lr = schedule.rates[0]
 
     def go(
@@ -68,26 +70,30 @@ class Loop:
         folder: Folder | None,
         progress: Callable[[dict[str, float], float], None] | None,
         on_step: Callable[[Run, float], None] | None,
+        interrupts: Interrupts,
     ) -> None:
-        """Take steps until the budget is spent, nothing improves any more, or the loss stays not finite."""
+        """Take steps until the budget is spent, nothing improves any more, or the loss stays not finite.
+
+        A signal that is noted in `interrupts` ends the process after the step, when the run was kept.
+        """
         run, schedule = self.run, self.schedule
         run.model.train()
         started = time.perf_counter() - run.seconds
         ended = schedule.share(run) >= 1
-        began = False
         if on_step is not None:
             on_step(run, schedule.share(run))
-        with Interrupts(active=run.out is not None) as interrupts, agreement.naming_the_lost():
+        with agreement.naming_the_lost():
             while not ended:
                 self._step()
-                due = [folder is not None and folder.due(evaluated=evaluated) for evaluated in (False, True)]
+                due = [False, False]
+                with self.failure.caught():
+                    if folder is not None:
+                        due = [folder.due(evaluated=evaluated) for evaluated in (False, True)]
                 facts = {"seconds": time.perf_counter() - started, "due": due, "signal": interrupts.received}
                 told = agreement.exchanged(facts, self.failure)
                 run.seconds, due = told[0]["seconds"], told[0]["due"]
                 signal = max(other["signal"] for other in told)
-                if not began and folder is not None:
-                    folder.begin(run.history)
-                began = True
+                schedule.check_warmup()
                 if on_step is not None:
                     on_step(run, schedule.share(run))
                 run.diverged = self.streak >= min(NONFINITE_STEPS, run.steps)
@@ -102,9 +108,9 @@ class Loop:
                         progress(row, schedule.share(run))
                     ended = ended or self._stops()
                 if (due[evaluate] or signal) and not ended and self._is_sound():
-                    self._keep(folder)
+                    self._keep(folder, wait=bool(signal))
                 if signal and not ended:
-                    interrupts.end(signal)
+                    end(signal)
                 started = time.perf_counter() - run.seconds  # only steps count
         self.finished = not run.diverged
         if self.finished:
@@ -114,14 +120,16 @@ class Loop:
         run, schedule = self.run, self.schedule
         schedule.batches_per_epoch = self.stream.length
         schedule.set_rates(run)
-        total, units, taken = self.stepper.step(self.stream, schedule.num_batches(run), self.seed)
+        total, units, taken = self.stepper.step(self.stream, schedule.num_batches(run))
         schedule.batches_per_epoch = self.stream.length
         run.steps += 1
         if taken:
             self.total += total
             self.units += units
             self.streak = 0
-            if self.average is not None:
+            if math.isnan(run.start) and units > 0:
+                run.start = float(total / units)
+            if self.average is not None and not self.stepper.overflowed:
                 self.average.update()
             return
         self.streak += 1
@@ -175,11 +183,13 @@ class Loop:
         """Whether the weights are worth keeping: the last loss was finite, and so are they."""
         return self.streak == 0 and all(bool(torch.isfinite(p).all()) for p in self.run.model.parameters())
 
-    def _keep(self, folder: Folder | None) -> None:
+    def _keep(self, folder: Folder | None, *, wait: bool) -> None:
         state = self.state()
         with placement.agreed("train"):
             if folder is not None:
                 folder.keep(state)
+                if wait:
+                    folder.wait()
 
     def _take_final_weights(self) -> None:
         """Give the model the weights that the run was for: the best evaluation's, or the averaged ones."""
@@ -193,19 +203,21 @@ class Loop:
     def summary(self) -> dict[str, Any]:
         """Return the run's numbers without its weights; enough for `restore` if the run is finished."""
         run = self.run
-        found = {name: getattr(run, name) for name in ("steps", "seconds", "diverged", "init", "skipped", "stopped")}
-        return found | {"rates": self.schedule.rates, "history": run.history}
+        names = ("steps", "seconds", "diverged", "init", "skipped", "stopped", "start")
+        return {name: getattr(run, name) for name in names} | {"rates": self.schedule.rates, "history": run.history}
 
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on."""
         return self.summary() | {
             "since": {"total": self.total, "units": self.units},
             "evaluations": self.schedule.evaluations,
+            "before": self.before,
             "stream": self.stream.state(),
             "random": agreement.random_states(self.device),
             "model": self.run.model.state_dict(),
             "buffers": _nonpersistent(self.run.model),
             "optimizer": self.optimizer.state_dict(),
+            "scale": self.stepper.scale.state(),
             "average": {} if self.average is None else self.average.state(),
             "best": self.best,
         }
@@ -222,6 +234,7 @@ class Loop:
             run.steps, run.seconds, run.resumed = int(saved["steps"]), float(saved["seconds"]), int(saved["steps"])
             run.init, run.diverged = str(saved["init"]), bool(saved["diverged"])
             run.skipped, run.stopped = int(saved["skipped"]), str(saved["stopped"])
+            run.start = float(saved.get("start", math.nan))
             run.history = [{str(name): value + 0 for name, value in row.items()} for row in saved["history"]]
             if saved.get("finished"):
                 run.model.load_state_dict(load_tensors(place / MODEL)[0], strict=False)  # extra state is not in it
@@ -232,8 +245,10 @@ class Loop:
                 buffer.copy_(saved["buffers"][name])
             self.optimizer.load_state_dict(saved["optimizer"])
             schedule.evaluations = saved["evaluations"]
+            self.before = str(saved.get("before", ""))
             self.total.copy_(saved["since"]["total"])
             self.units.copy_(saved["since"]["units"])
+            self.stepper.scale.restore(saved.get("scale", {}))
             if self.average is not None:
                 self.average.restore(saved["average"])
             self.best = {name: tensor.to(self.device) for name, tensor in saved["best"].items()}

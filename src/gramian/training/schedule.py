@@ -67,7 +67,7 @@ class Schedule:
         kind, amount: the budget.
         optimizer: its groups' rates are those that the schedule multiplies.
         name: of `SCHEDULES`.
-        warmup: steps over which the rate rises at the beginning.
+        warmup: steps over which the rate rises at the beginning; where none is given, 10.
         accumulate: batches in a step.
     """
 
@@ -78,11 +78,12 @@ class Schedule:
         optimizer: torch.optim.Optimizer,
         *,
         name: str = "linear",
-        warmup: int = WARMUP_STEPS,
+        warmup: int | None = None,
         accumulate: int = 1,
     ) -> None:
         self.kind, self.amount, self.optimizer = kind, amount, optimizer
-        self.factor, self.warmup, self.accumulate = SCHEDULES[name], warmup, accumulate
+        self.factor, self.accumulate = SCHEDULES[name], accumulate
+        self.asked_warmup, self.warmup = warmup, WARMUP_STEPS if warmup is None else warmup
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.batches_per_epoch = 0
         self.evaluations = 0
@@ -91,8 +92,23 @@ class Schedule:
         """Return the share of the budget that is spent; 1 at the end."""
         if self.kind == "seconds":
             return min(1.0, run.seconds / self.amount)
+        return min(1.0, run.steps / self.steps) if run.steps else 0.0
+
+    @property
+    def steps(self) -> int:
+        """The steps of the budget; 0 where they are not known, as before the first epoch, or with seconds."""
+        if self.kind == "seconds":
+            return 0
         total = self.amount * self.batches_per_epoch / self.accumulate if self.kind == "epochs" else self.amount
-        return min(1.0, run.steps / math.ceil(total)) if run.steps else 0.0
+        return math.ceil(total)
+
+    def check_warmup(self) -> None:
+        """Raise `InputError` for a warm-up that was asked for and is longer than the run, as soon as that is known."""
+        if self.asked_warmup is not None and 0 < self.steps < self.asked_warmup:
+            raise InputError(
+                f"train: warmup is {self.asked_warmup:,} steps, and the run has {self.steps:,}, so that the rate would "
+                "never be reached. Give fewer"
+            )
 
     def num_batches(self, run: Run) -> int:
         """Return how many batches the next step takes: fewer where an epoch's end is that of the budget."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from gramian.calls import prepared
 from gramian.objective import Objective
 from gramian.training import agreement
-from gramian.training.augmentation import augmented
+from gramian.training.augmentation import augmented, mixed
 from gramian.training.optimizers import skips_itself
-from gramian.training.options import Options
+from gramian.training.options import PRECISIONS, Options
+from gramian.training.scaling import LossScale
 from gramian.training.stream import Stream
 from gramian.training.task import Task, calling
 
@@ -24,9 +28,11 @@ class Stepper:
 
     A step is skipped, on all ranks alike, where the loss is not finite, or a gradient that the optimizer would take;
     the model's buffers are then as they were before. A batch without units (all labels are ignored) adds nothing.
+    In float16 the loss is scaled, and a step whose scaled gradient overflows is left out with a smaller scale.
 
     Args:
         model, task, objective, optimizer, options: of the run.
+        seed: of the changes of the inputs.
     """
 
     def __init__(
@@ -36,21 +42,25 @@ class Stepper:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         options: Options,
+        seed: int,
     ) -> None:
         self.model, self.task, self.objective, self.optimizer, self.options = model, task, objective, optimizer, options
-        self.failure = agreement.Failure()
+        self.seed, self.failure = seed, agreement.Failure()
         self.device = next(model.parameters()).device
         self._params = list(model.parameters())  # a walk over the modules in every step would cost more than the sums
         self._buffers = _Buffers(model)
-        self._watch = options.clip is not None or not skips_itself(optimizer)
+        self.scale = LossScale(active=options.precision == "float16")
+        self.overflowed = False  # whether the last step was left out, since its scaled gradient was too large
+        self._watch = options.clip is not None or self.scale.active or not skips_itself(optimizer)
 
-    def step(self, stream: Stream, num_batches: int, seed: int) -> tuple[Tensor, Tensor, bool]:
+    def step(self, stream: Stream, num_batches: int) -> tuple[Tensor, Tensor, bool]:
         """Take one step; return the sum of the losses, the number of units, and whether the step was taken.
+
+        A step that only the scale of the loss prevented counts as taken; `overflowed` tells it.
 
         Args:
             stream: of the batches.
             num_batches: whose gradients are added up.
-            seed: of the changes of their inputs.
         """
         self._buffers.note()
         self.optimizer.zero_grad()
@@ -58,7 +68,7 @@ class Stepper:
         first = 0.0  # the divisor of all gradients, until the number of all units is known
         sound = True
         for _ in range(num_batches):
-            loss, count, own = self._forward(stream, seed)
+            loss, count, own = self._forward(stream)
             amount, number = torch.stack([loss.double(), count.double()]).tolist()
             total, units = total + loss, units + count
             sound = sound and amount - amount == 0  # neither NaN nor infinite
@@ -66,36 +76,57 @@ class Stepper:
                 first = first or number
                 with self.failure.caught(), calling(self.task, "the backward pass"):
                     if own is not None and own.requires_grad:
-                        (own / (count if first == number else first)).backward()
+                        (own * self.scale.value / (count if first == number else first)).backward()
         agreement.add_gradients(self.model, self.failure)
-        taken = sound and bool(first) and self._apply(first / float(units))
-        if not sound:
+        taken = sound and not first  # there is nothing to do
+        self.overflowed = False
+        if sound and first:
+            taken = self._apply(first / float(units) / self.scale.value)
+            if taken:
+                self.scale.stepped()
+            else:
+                self.overflowed = self.scale.overflowed()
+        if not taken:
             self._buffers.restore()
-        return total.detach(), units, taken or (sound and not first)
+        return total.detach(), units, taken or self.overflowed
 
-    def _forward(self, stream: Stream, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
         """The loss and the units of the next batch, of all ranks; and this rank's loss, to be differentiated."""
         batch: Any = None
         own: Tensor | None = None
         loss = units = torch.zeros((), device=self.device)
         with self.failure.caught():
             batch = stream.take()
-            batch = augmented(batch, self.options.augment, (seed, stream.epoch, stream.taken))
+            seed = (self.seed, stream.epoch, stream.taken)
+            batch = augmented(batch, self.options.augment, seed)
             if stream.taken == 1:
                 agreement.check_rows(self.model, batch)
             if agreement.has_rows(batch):
-                share = agreement.rows(batch)
-                half = self.options.precision == "bfloat16"
+                half = PRECISIONS[self.options.precision]
                 with (
                     calling(self.task, "the forward pass or the loss"),
-                    torch.autocast(self.device.type, torch.bfloat16, enabled=half),
+                    torch.autocast(self.device.type, half, enabled=half is not None),
                 ):
-                    own, units = self.objective.loss(self.model, share, empty=True)
+                    own, units = self._loss(mixed(batch, self.options.augment, seed))
                 loss = own
         loss, units = agreement.sums(loss, units, self.failure, (stream.epoch, stream.taken))
         if stream.taken == 1:
             agreement.check_batch(self.model, self.objective, batch)
         return loss, units, own
+
+    def _loss(self, parts: list[tuple[float, Any]]) -> tuple[Tensor, Tensor]:
+        """This rank's loss and units of batches with weights, which share their inputs and so the forward pass."""
+        if len(parts) == 1:
+            return self.objective.loss(self.model, agreement.rows(parts[0][1]), empty=True)
+        own = [(weight, prepared(self.model, agreement.rows(part))) for weight, part in parts]
+        if self.objective is not self.task.objective:  # loss(model, batch), whose forward pass is its own
+            found = [(w, *self.objective.loss(self.model, part, empty=True)) for w, part in own]
+        else:
+            output = self.objective.predict(self.model, own[0][1])
+            results = [(w, self.objective.criterion(output, part)) for w, part in own]
+            found = [(w, *self.objective.checked(result, empty=True)) for w, result in results]
+        loss = sum((w * loss for w, loss, _ in found), torch.zeros((), device=self.device))
+        return loss, sum((w * units for w, _, units in found), torch.zeros((), device=self.device))
 
     def _apply(self, factor: float) -> bool:
         """Step with the gradients times a factor, and clipped; false where they are not finite."""
@@ -104,14 +135,18 @@ class Stepper:
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
         if self._watch and grads:
-            norm = torch.nn.utils.get_total_norm(grads)
-            if not torch.isfinite(norm):
+            # The sum of squares of finite numbers may be infinite; their largest is not.
+            if not (_is_finite(torch._foreach_norm(grads)) or _is_finite(torch._foreach_norm(grads, math.inf))):
                 return False
             if self.options.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(params, self.options.clip, norm)
+                torch.nn.utils.clip_grad_norm_(params, self.options.clip)
         with self.failure.caught(), calling(self.task, "optimizer.step()"):
             self.optimizer.step()
         return True
+
+
+def _is_finite(norms: Sequence[Tensor]) -> bool:
+    return math.isfinite(sum(torch.stack([norm.double() for norm in norms]).tolist()))
 
 
 class _Buffers:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import html
+=======
+import math
+>>>>>>> train
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +21,11 @@ from torch import nn
 from gramian.errors import GramianError, InputError, TaskError
 from gramian.loader import as_batches
 from gramian.objective import Objective
+<<<<<<< HEAD
 from gramian.rows import Rows
+=======
+from gramian.report import HeatMap, Picture, Table
+>>>>>>> train
 
 __all__ = ["Run", "Task", "as_task", "calling", "described"]
 
@@ -43,6 +51,7 @@ class Task:
         name: for reports.
         source: what tells the task from others when a run is resumed, as its file's path and function; by default its
             name.
+        pictures: `pictures(model)` draws what the model does, for the report of a run; side by side.
     """
 
     model: Callable[[], nn.Module]
@@ -51,6 +60,7 @@ class Task:
     evaluate: Callable[[nn.Module], dict[str, float]]
     name: str = "task"
     source: str = ""
+    pictures: Callable[[nn.Module], Sequence[Picture | HeatMap | Table]] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module) or not callable(self.model):
@@ -100,6 +110,7 @@ class Run:
         resumed: the step at which the run was resumed; 0 if it was not.
         skipped: steps that were skipped, since the loss or a gradient was not finite.
         stopped: why the run ended before its budget; empty if it did not.
+        start: the loss of the first step; NaN before it.
     """
 
     model: nn.Module
@@ -115,6 +126,7 @@ class Run:
     resumed: int = 0
     skipped: int = 0
     stopped: str = ""
+    start: float = math.nan
 
     def __repr__(self) -> str:
         numbers = ", ".join(

@@ -1,0 +1,148 @@
+"""The report of a run: its curves, its weights before and after, and what a diagnosis says where it did not learn."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gramian import report
+from gramian.errors import GramianError
+from gramian.objective import Objective
+from gramian.recording import evaluating
+from gramian.remedies import inspect
+from gramian.report import Document, Picture, Report, Section, Series, Table, Tile
+from gramian.report.formatting import number
+from gramian.training.task import Run, Task, calling
+
+__all__ = ["check", "comparison", "diagnose", "document", "trouble"]
+
+NUM_BATCHES = 4
+
+# A loss that fell by less than this share of its first value, or than twice its spread at the end, did not fall.
+FALLEN, SPREADS = 0.02, 2.0
+
+# Evaluations from which on that can be told.
+LEAST_ROWS = 8
+
+# From this ratio of the largest value of a curve to the smallest, its axis is logarithmic.
+DECADE = 10.0
+
+
+def check(path: str | Path | None) -> None:
+    """Raise `InputError` where a report cannot be written."""
+    if path is not None:
+        report.check_target(path, (".html",))
+
+
+def diagnose(model: nn.Module, task: Task, objective: Objective) -> Report:
+    """Return the diagnosis of a model on the task's first batches, or of its weights alone where it has none."""
+    try:
+        return inspect(model, task.batches(NUM_BATCHES), objective, title=task.name)
+    except GramianError as error:
+        found = inspect(model, title=task.name)
+        found.not_looked_at["signal and gradients by layer"] = str(error)
+        return found
+
+
+def trouble(run: Run) -> str:
+    """Return what is wrong with a run's loss, in a sentence; empty where it is finite and fell."""
+    if run.diverged:
+        return f"The loss was not finite, or its gradient; the run ended after {run.steps:,} steps."
+    losses = [row["loss"] for row in run.history if math.isfinite(row["loss"])]
+    if len(losses) < LEAST_ROWS:
+        return ""
+    first = max(losses[0], run.start) if math.isfinite(run.start) else losses[0]
+    last = losses[-(len(losses) // 4) :]
+    level = statistics.fmean(last)
+    if first - level < max(FALLEN * abs(first), SPREADS * statistics.pstdev(last)):
+        return f"The training loss did not fall: {number(first)} at first, {number(level)} at the end."
+    return ""
+
+
+def document(run: Run, task: Task, before: Report | None, after: Report) -> Document:
+    """Return the page of one run.
+
+    Args:
+        run: with its model.
+        task: what was trained.
+        before, after: the diagnoses of the model before the first step, where it is known, and now.
+    """
+    wrong = trouble(run)
+    sections = []
+    if wrong:
+        told = [f"The network before training: {before.verdict}"] if before is not None else []
+        sections.append(Section("What went wrong", "\n".join([wrong, *told, f"The network now: {after.verdict}"])))
+    sections.append(Section("Curves", items=_curves({"": run})))
+    if task.pictures is not None:
+        with calling(task, "pictures(model)"), evaluating(run.model), torch.no_grad():
+            sections.append(Section("What the model does", items=[tuple(task.pictures(run.model))]))
+    if before is None:
+        sections += after.to_document().sections
+    else:
+        sections += report.compare(before, after, labels=("before training", "after training"))
+    skipped = f"{run.skipped:,} steps were skipped, since the loss or a gradient was not finite. " * bool(run.skipped)
+    return Document(
+        f"Training {task.name}",
+        wrong or f"{skipped}{_told(run)}",
+        "bad" if run.diverged else "warning" if wrong or run.skipped else "good",
+        [
+            Tile("Steps", number(run.steps), f"{number(run.seconds)} s of training"),
+            *(Tile(name, number(value)) for name, value in _measured(run).items()),
+        ],
+        sections,
+        footer=f"{run.optimizer}, learning rate {number(run.lr)} · init: {run.init}",
+    )
+
+
+def comparison(runs: Mapping[str, Run], task: Task) -> Document:
+    """Return the page of several runs of one task, by their optimizers."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in _measured(run)))
+    rows = [
+        [optimizer, run.lr, run.steps, run.seconds, *(_measured(run).get(name) for name in names), trouble(run)]
+        for optimizer, run in runs.items()
+    ]
+    columns = ["optimizer", "learning rate", "steps", "seconds", *names, "trouble"]
+    wrong = [f"{optimizer}: {trouble(run)}" for optimizer, run in runs.items() if trouble(run)]
+    return Document(
+        f"{task.name}: {', '.join(runs)}",
+        " ".join(wrong) or f"{len(runs)} runs from the same weights, on the same batches.",
+        "warning" if wrong else "good",
+        sections=[
+            Section("Curves", items=_curves(runs)),
+            Section("Last evaluations", items=[Table("", columns, rows)]),
+        ],
+    )
+
+
+def _curves(runs: Mapping[str, Run]) -> list[Picture]:
+    """A picture of each number that the evaluations measured."""
+    names = list(dict.fromkeys(name for run in runs.values() for row in run.history for name in row))
+    pictures = []
+    for name in names:
+        if name in ("step", "seconds"):
+            continue
+        series = []
+        for label, run in runs.items():
+            rows = [row for row in run.history if name in row]
+            series.append(Series(label, [row["step"] for row in rows], [row[name] for row in rows]))
+        values = [y for curve in series for y in curve.y if math.isfinite(y)]
+        log = bool(values) and min(values) > 0 and max(values) > DECADE * min(values)
+        title = "Training loss, the mean since the last evaluation" if name == "loss" else name
+        pictures.append(Picture(title, series, "step", name, log_y=log))
+    return pictures
+
+
+def _measured(run: Run) -> dict[str, float]:
+    return {name: value for name, value in run.metrics.items() if name not in ("step", "seconds")}
+
+
+def _told(run: Run) -> str:
+    first = run.history[0] if run.history else {}
+    parts = [f"{name} {number(first[name])} → {number(value)}" for name, value in _measured(run).items()]
+    early = f", stopped early ({run.stopped})" * bool(run.stopped)
+    return f"{run.steps:,} steps of {run.optimizer}{early}: {', '.join(parts)}."
