@@ -16,7 +16,8 @@ from gramian.batch import first_samples
 from gramian.block import blocks
 from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.measuring import FORMS, latencies, num_bytes, samples
-from gramian.compression.planning import Plan, compress
+from gramian.compression.plan import Plan
+from gramian.compression.planning import compress
 from gramian.compression.plans import load_plan, save_plan
 from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares
 from gramian.errors import GramianError, InputError
@@ -139,7 +140,7 @@ def decide(
         plan = _planned(model, batches, objective, plan_file, tell)
         seconds = time.perf_counter() - begin
         if plan.smallest >= 1:
-            raise InputError(f"compress: no layer has factors smaller than itself{plan._dense()}; quantize it instead")
+            raise InputError(f"compress: no layer has factors smaller than itself{plan.left_dense()}; quantize it instead")
         if target.keep is not None:
             plan = plan.at(keep=target.keep)  # refused before anything is evaluated
         tell("Evaluate", 0.0, "")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.compression.planning import Plan
+from gramian.compression.plan import Plan
 from gramian.errors import InputError
 
 __all__ = ["Quality", "Tried", "by_drop", "by_speed", "shares"]
