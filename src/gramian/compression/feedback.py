@@ -58,6 +58,22 @@ class Feedback:
             return Feedback(order, self.factor[place[order]], self.outputs)
         return Feedback(order, _upper(self.factor.double()[:, place[order]]).to(self.factor.dtype), self.outputs)
 
+    def by_groups(self, group: int, *, reverse: bool = False) -> Feedback:
+        """The same with neighboring columns settled together, the group of the largest second moment first.
+
+        Args:
+            group: columns of a group. A shorter one comes last.
+            reverse: whether the group of the smallest second moment comes first.
+        """
+        n, device = len(self.order), self.order.device
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(n - 1, -1, -1, device=device) if reverse else torch.arange(n, device=device)
+        means = torch.stack([part.double().mean() for part in place.split(group)])
+        if n % group:
+            means[-1] = torch.inf  # those before it are counted off by their length
+        rank = means.argsort().argsort()
+        return self.reordered((rank[torch.arange(n, device=device) // group] * n + place).argsort())
+
     def cost(self, error: Tensor) -> Tensor:
         """`½ Σ_i g_i e_iᵀ H e_i` of an error of the whole matrix (m, n)."""
         error = error.double()[:, self.order]

@@ -131,7 +131,7 @@ def mix(layers: Sequence[Choices], budget: int) -> list[Form]:
 
     Args:
         layers: what each can become.
-        budget: bytes, at least the smallest form of each.
+        budget: bytes; below the smallest form of each, these are returned.
 
     Returns:
         A form for each layer.

@@ -226,22 +226,21 @@ class Plan:
         sizes = self._itemsizes
         inside = sum(s.dense * sizes[s.name] for s in self.spectra)
         total, fixed = (inside, 0) if of == "factorable" else (self.bytes_dense, self.bytes_dense - inside)
-        layers = [choices(s, sizes[s.name]) for s in self.spectra]
-        if not self.ranked:  # nothing tells which layers matter: the same bits for all
-            alike = [[Form(bits=bits)] * len(layers) for bits in BITS] + [[Form()] * len(layers)]
-            spent = [sum(map(self._size, self.spectra, forms)) for forms in alike]
-            least, budget = fixed + min(spent), size * total
-            chosen = [forms for forms, one in zip(alike, spent, strict=True) if fixed + one <= budget]
-            forms = chosen[-1] if chosen else []
-        else:
-            least = fixed + sum(layer.sizes[0] for layer in layers)
-            forms = mix(layers, int(size * total) - fixed) if least <= size * total else []
-        if not forms:
+        budget = int(size * total + 1e-6) - fixed
+        candidates = [[Form(bits=bits)] * len(self.spectra) for bits in BITS] + [[Form()] * len(self.spectra)]
+        if self.ranked:
+            layers = [choices(s, sizes[s.name]) for s in self.spectra]
+            candidates += [[layer.forms[0] for layer in layers], mix(layers, budget)]
+        spent = [sum(map(self._size, self.spectra, forms)) for forms in candidates]
+        fitting = [forms for forms, one in zip(candidates, spent, strict=True) if one <= budget]
+        least = fixed + min(spent)
+        if not fitting:
             raise InputError(
                 f"compress: size={size} of {total:,} bytes is {int(size * total):,}, but the smallest possible is "
                 f"{least:,}{self.left_dense()}; the smallest possible size is {least / total:.3f}"
             )
-        return {s.name: form for s, form in zip(self.spectra, forms, strict=True)}
+        best = min(reversed(fitting), key=lambda forms: sum(map(loss_of, self.spectra, forms)))
+        return {s.name: form for s, form in zip(self.spectra, best, strict=True)}
 
     def _size(self, s: WeightedSVD, form: Form) -> int:
         return size_of(s, form, self._itemsizes[s.name])

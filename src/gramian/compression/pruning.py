@@ -15,6 +15,8 @@ __all__ = ["Pattern", "expected_cost", "pattern_of", "pruned", "saliencies", "sh
 
 MOST_ZEROS = 0.95
 """The largest share of zeros of a layer, which a raw limit would empty."""
+STEP = 32
+"""Columns among which zeros are chosen together."""
 
 
 class Pattern(NamedTuple):
@@ -85,7 +87,7 @@ def shares_of_zeros(layers: Sequence[tuple[Tensor, Feedback]], share: float) -> 
     >>> shares_of_zeros([(torch.tensor([[1.0, 1, 1, 9]]), feedback), (torch.tensor([[2.0, 9, 9, 9]]), feedback)], 0.5)
     [0.75, 0.25]
     """
-    each = [saliencies(w, feedback).flatten().double() for w, feedback in layers]
+    each = [saliencies(w, feedback.by_groups(1, reverse=True)).flatten().double() for w, feedback in layers]
     counts = torch.tensor([len(one) for one in each])
     # The largest of a layer are never removed.
     kept = [one.sort().values.index_fill(0, torch.arange(int(MOST_ZEROS * len(one)), len(one)), torch.inf) for one in each]
@@ -103,7 +105,7 @@ def expected_cost(w: Tensor, share: float | str, feedback: Feedback) -> float:
         share: of all weights, or a pattern.
         feedback: of its layer.
     """
-    each = saliencies(w.double(), feedback)
+    each = saliencies(w.double(), feedback.by_groups(1, reverse=True))
     if not isinstance(share, str):
         return float(each.flatten().sort().values[: round(share * each.numel())].sum())
     pattern = pattern_of(share)
@@ -124,15 +126,17 @@ def pruned(w: Tensor, share: float | Pattern, feedback: Feedback) -> Tensor:
 
     Raises: nothing of its own.
     Cost: `m n²` multiplications.
-    Source: SparseGPT (Frantar & Alistarh 2301.00774), §3.3 and §3.4; rows compete by what their output counts.
+    Source: SparseGPT (Frantar & Alistarh 2301.00774), §3.3 and §3.4; here inputs of small moments are settled first, and
+    rows compete by what their output counts.
 
     >>> one = torch.ones(4)
     >>> pruned(torch.tensor([[1.0, -3.0, 2.0, 4.0]]), Pattern(2, 4), Feedback(torch.arange(4), one, one[:1]))
     tensor([[ 0., -3.,  0.,  4.]])
     """
-    n = w.shape[1]
-    if isinstance(share, Pattern):
-        feedback = feedback.reordered(torch.arange(n, device=w.device))  # neighbors are settled together
+    # Where inputs of large moments come first, what makes up for them are large weights of inputs of small moments,
+    # which then have to go too.
+    size, step = (share.of, share.of) if isinstance(share, Pattern) else (1, STEP)
+    feedback = feedback.by_groups(size, reverse=True)
     first = saliencies(w, feedback)[:, feedback.order]
     num_zeros = 0 if isinstance(share, Pattern) else round(share * first.numel())
     least = torch.zeros_like(first, dtype=torch.bool).flatten()
@@ -150,4 +154,4 @@ def pruned(w: Tensor, share: float | Pattern, feedback: Feedback) -> Tensor:
             kept = torch.ones_like(score).scatter_(0, score.topk(num, largest=False).indices, 0.0).view_as(columns)
         return lambda column, j: column * kept[:, j]
 
-    return settle(w, feedback, rule, share.of if isinstance(share, Pattern) else 128)
+    return settle(w, feedback, rule, step)

@@ -83,8 +83,10 @@ def num_bytes_of(shape: tuple[int, int], bits: int, group: int) -> int:
 class Quantized(nn.Module):
     """A linear layer or a convolution with its matrix in integers of `bits` bits, and a scale for each group of columns.
 
-    The matrix is computed anew at every pass, which takes a share of the product's time that is small only for many
-    rows: what is saved is memory. The integers are not trained; the bias is.
+    The matrix is computed anew at every pass, in about the time of a product with a few dozen rows: what is saved is
+    memory. With `integer = True`, a linear layer of eight bits and one scale for each row rounds its inputs to eight
+    bits as they come and multiplies integers, which is faster where the processor has instructions for them. The
+    integers are not trained; the bias is.
 
     Args:
         layer: with a row in the table of layers whose operation has factors. Its options are kept; its values are not
@@ -114,7 +116,7 @@ class Quantized(nn.Module):
         weight = layer.get_parameter("weight")
         m, n = layout.matrices
         self._layout, self._dtype = layout, weight.dtype
-        self.bits, self.group = bits, min(group, n)
+        self.bits, self.group, self.integer = bits, min(group, n), False
         device = weight.device
         self.register_buffer("codes", torch.zeros(m, bits * -(-n // 8), dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.zeros(m, -(-n // self.group), dtype=torch.bfloat16, device=device))
@@ -181,7 +183,20 @@ class Quantized(nn.Module):
 
 
 def _linear(layer: Any, input: Tensor) -> Tensor:
+    if layer.integer and layer.bits == 8 and layer.scales.shape[1] == 1:
+        return _of_integers(layer, input)
     return functional.linear(input, layer.matrix(), layer.bias)
+
+
+def _of_integers(layer: Any, input: Tensor) -> Tensor:
+    """With the inputs rounded to 8 bits, a scale for each row (ZeroQuant, Yao et al. 2206.01861, §4.1)."""
+    m, n = layer._layout.matrices
+    rows = input.reshape(-1, n).float()
+    scale = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    product = torch._int_mm((rows / scale).round().to(torch.int8), unpack(layer.codes, 8, n).mT)
+    output = (product * scale * layer.scales.float().mT).to(input.dtype)
+    output = output if layer.bias is None else output + layer.bias
+    return output.reshape(*input.shape[:-1], m)
 
 
 def _convolution(layer: Any, input: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) 
         scales = scales_of(w, bits, group, None if feedback is None else feedback.costs)
     else:
         scales = torch.empty(len(w), -(-n // group), dtype=torch.bfloat16, device=w.device)
-        feedback = _by_groups(feedback, group)
+        feedback = feedback.by_groups(group)
 
     def rule(columns: Tensor, diagonal: Tensor, place: slice) -> Callable[[Tensor, int], Tensor]:
         scale = scales.float()
@@ -123,18 +123,6 @@ def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) 
 
     settled = w if feedback is None else settle(w, feedback, rule, group if group < n else 1)
     return Codes(codes_of(settled, spread(scales.float(), group, n)).to(torch.int8), scales)
-
-
-def _by_groups(feedback: Feedback, group: int) -> Feedback:
-    """With the columns of a group one after the other, the group of the largest second moment first."""
-    n = len(feedback.order)
-    place = torch.empty_like(feedback.order)
-    place[feedback.order] = torch.arange(n, device=place.device)
-    means = torch.stack([part.double().mean() for part in place.split(group)])
-    if n % group:
-        means[-1] = torch.inf  # a shorter group comes last, since those before it are counted off by their length
-    rank = means.argsort().argsort()
-    return feedback.reordered((rank[torch.arange(n, device=place.device) // group] * n + place).argsort())
 
 
 def noise(w: Tensor, bits: int, group: int, feedback: Feedback) -> float:
