@@ -13,7 +13,7 @@ from gramian.block import Block
 from gramian.compression.feedback import Feedback, feedback_of
 from gramian.compression.filling import Candidates
 from gramian.compression.lowrank import matrix_of
-from gramian.compression.rounding import BITS, GROUP, noise
+from gramian.compression.rounding import noises
 from gramian.compression.shrinkage import Roots, roots, shrunk_mean
 from gramian.compression.targets import Target
 from gramian.errors import InputError
@@ -38,8 +38,7 @@ class WeightedSVD:
         mean: of the inputs, where the layer's bias can take up the mean.
         dense: parameters of the weight as it is.
         feedback: how an error of one weight is made up for by others.
-        noises: what rounding the matrix is expected to cost, by the number of bits as in BITS, in groups of GROUP
-            columns, of eight bits in whole rows.
+        noises: what rounding the matrix is expected to cost, see `gramian.compression.rounding.noises`.
         moments: (k,), the second moment of what each row of `right` makes of the inputs.
         diagonal: the sides ("inputs", "outputs") that are weighted by a diagonal alone.
     """
@@ -60,11 +59,11 @@ class WeightedSVD:
         """(m, n)."""
         return len(self.left), self.right.shape[1]
 
-    def scaled(self, factor: float) -> WeightedSVD:
-        """The same with every loss times a factor."""
-        feedback = replace(self.feedback, outputs=self.feedback.outputs * factor)
-        noises = tuple(one * factor for one in self.noises)
-        return replace(self, values=self.values * factor**0.5, feedback=feedback, noises=noises)
+    def scaled(self, cut: float, rounding: float) -> WeightedSVD:
+        """The same with every loss of a cut times a factor, and those of rounding and zeros times another."""
+        feedback = replace(self.feedback, outputs=self.feedback.outputs * rounding)
+        costs = tuple(one * rounding for one in self.noises)
+        return replace(self, values=self.values * cut**0.5, feedback=feedback, noises=costs)
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -178,7 +177,6 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool) -> Weigh
     matters = blind or bool(site.A.total.any() and site.G.total.any())
     feedback = feedback_of(a, g)
     feedback = replace(feedback, outputs=feedback.outputs * matters)
-    noises = tuple(noise(w, bits, w.shape[1] if bits == 8 else GROUP, feedback) for bits in BITS)
     return WeightedSVD(
         target.name,
         values * matters,
@@ -187,7 +185,7 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool) -> Weigh
         mean,
         target.dense,
         feedback,
-        noises,
+        noises(w, feedback),
         a.right(right / scale[:, None]).square().sum(1),
         diagonal,
     )
