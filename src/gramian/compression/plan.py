@@ -15,7 +15,7 @@ from gramian.compression.files import pretrained_support
 from gramian.compression.filling import fill, uniform
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.measuring import num_bytes
-from gramian.compression.mixing import Form, choices, loss_of, mix, size_of
+from gramian.compression.mixing import Choices, Form, choices, loss_of, mix, size_of
 from gramian.compression.modules import copied, replaced, submodule
 from gramian.compression.predicting import Point, Predicted, predict
 from gramian.compression.pruning import expected_cost, pattern_of, shares_of_zeros
@@ -222,15 +222,23 @@ class Plan:
         ranks = fill(layers, budget) if self.ranked else uniform(layers, budget)
         return {s.name: rank for s, rank in zip(self.spectra, ranks, strict=True)}
 
-    def _by_size(self, size: float, of: str) -> dict[str, Form]:
-        sizes = self._itemsizes
-        inside = sum(s.dense * sizes[s.name] for s in self.spectra)
+    def _sizes(self, of: str) -> tuple[int, int, list[list[Form]]]:
+        """The bytes that a share is of, those that stay in any case, and forms of all layers that use few bytes."""
+        inside = sum(s.dense * self._itemsizes[s.name] for s in self.spectra)
         total, fixed = (inside, 0) if of == "factorable" else (self.bytes_dense, self.bytes_dense - inside)
-        budget = int(size * total + 1e-6) - fixed
         candidates = [[Form(bits=bits)] * len(self.spectra) for bits in BITS] + [[Form()] * len(self.spectra)]
         if self.ranked:
-            layers = [choices(s, sizes[s.name]) for s in self.spectra]
-            candidates += [[layer.forms[0] for layer in layers], mix(layers, budget)]
+            candidates.append([layer.forms[0] for layer in self._choices])
+        return total, fixed, candidates
+
+    @cached_property
+    def _choices(self) -> list[Choices]:
+        return [choices(s, self._itemsizes[s.name]) for s in self.spectra]
+
+    def _by_size(self, size: float, of: str) -> dict[str, Form]:
+        total, fixed, candidates = self._sizes(of)
+        budget = int(size * total + 1e-6) - fixed
+        candidates += [mix(self._choices, budget)] if self.ranked else []
         spent = [sum(map(self._size, self.spectra, forms)) for forms in candidates]
         fitting = [forms for forms, one in zip(candidates, spent, strict=True) if one <= budget]
         least = fixed + min(spent)
@@ -263,8 +271,13 @@ class Plan:
     def smallest(self) -> float:
         """The smallest possible share of the parameters: rank 1 everywhere."""
         total, fixed = self._counted(self.of)
-        least = (sum(sum(s.shape) for s in self.spectra) + fixed) / total
-        return min(1.0, math.nextafter(least, 1.0))  # whose budget is not below it by rounding
+        return _share(sum(sum(s.shape) for s in self.spectra) + fixed, total)
+
+    @property
+    def smallest_size(self) -> float:
+        """The smallest possible share of the bytes."""
+        total, fixed, candidates = self._sizes(self.of)
+        return _share(min(sum(map(self._size, self.spectra, forms)) for forms in candidates) + fixed, total)
 
     def _counted(self, of: str) -> tuple[int, int]:
         """The parameters that a share is of, and how many of those stay in any case."""
@@ -288,3 +301,8 @@ class Plan:
         if support is not None:
             support.attach(model)
         return model
+
+
+def _share(least: int, total: int) -> float:
+    """A share whose budget is not below the least by rounding."""
+    return min(1.0, math.nextafter(least / total, 1.0))
