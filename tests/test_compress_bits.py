@@ -364,3 +364,34 @@ def test_quantized_layers_are_left_alone_by_name(plan) -> None:
     again = gm.compress(small, batches=data(8), objective=gm.Objective.regression(), keep=0.9)
     assert again.reasons["0"] == "quantized already"
     assert list(again.forms) == ["5"]
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"keep": 0.7, "bits": 8}, {"size": 0.3}], ids=str)
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_from_pretrained_gives_the_same_quantized_model(family: str, options: dict, tmp_path, monkeypatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    from gramian.integrations import compressed  # noqa: F401
+
+    torch.manual_seed(0)
+    if family == "bert":
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **sizes)
+        model = transformers.BertForSequenceClassification(config).eval()
+    else:
+        sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=1, eos_token_id=1, **sizes)).eval()
+    tokens = torch.randint(0, 50, (32, 8), generator=seeded(0))
+    batches = [{"input_ids": tokens}]
+    made = gm.compress(model, batches=batches, objective=gm.Objective.self_distillation(), keep=0.9)
+    small = made.at(**options, of="factorable").apply()
+    gm.save_compressed(small, tmp_path / "small")
+    again = type(model).from_pretrained(tmp_path / "small").eval()
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, small(tokens).logits)
+        assert torch.equal(gm.load_compressed(copy.deepcopy(model), tmp_path / "small")(tokens).logits, again(tokens).logits)
+    assert num_bytes(again) == num_bytes(small)
+    again.save_pretrained(tmp_path / "more")
+    with torch.no_grad():
+        assert torch.equal(type(model).from_pretrained(tmp_path / "more").eval()(tokens).logits, again(tokens).logits)
+    part = transformers.AutoModel.from_pretrained(tmp_path / "small")
+    assert any(isinstance(m, Quantized) for m in part.modules())
