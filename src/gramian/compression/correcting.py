@@ -76,7 +76,9 @@ def _coefficients(
     some of them, what rounding costs over its Kronecker-factored estimate.
     """
     weights = [layer.get_parameter("weight") for layer in layers]
-    frozen = [w for w in weights if not w.requires_grad]
+    biases = [None if s.mean is None else layer._parameters.get("bias") for s, layer in zip(spectra, layers, strict=True)]
+    asked = [*weights, *(bias for bias in biases if bias is not None)]
+    frozen = [parameter for parameter in asked if not parameter.requires_grad]
     generator = torch.Generator(weights[0].device).manual_seed(2)
     found: list[tuple[list[Tensor], list[float]]] = [([], []) for _ in spectra]
     draws = -(-SAMPLES // len(batches))
@@ -93,13 +95,17 @@ def _coefficients(
                     loss = torch.stack(list(objective.losses(output, batch, "sampled", generator))).sum()
                     if not loss.requires_grad:
                         continue
-                    grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-                    rows = zip(found, spectra, layers, factors, grads, strict=True)
-                    for (cuts, rounds), s, layer, (left, right), grad in rows:
+                    grads = torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=True)
+                    by_bias = dict(zip(map(id, asked), grads, strict=True))
+                    rows = zip(found, spectra, layers, factors, biases, grads, strict=False)
+                    for (cuts, rounds), s, layer, (left, right), bias, grad in rows:
                         layout = layout_of(layer)
                         assert layout is not None
                         if grad is not None and bool(grad.isfinite().all()):
                             gradient = layout.split(grad.float())
+                            moved = by_bias.get(id(bias))
+                            if moved is not None and s.mean is not None:  # the bias takes up what the mean input loses
+                                gradient = gradient - moved.float()[:, None] * s.mean.float()
                             cuts.append(((left.mT @ gradient) * right).sum(1).double() / float(units) ** 0.5)
                             if len(cuts) % ROUNDED == 1:
                                 rounds.append(_rounding(s.feedback, gradient, matrix_of(layer)) / float(units))
