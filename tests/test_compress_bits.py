@@ -388,7 +388,9 @@ def test_from_pretrained_gives_the_same_quantized_model(family: str, options: di
     again = type(model).from_pretrained(tmp_path / "small").eval()
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, small(tokens).logits)
-        assert torch.equal(gm.load_compressed(copy.deepcopy(model), tmp_path / "small")(tokens).logits, again(tokens).logits)
+        assert torch.equal(
+            gm.load_compressed(copy.deepcopy(model), tmp_path / "small")(tokens).logits, again(tokens).logits
+        )
     assert num_bytes(again) == num_bytes(small)
     again.save_pretrained(tmp_path / "more")
     with torch.no_grad():

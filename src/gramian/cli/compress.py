@@ -69,8 +69,9 @@ def command(
 ) -> None:
     """Factor, round or prune a model's layers to a target, measure it beside bfloat16 and int8, and save it.
 
-    Give one of --keep, --size, --bits, --sparsity, --max-drop and --speedup. DIR gets report.html, report.json and the model: a folder that
-    from_pretrained loads after `import gramian.integrations.compressed`, or model.safetensors for gm.load_compressed.
+    Give one of --keep, --size, --bits, --sparsity, --max-drop and --speedup. DIR gets report.html, report.json and the
+    model: a folder that from_pretrained loads after `import gramian.integrations.compressed`, or model.safetensors for
+    gm.load_compressed.
     """
     from gramian import report
     from gramian.compression import save_compressed

@@ -45,9 +45,8 @@ def built(layer: nn.Module, s: WeightedSVD, form: Form) -> nn.Module:
         raise InputError(f"compress: the weight of {s.name!r} is not finite; gm.inspect finds where NaN begins")
     if form.rank is not None or isinstance(layer, LowRank):
         return _factored(layer, w, s, form)
-    m, n = s.shape
     if form.bits is not None:
-        group = form.columns(n)
+        group = form.columns(w.shape[1])
         codes = rounded(w, form.bits, group, s.feedback)
         return Quantized(layer, form.bits, group).set_(codes, _bias(layer, w - codes.matrix(group), s))
     share = pattern_of(form.zeros) if isinstance(form.zeros, str) else form.zeros
@@ -90,7 +89,7 @@ def _factored(layer: nn.Module, w: Tensor, s: WeightedSVD, form: Form) -> LowRan
 
 
 def _refitted(w: Tensor, right: Tensor, feedback: Feedback) -> tuple[Tensor, Tensor]:
-    """The left factor that is best beside a given right one, and the second moments of what that makes of the inputs."""
+    """The left factor that is best beside a right one, and the second moments of what that makes of the inputs."""
 
     def whitened(a: Tensor) -> Tensor:
         a, factor = a.double()[:, feedback.order], feedback.factor.double()

@@ -76,7 +76,9 @@ def _coefficients(
     some of them, what rounding costs over its Kronecker-factored estimate.
     """
     weights = [layer.get_parameter("weight") for layer in layers]
-    biases = [None if s.mean is None else layer._parameters.get("bias") for s, layer in zip(spectra, layers, strict=True)]
+    biases = [
+        None if s.mean is None else layer._parameters.get("bias") for s, layer in zip(spectra, layers, strict=True)
+    ]
     asked = [*weights, *(bias for bias in biases if bias is not None)]
     frozen = [parameter for parameter in asked if not parameter.requires_grad]
     generator = torch.Generator(weights[0].device).manual_seed(2)
@@ -131,8 +133,7 @@ def _factor(s: WeightedSVD, coefficients: list[Tensor]) -> float:
 def _rounding(feedback: Feedback, gradient: Tensor, w: Tensor) -> float:
     """The quadratic form of one gradient for errors of rounding, over its Kronecker-factored estimate.
 
-    The errors are `N D⁻¹ U`, with independent entries in N whose variance is that of the row's scale, and D the diagonal
-    of U.
+    The errors are `N D⁻¹ U`: independent entries in N, whose size is that of the row's scale, and D the diagonal of U.
     """
     ordered, scale = gradient[:, feedback.order], w.float().abs().amax(1).square()
     squares = (ordered * feedback.factor if feedback.factor.ndim == 1 else ordered @ feedback.factor.mT).square()

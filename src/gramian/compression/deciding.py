@@ -171,15 +171,15 @@ def decide(
         plan = _planned(model, batches, objective, plan_file, tell)
         seconds = time.perf_counter() - begin
         if plan.smallest >= 1:
-            raise InputError(f"compress: no layer has factors smaller than itself{plan.left_dense()}; quantize it instead")
+            raise InputError(
+                f"compress: no layer has factors smaller than itself{plan.left_dense()}; quantize it instead"
+            )
         if target.options:
             plan = plan.at(**target.options)  # refused before anything is evaluated
         tell("Evaluate", 0.0, "")
         budget = target.budget
         tried = judged(plan, evaluate, measure, better, budget)
-        tried.tell = lambda share, value: tell(
-            "Evaluate", len(tried.points) / 20, f"{budget} {share:.3f}: {value:.4g}"
-        )
+        tried.tell = lambda share, value: tell("Evaluate", len(tried.points) / 20, f"{budget} {share:.3f}: {value:.4g}")
         speeds = _Speeds(model, as_objective(objective), batches[0], batch)
         keep = _share(target, tried, speeds, tell)
         plan = plan.at(**target.options) if target.options else tried.at(keep)

@@ -157,4 +157,3 @@ def mix(layers: Sequence[Choices], budget: int) -> list[Form]:
         if at[-i] == k and price <= left:
             at[-i], left = k + 1, left - price
     return [layer.forms[k] for layer, k in zip(layers, at, strict=True)]
-

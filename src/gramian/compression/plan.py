@@ -149,7 +149,8 @@ class Plan:
     @property
     def predicted(self) -> Predicted:
         """The rise of the mean loss that is expected, with an interval, from the points where it was measured."""
-        return predict(self.predicted_loss, self.points)
+        cut = any(form.rank is not None for form in self.forms.values())
+        return predict(self.predicted_loss, [point for point in self.points if point.cut == cut])
 
     def at(
         self,
@@ -187,7 +188,8 @@ class Plan:
         names = [name for name, value in asked.items() if value is not None]
         if names not in (["keep"], ["size"], ["sparsity"], ["bits"], ["keep", "bits"]):
             raise InputError(
-                f"compress: give one of keep, size, bits and sparsity, or keep with bits; got {' and '.join(names) or 'none'}"
+                "compress: give one of keep, size, bits and sparsity, or keep with bits; "
+                f"got {' and '.join(names) or 'none'}"
             )
         if bits is not None and bits not in BITS:
             raise InputError(f"compress: bits must be from {BITS[0]} to {BITS[-1]}, got {bits!r}")

@@ -29,6 +29,8 @@ __all__ = ["compress"]
 DEFAULT_KEEP = 0.5
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 """Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
+MEASURED_BITS = 4
+"""Bits at which the rise is measured too; what other bits and zeros cost is in proportion."""
 VARIED = 1e-6
 """The least share of variance in the second moment of inputs; below it there is little but float32's rounding."""
 FEW_UNITS = 16
@@ -47,7 +49,7 @@ def compress(
     exclude: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
-    """Factors every linear layer and convolution so that the loss grows least for the parameters kept.
+    """Plans how to factor, round or prune linear layers and convolutions so that the loss grows least.
 
     Each layer is cut where its output error, weighted by the loss's curvature, is least: the SVD of `G^½ W A^½`, with A
     the covariance of the layer's inputs (its bias takes up what the mean input loses) and G the second moment of its
@@ -72,14 +74,14 @@ def compress(
         progress: called with the number of layers done.
 
     Returns:
-        A plan; `plan.at(keep=0.3).apply()`. A wrapper around the whole model (`torch.compile`, `DataParallel`) is left
-        out of it.
+        A plan; `plan.at(keep=0.3).apply()`, `plan.at(size=0.2).apply()`, see `Plan.at`. A wrapper around the whole
+        model (`torch.compile`, `DataParallel`) is left out of it.
 
     Raises:
         InputError: there are no statistics, they are not finite, a pattern matches no layer, or no layer can be
             factored.
 
-    Cost: three eigendecompositions in float64 for each layer; 48 backward passes and eight evaluations of the batches
+    Cost: three eigendecompositions in float64 for each layer; 48 backward passes and nine evaluations of the batches
     kept apart.
     Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
     factors; shrinkage: Ledoit & Wolf (Bernoulli 28, 2022).
@@ -184,9 +186,10 @@ def _measured(plan: Plan, measure: Measure | None) -> tuple[Point, ...]:
             part = plan.at(keep=1 - removed, of="factorable")
         except InputError:
             break
-        after = losses_of(part.apply(), measure)
-        points.append(measured_point(part.predicted_loss, before, after))
-    return tuple(points)
+        points.append(measured_point(part.predicted_loss, before, losses_of(part.apply(), measure)))
+    part = plan.at(bits=MEASURED_BITS)
+    point = measured_point(part.predicted_loss, before, losses_of(part.apply(), measure))
+    return (*points, point._replace(cut=False))
 
 
 def _by_default(plan: Plan) -> Plan:

@@ -14,8 +14,8 @@ from gramian.calls import as_model, unwrapped
 from gramian.checkpoint import clean_name, load_tree, open_checkpoint, save_tree
 from gramian.checkpoint.trees import TREE
 from gramian.compression.feedback import Feedback
-from gramian.compression.modules import copied, submodule
 from gramian.compression.mixing import Form
+from gramian.compression.modules import copied, submodule
 from gramian.compression.plan import Plan
 from gramian.compression.predicting import Point
 from gramian.compression.weighted import WeightedSVD

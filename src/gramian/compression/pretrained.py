@@ -2,9 +2,9 @@
 
 Importing this module imports transformers and registers the quantization method `gramian` with it. A folder's config
 has the ranks and bits under `quantization_config`; its safetensors files hold the factors, or the integers and scales,
-under the names of their modules, and an empty tensor under the name of each dense weight. transformers without this module skips an unknown quantization
-method with a warning; the empty tensors, whose shape fits no weight, make it raise in place of initializing those
-layers again.
+under the names of their modules, and an empty tensor under the name of each dense weight. transformers without this
+module skips an unknown quantization method with a warning; the empty tensors, whose shape fits no weight, make it raise
+in place of initializing those layers again.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ def shares_of_zeros(layers: Sequence[tuple[Tensor, Feedback]], share: float) -> 
     each = [saliencies(w, feedback.by_groups(1, reverse=True)).flatten().double() for w, feedback in layers]
     counts = torch.tensor([len(one) for one in each])
     # The largest of a layer are never removed.
-    kept = [one.sort().values.index_fill(0, torch.arange(int(MOST_ZEROS * len(one)), len(one)), torch.inf) for one in each]
+    kept = [
+        one.sort().values.index_fill(0, torch.arange(int(MOST_ZEROS * len(one)), len(one)), torch.inf) for one in each
+    ]
     owner = torch.repeat_interleave(torch.arange(len(each)), counts)
     lowest = torch.cat(kept).argsort(stable=True)[: round(share * int(counts.sum()))]
     zeros = owner[lowest].bincount(minlength=len(each))
@@ -126,8 +128,8 @@ def pruned(w: Tensor, share: float | Pattern, feedback: Feedback) -> Tensor:
 
     Raises: nothing of its own.
     Cost: `m n²` multiplications.
-    Source: SparseGPT (Frantar & Alistarh 2301.00774), §3.3 and §3.4; here inputs of small moments are settled first, and
-    rows compete by what their output counts.
+    Source: SparseGPT (Frantar & Alistarh 2301.00774), §3.3 and §3.4; here inputs of small moments are settled first,
+    and rows compete by what their output counts.
 
     >>> one = torch.ones(4)
     >>> pruned(torch.tensor([[1.0, -3.0, 2.0, 4.0]]), Pattern(2, 4), Feedback(torch.arange(4), one, one[:1]))

@@ -81,7 +81,7 @@ def num_bytes_of(shape: tuple[int, int], bits: int, group: int) -> int:
 
 
 class Quantized(nn.Module):
-    """A linear layer or a convolution with its matrix in integers of `bits` bits, and a scale for each group of columns.
+    """A linear layer or a convolution whose matrix is held in integers of `bits` bits, with a scale for groups of them.
 
     The matrix is computed anew at every pass, in about the time of a product with a few dozen rows: what is saved is
     memory. With `integer = True`, a linear layer of eight bits and one scale for each row rounds its inputs to eight
@@ -109,7 +109,9 @@ class Quantized(nn.Module):
 
     def __init__(self, layer: nn.Module, bits: int, group: int) -> None:
         if bits not in BITS or not (isinstance(group, int) and group > 0):
-            raise InputError(f"compress: {bits!r} bits in groups of {group!r}; a code has 2 to 8 bits, a group 1 column")
+            raise InputError(
+                f"compress: {bits!r} bits in groups of {group!r}; a code has 2 to 8 bits, a group 1 column"
+            )
         super().__init__()
         layout = layout_of(layer)
         assert layout is not None
@@ -177,7 +179,9 @@ class Quantized(nn.Module):
         scales = self.scales
         super()._apply(fn, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scales.device)).dtype
-        if self.scales.dtype != scales.dtype:  # a cast of the model is not one of the scales, which float16 may not hold
+        if (
+            self.scales.dtype != scales.dtype
+        ):  # a cast of the model is not one of the scales, which float16 may not hold
             self.scales = scales.to(self.scales.device)
         return self
 

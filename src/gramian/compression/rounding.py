@@ -160,7 +160,7 @@ def noise(w: Tensor, bits: int, group: int, feedback: Feedback) -> float:
 
 
 def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
-    """What rounding is expected to cost, for each number of bits in BITS: eight in whole rows, fewer in groups of GROUP.
+    """What rounding is expected to cost for each number of BITS: eight in whole rows, fewer in groups of GROUP.
 
     Where codes are few, errors that are passed on push weights out of the codes' range. How much that adds is measured
     on some rows for up to four bits; beyond, it halves with each bit.
