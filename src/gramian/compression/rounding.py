@@ -118,7 +118,7 @@ def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) 
 
     def rule(columns: Tensor, diagonal: Tensor, place: slice) -> Callable[[Tensor, int], Tensor]:
         scale = scales.float()
-        if group < n:  # what came before was passed on to these columns, whose range may be another now
+        if feedback is not None and group < n:  # what came before was passed on to them: their range may be another
             scale = scales_of(columns, bits, group, diagonal.square().reciprocal()).float()
             scales[:, feedback.order[place.start] // group] = scale[:, 0].bfloat16()
         return lambda column, j: codes_of(column, scale[:, 0]) * scale[:, 0]
