@@ -1,9 +1,9 @@
-"""What an optimizer and capture cost in compute, bytes and memory, on one rank and on two, beside docs/scale.md's model.
+"""What an optimizer and capture cost in compute, bytes and memory, on one rank and two, beside docs/scale.md's model.
 
     python benchmarks/scale.py
 
-One thread a rank, gloo, FSDP2. Memory is that of the tensors in the optimizer's state; bytes are those that a rank gives
-to the exchanges of a step; compute is in CPU seconds, divided by that of one product of the matrix with a square one of
+One thread a rank, gloo, FSDP2. Memory is that of the tensors in the optimizer's state; bytes are what a rank gives to
+the exchanges of a step; compute is in CPU seconds, divided by that of one product of the matrix with a square one of
 its smaller side.
 """
 

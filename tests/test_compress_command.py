@@ -16,6 +16,7 @@ from gramian.cli import main
 from gramian.compression import deciding, searching
 from gramian.compression.deciding import Target, decide
 from gramian.compression.measuring import in_bfloat16, in_int8, latencies, num_bytes
+from gramian.compression.quantized import Quantized
 from gramian.errors import InputError
 from gramian.report import to_text
 from gramian.report.compression import Contender, Outcome
@@ -150,6 +151,37 @@ def test_a_floor_of_quality_is_met_and_not_by_much(folder, capsys, measure: str,
     assert all(sign * (dense - value) > drop for value in below[-1:])
 
 
+@pytest.mark.parametrize(
+    ("args", "form"),
+    [
+        (["--size", "0.25"], "bits"),
+        (["--bits", "4"], "4 bits"),
+        (["--keep", "0.6", "--bits", "8"], "8 bits"),
+        (["--sparsity", "0.5"], "zeros"),
+        (["--max-drop", "0.02", "--by", "bytes"], "bits"),
+    ],
+    ids=["size", "bits", "keep and bits", "sparsity", "fewest bytes"],
+)
+def test_other_forms_than_ranks_are_chosen_saved_and_told(folder, capsys, args: list[str], form: str) -> None:
+    code, out, err = run(capsys, "task.py:task", *args, "--no-curve", "--out", "small", "--quiet")
+    assert (code, out, err) == (0, "", "")
+    told = json.loads((folder / "small/report.json").read_text())
+    dense, small = told["contenders"][:2]
+    assert any(form in layer["why"] for layer in told["layers"])
+    assert not any(c["name"].startswith("compressed, int8") for c in told["contenders"]) or form == "zeros"
+    assert "4 bits" in [c["name"] for c in told["contenders"]]
+    if form == "zeros":
+        assert small["bytes"] == dense["bytes"]
+    else:
+        assert small["bytes"] < 0.3 * dense["bytes"]
+    if "--max-drop" in args:
+        assert dense["quality"] - small["quality"] <= 0.02
+        assert told["share_of"] == "bytes"
+    task = network(folder)
+    loaded = gm.load_compressed(nn.Sequential(*task.model()), folder / "small/model.safetensors").eval()
+    assert task.evaluate(loaded)["accuracy"] == small["quality"]
+
+
 def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:
     args = ["task.py:task", "--keep", "0.5", "--no-curve", "--plan", "plan.safetensors", "--quiet", "--json"]
     assert run(capsys, *args, "a.json")[0] == 0
@@ -164,11 +196,16 @@ def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:
 
 
 BAD = {
-    "no_target": (["task.py:task"], "give one of keep, max_drop and speedup; got none"),
+    "no_target": (["task.py:task"], "or keep with bits; got none"),
     "two_targets": (["task.py:task", "--keep", "0.5", "--max-drop", "0.1"], "got keep and max_drop"),
     "keep_zero": (["task.py:task", "--keep", "0"], r"keep must be a share in (0, 1], got 0"),
     "keep_large": (["task.py:task", "--keep", "1.5"], r"keep must be a share in (0, 1], got 1.5"),
     "drop": (["task.py:task", "--max-drop", "-1"], "max_drop must be a number of at least 0, got -1"),
+    "no bits": (["task.py:task", "--bits", "9"], "bits must be from 2 to 8, got 9"),
+    "no share": (["task.py:task", "--size", "1.2"], "size must be a share in (0, 1], got 1.2"),
+    "no zeros": (["task.py:task", "--sparsity", "half"], "--sparsity is a share, as 0.5, or a pattern"),
+    "no pattern": (["task.py:task", "--sparsity", "4:2"], "a pattern of zeros is like '2:4'"),
+    "by alone": (["task.py:task", "--size", "0.5", "--by", "bytes"], "by='bytes' says what max_drop makes small"),
     "slower": (["task.py:task", "--speedup", "0.5"], "speedup must be above 1, got 0.5"),
     "too_small": (["task.py:task", "--keep", "0.01"], "the smallest possible keep is 0."),
     "no_layer": (["task.py:vectors", "--keep", "0.5"], "no layer of Sequential can be factored (it has no matrices)"),
@@ -241,7 +278,7 @@ def by_size(half: float, int8: float = 9.0):
             cost = 1.0 + sum(p.numel() for p in parameters) / 1000
             if any(p.dtype == torch.bfloat16 for p in parameters):
                 cost = half
-            taken[name] = int8 if any(hasattr(m, "_packed_params") for m in model.modules()) else cost
+            taken[name] = int8 if any(isinstance(m, Quantized) for m in model.modules()) else cost
         return taken
 
     return latencies

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.block import METADATA, Block
 from gramian.checkpoint import open_checkpoint, save_tensors
+from gramian.compression.mixing import Form
 from gramian.errors import GramianWarning, InputError
 from gramian.inspection.matrices import find_holdings
 from gramian.inspection.weights import applied
@@ -589,7 +590,7 @@ def test_compression_leaves_layers_that_do_more_than_their_class(how: str) -> No
         assert "0" in plan.reasons
         return
     # A hook stays on the factored layer: nothing is cut here, so the outputs are the same.
-    low = replace(plan, ranks={**plan.ranks, "0": 32}).apply()
+    low = replace(plan, forms={**plan.forms, "0": Form(32)}).apply()
     assert type(low[0]).__name__ == "LowRank"
     x = batches[0][0]
     torch.testing.assert_close(low(x), model(x), rtol=1e-3, atol=1e-3)

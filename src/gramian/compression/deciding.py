@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from gramian.batch import first_samples
 from gramian.block import blocks
 from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.measuring import FORMS, latencies, num_bytes, samples
-from gramian.compression.planning import Plan, compress
+from gramian.compression.mixing import Form
+from gramian.compression.plan import Plan
+from gramian.compression.planning import compress
 from gramian.compression.plans import load_plan, save_plan
 from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares
 from gramian.errors import GramianError, InputError
 from gramian.objective import Objective, as_objective
-from gramian.report.compression import Contender, FactoredLayer, Outcome
+from gramian.report.compression import FOUR_BITS, Contender, FactoredLayer, Outcome
 
 MOST_OUTPUTS = 32
 
@@ -33,36 +35,66 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of a compression: one of the three.
+    """What is asked of a compression: one of these, or `keep` with `bits`.
 
     Args:
         keep: share of all the model's parameters.
         max_drop: by how much the held-out measure may become worse, in its own unit.
         speedup: how many times as fast a forward pass must be, at batch 1 and at the larger batch.
+        size: share of all the model's bytes.
+        bits: of every layer's integers, 2 to 8.
+        sparsity: share of the weights that become zero, or a pattern, `"2:4"`.
+        by: what `max_drop` makes small: "parameters", by ranks alone, or "bytes", by all forms.
     """
 
     keep: float | None = None
     max_drop: float | None = None
     speedup: float | None = None
+    size: float | None = None
+    bits: int | None = None
+    sparsity: float | str | None = None
+    by: Literal["parameters", "bytes"] = "parameters"
 
     def __post_init__(self) -> None:
-        given = {"keep": self.keep, "max_drop": self.max_drop, "speedup": self.speedup}
+        given = {name: getattr(self, name) for name in ("keep", "max_drop", "speedup", "size", "bits", "sparsity")}
         asked = [name for name, value in given.items() if value is not None]
-        if len(asked) != 1:
-            raise InputError(f"compress: give one of keep, max_drop and speedup; got {' and '.join(asked) or 'none'}")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise InputError(f"compress: keep must be a share in (0, 1], got {self.keep:g}")
+        if len(asked) != 1 and asked != ["keep", "bits"]:
+            raise InputError(
+                "compress: give one of keep, max_drop, speedup, size, bits and sparsity, or keep with bits; "
+                f"got {' and '.join(asked) or 'none'}"
+            )
+        for name in ("keep", "size"):
+            value = given[name]
+            if value is not None and not 0 < value <= 1:
+                raise InputError(f"compress: {name} must be a share in (0, 1], got {value:g}")
         if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
             raise InputError(f"compress: max_drop must be a number of at least 0, got {self.max_drop:g}")
         if self.speedup is not None and not 1 < self.speedup < math.inf:
             raise InputError(f"compress: speedup must be above 1, got {self.speedup:g}")
+        if self.by == "bytes" and self.max_drop is None:
+            raise InputError("compress: by='bytes' says what max_drop makes small; give max_drop, or size in its place")
 
     def __str__(self) -> str:
         if self.keep is not None:
-            return f"keep {self.keep:.0%} of the parameters"
+            return f"keep {self.keep:.0%} of the parameters{f', in {self.bits} bits' if self.bits else ''}"
         if self.max_drop is not None:
-            return f"lose at most {self.max_drop:g}"
-        return f"{self.speedup:g}× as fast"
+            return f"lose at most {self.max_drop:g}{'' if self.by == 'parameters' else ' in the fewest bytes'}"
+        if self.size is not None:
+            return f"keep {self.size:.0%} of the bytes"
+        if self.bits is not None:
+            return f"{self.bits} bits"
+        return f"{self.sparsity} zeros" if self.sparsity is not None else f"{self.speedup:g}× as fast"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `Plan.at` is asked for, where nothing has to be searched."""
+        given = {name: getattr(self, name) for name in ("keep", "size", "bits", "sparsity")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def budget(self) -> str:
+        """What the shares of the search and the curve are of: "keep" of the parameters, "size" of the bytes."""
+        return "size" if self.size is not None or self.by == "bytes" else "keep"
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,22 +171,26 @@ def decide(
         plan = _planned(model, batches, objective, plan_file, tell)
         seconds = time.perf_counter() - begin
         if plan.smallest >= 1:
-            raise InputError(f"compress: no layer has factors smaller than itself{plan._dense()}; quantize it instead")
-        if target.keep is not None:
-            plan = plan.at(keep=target.keep)  # refused before anything is evaluated
+            raise InputError(
+                f"compress: no layer has factors smaller than itself{plan.left_dense()}; quantize it instead"
+            )
+        if target.options:
+            plan = plan.at(**target.options)  # refused before anything is evaluated
         tell("Evaluate", 0.0, "")
-        tried = judged(plan, evaluate, measure, better)
-        tried.tell = lambda keep, value: tell("Evaluate", len(tried.points) / 20, f"keep {keep:.3f}: {value:.4g}")
+        budget = target.budget
+        tried = judged(plan, evaluate, measure, better, budget)
+        tried.tell = lambda share, value: tell("Evaluate", len(tried.points) / 20, f"{budget} {share:.3f}: {value:.4g}")
         speeds = _Speeds(model, as_objective(objective), batches[0], batch)
         keep = _share(target, tried, speeds, tell)
-        tried(keep)
-        if curve:
-            for share in shares(plan):
-                tried(share)
-        tell("Evaluate", 1.0, f"keep {keep:.3f}: {tried.points[keep]:.4g}")
-        plan = plan.at(keep=keep)
+        plan = plan.at(**target.options) if target.options else tried.at(keep)
         small = plan.apply()
-        contenders = _contenders(model, small, tried, speeds, tell)
+        if not target.bits and not target.sparsity:
+            tried(keep)
+        if curve:
+            for share in shares(plan, budget):
+                tried(share)
+        tell("Evaluate", 1.0, f"{budget} {keep:.3f}")
+        contenders = _contenders(plan, model, small, tried, speeds, tell)
     finally:
         model.train(was)
     outcome = Outcome(
@@ -171,6 +207,7 @@ def decide(
         seconds=seconds,
         notes=(*plan.notes, *_notes(tried, target, contenders)),
         for_speed=target.speedup is not None,
+        share_of="bytes" if target.budget == "size" else "parameters",
     )
     return Decision(plan, small, outcome)
 
@@ -229,8 +266,8 @@ class _Speeds:
 
 def _share(target: Target, tried: Tried, speeds: _Speeds, tell: Progress) -> float:
     """The share that the target asks for."""
-    if target.keep is not None:
-        return target.keep
+    if target.options:
+        return target.size or target.keep or 1.0
     if target.max_drop is not None:
         return by_drop(tried, target.max_drop)
     assert target.speedup is not None
@@ -263,13 +300,16 @@ def _share(target: Target, tried: Tried, speeds: _Speeds, tell: Progress) -> flo
 
 @torch.no_grad()
 def _contenders(
-    dense: nn.Module, small: nn.Module, tried: Tried, speeds: _Speeds, tell: Progress
+    plan: Plan, dense: nn.Module, small: nn.Module, tried: Tried, speeds: _Speeds, tell: Progress
 ) -> tuple[Contender, ...]:
-    """The dense model, the compressed one, and both in the forms that need no factoring."""
+    """The dense model, the compressed one, and both in the forms that need no plan; and the plan's 4 bits."""
     models: dict[str, nn.Module] = {"dense": dense, "compressed": small.eval()}
     failed: dict[str, str] = {}
+    four = {FOUR_BITS: lambda model: plan.at(bits=4).apply().eval()}
     for prefix, model in (("", dense), ("compressed, ", small)):
-        for form, make in FORMS.items():
+        if prefix and any(form.bits for form in plan.forms.values()):
+            continue  # its layers are of integers already
+        for form, make in (FORMS | ({} if prefix else four)).items():
             try:
                 models[prefix + form] = make(model)
                 speeds.predict(models[prefix + form], speeds.one)
@@ -298,8 +338,12 @@ def _contenders(
 
 def _layers(plan: Plan) -> tuple[FactoredLayer, ...]:
     rows = []
-    for (name, rank), s in zip(plan.ranks.items(), plan.spectra, strict=True):
-        m, n = s.shape
+    for (name, form), s in zip(plan.forms.items(), plan.spectra, strict=True):
+        (m, n), rank = s.shape, form.rank
+        if form != Form(rank):
+            saved = 0 if rank is None else m * n - rank * (m + n)
+            rows.append(FactoredLayer(name, (m, n), rank, saved, str(form)))
+            continue
         if rank is None:
             rows.append(FactoredLayer(name, (m, n), None, 0, "dense: worth its parameters, or factors are no smaller"))
             continue

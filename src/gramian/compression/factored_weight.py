@@ -1,4 +1,4 @@
-"""The weight of a factored layer, which is multiplied out only where its entries are asked for."""
+"""The weight of a factored or quantized layer, which is computed only where its entries are asked for."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class FactoredWeight(Tensor):
             if (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__"):
                 raise UnsupportedError(
                     f"LowRank.weight: {name} would change a product that nobody keeps. Change the factors, "
-                    "layer[0].weight and layer[1].weight, or use layer.set_"
+                    "layer[0].weight and layer[1].weight, or use layer.set_; of a Quantized layer, use layer.set_"
                 )
         args, given = tree_map_only(cls, lambda one: one.product(), (args, {**kwargs}))
         return func(*args, **given)

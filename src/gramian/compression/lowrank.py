@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,16 @@ class LowRank(nn.Sequential):
     @property
     def rank(self) -> int:
         """The number of columns of L and rows of R."""
-        return self.get_parameter("1.weight").shape[1]
+        return self[1].weight.shape[1]  # type: ignore[union-attr, return-value]
 
     @property
     def weight(self) -> Tensor:
         """`L R` in the shape of the layer's own weight, multiplied out only where its entries are asked for."""
-        left, right = self.get_parameter("1.weight"), self.get_parameter("0.weight")
+        first, second = self  # whose weights may be products, or of integers, themselves
+        left: Any = second.weight
 
         def product() -> Tensor:
+            right: Any = first.weight
             return self._layout.join(left.flatten(1) @ right.flatten(1))
 
         # A graph drops a product that nothing uses, and traces no tensor without storage.
@@ -139,7 +141,7 @@ FACTORS: dict[str, Callable[[Any, int, tuple[int, ...]], tuple[nn.Module, nn.Mod
 def matrix_of(layer: nn.Module) -> Tensor:
     """The layer's whole matrix (m, n), its rows in the order of the outputs; of a factored layer the product."""
     if isinstance(layer, LowRank):
-        left, right = layer.get_parameter("1.weight").detach(), layer.get_parameter("0.weight").detach()
+        left, right = (cast("Any", factor).weight.detach() for factor in (layer[1], layer[0]))
         return (left.flatten(1).double() @ right.flatten(1).double()).to(left.dtype)
     layout = layout_of(layer)
     assert layout is not None

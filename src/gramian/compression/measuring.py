@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gramian.batch import first_samples, num_samples
-from gramian.compression.modules import copied
+from gramian.block import blocks
+from gramian.compression.lowrank import matrix_of
+from gramian.compression.modules import copied, module_name, replaced
+from gramian.compression.quantized import Quantized
+from gramian.compression.rounding import rounded
+from gramian.compression.targets import why_not
+from gramian.layers import operation_of
 
 __all__ = ["FORMS", "in_bfloat16", "in_int8", "latencies", "num_bytes", "samples"]
 
@@ -37,12 +42,19 @@ def in_bfloat16(model: nn.Module) -> nn.Module:
 
 
 def in_int8(model: nn.Module) -> nn.Module:
-    """A copy whose linear layers have int8 weights, a scale for each output, and inputs quantized as they come."""
-    quantization = torch.ao.quantization
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says at each call that it will move this to torchao
-        spec: Any = {nn.Linear: quantization.per_channel_dynamic_qconfig}
-        return quantization.quantize_dynamic(copied(model), spec, dtype=torch.qint8, inplace=True)
+    """A copy whose linear layers have int8 weights, a scale for each output, and multiply integers.
+
+    The weights are rounded to the nearest integer, without calibration. Tied layers, and those that have more than a
+    weight and a bias, stay as they are.
+    """
+    small = copied(model)
+    for block in blocks(small).blocks:
+        if operation_of(block.module).factors == "linear" and not why_not(block):
+            w = matrix_of(block.module)
+            made = Quantized(block.module, 8, w.shape[1]).set_(rounded(w, 8, w.shape[1]))
+            made.integer = True
+            small = replaced(small, module_name(block), made)
+    return small
 
 
 FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {"bfloat16": in_bfloat16, "int8": in_int8}

@@ -1,208 +1,40 @@
-"""Which layers keep how many ranks: one budget of parameters for the whole model."""
+"""From a model and data to a plan: what each layer can become, and what that costs the loss."""
 
 from __future__ import annotations
 
-import html
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from torch import nn
 
 from gramian.calls import as_model, unwrapped
 from gramian.compression.calibrating import Calibration, Measure, calibrate
 from gramian.compression.correcting import corrected
-from gramian.compression.files import pretrained_support
-from gramian.compression.filling import fill, uniform
-from gramian.compression.lowrank import LowRank, matrix_of
-from gramian.compression.modules import copied, replaced, submodule
-from gramian.compression.predicting import Point, Predicted, losses_of, measured_point, predict
+from gramian.compression.mixing import Form
+from gramian.compression.modules import copied, submodule
+from gramian.compression.plan import SMALLEST, Plan
+from gramian.compression.predicting import Point, losses_of, measured_point
 from gramian.compression.targets import targets
 from gramian.compression.weighted import WeightedSVD, decompose, site_of
-from gramian.errors import GramianWarning, InputError, some
+from gramian.errors import GramianWarning, InputError
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
-from gramian.rows import Rows
 from gramian.statistics import Statistics
 
-__all__ = ["Plan", "compress"]
+__all__ = ["compress"]
 
 DEFAULT_KEEP = 0.5
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 """Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
+MEASURED_BITS = 4
+"""Bits at which the rise is measured too; what other bits and zeros cost is in proportion."""
 VARIED = 1e-6
 """The least share of variance in the second moment of inputs; below it there is little but float32's rounding."""
 FEW_UNITS = 16
 """Below so many distinct units of the loss, G says nothing of which layers matter, and every layer loses one share."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Plan:
-    """How many ranks each layer keeps at a share `keep` of the parameters.
-
-    `plan.at(keep=…)` gives another share without new decompositions; `plan.apply()` gives the smaller model. A plan has
-    a copy of the model, so that training the model on does not change it.
-
-    Args:
-        model: a copy of the model as it came.
-        spectra: the weighted singular value decomposition of each layer that can be factored.
-        keep: share of the parameters counted by `of`; where none was asked for, one half, or the smallest possible.
-        ranks: by layer (the module's name), a rank, or `None` where the layer stays as it is.
-        reasons: by layer, why it is not factored at any share.
-        of: what `keep` is a share of: "all" parameters, or those of the "factorable" layers' weights.
-        notes: what a person has to know of the calibration and of the share, in sentences.
-        ranked: whether the statistics tell which layers matter; if not, each loses the same share.
-        points: where the rise of the loss was measured.
-    """
-
-    model: nn.Module
-    spectra: tuple[WeightedSVD, ...]
-    keep: float
-    ranks: dict[str, int | None]
-    reasons: dict[str, str]
-    of: Literal["all", "factorable"] = "all"
-    notes: tuple[str, ...] = ()
-    ranked: bool = True
-    points: tuple[Point, ...] = ()
-
-    def __str__(self) -> str:
-        factored = sum(rank is not None for rank in self.ranks.values())
-        what = f"{self.parameters:,} of {self.parameters_dense:,} parameters, {factored} layers factored"
-        text = f"keep = {self.keep:.3f}{'' if self.of == 'all' else ' of the factorable ones'}: {what}"
-        return f"{text} ({'; '.join(self.notes)})" if self.notes else text
-
-    def __repr__(self) -> str:
-        return f"Plan({self})"  # the matrices of all layers would fill pages
-
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>{self.explain()._repr_html_()}"
-
-    def explain(self) -> Rows:
-        """One row for each layer with a matrix: its name, shape, rank, share of parameters kept, loss, and the reason.
-
-        The loss is the second-order estimate of the layer's part of the rise. The reason says why a layer stays as it
-        is, or that the diagonal alone of a wide side is known.
-        """
-        rows = []
-        for s in self.spectra:
-            rank = self.ranks[s.name]
-            kept = 1.0 if rank is None else rank * sum(s.shape) / s.dense
-            loss = 0.0 if rank is None else 0.5 * float(s.candidates.losses[rank])
-            why = "worth its parameters" if rank is None else ""
-            why = "; ".join(filter(None, [why, *(f"{side} weighted by their diagonal alone" for side in s.diagonal)]))
-            rows.append({"name": s.name, "shape": s.shape, "rank": rank, "kept": kept, "loss": loss, "reason": why})
-        dense = {"shape": None, "rank": None, "kept": 1.0, "loss": 0.0}
-        return Rows(rows + [{"name": name, **dense, "reason": reason} for name, reason in self.reasons.items()])
-
-    @cached_property
-    def parameters_dense(self) -> int:
-        """Parameters of the model as it came."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def parameters_factorable(self) -> int:
-        """Parameters of the weights that can be factored."""
-        return sum(s.dense for s in self.spectra)
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model that `apply()` gives."""
-        saved = 0
-        for s in self.spectra:
-            rank = self.ranks[s.name]
-            saved += 0 if rank is None else s.dense - rank * sum(s.shape)
-        return self.parameters_dense - saved
-
-    @property
-    def predicted_loss(self) -> float:
-        """The rise of the mean loss that the dropped singular values stand for, to second order: `½ Σ σ²`.
-
-        It leaves out how the errors of layers add up, and is often several times too low; see `predicted`.
-        """
-        ranks = [(s, self.ranks[s.name]) for s in self.spectra]
-        return 0.5 * float(sum(float(s.values[rank:].square().sum()) for s, rank in ranks if rank is not None))
-
-    @property
-    def predicted(self) -> Predicted:
-        """The rise of the mean loss that is expected, with an interval, from the points where it was measured."""
-        return predict(self.predicted_loss, self.points)
-
-    def at(self, *, keep: float, of: Literal["all", "factorable"] | None = None) -> Plan:
-        """The plan at another share of the parameters, `0 < keep ≤ 1`.
-
-        Singular values of all layers stand in one list, by `σ²` for each parameter that they cost, and are taken from
-        the top until the budget is spent. Every layer keeps at least rank 1. A layer goes from the rank where that is
-        worth it straight to dense.
-
-        Args:
-            keep: the share.
-            of: what it is a share of, as in `compress`; by default as this plan has it.
-
-        Raises:
-            InputError: `keep` is out of range, or below what rank 1 everywhere needs.
-        """
-        of = of or self.of
-        if of not in ("all", "factorable"):
-            raise InputError(f"compress: of must be 'all' or 'factorable', got {of!r}")
-        if not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-            raise InputError(f"compress: keep must be a share in (0, 1], got {keep!r}")
-        total, fixed = self._counted(of)
-        least = sum(sum(s.shape) for s in self.spectra) + fixed
-        if least > keep * total:
-            raise InputError(
-                f"compress: keep={keep} of {total:,} parameters is {int(keep * total):,}, but rank 1 everywhere needs "
-                f"{least:,}{self._dense()}; the smallest possible keep is {least / total:.3f}"
-            )
-        layers = [s.candidates for s in self.spectra]
-        budget = int(keep * total) - fixed
-        ranks = fill(layers, budget) if self.ranked else uniform(layers, budget)
-        by_name = {s.name: rank for s, rank in zip(self.spectra, ranks, strict=True)}
-        notes = tuple(note for note in self.notes if _SMALLEST not in note)
-        return replace(self, keep=keep, of=of, ranks=by_name, notes=notes)
-
-    @property
-    def smallest(self) -> float:
-        """The smallest possible share: rank 1 everywhere."""
-        total, fixed = self._counted(self.of)
-        least = (sum(sum(s.shape) for s in self.spectra) + fixed) / total
-        return min(1.0, math.nextafter(least, 1.0))  # whose budget is not below it by rounding
-
-    def _counted(self, of: str) -> tuple[int, int]:
-        """The parameters that a share is of, and how many of those stay in any case."""
-        if of == "factorable":
-            return self.parameters_factorable, 0
-        return self.parameters_dense, self.parameters_dense - self.parameters_factorable
-
-    def _dense(self) -> str:
-        """The layers that are not factored, the first few, for an error."""
-        shown = some((f"{name} ({why})" for name, why in self.reasons.items()), separator="; ")
-        return f" (not factored: {shown})" if shown else ""
-
-    def apply(self) -> nn.Module:
-        """A copy of the model with the planned layers factored. The plan, and the model that it was made of, stay."""
-        model = copied(self.model)
-        for s in self.spectra:
-            rank = self.ranks[s.name]
-            if rank is None:
-                continue
-            layer = submodule(model, s.name)
-            low = LowRank(layer, rank)
-            left, right = s.left[:, :rank], s.right[:rank]
-            bias: Any = getattr(layer, "bias", None)
-            if bias is not None and s.mean is not None:
-                bias = bias + (matrix_of(layer).double() - left @ right) @ s.mean
-            low.set_(left, right, bias)
-            model = replaced(model, s.name, low)
-        support = pretrained_support()
-        if support is not None:
-            support.attach(model)
-        return model
-
-
-_SMALLEST = "is the smallest possible share"
 
 
 def compress(
@@ -217,7 +49,7 @@ def compress(
     exclude: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
-    """Factors every linear layer and convolution so that the loss grows least for the parameters kept.
+    """Plans how to factor, round or prune linear layers and convolutions so that the loss grows least.
 
     Each layer is cut where its output error, weighted by the loss's curvature, is least: the SVD of `G^½ W A^½`, with A
     the covariance of the layer's inputs (its bias takes up what the mean input loses) and G the second moment of its
@@ -242,14 +74,14 @@ def compress(
         progress: called with the number of layers done.
 
     Returns:
-        A plan; `plan.at(keep=0.3).apply()`. A wrapper around the whole model (`torch.compile`, `DataParallel`) is left
-        out of it.
+        A plan; `plan.at(keep=0.3).apply()`, `plan.at(size=0.2).apply()`, see `Plan.at`. A wrapper around the whole
+        model (`torch.compile`, `DataParallel`) is left out of it.
 
     Raises:
         InputError: there are no statistics, they are not finite, a pattern matches no layer, or no layer can be
             factored.
 
-    Cost: three eigendecompositions in float64 for each layer; 48 backward passes and eight evaluations of the batches
+    Cost: three eigendecompositions in float64 for each layer; 48 backward passes and nine evaluations of the batches
     kept apart.
     Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
     factors; shrinkage: Ledoit & Wolf (Bernoulli 28, 2022).
@@ -294,7 +126,7 @@ def compress(
         spectra = list(corrected(own, spectra, calibration.measure.batches, calibration.objective))
     for note in notes:
         warnings.warn(f"compress: {note}", GramianWarning, stacklevel=2)
-    empty: dict[str, int | None] = {s.name: None for s in spectra}
+    empty = {s.name: Form() for s in spectra}
     plan = Plan(own, tuple(spectra), 1.0, empty, reasons, of, tuple(notes), ranked)
     plan = replace(plan, points=_measured(plan, calibration.measure))
     if calibration.measure is not None and calibration.measure.seen:
@@ -354,15 +186,16 @@ def _measured(plan: Plan, measure: Measure | None) -> tuple[Point, ...]:
             part = plan.at(keep=1 - removed, of="factorable")
         except InputError:
             break
-        after = losses_of(part.apply(), measure)
-        points.append(measured_point(part.predicted_loss, before, after))
-    return tuple(points)
+        points.append(measured_point(part.predicted_loss, before, losses_of(part.apply(), measure)))
+    part = plan.at(bits=MEASURED_BITS)
+    point = measured_point(part.predicted_loss, before, losses_of(part.apply(), measure))
+    return (*points, point._replace(cut=False))
 
 
 def _by_default(plan: Plan) -> Plan:
     smallest = plan.smallest
     if smallest <= DEFAULT_KEEP:
         return plan.at(keep=DEFAULT_KEEP)
-    note = f"{smallest:.3f} {_SMALLEST}; {DEFAULT_KEEP} is not possible{plan._dense()}"
+    note = f"{smallest:.3f} {SMALLEST}; {DEFAULT_KEEP} is not possible{plan.left_dense()}"
     made = plan.at(keep=smallest)
     return replace(made, notes=(*made.notes, note))

@@ -13,15 +13,17 @@ from torch import nn
 from gramian.calls import as_model, unwrapped
 from gramian.checkpoint import clean_name, load_tree, open_checkpoint, save_tree
 from gramian.checkpoint.trees import TREE
+from gramian.compression.feedback import Feedback
+from gramian.compression.mixing import Form
 from gramian.compression.modules import copied, submodule
-from gramian.compression.planning import Plan
+from gramian.compression.plan import Plan
 from gramian.compression.predicting import Point
 from gramian.compression.weighted import WeightedSVD
 from gramian.errors import CheckpointError, some
 
 __all__ = ["load_plan", "save_plan"]
 
-STORED: dict[str, type] = {cls.__name__: cls for cls in (Plan, WeightedSVD, Point)}
+STORED: dict[str, type] = {cls.__name__: cls for cls in (Plan, WeightedSVD, Feedback, Form, Point)}
 """The classes that a plan consists of, whose fields are written by name."""
 
 CLASS = "class"

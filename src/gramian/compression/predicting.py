@@ -35,11 +35,19 @@ class Predicted(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One measurement: the second-order estimate of a plan, and what the loss rose by, with half its 90 % interval."""
+    """One measurement: the second-order estimate of a plan, and what the loss rose by, with half its 90 % interval.
+
+    Attributes:
+        estimate: the second-order estimate.
+        rise: of the mean loss.
+        error: half the interval.
+        cut: whether ranks were cut, or weights rounded: the estimate of the one is off by another factor.
+    """
 
     estimate: float
     rise: float
     error: float
+    cut: bool = True
 
 
 def losses_of(model: nn.Module, measure: Measure) -> list[tuple[float, float]]:

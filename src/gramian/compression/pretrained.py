@@ -1,10 +1,10 @@
-"""Factored models of transformers: how `save_pretrained` writes them and `from_pretrained` reads them.
+"""Factored and quantized models of transformers: how `save_pretrained` writes them and `from_pretrained` reads them.
 
 Importing this module imports transformers and registers the quantization method `gramian` with it. A folder's config
-has the ranks under `quantization_config`; its safetensors files hold the factors under the names of their modules, and
-an empty tensor under the name of each dense weight. transformers without this module skips an unknown quantization
-method with a warning; the empty tensors, whose shape fits no weight, make it raise in place of initializing those
-layers again.
+has the ranks and bits under `quantization_config`; its safetensors files hold the factors, or the integers and scales,
+under the names of their modules, and an empty tensor under the name of each dense weight. transformers without this
+module skips an unknown quantization method with a warning; the empty tensors, whose shape fits no weight, make it raise
+in place of initializing those layers again.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class FactoredConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a folder's config.
 
     Args:
-        ranks: of the factored layers, by the name of the module.
+        ranks: of the factored layers, by the name of the module; of the quantized ones, their bits and group.
         quant_method: always `gramian`.
     """
 
-    def __init__(self, ranks: Mapping[str, int] | None = None, quant_method: str = METHOD, **_: Any) -> None:
+    def __init__(self, ranks: Mapping[str, Any] | None = None, quant_method: str = METHOD, **_: Any) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.ranks = dict(ranks or {})
 
@@ -177,16 +177,24 @@ def load_folder(model: Any, folder: Path) -> Any:
 
 
 def _resolved(model: Any, ranks: Mapping[str, Any]) -> dict[str, Any]:
-    """The ranks by the names that the layers have in this model.
+    """The ranks and bits by the names that the layers have in this model.
 
     A folder may have been saved from a model with a head and be loaded without it, or the other way around.
     """
     names = {name for name, _ in model.named_modules()}
     base = f"{model.base_model_prefix}."
     found: dict[str, Any] = {}
-    for name, rank in ranks.items():
+    there: dict[str, str] = {}
+    for name, rank in sorted(ranks.items()):  # a factored layer before its factors
+        outer = name.rpartition(".")[0]
+        if outer in ranks:  # one of the two factors, which the dense model does not have
+            if outer in there:
+                there[name] = there[outer] + name.removeprefix(outer)
+                found[there[name]] = rank
+            continue
         fitting = [n for n in (name, name.removeprefix(base), base + name) if n in names]
         if fitting:
+            there[name] = fitting[0]
             found[fitting[0]] = rank
         elif name.startswith(base) or not any(n.startswith(base) for n in ranks):
             raise CheckpointError(f"the factored layer {name} is not in {type(model).__name__}")

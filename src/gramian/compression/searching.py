@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.compression.planning import Plan
+from gramian.compression.plan import Plan
 from gramian.errors import InputError
 
 __all__ = ["Quality", "Tried", "by_drop", "by_speed", "shares"]
@@ -18,8 +18,11 @@ __all__ = ["Quality", "Tried", "by_drop", "by_speed", "shares"]
 HALVINGS = 6
 """Steps of a bisection between shares, by their ratio: from 1/50 to 1 the share is found to 6 %."""
 
-GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-"""Shares at which the curve of quality over size is measured, as far as they are possible."""
+GRIDS: dict[str, tuple[float, ...]] = {
+    "keep": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1),
+    "size": (0.5, 0.3, 0.25, 0.22, 0.19, 0.16, 0.13, 0.1, 0.07),
+}
+"""Shares of parameters or bytes at which the curve of quality is measured, as far as they are possible."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,25 @@ class Tried:
         quality: what is evaluated.
         points: the held-out number by share.
         tell: called with the share and its number.
+        budget: what a share is of: "keep" of the parameters, "size" of the bytes.
     """
 
     plan: Plan
     quality: Quality
     points: dict[float, float] = field(default_factory=dict)
-    tell: Callable[[float, float], None] = lambda keep, value: None
+    tell: Callable[[float, float], None] = lambda share, value: None
+    budget: str = "keep"
 
-    def __call__(self, keep: float) -> float:
+    def __call__(self, share: float) -> float:
         """The held-out number at a share, evaluated once."""
-        if keep not in self.points:
-            self.points[keep] = self.quality.of(self.plan.at(keep=keep).apply())
-            self.tell(keep, self.points[keep])
-        return self.points[keep]
+        if share not in self.points:
+            self.points[share] = self.quality.of(self.at(share).apply())
+            self.tell(share, self.points[share])
+        return self.points[share]
+
+    def at(self, share: float) -> Plan:
+        """The plan at a share."""
+        return self.plan.at(**{self.budget: share})  # type: ignore[arg-type]
 
 
 def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: str = "") -> dict[str, float]:
@@ -104,14 +113,23 @@ def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: st
     return {key: float(numbers[key]) for key in (name, *(key for key in numbers if key != name))}
 
 
-def shares(plan: Plan) -> list[float]:
+def shares(plan: Plan, budget: str = "keep") -> list[float]:
     """The shares of the curve, from large to small."""
-    least = plan.smallest
-    return [1.0, *(keep for keep in GRID if keep > least), *([least] if least < 1 else [])]
+    least = smallest(plan, budget)
+    return [1.0, *(share for share in GRIDS[budget] if share > least), *([least] if least < 1 else [])]
+
+
+def smallest(plan: Plan, budget: str) -> float:
+    """The smallest possible share."""
+    return plan.smallest_size if budget == "size" else plan.smallest
 
 
 def judged(
-    plan: Plan, evaluate: Callable[[nn.Module], Mapping[str, float]], measure: str = "", better: str = ""
+    plan: Plan,
+    evaluate: Callable[[nn.Module], Mapping[str, float]],
+    measure: str = "",
+    better: str = "",
+    budget: str = "keep",
 ) -> Tried:
     """The quality of the dense model, and of the smallest plan, which tells the direction where `better` does not.
 
@@ -121,11 +139,11 @@ def judged(
     name, dense = next(iter(measured(evaluate, plan.model, measure).items()))
     if not math.isfinite(dense):
         raise InputError(f"compress: {name} of the model as it came is {dense}; gm.inspect finds where that begins")
-    least = plan.smallest
-    damaged = Quality(evaluate, name, dense).of(plan.at(keep=least).apply())
+    least = smallest(plan, budget)
+    damaged = Quality(evaluate, name, dense).of(plan.at(**{budget: least}).apply())  # type: ignore[arg-type]
     unmoved = damaged == dense or (not better and not math.isfinite(damaged))
     sign = 0 if unmoved else {"higher": 1, "lower": -1}.get(better) or (1 if damaged < dense else -1)
-    return Tried(plan, Quality(evaluate, name, dense, sign), {1.0: dense, least: damaged})
+    return Tried(plan, Quality(evaluate, name, dense, sign), {1.0: dense, least: damaged}, budget=budget)
 
 
 def by_drop(tried: Tried, max_drop: float) -> float:
@@ -134,7 +152,7 @@ def by_drop(tried: Tried, max_drop: float) -> float:
     Raises:
         InputError: no share below 1 is good enough, with the best that was tried.
     """
-    low, high = tried.plan.smallest, 1.0
+    low, high = smallest(tried.plan, tried.budget), 1.0
     if tried.quality.drop(tried(low)) <= max_drop:
         return low
     for _ in range(HALVINGS):

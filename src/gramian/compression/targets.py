@@ -11,7 +11,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gramian.block import Block, blocks
 from gramian.compression.lowrank import HOOKS, LowRank
-from gramian.compression.modules import module_name
+from gramian.compression.modules import clean_module_name, module_name
+from gramian.compression.quantized import Quantized
 from gramian.errors import InputError, some
 from gramian.layers import is_affine, layer_of, operation_of, runs_as_its_class
 
@@ -76,6 +77,9 @@ def targets(
             reasons[name] = reason
         else:
             found.append(target)
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            reasons[clean_module_name(name)] = "quantized already"
     names = [target.name for target in found] + list(reasons)
     for pattern in (*(include or ()), *exclude):
         if not fnmatch.filter(names, pattern):

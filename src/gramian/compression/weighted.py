@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from gramian.block import Block
+from gramian.compression.feedback import Feedback, feedback_of
 from gramian.compression.filling import Candidates
 from gramian.compression.lowrank import matrix_of
+from gramian.compression.rounding import noises
 from gramian.compression.shrinkage import Roots, roots, shrunk_mean
 from gramian.compression.targets import Target
 from gramian.errors import InputError
@@ -35,6 +37,9 @@ class WeightedSVD:
         right: `Vᵀ A^-½`, (k, n).
         mean: of the inputs, where the layer's bias can take up the mean.
         dense: parameters of the weight as it is.
+        feedback: how an error of one weight is made up for by others.
+        noises: what rounding the matrix is expected to cost, see `gramian.compression.rounding.noises`.
+        moments: (k,), the second moment of what each row of `right` makes of the inputs.
         diagonal: the sides ("inputs", "outputs") that are weighted by a diagonal alone.
     """
 
@@ -44,6 +49,9 @@ class WeightedSVD:
     right: Tensor
     mean: Tensor | None
     dense: int
+    feedback: Feedback
+    noises: tuple[float, ...]
+    moments: Tensor
     diagonal: tuple[str, ...] = ()
 
     @property
@@ -51,9 +59,11 @@ class WeightedSVD:
         """(m, n)."""
         return len(self.left), self.right.shape[1]
 
-    def scaled(self, factor: float) -> WeightedSVD:
-        """The same with every loss times a factor."""
-        return replace(self, values=self.values * factor**0.5)
+    def scaled(self, cut: float, rounding: float) -> WeightedSVD:
+        """The same with every loss of a cut times a factor, and those of rounding and zeros times another."""
+        feedback = replace(self.feedback, outputs=self.feedback.outputs * rounding)
+        costs = tuple(one * rounding for one in self.noises)
+        return replace(self, values=self.values * cut**0.5, feedback=feedback, noises=costs)
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -61,6 +71,24 @@ class WeightedSVD:
         squares = self.values.double().cpu().square()
         losses = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
         return Candidates(losses, self.shape, self.dense)
+
+    @property
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """The factors with all columns of `left` alike, weighted by the outputs: best where both are rounded."""
+        size = self.moments.clamp_min(1e-300).sqrt() / self.values.clamp_min(1e-150)
+        size = torch.where((self.values > 0) & (self.moments > 0), size, 1.0)
+        return self.left * size, self.right / size[:, None]
+
+    @cached_property
+    def factor_noise(self) -> Tensor:
+        """(k + 1,), what rounding the factors of each rank to eight bits is expected to cost, one scale a row."""
+        left, right = self.balanced
+        squares = self.values.square()
+        own = right.abs().amax(1).square() * self.feedback.costs.double().sum()  # times the size of its column of left
+        largest = left.abs().cummax(1).values.square()
+        other = (self.feedback.outputs @ largest) * squares.cumsum(0)
+        each = (own.cumsum(0) + other) / (24 * 4.0**7)
+        return torch.cat([each.new_zeros(1), each]).cpu()
 
 
 def site_of(target: Target, stats: Statistics) -> Site:
@@ -147,8 +175,19 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool) -> Weigh
         side for side, moment in (("inputs", site.A), ("outputs", site.G)) if isinstance(moment, DiagonalGram)
     )
     matters = blind or bool(site.A.total.any() and site.G.total.any())
+    feedback = feedback_of(a, g)
+    feedback = replace(feedback, outputs=feedback.outputs * matters)
     return WeightedSVD(
-        target.name, values * matters, left * scale, right / scale[:, None], mean, target.dense, diagonal
+        target.name,
+        values * matters,
+        left * scale,
+        right / scale[:, None],
+        mean,
+        target.dense,
+        feedback,
+        noises(w, feedback),
+        a.right(right / scale[:, None]).square().sum(1),
+        diagonal,
     )
 
 

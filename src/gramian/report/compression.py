@@ -11,7 +11,10 @@ from typing import Any
 from .model import Document, Picture, Section, Series, Table, Tile
 from .serial import jsonable
 
-__all__ = ["Contender", "FactoredLayer", "Outcome"]
+__all__ = ["FOUR_BITS", "Contender", "FactoredLayer", "Outcome"]
+
+FOUR_BITS = "4 bits"
+"""The name of the form in which all layers have integers of four bits."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Outcome:
         asked: the target, in words.
         measure: the name of the held-out measure.
         better: `"higher"`, `"lower"`, or empty where the measure tells nothing.
-        keep: the chosen share of the parameters.
+        keep: the chosen share of the parameters or bytes.
         contenders: dense first, compressed second, then the alternatives.
         curve: pairs of the share that is kept and the measure.
         layers: in the order of the model.
@@ -75,6 +78,7 @@ class Outcome:
         seconds: that calibrating and factoring took.
         notes: what else must be known.
         for_speed: whether speed was asked and not size, so that an alternative need not be smaller.
+        share_of: what the shares are of, "parameters" or "bytes".
     """
 
     title: str
@@ -90,6 +94,7 @@ class Outcome:
     seconds: float
     notes: tuple[str, ...] = ()
     for_speed: bool = False
+    share_of: str = "parameters"
 
     @property
     def dense(self) -> Contender:
@@ -113,10 +118,12 @@ class Outcome:
             return ""
         told, sized = [], not self.for_speed
         for other in self.contenders[2:]:
-            if other.name not in ("bfloat16", "int8") or other.quality is None:
+            if other.name not in ("bfloat16", "int8", FOUR_BITS) or other.quality is None:
                 continue
             larger = (other.bytes or 0) > (self.compressed.bytes or 0)
             if (sized and larger) or self._drop(other) > self.drop:
+                continue
+            if other.name == self.asked:
                 continue
             slower = [where for where, ratio in self._slower(other) if ratio > 1.02]
             if not slower:
@@ -209,14 +216,14 @@ class Outcome:
     def _picture(self) -> Picture:
         curve = sorted(point for point in self.curve if math.isfinite(point[1]))
         chosen = [point for point in curve if point[0] == self.keep]
-        series = [Series("factored", [100 * k for k, _ in curve], [q for _, q in curve], role="before")]
+        series = [Series("planned", [100 * k for k, _ in curve], [q for _, q in curve], role="before")]
         if chosen:
             series.append(Series("chosen", [100 * self.keep], [chosen[0][1]], role="accent", style="points"))
         dense = self.dense.quality
         return Picture(
-            f"Held-out {self.measure} by share of the parameters",
+            f"Held-out {self.measure} by share of the {self.share_of}",
             series,
-            x_label="parameters kept, %",
+            x_label=f"{self.share_of} kept, %",
             y_label=self.measure,
             reference=None if dense is None else (dense, f"dense {_shown(dense)}"),
         )
@@ -227,8 +234,8 @@ class Outcome:
         ]
         return Section(
             "Ranks, and why",
-            "One list of the weighted singular values of all layers, σ² for each parameter that they cost, is filled "
-            "from the top.",
+            "What loses least for its parameters or bytes is kept, in one list over all layers; ranks by the weighted "
+            "singular values, σ² for each parameter that they cost.",
             [Table("Layers", ["layer", "shape", "rank", "parameters saved", "why"], rows)],
         )
 

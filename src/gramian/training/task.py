@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import html
-=======
 import math
->>>>>>> train
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +18,8 @@ from torch import nn
 from gramian.errors import GramianError, InputError, TaskError
 from gramian.loader import as_batches
 from gramian.objective import Objective
-<<<<<<< HEAD
-from gramian.rows import Rows
-=======
 from gramian.report import HeatMap, Picture, Table
->>>>>>> train
+from gramian.rows import Rows
 
 __all__ = ["Run", "Task", "as_task", "calling", "described"]
 

@@ -1,0 +1,169 @@
+"""Feedback: how an error made in one weight of a row is made up for by the weights that are still free.
+
+With `H` the second moment of a layer's inputs, an error `e` of one row of its matrix costs `½ g eᵀ H e`, where `g` is
+the second moment of the gradient at that output. Where the weights are settled one after the other, and each error is
+passed on to those that follow by the upper Cholesky factor U of `H⁻¹ = Uᵀ U`, the whole cost is `½ g Σ_j e_j² / U_jj²`,
+with `e_j` the error at the moment when weight j was settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gramian.compression.shrinkage import Roots
+
+__all__ = ["Feedback", "feedback_of", "settle"]
+
+Rule = Callable[[Tensor, Tensor, slice], Callable[[Tensor, int], Tensor]]
+
+BLOCK = 128
+"""Columns between two products with the whole rest of the matrix."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """The factored inverse of the inputs' second moment, and what each output counts.
+
+    Args:
+        order: (n,), the columns in the order in which they are settled: the largest second moment first.
+        factor: (n, n), U in that order; or (n,), its diagonal, where the columns do not know of each other.
+        outputs: (m,), the second moment of the gradient of each output.
+    """
+
+    order: Tensor
+    factor: Tensor
+    outputs: Tensor
+
+    @property
+    def diagonal(self) -> Tensor:
+        """(n,), `U_jj` in the settling order."""
+        return self.factor if self.factor.ndim == 1 else self.factor.diagonal()
+
+    @property
+    def costs(self) -> Tensor:
+        """(n,), `1 / U_jj²` of the columns as they stand in the matrix: what a squared error of each costs."""
+        costs = torch.empty_like(self.diagonal)
+        costs[self.order] = self.diagonal.square().reciprocal()
+        return costs
+
+    def reordered(self, order: Tensor) -> Feedback:
+        """The same with the columns settled in another order."""
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(len(place), device=place.device)
+        if self.factor.ndim == 1:
+            return Feedback(order, self.factor[place[order]], self.outputs)
+        return Feedback(order, _upper(self.factor.double()[:, place[order]]).to(self.factor.dtype), self.outputs)
+
+    def by_groups(self, group: int, *, reverse: bool = False) -> Feedback:
+        """The same with neighboring columns settled together, the group of the largest second moment first.
+
+        Args:
+            group: columns of a group. A shorter one comes last.
+            reverse: whether the group of the smallest second moment comes first.
+        """
+        n, device = len(self.order), self.order.device
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(n - 1, -1, -1, device=device) if reverse else torch.arange(n, device=device)
+        means = torch.stack([part.double().mean() for part in place.split(group)])
+        if n % group:
+            means[-1] = torch.inf  # those before it are counted off by their length
+        rank = means.argsort().argsort()
+        return self.reordered((rank[torch.arange(n, device=device) // group] * n + place).argsort())
+
+    def cost(self, error: Tensor) -> Tensor:
+        """`½ Σ_i g_i e_iᵀ H e_i` of an error of the whole matrix (m, n)."""
+        error = error.double()[:, self.order]
+        factor = self.factor.double()
+        if factor.ndim == 1:
+            whitened = error / factor
+        else:
+            whitened = torch.linalg.solve_triangular(factor, error, upper=True, left=False)
+        return 0.5 * (self.outputs.double() * whitened.square().sum(1)).sum()
+
+
+def feedback_of(inputs: Roots, outputs: Roots) -> Feedback:
+    """The feedback of a layer, from the roots of the shrunk second moments of its inputs and output gradients.
+
+    Args:
+        inputs: of the inputs: their shrinkage is all the damping that there is.
+        outputs: of the output gradients.
+
+    Returns:
+        The feedback, its factor in float32.
+
+    Raises: nothing of its own.
+    Cost: a QR decomposition of the inverse root, whose condition is the root of that of H.
+    Source: GPTQ (Frantar et al. 2210.17323, §3.3, steps 1 and 3); the order is its `act-order`.
+
+    >>> one = torch.ones(3, dtype=torch.float64)
+    >>> feedback_of(Roots(one / torch.arange(3, 0, -1), one * torch.arange(3, 0, -1)), Roots(one, one)).order
+    tensor([2, 1, 0])
+    """
+    moments = inputs.root.square() if inputs.root.ndim == 1 else inputs.root.square().sum(0)
+    order = moments.argsort(descending=True, stable=True)
+    factor = inputs.inverse[order] if inputs.inverse.ndim == 1 else _upper(inputs.inverse[:, order])
+    counts = outputs.root.square() if outputs.root.ndim == 1 else outputs.root.square().sum(1)
+    return Feedback(order, factor.float(), counts)
+
+
+def _upper(root: Tensor) -> Tensor:
+    """The upper triangular U with a positive diagonal and `Uᵀ U = Rᵀ R`."""
+    upper = torch.linalg.qr(root, mode="r")[1]
+    return upper * upper.diagonal().sign()[:, None]
+
+
+def settle(w: Tensor, feedback: Feedback, rule: Rule, step: int = 1) -> Tensor:
+    """The matrix with its columns settled one after the other, each error passed on to those that follow.
+
+    Args:
+        w: (m, n).
+        feedback: of its layer.
+        rule: `rule(columns, diagonal, place)` sees `step` columns when what came before has been passed on: as they are
+            (m, step), their `U_jj` (step,), and their place in the settling order. It returns a function that takes one
+            column as it is when its turn comes, and its number within the step, and gives the values it settles at.
+        step: how many columns a rule sees together.
+
+    Returns:
+        (m, n).
+
+    Raises: nothing of its own.
+    Cost: `m n²` multiplications.
+    Source: GPTQ (Frantar et al. 2210.17323, algorithm 1), which is the optimal brain surgeon's update (Hassibi & Stork
+    1992) along a fixed order.
+
+    >>> one = torch.ones(2)
+    >>> whole = lambda columns, diagonal, place: lambda column, j: column.round()
+    >>> settle(torch.tensor([[0.6, 0.6]]), Feedback(torch.arange(2), one, one[:1]), whole)
+    tensor([[1., 1.]])
+    """
+    left = w[:, feedback.order].clone()
+    factor, n = feedback.factor.to(w.dtype), w.shape[1]
+    size = step * max(1, BLOCK // step)
+    for begin in range(0, n, size):
+        block = slice(begin, min(begin + size, n))
+        if factor.ndim == 1:
+            _settle_block(left[:, block], torch.diag(factor[block]), rule, step, begin)
+        else:
+            errors = _settle_block(left[:, block], factor[block, block], rule, step, begin)
+            left[:, block.stop :] -= errors @ factor[block, block.stop :]
+    settled = torch.empty_like(w)
+    settled[:, feedback.order] = left
+    return settled
+
+
+def _settle_block(block: Tensor, factor: Tensor, rule: Rule, step: int, offset: int) -> Tensor:
+    """Settles some columns in place; returns their errors by `U_jj`, (m, k)."""
+    num, errors, diagonal = block.shape[1], torch.empty_like(block), factor.diagonal()
+    for begin in range(0, num, step):
+        part = slice(begin, min(begin + step, num))
+        value = rule(block[:, part], diagonal[part], slice(offset + begin, offset + part.stop))
+        for j in range(begin, part.stop):
+            settled = value(block[:, j], j - begin)
+            errors[:, j] = (block[:, j] - settled) / diagonal[j]
+            block[:, j] = settled
+            block[:, j + 1 :] -= errors[:, j, None] * factor[j, j + 1 :]
+    return errors

@@ -1,0 +1,195 @@
+"""Rounding a matrix to integers of few bits with a scale for each row, or for each group of columns of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.compression.feedback import Feedback, settle
+
+__all__ = ["BITS", "GROUP", "Codes", "noise", "noises", "rounded", "scales_of"]
+
+BITS = (2, 3, 4, 5, 6, 7, 8)
+"""The numbers of bits that a code can have."""
+GROUP = 64
+"""Columns that share a scale below eight bits, where nothing else is asked for."""
+SAMPLE = 32
+"""Rows that are rounded to see what it costs."""
+COARSE, FINE = tuple(2.0**-k for k in range(7)), (1.3, 1.14, 0.88, 0.8, 0.72)
+"""Scales that are tried, as shares of the one that reaches the largest weight, and then of the best of these. Clipping
+pays where bits are few, and where a column that counts little has a large weight."""
+
+
+class Codes(NamedTuple):
+    """Integers and scales: `W_ij ≈ c_ij s_ig`, where g is the group of column j.
+
+    Attributes:
+        codes: (m, n), int8, from `-2^(bits-1)` to `2^(bits-1) - 1`.
+        scales: (m, number of groups), bfloat16; negative where the weight of largest magnitude is positive, since there
+            is one more code below zero than above.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def matrix(self, group: int) -> Tensor:
+        """W in float32, from groups of so many columns."""
+        return self.codes.float() * spread(self.scales.float(), group, self.codes.shape[1])
+
+
+def spread(scales: Tensor, group: int, num: int) -> Tensor:
+    """The scale of each of `num` columns; (m, 1) where each row has one scale."""
+    return scales if scales.shape[1] == 1 else scales.repeat_interleave(group, 1)[:, :num]
+
+
+def scales_of(w: Tensor, bits: int, group: int, costs: Tensor | None = None) -> Tensor:
+    """The scale of each group of columns that loses least when every weight is rounded to the nearest code.
+
+    Args:
+        w: (m, n).
+        bits: of a code.
+        group: columns that share a scale; the last group may have fewer.
+        costs: (n,), what a squared error in each column costs; all the same by default.
+
+    Returns:
+        (m, number of groups), bfloat16; zero where all weights are.
+
+    Raises: nothing of its own.
+    Cost: twelve roundings of the matrix.
+    Source: this library's own; the code for the largest magnitude is that of llama.cpp's Q4_0.
+
+    >>> scales_of(torch.tensor([[1.0, -8.0, 3.0, 0.0]]), 4, 4)
+    tensor([[1.]], dtype=torch.bfloat16)
+    """
+    m, n = w.shape
+    num = -(-n // group)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    pad = num * group - n
+    parts = torch.nn.functional.pad(w.float(), (0, pad)).reshape(m, num, group)
+    weights = torch.ones(n, device=w.device) if costs is None else (costs / costs.max()).float()
+    weights = torch.nn.functional.pad(weights, (0, pad)).reshape(num, group)
+    largest = parts.gather(2, parts.abs().argmax(2, keepdim=True)) / low
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for round_ in (COARSE, FINE):
+        start = largest if round_ is COARSE else best
+        for share in round_:
+            scale = (share * start).bfloat16().float()
+            codes = torch.where(scale == 0, 0.0, parts / scale).round_().clamp_(low, high)
+            lost = (weights * (parts - codes * scale).square_()).sum(2, keepdim=True)
+            best, least = torch.where(lost < least, scale, best), torch.minimum(lost, least)
+    return best[..., 0].bfloat16()
+
+
+def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) -> Codes:
+    """The matrix in codes of few bits: each weight's error is passed on to the weights that are not rounded yet.
+
+    Args:
+        w: (m, n).
+        bits: of a code, 2 to 8.
+        group: columns that share a scale, in the order of the matrix.
+        feedback: of its layer; by default each weight is rounded to the nearest code.
+
+    Returns:
+        The codes and scales.
+
+    Raises: nothing of its own.
+    Cost: `m n²` multiplications.
+    Source: GPTQ (Frantar et al. 2210.17323), with scales that are fixed before, so that they do not depend on the
+    order; damping by shrinkage in place of a share of the mean diagonal.
+
+    >>> codes = rounded(torch.tensor([[1.0, -8.0, 3.3, 0.0]]), 4, 4)
+    >>> codes.codes, codes.matrix(4)
+    (tensor([[ 1, -8,  3,  0]], dtype=torch.int8), tensor([[ 1., -8.,  3.,  0.]]))
+    """
+    w, n = w.float(), w.shape[1]
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def codes_of(columns: Tensor, scale: Tensor) -> Tensor:
+        return torch.where(scale == 0, 0.0, columns / scale).round_().clamp_(low, high)
+
+    if feedback is None or group >= n:
+        scales = scales_of(w, bits, group, None if feedback is None else feedback.costs)
+    else:
+        scales = torch.empty(len(w), -(-n // group), dtype=torch.bfloat16, device=w.device)
+        feedback = feedback.by_groups(group)
+
+    def rule(columns: Tensor, diagonal: Tensor, place: slice) -> Callable[[Tensor, int], Tensor]:
+        scale = scales.float()
+        if feedback is not None and group < n:  # what came before was passed on to them: their range may be another
+            scale = scales_of(columns, bits, group, diagonal.square().reciprocal()).float()
+            scales[:, feedback.order[place.start] // group] = scale[:, 0].bfloat16()
+        return lambda column, j: codes_of(column, scale[:, 0]) * scale[:, 0]
+
+    settled = w if feedback is None else settle(w, feedback, rule, group if group < n else 1)
+    return Codes(codes_of(settled, spread(scales.float(), group, n)).to(torch.int8), scales)
+
+
+def noise(w: Tensor, bits: int, group: int, feedback: Feedback) -> float:
+    """What `rounded` is expected to cost, in the unit of the loss: `½ Σ g_i s_ij² / (12 U_jj²)`.
+
+    Args:
+        w: (m, n).
+        bits, group: as in `rounded`.
+        feedback: of its layer.
+
+    Returns:
+        The cost, if each error is spread evenly over a step between two codes.
+
+    Raises: nothing of its own.
+    Cost: a search of scales.
+    Source: the variance of a rounding error (Widrow 1956), and the cost of an error in `gramian.compression.feedback`.
+
+    >>> one = torch.ones(64)
+    >>> w = torch.linspace(-1, 1, 64)[None]
+    >>> error = rounded(w, 4, 64).matrix(64) - w
+    >>> feedback = Feedback(torch.arange(64), one, one[:1])
+    >>> abs(noise(w, 4, 64, feedback) / float(feedback.cost(error)) - 1) < 0.1
+    True
+    """
+    costs = feedback.costs.double()
+    each = scales_of(w, bits, group, costs).double()
+    n = w.shape[1]
+    if each.shape[1] == 1:
+        summed = costs.sum()[None]
+    else:
+        summed = torch.nn.functional.pad(costs, (0, each.shape[1] * group - n)).reshape(-1, group).sum(1)
+    return float(0.5 / 12 * (feedback.outputs.double() * (each.square() @ summed)).sum())
+
+
+def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
+    """What rounding is expected to cost for each number of BITS: eight in whole rows, fewer in groups of GROUP.
+
+    Where codes are few, errors that are passed on push weights out of the codes' range. How much that adds is measured
+    on some rows for up to four bits; beyond, it halves with each bit.
+
+    Args:
+        w: (m, n).
+        feedback: of its layer.
+
+    Returns:
+        A cost for each number of bits.
+
+    Raises: nothing of its own.
+    Cost: `n²` multiplications for each of `3 · SAMPLE` rows.
+    Source: this library's own.
+
+    >>> one = torch.ones(64)
+    >>> found = noises(torch.linspace(-1, 1, 64)[None], Feedback(torch.arange(64), one, one[:1]))
+    >>> all(more > fewer for more, fewer in zip(found, found[1:]))
+    True
+    """
+    w = w.float()
+    rows = torch.linspace(0, len(w) - 1, min(SAMPLE, len(w)), device=w.device).long()
+    part = Feedback(feedback.order, feedback.factor, feedback.outputs[rows])
+    found, excess = [], 0.0
+    for bits in BITS:
+        group = w.shape[1] if bits == 8 else GROUP
+        if bits <= 4:
+            expected = noise(w[rows], bits, group, part)
+            lost = float(part.cost(rounded(w[rows], bits, group, part).matrix(group) - w[rows]))
+            excess = max(0.0, lost / expected - 1) if expected > 0 else 0.0
+        found.append(noise(w, bits, group, feedback) * (1 + excess * 2.0 ** min(0, 4 - bits)))
+    return tuple(found)
