@@ -21,7 +21,7 @@ REASONS = (
     "none",
     "the matrix holds NaN or inf",
     "the answer does not exist: the matrix is singular or rank-deficient",
-    "the matrix is not symmetric",
+    "the matrix is not symmetric, or not Hermitian",
     "the answer does not exist: the matrix has negative eigenvalues beyond rounding",
     "the error bound is above rtol",
     "LAPACK did not converge",
@@ -162,7 +162,7 @@ def uncertified(
 def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
     """`rtol` as a number ≥ 0; the default of the dtype if None."""
     if rtol is None:
-        return RTOL[dtype]
+        return RTOL[dtype.to_real()]
     if not rtol >= 0:
         raise InputError(f"rtol: expected a number ≥ 0, got {rtol}. Leave it out for the dtype's default.")
     return float(rtol)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
@@ -32,6 +32,7 @@ from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
 
 __all__ = ["inv", "inv_ex"]
@@ -192,10 +193,11 @@ INV = register(
 )
 
 
+@takes_complex("inv", square=True)
 @differentiable(derivatives.INVERSE, shapes=lambda m, **_: torch.empty_like(m), methods=INV.methods, m=2, damping=0)
 def inv_ex(
-    m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n n"], Certificate]:
+    m: Inexact[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`inv` with its certificate, never raising for a matrix's values; NaN where there is no inverse.
 
     Args:
@@ -213,8 +215,8 @@ def inv_ex(
 
 
 def inv(
-    m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
-) -> Float[Tensor, "*b n n"]:
+    m: Inexact[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> Inexact[Tensor, "*b n n"]:
     """The inverse of M + λI.
 
     inv(M, λ) = (M + λI)⁻¹.
@@ -227,7 +229,7 @@ def inv(
     Returns: `(..., n, n)`, the inverse, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
-        DtypeError: where `m` is not real floating point.
+        DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, or a negative damping or rtol.
         ConvergenceError: where a matrix is singular, or its error bound is above rtol.
     Cost: in float32 products at 1024², 4 by Cholesky, or by LU where M is not symmetric, while κ allows; 6 in float64;

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.errors import InputError
@@ -33,6 +33,7 @@ from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm, unit_roundoff
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
@@ -334,6 +335,7 @@ INV_ROOT = register(
 )
 
 
+@takes_complex("inv_root", square=True)
 @differentiable(
     derivatives.INVERSE_ROOT,
     shapes=lambda m, **_: torch.empty_like(m),
@@ -343,8 +345,8 @@ INV_ROOT = register(
     damping=0,
 )
 def inv_root_ex(
-    m: Float[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n n"], Certificate]:
+    m: Inexact[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`inv_root` with its certificate, never raising for a matrix's values.
 
     Where M + λI is rank-deficient the value is the root of the inverse on its range, and not converged.
@@ -366,8 +368,8 @@ def inv_root_ex(
 
 
 def inv_root(
-    m: Float[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
-) -> Float[Tensor, "*b n n"]:
+    m: Inexact[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> Inexact[Tensor, "*b n n"]:
     """The inverse p-th root of a symmetric positive definite matrix.
 
     inv_root(M, p, λ) = (M + λI)^(-1/p).
@@ -381,7 +383,7 @@ def inv_root(
     Returns: `(..., n, n)`, the inverse root, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
-        DtypeError: where `m` is not real floating point.
+        DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, a p that is not an integer ≥ 1, or a negative damping or rtol.
         ConvergenceError: where M + λI is not symmetric, has an eigenvalue that is not positive, or the error bound is
             above rtol.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.errors import ShapeError
@@ -20,6 +20,7 @@ from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping, check, load
 from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
+from gramian.linalg.engine.real_form import real_form, stacked, unstacked
 from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
 from gramian.linalg.inverse import Invert, by_cholesky, by_lu, exact_inverse
 
@@ -135,14 +136,14 @@ def _solve_ex(
 
 
 def solve_ex(
-    m: Float[Tensor, ...],
-    b: Float[Tensor, ...],
+    m: Inexact[Tensor, ...],
+    b: Inexact[Tensor, ...],
     damping: Damping = 0.0,
     *,
     left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> tuple[Float[Tensor, ...], Certificate]:
+) -> tuple[Inexact[Tensor, ...], Certificate]:
     """`solve` with its certificate, never raising for a matrix's values; NaN where there is no solution.
 
     Args:
@@ -156,9 +157,9 @@ def solve_ex(
     >>> value.tolist(), certificate.converged.item()
     ([[0.5], [0.5]], True)
     """
-    check("solve", m, square=True)
+    check("solve", m, square=True, real=False)
     vector = isinstance(b, Tensor) and (b.ndim == 1 or b.shape == m.shape[:-1])
-    right = check("solve", b[..., None] if vector else b)
+    right = check("solve", b[..., None] if vector else b, real=False)
     if not left:
         m, right = m.mT, right if vector else right.mT
     try:
@@ -172,19 +173,23 @@ def solve_ex(
             "too is b[..., None]."
         )
     m, right = m.expand(*batch, *m.shape[-2:]), right.expand(*batch, *right.shape[-2:])
-    value, proof = _solve_ex(m, right, damping, method=method, rtol=rtol)
+    if m.is_complex() or right.is_complex():
+        value, proof = _solve_ex(real_form(m), stacked(right), damping, method=method, rtol=rtol)
+        value = unstacked(value)
+    else:
+        value, proof = _solve_ex(m, right, damping, method=method, rtol=rtol)
     return value[..., 0] if vector else value if left else value.mT, proof
 
 
 def solve(
-    m: Float[Tensor, ...],
-    b: Float[Tensor, ...],
+    m: Inexact[Tensor, ...],
+    b: Inexact[Tensor, ...],
     damping: Damping = 0.0,
     *,
     left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> Float[Tensor, ...]:
+) -> Inexact[Tensor, ...]:
     """The solution Z of (M + λI) Z = B, or of Z (M + λI) = B if not `left`.
 
     Z = (M + λI)⁻¹ B, refined against the residual B − (M + λI) Z.
@@ -200,7 +205,7 @@ def solve(
     Returns: the solution, of the shape of `b` with the batch of both, in the wider dtype of `m` and `b`.
     Raises:
         ShapeError: where `m` is not square, or `b` or `damping` does not fit it.
-        DtypeError: where `m` or `b` is not real floating point.
+        DtypeError: where `m` or `b` is not floating point, real or complex.
         InputError: for an unknown method, or a negative damping or rtol.
         ConvergenceError: where a matrix is singular, or its error bound is above rtol.
     Cost: one inverse, which the bound needs, in float32 (float64 if M is float64), and O(n²k) of float64 refinement.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from gramian.linalg import singular_derivatives
@@ -29,6 +29,7 @@ from gramian.linalg.engine.krylov import (
     top_vector,
 )
 from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.real_form import real_form, unstacked
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import scale
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
@@ -118,8 +119,11 @@ def leading(x: Tensor, rtol: float, generator: torch.Generator | None) -> Top:
     return _largest(lambda y: by(by(y, x.mT), x), start_of(generator, x, n, x.shape[0]), twice, rtol)
 
 
-def leading_vectors(a: Float[Tensor, "*b m n"]) -> tuple[Float[Tensor, "*b m"], Float[Tensor, "*b n"]]:
-    """Unit vectors u, v with uᵀAv within 1e-6 of ‖A‖₂, in float64: u vᵀ is then nearly a subgradient of the norm."""
+def leading_vectors(a: Inexact[Tensor, "*b m n"]) -> tuple[Inexact[Tensor, "*b m"], Inexact[Tensor, "*b n"]]:
+    """Unit vectors u, v with uᴴAv within 1e-6 of ‖A‖₂, in float64: u vᴴ is then nearly a subgradient of the norm."""
+    if a.is_complex():
+        u, v = leading_vectors(real_form(a))
+        return unstacked(u[..., None])[..., 0], unstacked(v[..., None])[..., 0]
     batch = load(a)
     x = batch.x
     found, theta = search(lambda y: by(by(y, x.mT), x), start_of(None, x, x.shape[-1], x.shape[0]), 1e-6)
@@ -193,10 +197,14 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
 
 
 @differentiable(
-    singular_derivatives.SPECTRAL_NORM, shapes=lambda a, **_: a.new_empty(a.shape[:-2]), methods=SPECTRAL_NORM, a=2
+    singular_derivatives.SPECTRAL_NORM,
+    shapes=lambda a, **_: a.new_empty(a.shape[:-2], dtype=a.dtype.to_real()),
+    methods=SPECTRAL_NORM,
+    real=False,
+    a=2,
 )
 def spectral_norm_ex(
-    a: Float[Tensor, "*b m n"] | LinearMap,
+    a: Inexact[Tensor, "*b m n"] | LinearMap,
     *,
     method: str = "auto",
     rtol: float | None = None,
@@ -222,7 +230,9 @@ def spectral_norm_ex(
     if not isinstance(a, Tensor) or not is_dense(a):
         linear = as_linear_map("spectral_norm", a)
         return _norm_of_map(linear, default_rtol(rtol, getattr(linear, "dtype", torch.float32)), generator)
-    check("spectral_norm", a)
+    check("spectral_norm", a, real=False)
+    if a.is_complex():
+        a = real_form(a)
     batch = unscaled(load(a.mT if a.shape[-2] < a.shape[-1] else a))
     names = [method]
     if method == "auto":
@@ -243,7 +253,7 @@ def spectral_norm_ex(
 
 
 def spectral_norm(
-    a: Float[Tensor, "*b m n"] | LinearMap,
+    a: Inexact[Tensor, "*b m n"] | LinearMap,
     *,
     method: str = "auto",
     rtol: float | None = None,
@@ -256,7 +266,7 @@ def spectral_norm(
         method: one of `SPECTRAL_NORM` or "auto".
         rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
         generator: of the random start; a fixed seed if None.
-    Returns: the norms `(...)` in the dtype of `a`; that of a map is float64.
+    Returns: the norms `(...)` in the dtype of `a`, or of its real part; that of a map is float64.
     Raises:
         ShapeError, DtypeError, InputError: for arguments that are not as above.
         ConvergenceError: where the error bound is above rtol.

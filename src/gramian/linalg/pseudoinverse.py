@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.errors import ShapeError
@@ -20,6 +20,7 @@ from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.exponential import two_norm
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import check
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.transforms import has_no_values
 
@@ -116,6 +117,7 @@ PINV = register(
 """Its methods answer with A†ᵀ, of the shape of A, since `evaluate` transposes what is wide back and forth."""
 
 
+@takes_complex("pinv")
 @differentiable(
     derivatives.PSEUDOINVERSE,
     shapes=lambda a, **_: a.new_empty(*a.shape[:-2], a.shape[-1], a.shape[-2]),
@@ -123,8 +125,8 @@ PINV = register(
     a=2,
 )
 def pinv_ex(
-    a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n m"], Certificate]:
+    a: Inexact[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None
+) -> tuple[Inexact[Tensor, "*b n m"], Certificate]:
     """`pinv` with its certificate, never raising for a matrix's values; NaN where the rank is not full.
 
     Args:
@@ -142,7 +144,7 @@ def pinv_ex(
     return value.mT, proof
 
 
-def pinv(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b n m"]:
+def pinv(a: Inexact[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None) -> Inexact[Tensor, "*b n m"]:
     """The pseudoinverse of a matrix of full rank.
 
     A† = (AᵀA)⁻¹Aᵀ, or Aᵀ(AAᵀ)⁻¹ where A is wide.
@@ -157,7 +159,7 @@ def pinv(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None
     Returns: `(..., n, m)`, the pseudoinverse, in the dtype of `a`.
     Raises:
         ShapeError: where `a` has fewer than two dimensions.
-        DtypeError: where `a` is not real floating point.
+        DtypeError: where `a` is not floating point, real or complex.
         InputError: for an unknown method, or a negative rtol.
         ConvergenceError: where the rank of a matrix is not full, or its error bound is above rtol.
     Cost: an SVD in float64 and 4 products, 24 refined. Accuracy: what `rtol` asks for, until κ nears 1e14. The
@@ -174,8 +176,8 @@ def pinv(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None
 
 
 def lstsq_ex(
-    a: Float[Tensor, "*b m n"], b: Float[Tensor, "*b m k"], *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n k"], Certificate]:
+    a: Inexact[Tensor, "*b m n"], b: Inexact[Tensor, "*b m k"], *, method: str = "auto", rtol: float | None = None
+) -> tuple[Inexact[Tensor, "*b n k"], Certificate]:
     """`lstsq` with its certificate, never raising for a matrix's values; NaN where the rank is not full.
 
     Args:
@@ -189,8 +191,8 @@ def lstsq_ex(
     >>> value.tolist(), certificate.converged.item()
     ([[2.0]], True)
     """
-    check("lstsq", a)
-    check("lstsq", b)
+    check("lstsq", a, real=False)
+    check("lstsq", b, real=False)
     if a.shape[:-1] != b.shape[:-1]:
         raise ShapeError(
             f"lstsq: expected (..., m, n) and (..., m, k), got {tuple(a.shape)} and {tuple(b.shape)}. "
@@ -226,8 +228,8 @@ def lstsq_ex(
 
 
 def lstsq(
-    a: Float[Tensor, "*b m n"], b: Float[Tensor, "*b m k"], *, method: str = "auto", rtol: float | None = None
-) -> Float[Tensor, "*b n k"]:
+    a: Inexact[Tensor, "*b m n"], b: Inexact[Tensor, "*b m k"], *, method: str = "auto", rtol: float | None = None
+) -> Inexact[Tensor, "*b n k"]:
     """The X with the least ‖AX − B‖_F for a matrix A of full rank, and with the least ‖X‖_F where A is wide.
 
     X = A†B. Where the rank is not full, rounding alone decides what X is, and it is refused; see `pinv`.
