@@ -35,6 +35,7 @@ NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERF
 )
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+RTOL |= {torch.complex128: RTOL[torch.float64], torch.complex64: RTOL[torch.float32]}
 """The default rtol of each dtype. Half types: a few roundings of the answer itself. Wider types: far enough above one
 rounding that ordinary ill-conditioned input passes. How good an answer is, its bound says, not this number."""
 
@@ -162,7 +163,7 @@ def uncertified(
 def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
     """`rtol` as a number ≥ 0; the default of the dtype if None."""
     if rtol is None:
-        return RTOL[dtype.to_real()]
+        return RTOL[dtype]
     if not rtol >= 0:
         raise InputError(f"rtol: expected a number ≥ 0, got {rtol}. Leave it out for the dtype's default.")
     return float(rtol)

@@ -20,7 +20,7 @@ from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plu
 from gramian.linalg.engine.escalation import Number, numbers
 from gramian.linalg.engine.krylov import FAILURE, by, top_bound, top_vector
 from gramian.linalg.engine.loading import check, choose, load, unscaled
-from gramian.linalg.engine.real_form import real_form
+from gramian.linalg.engine.real_form import REAL, real_form
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.inverse import inv_ex
 from gramian.linalg.linear_map import LinearMap, made_dense
@@ -228,7 +228,7 @@ def _by_norms(a: Tensor, p: float | int | str, method: str, rtol: float | None) 
         raise InputError(f"cond: the methods {', '.join(COND)} are for p=2. Leave method='auto' for p={p!r}.")
     n = max(a.shape[-1], 1)
     tolerance, growth = default_rtol(rtol, a.dtype), 1.0 if p == "fro" else math.sqrt(n)
-    wide, dtype = a.to(torch.promote_types(a.dtype, torch.float64)), a.dtype.to_real()
+    wide, dtype = a.to(torch.promote_types(a.dtype, torch.float64)), REAL.get(a.dtype, a.dtype)
     y, proof = inv_ex(wide, rtol=tolerance / (4 * growth * (1 if isinstance(p, str) else math.sqrt(n))))
     # LAPACK raises for the whole batch where one matrix is not finite.
     ok = (wide.isfinite() & y.isfinite()).flatten(-2).all(-1)

@@ -146,7 +146,7 @@ def as_linear_map(name: str, a: object) -> LinearMap:
 
 
 def made_dense(name: str, a: object, *, real: bool = True) -> Tensor:
-    """A dense tensor as it is, a complex one only if not `real`; a sparse matrix or a map by its product with the identity.
+    """A dense tensor as it is, complex only if not `real`; a sparse matrix or a map by its product with the identity.
 
     >>> made_dense("f", torch.eye(2).to_sparse_csr()).tolist()
     [[1.0, 0.0], [0.0, 1.0]]

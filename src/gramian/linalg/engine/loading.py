@@ -107,7 +107,7 @@ def check_dtype(name: str, a: Tensor, *, real: bool = True) -> None:
         raise DtypeError(f"{name}: expected complex128 or complex64, got {a.dtype}. Convert with .to(torch.complex64).")
     raise DtypeError(
         f"{wanted}A cast would drop the imaginary part. Pass the real matrix {REAL_FORM}, which has every singular "
-        "value of a twice."
+        "value of a twice, and every eigenvalue where a is Hermitian."
     )
 
 

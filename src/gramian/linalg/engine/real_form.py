@@ -25,19 +25,32 @@ from gramian.linalg.engine.loading import check
 from gramian.linalg.engine.rounding import unit_roundoff
 
 
+REAL = {torch.complex128: torch.float64, torch.complex64: torch.float32}
+"""The dtype of the parts of a complex number."""
+
+
+def _parts(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The real and the imaginary part, also where it is real."""
+    if not a.is_complex():
+        return a, torch.zeros_like(a)
+    # The imaginary part of a lazy conjugate would be a lazy negative, which vmap does not know.
+    p, q = torch.view_as_real(a.resolve_conj()).unbind(-1)
+    return p, q
+
+
 def real_form(a: Tensor) -> Tensor:
     """[[P, −Q], [Q, P]] (..., 2m, 2n) of P + iQ (..., m, n), also where it is real.
 
     >>> real_form(torch.tensor([[1 + 2j]])).tolist()
     [[1.0, -2.0], [2.0, 1.0]]
     """
-    p, q = (a.real, a.imag) if a.is_complex() else (a, torch.zeros_like(a))
+    p, q = _parts(a)
     return torch.cat([torch.cat([p, -q], -1), torch.cat([q, p], -1)], -2)
 
 
 def stacked(b: Tensor) -> Tensor:
     """[P; Q] (..., 2n, k) of P + iQ (..., n, k), also where it is real: what the real form of a matrix multiplies."""
-    return torch.cat([b.real, b.imag] if b.is_complex() else [b, torch.zeros_like(b)], -2)
+    return torch.cat(_parts(b), -2)
 
 
 def unstacked(z: Tensor) -> Tensor:
@@ -60,9 +73,8 @@ def nearest_complex(x: Tensor) -> tuple[Tensor, Tensor]:
         rounded = ((p != q) | (r != -s)).flatten(-2).any(-1) | subnormal.flatten(-2).any(-1)
         least = info.tiny * info.eps
         peak = size.amax((-2, -1)).double().clamp_min(least)
-        return value, torch.where(
-            rounded, unit_roundoff(x.dtype) + value.shape[-2] * value.shape[-1] * least / peak, 0.0
-        )
+        count = value.shape[-2] * value.shape[-1]
+        return value, torch.where(rounded, unit_roundoff(x.dtype) + count * least / peak, 0.0)
 
 
 def less_certain(proof: Certificate, rounding: Tensor, rtol: float) -> Certificate:
