@@ -20,20 +20,22 @@ from gramian.linalg.engine.double_double import (
     Product,
     damped,
     eye_like,
+    fine_product,
     minus,
     pair,
-    plus,
     product,
     rough,
     rounding,
 )
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
+from gramian.linalg.engine.equilibrated import FLOOR, inverted, of_columns, of_rows, restored
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
 from gramian.linalg.engine.real_form import takes_complex
-from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
+from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm
+from gramian.linalg.engine.scaling import scale
 
 __all__ = ["inv", "inv_ex"]
 
@@ -100,34 +102,38 @@ def inverse_bound(m: Pair, y: Tensor, p: Probes, times: Product) -> tuple[Tensor
 
 
 def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
-    """By LU and Newton–Schulz steps Y ← Y + Y(I − MY) on double-double residuals, which converge for uκ < 1."""
-    m = damped(x, shift)
-    y, bad = by_lu(m.hi)
-    close, steps = pair(y), 3
-    for _ in range(steps):
-        r, _ = minus(eye_like(x), product(m, close))
-        # Not a contraction: a step would make it worse, and the bound will say so.
-        r = torch.where((norm(r) < 1)[:, None, None], r, 0.0)
-        close = plus(close, close.hi @ r)
-    return _certified(m, close, bad, product, cert.SINGULAR, steps)
+    """By LU of the equilibrated matrix, and steps Y ← Y + Y(I − MY) on double-double residuals.
 
-
-def _certified(m: Pair, y: Pair, bad: Tensor, times: Product, otherwise: int, steps: int) -> Answer:
-    """M⁻¹ = Y(I − R)⁻¹ with R = I − MY, so ‖M⁻¹ − Y‖_F ≤ ‖YR‖_F + ‖YR‖_F‖R‖/(1 − ‖R‖)."""
-    r, r_error = minus(eye_like(y.hi), times(m, y))
-    size = norm(r) + r_error
-    # ‖Y‖ times the rounding of R, row by row: in graded matrices large rows of Y meet small ones of M.
-    spread = rounding(m, y, times)
-    blur = sum(
-        ((y.hi.abs() @ row[..., None]).norm(dim=(1, 2)) * column.norm(dim=1) for row, column in spread), size * 0
-    )
-    step = norm(y.hi @ r) + blur + norm(y.hi) * gamma(y.hi.shape[-1] + 3) * norm(r) + norm(y.lo) * size
-    step = step * (1 + 2.0**-20)
-    proven = (size < 1) & ~bad
-    error = torch.where(proven, step / (1 - size) + norm(y.lo), math.inf)
-    reason = torch.where(bad, cert.SINGULAR, torch.where(proven, cert.NONE, otherwise))
-    value = torch.where((reason == cert.SINGULAR)[:, None, None], math.nan, y.hi)
-    return Answer(value, error, norm(r), reason, steps)
+    With R = I − MY for the equilibrated M and S_c, S_r the powers of two that give the inverse X = S_c Y(I − R)⁻¹ S_r:
+    ‖X − S_c Y S_r‖_F ≤ ‖S_c YR S_r‖_F + ‖S_c YR‖_F ‖R S_r‖_F / (1 − ‖R‖).
+    """
+    found = inverted(damped(x, shift))
+    m, y, s = found.m, found.y, found.scaling
+    if not x[0:1].numel():
+        zero = torch.zeros_like(shift)
+        return Answer(y.hi, zero, zero, zero.long())
+    n, image = x.shape[-1], fine_product(m, y)
+    r, r_error = minus(eye_like(y.hi), image)
+    right, high, low = of_columns(r, s.rows), of_rows(y.hi, s.columns), of_rows(y.lo, s.columns)
+    step, across = of_rows(y.hi @ r, s.columns), high.abs() @ torch.stack([r.abs(), right.abs()], 1).movedim(1, 0)
+    # The rounding of I − MY, and that of the product, which is entry by entry at most the sum of |row column|.
+    own = (r_error - image.error).clamp_min(0) + 4 * U * r_error + (1 + norm(y.hi)) * n * FLOOR
+    size, third = norm(r) + own, norm(right) + own
+    first = norm(of_columns(step, s.rows)) + norm(high) * own + gamma(n + 8) * norm(across[1])
+    second = norm(step) + norm(high) * own + gamma(n + 8) * norm(across[0])
+    for row, column in rounding(m, y, fine_product):
+        reach, length = (high.abs() @ row[..., None]).norm(dim=(1, 2)), column.norm(dim=1)
+        scaled = scale(column[:, None], -s.rows[:, None]).norm(dim=(1, 2))
+        first, second = first + reach * scaled, second + reach * length
+        size, third = size + row.norm(dim=1) * length, third + row.norm(dim=1) * scaled
+    first, second = first + norm(low) * third, second + norm(low) * size
+    error = (first + second * third / (1 - size)) * (1 + 2.0**-20) + norm(of_columns(low, s.rows))
+    error = scale(error, -s.whole) + n * 2.0**-1074
+    value = restored(y.hi, s)
+    proven = (size < 1) & error.isfinite() & value.isfinite().flatten(1).all(1)
+    reason = torch.where(proven, cert.NONE, cert.SINGULAR)
+    value = torch.where(proven[:, None, None], value, math.nan)
+    return Answer(value, torch.where(proven, error, math.inf), norm(r), reason, found.steps)
 
 
 def exact_inverse(mp: Any, m: Any) -> Any:

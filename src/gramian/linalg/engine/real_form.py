@@ -24,7 +24,6 @@ from gramian.linalg.certificate import Certificate, default_rtol
 from gramian.linalg.engine.loading import check
 from gramian.linalg.engine.rounding import unit_roundoff
 
-
 REAL = {torch.complex128: torch.float64, torch.complex64: torch.float32}
 """The dtype of the parts of a complex number."""
 
