@@ -186,8 +186,8 @@ INV = register(
                 _lu_refined,
                 torch.float64,
                 0.0,
-                lambda m, n: {"inverse64": 1, "float64": 40},
-                "κ to 1e15, refined with double-double residuals",
+                lambda m, n: {"inverse64": 1, "float64": 45},
+                "κ to 1e20 after equilibration, refined with double-double residuals",
             ),
         },
         "square",
@@ -239,7 +239,7 @@ def inv(
         InputError: for an unknown method, or a negative damping or rtol.
         ConvergenceError: where a matrix is singular, or its error bound is above rtol.
     Cost: in float32 products at 1024², 4 by Cholesky, or by LU where M is not symmetric, while κ allows; 6 in float64;
-    30 more to refine (float64). Accuracy: what `rtol` asks for, until κ nears 1e15. The certificate's residual is a
+    30 more to refine (float64). Accuracy: what `rtol` asks for, until κ of the equilibrated matrix nears 1e20. The certificate's residual is a
     bound on ‖I − MY‖_F.
     Source: Higham, Accuracy and Stability (2002), §14.1; Rump, Acta Numerica 19 (2010), §10.
 
