@@ -32,7 +32,7 @@ from gramian.linalg.linear_system import *
 from gramian.linalg.logarithm import *
 from gramian.linalg.polar_factor import *
 from gramian.linalg.pseudoinverse import *
-from gramian.linalg.pseudoinverse import lstsq, lstsq_ex
+from gramian.linalg.pseudoinverse import RankedCertificate, lstsq, lstsq_ex
 from gramian.linalg.sign import *
 from gramian.linalg.singular import *
 from gramian.linalg.square_root import *
@@ -41,6 +41,7 @@ __all__ = [
     "PCA",
     "Certificate",
     "LinearMap",
+    "RankedCertificate",
     "SpectralDensity",
     "cond",
     "cond_ex",

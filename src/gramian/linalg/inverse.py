@@ -239,8 +239,8 @@ def inv(
         InputError: for an unknown method, or a negative damping or rtol.
         ConvergenceError: where a matrix is singular, or its error bound is above rtol.
     Cost: in float32 products at 1024², 4 by Cholesky, or by LU where M is not symmetric, while κ allows; 6 in float64;
-    30 more to refine (float64). Accuracy: what `rtol` asks for, until κ of the equilibrated matrix nears 1e20. The certificate's residual is a
-    bound on ‖I − MY‖_F.
+    30 more to refine (float64). Accuracy: what `rtol` asks for, until κ of the matrix with
+    equilibrated rows and columns nears 1e20. The certificate's residual is a bound on ‖I − MY‖_F.
     Source: Higham, Accuracy and Stability (2002), §14.1; Rump, Acta Numerica 19 (2010), §10.
 
     >>> inv(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), damping=1.0)

@@ -254,7 +254,8 @@ def solve(
         InputError: for an unknown method, or a negative damping or rtol.
         ConvergenceError: where a matrix is singular, or its error bound is above rtol.
     Cost: one inverse, which the bound needs, in float32 (float64 if M is float64), and O(n²k) of float64 refinement.
-    Accuracy: one rounding of the dtype, until κ of the equilibrated matrix nears 1e20. The certificate's residual is ‖B − MZ‖_F / ‖B‖_F.
+    Accuracy: one rounding of the dtype, until κ of the equilibrated matrix nears 1e20. The certificate's
+    residual is ‖B − MZ‖_F / ‖B‖_F.
     Source: Rump, Acta Numerica 19 (2010), §10.
 
     >>> solve(torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[2.0], [2.0]]))
