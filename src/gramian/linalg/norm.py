@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
+from gramian.errors import InputError
 from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.engine import probes
@@ -203,29 +204,14 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
     real=False,
     a=2,
 )
-def spectral_norm_ex(
-    a: Inexact[Tensor, "*b m n"] | LinearMap,
+def _spectral_norm_ex(
+    a: Tensor | LinearMap,
     *,
     method: str = "auto",
     rtol: float | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[Float[Tensor, "*b"], Certificate]:
-    """`spectral_norm` with its certificate, never raising for a matrix's values.
-
-    Args:
-        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`.
-        method: one of `SPECTRAL_NORM` or "auto".
-        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
-        generator: of the random start; a fixed seed if None.
-    Returns: the norms `(...)`, and their certificate; its residual is 0.
-    Raises: `ShapeError`, `DtypeError`, `InputError`.
-    Cost: as `spectral_norm`.
-    Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3.
-
-    >>> value, certificate = spectral_norm_ex(torch.diag(torch.tensor([3.0, 4.0])))
-    >>> value.item(), certificate.converged.item()
-    (4.0, True)
-    """
+) -> tuple[Tensor, Certificate]:
+    """`spectral_norm_ex` of the last two dimensions."""
     choose("spectral_norm", method, SPECTRAL_NORM)
     if not isinstance(a, Tensor) or not is_dense(a):
         linear = as_linear_map("spectral_norm", a)
@@ -252,17 +238,64 @@ def spectral_norm_ex(
     )
 
 
-def spectral_norm(
-    a: Inexact[Tensor, "*b m n"] | LinearMap,
+def spectral_norm_ex(
+    a: Inexact[Tensor, ...] | LinearMap,
     *,
+    dim: tuple[int, int] = (-2, -1),
+    keepdim: bool = False,
     method: str = "auto",
     rtol: float | None = None,
     generator: torch.Generator | None = None,
-) -> Float[Tensor, "*b"]:
+) -> tuple[Float[Tensor, ...], Certificate]:
+    """`spectral_norm` with its certificate, never raising for a matrix's values.
+
+    Args:
+        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`.
+        dim, keepdim: as for `spectral_norm`; the certificate keeps no dimensions.
+        method: one of `SPECTRAL_NORM` or "auto".
+        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+        generator: of the random start; a fixed seed if None.
+    Returns: the norms `(...)`, and their certificate; its residual is 0.
+    Raises: `ShapeError`, `DtypeError`, `InputError`.
+    Cost: as `spectral_norm`.
+    Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3.
+
+    >>> value, certificate = spectral_norm_ex(torch.diag(torch.tensor([3.0, 4.0])))
+    >>> value.item(), certificate.converged.item()
+    (4.0, True)
+    """
+    if dim == (-2, -1) and not keepdim:
+        return _spectral_norm_ex(a, method=method, rtol=rtol, generator=generator)
+    if not isinstance(a, Tensor) or not is_dense(a):
+        raise InputError("spectral_norm: dim and keepdim are for dense tensors. Leave them out.")
+    check("spectral_norm", a, real=False)
+    first, second = (d + a.ndim if d < 0 else d for d in dim)
+    if first == second or not 0 <= min(first, second) <= max(first, second) < a.ndim:
+        raise InputError(f"spectral_norm: expected two dimensions of {a.ndim}, got dim={dim}.")
+    value, proof = _spectral_norm_ex(
+        a.movedim((first, second), (-2, -1)), method=method, rtol=rtol, generator=generator
+    )
+    if keepdim:
+        for d in sorted((first, second)):
+            value = value.unsqueeze(d)
+    return value, proof
+
+
+def spectral_norm(
+    a: Inexact[Tensor, ...] | LinearMap,
+    *,
+    dim: tuple[int, int] = (-2, -1),
+    keepdim: bool = False,
+    method: str = "auto",
+    rtol: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, ...]:
     """The largest singular value, ‖A‖₂ = max ‖Ax‖ / ‖x‖.
 
     Args:
         a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`.
+        dim: the two dimensions that the matrices have, as for `torch.linalg.matrix_norm`; of dense tensors.
+        keepdim: whether they stay, with size 1.
         method: one of `SPECTRAL_NORM` or "auto".
         rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
         generator: of the random start; a fixed seed if None.
@@ -279,6 +312,6 @@ def spectral_norm(
     >>> spectral_norm(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]))
     tensor(2.)
     """
-    value, certificate = spectral_norm_ex(a, method=method, rtol=rtol, generator=generator)
+    value, certificate = spectral_norm_ex(a, dim=dim, keepdim=keepdim, method=method, rtol=rtol, generator=generator)
     require_converged("spectral_norm", certificate)
     return value
