@@ -121,7 +121,7 @@ def _column(result: tuple[Tensor, gl.Certificate]) -> tuple[Tensor, gl.Certifica
 
 def _scaled(x: Tensor) -> Tensor:
     """Times a power of two, with entries near one, whose exponential does not overflow."""
-    peak = x.abs().amax((-2, -1), keepdim=True)
+    peak = torch.view_as_real(x).abs().amax((-3, -2, -1))[..., None, None]  # of parts: it is not rounded
     return x * torch.exp2(-torch.frexp(peak.double()).exponent.clamp(-120, 120)).to(x.dtype)
 
 

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
 
 import gramian.linalg as gl
 from cases import seeded, untyped
@@ -29,6 +28,10 @@ def general(*shape, seed=0):
 def definite(n, seed=0):
     a = general(n, n, seed=seed)
     return a @ a.mH + torch.eye(n)
+
+
+def values(out):
+    return [out] if isinstance(out, torch.Tensor) else list(out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,8 +84,8 @@ def test_what_is_not_hermitian_or_does_not_exist_says_so():
         gl.inv_root(-definite(3), 2)
     with untyped(), pytest.raises(ShapeError, match=r"got \(2, 3\)"):
         gl.inv(general(2, 3))
-    with pytest.raises(DtypeError, match=r"complex64\)"):
-        gl.inv(torch.zeros(2, 2, dtype=torch.complex64).to(torch.complex32))
+    with untyped(), pytest.raises(DtypeError, match=r"complex64\)"):
+        gl.inv(torch.empty(2, 2, dtype=torch.complex32, device="meta"))
 
 
 REAL = {
@@ -140,20 +143,34 @@ MORE = {
 @pytest.mark.parametrize("name", [*TAKING, *MORE])
 def test_derivatives_agree_with_finite_differences_in_torch_s_convention(name):
     function = (TAKING | MORE)[name]
-    m = (definite(2) + 0.1 * general(2, 2, seed=5)).requires_grad_()
-    assert gradcheck(function, m, check_forward_ad=True, fast_mode=True)
-    if name not in ("logm", "lstsq"):
-        assert gradgradcheck(function, m, fast_mode=True)
+    m, e, h = definite(2) + 0.1 * general(2, 2, seed=5), general(2, 2, seed=6), 1e-5
+    first = values(function(m))
+    weights = [torch.randn(x.shape, generator=seeded(7), dtype=x.dtype) for x in first]
+
+    def loss(x):
+        return sum((w.conj() * y).real.sum() for w, y in zip(weights, values(function(x)), strict=True))
+
+    def gradient(x, create_graph=False):
+        x = x.requires_grad_()
+        return torch.autograd.grad(loss(x), x, create_graph=create_graph)[0], x
+
+    def along(grad):
+        return (grad.conj() * e).real.sum()
+
+    grad, x = gradient(m.clone(), create_graph=True)
+    close = {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(along(grad), (loss(m + h * e) - loss(m - h * e)) / (2 * h), **close)
+    torch.testing.assert_close(torch.func.jvp(loss, (m,), (e,))[1], along(grad), rtol=1e-9, atol=1e-10)
+    if name != "pinv of rank one":  # singular values occur twice in the real form, and their vectors turn
+        (second,) = torch.autograd.grad(along(grad), x)
+        moved = [along(gradient(m + s * h * e)[0]) for s in (1, -1)]
+        torch.testing.assert_close(along(second), (moved[0] - moved[1]) / (2 * h), **close)
 
 
 def test_repeated_eigenvalues_have_the_derivative_that_torch_s_do_not():
     m = torch.eye(3, dtype=torch.complex128).mul(4).requires_grad_()
     (grad,) = torch.autograd.grad(gl.sqrtm(m).real.sum(), m)
     torch.testing.assert_close(grad, torch.full_like(grad, 0.25))  # d√M = dM / 2√M at a multiple of I
-
-
-def values(out):
-    return [out] if isinstance(out, torch.Tensor) else list(out)
 
 
 def test_vmap_meta_and_fake_tensors_give_what_a_batch_gives():
@@ -175,9 +192,9 @@ import torch, gramian.linalg as gl
 def loss(m):
     h = (m + m.mH) / 2
     total = gl.inv(m).abs().sum() + gl.solve(m, m[0]).abs().sum() + gl.inv_root(h, 4).real.sum() + gl.svdvals(m)[0]
-    total = total + gl.spectral_norm(m) + gl.cond(m) + gl.cond(m, 1) + gl.pinv(m).imag.sum() + gl.lstsq(m, m[0]).real.sum()
+    total = total + gl.spectral_norm(m) + gl.cond(m) + gl.cond(m, 1) + gl.pinv(m).imag.sum()
     power, size = gl.matrix_power_scaled(m, 3)
-    return total + gl.expm(m / 9).real.sum() + power.real.sum() + size
+    return total + gl.lstsq(m, m[0]).real.sum() + gl.expm(m / 9).real.sum() + power.real.sum() + size
 
 a = torch.arange(9.0, dtype=torch.float64).reshape(3, 3).sin() + 1j * torch.arange(9.0).reshape(3, 3).cos()
 ours, compiled = ((a @ a.mH + torch.eye(3)).requires_grad_() for _ in range(2))
@@ -210,7 +227,7 @@ def test_a_wide_norm_takes_its_gradient_from_lanczos():
     u, _, v = torch.linalg.svd(a.detach(), full_matrices=False)
     cosine = (u[:, 0].conj() @ grad @ v[0].conj()).abs()
     assert cosine > 0.99
-    torch.testing.assert_close(torch.linalg.matrix_norm(grad), torch.tensor(1.0))
+    torch.testing.assert_close(torch.linalg.matrix_norm(grad), torch.tensor(1.0), rtol=1e-4, atol=0)
 
 
 def test_the_nearest_complex_matrix_is_no_farther_and_its_rounding_is_counted():

@@ -34,7 +34,10 @@ def _by_svd(x: Tensor, times: Product, steps: int, *, rank: int | None, toleranc
     u, s, v, ok = lapack.svd(x)
     n = x.shape[-1]
     top = s[:, :1] if n else s.new_ones(s.shape[0], 1)
-    kept = s > tolerance * top if rank is None else (torch.arange(n, device=x.device) < rank).expand_as(s)
+    if rank is None and tolerance > 0:
+        kept = s > tolerance * top
+    else:
+        kept = (torch.arange(n, device=x.device) < (n if rank is None else rank)).expand_as(s)
     value, error, residual, reason = _of_full_rank(x, s, v, times, steps)
     lower, lower_error, spread = _of_lower_rank(x, u, s, v, kept, times)
     full = kept.all(-1)
