@@ -23,6 +23,7 @@ from gramian.linalg.engine.double_double import (
     fine_product,
     minus,
     pair,
+    plus,
     product,
     rough,
     rounding,
@@ -102,6 +103,36 @@ def inverse_bound(m: Pair, y: Tensor, p: Probes, times: Product) -> tuple[Tensor
 
 
 def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
+    """By LU and Newton–Schulz steps Y ← Y + Y(I − MY) on double-double residuals, which converge for uκ < 1."""
+    m = damped(x, shift)
+    y, bad = by_lu(m.hi)
+    close, steps = pair(y), 3
+    for _ in range(steps):
+        r, _ = minus(eye_like(x), product(m, close))
+        # Not a contraction: a step would make it worse, and the bound will say so.
+        r = torch.where((norm(r) < 1)[:, None, None], r, 0.0)
+        close = plus(close, close.hi @ r)
+    return _certified(m, close, bad, product, steps)
+
+
+def _certified(m: Pair, y: Pair, bad: Tensor, times: Product, steps: int) -> Answer:
+    """M⁻¹ = Y(I − R)⁻¹ with R = I − MY, so ‖M⁻¹ − Y‖_F ≤ ‖YR‖_F + ‖YR‖_F‖R‖/(1 − ‖R‖)."""
+    r, r_error = minus(eye_like(y.hi), times(m, y))
+    size = norm(r) + r_error
+    # ‖Y‖ times the rounding of R, row by row: in graded matrices large rows of Y meet small ones of M.
+    spread = rounding(m, y, times)
+    blur = sum(
+        ((y.hi.abs() @ row[..., None]).norm(dim=(1, 2)) * column.norm(dim=1) for row, column in spread), size * 0
+    )
+    step = norm(y.hi @ r) + blur + norm(y.hi) * gamma(y.hi.shape[-1] + 3) * norm(r) + norm(y.lo) * size
+    step = step * (1 + 2.0**-20)
+    proven = (size < 1) & ~bad
+    error = torch.where(proven, step / (1 - size) + norm(y.lo), math.inf)
+    # Only the last resort decides that a matrix is singular.
+    return Answer(y.hi, error, norm(r), torch.where(proven, cert.NONE, cert.INACCURATE), steps)
+
+
+def _equilibrated(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
     """By LU of the equilibrated matrix, and steps Y ← Y + Y(I − MY) on double-double residuals.
 
     With R = I − MY for the equilibrated M and S_c, S_r the powers of two that give the inverse X = S_c Y(I − R)⁻¹ S_r:
@@ -185,9 +216,16 @@ INV = register(
             "lu_refined": Method(
                 _lu_refined,
                 torch.float64,
+                1e-14,
+                lambda m, n: {"inverse64": 1, "float64": 40},
+                "κ to 1e15, refined with double-double residuals",
+            ),
+            "equilibrated": Method(
+                _equilibrated,
+                torch.float64,
                 0.0,
-                lambda m, n: {"inverse64": 1, "float64": 45},
-                "κ to 1e20 after equilibration, refined with double-double residuals",
+                lambda m, n: {"inverse64": 1, "float64": 60},
+                "bad scaling, and κ to 1e20 after equilibration",
             ),
         },
         "square",

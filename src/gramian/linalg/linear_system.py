@@ -17,6 +17,7 @@ from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Pair,
+    Product,
     damped,
     eye_like,
     fine_product,
@@ -40,7 +41,7 @@ from gramian.linalg.inverse import Invert, by_cholesky, by_lu, exact_inverse
 __all__ = ["solve", "solve_ex"]
 
 
-def _solver(invert: Invert, work: torch.dtype, steps: int) -> Callable[..., Answer]:
+def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Callable[..., Answer]:
     """The method that takes Y ≈ M⁻¹ in `work`, then z ← z + Y(b − Mz) so many times.
 
     With I − YM = L, ‖M⁻¹b − z‖_F ≤ ‖Y(b − Mz)‖_F / (1 − ‖L‖).
@@ -52,10 +53,10 @@ def _solver(invert: Invert, work: torch.dtype, steps: int) -> Callable[..., Answ
         y, bad = invert(m.hi.to(work))
         z = pair(apply(y, b)) if y[0:1].numel() else pair(b)
         for _ in range(steps if y[0:1].numel() else 0):
-            r, _ = minus(right, rough(m, z))
+            r, _ = minus(right, times(m, z))
             z = plus(z, apply(y, r))
-        size = _left_defect(m, y, p)
-        r, r_error = minus(right, rough(m, z))
+        size = _left_defect(m, y, p, times)
+        r, r_error = minus(right, times(m, z))
         step = norm(y.double() @ r) + norm(y) * (r_error + gamma(x.shape[-1] + 1) * norm(r))
         zero = norm(b) == 0
         proven = (size < 1) & ~bad
@@ -69,7 +70,7 @@ def _solver(invert: Invert, work: torch.dtype, steps: int) -> Callable[..., Answ
     return run
 
 
-def _lu_refined(x: Tensor, *, shift: Tensor, b: Tensor, rtol: float) -> Answer:
+def _equilibrated(x: Tensor, *, shift: Tensor, b: Tensor, rtol: float) -> Answer:
     """By the inverse Y of the equilibrated matrix M, and steps z ← z + Y(b − Mz).
 
     With R = I − MY, M⁻¹b − z = Y(I − R)⁻¹(b − Mz); and S_c takes z to the scale of the answer.
@@ -102,14 +103,14 @@ def _lu_refined(x: Tensor, *, shift: Tensor, b: Tensor, rtol: float) -> Answer:
     return Answer(value, torch.where(proven, error, math.inf), residual, reason, found.steps + steps)
 
 
-def _left_defect(m: Pair, y: Tensor, p: Probes) -> Tensor:
+def _left_defect(m: Pair, y: Tensor, p: Probes, times: Product) -> Tensor:
     """A bound on ‖I − YM‖_F."""
     if not y[0:1].numel():
         return torch.zeros(y.shape[0], dtype=torch.float64, device=y.device)
     n = y.shape[-1]
     omega = p.omega.expand(y.shape[0], -1, -1)
-    image = rough(m, pair(omega))
-    left, left_error = minus(pair(omega), rough(pair(y.double()), image))
+    image = times(m, pair(omega))
+    left, left_error = minus(pair(omega), times(pair(y.double()), image))
     return of_norm(left, p, left_error + chain_rounding(n, norm(y), norm(image.hi)))
 
 
@@ -123,7 +124,7 @@ SOLVE = register(
         "solve",
         {
             "cholesky32": Method(
-                _solver(by_cholesky, torch.float32, steps=3),
+                _solver(by_cholesky, torch.float32, rough, steps=3),
                 torch.float64,
                 2e-6,
                 lambda m, n: {"cholesky32": 4, "thin64": 14},
@@ -132,7 +133,7 @@ SOLVE = register(
                 symmetric=True,
             ),
             "lu32": Method(
-                _solver(by_lu, torch.float32, steps=3),
+                _solver(by_lu, torch.float32, rough, steps=3),
                 torch.float64,
                 2e-6,
                 lambda m, n: {"inverse32": 1, "thin64": 14},
@@ -140,18 +141,25 @@ SOLVE = register(
                 narrow=True,
             ),
             "lu": Method(
-                _solver(by_lu, torch.float64, steps=1),
+                _solver(by_lu, torch.float64, rough, steps=1),
                 torch.float64,
                 2e-6,
                 lambda m, n: {"inverse64": 1, "thin64": 18},
                 "float64",
             ),
             "lu_refined": Method(
-                _lu_refined,
+                _solver(by_lu, torch.float64, product, steps=4),
+                torch.float64,
+                1e-14,
+                lambda m, n: {"inverse64": 1, "thin64": 40},
+                "κ to 1e14, refined with double-double residuals",
+            ),
+            "equilibrated": Method(
+                _equilibrated,
                 torch.float64,
                 0.0,
-                lambda m, n: {"inverse64": 1, "float64": 40, "thin64": 40},
-                "κ to 1e20 after equilibration, refined with double-double residuals",
+                lambda m, n: {"inverse64": 1, "float64": 60, "thin64": 40},
+                "bad scaling, and κ to 1e20 after equilibration",
             ),
         },
         "square",

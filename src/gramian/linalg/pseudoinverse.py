@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,14 @@ def _by_svd(x: Tensor, times: Product, steps: int, *, rank: int | None, toleranc
     else:
         kept = (torch.arange(n, device=x.device) < (n if rank is None else rank)).expand_as(s)
     value, error, residual, reason = _of_full_rank(x, s, v, times, steps)
-    lower, lower_error, spread = _of_lower_rank(x, u, s, v, kept, times)
     full = kept.all(-1)
+    inverse = torch.where(kept, 1 / torch.where(kept, s, 1.0), 0.0)
+    # The proof at full rank is one that every singular value is within a factor of two of that computed.
+    if bool((full & (s >= 4 * tolerance * top).all(-1)).all()):
+        value = torch.where((reason == cert.SINGULAR)[:, None, None], math.nan, value)
+        reason = torch.where(ok, reason, cert.LAPACK)
+        return Answer(value.mT, error, residual, reason, steps, spectrum=Spectrum(inverse, v))
+    lower, lower_error, spread = _of_lower_rank(x, u, s, v, kept, times)
     value = torch.where(full[:, None, None], value, lower)
     error = torch.where(full, error, lower_error)
     least = torch.where(kept, s, math.inf).amin(-1) if n else torch.ones_like(error)
@@ -53,7 +60,6 @@ def _by_svd(x: Tensor, times: Product, steps: int, *, rank: int | None, toleranc
         reason = torch.where(doubtful, cert.INACCURATE, reason)
     reason = torch.where(ok, reason, cert.LAPACK)
     value = torch.where((reason == cert.SINGULAR)[:, None, None], math.nan, value)
-    inverse = torch.where(kept, 1 / torch.where(kept, s, 1.0), 0.0)
     return Answer(value.mT, error, residual, reason, steps, spectrum=Spectrum(inverse, v))
 
 
@@ -201,6 +207,11 @@ class RankedCertificate(Certificate):
     """
 
     rank: Int[Tensor, "*b"]
+
+    def reshape(self, shape: Sequence[int]) -> RankedCertificate:
+        """The same for a batch of another shape."""
+        tensors = super().reshape(shape).tensors()
+        return RankedCertificate(*tensors, methods=self.methods, rank=self.rank.reshape(tuple(shape)))
 
 
 @differentiable(

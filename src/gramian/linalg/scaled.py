@@ -144,7 +144,7 @@ def _matrix_power_scaled_ex(a: Tensor, k: int, *, rtol: float | None = None) -> 
     base, exponent = batch.x, batch.exponent if k >= 0 else -batch.exponent
     error = base.new_zeros(base.shape[0])
     if k < 0 and n:
-        base, proof = inv_ex(base, method="lu_refined", rtol=math.inf)
+        base, proof = inv_ex(base, method="equilibrated", rtol=math.inf)
         singular = ~proof.error_bound.isfinite()
         base = torch.where(singular[:, None, None], torch.eye(n, dtype=base.dtype, device=base.device), base)
         error = torch.where(singular, 0.0, proof.error_bound) * norm(base) * 1.01
@@ -203,7 +203,8 @@ def matrix_power_scaled_ex(
         raise InputError(f"{name}: expected an integer k with |k| ≤ 2^48, got {k!r}. Use k = 10**6, not 1e6.")
     if not a.is_complex():
         return _matrix_power_scaled_ex(a, k, rtol=rtol)
-    return _of_real_form(*_matrix_power_scaled_ex(real_form(a), k, rtol=rtol), default_rtol(rtol, a.dtype))
+    found, proof = _matrix_power_scaled_ex(real_form(a), k, rtol=rtol)
+    return _of_real_form(found, proof, default_rtol(rtol, a.dtype))
 
 
 def _of_real_form(found: Slogdet, proof: Certificate, rtol: float) -> tuple[Slogdet, Certificate]:
@@ -281,8 +282,8 @@ def product_scaled_ex(
     if not any(a.is_complex() for a in factors):
         return _product_scaled_ex(factors, rtol=rtol)
     dtype = functools.reduce(torch.promote_types, (a.dtype for a in factors))
-    found = _product_scaled_ex(tuple(real_form(a.to(dtype)) for a in factors), rtol=rtol)
-    return _of_real_form(*found, default_rtol(rtol, dtype))
+    found, proof = _product_scaled_ex(tuple(real_form(a.to(dtype)) for a in factors), rtol=rtol)
+    return _of_real_form(found, proof, default_rtol(rtol, dtype))
 
 
 def _empty_product(matrices: tuple[Tensor, ...], **_: object) -> Slogdet:
