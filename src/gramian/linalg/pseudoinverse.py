@@ -199,6 +199,7 @@ class RankedCertificate(Certificate):
     """A `Certificate` that says at which rank the answer was computed.
 
     Attributes:
+        converged, residual, error_bound, kind, failure_probability, steps, method, reason, methods: of `Certificate`.
         rank: `(...)`, the number of singular values that count as not zero.
 
     >>> value, certificate = pinv_ex(torch.ones(3, 2))
