@@ -75,6 +75,7 @@ def test_the_gallery_gives_no_silent_failure(kind, dtype):
     assert certificate.converged.shape == ()
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_what_is_not_hermitian_or_does_not_exist_says_so():
     with pytest.raises(ConvergenceError, match="not Hermitian"):
         gl.sqrtm(GALLERY["not Hermitian"])
