@@ -245,6 +245,17 @@ def test_the_nearest_complex_matrix_is_no_farther_and_its_rounding_is_counted():
     assert not less_certain(proof, torch.tensor(1e-3), 1e-4).converged
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_halves_of_subnormal_numbers_are_counted(dtype):
+    info = torch.finfo(dtype)
+    for exponent in range(4, 40, 7):
+        a = (general(3, 3, seed=exponent) * info.tiny * 2.0 ** (exponent - 30)).to(dtype)
+        for name in ("svdvals", "polar", "spectral_norm"):
+            function, oracle, *_ = COMPLEX[name]
+            value, certificate = function(a)
+            assert complex_error(value, oracle(a)) <= float(certificate.error_bound) * (1 + 1e-12), (name, exponent)
+
+
 def test_hostile_complex_matrices_have_the_spectrum_of_the_real_ones():
     a = hostile_complex("psd", 3, 16, 4, 4, torch.complex128)
     finite = a.isfinite().flatten(1).all(1)

@@ -18,7 +18,7 @@ from gramian.linalg.engine.double_double import Product, eye_like, minus, pair, 
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import check
-from gramian.linalg.engine.real_form import less_certain, real_form
+from gramian.linalg.engine.real_form import less_certain, mean_of_pairs, real_form
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.symmetric_products import gram
 
@@ -142,9 +142,7 @@ def svdvals_ex(
         return evaluate(SVDVALS, a, method=method, rtol=rtol)
     # Each occurs twice in the real form, and the mean of the two is no farther from it than they were.
     pairs, proof = evaluate(SVDVALS, real_form(check("svdvals", a, real=False)), method=method, rtol=rtol)
-    first, second = pairs.unflatten(-1, (-1, 2)).unbind(-1)
-    value = first / 2 + second / 2
-    rounding = torch.finfo(value.dtype).eps * (first != second).any(-1).double()
+    value, rounding = mean_of_pairs(pairs)
     return value, less_certain(proof, rounding, default_rtol(rtol, a.dtype))
 
 

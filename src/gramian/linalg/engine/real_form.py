@@ -62,18 +62,27 @@ def nearest_complex(x: Tensor) -> tuple[Tensor, Tensor]:
     """The complex matrix (..., m, n) whose real form is nearest to x (..., 2m, 2n), and its relative rounding (...)."""
     (p, s), (r, q) = (half.chunk(2, -1) for half in x.chunk(2, -2))
     value = torch.complex(p / 2 + q / 2, r / 2 - s / 2)
-    if not value.shape[-2] or not value.shape[-1]:
-        return value, value.real.sum((-2, -1))
-    with torch.no_grad():
-        info = torch.finfo(x.dtype)
-        size = x.abs()
-        # A half of a subnormal number may be rounded too.
-        subnormal = (size > 0) & (size < 2 * info.tiny)
-        rounded = ((p != q) | (r != -s)).flatten(-2).any(-1) | subnormal.flatten(-2).any(-1)
-        least = info.tiny * info.eps
-        peak = size.amax((-2, -1)).double().clamp_min(least)
-        count = value.shape[-2] * value.shape[-1]
-        return value, torch.where(rounded, unit_roundoff(x.dtype) + count * least / peak, 0.0)
+    different = (p != q) | (r != -s)
+    return value, _rounding(x.flatten(-2), different.flatten(-2).any(-1))
+
+
+def mean_of_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each two numbers (..., 2k) that should be equal, and its relative rounding (...)."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return first / 2 + second / 2, _rounding(x, (first != second).any(-1))
+
+
+@torch.no_grad()
+def _rounding(x: Tensor, different: Tensor) -> Tensor:
+    """What the means of numbers x (..., k) round, relative to their norm, where some are `different` (...)."""
+    if not x.shape[-1]:
+        return x.sum(-1)
+    info, size = torch.finfo(x.dtype), x.abs()
+    # A half of a subnormal number may be rounded too.
+    subnormal = ((size > 0) & (size < 2 * info.tiny)).any(-1)
+    least = info.tiny * info.eps
+    peak = size.amax(-1).double().clamp_min(least)
+    return torch.where(different | subnormal, unit_roundoff(x.dtype) + x.shape[-1] * least / peak, 0.0)
 
 
 def less_certain(proof: Certificate, rounding: Tensor, rtol: float) -> Certificate:
