@@ -37,9 +37,13 @@ def test_only_the_callers_generator_is_drawn_from(name):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("shape", [(3, 3), (2, 0, 4, 4), (0, 0), (1, 1)], ids=str)
 def test_shape_and_dtype(name, dtype, shape):
+    if name == "uniform" and dtype.is_complex:
+        with pytest.raises(DtypeError, match="real floating"):
+            MAKERS[name](*shape, generator=seeded(0), dtype=dtype)
+        return
     x = MAKERS[name](*shape, generator=seeded(0), dtype=dtype)
     assert (x.shape, x.dtype) == (shape, dtype)
 
@@ -164,3 +168,77 @@ def test_uniform_entries_of_narrow_types_stay_below_the_upper_end():
             x = random.uniform(20000, low=low, high=high, generator=seeded(0), dtype=dtype).double()
             assert float(x.max()) < high
             assert float(x.mean()) == pytest.approx((low + high) / 2, abs=0.02)
+
+
+@pytest.mark.parametrize("shape", [(20000, 3, 3), (20000, 4, 2), (20000, 2, 4)], ids=str)
+def test_unitary_matrices_have_the_marginals_of_haar(shape):
+    q = random.orthogonal(*shape, generator=seeded(20), dtype=torch.complex128)
+    small = q if shape[-2] <= shape[-1] else q.mH
+    n = max(shape[1:])
+    assert (small @ small.mH - torch.eye(min(shape[1:]))).abs().max() < 1e-14
+    # |entry|² is Beta(1, n − 1), its phase uniform and independent of it; also of the last column, which LAPACK's QR
+    # leaves real.
+    for entry in (q[:, 0, 0], q[:, -1, -1]):
+        assert stats.kstest(entry.abs().square().numpy(), stats.beta(1, n - 1).cdf).pvalue > PVALUE
+        assert stats.kstest(entry.angle().numpy(), stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > PVALUE
+        assert abs(torch.corrcoef(torch.stack([entry.abs(), entry.angle().abs()]))[0, 1]) < 5 / math.sqrt(20000)
+
+
+def test_the_eigenvalues_of_a_unitary_matrix_have_uniform_phases_that_repel():
+    q = random.orthogonal(10000, 2, 2, generator=seeded(21), dtype=torch.complex128)
+    phases = torch.linalg.eigvals(q).angle()
+    first = phases.gather(-1, torch.randint(2, (10000, 1), generator=seeded(22)))[:, 0]
+    assert stats.kstest(first.numpy(), stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > PVALUE
+    # Weyl: the density of their difference θ is (1 − cos θ) / 2π.
+    gap = (phases[:, 0] - phases[:, 1]).remainder(2 * math.pi)
+    assert stats.kstest(gap.numpy(), lambda t: (t - torch.tensor(t).sin().numpy()) / (2 * math.pi)).pvalue > PVALUE
+
+
+def test_complex_entries_are_circular():
+    z = random.normal(40, 500, mean=1 + 0, std=2.0, generator=seeded(23), dtype=torch.complex128).flatten() - 1
+    for part in (z.real, z.imag):
+        assert stats.kstest(part.numpy(), stats.norm(0, math.sqrt(2)).cdf).pvalue > PVALUE
+    assert stats.kstest(z.angle().numpy(), stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > PVALUE
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_the_eigenvalue_gap_of_two_by_two_normal_matrices_is_that_of_wigner(dtype):
+    x = random.normal(20000, 2, 2, generator=seeded(24), dtype=dtype)
+    gap = torch.linalg.eigvalsh((x + x.mH) / math.sqrt(2)).diff(dim=-1)[:, 0]
+    # Exact for n = 2: GOE gaps are Rayleigh, the norm of two normal numbers, GUE gaps Maxwell, that of three.
+    law = stats.maxwell if dtype.is_complex else stats.rayleigh
+    scale = math.sqrt(2) if dtype.is_complex else 2.0
+    assert stats.kstest(gap.numpy(), law(scale=scale).cdf).pvalue > PVALUE
+
+
+TRACY_WIDOM = {1: (-1.2065335745820, 1.607781034581), 2: (-1.771086807411, 0.8131947928329)}
+"""Mean and variance. Bornemann, Markov Processes Relat. Fields 16 (2010), table 9."""
+
+
+@pytest.mark.parametrize(("beta", "dtype"), [(1, torch.float64), (2, torch.complex128)])
+def test_the_largest_eigenvalue_of_wishart_matrices_follows_tracy_and_widom(beta, dtype):
+    n, d, count = 60, 45, 1000
+    w = torch.linalg.eigvalsh(random.wishart(count, d, d, samples=n, generator=seeded(25), dtype=dtype))[:, -1] * n
+    shift = 1 if beta == 1 else 0
+    root_n, root_d = (math.sqrt(k - shift / 2) for k in (n, d))  # Johnstone; Ma: their error is O(n^-⅔)
+    center, width = (root_n + root_d) ** 2, (root_n + root_d) * (1 / root_n + 1 / root_d) ** (1 / 3)
+    edge = (w - center) / width
+    mean, variance = TRACY_WIDOM[beta]
+    assert abs(edge.mean() - mean) < 5 * math.sqrt(variance / count) + 0.03
+    assert abs(edge.var() / variance - 1) < 0.2
+    # The law is close to a shifted Gamma of the same three moments (Chiani, J. Multivariate Anal. 129 (2014)).
+    skew = {1: 0.29346452408, 2: 0.224084203610}[beta]
+    k = 4 / skew**2
+    theta = math.sqrt(variance) * skew / 2
+    law = stats.gamma(k, loc=mean - k * theta, scale=theta)
+    assert stats.kstest((edge - edge.mean() + mean).numpy(), law.cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_complex_wishart_matrices_have_the_moments_of_marchenko_and_pastur(ratio):
+    d = 200
+    w = torch.linalg.eigvalsh(
+        random.wishart(d, d, samples=int(d / ratio), generator=seeded(26), dtype=torch.complex128)
+    )
+    for power, moment in ((1, 1), (2, 1 + ratio), (3, 1 + 3 * ratio + ratio**2)):
+        assert abs((w**power).mean() / moment - 1) < 20 / d

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from gramian.errors import DtypeError, InputError, ShapeError
@@ -19,7 +19,14 @@ Device = torch.device | str | None
 Real = float | int
 
 
-def _check(name: str, shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype | None) -> None:
+def _check(
+    name: str,
+    shape: tuple[int, ...],
+    generator: torch.Generator | None,
+    dtype: torch.dtype | None,
+    *,
+    real: bool = False,
+) -> None:
     """Raise without a generator, or for sizes or a dtype that do not fit."""
     if not isinstance(generator, torch.Generator):
         raise InputError(
@@ -28,8 +35,9 @@ def _check(name: str, shape: tuple[int, ...], generator: torch.Generator | None,
         )
     if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ShapeError(f"{name}: expected integers ≥ 0, got {shape}. Write {name}(2, 3), not {name}((2, 3)).")
-    if dtype is not None and not dtype.is_floating_point:
-        raise DtypeError(f"{name}: expected a real floating dtype, got {dtype}. Use torch.float32.")
+    if dtype is not None and not dtype.is_floating_point and (real or not dtype.is_complex):
+        kind = "a real floating dtype" if real else "a floating dtype, real or complex"
+        raise DtypeError(f"{name}: expected {kind}, got {dtype}. Use torch.float32.")
 
 
 def _matrix(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -39,9 +47,10 @@ def _matrix(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[-2], shape[-1]
 
 
-def _draw_normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Standard normal, drawn on the generator's own device."""
-    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+def _draw_normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype | None) -> Tensor:
+    """Standard normal numbers in float64, or complex ones with E|z|² = 1, drawn on the generator's own device."""
+    wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float64)
+    return torch.randn(shape, generator=generator, dtype=wide, device=generator.device)
 
 
 def _place(x: Tensor, dtype: torch.dtype | None, device: Device) -> Tensor:
@@ -75,7 +84,7 @@ def uniform(
     >>> uniform(2, 3, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3])
     """
-    _check("uniform", shape, generator, dtype)
+    _check("uniform", shape, generator, dtype, real=True)
     assert generator is not None
     if not low <= high:
         raise InputError(f"uniform: expected low ≤ high, got {low} and {high}.")
@@ -106,8 +115,10 @@ def normal(
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     device: Device = None,
-) -> Float[Tensor, ...]:
+) -> Inexact[Tensor, ...]:
     """Independent entries, normal with the given mean and standard deviation.
+
+    Those of a complex dtype are circular: real and imaginary part are independent, each with variance std²/2.
 
     Args:
         shape: any sizes, as separate integers.
@@ -119,7 +130,7 @@ def normal(
     Raises:
         InputError: without a generator, or with std < 0.
         ShapeError: where a size is not an integer ≥ 0.
-        DtypeError: where `dtype` is not real floating point.
+        DtypeError: where `dtype` is not floating point, real or complex.
     Cost: one float64 draw.
     Source: the definition.
 
@@ -130,17 +141,18 @@ def normal(
     assert generator is not None
     if not std >= 0:
         raise InputError(f"normal: expected std ≥ 0, got {std}.")
-    return _place(mean + std * _draw_normal(shape, generator, torch.float64), dtype, device)
+    return _place(mean + std * _draw_normal(shape, generator, dtype), dtype, device)
 
 
-def _haar(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Haar-distributed orthonormal columns or rows, in float64."""
+def _haar(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype | None) -> Tensor:
+    """Haar-distributed orthonormal columns or rows, in float64 or complex128."""
     m, n = shape[-2:]
-    gaussian = _draw_normal((*shape[:-2], max(m, n), min(m, n)), generator, torch.float64)
+    gaussian = _draw_normal((*shape[:-2], max(m, n), min(m, n)), generator, dtype)
     q, r = torch.linalg.qr(gaussian)
-    # LAPACK chooses the signs of R's diagonal. Q is Haar only if all are positive: it then commutes with rotations of
-    # the Gaussian matrix.
-    q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
+    # LAPACK chooses the signs of R's diagonal, or its phases. Q is Haar only if all are positive: it then commutes with
+    # rotations of the Gaussian matrix.
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    q = q * torch.where(diagonal == 0, 1.0, diagonal.sgn())[..., None, :]
     return q if m >= n else q.mT
 
 
@@ -149,10 +161,10 @@ def orthogonal(
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     device: Device = None,
-) -> Float[Tensor, "*b m n"]:
+) -> Inexact[Tensor, "*b m n"]:
     """Matrices with orthonormal columns (m ≥ n) or rows (m < n), distributed by Haar measure.
 
-    Q of the QR factorization of a Gaussian matrix in which the diagonal of R is positive.
+    Q of the QR factorization of a Gaussian matrix in which the diagonal of R is positive; unitary for a complex dtype.
 
     Args:
         shape: ..., m, n, as separate integers.
@@ -163,7 +175,7 @@ def orthogonal(
     Raises:
         InputError: without a generator.
         ShapeError: for fewer than two sizes, or a size that is not an integer ≥ 0.
-        DtypeError: where `dtype` is not real floating point.
+        DtypeError: where `dtype` is not floating point, real or complex.
     Cost: one float64 QR.
     Source: Mezzadri, Notices of the AMS 54 (2007), §5; Stewart, SIAM J. Numer. Anal. 17 (1980).
 
@@ -174,7 +186,7 @@ def orthogonal(
     _check("orthogonal", shape, generator, dtype)
     _matrix("orthogonal", shape)
     assert generator is not None
-    return _place(_haar(shape, generator), dtype, device)
+    return _place(_haar(shape, generator, dtype), dtype, device)
 
 
 def with_spectrum(
@@ -184,10 +196,11 @@ def with_spectrum(
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     device: Device = None,
-) -> Float[Tensor, "*b m n"]:
+) -> Inexact[Tensor, "*b m n"]:
     """Matrices with the given singular values, or eigenvalues, and Haar-distributed singular vectors.
 
-    U diag(spectrum) Vᵀ; if symmetric, U diag(spectrum) Uᵀ, whose eigenvalues are the spectrum.
+    U diag(spectrum) Vᵀ; if symmetric, U diag(spectrum) Uᵀ, whose eigenvalues are the spectrum. For a complex dtype
+    U and V are unitary, ᵀ is the adjoint, and symmetric means Hermitian.
 
     Args:
         shape: ..., m, n, as separate integers.
@@ -200,7 +213,7 @@ def with_spectrum(
     Raises:
         InputError: without a generator.
         ShapeError: for fewer than two sizes, a symmetric matrix that is not square, or a spectrum that does not fit.
-        DtypeError: where `dtype` is not real floating point.
+        DtypeError: where `dtype` is not floating point, real or complex.
     Cost: two float64 QRs, one if symmetric. Accuracy: the spectrum is right to one rounding of the dtype, relative to
     its largest value.
     Source: Higham, Accuracy and Stability (2002), §28.3.
@@ -225,12 +238,12 @@ def with_spectrum(
         raise ShapeError(
             f"with_spectrum: spectrum {tuple(spectrum.shape)} does not broadcast to {(*shape[:-2], k)}."
         ) from e
-    u = _haar((*shape[:-2], m, k), generator)
+    u = _haar((*shape[:-2], m, k), generator, dtype)
     if symmetric:
-        product = (u * values[..., None, :]) @ u.mT
-        return _place((product + product.mT) / 2, dtype, device)
-    v = _haar((*shape[:-2], n, k), generator)
-    return _place((u * values[..., None, :]) @ v.mT, dtype, device)
+        product = (u * values[..., None, :]) @ u.mH
+        return _place((product + product.mH) / 2, dtype, device)
+    v = _haar((*shape[:-2], n, k), generator, dtype)
+    return _place((u * values[..., None, :]) @ v.mH, dtype, device)
 
 
 def wishart(
@@ -239,10 +252,11 @@ def wishart(
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     device: Device = None,
-) -> Float[Tensor, "*b d d"]:
+) -> Inexact[Tensor, "*b d d"]:
     """Second moments XᵀX / n of n standard normal samples X (n, d).
 
-    Its eigenvalues follow the Marchenko–Pastur law of ratio d/n; for n < d it is singular, of rank n.
+    Xᴴ X / n for a complex dtype. Its eigenvalues follow the Marchenko–Pastur law of ratio d/n; for n < d it is
+    singular, of rank n.
 
     Args:
         shape: ..., d, d, as separate integers.
@@ -254,7 +268,7 @@ def wishart(
     Raises:
         InputError: without a generator, or where `samples` is not an integer ≥ 1.
         ShapeError: where the last two sizes are missing or differ.
-        DtypeError: where `dtype` is not real floating point.
+        DtypeError: where `dtype` is not floating point, real or complex.
     Cost: one float64 product.
     Source: Marchenko and Pastur, Math. USSR Sbornik 1 (1967).
 
@@ -268,6 +282,7 @@ def wishart(
         raise ShapeError(f"wishart: expected square (..., d, d), got {shape}.")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise InputError(f"wishart: expected samples ≥ 1, got {samples!r}.")
-    x = _draw_normal((*shape[:-2], samples, n), generator, torch.float64) / math.sqrt(samples)
-    gram = x.mT @ x
-    return _place(gram.tril() + gram.tril(-1).mT, dtype, device)
+    x = _draw_normal((*shape[:-2], samples, n), generator, dtype) / math.sqrt(samples)
+    gram = x.mH @ x
+    lower = gram.tril(-1)
+    return _place(torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1).real) + lower + lower.mH, dtype, device)

@@ -28,11 +28,12 @@ from gramian.linalg.scaled import matrix_power_scaled, matrix_power_scaled_ex, p
 from gramian.linalg.exponential import *
 from gramian.linalg.inverse import *
 from gramian.linalg.inverse_root import *
+from gramian.linalg.least_squares import lstsq, lstsq_ex
 from gramian.linalg.linear_system import *
 from gramian.linalg.logarithm import *
 from gramian.linalg.polar_factor import *
 from gramian.linalg.pseudoinverse import *
-from gramian.linalg.pseudoinverse import lstsq, lstsq_ex
+from gramian.linalg.pseudoinverse import RankedCertificate
 from gramian.linalg.sign import *
 from gramian.linalg.singular import *
 from gramian.linalg.square_root import *
@@ -41,6 +42,7 @@ __all__ = [
     "PCA",
     "Certificate",
     "LinearMap",
+    "RankedCertificate",
     "SpectralDensity",
     "cond",
     "cond_ex",

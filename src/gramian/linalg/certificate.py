@@ -21,7 +21,7 @@ REASONS = (
     "none",
     "the matrix holds NaN or inf",
     "the answer does not exist: the matrix is singular or rank-deficient",
-    "the matrix is not symmetric",
+    "the matrix is not symmetric, or not Hermitian",
     "the answer does not exist: the matrix has negative eigenvalues beyond rounding",
     "the error bound is above rtol",
     "LAPACK did not converge",
@@ -35,6 +35,7 @@ NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERF
 )
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+RTOL |= {torch.complex128: RTOL[torch.float64], torch.complex64: RTOL[torch.float32]}
 """The default rtol of each dtype. Half types: a few roundings of the answer itself. Wider types: far enough above one
 rounding that ordinary ill-conditioned input passes. How good an answer is, its bound says, not this number."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from gramian.errors import InputError
@@ -20,6 +20,7 @@ from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plu
 from gramian.linalg.engine.escalation import Number, numbers
 from gramian.linalg.engine.krylov import FAILURE, by, top_bound, top_vector
 from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.real_form import REAL, real_form
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.inverse import inv_ex
 from gramian.linalg.linear_map import LinearMap, made_dense
@@ -184,12 +185,20 @@ COND: dict[str, Callable[..., Number]] = {
 }
 
 
-@differentiable(singular_derivatives.CONDITION, shapes=lambda a, **_: a.new_empty(a.shape[:-2]), methods=COND, a=2)
+@differentiable(
+    singular_derivatives.CONDITION,
+    shapes=lambda a, **_: a.new_empty(a.shape[:-2], dtype=a.dtype.to_real()),
+    methods=COND,
+    real=False,
+    a=2,
+)
 def _cond_ex(
     a: Tensor, *, method: str = "auto", rtol: float | None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Certificate]:
     """`cond_ex` in the 2-norm."""
-    check("cond", a)
+    check("cond", a, real=False)
+    if a.is_complex():
+        a = real_form(a)
     choose("cond", method, COND)
     batch = unscaled(load(a.mT if a.shape[-2] < a.shape[-1] else a))
     tolerance = default_rtol(rtol, a.dtype)
@@ -212,26 +221,26 @@ NORMS: tuple[float | str, ...] = (1, -1, math.inf, -math.inf, "fro", "nuc")
 
 def _by_norms(a: Tensor, p: float | int | str, method: str, rtol: float | None) -> tuple[Tensor, Certificate]:
     """‖A‖ₚ ‖A⁻¹‖ₚ from a certified inverse; its derivative is that of the inverse and of torch's norms."""
-    check("cond", a, square=True)
+    check("cond", a, square=True, real=False)
     if p not in NORMS:
         raise InputError(f"cond: unknown p={p!r}. Use one of: 2, -2, 1, -1, inf, -inf, 'fro', 'nuc'.")
     if method != "auto":
         raise InputError(f"cond: the methods {', '.join(COND)} are for p=2. Leave method='auto' for p={p!r}.")
     n = max(a.shape[-1], 1)
     tolerance, growth = default_rtol(rtol, a.dtype), 1.0 if p == "fro" else math.sqrt(n)
-    wide = a.double()
+    wide, dtype = a.to(torch.promote_types(a.dtype, torch.float64)), REAL.get(a.dtype, a.dtype)
     y, proof = inv_ex(wide, rtol=tolerance / (4 * growth * (1 if isinstance(p, str) else math.sqrt(n))))
     # LAPACK raises for the whole batch where one matrix is not finite.
     ok = (wide.isfinite() & y.isfinite()).flatten(-2).all(-1)
     eye = torch.eye(a.shape[-1], dtype=wide.dtype, device=a.device)
     kept = [torch.where(ok[..., None, None], x, eye) for x in (wide, y)]
-    sizes = [torch.linalg.matrix_norm(x, p) if x.shape[-1] else x.sum((-2, -1)) for x in kept]
-    value = torch.where(ok, sizes[0] * sizes[1], math.nan).to(a.dtype)
+    sizes = [torch.linalg.matrix_norm(x, p) if x.shape[-1] else x.real.sum((-2, -1)) for x in kept]
+    value = torch.where(ok, sizes[0] * sizes[1], math.nan).to(dtype)
     near = proof.error_bound / (1 - proof.error_bound).clamp_min(0)  # of ‖Y‖_F
     share = growth * near * torch.linalg.vector_norm(kept[1].detach(), dim=(-2, -1)) / sizes[1].detach()
     share = share if a.shape[-1] else torch.zeros_like(share)
     bound = torch.where(ok & (share < 0.5), share / (1 - share), math.inf) + 8 * gamma(a.shape[-1] ** 2 + 2)
-    bound = bound + (0.0 if a.dtype == torch.float64 else torch.finfo(a.dtype).eps)
+    bound = bound + (0.0 if dtype == torch.float64 else torch.finfo(dtype).eps)
     reason = torch.where(proof.reason == cert.INACCURATE, cert.NONE, proof.reason)
     reason = torch.where((reason == cert.NONE) & value.detach().isinf(), cert.OVERFLOW, reason)
     value = torch.where(reason == cert.SINGULAR, math.inf, value)
@@ -247,7 +256,7 @@ def _by_norms(a: Tensor, p: float | int | str, method: str, rtol: float | None) 
 
 
 def cond_ex(
-    a: Float[Tensor, "*b m n"] | LinearMap,
+    a: Inexact[Tensor, "*b m n"] | LinearMap,
     p: float | int | str | None = None,
     *,
     method: str = "auto",
@@ -267,7 +276,7 @@ def cond_ex(
     >>> value.tolist(), certificate.converged.tolist()
     ([2.0, inf], [True, False])
     """
-    a = made_dense("cond", a)
+    a = made_dense("cond", a, real=False)
     if p is None or p == 2:
         return _cond_ex(a, method=method, rtol=rtol, generator=generator)
     if p == -2:
@@ -289,7 +298,7 @@ def _none(x: Tensor) -> Tensor:
 
 
 def cond(
-    a: Float[Tensor, "*b m n"] | LinearMap,
+    a: Inexact[Tensor, "*b m n"] | LinearMap,
     p: float | int | str | None = None,
     *,
     method: str = "auto",
@@ -305,10 +314,10 @@ def cond(
         method: "gram", "lanczos", "inverse" or "auto".
         rtol: the relative error of κ asked for; `certificate.RTOL` of the dtype if None. Two digits, 1e-2, are cheaper.
         generator: of the random start; one of a fixed seed if None.
-    Returns: `(...)`, κ of each matrix, in the dtype of `a`.
+    Returns: `(...)`, κ of each matrix, in the dtype of `a`, or of its real part.
     Raises:
         ShapeError: where `a` has fewer than two dimensions.
-        DtypeError: where `a` is not real floating point.
+        DtypeError: where `a` is not floating point, real or complex.
         InputError: for an unknown p or method, or a negative rtol.
         ConvergenceError: where the error bound is above rtol, as for a κ beyond what float64 resolves (about 1e14).
     Cost: "gram", up to a side of 512, the Gram matrix's eigenvalues in float64; "lanczos", from a side of 128, one

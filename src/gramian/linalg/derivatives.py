@@ -146,40 +146,6 @@ SIGN = Rule(_sign_vjp, _sign_jvp)
 """N dS + dS N = dM − S dM S, N = MS. Higham, Functions of Matrices (2008), theorem 5.3."""
 
 
-def _pseudoinverse_along(a: Tensor, y: Tensor, e: Tensor) -> Tensor:
-    """The derivative of A† along E. One of the projections is the identity, where the rank is full."""
-    out = -(y @ e @ y)
-    if a.shape[-2] > a.shape[-1]:
-        outside = e.mT - (e.mT @ a) @ y
-        return out + y @ (y.mT @ outside)
-    if a.shape[-2] < a.shape[-1]:
-        outside = e.mT - y @ (a @ e.mT)
-        return out + (outside @ y.mT) @ y
-    return out
-
-
-def _pseudoinverse_vjp(a: Tensor, y: Tensor, g: Tensor) -> Tensor:
-    """The adjoint of `_pseudoinverse_along`."""
-    out = -(y.mT @ g @ y.mT)
-    if a.shape[-2] > a.shape[-1]:
-        inner = y @ (y.mT @ g)
-        return out + (inner - (inner @ a) @ y).mT
-    if a.shape[-2] < a.shape[-1]:
-        inner = (g @ y.mT) @ y
-        return out + (inner - y @ (a @ inner)).mT
-    return out
-
-
-PSEUDOINVERSE = Rule(
-    lambda arguments, values, given: {
-        "a": _pseudoinverse_vjp(arguments["a"].double(), values[0].double(), only(given))
-    },
-    lambda arguments, values, tangents: (
-        _pseudoinverse_along(arguments["a"].double(), values[0].double(), tangents["a"].double()),
-    ),
-)
-"""dA† = −A†EA† + A†A†ᵀEᵀ(I − AA†) + (I − A†A)EᵀA†ᵀA†. Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973), (4.12)."""
-
 PRINCIPAL_ROOT = Rule(
     lambda arguments, values, given: _with_damping(solved(values[0].double().mT, only(given)), arguments),
     lambda arguments, values, tangents: (solved(values[0].double(), _step(tangents, values[0])),),

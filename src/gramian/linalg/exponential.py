@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
@@ -17,6 +17,7 @@ from gramian.linalg.engine.double_double import Pair, Product, product, rough, t
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.exponential import exponential
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import U, norm
 from gramian.linalg.engine.scaling import scale
 
@@ -87,10 +88,11 @@ EXPM = register(
 )
 
 
+@takes_complex("expm", square=True)
 @differentiable(derivatives.EXPONENTIAL, shapes=lambda m, **_: torch.empty_like(m), methods=EXPM.methods, m=2)
 def expm_ex(
-    m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n n"], Certificate]:
+    m: Inexact[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
+) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`expm` with its certificate, never raising for a matrix's values.
 
     Args:
@@ -107,7 +109,7 @@ def expm_ex(
     return evaluate(EXPM, m, method=method, rtol=rtol)
 
 
-def expm(m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b n n"]:
+def expm(m: Inexact[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None) -> Inexact[Tensor, "*b n n"]:
     """The exponential of a square matrix.
 
     expm(M) = I + M + M²/2! + M³/3! + …
@@ -119,7 +121,7 @@ def expm(m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None
     Returns: `(..., n, n)`, the exponential, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square.
-        DtypeError: where `m` is not real floating point.
+        DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, or a negative rtol.
         ConvergenceError: where the error bound is above rtol, or the exponential overflows.
     Cost: 4 to 10 float64 products and log₂‖M‖ squarings; four times that in double-double arithmetic, where float64

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
@@ -20,6 +20,7 @@ from gramian.linalg.engine.double_double import (
     Product,
     damped,
     eye_like,
+    fine_product,
     minus,
     pair,
     plus,
@@ -28,11 +29,14 @@ from gramian.linalg.engine.double_double import (
     rounding,
 )
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
+from gramian.linalg.engine.equilibrated import FLOOR, inverted, of_columns, of_rows, restored
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
-from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
+from gramian.linalg.engine.real_form import takes_complex
+from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm
+from gramian.linalg.engine.scaling import scale
 
 __all__ = ["inv", "inv_ex"]
 
@@ -108,10 +112,10 @@ def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
         # Not a contraction: a step would make it worse, and the bound will say so.
         r = torch.where((norm(r) < 1)[:, None, None], r, 0.0)
         close = plus(close, close.hi @ r)
-    return _certified(m, close, bad, product, cert.SINGULAR, steps)
+    return _certified(m, close, bad, product, steps)
 
 
-def _certified(m: Pair, y: Pair, bad: Tensor, times: Product, otherwise: int, steps: int) -> Answer:
+def _certified(m: Pair, y: Pair, bad: Tensor, times: Product, steps: int) -> Answer:
     """M⁻¹ = Y(I − R)⁻¹ with R = I − MY, so ‖M⁻¹ − Y‖_F ≤ ‖YR‖_F + ‖YR‖_F‖R‖/(1 − ‖R‖)."""
     r, r_error = minus(eye_like(y.hi), times(m, y))
     size = norm(r) + r_error
@@ -124,9 +128,43 @@ def _certified(m: Pair, y: Pair, bad: Tensor, times: Product, otherwise: int, st
     step = step * (1 + 2.0**-20)
     proven = (size < 1) & ~bad
     error = torch.where(proven, step / (1 - size) + norm(y.lo), math.inf)
-    reason = torch.where(bad, cert.SINGULAR, torch.where(proven, cert.NONE, otherwise))
-    value = torch.where((reason == cert.SINGULAR)[:, None, None], math.nan, y.hi)
-    return Answer(value, error, norm(r), reason, steps)
+    # Only the last resort decides that a matrix is singular.
+    return Answer(y.hi, error, norm(r), torch.where(proven, cert.NONE, cert.INACCURATE), steps)
+
+
+def _equilibrated(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
+    """By LU of the equilibrated matrix, and steps Y ← Y + Y(I − MY) on double-double residuals.
+
+    With R = I − MY for the equilibrated M and S_c, S_r the powers of two that give the inverse X = S_c Y(I − R)⁻¹ S_r:
+    ‖X − S_c Y S_r‖_F ≤ ‖S_c YR S_r‖_F + ‖S_c YR‖_F ‖R S_r‖_F / (1 − ‖R‖).
+    """
+    found = inverted(damped(x, shift))
+    m, y, s = found.m, found.y, found.scaling
+    if not x[0:1].numel():
+        zero = torch.zeros_like(shift)
+        return Answer(y.hi, zero, zero, zero.long())
+    n, image = x.shape[-1], fine_product(m, y)
+    r, r_error = minus(eye_like(y.hi), image)
+    right, high, low = of_columns(r, s.rows), of_rows(y.hi, s.columns), of_rows(y.lo, s.columns)
+    step, across = of_rows(y.hi @ r, s.columns), high.abs() @ torch.stack([r.abs(), right.abs()], 1).movedim(1, 0)
+    # The rounding of I − MY, and that of the product, which is entry by entry at most the sum of |row column|.
+    own = (r_error - image.error).clamp_min(0) + 4 * U * r_error + (1 + norm(y.hi)) * n * FLOOR
+    size, third = norm(r) + own, norm(right) + own
+    first = norm(of_columns(step, s.rows)) + norm(high) * own + gamma(n + 8) * norm(across[1])
+    second = norm(step) + norm(high) * own + gamma(n + 8) * norm(across[0])
+    for row, column in rounding(m, y, fine_product):
+        reach, length = (high.abs() @ row[..., None]).norm(dim=(1, 2)), column.norm(dim=1)
+        scaled = scale(column[:, None], -s.rows[:, None]).norm(dim=(1, 2))
+        first, second = first + reach * scaled, second + reach * length
+        size, third = size + row.norm(dim=1) * length, third + row.norm(dim=1) * scaled
+    first, second = first + norm(low) * third, second + norm(low) * size
+    error = (first + second * third / (1 - size)) * (1 + 2.0**-20) + norm(of_columns(low, s.rows))
+    error = scale(error, -s.whole) + n * 2.0**-1074
+    value = restored(y.hi, s)
+    proven = (size < 1) & error.isfinite() & value.isfinite().flatten(1).all(1)
+    reason = torch.where(proven, cert.NONE, cert.SINGULAR)
+    value = torch.where(proven[:, None, None], value, math.nan)
+    return Answer(value, torch.where(proven, error, math.inf), norm(r), reason, found.steps)
 
 
 def exact_inverse(mp: Any, m: Any) -> Any:
@@ -178,9 +216,16 @@ INV = register(
             "lu_refined": Method(
                 _lu_refined,
                 torch.float64,
-                0.0,
+                1e-14,
                 lambda m, n: {"inverse64": 1, "float64": 40},
                 "κ to 1e15, refined with double-double residuals",
+            ),
+            "equilibrated": Method(
+                _equilibrated,
+                torch.float64,
+                0.0,
+                lambda m, n: {"inverse64": 1, "float64": 60},
+                "bad scaling, and κ to 1e20 after equilibration",
             ),
         },
         "square",
@@ -192,10 +237,11 @@ INV = register(
 )
 
 
+@takes_complex("inv", square=True)
 @differentiable(derivatives.INVERSE, shapes=lambda m, **_: torch.empty_like(m), methods=INV.methods, m=2, damping=0)
 def inv_ex(
-    m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n n"], Certificate]:
+    m: Inexact[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`inv` with its certificate, never raising for a matrix's values; NaN where there is no inverse.
 
     Args:
@@ -213,8 +259,8 @@ def inv_ex(
 
 
 def inv(
-    m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
-) -> Float[Tensor, "*b n n"]:
+    m: Inexact[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> Inexact[Tensor, "*b n n"]:
     """The inverse of M + λI.
 
     inv(M, λ) = (M + λI)⁻¹.
@@ -227,12 +273,12 @@ def inv(
     Returns: `(..., n, n)`, the inverse, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
-        DtypeError: where `m` is not real floating point.
+        DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, or a negative damping or rtol.
         ConvergenceError: where a matrix is singular, or its error bound is above rtol.
     Cost: in float32 products at 1024², 4 by Cholesky, or by LU where M is not symmetric, while κ allows; 6 in float64;
-    30 more to refine (float64). Accuracy: what `rtol` asks for, until κ nears 1e15. The certificate's residual is a
-    bound on ‖I − MY‖_F.
+    30 more to refine (float64). Accuracy: what `rtol` asks for, until κ of the matrix with
+    equilibrated rows and columns nears 1e20. The certificate's residual is a bound on ‖I − MY‖_F.
     Source: Higham, Accuracy and Stability (2002), §14.1; Rump, Acta Numerica 19 (2010), §10.
 
     >>> inv(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), damping=1.0)

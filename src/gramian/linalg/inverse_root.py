@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.errors import InputError
@@ -33,10 +33,12 @@ from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm, unit_roundoff
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.symmetric_products import symmetric_product
+from gramian.linalg.principal_inverse_root import principal_inverse_root_ex
 
 __all__ = ["inv_root", "inv_root_ex"]
 
@@ -334,6 +336,7 @@ INV_ROOT = register(
 )
 
 
+@takes_complex("inv_root", square=True)
 @differentiable(
     derivatives.INVERSE_ROOT,
     shapes=lambda m, **_: torch.empty_like(m),
@@ -342,15 +345,28 @@ INV_ROOT = register(
     m=2,
     damping=0,
 )
+def _inv_root_ex(
+    m: Tensor, p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+) -> tuple[Tensor, Certificate]:
+    """`inv_root_ex` of symmetric matrices."""
+    return evaluate(INV_ROOT, m, method=method, rtol=rtol, damping=damping, p=p)
+
+
 def inv_root_ex(
-    m: Float[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n n"], Certificate]:
+    m: Inexact[Tensor, "*b n n"],
+    p: int,
+    damping: Damping = 0.0,
+    *,
+    symmetric: bool = True,
+    method: str = "auto",
+    rtol: float | None = None,
+) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`inv_root` with its certificate, never raising for a matrix's values.
 
     Where M + λI is rank-deficient the value is the root of the inverse on its range, and not converged.
 
     Args:
-        m, p, damping, method, rtol: as for `inv_root`.
+        m, p, damping, symmetric, method, rtol: as for `inv_root`.
     Returns: the inverse root and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `inv_root`.
@@ -362,38 +378,48 @@ def inv_root_ex(
     """
     if isinstance(p, bool) or not isinstance(p, int) or p < 1:
         raise InputError(f"inv_root: expected an integer p ≥ 1, got {p!r}. Use p=2 or p=4, for M^(-1/2) or M^(-1/4).")
-    return evaluate(INV_ROOT, m, method=method, rtol=rtol, damping=damping, p=p)
+    function = _inv_root_ex if symmetric else principal_inverse_root_ex
+    return function(m, p, damping, method=method, rtol=rtol)
 
 
 def inv_root(
-    m: Float[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
-) -> Float[Tensor, "*b n n"]:
-    """The inverse p-th root of a symmetric positive definite matrix.
+    m: Inexact[Tensor, "*b n n"],
+    p: int,
+    damping: Damping = 0.0,
+    *,
+    symmetric: bool = True,
+    method: str = "auto",
+    rtol: float | None = None,
+) -> Inexact[Tensor, "*b n n"]:
+    """The inverse p-th root of a symmetric positive definite matrix, or the principal one of a square matrix.
 
-    inv_root(M, p, λ) = (M + λI)^(-1/p).
+    inv_root(M, p, λ) = (M + λI)^(-1/p), if not `symmetric` with eigenvalues whose arguments are between −π/p and π/p.
 
     Args:
-        m: `(..., n, n)`, symmetric up to 10·n·ε(dtype).
+        m: `(..., n, n)`, symmetric up to 10·n·ε(dtype), or Hermitian; if not `symmetric`, without eigenvalues at zero
+            or on the negative real axis.
         p: an integer ≥ 1.
-        damping: λ ≥ 0, absolute, one number or one per matrix.
+        damping: λ ≥ 0, absolute, one number or one per matrix; 0 for p > 2 if not `symmetric`.
+        symmetric: whether M is, and what is not is refused. If False, M may be any matrix with a principal root.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
     Returns: `(..., n, n)`, the inverse root, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
-        DtypeError: where `m` is not real floating point.
+        DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, a p that is not an integer ≥ 1, or a negative damping or rtol.
         ConvergenceError: where M + λI is not symmetric, has an eigenvalue that is not positive, or the error bound is
             above rtol.
     Cost: in float32 products at 1024²: an eigendecomposition, 7 in float32 or 13 in float64, and about 3; refined, 100.
     "coupled_newton" about 90, products only. Accuracy: what `rtol` asks for, until κ nears 1e13. The certificate's
-    residual is a bound on ‖XᵇMXᵃ − I‖_F, a + b = p.
+    residual is a bound on ‖XᵇMXᵃ − I‖_F, a + b = p. If not `symmetric`, a square root and an inverse, or a logarithm
+    and an exponential, whose errors are composed; the residual is that of the last.
     Source: Higham, Functions of Matrices (2008), chapter 7 and theorem 3.11.
 
     >>> inv_root(torch.diag(torch.tensor([16.0, 1.0])), 4)
     tensor([[0.5000, 0.0000],
             [0.0000, 1.0000]])
     """
-    value, certificate = inv_root_ex(m, p, damping, method=method, rtol=rtol)
+    value, certificate = inv_root_ex(m, p, damping, symmetric=symmetric, method=method, rtol=rtol)
     require_converged("inv_root", certificate)
     return value

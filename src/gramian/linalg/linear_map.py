@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gramian.errors import DtypeError, ShapeError
-from gramian.linalg.engine.loading import DTYPES, check
+from gramian.linalg.engine.loading import check, check_dtype
 from gramian.linalg.engine.scaling import exponent_of, scale
 
 
@@ -133,8 +133,7 @@ def as_linear_map(name: str, a: object) -> LinearMap:
             raise ShapeError(
                 f"{name}: expected a sparse matrix (m, n), got {tuple(a.shape)}. Sparse ones do not batch."
             )
-        if a.dtype not in DTYPES:
-            raise DtypeError(f"{name}: expected a real floating dtype, got {a.dtype}. Convert with .to(torch.float32).")
+        check_dtype(name, a)
         return TensorMap(a if a.layout == torch.sparse_csr else a.to_sparse_csr())
     if not isinstance(a, LinearMap):
         raise DtypeError(
@@ -146,14 +145,14 @@ def as_linear_map(name: str, a: object) -> LinearMap:
     return a
 
 
-def made_dense(name: str, a: object) -> Tensor:
-    """A dense tensor as it is; a sparse matrix or a map by its product with the identity.
+def made_dense(name: str, a: object, *, real: bool = True) -> Tensor:
+    """A dense tensor as it is, complex only if not `real`; a sparse matrix or a map by its product with the identity.
 
     >>> made_dense("f", torch.eye(2).to_sparse_csr()).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
     if isinstance(a, Tensor) and is_dense(a):
-        return check(name, a)
+        return check(name, a, real=real)
     own = ScaledMap(as_linear_map(name, a))
     eye = torch.eye(own.shape[-1], dtype=torch.float64, device=own.device)
     return own.matmat(eye).to(own.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.errors import ShapeError
@@ -15,12 +15,27 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine.derivative import differentiable
-from gramian.linalg.engine.double_double import Pair, Product, damped, minus, pair, plus, product, rough
+from gramian.linalg.engine.double_double import (
+    Pair,
+    Product,
+    damped,
+    eye_like,
+    fine_product,
+    minus,
+    pair,
+    plus,
+    product,
+    rough,
+    two_sum,
+)
+from gramian.linalg.engine.equilibrated import FLOOR, inverted, of_rows
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping, check, load
 from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
+from gramian.linalg.engine.real_form import real_form, stacked, unstacked
 from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
+from gramian.linalg.engine.scaling import scale
 from gramian.linalg.inverse import Invert, by_cholesky, by_lu, exact_inverse
 
 __all__ = ["solve", "solve_ex"]
@@ -47,13 +62,45 @@ def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Ca
         proven = (size < 1) & ~bad
         error = torch.where(zero, 0.0, step / (1 - size) + norm(z.lo))
         error = torch.where(proven, error, math.inf)
-        last = times is product
-        reason = torch.where(bad, cert.SINGULAR if last else cert.INACCURATE, cert.NONE)
-        reason = torch.where(proven | bad, reason, cert.INACCURATE)
+        # Only the last resort decides that a matrix is singular.
+        reason = torch.where(proven, cert.NONE, cert.INACCURATE)
         value = torch.where(bad[:, None, None], math.nan, z.hi)
         return Answer(value, error, norm(r) / norm(b).clamp_min(2.0**-1000), reason, steps, p.failure)
 
     return run
+
+
+def _equilibrated(x: Tensor, *, shift: Tensor, b: Tensor, rtol: float) -> Answer:
+    """By the inverse Y of the equilibrated matrix M, and steps z ← z + Y(b − Mz).
+
+    With R = I − MY, M⁻¹b − z = Y(I − R)⁻¹(b − Mz); and S_c takes z to the scale of the answer.
+    """
+    found = inverted(damped(x, shift))
+    m, y, s = found.m, found.y, found.scaling
+    if not x[0:1].numel():
+        zero = torch.zeros_like(shift)
+        return Answer(b, zero, zero, zero.long())
+    right, n = pair(of_rows(b, s.rows)), x.shape[-1]
+    z, steps = pair(torch.zeros_like(b)), 4
+    for _ in range(steps):
+        r, _ = minus(right, fine_product(m, z))
+        d = product(y, pair(r))
+        hi, low = two_sum(z.hi, d.hi)
+        z = Pair(hi, low + (z.lo + d.lo), z.error)
+    defect, defect_error = minus(eye_like(x), fine_product(m, y))
+    size = norm(defect) + defect_error + n * FLOOR
+    r, r_error = minus(right, fine_product(m, z))
+    length, reach = norm(r), norm(of_rows(y.hi, s.columns)) + norm(of_rows(y.lo, s.columns)) + n * FLOOR
+    step = norm(of_rows(y.hi @ r, s.columns)) + reach * (gamma(n + 1) * length + r_error + n * FLOOR)
+    step = (step + reach * size / (1 - size) * length) * (1 + 2.0**-20) + norm(of_rows(z.lo, s.columns))
+    value = scale(of_rows(z.hi, s.columns), -s.whole)
+    error = scale(step, -s.whole) + n * 2.0**-1074
+    proven = (size < 1) & error.isfinite() & value.isfinite().flatten(1).all(1)
+    error = torch.where(norm(b) == 0, 0.0, error)
+    reason = torch.where(proven, cert.NONE, cert.SINGULAR)
+    value = torch.where(proven[:, None, None], value, math.nan)
+    residual = norm(scale(r, s.rows)) / norm(b).clamp_min(2.0**-1000)
+    return Answer(value, torch.where(proven, error, math.inf), residual, reason, found.steps + steps)
 
 
 def _left_defect(m: Pair, y: Tensor, p: Probes, times: Product) -> Tensor:
@@ -103,9 +150,16 @@ SOLVE = register(
             "lu_refined": Method(
                 _solver(by_lu, torch.float64, product, steps=4),
                 torch.float64,
-                0.0,
+                1e-14,
                 lambda m, n: {"inverse64": 1, "thin64": 40},
                 "κ to 1e14, refined with double-double residuals",
+            ),
+            "equilibrated": Method(
+                _equilibrated,
+                torch.float64,
+                0.0,
+                lambda m, n: {"inverse64": 1, "float64": 60, "thin64": 40},
+                "bad scaling, and κ to 1e20 after equilibration",
             ),
         },
         "square",
@@ -135,14 +189,14 @@ def _solve_ex(
 
 
 def solve_ex(
-    m: Float[Tensor, ...],
-    b: Float[Tensor, ...],
+    m: Inexact[Tensor, ...],
+    b: Inexact[Tensor, ...],
     damping: Damping = 0.0,
     *,
     left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> tuple[Float[Tensor, ...], Certificate]:
+) -> tuple[Inexact[Tensor, ...], Certificate]:
     """`solve` with its certificate, never raising for a matrix's values; NaN where there is no solution.
 
     Args:
@@ -156,9 +210,9 @@ def solve_ex(
     >>> value.tolist(), certificate.converged.item()
     ([[0.5], [0.5]], True)
     """
-    check("solve", m, square=True)
+    check("solve", m, square=True, real=False)
     vector = isinstance(b, Tensor) and (b.ndim == 1 or b.shape == m.shape[:-1])
-    right = check("solve", b[..., None] if vector else b)
+    right = check("solve", b[..., None] if vector else b, real=False)
     if not left:
         m, right = m.mT, right if vector else right.mT
     try:
@@ -172,19 +226,23 @@ def solve_ex(
             "too is b[..., None]."
         )
     m, right = m.expand(*batch, *m.shape[-2:]), right.expand(*batch, *right.shape[-2:])
-    value, proof = _solve_ex(m, right, damping, method=method, rtol=rtol)
+    if m.is_complex() or right.is_complex():
+        value, proof = _solve_ex(real_form(m), stacked(right), damping, method=method, rtol=rtol)
+        value = unstacked(value)
+    else:
+        value, proof = _solve_ex(m, right, damping, method=method, rtol=rtol)
     return value[..., 0] if vector else value if left else value.mT, proof
 
 
 def solve(
-    m: Float[Tensor, ...],
-    b: Float[Tensor, ...],
+    m: Inexact[Tensor, ...],
+    b: Inexact[Tensor, ...],
     damping: Damping = 0.0,
     *,
     left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> Float[Tensor, ...]:
+) -> Inexact[Tensor, ...]:
     """The solution Z of (M + λI) Z = B, or of Z (M + λI) = B if not `left`.
 
     Z = (M + λI)⁻¹ B, refined against the residual B − (M + λI) Z.
@@ -200,11 +258,12 @@ def solve(
     Returns: the solution, of the shape of `b` with the batch of both, in the wider dtype of `m` and `b`.
     Raises:
         ShapeError: where `m` is not square, or `b` or `damping` does not fit it.
-        DtypeError: where `m` or `b` is not real floating point.
+        DtypeError: where `m` or `b` is not floating point, real or complex.
         InputError: for an unknown method, or a negative damping or rtol.
         ConvergenceError: where a matrix is singular, or its error bound is above rtol.
     Cost: one inverse, which the bound needs, in float32 (float64 if M is float64), and O(n²k) of float64 refinement.
-    Accuracy: one rounding of the dtype, until κ nears 1e14. The certificate's residual is ‖B − MZ‖_F / ‖B‖_F.
+    Accuracy: one rounding of the dtype, until κ of the equilibrated matrix nears 1e20. The certificate's
+    residual is ‖B − MZ‖_F / ‖B‖_F.
     Source: Rump, Acta Numerica 19 (2010), §10.
 
     >>> solve(torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([[2.0], [2.0]]))

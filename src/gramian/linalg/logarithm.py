@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
@@ -18,6 +18,7 @@ from gramian.linalg.engine.double_double import Pair, minus, pair, plus, product
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.exponential import SCHEMES, exponential, two_norm
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues, register
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import U, norm
 from gramian.linalg.engine.scaling import pow2, scale
 from gramian.linalg.engine.stable import Stable, directions, frobenius, inverse, operator_norm, refined
@@ -222,10 +223,11 @@ LOGM = register(
 )
 
 
+@takes_complex("logm", square=True)
 @differentiable(derivatives.LOGARITHM, shapes=lambda m, **_: torch.empty_like(m), methods=LOGM.methods, m=2)
 def logm_ex(
-    m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n n"], Certificate]:
+    m: Inexact[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
+) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`logm` with its certificate, never raising for a matrix's values; NaN where there is no principal logarithm.
 
     Args:
@@ -242,7 +244,7 @@ def logm_ex(
     return evaluate(LOGM, m, method=method, rtol=rtol)
 
 
-def logm(m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b n n"]:
+def logm(m: Inexact[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None) -> Inexact[Tensor, "*b n n"]:
     """The principal logarithm of a square matrix.
 
     logm(M) = X with e^X = M and eigenvalues whose imaginary parts are between −π and π.
@@ -254,7 +256,7 @@ def logm(m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None
     Returns: `(..., n, n)`, the logarithm, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square.
-        DtypeError: where `m` is not real floating point.
+        DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, or a negative rtol.
         ConvergenceError: where there is no principal logarithm, or the error bound is above rtol.
     Cost: for each of 5 to 12 square roots 15 inverses, and 600 products in all, in float64. Accuracy: one rounding of

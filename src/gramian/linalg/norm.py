@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
+from gramian.errors import InputError
 from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.engine import probes
@@ -29,6 +30,7 @@ from gramian.linalg.engine.krylov import (
     top_vector,
 )
 from gramian.linalg.engine.loading import check, choose, load, unscaled
+from gramian.linalg.engine.real_form import real_form, unstacked
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import scale
 from gramian.linalg.linear_map import LinearMap, ScaledMap, TensorMap, as_linear_map, is_dense, scaled_map
@@ -118,8 +120,11 @@ def leading(x: Tensor, rtol: float, generator: torch.Generator | None) -> Top:
     return _largest(lambda y: by(by(y, x.mT), x), start_of(generator, x, n, x.shape[0]), twice, rtol)
 
 
-def leading_vectors(a: Float[Tensor, "*b m n"]) -> tuple[Float[Tensor, "*b m"], Float[Tensor, "*b n"]]:
-    """Unit vectors u, v with uᵀAv within 1e-6 of ‖A‖₂, in float64: u vᵀ is then nearly a subgradient of the norm."""
+def leading_vectors(a: Inexact[Tensor, "*b m n"]) -> tuple[Inexact[Tensor, "*b m"], Inexact[Tensor, "*b n"]]:
+    """Unit vectors u, v with uᴴAv within 1e-6 of ‖A‖₂, in float64: u vᴴ is then nearly a subgradient of the norm."""
+    if a.is_complex():
+        u, v = leading_vectors(real_form(a))
+        return unstacked(u[..., None])[..., 0], unstacked(v[..., None])[..., 0]
     batch = load(a)
     x = batch.x
     found, theta = search(lambda y: by(by(y, x.mT), x), start_of(None, x, x.shape[-1], x.shape[0]), 1e-6)
@@ -193,36 +198,27 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
 
 
 @differentiable(
-    singular_derivatives.SPECTRAL_NORM, shapes=lambda a, **_: a.new_empty(a.shape[:-2]), methods=SPECTRAL_NORM, a=2
+    singular_derivatives.SPECTRAL_NORM,
+    shapes=lambda a, **_: a.new_empty(a.shape[:-2], dtype=a.dtype.to_real()),
+    methods=SPECTRAL_NORM,
+    real=False,
+    a=2,
 )
-def spectral_norm_ex(
-    a: Float[Tensor, "*b m n"] | LinearMap,
+def _spectral_norm_ex(
+    a: Tensor | LinearMap,
     *,
     method: str = "auto",
     rtol: float | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[Float[Tensor, "*b"], Certificate]:
-    """`spectral_norm` with its certificate, never raising for a matrix's values.
-
-    Args:
-        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`.
-        method: one of `SPECTRAL_NORM` or "auto".
-        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
-        generator: of the random start; a fixed seed if None.
-    Returns: the norms `(...)`, and their certificate; its residual is 0.
-    Raises: `ShapeError`, `DtypeError`, `InputError`.
-    Cost: as `spectral_norm`.
-    Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3.
-
-    >>> value, certificate = spectral_norm_ex(torch.diag(torch.tensor([3.0, 4.0])))
-    >>> value.item(), certificate.converged.item()
-    (4.0, True)
-    """
+) -> tuple[Tensor, Certificate]:
+    """`spectral_norm_ex` of the last two dimensions."""
     choose("spectral_norm", method, SPECTRAL_NORM)
     if not isinstance(a, Tensor) or not is_dense(a):
         linear = as_linear_map("spectral_norm", a)
         return _norm_of_map(linear, default_rtol(rtol, getattr(linear, "dtype", torch.float32)), generator)
-    check("spectral_norm", a)
+    check("spectral_norm", a, real=False)
+    if a.is_complex():
+        a = real_form(a)
     batch = unscaled(load(a.mT if a.shape[-2] < a.shape[-1] else a))
     names = [method]
     if method == "auto":
@@ -242,21 +238,68 @@ def spectral_norm_ex(
     )
 
 
-def spectral_norm(
-    a: Float[Tensor, "*b m n"] | LinearMap,
+def spectral_norm_ex(
+    a: Inexact[Tensor, ...] | LinearMap,
     *,
+    dim: tuple[int, int] = (-2, -1),
+    keepdim: bool = False,
     method: str = "auto",
     rtol: float | None = None,
     generator: torch.Generator | None = None,
-) -> Float[Tensor, "*b"]:
+) -> tuple[Float[Tensor, ...], Certificate]:
+    """`spectral_norm` with its certificate, never raising for a matrix's values.
+
+    Args:
+        a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`.
+        dim, keepdim: as for `spectral_norm`; the certificate keeps no dimensions.
+        method: one of `SPECTRAL_NORM` or "auto".
+        rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+        generator: of the random start; a fixed seed if None.
+    Returns: the norms `(...)`, and their certificate; its residual is 0.
+    Raises: `ShapeError`, `DtypeError`, `InputError`.
+    Cost: as `spectral_norm`.
+    Source: van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2000), §3.
+
+    >>> value, certificate = spectral_norm_ex(torch.diag(torch.tensor([3.0, 4.0])))
+    >>> value.item(), certificate.converged.item()
+    (4.0, True)
+    """
+    if dim == (-2, -1) and not keepdim:
+        return _spectral_norm_ex(a, method=method, rtol=rtol, generator=generator)
+    if not isinstance(a, Tensor) or not is_dense(a):
+        raise InputError("spectral_norm: dim and keepdim are for dense tensors. Leave them out.")
+    check("spectral_norm", a, real=False)
+    first, second = (d + a.ndim if d < 0 else d for d in dim)
+    if first == second or not 0 <= min(first, second) <= max(first, second) < a.ndim:
+        raise InputError(f"spectral_norm: expected two dimensions of {a.ndim}, got dim={dim}.")
+    value, proof = _spectral_norm_ex(
+        a.movedim((first, second), (-2, -1)), method=method, rtol=rtol, generator=generator
+    )
+    if keepdim:
+        for d in sorted((first, second)):
+            value = value.unsqueeze(d)
+    return value, proof
+
+
+def spectral_norm(
+    a: Inexact[Tensor, ...] | LinearMap,
+    *,
+    dim: tuple[int, int] = (-2, -1),
+    keepdim: bool = False,
+    method: str = "auto",
+    rtol: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, ...]:
     """The largest singular value, ‖A‖₂ = max ‖Ax‖ / ‖x‖.
 
     Args:
         a: `(..., m, n)` dense, a sparse matrix `(m, n)`, or a `LinearMap`.
+        dim: the two dimensions that the matrices have, as for `torch.linalg.matrix_norm`; of dense tensors.
+        keepdim: whether they stay, with size 1.
         method: one of `SPECTRAL_NORM` or "auto".
         rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
         generator: of the random start; a fixed seed if None.
-    Returns: the norms `(...)` in the dtype of `a`; that of a map is float64.
+    Returns: the norms `(...)` in the dtype of `a`, or of its real part; that of a map is float64.
     Raises:
         ShapeError, DtypeError, InputError: for arguments that are not as above.
         ConvergenceError: where the error bound is above rtol.
@@ -269,6 +312,6 @@ def spectral_norm(
     >>> spectral_norm(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]))
     tensor(2.)
     """
-    value, certificate = spectral_norm_ex(a, method=method, rtol=rtol, generator=generator)
+    value, certificate = spectral_norm_ex(a, dim=dim, keepdim=keepdim, method=method, rtol=rtol, generator=generator)
     require_converged("spectral_norm", certificate)
     return value

@@ -17,6 +17,7 @@ from gramian.linalg.engine.double_double import damped, minus, pair, plus, produ
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues
 from gramian.linalg.engine.loading import Damping
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import norm
 from gramian.linalg.engine.stable import Stable, inverse, solve, solved, stable
 
@@ -164,6 +165,7 @@ PRINCIPAL_ROOT = MatrixFunction(
 )
 
 
+@takes_complex("sqrtm", square=True)
 @differentiable(
     derivatives.PRINCIPAL_ROOT,
     shapes=lambda m, **_: torch.empty_like(m),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from gramian.errors import InputError, ShapeError
@@ -19,6 +19,7 @@ from gramian.linalg.engine import lapack
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import pair, product
 from gramian.linalg.engine.loading import Loaded, check, choose, load
+from gramian.linalg.engine.real_form import less_certain, nearest_complex, real_form
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import exponent_of, scale
 from gramian.linalg.inverse import inv_ex
@@ -136,33 +137,14 @@ def _finish(
     methods=POWER,
     a=2,
 )
-def matrix_power_scaled_ex(
-    a: Float[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None
-) -> tuple[tuple[Float[Tensor, "*b n n"], Float[Tensor, "*b"]], Certificate]:
-    """`matrix_power_scaled` with its certificate, never raising for a matrix's values.
-
-    Args:
-        a, k, method, rtol: as for `matrix_power_scaled`.
-    Returns: (mantissa, log_scale) and their `Certificate`.
-    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
-    Cost: as for `matrix_power_scaled`.
-    Source: as for `matrix_power_scaled`.
-
-    >>> (mantissa, log_scale), certificate = matrix_power_scaled_ex(torch.tensor([[0.5]]), 10**6)
-    >>> mantissa.tolist(), round(log_scale.item(), 3), certificate.converged.item()
-    ([[1.0]], -693147.181, True)
-    """
-    name = "matrix_power_scaled"
-    check(name, a, square=True)
-    choose(name, method, dict.fromkeys(POWER))
-    if isinstance(k, bool) or not isinstance(k, int) or abs(k) > MAX_POWER:
-        raise InputError(f"{name}: expected an integer k with |k| ≤ 2^48, got {k!r}. Use k = 10**6, not 1e6.")
+def _matrix_power_scaled_ex(a: Tensor, k: int, *, rtol: float | None = None) -> tuple[Slogdet, Certificate]:
+    """`matrix_power_scaled_ex` of real matrices."""
     batch, n = load(a), a.shape[-1]
     bad, reason = ~batch.finite, torch.where(batch.finite, cert.NONE, cert.NOT_FINITE)
     base, exponent = batch.x, batch.exponent if k >= 0 else -batch.exponent
     error = base.new_zeros(base.shape[0])
     if k < 0 and n:
-        base, proof = inv_ex(base, method="lu_refined", rtol=math.inf)
+        base, proof = inv_ex(base, method="equilibrated", rtol=math.inf)
         singular = ~proof.error_bound.isfinite()
         base = torch.where(singular[:, None, None], torch.eye(n, dtype=base.dtype, device=base.device), base)
         error = torch.where(singular, 0.0, proof.error_bound) * norm(base) * 1.01
@@ -198,9 +180,46 @@ def matrix_power_scaled_ex(
     )
 
 
+def matrix_power_scaled_ex(
+    a: Inexact[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None
+) -> tuple[tuple[Inexact[Tensor, "*b n n"], Float[Tensor, "*b"]], Certificate]:
+    """`matrix_power_scaled` with its certificate, never raising for a matrix's values.
+
+    Args:
+        a, k, method, rtol: as for `matrix_power_scaled`.
+    Returns: (mantissa, log_scale) and their `Certificate`.
+    Raises: ShapeError, DtypeError, InputError: for wrong arguments.
+    Cost: as for `matrix_power_scaled`.
+    Source: as for `matrix_power_scaled`.
+
+    >>> (mantissa, log_scale), certificate = matrix_power_scaled_ex(torch.tensor([[0.5]]), 10**6)
+    >>> mantissa.tolist(), round(log_scale.item(), 3), certificate.converged.item()
+    ([[1.0]], -693147.181, True)
+    """
+    name = "matrix_power_scaled"
+    check(name, a, square=True, real=False)
+    choose(name, method, dict.fromkeys(POWER))
+    if isinstance(k, bool) or not isinstance(k, int) or abs(k) > MAX_POWER:
+        raise InputError(f"{name}: expected an integer k with |k| ≤ 2^48, got {k!r}. Use k = 10**6, not 1e6.")
+    if not a.is_complex():
+        return _matrix_power_scaled_ex(a, k, rtol=rtol)
+    found, proof = _matrix_power_scaled_ex(real_form(a), k, rtol=rtol)
+    return _of_real_form(found, proof, default_rtol(rtol, a.dtype))
+
+
+def _of_real_form(found: Slogdet, proof: Certificate, rtol: float) -> tuple[Slogdet, Certificate]:
+    """The complex matrix, whose norm is √½ of that of its real form, with the rounding of both parts."""
+    mantissa, log_scale = found
+    value, rounding = nearest_complex(mantissa * math.sqrt(2))
+    size = log_scale.detach().abs()
+    lost = rounding + 2 * torch.finfo(mantissa.dtype).eps + 2 * U * (1 + size)
+    lost = torch.where(size.isfinite(), lost, 0.0)  # of zero, whose logarithm is −inf
+    return (value, log_scale - math.log(2) / 2), less_certain(proof, lost, rtol)
+
+
 def matrix_power_scaled(
-    a: Float[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n n"], Float[Tensor, "*b"]]:
+    a: Inexact[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None
+) -> tuple[Inexact[Tensor, "*b n n"], Float[Tensor, "*b"]]:
     """Aᵏ as a mantissa of Frobenius norm 1 and the logarithm of its norm, as `torch.linalg.slogdet` does.
 
     Aᵏ = mantissa · exp(log_scale), log_scale = ln ‖Aᵏ‖_F.
@@ -214,7 +233,7 @@ def matrix_power_scaled(
     hold it. Zero has mantissa 0 and log_scale −inf.
     Raises:
         ShapeError: where `a` is not square.
-        DtypeError: where `a` is not real floating point.
+        DtypeError: where `a` is not floating point, real or complex.
         InputError: for a k that is no such integer, an unknown method, or a negative rtol.
         ConvergenceError: where an inverse does not exist, or the error bound is above rtol.
     Cost: log₂ k to 2 log₂ k double-double products (4 float64 ones), with 5 more each and one eigendecomposition of A
@@ -234,7 +253,7 @@ def matrix_power_scaled(
 
 def product_scaled_ex(
     matrices: Iterable[Tensor], *, method: str = "auto", rtol: float | None = None
-) -> tuple[tuple[Float[Tensor, "*b m n"], Float[Tensor, "*b"]], Certificate]:
+) -> tuple[tuple[Inexact[Tensor, "*b m n"], Float[Tensor, "*b"]], Certificate]:
     """`product_scaled` with its certificate, never raising for a matrix's values.
 
     Args:
@@ -248,7 +267,23 @@ def product_scaled_ex(
     >>> mantissa.item(), round(log_scale.item() / math.log(10)), certificate.converged.item()
     (1.0, -3000, True)
     """
-    return _product_scaled_ex(tuple(matrices), method=method, rtol=rtol)
+    name = "product_scaled"
+    choose(name, method, dict.fromkeys(PRODUCT))
+    factors = tuple(matrices)
+    for i, a in enumerate(factors):
+        check(name, a, real=False)
+        if i and (a.shape[:-2] != factors[0].shape[:-2] or a.shape[-2] != factors[i - 1].shape[-1]):
+            raise ShapeError(
+                f"{name}: matrix {i} of shape {tuple(a.shape)} does not multiply the one before it, of shape "
+                f"{tuple(factors[i - 1].shape)}. Give matrices in the order of the product A₁A₂…."
+            )
+    if not factors:
+        raise InputError(f"{name}: expected at least one matrix, got none.")
+    if not any(a.is_complex() for a in factors):
+        return _product_scaled_ex(factors, rtol=rtol)
+    dtype = functools.reduce(torch.promote_types, (a.dtype for a in factors))
+    found, proof = _product_scaled_ex(tuple(real_form(a.to(dtype)) for a in factors), rtol=rtol)
+    return _of_real_form(found, proof, default_rtol(rtol, dtype))
 
 
 def _empty_product(matrices: tuple[Tensor, ...], **_: object) -> Slogdet:
@@ -259,22 +294,10 @@ def _empty_product(matrices: tuple[Tensor, ...], **_: object) -> Slogdet:
 
 
 @differentiable(derivatives.PRODUCT, shapes=_empty_product, methods=PRODUCT, matrices=2)
-def _product_scaled_ex(matrices: tuple[Tensor, ...], *, method: str, rtol: float | None) -> tuple[Slogdet, Certificate]:
-    name = "product_scaled"
-    choose(name, method, dict.fromkeys(PRODUCT))
-    batches: list[Loaded] = []
-    dtype: torch.dtype | None = None
-    for i, a in enumerate(matrices):
-        check(name, a)
-        if batches and (a.shape[:-2] != batches[0].shape or a.shape[-2] != batches[-1].x.shape[-1]):
-            raise ShapeError(
-                f"{name}: matrix {i} of shape {tuple(a.shape)} does not multiply the one before it, of shape "
-                f"{(*batches[-1].shape, *batches[-1].x.shape[1:])}. Give matrices in the order of the product A₁A₂…."
-            )
-        batches.append(load(a))
-        dtype = a.dtype if dtype is None else torch.promote_types(dtype, a.dtype)
-    if not batches or dtype is None:
-        raise InputError(f"{name}: expected at least one matrix, got none.")
+def _product_scaled_ex(matrices: tuple[Tensor, ...], *, rtol: float | None) -> tuple[Slogdet, Certificate]:
+    """`product_scaled_ex` of real matrices."""
+    batches: list[Loaded] = [load(a) for a in matrices]
+    dtype = functools.reduce(torch.promote_types, (a.dtype for a in matrices))
     x, exponent = batches[0].x, batches[0].exponent
     finite = batches[0].finite
     # `local` (error of each partial product) and `suffix` (norm of all that follows it) in logarithms.
@@ -314,7 +337,7 @@ def _product_scaled_ex(matrices: tuple[Tensor, ...], *, method: str, rtol: float
 
 def product_scaled(
     matrices: Iterable[Tensor], *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b m n"], Float[Tensor, "*b"]]:
+) -> tuple[Inexact[Tensor, "*b m n"], Float[Tensor, "*b"]]:
     """The product A₁A₂…A_L of many matrices as a mantissa of Frobenius norm 1 and the logarithm of its norm.
 
     A₁A₂…A_L = mantissa · exp(log_scale).
@@ -327,7 +350,7 @@ def product_scaled(
     Returns: the mantissa in the widest dtype, and log_scale `(...)` in float64, −inf for a product that is zero.
     Raises:
         ShapeError: where a matrix does not multiply the one before it.
-        DtypeError: where a matrix is not real floating point.
+        DtypeError: where a matrix is not floating point, real or complex.
         InputError: for no matrix, an unknown method, or a negative rtol.
         ConvergenceError: where a matrix is not finite, or the estimate of the error is above rtol. The product may
             cancel, as that of two projections onto disjoint spaces.

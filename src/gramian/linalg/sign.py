@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
@@ -17,6 +17,7 @@ from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plu
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.exponential import two_norm
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues, register
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import norm
 from gramian.linalg.engine.stable import newton, solve, stable
 
@@ -112,10 +113,11 @@ SIGN = register(
 )
 
 
+@takes_complex("sign", square=True)
 @differentiable(derivatives.SIGN, shapes=lambda m, **_: torch.empty_like(m), methods=SIGN.methods, m=2)
 def sign_ex(
-    m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
-) -> tuple[Float[Tensor, "*b n n"], Certificate]:
+    m: Inexact[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None
+) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`sign` with its certificate, never raising for a matrix's values; NaN where there is no sign.
 
     Args:
@@ -132,7 +134,7 @@ def sign_ex(
     return evaluate(SIGN, m, method=method, rtol=rtol)
 
 
-def sign(m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b n n"]:
+def sign(m: Inexact[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None = None) -> Inexact[Tensor, "*b n n"]:
     """The sign of a matrix: its eigenvectors, with 1 for eigenvalues right of the imaginary axis and −1 left of it.
 
     sign(M) = M (M²)^(-1/2), with the principal root; (I + sign(M))/2 projects onto an invariant subspace. It is not the
@@ -145,7 +147,7 @@ def sign(m: Float[Tensor, "*b n n"], *, method: str = "auto", rtol: float | None
     Returns: `(..., n, n)`, the sign, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square.
-        DtypeError: where `m` is not real floating point.
+        DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, or a negative rtol.
         ConvergenceError: where a matrix has no sign, or its error bound is above rtol.
     Cost: about 20 inverses and 80 products in float64, half of them for the bound. Accuracy: one rounding of the dtype,

@@ -33,13 +33,13 @@ def _of_singular_values(slopes: Callable[[Tensor, Tensor | None], Tensor]) -> Ru
 
     def vjp(arguments: Arguments, values: Values, given: Given) -> dict[str, Tensor]:
         u, s, v = singular_vectors(arguments["a"])
-        return {"a": (u * slopes(s, only(given))[..., None, :]) @ v.mT}
+        return {"a": (u * slopes(s, only(given))[..., None, :]) @ v.mH}
 
     def jvp(arguments: Arguments, values: Values, tangents: Tangents) -> Given:
         u, s, v = singular_vectors(arguments["a"])
         da = tangents["a"]
         assert da is not None
-        along = (u * (da.double() @ v)).sum(-2)
+        along = (u.conj() * (da.to(v.dtype) @ v)).sum(-2).real
         return (slopes(s, None) * along if values[0].ndim == along.ndim else (slopes(s, None) * along).sum(-1),)
 
     return Rule(vjp, jvp)
@@ -68,7 +68,7 @@ def _ratio(s: Tensor, given: Tensor | None) -> Tensor:
 
 
 SINGULAR_VALUES = _of_singular_values(_all_values)
-"""dσᵢ = uᵢᵀ dA vᵢ; at equal values a subgradient, that of LAPACK's vectors. Lewis & Sendov (2005), theorem 7.1."""
+"""dσᵢ = Re uᵢᴴ dA vᵢ; at equal values a subgradient, that of LAPACK's vectors. Lewis & Sendov (2005), theorem 7.1."""
 
 
 def _spectral_norm_vjp(arguments: Arguments, values: Values, given: Given) -> Mapping[str, Any]:
@@ -79,7 +79,7 @@ def _spectral_norm_vjp(arguments: Arguments, values: Values, given: Given) -> Ma
     if torch.is_grad_enabled() or min(a.shape[-2:]) <= SMALL:
         return _of_singular_values(_largest).vjp(arguments, values, given)
     u, v = leading_vectors(a)
-    return {"a": (only(given)[..., None] * u)[..., :, None] * v[..., None, :]}
+    return {"a": (only(given)[..., None] * u)[..., :, None] * v.conj()[..., None, :]}
 
 
 SPECTRAL_NORM = Rule(_spectral_norm_vjp, _of_singular_values(_largest).jvp)

@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
@@ -29,6 +29,7 @@ from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import apply, of_norm, probes
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
@@ -199,6 +200,7 @@ SQRTM = register(
 )
 
 
+@takes_complex("sqrtm", square=True)
 @differentiable(
     derivatives.SQUARE_ROOT,
     shapes=lambda m, **_: torch.empty_like(m),
@@ -215,13 +217,13 @@ def _sqrtm_ex(
 
 
 def sqrtm_ex(
-    m: Float[Tensor, "*b n n"],
+    m: Inexact[Tensor, "*b n n"],
     damping: Damping = 0.0,
     *,
     symmetric: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> tuple[Float[Tensor, "*b n n"], Certificate]:
+) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`sqrtm` with its certificate, never raising for a matrix's values; the root of the positive part if indefinite.
 
     Args:
@@ -240,13 +242,13 @@ def sqrtm_ex(
 
 
 def sqrtm(
-    m: Float[Tensor, "*b n n"],
+    m: Inexact[Tensor, "*b n n"],
     damping: Damping = 0.0,
     *,
     symmetric: bool = True,
     method: str = "auto",
     rtol: float | None = None,
-) -> Float[Tensor, "*b n n"]:
+) -> Inexact[Tensor, "*b n n"]:
     """The square root of a symmetric positive semi-definite matrix, or the principal one of a square matrix.
 
     sqrtm(M, λ) = (M + λI)^(1/2), symmetric positive semi-definite; if not `symmetric`, with eigenvalues in the right
@@ -264,7 +266,7 @@ def sqrtm(
     Returns: `(..., n, n)`, the square root, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
-        DtypeError: where `m` is not real floating point.
+        DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, or a negative damping or rtol.
         ConvergenceError: where M + λI is not symmetric, has a negative eigenvalue beyond rounding, or no principal root
             if not `symmetric`, or where the error bound is above rtol.

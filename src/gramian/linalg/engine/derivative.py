@@ -176,12 +176,13 @@ def differentiable(
     batched: bool = True,
     spectral: bool = False,
     made: Callable[..., Any] | None = None,
+    real: bool = True,
     **dims: int,
 ) -> Callable[[Callable], Callable]:
     """Make a certified function differentiable by `rule` in the arguments `dims`, each with its number of dimensions.
 
     `shapes` makes empty values from the arguments, `methods` are the names for the certificate, `made` puts several
-    values together, and `spectral` says that the value may come with a spectrum.
+    values together, `spectral` says that the value may come with a spectrum, and `real` that no operand is complex.
 
     A function that takes no batch is called for each matrix of one under vmap.
 
@@ -240,7 +241,7 @@ def differentiable(
 
         name = function.__name__
         public = name.removesuffix("_ex").lstrip("_")
-        staged = STAGED[name] = Staged(public, forward, backward, shapes, tuple(methods), spectral)
+        staged = STAGED[name] = Staged(public, forward, backward, shapes, tuple(methods), spectral, real)
         eager = torch._disable_dynamo(evaluated)
         parameters = tuple(signature.parameters)
         defaults = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
@@ -269,7 +270,7 @@ def differentiable(
 
 def _places(name: str, value: Any) -> list[Place]:
     if isinstance(value, Tensor):
-        return [(name, None)] if value.is_floating_point() else []
+        return [(name, None)] if value.is_floating_point() or value.is_complex() else []
     if isinstance(value, tuple) and value and all(isinstance(x, Tensor) for x in value):
         return [(name, i) for i in range(len(value))]
     return []

@@ -97,6 +97,31 @@ def thin_product(a: Pair, size: Tensor, z: Tensor) -> Pair:
     return Pair(hi, lo, local)
 
 
+def fine_product(a: Pair, b: Pair) -> Pair:
+    """a·b of exact pairs as a pair, with a rounding 2⁻²⁴ times that of `product`: seven float64 products."""
+    if not a.hi.numel() or not b.hi.numel():
+        return pair(a.hi @ b.hi)
+    (a1, a2, a3), (b1, b2, b3) = _slices(a, b)
+    first, lost = two_sum(a1 @ b1, a1 @ b2)
+    second, more = two_sum(first, a2 @ b1)
+    rest = a1 @ b3 + a2 @ (b2 + b3) + a3 @ (b1 + (b2 + b3))
+    hi, lo = two_sum(second, rest + (lost + more))
+    bound = sum((row.norm(dim=-1) * column.norm(dim=-1) for row, column in rounding(a, b, fine_product)), 0 * a.error)
+    return Pair(hi, lo, bound * (1 + 2.0**-20))
+
+
+def _slices(a: Pair, b: Pair) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Both factors as sums of three; float64 holds the products of the first two of each exactly."""
+    bits = (53 - math.ceil(math.log2(a.hi.shape[-1]))) // 2
+    found = []
+    for x, dim in ((a, -1), (b, -2)):
+        first = leading(x.hi, dim, bits)
+        left, tail = two_sum(x.hi - first, x.lo)
+        second = leading(left, dim, bits)
+        found.append((first, second, (left - second) + tail))
+    return found
+
+
 def rough(a: Pair, b: Pair) -> Pair:
     """a·b in plain float64 (the low parts dropped), with a rigorous bound on its Frobenius error."""
     high, low = norm(a.hi), norm(b.hi)
@@ -112,8 +137,13 @@ def rounding(a: Pair, b: Pair, times: Product) -> list[tuple[Tensor, Tensor]]:
     Where rows differ in size by many powers of ten, this is far tighter than one norm.
     """
     k = a.hi.shape[-1]
-    if times is not product or not a.hi.numel() or not b.hi.numel():
+    if times is rough or not a.hi.numel() or not b.hi.numel():
         terms = [(a.hi, b.hi, gamma(k)), (a.lo, b.hi, 1.0), (a.hi, b.lo, 1.0), (a.lo, b.lo, 1.0)]
+    elif times is fine_product:
+        (a1, a2, a3), (_, b2, b3) = _slices(a, b)
+        # The sums of the exact products lose a rounding of a rounding.
+        once = gamma(k + 8)
+        terms = [(a2, b2 + b3, once), (a1, b3, once), (a3, b.hi, once), (a.hi, b.hi, 16 * U * U)]
     else:
         a1, a2, _, b2 = _split(a, b)
         terms = [(a1, b2, gamma(k + 6)), (a2, b.hi, gamma(k + 6))]

@@ -218,8 +218,10 @@ def numbers(
         found = methods[name](x if every and rows is None else x[index], rtol=asked, **options)
         out = back(found.value, index)
         rounded = out.to(dtype).to(torch.float64)
-        exact = out == rounded
-        rounding = torch.where(exact, 0.0, (out - rounded).abs() / out.abs())
+        # What comes back as a subnormal number is rounded by that.
+        lost = torch.where((out.abs() < 2.0**-1021) & (found.value != 0), 2.0**-1074 / out.abs(), 0.0)
+        exact = (out == rounded) & (lost == 0)
+        rounding = torch.where(out == rounded, 0.0, (out - rounded).abs() / out.abs()) + lost
         bound = found.error / (found.value.abs() - found.error).clamp_min(0) + rounding
         bound = torch.where((found.error == 0) & exact, 0.0, bound)
         overflow = (found.reason == cert.NONE) & rounded.isinf() & out.isfinite() & found.error.isfinite()

@@ -21,6 +21,9 @@ from gramian.linalg.engine.scaling import exponent_above, exponent_of, largest_e
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+COMPLEX = (torch.complex128, torch.complex64)
+REAL_FORM = "torch.cat([torch.cat([a.real, -a.imag], -1), torch.cat([a.imag, a.real], -1)], -2)"
+
 NEGLIGIBLE = 10
 """Asymmetry and negative eigenvalues up to 10·n·ε(dtype)·‖M‖ count as rounding; the design's constant."""
 
@@ -74,14 +77,12 @@ class Loaded:
         )
 
 
-def check(name: str, a: object, *, square: bool = False) -> Tensor:
-    """`a` if it is a real matrix or a batch of them; otherwise an error that says what came and what was wanted."""
+def check(name: str, a: object, *, square: bool = False, real: bool = True) -> Tensor:
+    """`a` if it is a matrix or a batch of them, a complex one only if not `real`; otherwise an error that says what
+    came and what was wanted."""
     if not isinstance(a, Tensor):
         raise DtypeError(f"{name}: expected a torch.Tensor, got {type(a).__name__}. Use torch.as_tensor first.")
-    if a.dtype not in DTYPES:
-        raise DtypeError(
-            f"{name}: expected float64, float32, float16 or bfloat16, got {a.dtype}. Convert with .to(torch.float32)."
-        )
+    check_dtype(name, a, real=real)
     if a.ndim < 2:
         raise ShapeError(
             f"{name}: expected (..., m, n), got {tuple(a.shape)}. "
@@ -93,6 +94,21 @@ def check(name: str, a: object, *, square: bool = False) -> Tensor:
             "Pass a Gram matrix, such as gm.linalg.syrk(a)."
         )
     return a
+
+
+def check_dtype(name: str, a: Tensor, *, real: bool = True) -> None:
+    """Raise where the dtype of `a` is not floating point, or is complex and the function takes only `real` ones."""
+    if a.dtype in DTYPES or (a.dtype in COMPLEX and not real):
+        return
+    wanted = f"{name}: expected float64, float32, float16 or bfloat16, got {a.dtype}. "
+    if not a.is_complex():
+        raise DtypeError(f"{wanted}Convert with .to(torch.float32).")
+    if not real:
+        raise DtypeError(f"{name}: expected complex128 or complex64, got {a.dtype}. Convert with .to(torch.complex64).")
+    raise DtypeError(
+        f"{wanted}A cast would drop the imaginary part. Pass the real matrix {REAL_FORM}, which has every singular "
+        "value of a twice, and every eigenvalue where a is Hermitian."
+    )
 
 
 def choose(name: str, method: str, methods: Collection[str]) -> None:

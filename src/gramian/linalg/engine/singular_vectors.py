@@ -15,18 +15,18 @@ DISTINCT = 1e-6
 
 
 def singular_vectors(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, V of A (..., m, n) in float64, thin; σ is NaN where a matrix is not finite.
+    """U, σ, V of A (..., m, n) in float64 or complex128, thin; σ is NaN where a matrix is not finite.
 
     Differentiating them is a second derivative of what the caller computes. It needs distinct singular values: where
     two are equal, U and V turn at any rate.
     """
-    u, s, v = _Svd.apply(a.double())  # pyright: ignore[reportGeneralTypeIssues]
+    u, s, v = _Svd.apply(a.to(torch.promote_types(a.dtype, torch.float64)))  # pyright: ignore[reportGeneralTypeIssues]
     return u, s, v
 
 
 def _plain(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
-    return u, s, vh.mT
+    return u, s, vh.mH
 
 
 class _Svd(torch.autograd.Function):

@@ -29,6 +29,7 @@ class Staged:
         shapes: from the arguments to empty values.
         methods: the names of the methods, for certificates.
         spectral: whether there is a spectrum among the outputs.
+        real: whether no operand may be complex.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Staged:
     shapes: Callable[..., Any]
     methods: tuple[str, ...]
     spectral: bool
+    real: bool
 
 
 STAGED: dict[str, Staged] = {}
@@ -65,7 +67,7 @@ def shaped(staged: Staged, arguments: Mapping[str, Any], operands: Sequence[Tens
     """Empty values and an empty certificate of the right shapes."""
     for name, x in arguments.items():
         if isinstance(x, Tensor) and name in ("a", "m", "x"):
-            check(staged.name, x, square=name == "m")
+            check(staged.name, x, square=name == "m", real=staged.real)
     value = staged.shapes(**arguments)
     batch = () if operands[0].ndim < 2 else operands[0].shape[:-2]
     kinds = {"converged": torch.bool, **dict.fromkeys(("kind", "steps", "method", "reason"), torch.long)}

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from gramian.errors import InputError
@@ -17,6 +17,7 @@ from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import check, choose
+from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import unit_roundoff
 from gramian.linalg.polar_factor.by_gram import gram_eigh32, gram_eigh64
 from gramian.linalg.polar_factor.by_svd import svd, svd_refined
@@ -155,16 +156,17 @@ POLAR = register(
 )
 
 
+@takes_complex("polar")
 @differentiable(derivatives.POLAR, shapes=lambda a, **_: torch.empty_like(a), methods=POLAR.methods, spectral=True, a=2)
 def polar_ex(
-    a: Float[Tensor, "*b m n"],
+    a: Inexact[Tensor, "*b m n"],
     *,
     method: str = "auto",
     rtol: float | None = None,
     steps: int | None = None,
     certify: bool = True,
     dtype: torch.dtype | None = None,
-) -> tuple[Float[Tensor, "*b m n"], Certificate]:
+) -> tuple[Inexact[Tensor, "*b m n"], Certificate]:
     """`polar` with its certificate, never raising for a matrix's values.
 
     `certify=False` is for the direction of an optimizer's step. Nothing is converged, the bound is inf, and no GPU is
@@ -227,13 +229,13 @@ def _uncertified(a: Tensor, method: str, steps: int) -> Certificate:
 
 
 def polar(
-    a: Float[Tensor, "*b m n"],
+    a: Inexact[Tensor, "*b m n"],
     *,
     method: str = "auto",
     rtol: float | None = None,
     steps: int = len(COEFFICIENTS),
     dtype: torch.dtype | None = None,
-) -> Float[Tensor, "*b m n"]:
+) -> Inexact[Tensor, "*b m n"]:
     """The nearest matrix with orthonormal columns (or rows): the polar factor U Vᵀ of A = U Σ Vᵀ.
 
     polar(A) = A (AᵀA)^(-1/2), the maximizer of tr(QᵀA) over orthonormal Q.
@@ -246,7 +248,7 @@ def polar(
     Returns: `(..., m, n)`, in the dtype of `a`.
     Raises:
         ShapeError: where `a` has fewer than two dimensions.
-        DtypeError: where `a` is not real floating point.
+        DtypeError: where `a` is not floating point, real or complex.
         InputError: for an unknown method, fewer than one step, or a negative rtol.
         ConvergenceError: where a matrix is rank-deficient, or the error bound is above rtol (`polar_ex` then returns
             the partial isometry on the range).
