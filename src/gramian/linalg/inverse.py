@@ -63,12 +63,14 @@ def by_cholesky(x: Tensor) -> tuple[Tensor, Tensor]:
 def _inverter(invert: Invert, work: torch.dtype) -> Callable[..., Answer | None]:
     """The method that inverts in `work`."""
 
-    def run(x: Tensor, *, shift: Tensor, rtol: float) -> Answer | None:
+    def run(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> Answer | None:
         m = damped(x, shift)
         narrow = m.hi.to(work)
         if work == torch.float32 and invert is by_cholesky and hopeless(narrow, rtol, CHOLESKY32_ERROR):
             return None
         y, bad = invert(narrow)
+        if not certify:
+            return Answer.bare(y, torch.where(bad, cert.INACCURATE, cert.NONE))
         error, residual = inverse_bound(
             m, y, probes(x.shape[-1], x.device), product if work == torch.float64 else rough
         )
@@ -98,7 +100,7 @@ def inverse_bound(m: Pair, y: Tensor, p: Probes, times: Product) -> tuple[Tensor
     return torch.where((r < 0.5) & error.isfinite(), error, math.inf), r
 
 
-def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
+def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> Answer:
     """By LU and Newton–Schulz steps Y ← Y + Y(I − MY) on double-double residuals, which converge for uκ < 1."""
     m = damped(x, shift)
     y, bad = by_lu(m.hi)
@@ -108,6 +110,10 @@ def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
         # Not a contraction: a step would make it worse, and the bound will say so.
         r = torch.where((norm(r) < 1)[:, None, None], r, 0.0)
         close = plus(close, close.hi @ r)
+    if not certify:
+        return Answer.bare(
+            torch.where(bad[:, None, None], math.nan, close.hi), torch.where(bad, cert.SINGULAR, cert.NONE), steps
+        )
     return _certified(m, close, bad, product, cert.SINGULAR, steps)
 
 
@@ -194,12 +200,17 @@ INV = register(
 
 @differentiable(derivatives.INVERSE, shapes=lambda m, **_: torch.empty_like(m), methods=INV.methods, m=2, damping=0)
 def inv_ex(
-    m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Float[Tensor, "*b n n"],
+    damping: Damping = 0.0,
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:
     """`inv` with its certificate, never raising for a matrix's values; NaN where there is no inverse.
 
     Args:
-        m, damping, method, rtol: as for `inv`.
+        m, damping, method, rtol, certify: as for `inv`.
     Returns: the inverse and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `inv`.
@@ -209,11 +220,16 @@ def inv_ex(
     >>> value.diagonal().tolist(), certificate.converged.item(), certificate.method_names
     ([0.5, 0.25], True, ['lu'])
     """
-    return evaluate(INV, m, method=method, rtol=rtol, damping=damping)
+    return evaluate(INV, m, method=method, rtol=rtol, certify=certify, damping=damping)
 
 
 def inv(
-    m: Float[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Float[Tensor, "*b n n"],
+    damping: Damping = 0.0,
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> Float[Tensor, "*b n n"]:
     """The inverse of M + λI.
 
@@ -224,6 +240,7 @@ def inv(
         damping: λ ≥ 0, absolute, one number or one per matrix.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., n, n)`, the inverse, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
@@ -239,6 +256,6 @@ def inv(
     tensor([[0.5000, 0.0000],
             [0.0000, 0.2500]])
     """
-    value, certificate = inv_ex(m, damping, method=method, rtol=rtol)
+    value, certificate = inv_ex(m, damping, method=method, rtol=rtol, certify=certify)
     require_converged("inv", certificate)
     return value

@@ -50,13 +50,19 @@ REFINEMENTS = 2
 """Corrections of `_eigh_refined`."""
 
 
-def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer | None:
+def _eigh32(
+    x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True
+) -> Answer | None:
     """V w^(-1/p) Vᵀ by an eigendecomposition in float32; error εκ/p."""
     narrow = x.float()
     narrow = narrow + shift.float()[:, None, None] * torch.eye(x.shape[-1], dtype=narrow.dtype, device=x.device)
     if hopeless(narrow, rtol * p, EIGH32_ERROR):
         return None
     w, v, ok = lapack.eigh(narrow)
+    if not certify:
+        reason = torch.where(ok & (w > 0).all(-1), cert.NONE, cert.INACCURATE)
+        root = _root(w.double(), p)
+        return Answer.bare(_of_roots(root, v, v.dtype), reason, spectrum=Spectrum(root, v))
     value, error, residual = _from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype)
     proven = ok & error.isfinite() & (w > 0).all(-1)
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
@@ -65,17 +71,21 @@ def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
     return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
-def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
     """The same in float64, with V w^(-1/p) Vᵀ multiplied in float32 unless M is float64; error uκ/p and one rounding.
 
     Where a positive definite M is not proven the value is the root of the inverse on the range.
     """
     m = damped(x, shift)
     w, v, floor, reason = decompose(m, dtype)
+    kept = w > floor
+    if not certify:
+        reason = torch.where((reason == cert.NONE) & ~kept.all(-1), cert.SINGULAR, reason)
+        root = torch.where(kept, _root(w, p), 0.0)
+        return Answer.bare(_of_roots(root, v, _wide(dtype)), reason, spectrum=Spectrum(_root(w, p), v))
     value, error, residual = _from_eigenpairs(m, w, v, p, _wide(dtype))
     proven = error.isfinite() & (w > 0).all(-1)
     error = torch.where(proven, error, math.inf)
-    kept = w > floor
     unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
     reason = torch.where((reason == cert.NONE) & ~proven, unproven, reason)
     if not bool(proven.all()):
@@ -86,7 +96,9 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
     return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
-def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
+def _coupled_newton(
+    x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True
+) -> Answer:
     """X ← XT, M ← TᵖM with T = ((p + 1)I − M)/p, products only, in float32 (float64 for a float64 M). Iannazzo 2006.
 
     For devices on which an eigendecomposition is slow. Positive definiteness comes from a Cholesky factor of X.
@@ -111,6 +123,8 @@ def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rto
         if step % 4 == 3 and not bool((better & (gap > 1e-3 * unit_roundoff(work))).any()):
             break
     value = (best + best.mT) / 2
+    if not certify:
+        return Answer.bare(value, steps=steps)
     lower, info = torch.linalg.cholesky_ex(value)
     lower = torch.where((info != 0)[:, None, None], eye, lower).double()
     top = norm(lower) ** 2
@@ -135,12 +149,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _of_roots(root: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """V diag(root) Vᵀ in `dtype`, exactly symmetric."""
+    left = v.to(dtype) * root.sqrt().to(dtype)[:, None, :]
+    return symmetric_product(left, left.mT)
+
+
 def _from_eigenpairs(m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """V w^(-1/p) Vᵀ in `dtype`, its bound and its residual."""
     n = w.shape[-1]
     root = _root(w, p)
-    left = v.to(dtype) * root.sqrt().to(dtype)[:, None, :]
-    value = symmetric_product(left, left.mT)
+    value = _of_roots(root, v, dtype)
     if v.dtype == torch.float64 and n:
         return value, *_eigen_bound(m, value, root, v, p, probes(n, v.device))
     vectors, across = v.double(), v.double().mT
@@ -244,7 +263,7 @@ def _rough(m: Pair, z: Tensor) -> Pair:
     return Pair(value, torch.zeros_like(value), error)
 
 
-def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
     """V w^(-1/p) Vᵀ, then two first-order corrections from double-double residuals R = I − XᵖM; right to the last bits
     while uκ < 1.
 
@@ -266,6 +285,12 @@ def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol:
         d = ((v.mT @ r @ v) * weights).triu()
         d = v @ (d + d.triu(1).mT) @ v.mT
         value = plus(value, (d + d.mT) / 2)
+    kept = w > floor
+    if not certify:
+        lost = ~kept.all(-1)
+        reason = torch.where((reason == cert.NONE) & lost, cert.SINGULAR, reason)
+        on_range = (v * (root * kept)[:, None, :]) @ v.mT
+        return Answer.bare(torch.where(lost[:, None, None], on_range, value.hi), reason, REFINEMENTS)
     r, r_error = minus(eye_like(x), product(power(value, p, product), m))
     size = norm(r) + r_error
     n = x.shape[-1]
@@ -275,7 +300,6 @@ def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol:
     proven = (size < 1) & positive & (w > 0).all(-1)
     relative = torch.expm1(torch.log1p(-size.clamp_max(0.999)) / -p)
     error = torch.where(proven, relative * (norm(value.hi) + norm(value.lo)) + norm(value.lo), math.inf)
-    kept = w > floor
     unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
     reason = torch.where((reason == cert.NONE) & ~proven, unproven, reason)
     on_range = (v * (root * kept)[:, None, :]) @ v.mT
@@ -343,14 +367,20 @@ INV_ROOT = register(
     damping=0,
 )
 def inv_root_ex(
-    m: Float[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Float[Tensor, "*b n n"],
+    p: int,
+    damping: Damping = 0.0,
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:
     """`inv_root` with its certificate, never raising for a matrix's values.
 
     Where M + λI is rank-deficient the value is the root of the inverse on its range, and not converged.
 
     Args:
-        m, p, damping, method, rtol: as for `inv_root`.
+        m, p, damping, method, rtol, certify: as for `inv_root`.
     Returns: the inverse root and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `inv_root`.
@@ -362,11 +392,17 @@ def inv_root_ex(
     """
     if isinstance(p, bool) or not isinstance(p, int) or p < 1:
         raise InputError(f"inv_root: expected an integer p ≥ 1, got {p!r}. Use p=2 or p=4, for M^(-1/2) or M^(-1/4).")
-    return evaluate(INV_ROOT, m, method=method, rtol=rtol, damping=damping, p=p)
+    return evaluate(INV_ROOT, m, method=method, rtol=rtol, certify=certify, damping=damping, p=p)
 
 
 def inv_root(
-    m: Float[Tensor, "*b n n"], p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Float[Tensor, "*b n n"],
+    p: int,
+    damping: Damping = 0.0,
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> Float[Tensor, "*b n n"]:
     """The inverse p-th root of a symmetric positive definite matrix.
 
@@ -378,6 +414,7 @@ def inv_root(
         damping: λ ≥ 0, absolute, one number or one per matrix.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., n, n)`, the inverse root, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
@@ -394,6 +431,6 @@ def inv_root(
     tensor([[0.5000, 0.0000],
             [0.0000, 1.0000]])
     """
-    value, certificate = inv_root_ex(m, p, damping, method=method, rtol=rtol)
+    value, certificate = inv_root_ex(m, p, damping, method=method, rtol=rtol, certify=certify)
     require_converged("inv_root", certificate)
     return value

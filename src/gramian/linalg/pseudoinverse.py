@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from gramian.errors import ShapeError
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
-from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
+from gramian.linalg.certificate import Certificate, default_rtol, require_converged, uncertified, verdict
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, Product, eye_like, minus, pair, plus, product, rough, transpose
@@ -26,7 +27,7 @@ from gramian.linalg.engine.transforms import has_no_values
 __all__ = ["lstsq", "lstsq_ex", "pinv", "pinv_ex"]
 
 
-def _by_svd(x: Tensor, times: Product, steps: int) -> Answer:
+def _by_svd(x: Tensor, times: Product, steps: int, certify: bool) -> Answer:
     """X = B(AB)ᵀ with B = VΣ⁻¹, so many steps X ← X + BR with R = (AB)ᵀ(I − AX), and a bound from the R that is left.
 
     With (AB)ᵀAB = I + F, A† − X = (AᵀA)⁻¹Aᵀ(I − AX) = B(I + F)⁻¹R, so that its norm is at most
@@ -40,16 +41,19 @@ def _by_svd(x: Tensor, times: Product, steps: int) -> Answer:
     safe = torch.where(zero[:, None], top.clamp_min(2.0**-1000), s)
     b = v / safe[:, None, :]
     w = times(a, pair(b))
-    f, f_error = minus(times(transpose(w), w), eye_like(x))
-    size = norm(f) + f_error
     close = pair(b @ w.hi.mT)
     # W stands for AB up to its error, which meets I − AX = (I − AA†) + W(I + F)⁻¹R, below 2.
-    left = transpose(Pair(w.hi, w.lo, torch.zeros_like(size)))
+    left = transpose(Pair(w.hi, w.lo, torch.zeros_like(w.error)))
     square = times(left, a)
     for _ in range(steps):
         inner, _ = minus(left, times(square, close))
         close = plus(close, b @ inner)
-    inner, inner_error = minus(left, times(square, Pair(close.hi, close.lo, torch.zeros_like(size))))
+    if not certify:
+        reason = torch.where(ok, torch.where(zero & (times is product), cert.SINGULAR, cert.NONE), cert.LAPACK)
+        return Answer.bare(torch.where((reason == cert.SINGULAR)[:, None, None], math.nan, close.hi).mT, reason, steps)
+    f, f_error = minus(times(transpose(w), w), eye_like(x))
+    size = norm(f) + f_error
+    inner, inner_error = minus(left, times(square, Pair(close.hi, close.lo, torch.zeros_like(w.error))))
     inner_error = inner_error + 2 * w.error
     step = b @ inner
     length = norm(b)
@@ -71,12 +75,12 @@ def _by_svd(x: Tensor, times: Product, steps: int) -> Answer:
     return Answer(out.mT, error, norm(inner), reason, steps)
 
 
-def _svd(x: Tensor, *, rtol: float) -> Answer:
-    return _by_svd(x, rough, steps=0)
+def _svd(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
+    return _by_svd(x, rough, 0, certify)
 
 
-def _svd_refined(x: Tensor, *, rtol: float) -> Answer:
-    return _by_svd(x, product, steps=2)
+def _svd_refined(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
+    return _by_svd(x, product, 2, certify)
 
 
 def _exact(mp: Any, m: Any) -> Any:
@@ -123,12 +127,12 @@ PINV = register(
     a=2,
 )
 def pinv_ex(
-    a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None
+    a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[Float[Tensor, "*b n m"], Certificate]:
     """`pinv` with its certificate, never raising for a matrix's values; NaN where the rank is not full.
 
     Args:
-        a, method, rtol: as for `pinv`.
+        a, method, rtol, certify: as for `pinv`.
     Returns: the pseudoinverse and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `pinv`.
@@ -138,11 +142,13 @@ def pinv_ex(
     >>> value.tolist(), certificate.converged.item()
     ([[0.5, 0.0]], True)
     """
-    value, proof = evaluate(PINV, a, method=method, rtol=rtol)
+    value, proof = evaluate(PINV, a, method=method, rtol=rtol, certify=certify)
     return value.mT, proof
 
 
-def pinv(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b n m"]:
+def pinv(
+    a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None, certify: bool = True
+) -> Float[Tensor, "*b n m"]:
     """The pseudoinverse of a matrix of full rank.
 
     A† = (AᵀA)⁻¹Aᵀ, or Aᵀ(AAᵀ)⁻¹ where A is wide.
@@ -154,6 +160,7 @@ def pinv(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None
         a: `(..., m, n)`.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., n, m)`, the pseudoinverse, in the dtype of `a`.
     Raises:
         ShapeError: where `a` has fewer than two dimensions.
@@ -168,18 +175,23 @@ def pinv(a: Float[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None
     tensor([[1.0000, 0.0000, 0.0000],
             [0.0000, 0.5000, 0.0000]])
     """
-    value, certificate = pinv_ex(a, method=method, rtol=rtol)
+    value, certificate = pinv_ex(a, method=method, rtol=rtol, certify=certify)
     require_converged("pinv", certificate)
     return value
 
 
 def lstsq_ex(
-    a: Float[Tensor, "*b m n"], b: Float[Tensor, "*b m k"], *, method: str = "auto", rtol: float | None = None
+    a: Float[Tensor, "*b m n"],
+    b: Float[Tensor, "*b m k"],
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Float[Tensor, "*b n k"], Certificate]:
     """`lstsq` with its certificate, never raising for a matrix's values; NaN where the rank is not full.
 
     Args:
-        a, b, method, rtol: as for `lstsq`.
+        a, b, method, rtol, certify: as for `lstsq`.
     Returns: the solution and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `lstsq`.
@@ -198,11 +210,14 @@ def lstsq_ex(
         )
     dtype = torch.promote_types(a.dtype, b.dtype)
     tolerance, m = default_rtol(rtol, dtype), a.shape[-2]
-    y, proof = pinv_ex(a.double(), method=method, rtol=min(tolerance, 1e-10))
+    y, proof = pinv_ex(a.double(), method=method, rtol=min(tolerance, 1e-10), certify=certify)
     wide = b.double()
     value = y @ wide
     if has_no_values(value):
         return value.to(dtype), proof
+    if not certify:
+        bare = uncertified(a.shape[:-2], a.device, methods=("pinv",), code=0, steps=0)
+        return value.to(dtype), replace(bare, reason=proof.reason)
     size, right, length = (norm(x.detach().reshape(-1, *x.shape[-2:])) for x in (y, wide, value))
     out = value.to(dtype)
     # The rounding of the pseudoinverse, of the product, and to the dtype.
@@ -226,7 +241,12 @@ def lstsq_ex(
 
 
 def lstsq(
-    a: Float[Tensor, "*b m n"], b: Float[Tensor, "*b m k"], *, method: str = "auto", rtol: float | None = None
+    a: Float[Tensor, "*b m n"],
+    b: Float[Tensor, "*b m k"],
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> Float[Tensor, "*b n k"]:
     """The X with the least ‖AX − B‖_F for a matrix A of full rank, and with the least ‖X‖_F where A is wide.
 
@@ -237,6 +257,7 @@ def lstsq(
         b: `(..., m, k)`.
         method: the name of a method of `pinv`, or "auto".
         rtol: the relative Frobenius error of X asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., n, k)`, the solution, in the wider dtype of `a` and `b`.
     Raises:
         ShapeError: where `a` or `b` has fewer than two dimensions, or they do not fit.
@@ -250,6 +271,6 @@ def lstsq(
     >>> lstsq(a, b).round(decimals=5).tolist()
     [[1.0], [2.0]]
     """
-    value, certificate = lstsq_ex(a, b, method=method, rtol=rtol)
+    value, certificate = lstsq_ex(a, b, method=method, rtol=rtol, certify=certify)
     require_converged("lstsq", certificate)
     return value

@@ -41,7 +41,7 @@ EIGH32_ERROR = 1.2e-5
 """What a float32 eigendecomposition loses, as relative error over √κ at least; observed."""
 
 
-def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, steps: int) -> Answer:
+def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, steps: int, certify: bool) -> Answer:
     """V w^(1/2) Vᵀ, then `steps` corrections E_ij / (s_i + s_j) from E = M − X², and a bound column by column.
 
     With D = √M − X, √M D + D X = E, so for an eigenvector X v = s v: ‖D v‖ ≤ ‖E v‖ / s, while ‖D‖₂ ≤ √‖E‖₂ covers the
@@ -57,6 +57,8 @@ def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, s
         e, _ = minus(m, times(value, value))
         d = v @ ((v.mT @ e @ v) / torch.where(sums > 0, sums, torch.inf)) @ v.mT
         value = plus(value, (d + d.mT) / 2)
+    if not certify:
+        return Answer.bare(value.hi, reason, steps, None if steps else Spectrum(s, v))
     e, e_error = minus(m, times(value, value))
     vectors, diagonal = pair(v), pair(torch.diag_embed(w))
     # How far V w Vᵀ is from M, and V w₊ Vᵀ from X²; M₊ is at most as far from (V w Vᵀ)₊ as M from V w Vᵀ.
@@ -85,7 +87,7 @@ def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, s
     return Answer(value.hi, error, residual, reason, steps, spectrum=None if steps else Spectrum(s, v))
 
 
-def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) -> Answer:
+def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, certify: bool) -> Answer:
     """V w₊^(1/2) Vᵀ, with a bound on the difference of two roots from one on the difference of their squares.
 
     Positive parts are no farther apart than the matrices: e bounds ‖M₊ − X²‖_F if ‖M − V w Vᵀ‖_F and ‖VᵀV − I‖_F do.
@@ -100,6 +102,10 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) 
     left = v.to(torch.promote_types(dtype, torch.float32))
     left = left * s.sqrt().to(left.dtype)[:, None, :]
     value = symmetric_product(left, left.mT)
+    if not certify:
+        if work == torch.float32:
+            reason = torch.where(reason == cert.NONE, cert.NONE, cert.INACCURATE)
+        return Answer.bare(value, reason, spectrum=Spectrum(s, v))
     if not value[0:1].numel():
         zero = torch.zeros_like(shift)
         return Answer(value, zero, zero, reason)
@@ -126,26 +132,26 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) 
     return Answer(value, error, residual, reason, failure=3 * p.failure, spectrum=Spectrum(s, v))
 
 
-def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer | None:
+def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer | None:
     """By an eigendecomposition in float32, bounded by probes."""
     if math.isfinite(rtol) and hopeless(damped(x, shift).hi.float(), rtol, EIGH32_ERROR, power=0.5):
         return None
-    return _by_probes(x, shift, dtype, torch.float32)
+    return _by_probes(x, shift, dtype, torch.float32, certify)
 
 
-def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
     """By an eigendecomposition in float64, bounded by probes: 1e-7 at worst, as a root turns ε into √ε."""
-    return _by_probes(x, shift, dtype, torch.float64)
+    return _by_probes(x, shift, dtype, torch.float64, certify)
 
 
-def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
     """By an eigendecomposition, bounded from a residual in plain float64."""
-    return _by_residual(x, shift, dtype, rough, steps=0)
+    return _by_residual(x, shift, dtype, rough, 0, certify)
 
 
-def _eigh_refined(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh_refined(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
     """The same with a first-order correction from a double-double residual."""
-    return _by_residual(x, shift, dtype, product, steps=1)
+    return _by_residual(x, shift, dtype, product, 1, certify)
 
 
 def _plain(m: Tensor) -> Tensor:
@@ -208,10 +214,10 @@ SQRTM = register(
     damping=0,
 )
 def _sqrtm_ex(
-    m: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[Tensor, Certificate]:
     """`sqrtm_ex` of symmetric matrices."""
-    return evaluate(SQRTM, m, method=method, rtol=rtol, damping=damping)
+    return evaluate(SQRTM, m, method=method, rtol=rtol, certify=certify, damping=damping)
 
 
 def sqrtm_ex(
@@ -221,11 +227,12 @@ def sqrtm_ex(
     symmetric: bool = True,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Float[Tensor, "*b n n"], Certificate]:
     """`sqrtm` with its certificate, never raising for a matrix's values; the root of the positive part if indefinite.
 
     Args:
-        m, damping, symmetric, method, rtol: as for `sqrtm`.
+        m, damping, symmetric, method, rtol, certify: as for `sqrtm`.
     Returns: the square root and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `sqrtm`.
@@ -236,7 +243,7 @@ def sqrtm_ex(
     ([2.0, 0.0], False)
     """
     function = _sqrtm_ex if symmetric else principal_root_ex
-    return function(m, damping, method=method, rtol=rtol)
+    return function(m, damping, method=method, rtol=rtol, certify=certify)
 
 
 def sqrtm(
@@ -246,6 +253,7 @@ def sqrtm(
     symmetric: bool = True,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> Float[Tensor, "*b n n"]:
     """The square root of a symmetric positive semi-definite matrix, or the principal one of a square matrix.
 
@@ -261,6 +269,7 @@ def sqrtm(
         symmetric: whether M is, and what is not is refused. If False, M may be any matrix with a principal root.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., n, n)`, the square root, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
@@ -281,6 +290,6 @@ def sqrtm(
     tensor([[2., 0.],
             [0., 3.]])
     """
-    value, certificate = sqrtm_ex(m, damping, symmetric=symmetric, method=method, rtol=rtol)
+    value, certificate = sqrtm_ex(m, damping, symmetric=symmetric, method=method, rtol=rtol, certify=certify)
     require_converged("sqrtm", certificate)
     return value

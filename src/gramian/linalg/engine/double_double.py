@@ -106,6 +106,12 @@ def rough(a: Pair, b: Pair) -> Pair:
     return Pair(value, torch.zeros_like(value), local + passed)
 
 
+def unbounded(a: Pair, b: Pair) -> Pair:
+    """As `rough`, without a bound."""
+    value = a.hi @ b.hi
+    return Pair(value, torch.zeros_like(value), a.error)
+
+
 def rounding(a: Pair, b: Pair, times: Product) -> list[tuple[Tensor, Tensor]]:
     """Rows r (B, m) and columns c (B, n) with |error of times(a, b)| ≤ Σ r cᵀ entrywise, for exact a and b.
 

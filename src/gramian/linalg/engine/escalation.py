@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg.certificate import Certificate, verdict
+from gramian.linalg.certificate import Certificate, uncertified, verdict
 from gramian.linalg.engine.cost import Operations, predict
 from gramian.linalg.engine.loading import Loaded
 from gramian.linalg.engine.rounding import norm
@@ -47,13 +49,21 @@ class Answer:
     size: Tensor | None = None
     spectrum: Spectrum | None = None
 
+    @staticmethod
+    def bare(value: Tensor, reason: Tensor | None = None, steps: int = 0, spectrum: Spectrum | None = None) -> Answer:
+        """An answer without a certificate; the reason says what the method saw on its way."""
+        none = torch.zeros(value.shape[0], dtype=torch.long, device=value.device) if reason is None else reason
+        unknown = torch.full(none.shape, math.inf, dtype=torch.float64, device=value.device)
+        return Answer(value, unknown, unknown * math.nan, none, steps, math.nan, spectrum=spectrum)
+
 
 @dataclass(frozen=True)
 class Method:
     """One row of a matrix function's table of methods, which stand in order of accuracy.
 
     Attributes:
-        run: from scaled, finite matrices `(B, m, n)` to an `Answer`; None if it declines. See `function`.
+        run: from scaled, finite matrices `(B, m, n)` to an `Answer`; None if it declines. See `function`. With a
+            parameter `certify` it is asked for `Answer.bare` where no certificate is wanted.
         work: the dtype in which it takes its matrices; None: their own, at least float32.
         finest: the least rtol at which it is worth a try.
         operations: what it consists of, for `cost.predict`, from the shape `(m, n)`, m ≥ n.
@@ -71,6 +81,16 @@ class Method:
     narrow: bool = False
     symmetric: bool = False
     spectral: bool = False
+
+    def answer(self, x: Tensor, *, certify: bool, **options: Any) -> Answer | None:
+        """What `run` finds."""
+        return self.run(x, **options) if certify or not _may_skip(self.run) else self.run(x, certify=False, **options)
+
+
+@lru_cache(maxsize=256)
+def _may_skip(run: Callable[..., Any]) -> bool:
+    """Whether it can leave out the certificate."""
+    return "certify" in inspect.signature(run).parameters
 
 
 def ladder(methods: Mapping[str, Method], shape: Sequence[int], rtol: float, device: str) -> list[str]:
@@ -137,7 +157,14 @@ def climb(
 
 
 def settle(
-    loaded: Loaded, answer: Answer, exponent: Tensor | None, *, code: int, methods: Sequence[str], rtol: float
+    loaded: Loaded,
+    answer: Answer,
+    exponent: Tensor | None,
+    *,
+    code: int,
+    methods: Sequence[str],
+    rtol: float,
+    certify: bool = True,
 ) -> tuple[Tensor, Certificate]:
     """The value times 2^exponent (None: as it is) in the caller's dtype, and a certificate that includes that rounding.
 
@@ -146,6 +173,8 @@ def settle(
     value = answer.value
     failed = ~loaded.finite
     out = (value if exponent is None else scale(value, exponent)).to(loaded.dtype)
+    if not certify:
+        return _bare(loaded, out, answer, code, methods)
     same = value.dtype == loaded.dtype and value.device.type == "cpu"
     back = out if exponent is None or out is value else scale(out, -exponent) if same else None
     if out is value or (same and back is not None and torch.equal(back, value)):
@@ -179,6 +208,18 @@ def settle(
     )
 
 
+def _bare(loaded: Loaded, out: Tensor, answer: Answer, code: int, methods: Sequence[str]) -> tuple[Tensor, Certificate]:
+    """The value, NaN where the matrix was not finite, and a certificate that says only what was seen to fail."""
+    reason = torch.where(answer.reason == cert.NONE, cert.UNASKED, answer.reason)
+    if loaded.asymmetric is not None:
+        reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
+    if loaded.raw.device.type != "cpu" or not bool(loaded.finite.all()):
+        out = torch.where(loaded.finite.reshape((-1,) + (1,) * (out.ndim - 1)), out, math.nan)
+        reason = torch.where(loaded.finite, reason, cert.NOT_FINITE)
+    proof = uncertified(reason.shape, reason.device, methods=methods, code=code, steps=answer.steps)
+    return out, replace(proof, reason=reason)
+
+
 class Number(NamedTuple):
     """A number for each matrix (B,), a bound on its absolute error, why it failed, and steps.
 
@@ -201,15 +242,20 @@ def numbers(
     finite: Tensor,
     shape: Sequence[int],
     back: Callable[[Tensor, Tensor], Tensor],
+    *,
+    certify: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Certificate]:
     """The numbers of the finite matrices of x (B, m, n), by the methods `names` in turn; NaN for the others.
 
-    `back` restores the scale of values, given the indices of their matrices.
+    `back` restores the scale of values, given the indices of their matrices. Without `certify` the methods get
+    `certify=False`, and the first one's values are taken but where it sees that it failed.
     """
     chosen = finite.nonzero().flatten()
     every = chosen.numel() == finite.numel()
 
+    if not certify:
+        options["certify"] = False
     # Rounding the answer to `dtype` adds to its error, and a method must leave room for it.
     asked = rtol - min(rtol, torch.finfo(dtype).eps) / 2
 
@@ -217,6 +263,12 @@ def numbers(
         index = chosen if rows is None else chosen[rows]
         found = methods[name](x if every and rows is None else x[index], rtol=asked, **options)
         out = back(found.value, index)
+        if not certify:
+            code = list(methods).index(name)
+            proof = uncertified(out.shape, out.device, methods=tuple(methods), code=code, steps=found.steps)
+            return (out.to(dtype),), replace(
+                proof, reason=torch.where(found.reason == cert.NONE, cert.UNASKED, found.reason)
+            )
         rounded = out.to(dtype).to(torch.float64)
         exact = out == rounded
         rounding = torch.where(exact, 0.0, (out - rounded).abs() / out.abs())

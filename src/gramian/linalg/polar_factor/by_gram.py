@@ -23,26 +23,26 @@ PRODUCT32_ERROR = (4e-6, 5e-7)
 """What the float32 product of A and the root adds to the bound: a constant, and one times κ; observed."""
 
 
-def gram_eigh32(x: Tensor, *, rtol: float) -> Answer | None:
+def gram_eigh32(x: Tensor, *, rtol: float, certify: bool = True) -> Answer | None:
     """By an eigendecomposition of the Gram matrix, all in float32; error εκ²."""
     g = gram(x)
     if hopeless(g, rtol, GRAM32_ERROR):
         return None
     w, v, ok = lapack.eigh(g)
-    return _from_eigenpairs(x, w, v, ok, 2.0**-23)
+    return _from_eigenpairs(x, w, v, ok, 2.0**-23, certify)
 
 
-def gram_eigh64(x: Tensor, *, rtol: float) -> Answer:
+def gram_eigh64(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     """By a Gram matrix and an eigendecomposition in float64; error uκ². A is applied in float32 if κ and A allow."""
     w, v, ok = lapack.eigh(gram(x, torch.float64))
     if x.dtype == torch.float32:
         kappa = (w[..., -1:] / w[..., :1].clamp_min(2.0**-1000)).sqrt()
         costly = PRODUCT32_ERROR[0] + PRODUCT32_ERROR[1] * kappa > min(rtol, 2e-4)
         x, v = (x.double(), v) if w.shape[-1] <= SMALL or bool(costly.any()) else (x, v.float())
-    return _from_eigenpairs(x, w, v, ok, 2 * U)
+    return _from_eigenpairs(x, w, v, ok, 2 * U, certify)
 
 
-def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float) -> Answer:
+def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float, certify: bool) -> Answer:
     """A Z with Z = V w^(-1/2) Vᵀ, certified."""
     n = x.shape[-1]
     top = w.abs().amax(-1, keepdim=True) if n else w.new_zeros(w.shape[0], 1)
@@ -52,13 +52,15 @@ def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float) ->
     half = root.sqrt().to(v.dtype)
     left = v * half[:, None, :]
     q = x @ symmetric_product(left, left.mT)
+    spectrum = Spectrum(w.double().clamp_min(0).sqrt(), v)
+    if not certify:
+        return Answer.bare(q, torch.where(ok & kept.all(-1), cert.NONE, cert.INACCURATE), spectrum=spectrum)
     # trace(AᵀA) = ‖A‖²_F, up to a rounding for which the constants of `gram_bound` leave room.
     size = w.double().clamp_min(0).sum(-1).sqrt() * 1.01
     error, defect = gram_bound(x, q, v, root, size, probes(n, x.device))
     error = torch.where(kept.all(-1), error, math.inf)
     reason = torch.where(ok, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE), cert.LAPACK)
     exact = torch.full_like(error, math.sqrt(n))
-    spectrum = Spectrum(w.double().clamp_min(0).sqrt(), v)
     return Answer(q, error, defect, reason, failure=2 * probes(n, x.device).failure, size=exact, spectrum=spectrum)
 
 
