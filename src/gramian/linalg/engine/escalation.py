@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg.certificate import Certificate, uncertified, verdict
-from gramian.linalg.engine.cost import Operations, predict
+from gramian.linalg.engine.cost import Operations, constants, predict
 from gramian.linalg.engine.loading import Loaded
 from gramian.linalg.engine.rounding import norm
 from gramian.linalg.engine.scaling import scale
@@ -102,11 +102,15 @@ def ladder(methods: Mapping[str, Method], shape: Sequence[int], rtol: float, dev
     small = min(shape[-2:]) <= SMALL
     rows = [(name, row) for name, row in methods.items() if rtol >= row.finest and not (small and row.narrow)]
     rows = rows or list(methods.items())[-1:]
-    count, (m, n) = math.prod(shape[:-2]), shape[-2:]
+    if len(rows) == 1:
+        return [rows[0][0]]
+    batch, (short, long) = max(math.prod(shape[:-2]), 1), sorted(shape[-2:])
+    operations = {name: row.operations(long, max(short, 1)) for name, row in rows}
+    c = constants(device, tuple(operations.values()), short, batch)
     names: list[str] = []
     least = math.inf
-    for name, row in reversed(rows):
-        seconds = predict(row.operations(m, max(n, 1)), min(m, n), max(count, 1), device)
+    for name, _ in reversed(rows):
+        seconds = predict(operations[name], short, batch, c)
         if not names or seconds < 0.8 * least:
             names.insert(0, name)
             least = min(least, seconds)
