@@ -14,6 +14,7 @@ from gramian.errors import ShapeError
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
+from gramian.linalg.engine.batches import broadcast
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import Pair, Product, damped, minus, pair, plus, product, rough
 from gramian.linalg.engine.escalation import Answer, Method
@@ -173,10 +174,7 @@ def solve_ex(
     right = check("solve", b[..., None] if vector else b)
     if not left:
         m, right = m.mT, right if vector else right.mT
-    try:
-        batch = torch.broadcast_shapes(m.shape[:-2], right.shape[:-2])
-    except RuntimeError:
-        batch = None
+    batch = broadcast(m.shape[:-2], right.shape[:-2])
     if batch is None or m.shape[-1] != right.shape[-2]:
         raise ShapeError(
             f"solve: expected (..., n, n) and (..., n, k), (..., k, n) if left=False, or (n,) or (..., n), got "

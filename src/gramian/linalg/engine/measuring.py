@@ -77,7 +77,11 @@ def _least(operation: Callable[[], Any], seconds: float, device: str) -> float:
 
 
 def _now(device: str) -> float:
-    """Seconds on the clock, after the device has finished what was launched."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+    """Seconds of this thread, which other work on the machine adds little to; on a GPU, those until it has finished.
+
+    Where there are several threads this one waits for the others in a loop, and so counts their time too.
+    """
+    if device == "cpu":
+        return time.thread_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
