@@ -16,12 +16,15 @@ from gramian.linalg import certificate as cert
 from gramian.linalg.certificate import Certificate, uncertified, verdict
 from gramian.linalg.engine.cost import Operations, constants, predict
 from gramian.linalg.engine.loading import Loaded
-from gramian.linalg.engine.rounding import norm
-from gramian.linalg.engine.scaling import scale
+from gramian.linalg.engine.rounding import LOOSE, norm, unit_roundoff
+from gramian.linalg.engine.scaling import largest_entry, scale
 from gramian.linalg.engine.spectrum import Spectrum
 
 SMALL = 32
 """Smaller side up to which a method in float32 saves nothing worth its error."""
+
+MANY = 1 << 16
+"""Entries of a value from which its rounding to the caller's dtype is bounded by their norm, not measured."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Method:
 
     Attributes:
         run: from scaled, finite matrices `(B, m, n)` to an `Answer`; None if it declines. See `function`. With a
-            parameter `certify` it is asked for `Answer.bare` where no certificate is wanted.
+            parameter `certify` it is asked for `Answer.bare` where no certificate is wanted, and with `dtype` it gets
+            the caller's.
         work: the dtype in which it takes its matrices; None: their own, at least float32.
         finest: the least rtol at which it is worth a try.
         operations: what it consists of, for `cost.predict`, from the shape `(m, n)`, m ≥ n.
@@ -82,15 +86,19 @@ class Method:
     symmetric: bool = False
     spectral: bool = False
 
-    def answer(self, x: Tensor, *, certify: bool, **options: Any) -> Answer | None:
-        """What `run` finds."""
-        return self.run(x, **options) if certify or not _may_skip(self.run) else self.run(x, certify=False, **options)
+    def answer(self, x: Tensor, *, certify: bool, dtype: torch.dtype, **options: Any) -> Answer | None:
+        """What `run` finds, told whether to certify it and for which dtype if it has such parameters."""
+        names = _parameters(self.run)
+        if not certify and "certify" in names:
+            options["certify"] = False
+        if "dtype" in names:
+            options["dtype"] = dtype
+        return self.run(x, **options)
 
 
 @lru_cache(maxsize=256)
-def _may_skip(run: Callable[..., Any]) -> bool:
-    """Whether it can leave out the certificate."""
-    return "certify" in inspect.signature(run).parameters
+def _parameters(run: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(run).parameters)
 
 
 def ladder(methods: Mapping[str, Method], shape: Sequence[int], rtol: float, device: str) -> list[str]:
@@ -180,17 +188,24 @@ def settle(
     if not certify:
         return _bare(loaded, out, answer, code, methods)
     same = value.dtype == loaded.dtype and value.device.type == "cpu"
+    size = norm(value)
     back = out if exponent is None or out is value else scale(out, -exponent) if same else None
     if out is value or (same and back is not None and torch.equal(back, value)):
         rounding = torch.zeros_like(answer.error)
+    elif value[0:1].numel() >= MANY:
+        # An entry is off by one rounding, or by one of the least numbers: about twice what it would be found to be.
+        u, count = unit_roundoff(loaded.dtype), math.sqrt(value[0].numel())
+        least = torch.full_like(size, 0.5 * torch.finfo(loaded.dtype).smallest_normal * 2 * u)
+        rounding = u * size * (1 + LOOSE) + count * (least if exponent is None else scale(least, -exponent))
+        rounding = torch.where(largest_entry(out).isfinite(), rounding, math.inf)
     else:
         wide = out.to(torch.float64)
         rounding = norm((wide if exponent is None else scale(wide, -exponent)) - value)
     # The error is relative to the exact answer, which may be smaller than ours by the error itself.
-    size = norm(value) - answer.error if answer.size is None else answer.size
+    size = size - answer.error if answer.size is None else answer.size
     bound = (rounding + answer.error) / size.clamp_min(0)
     bound = torch.where((rounding == 0) & (answer.error == 0), 0.0, bound)
-    bound = bound * (1 + 64 * 2.0**-53)  # the norms above are rounded too
+    bound = bound * (1 + (2 * LOOSE if value.dtype == torch.float32 else 64 * 2.0**-53))  # the norms are rounded too
     bound = torch.where(size == math.inf, math.inf, bound)  # where the norm overflows, nothing is known
     # A value that holds inf or NaN itself gives a rounding of NaN.
     overflow = (answer.reason == cert.NONE) & (rounding == math.inf) & answer.error.isfinite()

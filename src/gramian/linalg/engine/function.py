@@ -38,8 +38,8 @@ class MatrixFunction:
             n)` finite and, unless the function is unscaled, with entries below 1. If it sees early that its error will
             be above `rtol`, it declines: it returns None, and the next method is tried. The last method gets rtol=inf
             and must answer. The arguments are those of `evaluate`, `shift` (B,), the damping on the scale of x, where
-            the function takes damping, and for symmetric domains `dtype`, the caller's. One with a parameter `certify`
-            gets `certify=False` where no certificate is wanted, and answers with `Answer.bare`.
+            the function takes damping, and `dtype`, the caller's, if there is such a parameter. One with a parameter
+            `certify` gets `certify=False` where no certificate is wanted, and answers with `Answer.bare`.
         domain: the matrices for which the function is defined:
 
             - "general": any (m, n). If m < n, the methods get the transpose, and a value that is a matrix is transposed
@@ -157,7 +157,6 @@ def evaluate(
         loaded = unscaled(loaded, within=float("inf"))
     if function.symmetric:
         loaded = symmetric_part(a, loaded)
-        options["dtype"] = a.dtype
     if shift is not None:
         options["shift"] = scale(shift, -loaded.exponent)
     if degree == "by exponent":
@@ -199,7 +198,8 @@ def _run(
         part = loaded.rows(rows)
         chosen = options if rows is None else {k: _rows(v, rows) for k, v in options.items()}
         row = function.methods[name]
-        answer = row.answer(part.at(row.work), certify=certify, rtol=float("inf") if last else rtol, **chosen)
+        asked = float("inf") if last else rtol
+        answer = row.answer(part.at(row.work), certify=certify, dtype=loaded.dtype, rtol=asked, **chosen)
         if answer is None:
             return None
         power = exponent if exponent is None or rows is None else exponent[rows]
