@@ -27,13 +27,14 @@ from gramian.linalg.engine.double_double import (
     product,
     symmetric,
     thin_product,
+    thin_rough,
 )
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
-from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
-from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm, unit_roundoff
+from gramian.linalg.engine.probes import Probes, apply, apply_transposed, closer, probes
+from gramian.linalg.engine.rounding import LOOSE, U, chain_rounding, gamma, norm, unit_roundoff
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.symmetric_products import symmetric_product
@@ -68,7 +69,7 @@ def _eigh32(
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
     spectrum = Spectrum(_root(w.double(), p), v)
-    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
+    return Answer(value, error, residual, reason, failure=6 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
 def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
@@ -93,7 +94,7 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
         on_range = ((v * root[:, None, :]) @ v.mT).to(value.dtype)
         value = torch.where(proven[:, None, None], value, on_range)
     spectrum = Spectrum(_root(w, p), v)
-    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
+    return Answer(value, error, residual, reason, failure=6 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
 def _coupled_newton(
@@ -136,7 +137,7 @@ def _coupled_newton(
     proven = (info == 0) & error.isfinite()
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
-    return Answer(value, error, residual, reason, steps, failure=2 * probes(n, x.device).failure)
+    return Answer(value, error, residual, reason, steps, failure=6 * probes(n, x.device).failure)
 
 
 def _root(w: Tensor, p: int) -> Tensor:
@@ -162,10 +163,9 @@ def _from_eigenpairs(m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype) 
     value = _of_roots(root, v, dtype)
     if v.dtype == torch.float64 and n:
         return value, *_eigen_bound(m, value, root, v, p, probes(n, v.device))
-    vectors, across = v.double(), v.double().mT
 
     def times(z: Tensor) -> Tensor:
-        return vectors @ (root[:, :, None] * (across @ z))
+        return apply(v, root[:, :, None] * apply_transposed(v, z))
 
     # ‖V‖₂² ≤ 1.1: LAPACK's vectors are orthonormal to far better than that, in any dtype.
     top = root.amax(-1) * 1.1 if n else root.new_zeros(root.shape[0])
@@ -185,21 +185,21 @@ def _eigen_bound(m: Pair, value: Tensor, root: Tensor, v: Tensor, p: int, probe:
     length, root_n, phi = norm(omega), math.sqrt(n), 10 * n * 2 * U
     top, low, size = root.amax(-1), root.amin(-1), norm(m.hi)
     slip = gamma(n + 3) * root_n
-    once = v @ (root[:, :, None] * (v.mT @ omega))
+    once = apply(v, root[:, :, None] * apply_transposed(v, omega))
     own = norm(root)
     blur = 2.1 * slip * top * length + chain_rounding(n, norm(value), length)
-    apart = of_norm(apply(value, omega) - once, probe, blur) + 2.2 * phi * own
+    apart = closer(apply(value, omega) - once, probe, blur) + 2.2 * phi * own
     a = p // 2
     b = p - a
     inner = root[:, :, None] ** a * omega
-    right = v @ inner
+    right = apply(v, inner)
     image = thin_product(m, size, right)
-    back = v.mT @ (image.hi + image.lo)
+    back = apply_transposed(v, image.hi + image.lo)
     back_error = image.error * 1.1 + 2 * slip * norm(image.hi)
     # DᵇVᵀM = (I + R)D⁻ᵃVᵀ: an error made before M is magnified by at most that.
     left_error = top**b * back_error + 2.2 * low**-a * slip * norm(inner) + 8 * U * length
     turned = 5 * root_n * phi * ((top / low) ** a + (top / low) ** b)
-    r = of_norm(root[:, :, None] ** b * back - omega, probe, left_error) + turned
+    r = closer(root[:, :, None] ** b * back - omega, probe, left_error) + turned
     relative = torch.expm1(torch.log1p(-r.clamp_max(0.5)) / -p)
     error = relative * own * (1 + phi) + apart
     return torch.where((r < 0.5) & error.isfinite(), error, math.inf), r
@@ -236,17 +236,16 @@ def _root_bound(
 
     zero = torch.zeros_like(top)
     once, once_error = several(omega, zero, 1)
-    apart = of_norm(apply(value, omega) - once, probe, once_error + chain_rounding(n, norm(value), norm(omega)))
+    apart = closer(apply(value, omega) - once, probe, once_error + chain_rounding(n, norm(value), norm(omega)))
     a = p // 2
     right, right_error = several(once, once_error, a - 1) if a else (omega, zero)
     image = times_m(m, right)
     left, left_error = several(image.hi + image.lo, image.error + U * norm(image.hi), p - a)
     # XᵇM = (I + R) X⁻ᵃ, and X⁻ᵖ ≤ M / (1 − r): an error made before M is magnified by at most that.
     left_error = left_error + right_error * 2 * (2 * norm(m.hi)) ** (a / p)
-    r = of_norm(left - omega, probe, left_error)
+    r = closer(left - omega, probe, left_error)
     relative = torch.expm1(torch.log1p(-r.clamp_max(0.5)) / -p)
-    size = of_norm(once, Probes(omega, probe.factor, 0.0), once_error).minimum(norm(value) + apart)
-    error = relative * size + apart
+    error = relative * (norm(value) * (1 + LOOSE) + apart) + apart
     return torch.where((r < 0.5) & error.isfinite(), error, math.inf), r
 
 
@@ -257,10 +256,7 @@ def _fine(m: Pair, z: Tensor) -> Pair:
 
 def _rough(m: Pair, z: Tensor) -> Pair:
     """M z in plain float64."""
-    value = m.hi @ z
-    error = chain_rounding(z.shape[-2], norm(m.hi), norm(z)) + norm(m.lo) * norm(z)
-    assert isinstance(error, Tensor)
-    return Pair(value, torch.zeros_like(value), error)
+    return thin_rough(m, norm(m.hi), z)
 
 
 def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:

@@ -33,7 +33,7 @@ EXACT = 32
 GAINS = {8: 24.0, WIDTH: 6.2, 32: 3.0}
 SPREAD = ((3, 4.41), (6, 3.51), (9, 3.10), (12, 2.85))
 """The s from which γ = 6.2 can be so much less, for k = `WIDTH`."""
-SPREAD_FROM = 512
+SPREAD_FROM = 128
 """Columns from which finding s costs little beside the products."""
 FAILURE = 1e-10
 """P(χ²_k < k / GAINS[k]²) is below this, 9.0e-11 for k = 32; a test derives it."""

@@ -11,7 +11,7 @@ from gramian.linalg import certificate as cert
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import SMALL, Answer
-from gramian.linalg.engine.probes import Probes, apply, apply_transposed, of_norm, probes
+from gramian.linalg.engine.probes import Probes, apply, apply_transposed, closer, probes
 from gramian.linalg.engine.rounding import U, chain_rounding, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_products import gram, symmetric_product
@@ -61,7 +61,7 @@ def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float, ce
     error = torch.where(kept.all(-1), error, math.inf)
     reason = torch.where(ok, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE), cert.LAPACK)
     exact = torch.full_like(error, math.sqrt(n))
-    return Answer(q, error, defect, reason, failure=2 * probes(n, x.device).failure, size=exact, spectrum=spectrum)
+    return Answer(q, error, defect, reason, failure=6 * probes(n, x.device).failure, size=exact, spectrum=spectrum)
 
 
 def gram_bound(x: Tensor, q: Tensor, v: Tensor, root: Tensor, size: Tensor, p: Probes) -> tuple[Tensor, Tensor]:
@@ -77,16 +77,15 @@ def gram_bound(x: Tensor, q: Tensor, v: Tensor, root: Tensor, size: Tensor, p: P
         zero = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         return zero, zero
     omega = p.omega.expand(x.shape[0], -1, -1)
-    vectors = v.double()
     length = norm(omega)
-    z = vectors @ (root[:, :, None] * (vectors.mT @ omega))
+    z = apply(v, root[:, :, None] * apply_transposed(v, omega))
     image = apply(q, omega)
     peak = root.amax(-1)
     blur = chain_rounding(n + 3, size) * (norm(z) + 2 * math.sqrt(n) * peak * length)
-    apart = of_norm(image - apply(x, z), p, blur + chain_rounding(n, 2 * math.sqrt(n), length))
+    apart = closer(image - apply(x, z), p, blur + chain_rounding(n, 2 * math.sqrt(n), length))
     apart = apart + 2.0**-100 * (1 + peak) * n  # entries that float32 made subnormal
     blur = chain_rounding(sum(x.shape[-2:]), 6 * math.sqrt(n), length)
-    own = of_norm(apply_transposed(q, image) - omega, p, blur)
+    own = closer(apply_transposed(q, image) - omega, p, blur)
     # From QᵀQ to (AZ)ᵀAZ.
     f = own + 2 * (1 + own).sqrt() * apart + apart**2
     error = f / math.sqrt(2) * (1 + f).sqrt() / (1 - f) + apart
