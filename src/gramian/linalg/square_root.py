@@ -14,6 +14,7 @@ from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
+    Pair,
     Product,
     damped,
     eye_like,
@@ -29,8 +30,8 @@ from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
-from gramian.linalg.engine.probes import EXACT, apply, apply_transposed, closer, of_norm, probes
-from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
+from gramian.linalg.engine.probes import EXACT, Probes, apply, apply_transposed, closer, of_norm, probes
+from gramian.linalg.engine.rounding import LOOSE, chain_rounding, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.symmetric_products import symmetric_product
@@ -38,7 +39,7 @@ from gramian.linalg.principal_root import principal_root_ex
 
 __all__ = ["sqrtm", "sqrtm_ex"]
 
-EIGH32_ERROR = 1.2e-5
+EIGH32_ERROR = 6e-7
 """What a float32 eigendecomposition loses, as relative error over √κ at least; observed."""
 
 
@@ -94,6 +95,11 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, 
     Positive parts are no farther apart than the matrices: e bounds ‖M₊ − X²‖_F if ‖M − V w Vᵀ‖_F and ‖VᵀV − I‖_F do.
     Then ‖√M₊ − X‖_F ≤ (√n e)^(1/2) (Powers–Størmer; Bhatia, Matrix Analysis, theorem X.1.3), and ≤ e / (2√λ) where
     both are above λ > 0.
+
+    Where M is positive definite there is a bound that κ hardly enters. With E = M − X², q = ‖X⁻¹E‖_F and
+    s = q‖X⁻¹‖₂ ≥ ‖X⁻¹EX⁻¹‖, s < 1, on the way Y(t) = (X² + tE)^(1/2) from X to √M: Y'(0) has entries Eᵢⱼ / (xᵢ + xⱼ),
+    so that ‖Y'(0)‖_F ≤ q/2; and by the integral of μ^(-1/2) λ / (λ + μ), 0 ≤ −Y'' ≤ (s/(1 − s))² Y and
+    Y ≤ (1 + s)^(1/2) X. X⁻¹ is V w^(-1/2) Vᵀ but for a factor that ‖VᵀV − I‖ bounds.
     """
     n = x.shape[-1]
     m = damped(x, shift)
@@ -118,11 +124,13 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, 
     phi = of_norm(apply_transposed(vectors, apply(vectors, omega)) - omega, p, slip)
     image = thin_rough(m, norm(m.hi), omega)
     miss = closer(image.hi - apply(vectors, w[:, :, None] * across), p, image.error + slip * wide + norm(m.lo))
-    apart = closer(apply(value, omega) - apply(vectors, s[:, :, None] * across), p, slip * (wide.sqrt() + norm(value)))
+    once = apply(vectors, s[:, :, None] * across)
+    apart = closer(apply(value, omega) - once, p, slip * (wide.sqrt() + norm(value)))
     # (V w Vᵀ)₊ and X² are V w₊ Vᵀ up to the defect of V.
     e = miss + 4 * phi * wide
     lowest = (w[:, 0] * (1 - 2 * phi) - e).clamp_min(0)
-    error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt())) + apart
+    error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt()))
+    error = torch.minimum(error, _of_definite(v, s, image, once, slip * wide, phi, norm(value), p)) + apart
     usable = (phi < 0.1) & error.isfinite()
     if work == torch.float32:
         # float32 cannot tell indefiniteness from rounding as finely as promised: float64 decides.
@@ -130,7 +138,22 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, 
     reason = torch.where(usable, reason, cert.INACCURATE)
     error = torch.where(usable, error, math.inf)
     residual = miss / norm(m.hi).clamp_min(2.0**-1000)
-    return Answer(value, error, residual, reason, failure=7 * p.failure, spectrum=Spectrum(s, v))
+    return Answer(value, error, residual, reason, failure=10 * p.failure, spectrum=Spectrum(s, v))
+
+
+def _of_definite(
+    v: Tensor, s: Tensor, image: Pair, once: Tensor, blur: Tensor, phi: Tensor, size: Tensor, p: Probes
+) -> Tensor:
+    """The bound of `_by_probes` for positive definite M, from MΩ and XΩ; inf where it is none."""
+    low = s[:, 0] * (1 - phi)
+    gap = image.hi - apply(v, s[:, :, None] * apply_transposed(v, once))
+    inside = apply_transposed(v, gap) / torch.where(s > 0, s, 1.0)[:, :, None]
+    turned = phi * (1 + 1.1 * s[:, -1] / low)
+    q = closer(inside, p, 1.1 * (image.error + 3 * blur) / low) * (1 + phi) / (1 - turned)
+    share = q / low
+    rest = (share / (1 - share)) ** 2 * (1 + share).sqrt() * size * (1 + LOOSE) / 2
+    found = q / 2 + rest
+    return torch.where((low > 0) & (turned < 0.5) & (share < 0.5) & found.isfinite(), found, math.inf)
 
 
 def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer | None:
