@@ -17,7 +17,7 @@ from gramian.linalg.engine.rounding import U, chain_rounding, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_products import gram, symmetric_product
 
-GRAM32_ERROR = 4 * 2.0**-24
+GRAM32_ERROR = 2.0**-24
 """What a float32 Gram matrix and its eigendecomposition lose, as relative error over κ² at least; observed."""
 
 NEAR = 3.0
