@@ -164,8 +164,10 @@ def _from_eigenpairs(m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype) 
     if v.dtype == torch.float64 and n:
         return value, *_eigen_bound(m, value, root, v, p, probes(n, v.device))
 
+    vectors = v.double()  # once for all products
+
     def times(z: Tensor) -> Tensor:
-        return apply(v, root[:, :, None] * apply_transposed(v, z))
+        return apply(vectors, root[:, :, None] * apply_transposed(vectors, z))
 
     # ‖V‖₂² ≤ 1.1: LAPACK's vectors are orthonormal to far better than that, in any dtype.
     top = root.amax(-1) * 1.1 if n else root.new_zeros(root.shape[0])

@@ -130,7 +130,7 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, 
     e = miss + 4 * phi * wide
     lowest = (w[:, 0] * (1 - 2 * phi) - e).clamp_min(0)
     error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt()))
-    error = torch.minimum(error, _of_definite(v, s, image, once, slip * wide, phi, norm(value), p)) + apart
+    error = torch.minimum(error, _of_definite(vectors, s, image, once, slip * wide, phi, norm(value), p)) + apart
     usable = (phi < 0.1) & error.isfinite()
     if work == torch.float32:
         # float32 cannot tell indefiniteness from rounding as finely as promised: float64 decides.

@@ -97,8 +97,10 @@ def gram_bound(x: Tensor, q: Tensor, v: Tensor, root: Tensor, size: Tensor, p: P
     omega = p.omega.expand(x.shape[0], -1, -1)
     length = norm(omega)
 
+    vectors = v.double()  # once for all products
+
     def turn(y: Tensor) -> Tensor:
-        return apply(v, root[:, :, None] * apply_transposed(v, y))
+        return apply(vectors, root[:, :, None] * apply_transposed(vectors, y))
 
     z = turn(omega)
     image = apply(q, omega)
