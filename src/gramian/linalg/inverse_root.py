@@ -385,10 +385,10 @@ INV_ROOT = register(
     damping=0,
 )
 def _inv_root_ex(
-    m: Tensor, p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Tensor, p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[Tensor, Certificate]:
     """`inv_root_ex` of symmetric matrices."""
-    return evaluate(INV_ROOT, m, method=method, rtol=rtol, damping=damping, p=p)
+    return evaluate(INV_ROOT, m, method=method, rtol=rtol, certify=certify, damping=damping, p=p)
 
 
 def inv_root_ex(
