@@ -17,6 +17,7 @@ __all__ = ["EXTRAS", "command"]
 # What each extra of the package is for, and the module and distribution that it brings.
 EXTRAS = {
     "tasks": ("the demo and the built-in tasks on digits", "sklearn", "scikit-learn"),
+    "mnist1d": ("the task of that name", "mnist1d", "mnist1d"),
     "hf": ("Hugging Face folders and Trainer", "transformers", "transformers"),
     "lightning": ("Lightning", "lightning", "lightning"),
     "tensorboard": ("TensorBoard logs", "tensorboard", "tensorboard"),
