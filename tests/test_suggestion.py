@@ -15,6 +15,7 @@ from cases import seeded
 from gramian.errors import InputError, UnsupportedError
 from gramian.operators import line_curvature
 from gramian.optim import OPTIMIZERS
+from gramian.optim.registry import MATRIX_OPTIMIZERS
 from gramian.optim.suggestion import _Rehearsals
 from test_capture import assert_same, snapshot
 from zoo import ZOO
@@ -188,7 +189,13 @@ def test_the_zoo_gets_a_rate(name: str):
     case = ZOO[name]
     objective = getattr(gm.Objective, case.objective)()
     for optimizer in OPTIMIZERS:
-        found = gm.suggest_lr(case.make_model(0), case.make_batches(0), objective, optimizer=optimizer, num_steps=8)
+        model, batches = case.make_model(0), case.make_batches(0)
+        if name == "mixture_of_experts" and optimizer in MATRIX_OPTIMIZERS:
+            # Nothing tells how its experts lie, so AdamW steps most of it, and gains all there is at its own rate.
+            with pytest.raises(InputError, match=r"do not follow lr gain alone.*optimizer='adamw'"):
+                gm.suggest_lr(model, batches, objective, optimizer=optimizer)
+            continue
+        found = gm.suggest_lr(model, batches, objective, optimizer=optimizer)
         assert 0 < found.lr < math.inf
         assert found.rehearsed == tuple(sorted(found.rehearsed))
 
