@@ -1,15 +1,15 @@
-"""What an optimizer and capture cost in compute, bytes and memory, on one rank and on two, beside docs/scale.md's model.
+"""What an optimizer and capture cost in compute, bytes and memory, on one rank and on two: docs/scale.md has the model.
 
     python benchmarks/scale.py
 
-One thread a rank, gloo, FSDP2. Memory is that of the tensors in the optimizer's state; bytes are those that a rank gives
-to the exchanges of a step; compute is in CPU seconds, divided by that of one product of the matrix with a square one of
-its smaller side.
+One thread a rank, gloo, FSDP2. Memory is that of the tensors in the optimizer's state; bytes are those that a rank
+gives to the exchanges of a step; compute is in CPU seconds, divided by that of one product of the matrix with a square
+one of its smaller side.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import statistics
 import tempfile
@@ -101,15 +101,36 @@ def product(shape: tuple[int, int]) -> float:
     return statistics.median(times)
 
 
-def on_rank(rank: int, size: int, store: str, results: Any) -> None:
+def on_rank(rank: int, size: int, store: str) -> dict[str, list[float]]:
+    """What is measured for each optimizer and shape, and the seconds of a product."""
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    found = {(name, shape): measured(name, shape) for name in OPTIMIZERS for shape in SHAPES}
-    results.put((size, rank, found, {shape: product(shape) for shape in SHAPES} if size == 1 else {}))
+    found = {f"{name} {shape}": [*measured(name, shape), product(shape)] for name in OPTIMIZERS for shape in SHAPES}
     if size > 1:
         dist.barrier()
         dist.destroy_process_group()
+    return found
+
+
+def on_ranks(size: int) -> list[dict[str, list[float]]]:
+    """`on_rank` in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = []
+        for rank in range(size):
+            number = os.fork()
+            if number == 0:
+                with open(f"{folder}/{rank}.json", "w") as file:
+                    json.dump(on_rank(rank, size, f"{folder}/store"), file)
+                os._exit(0)
+            numbers.append(number)
+        for number in numbers:
+            assert os.waitpid(number, 0)[1] == 0, "a rank failed"
+        found = []
+        for rank in range(size):
+            with open(f"{folder}/{rank}.json") as file:
+                found.append(json.load(file))
+    return found
 
 
 def capture_bytes() -> tuple[int, int]:
@@ -123,29 +144,17 @@ def capture_bytes() -> tuple[int, int]:
 
 def main() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    found: dict[int, list[Any]] = {1: [], 2: []}
-    for size in (1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = [(rank, size, f"{folder}/store", results) for rank in range(size)]
-            processes = [context.Process(target=on_rank, args=a) for a in arguments]
-            for process in processes:
-                process.start()
-            found[size] = [results.get() for _ in processes]
-            for process in processes:
-                process.join()
-    products = found[1][0][3]
+    (alone,), both = on_ranks(1), on_ranks(2)
     print("| optimizer | shape | state, bytes an entry | on 2 ranks | sent a step, bytes an entry | products a step |")
     print("|-|-|-|-|-|-|")
     for name in OPTIMIZERS:
         for shape in SHAPES:
             entries = COUNT * shape[0] * shape[1]
-            state, _, seconds = found[1][0][2][name, shape]
-            both = [rank[2][name, shape] for rank in found[2]]
-            sharded = " and ".join(f"{part[0] / entries:.2f}" for part in both)
-            sent = sum(part[1] for part in both) / 2
-            work = seconds / COUNT / products[shape]
+            state, _, seconds, one_product = alone[f"{name} {shape}"]
+            ranks = [found[f"{name} {shape}"] for found in both]
+            sharded = " and ".join(f"{part[0] / entries:.2f}" for part in ranks)
+            sent = sum(part[1] for part in ranks) / 2
+            work = seconds / COUNT / one_product
             print(
                 f"| {name} | {shape[0]} × {shape[1]} | {state / entries:.2f} | {sharded} | {sent / entries:.2f} | "
                 f"{work:.1f} |"

@@ -141,10 +141,10 @@ def _compare(
     if task is not None:
         raise InputError("--against compares two checkpoints; leave out --task")
     options.pop("input_size")
-    opened = [open_checkpoint(path, verify=not unchecked) for path in (model, against)]
-    report = compare_checkpoints(*opened, **options)
+    one, other = (open_checkpoint(path, verify=not unchecked) for path in (model, against))
+    report = compare_checkpoints(one, other, **options)
     if rank is not None:
         options.pop("quick")
-        adapter = extract_lora(*opened, rank, out, **options)
+        adapter = extract_lora(one, other, rank, out, **options)
         report.notes += adapter.notes()
     return report
