@@ -125,7 +125,7 @@ def _inspect(model: str, unchecked: bool, task: str | None, options: dict[str, A
             raise InputError(f"--verify trains on data, and {model} is a file: add --task")
         if options.get("curvature"):
             raise InputError(f"--curvature is that of a loss on data, and {model} is a file: add --task")
-        return inspect(open_checkpoint(model, verify=not unchecked), **options)
+        return inspect(open_checkpoint(model, verify=False) if unchecked else model, **options)
     if unchecked:
         raise InputError(f"--no-verify is for files, and {model} is a task")
     network, its_task = found
