@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -183,19 +184,22 @@ def test_the_suggestion_lowers_the_loss_of_a_batch_it_was_not_made_on(name: str,
     assert float(total / units) < before
 
 
+# Small vocabularies, which AdamW's part learns alone in sixteen steps at its usual rate: what the refusal advises helps.
+AT_REST = {"transformer_lm": ("muon", "shampoo"), "mixture_of_experts": ("muon", "soap", "shampoo")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_gets_a_rate(name: str):
     case = ZOO[name]
-    objective = getattr(gm.Objective, case.objective)()
+    suggest = partial(gm.suggest_lr, case.make_model(0), case.make_batches(0), getattr(gm.Objective, case.objective)())
     for optimizer in OPTIMIZERS:
-        model, batches = case.make_model(0), case.make_batches(0)
-        if name == "mixture_of_experts" and optimizer in MATRIX_OPTIMIZERS:
-            # Nothing tells how its experts lie, so AdamW steps most of it, and gains all there is at its own rate.
-            with pytest.raises(InputError, match=r"do not follow lr gain alone.*optimizer='adamw'"):
-                gm.suggest_lr(model, batches, objective, optimizer=optimizer)
-            continue
-        found = gm.suggest_lr(model, batches, objective, optimizer=optimizer)
+        make: Any = optimizer
+        if optimizer in AT_REST.get(name, ()):
+            with pytest.raises(InputError, match=r"do not follow lr gain alone.*lower the optimizer's rest_lr"):
+                suggest(optimizer=optimizer)
+            make = partial(MATRIX_OPTIMIZERS[optimizer].optimizer, rest_lr=3e-3)
+        found = suggest(optimizer=make)
         assert 0 < found.lr < math.inf
         assert found.rehearsed == tuple(sorted(found.rehearsed))
 
