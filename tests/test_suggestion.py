@@ -184,7 +184,7 @@ def test_the_suggestion_lowers_the_loss_of_a_batch_it_was_not_made_on(name: str,
     assert float(total / units) < before
 
 
-# Small vocabularies, which AdamW's part learns alone in sixteen steps at its usual rate: what the refusal advises helps.
+# Small vocabularies: AdamW's part learns them alone in sixteen steps at its usual rate. What the refusal advises helps.
 AT_REST = {"transformer_lm": ("muon", "shampoo"), "mixture_of_experts": ("muon", "soap", "shampoo")}
 
 
