@@ -9,9 +9,11 @@ its smaller side.
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
@@ -101,12 +103,13 @@ def product(shape: tuple[int, int]) -> float:
     return statistics.median(times)
 
 
-def on_rank(rank: int, size: int, store: str, results: Any) -> None:
+def on_rank(rank: int, size: int, store: str) -> None:
+    """What one process does; it prints its figures as JSON."""
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    found = {(name, shape): measured(name, shape) for name in OPTIMIZERS for shape in SHAPES}
-    results.put((size, rank, found, {shape: product(shape) for shape in SHAPES} if size == 1 else {}))
+    found = [[measured(name, shape) for shape in SHAPES] for name in OPTIMIZERS]
+    print(json.dumps({"found": found, "products": [product(shape) for shape in SHAPES] if size == 1 else []}))
     if size > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -123,29 +126,22 @@ def capture_bytes() -> tuple[int, int]:
 
 def main() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    found: dict[int, list[Any]] = {1: [], 2: []}
+    ranks: dict[int, list[Any]] = {}
     for size in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            arguments = [(rank, size, f"{folder}/store", results) for rank in range(size)]
-            processes = [context.Process(target=on_rank, args=a) for a in arguments]
-            for process in processes:
-                process.start()
-            found[size] = [results.get() for _ in processes]
-            for process in processes:
-                process.join()
-    products = found[1][0][3]
+            command = [sys.executable, __file__, str(size), f"{folder}/store"]
+            running = [subprocess.Popen([*command, str(r)], stdout=subprocess.PIPE, text=True) for r in range(size)]
+            ranks[size] = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
     print("| optimizer | shape | state, bytes an entry | on 2 ranks | sent a step, bytes an entry | products a step |")
     print("|-|-|-|-|-|-|")
-    for name in OPTIMIZERS:
-        for shape in SHAPES:
+    for i, name in enumerate(OPTIMIZERS):
+        for j, shape in enumerate(SHAPES):
             entries = COUNT * shape[0] * shape[1]
-            state, _, seconds = found[1][0][2][name, shape]
-            both = [rank[2][name, shape] for rank in found[2]]
+            state, _, seconds = ranks[1][0]["found"][i][j]
+            both = [rank["found"][i][j] for rank in ranks[2]]
             sharded = " and ".join(f"{part[0] / entries:.2f}" for part in both)
             sent = sum(part[1] for part in both) / 2
-            work = seconds / COUNT / products[shape]
+            work = seconds / COUNT / ranks[1][0]["products"][j]
             print(
                 f"| {name} | {shape[0]} × {shape[1]} | {state / entries:.2f} | {sharded} | {sent / entries:.2f} | "
                 f"{work:.1f} |"
@@ -154,4 +150,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 4:
+        on_rank(int(sys.argv[3]), int(sys.argv[1]), sys.argv[2])
+    else:
+        main()

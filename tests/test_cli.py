@@ -470,6 +470,7 @@ def test_an_error_leaves_no_spinner_behind(tmp_path, capfd, monkeypatch):
         raise gm.errors.InputError("no more")
 
     monkeypatch.setattr("gramian.remedies.inspect", fails)
+    save_tensors(tmp_path / "m.safetensors", {"weight": torch.ones(4, 4)})
     assert main(["inspect", str(tmp_path / "m.safetensors")]) == 2
     assert capfd.readouterr().err == "gramian: no more\n"
 

@@ -103,8 +103,10 @@ def test_a_pickle_has_a_budget(tmp_path: Path, content: bytes, message: str) -> 
 
 
 def test_names_have_a_budget(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="a name of 5,000 characters"):
-        open_checkpoint(saved(tmp_path, {"n" * 5_000: {"w": normal(8, 8)}}))
+    """Each name begins with that of its container: together they take the product of the two."""
+    tree = {"n" * 100_000: dict.fromkeys(map(str, range(1_000)), normal(8, 8))}
+    with pytest.raises(CheckpointError, match="names of more than 67,108,864 characters together"):
+        open_checkpoint(saved(tmp_path, tree))
 
 
 @pytest.mark.timeout(100)  # a search of each would take hours

@@ -134,7 +134,7 @@ def test_schedulers_drive_every_group_and_resume(name: str, scheduler: str) -> N
     model = mixed()
     optimizer = OPTIMIZERS[name](model)
     start = list(optimizer.rates().values())
-    assert len(set(start)) > 2
+    assert len(set(start)) > 1
     schedule = SCHEDULERS[scheduler](optimizer)
     for rates in advance(model, optimizer, schedule, range(3)):
         assert [rate / first for rate, first in zip(rates, start, strict=True)] == pytest.approx(

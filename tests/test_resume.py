@@ -409,7 +409,11 @@ def test_a_finished_run_is_returned_and_a_new_one_may_take_its_place(tmp_path) -
     assert gm.train(task(), steps=9, init="isometric", out=tmp_path, resume=True).resumed == 9, "nothing was done yet"
     with pytest.raises(Stop):
         gm.train(task(), steps=5, out=tmp_path, on_step=stopping(1))
-    assert os.listdir(tmp_path) == ["metrics.jsonl"], "the old model is not taken for the new run's"
+    assert gm.train(task(), steps=9, init="isometric", out=tmp_path, resume=True).resumed == 9, "nothing was kept yet"
+    with pytest.raises(Stop):
+        gm.train(task(), steps=5, out=tmp_path, on_step=stopping(2))
+    kept = ["checkpoint.safetensors", "metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == kept, "the old model is not taken for the new run's"
     assert gm.train(task(), steps=5, out=tmp_path, resume=True).steps == 5
 
 

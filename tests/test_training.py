@@ -316,7 +316,7 @@ def test_the_zoo_trains(name: str) -> None:
 
     objective = getattr(gm.Objective, case.objective)()
     zoo = gm.Task(lambda: case.make_model(0), objective, lambda epoch, generator: case.make_batches(0), loss, name)
-    run = gm.train(zoo, steps=30)
+    run = gm.train(zoo, steps=60)
     assert not run.diverged
     # One that is there because it does not learn.
     assert run.metrics["held_out"] < run.history[0]["held_out"] or name == "deep_tanh_mlp"

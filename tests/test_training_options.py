@@ -449,7 +449,7 @@ def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypat
     assert out.count("█") >= 1
     for options, message in (
         (["--compare", "adamw"], "takes two different optimizers or more; got adamw"),
-        (["--compare", "adamw,adagrad"], "unknown optimizer 'adagrad'; wanted auto, whitened_muon"),
+        (["--compare", "adamw,adagrad"], "unknown optimizer 'adagrad'; wanted auto, muon"),
         (["--compare", "adamw,sgd", "--lr", "1"], "leave out --optimizer and --lr"),
     ):
         assert main(["train", "diabetes", "--steps", "2", *options]) == 2

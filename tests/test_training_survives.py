@@ -231,7 +231,7 @@ def test_a_failed_evaluation_leaves_nothing_and_takes_nothing(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_model_is_written_ends_after_it(tmp_path, monkeypatch, number: int) -> None:
+def test_a_signal_while_the_model_is_written_ends_after_it(tmp_path, monkeypatch, request, number: int) -> None:
     finish = folder.Folder.finish
 
     def interrupted(self: folder.Folder, *arguments: Any) -> None:
@@ -239,6 +239,9 @@ def test_a_signal_while_the_model_is_written_ends_after_it(tmp_path, monkeypatch
         finish(self, *arguments)
 
     monkeypatch.setattr(folder.Folder, "finish", interrupted)
+    if number == signal.SIGINT:  # a shell starts processes of its background with SIGINT ignored
+        before = signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, before))
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
         gm.train(task(), steps=2, optimizer="adamw", out=tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "model.safetensors"]

@@ -3,7 +3,7 @@
 from gramian.checkpoint.filling import load_into
 from gramian.checkpoint.formats import Entry
 from gramian.checkpoint.reading import Checkpoint, clean_name, open_checkpoint
-from gramian.checkpoint.trees import load_tree, pack_tree, save_tree
+from gramian.checkpoint.trees import load_tree, save_tree
 from gramian.checkpoint.writing import load_tensors, save_tensors, verify_file
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "load_tensors",
     "load_tree",
     "open_checkpoint",
-    "pack_tree",
     "save_tensors",
     "save_tree",
     "verify_file",

@@ -20,11 +20,12 @@ CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "module"
 SHADOWS = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema", "params_ema", "ema_params", "g_ema")
 
 _MOST, _MOST_TENSORS = 64, 1_000_000  # containers inside each other, and tensors
+_MOST_CHARACTERS = 1 << 26  # of all names: those of a container repeat its own
 _LONGEST = 1000  # characters of a name
 
 
 class _TooManyError(Exception):
-    """More tensors than any model has, or a longer name."""
+    """More tensors than any model has, or longer names."""
 
 
 class Module(dict):  # type: ignore[type-arg]
@@ -72,7 +73,7 @@ def find_state(file: Path, loaded: object, leaf: type = Tensor) -> Found:
     state: dict[str, Any] = {}
     others: list[str] = []
     try:
-        _flatten("", loaded, leaf, state, others, beside, {})
+        _flatten("", loaded, leaf, state, others, beside, {}, [_MOST_CHARACTERS])
     except _TooManyError as error:
         raise CheckpointError(f"{file}: {error}, wanted a model's. Save model.state_dict().") from None
     if not state and _is_optimizer(loaded):
@@ -130,13 +131,18 @@ def _flatten(
     others: list[str],
     beside: dict[str, Any],
     seen: dict[int, str],
+    left: list[int],
     depth: int = 0,
 ) -> None:
-    """Put the tensors of a dict or list into `state`, those of optimizers into `beside`, and name all else."""
+    """Put the tensors of a dict or list into `state`, those of optimizers into `beside`, and name all else.
+
+    `left` holds the number of characters that names may still have.
+    """
     for key, value in _parts(tree):
         name = f"{prefix}{key}"
-        if len(name) > _LONGEST:
-            raise _TooManyError(f"a name of {len(name):,} characters")
+        left[0] -= len(name)
+        if left[0] < 0:
+            raise _TooManyError(f"names of more than {_MOST_CHARACTERS:,} characters together")
         if isinstance(key, str) and isinstance(value, leaf) and name not in state:
             state[name] = value
         elif isinstance(value, Mapping) and _is_optimizer(value):
@@ -147,7 +153,7 @@ def _flatten(
         elif isinstance(key, str) and next(_tensors(name, value, leaf), None):
             if depth < _MOST:
                 seen[id(value)] = name
-                _flatten(f"{name}.", value, leaf, state, others, beside, seen, depth + 1)
+                _flatten(f"{name}.", value, leaf, state, others, beside, seen, left, depth + 1)
             else:
                 others.append(f"{plain(name)} (more than {_MOST} containers deep)")
         else:

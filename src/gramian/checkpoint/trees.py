@@ -48,7 +48,17 @@ class PackedTree:
 def pack_tree(tree: Any) -> PackedTree:
     """Dicts, lists and tuples of tensors, numbers, text and `None` as a `PackedTree`.
 
-    Raises `UnsupportedError` where the value holds anything else; the message says where.
+    Args:
+        tree: of these; its tensors are not copied.
+
+    Returns: the tensors by number, and the rest as JSON.
+    Raises:
+        UnsupportedError: it holds anything else; the message says where.
+    Cost: none for the tensors.
+    Source: this library's own.
+
+    >>> len(pack_tree({"a": torch.ones(2), "b": [1, None]}).tensors)
+    1
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(tree, "", tensors))

@@ -17,6 +17,7 @@ __all__ = ["EXTRAS", "command"]
 # What each extra of the package is for, and the module and distribution that it brings.
 EXTRAS = {
     "tasks": ("the demo and the built-in tasks on digits", "sklearn", "scikit-learn"),
+    "mnist1d": ("the task of that name", "mnist1d", "mnist1d"),
     "hf": ("Hugging Face folders and Trainer", "transformers", "transformers"),
     "lightning": ("Lightning", "lightning", "lightning"),
     "tensorboard": ("TensorBoard logs", "tensorboard", "tensorboard"),
@@ -29,15 +30,18 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Write what was found.")] = None,
 ) -> None:
     """Show versions, the processor, what is calibrated, and which extras are installed."""
+    from gramian import report
     from gramian.bench.machine import features
     from gramian.linalg.engine.cost import cache_file, constants
 
+    if json is not None:
+        report.check_target(json, (".json",))
     found: dict[str, Any] = features()
     found["costs"] = constants().source
     found["calibration"] = str(cache_file())
     found["extras"] = {extra: _version(module, name) for extra, (_, module, name) in EXTRAS.items()}
     if json is not None:
-        json.write_text(as_json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        report.write_text(json, as_json.dumps(found, indent=2) + "\n")
         return
     console = Console(highlight=False)
     table = Table.grid(padding=(0, 2))

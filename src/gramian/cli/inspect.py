@@ -125,7 +125,7 @@ def _inspect(model: str, unchecked: bool, task: str | None, options: dict[str, A
             raise InputError(f"--verify trains on data, and {model} is a file: add --task")
         if options.get("curvature"):
             raise InputError(f"--curvature is that of a loss on data, and {model} is a file: add --task")
-        return inspect(open_checkpoint(model, verify=not unchecked), **options)
+        return inspect(open_checkpoint(model, verify=False) if unchecked else model, **options)
     if unchecked:
         raise InputError(f"--no-verify is for files, and {model} is a task")
     network, its_task = found
@@ -141,10 +141,10 @@ def _compare(
     if task is not None:
         raise InputError("--against compares two checkpoints; leave out --task")
     options.pop("input_size")
-    opened = [open_checkpoint(path, verify=not unchecked) for path in (model, against)]
-    report = compare_checkpoints(*opened, **options)
+    tuned, base = (open_checkpoint(path, verify=not unchecked) for path in (model, against))
+    report = compare_checkpoints(tuned, base, **options)
     if rank is not None:
         options.pop("quick")
-        adapter = extract_lora(*opened, rank, out, **options)
+        adapter = extract_lora(tuned, base, rank, out, **options)
         report.notes += adapter.notes()
     return report

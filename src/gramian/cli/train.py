@@ -169,7 +169,7 @@ class _Asked(NamedTuple):
         if self.task == "chars":
             if self.text is None:
                 raise InputError("train: the task chars needs a text: gramian train chars --text FILE")
-            return tasks.chars(self.text, **({} if self.model is None else {"model": self.model}))
+            return tasks.chars(self.text) if self.model is None else tasks.chars(self.text, model=self.model)
         for flag, value in (("--text FILE", self.text), ("--model", self.model)):
             if value is not None:
                 raise InputError(f"train: {flag} belongs to the task chars, as in gramian train chars --text FILE")

@@ -17,7 +17,7 @@ from gramian.block import blocks
 from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.measuring import FORMS, latencies, num_bytes, samples
 from gramian.compression.mixing import Form
-from gramian.compression.plan import Plan
+from gramian.compression.plan import Plan, check_budget
 from gramian.compression.planning import compress
 from gramian.compression.plans import load_plan, save_plan
 from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares
@@ -63,10 +63,7 @@ class Target:
                 "compress: give one of keep, max_drop, speedup, size, bits and sparsity, or keep with bits; "
                 f"got {' and '.join(asked) or 'none'}"
             )
-        for name in ("keep", "size"):
-            value = given[name]
-            if value is not None and not 0 < value <= 1:
-                raise InputError(f"compress: {name} must be a share in (0, 1], got {value:g}")
+        check_budget(self.keep, self.size, self.bits, self.sparsity)
         if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
             raise InputError(f"compress: max_drop must be a number of at least 0, got {self.max_drop:g}")
         if self.speedup is not None and not 1 < self.speedup < math.inf:

@@ -31,6 +31,19 @@ SMALLEST = "is the smallest possible share"
 """Of a note that holds for one share alone."""
 
 
+def check_budget(keep: float | None, size: float | None, bits: int | None, sparsity: float | str | None) -> None:
+    """Raises `InputError` for a number that no plan can have; before a calibration, so that nobody waits for it."""
+    for name, share in (("keep", keep), ("size", size)):
+        if share is not None and (not isinstance(share, (int, float)) or not 0 < share <= 1):
+            raise InputError(f"compress: {name} must be a share in (0, 1], got {share!r}")
+    if bits is not None and bits not in BITS:
+        raise InputError(f"compress: bits must be from {BITS[0]} to {BITS[-1]}, got {bits!r}")
+    if isinstance(sparsity, str):
+        pattern_of(sparsity)
+    elif sparsity is not None and not 0 < sparsity < 1:
+        raise InputError(f"compress: sparsity must be a share in (0, 1), or a pattern as '2:4', got {sparsity!r}")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """What each layer becomes: two factors, integers of few bits, zeros among its weights, or what it was.
@@ -196,14 +209,9 @@ class Plan:
                 "compress: give one of keep, size, bits and sparsity, or keep with bits; "
                 f"got {' and '.join(names) or 'none'}"
             )
-        if bits is not None and bits not in BITS:
-            raise InputError(f"compress: bits must be from {BITS[0]} to {BITS[-1]}, got {bits!r}")
+        check_budget(keep, size, bits, sparsity)
         if not isinstance(group, int) or group < 8:
             raise InputError(f"compress: group must be a number of columns, at least 8, got {group!r}")
-        for name in ("keep", "size"):
-            value = asked[name]
-            if value is not None and (not isinstance(value, (int, float)) or not 0 < value <= 1):
-                raise InputError(f"compress: {name} must be a share in (0, 1], got {value!r}")
         if size is not None:
             forms = self._by_size(size, of)
         elif sparsity is not None:
@@ -265,8 +273,6 @@ class Plan:
         whole = [s for s in self.spectra if not isinstance(layers[s.name], LowRank)]
         if isinstance(sparsity, str):
             shares: list[float | str] = [str(pattern_of(sparsity))] * len(whole)
-        elif not 0 < sparsity < 1:
-            raise InputError(f"compress: sparsity must be a share in (0, 1), or a pattern as '2:4', got {sparsity!r}")
         elif self.ranked:
             shares = [*shares_of_zeros([(matrix_of(layers[s.name]), s.feedback) for s in whole], sparsity)]
         else:

@@ -102,7 +102,7 @@ def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) 
 
     >>> codes = rounded(torch.tensor([[1.0, -8.0, 3.3, 0.0]]), 4, 4)
     >>> codes.codes, codes.matrix(4)
-    (tensor([[ 1, -8,  3,  0]], dtype=torch.int8), tensor([[ 1., -8.,  3.,  0.]]))
+    (tensor([[ 1, -7,  3,  0]], dtype=torch.int8), tensor([[ 1.1406, -7.9844,  3.4219,  0.0000]]))
     """
     w, n = w.float(), w.shape[1]
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

@@ -208,7 +208,15 @@ class RankedCertificate(Certificate):
     """A `Certificate` that says at which rank the answer was computed.
 
     Attributes:
-        converged, residual, error_bound, kind, failure_probability, steps, method, reason, methods: of `Certificate`.
+        converged: as in `Certificate`.
+        residual: as in `Certificate`.
+        error_bound: as in `Certificate`.
+        kind: as in `Certificate`.
+        failure_probability: as in `Certificate`.
+        steps: as in `Certificate`.
+        method: as in `Certificate`.
+        reason: as in `Certificate`.
+        methods: as in `Certificate`.
         rank: `(...)`, the number of singular values that count as not zero.
 
     >>> value, certificate = pinv_ex(torch.ones(3, 2))

@@ -67,15 +67,16 @@ class Failure:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Keep an exception until `tell`, where there are other ranks; the code inside must not call collectives."""
-        if self.error is not None:
-            return
+        """Keep an exception until `tell`, where there are other ranks; the code inside must not call collectives.
+
+        Code that follows a failure runs too, and of several exceptions the first one is kept.
+        """
         try:
             yield
         except Exception as error:
             if not placement.is_distributed():
                 raise
-            self.error = error
+            self.error = self.error or error
 
     def tell(self, failed: bool) -> None:
         """Raise the failing rank's error on all ranks, if any `failed`, which all ranks know."""

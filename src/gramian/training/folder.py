@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from gramian.block import blocks
-from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, pack_tree, save_tensors, verify_file
+from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, save_tensors, verify_file
 from gramian.checkpoint.faults import plain
-from gramian.checkpoint.trees import TREE
+from gramian.checkpoint.trees import TREE, pack_tree
 from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.report import write_text
 from gramian.training.lock import locked
