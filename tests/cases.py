@@ -314,6 +314,8 @@ SPECTRAL = {
 }
 """The same for numbers; "/method" names a method that auto takes only for large matrices, and which may flag more."""
 ALL = FUNCTIONS | SPECTRAL
+SCORED = EVERY | SPECTRAL
+"""Those that `score` takes."""
 
 
 def lapack_error(name: str, a: Tensor, exact: mpmath.matrix | None) -> float:
@@ -321,14 +323,14 @@ def lapack_error(name: str, a: Tensor, exact: mpmath.matrix | None) -> float:
     if exact is None or not bool(a.isfinite().all()):
         return math.inf
     try:
-        return mp_error(ALL[name][2](a.to(torch.float64)).to(a.dtype), exact)
+        return mp_error(SCORED[name][2](a.to(torch.float64)).to(a.dtype), exact)
     except torch.linalg.LinAlgError:
         return math.inf
 
 
 def score(name: str, seed: int, count: int, dtype: torch.dtype, rtol: float) -> tuple[list, list[float], int, int]:
     """Silent failures, ratios of bound to error where converged, answers flagged, and answers LAPACK gets to rtol."""
-    function, oracle, _, needs = ALL[name]
+    function, oracle, _, needs = SCORED[name]
     shapes = [(3, 3), (6, 6), (8, 8), *([(7, 3), (3, 6)] if needs == "general" else [])]
     silent, ratios, flagged, met = [], [], 0, 0
     for i, (m, n) in enumerate(shapes):

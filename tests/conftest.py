@@ -1,8 +1,13 @@
 """Under the tests, the signatures of the modules that take tensors are checked at run time (tests/signatures.py)."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Which method a matrix takes must not depend on the clock. Set before the import of the library.
+os.environ.setdefault("GRAMIAN_COSTS", "default")
 
 import signatures
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import mpmath
@@ -176,13 +175,9 @@ def test_directions_take_products_only_where_they_are_cheaper(monkeypatch):
     a = random.normal(3, 48, 48, generator=seeded(8))
     a[1] = 0
     monkeypatch.setattr(cost, "DEFAULTS", {"cpu": cost.DEFAULTS["cuda"], "cuda": cost.DEFAULTS["cuda"]})
-    cost.constants.cache_clear()
-    try:
-        q, certificate = gl.polar_ex(a, rtol=0.5)
-        _, precise = gl.polar_ex(a, rtol=1e-4)
-    finally:
-        monkeypatch.undo()
-        cost.constants.cache_clear()
+    q, certificate = gl.polar_ex(a, rtol=0.5)
+    _, precise = gl.polar_ex(a, rtol=1e-4)
+    monkeypatch.undo()
     assert certificate.method_names[::2] == ["newton_schulz"] * 2
     assert certificate.kind_names[0] == "estimate"
     assert certificate.converged.tolist() == [True, False, True]
@@ -202,10 +197,14 @@ def test_what_auto_returns_is_never_the_argument():
 
 
 def test_probes_fail_as_seldom_as_they_say():
-    assert probes.GAINS[probes.WIDTH] == probes.GAIN
     for k, gain in probes.GAINS.items():
         below = mpmath.gammainc(mpmath.mpf(k) / 2, 0, mpmath.mpf(k) / gain**2 / 2, regularized=True)
-        assert probes.FAILURE / 2 < below < probes.FAILURE
+        assert probes.FAILURE / 5 < below < probes.FAILURE
+    k, whole = probes.WIDTH, probes.GAINS[probes.WIDTH]
+    for spread, gain in probes.SPREAD:
+        rho = spread * gain**2 / whole**2
+        tail = math.exp(-rho * k / 2 * (gain**-2 - 1 + 2 * math.log(gain)))
+        assert probes.FAILURE / 40 < tail < probes.FAILURE / len(probes.SPREAD)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 60])
@@ -214,13 +213,15 @@ def test_probes_bound_a_norm(n, rank):
     p = probes.probes(n, torch.device("cpu"))
     for seed in range(20):
         g = seeded(seed)
-        e = random.normal(9, rank, generator=g, dtype=torch.float64) @ random.normal(
+        e = random.normal(99, rank, generator=g, dtype=torch.float64) @ random.normal(
             rank, n, generator=g, dtype=torch.float64
         )
         bound = probes.of_norm((e @ p.omega)[None], p).item()
+        close = probes.closer((e @ p.omega)[None], p).item()
         exact = torch.linalg.norm(e).item()
-        assert exact * (1 - 1e-12) <= bound <= 5 * exact
+        assert exact * (1 - 1e-12) <= close <= bound <= 10 * exact
         assert (p.failure == 0) == (bound < exact * (1 + 1e-12))
+        assert n != 300 or rank < 60 or close < 0.75 * bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -276,48 +277,13 @@ def test_ladders_end_in_the_last_resort_and_gain_accuracy(name, rtol, shape):
         assert all(rtol >= methods[name].finest for name in names)
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cost.constants.cache_clear()
-    yield tmp_path / "gramian" / "linalg.json"
-    monkeypatch.undo()
-    cost.constants.cache_clear()
-
-
-def test_a_processor_without_bfloat16_gets_no_product_in_it(cache, monkeypatch):
-    assert cost.constants("cpu").factors.keys() == cost.DEFAULTS["cpu"].factors.keys()
+def test_a_processor_without_bfloat16_gets_no_product_in_it(monkeypatch):
     for words, wanted in (({"avx2": True}, {torch.float32}), ({"avx512_bf16": True}, {torch.bfloat16})):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda words=words: words)
-        cost.constants.cache_clear()
+        cheapest.cache_clear()
         assert {cheapest(n, ratio * n, 8, 0.1, "cpu").dtype for n in (64, 256, 1024) for ratio in (1, 4)} == wanted
-
-
-def test_calibration_is_read_back_and_changes_predictions(cache):
-    before = cost.predict({"eigh32": 1}, 1024, 1)
-    slow = cost.Constants(1e9, 1e-3, cost.DEFAULTS["cpu"].factors)
-    assert cost.keep({"cpu": slow}) == cache
-    assert cost.constants("cpu").source == "calibrated"
-    assert cost.predict({"eigh32": 1}, 1024, 1) > 50 * before
-    assert cost.constants("cuda") == cost.DEFAULTS["cuda"]
-    assert [p.name for p in cache.parent.iterdir()] == [cache.name]
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"cpu": 3}', '{"cpu": {"rate": 1, "latency": 0, "factors": {}}}'])
-def test_a_broken_calibration_is_ignored(cache, text):
-    cache.parent.mkdir(parents=True)
-    cache.write_text(text)
-    assert cost.constants("cpu").source == "default"
-
-
-def test_calibration_measures_every_constant(cache, monkeypatch):
-    from gramian.bench import calibration
-
-    monkeypatch.setattr(calibration, "SIZES", (4, 8, 16))
-    monkeypatch.setattr(calibration, "SECONDS", 0.0)
-    path = calibration.keep_calibration()
-    assert set(json.loads(path.read_text())["cpu"]["factors"]) == set(cost.DEFAULTS["cpu"].factors)
-    assert cost.constants("cpu").source == "calibrated"
+    monkeypatch.undo()
+    cheapest.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

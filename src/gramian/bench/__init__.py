@@ -1,6 +1,6 @@
 """Benchmarks that anybody can run: gramian on this machine, against the peers that are installed."""
 
-from gramian.bench.calibration import calibrate, keep_calibration
+from gramian.bench.calibration import keep_calibration
 from gramian.bench.machine import features
 from gramian.bench.table import BENCHES, Goal, Measurement, Row, as_json, run, show
 from gramian.bench.timing import interleaved
@@ -11,7 +11,6 @@ __all__ = [
     "Measurement",
     "Row",
     "as_json",
-    "calibrate",
     "features",
     "interleaved",
     "keep_calibration",

@@ -1,13 +1,13 @@
-"""`gramian bench linalg`: the tasks of matrix_functions.py and of spectral.py."""
+"""`gramian bench linalg`: the tasks of matrix_functions.py, spectral.py, certificate_shares.py and registered.py."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gramian.bench import matrix_functions, registered, spectral
+from gramian.bench import certificate_shares, matrix_functions, registered, spectral
 from gramian.bench.table import Row, Tell
 
-TASKS = matrix_functions.TASKS | spectral.TASKS | registered.TASKS
+TASKS = matrix_functions.TASKS | spectral.TASKS | certificate_shares.TASKS | registered.TASKS
 
 
 def rows(repeats: int, only: str, tell: Tell) -> Iterator[Row]:

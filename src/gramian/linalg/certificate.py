@@ -28,9 +28,10 @@ REASONS = (
     "the answer overflows its dtype: convert the matrix to a wider one, such as float64, or change its scale",
     "the answer does not exist: the matrix has eigenvalues on the imaginary axis, up to rounding",
     "the answer does not exist: the matrix has eigenvalues on the negative real axis, up to rounding",
+    "no certificate was asked for",
 )
 """Why a matrix failed. Saved certificates hold the index, so a new reason goes to the end."""
-NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERFLOW, NO_SIGN, ON_CUT = range(
+NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERFLOW, NO_SIGN, ON_CUT, UNASKED = range(
     len(REASONS)
 )
 
@@ -144,7 +145,7 @@ def verdict(
 def uncertified(
     shape: Sequence[int], device: torch.device, *, methods: Sequence[str], code: int, steps: int
 ) -> Certificate:
-    """The certificate of answers about whose error nothing is known, and which never converge."""
+    """The certificate of answers for which none was asked: their error is not known, and they never converge."""
     count = torch.zeros(tuple(shape), dtype=torch.long, device=device)
     unknown = torch.full(tuple(shape), math.nan, dtype=torch.float64, device=device)
     return Certificate(
@@ -155,7 +156,7 @@ def uncertified(
         failure_probability=unknown,
         steps=torch.full_like(count, steps),
         method=torch.full_like(count, code),
-        reason=torch.full_like(count, INACCURATE),
+        reason=torch.full_like(count, UNASKED),
         methods=tuple(methods),
     )
 
@@ -170,7 +171,10 @@ def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
 
 
 def require_converged(name: str, certificate: Certificate) -> None:
-    """Raise a `ConvergenceError` that names the failed matrices, why, and what to do."""
+    """Raise a `ConvergenceError` that names the failed matrices, why, and what to do.
+
+    An answer for which no certificate was asked has not failed.
+    """
     tensors = certificate.tensors()
     if torch.compiler.is_compiling():
         _require_in_graph(name, ",".join(certificate.methods), tensors)
@@ -179,9 +183,10 @@ def require_converged(name: str, certificate: Certificate) -> None:
 
 
 def _require(name: str, certificate: Certificate) -> None:
-    if bool(certificate.converged.all()):
+    fine = certificate.converged | (certificate.reason == UNASKED)
+    if bool(fine.all()):
         return
-    failed = (~certificate.converged.flatten()).nonzero().flatten().tolist()
+    failed = (~fine.flatten()).nonzero().flatten().tolist()
     reasons = certificate.reasons
     bounds = certificate.error_bound.flatten().tolist()
     shown = some((f"matrix {i}: {reasons[i]} (error bound {bounds[i]:.1e})" for i in failed), separator="; ")

@@ -25,24 +25,28 @@ from gramian.linalg.engine.double_double import (
     pair,
     plus,
     product,
-    rough,
     rounding,
+    thin_product,
+    thin_rough,
 )
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.equilibrated import FLOOR, inverted, of_columns, of_rows, restored
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
-from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
+from gramian.linalg.engine.probes import Probes, apply, closer, of_norm, probes
 from gramian.linalg.engine.real_form import takes_complex
-from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm
-from gramian.linalg.engine.scaling import scale
+from gramian.linalg.engine.rounding import LOOSE, U, chain_rounding, gamma, norm
+from gramian.linalg.engine.scaling import largest_entry, scale
 
 __all__ = ["inv", "inv_ex"]
 
 CHOLESKY32_ERROR = 2.0**-24
 """What a float32 Cholesky inverse loses, as relative error over κ at least; observed."""
 
+TIGHT = 128
+"""Up to this side double-double residuals cost little. Beyond it they are taken where plain ones, whose rounding is
+far above the error of a float64 inverse, are not enough for what was asked."""
 
 Invert = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From matrices to their inverses, and where they have none."""
@@ -51,58 +55,81 @@ Invert = Callable[[Tensor], tuple[Tensor, Tensor]]
 def by_lu(x: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse by LU, zero where a pivot is zero, and where that is."""
     y, info = lapack.inverse(x)
-    bad = (info != 0) | ~y.isfinite().flatten(1).all(1)
-    return torch.where(bad[:, None, None], 0.0, y), bad
+    return _zeroed(y, (info != 0) | ~largest_entry(y).isfinite())
 
 
 def by_cholesky(x: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse by Cholesky of the lower triangle, zero where a pivot is not positive, and where that is."""
     lower, info = torch.linalg.cholesky_ex(x)
     bad = info != 0
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    y = torch.cholesky_inverse(torch.where(bad[:, None, None], eye, lower))
-    return torch.where(bad[:, None, None], 0.0, y), bad
+    if x.device.type != "cpu" or bool(bad.any()):
+        lower = torch.where(bad[:, None, None], torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), lower)
+    return _zeroed(torch.cholesky_inverse(lower), bad)
+
+
+def _zeroed(y: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero where it is bad."""
+    if y.device.type != "cpu" or bool(bad.any()):
+        y = torch.where(bad[:, None, None], 0.0, y)
+    return y, bad
 
 
 def _inverter(invert: Invert, work: torch.dtype) -> Callable[..., Answer | None]:
     """The method that inverts in `work`."""
 
-    def run(x: Tensor, *, shift: Tensor, rtol: float) -> Answer | None:
+    def run(
+        x: Tensor, *, shift: Tensor, rtol: float, dtype: torch.dtype = torch.float64, certify: bool = True
+    ) -> Answer | None:
         m = damped(x, shift)
         narrow = m.hi.to(work)
         if work == torch.float32 and invert is by_cholesky and hopeless(narrow, rtol, CHOLESKY32_ERROR):
             return None
         y, bad = invert(narrow)
-        error, residual = inverse_bound(
-            m, y, probes(x.shape[-1], x.device), product if work == torch.float64 else rough
-        )
+        if not certify:
+            return Answer.bare(y, torch.where(bad, cert.INACCURATE, cert.NONE))
+        p, wide = probes(x.shape[-1], x.device), dtype == torch.float64 and work == torch.float64
+        fine = wide and (not math.isfinite(rtol) or x.shape[-1] <= TIGHT)
+        error, residual = inverse_bound(m, y, p, fine)
+        if not fine and work == torch.float64 and bool((error > 0.9 * rtol * norm(y)).any()):
+            error, residual = inverse_bound(m, y, p, True)
         error = torch.where(bad, math.inf, error)
         proven = error.isfinite()
         # Only the last resort decides that a matrix is singular.
         reason = torch.where(proven, cert.NONE, cert.INACCURATE)
-        return Answer(y, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure)
+        return Answer(y, error, residual, reason, failure=4 * p.failure)
 
     return run
 
 
-def inverse_bound(m: Pair, y: Tensor, p: Probes, times: Product) -> tuple[Tensor, Tensor]:
-    """A bound on ‖M⁻¹ − Y‖_F, and on ‖R‖_F, R = I − MY: as M⁻¹ = Y(I − R)⁻¹, it is ‖YR‖_F / (1 − ‖R‖)."""
+def inverse_bound(m: Pair, y: Tensor, p: Probes, fine: bool) -> tuple[Tensor, Tensor]:
+    """A bound on ‖M⁻¹ − Y‖_F, and on ‖R‖_F, R = I − MY: as M⁻¹ = Y(I − R)⁻¹, it is ‖YR‖_F / (1 − ‖R‖).
+
+    The residual is in plain float64, or in double-double arithmetic if `fine`.
+    """
     if not y[0:1].numel():
         zero = torch.zeros(y.shape[0], dtype=torch.float64, device=y.device)
         return zero, zero
     n = y.shape[-1]
     omega = p.omega.expand(y.shape[0], -1, -1)
-    size = norm(y)
-    right = apply(y, omega)
-    image = times(m, pair(right))
-    gap, gap_error = minus(pair(omega), image)
-    gap_error = gap_error + chain_rounding(n, norm(m.hi) + norm(m.lo), size, norm(omega))
+    size, big = norm(y) * (1 + LOOSE), norm(m.hi)
+    if fine:
+        right = thin_product(pair(y), size, omega)
+        image = thin_product(m, big, right.hi)
+        low = apply(m.hi, right.lo)
+        gap = ((omega - image.hi) - image.lo) - low
+        gap_error = image.error + (big + norm(m.lo)) * right.error + norm(m.lo) * norm(right.lo)
+        gap_error = gap_error + 2 * gamma(n) * big * norm(right.lo) + 4 * U * (norm(gap) + norm(low))
+    else:
+        right = apply(y, omega)
+        image = thin_rough(m, big, right)
+        gap = omega - image.hi
+        gap_error = image.error + 2 * U * norm(gap) + chain_rounding(n, big + norm(m.lo), size, norm(omega))
     r = of_norm(gap, p, gap_error)
-    error = of_norm(apply(y, gap), p, size * gap_error + chain_rounding(n, size, norm(gap))) / (1 - r)
+    error = closer(apply(y, gap), p, size * gap_error + chain_rounding(n, size, norm(gap))) / (1 - r)
     return torch.where((r < 0.5) & error.isfinite(), error, math.inf), r
 
 
-def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
+def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> Answer:
     """By LU and Newton–Schulz steps Y ← Y + Y(I − MY) on double-double residuals, which converge for uκ < 1."""
     m = damped(x, shift)
     y, bad = by_lu(m.hi)
@@ -112,6 +139,9 @@ def _lu_refined(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
         # Not a contraction: a step would make it worse, and the bound will say so.
         r = torch.where((norm(r) < 1)[:, None, None], r, 0.0)
         close = plus(close, close.hi @ r)
+    if not certify:
+        reason = torch.where(bad, cert.INACCURATE, cert.NONE)
+        return Answer.bare(torch.where(bad[:, None, None], math.nan, close.hi), reason, steps)
     return _certified(m, close, bad, product, steps)
 
 
@@ -175,8 +205,6 @@ def exact_inverse(mp: Any, m: Any) -> Any:
     return y if mp.norm(m) * mp.norm(y) < mp.mpf(10) ** 40 else None
 
 
-# Below an rtol of 2e-6 only the refined method is tried: the bounds of the others, which assume the worst rounding, are
-# more than 100 times the error.
 INV = register(
     MatrixFunction(
         "inv",
@@ -201,17 +229,17 @@ INV = register(
             "cholesky": Method(
                 _inverter(by_cholesky, torch.float64),
                 torch.float64,
-                2e-6,
-                lambda m, n: {"cholesky64": 3.2, "thin64": 14},
-                "float64; matrices that are symmetric to the last bit",
+                1e-12,
+                lambda m, n: {"cholesky64": 3.2, "thin64": 8},
+                "float64; κ ≤ 1e8 at 1e-6; matrices that are symmetric to the last bit",
                 symmetric=True,
             ),
             "lu": Method(
                 _inverter(by_lu, torch.float64),
                 torch.float64,
-                2e-6,
-                lambda m, n: {"inverse64": 1, "thin64": 14},
-                "float64",
+                1e-12,
+                lambda m, n: {"inverse64": 1, "thin64": 8},
+                "float64; κ ≤ 1e8 at 1e-6",
             ),
             "lu_refined": Method(
                 _lu_refined,
@@ -240,12 +268,17 @@ INV = register(
 @takes_complex("inv", square=True)
 @differentiable(derivatives.INVERSE, shapes=lambda m, **_: torch.empty_like(m), methods=INV.methods, m=2, damping=0)
 def inv_ex(
-    m: Inexact[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Inexact[Tensor, "*b n n"],
+    damping: Damping = 0.0,
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`inv` with its certificate, never raising for a matrix's values; NaN where there is no inverse.
 
     Args:
-        m, damping, method, rtol: as for `inv`.
+        m, damping, method, rtol, certify: as for `inv`.
     Returns: the inverse and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `inv`.
@@ -255,11 +288,16 @@ def inv_ex(
     >>> value.diagonal().tolist(), certificate.converged.item(), certificate.method_names
     ([0.5, 0.25], True, ['lu'])
     """
-    return evaluate(INV, m, method=method, rtol=rtol, damping=damping)
+    return evaluate(INV, m, method=method, rtol=rtol, certify=certify, damping=damping)
 
 
 def inv(
-    m: Inexact[Tensor, "*b n n"], damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Inexact[Tensor, "*b n n"],
+    damping: Damping = 0.0,
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> Inexact[Tensor, "*b n n"]:
     """The inverse of M + λI.
 
@@ -270,6 +308,7 @@ def inv(
         damping: λ ≥ 0, absolute, one number or one per matrix.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., n, n)`, the inverse, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
@@ -285,6 +324,6 @@ def inv(
     tensor([[0.5000, 0.0000],
             [0.0000, 0.2500]])
     """
-    value, certificate = inv_ex(m, damping, method=method, rtol=rtol)
+    value, certificate = inv_ex(m, damping, method=method, rtol=rtol, certify=certify)
     require_converged("inv", certificate)
     return value

@@ -27,14 +27,15 @@ from gramian.linalg.engine.double_double import (
     product,
     symmetric,
     thin_product,
+    thin_rough,
 )
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
-from gramian.linalg.engine.probes import Probes, apply, of_norm, probes
+from gramian.linalg.engine.probes import Probes, apply, apply_transposed, closer, of_norm, probes
 from gramian.linalg.engine.real_form import takes_complex
-from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm, unit_roundoff
+from gramian.linalg.engine.rounding import LOOSE, U, chain_rounding, gamma, norm, unit_roundoff
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.symmetric_products import symmetric_product
@@ -42,7 +43,7 @@ from gramian.linalg.principal_inverse_root import principal_inverse_root_ex
 
 __all__ = ["inv_root", "inv_root_ex"]
 
-EIGH32_ERROR = 24 * 2.0**-24
+EIGH32_ERROR = 4 * 2.0**-24
 """What a float32 eigendecomposition loses, as relative error times p over κ at least; observed."""
 
 STEPS = 60
@@ -52,32 +53,42 @@ REFINEMENTS = 2
 """Corrections of `_eigh_refined`."""
 
 
-def _eigh32(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer | None:
+def _eigh32(
+    x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True
+) -> Answer | None:
     """V w^(-1/p) Vᵀ by an eigendecomposition in float32; error εκ/p."""
     narrow = x.float()
     narrow = narrow + shift.float()[:, None, None] * torch.eye(x.shape[-1], dtype=narrow.dtype, device=x.device)
     if hopeless(narrow, rtol * p, EIGH32_ERROR):
         return None
     w, v, ok = lapack.eigh(narrow)
+    if not certify:
+        reason = torch.where(ok & (w > 0).all(-1), cert.NONE, cert.INACCURATE)
+        root = _root(w.double(), p)
+        return Answer.bare(_of_roots(root, v, v.dtype), reason, spectrum=Spectrum(root, v))
     value, error, residual = _from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype)
     proven = ok & error.isfinite() & (w > 0).all(-1)
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
     spectrum = Spectrum(_root(w.double(), p), v)
-    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
+    return Answer(value, error, residual, reason, failure=6 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
-def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
     """The same in float64, with V w^(-1/p) Vᵀ multiplied in float32 unless M is float64; error uκ/p and one rounding.
 
     Where a positive definite M is not proven the value is the root of the inverse on the range.
     """
     m = damped(x, shift)
     w, v, floor, reason = decompose(m, dtype)
+    kept = w > floor
+    if not certify:
+        reason = torch.where((reason == cert.NONE) & ~kept.all(-1), cert.SINGULAR, reason)
+        root = torch.where(kept, _root(w, p), 0.0)
+        return Answer.bare(_of_roots(root, v, _wide(dtype)), reason, spectrum=Spectrum(_root(w, p), v))
     value, error, residual = _from_eigenpairs(m, w, v, p, _wide(dtype))
     proven = error.isfinite() & (w > 0).all(-1)
     error = torch.where(proven, error, math.inf)
-    kept = w > floor
     unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
     reason = torch.where((reason == cert.NONE) & ~proven, unproven, reason)
     if not bool(proven.all()):
@@ -85,10 +96,12 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
         on_range = ((v * root[:, None, :]) @ v.mT).to(value.dtype)
         value = torch.where(proven[:, None, None], value, on_range)
     spectrum = Spectrum(_root(w, p), v)
-    return Answer(value, error, residual, reason, failure=2 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
+    return Answer(value, error, residual, reason, failure=6 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
-def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
+def _coupled_newton(
+    x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True
+) -> Answer:
     """X ← XT, M ← TᵖM with T = ((p + 1)I − M)/p, products only, in float32 (float64 for a float64 M). Iannazzo 2006.
 
     For devices on which an eigendecomposition is slow. Positive definiteness comes from a Cholesky factor of X.
@@ -113,6 +126,8 @@ def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rto
         if step % 4 == 3 and not bool((better & (gap > 1e-3 * unit_roundoff(work))).any()):
             break
     value = (best + best.mT) / 2
+    if not certify:
+        return Answer.bare(value, steps=steps)
     lower, info = torch.linalg.cholesky_ex(value)
     lower = torch.where((info != 0)[:, None, None], eye, lower).double()
     top = norm(lower) ** 2
@@ -124,7 +139,7 @@ def _coupled_newton(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rto
     proven = (info == 0) & error.isfinite()
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
-    return Answer(value, error, residual, reason, steps, failure=2 * probes(n, x.device).failure)
+    return Answer(value, error, residual, reason, steps, failure=6 * probes(n, x.device).failure)
 
 
 def _root(w: Tensor, p: int) -> Tensor:
@@ -137,18 +152,24 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _of_roots(root: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """V diag(root) Vᵀ in `dtype`, exactly symmetric."""
+    left = v.to(dtype) * root.sqrt().to(dtype)[:, None, :]
+    return symmetric_product(left, left.mT)
+
+
 def _from_eigenpairs(m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """V w^(-1/p) Vᵀ in `dtype`, its bound and its residual."""
     n = w.shape[-1]
     root = _root(w, p)
-    left = v.to(dtype) * root.sqrt().to(dtype)[:, None, :]
-    value = symmetric_product(left, left.mT)
+    value = _of_roots(root, v, dtype)
     if v.dtype == torch.float64 and n:
         return value, *_eigen_bound(m, value, root, v, p, probes(n, v.device))
-    vectors, across = v.double(), v.double().mT
+
+    vectors = v.double()  # once for all products
 
     def times(z: Tensor) -> Tensor:
-        return vectors @ (root[:, :, None] * (across @ z))
+        return apply(vectors, root[:, :, None] * apply_transposed(vectors, z))
 
     # ‖V‖₂² ≤ 1.1: LAPACK's vectors are orthonormal to far better than that, in any dtype.
     top = root.amax(-1) * 1.1 if n else root.new_zeros(root.shape[0])
@@ -168,24 +189,24 @@ def _eigen_bound(m: Pair, value: Tensor, root: Tensor, v: Tensor, p: int, probe:
     length, root_n, phi = norm(omega), math.sqrt(n), 10 * n * 2 * U
     top, low, size = root.amax(-1), root.amin(-1), norm(m.hi)
     slip = gamma(n + 3) * root_n
-    once = v @ (root[:, :, None] * (v.mT @ omega))
+    once = apply(v, root[:, :, None] * apply_transposed(v, omega))
     own = norm(root)
     blur = 2.1 * slip * top * length + chain_rounding(n, norm(value), length)
-    apart = of_norm(apply(value, omega) - once, probe, blur) + 2.2 * phi * own
-    a = p // 2
-    b = p - a
+    apart = closer(apply(value, omega) - once, probe, blur) + 2.2 * phi * own
+    b = p // 2
+    a = p - b
     inner = root[:, :, None] ** a * omega
-    right = v @ inner
+    right = apply(v, inner)
     image = thin_product(m, size, right)
-    back = v.mT @ (image.hi + image.lo)
+    back = apply_transposed(v, image.hi + image.lo)
     back_error = image.error * 1.1 + 2 * slip * norm(image.hi)
     # DᵇVᵀM = (I + R)D⁻ᵃVᵀ: an error made before M is magnified by at most that.
     left_error = top**b * back_error + 2.2 * low**-a * slip * norm(inner) + 8 * U * length
     turned = 5 * root_n * phi * ((top / low) ** a + (top / low) ** b)
-    r = of_norm(root[:, :, None] ** b * back - omega, probe, left_error) + turned
-    relative = torch.expm1(torch.log1p(-r.clamp_max(0.5)) / -p)
-    error = relative * own * (1 + phi) + apart
-    return torch.where((r < 0.5) & error.isfinite(), error, math.inf), r
+    left = root[:, :, None] ** b * back - omega
+    r = of_norm(left, probe, left_error) + turned
+    first = closer(root[:, :, None] * left, probe, top * left_error) + top * turned
+    return _from_norms(first, r, own, apart, p), r
 
 
 def _root_bound(
@@ -200,10 +221,17 @@ def _root_bound(
 ) -> tuple[Tensor, Tensor]:
     """A bound on ‖value − M^(-1/p)‖_F, for a `value` near the positive definite X that `times` applies; and r.
 
-    If r = ‖XᵇMXᵃ − I‖ < 1, a + b = p, then the eigenvalues of X^(p/2) M X^(p/2) are as near to 1, (1 − r) X⁻ᵖ ≤ M ≤
-    (1 + r) X⁻ᵖ, and as λ^(-1/p) is operator monotone, ‖M^(-1/p) − X‖ ≤ ((1 − r)^(-1/p) − 1) ‖X‖ in every unitarily
-    invariant norm (Bhatia, Matrix Analysis, chapter V): no condition number enters. `top` bounds ‖X‖₂, and one
-    application errs by γ √top · `row`, `row` bounding the Frobenius norm of either factor of X.
+    With R = XᵇMXᵃ − I, a + b = p, a − b = 0 or 1, S = X^(p/2) M X^(p/2) − I is similar to R, and its eigenvalues are at
+    most r = ‖R‖. On the way Y(t) = (X^(-p/2) (I + tS) X^(-p/2))^(-1/p) from X to M^(-1/p):
+
+    - In the eigenbasis of X, Y'(0) has entries Sᵢⱼ (xᵢxⱼ)^(p/2) / Σₖ xᵢᵏ xⱼᵖ⁻¹⁻ᵏ, at most Sᵢⱼ √(xᵢxⱼ) / p by the
+      inequality of the means, so that ‖Y'(0)‖_F ≤ ‖XR‖_F / p.
+    - By the integral of μ^(-1/p) (λ + μ)⁻¹, 0 ≤ Y'' ≤ (2/p) (r/(1 − r))² Y, and Y ≤ (1 − r)^(-1/p) X.
+
+    So ‖M^(-1/p) − X‖_F ≤ (‖XR‖_F + (r/(1 − r))² (1 − r)^(-1/p) ‖X‖_F) / p, into which no condition number enters; where
+    it is less, ((1 − r)^(-1/p) − 1) ‖X‖_F, as λ^(-1/p) is operator monotone (Bhatia, Matrix Analysis, chapter V).
+    `top` bounds ‖X‖₂, and one application errs by γ √top · `row`, where `row` bounds the Frobenius norm of either
+    factor of X.
     """
     if not value[0:1].numel():
         zero = torch.zeros(value.shape[0], dtype=torch.float64, device=value.device)
@@ -219,18 +247,27 @@ def _root_bound(
 
     zero = torch.zeros_like(top)
     once, once_error = several(omega, zero, 1)
-    apart = of_norm(apply(value, omega) - once, probe, once_error + chain_rounding(n, norm(value), norm(omega)))
-    a = p // 2
-    right, right_error = several(once, once_error, a - 1) if a else (omega, zero)
+    apart = closer(apply(value, omega) - once, probe, once_error + chain_rounding(n, norm(value), norm(omega)))
+    b = p // 2
+    a = p - b
+    right, right_error = several(once, once_error, a - 1)
     image = times_m(m, right)
-    left, left_error = several(image.hi + image.lo, image.error + U * norm(image.hi), p - a)
+    left, left_error = several(image.hi + image.lo, image.error + U * norm(image.hi), b)
     # XᵇM = (I + R) X⁻ᵃ, and X⁻ᵖ ≤ M / (1 − r): an error made before M is magnified by at most that.
     left_error = left_error + right_error * 2 * (2 * norm(m.hi)) ** (a / p)
     r = of_norm(left - omega, probe, left_error)
-    relative = torch.expm1(torch.log1p(-r.clamp_max(0.5)) / -p)
-    size = of_norm(once, Probes(omega, probe.factor, 0.0), once_error).minimum(norm(value) + apart)
-    error = relative * size + apart
-    return torch.where((r < 0.5) & error.isfinite(), error, math.inf), r
+    spread, spread_error = several(left - omega, left_error, 1)
+    first = closer(spread, probe, spread_error)
+    return _from_norms(first, r, norm(value) * (1 + LOOSE) + apart, apart, p), r
+
+
+def _from_norms(first: Tensor, r: Tensor, size: Tensor, apart: Tensor, p: int) -> Tensor:
+    """The bound of `_root_bound` from ‖XR‖_F, r, ‖X‖_F, and the distance of the value from X."""
+    near = r.clamp_max(0.5)
+    whole = torch.expm1(torch.log1p(-near) / -p)
+    share = ((near / (1 - near)) ** 2 * (1 - near) ** (-1 / p)) / p
+    error = torch.minimum(first / p + share * size, whole * size) + apart
+    return torch.where((r < 0.5) & error.isfinite(), error, math.inf)
 
 
 def _fine(m: Pair, z: Tensor) -> Pair:
@@ -240,13 +277,10 @@ def _fine(m: Pair, z: Tensor) -> Pair:
 
 def _rough(m: Pair, z: Tensor) -> Pair:
     """M z in plain float64."""
-    value = m.hi @ z
-    error = chain_rounding(z.shape[-2], norm(m.hi), norm(z)) + norm(m.lo) * norm(z)
-    assert isinstance(error, Tensor)
-    return Pair(value, torch.zeros_like(value), error)
+    return thin_rough(m, norm(m.hi), z)
 
 
-def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
     """V w^(-1/p) Vᵀ, then two first-order corrections from double-double residuals R = I − XᵖM; right to the last bits
     while uκ < 1.
 
@@ -268,6 +302,12 @@ def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol:
         d = ((v.mT @ r @ v) * weights).triu()
         d = v @ (d + d.triu(1).mT) @ v.mT
         value = plus(value, (d + d.mT) / 2)
+    kept = w > floor
+    if not certify:
+        lost = ~kept.all(-1)
+        reason = torch.where((reason == cert.NONE) & lost, cert.SINGULAR, reason)
+        on_range = (v * (root * kept)[:, None, :]) @ v.mT
+        return Answer.bare(torch.where(lost[:, None, None], on_range, value.hi), reason, REFINEMENTS)
     r, r_error = minus(eye_like(x), product(power(value, p, product), m))
     size = norm(r) + r_error
     n = x.shape[-1]
@@ -277,7 +317,6 @@ def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol:
     proven = (size < 1) & positive & (w > 0).all(-1)
     relative = torch.expm1(torch.log1p(-size.clamp_max(0.999)) / -p)
     error = torch.where(proven, relative * (norm(value.hi) + norm(value.lo)) + norm(value.lo), math.inf)
-    kept = w > floor
     unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
     reason = torch.where((reason == cert.NONE) & ~proven, unproven, reason)
     on_range = (v * (root * kept)[:, None, :]) @ v.mT
@@ -306,7 +345,7 @@ INV_ROOT = register(
                 torch.float64,
                 1e-5,
                 lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 10},
-                "κ ≤ 250 at 1e-4",
+                "κ ≤ 1e3 at 1e-4, 1e4 at 1e-2",
                 narrow=True,
                 spectral=True,
             ),
@@ -346,10 +385,10 @@ INV_ROOT = register(
     damping=0,
 )
 def _inv_root_ex(
-    m: Tensor, p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Tensor, p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[Tensor, Certificate]:
     """`inv_root_ex` of symmetric matrices."""
-    return evaluate(INV_ROOT, m, method=method, rtol=rtol, damping=damping, p=p)
+    return evaluate(INV_ROOT, m, method=method, rtol=rtol, certify=certify, damping=damping, p=p)
 
 
 def inv_root_ex(
@@ -360,13 +399,14 @@ def inv_root_ex(
     symmetric: bool = True,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`inv_root` with its certificate, never raising for a matrix's values.
 
     Where M + λI is rank-deficient the value is the root of the inverse on its range, and not converged.
 
     Args:
-        m, p, damping, symmetric, method, rtol: as for `inv_root`.
+        m, p, damping, symmetric, method, rtol, certify: as for `inv_root`.
     Returns: the inverse root and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `inv_root`.
@@ -379,7 +419,7 @@ def inv_root_ex(
     if isinstance(p, bool) or not isinstance(p, int) or p < 1:
         raise InputError(f"inv_root: expected an integer p ≥ 1, got {p!r}. Use p=2 or p=4, for M^(-1/2) or M^(-1/4).")
     function = _inv_root_ex if symmetric else principal_inverse_root_ex
-    return function(m, p, damping, method=method, rtol=rtol)
+    return function(m, p, damping, method=method, rtol=rtol, certify=certify)
 
 
 def inv_root(
@@ -390,6 +430,7 @@ def inv_root(
     symmetric: bool = True,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> Inexact[Tensor, "*b n n"]:
     """The inverse p-th root of a symmetric positive definite matrix, or the principal one of a square matrix.
 
@@ -403,6 +444,7 @@ def inv_root(
         symmetric: whether M is, and what is not is refused. If False, M may be any matrix with a principal root.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., n, n)`, the inverse root, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
@@ -420,6 +462,6 @@ def inv_root(
     tensor([[0.5000, 0.0000],
             [0.0000, 1.0000]])
     """
-    value, certificate = inv_root_ex(m, p, damping, symmetric=symmetric, method=method, rtol=rtol)
+    value, certificate = inv_root_ex(m, p, damping, symmetric=symmetric, method=method, rtol=rtol, certify=certify)
     require_converged("inv_root", certificate)
     return value

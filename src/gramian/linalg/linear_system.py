@@ -14,6 +14,7 @@ from gramian.errors import ShapeError
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
+from gramian.linalg.engine.batches import broadcast
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
     Pair,
@@ -47,7 +48,7 @@ def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Ca
     With I − YM = L, ‖M⁻¹b − z‖_F ≤ ‖Y(b − Mz)‖_F / (1 − ‖L‖).
     """
 
-    def run(x: Tensor, *, shift: Tensor, b: Tensor, rtol: float) -> Answer:
+    def run(x: Tensor, *, shift: Tensor, b: Tensor, rtol: float, certify: bool = True) -> Answer:
         m, right = damped(x, shift), pair(b)
         p = probes(x.shape[-1], x.device)
         y, bad = invert(m.hi.to(work))
@@ -55,6 +56,10 @@ def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Ca
         for _ in range(steps if y[0:1].numel() else 0):
             r, _ = minus(right, times(m, z))
             z = plus(z, apply(y, r))
+        singular = cert.SINGULAR if times is product else cert.INACCURATE
+        if not certify:
+            value = torch.where(bad[:, None, None], math.nan, z.hi)
+            return Answer.bare(value, torch.where(bad, singular, cert.NONE), steps)
         size = _left_defect(m, y, p, times)
         r, r_error = minus(right, times(m, z))
         step = norm(y.double() @ r) + norm(y) * (r_error + gamma(x.shape[-1] + 1) * norm(r))
@@ -181,11 +186,19 @@ SOLVE = register(
     damping=0,
 )
 def _solve_ex(
-    m: Tensor, b: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Tensor,
+    b: Tensor,
+    damping: Damping = 0.0,
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Tensor, Certificate]:
     """`solve_ex` of matrices in one batch."""
     dtype = torch.promote_types(m.dtype, b.dtype)
-    return evaluate(SOLVE, m.to(dtype), method=method, rtol=rtol, damping=damping, right=load(b.to(dtype)))
+    return evaluate(
+        SOLVE, m.to(dtype), method=method, rtol=rtol, certify=certify, damping=damping, right=load(b.to(dtype))
+    )
 
 
 def solve_ex(
@@ -196,11 +209,12 @@ def solve_ex(
     left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Inexact[Tensor, ...], Certificate]:
     """`solve` with its certificate, never raising for a matrix's values; NaN where there is no solution.
 
     Args:
-        m, b, damping, left, method, rtol: as for `solve`.
+        m, b, damping, left, method, rtol, certify: as for `solve`.
     Returns: the solution and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `solve`.
@@ -215,10 +229,7 @@ def solve_ex(
     right = check("solve", b[..., None] if vector else b, real=False)
     if not left:
         m, right = m.mT, right if vector else right.mT
-    try:
-        batch = torch.broadcast_shapes(m.shape[:-2], right.shape[:-2])
-    except RuntimeError:
-        batch = None
+    batch = broadcast(m.shape[:-2], right.shape[:-2])
     if batch is None or m.shape[-1] != right.shape[-2]:
         raise ShapeError(
             f"solve: expected (..., n, n) and (..., n, k), (..., k, n) if left=False, or (n,) or (..., n), got "
@@ -227,10 +238,10 @@ def solve_ex(
         )
     m, right = m.expand(*batch, *m.shape[-2:]), right.expand(*batch, *right.shape[-2:])
     if m.is_complex() or right.is_complex():
-        value, proof = _solve_ex(real_form(m), stacked(right), damping, method=method, rtol=rtol)
+        value, proof = _solve_ex(real_form(m), stacked(right), damping, method=method, rtol=rtol, certify=certify)
         value = unstacked(value)
     else:
-        value, proof = _solve_ex(m, right, damping, method=method, rtol=rtol)
+        value, proof = _solve_ex(m, right, damping, method=method, rtol=rtol, certify=certify)
     return value[..., 0] if vector else value if left else value.mT, proof
 
 
@@ -242,6 +253,7 @@ def solve(
     left: bool = True,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> Inexact[Tensor, ...]:
     """The solution Z of (M + λI) Z = B, or of Z (M + λI) = B if not `left`.
 
@@ -255,6 +267,7 @@ def solve(
         left: whether M stands to the left of Z.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error of Z asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: the solution, of the shape of `b` with the batch of both, in the wider dtype of `m` and `b`.
     Raises:
         ShapeError: where `m` is not square, or `b` or `damping` does not fit it.
@@ -270,6 +283,6 @@ def solve(
     tensor([[1.0000],
             [0.5000]])
     """
-    value, certificate = solve_ex(m, b, damping, left=left, method=method, rtol=rtol)
+    value, certificate = solve_ex(m, b, damping, left=left, method=method, rtol=rtol, certify=certify)
     require_converged("solve", certificate)
     return value

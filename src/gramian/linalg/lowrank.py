@@ -42,12 +42,16 @@ def _svd_error(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return error
 
 
-def _by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None) -> Found:
+def _by_svd(
+    x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None, certify: bool = True
+) -> Found:
     """The leading part of the full SVD."""
     x = x.to(torch.float64)
     u, s, v, ok = lapack.svd(x)
-    spread = _svd_error(x, u, s, v)
     value, factors = caller.rounded(u[..., :k], s[:, :k], v[..., :k])
+    if not certify:
+        return Found.bare(value, torch.where(ok, cert.NONE, cert.LAPACK))
+    spread = _svd_error(x, u, s, v)
     # ‖σ̂ − σ‖₂ is at most `spread` (Mirsky).
     optimum = (norm(s[:, k:]) - spread).clamp_min(0)
     unit = gamma(x.shape[-1] + x.shape[-2])
@@ -55,7 +59,9 @@ def _by_svd(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.
     return Found(value, bound, left, torch.where(ok, cert.NONE, cert.LAPACK))
 
 
-def _by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None) -> Found:
+def _by_block_krylov(
+    x: Tensor, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None, certify: bool = True
+) -> Found:
     """`lowrank_krylov.by_products` of dense matrices, with products in x's dtype."""
     ops = Products(
         forth=lambda y: by(y, x.mT),
@@ -66,7 +72,7 @@ def _by_block_krylov(x: Tensor, k: int, caller: Caller, *, rtol: float, generato
         unit=gamma(x.shape[-1] + x.shape[-2]),
         dense=x,
     )
-    return by_products(ops, k, caller, rtol=rtol, generator=generator)
+    return by_products(ops, k, caller, rtol=rtol, generator=generator, certify=certify)
 
 
 Factors = tuple[Tensor, ...]
@@ -75,7 +81,7 @@ METHODS = tuple(SVD_LOWRANK)
 
 
 def _of_map(
-    a: Any, rank: int, rtol: float | None, generator: torch.Generator | None
+    a: Any, rank: int, rtol: float | None, generator: torch.Generator | None, certify: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Certificate]:
     """`svd_lowrank_ex` of a map, in float64 except for its own products; ‖A‖_F is known only for a sparse tensor."""
     dtype, device = getattr(a, "dtype", torch.float32), torch.device(getattr(a, "device", "cpu"))
@@ -115,11 +121,12 @@ def _of_map(
         for again in (False, True) if finite else ():
             # There is no SVD to fall back on. The second run has a wider block, for multiple eigenvalues.
             asked = tolerance / 8 if again else tolerance
-            found = by_products(ops, rank, caller, rtol=asked, generator=source, wide=again)
-            if not finite or bool((found.excess + rounding <= tolerance).all()):
+            found = by_products(ops, rank, caller, rtol=asked, generator=source, wide=again, certify=certify)
+            if not finite or not certify or bool((found.excess + rounding <= tolerance).all()):
                 break
     bound = found.excess + rounding
     reason = found.reason if finite else torch.full_like(found.reason, cert.NOT_FINITE)
+    reason = reason if certify else torch.where(reason == cert.NONE, cert.UNASKED, reason)
     proof = verdict(
         bound,
         tolerance,
@@ -147,12 +154,13 @@ def svd_lowrank_ex(
     *,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[tuple[Float[Tensor, "*b m k"], Float[Tensor, "*b k"], Float[Tensor, "*b n k"]], Certificate]:
     """`svd_lowrank` with its certificate, never raising for a matrix's values.
 
     Args:
-        a, rank, method, rtol, generator: as for `svd_lowrank`.
+        a, rank, method, rtol, certify, generator: as for `svd_lowrank`.
     Returns: the factors and their `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `svd_lowrank`.
@@ -171,7 +179,7 @@ def svd_lowrank_ex(
     if not isinstance(linear, Tensor):
         if method == "svd":
             raise InputError("svd_lowrank: 'svd' wants a dense tensor. Use method='block_krylov' or a.to_dense().")
-        return _of_map(linear, rank, rtol, generator)
+        return _of_map(linear, rank, rtol, generator, certify)
     a = linear
     wide = a.shape[-2] < a.shape[-1]
     loaded, tolerance = unscaled(load(a.mT if wide else a)), default_rtol(rtol, a.dtype)
@@ -187,13 +195,14 @@ def svd_lowrank_ex(
         name, work = rung
         part = loaded.rows(rows)
         caller = Caller(a.dtype, part.exponent)
-        found = SVD_LOWRANK[name](part.at(work), rank, caller, rtol=tolerance, generator=generator)
+        found = SVD_LOWRANK[name](part.at(work), rank, caller, rtol=tolerance, generator=generator, certify=certify)
         lost = ~part.finite
+        reason = found.reason if certify else torch.where(found.reason == cert.NONE, cert.UNASKED, found.reason)
         value = tuple(torch.where(lost.reshape(-1, *[1] * (y.ndim - 1)), math.nan, y) for y in found.value)
         return value, verdict(
             found.excess,
             tolerance,
-            torch.where(lost, cert.NOT_FINITE, found.reason),
+            torch.where(lost, cert.NOT_FINITE, reason),
             methods=METHODS,
             code=METHODS.index(name),
             residual=found.residual,
@@ -212,6 +221,7 @@ def svd_lowrank(
     *,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "*b m k"], Float[Tensor, "*b k"], Float[Tensor, "*b n k"]]:
     """The best approximation of rank k, as U (m, k), S (k,), V (n, k), in the convention of `torch.svd_lowrank`.
@@ -225,6 +235,7 @@ def svd_lowrank(
         rtol: the excess (‖A − USVᵀ‖_F − optimum) / ‖A‖_F asked for; `certificate.RTOL` of the dtype if None, and at
             least 1e-4 for sparse matrices and maps. The certificate's `error_bound` bounds this excess, since the
             factors themselves are not unique.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
         generator: of the random start; one of a fixed seed if None.
     Returns: U `(..., m, k)`, S `(..., k)` descending, V `(..., n, k)`.
     Raises:
@@ -249,6 +260,6 @@ def svd_lowrank(
     >>> s
     tensor([4.])
     """
-    value, certificate = svd_lowrank_ex(a, rank, method=method, rtol=rtol, generator=generator)
+    value, certificate = svd_lowrank_ex(a, rank, method=method, rtol=rtol, certify=certify, generator=generator)
     require_converged("svd_lowrank", certificate)
     return value

@@ -11,6 +11,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from gramian.errors import InputError
+from gramian.linalg import certificate as cert
 from gramian.linalg import singular_derivatives
 from gramian.linalg.certificate import Certificate, default_rtol, require_converged
 from gramian.linalg.engine import probes
@@ -86,20 +87,26 @@ def start_of(generator: torch.Generator | None, like: Tensor, n: int, batch: int
     return random_rows(default_generator(generator), like, batch, min(BLOCK, n), n)
 
 
-def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
+def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float, certify: bool = True) -> Top:
     """√λ_max of AᵀA; `twice` gives rows z AᵀA, z Aᵀ and a bound on their rounding, relative to ‖z‖_F, in float64.
 
-    `apply` may round: D = AᵀAW − WT − FE_qᵀ is measured by its products with random vectors.
+    `apply` may round: D = AᵀAW − WT − FE_qᵀ is measured by its products with random vectors. Without `certify` there
+    are none, and the error is inf.
     """
     share = 1.8 * rtol
     found, theta = search(apply, start, share)
     near = theta * (1 + share)
     p = found.t.shape[-1]
     seen = probes.probes(p, start.device, SEEN)
-    weights = torch.cat([seen.omega.mT.expand(start.shape[0], -1, -1), top_vector(found, theta)[:, None]], -2)
+    weights = top_vector(found, theta)[:, None]
+    if certify:
+        weights = torch.cat([seen.omega.mT.expand(start.shape[0], -1, -1), weights], -2)
     rows = found.rows.to(torch.float64)
     z = weights @ rows
     exact, forth, rounding = twice(z)
+    if not certify:
+        low = forth[:, -1].norm(dim=-1) / z[:, -1].norm(dim=-1).clamp_min(2.0**-500)
+        return Top(low, torch.full_like(low, math.inf), p // found.block)
     ours = (weights @ found.t) @ rows + weights[..., -found.block :] @ found.residual.to(torch.float64)
     noise = probes.two_norm_bound((exact - ours)[:, :-1], seen, rounding * norm(z))
     high = top_bound(found, theta, near, noise=noise)
@@ -109,7 +116,7 @@ def _largest(apply: Apply, start: Tensor, twice: Twice, rtol: float) -> Top:
     return Top(low, torch.where(high == 0, 0.0, error + 4 * U * low), p // found.block)
 
 
-def leading(x: Tensor, rtol: float, generator: torch.Generator | None) -> Top:
+def leading(x: Tensor, rtol: float, generator: torch.Generator | None, certify: bool = True) -> Top:
     """σ₁ by Lanczos on AᵀA with products in x's dtype."""
     m, n = x.shape[-2:]
 
@@ -117,7 +124,7 @@ def leading(x: Tensor, rtol: float, generator: torch.Generator | None) -> Top:
         back, forth, square = probes.twice(x, z)
         return back, forth, 4 * gamma(m + n) * square
 
-    return _largest(lambda y: by(by(y, x.mT), x), start_of(generator, x, n, x.shape[0]), twice, rtol)
+    return _largest(lambda y: by(by(y, x.mT), x), start_of(generator, x, n, x.shape[0]), twice, rtol, certify)
 
 
 def leading_vectors(a: Inexact[Tensor, "*b m n"]) -> tuple[Inexact[Tensor, "*b m"], Inexact[Tensor, "*b n"]]:
@@ -135,20 +142,22 @@ def leading_vectors(a: Inexact[Tensor, "*b m n"]) -> tuple[Inexact[Tensor, "*b m
     return u.reshape(*batch.shape, -1), v.reshape(*batch.shape, -1)
 
 
-def norm_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
+def norm_by_lanczos(x: Tensor, *, rtol: float, generator: torch.Generator | None, certify: bool = True) -> Number:
     """By block Lanczos on AᵀA from a random start, in x's dtype, and in float64 where its rounding hides rtol."""
     if x.dtype != torch.float64 and rtol < NARROW:
         x = x.to(torch.float64)
-    value, error, steps = leading(x, rtol, generator)
+    value, error, steps = leading(x, rtol, generator, certify)
+    none = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+    if not certify:
+        return Number(value, error, none, steps)
     poor = (~(error <= rtol * (value - error))).nonzero().flatten()
     if x.dtype != torch.float64 and poor.numel():
         value[poor], error[poor], steps = leading(x[poor].to(torch.float64), rtol, generator)
-    none = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
     # Two events: the start sees the top, the probes see the rounding.
     return Number(value, error, none, steps, 2 * FAILURE)
 
 
-def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None) -> Number:
+def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None, certify: bool = True) -> Number:
     """By all singular values: of the Gram matrix, whose largest is σ₁² to rounding, or with double-double residuals."""
     value = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     error, reason = torch.full_like(value, math.inf), value.long()
@@ -157,6 +166,8 @@ def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None
     if rtol >= PLAIN:
         s, errors, ok = by_gram(x)
         value, error = s[:, -1].clone(), torch.where(ok, errors[:, -1], math.inf)
+        if not certify:
+            return Number(value, error, torch.where(ok, cert.NONE, cert.LAPACK))
     poor = (~(error <= rtol * (value - error))).nonzero().flatten()
     if poor.numel():
         found = svd_double_double(x[poor].to(torch.float64), rtol=math.inf)
@@ -167,7 +178,7 @@ def norm_by_svdvals(x: Tensor, *, rtol: float, generator: torch.Generator | None
 SPECTRAL_NORM: dict[str, Callable[..., Number]] = {"lanczos": norm_by_lanczos, "svdvals": norm_by_svdvals}
 
 
-def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tuple[Tensor, Certificate]:
+def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None, certify: bool) -> tuple[Tensor, Certificate]:
     """`spectral_norm_ex` of a map, scaled by the size of its product with one random block; its products are taken as
     exact, but for 16 roundings of its dtype."""
     if isinstance(a, TensorMap):
@@ -188,13 +199,20 @@ def _norm_of_map(a: Any, rtol: float, generator: torch.Generator | None) -> tupl
             return back.matmat(forth).mT[None], forth.mT[None], 0.0
 
         if finite:
-            top = _largest(lambda y: back.matmat(scaled.matmat(y[0].mT)).mT[None], start, twice, rtol - rounding)
+
+            def apply(y: Tensor) -> Tensor:
+                return back.matmat(scaled.matmat(y[0].mT)).mT[None]
+
+            top = _largest(apply, start, twice, rtol - rounding, certify)
             value = Number(top.value, top.error + rounding * top.value, zero, top.steps, 2 * FAILURE)
             finite = bool(top.value.isfinite())
     flags = torch.tensor([finite], device=own.device)
-    family = {"lanczos": lambda x, rtol: value._replace(reason=torch.zeros_like(value.value, dtype=torch.long))}
+    family = {"lanczos": lambda x, rtol, **_: value._replace(reason=torch.zeros_like(value.value, dtype=torch.long))}
     x = like.new_zeros(1, 1, 1)
-    return numbers(family, ["lanczos"], rtol, torch.float64, x, flags, (), lambda v, _: scale(v, exponent.to(v.device)))
+    back_to = exponent.to(own.device)
+    return numbers(
+        family, ["lanczos"], rtol, torch.float64, x, flags, (), lambda v, _: scale(v, back_to), certify=certify
+    )
 
 
 @differentiable(
@@ -209,13 +227,14 @@ def _spectral_norm_ex(
     *,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Certificate]:
     """`spectral_norm_ex` of the last two dimensions."""
     choose("spectral_norm", method, SPECTRAL_NORM)
     if not isinstance(a, Tensor) or not is_dense(a):
         linear = as_linear_map("spectral_norm", a)
-        return _norm_of_map(linear, default_rtol(rtol, getattr(linear, "dtype", torch.float32)), generator)
+        return _norm_of_map(linear, default_rtol(rtol, getattr(linear, "dtype", torch.float32)), generator, certify)
     check("spectral_norm", a, real=False)
     if a.is_complex():
         a = real_form(a)
@@ -234,6 +253,7 @@ def _spectral_norm_ex(
         batch.finite,
         batch.shape,
         lambda value, rows: scale(value, batch.exponent[rows]),
+        certify=certify,
         generator=generator,
     )
 
@@ -245,6 +265,7 @@ def spectral_norm_ex(
     keepdim: bool = False,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, ...], Certificate]:
     """`spectral_norm` with its certificate, never raising for a matrix's values.
@@ -254,6 +275,7 @@ def spectral_norm_ex(
         dim, keepdim: as for `spectral_norm`; the certificate keeps no dimensions.
         method: one of `SPECTRAL_NORM` or "auto".
         rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
         generator: of the random start; a fixed seed if None.
     Returns: the norms `(...)`, and their certificate; its residual is 0.
     Raises: `ShapeError`, `DtypeError`, `InputError`.
@@ -265,7 +287,7 @@ def spectral_norm_ex(
     (4.0, True)
     """
     if dim == (-2, -1) and not keepdim:
-        return _spectral_norm_ex(a, method=method, rtol=rtol, generator=generator)
+        return _spectral_norm_ex(a, method=method, rtol=rtol, certify=certify, generator=generator)
     if not isinstance(a, Tensor) or not is_dense(a):
         raise InputError("spectral_norm: dim and keepdim are for dense tensors. Leave them out.")
     check("spectral_norm", a, real=False)
@@ -273,7 +295,7 @@ def spectral_norm_ex(
     if first == second or not 0 <= min(first, second) <= max(first, second) < a.ndim:
         raise InputError(f"spectral_norm: expected two dimensions of {a.ndim}, got dim={dim}.")
     value, proof = _spectral_norm_ex(
-        a.movedim((first, second), (-2, -1)), method=method, rtol=rtol, generator=generator
+        a.movedim((first, second), (-2, -1)), method=method, rtol=rtol, certify=certify, generator=generator
     )
     if keepdim:
         for d in sorted((first, second)):
@@ -288,6 +310,7 @@ def spectral_norm(
     keepdim: bool = False,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ...]:
     """The largest singular value, ‖A‖₂ = max ‖Ax‖ / ‖x‖.
@@ -298,6 +321,7 @@ def spectral_norm(
         keepdim: whether they stay, with size 1.
         method: one of `SPECTRAL_NORM` or "auto".
         rtol: the relative error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
         generator: of the random start; a fixed seed if None.
     Returns: the norms `(...)` in the dtype of `a`, or of its real part; that of a map is float64.
     Raises:
@@ -312,6 +336,8 @@ def spectral_norm(
     >>> spectral_norm(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]))
     tensor(2.)
     """
-    value, certificate = spectral_norm_ex(a, dim=dim, keepdim=keepdim, method=method, rtol=rtol, generator=generator)
+    value, certificate = spectral_norm_ex(
+        a, dim=dim, keepdim=keepdim, method=method, rtol=rtol, certify=certify, generator=generator
+    )
     require_converged("spectral_norm", certificate)
     return value

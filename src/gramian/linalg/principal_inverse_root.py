@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.linalg import certificate as cert
-from gramian.linalg.certificate import Certificate, default_rtol, verdict
+from gramian.linalg.certificate import Certificate, default_rtol, uncertified, verdict
 from gramian.linalg.engine.loading import Damping, check
 from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import U
@@ -27,7 +27,13 @@ FINE = 1e-12
 
 @takes_complex("inv_root", square=True)
 def principal_inverse_root_ex(
-    m: Tensor, p: int, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Tensor,
+    p: int,
+    damping: Damping = 0.0,
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Tensor, Certificate]:
     """(M + λI)^(-1/p): the inverse of the square root for p = 2, exp(−log(M)/p) beyond; derivatives are those of both.
 
@@ -38,22 +44,25 @@ def principal_inverse_root_ex(
     if method not in ("auto", *METHODS):
         raise InputError(f"inv_root: unknown method {method!r} for symmetric=False. Use one of: auto, composed.")
     if p == 1:
-        return inv_ex(m, damping, rtol=rtol)
+        return inv_ex(m, damping, rtol=rtol, certify=certify)
     wide = m.double()
     if p == 2:
-        first, proof = principal_root_ex(wide, damping, rtol=FINE)
-        value, last = inv_ex(first, rtol=FINE)
+        first, proof = principal_root_ex(wide, damping, rtol=FINE, certify=certify)
+        value, last = inv_ex(first, rtol=FINE, certify=certify)
     else:
         if isinstance(damping, Tensor) or damping != 0:
             raise InputError(
                 "inv_root: damping is for p ≤ 2 where symmetric=False. Add it to the matrix, which rounds: "
                 "m + damping * torch.eye(n)."
             )
-        first, proof = logm_ex(wide, rtol=FINE)
-        value, last = expm_ex(first / -p, rtol=FINE)
+        first, proof = logm_ex(wide, rtol=FINE, certify=certify)
+        value, last = expm_ex(first / -p, rtol=FINE, certify=certify)
     out = value.to(m.dtype)
     if has_no_values(out):
         return out, Certificate(*last.tensors(), methods=METHODS)
+    if not certify:
+        bare = uncertified(m.shape[:-2], m.device, methods=METHODS, code=0, steps=0)
+        return out, replace(bare, reason=torch.where(proof.reason == cert.UNASKED, last.reason, proof.reason))
     with torch.no_grad():
         moved = proof.error_bound / (1 - proof.error_bound).clamp_min(0) * _size(first)
         size = _size(value)

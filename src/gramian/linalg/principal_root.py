@@ -97,7 +97,7 @@ def plain_root(m: Tensor) -> Tensor:
     return out
 
 
-def _newton(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
+def _newton(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> Answer:
     """Denman–Beavers to X, Newton's corrections on double-double residuals, and a bound on the remainder of the last.
 
     The root is X + D* with XD* + D*X = E − D*², E = A − X². So with D from E alone, and β of `stable`,
@@ -111,6 +111,10 @@ def _newton(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
         e, _ = minus(a, product(close, close))
         d, _ = solve(s, e)
         close = plus(close, torch.where((norm(d) < 0.1 * norm(s.n))[:, None, None], d, 0.0))
+    bad = ~(root.converged & s.steps.converged)
+    if not certify:
+        value = torch.where(bad[:, None, None], math.nan, close.hi)
+        return Answer.bare(value, torch.where(bad, cert.ON_CUT, cert.NONE), root.steps)
     e, e_error = minus(a, product(close, close))
     d, gap = solve(s, e)
     # The equation is that of the first X.
@@ -123,7 +127,6 @@ def _newton(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
     error = torch.where(known, (beta * (2 * first) ** 2 + rest + norm(value.lo)) * (1 + 2.0**-20), math.inf)
     if not x[0:1].numel():
         error = torch.zeros_like(error)
-    bad = ~(root.converged & s.steps.converged)
     reason = torch.where(bad, cert.ON_CUT, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE))
     out = torch.where(bad[:, None, None], math.nan, value.hi)
     residual = norm(e) / norm(a.hi).clamp_min(2.0**-1000)
@@ -174,7 +177,7 @@ PRINCIPAL_ROOT = MatrixFunction(
     damping=0,
 )
 def principal_root_ex(
-    m: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[Tensor, Certificate]:
     """The principal square root of M + λI with its certificate."""
-    return evaluate(PRINCIPAL_ROOT, m, method=method, rtol=rtol, damping=damping)
+    return evaluate(PRINCIPAL_ROOT, m, method=method, rtol=rtol, certify=certify, damping=damping)

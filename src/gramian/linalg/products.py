@@ -12,6 +12,7 @@ from torch import Tensor
 from gramian.errors import DtypeError, InputError, ShapeError
 from gramian.linalg import certificate as cert
 from gramian.linalg.certificate import Certificate, default_rtol, verdict
+from gramian.linalg.engine.batches import broadcast
 from gramian.linalg.engine.loading import check, choose
 from gramian.linalg.engine.probes import of_norm, probes
 from gramian.linalg.engine.rounding import chain_rounding, norm
@@ -85,7 +86,7 @@ def _torch(a: Tensor, b: Tensor) -> Tensor:
 
 def _loop(a: Tensor, b: Tensor) -> Tensor:
     """One call for each matrix of the batch."""
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = broadcast(a.shape[:-2], b.shape[:-2]) or torch.Size()
     count = math.prod(batch)
     left, right = (x.expand(*batch, *x.shape[-2:]).reshape(count, *x.shape[-2:]) for x in (a, b))
     if not count:
@@ -218,10 +219,8 @@ def matmul(
     default_rtol(rtol, a.dtype)
     if a.dtype != b.dtype:
         raise DtypeError(f"matmul: expected one dtype, got {a.dtype} and {b.dtype}. Convert one with .to().")
-    try:
-        torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    except RuntimeError as e:
-        raise ShapeError(f"matmul: batches {tuple(a.shape[:-2])} and {tuple(b.shape[:-2])} do not broadcast.") from e
+    if broadcast(a.shape[:-2], b.shape[:-2]) is None:
+        raise ShapeError(f"matmul: batches {tuple(a.shape[:-2])} and {tuple(b.shape[:-2])} do not broadcast.")
     if a.shape[-1] != b.shape[-2]:
         raise ShapeError(
             f"matmul: expected (..., m, k) and (..., k, n), got {tuple(a.shape)} and {tuple(b.shape)}. "

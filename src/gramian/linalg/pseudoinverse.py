@@ -29,7 +29,9 @@ from gramian.linalg.pseudoinverse_derivative import PSEUDOINVERSE
 __all__ = ["RankedCertificate", "pinv", "pinv_ex"]
 
 
-def _by_svd(x: Tensor, times: Product, steps: int, *, rank: int | None, tolerance: float) -> Answer:
+def _by_svd(
+    x: Tensor, times: Product, steps: int, *, rank: int | None, tolerance: float, certify: bool = True
+) -> Answer:
     """The pseudoinverse at the rank told, or at the number of singular values above tolerance · σ₁."""
     u, s, v, ok = lapack.svd(x)
     n = x.shape[-1]
@@ -38,9 +40,14 @@ def _by_svd(x: Tensor, times: Product, steps: int, *, rank: int | None, toleranc
         kept = s > tolerance * top
     else:
         kept = (torch.arange(n, device=x.device) < (n if rank is None else rank)).expand_as(s)
-    value, error, residual, reason = _of_full_rank(x, s, v, times, steps)
+    value, error, residual, reason = _of_full_rank(x, s, v, times, steps, certify)
     full = kept.all(-1)
     inverse = torch.where(kept, 1 / torch.where(kept, s, 1.0), 0.0)
+    if not certify:
+        value = torch.where(full[:, None, None], value, (v * inverse[:, None, :]) @ u.mT)
+        reason = torch.where(ok, torch.where(full, reason, cert.NONE), cert.LAPACK)
+        value = torch.where((reason == cert.SINGULAR)[:, None, None], math.nan, value)
+        return Answer.bare(value.mT, reason, steps, Spectrum(inverse, v))
     # The proof at full rank is one that every singular value is within a factor of two of that computed.
     if bool((full & (s >= 4 * tolerance * top).all(-1)).all()):
         value = torch.where((reason == cert.SINGULAR)[:, None, None], math.nan, value)
@@ -94,7 +101,7 @@ def _of_lower_rank(
     return value, torch.where(kept.any(-1), error, 0.0), spread
 
 
-def _of_full_rank(x: Tensor, s: Tensor, v: Tensor, times: Product, steps: int) -> tuple[Tensor, ...]:
+def _of_full_rank(x: Tensor, s: Tensor, v: Tensor, times: Product, steps: int, certify: bool) -> tuple[Tensor, ...]:
     """X = B(AB)ᵀ with B = VΣ⁻¹, so many steps X ← X + BR with R = (AB)ᵀ(I − AX), and a bound from the R that is left.
 
     With (AB)ᵀAB = I + F, A† − X = (AᵀA)⁻¹Aᵀ(I − AX) = B(I + F)⁻¹R, so that its norm is at most
@@ -107,16 +114,19 @@ def _of_full_rank(x: Tensor, s: Tensor, v: Tensor, times: Product, steps: int) -
     safe = torch.where(zero[:, None], top.clamp_min(2.0**-1000), s)
     b = v / safe[:, None, :]
     w = times(a, pair(b))
-    f, f_error = minus(times(transpose(w), w), eye_like(x))
-    size = norm(f) + f_error
     close = pair(b @ w.hi.mT)
     # W stands for AB up to its error, which meets I − AX = (I − AA†) + W(I + F)⁻¹R, below 2.
-    left = transpose(Pair(w.hi, w.lo, torch.zeros_like(size)))
+    left = transpose(Pair(w.hi, w.lo, torch.zeros_like(w.error)))
     square = times(left, a)
     for _ in range(steps):
         inner, _ = minus(left, times(square, close))
         close = plus(close, b @ inner)
-    inner, inner_error = minus(left, times(square, Pair(close.hi, close.lo, torch.zeros_like(size))))
+    if not certify:
+        unknown = torch.full_like(top[:, 0], math.inf)
+        return close.hi, unknown, unknown, torch.where(zero & (times is product), cert.SINGULAR, cert.NONE)
+    f, f_error = minus(times(transpose(w), w), eye_like(x))
+    size = norm(f) + f_error
+    inner, inner_error = minus(left, times(square, Pair(close.hi, close.lo, torch.zeros_like(w.error))))
     inner_error = inner_error + 2 * w.error
     step = b @ inner
     length = norm(b)
@@ -136,12 +146,12 @@ def _of_full_rank(x: Tensor, s: Tensor, v: Tensor, times: Product, steps: int) -
     return value.hi, error, norm(inner), reason
 
 
-def _svd(x: Tensor, *, rtol: float, rank: int | None, tolerance: float) -> Answer:
-    return _by_svd(x, rough, 0, rank=rank, tolerance=tolerance)
+def _svd(x: Tensor, *, rtol: float, rank: int | None, tolerance: float, certify: bool = True) -> Answer:
+    return _by_svd(x, rough, 0, rank=rank, tolerance=tolerance, certify=certify)
 
 
-def _svd_refined(x: Tensor, *, rtol: float, rank: int | None, tolerance: float) -> Answer:
-    return _by_svd(x, product, 2, rank=rank, tolerance=tolerance)
+def _svd_refined(x: Tensor, *, rtol: float, rank: int | None, tolerance: float, certify: bool = True) -> Answer:
+    return _by_svd(x, product, 2, rank=rank, tolerance=tolerance, certify=certify)
 
 
 def _exact(mp: Any, m: Any, tolerance: float) -> Any:
@@ -232,11 +242,11 @@ class RankedCertificate(Certificate):
     a=2,
 )
 def _pinv_ex(
-    a: Tensor, *, rank: int | None, tolerance: float, method: str, rtol: float | None
+    a: Tensor, *, rank: int | None, tolerance: float, method: str, rtol: float | None, certify: bool = True
 ) -> tuple[tuple[Tensor, Tensor], Certificate]:
     """The pseudoinverse and the rank."""
     with keeping() as kept:
-        value, proof = evaluate(PINV, a, method=method, rtol=rtol, rank=rank, tolerance=tolerance)
+        value, proof = evaluate(PINV, a, method=method, rtol=rtol, certify=certify, rank=rank, tolerance=tolerance)
     return (value.mT, (kept[-1].values > 0).sum(-1)), proof
 
 
@@ -247,11 +257,12 @@ def pinv_ex(
     tolerance: float | None = None,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Inexact[Tensor, "*b n m"], RankedCertificate]:
     """`pinv` with its certificate, which says the rank, never raising for a matrix's values.
 
     Args:
-        a, rank, tolerance, method, rtol: as for `pinv`.
+        a, rank, tolerance, method, rtol, certify: as for `pinv`.
     Returns: the pseudoinverse and its `RankedCertificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `pinv`.
@@ -262,7 +273,7 @@ def pinv_ex(
     ([[0.5, 0.0], [0.0, 0.0]], 1, True)
     """
     check("pinv", a, real=False)
-    return pinv_at("pinv", a, rank, tolerance, method, rtol)
+    return pinv_at("pinv", a, rank, tolerance, method, rtol, certify)
 
 
 def default_tolerance(a: Tensor) -> float:
@@ -271,7 +282,7 @@ def default_tolerance(a: Tensor) -> float:
 
 
 def pinv_at(
-    name: str, a: Tensor, rank: int | None, tolerance: float | None, method: str, rtol: float | None
+    name: str, a: Tensor, rank: int | None, tolerance: float | None, method: str, rtol: float | None, certify: bool
 ) -> tuple[Tensor, RankedCertificate]:
     """The pseudoinverse of real and complex matrices."""
     least = min(a.shape[-2:])
@@ -285,10 +296,12 @@ def pinv_at(
     elif not 0 <= tolerance < 1:
         raise InputError(f"{name}: expected a tolerance ≥ 0 and below 1, relative to σ₁, got {tolerance}.")
     if not a.is_complex():
-        (value, found), proof = _pinv_ex(a, rank=rank, tolerance=tolerance, method=method, rtol=rtol)
+        (value, found), proof = _pinv_ex(a, rank=rank, tolerance=tolerance, method=method, rtol=rtol, certify=certify)
         return value, RankedCertificate(*proof.tensors(), methods=proof.methods, rank=found)
     twice = None if rank is None else 2 * rank
-    (value, found), proof = _pinv_ex(real_form(a), rank=twice, tolerance=tolerance, method=method, rtol=rtol)
+    (value, found), proof = _pinv_ex(
+        real_form(a), rank=twice, tolerance=tolerance, method=method, rtol=rtol, certify=certify
+    )
     value, rounding = nearest_complex(value)
     proof = less_certain(proof, rounding, default_rtol(rtol, a.dtype))
     return value, RankedCertificate(*proof.tensors(), methods=proof.methods, rank=found // 2)
@@ -301,6 +314,7 @@ def pinv(
     tolerance: float | None = None,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> Inexact[Tensor, "*b n m"]:
     """The pseudoinverse of a matrix, or of the nearest one of a lower rank.
 
@@ -317,6 +331,7 @@ def pinv(
             float64. With 0 a matrix whose rank is not full is refused.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., n, m)`, the pseudoinverse, in the dtype of `a`.
     Raises:
         ShapeError: where `a` has fewer than two dimensions.
@@ -331,6 +346,6 @@ def pinv(
     tensor([[1.0000, 0.0000, 0.0000],
             [0.0000, 0.5000, 0.0000]])
     """
-    value, certificate = pinv_ex(a, rank=rank, tolerance=tolerance, method=method, rtol=rtol)
+    value, certificate = pinv_ex(a, rank=rank, tolerance=tolerance, method=method, rtol=rtol, certify=certify)
     require_converged("pinv", certificate)
     return value

@@ -45,18 +45,22 @@ def by_gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return s, error + U * s, ok
 
 
-def _gram_eigvalsh(x: Tensor, *, rtol: float) -> Answer:
+def _gram_eigvalsh(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     """Roots of the eigenvalues of XᵀX in float64."""
     s, error, ok = by_gram(x)
     top = s[:, -1:] if x.shape[-1] else s.new_zeros(s.shape[0], 1)
     unseen = (s < RESOLVED * top).any(-1)
     reason = torch.where(ok, torch.where(unseen, cert.INACCURATE, cert.NONE), cert.LAPACK)
+    if not certify:
+        return Answer.bare(s.flip(-1), reason)
     return Answer(s.flip(-1), error.norm(dim=-1), torch.zeros_like(top[:, 0]), reason)
 
 
-def _svd_answer(x: Tensor, times: Product) -> Answer:
+def _svd_answer(x: Tensor, times: Product, certify: bool) -> Answer:
     """σ(UΣVᵀ) is within ‖X − UΣVᵀ‖_F of σ(X) (Mirsky), and within the defects of U and V of Σ."""
     u, s, v, ok = lapack.svd(x)
+    if not certify:
+        return Answer.bare(s, torch.where(ok, cert.NONE, cert.LAPACK))
     sigma = pair(torch.diag_embed(s))
     left, right = pair(u), pair(v)
     gap, gap_error = minus(pair(x), times(times(left, sigma), transpose(right)))
@@ -69,14 +73,14 @@ def _svd_answer(x: Tensor, times: Product) -> Answer:
     return Answer(s, error, norm(gap) / norm(x).clamp_min(2.0**-1000), reason)
 
 
-def _svd(x: Tensor, *, rtol: float) -> Answer:
+def _svd(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     """By the SVD, bounded from residuals in plain float64."""
-    return _svd_answer(x, rough)
+    return _svd_answer(x, rough, certify)
 
 
-def svd_double_double(x: Tensor, *, rtol: float) -> Answer:
+def svd_double_double(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     """By the SVD, bounded from double-double residuals."""
-    return _svd_answer(x, product)
+    return _svd_answer(x, product, certify)
 
 
 def _exact(mp: Any, a: Any) -> Any:
@@ -123,12 +127,12 @@ SVDVALS = register(
     a=2,
 )
 def svdvals_ex(
-    a: Inexact[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None
+    a: Inexact[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[Float[Tensor, "*b k"], Certificate]:
     """`svdvals` with its certificate, never raising for a matrix's values.
 
     Args:
-        a, method, rtol: as for `svdvals`.
+        a, method, rtol, certify: as for `svdvals`.
     Returns: the singular values and their `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `svdvals`.
@@ -139,14 +143,18 @@ def svdvals_ex(
     ([4.0, 3.0], True)
     """
     if not isinstance(a, Tensor) or not a.is_complex():
-        return evaluate(SVDVALS, a, method=method, rtol=rtol)
+        return evaluate(SVDVALS, a, method=method, rtol=rtol, certify=certify)
     # Each occurs twice in the real form, and the mean of the two is no farther from it than they were.
-    pairs, proof = evaluate(SVDVALS, real_form(check("svdvals", a, real=False)), method=method, rtol=rtol)
+    pairs, proof = evaluate(
+        SVDVALS, real_form(check("svdvals", a, real=False)), method=method, rtol=rtol, certify=certify
+    )
     value, rounding = mean_of_pairs(pairs)
     return value, less_certain(proof, rounding, default_rtol(rtol, a.dtype))
 
 
-def svdvals(a: Inexact[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None) -> Float[Tensor, "*b k"]:
+def svdvals(
+    a: Inexact[Tensor, "*b m n"], *, method: str = "auto", rtol: float | None = None, certify: bool = True
+) -> Float[Tensor, "*b k"]:
     """The singular values, descending.
 
     σᵢ(A) = λᵢ(AᵀA)^(1/2), i = 1 … min(m, n).
@@ -156,6 +164,7 @@ def svdvals(a: Inexact[Tensor, "*b m n"], *, method: str = "auto", rtol: float |
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the error ‖σ̂ − σ‖₂ / ‖σ‖₂ asked for, relative to all singular values together, not to each;
             `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., min(m, n))`, in the dtype of `a`, or of its real part.
     Raises:
         ShapeError: where `a` has fewer than two dimensions.
@@ -169,6 +178,6 @@ def svdvals(a: Inexact[Tensor, "*b m n"], *, method: str = "auto", rtol: float |
     >>> svdvals(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]))
     tensor([2., 1.])
     """
-    value, certificate = svdvals_ex(a, method=method, rtol=rtol)
+    value, certificate = svdvals_ex(a, method=method, rtol=rtol, certify=certify)
     require_converged("svdvals", certificate)
     return value

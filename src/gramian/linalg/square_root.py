@@ -14,6 +14,7 @@ from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
+    Pair,
     Product,
     damped,
     eye_like,
@@ -23,14 +24,15 @@ from gramian.linalg.engine.double_double import (
     product,
     rough,
     symmetric,
+    thin_rough,
 )
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
-from gramian.linalg.engine.probes import apply, of_norm, probes
+from gramian.linalg.engine.probes import EXACT, Probes, apply, apply_transposed, closer, of_norm, probes
 from gramian.linalg.engine.real_form import takes_complex
-from gramian.linalg.engine.rounding import chain_rounding, gamma, norm
+from gramian.linalg.engine.rounding import LOOSE, chain_rounding, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.symmetric_products import symmetric_product
@@ -38,11 +40,11 @@ from gramian.linalg.principal_root import principal_root_ex
 
 __all__ = ["sqrtm", "sqrtm_ex"]
 
-EIGH32_ERROR = 1.2e-5
+EIGH32_ERROR = 6e-7
 """What a float32 eigendecomposition loses, as relative error over √κ at least; observed."""
 
 
-def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, steps: int) -> Answer:
+def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, steps: int, certify: bool) -> Answer:
     """V w^(1/2) Vᵀ, then `steps` corrections E_ij / (s_i + s_j) from E = M − X², and a bound column by column.
 
     With D = √M − X, √M D + D X = E, so for an eigenvector X v = s v: ‖D v‖ ≤ ‖E v‖ / s, while ‖D‖₂ ≤ √‖E‖₂ covers the
@@ -58,6 +60,8 @@ def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, s
         e, _ = minus(m, times(value, value))
         d = v @ ((v.mT @ e @ v) / torch.where(sums > 0, sums, torch.inf)) @ v.mT
         value = plus(value, (d + d.mT) / 2)
+    if not certify:
+        return Answer.bare(value.hi, reason, steps, None if steps else Spectrum(s, v))
     e, e_error = minus(m, times(value, value))
     vectors, diagonal = pair(v), pair(torch.diag_embed(w))
     # How far V w Vᵀ is from M, and V w₊ Vᵀ from X²; M₊ is at most as far from (V w Vᵀ)₊ as M from V w Vᵀ.
@@ -86,12 +90,17 @@ def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, s
     return Answer(value.hi, error, residual, reason, steps, spectrum=None if steps else Spectrum(s, v))
 
 
-def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) -> Answer:
+def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, certify: bool) -> Answer:
     """V w₊^(1/2) Vᵀ, with a bound on the difference of two roots from one on the difference of their squares.
 
     Positive parts are no farther apart than the matrices: e bounds ‖M₊ − X²‖_F if ‖M − V w Vᵀ‖_F and ‖VᵀV − I‖_F do.
     Then ‖√M₊ − X‖_F ≤ (√n e)^(1/2) (Powers–Størmer; Bhatia, Matrix Analysis, theorem X.1.3), and ≤ e / (2√λ) where
     both are above λ > 0.
+
+    Where M is positive definite there is a bound that κ hardly enters. With E = M − X², q = ‖X⁻¹E‖_F and
+    s = q‖X⁻¹‖₂ ≥ ‖X⁻¹EX⁻¹‖, s < 1, on the way Y(t) = (X² + tE)^(1/2) from X to √M: Y'(0) has entries Eᵢⱼ / (xᵢ + xⱼ),
+    so that ‖Y'(0)‖_F ≤ q/2; and by the integral of μ^(-1/2) λ / (λ + μ), 0 ≤ −Y'' ≤ (s/(1 − s))² Y and
+    Y ≤ (1 + s)^(1/2) X. X⁻¹ is V w^(-1/2) Vᵀ but for a factor that ‖VᵀV − I‖ bounds.
     """
     n = x.shape[-1]
     m = damped(x, shift)
@@ -101,22 +110,28 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) 
     left = v.to(torch.promote_types(dtype, torch.float32))
     left = left * s.sqrt().to(left.dtype)[:, None, :]
     value = symmetric_product(left, left.mT)
+    if not certify:
+        if work == torch.float32:
+            reason = torch.where(reason == cert.NONE, cert.NONE, cert.INACCURATE)
+        return Answer.bare(value, reason, spectrum=Spectrum(s, v))
     if not value[0:1].numel():
         zero = torch.zeros_like(shift)
         return Answer(value, zero, zero, reason)
     p = probes(n, x.device)
     omega = p.omega.expand(x.shape[0], -1, -1)
     vectors, length, wide = v.double(), norm(omega), w.abs().amax(-1)
-    across = vectors.mT @ omega
+    across = apply_transposed(vectors, omega)
     slip = 3 * chain_rounding(n + 3, math.sqrt(n), length)
-    phi = of_norm(vectors.mT @ (vectors @ omega) - omega, p, slip)
-    image = rough(m, pair(omega))
-    miss = of_norm(image.hi - vectors @ (w[:, :, None] * across), p, image.error + slip * wide + norm(m.lo))
-    apart = of_norm(apply(value, omega) - vectors @ (s[:, :, None] * across), p, slip * (wide.sqrt() + norm(value)))
+    phi = of_norm(apply_transposed(vectors, apply(vectors, omega)) - omega, p, slip)
+    image = thin_rough(m, norm(m.hi), omega)
+    miss = closer(image.hi - apply(vectors, w[:, :, None] * across), p, image.error + slip * wide + norm(m.lo))
+    once = apply(vectors, s[:, :, None] * across)
+    apart = closer(apply(value, omega) - once, p, slip * (wide.sqrt() + norm(value)))
     # (V w Vᵀ)₊ and X² are V w₊ Vᵀ up to the defect of V.
     e = miss + 4 * phi * wide
     lowest = (w[:, 0] * (1 - 2 * phi) - e).clamp_min(0)
-    error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt())) + apart
+    error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt()))
+    error = torch.minimum(error, _of_definite(vectors, s, image, once, slip * wide, phi, norm(value), p)) + apart
     usable = (phi < 0.1) & error.isfinite()
     if work == torch.float32:
         # float32 cannot tell indefiniteness from rounding as finely as promised: float64 decides.
@@ -124,29 +139,46 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype) 
     reason = torch.where(usable, reason, cert.INACCURATE)
     error = torch.where(usable, error, math.inf)
     residual = miss / norm(m.hi).clamp_min(2.0**-1000)
-    return Answer(value, error, residual, reason, failure=3 * p.failure, spectrum=Spectrum(s, v))
+    return Answer(value, error, residual, reason, failure=10 * p.failure, spectrum=Spectrum(s, v))
 
 
-def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer | None:
+def _of_definite(
+    v: Tensor, s: Tensor, image: Pair, once: Tensor, blur: Tensor, phi: Tensor, size: Tensor, p: Probes
+) -> Tensor:
+    """The bound of `_by_probes` for positive definite M, from MΩ and XΩ; inf where it is none."""
+    low = s[:, 0] * (1 - phi)
+    gap = image.hi - apply(v, s[:, :, None] * apply_transposed(v, once))
+    inside = apply_transposed(v, gap) / torch.where(s > 0, s, 1.0)[:, :, None]
+    turned = phi * (1 + 1.1 * s[:, -1] / low)
+    q = closer(inside, p, 1.1 * (image.error + 3 * blur) / low) * (1 + phi) / (1 - turned)
+    share = q / low
+    rest = (share / (1 - share)) ** 2 * (1 + share).sqrt() * size * (1 + LOOSE) / 2
+    found = q / 2 + rest
+    return torch.where((low > 0) & (turned < 0.5) & (share < 0.5) & found.isfinite(), found, math.inf)
+
+
+def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer | None:
     """By an eigendecomposition in float32, bounded by probes."""
     if math.isfinite(rtol) and hopeless(damped(x, shift).hi.float(), rtol, EIGH32_ERROR, power=0.5):
         return None
-    return _by_probes(x, shift, dtype, torch.float32)
+    return _by_probes(x, shift, dtype, torch.float32, certify)
 
 
-def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer | None:
     """By an eigendecomposition in float64, bounded by probes: 1e-7 at worst, as a root turns ε into √ε."""
-    return _by_probes(x, shift, dtype, torch.float64)
+    if dtype == torch.float64 and x.shape[-1] <= EXACT and math.isfinite(rtol):
+        return None  # where a finer bound costs nothing
+    return _by_probes(x, shift, dtype, torch.float64, certify)
 
 
-def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
     """By an eigendecomposition, bounded from a residual in plain float64."""
-    return _by_residual(x, shift, dtype, rough, steps=0)
+    return _by_residual(x, shift, dtype, rough, 0, certify)
 
 
-def _eigh_refined(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float) -> Answer:
+def _eigh_refined(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
     """The same with a first-order correction from a double-double residual."""
-    return _by_residual(x, shift, dtype, product, steps=1)
+    return _by_residual(x, shift, dtype, product, 1, certify)
 
 
 def _plain(m: Tensor) -> Tensor:
@@ -170,7 +202,7 @@ SQRTM = register(
             "eigh64": Method(
                 _eigh64,
                 torch.float64,
-                1e-5,
+                1e-8,
                 lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 9},
                 "singular matrices too",
                 spectral=True,
@@ -210,10 +242,10 @@ SQRTM = register(
     damping=0,
 )
 def _sqrtm_ex(
-    m: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None
+    m: Tensor, damping: Damping = 0.0, *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[Tensor, Certificate]:
     """`sqrtm_ex` of symmetric matrices."""
-    return evaluate(SQRTM, m, method=method, rtol=rtol, damping=damping)
+    return evaluate(SQRTM, m, method=method, rtol=rtol, certify=certify, damping=damping)
 
 
 def sqrtm_ex(
@@ -223,11 +255,12 @@ def sqrtm_ex(
     symmetric: bool = True,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> tuple[Inexact[Tensor, "*b n n"], Certificate]:
     """`sqrtm` with its certificate, never raising for a matrix's values; the root of the positive part if indefinite.
 
     Args:
-        m, damping, symmetric, method, rtol: as for `sqrtm`.
+        m, damping, symmetric, method, rtol, certify: as for `sqrtm`.
     Returns: the square root and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `sqrtm`.
@@ -238,7 +271,7 @@ def sqrtm_ex(
     ([2.0, 0.0], False)
     """
     function = _sqrtm_ex if symmetric else principal_root_ex
-    return function(m, damping, method=method, rtol=rtol)
+    return function(m, damping, method=method, rtol=rtol, certify=certify)
 
 
 def sqrtm(
@@ -248,6 +281,7 @@ def sqrtm(
     symmetric: bool = True,
     method: str = "auto",
     rtol: float | None = None,
+    certify: bool = True,
 ) -> Inexact[Tensor, "*b n n"]:
     """The square root of a symmetric positive semi-definite matrix, or the principal one of a square matrix.
 
@@ -263,6 +297,7 @@ def sqrtm(
         symmetric: whether M is, and what is not is refused. If False, M may be any matrix with a principal root.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise.
     Returns: `(..., n, n)`, the square root, in the dtype of `m`.
     Raises:
         ShapeError: where `m` is not square, or `damping` does not fit it.
@@ -283,6 +318,6 @@ def sqrtm(
     tensor([[2., 0.],
             [0., 3.]])
     """
-    value, certificate = sqrtm_ex(m, damping, symmetric=symmetric, method=method, rtol=rtol)
+    value, certificate = sqrtm_ex(m, damping, symmetric=symmetric, method=method, rtol=rtol, certify=certify)
     require_converged("sqrtm", certificate)
     return value

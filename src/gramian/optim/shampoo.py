@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian import linalg
+from gramian.linalg.engine import cost
 from gramian.optim.health import sine
 from gramian.optim.muon import average, look_ahead
 from gramian.optim.options import FLAG, Shared, interval
@@ -58,7 +59,8 @@ def staleness(state: State, options: Mapping[str, Any]) -> Tensor:
     angles = []
     for side in sides:
         scaled, _ = _relative(state[f"{side}_moment"].double())
-        now = linalg.inv_root_ex(scaled, 2 * len(sides), damping=options["damping"])[0]
+        with cost.fixed():
+            now = linalg.inv_root_ex(scaled, 2 * len(sides), damping=options["damping"])[0]
         angles.append(sine(state[f"{side}_root"].double(), now))
     return torch.stack(angles).amax(0)
 
@@ -79,7 +81,10 @@ def _renew(state: State, side: str, p: int, context: StepContext) -> None:
     moment = state[f"{side}_moment"][at]
     scaled, size = _relative(moment)
     ok = size > 0
-    root, certificate = linalg.inv_root_ex(scaled, p, damping=context.options["damping"], rtol=context.options["rtol"])
+    with cost.fixed():  # a run repeats bit by bit, on every rank
+        root, certificate = linalg.inv_root_ex(
+            scaled, p, damping=context.options["damping"], rtol=context.options["rtol"]
+        )
     ok &= certificate.converged & root.isfinite().all(-1).all(-1)
     state[f"{side}_root"][at] = torch.where(ok[:, None, None], root, state[f"{side}_root"][at])
     state["fallbacks"][at] += ((size > 0) & ~ok).to(moment.dtype)[:, None, None]

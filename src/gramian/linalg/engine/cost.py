@@ -1,8 +1,9 @@
 """Predicts the seconds that a method takes, from its operations and a few constants of the machine.
 
 One float32 product of two n×n matrices takes 2n³ / rate; every other operation is a multiple of it that depends on n;
-and every call has a latency. The defaults were measured on one machine with two cores. `gramian bench linalg
---calibrate` measures the present machine and keeps its constants in the user's cache folder.
+and every call has a latency. Where methods compete on a CPU, those of their operations that were never timed on this
+processor, with this number of threads and this torch, are timed at once, which takes milliseconds each, and kept in the
+user's cache folder. Within `fixed` the defaults decide, so that a run repeats bit by bit on any machine.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +56,6 @@ DEFAULTS = {
             "eigh32": (22.0, 17.0, 6.5),
             "eigh64": (32.0, 30.0, 13.0),
             "eigvalsh64": (13.0, 17.0, 7.0),
-            "svd32": (44.0, 44.0, 20.0),
             "svd64": (100.0, 80.0, 32.0),
             "cholesky32": (2.9, 1.5, 0.6),
             "cholesky64": (3.2, 2.5, 1.0),
@@ -73,7 +77,6 @@ DEFAULTS = {
             "eigh32": (3e4, 6e3, 1e3),
             "eigh64": (5e4, 1e4, 2e3),
             "eigvalsh64": (3e4, 6e3, 1e3),
-            "svd32": (1e5, 2e4, 4e3),
             "svd64": (2e5, 4e4, 8e3),
             "cholesky32": (500.0, 50.0, 5.0),
             "cholesky64": (600.0, 60.0, 8.0),
@@ -87,13 +90,23 @@ DEFAULTS = {
 """CPU: `gramian bench linalg --calibrate`, rounded, on two cores of an AMD EPYC (Zen 4, avx512_bf16, no bfloat16 matrix
 unit), torch 2.13 with MKL, two threads."""
 
+FORMAT = 2
+"""Of the cache file. One of another format is measured again."""
+
+WORTH = 1e-3
+"""Seconds of predicted work from which it is worth measuring: below it a wrong choice costs less."""
+
+SWITCH = "GRAMIAN_COSTS"
+"""The environment variable that turns measuring off for a whole process, if it is "default"."""
+
+_FIXED: ContextVar[bool] = ContextVar("fixed", default=os.environ.get(SWITCH) == "default")
+
 EMULATED = (4.0, 4.0, 4.0)
 """The cost of bfloat16 products on a processor without instructions for them, which casts to float32: an estimate."""
 
 
-def predict(operations: Operations, n: int, batch: int, device: str = "cpu") -> float:
+def predict(operations: Operations, n: int, batch: int, c: Constants) -> float:
     """Seconds for a batch of matrices of smaller side n, each of which takes these operations."""
-    c = constants(device)
     unit = 2.0 * n**3 / c.rate
     # The products of a batch are one call, as fast as one larger product; LAPACK is called for each matrix.
     together = n * batch ** (1 / 3)
@@ -118,47 +131,128 @@ def _interpolated(values: tuple[float, ...], n: float | int) -> float:
     return values[-1]
 
 
-def cache_file() -> Path:
-    """The file of the calibration, in $XDG_CACHE_HOME or ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if root else Path.home() / ".cache") / "gramian" / "linalg.json"
-
-
-@lru_cache(maxsize=8)
-def constants(device: str = "cpu") -> Constants:
-    """The constants of the kind of device: the calibrated ones if the file can be read, else the defaults."""
-    kind = "cpu" if device == "cpu" else "cuda"
+@contextmanager
+def fixed() -> Iterator[None]:
+    """Within it methods are chosen by the default constants, whatever was measured: the same ones on any machine."""
+    token = _FIXED.set(True)
     try:
-        body = json.loads(cache_file().read_text())[kind]
-        factors = {name: tuple(map(float, values)) for name, values in body["factors"].items()}
-        found = Constants(float(body["rate"]), float(body["latency"]), factors, "calibrated")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return _default(kind)
-    whole = all(len(v) == len(SIZES) and min(v) > 0 for v in factors.values())
-    same = set(factors) == set(DEFAULTS[kind].factors)
-    return found if whole and same and found.rate > 0 and found.latency >= 0 else _default(kind)
+        yield
+    finally:
+        _FIXED.reset(token)
 
 
-def _default(kind: str) -> Constants:
-    found = DEFAULTS[kind]
+def constants(device: str = "cpu", rows: tuple[Operations, ...] = (), n: int = 0, batch: int = 1) -> Constants:
+    """The constants by which to compare rows of operations on matrices of smaller side n.
+
+    Measured ones on a CPU where the work is worth it, the defaults otherwise.
+    """
+    kind = "cpu" if device == "cpu" else "cuda"
+    default = defaults(kind)
+    if _FIXED.get():
+        return default
+    key = machine(kind)
+    known = _known(key)
+    names = {"float32", *(name for row in rows for name in row)}
+    missing = sorted(name for name in names if name not in known)
+    if missing and kind == "cpu" and max(predict(row, n, batch, default) for row in rows) > WORTH:
+        from gramian.linalg.engine.measuring import measure  # which needs this file's sizes
+
+        known.update(measure(missing))
+        keep(key, known)
+    return _constants(default, known)
+
+
+def defaults(device: str) -> Constants:
+    """The default constants of a kind of device. A processor without instructions for bfloat16 casts its products."""
+    found = DEFAULTS[device]
     words = getattr(torch.cpu, "get_capabilities", dict)()
-    if kind == "cpu" and words and not any(words.get(word) for word in ("avx512_bf16", "amx_bf16", "bf16")):
+    if device == "cpu" and words and not any(words.get(word) for word in ("avx512_bf16", "amx_bf16", "bf16")):
         return replace(found, factors={**found.factors, "bfloat16": EMULATED})
     return found
 
 
-def keep(found: Mapping[str, Constants]) -> Path:
-    """Write the constants of each kind of device to `cache_file()`, whole or not at all, and use them from now on."""
+def _constants(default: Constants, known: Mapping[str, tuple[float, ...]]) -> Constants:
+    """The defaults, with the seconds that are known for each of `SIZES` in place of theirs."""
+    if "float32" not in known:
+        return default
+    units = known["float32"]
+    found = {name: tuple(t / u for t, u in zip(times, units, strict=True)) for name, times in known.items()}
+    return Constants(2.0 * SIZES[-1] ** 3 / units[-1], default.latency, {**default.factors, **found}, "measured")
+
+
+def machine(kind: str = "cpu") -> str:
+    """What a measurement holds for: the processor, the number of threads, and torch."""
+    name = kind
+    if kind == "cpu":
+        name = _processor()
+    elif torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    return f"{name} | {torch.get_num_threads()} threads | torch {torch.__version__}"
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    family = [found.get(key, "") for key in ("model name", "cpu family", "model", "stepping", "cache size")]
+    return " ".join(x for x in family if x) or platform.processor() or platform.machine()
+
+
+def cache_file() -> Path:
+    """The file of what was measured, in $XDG_CACHE_HOME or ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if root else Path.home() / ".cache") / "gramian" / "linalg.json"
+
+
+@lru_cache(maxsize=16)
+def _known(key: str) -> dict[str, tuple[float, ...]]:
+    """The seconds of each operation at each of `SIZES`, as far as the cache file knows them for this machine.
+
+    What is not known yet is added to this dictionary.
+    """
+    found: dict[str, tuple[float, ...]] = {}
+    for name, times in _read().get(key, {}).items():
+        if name in DEFAULTS["cpu"].factors and len(times) == len(SIZES) and min(times) > 0:
+            found[name] = tuple(float(t) for t in times)
+    return found
+
+
+def _read() -> dict[str, Any]:
+    """The machines of the cache file; none where it cannot be read, or is of another format."""
+    try:
+        body = json.loads(cache_file().read_text())
+        machines = body["machines"] if body["format"] == FORMAT else {}
+        return {key: {n: [*map(float, t)] for n, t in found.items()} for key, found in machines.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def keep(key: str, known: Mapping[str, tuple[float, ...]]) -> Path:
+    """Write what is known of a machine to `cache_file()`, whole or not at all, beside what it holds of others.
+
+    Where the folder cannot be written, this process alone knows it.
+    """
     path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    body = json.dumps({kind: asdict(c) for kind, c in found.items()}, indent=1)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    body = json.dumps({"format": FORMAT, "machines": {**_read(), key: known}}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    except OSError:
+        return path
     try:
         with os.fdopen(handle, "w") as file:
             file.write(body + "\n")
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         Path(temporary).unlink(missing_ok=True)
-        raise
-    constants.cache_clear()
+        if not isinstance(e, OSError):
+            raise
     return path
+
+
+def forget() -> None:
+    """Read the cache file anew at the next choice."""
+    _known.cache_clear()

@@ -22,6 +22,9 @@ Product = Callable[["Pair", "Pair"], "Pair"]
 
 Factor = TypeVar("Factor")
 
+PART = 1 << 16
+"""Entries of a wide factor that are split at once, beside a thin one."""
+
 
 class Pair(NamedTuple):
     """hi + lo, with a bound on the Frobenius distance from what it stands for."""
@@ -83,13 +86,22 @@ def thin_product(a: Pair, size: Tensor, z: Tensor) -> Pair:
     """As `product`, for an exact a with ‖a‖_F ≤ size and z (B, k, r) of few columns; it does not measure a's parts."""
     k = z.shape[-2]
     bits = (53 - math.ceil(math.log2(k))) // 2
-    top = peak(a.hi, (-1,))
-    anchor = 1.5 * pow2(torch.frexp(top).exponent.long() + 52 - bits)
-    a1 = (a.hi + anchor).sub_(anchor)
-    a2 = (a.hi - a1).add_(a.lo)
     z1 = leading(z, -2, bits)
     z2 = z - z1
-    head, tail = a1 @ z1, a1 @ z2 + a2 @ z
+    left = torch.cat([z1, z2], -1).mT
+    tops, heads, tails = [], [], []
+    rows = max(64, PART // max(1, a.hi.shape[0] * k))  # parts that fit the cache, and reuse its memory pages
+    for high, low in zip(a.hi.split(rows, -2), a.lo.split(rows, -2), strict=True):
+        top = peak(high, (-1,))
+        anchor = 1.5 * pow2(torch.frexp(top).exponent.long() + 52 - bits)
+        a1 = (high + anchor).sub_(anchor)
+        a2 = (high - a1).add_(low)
+        # The thin factor on the left, by rows, is several times as fast.
+        head, tail = (left @ a1.mT).split(z.shape[-1], -2)
+        tops.append(top)
+        heads.append(head)
+        tails.append(tail + z.mT @ a2.mT)
+    top, head, tail = torch.cat(tops, -2), torch.cat(heads, -1).mT, torch.cat(tails, -1).mT
     hi, lo = two_sum(head, tail)
     # |a2| is at most half a unit of the last bit kept, below 2^-bits of the row's peak, and a.lo far less.
     rest = 2.0**-bits * math.sqrt(k) * norm(top) * (1 + 2.0**-20)
@@ -129,6 +141,19 @@ def rough(a: Pair, b: Pair) -> Pair:
     passed = (a.error + norm(a.lo)) * (low + b.error + norm(b.lo)) + high * (b.error + norm(b.lo))
     value = a.hi @ b.hi
     return Pair(value, torch.zeros_like(value), local + passed)
+
+
+def thin_rough(a: Pair, size: Tensor, z: Tensor) -> Pair:
+    """As `thin_product` in plain float64 (the low part dropped)."""
+    value = (z.mT @ a.hi.mT).mT
+    error = (gamma(z.shape[-2]) * size + norm(a.lo)) * norm(z)
+    return Pair(value, torch.zeros_like(value), error)
+
+
+def unbounded(a: Pair, b: Pair) -> Pair:
+    """As `rough`, without a bound."""
+    value = a.hi @ b.hi
+    return Pair(value, torch.zeros_like(value), a.error)
 
 
 def rounding(a: Pair, b: Pair, times: Product) -> list[tuple[Tensor, Tensor]]:

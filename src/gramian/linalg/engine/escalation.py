@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
-from gramian.linalg.certificate import Certificate, verdict
-from gramian.linalg.engine.cost import Operations, predict
+from gramian.linalg.certificate import Certificate, uncertified, verdict
+from gramian.linalg.engine.cost import Operations, constants, predict
 from gramian.linalg.engine.loading import Loaded
-from gramian.linalg.engine.rounding import norm
-from gramian.linalg.engine.scaling import scale
+from gramian.linalg.engine.rounding import LOOSE, norm, unit_roundoff
+from gramian.linalg.engine.scaling import largest_entry, scale
 from gramian.linalg.engine.spectrum import Spectrum
 
 SMALL = 32
 """Smaller side up to which a method in float32 saves nothing worth its error."""
+
+MANY = 1 << 16
+"""Entries of a value from which its rounding to the caller's dtype is bounded by their norm, not measured."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,22 @@ class Answer:
     size: Tensor | None = None
     spectrum: Spectrum | None = None
 
+    @staticmethod
+    def bare(value: Tensor, reason: Tensor | None = None, steps: int = 0, spectrum: Spectrum | None = None) -> Answer:
+        """An answer without a certificate; the reason says what the method saw on its way."""
+        none = torch.zeros(value.shape[0], dtype=torch.long, device=value.device) if reason is None else reason
+        unknown = torch.full(none.shape, math.inf, dtype=torch.float64, device=value.device)
+        return Answer(value, unknown, unknown * math.nan, none, steps, math.nan, spectrum=spectrum)
+
 
 @dataclass(frozen=True)
 class Method:
     """One row of a matrix function's table of methods, which stand in order of accuracy.
 
     Attributes:
-        run: from scaled, finite matrices `(B, m, n)` to an `Answer`; None if it declines. See `function`.
+        run: from scaled, finite matrices `(B, m, n)` to an `Answer`; None if it declines. See `function`. With a
+            parameter `certify` it is asked for `Answer.bare` where no certificate is wanted, and with `dtype` it gets
+            the caller's.
         work: the dtype in which it takes its matrices; None: their own, at least float32.
         finest: the least rtol at which it is worth a try.
         operations: what it consists of, for `cost.predict`, from the shape `(m, n)`, m ≥ n.
@@ -72,6 +86,20 @@ class Method:
     symmetric: bool = False
     spectral: bool = False
 
+    def answer(self, x: Tensor, *, certify: bool, dtype: torch.dtype, **options: Any) -> Answer | None:
+        """What `run` finds, told whether to certify it and for which dtype if it has such parameters."""
+        names = _parameters(self.run)
+        if not certify and "certify" in names:
+            options["certify"] = False
+        if "dtype" in names:
+            options["dtype"] = dtype
+        return self.run(x, **options)
+
+
+@lru_cache(maxsize=256)
+def _parameters(run: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(run).parameters)
+
 
 def ladder(methods: Mapping[str, Method], shape: Sequence[int], rtol: float, device: str) -> list[str]:
     """The methods worth trying in turn on (..., m, n): by predicted cost, each more accurate than the one before.
@@ -82,11 +110,15 @@ def ladder(methods: Mapping[str, Method], shape: Sequence[int], rtol: float, dev
     small = min(shape[-2:]) <= SMALL
     rows = [(name, row) for name, row in methods.items() if rtol >= row.finest and not (small and row.narrow)]
     rows = rows or list(methods.items())[-1:]
-    count, (m, n) = math.prod(shape[:-2]), shape[-2:]
+    if len(rows) == 1:
+        return [rows[0][0]]
+    batch, (short, long) = max(math.prod(shape[:-2]), 1), sorted(shape[-2:])
+    operations = {name: row.operations(long, max(short, 1)) for name, row in rows}
+    c = constants(device, tuple(operations.values()), short, batch)
     names: list[str] = []
     least = math.inf
-    for name, row in reversed(rows):
-        seconds = predict(row.operations(m, max(n, 1)), min(m, n), max(count, 1), device)
+    for name, _ in reversed(rows):
+        seconds = predict(operations[name], short, batch, c)
         if not names or seconds < 0.8 * least:
             names.insert(0, name)
             least = min(least, seconds)
@@ -137,7 +169,14 @@ def climb(
 
 
 def settle(
-    loaded: Loaded, answer: Answer, exponent: Tensor | None, *, code: int, methods: Sequence[str], rtol: float
+    loaded: Loaded,
+    answer: Answer,
+    exponent: Tensor | None,
+    *,
+    code: int,
+    methods: Sequence[str],
+    rtol: float,
+    certify: bool = True,
 ) -> tuple[Tensor, Certificate]:
     """The value times 2^exponent (None: as it is) in the caller's dtype, and a certificate that includes that rounding.
 
@@ -146,18 +185,27 @@ def settle(
     value = answer.value
     failed = ~loaded.finite
     out = (value if exponent is None else scale(value, exponent)).to(loaded.dtype)
+    if not certify:
+        return _bare(loaded, out, answer, code, methods)
     same = value.dtype == loaded.dtype and value.device.type == "cpu"
+    size = norm(value)
     back = out if exponent is None or out is value else scale(out, -exponent) if same else None
     if out is value or (same and back is not None and torch.equal(back, value)):
         rounding = torch.zeros_like(answer.error)
+    elif value[0:1].numel() >= MANY:
+        # An entry is off by one rounding, or by one of the least numbers: about twice what it would be found to be.
+        u, count = unit_roundoff(loaded.dtype), math.sqrt(value[0].numel())
+        least = torch.full_like(size, 0.5 * torch.finfo(loaded.dtype).smallest_normal * 2 * u)
+        rounding = u * size * (1 + LOOSE) + count * (least if exponent is None else scale(least, -exponent))
+        rounding = torch.where(largest_entry(out).isfinite(), rounding, math.inf)
     else:
         wide = out.to(torch.float64)
         rounding = norm((wide if exponent is None else scale(wide, -exponent)) - value)
     # The error is relative to the exact answer, which may be smaller than ours by the error itself.
-    size = norm(value) - answer.error if answer.size is None else answer.size
+    size = size - answer.error if answer.size is None else answer.size
     bound = (rounding + answer.error) / size.clamp_min(0)
     bound = torch.where((rounding == 0) & (answer.error == 0), 0.0, bound)
-    bound = bound * (1 + 64 * 2.0**-53)  # the norms above are rounded too
+    bound = bound * (1 + (2 * LOOSE if value.dtype == torch.float32 else 64 * 2.0**-53))  # the norms are rounded too
     bound = torch.where(size == math.inf, math.inf, bound)  # where the norm overflows, nothing is known
     # A value that holds inf or NaN itself gives a rounding of NaN.
     overflow = (answer.reason == cert.NONE) & (rounding == math.inf) & answer.error.isfinite()
@@ -177,6 +225,18 @@ def settle(
         steps=answer.steps,
         failure_probability=answer.failure,
     )
+
+
+def _bare(loaded: Loaded, out: Tensor, answer: Answer, code: int, methods: Sequence[str]) -> tuple[Tensor, Certificate]:
+    """The value, NaN where the matrix was not finite, and a certificate that says only what was seen to fail."""
+    reason = torch.where(answer.reason == cert.NONE, cert.UNASKED, answer.reason)
+    if loaded.asymmetric is not None:
+        reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
+    if loaded.raw.device.type != "cpu" or not bool(loaded.finite.all()):
+        out = torch.where(loaded.finite.reshape((-1,) + (1,) * (out.ndim - 1)), out, math.nan)
+        reason = torch.where(loaded.finite, reason, cert.NOT_FINITE)
+    proof = uncertified(reason.shape, reason.device, methods=methods, code=code, steps=answer.steps)
+    return out, replace(proof, reason=reason)
 
 
 class Number(NamedTuple):
@@ -201,15 +261,20 @@ def numbers(
     finite: Tensor,
     shape: Sequence[int],
     back: Callable[[Tensor, Tensor], Tensor],
+    *,
+    certify: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Certificate]:
     """The numbers of the finite matrices of x (B, m, n), by the methods `names` in turn; NaN for the others.
 
-    `back` restores the scale of values, given the indices of their matrices.
+    `back` restores the scale of values, given the indices of their matrices. Without `certify` the methods get
+    `certify=False`, and the first one's values are taken but where it sees that it failed.
     """
     chosen = finite.nonzero().flatten()
     every = chosen.numel() == finite.numel()
 
+    if not certify:
+        options["certify"] = False
     # Rounding the answer to `dtype` adds to its error, and a method must leave room for it.
     asked = rtol - min(rtol, torch.finfo(dtype).eps) / 2
 
@@ -217,6 +282,12 @@ def numbers(
         index = chosen if rows is None else chosen[rows]
         found = methods[name](x if every and rows is None else x[index], rtol=asked, **options)
         out = back(found.value, index)
+        if not certify:
+            code = list(methods).index(name)
+            proof = uncertified(out.shape, out.device, methods=tuple(methods), code=code, steps=found.steps)
+            return (out.to(dtype),), replace(
+                proof, reason=torch.where(found.reason == cert.NONE, cert.UNASKED, found.reason)
+            )
         rounded = out.to(dtype).to(torch.float64)
         # What comes back as a subnormal number is rounded by that.
         lost = torch.where((out.abs() < 2.0**-1021) & (found.value != 0), 2.0**-1074 / out.abs(), 0.0)

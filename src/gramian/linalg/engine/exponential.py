@@ -58,10 +58,13 @@ def two_norm(x: Tensor) -> Tensor:
     return bound * (1 + 64 * (x.shape[-1] + 8) * U)
 
 
-def exponential(a: Pair, times: Product, schemes: Sequence[tuple[int, int]] = SCHEMES) -> Exponential:
+def exponential(
+    a: Pair, times: Product, schemes: Sequence[tuple[int, int]] = SCHEMES, *, bounded: bool = True
+) -> Exponential:
     """e^A of each matrix, in double-double arithmetic if `times` is `product`.
 
-    With one scheme, what a matrix gets does not depend on the others in the batch.
+    With one scheme, what a matrix gets does not depend on the others in the batch. If not `bounded`, the error is of no
+    use.
     """
     n = a.hi.shape[-1]
     if not a.hi[0:1].numel():
@@ -95,7 +98,8 @@ def exponential(a: Pair, times: Product, schemes: Sequence[tuple[int, int]] = SC
         part, tiny, blur = hi[rows], lo[rows], error[rows]
         square = times(Pair(part, tiny, torch.zeros_like(blur)), Pair(part, tiny, torch.zeros_like(blur)))
         # A pair's low part is at most a few roundings of its high part.
-        blur = (2 * (two_norm(part) + norm(tiny)) + blur) * blur + square.error
+        if bounded:
+            blur = (2 * (two_norm(part) + norm(tiny)) + blur) * blur + square.error
         down = exponent_of(square.hi)
         # The bit by which entries may still grow does no harm, and what scales is exact.
         hi[rows], lo[rows], error[rows] = scale(square.hi, -down), scale(square.lo, -down), scale(blur, -down)

@@ -38,7 +38,8 @@ class MatrixFunction:
             n)` finite and, unless the function is unscaled, with entries below 1. If it sees early that its error will
             be above `rtol`, it declines: it returns None, and the next method is tried. The last method gets rtol=inf
             and must answer. The arguments are those of `evaluate`, `shift` (B,), the damping on the scale of x, where
-            the function takes damping, and for symmetric domains `dtype`, the caller's.
+            the function takes damping, and `dtype`, the caller's, if there is such a parameter. One with a parameter
+            `certify` gets `certify=False` where no certificate is wanted, and answers with `Answer.bare`.
         domain: the matrices for which the function is defined:
 
             - "general": any (m, n). If m < n, the methods get the transpose, and a value that is a matrix is transposed
@@ -133,11 +134,14 @@ def evaluate(
     rtol: float | None,
     damping: Damping | None = None,
     right: Loaded | None = None,
+    certify: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Certificate]:
     """The function of each matrix of a (..., m, n), with its certificate.
 
-    `right` is a right-hand side B in which the value is linear: the methods get `b`, scaled by itself.
+    `right` is a right-hand side B in which the value is linear: the methods get `b`, scaled by itself. Without
+    `certify` the value is that of the first method that neither declines nor sees itself fail, and nothing is known of
+    its error.
     """
     name = function.name
     check(name, a, square=function.domain != "general")
@@ -153,7 +157,6 @@ def evaluate(
         loaded = unscaled(loaded, within=float("inf"))
     if function.symmetric:
         loaded = symmetric_part(a, loaded)
-        options["dtype"] = a.dtype
     if shift is not None:
         options["shift"] = scale(shift, -loaded.exponent)
     if degree == "by exponent":
@@ -166,7 +169,7 @@ def evaluate(
         loaded = replace(loaded, finite=loaded.finite & right.finite)
         exponent = right.exponent if exponent is None else exponent + right.exponent
         options["b"] = right.x
-    value, certificate = _run(function, names, loaded, exponent, tolerance, options)
+    value, certificate = _run(function, names, loaded, exponent, tolerance, certify, options)
     return (value.mT if wide and value.ndim == a.ndim else value), certificate
 
 
@@ -184,6 +187,7 @@ def _run(
     loaded: Loaded,
     exponent: Tensor | None,
     rtol: float,
+    certify: bool,
     options: Mapping[str, Any],
 ) -> tuple[Tensor, Certificate]:
     """The methods `names` in turn on loaded matrices, whose values are scaled by 2^exponent (None: not at all)."""
@@ -194,11 +198,13 @@ def _run(
         part = loaded.rows(rows)
         chosen = options if rows is None else {k: _rows(v, rows) for k, v in options.items()}
         row = function.methods[name]
-        answer = row.run(part.at(row.work), rtol=float("inf") if last else rtol, **chosen)
+        asked = float("inf") if last else rtol
+        answer = row.answer(part.at(row.work), certify=certify, dtype=loaded.dtype, rtol=asked, **chosen)
         if answer is None:
             return None
         power = exponent if exponent is None or rows is None else exponent[rows]
-        value, proof = settle(part, answer, power, code=methods.index(name), methods=methods, rtol=rtol)
+        code = methods.index(name)
+        value, proof = settle(part, answer, power, code=code, methods=methods, rtol=rtol, certify=certify)
         if keep is None or not spectral:
             return (value,), proof
         n = min(loaded.raw.shape[1:])

@@ -90,6 +90,12 @@ class Found(NamedTuple):
     steps: int = 0
     failure: float = 0.0
 
+    @staticmethod
+    def bare(value: Triple, reason: Tensor, steps: int = 0) -> Found:
+        """Factors without a bound."""
+        unknown = torch.full(reason.shape, math.inf, dtype=torch.float64, device=reason.device)
+        return Found(value, unknown, unknown * math.nan, reason, steps, math.nan)
+
 
 def excess(
     factors: Triple, forth: Tensor, off: Tensor | float, square: Tensor, optimum: Tensor, unit: float, x: Tensor | None
@@ -265,7 +271,14 @@ def _beyond(ops: Products, space: Space, kth: Tensor, generator: torch.Generator
 
 
 def by_products(
-    ops: Products, k: int, caller: Caller, *, rtol: float, generator: torch.Generator | None, wide: bool = False
+    ops: Products,
+    k: int,
+    caller: Caller,
+    *,
+    rtol: float,
+    generator: torch.Generator | None,
+    wide: bool = False,
+    certify: bool = True,
 ) -> Found:
     """Block Krylov on AᵀA from about k/2 random vectors, or k + 8 of them if `wide`, until the rank-k part's excess is
     below rtol.
@@ -289,9 +302,8 @@ def by_products(
     turn = by(right.mT.to(dtype), chosen)
     value, factors = caller.rounded(q @ left.to(dtype), sigma, by(turn, found.rows).mT)
     reason = torch.where(ok & ~(hopeless & (dtype != torch.float64)), cert.NONE, cert.INACCURATE)
-    if bool((reason != cert.NONE).all()):
-        nothing = torch.full_like(w[:, 0], math.inf)
-        return Found(value, nothing, nothing * math.nan, reason, p // r, FAILURE)
+    if not certify or bool((reason != cert.NONE).all()):
+        return Found.bare(value, reason, p // r)
 
     basis = found.rows.to(torch.float64)
     own = probes.probes(p, basis.device, SEEN[0])

@@ -1,9 +1,15 @@
 """Frobenius norms of matrices that would be expensive to form, from their products with a few random vectors.
 
-‖EΩ‖_F² / k estimates ‖E‖_F² for a Gaussian Ω (n, k). It falls below ‖E‖_F² / `GAIN`² with a probability that is worst
-for E of rank one, where ‖EΩ‖² / ‖E‖² is χ² with k degrees of freedom: so `GAIN` · ‖EΩ‖_F / √k is an upper bound except
-with that probability. The products are taken in float64 with the float32 factors themselves, whatever method found
-them. Up to k columns Ω is the identity, and the norm is exact.
+‖EΩ‖_F² / k estimates ‖E‖_F² for a Gaussian Ω (n, k). It falls below ‖E‖_F² / γ², γ = `GAINS`[k], with a probability
+that is worst for E of rank one, where ‖EΩ‖² / ‖E‖² is χ² with k degrees of freedom: so γ‖EΩ‖_F / √k is an upper bound
+except with that probability. The products are taken in float64 with the float32 factors themselves, whatever method
+found them. Up to `EXACT` columns Ω is the identity, and the norm is exact.
+
+An E that is rounding is far from rank one, and then γ can be less. With the same probability ‖E‖₂ ≤ γ‖EΩ‖₂ / √k. So if
+s = ‖EΩ‖_F² / ‖EΩ‖₂², and g‖EΩ‖_F / √k were below ‖E‖_F, then ‖E‖_F² ≥ ρ‖E‖₂² with ρ = s g² / γ²: a property of E, by
+which ‖EΩ‖_F² is a sum of χ² with weights aᵢ of at most 1/ρ of the whole. By Chernoff that falls below k‖E‖_F² / g²
+with a probability of at most exp(−(ρk/2)(1/g² − 1 + ln g²)), since Σ ln(1 + c aᵢ) is least where as few weights as may
+be share the whole. `SPREAD` has the g for which this is `FAILURE` / 4.
 """
 
 from __future__ import annotations
@@ -21,9 +27,16 @@ SEED = 0x6772616D69616E
 """The seed of every generator that linalg makes for itself. It is not a small number, since the caller may have drawn
 the matrix from a small seed, and probes that are rows of the matrix's own factor prove nothing."""
 
-WIDTH = 32
-GAIN = 3.0
-GAINS = {8: 24.0, 16: 6.2, WIDTH: GAIN}
+WIDTH = 16
+EXACT = 32
+"""Columns up to which Ω is the identity."""
+GAINS = {8: 24.0, WIDTH: 6.2, 32: 3.0, 64: 2.02}
+MORE = 64
+"""Vectors where a bound by `WIDTH` of them just misses what was asked."""
+SPREAD = ((3, 4.41), (6, 3.51), (9, 3.10), (12, 2.85))
+"""The s from which γ = 6.2 can be so much less, for k = `WIDTH`."""
+SPREAD_FROM = 128
+"""Columns from which finding s costs little beside the products."""
 FAILURE = 1e-10
 """P(χ²_k < k / GAINS[k]²) is below this, 9.0e-11 for k = 32; a test derives it."""
 
@@ -35,7 +48,10 @@ PART = 1 << 18
 
 
 class Probes(NamedTuple):
-    """Ω (n, k) in float64, the factor from ‖EΩ‖_F to a bound on ‖E‖_F, and the probability that the bound fails."""
+    """Ω (n, k) in float64, the factor from ‖EΩ‖_F to a bound on ‖E‖_F, and the probability that the bound fails.
+
+    `closer` bounds fail with three times that probability.
+    """
 
     omega: Tensor
     factor: float
@@ -45,9 +61,10 @@ class Probes(NamedTuple):
 @lru_cache(maxsize=16)
 def probes(n: int, device: torch.device, width: int = WIDTH) -> Probes:
     """The probes for matrices with n columns, the same in every call; `width` of them, one of `GAINS`."""
-    if n <= width:
+    if n <= (EXACT if width == WIDTH else width):
         return Probes(torch.eye(n, dtype=torch.float64, device=device), 1.0, 0.0)
-    omega = torch.randn(n, width, generator=torch.Generator().manual_seed(SEED + n), dtype=torch.float64)
+    # Stored by rows, with which the products are several times as fast.
+    omega = torch.randn(width, n, generator=torch.Generator().manual_seed(SEED + n), dtype=torch.float64).mT
     return Probes(omega.to(device), GAINS[width] / math.sqrt(width), FAILURE)
 
 
@@ -56,23 +73,39 @@ def of_norm(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
     return (norm(e) + rounding) * p.factor
 
 
+def closer(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
+    """As `of_norm`, and less where E is far from rank one: for the norms that make up most of a bound."""
+    size = norm(e)
+    if p.omega.shape[-1] != WIDTH or len(p.omega) < SPREAD_FROM:
+        return (size + rounding) * p.factor
+    squares = (e.mT @ e).nan_to_num(nan=2.0**1000, posinf=2.0**1000)
+    largest = torch.linalg.eigvalsh(squares)[..., -1].clamp_min(0).sqrt()
+    # What is known of EΩ itself, which is `rounding` away.
+    spread = ((size - rounding) / (largest + rounding)).clamp_min(0) ** 2
+    gain = torch.full_like(size, GAINS[WIDTH])
+    for least, better in SPREAD:
+        gain = torch.where(spread >= least, better, gain)
+    return (size + rounding) * gain / math.sqrt(WIDTH)
+
+
 def apply(a: Tensor, z: Tensor) -> Tensor:
     """a z in float64, for a (B, m, n) of any dtype and z (B, n, k) in float64."""
     if a.dtype == torch.float64:
-        return a @ z
+        return (z.mT @ a.mT).mT
     return _by_columns(a.mT, z) if a.stride(-2) == 1 else _by_rows(a, z)
 
 
 def apply_transposed(a: Tensor, z: Tensor) -> Tensor:
     """aᵀ z in float64, for a (B, m, n) of any dtype and z (B, m, k) in float64."""
     if a.dtype == torch.float64:
-        return a.mT @ z
+        return (z.mT @ a).mT
     return _by_rows(a.mT, z) if a.stride(-2) == 1 else _by_columns(a, z)
 
 
 def _by_rows(a: Tensor, z: Tensor) -> Tensor:
     # (zᵀ aᵀ)ᵀ: several times as fast as the same product with the thin factor on the right.
-    return torch.cat([z.mT @ part.double().mT for part in a.split(_rows(a), dim=-2)], dim=-1).mT
+    parts = [z.mT @ part.double().mT for part in a.split(_rows(a), dim=-2)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).mT
 
 
 def _by_columns(a: Tensor, z: Tensor) -> Tensor:

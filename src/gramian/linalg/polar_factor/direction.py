@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gramian.linalg.engine.cost import Operations, constants, predict
+from gramian.linalg.engine.cost import Operations, defaults, predict
 from gramian.linalg.polar_factor.newton_schulz import composed, quintics
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
 
@@ -53,18 +53,17 @@ def least_ratio(short: int, rtol: float) -> float:
     return max(LEAST, min(1.0, 10 * rtol) / max(short, WIDE))
 
 
-def cheapest(short: int, long: int, batch: int, rtol: float, device: str) -> Approach:
-    """The cheapest approach by the constants of `cost`."""
-    return _cheapest(short, long, batch, rtol, device, id(constants(device)))
-
-
 @lru_cache(maxsize=1024)
-def _cheapest(short: int, long: int, batch: int, rtol: float, device: str, of_constants: int) -> Approach:
-    """Kept, since an optimizer asks in every step; anew where the constants were measured anew."""
+def cheapest(short: int, long: int, batch: int, rtol: float, device: str) -> Approach:
+    """The cheapest approach by the default constants of `cost`: a run takes the same steps on any machine.
+
+    Kept, since an optimizer asks in every step.
+    """
+    costs = defaults("cpu" if device == "cpu" else "cuda")
     low, ratio = least_ratio(short, rtol), long / max(short, 1)
     best, least = Approach("newton_schulz", MOST, torch.float32, low), math.inf
     for candidate, operations in _candidates(low, ratio, rtol, half=rtol >= HALF and short >= NARROW):
-        seconds = predict(operations, short, batch, device)
+        seconds = predict(operations, short, batch, costs)
         if seconds < least:
             best, least = candidate, seconds
     return best

@@ -29,16 +29,23 @@ from gramian.linalg.polar_factor.zolotarev import fractions, zolotarev
 ROUGH, TERMS = 5e-2, 4
 """The rtol and the number of fractions with which "zolotarev" is certified: ‖XᵀX − I‖ is twice the error."""
 
+DIRECTION = 1e-2
+"""The rtol from which an answer without a certificate is a direction."""
 
-def _newton_schulz(x: Tensor, *, rtol: float) -> Answer:
+
+def _newton_schulz(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     """Newton–Schulz steps, in float32 at least."""
+    if not certify:
+        return Answer.bare(newton_schulz(x), steps=len(COEFFICIENTS))
     return _estimated(x, newton_schulz(x), _growth(len(COEFFICIENTS)), x.dtype, math.inf, len(COEFFICIENTS))
 
 
-def _zolotarev(x: Tensor, *, rtol: float) -> Answer:
+def _zolotarev(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     """Zolotarev's fractions."""
     low = least_ratio(min(x.shape[-2:]), ROUGH)
     value = zolotarev(x, low=low, terms=TERMS)
+    if not certify:
+        return Answer.bare(value, steps=TERMS)
     # Where a singular value is lost, or below `low`, it does not end near 1: there may be no polar factor.
     return _estimated(x, value, fractions(low, TERMS).slope ** 2, torch.float32, 0.5, TERMS)
 
@@ -169,8 +176,8 @@ def polar_ex(
 ) -> tuple[Inexact[Tensor, "*b m n"], Certificate]:
     """`polar` with its certificate, never raising for a matrix's values.
 
-    `certify=False` is for the direction of an optimizer's step. Nothing is converged, the bound is inf, and no GPU is
-    synchronized. "auto" then takes the cheaper of "newton_schulz" and "zolotarev", with steps, dtype and coefficients
+    From `rtol=1e-2` up, `certify=False` with "auto" is for the direction of an optimizer's step, and no GPU is
+    synchronized. It takes the cheaper of "newton_schulz" and "zolotarev", with steps, dtype and coefficients
     made for `rtol`: the root mean square of σ − 1 over the answer's singular values. Those of A below
     `direction.least_ratio` times the largest are not counted. `rtol=0.1` is about half the error of torch.optim.Muon's
     five steps.
@@ -178,7 +185,7 @@ def polar_ex(
     Args:
         a, method, rtol: as for `polar`.
         steps: the number of steps of `method="newton_schulz"`; 7 if None.
-        certify: whether to bound the error; False only with "auto" and "newton_schulz".
+        certify: as for `polar`.
         dtype: of the products of `method="newton_schulz"`; float32 (float64 for float64) if None.
     Returns: the polar factor and its `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
@@ -195,12 +202,10 @@ def polar_ex(
         raise InputError(f"polar: expected steps ≥ 1, got {steps}. Leave it out for {len(COEFFICIENTS)}.")
     if method == "newton_schulz":
         return _newton_schulz_ex(a, default_rtol(rtol, a.dtype), steps or len(COEFFICIENTS), certify, dtype)
-    if not certify:
-        if method != "auto":
-            raise InputError(f"polar: certify=False is for 'auto' and 'newton_schulz', got {method!r}.")
+    if not certify and method == "auto" and default_rtol(rtol, a.dtype) >= DIRECTION:
         value, chosen = direction(a, default_rtol(rtol, a.dtype))
         return value, _uncertified(a, chosen.method, chosen.steps)
-    return evaluate(POLAR, a, method=method, rtol=rtol)
+    return evaluate(POLAR, a, method=method, rtol=rtol, certify=certify)
 
 
 def _newton_schulz_ex(
@@ -234,6 +239,7 @@ def polar(
     method: str = "auto",
     rtol: float | None = None,
     steps: int = len(COEFFICIENTS),
+    certify: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Inexact[Tensor, "*b m n"]:
     """The nearest matrix with orthonormal columns (or rows): the polar factor U Vᵀ of A = U Σ Vᵀ.
@@ -244,6 +250,8 @@ def polar(
         a: `(..., m, n)`.
         method: the name of a method (see docs/linalg.md), or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the value of the same route, and only seen failures raise. See
+            `polar_ex`.
         steps, dtype: see `polar_ex`.
     Returns: `(..., m, n)`, in the dtype of `a`.
     Raises:
@@ -263,6 +271,6 @@ def polar(
     tensor([[1., 0.],
             [0., 1.]])
     """
-    value, certificate = polar_ex(a, method=method, rtol=rtol, steps=steps, dtype=dtype)
+    value, certificate = polar_ex(a, method=method, rtol=rtol, steps=steps, certify=certify, dtype=dtype)
     require_converged("polar", certificate)
     return value
