@@ -21,12 +21,12 @@ from gramian.inspection.observed import Call, Cut, Ends, Observed
 from gramian.inspection.operations import Operations
 from gramian.operators import leaves_of
 from gramian.recording.tracking import tensors_of
-from gramian.recording.unfused import UNFUSED
+from gramian.recording.unfused import UNFUSED, first_steps
 
 __all__ = ["Watcher"]
 
-# Operations that cut the graph and are looked into.
-MOST_CUTS = 64
+# Operations that cut the graph and are looked into, and steps of torch's recurrences.
+MOST_CUTS, MOST_STEPS = 64, 8
 
 _MASKING = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_, torch.where, Tensor.where}
 
@@ -169,12 +169,12 @@ class Watcher(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in UNFUSED and not self.live:
-            self.operations.unfused += 1
-            try:
-                with self:
-                    return UNFUSED[func](*args, **kwargs)
-            finally:
-                self.operations.unfused -= 1
+            few = None if self.careful else first_steps(func, args, kwargs, MOST_STEPS)
+            if few is None:
+                return self._unfused(func, *args, **kwargs)
+            with torch.random.fork_rng([t.device for t in tensors_of(args[:1]) if t.is_cuda]):
+                self._unfused(func, *few)
+            return func(*args, **kwargs)
         if not self.careful and not self.live:
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.stack[-1] if self.stack else "", func, args, kwargs)
@@ -187,6 +187,15 @@ class Watcher(TorchFunctionMode):
             if not self.careful:
                 self._see(name, func, args, kwargs, output)
         return output
+
+    def _unfused(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """The same result by operations that are seen."""
+        self.operations.unfused += 1
+        try:
+            with self:
+                return UNFUSED[func](*args, **kwargs)
+        finally:
+            self.operations.unfused -= 1
 
     def _see(self, name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         self.order += 1
