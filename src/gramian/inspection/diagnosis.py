@@ -191,6 +191,7 @@ def _measure_signal(
             found += rule(context)
         except Exception as error:  # what one rule does not understand must not hide what the others found
             measured.skipped |= {rule.__name__.replace("_", " "): f"the rule failed: {in_words(error)}"}
+    measured.skipped |= context.skipped
     try:
         with batch_statistics(model):
             measure_signal(measured, model, few[0], objective, layouts, progress)
