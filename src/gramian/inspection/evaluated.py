@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gramian.batch import LABELS, first_samples, main_input, mapped, parts, tensors
 from gramian.errors import InputError
+from gramian.inspection.following import Follower
 from gramian.inspection.moments import first_float
 from gramian.objective import Objective
 from gramian.recording.measuring import eager, evaluating
@@ -98,37 +98,15 @@ def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple
     return float(total) / float(units), seen
 
 
-class _Drops(TorchFunctionMode):
+class _Drops(Follower):
     """Looks for dropout that acts, and in which module it is."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.stack = model, []
-        self.first: tuple[str, str] | None = None
-
-    @contextmanager
-    def installed(self) -> Iterator[_Drops]:
-        """A context in which it looks."""
-
-        def leave(*_: Any) -> None:
-            self.stack.pop()
-
-        handles = []
-        for name, module in self.model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-        try:
-            with self:
-                yield self
-        finally:
-            for handle in handles:
-                handle.remove()
+    first: tuple[str, str] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.first is None and self.stack and _acts(func, args, kwargs):
-            self.first = (self.stack[-1], func.__name__)
+            self.first = (self.place, func.__name__)
         return func(*args, **kwargs)
 
 

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 

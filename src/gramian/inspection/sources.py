@@ -194,7 +194,7 @@ def through_view(given: tuple[int, ...], made: tuple[int, ...], rows: tuple[Rows
 
 
 def _joined(dim: int, parts: Sequence[Rows]) -> list[Rows]:
-    """The rows of a dimension that is divided in parts, the outermost first; none where they are all, or not regular."""
+    """The rows of a dimension that is divided in parts, the outermost first; none where all or irregular."""
     size = math.prod(part.size for part in parts)
     start, block = 0, size
     for k, part in enumerate(parts):

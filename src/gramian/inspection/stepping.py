@@ -51,8 +51,8 @@ def take_steps(
 
     Returns: a `Steps`.
     Raises: what a step or the copy raises.
-    Cost: three training steps and a forward pass, and up to `num_steps` steps where the loss rises; a copy of the model and
-        of the optimizer's state.
+    Cost: three training steps and a forward pass, up to `num_steps` steps where the loss rises; a copy of the model
+        and of the optimizer's state.
     Source: this library's own.
     """
     given = list(batches)

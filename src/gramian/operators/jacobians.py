@@ -187,8 +187,8 @@ def try_jacobian(
 def _mixes(start: Tensor, end: Tensor) -> bool:
     """Whether a row of `end` depends on another row of `start`.
 
-    Some rows must give no gradient at the others. What mixes rows mixes all, or each with those before it, or at a fixed
-    distance; those whose number has an odd number of binary ones (the sequence of Thue and Morse) repeat at none.
+    Some rows must give no gradient at the others. What mixes rows mixes all, or each with those before it, or at some
+    distance: those whose number has an odd number of binary ones (the sequence of Thue and Morse) repeat at none.
     """
     if len(start) < 2:
         return False

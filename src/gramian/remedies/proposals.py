@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +209,7 @@ def _statistics(asked: Asked) -> Iterator[Action]:
 def _last_function(asked: Asked) -> Iterator[Action]:
     """Remove the module without parameters that gives the scores, where it is one of these.
 
-    Where forward() itself ends in a softmax, the logarithm of its output, of which cross-entropy takes back the softmax.
+    Where forward() itself ends in a softmax: the logarithm of its output, whose softmax is the output again.
     """
     kinds = (nn.Softmax, nn.LogSoftmax, nn.ReLU, nn.Sigmoid)
     called: list[str] = []

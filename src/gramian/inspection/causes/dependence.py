@@ -54,8 +54,8 @@ def labels_depend(batches: Sequence[Any]) -> Dependence | None:
     is that under shuffled labels, of which the mean and deviation of 50 are taken.
 
     That none is seen says nothing where none could be: few samples of many independent features are all alike. So the
-    tests are also given labels that are made up of these inputs (of tokens' counts), the largest of as many random linear functions as
-    there are classes, a quarter of them replaced by others' at random.
+    tests are also given labels that are made up of these inputs (of tokens' counts): the largest of as many random
+    linear functions as there are classes, a quarter of them replaced by others' at random.
 
     Args:
         batches: with inputs and one class label for each sample.
@@ -106,8 +106,8 @@ def labels_depend(batches: Sequence[Any]) -> Dependence | None:
         LEVEL,
         power,
         f"of {len(y)} samples, the {NEIGHBORS} nearest neighbors share the label in {float(found[0]):.1%} of cases, "
-        f"{float(chance[:, 0].mean()):.1%} if labels are shuffled (p = {p:.2g} for dependence; of labels made up of these "
-        f"inputs, a quarter of them noise, {power:.0%} are seen)",
+        f"{float(chance[:, 0].mean()):.1%} if labels are shuffled (p = {p:.2g} for dependence; of labels made "
+        f"up of these inputs, a quarter of them noise, {power:.0%} are seen)",
     )
 
 
