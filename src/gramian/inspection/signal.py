@@ -122,8 +122,11 @@ def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objectiv
     side = next((site.A.dim for site in sites if site.A is not None), 1)
     batch_size = num_samples(batch)
     most = max(MOST_PASSES * batch_size, LEAST_ROWS)
-    are_rows = all(len(t) == batch_size for t in tensors(batch) if t.ndim)  # else, as of a graph, one may be no part
-    num = max(1 if are_rows else 2, min(NUM_JACOBIANS, batch_size, JACOBIAN_PASSES * batch_size // side))
+    are_rows = all(
+        len(t) == batch_size for t in tensors(batch) if t.ndim
+    )  # one sample of a graph would be no part of it
+    passes = JACOBIAN_PASSES * batch_size if are_rows else most
+    num = max(1, min(NUM_JACOBIANS, batch_size, passes // side))
     copies = max(1, min(side, batch_size // num))
     try:
         try:
