@@ -256,6 +256,11 @@ def test_the_rows_of_a_bias_are_found_behind_splits() -> None:
         (t[..., 5:9], (5, 9)),
         (t[:, 1].split([10, 38], -1)[1][:, 2:4], (12, 14)),
         (t.flatten(0, 1).chunk(2, -1)[1].unbind(0)[0], (2 * WIDTH, 4 * WIDTH)),
+        (t.view(2, 3, 4, WIDTH).unbind(2)[1], (WIDTH, 2 * WIDTH)),
+        (t.unflatten(-1, (4, WIDTH))[:, :, 2, 3:5], (2 * WIDTH + 3, 2 * WIDTH + 5)),
+        (t.view(2, 3, WIDTH, 4).unbind(-1)[3], (3, 4 * WIDTH, 4)),
+        (t.view(2, 3, 4, WIDTH).permute(2, 0, 1, 3)[1], (WIDTH, 2 * WIDTH)),
+        (t.view(6, 1, 2, 2, WIDTH).transpose(0, 3)[1, :, 1], (3 * WIDTH, 4 * WIDTH)),
         (1 - 2 * t.sigmoid().narrow(-1, 7, 3), (7, 10)),
     ):
         assert Source("bias", True, *rows) in trace(part, names).sources
@@ -263,6 +268,26 @@ def test_the_rows_of_a_bias_are_found_behind_splits() -> None:
     part = kernel(torch.randn(2, 3, 5)).chunk(2, 1)[1]
     assert Source("bias", True, 4, 8) in trace(part, {id(p): n for n, p in kernel.named_parameters()}).sources
     assert trace(x, names).sources == ()
+
+
+@pytest.mark.parametrize("shape", [(STEPS, 3, WIDTH), (STEPS, WIDTH, 3)])
+def test_a_shut_gate_of_a_recurrence_written_by_hand_is_told(shape: tuple[int, int, int]) -> None:
+    """An SRU, whose gates are divided by unbind: c = f c + (1 - f) x̃."""
+    dim = shape.index(3) - 3
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        inputs, forget, reset = m.g(x[:, None].expand(-1, STEPS, -1)).view(-1, *shape).unbind(dim)
+        state = torch.zeros_like(inputs[:, 0])
+        for t in range(STEPS):
+            f = forget[:, t].sigmoid()
+            state = f * state + (1 - f) * inputs[:, t]
+        return m.o(reset[:, -1].sigmoid() * state.tanh())
+
+    part = slice(WIDTH, 2 * WIDTH) if dim == -2 else slice(1, None, 3)
+    for bias in (-6.0, 0.0):
+        model = Net(run, g=linear(3 * WIDTH, bias, part), o=linear(CLASSES))
+        told = found(model)
+        assert {code: f.where for code, f in told.items()} == ({"gate-shut": "g"} if bias else {})
 
 
 def cosine(function: Callable[[Tensor, Tensor], Tensor], classes: int = 40) -> Context:

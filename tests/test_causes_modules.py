@@ -396,3 +396,14 @@ def test_frozen_float16_weights_are_nothing_to_tell() -> None:
     model = nn.Sequential(nn.Linear(16, 32).half().requires_grad_(False), nn.ReLU(), nn.Linear(32, 4))
     model[2].weight.data.clamp_(-1, 1)
     assert not list(float16_weights(Context(model, Observed())))
+
+
+def test_labels_are_not_judged_where_no_dependence_could_be_seen() -> None:
+    """128 images of 432 independent numbers, with labels that a network learns: the tests are blind, and say so."""
+    x = torch.randn(N, 3, 12, 12, generator=draw())
+    y = (x.flatten(1) @ torch.randn(432, 8, generator=draw(11))).relu() @ torch.randn(8, 3, generator=draw(21))
+    report = gm.inspect(
+        nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.ReLU(), nn.Linear(8, 3)), [(x, y.argmax(1))], CLASSIFY
+    )
+    assert "labels-independent" not in {f.code for f in report.findings}
+    assert "too few samples" in report.not_looked_at["whether labels depend on inputs"]

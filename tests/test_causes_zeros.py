@@ -227,3 +227,33 @@ def test_a_trained_network_under_a_new_head_is_meant() -> None:
     [finding] = [f for f in report.findings if f.code == "parameter-frozen"]
     assert finding.severity == "info"
     assert "are trained" in finding.evidence
+
+
+class Attention(nn.Module):
+    """Attention over the numbers of a sample, with one weight for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attn = nn.Linear(1, WIDTH), nn.ModuleDict({"qkv": nn.Linear(WIDTH, 3 * WIDTH)})
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x[..., None])
+        q, k, v = self.attn["qkv"](h).chunk(3, -1)
+        return self.head((h + F.scaled_dot_product_attention(q, k, v)).mean(1))
+
+
+@pytest.mark.parametrize("parts", ["q", "v", "qk", "qkv"])
+def test_zero_parts_of_a_fused_weight_that_keep_each_other_shut_are_named(parts: str) -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    for part in parts:
+        rows = slice("qkv".index(part) * WIDTH, ("qkv".index(part) + 1) * WIDTH)
+        for p in model.attn.parameters():
+            p.data[rows] = 0
+    before = copy.deepcopy(model.state_dict())
+    (finding,) = [f for f in gm.inspect(model, data(), CLASSIFY).findings if f.code == "zero-weights"]
+    shut, names = "qk" in parts, [f"attn.qkv.weight[{part}]" for part in ("kq" if "qk" in parts else parts)]
+    told = "error" if shut else "info", ", ".join(names)
+    assert (finding.severity, finding.where) == told
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

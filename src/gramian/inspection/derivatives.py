@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 
 from gramian.batch import tensors
+from gramian.inspection.following import Follower
 
 __all__ = ["first_infinite_derivative"]
 
@@ -50,43 +49,22 @@ def first_infinite_derivative(model: nn.Module, forward: Callable[[], Tensor]) -
     return found[0] if found else None
 
 
-class _Places(TorchFunctionMode):
+class _Places(Follower):
     """Keeps in which module each node of the graph was made."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.made: dict[Node, str] = {}
-        self._stack: list[str] = []
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        handles: list[Any] = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _leave(self) -> None:
-        if self._stack:
-            self._stack.pop()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._stack:
+        if self.stack:
             with torch._C.DisableTorchFunction():
                 for t in tensors(result):
                     if t.grad_fn is not None:
-                        self.made.setdefault(t.grad_fn, self._stack[-1])
+                        self.made.setdefault(t.grad_fn, self.place)
         return result
 
 

@@ -171,7 +171,8 @@ def _measure_signal(
     except Exception as error:
         measured.skipped |= {"whether an output sees its target": in_words(error)}
     try:
-        context.opening = open_zeros(model, observed, objective)
+        parts = [layer.name for layer in measured.layers if layer.frobenius_norm == 0.0 and "[" in layer.name]
+        context.opening = open_zeros(model, observed, objective, parts)
         measured.waiting = context.opening.waiting
     except Exception as error:  # a model that cannot be trained twice on one batch
         measured.skipped |= {"what starts at zero": in_words(error)}
@@ -191,6 +192,7 @@ def _measure_signal(
             found += rule(context)
         except Exception as error:  # what one rule does not understand must not hide what the others found
             measured.skipped |= {rule.__name__.replace("_", " "): f"the rule failed: {in_words(error)}"}
+    measured.skipped |= context.skipped
     try:
         with batch_statistics(model):
             measure_signal(measured, model, few[0], objective, layouts, progress)

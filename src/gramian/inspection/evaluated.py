@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from gramian.batch import LABELS, main_input, mapped, parts, tensors
+from gramian.batch import LABELS, first_samples, main_input, mapped, parts, tensors
 from gramian.errors import InputError
+from gramian.inspection.following import Follower
 from gramian.inspection.moments import first_float
 from gramian.objective import Objective
 from gramian.recording.measuring import eager, evaluating
@@ -24,8 +24,8 @@ __all__ = ["Evaluated", "evaluate"]
 # A row of an output counts as changed if it moves by this share of the rows' size. Products of the same shapes round
 # each row alike, whatever the others hold.
 MOVED = 1e-5
-# Samples from which on a mixture is looked for.
-FEW = 4
+# Samples from which on a mixture is looked for, and how many are enough: what mixes more mixes these.
+FEW, ENOUGH = 4, 8
 
 # Functions that drop; whether they do where nobody says whether it is training.
 _DROPOUT: dict[Callable, bool] = {
@@ -65,20 +65,30 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
 
     Returns: an `Evaluated`.
     Raises: what the model raises.
-    Cost: two forward passes; three where samples seem to mix.
+    Cost: a forward pass, and two of 8 samples; three where samples seem to mix.
     Source: this library's own.
     """
     rows = _separate_rows(model, batch)
     with evaluating(model), eager(), torch.no_grad():
         with _Drops(model).installed() as drops:
-            loss, before = _run(model, batch, objective, rows)
+            loss, _ = _run(model, batch, objective, 0)
         if not rows or not math.isfinite(loss) or drops.first:
             return Evaluated(loss, drops=drops.first)
-        changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
-        if changed is not None and _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
-            return Evaluated(loss)  # the model draws numbers of its own: no two passes agree
+        try:
+            changed = _mixture(model, first_samples(batch, ENOUGH), objective, min(rows, ENOUGH))
+        except Exception:  # the model's batches have one size
+            changed = _mixture(model, batch, objective, rows)
     by, not_yet = changed or (None, "")
     return Evaluated(loss, by, not_yet)
+
+
+def _mixture(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[str, str] | None:
+    """The first module that mixes samples, and the one before it; `None` too where no two passes agree."""
+    before = _run(model, batch, objective, rows)[1]
+    changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
+    if changed is not None and _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
+        return None  # the model draws numbers of its own
+    return changed
 
 
 def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[float, list[tuple[str, Tensor]]]:
@@ -88,37 +98,15 @@ def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple
     return float(total) / float(units), seen
 
 
-class _Drops(TorchFunctionMode):
+class _Drops(Follower):
     """Looks for dropout that acts, and in which module it is."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.stack = model, []
-        self.first: tuple[str, str] | None = None
-
-    @contextmanager
-    def installed(self) -> Iterator[_Drops]:
-        """A context in which it looks."""
-
-        def leave(*_: Any) -> None:
-            self.stack.pop()
-
-        handles = []
-        for name, module in self.model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-        try:
-            with self:
-                yield self
-        finally:
-            for handle in handles:
-                handle.remove()
+    first: tuple[str, str] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.first is None and self.stack and _acts(func, args, kwargs):
-            self.first = (self.stack[-1], func.__name__)
+            self.first = (self.place, func.__name__)
         return func(*args, **kwargs)
 
 

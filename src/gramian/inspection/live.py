@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -205,9 +204,7 @@ class Watch:
     def _are_gradients_finite(self) -> bool:
         on_processor = self._schedule.is_timed and self._on_processor  # elsewhere, most of it is waiting
         begun = self._schedule.clock() if on_processor else 0.0
-        gradients = [p.grad for p in self._trained if p.grad is not None]
-        with torch.no_grad():  # gradients of a graph of gradients
-            result = all_finite(gradients)
+        result = all_finite([g for p in self._trained if (g := p.grad) is not None])
         if on_processor:
             self._schedule.check(self._schedule.clock() - begun)
         return result

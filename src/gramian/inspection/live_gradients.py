@@ -24,10 +24,11 @@ def all_finite(found: Iterable[Tensor]) -> bool:
     On a processor these are sums, elsewhere norms, which torch computes of many tensors at once. A number that is not
     finite may have overflown; the largest value then decides.
     """
-    values = [t if type(t) is Tensor and not t.is_sparse else values_of(t) for t in found]
-    on_processor = [t for t in values if t.is_cpu]
-    if len(on_processor) == len(values):
-        total = sum(float(t.sum() if t.dtype not in _NARROW else t.sum(dtype=torch.float32)) for t in values)
+    values = [t if type(t) is Tensor and not t.is_sparse and not t.requires_grad else values_of(t) for t in found]
+    if all(t.is_cpu for t in values):
+        total = 0.0
+        for t in values:
+            total += (t.sum(dtype=torch.float32) if t.dtype in _NARROW else t.sum()).item()
         return math.isfinite(total) or are_finite(values)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for norm in _norms(values):

@@ -100,13 +100,14 @@ class Source:
     Attributes:
         name: of the parameter.
         is_bias: whether it is added.
-        start, stop: of the rows.
+        start, stop, step: of the rows.
     """
 
     name: str
     is_bias: bool
     start: int = 0
     stop: int | None = None
+    step: int = 1
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.batch import tensors
+from gramian.block import blocks
 from gramian.inspection.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.measuring import training
@@ -32,7 +33,8 @@ class Opening:
     Attributes:
         waiting: parameters whose gradient is exactly zero now and is not after what is zero has made a few steps along
             its own gradient.
-        shut: parameters that are zero and whose gradient stays so, and would not if they, together, were not zero.
+        shut: parameters, and parts of fused ones as `blocks` names them, that are zero and whose gradient stays so, and
+            would not if they, together, were not zero.
         last: matrices of zeros behind which no module with parameters comes, as in a head.
     """
 
@@ -41,7 +43,7 @@ class Opening:
     last: frozenset[str] = frozenset()
 
 
-def open_zeros(model: nn.Module, observed: Observed, objective: Objective) -> Opening:
+def open_zeros(model: nn.Module, observed: Observed, objective: Objective, parts: Collection[str] = ()) -> Opening:
     """Find out which gradients are exactly zero because a factor is, and whether training makes them other than zero.
 
     An underflow, a flat loss and dead units are no matter of zeros among the parameters: there no gradient changes.
@@ -50,6 +52,7 @@ def open_zeros(model: nn.Module, observed: Observed, objective: Objective) -> Op
         model: trained as it stands for a few steps of its zeros; parameters, buffers and modes are restored.
         observed: of this model; has its batches.
         objective: gives the loss.
+        parts: names of matrices that are zero, in parameters that hold others too.
 
     Returns: an `Opening`, empty where no parameter and no gradient is zero.
     Raises: what the model raises.
@@ -60,16 +63,35 @@ def open_zeros(model: nn.Module, observed: Observed, objective: Objective) -> Op
     parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
     trained = {n: p for n, p in parameters.items() if p.requires_grad and observed.gradients.get(n) is not None}
     zeros = {n: p for n, p in parameters.items() if not bool(p.detach().any())}
-    pending = {n for n in trained if observed.gradients[n] == 0.0}
+    fused = _parts(model, [n for n in parts if n.partition("[")[0] in trained])
+    pending = {n for n in trained if observed.gradients[n] == 0.0} | set(fused)
     with training(model):
         last = _last(model, observed.batches[0], objective, {n: p for n, p in zeros.items() if p.ndim > 1})
         if not pending:
             return Opening(last=last)
         with _restored({n: p for n, p in trained.items() if bool((p.detach() == 0).any())}) as opened:
-            left = _step(model, observed.batches, objective, trained, pending, opened)
-            closed = {n: zeros[n] for n in left if n in zeros}
-            shut = _without(model, observed.batches, objective, closed) if any(map(_counts, closed)) else set()
-    return Opening(frozenset(pending - left), frozenset(filter(_counts, shut)), last)
+            left = _step(model, observed.batches, objective, trained, pending, opened, fused)
+            left -= {n for n in fused if n.partition("[")[0] in left}
+            closed = {n: parameters[n.partition("[")[0]] for n in left if n in zeros or n in fused}
+            shut = _without(model, observed.batches, objective, closed, fused) if any(map(_counts, closed)) else set()
+    return Opening(frozenset(pending - left - set(fused)), frozenset(filter(_counts, shut)), last)
+
+
+def _parts(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """The numbers of the entries of matrices that are parts of a parameter."""
+    found: dict[str, Tensor] = {}
+    for block in blocks(model).blocks if names else ():
+        if len(block.names) > 1 and not set(block.names).isdisjoint(names):
+            numbers = torch.arange(block.parameter.numel(), device=block.parameter.device).view(block.parameter.shape)
+            pieces = zip(block.names, block.layout.pieces(numbers, block.role == "elementwise"), strict=True)
+            found |= {name: piece.flatten() for name, piece in pieces if name in names}
+    return found
+
+
+def _arrived(names: Iterable[str], gradients: Mapping[str, Tensor], fused: Mapping[str, Tensor]) -> set[str]:
+    """Those of the parameters and parts whose gradient has an entry that is not zero."""
+    own = {n: gradients[n.partition("[")[0]] for n in names}
+    return {n for n, g in own.items() if bool((g.flatten()[fused[n]] if n in fused else g).any())}
 
 
 def _counts(name: str) -> bool:
@@ -84,12 +106,13 @@ def _step(
     trained: Mapping[str, nn.Parameter],
     pending: set[str],
     opened: Mapping[str, nn.Parameter],
+    fused: Mapping[str, Tensor],
 ) -> set[str]:
     """Steps the zeros of `opened` along their gradients; returns which of `pending` never get one."""
     left = set(pending)
     for i in range(max(STEPS, len(batches))):
         gradients = _gradients(model, batches[i % len(batches)], objective, trained)
-        left -= {n for n in left if bool(gradients[n].any())}
+        left -= _arrived(left, gradients, fused)
         if not left:
             break
         moved = False
@@ -105,15 +128,23 @@ def _step(
 
 
 def _without(
-    model: nn.Module, batches: Sequence[Any], objective: Objective, closed: Mapping[str, nn.Parameter]
+    model: nn.Module,
+    batches: Sequence[Any],
+    objective: Objective,
+    closed: Mapping[str, nn.Parameter],
+    fused: Mapping[str, Tensor],
 ) -> set[str]:
     """Those of the zeros that get a gradient once all of them have other values."""
     generator = torch.Generator().manual_seed(0)
-    for p in closed.values():
-        p.data.copy_(SIZE * torch.randn(p.shape, generator=generator))
+    for n, p in closed.items():
+        others = (SIZE * torch.randn(p.shape, generator=generator)).to(p)
+        if n in fused:
+            others = p.detach().flatten().scatter(0, fused[n], others.flatten()[fused[n]]).view(p.shape)
+        p.data.copy_(others)
+    wanted = {n.partition("[")[0]: p for n, p in closed.items()}
     found = set()
     for batch in islice(batches, 2):
-        found |= {n for n, g in _gradients(model, batch, objective, closed).items() if bool(g.any())}
+        found |= _arrived(closed, _gradients(model, batch, objective, wanted), fused)
     return found
 
 

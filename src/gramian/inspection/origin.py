@@ -43,14 +43,17 @@ class Pass:
     @staticmethod
     def of(args: tuple, kwargs: dict[str, Any], call: Callable | None = None) -> Pass:
         """The pass that begins now."""
-        values = (*args, *kwargs.values())
+        values = (*args, *kwargs.values()) if kwargs else args
+        is_plain = all(type(t) is Tensor and not t.requires_grad for t in values)
+        if is_plain and not torch._C._is_any_autocast_enabled():  # nothing to copy: this is paid at every step
+            return Pass(args, kwargs, [], call)
         kinds = {t.device.type for t in values if type(t) is Tensor}
 
         def kept(t: Tensor) -> Tensor:
             kinds.add(t.device.type)
             return t.detach() if t.requires_grad else t
 
-        if not all(type(t) is Tensor and not t.requires_grad for t in values):
+        if not is_plain:
             args, kwargs = mapped((args, kwargs), kept)
         enabled = [(k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)]
         return Pass(args, kwargs, enabled, call)

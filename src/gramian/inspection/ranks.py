@@ -33,6 +33,8 @@ def rank_above_rounding(sigma: Sequence[float], shape: tuple[int, ...], level: f
         level: of the rounding of an entry, such as u rms(W).
     """
     n, m = sorted(shape)
+    if len(sigma) and sigma[-1] > _floor(level, m, n, 0):  # the least of them is above the highest floor
+        return len(sigma)
     return next((r for r, value in enumerate(sigma) if value <= _floor(level, m, n, r)), len(sigma))
 
 

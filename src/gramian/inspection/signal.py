@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.batch import first_samples, mapped, num_samples
+from gramian.batch import first_samples, mapped, num_samples, tensors
 from gramian.inspection.measured import Measured
 from gramian.objective import Objective
 from gramian.operators import NoJacobian, layer_gains, try_jacobian
@@ -24,12 +24,12 @@ SIGNAL = "signal and gradients by layer"
 
 JACOBIAN = "end-to-end Jacobian"
 
-# Samples at which the end-to-end Jacobian is computed, fewer where all their rows together would cost more than this
-# many backward passes of the batch; the report shows the median of each singular value over them.
-NUM_JACOBIANS, JACOBIAN_PASSES = 8, 8
+# Samples at which the end-to-end Jacobian is computed, fewer (at least one) where all their rows together would cost
+# more than this many backward passes of the batch; the report shows the median of each singular value over them.
+NUM_JACOBIANS, JACOBIAN_PASSES = 8, 3
 
-# It is computed up to this side, however small the batch.
-LEAST_ROWS = 256
+# It is computed up to this side, and up to a side of this many times the batch.
+LEAST_ROWS, MOST_PASSES = 256, 8
 
 # Samples from which on two random vectors for each serve for the gains, and not four.
 MANY = 16
@@ -121,8 +121,12 @@ def _measure_jacobian(measured: Measured, model: nn.Module, batch: Any, objectiv
     sites = reversed(list(measured.stats.sites() if measured.stats is not None else ()))
     side = next((site.A.dim for site in sites if site.A is not None), 1)
     batch_size = num_samples(batch)
-    most = max(JACOBIAN_PASSES * batch_size, LEAST_ROWS)
-    num = max(1, min(NUM_JACOBIANS, batch_size, most // side))
+    most = max(MOST_PASSES * batch_size, LEAST_ROWS)
+    are_rows = all(
+        len(t) == batch_size for t in tensors(batch) if t.ndim
+    )  # one sample of a graph would be no part of it
+    passes = JACOBIAN_PASSES * batch_size if are_rows else most
+    num = max(1, min(NUM_JACOBIANS, batch_size, passes // side))
     copies = max(1, min(side, batch_size // num))
     try:
         try:

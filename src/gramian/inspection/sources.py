@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,12 +39,13 @@ _PRODUCTS: dict[str, tuple[tuple[int, ...], int | None]] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Those of a dimension, counted from the last as 1, of `size`, that values are of."""
+    """Those of a dimension, counted from the last as 1, of `size`, that values are of: every `step`-th."""
 
     dim: int
     size: int
     start: int
     stop: int
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _sources(node: Any, names: Mapping[int, str], rows: Rows | None, *, is_bias:
     variable = getattr(node, "variable", None)
     if variable is not None and id(variable) in names:
         name = names[id(variable)]
-        yield Source(name, is_bias) if rows is None else Source(name, is_bias, rows.start, rows.stop)
+        yield Source(name, is_bias) if rows is None else Source(name, is_bias, rows.start, rows.stop, rows.step)
 
 
 def _channel_dim(node: Any, kind: str) -> int:
@@ -127,6 +129,7 @@ def _channel_dim(node: Any, kind: str) -> int:
 
 def _before(node: Any, kind: str, index: int, rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
     """The rows of a node's input that `rows` of its output number `index` are, in those dimensions that are known."""
+    made = tuple(map(int, node._input_metadata[index].shape))
     if kind in ("Split", "SplitWithSizes", "Slice"):
         sizes = node._saved_self_sym_sizes
         dim = len(sizes) - _signed(node._saved_dim) % len(sizes)
@@ -136,14 +139,77 @@ def _before(node: Any, kind: str, index: int, rows: tuple[Rows, ...]) -> tuple[R
         if stop - start == size:
             return rows
         inner = next((r for r in rows if r.dim == dim), Rows(dim, size, 0, stop - start))
-        return (*(r for r in rows if r.dim != dim), Rows(dim, size, start + inner.start, start + inner.stop))
+        found = replace(inner, size=size, start=start + inner.start, stop=start + inner.stop)
+        return (*(r for r in rows if r.dim != dim), found)
     if kind in ("View", "UnsafeView", "ReshapeAlias"):
-        sizes = node._saved_self_sym_sizes
-        return tuple(r for r in rows if r.dim == 1 and len(sizes) and int(sizes[-1]) == r.size)
-    if kind == "Select":
-        dim = len(node._saved_self_sym_sizes) - _signed(node._saved_dim) % len(node._saved_self_sym_sizes)
-        return tuple(r if r.dim < dim else replace(r, dim=r.dim + 1) for r in rows)
+        return through_view(tuple(map(int, node._saved_self_sym_sizes)), made, rows)
+    if kind in ("Select", "Unbind"):
+        dim = len(made) + 1 - _signed(node._saved_dim) % (len(made) + 1)
+        size = int(node._saved_self_sym_sizes[-dim]) if kind == "Select" else len(node._input_metadata)
+        place = _signed(node._saved_index) % size if kind == "Select" else index
+        return (*(r if r.dim < dim else replace(r, dim=r.dim + 1) for r in rows), Rows(dim, size, place, place + 1))
+    if kind in ("Transpose", "T", "Permute"):
+        if kind == "Permute":
+            dims = [_signed(d) % len(made) for d in node._saved_dims]
+        else:
+            dims, pair = list(range(len(made))), (0, 1)
+            if kind == "Transpose":
+                pair = (_signed(node._saved_dim0), _signed(node._saved_dim1))
+            one, other = (p % len(made) for p in pair)
+            dims[one], dims[other] = other, one
+        return tuple(replace(r, dim=len(made) - dims[-r.dim]) for r in rows)
+    if kind == "Unsqueeze":
+        place = _signed(node._saved_dim) % len(made)
+        return through_view(made[:place] + made[place + 1 :], made, rows)
     return () if kind in _MOVES else rows
+
+
+def through_view(given: tuple[int, ...], made: tuple[int, ...], rows: tuple[Rows, ...]) -> tuple[Rows, ...]:
+    """The rows of a tensor of shape `given` that `rows` of its view of shape `made` are, as far as they are known.
+
+    Dimensions are matched from the last: one for one, or one that the view divides.
+    """
+    of = {r.dim: r for r in rows}
+    found: list[Rows] = []
+    i = o = 1
+    while i <= len(given) and o <= len(made):
+        if given[-i] == made[-o]:
+            found += [replace(of[o], dim=i)] if o in of else []
+            i, o = i + 1, o + 1
+        elif made[-o] == 1:
+            o += 1
+        elif made[-o] > given[-i]:
+            break  # several dimensions become one
+        else:
+            first, total = o, 1
+            while o <= len(made) and total < given[-i]:
+                total *= made[-o]
+                o += 1
+            if total != given[-i]:
+                break
+            parts = [of.get(d) or Rows(d, made[-d], 0, made[-d]) for d in range(o - 1, first - 1, -1)]
+            found += _joined(i, parts)
+            i += 1
+    return tuple(found)
+
+
+def _joined(dim: int, parts: Sequence[Rows]) -> list[Rows]:
+    """The rows of a dimension that is divided in parts, the outermost first; none where all or irregular."""
+    size = math.prod(part.size for part in parts)
+    start, block = 0, size
+    for k, part in enumerate(parts):
+        inside = parts[k + 1 :]
+        inner = block // part.size
+        if part.stop - part.start == 1:
+            start, block = start + part.start * inner, inner
+        elif all(p.stop - p.start == p.size for p in inside):
+            start, block = start + part.start * inner, (part.stop - part.start) * inner
+            break
+        elif part.stop - part.start == part.size and len(inside) == 1 and inside[0].stop - inside[0].start == 1:
+            return [Rows(dim, size, start + inside[0].start, start + block, inner)]
+        else:
+            return []
+    return [] if block == size else [Rows(dim, size, start, start + block)]
 
 
 def _part(node: Any, kind: str, index: int) -> tuple[int, int]:

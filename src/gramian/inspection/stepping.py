@@ -17,7 +17,9 @@ from gramian.recording.measuring import training
 
 __all__ = ["NUM_STEPS", "Steps", "take_steps"]
 
-NUM_STEPS = 5
+# Steps, and after how many of them none follows if the loss has not risen by this share: to three times its first value
+# it rises over several steps.
+NUM_STEPS, FEWEST, RISEN = 5, 3, 0.05
 
 
 @dataclass
@@ -45,11 +47,12 @@ def take_steps(
         model, optimizer: copied together; neither is changed.
         batches: used in turn.
         objective: gives the loss.
-        num_steps: how many steps.
+        num_steps: how many steps, at most.
 
     Returns: a `Steps`.
     Raises: what a step or the copy raises.
-    Cost: `num_steps + 1` training steps, and a copy of the model and of the optimizer's state.
+    Cost: three training steps and a forward pass, up to `num_steps` steps where the loss rises; a copy of the model
+        and of the optimizer's state.
     Source: this library's own.
     """
     given = list(batches)
@@ -59,6 +62,8 @@ def take_steps(
         twin, stepper = copy.deepcopy((model, optimizer))
         names = {n: p for n, p in twin.named_parameters() if p.requires_grad and p.ndim >= 2}
         for i, batch in enumerate(islice(cycle(given), num_steps)):
+            if i >= FEWEST and max(taken.losses) <= (1 + RISEN) * taken.losses[0]:
+                break
             stepper.zero_grad()
             with torch.enable_grad():
                 total, units = objective.loss(twin, batch)

@@ -9,29 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from gramian.inspection.following import Follower
 from gramian.inspection.losses import ends_of, see_loss
 from gramian.inspection.moments import as_moments, first_float, squares, version
 from gramian.inspection.observed import Call, Cut, Ends, Observed
 from gramian.inspection.operations import Operations
 from gramian.operators import leaves_of
 from gramian.recording.tracking import tensors_of
-from gramian.recording.unfused import UNFUSED
+from gramian.recording.unfused import UNFUSED, first_steps
 
 __all__ = ["Watcher"]
 
-# Operations that cut the graph and are looked into.
-MOST_CUTS = 64
+# Operations that cut the graph and are looked into, and steps of torch's recurrences.
+MOST_CUTS, MOST_STEPS = 64, 8
 
 _MASKING = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_, torch.where, Tensor.where}
 
 
-class Watcher(TorchFunctionMode):
+class Watcher(Follower):
     """Adds what it sees of a forward pass to an `Observed`; with `careful`, it looks for the first non-finite value.
 
     With `live` the pass is one of the user's own: every operation runs as it is, so that the results are the same to
@@ -39,9 +39,8 @@ class Watcher(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module, seen: Observed, *, careful: bool = False, live: bool = False) -> None:
-        super().__init__()
-        self.model, self.seen, self.careful, self.live = model, seen, careful, live
-        self.stack: list[str] = []
+        super().__init__(model)
+        self.seen, self.careful, self.live = seen, careful, live
         self.order = 0
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
@@ -50,50 +49,33 @@ class Watcher(TorchFunctionMode):
         self.alive: list[Tensor] = []  # so that no id of an output is used twice
         self.first_non_finite: tuple[str, str] | None = None
 
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Those that are followed; a live one leaves the model's own hooks to the caller, who is in one."""
+        return ((name, module) for name, module in super().modules() if not self.live or module is not self.model)
+
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """A context in which it watches; a live one leaves the model's own hooks to the caller, who is in one."""
-        handles = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) or (self.live and module is self.model):
-                continue
-            handles.append(module.register_forward_pre_hook(self.entering(name), prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(self.leaving(name), always_call=True, with_kwargs=True))
+    def installed(self) -> Iterator[Self]:
+        """A context in which it watches."""
         try:
-            with self:
-                yield
+            with super().installed():
+                yield self
         finally:
-            for handle in handles:
-                handle.remove()
             self.alive.clear()
             self.operations.clear()
             self.ended = None
 
-    def entering(self, name: str) -> Callable:
-        """The hook for before a module's call."""
+    def entered(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            self.seen.ungraded.add(name)
+        if not self.careful and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            given = first_float(*args, *kwargs.values())
+            if given is not None and given.ndim > 1 and given.numel() > given.shape[1]:
+                with torch._C.DisableTorchFunction():  # before the call, which updates the statistics
+                    self._compare_statistics(name, module, given)
 
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.stack.append(name)
-            if not torch.is_grad_enabled():
-                self.seen.ungraded.add(name)
-            if not self.careful and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                given = first_float(*args, *kwargs.values())
-                if given is not None and given.ndim > 1 and given.numel() > given.shape[1]:
-                    with torch._C.DisableTorchFunction():  # before the call, which updates the statistics
-                        self._compare_statistics(name, module, given)
-
-        return hook
-
-    def leaving(self, name: str) -> Callable:
-        """The hook for after it."""
-
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self.stack:
-                self.stack.pop()
-            with torch._C.DisableTorchFunction():
-                self._returned(name, module, args, kwargs, output)
-
-        return hook
+    def returned(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            self._returned(name, module, args, kwargs, output)
 
     def _returned(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.seen.called.add(name)
@@ -169,24 +151,33 @@ class Watcher(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in UNFUSED and not self.live:
-            self.operations.unfused += 1
-            try:
-                with self:
-                    return UNFUSED[func](*args, **kwargs)
-            finally:
-                self.operations.unfused -= 1
+            few = None if self.careful else first_steps(func, args, kwargs, MOST_STEPS)
+            if few is None:
+                return self._unfused(func, *args, **kwargs)
+            with torch.random.fork_rng([t.device for t in tensors_of(args[:1]) if t.is_cuda]):
+                self._unfused(func, *few)
+            return func(*args, **kwargs)
         if not self.careful and not self.live:
             with torch._C.DisableTorchFunction():
-                see_loss(self.seen, self.stack[-1] if self.stack else "", func, args, kwargs)
+                see_loss(self.seen, self.place, func, args, kwargs)
         given = (*args, *kwargs.values()) if self.careful and self.first_non_finite is None else None
         output = func(*args, **kwargs)
-        name = self.stack[-1] if self.stack else ""
+        name = self.place
         with torch._C.DisableTorchFunction():
             if given is not None and _breaks(func, given, output):
                 self.first_non_finite = (name, getattr(func, "__name__", str(func)))
             if not self.careful:
                 self._see(name, func, args, kwargs, output)
         return output
+
+    def _unfused(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """The same result by operations that are seen."""
+        self.operations.unfused += 1
+        try:
+            with self:
+                return UNFUSED[func](*args, **kwargs)
+        finally:
+            self.operations.unfused -= 1
 
     def _see(self, name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         self.order += 1

@@ -7,14 +7,14 @@ one that it replaces, and gives the same output and gradients to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["UNFUSED"]
+__all__ = ["UNFUSED", "first_steps"]
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -162,6 +162,30 @@ def _relu(x: Tensor, h: Tensor, state: State) -> State:
     return ((x + h).relu(),)
 
 
+def first_steps(func: Callable, args: tuple, named: Mapping[str, Any], num: int) -> tuple[Any, ...] | None:
+    """The arguments of a recurrence over its first steps alone; `None` where it has no more, or `func` is none.
+
+    Args:
+        func: of `UNFUSED`.
+        args, named: of its call.
+        num: how many steps.
+    """
+    if func not in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+        return None
+    args, packed = _in_order(args, named)
+    if packed:
+        data, sizes, *others = args
+        return (data[: int(sizes[:num].sum())], sizes[:num], *others) if len(sizes) > num else None
+    dim = 1 if args[-1] else 0
+    return (args[0].narrow(dim, 0, num), *args[1:]) if args[0].shape[dim] > num else None
+
+
+def _in_order(args: tuple, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], bool]:
+    """The arguments of a recurrence by position, and whether its sequences are packed."""
+    packed = "data" in named or "batch_sizes" in named or (len(args) > 3 and isinstance(args[3], (list, tuple)))
+    return (*args, *(named[name] for name in (_PACKED if packed else _PADDED)[len(args) :])), packed
+
+
 def recurrent(cell: Cell, num_states: int) -> Callable[..., tuple[Tensor, ...]]:
     """`torch.lstm`, `gru`, `rnn_tanh` or `rnn_relu`: layers, directions, packed sequences, projections.
 
@@ -169,8 +193,7 @@ def recurrent(cell: Cell, num_states: int) -> Callable[..., tuple[Tensor, ...]]:
     """
 
     def run(*args: Any, **named: Any) -> tuple[Tensor, ...]:
-        packed = "data" in named or "batch_sizes" in named or (len(args) > 3 and isinstance(args[3], (list, tuple)))
-        args = (*args, *(named[name] for name in (_PACKED if packed else _PADDED)[len(args) :]))
+        args, packed = _in_order(args, named)
         if packed:
             x, batch_sizes, states, weights, biases, num_layers, dropout, train, bidirectional = args
             sizes = batch_sizes.tolist()

@@ -163,6 +163,10 @@ def _before_first(setting: Setting, function: Callable[[Tensor], Tensor]) -> Non
     setting.model.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
 
 
+def _log_probabilities(setting: Setting) -> None:
+    setting.model.register_forward_hook(lambda module, args, output: output.clamp(min=1e-30).log())
+
+
 def _shift_labels(setting: Setting, by: int) -> Setting:
     return replace(setting, batches=[(x, y - by) for x, y in setting.batches])
 
@@ -210,6 +214,7 @@ PERFORMED: dict[str, Callable[..., Setting | None]] = {
     "fill_with_ones": _fill_with_ones,
     "rectify": _rectify,
     "remove": _remove,
+    "log_probabilities": _log_probabilities,
     "set": _set,
     "unshare": _unshare,
     "unfreeze": _unfreeze,
@@ -228,5 +233,5 @@ PERFORMED: dict[str, Callable[..., Setting | None]] = {
 }
 """Name of an action that may cure a finding: the function that does it. The other actions show, compare or compress."""
 
-OF_THE_LOSS = ("remove", "shift_labels")
+OF_THE_LOSS = ("remove", "log_probabilities", "shift_labels")
 """Actions that change what the loss measures: losses before and after them are not comparable as they are."""

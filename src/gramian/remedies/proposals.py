@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -206,11 +207,16 @@ def _statistics(asked: Asked) -> Iterator[Action]:
 
 
 def _last_function(asked: Asked) -> Iterator[Action]:
-    """Remove the module without parameters that gives the scores, where it is one of these."""
+    """Remove the module without parameters that gives the scores, where it is one of these.
+
+    Where forward() itself ends in a softmax: the logarithm of its output, whose softmax is the output again.
+    """
     kinds = (nn.Softmax, nn.LogSoftmax, nn.ReLU, nn.Sigmoid)
     called: list[str] = []
+    outputs: list[Any] = []
     leaves = [(n, m) for n, m in asked.model.named_modules() if n and not any(True for _ in m.children())]
     hooks = [m.register_forward_hook(lambda _m, _i, _o, name=n: called.append(name)) for n, m in leaves]
+    hooks.append(asked.model.register_forward_hook(lambda _m, _i, output: outputs.append(output)))
     try:
         with evaluating(asked.model), torch.no_grad():
             _predicted(asked.setting)
@@ -219,6 +225,17 @@ def _last_function(asked: Asked) -> Iterator[Action]:
             hook.remove()
     if called and isinstance(asked.model.get_submodule(called[-1]), kinds) and called.count(called[-1]) == 1:
         yield Action("remove", {"module": called[-1]})
+    elif len(outputs) == 1 and _are_probabilities(outputs[0]):
+        yield Action("log_probabilities")
+
+
+def _are_probabilities(output: Any) -> bool:
+    return (
+        isinstance(output, Tensor)
+        and output.ndim > 1
+        and bool((output >= 0).all())
+        and bool((output.sum(-1) - 1).abs().max() < 1e-3)
+    )
 
 
 def _predicted(setting: Setting) -> None:

@@ -44,7 +44,10 @@ EQUAL = 1e-6
 
 @dataclass
 class Context:
-    """A model, what a few training steps and a pass in evaluation mode showed, and its optimizer's steps on a copy."""
+    """A model, what a few training steps and a pass in evaluation mode showed, and its optimizer's steps on a copy.
+
+    Rules put into `skipped` what they could not judge, and why.
+    """
 
     model: nn.Module
     observed: Observed
@@ -54,6 +57,7 @@ class Context:
     opening: Opening | None = None
     leak: Leak | None = None
     layers: list[Layer] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def matrices(self) -> list[Block]:

@@ -135,7 +135,7 @@ def _mean(context: Context, source: Source, level: float) -> float:
     """The mean of a bias over its rows; where these are not known, its entry that is the farthest towards the level."""
     values = context.parameters[source.name].detach().float().flatten()
     if source.stop is not None:
-        return float(values[source.start : source.stop].mean())
+        return float(values[source.start : source.stop : source.step].mean())
     return float(values.mean() if abs(level) < 1 else values.min() if level < 0 else values.max())
 
 

@@ -90,7 +90,7 @@ def _shut(context: Context) -> list[str]:
     names = context.opening.shut if context.opening is not None else ()
     modules = dict(context.model.named_modules())
     told = [n for n in names if not (context.is_blocked and "Norm" in type(modules[context.module_of(n)]).__name__)]
-    return sorted(told, key=lambda name: context.observed.used.get(name, math.inf))
+    return sorted(told, key=lambda name: (context.observed.used.get(name.partition("[")[0], math.inf), name))
 
 
 def embedding_scale(context: Context) -> Iterator[Finding]:
