@@ -121,7 +121,8 @@ class Objective:
         batch = prepared(model, batch)
         for observer in _OBSERVERS.get(self.criterion, ()):
             observer.before_forward(batch)
-        return self.checked(self.criterion(self.predict(model, batch), batch), empty=empty)
+        predict = getattr(self.predict, "prepares", self.predict)  # the batch is prepared already
+        return self.checked(self.criterion(predict(model, batch), batch), empty=empty)
 
     def checked(self, result: Any, *, empty: bool = False) -> tuple[Tensor, Tensor]:
         """The criterion's result as two scalar tensors. Raises `InputError` for any other result.

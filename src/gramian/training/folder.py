@@ -30,7 +30,7 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensor
 METRICS, MODEL = "metrics.jsonl", "model.safetensors"
 
 # Of checkpoints and finished runs; to be raised when their content changes so that an older one cannot be resumed.
-FORMAT = 2
+FORMAT = 3
 
 # Key in the metadata of a finished run's model, with the summary of `Folder.finish` as JSON.
 FINISHED = "gramian.run"

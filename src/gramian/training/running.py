@@ -57,7 +57,7 @@ class Loop:
         self.stepper = Stepper(run.model, task, objective, self.optimizer, options, seed)
         self.failure, self.device = self.stepper.failure, self.stepper.device
         # Sums of the loss since the last evaluation.
-        self.total, self.units = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.total = self.units = 0.0
         self.streak = 0  # skipped steps in a row
         self.average = None if options.ema is None else Average(run.model, options.ema)
         self.best: dict[str, Tensor] = {}  # the weights of the best evaluation
@@ -128,7 +128,7 @@ class Loop:
             self.units += units
             self.streak = 0
             if math.isnan(run.start) and units > 0:
-                run.start = float(total / units)
+                run.start = total / units
             if self.average is not None and not self.stepper.overflowed:
                 self.average.update()
             return
@@ -137,9 +137,8 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float]:
         run, task = self.run, self.task
-        loss = float(self.total / self.units)
-        self.total.zero_()
-        self.units.zero_()
+        loss = self.total / self.units if self.units else math.nan
+        self.total = self.units = 0.0
         found: Any = {}
         python = state_of_python()
         with (
@@ -246,8 +245,7 @@ class Loop:
             self.optimizer.load_state_dict(saved["optimizer"])
             schedule.evaluations = saved["evaluations"]
             self.before = str(saved.get("before", ""))
-            self.total.copy_(saved["since"]["total"])
-            self.units.copy_(saved["since"]["units"])
+            self.total, self.units = float(saved["since"]["total"]), float(saved["since"]["units"])
             self.stepper.scale.restore(saved.get("scale", {}))
             if self.average is not None:
                 self.average.restore(saved["average"])

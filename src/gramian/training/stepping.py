@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,10 +50,13 @@ class Stepper:
         self._params = list(model.parameters())  # a walk over the modules in every step would cost more than the sums
         self._buffers = _Buffers(model)
         self.scale = LossScale(active=options.precision == "float16")
+        self._nothing = torch.zeros((), device=self.device)
         self.overflowed = False  # whether the last step was left out, since its scaled gradient was too large
+        self._gradient: dict[tuple[float, torch.dtype], Tensor] = {}  # of the loss, by its divisor
+        self._one, self._bad = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
         self._watch = options.clip is not None or self.scale.active or not skips_itself(optimizer)
 
-    def step(self, stream: Stream, num_batches: int) -> tuple[Tensor, Tensor, bool]:
+    def step(self, stream: Stream, num_batches: int) -> tuple[float, float, bool]:
         """Take one step; return the sum of the losses, the number of units, and whether the step was taken.
 
         A step that only the scale of the loss prevented counts as taken; `overflowed` tells it.
@@ -64,37 +67,43 @@ class Stepper:
         """
         self._buffers.note()
         self.optimizer.zero_grad()
-        total = units = torch.zeros((), device=self.device)
+        total = units = 0.0
         first = 0.0  # the divisor of all gradients, until the number of all units is known
         sound = True
         for _ in range(num_batches):
-            loss, count, own = self._forward(stream)
-            amount, number = torch.stack([loss.double(), count.double()]).tolist()
-            total, units = total + loss, units + count
-            sound = sound and amount - amount == 0  # neither NaN nor infinite
+            amount, number, own = self._forward(stream)
+            total, units = total + amount, units + number
+            sound = sound and math.isfinite(amount)
             if sound and number:
                 first = first or number
                 with self.failure.caught(), calling(self.task, "the backward pass"):
                     if own is not None and own.requires_grad:
-                        (own * self.scale.value / (count if first == number else first)).backward()
+                        own.backward(self._gradient_of(own, self.scale.value / first))
         agreement.add_gradients(self.model, self.failure)
         taken = sound and not first  # there is nothing to do
         self.overflowed = False
         if sound and first:
-            taken = self._apply(first / float(units) / self.scale.value)
+            taken = self._apply(first / units / self.scale.value)
             if taken:
                 self.scale.stepped()
             else:
                 self.overflowed = self.scale.overflowed()
         if not taken:
             self._buffers.restore()
-        return total.detach(), units, taken or self.overflowed
+        return total, units, taken or self.overflowed
 
-    def _forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _gradient_of(self, loss: Tensor, value: float) -> Tensor:
+        """The gradient with which the backward pass begins, in place of a division of the loss."""
+        key = (value, loss.dtype)
+        if key not in self._gradient:
+            self._gradient = {key: torch.full((), value, dtype=loss.dtype, device=loss.device)}
+        return self._gradient[key]
+
+    def _forward(self, stream: Stream) -> tuple[float, float, Tensor | None]:
         """The loss and the units of the next batch, of all ranks; and this rank's loss, to be differentiated."""
         batch: Any = None
         own: Tensor | None = None
-        loss = units = torch.zeros((), device=self.device)
+        loss = units = self._nothing
         with self.failure.caught():
             batch = stream.take()
             seed = (self.seed, stream.epoch, stream.taken)
@@ -105,14 +114,14 @@ class Stepper:
                 half = PRECISIONS[self.options.precision]
                 with (
                     calling(self.task, "the forward pass or the loss"),
-                    torch.autocast(self.device.type, half, enabled=half is not None),
+                    nullcontext() if half is None else torch.autocast(self.device.type, half),
                 ):
                     own, units = self._loss(mixed(batch, self.options.augment, seed))
                 loss = own
-        loss, units = agreement.sums(loss, units, self.failure, (stream.epoch, stream.taken))
+        amount, number = agreement.sums(loss, units, self.failure, (stream.epoch, stream.taken))
         if stream.taken == 1:
             agreement.check_batch(self.model, self.objective, batch)
-        return loss, units, own
+        return amount, number, own
 
     def _loss(self, parts: list[tuple[float, Any]]) -> tuple[Tensor, Tensor]:
         """This rank's loss and units of batches with weights, which share their inputs and so the forward pass."""
@@ -130,23 +139,19 @@ class Stepper:
 
     def _apply(self, factor: float) -> bool:
         """Step with the gradients times a factor, and clipped; false where they are not finite."""
-        params = [p for p in self._params if p.grad is not None]
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [grad for p in self._params if (grad := p.grad) is not None]
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
         if self._watch and grads:
-            # The sum of squares of finite numbers may be infinite; their largest is not.
-            if not (_is_finite(torch._foreach_norm(grads)) or _is_finite(torch._foreach_norm(grads, math.inf))):
+            # One pass for all gradients: torch's for its own loss scale, of one here.
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, self._bad.zero_(), self._one)
+            if self._bad.item():
                 return False
             if self.options.clip is not None:
-                torch.nn.utils.clip_grad_norm_(params, self.options.clip)
+                torch.nn.utils.clip_grad_norm_([p for p in self._params if p.grad is not None], self.options.clip)
         with self.failure.caught(), calling(self.task, "optimizer.step()"):
             self.optimizer.step()
         return True
-
-
-def _is_finite(norms: Sequence[Tensor]) -> bool:
-    return math.isfinite(sum(torch.stack([norm.double() for norm in norms]).tolist()))
 
 
 class _Buffers:
