@@ -162,11 +162,23 @@ def prepared(model: nn.Module, batch: Any) -> Any:
     >>> prepared(nn.Linear(3, 1), (x, x))[0] is x
     True
     """
+    first = _first_parameter(model)
+    if type(batch) is tuple and all(type(t) is Tensor for t in batch):  # the usual one, at once
+        if first is None or all(t.device == first.device for t in batch):
+            return batch
     batch = mapped(batch, lambda t: t) if has_arrays(batch) else batch
-    first = next(model.parameters(), None)
     if first is not None and _is_elsewhere(batch, first.device) and _is_on_one_device(model):
         batch = mapped(batch, lambda t: t.to(first.device), lambda value: _moved(value, first.device))
     return _with_decoder_inputs(model, batch)
+
+
+def _first_parameter(model: nn.Module) -> Tensor | None:
+    """That of `model.parameters()`, whose walk keeps a set of all modules, which every step would pay for."""
+    for parameter in model._parameters.values():
+        if parameter is not None:
+            return parameter
+    inner = (_first_parameter(module) for module in model._modules.values() if module is not None)
+    return next((parameter for parameter in inner if parameter is not None), None)
 
 
 def _is_elsewhere(batch: Any, device: torch.device) -> bool:

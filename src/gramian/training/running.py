@@ -33,6 +33,8 @@ __all__ = ["NONFINITE_STEPS", "Loop"]
 # So many steps in a row without a finite loss or gradient end a run.
 NONFINITE_STEPS = 10
 
+NOT_DUE = [False, False]  # a checkpoint, without and after an evaluation
+
 
 class Loop:
     """The state of a run that changes from step to step.
@@ -85,27 +87,28 @@ class Loop:
         with agreement.naming_the_lost():
             while not ended:
                 self._step()
-                due = [False, False]
-                with self.failure.caught():
-                    if folder is not None:
+                due = NOT_DUE
+                if folder is not None:
+                    with self.failure.caught():
                         due = [folder.due(evaluated=evaluated) for evaluated in (False, True)]
                 facts = {"seconds": time.perf_counter() - started, "due": due, "signal": interrupts.received}
                 told = agreement.exchanged(facts, self.failure)
                 run.seconds, due = told[0]["seconds"], told[0]["due"]
                 signal = max(other["signal"] for other in told)
                 schedule.check_warmup()
+                share = schedule.share(run)
                 if on_step is not None:
-                    on_step(run, schedule.share(run))
+                    on_step(run, share)
                 run.diverged = self.streak >= min(NONFINITE_STEPS, run.steps)
-                evaluate = schedule.due(run)
-                ended = schedule.share(run) >= 1 or self.streak >= NONFINITE_STEPS
+                evaluate = schedule.due(share)
+                ended = share >= 1 or self.streak >= NONFINITE_STEPS
                 run.diverged = ended and run.diverged
                 if evaluate or run.diverged:
                     row = self._evaluate()
                     if folder is not None:
                         folder.append(run.history)
                     if progress is not None:
-                        progress(row, schedule.share(run))
+                        progress(row, share)
                     ended = ended or self._stops()
                 if (due[evaluate] or signal) and not ended and self._is_sound():
                     self._keep(folder, wait=bool(signal))

@@ -125,9 +125,9 @@ class Schedule:
             group["lr"] = rate * factor
         run.rate = run.lr * factor
 
-    def due(self, run: Run) -> bool:
-        """Whether the run passed another twentieth of its budget since the last evaluation."""
-        passed = math.floor(self.share(run) * NUM_EVALUATIONS + 1e-9)
+    def due(self, share: float) -> bool:
+        """Whether the run, at this share of its budget, passed another twentieth since the last evaluation."""
+        passed = math.floor(share * NUM_EVALUATIONS + 1e-9)
         if passed <= self.evaluations:
             return False
         self.evaluations = passed
