@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from gramian import placement
 from gramian.batch import mapped, tensors
 from gramian.calls import wrappings
 from gramian.checkpoint.faults import first_line
-from gramian.errors import GramianError, TaskError, UnsupportedError, some
+from gramian.errors import GramianError, GramianWarning, TaskError, UnsupportedError, some
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier, raise_together
 from gramian.recording import evaluating
@@ -63,8 +64,9 @@ def first() -> bool:
 class Failure:
     """The first exception on this rank since all ranks last agreed that there was none."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, kept: bool = True) -> None:
         self.error: Exception | None = None
+        self.kept = kept  # where forward passes are collectives, the others cannot be told: their next one fails
 
     def caught(self) -> Failure:
         """A context that keeps an exception until `tell`, where there are other ranks.
@@ -78,7 +80,7 @@ class Failure:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception) or not placement.is_distributed():
+        if not isinstance(error, Exception) or not self.kept or not placement.is_distributed():
             return False
         self.error = self.error or error
         return True
@@ -147,7 +149,7 @@ def check_model(model: nn.Module) -> None:
     if parallel or any(map(placement.is_sharded, model.parameters())):
         raise UnsupportedError(
             f"train: the task's model is a wrapped or sharded {type(model).__name__}; expected the plain module, whose "
-            "gradients train adds up itself. For FSDP2 write your own loop with gm.optim"
+            "gradients train adds up itself. For FSDP2 give the plain module, and shard=True (--shard)"
         )
 
 
@@ -172,9 +174,10 @@ def has_rows(batch: Any) -> bool:
 
 
 def rows(batch: Any) -> Any:
-    """Return this rank's rows of each tensor in the batch: every N-th, of N ranks."""
+    """Return this rank's rows of each tensor in the batch: every N-th, of N ranks; the first where it has none."""
     rank, size = placement.world()
-    return batch if size == 1 else mapped(batch, lambda t: t[slice(rank, None, size)], _not_rows)
+    own = slice(rank, None, size) if has_rows(batch) else slice(1)
+    return batch if size == 1 else mapped(batch, lambda t: t[own], _not_rows)
 
 
 def check_rows(model: nn.Module, batch: Any) -> None:
@@ -195,20 +198,19 @@ def check_rows(model: nn.Module, batch: Any) -> None:
         )
 
 
-def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
+def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Failure) -> None:
     """Raise where the ranks drew different batches, or the loss is not a sum over the rows of the tensors."""
     if not placement.is_distributed():
         return
     if len(set(placement.exchange(str(checksum(batch))))) > 1:
         raise TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
-    failure = Failure()
     whole = own = (torch.zeros(()), torch.zeros(()))
     with evaluating(model), torch.no_grad():
         with failure.caught():
             whole = objective.loss(model, batch, empty=True)
         with failure.caught():
-            if has_rows(batch):
-                own = objective.loss(model, rows(batch), empty=True)
+            found = objective.loss(model, rows(batch), empty=True)
+            own = found if has_rows(batch) else own
         total, counted = sums(*own, failure)
     loss, units = (float(value) for value in whole)
     both_nan = math.isnan(total) and math.isnan(loss)
@@ -275,10 +277,24 @@ def random_states(device: torch.device) -> list[dict[str, Any]]:
     return placement.exchange_json(own | {"python": as_plain(state_of_python())})
 
 
-def restore_random_state(states: list[dict[str, Any]], device: torch.device) -> None:
-    """Set this rank's global generators to their states from `random_states`."""
-    own = dict(states[placement.world().rank])
+def restore_random_state(states: list[dict[str, Any]], device: torch.device, steps: int) -> None:
+    """Set this rank's global generators to their states from `random_states`; of a rank that was not there, seed them.
+
+    Where the number of ranks has changed, a warning says so.
+    """
+    rank, size = placement.world()
+    if size != len(states) and rank == 0:
+        warnings.warn(
+            f"train: the run was on {len(states)} rank(s) and goes on with {size}, from step {steps:,}: within "
+            "rounding, not bitwise, and with other dropout masks",
+            GramianWarning,
+            stacklevel=4,
+        )
+    own = dict(states[min(rank, len(states) - 1)])
     restore_python(own.pop("python"))
+    if rank >= len(states):
+        torch.manual_seed(1_000_003 * steps + rank)
+        return
     tensors = {name: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for name, text in own.items()}
     torch.set_rng_state(tensors["cpu"])
     if device.type == "cuda":

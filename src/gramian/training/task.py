@@ -173,7 +173,7 @@ def _kind(value: Any) -> str:
     return f"the function {value.__name__}" if hasattr(value, "__name__") else f"a {type(value).__name__}"
 
 
-class calling:  # noqa: N801 - a context; a class, since a generator costs more than a step should
+class calling:
     """A context that turns any exception from a function of the task into a `TaskError` of one line."""
 
     def __init__(self, task: Task, function: str) -> None:
