@@ -36,6 +36,7 @@ def shard_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a loss is a sum over the ranks, and so is its gradient
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
