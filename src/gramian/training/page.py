@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
     if wrong:
         told = [f"The network before training: {before.verdict}"] if before is not None else []
         sections.append(Section("What went wrong", "\n".join([wrong, *told, f"The network now: {after.verdict}"])))
-    sections.append(Section("Curves", items=_curves({"": run})))
+    sections.append(Section("Curves", items=_in_pairs(_curves({"": run}))))
     if task.pictures is not None:
         with calling(task, "pictures(model)"), evaluating(run.model), torch.no_grad():
             sections.append(Section("What the model does", items=[tuple(task.pictures(run.model))]))
@@ -92,7 +93,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
         "bad" if run.diverged else "warning" if wrong or run.skipped else "good",
         [
             Tile("Steps", number(run.steps), f"{number(run.seconds)} s of training"),
-            *(Tile(name, number(value)) for name, value in _measured(run).items()),
+            *(_tile(name, value) for name, value in _measured(run).items()),
         ],
         sections,
         footer=f"{run.optimizer}, learning rate {number(run.lr)} · init: {run.init}",
@@ -113,7 +114,7 @@ def comparison(runs: Mapping[str, Run], task: Task) -> Document:
         " ".join(wrong) or f"{len(runs)} runs from the same weights, on the same batches.",
         "warning" if wrong else "good",
         sections=[
-            Section("Curves", items=_curves(runs)),
+            Section("Curves", items=_in_pairs(_curves(runs))),
             Section("Last evaluations", items=[Table("", columns, rows)]),
         ],
     )
@@ -133,8 +134,19 @@ def _curves(runs: Mapping[str, Run]) -> list[Picture]:
         values = [y for curve in series for y in curve.y if math.isfinite(y)]
         log = bool(values) and min(values) > 0 and max(values) > DECADE * min(values)
         title = "Training loss, the mean since the last evaluation" if name == "loss" else name
-        pictures.append(Picture(title, series, "step", name, log_y=log))
+        pictures.append(Picture(title, series, "step", "loss" if name == "loss" else "", log_y=log))
     return pictures
+
+
+def _in_pairs(pictures: list[Picture]) -> list[Any]:
+    """Side by side, where there is room."""
+    return [tuple(pictures[i : i + 2]) for i in range(0, len(pictures), 2)]
+
+
+def _tile(name: str, value: float) -> Tile:
+    if name == "loss":
+        return Tile("Training loss", number(value), "mean since the evaluation before")
+    return Tile(name, number(value), "last evaluation")
 
 
 def _measured(run: Run) -> dict[str, float]:
