@@ -2,11 +2,11 @@
 
     python benchmarks/kills.py --kills 100 [--ranks 2 [--shard]]
 
-Each run is a process, or one for each rank, which do what torchrun's do when one of them ends: all are ended, and begin
-again. It has augmentation, a schedule, an average, dropout and (on one rank) batch statistics, and writes
-checkpoints as often as it can. SIGKILL, SIGTERM or SIGINT comes after a random time, drawn from zero to somewhat more than a whole
-run takes; with ranks, to one of them or to all. The run is started again until it is finished; then its weights and metrics must be those of the run that
-nobody stopped. docs/train.md quotes the table.
+Each run is a process, or one for each rank: where one of them ends, all are ended and begin again, as under torchrun.
+It has augmentation, a schedule, an average, dropout and (on one rank) batch statistics, and writes checkpoints as often
+as it can. SIGKILL, SIGTERM or SIGINT comes after a random time, drawn from zero to somewhat more than a whole run
+takes; with ranks, to one of them or to all. The run is started again until it is finished; then its weights and metrics
+must be those of the run that nobody stopped. docs/train.md quotes the table.
 """
 
 from __future__ import annotations

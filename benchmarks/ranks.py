@@ -1,4 +1,4 @@
-"""One run of `gm.train` on 1, 2 and 4 ranks, whole and divided (`shard`): how far apart the weights are after 100 steps.
+"""One run of `gm.train` on 1, 2 and 4 ranks, whole and divided (`shard`): how far apart the weights are at the end.
 
     python benchmarks/ranks.py
 
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import gramian as gm
+from gramian.checkpoint import load_tensors
 from gramian.optim import OPTIMIZERS
 
 X = torch.randn(512, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -78,9 +79,8 @@ def on_rank(rank: int, size: int, store: str, out: str, steps: int, dtypes: list
 
 
 def distance(out: Path, name: str, dtype: str, what: str) -> str:
-    one, other = (
-        gm.checkpoint.load_tensors(out / f"{name}-{dtype}-{kind}" / "model.safetensors")[0] for kind in ("whole-1", what)
-    )
+    files = [out / f"{name}-{dtype}-{kind}" / "model.safetensors" for kind in ("whole-1", what)]
+    one, other = (load_tensors(file)[0] for file in files)
     return f"{max(float((other[n] - w).norm() / w.norm()) for n, w in one.items()):.0e}"
 
 
@@ -93,7 +93,8 @@ def main() -> None:
     columns = ["control-1", "whole-2", "whole-4", "divided-2", "divided-4"]
     with tempfile.TemporaryDirectory() as place:
         for size in (1, 2, 4):
-            command = [sys.executable, __file__, str(size), f"{place}/store{size}", place, str(arguments.steps), arguments.dtypes]
+            command = [sys.executable, __file__, str(size), f"{place}/store{size}", place, str(arguments.steps)]
+            command.append(arguments.dtypes)
             running = [subprocess.Popen([*command, str(rank)]) for rank in range(size)]
             assert [process.wait() for process in running] == [0] * size
         print(f"| optimizer | | {' | '.join(columns)} |\n|-|-|{'-|' * len(columns)}")

@@ -163,9 +163,8 @@ def prepared(model: nn.Module, batch: Any) -> Any:
     True
     """
     first = _first_parameter(model)
-    if type(batch) is tuple and all(type(t) is Tensor for t in batch):  # the usual one, at once
-        if first is None or all(t.device == first.device for t in batch):
-            return batch
+    if type(batch) is tuple and all(type(t) is Tensor and (first is None or t.device == first.device) for t in batch):
+        return batch  # the usual one, at once
     batch = mapped(batch, lambda t: t) if has_arrays(batch) else batch
     if first is not None and _is_elsewhere(batch, first.device) and _is_on_one_device(model):
         batch = mapped(batch, lambda t: t.to(first.device), lambda value: _moved(value, first.device))

@@ -30,7 +30,7 @@ FALLEN, SPREADS = 0.02, 2.0
 # Evaluations from which on that can be told.
 LEAST_ROWS = 8
 
-# From this ratio of the largest value of a curve to the smallest, its axis is logarithmic.
+# From this ratio of the largest value of a falling curve to the smallest, its axis is logarithmic.
 DECADE = 10.0
 
 
@@ -104,14 +104,19 @@ def comparison(runs: Mapping[str, Run], task: Task) -> Document:
     """Return the page of several runs of one task, by their optimizers."""
     names = list(dict.fromkeys(name for run in runs.values() for name in _measured(run)))
     rows = [
-        [optimizer, run.lr, run.steps, run.seconds, *(_measured(run).get(name) for name in names), trouble(run)]
+        [optimizer, run.lr, run.steps, run.seconds, *(_measured(run).get(name) for name in names)]
         for optimizer, run in runs.items()
     ]
-    columns = ["optimizer", "learning rate", "steps", "seconds", *names, "trouble"]
+    columns = ["optimizer", "learning rate", "steps", "seconds", *names]
     wrong = [f"{optimizer}: {trouble(run)}" for optimizer, run in runs.items() if trouble(run)]
+    losses = {
+        name: run.metrics["loss"] for name, run in runs.items() if math.isfinite(run.metrics.get("loss", math.nan))
+    }
+    least = min(losses, key=lambda name: losses[name], default="")
+    lowest = f" The lowest training loss is that of {least}, {number(losses[least])}." if least else ""
     return Document(
         f"{task.name}: {', '.join(runs)}",
-        " ".join(wrong) or f"{len(runs)} runs from the same weights, on the same batches.",
+        " ".join(wrong) or f"{len(runs)} runs from the same weights, on the same batches.{lowest}",
         "warning" if wrong else "good",
         sections=[
             Section("Curves", items=_in_pairs(_curves(runs))),
@@ -132,7 +137,8 @@ def _curves(runs: Mapping[str, Run]) -> list[Picture]:
             rows = [row for row in run.history if name in row]
             series.append(Series(label, [row["step"] for row in rows], [row[name] for row in rows]))
         values = [y for curve in series for y in curve.y if math.isfinite(y)]
-        log = bool(values) and min(values) > 0 and max(values) > DECADE * min(values)
+        falls = any(curve.y[-1] < curve.y[0] for curve in series if curve.y)  # an error, and no score up to one
+        log = falls and bool(values) and min(values) > 0 and max(values) > DECADE * min(values)
         title = "Training loss, the mean since the last evaluation" if name == "loss" else name
         pictures.append(Picture(title, series, "step", "loss" if name == "loss" else "", log_y=log))
     return pictures
