@@ -346,7 +346,7 @@ def failing(where: str) -> tuple[str, int | None, float]:
 
 @pytest.mark.parametrize("where", ["model", "batches", "forward", "backward", "step", "evaluate", "early end"])
 def test_an_error_on_one_rank_ends_all_with_its_line(where: str) -> None:
-    for message, failed, seconds in run_on_ranks(failing, 2, where):
+    for message, failed, seconds in run_on_ranks(failing, 2, where, seconds=90):
         if where == "early end":
             assert message.startswith("train: the batches of an epoch ended on one rank earlier than on another")
             continue
