@@ -1,11 +1,12 @@
 """Runs of `gm.train` that are killed at random moments and resumed, compared bit for bit with runs that were not.
 
-    python benchmarks/kills.py --kills 100
+    python benchmarks/kills.py --kills 100 [--ranks 2 [--shard]]
 
-Each run is a process, with augmentation, a schedule, an average, dropout and batch statistics, and writes checkpoints
-as often as it can. SIGKILL, SIGTERM or SIGINT comes after a random time, drawn from zero to somewhat more than a whole
-run takes. The run is started again until it is finished; then its weights and metrics must be those of the run that
-nobody stopped. docs/train.md quotes the table.
+Each run is a process, or one for each rank: where one of them ends, all are ended and begin again, as under torchrun.
+It has augmentation, a schedule, an average, dropout and (on one rank) batch statistics, and writes checkpoints as often
+as it can. SIGKILL, SIGTERM or SIGINT comes after a random time, drawn from zero to somewhat more than a whole run
+takes; with ranks, to one of them or to all. The run is started again until it is finished; then its weights and metrics
+must be those of the run that nobody stopped. docs/train.md quotes the table.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import gramian as gm
@@ -33,13 +35,15 @@ from gramian.training import folder
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STEPS = 40
+PATIENCE = 5.0  # seconds in which the other ranks end by themselves, after which they count as hung and are killed
 
 X = torch.randn(160, 64, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()
 
 
 def model() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.2), nn.Linear(32, 2))
+    norm = nn.LayerNorm(32) if dist.is_initialized() else nn.BatchNorm1d(32)
+    return nn.Sequential(nn.Linear(64, 32), norm, nn.Tanh(), nn.Dropout(0.2), nn.Linear(32, 2))
 
 
 def batches(epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -61,7 +65,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def started(path: Path, optimizer: str) -> int:
+def started(path: Path, optimizer: str, rank: int, ranks: int, shard: bool, store: str) -> int:
     """The number of a process that trains there, forked with everything loaded."""
     number = os.fork()
     if number:
@@ -71,7 +75,9 @@ def started(path: Path, optimizer: str) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends with it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        gm.train(TASK, optimizer=optimizer, out=path, **OPTIONS)
+        if ranks > 1:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+        gm.train(TASK, optimizer=optimizer, out=path, shard=shard, **OPTIONS)
         code = 0
     except KeyboardInterrupt:
         code = 130
@@ -79,6 +85,38 @@ def started(path: Path, optimizer: str) -> int:
         code = int(error.code or 0)
     finally:
         os._exit(code)
+
+
+class Job:
+    """The processes of a run: where one ends otherwise than well, the others are ended, as torchrun does."""
+
+    def __init__(self, path: Path, optimizer: str, ranks: int, shard: bool) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        store = os.path.join(self.folder.name, "store")
+        self.running = [started(path, optimizer, rank, ranks, shard, store) for rank in range(ranks)]
+
+    def kill(self, number: int, which: list[int]) -> None:
+        for rank in which:
+            os.kill(self.running[rank], number)
+
+    def wait(self) -> list[int]:
+        """The exit codes, in the order in which the processes ended."""
+        codes: list[int] = []
+        left = list(self.running)
+        patience = None
+        while left:
+            for process in list(left):
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    left.remove(process)
+                    codes.append(os.waitstatus_to_exitcode(status))
+                    patience = patience or (time.monotonic() + PATIENCE if codes[-1] else None)
+            if patience is not None and time.monotonic() > patience:
+                for process in left:
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.002)
+        self.folder.cleanup()
+        return codes
 
 
 def left_by(path: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
@@ -93,6 +131,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--shard", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder.EVERY_SECONDS, folder.LARGEST_SHARE = 0.0, float("inf")
@@ -104,7 +144,7 @@ def main() -> None:
     total = Counter[str]()
     for optimizer in names:
         with tempfile.TemporaryDirectory() as place:
-            counts, runs = killed(Path(place), optimizer, each, draw)
+            counts, runs = killed(Path(place), optimizer, each, draw, arguments.ranks, arguments.shard)
         signals = " / ".join(str(counts[number.name]) for number in SIGNALS)
         row = f"| {optimizer} | {runs} | {counts['kills']} | {signals} | {counts['half']} | {counts['lost']} "
         print(f"{row}| {counts['other']} |", flush=True)
@@ -113,32 +153,35 @@ def main() -> None:
     print({name: count for name, count in sorted(total.items()) if name.startswith("code ")})
 
 
-def killed(place: Path, optimizer: str, kills: int, draw: random.Random) -> tuple[Counter[str], int]:
+def killed(
+    place: Path, optimizer: str, kills: int, draw: random.Random, ranks: int, shard: bool
+) -> tuple[Counter[str], int]:
     """Kill and resume runs until so many kills hit; count what happened."""
     begin = time.monotonic()
-    code = os.waitstatus_to_exitcode(os.waitpid(started(place / "whole", optimizer), 0)[1])
-    assert code == 0, code
+    codes = Job(place / "whole", optimizer, ranks, shard).wait()
+    assert not any(codes), codes
     whole, seconds = left_by(place / "whole"), time.monotonic() - begin
     counts, runs = Counter[str](), 0
     while counts["kills"] < kills:
         path = place / f"{runs}"
         runs += 1
         for _ in range(100):
-            process = started(path, optimizer)
+            job = Job(path, optimizer, ranks, shard)
             number = draw.choice(SIGNALS)
             hit = counts["kills"] < kills
             if hit:
                 time.sleep(draw.random() * 1.1 * seconds)
-                os.kill(process, number)
-            code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            if code == 0:
+                job.kill(number, draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))]))
+            codes = job.wait()
+            if not any(codes):
                 break
-            if not hit or code not in (-number, 128 + number):
+            # Of the ranks, one was hit, and the others ended with its signal, or because it was gone.
+            if not hit or not any(code in (-number, 128 + number) for code in codes):
                 counts["lost"] += 1
                 break
             counts["kills"] += 1
             counts[number.name] += 1
-            counts[f"code {code}"] += 1
+            counts[f"code {codes[0]}"] += 1
             counts["half"] += path.exists() and any(name.endswith(".tmp") for name in os.listdir(path))
         else:
             counts["lost"] += 1

@@ -2,9 +2,9 @@
 
     python benchmarks/loop.py
 
-CPU seconds of one thread, the two loops in turn, the median of the ratios; so other processes on the machine matter
-little. A checkpoint is written by a thread of its own; the loop stops while the state is copied. docs/train.md quotes
-the table.
+CPU seconds of one thread, the two loops in turn, the median of the differences and their quartiles; so other processes
+on the machine matter little. Evaluations are not in it. A checkpoint is written by a thread of its own; the loop stops
+while the state is copied. docs/train.md quotes the table.
 """
 
 from __future__ import annotations
@@ -45,39 +45,52 @@ def data(width: int, batch: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def by_hand(width: int, depth: int, batches: list[tuple[Tensor, Tensor]], steps: int) -> float:
-    """CPU seconds of a plain loop with AdamW, a warm-up, a linear schedule and the mean of the loss."""
-    model = made(width, depth)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    total = torch.zeros(())
-    begin = time.process_time()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
-        x, y = batches[step % len(batches)]
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-    return time.process_time() - begin
+class ByHand:
+    """A plain loop with AdamW, a warm-up, a linear schedule and the mean of the loss."""
+
+    def __init__(self, width: int, depth: int, batches: list[tuple[Tensor, Tensor]], steps: int) -> None:
+        self.model, self.batches, self.steps, self.step = made(width, depth), batches, steps, 0
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        self.total = torch.zeros(())
+
+    def go(self, num: int) -> float:
+        """Take some steps; returns the CPU seconds of each."""
+        begin = time.process_time()
+        for _ in range(num):
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1, (self.step + 1) / 10) * (1 - self.step / self.steps)
+            x, y = self.batches[self.step % len(self.batches)]
+            self.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+            self.total += loss.detach()
+            self.step += 1
+        return (time.process_time() - begin) / num
 
 
-def by_train(width: int, depth: int, batches: list[tuple[Tensor, Tensor]], steps: int) -> float:
-    """CPU seconds of the same in `gm.train`, from its first step to its last."""
+def paired(width: int, depth: int, batches: list[tuple[Tensor, Tensor]], num: int) -> list[tuple[float, float]]:
+    """CPU seconds of a step by hand and in `gm.train`, by turns of `num` steps, between the evaluations of one run."""
+    steps = gm.training.NUM_EVALUATIONS * num
+    by_hand = ByHand(width, depth, batches, steps)
+    by_hand.go(5)
+    found: list[tuple[float, float]] = []
+    begin = 0.0
 
     def endless(epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         return (batches[step % len(batches)] for step in range(steps))
 
-    times: list[float] = []
-
     def on_step(run: gm.Run, share: float) -> None:
-        if run.steps in (0, steps):
-            times.append(time.process_time())
+        nonlocal begin
+        if run.steps % num == 0 and run.steps:  # before an evaluation
+            seconds = (time.process_time() - begin) / (num - 1)
+            found.append((by_hand.go(num - 1), seconds))
+        elif run.steps % num == 1:
+            begin = time.process_time()
 
     task = gm.Task(lambda: made(width, depth), gm.Objective.classification(), endless, lambda model: {})
     gm.train(task, optimizer="adamw", steps=steps, on_step=on_step)
-    return times[-1] - times[0]
+    return found
 
 
 def stall(width: int, depth: int) -> float:
@@ -100,21 +113,20 @@ def stall(width: int, depth: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="CPU seconds of a loop in a round")
+    parser.add_argument("--seconds", type=float, default=0.4, help="CPU seconds of a turn; there are 20 for each")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| network | a step, ms | the loop's overhead | a checkpoint stops it, ms |\n|-|-|-|-|")
+    columns = "network", "a step by hand, ms", "the loop adds, µs", "a checkpoint stops it, ms"
+    print(f"| {' | '.join(columns)} |\n|{'-|' * len(columns)}")
     for name, (width, depth, batch) in NETWORKS.items():
         batches = data(width, batch)
-        once = by_hand(width, depth, batches, 5) / 5
-        steps = max(10, min(2000, round(arguments.seconds / once)))
-        ratios, plain = [], []
-        for _ in range(arguments.rounds):
-            plain.append(by_hand(width, depth, batches, steps) / steps)
-            ratios.append(by_train(width, depth, batches, steps) / steps / plain[-1])
-        step, overhead = statistics.median(plain), statistics.median(ratios) - 1
-        print(f"| {name} | {1e3 * step:.3g} | {overhead:+.1%} | {1e3 * stall(width, depth):.2g} |", flush=True)
+        once = ByHand(width, depth, batches, 10).go(5)
+        turns = paired(width, depth, batches, max(4, min(2000, round(arguments.seconds / once))))
+        plain = statistics.median(hand for hand, _ in turns)
+        added = sorted(train - hand for hand, train in turns)
+        low, middle, high = (1e6 * added[len(added) * k // 4] for k in (1, 2, 3))
+        told = f"{middle:.0f} ({low:.0f} to {high:.0f}): {1e-4 * middle / plain:+.1f} %"
+        print(f"| {name} | {1e3 * plain:.3g} | {told} | {1e3 * stall(width, depth):.2g} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ back in time, fails the test with the rank's traceback, and ends the processes: 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -62,6 +64,9 @@ class Ranks:
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
                 silent = [r for r, p in enumerate(self.pipes) if p in waiting]
+                for rank in silent:  # says on stderr where it is
+                    os.kill(self.processes[rank].pid or 0, signal.SIGUSR1)
+                time.sleep(1.0)
                 errors.update(dict.fromkeys(silent, f"no answer within {seconds:.0f} s"))
             for pipe in ready:
                 rank = self.pipes.index(pipe)
@@ -111,6 +116,7 @@ def _close_all() -> None:
 
 def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=SECONDS)
     )

@@ -187,7 +187,7 @@ def test_the_average_is_evaluated_and_kept() -> None:
 
 
 def test_the_best_model_is_the_finished_one() -> None:
-    values = iter([0.1, 0.5, 0.9, 0.4, 0.3, 0.2, *[0.0] * 20])
+    values = iter([0.0, 0.1, 0.5, 0.9, 0.4, 0.3, 0.2, *[0.0] * 20])
     seen: list[list[Tensor]] = []
 
     def scored(model: nn.Module) -> dict[str, float]:
@@ -196,7 +196,7 @@ def test_the_best_model_is_the_finished_one() -> None:
 
     run = gm.train(task(evaluate=scored), steps=20, optimizer="adamw", lr=0.1, best="max:score", patience=3)
     assert (run.steps, run.stopped) == (6, "max:score did not improve in 3 evaluations")
-    assert all(map(torch.equal, weights(run), seen[2]))
+    assert all(map(torch.equal, weights(run), seen[3]))  # after that of the untrained model
     assert best_row("min:a", [{"a": 3.0}, {"a": 1.0}, {"a": 1.0}, {"a": math.nan}]) == (1, 2)
     with pytest.raises(InputError, match="best is 'max:b', but an evaluation has no 'b'; it has loss, size"):
         gm.train(task(), steps=2, best="max:b")

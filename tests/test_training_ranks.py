@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 import gramian as gm
 from cases import seeded
 from distributed import run_on_ranks
+from gramian import placement
+from gramian.checkpoint import load_tensors
 from gramian.errors import GramianError, GramianWarning
 from gramian.optim import OPTIMIZERS
 from gramian.training import folder
@@ -187,8 +190,85 @@ def other_run(path: str) -> str:
 def test_another_run_is_refused_on_all_ranks(tmp_path: Path) -> None:
     for message in run_on_ranks(other_run, 2, str(tmp_path)):
         assert "of budget 3 steps, not 4 steps" in message
-    with pytest.raises(GramianError, match="of ranks 2, not 1"):
-        gm.train(task(), steps=3, out=tmp_path, resume=True)
+
+
+# ---- divided over ranks, and on another number of ranks --------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """Blocks in a list, which are divided by themselves, between an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.LayerNorm(8)) for _ in range(2))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+OPTIONS: dict[str, Any] = {"ema": 0.8, "clip": 0.5, "accumulate": 2, "regularize": {"l1": 1e-4}, "best": "min:size"}
+
+
+def divided(optimizer: str, path: str | None, stop: int | None, shard: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """The whole weights of a run, or of the part before it stops, and what its checkpoint holds."""
+    folder.EVERY_SECONDS, folder.LARGEST_SHARE = 0.0, math.inf
+
+    def on_step(run: gm.Run, share: float) -> None:
+        if run.steps == stop:
+            raise KeyError("stop")
+
+    options = {"steps": 12, "out": path, "resume": path is not None, "shard": shard, "on_step": on_step} | options
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", GramianWarning)
+        try:
+            run = gm.train(task(model=Residual, train_batches=small_ones), optimizer=optimizer, **options)
+        except KeyError:
+            return {k: tuple(t.shape) for k, t in load_tensors(Path(str(path), folder.CHECKPOINT))[0].items()}
+    return {
+        "weights": {name: placement.whole(t).clone() for name, t in run.model.state_dict().items()},
+        "sharded": any(map(placement.is_sharded, run.model.parameters())),
+        "losses": [row["loss"] for row in run.history],
+        "warnings": [str(w.message) for w in told],
+    }
+
+
+def small_ones(epoch: int, generator: torch.Generator):
+    """Of 16 rows, and a last one with a single row, so that a rank has none."""
+    for part in torch.randperm(len(X), generator=generator)[:33].split(16):
+        yield X[part], Y[part]
+
+
+@pytest.mark.parametrize(("optimizer", "options"), [("adamw", {}), ("muon", OPTIONS), ("shampoo", {})])
+def test_two_ranks_with_parts_of_the_model_take_the_steps_of_one(optimizer: str, options: dict[str, Any]) -> None:
+    one = divided(optimizer, None, None, False, options)
+    for two in run_on_ranks(divided, 2, optimizer, None, None, True, options):
+        assert two["sharded"]
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-8)
+        torch.testing.assert_close(one["weights"], two["weights"], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("before", "after", "shard"), [(2, 1, True), (1, 2, True), (2, 1, False), (2, 2, True)])
+def test_a_run_goes_on_on_other_ranks(tmp_path: Path, before: int, after: int, shard: bool) -> None:
+    """Also where the model was whole before and is divided after; the checkpoint is the same file."""
+
+    def on(ranks: int, *arguments: Any) -> dict[str, Any]:
+        arguments = "muon", *arguments, OPTIONS
+        return divided(*arguments) if ranks == 1 else run_on_ranks(divided, 2, *arguments)[0]
+
+    whole = on(1, None, None, False)
+    left = on(before, str(tmp_path), 5, shard)
+    assert left == on(1, str(tmp_path / "other"), 5, False)
+    resumed = on(after, str(tmp_path), None, shard if before == 1 else not shard)
+    assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-8)
+    torch.testing.assert_close(whole["weights"], resumed["weights"], rtol=1e-6, atol=1e-8)
+    told = f"train: the run was on {before} rank(s) and goes on with {after}, from step 4: within rounding"
+    assert [w.startswith(told) for w in resumed["warnings"]] == [True] * (before != after)
+    torch.testing.assert_close(load_tensors(tmp_path / folder.MODEL)[0], resumed["weights"], rtol=0, atol=0)
 
 
 # ---- ranks that fail -------------------------------------------------------------------------------------------------
@@ -266,7 +346,7 @@ def failing(where: str) -> tuple[str, int | None, float]:
 
 @pytest.mark.parametrize("where", ["model", "batches", "forward", "backward", "step", "evaluate", "early end"])
 def test_an_error_on_one_rank_ends_all_with_its_line(where: str) -> None:
-    for message, failed, seconds in run_on_ranks(failing, 2, where):
+    for message, failed, seconds in run_on_ranks(failing, 2, where, seconds=90):
         if where == "early end":
             assert message.startswith("train: the batches of an epoch ended on one rank earlier than on another")
             continue

@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_format_is_named(often, tmp_path) -> None:
         gm.train(task(), steps=9, out=tmp_path, on_step=stopping(2))
     state = load_tree(tmp_path / "checkpoint.safetensors")
     save_tree(tmp_path / "checkpoint.safetensors", state | {"format": 99})
-    with pytest.raises(CheckpointError, match="a run of format 99; this version of gramian reads 2"):
+    with pytest.raises(CheckpointError, match="a run of format 99; this version of gramian reads 3"):
         gm.train(task(), steps=9, out=tmp_path, resume=True)
 
 

@@ -78,6 +78,8 @@ def fields(batch: Any) -> dict[str, Any] | None:
     >>> fields({"x": 1, "y": 2}), fields((1, 2))
     ({'x': 1, 'y': 2}, None)
     """
+    if type(batch) in (Tensor, tuple, list):  # at once: a training step asks often
+        return None
     if isinstance(batch, Mapping):
         return dict(batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -103,6 +105,8 @@ def parts(batch: Any) -> Parts:
     >>> parts((torch.ones(2, 3), torch.zeros(2))).labels
     tensor([0., 0.])
     """
+    if type(batch) is tuple and 1 < len(batch) <= 3:
+        return Parts(*batch)
     if isinstance(batch, (DataLoader, Dataset)):
         kind = type(batch).__name__
         raise InputError(f"expected one batch, got a {kind}. Take one: next(iter(loader)) of a DataLoader")

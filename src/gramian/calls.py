@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -160,11 +162,22 @@ def prepared(model: nn.Module, batch: Any) -> Any:
     >>> prepared(nn.Linear(3, 1), (x, x))[0] is x
     True
     """
+    first = _first_parameter(model)
+    if type(batch) is tuple and all(type(t) is Tensor and (first is None or t.device == first.device) for t in batch):
+        return batch  # the usual one, at once
     batch = mapped(batch, lambda t: t) if has_arrays(batch) else batch
-    first = next(model.parameters(), None)
     if first is not None and _is_elsewhere(batch, first.device) and _is_on_one_device(model):
         batch = mapped(batch, lambda t: t.to(first.device), lambda value: _moved(value, first.device))
     return _with_decoder_inputs(model, batch)
+
+
+def _first_parameter(model: nn.Module) -> Tensor | None:
+    """That of `model.parameters()`, whose walk keeps a set of all modules, which every step would pay for."""
+    for parameter in model._parameters.values():
+        if parameter is not None:
+            return parameter
+    inner = (_first_parameter(module) for module in model._modules.values() if module is not None)
+    return next((parameter for parameter in inner if parameter is not None), None)
 
 
 def _is_elsewhere(batch: Any, device: torch.device) -> bool:
@@ -316,23 +329,43 @@ def _arguments(model: nn.Module) -> _Arguments:
     An argument whose default is neither missing nor `None` is an option, and no place for a tensor.
     """
     while True:
-        try:
-            found = inspect.signature(model.forward).parameters.values()
-        except (TypeError, ValueError):  # TorchScript
-            return _Arguments([], [], [], any_place=False, any_name=True)
-        placed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        named = [p for p in found if p.kind in (*placed, p.KEYWORD_ONLY)]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
+        takes, is_wrapper = _of_forward(model.forward)
         inner = next((m for name in _INSIDE if isinstance(m := getattr(model, name, None), nn.Module)), None)
-        if named or not takes_any or inner is None:
-            return _Arguments(
-                [p.name for p in named if p.kind is not p.POSITIONAL_ONLY],
-                [p.name for p in named if p.default is p.empty],
-                [p.name for p in named if p.kind in placed and p.default in (p.empty, None)],
-                any_place=any(p.kind is p.VAR_POSITIONAL for p in found),
-                any_name=takes_any,
-            )
+        if not is_wrapper or inner is None:
+            return takes
         model = inner
+
+
+# By the function of a bound forward: reading a signature takes as long as a small layer's step.
+_READ: WeakKeyDictionary[Any, tuple[_Arguments, bool]] = WeakKeyDictionary()
+
+
+def _of_forward(forward: Callable[..., Any]) -> tuple[_Arguments, bool]:
+    """What a bound forward takes, and whether it names no argument and takes any."""
+    function = getattr(forward, "__func__", None)
+    if not isinstance(function, FunctionType):
+        return _signature_of(forward)
+    if function not in _READ:
+        _READ[function] = _signature_of(forward)
+    return _READ[function]
+
+
+def _signature_of(forward: Callable[..., Any]) -> tuple[_Arguments, bool]:
+    try:
+        found = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # TorchScript
+        return _Arguments([], [], [], any_place=False, any_name=True), False
+    placed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p for p in found if p.kind in (*placed, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
+    takes = _Arguments(
+        [p.name for p in named if p.kind is not p.POSITIONAL_ONLY],
+        [p.name for p in named if p.default is p.empty],
+        [p.name for p in named if p.kind in placed and p.default in (p.empty, None)],
+        any_place=any(p.kind is p.VAR_POSITIONAL for p in found),
+        any_name=takes_any,
+    )
+    return takes, takes_any and not named
 
 
 def _type_hint(model: nn.Module, inputs: Any, error: str) -> str | None:

@@ -121,7 +121,8 @@ class Objective:
         batch = prepared(model, batch)
         for observer in _OBSERVERS.get(self.criterion, ()):
             observer.before_forward(batch)
-        return self.checked(self.criterion(self.predict(model, batch), batch), empty=empty)
+        predict = getattr(self.predict, "prepares", self.predict)  # the batch is prepared already
+        return self.checked(self.criterion(predict(model, batch), batch), empty=empty)
 
     def checked(self, result: Any, *, empty: bool = False) -> tuple[Tensor, Tensor]:
         """The criterion's result as two scalar tensors. Raises `InputError` for any other result.
@@ -131,15 +132,16 @@ class Objective:
             empty: whether it may have no units.
         """
         wanted = "criterion(output, batch) must return (sum of losses, number of units): a scalar tensor and a count"
-        if not (isinstance(result, Sequence) and len(result) == 2):
+        if not (type(result) is tuple or isinstance(result, Sequence)) or len(result) != 2:
             raise InputError(f"objective: {wanted}; got {described(result)}")
         total, units = result
         if not isinstance(total, Tensor) or total.numel() != 1:
             raise InputError(f"objective: {wanted}; the first is {described(total)}. Sum over the batch")
         units = torch.as_tensor(units, device=total.device)
-        if units.numel() != 1 or not (units >= 0 if empty else units > 0):
+        # As a number, since a comparison of tensors costs a small model's step more than the waiting for its result.
+        if units.numel() != 1 or not (units.item() >= 0 if empty else units.item() > 0):
             raise InputError(f"objective: {wanted}; the second is {described(units)}. A batch needs at least one unit")
-        return total.reshape(()), units.reshape(())
+        return total if total.ndim == 0 else total.reshape(()), units if units.ndim == 0 else units.reshape(())
 
     def losses(self, output: Any, batch: Any, fisher: Fisher, generator: torch.Generator) -> Iterator[Tensor]:
         """The losses whose gradients' outer products sum to the second moment `fisher`.

@@ -89,6 +89,9 @@ def command(
     seed: Annotated[
         int, typer.Option(help="Of the model, the order of the batches and dropout.", min=0, max=2**63 - 1)
     ] = 0,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: divide the model over the processes (FSDP2).")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     html: Annotated[
@@ -128,7 +131,8 @@ def command(
     again = "" if out is None else "; continue with the same command and --resume"
     try:
         with ranks(timeout) as first:
-            options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html, **budget}
+            options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html}
+            options |= budget | {"shard": shard}
             options |= {} if compare else {"optimizer": optimizer, "lr": lr}
             logs = tensorboard and first
             runs, name = _train(_Asked(task, text, model), first and not quiet, compare, logs, options)

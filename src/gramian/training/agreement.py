@@ -9,7 +9,9 @@ An exception on one rank must not leave the others waiting in a collective. So w
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +25,7 @@ from gramian import placement
 from gramian.batch import mapped, tensors
 from gramian.calls import wrappings
 from gramian.checkpoint.faults import first_line
-from gramian.errors import GramianError, TaskError, UnsupportedError, some
+from gramian.errors import GramianError, GramianWarning, TaskError, UnsupportedError, some
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier, raise_together
 from gramian.recording import evaluating
@@ -62,21 +64,26 @@ def first() -> bool:
 class Failure:
     """The first exception on this rank since all ranks last agreed that there was none."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, kept: bool = True) -> None:
         self.error: Exception | None = None
+        self.kept = kept  # where forward passes are collectives, the others cannot be told: their next one fails
 
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        """Keep an exception until `tell`, where there are other ranks; the code inside must not call collectives.
+    def caught(self) -> Failure:
+        """A context that keeps an exception until `tell`, where there are other ranks.
 
-        Code that follows a failure runs too, and of several exceptions the first one is kept.
+        The code inside must not call collectives. Code that follows a failure runs too, and of several exceptions the
+        first one is kept.
         """
-        try:
-            yield
-        except Exception as error:
-            if not placement.is_distributed():
-                raise
-            self.error = self.error or error
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception) or not self.kept or not placement.is_distributed():
+            return False
+        self.error = self.error or error
+        return True
 
     def tell(self, failed: bool) -> None:
         """Raise the failing rank's error on all ranks, if any `failed`, which all ranks know."""
@@ -142,7 +149,7 @@ def check_model(model: nn.Module) -> None:
     if parallel or any(map(placement.is_sharded, model.parameters())):
         raise UnsupportedError(
             f"train: the task's model is a wrapped or sharded {type(model).__name__}; expected the plain module, whose "
-            "gradients train adds up itself. For FSDP2 write your own loop with gm.optim"
+            "gradients train adds up itself. For FSDP2 give the plain module, and shard=True (--shard)"
         )
 
 
@@ -162,14 +169,15 @@ def has_rows(batch: Any) -> bool:
     Such a rank takes no forward pass, and adds nothing to the sums.
     """
     rank, size = placement.world()
-    counts = [len(t) for t in tensors(batch) if t.ndim]
-    return size == 1 or not counts or min(counts) > rank
+    counts = [len(t) for t in tensors(batch) if t.ndim] if size > 1 else []
+    return not counts or min(counts) > rank
 
 
 def rows(batch: Any) -> Any:
-    """Return this rank's rows of each tensor in the batch: every N-th, of N ranks."""
+    """Return this rank's rows of each tensor in the batch: every N-th, of N ranks; the first where it has none."""
     rank, size = placement.world()
-    return batch if size == 1 else mapped(batch, lambda t: t[slice(rank, None, size)], _not_rows)
+    own = slice(rank, None, size) if has_rows(batch) else slice(1)
+    return batch if size == 1 else mapped(batch, lambda t: t[own], _not_rows)
 
 
 def check_rows(model: nn.Module, batch: Any) -> None:
@@ -190,50 +198,58 @@ def check_rows(model: nn.Module, batch: Any) -> None:
         )
 
 
-def check_batch(model: nn.Module, objective: Objective, batch: Any) -> None:
+def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Failure) -> None:
     """Raise where the ranks drew different batches, or the loss is not a sum over the rows of the tensors."""
     if not placement.is_distributed():
         return
     if len(set(placement.exchange(str(checksum(batch))))) > 1:
         raise TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
-    failure = Failure()
-    whole = units = parts = part_units = torch.zeros(())
+    whole = own = (torch.zeros(()), torch.zeros(()))
     with evaluating(model), torch.no_grad():
         with failure.caught():
-            whole, units = objective.loss(model, batch, empty=True)
+            whole = objective.loss(model, batch, empty=True)
         with failure.caught():
-            if has_rows(batch):
-                parts, part_units = objective.loss(model, rows(batch), empty=True)
-        parts, part_units = sums(parts, part_units, failure)
-    same_units = torch.isclose(part_units.double(), units.double())
-    if not same_units or not torch.allclose(parts.double(), whole.double(), rtol=ROUNDING, atol=0, equal_nan=True):
+            found = objective.loss(model, rows(batch), empty=True)
+            own = found if has_rows(batch) else own
+        total, counted = sums(*own, failure)
+    loss, units = (float(value) for value in whole)
+    both_nan = math.isnan(total) and math.isnan(loss)
+    if not math.isclose(counted, units, rel_tol=1e-5) or not (both_nan or math.isclose(total, loss, rel_tol=ROUNDING)):
         raise UnsupportedError(
-            f"train: the loss of a batch, {float(whole):.6g} over {float(units):g} units, is not the sum over its "
-            f"rows, {float(parts):.6g} over {float(part_units):g}, so that ranks cannot divide it. Train in one "
-            "process, or put the samples in the first dimension"
+            f"train: the loss of a batch, {loss:.6g} over {units:g} units, is not the sum over its rows, {total:.6g} "
+            f"over {counted:g}, so that ranks cannot divide it. Train in one process, or put the samples in the first "
+            "dimension"
         )
 
 
-def sums(loss: Tensor, units: Tensor, failure: Failure, position: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
-    """Return the loss, detached, and the number of units of the whole batch.
+def sums(loss: Tensor, units: Tensor, failure: Failure, position: tuple[int, int] = (0, 0)) -> tuple[float, float]:
+    """Return the loss and the number of units of the whole batch.
 
     Raises on all ranks where one has failed, or where they are not at the same position (epoch, batch) in the stream.
     """
-    loss = loss.detach()
-    if placement.is_distributed():
-        failed = float(failure.error is not None)
-        own = [float(value) if not failed else 0.0 for value in (loss, units)]
-        place = (65_537 * position[0] + position[1]) % 2**20  # its square is exact
-        total = torch.tensor([*own, failed, place, place**2], dtype=torch.float64)
-        placement.all_reduce_sum([total])
-        failure.tell(bool(total[2] > 0))
-        if placement.world().size * total[4] != total[3] ** 2:  # equal numbers only
-            raise TaskError(
-                "train: the batches of an epoch ended on one rank earlier than on another. Give all ranks the same "
-                "batches; each takes its own rows of them"
-            )
-        return total[0].to(loss.device, loss.dtype), total[1].to(units.device, units.dtype)
-    return loss, units.detach()
+    if not placement.is_distributed():
+        return _both(loss, units)
+    failed = failure.error is not None
+    own = (0.0, 0.0) if failed else _both(loss, units)
+    place = (65_537 * position[0] + position[1]) % 2**20  # its square is exact
+    total = torch.tensor([*own, failed, place, place**2], dtype=torch.float64)
+    placement.all_reduce_sum([total])
+    amount, number, failures, places, squares = total.tolist()
+    failure.tell(failures > 0)
+    if placement.world().size * squares != places**2:  # equal numbers only
+        raise TaskError(
+            "train: the batches of an epoch ended on one rank earlier than on another. Give all ranks the same "
+            "batches; each takes its own rows of them"
+        )
+    return amount, number
+
+
+def _both(loss: Tensor, units: Tensor) -> tuple[float, float]:
+    """The two numbers; of a GPU with one wait."""
+    if loss.device.type == "cpu":
+        return loss.item(), float(units.item())
+    amount, number = torch.stack([loss.detach().double(), units.detach().double()]).tolist()
+    return amount, number
 
 
 def add_gradients(model: nn.Module, failure: Failure) -> None:
@@ -261,10 +277,24 @@ def random_states(device: torch.device) -> list[dict[str, Any]]:
     return placement.exchange_json(own | {"python": as_plain(state_of_python())})
 
 
-def restore_random_state(states: list[dict[str, Any]], device: torch.device) -> None:
-    """Set this rank's global generators to their states from `random_states`."""
-    own = dict(states[placement.world().rank])
+def restore_random_state(states: list[dict[str, Any]], device: torch.device, steps: int) -> None:
+    """Set this rank's global generators to their states from `random_states`; of a rank that was not there, seed them.
+
+    Where the number of ranks has changed, a warning says so.
+    """
+    rank, size = placement.world()
+    if size != len(states) and rank == 0:
+        warnings.warn(
+            f"train: the run was on {len(states)} rank(s) and goes on with {size}, from step {steps:,}: within "
+            "rounding, not bitwise, and with other dropout masks",
+            GramianWarning,
+            stacklevel=4,
+        )
+    own = dict(states[min(rank, len(states) - 1)])
     restore_python(own.pop("python"))
+    if rank >= len(states):
+        torch.manual_seed(1_000_003 * steps + rank)
+        return
     tensors = {name: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for name, text in own.items()}
     torch.set_rng_state(tensors["cpu"])
     if device.type == "cuda":

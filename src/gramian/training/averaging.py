@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian import placement
+
 __all__ = ["Average"]
 
 
@@ -43,7 +45,7 @@ class Average:
         """Take in the weights after a step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self._means, [p.detach() for p in self._params], 1 - decay)
+        torch._foreach_lerp_(placement.locals_of(self._means), placement.locals_of(self._params), 1 - decay)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -68,7 +70,7 @@ class Average:
         self.steps = int(state["steps"])
         with torch.no_grad():
             for mean, saved in zip(self._means, state["means"], strict=True):
-                mean.copy_(saved)
+                placement.write_whole_(mean, saved)
 
     @torch.no_grad()
     def _copy(self, values: list[Tensor]) -> None:

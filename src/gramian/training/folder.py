@@ -14,9 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from gramian.block import blocks
 from gramian.checkpoint import load_tensors, load_tree, open_checkpoint, save_tensors, verify_file
 from gramian.checkpoint.faults import plain
 from gramian.checkpoint.trees import TREE, pack_tree
@@ -30,7 +29,7 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensor
 METRICS, MODEL = "metrics.jsonl", "model.safetensors"
 
 # Of checkpoints and finished runs; to be raised when their content changes so that an older one cannot be resumed.
-FORMAT = 2
+FORMAT = 3
 
 # Key in the metadata of a finished run's model, with the summary of `Folder.finish` as JSON.
 FINISHED = "gramian.run"
@@ -191,15 +190,19 @@ class Folder:
         if writing is not None:
             writing.result()
 
-    def finish(self, model: nn.Module, summary: dict[str, Any], history: list[dict[str, float]]) -> None:
-        """Write the model and the summary of its run, verify it, and remove the checkpoints."""
+    def finish(
+        self,
+        tensors: dict[str, Tensor],
+        about: dict[str, str],
+        summary: dict[str, Any],
+        history: list[dict[str, float]],
+    ) -> None:
+        """Write the model, with the metadata `about` and the summary of its run, verify it; remove the checkpoints."""
         self._begin(history)
         if self._torn:
             self.write(history)
         text = json.dumps({"format": FORMAT, "identity": self.identity, **summary})
-        tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-        about = {"gramian.task": self.identity["task"], FINISHED: text} | blocks(model).metadata()
-        save_tensors(self.path / MODEL, tensors, about)
+        save_tensors(self.path / MODEL, tensors, {"gramian.task": self.identity["task"], FINISHED: text} | about)
         verify_file(self.path / MODEL)
         for name in (CHECKPOINT, PREVIOUS):
             (self.path / name).unlink(missing_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
@@ -13,17 +11,19 @@ import torch
 from torch import nn
 
 from gramian import placement
-from gramian.errors import GramianWarning, InputError, TaskError
+from gramian.errors import GramianWarning, InputError
 from gramian.objective import as_objective
 from gramian.report import Report
 from gramian.training import agreement, page, start
+from gramian.training.checks import check_best, check_inputs, check_model, identity_of
 from gramian.training.folder import Folder, read
 from gramian.training.interrupts import Interrupts, end
-from gramian.training.optimizers import Choice, choose
+from gramian.training.optimizers import choose
 from gramian.training.options import Options
 from gramian.training.randomness import seeded
 from gramian.training.running import NONFINITE_STEPS, Loop
-from gramian.training.schedule import WARMUP_STEPS, Schedule, as_budget
+from gramian.training.schedule import WARMUP_STEPS, Schedule, as_budget, check_warmup
+from gramian.training.sharding import shard_
 from gramian.training.stream import Stream
 from gramian.training.task import Run, Task, as_task, calling
 
@@ -51,6 +51,7 @@ def train(
     best: str | None = None,
     patience: int | None = None,
     seed: int = 0,
+    shard: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     report: str | Path | None = None,
@@ -74,7 +75,8 @@ def train(
 
     In a process group, call it on all ranks. Each takes its rows of every batch, and the step is that of the whole
     batch: the same as in one process, within rounding, except for dropout. All ranks draw all batches and evaluate; the
-    first one writes. Gradients are added up after the backward pass, not during it.
+    first one writes. Gradients are added up after the backward pass, not during it; with `shard`, as FSDP2 does. A run
+    may be resumed on another number of ranks, with `shard` or without, within rounding; a warning says so.
 
     Args:
         task: what to train.
@@ -106,6 +108,7 @@ def train(
         patience: end the run after so many evaluations without a better one.
         seed: of the model, the order of the batches, `init`, dropout and `augment`. The global generators of torch,
             Python and numpy are seeded with it, and are left as they were.
+        shard: whether parameters, gradients and the optimizer's state are divided over the ranks (FSDP2).
         out: a folder for `metrics.jsonl` (a line for each evaluation, as it happens), `checkpoint.safetensors` while
             the run is unfinished, and `model.safetensors` when it is finished.
         resume: continue the run in `out`, if there is one; a finished one is returned as it is.
@@ -150,22 +153,28 @@ def train(
         patience,
     )
     choice = choose(optimizer, lr, options)
+    check_warmup(warmup, budget, 0, accumulate)
     start.check(init)
     page.check(report)
     objective = as_objective(task.objective)
     if resume and out is None:
         raise InputError("train: resume needs out=, the folder of the run to resume")
+    if report is not None and shard and placement.is_distributed():
+        raise InputError(
+            "train: a report diagnoses the whole model, which no rank holds with shard. Leave report out, and inspect "
+            "the finished model.safetensors"
+        )
     place = None if out is None else Path(out).absolute()  # before anything of the task runs, which may change folders
     with seeded(seed), ExitStack() as stack:
         model = None
         with placement.agreed("train"):
             with calling(task, "model()"):
                 model = task.model()
-            _check_model(model, task)
+            check_model(model, task)
         assert model is not None
         agreement.check_model(model)
         run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
-        identity = _identity(task, model, choice, init, seed, budget) | options.identity()
+        identity = identity_of(task, model, choice, init, seed, budget) | options.identity()
         folder, saved = None, None
         if place is not None:
             with placement.agreed("train"):
@@ -174,21 +183,31 @@ def train(
                     folder.open(resume=resume)
             with placement.agreed("train"):
                 saved = read(place, identity, run.out) if resume else None
+        stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
         if saved is None:
+            with placement.agreed("train"):
+                if choice.lr is not None:
+                    choice.make(model)  # refuses options that do not suit it before the diagnosis; made again below
+                check_inputs(task, options)
+                check_best(task, model, options)
+                if warmup is not None and stream.counted:
+                    check_warmup(warmup, budget, stream.count(), accumulate)
             with calling(task, f"the initialization ({init}) of the model"):
                 run.init = start.initialize(init, model, task, objective, seed)
             agreement.same_weights_(model)
             if not agreement.first():
                 torch.manual_seed(seed + placement.world().rank)  # dropout masks differ, as the rows do
-        with calling(task, "optimizer(model)"):
-            opt = choice.make(model)
-        stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
-        rates = Schedule(*budget, opt, name=schedule, warmup=warmup, accumulate=accumulate)
-        rates.check_warmup()
-        loop = Loop(run, task, objective, rates, stream, options, seed)
+        before = ""
         if report is not None and saved is None:
             with seeded(seed):
-                loop.before = page.diagnose(model, task, objective).to_json()
+                before = page.diagnose(model, task, objective).to_json()
+        if shard:
+            shard_(model)
+        with calling(task, "optimizer(model)"):
+            opt = choice.make(model)
+        rates = Schedule(*budget, opt, name=schedule, warmup=warmup, accumulate=accumulate)
+        loop = Loop(run, task, objective, rates, stream, options, seed)
+        loop.before = before
         if saved is not None:
             loop.restore(saved, place)
             if saved["damage"] and folder is not None:
@@ -204,11 +223,7 @@ def train(
         else:
             with Interrupts(active=run.out is not None) as interrupts:
                 loop.go(folder, progress, on_step, interrupts)
-                with placement.agreed("train"):
-                    if folder is not None:
-                        folder.wait()
-                        if loop.finished:
-                            folder.finish(model, loop.summary(), run.history)
+                loop.finish(folder)
                 if interrupts.received:
                     end(interrupts.received)
         if report is not None:
@@ -218,6 +233,7 @@ def train(
                 with placement.agreed("train"):
                     if agreement.first():
                         page.document(run, task, before, after).save(report)
+    loop.warn_of_warmup()
     if run.diverged:
         warnings.warn(
             f"train: the loss is not finite in {min(NONFINITE_STEPS, run.steps)} steps in a row; stopped after "
@@ -232,51 +248,3 @@ def train(
             stacklevel=2,
         )
     return run
-
-
-def _check_model(model: object, task: Task) -> None:
-    """Raise `TaskError` for what cannot be trained."""
-    if not isinstance(model, nn.Module):
-        raise TaskError(f"task {task.name!r}: model() must return a torch.nn.Module, got {type(model).__name__}")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise TaskError(f"task {task.name!r}: no parameter of the model requires a gradient, so nothing can be trained")
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
-    if lazy:
-        raise TaskError(
-            f"task {task.name!r}: {lazy[0]} of the model has no shape yet (a lazy module). Call the model on one batch "
-            "in model()"
-        )
-    meta = [name for name, p in model.named_parameters() if p.is_meta]
-    if meta:
-        raise TaskError(
-            f"task {task.name!r}: {meta[0]} of the model is on the meta device, without numbers. Make the model "
-            "outside torch.device('meta')"
-        )
-
-
-def _identity(
-    task: Task, model: nn.Module, choice: Choice, init: str, seed: int, budget: tuple[str, float]
-) -> dict[str, str]:
-    """Return the settings, as text, that a run must share with a checkpoint to resume it."""
-    return {
-        "task": task.source or task.name,
-        "model": _fingerprint(model),
-        "optimizer": choice.name,
-        "learning rate": "its own" if choice.lr is None else _number(choice.lr),
-        "init": init,
-        "seed": f"{seed}",
-        "budget": f"{_number(budget[1])} {budget[0]}",
-        "ranks": f"{placement.world().size}",
-    }
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Return a text that differs for models whose parameters have other names or shapes."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
-    return f"{type(model).__name__} of {sum(map(math.prod, shapes.values())):,} parameters ({digest})"
-
-
-def _number(value: float) -> str:
-    """Return the same text for an int and an equal float."""
-    return f"{int(value)}" if float(value).is_integer() else repr(float(value))

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ FALLEN, SPREADS = 0.02, 2.0
 # Evaluations from which on that can be told.
 LEAST_ROWS = 8
 
-# From this ratio of the largest value of a curve to the smallest, its axis is logarithmic.
+# From this ratio of the largest value of a falling curve to the smallest, its axis is logarithmic.
 DECADE = 10.0
 
 
@@ -77,7 +78,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
     if wrong:
         told = [f"The network before training: {before.verdict}"] if before is not None else []
         sections.append(Section("What went wrong", "\n".join([wrong, *told, f"The network now: {after.verdict}"])))
-    sections.append(Section("Curves", items=_curves({"": run})))
+    sections.append(Section("Curves", items=_in_pairs(_curves({"": run}))))
     if task.pictures is not None:
         with calling(task, "pictures(model)"), evaluating(run.model), torch.no_grad():
             sections.append(Section("What the model does", items=[tuple(task.pictures(run.model))]))
@@ -92,7 +93,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
         "bad" if run.diverged else "warning" if wrong or run.skipped else "good",
         [
             Tile("Steps", number(run.steps), f"{number(run.seconds)} s of training"),
-            *(Tile(name, number(value)) for name, value in _measured(run).items()),
+            *(_tile(name, value) for name, value in _measured(run).items()),
         ],
         sections,
         footer=f"{run.optimizer}, learning rate {number(run.lr)} · init: {run.init}",
@@ -103,17 +104,22 @@ def comparison(runs: Mapping[str, Run], task: Task) -> Document:
     """Return the page of several runs of one task, by their optimizers."""
     names = list(dict.fromkeys(name for run in runs.values() for name in _measured(run)))
     rows = [
-        [optimizer, run.lr, run.steps, run.seconds, *(_measured(run).get(name) for name in names), trouble(run)]
+        [optimizer, run.lr, run.steps, run.seconds, *(_measured(run).get(name) for name in names)]
         for optimizer, run in runs.items()
     ]
-    columns = ["optimizer", "learning rate", "steps", "seconds", *names, "trouble"]
+    columns = ["optimizer", "learning rate", "steps", "seconds", *names]
     wrong = [f"{optimizer}: {trouble(run)}" for optimizer, run in runs.items() if trouble(run)]
+    losses = {
+        name: run.metrics["loss"] for name, run in runs.items() if math.isfinite(run.metrics.get("loss", math.nan))
+    }
+    least = min(losses, key=lambda name: losses[name], default="")
+    lowest = f" The lowest training loss is that of {least}, {number(losses[least])}." if least else ""
     return Document(
         f"{task.name}: {', '.join(runs)}",
-        " ".join(wrong) or f"{len(runs)} runs from the same weights, on the same batches.",
+        " ".join(wrong) or f"{len(runs)} runs from the same weights, on the same batches.{lowest}",
         "warning" if wrong else "good",
         sections=[
-            Section("Curves", items=_curves(runs)),
+            Section("Curves", items=_in_pairs(_curves(runs))),
             Section("Last evaluations", items=[Table("", columns, rows)]),
         ],
     )
@@ -131,10 +137,22 @@ def _curves(runs: Mapping[str, Run]) -> list[Picture]:
             rows = [row for row in run.history if name in row]
             series.append(Series(label, [row["step"] for row in rows], [row[name] for row in rows]))
         values = [y for curve in series for y in curve.y if math.isfinite(y)]
-        log = bool(values) and min(values) > 0 and max(values) > DECADE * min(values)
+        falls = any(curve.y[-1] < curve.y[0] for curve in series if curve.y)  # an error, and no score up to one
+        log = falls and bool(values) and min(values) > 0 and max(values) > DECADE * min(values)
         title = "Training loss, the mean since the last evaluation" if name == "loss" else name
-        pictures.append(Picture(title, series, "step", name, log_y=log))
+        pictures.append(Picture(title, series, "step", "loss" if name == "loss" else "", log_y=log))
     return pictures
+
+
+def _in_pairs(pictures: list[Picture]) -> list[Any]:
+    """Side by side, where there is room."""
+    return [tuple(pictures[i : i + 2]) for i in range(0, len(pictures), 2)]
+
+
+def _tile(name: str, value: float) -> Tile:
+    if name == "loss":
+        return Tile("Training loss", number(value), "mean since the evaluation before")
+    return Tile(name, number(value), "last evaluation")
 
 
 def _measured(run: Run) -> dict[str, float]:

@@ -66,10 +66,10 @@ class Own:
         self.state = state
 
     def __enter__(self) -> Own:
-        self._outside = torch.get_rng_state()
-        torch.set_rng_state(self.state)
+        self._outside = torch.default_generator.get_state()
+        torch.default_generator.set_state(self.state)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.state = torch.get_rng_state()
-        torch.set_rng_state(self._outside)
+        self.state = torch.default_generator.get_state()
+        torch.default_generator.set_state(self._outside)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gramian import placement
+from gramian.block import blocks
 from gramian.checkpoint import load_tensors
-from gramian.errors import CheckpointError, GramianError, InputError, TaskError
+from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError
 from gramian.objective import Objective
 from gramian.recording import evaluating
 from gramian.training import agreement
@@ -24,6 +26,7 @@ from gramian.training.interrupts import Interrupts, end
 from gramian.training.options import Options, best_row
 from gramian.training.randomness import restore_python, state_of_python
 from gramian.training.schedule import Schedule
+from gramian.training.sharding import as_parts, gathered, is_divided, load_model, optimizer_parts
 from gramian.training.stepping import Stepper
 from gramian.training.stream import Stream
 from gramian.training.task import Run, Task, calling
@@ -32,6 +35,8 @@ __all__ = ["NONFINITE_STEPS", "Loop"]
 
 # So many steps in a row without a finite loss or gradient end a run.
 NONFINITE_STEPS = 10
+
+NOT_DUE = [False, False]  # a checkpoint, without and after an evaluation
 
 
 class Loop:
@@ -57,8 +62,9 @@ class Loop:
         self.stepper = Stepper(run.model, task, objective, self.optimizer, options, seed)
         self.failure, self.device = self.stepper.failure, self.stepper.device
         # Sums of the loss since the last evaluation.
-        self.total, self.units = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.total = self.units = 0.0
         self.streak = 0  # skipped steps in a row
+        self.divided = is_divided(run.model)
         self.average = None if options.ema is None else Average(run.model, options.ema)
         self.best: dict[str, Tensor] = {}  # the weights of the best evaluation
         self.finished = False
@@ -85,27 +91,27 @@ class Loop:
         with agreement.naming_the_lost():
             while not ended:
                 self._step()
-                due = [False, False]
-                with self.failure.caught():
-                    if folder is not None:
+                due = NOT_DUE
+                if folder is not None:
+                    with self.failure.caught():
                         due = [folder.due(evaluated=evaluated) for evaluated in (False, True)]
                 facts = {"seconds": time.perf_counter() - started, "due": due, "signal": interrupts.received}
                 told = agreement.exchanged(facts, self.failure)
                 run.seconds, due = told[0]["seconds"], told[0]["due"]
                 signal = max(other["signal"] for other in told)
-                schedule.check_warmup()
+                share = schedule.share(run)
                 if on_step is not None:
-                    on_step(run, schedule.share(run))
+                    on_step(run, share)
                 run.diverged = self.streak >= min(NONFINITE_STEPS, run.steps)
-                evaluate = schedule.due(run)
-                ended = schedule.share(run) >= 1 or self.streak >= NONFINITE_STEPS
+                evaluate = schedule.due(share)
+                ended = share >= 1 or self.streak >= NONFINITE_STEPS
                 run.diverged = ended and run.diverged
                 if evaluate or run.diverged:
                     row = self._evaluate()
                     if folder is not None:
                         folder.append(run.history)
                     if progress is not None:
-                        progress(row, schedule.share(run))
+                        progress(row, share)
                     ended = ended or self._stops()
                 if (due[evaluate] or signal) and not ended and self._is_sound():
                     self._keep(folder, wait=bool(signal))
@@ -128,7 +134,7 @@ class Loop:
             self.units += units
             self.streak = 0
             if math.isnan(run.start) and units > 0:
-                run.start = float(total / units)
+                run.start = total / units
             if self.average is not None and not self.stepper.overflowed:
                 self.average.update()
             return
@@ -137,13 +143,12 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float]:
         run, task = self.run, self.task
-        loss = float(self.total / self.units)
-        self.total.zero_()
-        self.units.zero_()
+        loss = self.total / self.units if self.units else math.nan
+        self.total = self.units = 0.0
         found: Any = {}
         python = state_of_python()
         with (
-            placement.agreed("train"),
+            nullcontext() if self.divided else placement.agreed("train"),  # forward passes are collectives then
             evaluating(run.model),
             torch.no_grad(),
             calling(task, "evaluate(model)"),
@@ -181,7 +186,9 @@ class Loop:
 
     def _is_sound(self) -> bool:
         """Whether the weights are worth keeping: the last loss was finite, and so are they."""
-        return self.streak == 0 and all(bool(torch.isfinite(p).all()) for p in self.run.model.parameters())
+        parts = placement.locals_of(list(self.run.model.parameters()))
+        sound = self.streak == 0 and all(bool(torch.isfinite(p).all()) for p in parts)
+        return not placement.any_rank(not sound) if self.divided else sound
 
     def _keep(self, folder: Folder | None, *, wait: bool) -> None:
         state = self.state()
@@ -190,6 +197,26 @@ class Loop:
                 folder.keep(state)
                 if wait:
                     folder.wait()
+
+    def finish(self, folder: Folder | None) -> None:
+        """Write the finished model, or wait for the last checkpoint of a run that diverged."""
+        tensors = gathered(_tensors(self.run.model)) if self.finished and self.run.out is not None else {}
+        with placement.agreed("train"):
+            if folder is not None:
+                folder.wait()
+                if self.finished:
+                    folder.finish(tensors, blocks(self.run.model).metadata(), self.summary(), self.run.history)
+
+    def warn_of_warmup(self) -> None:
+        """Warn where a budget in seconds ended before the warm-up that was asked for."""
+        run, asked = self.run, self.schedule.asked_warmup
+        if asked is not None and run.steps < asked and run.resumed != run.steps and not (run.diverged or run.stopped):
+            warnings.warn(
+                f"train: the warm-up takes {asked:,} steps, and the run ended after {run.steps:,}, so that the rate "
+                f"{run.lr:.3g} was never reached. Give a shorter warm-up, or more seconds",
+                GramianWarning,
+                stacklevel=3,
+            )
 
     def _take_final_weights(self) -> None:
         """Give the model the weights that the run was for: the best evaluation's, or the averaged ones."""
@@ -208,19 +235,21 @@ class Loop:
 
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on."""
-        return self.summary() | {
-            "since": {"total": self.total, "units": self.units},
-            "evaluations": self.schedule.evaluations,
-            "before": self.before,
-            "stream": self.stream.state(),
-            "random": agreement.random_states(self.device),
-            "model": self.run.model.state_dict(),
-            "buffers": _nonpersistent(self.run.model),
-            "optimizer": self.optimizer.state_dict(),
-            "scale": self.stepper.scale.state(),
-            "average": {} if self.average is None else self.average.state(),
-            "best": self.best,
-        }
+        return self.summary() | gathered(
+            {
+                "since": {"total": self.total, "units": self.units},
+                "evaluations": self.schedule.evaluations,
+                "before": self.before,
+                "stream": self.stream.state(),
+                "random": agreement.random_states(self.device),
+                "model": self.run.model.state_dict(),
+                "buffers": _nonpersistent(self.run.model),
+                "optimizer": self.optimizer.state_dict(),
+                "scale": self.stepper.scale.state(),
+                "average": {} if self.average is None else self.average.state(),
+                "best": self.best,
+            }
+        )
 
     def restore(self, saved: dict[str, Any], place: Any) -> None:
         """Restore what `state` returned, or the end of a finished run in the folder `place`."""
@@ -237,23 +266,23 @@ class Loop:
             run.start = float(saved.get("start", math.nan))
             run.history = [{str(name): value + 0 for name, value in row.items()} for row in saved["history"]]
             if saved.get("finished"):
-                run.model.load_state_dict(load_tensors(place / MODEL)[0], strict=False)  # extra state is not in it
+                load_model(run.model, load_tensors(place / MODEL)[0], strict=False)  # extra state is not in it
                 self.finished = True
                 return
-            run.model.load_state_dict(saved["model"])
+            load_model(run.model, saved["model"])
             for name, buffer in _nonpersistent(run.model).items():
                 buffer.copy_(saved["buffers"][name])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimizer.load_state_dict(optimizer_parts(self.optimizer, saved["optimizer"]))
             schedule.evaluations = saved["evaluations"]
             self.before = str(saved.get("before", ""))
-            self.total.copy_(saved["since"]["total"])
-            self.units.copy_(saved["since"]["units"])
+            self.total, self.units = float(saved["since"]["total"]), float(saved["since"]["units"])
             self.stepper.scale.restore(saved.get("scale", {}))
             if self.average is not None:
                 self.average.restore(saved["average"])
-            self.best = {name: tensor.to(self.device) for name, tensor in saved["best"].items()}
+            own = _tensors(run.model)
+            self.best = {name: as_parts(value.to(self.device), own[name]) for name, value in saved["best"].items()}
             self.stream.restore(saved["stream"])
-            agreement.restore_random_state(saved["random"], self.device)
+            agreement.restore_random_state(saved["random"], self.device, run.steps)
             schedule.batches_per_epoch = self.stream.length
         except GramianError:
             raise

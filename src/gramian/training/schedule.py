@@ -10,12 +10,15 @@ import torch
 from gramian.errors import InputError
 from gramian.training.task import Run
 
-__all__ = ["NUM_EVALUATIONS", "SCHEDULES", "WARMUP_STEPS", "Schedule", "as_budget"]
+__all__ = ["NUM_EVALUATIONS", "SCHEDULES", "WARMUP_STEPS", "Schedule", "as_budget", "check_warmup"]
 
 # Evaluations in a run, evenly spread over its budget.
 NUM_EVALUATIONS = 20
 
 WARMUP_STEPS = 10
+
+# Of a budget in seconds, the default warm-up takes no more than this share.
+LARGEST_WARMUP = 0.1
 
 # "step" and "plateau" divide the rate by these, "exponential" ends at its share of the rate.
 STEP_FACTOR, PLATEAU_FACTOR, EXPONENTIAL_END = 0.1, 0.5, 0.01
@@ -60,6 +63,24 @@ def as_budget(steps: int | None, epochs: int | None, seconds: float | None) -> t
     return kind, amount
 
 
+def num_steps(budget: tuple[str, float], batches_per_epoch: int, accumulate: int) -> int:
+    """Return the steps of a budget; 0 where they are not known: with seconds, or an epoch of unknown length."""
+    kind, amount = budget
+    if kind == "seconds":
+        return 0
+    return math.ceil(amount * batches_per_epoch / accumulate if kind == "epochs" else amount)
+
+
+def check_warmup(warmup: int | None, budget: tuple[str, float], batches_per_epoch: int, accumulate: int) -> None:
+    """Raise `InputError` for a warm-up that was asked for and is longer than the run, where its steps are known."""
+    steps = num_steps(budget, batches_per_epoch, accumulate)
+    if warmup is not None and 0 < steps < warmup:
+        raise InputError(
+            f"train: warmup is {warmup:,} steps, and the run has {steps:,}, so that the rate would never be reached. "
+            "Give fewer"
+        )
+
+
 class Schedule:
     """A run's budget, learning rate, and times of evaluation.
 
@@ -97,18 +118,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """The steps of the budget; 0 where they are not known, as before the first epoch, or with seconds."""
-        if self.kind == "seconds":
-            return 0
-        total = self.amount * self.batches_per_epoch / self.accumulate if self.kind == "epochs" else self.amount
-        return math.ceil(total)
-
-    def check_warmup(self) -> None:
-        """Raise `InputError` for a warm-up that was asked for and is longer than the run, as soon as that is known."""
-        if self.asked_warmup is not None and 0 < self.steps < self.asked_warmup:
-            raise InputError(
-                f"train: warmup is {self.asked_warmup:,} steps, and the run has {self.steps:,}, so that the rate would "
-                "never be reached. Give fewer"
-            )
+        return num_steps((self.kind, self.amount), self.batches_per_epoch, self.accumulate)
 
     def num_batches(self, run: Run) -> int:
         """Return how many batches the next step takes: fewer where an epoch's end is that of the budget."""
@@ -119,15 +129,18 @@ class Schedule:
 
     def set_rates(self, run: Run) -> None:
         """Set each group's learning rate for the next step."""
+        share = self.share(run)
         factor = min(1.0, (run.steps + 1) / self.warmup) if self.warmup else 1.0
-        factor *= self.factor(self.share(run), [row["loss"] for row in run.history])
+        if self.kind == "seconds" and self.asked_warmup is None:  # steps may take so long that there are fewer
+            factor = max(factor, min(1.0, share / LARGEST_WARMUP))
+        factor *= self.factor(share, [row["loss"] for row in run.history])
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         run.rate = run.lr * factor
 
-    def due(self, run: Run) -> bool:
-        """Whether the run passed another twentieth of its budget since the last evaluation."""
-        passed = math.floor(self.share(run) * NUM_EVALUATIONS + 1e-9)
+    def due(self, share: float) -> bool:
+        """Whether the run, at this share of its budget, passed another twentieth since the last evaluation."""
+        passed = math.floor(share * NUM_EVALUATIONS + 1e-9)
         if passed <= self.evaluations:
             return False
         self.evaluations = passed

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from gramian import placement
 from gramian.calls import prepared
 from gramian.objective import Objective
 from gramian.training import agreement
@@ -17,6 +18,7 @@ from gramian.training.augmentation import augmented, mixed
 from gramian.training.optimizers import skips_itself
 from gramian.training.options import PRECISIONS, Options
 from gramian.training.scaling import LossScale
+from gramian.training.sharding import is_divided
 from gramian.training.stream import Stream
 from gramian.training.task import Task, calling
 
@@ -45,15 +47,19 @@ class Stepper:
         seed: int,
     ) -> None:
         self.model, self.task, self.objective, self.optimizer, self.options = model, task, objective, optimizer, options
-        self.seed, self.failure = seed, agreement.Failure()
+        self.divided = is_divided(model)
+        self.seed, self.failure = seed, agreement.Failure(kept=not self.divided)
         self.device = next(model.parameters()).device
         self._params = list(model.parameters())  # a walk over the modules in every step would cost more than the sums
         self._buffers = _Buffers(model)
         self.scale = LossScale(active=options.precision == "float16")
+        self._nothing = torch.zeros((), device=self.device)
         self.overflowed = False  # whether the last step was left out, since its scaled gradient was too large
+        self._gradient: dict[tuple[float, torch.dtype], Tensor] = {}  # of the loss, by its divisor
+        self._one, self._bad = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
         self._watch = options.clip is not None or self.scale.active or not skips_itself(optimizer)
 
-    def step(self, stream: Stream, num_batches: int) -> tuple[Tensor, Tensor, bool]:
+    def step(self, stream: Stream, num_batches: int) -> tuple[float, float, bool]:
         """Take one step; return the sum of the losses, the number of units, and whether the step was taken.
 
         A step that only the scale of the loss prevented counts as taken; `overflowed` tells it.
@@ -64,55 +70,67 @@ class Stepper:
         """
         self._buffers.note()
         self.optimizer.zero_grad()
-        total = units = torch.zeros((), device=self.device)
+        total = units = 0.0
         first = 0.0  # the divisor of all gradients, until the number of all units is known
         sound = True
         for _ in range(num_batches):
-            loss, count, own = self._forward(stream)
-            amount, number = torch.stack([loss.double(), count.double()]).tolist()
-            total, units = total + loss, units + count
-            sound = sound and amount - amount == 0  # neither NaN nor infinite
+            amount, number, own, weight = self._forward(stream)
+            total, units = total + amount, units + number
+            sound = sound and math.isfinite(amount)
             if sound and number:
                 first = first or number
                 with self.failure.caught(), calling(self.task, "the backward pass"):
                     if own is not None and own.requires_grad:
-                        (own * self.scale.value / (count if first == number else first)).backward()
-        agreement.add_gradients(self.model, self.failure)
+                        own.backward(self._gradient_of(own, weight * self.scale.value / first))
+        if not self.divided:
+            agreement.add_gradients(self.model, self.failure)
         taken = sound and not first  # there is nothing to do
         self.overflowed = False
         if sound and first:
-            taken = self._apply(first / float(units) / self.scale.value)
+            taken = self._apply(first / units / self.scale.value)
             if taken:
                 self.scale.stepped()
             else:
                 self.overflowed = self.scale.overflowed()
         if not taken:
             self._buffers.restore()
-        return total.detach(), units, taken or self.overflowed
+        return total, units, taken or self.overflowed
 
-    def _forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The loss and the units of the next batch, of all ranks; and this rank's loss, to be differentiated."""
+    def _gradient_of(self, loss: Tensor, value: float) -> Tensor:
+        """The gradient with which the backward pass begins, in place of a division of the loss."""
+        key = (value, loss.dtype)
+        if key not in self._gradient:
+            self._gradient = {key: torch.full((), value, dtype=loss.dtype, device=loss.device)}
+        return self._gradient[key]
+
+    def _forward(self, stream: Stream) -> tuple[float, float, Tensor | None, float]:
+        """The loss and the units of the next batch, of all ranks; and this rank's own loss, and its weight.
+
+        The weight is zero where this rank has no rows, and takes part in a divided model's collectives only.
+        """
         batch: Any = None
         own: Tensor | None = None
-        loss = units = torch.zeros((), device=self.device)
+        loss = units = self._nothing
+        weight = 1.0
         with self.failure.caught():
             batch = stream.take()
             seed = (self.seed, stream.epoch, stream.taken)
             batch = augmented(batch, self.options.augment, seed)
             if stream.taken == 1:
                 agreement.check_rows(self.model, batch)
-            if agreement.has_rows(batch):
+            weight = float(agreement.has_rows(batch))
+            if weight or self.divided:
                 half = PRECISIONS[self.options.precision]
                 with (
                     calling(self.task, "the forward pass or the loss"),
-                    torch.autocast(self.device.type, half, enabled=half is not None),
+                    nullcontext() if half is None else torch.autocast(self.device.type, half),
                 ):
-                    own, units = self._loss(mixed(batch, self.options.augment, seed))
-                loss = own
-        loss, units = agreement.sums(loss, units, self.failure, (stream.epoch, stream.taken))
+                    own, count = self._loss(mixed(batch, self.options.augment, seed))
+                loss, units = (own, count) if weight else (loss, units)
+        amount, number = agreement.sums(loss, units, self.failure, (stream.epoch, stream.taken))
         if stream.taken == 1:
-            agreement.check_batch(self.model, self.objective, batch)
-        return loss, units, own
+            agreement.check_batch(self.model, self.objective, batch, self.failure)
+        return amount, number, own, weight
 
     def _loss(self, parts: list[tuple[float, Any]]) -> tuple[Tensor, Tensor]:
         """This rank's loss and units of batches with weights, which share their inputs and so the forward pass."""
@@ -130,23 +148,20 @@ class Stepper:
 
     def _apply(self, factor: float) -> bool:
         """Step with the gradients times a factor, and clipped; false where they are not finite."""
-        params = [p for p in self._params if p.grad is not None]
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = [grad for p in self._params if (grad := p.grad) is not None]
+        grads = placement.locals_of(grads) if self.divided else grads
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
         if self._watch and grads:
-            # The sum of squares of finite numbers may be infinite; their largest is not.
-            if not (_is_finite(torch._foreach_norm(grads)) or _is_finite(torch._foreach_norm(grads, math.inf))):
+            # One pass for all gradients: torch's for its own loss scale, of one here.
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, self._bad.zero_(), self._one)
+            if placement.any_rank(self._bad) if self.divided else self._bad.item():
                 return False
             if self.options.clip is not None:
-                torch.nn.utils.clip_grad_norm_(params, self.options.clip)
+                torch.nn.utils.clip_grad_norm_([p for p in self._params if p.grad is not None], self.options.clip)
         with self.failure.caught(), calling(self.task, "optimizer.step()"):
             self.optimizer.step()
         return True
-
-
-def _is_finite(norms: Sequence[Tensor]) -> bool:
-    return math.isfinite(sum(torch.stack([norm.double() for norm in norms]).tolist()))
 
 
 class _Buffers:

@@ -45,6 +45,12 @@ class Stream:
         self._last: Any = None
         self._given: Any = None
 
+    def count(self) -> int:
+        """Draw the first epoch, and return the number of its batches."""
+        if self._batches is None:
+            self._batches = self._begin()
+        return self.length
+
     def take(self) -> Any:
         """Return the next batch."""
         if self._batches is None:

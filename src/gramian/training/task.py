@@ -6,7 +6,6 @@ import html
 import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -174,15 +173,18 @@ def _kind(value: Any) -> str:
     return f"the function {value.__name__}" if hasattr(value, "__name__") else f"a {type(value).__name__}"
 
 
-@contextmanager
-def calling(task: Task, function: str) -> Iterator[None]:
-    """Turn any exception from a function of the task into a `TaskError` of one line."""
-    try:
-        yield
-    except GramianError:
-        raise
-    except Exception as error:
-        raise TaskError(f"task {task.name!r}: {function} raised {described(error)}") from error
+class calling:
+    """A context that turns any exception from a function of the task into a `TaskError` of one line."""
+
+    def __init__(self, task: Task, function: str) -> None:
+        self.task, self.function = task, function
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, GramianError):
+            raise TaskError(f"task {self.task.name!r}: {self.function} raised {described(error)}") from error
 
 
 def described(error: BaseException, path: str | None = None) -> str:

@@ -1,0 +1,86 @@
+"""What is refused before a run begins: it must not take a diagnosis, or a twentieth of the run, to be noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gramian.errors import TaskError
+from gramian.recording import evaluating
+from gramian.training.augmentation import augmented, mixed
+from gramian.training.optimizers import Choice
+from gramian.training.options import Options, best_row
+from gramian.training.randomness import restore_python, state_of_python
+from gramian.training.task import Task, calling
+
+__all__ = ["check_best", "check_inputs", "check_model", "identity_of"]
+
+
+def check_inputs(task: Task, options: Options) -> None:
+    """Raise where the task's first batch cannot be augmented."""
+    if options.augment:
+        mixed(augmented(task.batches(1)[0], options.augment, (0,)), options.augment, (0,))
+
+
+def check_best(task: Task, model: nn.Module, options: Options) -> None:
+    """Raise `InputError` where an evaluation lacks the number that is to improve."""
+    if options.best is None:
+        return
+    python = state_of_python()
+    with evaluating(model), torch.no_grad(), calling(task, "evaluate(model)"):
+        found: Any = task.evaluate(model)
+    restore_python(python)
+    if isinstance(found, Mapping):  # or the first evaluation says what is wrong
+        best_row(options.best, [{"loss": math.nan} | dict.fromkeys(found, math.nan)])
+
+
+def check_model(model: object, task: Task) -> None:
+    """Raise `TaskError` for what cannot be trained."""
+    if not isinstance(model, nn.Module):
+        raise TaskError(f"task {task.name!r}: model() must return a torch.nn.Module, got {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TaskError(f"task {task.name!r}: no parameter of the model requires a gradient, so nothing can be trained")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise TaskError(
+            f"task {task.name!r}: {lazy[0]} of the model has no shape yet (a lazy module). Call the model on one batch "
+            "in model()"
+        )
+    meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if meta:
+        raise TaskError(
+            f"task {task.name!r}: {meta[0]} of the model is on the meta device, without numbers. Make the model "
+            "outside torch.device('meta')"
+        )
+
+
+def identity_of(
+    task: Task, model: nn.Module, choice: Choice, init: str, seed: int, budget: tuple[str, float]
+) -> dict[str, str]:
+    """Return the settings, as text, that a run must share with a checkpoint to resume it."""
+    return {
+        "task": task.source or task.name,
+        "model": _fingerprint(model),
+        "optimizer": choice.name,
+        "learning rate": "its own" if choice.lr is None else _number(choice.lr),
+        "init": init,
+        "seed": f"{seed}",
+        "budget": f"{_number(budget[1])} {budget[0]}",
+    }
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Return a text that differs for models whose parameters have other names or shapes."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
+    return f"{type(model).__name__} of {sum(map(math.prod, shapes.values())):,} parameters ({digest})"
+
+
+def _number(value: float) -> str:
+    """Return the same text for an int and an equal float."""
+    return f"{int(value)}" if float(value).is_integer() else repr(float(value))
