@@ -9,7 +9,7 @@ import numpy as np
 
 from .axes import Axis, LeftOut, make_axis, shows
 from .canvas import Canvas, Image
-from .model import HeatMap
+from .document import HeatMap
 from .pictures import Drawn
 
 _TICK_SIZE = 11.5

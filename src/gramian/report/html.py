@@ -26,21 +26,11 @@ from gramian.errors import InputError
 
 from .canvas import drawing_settings
 from .depth import draw_depth, lane_legend, read_out
+from .document import Depth, Detail, Document, Drawing, HeatMap, Section, Table, is_findings
 from .files import write_text
+from .findings import Finding, causes_first
 from .formatting import number, visible
 from .heatmaps import draw_heat_map, shared_scale
-from .model import (
-    Depth,
-    Detail,
-    Document,
-    Drawing,
-    Finding,
-    HeatMap,
-    Section,
-    Table,
-    causes_first,
-    is_findings,
-)
 from .pictures import Drawn, draw_picture
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from gramian.errors import InputError
 
 from .axes import Axis, LeftOut, make_axis, shows, spread
 from .canvas import TEXT_SIZE, Canvas
+from .document import Picture, Series
 from .formatting import distinct_parts, elide, number, visible
-from .model import Picture, Series
 from .palette import colors_of, variable
 
 _TICK_SIZE = 11.5

@@ -10,9 +10,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as Grid
 from rich.text import Text
 
-from .compose import NOTE
-from .formatting import abbreviate, elide, number
-from .model import Table, plural
+from .document import Table
+from .formatting import abbreviate, elide, number, plural
+from .layer_table import NOTE
 from .spelling import Speller
 
 __all__ = ["TableView"]
