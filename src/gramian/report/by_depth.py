@@ -66,7 +66,7 @@ _LANES: tuple[tuple[str, Callable[[Place], float | None], float | None], ...] = 
     ("first step ‖ΔW‖ / ‖W‖", lambda place: place.update, None),
 )
 
-_EDGES = "A cross at the lower edge is a zero, one at the upper edge is not finite."
+_EDGES = "A red mark at the lower edge is a zero, one at the upper edge is not finite."
 
 
 def depth_section(reports: Sequence[Report], labels: Sequence[str], roles: Sequence[Role]) -> Section | None:

@@ -104,8 +104,10 @@ def _spectra_section(reports: Sequence[Report], labels: Sequence[str]) -> Sectio
             drawings.append(Picture(title, [spectrum], "index", "singular value", log_y=True))
         elif layers:
             rows = [layer.singular_values for layer in layers]
+            names = [layer.name for layer in layers]
+            labels_of_axes = ("index of the singular value", "layer")
             drawings.append(
-                HeatMap(title, rows, "index of the singular value", "layer", True, _SPECTRA_CAPTION, "singular value")
+                HeatMap(title, rows, *labels_of_axes, True, _SPECTRA_CAPTION, "singular value", row_names=names)
             )
     if not drawings:
         return None
@@ -139,8 +141,12 @@ def _jacobian_section(reports: Sequence[Report], labels: Sequence[str], roles: S
     series = [
         Series(label, range(len(report.jacobian)), report.jacobian, role)
         for report, label, role in zip(reports, labels, roles, strict=True)
-        if report.jacobian
+        if any(value > 0 for value in report.jacobian)
     ]
+    if not series:
+        return Section(
+            "End-to-end Jacobian", "All its singular values are zero: the output does not depend on the input."
+        )
     picture = Picture(
         "Singular values of the end-to-end Jacobian", series, "index", "singular value", log_y=True,
         caption=_JACOBIAN_CAPTION, reference=(1.0, "isometry: 1"),

@@ -76,6 +76,7 @@ class HeatMap:
         log: whether the color scale is logarithmic.
         caption: a sentence or two below the title.
         value_label: the quantity and its unit, written at the color bar.
+        row_names: what the rows are called, shown at the pointer.
     """
 
     title: str
@@ -85,6 +86,7 @@ class HeatMap:
     log: bool = False
     caption: str = ""
     value_label: str = ""
+    row_names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

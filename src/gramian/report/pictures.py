@@ -34,6 +34,7 @@ class Drawn:
     legend: list[tuple[str, str, str]] = field(default_factory=list)  # label, CSS color, style
     notes: list[str] = field(default_factory=list)
     hover: dict[str, Any] | None = None
+    box: tuple[float, ...] | None = None  # of a heat map: the drawing's width; left, top, width and height of the cells
 
 
 @dataclass(frozen=True)
