@@ -59,7 +59,7 @@ bench: $(VENV)/.test  ## the figures of the README and of benchmarks/results
 	$(BIN)/python benchmarks/demo_seeds.py
 
 clean:
-	rm -rf $(VENV) dist gramian-demo runs docs/_build .coverage .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist gramian-demo runs docs/_build docs/_gallery .coverage .pytest_cache .ruff_cache
 
 # torch first and by itself: its pinned version has a small CPU build where an open range takes gigabytes.
 $(VENV)/.torch: constraints.txt
