@@ -51,8 +51,7 @@ def write_run(folder: Path, run_file: Path, model_file: Path) -> None:
     text.write_text("".join(pages).encode("ascii", "ignore").decode(), encoding="ascii")
     task = folder / "pages.py"
     task.write_text(f"from gramian import tasks\n\n\ndef task():\n    return tasks.chars({str(text)!r})\n")
-    call(f"train {task}:task --steps 200 --out {folder}/run --quiet")
-    shutil.copy(folder / "run" / "report.html", run_file)
+    call(f"train {task}:task --steps 200 --out {folder}/run --html {run_file} --quiet")
     call(f"inspect {folder}/run --task {task}:task --html {model_file} --quiet")
 
 
