@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,9 +27,9 @@ def write_gallery(folder: Path) -> None:
     torch.set_num_threads(1)  # so that the figures are the same on every machine of one kind
     try:
         write_twins(made[0])
-        with tempfile.TemporaryDirectory() as name:
-            write_run(Path(name), made[1], made[2])
-            write_compression(Path(name), made[3])
+        with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+            write_run(made[1], made[2])
+            write_compression(made[3])
     finally:
         torch.set_num_threads(num_threads)
 
@@ -44,22 +45,20 @@ def write_twins(file: Path) -> None:
     report.Document("A broken network and its repaired twin", verdict, after.status, sections=sections).save(file)
 
 
-def write_run(folder: Path, run_file: Path, model_file: Path) -> None:
+def write_run(run_file: Path, model_file: Path) -> None:
     """A transformer that learns the characters of these pages, as a run and as a network."""
-    text = folder / "pages.txt"
     pages = [path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))]
-    text.write_text("".join(pages).encode("ascii", "ignore").decode(), encoding="ascii")
-    task = folder / "pages.py"
-    task.write_text(f"from gramian import tasks\n\n\ndef task():\n    return tasks.chars({str(text)!r})\n")
-    call(f"train {task}:task --steps 200 --out {folder}/run --html {run_file} --quiet")
-    call(f"inspect {folder}/run --task {task}:task --html {model_file} --quiet")
+    Path("pages.txt").write_bytes("".join(pages).encode("ascii", "ignore"))
+    Path("pages.py").write_text("from gramian import tasks\n\n\ndef task():\n    return tasks.chars('pages.txt')\n")
+    call(f"train pages.py:task --steps 200 --out run --html {run_file} --quiet")
+    call(f"inspect run --task pages.py:task --html {model_file} --quiet")
 
 
-def write_compression(folder: Path, file: Path) -> None:
-    """A network of six layers on digits, made smaller until it loses half a per cent."""
-    call(f"train digits --steps 150 --out {folder}/digits --quiet")
-    call(f"compress {folder}/digits --task digits --max-drop 0.005 --out {folder}/small --quiet")
-    shutil.copy(folder / "small" / "report.html", file)
+def write_compression(file: Path) -> None:
+    """The network of the demo, made smaller until it loses half a per cent of accuracy."""
+    call("train digits --steps 150 --out digits --quiet")
+    call("compress digits --task digits --max-drop 0.005 --out small --quiet")
+    shutil.copy("small/report.html", file)
 
 
 def call(words: str) -> None:

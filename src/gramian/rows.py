@@ -73,7 +73,7 @@ class NamedRows(dict[str, dict[str, Any]]):
     """Rows by name: a dict of dicts that prints as a table, and shows as one in a notebook.
 
     Args:
-        rows: as of a dict.
+        rows: by name; none if left out.
 
     Raises: nothing of its own.
     Cost: none.
@@ -84,6 +84,9 @@ class NamedRows(dict[str, dict[str, Any]]):
     0.weight        1
     2.weight        0
     """
+
+    def __init__(self, rows: Mapping[str, dict[str, Any]] | None = None) -> None:
+        super().__init__(rows or {})
 
     def rows(self) -> Rows:
         """The same as a list, with the name in each row."""
