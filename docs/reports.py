@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,7 +13,6 @@ import torch
 
 import gramian as gm
 from gramian import report, tasks
-from gramian.cli import main
 
 DOCS = Path(__file__).parent
 
@@ -27,9 +28,9 @@ def write_gallery(folder: Path) -> None:
     torch.set_num_threads(1)  # so that the figures are the same on every machine of one kind
     try:
         write_twins(made[0])
-        with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
-            write_run(made[1], made[2])
-            write_compression(made[3])
+        with tempfile.TemporaryDirectory() as name:
+            write_run(Path(name), made[1], made[2])
+            write_compression(Path(name), made[3])
     finally:
         torch.set_num_threads(num_threads)
 
@@ -45,25 +46,26 @@ def write_twins(file: Path) -> None:
     report.Document("A broken network and its repaired twin", verdict, after.status, sections=sections).save(file)
 
 
-def write_run(run_file: Path, model_file: Path) -> None:
+def write_run(folder: Path, run_file: Path, model_file: Path) -> None:
     """A transformer that learns the characters of these pages, as a run and as a network."""
     pages = [path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))]
-    Path("pages.txt").write_bytes("".join(pages).encode("ascii", "ignore"))
-    Path("pages.py").write_text("from gramian import tasks\n\n\ndef task():\n    return tasks.chars('pages.txt')\n")
-    call(f"train pages.py:task --steps 200 --out run --html {run_file} --quiet")
-    call(f"inspect run --task pages.py:task --html {model_file} --quiet")
+    (folder / "pages.txt").write_bytes("".join(pages).encode("ascii", "ignore"))
+    (folder / "pages.py").write_text("from gramian import tasks\ndef task(): return tasks.chars('pages.txt')\n")
+    call(folder, f"train pages.py:task --steps 200 --out run --html {run_file} --quiet")
+    call(folder, f"inspect run --task pages.py:task --html {model_file} --quiet")
 
 
-def write_compression(file: Path) -> None:
+def write_compression(folder: Path, file: Path) -> None:
     """The network of the demo, made smaller until it loses half a per cent of accuracy."""
-    call("train digits --steps 150 --out digits --quiet")
-    call("compress digits --task digits --max-drop 0.005 --out small --quiet")
-    shutil.copy("small/report.html", file)
+    call(folder, "train digits --steps 150 --out digits --quiet")
+    call(folder, "compress digits --task digits --max-drop 0.005 --out small --quiet")
+    shutil.copy(folder / "small" / "report.html", file)
 
 
-def call(words: str) -> None:
-    """A command of `gramian`, which has to succeed."""
-    assert main(words.split()) == 0, words
+def call(folder: Path, words: str) -> None:
+    """A command of `gramian`, run in a folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCS.parent / "src")}
+    subprocess.run([sys.executable, "-m", "gramian", *words.split()], cwd=folder, env=environment, check=True)
 
 
 if __name__ == "__main__":
