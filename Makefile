@@ -49,12 +49,17 @@ coverage: $(VENV)/.coverage  ## which lines the quick tests run; pages in .cover
 docs: $(VENV)/.docs  ## HTML in docs/_build
 	$(BIN)/sphinx-build --quiet -W -b html docs docs/_build
 
+.PHONY: dist
+dist: $(VENV)/.torch  ## the distributions in dist/, tried in a new environment; for a release: URL=https://…
+	$(PIP) build
+	$(BIN)/python tests/dist.py --torch $(TORCH) $(if $(URL),--url $(URL),)
+
 bench: $(VENV)/.test  ## the figures of the README and of benchmarks/results
 	$(BIN)/python benchmarks/demo_rates.py
 	$(BIN)/python benchmarks/demo_seeds.py
 
 clean:
-	rm -rf $(VENV) gramian-demo runs docs/_build .coverage .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist gramian-demo runs docs/_build docs/_gallery .coverage .pytest_cache .ruff_cache
 
 # torch first and by itself: its pinned version has a small CPU build where an open range takes gigabytes.
 $(VENV)/.torch: constraints.txt

@@ -11,15 +11,20 @@ from gramian.optim.registry import table as directions_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from generated import write_pages
+from reports import write_gallery
 
 write_pages()
+write_gallery(Path(__file__).parent / "_gallery" / "gallery")
 
 project = "gramian"
 author = "the gramian developers"
 version = release = gramian.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
 html_theme = "furo"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_gallery"]
+html_extra_path = ["_gallery"]  # the reports of the gallery, as they are
+html_static_path = ["_static"]
+html_css_files = ["gallery.css"]
 default_role = "code"  # docstrings write code between single backticks, as the pages do
 napoleon_use_ivar = True  # a field is described once, with its class
 napoleon_attr_annotations = False  # "*b m n" is no emphasis

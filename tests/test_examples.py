@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import matplotlib.image
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+ZH = EXAMPLES.parent / "docs" / "zh" / "4_vanishing_gradients.md"
 
 # What each topic's text promises: a PASS line that starts with each of these.
 TOPICS: dict[str, tuple[str, ...]] = {
@@ -62,10 +64,33 @@ def test_an_example_passes_its_own_checks(name: str, tmp_path: Path) -> None:
     for topic in TOPICS[name]:
         assert any(line.startswith(topic) for line in passed), topic
     assert done.stderr == ""
+    if name == ZH.stem:
+        check_remedies(done.stdout)
     picture = tmp_path / f"{name}.png"
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     pixels = matplotlib.image.imread(picture)
     assert len({tuple(color) for color in pixels.reshape(-1, pixels.shape[-1])[::7].tolist()}) > 10
+
+
+CHANCE = 25  # per cent: a run on ten digits that ends below has learned nothing
+
+
+def of_table(page: Path, heading: str) -> list[str]:
+    """The last cells of the rows of the table below a heading."""
+    part = page.read_text(encoding="utf-8").partition(heading)[2]
+    rows = part[part.index("|-|") :].partition("\n\n")[0].splitlines()[1:]
+    return [row.strip("| *").rpartition("|")[2].strip(" *%") for row in rows]
+
+
+def check_remedies(printed: str) -> None:
+    """The accuracies that the pages tell of the eleven runs at depth 30 are those of the run."""
+    found = [float(value) for value in re.findall(r"accuracy +([\d.]+)%$", printed, re.MULTILINE)]
+    for page, heading in ((EXAMPLES / "README.md", "The usual remedies"), (ZH, "## 对照实验")):
+        for told, accuracy in zip(of_table(page, heading), found, strict=True):
+            if told in ("chance", "随机水平"):
+                assert accuracy < CHANCE, page.name
+            else:
+                assert accuracy == pytest.approx(float(told), abs=3), page.name
 
 
 PASSING = ("lesson.close('x', 1.0, 1.1, 0.2)", "lesson.less('x', 1, 2)", "lesson.same('x', 'a', 'a')")

@@ -24,6 +24,36 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 
 ASK = """
+// Texts whose contrast with what is behind them is below WCAG's AA.
+const channels = (color) => {
+  const found = color.match(/[\\d.e-]+/g).map(Number);
+  return color.startsWith("color(") ? found : found.map((value, place) => (place < 3 ? value / 255 : value));
+};
+const light = ([r, g, b]) => [r, g, b].map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, c, place) => sum + c * [0.2126, 0.7152, 0.0722][place], 0);
+const behind = (element) => {
+  for (let at = element; at; at = at.parentElement) {
+    const found = channels(getComputedStyle(at).backgroundColor);
+    if (found.length < 4 || found[3] === 1) return found;
+  }
+  return [1, 1, 1];
+};
+const pale = (strict = 1) => {
+  const bad = new Set();
+  for (const element of document.querySelectorAll("body *")) {
+    const texts = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!texts || !element.getClientRects().length || ["SCRIPT", "STYLE"].includes(element.tagName)) continue;
+    const style = getComputedStyle(element);
+    const color = element instanceof SVGElement && element.namespaceURI.includes("svg") ? style.fill : style.color;
+    if (color === "none") continue;
+    const [a, b] = [light(channels(color)), light(behind(element))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const size = parseFloat(style.fontSize);
+    const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+    if (ratio < (large ? 3 : 4.5) * strict) bad.add(`${element.textContent.slice(0, 30)}: ${ratio.toFixed(2)}`);
+  }
+  return [...bad];
+};
 addEventListener("load", () => {
   const told = {};
   const all = (what, of = document) => [...of.querySelectorAll(what)];
@@ -54,6 +84,27 @@ addEventListener("load", () => {
   filter.value = "layers.7.";
   filter.dispatchEvent(new Event("input"));
   told.filtered = names();
+  const list = document.querySelector(".findings");
+  const cards = () => all(".finding:not(.filtered)", list).map((card) => card.dataset.code);
+  const words = list.querySelector("input");
+  const wanted = (text) => { words.value = text; words.dispatchEvent(new Event("input")); return cards(); };
+  told.byLayer = wanted("layers.41"); told.byCode = wanted("gradient-vanishes");
+  told.counted = list.querySelector(".count").textContent;
+  wanted("");
+  list.querySelector("[data-severity=error]").click(); told.bySeverity = cards();
+  list.querySelector("[data-severity=error]").click(); told.again2 = cards().length;
+  list.querySelector("[data-fold='']").click(); told.open = all("details[open]", list).length;
+  list.querySelector("[data-fold=open]").click();
+  const heat = all("[data-box]").find((d) => d.offsetParent);
+  const [full, left, top] = JSON.parse(heat.dataset.box);
+  const area = heat.querySelector("svg").getBoundingClientRect();
+  const by = area.width / full;
+  const corner = { clientX: area.left + (left + 1) * by, clientY: area.top + (top + 1) * by };
+  heat.dispatchEvent(new PointerEvent("pointermove", corner));
+  told.heat = heat.querySelector(".tip").textContent;
+  all("tr.opens")[0].click();
+  told.pale = ["light", "dark"].map((theme) => { root.dataset.theme = theme; return pale(); });
+  told.below10 = pale(10 / 4.5).length;
   const controls = all("button, input, [role=img], [role=group], [role=region]");
   told.unnamed = controls.filter((e) => !(e.ariaLabel || e.textContent.trim() || e.closest("label"))).length;
   const out = document.createElement("pre");
@@ -77,6 +128,9 @@ def report() -> Report:
     found.findings = [
         Finding("parameter-scale-small", "error", "One layer is small " * 4, where="layers.30.linear", evidence="1e-4"),
         Finding("gradient-vanishes", "info", "The gradient vanishes", follows="parameter-scale-small"),
+        Finding("rank-deficient", "warning", "Two matrices are alike", where="layers.40.linear, layers.41.linear"),
+        Finding("dead-units", "warning", "Units are dead", where="layers.7.linear", evidence="12 of 64"),
+        Finding("noise-only", "info", "Nothing was learned", where="layers.8.linear", evidence="p = 0.4"),
     ]  # fmt: skip
     found.not_looked_at = {"optimizer's steps": "no optimizer was given"}
     return found
@@ -100,6 +154,13 @@ def asked(folder: Path, width: int) -> dict[str, Any]:
 def test_the_page_works(tmp_path: Path, width: int) -> None:
     told = asked(tmp_path, width)
     assert (told["overflow"], told["cut"], told["unnamed"]) == (0, 0, 0)
+    assert told["pale"] == [[], []]
+    assert told["below10"] > 10  # the faint texts, so that the measurement sees something
+    assert (told["byLayer"], told["byCode"]) == (["rank-deficient"], ["parameter-scale-small"])
+    assert told["counted"] == "1 of 4 findings"
+    assert told["bySeverity"] == ["rank-deficient", "dead-units", "noise-only"]
+    assert (told["again2"], told["open"]) == (4, 0)
+    assert told["heat"].startswith("0: layers.0.linear")
     assert told["whole"] == told["again"] == "-0.5 0 60 1"
     assert told["last"].startswith("59: layers.59. signal")
     assert told["second"].startswith("1: layers.1. ")

@@ -259,7 +259,7 @@ def test_the_first_finding_is_marked_in_the_picture_and_what_follows_is_fainter(
     assert isinstance(picture, Depth)
     assert (picture.culprits, picture.consequences) == ([1], [3, 4, 5])
     assert "Marked: One is small. Fainter: what follows from it." in picture.caption
-    assert "cross at the lower edge is a zero" in picture.caption
+    assert "mark at the lower edge is a zero" in picture.caption
     html = render(marked().to_document())
     assert html.count('<g class="culprit"><rect x="0.5" y="0" width="1"') == 2  # wide and narrow
     assert html.count('<g class="consequence"><rect x="2.5" y="0" width="3"') == 2

@@ -54,7 +54,8 @@ def nouns() -> dict[str, object]:
         "objective": objective, "run": run, "report": gm.inspect(model, quick=True),
         "rate": gm.suggest_lr(model, batches, objective),
         "rows of blocks": blocks.explain(), "rows of a plan": plan.explain(),
-        "rows of an optimizer": optimizer.explain(),
+        "rows of an optimizer": optimizer.explain(), "rows of its health": optimizer.health(),
+        "certificate": gm.linalg.inv_ex(torch.eye(3).expand(4, 3, 3))[1],
     }  # fmt: skip
 
 
@@ -66,7 +67,30 @@ def test_reprs_are_short_and_show_no_tensor(nouns) -> None:
             assert "\n" not in repr(noun), name
 
 
-@pytest.mark.parametrize("name", ["blocks", "statistics", "plan", "run", "rate", "report"])
+@pytest.mark.parametrize(
+    "name", ["blocks", "statistics", "plan", "run", "rate", "report", "certificate", "rows of its health"]
+)
 def test_a_notebook_shows_a_table_or_a_page(nouns, name: str) -> None:
     shown = nouns[name]._repr_html_()
     assert "<table" in shown or "<iframe" in shown
+
+
+def test_a_certificate_tells_the_worst_of_its_matrices() -> None:
+    told = repr(gm.linalg.inv_ex(torch.stack([torch.eye(3), torch.zeros(3, 3)]))[1])
+    assert told.startswith("<Certificate of 2 matrices: 1 converged, 1 failed, error at most ")
+    assert told.endswith("the answer does not exist: the matrix is singular or rank-deficient>")
+    ranked = gm.linalg.pinv_ex(torch.ones(3, 2))[1]
+    assert repr(ranked).startswith("<RankedCertificate of 1 matrix: converged")
+    for unreadable in (torch.zeros(2, 3, 3, device="meta"), torch.zeros(0, 3, 3)):
+        assert "\n" not in repr(gm.linalg.inv_ex(unreadable)[1])
+    seen = []
+    torch.vmap(lambda m: (seen.append(repr(gm.linalg.inv_ex(m)[1])), m)[1])(torch.eye(3).expand(2, 3, 3))
+    assert "not known here" in seen[0]
+
+
+def test_health_is_still_a_dict() -> None:
+    layer = nn.Linear(4, 4)
+    health = gm.optim.Muon(layer).health()
+    assert health == dict(health)
+    assert health["weight"]["skipped"] == 0
+    assert repr(health).splitlines()[0].split() == ["name", "skipped", "fallbacks"]

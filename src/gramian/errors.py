@@ -91,3 +91,24 @@ def some(names: Iterable[str], limit: int = 3, separator: str = ", ") -> str:
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return separator.join(listed[:limit]) + more
+
+
+def plain(text: object, limit: int = 200) -> str:
+    r"""The text as one printable line of bounded length, since text from a file may hold anything.
+
+    Args:
+        text: or what becomes one.
+        limit: how many characters are kept.
+
+    Returns:
+        A line.
+
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> print(plain("two\nlines"), plain("abcdef", 3))
+    two\nlines abc…
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text)[:limit])
+    return line + "…" * (len(str(text)) > limit)

@@ -1,4 +1,4 @@
-"""Rows of a table: a list of dicts that prints as a table, and shows as one in a notebook."""
+"""Rows of a table: lists and dicts of dicts that print as tables, and show as tables in a notebook."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Rows"]
+__all__ = ["NamedRows", "Rows"]
 
 # Rows that are shown, and characters of a cell.
 SHOWN, WIDTH = 40, 60
@@ -67,6 +67,36 @@ class Rows(list[dict[str, Any]]):
         head = "".join(_cell("th", text, r) for text, r in zip(keys, right, strict=True))
         body = "".join(f"<tr>{line}</tr>" for line in lines)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+class NamedRows(dict[str, dict[str, Any]]):
+    """Rows by name: a dict of dicts that prints as a table, and shows as one in a notebook.
+
+    Args:
+        rows: by name; none if left out.
+
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> NamedRows({"0.weight": {"skipped": 1}, "2.weight": {"skipped": 0}})
+    name      skipped
+    0.weight        1
+    2.weight        0
+    """
+
+    def __init__(self, rows: Mapping[str, dict[str, Any]] | None = None) -> None:
+        super().__init__(rows or {})
+
+    def rows(self) -> Rows:
+        """The same as a list, with the name in each row."""
+        return Rows({"name": name, **row} for name, row in self.items())
+
+    def __repr__(self) -> str:
+        return repr(self.rows())
+
+    def _repr_html_(self) -> str:
+        return self.rows()._repr_html_()
 
 
 def _cell(tag: str, text: str, right: bool) -> str:

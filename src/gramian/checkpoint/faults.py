@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gramian.errors import CheckpointError, some
+from gramian.errors import CheckpointError, plain, some
 
 __all__ = ["damaged", "first_line", "plain", "refused"]
 
@@ -25,12 +25,6 @@ def refused(file: Path, wanted: list[str]) -> CheckpointError:
         f"{file}: refused, since loading it would run {some(map(plain, wanted))}; wanted tensors only. If you trust "
         "it, load it yourself and save it again: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
     )
-
-
-def plain(text: object, limit: int = 200) -> str:
-    """The text as one printable line of bounded length, since text from a file may hold anything."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(text)[:limit])
-    return line + "…" * (len(str(text)) > limit)
 
 
 def first_line(error: Exception) -> str:

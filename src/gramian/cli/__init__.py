@@ -14,10 +14,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import gramian
-from gramian.checkpoint.faults import plain
 from gramian.cli import bench, compress, demo, doctor, inspect, train
 from gramian.cli.common import complain, num_ranks
-from gramian.errors import GramianError, GramianWarning
+from gramian.errors import GramianError, GramianWarning, plain
 
 __all__ = ["app", "main", "program"]
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from gramian.checkpoint.faults import plain
+from gramian.errors import plain
 
 __all__ = ["Model", "Quiet", "Stages", "complain", "num_ranks", "rank_number", "ranks", "with_task"]
 

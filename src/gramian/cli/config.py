@@ -9,8 +9,7 @@ from typing import Any
 
 import typer
 
-from gramian.checkpoint.faults import plain
-from gramian.errors import InputError
+from gramian.errors import InputError, plain
 
 __all__ = ["read_config"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from gramian.errors import ConvergenceError, InputError, some
 from gramian.linalg.engine.transforms import has_no_values, with_plain
+from gramian.rows import Rows
 
 KINDS = ("bound", "estimate")
 """A bound is never below the true error. An estimate may be, with the probability that the certificate states."""
@@ -41,7 +43,7 @@ RTOL |= {torch.complex128: RTOL[torch.float64], torch.complex64: RTOL[torch.floa
 rounding that ordinary ill-conditioned input passes. How good an answer is, its bound says, not this number."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     """What a matrix function knows about the error of its own answer, with one entry per matrix in every tensor.
 
@@ -61,6 +63,8 @@ class Certificate:
     >>> value, certificate = gl.inv_ex(torch.tensor([[[2.0]], [[0.0]]]))
     >>> certificate.converged.tolist(), certificate.reasons
     ([True, False], ['none', 'the answer does not exist: the matrix is singular or rank-deficient'])
+    >>> gl.inv_ex(torch.tensor([[2.0]]))[1]
+    <Certificate of 1 matrix: converged, error at most ..., by ...>
     """
 
     converged: Bool[Tensor, "*b"]
@@ -88,6 +92,46 @@ class Certificate:
         """Why each matrix failed, `"none"` where it did not, in row-major order of the batch."""
         return [REASONS[code] for code in self.reason.flatten().tolist()]
 
+    def __repr__(self) -> str:
+        name, shape = type(self).__name__, tuple(self.converged.shape)
+        if not _is_readable(self.converged):
+            return f"<{name} of a batch of shape {shape}, whose values are not known here>"
+        count, num_good = self.converged.numel(), int(self.converged.sum())
+        if count == 0:
+            return f"<{name} of a batch of shape {shape}, without a matrix>"
+        verdict = "converged" if num_good == count else f"{num_good} converged, {count - num_good} failed"
+        known = self.error_bound[self.converged]
+        worst = ""
+        if num_good:
+            about = "estimated at" if bool(self.kind[self.converged].any()) else "at most"
+            worst = f", error {about} {known.max().item():.0e}"
+        told = [f"; {reason}" for reason in dict.fromkeys(self.reasons) if reason != REASONS[NONE]]
+        methods = ", ".join(dict.fromkeys(self.method_names))
+        return (
+            f"<{name} of {count:,} matri{'x' if count == 1 else 'ces'}: {verdict}{worst}, by {methods}{''.join(told)}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table with one row for each method and outcome."""
+        if not _is_readable(self.converged):
+            return html.escape(repr(self))
+        groups: dict[tuple[str, str, str], list[int]] = {}
+        for place, key in enumerate(zip(self.method_names, self.kind_names, self.reasons, strict=True)):
+            groups.setdefault(key, []).append(place)
+        bounds, steps = self.error_bound.flatten().tolist(), self.steps.flatten().tolist()
+        rows = Rows(
+            {
+                "method": method,
+                "matrices": len(places),
+                "outcome": "converged" if reason == REASONS[NONE] else reason,
+                "worst error": max(bounds[place] for place in places),
+                "which is a": kind,
+                "most steps": max(steps[place] for place in places),
+            }
+            for (method, kind, reason), places in groups.items()
+        )
+        return f"<p>{html.escape(repr(self))}</p>{rows._repr_html_()}"
+
     @staticmethod
     def fields() -> tuple[str, ...]:
         """The names of its tensors, in order."""
@@ -100,6 +144,12 @@ class Certificate:
     def reshape(self, shape: Sequence[int]) -> Certificate:
         """The same for a batch of another shape."""
         return Certificate(*(x.reshape(tuple(shape)) for x in self.tensors()), methods=self.methods)
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether its values can be printed: not while a compiler traces, under vmap, or on a device without values."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return not (torch.compiler.is_compiling() or has_no_values(x) or functorch.is_functorch_wrapped_tensor(x))
 
 
 _TENSORS = tuple(f.name for f in fields(Certificate) if f.name != "methods")

@@ -203,7 +203,7 @@ PINV = register(
 """Its methods answer with A†ᵀ, of the shape of A, since `evaluate` transposes what is wide back and forth."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RankedCertificate(Certificate):
     """A `Certificate` that says at which rank the answer was computed.
 

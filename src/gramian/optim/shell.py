@@ -21,6 +21,7 @@ from gramian.optim.refresh import due, stagger
 from gramian.optim.saved import Saved
 from gramian.optim.sharding import not_finite, surely_finite
 from gramian.optim.stacks import Stack, alike
+from gramian.rows import NamedRows
 
 __all__ = ["MatrixOptimizer"]
 
@@ -268,7 +269,7 @@ class MatrixOptimizer(Saved):
         self._follow()
         skipped = self._skipped.counts()
         groups = {p: g for g in self.param_groups for p in g["params"] if self._routes[p].layout is not None}
-        rows: dict[str, Row] = {}
+        rows: dict[str, Row] = NamedRows()
         for p, r in self._routes.items():
             rows[r.name] = {"skipped": skipped.get(r.name, 0)}
             if p in groups:

@@ -10,28 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .actions import ACTIONS, Action
-from .model import (
-    SEVERITIES,
-    Depth,
-    Detail,
-    Direction,
-    Document,
-    Finding,
-    HeatMap,
-    Lane,
-    Layer,
-    Picture,
-    Place,
-    Rehearsal,
-    Report,
-    Role,
-    Section,
-    Series,
-    Severity,
-    Status,
-    Table,
-    Tile,
-)
+from .document import Depth, Detail, Document, HeatMap, Lane, Picture, Role, Section, Series, Status, Table, Tile
+from .findings import SEVERITIES, Finding, Rehearsal, Severity
+from .layer import Direction, Layer, Place
+from .model import Report
 
 if TYPE_CHECKING:
     from . import html, terminal

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .model import Document, Picture, Section, Series, Table, Tile
+from .document import Document, Picture, Section, Series, Table, Tile
 from .serial import jsonable
 
 __all__ = ["FOUR_BITS", "Contender", "FactoredLayer", "Outcome"]

@@ -15,8 +15,8 @@ from markupsafe import escape
 from gramian.errors import InputError
 
 from .axes import Axis, make_axis, shows
+from .document import Depth, Lane, Role, Series
 from .formatting import MISSING, elide, number, visible
-from .model import Depth, Lane, Role, Series
 from .palette import colors_of, variable
 
 __all__ = ["draw_depth", "lane_legend", "read_out"]

@@ -44,6 +44,15 @@ def elide(text: str, width: int, mark: str = "…") -> str:
     return text[:head] + mark + (text[-tail:] if tail else "")
 
 
+def elide_words(text: str, most: int) -> str:
+    """Return the text, cut after a word where it is longer than `most` characters.
+
+    >>> elide_words("one two three", 9), elide_words("one two", 9)
+    ('one two …', 'one two')
+    """
+    return text if len(text) <= most else text[: most - 1].rpartition(" ")[0] + " …"
+
+
 def abbreviate(name: str, width: int) -> str:
     """Shorten a dotted name: parts become initials, from the left, until it fits; numbers are kept.
 
@@ -103,6 +112,15 @@ def number(value: object) -> str:
         return f"{x:#.3g}".rstrip(".")
     mantissa, exponent = f"{x:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return the count and its noun, in the plural where needed.
+
+    >>> plural(1, "error"), plural(1200, "layer")
+    ('1 error', '1,200 layers')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

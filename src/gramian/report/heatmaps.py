@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from .axes import Axis, LeftOut, make_axis, shows
 from .canvas import Canvas, Image
-from .model import HeatMap
+from .document import HeatMap
+from .formatting import visible
 from .pictures import Drawn
 
 _TICK_SIZE = 11.5
 _MOST_COLUMNS = 512  # more cells than pixels only make the file larger
 _MOST_ROWS = 1024
+_MOST_CELLS = 20_000  # whose values the page shows at the pointer: at six bytes each
 _MOST_DECADES = 10.0  # of the color scale: one zero stored as 1e-17 would leave all other values one color
 
 
@@ -57,7 +60,17 @@ def draw_heat_map(
         canvas.text((left + right) / 2, (top + bottom) / 2, "no values", anchor="center")
     spoken = f"{heat_map.title}. Heat map of {len(rows):,} rows and {num_columns:,} columns."
     images = [_bar((right + 18, top, 12.0, bottom - top))] + ([image] if image is not None else [])
-    return Drawn(canvas.svg(prefix, spoken, images), notes=_notes(rows, num_columns, scale))
+    return Drawn(canvas.svg(prefix, spoken, images), notes=_notes(rows, num_columns, scale), box=(width, *box))
+
+
+def read_out(heat_map: HeatMap) -> dict[str, Any] | None:
+    """Return what the page shows at the pointer: names of rows, and the values; None where there are too many."""
+    if not heat_map.row_names or sum(len(row) for row in heat_map.values) > _MOST_CELLS:
+        return None
+    return {
+        "names": [visible(name) for name in heat_map.row_names],
+        "rows": [[float(f"{v:.3g}") if math.isfinite(v) else None for v in row] for row in heat_map.values],
+    }
 
 
 def _label_cells(canvas: Canvas, box: tuple[float, float, float, float], rows: Axis, columns: Axis) -> None:

@@ -24,23 +24,14 @@ from markupsafe import Markup, escape
 
 from gramian.errors import InputError
 
+from . import heatmaps
 from .canvas import drawing_settings
 from .depth import draw_depth, lane_legend, read_out
+from .document import Depth, Detail, Document, Drawing, HeatMap, Section, Table, is_findings
 from .files import write_text
-from .formatting import number, visible
+from .findings import SEVERITIES, Finding, causes_first
+from .formatting import number, plural, visible
 from .heatmaps import draw_heat_map, shared_scale
-from .model import (
-    Depth,
-    Detail,
-    Document,
-    Drawing,
-    Finding,
-    HeatMap,
-    Section,
-    Table,
-    causes_first,
-    is_findings,
-)
 from .pictures import Drawn, draw_picture
 
 if TYPE_CHECKING:
@@ -50,6 +41,7 @@ WIDE, HALF = 960.0, 430.0  # drawing widths: alone on a wide page; beside anothe
 NARROW = 360.0  # the network by depth, whose texts are small, on a telephone
 ROWS_AT_FIRST = 40  # a longer table opens at a click; all rows are in the page
 FINDINGS_OPEN = 6  # findings after these begin folded
+FINDINGS_TOOLS = 4  # from so many on they can be filtered
 
 
 def render(document: Document) -> str:
@@ -86,6 +78,7 @@ def render(document: Document) -> str:
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
         rows_at_first=ROWS_AT_FIRST,
         findings_open=FINDINGS_OPEN,
+        findings_tools=FINDINGS_TOOLS,
     )
     return page.lstrip() + "\n"
 
@@ -147,12 +140,20 @@ class Figure:
         return read_out(self.item) if isinstance(self.item, Depth) else None
 
     @property
-    def legend(self) -> list[tuple[str, str, str]]:
-        """Label, color and style of each curve of a picture by depth, where there are several."""
-        curves = (
-            [entry for lane in self.item.lanes for entry in lane_legend(lane)] if isinstance(self.item, Depth) else []
-        )
-        return [(label, color, "line") for label, color in dict.fromkeys(curves) if label]
+    def cells(self) -> dict[str, Any] | None:
+        """What a heat map shows at the pointer."""
+        return heatmaps.read_out(self.item) if isinstance(self.item, HeatMap) else None
+
+    @property
+    def legends(self) -> list[tuple[str, list[tuple[str, str, str]]]]:
+        """The lanes of a picture by depth that have several curves, each with label, color and style of the curves.
+
+        Lanes whose curves are called and colored alike have one legend together, without a name.
+        """
+        lanes = self.item.lanes if isinstance(self.item, Depth) else []
+        found = {lane.label: [(label, color, "line") for label, color in lane_legend(lane) if label] for lane in lanes}
+        different = {tuple(curves): lane for lane, curves in found.items() if curves}
+        return [(lane if len(different) > 1 else "", list(curves)) for curves, lane in different.items()]
 
     @property
     def kind(self) -> str:
@@ -170,7 +171,10 @@ def _items(section: Section, identifiers: Iterator[int]) -> list[dict[str, Any]]
             shown.append({"kind": "one", "figures": _figures((item,), identifiers, alone=True)})
         elif is_findings(item):
             findings: Sequence[Finding] = item  # type: ignore[assignment]
-            shown.append({"kind": "findings", "findings": causes_first(findings)})
+            cards = causes_first(findings)
+            counts = [(severity, sum(card.severity == severity for card, _ in cards)) for severity in SEVERITIES]
+            counts = [(s, f"{count} info" if s == "info" else plural(count, s)) for s, count in counts if count]
+            shown.append({"kind": "findings", "findings": cards, "counts": counts})
         else:
             side_by_side: tuple[Drawing | Table, ...] = tuple(item)  # type: ignore[arg-type]
             alone = len(side_by_side) == 1

@@ -170,6 +170,35 @@
     });
   }
 
+  /* Findings by severity, and by what stands in them: code, layer, words. */
+  function findingTools(list) {
+    const tools = list.querySelector(".tools");
+    if (!tools) return;
+    const cards = [...list.querySelectorAll(".finding")];
+    const toggles = [...tools.querySelectorAll("[data-severity]")];
+    const [filter, count] = [tools.querySelector("input"), tools.querySelector(".count")];
+    const show = () => {
+      const wanted = filter.value.trim().toLowerCase();
+      const off = toggles.filter((one) => one.getAttribute("aria-pressed") === "false").map((one) => one.dataset.severity);
+      let shown = 0;
+      for (const card of cards) {
+        const codes = [card, ...card.querySelectorAll("[data-code]")].map((one) => one.dataset.code).join(" ");
+        const fits = `${card.textContent} ${codes}`.toLowerCase().includes(wanted) && !off.some((one) => card.classList.contains(one));
+        card.classList.toggle("filtered", !fits);
+        shown += fits;
+      }
+      count.textContent = shown < cards.length ? `${shown} of ${cards.length} findings` : "";
+    };
+    filter.addEventListener("input", show);
+    toggles.forEach((one) => one.addEventListener("click", () => {
+      one.setAttribute("aria-pressed", String(one.getAttribute("aria-pressed") === "false"));
+      show();
+    }));
+    tools.querySelectorAll("[data-fold]").forEach((button) => button.addEventListener("click", () => {
+      cards.forEach((card) => { card.open = button.dataset.fold === "open"; });
+    }));
+  }
+
   function copyButton(button) {
     const code = button.parentElement.querySelector("code");
     const tell = (word) => { button.textContent = word; setTimeout(() => { button.textContent = "Copy"; }, 1500); };
@@ -229,6 +258,29 @@
       }).filter(Boolean);
       return show(best, data.top, data.bottom, lines[0].near[2], lines.map(({ curve, near }) => [curve.label, curve.color, near[3]]));
     });
+  }
+
+  const told = (y) => (y === 0 ? "0" : y >= 0.01 && y < 1e4 ? String(+y.toPrecision(3)) : y.toExponential(1));
+
+  /* The row and the value under the pointer of a heat map. */
+  function heatValues(figure) {
+    const data = JSON.parse(figure.dataset.cells);
+    const most = Math.max(...data.rows.map((row) => row.length));
+    for (const drawing of figure.querySelectorAll("[data-box]")) {
+      const [full, left, top, width, height] = JSON.parse(drawing.dataset.box);
+      const { hide, show } = pointer(drawing);
+      drawing.addEventListener("pointerleave", hide);
+      drawing.addEventListener("pointermove", (event) => {
+        const box = drawing.querySelector("svg").getBoundingClientRect();
+        const scale = box.width / full;
+        const column = Math.floor((((event.clientX - box.left) / scale - left) / width) * most);
+        const row = Math.floor((((event.clientY - box.top) / scale - top) / height) * data.rows.length);
+        if (row < 0 || row >= data.rows.length || column < 0 || column >= most) return hide();
+        const value = data.rows[row][column];
+        const line = [value === undefined ? `only ${data.rows[row].length} values` : `value ${column}`, "transparent", value === undefined ? "" : value === null ? "not finite" : told(value)];
+        return show(left + ((column + 0.5) / most) * width, top, top + height, `${row}: ${data.names[row]}`, [line]);
+      });
+    }
   }
 
   /* The network by depth: values at the pointer or at the key's place, and zoom, for both widths of the drawing at once. */
@@ -345,6 +397,8 @@
     document.querySelectorAll(".copy").forEach(copyButton);
     document.querySelectorAll("[data-hover]").forEach(hoverValues);
     document.querySelectorAll("[data-depth]").forEach(depthTools);
+    document.querySelectorAll("[data-cells]").forEach(heatValues);
+    document.querySelectorAll(".findings").forEach(findingTools);
   });
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((d) => { d.open = true; }));
 })();

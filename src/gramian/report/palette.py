@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .model import Role, Series
+from .document import Role, Series
 
 # matplotlib has fixed colors only. Each name below is drawn in a color that nothing else uses, which becomes
 # `var(--c-name)` in the SVG; page.css defines the variable's light and dark values.

@@ -12,8 +12,8 @@ from gramian.errors import InputError
 
 from .axes import Axis, LeftOut, make_axis, shows, spread
 from .canvas import TEXT_SIZE, Canvas
+from .document import Picture, Series
 from .formatting import distinct_parts, elide, number, visible
-from .model import Picture, Series
 from .palette import colors_of, variable
 
 _TICK_SIZE = 11.5
@@ -34,6 +34,7 @@ class Drawn:
     legend: list[tuple[str, str, str]] = field(default_factory=list)  # label, CSS color, style
     notes: list[str] = field(default_factory=list)
     hover: dict[str, Any] | None = None
+    box: tuple[float, ...] | None = None  # of a heat map: the drawing's width; left, top, width and height of the cells
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from gramian.errors import InputError, UnsupportedError
 
 from .actions import ACTIONS, Action
 from .files import check_target, write_text
-from .model import SEVERITIES, Direction, Finding, Layer, Place, Rehearsal, Report
+from .findings import SEVERITIES, Finding, Rehearsal
+from .layer import Direction, Layer, Place
+from .model import Report
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]

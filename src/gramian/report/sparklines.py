@@ -11,8 +11,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from .axes import shows
+from .document import Depth
 from .formatting import number
-from .model import Depth
 from .spelling import Speller
 
 __all__ = ["DepthView"]

@@ -10,9 +10,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as Grid
 from rich.text import Text
 
-from .compose import NOTE
-from .formatting import abbreviate, elide, number
-from .model import Table, plural
+from .document import Table
+from .formatting import abbreviate, elide, number, plural
+from .layer_table import NOTE
 from .spelling import Speller
 
 __all__ = ["TableView"]
@@ -24,7 +24,7 @@ _PRIORITY = (
     *("kind", "parameters", "note", "effective rank", "‖W‖_F", "dtype"),
 )
 _GAP = 2
-_LEAST_NAME = 18
+_LEAST_NAME = 18  # cells, or half of the line where names are that long: a name says more than one more number
 _MOST_WORD = 40  # cells of words other than the name
 
 
@@ -94,7 +94,7 @@ def _fit(
     widths = [max([cell_len(head), *(cell_len(row[c]) for row in cells)]) for c, head in enumerate(heads)]
     widths[1:] = [min(width, max(_MOST_WORD, cell_len(heads[c]))) for c, width in enumerate(widths)][1:]
     kept = [0]
-    taken = min(widths[0], _LEAST_NAME)
+    taken = min(widths[0], max(_LEAST_NAME, width // 2))
     order = sorted(range(1, len(columns)), key=lambda c: (c != always, _rank(columns[c]), c))
     for c in order:
         if taken + _GAP + widths[c] <= width:

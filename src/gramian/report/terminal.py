@@ -17,23 +17,12 @@ from rich.text import Text
 
 from .actions import Action
 from .axes import shows
-from .compose import layer_table, main_section, telling_rows
-from .formatting import number
-from .model import (
-    Depth,
-    Document,
-    Drawing,
-    Finding,
-    HeatMap,
-    Picture,
-    Report,
-    Section,
-    Status,
-    Table,
-    causes_first,
-    is_findings,
-    plural,
-)
+from .compose import main_section
+from .document import Depth, Document, Drawing, HeatMap, Picture, Section, Status, Table, is_findings
+from .findings import Finding, causes_first
+from .formatting import number, plural
+from .layer_table import layer_table, telling_rows
+from .model import Report
 from .sparklines import DepthView
 from .spelling import Speller
 from .tables import TableView

@@ -13,8 +13,7 @@ from gramian.batch import main_input
 from gramian.errors import GramianError
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
-from gramian.report import Finding
-from gramian.report.model import Severity
+from gramian.report import Finding, Severity
 
 __all__ = ["RULES"]
 

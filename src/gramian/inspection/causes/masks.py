@@ -12,8 +12,7 @@ from gramian.errors import GramianError, some
 from gramian.inspection.attention import NUM_SAMPLES
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.observed import Visible
-from gramian.report import Finding
-from gramian.report.model import Severity
+from gramian.report import Finding, Severity
 
 __all__ = ["RULES"]
 

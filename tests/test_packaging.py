@@ -1,0 +1,52 @@
+"""What is installed: it leaves an installed torch alone, begins quickly, and its README can be shown anywhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import gramian as gm
+from dist import LINK, absolute, with_urls
+
+ROOT = Path(__file__).parents[1]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_no_requirement_replaces_an_installed_version_by_an_older_one() -> None:
+    project = tomllib.loads(PROJECT)["project"]
+    required = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    pinned = [r for r in required if re.search(r"==|<|~=|!=", r)]
+    assert pinned == []
+    assert [r for r in required if r.startswith("torch>") or r == "torch"] == ["torch>=2.9"]
+
+
+@pytest.mark.parametrize("code", ["import gramian", "from gramian.cli import main; main([]); main(['--help'])"])
+def test_what_needs_no_torch_does_not_import_it(code: str) -> None:
+    code += "; import sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_a_released_readme_has_no_link_that_leads_nowhere() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    linked = [match[3] for match in LINK.finditer(readme)]
+    assert linked
+    assert [path for path in linked if not (ROOT / path.partition("#")[0]).exists()] == []
+    released = absolute(readme, "https://host/gramian", gm.__version__)
+    assert LINK.search(released) is None
+    assert f"https://host/gramian/blob/v{gm.__version__}/docs/" in released
+
+
+def test_a_release_has_its_addresses() -> None:
+    urls = tomllib.loads(with_urls(PROJECT, "https://host/gramian"))["project"]["urls"]
+    assert urls["Homepage"] == "https://host/gramian"
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+?),? ", changelog, re.MULTILINE)[0] == gm.__version__
