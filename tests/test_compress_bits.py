@@ -61,11 +61,12 @@ def test_an_error_is_passed_on_as_the_optimal_brain_surgeon_does(what: str, monk
     upper = torch.linalg.cholesky(torch.linalg.inv(h)).mT
     order = torch.randperm(24, generator=seeded(1))
     feedback = Feedback(torch.arange(24), upper, torch.arange(1.0, 6.0).double()).reordered(order)
-    found = settle(w, feedback, lambda block, diagonal, place: lambda c, i: value(c, int(order[place.start + i])))
+    found, lost = settle(w, feedback, lambda block, diagonal, place: lambda c, i: value(c, int(order[place.start + i])))
     torch.testing.assert_close(found, surgeon(w, h, order, value), rtol=1e-9, atol=1e-9)
     error = found - w
     cost = 0.5 * (torch.arange(1.0, 6.0).double()[:, None] * (error @ h) * error).sum()
     torch.testing.assert_close(feedback.cost(error), cost, rtol=1e-9, atol=0)
+    torch.testing.assert_close(lost, ((error @ h) * error).sum(1), rtol=1e-9, atol=0)
 
 
 def test_the_feedback_is_the_factored_inverse_of_the_shrunk_moment() -> None:

@@ -175,7 +175,7 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool) -> Weigh
         side for side, moment in (("inputs", site.A), ("outputs", site.G)) if isinstance(moment, DiagonalGram)
     )
     matters = blind or bool(site.A.total.any() and site.G.total.any())
-    feedback = feedback_of(a, g)
+    feedback = feedback_of(a, g, rows)
     feedback = replace(feedback, outputs=feedback.outputs * matters)
     return WeightedSVD(
         target.name,
