@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
-from gramian.compression.feedback import Feedback, feedback_of, settle
+from gramian.compression.feedback import RIDGE, Feedback, feedback_of, settle
 from gramian.compression.lowrank import LowRank
 from gramian.compression.measuring import in_int8, num_bytes
 from gramian.compression.mixing import Form
 from gramian.compression.pruning import Pattern, pruned
 from gramian.compression.quantized import Quantized, pack, unpack
 from gramian.compression.rounding import BITS, noise, rounded
-from gramian.compression.shrinkage import roots
+from gramian.compression.shrinkage import Roots, roots
 from gramian.errors import InputError
 from gramian.gram import Gram
 from gramian.layers import layout_of
@@ -72,10 +72,16 @@ def test_an_error_is_passed_on_as_the_optimal_brain_surgeon_does(what: str, monk
 def test_the_feedback_is_the_factored_inverse_of_the_shrunk_moment() -> None:
     _, a, g = moments(5, 24)
     inputs, outputs = roots(a, 96.0), roots(g, 20.0)
-    feedback = feedback_of(inputs, outputs)
-    inverse = (inputs.inverse @ inputs.inverse)[feedback.order][:, feedback.order]
+    feedback = feedback_of(inputs, outputs, 96.0)
+    h = inputs.root @ inputs.root
+    h = h + RIDGE * 24 / 96 * h.diagonal().mean() * torch.eye(24)
+    inverse = torch.linalg.inv(h)[feedback.order][:, feedback.order]
     upper = feedback.factor.double()
     torch.testing.assert_close(upper.mT @ upper, inverse, rtol=1e-4, atol=1e-5 * float(inverse.abs().max()))
+    wide = Roots(inputs.root.diagonal(), inputs.inverse.diagonal())
+    expected = (wide.root.square() + RIDGE * 24 / 96 * wide.root.square().mean()).rsqrt()
+    diagonal = feedback_of(wide, outputs, 96.0)
+    torch.testing.assert_close(diagonal.factor.double(), expected[diagonal.order], rtol=1e-6, atol=0)
     assert (upper.tril(-1) == 0).all()
     assert (upper.diagonal() > 0).all()
     torch.testing.assert_close(feedback.outputs, (outputs.root @ outputs.root).diagonal())
@@ -105,6 +111,40 @@ def test_rounding_with_feedback_loses_less_than_to_the_nearest_and_as_expected(b
     ours, nearest = (float(feedback.cost(c.matrix(group) - w)) for c in (codes, rounded(w, bits, group)))
     assert ours < (0.95 if bits == 3 else 0.7) * nearest  # with few bits, most of the error is of clipping
     assert 1 <= ours / noise(w, bits, group, feedback) < (2.0 if bits > 4 else 4.0)
+
+
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_large_weight_that_others_can_make_up_for_does_not_push_them_out_of_range(bits: int, group: int) -> None:
+    """Of a weight whose input is nearly a sum of the others, clipping seems to cost nothing."""
+    generator = seeded(0)
+    x = torch.randn(2000, 96, generator=generator)
+    x[:, 0] = x[:, 1:].sum(1) / 95**0.5 + 0.03 * x[:, 0]
+    w = torch.randn(16, 96, generator=generator)
+    w[:8, 0] = 8.0
+    feedback = feedback_of(roots(Gram(96).update(x), 2000.0), roots(Gram(16).update(torch.eye(16)), 16.0))
+    new = torch.randn(2000, 96, generator=generator)
+    new[:, 0] = new[:, 1:].sum(1) / 95**0.5 + 0.03 * new[:, 0]
+    ours, nearest = (rounded(w, bits, group, given).matrix(group) - w for given in (feedback, None))
+    assert (feedback.quadratic(ours) <= feedback.quadratic(nearest) * (1 + 1e-5)).all()
+    held_out = [float((new @ error.mT).square().mean()) for error in (ours, nearest)]
+    assert held_out[0] < held_out[1]
+
+
+@pytest.mark.parametrize("num", [4, 24, 60, 96, 200, 1000])
+def test_of_few_rows_feedback_is_no_worse_on_new_ones_than_rounding_to_the_nearest(num: int) -> None:
+    """Errors are put where the inputs did not vary; with few rows, that is where new ones do."""
+    generator = seeded(num)
+    mixing = torch.linalg.qr(torch.randn(96, 96, generator=generator))[0] * torch.logspace(0, -2, 96)
+    x, new = (torch.randn(k, 96, generator=generator) @ mixing.T for k in (num, 4000))
+    w = torch.randn(24, 96, generator=generator)
+    moment = roots(Gram(96).update(x), float(num))
+    feedback = feedback_of(moment, roots(Gram(24).update(torch.eye(24)), 24.0), float(num))
+    found = {}
+    for name, given in (("ours", feedback), ("nearest", None)):
+        error = rounded(w, 8, 96, given).matrix(96) - w
+        found[name] = float((new @ error.mT).square().mean())
+    assert found["ours"] <= found["nearest"]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, Pattern(2, 4), Pattern(4, 8)], ids=str)
