@@ -196,8 +196,9 @@ def noise(w: Tensor, bits: int, group: int, feedback: Feedback) -> float:
 def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
     """What rounding is expected to cost for each number of BITS: eight in whole rows, fewer in groups of GROUP.
 
-    Where codes are few, errors that are passed on push weights out of the codes' range. How much that adds is measured
-    on some rows for up to four bits; beyond, it halves with each bit.
+    It is found on some rows; the others are in proportion to their largest weights. Where codes are few, errors that are
+    passed on push weights out of the codes' range. What that adds is measured for up to four bits; beyond, it halves
+    with each bit.
 
     Args:
         w: (m, n).
@@ -207,7 +208,7 @@ def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
         A cost for each number of bits.
 
     Raises: nothing of its own.
-    Cost: `n²` multiplications for each of `3 · SAMPLE` rows.
+    Cost: a QR decomposition, and `n²` multiplications for each of `6 · SAMPLE` rows.
     Source: this library's own.
 
     >>> one = torch.ones(64)
@@ -215,15 +216,26 @@ def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
     >>> all(more > fewer for more, fewer in zip(found, found[1:]))
     True
     """
-    w = w.float()
+    w, n = w.float(), w.shape[1]
     rows = torch.linspace(0, len(w) - 1, min(SAMPLE, len(w)), device=w.device).long()
-    part = feedback.of_rows(rows).by_groups(GROUP)  # one decomposition for all numbers of bits
+    part = feedback.of_rows(rows)
+    grouped = part.by_groups(GROUP)  # one decomposition for all numbers of bits
+    reaches = {group: _at_full_reach(w, group, feedback) for group in (n, GROUP)}
     found, excess = [], 0.0
     for bits in BITS:
-        group = w.shape[1] if bits == 8 else GROUP
+        group, here = (n, part) if bits == 8 else (GROUP, grouped)
+        expected = noise(w[rows], bits, group, here)
         if bits <= 4:
-            expected = noise(w[rows], bits, group, part)
-            lost = float(part.cost(rounded(w[rows], bits, group, part).matrix(group) - w[rows]))
+            lost = float(here.cost(rounded(w[rows], bits, group, here).matrix(group) - w[rows]))
             excess = max(0.0, lost / expected - 1) if expected > 0 else 0.0
-        found.append(noise(w, bits, group, feedback) * (1 + excess * 2.0 ** min(0, 4 - bits)))
+        each = reaches[group]
+        share = float(each.sum() / each[rows].sum()) if bool(each[rows].any()) else 1.0
+        found.append(expected * share * (1 + excess * 2.0 ** min(0, 4 - bits)))
     return tuple(found)
+
+
+def _at_full_reach(w: Tensor, group: int, feedback: Feedback) -> Tensor:
+    """(m,), in proportion to what rounding each row costs with scales that reach the largest weights."""
+    padded = torch.nn.functional.pad(w.abs(), (0, -w.shape[1] % min(group, w.shape[1])))
+    largest = padded.unflatten(1, (-1, min(group, w.shape[1]))).amax(2)
+    return feedback.outputs.double() * _spread_evenly(largest, group, feedback.costs)
