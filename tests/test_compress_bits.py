@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import warnings
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
+from gramian.checkpoint import open_checkpoint, save_tensors
+from gramian.checkpoint.packing import RANKS
 from gramian.compression.feedback import RIDGE, Feedback, feedback_of, settle
 from gramian.compression.lowrank import LowRank
 from gramian.compression.measuring import in_int8, num_bytes
@@ -426,6 +429,10 @@ def test_from_pretrained_gives_the_same_quantized_model(family: str, options: di
     made = gm.compress(model, batches=batches, objective=gm.Objective.self_distillation(), keep=0.9)
     small = made.at(**options, of="factorable").apply()
     gm.save_compressed(small, tmp_path / "small")
+    stored = open_checkpoint(tmp_path / "small")
+    for one, layer in small.named_modules():
+        if isinstance(layer, Quantized):
+            assert torch.equal(stored.load(f"{one}.weight"), layer.weight + 0)
     again = type(model).from_pretrained(tmp_path / "small").eval()
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, small(tokens).logits)
@@ -438,3 +445,51 @@ def test_from_pretrained_gives_the_same_quantized_model(family: str, options: di
         assert torch.equal(type(model).from_pretrained(tmp_path / "more").eval()(tokens).logits, again(tokens).logits)
     part = transformers.AutoModel.from_pretrained(tmp_path / "small")
     assert any(isinstance(m, Quantized) for m in part.modules())
+
+
+@pytest.mark.parametrize("name", ["4 bits", "3 bits", "factors"])
+def test_a_file_of_integers_is_inspected_as_the_matrices_that_are_applied(plan, name: str, tmp_path) -> None:
+    small = plan.at(**FORMS[name]).apply()
+    gm.save_compressed(small, tmp_path / "small.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "small.safetensors")
+    layers = {n: m for n, m in small.named_modules() if isinstance(m, Quantized)}
+    for one, layer in layers.items():
+        assert torch.equal(checkpoint.load(f"{one}.weight"), layer.matrix())
+    report = gm.inspect(tmp_path / "small.safetensors")
+    assert {layer.name for layer in report.layers} == {f"{one}.weight" for one in layers}
+    assert all("(gramian)" in layer.note for layer in report.layers)
+
+
+def test_integers_of_kernels_and_transposed_weights_are_read_in_the_shape_of_the_weight(tmp_path) -> None:
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    for i, layer in enumerate((Conv1D(12, 20), nn.Conv2d(4, 6, 3))):
+        layout = layout_of(layer)
+        assert layout is not None
+        made = Quantized(layer, 5, 16).set_(rounded(layout.split(layer.weight.detach()), 5, 16))
+        gm.save_compressed(nn.Sequential(made), tmp_path / f"{i}.safetensors")
+        weight = open_checkpoint(tmp_path / f"{i}.safetensors").load("0.weight")
+        assert weight.shape == layer.weight.shape
+        assert torch.equal(weight, made.weight + 0)
+        assert [one.name for one in gm.inspect(tmp_path / f"{i}.safetensors").layers] == ["0.weight"]
+
+
+HARMED = {
+    "bits": ({"bits": 3}, "do not fit what the file says"),
+    "shape": ({"shape": [0, 3]}, "do not fit what the file says"),
+    "text": ({"group": "x"}, "do not fit what the file says"),
+    "no shape": ({"shape": None}, "earlier version"),
+}
+
+
+@pytest.mark.parametrize("name", HARMED)
+def test_integers_that_do_not_fit_what_the_file_says_are_left_out_by_name(name: str, tmp_path) -> None:
+    changed, words = HARMED[name]
+    made = Quantized(nn.Linear(20, 7), 4, 16)
+    about = {key: value for key, value in (made.about | changed).items() if value is not None}
+    save_tensors(tmp_path / "a.safetensors", nn.Sequential(made).state_dict(), {RANKS: json.dumps({"0": about})})
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    assert "0.weight" not in checkpoint.entries
+    assert any(words in note for note in checkpoint.notes)

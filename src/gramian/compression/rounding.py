@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.checkpoint.packing import spread
 from gramian.compression.feedback import Feedback, settle
 
 __all__ = ["BITS", "GROUP", "Codes", "noise", "noises", "rounded", "scales_of"]
@@ -41,11 +42,6 @@ class Codes(NamedTuple):
     def matrix(self, group: int) -> Tensor:
         """W in float32, from groups of so many columns."""
         return self.codes.float() * spread(self.scales.float(), group, self.codes.shape[1])
-
-
-def spread(scales: Tensor, group: int, num: int) -> Tensor:
-    """The scale of each of `num` columns; (m, 1) where each row has one scale."""
-    return scales if scales.shape[1] == 1 else scales.repeat_interleave(group, 1)[:, :num]
 
 
 def scales_of(w: Tensor, bits: int, group: int, costs: Tensor | None = None, reach: float = 0.0) -> Tensor:

@@ -121,9 +121,7 @@ def site_of(target: Target, stats: Statistics) -> Site:
     return Site(A=inputs, G=outputs, name=target.name)
 
 
-def decompose(
-    target: Target, site: Site, *, share: float, blind: bool, differentiated: float = 1.0
-) -> WeightedSVD:
+def decompose(target: Target, site: Site, *, share: float, blind: bool, differentiated: float = 1.0) -> WeightedSVD:
     """The weighted singular value decomposition of a layer.
 
     Args:
