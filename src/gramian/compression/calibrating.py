@@ -30,8 +30,8 @@ HELD_OUT = 8
 MOST_HELD = 8
 """Batches kept in memory to measure on."""
 ENOUGH, EVERY = 8, 4
-"""From so many rows for each dimension of every G on, one batch of so many is differentiated. A is inverted and G is not,
-so G needs fewer rows, and a backward pass with its Grams takes half of the time."""
+"""From so many rows for each dimension of every G on, one batch of so many is differentiated. A decides how a layer is
+cut, and G only what it counts, so G needs fewer rows; a backward pass with its Grams takes half of the time."""
 
 
 @dataclass

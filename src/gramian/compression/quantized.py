@@ -92,7 +92,7 @@ class Quantized(nn.Module):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the integers are, as JSON takes it: bits, group, the shape of the weight, and whether it is transposed."""
+        """What the integers are, for JSON: bits, group, the shape of the weight, and whether it is transposed."""
         m, n = self._layout.matrices
         places = torch.arange(m * n, device="cpu").view(m, n)
         transposed = not torch.equal(self._layout.join(places).flatten(), places.flatten())

@@ -18,7 +18,7 @@ __all__ = ["factor", "ranks_of", "restore"]
 def ranks_of(model: nn.Module) -> dict[str, Any]:
     """What each replaced layer is by its clean name, an outer one before those within it.
 
-    A factored one is its rank, a quantized one its bits and group with the shape of its weight, from which files are read
+    A factored one is its rank, a quantized one its bits and group with the shape of its weight, by which files are read
     without the model: `{"a": 12, "b": {"bits": 4, "group": 64, "shape": [9, 64], "transposed": false}}`.
     """
     found: dict[str, Any] = {}

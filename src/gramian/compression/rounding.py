@@ -89,8 +89,8 @@ def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) 
     """The matrix in codes of few bits: each weight's error is passed on to the weights that are not rounded yet.
 
     What makes up for a clipped weight are large changes of others, which can leave the codes' range and be clipped in
-    their turn, and the last ones have nothing to pass their errors on to. A row where that happened is rounded again with
-    scales that reach further. Where none of this is better, a row is rounded to the nearest codes.
+    their turn, and the last ones have nothing to pass their errors on to. A row where that happened is rounded again
+    with scales that reach further. Where none of this is better, a row is rounded to the nearest codes.
 
     Args:
         w: (m, n).
@@ -192,9 +192,9 @@ def noise(w: Tensor, bits: int, group: int, feedback: Feedback) -> float:
 def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
     """What rounding is expected to cost for each number of BITS: eight in whole rows, fewer in groups of GROUP.
 
-    It is found on some rows; the others are in proportion to their largest weights. Where codes are few, errors that are
-    passed on push weights out of the codes' range. What that adds is measured for up to four bits; beyond, it halves
-    with each bit.
+    It is found on some rows; the others are in proportion to their largest weights. Where codes are few, errors that
+    are passed on push weights out of the codes' range. What that adds is measured for up to four bits; beyond, it
+    halves with each bit.
 
     Args:
         w: (m, n).

@@ -101,7 +101,8 @@ def captured(
     """`capture`, where batches may add to A alone.
 
     Args:
-        model, batches, objective, fisher, non_finite, progress, layouts, generator, max_dim, precision: as in `capture`.
+        model, batches, objective, fisher, non_finite, progress: as in `capture`.
+        layouts, generator, max_dim, precision: as in `capture`.
         differentiates: called before each batch with the statistics so far, whether the batch adds to G too. One that
             does not has no backward pass, and its units do not count. Not with several ranks.
 
