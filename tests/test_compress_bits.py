@@ -20,10 +20,10 @@ from gramian.compression.lowrank import LowRank
 from gramian.compression.measuring import in_int8, num_bytes
 from gramian.compression.mixing import Form
 from gramian.compression.pruning import Pattern, pruned
-from gramian.compression.quantized import Quantized, pack, unpack
+from gramian.compression.quantized import Quantized, multiplies_integers, pack, unpack
 from gramian.compression.rounding import BITS, noise, rounded
 from gramian.compression.shrinkage import Roots, roots
-from gramian.errors import InputError
+from gramian.errors import InputError, UnsupportedError
 from gramian.gram import Gram
 from gramian.layers import layout_of
 
@@ -219,6 +219,27 @@ def test_integers_are_multiplied_where_that_is_asked_for() -> None:
     assert num_bytes(small) < 0.35 * num_bytes(model)
     torch.testing.assert_close(found, model(x), rtol=0.03, atol=0.03)
     assert torch.isfinite(small(torch.zeros(1, 64))).all()
+
+
+def test_integers_are_not_multiplied_where_their_sums_overflow(monkeypatch) -> None:
+    """As on x86 without VNNI, where sums of two products saturate at 16 bits and outputs are off by a seventh."""
+
+    def saturating(a: Tensor, b: Tensor) -> Tensor:
+        products = (a.int() + 128).unsqueeze(2) * b.int()  # one side is made unsigned, as the instruction wants it
+        pairs = products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1)
+        return pairs.sum(1) - 128 * b.int().sum(0)
+
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    multiplies_integers.cache_clear()
+    try:
+        assert not multiplies_integers("cpu")
+        layer, x = nn.Linear(64, 48), torch.randn(5, 64)
+        (small,) = in_int8(nn.Sequential(layer))
+        torch.testing.assert_close(small(x), layer(x), rtol=0.01, atol=0.01)
+        with pytest.raises(UnsupportedError, match="overflow on this processor"):
+            small.integer = True
+    finally:
+        multiplies_integers.cache_clear()
 
 
 def net() -> nn.Sequential:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,10 @@ from gramian.checkpoint.packing import pack, spread, unpack
 from gramian.compression.factored_weight import FactoredWeight
 from gramian.compression.lowrank import HOOKS
 from gramian.compression.rounding import BITS, Codes
-from gramian.errors import InputError
+from gramian.errors import InputError, UnsupportedError
 from gramian.layers import layout_of, operation_of
 
-__all__ = ["Quantized", "num_bytes_of", "pack", "unpack"]
+__all__ = ["Quantized", "multiplies_integers", "num_bytes_of", "pack", "unpack"]
 
 
 def num_bytes_of(shape: tuple[int, int], bits: int, group: int) -> int:
@@ -26,13 +27,41 @@ def num_bytes_of(shape: tuple[int, int], bits: int, group: int) -> int:
     return m * (bits * -(-n // 8) + 2 * -(-n // min(group, n)))
 
 
+@functools.cache
+def multiplies_integers(device: str) -> bool:
+    """Whether products of int8 matrices are right on a device: on x86 without VNNI, pairs are summed in 16 bits.
+
+    Args:
+        device: its type.
+
+    Returns:
+        Whether the product of the largest integers is exact.
+
+    Raises: nothing of its own.
+    Cost: one small product, once.
+    Source: oneDNN's documentation on int8 arithmetic: `vpmaddubsw` saturates.
+
+    >>> multiplies_integers("meta")
+    False
+    """
+    if device == "meta":
+        return False
+    large = torch.full((32, 64), 127, dtype=torch.int8, device=device)
+    try:
+        found = [torch._int_mm(large, sign * large.mT) for sign in (1, -1)]
+    except RuntimeError:  # a device without such a product
+        return False
+    return all(bool((one == sign * 127**2 * 64).all()) for one, sign in zip(found, (1, -1), strict=True))
+
+
 class Quantized(nn.Module):
     """A linear layer or a convolution whose matrix is held in integers of `bits` bits, with a scale for groups of them.
 
     The matrix is computed anew at every pass, in about the time of a product with a few dozen rows: what is saved is
     memory. With `integer = True`, a linear layer of eight bits and one scale for each row rounds its inputs to eight
-    bits as they come and multiplies integers, which is faster where the processor has instructions for them. The
-    integers are not trained; the bias is.
+    bits as they come and multiplies integers, where `multiplies_integers` says that this machine can. That is up to
+    twice as fast from some dozens of rows on, and adds twice the error of the weights. The integers are not trained;
+    the bias is.
 
     Args:
         layer: with a row in the table of layers whose operation has factors. Its options are kept; its values are not
@@ -64,7 +93,7 @@ class Quantized(nn.Module):
         weight = layer.get_parameter("weight")
         m, n = layout.matrices
         self._layout, self._dtype = layout, weight.dtype
-        self.bits, self.group, self.integer = bits, min(group, n), False
+        self.bits, self.group, self._integer = bits, min(group, n), False
         device = weight.device
         self.register_buffer("codes", torch.zeros(m, bits * -(-n // 8), dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.zeros(m, -(-n // self.group), dtype=torch.bfloat16, device=device))
@@ -76,6 +105,20 @@ class Quantized(nn.Module):
         own.update({name: value for name, value in vars(layer).items() if name not in own})
         own.update({name: copy.copy(value) for name, value in vars(layer).items() if name in HOOKS})
         self.train(layer.training)
+
+    @property
+    def integer(self) -> bool:
+        """Whether inputs are rounded and integers multiplied. Raises `UnsupportedError` where this machine cannot."""
+        return self._integer
+
+    @integer.setter
+    def integer(self, value: bool) -> None:
+        if value and not multiplies_integers(self.codes.device.type):
+            raise UnsupportedError(
+                "compress: sums of products of 8-bit integers overflow on this processor (oneDNN without VNNI). Leave "
+                "integer=False: the matrix is then multiplied in floats"
+            )
+        self._integer = value
 
     @property
     def weight(self) -> Tensor:
