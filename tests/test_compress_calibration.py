@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +17,8 @@ from gramian.compression.filling import Candidates, fill, uniform
 from gramian.compression.shrinkage import roots, shrunk
 from gramian.errors import GramianWarning, InputError
 from gramian.gram import Gram
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def spectrum(d: int) -> Tensor:
@@ -263,3 +267,15 @@ def test_errors_that_add_up_over_tokens_are_seen() -> None:
         keep=0.6, of="factorable"
     )
     assert blind.predicted_loss < 0.3 * rise
+
+
+@pytest.mark.parametrize("first", range(0, 40, 8))
+def test_hostile_cases_are_refused_or_told_and_give_finite_models(first: int) -> None:
+    """Some of those of `benchmarks/compress_hostile.py`, which has 1,000."""
+    spec = importlib.util.spec_from_file_location("compress_hostile", BENCHMARKS / "compress_hostile.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hostile = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hostile)
+    found = {seed: hostile.outcome(seed) for seed in range(first, first + 8)}
+    assert {seed: how for seed, how in found.items() if how not in ("refused", "told", "planned")} == {}

@@ -117,7 +117,8 @@ def compress(
             reasons[target.name] = str(error)
             continue
         here = target._replace(module=submodule(own, target.name))
-        spectra.append(decompose(here, site, share=calibration.distinct, blind=blind))
+        share, part = calibration.distinct, calibration.differentiated
+        spectra.append(decompose(here, site, share=share, blind=blind, differentiated=part))
         if progress is not None:
             progress(len(spectra))
     if not spectra:

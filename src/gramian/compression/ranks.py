@@ -18,14 +18,15 @@ __all__ = ["factor", "ranks_of", "restore"]
 def ranks_of(model: nn.Module) -> dict[str, Any]:
     """What each replaced layer is by its clean name, an outer one before those within it.
 
-    A factored one is its rank, a quantized one its bits and group: `{"a": 12, "b": {"bits": 4, "group": 64}}`.
+    A factored one is its rank, a quantized one its bits and group with the shape of its weight, by which files are read
+    without the model: `{"a": 12, "b": {"bits": 4, "group": 64, "shape": [9, 64], "transposed": false}}`.
     """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRank):
             found[clean_module_name(name)] = module.rank
         elif isinstance(module, Quantized):
-            found[clean_module_name(name)] = {"bits": module.bits, "group": module.group}
+            found[clean_module_name(name)] = module.about
     return found
 
 
@@ -63,7 +64,7 @@ def _factored(name: str, layer: nn.Module, rank: Any) -> nn.Module:
 
 
 def _quantized(name: str, layer: nn.Module, what: Mapping[str, Any]) -> nn.Module:
-    if what.keys() != {"bits", "group"}:
+    if not {"bits", "group"} <= what.keys() <= {"bits", "group", "shape", "transposed"}:
         raise ValueError(f"{name} cannot be {dict(what)!r:.60}, wanted its bits and group")
     return Quantized(layer, what["bits"], what["group"])
 

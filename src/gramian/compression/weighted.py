@@ -121,7 +121,7 @@ def site_of(target: Target, stats: Statistics) -> Site:
     return Site(A=inputs, G=outputs, name=target.name)
 
 
-def decompose(target: Target, site: Site, *, share: float, blind: bool) -> WeightedSVD:
+def decompose(target: Target, site: Site, *, share: float, blind: bool, differentiated: float = 1.0) -> WeightedSVD:
     """The weighted singular value decomposition of a layer.
 
     Args:
@@ -129,6 +129,7 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool) -> Weigh
         site: its second moments.
         share: the independent rows among those that were added to A and G.
         blind: whether G is left out, since too few units were seen.
+        differentiated: the share of the rows of A that G has too.
 
     Raises:
         InputError: the second moments are those of another model, or not finite.
@@ -148,7 +149,7 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool) -> Weigh
         mean = shrunk_mean(site.A, rows) if centered else None
         a = roots(site.A, rows, around=mean)
         label = "G"
-        g = _output_roots(target.block, site.G, rows)
+        g = _output_roots(target.block, site.G, rows * differentiated)
     except InputError as error:
         raise InputError(f"compress: {label} of {target.inputs!r} {error}") from None
     if blind:
@@ -175,7 +176,7 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool) -> Weigh
         side for side, moment in (("inputs", site.A), ("outputs", site.G)) if isinstance(moment, DiagonalGram)
     )
     matters = blind or bool(site.A.total.any() and site.G.total.any())
-    feedback = feedback_of(a, g)
+    feedback = feedback_of(a, g, rows)
     feedback = replace(feedback, outputs=feedback.outputs * matters)
     return WeightedSVD(
         target.name,
