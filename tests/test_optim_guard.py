@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cases import seeded
-from gramian.optim.guard import init, limit_
+from gramian.optim import Muon
+from gramian.optim.guard import FASTEST, FOLLOW, MOST, SLOWEST, init, limit_
 from gramian.optim.registry import MATRIX_OPTIMIZERS
 
 SHAPE = (12, 16)
@@ -131,3 +132,33 @@ def test_a_lasting_change_of_size_is_followed(factor: float) -> None:
             assert torch.cosine_similarity(mean.flatten(), new.flatten(), 0) > 0.95
         if step < 20 or step > 140 or factor < 1:
             assert torch.equal(g, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_rest_counts_for_ten_times_the_usual_too(dtype: torch.dtype) -> None:
+    """As torch's AdamW on gradients that were cut by hand; those of the user stay as they are."""
+    p = nn.Parameter(torch.zeros(SHAPE[1], dtype=dtype))
+    optimizer = Muon([("norm.weight", p)], rest_lr=1e-2)
+    oracle = nn.Parameter(p.detach().clone())
+    adamw = torch.optim.AdamW([oracle], lr=1e-2, betas=optimizer.param_groups[0]["rest_betas"], weight_decay=0.0)
+    adamw.param_groups[0]["lr"] = optimizer.rates()["norm.weight"]
+    usual = 0.0
+    for step, spike in enumerate((1.0, 1.5, 0.0, 1e6, 0.9, 1e12, 1.2, 1e-3)):
+        g = (spike * noise(step)[0]).to(dtype)
+        size = float(g.double().norm())
+        count = min(1.0, MOST * usual / size) if usual and size else 1.0
+        if size:
+            move = min(max(FOLLOW * math.log2(size / usual), SLOWEST), FASTEST) if usual else 0.0
+            usual = (usual or size) * 2**move
+        p.grad, oracle.grad = g.clone(), (count * g.double()).to(dtype)
+        optimizer.step()
+        adamw.step()
+        assert torch.equal(p.grad, g)
+        close = {} if dtype != torch.bfloat16 else {"rtol": 0.05, "atol": 1e-4}
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], adamw.state[oracle]["exp_avg_sq"], **close)
+        torch.testing.assert_close(p, oracle, **close)
+    assert optimizer.state[p]["usual"].dtype == torch.promote_types(dtype, torch.float32)
+    again = Muon([("norm.weight", p)])
+    again.load_state_dict(optimizer.state_dict())
+    assert torch.equal(again.state[p]["usual"], optimizer.state[p]["usual"])
+    assert again.state[p]["usual"].dtype == optimizer.state[p]["usual"].dtype

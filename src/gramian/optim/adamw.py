@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,44 +11,66 @@ from torch.optim.adamw import adamw
 
 from gramian import placement
 from gramian.errors import InputError
-from gramian.optim.sharding import not_finite
+from gramian.optim.guard import limited
+from gramian.optim.sharding import not_finite, whole_norms
 
 __all__ = ["step_adamw"]
 
 
 def step_adamw(
-    groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, dict[str, Any]], *, finite: bool = False
+    groups: Sequence[dict[str, Any]],
+    state: MutableMapping[Tensor, dict[str, Any]],
+    norms: Mapping[Tensor, Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """A step of torch's fused AdamW for every parameter whose gradient is finite and has a finite square.
 
-    A square that overflows would stay in the second moment, and the parameter would never move again.
+    A square that overflows would stay in the second moment, and the parameter would never move again. A gradient that
+    is larger than ten times the usual counts for that much (`gramian.optim.guard`), by its Frobenius norm.
 
     Args:
         groups: parameter groups, with `lr`, `betas`, `eps`, `weight_decay` and `maximize`.
-        state: by parameter; torch's, of the same form.
-        finite: whether all gradients are known to be so.
+        state: by parameter; torch's, of the same form, and the usual norm of its gradients.
+        norms: of each parameter's gradient, where they and their squares are known to be finite.
 
     Returns the parameters that have a gradient, and which of them were skipped (P,), `None` for none.
     """
     params = [p for group in groups for p in group["params"] if p.grad is not None and p.grad.numel()]
     if not params:
         return [], None
-    bad = None if finite else not_finite([p.grad for p in params], power=2)
+    bad = None if norms is not None else not_finite([p.grad for p in params], power=2)
     skipped = set() if bad is None else {p for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad}
+    grads = _guarded([p for p in params if p not in skipped], state, norms)
     for group in groups:
-        members = [p for p in group["params"] if p.grad is not None and p.grad.numel() and p not in skipped]
+        members = [p for p in group["params"] if p in grads]
         # Parameters that are not contiguous step one by one, since they may share memory and are stepped as copies.
         contiguous = [placement.local(p).is_contiguous() for p in members]
         plain = [p for p, is_plain in zip(members, contiguous, strict=True) if is_plain]
         others = [p for p, is_plain in zip(members, contiguous, strict=True) if not is_plain]
         for together in (plain, *([p] for p in others)):
             if together:
-                _step(together, group, [_state_of(p, state) for p in together])
+                _step(together, [grads[p] for p in together], group, [state[p] for p in together])
     return params, bad
 
 
+def _guarded(
+    params: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], norms: Mapping[Tensor, Tensor] | None
+) -> dict[Tensor, Tensor]:
+    """This rank's part of each gradient, spread over the ranks as its parameter is, as far as it counts."""
+    placed = [_placed_as(p, p.grad) for p in params]
+    sizes = whole_norms(placed) if norms is None else [norms[p] for p in params]
+    parts, states = placement.locals_of(placed), [_state_of(p, state) for p in params]
+    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, known in enumerate(states):
+        alike.setdefault((known["usual"].dtype, known["usual"].device), []).append(i)
+    grads: dict[Tensor, Tensor] = {}
+    for (dtype, _), these in alike.items():
+        size, usual = torch.stack([sizes[i] for i in these]).to(dtype), [states[i]["usual"] for i in these]
+        grads.update(zip([params[i] for i in these], limited([parts[i] for i in these], size, usual), strict=True))
+    return grads
+
+
 def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[str, Any]:
-    """The moments of a parameter, in its dtype and on its device, which the user may have changed."""
+    """The state of a parameter, in its dtype and on its device, which the user may have changed."""
     known = state.get(p, {})
     if not known:
         zeros = {key: torch.zeros_like(p, memory_format=torch.contiguous_format) for key in ("exp_avg", "exp_avg_sq")}
@@ -56,6 +78,9 @@ def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[
     elif known["exp_avg"].dtype != p.dtype or known["exp_avg"].device != p.device:
         known |= {key: known[key].to(p.device, p.dtype) for key in ("exp_avg", "exp_avg_sq")}
         known["step"] = known["step"].to(p.device)
+    usual, wide = known.get("usual"), torch.promote_types(p.dtype, torch.float32)
+    if usual is None or usual.dtype != wide or usual.device != p.device:  # torch's AdamW, say, had no guard
+        known["usual"] = torch.zeros((), dtype=wide, device=p.device) if usual is None else usual.to(p.device, wide)
     if known["exp_avg"].shape != p.shape:  # the fused step would read memory that is not its own
         raise InputError(
             f"a parameter of shape {tuple(p.shape)} has a state of shape {tuple(known['exp_avg'].shape)}; build the "
@@ -64,10 +89,11 @@ def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[
     return known
 
 
-def _step(params: Sequence[Tensor], group: dict[str, Any], states: Sequence[dict[str, Any]]) -> None:
+def _step(
+    params: Sequence[Tensor], grads: Sequence[Tensor], group: dict[str, Any], states: Sequence[dict[str, Any]]
+) -> None:
     moments = [[s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")]
     written = [placement.locals_of(tensors) for tensors in (params, *moments)]
-    grads = placement.locals_of([_placed_as(p, p.grad) for p in params])
     # The fused step goes through memory and ignores strides: what is not contiguous is stepped as a copy.
     plain = [[x if x.is_contiguous() else x.contiguous() for x in tensors] for tensors in written]
     beta1, beta2 = group["betas"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import compress
 from operator import is_
 from typing import Any
 
@@ -36,9 +37,9 @@ class Plan:
         self._made_for: tuple[list[bool], int] = ([], 0)
 
     @property
-    def gradients(self) -> list[Tensor]:
-        """Those that there are."""
-        return [p.grad for p in self.params if p.grad is not None and p.grad.numel()]
+    def stepped(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+        return list(compress(self.params, self.present))
 
     def of(self, params: Sequence[Tensor]) -> bool:
         """Whether these are its parameters."""

@@ -115,7 +115,9 @@ class Saved(Grouped):
             matrices = {p: s for p, s in states.items() if self._routes[p].layout}
             for p, state in self._sharding.collect(matrices).items():
                 self.state[p] = {name: value.to(placement.local(p).device) for name, value in state.items()}
-            for p in states:
+            for p, saved_state in states.items():
+                if "usual" in saved_state:  # in float32 for parameters of fewer bits
+                    self.state[p]["usual"] = saved_state["usual"]
                 self.state[p] = {name: _copy(value, p) for name, value in self.state[p].items()}
             self._plans.clear()
             for group, known in zip(self.param_groups, names, strict=True):

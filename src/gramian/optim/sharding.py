@@ -14,19 +14,37 @@ from gramian import placement
 from gramian.linalg.engine.scaling import peak
 from gramian.optim.stacks import State
 
-__all__ = ["Sharding", "not_finite", "surely_finite"]
+__all__ = ["Sharding", "finite_norms", "not_finite", "whole_norms"]
 
 
-def surely_finite(grads: Sequence[Tensor]) -> bool:
-    """Whether all gradients and their squares are known to be finite at the cost of one number for each.
+def finite_norms(params: Sequence[Tensor]) -> dict[Tensor, Tensor] | None:
+    """The norm of each parameter's gradient, if these show that all gradients and their squares are finite.
 
-    Where it is false, `not_finite` tells which are not, if any: it asks the other ranks too, and a GPU without waiting.
+    Where it is `None`, `not_finite` tells which are not, if any: it asks the other ranks too, and a GPU without
+    waiting.
     """
+    grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
     if any(type(g) is not Tensor or g.device.type != "cpu" for g in grads):
-        return False
-    norms = torch._foreach_norm(list(grads)) if grads else ()
+        return None
+    norms = torch._foreach_norm(grads) if grads else ()
     # A norm in bfloat16 or float16 is rounded by far less than the factor of two.
-    return all(norm.item() < torch.finfo(norm.dtype).max ** 0.5 / 2 for norm in norms)
+    if any(not norm.item() < torch.finfo(norm.dtype).max ** 0.5 / 2 for norm in norms):
+        return None
+    return dict(zip(params, norms, strict=True))
+
+
+def whole_norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The Frobenius norm of each gradient as a whole, in float32 or wider, the same on all ranks that share it."""
+    norms = [
+        torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in placement.locals_of(grads)
+    ]
+    for indices in _by_group(grads).values():
+        squares = [norms[i].double().square() for i in indices]
+        placement.all_reduce_sum(squares, placement.group_of(grads[indices[0]]))
+        for i, square in zip(indices, squares, strict=True):
+            norms[i] = square.sqrt().to(norms[i].dtype)
+    return norms
 
 
 def not_finite(grads: Sequence[Tensor], power: int = 1) -> Tensor:

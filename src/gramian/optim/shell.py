@@ -19,7 +19,7 @@ from gramian.optim.rates import rest_groups
 from gramian.optim.recipe import StepContext
 from gramian.optim.refresh import due, stagger
 from gramian.optim.saved import Saved
-from gramian.optim.sharding import not_finite, surely_finite
+from gramian.optim.sharding import finite_norms, not_finite
 from gramian.optim.stacks import Stack, alike
 from gramian.rows import NamedRows
 
@@ -101,13 +101,13 @@ class MatrixOptimizer(Saved):
             with torch.enable_grad():
                 loss = closure()
         plans = self._prepared()
-        finite = surely_finite([g for plan in plans for g in plan.gradients])
+        norms = finite_norms([p for plan in plans for p in plan.stepped])
         self._skipped.begin()
         with self._clock.timed([g for g, plan in zip(self.param_groups, plans, strict=True) if plan.matrices]):
             for group, plan in zip(self.param_groups, plans, strict=True):
-                self._step_matrices(group, plan, finite=finite)
+                self._step_matrices(group, plan, finite=norms is not None)
             rest = [own for g, plan in zip(self.param_groups, plans, strict=True) for own in rest_groups(g, plan.kinds)]
-            self._count(*step_adamw(rest, self.state, finite=finite))
+            self._count(*step_adamw(rest, self.state, norms))
         return loss
 
     def _prepared(self) -> list[Plan]:
