@@ -166,7 +166,8 @@ def _equilibrated(x: Tensor, *, shift: Tensor, rtol: float) -> Answer:
     """By LU of the equilibrated matrix, and steps Y ← Y + Y(I − MY) on double-double residuals.
 
     With R = I − MY for the equilibrated M and S_c, S_r the powers of two that give the inverse X = S_c Y(I − R)⁻¹ S_r:
-    ‖X − S_c Y S_r‖_F ≤ ‖S_c YR S_r‖_F + ‖S_c YR‖_F ‖R S_r‖_F / (1 − ‖R‖).
+    ‖X − S_c Y S_r‖_F ≤ ‖S_c YR S_r‖_F + ‖S_c YR‖_F ‖R S_r‖_F / (1 − ‖R‖). It is computed without `certify` too: only R
+    tells whether there is an inverse.
     """
     found = inverted(damped(x, shift))
     m, y, s = found.m, found.y, found.scaling

@@ -127,7 +127,8 @@ def _coupled_newton(
             break
     value = (best + best.mT) / 2
     if not certify:
-        return Answer.bare(value, steps=steps)
+        failed = ~(least < 0.5) & bool(n)
+        return Answer.bare(value, torch.where(failed, cert.INACCURATE, cert.NONE), steps)
     lower, info = torch.linalg.cholesky_ex(value)
     lower = torch.where((info != 0)[:, None, None], eye, lower).double()
     top = norm(lower) ** 2

@@ -74,7 +74,8 @@ def lstsq_ex(
     out = value.to(dtype)
     if not certify:
         bare = uncertified(batch, a.device, methods=("pinv",), code=0, steps=0)
-        bare = replace(bare, reason=proof.reason.expand(batch))
+        finite = right.isfinite().flatten(-2).all(-1)
+        bare = replace(bare, reason=torch.where(finite, proof.reason, cert.NOT_FINITE).expand(batch))
         return _shaped(out, vector), RankedCertificate(*bare.tensors(), methods=("pinv",), rank=found)
     with torch.no_grad():
         sizes = [torch.linalg.vector_norm(x, dim=(-2, -1)) for x in (y, right, value, out.to(wide) - value)]

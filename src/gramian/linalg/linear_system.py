@@ -78,7 +78,8 @@ def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Ca
 def _equilibrated(x: Tensor, *, shift: Tensor, b: Tensor, rtol: float) -> Answer:
     """By the inverse Y of the equilibrated matrix M, and steps z ← z + Y(b − Mz).
 
-    With R = I − MY, M⁻¹b − z = Y(I − R)⁻¹(b − Mz); and S_c takes z to the scale of the answer.
+    With R = I − MY, M⁻¹b − z = Y(I − R)⁻¹(b − Mz); and S_c takes z to the scale of the answer. Without `certify` R is
+    computed too: only it tells whether there is a solution.
     """
     found = inverted(damped(x, shift))
     m, y, s = found.m, found.y, found.scaling

@@ -60,10 +60,10 @@ def denman_beavers(a: Tensor) -> Root:
     return Root(x, done & ~bad & x.isfinite().flatten(1).all(1), count)
 
 
-def root_equation(root: Root) -> Stable:
+def root_equation(root: Root, *, bounded: bool = True) -> Stable:
     """What solves XZ + ZX = C, the derivative of X²; its eigenvalues tell that X is the principal root."""
     eye = torch.eye(root.value.shape[-1], dtype=root.value.dtype, device=root.value.device)
-    return stable(torch.where(root.converged[:, None, None], root.value, eye))
+    return stable(torch.where(root.converged[:, None, None], root.value, eye), bounded=bounded)
 
 
 class _Root(torch.autograd.Function):
@@ -105,7 +105,7 @@ def _newton(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> A
     """
     a = damped(x, shift)
     root = denman_beavers(a.hi)
-    s = root_equation(root)
+    s = root_equation(root, bounded=certify)
     close = pair(s.n)
     for _ in range(CORRECTIONS):
         e, _ = minus(a, product(close, close))
@@ -113,8 +113,8 @@ def _newton(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> A
         close = plus(close, torch.where((norm(d) < 0.1 * norm(s.n))[:, None, None], d, 0.0))
     bad = ~(root.converged & s.steps.converged)
     if not certify:
-        value = torch.where(bad[:, None, None], math.nan, close.hi)
-        return Answer.bare(value, torch.where(bad, cert.ON_CUT, cert.NONE), root.steps)
+        seen = torch.where(bad, cert.ON_CUT, torch.where(s.ok, cert.NONE, cert.INACCURATE))
+        return Answer.bare(torch.where(bad[:, None, None], math.nan, close.hi), seen, root.steps)
     e, e_error = minus(a, product(close, close))
     d, gap = solve(s, e)
     # The equation is that of the first X.

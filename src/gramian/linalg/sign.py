@@ -51,7 +51,7 @@ def _newton(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     side = torch.where(norm(steps.limit - eye) < 1e-3, 1.0, torch.where(norm(steps.limit + eye) < 1e-3, -1.0, 0.0))
     one_sided = side != 0  # and then the sign is I or −I
     close = _involution(pair(torch.where(one_sided[:, None, None], side[:, None, None] * eye, steps.limit)))
-    s = stable(((x @ close.hi) + (close.hi @ x)) / 2, close.hi)
+    s = stable(((x @ close.hi) + (close.hi @ x)) / 2, close.hi, bounded=certify)
     for _ in range(CORRECTIONS):
         e, _ = minus(product(product(close, a), close), a)
         w, _ = solve(s, e / 2, close.hi)
@@ -59,8 +59,8 @@ def _newton(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
         close = _involution(plus(close, -2 * w))
     bad = ~steps.converged
     if not certify:
-        value = torch.where(bad[:, None, None], math.nan, close.hi)
-        return Answer.bare(value, torch.where(bad, cert.NO_SIGN, cert.NONE), len(steps.factors))
+        seen = torch.where(bad, cert.NO_SIGN, torch.where(s.ok, cert.NONE, cert.INACCURATE))
+        return Answer.bare(torch.where(bad[:, None, None], math.nan, close.hi), seen, len(steps.factors))
     r, r_error = minus(eye_like(x), product(close, close))
     # The nearest X with X² = I, X(I − R)^(-1/2), is this far.
     size = norm(close.hi)

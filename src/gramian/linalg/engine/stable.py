@@ -118,16 +118,20 @@ class Stable(NamedTuple):
     failure: float
 
 
-def stable(n: Tensor, sign: Tensor | None = None) -> Stable:
+def stable(n: Tensor, sign: Tensor | None = None, *, bounded: bool = True) -> Stable:
     """What solves NZ + ZN = C for any C; with a `sign` X that commutes with N, for any C with XCX = −C.
 
-    Such a C has parts only between eigenvalues of opposite sign of A = NX, and β may be far smaller for them.
+    Such a C has parts only between eigenvalues of opposite sign of A = NX, and β may be far smaller for them. If not
+    `bounded`, β is inf, and eigenvalues that rounding may have taken across the axis are not noticed.
     """
     if not n[0:1].numel():
         nothing = torch.zeros(n.shape[0], dtype=n.dtype, device=n.device)
         return Stable(n, Steps(n, [], [], nothing == 0), nothing == 0, nothing, 0.0)
     steps, d = newton(n), directions(n)
     eye = torch.eye(n.shape[-1], dtype=n.dtype, device=n.device)
+    if not bounded:
+        ok = steps.converged & (norm(steps.limit - eye) < 1e-3)
+        return Stable(n, steps, ok, torch.full_like(norm(n), math.inf), d.failure)
     whole = _beta(n, steps, d, None)
     # The iteration tells the half-plane of each eigenvalue but for a rounding of N, which must leave the operator
     # invertible: an eigenvalue on the axis makes it singular.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ def polar_ex(
         return _newton_schulz_ex(a, default_rtol(rtol, a.dtype), steps or len(COEFFICIENTS), certify, dtype)
     if not certify and method == "auto" and default_rtol(rtol, a.dtype) >= DIRECTION:
         value, chosen = direction(a, default_rtol(rtol, a.dtype))
-        return value, _uncertified(a, chosen.method, chosen.steps)
+        return value, _uncertified(value, chosen.method, chosen.steps)
     return evaluate(POLAR, a, method=method, rtol=rtol, certify=certify)
 
 
@@ -214,7 +215,7 @@ def _newton_schulz_ex(
     """Newton–Schulz steps by name; it does not synchronize the device."""
     x = newton_schulz(a, steps=steps, dtype=dtype)
     if not certify:
-        return x, _uncertified(a, "newton_schulz", steps)
+        return x, _uncertified(x, "newton_schulz", steps)
     bound, residual = _estimate(x, _growth(steps), dtype or torch.promote_types(x.dtype, torch.float32))
     return x, verdict(
         bound,
@@ -228,9 +229,11 @@ def _newton_schulz_ex(
     )
 
 
-def _uncertified(a: Tensor, method: str, steps: int) -> Certificate:
-    methods = tuple(POLAR.methods)
-    return uncertified(a.shape[:-2], a.device, methods=methods, code=methods.index(method), steps=steps)
+def _uncertified(value: Tensor, method: str, steps: int) -> Certificate:
+    methods, code = tuple(POLAR.methods), list(POLAR.methods).index(method)
+    proof = uncertified(value.shape[:-2], value.device, methods=methods, code=code, steps=steps)
+    finite = value.isfinite().flatten(-2).all(-1)
+    return replace(proof, reason=torch.where(finite, proof.reason, cert.NOT_FINITE))
 
 
 def polar(
