@@ -124,7 +124,7 @@ class Certificate:
                 "matrices": len(places),
                 "outcome": "converged" if reason == REASONS[NONE] else reason,
                 "worst error": max(bounds[place] for place in places),
-                "which is a": kind,
+                "kind": kind,
                 "most steps": max(steps[place] for place in places),
             }
             for (method, kind, reason), places in groups.items()
