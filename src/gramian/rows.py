@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -103,7 +102,9 @@ class NamedRows(dict[str, dict[str, Any]]):
 
 
 def _cell(tag: str, text: str, right: bool) -> str:
-    return f'<{tag} style="text-align:{"right" if right else "left"}">{html.escape(text)}</{tag}>'
+    from html import escape  # 5 ms, and only notebooks need it
+
+    return f'<{tag} style="text-align:{"right" if right else "left"}">{escape(text)}</{tag}>'
 
 
 def _is_number(value: Any) -> bool:
