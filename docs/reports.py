@@ -41,7 +41,7 @@ def write_twins(file: Path) -> None:
     before = gm.inspect(task.model(), task.batches(), task.objective)
     run = gm.train(task, init="isometric", optimizer="muon", steps=150)
     after = gm.inspect(run.model, task.batches(), task.objective)
-    verdict = f"Before: {before.outcome} After: {after.outcome}"
+    verdict = f"Before: {before.outcome} After: {after.outcome.partition(' Looked at')[0]}"
     sections = report.compare(before, after)
     report.Document("A broken network and its repaired twin", verdict, after.status, sections=sections).save(file)
 

@@ -31,6 +31,15 @@ def test_a_long_table_is_cut_in_the_middle_and_says_so() -> None:
     assert rows._repr_html_().count("<tr>") == SHOWN + 2
 
 
+def test_a_name_is_never_cut_and_a_page_cuts_nothing() -> None:
+    name, reason = "model.layers.17." * 5, "why it is so, at length " * 4
+    rows = Rows([{"name": name, "reason": reason}])
+    assert name in repr(rows)
+    assert reason.strip() not in repr(rows)
+    assert repr(rows).endswith("…")
+    assert reason.strip() in rows._repr_html_()
+
+
 def test_names_cannot_break_out_of_the_page_or_the_line() -> None:
     rows = Rows([{"na<me": "<script>alert(1)</script>\n\x1b[31m"}])
     assert "<script>" not in rows._repr_html_()

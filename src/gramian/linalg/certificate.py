@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +13,6 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from gramian.errors import ConvergenceError, InputError, some
 from gramian.linalg.engine.transforms import has_no_values, with_plain
-from gramian.rows import Rows
 
 KINDS = ("bound", "estimate")
 """A bound is never below the true error. An estimate may be, with the probability that the certificate states."""
@@ -113,8 +111,12 @@ class Certificate:
 
     def _repr_html_(self) -> str:
         """A table with one row for each method and outcome."""
+        from html import escape
+
+        from gramian.rows import Rows
+
         if not _is_readable(self.converged):
-            return html.escape(repr(self))
+            return escape(repr(self))
         groups: dict[tuple[str, str, str], list[int]] = {}
         for place, key in enumerate(zip(self.method_names, self.kind_names, self.reasons, strict=True)):
             groups.setdefault(key, []).append(place)
@@ -125,12 +127,12 @@ class Certificate:
                 "matrices": len(places),
                 "outcome": "converged" if reason == REASONS[NONE] else reason,
                 "worst error": max(bounds[place] for place in places),
-                "which is a": kind,
+                "kind": kind,
                 "most steps": max(steps[place] for place in places),
             }
             for (method, kind, reason), places in groups.items()
         )
-        return f"<p>{html.escape(repr(self))}</p>{rows._repr_html_()}"
+        return f"<p>{escape(repr(self))}</p>{rows._repr_html_()}"
 
     @staticmethod
     def fields() -> tuple[str, ...]:
