@@ -2,8 +2,8 @@
 
     python benchmarks/inspect_cost.py
 
-For each network a process of its own takes training steps, and another one also inspects, with and without an
-optimizer. Time is that of the processor, one thread, the median of several steps and the smallest of three inspections;
+For each network a process of its own takes training steps, and others also inspect: without an optimizer, with one, and
+with a head of zeros, which starts the experiment with zeros. Time is that of the processor, one thread, the median of several steps and the smallest of three inspections;
 memory is the largest resident size. Goal: at most 10 steps, and at most 20 % more memory.
 """
 
@@ -115,6 +115,8 @@ def measure(name: str, what: str) -> dict[str, float]:
         optimizer.step()
 
     found = {"step": median(seconds(lambda b=b: step(b)) for b in batches[:STEPS])}
+    if what == "zeros":  # a head of zeros, and so gradients of zero before it, of which is found out why
+        next(m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)).weight.data.zero_()
     if what != "steps":
         given: dict[str, Any] = {"optimizer": optimizer} if what == "optimizer" else {}
         times = [
@@ -134,12 +136,12 @@ def main() -> None:
     rows = []
     for name in NETWORKS:
         found = {}
-        for what in ("steps", "inspect", "optimizer"):
+        for what in ("steps", "inspect", "optimizer", "zeros"):
             command = [sys.executable, "-W", "ignore", __file__, name, what]
             found[what] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         step = min(one["step"] for one in found.values())
         row = {"network": name, "step_ms": 1e3 * step}
-        for what in ("inspect", "optimizer"):
+        for what in ("inspect", "optimizer", "zeros"):
             row[f"{what}_steps"] = found[what]["inspect"] / step
             row[f"{what}_memory"] = found[what]["mib"] / found["steps"]["mib"]
         rows.append(row)
