@@ -418,9 +418,10 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
         )
         for number in range(3)
     ]
-    told = [processes[number].communicate(timeout=200)[0] for number in (0, 2)]
+    texts = [processes[number].communicate(timeout=200)[0] for number in (0, 2)]
     processes[1].kill()
     processes[1].communicate()
-    for text in told:
-        assert text == "train: rank 1 of 3 hangs; the others waited in vain and end. See its last output\n"
+    for text in texts:
+        told = text.splitlines()[-1]  # gloo may have said before that it connects once more
+        assert told == "train: rank 1 of 3 hangs; the others waited in vain and end. See its last output"
     assert time.monotonic() - begin < 100

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,11 +24,10 @@ from gramian import placement
 from gramian.batch import mapped, tensors
 from gramian.calls import wrappings
 from gramian.checkpoint.faults import first_line
-from gramian.errors import GramianError, GramianWarning, TaskError, UnsupportedError, some
+from gramian.errors import GramianError, TaskError, UnsupportedError, some
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier, raise_together
 from gramian.recording import evaluating
-from gramian.training.randomness import as_plain, restore_python, state_of_python
 from gramian.training.stream import checksum
 
 __all__ = [
@@ -42,8 +40,6 @@ __all__ = [
     "first",
     "has_rows",
     "naming_the_lost",
-    "random_states",
-    "restore_random_state",
     "rows",
     "same_weights_",
     "sums",
@@ -266,39 +262,6 @@ def add_gradients(model: nn.Module, failure: Failure) -> None:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     placement.all_reduce_sum([p.grad for p in used if p.grad is not None])
-
-
-def random_states(device: torch.device) -> list[dict[str, Any]]:
-    """Return the states of each rank's global generators, as text and numbers."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    own: dict[str, Any] = {name: bytes(state.tolist()).hex() for name, state in states.items()}
-    return placement.exchange_json(own | {"python": as_plain(state_of_python())})
-
-
-def restore_random_state(states: list[dict[str, Any]], device: torch.device, steps: int) -> None:
-    """Set this rank's global generators to their states from `random_states`; of a rank that was not there, seed them.
-
-    Where the number of ranks has changed, a warning says so.
-    """
-    rank, size = placement.world()
-    if size != len(states) and rank == 0:
-        warnings.warn(
-            f"train: the run was on {len(states)} rank(s) and goes on with {size}, from step {steps:,}: within "
-            "rounding, not bitwise, and with other dropout masks",
-            GramianWarning,
-            stacklevel=4,
-        )
-    own = dict(states[min(rank, len(states) - 1)])
-    restore_python(own.pop("python"))
-    if rank >= len(states):
-        torch.manual_seed(1_000_003 * steps + rank)
-        return
-    tensors = {name: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for name, text in own.items()}
-    torch.set_rng_state(tensors["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["cuda"], device)
 
 
 def _not_rows(value: Any) -> Any:

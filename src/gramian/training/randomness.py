@@ -7,6 +7,7 @@ does, has no influence on the data, and a resumed run can draw the same batches 
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Own", "as_plain", "restore_python", "seeded", "state_of_python"]
+from gramian import placement
+from gramian.errors import GramianWarning
+
+__all__ = [
+    "Own",
+    "as_plain",
+    "random_states",
+    "restore_python",
+    "restore_random_state",
+    "seeded",
+    "state_of_python",
+]
 
 
 @contextmanager
@@ -73,3 +85,36 @@ class Own:
     def __exit__(self, *error: object) -> None:
         self.state = torch.default_generator.get_state()
         torch.default_generator.set_state(self._outside)
+
+
+def random_states(device: torch.device) -> list[dict[str, Any]]:
+    """Return the states of each rank's global generators, as text and numbers."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    own: dict[str, Any] = {name: bytes(state.tolist()).hex() for name, state in states.items()}
+    return placement.exchange_json(own | {"python": as_plain(state_of_python())})
+
+
+def restore_random_state(states: list[dict[str, Any]], device: torch.device, steps: int) -> None:
+    """Set this rank's global generators to their states from `random_states`; of a rank that was not there, seed them.
+
+    Where the number of ranks has changed, a warning says so.
+    """
+    rank, size = placement.world()
+    if size != len(states) and rank == 0:
+        warnings.warn(
+            f"train: the run was on {len(states)} rank(s) and goes on with {size}, from step {steps:,}: within "
+            "rounding, not bitwise, and with other dropout masks",
+            GramianWarning,
+            stacklevel=4,
+        )
+    own = dict(states[min(rank, len(states) - 1)])
+    restore_python(own.pop("python"))
+    if rank >= len(states):
+        torch.manual_seed(1_000_003 * steps + rank)
+        return
+    tensors = {name: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for name, text in own.items()}
+    torch.set_rng_state(tensors["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)

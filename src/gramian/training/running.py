@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import time
 import warnings
 from collections.abc import Callable
@@ -24,12 +23,12 @@ from gramian.training.averaging import Average
 from gramian.training.folder import MODEL, Folder
 from gramian.training.interrupts import Interrupts, end
 from gramian.training.options import Options, best_row
-from gramian.training.randomness import restore_python, state_of_python
+from gramian.training.randomness import random_states, restore_python, restore_random_state, state_of_python
 from gramian.training.schedule import Schedule
 from gramian.training.sharding import as_parts, gathered, is_divided, load_model, optimizer_parts
 from gramian.training.stepping import Stepper
 from gramian.training.stream import Stream
-from gramian.training.task import Run, Task, calling
+from gramian.training.task import Run, Task, as_numbers, calling
 
 __all__ = ["NONFINITE_STEPS", "Loop"]
 
@@ -156,7 +155,7 @@ class Loop:
         ):
             found = task.evaluate(run.model)
         restore_python(python)
-        measured = _numbers(found, task)
+        measured = as_numbers(found, task)
         row = {"step": run.steps, "seconds": round(run.seconds, 4), "loss": loss}
         for name in row.keys() & measured.keys():
             raise TaskError(
@@ -241,7 +240,7 @@ class Loop:
                 "evaluations": self.schedule.evaluations,
                 "before": self.before,
                 "stream": self.stream.state(),
-                "random": agreement.random_states(self.device),
+                "random": random_states(self.device),
                 "model": self.run.model.state_dict(),
                 "buffers": _nonpersistent(self.run.model),
                 "optimizer": self.optimizer.state_dict(),
@@ -282,7 +281,7 @@ class Loop:
             own = _tensors(run.model)
             self.best = {name: as_parts(value.to(self.device), own[name]) for name, value in saved["best"].items()}
             self.stream.restore(saved["stream"])
-            agreement.restore_random_state(saved["random"], self.device, run.steps)
+            restore_random_state(saved["random"], self.device, run.steps)
             schedule.batches_per_epoch = self.stream.length
         except GramianError:
             raise
@@ -292,29 +291,6 @@ class Loop:
                 f"train: the run in {run.out} cannot be resumed ({type(error).__name__}: {reason}). Was it written by "
                 "this task and version? Choose another folder for a new run"
             ) from error
-
-
-def _numbers(found: Any, task: Task) -> dict[str, float]:
-    """What `evaluate` returned, as Python's numbers: numpy's and tensors of one element are taken too."""
-    if isinstance(found, dict):
-        measured = {name: _number(value) for name, value in found.items()}
-        if all(isinstance(name, str) and value is not None for name, value in measured.items()):
-            return {name: value for name, value in measured.items() if value is not None}
-    raise TaskError(f"task {task.name!r}: evaluate(model) must return a dict of floats, got {_short(found)}")
-
-
-def _number(value: Any) -> float | int | None:
-    """A real number as an int or a float; `None` for anything else."""
-    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
-        value = value.item()
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else None
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import numbers
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from gramian.objective import Objective
 from gramian.report import HeatMap, Picture, Table
 from gramian.rows import Rows
 
-__all__ = ["Run", "Task", "as_task", "calling", "described"]
+__all__ = ["Run", "Task", "as_numbers", "as_task", "calling", "described"]
 
 LIBRARY = str(Path(__file__).parents[1])
 
@@ -212,3 +213,26 @@ def _one_line(error: BaseException) -> str:
 def _is_installed(file: str) -> bool:
     """Whether a file is of this library, of Python's own, or of an installed package."""
     return file.startswith((LIBRARY, STDLIB, "<frozen")) or not PACKAGES.isdisjoint(Path(file).parts)
+
+
+def as_numbers(found: Any, task: Task) -> dict[str, float]:
+    """What `evaluate` returned, as Python's numbers: numpy's and tensors of one element are taken too."""
+    if isinstance(found, dict):
+        measured = {name: _number(value) for name, value in found.items()}
+        if all(isinstance(name, str) and value is not None for name, value in measured.items()):
+            return {name: value for name, value in measured.items() if value is not None}
+    raise TaskError(f"task {task.name!r}: evaluate(model) must return a dict of floats, got {_short(found)}")
+
+
+def _number(value: Any) -> float | int | None:
+    """A real number as an int or a float; `None` for anything else."""
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        value = value.item()
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}…"
