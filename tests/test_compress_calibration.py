@@ -14,6 +14,7 @@ import gramian as gm
 from cases import seeded
 from gramian.compression import compress
 from gramian.compression.filling import Candidates, fill, uniform
+from gramian.compression.predicting import Point, predict
 from gramian.compression.shrinkage import roots, shrunk
 from gramian.errors import GramianWarning, InputError
 from gramian.gram import Gram
@@ -269,6 +270,16 @@ def test_errors_that_add_up_over_tokens_are_seen() -> None:
     assert blind.predicted_loss < 0.3 * rise
 
 
+def test_a_model_in_training_mode_stays_as_it_was() -> None:
+    """Also where one sample would be too few for its batch norm, and where the loss is asked whether it vanishes."""
+    model = nn.Sequential(nn.Linear(32, 48), nn.BatchNorm1d(48), nn.Dropout(), nn.Linear(48, 12)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [(x, x[:, :12]) for x in inputs(24, 1).split(1)]
+    compress(model, batches=batches, objective=lambda model, batch: (model(batch[0]) - batch[1]).square().mean())
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("first", range(0, 40, 8))
 def test_hostile_cases_are_refused_or_told_and_give_finite_models(first: int) -> None:
     """Some of those of `benchmarks/compress_hostile.py`, which has 1,000."""
@@ -279,3 +290,25 @@ def test_hostile_cases_are_refused_or_told_and_give_finite_models(first: int) ->
     spec.loader.exec_module(hostile)
     found = {seed: hostile.outcome(seed) for seed in range(first, first + 8)}
     assert {seed: how for seed, how in found.items() if how not in ("refused", "told", "planned")} == {}
+
+
+def test_a_rise_that_drowns_in_noise_is_found_from_larger_ones_and_its_interval_covers() -> None:
+    """Rises are a slowly changing multiple of the estimate, measured with a noise like their root."""
+    generator, covered, errors = seeded(0), 0, []
+    for _ in range(100):
+        at = torch.linspace(-10, -2, 7) + 0.6 * torch.rand(7, generator=generator)
+        size, slope = (0.3 * torch.randn(2, generator=generator)).tolist()
+
+        def rise(x: Tensor, size: float = size, slope: float = slope) -> Tensor:
+            return (x + size + 0.5 * slope * (x + 6)).exp()
+
+        noise = rise(at[:1]) * (0.5 * (at - at[0])).exp()  # nine in ten; as large as the smallest rise
+        seen = rise(at) + noise / 1.645 * torch.randn(7, generator=generator)
+        points = [Point(*row) for row in zip(at.exp().tolist(), seen.tolist(), noise.tolist(), strict=True)]
+        place = -10 + 8 * torch.rand(1, generator=generator)
+        true, told = float(rise(place)), predict(float(place.exp()), points)
+        covered += told.low <= true <= told.high
+        errors.append(abs(told.rise / true - 1))
+    assert covered >= 85
+    assert sorted(errors)[50] < 0.08
+    assert sorted(errors)[90] < 0.45
