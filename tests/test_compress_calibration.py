@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -312,3 +313,13 @@ def test_a_rise_that_drowns_in_noise_is_found_from_larger_ones_and_its_interval_
     assert covered >= 85
     assert sorted(errors)[50] < 0.08
     assert sorted(errors)[90] < 0.45
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-20, 1.0, 1e20, 1e60])
+def test_a_prediction_does_not_depend_on_the_unit_of_the_loss(scale: float) -> None:
+    points = [Point(1e-3, 2e-3, 1e-3), Point(1e-2, 1.5e-2, 2e-3), Point(1.0, 1.2, 1e-2)]
+    plain = predict(0.1, points)
+    scaled = predict(0.1 * scale, [Point(*(scale * x for x in point[:3])) for point in points])
+    assert scaled[:3] == pytest.approx([scale * x for x in plain[:3]], rel=1e-9)
+    assert predict(0.1, [Point(1e-3, 0.0, 0.0)]) == (0.0, 0.0, 0.0, True)
+    assert all(math.isfinite(x) for x in predict(1e-200, [Point(1e-250, 1e30, 1e30), Point(1.0, 1.0, 0.0)])[:3])

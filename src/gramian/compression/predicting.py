@@ -16,17 +16,17 @@ __all__ = ["Point", "Predicted", "losses_of", "measured_point", "predict"]
 
 Z = 1.6449
 """The 95 % quantile of the normal distribution."""
-PACES, VAGUE, MISFIT = (0.02, 0.05, 0.1, 0.2, 0.4), 3.0, 0.03
+PACES, VAGUE, MISFIT, NOISE = (0.02, 0.05, 0.1, 0.2, 0.4), 3.0, 0.03, 1e12
 """As shares of the size of the multiple: how far it may wander while the estimate grows by a factor of e; how uncertain
-it is before anything was measured; and how far a single plan may be off."""
+it is before anything was measured; how far a single plan may be off; and the largest variance that is told apart."""
 
 
 class Predicted(NamedTuple):
-    """The rise of the mean loss that is expected, and an interval that holds nine in ten.
+    """The rise of the mean loss that is expected, and an interval that holds nine in ten measurements on new data.
 
     Attributes:
         rise: of the mean loss per unit.
-        low, high: the interval; NaN where nothing was measured.
+        low, high: the interval, of a measurement on as much new data as was kept apart; NaN where nothing was measured.
         measured: whether it rests on measurements, and not on the second-order estimate alone, which is often several
             times too low.
     """
@@ -105,24 +105,42 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
         return Predicted(estimate, math.nan, math.nan, False)
     at, rises, errors = (torch.tensor(column, dtype=torch.float64) for column in list(zip(*known, strict=True))[:3])
     places = torch.cat([at, at.new_tensor([estimate])]).log()
-    multiple, noise = rises / at, (errors / Z / at).square()
-    weight = 1 / (noise + multiple.square().mean() + 1e-300)
-    level = float(((weight * multiple.abs()).sum() / weight.sum()).clamp_min(1e-300))
+    multiple, error = rises / at, errors / Z / at
+    weight = 1 / (error.square() + multiple.square().mean() + 1e-300)
+    level = float(torch.maximum((weight * multiple.abs()).sum() / weight.sum(), error.min()))
+    if not 0 < level < math.inf:  # nothing rose at all
+        return Predicted(0.0, 0.0, 0.0, True)
+    # In units of the level, since losses may have any.
+    multiple, noise = multiple / level, (error / level).square().clamp_max(NOISE) + MISFIT**2
     means, variances, likely = [], [], []
     for pace in PACES:
-        prior = level**2 * (VAGUE**2 + pace**2 * _random_walk(places - places.min()))
-        covariance = prior[:-1, :-1] + torch.diag(noise + (MISFIT * level) ** 2)
-        lower = torch.linalg.cholesky(covariance)
-        residual = torch.linalg.solve_triangular(lower, (multiple - level)[:, None], upper=False)[:, 0]
+        prior = VAGUE**2 + pace**2 * _random_walk(places - places.min())
+        lower = torch.linalg.cholesky(prior[:-1, :-1] + torch.diag(noise))
+        residual = torch.linalg.solve_triangular(lower, (multiple - 1)[:, None], upper=False)[:, 0]
         weights = torch.linalg.solve_triangular(lower, prior[:-1, -1:], upper=False)[:, 0]
-        means.append(level + float(weights @ residual))
+        means.append(1 + float(weights @ residual))
         variances.append(max(0.0, float(prior[-1, -1] - weights @ weights)))
         likely.append(float(-0.5 * residual @ residual - lower.diagonal().log().sum()))
     share = torch.tensor(likely, dtype=torch.float64).softmax(0)
     mean, spread = share.new_tensor(means), share.new_tensor(variances)
     middle = float(share @ mean)
-    half = Z * math.sqrt(float(share @ (spread + (mean - middle).square())) + (MISFIT * level) ** 2)
-    return Predicted(estimate * middle, estimate * (middle - half), estimate * (middle + half), True)
+    half = Z * math.sqrt(float(share @ (spread + (mean - middle).square())) + MISFIT**2)
+    rise = estimate * level * middle
+    half = math.hypot(estimate * level * half, _error_of_another(estimate, known))
+    return Predicted(rise, rise - half, rise + half, True)
+
+
+def _error_of_another(estimate: float, known: Sequence[Point]) -> float:
+    """Half the interval of another measurement on as much data: on the line between points, of logarithms of both."""
+    sure = sorted((math.log(p.estimate), math.log(p.error)) for p in known if p.error > 0)
+    if not sure:
+        return 0.0
+    at = math.log(estimate)
+    # The loss of a unit is off by a first-order term, which grows with the root of what the second order costs.
+    below = max((one for one in sure if one[0] <= at), default=(at, sure[0][1] + 0.5 * (at - sure[0][0])))
+    above = min((one for one in sure if one[0] > at), default=(at, sure[-1][1] + 0.5 * (at - sure[-1][0])))
+    share = (at - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
+    return math.exp((1 - share) * below[1] + share * above[1])
 
 
 def _random_walk(times: Tensor) -> Tensor:
