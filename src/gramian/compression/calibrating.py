@@ -18,7 +18,7 @@ from gramian.errors import InputError
 from gramian.gram import Gram
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Objective, as_objective
-from gramian.recording import capture
+from gramian.recording import capture, evaluating
 from gramian.recording.onepass import captured
 from gramian.recording.recorder import WITHOUT_AUTOGRAD
 from gramian.statistics import Site, Statistics
@@ -172,7 +172,7 @@ def _vanishes(model: nn.Module, objective: Objective, batch: Any, stats: Statist
     own = around_output(objective)
     try:
         reference = capture(model, [batch], own)
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             pairs = own.predict(model, prepared(model, batch))
     except InputError:  # it has no output that can be seen: the gradient that there is has to do
         return False

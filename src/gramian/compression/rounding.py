@@ -104,7 +104,7 @@ def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) 
     Raises: nothing of its own.
     Cost: `2 m n²` multiplications, and half as many for each time that a row is rounded again.
     Source: GPTQ (Frantar et al. 2210.17323), with scales that are fixed before, so that they do not depend on the
-    order; damping by shrinkage in place of a share of the mean diagonal.
+    order; damping by the number of rows in place of a fixed share of the mean diagonal.
 
     >>> codes = rounded(torch.tensor([[1.0, -8.0, 3.3, 0.0]]), 4, 4)
     >>> codes.codes, codes.matrix(4)
