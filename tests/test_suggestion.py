@@ -16,7 +16,6 @@ from cases import seeded
 from gramian.errors import InputError, UnsupportedError
 from gramian.operators import line_curvature
 from gramian.optim import OPTIMIZERS
-from gramian.optim.registry import MATRIX_OPTIMIZERS
 from gramian.optim.suggestion import _Rehearsals
 from test_capture import assert_same, snapshot
 from zoo import ZOO

@@ -179,10 +179,17 @@ class _Rehearsals:
                 best = self._least()
             if not before - self.losses[best] > ROUNDING * abs(before):
                 tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
+                where = (
+                    ""
+                    if self.pace == 1
+                    else (
+                        "gains more than the parameters that do not follow lr gain alone, nor, where these move less often, "
+                    )
+                )
                 raise InputError(
-                    f"suggest_lr: no rate from {tried} lowers the held-out loss of {before:.4g} by more than rounding "
-                    f"and noise in {self.num_steps} steps; give more or larger batches, or repair the model first "
-                    "(gm.inspect)"
+                    f"suggest_lr: no rate from {tried} {where}lowers the held-out loss of {before:.4g} by more than "
+                    f"rounding and noise in {self.num_steps} steps; give more or larger batches, or repair the model "
+                    "first (gm.inspect)"
                 )
             gain = base - self.losses[best]
             if gain > max(NOISE * (before - base), ROUNDING * abs(before)):
