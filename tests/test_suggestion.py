@@ -16,7 +16,6 @@ from cases import seeded
 from gramian.errors import InputError, UnsupportedError
 from gramian.operators import line_curvature
 from gramian.optim import OPTIMIZERS
-from gramian.optim.registry import MATRIX_OPTIMIZERS
 from gramian.optim.suggestion import _Rehearsals
 from test_capture import assert_same, snapshot
 from zoo import ZOO
@@ -184,24 +183,24 @@ def test_the_suggestion_lowers_the_loss_of_a_batch_it_was_not_made_on(name: str,
     assert float(total / units) < before
 
 
-# Small vocabularies: AdamW's part learns them alone in sixteen steps at its usual rate. What the refusal advises helps.
-AT_REST = {"transformer_lm": ("muon", "shampoo"), "mixture_of_experts": ("muon", "soap", "shampoo")}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_gets_a_rate(name: str):
     case = ZOO[name]
     suggest = partial(gm.suggest_lr, case.make_model(0), case.make_batches(0), getattr(gm.Objective, case.objective)())
     for optimizer in OPTIMIZERS:
-        make: Any = optimizer
-        if optimizer in AT_REST.get(name, ()):
-            with pytest.raises(InputError, match=r"do not follow lr gain alone.*lower the optimizer's rest_lr"):
-                suggest(optimizer=optimizer)
-            make = partial(MATRIX_OPTIMIZERS[optimizer].optimizer, rest_lr=3e-3)
-        found = suggest(optimizer=make)
+        found = suggest(optimizer=optimizer)
         assert 0 < found.lr < math.inf
         assert found.rehearsed == tuple(sorted(found.rehearsed))
+
+
+def test_where_the_rest_learns_all_alone_it_moves_less_often():
+    """What the rest gains beside the smallest rate counts as its own; from then on the matrices have to gain."""
+    case = ZOO["transformer_lm"]
+    found = gm.suggest_lr(case.make_model(0), case.make_batches(0), gm.Objective.next_token(), optimizer="muon")
+    assert "learns all alone, moves in every fourth only" in found.why
+    losses = dict(found.rehearsed)
+    assert losses[found.lr] < losses[min(losses)] - 0.01 * found.before
 
 
 @pytest.mark.parametrize("name", ["batchnorm_cnn", "gpt2"])

@@ -74,19 +74,25 @@ def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[
     known = state.get(p, {})
     if not known:
         zeros = {key: torch.zeros_like(p, memory_format=torch.contiguous_format) for key in ("exp_avg", "exp_avg_sq")}
-        state[p] = known = {"step": torch.zeros((), device=p.device), **zeros}
+        state[p] = known = {"step": torch.zeros((), device=p.device), **zeros, "usual": _usual_of(p, {})}
     elif known["exp_avg"].dtype != p.dtype or known["exp_avg"].device != p.device:
         known |= {key: known[key].to(p.device, p.dtype) for key in ("exp_avg", "exp_avg_sq")}
         known["step"] = known["step"].to(p.device)
-    usual, wide = known.get("usual"), torch.promote_types(p.dtype, torch.float32)
-    if usual is None or usual.dtype != wide or usual.device != p.device:  # torch's AdamW, say, had no guard
-        known["usual"] = torch.zeros((), dtype=wide, device=p.device) if usual is None else usual.to(p.device, wide)
+        known["usual"] = _usual_of(p, known)
+    if "usual" not in known:  # taken over from torch's AdamW, which has no guard
+        known["usual"] = _usual_of(p, known)
     if known["exp_avg"].shape != p.shape:  # the fused step would read memory that is not its own
         raise InputError(
             f"a parameter of shape {tuple(p.shape)} has a state of shape {tuple(known['exp_avg'].shape)}; build the "
             "optimizer again after a parameter has changed its shape"
         )
     return known
+
+
+def _usual_of(p: Tensor, known: Mapping[str, Any]) -> Tensor:
+    """The usual norm of its gradients, in float32 or wider; zero before the first."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return known["usual"].to(p.device, wide) if "usual" in known else torch.zeros((), dtype=wide, device=p.device)
 
 
 def _step(

@@ -26,7 +26,8 @@ RATIO = 1 / 512
 COARSE = 0.125
 MOST = 12  # steps or terms
 HALF = 0.05  # least rtol for products in bfloat16, whose rounding leaves 0.02 to 0.03
-NARROW = 96  # least smaller side for them and for LAPACK's inverses: below it neither is faster
+NARROW = 96  # least smaller side for them: below it they are not faster
+INVERTED = 160  # the same for LAPACK's inverses, which work on one matrix at a time
 GRAM = 5e-3  # least rtol for which the Gram matrix in float32 is good enough
 ASSUMED_BATCH = 8  # a direction must not depend on its batch, which differs between one process and several
 
@@ -145,7 +146,7 @@ def _candidates(short: int, ratio: float, rtol: float) -> Iterator[tuple[Approac
         pairs = steps // 2 if ratio >= PAIRED_FROM else 0
         products = pairs * (2 * ratio + 5) + (steps - 2 * pairs) * (2 * ratio + 1)
         yield Approach("quintics", steps, dtype, low), {dtype: products}
-        if rtol >= GRAM and short >= NARROW:
+        if rtol >= GRAM and short >= INVERTED:
             terms, low = _fewest("fractions", rtol)
             # The Gram matrix is halved; what is left out is worth a third of a product with A.
             operations: dict[str, float] = {"float32": ratio + 0.5, "cholesky32": terms, "potri32": terms}

@@ -35,11 +35,18 @@ STEP = 10**0.5  # between two rates that are rehearsed
 WINDOW = 3  # half-decades above and below the start that are rehearsed first
 MAX_REHEARSALS = 24
 NOISE = 0.01  # of what the rest of the model gains alone: a rate that adds less than this share adds nothing
+PACES = (1, 4, 0)  # the rest moves in every step of a rehearsal, in every fourth, never: until the matrices' rate tells
 ROUNDING = 1e-5  # of the loss: a gain below this share is taken for rounding (float32, over the steps of a rehearsal)
 CLEAR = 10  # a gain is clear of noise if it is so many times what the two smaller rates lose
 
 # The best rate of runs of 100 steps over that of a rehearsal, measured on the networks of `gramian bench rates`.
 FRACTION = 0.7
+
+_OFTEN = {
+    1: "",
+    4: " (what does not follow lr, and learns all alone, moves in every fourth only)",
+    0: " (what does not follow lr, and learns all alone, stays)",
+}
 
 # Their steps depend on the weights, or on more than one gradient.
 _REFUSED = (Proximal, torch.optim.Adafactor, torch.optim.LBFGS)
@@ -97,6 +104,10 @@ def suggest_lr(
     than a long one; or the best rate itself, where that gains less than half as much. A gain of less than 1e-5 of the
     loss is taken for rounding, and is none.
 
+    What a matrix optimizer steps at a rate of its own (embeddings, the head, vectors) may learn all in so few steps.
+    Where no rate adds a hundredth to that, it is rehearsed again with these moving in every fourth step only, and at
+    last not at all; `why` says so.
+
     Args:
         model: in the mode in which it is to be trained. Weights, buffers, gradients, mode and random state are restored
             afterwards.
@@ -150,6 +161,7 @@ class _Rehearsals:
         self.training, self.held_out = batches[:-1] or batches, batches[-1]
         self.losses: dict[float, float] = {}
         self.follows: set[Tensor] = set()  # the parameters whose rate is lr
+        self.pace = PACES[0]  # the others move in every so many steps; never at zero
 
     def suggestion(self) -> LearningRate:
         """Takes the parabola, searches from its minimum, and checks the fraction of the best rate."""
@@ -158,25 +170,30 @@ class _Rehearsals:
             raise InputError(f"suggest_lr: the loss is {before} before any step; gm.inspect shows where that begins")
         curvature = self._first_line()
         line = curvature.minimum
-        base = self._baseline(before)
-        best = self._search(line if 0 < line < math.inf else 1.0, base)
-        if best is None or not base - self.losses[best] > ROUNDING * abs(before):
-            best = self._least()
-        if not before - self.losses[best] > ROUNDING * abs(before):
-            tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
-            raise InputError(
-                f"suggest_lr: no rate from {tried} lowers the held-out loss of {before:.4g} by more than rounding and "
-                f"noise in {self.num_steps} steps; give more or larger batches, or repair the model first (gm.inspect)"
-            )
-        gain = base - self.losses[best]
-        if not gain > max(NOISE * (before - base), ROUNDING * abs(before)):
-            raise InputError(
-                f"suggest_lr: no rate from {min(self.losses):.1e} to {max(self.losses):.1e} gains more than the "
-                f"parameters that do not follow lr gain alone, at their own rate: the held-out loss falls from "
-                f"{before:.4g} to {base:.4g} in {self.num_steps} steps without lr, to {self.losses[best]:.4g} with the "
-                "best rate. Rehearse more steps (num_steps), lower the optimizer's rest_lr, or ask for "
-                "optimizer='adamw'"
-            )
+        start = line if 0 < line < math.inf else 1.0
+        for self.pace in PACES:
+            self.losses.clear()
+            base = self._baseline(before, start / STEP**WINDOW)
+            best = self._search(start, base)
+            if best is None or not base - self.losses[best] > ROUNDING * abs(before):
+                best = self._least()
+            if not before - self.losses[best] > ROUNDING * abs(before):
+                tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
+                where = (
+                    ""
+                    if self.pace == 1
+                    else (
+                        "gains more than the parameters that do not follow lr gain alone, nor, where these move less often, "
+                    )
+                )
+                raise InputError(
+                    f"suggest_lr: no rate from {tried} {where}lowers the held-out loss of {before:.4g} by more than "
+                    f"rounding and noise in {self.num_steps} steps; give more or larger batches, or repair the model "
+                    "first (gm.inspect)"
+                )
+            gain = base - self.losses[best]
+            if gain > max(NOISE * (before - base), ROUNDING * abs(before)):
+                break
         good = [rate for rate, loss in self.losses.items() if base - loss >= gain / 2]
         top = self._top(best)
         lr, how = FRACTION * top, f"{FRACTION:g} × {top:.2g}, the best rate of {self.num_steps} rehearsed steps"
@@ -185,10 +202,11 @@ class _Rehearsals:
         kind = "Gauss–Newton" if curvature.matrix == "gauss_newton" else "Hessian"
         mode = "training" if self.model.training else "evaluation"
         alone = self.training[-1] is self.held_out
+        rest = _OFTEN[self.pace]
         data = "one batch: without its noise" if alone else f"{len(self.training) + 1} batches, the last one judges"
         why = (
             f"{how}; with it, the held-out loss falls from {before:.4g} to {self.losses[lr]:.4g} in {self.num_steps} "
-            f"steps; the first direction alone has its minimum at {line:.2g} ({kind}, {mode} mode, {data})"
+            f"steps{rest}; the first direction alone has its minimum at {line:.2g} ({kind}, {mode} mode, {data})"
         )
         interval = (min(lr, *good), max(lr, *good))
         return LearningRate(lr, line, curvature, interval, before, tuple(sorted(self.losses.items())), why)
@@ -247,13 +265,14 @@ class _Rehearsals:
             return best * (STEP**-0.25 if right == math.inf else 1.0)
         return best * STEP ** (0.5 * (left - right) / bend)
 
-    def _baseline(self, before: float) -> float:
+    def _baseline(self, before: float, lr: float) -> float:
         """The held-out loss that a rate must improve on: after the steps in which only the rest of the model moves.
 
         A matrix optimizer steps embeddings, the head and vectors at a rate of their own: what they gain is not `lr`'s.
+        Theirs may grow with a large `lr`; it is the one beside a small one.
         """
-        optimizer = self.make(self.model, 1.0)
-        if self.follows == _rates(optimizer).keys():
+        optimizer = self.make(self.model, lr)
+        if self.pace == 0 or self.follows == _rates(optimizer).keys():
             return before
         return min(before, self._loss_after(optimizer, still=self.follows))
 
@@ -272,8 +291,9 @@ class _Rehearsals:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * min(1.0, (step + 1) / rise)
             self._gradient([self.training[step % len(self.training)]], seed=step)
-            for p in still:
-                p.grad = None
+            for p in self.model.parameters():
+                if p in still or (p not in self.follows and (self.pace == 0 or step % self.pace)):
+                    p.grad = None
             optimizer.step()
         loss = self._held_out_loss()
         self.restore()
