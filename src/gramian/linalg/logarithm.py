@@ -14,7 +14,7 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine.derivative import differentiable
-from gramian.linalg.engine.double_double import Pair, fine_product, minus, pair, plus, two_sum
+from gramian.linalg.engine.double_double import Pair, eye_like, fine_product, minus, pair, plus, product, two_sum
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.exponential import two_norm
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues, register
@@ -78,19 +78,18 @@ class Roots(NamedTuple):
     defect: Tensor
 
 
-def _roots(a: Tensor, certify: bool) -> Roots:
+def _roots(a: Pair, certify: bool) -> Roots:
     """Square roots until they are near I, as in inverse scaling and squaring, without Schur forms."""
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    ok = a.isfinite().flatten(1).all(1)
-    x = pair(torch.where(ok[:, None, None], a, eye))
-    steps, counts = 0, torch.zeros(len(a), dtype=torch.long, device=a.device)
+    eye = torch.eye(a.hi.shape[-1], dtype=a.hi.dtype, device=a.hi.device)
+    ok = a.hi.isfinite().flatten(1).all(1)
+    x, steps, counts = _kept(a, ok, eye), 0, torch.zeros_like(ok, dtype=torch.long)
     stages: list[Stage] = []
-    worst = torch.zeros_like(a[:, 0, 0])
+    worst = torch.zeros_like(a.error)
     while len(stages) < ROOTS:
         far = ok & (two_norm(x.hi - eye) > NEAR)
         if not bool(far.any()):
             break
-        old = Pair(torch.where(far[:, None, None], x.hi, eye), torch.where(far[:, None, None], x.lo, 0.0), x.error)
+        old = _kept(x, far, eye)
         root = denman_beavers(old.hi)
         s = root_equation(root, bounded=certify)
         close = pair(s.n)
@@ -102,18 +101,23 @@ def _roots(a: Tensor, certify: bool) -> Roots:
         ok = ok & (~far | (s.ok & root.converged))
         far = far & ok
         keep = far[:, None, None]
-        x = Pair(torch.where(keep, close.hi, x.hi), torch.where(keep, close.lo, x.lo), x.error)
-        x = Pair(torch.where(ok[:, None, None], x.hi, eye), torch.where(ok[:, None, None], x.lo, 0.0), x.error)
+        x = Pair(torch.where(keep, close.hi, x.hi), torch.where(keep, close.lo, x.lo), torch.where(far, 0.0, x.error))
+        x = _kept(x, ok, eye)
         steps, counts = steps + root.steps + len(s.steps.factors), counts + far
         stages.append(Stage(s, far, torch.where(far, norm(e) + e_error, 0.0)))
         worst = worst.maximum(torch.where(far, norm(e) / norm(old.hi), 0.0))
     return Roots(x, stages, counts, ok & (two_norm(x.hi - eye) <= NEAR), steps, worst)
 
 
+def _kept(x: Pair, rows: Tensor, eye: Tensor) -> Pair:
+    """These rows, and the identity elsewhere."""
+    keep = rows[:, None, None]
+    return Pair(torch.where(keep, x.hi, eye), torch.where(keep, x.lo, 0.0), torch.where(rows, x.error, 0.0))
+
+
 def _fine_defect(a: Pair, y: Pair) -> tuple[Tensor, Tensor]:
-    """A − Y², and a bound on its error."""
-    square = fine_product(y, y)
-    return minus(a, square)
+    """A − Y², and a bound on its error, with what is not known of A."""
+    return minus(a, fine_product(y, y))
 
 
 def _distance(r: Roots) -> Tensor:
@@ -138,7 +142,7 @@ def _distance(r: Roots) -> Tensor:
         most = sum(parts, torch.zeros_like(defect))
         reach = torch.where(taken, torch.where(4 * norms[-1] * most < 1, 2 * most, math.inf), reach)
         chains[-1] = (forward, back, torch.where(taken, defect + reach**2, 0.0))
-    return reach
+    return reach + r.last.error
 
 
 def _norm_of_inverse(x: Tensor, y: Tensor, one: Tensor) -> Tensor:
@@ -170,52 +174,113 @@ def _estimated_distance(r: Roots) -> tuple[Tensor, float]:
             back = torch.where(stage.taken[:, None, None], y @ back + back @ y, back)
         sizes = torch.where(frobenius(along.basis - back, along) < 0.25, 1.5 * operator_norm(images, along), math.inf)
         total = total + torch.where(squares[j] > 0, sizes * squares[j], 0.0)
-    return reach.minimum(total), 3 * len(r.stages) * along.failure
+    return reach.minimum(total) + r.last.error, 3 * len(r.stages) * along.failure
 
 
-def _inverse_scaling(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
+class Logarithm(NamedTuple):
+    """The logarithm of a pair, a bound on its Frobenius error, the probability that it fails, and the roots."""
+
+    value: Tensor
+    error: Tensor
+    failure: float
+    roots: Roots
+
+
+def _of_pair(a: Pair, certify: bool) -> Logarithm:
     """log(A) = 2ᵏ r(Y), A^(1/2ᵏ) = I + Y, with square roots in double-double arithmetic and Padé's approximant r.
 
-    Far from normal no exponential has to be formed, which would be accurate to κ² at best. The derivative of log at
-    I + Y is at most 1/(1 − ‖Y‖), so that the error of the root enters as 2ᵏ‖Z − X‖/(1 − ‖Y‖); the rest is rounding.
+    Its derivative at I + Y is at most 1/(1 − ‖Y‖), so that the error of the root enters as 2ᵏ‖Z − X‖/(1 − ‖Y‖); the
+    rest is rounding.
     """
-    n = x.shape[-1]
-    if not x[0:1].numel():
-        zero = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
-        return Answer(x, zero, zero, torch.full(zero.shape, cert.NONE, device=x.device))
-    eye = torch.eye(n, dtype=x.dtype, device=x.device)
-    down = _middle(x)
-    shift = down.double()
-    r = _roots(scale(x, -down), certify)
+    n, r = a.hi.shape[-1], _roots(a, certify)
+    eye = torch.eye(n, dtype=a.hi.dtype, device=a.hi.device)
     high, low = two_sum(r.last.hi, -eye)
     low = low + r.last.lo
     y = high + low
-    parts = [(weight, inverse(eye + node * y)[0], node) for node, weight in gauss_legendre()]
-    whole = sum((weight * part for weight, part, _ in parts), torch.zeros_like(y))
+    parts = [(weight, node, inverse(eye + node * y)[0]) for node, weight in gauss_legendre()]
+    whole = sum((weight * part for weight, _, part in parts), torch.zeros_like(y))
     value = scale(y @ whole, r.counts)
-    # log A = X + (ln 2 · down) I.
-    out = plus(pair(value), (shift * LN2_LOW)[:, None, None] * eye)
-    out = plus(out, (shift * LN2)[:, None, None] * eye).hi
+    if not certify:
+        return Logarithm(value, torch.full_like(a.error, math.inf), 0.0, r)
+    apart, failure = (_distance(r), 0.0) if n <= EXPLICIT else _estimated_distance(r)
+    apart = apart + norm(low - (y - high)) + U * norm(low)
+    size, near = norm(y), two_norm(y)
+    slip = torch.zeros_like(size)
+    for weight, node, part in parts:
+        left = norm(eye - (part + node * (y @ part))) + 2 * gamma(n + 3) * (1 + near) * norm(part)
+        slip = slip + 1.1 * weight * norm(part) * left
+    slip = slip + 2 * gamma(n + ORDER + 3) * norm(whole) + REMAINDER
+    error = scale(apart / (1 - near - apart) + slip * size, r.counts)
+    # That of the identity is exact.
+    error = torch.where((size == 0) & (apart == 0), 0.0, error)
+    return Logarithm(value, torch.where(apart < 0.1, error, math.inf), failure, r)
+
+
+def _answer(value: Pair, error: Tensor, down: Tensor, found: Logarithm, certify: bool) -> Answer:
+    """The answer for 2^down A from the logarithm of A."""
+    n, shift, r = value.hi.shape[-1], down.double(), found.roots
+    eye = torch.eye(n, dtype=value.hi.dtype, device=value.hi.device)
+    out = plus(plus(value, (shift * LN2_LOW)[:, None, None] * eye), (shift * LN2)[:, None, None] * eye).hi
     out = torch.where(r.ok[:, None, None], out, math.nan)
     if not certify:
         return Answer.bare(out, torch.where(r.ok, cert.NONE, cert.ON_CUT), r.steps)
-    apart, failure = (_distance(r), 0.0) if n <= EXPLICIT else _estimated_distance(r)
-    size, near = norm(y), two_norm(y)
-    apart = apart + norm(low - (y - high)) + U * norm(low)
-    slip = sum(
-        (w * norm(p) * (norm(eye - (p + node * (y @ p))) + 2 * gamma(n + 3) * (1 + near) * norm(p)) for w, p, node in parts),
-        torch.zeros_like(size),
-    )
-    slip = 1.1 * slip + 2 * gamma(n + ORDER + 3) * norm(whole) + REMAINDER
-    error = scale(apart / (1 - near - apart) + slip * size, r.counts) + U * norm(value) + 2 * U * norm(out)
-    # The product with ln 2 is rounded.
-    error = error + torch.where(down == 0, 0.0, U * math.sqrt(n) * LN2 * shift.abs())
-    known = r.ok & (apart < 0.1) & error.isfinite()
-    error = torch.where(known, error * (1 + 2.0**-20), math.inf)
-    # The identity's is exact.
-    error = torch.where(known & (size == 0) & (down == 0) & (r.counts == 0), 0.0, error)
+    # The product with ln 2 is rounded, and so are the sums.
+    lost = torch.where(down == 0, 0.0, U * math.sqrt(n) * LN2 * shift.abs() + 2 * U * norm(out))
+    lost = lost + norm(value.lo)
+    error = (error + lost) * (1 + 2.0**-20)
+    known = r.ok & error.isfinite()
     reason = torch.where(r.ok, torch.where(known, cert.NONE, cert.INACCURATE), cert.ON_CUT)
-    return Answer(out, error, r.defect, reason, r.steps, failure)
+    return Answer(out, torch.where(known, error, math.inf), r.defect, reason, r.steps, found.failure)
+
+
+def _inverse_scaling(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
+    """By square roots of the matrix as it is."""
+    if not x[0:1].numel():
+        return _empty(x)
+    down = _middle(x)
+    found = _of_pair(pair(scale(x, -down)), certify)
+    return _answer(pair(found.value), found.error, down, found, certify)
+
+
+def _diagonalized(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
+    """By square roots of B = W⁻¹AW, for a real W near the eigenvectors, which is near normal however far A is from it.
+
+    With Y ≈ W⁻¹ and R = I − WY, W⁻¹ = Y(I − R)⁻¹. B and W log(B) Y are computed in double-double arithmetic; their
+    errors are κ(W) times its roundings.
+    """
+    if not x[0:1].numel():
+        return _empty(x)
+    down = _middle(x)
+    a = pair(scale(x, -down))
+    n, finite = x.shape[-1], a.hi.isfinite().flatten(1).all(1)
+    eye = torch.eye(n, dtype=x.dtype, device=x.device)
+    values, vectors = torch.linalg.eig(torch.where(finite[:, None, None], a.hi, eye))
+    # Of a pair of complex eigenvectors the real and the imaginary part.
+    w = torch.where(values.imag[:, None, :] < 0, vectors.imag, vectors.real)
+    y, singular = inverse(w)
+    w, y = (torch.where(singular[:, None, None], eye, z) for z in (w, y))
+    basis, back = pair(w), pair(y)
+    for _ in range(CORRECTIONS):
+        gap, _ = minus(eye_like(x), fine_product(basis, back))
+        back = plus(back, y @ torch.where((norm(gap) < 1)[:, None, None], gap, 0.0))
+    inner = fine_product(a, basis)
+    b = fine_product(back, inner._replace(error=torch.zeros_like(inner.error)))
+    gap, gap_error = minus(eye_like(x), fine_product(basis, back))
+    left, size = (norm(back.hi) + norm(back.lo)), norm(gap) + gap_error
+    share = torch.where(size < 0.5, size / (1 - size), math.inf)
+    unknown = b.error + left * (inner.error + share * (norm(inner.hi) + norm(inner.lo) + inner.error))
+    found = _of_pair(Pair(b.hi, b.lo, unknown), certify)
+    value = product(product(basis, pair(found.value)), back)
+    right = left.minimum(two_norm(back.hi / left[:, None, None]) * left + norm(back.lo))
+    length = norm(w)
+    length = length.minimum(two_norm(w / length[:, None, None]) * length)
+    error = length * (found.error + share * (norm(found.value) + found.error)) * right + value.error
+    return _answer(value, error, down, found, certify)
+
+
+def _empty(x: Tensor) -> Answer:
+    zero = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
+    return Answer(x, zero, zero, torch.full(zero.shape, cert.NONE, device=x.device))
 
 
 def _middle(x: Tensor) -> Tensor:
@@ -244,7 +309,14 @@ LOGM = register(
                 torch.float64,
                 0.0,
                 lambda m, n: {"inverse64": 150, "float64": 600},
-                "every matrix with a principal logarithm",
+                "matrices with a principal logarithm",
+            ),
+            "diagonalized": Method(
+                _diagonalized,
+                torch.float64,
+                0.0,
+                lambda m, n: {"inverse64": 200, "svd64": 1, "float64": 800},
+                "the same far from normal, in a basis of eigenvectors",
             ),
         },
         "square",
@@ -295,8 +367,8 @@ def logm(
         InputError: for an unknown method, or a negative rtol.
         ConvergenceError: where there is no principal logarithm, or the error bound is above rtol.
     Cost: for each of 5 to 12 square roots 15 inverses, and 600 products in all, in float64. Accuracy: one rounding of
-    the dtype, until κ nears 1e12. The certificate's residual is ‖M − e^X‖_F / ‖M‖_F; its bound is an estimate of
-    unknown probability from n = 13.
+    the dtype, until κ nears 1e12. The certificate's residual is that of the square roots, ‖M − X²‖_F / ‖M‖_F; its bound
+    is an estimate from n = 13.
     Source: Al-Mohy and Higham, SIAM J. Sci. Comput. 34 (2012); Higham, Functions of Matrices (2008), chapter 11.
 
     >>> logm(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
