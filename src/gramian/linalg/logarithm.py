@@ -21,7 +21,16 @@ from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenval
 from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.scaling import scale
-from gramian.linalg.engine.stable import EXPLICIT, Stable, directions, frobenius, inverse, operator_norm, refined, transposed
+from gramian.linalg.engine.stable import (
+    EXPLICIT,
+    Stable,
+    directions,
+    frobenius,
+    inverse,
+    operator_norm,
+    refined,
+    transposed,
+)
 from gramian.linalg.principal_root import denman_beavers, on_cut, root_equation
 
 __all__ = ["logm", "logm_ex"]
@@ -138,7 +147,9 @@ def _distance(r: Roots) -> Tensor:
         back, _ = inverse(forward)
         chains = [(up @ forward, back @ down, square) for up, down, square in chains] + [(forward, back, defect)]
         norms = [_norm_of_inverse(up, down, one) for up, down, _ in chains]
-        parts = (torch.where(square > 0, size * square, 0.0) for size, (_, _, square) in zip(norms, chains, strict=True))
+        parts = (
+            torch.where(square > 0, size * square, 0.0) for size, (_, _, square) in zip(norms, chains, strict=True)
+        )
         most = sum(parts, torch.zeros_like(defect))
         reach = torch.where(taken, torch.where(4 * norms[-1] * most < 1, 2 * most, math.inf), reach)
         chains[-1] = (forward, back, torch.where(taken, defect + reach**2, 0.0))
