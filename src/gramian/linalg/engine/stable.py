@@ -169,6 +169,12 @@ def refined(s: Stable, c: Tensor, sign: Tensor | None = None) -> Tensor:
     return odd(z + _solve(s.steps, c - s.n @ z - z @ s.n), sign)
 
 
+def transposed(s: Stable) -> Stable:
+    """The equation NᵀZ + ZNᵀ = C, which is the adjoint of that of N."""
+    inverses = [y.mT for y in s.steps.inverses]
+    return s._replace(n=s.n.mT, steps=s.steps._replace(limit=s.steps.limit.mT, inverses=inverses))
+
+
 def solve(s: Stable, c: Tensor, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Z with NZ + ZN = C, and a bound on ‖C − NZ − ZN‖_F."""
     z = refined(s, c, sign)

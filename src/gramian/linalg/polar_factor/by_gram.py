@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gramian.linalg import certificate as cert
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.double_double import eye_like, minus, pair, product, transpose
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import SMALL, Answer
 from gramian.linalg.engine.probes import EXACT, MORE, Probes, apply, apply_transposed, closer, probes
@@ -61,7 +62,10 @@ def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float, rt
     if not certify:
         return Answer.bare(q, torch.where(ok & seen, cert.NONE, cert.INACCURATE), spectrum=spectrum)
     reason = torch.where(ok, torch.where(seen, cert.NONE, cert.INACCURATE), cert.LAPACK)
-    answer = _certified(x, q, v, root, w, ok & seen, rtol)
+    if n <= EXACT and x.dtype == left.dtype == torch.float64:
+        answer = _exactly_certified(x, q, left, ok & seen)
+    else:
+        answer = _certified(x, q, v, root, w, ok & seen, rtol)
     return replace(answer, reason=torch.where(ok & seen, answer.reason, reason), spectrum=spectrum)
 
 
@@ -80,6 +84,25 @@ def _certified(x: Tensor, q: Tensor, v: Tensor, root: Tensor, w: Tensor, ok: Ten
     reason = torch.where(error.isfinite(), cert.NONE, cert.INACCURATE)
     exact = torch.full_like(error, math.sqrt(n))
     return Answer(q, error, defect, reason, failure=6 * p.failure, size=exact)
+
+
+def _exactly_certified(x: Tensor, q: Tensor, left: Tensor, ok: Tensor) -> Answer:
+    """The bound of `gram_bound` for Z = LLᵀ with the L that was rounded, which is semidefinite too.
+
+    Its residuals are in double-double arithmetic, which costs little here. In float64 they are rounding, and the bound
+    would be a hundred times the error.
+    """
+    factor = pair(left)
+    image = product(product(pair(x), factor), transpose(factor))
+    away, away_error = minus(image, pair(q))
+    f, f_error = minus(product(transpose(image), image), eye_like(x))
+    apart, defect = norm(away) + away_error, norm(f) + f_error
+    error = (defect / math.sqrt(2) * (1 + defect).sqrt() / (1 - defect) + apart) * (1 + 2.0**-20)
+    error = torch.where(ok & (defect < 0.5) & error.isfinite(), error, math.inf)
+    if not x[0:1].numel():
+        error = torch.zeros_like(error)
+    reason = torch.where(error.isfinite(), cert.NONE, cert.INACCURATE)
+    return Answer(q, error, defect, reason, size=torch.full_like(error, math.sqrt(x.shape[-1])))
 
 
 def gram_bound(x: Tensor, q: Tensor, v: Tensor, root: Tensor, size: Tensor, p: Probes) -> tuple[Tensor, Tensor]:

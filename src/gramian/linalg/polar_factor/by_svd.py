@@ -23,6 +23,7 @@ from gramian.linalg.engine.double_double import (
     transpose,
 )
 from gramian.linalg.engine.escalation import Answer
+from gramian.linalg.engine.probes import EXACT
 from gramian.linalg.engine.rounding import U, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum
 
@@ -44,8 +45,8 @@ def _by_svd(x: Tensor, times: Product, steps: int, certify: bool) -> Answer:
 
 
 def svd(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
-    """By the SVD; error uκ, bounded from residuals in plain float64."""
-    return _by_svd(x, rough, 0, certify)
+    """By the SVD; error uκ, bounded from residuals in plain float64, in double-double arithmetic up to `EXACT`."""
+    return _by_svd(x, product if min(x.shape[-2:]) <= EXACT else rough, 0, certify)
 
 
 def svd_refined(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
