@@ -3,8 +3,9 @@
     python benchmarks/inspect_cost.py
 
 For each network a process of its own takes training steps, and others also inspect: without an optimizer, with one, and
-with a head of zeros, which starts the experiment with zeros. Time is that of the processor, one thread, the median of several steps and the smallest of three inspections;
-memory is the largest resident size. Goal: at most 10 steps, and at most 20 % more memory.
+with a head of zeros, which starts the experiment with zeros. Time is that of the processor, one thread, the median of
+several steps and the smallest of three inspections; memory is the largest resident size. Goal: at most 10 steps, and at
+most 20 % more memory.
 """
 
 from __future__ import annotations
