@@ -103,7 +103,7 @@ def test_what_was_measured_stands_in_the_state_and_is_replayed(monkeypatch: pyte
 def test_nothing_is_measured_unless_asked_nor_beyond_the_time() -> None:
     assert Muon(net()).param_groups[0]["approaches"] == ""
     huge = approaches([(20_000, 50_000)] * 8, CPU, {"approach": "measured", "rtol": 0.125})
-    assert huge == f"20000x50000 {module._approach(20_000, 50_000, 0.125, 'cpu', None, 0)}"
+    assert huge == f"20000x50000 {module._approach(20_000, 50_000, 0.125, 'cpu', None)}"
     with pytest.raises(InputError, match="approach='measured' is for Muon"):
         SOAP(net(), approach="measured")
     optimizer = Muon(model := net())

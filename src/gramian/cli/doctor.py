@@ -29,7 +29,7 @@ EXTRAS = {
 def command(
     json: Annotated[Path | None, typer.Option(help="Write what was found.")] = None,
 ) -> None:
-    """Show versions, the processor, what is calibrated, and which extras are installed."""
+    """Show versions, the processor, where gm.linalg's costs come from, and which extras are installed."""
     from gramian import report
     from gramian.bench.machine import features
     from gramian.linalg.engine.cost import cache_file, constants
@@ -54,9 +54,9 @@ def command(
         "matrix unit": "bfloat16 (AMX)" if found["bf16_matrix_unit"] else "none for bfloat16",
         "BLAS": found["blas"],
         "accelerator": found["accelerator"] or "none that torch can use",
-        "costs": "calibrated on this machine"
-        if found["costs"] == "calibrated"
-        else "those of another machine; gramian bench linalg --calibrate measures them here (30 s)",
+        "costs": "measured on this machine"
+        if found["costs"] == "measured"
+        else "defaults; measured here when gm.linalg first has work for which they matter",
     }
     for name, value in rows.items():
         table.add_row(name, value)

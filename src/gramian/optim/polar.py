@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gramian import placement
-from gramian.linalg.engine.cost import Operations, constants, predict
+from gramian.linalg.engine.cost import Constants, Operations, defaults, predict
 from gramian.linalg.polar_factor.few_passes import PAIRED_FROM, few_passes
 from gramian.linalg.polar_factor.newton_schulz import composed
 from gramian.linalg.polar_factor.zolotarev import LEAST, fractions, zolotarev
@@ -62,7 +62,7 @@ def polar(x: Tensor, options: Mapping[str, Any]) -> Tensor:
     """The polar factor of each matrix (K, m, n) to `rtol`, by what `approaches` has for its shape, or as predicted."""
     short, long = sorted(x.shape[-2:])
     name = _read(options.get("approaches", "")).get(f"{short}x{long}")
-    return _approach(short, long, options["rtol"], x.device.type, name, id(constants(x.device.type)))(x)
+    return _approach(short, long, options["rtol"], x.device.type, name)(x)
 
 
 def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> str:
@@ -103,9 +103,9 @@ def chosen(short: int, long: int, count: int, rtol: float, device: str, seconds:
     if key in _KNOWN:
         return _KNOWN[key]
     found = dict(_candidates(short, long / max(short, 1), rtol))
-    once = sum(predict(operations, short, count, device) for operations in found.values())
+    once = sum(predict(operations, short, count, _costs(device)) for operations in found.values())
     if once * (ROUNDS + 1) > seconds:
-        return _approach(short, long, rtol, device, None, id(constants(device)))
+        return _approach(short, long, rtol, device, None)
     x = torch.randn(count, short, long, generator=torch.Generator().manual_seed(0)).to(device)
     times: dict[Approach, list[float]] = {a: [] for a in found}
     end = time.perf_counter() + seconds
@@ -120,6 +120,11 @@ def chosen(short: int, long: int, count: int, rtol: float, device: str, seconds:
     return _KNOWN[key]
 
 
+def _costs(device: str) -> Constants:
+    """The default constants and not those measured here, so that a run that is started again takes the same steps."""
+    return defaults("cpu" if device == "cpu" else "cuda")
+
+
 def _now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -127,11 +132,11 @@ def _now(device: str) -> float:
 
 
 @lru_cache(maxsize=1024)
-def _approach(short: int, long: int, rtol: float, device: str, name: str | None, of_constants: int) -> Approach:
-    """The approach of that name; without one, the cheapest by the constants of the cost model."""
+def _approach(short: int, long: int, rtol: float, device: str, name: str | None) -> Approach:
+    """The approach of that name; without one, the cheapest by the default constants of the cost model."""
     best, least = Approach("quintics", MOST, "float32", LEAST), math.inf
     for candidate, operations in _candidates(short, long / max(short, 1), rtol):
-        seconds = predict(operations, short, ASSUMED_BATCH, device)
+        seconds = predict(operations, short, ASSUMED_BATCH, _costs(device))
         if str(candidate) == name:
             return candidate
         if seconds < least:
