@@ -18,7 +18,8 @@ from gramian.compression.modules import copied, submodule
 from gramian.compression.plan import SMALLEST, Plan
 from gramian.compression.predicting import Point, losses_of, measured_point
 from gramian.compression.targets import targets
-from gramian.compression.weighted import WeightedSVD, decompose, site_of
+from gramian.compression.weighted import WeightedSVD, decompose
+from gramian.compression.weighting import Uncaptured, weighting
 from gramian.errors import GramianWarning, InputError
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
@@ -111,13 +112,13 @@ def compress(
     spectra: list[WeightedSVD] = []
     own = copied(plain)
     for target in found:
+        here = target._replace(module=submodule(own, target.name))
         try:
-            site = site_of(target, calibration.stats)
-        except InputError as error:
+            weights = weighting(here, calibration.stats, share=calibration.distinct, blind=blind)
+        except Uncaptured as error:
             reasons[target.name] = str(error)
             continue
-        here = target._replace(module=submodule(own, target.name))
-        spectra.append(decompose(here, site, share=calibration.distinct, blind=blind))
+        spectra.append(decompose(here, weights))
         if progress is not None:
             progress(len(spectra))
     if not spectra:

@@ -41,6 +41,7 @@ def factor(model: nn.Module, ranks: Mapping[str, Any]) -> tuple[nn.Module, dict[
             as it was.
     """
     dense: dict[str, nn.Module] = {}
+    tied: dict[int, nn.Module] = {}
     try:
         for name, what in ranks.items():
             layer = submodule(model, name)
@@ -48,6 +49,9 @@ def factor(model: nn.Module, ranks: Mapping[str, Any]) -> tuple[nn.Module, dict[
             if not fits:
                 raise ValueError(f"{name} is a {type(layer).__name__}, which cannot be factored or quantized")
             made = _quantized(name, layer, what) if isinstance(what, Mapping) else _factored(name, layer, what)
+            shared = tied.setdefault(id(layer._parameters.get("weight")), made)
+            if shared is not made and isinstance(shared, LowRank) and isinstance(made, LowRank):
+                made.tie_(shared, layer._parameters.get("bias"))
             dense[name] = layer
             model = replaced(model, name, made)
     except BaseException:
