@@ -25,7 +25,7 @@ from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
 from gramian.statistics import Statistics
 
-__all__ = ["compress"]
+__all__ = ["compress", "judged"]
 
 DEFAULT_KEEP = 0.5
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
@@ -108,7 +108,7 @@ def compress(
         raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
     else:
         calibration = calibrate(model, batches, objective)
-    notes, ranked, blind = _judged(calibration)
+    notes, ranked, blind = judged(calibration)
     spectra: list[WeightedSVD] = []
     own = copied(plain)
     for target in found:
@@ -148,7 +148,7 @@ def _measured_by(objective: Objective | Callable, model: nn.Module) -> Objective
     return made.against(model) if made.against else made
 
 
-def _judged(calibration: Calibration) -> tuple[list[str], bool, bool]:
+def judged(calibration: Calibration) -> tuple[list[str], bool, bool]:
     """What is wrong with the data; whether it tells which layers matter; whether G is to be left out."""
     notes, stats = list(calibration.notes), calibration.stats
     units = stats.units * calibration.distinct or math.inf  # Grams from elsewhere have no units

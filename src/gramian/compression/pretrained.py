@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from gramian.compression.files import RANKS, _check_fit
 from gramian.compression.lowrank import LowRank
 from gramian.compression.ranks import factor, ranks_of, restore
+from gramian.compression.slicing import SLICED_KEYS
 from gramian.errors import CheckpointError, some
 
 __all__ = ["METHOD", "FactoredConfig", "FactoredQuantizer", "attach", "is_pretrained", "load_folder", "save_folder"]
@@ -84,7 +85,8 @@ class FactoredQuantizer(HfQuantizer):
         """
         ranks = ranks_of(model)
         model.config.quantization_config = FactoredConfig(ranks=ranks)
-        marks = {f"{name}.weight": torch.empty(0) for name in ranks}
+        sliced = {name for name, what in ranks.items() if isinstance(what, dict) and what.keys() == SLICED_KEYS}
+        marks = {f"{name}.weight": torch.empty(0) for name in ranks.keys() - sliced}  # those have weights as before
         return model.state_dict() | marks, {RANKS: json.dumps(ranks)}
 
 

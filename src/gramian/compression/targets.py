@@ -17,7 +17,7 @@ from gramian.compression.quantized import Quantized
 from gramian.errors import InputError, some
 from gramian.layers import is_affine, layer_of, layout_of, operation_of, runs_as_its_class
 
-__all__ = ["Target", "targets"]
+__all__ = ["Target", "adapted", "by_pattern", "targets", "why_not"]
 
 
 class Target(NamedTuple):
@@ -61,7 +61,7 @@ def targets(
     found: list[Target] = []
     reasons: dict[str, str] = {}
     factored = {id(child): low for low in model.modules() if isinstance(low, LowRank) for child in low}
-    adapted = _adapted(model)
+    adapters = adapted(model)
     all_blocks = blocks(model).blocks
     for block in all_blocks:
         low = factored.get(id(block.module))
@@ -70,7 +70,7 @@ def targets(
         if low is None:
             others = {id(module): other.rpartition(".")[0] for other, module in block.owners}
             tied = tuple(other for key, other in others.items() if key != id(block.module))
-            reason = _why_not_tied(block, adapted) if tied else why_not(block) or adapted.get(id(block.module), "")
+            reason = _why_not_tied(block, adapters) if tied else why_not(block) or adapters.get(id(block.module), "")
             table = operation_of(block.module).factors == "table"
             numel = block.parameter.numel()
             target = Target(name, block.module, block, block.name, block.name, numel, table=table, tied=tied)
@@ -84,9 +84,9 @@ def targets(
             reason = "its factors have rank 1" if low.rank == 1 else ""
             if block.aliases:
                 reason = f"its factors are tied to {', '.join(block.aliases)}"
-        reason = _by_pattern(name, include, exclude) or reason or _unprofitable(target)
+        reason = by_pattern(name, include, exclude) or reason or _unprofitable(target)
         for other in tied:
-            excluded = _by_pattern(other, include, exclude)
+            excluded = by_pattern(other, include, exclude)
             reason = reason or (excluded and f"tied to {other}, which is {excluded}")
         if reason:
             reasons[name] = reason
@@ -102,7 +102,7 @@ def targets(
     return found, reasons
 
 
-def _by_pattern(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
+def by_pattern(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
     for pattern in exclude:
         if fnmatch.fnmatchcase(name, pattern):
             return f"excluded by {pattern!r}"
@@ -124,7 +124,7 @@ def _shape(block: Block) -> tuple[int, int]:
     return block.parameter.numel() // n, n
 
 
-def _adapted(model: nn.Module) -> dict[int, str]:
+def adapted(model: nn.Module) -> dict[int, str]:
     """The reason for each layer in an adapter, or under one (PEFT's keep the layer they adapt as `base_layer`)."""
     reasons: dict[int, str] = {}
     for outer in model.modules():
@@ -134,12 +134,12 @@ def _adapted(model: nn.Module) -> dict[int, str]:
     return reasons
 
 
-def _why_not_tied(block: Block, adapted: dict[int, str]) -> str:
+def _why_not_tied(block: Block, adapters: dict[int, str]) -> str:
     """Why a weight with several owners is not factored: each has to be one that can be, with the same matrix."""
     layouts = set()
     for name, module in block.owners:
         alone = replace(block, owners=((name, module),))
-        reason = why_not(alone) or adapted.get(id(module), "")
+        reason = why_not(alone) or adapters.get(id(module), "")
         if reason:
             return f"tied to {', '.join(block.aliases)}" + (f"; {reason}" if module is not block.module else "")
         layouts.add(getattr(layout_of(module), "matrices", ()))
