@@ -57,7 +57,7 @@ def eliminated(w: Tensor, weighting: Weighting, num: int) -> Elimination:
     (1, 0)
     """
     w = w.double()
-    (m, n), size = w.shape, w.shape[1] // num
+    n, size = w.shape[1], w.shape[1] // num
     inverse = weighting.columns.inverse
     state = _State(
         w.clone(),

@@ -6,6 +6,8 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,13 +61,13 @@ class Narrowed:
     numbers: dict[str, dict[str, int]]
     price: int
 
-    @property
+    @cached_property
     def losses(self) -> list[float]:
         """What it costs to keep each number of units, from 0 on; none can be empty."""
         size = len(self.spectrum.values) // self.units.num
         return (0.5 * self.spectrum.candidates.losses[::size]).tolist()
 
-    @property
+    @cached_property
     def steps(self) -> list[tuple[float, int]]:
         """The hull's corners but the last: loss saved for each unit of the step to the next, and units kept."""
         losses, num = self.losses, self.units.num
@@ -74,7 +76,7 @@ class Narrowed:
             while len(found) > 1 and _slope(losses, found[-2], found[-1]) <= _slope(losses, found[-1], kept):
                 found.pop()
             found.append(kept)
-        return [(_slope(losses, a, b) / self.price, a) for a, b in zip(found, found[1:], strict=False)]
+        return [(_slope(losses, a, b) / self.price, a) for a, b in pairwise(found)]
 
 
 def _slope(losses: Sequence[float], a: int, b: int) -> float:
@@ -113,7 +115,7 @@ class NarrowPlan:
         return f"NarrowPlan({self})"
 
     def explain(self) -> Rows:
-        """One row for each layer: its name, units before and after, from which layers they come, loss, and the reason."""
+        """One row for each layer: its name, units before and after, the layers that produce them, loss, and reason."""
         rows = [
             {
                 "name": layer.units.name,
@@ -128,7 +130,7 @@ class NarrowPlan:
         none = {"units": None, "kept": None, "from": "", "loss": 0.0}
         return Rows(rows + [{"name": name, **none, "reason": reason} for name, reason in self.reasons.items()])
 
-    @property
+    @cached_property
     def parameters_dense(self) -> int:
         """Parameters of the model as it came."""
         return sum(p.numel() for p in self.model.parameters())
@@ -140,14 +142,15 @@ class NarrowPlan:
 
     def _parameters(self, kept: dict[str, int]) -> int:
         total = 0
-        for module, name, parameter, cuts in self._cut_parameters():
+        for parameter, cuts in self._cut_parameters:
             numel = parameter.numel()
             for layer in cuts:
                 numel = numel * kept[layer.units.name] // layer.units.num
             total += numel - parameter.numel()
         return self.parameters_dense + total
 
-    def _cut_parameters(self) -> list[tuple[nn.Module, str, Tensor, list[Narrowed]]]:
+    @cached_property
+    def _cut_parameters(self) -> list[tuple[Tensor, list[Narrowed]]]:
         """Each parameter with the layers whose units cut it: one along its rows, one along its columns."""
         by_module: dict[str, tuple[list[Narrowed], list[Narrowed]]] = {}
         for layer in self.layers:
@@ -158,7 +161,7 @@ class NarrowPlan:
         for name, (rows, columns) in by_module.items():
             module = submodule(self.model, name)
             for local, parameter in module.named_parameters(recurse=False):
-                found.append((module, local, parameter, rows + (columns if local == "weight" else [])))
+                found.append((parameter, rows + (columns if local == "weight" else [])))
         return found
 
     @property

@@ -1,4 +1,4 @@
-"""Slicing: layers with fewer rows and columns, which stay what they are, and remember what a file has to say of them."""
+"""Slicing: layers with fewer rows and columns stay what they are, and remember what a file has to say of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 __all__ = ["SLICED", "SLICED_KEYS", "resized", "sliced_"]
 
 SLICED = "_gramian_sliced"
-"""The attribute of a module with what changed: shapes of its parameters and buffers, and numbers among its attributes."""
+"""The attribute of a module with what changed: shapes of parameters and buffers, and numbers among its attributes."""
 
 SLICED_KEYS = {"shapes", "numbers"}
 """Its keys."""

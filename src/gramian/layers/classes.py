@@ -61,9 +61,9 @@ OPERATIONS: dict[str, Operation] = {
 class Layer:
     """A row of the table of classes: which matrices a module's own parameters hold, and how they are applied.
 
-    An operation with `init` or `factors` promises `y = W x + b`, or for a table `y = Wᵀ x`: one parameter `weight`, which
-    holds one matrix (or one for each of a convolution's groups), and perhaps a `bias`. Layers that have more are left out by what needs the
-    promise (`is_affine`), with the reason.
+    An operation with `init` or `factors` promises `y = W x + b`, or for a table `y = Wᵀ x`: one parameter `weight`,
+    which holds one matrix (or one for each of a convolution's groups), and perhaps a `bias`. Layers that have more are
+    left out by what needs the promise (`is_affine`), with the reason.
 
     Args:
         cls: a class of torch, or the name of a class of another library. Subclasses count.
