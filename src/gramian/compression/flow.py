@@ -119,7 +119,7 @@ def _fused(name: str, blocks: Mapping[str, Block], watch: _Watch, n: int) -> lis
         return list(whole.view(-1, n))
     if len(block.shape) == 2:
         return [whole] if n % m == 0 else []
-    if len(block.shape) > 3 or getattr(layer, "groups", 1) > 1 or n % block.shape[1]:
+    if len(block.shape) > 3 or getattr(layer, "groups", 1) > 1 or n % block.shape[-2]:
         return []
     plain = layout_of(layer)
     assert plain is not None

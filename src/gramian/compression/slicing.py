@@ -81,8 +81,9 @@ def resized(layer: nn.Module, what: Mapping[str, Any]) -> nn.Module:
         made.__dict__[held] = dict(layer.__dict__[held])
     for name, shape in shapes.items():
         old = made._parameters.get(name) if name in made._parameters else made._buffers.get(name)
-        fits = old is not None and len(shape) == old.ndim
-        if not fits or not all(isinstance(d, int) and 0 < d <= o for d, o in zip(shape, old.shape, strict=True)):
+        known = () if old is None else old.shape
+        fits = isinstance(shape, list) and len(shape) == len(known) > 0
+        if old is None or not fits or not all(type(d) is int and 0 < d <= o for d, o in zip(shape, known, strict=True)):
             raise ValueError(f"{name} of a {type(layer).__name__} cannot have shape {shape!r:.60}")
         _put(made, name, old.detach()[tuple(slice(d) for d in shape)].clone())
     for name, value in numbers.items():
