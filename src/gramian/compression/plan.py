@@ -18,6 +18,7 @@ from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.measuring import num_bytes
 from gramian.compression.mixing import Choices, Form, choices, loss_of, mix, possible, size_of
 from gramian.compression.modules import copied, replaced, submodule
+from gramian.compression.opening import close_
 from gramian.compression.predicting import Point, Predicted, predict
 from gramian.compression.pruning import expected_cost, pattern_of, shares_of_zeros
 from gramian.compression.rounding import BITS, GROUP
@@ -319,6 +320,7 @@ class Plan:
                 model = replaced(model, s.name, made)
                 for name in s.tied:
                     model = replaced(model, name, tied(submodule(model, name), made))
+        close_(model)
         support = pretrained_support()
         if support is not None:
             support.attach(model)

@@ -15,6 +15,7 @@ from gramian.compression.calibrating import Calibration, Measure, calibrate
 from gramian.compression.correcting import corrected
 from gramian.compression.mixing import Form
 from gramian.compression.modules import copied, submodule
+from gramian.compression.opening import open_
 from gramian.compression.plan import SMALLEST, Plan
 from gramian.compression.predicting import Point, losses_of, measured_point
 from gramian.compression.targets import targets
@@ -111,6 +112,7 @@ def compress(
     notes, ranked, blind = judged(calibration)
     spectra: list[WeightedSVD] = []
     own = copied(plain)
+    open_(own, [target.name for target in found])
     for target in found:
         here = target._replace(module=submodule(own, target.name))
         try:

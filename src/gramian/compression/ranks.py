@@ -9,6 +9,7 @@ from torch import nn
 
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.modules import clean_module_name, replaced, submodule
+from gramian.compression.opening import close_, open_
 from gramian.compression.quantized import Quantized
 from gramian.compression.slicing import SLICED, resized
 from gramian.layers import is_affine, operation_of
@@ -50,6 +51,7 @@ def factor(model: nn.Module, ranks: Mapping[str, Any]) -> tuple[nn.Module, dict[
     """
     dense: dict[str, nn.Module] = {}
     tied: dict[int, nn.Module] = {}
+    open_(model, ranks)
     try:
         for name, what in ranks.items():
             layer = old = submodule(model, name)
@@ -90,4 +92,5 @@ def restore(model: nn.Module, dense: Mapping[str, nn.Module]) -> nn.Module:
     """The model with these layers put back, the last first."""
     for name, layer in reversed([*dense.items()]):
         model = replaced(model, name, layer)
+    close_(model)
     return model

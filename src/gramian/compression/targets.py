@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gramian.block import Block, blocks
 from gramian.compression.lowrank import HOOKS, LowRank
 from gramian.compression.modules import clean_module_name, module_name
+from gramian.compression.opening import inner_name
 from gramian.compression.quantized import Quantized
 from gramian.errors import InputError, some
 from gramian.layers import is_affine, layer_of, layout_of, operation_of, runs_as_its_class
@@ -70,7 +70,14 @@ def targets(
         if low is None:
             others = {id(module): other.rpartition(".")[0] for other, module in block.owners}
             tied = tuple(other for key, other in others.items() if key != id(block.module))
-            reason = _why_not_tied(block, adapters) if tied else why_not(block) or adapters.get(id(block.module), "")
+            inner = inner_name(block.module, block.name.rpartition(".")[2])
+            if inner and not tied:
+                name = f"{name}.{inner}".lstrip(".")
+                reason = adapters.get(id(block.module), "")
+            elif tied:
+                reason = _why_not_tied(block, adapters)
+            else:
+                reason = why_not(block) or adapters.get(id(block.module), "")
             table = operation_of(block.module).factors == "table"
             numel = block.parameter.numel()
             target = Target(name, block.module, block, block.name, block.name, numel, table=table, tied=tied)
@@ -159,8 +166,6 @@ def why_not(block: Block) -> str:
         return ", ".join(filter(None, [f"{kind} is not factored{own}", tied]))
     if not is_affine(module):
         return f"{kind} has other parameters than a weight and a bias, or a weight that is made of others"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention applies it by its weight"
     if tied:
         return tied
     if getattr(module, "max_norm", None) is not None:

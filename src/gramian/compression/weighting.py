@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramian.block import Block
 from gramian.compression.lowrank import matrix_of
@@ -145,7 +145,7 @@ def _of_use(target: Target, site: Site, share: float, blind: bool) -> Weighting:
         mean = shrunk_mean(inputs, rows) if centered else None
         into = roots(inputs, rows, around=mean)
         label = "G"
-        back = _output_roots(target.block, outputs, rows)
+        back = _output_roots(target.block, outputs, rows, target.module)
     except InputError as error:
         raise InputError(f"compress: {label} of {target.inputs!r} {error}") from None
     sides = (("inputs", inputs), ("outputs", outputs))
@@ -198,12 +198,12 @@ def counted(moment: DiagonalGram) -> tuple[Roots, int]:
     return Roots(values.sqrt(), values.rsqrt()), unseen
 
 
-def _output_roots(block: Block | None, g: Gram | DiagonalGram, rows: float) -> Roots:
+def _output_roots(block: Block | None, g: Gram | DiagonalGram, rows: float, layer: nn.Module) -> Roots:
     """The roots of G over the layer's outputs; of fused parts, which have a G each, along the diagonal."""
     found = roots(g, rows)
     if block is None or not g.batch:
         return found
-    layout = layout_of(block.module)
+    layout = layout_of(layer)
     assert layout is not None
     outputs = torch.arange(layout.matrices[0], device=found.root.device)[:, None].expand(layout.matrices)
     order = block.split(layout.join(outputs))[..., 0].flatten()  # the output of each row of each part
