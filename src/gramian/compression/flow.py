@@ -109,6 +109,7 @@ def _units_of(name: str, blocks: Mapping[str, Block], watch: _Watch) -> Units | 
 def _fused(name: str, blocks: Mapping[str, Block], watch: _Watch, n: int) -> list[Tensor]:
     """The outputs of a layer, of each fused part by itself, where their number goes with the consumer's inputs."""
     layer, block = watch.layers[name], blocks.get(name)
+    rows = 0 if block is None else block.shape[-2]
     m = watch.outputs[name].shape[channel_dim(layer, inputs=False)]
     whole = torch.arange(m)
     if is_elementwise(layer):
@@ -119,7 +120,7 @@ def _fused(name: str, blocks: Mapping[str, Block], watch: _Watch, n: int) -> lis
         return list(whole.view(-1, n))
     if len(block.shape) == 2:
         return [whole] if n % m == 0 else []
-    if len(block.shape) > 3 or getattr(layer, "groups", 1) > 1 or n % block.shape[-2]:
+    if len(block.shape) > 3 or getattr(layer, "groups", 1) > 1 or n % rows:
         return []
     plain = layout_of(layer)
     assert plain is not None

@@ -1,8 +1,8 @@
-"""Opening: the matrices of attention and recurrent modules as layers of their own, so that a layer can take their place.
+"""Opening: matrices of attention and recurrent modules as layers of their own, so that a layer can take their place.
 
 `nn.MultiheadAttention` and `nn.LSTM` hold their weights as parameters and hand them to one function. An opened module
-has a linear layer for each such weight, and reads the weight off it. Whatever replaces that layer is multiplied out once
-in each pass: that saves bytes, and no time.
+has a linear layer for each such weight, and reads the weight off it. Whatever replaces that layer is multiplied out
+once in each pass: that saves bytes, and no time.
 """
 
 from __future__ import annotations
@@ -103,14 +103,14 @@ def open_(model: nn.Module, names: Iterable[str]) -> None:
                 _open(module, local, inner)
 
 
-def _open(module: nn.Module, local: str, inner: str) -> None:
+def _open(module: Any, local: str, inner: str) -> None:
     weight = module._parameters.pop(local)
     assert weight is not None
     m, n = weight.shape
     layer = nn.utils.skip_init(nn.Linear, n, m, bias=False, device=weight.device, dtype=weight.dtype)
     layer.weight = weight
-    if isinstance(module, nn.MultiheadAttention):
-        layer.bias = module._parameters.pop("in_proj_bias", None)  # type: ignore[assignment]
+    if inner == "in_proj":
+        layer.bias = module._parameters.pop("in_proj_bias", None)
     layer.train(module.training)
     module.__class__ = OPEN.get(type(module), type(module))
     module.__dict__.pop("_flat_weights", None)
@@ -119,7 +119,8 @@ def _open(module: nn.Module, local: str, inner: str) -> None:
 
 def close_(model: nn.Module) -> None:
     """Puts back, in place, the weights of layers that nothing took the place of."""
-    for module in model.modules():
+    for found in model.modules():
+        module: Any = found
         if type(module) not in _CLOSED:
             continue
         attention = isinstance(module, nn.MultiheadAttention)
