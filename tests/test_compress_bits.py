@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import warnings
 
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
-from gramian.compression.feedback import Feedback, feedback_of, settle
+from gramian.checkpoint import open_checkpoint, save_tensors
+from gramian.checkpoint.packing import RANKS
+from gramian.compression.feedback import RIDGE, Feedback, feedback_of, settle
 from gramian.compression.lowrank import LowRank
 from gramian.compression.measuring import in_int8, num_bytes
 from gramian.compression.mixing import Form
 from gramian.compression.pruning import Pattern, pruned
-from gramian.compression.quantized import Quantized, pack, unpack
+from gramian.compression.quantized import Quantized, multiplies_integers, pack, unpack
 from gramian.compression.rounding import BITS, noise, rounded
-from gramian.compression.shrinkage import roots
-from gramian.errors import InputError
+from gramian.compression.shrinkage import Roots, roots
+from gramian.errors import InputError, UnsupportedError
 from gramian.gram import Gram
 from gramian.layers import layout_of
 
@@ -61,20 +64,27 @@ def test_an_error_is_passed_on_as_the_optimal_brain_surgeon_does(what: str, monk
     upper = torch.linalg.cholesky(torch.linalg.inv(h)).mT
     order = torch.randperm(24, generator=seeded(1))
     feedback = Feedback(torch.arange(24), upper, torch.arange(1.0, 6.0).double()).reordered(order)
-    found = settle(w, feedback, lambda block, diagonal, place: lambda c, i: value(c, int(order[place.start + i])))
+    found, lost = settle(w, feedback, lambda block, diagonal, place: lambda c, i: value(c, int(order[place.start + i])))
     torch.testing.assert_close(found, surgeon(w, h, order, value), rtol=1e-9, atol=1e-9)
     error = found - w
     cost = 0.5 * (torch.arange(1.0, 6.0).double()[:, None] * (error @ h) * error).sum()
     torch.testing.assert_close(feedback.cost(error), cost, rtol=1e-9, atol=0)
+    torch.testing.assert_close(lost, ((error @ h) * error).sum(1), rtol=1e-9, atol=0)
 
 
 def test_the_feedback_is_the_factored_inverse_of_the_shrunk_moment() -> None:
     _, a, g = moments(5, 24)
     inputs, outputs = roots(a, 96.0), roots(g, 20.0)
-    feedback = feedback_of(inputs, outputs)
-    inverse = (inputs.inverse @ inputs.inverse)[feedback.order][:, feedback.order]
+    feedback = feedback_of(inputs, outputs, 96.0)
+    h = inputs.root @ inputs.root
+    h = h + RIDGE * 24 / 96 * h.diagonal().mean() * torch.eye(24)
+    inverse = torch.linalg.inv(h)[feedback.order][:, feedback.order]
     upper = feedback.factor.double()
     torch.testing.assert_close(upper.mT @ upper, inverse, rtol=1e-4, atol=1e-5 * float(inverse.abs().max()))
+    wide = Roots(inputs.root.diagonal(), inputs.inverse.diagonal())
+    expected = (wide.root.square() + RIDGE * 24 / 96 * wide.root.square().mean()).rsqrt()
+    diagonal = feedback_of(wide, outputs, 96.0)
+    torch.testing.assert_close(diagonal.factor.double(), expected[diagonal.order], rtol=1e-6, atol=0)
     assert (upper.tril(-1) == 0).all()
     assert (upper.diagonal() > 0).all()
     torch.testing.assert_close(feedback.outputs, (outputs.root @ outputs.root).diagonal())
@@ -104,6 +114,40 @@ def test_rounding_with_feedback_loses_less_than_to_the_nearest_and_as_expected(b
     ours, nearest = (float(feedback.cost(c.matrix(group) - w)) for c in (codes, rounded(w, bits, group)))
     assert ours < (0.95 if bits == 3 else 0.7) * nearest  # with few bits, most of the error is of clipping
     assert 1 <= ours / noise(w, bits, group, feedback) < (2.0 if bits > 4 else 4.0)
+
+
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_large_weight_that_others_can_make_up_for_does_not_push_them_out_of_range(bits: int, group: int) -> None:
+    """Of a weight whose input is nearly a sum of the others, clipping seems to cost nothing."""
+    generator = seeded(0)
+    x = torch.randn(2000, 96, generator=generator)
+    x[:, 0] = x[:, 1:].sum(1) / 95**0.5 + 0.03 * x[:, 0]
+    w = torch.randn(16, 96, generator=generator)
+    w[:8, 0] = 8.0
+    feedback = feedback_of(roots(Gram(96).update(x), 2000.0), roots(Gram(16).update(torch.eye(16)), 16.0))
+    new = torch.randn(2000, 96, generator=generator)
+    new[:, 0] = new[:, 1:].sum(1) / 95**0.5 + 0.03 * new[:, 0]
+    ours, nearest = (rounded(w, bits, group, given).matrix(group) - w for given in (feedback, None))
+    assert (feedback.quadratic(ours) <= feedback.quadratic(nearest) * (1 + 1e-5)).all()
+    held_out = [float((new @ error.mT).square().mean()) for error in (ours, nearest)]
+    assert held_out[0] < held_out[1]
+
+
+@pytest.mark.parametrize("num", [4, 24, 60, 96, 200, 1000])
+def test_of_few_rows_feedback_is_no_worse_on_new_ones_than_rounding_to_the_nearest(num: int) -> None:
+    """Errors are put where the inputs did not vary; with few rows, that is where new ones do."""
+    generator = seeded(num)
+    mixing = torch.linalg.qr(torch.randn(96, 96, generator=generator))[0] * torch.logspace(0, -2, 96)
+    x, new = (torch.randn(k, 96, generator=generator) @ mixing.T for k in (num, 4000))
+    w = torch.randn(24, 96, generator=generator)
+    moment = roots(Gram(96).update(x), float(num))
+    feedback = feedback_of(moment, roots(Gram(24).update(torch.eye(24)), 24.0), float(num))
+    found = {}
+    for name, given in (("ours", feedback), ("nearest", None)):
+        error = rounded(w, 8, 96, given).matrix(96) - w
+        found[name] = float((new @ error.mT).square().mean())
+    assert found["ours"] <= found["nearest"]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, Pattern(2, 4), Pattern(4, 8)], ids=str)
@@ -175,6 +219,27 @@ def test_integers_are_multiplied_where_that_is_asked_for() -> None:
     assert num_bytes(small) < 0.35 * num_bytes(model)
     torch.testing.assert_close(found, model(x), rtol=0.03, atol=0.03)
     assert torch.isfinite(small(torch.zeros(1, 64))).all()
+
+
+def test_integers_are_not_multiplied_where_their_sums_overflow(monkeypatch) -> None:
+    """As on x86 without VNNI, where sums of two products saturate at 16 bits and outputs are off by a seventh."""
+
+    def saturating(a: Tensor, b: Tensor) -> Tensor:
+        products = (a.int() + 128).unsqueeze(2) * b.int()  # one side is made unsigned, as the instruction wants it
+        pairs = products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1)
+        return pairs.sum(1) - 128 * b.int().sum(0)
+
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    multiplies_integers.cache_clear()
+    try:
+        assert not multiplies_integers("cpu")
+        layer, x = nn.Linear(64, 48), torch.randn(5, 64)
+        (small,) = in_int8(nn.Sequential(layer))
+        torch.testing.assert_close(small(x), layer(x), rtol=0.01, atol=0.01)
+        with pytest.raises(UnsupportedError, match="overflow on this processor"):
+            small.integer = True
+    finally:
+        multiplies_integers.cache_clear()
 
 
 def net() -> nn.Sequential:
@@ -385,6 +450,10 @@ def test_from_pretrained_gives_the_same_quantized_model(family: str, options: di
     made = gm.compress(model, batches=batches, objective=gm.Objective.self_distillation(), keep=0.9)
     small = made.at(**options, of="factorable").apply()
     gm.save_compressed(small, tmp_path / "small")
+    stored = open_checkpoint(tmp_path / "small")
+    for one, layer in small.named_modules():
+        if isinstance(layer, Quantized):
+            assert torch.equal(stored.load(f"{one}.weight"), layer.weight + 0)
     again = type(model).from_pretrained(tmp_path / "small").eval()
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, small(tokens).logits)
@@ -397,3 +466,51 @@ def test_from_pretrained_gives_the_same_quantized_model(family: str, options: di
         assert torch.equal(type(model).from_pretrained(tmp_path / "more").eval()(tokens).logits, again(tokens).logits)
     part = transformers.AutoModel.from_pretrained(tmp_path / "small")
     assert any(isinstance(m, Quantized) for m in part.modules())
+
+
+@pytest.mark.parametrize("name", ["4 bits", "3 bits", "factors"])
+def test_a_file_of_integers_is_inspected_as_the_matrices_that_are_applied(plan, name: str, tmp_path) -> None:
+    small = plan.at(**FORMS[name]).apply()
+    gm.save_compressed(small, tmp_path / "small.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "small.safetensors")
+    layers = {n: m for n, m in small.named_modules() if isinstance(m, Quantized)}
+    for one, layer in layers.items():
+        assert torch.equal(checkpoint.load(f"{one}.weight"), layer.matrix())
+    report = gm.inspect(tmp_path / "small.safetensors")
+    assert {layer.name for layer in report.layers} == {f"{one}.weight" for one in layers}
+    assert all("(gramian)" in layer.note for layer in report.layers)
+
+
+def test_integers_of_kernels_and_transposed_weights_are_read_in_the_shape_of_the_weight(tmp_path) -> None:
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    for i, layer in enumerate((Conv1D(12, 20), nn.Conv2d(4, 6, 3))):
+        layout = layout_of(layer)
+        assert layout is not None
+        made = Quantized(layer, 5, 16).set_(rounded(layout.split(layer.weight.detach()), 5, 16))
+        gm.save_compressed(nn.Sequential(made), tmp_path / f"{i}.safetensors")
+        weight = open_checkpoint(tmp_path / f"{i}.safetensors").load("0.weight")
+        assert weight.shape == layer.weight.shape
+        assert torch.equal(weight, made.weight + 0)
+        assert [one.name for one in gm.inspect(tmp_path / f"{i}.safetensors").layers] == ["0.weight"]
+
+
+HARMED = {
+    "bits": ({"bits": 3}, "do not fit what the file says"),
+    "shape": ({"shape": [0, 3]}, "do not fit what the file says"),
+    "text": ({"group": "x"}, "do not fit what the file says"),
+    "no shape": ({"shape": None}, "earlier version"),
+}
+
+
+@pytest.mark.parametrize("name", HARMED)
+def test_integers_that_do_not_fit_what_the_file_says_are_left_out_by_name(name: str, tmp_path) -> None:
+    changed, words = HARMED[name]
+    made = Quantized(nn.Linear(20, 7), 4, 16)
+    about = {key: value for key, value in (made.about | changed).items() if value is not None}
+    save_tensors(tmp_path / "a.safetensors", nn.Sequential(made).state_dict(), {RANKS: json.dumps({"0": about})})
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    assert "0.weight" not in checkpoint.entries
+    assert any(words in note for note in checkpoint.notes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -12,9 +15,12 @@ import gramian as gm
 from cases import seeded
 from gramian.compression import compress
 from gramian.compression.filling import Candidates, fill, uniform
+from gramian.compression.predicting import Point, predict
 from gramian.compression.shrinkage import roots, shrunk
 from gramian.errors import GramianWarning, InputError
 from gramian.gram import Gram
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def spectrum(d: int) -> Tensor:
@@ -263,3 +269,57 @@ def test_errors_that_add_up_over_tokens_are_seen() -> None:
         keep=0.6, of="factorable"
     )
     assert blind.predicted_loss < 0.3 * rise
+
+
+def test_a_model_in_training_mode_stays_as_it_was() -> None:
+    """Also where one sample would be too few for its batch norm, and where the loss is asked whether it vanishes."""
+    model = nn.Sequential(nn.Linear(32, 48), nn.BatchNorm1d(48), nn.Dropout(), nn.Linear(48, 12)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [(x, x[:, :12]) for x in inputs(24, 1).split(1)]
+    compress(model, batches=batches, objective=lambda model, batch: (model(batch[0]) - batch[1]).square().mean())
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("first", range(0, 40, 8))
+def test_hostile_cases_are_refused_or_told_and_give_finite_models(first: int) -> None:
+    """Some of those of `benchmarks/compress_hostile.py`, which has 1,000."""
+    spec = importlib.util.spec_from_file_location("compress_hostile", BENCHMARKS / "compress_hostile.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hostile = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hostile)
+    found = {seed: hostile.outcome(seed) for seed in range(first, first + 8)}
+    assert {seed: how for seed, how in found.items() if how not in ("refused", "told", "planned")} == {}
+
+
+def test_a_rise_that_drowns_in_noise_is_found_from_larger_ones_and_its_interval_covers() -> None:
+    """Rises are a slowly changing multiple of the estimate, measured with a noise like their root."""
+    generator, covered, errors = seeded(0), 0, []
+    for _ in range(100):
+        at = torch.linspace(-10, -2, 7) + 0.6 * torch.rand(7, generator=generator)
+        size, slope = (0.3 * torch.randn(2, generator=generator)).tolist()
+
+        def rise(x: Tensor, size: float = size, slope: float = slope) -> Tensor:
+            return (x + size + 0.5 * slope * (x + 6)).exp()
+
+        noise = rise(at[:1]) * (0.5 * (at - at[0])).exp()  # nine in ten; as large as the smallest rise
+        seen = rise(at) + noise / 1.645 * torch.randn(7, generator=generator)
+        points = [Point(*row) for row in zip(at.exp().tolist(), seen.tolist(), noise.tolist(), strict=True)]
+        place = -10 + 8 * torch.rand(1, generator=generator)
+        true, told = float(rise(place)), predict(float(place.exp()), points)
+        covered += told.low <= true <= told.high
+        errors.append(abs(told.rise / true - 1))
+    assert covered >= 85
+    assert sorted(errors)[50] < 0.08
+    assert sorted(errors)[90] < 0.45
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-20, 1.0, 1e20, 1e60])
+def test_a_prediction_does_not_depend_on_the_unit_of_the_loss(scale: float) -> None:
+    points = [Point(1e-3, 2e-3, 1e-3), Point(1e-2, 1.5e-2, 2e-3), Point(1.0, 1.2, 1e-2)]
+    plain = predict(0.1, points)
+    scaled = predict(0.1 * scale, [Point(*(scale * x for x in point[:3])) for point in points])
+    assert scaled[:3] == pytest.approx([scale * x for x in plain[:3]], rel=1e-9)
+    assert predict(0.1, [Point(1e-3, 0.0, 0.0)]) == (0.0, 0.0, 0.0, True)
+    assert all(math.isfinite(x) for x in predict(1e-200, [Point(1e-250, 1e30, 1e30), Point(1.0, 1.0, 0.0)])[:3])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.checkpoint.packing import RANKS, spread, unpack
 from gramian.checkpoint.schemes import Plan, Scheme, Setting
 
 __all__ = ["QUANTIZED"]
@@ -210,6 +211,35 @@ def _nvfp4(setting: Setting) -> Plan | None:
     return Plan((q.shape[0], 2 * q.shape[1]), "float32", "dequantized from NVFP4", compute)
 
 
+def _gramian(setting: Setting) -> Plan | str | None:
+    """q s of `gm.compress`: codes of 2 to 8 bits in bytes, a scale per group of columns."""
+    q, s, mark = setting.parts["q"], setting.parts["scale"], setting.parts.get("mark")
+    ranks = setting.config.get(RANKS) or _quantization(setting.config).get("ranks")
+    about = ranks.get(setting.name.removesuffix("weight").rstrip(".")) if isinstance(ranks, Mapping) else None
+    if not isinstance(about, Mapping) or (mark is not None and mark.shape != (0,)):
+        return None
+    if "shape" not in about:
+        return "integers of an earlier version of gramian, which does not say their shape: not dequantized"
+    wrong = "integers of gramian that do not fit what the file says of them: not dequantized"
+    try:
+        bits, group, shape = int(about["bits"]), int(about["group"]), tuple(int(n) for n in about["shape"])
+        rows = q.shape[0]
+        columns = math.prod(shape) // rows
+        fits = rows * columns == math.prod(shape) and 2 <= bits <= 8 and group > 0
+        fits = fits and (q.shape, s.shape) == ((rows, bits * -(-columns // 8)), (rows, -(-columns // group)))
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
+        return wrong
+    if not fits or q.dtype != "uint8":
+        return wrong
+    transposed = bool(about.get("transposed"))
+
+    def compute(parts: Mapping[str, Tensor]) -> Tensor:
+        w = unpack(parts["q"], bits, columns) * spread(parts["scale"].float(), group, columns)
+        return w.mT.reshape(shape) if transposed else w.reshape(shape)
+
+    return Plan(shape, "float32", f"dequantized from int{bits} (gramian)", compute)
+
+
 def _fp4(packed: Tensor) -> Tensor:
     """The four-bit floats in bytes, the low half first."""
     table = torch.tensor(FP4)
@@ -252,6 +282,10 @@ QUANTIZED: tuple[Scheme, ...] = (
     ),
     Scheme(
         "MXFP4", re.compile(r"(?P<name>.+)_blocks"), "q", {"scale": ("{name}_scales",)}, "{name}", _mxfp4
+    ),
+    Scheme(
+        "gramian", re.compile(_STEM + "codes"), "q", {"scale": ("{stem}scales",)}, "{stem}weight", _gramian,
+        {"mark": ("{stem}weight",)},
     ),
     Scheme(
         "float8, int8", re.compile(r"(?P<name>(?P<stem>(?:.*\.)?)\w+)"), "q",

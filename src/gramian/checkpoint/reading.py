@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from gramian.checkpoint.derived import with_derived
 from gramian.checkpoint.faults import damaged, plain
 from gramian.checkpoint.folders import open_file, open_folder, open_index, read_json
 from gramian.checkpoint.formats import Entry, get
+from gramian.checkpoint.packing import RANKS
 from gramian.checkpoint.readers import reader
 from gramian.errors import CheckpointError, InputError
 
@@ -156,9 +158,18 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False, verif
     if not stored:
         folder, load = path if path.is_dir() else path.parent, partial(_load, verify=verify)
         settings = {name: read_json(folder / name) for name in SETTINGS}
-        entries, more = with_derived(entries, {name: found for name, (found, _) in settings.items()}, load)
+        told = {name: found for name, (found, _) in settings.items()} | _ranks(metadata)
+        entries, more = with_derived(entries, told, load)
         notes = [*notes, *(note for _, note in settings.values() if note), *more]
     return Checkpoint(path, entries, tuple(notes), metadata, beside, verify)
+
+
+def _ranks(metadata: Mapping[str, str]) -> dict[str, object]:
+    """What a file says of layers that gramian factored or quantized; nothing where that cannot be read."""
+    try:
+        return {RANKS: json.loads(metadata[RANKS])}
+    except (KeyError, ValueError, RecursionError):
+        return {}
 
 
 def clean_name(name: str) -> str:

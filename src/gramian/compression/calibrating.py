@@ -15,17 +15,23 @@ from gramian import placement
 from gramian.batch import main_input, mapped, num_samples, tensors
 from gramian.calls import prepared
 from gramian.errors import InputError
+from gramian.gram import Gram
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Objective, as_objective
-from gramian.recording import capture
-from gramian.statistics import Statistics
+from gramian.recording import capture, evaluating
+from gramian.recording.onepass import captured
+from gramian.recording.recorder import WITHOUT_AUTOGRAD
+from gramian.statistics import Site, Statistics
 
-__all__ = ["Calibration", "Measure", "calibrate"]
+__all__ = ["Calibration", "Measure", "calibrate", "cuttable"]
 
 HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
-MOST_HELD = 16
+MOST_HELD = 8
 """Batches kept in memory to measure on."""
+ENOUGH, EVERY = 8, 4
+"""From so many rows for each dimension of every G on, one batch of so many is differentiated. A decides how a layer is
+cut, and G only what it counts, so G needs fewer rows; a backward pass with its Grams takes half of the time."""
 
 
 @dataclass
@@ -51,6 +57,7 @@ class Calibration:
         stats: of `gm.capture`.
         distinct: the share of samples that are not the same as another.
         samples: the number of distinct samples.
+        differentiated: the share of batches that added to G.
         objective: whose gradients gave G; `None` where the statistics came from elsewhere.
         measure: on what the rise of the loss is measured; `None` where there is nothing.
         notes: what a person has to know of the data, in sentences.
@@ -59,6 +66,7 @@ class Calibration:
     stats: Statistics
     distinct: float = 1.0
     samples: float = 0.0
+    differentiated: float = 1.0
     objective: Objective | None = None
     measure: Measure | None = None
     notes: list[str] = field(default_factory=list)
@@ -94,12 +102,37 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
             "weighted by how much they move the model's output instead (labels drawn around it, fisher='sampled')"
         )
     generator = torch.Generator(next((p.device for p in model.parameters()), "cpu")).manual_seed(1)
-    second = next(given, None)
+    second, which = next(given, None), _Differentiated()
     if second is not None:
-        stats.merge(capture(model, itertools.chain([second], given), used, generator=generator))
+        rest = itertools.chain([second], given)
+        stats.merge(captured(model, rest, used, generator=generator, differentiates=which))
     measured = objective.against(model) if objective.against else objective
     held, seen = (reader.held, False) if reader.held else ([first], True)
-    return Calibration(stats, reader.distinct, float(len(reader.hashes)), used, Measure(held, measured, seen), notes)
+    measure, samples = Measure(held, measured, seen), float(len(reader.hashes))
+    return Calibration(stats, reader.distinct, samples, which.share, used, measure, notes)
+
+
+class _Differentiated:
+    """Whether a batch is differentiated: all are until every G has many rows, and then one of EVERY."""
+
+    def __init__(self) -> None:
+        self.num = self.taken = 1  # the first one was
+
+    @property
+    def share(self) -> float:
+        """The share of batches that were."""
+        return self.taken / self.num
+
+    def __call__(self, stats: Statistics) -> bool:
+        taken = not stats.units or self.num % EVERY == 0 or any(_lacks_rows(site) for site in stats.sites())
+        self.num, self.taken = self.num + 1, self.taken + taken
+        return taken
+
+
+def _lacks_rows(site: Site) -> bool:
+    if site.G is None or site.A is None:
+        return not site.reason or site.reason in WITHOUT_AUTOGRAD
+    return isinstance(site.G, Gram) and float(site.A.count.max()) < ENOUGH * site.G.dim
 
 
 def around_output(objective: Objective) -> Objective:
@@ -139,7 +172,7 @@ def _vanishes(model: nn.Module, objective: Objective, batch: Any, stats: Statist
     own = around_output(objective)
     try:
         reference = capture(model, [batch], own)
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             pairs = own.predict(model, prepared(model, batch))
     except InputError:  # it has no output that can be seen: the gradient that there is has to do
         return False
@@ -195,12 +228,21 @@ class _Reader:
 
 def _parted(batch: Any) -> tuple[Any, Any | None]:
     """A batch without its last samples, and these; whole, and `None`, where it has few or cannot be cut."""
+    num = cuttable(batch)
+    cut = num // HELD_OUT
+    if not cut:
+        return batch, None
+    return mapped(batch, lambda t: t[:-cut]), mapped(batch, lambda t: t[-cut:])
+
+
+def cuttable(batch: Any) -> int:
+    """The number of samples of a batch whose tensors can all be cut along the first dimension; 0 of any other.
+
+    Args:
+        batch: any batch.
+    """
     try:
         num = num_samples(batch)
     except InputError:
-        return batch, None
-    sizes = {t.shape[0] if t.ndim else 0 for t in tensors(batch)}
-    cut = num // HELD_OUT
-    if sizes != {num} or not cut:
-        return batch, None
-    return mapped(batch, lambda t: t[:-cut]), mapped(batch, lambda t: t[-cut:])
+        return 0
+    return num if {t.shape[0] if t.ndim else 0 for t in tensors(batch)} == {num} else 0

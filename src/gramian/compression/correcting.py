@@ -7,13 +7,15 @@ gradients of the weight on batches that the statistics have not seen tell the tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gramian.batch import mapped
 from gramian.calls import prepared
+from gramian.compression.calibrating import cuttable
 from gramian.compression.feedback import Feedback
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.modules import submodule
@@ -26,6 +28,8 @@ __all__ = ["corrected"]
 
 SAMPLES = 48
 """Gradients, each of a batch with labels drawn from the model's output. A factor is then within a fifth or so."""
+PART = 8
+"""Samples of such a batch. Gradients of samples are independent, so more of them in one make a factor no surer."""
 ROUNDED = 4
 """One gradient of so many is also asked what rounding costs; each sums over all entries, so few are enough."""
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -83,21 +87,20 @@ def _coefficients(
     frozen = [parameter for parameter in asked if not parameter.requires_grad]
     generator = torch.Generator(weights[0].device).manual_seed(2)
     found: list[tuple[list[Tensor], list[float]]] = [([], []) for _ in spectra]
-    draws = -(-SAMPLES // len(batches))
     factors = [(s.left.float(), s.right.float()) for s in spectra]
     try:
         for w in frozen:
             w.requires_grad_(True)
         with evaluating(model), torch.enable_grad():
-            for given in batches:
+            for given, draws in _parts(batches):
                 batch = prepared(model, given)
                 output = objective.predict(model, batch)
-                _, units = objective.checked(objective.criterion(output, batch))
-                for _ in range(draws):
+                _, units = objective.checked(objective.criterion(output, batch), empty=True)
+                for more in reversed(range(draws if units > 0 else 0)):
                     loss = torch.stack(list(objective.losses(output, batch, "sampled", generator))).sum()
                     if not loss.requires_grad:
                         continue
-                    grads = torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=True)
+                    grads = torch.autograd.grad(loss, asked, retain_graph=more > 0, allow_unused=True)
                     by_bias = dict(zip(map(id, asked), grads, strict=True))
                     rows = zip(found, spectra, layers, factors, biases, grads, strict=False)
                     for (cuts, rounds), s, layer, (left, right), bias, grad in rows:
@@ -116,6 +119,19 @@ def _coefficients(
         for w in frozen:
             w.requires_grad_(False)
     return found
+
+
+def _parts(batches: Sequence[Any]) -> Iterator[tuple[Any, int]]:
+    """Parts of PART samples spread over the batches, at most SAMPLES of them, and how many gradients each gives."""
+    places = []
+    for batch in batches:
+        num = cuttable(batch)
+        places += [(batch, slice(i, i + PART)) for i in range(0, num, PART)] or [(batch, None)]
+    num = min(SAMPLES, len(places))
+    for i in range(num):
+        batch, place = places[i * len(places) // num]
+        part = batch if place is None else mapped(batch, lambda t, at=place: t[at])
+        yield part, -(-SAMPLES // num)
 
 
 def _factor(s: WeightedSVD, coefficients: list[Tensor]) -> float:

@@ -8,6 +8,7 @@ with `e_j` the error at the moment when weight j was settled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,11 @@ Rule = Callable[[Tensor, Tensor, slice], Callable[[Tensor, int], Tensor]]
 
 BLOCK = 128
 """Columns between two products with the whole rest of the matrix."""
+RIDGE = 0.1
+"""What is added to the inputs' second moment, as a share of its mean eigenvalue, times columns by rows. Feedback puts
+errors where the inputs hardly vary, so where few rows were seen, new ones vary there more. Measured on five layers of a
+sentence transformer of 384 columns, against rounding to the nearest on new rows: with 84 to 2,427 rows the error is 0.3
+to 1.0 times as large; without, up to 13 times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,8 @@ class Feedback:
 
     def reordered(self, order: Tensor) -> Feedback:
         """The same with the columns settled in another order."""
+        if torch.equal(order, self.order):
+            return self
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(len(place), device=place.device)
         if self.factor.ndim == 1:
@@ -74,38 +82,59 @@ class Feedback:
         rank = means.argsort().argsort()
         return self.reordered((rank[torch.arange(n, device=device) // group] * n + place).argsort())
 
-    def cost(self, error: Tensor) -> Tensor:
-        """`½ Σ_i g_i e_iᵀ H e_i` of an error of the whole matrix (m, n)."""
+    def of_rows(self, rows: Tensor) -> Feedback:
+        """The same for some of the rows of the matrix."""
+        return Feedback(self.order, self.factor, self.outputs[rows])
+
+    def quadratic(self, error: Tensor) -> Tensor:
+        """`e_iᵀ H e_i` of the errors of rows (m, n), in float64, (m,)."""
         error = error.double()[:, self.order]
         factor = self.factor.double()
         if factor.ndim == 1:
             whitened = error / factor
         else:
             whitened = torch.linalg.solve_triangular(factor, error, upper=True, left=False)
-        return 0.5 * (self.outputs.double() * whitened.square().sum(1)).sum()
+        return whitened.square().sum(1)
+
+    def cost(self, error: Tensor) -> Tensor:
+        """`½ Σ_i g_i e_iᵀ H e_i` of an error of the whole matrix (m, n)."""
+        return 0.5 * (self.outputs.double() * self.quadratic(error)).sum()
 
 
-def feedback_of(inputs: Roots, outputs: Roots) -> Feedback:
+def feedback_of(inputs: Roots, outputs: Roots, rows: float = math.inf) -> Feedback:
     """The feedback of a layer, from the roots of the shrunk second moments of its inputs and output gradients.
 
     Args:
-        inputs: of the inputs: their shrinkage is all the damping that there is.
+        inputs: of the inputs.
         outputs: of the output gradients.
+        rows: how many independent rows the inputs' second moment stands for; the fewer, the larger is the multiple of
+            the identity that is added to it.
 
     Returns:
         The feedback, its factor in float32.
 
     Raises: nothing of its own.
-    Cost: a QR decomposition of the inverse root, whose condition is the root of that of H.
+    Cost: a product, a Cholesky decomposition and a triangular inverse.
     Source: GPTQ (Frantar et al. 2210.17323, §3.3, steps 1 and 3); the order is its `act-order`.
 
     >>> one = torch.ones(3, dtype=torch.float64)
     >>> feedback_of(Roots(one / torch.arange(3, 0, -1), one * torch.arange(3, 0, -1)), Roots(one, one)).order
     tensor([2, 1, 0])
     """
-    moments = inputs.root.square() if inputs.root.ndim == 1 else inputs.root.square().sum(0)
+    root = inputs.root
+    whole = root.square() if root.ndim == 1 else root @ root.mT
+    moments = whole if root.ndim == 1 else whole.diagonal()
     order = moments.argsort(descending=True, stable=True)
-    factor = inputs.inverse[order] if inputs.inverse.ndim == 1 else _upper(inputs.inverse[:, order])
+    ridge = RIDGE * len(moments) / max(rows, 1.0) * moments.mean()
+    if root.ndim == 1:
+        factor = (moments[order] + ridge).rsqrt()
+    else:
+        whole = whole[order][:, order]
+        whole.diagonal().add_(ridge)
+        # H = U⁻¹ U⁻ᵀ with U⁻¹ upper triangular: a Cholesky decomposition from the last column on.
+        inverse = torch.linalg.cholesky(whole.flip(0, 1)).flip(0, 1)
+        eye = torch.eye(len(order), dtype=root.dtype, device=root.device)
+        factor = torch.linalg.solve_triangular(inverse, eye, upper=True)
     counts = outputs.root.square() if outputs.root.ndim == 1 else outputs.root.square().sum(1)
     return Feedback(order, factor.float(), counts)
 
@@ -116,7 +145,7 @@ def _upper(root: Tensor) -> Tensor:
     return upper * upper.diagonal().sign()[:, None]
 
 
-def settle(w: Tensor, feedback: Feedback, rule: Rule, step: int = 1) -> Tensor:
+def settle(w: Tensor, feedback: Feedback, rule: Rule, step: int = 1) -> tuple[Tensor, Tensor]:
     """The matrix with its columns settled one after the other, each error passed on to those that follow.
 
     Args:
@@ -128,7 +157,7 @@ def settle(w: Tensor, feedback: Feedback, rule: Rule, step: int = 1) -> Tensor:
         step: how many columns a rule sees together.
 
     Returns:
-        (m, n).
+        The matrix (m, n), and what each row's errors cost, `Σ_j e_j² / U_jj²`, (m,).
 
     Raises: nothing of its own.
     Cost: `m n²` multiplications.
@@ -138,21 +167,22 @@ def settle(w: Tensor, feedback: Feedback, rule: Rule, step: int = 1) -> Tensor:
     >>> one = torch.ones(2)
     >>> whole = lambda columns, diagonal, place: lambda column, j: column.round()
     >>> settle(torch.tensor([[0.6, 0.6]]), Feedback(torch.arange(2), one, one[:1]), whole)
-    tensor([[1., 1.]])
+    (tensor([[1., 1.]]), tensor([0.3200]))
     """
-    left = w[:, feedback.order].clone()
+    left, lost = w[:, feedback.order].clone(), torch.zeros_like(w[:, 0])
     factor, n = feedback.factor.to(w.dtype), w.shape[1]
     size = step * max(1, BLOCK // step)
     for begin in range(0, n, size):
         block = slice(begin, min(begin + size, n))
         if factor.ndim == 1:
-            _settle_block(left[:, block], torch.diag(factor[block]), rule, step, begin)
+            errors = _settle_block(left[:, block], torch.diag(factor[block]), rule, step, begin)
         else:
             errors = _settle_block(left[:, block], factor[block, block], rule, step, begin)
             left[:, block.stop :] -= errors @ factor[block, block.stop :]
+        lost += errors.square().sum(1)
     settled = torch.empty_like(w)
     settled[:, feedback.order] = left
-    return settled
+    return settled, lost
 
 
 def _settle_block(block: Tensor, factor: Tensor, rule: Rule, step: int, offset: int) -> Tensor:

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from gramian.block import blocks
 from gramian.calls import unwrapped
 from gramian.checkpoint import Checkpoint, clean_name, open_checkpoint, save_tensors
+from gramian.checkpoint.packing import RANKS
 from gramian.compression.ranks import factor, ranks_of, restore
 from gramian.errors import CheckpointError, some
 
-__all__ = ["RANKS", "has_ranks", "load_compressed", "pretrained_support", "save_compressed"]
-
-RANKS = "gramian.ranks"
-"""The entry of a file's metadata that has the ranks, as JSON."""
+__all__ = ["has_ranks", "load_compressed", "pretrained_support", "save_compressed"]
 
 
 def save_compressed(model: nn.Module, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from gramian.batch import first_samples, num_samples
 from gramian.block import blocks
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.modules import copied, module_name, replaced
-from gramian.compression.quantized import Quantized
+from gramian.compression.quantized import Quantized, multiplies_integers
 from gramian.compression.rounding import rounded
 from gramian.compression.targets import why_not
 from gramian.layers import operation_of
@@ -42,7 +42,7 @@ def in_bfloat16(model: nn.Module) -> nn.Module:
 
 
 def in_int8(model: nn.Module) -> nn.Module:
-    """A copy whose linear layers have int8 weights, a scale for each output, and multiply integers.
+    """A copy whose linear layers have int8 weights, a scale for each output, and multiply integers where that is right.
 
     The weights are rounded to the nearest integer, without calibration. Tied layers, and those that have more than a
     weight and a bias, stay as they are.
@@ -52,7 +52,7 @@ def in_int8(model: nn.Module) -> nn.Module:
         if operation_of(block.module).factors == "linear" and not why_not(block):
             w = matrix_of(block.module)
             made = Quantized(block.module, 8, w.shape[1]).set_(rounded(w, 8, w.shape[1]))
-            made.integer = True
+            made.integer = multiplies_integers(made.codes.device.type)
             small = replaced(small, module_name(block), made)
     return small
 

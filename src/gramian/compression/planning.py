@@ -31,8 +31,8 @@ __all__ = ["compress", "judged"]
 DEFAULT_KEEP = 0.5
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 """Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
-MEASURED_BITS = 4
-"""Bits at which the rise is measured too; what other bits and zeros cost is in proportion."""
+MEASURED_BITS = (4, 8)
+"""Bits at which the rise is measured too; what other bits and zeros cost follows from these."""
 VARIED = 1e-6
 """The least share of variance in the second moment of inputs; below it there is little but float32's rounding."""
 FEW_UNITS = 16
@@ -83,7 +83,7 @@ def compress(
         InputError: there are no statistics, they are not finite, a pattern matches no layer, or no layer can be
             factored.
 
-    Cost: three eigendecompositions in float64 for each layer; 48 backward passes and nine evaluations of the batches
+    Cost: three eigendecompositions in float64 for each layer; 48 backward passes and ten evaluations of the batches
     kept apart.
     Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
     factors; shrinkage: Ledoit & Wolf (Bernoulli 28, 2022).
@@ -116,7 +116,13 @@ def compress(
     for target in found:
         here = target._replace(module=submodule(own, target.name))
         try:
-            weights = weighting(here, calibration.stats, share=calibration.distinct, blind=blind)
+            weights = weighting(
+                here,
+                calibration.stats,
+                share=calibration.distinct,
+                blind=blind,
+                differentiated=calibration.differentiated,
+            )
         except Uncaptured as error:
             reasons[target.name] = str(error)
             continue
@@ -190,9 +196,11 @@ def _measured(plan: Plan, measure: Measure | None) -> tuple[Point, ...]:
         except InputError:
             break
         points.append(measured_point(part.predicted_loss, before, losses_of(part.apply(), measure)))
-    part = plan.at(bits=MEASURED_BITS)
-    point = measured_point(part.predicted_loss, before, losses_of(part.apply(), measure))
-    return (*points, point._replace(cut=False))
+    for bits in MEASURED_BITS:
+        part = plan.at(bits=bits)
+        point = measured_point(part.predicted_loss, before, losses_of(part.apply(), measure))
+        points.append(point._replace(cut=False))
+    return tuple(points)
 
 
 def _by_default(plan: Plan) -> Plan:

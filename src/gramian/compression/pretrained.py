@@ -23,7 +23,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gramian.compression.files import RANKS, _check_fit
+from gramian.checkpoint.packing import RANKS
+from gramian.compression.files import _check_fit
 from gramian.compression.lowrank import LowRank
 from gramian.compression.ranks import factor, ranks_of, restore
 from gramian.compression.slicing import SLICED_KEYS

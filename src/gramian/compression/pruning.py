@@ -156,4 +156,4 @@ def pruned(w: Tensor, share: float | Pattern, feedback: Feedback) -> Tensor:
             kept = torch.ones_like(score).scatter_(0, score.topk(num, largest=False).indices, 0.0).view_as(columns)
         return lambda column, j: column * kept[:, j]
 
-    return settle(w, feedback, rule, step)
+    return settle(w, feedback, rule, step)[0]

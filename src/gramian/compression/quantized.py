@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,68 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gramian.checkpoint.packing import pack, spread, unpack
 from gramian.compression.factored_weight import FactoredWeight
 from gramian.compression.lowrank import HOOKS
-from gramian.compression.rounding import BITS, Codes, spread
-from gramian.errors import InputError
+from gramian.compression.rounding import BITS, Codes
+from gramian.errors import InputError, UnsupportedError
 from gramian.layers import layout_of, operation_of
 
-__all__ = ["Quantized", "num_bytes_of", "pack", "unpack"]
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes of few bits in bytes: eight codes in `bits` bytes, the first in the lowest bits.
-
-    Args:
-        codes: (m, n), int8, from `-2^(bits-1)` to `2^(bits-1) - 1`.
-        bits: 2 to 8.
-
-    Returns:
-        (m, bits · ⌈n / 8⌉), uint8.
-
-    Raises: nothing of its own.
-    Cost: one pass, in 64-bit integers.
-    Source: the definition. Of four bits, each byte has two codes, the first in its lower half, as is usual.
-
-    >>> pack(torch.tensor([[-8, 7]], dtype=torch.int8), 4)
-    tensor([[240, 136, 136, 136]], dtype=torch.uint8)
-    """
-    low = 2 ** (bits - 1)
-    eights = functional.pad(codes.long() + low, (0, -codes.shape[1] % 8), value=low).unflatten(1, (-1, 8))
-    # Of eight bits, the last code reaches the sign of the word, which is a bit like any other.
-    words = (eights << torch.arange(0, 8 * bits, bits, device=codes.device)).sum(2)
-    octets = words.unsqueeze(2) >> torch.arange(0, 8 * bits, 8, device=codes.device)
-    return (octets & 255).to(torch.uint8).flatten(1)
-
-
-def unpack(packed: Tensor, bits: int, num: int) -> Tensor:
-    """The codes (m, num) that `pack` put into bytes.
-
-    Args:
-        packed: (m, bits · ⌈num / 8⌉), uint8.
-        bits: of a code.
-        num: codes of each row.
-
-    Returns:
-        (m, num), int8.
-
-    Raises: nothing of its own.
-    Cost: one pass; of bits other than 4 and 8 in 64-bit integers.
-    Source: the inverse of `pack`.
-
-    >>> codes = torch.arange(-4, 4, dtype=torch.int8)[None, :7]
-    >>> torch.equal(unpack(pack(codes, 3), 3, 7), codes)
-    True
-    """
-    low = 2 ** (bits - 1)
-    if bits == 8:
-        return packed[:, :num].bitwise_xor(128).view(torch.int8)
-    if bits == 4:
-        return torch.stack([packed & 15, packed >> 4], 2).flatten(1)[:, :num].view(torch.int8) - low
-    octets = packed.unflatten(1, (-1, bits)).long()
-    words = (octets << torch.arange(0, 8 * bits, 8, device=packed.device)).sum(2, keepdim=True)
-    eights = (words >> torch.arange(0, 8 * bits, bits, device=packed.device)) & (2**bits - 1)
-    return (eights.flatten(1)[:, :num] - low).to(torch.int8)
+__all__ = ["Quantized", "multiplies_integers", "num_bytes_of", "pack", "unpack"]
 
 
 def num_bytes_of(shape: tuple[int, int], bits: int, group: int) -> int:
@@ -80,13 +27,41 @@ def num_bytes_of(shape: tuple[int, int], bits: int, group: int) -> int:
     return m * (bits * -(-n // 8) + 2 * -(-n // min(group, n)))
 
 
+@functools.cache
+def multiplies_integers(device: str) -> bool:
+    """Whether products of int8 matrices are right on a device: on x86 without VNNI, pairs are summed in 16 bits.
+
+    Args:
+        device: its type.
+
+    Returns:
+        Whether the product of the largest integers is exact.
+
+    Raises: nothing of its own.
+    Cost: one small product, once.
+    Source: oneDNN's documentation on int8 arithmetic: `vpmaddubsw` saturates.
+
+    >>> multiplies_integers("meta")
+    False
+    """
+    if device == "meta":
+        return False
+    large = torch.full((32, 64), 127, dtype=torch.int8, device=device)
+    try:
+        found = [torch._int_mm(large, sign * large.mT) for sign in (1, -1)]
+    except RuntimeError:  # a device without such a product
+        return False
+    return all(bool((one == sign * 127**2 * 64).all()) for one, sign in zip(found, (1, -1), strict=True))
+
+
 class Quantized(nn.Module):
     """A linear layer or a convolution whose matrix is held in integers of `bits` bits, with a scale for groups of them.
 
     The matrix is computed anew at every pass, in about the time of a product with a few dozen rows: what is saved is
     memory. With `integer = True`, a linear layer of eight bits and one scale for each row rounds its inputs to eight
-    bits as they come and multiplies integers, which is faster where the processor has instructions for them. The
-    integers are not trained; the bias is.
+    bits as they come and multiplies integers, where `multiplies_integers` says that this machine can. That is up to
+    twice as fast from some dozens of rows on, and adds twice the error of the weights. The integers are not trained;
+    the bias is.
 
     Args:
         layer: with a row in the table of layers whose operation has factors. Its options are kept; its values are not
@@ -118,7 +93,7 @@ class Quantized(nn.Module):
         weight = layer.get_parameter("weight")
         m, n = layout.matrices
         self._layout, self._dtype = layout, weight.dtype
-        self.bits, self.group, self.integer = bits, min(group, n), False
+        self.bits, self.group, self._integer = bits, min(group, n), False
         device = weight.device
         self.register_buffer("codes", torch.zeros(m, bits * -(-n // 8), dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.zeros(m, -(-n // self.group), dtype=torch.bfloat16, device=device))
@@ -132,6 +107,20 @@ class Quantized(nn.Module):
         self.train(layer.training)
 
     @property
+    def integer(self) -> bool:
+        """Whether inputs are rounded and integers multiplied. Raises `UnsupportedError` where this machine cannot."""
+        return self._integer
+
+    @integer.setter
+    def integer(self, value: bool) -> None:
+        if value and not multiplies_integers(self.codes.device.type):
+            raise UnsupportedError(
+                "compress: sums of products of 8-bit integers overflow on this processor (oneDNN without VNNI). Leave "
+                "integer=False: the matrix is then multiplied in floats"
+            )
+        self._integer = value
+
+    @property
     def weight(self) -> Tensor:
         """The weight in the shape of the layer's own, computed only where its entries are asked for."""
 
@@ -143,6 +132,15 @@ class Quantized(nn.Module):
             return product()
         like = torch.empty(0, dtype=self._dtype, device=self.scales.device)
         return FactoredWeight(product, like, self._layout.shape)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the integers are, for JSON: bits, group, the shape of the weight, and whether it is transposed."""
+        m, n = self._layout.matrices
+        places = torch.arange(m * n, device="cpu").view(m, n)
+        transposed = not torch.equal(self._layout.join(places).flatten(), places.flatten())
+        shape = list(self._layout.shape)
+        return {"bits": self.bits, "group": self.group, "shape": shape, "transposed": transposed}
 
     def matrix(self, rows: Tensor | None = None) -> Tensor:
         """The matrix (m, n), in the layer's floating-point type; or some of its rows, by their numbers."""

@@ -20,8 +20,9 @@ __all__ = ["factor", "ranks_of", "restore"]
 def ranks_of(model: nn.Module) -> dict[str, Any]:
     """What each replaced layer is by its clean name, an outer one before those within it.
 
-    A factored one is its rank, a quantized one its bits and group: `{"a": 12, "b": {"bits": 4, "group": 64}}`; one with
-    fewer rows or columns its shapes, and the numbers among its attributes that went down with them.
+    A factored one is its rank, a quantized one its bits and group with the shape of its weight, by which files are read
+    without the model: `{"a": 12, "b": {"bits": 4, "group": 64, "shape": [9, 64], "transposed": false}}`; one with fewer
+    rows or columns its shapes, and the numbers among its attributes that went down with them.
     """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -30,7 +31,7 @@ def ranks_of(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, LowRank):
             what = module.rank
         elif isinstance(module, Quantized):
-            what = {"bits": module.bits, "group": module.group}
+            what = module.about
         if sliced is not None:
             what = sliced if what is None else {**sliced, "then": what}
         if what is not None:
@@ -83,7 +84,7 @@ def _factored(name: str, layer: nn.Module, rank: Any) -> nn.Module:
 
 
 def _quantized(name: str, layer: nn.Module, what: Mapping[str, Any]) -> nn.Module:
-    if what.keys() != {"bits", "group"}:
+    if not {"bits", "group"} <= what.keys() <= {"bits", "group", "shape", "transposed"}:
         raise ValueError(f"{name} cannot be {dict(what)!r:.60}, wanted its bits and group")
     return Quantized(layer, what["bits"], what["group"])
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.checkpoint.packing import spread
 from gramian.compression.feedback import Feedback, settle
 
 __all__ = ["BITS", "GROUP", "Codes", "noise", "noises", "rounded", "scales_of"]
@@ -18,6 +19,9 @@ GROUP = 64
 """Columns that share a scale below eight bits, where nothing else is asked for."""
 SAMPLE = 32
 """Rows that are rounded to see what it costs."""
+REACHES, EXCESS = (0.0, 0.5, 1.0), 1.3
+"""How far scales are on the way from the one that loses least, were each weight rounded for itself, to the one that
+reaches the largest weight; and how many times more than expected a row costs that the next of them is tried for."""
 COARSE, FINE = tuple(2.0**-k for k in range(7)), (1.3, 1.14, 0.88, 0.8, 0.72)
 """Scales that are tried, as shares of the one that reaches the largest weight, and then of the best of these. Clipping
 pays where bits are few, and where a column that counts little has a large weight."""
@@ -40,12 +44,7 @@ class Codes(NamedTuple):
         return self.codes.float() * spread(self.scales.float(), group, self.codes.shape[1])
 
 
-def spread(scales: Tensor, group: int, num: int) -> Tensor:
-    """The scale of each of `num` columns; (m, 1) where each row has one scale."""
-    return scales if scales.shape[1] == 1 else scales.repeat_interleave(group, 1)[:, :num]
-
-
-def scales_of(w: Tensor, bits: int, group: int, costs: Tensor | None = None) -> Tensor:
+def scales_of(w: Tensor, bits: int, group: int, costs: Tensor | None = None, reach: float = 0.0) -> Tensor:
     """The scale of each group of columns that loses least when every weight is rounded to the nearest code.
 
     Args:
@@ -53,6 +52,7 @@ def scales_of(w: Tensor, bits: int, group: int, costs: Tensor | None = None) -> 
         bits: of a code.
         group: columns that share a scale; the last group may have fewer.
         costs: (n,), what a squared error in each column costs; all the same by default.
+        reach: how far on the way, in logarithms, from that scale to the one that reaches the largest weight.
 
     Returns:
         (m, number of groups), bfloat16; zero where all weights are.
@@ -80,11 +80,17 @@ def scales_of(w: Tensor, bits: int, group: int, costs: Tensor | None = None) -> 
             codes = torch.where(scale == 0, 0.0, parts / scale).round_().clamp_(low, high)
             lost = (weights * (parts - codes * scale).square_()).sum(2, keepdim=True)
             best, least = torch.where(lost < least, scale, best), torch.minimum(lost, least)
+    if reach:  # both scales have the sign of the largest weight
+        best = best * torch.where(best == 0, 1.0, largest / best) ** reach
     return best[..., 0].bfloat16()
 
 
 def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) -> Codes:
     """The matrix in codes of few bits: each weight's error is passed on to the weights that are not rounded yet.
+
+    What makes up for a clipped weight are large changes of others, which can leave the codes' range and be clipped in
+    their turn, and the last ones have nothing to pass their errors on to. A row where that happened is rounded again
+    with scales that reach further. Where none of this is better, a row is rounded to the nearest codes.
 
     Args:
         w: (m, n).
@@ -96,35 +102,65 @@ def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) 
         The codes and scales.
 
     Raises: nothing of its own.
-    Cost: `m n²` multiplications.
+    Cost: `2 m n²` multiplications, and half as many for each time that a row is rounded again.
     Source: GPTQ (Frantar et al. 2210.17323), with scales that are fixed before, so that they do not depend on the
-    order; damping by shrinkage in place of a share of the mean diagonal.
+    order; damping by the number of rows in place of a fixed share of the mean diagonal.
 
     >>> codes = rounded(torch.tensor([[1.0, -8.0, 3.3, 0.0]]), 4, 4)
     >>> codes.codes, codes.matrix(4)
     (tensor([[ 1, -7,  3,  0]], dtype=torch.int8), tensor([[ 1.1406, -7.9844,  3.4219,  0.0000]]))
     """
     w, n = w.float(), w.shape[1]
+    scales = scales_of(w, bits, group)
+    best = Codes(_codes(w, spread(scales.float(), group, n), bits).to(torch.int8), scales)
+    if feedback is None:
+        return best
+    if group < n:
+        feedback = feedback.by_groups(group)
+    lost, rows = feedback.quadratic(best.matrix(group) - w), torch.arange(len(w), device=w.device)
+    for reach in REACHES:
+        found, now = _passed_on(w[rows], bits, group, feedback.of_rows(rows), reach)
+        better = now < lost[rows]
+        at = rows[better]
+        best.codes[at], best.scales[at], lost[at] = found.codes[better], found.scales[better], now[better]
+        rows = rows[now > EXCESS * _spread_evenly(found.scales, group, feedback.costs)]
+        if not len(rows):
+            break
+    return best
+
+
+def _codes(columns: Tensor, scale: Tensor, bits: int) -> Tensor:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return torch.where(scale == 0, 0.0, columns / scale).round_().clamp_(low, high)
 
-    def codes_of(columns: Tensor, scale: Tensor) -> Tensor:
-        return torch.where(scale == 0, 0.0, columns / scale).round_().clamp_(low, high)
 
-    if feedback is None or group >= n:
-        scales = scales_of(w, bits, group, None if feedback is None else feedback.costs)
+def _passed_on(w: Tensor, bits: int, group: int, feedback: Feedback, reach: float) -> tuple[Codes, Tensor]:
+    """The codes with errors passed on, and what each row costs, `e_iᵀ H e_i`."""
+    n = w.shape[1]
+    if group >= n:
+        scales = scales_of(w, bits, group, feedback.costs, reach)
     else:
         scales = torch.empty(len(w), -(-n // group), dtype=torch.bfloat16, device=w.device)
-        feedback = feedback.by_groups(group)
 
     def rule(columns: Tensor, diagonal: Tensor, place: slice) -> Callable[[Tensor, int], Tensor]:
         scale = scales.float()
-        if feedback is not None and group < n:  # what came before was passed on to them: their range may be another
-            scale = scales_of(columns, bits, group, diagonal.square().reciprocal()).float()
+        if group < n:  # what came before was passed on to them: their range may be another
+            scale = scales_of(columns, bits, group, diagonal.square().reciprocal(), reach).float()
             scales[:, feedback.order[place.start] // group] = scale[:, 0].bfloat16()
-        return lambda column, j: codes_of(column, scale[:, 0]) * scale[:, 0]
+        return lambda column, j: _codes(column, scale[:, 0], bits) * scale[:, 0]
 
-    settled = w if feedback is None else settle(w, feedback, rule, group if group < n else 1)
-    return Codes(codes_of(settled, spread(scales.float(), group, n)).to(torch.int8), scales)
+    settled, lost = settle(w, feedback, rule, group if group < n else 1)
+    return Codes(_codes(settled, spread(scales.float(), group, n), bits).to(torch.int8), scales), lost.double()
+
+
+def _spread_evenly(scales: Tensor, group: int, costs: Tensor) -> Tensor:
+    """(m,), what each row is expected to cost, `Σ s_j² / (12 U_jj²)`, if errors spread evenly over a step."""
+    each, costs = scales.double(), costs.double()
+    if each.shape[1] == 1:
+        summed = costs.sum()[None]
+    else:
+        summed = torch.nn.functional.pad(costs, (0, each.shape[1] * group - len(costs))).reshape(-1, group).sum(1)
+    return each.square() @ summed / 12
 
 
 def noise(w: Tensor, bits: int, group: int, feedback: Feedback) -> float:
@@ -149,21 +185,16 @@ def noise(w: Tensor, bits: int, group: int, feedback: Feedback) -> float:
     >>> abs(noise(w, 4, 64, feedback) / float(feedback.cost(error)) - 1) < 0.1
     True
     """
-    costs = feedback.costs.double()
-    each = scales_of(w, bits, group, costs).double()
-    n = w.shape[1]
-    if each.shape[1] == 1:
-        summed = costs.sum()[None]
-    else:
-        summed = torch.nn.functional.pad(costs, (0, each.shape[1] * group - n)).reshape(-1, group).sum(1)
-    return float(0.5 / 12 * (feedback.outputs.double() * (each.square() @ summed)).sum())
+    each = _spread_evenly(scales_of(w, bits, group, feedback.costs), group, feedback.costs)
+    return float(0.5 * (feedback.outputs.double() * each).sum())
 
 
 def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
     """What rounding is expected to cost for each number of BITS: eight in whole rows, fewer in groups of GROUP.
 
-    Where codes are few, errors that are passed on push weights out of the codes' range. How much that adds is measured
-    on some rows for up to four bits; beyond, it halves with each bit.
+    It is found on some rows; the others are in proportion to their largest weights. Where codes are few, errors that
+    are passed on push weights out of the codes' range. What that adds is measured for up to four bits; beyond, it
+    halves with each bit.
 
     Args:
         w: (m, n).
@@ -173,7 +204,7 @@ def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
         A cost for each number of bits.
 
     Raises: nothing of its own.
-    Cost: `n²` multiplications for each of `3 · SAMPLE` rows.
+    Cost: a QR decomposition, and `n²` multiplications for each of `6 · SAMPLE` rows.
     Source: this library's own.
 
     >>> one = torch.ones(64)
@@ -181,15 +212,26 @@ def noises(w: Tensor, feedback: Feedback) -> tuple[float, ...]:
     >>> all(more > fewer for more, fewer in zip(found, found[1:]))
     True
     """
-    w = w.float()
+    w, n = w.float(), w.shape[1]
     rows = torch.linspace(0, len(w) - 1, min(SAMPLE, len(w)), device=w.device).long()
-    part = Feedback(feedback.order, feedback.factor, feedback.outputs[rows])
+    part = feedback.of_rows(rows)
+    grouped = part.by_groups(GROUP)  # one decomposition for all numbers of bits
+    reaches = {group: _at_full_reach(w, group, feedback) for group in (n, GROUP)}
     found, excess = [], 0.0
     for bits in BITS:
-        group = w.shape[1] if bits == 8 else GROUP
+        group, here = (n, part) if bits == 8 else (GROUP, grouped)
+        expected = noise(w[rows], bits, group, here)
         if bits <= 4:
-            expected = noise(w[rows], bits, group, part)
-            lost = float(part.cost(rounded(w[rows], bits, group, part).matrix(group) - w[rows]))
+            lost = float(here.cost(rounded(w[rows], bits, group, here).matrix(group) - w[rows]))
             excess = max(0.0, lost / expected - 1) if expected > 0 else 0.0
-        found.append(noise(w, bits, group, feedback) * (1 + excess * 2.0 ** min(0, 4 - bits)))
+        each = reaches[group]
+        share = float(each.sum() / each[rows].sum()) if bool(each[rows].any()) else 1.0
+        found.append(expected * share * (1 + excess * 2.0 ** min(0, 4 - bits)))
     return tuple(found)
+
+
+def _at_full_reach(w: Tensor, group: int, feedback: Feedback) -> Tensor:
+    """(m,), in proportion to what rounding each row costs with scales that reach the largest weights."""
+    padded = torch.nn.functional.pad(w.abs(), (0, -w.shape[1] % min(group, w.shape[1])))
+    largest = padded.unflatten(1, (-1, min(group, w.shape[1]))).amax(2)
+    return feedback.outputs.double() * _spread_evenly(largest, group, feedback.costs)

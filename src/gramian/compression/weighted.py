@@ -117,7 +117,7 @@ def decompose(target: Target, weighting: Weighting) -> WeightedSVD:
     # The singular values are shared out so that neither factor is badly scaled.
     scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
     scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-    feedback = feedback_of(a, g)
+    feedback = feedback_of(a, g, weighting.seen)
     feedback = replace(feedback, outputs=feedback.outputs * matters)
     return WeightedSVD(
         target.name,

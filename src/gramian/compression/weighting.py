@@ -7,6 +7,7 @@ a lookup is a product with a one-hot row, whose second moment is the diagonal of
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ class Weighting(NamedTuple):
         matters: whether anything went in, and came back.
         diagonal: the sides ("inputs", "outputs") that are weighted by a diagonal alone.
         unseen: rows of a table that were never looked up.
+        seen: the independent rows that `columns` was estimated from.
     """
 
     columns: Roots
@@ -50,9 +52,12 @@ class Weighting(NamedTuple):
     matters: bool
     diagonal: tuple[str, ...] = ()
     unseen: int = 0
+    seen: float = math.inf
 
 
-def weighting(target: Target, stats: Statistics, *, share: float, blind: bool) -> Weighting:
+def weighting(
+    target: Target, stats: Statistics, *, share: float, blind: bool, differentiated: float = 1.0
+) -> Weighting:
     """The weighting of a layer.
 
     Args:
@@ -60,6 +65,7 @@ def weighting(target: Target, stats: Statistics, *, share: float, blind: bool) -
         stats: of the model.
         share: the independent rows among those that were added to A and G.
         blind: whether G is left out, since too few units were seen.
+        differentiated: the share of the rows of A that G has too.
 
     Returns:
         Of several uses along the same sides the sum; of a table that is also a head, the nearest Kronecker product.
@@ -73,7 +79,7 @@ def weighting(target: Target, stats: Statistics, *, share: float, blind: bool) -
     """
     sites = _sites(target, stats)
     uses = [_merged(target, group) for group in _by_sides(sites)]
-    found = [_of_use(target, site, share, blind) for site in uses]
+    found = [_of_use(target, site, share, share * differentiated, blind) for site in uses]
     return found[0] if len(found) == 1 else _joint(found)
 
 
@@ -117,7 +123,7 @@ def _merged(target: Target, sites: Sequence[Site]) -> Site:
     return Site(A=inputs, G=outputs, name=target.name, transposed=sites[0].transposed)
 
 
-def _of_use(target: Target, site: Site, share: float, blind: bool) -> Weighting:
+def _of_use(target: Target, site: Site, share_a: float, share_g: float, blind: bool) -> Weighting:
     inputs, outputs = site.A, site.G
     assert inputs is not None
     assert outputs is not None
@@ -131,26 +137,27 @@ def _of_use(target: Target, site: Site, share: float, blind: bool) -> Weighting:
     for label, got, dim in wanted:
         if got != dim:
             raise InputError(f"compress: {label} of {target.name!r} is for {got} features, not {dim}: another model's?")
-    rows = share * float(torch.as_tensor(inputs.count).max())
+    num = float(torch.as_tensor(inputs.count).max())
+    rows, rows_g = share_a * num, share_g * num
     matters = blind or bool(inputs.total.any() and outputs.total.any())
     label = "A"
     try:
         if site.transposed:
             into, unseen = counted(inputs) if isinstance(inputs, DiagonalGram) else (roots(inputs, rows), 0)
             label = "G"
-            back = _one(n, into) if blind else roots(outputs, rows)
+            back = _one(n, into) if blind else roots(outputs, rows_g)
             diagonal = ("outputs",) if isinstance(outputs, DiagonalGram) else ()
-            return Weighting(back, into, None, matters, diagonal, unseen)
+            return Weighting(back, into, None, matters, diagonal, unseen, rows_g)
         centered = getattr(target.module, "bias", None) is not None and not target.tied
         mean = shrunk_mean(inputs, rows) if centered else None
         into = roots(inputs, rows, around=mean)
         label = "G"
-        back = _output_roots(target.block, outputs, rows, target.module)
+        back = _output_roots(target.block, outputs, rows_g, target.module)
     except InputError as error:
         raise InputError(f"compress: {label} of {target.inputs!r} {error}") from None
     sides = (("inputs", inputs), ("outputs", outputs))
     diagonal = tuple(side for side, moment in sides if isinstance(moment, DiagonalGram))
-    return Weighting(into, _one(m, into) if blind else back, mean, matters, diagonal)
+    return Weighting(into, _one(m, into) if blind else back, mean, matters, diagonal, seen=rows)
 
 
 def _one(dim: int, like: Roots) -> Roots:
@@ -224,7 +231,13 @@ def _joint(found: Sequence[Weighting]) -> Weighting:
     rows, columns = nearest_kronecker([_square(w.rows) for w in found], [_square(w.columns) for w in found])
     sides = tuple(dict.fromkeys(side for w in found for side in w.diagonal))
     return Weighting(
-        _roots_of(columns), _roots_of(rows), None, any(w.matters for w in found), sides, max(w.unseen for w in found)
+        _roots_of(columns),
+        _roots_of(rows),
+        None,
+        any(w.matters for w in found),
+        sides,
+        max(w.unseen for w in found),
+        max(w.seen for w in found),
     )
 
 

@@ -92,7 +92,9 @@ def find_holdings(
             pattern = match_pattern(overrides, name)
             if pattern is None:
                 here = config if config.get("model_type") else config | {"model_type": family(name)}
-                held = _of_metadata(entry, known) if known else _hold(entry, here, checkpoint, kernels)
+                held = (
+                    _of_metadata(entry, known) if _is_known(entry, known) else _hold(entry, here, checkpoint, kernels)
+                )
                 if isinstance(held, Holding):
                     holdings.append(held)
                     continue
@@ -158,6 +160,11 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     lists = ((row.get("aliases"), row) for row in rows.values())
     aliases = {n: row for names, row in lists if isinstance(names, list) for n in names if isinstance(n, str)}
     return {**aliases, **rows}
+
+
+def _is_known(entry: Entry, known: Mapping[str, Any]) -> bool:
+    """Whether the file's metadata tells what a tensor is. Of integers that stand for a weight, the model has none."""
+    return bool(known) and (not entry.made or any(e.name in known for e in (entry, *entry.made.parts.values())))
 
 
 def _of_metadata(entry: Entry, known: Mapping[str, Any]) -> Holding | str:

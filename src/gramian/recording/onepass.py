@@ -20,7 +20,7 @@ from gramian.recording.recorder import MAX_DIM, Recorder
 from gramian.recording.taps import Pass
 from gramian.statistics import Statistics
 
-__all__ = ["capture"]
+__all__ = ["capture", "captured"]
 
 
 def capture(
@@ -80,6 +80,34 @@ def capture(
     >>> stats["weight"].A, stats["weight"].G
     (Gram(dim=3, count=4), Gram(dim=2, count=4))
     """
+    options = {"layouts": layouts, "generator": generator, "max_dim": max_dim, "precision": precision}
+    return captured(model, batches, objective, fisher, non_finite, progress, **options)
+
+
+def captured(
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective | Callable,
+    fisher: Fisher | None = None,
+    non_finite: Literal["raise", "keep"] = "raise",
+    progress: Callable[[int], None] | None = None,
+    *,
+    layouts: Mapping[str, Any] | None = None,
+    generator: torch.Generator | None = None,
+    max_dim: int = MAX_DIM,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    differentiates: Callable[[Statistics], bool] | None = None,
+) -> Statistics:
+    """`capture`, where batches may add to A alone.
+
+    Args:
+        model, batches, objective, fisher, non_finite, progress: as in `capture`.
+        layouts, generator, max_dim, precision: as in `capture`.
+        differentiates: called before each batch with the statistics so far, whether the batch adds to G too. One that
+            does not has no backward pass, and its units do not count. Not with several ranks.
+
+    Raises: as `capture`.
+    """
     model, objective = as_model(model, "capture"), as_objective(objective)
     fisher = fisher or objective.fisher
     ranks = collective_of(model)
@@ -92,11 +120,14 @@ def capture(
     total_loss, num_batches = 0.0, 0
     with ranks.agreed_pass(), measuring(model), ranks.resharded(), recorder.installed():
         for given, counts in ranks.steps(as_batches(batches, "capture")):
-            with torch.enable_grad():
+            with torch.set_grad_enabled(differentiates is None or differentiates(stats)):
                 batch = prepared(ranks.model, given)
                 recorder.begin(Pass(factor=1.0, dummy=not counts), objective.mask(batch))
                 output = objective.predict(ranks.model, batch)
                 recorder.end()
+                if not torch.is_grad_enabled():
+                    num_batches += 1
+                    continue
                 with ranks.agreed_loss():
                     loss, units = objective.checked(objective.criterion(output, batch))
                     if non_finite == "raise" and not loss.isfinite():
