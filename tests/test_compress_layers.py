@@ -122,12 +122,12 @@ def test_layers_are_chosen_by_pattern_and_the_share_by_denominator() -> None:
 
 
 def test_a_share_that_was_never_asked_for_is_no_error() -> None:
-    """Half of it is a table, which stays."""
+    """Half of it is a table that changes its rows, and stays."""
 
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.body = nn.Embedding(400, 24), nn.Linear(24, 24)
+            self.table, self.body = nn.Embedding(400, 24, max_norm=100.0), nn.Linear(24, 24)
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.tanh(self.body(self.table(x)))

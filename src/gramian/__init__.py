@@ -13,7 +13,16 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from gramian import errors, init, integrations, linalg, operators, optim, prox, random, tasks
     from gramian.block import Block, Blocks, Layout, blocks
-    from gramian.compression import Plan, compress, load_compressed, load_plan, save_compressed, save_plan
+    from gramian.compression import (
+        NarrowPlan,
+        Plan,
+        compress,
+        load_compressed,
+        load_plan,
+        narrow,
+        save_compressed,
+        save_plan,
+    )
     from gramian.gram import DiagonalGram, Gram
     from gramian.inspection import watch
     from gramian.objective import Objective
@@ -31,6 +40,7 @@ __all__ = [
     "Gram",
     "Layout",
     "LearningRate",
+    "NarrowPlan",
     "Objective",
     "Plan",
     "Report",
@@ -48,6 +58,7 @@ __all__ = [
     "linalg",
     "load_compressed",
     "load_plan",
+    "narrow",
     "operators",
     "optim",
     "prox",
@@ -67,6 +78,7 @@ _HOME = {
     "Gram": "gram",
     "Layout": "block",
     "LearningRate": "optim.suggestion",
+    "NarrowPlan": "compression",
     "Objective": "objective",
     "Plan": "compression",
     "Report": "report",
@@ -80,6 +92,7 @@ _HOME = {
     "inspect": "remedies",
     "load_compressed": "compression",
     "load_plan": "compression",
+    "narrow": "compression",
     "save_compressed": "compression",
     "save_plan": "compression",
     "suggest_lr": "optim.suggestion",

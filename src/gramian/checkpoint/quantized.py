@@ -220,6 +220,7 @@ def _gramian(setting: Setting) -> Plan | str | None:
         return None
     if "shape" not in about:
         return "integers of an earlier version of gramian, which does not say their shape: not dequantized"
+    wrong = "integers of gramian that do not fit what the file says of them: not dequantized"
     try:
         bits, group, shape = int(about["bits"]), int(about["group"]), tuple(int(n) for n in about["shape"])
         rows = q.shape[0]
@@ -227,9 +228,9 @@ def _gramian(setting: Setting) -> Plan | str | None:
         fits = rows * columns == math.prod(shape) and 2 <= bits <= 8 and group > 0
         fits = fits and (q.shape, s.shape) == ((rows, bits * -(-columns // 8)), (rows, -(-columns // group)))
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
-        fits = False
+        return wrong
     if not fits or q.dtype != "uint8":
-        return "integers of gramian that do not fit what the file says of them: not dequantized"
+        return wrong
     transposed = bool(about.get("transposed"))
 
     def compute(parts: Mapping[str, Tensor]) -> Tensor:

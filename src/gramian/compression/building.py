@@ -19,7 +19,7 @@ from gramian.compression.weighted import WeightedSVD
 from gramian.errors import InputError
 from gramian.layers import layout_of
 
-__all__ = ["built"]
+__all__ = ["built", "tied"]
 
 
 @torch.no_grad()
@@ -59,6 +59,17 @@ def built(layer: nn.Module, s: WeightedSVD, form: Form) -> nn.Module:
     if bias is not None:
         made.get_parameter("bias").copy_(bias)
     return made
+
+
+def tied(layer: nn.Module, made: nn.Module) -> LowRank:
+    """What another layer with the same weight becomes: its own two layers, with the same factors.
+
+    Args:
+        layer: as it is.
+        made: what the first became.
+    """
+    assert isinstance(made, LowRank)
+    return LowRank(layer, made.rank).tie_(made, layer._parameters.get("bias"))
 
 
 def _bias(layer: nn.Module, lost: Tensor, s: WeightedSVD) -> Tensor | None:

@@ -106,6 +106,7 @@ def _coefficients(
                     for (cuts, rounds), s, layer, (left, right), bias, grad in rows:
                         layout = layout_of(layer)
                         assert layout is not None
+                        grad = grad.to_dense() if grad is not None and grad.is_sparse else grad
                         if grad is not None and bool(grad.isfinite().all()):
                             gradient = layout.split(grad.float())
                             moved = by_bias.get(id(bias))

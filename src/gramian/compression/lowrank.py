@@ -1,4 +1,4 @@
-"""Two layers of low rank in place of one."""
+"""Two layers of low rank in place of one: `x` through R and then L; of a table, rows of L and then R."""
 
 from __future__ import annotations
 
@@ -8,16 +8,48 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from gramian.compression.factored_weight import FactoredWeight
 from gramian.layers import layout_of, operation_of
 
-__all__ = ["FACTORS", "LowRank", "matrix_of"]
+__all__ = ["FACTORS", "LowRank", "TransposedLinear", "matrix_of"]
+
+
+class TransposedLinear(nn.Module):
+    """`y = x W` with W of shape (inputs, outputs): so a table and a head share their factors.
+
+    Args:
+        in_features, out_features: the sides of W.
+        device, dtype: of W.
+
+    Raises: nothing of its own.
+    Cost: memory for an uninitialized matrix.
+    Source: the definition.
+
+    >>> TransposedLinear(2, 3)(torch.ones(4, 2)).shape
+    torch.Size([4, 3])
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(in_features, out_features, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product."""
+        return functional.linear(input, self.weight.mT)
+
+    def extra_repr(self) -> str:
+        """The sides."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class LowRank(nn.Sequential):
-    """A linear layer or a convolution as two of rank `rank`: `W ≈ L R`, the first without a bias.
+    """A linear layer, a convolution or a table as two of rank `rank`: `W ≈ L R`, the first without a bias.
+
+    Of a table, the first layer has the rows of L, and the second multiplies by R.
 
     Args:
         layer: the dense layer, with a row in the table of layers whose operation has factors. Its options are kept;
@@ -35,13 +67,14 @@ class LowRank(nn.Sequential):
 
     def __init__(self, layer: nn.Module, rank: int) -> None:
         if isinstance(layer, LowRank):
-            layout, factors = layer._layout, _fewer(layer, rank)
+            layout, table, factors = layer._layout, layer.is_table, _fewer(layer, rank)
         else:
             layout = layout_of(layer)
             assert layout is not None
-            factors = FACTORS[operation_of(layer).factors](layer, rank, layout.matrices)
+            kind = operation_of(layer).factors
+            table, factors = kind == "table", FACTORS[kind](layer, rank, layout.matrices)
         super().__init__(*factors)
-        self._layout = layout
+        self._layout, self.is_table = layout, table
         # Code reads a layer's options, as it reads its weight: Whisper the stride, others in_features. What others have
         # set on the layer, and its hooks, stay too.
         own = vars(self)
@@ -51,14 +84,25 @@ class LowRank(nn.Sequential):
         self.train(layer.training).requires_grad_(parameter.requires_grad)
 
     @property
+    def sides(self) -> tuple[Any, Any]:
+        """The layers that hold L and R."""
+        first, second = self
+        return (first, second) if self.is_table else (second, first)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The names of L and R among the parameters."""
+        return ("0.weight", "1.weight") if self.is_table else ("1.weight", "0.weight")
+
+    @property
     def rank(self) -> int:
         """The number of columns of L and rows of R."""
-        return self[1].weight.shape[1]  # type: ignore[union-attr, return-value]
+        return self.sides[0].weight.shape[1]
 
     @property
     def weight(self) -> Tensor:
         """`L R` in the shape of the layer's own weight, multiplied out only where its entries are asked for."""
-        first, second = self  # whose weights may be products, or of integers, themselves
+        second, first = self.sides  # whose weights may be products, or of integers, themselves
         left: Any = second.weight
 
         def product() -> Tensor:
@@ -84,10 +128,26 @@ class LowRank(nn.Sequential):
             right: R, `(rank, n)`.
             bias: `(m,)`, or `None`.
         """
-        values = {"0.weight": right, "1.weight": left} | ({} if bias is None else {"1.bias": bias})
+        values = dict(zip(self.names, (left, right), strict=True)) | ({} if bias is None else {"1.bias": bias})
         for name, value in values.items():
             parameter = self.get_parameter(name)
             parameter.copy_(value.reshape(parameter.shape))
+
+    def tie_(self, other: LowRank, bias: nn.Parameter | None) -> LowRank:
+        """Takes the factors of another layer, whose weight the dense layer shared, and its own dense layer's bias.
+
+        Args:
+            other: of the same rank; the parameters become those of both.
+            bias: the parameter itself, which others may share too.
+
+        Returns:
+            This layer.
+        """
+        for mine, theirs in zip(self.sides, other.sides, strict=True):
+            mine.weight = theirs.weight
+        if bias is not None:
+            cast("Any", self[1]).bias = bias
+        return self
 
 
 HOOKS = frozenset({
@@ -100,11 +160,16 @@ HOOKS = frozenset({
 def _fewer(layer: LowRank, rank: int) -> tuple[nn.Module, nn.Module]:
     """The two layers of a factored one, again at another rank: the second is linear, or has a kernel of size one."""
     first, second = copy.deepcopy(layer[0]), copy.deepcopy(layer[1])
-    left, right = layer.get_parameter("1.weight"), layer.get_parameter("0.weight")
-    first.weight = nn.Parameter(torch.empty_like(right[:1]).expand(rank, *right.shape[1:]).clone())
-    second.weight = nn.Parameter(torch.empty_like(left[:, :1]).expand(-1, rank, *left.shape[2:]).clone())
-    first.__dict__["out_features" if hasattr(first, "out_features") else "out_channels"] = rank
-    second.__dict__["in_features" if hasattr(second, "in_features") else "in_channels"] = rank
+    (to_left, to_right), (left, right) = ((second, first), layer.sides)
+    if layer.is_table:
+        to_left, to_right = first, second
+    to_left.weight = nn.Parameter(torch.empty_like(left.weight[:, :1]).expand(-1, rank, *left.weight.shape[2:]).clone())
+    to_right.weight = nn.Parameter(torch.empty_like(right.weight[:1]).expand(rank, *right.weight.shape[1:]).clone())
+    for one, names in (
+        (first, ("out_features", "out_channels", "embedding_dim")),
+        (second, ("in_features", "in_channels")),
+    ):
+        one.__dict__[next(name for name in names if hasattr(one, name))] = rank
     return first, second
 
 
@@ -122,6 +187,13 @@ def _convolution(layer: Any, rank: int, shape: tuple[int, ...]) -> tuple[nn.Modu
     return first, skip_init(conv, rank, layer.out_channels, 1, **_with_bias(layer, kind))
 
 
+def _table(layer: Any, rank: int, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+    """A table of `rank` columns, and the matrix that its rows are multiplied by."""
+    (rows, n), kind = shape, _kind_of(layer)
+    options = {name: getattr(layer, name) for name in ("padding_idx", "scale_grad_by_freq", "sparse")}
+    return skip_init(nn.Embedding, rows, rank, **options, **kind), skip_init(TransposedLinear, rank, n, **kind)
+
+
 def _kind_of(layer: nn.Module) -> dict[str, Any]:
     weight = layer.get_parameter("weight")
     return {"device": weight.device, "dtype": weight.dtype}
@@ -134,14 +206,18 @@ def _with_bias(layer: nn.Module, kind: dict[str, Any]) -> dict[str, Any]:
 FACTORS: dict[str, Callable[[Any, int, tuple[int, ...]], tuple[nn.Module, nn.Module]]] = {
     "linear": _linear,
     "convolution": _convolution,
+    "table": _table,
 }
 """The two layers of a rank that replace a dense one of shape (m, n), by the `factors` of its operation."""
 
 
 def matrix_of(layer: nn.Module) -> Tensor:
-    """The layer's whole matrix (m, n), its rows in the order of the outputs; of a factored layer the product."""
+    """The layer's whole matrix (m, n), its rows in the order of the outputs, of a table in that of its rows.
+
+    Of a factored layer it is the product.
+    """
     if isinstance(layer, LowRank):
-        left, right = (cast("Any", factor).weight.detach() for factor in (layer[1], layer[0]))
+        left, right = (factor.weight.detach() for factor in layer.sides)
         return (left.flatten(1).double() @ right.flatten(1).double()).to(left.dtype)
     layout = layout_of(layer)
     assert layout is not None

@@ -9,7 +9,7 @@ from gramian.compression.quantized import num_bytes_of
 from gramian.compression.rounding import BITS, GROUP
 from gramian.compression.weighted import WeightedSVD
 
-__all__ = ["Choices", "Form", "choices", "loss_of", "mix", "size_of"]
+__all__ = ["Choices", "Form", "choices", "loss_of", "mix", "possible", "size_of"]
 
 
 class Form(NamedTuple):
@@ -40,6 +40,18 @@ class Form(NamedTuple):
     def columns(self, n: int) -> int:
         """The columns, of n, that share a scale: all of them at eight bits, where more scales gain little."""
         return n if self.bits == 8 else min(self.group, n)
+
+
+def possible(s: WeightedSVD, form: Form) -> Form:
+    """The form, or of a layer that cannot have it what comes nearest: the rank alone, or dense.
+
+    Args:
+        s: the layer.
+        form: any.
+    """
+    if s.tied or (s.table and form.rank is not None):
+        return Form(form.rank)
+    return form
 
 
 class Choices(NamedTuple):
@@ -104,7 +116,8 @@ def choices(s: WeightedSVD, itemsize: int) -> Choices:
     Source: the definition.
     """
     ranks = range(1, min(s.candidates.top, len(s.values)) + 1)
-    forms = [Form(), *(Form(bits=bits) for bits in BITS), *map(Form, ranks), *(Form(rank, 8) for rank in ranks)]
+    every = [Form(), *(Form(bits=bits) for bits in BITS), *map(Form, ranks), *(Form(rank, 8) for rank in ranks)]
+    forms = list(dict.fromkeys(possible(s, form) for form in every))
     priced = sorted((size_of(s, form, itemsize), loss_of(s, form), i) for i, form in enumerate(forms))
     hull: list[tuple[int, float, int]] = []
     for point in priced:

@@ -11,13 +11,14 @@ from typing import Literal
 
 from torch import nn
 
-from gramian.compression.building import built
+from gramian.compression.building import built, tied
 from gramian.compression.files import pretrained_support
 from gramian.compression.filling import fill, uniform
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.measuring import num_bytes
-from gramian.compression.mixing import Choices, Form, choices, loss_of, mix, size_of
+from gramian.compression.mixing import Choices, Form, choices, loss_of, mix, possible, size_of
 from gramian.compression.modules import copied, replaced, submodule
+from gramian.compression.opening import close_
 from gramian.compression.predicting import Point, Predicted, predict
 from gramian.compression.pruning import expected_cost, pattern_of, shares_of_zeros
 from gramian.compression.rounding import BITS, GROUP
@@ -108,7 +109,10 @@ class Plan:
             form = self.forms[s.name]
             kept = 1.0 if form.rank is None else form.rank * sum(s.shape) / s.dense
             why = "worth its parameters" if form == Form() else ""
-            why = "; ".join(filter(None, [why, *(f"{side} weighted by their diagonal alone" for side in s.diagonal)]))
+            remarks = [f"{side} weighted by their diagonal alone" for side in s.diagonal]
+            remarks += [f"{s.unseen:,} of its {s.shape[0]:,} rows were never looked up"] if s.unseen else []
+            remarks += [f"shared with {', '.join(s.tied)}, so factored or dense"] if s.tied else []
+            why = "; ".join(filter(None, [why, *remarks]))
             told = {"name": s.name, "shape": s.shape, "rank": form.rank, "form": str(form), "kept": kept}
             rows.append({**told, "loss": self._loss(s), "reason": why})
         dense = {"shape": None, "rank": None, "form": str(Form()), "kept": 1.0, "loss": 0.0}
@@ -219,6 +223,7 @@ class Plan:
         else:
             ranks = self._by_keep(1.0 if keep is None else keep, of)
             forms = {name: Form(rank, bits, group if bits else GROUP) for name, rank in ranks.items()}
+        forms = {s.name: possible(s, forms[s.name]) for s in self.spectra}
         notes = tuple(note for note in self.notes if SMALLEST not in note)
         return replace(self, keep=1.0 if keep is None else keep, of=of, forms=forms, notes=notes)
 
@@ -241,7 +246,7 @@ class Plan:
         """The bytes that a share is of, those that stay in any case, and forms of all layers that use few bytes."""
         inside = sum(s.dense * self._itemsizes[s.name] for s in self.spectra)
         total, fixed = (inside, 0) if of == "factorable" else (self.bytes_dense, self.bytes_dense - inside)
-        candidates = [[Form(bits=bits)] * len(self.spectra) for bits in BITS] + [[Form()] * len(self.spectra)]
+        candidates = [[possible(s, form) for s in self.spectra] for form in (*(Form(bits=b) for b in BITS), Form())]
         if self.ranked:
             candidates.append([layer.forms[0] for layer in self._choices])
         return total, fixed, candidates
@@ -270,7 +275,9 @@ class Plan:
 
     def _by_zeros(self, sparsity: float | str) -> dict[str, Form]:
         layers = {s.name: submodule(self.model, s.name) for s in self.spectra}
-        whole = [s for s in self.spectra if not isinstance(layers[s.name], LowRank)]
+        whole = [s for s in self.spectra if not isinstance(layers[s.name], LowRank) and not s.tied]
+        if not whole:
+            raise InputError("compress: sparsity needs a dense layer that is not tied; give keep, size or bits")
         if isinstance(sparsity, str):
             shares: list[float | str] = [str(pattern_of(sparsity))] * len(whole)
         elif self.ranked:
@@ -309,7 +316,11 @@ class Plan:
         for s in self.spectra:
             if self.forms[s.name] != Form():
                 layer = submodule(model, s.name)
-                model = replaced(model, s.name, built(layer, s, self.forms[s.name]))
+                made = built(layer, s, self.forms[s.name])
+                model = replaced(model, s.name, made)
+                for name in s.tied:
+                    model = replaced(model, name, tied(submodule(model, name), made))
+        close_(model)
         support = pretrained_support()
         if support is not None:
             support.attach(model)

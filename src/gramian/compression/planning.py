@@ -15,16 +15,18 @@ from gramian.compression.calibrating import Calibration, Measure, calibrate
 from gramian.compression.correcting import corrected
 from gramian.compression.mixing import Form
 from gramian.compression.modules import copied, submodule
+from gramian.compression.opening import open_
 from gramian.compression.plan import SMALLEST, Plan
 from gramian.compression.predicting import Point, losses_of, measured_point
 from gramian.compression.targets import targets
-from gramian.compression.weighted import WeightedSVD, decompose, site_of
+from gramian.compression.weighted import WeightedSVD, decompose
+from gramian.compression.weighting import Uncaptured, weighting
 from gramian.errors import GramianWarning, InputError
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
 from gramian.statistics import Statistics
 
-__all__ = ["compress"]
+__all__ = ["compress", "judged"]
 
 DEFAULT_KEEP = 0.5
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
@@ -107,18 +109,24 @@ def compress(
         raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
     else:
         calibration = calibrate(model, batches, objective)
-    notes, ranked, blind = _judged(calibration)
+    notes, ranked, blind = judged(calibration)
     spectra: list[WeightedSVD] = []
     own = copied(plain)
+    open_(own, [target.name for target in found])
     for target in found:
+        here = target._replace(module=submodule(own, target.name))
         try:
-            site = site_of(target, calibration.stats)
-        except InputError as error:
+            weights = weighting(
+                here,
+                calibration.stats,
+                share=calibration.distinct,
+                blind=blind,
+                differentiated=calibration.differentiated,
+            )
+        except Uncaptured as error:
             reasons[target.name] = str(error)
             continue
-        here = target._replace(module=submodule(own, target.name))
-        share, part = calibration.distinct, calibration.differentiated
-        spectra.append(decompose(here, site, share=share, blind=blind, differentiated=part))
+        spectra.append(decompose(here, weights))
         if progress is not None:
             progress(len(spectra))
     if not spectra:
@@ -148,7 +156,7 @@ def _measured_by(objective: Objective | Callable, model: nn.Module) -> Objective
     return made.against(model) if made.against else made
 
 
-def _judged(calibration: Calibration) -> tuple[list[str], bool, bool]:
+def judged(calibration: Calibration) -> tuple[list[str], bool, bool]:
     """What is wrong with the data; whether it tells which layers matter; whether G is to be left out."""
     notes, stats = list(calibration.notes), calibration.stats
     units = stats.units * calibration.distinct or math.inf  # Grams from elsewhere have no units

@@ -16,6 +16,7 @@ from gramian.checkpoint.trees import TREE
 from gramian.compression.feedback import Feedback
 from gramian.compression.mixing import Form
 from gramian.compression.modules import copied, submodule
+from gramian.compression.opening import open_
 from gramian.compression.plan import Plan
 from gramian.compression.predicting import Point
 from gramian.compression.weighted import WeightedSVD
@@ -87,6 +88,8 @@ def load_plan(model: nn.Module, path: str | Path) -> Plan:
     tree = load_tree(path) if TREE in open_checkpoint(path, stored=True).metadata else None
     if not isinstance(tree, dict) or tree.keys() != {"plan", "shapes", "digests"}:
         raise CheckpointError(f"{path} was not written by save_plan. Give the file of a plan.")
+    model = copied(model)  # which training on does not change
+    open_(model, tree["digests"])
     shapes, planned = _shapes(model), tree["shapes"]
     wrong = [
         f"{name} is {shapes.get(name, 'missing')}, planned {planned.get(name, 'missing')}"
@@ -102,7 +105,6 @@ def load_plan(model: nn.Module, path: str | Path) -> Plan:
             "initialized again). Load those weights, or make the plan again."
         )
     try:
-        model = copied(model)  # which training on does not change
         return _unpacked(tree["plan"], model)
     except (KeyError, TypeError) as error:
         raise CheckpointError(

@@ -25,7 +25,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gramian.checkpoint.packing import RANKS
 from gramian.compression.files import _check_fit
+from gramian.compression.lowrank import LowRank
 from gramian.compression.ranks import factor, ranks_of, restore
+from gramian.compression.slicing import SLICED_KEYS
 from gramian.errors import CheckpointError, some
 
 __all__ = ["METHOD", "FactoredConfig", "FactoredQuantizer", "attach", "is_pretrained", "load_folder", "save_folder"]
@@ -64,6 +66,7 @@ class FactoredQuantizer(HfQuantizer):
             factor(model, ranks)
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"the folder does not fit {type(model).__name__}: {error}") from None
+        _tie_factors(model)  # transformers ties the weights once they are loaded
         marks = {rf"(^|\.){re.escape(name)}\.weight$" for name in {*ranks, *self.quantization_config.ranks}}  # type: ignore[attr-defined]
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | marks
         return model
@@ -83,7 +86,8 @@ class FactoredQuantizer(HfQuantizer):
         """
         ranks = ranks_of(model)
         model.config.quantization_config = FactoredConfig(ranks=ranks)
-        marks = {f"{name}.weight": torch.empty(0) for name in ranks}
+        sliced = {name for name, what in ranks.items() if isinstance(what, dict) and what.keys() == SLICED_KEYS}
+        marks = {f"{name}.weight": torch.empty(0) for name in ranks.keys() - sliced}  # those have weights as before
         return model.state_dict() | marks, {RANKS: json.dumps(ranks)}
 
 
@@ -104,6 +108,27 @@ def attach(model: nn.Module) -> None:
             if ranks:
                 module.config.quantization_config = FactoredConfig(ranks=ranks)
                 module.hf_quantizer = FactoredQuantizer(FactoredConfig(ranks=ranks))  # type: ignore[assignment]
+                _tie_factors(module)
+
+
+def _tie_factors(model: Any) -> None:
+    """Names, in what transformers knows of tied parameters, the factors in place of the weights that they replace."""
+    low = {name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LowRank)}
+    tied: dict[str, str] = {}
+    for target, source in (model.all_tied_weights_keys or {}).items():
+        mine, theirs = _factors(target, low), _factors(source, low)
+        if len(mine) == len(theirs):  # a layer that was factored alone is tied no longer
+            tied |= dict(zip(mine, theirs, strict=True))
+    if tied != model.all_tied_weights_keys:
+        model.all_tied_weights_keys = model._tied_weights_keys = tied
+
+
+def _factors(name: str, low: Mapping[str, LowRank]) -> list[str]:
+    """The parameters that a factored layer has in place of one: L and R of a weight; or the name as it is."""
+    layer, _, local = name.rpartition(".")
+    if layer not in low:
+        return [name]
+    return [f"{layer}.{one}" for one in (low[layer].names if local == "weight" else (f"1.{local}",))]
 
 
 @contextmanager
@@ -197,6 +222,8 @@ def _resolved(model: Any, ranks: Mapping[str, Any]) -> dict[str, Any]:
         if fitting:
             there[name] = fitting[0]
             found[fitting[0]] = rank
+        elif model.base_model is model and name.partition(".")[0] not in model._modules:
+            continue  # of a head, or another part that this model lacks as a whole
         elif name.startswith(base) or not any(n.startswith(base) for n in ranks):
             raise CheckpointError(f"the factored layer {name} is not in {type(model).__name__}")
     if ranks and not found:

@@ -142,10 +142,11 @@ class Quantized(nn.Module):
         shape = list(self._layout.shape)
         return {"bits": self.bits, "group": self.group, "shape": shape, "transposed": transposed}
 
-    def matrix(self) -> Tensor:
-        """The matrix (m, n), in the layer's floating-point type."""
+    def matrix(self, rows: Tensor | None = None) -> Tensor:
+        """The matrix (m, n), in the layer's floating-point type; or some of its rows, by their numbers."""
         n = self._layout.matrices[1]
-        return (unpack(self.codes, self.bits, n) * spread(self.scales.float(), self.group, n)).to(self._dtype)
+        codes, scales = (self.codes, self.scales) if rows is None else (self.codes[rows], self.scales[rows])
+        return (unpack(codes, self.bits, n) * spread(scales.float(), self.group, n)).to(self._dtype)
 
     @torch.no_grad()
     def set_(self, codes: Codes, bias: Tensor | None = None) -> Quantized:
@@ -207,5 +208,13 @@ def _convolution(layer: Any, input: Tensor) -> Tensor:
     return conv._conv_forward(layer, input, weight, layer.bias)  # with the options that it finds on the layer
 
 
-FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {"linear": _linear, "convolution": _convolution}
+def _table(layer: Any, input: Tensor) -> Tensor:
+    return layer.matrix(input.flatten()).unflatten(0, input.shape) if input.ndim else layer.matrix(input[None])[0]
+
+
+FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "linear": _linear,
+    "convolution": _convolution,
+    "table": _table,
+}
 """How a matrix (m, n) is applied, by the `factors` of the layer's operation."""

@@ -9,7 +9,9 @@ from torch import nn
 
 from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.modules import clean_module_name, replaced, submodule
+from gramian.compression.opening import close_, open_
 from gramian.compression.quantized import Quantized
+from gramian.compression.slicing import SLICED, resized
 from gramian.layers import is_affine, operation_of
 
 __all__ = ["factor", "ranks_of", "restore"]
@@ -19,14 +21,21 @@ def ranks_of(model: nn.Module) -> dict[str, Any]:
     """What each replaced layer is by its clean name, an outer one before those within it.
 
     A factored one is its rank, a quantized one its bits and group with the shape of its weight, by which files are read
-    without the model: `{"a": 12, "b": {"bits": 4, "group": 64, "shape": [9, 64], "transposed": false}}`.
+    without the model: `{"a": 12, "b": {"bits": 4, "group": 64, "shape": [9, 64], "transposed": false}}`; one with fewer
+    rows or columns its shapes, and the numbers among its attributes that went down with them.
     """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
+        sliced = vars(module).get(SLICED)
+        what: Any = None
         if isinstance(module, LowRank):
-            found[clean_module_name(name)] = module.rank
+            what = module.rank
         elif isinstance(module, Quantized):
-            found[clean_module_name(name)] = module.about
+            what = module.about
+        if sliced is not None:
+            what = sliced if what is None else {**sliced, "then": what}
+        if what is not None:
+            found[clean_module_name(name)] = what
     return found
 
 
@@ -42,14 +51,25 @@ def factor(model: nn.Module, ranks: Mapping[str, Any]) -> tuple[nn.Module, dict[
             as it was.
     """
     dense: dict[str, nn.Module] = {}
+    tied: dict[int, nn.Module] = {}
+    open_(model, ranks)
     try:
         for name, what in ranks.items():
-            layer = submodule(model, name)
+            layer = old = submodule(model, name)
+            if isinstance(what, Mapping) and "shapes" in what:
+                layer, what = resized(layer, what), what.get("then")
+                if what is None:
+                    dense[name] = old
+                    model = replaced(model, name, layer)
+                    continue
             fits = operation_of(layer).factors and is_affine(layer) and getattr(layer, "groups", 1) == 1
             if not fits:
                 raise ValueError(f"{name} is a {type(layer).__name__}, which cannot be factored or quantized")
             made = _quantized(name, layer, what) if isinstance(what, Mapping) else _factored(name, layer, what)
-            dense[name] = layer
+            shared = tied.setdefault(id(old._parameters.get("weight")), made)  # which stays alive, so its id is its own
+            if shared is not made and isinstance(shared, LowRank) and isinstance(made, LowRank):
+                made.tie_(shared, layer._parameters.get("bias"))
+            dense[name] = old
             model = replaced(model, name, made)
     except BaseException:
         restore(model, dense)
@@ -73,4 +93,5 @@ def restore(model: nn.Module, dense: Mapping[str, nn.Module]) -> nn.Module:
     """The model with these layers put back, the last first."""
     for name, layer in reversed([*dense.items()]):
         model = replaced(model, name, layer)
+    close_(model)
     return model

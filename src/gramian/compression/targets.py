@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gramian.block import Block, blocks
 from gramian.compression.lowrank import HOOKS, LowRank
 from gramian.compression.modules import clean_module_name, module_name
+from gramian.compression.opening import inner_name
 from gramian.compression.quantized import Quantized
 from gramian.errors import InputError, some
-from gramian.layers import is_affine, layer_of, operation_of, runs_as_its_class
+from gramian.layers import is_affine, layer_of, layout_of, operation_of, runs_as_its_class
 
-__all__ = ["Target", "targets"]
+__all__ = ["Target", "adapted", "by_pattern", "targets", "why_not"]
 
 
 class Target(NamedTuple):
@@ -29,6 +30,8 @@ class Target(NamedTuple):
         inputs, outputs: the parameters at whose sites A and G of the layer are.
         dense: parameters of the weight as it is.
         rank: of a factored layer; 0 for a dense one.
+        table: whether rows of the matrix are looked up.
+        tied: the names of other layers with the same weight.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Target(NamedTuple):
     outputs: str
     dense: int
     rank: int = 0
+    table: bool = False
+    tied: tuple[str, ...] = ()
 
 
 def targets(
@@ -56,23 +61,40 @@ def targets(
     found: list[Target] = []
     reasons: dict[str, str] = {}
     factored = {id(child): low for low in model.modules() if isinstance(low, LowRank) for child in low}
-    adapted = _adapted(model)
+    adapters = adapted(model)
     all_blocks = blocks(model).blocks
     for block in all_blocks:
         low = factored.get(id(block.module))
         name = module_name(block)
+        tied: tuple[str, ...] = ()
         if low is None:
-            reason = why_not(block) or adapted.get(id(block.module), "")
-            target = Target(name, block.module, block, block.name, block.name, block.parameter.numel())
+            others = {id(module): other.rpartition(".")[0] for other, module in block.owners}
+            tied = tuple(other for key, other in others.items() if key != id(block.module))
+            inner = inner_name(block.module, block.name.rpartition(".")[2])
+            if inner and not tied:
+                name = f"{name}.{inner}".lstrip(".")
+                reason = adapters.get(id(block.module), "")
+            elif tied:
+                reason = _why_not_tied(block, adapters)
+            else:
+                reason = why_not(block) or adapters.get(id(block.module), "")
+            table = operation_of(block.module).factors == "table"
+            numel = block.parameter.numel()
+            target = Target(name, block.module, block, block.name, block.name, numel, table=table, tied=tied)
         else:
             name = name.rpartition(".")[0]
             if block.module is low[1]:
                 continue  # told with the first
             first, second = (f"{name}.{i}.weight" if name else f"{i}.weight" for i in (0, 1))
             dense = sum(low.get_parameter(f"{i}.weight").numel() for i in (0, 1))
-            target = Target(name, low, None, first, second, dense, low.rank)
+            target = Target(name, low, None, first, second, dense, low.rank, low.is_table)
             reason = "its factors have rank 1" if low.rank == 1 else ""
-        reason = _by_pattern(name, include, exclude) or reason or _unprofitable(target)
+            if block.aliases:
+                reason = f"its factors are tied to {', '.join(block.aliases)}"
+        reason = by_pattern(name, include, exclude) or reason or _unprofitable(target)
+        for other in tied:
+            excluded = by_pattern(other, include, exclude)
+            reason = reason or (excluded and f"tied to {other}, which is {excluded}")
         if reason:
             reasons[name] = reason
         else:
@@ -80,14 +102,14 @@ def targets(
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             reasons[clean_module_name(name)] = "quantized already"
-    names = [target.name for target in found] + list(reasons)
+    names = [name for target in found for name in (target.name, *target.tied)] + list(reasons)
     for pattern in (*(include or ()), *exclude):
         if not fnmatch.filter(names, pattern):
             raise InputError(f"compress: {pattern!r} matches no layer; names are like {some(names)}")
     return found, reasons
 
 
-def _by_pattern(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
+def by_pattern(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
     for pattern in exclude:
         if fnmatch.fnmatchcase(name, pattern):
             return f"excluded by {pattern!r}"
@@ -109,7 +131,7 @@ def _shape(block: Block) -> tuple[int, int]:
     return block.parameter.numel() // n, n
 
 
-def _adapted(model: nn.Module) -> dict[int, str]:
+def adapted(model: nn.Module) -> dict[int, str]:
     """The reason for each layer in an adapter, or under one (PEFT's keep the layer they adapt as `base_layer`)."""
     reasons: dict[int, str] = {}
     for outer in model.modules():
@@ -119,8 +141,23 @@ def _adapted(model: nn.Module) -> dict[int, str]:
     return reasons
 
 
+def _why_not_tied(block: Block, adapters: dict[int, str]) -> str:
+    """Why a weight with several owners is not factored: each has to be one that can be, with the same matrix."""
+    layouts = set()
+    for name, module in block.owners:
+        alone = replace(block, owners=((name, module),))
+        reason = why_not(alone) or adapters.get(id(module), "")
+        if reason:
+            return f"tied to {', '.join(block.aliases)}" + (f"; {reason}" if module is not block.module else "")
+        layouts.add(getattr(layout_of(module), "matrices", ()))
+    turned = {operation_of(m).factors for _, m in block.owners} - {"linear", "table"}
+    if turned or len(layouts) > 1:
+        return f"tied to {', '.join(block.aliases)}, which see it as different matrices"
+    return ""
+
+
 def why_not(block: Block) -> str:
-    """Why a dense layer is not factored; empty where it is."""
+    """Why a dense layer is not factored by itself; empty where it is."""
     module, kind = block.module, block.kind
     others = [name for name, owner in block.owners if owner is not module]
     tied = f"tied to {', '.join(block.aliases)}" if others else ""
@@ -129,10 +166,10 @@ def why_not(block: Block) -> str:
         return ", ".join(filter(None, [f"{kind} is not factored{own}", tied]))
     if not is_affine(module):
         return f"{kind} has other parameters than a weight and a bias, or a weight that is made of others"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention applies it by its weight"
     if tied:
         return tied
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm changes its rows as they are looked up"
     groups = getattr(module, "groups", 1)
     if groups > 1:
         depthwise = " (depthwise)" if block.role == "elementwise" else ""

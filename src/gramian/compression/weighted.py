@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from gramian.block import Block
 from gramian.compression.feedback import Feedback, feedback_of
 from gramian.compression.filling import Candidates
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.rounding import noises
-from gramian.compression.shrinkage import Roots, roots, shrunk_mean
 from gramian.compression.targets import Target
-from gramian.errors import InputError
-from gramian.gram import DiagonalGram, Gram
-from gramian.layers import layout_of
-from gramian.statistics import Site, Statistics
+from gramian.compression.weighting import Weighting
 
-__all__ = ["WeightedSVD", "decompose", "site_of"]
+__all__ = ["WeightedSVD", "decompose"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +35,9 @@ class WeightedSVD:
         noises: what rounding the matrix is expected to cost, see `gramian.compression.rounding.noises`.
         moments: (k,), the second moment of what each row of `right` makes of the inputs.
         diagonal: the sides ("inputs", "outputs") that are weighted by a diagonal alone.
+        table: whether its rows are looked up. Factors of a table are held in floats.
+        tied: the names of other layers that share the matrix. It can be factored, not rounded.
+        unseen: rows of a table that were never looked up.
     """
 
     name: str
@@ -53,6 +50,9 @@ class WeightedSVD:
     noises: tuple[float, ...]
     moments: Tensor
     diagonal: tuple[str, ...] = ()
+    table: bool = False
+    tied: tuple[str, ...] = ()
+    unseen: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,70 +91,15 @@ class WeightedSVD:
         return torch.cat([each.new_zeros(1), each]).cpu()
 
 
-def site_of(target: Target, stats: Statistics) -> Site:
-    """The second moments of a layer's inputs and output gradients, over all its uses.
-
-    Raises `InputError` with the reason where there are none.
-    """
-    sites = [stats.get(name) or [Site(reason="not in the statistics")] for name in (target.inputs, target.outputs)]
-    for site in (*sites[0], *sites[1]):
-        if site.A is None or site.G is None:
-            raise InputError(site.reason or "its second moments were not captured")
-    used, gave = sites
-    if any(site.transposed for site in (*used, *gave)):
-        raise InputError("it is also used as a table, or transposed")
-    seen = {(type(s.A), s.A.batch, s.A.dim, type(s.G), s.G.batch, s.G.dim) for s in used if s.A and s.G}
-    if len(seen) > 1:
-        raise InputError(f"used in {len(used)} ways that see it as different matrices")
-    inputs, outputs = used[0].A, gave[0].G
-    assert inputs is not None
-    assert outputs is not None
-    if len(used) > 1:  # copies: the statistics stay
-        inputs, outputs = copy.deepcopy(inputs), copy.deepcopy(outputs)
-        units = outputs.count.clone()
-        for site in used[1:]:
-            assert site.A is not None
-            assert site.G is not None
-            inputs.merge(site.A)
-            outputs.merge(site.G)
-        outputs.count.copy_(units)  # all uses of one unit
-    return Site(A=inputs, G=outputs, name=target.name)
-
-
-def decompose(target: Target, site: Site, *, share: float, blind: bool, differentiated: float = 1.0) -> WeightedSVD:
+def decompose(target: Target, weighting: Weighting) -> WeightedSVD:
     """The weighted singular value decomposition of a layer.
 
     Args:
         target: the layer.
-        site: its second moments.
-        share: the independent rows among those that were added to A and G.
-        blind: whether G is left out, since too few units were seen.
-        differentiated: the share of the rows of A that G has too.
-
-    Raises:
-        InputError: the second moments are those of another model, or not finite.
+        weighting: of its two sides.
     """
-    assert site.A is not None
-    assert site.G is not None
     w = matrix_of(target.module).double()
-    centered = getattr(target.module, "bias", None) is not None
-    out = site.G.dim * (site.G.batch[-1] if site.G.batch and target.block is None else 1)
-    wide = w.shape[0] if not site.G.batch or target.block is None else target.block.shape[-2]
-    for label, got, dim in (("A", site.A.dim, w.shape[1]), ("G", out, wide)):
-        if got != dim:
-            raise InputError(f"compress: {label} of {target.name!r} is for {got} features, not {dim}: another model's?")
-    rows = share * float(torch.as_tensor(site.A.count).max())
-    try:
-        label = "A"
-        mean = shrunk_mean(site.A, rows) if centered else None
-        a = roots(site.A, rows, around=mean)
-        label = "G"
-        g = _output_roots(target.block, site.G, rows * differentiated)
-    except InputError as error:
-        raise InputError(f"compress: {label} of {target.inputs!r} {error}") from None
-    if blind:
-        one = torch.ones(len(w), dtype=w.dtype, device=w.device)
-        g = Roots(one, one)
+    a, g, matters = weighting.columns, weighting.rows, weighting.matters
     weighted = g.left(a.right(w))
     # The factors are projections of W itself: with all ranks they are W, whatever the rounding of the roots.
     m, n = w.shape
@@ -172,43 +117,20 @@ def decompose(target: Target, site: Site, *, share: float, blind: bool, differen
     # The singular values are shared out so that neither factor is badly scaled.
     scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
     scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
-    diagonal = tuple(
-        side for side, moment in (("inputs", site.A), ("outputs", site.G)) if isinstance(moment, DiagonalGram)
-    )
-    matters = blind or bool(site.A.total.any() and site.G.total.any())
-    feedback = feedback_of(a, g, rows)
+    feedback = feedback_of(a, g, weighting.seen)
     feedback = replace(feedback, outputs=feedback.outputs * matters)
     return WeightedSVD(
         target.name,
         values * matters,
         left * scale,
         right / scale[:, None],
-        mean,
+        weighting.mean,
         target.dense,
         feedback,
         noises(w, feedback),
         a.right(right / scale[:, None]).square().sum(1),
-        diagonal,
+        weighting.diagonal,
+        target.table,
+        target.tied,
+        weighting.unseen,
     )
-
-
-def _output_roots(block: Block | None, g: Gram | DiagonalGram, rows: float) -> Roots:
-    """The roots of G over the layer's outputs; of fused parts, which have a G each, along the diagonal."""
-    found = roots(g, rows)
-    if block is None or not g.batch:
-        return found
-    layout = layout_of(block.module)
-    assert layout is not None
-    outputs = torch.arange(layout.matrices[0], device=found.root.device)[:, None].expand(layout.matrices)
-    order = block.split(layout.join(outputs))[..., 0].flatten()  # the output of each row of each part
-    return Roots(
-        *(_placed(parts, order, diagonal=isinstance(g, DiagonalGram)) for parts in (found.root, found.inverse))
-    )
-
-
-def _placed(parts: Tensor, order: Tensor, *, diagonal: bool) -> Tensor:
-    if diagonal:
-        return torch.empty_like(parts.flatten()).index_copy_(0, order, parts.flatten())
-    whole = torch.empty(len(order), len(order), dtype=parts.dtype, device=parts.device)
-    whole[order[:, None], order] = torch.block_diag(*parts.flatten(0, -3))
-    return whole

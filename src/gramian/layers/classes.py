@@ -40,14 +40,14 @@ class Operation(NamedTuple):
 
     gain: Literal["input", "output", ""] = ""
     init: Literal["orthogonal", "delta", ""] = ""
-    factors: Literal["linear", "convolution", ""] = ""
+    factors: Literal["linear", "convolution", "table", ""] = ""
 
 
 OPERATIONS: dict[str, Operation] = {
     "linear": Operation(gain="input", init="orthogonal", factors="linear"),
     "convolution": Operation(gain="input", init="delta", factors="convolution"),
     "transposed convolution": Operation(gain="input", init="delta"),
-    "embedding": Operation(gain="output"),
+    "embedding": Operation(gain="output", factors="table"),
     "bag of embeddings": Operation(),
     "bilinear": Operation(),
     "attention": Operation(),
@@ -61,9 +61,9 @@ OPERATIONS: dict[str, Operation] = {
 class Layer:
     """A row of the table of classes: which matrices a module's own parameters hold, and how they are applied.
 
-    An operation with `init` or `factors` promises `y = W x + b`: one parameter `weight`, which holds one matrix (or one
-    for each of a convolution's groups), and perhaps a `bias`. Layers that have more are left out by what needs the
-    promise (`is_affine`), with the reason.
+    An operation with `init` or `factors` promises `y = W x + b`, or for a table `y = Wᵀ x`: one parameter `weight`,
+    which holds one matrix (or one for each of a convolution's groups), and perhaps a `bias`. Layers that have more are
+    left out by what needs the promise (`is_affine`), with the reason.
 
     Args:
         cls: a class of torch, or the name of a class of another library. Subclasses count.
@@ -111,6 +111,7 @@ LAYERS: tuple[Layer, ...] = (
     Layer(nn.Linear, "linear", _LINEAR),
     Layer("Conv1D", "linear", {"weight": "i o -> o i"}, has="nf"),  # GPT-2's linear layer in transformers: (in, out)
     Layer("Linear", "linear", _LINEAR, has="weight_initializer"),  # torch_geometric's
+    Layer("TransposedLinear", "linear", {"weight": "i o -> o i"}, has="in_features"),  # behind a factored table
     Layer(nn.Bilinear, "bilinear", {"weight": "b o i -> b o i"}),
     Layer(nn.Embedding, "embedding", _TABLE),
     Layer(nn.EmbeddingBag, "bag of embeddings", _TABLE),
@@ -230,7 +231,7 @@ def runs_as_its_class(module: nn.Module) -> bool:
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Whether a module has one weight and perhaps a bias, and no other parameter: `y = W x + b`, as its class computes.
+    """Whether a module has one weight and perhaps a bias, and no other parameter, and computes as its class does.
 
     What initializes or replaces a layer as a whole wants that: another parameter would be lost.
 

@@ -1,0 +1,206 @@
+"""Fewer heads, units and channels: what can go is found by what it changes, and what stays makes up for it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gramian as gm
+from gramian.bench.learning_networks import Transformer
+from gramian.compression.elimination import eliminated
+from gramian.compression.shrinkage import Roots
+from gramian.compression.weighting import Weighting
+from gramian.errors import CheckpointError, InputError
+from test_compress_calibration import inputs, network
+
+DISTILL = gm.Objective.self_distillation()
+
+
+def moment(n: int, seed: int) -> tuple[Tensor, Roots]:
+    x = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    m = x.mT @ x @ torch.diag(torch.linspace(0.2, 2, n, dtype=torch.float64))
+    m = m.mT @ m
+    values, vectors = torch.linalg.eigh(m)
+    return m, Roots(vectors * values.sqrt() @ vectors.mT, vectors * values.rsqrt() @ vectors.mT)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_stays_is_the_least_squares_fit(size: int) -> None:
+    """The oracle: `W A_:K A_KK⁻¹` and its error, for every number of units that may stay."""
+    m, n = 5, 12
+    w = torch.randn(m, n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (a, of_a), (g, of_g) = moment(n, 0), moment(m, 1)
+    gone = eliminated(w, Weighting(of_a, of_g, None, True), n // size)
+    assert sorted(gone.order) == list(range(n // size))
+    for kept in range(n // size + 1):
+        steps = n - kept * size
+        stay = torch.tensor(gone.order[n // size - kept :], dtype=torch.long)
+        columns = (stay[:, None] * size + torch.arange(size)).flatten().sort().values
+        found = w - gone.left[:, :steps] @ gone.right[:steps]
+        best = torch.zeros_like(w)
+        best[:, columns] = w @ a[:, columns] @ torch.linalg.inv(a[columns][:, columns])
+        torch.testing.assert_close(found, best, rtol=1e-6, atol=1e-8)
+        error = w - best
+        cost = torch.trace(g @ error @ a @ error.mT)
+        torch.testing.assert_close(gone.values[:steps].square().sum(), cost, rtol=1e-6, atol=1e-8)
+    first = [
+        torch.trace(g @ e @ a @ e.mT)
+        for u in range(n // size)
+        for k in [torch.tensor([j for j in range(n) if j // size != u])]
+        for e in [w - torch.zeros_like(w).index_copy_(1, k, w @ a[:, k] @ torch.linalg.inv(a[k][:, k]))]
+    ]
+    assert gone.order[0] == int(torch.stack(first).argmin())
+
+
+class Residual(nn.Module):
+    """The channels between the two convolutions can go; those of the sum cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 8, 3, padding=1)
+        self.one, self.norm, self.two = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.Conv2d(12, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))
+        x = torch.relu(x + self.two(torch.relu(self.norm(self.one(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_channels_of_a_sum_stay() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 6, 6)
+    plan = gm.narrow(Residual(), batches=list(x.split(8)), objective=DISTILL)
+    assert list(plan.kept) == ["two"]
+    assert "reach other layers too" in plan.reasons["one"]
+    small = plan.at(keep=0.7).apply().eval()
+    assert (small.one.out_channels, small.norm.num_features, small.two.in_channels) == (
+        plan.at(keep=0.7).kept["two"],
+    ) * 3
+    assert small.norm.running_var.shape == small.one.bias.shape
+    assert small(x).shape == (64, 4)
+
+
+def convolutions() -> nn.Module:
+    """A depthwise convolution and norms between, and a matrix behind that sees sixteen columns for each channel."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 16, 10),
+    ).eval()  # fmt: skip
+
+
+def decoder() -> nn.Module:
+    return Transformer(width=32, depth=1, heads=4, vocabulary=30, context=16)
+
+
+CASES = {
+    "units": (network, list(inputs(512, 1).split(64))),
+    "channels": (convolutions, list(torch.randn(128, 3, 10, 10).split(16))),
+    "heads": (decoder, list(torch.randint(30, (128, 16)).split(8))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_narrow_model_is_plain_and_comes_back(name: str, tmp_path) -> None:
+    make, batches = CASES[name]
+    torch.manual_seed(0)
+    model, x = make(), batches[0]
+    plan = gm.narrow(model, batches=batches, objective=DISTILL)
+    torch.testing.assert_close(plan.apply()(x), model(x))
+    part = plan.at(keep=0.6)
+    small = part.apply()
+    numel = sum(p.numel() for p in small.parameters())
+    assert numel == part.parameters <= 0.6 * plan.parameters_dense
+    assert numel > 0.5 * plan.parameters_dense  # no more than needed
+    assert {type(m) for m in small.modules()} == {type(m) for m in model.modules()}
+    if name == "heads":
+        assert small.blocks[0].heads == part.kept["blocks.0.out"]
+    gap, size = (small(x) - model(x)).square().mean(), model(x).square().mean()
+    assert gap < 0.1 * size
+    assert part.predicted.measured
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(other(x), small(x))
+    torch.testing.assert_close(torch.export.export(small.eval(), (x,)).module()(x), small(x))
+    gm.save_compressed(small, tmp_path / "small.safetensors")
+    torch.manual_seed(1)
+    assert torch.equal(gm.load_compressed(make(), tmp_path / "small.safetensors").eval()(x), small(x))
+    both = gm.compress(small, batches=batches, objective=DISTILL, keep=0.8).apply()
+    gm.save_compressed(both, tmp_path / "both.safetensors")
+    assert torch.equal(gm.load_compressed(make(), tmp_path / "both.safetensors").eval()(x), both.eval()(x))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        gm.load_compressed(nn.Sequential(nn.Linear(2, 2)), tmp_path / "small.safetensors")
+
+
+def test_it_is_better_than_removing_the_smallest() -> None:
+    torch.manual_seed(0)
+    model, x = network(), inputs(2048, 9)
+    plan = gm.narrow(model, batches=list(inputs(1024, 1).split(64)), objective=DISTILL)
+    part = plan.at(keep=0.6)
+    small = part.apply()
+    naive = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in plan.layers:
+            consumer, producer = (naive.get_submodule(n) for n in (layer.units.name, layer.units.parts[0].name))
+            size = consumer.weight.norm(dim=0) * producer.weight.norm(dim=1)
+            consumer.weight[:, size.argsort()[: layer.units.num - part.kept[layer.units.name]]] = 0
+    ours, theirs = ((other(x) - model(x)).square().mean() for other in (small, naive))
+    assert ours < 0.5 * theirs
+
+
+def test_what_cannot_be_narrowed_is_refused_with_the_reason() -> None:
+    batches = list(torch.randn(64, 8).split(16))
+    with pytest.raises(InputError, match="nothing of Linear can be removed"):
+        gm.narrow(nn.Linear(8, 8), batches=batches, objective=DISTILL)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    with pytest.raises(InputError, match=r"nothing of Sequential can be removed .*excluded by '0'"):
+        gm.narrow(net, batches=batches, objective=DISTILL, exclude=["0"])
+    plan = gm.narrow(net, batches=batches, objective=DISTILL)
+    with pytest.raises(InputError, match=r"below the smallest possible, 0\.0"):
+        plan.at(keep=0.01)
+    with pytest.raises(InputError, match=r"share in \(0, 1\]"):
+        plan.at(keep=1.5)
+
+    class Fixed(nn.Module):  # its own arithmetic names the width
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.relu(self.one(x)) * torch.arange(16.0).view(16))
+
+    with pytest.raises(InputError, match="whatever numbers are set"):
+        gm.narrow(Fixed(), batches=batches, objective=DISTILL)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_fewer_heads_come_back_from_a_folder(name: str, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import gramian.integrations.compressed  # noqa: F401
+
+    torch.manual_seed(0)
+    if name == "gpt2":
+        ends = {"bos_token_id": 1, "eos_token_id": 1}
+        config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=60, n_positions=16, **ends)
+        model = transformers.GPT2LMHeadModel(config).eval()
+    else:
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+        config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=60, **heads)
+        model = transformers.LlamaForCausalLM(config).eval()
+
+    def scores(model: nn.Module, x: Tensor) -> Tensor:
+        return model(input_ids=x).logits
+
+    batches = list(torch.randint(60, (64, 12)).split(16))
+    plan = gm.narrow(model, batches=batches, objective=gm.Objective.self_distillation(predict=scores))
+    assert {layer.units.num for layer in plan.layers} == ({4, 128} if name == "gpt2" else {2, 48})
+    small = plan.at(keep=plan.smallest).apply()
+    small.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(scores(loaded, batches[0]), scores(small, batches[0]))
+    assert sum(p.numel() for p in loaded.parameters()) == plan.at(keep=plan.smallest).parameters
