@@ -171,6 +171,7 @@ class _Rehearsals:
         curvature = self._first_line()
         line = curvature.minimum
         start = line if 0 < line < math.inf else 1.0
+        base, best, gain = before, start, 0.0
         for self.pace in PACES:
             self.losses.clear()
             base = self._baseline(before, start / STEP**WINDOW)
@@ -183,7 +184,7 @@ class _Rehearsals:
                     ""
                     if self.pace == 1
                     else (
-                        "gains more than the parameters that do not follow lr gain alone, nor, where these move less often, "
+                        "gains more than the parameters that do not follow lr gain alone, nor, where these move less, "
                     )
                 )
                 raise InputError(
