@@ -378,9 +378,9 @@ def logm(
         DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, or a negative rtol.
         ConvergenceError: where there is no principal logarithm, or the error bound is above rtol.
-    Cost: for each of 5 to 16 square roots 15 inverses, and 600 products in all, in float64; with its bound, up to n =
-    12, for each pair of roots three products of n² × n² matrices. Accuracy: 1e-13 or one rounding of the dtype. The certificate's residual is that of the square roots, ‖M − X²‖_F / ‖M‖_F; its bound
-    is an estimate from n = 13.
+    Cost: for each of 5 to 16 square roots 15 inverses, and 600 products in all, in float64; for the bound, up to n = 12,
+    three products of n² × n² matrices for each pair of roots. Accuracy: 1e-13, or one rounding of the dtype. The
+    certificate's residual is that of the square roots, ‖M − X²‖_F / ‖M‖_F; its bound is an estimate from n = 13.
     Source: Higham, Functions of Matrices (2008), chapter 11; Kenney and Laub, SIAM J. Matrix Anal. Appl. 10 (1989).
 
     >>> logm(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
