@@ -7,7 +7,6 @@ steps on one Gram matrix would magnify its rounding, which makes small eigenvalu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg.engine.scaling import unit_peak
-from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed
-from gramian.linalg.polar_factor.zolotarev import CHUNK
+from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed, in_parts
 
 PAIRED_FROM = 2.0
 """Least ratio of the sides from which steps go in pairs: 4r + 2 small products against 2r + 5."""
@@ -40,16 +38,12 @@ def few_passes(
         (p, q, r) if i == steps - 1 else (p / SAFETY, q / SAFETY**3, r / SAFETY**5)
         for i, (p, q, r) in enumerate(composed(low, steps).coefficients)
     ]
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        x = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
-        if not x.numel():
-            return a.clone()
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        few = max(1, CHUNK // x[0].numel()) if x.device.type == "cpu" else len(x)
-        for part, place in zip(x.split(few), out.split(few), strict=True):
-            value = _iterate(_scaled(part, tall=tall, dtype=dtype or torch.float32), coefficients)
-            place.copy_(value.mT if tall else value)
-        return out.reshape(a.shape)
+
+    def run(part: Tensor) -> Tensor:
+        value = _iterate(_scaled(part, tall=tall, dtype=dtype or torch.float32), coefficients)
+        return value.mT if tall else value
+
+    return in_parts(a, run)
 
 
 def _scaled(x: Tensor, *, tall: bool, dtype: torch.dtype) -> Tensor:
