@@ -1,9 +1,9 @@
 """Scores the certificates on 10,000 seeded hostile matrices: writes benchmarks/results/certificates.json.
 
 The generator is the tests' `hostile`, frozen before the methods were written; the seeds below were drawn once, after
-them. (910 000 and 920 000 were used up: certificates changed after them. They gave none silent, 0.16 and 0.19 % flagged.)
-Small matrices (n ≤ 8) are judged by 60-digit arithmetic, larger ones (48 and 96) by the float64 answer of the
-double-double method and its own bound. Run from the repository's root: python benchmarks/certificates.py
+them. (910 000 and 920 000 were used up: certificates changed after them. They gave none silent, 0.16 and 0.19 %
+flagged.) Small matrices (n ≤ 8) are judged by 60-digit arithmetic, larger ones (48 and 96) by the float64 answer of
+the double-double method and its own bound. Run from the repository's root: python benchmarks/certificates.py
 
 `python benchmarks/certificates.py spectral` scores spectral_norm, cond, svdvals and svd_lowrank, small ones and those
 large enough for their Krylov methods, and writes benchmarks/results/certificates_spectral.json. Those methods were

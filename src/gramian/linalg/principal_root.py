@@ -13,12 +13,13 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate
 from gramian.linalg.engine.derivative import differentiable
-from gramian.linalg.engine.double_double import damped, minus, pair, plus, product
+from gramian.linalg.engine.double_double import Pair, damped, minus, pair, plus, product
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import norm
+from gramian.linalg.engine.similarity import similar
 from gramian.linalg.engine.stable import Stable, inverse, solve, solved, stable
 
 STEPS = 60
@@ -97,13 +98,23 @@ def plain_root(m: Tensor) -> Tensor:
     return out
 
 
-def _newton(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> Answer:
+class Found(NamedTuple):
+    """The root of a pair, a bound on its Frobenius error, the reason, the residual, steps, the probability to fail."""
+
+    value: Pair
+    error: Tensor
+    reason: Tensor
+    residual: Tensor
+    steps: int
+    failure: float
+
+
+def _of_pair(a: Pair, certify: bool) -> Found:
     """Denman–Beavers to X, Newton's corrections on double-double residuals, and a bound on the remainder of the last.
 
     The root is X + D* with XD* + D*X = E − D*², E = A − X². So with D from E alone, and β of `stable`,
     ‖D* − D‖ ≤ β‖D*‖², and ‖D*‖ ≤ 2‖D‖ where 4β‖D‖ < 1 (Kantorovich).
     """
-    a = damped(x, shift)
     root = denman_beavers(a.hi)
     s = root_equation(root, bounded=certify)
     close = pair(s.n)
@@ -112,10 +123,14 @@ def _newton(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> A
         d, _ = solve(s, e)
         close = plus(close, torch.where((norm(d) < 0.1 * norm(s.n))[:, None, None], d, 0.0))
     bad = ~(root.converged & s.steps.converged)
+    nan = torch.where(bad, math.nan, 0.0)[:, None, None]
+    e, e_error = minus(a, product(close, close))
+    residual = norm(e) / norm(a.hi).clamp_min(2.0**-1000)
     if not certify:
         seen = torch.where(bad, cert.ON_CUT, torch.where(s.ok, cert.NONE, cert.INACCURATE))
-        return Answer.bare(torch.where(bad[:, None, None], math.nan, close.hi), seen, root.steps)
-    e, e_error = minus(a, product(close, close))
+        return Found(
+            close._replace(hi=close.hi + nan), torch.full_like(residual, math.inf), seen, residual, root.steps, 0
+        )
     d, gap = solve(s, e)
     # The equation is that of the first X.
     slack = norm(close.hi - s.n) + norm(close.lo)
@@ -124,13 +139,35 @@ def _newton(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> A
     first = norm(d) + rest
     known = s.ok & root.converged & (2 * s.beta * slack < 0.5) & (4 * beta * first < 0.5)
     value = plus(close, d)
-    error = torch.where(known, (beta * (2 * first) ** 2 + rest + norm(value.lo)) * (1 + 2.0**-20), math.inf)
-    if not x[0:1].numel():
+    error = torch.where(known, (beta * (2 * first) ** 2 + rest) * (1 + 2.0**-20), math.inf)
+    if not a.hi[0:1].numel():
         error = torch.zeros_like(error)
     reason = torch.where(bad, cert.ON_CUT, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE))
-    out = torch.where(bad[:, None, None], math.nan, value.hi)
-    residual = norm(e) / norm(a.hi).clamp_min(2.0**-1000)
-    return Answer(out, error, residual, reason, root.steps, 3 * s.failure)
+    return Found(value._replace(hi=value.hi + nan), error, reason, residual, root.steps, 3 * s.failure)
+
+
+def _answer(found: Found, certify: bool) -> Answer:
+    if not certify:
+        return Answer.bare(found.value.hi, found.reason, found.steps)
+    error = (found.error + norm(found.value.lo)) * (1 + 2.0**-20)
+    reason = torch.where((found.reason == cert.NONE) & ~error.isfinite(), cert.INACCURATE, found.reason)
+    error = torch.where(reason == cert.NONE, error, math.inf)
+    return Answer(found.value.hi, error, found.residual, reason, found.steps, found.failure)
+
+
+def _newton(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> Answer:
+    """Of the matrix as it is."""
+    return _answer(_of_pair(damped(x, shift), certify), certify)
+
+
+def _diagonalized(x: Tensor, *, shift: Tensor, rtol: float, certify: bool = True) -> Answer:
+    """Of a similar matrix, which is near normal however far the matrix is from it."""
+    if not x[0:1].numel():
+        return _newton(x, shift=shift, rtol=rtol, certify=certify)
+    s = similar(damped(x, shift))
+    found = _of_pair(s.b, certify)
+    value, error = s.restored(found.value, found.error)
+    return _answer(found._replace(value=value, error=error), certify)
 
 
 def _plain(m: Tensor) -> Tensor:
@@ -158,6 +195,13 @@ PRINCIPAL_ROOT = MatrixFunction(
             0.0,
             lambda m, n: {"inverse64": 20, "float64": 80},
             "matrices that need not be symmetric",
+        ),
+        "diagonalized": Method(
+            _diagonalized,
+            torch.float64,
+            0.0,
+            lambda m, n: {"inverse64": 40, "svd64": 1, "float64": 180},
+            "the same far from normal, in a basis of eigenvectors",
         ),
     },
     "square",

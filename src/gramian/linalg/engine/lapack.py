@@ -33,6 +33,12 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return w, v, ok
 
 
+def eig(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Complex eigenvalues (B, n), eigenvectors (B, n, n), and for which matrices LAPACK converged (B,)."""
+    (w, v), ok = _each(lambda y: tuple(torch.linalg.eig(y)), x)
+    return w, v, ok
+
+
 def eigvalsh(x: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (B, n) ascending, and for which matrices LAPACK converged (B,)."""
     (w,), ok = _each(lambda y: (torch.linalg.eigvalsh(y),), x)

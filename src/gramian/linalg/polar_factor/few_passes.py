@@ -7,7 +7,6 @@ steps on one Gram matrix would magnify its rounding, which makes small eigenvalu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg.engine.scaling import unit_peak
-from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed
-from gramian.linalg.polar_factor.zolotarev import CHUNK
+from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed, in_parts
 
 PAIRED_FROM = 2.0
 """Least ratio of the sides from which steps go in pairs: 4r + 2 small products against 2r + 5."""
@@ -39,17 +37,7 @@ def few_passes(
         (p, q, r) if i == steps - 1 else (p / SAFETY, q / SAFETY**3, r / SAFETY**5)
         for i, (p, q, r) in enumerate(composed(low, steps).coefficients)
     ]
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        x = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
-        if not x.numel():
-            return a.clone()
-        few = max(1, CHUNK // x[0].numel()) if x.device.type == "cpu" else len(x)
-        if few >= len(x):
-            return _iterate(_scaled(x, dtype), coefficients).to(a.dtype).reshape(a.shape)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for part, place in zip(x.split(few), out.split(few), strict=True):
-            place.copy_(_iterate(_scaled(part, dtype), coefficients))
-        return out.reshape(a.shape)
+    return in_parts(a, lambda part: _iterate(_scaled(part, dtype), coefficients))
 
 
 def _scaled(x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -91,16 +91,27 @@ def quintics(
     its own matrix, and each matrix is scaled by itself.
     """
     tall = a.shape[-2] > a.shape[-1]
+
+    def run(part: Tensor) -> Tensor:
+        small = unit_peak(part.mT if tall else part, dtype or torch.float32).contiguous()
+        value = _composed(small, composed(low, steps).coefficients)
+        return value.mT if tall else value
+
+    return in_parts(a, run)
+
+
+def in_parts(a: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run` of the matrices (B, m, n) of a, as many at once as fit the cache of a CPU, without a graph or autocast."""
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         x = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
         if not x.numel():
             return a.clone()
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         few = max(1, CHUNK // x[0].numel()) if x.device.type == "cpu" else len(x)
+        if few >= len(x):
+            return run(x).to(a.dtype).contiguous().reshape(a.shape)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for part, place in zip(x.split(few), out.split(few), strict=True):
-            small = unit_peak(part.mT if tall else part, dtype or torch.float32).contiguous()
-            value = _composed(small, composed(low, steps).coefficients)
-            place.copy_(value.mT if tall else value)
+            place.copy_(run(part))
         return out.reshape(a.shape)
 
 

@@ -1,0 +1,65 @@
+"""Functions of matrices far from normal, in a basis in which they are near normal.
+
+f(A) = W f(B) W⁻¹ with B = W⁻¹AW, for a real W of approximate eigenvectors. With Y ≈ W⁻¹ and R = I − WY,
+W⁻¹ = Y(I − R)⁻¹. All products are in double-double arithmetic, whose roundings are magnified by κ(W).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.linalg.engine import lapack
+from gramian.linalg.engine.double_double import Pair, eye_like, fine_product, minus, pair, plus, product
+from gramian.linalg.engine.exponential import two_norm
+from gramian.linalg.engine.rounding import norm
+
+CORRECTIONS = 4
+"""Steps of Y ← Y + Y(I − WY): each gains the digits that float64 leaves at κ(W)."""
+
+
+class Similar(NamedTuple):
+    """B with the error of what was computed, W and Y ≈ W⁻¹, and ‖R‖/(1 − ‖R‖)."""
+
+    b: Pair
+    basis: Pair
+    back: Pair
+    share: Tensor
+
+    def restored(self, value: Pair, error: Tensor) -> tuple[Pair, Tensor]:
+        """W f(B) W⁻¹, and its error, from f(B) up to an error."""
+        out = product(product(self.basis, value._replace(error=torch.zeros_like(error))), self.back)
+        inner = error + self.share * (norm(value.hi) + norm(value.lo) + error)
+        return out, _spectral(self.basis) * inner * _spectral(self.back) + out.error
+
+
+def similar(a: Pair) -> Similar:
+    """The similar matrix of an exact pair (B, n, n)."""
+    eye = torch.eye(a.hi.shape[-1], dtype=a.hi.dtype, device=a.hi.device)
+    finite = a.hi.isfinite().flatten(1).all(1)
+    values, vectors, _ = lapack.eig(torch.where(finite[:, None, None], a.hi, eye))
+    # Of a pair of complex eigenvectors the real and the imaginary part.
+    w = torch.where(values.imag[:, None, :] < 0, vectors.imag, vectors.real)
+    y, info = lapack.inverse(w)
+    bad = ((info != 0) | ~y.isfinite().flatten(1).all(1))[:, None, None]
+    w, y = (torch.where(bad, eye, z) for z in (w, y))
+    basis, back = pair(w), pair(y)
+    for _ in range(CORRECTIONS):
+        gap, _ = minus(eye_like(w), fine_product(basis, back))
+        back = plus(back, y @ torch.where((norm(gap) < 1)[:, None, None], gap, 0.0))
+    gap, gap_error = minus(eye_like(w), fine_product(basis, back))
+    size = norm(gap) + gap_error
+    share = torch.where(size < 0.5, size / (1 - size), math.inf)
+    inner = fine_product(a, basis)
+    b = fine_product(back, inner)
+    lost = inner.error + share * (norm(inner.hi) + norm(inner.lo) + inner.error)
+    return Similar(b._replace(error=b.error + _spectral(back) * lost), basis, back, share)
+
+
+def _spectral(x: Pair) -> Tensor:
+    """A bound on ‖X‖₂."""
+    size = norm(x.hi).clamp_min(2.0**-1000)
+    return two_norm(x.hi / size[:, None, None]) * size + norm(x.lo)
