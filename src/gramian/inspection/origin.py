@@ -154,7 +154,7 @@ def _run_again(model: nn.Module, last: Pass) -> tuple[str, str] | None:
         return "", ""
     watcher = Watcher(model, Observed(), careful=True)
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # a model may differentiate on its way
             last.run(model, watcher)
     except Exception:  # an operation that refuses such values: what was found before it counts
         pass

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -143,8 +144,10 @@ class Report:
         return f"<Report {self.title!r}: {self.verdict}>"
 
     def __str__(self) -> str:
+        state = random.getstate()
         from .terminal import to_text
 
+        random.setstate(state)  # the import of rich draws from it
         return to_text(self, width=shutil.get_terminal_size((100, 24)).columns)  # COLUMNS, the terminal, or 100
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
