@@ -70,10 +70,9 @@ def gradients_of(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
     [2.0, 2.0]
     """
     try:
-        if loss.grad_fn is not None and any(
-            "CheckpointFunction" in node.name() for node, _ in _walked(loss.grad_fn, {})
-        ):
-            loss.backward(retain_graph=False)  # use_reentrant=True, which refuses to be given what is wanted
+        nodes = () if loss.grad_fn is None else (node for node, _ in _walked(loss.grad_fn, {}))
+        if any("CheckpointFunction" in node.name() for node in nodes):
+            loss.backward()  # use_reentrant=True, which refuses to be told what is wanted
             found: Sequence[Tensor | None] = [None] * len(wanted)
         else:
             found = torch.autograd.grad(loss, list(wanted), allow_unused=True)

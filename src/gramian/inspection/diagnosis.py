@@ -183,7 +183,10 @@ def _measure_signal(
 ) -> list[Finding]:
     """Measures the signal, and returns the causes that were found."""
     if observed is None:
-        measure_signal(measured, model, few[0], objective, layouts, progress)
+        try:
+            measure_signal(measured, model, few[0], objective, layouts, progress)
+        except Exception as error:  # training steps fail, and so may this
+            measured.skipped |= {SIGNAL: in_words(error)}
         return list(training_fails(measured.skipped["causes"]))
     context = Context(model, observed, optimizer, layers=measured.layers)
     measured.frozen = frozenset(context.frozen if len(context.frozen) < len(context.parameters) else ())

@@ -128,6 +128,7 @@ class Watch:
         """Removes the hooks; `findings` stay."""
         self._forward.close()
         self._skips.close()
+        self._looker.loop.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -150,6 +151,8 @@ class Watch:
         self._schedule.begin()
         if self._skips.forward_begins(self._forward.passes - 1):
             self._tell_skipped()
+        if self._schedule.is_due:
+            self._looker.loop.follow()
         return self._schedule.is_due
 
     def _forward_ends(self, output: Any) -> None:
@@ -182,7 +185,7 @@ class Watch:
             self._forward.look_again()
             self._forward.seen = self._forward.seen or Observed()
             scale = getattr(optimizer, "grad_scale", None)
-            self._looker.before_step(self._forward.seen, self._forward.passes, scale)
+            self._looker.before_step(self._forward.seen, self._forward.passes, scale, self.step)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._is_skipped:

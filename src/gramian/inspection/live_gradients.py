@@ -24,7 +24,10 @@ def all_finite(found: Iterable[Tensor]) -> bool:
     On a processor these are sums, elsewhere norms, which torch computes of many tensors at once. A number that is not
     finite may have overflown; the largest value then decides.
     """
-    values = [t if type(t) is Tensor and not t.is_sparse and not t.requires_grad else values_of(t) for t in found]
+    values = [
+        t if type(t) is Tensor and not (t.is_sparse or t.requires_grad or t.is_complex()) else values_of(t)
+        for t in found
+    ]
     if all(t.is_cpu for t in values):
         total = 0.0
         for t in values:
@@ -55,7 +58,7 @@ def norms(found: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _norms(found: Sequence[Tensor]) -> list[Tensor]:
     """The norms, in their order; of narrow types in float32."""
-    values = [t if type(t) is Tensor and not t.is_sparse else values_of(t) for t in found]
+    values = [t if type(t) is Tensor and not (t.is_sparse or t.is_complex()) else values_of(t) for t in found]
     result: list[Tensor | None] = [None] * len(values)
     with torch.no_grad():
         for is_narrow in (False, True):

@@ -168,8 +168,9 @@ def are_finite(found: Iterable[Tensor]) -> bool:
 
 
 def values_of(t: Tensor) -> Tensor:
-    """The stored values: of a sparse tensor those that are not zero, of a sharded one this rank's."""
+    """The stored values: of a sparse tensor those that are not zero, of a sharded one this rank's; complex as pairs."""
     t = t.detach()
     local = getattr(t, "to_local", None)
     t = t if local is None else local()
-    return t.coalesce().values() if t.is_sparse else t
+    t = t.coalesce().values() if t.is_sparse else t
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t

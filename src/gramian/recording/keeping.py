@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -75,10 +75,8 @@ class Kept:
             self._keep(value.__self__, depth + 1)
         elif isinstance(value, FunctionType):
             for cell in value.__closure__ or ():
-                try:
+                with suppress(ValueError):  # a cell without contents yet
                     self._keep(cell.cell_contents, depth + 1)
-                except ValueError:  # a cell without contents yet
-                    pass
         elif depth < DEPTH:
             self._holder(value, depth)
 
@@ -225,7 +223,7 @@ def kept_random() -> Iterator[None]:
         if torch.backends.mps.is_available():
             inside.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
         inside.callback(random.setstate, random.getstate())
-        inside.callback(np.random.set_state, np.random.get_state())
+        inside.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 (the global one)
         yield
 
 
