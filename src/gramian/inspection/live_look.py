@@ -93,7 +93,9 @@ class Looker:
             changes = {n: norm / sizes[n] for n, norm in norms(moved).items() if sizes[n] > 0}
         if changes:
             self.numbers["change"] = median(changes.values())
-        return [*self._found, *self._judge(STEPPING, seen, passes, changes)]
+        found = [*self._found, *self._judge(STEPPING, seen, passes, changes)]
+        is_slow = any(finding.code == "rate-too-low" for finding in found)
+        return [f for f in found if f.code != "gradient-clipped" or is_slow]  # where it does no harm, it is meant
 
     def judge_modules(self, seen: Observed, passes: int) -> list[Finding]:
         """Of the weights as they were in the forward pass; nothing if that was not seen."""

@@ -78,7 +78,7 @@ class Loop:
             seen: has the gradients that the step gets; those of parameters that have not been missing for long, or are
                 frozen now, are taken out.
             step: the number of steps that were taken before.
-            scaled: whether the gradients are those of a loss times a scale.
+            scaled: whether the gradients are those of a loss times a scale, as they may be in float16 anyway.
         """
         found = [*self._frozen(seen), *self._gradients(seen, step, scaled=scaled), *self._rates(step)]
         self._forgive(seen)
@@ -115,9 +115,9 @@ class Loop:
             )
             return
         shares = [given[i] / all_of[0][0] for i, all_of in self._arrived.items() if len(all_of) == 1 and all_of[0][0]]
-        if not scaled and len(shares) == len(self._arrived) > 1 and 0.0 < max(shares) <= CLIPPED:
+        if not (scaled or seen.is_narrow) and len(shares) == len(self._arrived) > 1 and 0.0 < max(shares) <= CLIPPED:
             share = max(shares)
-            if min(shares) >= (1 - ALIKE) * share and not _is_power_of_two(share):  # as a GradScaler divides by
+            if min(shares) >= (1 - ALIKE) * share:
                 size = math.hypot(*[g * math.sqrt(self.parameters[n].numel()) for n, g in seen.gradients.items() if g])
                 yield Finding(
                     "gradient-clipped",
@@ -193,7 +193,3 @@ def _base(group: Mapping[str, Any]) -> float:
     """The largest rate that a group's schedule starts from or says it will reach."""
     known: Sequence[Any] = (group["lr"], group.get("initial_lr", 0.0), group.get("max_lr", 0.0))
     return max(map(float, known))
-
-
-def _is_power_of_two(share: float) -> bool:
-    return abs(math.log2(share) - round(math.log2(share))) < 1e-4
