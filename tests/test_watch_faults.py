@@ -99,7 +99,8 @@ class Mapped(nn.Module):
 @pytest.mark.parametrize("make", [Complex, Mapped])
 def test_complex_parameters_and_vmap(make: Callable[[], nn.Module]) -> None:
     watching = run(make(), steps=11)
-    assert (watching.step, watching.looks) == (11, 3) and watching.numbers["gradient"] > 0
+    assert (watching.step, watching.looks) == (11, 3)
+    assert watching.numbers["gradient"] > 0
     assert not [f for f in watching.findings if f.severity == "error"]
 
 
@@ -112,7 +113,9 @@ def test_an_error_of_the_watch_ends_the_watch_and_not_the_training(monkeypatch: 
     before = model[0].weight.detach().clone()
     with pytest.warns(GramianWarning, match="the training goes on.*ours") as caught:
         watching = run(model)
-    assert len(caught) == 1 and watching.step == 0 and "steps after 0" in watching.not_looked_at
+    assert len(caught) == 1
+    assert watching.step == 0
+    assert "steps after 0" in watching.not_looked_at
     assert not torch.equal(model[0].weight, before)
 
 

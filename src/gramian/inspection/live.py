@@ -211,6 +211,7 @@ class Watch:
             self._is_lost = True
             return
         self._is_lost = False
+        self._looker.loop.note()
         if self._schedule.is_due:
             self._forward.look_again()
             self._forward.seen = self._forward.seen or Observed()

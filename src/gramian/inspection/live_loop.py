@@ -16,8 +16,8 @@ from gramian.report import Finding
 
 __all__ = ["Loop"]
 
-# Looks in a row, since the first, without a gradient from which on a parameter counts as unused: layers that are
-# dropped at random, one in five of the time, miss so many in one of 600 runs.
+# Looks from which on a parameter counts as unused that had no gradient at any step since the first: fewer may be steps
+# in which a layer is dropped at random.
 LOOKS = 4
 # A gradient is clipped that the step gets at most at this share of what the backward pass gave, the same for two
 # parameters up to rounding.
@@ -43,7 +43,7 @@ class Loop:
         self._handles: list[Any] = []
         self._arrived: dict[int, list[tuple[float, bool]]] = {}  # size, and whether the last step's gradient was there
         self._missed: dict[str, int] = {}
-        self._reached: set[str] = set()
+        self._pending = dict(parameters)  # those that got no gradient at any step so far
         self._largest = [_base(group) for group in self._groups]
         self._vanished: list[int | None] = [None] * len(self._groups)
 
@@ -55,6 +55,10 @@ class Loop:
         """Sees the gradients that arrive until the step; nothing is done to them."""
         if not self._handles and self.optimizer is not None:
             self._handles = [p.register_hook(self._hook(p)) for p in self._ends if p.requires_grad]
+
+    def note(self) -> None:
+        """Notes which parameters have a gradient, at every step: of those that never had one, usually none."""
+        self._pending = {n: p for n, p in self._pending.items() if p.grad is None}
 
     def close(self) -> None:
         """Removes the hooks."""
@@ -148,11 +152,9 @@ class Loop:
     def _forgive(self, seen: Observed) -> None:
         """Takes out of what is missing the parameters that may be missing by chance: those of layers dropped so."""
         for name, size in [*seen.gradients.items()]:
-            if size is not None:
-                self._reached.add(name)
-            elif name not in seen.used:
+            if size is None and name not in seen.used:
                 self._missed[name] = self._missed.get(name, 0) + 1
-                if name in self._reached or self._missed[name] < LOOKS:
+                if name not in self._pending or self._missed[name] < LOOKS:
                     del seen.gradients[name]
 
     def _rates(self, step: int) -> Iterator[Finding]:

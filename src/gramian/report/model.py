@@ -145,10 +145,12 @@ class Report:
 
     def __str__(self) -> str:
         state = random.getstate()
-        from .terminal import to_text
+        try:
+            from .terminal import to_text
 
-        random.setstate(state)  # the import of rich draws from it
-        return to_text(self, width=shutil.get_terminal_size((100, 24)).columns)  # COLUMNS, the terminal, or 100
+            return to_text(self, width=shutil.get_terminal_size((100, 24)).columns)  # COLUMNS, the terminal, or 100
+        finally:
+            random.setstate(state)  # rich draws from it
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from .terminal import ReportView
