@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Kept", "keeping", "kept_random", "own_gradients"]
 
@@ -100,7 +101,7 @@ class Kept:
 
     def _module(self, module: nn.Module) -> None:
         for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if isinstance(t, nn.parameter.UninitializedTensorMixin):
+            if is_lazy(t):
                 return  # a lazy module becomes another by its first call
             self._keep(t, 0)
         if isinstance(module, torch.jit.ScriptModule):

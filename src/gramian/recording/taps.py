@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._functorch import TransformType
 
 from gramian.gram import At
@@ -97,6 +98,6 @@ def in_vmap() -> bool:
     >>> in_vmap(), torch.vmap(lambda t: t + in_vmap())(torch.zeros(2)).tolist()
     (False, [1.0, 1.0])
     """
-    if torch._C._functorch.maybe_current_level() is None:
+    if _functorch.maybe_current_level() is None:
         return False
-    return any(one.key() == TransformType.Vmap for one in torch._C._functorch.get_interpreter_stack() or ())
+    return any(one.key() == TransformType.Vmap for one in _functorch.get_interpreter_stack() or ())
