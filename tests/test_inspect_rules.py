@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gramian.inspection import comparison, live_look, live_skips, origin, rules, weight_rules
+from gramian.inspection import comparison, live_look, live_loop, live_skips, origin, rules, weight_rules
 from gramian.inspection.causes import (
     data,
     folding,
@@ -91,7 +91,7 @@ def test_the_codes_of_a_watch_are_those_of_its_rules() -> None:
     inside = (*files, reach.numbers, reach.unreached, reach.shared, precision.gradient_overflow, loss.non_finite)
     words = {
         node.value
-        for part in (*inside, live_skips, origin)
+        for part in (*inside, live_skips, live_loop, origin)
         for node in ast.walk(ast.parse(python.getsource(part)))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

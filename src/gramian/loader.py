@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from gramian.batch import described, fields
+from gramian.batch import described, fields, num_samples
 from gramian.errors import GramianWarning, InputError
 
 __all__ = ["Batches", "as_batches", "first_few", "is_one_batch", "looks_like_one", "no_batches"]
@@ -141,6 +141,35 @@ def first_few(batches: Iterable[Any], num: int, verb: str) -> list[Any]:
     if not few:
         raise no_batches(batches, verb)
     return few
+
+
+def with_samples(batches: list[Any], verb: str) -> list[Any]:
+    """The batches that are not empty.
+
+    Args:
+        batches: any batches.
+        verb: for the error: who asks.
+
+    Returns: a list.
+    Raises:
+        InputError: all are empty.
+    Cost: none.
+    Source: this library's own.
+
+    >>> [len(batch) for batch in with_samples([torch.ones(2, 3), torch.ones(0, 3)], "inspect")]
+    [2]
+    """
+    some = [batch for batch in batches if not _is_empty(batch)]
+    if not some:
+        raise InputError(f"{verb}: no batch has a sample. Give batches with at least one")
+    return some
+
+
+def _is_empty(batch: Any) -> bool:
+    try:
+        return num_samples(batch) == 0
+    except (InputError, TypeError):  # not in a form whose samples can be counted
+        return False
 
 
 def no_batches(batches: Any, verb: str) -> InputError:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian import alignment, criteria
-from gramian.batch import described, main_input, num_samples
+from gramian.batch import described, main_input, num_samples, tensors
 from gramian.calls import prepared
 from gramian.errors import InputError
 
@@ -306,10 +306,21 @@ def as_objective(objective: Any) -> Objective:
                 f"objective: loss(model, batch) must return a scalar mean, got {described(output)}. Or return (sum of "
                 "losses, number of units)"
             )
-        units = num_samples(batch)
+        units = _num_samples(batch)
         return output * units, units
 
     return Objective(predict=objective, criterion=criterion)
+
+
+def _num_samples(batch: Any) -> int:
+    """Of a batch that only the loss understands, such as nested mappings, the length of its first tensor."""
+    try:
+        return num_samples(batch)
+    except InputError:
+        first = next((t for t in tensors(batch) if t.ndim), None)
+        if first is None:
+            raise
+        return len(first)
 
 
 # What torch calls a loss, and the objective that it is.

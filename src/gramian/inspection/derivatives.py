@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from gramian.batch import tensors
 from gramian.inspection.following import Follower
 
-__all__ = ["first_infinite_derivative"]
+__all__ = ["first_infinite_derivative", "gradients_of"]
 
 
 def first_infinite_derivative(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[str, str] | None:
@@ -47,6 +47,43 @@ def first_infinite_derivative(model: nn.Module, forward: Callable[[], Tensor]) -
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
+
+
+def gradients_of(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of a loss, also of one that runs a backward pass of its own, while it is made or differentiated.
+
+    Such passes, as in a reversible block, leave gradients in `.grad`; those are taken, and `.grad` is `None` then.
+
+    Args:
+        loss: a scalar.
+        wanted: leaves, with no `.grad` before the loss was made.
+
+    Returns: a gradient each; `None` where the loss does not depend on it.
+    Raises: what the backward pass raises.
+    Cost: a backward pass.
+    Source: this library's own.
+
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> loss = (w * w).sum()
+    >>> loss.backward()
+    >>> gradients_of(loss, [w])[0].tolist()
+    [2.0, 2.0]
+    """
+    try:
+        nodes = () if loss.grad_fn is None else (node for node, _ in _walked(loss.grad_fn, {}))
+        if any("CheckpointFunction" in node.name() for node in nodes):
+            loss.backward()  # use_reentrant=True, which refuses to be told what is wanted
+            found: Sequence[Tensor | None] = [None] * len(wanted)
+        else:
+            found = torch.autograd.grad(loss, list(wanted), allow_unused=True)
+    except RuntimeError:
+        if all(p.grad is None for p in wanted):
+            raise
+        found = [None] * len(wanted)  # the loss was differentiated already, and its graph is gone
+    result = [p.grad if grad is None else grad for p, grad in zip(wanted, found, strict=True)]
+    for p in wanted:
+        p.grad = None
+    return result
 
 
 class _Places(Follower):

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -30,8 +31,9 @@ from gramian.inspection.rules import find
 from gramian.inspection.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.stepping import take_steps
 from gramian.inspection.weights import measure_file, measure_model
-from gramian.loader import Batches, as_batches, first_few
+from gramian.loader import Batches, as_batches, first_few, with_samples
 from gramian.objective import Objective, as_objective
+from gramian.recording.keeping import Kept, keeping, kept_random
 from gramian.recording.measuring import batch_statistics
 from gramian.report import Finding, Report
 
@@ -71,6 +73,7 @@ def inspect(
     ('No trouble found in 2 layers', {'signal and gradients by layer': 'no batches and objective were given'})
     """
     progress = progress or (lambda what, done, total: None)
+    options: dict[str, Any] = {"quick": quick, "layouts": layouts, "input_size": input_size}
     if not isinstance(model_or_path, (str, os.PathLike)):
         model_or_path = as_model(model_or_path, "inspect")
     if curvature and (batches is None or objective is None):
@@ -78,7 +81,7 @@ def inspect(
     if not isinstance(model_or_path, nn.Module):
         if batches is not None or objective is not None:
             raise InputError("inspect: a file has weights but no forward pass; pass the model to use batches")
-        measured = measure_file(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
+        measured = measure_file(model_or_path, progress, **options)
         measured.skipped |= {SIGNAL: "a file has weights and no forward pass"}
         return _report(title or os.path.basename(os.path.abspath(model_or_path)), measured, has_model=False)
     if (batches is None) != (objective is None):
@@ -86,28 +89,55 @@ def inspect(
     if batches is None or objective is None:
         if optimizer is not None:
             raise InputError("inspect: an optimizer is judged by its steps; pass batches and an objective with it")
-        measured = measure_model(model_or_path, progress, quick=quick, layouts=layouts, input_size=input_size)
+        measured = measure_model(model_or_path, progress, **options)
         measured.skipped |= {SIGNAL: "no batches and objective were given"}
         return _report(title or type(model_or_path).__name__, measured)
-    few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
+    with kept_random():
+        few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
     few = [mapped(batch, lambda t: t) if has_arrays(batch) else batch for batch in few]
+    num_read, few = len(few), with_samples(few, "inspect")
     objective = as_objective(objective)
-    progress("steps", 0, 1)
-    observed, skipped = _observe(model_or_path, few, objective)
-    progress("steps", 1, 1)
-    measured = measure_model(
-        model_or_path,
-        progress,
-        quick=quick,
-        layouts=layouts,
-        input_size=input_size,
-        image_sizes=observed.image_sizes if observed is not None else {},
-    )
-    measured.skipped |= skipped
-    found = _measure_signal(measured, model_or_path, few, objective, observed, optimizer, layouts, progress)
-    if curvature:
-        measure_curvature(measured, model_or_path, few, objective, optimizer, progress)
+    with keeping(model_or_path, few, objective.predict, objective.criterion):
+        given = model_or_path, few, _on_kept(objective, few), optimizer
+        measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
+    if num_read > len(few):
+        measured.notes.append(f"Batches without samples, which were left out: {num_read - len(few)} of {num_read}.")
     return _report(title or type(model_or_path).__name__, measured, found)
+
+
+def _on_kept(objective: Objective, few: list[Any]) -> Objective:
+    """The objective, with each pass on the batches as they were given, whatever passes before it did to them."""
+    kept, predict = Kept(few), getattr(objective.predict, "prepares", objective.predict)
+
+    @wraps(predict)
+    def on_kept(model: nn.Module, batch: Any) -> Any:
+        kept.put_back()
+        return predict(model, batch)
+
+    return replace(objective, predict=on_kept)
+
+
+def _with_data(
+    model: nn.Module,
+    few: list[Any],
+    objective: Objective,
+    optimizer: Optimizer | None,
+    *,
+    curvature: bool,
+    options: dict[str, Any],
+    progress: Callable[[str, int, int], None],
+) -> tuple[Measured, list[Finding]]:
+    """What the weights and the signal show, and the causes that were found."""
+    progress("steps", 0, 1)
+    observed, skipped = _observe(model, few, objective)
+    progress("steps", 1, 1)
+    sizes = observed.image_sizes if observed is not None else {}
+    measured = measure_model(model, progress, image_sizes=sizes, **options)
+    measured.skipped |= skipped
+    found = _measure_signal(measured, model, few, objective, observed, optimizer, options["layouts"], progress)
+    if curvature:
+        measure_curvature(measured, model, few, objective, optimizer, progress)
+    return measured, found
 
 
 def _report(
@@ -153,7 +183,10 @@ def _measure_signal(
 ) -> list[Finding]:
     """Measures the signal, and returns the causes that were found."""
     if observed is None:
-        measure_signal(measured, model, few[0], objective, layouts, progress)
+        try:
+            measure_signal(measured, model, few[0], objective, layouts, progress)
+        except Exception as error:  # training steps fail, and so may this
+            measured.skipped |= {SIGNAL: in_words(error)}
         return list(training_fails(measured.skipped["causes"]))
     context = Context(model, observed, optimizer, layers=measured.layers)
     measured.frozen = frozenset(context.frozen if len(context.frozen) < len(context.parameters) else ())

@@ -69,7 +69,7 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
     Source: this library's own.
     """
     rows = _separate_rows(model, batch)
-    with evaluating(model), eager(), torch.no_grad():
+    with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
         with _Drops(model).installed() as drops:
             loss, _ = _run(model, batch, objective, 0)
         if not rows or not math.isfinite(loss) or drops.first:
@@ -95,7 +95,7 @@ def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple
     torch.manual_seed(0)
     with _watched(model, rows) as seen:
         total, units = objective.loss(model, batch)
-    return float(total) / float(units), seen
+    return float(total.detach()) / float(units), seen
 
 
 class _Drops(Follower):

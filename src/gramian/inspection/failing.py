@@ -55,7 +55,7 @@ def check_runs(model: nn.Module, batch: Any, objective: Objective) -> None:
     hooks = [m.register_forward_pre_hook(enter) for m in names]
     hooks += [m.register_forward_hook(leave) for m in names]
     try:
-        with measuring(model), torch.no_grad():
+        with measuring(model), torch.enable_grad():  # a loss may differentiate on its way
             objective.loss(model, batch)
     except (GramianError, torch.OutOfMemoryError):
         raise

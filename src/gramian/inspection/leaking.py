@@ -73,7 +73,7 @@ def find_leak(model: nn.Module, observed: Observed, objective: Objective) -> Lea
     rows = rows[changed[rows, position + 1]]
     if not len(rows):
         return None
-    with evaluating(model), eager(), torch.no_grad():
+    with evaluating(model), eager(), torch.enable_grad():
         runs = [_run(model, given, objective, x.shape[:2]) for given in (batch, _with(batch, x, other))]
     (names, before), (again, after) = runs
     if names != again or "" not in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from gramian.batch import described, tensors
 from gramian.calls import as_model, wrappings
-from gramian.errors import FindingError, InputError
+from gramian.errors import FindingError, GramianWarning, InputError
 from gramian.inspection.causes import ordered
 from gramian.inspection.live_closure import before_moving
 from gramian.inspection.live_forward import Forward
@@ -22,6 +23,7 @@ from gramian.inspection.live_schedule import Schedule
 from gramian.inspection.live_skips import Skips, skipped_steps
 from gramian.inspection.observed import Observed
 from gramian.inspection.origin import are_finite, find_origin
+from gramian.inspection.signal import in_words
 from gramian.report import SEVERITIES, Finding
 
 __all__ = ["Watch", "watch"]
@@ -89,7 +91,8 @@ class Watch:
         self._trained = [*self._parameters.values()]
         self._looker = Looker(self._root, self._parameters, optimizer)
         self._skips = Skips(self._trained if optimizer is not None else [])
-        self._is_lost = self._is_skipped = False
+        self._is_lost = self._is_skipped = self._is_stopped = False
+        self._meant: Exception | None = None  # an error that is to reach the user's loop
         self._handles: list[Any] = []
         reason = self._forward.failure
         if optimizer is None:
@@ -128,6 +131,7 @@ class Watch:
         """Removes the hooks; `findings` stay."""
         self._forward.close()
         self._skips.close()
+        self._looker.loop.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -146,13 +150,42 @@ class Watch:
         """
         return self._forward.around(function, again)
 
+    def _safely(self, look: Callable, *args: Any) -> Any:
+        """Runs what looks, which must not end the user's training: after an error of its own the watch ends."""
+        if self._is_stopped:
+            return None
+        try:
+            return look(*args)
+        except Exception as error:
+            if error is self._meant:
+                raise
+            self._is_stopped = True  # the optimizer's hooks stay until close(): one of them may be running
+            self._forward.close()
+            self._skips.close()
+            self.not_looked_at[f"steps after {self.step}"] = f"the watch failed: {in_words(error)}"
+            warnings.warn(
+                f"watch: stopped at step {self.step + 1}, and the training goes on: {in_words(error)}. This is a fault "
+                "of gramian",
+                GramianWarning,
+                stacklevel=2,
+            )
+            return None
+
     def _forward_begins(self) -> bool:
+        return bool(self._safely(self._begins))
+
+    def _begins(self) -> bool:
         self._schedule.begin()
         if self._skips.forward_begins(self._forward.passes - 1):
             self._tell_skipped()
+        if self._schedule.is_due:
+            self._looker.loop.follow()
         return self._schedule.is_due
 
     def _forward_ends(self, output: Any) -> None:
+        self._safely(self._ends, output)
+
+    def _ends(self, output: Any) -> None:
         if self._optimizer is None:
             made = [t.detach() for t in tensors(output) if t.is_floating_point()]
             if not are_finite(made):
@@ -164,7 +197,7 @@ class Watch:
     # ---- the optimizer's step ----
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return before_moving(args, kwargs, lambda: self._judge_gradients(optimizer))
+        return before_moving(args, kwargs, lambda: self._safely(self._judge_gradients, optimizer))
 
     def _judge_gradients(self, optimizer: Optimizer) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # of a GradScaler that leaves the skipping to the optimizer
@@ -178,13 +211,17 @@ class Watch:
             self._is_lost = True
             return
         self._is_lost = False
+        self._looker.loop.note()
         if self._schedule.is_due:
             self._forward.look_again()
             self._forward.seen = self._forward.seen or Observed()
             scale = getattr(optimizer, "grad_scale", None)
-            self._looker.before_step(self._forward.seen, self._forward.passes, scale)
+            self._looker.before_step(self._forward.seen, self._forward.passes, scale, self.step)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._safely(self._judge_step)
+
+    def _judge_step(self) -> None:
         if self._is_skipped:
             if self._skips.skipped(was_finite=False):
                 self._tell_skipped()
@@ -233,8 +270,10 @@ class Watch:
     def _tell(self, found: list[Finding]) -> None:
         try:
             self._teller(found, self.numbers, self.step + 1)
-        except FindingError:
-            self.close()
+        except Exception as error:  # FindingError, or an error of the user's own function or logger
+            self._meant = error
+            if isinstance(error, FindingError):
+                self.close()
             raise
 
 
@@ -257,7 +296,8 @@ def watch(
     first such value, before the optimizer moves the weights. Many backward passes in a row without a step, as when a
     GradScaler skips them all, are told too.
 
-    The run stays as it is, to the last bit: weights, buffers, random state.
+    The run stays as it is, to the last bit: weights, buffers, random state. An error in the watch itself ends the watch
+    with one `GramianWarning`, and not the training.
 
     Args:
         model: as it is trained; wrapped in `DistributedDataParallel` too, then on every rank.

@@ -119,7 +119,7 @@ class Forward:
             self.seen = Observed()
             self._watcher = _Live(self.root, self.seen, live=True)
             self._inside.enter_context(self._watcher.installed())
-            self._watcher.entering("")(self.root, args, kwargs)
+            self._watcher._try(self._watcher.entering(""), self.root, args, kwargs)
 
     def _end(self, output: Any) -> None:
         """The pass ends with an output; with `None`, it raised, or gave nothing to differentiate."""
@@ -129,7 +129,7 @@ class Forward:
             self._inside.close()
             return
         if watcher is not None:
-            watcher.leaving("")(self.root, (), {}, output)
+            watcher._try(watcher.leaving(""), self.root, (), {}, output)
             self._inside.close()
             self._finish(watcher, output)
         self._ends(output)
@@ -156,7 +156,7 @@ class Forward:
         self._finish(watcher, outputs[0] if outputs else None)
 
     def _finish(self, watcher: _Live, output: Any) -> None:
-        watcher.settle()
+        watcher._try(watcher.settle)
         self.failure = self.failure or watcher.failure
         if self.seen is not None:
             self.seen.output = None

@@ -24,7 +24,7 @@ def all_finite(found: Iterable[Tensor]) -> bool:
     On a processor these are sums, elsewhere norms, which torch computes of many tensors at once. A number that is not
     finite may have overflown; the largest value then decides.
     """
-    values = [t if type(t) is Tensor and not t.is_sparse and not t.requires_grad else values_of(t) for t in found]
+    values = [values_of(t) if t.requires_grad or not _is_plain(t) else t for t in found]
     if all(t.is_cpu for t in values):
         total = 0.0
         for t in values:
@@ -53,9 +53,13 @@ def norms(found: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: exact.get(name, read[name]) for name in found}
 
 
+def _is_plain(t: Tensor) -> bool:
+    return type(t) is Tensor and not t.is_sparse and not t.is_complex()
+
+
 def _norms(found: Sequence[Tensor]) -> list[Tensor]:
     """The norms, in their order; of narrow types in float32."""
-    values = [t if type(t) is Tensor and not t.is_sparse else values_of(t) for t in found]
+    values = [t if _is_plain(t) else values_of(t) for t in found]
     result: list[Tensor | None] = [None] * len(values)
     with torch.no_grad():
         for is_narrow in (False, True):

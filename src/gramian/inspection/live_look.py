@@ -20,6 +20,7 @@ from gramian.inspection.causes.parameters import RULES as PARAMETERS
 from gramian.inspection.causes.reach import numbers, shared, unreached
 from gramian.inspection.causes.stepping import RULES as STEPPING
 from gramian.inspection.live_gradients import norms, sampled
+from gramian.inspection.live_loop import Loop
 from gramian.inspection.observed import Observed
 from gramian.inspection.signal import in_words
 from gramian.inspection.stepping import Steps
@@ -37,6 +38,7 @@ CODES = frozenset((
     "dead-units", "saturated-units", "gate-shut", "dropout-rate", "dropout-evaluation", "attention-saturated",
     "attention-masked", "residual-growth", "reduction-cancels", "norm-zero-gain", "norm-single-value",
     "norm-few-values", "norm-statistics", "norm-evaluation-mode", "modes-disagree", "parameter-not-stepped",
+    "gradient-kept", "gradient-dropped", "gradient-clipped", "parameter-frozen", "rate-grows", "rate-vanished",
     "momentum-too-high", "weight-decay-too-large", "rate-too-high", "rate-too-low", "loss-maximized",
 ))  # fmt: skip
 """Codes of all findings that a watch can make."""
@@ -66,17 +68,19 @@ class Looker:
         self.numbers: dict[str, float] = {}
         self.failed: dict[str, str] = {}
         self.is_settled = False
+        self.loop = Loop(parameters, optimizer)
         self._matrices: tuple[Block, ...] | None = None
         self._judged: tuple[dict[str, float], bool] | None = None  # norms, and whether the output was constant
         self._before: dict[str, Tensor] = {}
         self._found: list[Finding] = []
 
-    def before_step(self, seen: Observed, passes: int, scale: Tensor | None) -> None:
+    def before_step(self, seen: Observed, passes: int, scale: Tensor | None, step: int) -> None:
         """Measures gradients and weights, and judges the pass, before the step moves the weights."""
         self._measure_gradients(seen, scale)
         matrices = ((n, p) for n, p in self.parameters.items() if p.ndim >= 2 and seen.gradients.get(n))
         self._before = {n: t.clone() for n, t in sampled(matrices).items()}
-        self._found = self.judge_modules(seen, passes)
+        found = self.loop.judge(seen, step, scaled=scale is not None)
+        self._found = [*found, *self.judge_modules(seen, passes)]
 
     def after_step(self, seen: Observed, passes: int) -> list[Finding]:
         """What was found of the pass and of the step that was made."""
@@ -89,7 +93,9 @@ class Looker:
             changes = {n: norm / sizes[n] for n, norm in norms(moved).items() if sizes[n] > 0}
         if changes:
             self.numbers["change"] = median(changes.values())
-        return [*self._found, *self._judge(STEPPING, seen, passes, changes)]
+        found = [*self._found, *self._judge(STEPPING, seen, passes, changes)]
+        is_slow = any(finding.code == "rate-too-low" for finding in found)
+        return [f for f in found if f.code != "gradient-clipped" or is_slow]  # where it does no harm, it is meant
 
     def judge_modules(self, seen: Observed, passes: int) -> list[Finding]:
         """Of the weights as they were in the forward pass; nothing if that was not seen."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gramian.batch import tensors
+from gramian.recording.taps import in_vmap
 
 __all__ = ["Moments", "as_moments", "first_float", "moments", "squares", "version"]
 
@@ -69,10 +70,12 @@ def _by_sample(t: Tensor) -> Tensor:
 
 
 def first_float(*values: Any) -> Tensor | None:
-    """The first tensor of numbers, with a dimension, in what a module takes or gives."""
+    """The first tensor of numbers, with a dimension, in what a module takes or gives; none whose values are hidden."""
+    if in_vmap():
+        return None
     for value in values:
         for t in tensors(value) if not isinstance(value, nn.Module) else ():
-            if t.is_floating_point() and t.ndim:
+            if t.is_floating_point() and t.ndim and not t.is_nested:
                 return t
     return None
 

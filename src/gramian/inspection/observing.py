@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.alignment import labels_of
-from gramian.inspection.derivatives import first_infinite_derivative
+from gramian.inspection.derivatives import first_infinite_derivative, gradients_of
 from gramian.inspection.losses import labels_range
 from gramian.inspection.observed import Observed
 from gramian.inspection.watching import Watcher
@@ -50,7 +50,7 @@ def observe(
         for i, batch in enumerate(seen.batches):
             reaches = i == 0 or None in seen.gradients.values()  # experts that the first batch did not use, say
             try:
-                with Watcher(model, seen).installed() if i == 0 else nullcontext(), torch.set_grad_enabled(reaches):
+                with Watcher(model, seen).installed() if i == 0 else nullcontext(), torch.enable_grad():
                     total, units = objective.loss(model, batch)
             except Exception as error:
                 seen.labels = seen.labels or _labels_of(model, batch, objective)
@@ -67,7 +67,7 @@ def observe(
         seen.loss = total_loss / seen.units if seen.units else math.nan
         if seen.batches and not (math.isfinite(seen.loss) and all(call.output.is_finite for call in seen.calls)):
             watcher = Watcher(model, Observed(), careful=True)
-            with watcher.installed(), torch.no_grad():
+            with watcher.installed(), torch.enable_grad():
                 objective.loss(model, seen.batches[0])
             seen.first_non_finite = watcher.first_non_finite
         elif any(g is not None and not math.isfinite(g) for g in seen.gradients.values()):
@@ -80,7 +80,7 @@ def observe(
 def _labels_of(model: nn.Module, batch: Any, objective: Objective) -> tuple[int, int, int] | None:
     """The range of the labels where the criterion refused them before it called a loss of torch."""
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             output, target = objective.predict(model, batch), labels_of(batch)
     except Exception:
         return None
@@ -92,11 +92,11 @@ def _labels_of(model: nn.Module, batch: Any, objective: Objective) -> tuple[int,
 def _differentiate(loss: Tensor, parameters: Mapping[str, Tensor], seen: Observed) -> None:
     """Keeps the size of each parameter's gradient, from the first batch whose loss reaches it."""
     wanted = {name: p for name, p in parameters.items() if p.requires_grad}
-    if not loss.requires_grad or not wanted:
+    if not (loss.requires_grad or any(p.grad is not None for p in wanted.values())) or not wanted:
         seen.needs_gradient = bool(loss.requires_grad)
         seen.gradients |= dict.fromkeys(wanted)
         return
-    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    found = gradients_of(loss, list(wanted.values()))
     for (name, _), grad in zip(wanted.items(), found, strict=True):
         if grad is None:
             seen.gradients.setdefault(name, None)

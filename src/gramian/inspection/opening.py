@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gramian.batch import tensors
 from gramian.block import blocks
+from gramian.inspection.derivatives import gradients_of
 from gramian.inspection.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.measuring import training
@@ -153,7 +154,7 @@ def _gradients(
 ) -> dict[str, Tensor]:
     with torch.enable_grad():
         total, units = objective.loss(model, batch)
-        found = torch.autograd.grad(total / units, list(wanted.values()), allow_unused=True)
+        found = gradients_of(total / units, list(wanted.values()))
     dense = [g if g is None or not g.is_sparse else g.to_dense() for g in found]
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wanted.items(), dense, strict=True)}
 

@@ -154,7 +154,7 @@ def _run_again(model: nn.Module, last: Pass) -> tuple[str, str] | None:
         return "", ""
     watcher = Watcher(model, Observed(), careful=True)
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # a model may differentiate on its way
             last.run(model, watcher)
     except Exception:  # an operation that refuses such values: what was found before it counts
         pass
@@ -168,8 +168,9 @@ def are_finite(found: Iterable[Tensor]) -> bool:
 
 
 def values_of(t: Tensor) -> Tensor:
-    """The stored values: of a sparse tensor those that are not zero, of a sharded one this rank's."""
+    """The stored values: of a sparse tensor those that are not zero, of a sharded one this rank's; complex as pairs."""
     t = t.detach()
     local = getattr(t, "to_local", None)
     t = t if local is None else local()
-    return t.coalesce().values() if t.is_sparse else t
+    t = t.coalesce().values() if t.is_sparse else t
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t

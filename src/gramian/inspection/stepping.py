@@ -68,7 +68,8 @@ def take_steps(
             with torch.enable_grad():
                 total, units = objective.loss(twin, batch)
                 loss = total / units
-                loss.backward()
+                if all(p.grad is None for p in twin.parameters()):  # else the loss has done it
+                    loss.backward()
             taken.losses.append(float(loss.detach()))
             if i == 0:
                 sizes = {n: _largest(p.grad) for n, p in names.items() if p.grad is not None}
@@ -80,9 +81,9 @@ def take_steps(
                     size = float(old.float().norm())
                     if size > 0:
                         taken.changes[n] = float((names[n].detach() - old).float().norm()) / size
-        with torch.no_grad():
+        with torch.enable_grad():  # a loss may differentiate on its way
             total, units = objective.loss(twin, given[0])
-            taken.losses.append(float(total / units))
+            taken.losses.append(float(total.detach() / units))
     return taken
 
 

@@ -20,6 +20,7 @@ from gramian.inspection.moments import as_moments, first_float, squares, version
 from gramian.inspection.observed import Call, Cut, Ends, Observed
 from gramian.inspection.operations import Operations
 from gramian.operators import leaves_of
+from gramian.recording.taps import in_vmap
 from gramian.recording.tracking import tensors_of
 from gramian.recording.unfused import UNFUSED, first_steps
 
@@ -150,6 +151,9 @@ class Watcher(Follower):
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if in_vmap():  # values cannot be read: only which parameters are used
+            self._use((*args, *kwargs.values()))
+            return func(*args, **kwargs)
         if func in UNFUSED and not self.live:
             few = None if self.careful else first_steps(func, args, kwargs, MOST_STEPS)
             if few is None:
@@ -182,12 +186,11 @@ class Watcher(Follower):
     def _see(self, name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         self.order += 1
         given = list(tensors_of((*args, *kwargs.values())))
+        self._use(given)
         for t in given:
             if isinstance(t, nn.Parameter) and t.requires_grad and self.stack and id(t) not in self.names:
                 self.seen.strangers.setdefault(id(t), (name, tuple(t.shape)))
                 self.alive.append(t)
-            if id(t) in self.names:
-                self.seen.used.setdefault(self.names[id(t)], self.order)
         made = output if isinstance(output, Tensor) else None
         if made is None:
             self.operations.gating.divided(func, given, output)
@@ -198,6 +201,11 @@ class Watcher(Follower):
         if not made.requires_grad and made.ndim and any(t.requires_grad for t in given):
             self._cut(name, getattr(func, "__name__", str(func)), given)
         self.operations.see(name, self.order, func, args, kwargs, given, made)
+
+    def _use(self, values: Iterable[Any]) -> None:
+        for t in tensors_of(values):
+            if id(t) in self.names:
+                self.seen.used.setdefault(self.names[id(t)], self.order)
 
     def _cut(self, name: str, function: str, given: list[Tensor]) -> None:
         if len(self.seen.cuts) < MOST_CUTS:

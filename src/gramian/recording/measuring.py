@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramian.recording.keeping import kept_random, own_gradients
+
 __all__ = ["batch_statistics", "eager", "evaluating", "measuring", "training"]
 
 
@@ -17,9 +19,8 @@ __all__ = ["batch_statistics", "eager", "evaluating", "measuring", "training"]
 def _restored(model: nn.Module) -> Iterator[None]:
     """A context after which each module's mode and the global random state are what they were."""
     training = {module: module.training for module in model.modules()}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices):
+        with kept_random():
             yield
     finally:
         for module, mode in training.items():
@@ -52,7 +53,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """A context with the model in the mode in which it is trained; modes, buffers and random state are restored.
+    """A context with the model in the mode in which it is trained; then all but parameters is restored.
 
     Parts of a model in training mode that are in evaluation mode stay there: they are trained so. A model that is in
     evaluation mode as a whole is set to training. A compiled model runs uncompiled.
@@ -73,7 +74,7 @@ def training(model: nn.Module) -> Iterator[None]:
     """
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with _restored(model), eager():
+        with _restored(model), own_gradients(model), eager():
             if not model.training:
                 model.train()
             yield

@@ -24,7 +24,7 @@ from gramian.recording.joined import uses_of_parts
 from gramian.recording.padding import Padding
 from gramian.recording.sides import BlockView, Side, sides_of
 from gramian.recording.stacks import uses_of
-from gramian.recording.taps import Pass, in_backward, tapped
+from gramian.recording.taps import Pass, in_backward, in_vmap, tapped
 from gramian.recording.tracking import Tracker, acts_by_rows, name_of, tensors_of
 from gramian.recording.unfused import UNFUSED
 from gramian.statistics import Site, Statistics
@@ -36,6 +36,7 @@ MAX_DIM = 8192
 
 NO_GRAD = "it ran without autograd: in torch.no_grad(), or checkpoint(use_reentrant=True)"
 INFERENCE = "it ran in torch.inference_mode(), whose Inference tensors have no gradient"
+VMAP = "it ran inside torch.vmap, where values cannot be read"
 NOT_REACHED = "no gradient reached it"
 WITHOUT_AUTOGRAD = frozenset({NO_GRAD, INFERENCE, NOT_REACHED})
 """The reasons of sites that have no G because no gradient came, and not because their use was not understood."""
@@ -179,6 +180,11 @@ class Recorder(TorchFunctionMode):
         if not (torch.is_grad_enabled() or self.record_without_grad):
             return output
         found = [(form, view, sides_of(form, view)) for form, view in uses]
+        if in_vmap():
+            for form, view, sides in found:
+                site = self._site(form, view, sides)
+                site.calls, site.reason = site.calls + 1, VMAP
+            return output
         if current.dummy:  # the same graph as on the ranks that have a batch, so that the collectives match
             known = any(sides is not None for *_, sides in found)
             return tapped(output, self.leaf, lambda grad: None, in_place=in_place) if known else output

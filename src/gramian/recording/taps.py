@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._functorch import TransformType
 
 from gramian.gram import At
 
-__all__ = ["OnGradient", "Pass", "in_backward", "running_task", "tapped"]
+__all__ = ["OnGradient", "Pass", "in_backward", "in_vmap", "running_task", "tapped"]
 
 OnGradient = Callable[[Tensor], None]
 
@@ -83,3 +85,19 @@ def running_task() -> int:
 def in_backward() -> bool:
     """Whether a backward pass is running: what is computed then is a recomputation (activation checkpointing)."""
     return torch._C._current_graph_task_id() != -1  # called for every function of a forward pass: no detour
+
+
+def in_vmap() -> bool:
+    """Whether code runs within `torch.vmap`, where tensors have no values that could be read.
+
+    Returns: a bool.
+    Raises: nothing.
+    Cost: none.
+    Source: torch's stack of function transforms.
+
+    >>> in_vmap(), torch.vmap(lambda t: t + in_vmap())(torch.zeros(2)).tolist()
+    (False, [1.0, 1.0])
+    """
+    if _functorch.maybe_current_level() is None:
+        return False
+    return any(one.key() == TransformType.Vmap for one in _functorch.get_interpreter_stack() or ())

@@ -15,9 +15,10 @@ from gramian.calls import as_model
 from gramian.errors import InputError, UnsupportedError
 from gramian.inspection import inspect as diagnose
 from gramian.inspection.trainability import DECADES_LOST, decades_lost
-from gramian.loader import Batches, as_batches, first_few
-from gramian.objective import Objective
+from gramian.loader import Batches, as_batches, first_few, with_samples
+from gramian.objective import Objective, as_objective
 from gramian.placement import is_distributed
+from gramian.recording.keeping import keeping, kept_random
 from gramian.remedies.performing import Setting
 from gramian.remedies.verifying import verified
 from gramian.report import Report
@@ -85,8 +86,8 @@ def inspect(
         CheckpointError: the file is missing, damaged, or would run code.
     Cost: the singular values of each matrix; with data, some 10 to 20 training steps, and with an optimizer six more
         and a copy of both; with `curvature`, some hundred products with the Hessian, about four passes of the batches
-        each, and as many vectors of the parameters in float64. Memory: for a file, one tensor and a few matrices of its
-        smaller side. With `verify`, 100
+        each, and as many vectors of the parameters in float64. Memory: with data, a copy of parameters, buffers and
+        batches in main memory; for a file, one tensor and a few matrices of its smaller side. With `verify`, 100
         training steps, and 50 to 500 and a second diagnosis for each finding, with two copies of the model and of the
         optimizer for each action that is tried.
     Source: this library's own; each finding names the source of its rule.
@@ -114,11 +115,14 @@ def inspect(
             )
         if is_distributed():
             raise UnsupportedError("inspect: remedies are verified in one process; run it without torchrun")
-        few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
+        with kept_random():
+            few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
         report = _with_decades_lost(diagnose(model_or_path, few, objective, **options))
-        setting = Setting(as_model(model_or_path, "inspect"), few, objective, optimizer)
+        model, few = as_model(model_or_path, "inspect"), with_samples(few, "inspect")
+        loss = as_objective(objective)
         try:
-            return verified(report, setting, progress=progress)
+            with keeping(model, few, loss.predict, loss.criterion):
+                return verified(report, Setting(model, few, objective, optimizer), progress=progress)
         except Exception as error:  # a model or an optimizer that cannot be copied
             report.notes.append(f"Remedies were not verified: {type(error).__name__}: {error}.")
             return report

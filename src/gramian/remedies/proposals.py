@@ -218,7 +218,7 @@ def _last_function(asked: Asked) -> Iterator[Action]:
     hooks = [m.register_forward_hook(lambda _m, _i, _o, name=n: called.append(name)) for n, m in leaves]
     hooks.append(asked.model.register_forward_hook(lambda _m, _i, output: outputs.append(output)))
     try:
-        with evaluating(asked.model), torch.no_grad():
+        with evaluating(asked.model), torch.enable_grad():
             _predicted(asked.setting)
     finally:
         for hook in hooks:

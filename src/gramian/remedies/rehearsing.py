@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import AdamW
 
 from gramian.objective import Objective, as_objective
+from gramian.recording.keeping import kept_random
 from gramian.recording.measuring import batch_statistics, eager, evaluating
 from gramian.remedies.performing import Setting, perform
 from gramian.report import Action
@@ -104,7 +107,7 @@ def rehearse(
         return [measure.loss(trained, held, 0)] * len(moments)
     order = torch.Generator().manual_seed(seed)
     losses = [measure.loss(trained, held, 0)] if 0 in moments else []
-    with random_state(model, seed), eager(), torch.enable_grad():
+    with random_state(seed), eager(), torch.enable_grad():
         try:
             for step in range(max(moments)):
                 if step % len(used) == 0 and seed:
@@ -123,18 +126,19 @@ def rehearse(
 def loss_of(model: nn.Module, batches: Sequence[Any], objective: Objective, *, stored: bool = False) -> float:
     """The mean loss over units in evaluation mode, with the stored statistics of batch norms or the batch's."""
     total, units = 0.0, 0.0
-    with nullcontext() if stored else batch_statistics(model), evaluating(model), torch.no_grad():
+    with nullcontext() if stored else batch_statistics(model), evaluating(model), torch.enable_grad():
         for batch in batches:
             loss, count = objective.loss(model, batch)
-            total, units = total + float(loss), units + float(count)
+            total, units = total + float(loss.detach()), units + float(count)
     mean = total / units if units else math.inf
     return mean if math.isfinite(mean) else math.inf
 
 
 @contextmanager
-def random_state(model: nn.Module, seed: int) -> Iterator[None]:
-    """A context with the global random state seeded; then it is what it was."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
+def random_state(seed: int) -> Iterator[None]:
+    """A context with the global random states seeded; then they are what they were."""
+    with kept_random():
         torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 (the user's model may draw from it)
         yield

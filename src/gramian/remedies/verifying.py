@@ -167,7 +167,7 @@ def _verified(
     measure = Measure(stored=finding.code in OF_STATISTICS)
     for action in actions:
         try:
-            with warnings.catch_warnings(), random_state(state.setting.model, 0):
+            with warnings.catch_warnings(), random_state(0):
                 warnings.simplefilter("ignore", GramianWarning)  # it warns when the user performs it
                 changed = perform(action, state.setting.copied())
             tried.append(_Tried(action, changed, rehearse(changed, moments=moments, measure=measure), start))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -143,9 +144,13 @@ class Report:
         return f"<Report {self.title!r}: {self.verdict}>"
 
     def __str__(self) -> str:
-        from .terminal import to_text
+        state = random.getstate()
+        try:
+            from .terminal import to_text
 
-        return to_text(self, width=shutil.get_terminal_size((100, 24)).columns)  # COLUMNS, the terminal, or 100
+            return to_text(self, width=shutil.get_terminal_size((100, 24)).columns)  # COLUMNS, the terminal, or 100
+        finally:
+            random.setstate(state)  # rich draws from it
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from .terminal import ReportView

@@ -31,6 +31,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "samples-mixed",
         "target-leak",
     ),
+    ("gradient-kept", "gradient-dropped", "gradient-clipped", "rate-grows", "rate-vanished"),
     ("input-dominated", "input-offset", "input-scale", "labels-scale"),
     ("parameter-not-stepped", "parameter-float16", "weight-decay-too-large", "momentum-too-high"),
     (
@@ -79,7 +80,8 @@ _SIGNAL = frozenset((
     "graph-cut", "gradient-overflow", "zero-weights", "parameter-constant", "norm-zero-gain", "embedding-scale",
     "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
     "labels-non-finite", "parameter-unregistered", "softmax-single-value",
-    "head-scale", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
+    "head-scale", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut", "gradient-kept",
+    "rate-grows",
 ))  # fmt: skip
 
 # What lies behind a residual stream or beside it, and does not make it grow.

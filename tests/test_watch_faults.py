@@ -1,0 +1,127 @@
+"""Faults of the loop itself, which a watch tells as causes; and that none of its own ends a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gramian as gm
+from gramian.errors import GramianWarning
+from gramian.inspection.live_look import Looker
+
+
+def run(model: nn.Module, fault: str = "", steps: int = 41, **options: Any) -> gm.Watch:
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    factor = {"rate-grows": 1.3, "rate-vanished": 0.5}.get(fault, 1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, factor)
+    x = torch.randn(32, 8)
+    y = (x[:, 0] > 0).long()
+    with gm.watch(model, optimizer, every=5, share=None, **options) as watching:
+        for step in range(steps):
+            F.cross_entropy(model(x), y).backward()
+            if fault == "gradient-clipped":
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+            if fault == "gradient-dropped":
+                optimizer.zero_grad()
+            if fault == "parameter-frozen" and step == 12:
+                next(model.children()).requires_grad_(False)
+            optimizer.step()
+            schedule.step()
+            if fault != "gradient-kept":
+                optimizer.zero_grad(set_to_none=step % 2 == 0)
+    return watching
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+
+
+FAULTS = ["gradient-kept", "gradient-dropped", "gradient-clipped", "rate-grows", "rate-vanished", "parameter-frozen"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_loop_is_the_first_that_is_told(fault: str) -> None:
+    findings = run(net(), fault).findings
+    assert next(f.code for f in findings if f.severity != "info" or fault == "parameter-frozen") == fault
+    assert not any(f.code in FAULTS and f.code != fault for f in findings)
+    assert "parameter-unused" not in [f.code for f in findings]
+
+
+def test_a_loop_without_one_is_silent() -> None:
+    assert run(net()).findings == []
+
+
+class Dropped(nn.Module):
+    """Layers that are left out at random, and one that always is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.never = nn.ModuleList(nn.Linear(8, 8) for _ in range(6)), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if torch.rand(()) < 0.6:
+                x = x + 0.3 * torch.tanh(layer(x))
+        return self.head(x)
+
+
+def test_layers_dropped_at_random_are_not_unused_and_one_that_is_never_called_is() -> None:
+    found = [f for f in run(Dropped(), steps=81).findings if f.code == "parameter-unused"]
+    assert [f.where for f in found] == ["never"]
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 6, dtype=torch.cfloat), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(torch.fft.rfft(x)).abs())
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.inner)(x)
+
+
+@pytest.mark.parametrize("make", [Complex, Mapped])
+def test_complex_parameters_and_vmap(make: Callable[[], nn.Module]) -> None:
+    watching = run(make(), steps=11)
+    assert (watching.step, watching.looks) == (11, 3)
+    assert watching.numbers["gradient"] > 0
+    assert not [f for f in watching.findings if f.severity == "error"]
+
+
+def test_an_error_of_the_watch_ends_the_watch_and_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(Looker, "after_step", broken)
+    model = net()
+    before = model[0].weight.detach().clone()
+    with pytest.warns(GramianWarning, match="the training goes on.*ours") as caught:
+        watching = run(model)
+    assert len(caught) == 1
+    assert watching.step == 0
+    assert "steps after 0" in watching.not_looked_at
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_an_error_of_the_user_s_own_function_is_the_user_s() -> None:
+    def raising(*_: Any) -> None:
+        raise ValueError("theirs")
+
+    with pytest.raises(ValueError, match="theirs"):
+        run(net(), "gradient-kept", on_finding=raising)
