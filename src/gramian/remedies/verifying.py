@@ -28,6 +28,9 @@ NUM_SEEDS = 2
 # A remedy helps if it lowers the loss by this share of it, in each pair of rehearsals that have the same seed.
 SHARE = 0.05
 
+# A loss counts as below that without inputs from this share of it on.
+BEYOND = 0.01
+
 # Among candidates whose losses differ by less than this share, the earlier one, which loses less, is taken.
 SIMILAR = 0.1
 
@@ -242,15 +245,16 @@ def _learns(before: Rehearsed, after: Rehearsed) -> bool:
     """Whether what is lower than a loss that blew up is any good.
 
     Where the training without the remedy fails, or ends above what the one with it reaches without looking at its
-    inputs, any loss is lower. Then the remedied training has to end clearly below that plain loss, and where there is
-    none, below its own first loss.
+    inputs, any loss is lower. Then the remedied training has to end below that plain loss, or still fall clearly from
+    one moment to the next.
     """
-    first, last = after[0], after[-1]
+    last = after[-1]
     if not math.isfinite(last):
         return False
-    if math.isfinite(after.plain):
-        return before[-1] <= after.plain or last < after.plain - SHARE * abs(after.plain)
-    return math.isfinite(before[-1]) or len(after) < 2 or not math.isfinite(first) or last < first - SHARE * abs(first)
+    if before[-1] <= after.plain and math.isfinite(before[-1]):
+        return True
+    falls = len(after) < 2 or last < after[-2] - SHARE * abs(after[-2])
+    return falls or (math.isfinite(after.plain) and last < after.plain - BEYOND * abs(after.plain))
 
 
 def _is_no_worse(pairs: Sequence[tuple[float, float]], first: Sequence[float]) -> bool:

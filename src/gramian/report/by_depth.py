@@ -50,11 +50,16 @@ def _marked(report: Report, names: Sequence[str]) -> tuple[list[int], list[int],
     culprits = places_of(cause, names)
     later = sorted({place for finding in after for place in places_of(finding, names)} - set(culprits))
     if not culprits:
-        where = "about all of it" if cause.where == "all layers" else "about no single place"
+        where = "about all of it" if cause.where == "all layers" else _elsewhere(cause.where)
         faint = " Shaded: what follows from it." if later else ""
         return [], later, f"The first finding is {where}: {title}.{faint}"
     faint = " Fainter: what follows from it." if later else ""
     return culprits, later, f"Marked: {title}.{faint}"
+
+
+def _elsewhere(where: str) -> str:
+    """What is said of a finding whose place is none of the picture's, such as the loss or a parameter of the model."""
+    return f"about {where}, which has no place of its own in the picture" if where else "about no single place"
 
 
 # The lanes of the picture by depth: label, what of a place, and the height of a reference line.

@@ -26,7 +26,7 @@ def document_of(report: Report) -> Document:
     # The first two tiles show these two already.
     facts = [(label, value) for label, value in report.facts.items() if label not in ("parameters", "matrices")]
     tiles = [
-        Tile("Layers", number(len(report.layers))),
+        Tile("Matrices", number(len(report.layers))),
         Tile("Parameters", number(report.facts.get("parameters", parameters(report.layers)))),
     ]
     tiles += [Tile(label, number(value)) for label, value in facts[:_MOST_TILES]]
