@@ -414,7 +414,9 @@ def test_the_command_line_verifies(tmp_path: Path):
 def test_a_rehearsal_is_shown_and_survives_json():
     shown = Rehearsal(50, 2, math.inf, 0.25, after_spread=0.01, is_gone=True, note="It replaces trained weights.")
     report = Report("net", [Finding("c", "error", "t", action=Action("unfreeze"), rehearsal=shown)])
-    assert "inf → 0.25 ± 0.01 (mean of 2 seeds ± their deviation); the finding is gone. It replaces" in " ".join(to_text(report).split())
+    assert "inf → 0.25 ± 0.01 (mean of 2 seeds ± their deviation); the finding is gone. It replaces" in " ".join(
+        to_text(report).split()
+    )
     assert "<dt>Verified</dt><dd>loss after 50 steps" in render(report.to_document())
     again = Report.from_json(report.to_json()).findings[0].rehearsal
     assert again is not None

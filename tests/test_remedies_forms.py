@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.errors import InputError
+from gramian.init import signs_of_training
 from gramian.remedies import Setting, perform, proposals, verified
 from gramian.remedies.fitting import fitted
 from gramian.remedies.proposals import CURES
@@ -94,7 +95,7 @@ def test_every_line_runs_as_it_stands_for_every_form_of_batch(form: str):
                 ran.add((action.name, where))
                 names = {"gm": gm, "torch": torch} | vars(run.copied())
                 exec(action.code, names)
-                assert action.name == "shift_labels" or math.isfinite(float(loss(names)))
+                assert action.name == "shift_labels" or math.isfinite(loss(names).item())
     assert {"standardize", "isometric_", "unfreeze_and_add", "scale_rate_of"} <= {name for name, _ in ran}
 
 
@@ -106,7 +107,9 @@ def test_the_input_that_is_named_is_standardized_and_no_other(form: str):
     names = {"gm": gm, "torch": torch} | vars(run.copied())
     exec(action.code, names)
     for name in ("one", "two"):
-        names["model"].get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        names["model"].get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args[0]})
+        )
     loss(names)
     every = torch.cat([t for _, t, _ in rows()])
     (x, t, _), std = rows()[0], every.std(0)
@@ -136,8 +139,6 @@ def test_a_printed_initialization_knows_how_the_model_is_called_and_what_it_lose
         run.model.head.weight += 3 * torch.ones(3, 8)
         run.model.one.weight += 20 * torch.outer(torch.ones(8), torch.ones(4))
         run.model.norm.weight.mul_(torch.linspace(0.5, 2, 8))
-    from gramian.init import signs_of_training
-
     found = fitted(report, run).findings[0]
     trained = bool(signs_of_training(run.model))
     assert ("overwrite=True" in found.remedy) == ("learning is lost" in found.advice) == trained
@@ -213,14 +214,16 @@ def test_positions_that_are_added_are_no_factor():
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.P, self.head = nn.Embedding(9, 8), nn.Parameter(100 * torch.randn(6, 8)), nn.Linear(8, 3)
-            self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+            self.table, self.head = nn.Embedding(9, 8), nn.Linear(48, 3)
+            self.P = nn.Parameter(100 * torch.randn(6, 8))
+            self.layers = nn.ModuleList([nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(4)])
+            self.norm = nn.LayerNorm(8)
 
         def forward(self, tokens: Tensor) -> Tensor:
             h = self.table(tokens) + self.P
             for layer in self.layers:
-                h = h + layer(h).tanh()
-            return self.head(h.mean(1))
+                h = h + layer(h)
+            return self.head(self.norm(h).flatten(1))
 
     torch.manual_seed(0)
     batches = [(torch.randint(9, (16, 6)), torch.randint(3, (16,))) for _ in range(2)]

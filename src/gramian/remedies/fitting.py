@@ -48,19 +48,15 @@ class Fitting:
     @cached_property
     def predict(self) -> str:
         """The argument `predict` with which this library calls the model; empty where it needs none."""
-        objective = self.setting.objective
-        if isinstance(objective, Objective):
-            own = getattr(objective.predict, "prepares", objective.predict)
-            return "" if own is called else "objective.predict"
+        word = "objective.predict" if isinstance(self.setting.objective, Objective) else "objective"
         calls = self._calls_of("")
         try:
             model = copy.deepcopy(self.setting.model)
-            with evaluating(model), torch.no_grad():
+            with evaluating(model), torch.enable_grad():
                 mine = _recorded(model, lambda: called(model, prepared(model, self.batch)))
         except Exception:  # it is called in another way
-            return "objective"
-        same = len(calls) == 1 and len(mine) == 1 and _keys(calls[0]) == _keys(mine[0])
-        return "" if same else "objective"
+            return word
+        return "" if len(calls) == len(mine) == 1 and _keys(calls[0]) == _keys(mine[0]) else word
 
     @property
     def is_called_with_the_first(self) -> bool:

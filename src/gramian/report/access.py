@@ -34,7 +34,9 @@ def path_to(root: str, steps: list[int | str]) -> str:
     >>> path_to("batch", [0, "x"])
     'batch[0]["x"]'
     """
-    return root + "".join(f"[{step if isinstance(step, int) else json.dumps(step, ensure_ascii=False)}]" for step in steps)
+    return root + "".join(
+        f"[{step if isinstance(step, int) else json.dumps(step, ensure_ascii=False)}]" for step in steps
+    )
 
 
 def get(value: Any, path: str) -> Any:

@@ -69,7 +69,7 @@ def _elsewhere(where: str) -> str:
     """What is said of a finding whose place is none of the picture's, such as the loss or a parameter of the model."""
     if where in ("labels", "loss", "optimizer", "training step"):
         return f"about the {where}"
-    return f"about {where}, which has no place of its own in the picture" if where else "about no single place"
+    return f"about {where}, for which the picture has no place" if where else "about no single place"
 
 
 # The lanes of the picture by depth: label, what of a place, and the height of a reference line.

@@ -129,7 +129,7 @@ def scale(context: Context) -> Iterator[Finding]:
     middle = median(hidden)
     told = [(b, s) for b, s in sized if len(sized) >= FEW_LAYERS and _is_odd(context, b, s, middle)]
     if told and len(told) < max(FEW_LAYERS, len(sized) // 3):
-        yield _one_layer(told, middle)
+        yield _one_layer(told, middle, context.observed.added)
     if len(told) != 1 and len(hidden) >= 2:
         yield from _all_layers(context, hidden, middle)
 
@@ -157,10 +157,10 @@ def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
     return not context.is_normed(block) or (size < 1 and context.is_lost_in_norm(block))
 
 
-def _one_layer(told: list[tuple[Block, float]], middle: float) -> Finding:
+def _one_layer(told: list[tuple[Block, float]], middle: float, added: set[str]) -> Finding:
     block, size = told[0]
     small = size < 1
-    if block.name in context.observed.added:  # positions: they are no factor of the signal
+    if block.name in added:  # positions: they are no factor of the signal
         rms = size / math.sqrt(block.shape[-1])
         return Finding(
             f"parameter-scale-{'small' if small else 'large'}",
