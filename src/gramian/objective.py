@@ -317,8 +317,8 @@ def as_objective(objective: Any) -> Objective:
             if not _is_called_or_indexed(error, model, batch):
                 raise
             raise InputError(
-                "objective: the function is called as loss(model, batch), and it uses the first as a batch or the second "
-                f"as a model: {error}. Swap its arguments"
+                "objective: the function is called as loss(model, batch), and it uses the first as a batch or the "
+                f"second as a model: {error}. Swap its arguments"
             ) from error
 
     return Objective(predict=predict, criterion=criterion)

@@ -98,9 +98,9 @@ _HOOKED = {
 }
 
 # Keywords that an action may be given beside its parameters, and the values that each may have.
-KEYWORDS: dict[str, dict[str, tuple[str | bool, ...]]] = dict.fromkeys(
-    ("isometric_", "rectify"), {"predict": ("objective", "objective.predict"), "overwrite": (True,)}
-)
+KEYWORDS: dict[str, dict[str, tuple[str | bool, ...]]] = {
+    name: {"predict": ("objective", "objective.predict"), "overwrite": (True,)} for name in ("isometric_", "rectify")
+}
 
 # Parameters that are paths of data, and others that are pasted as they are, with what they may be.
 _PATHS = ("of", "at")
