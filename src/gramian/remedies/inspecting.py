@@ -113,7 +113,7 @@ def inspect(
             first: list[Any] = []
             report = diagnose(model_or_path, _noting(as_batches(batches, "inspect"), first), objective, **options)
             report = _with_decades_lost(report)
-            if not first or not isinstance(model_or_path, nn.Module):
+            if not first or objective is None or not isinstance(model_or_path, nn.Module):
                 return report
             return fitted(report, Setting(model_or_path, first, objective, optimizer))
         if batches is None or objective is None:
