@@ -551,8 +551,8 @@ def test_a_file_is_inspected_without_its_checksums(folder, capsys) -> None:
     (folder / "w.safetensors").write_bytes(damaged)
     code, _, err = run(capsys, "inspect", "w.safetensors", "--quiet")
     assert (code, "the checksum is another" in err) == (2, True)
-    assert run(capsys, "inspect", "w.safetensors", "--quiet", "--no-verify") == (0, "", "")
+    assert run(capsys, "inspect", "w.safetensors", "--quiet", "--no-checksums") == (0, "", "")
     both = ["inspect", "w.safetensors", "--against", "w.safetensors", "--quiet"]
     assert [run(capsys, *both, *more)[0] for more in ([], ["--no-verify"])] == [2, 0]
-    code, _, err = run(capsys, "inspect", "task.py:task", "--no-verify")
-    assert (code, err.count("--no-verify is for files")) == (2, 1)
+    code, _, err = run(capsys, "inspect", "task.py:task", "--no-checksums")
+    assert (code, err.count("--no-checksums is for files")) == (2, 1)

@@ -65,7 +65,7 @@ def cross_entropy(
         if scores.ndim < 2 or scores.shape[:-1] != labels.shape or not integers:
             raise InputError(
                 "objective: classification wants scores (..., classes) and integer labels (...), "
-                f"got {described(scores)} and {with_dtype(labels)}"
+                f"got {described(scores)} and {with_dtype(labels)}{_repaired(scores, labels)}"
             )
         if classes is not None and len(classes) != scores.shape[-1]:
             raise InputError(f"objective: weight has {len(classes)} classes, and the scores {scores.shape[-1]}")
@@ -297,3 +297,25 @@ def _num_rows(output: Sequence[tuple[Tensor, Tensor]]) -> int:
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random ±1: where several units share a layer's row (attention), their cross terms then cancel on average."""
     return torch.empty_like(like, requires_grad=False).bernoulli_(generator=generator).mul_(2).sub_(1)
+
+
+def _repaired(scores: Tensor, labels: Tensor) -> str:
+    """What to write where labels are one number each in a dimension of their own, one-hot, or whole numbers as floats.
+
+    >>> _repaired(torch.ones(4, 3), torch.ones(4, 1))
+    '. Labels with a last dimension of 1: write labels.squeeze(-1).long()'
+    """
+    cast = ".long()" if labels.is_floating_point() else ""
+    if labels.ndim == scores.ndim and labels.shape[-1:] == (1,):
+        return f". Labels with a last dimension of 1: write labels.squeeze(-1){cast}"
+    if scores.ndim > 1 and labels.shape == scores.shape:
+        rows = labels.detach().double()
+        if bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(-1) == 1).all()):
+            return ". One-hot labels: write labels.argmax(-1)"
+        return (
+            ". For probabilities of the classes as labels, write the loss yourself: lambda model, batch: "
+            "torch.nn.functional.cross_entropy(model(batch[0]), batch[1])"
+        )
+    if cast and scores.shape[:-1] == labels.shape and bool((labels == labels.round()).all()):
+        return ". Whole numbers as floats: write labels.long(); for numbers to be predicted, gm.Objective.regression()"
+    return ""

@@ -309,7 +309,25 @@ def as_objective(objective: Any) -> Objective:
         units = _num_samples(batch)
         return output * units, units
 
-    return Objective(predict=objective, criterion=criterion)
+    @wraps(objective)
+    def predict(model: nn.Module, batch: Any) -> Any:
+        try:
+            return objective(model, batch)
+        except (TypeError, AttributeError) as error:
+            if not _is_called_or_indexed(error, model, batch):
+                raise
+            raise InputError(
+                "objective: the function is called as loss(model, batch), and it uses the first as a batch or the "
+                f"second as a model: {error}. Swap its arguments"
+            ) from error
+
+    return Objective(predict=predict, criterion=criterion)
+
+
+def _is_called_or_indexed(error: Exception, model: nn.Module, batch: Any) -> bool:
+    """Whether an error is that of a loss which took its two arguments in the other order."""
+    own = (type(batch).__name__, type(model).__name__)
+    return str(error) in (f"'{own[0]}' object is not callable", f"'{own[1]}' object is not subscriptable")
 
 
 def _num_samples(batch: Any) -> int:

@@ -44,8 +44,9 @@ def command(
     ] = False,
     unchecked: Annotated[
         bool,
-        typer.Option("--no-verify", help="Do not compare a file's tensors with its checksums, as for a huge file."),
+        typer.Option("--no-checksums", help="Do not compare a file's tensors with its checksums, as for a huge file."),
     ] = False,
+    old_unchecked: Annotated[bool, typer.Option("--no-verify", hidden=True)] = False,
     layouts: Annotated[
         Path | None,
         typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
@@ -65,6 +66,7 @@ def command(
     from gramian import report
     from gramian.report import SEVERITIES
 
+    unchecked = unchecked or old_unchecked  # the name before --verify came to try remedies
     for path in (html, json):
         if path is not None:
             report.check_target(path)
@@ -78,7 +80,7 @@ def command(
     if curvature and against is not None:
         raise InputError("--curvature is that of one model's loss; leave out --against")
     if unchecked and task is not None:
-        raise InputError("--no-verify is for files that are inspected alone; leave out --task")
+        raise InputError("--no-checksums is for files that are inspected alone; leave out --task")
     if layouts is not None:
         from gramian.inspection.matrices import read_layouts
 
@@ -127,7 +129,7 @@ def _inspect(model: str, unchecked: bool, task: str | None, options: dict[str, A
             raise InputError(f"--curvature is that of a loss on data, and {model} is a file: add --task")
         return inspect(open_checkpoint(model, verify=False) if unchecked else model, **options)
     if unchecked:
-        raise InputError(f"--no-verify is for files, and {model} is a task")
+        raise InputError(f"--no-checksums is for files, and {model} is a task")
     network, its_task = found
     return inspect(network, its_task.batches(), its_task.objective, title=model, **options)
 

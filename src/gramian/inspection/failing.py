@@ -74,9 +74,23 @@ def _told(name: str, module: nn.Module, given: tuple[Any, ...]) -> str:
     who = f"{name} ({kind})" if name else f"the model ({kind})"
     got = ", ".join(_value(value) for value in given if value is not None) or "named arguments"
     wanted = next((form.format(getattr(module, own)) for own, form in _WANTED if hasattr(module, own)), "")
+    kinds = _other_dtype(module, given)
+    if kinds:
+        return f"{who} got {got} of {kinds[0]}, and its weights are {kinds[1]}. Write x.to(torch.{kinds[1]})"
     if wanted:
         return f"{who} got {got} and wants {wanted}. Give batches of that shape, or change the layer"
     return f"{who} cannot run on {got}. Give batches that its forward takes, or change it"
+
+
+def _other_dtype(module: nn.Module, given: tuple[Any, ...]) -> tuple[str, str] | None:
+    """The dtypes of the input and of the weights of a layer that multiplies them, where they are two."""
+    weight = getattr(module, "weight", None)
+    x = given[0] if given else None
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or hasattr(module, "num_embeddings"):
+        return None
+    if x.dtype == weight.dtype or not weight.is_floating_point():
+        return None
+    return str(x.dtype).removeprefix("torch."), str(weight.dtype).removeprefix("torch.")
 
 
 def _value(value: Any) -> str:

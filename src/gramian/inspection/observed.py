@@ -215,6 +215,7 @@ class Observed:
 
     Attributes:
         calls, activations, attentions, additions, gates, cuts: in the order of the forward pass of the first batch.
+        added: names of parameters that are added to something.
         visible: keys that attention sees, where it has a mask.
         gradients: root mean square of the loss's gradient by parameter; `None` where it does not reach the parameter.
         zero_gradients: share of exact zeros in it.
@@ -252,6 +253,7 @@ class Observed:
     attentions: list[Attention] = field(default_factory=list)
     visible: list[Visible] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
+    added: set[str] = field(default_factory=set)
     gates: list[Gate] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     gradients: dict[str, float | None] = field(default_factory=dict)

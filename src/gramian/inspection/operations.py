@@ -111,6 +111,7 @@ class Operations:
         elif func in _MEANS and given and made.ndim and made.is_floating_point():
             self._reduction(name, order, func, given[0], made)
         elif func in ADDITIONS and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
+            self.seen.added |= {self.names[id(a)] for a in args if id(a) in self.names}
             self._addition(name, order, args[0], args[1], made)
 
     def _activation(

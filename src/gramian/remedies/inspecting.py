@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from gramian.loader import Batches, as_batches, first_few, with_samples
 from gramian.objective import Objective, as_objective
 from gramian.placement import is_distributed
 from gramian.recording.keeping import keeping, kept_random
+from gramian.remedies.fitting import fitted
 from gramian.remedies.performing import Setting
 from gramian.remedies.verifying import verified
 from gramian.report import Report
@@ -107,8 +108,15 @@ def inspect(
         batches = map(_outside_inference, as_batches(batches, "inspect"))
     # In the caller's torch.no_grad() or torch.inference_mode() there would be no training step to watch.
     with torch.inference_mode(False), torch.enable_grad():
-        if not verify:
+        if not verify and (batches is None or objective is None):
             return _with_decades_lost(diagnose(model_or_path, batches, objective, **options))
+        if not verify:
+            first: list[Any] = []
+            report = diagnose(model_or_path, _noting(as_batches(batches, "inspect"), first), objective, **options)
+            report = _with_decades_lost(report)
+            if not first or objective is None or not isinstance(model_or_path, nn.Module):
+                return report
+            return fitted(report, Setting(model_or_path, first, objective, optimizer))
         if batches is None or objective is None:
             raise InputError(
                 "inspect: remedies are verified by training; pass batches and an objective with verify=True"
@@ -119,13 +127,23 @@ def inspect(
             few = first_few(as_batches(batches, "inspect"), NUM_BATCHES, "inspect")
         report = _with_decades_lost(diagnose(model_or_path, few, objective, **options))
         model, few = as_model(model_or_path, "inspect"), with_samples(few, "inspect")
-        loss = as_objective(objective)
+        loss, setting = as_objective(objective), Setting(model, few, objective, optimizer)
+        with kept_random(), keeping(model, few, loss.predict, loss.criterion):
+            report = fitted(report, setting)
         try:
             with keeping(model, few, loss.predict, loss.criterion):
-                return verified(report, Setting(model, few, objective, optimizer), progress=progress)
+                return verified(report, setting, progress=progress)
         except Exception as error:  # a model or an optimizer that cannot be copied
             report.notes.append(f"Remedies were not verified: {type(error).__name__}: {error}.")
             return report
+
+
+def _noting(batches: Iterable[Any], first: list[Any]) -> Iterator[Any]:
+    """The batches, the first of which is kept."""
+    for batch in batches:
+        if not first:
+            first.append(batch)
+        yield batch
 
 
 def _with_decades_lost(report: Report) -> Report:

@@ -19,8 +19,9 @@ from gramian.errors import InputError, some
 from gramian.init import isometric_, reset_
 from gramian.objective import Objective
 from gramian.report import Action
+from gramian.report.access import get, put
 
-__all__ = ["OF_THE_LOSS", "PERFORMED", "Setting", "perform"]
+__all__ = ["OF_THE_LOSS", "PERFORMED", "OnInput", "Setting", "perform"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ def perform(action: Action, setting: Setting) -> Setting:
     return PERFORMED[action.name](setting, **action.arguments) or setting
 
 
-def _isometric(setting: Setting) -> None:
-    isometric_(setting.model, setting.batches[0])
+def _isometric(setting: Setting, predict: str = "", overwrite: bool = False) -> None:
+    objective = setting.objective
+    how = objective.predict if isinstance(objective, Objective) else objective
+    isometric_(setting.model, setting.batches[0], predict=how if predict else None, overwrite=overwrite)
 
 
 def _reset(setting: Setting, names: tuple[str, ...] = (), size: float | None = None) -> None:
@@ -97,10 +100,10 @@ def _fill_with_ones(setting: Setting, names: tuple[str, ...]) -> None:
         nn.init.ones_(setting.model.get_parameter(name))
 
 
-def _rectify(setting: Setting, names: tuple[str, ...]) -> None:
+def _rectify(setting: Setting, names: tuple[str, ...], predict: str = "", overwrite: bool = False) -> None:
     for name in names:
         setting.model.set_submodule(name, nn.ReLU())
-    _isometric(setting)
+    _isometric(setting, predict, overwrite)
 
 
 def _remove(setting: Setting, module: str) -> None:
@@ -119,6 +122,23 @@ def _set_norm_momentum(setting: Setting, names: tuple[str, ...], momentum: float
 
 def _update_statistics(setting: Setting) -> None:
     update_bn(setting.batches, setting.model)
+
+
+def _update_statistics_by_loss(setting: Setting, loss: str) -> None:
+    objective, model = setting.objective, setting.model
+    how = objective.loss if isinstance(objective, Objective) else objective
+    norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    mode = model.training
+    model.train()
+    with torch.no_grad():
+        for batch in setting.batches:
+            how(model, batch)
+    model.train(mode)
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
 
 
 def _tie(setting: Setting, module: str, attribute: str, source: str) -> None:
@@ -140,27 +160,62 @@ def _train_mode(setting: Setting) -> None:
     setting.model.train()
 
 
+def _unfreeze_and_add(setting: Setting) -> None:
+    _unfreeze(setting)
+    _add_to_optimizer(setting)
+
+
 def _cast_to_bfloat16(setting: Setting) -> None:
     setting.model.to(torch.bfloat16)
-    _before_forward(setting, lambda x: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x)
+    setting.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (_as_bfloat16(args), _as_bfloat16(kwargs)), with_kwargs=True
+    )
 
 
-def _standardize(setting: Setting) -> None:
-    std, mean = torch.std_mean(torch.cat([batch[0] for batch in setting.batches]), 0)
+def _as_bfloat16(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _as_bfloat16(value) for key, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return tuple(map(_as_bfloat16, x))
+    return x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+@dataclass(frozen=True)
+class OnInput:
+    """A hook that changes one tensor of those with which a module is called.
+
+    Args:
+        of: where it is in a batch.
+        at: where it is in the call.
+        function: what it is replaced by.
+    """
+
+    of: str
+    at: str
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if self.at.startswith("args"):
+            return put(args, self.at, self.function(get(args, self.at))), kwargs
+        return args, put(kwargs, self.at, self.function(get(kwargs, self.at)))
+
+    def received(self, batch: Any) -> Any:
+        """The batch as the hook changes it."""
+        return put(batch, self.of, self.function(get(batch, self.of)))
+
+
+def _standardize(setting: Setting, of: str, module: str, at: str) -> None:
+    std, mean = torch.std_mean(torch.cat([get(batch, of) for batch in setting.batches]), 0)
     std = std.clamp(min=std.median())
-    _before_first(setting, lambda x: (x - mean.to(x)) / std.to(x))
+    _before(setting, module, OnInput(of, at, lambda x: (x - mean.to(x)) / std.to(x)))
 
 
-def _replace_non_finite(setting: Setting) -> None:
-    _before_first(setting, lambda x: x.nan_to_num(0.0, 0.0, 0.0))
+def _replace_non_finite(setting: Setting, of: str, module: str, at: str) -> None:
+    _before(setting, module, OnInput(of, at, lambda x: x.nan_to_num(0.0, 0.0, 0.0)))
 
 
-def _before_forward(setting: Setting, function: Callable[[Any], Any]) -> None:
-    setting.model.register_forward_pre_hook(lambda _, args: tuple(map(function, args)))
-
-
-def _before_first(setting: Setting, function: Callable[[Tensor], Tensor]) -> None:
-    setting.model.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
+def _before(setting: Setting, module: str, hook: OnInput) -> None:
+    setting.model.get_submodule(module).register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _log_probabilities(setting: Setting) -> None:
@@ -187,6 +242,10 @@ def _set_zero_rates(setting: Setting, rate: float) -> None:
 def _scale_rate(setting: Setting, factor: float) -> None:
     for group in setting.groups:
         group["lr"] *= factor
+
+
+def _scale_rate_of(setting: Setting, group: int, factor: float) -> None:
+    setting.groups[group]["lr"] *= factor
 
 
 def _set_beta1(setting: Setting, beta1: float) -> None:
@@ -218,8 +277,10 @@ PERFORMED: dict[str, Callable[..., Setting | None]] = {
     "set": _set,
     "unshare": _unshare,
     "unfreeze": _unfreeze,
+    "unfreeze_and_add": _unfreeze_and_add,
     "train_mode": _train_mode,
     "update_statistics": _update_statistics,
+    "update_statistics_by_loss": _update_statistics_by_loss,
     "set_norm_momentum": _set_norm_momentum,
     "standardize": _standardize,
     "replace_non_finite": _replace_non_finite,
@@ -227,6 +288,7 @@ PERFORMED: dict[str, Callable[..., Setting | None]] = {
     "add_to_optimizer": _add_to_optimizer,
     "set_zero_rates": _set_zero_rates,
     "scale_rate": _scale_rate,
+    "scale_rate_of": _scale_rate_of,
     "set_momentum": _set_in_groups("momentum", "momentum"),
     "set_beta1": _set_beta1,
     "set_weight_decay": _set_in_groups("weight_decay", "decay"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,7 @@ from gramian.errors import GramianError
 from gramian.init.reset import USUAL, sizes
 from gramian.objective import as_objective
 from gramian.recording.measuring import evaluating
+from gramian.remedies.fitting import Fitting
 from gramian.remedies.performing import PERFORMED, Setting
 from gramian.report import Action, Finding
 
@@ -49,6 +51,10 @@ class Asked:
     finding: Finding
     setting: Setting
 
+    @cached_property
+    def fitting(self) -> Fitting:
+        return Fitting(self.setting)
+
     @property
     def model(self) -> nn.Module:
         return self.setting.model
@@ -64,6 +70,17 @@ class Asked:
     def modules(self) -> dict[str, nn.Module]:
         """The modules that the finding names."""
         return {name: module for name, module in self.model.named_modules() if name in self.places}
+
+    @property
+    def group(self) -> int | None:
+        """The optimizer's group whose modules the finding names; `None` where it names none, or there is one."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        first = self.finding.where.partition(",")[0].partition(" and ")[0]
+        for i, group in enumerate(self.setting.groups if len(self.setting.groups) > 1 else ()):
+            of = [names.get(id(p), "") for p in group["params"]]
+            if any(name and (name == first or name.rpartition(".")[0] == first) for name in of):
+                return i
+        return None
 
     def parameters(self, condition: Callable[[Tensor], bool]) -> tuple[str, ...]:
         """The floating-point parameters that meet a condition."""
@@ -93,9 +110,10 @@ def proposals(finding: Finding, setting: Setting) -> list[Action]:
     """
     if finding.severity == "info":
         return []
+    asked = Asked(finding, setting)
     found: dict[str, Action] = {}
     for propose in CURES.get(finding.code, ()):
-        for action in propose(Asked(finding, setting)):
+        for action in map(asked.fitting.fitted, propose(asked)):
             found.setdefault(action.code, action)
     own = finding.action
     if own is not None and own.name in PERFORMED:
@@ -200,8 +218,10 @@ def _statistics(asked: Asked) -> Iterator[Action]:
         and module.momentum is not None
         and module.momentum < USUAL_NORM_MOMENTUM / 10
     )
-    if slow:
+    if slow and asked.fitting.is_called_with_the_first:
         yield Action("set_norm_momentum", {"names": slow, "momentum": USUAL_NORM_MOMENTUM})
+    elif slow:  # training then renews the statistics
+        yield Action("set", {"names": slow, "attribute": "momentum", "value": USUAL_NORM_MOMENTUM})
     else:
         yield Action("update_statistics")
 
@@ -268,13 +288,39 @@ def _not_stepped(asked: Asked) -> Iterator[Action]:
 
 
 def _lower_rates(asked: Asked) -> Iterator[Action]:
-    for factor in TOO_HIGH:
-        yield Action("scale_rate", {"factor": factor})
+    yield from _rates(asked, TOO_HIGH)
 
 
 def _higher_rates(asked: Asked) -> Iterator[Action]:
-    for factor in TOO_LOW:
-        yield Action("scale_rate", {"factor": factor})
+    yield from _rates(asked, TOO_LOW)
+
+
+def _rates(asked: Asked, factors: Sequence[float]) -> Iterator[Action]:
+    """Scale the rate of the group that the finding names, or of all where it names none."""
+    group = asked.group
+    for factor in factors:
+        if group is None:
+            yield Action("scale_rate", {"factor": factor})
+        else:
+            yield Action("scale_rate_of", {"group": group, "factor": factor})
+
+
+def _on_input(name: str) -> Propose:
+    """What a hook does to the input that the finding names; nothing where no code can find it."""
+
+    def proposed(asked: Asked) -> Iterator[Action]:
+        where = asked.fitting.input_of(asked.finding)
+        if where is not None:
+            yield Action(name, where)
+
+    return proposed
+
+
+def _unfreeze(asked: Asked) -> Iterator[Action]:
+    """Unfreeze, and give the optimizer what it was made without."""
+    known = {p for group in asked.setting.groups for p in group["params"]}
+    lacks = asked.setting.optimizer is not None and any(p not in known for p in asked.model.parameters())
+    yield Action("unfreeze_and_add" if lacks else "unfreeze")
 
 
 def _momentum(asked: Asked) -> Iterator[Action]:
@@ -303,14 +349,14 @@ def _rounded(factor: float) -> float:
 
 
 CURES: dict[str, tuple[Propose, ...]] = {
-    "input-non-finite": (_always("replace_non_finite"),),
-    "input-offset": (_always("standardize"),),
-    "input-scale": (_always("standardize"),),
-    "input-dominated": (_always("standardize"),),
+    "input-non-finite": (_on_input("replace_non_finite"),),
+    "input-offset": (_on_input("standardize"),),
+    "input-scale": (_on_input("standardize"),),
+    "input-dominated": (_on_input("standardize"),),
     "labels-out-of-range": (_labels,),
     "loss-double-softmax": (_last_function,),
     "loss-rectified": (_last_function,),
-    "parameter-frozen": (_always("unfreeze"),),
+    "parameter-frozen": (_unfreeze,),
     "parameter-shared": (_unshared,),
     "parameter-not-stepped": (_not_stepped,),
     "non-finite-weights": (_non_finite,),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from gramian.objective import Objective, as_objective
@@ -21,7 +21,7 @@ from gramian.recording.measuring import batch_statistics, eager, evaluating
 from gramian.remedies.performing import Setting, perform
 from gramian.report import Action
 
-__all__ = ["MOMENTS", "Measure", "rehearse"]
+__all__ = ["MOMENTS", "Measure", "Rehearsed", "rehearse"]
 
 # Steps after which the loss is measured: faults of a trained network show at once, small networks overcome some others.
 MOMENTS = (0, 12, 50)
@@ -58,9 +58,20 @@ class Measure:
             return math.inf
 
 
+class Rehearsed(list[float]):
+    """The losses of a rehearsal, and beside them what the trained copy reaches without looking at its inputs.
+
+    Attributes:
+        plain: the loss at the end with each output in place of the mean output over samples; infinity where the outputs
+            are no tensor, or the loss does not depend on them so.
+    """
+
+    plain: float = math.inf
+
+
 def rehearse(
     setting: Setting, *, moments: Sequence[int] = MOMENTS, seed: int = 0, measure: Measure | None = None
-) -> list[float]:
+) -> Rehearsed:
     """Train a copy for a few steps, and return its loss in evaluation mode after so many of them.
 
     The loss is measured on the last quarter of the batches, which are not trained on, where there are at least four;
@@ -104,9 +115,9 @@ def rehearse(
         if not model.training:
             model.train()
     if optimizer is None:
-        return [measure.loss(trained, held, 0)] * len(moments)
+        return Rehearsed([measure.loss(trained, held, 0)] * len(moments))
     order = torch.Generator().manual_seed(seed)
-    losses = [measure.loss(trained, held, 0)] if 0 in moments else []
+    losses = Rehearsed([measure.loss(trained, held, 0)] if 0 in moments else [])
     with random_state(seed), eager(), torch.enable_grad():
         try:
             for step in range(max(moments)):
@@ -120,7 +131,26 @@ def rehearse(
                     losses.append(measure.loss(trained, held, step + 1))
         except FAILURES:  # as it would end the user's training
             pass
-    return losses + [math.inf] * (len(moments) - len(losses))
+    if len(losses) == len(moments) and math.isfinite(losses[-1]):
+        losses.plain = _plain(measure, trained, held, max(moments), losses[-1])
+    losses.extend([math.inf] * (len(moments) - len(losses)))
+    return losses
+
+
+def _plain(measure: Measure, trained: Setting, batches: Sequence[Any], step: int, loss: float) -> float:
+    """The loss of a model that gives each sample the mean output."""
+
+    def averaged(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor) and output.is_floating_point() and output.ndim:
+            return output.mean(0, keepdim=True).expand_as(output)
+        return None
+
+    hook = trained.model.register_forward_hook(averaged)
+    try:
+        found = measure.loss(trained, batches, step)
+    finally:
+        hook.remove()
+    return found if found != loss else math.inf
 
 
 def loss_of(model: nn.Module, batches: Sequence[Any], objective: Objective, *, stored: bool = False) -> float:

@@ -16,9 +16,9 @@ from torch import Tensor
 from gramian.errors import GramianError, GramianWarning, some
 from gramian.init import signs_of_training
 from gramian.inspection import inspect
-from gramian.remedies.performing import OF_THE_LOSS, Setting, perform
+from gramian.remedies.performing import OF_THE_LOSS, OnInput, Setting, perform
 from gramian.remedies.proposals import proposals
-from gramian.remedies.rehearsing import MOMENTS, Measure, random_state, rehearse
+from gramian.remedies.rehearsing import MOMENTS, Measure, Rehearsed, random_state, rehearse
 from gramian.report import Action, Finding, Rehearsal, Report
 
 __all__ = ["NUM_SEEDS", "verified"]
@@ -28,11 +28,17 @@ NUM_SEEDS = 2
 # A remedy helps if it lowers the loss by this share of it, in each pair of rehearsals that have the same seed.
 SHARE = 0.05
 
+# A loss counts as below that without inputs from this share of it on.
+BEYOND = 0.01
+
 # Among candidates whose losses differ by less than this share, the earlier one, which loses less, is taken.
 SIMILAR = 0.1
 
 # Cosine of the angle between a parameter before and after, below which what it had learned counts as lost.
 KEPT = 0.99
+
+# Characters up to which code is told of an action that is not offered.
+SHORT = 60
 
 # Findings about the stored statistics of batch norms.
 OF_STATISTICS = ("norm-statistics",)
@@ -44,7 +50,7 @@ class _Tried:
 
     action: Action
     setting: Setting
-    losses: list[float]
+    losses: Rehearsed
     start: Setting
 
     @property
@@ -54,8 +60,8 @@ class _Tried:
     @cached_property
     def codes(self) -> set[str] | None:
         """Codes of the errors and warnings of a diagnosis after the action; `None` where it fails."""
-        seen = _as_received(self.setting, self.start)
         try:
+            seen = _as_received(self.setting)
             found = inspect(seen.model, seen.batches, seen.objective, optimizer=seen.optimizer, quick=True).findings
         except Exception:  # a network that cannot be diagnosed is not known to be cured
             return None
@@ -74,9 +80,9 @@ class _State:
     num_seeds: int
     offered: list[str] = field(default_factory=list)
     codes: set[str] | None = None
-    found: dict[Measure, list[list[float]]] = field(default_factory=dict)
+    found: dict[Measure, list[Rehearsed]] = field(default_factory=dict)
 
-    def losses(self, measure: Measure) -> list[list[float]]:
+    def losses(self, measure: Measure) -> list[Rehearsed]:
         """The losses of rehearsals without a further remedy, one list for each seed."""
         if measure not in self.found:
             seeds = range(self.num_seeds)
@@ -184,7 +190,8 @@ def _verified(
     last = len(moments) - 1
     counts = [i for i, steps in enumerate(moments) if steps or trained or measure.stored or last == 0]
     moment = next((i for i in reversed(counts) if _is_lower(pairs[i])), last)
-    helps = _is_lower(pairs[moment]) and not _is_higher(pairs[last])
+    learns = [_learns(old, new) for old, new in zip(without, after, strict=True)]
+    helps = _is_lower(pairs[moment]) and not _is_higher(pairs[last]) and all(learns)
     moment = moment if helps else last
     is_as_good = changes_loss and not helps and _is_no_worse(pairs[last], [losses[0] for losses in without])
     notes = [f"Together with the remedy for {', '.join(state.offered)}."] if state.offered else []
@@ -206,7 +213,7 @@ def _verified(
     )
     if not ((helps or is_as_good) and shown.is_gone):
         among = f" (the best of {len(tried)})" if len(tried) > 1 else ""
-        why = _why_not(shown, helps=helps, is_higher=_is_higher(pairs[last]))
+        why = _why_not(shown, helps=helps, learns=all(learns), is_higher=_is_higher(pairs[last]))
         return _not_offered(finding, best.action, f"{why} ({shown.told})", among)
     state.setting, state.found, state.codes = best.setting, {measure: after}, best.codes
     state.offered.append(finding.code)
@@ -234,6 +241,22 @@ def _is_lower(pairs: Sequence[tuple[float, float]]) -> bool:
     )
 
 
+def _learns(before: Rehearsed, after: Rehearsed) -> bool:
+    """Whether what is lower than a loss that blew up is any good.
+
+    Where the training without the remedy fails, or ends above what the one with it reaches without looking at its
+    inputs, any loss is lower. Then the remedied training has to end below that plain loss, or still fall clearly from
+    one moment to the next.
+    """
+    last = after[-1]
+    if not math.isfinite(last):
+        return False
+    if before[-1] <= after.plain and math.isfinite(before[-1]):
+        return True
+    falls = len(after) < 2 or last < after[-2] - SHARE * abs(after[-2])
+    return falls or (math.isfinite(after.plain) and last < after.plain - BEYOND * abs(after.plain))
+
+
 def _is_no_worse(pairs: Sequence[tuple[float, float]], first: Sequence[float]) -> bool:
     """Whether the loss falls as far with the remedy as without, up to a share of the first loss."""
     return all(
@@ -248,7 +271,7 @@ def _is_higher(pairs: Sequence[tuple[float, float]]) -> bool:
     return not now <= before + SHARE * abs(before)
 
 
-def _why_not(shown: Rehearsal, *, helps: bool, is_higher: bool) -> str:
+def _why_not(shown: Rehearsal, *, helps: bool, learns: bool, is_higher: bool) -> str:
     """Why what was seen is not enough to offer the action."""
     if helps:
         return "the loss is lower with it, but it does not remove what was found"
@@ -256,25 +279,37 @@ def _why_not(shown: Rehearsal, *, helps: bool, is_higher: bool) -> str:
         return "training fails with it"
     if is_higher:
         return "the loss is higher with it than without"
+    if not learns:
+        return "the loss blows up without it, and with it nothing is learned"
     return "training without it comes as far"
 
 
 def _not_offered(finding: Finding, action: Action, why: str, among: str = "") -> Finding:
-    line = f"Tried on a copy and not offered{among}: {' '.join(action.code.split())}. The reason: {why}."
+    line = f"Tried on a copy and not offered{among}: {_in_short(action)}. The reason: {why}."
     return replace(finding, action=None, advice=f"{finding.advice} {line}".strip())
 
 
-def _as_received(setting: Setting, before: Setting) -> Setting:
-    """The same, the remedy's hooks on inputs being applied to the batches, so that rules see what the network gets."""
-    added = [key for key in setting.model._forward_pre_hooks if key not in before.model._forward_pre_hooks]
-    if not added:
+def _in_short(action: Action) -> str:
+    """The action in a few words: its code where that is one short line, else its name and numbers."""
+    if "\n" not in action.code and len(action.code) <= SHORT:
+        return action.code
+    values = [f"{key} {value:g}" for key, value in action.arguments.items() if type(value) in (int, float)]
+    return " ".join([action.name.strip("_").replace("_", " "), *values])
+
+
+def _as_received(setting: Setting) -> Setting:
+    """The same, the remedies' hooks on inputs being applied to the batches, so that rules see what the network gets."""
+    hooks = [h for m in setting.model.modules() for h in m._forward_pre_hooks.values() if isinstance(h, OnInput)]
+    if not hooks:
         return setting
-    setting = setting.copied()
-    hooks = setting.model._forward_pre_hooks
     batches: list[Any] = list(setting.batches)
-    for key in added:
-        hook = hooks.pop(key)
-        batches = [(*hook(setting.model, (batch[0],)), *batch[1:]) for batch in batches]
+    for hook in hooks:
+        batches = [hook.received(batch) for batch in batches]
+    setting = setting.copied()
+    for module in setting.model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, OnInput)]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
     return replace(setting, batches=batches)
 
 

@@ -49,12 +49,27 @@ def _marked(report: Report, names: Sequence[str]) -> tuple[list[int], list[int],
         return [], [], f"The first finding is about the data, before the first place: {title}."
     culprits = places_of(cause, names)
     later = sorted({place for finding in after for place in places_of(finding, names)} - set(culprits))
+    if not culprits and "" in names and _is_own(report, cause.where):
+        return [names.index("")], later, f"Marked: {title}. It is the model's own, at whose end the mark is."
     if not culprits:
-        where = "about all of it" if cause.where == "all layers" else "about no single place"
+        where = "about all of it" if cause.where == "all layers" else _elsewhere(cause.where)
         faint = " Shaded: what follows from it." if later else ""
         return [], later, f"The first finding is {where}: {title}.{faint}"
     faint = " Fainter: what follows from it." if later else ""
     return culprits, later, f"Marked: {title}.{faint}"
+
+
+def _is_own(report: Report, where: str) -> bool:
+    """Whether a finding names a parameter that the model itself has, and none of its modules."""
+    own = {layer.name.partition("[")[0] for layer in report.layers}
+    return where in own and "." not in where
+
+
+def _elsewhere(where: str) -> str:
+    """What is said of a finding whose place is none of the picture's, such as the loss or a parameter of the model."""
+    if where in ("labels", "loss", "optimizer", "training step"):
+        return f"about the {where}"
+    return f"about {where}, for which the picture has no place" if where else "about no single place"
 
 
 # The lanes of the picture by depth: label, what of a place, and the height of a reference line.
@@ -65,6 +80,8 @@ _LANES: tuple[tuple[str, Callable[[Place], float | None], float | None], ...] = 
     ("gain χ; gradients shrink below 1", lambda place: place.gain, 1.0),
     ("first step ‖ΔW‖ / ‖W‖", lambda place: place.update, None),
 )
+
+_WHOLE = "the model"
 
 _EDGES = "A red mark at the lower edge is a zero, one at the upper edge is not finite."
 
@@ -87,7 +104,8 @@ def depth_section(reports: Sequence[Report], labels: Sequence[str], roles: Seque
         return None
     culprits, later, caption = _marked(reports[0], names) if len(reports) == 1 else ([], [], "")
     caption = " ".join(part for part in (caption, _EDGES if _has_edges(lanes) else "") if part)
-    return Section("The network by depth", items=[Depth("Signal by depth", names, lanes, culprits, later, caption)])
+    shown = [name or _WHOLE for name in names]
+    return Section("The network by depth", items=[Depth("Signal by depth", shown, lanes, culprits, later, caption)])
 
 
 def _places_of_layers(report: Report) -> list[Place]:
@@ -132,7 +150,7 @@ def weights_section(report: Report) -> Section | None:
         ]
         known = [curve for curve in curves if sum(value is not None for value in curve[2]) > 1]
         if known:
-            lanes.append(Lane(label, known))
+            lanes.append(Lane(label, known, hues=sum(len(lane.series) for lane in lanes)))
     names = [layer.name for layer in layers]
     culprits, later, caption = _marked(report, names)
     caption = " ".join(

@@ -13,6 +13,9 @@ from .model import Report
 
 _MOST_TILES = 6
 
+# Facts that have a tile wherever they were measured.
+_FIRST = ("end-to-end Jacobian σ₁", "gain χ (geometric mean)", "gradient, first layer against last")
+
 _SPECTRA_CAPTION = "One row per layer, its singular values from the largest to the smallest."
 
 _JACOBIAN_CAPTION = (
@@ -26,9 +29,10 @@ def document_of(report: Report) -> Document:
     # The first two tiles show these two already.
     facts = [(label, value) for label, value in report.facts.items() if label not in ("parameters", "matrices")]
     tiles = [
-        Tile("Layers", number(len(report.layers))),
+        Tile("Matrices", number(len(report.layers))),
         Tile("Parameters", number(report.facts.get("parameters", parameters(report.layers)))),
     ]
+    facts.sort(key=lambda fact: fact[0] not in _FIRST)
     tiles += [Tile(label, number(value)) for label, value in facts[:_MOST_TILES]]
     main = main_section(report)
     weights = weights_section(report)

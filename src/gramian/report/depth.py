@@ -68,8 +68,8 @@ def lane_legend(lane: Lane) -> list[tuple[str, str]]:
 
 
 def _colors(lane: Lane) -> list[str]:
-    roles: list[Role] = [role for _, role, _ in lane.series]
-    return colors_of([Series("", (), (), role) for role in roles])
+    roles: list[Role] = ["auto"] * lane.hues + [role for _, role, _ in lane.series]
+    return colors_of([Series("", (), (), role) for role in roles])[lane.hues :]
 
 
 def _bands(item: Depth, width: float, top: float, height: float) -> str:

@@ -97,11 +97,13 @@ class Lane:
         label: what it is.
         series: label, role and values of each curve; `None` where a value is unknown.
         reference: a horizontal line's height.
+        hues: number of hues that stand for other things in the lanes beside it.
     """
 
     label: str
     series: Sequence[tuple[str, Role, Sequence[float | None]]]
     reference: float | None = None
+    hues: int = 0
 
 
 @dataclass(frozen=True)

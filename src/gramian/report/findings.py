@@ -27,7 +27,7 @@ class Rehearsal:
         note: what else the remedy does, such as the loss of trained weights.
 
     >>> print(Rehearsal(50, 2, 2.3, 0.412, 0.01, 0.02, is_gone=True).told)
-    loss after 50 steps 2.3 ± 0.01 → 0.412 ± 0.02 (2 seeds); the finding is gone
+    loss after 50 steps 2.3 ± 0.01 → 0.412 ± 0.02 (mean of 2 seeds ± their deviation); the finding is gone
     """
 
     steps: int
@@ -47,7 +47,8 @@ class Rehearsal:
             f"{mean:.3g}" + (f" ± {spread:.1g}" if many and spread > 0 else "")
             for mean, spread in ((self.before, self.before_spread), (self.after, self.after_spread))
         ]
-        seeds = f" ({self.seeds} seeds)" if many else ""
+        spread = " ± their deviation" if many and self.before_spread + self.after_spread > 0 else ""
+        seeds = f" (mean of {self.seeds} seeds{spread})" if many else ""
         gone = "the finding is gone" if self.is_gone else "the finding remains"
         when = f"after {self.steps} steps" if self.steps else "before any step"
         line = f"loss {when} {' → '.join(losses)}{seeds}; {gone}"

@@ -53,6 +53,20 @@ def elide_words(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1].rpartition(" ")[0] + " …"
 
 
+def first_clauses(text: str, most: int) -> str:
+    """Return the text, or its first clauses where it is longer than `most` characters and has some that are not.
+
+    >>> first_clauses("undefined where it is used twice, or the next input (a skip) is not its own", 40)
+    'undefined where it is used twice'
+    """
+    if len(text) <= most:
+        return text
+    end = max(text.rfind(mark, 0, most) for mark in (", ", "; ", ": ", " ("))
+    clauses = text[:end] if end > 0 else ""
+    is_whole = clauses and clauses.count("(") == clauses.count(")")
+    return clauses if is_whole else elide_words(text, most)
+
+
 def abbreviate(name: str, width: int) -> str:
     """Shorten a dotted name: parts become initials, from the left, until it fits; numbers are kept.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .document import Document, Status
 from .findings import Finding, ranked
-from .formatting import elide_words, plural
+from .formatting import first_clauses, plural
 from .layer import Direction, Layer, Place
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Report:
     @property
     def left_out(self) -> str:
         """What was not looked at and why, in one sentence; empty where nothing was left out."""
-        told = "; ".join(f"{what} ({elide_words(why, _LONGEST_REASON)})" for what, why in self.not_looked_at.items())
+        told = "; ".join(f"{what} ({first_clauses(why, _LONGEST_REASON)})" for what, why in self.not_looked_at.items())
         return f"Not looked at: {told}." if told else ""
 
     @property

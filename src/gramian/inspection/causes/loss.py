@@ -214,7 +214,7 @@ def training_fails(error: str) -> Iterator[Finding]:
         "training-fails",
         "error",
         "A training step fails, and evaluation mode does not",
-        where="all layers",
+        where="training step",
         evidence=error,
         cause="What runs in training mode only cannot take these batches; a batch norm cannot take one value for each "
         "channel.",

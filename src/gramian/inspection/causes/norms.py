@@ -148,7 +148,7 @@ def modes(context: Context) -> Iterator[Finding]:
             "modes-disagree",
             "warning",
             f"The loss of a batch is {trained:.3g} in training mode and {evaluated:.3g} in evaluation mode",
-            where="all layers",
+            where="loss",
             evidence="the same batch and weights",
             cause="Evaluation mode computes something else: statistics that are not those of the data, or a branch on "
             "self.training.",

@@ -16,6 +16,9 @@ __all__ = ["RULES"]
 
 ISOMETRIC = Action("isometric_")
 
+# Root mean square of what is added to a signal, such as positions.
+USUAL_ADDED = 0.1
+
 # σ = rms(W) √fan_in is 0.58 for torch's layers and up to 1.7 for other initializations. A layer is told when it leaves
 # this range and differs from the median of the others by more than this ratio, where there are a few. Heuristics.
 SMALLEST, LARGEST, RATIO = 0.05, 8.0, 8.0
@@ -126,7 +129,7 @@ def scale(context: Context) -> Iterator[Finding]:
     middle = median(hidden)
     told = [(b, s) for b, s in sized if len(sized) >= FEW_LAYERS and _is_odd(context, b, s, middle)]
     if told and len(told) < max(FEW_LAYERS, len(sized) // 3):
-        yield _one_layer(told, middle)
+        yield _one_layer(told, middle, context.observed.added)
     if len(told) != 1 and len(hidden) >= 2:
         yield from _all_layers(context, hidden, middle)
 
@@ -154,9 +157,20 @@ def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
     return not context.is_normed(block) or (size < 1 and context.is_lost_in_norm(block))
 
 
-def _one_layer(told: list[tuple[Block, float]], middle: float) -> Finding:
+def _one_layer(told: list[tuple[Block, float]], middle: float, added: set[str]) -> Finding:
     block, size = told[0]
     small = size < 1
+    if block.name in added:  # positions: they are no factor of the signal
+        rms = size / math.sqrt(block.shape[-1])
+        return Finding(
+            f"parameter-scale-{'small' if small else 'large'}",
+            "error",
+            f"{block.name} is added to the signal, and its entries have a size of {rms:.2g}",
+            where=some([b.name for b, _ in told], SHOWN),
+            evidence=f"root mean square {rms:.3g}; usual for what is added, such as positions, are 0.02 to 1",
+            cause="It is lost beside what it is added to." if small else "What it is added to is lost beside it.",
+            action=Action("rescale", {"name": block.name, "factor": float(f"{USUAL_ADDED / rms:.3g}")}),
+        )
     return Finding(
         "head-scale" if block.role == "head" else f"parameter-scale-{'small' if small else 'large'}",
         "error",

@@ -104,7 +104,7 @@ def numbers(context: Context) -> Iterator[Finding]:
             "gradient-underflow",
             "error",
             "The gradient of nearly every parameter is exactly zero",
-            where="all layers",
+            where="loss",
             evidence=f"{sum(g == 0 for g in sizes)} of {len(sizes)} are zero (exact); the loss is {seen.loss:.3g}",
             cause="The loss is flat, or its gradient is below the smallest number of a dtype on its way, 6e-8 for "
             "float16."
