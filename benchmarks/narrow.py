@@ -25,7 +25,7 @@ import gramian as gm
 from gramian.bench import compress as bench
 from gramian.bench.learning_data import text
 from gramian.compression.lowrank import matrix_of
-from gramian.compression.narrowing import NarrowPlan
+from gramian.compression import NarrowPlan
 from gramian.layers import layout_of
 from gramian.objective import as_objective
 

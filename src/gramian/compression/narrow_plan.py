@@ -114,6 +114,12 @@ class NarrowPlan:
         none = {"units": None, "kept": None, "from": "", "loss": 0.0}
         return Rows(rows + [{"name": name, **none, "reason": reason} for name, reason in self.reasons.items()])
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that lose rows or columns."""
+        names = (name for layer in self.layers for name in (layer.units.name, *(p.name for p in layer.units.parts)))
+        return tuple(dict.fromkeys(names))
+
     @cached_property
     def parameters_dense(self) -> int:
         """Parameters of the model as it came."""
