@@ -73,7 +73,7 @@ def load_plan(model: nn.Module, path: str | Path) -> Plan | NarrowPlan:
         path: the file.
 
     Returns:
-        The plan: `load_plan(model, path).at(keep=0.4).apply()`.
+        The plan, of the kind that was saved: `load_plan(model, path).at(keep=0.4).apply()`.
 
     Raises:
         CheckpointError: the file is no plan, or one for another model or for other weights; the message names the
