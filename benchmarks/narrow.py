@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.bench import compress as bench
 from gramian.bench.learning_data import text
+from gramian.compression import NarrowPlan
 from gramian.compression.lowrank import matrix_of
-from gramian.compression.narrowing import NarrowPlan
 from gramian.layers import layout_of
 from gramian.objective import as_objective
 

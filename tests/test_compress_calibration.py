@@ -281,7 +281,7 @@ def test_a_model_in_training_mode_stays_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("first", range(0, 40, 8))
+@pytest.mark.parametrize("first", [0, 8])
 def test_hostile_cases_are_refused_or_told_and_give_finite_models(first: int) -> None:
     """Some of those of `benchmarks/compress_hostile.py`, which has 1,000."""
     spec = importlib.util.spec_from_file_location("compress_hostile", BENCHMARKS / "compress_hostile.py")

@@ -21,7 +21,7 @@ from gramian.compression.plan import Plan, check_budget
 from gramian.compression.planning import compress
 from gramian.compression.plans import load_plan, save_plan
 from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares
-from gramian.errors import GramianError, InputError
+from gramian.errors import CheckpointError, GramianError, InputError
 from gramian.objective import Objective, as_objective
 from gramian.report.compression import FOUR_BITS, Contender, FactoredLayer, Outcome
 
@@ -214,7 +214,13 @@ def _planned(
 ) -> Plan:
     if plan_file is not None and Path(plan_file).exists():
         tell("Plan", 1.0, f"read from {Path(plan_file).name}")
-        return load_plan(model, plan_file)
+        plan = load_plan(model, plan_file)
+        if not isinstance(plan, Plan):
+            raise CheckpointError(
+                f"{plan_file} is a plan of gm.narrow, which this command does not apply. Give the plan of a "
+                "compression, or a new path; in Python, gm.load_plan(model, path).apply() applies it."
+            )
+        return plan
     tell("Calibrate", 0.0, f"{len(batches)} batches")
     layers = max(1, len(blocks(model).blocks))
     plan = compress(

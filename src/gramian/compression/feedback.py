@@ -26,8 +26,8 @@ BLOCK = 128
 RIDGE = 0.1
 """What is added to the inputs' second moment, as a share of its mean eigenvalue, times columns by rows. Feedback puts
 errors where the inputs hardly vary, so where few rows were seen, new ones vary there more. Measured on five layers of a
-sentence transformer of 384 columns, against rounding to the nearest on new rows: with 84 to 2,427 rows the error is 0.3
-to 1.0 times as large; without, up to 13 times."""
+sentence transformer of 384 columns, against rounding to the nearest on new rows: with 84 to 1,175 rows the error is
+0.38 to 0.97 times as large; without, up to 13 times."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,10 @@ from gramian.calls import as_model, unwrapped
 from gramian.checkpoint import clean_name, load_tree, open_checkpoint, save_tree
 from gramian.checkpoint.trees import TREE
 from gramian.compression.feedback import Feedback
+from gramian.compression.flow import Part, Units
 from gramian.compression.mixing import Form
 from gramian.compression.modules import copied, submodule
+from gramian.compression.narrow_plan import Narrowed, NarrowPlan
 from gramian.compression.opening import open_
 from gramian.compression.plan import Plan
 from gramian.compression.predicting import Point
@@ -24,20 +26,23 @@ from gramian.errors import CheckpointError, some
 
 __all__ = ["load_plan", "save_plan"]
 
-STORED: dict[str, type] = {cls.__name__: cls for cls in (Plan, WeightedSVD, Feedback, Form, Point)}
+PLANS = (Plan, NarrowPlan)
+STORED: dict[str, type] = {
+    cls.__name__: cls for cls in (*PLANS, WeightedSVD, Feedback, Form, Point, Narrowed, Units, Part)
+}
 """The classes that a plan consists of, whose fields are written by name."""
 
 CLASS = "class"
 
 
-def save_plan(plan: Plan, path: str | Path) -> None:
-    """Writes a plan as safetensors: the weighted singular value decompositions, the ranks and the reasons.
+def save_plan(plan: Plan | NarrowPlan, path: str | Path) -> None:
+    """Writes a plan as safetensors: what the layers lose at each size, what is chosen, and the reasons.
 
-    The model is not written; of each factored layer's weight there is a checksum, so that the plan is used only with
-    the weights that it was made from.
+    The model is not written; of each layer that may become smaller there is a checksum, so that the plan is used only
+    with the weights that it was made from.
 
     Args:
-        plan: from `gm.compress`.
+        plan: from `gm.compress` or `gm.narrow`.
         path: the file to write or replace.
 
     Raises:
@@ -55,11 +60,12 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     >>> load_plan(net, path).at(keep=0.5).parameters < plan.parameters
     True
     """
-    digests = {name: _digest(submodule(plan.model, name)) for name in plan.ranks}
+    names = plan.ranks if isinstance(plan, Plan) else plan.modules
+    digests = {name: _digest(submodule(plan.model, name)) for name in names}
     save_tree(path, {"plan": _packed(plan), "shapes": _shapes(plan.model), "digests": digests})
 
 
-def load_plan(model: nn.Module, path: str | Path) -> Plan:
+def load_plan(model: nn.Module, path: str | Path) -> Plan | NarrowPlan:
     """The plan from a file of `save_plan`, for the model that it was made from.
 
     Args:
@@ -67,7 +73,7 @@ def load_plan(model: nn.Module, path: str | Path) -> Plan:
         path: the file.
 
     Returns:
-        The plan: `load_plan(model, path).at(keep=0.4).apply()`.
+        The plan, of the kind that was saved: `load_plan(model, path).at(keep=0.4).apply()`.
 
     Raises:
         CheckpointError: the file is no plan, or one for another model or for other weights; the message names the
@@ -138,7 +144,7 @@ def _unpacked(value: Any, model: nn.Module) -> Any:
         return {key: _unpacked(item, model) for key, item in value["items"].items()}
     held = {key: _unpacked(item, model) for key, item in value.items() if key != CLASS}
     cls = STORED[value[CLASS]]
-    return cls(**held, **({"model": model} if cls is Plan else {}))
+    return cls(**held, **({"model": model} if cls in PLANS else {}))
 
 
 def _digest(layer: nn.Module) -> str:

@@ -43,7 +43,7 @@ class Weighting(NamedTuple):
         matters: whether anything went in, and came back.
         diagonal: the sides ("inputs", "outputs") that are weighted by a diagonal alone.
         unseen: rows of a table that were never looked up.
-        seen: the independent rows that `columns` was estimated from.
+        seen: the independent rows that `columns` was estimated from; of several uses the most.
     """
 
     columns: Roots
@@ -147,7 +147,7 @@ def _of_use(target: Target, site: Site, share_a: float, share_g: float, blind: b
             label = "G"
             back = _one(n, into) if blind else roots(outputs, rows_g)
             diagonal = ("outputs",) if isinstance(outputs, DiagonalGram) else ()
-            return Weighting(back, into, None, matters, diagonal, unseen, rows_g)
+            return Weighting(back, into, None, matters, diagonal, unseen, math.inf if blind else rows_g)
         centered = getattr(target.module, "bias", None) is not None and not target.tied
         mean = shrunk_mean(inputs, rows) if centered else None
         into = roots(inputs, rows, around=mean)
