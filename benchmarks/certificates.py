@@ -109,7 +109,7 @@ def renew(names: list[str]) -> None:
     """Scores the small matrices of these functions alone, and leaves the other rows of the file."""
     body = json.loads((RESULTS / "certificates.json").read_text())
     new = {(row["function"], row["dtype"], row["sizes"]): row for row in small(names)}
-    rows = [new.get((row["function"], row["dtype"], row["sizes"]), row) for row in body["rows"]]
+    rows = [new.get((row["function"], row["dtype"], row["sizes"])) or row for row in body["rows"]]
     _write("certificates", SEED, rows, body["matrices"])
 
 
