@@ -42,8 +42,9 @@ from gramian.bench import features  # noqa: E402
 from gramian.linalg.certificate import RTOL  # noqa: E402
 
 SEED = 1_920_000
-LATER = {"sign": 2_340_000, "logm": 2_340_000}
-"""Seeds of functions whose methods changed after the others were scored."""
+LATER = {"sign": 2_350_000, "logm": 2_340_000}
+"""Seeds of functions whose methods changed after the others were scored. (2 340 000 is used up for sign: none silent, none
+flagged; its refinement of eigenvectors was changed after it.)"""
 SMALL_COUNT = 160
 COSTLY_COUNT = 40
 """Of the functions whose oracles take long: expm, logm, sign."""

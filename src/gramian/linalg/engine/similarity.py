@@ -48,7 +48,7 @@ def similar(a: Pair, refinements: int = 0) -> Similar:
     w = torch.where(values.imag[:, None, :] < 0, vectors.imag, vectors.real)
     s = _in_basis(a, pair(w))
     for _ in range(refinements):
-        s = _in_basis(a, plus(s.basis, s.basis.hi @ _turn(s.b.hi, values)))
+        s = _in_basis(a, plus(s.basis, s.basis.hi @ _turn(s.b, values)))
     return s
 
 
@@ -72,22 +72,26 @@ def _in_basis(a: Pair, basis: Pair) -> Similar:
     return Similar(b._replace(error=b.error + _spectral(back) * lost), basis, back, share)
 
 
-def _turn(b: Tensor, values: Tensor) -> Tensor:
-    """Y such that (I + Y)⁻¹B(I + Y) is diagonal to first order, or block diagonal for pairs of complex eigenvalues.
+def _turn(b: Pair, values: Tensor) -> Tensor:
+    """Y such that (I + Y)⁻¹B(I + Y) is diagonal to first order, with blocks [[p, −q], [q, p]] for complex eigenvalues.
 
     Where two eigenvalues are nearer than ten times what is between them, that is left.
     """
-    # Columns (1, ∓i)/√2 for a pair, in the order of LAPACK: it makes the block [[a, −b], [b, a]] diagonal.
-    paired = values.imag != 0
-    flat = torch.where(paired, math.sqrt(0.5), 1.0).to(values.dtype)
-    phase = 1j * math.sqrt(0.5)
-    unitary = torch.diag_embed(torch.where(values.imag < 0, phase, flat))
-    below = torch.where(values.imag > 0, -phase, 0.0)[:, :-1]
-    above = torch.where(values.imag < 0, flat, 0.0)[:, 1:]
-    unitary = unitary + torch.diag_embed(below, -1) + torch.diag_embed(above, 1)
-    c = unitary.mH @ b.to(values.dtype) @ unitary
-    diagonal = c.diagonal(dim1=-2, dim2=-1)
+    n, pair_of = b.hi.shape[-1], values.imag
+    eye = torch.eye(n, dtype=b.hi.dtype, device=b.hi.device)
+    # A quarter turn of each pair, which LAPACK puts side by side, with the positive imaginary part first.
+    below = torch.diag_embed((pair_of > 0)[:, :-1].to(eye.dtype), -1)
+    above = torch.diag_embed((pair_of < 0)[:, 1:].to(eye.dtype), 1)
+    quarter = torch.where((pair_of == 0)[:, None, :], eye, 0.0) + below - above
+    inside = (quarter != 0) | (eye == 1)
+    blocks = torch.where(inside, (b.hi + quarter @ b.hi @ quarter.mT) / 2, 0.0)
+    rest = ((b.hi - blocks) + b.lo).to(values.dtype)
+    # Their eigenvectors (1, ∓i)/√2 make the blocks diagonal.
+    unitary = math.sqrt(0.5) * (torch.where(pair_of < 0, 1j, 1.0)[:, None, :] * eye + above - 1j * below)
+    unitary = torch.where((pair_of == 0)[:, None, :], eye.to(values.dtype), unitary)
+    diagonal = (unitary.mH @ blocks.to(values.dtype) @ unitary).diagonal(dim1=-2, dim2=-1)
     gaps = diagonal[:, None, :] - diagonal[:, :, None]
+    c = unitary.mH @ rest @ unitary
     apart = c.abs() < 0.1 * gaps.abs()
     y = torch.where(apart, c / torch.where(apart, gaps, 1.0), 0.0)
     return (unitary @ y @ unitary.mH).real
