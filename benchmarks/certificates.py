@@ -5,7 +5,7 @@ them. (910 000 and 920 000 were used up: certificates changed after them. They g
 flagged.) Small matrices (n ≤ 8) are judged by 60-digit arithmetic, larger ones (48 and 96) by the float64 answer of
 the double-double method and its own bound. Run from the repository's root: python benchmarks/certificates.py
 
-`python benchmarks/certificates.py sign logm` scores the rows of these functions alone, and leaves the others as they are.
+`python benchmarks/certificates.py sign logm` scores the rows of these functions alone and keeps the others.
 
 `python benchmarks/certificates.py spectral` scores spectral_norm, cond, svdvals and svd_lowrank, small ones and those
 large enough for their Krylov methods, and writes benchmarks/results/certificates_spectral.json. Those methods were
@@ -43,8 +43,8 @@ from gramian.linalg.certificate import RTOL  # noqa: E402
 
 SEED = 1_920_000
 LATER = {"sign": 2_350_000, "logm": 2_340_000}
-"""Seeds of functions whose methods changed after the others were scored. (2 340 000 is used up for sign: none silent, none
-flagged; its refinement of eigenvectors was changed after it.)"""
+"""Seeds of functions whose methods changed after the others were scored. (2 340 000 is used up for sign: none silent,
+none flagged; its refinement of eigenvectors was changed after it.)"""
 SMALL_COUNT = 160
 COSTLY_COUNT = 40
 """Of the functions whose oracles take long: expm, logm, sign."""

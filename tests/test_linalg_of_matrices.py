@@ -145,7 +145,8 @@ def test_a_sign_in_a_basis_of_eigenvectors_is_proven_at_any_side(n):
     iterated, other = gl.sign_ex(m, method="newton")
     assert proof.converged.all()
     assert (proof.kind == 0).all()
-    assert ((value - iterated).norm(dim=(1, 2)) <= (proof.error_bound + other.error_bound) * value.norm(dim=(1, 2))).all()
+    apart = (value - iterated).norm(dim=(1, 2)) / value.norm(dim=(1, 2))
+    assert (apart <= (proof.error_bound + other.error_bound) * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
