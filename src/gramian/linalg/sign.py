@@ -13,12 +13,13 @@ from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
 from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine.derivative import differentiable
-from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plus, product
+from gramian.linalg.engine.double_double import Pair, eye_like, minus, pair, plus, product, symmetric
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.exponential import two_norm
 from gramian.linalg.engine.function import MatrixFunction, evaluate, of_eigenvalues, register
 from gramian.linalg.engine.real_form import takes_complex
-from gramian.linalg.engine.rounding import norm
+from gramian.linalg.engine.rounding import U, norm
+from gramian.linalg.engine.similarity import similar
 from gramian.linalg.engine.stable import newton, solve, stable
 
 __all__ = ["sign", "sign_ex"]
@@ -26,6 +27,9 @@ __all__ = ["sign", "sign_ex"]
 
 CORRECTIONS = 2
 """First-order corrections before the one whose remainder the bound counts."""
+
+REFINEMENTS = 2
+"""Of the eigenvectors, from float64 to double-double accuracy."""
 
 
 def _involution(x: Pair) -> Pair:
@@ -76,18 +80,62 @@ def _newton(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     spread = two_norm(close.hi / size[:, None, None].clamp_min(1.0)) * size.clamp_min(1.0) + away
     curve = beta * spread**2 * (norm(e) + e_error)
     most = 2 * first
-    known = s.ok & steps.converged & (2 * s.beta * slack < 0.5) & (4 * curve * first < 0.5) & (spread * most < 0.5)
+    # The eigenvalues of the exact NX, and of A, are on the sides where those of N were found.
+    sure = s.ok & (2 * s.whole * (slack + spread**2 * (norm(e) + e_error) * most) < 0.5)
+    known = sure & steps.converged & (2 * s.beta * slack < 0.5) & (4 * curve * first < 0.5) & (spread * most < 0.5)
     wide = curve * most**2 + beta * (gap + e_error + 2 * slack * norm(w))
     value = plus(close, -2 * w)
     error = 2 * wide + 2 * most**2 * spread / (1 - spread * most) + norm(value.lo) + away
     error = torch.where(known, error * (1 + 2.0**-20), math.inf)
-    error = torch.where(one_sided & s.ok, 0.0, error)
+    error = torch.where(one_sided & sure, 0.0, error)
     if not x[0:1].numel():
         error = torch.zeros_like(error)
     reason = torch.where(bad, cert.NO_SIGN, torch.where(error.isfinite(), cert.NONE, cert.INACCURATE))
     out = torch.where(bad[:, None, None], math.nan, value.hi)
     residual = norm(e) / norm(x).clamp_min(2.0**-1000)
     return Answer(out, error, residual, reason, len(steps.factors), 3 * s.failure)
+
+
+def _diagonalized(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
+    """W sign(B) W⁻¹ from B = W⁻¹AW, whose sign is that of its diagonal, S, but for what B has between the two sides.
+
+    B = D + O, where D commutes with S and O anticommutes. If xᵀDSx ≥ μ₊ or μ₋ for the unit vectors x of either side,
+    β = 1/(μ₊ + μ₋) bounds the inverse of W ↦ DSW + WDS on what anticommutes. Then for η = β‖O‖, 4η² < 1, there is a Y
+    with ‖Y‖ ≤ 2η for which (I + Y)⁻¹B(I + Y) = D + OY commutes with S, as for `_newton`. Where 2η‖O‖ is below μ₊ and
+    μ₋ its sign is S, and ‖sign(B) − S‖ ≤ 2‖Y‖/(1 − ‖Y‖).
+    """
+    if not x[0:1].numel():
+        return _newton(x, rtol=rtol, certify=certify)
+    s = similar(pair(x), REFINEMENTS)
+    b, eye = s.b, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    side = torch.where(b.hi.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    # The symmetric part of DS is P^½(I + F)P^½ for its diagonal P, and so at least (1 − ‖F‖)P.
+    together = side[:, :, None] == side[:, None, :]
+    even = symmetric(Pair(torch.where(together, b.hi, 0.0), torch.where(together, b.lo, 0.0), b.error))
+    size = side * even.hi.diagonal(dim1=-2, dim2=-1) - even.lo.diagonal(dim1=-2, dim2=-1).abs()
+    rest = torch.where(eye == 1, 0.0, even.hi.abs() + even.lo.abs() + 4 * U * (b.lo.abs() + b.lo.mT.abs()))
+    root = size.clamp_min(2.0**-1000).sqrt()
+    least = size.amin(-1)
+    far = norm(rest / root[:, :, None] / root[:, None, :]) + b.error / least.clamp_min(2.0**-1000)
+    proven = (least > 0) & (far < 0.5)
+    right, left = (torch.where(side == i, size, math.inf).amin(-1) * (1 - far) * (1 - 2.0**-20) for i in (1, -1))
+    one_sided = (side == side[:, :1]).all(-1)
+    between = norm(torch.where(together, 0.0, b.hi)) + norm(torch.where(together, 0.0, b.lo)) + b.error
+    between = torch.where(one_sided, 0.0, between * (1 + 2.0**-20))
+    eta = between / (right + left)
+    known = proven & (4 * eta**2 < 0.5) & (2 * eta * between < right.minimum(left) / 2)
+    value, error = s.restored(pair(side[:, :, None] * eye), 4 * eta / (1 - 2 * eta))
+    out = torch.where(one_sided[:, None, None], side[:, :1, None] * eye, value.hi)
+    error = torch.where(one_sided, 0.0, (error + norm(value.lo)) * (1 + 2.0**-20))
+    known = known & error.isfinite()
+    # In a basis that resolves the eigenvalues, what is not off the axis is on it, up to rounding.
+    on_axis = ~proven & (b.error < 2.0**-60 * norm(b.hi))
+    reason = torch.where(known, cert.NONE, torch.where(on_axis, cert.NO_SIGN, cert.INACCURATE))
+    out = torch.where(on_axis[:, None, None], math.nan, out)
+    if not certify:
+        return Answer.bare(out, reason)
+    residual = between / norm(b.hi).clamp_min(2.0**-1000)
+    return Answer(out, torch.where(known, error, math.inf), residual, reason)
 
 
 def _plain(m: Tensor) -> Tensor:
@@ -106,6 +154,13 @@ SIGN = register(
         {
             "newton": Method(
                 _newton, torch.float64, 0.0, lambda m, n: {"inverse64": 20, "float64": 80}, "every matrix with a sign"
+            ),
+            "diagonalized": Method(
+                _diagonalized,
+                torch.float64,
+                0.0,
+                lambda m, n: {"inverse64": 25, "svd64": 3, "float64": 150},
+                "the same far from normal or near the axis, in a basis of eigenvectors",
             ),
         },
         "square",
@@ -156,9 +211,10 @@ def sign(
         DtypeError: where `m` is not floating point, real or complex.
         InputError: for an unknown method, or a negative rtol.
         ConvergenceError: where a matrix has no sign, or its error bound is above rtol.
-    Cost: about 20 inverses and 80 products in float64, half of them for the bound. Accuracy: one rounding of the dtype,
-    until an eigenvalue is within u‖M‖ of the imaginary axis. The certificate's residual is ‖XMX − M‖_F / 2‖M‖_F; its
-    bound is an estimate of unknown probability from n = 13.
+    Cost: about 20 inverses and 80 products in float64, half of them for the bound; far from normal or near the axis an
+    eigendecomposition and some 150 products more. Accuracy: one rounding of the dtype, until an eigenvalue is within
+    1e-28‖M‖ of the imaginary axis, times the condition of the eigenvectors squared. The certificate's residual is
+    ‖XMX − M‖_F / 2‖M‖_F, of `diagonalized` in its basis; the bound of `newton` is an estimate from n = 13.
     Source: Higham, Functions of Matrices (2008), chapter 5; Stewart and Sun, Matrix Perturbation Theory (1990), §V.2.
 
     >>> sign(torch.tensor([[3.0, 1.0], [0.0, -2.0]]))

@@ -151,21 +151,27 @@ def climb(
             values, certificate = found, proof
         else:
             better = proof.converged | ~(proof.error_bound > certificate.error_bound[rows])
+            # A later method that finds nothing does not take back that there is nothing to find.
+            better = better & ~(_on_axis(certificate.reason[rows]) & (proof.reason == cert.INACCURATE))
             kept = rows[better]
             for whole, part in zip((*values, *certificate.tensors()), (*found, *proof.tensors()), strict=True):
                 whole[kept] = part[better]
         if last or not certificate.reason.numel():
             break
-        # What overflows by a cheap method may just fit by a finer one.
+        # What overflows by a cheap method may just fit by a finer one, and eigenvalues near an axis may be off it.
         reason = certificate.reason
-        again = (reason == cert.INACCURATE) | (reason == cert.SINGULAR) | (reason == cert.OVERFLOW)
+        again = (reason == cert.INACCURATE) | (reason == cert.SINGULAR) | (reason == cert.OVERFLOW) | _on_axis(reason)
         rows = again.nonzero().flatten()
         if not rows.numel():
             break
-        if rows.numel() == again.numel() and not bool(certificate.error_bound.isfinite().any()):
+        if rows.numel() == again.numel() and not bool((certificate.error_bound.isfinite() | _on_axis(reason)).any()):
             rows = None  # nothing to keep: no need to pick rows and put them back
     assert certificate is not None
     return values, certificate
+
+
+def _on_axis(reason: Tensor) -> Tensor:
+    return (reason == cert.NO_SIGN) | (reason == cert.ON_CUT)
 
 
 def settle(

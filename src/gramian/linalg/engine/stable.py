@@ -108,7 +108,8 @@ def inverse(x: Tensor) -> tuple[Tensor, Tensor]:
 class Stable(NamedTuple):
     """N (B, n, n), how to solve with it, whether its eigenvalues are in the right half-plane, and β ≥ ‖C ↦ Z‖.
 
-    β is inf where it is not known, and fails with the probability `failure`.
+    β is inf where it is not known, and fails with the probability `failure`. `whole` is that of all C: no matrix within
+    1/(2 whole) of N has eigenvalues on the imaginary axis.
     """
 
     n: Tensor
@@ -116,6 +117,7 @@ class Stable(NamedTuple):
     ok: Tensor
     beta: Tensor
     failure: float
+    whole: Tensor
 
 
 def stable(n: Tensor, sign: Tensor | None = None, *, bounded: bool = True) -> Stable:
@@ -126,19 +128,20 @@ def stable(n: Tensor, sign: Tensor | None = None, *, bounded: bool = True) -> St
     """
     if not n[0:1].numel():
         nothing = torch.zeros(n.shape[0], dtype=n.dtype, device=n.device)
-        return Stable(n, Steps(n, [], [], nothing == 0), nothing == 0, nothing, 0.0)
+        return Stable(n, Steps(n, [], [], nothing == 0), nothing == 0, nothing, 0.0, nothing)
     steps, d = newton(n), directions(n)
     eye = torch.eye(n.shape[-1], dtype=n.dtype, device=n.device)
     if not bounded:
         ok = steps.converged & (norm(steps.limit - eye) < 1e-3)
-        return Stable(n, steps, ok, torch.full_like(norm(n), math.inf), d.failure)
+        unknown = torch.full_like(norm(n), math.inf)
+        return Stable(n, steps, ok, unknown, d.failure, unknown)
     whole = _beta(n, steps, d, None)
     # The iteration tells the half-plane of each eigenvalue but for a rounding of N, which must leave the operator
     # invertible: an eigenvalue on the axis makes it singular.
     certain = 16 * n.shape[-1] * U * norm(n) * whole < 0.5
     ok = steps.converged & (norm(steps.limit - eye) < 1e-3) & certain
     beta = whole if sign is None else _beta(n, steps, d, sign)
-    return Stable(n, steps, ok, torch.where(ok, beta, math.inf), d.failure)
+    return Stable(n, steps, ok, torch.where(ok, beta, math.inf), d.failure, whole)
 
 
 def odd(c: Tensor, sign: Tensor | None) -> Tensor:
