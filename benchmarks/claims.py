@@ -110,7 +110,7 @@ CLAIMS: dict[str, tuple[tuple[float, int, bool], dict[str, Any], dict[str, Any],
             {"regularize": {"l2": strength}},
             ("gap of the errors, %", "held-out error, %", "zeros, %"),
         )
-        for strength in (0.1, 1.0, 3.0)
+        for strength in (0.01, 0.1, 1.0, 3.0)
     },
     **{
         f"L1 makes zeros, and closes the gap: l1={strength} for none, wrong labels": (
@@ -119,7 +119,7 @@ CLAIMS: dict[str, tuple[tuple[float, int, bool], dict[str, Any], dict[str, Any],
             {"regularize": {"l1": strength}},
             ("zeros, %", "gap of the errors, %", "held-out error, %"),
         )
-        for strength in (0.003, 0.03)
+        for strength in (0.001, 0.003, 0.03)
     },
     "augmentation: shift=1 and noise=0.1 for none, convolutional": (
         IMAGES,

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from gramian.checkpoint.budgets import MOST_TENSORS
 from gramian.cli import main
 
 LIMIT_SECONDS, LIMIT_MB = 5.0, 500.0
@@ -101,6 +102,10 @@ def shared_by_many() -> dict[str, object]:
     return {str(i): empty for i in range(30_000)}
 
 
+def views(count: int) -> dict[str, torch.Tensor]:
+    return {f"w{i}": shared[: i % 7 + 1] for i in range(count)}
+
+
 def row(number: int) -> bytes:
     return b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % number
 
@@ -135,9 +140,11 @@ CASES: dict[str, tuple[str, Callable[[], bytes]]] = {
         "m.safetensors",
         lambda: header(b"{" + b",".join(map(row, range(300_000))) + b"}"),
     ),
-    "a storage that 50,000 tensors share": (
-        "m.pt",
-        lambda: saved({f"w{i}": shared[: i % 7 + 1] for i in range(50_000)}),
+    "a storage that 50,000 tensors share": ("m.pt", lambda: saved(views(50_000))),
+    "as many tensors as a file may name": ("m.pt", lambda: saved(views(MOST_TENSORS))),
+    "as many names as a header may have": (
+        "m.safetensors",
+        lambda: header(b"{" + b",".join(map(row, range(MOST_TENSORS))) + b"}"),
     ),
 }
 

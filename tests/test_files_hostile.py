@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.checkpoint import open_checkpoint
+from gramian.checkpoint import budgets, open_checkpoint
 from gramian.cli import main
 from gramian.errors import CheckpointError
 
@@ -107,6 +108,31 @@ def test_names_have_a_budget(tmp_path: Path) -> None:
     tree = {"n" * 100_000: dict.fromkeys(map(str, range(1_000)), normal(8, 8))}
     with pytest.raises(CheckpointError, match="names of more than 67,108,864 characters together"):
         open_checkpoint(saved(tmp_path, tree))
+
+
+@pytest.mark.parametrize("kind", ["m.pt", "m.safetensors", "m.npz", "legacy.pt", "names.pt"])
+def test_tensors_have_a_budget_that_can_be_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(budgets, "MOST_TENSORS", 100)
+    path, memory = tmp_path / kind, torch.ones(8)
+    several = {f"w{i}": torch.ones(2) for i in range(200)}
+    if kind == "m.npz":
+        np.savez(path, **{name: w.numpy() for name, w in several.items()})
+    elif kind == "m.safetensors":
+        safetensors.torch.save_file(several, path)
+    elif kind == "names.pt":  # one tensor in many dicts
+        torch.save({str(i): {"w": memory} for i in range(200)}, path)
+    else:
+        torch.save(several, path, _use_new_zipfile_serialization=kind == "m.pt")
+    with pytest.raises(CheckpointError, match=rf"more than 1\d\d tensors in .*{budgets.SWITCH}=") as failure:
+        open_checkpoint(path)
+    assert "\n" not in str(failure.value)
+    monkeypatch.setenv(budgets.SWITCH, "300")
+    assert len(open_checkpoint(path)) == 200
+
+
+def test_the_budget_of_tensors_grows_with_the_file() -> None:
+    assert budgets.most_tensors(0) == 32_768
+    assert budgets.most_tensors(4 << 30) == 32_768 + (1 << 20)
 
 
 @pytest.mark.timeout(100)  # a search of each would take hours

@@ -330,8 +330,10 @@ def _arguments(model: nn.Module) -> _Arguments:
     """
     while True:
         takes, is_wrapper = _of_forward(model.forward)
+        if not is_wrapper:  # a look for attributes that a module lacks takes longer than all else here
+            return takes
         inner = next((m for name in _INSIDE if isinstance(m := getattr(model, name, None), nn.Module)), None)
-        if not is_wrapper or inner is None:
+        if inner is None:
             return takes
         model = inner
 

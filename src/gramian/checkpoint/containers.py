@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gramian.checkpoint.faults import plain
+from gramian.checkpoint.budgets import OverBudgetError, check_number, size_of
+from gramian.checkpoint.faults import damaged, plain
 from gramian.errors import CheckpointError, some
 
 __all__ = ["Found", "Module", "find_state"]
@@ -19,13 +20,9 @@ CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "module"
 # Running averages of the weights; they are read only where the file has no other weights.
 SHADOWS = ("ema", "ema_state_dict", "ema_model", "model_ema", "state_dict_ema", "params_ema", "ema_params", "g_ema")
 
-_MOST, _MOST_TENSORS = 64, 1_000_000  # containers inside each other, and tensors
+_MOST = 64  # containers inside each other
 _MOST_CHARACTERS = 1 << 26  # of all names: those of a container repeat its own
 _LONGEST = 1000  # characters of a name
-
-
-class _TooManyError(Exception):
-    """More tensors than any model has, or longer names."""
 
 
 class Module(dict):  # type: ignore[type-arg]
@@ -73,9 +70,9 @@ def find_state(file: Path, loaded: object, leaf: type = Tensor) -> Found:
     state: dict[str, Any] = {}
     others: list[str] = []
     try:
-        _flatten("", loaded, leaf, state, others, beside, {}, [_MOST_CHARACTERS])
-    except _TooManyError as error:
-        raise CheckpointError(f"{file}: {error}, wanted a model's. Save model.state_dict().") from None
+        _flatten("", loaded, leaf, state, others, beside, {}, [_MOST_CHARACTERS, size_of(file)])
+    except OverBudgetError as error:
+        raise damaged(file, error) from error
     if not state and _is_optimizer(loaded):
         raise CheckpointError(
             f"{file}: holds no tensors of a model, but an optimizer's state. Save model.state_dict()."
@@ -136,13 +133,13 @@ def _flatten(
 ) -> None:
     """Put the tensors of a dict or list into `state`, those of optimizers into `beside`, and name all else.
 
-    `left` holds the number of characters that names may still have.
+    `left` holds the number of characters that names may still have, and the bytes of the file.
     """
     for key, value in _parts(tree):
         name = f"{prefix}{key}"
         left[0] -= len(name)
         if left[0] < 0:
-            raise _TooManyError(f"names of more than {_MOST_CHARACTERS:,} characters together")
+            raise OverBudgetError(f"names of more than {_MOST_CHARACTERS:,} characters together")
         if isinstance(key, str) and isinstance(value, leaf) and name not in state:
             state[name] = value
         elif isinstance(value, Mapping) and _is_optimizer(value):
@@ -161,8 +158,7 @@ def _flatten(
                 seen[id(value)] = ""  # it holds no tensor, so that it need not be searched again
             of = getattr(value, "of", "")
             others.append(plain(name) + (f" ({plain(of)})" if of else ""))
-    if len(state) > _MOST_TENSORS:
-        raise _TooManyError(f"more than {_MOST_TENSORS:,} tensors")
+        check_number(len(state) + len(beside), left[1])
 
 
 def _parts(tree: object) -> Iterable[tuple[object, object]]:

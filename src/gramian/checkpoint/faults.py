@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gramian.checkpoint.budgets import OverBudgetError
 from gramian.errors import CheckpointError, plain, some
 
 __all__ = ["damaged", "first_line", "plain", "refused"]
@@ -13,6 +14,8 @@ def damaged(file: Path, error: Exception) -> CheckpointError:
     """The error for a file that cannot be read, or not to its end."""
     if isinstance(error, OSError):
         return CheckpointError(f"{file}: cannot be read ({first_line(error)}). Check that it is a file you may read.")
+    if isinstance(error, OverBudgetError):
+        return CheckpointError(f"{file}: not read, since it asks for too much ({first_line(error)}). {error.remedy}")
     what = (
         "an empty file" if file.exists() and not file.stat().st_size else f"damaged or truncated ({first_line(error)})"
     )

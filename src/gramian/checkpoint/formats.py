@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
+from gramian.checkpoint.budgets import OverBudgetError, check_number, size_of
 from gramian.checkpoint.checksums import CHECKSUMS, HEADER, check_tensor, read_checksums
 from gramian.checkpoint.faults import damaged, plain
 
@@ -170,7 +171,12 @@ def read_safetensors(file: Path, *, verify: bool = True) -> Content:
         raise damaged(file, error) from error
     metadata = {name: text for name, text in metadata.items() if name not in (CHECKSUMS, HEADER)}
     entries, notes = {}, []
-    for key in opened.keys():  # noqa: SIM118 - not a dict
+    keys = opened.keys()
+    try:
+        check_number(len(keys), size_of(file))
+    except OverBudgetError as error:
+        raise damaged(file, error) from error
+    for key in keys:
         part = opened.get_slice(key)
         dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
         if dtype is None:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from gramian.checkpoint.arrays import read_arrays
+from gramian.checkpoint.budgets import OverBudgetError, check_number, size_of
 from gramian.checkpoint.distributed import METADATA_FILE, read_distributed
 from gramian.checkpoint.faults import damaged, first_line
 from gramian.checkpoint.formats import Content, identity, read_safetensors
@@ -77,8 +78,17 @@ def reader(path: Path, *, verify: bool = True) -> Content:
 
 @lru_cache(maxsize=16)
 def _parsed(path: Path, written: tuple[int, ...], verify: bool) -> Content:
-    """The contents, by the reader for what they are."""
+    """The contents, by the reader for what they are, if they are not too many."""
     del written  # what was parsed before is kept as long as this is the same
+    content = _read(path, verify)
+    try:
+        check_number(len(content.entries), size_of(path))
+    except OverBudgetError as error:
+        raise damaged(path, error) from error
+    return content
+
+
+def _read(path: Path, verify: bool) -> Content:
     if path.is_dir():
         return read_distributed(path)
     try:
@@ -104,6 +114,7 @@ def _read_archive(path: Path) -> Content:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+        check_number(len(names), path.stat().st_size)  # each tensor is a member, unless it shares memory
     except Exception as error:
         raise damaged(path, error) from error
     if any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.checkpoint.budgets import OverBudgetError
 from gramian.checkpoint.containers import Module, find_state
 from gramian.checkpoint.faults import damaged, plain, refused
 from gramian.checkpoint.formats import Content, Entry, dtype_name, find_tied, is_plain, open_once
-from gramian.checkpoint.unpickling import OverBudgetError, Record, Storage, TensorPart, read_pickle
+from gramian.checkpoint.unpickling import Record, Storage, TensorPart, read_pickle
 from gramian.errors import CheckpointError, some
 
 __all__ = ["LEGACY", "as_plain", "bare_pickle", "read_legacy", "read_zip"]
@@ -72,6 +73,8 @@ def bare_pickle(file: Path) -> CheckpointError | None:
         as_plain(file, tree, {})
     except CheckpointError as error:
         return error
+    except OverBudgetError as error:
+        return damaged(file, error)
     except Exception:
         return None
     return CheckpointError(

@@ -16,16 +16,14 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-__all__ = ["Global", "OverBudgetError", "Record", "Storage", "TensorPart", "read_pickle"]
+from gramian.checkpoint.budgets import OverBudgetError, check_number
+
+__all__ = ["Global", "Record", "Storage", "TensorPart", "read_pickle"]
 
 
 # What a pickle may ask for, whatever its length: instructions, beside one for so many bytes of its file, since a tensor
 # takes some fifty and hundreds of bytes; and values copied by calls, which may be the square of its length.
 MOST_STEPS, BYTES_A_STEP, MOST_COPIED = 2_000_000, 16, 4_000_000
-
-
-class OverBudgetError(ValueError):
-    """A pickle that asks for more than its file can need."""
 
 
 class Global(NamedTuple):
@@ -120,9 +118,9 @@ def read_pickle(stream: IO[bytes], size: int = 0) -> Any:
     """Return the value of one pickle, with `Record` for objects and `TensorPart` for tensors.
 
     Raises `ValueError` for what is no pickle, or one that this reader does not know, and `OverBudgetError` for one that
-    takes more instructions or copies than a file of `size` bytes with a model in it.
+    takes more instructions, copies or tensors than a file of `size` bytes with a model in it.
     """
-    machine = _Machine()
+    machine = _Machine(size)
     most = MOST_STEPS + size // BYTES_A_STEP
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
@@ -139,10 +137,10 @@ def read_pickle(stream: IO[bytes], size: int = 0) -> Any:
 class _Machine:
     """The pickle machine's stack and memo."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.copied = 0
+        self.size, self.tensors, self.copied = size, 0, 0
 
     def step(self, name: str, argument: Any) -> None:
         """Follow one instruction."""
@@ -235,7 +233,11 @@ class _Machine:
     def _reduce(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
         self._count(args)
-        self.stack.append(_create(function, tuple(args), True))
+        made = _create(function, tuple(args), True)
+        if isinstance(made, TensorPart):
+            self.tensors += 1
+            check_number(self.tensors, self.size)
+        self.stack.append(made)
 
     def _count(self, args: Any) -> None:
         """Add what a call of these arguments may copy: their values, and as many bytes as a number asks for."""

@@ -26,6 +26,7 @@ __all__ = [
     "any_rank",
     "buckets",
     "carrier",
+    "error_of_rank",
     "exchange",
     "exchange_json",
     "is_distributed",
@@ -223,12 +224,21 @@ def raise_together(what: str, error: Exception | None, group: Group = None) -> N
     texts = exchange(mine, group)
     failed = [rank for rank, text in enumerate(texts) if text]
     assert failed, "raise_together was called, but no rank has an error"
-    name, _, message = texts[failed[0]].partition("\n")
-    cls = getattr(errors, name, GramianError) if name in errors.__all__ else GramianError
     others = f"; {len(failed) - 1} other ranks failed too" if len(failed) > 1 else ""
-    failure = cls(f"{what}: rank {failed[0]} of {len(texts)} failed: {message}{others}")
-    failure.rank = failed[0]
-    raise failure from error
+    raise _of_rank(what, failed[0], len(texts), texts[failed[0]], others) from error
+
+
+def error_of_rank(what: str, error: Exception) -> GramianError:
+    """This rank's error with its number, where the others cannot be told."""
+    return _of_rank(what, *world(), f"{_class_name(error)}\n{_message(error)}")
+
+
+def _of_rank(what: str, rank: int, size: int, text: str, others: str = "") -> GramianError:
+    name, _, message = text.partition("\n")
+    cls = getattr(errors, name, GramianError) if name in errors.__all__ else GramianError
+    failure = cls(f"{what}: rank {rank} of {size} failed: {message}{others}")
+    failure.rank = rank
+    return failure
 
 
 def _class_name(error: Exception) -> str:

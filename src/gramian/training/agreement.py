@@ -26,7 +26,7 @@ from gramian.calls import wrappings
 from gramian.checkpoint.faults import first_line
 from gramian.errors import GramianError, TaskError, UnsupportedError, some
 from gramian.objective import Objective
-from gramian.placement.ranks import carrier, raise_together
+from gramian.placement.ranks import carrier, error_of_rank, raise_together
 from gramian.recording import evaluating
 from gramian.training.stream import checksum
 
@@ -76,8 +76,10 @@ class Failure:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception) or not self.kept or not placement.is_distributed():
+        if not isinstance(error, Exception) or not placement.is_distributed():
             return False
+        if not self.kept:
+            raise error_of_rank("train", error) from error
         self.error = self.error or error
         return True
 

@@ -57,6 +57,11 @@ class Stepper:
         self.overflowed = False  # whether the last step was left out, since its scaled gradient was too large
         self._gradient: dict[tuple[float, torch.dtype], Tensor] = {}  # of the loss, by its divisor
         self._one, self._bad = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
+        self._alone = not placement.is_distributed()
+        self._half = PRECISIONS[options.precision]
+        self._forward_pass = calling(task, "the forward pass or the loss")
+        self._backward_pass = calling(task, "the backward pass")
+        self._optimizer_step = calling(task, "optimizer.step()")
         self._watch = options.clip is not None or self.scale.active or not skips_itself(optimizer)
 
     def step(self, stream: Stream, num_batches: int) -> tuple[float, float, bool]:
@@ -79,10 +84,10 @@ class Stepper:
             sound = sound and math.isfinite(amount)
             if sound and number:
                 first = first or number
-                with self.failure.caught(), calling(self.task, "the backward pass"):
+                with self.failure.caught(), self._backward_pass:
                     if own is not None and own.requires_grad:
                         own.backward(self._gradient_of(own, weight * self.scale.value / first))
-        if not self.divided:
+        if not self.divided and not self._alone:
             agreement.add_gradients(self.model, self.failure)
         taken = sound and not first  # there is nothing to do
         self.overflowed = False
@@ -118,13 +123,10 @@ class Stepper:
             batch = augmented(batch, self.options.augment, seed)
             if stream.taken == 1:
                 agreement.check_rows(self.model, batch)
-            weight = float(agreement.has_rows(batch))
+            weight = 1.0 if self._alone else float(agreement.has_rows(batch))
             if weight or self.divided:
-                half = PRECISIONS[self.options.precision]
-                with (
-                    calling(self.task, "the forward pass or the loss"),
-                    nullcontext() if half is None else torch.autocast(self.device.type, half),
-                ):
+                half = self._half
+                with self._forward_pass, nullcontext() if half is None else torch.autocast(self.device.type, half):
                     own, count = self._loss(mixed(batch, self.options.augment, seed))
                 loss, units = (own, count) if weight else (loss, units)
         amount, number = agreement.sums(loss, units, self.failure, (stream.epoch, stream.taken))
@@ -159,7 +161,7 @@ class Stepper:
                 return False
             if self.options.clip is not None:
                 torch.nn.utils.clip_grad_norm_([p for p in self._params if p.grad is not None], self.options.clip)
-        with self.failure.caught(), calling(self.task, "optimizer.step()"):
+        with self.failure.caught(), self._optimizer_step:
             self.optimizer.step()
         return True
 

@@ -101,7 +101,8 @@ class Stream:
 
     def _begin(self) -> Iterator[Any]:
         self._began = self._now()
-        with calling(self.task, f"train_batches({self.epoch}, generator)"), self._own:
+        self._drawing = calling(self.task, f"train_batches({self.epoch}, generator)")
+        with self._drawing, self._own:
             batches = self.task.train_batches(self.epoch, self.generator)
             if isinstance(batches, Iterator) and batches is self._given:
                 raise TaskError(
@@ -116,7 +117,7 @@ class Stream:
 
     def _next(self) -> Any:
         assert self._batches is not None
-        with calling(self.task, f"train_batches({self.epoch}, generator)"), self._own:
+        with self._drawing, self._own:
             return next(self._batches, END)
 
     def _now(self) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, Any]]:
