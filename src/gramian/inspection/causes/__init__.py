@@ -10,6 +10,7 @@ from gramian.inspection.causes.folding import ordered
 from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.heads import RULES as HEADS
+from gramian.inspection.causes.inputs import RULES as INPUTS
 from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
@@ -22,5 +23,6 @@ from gramian.inspection.causes.stepping import RULES as STEPPING
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *DATA, *LOSS, *HEADS, *REACH, *FREEZING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
+    *INPUTS, *DATA, *LOSS, *HEADS, *REACH, *FREEZING, *PARAMETERS,
+    *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gramian.alignment import labels_of
 from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
 from gramian.errors import GramianError
 from gramian.inspection.evaluated import Evaluated
+from gramian.inspection.given import Given, given_of, key
 from gramian.inspection.leaking import Leak
 from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import moments
@@ -138,6 +140,38 @@ class Context:
             except GramianError:
                 continue
         return [y for y in found if isinstance(y, Tensor)]
+
+    @cached_property
+    def given(self) -> list[Given]:
+        """The tensors of the batches, by key or place."""
+        compared = {key(found.target) for found in self.observed.criteria}
+        return given_of(self.observed.batches, self.observed.fed, compared)
+
+    @cached_property
+    def given_inputs(self) -> list[list[Tensor]]:
+        """For each batch, the tensors that the model is called with; the main input where that is not known."""
+        fed = [given for given in self.given if given.is_input]
+        if fed:
+            return [[given.values[i] for given in fed] for i in range(len(self.observed.batches))]
+        try:
+            return [[main_input(batch)] for batch in self.observed.batches]
+        except (GramianError, TypeError, ValueError, KeyError, IndexError):
+            return []
+
+    @cached_property
+    def given_labels(self) -> list[Tensor | None]:
+        """The labels of each batch: those with the name or place of labels; else, what only the loss takes."""
+        fed = {id(given.values[0]) for given in self.given if given.is_input}
+        found: list[Tensor | None] = []
+        for batch in self.observed.batches:
+            try:
+                found.append(labels_of(batch))
+            except (GramianError, TypeError, ValueError, KeyError, IndexError):
+                found.append(None)
+        if found and found[0] is not None and id(found[0]) not in fed:
+            return found
+        others = [given for given in self.given if given.is_target and not given.is_input]
+        return list(others[0].values) if others else [None] * len(found) if fed else found
 
     @cached_property
     def num_labels(self) -> int:
