@@ -17,12 +17,13 @@ from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
 from gramian.inspection.causes.precision import RULES as PRECISION
+from gramian.inspection.causes.probed import RULES as PROBED
 from gramian.inspection.causes.reach import RULES as REACH
 from gramian.inspection.causes.stepping import RULES as STEPPING
 
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *LOSS, *HEADS, *REACH, *FREEZING, *PARAMETERS,
+    *INPUTS, *DATA, *LOSS, *PROBED, *HEADS, *REACH, *FREEZING, *PARAMETERS,
     *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -22,6 +22,7 @@ from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import moments
 from gramian.inspection.observed import Activation, Call, Observed
 from gramian.inspection.opening import Opening
+from gramian.inspection.probing import Probes
 from gramian.inspection.stepping import Steps
 from gramian.report import Layer
 
@@ -58,6 +59,7 @@ class Context:
     evaluated: Evaluated | None = None
     opening: Opening | None = None
     leak: Leak | None = None
+    probes: Probes = field(default_factory=Probes)
     layers: list[Layer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -172,6 +174,21 @@ class Context:
             return found
         others = [given for given in self.given if given.is_target and not given.is_input]
         return list(others[0].values) if others else [None] * len(found) if fed else found
+
+    @cached_property
+    def are_compared(self) -> bool:
+        """Whether the labels have the name of labels, or the loss is seen to compare an output with them."""
+        labels = self.given_labels[0] if self.given_labels else None
+        if labels is None:
+            return False
+        if any(given.is_label and given.values[0] is labels for given in self.given):
+            return True
+        targets = [found.target for found in self.observed.criteria]
+        return any(
+            key(t) == key(labels)
+            or (t.numel() == labels.numel() and bool((t.flatten().cpu() == labels.flatten().cpu()).all()))
+            for t in targets
+        )
 
     @cached_property
     def num_labels(self) -> int:

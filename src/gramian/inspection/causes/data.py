@@ -85,7 +85,10 @@ def labels(context: Context) -> Iterator[Finding]:
             "holds.",
             advice="Shuffle the training data: DataLoader(…, shuffle=True).",
         )
-    test = labels_depend(context.given_inputs, [y for y in found if y is not None])
+    if not context.are_compared:
+        context.skipped["whether labels depend on inputs"] = "no loss of torch is seen to take the labels"
+        return
+    test = labels_depend(context.given_inputs, kept)
     if test is not None and not test.are_independent and test.p_value > test.level:
         context.skipped["whether labels depend on inputs"] = f"too few samples for so many features: {test.evidence}"
     elif test is not None and test.are_independent:

@@ -70,20 +70,17 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
     Source: nearest-neighbor two-sample tests, Schilling 1986; permutation tests, Good 2005. The power is this library's
         own.
     """
-    rows: list[Tensor] = []
-    simple: list[Tensor] = []
     if not labels or len(inputs) != len(labels) or any(y.ndim not in (1, 2) for y in labels):
         return None
-    for given, y in zip(inputs, labels, strict=True):
-        if not given or any(len(x) != len(y) or x.is_complex() for x in given):
-            return None
-        found = [_features(x.detach().cpu()) for x in given]
-        simple.append(torch.cat([few for few, _ in found], 1))
-        rows.append(torch.cat([few for few, _ in found] + [more for _, more in found], 1))
-    if any(r.shape[1] != rows[0].shape[1] for r in rows) or any(r.shape[1] != simple[0].shape[1] for r in simple):
+    if any(not given or any(len(x) != len(y) for x in given) for given, y in zip(inputs, labels, strict=True)):
         return None
-    x, y = torch.cat(rows)[:MOST], _classes(labels)[:MOST]
-    num_simple = simple[0].shape[1]
+    tensors = list(zip(*inputs, strict=False))
+    if any(t.is_complex() or t.shape[1:] != of[0].shape[1:] for of in tensors for t in of):
+        return None
+    found = [_features(torch.cat([t.detach().cpu() for t in of])[:MOST]) for of in tensors]
+    simple = torch.cat([few for few, _ in found], 1)
+    x, y = torch.cat([simple, *(more for _, more in found)], 1), _classes(labels)[:MOST]
+    num_simple = simple.shape[1]
     num = int(y.max()) + 1 if len(y) else 0
     if len(y) < LEAST or num < 2 or num > len(y) // 5 or int(y.min()) < 0 or not bool(x.isfinite().all()):
         return None

@@ -14,7 +14,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("non-finite-weights", "input-non-finite"),
     ("labels-constant", "labels-out-of-range", "labels-sorted", "input-constant"),
     ("labels-non-finite", "training-fails", "parameter-unregistered", "softmax-single-value"),
-    ("loss-broadcast", "loss-not-log-probabilities", "output-range", "loss-maximized"),
+    ("loss-broadcast", "loss-unbounded", "loss-not-log-probabilities", "output-range", "loss-maximized"),
     (
         "graph-cut",
         "gradient-overflow",
@@ -32,6 +32,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "target-leak",
     ),
     ("input-dominated", "input-offset", "input-scale", "labels-scale"),
+    ("loss-summed",),
     ("parameter-not-stepped", "parameter-float16", "weight-decay-too-large", "momentum-too-high"),
     (
         "embedding-scale",
@@ -46,6 +47,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("gain-below-one", "gain-above-one"),
     ("attention-saturated", "residual-growth"),
     ("head-input-offset",),
+    ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
     ("parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("modes-disagree",),
