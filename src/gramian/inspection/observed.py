@@ -210,6 +210,7 @@ class Ends:
     function: str
     low: float
     high: float
+    size: int = 0  # of a softmax: over how many values
 
 
 @dataclass(frozen=True)

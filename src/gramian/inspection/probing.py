@@ -194,10 +194,11 @@ def _sum_over(model: nn.Module, seen: Observed, objective: Objective) -> int | N
 
 def _falls(model: nn.Module, seen: Observed, objective: Objective) -> tuple[float, float, float] | None:
     """The loss at outputs that are far off the targets, in both directions, where it is lower there."""
-    target = next((c.target for c in seen.criteria if c.function in VALUES), None)
-    if target is None or not target.is_floating_point() or not target.numel():
+    found = next((c for c in seen.criteria if c.function in VALUES), None)
+    if found is None or not found.target.is_floating_point() or not found.target.numel():
         return None
-    far = 1e3 * (1.0 + float(target.double().square().mean().sqrt()))
+    sizes = [float(t.double().square().mean().sqrt()) for t in (found.given, found.target)]
+    far = 1e3 * (1.0 + max(sizes))
 
     def shifted(by: float) -> float:
         calls = []
@@ -208,10 +209,10 @@ def _falls(model: nn.Module, seen: Observed, objective: Objective) -> tuple[floa
 
         handle = model.register_forward_hook(change)
         try:
-            found = _loss(model, seen.batches[0], objective)
+            loss = _loss(model, seen.batches[0], objective)
         finally:
             handle.remove()
-        return found if calls == [True] else float("nan")
+        return loss if calls == [True] else float("nan")
 
     with torch.no_grad():
         below, here, above = (shifted(by) for by in (-far, 0.0, far))

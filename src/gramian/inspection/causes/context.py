@@ -41,6 +41,9 @@ SMALL_GAIN, LARGE_GAIN = 0.2, 3.0
 # Variation of a module's output below which the ε of a norm behind it, 1e-5 of a variance, weighs too.
 LOST_IN_NORM = 0.01
 
+# Share of the loss of a constant output below which a network has learned.
+LEARNED = 0.4
+
 # Outputs count as equal for all samples below this share of their size, a few roundings of float32.
 EQUAL = 1e-6
 
@@ -124,6 +127,26 @@ class Context:
         return False
 
     @cached_property
+    def has_learned(self) -> bool:
+        """Whether the loss is far below that of an output that is the same for all samples.
+
+        What is unusual in a network that has learned was no obstacle.
+        """
+        seen = self.observed
+        for found in seen.criteria:
+            given, target = found.given.double(), found.target
+            if found.function == "cross_entropy" and seen.logits is not None and not target.is_floating_point():
+                return seen.first_loss < LEARNED * math.log(max(2, seen.logits.shape[-1]))
+            if found.function in VALUES and given.shape == target.shape and target.numel() > 1:
+                target = target.double()
+                return float((given - target).square().mean()) < LEARNED * float(target.var())
+            if found.function == "binary_cross_entropy_with_logits" and given.shape == target.shape:
+                p = float(target.double().mean())
+                chance = -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
+                return seen.first_loss < LEARNED * chance
+        return False
+
+    @cached_property
     def targets(self) -> Tensor | None:
         """What the output of the first batch is compared with, where it is numbers and not classes."""
         output = self.observed.output
@@ -148,6 +171,11 @@ class Context:
         """The tensors of the batches, by key or place."""
         compared = {key(found.target) for found in self.observed.criteria}
         return given_of(self.observed.batches, self.observed.fed, compared)
+
+    @cached_property
+    def given_is_known(self) -> bool:
+        """Whether the model was seen to be called with tensors of the batch."""
+        return any(given.is_input for given in self.given)
 
     @cached_property
     def given_inputs(self) -> list[list[Tensor]]:
@@ -179,7 +207,9 @@ class Context:
     def are_compared(self) -> bool:
         """Whether the labels have the name of labels, or the loss is seen to compare an output with them."""
         labels = self.given_labels[0] if self.given_labels else None
-        if labels is None:
+        if labels is None or any(
+            not g.is_input and not g.is_label and g.values[0] is not labels for g in self.given if self.given_is_known
+        ):
             return False
         if any(given.is_label and given.values[0] is labels for given in self.given):
             return True

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
+from gramian.inspection.losses import VALUES
 from gramian.report import Finding
 
 __all__ = ["RULES"]
@@ -18,6 +19,8 @@ FEW = 30
 
 # Targets are told that are this large, and this many times as large as the outputs.
 TARGETS = 30.0
+# From this size on, and this many times the outputs', it is an error.
+FAR = 300.0
 
 
 def labels_in_range(context: Context) -> Iterator[Finding]:
@@ -73,7 +76,6 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Shuffle the training data, and look at the labels that the loader returns.",
         )
         return
-    yield from _size_of_targets(context)
     if _are_sorted(kept):
         yield Finding(
             "labels-sorted",
@@ -86,7 +88,9 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Shuffle the training data: DataLoader(…, shuffle=True).",
         )
     if not context.are_compared:
-        context.skipped["whether labels depend on inputs"] = "no loss of torch is seen to take the labels"
+        context.skipped["whether labels depend on inputs"] = (
+            "no loss of torch is seen to take the labels, or they may depend on what only the loss takes"
+        )
         return
     test = labels_depend(context.given_inputs, kept)
     if test is not None and not test.are_independent and test.p_value > test.level:
@@ -112,16 +116,20 @@ def _are_sorted(batches: Sequence[Tensor]) -> bool:
     return len(steps) >= FEW and bool((steps >= 0).all() or (steps <= 0).all())
 
 
-def _size_of_targets(context: Context) -> Iterator[Finding]:
+def size_of_targets(context: Context) -> Iterator[Finding]:
     """Find numbers to be predicted that are far larger than what the network puts out."""
-    target, output = context.targets, context.observed.output
-    if target is None or output is None or not target.numel() or not bool(target.isfinite().all()):
-        return
-    size, made = (float(t.double().square().mean().sqrt()) for t in (target, output))
-    if size > TARGETS and size > TARGETS * made:
+    for found in context.observed.criteria:
+        target, output = found.target, found.given
+        if found.function not in VALUES or not target.is_floating_point() or not target.numel():
+            continue
+        if not bool(target.isfinite().all()):
+            continue
+        size, made = (float(t.double().square().mean().sqrt()) for t in (target, output))
+        if not (size > TARGETS and size > TARGETS * made):
+            continue
         yield Finding(
             "labels-scale",
-            "warning",
+            "error" if size > FAR * max(made, 1.0) else "warning",
             f"The targets' root mean square is {size:.3g}, that of the outputs {made:.2g}",
             where="labels",
             evidence=f"mean {float(target.double().mean()):.3g}, standard deviation {float(target.double().std()):.3g}",
@@ -138,7 +146,7 @@ def mixed(context: Context) -> Iterator[Finding]:
     if by is not None:
         yield Finding(
             "samples-mixed",
-            "warning",
+            "error",
             "The output for a sample depends on the other samples of the batch",
             where=", ".join(n for n in (before, by) if n) or "all layers",
             evidence=f"in evaluation mode, with another first sample the outputs of the others change: that of "
@@ -151,4 +159,4 @@ def mixed(context: Context) -> Iterator[Finding]:
         )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (labels_in_range, labels, mixed)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (labels_in_range, labels, size_of_targets, mixed)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
+from gramian.inspection.causes.stepping import steps
 from gramian.report import Finding
 
 __all__ = ["RULES"]
 
-# A batch whose loss is summed is told as a warning from this many samples on, where the optimizer divides nothing by
-# the gradient's size.
-MANY = 8
+# Labels depend on the order of tokens where p, with their positions, is below the second, and without above the first.
+WEAKLY, CLEARLY = 1e-3, 1e-6
 
 
 def cut_inside(context: Context) -> Iterator[Finding]:
@@ -55,15 +55,14 @@ def affine(context: Context) -> Iterator[Finding]:
 
 
 def summed(context: Context) -> Iterator[Finding]:
-    """Find a loss that is a sum over the batch. Exact."""
+    """Tell of a loss that is a sum over the batch: an error where the rate is too large for it. Exact."""
     num = context.probes.sum_over
     if not num:
         return
-    groups = context.optimizer.param_groups if context.optimizer is not None else []
-    plain = any("betas" not in group and "alpha" not in group for group in groups)
+    diverges = any(finding.code == "rate-too-high" for finding in steps(context))
     yield Finding(
         "loss-summed",
-        "warning" if plain and num >= MANY else "info",
+        "error" if diverges else "info",
         f"The loss is a sum over the {num} samples of a batch, and not their mean",
         where="loss",
         evidence="the losses of its halves add up to that of the whole batch (exact)",
@@ -124,7 +123,7 @@ def _order_matters(context: Context) -> bool:
     by_position = labels_depend([[one.flatten(1)[:, :4096]] for one in hot], labels)
     if by_number is None or by_position is None:
         return False
-    return by_number.are_independent and by_position.p_value <= by_position.level
+    return by_number.p_value > WEAKLY and by_position.p_value < CLEARLY
 
 
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (cut_inside, affine, summed, unbounded, order)
