@@ -47,7 +47,7 @@ def unreached(context: Context) -> Iterator[Finding]:
             else f"{_parameters(len(cut))} no gradient: the graph is cut",
             where=place,
             evidence=f"{some(cut, SHOWN)}: used in the forward pass, and not reached from the loss (exact)"
-            + ("; with other values of theirs the loss is another" if where is None and context.probes.unlinked else "")
+            + ("; with other values of theirs the loss changes" if where is None and context.probes.unlinked else "")
             + (
                 f"; {where.function} in {context.told(where.name)} returns a result without a gradient" if where else ""
             ),
