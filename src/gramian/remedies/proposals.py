@@ -294,6 +294,11 @@ def _half_precision(asked: Asked) -> Iterator[Action]:
         yield Action("cast_to_bfloat16")
 
 
+def _standardize(asked: Asked) -> Iterator[Action]:
+    if not asked.places:  # else another input than the main one, which the code would not reach
+        yield Action("standardize")
+
+
 def _always(name: str) -> Propose:
     return lambda asked: iter([Action(name)])
 
@@ -304,9 +309,9 @@ def _rounded(factor: float) -> float:
 
 CURES: dict[str, tuple[Propose, ...]] = {
     "input-non-finite": (_always("replace_non_finite"),),
-    "input-offset": (_always("standardize"),),
-    "input-scale": (_always("standardize"),),
-    "input-dominated": (_always("standardize"),),
+    "input-offset": (_standardize,),
+    "input-scale": (_standardize,),
+    "input-dominated": (_standardize,),
     "labels-out-of-range": (_labels,),
     "loss-double-softmax": (_last_function,),
     "loss-rectified": (_last_function,),
