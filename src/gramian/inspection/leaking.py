@@ -25,6 +25,8 @@ SHIFTED, SAME = 0.95, 0.5
 # Change at positions before the replaced ones, against that at the replaced ones, which rounding does not make.
 MOVED, MOVED_NARROW = 1e-3, 3e-2
 LEAST = 4
+# Change that is rounding.
+EQUAL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         whole = len(names) - 1 - names[::-1].index("")
         early = _share(before[whole], after[whole], rows, position)
         here = _share(before[whole], after[whole], rows, position + 1)
-        if here > MOVED_NARROW and (others or early <= MOVED):
-            return Leak(position, here, "", "", is_copy=early <= MOVED, source=one.name)
+        if here > MOVED_NARROW and (others or early <= EQUAL):
+            return Leak(position, here, "", "", is_copy=early <= EQUAL, source=one.name)
     return None
 
 

@@ -62,7 +62,7 @@ class Probes:
     ignores_order: bool = False
 
 
-def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, str]]:
+def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, Exception]]:
     """Try each of the changes.
 
     Args:
@@ -75,13 +75,14 @@ def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[P
     Cost: up to eight forward passes, most of them of 8 samples, and a backward pass where a graph is cut.
     Source: this library's own.
     """
-    found, failed = Probes(), {}
+    found = Probes()
+    failed: dict[str, Exception] = {}
     for what, one in zip((f.name for f in fields(Probes)), _PROBES, strict=True):
         try:
             with evaluating(model), eager():
                 value = one(model, observed, objective)
         except Exception as error:  # batches of one size, or a loss that needs a gradient
-            failed[what] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            failed[what] = error
             continue
         found = found if value is None else replace(found, **{what: value})
     return found, failed
@@ -163,6 +164,10 @@ def _is_affine(model: nn.Module, seen: Observed, objective: Objective) -> bool |
     fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
     matrices = [n for n, p in model.named_parameters() if p.ndim > 1 and n in seen.used]
     if len(fed) != 1 or len(matrices) < 2 or not fed[0].values[0].is_floating_point():
+        return None
+    if (
+        seen.activations or seen.attentions or seen.gates
+    ):  # at the start, branches of zero or mirrored weights hide them
         return None
     batch = first_samples(seen.batches[0], ENOUGH)
     x = main_input(batch)

@@ -34,7 +34,7 @@ FEW = 30
 def dead_units(context: Context) -> Iterator[Finding]:
     """Find layers most of whose units are zero on all rows."""
     rectified = [a for a in context.observed.activations if a.function in ("relu", "relu6", "hardtanh")]
-    dead = [a for a in rectified if a.rows >= FEW and a.dead > DEAD * a.channels]
+    dead = [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
     if dead:
         worst, source = max(dead, key=lambda a: a.dead / a.channels), context.source_of(dead[0])
         yield Finding(
