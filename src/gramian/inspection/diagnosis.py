@@ -173,7 +173,7 @@ def _measure_signal(
         measured.skipped |= {"whether an output sees its target": in_words(error)}
     if math.isfinite(observed.loss):
         context.probes, failed = probe(model, observed, objective)
-        measured.skipped |= {TRIED[what]: in_words(error) for what, error in failed.items()}
+        measured.skipped |= {TRIED[what]: in_words(error).partition(": ")[2] for what, error in failed.items()}
     try:
         parts = [layer.name for layer in measured.layers if layer.frobenius_norm == 0.0 and "[" in layer.name]
         context.opening = open_zeros(model, observed, objective, parts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
-from gramian.inspection.given import given_of
+from gramian.inspection.given import given_of, key
 from gramian.inspection.moments import first_float
 from gramian.inspection.observed import Observed
 from gramian.objective import Objective
@@ -108,7 +108,7 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         z = one.values[0]
         if z.is_floating_point() or z.ndim != 2 or z.shape[1] < LEAST or len(z) < 2 or not _is_target(observed, z):
             continue
-        others = [g.values[0] for g in given if g is not one and not _is_mask(g.values[0])]
+        others = [g.values[0] for g in given if key(g.values[0]) != key(z) and not _is_mask(g.values[0])]
         position = z.shape[1] // 2 - 1
         other = z.clone()
         other[:, position + 1 :] = z.roll(1, 0)[:, position + 1 :]
