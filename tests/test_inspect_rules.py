@@ -16,17 +16,19 @@ from gramian.inspection.causes import (
     data,
     folding,
     freezing,
+    inputs,
     loss,
     masks,
     modules,
     parameters,
     precision,
+    probed,
     reach,
     stepping,
 )
 
 MODULES = (rules, weight_rules, comparison)
-CAUSES = (data, loss, freezing, masks, modules, parameters, reach, stepping)
+CAUSES = (inputs, data, loss, probed, freezing, masks, modules, parameters, reach, stepping)
 FINDINGS = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
 
 

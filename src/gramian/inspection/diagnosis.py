@@ -27,6 +27,7 @@ from gramian.inspection.observed import Observed
 from gramian.inspection.observing import NUM_BATCHES, observe
 from gramian.inspection.opening import open_zeros
 from gramian.inspection.places import places
+from gramian.inspection.probing import TRIED, probe
 from gramian.inspection.rules import find
 from gramian.inspection.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.stepping import take_steps
@@ -203,6 +204,9 @@ def _measure_signal(
         context.leak = find_leak(model, observed, objective)
     except Exception as error:
         measured.skipped |= {"whether an output sees its target": in_words(error)}
+    if math.isfinite(observed.loss):
+        context.probes, failed = probe(model, observed, objective)
+        measured.skipped |= {TRIED[what]: in_words(error).partition(": ")[2] for what, error in failed.items()}
     try:
         parts = [layer.name for layer in measured.layers if layer.frobenius_norm == 0.0 and "[" in layer.name]
         context.opening = open_zeros(model, observed, objective, parts)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
+from gramian.inspection.given import given_of, key
 from gramian.inspection.moments import first_float
 from gramian.inspection.observed import Observed
 from gramian.objective import Objective
@@ -24,6 +25,8 @@ SHIFTED, SAME = 0.95, 0.5
 # Change at positions before the replaced ones, against that at the replaced ones, which rounding does not make.
 MOVED, MOVED_NARROW = 1e-3, 3e-2
 LEAST = 4
+# Change that is rounding.
+EQUAL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,16 @@ class Leak:
         share: change of its output, over that of the outputs whose inputs were replaced.
         name: the first module whose output at the positions before changes.
         before: the module before it, whose output does not.
+        is_copy: whether the targets are the inputs at the same positions.
+        source: the input that is the target too, as Python reads it off a batch.
     """
 
     position: int
     share: float
     name: str
     before: str
+    is_copy: bool = False
+    source: str = ""
 
 
 def find_leak(model: nn.Module, observed: Observed, objective: Objective) -> Leak | None:
@@ -63,7 +70,7 @@ def find_leak(model: nn.Module, observed: Observed, objective: Objective) -> Lea
         return None
     counted = _next_inputs(observed, x)
     if counted is None:
-        return None
+        return _find_copy(model, observed, objective)
     places = counted.sum(0).nonzero().flatten()  # not in a prefix without targets, which may see all of itself
     position = int(places[len(places) // 2])
     rows = counted[:, position].nonzero().flatten()
@@ -86,6 +93,54 @@ def find_leak(model: nn.Module, observed: Observed, objective: Objective) -> Lea
         return None
     first = next(i for i, share in enumerate(shares) if share > bound)
     return Leak(position, whole, names[first], names[first - 1] if first else "")
+
+
+def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Leak | None:
+    """Look for tokens that are given to the model and are its targets at the same positions.
+
+    What a decoder is given beside other inputs must be shifted by one, and what is behind a position hidden. Where the
+    tokens are all that is given, a model that sees both sides may be one that restores them; one that sees none behind
+    has nothing to predict.
+    """
+    batch = observed.batches[0]
+    given = [g for g in given_of(observed.batches[:1], observed.fed, set()) if g.is_input]
+    for one in given:
+        z = one.values[0]
+        if z.is_floating_point() or z.ndim != 2 or z.shape[1] < LEAST or len(z) < 2 or not _is_target(observed, z):
+            continue
+        others = [g.values[0] for g in given if key(g.values[0]) != key(z) and not _is_mask(g.values[0])]
+        position = z.shape[1] // 2 - 1
+        other = z.clone()
+        other[:, position + 1 :] = z.roll(1, 0)[:, position + 1 :]
+        rows = (other[:, position + 1] != z[:, position + 1]).nonzero().flatten()
+        if not len(rows):
+            continue
+        with evaluating(model), eager(), torch.no_grad():
+            runs = [_run(model, b, objective, z.shape) for b in (batch, _with(batch, z, other))]
+        (names, before), (again, after) = runs
+        if names != again or "" not in names:
+            continue
+        whole = len(names) - 1 - names[::-1].index("")
+        early = _share(before[whole], after[whole], rows, position)
+        here = _share(before[whole], after[whole], rows, position + 1)
+        if here > MOVED_NARROW and (others or early <= EQUAL):
+            return Leak(position, here, "", "", is_copy=early <= EQUAL, source=one.name)
+    return None
+
+
+def _is_target(observed: Observed, z: Tensor) -> bool:
+    """Whether a loss compares its outputs with these tokens at the same places."""
+    for found in observed.criteria:
+        if found.target.numel() == z.numel() and not found.target.is_floating_point():
+            target = found.target.reshape(z.shape).to(z.device)
+            valid = target >= 0
+            if float(valid.float().mean()) > SAME and float((target == z)[valid].float().mean()) >= SHIFTED:
+                return True
+    return False
+
+
+def _is_mask(t: Tensor) -> bool:
+    return bool(((t == 0) | (t == 1)).all())
 
 
 def _next_inputs(observed: Observed, x: Tensor) -> Tensor | None:

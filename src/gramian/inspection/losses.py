@@ -77,7 +77,10 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
 def ends_of(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Ends | None:
     """Between which ends the values of a call are, where its function says so."""
     if func in _ENDS:
-        return Ends(*_ENDS[func])
+        dim = _argument(args, kwargs, 1, "dim") if _ENDS[func][0] == "softmax" else None
+        given = args[0] if args else kwargs.get("input")
+        size = given.shape[dim] if isinstance(dim, int) and isinstance(given, Tensor) and given.ndim else 0
+        return Ends(*_ENDS[func], size)
     if func in _CLAMPS:
         low, high = _argument(args, kwargs, 1, "min"), _argument(args, kwargs, 2, "max")
         if not isinstance(low, Tensor) and not isinstance(high, Tensor):

@@ -23,6 +23,7 @@ __all__ = [
     "Ends",
     "Gate",
     "Observed",
+    "Raw",
     "Reduction",
     "Source",
     "Visible",
@@ -191,12 +192,25 @@ class Cosines:
 
 
 @dataclass(frozen=True)
+class Raw:
+    """Data that a layer with weights takes as they are: made of the inputs and of constants alone.
+
+    `values` is (rows, features); `key` tells which tensor of the batch it is, where it is one, whole.
+    """
+
+    name: str
+    values: Tensor
+    key: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Ends:
     """A function, and the ends between which its values are."""
 
     function: str
     low: float
     high: float
+    size: int = 0  # of a softmax: over how many values
 
 
 @dataclass(frozen=True)
@@ -227,6 +241,8 @@ class Observed:
         softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
             whole model.
         output: the model's, the first tensor of it.
+        fed: keys of the tensors with which the model was called.
+        raw: the data that layers take as they are.
         ends: of the function that made it.
         cosines: where the loss's scores are cosines.
         reductions: means and sums that cancel.
@@ -266,6 +282,8 @@ class Observed:
     broadcast: Broadcast | None = None
     softmax_over_rows: torch.Size | None = None
     output: Tensor | None = None
+    fed: set[tuple[int, int]] = field(default_factory=set)
+    raw: list[Raw] = field(default_factory=list)
     ends: Ends | None = None
     cosines: Cosines | None = None
     reductions: list[Reduction] = field(default_factory=list)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gramian.inspection.following import Follower
+from gramian.inspection.given import key
 from gramian.inspection.losses import ends_of, see_loss
 from gramian.inspection.moments import as_moments, first_float, squares, version
 from gramian.inspection.observed import Call, Cut, Ends, Observed
 from gramian.inspection.operations import Operations
+from gramian.inspection.raw import RawData
 from gramian.operators import leaves_of
 from gramian.recording.taps import in_vmap
 from gramian.recording.tracking import tensors_of
@@ -45,6 +47,7 @@ class Watcher(Follower):
         self.order = 0
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
+        self.raw = RawData(self.names)
         self.measured: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.operations = Operations(seen, self.names, self._read, self._squares, live=live)
         self.alive: list[Tensor] = []  # so that no id of an output is used twice
@@ -62,12 +65,17 @@ class Watcher(Follower):
                 yield self
         finally:
             self.alive.clear()
+            self.raw.clear()
             self.operations.clear()
             self.ended = None
 
     def entered(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
             self.seen.ungraded.add(name)
+        if not name and not self.live and not self.careful:
+            given = [t for t in tensors_of((*args, *kwargs.values())) if t.ndim and not t.requires_grad]
+            self.seen.fed |= {key(t) for t in given}
+            self.raw.start(given)
         if not self.careful and isinstance(module, nn.modules.batchnorm._BatchNorm):
             given = first_float(*args, *kwargs.values())
             if given is not None and given.ndim > 1 and given.numel() > given.shape[1]:
@@ -191,6 +199,8 @@ class Watcher(Follower):
             if isinstance(t, nn.Parameter) and t.requires_grad and self.stack and id(t) not in self.names:
                 self.seen.strangers.setdefault(id(t), (name, tuple(t.shape)))
                 self.alive.append(t)
+        if not self.live:
+            self.raw.follow(self.seen, name, func, args, given, output)
         made = output if isinstance(output, Tensor) else None
         if made is None:
             self.operations.gating.divided(func, given, output)

@@ -10,17 +10,20 @@ from gramian.inspection.causes.folding import ordered
 from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.heads import RULES as HEADS
+from gramian.inspection.causes.inputs import RULES as INPUTS
 from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
 from gramian.inspection.causes.precision import RULES as PRECISION
+from gramian.inspection.causes.probed import RULES as PROBED
 from gramian.inspection.causes.reach import RULES as REACH
 from gramian.inspection.causes.stepping import RULES as STEPPING
 
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *DATA, *LOSS, *HEADS, *REACH, *FREEZING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
+    *INPUTS, *DATA, *LOSS, *PROBED, *HEADS, *REACH, *FREEZING, *PARAMETERS,
+    *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

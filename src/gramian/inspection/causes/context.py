@@ -11,15 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gramian.alignment import labels_of
 from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
 from gramian.errors import GramianError
 from gramian.inspection.evaluated import Evaluated
+from gramian.inspection.given import Given, given_of, key
 from gramian.inspection.leaking import Leak
 from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import moments
 from gramian.inspection.observed import Activation, Call, Observed
 from gramian.inspection.opening import Opening
+from gramian.inspection.probing import Probes
 from gramian.inspection.stepping import Steps
 from gramian.report import Layer
 
@@ -37,6 +40,9 @@ SMALL_GAIN, LARGE_GAIN = 0.2, 3.0
 
 # Variation of a module's output below which the ε of a norm behind it, 1e-5 of a variance, weighs too.
 LOST_IN_NORM = 0.01
+
+# Share of the loss of a constant output below which a network has learned.
+LEARNED = 0.4
 
 # Outputs count as equal for all samples below this share of their size, a few roundings of float32.
 EQUAL = 1e-6
@@ -56,6 +62,7 @@ class Context:
     evaluated: Evaluated | None = None
     opening: Opening | None = None
     leak: Leak | None = None
+    probes: Probes = field(default_factory=Probes)
     layers: list[Layer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -120,6 +127,26 @@ class Context:
         return False
 
     @cached_property
+    def has_learned(self) -> bool:
+        """Whether the loss is far below that of an output that is the same for all samples.
+
+        What is unusual in a network that has learned was no obstacle.
+        """
+        seen = self.observed
+        for found in seen.criteria:
+            given, target = found.given.double(), found.target
+            if found.function == "cross_entropy" and seen.logits is not None and not target.is_floating_point():
+                return seen.first_loss < LEARNED * math.log(max(2, seen.logits.shape[-1]))
+            if found.function in VALUES and given.shape == target.shape and target.numel() > 1:
+                target = target.double()
+                return float((given - target).square().mean()) < LEARNED * float(target.var())
+            if found.function == "binary_cross_entropy_with_logits" and given.shape == target.shape:
+                p = float(target.double().mean())
+                chance = -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
+                return seen.first_loss < LEARNED * chance
+        return False
+
+    @cached_property
     def targets(self) -> Tensor | None:
         """What the output of the first batch is compared with, where it is numbers and not classes."""
         output = self.observed.output
@@ -138,6 +165,60 @@ class Context:
             except GramianError:
                 continue
         return [y for y in found if isinstance(y, Tensor)]
+
+    @cached_property
+    def given(self) -> list[Given]:
+        """The tensors of the batches, by key or place."""
+        compared = {key(found.target) for found in self.observed.criteria}
+        return given_of(self.observed.batches, self.observed.fed, compared)
+
+    @cached_property
+    def given_is_known(self) -> bool:
+        """Whether the model was seen to be called with tensors of the batch."""
+        return any(given.is_input for given in self.given)
+
+    @cached_property
+    def given_inputs(self) -> list[list[Tensor]]:
+        """For each batch, the tensors that the model is called with; the main input where that is not known."""
+        fed = [given for given in self.given if given.is_input]
+        if fed:
+            return [[given.values[i] for given in fed] for i in range(len(self.observed.batches))]
+        try:
+            return [[main_input(batch)] for batch in self.observed.batches]
+        except (GramianError, TypeError, ValueError, KeyError, IndexError):
+            return []
+
+    @cached_property
+    def given_labels(self) -> list[Tensor | None]:
+        """The labels of each batch: those with the name or place of labels; else, what only the loss takes."""
+        fed = {id(given.values[0]) for given in self.given if given.is_input}
+        found: list[Tensor | None] = []
+        for batch in self.observed.batches:
+            try:
+                found.append(labels_of(batch))
+            except (GramianError, TypeError, ValueError, KeyError, IndexError):
+                found.append(None)
+        if found and found[0] is not None and id(found[0]) not in fed:
+            return found
+        others = [given for given in self.given if given.is_target and not given.is_input]
+        return list(others[0].values) if others else [None] * len(found) if fed else found
+
+    @cached_property
+    def are_compared(self) -> bool:
+        """Whether the labels have the name of labels, or the loss is seen to compare an output with them."""
+        labels = self.given_labels[0] if self.given_labels else None
+        if labels is None or any(
+            not g.is_input and not g.is_label and g.values[0] is not labels for g in self.given if self.given_is_known
+        ):
+            return False
+        if any(given.is_label and given.values[0] is labels for given in self.given):
+            return True
+        targets = [found.target for found in self.observed.criteria]
+        return any(
+            key(t) == key(labels)
+            or (t.numel() == labels.numel() and bool((t.flatten().cpu() == labels.flatten().cpu()).all()))
+            for t in targets
+        )
 
     @cached_property
     def num_labels(self) -> int:

@@ -1,132 +1,26 @@
-"""Causes in the data: what the inputs and the labels are like."""
+"""Causes in the data: what the labels are like, and samples that mix."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from gramian.alignment import labels_of
-from gramian.batch import main_input
-from gramian.errors import GramianError
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
-from gramian.report import Finding, Severity
+from gramian.inspection.losses import VALUES
+from gramian.report import Finding
 
 __all__ = ["RULES"]
-
-# Heuristics, with what standardized, unit-interval and grayscale data have in brackets: the mean over the deviation (up
-# to 2), the root mean square (0.3 to 8), and the largest share of variance in one of many features (below 0.3).
-OFFSET, SMALL, LARGE, DOMINANT = 5.0, 0.02, 30.0, 0.9
 
 # Samples from which on labels are judged.
 FEW = 30
 
 # Targets are told that are this large, and this many times as large as the outputs.
 TARGETS = 30.0
-
-
-def inputs(context: Context) -> Iterator[Finding]:
-    """Judge the inputs' values: finite, centered, of order one, with more than one feature that varies."""
-    x = _inputs(context)
-    if x is None:
-        return
-    if not context.has_float_inputs:
-        yield from _repeated(x)
-        return
-    finite = x.isfinite()
-    if not bool(finite.all()):
-        rows = int((~finite).flatten(1).any(1).sum())
-        yield _finding(
-            "input-non-finite",
-            "error",
-            f"{rows} of {len(x)} inputs have values that are NaN or infinite",
-            f"{int((~finite).sum()):,} of {x.numel():,} values (exact)",
-            "The data have missing or overflown values; everything computed from them is lost.",
-            "Find where they come from, and replace or drop those samples.",
-        )
-        return
-    flat = x.flatten(1)
-    scale = float(flat.abs().amax())
-    if len(flat) < 2:
-        return
-    variance, mean = torch.var_mean(flat / (scale or 1.0), dim=0, correction=0)
-    total = float(variance.sum())
-    if total <= 1e-14 * float(mean.square().sum() + 1e-30):
-        yield _finding(
-            "input-constant",
-            "error",
-            f"All {len(flat)} inputs are the same",
-            "no feature varies between samples (exact, up to rounding)",
-            "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
-            "Look at what the loader returns.",
-        )
-        return
-    deviation, rms = math.sqrt(total / len(mean)) * scale, math.sqrt(float((variance + mean.square()).mean())) * scale
-    offset = float(mean.mean().abs()) * scale / deviation
-    if context.changes_inputs_first:
-        yield from _repeated(flat)
-        return  # a norm, or arithmetic before the first layer, which sees other numbers
-    share, top = (float(v) for v in (variance / total).max(0))
-    if len(mean) >= 4 and share > DOMINANT:
-        yield _finding(
-            "input-dominated",
-            "warning",
-            f"One of {len(mean)} input features has {share:.0%} of the variance",
-            f"feature {int(top)}: standard deviation {math.sqrt(float(variance[int(top)])) * scale:.3g}, "
-            f"median of all {float(variance.median().sqrt()) * scale:.3g}",
-            "Features have different units, so that the first layer sees one of them only.",
-            STANDARDIZE,
-        )
-    elif offset > OFFSET:
-        yield _finding(
-            "input-offset",
-            "warning",
-            f"The inputs' mean is {offset:.3g} times their standard deviation",
-            f"mean {float(mean.mean()) * scale:.3g}, standard deviation between samples {deviation:.3g}",
-            "The first layer answers to the offset that all samples share, and hardly to their differences.",
-            STANDARDIZE,
-        )
-    elif not SMALL < rms < LARGE:
-        yield _finding(
-            "input-scale",
-            "warning",
-            f"The inputs' root mean square is {rms:.3g}",
-            f"root mean square {rms:.3g}, standard deviation between samples {deviation:.3g}; initializations and "
-            "learning rates assume about 1",
-            "The data are in units that the first layer was not initialized for.",
-            STANDARDIZE,
-        )
-    yield from _repeated(flat)
-
-
-def _repeated(x: Tensor) -> Iterator[Finding]:
-    """Find inputs that are all the same, or mostly copies. Exact."""
-    flat = x.flatten(1)
-    copies = len(flat) - len(torch.unique(flat, dim=0))
-    if copies and copies == len(flat) - 1:
-        yield _finding(
-            "input-constant",
-            "error",
-            f"All {len(flat)} inputs are the same",
-            "equal bit for bit (exact)",
-            "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
-            "Look at what the loader returns.",
-        )
-    elif len(flat) >= FEW and copies > 0.5 * len(flat):
-        yield _finding(
-            "input-duplicates",
-            "warning",
-            f"{copies} of {len(flat)} inputs repeat an earlier one",
-            "equal bit for bit (exact)",
-            "The loader samples from few examples, or indexes wrongly.",
-            "Look at what the loader returns.",
-        )
-
-
-STANDARDIZE = "Standardize: subtract each feature's mean over the training data and divide by its standard deviation."
+# From this size on, and this many times the outputs', it is an error.
+FAR = 300.0
 
 
 def labels_in_range(context: Context) -> Iterator[Finding]:
@@ -149,7 +43,7 @@ def labels_in_range(context: Context) -> Iterator[Finding]:
 
 def labels(context: Context) -> Iterator[Finding]:
     """Judge the labels: several classes, and related to the inputs."""
-    found = [_labels_of(batch) for batch in context.observed.batches]
+    found = context.given_labels
     kept = [y for y in found if y is not None]
     if not kept or len(kept) < len(found):
         return
@@ -182,7 +76,6 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Shuffle the training data, and look at the labels that the loader returns.",
         )
         return
-    yield from _size_of_targets(context)
     if _are_sorted(kept):
         yield Finding(
             "labels-sorted",
@@ -194,7 +87,12 @@ def labels(context: Context) -> Iterator[Finding]:
             "holds.",
             advice="Shuffle the training data: DataLoader(…, shuffle=True).",
         )
-    test = labels_depend(context.observed.batches)
+    if not context.are_compared:
+        context.skipped["whether labels depend on inputs"] = (
+            "no loss of torch is seen to take the labels, or they may depend on what only the loss takes"
+        )
+        return
+    test = labels_depend(context.given_inputs, kept)
     if test is not None and not test.are_independent and test.p_value > test.level:
         context.skipped["whether labels depend on inputs"] = f"too few samples for so many features: {test.evidence}"
     elif test is not None and test.are_independent:
@@ -218,16 +116,20 @@ def _are_sorted(batches: Sequence[Tensor]) -> bool:
     return len(steps) >= FEW and bool((steps >= 0).all() or (steps <= 0).all())
 
 
-def _size_of_targets(context: Context) -> Iterator[Finding]:
+def size_of_targets(context: Context) -> Iterator[Finding]:
     """Find numbers to be predicted that are far larger than what the network puts out."""
-    target, output = context.targets, context.observed.output
-    if target is None or output is None or not target.numel() or not bool(target.isfinite().all()):
-        return
-    size, made = (float(t.double().square().mean().sqrt()) for t in (target, output))
-    if size > TARGETS and size > TARGETS * made:
+    for found in context.observed.criteria:
+        target, output = found.target, found.given
+        if found.function not in VALUES or not target.is_floating_point() or not target.numel():
+            continue
+        if not bool(target.isfinite().all()):
+            continue
+        size, made = (float(t.double().square().mean().sqrt()) for t in (target, output))
+        if not (size > TARGETS and size > TARGETS * made):
+            continue
         yield Finding(
             "labels-scale",
-            "warning",
+            "error" if size > FAR * max(made, 1.0) else "warning",
             f"The targets' root mean square is {size:.3g}, that of the outputs {made:.2g}",
             where="labels",
             evidence=f"mean {float(target.double().mean()):.3g}, standard deviation {float(target.double().std()):.3g}",
@@ -244,7 +146,7 @@ def mixed(context: Context) -> Iterator[Finding]:
     if by is not None:
         yield Finding(
             "samples-mixed",
-            "warning",
+            "error",
             "The output for a sample depends on the other samples of the batch",
             where=", ".join(n for n in (before, by) if n) or "all layers",
             evidence=f"in evaluation mode, with another first sample the outputs of the others change: that of "
@@ -257,32 +159,4 @@ def mixed(context: Context) -> Iterator[Finding]:
         )
 
 
-def _labels_of(batch: object) -> Tensor | None:
-    try:
-        y = labels_of(batch)
-    except (GramianError, TypeError, ValueError, KeyError, IndexError):
-        return None
-    return y if isinstance(y, Tensor) else None
-
-
-def _inputs(context: Context) -> Tensor | None:
-    """The inputs of all batches, (N, …) float32 on the CPU; `None` where they are no floats or differ in shape."""
-    found: list[Tensor] = []
-    for batch in context.observed.batches:
-        try:
-            x = main_input(batch)
-        except (GramianError, TypeError, ValueError, KeyError, IndexError):
-            return None
-        if x.ndim < 2 or x.is_complex():
-            return None
-        found.append(x.detach().float().cpu())
-    if not found or any(x.shape[1:] != found[0].shape[1:] for x in found):
-        return None
-    return torch.cat(found)
-
-
-def _finding(code: str, severity: Severity, title: str, evidence: str, cause: str, advice: str) -> Finding:
-    return Finding(code, severity, title, where="data", evidence=evidence, cause=cause, advice=advice)
-
-
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, labels_in_range, labels, mixed)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (labels_in_range, labels, size_of_targets, mixed)

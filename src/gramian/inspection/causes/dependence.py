@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from gramian.alignment import labels_of
-from gramian.batch import main_input
-from gramian.errors import GramianError
 
 __all__ = ["Dependence", "labels_depend"]
 
@@ -22,6 +18,10 @@ NEIGHBORS, NUM_SHUFFLES = 5, 50
 LEVEL = 0.02
 # Labels that are made up, a quarter of them noise. Nothing is said unless the tests see nearly all of them.
 NUM_MADE_UP, POWER = 20, 0.9
+# Features up to which products of two are looked at; columns of codes that count each for itself; numbers that count as
+# classes.
+MOST_FACTORS, FEW_COLUMNS, MOST_VALUES = 40, 8, 10
+EULER = 0.5772156649
 
 
 @dataclass(frozen=True)
@@ -46,60 +46,61 @@ class Dependence:
         return self.p_value > self.level and self.power >= POWER
 
 
-def labels_depend(batches: Sequence[Any]) -> Dependence | None:
+def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) -> Dependence | None:
     """Test whether the labels depend on the inputs: do neighbors, and linear scores, agree more than by chance?
 
-    Two statistics of all samples: how often the nearest neighbors of a sample have its label, and the squared
-    correlation of the labels with inputs along the leading principal directions. Their distribution without dependence
-    is that under shuffled labels, of which the mean and deviation of 50 are taken.
+    Three statistics of all samples: how often the nearest neighbors of a sample have its label, the squared
+    correlation of the labels with inputs along the leading principal directions, and the largest with a product of two
+    of few features. Their distribution without dependence is that under shuffled labels, of which the mean and
+    deviation of 50 are taken.
 
     That none is seen says nothing where none could be: few samples of many independent features are all alike. So the
     tests are also given labels that are made up of these inputs (of tokens' counts): the largest of as many random
     linear functions as there are classes, a quarter of them replaced by others' at random.
 
-    Args:
-        batches: with inputs and one class label for each sample.
+    Numbers to be predicted count as four classes, by the quarter of their range of ranks; of several, the first.
 
-    Returns: the test; `None` where there are too few samples, or the labels are not one class for each.
+    Args:
+        inputs: of each batch, all tensors that the model is called with.
+        labels: of each batch, one for each sample.
+
+    Returns: the test; `None` where there are too few samples, or not one label, or row of an input, for each.
     Raises: nothing of its own.
     Cost: O(N² d) for N ≤ 1,024 samples of d features.
     Source: nearest-neighbor two-sample tests, Schilling 1986; permutation tests, Good 2005. The power is this library's
         own.
     """
-    rows: list[Tensor] = []
-    classes: list[Tensor] = []
-    simple = 0
-    for batch in batches:
-        try:
-            x, y = main_input(batch), labels_of(batch)
-        except (GramianError, TypeError, ValueError, KeyError, IndexError):
-            return None
-        if y.is_floating_point() or y.ndim != 1 or len(x) != len(y):
-            return None
-        features, simple = _features(x.detach().cpu())
-        rows.append(features)
-        classes.append(y.detach().cpu())
-    if not rows or any(r.shape[1] != rows[0].shape[1] for r in rows):
+    if not labels or len(inputs) != len(labels) or any(y.ndim not in (1, 2) for y in labels):
         return None
-    x, y = torch.cat(rows)[:MOST], torch.cat(classes)[:MOST]
+    if any(not given or any(len(x) != len(y) for x in given) for given, y in zip(inputs, labels, strict=True)):
+        return None
+    tensors = list(zip(*inputs, strict=False))
+    if any(t.is_complex() or t.shape[1:] != of[0].shape[1:] for of in tensors for t in of):
+        return None
+    found = [_features(torch.cat([t.detach().cpu() for t in of])[:MOST]) for of in tensors]
+    simple = torch.cat([few for few, _ in found], 1)
+    x, y = torch.cat([simple, *(more for _, more in found)], 1), _classes(labels)[:MOST]
+    num_simple = simple.shape[1]
     num = int(y.max()) + 1 if len(y) else 0
     if len(y) < LEAST or num < 2 or num > len(y) // 5 or int(y.min()) < 0 or not bool(x.isfinite().all()):
         return None
     generator = torch.Generator().manual_seed(0)
     x = _standardized(x)
-    graph, linear = _neighbors(x), _principal(x)
+    graph, linear, products = _neighbors(x), _principal(x), _products(x[:, :num_simple])
 
     def tested(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of labels (K, N), the statistics, those of the first shuffled, and the p-values times their number."""
         shuffled = [labels[0][torch.randperm(len(x), generator=generator)] for _ in range(NUM_SHUFFLES)]
-        own, chance = (_statistics(graph, linear, of, num) for of in (labels, torch.stack(shuffled)))
+        own, chance = (_statistics(graph, linear, products, of, num) for of in (labels, torch.stack(shuffled)))
         z = (own - chance.mean(0)) / chance.std(0).clamp(min=1e-9)
-        return own, chance, (torch.special.erfc(z.amax(1) / 2**0.5) / 2 * z.shape[1]).clamp(max=1.0)
+        p = torch.special.erfc(z / 2**0.5) / 2
+        p[:, 2] = -torch.expm1(-torch.exp(-(z[:, 2] * math.pi / 6**0.5 + EULER)))  # a maximum: Gumbel's law
+        return own, chance, (p.amin(1) * z.shape[1]).clamp(max=1.0)
 
     (found,), chance, (p,) = tested(y[None])
     p, power = float(p), 1.0
     if p > LEVEL:
-        made_up = _made_up(x[:, :simple], num, generator)
+        made_up = _made_up(x[:, :num_simple], num, generator)
         power = float((tested(made_up)[2] < LEVEL).float().mean())
     return Dependence(
         p,
@@ -122,19 +123,45 @@ def _made_up(x: Tensor, num: int, generator: torch.Generator) -> Tensor:
     return torch.stack(labels)
 
 
-def _features(x: Tensor) -> tuple[Tensor, int]:
-    """One row of standardizable features for each sample, and how many of the first are simple.
+def _classes(labels: Sequence[Tensor]) -> Tensor:
+    """The labels as classes: as they are, or by their quarter where they are numbers."""
+    y = torch.cat([one.detach().cpu().reshape(len(one), -1)[:, 0] for one in labels])
+    if not y.is_floating_point():
+        several = any(one.ndim > 1 and one.shape[1] > 1 for one in labels)
+        return torch.full_like(y, -1) if several else y.long()
+    values = y.unique()
+    if len(values) <= MOST_VALUES:
+        return torch.searchsorted(values, y)
+    return torch.bucketize(y, torch.quantile(y.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.double)))
 
-    Tokens count in all, which is simple, and by position.
+
+def _features(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One row of standardizable features for each sample: the simple ones, and others.
+
+    Tokens count in all, which is simple, and by position; a few columns of codes count each for itself, and are simple.
     """
     if x.is_floating_point():
-        x = x.float().flatten(1)
-        return x, x.shape[1]
-    flat = x.flatten(1).long().clamp(min=0)
+        x = x.float().reshape(len(x), -1)
+        return x, x[:, :0]
+    flat = x.reshape(len(x), -1).long().clamp(min=0)
     num = min(int(flat.max()) + 1, 512)
+    if flat.shape[1] == 1 and num == 512:  # a count, or a time
+        return flat.float(), flat[:, :0].float()
     one_hot = torch.nn.functional.one_hot(flat.clamp(max=num - 1), num).float()
-    counts = one_hot.sum(1)
-    return torch.cat((counts, one_hot.flatten(1)[:, :4096]), 1), num
+    by_position = one_hot.flatten(1)[:, :4096]
+    if flat.shape[1] <= FEW_COLUMNS:
+        return by_position, by_position[:, :0]
+    return one_hot.sum(1), by_position
+
+
+def _products(x: Tensor) -> Tensor:
+    """All products of two of few features, standardized, of unit length; an empty one where there are many."""
+    if not 2 <= x.shape[1] <= MOST_FACTORS:
+        return x.new_zeros(len(x), 1)
+    first, second = torch.triu_indices(x.shape[1], x.shape[1])
+    made = x[:, first] * x[:, second]
+    made = made - made.mean(0)
+    return made / made.norm(dim=0).clamp(min=1e-6)
 
 
 def _standardized(x: Tensor) -> Tensor:
@@ -159,9 +186,10 @@ def _principal(x: Tensor) -> Tensor:
     return (u / u.norm(dim=0).clamp(min=1e-12)).float()
 
 
-def _statistics(graph: Tensor, linear: Tensor, labels: Tensor, num: int) -> Tensor:
-    """The two statistics (K, 2) of each row of `labels` (K, N)."""
+def _statistics(graph: Tensor, linear: Tensor, products: Tensor, labels: Tensor, num: int) -> Tensor:
+    """The three statistics (K, 3) of each row of `labels` (K, N)."""
     agreement = (labels[:, graph] == labels[:, :, None]).float().mean((1, 2))
     one_hot = torch.nn.functional.one_hot(labels, num).float()
-    fitted = (linear.T @ (one_hot - one_hot.mean(1, keepdim=True))).square().sum((1, 2))
-    return torch.stack((agreement, fitted), dim=1)
+    centered = one_hot - one_hot.mean(1, keepdim=True)
+    fitted = (linear.T @ centered).square().sum((1, 2))
+    return torch.stack((agreement, fitted, (products.T @ centered).abs().amax((1, 2))), dim=1)

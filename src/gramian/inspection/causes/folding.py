@@ -14,7 +14,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("non-finite-weights", "input-non-finite"),
     ("labels-constant", "labels-out-of-range", "labels-sorted", "input-constant"),
     ("labels-non-finite", "training-fails", "parameter-unregistered", "softmax-single-value"),
-    ("loss-broadcast", "loss-not-log-probabilities", "output-range", "loss-maximized"),
+    ("loss-broadcast", "loss-unbounded", "loss-not-log-probabilities", "output-range", "loss-maximized"),
     (
         "graph-cut",
         "gradient-overflow",
@@ -33,6 +33,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ),
     ("gradient-kept", "gradient-dropped", "gradient-clipped", "rate-grows", "rate-vanished"),
     ("input-dominated", "input-offset", "input-scale", "labels-scale"),
+    ("loss-summed",),
     ("parameter-not-stepped", "parameter-float16", "weight-decay-too-large", "momentum-too-high"),
     (
         "embedding-scale",
@@ -47,6 +48,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("gain-below-one", "gain-above-one"),
     ("attention-saturated", "residual-growth"),
     ("head-input-offset",),
+    ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
     ("parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("modes-disagree",),
@@ -73,6 +75,14 @@ _UNITS = frozenset((
     "norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth", "head-input-offset",
 ))  # fmt: skip
 _GAINS = frozenset(("gain-below-one", "gain-above-one"))
+# What data, a loss or a decay of a wrong size make of weights in training, wherever it began.
+_DRIVEN = frozenset((
+    "head-scale", "parameter-rank-one", "parameter-scale-small", "parameter-scale-large", "embedding-scale",
+    "head-offset", "dominant-direction", "overflows-float16", "unusual-size",
+)) | _UNITS | _GAINS  # fmt: skip
+_DRIVERS = frozenset((
+    "input-scale", "input-dominated", "labels-scale", "loss-unbounded", "loss-summed", "weight-decay-too-large",
+))  # fmt: skip
 _SIZES = frozenset(("unusual-size", "dominant-direction"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
 _SIGNAL = frozenset((
@@ -120,6 +130,9 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     """The first cause, by origin, that a finding follows from."""
     if finding.severity == "info":
         return None
+    driver = next((f for f in serious if f.code in _DRIVERS and f.severity == "error"), None)
+    if driver is not None and finding.code in _DRIVEN:
+        return driver
     if _is_local(finding):  # one layer's gain is what its units, weights or norm make it
         return next((c for c in causes if c is not finding), None)
     causes = [c for c in causes if not _is_local(c)]

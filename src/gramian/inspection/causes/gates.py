@@ -58,7 +58,7 @@ def gates(context: Context) -> Iterator[Finding]:
     told = f"A gate of {context.told(_place(context, gate))} is" if len(shut) == 1 else f"{len(shut)} gates are"
     yield Finding(
         "gate-shut",
-        "error" if passed < TIGHT or is_recurrent else "warning",
+        "info" if context.has_learned else "error" if is_recurrent or (passed < TIGHT and not own) else "warning",
         f"{told} {'' if passed < TIGHT else 'nearly '}shut",
         where=some(list(dict.fromkeys(_place(context, g[0]) or "all layers" for g in shut)), SHOWN),
         evidence=f"{'1 − ' if gate.is_flipped else ''}{gate.function} in {context.told(gate.name)} passes {passed:.2g} "

@@ -196,13 +196,13 @@ def output_range(context: Context) -> Iterator[Finding]:
 def single_softmax(context: Context) -> Iterator[Finding]:
     """Find a softmax over one value at the end. Exact."""
     ends, output = context.observed.ends, context.observed.output
-    if ends is not None and ends.function == "softmax" and output is not None and output.shape[-1] == 1:
+    if ends is not None and ends.function == "softmax" and output is not None and ends.size == 1:
         yield Finding(
             "softmax-single-value",
             "error",
             "The network ends with a softmax over one value, which is always 1",
             where="loss",
-            evidence=f"the output has the shape {tuple(output.shape)} (exact)",
+            evidence=f"its dimension has one entry, and the output the shape {tuple(output.shape)} (exact)",
             cause="A softmax divides by the sum over its dimension, which has one entry: no gradient passes.",
             advice="Use a sigmoid, or no function and a loss of scores.",
         )

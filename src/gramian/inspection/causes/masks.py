@@ -93,7 +93,26 @@ def _masked(context: Context, names: list[str], severity: Severity, does: str, e
 def leak(context: Context) -> Iterator[Finding]:
     """Find outputs that see the target that they are to predict."""
     found = context.leak
-    if found is not None:
+    if found is not None and found.source:
+        yield Finding(
+            "target-leak",
+            "error",
+            f"The model is given its targets: {found.source}"
+            + (", not shifted" if found.is_copy else " at the positions that it predicts"),
+            where="data" if found.is_copy else "all layers",
+            evidence="the targets of the loss are inputs at the same positions (exact); with "
+            f"others from position {found.position + 2} on, the outputs up to it change by {found.share:.2g} of the "
+            "change behind it",
+            cause="The output for a position sees the token that it is to predict, and learns to copy it."
+            if found.is_copy
+            else "Attention without a causal mask, or a recurrence in both directions: the output for a position sees "
+            "the token that it is to predict.",
+            advice="Shift by one: give the tokens before, and compare with those behind: tokens[:, :-1] and "
+            "tokens[:, 1:]. For a decoder, put a start token in front and drop the last one."
+            if found.is_copy
+            else "Let position t of the decoder see the positions up to t: is_causal=True.",
+        )
+    elif found is not None:
         yield Finding(
             "target-leak",
             "error",

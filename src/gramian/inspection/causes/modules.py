@@ -16,10 +16,10 @@ __all__ = ["RULES"]
 ISOMETRIC = Action("isometric_")
 
 # Share of the units of a layer: told from here on, and as an error from there.
-DEAD, MOSTLY_DEAD = 0.4, 0.9
+DEAD, MOSTLY_DEAD = 0.5, 0.9
 # Dropout's p: told from here on, and as an error from there.
 DROPOUT, NEARLY_ALL = 0.8, 0.9
-# Entropy of attention as a share of that of equal weights: told below, and as an error below half of it.
+# Entropy of attention as a share of that of equal weights: told below.
 ENTROPY = 0.1
 # Share of queries without a key from which on the mask is told; queries at padding may have none.
 BLIND = 0.9
@@ -34,12 +34,12 @@ FEW = 30
 def dead_units(context: Context) -> Iterator[Finding]:
     """Find layers most of whose units are zero on all rows."""
     rectified = [a for a in context.observed.activations if a.function in ("relu", "relu6", "hardtanh")]
-    dead = [a for a in rectified if a.rows >= FEW and a.dead > DEAD * a.channels]
+    dead = [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
     if dead:
         worst, source = max(dead, key=lambda a: a.dead / a.channels), context.source_of(dead[0])
         yield Finding(
             "dead-units",
-            "error" if worst.dead > MOSTLY_DEAD * worst.channels else "warning",
+            "error" if worst.dead > MOSTLY_DEAD * worst.channels else "info" if context.has_learned else "warning",
             f"{worst.dead} of {worst.channels} units after {context.told(source)} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
@@ -115,13 +115,17 @@ def attention(context: Context) -> Iterator[Finding]:
         names = list(dict.fromkeys(a.name for a in low))
         yield Finding(
             "attention-saturated",
-            "error" if worst.entropy < ENTROPY / 2 else "warning",
+            "info" if context.has_learned else "warning",
             f"The attention of {context.told(worst.name)} looks at one key only",
             where=some([n for n in names if n], SHOWN) or "all layers",
             evidence=f"the entropy of its weights is {worst.entropy:.1%} of that of equal weights, on average",
-            cause="The scores q·k are large, so that softmax passes nearly no gradient: a missing 1/√d, or "
+            cause="The network has learned with it: what it does may be to choose."
+            if context.has_learned
+            else "The scores q·k are large, so that softmax passes nearly no gradient: a missing 1/√d, or "
             "large weights of q and k.",
-            advice="Scale the scores by 1/√d, normalize q and k, or initialize their weights smaller.",
+            advice=""
+            if context.has_learned
+            else "Scale the scores by 1/√d, normalize q and k, or initialize their weights smaller.",
         )
 
 

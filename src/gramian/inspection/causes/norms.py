@@ -20,6 +20,8 @@ SHIFT, RATIO = 3.0, 8.0
 # A loss in evaluation mode is told that is more than this many times that in training mode, and this much more, once
 # the statistics of batch norms have seen this many batches.
 TIMES, MORE, SETTLED = 2.0, 1.0, 30
+# Share of the initial statistics that is left after so many batches from which on the momentum is told.
+HELD = 0.5
 
 # Values per channel up to which a batch norm leaves little but their signs: of two, ±1.
 FEW_VALUES = 3
@@ -100,6 +102,18 @@ def norm_statistics(context: Context) -> Iterator[Finding]:
             "before the last large change of the weights.",
             advice="Run some batches in training mode after module.reset_running_stats(), and check the momentum.",
         )
+    elif slow := _slow(context):
+        name, momentum, seen = slow
+        yield Finding(
+            "norm-statistics",
+            "error",
+            f"The stored statistics of {context.told(name)} hardly change: its momentum is {momentum:g}",
+            where=some([n for n, m in context.model.named_modules() if _is_slow(m)], SHOWN),
+            evidence=f"after {seen} batches {(1 - momentum) ** seen:.0%} of them are the initial ones, 0 and 1 (exact)",
+            cause="torch's momentum is the share of the new statistics, and not that of the old; evaluation mode uses "
+            "statistics that are not those of the data.",
+            advice="Use 0.1, or None for the average over all batches.",
+        )
     elif held and any(context.model.get_submodule(name).training for name in held):
         yield Finding(
             "norm-statistics",
@@ -111,6 +125,28 @@ def norm_statistics(context: Context) -> Iterator[Finding]:
             "mode uses the initial ones, 0 and 1.",
             advice="Use 0.1, or None for the average over all batches.",
         )
+
+
+def _slow(context: Context) -> tuple[str, float, int] | None:
+    """The first batch norm whose statistics still are the initial ones, where the loss in evaluation mode shows it."""
+    if not _disagree(context):
+        return None
+    for name, module in context.model.named_modules():
+        if isinstance(module, _BATCH_NORM) and _is_slow(module):
+            return name, float(module.momentum or 0.0), int(module.num_batches_tracked or 0)
+    return None
+
+
+def _is_slow(module: nn.Module) -> bool:
+    if not isinstance(module, _BATCH_NORM) or not module.track_running_stats or not module.momentum:
+        return False
+    seen = int(module.num_batches_tracked if module.num_batches_tracked is not None else 0)
+    return seen >= SETTLED and (1 - module.momentum) ** seen > HELD
+
+
+def _disagree(context: Context) -> bool:
+    trained, evaluated = context.observed.first_loss, context.evaluated.loss if context.evaluated is not None else 0.0
+    return math.isfinite(trained) and evaluated > TIMES * abs(trained) + MORE
 
 
 def norm_mode(context: Context) -> Iterator[Finding]:
@@ -143,7 +179,7 @@ def modes(context: Context) -> Iterator[Finding]:
     trained, evaluated = context.observed.first_loss, context.evaluated.loss if context.evaluated is not None else 0.0
     norms = [m for m in context.model.modules() if isinstance(m, _BATCH_NORM) and m.track_running_stats]
     settled = all(int(m.num_batches_tracked if m.num_batches_tracked is not None else 0) >= SETTLED for m in norms)
-    if settled and math.isfinite(trained) and evaluated > TIMES * abs(trained) + MORE:
+    if settled and _disagree(context):
         yield Finding(
             "modes-disagree",
             "warning",

@@ -24,6 +24,9 @@ USUAL_ADDED = 0.1
 SMALLEST, LARGEST, RATIO = 0.05, 8.0, 8.0
 FEW_LAYERS = 3
 
+# A loss at the start that is this far above guessing is due to the size of the scores.
+ABOVE = 3.0
+
 # Where all layers leave this range and no norm restores the scale, all are told. Behind norms too where most are beyond
 # `UNIT`, which are weights that were drawn with unit variance.
 ALL_SMALL, ALL_LARGE, UNIT, MOST = 0.3, 2.0, 2.6, 0.7
@@ -105,6 +108,19 @@ def embedding_scale(context: Context) -> Iterator[Finding]:
             lost = 0 < rms < SMALL_EMBEDDING and not context.is_normed(block)
             if lost or EMBEDDING < rms < math.inf:
                 odd.append((block.name, rms))
+    tied = _tied(context)
+    if tied and not odd:
+        name, rms = tied
+        yield Finding(
+            "embedding-scale",
+            "error",
+            f"The embedding {name}, which is the head too, makes scores of size {_spread(context):.3g}",
+            where=name,
+            evidence=f"root mean square {rms:.3g} of its components; loss {context.observed.first_loss:.3g}, "
+            f"and {_guessing(context):.3g} by guessing",
+            cause="Its rows are drawn for an embedding, and as a head they add up over the features.",
+            advice=f"Draw it with a standard deviation of 1/√features or 0.02: torch.nn.init.normal_ of {name}.",
+        )
     if odd:
         name, rms = odd[0]
         yield Finding(
@@ -120,6 +136,31 @@ def embedding_scale(context: Context) -> Iterator[Finding]:
         )
 
 
+def _tied(context: Context) -> tuple[str, float] | None:
+    """An embedding that is the head too, where the loss says that it makes scores too large."""
+    seen, logits = context.observed, context.observed.logits
+    if logits is None or not seen.first_loss > _guessing(context) + ABOVE or not _spread(context) > LARGEST:
+        return None
+    names = [n for n, _ in context.model.named_parameters(remove_duplicate=False)]
+    uses = {n: sum(context.model.get_parameter(m) is context.parameters[n] for m in names) for n in context.parameters}
+    for block, w in context.values():
+        rms = float(w.float().square().mean().sqrt())
+        is_head = uses.get(block.name, 0) > 1 and w.shape[0] == logits.shape[-1]
+        if is_head and block.role in ("embedding", "head") and rms * math.sqrt(w.shape[-1]) > LARGEST:
+            return block.name, rms
+    return None
+
+
+def _spread(context: Context) -> float:
+    logits = context.observed.logits
+    return 0.0 if logits is None else float(logits.float().std(-1).mean())
+
+
+def _guessing(context: Context) -> float:
+    logits = context.observed.logits
+    return math.log(max(2, logits.shape[-1])) if logits is not None else math.inf
+
+
 def scale(context: Context) -> Iterator[Finding]:
     """Find layers, or all of them, whose weights are far from the size that keeps a signal."""
     sized = _sized(context)
@@ -127,7 +168,11 @@ def scale(context: Context) -> Iterator[Finding]:
         return
     hidden = [s for b, s in sized if b.role == "hidden"] or [s for _, s in sized]
     middle = median(hidden)
-    told = [(b, s) for b, s in sized if len(sized) >= FEW_LAYERS and _is_odd(context, b, s, middle)]
+    if len(sized) == 2 and max(hidden) > LARGEST:  # the other of two says what is usual
+        middle = min(s for _, s in sized)
+    told = [
+        (b, s) for b, s in sized if len(sized) >= FEW_LAYERS or s > LARGEST > middle if _is_odd(context, b, s, middle)
+    ]
     if told and len(told) < max(FEW_LAYERS, len(sized) // 3):
         yield _one_layer(told, middle, context.observed.added)
     if len(told) != 1 and len(hidden) >= 2:
@@ -188,7 +233,8 @@ def _all_layers(context: Context, hidden: list[float], middle: float) -> Iterato
     small = all(s < ALL_SMALL for s in hidden) and not normed and not context.observed.additions
     large = all(s > ALL_LARGE for s in hidden) and not normed
     drawn = middle > UNIT and sum(s > UNIT for s in hidden) > MOST * len(hidden)
-    if small or large or drawn:
+    if (small or large or drawn) and not context.has_learned:
+        is_trained = any(b.name in context.trained for b in context.matrices)
         yield Finding(
             f"gain-{'below' if small else 'above'}-one",
             "error",
@@ -196,8 +242,14 @@ def _all_layers(context: Context, hidden: list[float], middle: float) -> Iterato
             where="all layers",
             evidence=f"root mean square of the weights × √fan_in between {min(hidden):.2g} and {max(hidden):.2g}; "
             "about 1 keeps a signal",
-            cause="The weights were drawn with another variance than 1/fan_in to 2/fan_in.",
-            action=ISOMETRIC,
+            cause="The weights have grown or shrunk in training: by a rate, a decay, or what drives the loss."
+            if is_trained
+            else "The weights were drawn with another variance than 1/fan_in to 2/fan_in.",
+            action=None if is_trained else ISOMETRIC,
+            advice="Look at what is told beside this; gm.init.isometric_ draws all weights anew, and what they have "
+            "learned is lost."
+            if is_trained
+            else "",
             source="He et al. 1502.01852, eq. 10",
         )
 

@@ -33,7 +33,8 @@ def unreached(context: Context) -> Iterator[Finding]:
     ends = [c for c in seen.cuts if c.behind & set(cut)]
     where = next((c for c in ends if c.order >= last), ends[-1] if ends else None)
     if where is None and seen.needs_gradient:  # computed, and the loss does not use the result
-        cut, unused = [], missing
+        linked = context.probes.unlinked  # by a list, NumPy or a new tensor, which no operation shows
+        cut, unused = [n for n in missing if n in linked], [n for n in missing if n not in linked]
     if cut:
         owner = context.module_of(max(cut, key=lambda n: seen.used.get(n, 0)))
         place = ", ".join(dict.fromkeys(n for n in ((where.name if where else ""), owner) if n)) or "loss"
@@ -46,10 +47,12 @@ def unreached(context: Context) -> Iterator[Finding]:
             else f"{_parameters(len(cut))} no gradient: the graph is cut",
             where=place,
             evidence=f"{some(cut, SHOWN)}: used in the forward pass, and not reached from the loss (exact)"
+            + ("; with other values of theirs the loss changes" if where is None and context.probes.unlinked else "")
             + (
                 f"; {where.function} in {context.told(where.name)} returns a result without a gradient" if where else ""
             ),
-            cause="A .detach(), .item(), .data, argmax or torch.no_grad() stands between these layers and the loss.",
+            cause="A .detach(), .item(), .tolist(), .data, argmax, torch.tensor(…) or torch.no_grad() stands between "
+            "these layers and the loss.",
             advice="Remove it, or freeze these parameters with requires_grad_(False) if it is meant.",
         )
     if unused:

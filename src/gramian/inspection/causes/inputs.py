@@ -1,0 +1,234 @@
+"""Causes in the inputs: all tensors that the model is called with, and what its first layers make of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gramian.batch import main_input
+from gramian.errors import GramianError
+from gramian.inspection.causes.context import Context
+from gramian.inspection.given import key
+from gramian.inspection.observed import Raw
+from gramian.report import Finding, Severity
+
+__all__ = ["RULES"]
+
+# Heuristics, with what standardized, unit-interval and grayscale data have in brackets: the mean over the deviation (up
+# to 2), the root mean square (0.3 to 8), and the largest share of variance in one of many features (below 0.3).
+OFFSET, SMALL, LARGE, DOMINANT = 5.0, 0.02, 30.0, 0.9
+# A scale beyond these is an error: int16 samples, or a division by 255 done twice.
+TINY, HUGE = 0.005, 1000.0
+
+# Samples from which on copies are told.
+FEW = 30
+
+
+def inputs(context: Context) -> Iterator[Finding]:
+    """Judge the inputs' values: finite, centered, of order one, with more than one feature that varies."""
+    x = _inputs(context)
+    if x is None:
+        return
+    if not context.has_float_inputs:
+        yield from _repeated(context, x)
+        return
+    finite = x.isfinite()
+    if not bool(finite.all()):
+        rows = int((~finite).flatten(1).any(1).sum())
+        yield _finding(
+            "input-non-finite",
+            "error",
+            f"{rows} of {len(x)} inputs have values that are NaN or infinite",
+            f"{int((~finite).sum()):,} of {x.numel():,} values (exact)",
+            "The data have missing or overflown values; everything computed from them is lost.",
+            "Find where they come from, and replace or drop those samples.",
+        )
+        return
+    flat = x.flatten(1)
+    scale = float(flat.abs().amax())
+    if len(flat) < 2:
+        return
+    variance, mean = torch.var_mean(flat / (scale or 1.0), dim=0, correction=0)
+    total = float(variance.sum())
+    if total <= 1e-14 * float(mean.square().sum() + 1e-30):
+        if len(torch.unique(_joined(context, x), dim=0)) > 1:  # another input varies
+            return
+        yield _finding(
+            "input-constant",
+            "error",
+            f"All {len(flat)} inputs are the same",
+            "no feature varies between samples (exact, up to rounding)",
+            "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
+            "Look at what the loader returns.",
+        )
+        return
+    deviation, rms = math.sqrt(total / len(mean)) * scale, math.sqrt(float((variance + mean.square()).mean())) * scale
+    offset = float(mean.mean().abs()) * scale / deviation
+    if context.changes_inputs_first:
+        yield from _repeated(context, flat)
+        return  # a norm, or arithmetic before the first layer, which sees other numbers
+    share, top = (float(v) for v in (variance / total).max(0))
+    if len(mean) >= 4 and share > DOMINANT:
+        yield _finding(
+            "input-dominated",
+            "warning",
+            f"One of {len(mean)} input features has {share:.0%} of the variance",
+            f"feature {int(top)}: standard deviation {math.sqrt(float(variance[int(top)])) * scale:.3g}, "
+            f"median of all {float(variance.median().sqrt()) * scale:.3g}",
+            "Features have different units, so that the first layer sees one of them only.",
+            STANDARDIZE,
+        )
+    elif offset > OFFSET:
+        yield _finding(
+            "input-offset",
+            "warning",
+            f"The inputs' mean is {offset:.3g} times their standard deviation",
+            f"mean {float(mean.mean()) * scale:.3g}, standard deviation between samples {deviation:.3g}",
+            "The first layer answers to the offset that all samples share, and hardly to their differences.",
+            STANDARDIZE,
+        )
+    elif not SMALL < rms < LARGE:
+        yield _finding(
+            "input-scale",
+            "warning" if TINY < rms < HUGE else "error",
+            f"The inputs' root mean square is {rms:.3g}",
+            f"root mean square {rms:.3g}, standard deviation between samples {deviation:.3g}; initializations and "
+            "learning rates assume about 1",
+            "The data are in units that the first layer was not initialized for.",
+            STANDARDIZE,
+        )
+    yield from _repeated(context, flat)
+
+
+def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
+    """Find inputs that are all the same, or mostly copies. Exact."""
+    flat = _joined(context, x)
+    copies = len(flat) - len(torch.unique(flat, dim=0))
+    if copies and copies == len(flat) - 1:
+        yield _finding(
+            "input-constant",
+            "error",
+            f"All {len(flat)} inputs are the same",
+            "equal bit for bit (exact)",
+            "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
+            "Look at what the loader returns.",
+        )
+    elif len(flat) >= FEW and copies > 0.5 * len(flat):
+        yield _finding(
+            "input-duplicates",
+            "warning",
+            f"{copies} of {len(flat)} inputs repeat an earlier one",
+            "equal bit for bit (exact)",
+            "The loader samples from few examples, or indexes wrongly.",
+            "Look at what the loader returns.",
+        )
+
+
+STANDARDIZE = "Standardize: subtract each feature's mean over the training data and divide by its standard deviation."
+
+
+def _inputs(context: Context) -> Tensor | None:
+    """The inputs of all batches, (N, …) float32 on the CPU; `None` where they are no floats or differ in shape."""
+    found: list[Tensor] = []
+    for batch in context.observed.batches:
+        try:
+            x = main_input(batch)
+        except (GramianError, TypeError, ValueError, KeyError, IndexError):
+            return None
+        if x.ndim < 2 or x.is_complex():
+            return None
+        found.append(x.detach().float().cpu())
+    if not found or any(x.shape[1:] != found[0].shape[1:] for x in found):
+        return None
+    return torch.cat(found)
+
+
+def _finding(
+    code: str, severity: Severity, title: str, evidence: str, cause: str, advice: str, where: str = "data"
+) -> Finding:
+    return Finding(code, severity, title, where=where or "data", evidence=evidence, cause=cause, advice=advice)
+
+
+def other_inputs(context: Context) -> Iterator[Finding]:
+    """Judge what the first layers take of the data, beside the main input: its scale, and features in other units."""
+    for given in context.given:
+        lost = sum(int(t.isnan().sum()) for t in given.values if given.is_input and t.is_floating_point())
+        if lost and not _is_main(context, key(given.values[0])):
+            yield _finding(
+                "input-non-finite",
+                "error",
+                f"{lost:,} values of {given.name} are NaN",
+                f"counted in {len(given.values)} batches (exact)",
+                "The data have missing values; everything computed from them is lost.",
+                "Find where they come from, and replace or drop those samples.",
+            )
+    if context.has_float_inputs and not context.changes_inputs_first:
+        others = [raw for raw in context.observed.raw if not _is_main(context, raw.key)]
+    else:
+        others = context.observed.raw
+    for raw in others:
+        yield from _judged(context, raw)
+
+
+def _judged(context: Context, raw: Raw) -> Iterator[Finding]:
+    """Judge the data that a layer takes. Small ones, which flags and sparse counts are, are not told."""
+    x = raw.values
+    if len(x) < 2 or not bool(x.isfinite().all()):
+        return
+    scale = float(x.abs().amax()) or 1.0
+    variance, mean = torch.var_mean(x / scale, dim=0, correction=0)
+    total = float(variance.sum())
+    rms = math.sqrt(float((variance + mean.square()).mean())) * scale
+    names = [given.name for given in context.given if given.is_input and key(given.values[0]) == raw.key]
+    what = names[0] if names else f"what {context.told(raw.name)} takes of the data"
+    told = f"{context.told(raw.name)} takes it as it is; " if names else ""
+    if total <= 0 or rms <= LARGE:
+        return
+    share, top = (float(v) for v in (variance / total).max(0))
+    if len(mean) > 1 and share > DOMINANT:
+        yield _finding(
+            "input-dominated",
+            "warning" if rms < HUGE else "error",
+            f"One of {len(mean)} features of {what} has {share:.0%} of the variance",
+            f"{told}feature {int(top)}: standard deviation {math.sqrt(float(variance[int(top)])) * scale:.3g}, "
+            f"median of all {float(variance.median().sqrt()) * scale:.3g}",
+            "Features have different units, so that the first layer sees one of them only.",
+            STANDARDIZE,
+            raw.name,
+        )
+        return
+    yield _finding(
+        "input-scale",
+        "warning" if rms < HUGE else "error",
+        f"The root mean square of {what} is {rms:.3g}",
+        f"{told}values from {float(x.min()):.3g} to {float(x.max()):.3g}; initializations and learning rates assume "
+        "about 1",
+        "Data in their own units, as counts or steps of time are, outweigh what else the layer is given, and its "
+        "biases.",
+        "Divide them by their range, or give sines and cosines of them, as for a diffusion's time. " + STANDARDIZE,
+        raw.name,
+    )
+
+
+def _is_main(context: Context, of: tuple[int, int]) -> bool:
+    try:
+        return key(main_input(context.observed.batches[0])) == of
+    except (GramianError, IndexError):
+        return False
+
+
+def _joined(context: Context, x: Tensor) -> Tensor:
+    """The rows of all inputs that have one for each of the main input's, side by side."""
+    others = []
+    for given in context.given:
+        if given.is_input and not _is_main(context, key(given.values[0])):
+            found = [t.detach().cpu().flatten(1) if t.ndim > 1 else t.detach().cpu()[:, None] for t in given.values]
+            if sum(map(len, found)) == len(x) and all(t.shape[1:] == found[0].shape[1:] for t in found):
+                others.append(torch.cat(found).double())
+    return torch.cat((x.flatten(1).double(), *others), 1) if others else x.flatten(1)
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (inputs, other_inputs)

@@ -1,0 +1,129 @@
+"""Causes that a small change of the inputs, outputs, parameters or batch has shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gramian.inspection.causes.context import Context
+from gramian.inspection.causes.dependence import labels_depend
+from gramian.inspection.causes.stepping import steps
+from gramian.report import Finding
+
+__all__ = ["RULES"]
+
+# Labels depend on the order of tokens where p, with their positions, is below the second, and without above the first.
+WEAKLY, CLEARLY = 1e-3, 1e-6
+
+
+def cut_inside(context: Context) -> Iterator[Finding]:
+    """Find positions of a sequence that the loss depends on, and that no gradient reaches. Exact."""
+    found = context.probes.cut
+    if found is None:
+        return
+    silent, length, name = found
+    places = [c.name for c in context.observed.cuts if c.function in ("detach", "detach_", "__get__")]
+    yield Finding(
+        "graph-cut",
+        "error",
+        f"No gradient arrives at {silent} of {length} positions, on which the loss depends",
+        where=next((p for p in places if p), name) or "all layers",
+        evidence=f"the gradient of the loss by what {context.told(name)} gives at these positions is zero, and other "
+        "inputs there change the output (exact)",
+        cause="The state is detached between the steps of a recurrence, or computed under torch.no_grad(): the network "
+        "learns from the last steps alone.",
+        advice="Remove .detach() inside a sequence; detach the state between sequences only.",
+    )
+
+
+def affine(context: Context) -> Iterator[Finding]:
+    """Find several layers that are one affine map. Measured on real inputs."""
+    if context.probes.is_affine:
+        used = [b.name for b in context.matrices if b.name in context.observed.used]
+        yield Finding(
+            "no-nonlinearity",
+            "warning",
+            f"The network is an affine map: its {len(used)} matrices do what one does",
+            where="all layers",
+            evidence="the output for a mixture of two inputs is the mixture of their outputs, up to rounding, for "
+            "samples of the first batch in evaluation mode",
+            cause="No activation function stands between the layers, or each acts where it is linear.",
+            advice="Put an activation function between the layers: nn.ReLU() or nn.GELU().",
+        )
+
+
+def summed(context: Context) -> Iterator[Finding]:
+    """Tell of a loss that is a sum over the batch: an error where the rate is too large for it. Exact."""
+    num = context.probes.sum_over
+    if not num:
+        return
+    diverges = any(finding.code == "rate-too-high" for finding in steps(context))
+    yield Finding(
+        "loss-summed",
+        "error" if diverges else "info",
+        f"The loss is a sum over the {num} samples of a batch, and not their mean",
+        where="loss",
+        evidence="the losses of its halves add up to that of the whole batch (exact)",
+        cause=f"Gradients are {num} times those of a mean, and as many times as large is a step at the same rate; they "
+        "grow with the batch.",
+        advice=f'Use reduction="mean", or divide the loss by the number of samples, or the rate by {num}.',
+    )
+
+
+def unbounded(context: Context) -> Iterator[Finding]:
+    """Find a loss that is lower the farther the output is from the targets, in both directions. Measured."""
+    found = context.probes.falls
+    if found is not None:
+        below, here, above = found
+        yield Finding(
+            "loss-unbounded",
+            "error",
+            "The loss falls without end, the farther the output is from the targets",
+            where="loss",
+            evidence=f"loss {here:.3g} as it is, {below:.3g} with outputs far below the targets, {above:.3g} with "
+            "outputs far above",
+            cause="The sign of the loss is wrong: max and min, or output and target, are exchanged, or a minus is left "
+            "over.",
+            advice="Correct the sign, so that the loss has its minimum at the targets.",
+        )
+
+
+def order(context: Context) -> Iterator[Finding]:
+    """Tell of a model of sequences to which their order is nothing; a warning where the labels depend on it."""
+    if not context.probes.ignores_order:
+        return
+    matters = _order_matters(context)
+    yield Finding(
+        "order-ignored",
+        "warning" if matters else "info",
+        "The output stays the same when the tokens change places",
+        where="all layers",
+        evidence="tokens of 8 samples in another order, padding with them, give the same output up to rounding"
+        + ("; the labels depend on the tokens by their positions, and not on how often each comes" if matters else ""),
+        cause="Nothing tells the model where a token stands: no positions are added; attention and means see a set.",
+        advice="Add positions to the embeddings, or use rotary ones in the attention."
+        if matters
+        else "Where the order counts, add positions to the embeddings.",
+    )
+
+
+def _order_matters(context: Context) -> bool:
+    """Whether labels depend on the tokens by position, and not by their numbers."""
+    labels = [y for y in context.given_labels if y is not None]
+    if not labels or len(labels) != len(context.given_inputs) or any(len(x) != 1 for x in context.given_inputs):
+        return False
+    tokens = [x[0].detach().cpu().long() for x in context.given_inputs]
+    if any(t.ndim != 2 or t.shape[1] != tokens[0].shape[1] for t in tokens):
+        return False
+    num = max(int(t.max()) for t in tokens) + 1
+    hot: list[Tensor] = [F.one_hot(t.clamp(min=0, max=511), min(num, 512)).float() for t in tokens]
+    by_number = labels_depend([[one.sum(1)] for one in hot], labels)
+    by_position = labels_depend([[one.flatten(1)[:, :4096]] for one in hot], labels)
+    if by_number is None or by_position is None:
+        return False
+    return by_number.p_value > WEAKLY and by_position.p_value < CLEARLY
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (cut_inside, affine, summed, unbounded, order)

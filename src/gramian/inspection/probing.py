@@ -1,0 +1,279 @@
+"""What small changes tell of a model and its loss: each is tried on the first batch, in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.batch import first_samples, main_input, mapped, num_samples
+from gramian.inspection.given import given_of
+from gramian.inspection.losses import VALUES
+from gramian.inspection.moments import first_float
+from gramian.inspection.observed import Observed
+from gramian.objective import Objective
+from gramian.recording.measuring import eager, evaluating
+
+__all__ = ["TRIED", "Probes", "probe"]
+
+TRIED = {
+    "unlinked": "whether parameters without a gradient change the loss",
+    "cut": "whether a gradient reaches all positions",
+    "is_affine": "whether the network is an affine map",
+    "sum_over": "whether the loss is a sum over the batch",
+    "falls": "whether the loss has a minimum",
+    "ignores_order": "whether the output depends on the order of tokens",
+}
+"""What a report says of a change that could not be tried."""
+
+# Samples that are enough for a property of the model.
+ENOUGH = 8
+# Outputs that differ by less than this share of what differs between samples are equal up to rounding.
+EQUAL = 1e-4
+# The share by which halves of a batch may miss the whole's sum.
+SUM = 1e-3
+# Parameters that are tried one by one, and positions of a sequence from which on it is looked at.
+MOST, LONG = 32, 4
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What was found; each has the value of a healthy model where it could not be tried.
+
+    Attributes:
+        unlinked: parameters without a gradient whose values change the loss.
+        cut: of a sequence, how many positions have no gradient though the loss depends on them, how many there are,
+            and the module whose output was looked at.
+        is_affine: whether the model's output is an affine function of its input.
+        sum_over: the number of samples, where the loss of a batch is the sum of those of its halves; else 0.
+        falls: losses where the output is far below, as it is, and far above, where it is lower at both ends.
+        ignores_order: whether the output stays when the positions of a sequence change places.
+    """
+
+    unlinked: tuple[str, ...] = ()
+    cut: tuple[int, int, str] | None = None
+    is_affine: bool = False
+    sum_over: int = 0
+    falls: tuple[float, float, float] | None = None
+    ignores_order: bool = False
+
+
+def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, Exception]]:
+    """Try each of the changes.
+
+    Args:
+        model: left as it was.
+        observed: of this model.
+        objective: gives the loss.
+
+    Returns: a `Probes`, and what could not be tried, with the error.
+    Raises: nothing of its own.
+    Cost: up to eight forward passes, most of them of 8 samples, and a backward pass where a graph is cut.
+    Source: this library's own.
+    """
+    found = Probes()
+    failed: dict[str, Exception] = {}
+    for what, one in zip((f.name for f in fields(Probes)), _PROBES, strict=True):
+        try:
+            with evaluating(model), eager():
+                value = one(model, observed, objective)
+        except Exception as error:  # batches of one size, or a loss that needs a gradient
+            failed[what] = error
+            continue
+        found = found if value is None else replace(found, **{what: value})
+    return found, failed
+
+
+def _unlinked(model: nn.Module, seen: Observed, objective: Objective) -> tuple[str, ...] | None:
+    """The parameters of modules that are called, get no gradient, and change the loss."""
+    parameters = dict(model.named_parameters())
+    missing = [n for n, g in seen.gradients.items() if g is None and n in seen.used]
+    if not missing or not seen.needs_gradient:
+        return None
+    batch = seen.batches[0]
+
+    def changes(names: Sequence[str]) -> bool:
+        kept = {n: parameters[n].detach().clone() for n in names}
+        try:
+            for n in names:
+                parameters[n].mul_(1.5).add_(0.1)
+            return _loss(model, batch, objective) != whole
+        finally:
+            for n, value in kept.items():
+                parameters[n].copy_(value)
+
+    with torch.no_grad():
+        whole = _loss(model, batch, objective)
+        if _loss(model, batch, objective) != whole or not changes(missing):
+            return None
+        return tuple(n for n in missing if changes([n])) if len(missing) <= MOST else tuple(missing)
+
+
+def _cut(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, int, str] | None:
+    """Positions whose gradient is exactly zero, where other values there change the loss."""
+    batch = seen.batches[0]
+    x = main_input(batch)
+    if not seen.cuts or x.ndim not in (2, 3) or x.shape[1] < LONG or len(x) < 2 or not seen.needs_gradient:
+        return None
+    first: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            is_sequence = isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == x.shape[:2]
+            if not first and is_sequence and output.requires_grad:
+                first.append((name, output))
+
+        return keep
+
+    given = x
+    if x.is_floating_point():
+        given = x.detach().clone().requires_grad_()
+        first.append(("", given))
+    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules()]
+    try:
+        torch.manual_seed(0)
+        total, _ = objective.loss(model, mapped(batch, lambda t: given if t is x else t))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not first or not total.requires_grad:
+        return None
+    name, values = first[0]
+    (gradient,) = torch.autograd.grad(total, values, allow_unused=True)
+    if gradient is None:
+        return None
+    silent = ~gradient.ne(0).transpose(0, 1).flatten(1).any(1)
+    num = int(silent.sum())
+    if not x.shape[1] // 2 <= num < x.shape[1]:
+        return None
+    other = x.clone()
+    other[:, silent] = x.roll(1, 0)[:, silent]
+    with torch.no_grad():
+        one, two = (_outputs(model, b, objective) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
+    if one is None or two is None or _are_equal(one, two):
+        return None
+    return num, x.shape[1], name
+
+
+def _is_affine(model: nn.Module, seen: Observed, objective: Objective) -> bool | None:
+    """Whether a mixture of inputs gives the mixture of outputs, where several matrices are used one after another."""
+    fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
+    matrices = [n for n, p in model.named_parameters() if p.ndim > 1 and n in seen.used]
+    if len(fed) != 1 or len(matrices) < 2 or not fed[0].values[0].is_floating_point():
+        return None
+    if (
+        seen.activations or seen.attentions or seen.gates
+    ):  # at the start, branches of zero or mirrored weights hide them
+        return None
+    batch = first_samples(seen.batches[0], ENOUGH)
+    x = main_input(batch)
+    if len(x) < 3 or x.shape != fed[0].values[0][:ENOUGH].shape:
+        return None
+    mixture = 0.3 * x + 0.7 * x.roll(1, 0)
+    with torch.no_grad():
+        whole = _outputs(model, batch, objective)
+        mixed = _outputs(model, mapped(batch, lambda t: mixture if t is x else t), objective)
+    if whole is None or mixed is None or whole.ndim < 1 or len(whole) != len(x):
+        return None
+    return _are_equal(mixed, 0.3 * whole + 0.7 * whole.roll(1, 0))
+
+
+def _sum_over(model: nn.Module, seen: Observed, objective: Objective) -> int | None:
+    """How many samples a loss is a sum over: it is, if the losses of two halves have the whole's as their sum."""
+    batch = seen.batches[0]
+    num = num_samples(batch)
+    if num < ENOUGH or num % 2:
+        return None
+    halves = [
+        mapped(batch, lambda t, rows=rows: t[rows] if t.ndim and len(t) == num else t)
+        for rows in (slice(0, num // 2), slice(num // 2, num))
+    ]
+    with torch.no_grad():
+        whole, one, two = (_loss(model, b, objective) for b in (batch, *halves))
+    return num if whole != 0 and abs(one + two - whole) < SUM * abs(whole) else 0
+
+
+def _falls(model: nn.Module, seen: Observed, objective: Objective) -> tuple[float, float, float] | None:
+    """The loss at outputs that are far off the targets, in both directions, where it is lower there."""
+    found = next((c for c in seen.criteria if c.function in VALUES), None)
+    if found is None or not found.target.is_floating_point() or not found.target.numel():
+        return None
+    sizes = [float(t.double().square().mean().sqrt()) for t in (found.given, found.target)]
+    far = 1e3 * (1.0 + max(sizes))
+
+    def shifted(by: float) -> float:
+        calls = []
+
+        def change(module: nn.Module, args: Any, output: Any) -> Any:
+            calls.append(isinstance(output, Tensor) and output.is_floating_point())
+            return output + by if calls[-1] else output
+
+        handle = model.register_forward_hook(change)
+        try:
+            loss = _loss(model, seen.batches[0], objective)
+        finally:
+            handle.remove()
+        return loss if calls == [True] else float("nan")
+
+    with torch.no_grad():
+        below, here, above = (shifted(by) for by in (-far, 0.0, far))
+    return (below, here, above) if max(below, above) < here - 1e-3 * far else None
+
+
+def _ignores_order(model: nn.Module, seen: Observed, objective: Objective) -> bool | None:
+    """Whether tokens may change places, padding with them."""
+    fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
+    batch = first_samples(seen.batches[0], ENOUGH)
+    x = main_input(batch)
+    if len(fed) != 1 or x.is_floating_point() or x.ndim != 2 or x.shape[1] < LONG or len(x) < 2:
+        return None
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0)).to(x.device)
+    other = x[:, order]
+    with torch.no_grad():
+        one, two = (_outputs(model, b, objective) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
+    if one is None or two is None or one.ndim != 2 or len(one) != len(x) or bool((other == x).all()):
+        return None
+    return _are_equal(one, two)
+
+
+_PROBES = (_unlinked, _cut, _is_affine, _sum_over, _falls, _ignores_order)
+
+
+def _loss(model: nn.Module, batch: Any, objective: Objective) -> float:
+    torch.manual_seed(0)
+    total, units = objective.loss(model, batch)
+    return float(total) / float(units)
+
+
+def _outputs(model: nn.Module, batch: Any, objective: Objective) -> Tensor | None:
+    """What the model gives, where it is called once."""
+    torch.manual_seed(0)
+    with _returned(model) as found:
+        objective.loss(model, batch)
+    return found[0] if len(found) == 1 else None
+
+
+@contextmanager
+def _returned(model: nn.Module) -> Iterator[list[Tensor]]:
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        made = first_float(output)
+        if made is not None:
+            found.append(made.detach().float())
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _are_equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two outputs are equal, up to rounding and beside what differs between samples."""
+    between = float((one - one.mean(0)).abs().amax()) if len(one) > 1 else 0.0
+    return one.shape == two.shape and between > 0 and float((one - two).abs().amax()) <= EQUAL * between
