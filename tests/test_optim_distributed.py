@@ -158,7 +158,7 @@ def _replicas() -> list[Tensor]:
 
 
 def _wild_rest() -> list[tuple[Tensor, Tensor, Tensor]]:
-    """A head that AdamW steps, its second gradient 10⁶ times too large: sharded, in replicas of one shard, and whole."""
+    """A head that AdamW steps, its second gradient 10⁶ times too large: sharded, and in replicas of one shard."""
     grads = [torch.randn(4, 4, generator=seeded(i)) for i in range(2)]
     spreads = [((2,), [Shard(0)]), ((2, 1), [Replicate(), Shard(0)])]
     found = []
