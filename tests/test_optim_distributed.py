@@ -157,6 +157,23 @@ def _replicas() -> list[Tensor]:
     return [before, placement.whole(shard)]
 
 
+def _wild_rest() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """A head that AdamW steps, its second gradient 10⁶ times too large: sharded, and in replicas of one shard."""
+    grads = [torch.randn(4, 4, generator=seeded(i)) for i in range(2)]
+    spreads = [((2,), [Shard(0)]), ((2, 1), [Replicate(), Shard(0)])]
+    found = []
+    for sizes, placements in spreads:
+        mesh = init_device_mesh("cpu", sizes)
+        head = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, placements))
+        optimizer = Muon([("head.weight", head)], routes={"head.weight": "adamw"})
+        for g in (grads[0], 1e6 * grads[1]):
+            head.grad = distribute_tensor(g, mesh, placements)
+            optimizer.step()
+        state = optimizer.state[head]
+        found.append((placement.whole(head), placement.whole(state["exp_avg_sq"]), state["usual"]))
+    return found
+
+
 def _parts() -> list[dict[str, str]]:
     """What each rank's state holds of the last square matrix, and what a rank saves."""
     model = VARIANTS["fsdp2"].wrap(small())
@@ -277,6 +294,19 @@ def test_replicas_sum_their_gradients_and_shards_take_proximal_maps() -> None:
     for skipped, mapped in run_on_ranks(_replicas, 2):
         assert torch.equal(skipped, torch.ones(4, 4))
         assert not mapped.any()
+
+
+def test_a_wild_gradient_of_a_sharded_head_counts_as_that_of_a_whole_one() -> None:
+    head = nn.Parameter(torch.ones(4, 4))
+    optimizer = Muon([("head.weight", head)], routes={"head.weight": "adamw"})
+    for spike, seed in ((1.0, 0), (1e6, 1)):
+        head.grad = spike * torch.randn(4, 4, generator=seeded(seed))
+        optimizer.step()
+    wanted = head.detach(), optimizer.state[head]["exp_avg_sq"], optimizer.state[head]["usual"]
+    assert wanted[1].max() < 100 * optimizer.state[head]["usual"] ** 2
+    for by_rank in run_on_ranks(_wild_rest, 2):
+        for found in by_rank:
+            torch.testing.assert_close(found, wanted)
 
 
 def test_ranks_agree_on_the_schedule_of_the_slowest() -> None:

@@ -148,8 +148,8 @@ def test_the_rest_counts_for_ten_times_the_usual_too(dtype: torch.dtype) -> None
         size = float(g.double().norm())
         count = min(1.0, MOST * usual / size) if usual and size else 1.0
         if size:
-            move = min(max(FOLLOW * math.log2(size / usual), SLOWEST), FASTEST) if usual else 0.0
-            usual = (usual or size) * 2**move
+            move = min(max((size / usual) ** FOLLOW, SLOWEST), FASTEST) if usual else 1.0
+            usual = (usual or size) * move
         p.grad, oracle.grad = g.clone(), (count * g.double()).to(dtype)
         optimizer.step()
         adamw.step()

@@ -64,8 +64,10 @@ def _guarded(
         alike.setdefault((known["usual"].dtype, known["usual"].device), []).append(i)
     grads: dict[Tensor, Tensor] = {}
     for (dtype, _), these in alike.items():
-        size, usual = torch.stack([sizes[i] for i in these]).to(dtype), [states[i]["usual"] for i in these]
-        grads.update(zip([params[i] for i in these], limited([parts[i] for i in these], size, usual), strict=True))
+        size, usual = (torch.stack(x) for x in ([sizes[i] for i in these], [states[i]["usual"] for i in these]))
+        kept = limited([parts[i] for i in these], size.to(dtype), usual)
+        for i, own, grad in zip(these, usual.unbind(), kept, strict=True):
+            states[i]["usual"], grads[params[i]] = own, grad
     return grads
 
 

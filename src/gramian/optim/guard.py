@@ -27,8 +27,8 @@ MOST = 10.0
 FOLLOW = 0.2
 """Share of the way, in logarithm, from the usual size to that of a new gradient."""
 
-SLOWEST, FASTEST = -1.0, 0.2
-"""Powers of two by which the usual size moves in a step, at least and at most."""
+SLOWEST, FASTEST = 0.5, 2**0.2
+"""Factors by which the usual size moves in a step, at least and at most."""
 
 
 def init(m: Tensor) -> State:
@@ -38,28 +38,34 @@ def init(m: Tensor) -> State:
 
 def limit_(g: Tensor, state: State) -> None:
     """Scales down, in place, each gradient (K, m, n) that is larger than ten times the usual; zeros change nothing."""
-    factor = _counted(peak(g, (-2, -1)), state["usual"])
-    if g.device.type != "cpu" or bool((factor < 1).any()):
-        g.mul_(factor)
+    ratio = _compared(peak(g, (-2, -1)), state["usual"])
+    # A GPU is not asked, since that would wait for it.
+    if g.device.type != "cpu" or float(ratio.amax()) > MOST:
+        g.mul_(_share(ratio))
 
 
-def limited(grads: Sequence[Tensor], sizes: Tensor, usual: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients, each scaled down where its size (P,) is more than ten times the usual, which is of no dimension.
+def limited(grads: Sequence[Tensor], sizes: Tensor, usual: Tensor) -> Sequence[Tensor]:
+    """The gradients, each scaled down where its size (P,) is more than ten times the usual (P,).
 
-    Those of the user stay as they are. On a CPU nothing is copied where nothing is larger.
+    Those of the user stay as they are, and nothing is copied where nothing is larger. The usual sizes follow in place.
     """
-    together = torch.stack(list(usual))
-    factor = _counted(sizes.clamp_max(torch.finfo(sizes.dtype).max), together)
-    torch._foreach_copy_(list(usual), together.unbind())
-    if sizes.device.type != "cpu":
-        return torch._foreach_mul(list(grads), factor.unbind())
-    return [g if f == 1 else g * f for g, f in zip(grads, factor.tolist(), strict=True)]
+    ratio = _compared(sizes.clamp_max(torch.finfo(sizes.dtype).max), usual)
+    if float(ratio.amax()) <= MOST:  # on a GPU too, which has just been asked which gradients are finite
+        return grads
+    return [g if share == 1 else g * share for g, share in zip(grads, _share(ratio).tolist(), strict=True)]
 
 
-def _counted(size: Tensor, usual: Tensor) -> Tensor:
-    """The share of each gradient that counts, one at most; the usual sizes, of the same shape, follow in place."""
-    known, given = usual > 0, size > 0
-    ratio = size / torch.where(known, usual, size)  # infinite where it overflows
-    move = (FOLLOW * ratio.log2()).clamp_(SLOWEST, FASTEST).exp2_()
-    usual.copy_(torch.where(given, torch.where(known, usual * move, size), usual))
-    return torch.where(given, (MOST / ratio).clamp_max_(1.0), 1.0)
+def _compared(size: Tensor, usual: Tensor) -> Tensor:
+    """How many times the usual each size is, infinite where that overflows; the usual sizes follow in place.
+
+    One for a gradient of zeros, which changes nothing, and for the first one that is not.
+    """
+    known = torch.where(usual > 0, usual, size)
+    ratio = torch.where(size > 0, size / known, 1.0)
+    torch.mul(known, ratio.pow(FOLLOW).clamp_(SLOWEST, FASTEST), out=usual)
+    return ratio
+
+
+def _share(ratio: Tensor) -> Tensor:
+    """The share of each gradient that counts."""
+    return (MOST / ratio).clamp_max_(1.0)

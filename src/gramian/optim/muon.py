@@ -34,7 +34,7 @@ def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     average(state["momentum"], g, beta, context)
     ahead = look_ahead(g, state["momentum"], beta, context)
     if "direction" not in state:
-        return orthogonal(ahead, context)
+        return polar(ahead, context.options, out=g)
     if context.due is None:
         state["direction"].copy_(orthogonal(ahead, context))
     elif len(context.due):

@@ -26,8 +26,7 @@ RATIO = 1 / 512
 COARSE = 0.125
 MOST = 12  # steps or terms
 HALF = 0.05  # least rtol for products in bfloat16, whose rounding leaves 0.02 to 0.03
-NARROW = 96  # least smaller side for them: below it they are not faster
-INVERTED = 160  # the same for LAPACK's inverses, which work on one matrix at a time
+NARROW = 96  # least smaller side for them and for LAPACK's inverses: below it neither is faster
 GRAM = 5e-3  # least rtol for which the Gram matrix in float32 is good enough
 ASSUMED_BATCH = 8  # a direction must not depend on its batch, which differs between one process and several
 
@@ -45,24 +44,25 @@ class Approach(NamedTuple):
     dtype: str
     low: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The polar factor of each matrix, roughly."""
-        compute = few_passes if self.method == "quintics" else _fractions
-        return compute(x, low=self.low, steps=self.steps, dtype=getattr(torch, self.dtype))
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The polar factor of each matrix, roughly; in `out`, which may be x, if that is given."""
+        dtype = getattr(torch, self.dtype)
+        if self.method == "quintics":
+            return few_passes(x, low=self.low, steps=self.steps, dtype=dtype, out=out)
+        return zolotarev(x, low=self.low, terms=self.steps, dtype=dtype, out=out)
 
     def __str__(self) -> str:
         return f"{self.method} {self.steps} {self.dtype}"
 
 
-def _fractions(x: Tensor, *, low: float, steps: int, dtype: torch.dtype) -> Tensor:
-    return zolotarev(x, low=low, terms=steps, dtype=dtype)
+def polar(x: Tensor, options: Mapping[str, Any], out: Tensor | None = None) -> Tensor:
+    """The polar factor of each matrix (K, m, n) to `rtol`, by what `approaches` has for its shape, or as predicted.
 
-
-def polar(x: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """The polar factor of each matrix (K, m, n) to `rtol`, by what `approaches` has for its shape, or as predicted."""
+    In `out`, which may be x, if that is given: a new tensor of that size costs more than its numbers.
+    """
     short, long = sorted(x.shape[-2:])
     name = _read(options.get("approaches", "")).get(f"{short}x{long}")
-    return _approach(short, long, options["rtol"], x.device.type, name)(x)
+    return _approach(short, long, options["rtol"], x.device.type, name)(x, out)
 
 
 def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> str:
@@ -151,7 +151,7 @@ def _candidates(short: int, ratio: float, rtol: float) -> Iterator[tuple[Approac
         pairs = steps // 2 if ratio >= PAIRED_FROM else 0
         products = pairs * (2 * ratio + 5) + (steps - 2 * pairs) * (2 * ratio + 1)
         yield Approach("quintics", steps, dtype, low), {dtype: products}
-        if rtol >= GRAM and short >= INVERTED:
+        if rtol >= GRAM and short >= NARROW:
             terms, low = _fewest("fractions", rtol)
             # The Gram matrix is halved; what is left out is worth a third of a product with A.
             operations: dict[str, float] = {"float32": ratio + 0.5, "cholesky32": terms, "potri32": terms}

@@ -13,6 +13,7 @@ from torch import Tensor
 from gramian import placement
 from gramian.linalg.engine.scaling import peak
 from gramian.optim.stacks import State
+from gramian.placement.shards import spread_of
 
 __all__ = ["Sharding", "finite_norms", "not_finite", "whole_norms"]
 
@@ -40,7 +41,8 @@ def whole_norms(grads: Sequence[Tensor]) -> list[Tensor]:
         for x in placement.locals_of(grads)
     ]
     for indices in _by_group(grads).values():
-        squares = [norms[i].double().square() for i in indices]
+        # A part that several ranks hold (a mesh with a dimension of replicas) is summed as often.
+        squares = [norms[i].double().square() / spread_of(grads[i]).copies for i in indices]
         placement.all_reduce_sum(squares, placement.group_of(grads[indices[0]]))
         for i, square in zip(indices, squares, strict=True):
             norms[i] = square.sqrt().to(norms[i].dtype)

@@ -101,6 +101,11 @@ class Spread:
         return any(cut.kind == "partial" for cut in self.cuts)
 
     @property
+    def copies(self) -> int:
+        """How many ranks hold each part."""
+        return math.prod(size for cut, size in zip(self.cuts, self.sizes, strict=True) if cut.kind == "replicate")
+
+    @property
     def divisor(self) -> int:
         """The number that the sum of the parts is divided by: above one where they are averaged."""
         return math.prod(size for cut, size in zip(self.cuts, self.sizes, strict=True) if cut.op == "avg")

@@ -26,22 +26,33 @@ Coefficients = Sequence[tuple[float, float, float]]
 
 
 def few_passes(
-    a: Float[Tensor, "*b m n"], *, low: float, steps: int, dtype: torch.dtype | None = None
+    a: Float[Tensor, "*b m n"],
+    *,
+    low: float,
+    steps: int,
+    dtype: torch.dtype | None = None,
+    out: Float[Tensor, "*b m n"] | None = None,
 ) -> Float[Tensor, "*b m n"]:
     """Approximate polar factor of each matrix by `composed(low, steps)`, in products of `dtype`, float32 if None.
 
     ‖XXᵀ‖_F^½ bounds ‖X‖₂ here; singular values below `low` of that end below 1. A zero matrix gives zero, NaN stays in
-    its own matrix, and each matrix is scaled by itself.
+    its own matrix, and each matrix is scaled by itself. It is written to `out`, contiguous and perhaps `a`, if given.
     """
+    tall = a.shape[-2] > a.shape[-1]
     coefficients = [
         (p, q, r) if i == steps - 1 else (p / SAFETY, q / SAFETY**3, r / SAFETY**5)
         for i, (p, q, r) in enumerate(composed(low, steps).coefficients)
     ]
-    return in_parts(a, lambda part: _iterate(_scaled(part, dtype), coefficients))
+
+    def run(part: Tensor) -> Tensor:
+        value = _iterate(_scaled(part, tall=tall, dtype=dtype or torch.float32), coefficients)
+        return value.mT if tall else value
+
+    return in_parts(a, run, out)
 
 
-def _scaled(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy of x (B, m, n) in `dtype`, each matrix of Frobenius norm about one, or zero."""
+def _scaled(x: Tensor, *, tall: bool, dtype: torch.dtype) -> Tensor:
+    """x (B, m, n), m ≤ n once transposed, in `dtype`, each matrix of Frobenius norm about one, or zero."""
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
     if x.device.type != "cpu" or not bool(((norm > NORMAL[0]) & (norm < NORMAL[1])).all()):
@@ -49,23 +60,19 @@ def _scaled(x: Tensor, dtype: torch.dtype | None) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     factor = torch.where(norm > 0, 1 / norm, 0.0)
     # Factors in the dtype of what they multiply: products of mixed dtypes have no fast kernel on a CPU.
-    small = x.to(dtype or torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return small.mul_(factor.to(small.dtype))
+    small = (x.mT if tall else x).to(dtype, memory_format=torch.contiguous_format, copy=True)
+    return small.mul_(factor.to(dtype))
 
 
 def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
-    """The steps on (B, m, n), of norm one. It overwrites x.
-
-    A tall matrix is multiplied from the right: to transpose it would take as long as a product.
-    """
-    tall = x.shape[-2] > x.shape[-1]
-    gram = _gram(x)
+    """The steps on (B, m, n), m ≤ n, of norm one. It overwrites x."""
+    gram = torch.bmm(x, x.mT)
     norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     square = torch.where(norm > 0, 1 / (norm * SAFETY**2), 0.0)
     x.mul_(square.sqrt().to(x.dtype))
     gram.mul_(square.to(x.dtype))
     spare, poly = torch.empty_like(x), torch.empty_like(gram)
-    paired = max(x.shape[-2:]) >= PAIRED_FROM * min(x.shape[-2:])
+    paired = x.shape[-1] >= PAIRED_FROM * x.shape[-2]
     rest = list(coefficients)
     while rest:
         (a, b, c), *rest = rest
@@ -76,16 +83,10 @@ def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
             (a, b, c), *rest = rest
             second = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             second.diagonal(dim1=-2, dim2=-1).add_(a)
-            both = torch.bmm(second, poly, out=gram)
-            torch.bmm(*((x, both) if tall else (both, x)), out=spare)
+            torch.bmm(torch.bmm(second, poly, out=gram), x, out=spare)
         else:
-            torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a, out=spare)
+            torch.baddbmm(x, poly, x, beta=a, out=spare)
         x, spare = spare, x
         if rest:
-            _gram(x, out=gram)
+            torch.bmm(x, x.mT, out=gram)
     return x
-
-
-def _gram(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """The smaller one of xᵀx and xxᵀ."""
-    return torch.bmm(x.mT, x, out=out) if x.shape[-2] > x.shape[-1] else torch.bmm(x, x.mT, out=out)

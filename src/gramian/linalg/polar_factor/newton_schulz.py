@@ -100,19 +100,22 @@ def quintics(
     return in_parts(a, run)
 
 
-def in_parts(a: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """`run` of the matrices (B, m, n) of a, as many at once as fit the cache of a CPU, without a graph or autocast."""
+def in_parts(a: Tensor, run: Callable[[Tensor], Tensor], out: Tensor | None = None) -> Tensor:
+    """`run` of the matrices (B, m, n) of a, as many at once as fit the cache of a CPU, without a graph or autocast.
+
+    Written to `out`, if it is given, which may be `a` itself.
+    """
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         x = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
         if not x.numel():
             return a.clone()
         few = max(1, CHUNK // x[0].numel()) if x.device.type == "cpu" else len(x)
-        if few >= len(x):
+        if out is None and few >= len(x):
             return run(x).to(a.dtype).contiguous().reshape(a.shape)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for part, place in zip(x.split(few), out.split(few), strict=True):
+        found = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out.view(x.shape)
+        for part, place in zip(x.split(few), found.split(few), strict=True):
             place.copy_(run(part))
-        return out.reshape(a.shape)
+        return found.reshape(a.shape)
 
 
 def _composed(x: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:

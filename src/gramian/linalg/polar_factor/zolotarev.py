@@ -84,19 +84,25 @@ def fractions(low: float, terms: int) -> Fractions:
 
 
 def zolotarev(
-    a: Float[Tensor, "*b m n"], *, low: float, terms: int = 2, dtype: torch.dtype | None = None
+    a: Float[Tensor, "*b m n"],
+    *,
+    low: float,
+    terms: int = 2,
+    dtype: torch.dtype | None = None,
+    out: Float[Tensor, "*b m n"] | None = None,
 ) -> Float[Tensor, "*b m n"]:
     """Approximate polar factor of each matrix, whose singular values from `low` · ‖A‖₂ up end within
     `fractions(low, terms).error` of 1, and smaller ones below.
 
     The last product is in `dtype`, float32 if None; all else is in float32. A zero matrix gives zero, NaN stays in its
-    own matrix, and each matrix is scaled by itself.
+    own matrix, and each matrix is scaled by itself. It is written to `out`, contiguous and perhaps `a`, if given.
     """
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         x = a.detach().reshape(math.prod(a.shape[:-2]), *a.shape[-2:])
         if not x.numel():
             return a.clone()
-        f, out = fractions(max(low, LEAST), terms), torch.empty_like(x, memory_format=torch.contiguous_format)
+        f = fractions(max(low, LEAST), terms)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out.view(x.shape)
         few = max(1, CHUNK // x[0].numel()) if x.device.type == "cpu" else len(x)
         for part, place in zip(x.split(few), out.split(few), strict=True):
             place.copy_(_sum_of_fractions(part, f, dtype or torch.float32))
