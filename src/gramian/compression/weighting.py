@@ -188,7 +188,7 @@ def counted(moment: DiagonalGram) -> tuple[Roots, int]:
     >>> counts = torch.tensor([4.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     >>> found, unseen = counted(DiagonalGram(4).add(counts, counts, 6))
     >>> unseen, (6 * found.root.square()).round(decimals=2).tolist()
-    (1, [3.33, 1.33, 1.33, 0.67])
+    (1, [3.0, 1.2, 1.2, 0.6])
     """
     shares = moment.diagonal
     if not bool(shares.isfinite().all()):

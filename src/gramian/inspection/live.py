@@ -62,6 +62,7 @@ class Watch:
     Cost: as `watch`.
     Source: this library's own.
 
+    >>> import torch
     >>> net = nn.Linear(2, 1)
     >>> with watch(net, torch.optim.SGD(net.parameters(), lr=0.1)) as watching:
     ...     watching.step, watching.findings
@@ -319,6 +320,7 @@ def watch(
         matrix; where the model is compiled, an uncompiled forward pass too. The last batch is kept until the next.
     Source: this library's own.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
     >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     >>> with watch(net, optimizer) as watching:

@@ -86,8 +86,8 @@ def capture(
 
 def captured(
     model: nn.Module,
-    batches: Batches,
-    objective: Objective | Callable,
+    batches: Any,
+    objective: Any,
     fisher: Fisher | None = None,
     non_finite: Literal["raise", "keep"] = "raise",
     progress: Callable[[int], None] | None = None,

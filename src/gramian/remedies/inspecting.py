@@ -15,7 +15,7 @@ from gramian.calls import as_model
 from gramian.errors import InputError, UnsupportedError
 from gramian.inspection import inspect as diagnose
 from gramian.inspection.trainability import DECADES_LOST, decades_lost
-from gramian.loader import Batches, as_batches, first_few, with_samples
+from gramian.loader import Batches, as_batches, first_few, no_batches, with_samples
 from gramian.objective import Objective, as_objective
 from gramian.placement import is_distributed
 from gramian.recording.keeping import keeping, kept_random
@@ -144,6 +144,8 @@ def _noting(batches: Iterable[Any], first: list[Any]) -> Iterator[Any]:
         if not first:
             first.append(batch)
         yield batch
+    if not first:
+        raise no_batches(batches, "inspect")
 
 
 def _with_decades_lost(report: Report) -> Report:
