@@ -7,26 +7,23 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gramian.compression.calibrating import Measure
 from gramian.recording import evaluating
 
 __all__ = ["Point", "Predicted", "losses_of", "measured_point", "predict"]
 
-Z = 1.6449
-"""The 95 % quantile of the normal distribution."""
-PACES, VAGUE, MISFIT, NOISE = (0.02, 0.05, 0.1, 0.2, 0.4), 3.0, 0.03, 1e12
-"""As shares of the size of the multiple: how far it may wander while the estimate grows by a factor of e; how uncertain
-it is before anything was measured; how far a single plan may be off; and the largest variance that is told apart."""
+INTERPOLATION = 0.1
+"""How far the rise between two measured points may at least be from the line between them, as a share of it."""
 
 
 class Predicted(NamedTuple):
-    """The rise of the mean loss that is expected, and an interval that holds nine in ten measurements on new data.
+    """The rise of the mean loss that is expected, and an interval that holds nine in ten.
 
     Attributes:
         rise: of the mean loss per unit.
-        low, high: the interval, of a measurement on as much new data as was kept apart; NaN where nothing was measured.
+        low, high: the interval; NaN where nothing was measured.
         measured: whether it rests on measurements, and not on the second-order estimate alone, which is often several
             times too low.
     """
@@ -78,11 +75,7 @@ def measured_point(
 
 
 def predict(estimate: float, points: Sequence[Point]) -> Predicted:
-    """The rise at a second-order estimate, from rises that were measured at others.
-
-    What the rise is as a multiple of the estimate wanders slowly with the logarithm of the estimate. So a point that is
-    known well tells of its neighbors, and a rise that is small beside the noise of its measurement is found from larger
-    ones. How fast the multiple wanders is averaged over, by how likely it makes the points.
+    """The rise at a second-order estimate: on the line between the nearest points, of logarithms of both.
 
     Args:
         estimate: `½ Σ σ²` of what is dropped.
@@ -93,62 +86,48 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
 
     Raises: nothing of its own.
     Cost: none to speak of.
-    Source: Gaussian-process regression (Rasmussen & Williams 2006, eq. 2.23–2.30) with the covariance of a random walk.
+    Source: the rise is `½ Σ σ²` as that goes to zero, and a power of it between points that are near.
 
-    >>> round(predict(2.0, [Point(1.0, 3.0, 0.0), Point(4.0, 12.0, 0.0)]).rise, 3)
+    >>> predict(2.0, [Point(1.0, 3.0, 0.0), Point(4.0, 12.0, 0.0)]).rise
     6.0
     """
     if estimate <= 0:
         return Predicted(0.0, 0.0, 0.0, bool(points))
-    known = [p for p in points if p.estimate > 0 and math.isfinite(p.rise) and math.isfinite(p.error)]
+    known = sorted(p for p in points if p.estimate > 0 and math.isfinite(p.rise))
     if not known:
         return Predicted(estimate, math.nan, math.nan, False)
-    at, rises, errors = (torch.tensor(column, dtype=torch.float64) for column in list(zip(*known, strict=True))[:3])
-    places = torch.cat([at, at.new_tensor([estimate])]).log()
-    multiple, error = rises / at, errors / Z / at
-    weight = 1 / (error.square() + multiple.square().mean() + 1e-300)
-    level = float(torch.maximum((weight * multiple.abs()).sum() / weight.sum(), error.min()))
-    if not 0 < level < math.inf:  # nothing rose at all
-        return Predicted(0.0, 0.0, 0.0, True)
-    # In units of the level, since losses may have any.
-    multiple, noise = multiple / level, (error / level).square().clamp_max(NOISE) + MISFIT**2
-    means, variances, likely = [], [], []
-    for pace in PACES:
-        prior = VAGUE**2 + pace**2 * _random_walk(places - places.min())
-        lower = torch.linalg.cholesky(prior[:-1, :-1] + torch.diag(noise))
-        residual = torch.linalg.solve_triangular(lower, (multiple - 1)[:, None], upper=False)[:, 0]
-        weights = torch.linalg.solve_triangular(lower, prior[:-1, -1:], upper=False)[:, 0]
-        means.append(1 + float(weights @ residual))
-        variances.append(max(0.0, float(prior[-1, -1] - weights @ weights)))
-        likely.append(float(-0.5 * residual @ residual - lower.diagonal().log().sum()))
-    share = torch.tensor(likely, dtype=torch.float64).softmax(0)
-    mean, spread = share.new_tensor(means), share.new_tensor(variances)
-    middle = float(share @ mean)
-    half = Z * math.sqrt(float(share @ (spread + (mean - middle).square())) + MISFIT**2)
-    rise = estimate * level * middle
-    half = math.hypot(estimate * level * half, _error_of_another(estimate, known))
+    upper = next((i for i, p in enumerate(known) if p.estimate >= estimate), len(known) - 1)
+    right = known[upper]
+    # Below the first point the rise goes to zero with the estimate, in proportion.
+    left = known[upper - 1] if upper else Point(0.0, 0.0, 0.0)
+    rise, error = _between(estimate, left, right)
+    outside = max(0.0, math.log(estimate / right.estimate))  # beyond the last point, less is known
+    half = math.hypot(error, (_roughness(known) + 0.5 * outside) * abs(rise))
     return Predicted(rise, rise - half, rise + half, True)
 
 
-def _error_of_another(estimate: float, known: Sequence[Point]) -> float:
-    """Half the interval of another measurement on as much data: on the line between points, of logarithms of both."""
-    sure = sorted((math.log(p.estimate), math.log(p.error)) for p in known if p.error > 0)
-    if not sure:
-        return 0.0
-    at = math.log(estimate)
-    # The loss of a unit is off by a first-order term, which grows with the root of what the second order costs.
-    below = max((one for one in sure if one[0] <= at), default=(at, sure[0][1] + 0.5 * (at - sure[0][0])))
-    above = min((one for one in sure if one[0] > at), default=(at, sure[-1][1] + 0.5 * (at - sure[-1][0])))
-    share = (at - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
-    return math.exp((1 - share) * below[1] + share * above[1])
+def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
+    """The rise and half its interval on a line between two points, of logarithms where both have risen."""
+    if left.estimate <= 0 or min(left.rise, right.rise) <= 0 or left.estimate == right.estimate:
+        share = (estimate - left.estimate) / max(right.estimate - left.estimate, 1e-300)
+        rise = left.rise + share * (right.rise - left.rise)
+        return rise, (1 - min(share, 1.0)) * left.error + share * right.error
+    share = math.log(estimate / left.estimate) / math.log(right.estimate / left.estimate)
+    rise = math.exp((1 - share) * math.log(left.rise) + share * math.log(right.rise))
+    return rise, rise * (abs(1 - share) * left.error / left.rise + abs(share) * right.error / right.rise)
 
 
-def _random_walk(times: Tensor) -> Tensor:
-    """The covariance of a random walk that starts at 0, at some times that are not negative."""
-    return torch.minimum(times[:, None], times[None, :])
+def _roughness(known: Sequence[Point]) -> float:
+    """How far a rise may be from the line between two points: half as far as points are from their neighbors' line."""
+    off = [
+        abs(_between(point.estimate, left, right)[0] / point.rise - 1)
+        for left, point, right in zip(known, known[1:], known[2:], strict=False)
+        if point.rise > 0 and left.estimate < point.estimate < right.estimate
+    ]
+    return max([INTERPOLATION, *(0.5 * one for one in off)])
 
 
 def _student(freedom: int) -> float:
     """The 95 % quantile of Student's t, by its expansion (Abramowitz & Stegun, 26.7.5)."""
-    z = Z
+    z = 1.6449
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
