@@ -49,7 +49,7 @@ def command(
         "gramian": found["gramian"],
         "Python": found["python"],
         "torch": found["torch"],
-        "processor": f"{found['processor']}, {found['cores']} cores; torch uses {found['threads']} threads",
+        "processor": f"{found['processor']}, {found['cores']} cores; torch uses {found['threads']} of them",
         "units": ", ".join(found["units"]) or "none that matter here",
         "matrix unit": "bfloat16 (AMX)" if found["bf16_matrix_unit"] else "none for bfloat16",
         "BLAS": found["blas"],
