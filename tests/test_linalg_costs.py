@@ -153,3 +153,8 @@ print(times[0] - times[1])
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert (tmp_path / "gramian" / "linalg.json").exists()
     assert float(out.stdout) < 0.9  # 0.3 s on an idle machine
+
+
+def test_to_ask_where_the_constants_come_from_measures_nothing(cache, timed) -> None:
+    assert cost.constants().source == "default"
+    assert timed == []

@@ -154,7 +154,7 @@ def constants(device: str = "cpu", rows: tuple[Operations, ...] = (), n: int = 0
     known = _known(key)
     names = {"float32", *(name for row in rows for name in row)}
     missing = sorted(name for name in names if name not in known)
-    if missing and kind == "cpu" and max(predict(row, n, batch, default) for row in rows) > WORTH:
+    if missing and kind == "cpu" and max((predict(row, n, batch, default) for row in rows), default=0.0) > WORTH:
         from gramian.linalg.engine.measuring import measure  # which needs this file's sizes
 
         known.update(measure(missing))
