@@ -24,6 +24,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 
 def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any, Any] | None:
     """Return the network that MODEL and --task name, and its task; `None` where MODEL is a file without a task."""
+    import torch
+
     from gramian import tasks
     from gramian.checkpoint import load_into
     from gramian.compression import load_compressed
@@ -34,6 +36,7 @@ def with_task(model: str, task: str | None, verb: str = "inspect") -> tuple[Any,
         return None
     write = f"gramian {verb} {{}}" if is_task else f"gramian {verb} {model} --task {{}}"
     found = tasks.load(model if is_task else str(task), write=write)
+    torch.manual_seed(0)  # so that a network that the task draws is the same each time
     network = found.model()
     if not is_task:
         network = load_compressed(network, model) if has_ranks(model) else load_into(network, model)

@@ -38,7 +38,10 @@ def command(
     console.print()
     console.print(f"  logistic regression   {numbers['accuracy_logistic']:7.1%}", highlight=False)
     console.print(f"  untreated             {numbers['accuracy_untreated']:7.1%}", highlight=False)
-    console.print(f"  repaired and trained  {numbers['accuracy_trained']:7.1%}", highlight=False)
+    steps = numbers["steps"]["isometric + muon"]
+    console.print(f"  repaired and trained  {numbers['accuracy_trained']:7.1%}  in {steps} steps", highlight=False)
+    if numbers["accuracy_trained"] < numbers["accuracy_logistic"]:
+        console.print("    too few for this depth: give each run more time with --seconds, or an idle machine")
     share = numbers["parameters_compressed"] / numbers["parameters"]
     console.print(f"  compressed to {share:4.0%}    {numbers['accuracy_compressed']:7.1%}", highlight=False)
     console.print(f"\nReport: {out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -170,7 +170,7 @@ class NarrowPlan:
         least = self._parameters({layer.units.name: 1 for layer in self.layers})
         return min(1.0, math.nextafter(least / self.parameters_dense, 1.0))
 
-    def at(self, *, keep: float) -> NarrowPlan:
+    def at(self, keep: float) -> NarrowPlan:
         """The plan that keeps a share of the parameters.
 
         Args:

@@ -176,8 +176,8 @@ class Plan:
 
     def at(
         self,
-        *,
         keep: float | None = None,
+        *,
         size: float | None = None,
         bits: int | None = None,
         sparsity: float | str | None = None,
