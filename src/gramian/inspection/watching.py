@@ -74,7 +74,8 @@ class Watcher(Follower):
             self.seen.ungraded.add(name)
         if not name and not self.live and not self.careful:
             given = [t for t in tensors_of((*args, *kwargs.values())) if t.ndim and not t.requires_grad]
-            self.seen.fed |= {key(t) for t in given}
+            if not in_vmap():  # whose tensors have no storage
+                self.seen.fed |= {key(t) for t in given}
             self.raw.start(given)
         if not self.careful and isinstance(module, nn.modules.batchnorm._BatchNorm):
             given = first_float(*args, *kwargs.values())
