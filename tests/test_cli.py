@@ -350,7 +350,7 @@ def test_train_that_is_interrupted_says_how_to_go_on(folder, capsys, monkeypatch
     assert "the run in runs/x is of optimizer muon, not adamw; learning rate 0.1, not 0.001" in err
     code, out, _ = run(capsys, *TRAIN, "--resume")
     assert code == 0
-    assert "resumed at 2" in out
+    assert re.search(r"resumed at \d+", out)  # of which step the first checkpoint is depends on what writing costs
 
 
 def test_train_that_is_interrupted_and_not_kept_says_so(folder, capsys, monkeypatch) -> None:

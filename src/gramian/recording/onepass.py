@@ -109,13 +109,13 @@ def captured(
     Raises: as `capture`.
     """
     model, objective = as_model(model, "capture"), as_objective(objective)
-    fisher = fisher or objective.fisher
+    mode: Fisher = fisher or objective.fisher
     ranks = collective_of(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # Each rank draws its own labels.
     seed = placement.world(ranks.group).rank if ranks.together else 0
     generator = generator or torch.Generator(device).manual_seed(seed)
-    stats = Statistics(fisher=fisher)
+    stats = Statistics(fisher=mode)
     recorder = Recorder(blocks(model, layouts), stats, max_dim=max_dim, precision=precision)
     total_loss, num_batches = 0.0, 0
     with ranks.agreed_pass(), measuring(model), ranks.resharded(), recorder.installed():
@@ -135,7 +135,7 @@ def captured(
                             f"capture: the loss of batch {num_batches} is {loss.item()}; repair the model first "
                             "(gm.inspect names the first layer that is not finite), or pass non_finite='keep'"
                         )
-                    losses = list(objective.losses(output, batch, fisher, generator))
+                    losses = list(objective.losses(output, batch, mode, generator))
                 differentiate(recorder, losses)
                 if counts:
                     stats.units += float(units)

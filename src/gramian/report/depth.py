@@ -68,7 +68,8 @@ def lane_legend(lane: Lane) -> list[tuple[str, str]]:
 
 
 def _colors(lane: Lane) -> list[str]:
-    roles: list[Role] = ["auto"] * lane.hues + [role for _, role, _ in lane.series]
+    before: list[Role] = ["auto"] * lane.hues
+    roles = before + [role for _, role, _ in lane.series]
     return colors_of([Series("", (), (), role) for role in roles])[lane.hues :]
 
 
