@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 DATA = {".py", ".typed", ".html", ".css", ".js"}  # what a package may hold
 URLS = {
     "Homepage": "",
-    "Documentation": "/blob/main/docs/start.md",
+    "Documentation": "/tree/main/docs",
     "Changelog": "/blob/main/CHANGELOG.md",
     "Issues": "/issues",
 }
@@ -40,13 +40,7 @@ def absolute(readme: str, url: str, version: str) -> str:
 
 def with_urls(project: str, url: str) -> str:
     """The project's description with its addresses."""
-    urls = {
-        "Homepage": "",
-        "Documentation": "/tree/main/docs",
-        "Changelog": "/blob/main/CHANGELOG.md",
-        "Issues": "/issues",
-    }
-    lines = "".join(f'{name} = "{url}{path}"\n' for name, path in urls.items())
+    lines = "".join(f'{name} = "{url}{path}"\n' for name, path in URLS.items())
     return project.replace("[project.scripts]", f"[project.urls]\n{lines}\n[project.scripts]")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.compression import LowRank, Plan, compress
+from gramian.compression.calibrating import Calibration
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.targets import targets
 from gramian.compression.weighting import counted, nearest_kronecker, weighting
@@ -140,8 +141,9 @@ def test_the_rows_seen_are_those_of_the_side_with_the_columns() -> None:
     stats, rows = gm.capture(model, BATCHES[:4], DISTILL), 4 * 16 * 12
 
     def seen(of: nn.Module, blind: bool) -> dict[str, float]:
+        calibration = Calibration(stats, distinct=0.5, differentiated=0.25)
         found, _ = targets(of, ["table", "head"], ())
-        return {t.name: weighting(t, stats, share=0.5, blind=blind, differentiated=0.25).seen for t in found}
+        return {t.name: weighting(t, calibration, blind=blind).seen for t in found}
 
     assert seen(model, False) == {"table": rows / 8, "head": rows / 2}
     assert seen(model, True) == {"table": torch.inf, "head": rows / 2}

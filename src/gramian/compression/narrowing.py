@@ -115,13 +115,7 @@ def narrow(
         block = known[units.name]
         target = Target(units.name, block.module, block, block.name, block.name, block.parameter.numel())
         try:
-            weights = weighting(
-                target,
-                calibration.stats,
-                share=calibration.distinct,
-                blind=blind,
-                differentiated=calibration.differentiated,
-            )
+            weights = weighting(target, calibration, blind=blind)
         except Uncaptured as error:
             reasons[units.name] = str(error)
             continue

@@ -116,13 +116,7 @@ def compress(
     for target in found:
         here = target._replace(module=submodule(own, target.name))
         try:
-            weights = weighting(
-                here,
-                calibration.stats,
-                share=calibration.distinct,
-                blind=blind,
-                differentiated=calibration.differentiated,
-            )
+            weights = weighting(here, calibration, blind=blind)
         except Uncaptured as error:
             reasons[target.name] = str(error)
             continue

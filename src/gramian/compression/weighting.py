@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.block import Block
+from gramian.compression.calibrating import Calibration
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.shrinkage import Roots, roots, shrunk_mean
 from gramian.compression.targets import Target
@@ -55,17 +56,13 @@ class Weighting(NamedTuple):
     seen: float = math.inf
 
 
-def weighting(
-    target: Target, stats: Statistics, *, share: float, blind: bool, differentiated: float = 1.0
-) -> Weighting:
+def weighting(target: Target, calibration: Calibration, *, blind: bool) -> Weighting:
     """The weighting of a layer.
 
     Args:
         target: the layer.
-        stats: of the model.
-        share: the independent rows among those that were added to A and G.
+        calibration: with the statistics of the model.
         blind: whether G is left out, since too few units were seen.
-        differentiated: the share of the rows of A that G has too.
 
     Returns:
         Of several uses along the same sides the sum; of a table that is also a head, the nearest Kronecker product.
@@ -77,9 +74,9 @@ def weighting(
     Cost: two eigendecompositions for each use.
     Source: for several uses, see `nearest_kronecker`.
     """
-    sites = _sites(target, stats)
+    sites, share = _sites(target, calibration.stats), calibration.distinct
     uses = [_merged(target, group) for group in _by_sides(sites)]
-    found = [_of_use(target, site, share, share * differentiated, blind) for site in uses]
+    found = [_of_use(target, site, share, share * calibration.differentiated, blind) for site in uses]
     return found[0] if len(found) == 1 else _joint(found)
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from gramian.objective import Objective, as_objective
-from gramian.recording.keeping import kept_random
+from gramian.recording.keeping import seeded
 from gramian.recording.measuring import batch_statistics, eager, evaluating
 from gramian.remedies.performing import Setting, perform
 from gramian.report import Action
@@ -118,7 +116,7 @@ def rehearse(
         return Rehearsed([measure.loss(trained, held, 0)] * len(moments))
     order = torch.Generator().manual_seed(seed)
     losses = Rehearsed([measure.loss(trained, held, 0)] if 0 in moments else [])
-    with random_state(seed), eager(), torch.enable_grad():
+    with seeded(seed), eager(), torch.enable_grad():
         try:
             for step in range(max(moments)):
                 if step % len(used) == 0 and seed:
@@ -162,13 +160,3 @@ def loss_of(model: nn.Module, batches: Sequence[Any], objective: Objective, *, s
             total, units = total + float(loss.detach()), units + float(count)
     mean = total / units if units else math.inf
     return mean if math.isfinite(mean) else math.inf
-
-
-@contextmanager
-def random_state(seed: int) -> Iterator[None]:
-    """A context with the global random states seeded; then they are what they were."""
-    with kept_random():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 (the user's model may draw from it)
-        yield

@@ -16,9 +16,10 @@ from torch import Tensor
 from gramian.errors import GramianError, GramianWarning, some
 from gramian.init import signs_of_training
 from gramian.inspection import inspect
+from gramian.recording.keeping import seeded
 from gramian.remedies.performing import OF_THE_LOSS, OnInput, Setting, perform
 from gramian.remedies.proposals import proposals
-from gramian.remedies.rehearsing import MOMENTS, Measure, Rehearsed, random_state, rehearse
+from gramian.remedies.rehearsing import MOMENTS, Measure, Rehearsed, rehearse
 from gramian.report import Action, Finding, Rehearsal, Report
 
 __all__ = ["NUM_SEEDS", "verified"]
@@ -173,7 +174,7 @@ def _verified(
     measure = Measure(stored=finding.code in OF_STATISTICS)
     for action in actions:
         try:
-            with warnings.catch_warnings(), random_state(0):
+            with warnings.catch_warnings(), seeded(0):
                 warnings.simplefilter("ignore", GramianWarning)  # it warns when the user performs it
                 changed = perform(action, state.setting.copied())
             tried.append(_Tried(action, changed, rehearse(changed, moments=moments, measure=measure), start))

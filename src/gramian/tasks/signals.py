@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from gramian.errors import TaskError
 from gramian.objective import Objective
+from gramian.recording.keeping import seeded
 from gramian.training import Task
-from gramian.training.randomness import seeded
 
 __all__ = ["mnist1d"]
 

@@ -13,6 +13,7 @@ from torch import nn
 from gramian import placement
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import as_objective
+from gramian.recording.keeping import seeded
 from gramian.report import Report
 from gramian.training import agreement, page, start
 from gramian.training.checks import check_best, check_inputs, check_model, identity_of
@@ -20,7 +21,6 @@ from gramian.training.folder import Folder, read
 from gramian.training.interrupts import Interrupts, end
 from gramian.training.optimizers import choose
 from gramian.training.options import Options
-from gramian.training.randomness import seeded
 from gramian.training.running import NONFINITE_STEPS, Loop
 from gramian.training.schedule import WARMUP_STEPS, Schedule, as_budget, check_warmup
 from gramian.training.sharding import shard_

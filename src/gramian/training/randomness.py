@@ -1,4 +1,4 @@
-"""The global generators of a run: torch's, Python's and numpy's, seeded, saved, restored and given back.
+"""The global generators of a run: torch's, Python's and numpy's, saved and restored.
 
 The batches draw from a state of torch's generator that is their own (`Own`), so that what the model draws, as dropout
 does, has no influence on the data, and a resumed run can draw the same batches again.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,24 +23,8 @@ __all__ = [
     "random_states",
     "restore_python",
     "restore_random_state",
-    "seeded",
     "state_of_python",
 ]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch (the CPU's and those of GPUs in use), Python and numpy; then restore them."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    before = state_of_python()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that tasks draw from
-        try:
-            yield
-        finally:
-            restore_python(before)
 
 
 def state_of_python() -> tuple[Any, Any]:
