@@ -178,12 +178,15 @@ def compare(name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=FAMILIES)
+    parser.add_argument("--only", choices=FAMILIES, help="This one; the others stay in the file as they are.")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = [args.only] if args.only else list(FAMILIES)
-    body = {"machine": features(), "steps": STEPS, "families": {name: compare(name) for name in names}}
+    families = json.loads(args.out.read_text())["families"] if args.out.exists() else {}
+    families |= {name: compare(name) for name in names}
+    families = {name: families[name] for name in FAMILIES if name in families}
+    body = {"machine": features(), "steps": STEPS, "families": families}
     args.out.write_text(json.dumps(body, indent=1) + "\n")
 
 
