@@ -97,13 +97,23 @@ def _sample(w: Tensor) -> Tensor | None:
     w = w[(w != 0).any(1)][:, (w != 0).any(0)]  # kernels of one tap
     if w.numel() < LEAST_ENTRIES or not bool(w.isfinite().all()) or bool((w == w[0, 0]).all()):
         return None
-    sigma = torch.linalg.svdvals(w)
-    sigma = sigma[sigma > NULL * sigma[0]]
-    if sigma[-1] > FLAT * sigma[0]:
-        return None
     w = w / w.abs().max()
+    if _is_flat(w):
+        return None
     level = float(EXTREME / TYPICAL * w.abs().median())
     return w.clamp(-level, level) if level > 0 else w
+
+
+def _is_flat(w: Tensor) -> bool:
+    """Whether the singular values that are not zero are equal."""
+    gram = w @ w.mT if w.shape[0] < w.shape[1] else w.mT @ w
+    squares = gram @ gram
+    value = squares.trace() / gram.trace()  # a mean of the λ, with weights λ: all are within 1 − FLAT² of it
+    if float((squares - value * gram).norm()) > 2 * (1 - FLAT**2) * float(value * gram.norm()):
+        return False
+    sigma = torch.linalg.svdvals(w)
+    sigma = sigma[sigma > NULL * sigma[0]]
+    return bool(sigma[-1] > FLAT * sigma[0])
 
 
 def _judge(w: Tensor) -> list[str]:
@@ -114,7 +124,7 @@ def _judge(w: Tensor) -> list[str]:
     if min(m, n) >= LEAST_SIDE:
         a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
         edge = (a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * tracy_widom_quantile(LEVEL)
-        largest = torch.linalg.svdvals(w)[..., 0].square()
+        largest = torch.linalg.eigvalsh(w @ w.mT if m < n else w.mT @ w)[..., -1]
         tests["a singular value too large for independent entries"] = largest > edge * variance
     spread = w.square().var((-2, -1))
     for dim, what in ((-1, "rows"), (-2, "columns")):
