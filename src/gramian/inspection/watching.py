@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gramian.inspection.following import Follower
 from gramian.inspection.given import key
-from gramian.inspection.losses import ends_of, see_loss
+from gramian.inspection.losses import ends_of, see_loss, see_pull
 from gramian.inspection.moments import as_moments, first_float, squares, version
 from gramian.inspection.observed import Call, Cut, Ends, Observed
 from gramian.inspection.operations import Operations
@@ -195,6 +195,8 @@ class Watcher(Follower):
                 self.first_non_finite = (name, getattr(func, "__name__", str(func)))
             if not self.careful:
                 self._see(name, func, args, kwargs, output)
+                if not self.live:
+                    see_pull(self.seen, func, output)
         return output
 
     def _unfused(self, func: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ __all__ = ["ordered"]
 
 # Codes by origin, causes first. What is in no group comes after these, before depth.
 _ORIGINS: tuple[tuple[str, ...], ...] = (
-    ("non-finite-weights", "input-non-finite"),
+    ("non-finite-weights", "input-non-finite", "input-changed"),
     ("labels-constant", "labels-out-of-range", "labels-sorted", "input-constant"),
     ("labels-non-finite", "training-fails", "parameter-unregistered", "softmax-single-value"),
     ("loss-broadcast", "loss-unbounded", "loss-not-log-probabilities", "output-range", "loss-maximized"),
@@ -50,7 +50,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("head-input-offset",),
     ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
-    ("parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
+    ("input-unused", "parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("modes-disagree",),
     ("rate-too-high", "rate-too-low"),
     ("labels-independent",),
