@@ -230,6 +230,8 @@ class Observed:
     Attributes:
         calls, activations, attentions, additions, gates, cuts: in the order of the forward pass of the first batch.
         added: names of parameters that are added to something.
+        multiplied, by_entry: names of parameters whose values a product takes as a matrix, and of those that meet
+            other values entry by entry.
         visible: keys that attention sees, where it has a mask.
         gradients: root mean square of the loss's gradient by parameter; `None` where it does not reach the parameter.
         zero_gradients: share of exact zeros in it.
@@ -270,6 +272,8 @@ class Observed:
     visible: list[Visible] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
     added: set[str] = field(default_factory=set)
+    multiplied: set[str] = field(default_factory=set)
+    by_entry: set[str] = field(default_factory=set)
     gates: list[Gate] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     gradients: dict[str, float | None] = field(default_factory=dict)
@@ -301,3 +305,8 @@ class Observed:
     image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     labels: tuple[int, int, int] | None = None
     error: Exception | None = None
+
+    @property
+    def entries(self) -> frozenset[str]:
+        """Parameters that meet other values entry by entry, and that no product takes as a matrix."""
+        return frozenset(self.by_entry - self.multiplied)
