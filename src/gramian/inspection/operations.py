@@ -78,6 +78,7 @@ class Operations:
         self.gating.clear()
         self.heads.clear()
         self.elementwise.clear()
+        self.made_by.clear()
 
     def see(
         self,
