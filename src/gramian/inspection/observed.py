@@ -246,6 +246,7 @@ class Observed:
         fed: keys of the tensors with which the model was called.
         raw: the data that layers take as they are.
         ends: of the function that made it.
+        scores_end: of the function, in the model or outside, that made what a binary cross-entropy of scores is given.
         cosines: where the loss's scores are cosines.
         reductions: means and sums that cancel.
         ungraded: modules that run under `torch.no_grad`.
@@ -289,6 +290,7 @@ class Observed:
     fed: set[tuple[int, int]] = field(default_factory=set)
     raw: list[Raw] = field(default_factory=list)
     ends: Ends | None = None
+    scores_end: Ends | None = None
     cosines: Cosines | None = None
     reductions: list[Reduction] = field(default_factory=list)
     ungraded: set[str] = field(default_factory=set)
