@@ -265,6 +265,7 @@ class Observed:
         image_sizes: height and width of the input of each module that takes images, where it is called first.
         statistics: of each batch norm whose stored statistics are no longer the initial ones: how far their means are
             from those of the batch, in standard deviations, and the ratio of the variances.
+        initial_statistics: of each batch norm, how far 0 and 1 are from the statistics of the batch, likewise.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -282,6 +283,7 @@ class Observed:
     used: dict[str, int] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
     statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    initial_statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
     logits: Tensor | None = None
     criteria: list[Criterion] = field(default_factory=list)
     broadcast: Broadcast | None = None

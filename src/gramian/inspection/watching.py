@@ -154,8 +154,14 @@ class Watcher(Follower):
         others, spread = tuple(range(1, wide.ndim)), (-1, *(1,) * (wide.ndim - 1))
         found_mean = wide.mean(others)
         found_variance = (wide - found_mean.view(spread)).square_().mean(others)
+        if not self.live and name not in self.seen.called:
+            eps = module.eps
+            shift = (found_mean.square() / (found_variance + eps)).mean().sqrt()
+            ratio = ((1 + eps) / (found_variance + eps)).log().abs().mean().exp()
+            self.seen.initial_statistics[name] = float(shift), float(ratio)
         if module.momentum and module.num_batches_tracked is not None:  # what is left of the initial values, 0 and 1
             left = (1 - module.momentum) ** module.num_batches_tracked
+            left = torch.where(module.num_batches_tracked > 0, left, 0.0)  # a count that was not kept
             found_mean, found_variance = (1 - left) * found_mean, (1 - left) * found_variance + left
         eps = module.eps
         shift = ((mean - found_mean).square() / (found_variance + eps)).mean().sqrt()
