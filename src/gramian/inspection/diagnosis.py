@@ -197,6 +197,7 @@ def _measure_signal(
     if observed.error is not None:
         measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
         return list(labels_in_range(context))
+    measured.entries = observed.entries
     measured.looked_at += ["data", "loss", "modules in training steps"]
     try:
         context.evaluated = evaluate(model, few[0], objective)

@@ -13,6 +13,7 @@ from typing import Any, Self
 from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.inspection.following import Follower
@@ -48,6 +49,7 @@ class Watcher(Follower):
         self.order = 0
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
+        self.is_elsewhere = False  # whether the last parameter used outside the model is another network's
         self.raw = RawData(self.names)
         self.measured: dict[int, tuple[int, tuple[Tensor, Tensor]]] = {}  # with the tensor's version
         self.operations = Operations(seen, self.names, self._read, self._squares, live=live)
@@ -152,8 +154,14 @@ class Watcher(Follower):
         others, spread = tuple(range(1, wide.ndim)), (-1, *(1,) * (wide.ndim - 1))
         found_mean = wide.mean(others)
         found_variance = (wide - found_mean.view(spread)).square_().mean(others)
+        if not self.live and name not in self.seen.called:
+            eps = module.eps
+            shift = (found_mean.square() / (found_variance + eps)).mean().sqrt()
+            ratio = ((1 + eps) / (found_variance + eps)).log().abs().mean().exp()
+            self.seen.initial_statistics[name] = float(shift), float(ratio)
         if module.momentum and module.num_batches_tracked is not None:  # what is left of the initial values, 0 and 1
             left = (1 - module.momentum) ** module.num_batches_tracked
+            left = torch.where(module.num_batches_tracked > 0, left, 0.0)  # a count that was not kept
             found_mean, found_variance = (1 - left) * found_mean, (1 - left) * found_variance + left
         eps = module.eps
         shift = ((mean - found_mean).square() / (found_variance + eps)).mean().sqrt()
@@ -185,6 +193,8 @@ class Watcher(Follower):
                 self._unfused(func, *few)
             return func(*args, **kwargs)
         if not self.careful and not self.live:
+            if func is F.binary_cross_entropy_with_logits:
+                self._see_ends(args[0] if args else kwargs.get("input"))
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.place, func, args, kwargs)
         given = (*args, *kwargs.values()) if self.careful and self.first_non_finite is None else None
@@ -198,6 +208,11 @@ class Watcher(Follower):
                 if not self.live:
                     see_pull(self.seen, func, output)
         return output
+
+    def _see_ends(self, scores: Any) -> None:
+        """Keeps the function between whose ends what a loss of scores is given was made."""
+        if self.ended is not None and (scores is self.ended[0] or getattr(scores, "_base", None) is self.ended[0]):
+            self.seen.scores_end = self.seen.scores_end or self.ended[1]
 
     def _unfused(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """The same result by operations that are seen."""
@@ -213,6 +228,8 @@ class Watcher(Follower):
         given = list(tensors_of((*args, *kwargs.values())))
         self._use(given)
         for t in given:
+            if isinstance(t, nn.Parameter):
+                self.is_elsewhere = not self.stack and id(t) not in self.names
             if isinstance(t, nn.Parameter) and t.requires_grad and self.stack and id(t) not in self.names:
                 self.seen.strangers.setdefault(id(t), (name, tuple(t.shape)))
                 self.strange.append(t)
@@ -227,7 +244,10 @@ class Watcher(Follower):
             self.ended = (made, ends)
         if not made.requires_grad and made.ndim and any(t.requires_grad for t in given):
             self._cut(name, getattr(func, "__name__", str(func)), given)
-        self.operations.see(name, self.order, func, args, kwargs, given, made)
+        if not self.is_elsewhere or self.stack:  # not in a discriminator, a teacher or a loss with weights of its own
+            self.operations.see(name, self.order, func, args, kwargs, given, made)
+        elif not self.live:
+            self.operations.heads.see(func, args, kwargs, given, made)
 
     def _use(self, values: Iterable[Any]) -> None:
         for t in tensors_of(values):
