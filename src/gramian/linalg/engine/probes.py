@@ -141,7 +141,9 @@ def twice(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     forth, back, square = z.new_empty(b, z.shape[-2], m), torch.zeros_like(z), z.new_zeros(b)
     rows = max(64, PART // max(1, n))
     wide = x.dtype == torch.float64
-    buffer = z.new_empty(0 if wide else min(rows, m), n)
+    count = 0 if wide else min(rows, m)
+    # Laid out like x: a part that has to be transposed on its way takes three times as long.
+    buffer = z.new_empty(n, count).mT if x.stride(-2) == 1 else z.new_empty(count, n)
     for i in range(b):
         for start in range(0, m, rows):
             part = x[i, start : start + rows]

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gramian.linalg.engine import lapack
 from gramian.linalg.engine.probes import SEED
 from gramian.linalg.engine.scaling import unit_peak
 from gramian.linalg.engine.symmetric_products import symmetric_product
@@ -120,7 +121,7 @@ def _sum_of_fractions(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
     for pole, weight in zip(f.poles, f.weights, strict=True):
         shifted = g.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(pole)
-        term = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
+        term = torch.cholesky_inverse(lapack.cholesky(shifted)[0])
         total = term.mul_(f.scale * weight) if total is None else total.add_(term, alpha=f.scale * weight)
     assert total is not None
     total.diagonal(dim1=-2, dim2=-1).add_(f.scale)
