@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,6 +32,27 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues (B, n) ascending, eigenvectors (B, n, n), and for which matrices LAPACK converged (B,)."""
     (w, v), ok = _each(lambda y: tuple(torch.linalg.eigh(y)), x)
     return w, v, ok
+
+
+def small_eigh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., n) ascending and eigenvectors of small symmetric matrices (..., n, n), NaN where an entry is not
+    finite or LAPACK fails: what it is for then proves nothing, and says so."""
+    finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    w, v, ok = eigh(torch.where(finite, x, eye).reshape(-1, *x.shape[-2:]))
+    good = finite & ok.reshape(finite.shape)
+    return (
+        torch.where(good[..., 0], w.reshape(x.shape[:-1]), math.nan),
+        torch.where(good, v.reshape(x.shape), math.nan),
+    )
+
+
+def small_eigvalsh(x: Tensor) -> Tensor:
+    """The eigenvalues of `small_eigh`."""
+    finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    w, ok = eigvalsh(torch.where(finite, x, eye).reshape(-1, *x.shape[-2:]))
+    return torch.where(finite[..., 0] & ok.reshape(finite.shape)[..., 0], w.reshape(x.shape[:-1]), math.nan)
 
 
 def eig(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg.engine import lapack
+from gramian.linalg.engine.precision import in_full_precision
 from gramian.linalg.engine.probes import SEED
 from gramian.linalg.engine.scaling import unit_peak
 from gramian.linalg.engine.symmetric_products import symmetric_product
@@ -84,6 +85,7 @@ def fractions(low: float, terms: int) -> Fractions:
     return Fractions(2 / (top + bottom), tuple(poles), weights, (top - bottom) / (top + bottom))
 
 
+@in_full_precision
 def zolotarev(
     a: Float[Tensor, "*b m n"],
     *,
