@@ -35,8 +35,10 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def small_eigh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (..., n) ascending and eigenvectors of small symmetric matrices (..., n, n), NaN where an entry is not
-    finite or LAPACK fails: what it is for then proves nothing, and says so."""
+    """Eigenvalues (..., n) ascending and eigenvectors of small symmetric matrices (..., n, n).
+
+    They are NaN where an entry is not finite or LAPACK fails: what they are for then proves nothing, and says so.
+    """
     finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     w, v, ok = eigh(torch.where(finite, x, eye).reshape(-1, *x.shape[-2:]))
