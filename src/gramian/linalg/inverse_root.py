@@ -58,7 +58,7 @@ def _eigh32(
 ) -> Answer | None:
     """V w^(-1/p) Vᵀ by an eigendecomposition in float32; error εκ/p."""
     narrow = x.float()
-    narrow = narrow + shift.float()[:, None, None] * torch.eye(x.shape[-1], dtype=narrow.dtype, device=x.device)
+    narrow.diagonal(dim1=-2, dim2=-1).add_(shift.float()[:, None])
     if hopeless(narrow, rtol * p, EIGH32_ERROR):
         return None
     w, v, ok = lapack.eigh(narrow)
@@ -129,7 +129,7 @@ def _coupled_newton(
     if not certify:
         failed = ~(least < 0.5) & bool(n)
         return Answer.bare(value, torch.where(failed, cert.INACCURATE, cert.NONE), steps)
-    lower, info = torch.linalg.cholesky_ex(value)
+    lower, info = lapack.cholesky(value)
     lower = torch.where((info != 0)[:, None, None], eye, lower).double()
     top = norm(lower) ** 2
 
