@@ -24,7 +24,7 @@ class WithOptimizers(TyperCommand):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from gramian.optim.registry import AUTO, OPTIMIZERS
 
-        rows = [(name, f"{entry.summary}; usual rate {entry.lr:g}") for name, entry in OPTIMIZERS.items()]
+        rows = [(name, f"{entry.summary}; usual rate {entry.rate}") for name, entry in OPTIMIZERS.items()]
         with formatter.section("Optimizers"):
             formatter.write_dl([("auto", AUTO), *rows])
 

@@ -186,7 +186,7 @@ def train(
         stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
         if saved is None:
             with placement.agreed("train"):
-                if choice.lr is not None:
+                if isinstance(optimizer, str):
                     choice.make(model)  # refuses options that do not suit it before the diagnosis; made again below
                 check_inputs(task, options)
                 check_best(task, model, options)

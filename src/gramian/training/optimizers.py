@@ -44,7 +44,7 @@ def choose(optimizer: str | Callable[[nn.Module], torch.optim.Optimizer], lr: fl
     if lr is not None and not 0 <= lr < math.inf:
         raise InputError(f"train: lr must be zero or a positive number, got {lr}")
     entry = OPTIMIZERS[name]
-    rate = entry.lr if lr is None else lr
+    rate = None if lr is None and entry.usual else entry.lr if lr is None else lr
     return Choice(name, rate, lambda model: _completed(entry.make(model, rate), model, options))
 
 

@@ -105,7 +105,7 @@ EMULATED = (4.0, 4.0, 4.0)
 """The cost of bfloat16 products on a processor without instructions for them, which casts to float32: an estimate."""
 
 TILES = (0.19, 0.12, 0.11)
-"""The same with a matrix unit for them (AMX): medians of 25 on a core of an Intel Xeon (Sapphire Rapids), torch 2.13."""
+"""The same with a matrix unit for them (AMX): medians on a core of an Intel Xeon of family 6, model 207; torch 2.13."""
 
 
 def predict(operations: Operations, n: int, batch: int, c: Constants) -> float:
@@ -166,7 +166,7 @@ def constants(device: str = "cpu", rows: tuple[Operations, ...] = (), n: int = 0
 
 
 def defaults(device: str) -> Constants:
-    """The default constants of a kind of device, and on a CPU of its instructions for bfloat16: none, or a matrix unit."""
+    """The default constants of a kind of device; on a CPU, products in bfloat16 cost what its instructions allow."""
     found = DEFAULTS[device]
     words = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
     if words and not any(words.get(word) for word in ("avx512_bf16", "amx_bf16", "bf16")):
