@@ -16,7 +16,7 @@ from cases import seeded
 from gramian.errors import InputError, UnsupportedError
 from gramian.operators import line_curvature
 from gramian.optim import OPTIMIZERS
-from gramian.optim.suggestion import _Rehearsals
+from gramian.optim.rehearsals import Rehearsals
 from test_capture import assert_same, snapshot
 from zoo import ZOO
 
@@ -228,7 +228,7 @@ def test_asking_twice_gives_the_same_rate_with_dropout():
 def test_noise_on_the_plateau_of_too_large_rates_is_no_minimum():
     losses = {40.0: 0.99, 12.6: 1.01, 4.0: 1.02, 1.26: 0.5, 0.4: 0.7, 0.126: 0.9}  # one before any step
 
-    class Told(_Rehearsals):
+    class Told(Rehearsals):
         def __init__(self) -> None:
             self.losses = {}
 
@@ -252,7 +252,7 @@ def test_a_small_minimum_before_the_real_one_is_passed() -> None:
         1e-1: 2.3,
     }
 
-    class Told(_Rehearsals):
+    class Told(Rehearsals):
         def __init__(self) -> None:
             self.losses = {}
 

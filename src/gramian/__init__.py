@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from gramian.gram import DiagonalGram, Gram
     from gramian.inspection import watch
     from gramian.objective import Objective
-    from gramian.optim.suggestion import LearningRate, suggest_lr
+    from gramian.optim.learning_rate import LearningRate
+    from gramian.optim.suggestion import suggest_lr
     from gramian.recording import capture, capturing
     from gramian.remedies import inspect
     from gramian.report import Report
@@ -77,7 +78,7 @@ _HOME = {
     "DiagonalGram": "gram",
     "Gram": "gram",
     "Layout": "block",
-    "LearningRate": "optim.suggestion",
+    "LearningRate": "optim.learning_rate",
     "NarrowPlan": "compression",
     "Objective": "objective",
     "Plan": "compression",

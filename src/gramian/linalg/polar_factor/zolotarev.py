@@ -26,7 +26,7 @@ LEAST = 5e-4
 """Least `low`: the smallest of four shifts is then 3e-7 of the largest eigenvalue; a float32 Gram matrix of lower rank
 has eigenvalues down to −2e-8 of it (observed, to 1024×4096)."""
 
-CHUNK = 1 << 18
+CHUNK = 1 << 20
 """Entries of the matrices that are worked on together on a CPU: the allocator reuses buffers of this size, while larger
 ones cost new memory pages each time."""
 
