@@ -186,6 +186,54 @@ def test_other_forms_than_ranks_are_chosen_saved_and_told(folder, capsys, args: 
     assert task.evaluate(loaded)["accuracy"] == small["quality"]
 
 
+NARROW = [["--keep", "0.5"], ["--max-drop", "0.02"]]
+
+
+@pytest.mark.parametrize("target", NARROW, ids=["keep", "max-drop"])
+def test_units_are_removed_saved_and_told(folder, capsys, target: list[str]) -> None:
+    args = ["task.py:task", *target, "--narrow", "--out", "small", "--plan", "plan.safetensors"]
+    code, out, err = run(capsys, *args)
+    assert code == 0, err
+    told = json.loads((folder / "small/report.json").read_text())
+    dense, small = told["contenders"][:2]
+    assert small["parameters"] < dense["parameters"]
+    if "--keep" in target:
+        assert small["parameters"] <= 0.5 * dense["parameters"]
+    else:
+        assert dense["quality"] - small["quality"] <= 0.02
+    kept = {layer["name"]: layer["units"] for layer in told["layers"]}
+    assert kept.keys() == {"0", "2", "4"}
+    assert kept["0"] is None
+    assert all(num < of == 48 for num, of in (kept["2"], kept["4"]))
+    assert [c["name"] for c in told["contenders"]][2:] == [
+        "bfloat16", "int8", "compressed, bfloat16", "compressed, int8",
+    ]  # fmt: skip
+    shown = " ".join(out.split())
+    assert "by fewer heads, units and channels" in shown
+    assert "Units, and why" in shown
+    task = network(folder)
+    loaded = gm.load_compressed(nn.Sequential(*task.model()), folder / "small/model.safetensors").eval()
+    assert [type(layer) for layer in loaded] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert sum(p.numel() for p in loaded.parameters()) == small["parameters"]
+    assert task.evaluate(loaded)["accuracy"] == small["quality"]
+    # The narrower model is compressed further, and a plan of one kind is refused for the other.
+    again = ["small", "--task", "task.py:task", "--keep", "0.9", "--no-curve", "--quiet"]
+    assert run(capsys, *again) == (0, "", "")
+    code, _, err = run(capsys, "task.py:task", "--keep", "0.9", "--plan", "plan.safetensors", "--quiet")
+    assert code == 2
+    assert "plan of gm.narrow. Add --narrow" in err
+
+
+def test_a_narrower_model_is_faster_or_refused(folder, monkeypatch) -> None:
+    monkeypatch.setattr(speeds, "race", by_size(9.0))
+    task = network(folder)
+    target = Target(speedup=1.6, narrow=True)
+    made = decide(task.model(), task.batches(), task.objective, task.evaluate, target, curve=False)
+    assert min(made.outcome.compressed.speed_one, made.outcome.compressed.speed_many).median >= 1.6  # type: ignore[type-var, union-attr]
+    with pytest.raises(InputError, match=r"nothing makes this model 5× as fast .* the best is 3\.\d+× \("):
+        decide(task.model(), task.batches(), task.objective, task.evaluate, Target(speedup=5.0, narrow=True))
+
+
 def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:
     args = ["task.py:task", "--keep", "0.5", "--no-curve", "--plan", "plan.safetensors", "--quiet", "--json"]
     assert run(capsys, *args, "a.json")[0] == 0
@@ -210,6 +258,13 @@ BAD = {
     "no zeros": (["task.py:task", "--sparsity", "half"], "--sparsity is a share, as 0.5, or a pattern"),
     "no pattern": (["task.py:task", "--sparsity", "4:2"], "a pattern of zeros is like '2:4'"),
     "by alone": (["task.py:task", "--size", "0.5", "--by", "bytes"], "by='bytes' says what max_drop makes small"),
+    "narrow bits": (
+        ["task.py:task", "--bits", "4", "--narrow"],
+        "takes keep, max_drop or speedup, and not bits",
+    ),
+    "narrow bytes": (["task.py:task", "--max-drop", "1", "--narrow", "--by", "bytes"], "and not by bytes"),
+    "narrow little": (["task.py:task", "--keep", "0.001", "--narrow"], "below the smallest possible"),
+    "narrow none": (["task.py:untrained", "--keep", "0.5", "--narrow"], "nothing of Sequential can be removed"),
     "slower": (["task.py:task", "--speedup", "0.5"], "speedup must be above 1, got 0.5"),
     "too_small": (["task.py:task", "--keep", "0.01"], "the smallest possible keep is 0."),
     "no_layer": (["task.py:vectors", "--keep", "0.5"], "no layer of Sequential can be factored (it has no matrices)"),

@@ -78,8 +78,8 @@ class Target:
         wrong = [name for name in asked if name not in ("keep", "max_drop", "speedup")]
         if self.narrow and (wrong or self.by == "bytes"):
             raise InputError(
-                f"compress: narrow takes keep, max_drop or speedup, and not {' and '.join(wrong) or 'by bytes'}. Narrow "
-                "first, and compress the narrower model in a second run"
+                f"compress: narrow takes keep, max_drop or speedup, and not {' and '.join(wrong) or 'by bytes'}. "
+                "Narrow first, and compress the narrower model in a second run"
             )
 
     def __str__(self) -> str:
@@ -222,6 +222,7 @@ def decide(
         layers=planned_layers(plan),
         batch=speeds.num,
         predicted=plan.predicted.rise,
+        predicted_text=str(plan.predicted),
         seconds=seconds,
         waited=speeds.waited,
         notes=(*plan.notes, *notes),

@@ -40,9 +40,9 @@ SAMPLES = 2
 
 def narrow(
     model: nn.Module,
-    *,
     batches: Batches,
     objective: Objective | Callable,
+    *,
     keep: float | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -89,8 +89,7 @@ def narrow(
     known, reasons = _layers(own, exclude)
     calibration = calibrate(model, batches, objective)
     measure = calibration.measure
-    if measure is None:
-        raise InputError("narrow: runs in one process; call it on one rank, with batches of its own")
+    assert measure is not None
     notes, ranked, blind = judged(calibration)
     batch = _few(measure.batches[0])
     predict_ = as_objective(objective).predict

@@ -65,8 +65,8 @@ class Speeds:
         if self.waited < BUSY:
             return ""
         return (
-            f"the machine was busy: passes waited for a processor up to {self.waited:.0%} of the time. Times are those of "
-            "passes that did not wait or, where these are few, of the processor"
+            f"the machine was busy: passes waited for a processor up to {self.waited:.0%} of the time. Times are those "
+            "of passes that did not wait or, where these are few, of the processor"
         )
 
     def unfused(self, small: nn.Module) -> str:

@@ -118,6 +118,7 @@ class Outcome:
         layers: in the order of the model.
         batch: samples of the larger batch.
         predicted: the rise of the calibration loss that the plan predicts.
+        predicted_text: the same with its interval, in words.
         seconds: that calibrating and factoring took.
         notes: what else must be known.
         for_speed: whether speed was asked and not size, so that an alternative need not be smaller.
@@ -140,6 +141,7 @@ class Outcome:
     for_speed: bool = False
     share_of: str = "parameters"
     waited: float = 0.0
+    predicted_text: str = ""
 
     @property
     def dense(self) -> Contender:
@@ -209,8 +211,8 @@ class Outcome:
             tiles=self._tiles(),
             sections=[self._choice(plots), self._per_layer()],
             footer=f"calibrated and factored in {self.seconds:.1f} s · predicted rise of the calibration loss "
-            f"{self.predicted:.3g} · times are medians of passes in turns on this machine, and speeds those of pairs "
-            "of neighbors, with an interval of 95 %",
+            f"{self.predicted_text or format(self.predicted, '.2g')} · times are medians of passes in turns on this "
+            "machine, and speeds those of pairs of neighbors, with an interval of 95 %",
         )
 
     def _tiles(self) -> list[Tile]:
