@@ -223,3 +223,26 @@ def test_units_are_found_where_most_are_off() -> None:
     assert plan.kept == {"2": 24, "4": 24}
     assert plan.layers[0].losses[1] < 1e-4 * plan.layers[0].losses[0]  # one unit is enough
     assert plan.layers[0].order[-1] == 13
+
+
+class Branches(nn.Module):
+    """Which layer is run depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(32, 24), nn.Linear(32, 24), nn.Linear(24, 24)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last((self.one(x) if float(x.mean()) > 0 else self.two(x)).relu()).relu())
+
+
+def test_units_of_a_layer_with_two_ways_to_it_stay() -> None:
+    torch.manual_seed(0)
+    x = inputs(64, 0).abs()
+    plan = gm.narrow(Branches(), [x, -x, x], DISTILL)
+    assert plan.kept == {"head": 24}
+    assert "computes something else" in plan.reasons["last"]
+    small = plan.at(keep=0.8).apply()
+    assert small(x).isfinite().all()
+    assert small(-x).isfinite().all()

@@ -94,6 +94,7 @@ def targets(
                 reason = f"its factors are tied to {', '.join(block.aliases)}"
         if reason and low is None and not inner and not block.name.endswith(".weight"):
             name = block.name  # a bare parameter: its module may hold several
+            reason = reason.replace(f"{block.kind} is not factored", f"a parameter of {block.kind} itself", 1)
         reason = by_pattern(name, include, exclude) or reason or _unprofitable(target)
         for other in tied:
             excluded = by_pattern(other, include, exclude)

@@ -283,7 +283,7 @@ class Outcome:
             "Ranks, and why",
             "What loses least for its parameters or bytes is kept, in one list over all layers; ranks by the weighted "
             "singular values, σ² for each parameter that they cost. Energy is the share of a layer's σ² that is kept.",
-            [Table("Layers", ["layer", "shape", "rank", "energy", "saved", "note"], rows)],
+            [Table("Layers", ["layer", "shape", "rank", "energy, %", "saved", "note"], rows)],
         )
 
     def _per_units(self) -> Section:
@@ -295,7 +295,7 @@ class Outcome:
             "The heads, hidden units and channels of a layer's input that lose least for their parameters go, in one "
             "list over all layers; what stays makes up for them. Energy is the share that is kept of what they mean to "
             "the loss.",
-            [Table("Layers", ["layer", "kept", "of", "energy", "saved", "note"], rows)],
+            [Table("Layers", ["layer", "kept", "of", "energy, %", "saved", "note"], rows)],
         )
 
     def _drop(self, contender: Contender) -> float:
@@ -305,8 +305,8 @@ class Outcome:
         return sign * (self.dense.quality - contender.quality)
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _note(row: PlannedLayer) -> str:
