@@ -67,6 +67,7 @@ def targets(
         low = factored.get(id(block.module))
         name = module_name(block)
         tied: tuple[str, ...] = ()
+        inner = ""
         if low is None:
             others = {id(module): other.rpartition(".")[0] for other, module in block.owners}
             tied = tuple(other for key, other in others.items() if key != id(block.module))
@@ -91,6 +92,9 @@ def targets(
             reason = "its factors have rank 1" if low.rank == 1 else ""
             if block.aliases:
                 reason = f"its factors are tied to {', '.join(block.aliases)}"
+        if reason and low is None and not inner and not block.name.endswith(".weight"):
+            name = block.name  # a bare parameter: its module may hold several
+            reason = reason.replace(f"{block.kind} is not factored", f"a parameter of {block.kind} itself", 1)
         reason = by_pattern(name, include, exclude) or reason or _unprofitable(target)
         for other in tied:
             excluded = by_pattern(other, include, exclude)
