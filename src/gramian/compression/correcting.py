@@ -28,7 +28,7 @@ __all__ = ["corrected"]
 
 SAMPLES = 48
 """Gradients, each of a batch with labels drawn from the model's output. A factor is then within a fifth or so."""
-PART = 8
+PART = 4
 """Samples of such a batch. Gradients of samples are independent, so more of them in one make a factor no surer."""
 ROUNDED = 4
 """One gradient of so many is also asked what rounding costs; each sums over all entries, so few are enough."""
