@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from gramian.remedies import inspect
     from gramian.report import Report
     from gramian.statistics import Statistics
-    from gramian.training import Run, Task, train
+    from gramian.training import Healed, Run, Task, heal, train
 
 __all__ = [
     "Block",
     "Blocks",
     "DiagonalGram",
     "Gram",
+    "Healed",
     "Layout",
     "LearningRate",
     "NarrowPlan",
@@ -52,6 +53,7 @@ __all__ = [
     "capturing",
     "compress",
     "errors",
+    "heal",
     "init",
     "inspect",
     "integrations",
@@ -76,6 +78,7 @@ _HOME = {
     "Blocks": "block",
     "DiagonalGram": "gram",
     "Gram": "gram",
+    "Healed": "training",
     "Layout": "block",
     "LearningRate": "optim.suggestion",
     "NarrowPlan": "compression",
@@ -89,6 +92,7 @@ _HOME = {
     "capture": "recording",
     "capturing": "recording",
     "compress": "compression",
+    "heal": "training",
     "inspect": "remedies",
     "load_compressed": "compression",
     "load_plan": "compression",

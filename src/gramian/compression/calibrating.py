@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,12 +23,12 @@ from gramian.recording.onepass import captured
 from gramian.recording.recorder import WITHOUT_AUTOGRAD
 from gramian.statistics import Site, Statistics
 
-__all__ = ["Calibration", "Measure", "calibrate", "cuttable"]
+__all__ = ["Calibration", "Measure", "Reader", "around_output", "calibrate", "cuttable"]
 
 HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
-MOST_HELD = 8
-"""Batches kept in memory to measure on."""
+MOST_HELD, ENOUGH_HELD = 8, 160
+"""Batches kept in memory to measure on, and from how many samples on no more are."""
 ENOUGH, EVERY = 8, 4
 """From so many rows for each dimension of every G on, one batch of so many is differentiated. A decides how a layer is
 cut, and G only what it counts, so G needs fewer rows; a backward pass with its Grams takes half of the time."""
@@ -72,7 +72,9 @@ class Calibration:
     notes: list[str] = field(default_factory=list)
 
 
-def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callable) -> Calibration:
+def calibrate(
+    model: nn.Module, batches: Batches, objective: Objective | Callable, asked: Collection[str] | None = None
+) -> Calibration:
     """Captures statistics on most of the batches, keeps some to measure on, and looks at the data meanwhile.
 
     Args:
@@ -80,12 +82,13 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
         batches: read once.
         objective: its gradients give G. Where they vanish, as those of a distance to the model's own output do, G is
             that of labels drawn around its output.
+        asked: the parameters whose G has to have many rows; by default all.
 
     Raises:
         InputError: as `gm.capture`.
     """
     objective = as_objective(objective)
-    reader = _Reader(batches, alone=placement.world().size == 1)
+    reader = Reader(batches, alone=placement.world().size == 1)
     given = iter(reader)
     first = next(given, None)
     if first is None:
@@ -102,7 +105,7 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
             "weighted by how much they move the model's output instead (labels drawn around it, fisher='sampled')"
         )
     generator = torch.Generator(next((p.device for p in model.parameters()), "cpu")).manual_seed(1)
-    second, which = next(given, None), _Differentiated()
+    second, which = next(given, None), _Differentiated(asked)
     if second is not None:
         rest = itertools.chain([second], given)
         stats.merge(captured(model, rest, used, generator=generator, differentiates=which))
@@ -115,7 +118,8 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
 class _Differentiated:
     """Whether a batch is differentiated: all are until every G has many rows, and then one of EVERY."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Collection[str] | None) -> None:
+        self.asked = asked
         self.num = self.taken = 1  # the first one was
 
     @property
@@ -124,14 +128,20 @@ class _Differentiated:
         return self.taken / self.num
 
     def __call__(self, stats: Statistics) -> bool:
-        taken = not stats.units or self.num % EVERY == 0 or any(_lacks_rows(site) for site in stats.sites())
+        new = self.taken < ENOUGH
+        taken = not stats.units or self.num % EVERY == 0 or any(_lacks_rows(s, new) for s in self._sites(stats))
         self.num, self.taken = self.num + 1, self.taken + taken
         return taken
 
+    def _sites(self, stats: Statistics) -> Iterator[Site]:
+        for name, sites in stats.blocks.items():
+            if self.asked is None or name in self.asked:
+                yield from sites
 
-def _lacks_rows(site: Site) -> bool:
-    if site.G is None or site.A is None:
-        return not site.reason or site.reason in WITHOUT_AUTOGRAD
+
+def _lacks_rows(site: Site, new: bool) -> bool:
+    if site.G is None or site.A is None:  # no gradient may ever come, as to a pooler whose output nobody asks for
+        return new and (not site.reason or site.reason in WITHOUT_AUTOGRAD)
     return isinstance(site.G, Gram) and float(site.A.count.max()) < ENOUGH * site.G.dim
 
 
@@ -185,11 +195,11 @@ def _gradient(stats: Statistics) -> float:
     return math.fsum(float(site.G.diagonal.sum()) for site in stats.sites() if site.G is not None)
 
 
-class _Reader:
+class Reader:
     """Batches, less those kept to measure on, with the number of distinct samples among those given."""
 
-    def __init__(self, batches: Batches, *, alone: bool) -> None:
-        self.batches, self.alone = as_batches(batches, "compress"), alone
+    def __init__(self, batches: Batches, *, alone: bool, verb: str = "compress") -> None:
+        self.batches, self.alone = as_batches(batches, verb), alone
         self.hashes: set[int] = set()
         self.num = 0
         self.held: list[Any] = []
@@ -209,11 +219,15 @@ class _Reader:
             if self.alone and few:
                 given, held = _parted(batch)
                 self.held += [] if held is None else [held]
-            elif self.alone and i % HELD_OUT == HELD_OUT - 1 and len(self.held) < MOST_HELD:
+            elif self.alone and i % HELD_OUT == HELD_OUT - 1 and self._wants_more:
                 self.held.append(batch)
                 continue
             self._count(given)
             yield given
+
+    @property
+    def _wants_more(self) -> bool:
+        return len(self.held) < MOST_HELD and sum(map(cuttable, self.held)) < ENOUGH_HELD
 
     def _count(self, batch: Any) -> None:
         try:

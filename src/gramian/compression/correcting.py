@@ -107,12 +107,15 @@ def _coefficients(
                         layout = layout_of(layer)
                         assert layout is not None
                         grad = grad.to_dense() if grad is not None and grad.is_sparse else grad
-                        if grad is not None and bool(grad.isfinite().all()):
+                        if grad is not None:
                             gradient = layout.split(grad.float())
                             moved = by_bias.get(id(bias))
                             if moved is not None and s.mean is not None:  # the bias takes up what the mean input loses
                                 gradient = gradient - moved.float()[:, None] * s.mean.float()
-                            cuts.append(((left.mT @ gradient) * right).sum(1).double() / float(units) ** 0.5)
+                            products = ((left.mT @ gradient) * right).sum(1).double() / float(units) ** 0.5
+                            if not bool(products.isfinite().all()):
+                                continue
+                            cuts.append(products)
                             if len(cuts) % ROUNDED == 1:
                                 rounds.append(_rounding(s.feedback, gradient, matrix_of(layer)) / float(units))
     finally:
@@ -131,7 +134,7 @@ def _parts(batches: Sequence[Any]) -> Iterator[tuple[Any, int]]:
     for i in range(num):
         batch, place = places[i * len(places) // num]
         part = batch if place is None else mapped(batch, lambda t, at=place: t[at])
-        yield part, -(-SAMPLES // num)
+        yield part, (i + 1) * SAMPLES // num - i * SAMPLES // num
 
 
 def _factor(s: WeightedSVD, coefficients: list[Tensor]) -> float:

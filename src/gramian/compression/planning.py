@@ -108,7 +108,8 @@ def compress(
     elif batches is None or objective is None:
         raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
     else:
-        calibration = calibrate(model, batches, objective)
+        asked = {name for target in found for name in (target.inputs, target.outputs)}
+        calibration = calibrate(model, batches, objective, asked)
     notes, ranked, blind = judged(calibration)
     spectra: list[WeightedSVD] = []
     own = copied(plain)
