@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -98,17 +99,19 @@ def inspect(
     few = [mapped(batch, lambda t: t) if has_arrays(batch) else batch for batch in few]
     num_read, few = len(few), with_samples(few, "inspect")
     objective = as_objective(objective)
-    with keeping(model_or_path, few, objective.predict, objective.criterion):
-        given = model_or_path, few, _on_kept(objective, few), optimizer
+    kept = Kept(few)
+    with keeping(model_or_path, objective.predict, objective.criterion), ExitStack() as after:
+        after.callback(kept.put_back)
+        given = model_or_path, few, _on_kept(objective, kept), optimizer
         measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
     if num_read > len(few):
         measured.notes.append(f"Batches without samples, which were left out: {num_read - len(few)} of {num_read}.")
     return _report(title or type(model_or_path).__name__, measured, found)
 
 
-def _on_kept(objective: Objective, few: list[Any]) -> Objective:
+def _on_kept(objective: Objective, kept: Kept) -> Objective:
     """The objective, with each pass on the batches as they were given, whatever passes before it did to them."""
-    kept, predict = Kept(few), getattr(objective.predict, "prepares", objective.predict)
+    predict = getattr(objective.predict, "prepares", objective.predict)
 
     @wraps(predict)
     def on_kept(model: nn.Module, batch: Any) -> Any:

@@ -17,6 +17,7 @@ from gramian.errors import InputError
 from gramian.inspection.following import Follower
 from gramian.inspection.moments import first_float
 from gramian.objective import Objective
+from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import eager, evaluating
 
 __all__ = ["Evaluated", "evaluate"]
@@ -92,7 +93,7 @@ def _mixture(model: nn.Module, batch: Any, objective: Objective, rows: int) -> t
 
 
 def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[float, list[tuple[str, Tensor]]]:
-    torch.manual_seed(0)
+    seed_torch(0)
     with _watched(model, rows) as seen:
         total, units = objective.loss(model, batch)
     return float(total.detach()) / float(units), seen

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
-from gramian.inspection.given import given_of, key
+from gramian.inspection.given import given_of
 from gramian.inspection.moments import first_float
 from gramian.inspection.observed import Observed
 from gramian.objective import Objective
@@ -99,8 +99,8 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
     """Look for tokens that are given to the model and are its targets at the same positions.
 
     What a decoder is given beside other inputs must be shifted by one, and what is behind a position hidden. Where the
-    tokens are all that is given, a model that sees both sides may be one that restores them; one that sees none behind
-    has nothing to predict.
+    tokens are all that is given (masks and the targets themselves aside, which a model may take for its loss), a model
+    that sees both sides may be one that restores them; one that sees none behind has nothing to predict.
     """
     batch = observed.batches[0]
     given = [g for g in given_of(observed.batches[:1], observed.fed, set()) if g.is_input]
@@ -108,7 +108,7 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         z = one.values[0]
         if z.is_floating_point() or z.ndim != 2 or z.shape[1] < LEAST or len(z) < 2 or not _is_target(observed, z):
             continue
-        others = [g.values[0] for g in given if key(g.values[0]) != key(z) and not _is_mask(g.values[0])]
+        others = any(not _is_mask(t) and not _is_target(observed, t) for t in (g.values[0] for g in given))
         position = z.shape[1] // 2 - 1
         other = z.clone()
         other[:, position + 1 :] = z.roll(1, 0)[:, position + 1 :]
@@ -131,7 +131,7 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
 def _is_target(observed: Observed, z: Tensor) -> bool:
     """Whether a loss compares its outputs with these tokens at the same places."""
     for found in observed.criteria:
-        if found.target.numel() == z.numel() and not found.target.is_floating_point():
+        if found.target.numel() == z.numel() and not z.is_floating_point() and not found.target.is_floating_point():
             target = found.target.reshape(z.shape).to(z.device)
             valid = target >= 0
             if float(valid.float().mean()) > SAME and float((target == z)[valid].float().mean()) >= SHIFTED:

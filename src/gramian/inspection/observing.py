@@ -49,6 +49,7 @@ def observe(
     with training(model):
         for i, batch in enumerate(seen.batches):
             reaches = i == 0 or None in seen.gradients.values()  # experts that the first batch did not use, say
+            total = None  # lets go of the graph of the batch before
             try:
                 with Watcher(model, seen).installed() if i == 0 else nullcontext(), torch.enable_grad():
                     total, units = objective.loss(model, batch)

@@ -75,6 +75,7 @@ class Operations:
         """Lets go of the pass's tensors."""
         self.gating.clear()
         self.heads.clear()
+        self.made_by.clear()
 
     def see(
         self,

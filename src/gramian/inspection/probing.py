@@ -16,6 +16,7 @@ from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import first_float
 from gramian.inspection.observed import Observed
 from gramian.objective import Objective
+from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import eager, evaluating
 
 __all__ = ["TRIED", "Probes", "probe"]
@@ -135,7 +136,7 @@ def _cut(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, i
         first.append(("", given))
     handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules()]
     try:
-        torch.manual_seed(0)
+        seed_torch(0)
         total, _ = objective.loss(model, mapped(batch, lambda t: given if t is x else t))
     finally:
         for handle in handles:
@@ -184,17 +185,17 @@ def _is_affine(model: nn.Module, seen: Observed, objective: Objective) -> bool |
 
 def _sum_over(model: nn.Module, seen: Observed, objective: Objective) -> int | None:
     """How many samples a loss is a sum over: it is, if the losses of two halves have the whole's as their sum."""
-    batch = seen.batches[0]
-    num = num_samples(batch)
-    if num < ENOUGH or num % 2:
+    num = num_samples(seen.batches[0])
+    if num < ENOUGH:
         return None
-    halves = [
-        mapped(batch, lambda t, rows=rows: t[rows] if t.ndim and len(t) == num else t)
-        for rows in (slice(0, num // 2), slice(num // 2, num))
+    parts = [
+        mapped(seen.batches[0], lambda t, rows=rows: t[rows] if t.ndim and len(t) == num else t)
+        for rows in (slice(0, ENOUGH), slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))
     ]
     with torch.no_grad():
-        whole, one, two = (_loss(model, b, objective) for b in (batch, *halves))
-    return num if whole != 0 and abs(one + two - whole) < SUM * abs(whole) else 0
+        whole, one, two = (_loss(model, part, objective) for part in parts)
+    both_count = min(abs(one), abs(two)) > SUM * abs(whole)  # a mean over what counts is 0 where nothing does
+    return num if both_count and abs(one + two - whole) < SUM * abs(whole) else 0
 
 
 def _falls(model: nn.Module, seen: Observed, objective: Objective) -> tuple[float, float, float] | None:
@@ -244,14 +245,14 @@ _PROBES = (_unlinked, _cut, _is_affine, _sum_over, _falls, _ignores_order)
 
 
 def _loss(model: nn.Module, batch: Any, objective: Objective) -> float:
-    torch.manual_seed(0)
+    seed_torch(0)
     total, units = objective.loss(model, batch)
     return float(total) / float(units)
 
 
 def _outputs(model: nn.Module, batch: Any, objective: Objective) -> Tensor | None:
     """What the model gives, where it is called once."""
-    torch.manual_seed(0)
+    seed_torch(0)
     with _returned(model) as found:
         objective.loss(model, batch)
     return found[0] if len(found) == 1 else None

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +49,10 @@ class Watcher(Follower):
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
         self.raw = RawData(self.names)
-        self.measured: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.measured: dict[int, tuple[int, tuple[Tensor, Tensor]]] = {}  # with the tensor's version
         self.operations = Operations(seen, self.names, self._read, self._squares, live=live)
-        self.alive: list[Tensor] = []  # so that no id of an output is used twice
+        self.alive: dict[int, ref[Tensor]] = {}  # what tables know by its id
+        self.strange: list[Tensor] = []  # kept, so that no id is used twice
         self.first_non_finite: tuple[str, str] | None = None
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -65,6 +67,8 @@ class Watcher(Follower):
                 yield self
         finally:
             self.alive.clear()
+            self.measured.clear()
+            self.strange.clear()
             self.raw.clear()
             self.operations.clear()
             self.ended = None
@@ -98,7 +102,7 @@ class Watcher(Follower):
             if self.ended is not None and (made is self.ended[0] or made._base is self.ended[0]):
                 self.seen.ends = self.ended[1]
         self.operations.made_by.setdefault(id(made), []).append(name)
-        self.alive.append(made)
+        self._know(made)
         given = first_float(*args, *kwargs.values())
         if any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False)):
             return
@@ -123,11 +127,21 @@ class Watcher(Follower):
 
     def _squares(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers for the moments of a tensor, which often is one module's output and the next's input."""
-        key = (id(t), version(t))
-        if key not in self.measured:
-            self.measured[key] = squares(t)
-            self.alive.append(t)
-        return self.measured[key]
+        known, now = self.measured.get(id(t)), version(t)
+        if known is None or known[0] != now:
+            known = self.measured[id(t)] = now, squares(t)
+            self._know(t)
+        return known[1]
+
+    def _know(self, t: Tensor) -> None:
+        """Keeps what is known of a tensor by its id for as long as there is the tensor."""
+
+        def forget(_: object, key: int = id(t)) -> None:
+            for table in (self.alive, self.measured, self.operations.made_by):
+                table.pop(key, None)
+
+        if id(t) not in self.alive:
+            self.alive[id(t)] = ref(t, forget)
 
     def _compare_statistics(self, name: str, module: nn.modules.batchnorm._BatchNorm, given: Tensor) -> None:
         """Keeps how far the stored statistics of a batch norm are from those of this batch."""
@@ -199,7 +213,7 @@ class Watcher(Follower):
         for t in given:
             if isinstance(t, nn.Parameter) and t.requires_grad and self.stack and id(t) not in self.names:
                 self.seen.strangers.setdefault(id(t), (name, tuple(t.shape)))
-                self.alive.append(t)
+                self.strange.append(t)
         if not self.live:
             self.raw.follow(self.seen, name, func, args, given, output)
         made = output if isinstance(output, Tensor) else None
