@@ -32,13 +32,14 @@ if TYPE_CHECKING:
     from gramian.remedies import inspect
     from gramian.report import Report
     from gramian.statistics import Statistics
-    from gramian.training import Run, Task, train
+    from gramian.training import Healed, Run, Task, heal, train
 
 __all__ = [
     "Block",
     "Blocks",
     "DiagonalGram",
     "Gram",
+    "Healed",
     "Layout",
     "LearningRate",
     "NarrowPlan",
@@ -53,6 +54,7 @@ __all__ = [
     "capturing",
     "compress",
     "errors",
+    "heal",
     "init",
     "inspect",
     "integrations",
@@ -77,6 +79,7 @@ _HOME = {
     "Blocks": "block",
     "DiagonalGram": "gram",
     "Gram": "gram",
+    "Healed": "training",
     "Layout": "block",
     "LearningRate": "optim.learning_rate",
     "NarrowPlan": "compression",
@@ -90,6 +93,7 @@ _HOME = {
     "capture": "recording",
     "capturing": "recording",
     "compress": "compression",
+    "heal": "training",
     "inspect": "remedies",
     "load_compressed": "compression",
     "load_plan": "compression",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,12 +25,12 @@ from gramian.recording.onepass import captured
 from gramian.recording.recorder import WITHOUT_AUTOGRAD
 from gramian.statistics import Site, Statistics
 
-__all__ = ["Calibration", "Measure", "calibrate", "cuttable"]
+__all__ = ["Calibration", "Measure", "Reader", "around_output", "calibrate", "cuttable"]
 
 HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
-MOST_HELD = 8
-"""Batches kept in memory to measure on."""
+MOST_HELD, ENOUGH_HELD = 8, 160
+"""Batches kept in memory to measure on, and from how many samples on no more are."""
 ENOUGH, EVERY = 8, 4
 """From so many rows for each dimension of every G on, one batch of so many is differentiated. A decides how a layer is
 cut, and G only what it counts, so G needs fewer rows; a backward pass with its Grams takes half of the time."""
@@ -76,7 +76,9 @@ class Calibration:
     ranks: Collective | None = None
 
 
-def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callable) -> Calibration:
+def calibrate(
+    model: nn.Module, batches: Batches, objective: Objective | Callable, asked: Collection[str] | None = None
+) -> Calibration:
     """Captures statistics on most of the batches, keeps some to measure on, and looks at the data meanwhile.
 
     Args:
@@ -84,6 +86,7 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
         batches: read once.
         objective: its gradients give G. Where they vanish, as those of a distance to the model's own output do, G is
             that of labels drawn around its output.
+        asked: the parameters whose G has to have many rows; by default all.
 
     Under DDP all ranks call this together, each with its own batches, and have the same result. Rank r of n has the
     batches r, n + r, 2 n + r, … of one process, and the same of these are kept to measure on, by every rank.
@@ -93,7 +96,7 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
     """
     objective = as_objective(objective)
     ranks = collective_of(model)
-    reader = _Reader(batches, ranks)
+    reader = Reader(batches, ranks)
     given = iter(reader)
     with _together(ranks):
         first = next(given, None)
@@ -113,7 +116,7 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
     generator = torch.Generator(next((p.device for p in model.parameters()), "cpu")).manual_seed(1 + rank)
     with _together(ranks):
         second = next(given, None)
-    which = None if ranks.together else _Differentiated()
+    which = None if ranks.together else _Differentiated(asked)
     if second is not None if which else placement.any_rank(second is not None, ranks.group):
         rest = itertools.chain([] if second is None else [second], given)
         stats.merge(captured(model, rest, used, generator=generator, differentiates=which))
@@ -127,7 +130,8 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
 class _Differentiated:
     """Whether a batch is differentiated: all are until every G has many rows, and then one of EVERY."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Collection[str] | None) -> None:
+        self.asked = asked
         self.num = self.taken = 1  # the first one was
 
     @property
@@ -136,14 +140,20 @@ class _Differentiated:
         return self.taken / self.num
 
     def __call__(self, stats: Statistics) -> bool:
-        taken = not stats.units or self.num % EVERY == 0 or any(_lacks_rows(site) for site in stats.sites())
+        new = self.taken < ENOUGH
+        taken = not stats.units or self.num % EVERY == 0 or any(_lacks_rows(s, new) for s in self._sites(stats))
         self.num, self.taken = self.num + 1, self.taken + taken
         return taken
 
+    def _sites(self, stats: Statistics) -> Iterator[Site]:
+        for name, sites in stats.blocks.items():
+            if self.asked is None or name in self.asked:
+                yield from sites
 
-def _lacks_rows(site: Site) -> bool:
-    if site.G is None or site.A is None:
-        return not site.reason or site.reason in WITHOUT_AUTOGRAD
+
+def _lacks_rows(site: Site, new: bool) -> bool:
+    if site.G is None or site.A is None:  # no gradient may ever come, as to a pooler whose output nobody asks for
+        return new and (not site.reason or site.reason in WITHOUT_AUTOGRAD)
     return isinstance(site.G, Gram) and float(site.A.count.max()) < ENOUGH * site.G.dim
 
 
@@ -206,12 +216,13 @@ def _gradient(stats: Statistics) -> float:
     return math.fsum(float(site.G.diagonal.sum()) for site in stats.sites() if site.G is not None)
 
 
-class _Reader:
+class Reader:
     """Batches, less those kept to measure on, with the number of distinct samples among those given."""
 
-    def __init__(self, batches: Batches, ranks: Collective) -> None:
-        self.batches, self.ranks = as_batches(batches, "compress"), ranks
-        self.rank, self.size = placement.world(ranks.group) if ranks.together else (0, 1)
+    def __init__(self, batches: Batches, ranks: Collective | None = None, verb: str = "compress") -> None:
+        self.batches, self.ranks = as_batches(batches, verb), ranks
+        together = ranks is not None and ranks.together
+        self.rank, self.size = placement.world(ranks.group) if together else (0, 1)
         self.hashes: set[int] = set()
         self.num = 0
         self.held: list[tuple[int, Any]] = []
@@ -219,7 +230,7 @@ class _Reader:
             num = len(self.batches)  # type: ignore[arg-type]
         except TypeError:
             num = -1
-        nums = placement.exchange_json(num, ranks.group) if ranks.together else [num]
+        nums = placement.exchange_json(num, ranks.group) if together else [num]
         self.few = min(nums) >= 0 and sum(nums) < HELD_OUT
 
     def __iter__(self) -> Iterator[Any]:
@@ -228,7 +239,7 @@ class _Reader:
             if self.few:
                 given, held = _parted(batch)
                 self.held += [] if held is None else [(place, held)]
-            elif place % HELD_OUT == HELD_OUT - 1 and place < HELD_OUT * MOST_HELD:
+            elif place % HELD_OUT == HELD_OUT - 1 and _wanted(batch, place // HELD_OUT):
                 self.held.append((place, batch))
                 continue
             self._count(given)
@@ -240,15 +251,16 @@ class _Reader:
         """
         mine = (self.held, first, len(self.hashes), self.num)
         found = [mine]
-        if self.ranks.together:
+        ranks = self.ranks
+        if ranks is not None and ranks.together:
             found = [mine] * self.size
-            with _together(self.ranks):
+            with _together(ranks):
                 sent = (
                     [(place, mapped(one, lambda t: t.detach().cpu())) for place, one in self.held],
                     None if first is None else mapped(first, lambda t: t.detach().cpu()),
                     *mine[2:],
                 )
-            distributed.all_gather_object(found, sent, group=self.ranks.group)
+            distributed.all_gather_object(found, sent, group=ranks.group)
         held = sorted((pair for one in found for pair in one[0]), key=lambda pair: pair[0])
         held = held or [(-1, one) for _, one, _, _ in found if one is not None][:1]
         distinct, num = sum(one[2] for one in found), sum(one[3] for one in found)
@@ -272,6 +284,11 @@ def _parted(batch: Any) -> tuple[Any, Any | None]:
     if not cut:
         return batch, None
     return mapped(batch, lambda t: t[:-cut]), mapped(batch, lambda t: t[-cut:])
+
+
+def _wanted(batch: Any, num: int) -> bool:
+    """Whether a batch is kept to measure on after `num` of its size, by every rank alike."""
+    return num < MOST_HELD and num * cuttable(batch) < ENOUGH_HELD
 
 
 def cuttable(batch: Any) -> int:

@@ -125,7 +125,8 @@ def compress(
             f"compress(model, batches, objective){given}"
         )
     else:
-        calibration = calibrate(model, batches, objective)
+        asked = {name for target in found for name in (target.inputs, target.outputs)}
+        calibration = calibrate(model, batches, objective, asked)
     notes, ranked, blind = judged(calibration)
     own = copied(plain)
     open_(own, [target.name for target in found])
