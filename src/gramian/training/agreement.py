@@ -84,9 +84,9 @@ class Failure:
             raise_together("train", self.error)
 
 
-def exchanged(facts: dict[str, Any], failure: Failure) -> list[dict[str, Any]]:
-    """Return the facts (JSON) of all ranks by rank; raise on all ranks where one has failed."""
-    if not placement.is_distributed():
+def exchanged(facts: dict[str, Any], failure: Failure | None) -> list[dict[str, Any]]:
+    """Return the facts (JSON) of all ranks by rank; raise on all ranks where one has failed. As `sums` with `None`."""
+    if failure is None:
         return [facts]
     found = placement.exchange_json(facts | {"failed": failure.error is not None})
     failure.tell(any(other["failed"] for other in found))
@@ -180,12 +180,14 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Fai
         )
 
 
-def sums(loss: Tensor, units: Tensor, failure: Failure, position: tuple[int, int] = (0, 0)) -> tuple[float, float]:
-    """Return the loss and the number of units of the whole batch.
+def sums(
+    loss: Tensor, units: Tensor, failure: Failure | None, position: tuple[int, int] = (0, 0)
+) -> tuple[float, float]:
+    """Return the loss and the number of units of the whole batch; `failure` is `None` where there is one rank.
 
     Raises on all ranks where one has failed, or where they are not at the same position (epoch, batch) in the stream.
     """
-    if not placement.is_distributed():
+    if failure is None:
         return _both(loss, units)
     failed = failure.error is not None
     own = (0.0, 0.0) if failed else _both(loss, units)

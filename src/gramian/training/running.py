@@ -94,9 +94,9 @@ class Loop:
                 with self.failure.caught():
                     due = [folder.due(evaluated=evaluated) for evaluated in (False, True)]
             facts = {"seconds": time.perf_counter() - started, "due": due, "signal": interrupts.received}
-            told = agreement.exchanged(facts, self.failure)
+            told = agreement.exchanged(facts, None if self.stepper.alone else self.failure)
             run.seconds, due = told[0]["seconds"], told[0]["due"]
-            signal = max(other["signal"] for other in told)
+            signal = max([other["signal"] for other in told])
             share = schedule.share(run)
             if on_step is not None:
                 on_step(run, share)
