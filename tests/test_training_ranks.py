@@ -21,6 +21,7 @@ from cases import seeded
 from distributed import run_on_ranks
 from gramian import placement
 from gramian.checkpoint import load_tensors
+from gramian.cli import main
 from gramian.errors import GramianError, GramianWarning
 from gramian.optim import OPTIMIZERS
 from gramian.training import folder
@@ -445,3 +446,40 @@ def test_all_others_name_the_rank_at_fault(tmp_path: Path, how: str) -> None:
     assert sum(line.endswith("of rank None") for line in told) == (how != "failed")
     if how == "failed":
         assert "train: rank 1 of 3 failed: task 'task': the forward pass or the loss raised KeyError: 'broken'" in own
+
+
+RESTARTED = """
+import os, signal
+import torch
+from torch import nn
+import gramian as gm
+x = torch.randn(48, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+y = (x[:, 0] > 0).long()
+def net():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+def batches(epoch, generator):
+    for number, part in enumerate(torch.randperm(48, generator=generator).split(16)):
+        if (epoch, number, os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT")) == (2, 1, "1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield x[part], y[part]
+def task():
+    return gm.Task(net, gm.Objective.classification(), batches, lambda model: {"size": float(model(x).square().mean())})
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
+    """On one machine it keeps the store, and with it the addresses of the processes that are gone."""
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    task = f"{tmp_path / 'restarted.py'}:task"
+    common = [task, "--optimizer", "muon", "--init", "default", "--epochs", "5", "--resume", "--out"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "-m", "gramian"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*run, "train", *common, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("gramian: train: rank 1 of 2 is gone") == 1
+    assert main(["train", *common, str(tmp_path / "one"), "--quiet"]) == 0
+    one, two = (load_tensors(tmp_path / name / folder.MODEL)[0] for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
