@@ -226,8 +226,8 @@ def token_mask(batch: Any) -> Tensor | None:
     >>> token_mask({"input_ids": torch.ones(1, 2), "attention_mask": torch.tensor([[1, 0]])})
     tensor([[ True, False]])
     """
-    named = fields(parts(batch).inputs) or {}
-    mask = named.get("attention_mask")
+    named = fields(parts(batch).inputs)
+    mask = named.get("attention_mask") if named else None
     return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
