@@ -456,6 +456,22 @@ def test_a_loss_that_no_rate_lowers_is_refused():
         gm.suggest_lr(model, apart, sloped, num_steps=2)
 
 
+def test_where_the_rest_ruins_every_rate_it_moves_less_before_the_question_is_refused():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+    x = torch.randn(160, 6, generator=seeded(1))
+    batches = list(zip(x.split(32), x[:, :3].sin().split(32), strict=True))
+    told: list[float] = []
+    make = partial(gm.optim.Muon, rest_lr=30.0)
+    found = gm.suggest_lr(
+        net, batches, gm.Objective.regression(), optimizer=make, progress=lambda rate, loss: told.append(rate)
+    )
+    assert "stays" in found.why
+    assert dict(found.rehearsed)[found.lr] < found.before
+    assert {rate for rate, _ in found.rehearsed} <= set(told)
+    assert len(told) > len(found.rehearsed)  # the paces before
+
+
 def test_optimizers_without_a_direction_are_refused():
     model, batch = tiny(dtype=torch.float32)
     for optimizer in (

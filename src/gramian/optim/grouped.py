@@ -22,7 +22,8 @@ from gramian.optim.plan import Plan
 from gramian.optim.rates import full_rate, rates_of
 from gramian.optim.recipe import Recipe
 from gramian.optim.refresh import Clock
-from gramian.optim.routing import Group, Route, route_groups, routes_of_model
+from gramian.optim.route import Group, Route
+from gramian.optim.routing import route_groups, routes_of_model
 from gramian.optim.scaling import num_in_sequence, usual_lr
 from gramian.optim.sharding import Sharding
 from gramian.rows import Rows
