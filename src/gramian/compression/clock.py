@@ -28,7 +28,7 @@ FEWEST, MOST = 8, 400
 """Rounds that are measured at least and at most; eight pairs are the fewest whose range holds the median in 99 %."""
 ENOUGH = 16
 """Undisturbed rounds, from which on the disturbed ones are left out."""
-PATIENCE = 3
+PATIENCE = 6
 """How many times as long as asked is measured, where the machine is busy."""
 ON_PROCESSOR = 0.9
 """The least share of an undisturbed pass that this thread spent on a processor."""
