@@ -35,7 +35,9 @@ def case(frozen: bool):
         yield (output[0][0] * direction).sum()
 
     objective = replace(gm.Objective.self_distillation(), sampled=sampled)
-    plan = gm.compress(net, batches=[torch.randn(64, 7, 6) for _ in range(3)], objective=gm.Objective.self_distillation(), keep=0.9)
+    plan = gm.compress(
+        net, batches=[torch.randn(64, 7, 6) for _ in range(3)], objective=gm.Objective.self_distillation(), keep=0.9
+    )
     return net, x, direction, objective, plan
 
 

@@ -40,6 +40,17 @@ def test_a_healed_model_is_nearer_on_data_that_nobody_saw():
     assert [p.requires_grad for p in healed.model.parameters()] == [p.requires_grad for p in small.parameters()]
 
 
+@pytest.mark.parametrize("mode", [False, True])
+def test_dropout_does_not_act_and_the_mode_stays(mode):
+    net, known, new, _ = case()
+    net = nn.Sequential(*net[:4], nn.Dropout(0.5), net[4]).eval()
+    small = gm.compress(net, batches=known, objective=OBJECTIVE, keep=0.5).apply().train(mode)
+    healed = gm.heal(small, net, known, OBJECTIVE, steps=40)
+    assert healed.kept
+    assert [m.training for m in healed.model.modules()] == [m.training for m in small.modules()]
+    assert distance(healed.model.eval(), net, known[7::8]) == pytest.approx(healed.after, rel=1e-5)
+
+
 def test_the_same_seed_heals_the_same():
     net, known, _, small = case()
     one, two = (gm.heal(small, net, known, OBJECTIVE, steps=20) for _ in range(2))

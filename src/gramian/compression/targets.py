@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -166,7 +167,7 @@ def why_not(block: Block) -> str:
     others = [name for name, owner in block.owners if owner is not module]
     tied = f"tied to {', '.join(block.aliases)}" if others else ""
     if not operation_of(module).factors or not runs_as_its_class(module):
-        own = "" if layer_of(module).operation == "unknown" else _own_forward(module)
+        own = _stacked(block) if layer_of(module).operation == "unknown" else _own_forward(module)
         return ", ".join(filter(None, [f"{kind} is not factored{own}", tied]))
     if not is_affine(module):
         return f"{kind} has other parameters than a weight and a bias, or a weight that is made of others"
@@ -179,6 +180,12 @@ def why_not(block: Block) -> str:
         depthwise = " (depthwise)" if block.role == "elementwise" else ""
         return f"{groups} groups{depthwise} are not factored"
     return _beyond(module)
+
+
+def _stacked(block: Block) -> str:
+    """Told of experts in one tensor, which no layer of two factors could take the place of."""
+    num, own = math.prod(block.shape[:-2]), block.name.rpartition(".")[2]
+    return f": its {own} is a stack of {num} matrices" if num > 1 else ""
 
 
 def _own_forward(module: nn.Module) -> str:

@@ -25,8 +25,10 @@ from gramian.training.task import Run, Task
 
 __all__ = ["Healed", "heal"]
 
-RATES = {"adamw": 5e-4}
-"""Learning rates where none is given. Factors are near a minimum already, so they are below those of a fresh model."""
+RELATIVE = 2e-3
+"""AdamW's learning rate, which is how far an entry moves in a step, as a share of the root mean square entry of the
+matrices that learn: factors are near a minimum already. On the sentence transformer without 60 % of its encoder, where
+that is 0.06 or so, a rate of 1e-4 brought the held-out distance down at every evaluation, and 5e-4 first brought it up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,8 @@ def heal(
         objective: that of `gm.compress`; its `predict` says which output is compared.
         seconds, steps: the budget; give one. Seconds are of training alone, without the evaluations.
         optimizer: a name of `gm.optim.OPTIMIZERS`.
-        lr: its learning rate; 5e-4 for AdamW by default. It rises over ten steps and falls linearly to zero.
+        lr: its learning rate; for AdamW by default 0.002 times the root mean square entry of the matrices that learn.
+            It rises over ten steps and falls linearly to zero.
         held_out: batches that judge.
         other: batches of a second domain, on which the model must not become worse.
         seed: of the order of the batches.
@@ -115,8 +118,8 @@ def heal(
     >>> healed.kept, healed.after < healed.before
     (True, True)
     """
-    if lr is None and optimizer not in RATES:
-        raise InputError(f"heal: give lr= for {optimizer!r}; without one there is {', '.join(RATES)}")
+    if lr is None and optimizer != "adamw":
+        raise InputError(f"heal: give lr= for {optimizer!r}; there is one by default for adamw")
     small, teacher = copied(unwrapped(as_model(model, "heal"))), unwrapped(as_model(teacher, "heal"))
     given, judges = _parted(batches, held_out)
     second = None if other is None else list(as_batches(other, "heal"))
@@ -141,7 +144,7 @@ def heal(
             progress(share, row["distance"])
 
     before, other_before = distance(model, judges), None if second is None else distance(model, second)
-    wanted = {p: p.requires_grad for p in small.parameters()}
+    wanted, modes = {p: p.requires_grad for p in small.parameters()}, {m: m.training for m in small.modules()}
     small.requires_grad_(False)
     learning = list(_learning(small))
     if not learning:
@@ -152,7 +155,7 @@ def heal(
     run = train(
         task,
         optimizer=optimizer,
-        lr=RATES.get(optimizer) if lr is None else lr,
+        lr=_rate(learning) if lr is None else lr,
         seconds=seconds,
         steps=steps,
         best="min:distance",
@@ -161,6 +164,8 @@ def heal(
     )
     for parameter, flag in wanted.items():
         parameter.requires_grad_(flag)
+    for module, mode in modes.items():
+        module.training = mode
     after, other_after = distance(run.model, judges), None if second is None else distance(run.model, second)
     reason = _reason(run, before, after, other_before, other_after)
     kept = not reason
@@ -189,6 +194,11 @@ def _learning(model: nn.Module) -> Iterator[nn.Parameter]:
     changed = [m for m in model.modules() if isinstance(m, LowRank) or SLICED in vars(m)]
     of_changed = {id(p) for m in changed for p in m.parameters()}
     return (p for p in model.parameters() if p.is_floating_point() and (p.ndim < 2 or id(p) in of_changed))
+
+
+def _rate(learning: Sequence[nn.Parameter]) -> float:
+    matrices = [p.detach().double().square() for p in learning if p.ndim > 1] or [torch.ones(1)]
+    return RELATIVE * float(sum(m.sum() for m in matrices) / sum(m.numel() for m in matrices)) ** 0.5
 
 
 def _reason(run: Run, before: float, after: float, other_before: float | None, other_after: float | None) -> str:
