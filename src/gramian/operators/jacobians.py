@@ -346,6 +346,8 @@ def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
             x = args[0] if args else kwargs.get("input")
             if not (isinstance(x, Tensor) and x.is_floating_point()):
                 return None
+            if x.is_nested:
+                raise UnsupportedError(f"{name} is given a nested tensor, whose rows have no one shape")
             if only_first and cuts.uses:
                 cuts.uses.append(_Use(name, module, x, x))
                 return None
