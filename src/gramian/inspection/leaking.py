@@ -196,18 +196,26 @@ def _run(model: nn.Module, batch: Any, objective: Objective, shape: tuple[int, .
 
 @contextmanager
 def _watched(model: nn.Module, shape: tuple[int, ...]) -> Iterator[list[tuple[str, Tensor]]]:
-    """A context that lists each module's output with the samples and positions in front, as it returns."""
+    """A context that lists each module's output with the samples and positions in front, as it returns.
+
+    Convolutions give the channels before the positions.
+    """
     found: list[tuple[str, Tensor]] = []
+    of_channels: list[Tensor] = []
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             made = first_float(output)
-            if (
-                made is not None
-                and made.ndim > 2
-                and len(made) == shape[0]
-                and made.shape[1] in (shape[1], shape[1] - 1)
-            ):
+            if made is None or made.ndim < 3 or len(made) != shape[0]:
+                return
+            lengths = (shape[1], shape[1] - 1)
+            if _is_of_channels(module):
+                of_channels.append(made)
+            if made.ndim == 3 and made.shape[2] in lengths:
+                first, last = (made.shape[d] if made.shape[d] in lengths else 0 for d in (1, 2))
+                if last > first or (last == first and any(made is t for t in of_channels)):
+                    made = made.transpose(1, 2)
+            if made.shape[1] in lengths:
                 wide = made.detach().flatten(2)
                 found.append(
                     (name, torch.stack((wide.float().mean(-1), wide[..., 0].float(), wide[..., -1].float()), -1))
@@ -221,6 +229,11 @@ def _watched(model: nn.Module, shape: tuple[int, ...]) -> Iterator[list[tuple[st
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_of_channels(module: nn.Module) -> bool:
+    """Whether a module gives (samples, channels, positions)."""
+    return isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm))
 
 
 def _share(before: Tensor, after: Tensor, rows: Tensor, position: int) -> float:

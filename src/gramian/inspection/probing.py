@@ -15,6 +15,7 @@ from gramian.inspection.given import given_of, key
 from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import first_float
 from gramian.inspection.observed import Observed
+from gramian.inspection.ordering import in_another_order
 from gramian.objective import Objective
 from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import eager, evaluating
@@ -29,7 +30,7 @@ TRIED = {
     "falls": "whether the loss has a minimum",
     "plunges": "whether the loss falls faster than the outputs grow",
     "without_effect": "whether each input has an effect",
-    "ignores_order": "whether the output depends on the order of tokens",
+    "ignores_order": "whether the output depends on the order of tokens or patches",
 }
 """What a report says of a change that could not be tried."""
 
@@ -304,14 +305,13 @@ def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> t
 
 
 def _ignores_order(model: nn.Module, seen: Observed, objective: Objective) -> bool | None:
-    """Whether tokens may change places, padding with them."""
+    """Whether tokens, vectors of a sequence or patches may change places, padding with them."""
     fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
     batch = first_samples(seen.batches[0], ENOUGH)
     x = main_input(batch)
-    if len(fed) != 1 or x.is_floating_point() or x.ndim != 2 or x.shape[1] < LONG or len(x) < 2:
+    other = in_another_order(model, seen, x) if len(fed) == 1 and len(x) > 1 else None
+    if other is None:
         return None
-    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0)).to(x.device)
-    other = x[:, order]
     with torch.no_grad():
         one, two = (_outputs(model, b, objective) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
     if one is None or two is None or one.ndim != 2 or len(one) != len(x) or bool((other == x).all()):

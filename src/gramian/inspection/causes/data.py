@@ -147,7 +147,7 @@ def mixed(context: Context) -> Iterator[Finding]:
     if by is not None and not context.observed.changed:  # else each pass gets other inputs
         yield Finding(
             "samples-mixed",
-            "error",
+            "error" if context.evaluated is None or context.evaluated.is_labeled else "warning",
             "The output for a sample depends on the other samples of the batch",
             where=", ".join(n for n in (before, by) if n) or "all layers",
             evidence=f"in evaluation mode, with another first sample the outputs of the others change: that of "

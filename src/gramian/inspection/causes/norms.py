@@ -150,8 +150,8 @@ def norm_momentum(context: Context) -> Iterator[Finding]:
             "warning",
             f"The stored statistics of {context.told(name)} will hardly change: its momentum is {momentum:g}",
             where=some(slow, SHOWN),
-            evidence=f"after {BATCHES:,} batches {(1 - momentum) ** BATCHES:.0%} of them are the initial ones, 0 and 1, "
-            f"and half after {math.log(0.5) / math.log1p(-momentum):,.0f} (exact); {_distance(shift, ratio)}",
+            evidence=f"after {BATCHES:,} batches {(1 - momentum) ** BATCHES:.0%} of them are the initial ones, 0 and "
+            f"1, and half after {math.log(0.5) / math.log1p(-momentum):,.0f} (exact); {_distance(shift, ratio)}",
             cause="torch's momentum is the share of the new statistics, and not that of the old; evaluation mode uses "
             "statistics that are not those of the data.",
             advice="Use 0.1, or None for the average over all batches.",
@@ -165,7 +165,7 @@ def _is_initial(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     if not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all()):
         return True
     seen = int(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0
-    return 0 < seen and (1 - float(norm.momentum or 0.0)) ** seen > HELD
+    return seen > 0 and (1 - float(norm.momentum or 0.0)) ** seen > HELD
 
 
 def _slow(context: Context) -> tuple[str, float, int] | None:
@@ -264,4 +264,11 @@ def _distance(shift: float, ratio: float) -> str:
     )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (norm_gain, norm_size, norm_statistics, norm_momentum, norm_mode, modes)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
+    norm_gain,
+    norm_size,
+    norm_statistics,
+    norm_momentum,
+    norm_mode,
+    modes,
+)
