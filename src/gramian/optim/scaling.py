@@ -86,7 +86,7 @@ def usual_lr(base: float, num_matrices: int) -> float:
     return base * min(MOST_DEPTH, max(1.0, (num_matrices / SHALLOW) ** 0.5))
 
 
-def for_short_run(steps: float) -> float:
+def for_short_run(steps: float | int) -> float:
     """By how much the usual rate grows for a run of so many steps that decays to zero: `√(300/steps)`, from 1 to √3.
 
     >>> [round(for_short_run(steps), 2) for steps in (20, 100, 150, 300, 10_000)]

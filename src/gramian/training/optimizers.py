@@ -39,7 +39,7 @@ def choose(
     optimizer: str | Callable[[nn.Module], torch.optim.Optimizer],
     lr: float | None,
     options: Options,
-    steps: float = math.inf,
+    steps: float | int = math.inf,
 ) -> Choice:
     """The optimizer of a name, at its usual rate where `lr` is `None`; or the function that was given.
 
