@@ -525,7 +525,10 @@ def test_the_default_share_is_raised_to_the_smallest_possible_one() -> None:
 
 ERRORS = {
     "a batch alone": (lambda m: compress(m, torch.ones(4, 8)), "give statistics from gm.capture, or batches and"),
-    "twice": (lambda m: compress(m, [torch.ones(4, 8)], CLASSIFY, batches=[1]), "compress(model, batches, objective)"),
+    "twice": (
+        lambda m: compress(m, [torch.ones(4, 8)], CLASSIFY, batches=[1]),
+        r"compress\(model, batches, objective\)",
+    ),
     "no_statistics": (lambda m: compress(m), "give statistics from"),
     "keep_zero": (lambda m: compress(m, batches=BATCHES, objective=CLASSIFY, keep=0.0), r"\(0, 1\], got 0"),
     "keep_above": (lambda m: compress(m, batches=BATCHES, objective=CLASSIFY, keep=1.5), r"\(0, 1\], got 1\.5"),
