@@ -42,7 +42,7 @@ def test_a_healed_model_is_nearer_on_data_that_nobody_saw():
 
 @pytest.mark.parametrize("mode", [False, True])
 def test_dropout_does_not_act_and_the_mode_stays(mode):
-    net, known, new, _ = case()
+    net, known, _, _ = case()
     net = nn.Sequential(*net[:4], nn.Dropout(0.5), net[4]).eval()
     small = gm.compress(net, batches=known, objective=OBJECTIVE, keep=0.5).apply().train(mode)
     healed = gm.heal(small, net, known, OBJECTIVE, steps=40)
