@@ -63,8 +63,8 @@ def targets(
     reasons: dict[str, str] = {}
     factored = {id(child): low for low in model.modules() if isinstance(low, LowRank) for child in low}
     adapters = adapted(model)
-    all_blocks = blocks(model).blocks
-    for block in all_blocks:
+    found_blocks = blocks(model)
+    for block in found_blocks.blocks:
         low = factored.get(id(block.module))
         name = module_name(block)
         tied: tuple[str, ...] = ()
@@ -107,6 +107,11 @@ def targets(
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             reasons[clean_module_name(name)] = "quantized already"
+    for rest in found_blocks.rest:
+        wide = [size for size in rest.parameter.shape if size > 1]
+        if len(wide) > 2 and not rest.elementwise:
+            stack = f"a stack of {math.prod(wide[:-2])} matrices in one parameter is not factored"
+            reasons[rest.name] = by_pattern(rest.name, include, exclude) or stack
     names = [name for target in found for name in (target.name, *target.tied)] + list(reasons)
     for pattern in (*(include or ()), *exclude):
         if not fnmatch.filter(names, pattern):
@@ -167,7 +172,7 @@ def why_not(block: Block) -> str:
     others = [name for name, owner in block.owners if owner is not module]
     tied = f"tied to {', '.join(block.aliases)}" if others else ""
     if not operation_of(module).factors or not runs_as_its_class(module):
-        own = _stacked(block) if layer_of(module).operation == "unknown" else _own_forward(module)
+        own = "" if layer_of(module).operation == "unknown" else _own_forward(module)
         return ", ".join(filter(None, [f"{kind} is not factored{own}", tied]))
     if not is_affine(module):
         return f"{kind} has other parameters than a weight and a bias, or a weight that is made of others"
@@ -180,12 +185,6 @@ def why_not(block: Block) -> str:
         depthwise = " (depthwise)" if block.role == "elementwise" else ""
         return f"{groups} groups{depthwise} are not factored"
     return _beyond(module)
-
-
-def _stacked(block: Block) -> str:
-    """Told of experts in one tensor, which no layer of two factors could take the place of."""
-    num, own = math.prod(block.shape[:-2]), block.name.rpartition(".")[2]
-    return f": its {own} is a stack of {num} matrices" if num > 1 else ""
 
 
 def _own_forward(module: nn.Module) -> str:
