@@ -504,3 +504,9 @@ def test_tasks_and_watches_are_shown_in_a_line() -> None:
     model = plain_net()
     with gm.watch(model, torch.optim.SGD(model.parameters(), lr=0.1)) as watching:
         assert repr(watching) == "<Watch of Sequential: step 0, 0 looks: no findings>"
+
+
+@pytest.mark.parametrize("value", [10**400, 1j, None, torch.ones(3)])
+def test_what_no_float_can_hold_is_no_measure(value: Any) -> None:
+    with pytest.raises(TaskError, match=r"evaluate\(model\) must return a dict of floats"):
+        gm.train(task(evaluate=lambda model: {"size": value}), steps=2)

@@ -234,9 +234,11 @@ def _number(value: Any) -> float | int | None:
     """A real number as an int or a float; `None` for anything else."""
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         value = value.item()
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else None
+    try:
+        real = float(value) if isinstance(value, numbers.Real) else None
+    except OverflowError:  # an integer or a fraction that no float can hold
+        return None
+    return int(value) if isinstance(value, numbers.Integral) else real
 
 
 def _short(value: Any) -> str:
