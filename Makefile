@@ -14,8 +14,11 @@ demo: $(VENV)/.demo  ## the whole story on real digits; the report is gramian-de
 test: $(VENV)/.test  ## all tests, the slow ones last
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not families"  # one thread a worker: more only wait for each other
 
-.PHONY: test-families
-test-families: $(VENV)/.families  ## every verb on the models of public libraries; one: FAMILIES=gpt2, the page: FAMILIES=--write
+.PHONY: test-families families
+test-families:  ## every verb on the models of public libraries; one: FAMILIES=gpt2, the page: FAMILIES=--write
+	$(MAKE) VENV=$(VENV)-families families
+
+families: $(VENV)/.families  # an environment of their own: torchvision's wheel may not fit a CPU build of torch
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py $(FAMILIES)
 	$(if $(FAMILIES),,OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m families)
 
@@ -59,7 +62,7 @@ bench: $(VENV)/.test  ## the figures of the README and of benchmarks/results
 	$(BIN)/python benchmarks/demo_seeds.py
 
 clean:
-	rm -rf $(VENV) dist gramian-demo runs docs/_build docs/_gallery .coverage .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-families dist gramian-demo runs docs/_build docs/_gallery .coverage .pytest_cache .ruff_cache
 
 # torch first and by itself: its pinned version has a small CPU build where an open range takes gigabytes.
 $(VENV)/.torch: constraints.txt

@@ -282,3 +282,41 @@ def test_what_a_network_has_learned_with_is_no_fault() -> None:
         batches = [(x, labels)]
         seen = observe(model, batches, gm.Objective.classification())
         assert Context(model, seen).has_learned == learned
+
+
+def test_a_source_that_is_the_target_is_an_autoencoder() -> None:
+    """Also where the decoder makes its inputs of the labels that it is given for its loss, padding apart (T5, BART)."""
+
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Decoder(shift=True)
+
+        def forward(self, source: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+            known = labels.clamp(min=0)
+            return F.cross_entropy(self.inner(source * mask, known).flatten(0, 1), labels.flatten())
+
+    torch.manual_seed(0)
+    x = tokens(32, 6)
+    mask = torch.ones_like(x)
+    mask[:, 5:] = 0
+    batch = {"source": x, "labels": x.masked_fill(mask == 0, -100), "mask": mask}
+    assert "target-leak" not in found(Autoencoder(), [batch], lambda m, b: m(**b))
+
+
+@pytest.mark.parametrize(("size", "told"), [(1e-6, False), (1.0, True)])
+def test_small_embeddings_before_a_norm_have_large_gradients(size: float, told: bool) -> None:
+    """Without an explosion: with large matrices behind them, it is one."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh()) for _ in range(6)]
+    model = nn.Sequential(nn.Embedding(11, 16), nn.LayerNorm(16, eps=0), *layers, nn.Linear(16, 11))
+    with torch.no_grad():
+        model[0].weight.mul_(size)
+        for layer in layers:
+            layer[0].weight.mul_(40 if told else 1)
+    if told:
+        for layer in layers:
+            layer[1] = nn.Identity()
+    report = gm.inspect(model, [(tokens(32, 8), tokens(32, 8, seed=1))], gm.Objective.classification())
+    assert report.facts["gradient, first layer against last"] > 1e4
+    assert ("gradient-explodes" in {f.code for f in report.findings}) == told

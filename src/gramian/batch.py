@@ -339,7 +339,11 @@ def first_samples(batch: Any, num: int) -> Any:
     >>> first_samples((torch.arange(5), {"y": torch.arange(5)}), 2)
     (tensor([0, 1]), {'y': tensor([0, 1])})
     """
-    return mapped(batch, lambda t: t[:num] if t.ndim else t)
+    return mapped(batch, lambda t: _first_of(t, num) if t.is_nested else t[:num] if t.ndim else t)
+
+
+def _first_of(t: Tensor, num: int) -> Tensor:
+    return torch.nested.as_nested_tensor(list(t.unbind()[:num]), layout=t.layout)
 
 
 def described(value: Any) -> str:

@@ -19,6 +19,9 @@ from gramian.errors import GramianError, InputError
 
 __all__ = ["WithOptimizers", "command"]
 
+AUTO = "auto"
+"""The rate that is to be suggested."""
+
 
 class WithOptimizers(TyperCommand):
     """A command whose help ends with the table of optimizers, read only then, since it loads torch."""
@@ -26,7 +29,7 @@ class WithOptimizers(TyperCommand):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from gramian.optim.registry import AUTO, OPTIMIZERS
 
-        rows = [(name, f"{entry.summary}; usual rate {entry.lr:g}") for name, entry in OPTIMIZERS.items()]
+        rows = [(name, f"{entry.summary}; usual rate {entry.rate}") for name, entry in OPTIMIZERS.items()]
         with formatter.section("Optimizers"):
             formatter.write_dl([("auto", AUTO), *rows])
 
@@ -61,7 +64,10 @@ def command(
     optimizer: Annotated[
         str, typer.Option(help="One of the names below.", autocompletion=completing(completion.OPTIMIZERS))
     ] = "auto",
-    lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
+    lr: Annotated[
+        str | None,
+        typer.Option(help="Learning rate; auto: as gm.suggest_lr finds. [default: the optimizer's usual one]"),
+    ] = None,
     init: Annotated[
         str,
         typer.Option(
@@ -154,6 +160,7 @@ def command(
         raise InputError("train: --tensorboard needs --out DIR, the folder that it writes to")
     if compare and (optimizer != "auto" or lr is not None):
         raise InputError("train: --compare names the optimizers, at their usual rates; leave out --optimizer and --lr")
+    rate = _rate(lr)
     options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}
     options |= {"accumulate": accumulate, "precision": precision, "best": best, "patience": patience}
     options |= {"regularize": _strengths("--regularize", regularize), "augment": _strengths("--augment", augment)}
@@ -163,7 +170,7 @@ def command(
         with ranks(timeout) as first:
             options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html}
             options |= budget | {"shard": shard}
-            options |= {} if compare else {"optimizer": optimizer, "lr": lr}
+            options |= {} if compare else {"optimizer": optimizer, "lr": rate}
             logs = tensorboard and first
             runs, name = _train(_Asked(task, text, model), first and not quiet, compare, logs, options)
     except KeyboardInterrupt:
@@ -235,12 +242,38 @@ def _train(
         for listener in listeners:
             listener.stepped(run, share)
 
+    if options.get("lr") == AUTO:
+        options["lr"] = _suggested(found, options, shown)
     with display.Watched(quiet=not shown) as watched:
         listeners.append(watched)
         options |= {"progress": progress, "on_step": on_step}
         if compared:
             return compare(found, compared.split(","), begun=watched.begun, **options), found.name
         return {options["optimizer"]: train(found, **options)}, found.name
+
+
+def _rate(text: str | None) -> float | str | None:
+    """The rate that was asked for: a number, or `"auto"`."""
+    if text is None or text == AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"train: --lr must be a positive number or auto, got {text!r}") from None
+
+
+def _suggested(task: Any, options: dict[str, Any], shown: bool) -> float:
+    """The rate that is suggested for the task's model, to two digits; tells each rate that is tried."""
+    from gramian.training.suggesting import suggested
+
+    def tell(rate: float, loss: float) -> None:
+        if shown:
+            complain(f"rate {rate:.2g}: held-out loss {loss:.4g}")
+
+    found = suggested(task, options["optimizer"], options["init"], options["seed"], tell)
+    if shown:
+        complain(str(found))
+    return float(f"{found.lr:.2g}")
 
 
 def _strengths(option: str, text: str) -> dict[str, float]:

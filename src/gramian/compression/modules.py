@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gramian.block import Block
 from gramian.checkpoint import clean_name
+from gramian.checkpoint.reading import WRAPPERS
 
 __all__ = ["clean_module_name", "copied", "module_name", "replaced", "submodule"]
 
@@ -22,7 +23,12 @@ def clean_module_name(name: str) -> str:
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """The module of a block by its clean name, which leaves out wrappers inside the model."""
-    found = [m for raw, m in model.named_modules() if clean_module_name(raw) == name]
+    try:
+        found = [model.get_submodule(name)]  # names of all modules take time, which a plan would take for each layer
+    except AttributeError:
+        found = []
+    if not found or name != clean_module_name(name) or any(w.rstrip(".") in found[0]._modules for w in WRAPPERS):
+        found = [m for raw, m in model.named_modules() if clean_module_name(raw) == name]
     if not found:
         raise AttributeError(f"{type(model).__name__} has no layer {name!r}")
     return found[-1]

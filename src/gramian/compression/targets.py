@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -67,6 +68,7 @@ def targets(
         low = factored.get(id(block.module))
         name = module_name(block)
         tied: tuple[str, ...] = ()
+        inner = ""
         if low is None:
             others = {id(module): other.rpartition(".")[0] for other, module in block.owners}
             tied = tuple(other for key, other in others.items() if key != id(block.module))
@@ -91,6 +93,9 @@ def targets(
             reason = "its factors have rank 1" if low.rank == 1 else ""
             if block.aliases:
                 reason = f"its factors are tied to {', '.join(block.aliases)}"
+        if reason and low is None and not inner and not block.name.endswith(".weight"):
+            name = block.name  # a bare parameter: its module may hold several
+            reason = reason.replace(f"{block.kind} is not factored", f"a parameter of {block.kind} itself", 1)
         reason = by_pattern(name, include, exclude) or reason or _unprofitable(target)
         for other in tied:
             excluded = by_pattern(other, include, exclude)
@@ -162,7 +167,7 @@ def why_not(block: Block) -> str:
     others = [name for name, owner in block.owners if owner is not module]
     tied = f"tied to {', '.join(block.aliases)}" if others else ""
     if not operation_of(module).factors or not runs_as_its_class(module):
-        own = "" if layer_of(module).operation == "unknown" else _own_forward(module)
+        own = _stacked(block) if layer_of(module).operation == "unknown" else _own_forward(module)
         return ", ".join(filter(None, [f"{kind} is not factored{own}", tied]))
     if not is_affine(module):
         return f"{kind} has other parameters than a weight and a bias, or a weight that is made of others"
@@ -175,6 +180,12 @@ def why_not(block: Block) -> str:
         depthwise = " (depthwise)" if block.role == "elementwise" else ""
         return f"{groups} groups{depthwise} are not factored"
     return _beyond(module)
+
+
+def _stacked(block: Block) -> str:
+    """Told of experts in one tensor, which no layer of two factors could take the place of."""
+    num, own = math.prod(block.shape[:-2]), block.name.rpartition(".")[2]
+    return f": its {own} is a stack of {num} matrices" if num > 1 else ""
 
 
 def _own_forward(module: nn.Module) -> str:

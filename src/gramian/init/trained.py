@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,50 +71,98 @@ def signs_of_training(model: nn.Module) -> list[Sign]:
     >>> signs_of_training(nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32)))
     []
     """
-    return signs_of(model, [b for b in blocks(model).blocks if b.role != "embedding" and b.parameter.requires_grad])
+    return signs_of(model, trainable(model))
 
 
-def signs_of(model: nn.Module, weights: Iterable[Block]) -> list[Sign]:
-    """Those of `signs_of_training` that are in some weights, and in the model's trainable norms."""
-    matrices: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+def trainable(model: nn.Module) -> list[Block]:
+    """The weights that `signs_of_training` looks at."""
+    return [b for b in blocks(model).blocks if b.role != "embedding" and b.parameter.requires_grad]
+
+
+def signs_of(
+    model: nn.Module, weights: Iterable[Block], known: Mapping[str, Sequence[float]] | None = None
+) -> list[Sign]:
+    """Those of `signs_of_training` that are in some weights, and in the model's trainable norms.
+
+    Args:
+        model: has the norms.
+        weights: of it.
+        known: singular values of matrices, largest first, by their name in `Block.names`, which need not be computed.
+    """
+    matrices: dict[tuple[int, ...], list[tuple[str, Tensor, float | None]]] = {}
     for block in weights:
-        for piece in block.pieces():
-            sample = _sample(piece)
+        for name, piece in zip(block.names, block.pieces(), strict=True):
+            sample = _sample(piece, (known or {}).get(name, ()))
             if sample is not None:
-                matrices.setdefault(tuple(sample.shape), []).append((block.name, sample))
+                matrices.setdefault(tuple(sample[0].shape), []).append((block.name, *sample))
     found: dict[str, str] = {}
     for same in matrices.values():
-        for name, why in zip([name for name, _ in same], _judge(torch.stack([w for _, w in same])), strict=True):
+        names, samples, largest = zip(*same, strict=True)
+        for name, why in zip(names, _judge(torch.stack(samples), largest), strict=True):
             if why:
                 found.setdefault(name, why)
     return [Sign(*item) for item in found.items()] + list(_moved_norms(model))
 
 
-def _sample(w: Tensor) -> Tensor | None:
-    """Up to 512 × 512 entries in float64, clipped; `None` where they are constant, orthogonal or few."""
-    m, n = w.shape
+def _sample(w: Tensor, known: Sequence[float]) -> tuple[Tensor, float | None] | None:
+    """Up to 512 × 512 entries in float64, clipped, and the largest singular value of these where it is known.
+
+    `None` where they are constant, orthogonal or few.
+    """
+    (m, n), whole = w.shape, w.numel()
     w = w[:: -(-m // SIDE) or 1, :: -(-n // SIDE) or 1].double()
     w = w[(w != 0).any(1)][:, (w != 0).any(0)]  # kernels of one tap
     if w.numel() < LEAST_ENTRIES or not bool(w.isfinite().all()) or bool((w == w[0, 0]).all()):
         return None
-    sigma = torch.linalg.svdvals(w)
-    sigma = sigma[sigma > NULL * sigma[0]]
-    if sigma[-1] > FLAT * sigma[0]:
+    unit = float(w.abs().max())
+    w = w / unit
+    sigma = torch.tensor(known, dtype=torch.float64) / unit
+    # Those of a parametrized weight are not the parameter's.
+    is_known = len(known) == min(m, n) and w.numel() == whole
+    is_known &= math.isclose(float(sigma.norm()), float(w.norm()), rel_tol=1e-9)
+    if _are_flat(sigma) if is_known else _is_flat(w):
         return None
-    w = w / w.abs().max()
     level = float(EXTREME / TYPICAL * w.abs().median())
-    return w.clamp(-level, level) if level > 0 else w
+    largest = float(sigma[0]) if is_known and (level >= 1 or level == 0) else None
+    return (w.clamp(-level, level) if level > 0 else w), largest
 
 
-def _judge(w: Tensor) -> list[str]:
-    """What is improbable for independent entries in each matrix of (K, m, n); empty where nothing is."""
+def _is_flat(w: Tensor) -> bool:
+    """Whether the singular values that are not zero are equal."""
+    gram = w @ w.mT if w.shape[0] < w.shape[1] else w.mT @ w
+    squares = gram @ gram
+    value = squares.trace() / gram.trace()  # a mean of the λ, with weights λ: all are within 1 − FLAT² of it
+    if float((squares - value * gram).norm()) > 2 * (1 - FLAT**2) * float(value * gram.norm()):
+        return False
+    return _are_flat(torch.linalg.svdvals(w))
+
+
+def _largest(w: Tensor) -> Tensor:
+    """The square of the largest singular value."""
+    return torch.linalg.eigvalsh(w @ w.mT if w.shape[0] < w.shape[1] else w.mT @ w)[-1]
+
+
+def _are_flat(sigma: Tensor) -> bool:
+    sigma = sigma[sigma > NULL * sigma[0]]
+    return bool(sigma[-1] > FLAT * sigma[0])
+
+
+def _judge(w: Tensor, known: Sequence[float | None]) -> list[str]:
+    """What is improbable for independent entries in each matrix of (K, m, n); empty where nothing is.
+
+    Args:
+        w: the matrices.
+        known: the largest singular value of each, where it is known.
+    """
     m, n = w.shape[-2:]
     tests: dict[str, Tensor] = {}
     variance = w.square().mean((-2, -1))
     if min(m, n) >= LEAST_SIDE:
         a, b = math.sqrt(m - 0.5), math.sqrt(n - 0.5)
         edge = (a + b) ** 2 + (a + b) * (1 / a + 1 / b) ** (1 / 3) * tracy_widom_quantile(LEVEL)
-        largest = torch.linalg.svdvals(w)[..., 0].square()
+        largest = torch.stack(
+            [_largest(one) if top is None else w.new_tensor(top**2) for one, top in zip(w, known, strict=True)]
+        )
         tests["a singular value too large for independent entries"] = largest > edge * variance
     spread = w.square().var((-2, -1))
     for dim, what in ((-1, "rows"), (-2, "columns")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -20,7 +21,7 @@ from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.curvature import measure_curvature
 from gramian.inspection.evaluated import evaluate
-from gramian.inspection.failing import check_runs
+from gramian.inspection.failing import check_runs, steps_run
 from gramian.inspection.leaking import find_leak
 from gramian.inspection.measured import Measured
 from gramian.inspection.observed import Observed
@@ -42,6 +43,7 @@ __all__ = ["inspect"]
 
 # What a report says it looked at, or not.
 STEPS = "optimizer's steps"
+FAILING = "causes in training steps"
 
 
 def inspect(
@@ -98,17 +100,19 @@ def inspect(
     few = [mapped(batch, lambda t: t) if has_arrays(batch) else batch for batch in few]
     num_read, few = len(few), with_samples(few, "inspect")
     objective = as_objective(objective)
-    with keeping(model_or_path, few, objective.predict, objective.criterion):
-        given = model_or_path, few, _on_kept(objective, few), optimizer
+    kept = Kept(few)
+    with keeping(model_or_path, objective.predict, objective.criterion), ExitStack() as after:
+        after.callback(kept.put_back)
+        given = model_or_path, few, _on_kept(objective, kept), optimizer
         measured, found = _with_data(*given, curvature=curvature, options=options, progress=progress)
     if num_read > len(few):
         measured.notes.append(f"Batches without samples, which were left out: {num_read - len(few)} of {num_read}.")
     return _report(title or type(model_or_path).__name__, measured, found)
 
 
-def _on_kept(objective: Objective, few: list[Any]) -> Objective:
+def _on_kept(objective: Objective, kept: Kept) -> Objective:
     """The objective, with each pass on the batches as they were given, whatever passes before it did to them."""
-    kept, predict = Kept(few), getattr(objective.predict, "prepares", objective.predict)
+    predict = getattr(objective.predict, "prepares", objective.predict)
 
     @wraps(predict)
     def on_kept(model: nn.Module, batch: Any) -> Any:
@@ -169,7 +173,9 @@ def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Ob
         return observe(model, few, objective), {}
     except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
         check_runs(model, few[0], objective)
-        return None, {"causes": in_words(error)}
+        if steps_run(model, few, objective):
+            return None, {"causes": f"watching failed, a fault of gramian: {in_words(error)}"}
+        return None, {FAILING: in_words(error)}
 
 
 def _measure_signal(
@@ -188,12 +194,13 @@ def _measure_signal(
             measure_signal(measured, model, few[0], objective, layouts, progress)
         except Exception as error:  # training steps fail, and so may this
             measured.skipped |= {SIGNAL: in_words(error)}
-        return list(training_fails(measured.skipped["causes"]))
+        return list(training_fails(measured.skipped[FAILING])) if FAILING in measured.skipped else []
     context = Context(model, observed, optimizer, layers=measured.layers)
     measured.frozen = frozenset(context.frozen if len(context.frozen) < len(context.parameters) else ())
     if observed.error is not None:
         measured.skipped |= {SIGNAL: f"the loss fails: {in_words(observed.error)}"}
         return list(labels_in_range(context))
+    measured.entries = observed.entries
     measured.looked_at += ["data", "loss", "modules in training steps"]
     try:
         context.evaluated = evaluate(model, few[0], objective)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
-from gramian.inspection.given import given_of, key
+from gramian.inspection.given import given_of
 from gramian.inspection.moments import first_float
 from gramian.inspection.observed import Observed
 from gramian.objective import Objective
@@ -25,6 +25,8 @@ SHIFTED, SAME = 0.95, 0.5
 # Change at positions before the replaced ones, against that at the replaced ones, which rounding does not make.
 MOVED, MOVED_NARROW = 1e-3, 3e-2
 LEAST = 4
+# Positions that count, and runs of them for each, from which on they were chosen at random: masked words, or spans.
+FEW, ALONE = 16, 0.25
 # Change that is rounding.
 EQUAL = 1e-6
 
@@ -39,6 +41,7 @@ class Leak:
         name: the first module whose output at the positions before changes.
         before: the module before it, whose output does not.
         is_copy: whether the targets are the inputs at the same positions.
+        is_hidden: false where the tokens that are to be restored are given as they are.
         source: the input that is the target too, as Python reads it off a batch.
     """
 
@@ -47,6 +50,7 @@ class Leak:
     name: str
     before: str
     is_copy: bool = False
+    is_hidden: bool = True
     source: str = ""
 
 
@@ -99,8 +103,8 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
     """Look for tokens that are given to the model and are its targets at the same positions.
 
     What a decoder is given beside other inputs must be shifted by one, and what is behind a position hidden. Where the
-    tokens are all that is given, a model that sees both sides may be one that restores them; one that sees none behind
-    has nothing to predict.
+    tokens are all that is given (masks and the targets themselves aside, which a model may take for its loss), a model
+    that sees both sides may be one that restores them; one that sees none behind has nothing to predict.
     """
     batch = observed.batches[0]
     given = [g for g in given_of(observed.batches[:1], observed.fed, set()) if g.is_input]
@@ -108,7 +112,7 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         z = one.values[0]
         if z.is_floating_point() or z.ndim != 2 or z.shape[1] < LEAST or len(z) < 2 or not _is_target(observed, z):
             continue
-        others = [g.values[0] for g in given if key(g.values[0]) != key(z) and not _is_mask(g.values[0])]
+        others = any(not _is_mask(t) and not _is_target(observed, t) for t in (g.values[0] for g in given))
         position = z.shape[1] // 2 - 1
         other = z.clone()
         other[:, position + 1 :] = z.roll(1, 0)[:, position + 1 :]
@@ -125,16 +129,31 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         here = _share(before[whole], after[whole], rows, position + 1)
         if here > MOVED_NARROW and (others or early <= EQUAL):
             return Leak(position, here, "", "", is_copy=early <= EQUAL, source=one.name)
+        if here > MOVED_NARROW and _is_chosen(observed, z):
+            return Leak(position, here, "", "", is_hidden=False, source=one.name)
     return None
 
 
-def _is_target(observed: Observed, z: Tensor) -> bool:
-    """Whether a loss compares its outputs with these tokens at the same places."""
+def _is_chosen(observed: Observed, z: Tensor) -> bool:
+    """Whether positions here and there count, as those do that a masked language model is to restore."""
     for found in observed.criteria:
         if found.target.numel() == z.numel() and not found.target.is_floating_point():
+            counts = found.target.reshape(z.shape) >= 0
+            num = int(counts.sum())
+            runs = int(counts[:, 0].sum()) + int((counts[:, 1:] & ~counts[:, :-1]).sum())
+            if FEW <= num < SAME * z.numel() and runs > ALONE * num:
+                return True
+    return False
+
+
+def _is_target(observed: Observed, z: Tensor) -> bool:
+    """Whether a loss compares its outputs with these tokens at the same places, or at those that count."""
+    for found in observed.criteria:
+        if found.target.numel() == z.numel() and not z.is_floating_point() and not found.target.is_floating_point():
             target = found.target.reshape(z.shape).to(z.device)
             valid = target >= 0
-            if float(valid.float().mean()) > SAME and float((target == z)[valid].float().mean()) >= SHIFTED:
+            counts = float(valid.float().mean()) > SAME or _is_chosen(observed, z)
+            if counts and bool(valid.any()) and float((target == z)[valid].float().mean()) >= SHIFTED:
                 return True
     return False
 
@@ -177,18 +196,26 @@ def _run(model: nn.Module, batch: Any, objective: Objective, shape: tuple[int, .
 
 @contextmanager
 def _watched(model: nn.Module, shape: tuple[int, ...]) -> Iterator[list[tuple[str, Tensor]]]:
-    """A context that lists each module's output with the samples and positions in front, as it returns."""
+    """A context that lists each module's output with the samples and positions in front, as it returns.
+
+    Convolutions give the channels before the positions.
+    """
     found: list[tuple[str, Tensor]] = []
+    of_channels: list[Tensor] = []
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             made = first_float(output)
-            if (
-                made is not None
-                and made.ndim > 2
-                and len(made) == shape[0]
-                and made.shape[1] in (shape[1], shape[1] - 1)
-            ):
+            if made is None or made.ndim < 3 or len(made) != shape[0]:
+                return
+            lengths = (shape[1], shape[1] - 1)
+            if _is_of_channels(module):
+                of_channels.append(made)
+            if made.ndim == 3 and made.shape[2] in lengths:
+                first, last = (made.shape[d] if made.shape[d] in lengths else 0 for d in (1, 2))
+                if last > first or (last == first and any(made is t for t in of_channels)):
+                    made = made.transpose(1, 2)
+            if made.shape[1] in lengths:
                 wide = made.detach().flatten(2)
                 found.append(
                     (name, torch.stack((wide.float().mean(-1), wide[..., 0].float(), wide[..., -1].float()), -1))
@@ -202,6 +229,11 @@ def _watched(model: nn.Module, shape: tuple[int, ...]) -> Iterator[list[tuple[st
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_of_channels(module: nn.Module) -> bool:
+    """Whether a module gives (samples, channels, positions)."""
+    return isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm))
 
 
 def _share(before: Tensor, after: Tensor, rows: Tensor, position: int) -> float:

@@ -213,7 +213,7 @@ class Watch:
         self._schedule.begin()
         if not self._are_gradients_finite():
             if not self._is_lost:
-                self._tell([self._origin()])
+                self._tell(ordered([self._origin(), *self._looker.loop.grown(self.step)]))
             self._is_lost = True
             return
         self._is_lost = False

@@ -27,6 +27,7 @@ class Measured:
         waiting: parameters whose gradient is exactly zero until what is zero has made a few steps; `None` where that
             was not tried.
         frozen: parameters that need no gradient, where others do.
+        entries: parameters that meet other values entry by entry, and are no matrices whatever their shape.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         facts: numbers about the whole model, by label, for the report; rules may add some.
         notes: how things were measured, and what was skipped.
@@ -45,6 +46,7 @@ class Measured:
     is_chain: bool = True
     waiting: frozenset[str] | None = None
     frozen: frozenset[str] = frozenset()
+    entries: frozenset[str] = frozenset()
     facts: dict[str, float | int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     directions: list[Direction] = field(default_factory=list)

@@ -230,6 +230,8 @@ class Observed:
     Attributes:
         calls, activations, attentions, additions, gates, cuts: in the order of the forward pass of the first batch.
         added: names of parameters that are added to something.
+        multiplied, by_entry: names of parameters whose values a product takes as a matrix, and of those that meet
+            other values entry by entry.
         visible: keys that attention sees, where it has a mask.
         gradients: root mean square of the loss's gradient by parameter; `None` where it does not reach the parameter.
         zero_gradients: share of exact zeros in it.
@@ -237,13 +239,17 @@ class Observed:
         called: names of the modules whose forward ran.
         logits: what cross-entropy was applied to, as float32, from the first batch.
         criteria: torch's losses, each with what it was first applied to.
+        pulls: by torch's losses, the smallest and largest gradient of the whole loss by their values; NaN where none
+            arrives.
         broadcast: where a loss took an output and a target of other shapes.
         softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
             whole model.
         output: the model's, the first tensor of it.
+        changed: the tensors of the first batch that a pass writes into, as Python reads them off a batch.
         fed: keys of the tensors with which the model was called.
         raw: the data that layers take as they are.
         ends: of the function that made it.
+        scores_end: of the function, in the model or outside, that made what a binary cross-entropy of scores is given.
         cosines: where the loss's scores are cosines.
         reductions: means and sums that cancel.
         ungraded: modules that run under `torch.no_grad`.
@@ -262,6 +268,7 @@ class Observed:
         image_sizes: height and width of the input of each module that takes images, where it is called first.
         statistics: of each batch norm whose stored statistics are no longer the initial ones: how far their means are
             from those of the batch, in standard deviations, and the ratio of the variances.
+        initial_statistics: of each batch norm, how far 0 and 1 are from the statistics of the batch, likewise.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -270,6 +277,8 @@ class Observed:
     visible: list[Visible] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
     added: set[str] = field(default_factory=set)
+    multiplied: set[str] = field(default_factory=set)
+    by_entry: set[str] = field(default_factory=set)
     gates: list[Gate] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     gradients: dict[str, float | None] = field(default_factory=dict)
@@ -277,14 +286,18 @@ class Observed:
     used: dict[str, int] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
     statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    initial_statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
     logits: Tensor | None = None
     criteria: list[Criterion] = field(default_factory=list)
+    pulls: dict[str, tuple[float, float]] = field(default_factory=dict)
     broadcast: Broadcast | None = None
     softmax_over_rows: torch.Size | None = None
     output: Tensor | None = None
+    changed: tuple[str, ...] = ()
     fed: set[tuple[int, int]] = field(default_factory=set)
     raw: list[Raw] = field(default_factory=list)
     ends: Ends | None = None
+    scores_end: Ends | None = None
     cosines: Cosines | None = None
     reductions: list[Reduction] = field(default_factory=list)
     ungraded: set[str] = field(default_factory=set)
@@ -301,3 +314,8 @@ class Observed:
     image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     labels: tuple[int, int, int] | None = None
     error: Exception | None = None
+
+    @property
+    def entries(self) -> frozenset[str]:
+        """Parameters that meet other values entry by entry, and that no product takes as a matrix."""
+        return frozenset(self.by_entry - self.multiplied)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.inspection.attention import NUM_SAMPLES, attention_weights, entropy_and_masked, visible_keys
+from gramian.inspection.elementwise import ElementWise
 from gramian.inspection.gate_functions import ADDITIONS
 from gramian.inspection.gating import Gating
 from gramian.inspection.heads import Heads
@@ -66,6 +67,7 @@ class Operations:
     ) -> None:
         self.seen, self.names, self.read, self.squares, self.live = seen, names, read, squares, live
         self.heads = Heads(seen)
+        self.elementwise = ElementWise(names)
         self.gating = Gating(seen, names, read, live=live)
         self.is_convolutional = False  # whether the last module with a matrix was a convolution
         self.unfused = 0  # depth of calls that run unfused
@@ -75,6 +77,8 @@ class Operations:
         """Lets go of the pass's tensors."""
         self.gating.clear()
         self.heads.clear()
+        self.elementwise.clear()
+        self.made_by.clear()
 
     def see(
         self,
@@ -97,6 +101,7 @@ class Operations:
         """
         if not self.live:
             self.heads.see(func, args, kwargs, given, made)
+            self.elementwise.see(self.seen, func, given, made)
         self.gating.see(name, order, func, args, kwargs, given, made)
         if func in _RECTIFIERS:
             self._activation(name, order, _RECTIFIERS[func], made, None)

@@ -202,20 +202,29 @@ def _culprits(logs: dict[str, float], half: float) -> list[str]:
 
 
 def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
-    """Compare the gradient at the first layer with that at the last."""
+    """Compare the gradient at the first layer with that at the last.
+
+    A large gradient at an embedding alone is none that grew with depth: the size of its vectors is free where a norm
+    follows (RWKV starts them at 1e-4), and their gradient is inverse to it.
+    """
     sized = _with_gradients(measured)
     if not measured.is_chain or len(sized) < 3 or not all(math.isfinite(layer.gradient_rms or 0.0) for layer in sized):
         return
-    first, last = _per_unit(measured, sized[0]), _per_unit(measured, sized[-1])
+    start, last = sized[0], _per_unit(measured, sized[-1])
     if last == 0.0:
         return
+    first = _per_unit(measured, start)
     measured.facts["gradient, first layer against last"] = ratio = first / last
+    if ratio > GRADIENT_RATIO and start.role == "embedding":
+        start = next((layer for layer in sized if layer.role != "embedding"), start)
+        first = _per_unit(measured, start)
+        ratio = max(1.0, first / last)
     if 1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO:
         return
     vanishes = ratio < 1
     unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
     evidence = (
-        f"root mean square{_positions(measured, sized)} {first:.1e} at {sized[0].name}, {last:.1e} at {sized[-1].name}"
+        f"root mean square{_positions(measured, sized)} {first:.1e} at {start.name}, {last:.1e} at {sized[-1].name}"
     )
     if unmoved:
         evidence += f"; below AdamW's ε = 1e-8 in {len(unmoved)} of {len(sized)} layers, which AdamW hardly moves"

@@ -10,14 +10,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
+from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gramian.batch import mapped
 from gramian.inspection.following import Follower
 from gramian.inspection.given import key
-from gramian.inspection.losses import ends_of, see_loss
-from gramian.inspection.moments import as_moments, first_float, squares, version
+from gramian.inspection.losses import ends_of, see_loss, see_pull
+from gramian.inspection.moments import as_moments, first_float, packed, squares, version
 from gramian.inspection.observed import Call, Cut, Ends, Observed
 from gramian.inspection.operations import Operations
 from gramian.inspection.raw import RawData
@@ -47,10 +50,12 @@ class Watcher(Follower):
         self.order = 0
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
+        self.is_elsewhere = False  # whether the last parameter used outside the model is another network's
         self.raw = RawData(self.names)
-        self.measured: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.measured: dict[int, tuple[int, tuple[Tensor, Tensor]]] = {}  # with the tensor's version
         self.operations = Operations(seen, self.names, self._read, self._squares, live=live)
-        self.alive: list[Tensor] = []  # so that no id of an output is used twice
+        self.alive: dict[int, ref[Tensor]] = {}  # what tables know by its id
+        self.strange: list[Tensor] = []  # kept, so that no id is used twice
         self.first_non_finite: tuple[str, str] | None = None
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -65,6 +70,8 @@ class Watcher(Follower):
                 yield self
         finally:
             self.alive.clear()
+            self.measured.clear()
+            self.strange.clear()
             self.raw.clear()
             self.operations.clear()
             self.ended = None
@@ -98,7 +105,7 @@ class Watcher(Follower):
             if self.ended is not None and (made is self.ended[0] or made._base is self.ended[0]):
                 self.seen.ends = self.ended[1]
         self.operations.made_by.setdefault(id(made), []).append(name)
-        self.alive.append(made)
+        self._know(made)
         given = first_float(*args, *kwargs.values())
         if any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False)):
             return
@@ -123,11 +130,21 @@ class Watcher(Follower):
 
     def _squares(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers for the moments of a tensor, which often is one module's output and the next's input."""
-        key = (id(t), version(t))
-        if key not in self.measured:
-            self.measured[key] = squares(t)
-            self.alive.append(t)
-        return self.measured[key]
+        known, now = self.measured.get(id(t)), version(t)
+        if known is None or known[0] != now:
+            known = self.measured[id(t)] = now, squares(t)
+            self._know(t)
+        return known[1]
+
+    def _know(self, t: Tensor) -> None:
+        """Keeps what is known of a tensor by its id for as long as there is the tensor."""
+
+        def forget(_: object, key: int = id(t)) -> None:
+            for table in (self.alive, self.measured, self.operations.made_by):
+                table.pop(key, None)
+
+        if id(t) not in self.alive:
+            self.alive[id(t)] = ref(t, forget)
 
     def _compare_statistics(self, name: str, module: nn.modules.batchnorm._BatchNorm, given: Tensor) -> None:
         """Keeps how far the stored statistics of a batch norm are from those of this batch."""
@@ -138,8 +155,14 @@ class Watcher(Follower):
         others, spread = tuple(range(1, wide.ndim)), (-1, *(1,) * (wide.ndim - 1))
         found_mean = wide.mean(others)
         found_variance = (wide - found_mean.view(spread)).square_().mean(others)
+        if not self.live and name not in self.seen.called:
+            eps = module.eps
+            shift = (found_mean.square() / (found_variance + eps)).mean().sqrt()
+            ratio = ((1 + eps) / (found_variance + eps)).log().abs().mean().exp()
+            self.seen.initial_statistics[name] = float(shift), float(ratio)
         if module.momentum and module.num_batches_tracked is not None:  # what is left of the initial values, 0 and 1
             left = (1 - module.momentum) ** module.num_batches_tracked
+            left = torch.where(module.num_batches_tracked > 0, left, 0.0)  # a count that was not kept
             found_mean, found_variance = (1 - left) * found_mean, (1 - left) * found_variance + left
         eps = module.eps
         shift = ((mean - found_mean).square() / (found_variance + eps)).mean().sqrt()
@@ -171,6 +194,8 @@ class Watcher(Follower):
                 self._unfused(func, *few)
             return func(*args, **kwargs)
         if not self.careful and not self.live:
+            if func is F.binary_cross_entropy_with_logits:
+                self._see_ends(args[0] if args else kwargs.get("input"))
             with torch._C.DisableTorchFunction():
                 see_loss(self.seen, self.place, func, args, kwargs)
         given = (*args, *kwargs.values()) if self.careful and self.first_non_finite is None else None
@@ -181,7 +206,14 @@ class Watcher(Follower):
                 self.first_non_finite = (name, getattr(func, "__name__", str(func)))
             if not self.careful:
                 self._see(name, func, args, kwargs, output)
+                if not self.live:
+                    see_pull(self.seen, func, output)
         return output
+
+    def _see_ends(self, scores: Any) -> None:
+        """Keeps the function between whose ends what a loss of scores is given was made."""
+        if self.ended is not None and (scores is self.ended[0] or getattr(scores, "_base", None) is self.ended[0]):
+            self.seen.scores_end = self.seen.scores_end or self.ended[1]
 
     def _unfused(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """The same result by operations that are seen."""
@@ -197,9 +229,11 @@ class Watcher(Follower):
         given = list(tensors_of((*args, *kwargs.values())))
         self._use(given)
         for t in given:
+            if isinstance(t, nn.Parameter):
+                self.is_elsewhere = not self.stack and id(t) not in self.names
             if isinstance(t, nn.Parameter) and t.requires_grad and self.stack and id(t) not in self.names:
                 self.seen.strangers.setdefault(id(t), (name, tuple(t.shape)))
-                self.alive.append(t)
+                self.strange.append(t)
         if not self.live:
             self.raw.follow(self.seen, name, func, args, given, output)
         made = output if isinstance(output, Tensor) else None
@@ -211,7 +245,12 @@ class Watcher(Follower):
             self.ended = (made, ends)
         if not made.requires_grad and made.ndim and any(t.requires_grad for t in given):
             self._cut(name, getattr(func, "__name__", str(func)), given)
-        self.operations.see(name, self.order, func, args, kwargs, given, made)
+        if made.is_nested or any(t.is_nested for t in given):
+            args, kwargs, given, made = mapped((args, dict(kwargs), given, made), packed)
+        if not self.is_elsewhere or self.stack:  # not in a discriminator, a teacher or a loss with weights of its own
+            self.operations.see(name, self.order, func, args, kwargs, given, made)
+        elif not self.live:
+            self.operations.heads.see(func, args, kwargs, given, made)
 
     def _use(self, values: Iterable[Any]) -> None:
         for t in tensors_of(values):

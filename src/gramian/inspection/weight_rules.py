@@ -205,6 +205,7 @@ def dominant_direction(measured: Measured) -> Iterator[Finding]:
         for layer in measured.layers
         if layer.role == "hidden"
         and not is_product(layer)
+        and layer.name.partition("[")[0] not in measured.entries
         and layer.stable_rank
         and min(layer.shape) >= DOMINANT_SIDE
         and layer.stable_rank < 1 / DOMINANT
@@ -248,7 +249,8 @@ def like_noise(measured: Measured) -> Iterator[Finding]:
 
 def low_rank(measured: Measured) -> Iterator[Finding]:
     """Find matrices of lower rank than their shape allows, and those that two factors would store in less memory."""
-    layers = [layer for layer in measured.layers if not is_product(layer)]  # their factors are stored already
+    kept = [layer for layer in measured.layers if layer.name.partition("[")[0] not in measured.entries]
+    layers = [layer for layer in kept if not is_product(layer)]  # their factors are stored already
     ranks = {layer.name: rank_beyond_chance(layer) for layer in layers if layer.spectral_norm}
     low = [layer for layer in layers if (ranks.get(layer.name) or min(layer.shape)) < min(layer.shape)]
     if low:

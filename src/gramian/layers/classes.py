@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -164,11 +165,19 @@ def layer_of(module: nn.Module) -> Layer:
     >>> layer_of(nn.Conv2d(1, 2, 3)).operation, layer_of(nn.ReLU()).operation
     ('convolution', 'unknown')
     """
-    for cls in type(module).__mro__:
-        for row in LAYERS:
-            if row.fits(cls, module):
-                return row
-    return _UNKNOWN
+    return next((row for row in _rows_of(type(module)) if not row.has or hasattr(module, row.has)), _UNKNOWN)
+
+
+_looked_up: WeakKeyDictionary[type[nn.Module], tuple[Any, tuple[Layer, ...]]] = WeakKeyDictionary()
+
+
+def _rows_of(kind: type[nn.Module]) -> tuple[Layer, ...]:
+    """The rows for a class and its base classes, the most derived first; looked up once for each class and table."""
+    known = _looked_up.get(kind)
+    if known is None or known[0] is not LAYERS:
+        rows = tuple(row for cls in kind.__mro__ for row in LAYERS if row.cls is cls or row.cls == cls.__name__)
+        known = _looked_up[kind] = LAYERS, rows
+    return known[1]
 
 
 def layout_of(module: nn.Module, local: str = "weight", parameter: Tensor | None = None) -> Layout | None:

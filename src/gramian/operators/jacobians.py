@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gramian.block import blocks
 from gramian.errors import InputError, UnsupportedError
-from gramian.layers import operation_of
+from gramian.layers import operation_of, runs_as_its_class
 from gramian.objective import Objective, as_objective
 from gramian.recording import measuring
 
@@ -338,10 +338,7 @@ class _Cuts:
 
 @contextmanager
 def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
-    """Hooks that give every module of a block (or the first alone) a fresh leaf's copy as input, and remember both.
-
-    A copy, since a leaf allows nothing in place.
-    """
+    """Hooks that give every module of a block (or the first alone) a fresh leaf as input, and remember both."""
     cuts = _Cuts()
 
     def before(name: str) -> Callable:
@@ -349,12 +346,15 @@ def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
             x = args[0] if args else kwargs.get("input")
             if not (isinstance(x, Tensor) and x.is_floating_point()):
                 return None
+            if x.is_nested:
+                raise UnsupportedError(f"{name} is given a nested tensor, whose rows have no one shape")
             if only_first and cuts.uses:
                 cuts.uses.append(_Use(name, module, x, x))
                 return None
             leaf = x.detach().requires_grad_()
             cuts.uses.append(_Use(name, module, x, leaf))
-            return ((leaf.clone(), *args[1:]), kwargs) if args else (args, kwargs | {"input": leaf.clone()})
+            given = leaf if runs_as_its_class(module) else leaf.clone()  # a leaf allows nothing in place
+            return ((given, *args[1:]), kwargs) if args else (args, kwargs | {"input": given})
 
         return hook
 

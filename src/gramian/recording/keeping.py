@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Kept", "keeping", "kept_random", "own_gradients", "seeded"]
+__all__ = ["Kept", "keeping", "kept_random", "own_gradients", "seed_torch", "seeded"]
 
 # How far objects and containers in a module's attributes are followed.
 DEPTH = 4
@@ -228,6 +228,28 @@ def kept_random() -> Iterator[None]:
         yield
 
 
+def seed_torch(seed: int) -> None:
+    """As `torch.manual_seed`, which without an accelerator takes a millisecond, and keeps a traceback of each call.
+
+    Args:
+        seed: of the generators of all devices.
+
+    Returns: nothing.
+    Raises: nothing of its own.
+    Cost: next to none.
+    Source: torch.
+
+    >>> with kept_random():
+    ...     seed_torch(3)
+    ...     torch.initial_seed()
+    3
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """A context with the global generators of torch, Python and NumPy seeded; then they are what they were.
@@ -247,7 +269,7 @@ def seeded(seed: int) -> Iterator[None]:
     (True, True)
     """
     with kept_random():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 (what the user's code draws from)
         yield

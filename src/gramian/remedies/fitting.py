@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from gramian.batch import fields, main_input
 from gramian.calls import called, prepared
 from gramian.errors import GramianError, some
-from gramian.init import signs_of_training
+from gramian.init.trained import signs_of, trainable
 from gramian.objective import Objective, as_objective
 from gramian.recording.measuring import evaluating
 from gramian.remedies.performing import Setting
-from gramian.report import Action, Finding, Report
+from gramian.report import Action, Finding, Layer, Report
 from gramian.report.access import path_to, steps_of
 from gramian.report.actions import KEYWORDS
 
@@ -31,14 +31,17 @@ class Fitting:
 
     Args:
         setting: not changed.
+        layers: of a report on it, whose singular values need not be computed again.
     """
 
     setting: Setting
+    layers: Sequence[Layer] = ()
 
     @cached_property
     def trained(self) -> set[str]:
         """Names of the parameters that look trained."""
-        return {sign.name for sign in signs_of_training(self.setting.model)}
+        known = {layer.name: layer.singular_values for layer in self.layers}
+        return {sign.name for sign in signs_of(self.setting.model, trainable(self.setting.model), known)}
 
     @cached_property
     def loss(self) -> str:
@@ -51,7 +54,7 @@ class Fitting:
         word = "objective.predict" if isinstance(self.setting.objective, Objective) else "objective"
         calls = self._calls_of("")
         try:
-            model = copy.deepcopy(self.setting.model)
+            model = self._twin
             with evaluating(model), torch.enable_grad():
                 mine = _recorded(model, lambda: called(model, prepared(model, self.batch)))
         except Exception:  # it is called in another way
@@ -97,11 +100,16 @@ class Fitting:
         except Exception:  # an object that cannot be copied
             return self.setting.batches[0]
 
+    @cached_property
+    def _twin(self) -> nn.Module:
+        """A copy of the model, which a forward pass may change."""
+        return copy.deepcopy(self.setting.model)
+
     def _calls_of(self, name: str) -> list[dict[str, Any]]:
         """The arguments of the calls of a module when the loss of the first batch is computed."""
         objective = as_objective(self.setting.objective)
         try:
-            model = copy.deepcopy(self.setting.model)
+            model = self._twin
             with evaluating(model):
                 return _recorded(model.get_submodule(name), lambda: objective.loss(model, self.batch))
         except Exception:  # not for this to say
@@ -137,7 +145,8 @@ def fitted(report: Report, setting: Setting) -> Report:
 
     Returns: a report.
     Raises: nothing of its own.
-    Cost: where an action needs it, a copy of the model, two forward passes, and the signs of training.
+    Cost: where an action needs it, a copy of the model, two forward passes, and the signs of training, from singular
+        values that the report has.
     Source: this library's own.
 
     >>> from gramian.report import Finding
@@ -147,7 +156,7 @@ def fitted(report: Report, setting: Setting) -> Report:
     >>> fitted(found, Setting(net, [batch], own)).findings[0].remedy
     'gm.init.isometric_(model, next(iter(batches)), predict=objective)'
     """
-    fitting, findings = Fitting(setting), []
+    fitting, findings = Fitting(setting, report.layers), []
     for finding in report.findings:
         if finding.action is not None:
             action = fitting.fitted(finding.action)

@@ -20,7 +20,7 @@ from gramian.inspection.given import Given, given_of, key
 from gramian.inspection.leaking import Leak
 from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import moments
-from gramian.inspection.observed import Activation, Call, Observed
+from gramian.inspection.observed import Activation, Call, Criterion, Observed
 from gramian.inspection.opening import Opening
 from gramian.inspection.probing import Probes
 from gramian.inspection.stepping import Steps
@@ -145,6 +145,10 @@ class Context:
                 chance = -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
                 return seen.first_loss < LEARNED * chance
         return False
+
+    def criterion(self, function: str) -> Criterion | None:
+        """The first call of one of torch's losses, by its name."""
+        return next((c for c in self.observed.criteria if c.function == function), None)
 
     @cached_property
     def targets(self) -> Tensor | None:

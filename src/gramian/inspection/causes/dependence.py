@@ -165,8 +165,9 @@ def _products(x: Tensor) -> Tensor:
 
 
 def _standardized(x: Tensor) -> Tensor:
-    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6 * float(x.std(0).amax() + 1e-30))
-    return x.clamp(-5, 5)
+    x = x - x.mean(0)
+    deviation = (x.square().sum(0) / (len(x) - 1)).sqrt()  # and not std, which takes ten times as long on a processor
+    return (x / deviation.clamp(min=1e-6 * float(deviation.amax() + 1e-30))).clamp(-5, 5)
 
 
 def _neighbors(x: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from gramian.report import SEVERITIES, Finding
 
 __all__ = ["ordered"]
 
+_GAIN = ("gain-below-one", "gain-above-one")
 # Codes by origin, causes first. What is in no group comes after these, before depth.
 _ORIGINS: tuple[tuple[str, ...], ...] = (
-    ("non-finite-weights", "input-non-finite"),
+    ("non-finite-weights", "input-non-finite", "input-changed"),
     ("labels-constant", "labels-out-of-range", "labels-sorted", "input-constant"),
     ("labels-non-finite", "training-fails", "parameter-unregistered", "softmax-single-value"),
     ("loss-broadcast", "loss-unbounded", "loss-not-log-probabilities", "output-range", "loss-maximized"),
@@ -45,12 +46,12 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ),
     ("norm-evaluation-mode", "dropout-rate", "dropout-evaluation", "gate-shut"),
     ("norm-statistics", "norm-few-values"),
-    ("gain-below-one", "gain-above-one"),
+    _GAIN,
     ("attention-saturated", "residual-growth"),
     ("head-input-offset",),
     ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
-    ("parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
+    ("input-unused", "parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("modes-disagree",),
     ("rate-too-high", "rate-too-low"),
     ("labels-independent",),
@@ -74,7 +75,7 @@ _SYMPTOMS = frozenset(
 _UNITS = frozenset((
     "norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth", "head-input-offset",
 ))  # fmt: skip
-_GAINS = frozenset(("gain-below-one", "gain-above-one"))
+_GAINS = frozenset(_GAIN)
 # What data, a loss or a decay of a wrong size make of weights in training, wherever it began.
 _DRIVEN = frozenset((
     "head-scale", "parameter-rank-one", "parameter-scale-small", "parameter-scale-large", "embedding-scale",
@@ -98,11 +99,13 @@ _SIGNAL = frozenset((
 _BESIDE = frozenset(("samples-mixed", "graph-cut", "attention-masked", "gate-shut", "head-scale", "output-range"))
 
 
-def _rank(finding: Finding) -> int:
+def _rank(finding: Finding) -> float:
+    if _is_shut(finding):  # whatever the gains of the others are, nothing passes
+        return _ORIGINS.index(_GAIN) - 0.5
     for i, codes in enumerate(_ORIGINS):
         if finding.code in codes:
-            return i
-    return len(_ORIGINS)
+            return float(i)
+    return float(len(_ORIGINS))
 
 
 def ordered(found: Iterable[Finding]) -> list[Finding]:
@@ -141,12 +144,17 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     if finding.code in _SYMPTOMS | _UNITS:
         among = [c for c in causes if finding.code != "residual-growth" or c.code not in _BESIDE]
     elif finding.code in _GAINS:
-        among = [c for c in causes if c.code in _SIGNAL]
+        among = [c for c in causes if c.code in _SIGNAL or _is_shut(c)]
     elif finding.code in _RATES:
         among = [c for c in serious if c.code not in _RATES]
     else:
         return None
     return next((c for c in among if c is not finding and _rank(c) < _rank(finding)), None)
+
+
+def _is_shut(finding: Finding) -> bool:
+    """Whether a layer passes nothing on."""
+    return finding.code == "dead-units" and finding.severity == "error"
 
 
 def _is_local(finding: Finding) -> bool:

@@ -18,6 +18,8 @@ __all__ = ["RULES"]
 
 # Share of the queries at tokens that see nothing but padding from which on the mask counts as inverted.
 INVERTED = 0.9
+# Tokens that are padding by where they stand, from which on they count.
+FEW = 16
 # Positions from which on a triangle is told from other masks.
 LEAST = 3
 
@@ -93,7 +95,19 @@ def _masked(context: Context, names: list[str], severity: Severity, does: str, e
 def leak(context: Context) -> Iterator[Finding]:
     """Find outputs that see the target that they are to predict."""
     found = context.leak
-    if found is not None and found.source:
+    if found is not None and not found.is_hidden:
+        yield Finding(
+            "target-leak",
+            "error",
+            f"The tokens that are to be restored stand in {found.source}",
+            where="data",
+            evidence="at the positions that count in the loss, the targets are the inputs (exact); the outputs depend "
+            "on them",
+            cause="Of a masked language model, the tokens that are its targets are hidden: here they are not, and it "
+            "learns to copy.",
+            advice="Put the mask's token, or a random one, in place of the tokens that are the targets.",
+        )
+    elif found is not None and found.source:
         yield Finding(
             "target-leak",
             "error",
@@ -130,7 +144,7 @@ def leak(context: Context) -> Iterator[Finding]:
 
 
 def _padding(context: Context, x: Tensor) -> Tensor | None:
-    """Where (N, T) the inputs are padding: by an embedding's padding_idx, or the batch's attention mask."""
+    """Where (N, T) the inputs are padding: by an embedding's padding_idx, the batch's attention mask, or their ends."""
     if x.ndim == 2 and not x.is_floating_point():
         for module in context.model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -138,7 +152,21 @@ def _padding(context: Context, x: Tensor) -> Tensor | None:
                 if bool(found.any()):
                     return found
     mask = token_mask(context.observed.batches[0])
-    return None if mask is None or len(mask) != len(x) else ~mask.to(x.device)
+    if mask is not None and len(mask) == len(x):
+        return ~mask.to(x.device)
+    return _ends(x) if x.ndim == 2 and not x.is_floating_point() else None
+
+
+def _ends(x: Tensor) -> Tensor | None:
+    """Where (N, T) one token fills the ends, or the beginnings, of rows of several lengths, and is nowhere else."""
+    for tokens in (x, x.flip(1)):
+        value = tokens[:, -1].mode().values
+        found = tokens == value
+        tail = found.flip(1).cumprod(1).flip(1).bool()
+        lengths = found.sum(1)
+        if bool((found == tail).all()) and int(found.sum()) >= FEW and len(lengths[lengths > 0].unique()) > 1:
+            return found if tokens is x else found.flip(1)
+    return None
 
 
 def _by_sample(one: Visible, num: int) -> Tensor | None:

@@ -23,6 +23,10 @@ TIMES, MORE, SETTLED = 2.0, 1.0, 30
 # Share of the initial statistics that is left after so many batches from which on the momentum is told.
 HELD = 0.5
 
+# Batches after which that share is looked at before training, and how far the initial statistics then are from those of
+# a batch: means in standard deviations, and ratio of the variances.
+BATCHES, FAR_MEAN, FAR_VARIANCE = 1000, 0.5, 2.0
+
 # Values per channel up to which a batch norm leaves little but their signs: of two, ±1.
 FEW_VALUES = 3
 
@@ -127,6 +131,43 @@ def norm_statistics(context: Context) -> Iterator[Finding]:
         )
 
 
+def norm_momentum(context: Context) -> Iterator[Finding]:
+    """Find batch norms before training whose statistics will stay the initial ones, which are not the data's. Exact."""
+    trains = context.model.training or context.optimizer is not None
+    slow: dict[str, tuple[float, float]] = {}
+    for name, module in context.model.named_modules():
+        far = context.observed.initial_statistics.get(name)
+        if far is None or not isinstance(module, _BATCH_NORM) or not (module.training and trains and module.momentum):
+            continue
+        will_hold = (1 - module.momentum) ** BATCHES > HELD
+        if will_hold and _is_initial(module) and (far[0] > FAR_MEAN or far[1] > FAR_VARIANCE):
+            slow[name] = far
+    if slow:
+        name, (shift, ratio) = max(slow.items(), key=lambda one: max(one[1][0] / FAR_MEAN, one[1][1] / FAR_VARIANCE))
+        momentum = float(context.model.get_submodule(name).momentum)
+        yield Finding(
+            "norm-statistics",
+            "warning",
+            f"The stored statistics of {context.told(name)} will hardly change: its momentum is {momentum:g}",
+            where=some(slow, SHOWN),
+            evidence=f"after {BATCHES:,} batches {(1 - momentum) ** BATCHES:.0%} of them are the initial ones, 0 and "
+            f"1, and half after {math.log(0.5) / math.log1p(-momentum):,.0f} (exact); {_distance(shift, ratio)}",
+            cause="torch's momentum is the share of the new statistics, and not that of the old; evaluation mode uses "
+            "statistics that are not those of the data.",
+            advice="Use 0.1, or None for the average over all batches.",
+        )
+
+
+def _is_initial(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the stored statistics are 0 and 1, up to what the batches so far have added."""
+    if norm.running_mean is None or norm.running_var is None:
+        return False
+    if not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all()):
+        return True
+    seen = int(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 0
+    return seen > 0 and (1 - float(norm.momentum or 0.0)) ** seen > HELD
+
+
 def _slow(context: Context) -> tuple[str, float, int] | None:
     """The first batch norm whose statistics still are the initial ones, where the loss in evaluation mode shows it."""
     if not _disagree(context):
@@ -223,4 +264,11 @@ def _distance(shift: float, ratio: float) -> str:
     )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (norm_gain, norm_size, norm_statistics, norm_mode, modes)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
+    norm_gain,
+    norm_size,
+    norm_statistics,
+    norm_momentum,
+    norm_mode,
+    modes,
+)

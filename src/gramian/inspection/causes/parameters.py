@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from statistics import median
 
+from torch import Tensor
+
 from gramian.block import Block
 from gramian.errors import some
 from gramian.inspection.by_design import is_factor
@@ -36,19 +38,24 @@ SMALL_EMBEDDING, EMBEDDING = 1e-3, 8.0
 
 
 def degenerate(context: Context) -> Iterator[Finding]:
-    """Find matrices that are zero, constant or of rank one, and through which the output loses the input. Exact."""
+    """Find matrices that are zero, constant or of rank one, and through which the output loses the input. Exact.
+
+    A parameter that meets other values entry by entry is no matrix, whatever its shape: that of a state space model
+    starts with equal rows, and a gain at one.
+    """
     values = list(context.values())
     last = context.opening.last if context.opening is not None else {b.name for b, _ in values if b.role == "head"}
     zero, constant, single = [], [], []
     for block, w in values:
         if not bool(w.isfinite().all()) or w.numel() < 2 or is_factor(block.name):
             continue
+        is_matrix = block.name not in context.observed.entries
         if not bool(w.any()):
             if block.name not in last and context.is_blocked:
                 zero.append(block.name)
-        elif bool((w == w.flatten()[0]).all()) and len(w) > 1:
+        elif is_matrix and bool((w == w.flatten()[0]).all()) and len(w) > 1:
             constant.append(block.name)
-        elif block.name in context.rank_one:
+        elif is_matrix and block.name in context.rank_one and not _is_far(block, w):
             single.append(block.name)
     if zero:
         yield Finding(
@@ -89,6 +96,11 @@ def degenerate(context: Context) -> Iterator[Finding]:
                 else "All that passes the layer is one number for each sample.",
                 action=ISOMETRIC,
             )
+
+
+def _is_far(block: Block, w: Tensor) -> bool:
+    """Whether a table of rows has an offset beside which its rows are alike, which `embedding_scale` tells."""
+    return block.role == "embedding" and float(w.float().square().mean()) > EMBEDDING**2
 
 
 def _shut(context: Context) -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch.nn.functional as F
-from torch import Tensor
+import torch
 
+from gramian.batch import main_input
+from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
 from gramian.inspection.causes.stepping import steps
+from gramian.inspection.ordering import as_set, without_order
+from gramian.inspection.probing import FAR, NEAR
 from gramian.report import Finding
 
 __all__ = ["RULES"]
@@ -90,19 +93,56 @@ def unbounded(context: Context) -> Iterator[Finding]:
         )
 
 
+def plunging(context: Context) -> Iterator[Finding]:
+    """Find a loss that falls faster than the outputs grow. Measured."""
+    found = context.probes.plunges
+    if found is not None and context.probes.falls is None:
+        here, near, far = found
+        yield Finding(
+            "loss-unbounded",
+            "error",
+            "The loss falls without end, faster than the outputs grow",
+            where="loss",
+            evidence=f"loss {here:.3g} as it is; with the outputs moved down its gradient by {NEAR:g} and {FAR:g} "
+            f"times their size, {near:.3g} and {far:.3g}",
+            cause="The sign of a term is wrong: a square, a variance or a divergence is subtracted.",
+            advice="Correct the sign of this term, so that the loss has a minimum.",
+        )
+
+
+def without_effect(context: Context) -> Iterator[Finding]:
+    """Find inputs with which the model is called, and that change nothing. Exact."""
+    found = context.probes.without_effect
+    if not found or (context.opening is not None and context.opening.waiting):
+        return  # what starts at zero may be what they pass through
+    yield Finding(
+        "input-unused",
+        "warning",
+        f"The model is given {some(found)}, and does not use {'it' if len(found) == 1 else 'them'}",
+        where="data",
+        evidence="with the values of other samples, the loss is the same to the last bit (exact)",
+        cause="What is computed of it is not passed on; a branch is commented out, or a mask is not handed to the "
+        "attention.",
+        advice="Use it in the forward pass, or do not pass it.",
+    )
+
+
 def order(context: Context) -> Iterator[Finding]:
-    """Tell of a model of sequences to which their order is nothing; a warning where the labels depend on it."""
+    """Tell of a model of sequences or patches to which their order is nothing; a warning where labels depend on it."""
     if not context.probes.ignores_order:
         return
+    x = main_input(context.observed.batches[0])
     matters = _order_matters(context)
+    what = "patches" if x.ndim == 4 else "tokens" if x.ndim == 2 else "positions"
     yield Finding(
         "order-ignored",
         "warning" if matters else "info",
-        "The output stays the same when the tokens change places",
+        f"The output stays the same when the {what} change places",
         where="all layers",
-        evidence="tokens of 8 samples in another order, padding with them, give the same output up to rounding"
-        + ("; the labels depend on the tokens by their positions, and not on how often each comes" if matters else ""),
-        cause="Nothing tells the model where a token stands: no positions are added; attention and means see a set.",
+        evidence=f"{what} of 8 samples in another order, padding with them, give the same output up to rounding"
+        + (f"; the labels depend on the {what} by their places, and not on what they are" if matters else ""),
+        cause=f"Nothing tells the model where one of the {what} stands: no positions are added; attention and means "
+        "see a set.",
         advice="Add positions to the embeddings, or use rotary ones in the attention."
         if matters
         else "Where the order counts, add positions to the embeddings.",
@@ -110,20 +150,28 @@ def order(context: Context) -> Iterator[Finding]:
 
 
 def _order_matters(context: Context) -> bool:
-    """Whether labels depend on the tokens by position, and not by their numbers."""
+    """Whether labels depend on the members of sets by place, and not on which there are."""
     labels = [y for y in context.given_labels if y is not None]
     if not labels or len(labels) != len(context.given_inputs) or any(len(x) != 1 for x in context.given_inputs):
         return False
-    tokens = [x[0].detach().cpu().long() for x in context.given_inputs]
-    if any(t.ndim != 2 or t.shape[1] != tokens[0].shape[1] for t in tokens):
+    inputs = [x[0].detach().cpu() for x in context.given_inputs]
+    if any(t.shape[1:] != inputs[0].shape[1:] for t in inputs):
         return False
-    num = max(int(t.max()) for t in tokens) + 1
-    hot: list[Tensor] = [F.one_hot(t.clamp(min=0, max=511), min(num, 512)).float() for t in tokens]
-    by_number = labels_depend([[one.sum(1)] for one in hot], labels)
-    by_position = labels_depend([[one.flatten(1)[:, :4096]] for one in hot], labels)
+    members = as_set(context.model, context.observed, torch.cat(inputs)).split([len(t) for t in inputs])
+    are_tokens = not inputs[0].is_floating_point()
+    by_number = labels_depend([[without_order(one, are_tokens=are_tokens)] for one in members], labels)
+    by_position = labels_depend([[one.flatten(1)[:, :4096]] for one in members], labels)
     if by_number is None or by_position is None:
         return False
     return by_number.p_value > WEAKLY and by_position.p_value < CLEARLY
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (cut_inside, affine, summed, unbounded, order)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
+    cut_inside,
+    affine,
+    summed,
+    unbounded,
+    plunging,
+    without_effect,
+    order,
+)

@@ -1,0 +1,141 @@
+"""Operations over the samples of a batch are named, with a label for each or without; those over positions are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gramian as gm
+
+B, T, D, VOCABULARY = 12, 9, 8, 15
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def mixed(model: nn.Module, batch, loss) -> list[tuple[str, str, str]]:
+    torch.manual_seed(0)
+    findings = gm.inspect(model, [batch], loss).findings
+    return [(f.code, f.where, f.severity) for f in findings if f.code == "samples-mixed"]
+
+
+class Attends(nn.Module):
+    """A decoder that looks at a source by a softmax of its own; `dim` 2 is over the keys."""
+
+    def __init__(self, dim: int, *, first: str = "samples") -> None:
+        super().__init__()
+        self.dim, self.first = dim, first
+        self.embed, self.query, self.head = nn.Embedding(VOCABULARY, D), nn.Linear(D, D), nn.Linear(D, VOCABULARY)
+        self.places = nn.Parameter(draw(T, D))
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        if self.first == "positions":  # given (T, B)
+            return self.forward_samples(source.T, target.T).transpose(0, 1)
+        return self.forward_samples(source, target)
+
+    def forward_samples(self, source: Tensor, target: Tensor) -> Tensor:
+        keys = self.embed(source) + self.places
+        weights = (self.query(self.embed(target)) @ keys.mT / D**0.5).softmax(self.dim)
+        return self.head(self.embed(target) + weights @ keys)
+
+
+def translate(model: nn.Module, batch) -> Tensor:
+    return F.cross_entropy(model(batch["source"], batch["target"]).flatten(0, 1), batch["labels"].flatten())
+
+
+@pytest.mark.parametrize(("dim", "first", "count"), [(0, "samples", 1), (2, "samples", 0), (2, "positions", 0)])
+def test_a_softmax_over_the_samples_of_sequences(dim, first, count) -> None:
+    batch = {"source": tokens(), "target": tokens(1), "labels": tokens(2)}
+    if first == "positions":
+        batch = {key: value.T.contiguous() for key, value in batch.items()}
+    found = mixed(Attends(dim, first=first), batch, translate)
+    assert len(found) == count
+    if found:
+        assert found[0] == ("samples-mixed", "embed, head", "warning")
+
+
+class Embeds(nn.Module):
+    def __init__(self, end) -> None:
+        super().__init__()
+        self.net, self.end = nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, 6)), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.net(x))
+
+
+def contrast(model: nn.Module, batch) -> Tensor:
+    left, right = (F.normalize(model(batch[key]), dim=1) for key in ("left", "right"))
+    return F.cross_entropy(left @ right.T / 0.1, torch.arange(len(left)))
+
+
+ENDS = {
+    "normalize over samples": (lambda z: F.normalize(z, dim=0), True),
+    "mean over samples": (lambda z: z - z.mean(0), True),
+    "normalize": (lambda z: F.normalize(z, dim=1), False),
+    "softmax": (lambda z: z.softmax(1), False),
+    "noise": (lambda z: z + torch.randn(len(z), 1), False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_ends_of_an_embedding_without_labels(name) -> None:
+    end, mixes = ENDS[name]
+    found = mixed(Embeds(end), {"left": draw(B, D), "right": draw(B, D, seed=1)}, contrast)
+    assert bool(found) == mixes
+
+
+def encoder(*, batch_first: bool, first: str = "samples") -> nn.Module:
+    class Classifier(nn.Module):
+        """The first position is the same for all samples, as that of a class token is."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.token = nn.Linear(D, D), nn.Parameter(draw(1, 1, D))
+            self.layer = nn.TransformerEncoderLayer(D, 2, 16, 0.0, batch_first=batch_first)
+            self.head = nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat((self.token.expand(len(x), -1, -1), self.into(x)), 1)
+            x = self.layer(x.transpose(0, 1)).transpose(0, 1) if first == "positions" else self.layer(x)
+            return self.head(x[:, 0])
+
+    return Classifier()
+
+
+def test_attention_over_the_samples_behind_which_all_outputs_are_the_same() -> None:
+    batch, loss = (draw(B, T, D), torch.arange(B) % 3), gm.Objective.classification()
+    torch.manual_seed(0)
+    findings = gm.inspect(encoder(batch_first=False), [batch], loss).findings
+    assert findings[0].code == "samples-mixed"
+    assert [f.code for f in findings if f.severity != "info"] == ["samples-mixed"]
+    assert not mixed(encoder(batch_first=True), batch, loss)
+    assert not mixed(encoder(batch_first=False, first="positions"), batch, loss)
+
+
+class Tags(nn.Module):
+    """A label for each position, of sequences whose positions come first."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, D), nn.Linear(D, VOCABULARY)
+        self.net = nn.GRU(D, D) if kind == "GRU" else nn.TransformerEncoderLayer(D, 2, 16, 0.0)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(self.embed(x))
+        return self.head(h[0] if self.kind == "GRU" else h)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "attention"])
+def test_positions_that_come_first_are_no_samples(kind) -> None:
+    def loss(model: nn.Module, batch) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    assert not mixed(Tags(kind), (tokens().T.contiguous(), tokens(1).T.contiguous()), loss)

@@ -1,0 +1,92 @@
+"""Matrices that have lost their rank are named; parameters that meet others entry by entry are no matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gramian as gm
+from gramian.inspection.observing import observe
+
+CLASSIFY = gm.Objective.classification()
+N, D, STATES, LENGTH, CLASSES = 64, 8, 6, 12, 3
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(N) % CLASSES
+    x = torch.randn(N, LENGTH, D, generator=g)
+    x[:, :, 0] += y[:, None]
+    return [(x, y)]
+
+
+def codes(model: nn.Module) -> set[str]:
+    return {f.code for f in gm.inspect(model, batches(), CLASSIFY).findings}
+
+
+class Scan(nn.Module):
+    """A diagonal state space model, whose states decay alike in all channels, with `mixes` a matrix that mixes them."""
+
+    def __init__(self, *, mixes: bool) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(-torch.arange(1.0, STATES + 1).repeat(D, 1))
+        self.step, self.into = nn.Parameter(torch.full((D,), 0.1)), nn.Linear(D, STATES)
+        self.mix = nn.Parameter(torch.outer(torch.randn(D), torch.randn(D))) if mixes else None
+        self.head = nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mix is not None:
+            x = x @ self.mix
+        state = x.new_zeros(len(x), D, STATES)
+        keep = torch.exp(self.decay * self.step[:, None])
+        for t in range(x.shape[1]):
+            state = keep * state + self.into(x[:, t])[:, None] * x[:, t, :, None]
+        return self.head(state.sum(-1))
+
+
+class Gained(nn.Module):
+    """A layer for each head, each with gains that start at one; with `low`, heads whose matrix has rank one."""
+
+    def __init__(self, *, low: bool) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(D, 4 * D), nn.Linear(4 * D, CLASSES)
+        self.gain = nn.Parameter(torch.ones(4, D))
+        if low:
+            with torch.no_grad():
+                self.into.weight.copy_(torch.outer(torch.randn(4 * D), torch.randn(D)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.into(x.mean(1)).unflatten(-1, (4, D))
+        return self.head(torch.tanh(F.layer_norm(h, (D,)) * self.gain).flatten(1))
+
+
+@pytest.mark.parametrize("make", [lambda: Scan(mixes=False), lambda: Gained(low=False)])
+def test_parameters_that_meet_others_by_entries_are_no_matrices(make) -> None:
+    torch.manual_seed(0)
+    found = codes(make())
+    assert not found & {"parameter-rank-one", "parameter-constant", "rank-deficient", "dominant-direction"}
+
+
+@pytest.mark.parametrize(
+    ("make", "where"), [(lambda: Scan(mixes=True), "mix"), (lambda: Gained(low=True), "into.weight")]
+)
+def test_a_matrix_of_rank_one_is_named(make, where) -> None:
+    torch.manual_seed(0)
+    findings = gm.inspect(make(), batches(), CLASSIFY).findings
+    assert (findings[0].code, findings[0].where) == ("parameter-rank-one", where)
+
+
+def test_how_values_of_parameters_are_taken() -> None:
+    torch.manual_seed(0)
+    seen = observe(Scan(mixes=True), batches(), CLASSIFY)
+    assert seen.entries == {"decay", "step"}
+    assert {"into.weight", "mix", "head.weight"} <= seen.multiplied
+    seen = observe(nn.Sequential(nn.GRU(D, D, batch_first=True), Last(), nn.Linear(D, CLASSES)), batches(), CLASSIFY)
+    assert not {name for name in seen.entries if "weight" in name}
+
+
+class Last(nn.Module):
+    def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
+        return given[0][:, -1]
