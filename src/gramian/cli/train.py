@@ -11,7 +11,9 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperCommand
 
+from gramian.cli import completion
 from gramian.cli.common import Quiet, complain, rank_number, ranks
+from gramian.cli.completion import completing
 from gramian.cli.config import read_config
 from gramian.errors import GramianError, InputError
 
@@ -42,7 +44,12 @@ def _list(asked: bool) -> None:
 
 
 def command(
-    task: Annotated[str, typer.Argument(help="A built-in task's name, or path/file.py:function.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in task's name, or path/file.py:function.", autocompletion=completing(completion.TASKS)
+        ),
+    ],
     listed: Annotated[
         bool, typer.Option("--list", callback=_list, is_eager=True, help="Show the built-in tasks.")
     ] = False,
@@ -54,40 +61,63 @@ def command(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="The text file of the task chars.")] = None,
     model: Annotated[str | None, typer.Option(help="Of the task chars: transformer or lstm.")] = None,
-    optimizer: Annotated[str, typer.Option(help="One of the names below.")] = "auto",
+    optimizer: Annotated[
+        str, typer.Option(help="One of the names below.", autocompletion=completing(completion.OPTIMIZERS))
+    ] = "auto",
     lr: Annotated[
         str | None,
         typer.Option(help="Learning rate; auto: as gm.suggest_lr finds. [default: the optimizer's usual one]"),
     ] = None,
     init: Annotated[
-        str, typer.Option(help="auto (repaired only if it cannot learn as it is), default or isometric.")
+        str,
+        typer.Option(
+            help="auto (repaired only if it cannot learn as it is), default or isometric.",
+            autocompletion=completing(completion.INITS),
+        ),
     ] = "auto",
     compare: Annotated[
-        str, typer.Option(help="Train once with each of these optimizers, as adamw,muon,auto, and compare.")
+        str,
+        typer.Option(
+            help="Train once with each of these optimizers, as adamw,sgd,auto, and compare.",
+            autocompletion=completing(completion.OPTIMIZERS, several=True),
+        ),
     ] = "",
     steps: Annotated[int | None, typer.Option(help="Budget in steps.", min=1)] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training alone.", min=0.1)] = None,
     schedule: Annotated[
-        str, typer.Option(help="Of the rate: linear, constant, cosine, step, exponential or plateau.")
+        str,
+        typer.Option(
+            help="Of the rate: linear, constant, cosine, step, exponential or plateau.",
+            autocompletion=completing(completion.SCHEDULES),
+        ),
     ] = "linear",
     warmup: Annotated[
         int | None, typer.Option(help="Steps over which the rate rises first. [default: 10]", min=0)
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="In place of the optimizer's own.", min=0)] = None,
     regularize: Annotated[
-        str, typer.Option(help="l1=X, l2=X, both, nuclear=X, spectral=X or orthogonal=X, exact by proximal maps.")
+        str,
+        typer.Option(
+            help="l1=X, l2=X, both, nuclear=X, spectral=X or orthogonal=X, exact by proximal maps.",
+            autocompletion=completing(completion.PENALTIES, several=True, end="="),
+        ),
     ] = "",
     augment: Annotated[
         str,
         typer.Option(
-            help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X, mixup=X."
+            help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X, mixup=X.",
+            autocompletion=completing(completion.AUGMENTATIONS, several=True, end="="),
         ),
     ] = "",
     clip: Annotated[float | None, typer.Option(help="Largest norm of all gradients together.")] = None,
     accumulate: Annotated[int, typer.Option(help="Batches in a step.", min=1)] = 1,
     precision: Annotated[
-        str, typer.Option(help="Of the forward pass: float32, bfloat16, or float16 with a loss scale.")
+        str,
+        typer.Option(
+            help="Of the forward pass: float32, bfloat16, or float16 with a loss scale.",
+            autocompletion=completing(completion.PRECISIONS),
+        ),
     ] = "float32",
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights, as 0.999.")] = None,
     best: Annotated[str | None, typer.Option(help="Keep the best evaluation's model: max:NAME or min:NAME.")] = None,

@@ -107,6 +107,11 @@ class Watch:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._say_left()
 
+    def __repr__(self) -> str:
+        found = ", ".join(dict.fromkeys(finding.title for finding in self.findings[:3])) or "no findings"
+        more = f" and {len(self.findings) - 3} more" if len(self.findings) > 3 else ""
+        return f"<Watch of {type(self._root).__name__}: step {self.step:,}, {self.looks:,} looks: {found}{more}>"
+
     def __enter__(self) -> Watch:
         return self
 
