@@ -221,8 +221,8 @@ class Reader:
 
     def __init__(self, batches: Batches, ranks: Collective | None = None, verb: str = "compress") -> None:
         self.batches, self.ranks = as_batches(batches, verb), ranks
-        together = ranks is not None and ranks.together
-        self.rank, self.size = placement.world(ranks.group) if together else (0, 1)
+        together = ranks if ranks is not None and ranks.together else None
+        self.rank, self.size = placement.world(together.group) if together else (0, 1)
         self.hashes: set[int] = set()
         self.num = 0
         self.held: list[tuple[int, Any]] = []
@@ -230,7 +230,7 @@ class Reader:
             num = len(self.batches)  # type: ignore[arg-type]
         except TypeError:
             num = -1
-        nums = placement.exchange_json(num, ranks.group) if together else [num]
+        nums = placement.exchange_json(num, together.group) if together else [num]
         self.few = min(nums) >= 0 and sum(nums) < HELD_OUT
 
     def __iter__(self) -> Iterator[Any]:

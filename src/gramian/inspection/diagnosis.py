@@ -32,7 +32,8 @@ from gramian.inspection.probing import TRIED, probe
 from gramian.inspection.rules import find
 from gramian.inspection.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.stepping import take_steps
-from gramian.inspection.weights import measure_file, measure_model
+from gramian.inspection.weight_files import measure_file
+from gramian.inspection.weights import measure_model
 from gramian.loader import Batches, as_batches, first_few, with_samples
 from gramian.objective import Objective, as_objective
 from gramian.recording.keeping import Kept, keeping, kept_random

@@ -119,7 +119,7 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         rows = (other[:, position + 1] != z[:, position + 1]).nonzero().flatten()
         if not len(rows):
             continue
-        with evaluating(model), eager(), torch.no_grad():
+        with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
             runs = [_run(model, b, objective, z.shape) for b in (batch, _with(batch, z, other))]
         (names, before), (again, after) = runs
         if names != again or "" not in names:

@@ -324,14 +324,15 @@ _PROBES = (_unlinked, _cut, _is_affine, _sum_over, _falls, _plunges, _without_ef
 
 def _loss(model: nn.Module, batch: Any, objective: Objective) -> float:
     seed_torch(0)
-    total, units = objective.loss(model, batch)
-    return float(total) / float(units)
+    with torch.enable_grad():  # a loss may differentiate on its way
+        total, units = objective.loss(model, batch)
+    return float(total.detach()) / float(units)
 
 
 def _outputs(model: nn.Module, batch: Any, objective: Objective) -> Tensor | None:
     """What the model gives, where it is called once."""
     seed_torch(0)
-    with _returned(model) as found:
+    with _returned(model) as found, torch.enable_grad():
         objective.loss(model, batch)
     return found[0] if len(found) == 1 else None
 

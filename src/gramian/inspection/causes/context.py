@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from gramian.alignment import labels_of
 from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
-from gramian.errors import GramianError
+from gramian.errors import GramianError, some
 from gramian.inspection.evaluated import Evaluated
 from gramian.inspection.given import Given, given_of, key
 from gramian.inspection.leaking import Leak
@@ -187,6 +187,11 @@ class Context:
         fed = [given for given in self.given if given.is_input]
         if fed:
             return [[given.values[i] for given in fed] for i in range(len(self.observed.batches))]
+        others = [given.name for given in self.given if not given.is_label and not given.is_target]
+        if len(others) > 1:
+            self.skipped["inputs beside the main one"] = (
+                f"the loss gives the model copies, so that it is not known which of {some(others, SHOWN)} it takes"
+            )
         try:
             return [[main_input(batch)] for batch in self.observed.batches]
         except (GramianError, TypeError, ValueError, KeyError, IndexError):

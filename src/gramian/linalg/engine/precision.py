@@ -26,8 +26,10 @@ _inside = 0
 _before: list[tuple[Any, str]] = []
 
 
-def _settings() -> tuple[Any, ...]:
-    return torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+def _settings() -> list[Any]:
+    """Where torch keeps the precision of products; an older one has no such setting for a processor."""
+    found = (getattr(of, "matmul", None) for of in (torch.backends.mkldnn, torch.backends.cuda))
+    return [setting for setting in found if hasattr(setting, "fp32_precision")]
 
 
 @contextmanager
