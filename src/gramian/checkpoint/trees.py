@@ -16,7 +16,7 @@ from gramian.checkpoint.faults import damaged, plain
 from gramian.checkpoint.writing import check_writable, load_tensors, memory_of, save_tensors
 from gramian.errors import UnsupportedError
 
-__all__ = ["PackedTree", "load_tree", "pack_tree", "save_tree"]
+__all__ = ["PackedTree", "load_tree", "pack_tree", "save_tree", "unpack_tree"]
 
 TREE = "gramian.tree"
 
@@ -63,6 +63,23 @@ def pack_tree(tree: Any) -> PackedTree:
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(tree, "", tensors))
     return PackedTree(tensors, text)
+
+
+def unpack_tree(packed: PackedTree) -> Any:
+    """The value that `pack_tree` was given.
+
+    Args:
+        packed: from it.
+
+    Returns: the value, with the tensors of `packed`, of the same strides.
+    Raises: nothing of its own.
+    Cost: a copy of tensors that are not contiguous.
+    Source: this library's own.
+
+    >>> unpack_tree(pack_tree({"a": (1, None)}))
+    {'a': (1, None)}
+    """
+    return _unpack(json.loads(packed.text), packed.tensors)
 
 
 def save_tree(path: str | os.PathLike[str], tree: Any, *, previous: str | os.PathLike[str] | None = None) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from gramian import placement
 from gramian.batch import main_input, mapped, num_samples, tensors
 from gramian.calls import prepared
+from gramian.compression.exchanging import exchanged
 from gramian.errors import InputError
 from gramian.gram import Gram
 from gramian.loader import Batches, as_batches, no_batches
@@ -250,17 +251,8 @@ class Reader:
         are not the same as an earlier one of their rank; and how many these are.
         """
         mine = (self.held, first, len(self.hashes), self.num)
-        found = [mine]
         ranks = self.ranks
-        if ranks is not None and ranks.together:
-            found = [mine] * self.size
-            with _together(ranks):
-                sent = (
-                    [(place, mapped(one, lambda t: t.detach().cpu())) for place, one in self.held],
-                    None if first is None else mapped(first, lambda t: t.detach().cpu()),
-                    *mine[2:],
-                )
-            distributed.all_gather_object(found, sent, group=ranks.group)
+        found = exchanged(mine, ranks.group) if ranks is not None and ranks.together else [mine]
         held = sorted((pair for one in found for pair in one[0]), key=lambda pair: pair[0])
         held = held or [(-1, one) for _, one, _, _ in found if one is not None][:1]
         distinct, num = sum(one[2] for one in found), sum(one[3] for one in found)

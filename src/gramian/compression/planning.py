@@ -7,20 +7,22 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
-from torch import distributed, nn
+from torch import nn
 
 from gramian import placement
 from gramian.batch import described
 from gramian.calls import as_model, unwrapped
 from gramian.compression.calibrating import Calibration, Measure, calibrate
 from gramian.compression.correcting import corrected
+from gramian.compression.exchanging import exchanged
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.mixing import Form
 from gramian.compression.modules import copied, submodule
 from gramian.compression.opening import open_
 from gramian.compression.plan import SMALLEST, Plan
+from gramian.compression.plans import packed, unpacked
 from gramian.compression.predicting import Point, losses_of, measured_point
 from gramian.compression.targets import Target, targets
 from gramian.compression.weighted import WeightedSVD, decompose
@@ -169,9 +171,8 @@ def _decomposed(
             if progress is not None:
                 progress(len(made))
     if together:
-        each: list[Any] = [None] * placement.world(ranks.group).size  # type: ignore[union-attr]
-        distributed.all_gather_object(each, made, group=ranks.group)  # type: ignore[union-attr]
-        made = {i: one for part in each for i, one in part.items()}
+        each = exchanged(packed(made), ranks.group)  # type: ignore[union-attr]
+        made = {i: one for part in each for i, one in unpacked(part).items()}
     layers = [made[i] for i in range(len(found))]
     reasons = {target.name: one for target, one in zip(found, layers, strict=True) if isinstance(one, str)}
     return [one for one in layers if not isinstance(one, str)], reasons

@@ -24,7 +24,7 @@ from gramian.compression.predicting import Point
 from gramian.compression.weighted import WeightedSVD
 from gramian.errors import CheckpointError, some
 
-__all__ = ["AnyPlan", "load_plan", "save_plan"]
+__all__ = ["AnyPlan", "load_plan", "packed", "save_plan", "unpacked"]
 
 AnyPlan = Plan | NarrowPlan
 
@@ -64,7 +64,7 @@ def save_plan(plan: AnyPlan, path: str | Path) -> None:
     """
     names = plan.ranks if isinstance(plan, Plan) else plan.modules
     digests = {name: _digest(submodule(plan.model, name)) for name in names}
-    save_tree(path, {"plan": _packed(plan), "shapes": _shapes(plan.model), "digests": digests})
+    save_tree(path, {"plan": packed(plan), "shapes": _shapes(plan.model), "digests": digests})
 
 
 def load_plan(model: nn.Module, path: str | Path) -> AnyPlan:
@@ -113,7 +113,7 @@ def load_plan(model: nn.Module, path: str | Path) -> AnyPlan:
             "initialized again). Load those weights, or make the plan again."
         )
     try:
-        return _unpacked(tree["plan"], model)
+        return unpacked(tree["plan"], model)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: a plan of another version of gramian ({type(error).__name__}: {error}). Make the plan again."
@@ -124,27 +124,28 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {clean_name(name): list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _packed(value: Any) -> Any:
+def packed(value: Any) -> Any:
     """The value as a tree that `save_tree` takes: an object of STORED as its fields, without the model."""
     name = type(value).__name__
     if STORED.get(name) is type(value):
         held = [(key, getattr(value, key)) for key in type(value).__annotations__]
-        return {CLASS: name, **{key: _packed(item) for key, item in held if not isinstance(item, nn.Module)}}
+        return {CLASS: name, **{key: packed(item) for key, item in held if not isinstance(item, nn.Module)}}
     if isinstance(value, Mapping):
-        return {"items": {key: _packed(item) for key, item in value.items()}}
+        return {"items": {key: packed(item) for key, item in value.items()}}
     if type(value) in (list, tuple):
-        return type(value)(_packed(item) for item in value)
+        return type(value)(packed(item) for item in value)
     return value
 
 
-def _unpacked(value: Any, model: nn.Module) -> Any:
+def unpacked(value: Any, model: nn.Module | None = None) -> Any:
+    """What `packed` was given, with the model in the plans in it."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_unpacked(item, model) for item in value)
+        return type(value)(unpacked(item, model) for item in value)
     if not isinstance(value, dict):
         return value
     if CLASS not in value:
-        return {key: _unpacked(item, model) for key, item in value["items"].items()}
-    held = {key: _unpacked(item, model) for key, item in value.items() if key != CLASS}
+        return {key: unpacked(item, model) for key, item in value["items"].items()}
+    held = {key: unpacked(item, model) for key, item in value.items() if key != CLASS}
     cls = STORED[value[CLASS]]
     return cls(**held, **({"model": model} if cls in PLANS else {}))
 

@@ -1,7 +1,7 @@
 """Collectives: sums, flags, texts and errors that are the same on every rank of a process group.
 
 All ranks of the group call these functions in the same order. Without a process group there is one rank, and nothing
-is sent. Ranks send each other numbers and UTF-8 text only, and nothing that is received is executed.
+is sent. Ranks send each other numbers, bytes and UTF-8 text only, and nothing that is received is executed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "carrier",
     "error_of_rank",
     "exchange",
+    "exchange_bytes",
     "exchange_json",
     "is_distributed",
     "raise_together",
@@ -140,21 +141,43 @@ def exchange(text: str, group: Group = None) -> list[str]:
     >>> exchange("layers.0.weight")
     ['layers.0.weight']
     """
+    found = exchange_bytes(text.encode(errors="surrogatepass"), group)
+    return [data.decode(errors="surrogatepass") for data in found]
+
+
+def exchange_bytes(data: bytes, group: Group = None) -> list[bytes]:
+    """The bytes of all ranks, by rank.
+
+    Collective.
+
+    Args:
+        data: this rank's, of any length.
+        group: a process group; all ranks by default.
+
+    Returns: one for each rank, the same list on all.
+    Raises:
+        InputError: on a rank that is not in the group.
+    Cost: one all-gather of the lengths, and one of as many bytes as the longest has.
+    Source: this library's own.
+
+    >>> exchange_bytes(b"0")
+    [b'0']
+    """
     num_ranks = world(group).size
     if num_ranks == 1:
-        return [text]
+        return [data]
     device = carrier(None, group)
     # A bytearray, since a tensor needs memory that it may write to.
-    data = torch.frombuffer(bytearray(text.encode(errors="surrogatepass")) or bytearray(1), dtype=torch.uint8)
-    length = torch.tensor([len(data) if text else 0], dtype=torch.int64, device=device)
+    own = torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)
+    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
     lengths = [torch.empty_like(length) for _ in range(num_ranks)]
     dist.all_gather(lengths, length, group=group)
     longest = max(1, *(int(n) for n in lengths))
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(data)] = data[:longest].to(device)
-    texts = [torch.empty_like(padded) for _ in range(num_ranks)]
-    dist.all_gather(texts, padded, group=group)
-    return [bytes(t[: int(n)].tolist()).decode(errors="surrogatepass") for t, n in zip(texts, lengths, strict=True)]
+    padded[: len(own)] = own[:longest].to(device)
+    received = [torch.empty_like(padded) for _ in range(num_ranks)]
+    dist.all_gather(received, padded, group=group)
+    return [t[: int(n)].cpu().numpy().tobytes() for t, n in zip(received, lengths, strict=True)]
 
 
 def exchange_json(value: Any, group: Group = None) -> list[Any]:
