@@ -280,11 +280,9 @@ RULES: tuple[Rule, ...] = (
 
 
 def _ends(measured: Measured, sized: list[Layer]) -> list[Layer]:
-    """The last layers: several heads, which take the same input, and of which a loss may weigh some more than others."""
-    inputs = [_input_rms(measured, layer) for layer in sized]
-    return [
-        layer for layer, rms in zip(sized, inputs, strict=True) if layer is sized[-1] or rms == inputs[-1] is not None
-    ]
+    """The last layer, and others that take the same input: several heads, of which a loss may weigh some more."""
+    shared = _input_rms(measured, sized[-1]) if sized else None
+    return [layer for layer in sized if layer is sized[-1] or (shared and _input_rms(measured, layer) == shared)]
 
 
 def _input_rms(measured: Measured, layer: Layer) -> float | None:

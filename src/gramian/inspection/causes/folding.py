@@ -47,6 +47,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("norm-statistics", "norm-few-values"),
     ("gain-below-one", "gain-above-one"),
     ("attention-saturated", "residual-growth"),
+    ("loss-non-finite",),
     ("head-input-offset",),
     ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
