@@ -1,12 +1,15 @@
 """Runs of `gm.train` that are killed at random moments and resumed, compared bit for bit with runs that were not.
 
-    python benchmarks/kills.py --kills 100 [--ranks 2 [--shard]]
+    python benchmarks/kills.py --kills 100 [--ranks 2 [--shard]] [--inside]
 
 Each run is a process, or one for each rank: where one of them ends, all are ended and begin again, as under torchrun.
 It has augmentation, a schedule, an average, dropout and (on one rank) batch statistics, and writes checkpoints as often
 as it can. SIGKILL, SIGTERM or SIGINT comes after a random time, drawn from zero to somewhat more than a whole run
-takes; with ranks, to one of them or to all. The run is started again until it is finished; then its weights and metrics
-must be those of the run that nobody stopped. docs/train.md quotes the table.
+takes; with ranks, to one of them or to all. With `--inside`, files are written slowly, and SIGKILL, or seldom another
+signal, comes while one is: in its content, before it is synced, or before it takes the old one's place. The run is
+started again until it is finished; then its weights and metrics must be those of the run that nobody stopped.
+docs/train.md quotes the table. A column counts what left a half-written file: only SIGKILL, since a run that is
+interrupted otherwise ends its write.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.checkpoint import load_tensors
+from gramian.checkpoint import load_tensors, writing
 from gramian.optim import OPTIMIZERS
 from gramian.training import folder
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STEPS = 40
+SLOW, WRITES = (
+    0.01,
+    30,
+)  # with --inside: seconds before each tensor, sync and renaming, and of these what a signal waits
 PATIENCE = 5.0  # seconds in which the other ranks end by themselves, after which they count as hung and are killed
 
 X = torch.randn(160, 64, generator=torch.Generator().manual_seed(0))
@@ -65,7 +73,17 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def started(path: Path, optimizer: str, rank: int, ranks: int, shard: bool, store: str) -> int:
+def slowly(function: Any) -> Any:
+    """A function that waits before it does its work."""
+
+    def waiting(*arguments: Any) -> Any:
+        time.sleep(SLOW)
+        return function(*arguments)
+
+    return waiting
+
+
+def started(path: Path, optimizer: str, rank: int, ranks: int, shard: bool, store: str, slow: bool) -> int:
     """The number of a process that trains there, forked with everything loaded."""
     number = os.fork()
     if number:
@@ -75,6 +93,10 @@ def started(path: Path, optimizer: str, rank: int, ranks: int, shard: bool, stor
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends with it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if slow:
+            for name in ("fsync", "replace"):
+                setattr(writing.os, name, slowly(getattr(os, name)))
+            writing.raw_bytes = slowly(writing.raw_bytes)
         if ranks > 1:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
         gm.train(TASK, optimizer=optimizer, out=path, shard=shard, **OPTIONS)
@@ -90,14 +112,25 @@ def started(path: Path, optimizer: str, rank: int, ranks: int, shard: bool, stor
 class Job:
     """The processes of a run: where one ends otherwise than well, the others are ended, as torchrun does."""
 
-    def __init__(self, path: Path, optimizer: str, ranks: int, shard: bool) -> None:
+    def __init__(self, path: Path, optimizer: str, ranks: int, shard: bool, slow: bool = False) -> None:
         self.folder = tempfile.TemporaryDirectory()
         store = os.path.join(self.folder.name, "store")
-        self.running = [started(path, optimizer, rank, ranks, shard, store) for rank in range(ranks)]
+        self.running = [started(path, optimizer, rank, ranks, shard, store, slow) for rank in range(ranks)]
 
     def kill(self, number: int, which: list[int]) -> None:
         for rank in which:
             os.kill(self.running[rank], number)
+
+    def is_writing(self, path: Path, times: int, seconds: float) -> None:
+        """Wait until a file is being written for so many times, and has been for so long; or until the first ends."""
+        seen: set[str] = set()
+        while len(seen) < times:
+            if os.waitid(os.P_PID, self.running[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return
+            with suppress(FileNotFoundError):
+                seen |= {name for name in os.listdir(path) if name.endswith(".tmp")}
+            time.sleep(0.001)
+        time.sleep(seconds)
 
     def wait(self) -> list[int]:
         """The exit codes, in the order in which the processes ended."""
@@ -133,6 +166,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--shard", action="store_true")
+    parser.add_argument("--inside", action="store_true", help="aim at the writing of a file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder.EVERY_SECONDS, folder.LARGEST_SHARE = 0.0, float("inf")
@@ -144,7 +178,7 @@ def main() -> None:
     total = Counter[str]()
     for optimizer in names:
         with tempfile.TemporaryDirectory() as place:
-            counts, runs = killed(Path(place), optimizer, each, draw, arguments.ranks, arguments.shard)
+            counts, runs = killed(Path(place), optimizer, each, draw, arguments)
         signals = " / ".join(str(counts[number.name]) for number in SIGNALS)
         row = f"| {optimizer} | {runs} | {counts['kills']} | {signals} | {counts['half']} | {counts['lost']} "
         print(f"{row}| {counts['other']} |", flush=True)
@@ -154,9 +188,10 @@ def main() -> None:
 
 
 def killed(
-    place: Path, optimizer: str, kills: int, draw: random.Random, ranks: int, shard: bool
+    place: Path, optimizer: str, kills: int, draw: random.Random, arguments: argparse.Namespace
 ) -> tuple[Counter[str], int]:
     """Kill and resume runs until so many kills hit; count what happened."""
+    ranks, shard = arguments.ranks, arguments.shard
     begin = time.monotonic()
     codes = Job(place / "whole", optimizer, ranks, shard).wait()
     assert not any(codes), codes
@@ -166,11 +201,16 @@ def killed(
         path = place / f"{runs}"
         runs += 1
         for _ in range(100):
-            job = Job(path, optimizer, ranks, shard)
-            number = draw.choice(SIGNALS)
             hit = counts["kills"] < kills
+            job = Job(path, optimizer, ranks, shard, arguments.inside and hit)
+            number = draw.choice(
+                (*SIGNALS, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL) if arguments.inside else SIGNALS
+            )
             if hit:
-                time.sleep(draw.random() * 1.1 * seconds)
+                if arguments.inside:
+                    job.is_writing(path, draw.randint(1, 5), draw.random() * WRITES * SLOW)
+                else:
+                    time.sleep(draw.random() * 1.1 * seconds)
                 job.kill(number, draw.choice([[rank] for rank in range(ranks)] + [list(range(ranks))]))
             codes = job.wait()
             if not any(codes):

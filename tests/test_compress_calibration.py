@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -321,5 +322,26 @@ def test_a_prediction_does_not_depend_on_the_unit_of_the_loss(scale: float) -> N
     plain = predict(0.1, points)
     scaled = predict(0.1 * scale, [Point(*(scale * x for x in point[:3])) for point in points])
     assert scaled[:3] == pytest.approx([scale * x for x in plain[:3]], rel=1e-9)
-    assert predict(0.1, [Point(1e-3, 0.0, 0.0)]) == (0.0, 0.0, 0.0, True)
+    assert predict(0.1, [Point(1e-3, 0.0, 0.0)]) == (0.0, 0.0, 0.0, False)
     assert all(math.isfinite(x) for x in predict(1e-200, [Point(1e-250, 1e30, 1e30), Point(1.0, 1.0, 0.0)])[:3])
+
+
+def test_a_prediction_says_in_few_digits_whether_it_was_measured() -> None:
+    points = [Point(1e-3, 2e-3, 1e-4), Point(1e-2, 1.5e-2, 2e-3)]
+    assert predict(5e-3, points).measured
+    assert predict(1e-2, points).measured
+    beyond = predict(0.0123456789, points)
+    assert not beyond.measured
+    assert str(beyond).endswith(", extrapolated)")
+    for told in (str(beyond), repr(beyond), str(predict(5e-3, points)), str(predict(0.123456789, []))):
+        assert len(told) < 75
+        assert not re.search(r"\d{5}", told)
+    assert "second order" in str(predict(0.1, []))
+
+
+def test_batches_and_objective_may_stand_in_their_places() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), inputs(64, 0)[:, :16]
+    batches, objective = [(x, x[:, :4])], gm.Objective.regression()
+    named = gm.compress(model, batches=batches, objective=objective, keep=0.7)
+    assert gm.compress(model, batches, objective, keep=0.7).ranks == named.ranks
+    assert gm.narrow(model, batches, objective).kept == {"2": 16}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,14 @@ from torch import nn
 
 import gramian as gm
 from gramian.cli import main
-from gramian.compression import deciding, searching
+from gramian.compression import searching, speeds
+from gramian.compression.clock import Race, race
 from gramian.compression.deciding import Target, decide
-from gramian.compression.measuring import in_bfloat16, in_int8, latencies, num_bytes
+from gramian.compression.measuring import in_bfloat16, in_int8, num_bytes
 from gramian.compression.quantized import Quantized
 from gramian.errors import InputError
 from gramian.report import to_text
-from gramian.report.compression import Contender, Outcome
+from gramian.report.compression import Contender, Outcome, Ratio
 from zoo import ZOO
 
 TASK = """
@@ -88,11 +88,15 @@ def thin():
 """
 
 
+def quick(models, call, batch, seconds=0.0) -> Race:
+    return race(models, call, batch, 0.0)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / "task.py").write_text(TASK)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(deciding, "latencies", partial(latencies, seconds=0.01))
+    monkeypatch.setattr(speeds, "race", quick)
     return tmp_path
 
 
@@ -182,10 +186,58 @@ def test_other_forms_than_ranks_are_chosen_saved_and_told(folder, capsys, args: 
     assert task.evaluate(loaded)["accuracy"] == small["quality"]
 
 
+NARROW = [["--keep", "0.5"], ["--max-drop", "0.02"]]
+
+
+@pytest.mark.parametrize("target", NARROW, ids=["keep", "max-drop"])
+def test_units_are_removed_saved_and_told(folder, capsys, target: list[str]) -> None:
+    args = ["task.py:task", *target, "--narrow", "--out", "small", "--plan", "plan.safetensors"]
+    code, out, err = run(capsys, *args)
+    assert code == 0, err
+    told = json.loads((folder / "small/report.json").read_text())
+    dense, small = told["contenders"][:2]
+    assert small["parameters"] < dense["parameters"]
+    if "--keep" in target:
+        assert small["parameters"] <= 0.5 * dense["parameters"]
+    else:
+        assert dense["quality"] - small["quality"] <= 0.02
+    kept = {layer["name"]: layer["units"] for layer in told["layers"]}
+    assert kept.keys() == {"0", "2", "4"}
+    assert kept["0"] is None
+    assert all(num < of == 48 for num, of in (kept["2"], kept["4"]))
+    assert [c["name"] for c in told["contenders"]][2:] == [
+        "bfloat16", "int8", "compressed, bfloat16", "compressed, int8",
+    ]  # fmt: skip
+    shown = " ".join(out.split())
+    assert "by fewer heads, units and channels" in shown
+    assert "Units, and why" in shown
+    task = network(folder)
+    loaded = gm.load_compressed(nn.Sequential(*task.model()), folder / "small/model.safetensors").eval()
+    assert [type(layer) for layer in loaded] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert sum(p.numel() for p in loaded.parameters()) == small["parameters"]
+    assert task.evaluate(loaded)["accuracy"] == small["quality"]
+    # The narrower model is compressed further, and a plan of one kind is refused for the other.
+    again = ["small", "--task", "task.py:task", "--keep", "0.9", "--no-curve", "--quiet"]
+    assert run(capsys, *again) == (0, "", "")
+    code, _, err = run(capsys, "task.py:task", "--keep", "0.9", "--plan", "plan.safetensors", "--quiet")
+    assert code == 2
+    assert "plan of gm.narrow. Add --narrow" in err
+
+
+def test_a_narrower_model_is_faster_or_refused(folder, monkeypatch) -> None:
+    monkeypatch.setattr(speeds, "race", by_size(9.0))
+    task = network(folder)
+    target = Target(speedup=1.6, narrow=True)
+    made = decide(task.model(), task.batches(), task.objective, task.evaluate, target, curve=False)
+    assert min(made.outcome.compressed.speed_one, made.outcome.compressed.speed_many).median >= 1.6  # type: ignore[type-var, union-attr]
+    with pytest.raises(InputError, match=r"nothing makes this model 5× as fast .* the best is 4\.\d+× \("):
+        decide(task.model(), task.batches(), task.objective, task.evaluate, Target(speedup=5.0, narrow=True))
+
+
 def test_a_plan_is_written_once_and_read(folder, capsys, monkeypatch) -> None:
     args = ["task.py:task", "--keep", "0.5", "--no-curve", "--plan", "plan.safetensors", "--quiet", "--json"]
     assert run(capsys, *args, "a.json")[0] == 0
-    monkeypatch.setattr(deciding, "compress", None)  # would fail
+    monkeypatch.setattr("gramian.compression.deciding.compress", None)  # would fail
     assert run(capsys, *args, "b.json")[0] == 0
     a, b = (json.loads((folder / name).read_text()) for name in ("a.json", "b.json"))
     assert (a["layers"], a["curve"]) == (b["layers"], b["curve"])
@@ -206,6 +258,13 @@ BAD = {
     "no zeros": (["task.py:task", "--sparsity", "half"], "--sparsity is a share, as 0.5, or a pattern"),
     "no pattern": (["task.py:task", "--sparsity", "4:2"], "a pattern of zeros is like '2:4'"),
     "by alone": (["task.py:task", "--size", "0.5", "--by", "bytes"], "by='bytes' says what max_drop makes small"),
+    "narrow bits": (
+        ["task.py:task", "--bits", "4", "--narrow"],
+        "takes keep, max_drop or speedup, and not bits",
+    ),
+    "narrow bytes": (["task.py:task", "--max-drop", "1", "--narrow", "--by", "bytes"], "and not by bytes"),
+    "narrow little": (["task.py:task", "--keep", "0.001", "--narrow"], "below the smallest possible"),
+    "narrow none": (["task.py:untrained", "--keep", "0.5", "--narrow"], "nothing of Sequential can be removed"),
     "slower": (["task.py:task", "--speedup", "0.5"], "speedup must be above 1, got 0.5"),
     "too_small": (["task.py:task", "--keep", "0.01"], "the smallest possible keep is 0."),
     "no_layer": (["task.py:vectors", "--keep", "0.5"], "no layer of Sequential can be factored (it has no matrices)"),
@@ -269,37 +328,37 @@ def test_a_measure_that_never_moves_tells_nothing(folder) -> None:
 
 
 def by_size(half: float, int8: float = 9.0):
-    """Latencies as if a pass took a millisecond, and one for each thousand parameters; and those of the other forms."""
+    """Races as if a pass took a millisecond, and one for each thousand parameters; and those of the other forms."""
 
-    def latencies(models, call, batch, seconds=0.5):
+    def timed(models, call, batch, seconds=0.5) -> Race:
         taken = {}
         for name, model in models.items():
             parameters = list(model.parameters())
             cost = 1.0 + sum(p.numel() for p in parameters) / 1000
             if any(p.dtype == torch.bfloat16 for p in parameters):
                 cost = half
-            taken[name] = int8 if any(isinstance(m, Quantized) for m in model.modules()) else cost
-        return taken
+            taken[name] = [1e-3 * (int8 if any(isinstance(m, Quantized) for m in model.modules()) else cost)] * 8
+        return Race(taken, taken, taken)
 
-    return latencies
+    return timed
 
 
 def test_a_speed_is_met_by_the_largest_share_that_reaches_it(folder, monkeypatch) -> None:
-    monkeypatch.setattr(deciding, "latencies", by_size(9.0))
+    monkeypatch.setattr(speeds, "race", by_size(9.0))
     task = network(folder)
     made = decide(task.model(), task.batches(), task.objective, task.evaluate, Target(speedup=1.6), curve=False)
-    reached = made.outcome.speedups(made.outcome.compressed)
-    assert min(reached) >= 1.6  # type: ignore[type-var]
+    small = made.outcome.compressed
+    assert min(small.speed_one.median, small.speed_many.median) >= 1.6  # type: ignore[union-attr]
     larger = made.plan.at(keep=made.outcome.keep * 1.1).apply()
-    assert deciding._Speeds(task.model(), task.objective, task.batches()[0], 32).ratio(larger) < 1.6
+    assert speeds.Speeds(task.model(), task.objective, task.batches()[0], 32).ratio(larger).median < 1.6
     assert not made.outcome.notes
 
 
 @pytest.mark.parametrize(
-    ("half", "told"), [(7.0, "and bfloat16 is 0.6"), (0.5, "Do not factor this model; use bfloat16, which")]
+    ("half", "told"), [(7.0, "; bfloat16: 0.6"), (0.5, "Do not factor this model; use bfloat16, which")]
 )
 def test_a_speed_out_of_reach_is_refused_with_what_is_best(folder, capsys, monkeypatch, half: float, told: str) -> None:
-    monkeypatch.setattr(deciding, "latencies", by_size(half))
+    monkeypatch.setattr(speeds, "race", by_size(half))
     code, _, err = run(capsys, "task.py:task", "--speedup", "3.5", "--out", "x", "--quiet")
     assert code == 2, err
     assert err.count("\n") == 1
@@ -314,47 +373,108 @@ def test_a_noisy_speed_is_measured_again(folder) -> None:
     plan = gm.compress(task.model(), batches=task.batches(), objective=task.objective)
     seen: dict[int, int] = {}
 
-    def speed(model: nn.Module) -> float:
+    def speed(model: nn.Module) -> Ratio:
         count = sum(p.numel() for p in model.parameters())
         seen[count] = seen.get(count, 0) + 1
-        return plan.parameters_dense / count * (1.5 if seen[count] == 1 else 1.0)
+        ratio = plan.parameters_dense / count * (1.5 if seen[count] == 1 else 1.0)
+        return Ratio(ratio, 0.95 * ratio, 1.05 * ratio)
 
     keep = searching.by_speed(plan, speed, 2.0, lambda keep, ratio: None)
     assert plan.at(keep=keep).parameters <= plan.parameters_dense / 2
+
+
+def test_a_speed_whose_interval_holds_1_is_not_reached(folder) -> None:
+    task = network(folder)
+    plan = gm.compress(task.model(), batches=task.batches(), objective=task.objective)
+    with pytest.raises(searching.TooSlowError, match=r"no difference seen \(0\.90–5\.00\)"):
+        searching.by_speed(plan, lambda model: Ratio(2.5, 0.9, 5.0), 2.0, lambda keep, ratio: None)
+
+
+def test_only_layers_that_are_faster_are_factored_for_speed(folder, monkeypatch) -> None:
+    """The middle layer's factors are faster up to rank 7, those of the others are not."""
+
+    def timed(models, call, batch, seconds=0.5) -> Race:
+        taken = {}
+        for name, model in models.items():
+            cost = 10.0
+            for layer in model.modules():
+                if isinstance(layer, gm.compression.LowRank):
+                    cost += -4.0 if layer.out_features == layer.in_features == 48 and layer.rank <= 7 else 3.0
+            taken[name] = [cost] * 8
+        return Race(taken, taken, taken)
+
+    monkeypatch.setattr(speeds, "race", timed)
+    task = network(folder)
+    made = decide(task.model(), task.batches(), task.objective, task.evaluate, Target(speedup=1.2), curve=False)
+    assert made.plan.ranks == {"2": 7}
+    assert "not measured to be faster" in made.plan.reasons["0"]
+    monkeypatch.setattr(speeds, "race", by_size(9.0, 9.0))
+    none = decide(task.model(), task.batches(), task.objective, task.evaluate, Target(speedup=1.2), curve=False)
+    assert len(none.plan.ranks) == 3
+
+
+def test_encoder_layers_that_lose_the_fused_kernel_are_told(folder) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, dropout=0.0)
+    net = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(128, 4))
+    x = torch.randn(64, 4, 32)
+    batches = [(x, torch.arange(64) % 4)]
+    score = {"score": lambda m: float(m(x).square().mean())}
+    objective = gm.Objective.classification()
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return {name: one(model) for name, one in score.items()}
+
+    made = decide(net, batches, objective, evaluate, Target(keep=0.5), curve=False)
+    assert any("2 of 2 nn.TransformerEncoderLayer lose torch's fused" in note for note in made.outcome.notes)
 
 
 def outcome(*contenders: Contender, better: str = "higher") -> Outcome:
     return Outcome("net", "keep 60 %", "accuracy", better, 0.6, contenders, ((1.0, 0.9),), (), 32, 0.1, 1.0)
 
 
+FASTER, SAME, SLOWER, UNSEEN = Ratio(1.2, 1.1, 1.3), Ratio(1, 0.98, 1.02), Ratio(0.7, 0.6, 0.8), Ratio(1, 0.5, 2)
 DENSE = Contender("dense", 1000, 4000, 0.9, 2.0, 20.0)
-SMALL = Contender("compressed", 600, 2400, 0.88, 1.5, 15.0)
+SMALL = Contender("compressed", 600, 2400, 0.88, 1.5, 15.0, Ratio(1.33, 1.2, 1.4), Ratio(1.05, 0.9, 1.1))
+
+
+def other(name: str, size: int, quality: float, one: Ratio = FASTER, many: Ratio = SAME) -> Contender:
+    return Contender(name, 1000, size, quality, 1.0, 9.0, beside_one=one, beside_many=many)
+
+
 ADVICE = {
-    "better": (Contender("bfloat16", 1000, 2000, 0.9, 1.2, 9.0), "do not factor this model: bfloat16 is smaller"),
-    "slower": (
-        Contender("bfloat16", 1000, 2000, 0.9, 2.2, 9.0),
-        "bfloat16 is smaller and no worse, but slower at batch 1",
+    "better": ([other("bfloat16", 2000, 0.9)], "use bfloat16 instead: smaller, no worse and no slower"),
+    "three": (
+        [other("bfloat16", 2000, 0.9), other("int8", 1000, 0.9), other("4 bits", 500, 0.88)],
+        "use bfloat16, int8 or 4 bits instead: smaller, no worse and no slower",
     ),
-    "worse": (Contender("int8", 1000, 1000, 0.5, 1.2, 9.0), ""),
-    "larger": (Contender("int8", 1000, 3000, 0.9, 1.2, 9.0), ""),
-    "unknown": (Contender("int8", None, None, None, note="failed"), ""),
+    "slower": ([other("bfloat16", 2000, 0.9, SLOWER)], "bfloat16: smaller and no worse, but slower"),
+    "unseen": (
+        [other("bfloat16", 2000, 0.9, UNSEEN), other("int8", 1000, 0.9, SLOWER)],
+        "consider bfloat16: smaller, no worse, and not seen to be slower",
+    ),
+    "worse": ([other("int8", 1000, 0.5)], ""),
+    "larger": ([other("int8", 3000, 0.9)], ""),
+    "unknown": ([Contender("int8", None, None, None, note="failed")], ""),
 }
 
 
 def test_where_speed_is_asked_an_alternative_need_not_be_smaller() -> None:
-    large = Contender("bfloat16", 1000, 2500, 0.9, 1.2, 9.0)
+    large = other("bfloat16", 2500, 0.9)
     assert outcome(DENSE, SMALL, large).advice == ""
     fast = dataclasses.replace(outcome(DENSE, SMALL, large), for_speed=True)
-    assert fast.advice == "do not factor this model: bfloat16 is no worse and no slower"
+    assert fast.advice == "use bfloat16 instead: no worse and no slower"
 
 
 @pytest.mark.parametrize("name", ADVICE)
 def test_the_report_says_where_factoring_is_not_worth_it(name: str) -> None:
-    other, told = ADVICE[name]
-    found = outcome(DENSE, SMALL, other)
-    assert found.advice.startswith(told) if told else found.advice == ""
+    others, told = ADVICE[name]
+    found = outcome(DENSE, SMALL, *others)
+    assert found.advice == told
+    assert told in found.verdict
+    assert "speed at batch 1: 1.33× (1.20–1.40), at batch 32: no difference seen (0.90–1.10)" in found.verdict
     text = " ".join(to_text(found.to_document(), width=200).split())
-    assert told in text
+    assert text.count(told or "of the bytes") == 1
     assert found.drop == pytest.approx(0.02)
     assert outcome(DENSE, SMALL, better="lower").drop == pytest.approx(-0.02)
 
@@ -402,6 +522,11 @@ def seq2seq(transformers):
     )
 
 
+def images(transformers):
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    return transformers.ViTModel(transformers.ViTConfig(**size, image_size=32, patch_size=8))
+
+
 def hf_folder(folder: Path, make, lines: int = 40) -> Path:
     transformers = pytest.importorskip("transformers")
     path = folder / "hf"
@@ -441,6 +566,7 @@ def test_a_folder_and_texts_are_enough(folder, capsys, make, measure: str) -> No
 BAD_FOLDERS = {
     "few": (encoder, {"lines": 4}, None, "holds 4 texts, wanted at least 10"),
     "decoder": (seq2seq, {}, None, "has a decoder, which needs targets"),
+    "images": (images, {}, None, "ViTModel takes pixel_values, not tokens of texts. Write a gm.Task"),
     "no_tokenizer": (encoder, {}, ("tokenizer.json", "tokenizer_config.json", "vocab.txt"), "has no tokenizer"),
     "no_weights": (encoder, {}, ("model.safetensors",), "transformers cannot load it"),
 }

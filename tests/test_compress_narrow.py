@@ -210,3 +210,39 @@ def test_fewer_heads_come_back_from_a_folder(name: str, tmp_path) -> None:
     assert not any(info.values())
     torch.testing.assert_close(scores(loaded, batches[0]), scores(small, batches[0]))
     assert sum(p.numel() for p in loaded.parameters()) == plan.at(keep=plan.smallest).parameters
+
+
+def test_units_are_found_where_most_are_off() -> None:
+    """A unit that is off on every sample changes nothing when it is set to zero, so those that are on are asked."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 4))
+    with torch.no_grad():
+        net[0].bias[torch.arange(24) != 13] -= 1e3
+        net[0].bias[13] += 3
+    plan = gm.narrow(net, list(inputs(64, 0).split(16)), DISTILL)
+    assert plan.kept == {"2": 24, "4": 24}
+    assert plan.layers[0].losses[1] < 1e-4 * plan.layers[0].losses[0]  # one unit is enough
+    assert plan.layers[0].order[-1] == 13
+
+
+class Branches(nn.Module):
+    """Which layer is run depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(32, 24), nn.Linear(32, 24), nn.Linear(24, 24)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last((self.one(x) if float(x.mean()) > 0 else self.two(x)).relu()).relu())
+
+
+def test_units_of_a_layer_with_two_ways_to_it_stay() -> None:
+    torch.manual_seed(0)
+    x = inputs(64, 0).abs()
+    plan = gm.narrow(Branches(), [x, -x, x], DISTILL)
+    assert plan.kept == {"head": 24}
+    assert "computes something else" in plan.reasons["last"]
+    small = plan.at(keep=0.8).apply()
+    assert small(x).isfinite().all()
+    assert small(-x).isfinite().all()

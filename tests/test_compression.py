@@ -118,6 +118,18 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
     assert plan.predicted_loss == 0
 
 
+def test_stacked_experts_are_left_dense_by_name_with_the_reason() -> None:
+    model, batches, plan = plan_of("mixture_of_experts", keep=0.9)
+    experts = {name: m for name, m in model.named_modules() if type(m).__name__ == "Experts"}
+    small = plan.apply()
+    assert experts
+    for name, module in experts.items():
+        assert {f"{name}.up", f"{name}.down"} <= {row["name"] for row in plan.explain()}
+        assert "a stack of 4 matrices" in plan.reasons[f"{name}.up"]
+        assert torch.equal(small.get_submodule(name).up, module.up)
+    assert torch.equal(plan.at(keep=1.0).apply()(batches[0][0]), model(batches[0][0]))
+
+
 @pytest.mark.parametrize("name", ["mlp", "residual_cnn", "transformer_classifier"])
 def test_more_budget_never_loses_more(name: str) -> None:
     _, _, plan = plan_of(name, keep=1.0)
@@ -512,7 +524,12 @@ def test_the_default_share_is_raised_to_the_smallest_possible_one() -> None:
 
 
 ERRORS = {
-    "no_statistics": (lambda m: compress(m), "give stats from"),
+    "a batch alone": (lambda m: compress(m, torch.ones(4, 8)), "give statistics from gm.capture, or batches and"),
+    "twice": (
+        lambda m: compress(m, [torch.ones(4, 8)], CLASSIFY, batches=[1]),
+        r"compress\(model, batches, objective\)",
+    ),
+    "no_statistics": (lambda m: compress(m), "give statistics from"),
     "keep_zero": (lambda m: compress(m, batches=BATCHES, objective=CLASSIFY, keep=0.0), r"\(0, 1\], got 0"),
     "keep_above": (lambda m: compress(m, batches=BATCHES, objective=CLASSIFY, keep=1.5), r"\(0, 1\], got 1\.5"),
     "keep_too_small": (

@@ -238,3 +238,39 @@ def test_gradients_that_the_caller_switched_off_are_no_cut_graph() -> None:
             assert not torch.is_grad_enabled()
     assert len({str(report.findings) for report in told}) == 1
     assert "graph-cut" not in {f.code for f in told[0].findings}
+
+
+class Jagged(nn.Module):
+    """A network for samples of different lengths, which are averaged."""
+
+    def __init__(self, bias: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(D, 16), nn.Linear(16, 3)
+        self.first.bias.data.add_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([t.mean(0) for t in self.last(self.first(x).relu()).unbind()])
+
+
+def test_jagged_batches_are_no_fault_and_a_fault_in_them_is_found() -> None:
+    lengths = (3, 5, 7, 4, 6, 2, 8, 5)
+    batches = []
+    for i in range(2):
+        rows = [normal(n, D, seed=10 * i + k) for k, n in enumerate(lengths)]
+        batches.append((torch.nested.nested_tensor(rows, layout=torch.jagged), torch.arange(8) % 3))
+    report = gm.inspect(Jagged(), batches, gm.Objective.classification())
+    assert not [f for f in report.findings if f.severity != "info"]
+    assert "nested" in report.not_looked_at["gains"]
+    codes = [f.code for f in gm.inspect(Jagged(-20.0), batches, gm.Objective.classification()).findings]
+    assert codes[0] == "dead-units"
+
+
+def test_a_watch_that_fails_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("in the watch")
+
+    monkeypatch.setattr("gramian.inspection.watching.squares", fails)
+    report = gm.inspect(tower(3), [(normal(N, D), torch.arange(N) % 3)], gm.Objective.classification())
+    assert "training-fails" not in {f.code for f in report.findings}
+    assert "in the watch" in report.not_looked_at["causes"]

@@ -278,7 +278,8 @@ def test_ladders_end_in_the_last_resort_and_gain_accuracy(name, rtol, shape):
 
 
 def test_a_processor_without_bfloat16_gets_no_product_in_it(monkeypatch):
-    for words, wanted in (({"avx2": True}, {torch.float32}), ({"avx512_bf16": True}, {torch.bfloat16})):
+    half = {torch.bfloat16}
+    for words, wanted in (({"avx2": True}, {torch.float32}), ({"avx512_bf16": True}, half), ({"amx_bf16": True}, half)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda words=words: words)
         cheapest.cache_clear()
         assert {cheapest(n, ratio * n, 8, 0.1, "cpu").dtype for n in (64, 256, 1024) for ratio in (1, 4)} == wanted

@@ -121,6 +121,10 @@ SEEN = {
     "sign": (lambda **o: gl.sign_ex(torch.zeros(3, 3), **o), "imaginary axis"),
     "expm": (lambda **o: gl.expm_ex(1e30 * torch.ones(3, 3), **o), "overflows"),
     "cond": (lambda **o: gl.cond_ex(NAN, **o), "NaN or inf"),
+    "svd_shrink": (lambda **o: gl.svd_shrink_ex(NAN, **o), "NaN or inf"),
+    "pca": (lambda **o: gl.pca_ex(NAN, 1, **o), "NaN or inf"),
+    "power": (lambda **o: gl.matrix_power_scaled_ex(torch.zeros(2, 2), -1, **o), "singular"),
+    "product": (lambda **o: gl.product_scaled_ex([NAN, NAN], **o), "NaN or inf"),
 }
 
 
@@ -152,6 +156,29 @@ def test_pseudoinverses_and_inverse_roots_are_those_of_the_certified_call():
         assert proof.converged.all()
         assert getattr(bare, "rank", None) == getattr(proof, "rank", None)
         torch.testing.assert_close(value, certified, rtol=1e-12, atol=1e-13)
+
+
+OTHERS = {
+    "svd_shrink": lambda **o: gl.svd_shrink_ex(random.normal(9, 6, generator=seeded(3)), **o),
+    "pca": lambda **o: gl.pca_ex(random.normal(20, 6, generator=seeded(4)), 3, **o),
+    "pca in batches": lambda **o: gl.pca_ex(iter(random.normal(20, 6, generator=seeded(4)).split(7)), 3, **o),
+    "power": lambda **o: gl.matrix_power_scaled_ex(random.normal(2, 6, 6, generator=seeded(5)), 37, **o),
+    "negative power": lambda **o: gl.matrix_power_scaled_ex(random.normal(6, 6, generator=seeded(6)), -5, **o),
+    "complex power": lambda **o: gl.matrix_power_scaled_ex(torch.tensor([[1j, 2], [0.5, 1]]), 9, **o),
+    "product": lambda **o: gl.product_scaled_ex([random.normal(4, 4, generator=seeded(i)) for i in range(5)], **o),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_value_is_the_same_to_the_last_bit(name):
+    (certified, proof), (value, bare) = OTHERS[name](), OTHERS[name](certify=False)
+    for x, y in zip(*((v if isinstance(v, tuple) else (v,)) for v in (certified, value)), strict=True):
+        assert torch.equal(x, y)
+    assert proof.converged.all()
+    assert not bare.converged.any()
+    assert bare.error_bound.isinf().all()
+    assert bare.converged.shape == proof.converged.shape
+    assert set(bare.reasons) == {"no certificate was asked for"}
 
 
 def test_it_is_differentiable():

@@ -85,11 +85,11 @@ def test_what_was_measured_stands_in_the_state_and_is_replayed(monkeypatch: pyte
     monkeypatch.setattr(module, "_KNOWN", {})
     one, two = net(), net()
     measured = Muon(one, approach="measured")
-    found = module._read(measured.param_groups[0]["approaches"])
+    found = module._read(measured.param_groups[0]["approaches"], "cpu")
     assert found.keys() == {"100x100", "100x200"}
     assert all(found[key] in names(key) for key in found)
     replaced = {key: next(n for n in names(key) if n != name) for key, name in found.items()}
-    measured.param_groups[0]["approaches"] = other = ", ".join(map(" ".join, replaced.items()))
+    measured.param_groups[0]["approaches"] = other = f"measured on cpu: {', '.join(map(' '.join, replaced.items()))}"
     step(one, measured, 0)
     resumed = Muon(two, approach="measured")
     two.load_state_dict(one.state_dict())
@@ -100,17 +100,48 @@ def test_what_was_measured_stands_in_the_state_and_is_replayed(monkeypatch: pyte
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+def test_what_was_predicted_is_replayed_where_another_processor_would_choose_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, two = net(), net()
+    optimizer = Muon(one)
+    step(one, optimizer, 0)
+    before = optimizer.param_groups[0]["approaches"]
+    slow = module.defaults("cpu").factors["bfloat16"][0] > 1
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": slow})
+    module._approach.cache_clear()
+    try:
+        resumed = Muon(two)
+        assert resumed.param_groups[0]["approaches"] != before
+        two.load_state_dict(one.state_dict())
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for model, each in ((one, optimizer), (two, resumed)):
+            step(model, each, 1)
+        assert resumed.param_groups[0]["approaches"] == before
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    finally:
+        module._approach.cache_clear()
+
+
+def test_what_was_chosen_for_another_device_does_not_count() -> None:
+    text = "predicted on cuda: 100x200 quintics 5 bfloat16"
+    assert module._read(text, "cpu") == {}
+    assert module._read(text, "cuda") == {"100x200": "quintics 5 bfloat16"}
+
+
 def test_nothing_is_measured_unless_asked_nor_beyond_the_time() -> None:
-    assert Muon(net()).param_groups[0]["approaches"] == ""
+    assert Muon(net()).param_groups[0]["approaches"].startswith("predicted on cpu: ")
     huge = approaches([(20_000, 50_000)] * 8, CPU, {"approach": "measured", "rtol": 0.125})
-    assert huge == f"20000x50000 {module._approach(20_000, 50_000, 0.125, 'cpu', None)}"
+    assert huge == f"measured on cpu: 20000x50000 {module._approach(20_000, 50_000, 0.125, 'cpu', None)}"
     with pytest.raises(InputError, match="approach='measured' is for Muon"):
         SOAP(net(), approach="measured")
     optimizer = Muon(model := net())
-    for approach, found in (("measured", {"100x100", "100x200"}), ("predicted", set())):  # later too
+    for approach in ("measured", "predicted"):  # later too
         optimizer.param_groups[0]["approach"] = approach
         step(model, optimizer, 0)
-        assert module._read(optimizer.param_groups[0]["approaches"]).keys() == found
+        text = optimizer.param_groups[0]["approaches"]
+        assert text.startswith(approach)
+        assert module._read(text, "cpu").keys() == {"100x100", "100x200"}
     optimizer.param_groups[0]["approach"] = "guessed"
     with pytest.raises(InputError, match="approach must be 'predicted' or 'measured'"):
         optimizer.step()

@@ -110,3 +110,44 @@ def test_small_depthwise_kernels_take_a_larger_usual_rate(taps: int, rate: float
     assert len(given.param_groups) == 1
     assert {rate for name, rate in given.rates().items() if name != "0.weight"} == {1e-3}
     assert set(gm.optim.Muon(model, scale="match_rms_adamw", lr=2e-3).rates().values()) == {2e-3}
+
+
+def _chain(depth: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)), nn.Linear(8, 2))
+
+
+def test_the_usual_rate_of_muon_grows_with_the_square_root_of_depth() -> None:
+    rates = {depth: gm.optim.Muon(_chain(depth)).param_groups[0]["lr"] for depth in (1, 2, 8, 18, 300)}
+    assert rates == pytest.approx({1: 0.1, 2: 0.1, 8: 0.2, 18: 0.3, 300: 1.0})
+    assert gm.optim.Muon(_chain(18), lr=0.1).param_groups[0]["lr"] == 0.1
+    assert gm.optim.Muon(_chain(18), scale="match_rms_adamw").param_groups[0]["lr"] == 0.1
+    assert gm.optim.SOAP(_chain(18)).param_groups[0]["lr"] == 0.1
+    frozen = _chain(18)
+    for layer in frozen[:10]:
+        layer.requires_grad_(False)
+    assert gm.optim.Muon(frozen).param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+def test_a_group_of_its_own_rate_keeps_it_and_others_take_the_usual_one() -> None:
+    net = _chain(8)
+    groups = [{"params": list(net[:4].parameters()), "lr": 0.7}, {"params": list(net[4:].parameters())}]
+    optimizer = gm.optim.Muon(groups, model=net)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.7, pytest.approx(0.2)]
+    assert [group["full_lr"] for group in optimizer.param_groups] == [0.7, pytest.approx(0.2)]
+
+
+def test_an_optimizer_s_text_is_one_line_and_tells_rates_and_routes() -> None:
+    optimizer = gm.optim.Muon(_chain(2), lr=0.25)
+    assert repr(optimizer) == "<Muon: lr=0.25, 2 parameters step as matrices, 4 by AdamW>"
+    proximal = gm.optim.Proximal(optimizer, {"0.weight": gm.prox.L1(0.5)})
+    assert repr(proximal) == f"<Proximal: 0.weight: L1(strength=0.5); after {optimizer!r}>"
+    assert all(len(line) <= 80 for line in repr(optimizer.explain()).splitlines())
+
+
+@pytest.mark.parametrize("name", ["pos", "pe", "pos_emb", "position"])
+def test_learned_positions_are_tables(name: str) -> None:
+    net = _chain(2)
+    net.register_parameter(name, nn.Parameter(torch.zeros(1, 6, 8)))
+    for optimizer in (gm.optim.Muon(net), gm.optim.Muon(net.named_parameters())):
+        (row,) = (row for row in optimizer.explain() if row["name"] == name)
+        assert (row["direction"], row["reason"].split(",")[0]) == ("adamw", "embedding")

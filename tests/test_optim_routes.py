@@ -8,7 +8,7 @@ from torch import nn
 
 from gramian.errors import GramianWarning, InputError
 from gramian.optim import SOAP, Muon, Shampoo
-from gramian.optim.routing import MOST_LEFT
+from gramian.optim.untold import MOST_LEFT
 
 
 class Experts(nn.Module):

@@ -17,9 +17,9 @@ from gramian.errors import InputError
 from gramian.init import signs_of_training
 from gramian.remedies import Setting, perform, proposals, verified
 from gramian.remedies.fitting import fitted
+from gramian.remedies.judging import learns
 from gramian.remedies.proposals import CURES
 from gramian.remedies.rehearsing import Rehearsed
-from gramian.remedies.verifying import _learns
 from gramian.report import Action, Finding, Report
 
 
@@ -165,7 +165,7 @@ def test_what_is_unfrozen_is_given_to_the_optimizer():
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "plain", "learns"),
+    ("before", "after", "plain", "is_expected"),
     [
         ([math.inf] * 3, [9.0, 500.0, 600.0], 40.0, False),
         ([3.0, 900.0, 2000.0], [1.1, 1.06, 1.06], 1.06, False),
@@ -176,10 +176,10 @@ def test_what_is_unfrozen_is_given_to_the_optimizer():
         ([3.0, 2.0, 1.0], [3.0, 1.0, math.inf], math.inf, False),
     ],
 )
-def test_a_loss_that_blew_up_lets_only_pass_what_learns(before: list, after: list, plain: float, learns: bool):
+def test_a_loss_that_blew_up_lets_only_pass_what_learns(before: list, after: list, plain: float, is_expected: bool):
     remedied = Rehearsed(after)
     remedied.plain = plain
-    assert _learns(Rehearsed(before), remedied) == learns
+    assert learns(Rehearsed(before), remedied) == is_expected
 
 
 def test_what_is_not_offered_is_told_in_one_short_line():

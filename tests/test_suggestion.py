@@ -16,7 +16,7 @@ from cases import seeded
 from gramian.errors import InputError, UnsupportedError
 from gramian.operators import line_curvature
 from gramian.optim import OPTIMIZERS
-from gramian.optim.suggestion import _Rehearsals
+from gramian.optim.rehearsals import Rehearsals
 from test_capture import assert_same, snapshot
 from zoo import ZOO
 
@@ -228,7 +228,7 @@ def test_asking_twice_gives_the_same_rate_with_dropout():
 def test_noise_on_the_plateau_of_too_large_rates_is_no_minimum():
     losses = {40.0: 0.99, 12.6: 1.01, 4.0: 1.02, 1.26: 0.5, 0.4: 0.7, 0.126: 0.9}  # one before any step
 
-    class Told(_Rehearsals):
+    class Told(Rehearsals):
         def __init__(self) -> None:
             self.losses = {}
 
@@ -252,7 +252,7 @@ def test_a_small_minimum_before_the_real_one_is_passed() -> None:
         1e-1: 2.3,
     }
 
-    class Told(_Rehearsals):
+    class Told(Rehearsals):
         def __init__(self) -> None:
             self.losses = {}
 
@@ -454,6 +454,22 @@ def test_a_loss_that_no_rate_lowers_is_refused():
 
     with pytest.raises(InputError, match=r"no rate from .* lowers the held-out loss"):
         gm.suggest_lr(model, apart, sloped, num_steps=2)
+
+
+def test_where_the_rest_ruins_every_rate_it_moves_less_before_the_question_is_refused():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+    x = torch.randn(160, 6, generator=seeded(1))
+    batches = list(zip(x.split(32), x[:, :3].sin().split(32), strict=True))
+    told: list[float] = []
+    make = partial(gm.optim.Muon, rest_lr=30.0)
+    found = gm.suggest_lr(
+        net, batches, gm.Objective.regression(), optimizer=make, progress=lambda rate, loss: told.append(rate)
+    )
+    assert "stays" in found.why
+    assert dict(found.rehearsed)[found.lr] < found.before
+    assert {rate for rate, _ in found.rehearsed} <= set(told)
+    assert len(told) > len(found.rehearsed)  # the paces before
 
 
 def test_optimizers_without_a_direction_are_refused():

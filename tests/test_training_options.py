@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
 from gramian.checkpoint import load_tree
+from gramian.cli import completion
 from gramian.errors import InputError, TaskError, UnsupportedError
+from gramian.optim import OPTIMIZERS
 from gramian.tasks import TASKS
-from gramian.training import augmentation, page, scaling
+from gramian.training import augmentation, compare, display, page, scaling, start
 from gramian.training.augmentation import AUGMENTATIONS, augmented, mixed
-from gramian.training.options import Options, best_row
+from gramian.training.options import PENALTIES, PRECISIONS, Options, best_row
 from gramian.training.schedule import SCHEDULES
 from runs import Stop, stopping, weights
 
@@ -445,7 +452,8 @@ def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypat
     capsys.readouterr()
     assert main(["train", "diabetes", "--compare", "adamw,sgd", "--steps", "20"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == ["optimizer", "adamw", "sgd"]
+    assert out.splitlines()[0].split() == ["adamw", "sgd"]
+    assert [line.split()[0] for line in out.splitlines() if set(line) & set(display.BLOCKS)] == ["adamw", "sgd"]
     assert out.count("█") >= 1
     for options, message in (
         (["--compare", "adamw"], "takes two different optimizers or more; got adamw"),
@@ -459,3 +467,46 @@ def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypat
 def test_options_are_part_of_the_identity() -> None:
     assert Options().identity() == {}
     assert Options(regularize={"l1": 1e-4}, clip=1.0).identity() == {"regularize": "l1=0.0001", "clip": "1.0"}
+
+
+def test_a_comparison_fits_80_columns_and_auto_is_trained_once() -> None:
+    """With every optimizer, and a name longer than the terminal."""
+    long = "the_share_of_held_out_samples_whose_label_is_among_the_first_five_of_the_prediction"
+    row = {"step": 20, "seconds": 1.25, "loss": 0.123456, "accuracy": 0.98765, long: 1234.5678}
+    runs = {name: gm.Run(plain_net(), [row] * 20, optimizer=name, lr=1e-3) for name in OPTIMIZERS}
+    console = Console(file=io.StringIO(), width=80)
+    display.show_comparison(runs, console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "".join(line[:20].strip() for line in lines[1:6]).startswith("ratestepsecondslossaccuracy")
+    assert all(f"{name} " in lines[0] + " " for name in runs)
+    assert "".join(line.split("  ")[0].strip() for line in lines[6:]).startswith(long)
+    short = task(model=plain_net)
+    assert list(compare(short, ["adamw", "muon", "auto"], steps=2)) == ["adamw", "muon"]
+    assert list(compare(short, ["auto", "adamw"], steps=2)) == ["muon", "adamw"]
+
+
+def test_what_the_shell_completes_is_in_the_tables() -> None:
+    assert set(completion.OPTIMIZERS) == {"auto", *OPTIMIZERS}
+    assert set(completion.SCHEDULES) == {*SCHEDULES}
+    assert set(completion.PENALTIES) == {*PENALTIES}
+    assert set(completion.AUGMENTATIONS) == {*AUGMENTATIONS, augmentation.MIXUP}
+    assert set(completion.PRECISIONS) == {*PRECISIONS}
+    assert set(completion.INITS) == {*start.INITS}
+    assert set(completion.TASKS) == {"chars", *TASKS}
+    words = {"_GRAMIAN_COMPLETE": "complete_bash", "COMP_WORDS": "gramian train digits --schedule c", "COMP_CWORD": "4"}
+    ended = subprocess.run([sys.executable, "-m", "gramian"], env=os.environ | words, capture_output=True, text=True)
+    assert ended.stdout.split() == ["constant", "cosine"]
+
+
+def test_tasks_and_watches_are_shown_in_a_line() -> None:
+    assert repr(task()) == "<Task 'task': model net, <Objective: cross_entropy, fisher 'sampled'>>"
+    model = plain_net()
+    with gm.watch(model, torch.optim.SGD(model.parameters(), lr=0.1)) as watching:
+        assert repr(watching) == "<Watch of Sequential: step 0, 0 looks: no findings>"
+
+
+@pytest.mark.parametrize("value", [10**400, 1j, None, torch.ones(3)])
+def test_what_no_float_can_hold_is_no_measure(value: Any) -> None:
+    with pytest.raises(TaskError, match=r"evaluate\(model\) must return a dict of floats"):
+        gm.train(task(evaluate=lambda model: {"size": value}), steps=2)

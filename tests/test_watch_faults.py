@@ -58,6 +58,22 @@ def test_a_loop_without_one_is_silent() -> None:
     assert run(net()).findings == []
 
 
+@pytest.mark.parametrize("until", [1.0, 1e6])
+def test_a_test_of_rates_is_no_fault_as_long_as_it_does_no_harm(until: float) -> None:
+    model, steps = net(), 60
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, (until / 1e-5) ** (1 / steps))
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    with gm.watch(model, optimizer, every=5, share=None) as watching:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+            optimizer.step()
+            schedule.step()
+    codes = [f.code for f in watching.findings if f.severity != "info"]
+    assert codes[:1] == ([] if until == 1.0 else ["rate-grows"])
+
+
 class Dropped(nn.Module):
     """Layers that are left out at random, and one that always is."""
 

@@ -26,18 +26,20 @@ if TYPE_CHECKING:
     from gramian.gram import DiagonalGram, Gram
     from gramian.inspection import watch
     from gramian.objective import Objective
-    from gramian.optim.suggestion import LearningRate, suggest_lr
+    from gramian.optim.learning_rate import LearningRate
+    from gramian.optim.suggestion import suggest_lr
     from gramian.recording import capture, capturing
     from gramian.remedies import inspect
     from gramian.report import Report
     from gramian.statistics import Statistics
-    from gramian.training import Run, Task, train
+    from gramian.training import Healed, Run, Task, heal, train
 
 __all__ = [
     "Block",
     "Blocks",
     "DiagonalGram",
     "Gram",
+    "Healed",
     "Layout",
     "LearningRate",
     "NarrowPlan",
@@ -52,6 +54,7 @@ __all__ = [
     "capturing",
     "compress",
     "errors",
+    "heal",
     "init",
     "inspect",
     "integrations",
@@ -76,8 +79,9 @@ _HOME = {
     "Blocks": "block",
     "DiagonalGram": "gram",
     "Gram": "gram",
+    "Healed": "training",
     "Layout": "block",
-    "LearningRate": "optim.suggestion",
+    "LearningRate": "optim.learning_rate",
     "NarrowPlan": "compression",
     "Objective": "objective",
     "Plan": "compression",
@@ -89,6 +93,7 @@ _HOME = {
     "capture": "recording",
     "capturing": "recording",
     "compress": "compression",
+    "heal": "training",
     "inspect": "remedies",
     "load_compressed": "compression",
     "load_plan": "compression",

@@ -84,6 +84,8 @@ def aligned_labels() -> tuple[Select, Align]:
         return not isinstance(labels, Tensor) or labels.shape in (t.shape[:-1], t.shape[:1] + t.shape[2:])
 
     def select(output: Any, batch: Any) -> Tensor:
+        if isinstance(output, Tensor):  # at once: a training step asks twice
+            return output
         labels = parts(batch).labels
         wanted = f"(..., classes) for labels {tuple(labels.shape)}" if isinstance(labels, Tensor) else "(..., classes)"
         return tensor_of(output, lambda t: fits(t, labels), wanted)
@@ -175,7 +177,9 @@ def kept(batch: Any, like: Tensor) -> Tensor | None:
 
 def _decoder_inputs(batch: Any) -> Tensor | None:
     """What a decoder reads, if there is one: its positions are not those of `attention_mask`."""
-    named = fields(batch) or {}
+    named = fields(batch)
+    if not named:
+        return None
     return next((named[name] for name in _NAMES_OF_DECODER if named.get(name) is not None), None)
 
 

@@ -226,8 +226,8 @@ def token_mask(batch: Any) -> Tensor | None:
     >>> token_mask({"input_ids": torch.ones(1, 2), "attention_mask": torch.tensor([[1, 0]])})
     tensor([[ True, False]])
     """
-    named = fields(parts(batch).inputs) or {}
-    mask = named.get("attention_mask")
+    named = fields(parts(batch).inputs)
+    mask = named.get("attention_mask") if named else None
     return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
@@ -339,7 +339,11 @@ def first_samples(batch: Any, num: int) -> Any:
     >>> first_samples((torch.arange(5), {"y": torch.arange(5)}), 2)
     (tensor([0, 1]), {'y': tensor([0, 1])})
     """
-    return mapped(batch, lambda t: t[:num] if t.ndim else t)
+    return mapped(batch, lambda t: _first_of(t, num) if t.is_nested else t[:num] if t.ndim else t)
+
+
+def _first_of(t: Tensor, num: int) -> Tensor:
+    return torch.nested.as_nested_tensor(list(t.unbind()[:num]), layout=t.layout)
 
 
 def described(value: Any) -> str:

@@ -176,8 +176,11 @@ def _first_parameter(model: nn.Module) -> Tensor | None:
     for parameter in model._parameters.values():
         if parameter is not None:
             return parameter
-    inner = (_first_parameter(module) for module in model._modules.values() if module is not None)
-    return next((parameter for parameter in inner if parameter is not None), None)
+    for module in model._modules.values():
+        found = None if module is None else _first_parameter(module)
+        if found is not None:
+            return found
+    return None
 
 
 def _is_elsewhere(batch: Any, device: torch.device) -> bool:
@@ -297,6 +300,8 @@ def _matched(model: nn.Module, given: Parts, whole: Mapping[str, Any]) -> tuple[
 def _by_place(model: nn.Module, given: Parts) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with inputs that have no names: one, or as many as there are in a tuple."""
     takes, inputs = _arguments(model), given.inputs
+    if type(inputs) is Tensor and len(takes.required) < 2:
+        return (inputs,), {}  # the usual call, at once
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
     by_name = {**dict.fromkeys(LABELS, given.labels), **dict.fromkeys(WEIGHTS, given.weights)}
     extra = {name: by_name[name] for name in takes.required[1:] if by_name.get(name) is not None}
@@ -347,9 +352,10 @@ def _of_forward(forward: Callable[..., Any]) -> tuple[_Arguments, bool]:
     function = getattr(forward, "__func__", None)
     if not isinstance(function, FunctionType):
         return _signature_of(forward)
-    if function not in _READ:
-        _READ[function] = _signature_of(forward)
-    return _READ[function]
+    read = _READ.get(function)
+    if read is None:
+        read = _READ[function] = _signature_of(forward)
+    return read
 
 
 def _signature_of(forward: Callable[..., Any]) -> tuple[_Arguments, bool]:

@@ -137,7 +137,8 @@ class Objective:
         total, units = result
         if not isinstance(total, Tensor) or total.numel() != 1:
             raise InputError(f"objective: {wanted}; the first is {described(total)}. Sum over the batch")
-        units = torch.as_tensor(units, device=total.device)
+        if not isinstance(units, Tensor) or units.device != total.device:
+            units = torch.as_tensor(units, device=total.device)
         # As a number, since a comparison of tensors costs a small model's step more than the waiting for its result.
         if units.numel() != 1 or not (units.item() >= 0 if empty else units.item() > 0):
             raise InputError(f"objective: {wanted}; the second is {described(units)}. A batch needs at least one unit")

@@ -10,6 +10,7 @@ __all__ = ["NamedRows", "Rows"]
 
 # Rows that are shown, and characters of a cell of text; a page breaks its lines by itself, and a name is not cut.
 SHOWN, WIDTH = 40, 60
+LINE, LEAST = 80, 20  # characters of a line, to which the last column is cut, but to no fewer than so many
 
 
 class Rows(list[dict[str, Any]]):
@@ -50,6 +51,9 @@ class Rows(list[dict[str, Any]]):
         keys, cells, cut = self._cells(WIDTH)
         widths = [max(len(row[i]) for row in (keys, *cells)) for i in range(len(keys))]
         right = self._numeric(keys)
+        if not right[-1]:
+            widths[-1] = min(widths[-1], max(LEAST, LINE - sum(widths[:-1]) - 2 * len(widths[:-1])))
+            cells = [[*row[:-1], _text(row[-1], widths[-1] if len(row) > 1 else None)] for row in cells]
         lines = [
             "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
             for row in (keys, *cells)

@@ -112,6 +112,7 @@ def program() -> NoReturn:
         atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # registered first, so that it runs last
     code = main()
     if num_ranks() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's to all, where one rank ended with an error
         atexit._run_exitfuncs()  # of the user's task and its loggers
         sys.stdout.flush()
         sys.stderr.flush()

@@ -54,7 +54,13 @@ def ranks(timeout: float = 1800.0) -> Iterator[bool]:
         return
     from torch import distributed
 
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    patience = timedelta(seconds=timeout)
+    store, rank, size = next(distributed.rendezvous("env://", timeout=patience))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun on one machine keeps the store when it starts the processes again, and with it the addresses of those
+        # that are gone. On several machines the counts may differ, and its c10d rendezvous makes a new store each time.
+        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     try:
         yield distributed.get_rank() == 0
     finally:

@@ -53,6 +53,10 @@ def command(
         str | None, typer.Option(help="Target: this share of the weights zero, as 0.5, or a pattern, as 2:4.")
     ] = None,
     by: Annotated[Budget, typer.Option(help="What --max-drop makes small.")] = Budget.parameters,
+    narrow: Annotated[
+        bool,
+        typer.Option("--narrow", help="Remove heads, units and channels, which leaves ordinary layers, not ranks."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the model and the report; must not exist.")] = None,
     metric: Annotated[str, typer.Option(help="Which number of the evaluation counts. [default: the first]")] = "",
     direction: Annotated[
@@ -67,7 +71,7 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Factor, round or prune a model's layers to a target, measure it beside bfloat16 and int8, and save it.
+    """Factor, round, prune or narrow a model's layers to a target, measure it beside bfloat16 and int8, and save it.
 
     Give one of --keep, --size, --bits, --sparsity, --max-drop and --speedup. DIR gets report.html, report.json and the
     model: a folder that from_pretrained loads after `import gramian.integrations.compressed`, or model.safetensors for
@@ -80,7 +84,7 @@ def command(
     if num_ranks() > 1:
         raise InputError("compress: runs as one process; start it without torchrun")
     zeros = None if sparsity is None else sparsity if ":" in sparsity else _number(sparsity)
-    target = Target(keep, max_drop, speedup, size, bits, zeros, by.value)
+    target = Target(keep, max_drop, speedup, size, bits, zeros, by.value, narrow)
     if json is not None:
         report.check_target(json, (".json",))
     if out is not None:

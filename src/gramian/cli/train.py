@@ -11,11 +11,16 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from typer.core import TyperCommand
 
+from gramian.cli import completion
 from gramian.cli.common import Quiet, complain, rank_number, ranks
+from gramian.cli.completion import completing
 from gramian.cli.config import read_config
 from gramian.errors import GramianError, InputError
 
 __all__ = ["WithOptimizers", "command"]
+
+AUTO = "auto"
+"""The rate that is to be suggested."""
 
 
 class WithOptimizers(TyperCommand):
@@ -24,7 +29,7 @@ class WithOptimizers(TyperCommand):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from gramian.optim.registry import AUTO, OPTIMIZERS
 
-        rows = [(name, f"{entry.summary}; usual rate {entry.lr:g}") for name, entry in OPTIMIZERS.items()]
+        rows = [(name, f"{entry.summary}; usual rate {entry.rate}") for name, entry in OPTIMIZERS.items()]
         with formatter.section("Optimizers"):
             formatter.write_dl([("auto", AUTO), *rows])
 
@@ -39,7 +44,12 @@ def _list(asked: bool) -> None:
 
 
 def command(
-    task: Annotated[str, typer.Argument(help="A built-in task's name, or path/file.py:function.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in task's name, or path/file.py:function.", autocompletion=completing(completion.TASKS)
+        ),
+    ],
     listed: Annotated[
         bool, typer.Option("--list", callback=_list, is_eager=True, help="Show the built-in tasks.")
     ] = False,
@@ -51,37 +61,63 @@ def command(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="The text file of the task chars.")] = None,
     model: Annotated[str | None, typer.Option(help="Of the task chars: transformer or lstm.")] = None,
-    optimizer: Annotated[str, typer.Option(help="One of the names below.")] = "auto",
-    lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's usual one]")] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="One of the names below.", autocompletion=completing(completion.OPTIMIZERS))
+    ] = "auto",
+    lr: Annotated[
+        str | None,
+        typer.Option(help="Learning rate; auto: as gm.suggest_lr finds. [default: the optimizer's usual one]"),
+    ] = None,
     init: Annotated[
-        str, typer.Option(help="auto (repaired only if it cannot learn as it is), default or isometric.")
+        str,
+        typer.Option(
+            help="auto (repaired only if it cannot learn as it is), default or isometric.",
+            autocompletion=completing(completion.INITS),
+        ),
     ] = "auto",
     compare: Annotated[
-        str, typer.Option(help="Train once with each of these optimizers, as adamw,muon,auto, and compare.")
+        str,
+        typer.Option(
+            help="Train once with each of these optimizers, as adamw,sgd,auto, and compare.",
+            autocompletion=completing(completion.OPTIMIZERS, several=True),
+        ),
     ] = "",
     steps: Annotated[int | None, typer.Option(help="Budget in steps.", min=1)] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training alone.", min=0.1)] = None,
     schedule: Annotated[
-        str, typer.Option(help="Of the rate: linear, constant, cosine, step, exponential or plateau.")
+        str,
+        typer.Option(
+            help="Of the rate: linear, constant, cosine, step, exponential or plateau.",
+            autocompletion=completing(completion.SCHEDULES),
+        ),
     ] = "linear",
     warmup: Annotated[
         int | None, typer.Option(help="Steps over which the rate rises first. [default: 10]", min=0)
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="In place of the optimizer's own.", min=0)] = None,
     regularize: Annotated[
-        str, typer.Option(help="l1=X, l2=X, both, nuclear=X, spectral=X or orthogonal=X, exact by proximal maps.")
+        str,
+        typer.Option(
+            help="l1=X, l2=X, both, nuclear=X, spectral=X or orthogonal=X, exact by proximal maps.",
+            autocompletion=completing(completion.PENALTIES, several=True, end="="),
+        ),
     ] = "",
     augment: Annotated[
         str,
         typer.Option(
-            help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X, mixup=X."
+            help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X, mixup=X.",
+            autocompletion=completing(completion.AUGMENTATIONS, several=True, end="="),
         ),
     ] = "",
     clip: Annotated[float | None, typer.Option(help="Largest norm of all gradients together.")] = None,
     accumulate: Annotated[int, typer.Option(help="Batches in a step.", min=1)] = 1,
     precision: Annotated[
-        str, typer.Option(help="Of the forward pass: float32, bfloat16, or float16 with a loss scale.")
+        str,
+        typer.Option(
+            help="Of the forward pass: float32, bfloat16, or float16 with a loss scale.",
+            autocompletion=completing(completion.PRECISIONS),
+        ),
     ] = "float32",
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights, as 0.999.")] = None,
     best: Annotated[str | None, typer.Option(help="Keep the best evaluation's model: max:NAME or min:NAME.")] = None,
@@ -124,6 +160,7 @@ def command(
         raise InputError("train: --tensorboard needs --out DIR, the folder that it writes to")
     if compare and (optimizer != "auto" or lr is not None):
         raise InputError("train: --compare names the optimizers, at their usual rates; leave out --optimizer and --lr")
+    rate = _rate(lr)
     options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}
     options |= {"accumulate": accumulate, "precision": precision, "best": best, "patience": patience}
     options |= {"regularize": _strengths("--regularize", regularize), "augment": _strengths("--augment", augment)}
@@ -133,7 +170,7 @@ def command(
         with ranks(timeout) as first:
             options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html}
             options |= budget | {"shard": shard}
-            options |= {} if compare else {"optimizer": optimizer, "lr": lr}
+            options |= {} if compare else {"optimizer": optimizer, "lr": rate}
             logs = tensorboard and first
             runs, name = _train(_Asked(task, text, model), first and not quiet, compare, logs, options)
     except KeyboardInterrupt:
@@ -205,12 +242,38 @@ def _train(
         for listener in listeners:
             listener.stepped(run, share)
 
+    if options.get("lr") == AUTO:
+        options["lr"] = _suggested(found, options, shown)
     with display.Watched(quiet=not shown) as watched:
         listeners.append(watched)
         options |= {"progress": progress, "on_step": on_step}
         if compared:
             return compare(found, compared.split(","), begun=watched.begun, **options), found.name
         return {options["optimizer"]: train(found, **options)}, found.name
+
+
+def _rate(text: str | None) -> float | str | None:
+    """The rate that was asked for: a number, or `"auto"`."""
+    if text is None or text == AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"train: --lr must be a positive number or auto, got {text!r}") from None
+
+
+def _suggested(task: Any, options: dict[str, Any], shown: bool) -> float:
+    """The rate that is suggested for the task's model, to two digits; tells each rate that is tried."""
+    from gramian.training.suggesting import suggested
+
+    def tell(rate: float, loss: float) -> None:
+        if shown:
+            complain(f"rate {rate:.2g}: held-out loss {loss:.4g}")
+
+    found = suggested(task, options["optimizer"], options["init"], options["seed"], tell)
+    if shown:
+        complain(str(found))
+    return float(f"{found.lr:.2g}")
 
 
 def _strengths(option: str, text: str) -> dict[str, float]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from gramian import placement
 from gramian.batch import main_input, mapped, num_samples, tensors
@@ -19,16 +20,17 @@ from gramian.gram import Gram
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording import capture, evaluating
+from gramian.recording.collective import Collective, collective_of
 from gramian.recording.onepass import captured
 from gramian.recording.recorder import WITHOUT_AUTOGRAD
 from gramian.statistics import Site, Statistics
 
-__all__ = ["Calibration", "Measure", "calibrate", "cuttable"]
+__all__ = ["Calibration", "Measure", "Reader", "around_output", "calibrate", "cuttable"]
 
 HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
-MOST_HELD = 8
-"""Batches kept in memory to measure on."""
+MOST_HELD, ENOUGH_HELD = 8, 160
+"""Batches kept in memory to measure on, and from how many samples on no more are."""
 ENOUGH, EVERY = 8, 4
 """From so many rows for each dimension of every G on, one batch of so many is differentiated. A decides how a layer is
 cut, and G only what it counts, so G needs fewer rows; a backward pass with its Grams takes half of the time."""
@@ -61,6 +63,7 @@ class Calibration:
         objective: whose gradients gave G; `None` where the statistics came from elsewhere.
         measure: on what the rise of the loss is measured; `None` where there is nothing.
         notes: what a person has to know of the data, in sentences.
+        ranks: which processes made it together.
     """
 
     stats: Statistics
@@ -70,9 +73,12 @@ class Calibration:
     objective: Objective | None = None
     measure: Measure | None = None
     notes: list[str] = field(default_factory=list)
+    ranks: Collective | None = None
 
 
-def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callable) -> Calibration:
+def calibrate(
+    model: nn.Module, batches: Batches, objective: Objective | Callable, asked: Collection[str] | None = None
+) -> Calibration:
     """Captures statistics on most of the batches, keeps some to measure on, and looks at the data meanwhile.
 
     Args:
@@ -80,42 +86,52 @@ def calibrate(model: nn.Module, batches: Batches, objective: Objective | Callabl
         batches: read once.
         objective: its gradients give G. Where they vanish, as those of a distance to the model's own output do, G is
             that of labels drawn around its output.
+        asked: the parameters whose G has to have many rows; by default all.
+
+    Under DDP all ranks call this together, each with its own batches, and have the same result. Rank r of n has the
+    batches r, n + r, 2 n + r, … of one process, and the same of these are kept to measure on, by every rank.
 
     Raises:
         InputError: as `gm.capture`.
     """
     objective = as_objective(objective)
-    reader = _Reader(batches, alone=placement.world().size == 1)
+    ranks = collective_of(model)
+    reader = Reader(batches, ranks)
     given = iter(reader)
-    first = next(given, None)
-    if first is None:
-        raise no_batches(batches, "compress")
+    with _together(ranks):
+        first = next(given, None)
+        if first is None and not ranks.together:
+            raise no_batches(batches, "compress")
+    firsts = [] if first is None else [first]
     notes: list[str] = []
-    if not reader.alone:
-        return Calibration(capture(model, itertools.chain([first], given), objective))
-    used, stats = objective, capture(model, [first], objective)
-    if _vanishes(model, objective, first, stats):
+    used, stats = objective, capture(model, firsts, objective)
+    if _vanishes(model, objective, firsts, stats):
         used = around_output(objective)
-        stats = capture(model, [first], used)
+        stats = capture(model, firsts, used)
         notes.append(
             "the gradient of the loss is zero at this model, as that of a distance to its own output is: layers are "
             "weighted by how much they move the model's output instead (labels drawn around it, fisher='sampled')"
         )
-    generator = torch.Generator(next((p.device for p in model.parameters()), "cpu")).manual_seed(1)
-    second, which = next(given, None), _Differentiated()
-    if second is not None:
-        rest = itertools.chain([second], given)
+    rank = placement.world(ranks.group).rank if ranks.together else 0
+    generator = torch.Generator(next((p.device for p in model.parameters()), "cpu")).manual_seed(1 + rank)
+    with _together(ranks):
+        second = next(given, None)
+    which = None if ranks.together else _Differentiated(asked)
+    if second is not None if which else placement.any_rank(second is not None, ranks.group):
+        rest = itertools.chain([] if second is None else [second], given)
         stats.merge(captured(model, rest, used, generator=generator, differentiates=which))
-    measured = objective.against(model) if objective.against else objective
-    held, seen = (reader.held, False) if reader.held else ([first], True)
-    measure, samples = Measure(held, measured, seen), float(len(reader.hashes))
-    return Calibration(stats, reader.distinct, samples, which.share, used, measure, notes)
+    measured = objective.against(ranks.model) if objective.against else objective
+    held, distinct, samples = reader.shared(first)
+    measure = Measure([batch for _, batch in held], measured, seen=held[0][0] < 0)
+    share = 1.0 if which is None else which.share
+    return Calibration(stats, distinct, samples, share, used, measure, notes, ranks)
 
 
 class _Differentiated:
     """Whether a batch is differentiated: all are until every G has many rows, and then one of EVERY."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Collection[str] | None) -> None:
+        self.asked = asked
         self.num = self.taken = 1  # the first one was
 
     @property
@@ -124,14 +140,20 @@ class _Differentiated:
         return self.taken / self.num
 
     def __call__(self, stats: Statistics) -> bool:
-        taken = not stats.units or self.num % EVERY == 0 or any(_lacks_rows(site) for site in stats.sites())
+        new = self.taken < ENOUGH
+        taken = not stats.units or self.num % EVERY == 0 or any(_lacks_rows(s, new) for s in self._sites(stats))
         self.num, self.taken = self.num + 1, self.taken + taken
         return taken
 
+    def _sites(self, stats: Statistics) -> Iterator[Site]:
+        for name, sites in stats.blocks.items():
+            if self.asked is None or name in self.asked:
+                yield from sites
 
-def _lacks_rows(site: Site) -> bool:
-    if site.G is None or site.A is None:
-        return not site.reason or site.reason in WITHOUT_AUTOGRAD
+
+def _lacks_rows(site: Site, new: bool) -> bool:
+    if site.G is None or site.A is None:  # no gradient may ever come, as to a pooler whose output nobody asks for
+        return new and (not site.reason or site.reason in WITHOUT_AUTOGRAD)
     return isinstance(site.G, Gram) and float(site.A.count.max()) < ENOUGH * site.G.dim
 
 
@@ -160,7 +182,7 @@ def around_output(objective: Objective) -> Objective:
     return replace(Objective.self_distillation(predict=predict), rows=objective.rows)
 
 
-def _vanishes(model: nn.Module, objective: Objective, batch: Any, stats: Statistics) -> bool:
+def _vanishes(model: nn.Module, objective: Objective, batches: list[Any], stats: Statistics) -> bool:
     """Whether the gradients are zero, or rounding beside those of the model's own output."""
     size = _gradient(stats)
     if size == 0.0:
@@ -169,51 +191,80 @@ def _vanishes(model: nn.Module, objective: Objective, batch: Any, stats: Statist
         return False
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     eps = max(torch.finfo(dtype).eps for dtype in dtypes) if dtypes else 0.0
-    own = around_output(objective)
+    own, ranks = around_output(objective), collective_of(model)
+    square, num = 0.0, 0
     try:
-        reference = capture(model, [batch], own)
-        with evaluating(model), torch.no_grad():
-            pairs = own.predict(model, prepared(model, batch))
+        reference = capture(model, batches, own)
+        with _together(ranks), evaluating(ranks.model), torch.no_grad():
+            for batch in batches:
+                for one, _ in own.predict(ranks.model, prepared(ranks.model, batch)):
+                    square, num = square + float(one.double().square().sum()), num + one.numel()
     except InputError:  # it has no output that can be seen: the gradient that there is has to do
         return False
-    level = sum(float(one.double().square().sum()) for one, _ in pairs) / sum(one.numel() for one, _ in pairs)
+    each = placement.exchange_json((square, num), ranks.group) if ranks.together else [(square, num)]
+    level = sum(one for one, _ in each) / sum(one for _, one in each)
     # As large as that of an output that is off by rounding. bfloat16 rounds by a percent, which is no rounding here.
     return size < (16 * min(eps, 1e-3)) ** 2 * level * _gradient(reference)
+
+
+def _together(ranks: Collective) -> Any:
+    """A context: under DDP an error on one rank is raised on all."""
+    return placement.agreed("compress", ranks.group) if ranks.together else nullcontext()
 
 
 def _gradient(stats: Statistics) -> float:
     return math.fsum(float(site.G.diagonal.sum()) for site in stats.sites() if site.G is not None)
 
 
-class _Reader:
+class Reader:
     """Batches, less those kept to measure on, with the number of distinct samples among those given."""
 
-    def __init__(self, batches: Batches, *, alone: bool) -> None:
-        self.batches, self.alone = as_batches(batches, "compress"), alone
+    def __init__(self, batches: Batches, ranks: Collective | None = None, verb: str = "compress") -> None:
+        self.batches, self.ranks = as_batches(batches, verb), ranks
+        together = ranks if ranks is not None and ranks.together else None
+        self.rank, self.size = placement.world(together.group) if together else (0, 1)
         self.hashes: set[int] = set()
         self.num = 0
-        self.held: list[Any] = []
-
-    @property
-    def distinct(self) -> float:
-        """The share of samples that are not the same as an earlier one."""
-        return len(self.hashes) / self.num if self.num else 1.0
+        self.held: list[tuple[int, Any]] = []
+        try:
+            num = len(self.batches)  # type: ignore[arg-type]
+        except TypeError:
+            num = -1
+        nums = placement.exchange_json(num, together.group) if together else [num]
+        self.few = min(nums) >= 0 and sum(nums) < HELD_OUT
 
     def __iter__(self) -> Iterator[Any]:
-        try:
-            few = len(self.batches) < HELD_OUT  # type: ignore[arg-type]
-        except TypeError:
-            few = False
         for i, batch in enumerate(self.batches):
-            given = batch
-            if self.alone and few:
+            given, place = batch, i * self.size + self.rank  # among the batches of all ranks
+            if self.few:
                 given, held = _parted(batch)
-                self.held += [] if held is None else [held]
-            elif self.alone and i % HELD_OUT == HELD_OUT - 1 and len(self.held) < MOST_HELD:
-                self.held.append(batch)
+                self.held += [] if held is None else [(place, held)]
+            elif place % HELD_OUT == HELD_OUT - 1 and _wanted(batch, place // HELD_OUT):
+                self.held.append((place, batch))
                 continue
             self._count(given)
             yield given
+
+    def shared(self, first: Any) -> tuple[list[tuple[int, Any]], float, float]:
+        """What all ranks keep, with places that are negative where that is the first batch; the share of samples that
+        are not the same as an earlier one of their rank; and how many these are.
+        """
+        mine = (self.held, first, len(self.hashes), self.num)
+        found = [mine]
+        ranks = self.ranks
+        if ranks is not None and ranks.together:
+            found = [mine] * self.size
+            with _together(ranks):
+                sent = (
+                    [(place, mapped(one, lambda t: t.detach().cpu())) for place, one in self.held],
+                    None if first is None else mapped(first, lambda t: t.detach().cpu()),
+                    *mine[2:],
+                )
+            distributed.all_gather_object(found, sent, group=ranks.group)
+        held = sorted((pair for one in found for pair in one[0]), key=lambda pair: pair[0])
+        held = held or [(-1, one) for _, one, _, _ in found if one is not None][:1]
+        distinct, num = sum(one[2] for one in found), sum(one[3] for one in found)
+        return held, distinct / num if num else 1.0, float(distinct)
 
     def _count(self, batch: Any) -> None:
         try:
@@ -233,6 +284,11 @@ def _parted(batch: Any) -> tuple[Any, Any | None]:
     if not cut:
         return batch, None
     return mapped(batch, lambda t: t[:-cut]), mapped(batch, lambda t: t[-cut:])
+
+
+def _wanted(batch: Any, num: int) -> bool:
+    """Whether a batch is kept to measure on after `num` of its size, by every rank alike."""
+    return num < MOST_HELD and num * cuttable(batch) < ENOUGH_HELD
 
 
 def cuttable(batch: Any) -> int:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from gramian.batch import mapped
 from gramian.calls import prepared
 from gramian.compression.calibrating import cuttable
-from gramian.compression.feedback import Feedback
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.modules import submodule
+from gramian.compression.samplewise import by_sample, rounding_ratio
 from gramian.compression.weighted import WeightedSVD
 from gramian.layers import layout_of
 from gramian.objective import Objective
@@ -28,7 +28,7 @@ __all__ = ["corrected"]
 
 SAMPLES = 48
 """Gradients, each of a batch with labels drawn from the model's output. A factor is then within a fifth or so."""
-PART = 8
+PART = 4
 """Samples of such a batch. Gradients of samples are independent, so more of them in one make a factor no surer."""
 ROUNDED = 4
 """One gradient of so many is also asked what rounding costs; each sums over all entries, so few are enough."""
@@ -42,8 +42,9 @@ def corrected(
     """The decompositions with singular values that are scaled, each layer by one factor.
 
     The factor is `E ⟨∇W, W − L R⟩² / Σ_{j>r} σ_j²`, the geometric mean over some ranks r, with the gradients of losses
-    whose labels are drawn from the model's output. Those of different samples are independent, so the mean over batches
-    is the Gauss–Newton quadratic form of the cut, with all correlations between tokens.
+    whose labels are drawn from the model's output. Those of different samples are independent, so the mean over samples
+    is the Gauss–Newton quadratic form of the cut, with all correlations between tokens. A linear layer that is called
+    as a module shows each sample's gradient; of others there is one for each small batch.
 
     Args:
         model: dense; its parameters' gradients stay as they were.
@@ -55,16 +56,22 @@ def corrected(
         As many decompositions. What rounding and zeros cost is scaled by a factor of its own.
 
     Raises: nothing of its own.
-    Cost: `SAMPLES` backward passes, and as many products of each layer's gradient with its factors.
+    Cost: that of `by_sample`; and where not all layers are linear, `SAMPLES` backward passes, and as many products of
+    each other layer's gradient with its factors.
     Source: the eigenvalues of EKFAC (George et al. 1806.03884, eq. 10), summed over what is cut.
     """
     layers = [submodule(model, s.name) for s in spectra]
     weights = [layer._parameters.get("weight") for layer in layers]
     if objective.sampled is None or not batches or any(w is None for w in weights):
         return tuple(spectra)
-    parts = _coefficients(model, spectra, layers, batches, objective)
+    seen = by_sample(model, spectra, layers, batches, objective)
+    rest = [i for i, one in enumerate(seen) if one is None]
+    of_rest = _coefficients(model, [spectra[i] for i in rest], [layers[i] for i in rest], batches, objective)
+    parts = [([], []) if one is None else (one.rows, one.rounds) for one in seen]
+    for i, part in zip(rest, of_rest, strict=True):
+        parts[i] = part
     return tuple(
-        s.scaled(_factor(s, cuts), sum(rounds) / len(rounds)) if cuts else s
+        s.scaled(_factor(s, cuts), sum(rounds) / len(rounds)) if cuts and rounds else s
         for s, (cuts, rounds) in zip(spectra, parts, strict=True)
     )
 
@@ -79,6 +86,8 @@ def _coefficients(
     """For each layer: of gradients, the product with each of its components, by the square root of the units; and of
     some of them, what rounding costs over its Kronecker-factored estimate.
     """
+    if not spectra:
+        return []
     weights = [layer.get_parameter("weight") for layer in layers]
     biases = [
         None if s.mean is None else layer._parameters.get("bias") for s, layer in zip(spectra, layers, strict=True)
@@ -107,14 +116,17 @@ def _coefficients(
                         layout = layout_of(layer)
                         assert layout is not None
                         grad = grad.to_dense() if grad is not None and grad.is_sparse else grad
-                        if grad is not None and bool(grad.isfinite().all()):
+                        if grad is not None:
                             gradient = layout.split(grad.float())
                             moved = by_bias.get(id(bias))
                             if moved is not None and s.mean is not None:  # the bias takes up what the mean input loses
                                 gradient = gradient - moved.float()[:, None] * s.mean.float()
-                            cuts.append(((left.mT @ gradient) * right).sum(1).double() / float(units) ** 0.5)
+                            products = ((left.mT @ gradient) * right).sum(1).double() / float(units) ** 0.5
+                            if not bool(products.isfinite().all()):
+                                continue
+                            cuts.append(products[None])
                             if len(cuts) % ROUNDED == 1:
-                                rounds.append(_rounding(s.feedback, gradient, matrix_of(layer)) / float(units))
+                                rounds.append(rounding_ratio(s.feedback, gradient, matrix_of(layer)) / float(units))
     finally:
         for w in frozen:
             w.requires_grad_(False)
@@ -131,12 +143,12 @@ def _parts(batches: Sequence[Any]) -> Iterator[tuple[Any, int]]:
     for i in range(num):
         batch, place = places[i * len(places) // num]
         part = batch if place is None else mapped(batch, lambda t, at=place: t[at])
-        yield part, -(-SAMPLES // num)
+        yield part, (i + 1) * SAMPLES // num - i * SAMPLES // num
 
 
 def _factor(s: WeightedSVD, coefficients: list[Tensor]) -> float:
     """The geometric mean over ranks of the quadratic form of what is cut, over its Kronecker-factored estimate."""
-    each = torch.stack(coefficients)
+    each = torch.cat(coefficients)
     cut = each.flip(1).cumsum(1).flip(1).square().mean(0)
     logs = []
     for share in SHARES:
@@ -145,15 +157,3 @@ def _factor(s: WeightedSVD, coefficients: list[Tensor]) -> float:
         if estimate > 0 and true > 0:
             logs.append(torch.tensor(true / estimate).log())
     return float(torch.stack(logs).mean().exp()) if logs else 1.0
-
-
-def _rounding(feedback: Feedback, gradient: Tensor, w: Tensor) -> float:
-    """The quadratic form of one gradient for errors of rounding, over its Kronecker-factored estimate.
-
-    The errors are `N D⁻¹ U`: independent entries in N, whose size is that of the row's scale, and D the diagonal of U.
-    """
-    ordered, scale = gradient[:, feedback.order], w.float().abs().amax(1).square()
-    squares = (ordered * feedback.factor if feedback.factor.ndim == 1 else ordered @ feedback.factor.mT).square()
-    costs = feedback.diagonal.square().reciprocal()
-    estimate = float((scale.double() * feedback.outputs).sum() * costs.double().sum())
-    return float((scale @ squares).double() @ costs.double()) / estimate if estimate > 0 else 1.0

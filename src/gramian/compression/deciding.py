@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from gramian.batch import first_samples
 from gramian.block import blocks
 from gramian.calls import as_model, prepared, unwrapped
-from gramian.compression.measuring import FORMS, latencies, num_bytes, samples
-from gramian.compression.mixing import Form
+from gramian.compression.contending import contenders, line, planned_layers
+from gramian.compression.measuring import FORMS
+from gramian.compression.narrow_plan import NarrowPlan
+from gramian.compression.narrowing import narrow
 from gramian.compression.plan import Plan, check_budget
 from gramian.compression.planning import compress
-from gramian.compression.plans import load_plan, save_plan
+from gramian.compression.plans import AnyPlan, load_plan, save_plan
 from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares
+from gramian.compression.speeds import Speeds, paced
 from gramian.errors import CheckpointError, GramianError, InputError
 from gramian.objective import Objective, as_objective
-from gramian.report.compression import FOUR_BITS, Contender, FactoredLayer, Outcome
+from gramian.report.compression import Contender, Outcome, Ratio
 
 MOST_OUTPUTS = 32
 
@@ -45,6 +48,7 @@ class Target:
         bits: of every layer's integers, 2 to 8.
         sparsity: share of the weights that become zero, or a pattern, `"2:4"`.
         by: what `max_drop` makes small: "parameters", by ranks alone, or "bytes", by all forms.
+        narrow: whether heads, units and channels are removed, as by `gm.narrow`, in place of cutting ranks.
     """
 
     keep: float | None = None
@@ -54,6 +58,7 @@ class Target:
     bits: int | None = None
     sparsity: float | str | None = None
     by: Literal["parameters", "bytes"] = "parameters"
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("keep", "max_drop", "speedup", "size", "bits", "sparsity")}
@@ -70,8 +75,18 @@ class Target:
             raise InputError(f"compress: speedup must be above 1, got {self.speedup:g}")
         if self.by == "bytes" and self.max_drop is None:
             raise InputError("compress: by='bytes' says what max_drop makes small; give max_drop, or size in its place")
+        wrong = [name for name in asked if name not in ("keep", "max_drop", "speedup")]
+        if self.narrow and (wrong or self.by == "bytes"):
+            raise InputError(
+                f"compress: narrow takes keep, max_drop or speedup, and not {' and '.join(wrong) or 'by bytes'}. "
+                "Narrow first, and compress the narrower model in a second run"
+            )
 
     def __str__(self) -> str:
+        text = self._text()
+        return f"{text}, by fewer heads, units and channels" if self.narrow else text
+
+    def _text(self) -> str:
         if self.keep is not None:
             return f"keep {self.keep:.0%} of the parameters{f', in {self.bits} bits' if self.bits else ''}"
         if self.max_drop is not None:
@@ -104,7 +119,7 @@ class Decision:
         outcome: what was measured.
     """
 
-    plan: Plan
+    plan: AnyPlan
     model: nn.Module
     outcome: Outcome
 
@@ -165,19 +180,24 @@ def decide(
     was = model.training
     model.eval()
     try:
-        plan = _planned(model, batches, objective, plan_file, tell)
+        plan = _planned(model, batches, objective, target.narrow, plan_file, tell)
         seconds = time.perf_counter() - begin
         if plan.smallest >= 1:
             raise InputError(
                 f"compress: no layer has factors smaller than itself{plan.left_dense()}; quantize it instead"
             )
+        speeds = Speeds(model, as_objective(objective), batches[0], batch)
+        if target.speedup is not None and isinstance(plan, Plan):
+            plan = paced(plan, speeds, lambda share, name: tell("Time layers", share, name))
+            tell("Time layers", 1.0, f"{len(plan.spectra)} are faster when factored")
+            if not plan.spectra:
+                raise _too_slow(target, speeds, "no layer's factors are measured to be faster than it")
         if target.options:
             plan = plan.at(**target.options)  # refused before anything is evaluated
         tell("Evaluate", 0.0, "")
         budget = target.budget
         tried = judged(plan, evaluate, measure, better, budget)
         tried.tell = lambda share, value: tell("Evaluate", len(tried.points) / 20, f"{budget} {share:.3f}: {value:.4g}")
-        speeds = _Speeds(model, as_objective(objective), batches[0], batch)
         keep = _share(target, tried, speeds, tell)
         plan = plan.at(**target.options) if target.options else tried.at(keep)
         small = plan.apply()
@@ -187,7 +207,8 @@ def decide(
             for share in shares(plan, budget):
                 tried(share)
         tell("Evaluate", 1.0, f"{budget} {keep:.3f}")
-        contenders = _contenders(plan, model, small, tried, speeds, tell)
+        made = contenders(plan, model, small, tried, speeds, tell)
+        notes = _notes(tried, target, made, speeds, small)
     finally:
         model.train(was)
     outcome = Outcome(
@@ -196,13 +217,15 @@ def decide(
         measure=tried.quality.measure,
         better=tried.quality.better,
         keep=keep,
-        contenders=contenders,
+        contenders=made,
         curve=tuple(sorted(tried.points.items())),
-        layers=_layers(plan),
+        layers=planned_layers(plan),
         batch=speeds.num,
         predicted=plan.predicted.rise,
+        predicted_text=str(plan.predicted),
         seconds=seconds,
-        notes=(*plan.notes, *_notes(tried, target, contenders)),
+        waited=speeds.waited,
+        notes=(*plan.notes, *notes),
         for_speed=target.speedup is not None,
         share_of="bytes" if target.budget == "size" else "parameters",
     )
@@ -210,26 +233,34 @@ def decide(
 
 
 def _planned(
-    model: nn.Module, batches: Sequence[Any], objective: Any, plan_file: str | Path | None, tell: Progress
-) -> Plan:
+    model: nn.Module,
+    batches: Sequence[Any],
+    objective: Any,
+    narrower: bool,
+    plan_file: str | Path | None,
+    tell: Progress,
+) -> AnyPlan:
+    kind = NarrowPlan if narrower else Plan
     if plan_file is not None and Path(plan_file).exists():
         tell("Plan", 1.0, f"read from {Path(plan_file).name}")
         plan = load_plan(model, plan_file)
-        if not isinstance(plan, Plan):
+        if not isinstance(plan, kind):
             raise CheckpointError(
-                f"{plan_file} is a plan of gm.narrow, which this command does not apply. Give the plan of a "
-                "compression, or a new path; in Python, gm.load_plan(model, path).apply() applies it."
+                f"{plan_file} is a plan of {'ranks' if narrower else 'gm.narrow'}. "
+                f"{'Leave out' if narrower else 'Add'} --narrow, or give another path"
             )
         return plan
     tell("Calibrate", 0.0, f"{len(batches)} batches")
     layers = max(1, len(blocks(model).blocks))
-    plan = compress(
+    verb, done_as = (narrow, "narrowed") if narrower else (compress, "factored")
+    plan = verb(
         model,
         batches=batches,
         objective=_exact(as_objective(objective), model, batches[0]),
-        progress=lambda done: tell("Calibrate", min(0.99, done / layers), f"{done} layers factored"),
+        progress=lambda done: tell("Calibrate", min(0.99, done / layers), f"{done} layers {done_as}"),
     )
-    tell("Calibrate", 1.0, f"{len(plan.spectra)} layers can be factored")
+    num = len(plan.layers if isinstance(plan, NarrowPlan) else plan.spectra)
+    tell("Calibrate", 1.0, f"{num} layers can be {done_as}")
     if plan_file is not None:
         save_plan(plan, plan_file)
     return plan
@@ -243,31 +274,14 @@ def _exact(objective: Objective, model: nn.Module, batch: Any) -> Objective:
     except GramianError:
         raise
     except Exception as error:
-        raise InputError(f"compress: {type(model).__name__} fails on the first batch: {_line(error)}") from error
+        raise InputError(f"compress: {type(model).__name__} fails on the first batch: {line(error)}") from error
     if objective.gauss_newton is None or objective.fisher == "gauss_newton":
         return objective
     few = isinstance(output, Tensor) and output.shape[-1] <= MOST_OUTPUTS
     return replace(objective, fisher="gauss_newton") if few else objective
 
 
-class _Speeds:
-    """Latencies of models beside the dense one, at batch 1 and at the larger batch."""
-
-    def __init__(self, dense: nn.Module, objective: Objective, batch: Any, num: int) -> None:
-        self.dense, self.predict = dense, objective.predict
-        batch = prepared(dense, batch)
-        self.one, self.many, self.num = samples(batch, num)
-
-    def __call__(self, models: Mapping[str, nn.Module]) -> list[dict[str, float]]:
-        """Milliseconds of each model by name, at batch 1 and at the larger batch."""
-        return [latencies(models, self.predict, batch) for batch in (self.one, self.many)]
-
-    def ratio(self, model: nn.Module) -> float:
-        """How many times as fast as the dense model a model is, at the batch where it gains less."""
-        return min(taken["dense"] / taken["other"] for taken in self({"dense": self.dense, "other": model.eval()}))
-
-
-def _share(target: Target, tried: Tried, speeds: _Speeds, tell: Progress) -> float:
+def _share(target: Target, tried: Tried, speeds: Speeds, tell: Progress) -> float:
     """The share that the target asks for."""
     if target.options:
         return target.size or target.keep or 1.0
@@ -280,100 +294,43 @@ def _share(target: Target, tried: Tried, speeds: _Speeds, tell: Progress) -> flo
             tried.plan,
             speeds.ratio,
             target.speedup,
-            lambda keep, ratio: tell("Measure speed", min(1.0, next(count) / 17), f"keep {keep:.3f}: {ratio:.2f}×"),
+            lambda keep, ratio: tell("Measure speed", min(1.0, next(count) / 17), f"keep {keep:.3f}: {ratio}"),
         )
     except TooSlowError as error:
-        others = []
-        for name, make in FORMS.items():
-            try:
-                others.append((speeds.ratio(make(tried.plan.model)), name))
-            except Exception:  # a form that the model cannot take is no alternative
-                continue
-        ratio, name = max(others, default=(0.0, ""))
-        rest = f"; neither do {' and '.join(FORMS)}" if others else ""
-        if ratio >= target.speedup:
-            rest = f". Do not factor this model; use {name}, which is {ratio:.2f}× as fast"
-        elif others:
-            rest = f", and {name} is {ratio:.2f}×"
-        raise InputError(
-            f"compress: no share makes this model {target.speedup:g}× as fast on this machine, at batch 1 and at "
-            f"{speeds.num}; the best is {error.speed:.2f}×, keeping {error.keep:.3f}{rest}"
-        ) from None
+        best = f"the best is {error.speed}, keeping {error.keep:.3f}"
+        raise _too_slow(target, speeds, best, speeds.unfused(tried.at(error.keep).apply())) from None
 
 
-@torch.no_grad()
-def _contenders(
-    plan: Plan, dense: nn.Module, small: nn.Module, tried: Tried, speeds: _Speeds, tell: Progress
-) -> tuple[Contender, ...]:
-    """The dense model, the compressed one, and both in the forms that need no plan; and the plan's 4 bits."""
-    models: dict[str, nn.Module] = {"dense": dense, "compressed": small.eval()}
-    failed: dict[str, str] = {}
-    four = {FOUR_BITS: lambda model: plan.at(bits=4).apply().eval()}
-    for prefix, model in (("", dense), ("compressed, ", small)):
-        if prefix and any(form.bits for form in plan.forms.values()):
-            continue  # its layers are of integers already
-        for form, make in (FORMS | ({} if prefix else four)).items():
-            try:
-                models[prefix + form] = make(model)
-                speeds.predict(models[prefix + form], speeds.one)
-            except Exception as error:  # whatever keeps a model from this form stands in its row
-                models.pop(prefix + form, None)
-                failed[prefix + form] = _line(error)
-    tell("Measure", 0.1, "latency")
-    one, many = speeds(models)
-    rows = []
-    for place, (name, model) in enumerate(models.items()):
-        tell("Measure", 0.5 + place / (2 * len(models)), name)
-        note, others = "", {}
+def _too_slow(target: Target, speeds: Speeds, best: str, fused: str = "") -> InputError:
+    """A speed that no share reaches, with the best that was measured and what the other forms reach."""
+    others = []
+    for name, make in FORMS.items():
         try:
-            others = tried.quality.all_of(model)
-            quality: float | None = others.pop(tried.quality.measure)
-        except InputError:
-            raise
-        except Exception as error:
-            quality, note = None, _line(error)
-        parameters = sum(p.numel() for p in (small if "compressed" in name else dense).parameters())
-        rows.append(Contender(name, parameters, num_bytes(model), quality, one[name], many[name], note, others))
-    tell("Measure", 1.0, "")
-    rows += [Contender(name, None, None, note=why) for name, why in failed.items()]
-    return tuple(rows)
-
-
-def _layers(plan: Plan) -> tuple[FactoredLayer, ...]:
-    rows = []
-    for (name, form), s in zip(plan.forms.items(), plan.spectra, strict=True):
-        (m, n), rank = s.shape, form.rank
-        if form != Form(rank):
-            saved = 0 if rank is None else m * n - rank * (m + n)
-            rows.append(FactoredLayer(name, (m, n), rank, saved, str(form)))
+            others.append((speeds.ratio(make(speeds.dense)), name))
+        except Exception:  # a form that the model cannot take is no alternative
             continue
-        if rank is None:
-            rows.append(FactoredLayer(name, (m, n), None, 0, "dense: worth its parameters, or factors are no smaller"))
-            continue
-        total, kept = float(s.values.square().sum()), float(s.values[:rank].square().sum())
-        why = f"{kept / total:.1%} of its weighted energy" if total > 0 else "the loss does not depend on it"
-        rows.append(FactoredLayer(name, (m, n), rank, m * n - rank * (m + n), why))
-    return (*rows, *(FactoredLayer(name, (), None, 0, f"dense: {why}") for name, why in plan.reasons.items()))
+    (ratio, name), wanted = max(others, default=(Ratio(0.0, 0.0, 0.0), "")), target.speedup or math.inf
+    if ratio.median >= wanted and ratio.low > 1:
+        rest = f". Do not {'narrow' if target.narrow else 'factor'} this model; use {name}, which is {ratio} as fast"
+    else:
+        rest = "".join(f"; {name}: {ratio}" for ratio, name in others)
+    return InputError(
+        f"compress: nothing makes this model {wanted:g}× as fast on this machine, at batch 1 and at {speeds.num}; "
+        f"{best}{rest}" + "".join(f". Note: {note}" for note in (fused, speeds.note) if note)
+    )
 
 
-def _notes(tried: Tried, target: Target, contenders: tuple[Contender, ...]) -> tuple[str, ...]:
+def _notes(tried: Tried, target: Target, made: tuple[Contender, ...], speeds: Speeds, small: nn.Module) -> list[str]:
     notes = []
     if tried.quality.sign == 0:
         notes.append(
             f"{tried.quality.measure} is the same for the smallest plan as for the dense model, so it tells nothing "
             "about the compression: is the model trained, and does the evaluation use it?"
         )
-    dense, small = contenders[:2]
-    if target.speedup is not None and dense.latency_one and small.latency_one and dense.latency_many:
-        reached = min(dense.latency_one / small.latency_one, dense.latency_many / (small.latency_many or math.inf))
-        if reached < target.speedup:
-            notes.append(
-                f"the search measured {target.speedup:g}× twice, and the last measurement {reached:.2f}×: the machine "
-                "is busy, or the speed is at the edge"
-            )
-    return tuple(notes)
-
-
-def _line(error: Exception) -> str:
-    """An error of someone else's code in a few words."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    reached = min(filter(None, (made[1].speed_one, made[1].speed_many)))
+    if target.speedup is not None and reached.median < target.speedup:
+        notes.append(
+            f"the search measured {target.speedup:g}× twice, and the last measurement {reached}: the machine is busy, "
+            "or the speed is at the edge"
+        )
+    return [note for note in (*notes, speeds.unfused(small), speeds.note) if note]

@@ -187,13 +187,15 @@ def settle(w: Tensor, feedback: Feedback, rule: Rule, step: int = 1) -> tuple[Te
 
 def _settle_block(block: Tensor, factor: Tensor, rule: Rule, step: int, offset: int) -> Tensor:
     """Settles some columns in place; returns their errors by `U_jj`, (m, k)."""
-    num, errors, diagonal = block.shape[1], torch.empty_like(block), factor.diagonal()
+    columns = block.mT.contiguous()  # one after the other in memory, since each is read and written by itself
+    num, errors, diagonal = len(columns), torch.empty_like(columns), factor.diagonal()
     for begin in range(0, num, step):
         part = slice(begin, min(begin + step, num))
-        value = rule(block[:, part], diagonal[part], slice(offset + begin, offset + part.stop))
+        value = rule(columns[part].mT, diagonal[part], slice(offset + begin, offset + part.stop))
         for j in range(begin, part.stop):
-            settled = value(block[:, j], j - begin)
-            errors[:, j] = (block[:, j] - settled) / diagonal[j]
-            block[:, j] = settled
-            block[:, j + 1 :] -= errors[:, j, None] * factor[j, j + 1 :]
-    return errors
+            settled = value(columns[j], j - begin)
+            torch.div(columns[j] - settled, diagonal[j], out=errors[j])
+            columns[j] = settled
+            columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    block.copy_(columns.mT)
+    return errors.mT

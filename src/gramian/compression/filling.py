@@ -20,11 +20,13 @@ class Candidates:
         losses: entry r is the loss at rank r, `Σ_{j>r} σ_j²`: one more entry than singular values.
         shape: (m, n) of the matrix.
         dense: parameters of the layer where it stays as it is.
+        most: the largest rank that is allowed; `None` for any below break-even.
     """
 
     losses: Tensor  # float64, in memory
     shape: tuple[int, int]
     dense: int
+    most: int | None = None
 
     @property
     def price(self) -> int:
@@ -33,8 +35,9 @@ class Candidates:
 
     @property
     def top(self) -> int:
-        """The largest rank whose factors are smaller than the matrix; 0 where there is none."""
-        return (self.dense - 1) // self.price
+        """The largest rank that is allowed and whose factors are smaller than the matrix; 0 where there is none."""
+        smaller = (self.dense - 1) // self.price
+        return smaller if self.most is None else min(smaller, self.most)
 
     @cached_property
     def steps(self) -> tuple[Tensor, Tensor]:

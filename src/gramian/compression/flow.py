@@ -130,19 +130,21 @@ def _fused(name: str, blocks: Mapping[str, Block], watch: _Watch, n: int) -> lis
 def _granularity(consumer: str, producer: str, outputs: Tensor, watch: _Watch) -> int:
     """Into how many units a producer's outputs fall, the most there can be; 0 where it is none."""
     m = len(outputs)
-    for one in (outputs[:1], outputs[-1:].flip(0)):  # a unit that is never on tells nothing
-        into = watch.run({producer: one}, until=consumer)
+    for probe in _probes(producer, outputs, watch):
+        into = watch.run({producer: outputs[probe : probe + 1]}, until=consumer)
         if into is None:
             return 0
-        changed = watch.changed(consumer, into)
-        if bool(changed.any()):
+        at = watch.changed(consumer, into).nonzero().flatten()
+        if len(at):
             break
-    at = changed.nonzero().flatten()
-    if not len(at):
+    else:
         return 0
-    n = len(changed)
-    length = int(at.max()) + 1 if int(one[0]) == int(outputs[0]) else n - int(at.min())
-    num = max((d for d in range(1, m + 1) if m % d == 0 and n // d >= length), default=0)
+    n = watch.inputs[consumer].shape[channel_dim(watch.layers[consumer], inputs=True)]
+    first, last = int(at.min()), int(at.max())
+    num = max(
+        (d for d in range(1, m + 1) if m % d == n % d == 0 and first * d // n == last * d // n == probe * d // m),
+        default=0,
+    )
     if num < 2:
         return 0
     gone = torch.randperm(num, generator=torch.Generator().manual_seed(0))[: num // 2]
@@ -152,6 +154,14 @@ def _granularity(consumer: str, producer: str, outputs: Tensor, watch: _Watch) -
         return 0
     others = watch.changed(consumer, into).view(num, -1).index_fill(0, gone, False)
     return num if not bool(others.any()) and watch.only_through(consumer, zero) else 0
+
+
+def _probes(producer: str, outputs: Tensor, watch: _Watch) -> list[int]:
+    """The outputs that are largest, of either sign: a unit that is never on, as before a ReLU, tells nothing."""
+    dim = channel_dim(watch.layers[producer], inputs=False)
+    values = watch.outputs[producer].movedim(dim, 0).flatten(1)[outputs.to(watch.outputs[producer].device)]
+    largest = (int(values.amax(1).argmax()), int(values.amin(1).argmin()))
+    return list(dict.fromkeys((*largest, 0, len(outputs) - 1)))
 
 
 def channel_dim(layer: nn.Module, *, inputs: bool) -> int:

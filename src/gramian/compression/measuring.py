@@ -1,10 +1,8 @@
-"""What a model costs on this machine, and the alternatives to factoring it: bfloat16, and int8 of its linear layers."""
+"""What a model weighs, and the alternatives to compressing it: bfloat16, and int8 of its linear layers."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,9 +17,7 @@ from gramian.compression.rounding import rounded
 from gramian.compression.targets import why_not
 from gramian.layers import operation_of
 
-__all__ = ["FORMS", "in_bfloat16", "in_int8", "latencies", "num_bytes", "samples"]
-
-Call = Callable[[nn.Module, Any], Any]
+__all__ = ["FORMS", "in_bfloat16", "in_int8", "num_bytes", "samples"]
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:
@@ -71,38 +67,6 @@ def samples(batch: Any, num: int) -> tuple[Any, Any, int]:
     """Of a batch: its first sample, its first `num`, and how many these are."""
     num = min(num, num_samples(batch))
     return first_samples(batch, 1), first_samples(batch, num), num
-
-
-@torch.no_grad()
-def latencies(models: Mapping[str, nn.Module], call: Call, batch: Any, seconds: float = 0.5) -> dict[str, float]:
-    """Median milliseconds of a forward pass of each model, which take turns; a slow phase then affects all alike.
-
-    Args:
-        models: by name.
-        call: runs a model on the batch.
-        batch: the input.
-        seconds: about how long to measure, of all models together; at least five rounds are measured.
-
-    Raises: what a model raises at its first pass.
-    """
-    names, times = list(models), {name: [] for name in models}
-    for name in names:  # the first pass allocates
-        call(models[name], batch)
-    begin, turn = time.perf_counter(), 0
-    while turn < 5 or (turn < 200 and time.perf_counter() - begin < seconds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _wait()
-            start = time.perf_counter()
-            call(models[name], batch)
-            _wait()
-            times[name].append(time.perf_counter() - start)
-        turn += 1
-    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

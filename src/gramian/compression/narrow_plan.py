@@ -130,6 +130,15 @@ class NarrowPlan:
         """Parameters of the model that `apply()` gives."""
         return self._parameters(self.kept)
 
+    def saved(self, name: str) -> int:
+        """Parameters that the units removed from one layer's input save by themselves.
+
+        Args:
+            name: of the layer.
+        """
+        alone = {layer.units.name: layer.units.num for layer in self.layers} | {name: self.kept[name]}
+        return self.parameters_dense - self._parameters(alone)
+
     def _parameters(self, kept: dict[str, int]) -> int:
         total = 0
         for parameter, cuts in self._cut_parameters:
@@ -183,10 +192,9 @@ class NarrowPlan:
         if not isinstance(keep, (int, float)) or not 0 < keep <= 1:
             raise InputError(f"narrow: keep must be a share in (0, 1], got {keep!r}")
         if keep < self.smallest:
-            told = some((f"{name} ({why})" for name, why in self.reasons.items()), separator="; ")
             raise InputError(
                 f"narrow: keep={keep} is below the smallest possible, {self.smallest:.3f}: one unit everywhere"
-                + (f" (not narrowed: {told})" if told else "")
+                f"{self.left_dense()}"
             )
         steps = sorted(((worth, i, kept) for i, layer in enumerate(self.layers) for worth, kept in layer.steps))
         kept = {layer.units.name: layer.units.num for layer in self.layers}
@@ -203,6 +211,11 @@ class NarrowPlan:
             while kept[name] < num and self._parameters({**kept, name: kept[name] + 1}) <= budget:
                 kept[name] += 1
         return replace(self, keep=keep, kept=kept)
+
+    def left_dense(self) -> str:
+        """The layers of which nothing is removed, the first few, for an error."""
+        told = some((f"{name} ({why})" for name, why in self.reasons.items()), separator="; ")
+        return f" (not narrowed: {told})" if told else ""
 
     def apply(self) -> nn.Module:
         """A copy of the model without the units that go. The plan, and the model it was made of, stay."""

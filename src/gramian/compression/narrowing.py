@@ -40,9 +40,9 @@ SAMPLES = 2
 
 def narrow(
     model: nn.Module,
-    *,
     batches: Batches,
     objective: Objective | Callable,
+    *,
     keep: float | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -89,17 +89,20 @@ def narrow(
     known, reasons = _layers(own, exclude)
     calibration = calibrate(model, batches, objective)
     measure = calibration.measure
-    if measure is None:
-        raise InputError("narrow: runs in one process; call it on one rank, with batches of its own")
+    assert measure is not None
     notes, ranked, blind = judged(calibration)
-    batch = _few(measure.batches[0])
+    few = [_few(batch) for batch in measure.batches]
     predict_ = as_objective(objective).predict
 
-    def call(net: nn.Module) -> Tensor:
-        made = [t for t in tensors(predict_(net, prepared(net, batch))) if t.is_floating_point()]
+    def call(net: nn.Module, samples: Sequence[Any] = few[:1]) -> Tensor:
+        outputs = (predict_(net, prepared(net, batch)) for batch in samples)
+        made = [t for output in outputs for t in tensors(output) if t.is_floating_point()]
         if not made:
             raise InputError("narrow: the model's output holds no floating-point tensor")
         return torch.cat([t.detach().flatten().float() for t in made])
+
+    def call_all(net: nn.Module) -> Tensor:  # another batch may take another way through the model
+        return call(net, few)
 
     wanted = {name: block for name, block in known.items() if not by_pattern(name, include, ())}
     reasons |= dict.fromkeys(known.keys() - wanted.keys(), "not included")
@@ -108,7 +111,7 @@ def narrow(
     reasons |= without
     layers: list[Narrowed] = []
     for units in found:
-        numbers = numbers_for(own, units, call)
+        numbers = numbers_for(own, units, call_all)
         if isinstance(numbers, str):
             reasons[units.name] = numbers
             continue

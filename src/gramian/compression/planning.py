@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import distributed, nn
 
+from gramian import placement
+from gramian.batch import described
 from gramian.calls import as_model, unwrapped
 from gramian.compression.calibrating import Calibration, Measure, calibrate
 from gramian.compression.correcting import corrected
+from gramian.compression.lowrank import matrix_of
 from gramian.compression.mixing import Form
 from gramian.compression.modules import copied, submodule
 from gramian.compression.opening import open_
 from gramian.compression.plan import SMALLEST, Plan
 from gramian.compression.predicting import Point, losses_of, measured_point
-from gramian.compression.targets import targets
+from gramian.compression.targets import Target, targets
 from gramian.compression.weighted import WeightedSVD, decompose
 from gramian.compression.weighting import Uncaptured, weighting
 from gramian.errors import GramianWarning, InputError
@@ -41,10 +45,10 @@ FEW_UNITS = 16
 
 def compress(
     model: nn.Module,
-    stats: Statistics | None = None,
+    stats: Statistics | Batches | None = None,
+    objective: Objective | Callable | None = None,
     *,
     batches: Batches | None = None,
-    objective: Objective | Callable | None = None,
     keep: float | None = None,
     of: Literal["all", "factorable"] = "all",
     include: Sequence[str] | None = None,
@@ -63,8 +67,10 @@ def compress(
     matter (then each loses the same share), a loss whose gradient vanishes.
 
     Args:
-        model: left untouched; the plan has a copy. Layers that are factored already are cut further.
-        stats: from `gm.capture`, best with `fisher="gauss_newton"`; or give `batches` and `objective`.
+        model: left untouched; the plan has a copy. Layers that are factored already are cut further. Under DDP all
+            ranks call this together, each with its own batches; they share the work, and have the same plan.
+        stats: from `gm.capture`, best with `fisher="gauss_newton"`; or batches, as `batches`:
+            `compress(model, batches, objective)`.
         batches: as in `gm.capture`, in place of `stats`; they are read once, and an eighth is kept to measure the rise
             of the loss on. With `stats`, all of them (a list) are for measuring.
         objective: how they are turned into a loss; `gm.Objective.self_distillation()` where there are no labels.
@@ -95,6 +101,13 @@ def compress(
     (True, True)
     """
     model = as_model(model, "compress")
+    if stats is not None and not isinstance(stats, Statistics):
+        if batches is not None:
+            raise InputError(
+                f"compress: expected Statistics from gm.capture before batches=, got {described(stats)}. Write "
+                "compress(model, batches, objective)"
+            )
+        stats, batches = None, stats
     if isinstance(include, str) or isinstance(exclude, str):
         raise InputError("compress: include and exclude are lists of patterns: exclude=['lm_head']")
     plain = unwrapped(model)
@@ -106,23 +119,20 @@ def compress(
         if batches is not None and objective is not None:
             calibration.measure = Measure(list(as_batches(batches, "compress")), _measured_by(objective, plain))
     elif batches is None or objective is None:
-        raise InputError("compress: give stats from gm.capture, or both batches= and objective=")
+        given = "" if batches is None else f"; got {described(batches)} alone"
+        raise InputError(
+            "compress: give statistics from gm.capture, or batches and an objective: "
+            f"compress(model, batches, objective){given}"
+        )
     else:
-        calibration = calibrate(model, batches, objective)
+        asked = {name for target in found for name in (target.inputs, target.outputs)}
+        calibration = calibrate(model, batches, objective, asked)
     notes, ranked, blind = judged(calibration)
-    spectra: list[WeightedSVD] = []
     own = copied(plain)
     open_(own, [target.name for target in found])
-    for target in found:
-        here = target._replace(module=submodule(own, target.name))
-        try:
-            weights = weighting(here, calibration, blind=blind)
-        except Uncaptured as error:
-            reasons[target.name] = str(error)
-            continue
-        spectra.append(decompose(here, weights))
-        if progress is not None:
-            progress(len(spectra))
+    found = [target._replace(module=submodule(own, target.name)) for target in found]
+    spectra, uncaptured = _decomposed(found, calibration, blind, progress)
+    reasons |= uncaptured
     if not spectra:
         raise _nothing(plain, reasons)
     if ranked and calibration.objective is not None and calibration.measure is not None:
@@ -138,6 +148,33 @@ def compress(
     if keep is not None:
         return plan.at(keep=keep)
     return _by_default(plan)
+
+
+def _decomposed(
+    found: Sequence[Target], calibration: Calibration, blind: bool, progress: Callable[[int], None] | None
+) -> tuple[list[WeightedSVD], dict[str, str]]:
+    """The layers' decompositions, and why others have none. Ranks that calibrated together share the work by cost."""
+    ranks = calibration.ranks
+    together = ranks is not None and ranks.together
+    sides = [matrix_of(target.module).shape for target in found]
+    costs = [float(m**3 + n**3) for m, n in sides]
+    mine = placement.share_out(costs, ranks.group) if together else range(len(found))  # type: ignore[union-attr]
+    made: dict[int, WeightedSVD | str] = {}
+    with placement.agreed("compress", ranks.group) if together else nullcontext():  # type: ignore[union-attr]
+        for i in mine:
+            try:
+                made[i] = decompose(found[i], weighting(found[i], calibration, blind=blind))
+            except Uncaptured as error:
+                made[i] = str(error)
+            if progress is not None:
+                progress(len(made))
+    if together:
+        each: list[Any] = [None] * placement.world(ranks.group).size  # type: ignore[union-attr]
+        distributed.all_gather_object(each, made, group=ranks.group)  # type: ignore[union-attr]
+        made = {i: one for part in each for i, one in part.items()}
+    layers = [made[i] for i in range(len(found))]
+    reasons = {target.name: one for target, one in zip(found, layers, strict=True) if isinstance(one, str)}
+    return [one for one in layers if not isinstance(one, str)], reasons
 
 
 def _nothing(model: nn.Module, reasons: dict[str, str]) -> InputError:

@@ -24,7 +24,9 @@ from gramian.compression.predicting import Point
 from gramian.compression.weighted import WeightedSVD
 from gramian.errors import CheckpointError, some
 
-__all__ = ["load_plan", "save_plan"]
+__all__ = ["AnyPlan", "load_plan", "save_plan"]
+
+AnyPlan = Plan | NarrowPlan
 
 PLANS = (Plan, NarrowPlan)
 STORED: dict[str, type] = {
@@ -35,7 +37,7 @@ STORED: dict[str, type] = {
 CLASS = "class"
 
 
-def save_plan(plan: Plan | NarrowPlan, path: str | Path) -> None:
+def save_plan(plan: AnyPlan, path: str | Path) -> None:
     """Writes a plan as safetensors: what the layers lose at each size, what is chosen, and the reasons.
 
     The model is not written; of each layer that may become smaller there is a checksum, so that the plan is used only
@@ -65,7 +67,7 @@ def save_plan(plan: Plan | NarrowPlan, path: str | Path) -> None:
     save_tree(path, {"plan": _packed(plan), "shapes": _shapes(plan.model), "digests": digests})
 
 
-def load_plan(model: nn.Module, path: str | Path) -> Plan | NarrowPlan:
+def load_plan(model: nn.Module, path: str | Path) -> AnyPlan:
     """The plan from a file of `save_plan`, for the model that it was made from.
 
     Args:

@@ -130,8 +130,12 @@ def rounded(w: Tensor, bits: int, group: int, feedback: Feedback | None = None) 
 
 
 def _codes(columns: Tensor, scale: Tensor, bits: int) -> Tensor:
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    return torch.where(scale == 0, 0.0, columns / scale).round_().clamp_(low, high)
+    return _nearest(columns, torch.where(scale == 0, torch.inf, scale), bits)
+
+
+def _nearest(columns: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The codes, where a scale of zero is given as an infinite one."""
+    return (columns / scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def _passed_on(w: Tensor, bits: int, group: int, feedback: Feedback, reach: float) -> tuple[Codes, Tensor]:
@@ -147,7 +151,9 @@ def _passed_on(w: Tensor, bits: int, group: int, feedback: Feedback, reach: floa
         if group < n:  # what came before was passed on to them: their range may be another
             scale = scales_of(columns, bits, group, diagonal.square().reciprocal(), reach).float()
             scales[:, feedback.order[place.start] // group] = scale[:, 0].bfloat16()
-        return lambda column, j: _codes(column, scale[:, 0], bits) * scale[:, 0]
+        one = scale[:, 0]
+        divisor = torch.where(one == 0, torch.inf, one)
+        return lambda column, j: _nearest(column, divisor, bits).mul_(one)
 
     settled, lost = settle(w, feedback, rule, group if group < n else 1)
     return Codes(_codes(settled, spread(scales.float(), group, n), bits).to(torch.int8), scales), lost.double()

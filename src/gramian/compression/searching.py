@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.compression.plan import Plan
+from gramian.compression.narrow_plan import NarrowPlan
+from gramian.compression.plans import AnyPlan
 from gramian.errors import InputError
+from gramian.report.compression import Ratio
 
 __all__ = ["Quality", "Tried", "by_drop", "by_speed", "shares"]
 
@@ -74,7 +76,7 @@ class Tried:
         budget: what a share is of: "keep" of the parameters, "size" of the bytes.
     """
 
-    plan: Plan
+    plan: AnyPlan
     quality: Quality
     points: dict[float, float] = field(default_factory=dict)
     tell: Callable[[float, float], None] = lambda share, value: None
@@ -87,7 +89,7 @@ class Tried:
             self.tell(share, self.points[share])
         return self.points[share]
 
-    def at(self, share: float) -> Plan:
+    def at(self, share: float) -> AnyPlan:
         """The plan at a share."""
         return self.plan.at(**{self.budget: share})  # type: ignore[arg-type]
 
@@ -113,19 +115,19 @@ def measured(evaluate: Callable[[nn.Module], Any], model: nn.Module, measure: st
     return {key: float(numbers[key]) for key in (name, *(key for key in numbers if key != name))}
 
 
-def shares(plan: Plan, budget: str = "keep") -> list[float]:
+def shares(plan: AnyPlan, budget: str = "keep") -> list[float]:
     """The shares of the curve, from large to small."""
     least = smallest(plan, budget)
     return [1.0, *(share for share in GRIDS[budget] if share > least), *([least] if least < 1 else [])]
 
 
-def smallest(plan: Plan, budget: str) -> float:
+def smallest(plan: AnyPlan, budget: str) -> float:
     """The smallest possible share."""
-    return plan.smallest_size if budget == "size" else plan.smallest
+    return plan.smallest if budget == "keep" or isinstance(plan, NarrowPlan) else plan.smallest_size
 
 
 def judged(
-    plan: Plan,
+    plan: AnyPlan,
     evaluate: Callable[[nn.Module], Mapping[str, float]],
     measure: str = "",
     better: str = "",
@@ -171,26 +173,26 @@ def by_drop(tried: Tried, max_drop: float) -> float:
 
 
 def by_speed(
-    plan: Plan, speed: Callable[[nn.Module], float], wanted: float, tell: Callable[[float, float], None]
+    plan: AnyPlan, speed: Callable[[nn.Module], Ratio], wanted: float, tell: Callable[[float, Ratio], None]
 ) -> float:
     """The largest share, to a few per cent of itself, whose model is measured to be `wanted` times as fast.
 
     Args:
         plan: at any share.
         speed: how many times as fast as the dense model a model is, measured.
-        wanted: at least this.
+        wanted: at least this, and the interval has to exclude 1.
         tell: called with each share and its speed.
 
     Raises:
         TooSlowError: no share of the curve is fast enough; it has the best that was reached.
     """
-    speeds: dict[float, float] = {}
+    speeds: dict[float, Ratio] = {}
 
     def reached(keep: float) -> bool:
         found = speed(plan.at(keep=keep).apply())
-        speeds[keep] = min(found, speeds.get(keep, math.inf))
+        speeds[keep] = min(found, speeds.get(keep, found))
         tell(keep, found)
-        return found >= wanted
+        return found.median >= wanted and found.low > 1
 
     # The smallest is usually the fastest, but not where its overhead counts more than its arithmetic.
     low, high = next((keep for keep in reversed(shares(plan)[1:]) if reached(keep)), None), 1.0
@@ -202,7 +204,7 @@ def by_speed(
             else:
                 high = middle
         # Measured again, since the best of several noisy figures is too good.
-        for keep in sorted((k for k, found in speeds.items() if found >= wanted), reverse=True):
+        for keep in sorted((k for k, found in speeds.items() if found.median >= wanted), reverse=True):
             if reached(keep):
                 return keep
     best = max(speeds, key=lambda k: speeds[k])
@@ -212,6 +214,6 @@ def by_speed(
 class TooSlowError(InputError):
     """No share is fast enough: the share that was fastest, and how fast it is."""
 
-    def __init__(self, keep: float, speed: float) -> None:
-        super().__init__(f"compress: the best is {speed:.2f}×, keeping {keep:.3f}")
+    def __init__(self, keep: float, speed: Ratio) -> None:
+        super().__init__(f"compress: the best is {speed}, keeping {keep:.3f}")
         self.keep, self.speed = keep, speed

@@ -6,6 +6,8 @@ would put its error exactly there. How far each has to move follows from the eig
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,19 @@ class Roots:
     """`M^½` and `M^-½` of a second moment, whole or diagonal, as maps of rows and columns.
 
     Args:
-        root, inverse: (d, d); or (d,), the diagonals.
+        root, inverse: (d, d); or (d,), the diagonals. The inverse may be a function that gives it, called once it is
+            asked for: a matrix is cut by that of its shorter side alone.
     """
 
-    def __init__(self, root: Tensor, inverse: Tensor) -> None:
-        self.root, self.inverse = root, inverse
+    def __init__(self, root: Tensor, inverse: Tensor | Callable[[], Tensor]) -> None:
+        self.root, self._inverse = root, inverse
+
+    @property
+    def inverse(self) -> Tensor:
+        """`M^-½`."""
+        if not isinstance(self._inverse, Tensor):
+            self._inverse = self._inverse()
+        return self._inverse
 
     def left(self, w: Tensor) -> Tensor:
         """`M^½ W`."""
@@ -119,7 +129,7 @@ def roots(moment: Gram | DiagonalGram, rows: float, *, around: Tensor | None = N
     eye = torch.eye(moment.dim, dtype=m.dtype, device=m.device)
     return Roots(
         torch.where(zero, eye, vectors * root @ vectors.mT),
-        torch.where(zero, eye, vectors / torch.where(zero, 1.0, root) @ vectors.mT),
+        lambda: torch.where(zero, eye, vectors / torch.where(zero, 1.0, root) @ vectors.mT),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -62,11 +63,12 @@ def targets(
     reasons: dict[str, str] = {}
     factored = {id(child): low for low in model.modules() if isinstance(low, LowRank) for child in low}
     adapters = adapted(model)
-    all_blocks = blocks(model).blocks
-    for block in all_blocks:
+    found_blocks = blocks(model)
+    for block in found_blocks.blocks:
         low = factored.get(id(block.module))
         name = module_name(block)
         tied: tuple[str, ...] = ()
+        inner = ""
         if low is None:
             others = {id(module): other.rpartition(".")[0] for other, module in block.owners}
             tied = tuple(other for key, other in others.items() if key != id(block.module))
@@ -91,6 +93,9 @@ def targets(
             reason = "its factors have rank 1" if low.rank == 1 else ""
             if block.aliases:
                 reason = f"its factors are tied to {', '.join(block.aliases)}"
+        if reason and low is None and not inner and not block.name.endswith(".weight"):
+            name = block.name  # a bare parameter: its module may hold several
+            reason = reason.replace(f"{block.kind} is not factored", f"a parameter of {block.kind} itself", 1)
         reason = by_pattern(name, include, exclude) or reason or _unprofitable(target)
         for other in tied:
             excluded = by_pattern(other, include, exclude)
@@ -102,6 +107,11 @@ def targets(
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             reasons[clean_module_name(name)] = "quantized already"
+    for rest in found_blocks.rest:
+        wide = [size for size in rest.parameter.shape if size > 1]
+        if len(wide) > 2 and not rest.elementwise:
+            stack = f"a stack of {math.prod(wide[:-2])} matrices in one parameter is not factored"
+            reasons[rest.name] = by_pattern(rest.name, include, exclude) or stack
     names = [name for target in found for name in (target.name, *target.tied)] + list(reasons)
     for pattern in (*(include or ()), *exclude):
         if not fnmatch.filter(names, pattern):

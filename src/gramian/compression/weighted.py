@@ -38,6 +38,7 @@ class WeightedSVD:
         table: whether its rows are looked up. Factors of a table are held in floats.
         tied: the names of other layers that share the matrix. It can be factored, not rounded.
         unseen: rows of a table that were never looked up.
+        most: the largest rank that the layer may have where it is factored; `None` for any below break-even.
     """
 
     name: str
@@ -53,6 +54,7 @@ class WeightedSVD:
     table: bool = False
     tied: tuple[str, ...] = ()
     unseen: int = 0
+    most: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,7 +72,7 @@ class WeightedSVD:
         """What the layer can become, with what each loses."""
         squares = self.values.double().cpu().square()
         losses = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
-        return Candidates(losses, self.shape, self.dense)
+        return Candidates(losses, self.shape, self.dense, self.most)
 
     @property
     def balanced(self) -> tuple[Tensor, Tensor]:

@@ -59,8 +59,10 @@ def attention_weights(
 ) -> tuple[Tensor, Tensor] | None:
     """The weights and scores of `scaled_dot_product_attention`, whose arguments these are, of the first samples.
 
-    Returns: both, (N, …, T, S); `None` where the shapes are not those of attention.
+    Returns: both, (N, …, T, S); `None` where the shapes are not those of attention, or samples differ in length.
     """
+    if query.is_nested or key.is_nested:
+        return None
     with torch.no_grad():
         q, k = query[:NUM_SAMPLES].float(), key[:NUM_SAMPLES].float()
         if q.shape[:-2] != k.shape[:-2]:

@@ -20,10 +20,10 @@ from gramian.inspection.changes import Change, change_between, rounding_floor
 from gramian.inspection.compared import Compared, find_differences
 from gramian.inspection.matching import Pairs
 from gramian.inspection.matrices import Holding
+from gramian.inspection.matrix_rows import report_row
 from gramian.inspection.quadrature import leading_vectors
 from gramian.inspection.quick import describe_quickly
 from gramian.inspection.spectra import Spectrum, describe
-from gramian.inspection.weights import report_row
 from gramian.report import Layer, Report
 
 __all__ = ["compare_checkpoints", "subspace_angle"]

@@ -21,7 +21,7 @@ from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.curvature import measure_curvature
 from gramian.inspection.evaluated import evaluate
-from gramian.inspection.failing import check_runs
+from gramian.inspection.failing import check_runs, steps_run
 from gramian.inspection.leaking import find_leak
 from gramian.inspection.measured import Measured
 from gramian.inspection.observed import Observed
@@ -32,7 +32,8 @@ from gramian.inspection.probing import TRIED, probe
 from gramian.inspection.rules import find
 from gramian.inspection.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.stepping import take_steps
-from gramian.inspection.weights import measure_file, measure_model
+from gramian.inspection.weight_files import measure_file
+from gramian.inspection.weights import measure_model
 from gramian.loader import Batches, as_batches, first_few, with_samples
 from gramian.objective import Objective, as_objective
 from gramian.recording.keeping import Kept, keeping, kept_random
@@ -43,6 +44,7 @@ __all__ = ["inspect"]
 
 # What a report says it looked at, or not.
 STEPS = "optimizer's steps"
+FAILING = "causes in training steps"
 
 
 def inspect(
@@ -172,7 +174,9 @@ def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Ob
         return observe(model, few, objective), {}
     except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
         check_runs(model, few[0], objective)
-        return None, {"causes": in_words(error)}
+        if steps_run(model, few, objective):
+            return None, {"causes": f"watching failed, a fault of gramian: {in_words(error)}"}
+        return None, {FAILING: in_words(error)}
 
 
 def _measure_signal(
@@ -191,7 +195,7 @@ def _measure_signal(
             measure_signal(measured, model, few[0], objective, layouts, progress)
         except Exception as error:  # training steps fail, and so may this
             measured.skipped |= {SIGNAL: in_words(error)}
-        return list(training_fails(measured.skipped["causes"]))
+        return list(training_fails(measured.skipped[FAILING])) if FAILING in measured.skipped else []
     context = Context(model, observed, optimizer, layers=measured.layers)
     measured.frozen = frozenset(context.frozen if len(context.frozen) < len(context.parameters) else ())
     if observed.error is not None:

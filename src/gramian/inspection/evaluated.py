@@ -164,7 +164,7 @@ def _separate_rows(model: nn.Module, batch: Any) -> int:
     rows = len(x)
     if rows < FEW or (isinstance(y, Tensor) and (not y.ndim or len(y) != rows)):
         return 0
-    if any(t.ndim == 0 or len(t) != rows or (t.ndim == 2 and t.shape[1] == rows) for t in given):
+    if any(t.is_nested or t.ndim == 0 or len(t) != rows or (t.ndim == 2 and t.shape[1] == rows) for t in given):
         return 0  # edges, an adjacency matrix, or another input for all samples
     if any(b.ndim == 2 and len(b) == b.shape[1] == rows for b in model.buffers()):
         return 0  # the adjacency matrix of a graph whose nodes are the rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from gramian.batch import described
 from gramian.errors import GramianError, InputError
+from gramian.inspection.derivatives import gradients_of
 from gramian.objective import Objective
-from gramian.recording.measuring import measuring
+from gramian.recording.measuring import measuring, training
 
-__all__ = ["check_runs"]
+__all__ = ["check_runs", "steps_run"]
 
 # Attributes in which torch's modules say what they take, and what that is.
 _WANTED = (
@@ -67,6 +69,30 @@ def check_runs(model: nn.Module, batch: Any, objective: Objective) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def steps_run(model: nn.Module, batches: Iterable[Any], objective: Objective) -> bool:
+    """Whether training steps run where nothing watches them.
+
+    Args:
+        model: left as it was.
+        batches: each of them is tried.
+        objective: gives the loss.
+
+    Returns: whether no loss and no gradient raises.
+    Raises: nothing of its own.
+    Cost: a training step for each batch.
+    Source: this library's own.
+    """
+    try:
+        with training(model), torch.enable_grad():
+            for batch in batches:
+                total, units = objective.loss(model, batch)
+                if total.requires_grad:
+                    gradients_of(total / units, [p for p in model.parameters() if p.requires_grad])
+    except Exception:
+        return False
+    return True
 
 
 def _told(name: str, module: nn.Module, given: tuple[Any, ...]) -> str:

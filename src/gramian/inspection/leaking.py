@@ -25,6 +25,8 @@ SHIFTED, SAME = 0.95, 0.5
 # Change at positions before the replaced ones, against that at the replaced ones, which rounding does not make.
 MOVED, MOVED_NARROW = 1e-3, 3e-2
 LEAST = 4
+# Positions that count, and runs of them for each, from which on they were chosen at random: masked words, or spans.
+FEW, ALONE = 16, 0.25
 # Change that is rounding.
 EQUAL = 1e-6
 
@@ -39,6 +41,7 @@ class Leak:
         name: the first module whose output at the positions before changes.
         before: the module before it, whose output does not.
         is_copy: whether the targets are the inputs at the same positions.
+        is_hidden: false where the tokens that are to be restored are given as they are.
         source: the input that is the target too, as Python reads it off a batch.
     """
 
@@ -47,6 +50,7 @@ class Leak:
     name: str
     before: str
     is_copy: bool = False
+    is_hidden: bool = True
     source: str = ""
 
 
@@ -115,7 +119,7 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         rows = (other[:, position + 1] != z[:, position + 1]).nonzero().flatten()
         if not len(rows):
             continue
-        with evaluating(model), eager(), torch.no_grad():
+        with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
             runs = [_run(model, b, objective, z.shape) for b in (batch, _with(batch, z, other))]
         (names, before), (again, after) = runs
         if names != again or "" not in names:
@@ -125,16 +129,31 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
         here = _share(before[whole], after[whole], rows, position + 1)
         if here > MOVED_NARROW and (others or early <= EQUAL):
             return Leak(position, here, "", "", is_copy=early <= EQUAL, source=one.name)
+        if here > MOVED_NARROW and _is_chosen(observed, z):
+            return Leak(position, here, "", "", is_hidden=False, source=one.name)
     return None
 
 
+def _is_chosen(observed: Observed, z: Tensor) -> bool:
+    """Whether positions here and there count, as those do that a masked language model is to restore."""
+    for found in observed.criteria:
+        if found.target.numel() == z.numel() and not found.target.is_floating_point():
+            counts = found.target.reshape(z.shape) >= 0
+            num = int(counts.sum())
+            runs = int(counts[:, 0].sum()) + int((counts[:, 1:] & ~counts[:, :-1]).sum())
+            if FEW <= num < SAME * z.numel() and runs > ALONE * num:
+                return True
+    return False
+
+
 def _is_target(observed: Observed, z: Tensor) -> bool:
-    """Whether a loss compares its outputs with these tokens at the same places."""
+    """Whether a loss compares its outputs with these tokens at the same places, or at those that count."""
     for found in observed.criteria:
         if found.target.numel() == z.numel() and not z.is_floating_point() and not found.target.is_floating_point():
             target = found.target.reshape(z.shape).to(z.device)
             valid = target >= 0
-            if float(valid.float().mean()) > SAME and float((target == z)[valid].float().mean()) >= SHIFTED:
+            counts = float(valid.float().mean()) > SAME or _is_chosen(observed, z)
+            if counts and bool(valid.any()) and float((target == z)[valid].float().mean()) >= SHIFTED:
                 return True
     return False
 

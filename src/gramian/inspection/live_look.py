@@ -43,6 +43,9 @@ CODES = frozenset((
 ))  # fmt: skip
 """Codes of all findings that a watch can make."""
 
+# What is meant where it does no harm, as clipping and a test of rates are, and the finding that shows harm.
+_HARM = {"gradient-clipped": "rate-too-low", "rate-grows": "rate-too-high"}
+
 # Change of a matrix's norm, as a share, from which on the rules about its values are run again.
 CHANGED = 0.05
 
@@ -94,8 +97,8 @@ class Looker:
         if changes:
             self.numbers["change"] = median(changes.values())
         found = [*self._found, *self._judge(STEPPING, seen, passes, changes)]
-        is_slow = any(finding.code == "rate-too-low" for finding in found)
-        return [f for f in found if f.code != "gradient-clipped" or is_slow]  # where it does no harm, it is meant
+        codes = {finding.code for finding in found}
+        return [f for f in found if f.code not in _HARM or _HARM[f.code] in codes]
 
     def judge_modules(self, seen: Observed, passes: int) -> list[Finding]:
         """Of the weights as they were in the forward pass; nothing if that was not seen."""

@@ -84,7 +84,12 @@ class Loop:
             step: the number of steps that were taken before.
             scaled: whether the gradients are those of a loss times a scale, as they may be in float16 anyway.
         """
-        found = [*self._frozen(seen), *self._gradients(seen, step, scaled=scaled), *self._rates(step)]
+        found = [
+            *self._frozen(seen),
+            *self._gradients(seen, step, scaled=scaled),
+            *self.grown(step),
+            *self._fallen(step),
+        ]
         self._forgive(seen)
         self.close()
         return found
@@ -157,10 +162,15 @@ class Loop:
                 if name not in self._pending or self._missed[name] < LOOKS:
                     del seen.gradients[name]
 
-    def _rates(self, step: int) -> Iterator[Finding]:
+    def _rates(self) -> Iterator[tuple[int, str, float, float]]:
+        """Of each group its number, place, rate, and the largest that its schedule starts from."""
         for i, group in enumerate(self._groups[: len(self._largest)]):
-            rate, before = float(group["lr"]), self._largest[i]
             where = "optimizer" if len(self._groups) == 1 else f"optimizer's group {i}"
+            yield i, where, float(group["lr"]), self._largest[i]
+
+    def grown(self, step: int) -> Iterator[Finding]:
+        """The finding that a rate has grown, which is a fault only where it does harm."""
+        for _, where, rate, before in self._rates():
             if before > 0 and rate > GROWN * before:
                 yield Finding(
                     "rate-grows",
@@ -172,6 +182,9 @@ class Loop:
                     "it was made for.",
                     advice="Look at the schedule, and at where its step() is called.",
                 )
+
+    def _fallen(self, step: int) -> Iterator[Finding]:
+        for i, where, rate, before in self._rates():
             if not before or rate > VANISHED * before:
                 self._vanished[i] = None
                 continue

@@ -13,7 +13,7 @@ __all__ = ["Schedule"]
 ORDINARY, LOOKS = 8, 3
 
 # What is left for looks where the check of every step alone takes most of the share, as a part of it.
-LEFT = 0.25
+LEFT = 0.1
 
 
 class Schedule:

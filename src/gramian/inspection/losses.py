@@ -12,10 +12,13 @@ from torch import Tensor
 
 from gramian.inspection.observed import Broadcast, Criterion, Ends, Observed
 
-__all__ = ["VALUES", "ends_of", "labels_range", "see_loss"]
+__all__ = ["VALUES", "ends_of", "labels_range", "see_loss", "see_pull"]
 
 _CLASSES: dict[Callable, str] = {F.cross_entropy: "cross_entropy", F.nll_loss: "nll_loss"}
-_BINARY = {F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits"}
+_BINARY: dict[Callable, str] = {
+    F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits",
+    F.binary_cross_entropy: "binary_cross_entropy",
+}
 # Losses of log-probabilities: by the dimension of the classes, where it is known.
 _LOG_PROBABILITIES: dict[Callable, str] = {F.kl_div: "kl_div", F.ctc_loss: "ctc_loss", torch.ctc_loss: "ctc_loss"}
 _VALUES: dict[Callable, str] = {
@@ -45,7 +48,7 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
         inside: name of the module in which the call is; empty in the model itself and outside.
         func, args, kwargs: the call.
     """
-    name = _CLASSES.get(func) or _BINARY.get(func) or _VALUES.get(func) or _LOG_PROBABILITIES.get(func)
+    name = _name_of(func)
     if name:
         scores, target = _given(func, args, kwargs)
         if not (isinstance(scores, Tensor) and isinstance(target, Tensor)):
@@ -74,6 +77,24 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
             seen.softmax_over_rows = seen.softmax_over_rows or args[0].shape
 
 
+def see_pull(seen: Observed, func: Callable, value: Any) -> None:
+    """Keeps the smallest and largest gradient of the whole loss by the values of one of torch's losses.
+
+    Args:
+        seen: gets it in the backward pass, for the first call of each.
+        func: the loss.
+        value: what it gave.
+    """
+    name = _name_of(func)
+    if name and name not in seen.pulls and isinstance(value, Tensor) and value.requires_grad and value.numel():
+        seen.pulls[name] = (math.nan, math.nan)  # until a gradient arrives
+
+        def keep(gradient: Tensor) -> None:
+            seen.pulls[name] = (float(gradient.min()), float(gradient.max()))
+
+        value.register_hook(keep)
+
+
 def ends_of(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Ends | None:
     """Between which ends the values of a call are, where its function says so."""
     if func in _ENDS:
@@ -93,6 +114,10 @@ def labels_range(scores: Tensor, target: Tensor, ignore_index: int = -100) -> tu
     axis = 1 if target.ndim < scores.ndim and scores.ndim > 1 and target.shape != scores.shape[:-1] else -1
     kept = target[target != ignore_index]
     return (int(kept.min()), int(kept.max()), scores.shape[axis]) if kept.numel() else None
+
+
+def _name_of(func: Callable) -> str | None:
+    return _CLASSES.get(func) or _BINARY.get(func) or _VALUES.get(func) or _LOG_PROBABILITIES.get(func)
 
 
 def _keep(seen: Observed, function: str, given: Tensor, target: Tensor) -> None:

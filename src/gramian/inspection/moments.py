@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gramian.batch import tensors
 from gramian.recording.taps import in_vmap
 
-__all__ = ["Moments", "as_moments", "first_float", "moments", "squares", "version"]
+__all__ = ["Moments", "as_moments", "first_float", "moments", "packed", "squares", "version"]
 
 # Between these a sum of squares of float32 numbers has neither lost nor overflown any that count.
 LOW, HIGH = 1e-24, 1e30
@@ -61,7 +62,7 @@ def as_moments(t: Tensor | None, between: float, square: float) -> Moments:
 
 def _by_sample(t: Tensor) -> Tensor:
     """The values as float32, with samples in the first dimension: rows where there is one sample."""
-    wide = t.detach().float()
+    wide = packed(t.detach()).float()
     if not wide.numel():
         return wide.reshape(0, 1)
     if wide.ndim == 0 or wide.shape[0] < 2:
@@ -75,9 +76,14 @@ def first_float(*values: Any) -> Tensor | None:
         return None
     for value in values:
         for t in tensors(value) if not isinstance(value, nn.Module) else ():
-            if t.is_floating_point() and t.ndim and not t.is_nested:
-                return t
+            if t.is_floating_point() and t.ndim and (not t.is_nested or t.layout is torch.jagged):
+                return packed(t)
     return None
+
+
+def packed(t: Tensor) -> Tensor:
+    """The rows of all samples of a jagged tensor; any other as it is."""
+    return t.values() if t.layout is torch.jagged else t
 
 
 def version(t: Tensor | None) -> int:

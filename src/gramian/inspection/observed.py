@@ -278,10 +278,13 @@ class Observed:
         called: names of the modules whose forward ran.
         logits: what cross-entropy was applied to, as float32, from the first batch.
         criteria: torch's losses, each with what it was first applied to.
+        pulls: by torch's losses, the smallest and largest gradient of the whole loss by their values; NaN where none
+            arrives.
         broadcast: where a loss took an output and a target of other shapes.
         softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
             whole model.
         output: the model's, the first tensor of it.
+        changed: the tensors of the first batch that a pass writes into, as Python reads them off a batch.
         fed: keys of the tensors with which the model was called.
         raw: the data that layers take as they are.
         ends: of the function that made it.
@@ -327,9 +330,11 @@ class Observed:
     initial_statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
     logits: Tensor | None = None
     criteria: list[Criterion] = field(default_factory=list)
+    pulls: dict[str, tuple[float, float]] = field(default_factory=dict)
     broadcast: Broadcast | None = None
     softmax_over_rows: torch.Size | None = None
     output: Tensor | None = None
+    changed: tuple[str, ...] = ()
     fed: set[tuple[int, int]] = field(default_factory=set)
     raw: list[Raw] = field(default_factory=list)
     ends: Ends | None = None

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from gramian.alignment import labels_of
 from gramian.inspection.derivatives import first_infinite_derivative, gradients_of
+from gramian.inspection.given import given_of
 from gramian.inspection.losses import labels_range
+from gramian.inspection.moments import version
 from gramian.inspection.observed import Observed
 from gramian.inspection.watching import Watcher
 from gramian.objective import Objective
@@ -49,6 +51,7 @@ def observe(
     with training(model):
         for i, batch in enumerate(seen.batches):
             reaches = i == 0 or None in seen.gradients.values()  # experts that the first batch did not use, say
+            written = _versions(batch) if i == 0 else {}
             total = None  # lets go of the graph of the batch before
             try:
                 with Watcher(model, seen).installed() if i == 0 else nullcontext(), torch.enable_grad():
@@ -63,6 +66,7 @@ def observe(
                 _differentiate(total / units, parameters, seen)
             total_loss += float(total.detach())
             if i == 0:
+                seen.changed = tuple(name for name, now in _versions(batch).items() if now != written.get(name, now))
                 seen.first_loss = float(total.detach()) / float(units)
             seen.units += float(units)
         seen.loss = total_loss / seen.units if seen.units else math.nan
@@ -76,6 +80,12 @@ def observe(
                 model, lambda: torch.stack([objective.loss(model, batch)[0] for batch in seen.batches]).sum()
             )
     return seen
+
+
+def _versions(batch: Any) -> dict[str, int]:
+    """How often each tensor of a batch was written into."""
+    tensors = {given.name: given.values[0] for given in given_of([batch], set(), set())}
+    return {name: version(t) for name, t in tensors.items()}
 
 
 def _labels_of(model: nn.Module, batch: Any, objective: Objective) -> tuple[int, int, int] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.batch import first_samples, main_input, mapped, num_samples
-from gramian.inspection.given import given_of
+from gramian.inspection.given import given_of, key
 from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import first_float
 from gramian.inspection.observed import Observed
@@ -20,7 +20,7 @@ from gramian.objective import Objective
 from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import eager, evaluating
 
-__all__ = ["TRIED", "Probes", "probe"]
+__all__ = ["FAR", "NEAR", "TRIED", "Probes", "probe"]
 
 TRIED = {
     "unlinked": "whether parameters without a gradient change the loss",
@@ -28,6 +28,8 @@ TRIED = {
     "is_affine": "whether the network is an affine map",
     "sum_over": "whether the loss is a sum over the batch",
     "falls": "whether the loss has a minimum",
+    "plunges": "whether the loss falls faster than the outputs grow",
+    "without_effect": "whether each input has an effect",
     "ignores_order": "whether the output depends on the order of tokens or patches",
 }
 """What a report says of a change that could not be tried."""
@@ -36,6 +38,8 @@ TRIED = {
 ENOUGH = 8
 # Outputs that differ by less than this share of what differs between samples are equal up to rounding.
 EQUAL = 1e-4
+# Distances down the gradient, in sizes of the outputs.
+NEAR, FAR = 10.0, 1000.0
 # The share by which halves of a batch may miss the whole's sum.
 SUM = 1e-3
 # Parameters that are tried one by one, and positions of a sequence from which on it is looked at.
@@ -53,6 +57,8 @@ class Probes:
         is_affine: whether the model's output is an affine function of its input.
         sum_over: the number of samples, where the loss of a batch is the sum of those of its halves; else 0.
         falls: losses where the output is far below, as it is, and far above, where it is lower at both ends.
+        plunges: the loss as it is, and with the outputs a little and far down its gradient, where it has no minimum.
+        without_effect: the inputs that can be exchanged between samples without any effect on the loss.
         ignores_order: whether the output stays when the positions of a sequence change places.
     """
 
@@ -61,6 +67,8 @@ class Probes:
     is_affine: bool = False
     sum_over: int = 0
     falls: tuple[float, float, float] | None = None
+    plunges: tuple[float, float, float] | None = None
+    without_effect: tuple[str, ...] = ()
     ignores_order: bool = False
 
 
@@ -74,7 +82,7 @@ def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[P
 
     Returns: a `Probes`, and what could not be tried, with the error.
     Raises: nothing of its own.
-    Cost: up to eight forward passes, most of them of 8 samples, and a backward pass where a graph is cut.
+    Cost: up to a dozen forward passes, most of them of 8 samples, and one or two backward passes of these.
     Source: this library's own.
     """
     found = Probes()
@@ -226,6 +234,76 @@ def _falls(model: nn.Module, seen: Observed, objective: Objective) -> tuple[floa
     return (below, here, above) if max(below, above) < here - 1e-3 * far else None
 
 
+def _plunges(model: nn.Module, seen: Observed, objective: Objective) -> tuple[float, float, float] | None:
+    """The loss where the outputs are, and two distances down its gradient by them, where it falls ever faster.
+
+    That of a critic, or a log-determinant, falls as fast as the output grows; nothing that has a minimum falls faster
+    to far below zero.
+    """
+    batch = first_samples(seen.batches[0], ENOUGH)
+
+    def loss(change: Callable[[Tensor], Tensor]) -> Tensor:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if type(output) not in (Tensor, tuple, list, dict):
+                return output  # an object of the model's own, which must stay one
+            return mapped(output, lambda t: change(t) if t.is_floating_point() else t)
+
+        handle = model.register_forward_hook(hook)
+        try:
+            seed_torch(0)
+            total, units = objective.loss(model, batch)
+        finally:
+            handle.remove()
+        return total / units
+
+    free: list[Tensor] = []
+
+    def freed(t: Tensor) -> Tensor:
+        free.append(t.detach().requires_grad_())
+        return free[-1]
+
+    with torch.enable_grad():
+        here = loss(freed)
+        if not free or not here.requires_grad:
+            return None
+        found = torch.autograd.grad(here, free, allow_unused=True)
+    steps = [torch.zeros_like(t) if g is None else -g for t, g in zip(free, found, strict=True)]
+    length = float(torch.stack([g.double().square().sum() for g in steps]).sum().sqrt())
+    size = 1.0 + max(float(t.abs().amax()) for t in free)
+    if not 0 < length < float("inf"):
+        return None
+
+    def moved(far: float) -> float:
+        at = iter(steps)
+        with torch.no_grad():
+            return float(loss(lambda t: t + next(at) * (far * size / length)))
+
+    near, far = (moved(d) for d in (NEAR, FAR))
+    start, ratio = float(here), FAR / NEAR
+    is_far_below = far < -ratio * (1 + abs(start))
+    return (start, near, far) if is_far_below and start - far > 0.3 * ratio**2 * (start - near) > 0 else None
+
+
+def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> tuple[str, ...] | None:
+    """The inputs of which each sample can be given another's, and the loss stays the same to the last bit."""
+    batch = first_samples(seen.batches[0], ENOUGH)
+    compared = {key(c.target) for c in seen.criteria}
+    fed = [g.name for g in given_of(seen.batches[:1], seen.fed, compared) if g.is_input and not g.is_target]
+    given = [g for g in given_of([batch], set(), set()) if g.name in fed]
+    if len(given) < 2:
+        return None
+    with torch.no_grad():
+        whole = _loss(model, batch, objective)
+        found = []
+        for one in given:
+            x = one.values[0]
+            if len(x) > 1 and bool((x.roll(1, 0) != x).any()):
+                other = x.roll(1, 0)
+                if _loss(model, mapped(batch, lambda t, x=x, other=other: other if t is x else t), objective) == whole:
+                    found.append(one.name)
+    return tuple(found) if len(found) < len(given) else None
+
+
 def _ignores_order(model: nn.Module, seen: Observed, objective: Objective) -> bool | None:
     """Whether tokens, vectors of a sequence or patches may change places, padding with them."""
     fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
@@ -241,19 +319,20 @@ def _ignores_order(model: nn.Module, seen: Observed, objective: Objective) -> bo
     return _are_equal(one, two)
 
 
-_PROBES = (_unlinked, _cut, _is_affine, _sum_over, _falls, _ignores_order)
+_PROBES = (_unlinked, _cut, _is_affine, _sum_over, _falls, _plunges, _without_effect, _ignores_order)
 
 
 def _loss(model: nn.Module, batch: Any, objective: Objective) -> float:
     seed_torch(0)
-    total, units = objective.loss(model, batch)
-    return float(total) / float(units)
+    with torch.enable_grad():  # a loss may differentiate on its way
+        total, units = objective.loss(model, batch)
+    return float(total.detach()) / float(units)
 
 
 def _outputs(model: nn.Module, batch: Any, objective: Objective) -> Tensor | None:
     """What the model gives, where it is called once."""
     seed_torch(0)
-    with _returned(model) as found:
+    with _returned(model) as found, torch.enable_grad():
         objective.loss(model, batch)
     return found[0] if len(found) == 1 else None
 

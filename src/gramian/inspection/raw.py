@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gramian.inspection.given import key
+from gramian.inspection.moments import packed
 from gramian.inspection.observed import Observed, Raw
 from gramian.recording.tracking import tensors_of
 
@@ -71,7 +72,7 @@ class RawData:
 
 def _rows(t: Tensor, function: str) -> Tensor:
     """The data as (rows, features)."""
-    wide = t.detach()
+    wide = packed(t.detach())
     if "conv" in function:
         wide = wide.movedim(1, -1) if wide.ndim > 2 else wide
     rows = wide.reshape(-1, wide.shape[-1] if wide.ndim > 1 else 1)

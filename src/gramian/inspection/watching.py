@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gramian.batch import mapped
 from gramian.inspection.draws import Draws
 from gramian.inspection.following import Follower
 from gramian.inspection.given import key
-from gramian.inspection.losses import ends_of, see_loss
-from gramian.inspection.moments import as_moments, first_float, squares, version
+from gramian.inspection.losses import ends_of, see_loss, see_pull
+from gramian.inspection.moments import as_moments, first_float, packed, squares, version
 from gramian.inspection.observed import Call, Cut, Ends, Observed
 from gramian.inspection.operations import Operations
 from gramian.inspection.raw import RawData
@@ -208,6 +209,8 @@ class Watcher(Follower):
                 self.first_non_finite = (name, getattr(func, "__name__", str(func)))
             if not self.careful:
                 self._see(name, func, args, kwargs, output)
+                if not self.live:
+                    see_pull(self.seen, func, output)
         return output
 
     def _see_ends(self, scores: Any) -> None:
@@ -247,6 +250,8 @@ class Watcher(Follower):
             self.ended = (made, ends)
         if not made.requires_grad and made.ndim and any(t.requires_grad for t in given):
             self._cut(name, getattr(func, "__name__", str(func)), given)
+        if made.is_nested or any(t.is_nested for t in given):
+            args, kwargs, given, made = mapped((args, dict(kwargs), given, made), packed)
         if not self.is_elsewhere or self.stack:  # not in a discriminator, a teacher or a loss with weights of its own
             self.operations.see(name, self.order, func, args, kwargs, given, made)
         elif not self.live:

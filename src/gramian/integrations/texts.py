@@ -78,6 +78,9 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
     model, tokenizer = _opened(transformers, folder)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{folder}: {type(model).__name__} has a decoder, which needs targets. Write a gm.Task")
+    wanted = getattr(model, "main_input_name", "input_ids")
+    if wanted != "input_ids":
+        raise UnsupportedError(f"{folder}: {type(model).__name__} takes {wanted}, not tokens of texts. Write a gm.Task")
     kept = [line for place, line in enumerate(lines) if place % HELD_OUT]
     held = [line for place, line in enumerate(lines) if not place % HELD_OUT]
     positions = getattr(model.config, "max_position_embeddings", None) or most_tokens

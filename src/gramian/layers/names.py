@@ -69,6 +69,7 @@ _INTERLEAVED = ("gpt_oss", "experts in out interleaved")  # these too, gate and 
 
 # Learned vectors that are looked up, or are tokens themselves: positions, queries, registers.
 _TOKENS = (
+    "pos", "pe", "pos_emb", "pos_enc*", "position", "positional", "pos_table", "position_table",
     "pos*_embed*", "position*_enc*", "*_positions", "positions", "rel_pos_*", "emb_rel_?", "*_tokens", "group_token",
     "latents*", "query", "*_query", "relative_position_bias_table", "relative_attention_bias", "codevectors",
 )  # fmt: skip

@@ -6,7 +6,7 @@ returns `(value, Certificate)` and raises only for a wrong argument.
 # ruff: noqa: F403
 
 from gramian.linalg.certificate import Certificate
-from gramian.linalg.components import PCA, pca, pca_ex, svd_shrink, svd_shrink_ex
+from gramian.linalg.components import PCA, pca, pca_ex
 from gramian.linalg.condition import cond, cond_ex
 from gramian.linalg.density import (
     SpectralDensity,
@@ -22,6 +22,7 @@ from gramian.linalg.lowrank import svd_lowrank, svd_lowrank_ex
 from gramian.linalg.norm import spectral_norm, spectral_norm_ex
 from gramian.linalg.products import matmul, matmul_ex, second_moment, syrk
 from gramian.linalg.scaled import matrix_power_scaled, matrix_power_scaled_ex, product_scaled, product_scaled_ex
+from gramian.linalg.shrinkage import svd_shrink, svd_shrink_ex
 
 # The table of matrix functions, one row for the file of each: the import registers what the file defines.
 # isort: split

@@ -195,9 +195,18 @@ def verdict(
 
 
 def uncertified(
-    shape: Sequence[int], device: torch.device, *, methods: Sequence[str], code: int, steps: int
+    shape: Sequence[int],
+    device: torch.device,
+    *,
+    methods: Sequence[str],
+    code: int,
+    steps: int = 0,
+    reason: Tensor | None = None,
 ) -> Certificate:
-    """The certificate of answers for which none was asked: their error is not known, and they never converge."""
+    """The certificate of answers for which none was asked: their error is not known, and they never converge.
+
+    `reason` is what was seen to fail, `NONE` elsewhere.
+    """
     count = torch.zeros(tuple(shape), dtype=torch.long, device=device)
     unknown = torch.full(tuple(shape), math.nan, dtype=torch.float64, device=device)
     return Certificate(
@@ -208,9 +217,13 @@ def uncertified(
         failure_probability=unknown,
         steps=torch.full_like(count, steps),
         method=torch.full_like(count, code),
-        reason=torch.full_like(count, UNASKED),
+        reason=torch.full_like(count, UNASKED) if reason is None else _asked_for_none(reason.reshape(count.shape)),
         methods=tuple(methods),
     )
+
+
+def _asked_for_none(reason: Tensor) -> Tensor:
+    return torch.where(reason == NONE, UNASKED, reason)
 
 
 def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:

@@ -199,7 +199,8 @@ def eigvalsh_top(
     Raises:
         ShapeError, DtypeError, InputError: for arguments that are not as above.
         ConvergenceError: where the matrix holds NaN, is not symmetric, or the error is above rtol after 1000 products.
-    Cost: one eigendecomposition in float64 if dense; else about k products a step in 10 to 40 steps, 8n bytes each, and
+    Cost: one eigendecomposition in float64 if dense (the certificate is three norms: there is nothing to leave out);
+        else about k products a step in 10 to 40 steps, 8n bytes each, and
         k more for the residual. Accuracy: there are k eigenvalues within √2 ‖AV − VΘ‖_F. That no other lies further
         out is almost sure once they have converged, and not proven: the certificate is an estimate. The recurrence is
         in float64; float32 products limit the answer to about 1e-6 ‖A‖.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
 
 import torch
@@ -17,7 +16,6 @@ from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
-    Pair,
     damped,
     eye_like,
     minus,
@@ -26,19 +24,17 @@ from gramian.linalg.engine.double_double import (
     power,
     product,
     symmetric,
-    thin_product,
-    thin_rough,
 )
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
-from gramian.linalg.engine.probes import Probes, apply, apply_transposed, closer, of_norm, probes
+from gramian.linalg.engine.probes import probes
 from gramian.linalg.engine.real_form import takes_complex
-from gramian.linalg.engine.rounding import LOOSE, U, chain_rounding, gamma, norm, unit_roundoff
+from gramian.linalg.engine.rounding import gamma, norm, unit_roundoff
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
-from gramian.linalg.engine.symmetric_products import symmetric_product
+from gramian.linalg.inverse_root_bound import fine, from_eigenpairs, of_roots, root_bound, root_of, wide
 from gramian.linalg.principal_inverse_root import principal_inverse_root_ex
 
 __all__ = ["inv_root", "inv_root_ex"]
@@ -58,19 +54,19 @@ def _eigh32(
 ) -> Answer | None:
     """V w^(-1/p) Vᵀ by an eigendecomposition in float32; error εκ/p."""
     narrow = x.float()
-    narrow = narrow + shift.float()[:, None, None] * torch.eye(x.shape[-1], dtype=narrow.dtype, device=x.device)
+    narrow.diagonal(dim1=-2, dim2=-1).add_(shift.float()[:, None])
     if hopeless(narrow, rtol * p, EIGH32_ERROR):
         return None
     w, v, ok = lapack.eigh(narrow)
     if not certify:
         reason = torch.where(ok & (w > 0).all(-1), cert.NONE, cert.INACCURATE)
-        root = _root(w.double(), p)
-        return Answer.bare(_of_roots(root, v, v.dtype), reason, spectrum=Spectrum(root, v))
-    value, error, residual = _from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype)
+        root = root_of(w.double(), p)
+        return Answer.bare(of_roots(root, v, v.dtype), reason, spectrum=Spectrum(root, v))
+    value, error, residual = from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype)
     proven = ok & error.isfinite() & (w > 0).all(-1)
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
-    spectrum = Spectrum(_root(w.double(), p), v)
+    spectrum = Spectrum(root_of(w.double(), p), v)
     return Answer(value, error, residual, reason, failure=6 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
@@ -84,9 +80,9 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
     kept = w > floor
     if not certify:
         reason = torch.where((reason == cert.NONE) & ~kept.all(-1), cert.SINGULAR, reason)
-        root = torch.where(kept, _root(w, p), 0.0)
-        return Answer.bare(_of_roots(root, v, _wide(dtype)), reason, spectrum=Spectrum(_root(w, p), v))
-    value, error, residual = _from_eigenpairs(m, w, v, p, _wide(dtype))
+        root = torch.where(kept, root_of(w, p), 0.0)
+        return Answer.bare(of_roots(root, v, wide(dtype)), reason, spectrum=Spectrum(root_of(w, p), v))
+    value, error, residual = from_eigenpairs(m, w, v, p, wide(dtype))
     proven = error.isfinite() & (w > 0).all(-1)
     error = torch.where(proven, error, math.inf)
     unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
@@ -95,7 +91,7 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
         root = torch.where(kept, w, torch.inf) ** (-1 / p)
         on_range = ((v * root[:, None, :]) @ v.mT).to(value.dtype)
         value = torch.where(proven[:, None, None], value, on_range)
-    spectrum = Spectrum(_root(w, p), v)
+    spectrum = Spectrum(root_of(w, p), v)
     return Answer(value, error, residual, reason, failure=6 * probes(x.shape[-1], x.device).failure, spectrum=spectrum)
 
 
@@ -108,7 +104,7 @@ def _coupled_newton(
     """
     n = x.shape[-1]
     m = damped(x, shift)
-    work = _wide(dtype)
+    work = wide(dtype)
     eye = torch.eye(n, dtype=work, device=x.device)
     start = (1 + p) / (2 * norm(m.hi).clamp_min(2.0**-500))
     y = (m.hi * start[:, None, None]).to(work)
@@ -129,156 +125,18 @@ def _coupled_newton(
     if not certify:
         failed = ~(least < 0.5) & bool(n)
         return Answer.bare(value, torch.where(failed, cert.INACCURATE, cert.NONE), steps)
-    lower, info = torch.linalg.cholesky_ex(value)
+    lower, info = lapack.cholesky(value)
     lower = torch.where((info != 0)[:, None, None], eye, lower).double()
     top = norm(lower) ** 2
 
     def times(z: Tensor) -> Tensor:
         return lower @ (lower.mT @ z)
 
-    error, residual = _root_bound(m, value, times, top, norm(lower), p, probes(n, x.device), _fine)
+    error, residual = root_bound(m, value, times, top, norm(lower), p, probes(n, x.device), fine)
     proven = (info == 0) & error.isfinite()
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
     return Answer(value, error, residual, reason, steps, failure=6 * probes(n, x.device).failure)
-
-
-def _root(w: Tensor, p: int) -> Tensor:
-    """w^(-1/p), zero where w is not positive."""
-    return torch.where(w > 0, w, torch.inf) ** (-1 / p)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for the others."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _of_roots(root: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """V diag(root) Vᵀ in `dtype`, exactly symmetric."""
-    left = v.to(dtype) * root.sqrt().to(dtype)[:, None, :]
-    return symmetric_product(left, left.mT)
-
-
-def _from_eigenpairs(m: Pair, w: Tensor, v: Tensor, p: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """V w^(-1/p) Vᵀ in `dtype`, its bound and its residual."""
-    n = w.shape[-1]
-    root = _root(w, p)
-    value = _of_roots(root, v, dtype)
-    if v.dtype == torch.float64 and n:
-        return value, *_eigen_bound(m, value, root, v, p, probes(n, v.device))
-
-    vectors = v.double()  # once for all products
-
-    def times(z: Tensor) -> Tensor:
-        return apply(vectors, root[:, :, None] * apply_transposed(vectors, z))
-
-    # ‖V‖₂² ≤ 1.1: LAPACK's vectors are orthonormal to far better than that, in any dtype.
-    top = root.amax(-1) * 1.1 if n else root.new_zeros(root.shape[0])
-    row = torch.full_like(top, math.sqrt(n)) * top.sqrt()
-    error, residual = _root_bound(m, value, times, top, row, p, probes(n, v.device), _rough)
-    return value, error, residual
-
-
-def _eigen_bound(m: Pair, value: Tensor, root: Tensor, v: Tensor, p: int, probe: Probes) -> tuple[Tensor, Tensor]:
-    """As `_root_bound` for X = V₀ diag(root) V₀ᵀ, V₀ = V(VᵀV)^(-1/2), in the basis of V, which is cheaper.
-
-    V₀ᵀ(XᵇMXᵃ − I)V₀ = DᵇV₀ᵀMV₀Dᵃ − I, D = diag(root). V₀ differs from V by less than φ = ‖VᵀV − I‖₂, for which
-    LAPACK's bound is taken (Users' Guide, §4.7, with p(n) = 10n), and that moves the product by √κ φ on either side.
-    """
-    n = v.shape[-1]
-    omega = probe.omega.expand(v.shape[0], -1, -1)
-    length, root_n, phi = norm(omega), math.sqrt(n), 10 * n * 2 * U
-    top, low, size = root.amax(-1), root.amin(-1), norm(m.hi)
-    slip = gamma(n + 3) * root_n
-    once = apply(v, root[:, :, None] * apply_transposed(v, omega))
-    own = norm(root)
-    blur = 2.1 * slip * top * length + chain_rounding(n, norm(value), length)
-    apart = closer(apply(value, omega) - once, probe, blur) + 2.2 * phi * own
-    b = p // 2
-    a = p - b
-    inner = root[:, :, None] ** a * omega
-    right = apply(v, inner)
-    image = thin_product(m, size, right)
-    back = apply_transposed(v, image.hi + image.lo)
-    back_error = image.error * 1.1 + 2 * slip * norm(image.hi)
-    # DᵇVᵀM = (I + R)D⁻ᵃVᵀ: an error made before M is magnified by at most that.
-    left_error = top**b * back_error + 2.2 * low**-a * slip * norm(inner) + 8 * U * length
-    turned = 5 * root_n * phi * ((top / low) ** a + (top / low) ** b)
-    left = root[:, :, None] ** b * back - omega
-    r = of_norm(left, probe, left_error) + turned
-    first = closer(root[:, :, None] * left, probe, top * left_error) + top * turned
-    return _from_norms(first, r, own, apart, p), r
-
-
-def _root_bound(
-    m: Pair,
-    value: Tensor,
-    times: Callable[[Tensor], Tensor],
-    top: Tensor,
-    row: Tensor,
-    p: int,
-    probe: Probes,
-    times_m: Callable[[Pair, Tensor], Pair],
-) -> tuple[Tensor, Tensor]:
-    """A bound on ‖value − M^(-1/p)‖_F, for a `value` near the positive definite X that `times` applies; and r.
-
-    With R = XᵇMXᵃ − I, a + b = p, a − b = 0 or 1, S = X^(p/2) M X^(p/2) − I is similar to R, and its eigenvalues are at
-    most r = ‖R‖. On the way Y(t) = (X^(-p/2) (I + tS) X^(-p/2))^(-1/p) from X to M^(-1/p):
-
-    - In the eigenbasis of X, Y'(0) has entries Sᵢⱼ (xᵢxⱼ)^(p/2) / Σₖ xᵢᵏ xⱼᵖ⁻¹⁻ᵏ, at most Sᵢⱼ √(xᵢxⱼ) / p by the
-      inequality of the means, so that ‖Y'(0)‖_F ≤ ‖XR‖_F / p.
-    - By the integral of μ^(-1/p) (λ + μ)⁻¹, 0 ≤ Y'' ≤ (2/p) (r/(1 − r))² Y, and Y ≤ (1 − r)^(-1/p) X.
-
-    So ‖M^(-1/p) − X‖_F ≤ (‖XR‖_F + (r/(1 − r))² (1 − r)^(-1/p) ‖X‖_F) / p, into which no condition number enters; where
-    it is less, ((1 − r)^(-1/p) − 1) ‖X‖_F, as λ^(-1/p) is operator monotone (Bhatia, Matrix Analysis, chapter V).
-    `top` bounds ‖X‖₂, and one application errs by γ √top · `row`, where `row` bounds the Frobenius norm of either
-    factor of X.
-    """
-    if not value[0:1].numel():
-        zero = torch.zeros(value.shape[0], dtype=torch.float64, device=value.device)
-        return zero, zero
-    n = value.shape[-1]
-    omega = probe.omega.expand(value.shape[0], -1, -1)
-    slip = 2 * chain_rounding(n + 2, row, top.sqrt())
-
-    def several(z: Tensor, error: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        for _ in range(count):
-            z, error = times(z), top * error + slip * norm(z)
-        return z, error
-
-    zero = torch.zeros_like(top)
-    once, once_error = several(omega, zero, 1)
-    apart = closer(apply(value, omega) - once, probe, once_error + chain_rounding(n, norm(value), norm(omega)))
-    b = p // 2
-    a = p - b
-    right, right_error = several(once, once_error, a - 1)
-    image = times_m(m, right)
-    left, left_error = several(image.hi + image.lo, image.error + U * norm(image.hi), b)
-    # XᵇM = (I + R) X⁻ᵃ, and X⁻ᵖ ≤ M / (1 − r): an error made before M is magnified by at most that.
-    left_error = left_error + right_error * 2 * (2 * norm(m.hi)) ** (a / p)
-    r = of_norm(left - omega, probe, left_error)
-    spread, spread_error = several(left - omega, left_error, 1)
-    first = closer(spread, probe, spread_error)
-    return _from_norms(first, r, norm(value) * (1 + LOOSE) + apart, apart, p), r
-
-
-def _from_norms(first: Tensor, r: Tensor, size: Tensor, apart: Tensor, p: int) -> Tensor:
-    """The bound of `_root_bound` from ‖XR‖_F, r, ‖X‖_F, and the distance of the value from X."""
-    near = r.clamp_max(0.5)
-    whole = torch.expm1(torch.log1p(-near) / -p)
-    share = ((near / (1 - near)) ** 2 * (1 - near) ** (-1 / p)) / p
-    error = torch.minimum(first / p + share * size, whole * size) + apart
-    return torch.where((r < 0.5) & error.isfinite(), error, math.inf)
-
-
-def _fine(m: Pair, z: Tensor) -> Pair:
-    """M z in double-double arithmetic, for an exact m."""
-    return thin_product(m, norm(m.hi), z)
-
-
-def _rough(m: Pair, z: Tensor) -> Pair:
-    """M z in plain float64."""
-    return thin_rough(m, norm(m.hi), z)
 
 
 def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
@@ -286,11 +144,11 @@ def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol:
     while uκ < 1.
 
     In the eigenbasis the correction is R_ij x_jᵖ / Σ_k x_iᵏ x_j^(p−1−k), the divided difference of λ^(-1/p) without its
-    cancellation (Higham, Functions of Matrices, theorem 3.11). The bound is that of `_root_bound`.
+    cancellation (Higham, Functions of Matrices, theorem 3.11). The bound is that of `root_bound`.
     """
     m = damped(x, shift)
     w, v, floor, reason = decompose(m, dtype)
-    root = _root(w, p)
+    root = root_of(w, p)
     value = symmetric(pair((v * root[:, None, :]) @ v.mT))
     value = pair(value.hi)
     row, column = root[:, :, None], root[:, None, :]

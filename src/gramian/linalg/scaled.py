@@ -14,7 +14,7 @@ from torch import Tensor
 from gramian.errors import InputError, ShapeError
 from gramian.linalg import certificate as cert
 from gramian.linalg import derivatives
-from gramian.linalg.certificate import Certificate, default_rtol, require_converged, verdict
+from gramian.linalg.certificate import Certificate, default_rtol, require_converged, uncertified, verdict
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import pair, product
@@ -89,11 +89,14 @@ class _Power(NamedTuple):
     errors: list[Tensor]
 
 
-def _times(a: _Power, b: _Power, frames: list[_Frame]) -> _Power:
-    """a·b, scaled so that its entries are below 1."""
+def _times(a: _Power, b: _Power, frames: list[_Frame], certify: bool) -> _Power:
+    """a·b, scaled so that its entries are below 1; without bounds if not `certify`."""
     n = a.x.shape[-1]
-    size_a, size_b = a.x.abs() + a.low.abs(), b.x.abs() + b.low.abs()
     p = product(pair(a.x, a.low), pair(b.x, b.low))
+    if not certify:
+        e = exponent_of(p.hi)
+        return _Power(scale(p.hi, -e), scale(p.lo, -e), a.exponent + b.exponent + e, a.entries, [])
+    size_a, size_b = a.x.abs() + a.low.abs(), b.x.abs() + b.low.abs()
     grown = 1 + 4 * gamma(n + 4)
     # No entry errs by more than the product's Frobenius bound; one that is zero by the factors' zeros is exact.
     local = torch.where(size_a @ size_b > 0, p.error[:, None, None], 0.0)
@@ -137,7 +140,9 @@ def _finish(
     methods=POWER,
     a=2,
 )
-def _matrix_power_scaled_ex(a: Tensor, k: int, *, rtol: float | None = None) -> tuple[Slogdet, Certificate]:
+def _matrix_power_scaled_ex(
+    a: Tensor, k: int, *, rtol: float | None = None, certify: bool = True
+) -> tuple[Slogdet, Certificate]:
     """`matrix_power_scaled_ex` of real matrices."""
     batch, n = load(a), a.shape[-1]
     bad, reason = ~batch.finite, torch.where(batch.finite, cert.NONE, cert.NOT_FINITE)
@@ -151,16 +156,19 @@ def _matrix_power_scaled_ex(a: Tensor, k: int, *, rtol: float | None = None) -> 
         reason = torch.where(singular & ~bad, cert.SINGULAR, reason)
         bad = bad | singular
     eye = torch.eye(n, dtype=base.dtype, device=base.device).expand_as(base)
-    frames = _frames(base) if abs(k) > 1 and base.numel() else []
+    frames = _frames(base) if certify and abs(k) > 1 and base.numel() else []
     first = exponent_of(base)
     base, error = scale(base, -first), scale(error, -first)
     entries = error[:, None, None].expand_as(base)
     start = _Power(base, base * 0, exponent + first, entries, [f.kappa * error for f in frames])
     result = start if k else _Power(eye, eye * 0, torch.zeros_like(exponent), eye * 0, [])
     for bit in bin(abs(k))[3:]:
-        result = _times(result, result, frames)
+        result = _times(result, result, frames, certify)
         if bit == "1":
-            result = _times(result, start, frames)
+            result = _times(result, start, frames, certify)
+    if not certify:
+        value, _ = _finish(batch, result.x, result.exponent, error, bad, a.dtype)
+        return value, uncertified(batch.shape, reason.device, methods=POWER, code=0, reason=reason)
     absolute = norm(result.entries) if k not in (1, -1) else error
     for f, e in zip(frames, result.errors, strict=True):
         # ‖W⁻¹‖‖W‖ ≤ κ takes the frame's norm back to the plain one.
@@ -181,12 +189,12 @@ def _matrix_power_scaled_ex(a: Tensor, k: int, *, rtol: float | None = None) -> 
 
 
 def matrix_power_scaled_ex(
-    a: Inexact[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None
+    a: Inexact[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[tuple[Inexact[Tensor, "*b n n"], Float[Tensor, "*b"]], Certificate]:
     """`matrix_power_scaled` with its certificate, never raising for a matrix's values.
 
     Args:
-        a, k, method, rtol: as for `matrix_power_scaled`.
+        a, k, method, rtol, certify: as for `matrix_power_scaled`.
     Returns: (mantissa, log_scale) and their `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `matrix_power_scaled`.
@@ -202,8 +210,8 @@ def matrix_power_scaled_ex(
     if isinstance(k, bool) or not isinstance(k, int) or abs(k) > MAX_POWER:
         raise InputError(f"{name}: expected an integer k with |k| ≤ 2^48, got {k!r}. Use k = 10**6, not 1e6.")
     if not a.is_complex():
-        return _matrix_power_scaled_ex(a, k, rtol=rtol)
-    found, proof = _matrix_power_scaled_ex(real_form(a), k, rtol=rtol)
+        return _matrix_power_scaled_ex(a, k, rtol=rtol, certify=certify)
+    found, proof = _matrix_power_scaled_ex(real_form(a), k, rtol=rtol, certify=certify)
     return _of_real_form(found, proof, default_rtol(rtol, a.dtype))
 
 
@@ -218,7 +226,7 @@ def _of_real_form(found: Slogdet, proof: Certificate, rtol: float) -> tuple[Slog
 
 
 def matrix_power_scaled(
-    a: Inexact[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None
+    a: Inexact[Tensor, "*b n n"], k: int, *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[Inexact[Tensor, "*b n n"], Float[Tensor, "*b"]]:
     """Aᵏ as a mantissa of Frobenius norm 1 and the logarithm of its norm, as `torch.linalg.slogdet` does.
 
@@ -229,6 +237,7 @@ def matrix_power_scaled(
         k: an integer, |k| ≤ 2⁴⁸; negative powers go through the inverse.
         method: "squaring_double_double" or "auto".
         rtol: the relative Frobenius error of Aᵏ asked for; `certificate.RTOL` of the dtype if None.
+        certify: whether to bound the error; if False, the same value, and only seen failures raise.
     Returns: the mantissa `(..., n, n)` in the dtype of `a`, and log_scale `(...)` in float64, since float32 could not
     hold it. Zero has mantissa 0 and log_scale −inf.
     Raises:
@@ -246,18 +255,18 @@ def matrix_power_scaled(
     (tensor([[1., 0.],
             [0., 0.]]), 1000000)
     """
-    value, certificate = matrix_power_scaled_ex(a, k, method=method, rtol=rtol)
+    value, certificate = matrix_power_scaled_ex(a, k, method=method, rtol=rtol, certify=certify)
     require_converged("matrix_power_scaled", certificate)
     return value
 
 
 def product_scaled_ex(
-    matrices: Iterable[Tensor], *, method: str = "auto", rtol: float | None = None
+    matrices: Iterable[Tensor], *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[tuple[Inexact[Tensor, "*b m n"], Float[Tensor, "*b"]], Certificate]:
     """`product_scaled` with its certificate, never raising for a matrix's values.
 
     Args:
-        matrices, method, rtol: as for `product_scaled`.
+        matrices, method, rtol, certify: as for `product_scaled`.
     Returns: (mantissa, log_scale) and their `Certificate`.
     Raises: ShapeError, DtypeError, InputError: for wrong arguments.
     Cost: as for `product_scaled`.
@@ -280,9 +289,9 @@ def product_scaled_ex(
     if not factors:
         raise InputError(f"{name}: expected at least one matrix, got none.")
     if not any(a.is_complex() for a in factors):
-        return _product_scaled_ex(factors, rtol=rtol)
+        return _product_scaled_ex(factors, rtol=rtol, certify=certify)
     dtype = functools.reduce(torch.promote_types, (a.dtype for a in factors))
-    found, proof = _product_scaled_ex(tuple(real_form(a.to(dtype)) for a in factors), rtol=rtol)
+    found, proof = _product_scaled_ex(tuple(real_form(a.to(dtype)) for a in factors), rtol=rtol, certify=certify)
     return _of_real_form(found, proof, default_rtol(rtol, dtype))
 
 
@@ -294,7 +303,9 @@ def _empty_product(matrices: tuple[Tensor, ...], **_: object) -> Slogdet:
 
 
 @differentiable(derivatives.PRODUCT, shapes=_empty_product, methods=PRODUCT, matrices=2)
-def _product_scaled_ex(matrices: tuple[Tensor, ...], *, rtol: float | None) -> tuple[Slogdet, Certificate]:
+def _product_scaled_ex(
+    matrices: tuple[Tensor, ...], *, rtol: float | None, certify: bool = True
+) -> tuple[Slogdet, Certificate]:
     """`product_scaled_ex` of real matrices."""
     batches: list[Loaded] = [load(a) for a in matrices]
     dtype = functools.reduce(torch.promote_types, (a.dtype for a in matrices))
@@ -304,12 +315,16 @@ def _product_scaled_ex(matrices: tuple[Tensor, ...], *, rtol: float | None) -> t
     local: list[Tensor] = []
     for b in batches[1:]:
         k = b.x.shape[-2]
-        rough = gamma(k) * norm(x.abs() @ b.x.abs())
+        rough = gamma(k) * norm(x.abs() @ b.x.abs()) if certify else torch.zeros_like(finite, dtype=torch.float64)
         x = x @ b.x
         e = exponent_of(x)
         exponent = exponent + b.exponent
         local.append(rough.log() + exponent * math.log(2))
         x, exponent, finite = scale(x, -e), exponent + e, finite & b.finite
+    if not certify:
+        value, _ = _finish(batches[0], x, exponent, norm(x) * 0, ~finite, dtype)
+        reason = torch.where(finite, cert.NONE, cert.NOT_FINITE)
+        return value, uncertified(batches[0].shape, reason.device, methods=PRODUCT, code=0, reason=reason)
     size = norm(x).log() + exponent * math.log(2)
     after, after_exponent, error = None, torch.zeros_like(exponent), torch.zeros_like(size)
     for b, log_error in zip(reversed(batches[1:]), reversed(local), strict=True):
@@ -336,7 +351,7 @@ def _product_scaled_ex(matrices: tuple[Tensor, ...], *, rtol: float | None) -> t
 
 
 def product_scaled(
-    matrices: Iterable[Tensor], *, method: str = "auto", rtol: float | None = None
+    matrices: Iterable[Tensor], *, method: str = "auto", rtol: float | None = None, certify: bool = True
 ) -> tuple[Inexact[Tensor, "*b m n"], Float[Tensor, "*b"]]:
     """The product A₁A₂…A_L of many matrices as a mantissa of Frobenius norm 1 and the logarithm of its norm.
 
@@ -347,6 +362,7 @@ def product_scaled(
             network begins with its last layer.)
         method: "sequential" or "auto".
         rtol: the relative Frobenius error asked for; `certificate.RTOL` of the widest dtype if None.
+        certify: whether to estimate the error; if False, the same value, and only seen failures raise.
     Returns: the mantissa in the widest dtype, and log_scale `(...)` in float64, −inf for a product that is zero.
     Raises:
         ShapeError: where a matrix does not multiply the one before it.
@@ -364,6 +380,6 @@ def product_scaled(
     >>> round((log_scale - 0.5 * math.log(3)).item() / math.log(10))
     -2000
     """
-    value, certificate = product_scaled_ex(matrices, method=method, rtol=rtol)
+    value, certificate = product_scaled_ex(matrices, method=method, rtol=rtol, certify=certify)
     require_converged("product_scaled", certificate)
     return value

@@ -17,6 +17,7 @@ from gramian.errors import InputError, UnsupportedError
 from gramian.layers import operation_of, runs_as_its_class
 from gramian.objective import Objective, as_objective
 from gramian.recording import measuring
+from gramian.recording.taps import in_vmap
 
 __all__ = ["Gain", "LineCurvature", "end_to_end_jacobian", "layer_gains", "line_curvature"]
 
@@ -346,6 +347,10 @@ def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
             x = args[0] if args else kwargs.get("input")
             if not (isinstance(x, Tensor) and x.is_floating_point()):
                 return None
+            if in_vmap():
+                raise UnsupportedError(f"{name} runs inside torch.vmap, where the graph cannot be cut")
+            if x.is_nested:
+                raise UnsupportedError(f"{name} is given a nested tensor, whose rows have no one shape")
             if only_first and cuts.uses:
                 cuts.uses.append(_Use(name, module, x, x))
                 return None
@@ -381,6 +386,10 @@ def _cut(model: nn.Module, *, only_first: bool = False) -> Iterator[_Cuts]:
         handles += [module.register_forward_hook(after(name))]
     try:
         yield cuts
+    except RuntimeError as error:
+        if "not have been used in the graph" not in str(error):
+            raise
+        raise UnsupportedError("the loss differentiates by the inputs, which cuts separate from it") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -12,7 +12,7 @@ from gramian import placement
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError
 from gramian.optim.recipe import AdamWPart
-from gramian.optim.routing import Route
+from gramian.optim.route import Route
 from gramian.optim.sharding import Sharding, not_finite
 from gramian.optim.stacks import State
 

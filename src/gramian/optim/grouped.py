@@ -6,9 +6,10 @@ import difflib
 import inspect
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from gramian.optim.plan import Plan
 from gramian.optim.rates import full_rate, rates_of
 from gramian.optim.recipe import Recipe
 from gramian.optim.refresh import Clock
-from gramian.optim.routing import Group, Route, route_groups, routes_of_model
-from gramian.optim.scaling import num_in_sequence
+from gramian.optim.route import Group, Route
+from gramian.optim.routing import route_groups, routes_of_model
+from gramian.optim.scaling import num_in_sequence, usual_lr
 from gramian.optim.sharding import Sharding
 from gramian.rows import Rows
 
@@ -40,8 +42,18 @@ class Grouped(torch.optim.Optimizer):
 
     recipe: Recipe
 
+    base_lr: ClassVar[float] = 0.1
+    """The rate where none is given, in the signature or here."""
+
+    grows_with_depth: ClassVar[bool] = False
+    """Whether that grows with L."""
+
     def __init__(
-        self, params: nn.Module | Iterable[Any], lr: float | Tensor, options: dict[str, Any], **shared: Unpack[Shared]
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor | None,
+        options: dict[str, Any],
+        **shared: Unpack[Shared],
     ) -> None:
         assert options.keys() == self.recipe.options.keys(), "recipe.options and __init__ name different options"
         check_caller(type(self).__name__)
@@ -49,7 +61,7 @@ class Grouped(torch.optim.Optimizer):
             known = ", ".join(["lr", *options, *SHARED])
             raise InputError(f"{type(self).__name__}: there is no option {key!r}; there are {known}")
         given: dict[str, Any] = {key: option.default for key, option in SHARED.items()} | shared
-        self._check({"lr": lr, **options, **given})
+        self._check({"lr": self.base_lr if lr is None else lr, **options, **given})
         self._routes: dict[Tensor, Route] = {}
         self._left_out: list[Route] = []
         self._skipped = Skipped()
@@ -58,7 +70,7 @@ class Grouped(torch.optim.Optimizer):
         self._clock = Clock()
         self._num_missing = -1  # parameters without a gradient in the last step; no step has been taken
         overrides, layouts, model = given.pop("routes"), given.pop("layouts"), given.pop("model")
-        self._options = {"lr": lr, **options, **given}
+        self._options = {"lr": self.base_lr if lr is None else lr, **options, **given}
         if isinstance(params, nn.Module):
             if model is not None and model is not params:
                 raise InputError("model= is for lists of parameters; params is a model itself, and another one")
@@ -75,6 +87,8 @@ class Grouped(torch.optim.Optimizer):
             # In the order of the model, which is that of an AdamW's state too; `found` is ordered by role.
             order: dict[Tensor, int] = {p: i for i, p in enumerate(params.parameters())}
             found[0][0].sort(key=lambda r: order[r.parameter])
+        if lr is None and self.grows_with_depth and given["scale"] == "spectral":
+            self._options["lr"] = usual_lr(self.base_lr, self._num_matrices)
         self._built = False
         super().__init__([self._group(routes, own) for routes, own in found], dict(self._options))
         self._built = True
@@ -170,7 +184,7 @@ class Grouped(torch.optim.Optimizer):
     @classmethod
     def _usual_lr(cls) -> float:
         default = inspect.signature(cls).parameters["lr"].default
-        return 1.0 if default is inspect.Parameter.empty else default
+        return cls.base_lr if default is None else 1.0 if default is inspect.Parameter.empty else default
 
     def _follow(self) -> None:
         """Takes over parameters that a wrapper put into the groups in place of those given, such as their shards."""
@@ -210,14 +224,26 @@ class Grouped(torch.optim.Optimizer):
         self._follow()
         return {p: rate for group in self.param_groups for p, rate in rates_of(group, self._routes).items()}
 
+    def __repr__(self) -> str:
+        kinds = Counter(self._routes[p].direction for g in self.param_groups for p in g["params"] if p in self._routes)
+        rates = ", ".join(dict.fromkeys(f"{float(g['lr']):.3g}" for g in self.param_groups))
+        groups = f" in {len(self.param_groups)} groups" if len(self.param_groups) > 1 else ""
+        return (
+            f"<{type(self).__name__}: lr={rates}, {kinds['matrix']} parameters step as matrices, {kinds['adamw']} by "
+            f"AdamW{groups}>"
+        )
+
     def explain(self) -> Rows:
-        """Each parameter's name, direction (`"matrix"`, `"adamw"`, `"none"`), matrices, parts, and the reason."""
+        """Each parameter's name, direction (`"matrix"`, `"adamw"`, `"none"`), matrices, and the reason.
+
+        And `parts`: what large matrices were cut into, where they were.
+        """
         rows = [
             {
                 "name": r.name,
                 "direction": r.direction,
                 "matrices": "" if r.layout is None else " × ".join(map(str, r.matrices)),
-                "parts": "" if r.layout is None else " × ".join(map(str, r.layout.matrices)),
+                "parts": "" if r.layout in (None, r.whole) else " × ".join(map(str, r.layout.matrices)),
                 "reason": r.reason,
             }
             for r in self._routes.values()

@@ -13,7 +13,7 @@ from torch import Tensor
 from gramian import linalg
 from gramian.linalg.engine.scaling import peak
 from gramian.optim.recipe import Recipe
-from gramian.optim.routing import Route
+from gramian.optim.route import Route
 from gramian.optim.stacks import State
 
 __all__ = ["Row", "Skipped", "measure", "sine"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gramian.checkpoint import clean_name
 from gramian.errors import GramianWarning, InputError, some
-from gramian.optim.routing import Route
+from gramian.optim.route import Route
 
 __all__ = ["matched"]
 

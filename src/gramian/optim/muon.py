@@ -93,7 +93,8 @@ class Muon(MatrixOptimizer):
 
     Args:
         params: the model (best), or its parameters; see `gramian.optim.shell.MatrixOptimizer`.
-        lr: length of a step of the matrices, in the unit that `scale` sets.
+        lr: length of a step of the matrices, in the unit that `scale` sets; by default 0.1, and with
+            `scale="spectral"` 0.1 · √(L/2) where L is more than two, at most 1.
         momentum: μ, the weight of the past in the running mean of the gradients; t / (t + 10) in step t while that is
             less.
         nesterov: whether the step looks ahead by one update of the momentum.
@@ -112,6 +113,8 @@ class Muon(MatrixOptimizer):
     [('0.weight', 'matrix'), ('2.weight', 'adamw')]
     """
 
+    grows_with_depth = True
+
     recipe = Recipe(
         init=init,
         update=update,
@@ -129,7 +132,7 @@ class Muon(MatrixOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor | None = None,
         *,
         momentum: float = 0.9,
         nesterov: bool = True,

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 from torch import Tensor, nn
 
 from gramian.errors import InputError
-from gramian.optim.routing import Direction
+from gramian.optim.route import Direction
 
 __all__ = [
     "FLAG",

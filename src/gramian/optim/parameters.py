@@ -14,7 +14,7 @@ from gramian import placement
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError, UnsupportedError
 from gramian.layers.lookup import is_lazy
-from gramian.optim.routing import Route
+from gramian.optim.route import Route
 
 __all__ = [
     "check_caller",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gramian.optim.rates import by_kind
-from gramian.optim.routing import Route
+from gramian.optim.route import Route
 from gramian.optim.stacks import Stack, State
 
 __all__ = ["Plan"]

@@ -61,36 +61,46 @@ def polar(x: Tensor, options: Mapping[str, Any], out: Tensor | None = None) -> T
     In `out`, which may be x, if that is given: a new tensor of that size costs more than its numbers.
     """
     short, long = sorted(x.shape[-2:])
-    name = _read(options.get("approaches", "")).get(f"{short}x{long}")
+    name = _read(options.get("approaches", ""), x.device.type).get(f"{short}x{long}")
     return _approach(short, long, options["rtol"], x.device.type, name)(x, out)
 
 
 def approaches(shapes: Iterable[tuple[int, int]], device: torch.device, options: Mapping[str, Any]) -> str:
-    """How the matrices of each shape are computed: `"100x200 quintics 5 float32, …"`; empty where it is as predicted.
+    """How the matrices of each shape are computed: `"predicted on cpu: 100x200 quintics 5 float32, …"`.
 
     A text, since torch.distributed.checkpoint would take a dict apart.
 
-    Measured in less than a second in all; what would take longer stays as predicted. The first rank's choice is that of
-    all. Collective where it is measured. A choice that the options hold already is kept, if it reaches their `rtol`.
+    What the options hold already, as from a state, is kept if it was found in the same way and reaches their `rtol`.
+    Measured in less than a second in all; what would take longer is as predicted. The first rank's choice is that of
+    all then: collective.
     """
-    if options["approach"] != "measured" or device.type == "meta":
+    if device.type == "meta":
         return ""
-    known = _read(options.get("approaches", ""))
+    text, rtol, kind = options.get("approaches", ""), options["rtol"], device.type
+    head = f"{options['approach']} on {kind}"
+    known = _read(text, kind) if text.startswith(head) else {}
     pairs = Counter((min(shape), max(shape)) for shape in shapes)
-    if all(known.get(f"{m}x{n}") in _names(m, n, options["rtol"]) for m, n in pairs):
-        return options["approaches"]
-    end = time.perf_counter() + SECONDS
+    if known and all(known.get(f"{m}x{n}") in _names(m, n, rtol) for m, n in pairs):
+        return text
+    measured, end = options["approach"] == "measured", time.perf_counter() + SECONDS
     found = []
     for (short, long), count in sorted(pairs.items()):
-        left = end - time.perf_counter()
-        found.append(f"{short}x{long} {chosen(short, long, count, options['rtol'], device.type, left)}")
-    return placement.exchange(", ".join(found))[0] if placement.is_distributed() else ", ".join(found)
+        if measured:
+            approach = chosen(short, long, count, rtol, kind, end - time.perf_counter())
+        else:
+            approach = _approach(short, long, rtol, kind, known.get(f"{short}x{long}"))
+        found.append(f"{short}x{long} {approach}")
+    text = f"{head}: {', '.join(found)}"
+    return placement.exchange(text)[0] if measured and placement.is_distributed() else text
 
 
 @lru_cache(maxsize=256)
-def _read(text: str) -> dict[str, str]:
-    """What `approaches` wrote, by shape."""
-    return dict(entry.split(" ", 1) for entry in text.split(", ") if entry)  # type: ignore[misc]
+def _read(text: str, device: str) -> dict[str, str]:
+    """What `approaches` wrote for that device, by shape."""
+    head, found, entries = text.rpartition(": ")
+    if found and not head.endswith(f" on {device}"):
+        return {}
+    return dict(entry.split(" ", 1) for entry in entries.split(", ") if entry)  # type: ignore[misc]
 
 
 _KNOWN: dict[tuple[Any, ...], Approach] = {}  # what was measured in this process

@@ -79,6 +79,11 @@ class Proximal(torch.optim.Optimizer):
         super().__init__(base.param_groups, base.defaults)
         self._share()
 
+    def __repr__(self) -> str:
+        penalties = ", ".join(f"{pattern}: {penalty!r}" for pattern, penalty in self.penalties.items())
+        base = repr(self.base) if isinstance(self.base, MatrixOptimizer) else type(self.base).__name__
+        return f"<Proximal: {penalties}; after {base}>"
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Steps the base, then maps every parameter that has a penalty and a gradient; returns the closure's loss."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from gramian.optim.routing import Route
+from gramian.optim.route import Route
 from gramian.optim.scaling import usual_kernel_lr, usual_table_lr
 
 __all__ = ["by_kind", "full_rate", "rates_of", "rest_groups"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gramian import placement
 from gramian.errors import GramianWarning
-from gramian.optim.routing import Route
+from gramian.optim.route import Route
 from gramian.optim.stacks import Stack
 
 __all__ = ["Clock", "due", "stagger"]

@@ -63,6 +63,7 @@ class Entry:
         formula: the direction of a matrix's step, for the docs, in Markdown.
         cost: what costs most in a step, for the docs.
         usual_lr: the learning rate where none is given; by default the one in the signature of the class.
+        usual: the same in words, where it depends on the model; the class then takes `lr=None`.
         options: fixed options with which it is built.
         checks: what the tests need to know.
     """
@@ -72,6 +73,7 @@ class Entry:
     formula: str = ""
     cost: str = ""
     usual_lr: float | None = None
+    usual: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     checks: Checks = Checks()
 
@@ -80,9 +82,16 @@ class Entry:
         """The learning rate where none is given."""
         return inspect.signature(self.optimizer).parameters["lr"].default if self.usual_lr is None else self.usual_lr
 
-    def make(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        """The optimizer of a model's parameters."""
+    @property
+    def rate(self) -> str:
+        """That in words."""
+        return self.usual or f"{self.lr:g}"
+
+    def make(self, model: nn.Module, lr: float | None) -> torch.optim.Optimizer:
+        """The optimizer of a model's parameters; at the usual rate where `lr` is `None`."""
         make: Any = self.optimizer
+        if lr is None and not self.usual:
+            lr = self.lr
         if issubclass(make, MatrixOptimizer):
             return make(model, lr=lr, **self.options)
         options = dict(self.options)
@@ -95,6 +104,8 @@ OPTIMIZERS: dict[str, Entry] = {
     "muon": Entry(
         Muon,
         summary="the momentum, orthogonalized",
+        usual_lr=Muon.base_lr,
+        usual="0.1 √(L/2)",
         formula="`polar(B)`",
         cost="a polar factor in every step",
         checks=Checks(exact={"rtol": 1e-10}, accuracy=2e-6, keeps_direction=True, roundings=4),
@@ -144,7 +155,7 @@ def table() -> str:
     """The table of directions as Markdown, which docs/conf.py puts into docs/optim.md."""
     rows = ["| | by name | usual `lr` | direction of a matrix's step | costly part |", "|-|-|-|-|-|"]
     for name, e in MATRIX_OPTIMIZERS.items():
-        rows.append(f"| `{e.optimizer.__name__}` | `{name}` | {e.lr:g} | {e.formula} | {e.cost} |")
+        rows.append(f"| `{e.optimizer.__name__}` | `{name}` | {e.rate} | {e.formula} | {e.cost} |")
     return "\n".join(rows)
 
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from gramian.block import Layout, blocks
 from gramian.checkpoint import clean_name
-from gramian.errors import GramianWarning, InputError, some
+from gramian.errors import GramianWarning, InputError
 from gramian.layers.listed import look_up_listed
-from gramian.layers.lookup import is_lazy
 from gramian.layers.roles import Role
-from gramian.optim.parts import in_parts
+from gramian.optim.route import Direction, Group, Route
+from gramian.optim.untold import OPEN, how_to_tell, possible_layouts, warn_of_matrices_left
 
-__all__ = ["Direction", "Group", "Route", "plain_layout", "route_groups", "routes_of_model"]
-
-Direction = Literal["matrix", "adamw"]
+__all__ = ["plain_layout", "route_groups", "routes_of_model"]
 
 _WHY_ADAMW = {
     "embedding": "embedding, whose rows are looked up one by one",
@@ -29,52 +26,6 @@ _WHY_ADAMW = {
     "elementwise": "elementwise, each weight acts on one channel alone",
 }
 """By a block's role: why it has no use for the direction of a matrix."""
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """How one parameter is stepped, and why: as the matrices of `layout`, or by AdamW where that is `None`.
-
-    `whole` is the layout before large matrices were cut into parts; where a parameter steps by AdamW for its role, the
-    layout of the matrices that it holds. `role` is the block's in the model. `shape` is the parameter's at the start.
-    A parameter that is not `named` is called by its number.
-    """
-
-    name: str
-    parameter: Tensor
-    layout: Layout | None
-    reason: str
-    whole: Layout | None = None
-    role: Role = "hidden"
-    named: bool = True
-    shape: tuple[int, ...] | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        shape = None if is_lazy(self.parameter) else tuple(self.parameter.shape)
-        object.__setattr__(self, "shape", shape)
-
-    @property
-    def direction(self) -> Direction:
-        """`"matrix"` or `"adamw"`."""
-        return "adamw" if self.layout is None else "matrix"
-
-    @property
-    def matrices(self) -> tuple[int, ...]:
-        """The shape `(..., m, n)` of the whole matrices."""
-        layout = self.whole or self.layout
-        assert layout is not None
-        return layout.matrices
-
-    def cut(self, size: int | None) -> Route:
-        """The same route with large matrices in parts, of at most `size` on the smaller side."""
-        if self.layout is None:
-            return self
-        whole = self.whole or self.layout
-        return replace(self, layout=in_parts(whole, size), whole=whole)
-
-
-Group = tuple[list[Route], dict[str, Any]]
-"""The routes of a parameter group, and the options of that group."""
 
 
 def route_groups(
@@ -128,69 +79,8 @@ def route_groups(
         p: _override(r, chosen[p], (overrides or {})[chosen[p]]) for r in routes if (p := r.parameter) in chosen
     }
     others = [r for r in routes if r.parameter not in overridden]
-    _warn_of_matrices_left(others, list(overridden.values()), model=bool(known))
+    warn_of_matrices_left(others, list(overridden.values()), model=bool(known))
     return [([overridden.get(r.parameter, r) for r in members], own) for members, own in groups]
-
-
-MOST_LEFT = 0.25
-"""The largest share of the hidden parameters that may go to AdamW, for want of a layout, without a warning."""
-
-
-def _warn_of_matrices_left(routes: Sequence[Route], overridden: Sequence[Route], *, model: bool) -> None:
-    """Warns if more than `MOST_LEFT` of the hidden parameters step by AdamW since nothing tells their matrices.
-
-    Hidden are the matrices, and what has two or more dimensions and is no table, head or elementwise weight. Frozen
-    parameters, and those that `routes=` names, are as the user wants them. `model`: whether the model was asked.
-    """
-    trained = [r for r in routes if r.parameter.requires_grad and r.role == "hidden" and not is_lazy(r.parameter)]
-    left = [r for r in trained if r.layout is None and sum(length > 1 for length in r.parameter.shape) >= 2]
-    matrices = sum(r.parameter.numel() for r in (*trained, *overridden) if r.layout is not None)
-    num_left = sum(r.parameter.numel() for r in left)
-    if num_left <= MOST_LEFT * (num_left + matrices):
-        return
-    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", r.name) for r in left))
-    shown = [next(r for r in left if fnmatch.fnmatchcase(r.name, pattern)) for pattern in patterns[:3]]
-    biases = {r.name: tuple(r.parameter.shape) for r in routes}
-    found = {p: _layouts(r, biases) for p, r in zip(patterns, shown, strict=False)}
-    layouts = ", ".join(f"{p!r}: {repr(options[0]) if len(options) == 1 else OPEN}" for p, options in found.items())
-    write = f"layouts={{{layouts}{', …' if len(patterns) > 3 else ''}}}"
-    undecided = next((options for options in found.values() if len(options) > 1), None)
-    tell = f" ({_how_to_tell(undecided)})" if undecided else ""
-    warnings.warn(
-        f"{num_left / (num_left + matrices):.0%} of the hidden parameters step by AdamW, since nothing tells which "
-        f"matrices they hold: {some([r.name for r in left])}. Pass "
-        f"{write if model else f'the model, and where its classes do not tell, {write}'}, which says how they "
-        f"lie{tell}, see gm.blocks; or, where AdamW is right, routes={{{patterns[0]!r}: 'adamw'}}",
-        GramianWarning,
-        stacklevel=5,
-    )
-
-
-OPEN = "LAYOUT"
-"""What stands for a layout that nothing tells: code that is pasted with it does not run, rather than transpose."""
-
-
-def _layouts(route: Route, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The layouts that a stack of matrices may have: the one that its bias tells, else (in, out) and (out, in).
-
-    A bias has the length of the output: of the two last sizes, where they differ, the one that it shares is `out`.
-    """
-    shape = tuple(route.parameter.shape)
-    stack = "".join(f"{axis} " for axis in "abcdefgh"[: len(shape) - 3] + "e"[: len(shape) - 2])
-    both = [f"{stack}i o -> {stack}o i", f"{stack}o i -> {stack}o i"]
-    module, dot, own = route.name.rpartition(".")
-    names = [f"{own}_bias", own.replace("weight", "bias"), re.sub("^w", "b", own)]
-    lengths = {shapes[module + dot + name][-1] for name in names if name != own and shapes.get(module + dot + name)}
-    if len(lengths) == 1 and shape[-1] != shape[-2]:
-        length = lengths.pop()
-        if length in shape[-2:]:
-            return [both[0] if length == shape[-1] else both[1]]
-    return both
-
-
-def _how_to_tell(layouts: Sequence[str]) -> str:
-    """Which of two layouts is right, from what forward computes."""
-    return f"{OPEN}: {layouts[0]!r} if forward computes x @ w[e], {layouts[1]!r} if it computes x @ w[e].T"
 
 
 def routes_of_model(model: nn.Module, layouts: Mapping[str, Any] | None = None) -> list[Route]:
@@ -313,10 +203,10 @@ def _override(r: Route, pattern: str, direction: Direction) -> Route:
     if layout is None and len(shape) < 2:
         raise InputError(f"routes: {r.name!r} is a vector of shape {shape} and holds no matrix")
     if layout is None:
-        layouts = _layouts(r, {})
+        layouts = possible_layouts(r, {})
         raise InputError(
             f"routes: {r.name!r} of shape {shape} is one matrix or several, and nothing tells which. In place of "
             f"routes={{{pattern!r}: 'matrix'}}, pass the model with layouts={{{pattern!r}: {OPEN}}} "
-            f"({_how_to_tell(layouts)}); see gm.blocks"
+            f"({how_to_tell(layouts)}); see gm.blocks"
         )
     return replace(r, layout=layout, reason=reason, whole=None, role="hidden")

@@ -15,7 +15,7 @@ from gramian.optim import guard
 from gramian.optim.adamw_state import carry_over
 from gramian.optim.grouped import Grouped
 from gramian.optim.matching import matched
-from gramian.optim.routing import Route
+from gramian.optim.route import Route
 from gramian.optim.stacks import State
 
 __all__ = ["Saved"]

@@ -13,7 +13,15 @@ from gramian.layout import Layout
 from gramian.linalg.engine.scaling import peak, pow2
 from gramian.optim.stacks import State
 
-__all__ = ["as_long_as_polar", "num_in_sequence", "rescale_", "usual_kernel_lr", "usual_table_lr"]
+__all__ = [
+    "as_long_as_polar",
+    "for_short_run",
+    "num_in_sequence",
+    "rescale_",
+    "usual_kernel_lr",
+    "usual_lr",
+    "usual_table_lr",
+]
 
 SPAN = 24  # powers of two by which gradients may grow or shrink before their unit changes
 LARGEST = {torch.float32: 126, torch.float64: 1022}  # largest k for which 2**k and 2**-k are both normal numbers
@@ -23,6 +31,9 @@ OUTPUT_STEP = 2.4  # how far one step of AdamW may move an output of a head, all
 BASE_LR, MOST_GROWTH = 0.1, 3.0  # the matrices' rate from which the tables' grows with it, and by how much
 KERNEL_LR = (3e-3, 3e-2)
 KERNEL_STEP = 0.147  # the same for an output of a depthwise kernel: what 3e-3 is for ConvNeXt's 7 × 7 taps
+
+SHORT, LEAST_STEPS = 300, 100  # runs of fewer steps take a larger usual rate, down to so many
+SHALLOW, MOST_DEPTH = 2, 10.0  # the L up to which the usual rate is the base, and by how much it grows with L at most
 
 PARALLEL = ("e",)  # axes of the layouts of gramian.layers that number experts
 COEFFICIENTS = "c"  # the axis of their rows that are coefficients of a recurrence
@@ -60,6 +71,28 @@ def num_in_sequence(weights: Iterable[tuple[str, Layout]]) -> int:
         experts = math.prod(layout.axes[axis] for axis in layout.sides[0] if axis in PARALLEL)
         counts[place] = max(counts.get(place, 0), len(layout.labels) // max(experts, 1))
     return sum(counts.values()) or int(beside)
+
+
+def usual_lr(base: float, num_matrices: int) -> float:
+    """The matrices' rate where none is given: `base · √(L/2)`, at least the base, and at most ten times it.
+
+    With `scale="spectral"` a matrix steps by `lr / L`, so that steps whose effects all add up change the function as
+    much at any depth. Those of gates and of layers beside a skip connection do not add up: the tuned rate grows with L
+    (docs/learning_rates.md).
+
+    >>> [round(usual_lr(0.1, num), 3) for num in (0, 1, 2, 18, 72, 1000)]
+    [0.1, 0.1, 0.1, 0.3, 0.6, 1.0]
+    """
+    return base * min(MOST_DEPTH, max(1.0, (num_matrices / SHALLOW) ** 0.5))
+
+
+def for_short_run(steps: float | int) -> float:
+    """By how much the usual rate grows for a run of so many steps that decays to zero: `√(300/steps)`, from 1 to √3.
+
+    >>> [round(for_short_run(steps), 2) for steps in (20, 100, 150, 300, 10_000)]
+    [1.73, 1.73, 1.41, 1.0, 1.0]
+    """
+    return max(1.0, (SHORT / max(steps, LEAST_STEPS)) ** 0.5)
 
 
 def usual_table_lr(tables: Iterable[Tensor], lr: float = BASE_LR) -> float:

@@ -70,9 +70,9 @@ class MatrixOptimizer(Saved):
               once, after nine steps have been timed, by all ranks together; it is kept in `state_dict()` and replayed.
             - `approach`: how a polar factor is computed, in float32 or bfloat16, by composed quintics or by inverses of
               the Gram matrix: `"predicted"`, the cheapest by a cost model, which is the same in every run on a kind of
-              processor; or `"measured"` (of `Muon`), the fastest, timed within a second when a group is built, which is
-              collective then. The group and its state keep that as `approaches`: a resumed run replays it, and a new
-              one may choose otherwise.
+              processor (with a matrix unit for bfloat16, with other instructions for it, or without); or `"measured"`
+              (of `Muon`), the fastest, timed within a second when a group is built, which is collective then. The group
+              and its state keep either as `approaches`: a resumed run replays it, also on another kind of processor.
             - `model`: where `params` are its parameters or groups of them: the roles, and the names, are then the
               model's. Without it and without names, whatever has two or more dimensions steps as a matrix, and a
               `GramianWarning` says so.

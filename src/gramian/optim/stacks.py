@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gramian.errors import InputError
-from gramian.optim.routing import Route
+from gramian.optim.route import Route
 
 __all__ = ["Stack", "State", "alike"]
 

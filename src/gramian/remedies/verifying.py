@@ -17,6 +17,7 @@ from gramian.errors import GramianError, GramianWarning, some
 from gramian.init import signs_of_training
 from gramian.inspection import inspect
 from gramian.recording.keeping import seeded
+from gramian.remedies.judging import is_higher, is_lower, is_no_worse, learns, why_not
 from gramian.remedies.performing import OF_THE_LOSS, OnInput, Setting, perform
 from gramian.remedies.proposals import proposals
 from gramian.remedies.rehearsing import MOMENTS, Measure, Rehearsed, rehearse
@@ -25,12 +26,6 @@ from gramian.report import Action, Finding, Rehearsal, Report
 __all__ = ["NUM_SEEDS", "verified"]
 
 NUM_SEEDS = 2
-
-# A remedy helps if it lowers the loss by this share of it, in each pair of rehearsals that have the same seed.
-SHARE = 0.05
-
-# A loss counts as below that without inputs from this share of it on.
-BEYOND = 0.01
 
 # Among candidates whose losses differ by less than this share, the earlier one, which loses less, is taken.
 SIMILAR = 0.1
@@ -190,11 +185,11 @@ def _verified(
     pairs = [[(old[i], new[i]) for old, new in zip(without, after, strict=True)] for i in range(len(moments))]
     last = len(moments) - 1
     counts = [i for i, steps in enumerate(moments) if steps or trained or measure.stored or last == 0]
-    moment = next((i for i in reversed(counts) if _is_lower(pairs[i])), last)
-    learns = [_learns(old, new) for old, new in zip(without, after, strict=True)]
-    helps = _is_lower(pairs[moment]) and not _is_higher(pairs[last]) and all(learns)
+    moment = next((i for i in reversed(counts) if is_lower(pairs[i])), last)
+    does_learn = [learns(old, new) for old, new in zip(without, after, strict=True)]
+    helps = is_lower(pairs[moment]) and not is_higher(pairs[last]) and all(does_learn)
     moment = moment if helps else last
-    is_as_good = changes_loss and not helps and _is_no_worse(pairs[last], [losses[0] for losses in without])
+    is_as_good = changes_loss and not helps and is_no_worse(pairs[last], [losses[0] for losses in without])
     notes = [f"Together with the remedy for {', '.join(state.offered)}."] if state.offered else []
     if changes_loss:
         notes.append("Both are measured by the loss as the remedy leaves it.")
@@ -214,7 +209,7 @@ def _verified(
     )
     if not ((helps or is_as_good) and shown.is_gone):
         among = f" (the best of {len(tried)})" if len(tried) > 1 else ""
-        why = _why_not(shown, helps=helps, learns=all(learns), is_higher=_is_higher(pairs[last]))
+        why = why_not(shown, helps=helps, learns=all(does_learn), is_higher=is_higher(pairs[last]))
         return _not_offered(finding, best.action, f"{why} ({shown.told})", among)
     state.setting, state.found, state.codes = best.setting, {measure: after}, best.codes
     state.offered.append(finding.code)
@@ -233,56 +228,6 @@ def _best(finding: Finding, tried: Sequence[_Tried]) -> _Tried:
         return by_loss[0]
     earlier = tried[: tried.index(least)]
     return next((one for one in earlier if one.last <= least.last * (1 + SIMILAR) and one.removes(finding)), least)
-
-
-def _is_lower(pairs: Sequence[tuple[float, float]]) -> bool:
-    """Whether the loss is clearly lower with the remedy, in every pair of rehearsals of one seed."""
-    return all(
-        math.isfinite(now) and (math.isinf(before) or now < before - SHARE * abs(before)) for before, now in pairs
-    )
-
-
-def _learns(before: Rehearsed, after: Rehearsed) -> bool:
-    """Whether what is lower than a loss that blew up is any good.
-
-    Where the training without the remedy fails, or ends above what the one with it reaches without looking at its
-    inputs, any loss is lower. Then the remedied training has to end below that plain loss, or still fall clearly from
-    one moment to the next.
-    """
-    last = after[-1]
-    if not math.isfinite(last):
-        return False
-    if before[-1] <= after.plain and math.isfinite(before[-1]):
-        return True
-    falls = len(after) < 2 or last < after[-2] - SHARE * abs(after[-2])
-    return falls or (math.isfinite(after.plain) and last < after.plain - BEYOND * abs(after.plain))
-
-
-def _is_no_worse(pairs: Sequence[tuple[float, float]], first: Sequence[float]) -> bool:
-    """Whether the loss falls as far with the remedy as without, up to a share of the first loss."""
-    return all(
-        math.isfinite(now) and now <= before + SHARE * abs(start)
-        for (before, now), start in zip(pairs, first, strict=True)
-    )
-
-
-def _is_higher(pairs: Sequence[tuple[float, float]]) -> bool:
-    """Whether the mean loss is clearly higher with it."""
-    before, now = (fmean(losses) for losses in zip(*pairs, strict=True))
-    return not now <= before + SHARE * abs(before)
-
-
-def _why_not(shown: Rehearsal, *, helps: bool, learns: bool, is_higher: bool) -> str:
-    """Why what was seen is not enough to offer the action."""
-    if helps:
-        return "the loss is lower with it, but it does not remove what was found"
-    if not math.isfinite(shown.after):
-        return "training fails with it"
-    if is_higher:
-        return "the loss is higher with it than without"
-    if not learns:
-        return "the loss blows up without it, and with it nothing is learned"
-    return "training without it comes as far"
 
 
 def _not_offered(finding: Finding, action: Action, why: str, among: str = "") -> Finding:

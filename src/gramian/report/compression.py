@@ -6,15 +6,48 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .document import Document, Picture, Section, Series, Table, Tile
 from .serial import jsonable
 
-__all__ = ["FOUR_BITS", "Contender", "FactoredLayer", "Outcome"]
+__all__ = ["FOUR_BITS", "Contender", "Outcome", "PlannedLayer", "Ratio"]
 
 FOUR_BITS = "4 bits"
 """The name of the form in which all layers have integers of four bits."""
+
+PLAIN = ("bfloat16", "int8")
+"""Names of the forms that need no plan."""
+
+ALIKE = 0.95
+"""A form whose speed is surely more than this share of another's is no slower."""
+
+
+class Ratio(NamedTuple):
+    """How many times as fast one thing is measured to be as another.
+
+    Attributes:
+        median: of pairs that were measured one after the other.
+        low: the lower end of an interval of 95 %.
+        high: its upper end.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def seen(self) -> bool:
+        """Whether there is a difference at all: the interval excludes 1."""
+        return self.low > 1 or self.high < 1
+
+    @property
+    def ends(self) -> str:
+        """The interval."""
+        return f"{_times(self.low)}–{_times(self.high)}"
+
+    def __str__(self) -> str:
+        return f"{_times(self.median)}× ({self.ends})" if self.seen else f"no difference seen ({self.ends})"
 
 
 @dataclass(frozen=True)
@@ -27,6 +60,8 @@ class Contender:
         bytes: of its weights.
         quality: the held-out measure; `None` where it could not be evaluated.
         latency_one, latency_many: milliseconds of a forward pass, at batch 1 and at the larger batch.
+        speed_one, speed_many: how many times as fast as the dense model it is, at batch 1 and at the larger batch.
+        beside_one, beside_many: how many times as fast as the compressed model.
         note: why something was not measured.
         others: the evaluation's other numbers, such as those of a second domain.
     """
@@ -37,12 +72,16 @@ class Contender:
     quality: float | None = None
     latency_one: float | None = None
     latency_many: float | None = None
+    speed_one: Ratio | None = None
+    speed_many: Ratio | None = None
+    beside_one: Ratio | None = None
+    beside_many: Ratio | None = None
     note: str = ""
     others: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class FactoredLayer:
+class PlannedLayer:
     """One layer of the model and what was decided about it.
 
     Args:
@@ -51,6 +90,8 @@ class FactoredLayer:
         rank: that it keeps; `None` where it stays dense.
         saved: parameters that it loses.
         why: the reason.
+        energy: the share of what the layer means to the loss that it keeps; `None` where it stays as it is.
+        units: of its input, how many heads, units or channels stay, and of how many; where the model is narrowed.
     """
 
     name: str
@@ -58,6 +99,8 @@ class FactoredLayer:
     rank: int | None
     saved: int
     why: str
+    energy: float | None = None
+    units: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,10 +118,12 @@ class Outcome:
         layers: in the order of the model.
         batch: samples of the larger batch.
         predicted: the rise of the calibration loss that the plan predicts.
+        predicted_text: the same with its interval, in words.
         seconds: that calibrating and factoring took.
         notes: what else must be known.
         for_speed: whether speed was asked and not size, so that an alternative need not be smaller.
         share_of: what the shares are of, "parameters" or "bytes".
+        waited: the share of passes' time that was spent waiting for a processor.
     """
 
     title: str
@@ -88,13 +133,15 @@ class Outcome:
     keep: float
     contenders: tuple[Contender, ...]
     curve: tuple[tuple[float, float], ...]
-    layers: tuple[FactoredLayer, ...]
+    layers: tuple[PlannedLayer, ...]
     batch: int
     predicted: float
     seconds: float
     notes: tuple[str, ...] = ()
     for_speed: bool = False
     share_of: str = "parameters"
+    waited: float = 0.0
+    predicted_text: str = ""
 
     @property
     def dense(self) -> Contender:
@@ -113,24 +160,24 @@ class Outcome:
 
     @property
     def advice(self) -> str:
-        """Whether a form that is not factored serves better; empty where none does."""
+        """Which forms that need no plan serve better; empty where none does."""
         if not self.better:
             return ""
-        told, sized = [], not self.for_speed
+        found: dict[str, list[str]] = {"no": [], "unseen": [], "slower": []}
         for other in self.contenders[2:]:
-            if other.name not in ("bfloat16", "int8", FOUR_BITS) or other.quality is None:
-                continue
             larger = (other.bytes or 0) > (self.compressed.bytes or 0)
-            if (sized and larger) or self._drop(other) > self.drop:
+            planned = other.name == self.asked or other.name not in (*PLAIN, FOUR_BITS)
+            if planned or other.quality is None or (not self.for_speed and larger) or self._drop(other) > self.drop:
                 continue
-            if other.name == self.asked:
-                continue
-            slower = [where for where, ratio in self._slower(other) if ratio > 1.02]
-            if not slower:
-                told.append(f"do not factor this model: {other.name} is {'smaller, ' * sized}no worse and no slower")
-            elif sized:
-                told.append(f"{other.name} is smaller and no worse, but slower at {' and '.join(slower)}")
-        return "; ".join(told)
+            found[_slower(other)].append(other.name)
+        smaller = "" if self.for_speed else "smaller, "
+        if found["no"]:
+            return f"use {_either(found['no'])} instead: {smaller}no worse and no slower"
+        if self.for_speed:
+            return ""
+        if found["unseen"]:
+            return f"consider {_either(found['unseen'])}: {smaller}no worse, and not seen to be slower"
+        return f"{_either(found['slower'])}: smaller and no worse, but slower" if found["slower"] else ""
 
     @property
     def verdict(self) -> str:
@@ -138,16 +185,12 @@ class Outcome:
         share = (self.compressed.bytes or 0) / (self.dense.bytes or 1)
         before, after = (_shown(c.quality) for c in (self.dense, self.compressed))
         text = f"{share:.0%} of the bytes, {self.measure} {before} → {after}"
-        speeds = [s for s in self.speedups(self.compressed) if s is not None]
-        if len(speeds) == 2:
-            text += f", {speeds[0]:.2f}× as fast at batch 1 and {speeds[1]:.2f}× at batch {self.batch}"
+        one, many = self.compressed.speed_one, self.compressed.speed_many
+        if one and many and not one.seen and not many.seen:
+            text += ", no difference in speed seen"
+        elif one and many:
+            text += f", speed at batch 1: {one}, at batch {self.batch}: {many}"
         return f"{text}{f'; {self.advice}' if self.advice else ''}."
-
-    def speedups(self, contender: Contender) -> tuple[float | None, float | None]:
-        """How many times as fast as the dense model a form is, at batch 1 and at the larger batch."""
-        pairs = ((self.dense.latency_one, contender.latency_one), (self.dense.latency_many, contender.latency_many))
-        one, many = (None if not before or not after else before / after for before, after in pairs)
-        return one, many
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers for a program: plain values, with the verdict, the drop and the advice."""
@@ -168,7 +211,8 @@ class Outcome:
             tiles=self._tiles(),
             sections=[self._choice(plots), self._per_layer()],
             footer=f"calibrated and factored in {self.seconds:.1f} s · predicted rise of the calibration loss "
-            f"{self.predicted:.3g} · latencies are medians of interleaved passes on this machine",
+            f"{self.predicted_text or format(self.predicted, '.2g')} · times are medians of passes in turns on this "
+            "machine, and speeds those of pairs of neighbors, with an interval of 95 %",
         )
 
     def _tiles(self) -> list[Tile]:
@@ -178,33 +222,33 @@ class Outcome:
             Tile("Bytes of the weights", f"{small.bytes:,}", f"of {dense.bytes:,}", "accent"),
             Tile(f"Held-out {self.measure}", _shown(small.quality), f"dense {_shown(dense.quality)}", "after"),
         ]
-        fast = self.speedups(small)[0]
-        if fast is not None:
-            tiles.append(Tile("Speed at batch 1", f"{fast:.2f}×", "of the dense model", "after"))
+        if small.speed_one is not None:
+            value = f"{_times(small.speed_one.median)}×" if small.speed_one.seen else "unchanged"
+            tiles.append(Tile("Speed at batch 1", value, f"{small.speed_one.ends} of the dense model's", "after"))
         return tiles
 
     def _choice(self, plots: bool) -> Section:
         direction = f" {self.better.capitalize()} is better." if self.better else ""
-        lines = [*(f"- {note}" for note in self.notes), *([f"- {self.advice}."] if self.advice else [])]
+        lines = [f"- {note}" for note in self.notes]
         others = [*self.dense.others]
         rows = [
             [
                 c.name,
                 c.quality,
-                *(c.others.get(name) for name in others),
-                c.parameters,
                 c.bytes,
+                *(r and f"{_times(r.median)} ({r.ends})" for r in (c.speed_one, c.speed_many)),
                 c.latency_one,
                 c.latency_many,
-                *self.speedups(c),
+                *(c.others.get(name) for name in others),
+                c.parameters,
                 c.note,
             ]
             for c in self.contenders
         ]
-        heads = ["", f"held-out {self.measure}", *others, "parameters", "bytes", "ms at 1", f"ms at {self.batch}"]
+        speeds = ["× at 1", f"× at {self.batch}", "ms at 1", f"ms at {self.batch}"]
         table = Table(
             "The compressed model and its alternatives",
-            [*heads, "× at 1", f"× at {self.batch}", "not measured"],
+            ["", self.measure, "bytes", *speeds, *others, "parameters", "not measured"],
             rows,
             emphasis=[1],
         )
@@ -229,14 +273,29 @@ class Outcome:
         )
 
     def _per_layer(self) -> Section:
+        if any(row.units for row in self.layers):
+            return self._per_units()
         rows: Sequence[Sequence[str | float | int | None]] = [
-            [row.name, " × ".join(map(str, row.shape)), row.rank, row.saved, row.why] for row in self.layers
+            [row.name, " × ".join(map(str, row.shape)), row.rank, _percent(row.energy), row.saved, _note(row)]
+            for row in self.layers
         ]
         return Section(
             "Ranks, and why",
             "What loses least for its parameters or bytes is kept, in one list over all layers; ranks by the weighted "
-            "singular values, σ² for each parameter that they cost.",
-            [Table("Layers", ["layer", "shape", "rank", "parameters saved", "why"], rows)],
+            "singular values, σ² for each parameter that they cost. Energy is the share of a layer's σ² that is kept.",
+            [Table("Layers", ["layer", "shape", "rank", "energy, %", "saved", "note"], rows)],
+        )
+
+    def _per_units(self) -> Section:
+        rows = [
+            [row.name, *(row.units or (None, None)), _percent(row.energy), row.saved, _note(row)] for row in self.layers
+        ]
+        return Section(
+            "Units, and why",
+            "The heads, hidden units and channels of a layer's input that lose least for their parameters go, in one "
+            "list over all layers; what stays makes up for them. Energy is the share that is kept of what they mean to "
+            "the loss.",
+            [Table("Layers", ["layer", "kept", "of", "energy, %", "saved", "note"], rows)],
         )
 
     def _drop(self, contender: Contender) -> float:
@@ -245,13 +304,30 @@ class Outcome:
         sign = {"higher": 1.0, "lower": -1.0}.get(self.better, 0.0)
         return sign * (self.dense.quality - contender.quality)
 
-    def _slower(self, other: Contender) -> list[tuple[str, float]]:
-        pairs = [
-            ("batch 1", other.latency_one, self.compressed.latency_one),
-            (f"batch {self.batch}", other.latency_many, self.compressed.latency_many),
-        ]
-        return [(where, a / b) for where, a, b in pairs if a and b]
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _note(row: PlannedLayer) -> str:
+    return "" if row.energy is not None else row.why
+
+
+def _slower(other: Contender) -> str:
+    """Whether a form is slower than the compressed model at one of the two batches: "no", "slower" or "unseen"."""
+    ratios = [ratio for ratio in (other.beside_one, other.beside_many) if ratio is not None]
+    if any(ratio.high < 1 for ratio in ratios):
+        return "slower"
+    return "no" if all(ratio.low > ALIKE for ratio in ratios) else "unseen"
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def _shown(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.0f}"

@@ -10,9 +10,6 @@ An exception on one rank must not leave the others waiting in a collective. So w
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gramian import placement
 from gramian.batch import mapped, tensors
 from gramian.calls import wrappings
-from gramian.checkpoint.faults import first_line
-from gramian.errors import GramianError, TaskError, UnsupportedError, some
+from gramian.errors import TaskError, UnsupportedError
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier, error_of_rank, raise_together
 from gramian.recording import evaluating
+from gramian.training.lost import failed_collective
 from gramian.training.stream import checksum
 
 __all__ = [
@@ -39,7 +36,6 @@ __all__ = [
     "exchanged",
     "first",
     "has_rows",
-    "naming_the_lost",
     "rows",
     "same_weights_",
     "sums",
@@ -47,9 +43,6 @@ __all__ = [
 
 # Generous bound on the rounding of a float32 sum over a batch; a loss that is no sum over rows differs by far more.
 ROUNDING = 1e-3
-
-# How long ranks that noticed a loss wait for each other, to know who is missing.
-ANSWER_SECONDS = 3.0
 
 
 def first() -> bool:
@@ -78,6 +71,8 @@ class Failure:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, Exception) or not placement.is_distributed():
             return False
+        if failed_collective(error) is not None:
+            return False  # another rank is at fault
         if not self.kept:
             raise error_of_rank("train", error) from error
         self.error = self.error or error
@@ -89,48 +84,13 @@ class Failure:
             raise_together("train", self.error)
 
 
-def exchanged(facts: dict[str, Any], failure: Failure) -> list[dict[str, Any]]:
-    """Return the facts (JSON) of all ranks by rank; raise on all ranks where one has failed."""
-    if not placement.is_distributed():
+def exchanged(facts: dict[str, Any], failure: Failure | None) -> list[dict[str, Any]]:
+    """Return the facts (JSON) of all ranks by rank; raise on all ranks where one has failed. As `sums` with `None`."""
+    if failure is None:
         return [facts]
     found = placement.exchange_json(facts | {"failed": failure.error is not None})
     failure.tell(any(other["failed"] for other in found))
     return found
-
-
-@contextmanager
-def naming_the_lost() -> Iterator[None]:
-    """A context that turns the error of a collective, which waited in vain, into one that names the missing ranks."""
-    try:
-        yield
-    except GramianError:
-        raise
-    except RuntimeError as error:
-        if not placement.is_distributed():
-            raise
-        raise TaskError(_lost(error)) from error
-
-
-def _lost(error: RuntimeError) -> str:
-    """Say which ranks do not answer: those that hang or are gone, since the others all come here within moments."""
-    rank, size = placement.world()
-    reason = "hangs" if "timed out" in str(error).lower() else "is gone"
-    answered = {rank}
-    try:
-        from torch.distributed import distributed_c10d
-
-        store = distributed_c10d._get_default_store()
-        store.set(f"gramian/train/here/{rank}", "1")
-        until = time.monotonic() + ANSWER_SECONDS
-        while len(answered) < size and time.monotonic() < until:
-            answered |= {r for r in range(size) if r not in answered and store.check([f"gramian/train/here/{r}"])}
-            time.sleep(0.05)
-    except (RuntimeError, ValueError):  # the process that held the store is gone
-        return f"train: rank {rank} of {size} lost the other ranks ({first_line(error)}). See their own errors"
-    lost = [f"rank {r}" for r in range(size) if r not in answered]
-    if not lost:
-        return f"train: a collective failed on rank {rank} of {size}: {first_line(error)}"
-    return f"train: {some(lost)} of {size} {reason}; the others waited in vain and end. See its last output"
 
 
 def check_model(model: nn.Module) -> None:
@@ -220,12 +180,14 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Fai
         )
 
 
-def sums(loss: Tensor, units: Tensor, failure: Failure, position: tuple[int, int] = (0, 0)) -> tuple[float, float]:
-    """Return the loss and the number of units of the whole batch.
+def sums(
+    loss: Tensor, units: Tensor, failure: Failure | None, position: tuple[int, int] = (0, 0)
+) -> tuple[float, float]:
+    """Return the loss and the number of units of the whole batch; `failure` is `None` where there is one rank.
 
     Raises on all ranks where one has failed, or where they are not at the same position (epoch, batch) in the stream.
     """
-    if not placement.is_distributed():
+    if failure is None:
         return _both(loss, units)
     failed = failure.error is not None
     own = (0.0, 0.0) if failed else _both(loss, units)

@@ -31,7 +31,7 @@ def compare(
 
     Args:
         task: what to train.
-        optimizers: names, as for `train`.
+        optimizers: names, as for `train`; `"auto"` beside the one that it stands for adds none.
         out: a folder that gets one for each optimizer, by its name.
         report: an HTML file for their curves.
         begun: called with the name of each optimizer before its run.
@@ -48,6 +48,8 @@ def compare(
     [('adamw', 20), ('sgd', 20)]
     """
     names = [known_name("train: compare", name) for name in optimizers]
+    if "auto" in optimizers and names.count(known_name("train: compare", "auto")) > 1:
+        names.pop(list(optimizers).index("auto"))  # it stands for one that is there
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise InputError(f"train: compare takes two different optimizers or more; got {', '.join(names) or 'none'}")
     for name in names:

@@ -93,7 +93,7 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
 
 
 def show_comparison(runs: dict[str, Run], console: Console | None = None) -> None:
-    """Print a line for each run: its steps, its last evaluation, and the curve of its training loss.
+    """Print the numbers of each run's last evaluation side by side, and the curves of their training losses.
 
     Args:
         runs: by the optimizer's name.
@@ -103,14 +103,20 @@ def show_comparison(runs: dict[str, Run], console: Console | None = None) -> Non
     losses = [row["loss"] for run in runs.values() for row in run.history if math.isfinite(row["loss"])]
     scale = (min(losses), max(losses)) if losses else (0.0, 1.0)
     table = Table(box=None, pad_edge=False)
-    names = list(next(iter(runs.values())).metrics)
-    for name in ("optimizer", "rate", *names, "training loss, on one scale"):
-        table.add_column(Text(plain(name, 100)), no_wrap=True)
-    for name, run in runs.items():
-        values = [four_digits(run.metrics[key]) if key in run.metrics else "" for key in names]
-        curve = _curve([row["loss"] for row in run.history], *scale)
-        table.add_row(name, four_digits(run.lr), *values, Text(curve + " diverged" * run.diverged))
+    table.add_column("", max_width=max(10, console.width - 12 * len(runs)), overflow="fold", style="dim")
+    for name in runs:
+        table.add_column(name, overflow="fold")
+    table.add_row("rate", *(four_digits(run.lr) for run in runs.values()))
+    for key in dict.fromkeys(key for run in runs.values() for key in run.metrics):
+        values = (four_digits(run.metrics[key]) if key in run.metrics else "" for run in runs.values())
+        table.add_row(Text(plain(key, 100)), *values)
     console.print(table, highlight=False)
+    curves = Table.grid(padding=(0, 2, 0, 0))
+    for name, run in runs.items():
+        curve = _curve([row["loss"] for row in run.history], *scale)
+        curves.add_row(name, Text(curve), "diverged" * run.diverged)
+    console.print("\nTraining loss, all on one scale")
+    console.print(curves, highlight=False)
 
 
 def _curve(values: list[float], least: float, greatest: float) -> str:

@@ -15,11 +15,16 @@ from gramian.block import blocks
 from gramian.errors import GramianWarning, InputError, TaskError
 from gramian.optim.proximal import Proximal
 from gramian.optim.registry import OPTIMIZERS, known_name
+from gramian.optim.scaling import for_short_run
 from gramian.optim.shell import MatrixOptimizer
 from gramian.prox import Penalty
 from gramian.training.options import Options, penalty
 
 __all__ = ["Choice", "choose", "skips_itself"]
+
+
+TO_ZERO = ("linear", "cosine")
+"""The schedules that end at a rate of zero."""
 
 
 class Choice(NamedTuple):
@@ -30,8 +35,16 @@ class Choice(NamedTuple):
     make: Callable[[nn.Module], torch.optim.Optimizer]
 
 
-def choose(optimizer: str | Callable[[nn.Module], torch.optim.Optimizer], lr: float | None, options: Options) -> Choice:
-    """The optimizer of a name, at its usual rate where `lr` is `None`; or the function that was given."""
+def choose(
+    optimizer: str | Callable[[nn.Module], torch.optim.Optimizer],
+    lr: float | None,
+    options: Options,
+    steps: float | int = math.inf,
+) -> Choice:
+    """The optimizer of a name, at its usual rate where `lr` is `None`; or the function that was given.
+
+    A usual rate that depends on the model grows in runs of fewer than 300 `steps` that decay to zero.
+    """
     if callable(optimizer):
         if lr is not None:
             warnings.warn("train: lr is ignored, since the optimizer is a function", GramianWarning, stacklevel=3)
@@ -44,6 +57,14 @@ def choose(optimizer: str | Callable[[nn.Module], torch.optim.Optimizer], lr: fl
     if lr is not None and not 0 <= lr < math.inf:
         raise InputError(f"train: lr must be zero or a positive number, got {lr}")
     entry = OPTIMIZERS[name]
+    if lr is None and entry.usual:
+        growth = for_short_run(steps) if options.schedule in TO_ZERO else 1.0
+
+        def make(model: nn.Module) -> torch.optim.Optimizer:
+            made = entry.make(model, None)
+            return made if growth == 1 else entry.make(model, growth * made.defaults["lr"])
+
+        return Choice(name, None, lambda model: _completed(make(model), model, options))
     rate = entry.lr if lr is None else lr
     return Choice(name, rate, lambda model: _completed(entry.make(model, rate), model, options))
 

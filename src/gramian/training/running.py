@@ -87,36 +87,35 @@ class Loop:
         ended = schedule.share(run) >= 1
         if on_step is not None:
             on_step(run, schedule.share(run))
-        with agreement.naming_the_lost():
-            while not ended:
-                self._step()
-                due = NOT_DUE
+        while not ended:
+            self._step()
+            due = NOT_DUE
+            if folder is not None:
+                with self.failure.caught():
+                    due = [folder.due(evaluated=evaluated) for evaluated in (False, True)]
+            facts = {"seconds": time.perf_counter() - started, "due": due, "signal": interrupts.received}
+            told = agreement.exchanged(facts, None if self.stepper.alone else self.failure)
+            run.seconds, due = told[0]["seconds"], told[0]["due"]
+            signal = max([other["signal"] for other in told])
+            share = schedule.share(run)
+            if on_step is not None:
+                on_step(run, share)
+            run.diverged = self.streak >= min(NONFINITE_STEPS, run.steps)
+            evaluate = schedule.due(share)
+            ended = share >= 1 or self.streak >= NONFINITE_STEPS
+            run.diverged = ended and run.diverged
+            if evaluate or run.diverged:
+                row = self._evaluate()
                 if folder is not None:
-                    with self.failure.caught():
-                        due = [folder.due(evaluated=evaluated) for evaluated in (False, True)]
-                facts = {"seconds": time.perf_counter() - started, "due": due, "signal": interrupts.received}
-                told = agreement.exchanged(facts, self.failure)
-                run.seconds, due = told[0]["seconds"], told[0]["due"]
-                signal = max(other["signal"] for other in told)
-                share = schedule.share(run)
-                if on_step is not None:
-                    on_step(run, share)
-                run.diverged = self.streak >= min(NONFINITE_STEPS, run.steps)
-                evaluate = schedule.due(share)
-                ended = share >= 1 or self.streak >= NONFINITE_STEPS
-                run.diverged = ended and run.diverged
-                if evaluate or run.diverged:
-                    row = self._evaluate()
-                    if folder is not None:
-                        folder.append(run.history)
-                    if progress is not None:
-                        progress(row, share)
-                    ended = ended or self._stops()
-                if (due[evaluate] or signal) and not ended and self._is_sound():
-                    self._keep(folder, wait=bool(signal))
-                if signal and not ended:
-                    end(signal)
-                started = time.perf_counter() - run.seconds  # only steps count
+                    folder.append(run.history)
+                if progress is not None:
+                    progress(row, share)
+                ended = ended or self._stops()
+            if (due[evaluate] or (signal and run.out is not None)) and not ended and self._is_sound():
+                self._keep(folder, wait=bool(signal))
+            if signal and not ended:
+                end(signal)
+            started = time.perf_counter() - run.seconds  # only steps count
         self.finished = not run.diverged
         if self.finished:
             self._take_final_weights()
@@ -147,7 +146,7 @@ class Loop:
         found: Any = {}
         python = state_of_python()
         with (
-            nullcontext() if self.divided else placement.agreed("train"),  # forward passes are collectives then
+            self.failure.caught() if self.divided else placement.agreed("train"),  # where they are collectives
             evaluating(run.model),
             torch.no_grad(),
             calling(task, "evaluate(model)"),

@@ -108,6 +108,7 @@ class Schedule:
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.batches_per_epoch = 0
         self.evaluations = 0
+        self._losses: list[float] = []  # of the history
 
     def share(self, run: Run) -> float:
         """Return the share of the budget that is spent; 1 at the end."""
@@ -133,7 +134,9 @@ class Schedule:
         factor = min(1.0, (run.steps + 1) / self.warmup) if self.warmup else 1.0
         if self.kind == "seconds" and self.asked_warmup is None:  # steps may take so long that there are fewer
             factor = max(factor, min(1.0, share / LARGEST_WARMUP))
-        factor *= self.factor(share, [row["loss"] for row in run.history])
+        if len(run.history) != len(self._losses):
+            self._losses = [row["loss"] for row in run.history]
+        factor *= self.factor(share, self._losses)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         run.rate = run.lr * factor

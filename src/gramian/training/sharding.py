@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from gramian import placement
 from gramian.training import agreement
+from gramian.training.task import Task, calling
 
-__all__ = ["as_parts", "gathered", "is_divided", "load_model", "optimizer_parts", "shard_"]
+__all__ = ["as_parts", "gathered", "is_divided", "load_model", "optimizer_parts", "shard_", "whole_copy"]
 
 
 def shard_(model: nn.Module) -> None:
@@ -72,6 +73,20 @@ def gathered(tree: Any) -> Any:
         return tree
     whole = placement.whole(tree)
     return whole if agreement.first() else None
+
+
+def whole_copy(model: nn.Module, task: Task) -> nn.Module:
+    """The task's model with the weights and buffers of a divided one, whole on every rank. Collective."""
+    copy = model
+    with placement.agreed("train"), calling(task, "model()"):
+        copy = task.model()
+    state = model.state_dict()
+    copy.load_state_dict({name: placement.whole(v) if isinstance(v, Tensor) else v for name, v in state.items()})
+    buffers = dict(model.named_buffers())
+    with torch.no_grad():
+        for name, buffer in copy.named_buffers():  # also those that are in no state dict
+            buffer.copy_(buffers[name])
+    return copy
 
 
 def as_parts(whole: Tensor, like: Tensor) -> Tensor:

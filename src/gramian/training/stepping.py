@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from gramian.training.stream import Stream
 from gramian.training.task import Task, calling
 
 __all__ = ["Stepper"]
+
+_NOTHING = nullcontext()
 
 
 class Stepper:
@@ -57,7 +59,7 @@ class Stepper:
         self.overflowed = False  # whether the last step was left out, since its scaled gradient was too large
         self._gradient: dict[tuple[float, torch.dtype], Tensor] = {}  # of the loss, by its divisor
         self._one, self._bad = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
-        self._alone = not placement.is_distributed()
+        self.alone = not placement.is_distributed()
         self._half = PRECISIONS[options.precision]
         self._forward_pass = calling(task, "the forward pass or the loss")
         self._backward_pass = calling(task, "the backward pass")
@@ -87,7 +89,7 @@ class Stepper:
                 with self.failure.caught(), self._backward_pass:
                     if own is not None and own.requires_grad:
                         own.backward(self._gradient_of(own, weight * self.scale.value / first))
-        if not self.divided and not self._alone:
+        if not self.divided and not self.alone:
             agreement.add_gradients(self.model, self.failure)
         taken = sound and not first  # there is nothing to do
         self.overflowed = False
@@ -120,24 +122,29 @@ class Stepper:
         with self.failure.caught():
             batch = stream.take()
             seed = (self.seed, stream.epoch, stream.taken)
-            batch = augmented(batch, self.options.augment, seed)
-            if stream.taken == 1:
+            batch = augmented(batch, self.options.augment, seed) if self.options.augment else batch
+            if stream.taken == 1 and not self.alone:
                 agreement.check_rows(self.model, batch)
-            weight = 1.0 if self._alone else float(agreement.has_rows(batch))
+            weight = 1.0 if self.alone else float(agreement.has_rows(batch))
             if weight or self.divided:
-                half = self._half
-                with self._forward_pass, nullcontext() if half is None else torch.autocast(self.device.type, half):
-                    own, count = self._loss(mixed(batch, self.options.augment, seed))
+                with self._forward_pass, self._cast():
+                    own, count = self._loss(batch, seed)
                 loss, units = (own, count) if weight else (loss, units)
-        amount, number = agreement.sums(loss, units, self.failure, (stream.epoch, stream.taken))
+        amount, number = agreement.sums(loss, units, None if self.alone else self.failure, (stream.epoch, stream.taken))
         if stream.taken == 1:
             agreement.check_batch(self.model, self.objective, batch, self.failure)
         return amount, number, own, weight
 
-    def _loss(self, parts: list[tuple[float, Any]]) -> tuple[Tensor, Tensor]:
-        """This rank's loss and units of batches with weights, which share their inputs and so the forward pass."""
+    def _cast(self) -> AbstractContextManager[Any]:
+        """A context with the precision of the forward pass."""
+        return _NOTHING if self._half is None else torch.autocast(self.device.type, self._half)
+
+    def _loss(self, batch: Any, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """This rank's loss and units of a batch; of a mixed one, both parts share the forward pass."""
+        parts = mixed(batch, self.options.augment, seed) if self.options.augment else [(1.0, batch)]
         if len(parts) == 1:
-            return self.objective.loss(self.model, agreement.rows(parts[0][1]), empty=True)
+            own_rows = batch if self.alone else agreement.rows(batch)
+            return self.objective.loss(self.model, own_rows, empty=True)
         own = [(weight, prepared(self.model, agreement.rows(part))) for weight, part in parts]
         if self.objective is not self.task.objective:  # loss(model, batch), whose forward pass is its own
             found = [(w, *self.objective.loss(self.model, part, empty=True)) for w, part in own]

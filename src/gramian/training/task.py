@@ -76,6 +76,12 @@ class Task:
                 f"{_kind(self.evaluate)}"
             )
 
+    def __repr__(self) -> str:
+        made = getattr(self.model, "func", self.model)  # of a partial function
+        name = getattr(made, "__qualname__", type(made).__name__).rpartition(".<locals>.")[2]
+        loss = self.objective if isinstance(self.objective, Objective) else getattr(self.objective, "__name__", "loss")
+        return f"<Task {self.name!r}: model {name}, {loss}>"
+
     def batches(self, num: int | None = None) -> list[Any]:
         """Return the first `num` training batches (by default all) of epoch 0, shuffled with seed 0."""
         with calling(self, "train_batches(0, generator)"):
@@ -228,9 +234,11 @@ def _number(value: Any) -> float | int | None:
     """A real number as an int or a float; `None` for anything else."""
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         value = value.item()
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else None
+    try:
+        real = float(value) if isinstance(value, numbers.Real) else None
+    except OverflowError:  # an integer or a fraction that no float can hold
+        return None
+    return int(value) if isinstance(value, numbers.Integral) else real
 
 
 def _short(value: Any) -> str:

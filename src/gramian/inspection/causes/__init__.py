@@ -11,6 +11,7 @@ from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.heads import RULES as HEADS
 from gramian.inspection.causes.inputs import RULES as INPUTS
+from gramian.inspection.causes.likelihoods import RULES as LIKELIHOODS
 from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
@@ -24,6 +25,6 @@ from gramian.inspection.causes.stepping import RULES as STEPPING
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *LOSS, *PROBED, *HEADS, *REACH, *FREEZING, *PARAMETERS,
+    *INPUTS, *DATA, *LOSS, *LIKELIHOODS, *PROBED, *HEADS, *REACH, *FREEZING, *PARAMETERS,
     *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

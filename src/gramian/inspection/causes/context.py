@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 from gramian.alignment import labels_of
 from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
-from gramian.errors import GramianError
+from gramian.errors import GramianError, some
 from gramian.inspection.evaluated import Evaluated
 from gramian.inspection.given import Given, given_of, key
 from gramian.inspection.leaking import Leak
 from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import moments
-from gramian.inspection.observed import Activation, Call, Observed
+from gramian.inspection.observed import Activation, Call, Criterion, Observed
 from gramian.inspection.opening import Opening
 from gramian.inspection.probing import Probes
 from gramian.inspection.stepping import Steps
@@ -146,6 +146,10 @@ class Context:
                 return seen.first_loss < LEARNED * chance
         return False
 
+    def criterion(self, function: str) -> Criterion | None:
+        """The first call of one of torch's losses, by its name."""
+        return next((c for c in self.observed.criteria if c.function == function), None)
+
     @cached_property
     def targets(self) -> Tensor | None:
         """What the output of the first batch is compared with, where it is numbers and not classes."""
@@ -183,6 +187,11 @@ class Context:
         fed = [given for given in self.given if given.is_input]
         if fed:
             return [[given.values[i] for given in fed] for i in range(len(self.observed.batches))]
+        others = [given.name for given in self.given if not given.is_label and not given.is_target]
+        if len(others) > 1:
+            self.skipped["inputs beside the main one"] = (
+                f"the loss gives the model copies, so that it is not known which of {some(others, SHOWN)} it takes"
+            )
         try:
             return [[main_input(batch)] for batch in self.observed.batches]
         except (GramianError, TypeError, ValueError, KeyError, IndexError):

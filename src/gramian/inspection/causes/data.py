@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
 from gramian.inspection.losses import VALUES
@@ -143,7 +144,7 @@ def size_of_targets(context: Context) -> Iterator[Finding]:
 def mixed(context: Context) -> Iterator[Finding]:
     """Find outputs that depend on the other samples of the batch."""
     by, before = (context.evaluated.mixed_by, context.evaluated.before) if context.evaluated is not None else (None, "")
-    if by is not None:
+    if by is not None and not context.observed.changed:  # else each pass gets other inputs
         yield Finding(
             "samples-mixed",
             "error" if context.evaluated is None or context.evaluated.is_labeled else "warning",
@@ -159,4 +160,20 @@ def mixed(context: Context) -> Iterator[Finding]:
         )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (labels_in_range, labels, size_of_targets, mixed)
+def changed(context: Context) -> Iterator[Finding]:
+    """Find tensors of a batch that a pass writes into. Exact."""
+    names = context.observed.changed
+    if names:
+        yield Finding(
+            "input-changed",
+            "error",
+            f"A pass writes into {some(names)}",
+            where="data",
+            evidence=f"{'its' if len(names) == 1 else 'their'} values are others after the loss was computed (exact)",
+            cause="An operation in place, as x -= 1 or x.clamp_(), changes the data set itself where a batch is a view "
+            "of it: from the second epoch on, the network is trained on other data.",
+            advice="Write x = x - 1 in place of x -= 1, or begin with x = x.clone().",
+        )
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (changed, labels_in_range, labels, size_of_targets, mixed)

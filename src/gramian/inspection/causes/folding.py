@@ -9,9 +9,10 @@ from gramian.report import SEVERITIES, Finding
 
 __all__ = ["ordered"]
 
+_GAIN = ("gain-below-one", "gain-above-one")
 # Codes by origin, causes first. What is in no group comes after these, before depth.
 _ORIGINS: tuple[tuple[str, ...], ...] = (
-    ("non-finite-weights", "input-non-finite"),
+    ("non-finite-weights", "input-non-finite", "input-changed"),
     ("labels-constant", "labels-out-of-range", "labels-sorted", "input-constant"),
     ("labels-non-finite", "training-fails", "parameter-unregistered", "softmax-single-value"),
     ("loss-broadcast", "loss-unbounded", "loss-not-log-probabilities", "output-range", "loss-maximized"),
@@ -45,13 +46,13 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ),
     ("norm-evaluation-mode", "dropout-rate", "dropout-evaluation", "gate-shut"),
     ("norm-statistics", "norm-few-values"),
-    ("gain-below-one", "gain-above-one"),
+    _GAIN,
     ("attention-saturated", "residual-growth"),
     ("loss-non-finite",),
     ("head-input-offset",),
     ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
-    ("parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
+    ("input-unused", "parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("modes-disagree",),
     ("rate-too-high", "rate-too-low"),
     ("labels-independent",),
@@ -77,7 +78,7 @@ _UNITS = frozenset((
 ))  # fmt: skip
 # What units that do not act cannot make.
 _NOT_FINITE = frozenset(("loss-non-finite", "non-finite-input", "non-finite-gradient"))
-_GAINS = frozenset(("gain-below-one", "gain-above-one"))
+_GAINS = frozenset(_GAIN)
 # What data, a loss or a decay of a wrong size make of weights in training, wherever it began.
 _DRIVEN = frozenset((
     "head-scale", "parameter-rank-one", "parameter-scale-small", "parameter-scale-large", "embedding-scale",
@@ -103,11 +104,13 @@ _BESIDE = frozenset(
 )
 
 
-def _rank(finding: Finding) -> int:
+def _rank(finding: Finding) -> float:
+    if _is_shut(finding):  # whatever the gains of the others are, nothing passes
+        return _ORIGINS.index(_GAIN) - 0.5
     for i, codes in enumerate(_ORIGINS):
         if finding.code in codes:
-            return i
-    return len(_ORIGINS)
+            return float(i)
+    return float(len(_ORIGINS))
 
 
 def ordered(found: Iterable[Finding]) -> list[Finding]:
@@ -147,7 +150,7 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         among = [c for c in causes if finding.code != "residual-growth" or c.code not in _BESIDE]
         among = [c for c in among if finding.code not in _NOT_FINITE or c.code not in _UNITS]
     elif finding.code in _GAINS:
-        among = [c for c in causes if c.code in _SIGNAL]
+        among = [c for c in causes if c.code in _SIGNAL or _is_shut(c)]
     elif finding.code in _RATES:
         among = [c for c in serious if c.code not in _RATES]
     else:
@@ -156,6 +159,11 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         among = [*among, *(c for c in serious if c.code == "loss-non-finite")]
         return next((c for c in among if c.code == "loss-non-finite" or _rank(c) < _rank(finding)), None)
     return next((c for c in among if c is not finding and _rank(c) < _rank(finding)), None)
+
+
+def _is_shut(finding: Finding) -> bool:
+    """Whether a layer passes nothing on."""
+    return finding.code == "dead-units" and finding.severity == "error"
 
 
 def _is_local(finding: Finding) -> bool:

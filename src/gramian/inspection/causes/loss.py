@@ -6,18 +6,15 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from gramian.inspection.causes.context import Context
-from gramian.inspection.observed import Criterion
+from gramian.inspection.given import key
 from gramian.report import Finding
 
 __all__ = ["RULES"]
 
 # Share of the targets outside the range of the output from which on it is told.
 OUTSIDE = 0.2
-# Numbers are log-probabilities if their exponentials sum to one this closely.
-SUMS = 1e-2
 
 
 def scores(context: Context) -> Iterator[Finding]:
@@ -64,7 +61,7 @@ def scores(context: Context) -> Iterator[Finding]:
 
 def binary_scores(context: Context) -> Iterator[Finding]:
     """Find a binary cross-entropy of scores that is applied to probabilities. Exact."""
-    found = _criterion(context, "binary_cross_entropy_with_logits")
+    found = context.criterion("binary_cross_entropy_with_logits")
     ends = context.observed.ends
     if found is None or ends is None or ends.function not in ("sigmoid", "softmax"):
         return
@@ -79,72 +76,6 @@ def binary_scores(context: Context) -> Iterator[Finding]:
             cause="The loss takes another sigmoid: no probability can be below 0.5 or above 0.73.",
             advice=f"Remove the {ends.function} at the end of the network.",
         )
-
-
-def log_probabilities(context: Context) -> Iterator[Finding]:
-    """Find a negative log-likelihood that is applied to something else than log-probabilities. Exact."""
-    for function in ("kl_div", "ctc_loss"):
-        found = _criterion(context, function)
-        if found is not None:
-            yield from _divergence(found)
-            return
-    found = _criterion(context, "nll_loss")
-    if found is None or found.given.ndim < 2 or not bool(found.given.isfinite().all()):
-        return
-    sums = found.given.float().logsumexp(1)
-    wrong = float((sums.abs() > SUMS).float().mean())
-    if wrong > 0.5 and bool((found.given > 0).any()):  # a weighted log-probability is never positive
-        yield Finding(
-            "loss-not-log-probabilities",
-            "error",
-            "nll_loss is applied to numbers that are no log-probabilities",
-            where="loss",
-            evidence=f"the exponentials of the scores sum to {float(sums.exp().median()):.3g} for the median row, not "
-            "to 1 (exact)",
-            cause="nll_loss takes the output of log_softmax. Of other scores it has no minimum: they grow without end."
-            if not _is_over_rows(found.given)
-            else "The log-softmax is over the samples, and not over the classes.",
-            advice="Use cross_entropy, or log_softmax(scores, dim=1) before it.",
-        )
-
-
-def _divergence(found: Criterion) -> Iterator[Finding]:
-    """The finding for kl_div or ctc_loss of something else than log-probabilities, or against log-probabilities."""
-    given, function = found.given.float(), found.function
-    if given.ndim < 2 or not bool(given.isfinite().all()):
-        return
-    # kl_div does not know which dimension holds the classes: each is tried, and one that fits is enough.
-    dims = range(given.ndim) if function == "kl_div" else (given.ndim - 1,)
-    sums = {dim: given.logsumexp(dim) for dim in dims if given.shape[dim] > 1}
-    if any(float((s.abs() > SUMS).float().mean()) <= 0.5 for s in sums.values()):
-        if function == "kl_div" and bool((found.target < 0).any()):
-            yield Finding(
-                "loss-not-log-probabilities",
-                "error",
-                "kl_div is given a target of log-probabilities, and takes probabilities",
-                where="loss",
-                evidence=f"{float((found.target < 0).float().mean()):.0%} of the target's entries are negative (exact)",
-                cause="The target's entropy is computed as that of probabilities: of negative ones it is NaN.",
-                advice="Pass log_target=True, or target.exp().",
-            )
-        return
-    is_probability = bool((given >= 0).all()) and any(bool(((given.sum(dim) - 1).abs() < SUMS).all()) for dim in sums)
-    if not is_probability and not bool((given > 0).any()):
-        return  # a weighted or masked log-probability is never positive
-    advice = "Use log_softmax(scores, dim=-1), or probabilities.log()"
-    yield Finding(
-        "loss-not-log-probabilities",
-        "error",
-        f"{function} is applied to " + ("probabilities" if is_probability else "numbers that are no log-probabilities"),
-        where="loss",
-        evidence=f"the exponentials of the inputs sum to {float(sums[max(sums)].exp().median()):.3g} for the median "
-        "row, not to 1 (exact)",
-        cause=f"{function} takes log-probabilities as its input. Of others it has no minimum: they grow without end."
-        if not is_probability
-        else f"{function} takes log-probabilities as its input; probabilities cannot fall below zero, and the loss has "
-        "its minimum where the largest is 1, whatever the target.",
-        advice=f"{advice}." if function == "kl_div" else "Use log_softmax(scores, dim=-1) before it.",
-    )
 
 
 def rows(context: Context) -> Iterator[Finding]:
@@ -176,7 +107,7 @@ def rows(context: Context) -> Iterator[Finding]:
 def output_range(context: Context) -> Iterator[Finding]:
     """Find targets that the last function of the network cannot reach. Exact."""
     ends, output, target = context.observed.ends, context.observed.output, context.targets
-    if ends is None or output is None or target is None or target.numel() != output.numel():
+    if ends is None or output is None or target is None or not _fits(target.shape, output.shape):
         return
     outside = (target < ends.low) | (target > ends.high)
     share = float(outside.float().mean())
@@ -191,6 +122,41 @@ def output_range(context: Context) -> Iterator[Finding]:
             cause="Outputs at an end of the range get no gradient.",
             advice=f"Remove the {ends.function} at the end, or scale the targets into its range.",
         )
+
+
+def maximized(context: Context) -> Iterator[Finding]:
+    """Find a loss of torch's that falls when its value rises, with targets of the batch. Exact.
+
+    With targets of the user's own, it may be meant: a generator's, against a discriminator.
+    """
+    given = {key(one.values[0]) for one in context.given}
+    pulls = {name: ends for name, ends in context.observed.pulls.items() if ends[0] < 0 or ends[1] > 0}
+    for name, (low, high) in pulls.items():
+        found = context.criterion(name)
+        if found is None or not (low < 0 and high <= 0) or key(found.target) not in given:
+            continue
+        alone = len(pulls) == 1
+        yield Finding(
+            "loss-unbounded",
+            "error" if alone else "warning",
+            f"The loss falls when {name} rises",
+            where="loss",
+            evidence=f"the gradient of the loss by the values of {name} is {low:.2g} to {high:.2g} (exact)",
+            cause="The sign is wrong: the loss that is to be minimized is maximized, without an end."
+            + ("" if alone else " Of one of several terms it may be meant, against an adversary."),
+            advice="Remove the minus.",
+        )
+        return
+
+
+def _fits(target: torch.Size, output: torch.Size) -> bool:
+    """Whether each output has a target, one of its own or one of its sample's."""
+    if target.numel() == output.numel():
+        return True
+    try:
+        return torch.broadcast_shapes(target, output) == output and target[:1] == output[:1]
+    except RuntimeError:
+        return False
 
 
 def single_softmax(context: Context) -> Iterator[Finding]:
@@ -220,14 +186,6 @@ def training_fails(error: str) -> Iterator[Finding]:
         "channel.",
         advice="Run a training step by hand to see where; use larger batches (drop_last=True) for batch norms.",
     )
-
-
-def _criterion(context: Context, function: str) -> Criterion | None:
-    return next((c for c in context.observed.criteria if c.function == function), None)
-
-
-def _is_over_rows(given: Tensor) -> bool:
-    return given.ndim == 2 and bool((given.float().logsumexp(0).abs() < SUMS).all())
 
 
 def _ends_with(context: Context, function: str, num_classes: int) -> bool:
@@ -268,8 +226,8 @@ def non_finite(context: Context) -> Iterator[Finding]:
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     scores,
     binary_scores,
-    log_probabilities,
     rows,
+    maximized,
     output_range,
     single_softmax,
     non_finite,

@@ -95,7 +95,19 @@ def _masked(context: Context, names: list[str], severity: Severity, does: str, e
 def leak(context: Context) -> Iterator[Finding]:
     """Find outputs that see the target that they are to predict."""
     found = context.leak
-    if found is not None and found.source:
+    if found is not None and not found.is_hidden:
+        yield Finding(
+            "target-leak",
+            "error",
+            f"The tokens that are to be restored stand in {found.source}",
+            where="data",
+            evidence="at the positions that count in the loss, the targets are the inputs (exact); the outputs depend "
+            "on them",
+            cause="Of a masked language model, the tokens that are its targets are hidden: here they are not, and it "
+            "learns to copy.",
+            advice="Put the mask's token, or a random one, in place of the tokens that are the targets.",
+        )
+    elif found is not None and found.source:
         yield Finding(
             "target-leak",
             "error",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
+from gramian.inspection.observed import Activation
 from gramian.report import Action, Finding
 
 __all__ = ["RULES"]
@@ -29,28 +31,42 @@ GROWTH, STEP = 6.0, 1.25
 KEPT = 0.9
 # Rows from which on a unit that never acts is told: with N rows it is active on less than 3/N at 95 %.
 FEW = 30
+# Probability of so many dead units in a layer by chance below which fewer rows are enough.
+CHANCE = 1e-6
 
 
 def dead_units(context: Context) -> Iterator[Finding]:
     """Find layers most of whose units are zero on all rows."""
     rectified = [a for a in context.observed.activations if a.function in ("relu", "relu6", "hardtanh")]
-    dead = [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
+    shut = [a for a in rectified if _is_shut(a)]
+    dead = shut or [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
     if dead:
         worst, source = max(dead, key=lambda a: a.dead / a.channels), context.source_of(dead[0])
         yield Finding(
             "dead-units",
-            "error" if worst.dead > MOSTLY_DEAD * worst.channels else "info" if context.has_learned else "warning",
+            "error" if shut else "info" if context.has_learned else "warning",
             f"{worst.dead} of {worst.channels} units after {context.told(source)} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
             where=source,
-            evidence=f"first after {context.told(source)}, in {len(dead)} in all; "
-            f"zero on all {worst.rows:,} rows: active on at most {3 / worst.rows:.2%} (95 %)",
+            evidence=f"first after {context.told(source)}, in {len(dead)} in all; zero on all {worst.rows:,} rows"
+            + (f": active on at most {3 / worst.rows:.2%} (95 %)" if worst.rows >= FEW else ", with the whole layer"),
             cause="Their pre-activations are negative for all samples: a bias or an offset of the inputs, or a rate "
             "that was too large.",
             action=ISOMETRIC,
             advice="isometric_ is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
         )
+
+
+def _is_shut(a: Activation) -> bool:
+    """Whether a layer passes nearly nothing on.
+
+    Of few rows, or of rows that are all alike, a unit is off with a probability of one half: so many are not by chance.
+    """
+    if a.dead <= MOSTLY_DEAD * a.channels or a.rows < 2:
+        return False
+    chance = sum(math.comb(a.channels, k) for k in range(a.dead, a.channels + 1)) / 2**a.channels
+    return a.rows >= FEW or chance < CHANCE
 
 
 def dropout(context: Context) -> Iterator[Finding]:

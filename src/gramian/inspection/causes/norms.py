@@ -144,7 +144,7 @@ def norm_momentum(context: Context) -> Iterator[Finding]:
             slow[name] = far
     if slow:
         name, (shift, ratio) = max(slow.items(), key=lambda one: max(one[1][0] / FAR_MEAN, one[1][1] / FAR_VARIANCE))
-        momentum = float(context.model.get_submodule(name).momentum)
+        momentum = float(getattr(context.model.get_submodule(name), "momentum", 0.0))
         yield Finding(
             "norm-statistics",
             "warning",

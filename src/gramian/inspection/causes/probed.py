@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from gramian.batch import main_input
+from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
 from gramian.inspection.causes.stepping import steps
 from gramian.inspection.ordering import as_set, without_order
+from gramian.inspection.probing import FAR, NEAR
 from gramian.report import Finding
 
 __all__ = ["RULES"]
@@ -91,6 +93,40 @@ def unbounded(context: Context) -> Iterator[Finding]:
         )
 
 
+def plunging(context: Context) -> Iterator[Finding]:
+    """Find a loss that falls faster than the outputs grow. Measured."""
+    found = context.probes.plunges
+    if found is not None and context.probes.falls is None:
+        here, near, far = found
+        yield Finding(
+            "loss-unbounded",
+            "error",
+            "The loss falls without end, faster than the outputs grow",
+            where="loss",
+            evidence=f"loss {here:.3g} as it is; with the outputs moved down its gradient by {NEAR:g} and {FAR:g} "
+            f"times their size, {near:.3g} and {far:.3g}",
+            cause="The sign of a term is wrong: a square, a variance or a divergence is subtracted.",
+            advice="Correct the sign of this term, so that the loss has a minimum.",
+        )
+
+
+def without_effect(context: Context) -> Iterator[Finding]:
+    """Find inputs with which the model is called, and that change nothing. Exact."""
+    found = context.probes.without_effect
+    if not found or (context.opening is not None and context.opening.waiting):
+        return  # what starts at zero may be what they pass through
+    yield Finding(
+        "input-unused",
+        "warning",
+        f"The model is given {some(found)}, and does not use {'it' if len(found) == 1 else 'them'}",
+        where="data",
+        evidence="with the values of other samples, the loss is the same to the last bit (exact)",
+        cause="What is computed of it is not passed on; a branch is commented out, or a mask is not handed to the "
+        "attention.",
+        advice="Use it in the forward pass, or do not pass it.",
+    )
+
+
 def order(context: Context) -> Iterator[Finding]:
     """Tell of a model of sequences or patches to which their order is nothing; a warning where labels depend on it."""
     if not context.probes.ignores_order:
@@ -130,4 +166,12 @@ def _order_matters(context: Context) -> bool:
     return by_number.p_value > WEAKLY and by_position.p_value < CLEARLY
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (cut_inside, affine, summed, unbounded, order)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
+    cut_inside,
+    affine,
+    summed,
+    unbounded,
+    plunging,
+    without_effect,
+    order,
+)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gramian.errors import UnsupportedError
 from gramian.linalg.certificate import Certificate
+from gramian.linalg.engine.precision import in_full_precision
 from gramian.linalg.engine.spectrum import Spectrum, keeping, unknown
 from gramian.linalg.engine.staged import STAGED, Place, Staged, abstract, bound, call, encodable, encoded, flat, shaped
 from gramian.linalg.engine.transforms import forward_levels, transforming, with_plain
@@ -80,6 +81,7 @@ class _Call:
         )
         return (*whole, *proof.tensors(), *spectrum)
 
+    @in_full_precision
     def pull(
         self, operands: Values, values: Values, spectrum: Mapping[str, Spectrum], given: Given
     ) -> tuple[Tensor | None, ...]:
@@ -191,6 +193,7 @@ def differentiable(
     """
 
     def decorated(function: Callable[..., tuple[Any, Certificate]]) -> Callable[..., tuple[Any, Certificate]]:
+        function = in_full_precision(function)
         signature = inspect.signature(function)
 
         def evaluated(*args: Any, **kwargs: Any) -> tuple[Any, Certificate]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from gramian.linalg.engine import lapack
 from gramian.linalg.engine.probes import SEED
 
 WIDTH = 8
@@ -23,7 +24,7 @@ def eigenvalue_ratio(g: Tensor) -> Tensor:
     """
     if not g[0:1].numel():
         return g.new_ones(g.shape[0], dtype=torch.float64)
-    factor, info = torch.linalg.cholesky_ex(g)
+    factor, info = lapack.cholesky(g)
     bad = info != 0
     if bool(bad.any()):
         factor = torch.where(bad[:, None, None], torch.eye(g.shape[-1], dtype=g.dtype, device=g.device), factor)
@@ -31,7 +32,10 @@ def eigenvalue_ratio(g: Tensor) -> Tensor:
     high = low = start.expand(g.shape[0], -1, -1)
     for _ in range(SWEEPS):
         high = g @ (high / high.norm(dim=-2, keepdim=True))
-        low = torch.cholesky_solve(low / low.norm(dim=-2, keepdim=True), factor)
+        low = low / low.norm(dim=-2, keepdim=True)
+        # Two triangular solves: torch.cholesky_solve copies the factor first.
+        low = torch.linalg.solve_triangular(factor, low, upper=False)
+        low = torch.linalg.solve_triangular(factor.mT, low, upper=True)
     largest = high.norm(dim=-2).amax(-1)
     smallest = 1 / low.norm(dim=-2).amax(-1)
     return torch.where(bad, 0.0, smallest / largest).to(torch.float64).nan_to_num(nan=0.0)

@@ -219,7 +219,7 @@ def settle(
     if loaded.asymmetric is not None:
         reason = torch.where(loaded.asymmetric, cert.NOT_SYMMETRIC, reason)
     reason = torch.where(failed, cert.NOT_FINITE, reason)
-    if not same or bool(failed.any()):
+    if value.device.type != "cpu" or bool(failed.any()):
         out = torch.where(failed.reshape((-1,) + (1,) * (out.ndim - 1)), math.nan, out)
     return out, verdict(
         bound,

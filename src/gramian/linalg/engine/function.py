@@ -16,7 +16,17 @@ from torch import Tensor
 
 from gramian.linalg.certificate import Certificate, default_rtol
 from gramian.linalg.engine.escalation import Method, Values, climb, ladder, settle
-from gramian.linalg.engine.loading import Damping, Loaded, check, choose, damping_of, load, symmetric_part, unscaled
+from gramian.linalg.engine.loading import (
+    Damping,
+    Loaded,
+    check,
+    choose,
+    damping_of,
+    equals_transpose,
+    load,
+    symmetric_part,
+    unscaled,
+)
 from gramian.linalg.engine.scaling import scale
 from gramian.linalg.engine.spectrum import Spectrum, kept, usable
 
@@ -176,7 +186,7 @@ def evaluate(
 def _ladder(function: MatrixFunction, a: Tensor, rtol: float) -> list[str]:
     """`ladder`, without the methods for symmetric matrices where a is none."""
     methods = function.methods
-    if any(row.symmetric for row in methods.values()) and not (a.device.type != "cpu" or torch.equal(a, a.mT)):
+    if any(row.symmetric for row in methods.values()) and not (a.device.type != "cpu" or equals_transpose(a)):
         methods = {name: row for name, row in methods.items() if not row.symmetric}
     return ladder(methods, a.shape, rtol, a.device.type)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.linalg.engine import lapack
 from gramian.linalg.engine.probes import SEED
 from gramian.linalg.engine.rounding import U, norm
 
@@ -175,13 +176,13 @@ def overlap(n: int, r: int, failure: float = FAILURE) -> float:
 def two_norm(y: Tensor) -> Tensor:
     """‖Y‖₂ of short y (..., r, n)."""
     # LAPACK raises for what is not finite.
-    squares = (y @ y.mT).nan_to_num(nan=2.0**1000, posinf=2.0**1000)
-    return torch.linalg.eigvalsh(squares)[..., -1].clamp_min(0).sqrt()
+    squares = (y @ y.mT).nan_to_num(nan=2.0**1000, posinf=2.0**1000, neginf=2.0**1000)
+    return lapack.small_eigvalsh(squares)[..., -1].clamp_min(0).sqrt().nan_to_num(nan=math.inf)
 
 
 def ritz(found: Krylov) -> Tensor:
     """T's largest eigenvalue (B,)."""
-    return torch.linalg.eigvalsh(found.t)[:, -1]
+    return lapack.small_eigvalsh(found.t)[:, -1]
 
 
 def ritz_pairs(found: Krylov) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +190,7 @@ def ritz_pairs(found: Krylov) -> tuple[Tensor, Tensor, Tensor]:
 
     ‖MWs − θWs‖ = ‖F E_qᵀs‖, so M has an eigenvalue that close to θ, but for rounding.
     """
-    theta, s = torch.linalg.eigh(found.t)
+    theta, s = lapack.small_eigh(found.t)
     f = found.residual.to(torch.float64)
     ends = s[:, s.shape[-1] - found.block :]
     return theta, s, (ends * (by(f, f.mT) @ ends)).sum(-2).clamp_min(0).sqrt()
@@ -235,7 +236,7 @@ def resolvent(found: Krylov, at: Tensor) -> tuple[Tensor, Tensor]:
 def top_vector(found: Krylov, theta: Tensor) -> Tensor:
     """T's leading eigenvector (B, p), nearly, from a step of inverse iteration close above its largest eigenvalue."""
     q = torch.linalg.qr(resolvent(found, (theta + 1e-9 * norm(found.t))[:, None])[0][:, 0]).Q
-    return (q @ torch.linalg.eigh(q.mT @ found.t @ q)[1])[:, :, -1]
+    return (q @ lapack.small_eigh(q.mT @ found.t @ q)[1])[:, :, -1]
 
 
 def start_overlap(found: Krylov) -> float:

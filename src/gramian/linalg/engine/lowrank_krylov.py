@@ -158,7 +158,7 @@ def leading_sum_bound(t: Tensor, coupling: Tensor, outside: Tensor, highest: Ten
     For μ > ‖C‖ as many eigenvalues are above μ as T + Rᵀ(μ − C)⁻¹R has above it (Haynsworth), and so λⱼ is at most the
     larger of μ and the j-th of T + RᵀR/(μ − outside); the least over a few μ is taken, for each j.
     """
-    w = torch.linalg.eigvalsh(t).flip(-1)
+    w = lapack.small_eigvalsh(t).flip(-1)
     room = (w[:, :k] - outside[:, None]).clamp_min(0)
     tiny = 1e-15 * w[:, :1].abs()
     size = norm(coupling).sqrt()[:, None]
@@ -168,7 +168,7 @@ def leading_sum_bound(t: Tensor, coupling: Tensor, outside: Tensor, highest: Ten
     tau = torch.cat(taus, -1)
     raised = t[:, None] + coupling[:, None] / tau.clamp_min(2.0**-900)[..., None, None]
     rounding = 8 * t.shape[-1] * U * torch.linalg.matrix_norm(raised)
-    found = torch.linalg.eigvalsh(raised).flip(-1)[..., :k] + rounding[..., None]
+    found = lapack.small_eigvalsh(raised).flip(-1)[..., :k] + rounding[..., None]
     each = torch.maximum(found, (outside[:, None] + tau)[..., None])
     return each.nan_to_num(nan=math.inf).amin(1).minimum(highest[:, None]).sum(-1)
 
@@ -295,7 +295,7 @@ def by_products(
     found, images, hopeless = space.found, space.images, space.hopeless
     p, r = found.t.shape[-1], found.block
     dtype = ops.like.dtype
-    w, s = torch.linalg.eigh(found.t)
+    w, s = lapack.small_eigh(found.t)
     chosen = s[:, :, -k:].flip(-1).mT.to(dtype)
     q, upper = torch.linalg.qr(by(chosen, images).mT)
     left, sigma, right, ok = lapack.svd(upper.to(torch.float64))

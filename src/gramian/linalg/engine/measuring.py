@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from gramian.linalg.engine import lapack
 from gramian.linalg.engine.cost import DEFAULTS, SIZES
 from gramian.linalg.engine.probes import SEED, WIDTH
 
@@ -55,8 +56,8 @@ def _operations(n: int, device: str) -> dict[str, Callable[[], Any]]:
         "eigh64": lambda: torch.linalg.eigh(spd_wide),
         "eigvalsh64": lambda: torch.linalg.eigvalsh(spd_wide),
         "svd64": lambda: torch.linalg.svd(wide),
-        "cholesky32": lambda: torch.linalg.cholesky_ex(spd),
-        "cholesky64": lambda: torch.linalg.cholesky_ex(spd_wide),
+        "cholesky32": lambda: lapack.cholesky(spd[None]),
+        "cholesky64": lambda: lapack.cholesky(spd_wide[None]),
         "potri32": lambda: torch.cholesky_inverse(lower),
         "inverse32": lambda: torch.linalg.inv_ex(a),
         "inverse64": lambda: torch.linalg.inv_ex(wide),

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.linalg.engine import lapack
 from gramian.linalg.engine.rounding import norm
 
 SEED = 0x6772616D69616E
@@ -79,7 +80,7 @@ def closer(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
     if p.omega.shape[-1] != WIDTH or len(p.omega) < SPREAD_FROM:
         return (size + rounding) * p.factor
     squares = (e.mT @ e).nan_to_num(nan=2.0**1000, posinf=2.0**1000)
-    largest = torch.linalg.eigvalsh(squares)[..., -1].clamp_min(0).sqrt()
+    largest = lapack.small_eigvalsh(squares)[..., -1].clamp_min(0).sqrt().nan_to_num(nan=math.inf)
     # What is known of EΩ itself, which is `rounding` away.
     spread = ((size - rounding) / (largest + rounding)).clamp_min(0) ** 2
     gain = torch.full_like(size, GAINS[WIDTH])
@@ -129,7 +130,8 @@ def two_norm_bound(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tens
     Several times less than `of_norm` where E is noise, and with the same probability.
     """
     e = e.to(torch.float64)
-    return (torch.linalg.eigvalsh(e @ e.mT)[..., -1].clamp_min(0).sqrt() + rounding) * p.factor
+    size = lapack.small_eigvalsh(e @ e.mT)[..., -1].clamp_min(0).sqrt().nan_to_num(nan=math.inf)
+    return (size + rounding) * p.factor
 
 
 def twice(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +143,9 @@ def twice(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     forth, back, square = z.new_empty(b, z.shape[-2], m), torch.zeros_like(z), z.new_zeros(b)
     rows = max(64, PART // max(1, n))
     wide = x.dtype == torch.float64
-    buffer = z.new_empty(0 if wide else min(rows, m), n)
+    count = 0 if wide else min(rows, m)
+    # Laid out like x: a part that has to be transposed on its way takes three times as long.
+    buffer = z.new_empty(n, count).mT if x.stride(-2) == 1 else z.new_empty(count, n)
     for i in range(b):
         for start in range(0, m, rows):
             part = x[i, start : start + rows]

@@ -13,7 +13,7 @@ from gramian.linalg.engine import lapack
 from gramian.linalg.engine.double_double import eye_like, minus, pair, product, transpose
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import SMALL, Answer
-from gramian.linalg.engine.probes import EXACT, MORE, Probes, apply, apply_transposed, closer, probes
+from gramian.linalg.engine.probes import EXACT, MORE, Probes, apply, apply_transposed, closer, probes, twice
 from gramian.linalg.engine.rounding import U, chain_rounding, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_products import gram, symmetric_product
@@ -22,7 +22,12 @@ GRAM32_ERROR = 2.0**-24
 """What a float32 Gram matrix and its eigendecomposition lose, as relative error over κ² at least; observed."""
 
 NEAR = 3.0
-"""The factor by which a bound may miss what was asked for more probes to be tried: they make it about so much less."""
+"""The factor by which a bound may miss what was asked for more probes to be tried: they make it about so much less.
+Where the error that is to be expected is so near that they will not do, the few are not tried at all."""
+
+EXPECTED, ABOVE = 0.25, 4.0
+"""The relative error in units of εκ², as observed with logarithmically spaced singular values, and how far above the
+error a bound by few probes may be."""
 
 PRODUCT32_ERROR = (1.5e-6, 1.5e-7)
 """What the float32 product of A and the root adds to the bound: a constant, and one times κ; observed."""
@@ -39,11 +44,12 @@ def gram_eigh32(x: Tensor, *, rtol: float, certify: bool = True) -> Answer | Non
 
 def gram_eigh64(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:
     """By a Gram matrix and an eigendecomposition in float64; error uκ². A is applied in float32 if κ and A allow."""
-    w, v, ok = lapack.eigh(gram(x, torch.float64))
+    wide = x.double()  # once, where it is used again
+    w, v, ok = lapack.eigh(gram(wide))
     if x.dtype == torch.float32:
         kappa = (w[..., -1:] / w[..., :1].clamp_min(2.0**-1000)).sqrt()
         costly = PRODUCT32_ERROR[0] + PRODUCT32_ERROR[1] * kappa > min(rtol, 2e-4)
-        x, v = (x.double(), v) if w.shape[-1] <= SMALL or bool(costly.any()) else (x, v.float())
+        x, v = (wide, v) if w.shape[-1] <= SMALL or bool(costly.any()) else (x, v.float())
     return _from_eigenpairs(x, w, v, ok, 2 * U, rtol, certify)
 
 
@@ -65,18 +71,22 @@ def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float, rt
     if n <= EXACT and x.dtype == left.dtype == torch.float64:
         answer = _exactly_certified(x, q, left, ok & seen)
     else:
-        answer = _certified(x, q, v, root, w, ok & seen, rtol)
+        expected = EXPECTED * eps * top / w.clamp_min(eps * top)
+        narrow = bool(((expected > rtol / ABOVE) & (expected < rtol)).any(-1).any()) if n > EXACT else False
+        answer = _certified(x, q, v, root, w, ok & seen, rtol, few=not narrow)
     return replace(answer, reason=torch.where(ok & seen, answer.reason, reason), spectrum=spectrum)
 
 
-def _certified(x: Tensor, q: Tensor, v: Tensor, root: Tensor, w: Tensor, ok: Tensor, rtol: float) -> Answer:
-    """The answer Q with its bound where it is `ok`, by more probes where that by a few just misses `rtol`."""
+def _certified(
+    x: Tensor, q: Tensor, v: Tensor, root: Tensor, w: Tensor, ok: Tensor, rtol: float, *, few: bool
+) -> Answer:
+    """The answer Q with its bound where it is `ok`, by more probes where that by a `few` would miss `rtol` or does."""
     n = x.shape[-1]
     # trace(AᵀA) = ‖A‖²_F, up to a rounding for which the constants of `gram_bound` leave room.
     size = w.double().clamp_min(0).sum(-1).sqrt() * 1.01
-    p = probes(n, x.device)
+    p = probes(n, x.device) if few else probes(n, x.device, MORE)
     error, defect = gram_bound(x, q, v, root, size, p)
-    if math.isfinite(rtol) and n > EXACT:
+    if few and math.isfinite(rtol) and n > EXACT:
         near = (error > rtol * math.sqrt(n)) & (error < NEAR * rtol * math.sqrt(n))
         if bool(near.any()):
             error, defect = gram_bound(x, q, v, root, size, probes(n, x.device, MORE))
@@ -130,14 +140,14 @@ def gram_bound(x: Tensor, q: Tensor, v: Tensor, root: Tensor, size: Tensor, p: P
     peak = root.amax(-1)
     turned = 2 * math.sqrt(n) * peak * length
     blur = chain_rounding(n + 3, size) * (norm(z) + turned)
-    y = apply(x, z)
+    back, forth, _ = twice(x, z.mT)
+    y = forth.mT
     apart = closer(image - y, p, blur + chain_rounding(n, 2 * math.sqrt(n), length))
     apart = apart + 2.0**-100 * (1 + peak) * n  # entries that float32 made subnormal
     # (AZ)ᵀAZΩ itself, whose rounding κ magnifies; it holds as long as f < 1/2, so that ‖ZAᵀ‖₂ < 1.3.
     near = 1.3 * blur + 1.1 * peak * chain_rounding(sum(x.shape[-2:]) + 3, size, 1 + 2 * math.sqrt(n)) * norm(y)
     if bool((near * p.factor < apart).all()):
-        t = apply_transposed(x, y)
-        f = closer(turn(t) - omega, p, near)
+        f = closer(turn(back.mT) - omega, p, near)
     else:
         blur = chain_rounding(sum(x.shape[-2:]), 6 * math.sqrt(n), length)
         own = closer(apply_transposed(q, image) - omega, p, blur)

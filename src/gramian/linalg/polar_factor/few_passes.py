@@ -19,8 +19,8 @@ from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed, in_parts
 PAIRED_FROM = 2.0
 """Least ratio of the sides from which steps go in pairs: 4r + 2 small products against 2r + 5."""
 
-NORMAL = 2.0**-40, 2.0**40
-"""Norms between which neither a matrix nor its Gram matrix needs care in float32."""
+NORMAL = 2.0**-80, 2.0**80
+"""Norms of a Gram matrix between which neither it nor its matrix needs care in float32."""
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -45,48 +45,55 @@ def few_passes(
     ]
 
     def run(part: Tensor) -> Tensor:
-        value = _iterate(_scaled(part, tall=tall, dtype=dtype or torch.float32), coefficients)
+        value = _iterate(*_started(part.mT if tall else part, dtype or torch.float32), coefficients)
         return value.mT if tall else value
 
     return in_parts(a, run, out)
 
 
-def _scaled(x: Tensor, *, tall: bool, dtype: torch.dtype) -> Tensor:
-    """x (B, m, n), m ≤ n once transposed, in `dtype`, each matrix of Frobenius norm about one, or zero."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
-    if x.device.type != "cpu" or not bool(((norm > NORMAL[0]) & (norm < NORMAL[1])).all()):
-        x = unit_peak(x, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    factor = torch.where(norm > 0, 1 / norm, 0.0)
-    # Factors in the dtype of what they multiply: products of mixed dtypes have no fast kernel on a CPU.
-    small = (x.mT if tall else x).to(dtype, memory_format=torch.contiguous_format, copy=True)
-    return small.mul_(factor.to(dtype))
+def _started(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (B, m, n), m ≤ n, in `dtype`, and its Gram matrix, neither too large nor too small for float32."""
+    small = x.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    gram = torch.bmm(small, small.mT)
+    if x.device.type == "cpu":
+        norm = torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=torch.float32)
+        if bool(((norm > NORMAL[0]) & (norm < NORMAL[1])).all()):
+            return small, gram
+    small = unit_peak(x, torch.float32).to(dtype, memory_format=torch.contiguous_format, copy=True)
+    return small, torch.bmm(small, small.mT)
 
 
-def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
-    """The steps on (B, m, n), m ≤ n, of norm one. It overwrites x."""
-    gram = torch.bmm(x, x.mT)
+def _iterate(x: Tensor, gram: Tensor, coefficients: Coefficients) -> Tensor:
+    """The steps on (B, m, n), m ≤ n, and its Gram matrix. It overwrites both."""
     norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     square = torch.where(norm > 0, 1 / (norm * SAFETY**2), 0.0)
+    # Factors in the dtype of what they multiply: products of mixed dtypes have no fast kernel on a CPU.
     x.mul_(square.sqrt().to(x.dtype))
     gram.mul_(square.to(x.dtype))
-    spare, poly = torch.empty_like(x), torch.empty_like(gram)
+    spare, shifted, poly = torch.empty_like(x), torch.empty_like(gram), torch.empty_like(gram)
     paired = x.shape[-1] >= PAIRED_FROM * x.shape[-2]
     rest = list(coefficients)
     while rest:
         (a, b, c), *rest = rest
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
+        factor = _monic(gram, a / c, b / c, shifted, poly)
         if paired and rest:
-            poly.diagonal(dim1=-2, dim2=-1).add_(a)
-            gram = torch.bmm(poly, torch.bmm(poly, gram))
-            (a, b, c), *rest = rest
-            second = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            second.diagonal(dim1=-2, dim2=-1).add_(a)
-            torch.bmm(torch.bmm(second, poly, out=gram), x, out=spare)
-        else:
-            torch.baddbmm(x, poly, x, beta=a, out=spare)
+            _scaled_product(poly, torch.bmm(poly, gram, out=shifted), c * c, out=gram)
+            (a, b, second), *rest = rest
+            other = _monic(gram, a / second, b / second, shifted, torch.empty_like(gram))
+            factor, c = torch.bmm(other, poly, out=gram), c * second
+        _scaled_product(factor, x, c, out=spare)
         x, spare = spare, x
         if rest:
             torch.bmm(x, x.mT, out=gram)
     return x
+
+
+def _monic(gram: Tensor, a: float, b: float, shifted: Tensor, out: Tensor) -> Tensor:
+    """G(G + bI) + aI, in `out`. A sum with a whole matrix inside a product costs a third more than the product."""
+    shifted.copy_(gram).diagonal(dim1=-2, dim2=-1).add_(b)
+    torch.bmm(gram, shifted, out=out).diagonal(dim1=-2, dim2=-1).add_(a)
+    return out
+
+
+def _scaled_product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> Tensor:
+    return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)

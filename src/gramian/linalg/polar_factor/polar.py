@@ -20,6 +20,7 @@ from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import check, choose
 from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import unit_roundoff
+from gramian.linalg.engine.scaling import largest_entry
 from gramian.linalg.polar_factor.by_gram import gram_eigh32, gram_eigh64
 from gramian.linalg.polar_factor.by_svd import svd, svd_refined
 from gramian.linalg.polar_factor.direction import direction, least_ratio
@@ -232,7 +233,9 @@ def _newton_schulz_ex(
 def _uncertified(value: Tensor, method: str, steps: int) -> Certificate:
     methods, code = tuple(POLAR.methods), list(POLAR.methods).index(method)
     proof = uncertified(value.shape[:-2], value.device, methods=methods, code=code, steps=steps)
-    finite = value.isfinite().flatten(-2).all(-1)
+    finite = (
+        largest_entry(value.reshape(proof.reason.numel(), *value.shape[-2:])).isfinite().reshape(proof.reason.shape)
+    )
     return replace(proof, reason=torch.where(finite, proof.reason, cert.NOT_FINITE))
 
 

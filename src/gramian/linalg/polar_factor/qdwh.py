@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gramian.linalg import certificate as cert
+from gramian.linalg.engine import lapack
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import Answer
 from gramian.linalg.engine.probes import apply, apply_transposed, of_norm, probes
@@ -74,7 +75,7 @@ def _halley(q: Tensor, g: Tensor, a: float, b: float, c: float) -> Tensor:
     """q (b/c + (a − b/c) (I + c qᵀq)⁻¹) with qᵀq = g, by a Cholesky factor and two triangular solves."""
     shifted = c * g
     shifted.diagonal(dim1=-2, dim2=-1).add_(1)
-    lower, _ = torch.linalg.cholesky_ex(shifted)
+    lower, _ = lapack.cholesky(shifted)
     y = torch.linalg.solve_triangular(lower.mT, q, upper=True, left=False)
     y = torch.linalg.solve_triangular(lower, y, upper=False, left=False)
     return torch.add(y * (a - b / c), q, alpha=b / c)
@@ -91,7 +92,7 @@ def _bounded(x: Tensor, q: Tensor) -> Answer:
     n = x.shape[-1]
     p = probes(n, x.device)
     h = q.mT @ x
-    lower, info = torch.linalg.cholesky_ex((h + h.mT) / 2)
+    lower, info = lapack.cholesky((h + h.mT) / 2)
     lower = torch.where((info != 0)[:, None, None], torch.eye(n, dtype=x.dtype, device=x.device), lower).double()
     omega = p.omega.expand(x.shape[0], -1, -1)
     length, size, root = norm(omega), norm(lower), math.sqrt(max(n, 1))

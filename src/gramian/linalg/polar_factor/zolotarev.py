@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gramian.linalg.engine import lapack
+from gramian.linalg.engine.precision import in_full_precision
 from gramian.linalg.engine.probes import SEED
 from gramian.linalg.engine.scaling import unit_peak
 from gramian.linalg.engine.symmetric_products import symmetric_product
@@ -24,7 +26,7 @@ LEAST = 5e-4
 """Least `low`: the smallest of four shifts is then 3e-7 of the largest eigenvalue; a float32 Gram matrix of lower rank
 has eigenvalues down to −2e-8 of it (observed, to 1024×4096)."""
 
-CHUNK = 1 << 18
+CHUNK = 1 << 20
 """Entries of the matrices that are worked on together on a CPU: the allocator reuses buffers of this size, while larger
 ones cost new memory pages each time."""
 
@@ -83,6 +85,7 @@ def fractions(low: float, terms: int) -> Fractions:
     return Fractions(2 / (top + bottom), tuple(poles), weights, (top - bottom) / (top + bottom))
 
 
+@in_full_precision
 def zolotarev(
     a: Float[Tensor, "*b m n"],
     *,
@@ -120,7 +123,7 @@ def _sum_of_fractions(x: Tensor, f: Fractions, dtype: torch.dtype) -> Tensor:
     for pole, weight in zip(f.poles, f.weights, strict=True):
         shifted = g.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(pole)
-        term = torch.cholesky_inverse(torch.linalg.cholesky_ex(shifted)[0])
+        term = torch.cholesky_inverse(lapack.cholesky(shifted)[0])
         total = term.mul_(f.scale * weight) if total is None else total.add_(term, alpha=f.scale * weight)
     assert total is not None
     total.diagonal(dim1=-2, dim2=-1).add_(f.scale)
