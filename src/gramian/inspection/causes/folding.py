@@ -46,9 +46,9 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ),
     ("norm-evaluation-mode", "dropout-rate", "dropout-evaluation", "gate-shut"),
     ("norm-statistics", "norm-few-values"),
+    ("loss-non-finite",),
     _GAIN,
     ("attention-saturated", "residual-growth"),
-    ("loss-non-finite",),
     ("head-input-offset",),
     ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
@@ -155,9 +155,11 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         among = [c for c in serious if c.code not in _RATES]
     else:
         return None
-    if finding.code in _NOT_FINITE and finding.code != "loss-non-finite":
-        among = [*among, *(c for c in serious if c.code == "loss-non-finite")]
-        return next((c for c in among if c.code == "loss-non-finite" or _rank(c) < _rank(finding)), None)
+    if finding.code in _NOT_FINITE:  # gains make such numbers, and such a loss all others
+        others = [c for c in serious if c.code == "loss-non-finite" and c is not finding]
+        return next(
+            (c for c in (*among, *others) if c in others or c.code in _GAINS or _rank(c) < _rank(finding)), None
+        )
     return next((c for c in among if c is not finding and _rank(c) < _rank(finding)), None)
 
 
