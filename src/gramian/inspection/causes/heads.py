@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -90,7 +91,10 @@ def offset_of_binary(context: Context) -> Iterator[Finding]:
     channels = scores.shape[1] if scores.ndim > 1 else 1
     scores, target = (t.transpose(0, 1).flatten(1) if t.ndim > 1 else t[None] for t in (scores, target))
     mean, own = scores.mean(1), float(scores.std(1).mean())
-    rates = target.mean(1).clamp(1e-6, 1 - 1e-6)
+    rates = target.mean(1)
+    rates = torch.where((rates > 0) & (rates < 1), rates, target.mean())  # no positive of a rare class in this batch
+    if not 0 < float(target.mean()) < 1:
+        return  # a generator's, say, which is to change what all of its samples get
     guessing = float(-(rates * rates.log() + (1 - rates) * (1 - rates).log()).mean())
     loss = float(F.binary_cross_entropy_with_logits(scores, target))
     wrong = (mean - rates.logit()).abs()  # the scores of guessing are the log-odds of the rates
@@ -100,6 +104,8 @@ def offset_of_binary(context: Context) -> Iterator[Finding]:
     biases = [n for n, p in context.parameters.items() if n.endswith("bias") and p.shape == (channels,)]
     biases = [n for n in biases if float((mean - context.parameters[n].detach().double().cpu()).abs().amax()) < ABOVE]
     module = context.module_of(biases[-1]) if biases else ""
+    if not module and (seen.output is None or seen.output.data_ptr() != found.given.data_ptr()):
+        return  # scores of another network
     yield Finding(
         "head-offset",
         "error",
