@@ -87,3 +87,10 @@ def test_a_rate_that_does_nothing_is_told_beside_a_discriminator() -> None:
     model = generator()
     slow = torch.optim.AdamW(model.parameters(), lr=1e-8)
     assert codes(model, against(discriminator(is_dead=True)), optimizer=slow) == ["rate-too-low"]
+
+
+def test_a_discriminator_that_is_sure_of_all_samples_has_no_offset_of_the_generator() -> None:
+    critic = discriminator()
+    with torch.no_grad():
+        critic[2].bias.fill_(-40.0)
+    assert codes(generator(), against(critic)) == []

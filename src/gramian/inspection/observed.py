@@ -20,11 +20,13 @@ __all__ = [
     "Cosines",
     "Criterion",
     "Cut",
+    "Draw",
     "Ends",
     "Gate",
     "Observed",
     "Raw",
     "Reduction",
+    "Routing",
     "Source",
     "Visible",
 ]
@@ -151,6 +153,24 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """A softmax over what a matrix gives, which may choose among modules.
+
+    Attributes:
+        name, order: the module in which it is, and its place.
+        sources: the parameters of the scores.
+        largest: of each choice, its largest weight of all rows.
+        rows: how many there are.
+    """
+
+    name: str
+    order: int
+    sources: tuple[Source, ...]
+    largest: tuple[float, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
 class Reduction:
     """A mean or sum of n values that is less than a rounding of theirs: `share` of their size over √n."""
 
@@ -224,11 +244,30 @@ class Cut:
 
 
 @dataclass
+class Draw:
+    """Numbers drawn under `torch.no_grad` by values that have a gradient.
+
+    Attributes:
+        name, function, order: the module in which that is, the function, and its place.
+        passed_to: the module whose matrix takes them; empty where none does.
+        is_scored: whether their differences from values with a gradient were taken, as for a log-probability.
+    """
+
+    name: str
+    function: str
+    order: int
+    passed_to: str = ""
+    is_scored: bool = False
+
+
+@dataclass
 class Observed:
     """What a few training steps showed.
 
     Attributes:
         calls, activations, attentions, additions, gates, cuts: in the order of the forward pass of the first batch.
+        draws: what is drawn without a gradient.
+        routings: softmaxes over what a matrix gives.
         added: names of parameters that are added to something.
         multiplied, by_entry: names of parameters whose values a product takes as a matrix, and of those that meet
             other values entry by entry.
@@ -280,6 +319,8 @@ class Observed:
     multiplied: set[str] = field(default_factory=set)
     by_entry: set[str] = field(default_factory=set)
     gates: list[Gate] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
+    routings: list[Routing] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     gradients: dict[str, float | None] = field(default_factory=dict)
     zero_gradients: dict[str, float] = field(default_factory=dict)

@@ -16,7 +16,8 @@ from gramian.inspection.gate_functions import ADDITIONS
 from gramian.inspection.gating import Gating
 from gramian.inspection.heads import Heads
 from gramian.inspection.moments import as_moments, version
-from gramian.inspection.observed import Activation, Addition, Attention, Observed, Reduction, Visible
+from gramian.inspection.observed import Activation, Addition, Attention, Observed, Reduction, Routing, Visible
+from gramian.inspection.sources import trace
 
 __all__ = ["Operations"]
 
@@ -38,6 +39,9 @@ _BOUNDED: dict[Callable, tuple[str, float, float]] = {
     torch.tanh: ("tanh", -1.0, 1.0), Tensor.tanh: ("tanh", -1.0, 1.0), F.tanh: ("tanh", -1.0, 1.0),
     torch.sigmoid: ("sigmoid", 0.0, 1.0), Tensor.sigmoid: ("sigmoid", 0.0, 1.0), F.sigmoid: ("sigmoid", 0.0, 1.0),
 }  # fmt: skip
+# Scores of a softmax up to which it may choose among modules.
+MOST_CHOICES = 64
+
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _MEANS = {torch.mean, Tensor.mean, torch.sum, Tensor.sum}
 
@@ -103,6 +107,8 @@ class Operations:
             self.heads.see(func, args, kwargs, given, made)
             self.elementwise.see(self.seen, func, given, made)
         self.gating.see(name, order, func, args, kwargs, given, made)
+        if func in _SOFTMAX and given and not self.live:
+            self._routing(name, order, given[0], made)
         if func in _RECTIFIERS:
             self._activation(name, order, _RECTIFIERS[func], made, None)
         elif func in _BOUNDED:
@@ -166,6 +172,17 @@ class Operations:
                 self.seen.attentions.append(Attention(name, order, entropy if seeing else 1.0, masked))
 
         self.read(entropy_and_masked(weights, scores), keep)
+
+    def _routing(self, name: str, order: int, given: Tensor, made: Tensor) -> None:
+        """Keeps a softmax over few scores that are rows of a matrix, as those of experts are."""
+        choices = made.shape[-1] if made.ndim in (2, 3) else 0
+        if not 2 <= choices <= MOST_CHOICES or not made.numel() or given.shape != made.shape:
+            return
+        sources = trace(given, self.names).sources
+        if sources:
+            largest = made.detach().float().flatten(0, -2).amax(0)
+            kept = Routing(name, order, sources, tuple(largest.tolist()), made.numel() // choices)
+            self.seen.routings.append(kept)
 
     def _reduction(self, name: str, order: int, func: Callable, given: Tensor, made: Tensor) -> None:
         count = given.numel() / max(1, made.numel())

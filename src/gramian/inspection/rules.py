@@ -210,7 +210,8 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
     sized = _with_gradients(measured)
     if not measured.is_chain or len(sized) < 3 or not all(math.isfinite(layer.gradient_rms or 0.0) for layer in sized):
         return
-    start, last = sized[0], _per_unit(measured, sized[-1])
+    start, end = sized[0], max(_ends(measured, sized), key=lambda layer: _per_unit(measured, layer))
+    last = _per_unit(measured, end)
     if last == 0.0:
         return
     first = _per_unit(measured, start)
@@ -223,9 +224,7 @@ def gradient_by_depth(measured: Measured) -> Iterator[Finding]:
         return
     vanishes = ratio < 1
     unmoved = [layer for layer in sized if (layer.gradient_rms or 0.0) < ADAMW_EPS]
-    evidence = (
-        f"root mean square{_positions(measured, sized)} {first:.1e} at {start.name}, {last:.1e} at {sized[-1].name}"
-    )
+    evidence = f"root mean square{_positions(measured, sized)} {first:.1e} at {start.name}, {last:.1e} at {end.name}"
     if unmoved:
         evidence += f"; below AdamW's ε = 1e-8 in {len(unmoved)} of {len(sized)} layers, which AdamW hardly moves"
     yield Finding(
@@ -280,10 +279,24 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def _ends(measured: Measured, sized: list[Layer]) -> list[Layer]:
+    """The last layer, and others that take the same input: several heads, of which a loss may weigh some more."""
+    shared = _input_rms(measured, sized[-1]) if sized else None
+    return [layer for layer in sized if layer is sized[-1] or (shared and _input_rms(measured, layer) == shared)]
+
+
+def _input_rms(measured: Measured, layer: Layer) -> float | None:
+    sites = measured.stats.get(layer.name.partition("[")[0]) if measured.stats is not None else None
+    a = sites[0].A if sites else None
+    return float(a.rms) if _single(a) else None
+
+
 def _confirmed(measured: Measured) -> bool:
     """Whether the gradient or the Jacobian, measured across the whole depth, leaves its healthy range."""
     sized = [_per_unit(measured, layer) for layer in _with_gradients(measured)]
-    ratio = sized[0] / sized[-1] if measured.is_chain and sized and sized[-1] > 0 else 1.0
+    layers = _with_gradients(measured)
+    end = max((_per_unit(measured, layer) for layer in _ends(measured, layers)), default=0.0)
+    ratio = sized[0] / end if measured.is_chain and sized and end > 0 else 1.0
     largest = measured.jacobian[0] if measured.jacobian and not _is_blocked(measured) else 1.0
     return not (1 / GRADIENT_RATIO <= ratio <= GRADIENT_RATIO and 1 / END_TO_END <= largest <= END_TO_END)
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gramian.batch import mapped
+from gramian.inspection.draws import Draws
 from gramian.inspection.following import Follower
 from gramian.inspection.given import key
 from gramian.inspection.losses import ends_of, see_loss, see_pull
@@ -53,6 +54,7 @@ class Watcher(Follower):
         self.is_elsewhere = False  # whether the last parameter used outside the model is another network's
         self.raw = RawData(self.names)
         self.measured: dict[int, tuple[int, tuple[Tensor, Tensor]]] = {}  # with the tensor's version
+        self.draws = Draws(seen, self.names)
         self.operations = Operations(seen, self.names, self._read, self._squares, live=live)
         self.alive: dict[int, ref[Tensor]] = {}  # what tables know by its id
         self.strange: list[Tensor] = []  # kept, so that no id is used twice
@@ -74,6 +76,7 @@ class Watcher(Follower):
             self.strange.clear()
             self.raw.clear()
             self.operations.clear()
+            self.draws.clear()
             self.ended = None
 
     def entered(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -240,6 +243,8 @@ class Watcher(Follower):
         if made is None:
             self.operations.gating.divided(func, given, output)
             return
+        if not self.live:
+            self.draws.see(name, self.order, func, given, made)
         ends = ends_of(func, args, kwargs)
         if ends is not None:
             self.ended = (made, ends)

@@ -46,6 +46,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ),
     ("norm-evaluation-mode", "dropout-rate", "dropout-evaluation", "gate-shut"),
     ("norm-statistics", "norm-few-values"),
+    ("loss-non-finite",),
     _GAIN,
     ("attention-saturated", "residual-growth"),
     ("head-input-offset",),
@@ -75,6 +76,8 @@ _SYMPTOMS = frozenset(
 _UNITS = frozenset((
     "norm-statistics", "dead-units", "saturated-units", "attention-saturated", "residual-growth", "head-input-offset",
 ))  # fmt: skip
+# What units that do not act cannot make.
+_NOT_FINITE = frozenset(("loss-non-finite", "non-finite-input", "non-finite-gradient"))
 _GAINS = frozenset(_GAIN)
 # What data, a loss or a decay of a wrong size make of weights in training, wherever it began.
 _DRIVEN = frozenset((
@@ -91,12 +94,14 @@ _SIGNAL = frozenset((
     "graph-cut", "gradient-overflow", "zero-weights", "parameter-constant", "norm-zero-gain", "embedding-scale",
     "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
     "labels-non-finite", "parameter-unregistered", "softmax-single-value",
-    "head-scale", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut", "gradient-kept",
-    "rate-grows",
+    "head-scale", "head-offset", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
+    "gradient-kept", "rate-grows",
 ))  # fmt: skip
 
 # What lies behind a residual stream or beside it, and does not make it grow.
-_BESIDE = frozenset(("samples-mixed", "graph-cut", "attention-masked", "gate-shut", "head-scale", "output-range"))
+_BESIDE = frozenset(
+    ("samples-mixed", "graph-cut", "attention-masked", "gate-shut", "head-scale", "head-offset", "output-range")
+)
 
 
 def _rank(finding: Finding) -> float:
@@ -143,12 +148,18 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         return next((c for c in causes if c.code in _SIGNAL and c.where == finding.where), None)
     if finding.code in _SYMPTOMS | _UNITS:
         among = [c for c in causes if finding.code != "residual-growth" or c.code not in _BESIDE]
+        among = [c for c in among if finding.code not in _NOT_FINITE or c.code not in _UNITS]
     elif finding.code in _GAINS:
         among = [c for c in causes if c.code in _SIGNAL or _is_shut(c)]
     elif finding.code in _RATES:
         among = [c for c in serious if c.code not in _RATES]
     else:
         return None
+    if finding.code in _NOT_FINITE:  # gains make such numbers, and such a loss all others
+        others = [c for c in serious if c.code == "loss-non-finite" and c is not finding]
+        return next(
+            (c for c in (*among, *others) if c in others or c.code in _GAINS or _rank(c) < _rank(finding)), None
+        )
     return next((c for c in among if c is not finding and _rank(c) < _rank(finding)), None)
 
 

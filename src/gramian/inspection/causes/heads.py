@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gramian.inspection.causes.context import Context
@@ -77,6 +79,48 @@ def probabilities(context: Context) -> Iterator[Finding]:
         )
 
 
+def offset_of_binary(context: Context) -> Iterator[Finding]:
+    """Find scores of yes or no that say the same for all samples, by an amount beside which these do not count."""
+    seen = context.observed
+    found = next((c for c in seen.criteria if c.function == "binary_cross_entropy_with_logits"), None)
+    if found is None or found.given.ndim < 1 or found.given.shape != found.target.shape or len(found.given) < 2:
+        return
+    scores, target = found.given.double(), found.target.double()
+    if not bool(scores.isfinite().all()) or not bool(((target >= 0) & (target <= 1)).all()):
+        return
+    channels = scores.shape[1] if scores.ndim > 1 else 1
+    scores, target = (t.transpose(0, 1).flatten(1) if t.ndim > 1 else t[None] for t in (scores, target))
+    mean, own = scores.mean(1), float(scores.std(1).mean())
+    rates = target.mean(1)
+    rates = torch.where((rates > 0) & (rates < 1), rates, target.mean())  # no positive of a rare class in this batch
+    if not 0 < float(target.mean()) < 1:
+        return  # a generator's, say, which is to change what all of its samples get
+    guessing = float(-(rates * rates.log() + (1 - rates) * (1 - rates).log()).mean())
+    loss = float(F.binary_cross_entropy_with_logits(scores, target))
+    wrong = (mean - rates.logit()).abs()  # the scores of guessing are the log-odds of the rates
+    if not (_is_shared(float(wrong.amax()), own) and loss > guessing + ABOVE):
+        return
+    worst = int(wrong.argmax())
+    biases = [n for n, p in context.parameters.items() if n.endswith("bias") and p.shape == (channels,)]
+    biases = [n for n in biases if float((mean - context.parameters[n].detach().double().cpu()).abs().amax()) < ABOVE]
+    module = context.module_of(biases[-1]) if biases else ""
+    if not module and (seen.output is None or seen.output.data_ptr() != found.given.data_ptr()):
+        return  # scores of another network
+    yield Finding(
+        "head-offset",
+        "error",
+        f"All samples get {'yes' if float(mean[worst]) > 0 else 'no'}: the scores have a large offset",
+        where=module or "loss",
+        evidence=f"the mean score is {float(mean[worst]):.3g}, and {float(rates[worst].logit()):.3g} by the rate of "
+        f"the targets; between samples scores differ by {own:.2g}; loss {loss:.3g}, and {guessing:.3g} by guessing",
+        cause="The head's bias is large, or has the wrong sign."
+        if module
+        else "What the head is given is large and nearly the same for all samples, or its bias is.",
+        advice="Set the bias to the log-odds of the targets' rate, or to zero"
+        + (f": torch.nn.init.zeros_ of {module}.bias." if module else "."),
+    )
+
+
 def bounded_scores(context: Context) -> Iterator[Finding]:
     """Find a cross-entropy of cosines without a temperature, which cannot become small. Exact."""
     cosines = context.observed.cosines
@@ -118,4 +162,4 @@ def _last_bias(context: Context, num_classes: int) -> tuple[str, Tensor | None]:
     return module, bias.detach().float() if is_one and bias is not None else None
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (offset, probabilities, bounded_scores)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (offset, offset_of_binary, probabilities, bounded_scores)

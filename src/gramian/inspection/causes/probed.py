@@ -129,7 +129,7 @@ def without_effect(context: Context) -> Iterator[Finding]:
 
 def order(context: Context) -> Iterator[Finding]:
     """Tell of a model of sequences or patches to which their order is nothing; a warning where labels depend on it."""
-    if not context.probes.ignores_order:
+    if not context.probes.ignores_order or context.has_constant_output:
         return
     x = main_input(context.observed.batches[0])
     matters = _order_matters(context)

@@ -70,6 +70,26 @@ def unreached(context: Context) -> Iterator[Finding]:
         )
 
 
+def drawn(context: Context) -> Iterator[Finding]:
+    """Find numbers drawn without a gradient that go on through the network, where no score function is used. Exact."""
+    draw = next((d for d in context.observed.draws if d.passed_to and not d.is_scored), None)
+    if draw is None:
+        return
+    yield Finding(
+        "graph-cut",
+        "error",
+        f"What {context.told(draw.passed_to)} is given is drawn without a gradient",
+        where=", ".join(dict.fromkeys(n for n in (draw.name, draw.passed_to) if n)),
+        evidence=f"{draw.function} under torch.no_grad takes values that have a gradient, and its result, which has "
+        f"none, goes into {context.told(draw.passed_to)} (exact)",
+        cause="Distribution.sample() draws without a gradient: what makes its mean and deviation does not learn from "
+        "what follows.",
+        advice="Use rsample(), or mean + deviation * torch.randn_like(mean); or add log_prob of the sample times what "
+        "it led to.",
+        source="Kingma & Welling 1312.6114, §2.4",
+    )
+
+
 def shared(context: Context) -> Iterator[Finding]:
     """Find modules that stand in the network under several names. Exact."""
     by_module: dict[int, list[str]] = {}
@@ -161,4 +181,4 @@ def _parameters(count: int, *, verb: str = "get", single: str = "gets") -> str:
     return f"1 parameter {single}" if count == 1 else f"{count} parameters {verb}"
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, unreached, unregistered, shared)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, unreached, drawn, unregistered, shared)
