@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.batch import first_samples, main_input, mapped, num_samples
-from gramian.inspection.given import given_of, key
+from gramian.inspection.given import Given, given_of, key
 from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import first_float
 from gramian.inspection.observed import Observed
@@ -269,7 +269,7 @@ def _plunges(model: nn.Module, seen: Observed, objective: Objective) -> tuple[fl
         found = torch.autograd.grad(here, free, allow_unused=True)
     steps = [torch.zeros_like(t) if g is None else -g for t, g in zip(free, found, strict=True)]
     length = float(torch.stack([g.double().square().sum() for g in steps]).sum().sqrt())
-    size = 1.0 + max(float(t.abs().amax()) for t in free)
+    size = 1.0 + max(float(t.detach().abs().amax()) for t in free if t.numel())
     if not 0 < length < float("inf"):
         return None
 
@@ -279,7 +279,7 @@ def _plunges(model: nn.Module, seen: Observed, objective: Objective) -> tuple[fl
             return float(loss(lambda t: t + next(at) * (far * size / length)))
 
     near, far = (moved(d) for d in (NEAR, FAR))
-    start, ratio = float(here), FAR / NEAR
+    start, ratio = float(here.detach()), FAR / NEAR
     is_far_below = far < -ratio * (1 + abs(start))
     return (start, near, far) if is_far_below and start - far > 0.3 * ratio**2 * (start - near) > 0 else None
 
@@ -292,15 +292,32 @@ def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> t
     given = [g for g in given_of([batch], set(), set()) if g.name in fed]
     if len(given) < 2:
         return None
-    with torch.no_grad():
+
+    def silent(inputs: Sequence[Given]) -> list[Given]:
         whole = _loss(model, batch, objective)
         found = []
-        for one in given:
+        for one in inputs:
             x = one.values[0]
-            if len(x) > 1 and bool((x.roll(1, 0) != x).any()):
-                other = x.roll(1, 0)
-                if _loss(model, mapped(batch, lambda t, x=x, other=other: other if t is x else t), objective) == whole:
-                    found.append(one.name)
+            other = x.roll(1, 0)
+            varies = len(x) > 1 and bool((other != x).any())
+            changed = mapped(batch, lambda t, x=x, other=other: other if t is x else t)
+            if varies and _loss(model, changed, objective) == whole:
+                found.append(one)
+        return found
+
+    with torch.no_grad():
+        inputs = silent(given)
+        zeros = [p for p in model.parameters() if p.numel() and not bool(p.any())] if inputs else []
+        if zeros:  # by which what an input makes may be multiplied until the first step
+            generator = torch.Generator().manual_seed(0)
+            try:
+                for p in zeros:
+                    p.copy_(torch.randn(p.shape, generator=generator) / 10)
+                inputs = silent(inputs)
+            finally:
+                for p in zeros:
+                    p.zero_()
+    found = [one.name for one in inputs]
     return tuple(found) if len(found) < len(given) else None
 
 

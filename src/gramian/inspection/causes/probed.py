@@ -113,14 +113,15 @@ def plunging(context: Context) -> Iterator[Finding]:
 def without_effect(context: Context) -> Iterator[Finding]:
     """Find inputs with which the model is called, and that change nothing. Exact."""
     found = context.probes.without_effect
-    if not found or (context.opening is not None and context.opening.waiting):
-        return  # what starts at zero may be what they pass through
+    if not found:
+        return
     yield Finding(
         "input-unused",
         "warning",
         f"The model is given {some(found)}, and does not use {'it' if len(found) == 1 else 'them'}",
         where="data",
-        evidence="with the values of other samples, the loss is the same to the last bit (exact)",
+        evidence="with the values of other samples, the loss is the same to the last bit, also where zero parameters "
+        "get other values (exact)",
         cause="What is computed of it is not passed on; a branch is commented out, or a mask is not handed to the "
         "attention.",
         advice="Use it in the forward pass, or do not pass it.",
