@@ -54,6 +54,29 @@ def test_a_fault_of_the_loop_is_the_first_that_is_told(fault: str) -> None:
     assert "parameter-unused" not in [f.code for f in findings]
 
 
+@pytest.mark.parametrize("kind", ["norm", "dropout", "neither"])
+def test_a_training_that_goes_on_in_evaluation_mode(kind: str) -> None:
+    """After a validation, model.train() was forgotten; a validation in between is none."""
+    torch.manual_seed(0)
+    middle = {"norm": nn.BatchNorm1d(16), "dropout": nn.Dropout(0.3), "neither": nn.Tanh()}[kind]
+    model = nn.Sequential(nn.Linear(8, 16), middle, nn.Linear(16, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x, told = torch.randn(32, 8), []
+    with gm.watch(model, optimizer, every=5, share=None, on_finding=lambda f, step: told.append((f.code, step))) as w:
+        for step in range(20):
+            if step % 4 == 0:
+                model.eval()
+                with torch.no_grad():
+                    model(x)
+                model.train(step < 12)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+            optimizer.step()
+    code = {"norm": "norm-evaluation-mode", "dropout": "dropout-evaluation"}.get(kind)
+    assert told == ([] if code is None else [(code, 13)])
+    assert "calls another" not in w.not_looked_at.get("modules", "")
+
+
 def test_a_loop_without_one_is_silent() -> None:
     assert run(net()).findings == []
 

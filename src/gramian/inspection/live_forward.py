@@ -36,6 +36,7 @@ class Forward:
         failure: why modules are not seen, or empty.
         last: the last pass.
         passes: in training, since `clear()`.
+        evaluations: passes in evaluation mode that can be differentiated, since `clear()`.
         is_replayed: whether the model is compiled.
 
     Args:
@@ -48,7 +49,7 @@ class Forward:
         self.root = unwrapped(model)
         self.seen: Observed | None = None
         self.last: Pass | None = None
-        self.passes = 0
+        self.passes = self.evaluations = 0
         self.handles: list[Any] = []
         self._begins, self._ends = begins, ends
         self._watcher: _Live | None = None
@@ -69,7 +70,7 @@ class Forward:
 
     def clear(self) -> None:
         """Begins the next step."""
-        self.passes, self.seen = 0, None
+        self.passes, self.evaluations, self.seen = 0, 0, None
 
     def asleep(self) -> ExitStack:
         """A context in which passes are not the user's."""
@@ -89,6 +90,8 @@ class Forward:
             is_counted = self._is_counted()
             if is_counted:
                 self._begin(args, kwargs, None if again is None else Pass.of(args, kwargs, again))
+            else:
+                self.evaluations += self._is_differentiated()
             output = None
             try:
                 output = function(*args, **kwargs)
@@ -101,11 +104,16 @@ class Forward:
 
     def _is_counted(self) -> bool:
         """Whether a pass that begins now is the user's, in training, and no recomputation."""
-        return not self._is_asleep and self.root.training and torch.is_grad_enabled() and not in_backward()
+        return self.root.training and self._is_differentiated()
+
+    def _is_differentiated(self) -> bool:
+        return not self._is_asleep and torch.is_grad_enabled() and not in_backward()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._is_counted():
             self._begin(args, kwargs, Pass.of(args, kwargs))
+        elif self._is_differentiated():
+            self.evaluations += 1
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self._is_counted():

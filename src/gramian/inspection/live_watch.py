@@ -18,6 +18,7 @@ from gramian.inspection.live_forward import Forward
 from gramian.inspection.live_gradients import all_finite
 from gramian.inspection.live_log import Teller
 from gramian.inspection.live_look import Looker
+from gramian.inspection.live_modes import left_in_evaluation
 from gramian.inspection.live_schedule import Schedule
 from gramian.inspection.live_skips import Skips, skipped_steps
 from gramian.inspection.observed import Observed
@@ -91,7 +92,7 @@ class Watch:
         self._trained = [*self._parameters.values()]
         self._looker = Looker(self._root, self._parameters, optimizer)
         self._skips = Skips(self._trained if optimizer is not None else [])
-        self._is_lost = self._is_skipped = self._is_stopped = False
+        self._is_lost = self._is_skipped = self._is_stopped = self._has_trained = False
         self._meant: Exception | None = None  # an error that is to reach the user's loop
         self._handles: list[Any] = []
         reason = self._forward.failure
@@ -234,11 +235,17 @@ class Watch:
             self._schedule.drop()
             return
         self._skips.stepped()
-        seen = self._forward.seen
+        seen, forward = self._forward.seen, self._forward
+        in_evaluation = forward.evaluations > 0 and not forward.passes
+        if in_evaluation and self._has_trained:
+            self._tell(left_in_evaluation(self._root, self.step + 1))
+        self._has_trained |= forward.passes > 0
         if self._schedule.is_due and seen is not None and not self._is_lost:
             found = ordered(self._looker.after_step(seen, self._forward.passes))
-            if not self._forward.passes and not self._forward.failure:
-                self._forward.failure = "no forward pass of this model was seen: the loop calls another object"
+            if not forward.passes and not forward.failure and not in_evaluation:
+                forward.failure = "no forward pass of this model was seen: the loop calls another object"
+            if in_evaluation:
+                self.not_looked_at[MODULE_CHECKS] = "the model is trained in evaluation mode"
             self._say_left()
             self._tell(found)
         self._next(looked=seen is not None)
