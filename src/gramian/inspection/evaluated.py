@@ -204,7 +204,7 @@ def _watched(model: nn.Module, rows: int) -> Iterator[list[tuple[str, Tensor]]]:
     def hook(name: str) -> Callable:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             made = first_float(output)
-            if made is not None and len(made) == rows:
+            if made is not None and len(made) == rows and made.shape != (rows, rows):  # scores of all pairs are meant
                 flat = made.detach().reshape(rows, -1)
                 sums = (t.sum(1, dtype=torch.float64) for t in (flat, flat.abs()))
                 found.append((name, torch.stack(tuple(sums))))

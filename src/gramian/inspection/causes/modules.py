@@ -37,7 +37,11 @@ CHANCE = 1e-6
 
 def dead_units(context: Context) -> Iterator[Finding]:
     """Find layers most of whose units are zero on all rows."""
-    rectified = [a for a in context.observed.activations if a.function in ("relu", "relu6", "hardtanh")]
+    rectified = [
+        a
+        for a in context.observed.activations
+        if a.function in ("relu", "relu6", "hardtanh") and a.dead and not _is_given_zeros(context, a)
+    ]
     shut = [a for a in rectified if _is_shut(a)]
     dead = shut or [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
     if dead:
@@ -56,6 +60,12 @@ def dead_units(context: Context) -> Iterator[Finding]:
             action=ISOMETRIC,
             advice="isometric_ is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
         )
+
+
+def _is_given_zeros(context: Context, a: Activation) -> bool:
+    """Whether pre-activations are exactly zero, as behind a branch that starts at zero, and not negative."""
+    call = context.first_calls.get(context.source_of(a))
+    return call is not None and call.output.rms == 0.0
 
 
 def _is_shut(a: Activation) -> bool:
