@@ -32,9 +32,10 @@ HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
 MOST_HELD, ENOUGH_HELD = 8, 160
 """Batches kept in memory to measure on, and from how many samples on no more are."""
-ENOUGH, EVERY = 8, 4
-"""From so many rows for each dimension of every G on, one batch of so many is differentiated. A decides how a layer is
-cut, and G only what it counts, so G needs fewer rows; a backward pass with its Grams takes half of the time."""
+ENOUGH, ROWS, EVERY = 8, 32, 4
+"""From so many batches, and so many rows for each dimension of every G on, one batch of so many is differentiated. A
+decides how a layer is cut, and G only what it counts, so that G may have fewer rows; a backward pass with its Grams
+takes half of the time."""
 
 
 @dataclass
@@ -155,7 +156,7 @@ class _Differentiated:
 def _lacks_rows(site: Site, new: bool) -> bool:
     if site.G is None or site.A is None:  # no gradient may ever come, as to a pooler whose output nobody asks for
         return new and (not site.reason or site.reason in WITHOUT_AUTOGRAD)
-    return isinstance(site.G, Gram) and float(site.A.count.max()) < ENOUGH * site.G.dim
+    return isinstance(site.G, Gram) and float(site.A.count.max()) < ROWS * site.G.dim
 
 
 def around_output(objective: Objective) -> Objective:
