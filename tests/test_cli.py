@@ -312,7 +312,7 @@ def test_train_shows_how_it_goes_and_keeps_the_model(folder, capsys) -> None:
 def test_train_says_what_it_did_to_a_network_that_cannot_learn(folder, capsys) -> None:
     out = run(capsys, "train", "task.py:deep", "--steps", "2", "--optimizer", "muon", "--seed", "1")[1]
     assert "isometric: Gain " in out
-    assert "muon, learning rate 0.1" in out
+    assert "muon, learning rate 0.9" in out
     assert out.endswith("The model was not saved; --out DIR saves it.\n")
 
 
@@ -348,7 +348,7 @@ def test_train_that_is_interrupted_says_how_to_go_on(folder, capsys, monkeypatch
     assert "runs/x holds an unfinished run" in err
     code, _, err = run(capsys, *TRAIN, "--resume", "--optimizer", "adamw")
     assert code == 2
-    assert "the run in runs/x is of optimizer muon, not adamw; learning rate 0.1, not 0.001" in err
+    assert "the run in runs/x is of optimizer muon, not adamw; learning rate usual, not 0.001" in err
     code, out, _ = run(capsys, *TRAIN, "--resume")
     assert code == 0
     assert f"resumed at {steps[0]}" in out

@@ -16,6 +16,11 @@ from gramian.linalg.polar_factor.zolotarev import zolotarev
 MATMUL = torch.backends.mkldnn.matmul
 
 
+def _everywhere(value):
+    """torch's setting for all backends, also where torch.testing has frozen it."""
+    torch._C._set_fp32_precision_setter("generic", "all", value)
+
+
 @pytest.fixture(params=["medium", "bfloat16", "inherited"])
 def narrow(request):
     """float32 products in bfloat16, by each of torch's settings."""
@@ -25,11 +30,11 @@ def narrow(request):
     elif request.param == "bfloat16":
         MATMUL.fp32_precision = "bf16"
     else:
-        torch.backends.fp32_precision = "bf16"
+        _everywhere("bf16")
     try:
         yield
     finally:
-        torch.backends.fp32_precision = "none"
+        _everywhere("none")
         MATMUL.fp32_precision = "none"
         torch.set_float32_matmul_precision(before)
         MATMUL.fp32_precision = "none"
@@ -85,7 +90,7 @@ def test_the_setting_is_restored(narrow):
     with pytest.raises(ZeroDivisionError), full_products():
         _ = 1 / 0
     assert (torch.backends.fp32_precision, MATMUL.fp32_precision) == before
-    torch.backends.fp32_precision = "ieee"
+    _everywhere("ieee")
     inherits = MATMUL.fp32_precision == "ieee"
     assert inherits == (before[0] == "bf16")  # what was inherited still is
 

@@ -109,10 +109,11 @@ def test_names_are_text_wherever_they_stand(name: str, make):
     harmless, page = harmless_page(make), Page(html)
 
     # The same elements with the same attributes, hence no element and no handler came from the name. Pictures may
-    # differ in their marks where a long name leaves less room.
+    # differ in their marks where a long name leaves less room, and cells in whether they may break.
     def outline(parsed: Page) -> list[tuple[str, list[str]]]:
         active = ("script", "style", "img", "iframe", "a", "link", "meta", "details", "td", "button")
-        return [(tag, sorted(attributes)) for tag, attributes in parsed.tags if tag in active]
+        kept = [(tag, [a for a in attributes if (tag, a) != ("td", "class")]) for tag, attributes in parsed.tags]
+        return [(tag, sorted(attributes)) for tag, attributes in kept if tag in active]
 
     assert outline(page) == outline(harmless)
     assert {tag for tag, _ in page.tags} <= {tag for tag, _ in harmless.tags} | {"ul", "li", "g", "text"}

@@ -93,8 +93,9 @@ def targets(
             reason = "its factors have rank 1" if low.rank == 1 else ""
             if block.aliases:
                 reason = f"its factors are tied to {', '.join(block.aliases)}"
-        if reason and low is None and not inner and not block.name.endswith(".weight"):
-            name = block.name  # a bare parameter: its module may hold several
+        is_bare = not inner and not type(block.module).__module__.startswith("torch.nn.")
+        if reason and low is None and is_bare and not block.name.endswith(".weight"):
+            name = block.name  # of a module of the user's own, which may hold several
             reason = reason.replace(f"{block.kind} is not factored", f"a parameter of {block.kind} itself", 1)
         reason = by_pattern(name, include, exclude) or reason or _unprofitable(target)
         for other in tied:

@@ -63,6 +63,7 @@ class Watch:
     Source: this library's own.
 
     >>> import torch
+    >>> from gramian.inspection.live import watch
     >>> net = nn.Linear(2, 1)
     >>> with watch(net, torch.optim.SGD(net.parameters(), lr=0.1)) as watching:
     ...     watching.step, watching.findings

@@ -27,6 +27,7 @@ _VALUES: dict[Callable, str] = {
 VALUES = ("difference", *_VALUES.values())
 """Functions of an output and a target that are numbers."""
 _DIFFERENCES = {torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 _LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.softmax, torch.softmax, Tensor.softmax}
 
 # Functions whose values have ends.
@@ -65,6 +66,9 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
             seen.logits = _rows_of_scores(scores)
     elif inside:
         return
+    elif func in _PRODUCTS and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
+        if any(a.requires_grad for a in args):
+            _broadcast(seen, "the product", *args)
     elif func in _DIFFERENCES and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
         if any(a.requires_grad for a in args):
             _broadcast(seen, "the difference", *args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -235,7 +236,7 @@ def _falls(model: nn.Module, seen: Observed, objective: Objective) -> tuple[floa
 
 
 def _plunges(model: nn.Module, seen: Observed, objective: Objective) -> tuple[float, float, float] | None:
-    """The loss where the outputs are, and two distances down its gradient by them, where it falls ever faster.
+    """The loss where the outputs are, and two distances down its gradient by one of them, where it falls ever faster.
 
     That of a critic, or a log-determinant, falls as fast as the output grows; nothing that has a minimum falls faster
     to far below zero.
@@ -267,28 +268,34 @@ def _plunges(model: nn.Module, seen: Observed, objective: Objective) -> tuple[fl
         if not free or not here.requires_grad:
             return None
         found = torch.autograd.grad(here, free, allow_unused=True)
-    steps = [torch.zeros_like(t) if g is None else -g for t, g in zip(free, found, strict=True)]
-    length = float(torch.stack([g.double().square().sum() for g in steps]).sum().sqrt())
-    size = 1.0 + max(float(t.detach().abs().amax()) for t in free if t.numel())
-    if not 0 < length < float("inf"):
-        return None
+    for i, (own, gradient) in enumerate(zip(free, found, strict=True)):
+        if gradient is None or not own.numel() or not bool(gradient.isfinite().all()) or not bool(gradient.any()):
+            continue
+        size = 1.0 + float(own.detach().abs().amax())
+        step = -gradient * (size / float(gradient.double().norm()))
 
-    def moved(far: float) -> float:
-        at = iter(steps)
-        with torch.no_grad():
-            return float(loss(lambda t: t + next(at) * (far * size / length)))
+        def moved(far: float, i: int = i, step: Tensor = step) -> float:
+            places = count()
+            with torch.no_grad():
+                return float(loss(lambda t: t + step * far if next(places) == i else t))
 
-    near, far = (moved(d) for d in (NEAR, FAR))
-    start, ratio = float(here.detach()), FAR / NEAR
-    is_far_below = far < -ratio * (1 + abs(start))
-    return (start, near, far) if is_far_below and start - far > 0.3 * ratio**2 * (start - near) > 0 else None
+        start, near, far, ratio = float(here.detach()), moved(NEAR), moved(FAR), FAR / NEAR
+        is_far_below = far < -ratio * (1 + abs(start))
+        if is_far_below and start - far > 0.3 * ratio**2 * (start - near) > 0:
+            return start, near, far
+    return None
 
 
 def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> tuple[str, ...] | None:
-    """The inputs of which each sample can be given another's, and the loss stays the same to the last bit."""
+    """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
+
+    One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order.
+    """
     batch = first_samples(seen.batches[0], ENOUGH)
     compared = {key(c.target) for c in seen.criteria}
-    fed = [g.name for g in given_of(seen.batches[:1], seen.fed, compared) if g.is_input and not g.is_target]
+    whole_batch = given_of(seen.batches[:1], seen.fed, compared)
+    keys = [key(g.values[0]) for g in whole_batch]  # of a tensor that is given twice, one may be used
+    fed = [g.name for g, own in zip(whole_batch, keys, strict=True) if g.is_input and keys.count(own) == 1]
     given = [g for g in given_of([batch], set(), set()) if g.name in fed]
     if len(given) < 2:
         return None
@@ -298,8 +305,8 @@ def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> t
         found = []
         for one in inputs:
             x = one.values[0]
-            other = x.roll(1, 0)
-            varies = len(x) > 1 and bool((other != x).any())
+            other = torch.cat((x[:1], x[:-1]))
+            varies = bool((x[-1:] != x[:-1]).any()) and bool((other != x).any())
             changed = mapped(batch, lambda t, x=x, other=other: other if t is x else t)
             if varies and _loss(model, changed, objective) == whole:
                 found.append(one)

@@ -24,6 +24,8 @@ def proposals(finding: Finding, setting: Setting) -> list[Action]:
     Cost: a pass over the parameters; for findings about the loss, a forward pass.
     Source: this library's own.
 
+    >>> import torch
+    >>> from torch import nn
     >>> net = nn.Linear(4, 4)
     >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.999)
     >>> setting = Setting(net, [torch.ones(2, 4)], lambda model, batch: model(batch).mean(), sgd)

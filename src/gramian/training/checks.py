@@ -67,7 +67,7 @@ def identity_of(
         "task": task.source or task.name,
         "model": _fingerprint(model),
         "optimizer": choice.name,
-        "learning rate": "its own" if choice.lr is None else _number(choice.lr),
+        "learning rate": "usual" if choice.lr is None else _number(choice.lr),
         "init": init,
         "seed": f"{seed}",
         "budget": f"{_number(budget[1])} {budget[0]}",

@@ -28,7 +28,7 @@ TO_ZERO = ("linear", "cosine")
 
 
 class Choice(NamedTuple):
-    """An optimizer's name, its learning rate (`None`: its own), and the function that makes it from a model."""
+    """An optimizer's name, its learning rate (`None`: its usual one), and the function that makes it from a model."""
 
     name: str
     lr: float | None

@@ -93,6 +93,11 @@ def labels(context: Context) -> Iterator[Finding]:
             "no loss of torch is seen to take the labels, or they may depend on what only the loss takes"
         )
         return
+    if context.probes.ignores_order:
+        context.skipped["whether labels depend on inputs"] = "the model takes sets, whose neighbors nothing tells"
+        return
+    if context.has_learned:
+        return
     test = labels_depend(context.given_inputs, kept)
     if test is not None and not test.are_independent and test.p_value > test.level:
         context.skipped["whether labels depend on inputs"] = f"too few samples for so many features: {test.evidence}"

@@ -159,4 +159,33 @@ def one_class(context: Context) -> Iterator[Finding]:
     )
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (log_probabilities, dimension, one_class)
+def probabilities(context: Context) -> Iterator[Finding]:
+    """Find targets of a binary cross-entropy that are no probabilities. Exact."""
+    for function in ("binary_cross_entropy_with_logits", "binary_cross_entropy"):
+        found = context.criterion(function)
+        if found is None or not found.target.numel():
+            continue
+        target = found.target.float()
+        low, high = float(target.min()), float(target.max())
+        if low < 0 or high > 1:
+            yield Finding(
+                "labels-out-of-range",
+                "error",
+                f"{function} is given targets from {low:.3g} to {high:.3g}, and takes probabilities",
+                where="labels",
+                evidence=f"{float(((target < 0) | (target > 1)).float().mean()):.1%} of the targets are outside of "
+                "0 to 1 (exact)",
+                cause="A mask of 0 and 255, labels of −1 and 1, or classes by number: the loss then has no minimum, "
+                "and falls the farther the scores are from zero.",
+                advice="Divide a mask by its largest value; turn labels of −1 and 1 into 0 and 1; use cross_entropy "
+                "for classes by number.",
+            )
+            return
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
+    log_probabilities,
+    dimension,
+    one_class,
+    probabilities,
+)

@@ -19,6 +19,8 @@ ISOMETRIC = Action("isometric_")
 
 # Share of the units of a layer: told from here on, and as an error from there.
 DEAD, MOSTLY_DEAD = 0.5, 0.9
+# Share from which on dead units are a warning: of a small layer as torch initializes it, half are not rare.
+MANY_DEAD = 0.75
 # Dropout's p: told from here on, and as an error from there.
 DROPOUT, NEARLY_ALL = 0.8, 0.9
 # Entropy of attention as a share of that of equal weights: told below.
@@ -46,9 +48,10 @@ def dead_units(context: Context) -> Iterator[Finding]:
     dead = shut or [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
     if dead:
         worst, source = max(dead, key=lambda a: a.dead / a.channels), context.source_of(dead[0])
+        share = worst.dead / worst.channels
         yield Finding(
             "dead-units",
-            "error" if shut else "info" if context.has_learned else "warning",
+            "error" if shut else "info" if context.has_learned or share < MANY_DEAD else "warning",
             f"{worst.dead} of {worst.channels} units after {context.told(source)} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
@@ -170,7 +173,7 @@ def streams(context: Context) -> Iterator[Finding]:
         first = context.observed.additions[0].name
         yield Finding(
             "residual-growth",
-            "error",
+            "info" if context.has_learned else "error",
             f"The residual stream grows {growth:.2g} times over {len(sizes)} additions",
             where="all layers",
             evidence=f"root mean square {sizes[0]:.3g} after the first, in {context.told(first)}, {sizes[-1]:.3g} "

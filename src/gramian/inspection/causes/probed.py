@@ -103,8 +103,8 @@ def plunging(context: Context) -> Iterator[Finding]:
             "error",
             "The loss falls without end, faster than the outputs grow",
             where="loss",
-            evidence=f"loss {here:.3g} as it is; with the outputs moved down its gradient by {NEAR:g} and {FAR:g} "
-            f"times their size, {near:.3g} and {far:.3g}",
+            evidence=f"loss {here:.3g} as it is; with an output moved down its gradient by {NEAR:g} and {FAR:g} "
+            f"times its size, {near:.3g} and {far:.3g}",
             cause="The sign of a term is wrong: a square, a variance or a divergence is subtracted.",
             advice="Correct the sign of this term, so that the loss has a minimum.",
         )
