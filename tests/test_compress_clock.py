@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import gramian as gm
 from gramian.compression.clock import ENOUGH, FEWEST, Race, fused_kernels, race
+from gramian.compression.speeds import Speeds
 from gramian.report.compression import Ratio
 
 
@@ -106,8 +109,34 @@ def test_the_fused_kernels_of_encoder_layers_are_counted() -> None:
         nn.Sequential(layer, nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval(),
         torch.randn(2, 3, 16),
     )
-    assert fused_kernels(model, call, x) == 2
-    assert fused_kernels(nn.Linear(16, 2), call, x) == 0
+    layers, attentions = "nn.TransformerEncoderLayer", "nn.MultiheadAttention"
+    assert fused_kernels(model, call, x) == {layers: 2, attentions: 0}
+    assert fused_kernels(nn.Linear(16, 2), call, x) == {layers: 0, attentions: 0}
     model[0].norm_first = True  # which the kernel takes
     model[1].train()
-    assert fused_kernels(model, call, x) == 1
+    assert fused_kernels(model, call, x) == {layers: 1, attentions: 0}
+
+
+class Attends(nn.Module):
+    """Attention in a block of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+@torch.no_grad()
+def test_what_loses_its_fused_kernel_is_named_by_its_class() -> None:
+    x = torch.randn(2, 3, 16)
+    dense = nn.Sequential(Attends(), Attends(), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    speeds = Speeds(dense, gm.Objective.self_distillation(), x, 2)
+    assert speeds.unfused(copy.deepcopy(dense)) == ""
+    small = copy.deepcopy(dense)
+    small[1] = nn.Identity()
+    assert speeds.unfused(small).startswith("1 of 2 nn.MultiheadAttention lose torch's fused inference kernel")
+    small[2] = nn.Identity()
+    text = "1 of 1 nn.TransformerEncoderLayer and 1 of 2 nn.MultiheadAttention lose"
+    assert speeds.unfused(small).startswith(text)

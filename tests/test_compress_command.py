@@ -364,6 +364,7 @@ def test_a_speed_out_of_reach_is_refused_with_what_is_best(folder, capsys, monke
     assert err.count("\n") == 1
     assert "the best is 3.3" in err
     assert told in err
+    assert ("With --narrow" in err) == ("Do not factor" not in err)
     assert not (folder / "x").exists()
 
 

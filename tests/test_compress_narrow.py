@@ -85,6 +85,25 @@ def test_channels_of_a_sum_stay() -> None:
     assert small(x).shape == (64, 4)
 
 
+class Attends(nn.Module):
+    """torch's attention, and a hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x + self.attention(x, x, x, need_weights=False)[0])))
+
+
+def test_the_heads_of_torchs_attention_stay_with_the_reason() -> None:
+    torch.manual_seed(0)
+    plan = gm.narrow(Attends(), batches=list(torch.randn(64, 4, 8).split(8)), objective=DISTILL)
+    assert list(plan.kept) == ["down"]
+    assert plan.reasons["attention.out_proj"] == "the heads of nn.MultiheadAttention are not narrowed yet"
+
+
 def convolutions() -> nn.Module:
     """A depthwise convolution and norms between, and a matrix behind that sees sixteen columns for each channel."""
     return nn.Sequential(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -197,3 +198,20 @@ def test_a_sample_that_reaches_no_layer_is_told() -> None:
 
     with pytest.raises(InputError, match="the sample reaches none of 1"):
         isometric_(Apart(), torch.ones(2, 3))
+
+
+def test_the_output_projection_of_torchs_attention_is_said_to_be_inside_it() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.up, self.unused, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.up(x + self.attention(x, x, x, need_weights=False)[0])))
+
+    with pytest.warns(GramianWarning) as caught:
+        isometric_(Attends(), torch.randn(16, 4, 8))
+    (text,) = [str(w.message) for w in caught]
+    assert re.search(r"does not reach them: unused\.weight(;|$)", text)
+    assert re.search(r"MultiheadAttention applies them itself, [a-z ]*: attention\.out_proj\.weight(;|$)", text)

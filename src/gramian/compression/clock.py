@@ -36,8 +36,11 @@ GROUPS = 20
 """Neighbors in time are alike, so rounds count in so many groups at most."""
 BUSY = 0.1
 """From this share of waiting on, a report says that the machine was busy."""
-FUSED = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
-"""Kernels of torch's inference path for `nn.TransformerEncoderLayer`, which take dense weights alone."""
+FUSED = {
+    "_transformer_encoder_layer_fwd": "nn.TransformerEncoderLayer",
+    "_native_multi_head_attention": "nn.MultiheadAttention",
+}
+"""Kernels of torch's inference path, which take dense weights alone, and the classes that call them."""
 
 
 @dataclass
@@ -156,8 +159,8 @@ def _wait() -> None:
 
 
 @torch.no_grad()
-def fused_kernels(model: nn.Module, call: Call, batch: Any) -> int:
-    """How many times a pass calls torch's fused kernels for encoder layers."""
+def fused_kernels(model: nn.Module, call: Call, batch: Any) -> dict[str, int]:
+    """How many times a pass calls torch's fused inference kernel of each class."""
     counter = _Counter()
     with counter:
         call(model, batch)
@@ -165,8 +168,12 @@ def fused_kernels(model: nn.Module, call: Call, batch: Any) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    num = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = dict.fromkeys(FUSED.values(), 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.num += func.overloadpacket.__name__ in FUSED
+        name = FUSED.get(func.overloadpacket.__name__)
+        if name is not None:
+            self.num[name] += 1
         return func(*args, **(kwargs or {}))

@@ -314,6 +314,8 @@ def _too_slow(target: Target, speeds: Speeds, best: str, fused: str = "") -> Inp
         rest = f". Do not {'narrow' if target.narrow else 'factor'} this model; use {name}, which is {ratio} as fast"
     else:
         rest = "".join(f"; {name}: {ratio}" for ratio, name in others)
+        if not target.narrow:
+            rest += ". With --narrow, heads, units and channels are removed in place of ranks, and layers stay dense"
     return InputError(
         f"compress: nothing makes this model {wanted:g}× as fast on this machine, at batch 1 and at {speeds.num}; "
         f"{best}{rest}" + "".join(f". Note: {note}" for note in (fused, speeds.note) if note)

@@ -85,8 +85,15 @@ def find_units(
                 reasons[name] = units
             else:
                 found.append(units)
-    reasons |= {name: "not run, or run several times" for name in consumers if name not in watch.order}
+    reasons |= {name: _not_watched(name, layers) for name in consumers if name not in watch.order}
     return found, reasons
+
+
+def _not_watched(name: str, layers: Mapping[str, nn.Module]) -> str:
+    """Why a layer was not seen to run once."""
+    if isinstance(layers[name.rpartition(".")[0]], nn.MultiheadAttention):  # which hands its weights to a function
+        return "the heads of nn.MultiheadAttention are not narrowed yet"
+    return "not run, or run several times"
 
 
 def _units_of(name: str, blocks: Mapping[str, Block], watch: _Watch) -> Units | str:

@@ -70,14 +70,15 @@ class Speeds:
         )
 
     def unfused(self, small: nn.Module) -> str:
-        """How many encoder layers leave torch's fused kernel in the compressed model, where any do."""
-        num = fused_kernels(self.dense, self.predict, self.one)
-        left = num - fused_kernels(small.eval(), self.predict, self.one)
-        if left <= 0:
+        """How many modules of which class leave torch's fused kernel in the compressed model, where any do."""
+        before = fused_kernels(self.dense, self.predict, self.one)
+        after = fused_kernels(small.eval(), self.predict, self.one)
+        lost = [f"{num - after[name]} of {num} {name}" for name, num in before.items() if after[name] < num]
+        if not lost:
             return ""
         return (
-            f"{left} of {num} nn.TransformerEncoderLayer lose torch's fused inference kernel, which takes dense "
-            "weights alone; the times of the whole model include that"
+            f"{' and '.join(lost)} lose torch's fused inference kernel, which takes dense weights alone; the times of "
+            "the whole model include that"
         )
 
 

@@ -16,7 +16,7 @@ from gramian.init.paths import hooked, normalized, trace
 from gramian.init.reached import State
 from gramian.init.setting import Setting
 from gramian.init.trained import signs_of, told
-from gramian.init.weights import BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
+from gramian.init.weights import BYPASSED, IN_ATTENTION, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
 from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.recording import measuring
@@ -141,9 +141,10 @@ def isometric_(
         if setting.isometry_(layer, points.get(layer)):
             chosen = [m for m in chain if m in chosen or m is layer]
     reached = {layers[m] for m in order if m in layers}
+    inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for weight in dict.fromkeys(layers.values()):
         if weight not in reached:
-            weights.leave(NOT_REACHED, weight.block.name)
+            weights.leave(IN_ATTENTION if weight.layer in inside else NOT_REACHED, weight.block.name)
     if not chosen and not (weights.left.keys() & {NORMALIZED, BYPASSED}):
         raise InputError(f"isometric_: {type(model).__name__} has no layer that it may set{_told(weights)}")
     entered = next((m for m in order if m in layers or m in weights.others), None)

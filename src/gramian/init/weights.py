@@ -125,6 +125,7 @@ class Weights:
 
 NOT_AFFINE = "sets layers that compute W x + b alone; left as they were"
 NOT_REACHED = "left as they were, since the sample does not reach them"
+IN_ATTENTION = "left as they were, since nn.MultiheadAttention applies them itself, inside one function of torch"
 FROZEN = "left as they were, since frozen"
 IN_ADAPTER = "left as they were, as parts of an adapter"
 ZERO = "left zero, as residual branches are by design (set them first if they are not)"
