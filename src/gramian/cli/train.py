@@ -262,18 +262,18 @@ def _rate(text: str | None) -> float | str | None:
         raise InputError(f"train: --lr must be a positive number or auto, got {text!r}") from None
 
 
-def _suggested(task: Any, options: dict[str, Any], shown: bool) -> float:
+def _suggested(task: Any, options: dict[str, Any], shown: bool) -> float | None:
     """The rate that is suggested for the task's model, to two digits; tells each rate that is tried."""
-    from gramian.training.suggesting import suggested
+    from gramian.training.suggesting import rounded, suggested
 
     def tell(rate: float, loss: float) -> None:
         if shown:
             complain(f"rate {rate:.2g}: held-out loss {loss:.4g}")
 
     found = suggested(task, options["optimizer"], options["init"], options["seed"], tell)
-    if shown:
+    if shown and found is not None:
         complain(str(found))
-    return float(f"{found.lr:.2g}")
+    return rounded(found)
 
 
 def _strengths(option: str, text: str) -> dict[str, float]:

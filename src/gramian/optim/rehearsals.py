@@ -18,7 +18,7 @@ from gramian.optim.learning_rate import LearningRate
 from gramian.optim.proximal import Proximal
 from gramian.optim.shell import MatrixOptimizer
 
-__all__ = ["NUM_STEPS", "Make", "Rehearsals", "kept"]
+__all__ = ["NUM_STEPS", "Make", "NoRateError", "Rehearsals", "kept"]
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 
@@ -43,6 +43,10 @@ _OFTEN = {
 
 # Their steps depend on the weights, or on more than one gradient.
 _REFUSED = (Proximal, torch.optim.Adafactor, torch.optim.LBFGS)
+
+
+class NoRateError(InputError):
+    """No rehearsed rate lowers the held-out loss by more than rounding and noise."""
 
 
 class Rehearsals:
@@ -74,7 +78,7 @@ class Rehearsals:
         curvature = self._first_line()
         line = curvature.minimum
         start = line if 0 < line < math.inf else 1.0
-        paces = PACES if any(p not in self.follows for p in self.model.parameters()) else PACES[:1]
+        paces = self._paces()
         base, best, gain = before, start, 0.0
         for self.pace in paces:
             self.losses.clear()
@@ -90,7 +94,7 @@ class Rehearsals:
             tried = f"{min(self.losses):.1e} to {max(self.losses):.1e}"
             alone = "" if len(paces) == 1 else "gains more than the parameters that do not follow lr gain alone, nor, "
             alone += "where these move less, " if alone else ""
-            raise InputError(
+            raise NoRateError(
                 f"suggest_lr: no rate from {tried} {alone}lowers the held-out loss of {before:.4g} by more than "
                 f"rounding and noise in {self.num_steps} steps; give more or larger batches, or repair the model "
                 "first (gm.inspect)"
@@ -111,6 +115,15 @@ class Rehearsals:
         )
         interval = (min(lr, *good), max(lr, *good))
         return LearningRate(lr, line, curvature, interval, before, tuple(sorted(self.losses.items())), why)
+
+    def gains(self, lr: float) -> list[float]:
+        """How much lower steps at this rate leave the held-out loss than the rest's steps alone do, at each pace."""
+        self.follows = self._following()
+        before, found = self._held_out_loss(), []
+        for pace in self._paces():
+            self.pace = pace
+            found.append(self._baseline(before, lr) - self._loss_after(self.make(self.model, lr)))
+        return found
 
     def _search(self, start: float, base: float) -> float | None:
         """The best of the half-decades around `start` that counts, with rates rehearsed above and below it, or none.
@@ -218,10 +231,9 @@ class Rehearsals:
 
         The weights are zero meanwhile, so that the step is read in full precision and without weight decay.
         """
-        optimizer, twice = self.make(self.model, 1.0), self.make(self.model, 2.0)
+        optimizer = self.make(self.model, 1.0)
         _check(optimizer)
-        rates, doubled = _rates(optimizer), _rates(twice)
-        self.follows = {p for p, rate in rates.items() if doubled[p] == 2 * rate}
+        self.follows = self._following()
         follows: list[Tensor] = [p for p in self.model.parameters() if p in self.follows and p.requires_grad]
         if not follows:
             raise InputError(
@@ -241,6 +253,14 @@ class Rehearsals:
         direction = {p: -p.detach().clone() for p in follows if p.grad is not None}
         self.restore()
         return direction
+
+    def _paces(self) -> tuple[int, ...]:
+        return PACES if any(p not in self.follows for p in self.model.parameters()) else PACES[:1]
+
+    def _following(self) -> set[Tensor]:
+        """The parameters whose rate is a multiple of `lr`."""
+        rates, doubled = (_rates(self.make(self.model, lr)) for lr in (1.0, 2.0))
+        return {p for p, rate in rates.items() if doubled[p] == 2 * rate}
 
     def _gradient(self, batches: Sequence[Any], seed: int) -> None:
         """The gradient of the mean loss of some batches, in `grad`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import islice
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -19,7 +21,12 @@ from gramian.optim.rehearsals import NUM_STEPS, Make, Rehearsals, kept
 from gramian.optim.shell import MatrixOptimizer
 from gramian.recording.measuring import eager
 
-__all__ = ["suggest_lr"]
+__all__ = ["is_confirmed", "suggest_lr"]
+
+JUDGES = 4
+"""Batches that judge a suggested rate in turn."""
+T_95 = {2: 6.314, 3: 2.920, 4: 2.353}
+"""The 0.95 quantile of Student's t for the mean of so many."""
 
 
 def suggest_lr(
@@ -80,6 +87,41 @@ def suggest_lr(
     batches = [prepared(model, one) for one in _batches(batch, num_steps + 1)]
     with eager(), kept(model) as restore:
         return Rehearsals(model, batches, objective, make, num_steps, restore, progress).suggestion()
+
+
+def is_confirmed(
+    model: nn.Module, batches: Sequence[Any], objective: Objective | Callable, *, optimizer: Any, lr: float
+) -> bool:
+    """Whether a suggested rate gains on other batches than the one that chose it, by more than their noise.
+
+    The best of many rehearsals gains on its held-out batch even where all differences are noise. So up to four of the
+    other batches judge in turn, with the rest to train on, and the mean of the gains must be above zero by a one-sided
+    t-test at 95 % (one gain alone: above zero), at one of the paces of the rest of the model.
+
+    Args:
+        model, objective, optimizer: as of `suggest_lr`.
+        batches: those that it had; two or more.
+        lr: its suggestion.
+    Returns: whether the rate gains.
+    Cost: four rehearsals for a vector optimizer; up to twenty for a matrix optimizer.
+    """
+    make = _maker(optimizer)
+    batches = [prepared(model, one) for one in batches]
+    judged = []
+    with eager():
+        for k in range(1, min(JUDGES, len(batches) - 1) + 1):
+            turned = [*batches[k:], *batches[:k]]
+            with kept(model) as restore:
+                judged.append(Rehearsals(model, turned, objective, make, NUM_STEPS, restore).gains(lr))
+    return any(_is_above_zero(gains) for gains in zip(*judged, strict=True))
+
+
+def _is_above_zero(gains: Sequence[float]) -> bool:
+    if not all(math.isfinite(gain) for gain in gains):
+        return False
+    if len(gains) == 1:
+        return gains[0] > 0
+    return fmean(gains) > T_95[len(gains)] * stdev(gains) / len(gains) ** 0.5
 
 
 def _batches(batch: Any, num: int) -> list[Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from gramian.training.running import NONFINITE_STEPS, Loop
 from gramian.training.schedule import WARMUP_STEPS, Schedule, as_budget, check_warmup
 from gramian.training.sharding import shard_, whole_copy
 from gramian.training.stream import Stream
+from gramian.training.suggesting import AUTO, rounded, suggested
 from gramian.training.task import Run, Task, as_task, calling
 
 __all__ = ["train"]
@@ -37,7 +39,7 @@ def train(
     task: Task,
     *,
     optimizer: str | Callable[[nn.Module], torch.optim.Optimizer] = "auto",
-    lr: float | None = None,
+    lr: float | Literal["auto"] | None = None,
     init: str = "default",
     steps: int | None = None,
     epochs: int | None = None,
@@ -86,7 +88,9 @@ def train(
         optimizer: `"auto"` (the best one in `gramian bench optim`), another name of `gm.optim.OPTIMIZERS` (AdamW and
             SGD are torch's), or a function `model -> optimizer`.
         lr: learning rate; the optimizer's usual one by default, which `Muon` makes up to 1.7 times as large in a run of
-            fewer than 300 `steps` that decays to zero. Not used with a function.
+            fewer than 300 `steps` that decays to zero. `"auto"` is what `gm.suggest_lr` finds for the initialized
+            model and the first batches, to two digits; the usual rate, with a warning, where its trial steps tell
+            nothing. Not used with a function.
         init: `"default"` leaves the model as the task makes it; `"isometric"` applies `gm.init.isometric_`; `"auto"`
             applies the actions of the errors that `gm.inspect` finds, if all weights are still random and fewer errors
             remain afterwards. `Run.init` says what was done.
@@ -157,7 +161,9 @@ def train(
         best,
         patience,
     )
-    choice = choose(optimizer, lr, options, budget[1] if budget[0] == "steps" else math.inf)
+    length = budget[1] if budget[0] == "steps" else math.inf
+    automatic = optimizer if isinstance(optimizer, str) and isinstance(lr, str) and lr == AUTO else None
+    choice = choose(optimizer, lr if automatic is None else None, options, length)
     check_warmup(warmup, budget, 0, accumulate)
     start.check(init)
     page.check(report)
@@ -172,6 +178,10 @@ def train(
             stacklevel=2,
         )
     place = None if out is None else Path(out).absolute()  # before anything of the task runs, which may change folders
+    if automatic is not None:
+        with placement.agreed("train"):
+            lr = rounded(suggested(task, automatic, init, seed))
+        choice = choose(automatic, lr, options, length)
     with naming_the_lost(), seeded(seed), ExitStack() as stack:
         model = None
         with placement.agreed("train"):

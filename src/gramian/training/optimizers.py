@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 
 def choose(
     optimizer: str | Callable[[nn.Module], torch.optim.Optimizer],
-    lr: float | None,
+    lr: float | str | None,
     options: Options,
     steps: float | int = math.inf,
 ) -> Choice:
@@ -54,8 +54,8 @@ def choose(
             lambda model: _completed(optimizer(model), model, options),
         )
     name = known_name("train", optimizer, "a function of the model")
-    if lr is not None and not 0 <= lr < math.inf:
-        raise InputError(f"train: lr must be zero or a positive number, got {lr}")
+    if lr is not None and (isinstance(lr, str) or not 0 <= lr < math.inf):
+        raise InputError(f"train: lr must be zero, a positive number or 'auto', got {lr!r}")
     entry = OPTIMIZERS[name]
     if lr is None and entry.usual:
         growth = for_short_run(steps) if options.schedule in TO_ZERO else 1.0

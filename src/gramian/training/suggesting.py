@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import islice
 
 import torch
 
-from gramian.errors import InputError
+from gramian.errors import GramianWarning, InputError
 from gramian.objective import as_objective
 from gramian.optim.learning_rate import LearningRate
-from gramian.optim.rehearsals import NUM_STEPS
-from gramian.optim.suggestion import suggest_lr
+from gramian.optim.rehearsals import NUM_STEPS, NoRateError
+from gramian.optim.suggestion import is_confirmed, suggest_lr
 from gramian.recording.keeping import seeded
 from gramian.training import start
 from gramian.training.checks import check_model
 from gramian.training.task import Task, as_task, calling
 
-__all__ = ["suggested"]
+__all__ = ["AUTO", "rounded", "suggested"]
+
+AUTO = "auto"
+"""The rate that is to be suggested."""
 
 
 def suggested(
-    task: Task, optimizer: str, init: str, seed: int, progress: Callable[[float, float], None] | None = None
-) -> LearningRate:
-    """`gm.suggest_lr` of a task's initialized model and first batches, drawn as a run of this seed would draw them."""
+    task: Task,
+    optimizer: str,
+    init: str,
+    seed: int,
+    progress: Callable[[float, float], None] | None = None,
+) -> LearningRate | None:
+    """`gm.suggest_lr` of a task's initialized model and first batches, drawn as a run of this seed would draw them.
+
+    `None`, with a warning, where the trial steps told nothing: no rate gained, or only on the batch that chose it.
+    """
     task = as_task(task)
     start.check(init)
     with seeded(seed):
@@ -36,4 +47,22 @@ def suggested(
             batches = list(islice(task.train_batches(0, torch.Generator().manual_seed(seed)), NUM_STEPS + 1))
         if len(batches) < 2:
             raise InputError(f"train: a rate is suggested from two batches or more, and the task has {len(batches)}")
-        return suggest_lr(model.train(), batches, task.objective, optimizer=optimizer, progress=progress)
+        model.train()
+        try:
+            found = suggest_lr(model, batches, task.objective, optimizer=optimizer, progress=progress)
+        except NoRateError:
+            found = None
+        if found is not None and is_confirmed(model, batches, task.objective, optimizer=optimizer, lr=found.lr):
+            return found
+    warnings.warn(
+        "train: the trial steps told nothing about the rate, since no loss fell by more than noise; the optimizer's "
+        "usual rate is kept",
+        GramianWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def rounded(found: LearningRate | None) -> float | None:
+    """The suggested rate to two digits; `None`, the usual one, where there is none."""
+    return None if found is None else float(f"{found.lr:.2g}")
