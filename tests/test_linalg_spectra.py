@@ -297,7 +297,7 @@ def test_shrinkage_recovers_a_signal_and_its_noise(loss):
 def test_median_of_marchenko_pastur_is_that_of_wishart():
     for ratio in (0.2, 1.0):
         m = random.wishart(400, 400, samples=int(400 / ratio), generator=seeded(10), dtype=torch.float64)
-        assert abs(torch.linalg.eigvalsh(m).median() - gl.components.marchenko_pastur_median(ratio)) < 0.01
+        assert abs(torch.linalg.eigvalsh(m).median() - gl.shrinkage.marchenko_pastur_median(ratio)) < 0.01
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])

@@ -145,3 +145,13 @@ def test_nothing_is_measured_unless_asked_nor_beyond_the_time() -> None:
     optimizer.param_groups[0]["approach"] = "guessed"
     with pytest.raises(InputError, match="approach must be 'predicted' or 'measured'"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_passes_do_not_depend_on_the_scale(dtype: torch.dtype) -> None:
+    """Where the squares of a Gram matrix's entries leave float32's range, too."""
+    a = torch.randn(2, 20, 33, generator=torch.Generator().manual_seed(0))
+    wanted = few_passes(a, low=0.02, steps=5, dtype=dtype)
+    for exponent in range(-120, 121, 4):
+        found = few_passes(a * 2.0**exponent, low=0.02, steps=5, dtype=dtype)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)

@@ -19,8 +19,8 @@ from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed, in_parts
 PAIRED_FROM = 2.0
 """Least ratio of the sides from which steps go in pairs: 4r + 2 small products against 2r + 5."""
 
-NORMAL = 2.0**-80, 2.0**80
-"""Norms of a Gram matrix between which neither it nor its matrix needs care in float32."""
+NORMAL = 2.0**-50, 2.0**50
+"""Norms of a Gram matrix between which neither the squares of its entries nor its matrix need care in float32."""
 
 Coefficients = Sequence[tuple[float, float, float]]
 
