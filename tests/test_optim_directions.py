@@ -199,7 +199,7 @@ def test_the_zoo_learns(case: str, name: str) -> None:
 
 def test_there_is_one_usual_rate() -> None:
     for name, entry in MATRIX_OPTIMIZERS.items():
-        assert entry.lr == parameters_of(name)["lr"] or entry.lr == entry.optimizer.base_lr
+        assert entry.lr == (parameters_of(name)["lr"] or entry.optimizer.base_lr)
         assert entry.make(nn.Linear(2, 2), entry.lr).param_groups[0]["lr"] <= entry.lr
     for name in OPTIMIZERS.keys() - MATRIX_OPTIMIZERS.keys():  # torch's, whose own defaults are no advice
         assert OPTIMIZERS[name].usual_lr is not None

@@ -97,6 +97,7 @@ def labels(context: Context) -> Iterator[Finding]:
         context.skipped["whether labels depend on inputs"] = "the model takes sets, whose neighbors nothing tells"
         return
     if context.has_learned:
+        context.skipped["whether labels depend on inputs"] = "the network predicts them already"
         return
     test = labels_depend(context.given_inputs, kept)
     if test is not None and not test.are_independent and test.p_value > test.level:

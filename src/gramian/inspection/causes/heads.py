@@ -62,27 +62,10 @@ def offset(context: Context) -> Iterator[Finding]:
         )
 
 
-def probabilities(context: Context) -> Iterator[Finding]:
-    """Find a loss of scores that is given probabilities which are made outside the model, by a discriminator. Exact."""
-    end, own = context.observed.scores_end, context.observed.ends
-    if own is not None and own.function in ("sigmoid", "softmax"):
-        return  # told with the other causes in the loss
-    if end is not None and end.function in ("sigmoid", "softmax"):
-        yield Finding(
-            "loss-double-sigmoid",
-            "error",
-            "A loss of scores is applied to probabilities",
-            where="loss",
-            evidence=f"what binary_cross_entropy_with_logits is given was made by a {end.function} (exact)",
-            cause="The loss takes another sigmoid: no probability can be below 0.5 or above 0.73.",
-            advice=f"Remove the {end.function} before the loss, or use binary_cross_entropy.",
-        )
-
-
 def offset_of_binary(context: Context) -> Iterator[Finding]:
     """Find scores of yes or no that say the same for all samples, by an amount beside which these do not count."""
     seen = context.observed
-    found = next((c for c in seen.criteria if c.function == "binary_cross_entropy_with_logits"), None)
+    found = context.criterion("binary_cross_entropy_with_logits")
     if found is None or found.given.ndim < 1 or found.given.shape != found.target.shape or len(found.given) < 2:
         return
     scores, target = found.given.double(), found.target.double()
@@ -162,4 +145,4 @@ def _last_bias(context: Context, num_classes: int) -> tuple[str, Tensor | None]:
     return module, bias.detach().float() if is_one and bias is not None else None
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (offset, offset_of_binary, probabilities, bounded_scores)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (offset, offset_of_binary, bounded_scores)

@@ -62,19 +62,24 @@ def scores(context: Context) -> Iterator[Finding]:
 def binary_scores(context: Context) -> Iterator[Finding]:
     """Find a binary cross-entropy of scores that is applied to probabilities. Exact."""
     found = context.criterion("binary_cross_entropy_with_logits")
-    ends = context.observed.ends
-    if found is None or ends is None or ends.function not in ("sigmoid", "softmax"):
+    made = [
+        e for e in (context.observed.ends, context.observed.scores_end) if e and e.function in ("sigmoid", "softmax")
+    ]
+    if found is None or not made:
         return
+    function, in_model = made[0].function, made[0] is context.observed.ends
     if bool((found.given >= 0).all()) and bool((found.given <= 1).all()):
         yield Finding(
             "loss-double-sigmoid",
             "error",
             "A loss of scores is applied to probabilities",
             where="loss",
-            evidence=f"the network ends with a {ends.function}, and all {found.given.numel():,} of its outputs go to "
-            "binary_cross_entropy_with_logits (exact)",
+            evidence=f"{'the network' if in_model else 'what the loss is given'} ends with a {function}, and all "
+            f"{found.given.numel():,} values go to binary_cross_entropy_with_logits (exact)",
             cause="The loss takes another sigmoid: no probability can be below 0.5 or above 0.73.",
-            advice=f"Remove the {ends.function} at the end of the network.",
+            advice=f"Remove the {function} at the end of the network."
+            if in_model
+            else f"Remove the {function} before the loss, or use binary_cross_entropy.",
         )
 
 
