@@ -280,8 +280,10 @@ def _advice(name: str, reason: int) -> str:
         return f"{damping}, larger than minus the least eigenvalue." if damping else ""
     if reason in (INACCURATE, LAPACK):
         return f"{damping}, a wider dtype, or a larger rtol." if damping else "Pass a wider dtype, or a larger rtol."
-    if reason in (NO_SIGN, ON_CUT):
-        return "A small multiple of the identity, added, moves the eigenvalues off the axis; it changes the answer."
+    if reason == NO_SIGN:
+        return "A small multiple of the identity, added to the matrix, moves them off the axis; its sign is another."
+    if reason == ON_CUT:
+        return "With a multiple of the identity added that makes them positive there is one, of another matrix."
     return ""
 
 

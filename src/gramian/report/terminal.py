@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -55,14 +56,31 @@ def show(item: Report | Document, console: Console | None = None, verbose: bool 
     ✓ No trouble found, but there were no layers to inspect.
     """
     view = ReportView(item, verbose) if isinstance(item, Report) else DocumentView(item, verbose)
-    console = console or Console()
+    with unpadded(console or Console()) as out:
+        out.print(view)
+
+
+@contextmanager
+def unpadded(console: Console) -> Iterator[Console]:
+    """A context in which what is printed to a file or a pipe has no blanks at its lines' ends.
+
+    Args:
+        console: where to print.
+
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> with unpadded(Console(width=20)) as out:
+    ...     out.print("short ")
+    short
+    """
     if console.is_terminal:
-        console.print(view)
+        yield console
         return
     with console.capture() as capture:
-        console.print(view)
-    lines = "\n".join(line.rstrip(" ") for line in capture.get().splitlines())  # in a file, nothing pads them
-    console.file.write(f"{lines}\n")
+        yield console
+    console.file.write("".join(f"{line.rstrip(' ')}\n" for line in capture.get().splitlines()))
 
 
 def to_text(item: Report | Document, width: int = 100, verbose: bool = False) -> str:
