@@ -104,7 +104,8 @@ def command(
         if against is not None:
             found = _compare(model, against, unchecked, task, extract_lora, out, options | {"progress": progress})
         else:
-            found = _inspect(model, unchecked, task, options | {"curvature": curvature, "progress": progress}, optimizer)
+            options |= {"curvature": curvature, "progress": progress}
+            found = _inspect(model, unchecked, task, options, optimizer)
         if not found.layers and against is None:
             reasons = "".join(f". {note}" for note in found.notes)
             raise InputError(

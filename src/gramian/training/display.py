@@ -80,7 +80,8 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
         console.print(table, highlight=False)
         console.print()
         if run.skipped:
-            console.print(f"{run.skipped:,} steps were skipped: the loss or a gradient was not finite.", highlight=False)
+            why = "the loss or a gradient was not finite"
+            console.print(f"{run.skipped:,} steps were skipped: {why}.", highlight=False)
         if run.stopped:
             console.print(f"Stopped early: {plain(run.stopped)}.", markup=False, highlight=False)
         if run.diverged:

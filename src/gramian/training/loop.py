@@ -88,9 +88,9 @@ def train(
         optimizer: `"auto"` (the best one in `gramian bench optim`), another name of `gm.optim.OPTIMIZERS` (AdamW and
             SGD are torch's), or a function `model -> optimizer`.
         lr: learning rate; the optimizer's usual one by default, which `Muon` makes up to 1.7 times as large in a run of
-            fewer than 300 steps (by `steps` or `epochs`) that decays to zero. `"auto"` is what `gm.suggest_lr` finds for the initialized
-            model and the first batches, to two digits; the usual rate, with a warning, where its trial steps tell
-            nothing. Not used with a function.
+            fewer than 300 steps (by `steps` or `epochs`) that decays to zero. `"auto"` is what `gm.suggest_lr` finds
+            for the initialized model and the first batches, to two digits; the usual rate, with a warning, where its
+            trial steps tell nothing. Not used with a function.
         init: `"default"` leaves the model as the task makes it; `"isometric"` applies `gm.init.isometric_`; `"auto"`
             applies the actions of the errors that `gm.inspect` finds, if all weights are still random and fewer errors
             remain afterwards. `Run.init` says what was done.

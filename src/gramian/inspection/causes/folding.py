@@ -98,8 +98,9 @@ _SIGNAL = frozenset((
     "gradient-kept", "rate-grows",
 ))  # fmt: skip
 
-# What samples that change each other's outputs explain: they make no gain wrong, no unit dead and no gradient small.
-_MIXED = frozenset(("samples-indistinguishable", "modes-disagree")) | _RATES
+# What samples that change each other's outputs explain: where all become the same, no gradient comes back; but they
+# make no gain wrong and no unit dead.
+_MIXED = _SYMPTOMS | _RATES
 # What lies behind all other layers, and does not change their gains.
 _BEHIND = frozenset(("head-scale", "head-offset", "output-range"))
 
