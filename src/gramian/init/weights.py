@@ -147,7 +147,9 @@ def find_weights(model: nn.Module) -> Weights:
     found, rest = blocks(model)
     weights = Weights()
     adapters = set(_adapters(model))
-    inside = {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    inside: dict[nn.Module, nn.Module] = {
+        m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    }
     for block in found:
         name, module = block.owners[0]
         layer, local = host_of(model, name, module, block.parameter)
