@@ -18,7 +18,7 @@ from gramian.gram import DiagonalGram, Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
 from gramian.report import SEVERITIES, Action, Finding, Layer
-from gramian.statistics import Site
+from gramian.site import Site
 
 if TYPE_CHECKING:
     from gramian.inspection.measured import Measured
