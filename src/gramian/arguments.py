@@ -29,7 +29,8 @@ class Arguments(NamedTuple):
 def arguments_of(model: nn.Module) -> Arguments:
     """What forward takes.
 
-    Wrappers that hand everything on (a compiled module, DDP, PEFT) are looked into. An argument whose default is neither missing nor `None` is an option, and no place for a tensor.
+    Wrappers that hand everything on (a compiled module, DDP, PEFT) are looked into. An argument whose default is
+    neither missing nor `None` is an option, and no place for a tensor.
 
     Args:
         model: any module.

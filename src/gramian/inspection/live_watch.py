@@ -87,7 +87,7 @@ class Watch:
         self._optimizer = optimizer
         self._on_processor = all(p.is_cpu for p in model.parameters())
         self._schedule = Schedule(every, share, on_processor=self._on_processor)
-        self._forward = Forward(model, self._forward_begins, self._forward_ends)
+        self._forward = Forward(model, self._forward_begins, self._forward_ends if optimizer is None else None)
         self._root = self._forward.root
         self._parameters = {n: p for n, p in self._root.named_parameters() if p.requires_grad}
         self._trained = [*self._parameters.values()]
@@ -193,13 +193,12 @@ class Watch:
         self._safely(self._ends, output)
 
     def _ends(self, output: Any) -> None:
-        if self._optimizer is None:
-            made = [t.detach() for t in tensors(output) if t.is_floating_point()]
-            if not are_finite(made):
-                self._tell([self._origin()])
-            elif self._forward.seen is not None:
-                self._tell(ordered(self._looker.judge_modules(self._forward.seen, self._forward.passes)))
-            self._next(looked=self._forward.seen is not None)
+        made = [t.detach() for t in tensors(output) if t.is_floating_point()]
+        if not are_finite(made):
+            self._tell([self._origin()])
+        elif self._forward.seen is not None:
+            self._tell(ordered(self._looker.judge_modules(self._forward.seen, self._forward.passes)))
+        self._next(looked=self._forward.seen is not None)
 
     # ---- the optimizer's step ----
 
