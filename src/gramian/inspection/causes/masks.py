@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gramian.batch import main_input, token_mask
+from gramian.batch import main_input
 from gramian.errors import GramianError, some
 from gramian.inspection.attention import NUM_SAMPLES
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.observed import Visible
+from gramian.inspection.padding import padding_of
 from gramian.report import Finding, Severity
 
 __all__ = ["RULES"]
 
 # Share of the queries at tokens that see nothing but padding from which on the mask counts as inverted.
 INVERTED = 0.9
-# Tokens that are padding by where they stand, from which on they count.
-FEW = 16
 # Positions from which on a triangle is told from other masks.
 LEAST = 3
 
@@ -35,7 +34,7 @@ def masks(context: Context) -> Iterator[Finding]:
         x = main_input(context.observed.batches[0])
     except (GramianError, IndexError):
         return
-    padding = _padding(context, x)
+    padding = padding_of(context.model, context.observed.batches[0], x)
     inverted, strict, blind = [], [], {}
     for one in context.observed.visible:
         seen = _by_sample(one, len(x))
@@ -141,32 +140,6 @@ def leak(context: Context) -> Iterator[Finding]:
             advice="Let position t see the positions up to t: is_causal=True, or torch.ones(T, T).tril() where true "
             "means seen.",
         )
-
-
-def _padding(context: Context, x: Tensor) -> Tensor | None:
-    """Where (N, T) the inputs are padding: by an embedding's padding_idx, the batch's attention mask, or their ends."""
-    if x.ndim == 2 and not x.is_floating_point():
-        for module in context.model.modules():
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                found = x == module.padding_idx
-                if bool(found.any()):
-                    return found
-    mask = token_mask(context.observed.batches[0])
-    if mask is not None and len(mask) == len(x):
-        return ~mask.to(x.device)
-    return _ends(x) if x.ndim == 2 and not x.is_floating_point() else None
-
-
-def _ends(x: Tensor) -> Tensor | None:
-    """Where (N, T) one token fills the ends, or the beginnings, of rows of several lengths, and is nowhere else."""
-    for tokens in (x, x.flip(1)):
-        value = tokens[:, -1].mode().values
-        found = tokens == value
-        tail = found.flip(1).cumprod(1).flip(1).bool()
-        lengths = found.sum(1)
-        if bool((found == tail).all()) and int(found.sum()) >= FEW and len(lengths[lengths > 0].unique()) > 1:
-            return found if tokens is x else found.flip(1)
-    return None
 
 
 def _by_sample(one: Visible, num: int) -> Tensor | None:
