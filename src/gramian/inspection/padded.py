@@ -26,7 +26,7 @@ PADDED = 0.2
 
 @dataclass(frozen=True)
 class Reading:
-    """The module whose output is read at one position, the last or the first, and how many samples have padding there."""
+    """The module whose output is read at one position alone, and how many samples have padding there."""
 
     name: str
     position: int
@@ -71,9 +71,10 @@ def reads_padding(model: nn.Module, seen: Observed, objective: Objective) -> Rea
                 state = output[1][0] if isinstance(output[1], tuple) else output[1]
                 state = None if isinstance(given, PackedSequence) or not state.requires_grad else state
             values = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(values, Tensor) and values.ndim == 3 and values.requires_grad:
-                if tuple(values.shape[:2]) in shapes or tuple(values.shape[:2])[::-1] in shapes:
-                    made.append((name, values, state))
+            if not isinstance(values, Tensor) or values.ndim != 3 or not values.requires_grad:
+                return
+            if {tuple(values.shape[:2]), tuple(values.shape[:2])[::-1]} & shapes:
+                made.append((name, values, state))
 
         return keep
 
@@ -102,7 +103,9 @@ def reads_padding(model: nn.Module, seen: Observed, objective: Objective) -> Rea
             if gradient is None:
                 if state is not None and bool(state.any()):
                     padded = int(padding[:, -1].sum())
-                    return Reading(name, x.shape[1], padded, len(x), is_state=True) if padded >= PADDED * len(x) else None
+                    return (
+                        Reading(name, x.shape[1], padded, len(x), is_state=True) if padded >= PADDED * len(x) else None
+                    )
                 continue
             read = gradient.ne(0).any(-1)
             read = read if is_first else read.T

@@ -22,6 +22,8 @@ ENOUGH = 16
 NARROW = 4
 # Random outputs that are tried, and the share of the loss that is no rounding.
 DRAWS, EQUAL = 4, 1e-5
+# Steps down from random outputs.
+STEPS = 12
 # Share of its size by which a loss rises where it should fall.
 RISES = 0.03
 
@@ -63,7 +65,7 @@ def falls_together(model: nn.Module, seen: Observed, objective: Objective) -> tu
     Source: this library's own.
     """
     given = given_of(seen.batches[:1], seen.fed, set())
-    if not given or not all(g.is_input for g in given) and len(given) > 1:
+    if not given or (not all(g.is_input for g in given) and len(given) > 1):
         return None
     batch = first_samples(seen.batches[0], ENOUGH)
     replay = Replay(model, batch, objective)
@@ -71,14 +73,16 @@ def falls_together(model: nn.Module, seen: Observed, objective: Objective) -> tu
     if not replay.is_known or not outputs or any(t.ndim != 2 or t.shape[1] < NARROW for t in outputs):
         return None
     size = max(float(t.square().mean().sqrt()) for t in outputs)
-    slopes = [float(g.abs().amax()) for g in replay.gradients(outputs)]
-    if not size > 0 or not all(slopes):
+    if not size > 0:
         return None
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: torch.Size, like: Tensor) -> Tensor:
         return torch.randn(shape, generator=generator).to(like) * size
 
+    slopes = [float(g.abs().amax()) for g in replay.gradients([draw(t.shape, t) for t in outputs])]
+    if not all(slopes):
+        return None
     row = {t.shape[1]: draw(t.shape[1:], t) for t in outputs}
     equal = [row[t.shape[1]].expand_as(t).clone() for t in outputs]
     there, slope = replay.value(equal), max(float(g.abs().amax()) for g in replay.gradients(equal))
@@ -88,10 +92,24 @@ def falls_together(model: nn.Module, seen: Observed, objective: Objective) -> tu
         tries.append(replay.value([draw(t.shape, t) for t in outputs]))
         own = {t.shape: draw(t.shape, t) for t in outputs}
         tries.append(replay.value([own[t.shape] for t in outputs]))
+    tries.append(_descended(replay, [draw(t.shape, t) for t in outputs], size))
     near = replay.value([t + 0.1 * draw(t.shape, t) for t in equal])
     bound = EQUAL * max(map(abs, (*tries, there)))
-    is_lowest = all(one >= there - bound for one in (*tries, near)) and sum(one > there + bound for one in tries) > DRAWS
+    is_lowest = (
+        all(one >= there - bound for one in (*tries, near)) and sum(one > there + bound for one in tries) > DRAWS
+    )
     return (here, there) if is_lowest and slope <= 100 * EQUAL * max(slopes) else None
+
+
+def _descended(replay: Replay, outputs: list[Tensor], size: float) -> float:
+    """The lowest loss on a way down from these outputs, each row of which moves by a share of its size."""
+    lowest = replay.value(outputs)
+    for _ in range(STEPS):
+        grads = replay.gradients(outputs)
+        rows = [g / g.norm(dim=1, keepdim=True).clamp(min=1e-12) for g in grads]
+        outputs = [t - 0.3 * size * t.shape[1] ** 0.5 * g for t, g in zip(outputs, rows, strict=True)]
+        lowest = min(lowest, replay.value(outputs))
+    return lowest
 
 
 @dataclass(frozen=True)

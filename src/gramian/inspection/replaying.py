@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.batch import mapped
+from gramian.inspection.terms import contributions
 from gramian.objective import Objective
 from gramian.recording.keeping import seed_torch
 
@@ -100,6 +101,14 @@ class Replay:
                 del self.model.forward
             else:
                 self.model.forward = own
+
+    def terms(self, outputs: Sequence[Tensor], batch: Any = None) -> list[float]:
+        """What each term adds to the loss with these outputs.
+
+        Args:
+            outputs, batch: as in `loss`.
+        """
+        return contributions(lambda: self.loss([t.detach() for t in outputs], batch))
 
     def value(self, outputs: Sequence[Tensor]) -> float:
         """The loss with these outputs, as a number.

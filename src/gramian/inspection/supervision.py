@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ __all__ = ["FAR", "Supervision", "against_labels"]
 
 # Samples that are enough; gradients and losses that are zero or equal up to rounding, as shares of the largest.
 ENOUGH, EQUAL = 16, 1e-4
+# Labels that are changed until one has an effect.
+TRIES = 4
 # Scores that are right or wrong: clearly, and far.
 CLEAR, FAR = 6.0, 60.0
 # Probabilities that are so.
@@ -70,7 +72,7 @@ def against_labels(model: nn.Module, seen: Observed, objective: Objective) -> Su
     fed = {g.name for g in whole if g.is_input}
     batch = first_samples(seen.batches[0], ENOUGH)
     given = given_of([batch], set(), set())
-    if not fed and len(given) != 1 or seen.strangers:
+    if (not fed and len(given) != 1) or seen.strangers:
         return None
     replay = Replay(model, batch, objective)
     if not replay.is_known or not replay.outputs:
@@ -103,34 +105,37 @@ def _dims(t: Tensor, out: Tensor, largest: int) -> Iterator[int]:
         if not 0 < dim < out.ndim or out.shape[dim] < 2:
             continue
         rest = out.shape[:dim] + out.shape[dim + 1 :]
-        if rest == t.shape or (t.ndim == 2 and rest == (len(t), t.shape[1] - 1)):
-            if REACHED * out.shape[dim] <= largest + 1 <= out.shape[dim]:
-                yield dim
+        is_shape = rest == t.shape or (t.ndim == 2 and rest == (len(t), t.shape[1] - 1))
+        if is_shape and REACHED * out.shape[dim] <= largest + 1 <= out.shape[dim]:
+            yield dim
 
 
-def _of_classes(
-    replay: Replay, label: Given, i: int, dim: int, *, alone: bool
-) -> tuple[Supervision | None] | None:
+def _of_classes(replay: Replay, label: Given, i: int, dim: int, *, alone: bool) -> tuple[Supervision | None] | None:
     """What the loss does with a label of classes, in a tuple; `None` where the label does not name scores."""
     t, out = label.values[0], replay.outputs[i]
     num = out.shape[dim]
-    entry = (0, t.shape[1] // 2) if t.ndim == 2 else (0,) * t.ndim
-    own = int(t[entry])
-    if not 0 <= own < num:
+    before = replay.gradients(replay.outputs)[i]
+    columns, entry, own, other, change = [], (0,) * t.ndim, 0, 0, before
+    for sample in range(min(TRIES, len(t))):  # a clipped ratio, or padding, has no gradient
+        entry = (sample, t.shape[1] // 2) if t.ndim == 2 else (sample,) + (0,) * (t.ndim - 1)
+        own = int(t[entry])
+        if not 0 <= own < num:
+            continue
+        changed = t.clone()
+        changed[entry] = other = (own + 1) % num
+        try:
+            batch = mapped(replay.batch, lambda v, new=changed: new if v is t else v)
+            after = replay.gradients(replay.outputs, batch)[i]
+        except Exception:  # lengths, or indices of something else
+            return None
+        change = (after - before).abs().movedim(dim, -1).flatten(0, -2)
+        size = float(change.amax())
+        if size > 0:
+            columns = (change.amax(0) > EQUAL * size).nonzero().flatten().tolist()
+            break
+    if not columns or columns != sorted((own, other)):
         return None
-    changed = t.clone()
-    changed[entry] = other = (own + 1) % num
-    try:
-        before = replay.gradients(replay.outputs)[i]
-        after = replay.gradients(replay.outputs, mapped(replay.batch, lambda v: changed if v is t else v))[i]
-    except Exception:  # lengths, or indices of something else
-        return None
-    moved = (after - before).abs().movedim(dim, -1).flatten(0, -2)
-    size = float(moved.amax())
-    columns = (moved.amax(0) > EQUAL * size).nonzero().flatten().tolist() if size > 0 else []
-    if columns != sorted((own, other)):
-        return None
-    row = int(moved[:, other].argmax())
+    row = int(change[:, other].argmax())
     # Which entry of the labels a row of scores has: the one in its place, or, of tokens, the next.
     rest = out.shape[:dim] + out.shape[dim + 1 :]
     shift = entry[1] - row % rest[1] if t.ndim == 2 else 0
@@ -156,15 +161,13 @@ def _of_classes(
     # Where the batch has other numbers that the loss takes, such as rewards, they may tell that a score is to fall.
     if not alone or not here.numel() or out.min() >= 0:
         return (None,)
-    lowered, raised = (
-        [*replay.outputs[:i], out.movedim(dim, -1).scatter_add(-1, index, torch.full_like(index, by, dtype=out.dtype))
-         .movedim(-1, dim), *replay.outputs[i + 1 :]]
-        for by in (-FAR, FAR)
-    )  # fmt: skip
+    rows = out.movedim(dim, -1)
+    far = torch.full_like(index, FAR, dtype=out.dtype)
+    moved = [rows.scatter_add(-1, index, by).movedim(-1, dim) for by in (-far, far)]
+    lowered, raised = ([*replay.outputs[:i], values, *replay.outputs[i + 1 :]] for values in moved)
     if float(here.min()) > 0 and bool((of_own(replay.gradients(lowered)[i]) > 0).all()):
         losses = tuple(replay.value(outputs) for outputs in (replay.outputs, lowered, raised))
         return (Supervision("endless", **told, losses=losses),)
-    rows = out.movedim(dim, -1)
     rest_of = wide.scatter(-1, index, 0.0)
     is_normalized = float(rows.float().logsumexp(-1).abs().median()) < 1e-2
     if float(here.max()) < 0 and not bool(rest_of.any()) and not is_normalized:
@@ -189,7 +192,7 @@ def _of_values(replay: Replay, label: Given, i: int, target: Tensor) -> Supervis
     if not low < high:
         return None
     if not bool(ends.all()):
-        return _of_numbers(replay, i, target, told) if float(ends.float().mean()) < 0.5 else None
+        return _of_numbers(replay, label, i, target, told) if float(ends.float().mean()) < 0.5 else None
     is_high = target == high
     are_probabilities = bool((out >= 0).all()) and bool((out <= 1).all())
 
@@ -203,33 +206,49 @@ def _of_values(replay: Replay, label: Given, i: int, target: Tensor) -> Supervis
 
     base = replay.value(replay.outputs)
     right, wrong = (replay.value(put(at(size))) for size in (CLEAR, -CLEAR))
-    scale = EQUAL * max(abs(base), abs(right), abs(wrong))
-    sided = [
-        which
-        for which in (0, 1)
-        if all(abs(replay.value(put(at(size), is_high == bool(which))) - base) <= scale * 1e-2 for size in (CLEAR, -CLEAR))
-    ]
-    if len(sided) == 1 and abs(right - base) > 100 * scale:
+    none = 1e-2 * EQUAL * max(abs(base), abs(right), abs(wrong))
+
+    def is_without_effect(which: bool) -> bool:
+        return all(abs(replay.value(put(at(size), is_high == which)) - base) <= none for size in (CLEAR, -CLEAR))
+
+    sided = [which for which in (False, True) if is_without_effect(which)]
+    if len(sided) == 1 and abs(right - base) > 1e4 * none:
         return Supervision("one-sided", **told, losses=(base,), target=int(high if sided[0] else low))
-    if not sided:
-        steps = [(sign, replay.value(put(at(sign * CLEAR / 3), is_high == which)),
-                  replay.value(put(at(sign * CLEAR), is_high == which))) for which in (False, True) for sign in (1, -1)]  # fmt: skip
-        # In the order low right, low wrong, high right, high wrong: outputs down, up, up, down.
-        is_flat = [abs(one - two) <= scale * 1e-2 for _, one, two in steps]
-        if (is_flat[0] and is_flat[3]) or (is_flat[1] and is_flat[2]):
-            return Supervision("flat", **told, losses=(base, *steps[1][1:]))
-    if wrong < base - 100 * scale and right > base + 100 * scale:
-        far_wrong, far_right = (replay.value(put(at(size))) for size in (-FAR, FAR))
-        losses = (base, right, wrong, far_wrong)
-        falls, rises = wrong - far_wrong, far_right - right
-        if falls > 5 * (base - wrong) and not are_probabilities:
-            is_linear = abs(rises - falls) <= 1e-2 * falls  # as that of a critic
-            return None if is_linear else Supervision("endless", **told, losses=losses)
-        return Supervision("reversed", **told, losses=losses)
+    if sided:
+        return None
+    others = mapped(replay.batch, lambda v: low + high - v if v is label.values[0] else v)
+    runs = [replay.terms(put(at(size))) for size in (CLEAR, -CLEAR)] + [replay.terms(replay.outputs)]
+    runs.append(replay.terms(put(at(CLEAR)), others))
+    if len({len(run) for run in runs}) > 1:
+        return None
+    for k, (good, bad, now, other) in enumerate(zip(*runs, strict=True)):
+        bound = 100 * EQUAL * max(map(abs, (good, bad, now)))
+        if abs(good - other) <= bound:
+            continue  # what does not depend on the labels: a penalty
+        if _is_flat(lambda size, which, k=k: replay.terms(put(at(size), is_high == which))[k], 1e-4 * bound):
+            return Supervision("flat", **told, losses=(now,))
+        if bad < now - bound and good > now + bound:
+            far_bad, far_good = (replay.terms(put(at(size)))[k] for size in (-FAR, FAR))
+            losses = (now, good, bad, far_bad)
+            falls, rises = bad - far_bad, far_good - good
+            if falls <= 5 * (now - bad) or are_probabilities:
+                return Supervision("reversed", **told, losses=losses)
+            if abs(rises - falls) > 1e-2 * falls:  # else as that of a critic
+                return Supervision("endless", **told, losses=losses)
     return None
 
 
-def _of_numbers(replay: Replay, i: int, target: Tensor, told: dict[str, Any]) -> Supervision | None:
+def _is_flat(term: Callable[[float, bool], float], bound: float) -> bool:
+    """Whether outputs of either target may be moved between clear and middling numbers of one sign without effect."""
+
+    def stays(which: bool, sign: float) -> bool:
+        by = sign * CLEAR if which else -sign * CLEAR  # right means up where the target is high
+        return abs(term(by / 3, which) - term(by, which)) <= bound
+
+    return any(stays(False, sign) and stays(True, sign) for sign in (1.0, -1.0))
+
+
+def _of_numbers(replay: Replay, label: Given, i: int, target: Tensor, told: dict[str, Any]) -> Supervision | None:
     """What the loss does with numbers as targets: it has its minimum near them, or near their mean, or none."""
     far = FAR * (1.0 + float(target.abs().amax()))
     moved = [
@@ -244,7 +263,7 @@ def _of_numbers(replay: Replay, i: int, target: Tensor, told: dict[str, Any]) ->
     if not at > mean * (1 + 1e-3) > 0:
         return None
     # That a target of one sample moves the gradients of others tells this from what is added to the outputs.
-    other = next(t for t in (g.values[0] for g in given_of([replay.batch], set(), set())) if t.shape.numel() == target.numel() and torch.equal(t.reshape(target.shape).to(target), target))  # fmt: skip
+    other = label.values[0]
     changed = other.clone()
     changed[0] = other[-1] + float(other.std())
     one, two = (

@@ -17,7 +17,7 @@ from gramian.inspection.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.keeping import seed_torch
 
-__all__ = ["Mixed", "mixed_terms", "silent_terms"]
+__all__ = ["Mixed", "contributions", "mixed_terms", "silent_terms"]
 
 _MEANS = {torch.mean, Tensor.mean, torch.sum, Tensor.sum}
 _LINEAR = ADDITIONS | DIFFERENCES | REVERSED | NEGATIONS | PRODUCTS | QUOTIENTS | _MEANS
@@ -34,7 +34,7 @@ class _Node:
     """A value of the loss, and the values of which it is the sum, up to factors."""
 
     value: Tensor
-    parts: list[_Node] = field(default_factory=list)
+    parts: list[tuple[float, _Node]] = field(default_factory=list)
 
 
 class _Terms(TorchFunctionMode):
@@ -54,36 +54,66 @@ class _Terms(TorchFunctionMode):
             self.nodes[id(made)] = _Node(made, parts)
         return made
 
-    def _parts(self, func: Callable, args: tuple) -> list[_Node]:
-        """The values that a call adds up; none, where it multiplies values of the network."""
+    def _parts(self, func: Callable, args: tuple) -> list[tuple[float, _Node]]:
+        """The values that a call adds up, with their factors; none, where it multiplies values of the network."""
         tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        factors = [1.0] * len(tensors)
         if func in PRODUCTS | QUOTIENTS:
             free = [t for t in tensors if t.ndim or t.requires_grad]
-            tensors = free if len(free) == 1 and (func in PRODUCTS or args[0] is free[0]) else []
-        return [self.nodes.get(id(t)) or _Node(t) for t in tensors]
+            if len(free) != 1 or (func in QUOTIENTS and args[0] is not free[0]) or len(args) != 2:
+                return []
+            other = next(a for a in args if a is not free[0]) if args[0] is not args[1] else 1.0
+            if isinstance(other, Tensor) and other.numel() != 1:
+                return []
+            tensors, factors = free, [float(other) if func in PRODUCTS else 1.0 / float(other or 1.0)]
+        elif func in NEGATIONS:
+            factors = [-1.0] * len(tensors)
+        elif func in DIFFERENCES | REVERSED and len(args) == 2:
+            signs = (1.0, -1.0) if func in DIFFERENCES else (-1.0, 1.0)
+            factors = [s for s, a in zip(signs, args, strict=True) if any(a is t for t in tensors)]
+        return [(f, self.nodes.get(id(t)) or _Node(t)) for f, t in zip(factors, tensors, strict=True)]
 
-    def leaves(self, total: Tensor) -> list[_Node]:
-        """The terms of the loss; values that are no number are taken apart too.
+    def leaves(self, total: Tensor, *, are_scalars: bool) -> list[tuple[float, _Node]]:
+        """The terms of the loss, with their factors.
 
         Args:
             total: the loss.
+            are_scalars: whether only single numbers are taken apart.
         """
-        found = list(islice(_leaves(self.nodes.get(id(total)) or _Node(total)), MOST + 1))
-        return found if len(found) <= MOST else [_Node(total)]
+        node = self.nodes.get(id(total)) or _Node(total)
+        found = list(islice(_leaves(node, are_scalars), MOST + 1))
+        return found if len(found) <= MOST else [(1.0, _Node(total))]
 
 
-def _leaves(node: _Node) -> Iterator[_Node]:
-    if not node.parts:
-        yield node
-    for part in node.parts:
-        yield from _leaves(part)
+def _leaves(node: _Node, are_scalars: bool, factor: float = 1.0) -> Iterator[tuple[float, _Node]]:
+    if not node.parts or (are_scalars and any(part.value.ndim for _, part in node.parts)):
+        yield factor, node
+        return
+    for by, part in node.parts:
+        yield from _leaves(part, are_scalars, factor * by)
 
 
-def _terms(model: nn.Module, batch: Any, objective: Objective) -> list[_Node]:
+def contributions(run: Callable[[], Tensor]) -> list[float]:
+    """What each term adds to a loss, of the single numbers of which it is the sum.
+
+    Args:
+        run: computes the loss.
+
+    Returns: the terms, of which there may be one.
+    Raises: what `run` raises.
+    Cost: that of the loss.
+    Source: this library's own.
+    """
+    with _Terms() as terms:
+        total = run()
+        return [f * float(node.value.detach()) for f, node in terms.leaves(total, are_scalars=True)]
+
+
+def _terms(model: nn.Module, batch: Any, objective: Objective, *, are_scalars: bool = False) -> list[_Node]:
     seed_torch(0)
     with _Terms() as terms, torch.enable_grad():
         total, _ = objective.loss(model, batch)
-    return terms.leaves(total)
+        return [node for _, node in terms.leaves(total, are_scalars=are_scalars)]
 
 
 def silent_terms(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, int, float] | None:
@@ -204,16 +234,17 @@ def mixed_terms(model: nn.Module, seen: Observed, objective: Objective) -> Mixed
             found.append("sum" if is_sum else "mean" if is_mean else "")
         return found
 
-    runs = [_terms(model, part(slice(0, ENOUGH)), objective)]
+    runs = [_terms(model, part(slice(0, ENOUGH)), objective, are_scalars=True)]
     if len(runs[0]) < 2:
         return None
-    runs += [_terms(model, part(rows), objective) for rows in (slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))]
+    halves = (slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))
+    runs += [_terms(model, part(rows), objective, are_scalars=True) for rows in halves]
     if len({len(run) for run in runs}) > 1:
         return None
     found = kinds(runs)
     if not {"sum", "mean"} <= set(found):
         return None
-    terms = _terms(model, seen.batches[0], objective)
+    terms = _terms(model, seen.batches[0], objective, are_scalars=True)
     if len(terms) != len(found):
         return None
     parameters = [p for p in model.parameters() if p.requires_grad]

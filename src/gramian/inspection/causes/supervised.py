@@ -73,8 +73,8 @@ def _reversed(found: Supervision) -> Finding:
         "The loss is lower with outputs opposite to the labels than with those that they call for",
         where="loss",
         evidence=f"{here} as it is, {right} with outputs as {found.label} says, {wrong} with the opposite (measured)",
-        cause="The sign is wrong, a similarity is minimized in place of one minus it, or the two cases of the labels are "
-        "exchanged.",
+        cause="The sign is wrong, a similarity is minimized in place of one minus it, or the two cases of the labels "
+        "are exchanged.",
         advice="Correct the sign, or exchange the cases; if outputs stand for the opposite of the labels on purpose, "
         "all is well.",
     )
@@ -153,8 +153,9 @@ def _mean(found: Supervision) -> Finding:
 def terms(context: Context) -> Iterator[Finding]:
     """Find terms of the loss that depend on the network and have no gradient. Exact."""
     found = context.probes.silent
-    if found is None:
-        return
+    seen = context.observed
+    if found is None or any(seen.gradients[n] is None for n in seen.gradients if n in seen.used):
+        return  # the parameters that are cut off are told
     silent, num, value = found
     yield Finding(
         "graph-cut",
@@ -180,8 +181,8 @@ def mixture(context: Context) -> Iterator[Finding]:
         "error" if diverges or found.ratio > 1 else "info",
         f"A term of the loss is a sum over the {found.num} samples of a batch, and another is their mean",
         where="loss",
-        evidence=f"the summed term of halves adds up to that of the whole; its gradient is {found.ratio:.2g} times that "
-        "of the others",
+        evidence=f"the summed term of halves adds up to that of the whole; its gradient is {found.ratio:.2g} times "
+        "that of the others",
         cause=f"It weighs {found.num} times as much as its mean would, and more with larger batches.",
         advice="Take the mean over the samples of both: .sum(1).mean().",
     )
@@ -242,8 +243,8 @@ def padding(context: Context) -> Iterator[Finding]:
         "sequences are shorter",
         cause="output[:, -1] is taken of sequences that are padded at the end, or a recurrence runs on through the "
         "padding.",
-        advice="Take the last token of each: output[torch.arange(n), lengths - 1]; or pack_padded_sequence and the last "
-        "state; or pad in front.",
+        advice="Take the last token of each: output[torch.arange(n), lengths - 1]; or pack_padded_sequence and the "
+        "last state; or pad in front.",
     )
 
 
