@@ -108,7 +108,7 @@ class Replay:
         Args:
             outputs, batch: as in `loss`.
         """
-        return contributions(lambda: self.loss([t.detach() for t in outputs], batch))
+        return contributions(lambda: self.loss([t.detach().requires_grad_() for t in outputs], batch))
 
     def value(self, outputs: Sequence[Tensor]) -> float:
         """The loss with these outputs, as a number.
