@@ -50,7 +50,7 @@ def constant_loss(model: nn.Module, seen: Observed, objective: Objective) -> flo
 
 
 def falls_together(model: nn.Module, seen: Observed, objective: Objective) -> tuple[float, float] | None:
-    """Whether a loss without labels has its minimum where all samples have one output.
+    """Whether a loss of embeddings has its minimum where all samples have one output.
 
     It is compared with outputs as they are, with random ones, and with random ones that are the same for all of a
     sample's outputs; and the equal ones must be a place without slope. Outputs without a gradient, as behind a stopped
@@ -64,9 +64,6 @@ def falls_together(model: nn.Module, seen: Observed, objective: Objective) -> tu
     Cost: a forward pass of 16 samples, and a dozen evaluations of the loss.
     Source: this library's own.
     """
-    given = given_of(seen.batches[:1], seen.fed, set())
-    if not given or (not all(g.is_input for g in given) and len(given) > 1):
-        return None
     batch = first_samples(seen.batches[0], ENOUGH)
     replay = Replay(model, batch, objective)
     outputs = replay.outputs

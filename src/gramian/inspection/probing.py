@@ -18,7 +18,7 @@ from gramian.inspection.observed import Observed
 from gramian.inspection.ordering import in_another_order
 from gramian.inspection.padded import Reading, reads_padding
 from gramian.inspection.pairing import Pairs, constant_loss, falls_together, unlike_pairs
-from gramian.inspection.supervision import Supervision, against_labels
+from gramian.inspection.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.terms import Mixed, mixed_terms, silent_terms
 from gramian.objective import Objective
 from gramian.recording.keeping import seed_torch
@@ -36,6 +36,7 @@ TRIED = {
     "without_effect": "whether each input has an effect",
     "ignores_order": "whether the output depends on the order of tokens or patches",
     "supervision": "whether the loss is lower where the outputs are as the labels say",
+    "column": "whether all columns of the output have a gradient",
     "silent": "whether a term of the loss has no gradient",
     "mixed": "whether terms of the loss are sums and others means",
     "together": "whether the loss has its minimum where all outputs are equal",
@@ -70,6 +71,7 @@ class Probes:
         without_effect: the inputs that can be exchanged between samples without any effect on the loss.
         ignores_order: whether the output stays when the positions of a sequence change places.
         supervision: what the loss does wrong with its labels.
+        column: of the outputs, one without a gradient that the loss depends on, and how many there are.
         silent: how many terms have no gradient though they depend on the parameters, of how many, and the first's mean.
         mixed: of a loss with terms that are sums over the samples and others that are means.
         together: the loss as it is, and with equal outputs for all samples, where it has its minimum there.
@@ -87,6 +89,7 @@ class Probes:
     without_effect: tuple[str, ...] = ()
     ignores_order: bool = False
     supervision: Supervision | None = None
+    column: tuple[int, int] | None = None
     silent: tuple[int, int, float] | None = None
     mixed: Mixed | None = None
     together: tuple[float, float] | None = None
@@ -289,6 +292,7 @@ def _ignores_order(model: nn.Module, seen: Observed, objective: Objective) -> bo
 
 _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
+    silent_columns,
     silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, constant_loss,
 )  # fmt: skip
 

@@ -15,12 +15,14 @@ from gramian.inspection.observed import Observed
 from gramian.inspection.replaying import Replay
 from gramian.objective import Objective
 
-__all__ = ["FAR", "Supervision", "against_labels"]
+__all__ = ["FAR", "Supervision", "against_labels", "silent_columns"]
 
 # Samples that are enough; gradients and losses that are zero or equal up to rounding, as shares of the largest.
 ENOUGH, EQUAL = 16, 1e-4
 # Labels that are changed until one has an effect.
 TRIES = 4
+# Columns of an output that are looked at, and by how much they are moved, in their size.
+COLUMNS, STEP = 16, 0.05
 # Scores that are right or wrong: clearly, and far.
 CLEAR, FAR = 6.0, 60.0
 # Probabilities that are so.
@@ -272,4 +274,35 @@ def _of_numbers(replay: Replay, label: Given, i: int, target: Tensor, told: dict
     )
     if len(one) > 2 and bool(((one - two).flatten(1).abs().amax(1) > 0).all()):
         return Supervision("mean", **told, losses=(at, mean))
+    return None
+
+
+def silent_columns(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, int] | None:
+    """A column of the outputs whose gradient is zero for all samples, though the loss changes smoothly with it.
+
+    Args:
+        model, seen, objective: as in `against_labels`.
+
+    Returns: which, and of how many; `None` where there is none.
+    Raises: what the model raises.
+    Cost: a forward pass of 16 samples, and a few evaluations of the loss.
+    Source: this library's own.
+    """
+    replay = Replay(model, first_samples(seen.batches[0], ENOUGH), objective)
+    if not replay.is_known or len(replay.outputs) != 1 or replay.outputs[0].ndim != 2:
+        return None
+    out = replay.outputs[0]
+    num = out.shape[1]
+    if not 2 <= num <= COLUMNS:
+        return None
+    still = ~replay.gradients([out])[0].ne(0).any(0)
+    if bool(still.all()) or not bool(still.any()):
+        return None
+    here = replay.value([out])
+    for column in still.nonzero().flatten().tolist():
+        step = torch.zeros_like(out)
+        step[:, column] = STEP * (1.0 + float(out[:, column].abs().mean()))
+        up, down = replay.value([out + step]) - here, replay.value([out - step]) - here
+        if min(abs(up), abs(down)) > EQUAL * abs(here):  # not at a step that nothing but a count has
+            return column, num
     return None

@@ -24,6 +24,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "loss-flat",
         "loss-collapses",
         "pairs-mismatched",
+        "target-not-detached",
         "output-range",
         "loss-maximized",
     ),

@@ -170,6 +170,42 @@ def terms(context: Context) -> Iterator[Finding]:
     )
 
 
+def column(context: Context) -> Iterator[Finding]:
+    """Find a column of the outputs that counts and has no gradient. Exact, and measured."""
+    found = context.probes.column
+    if found is None or context.probes.silent is not None:
+        return
+    which, num = found
+    yield Finding(
+        "graph-cut",
+        "error",
+        f"Of the {num} columns of the output, number {which} has no gradient, and the loss depends on it",
+        where="loss",
+        evidence="its gradient is zero for all samples (exact); with values a little larger or smaller the loss changes",
+        cause="This part of the output is detached in the loss: it learns nothing.",
+        advice="Remove .detach() there.",
+    )
+
+
+def bootstrapped(context: Context) -> Iterator[Finding]:
+    """Find targets that are data plus another output, with its gradient. Exact."""
+    if not context.observed.bootstrapped:
+        return
+    yield Finding(
+        "target-not-detached",
+        "warning",
+        "A target is made of the network's own output, and has a gradient",
+        where="loss",
+        evidence="the loss compares an output with data plus what the same parameters make of other inputs, and "
+        "gradients go to both (exact)",
+        cause="Of temporal differences, r + γ Q(s′), the target is to be held fixed: else it is moved towards the "
+        "output as well, which is another and slower method.",
+        advice="Compute the target under torch.no_grad(), or detach it; a copy of the network that is renewed now and "
+        "then keeps it still.",
+        source="Mnih et al. 2015; Baird 1995 for residual gradients",
+    )
+
+
 def mixture(context: Context) -> Iterator[Finding]:
     """Find a loss of which some terms are sums over the samples and others means. Exact on halves of a batch."""
     found = context.probes.mixed
@@ -251,6 +287,8 @@ def padding(context: Context) -> Iterator[Finding]:
 RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     labels,
     terms,
+    column,
+    bootstrapped,
     mixture,
     together,
     pairs,
