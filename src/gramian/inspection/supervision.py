@@ -36,7 +36,8 @@ class Supervision:
     """What is wrong between outputs and labels.
 
     Attributes:
-        kind: "dimension" (probabilities over another one), "reversed", "endless", "alone" (the other classes' scores
+        kind: "shifted" (a sample's output is compared with another's label),
+            "dimension" (probabilities over another one), "reversed", "endless", "alone" (the other classes' scores
             have no effect), "one-sided" (outputs of one of two targets have none), "flat" (nor have changes beyond a
             bound), "unsquared", "mean" (each output is compared with all targets).
         label: the tensor, as Python reads it off a batch.
@@ -138,6 +139,10 @@ def _of_classes(replay: Replay, label: Given, i: int, dim: int, *, alone: bool) 
     if not columns or columns != sorted((own, other)):
         return None
     row = int(change[:, other].argmax())
+    is_one = int((change.amax(1) > EQUAL * float(change.amax())).sum()) == 1  # labels may be mixed on purpose
+    if t.ndim == 1 and is_one and row != entry[0]:
+        told = {"label": label.name, "shape": tuple(out.shape)}
+        return (Supervision("shifted", **told, losses=(float(entry[0]), float(row))),)
     # Which entry of the labels a row of scores has: the one in its place, or, of tokens, the next.
     rest = out.shape[:dim] + out.shape[dim + 1 :]
     shift = entry[1] - row % rest[1] if t.ndim == 2 else 0

@@ -40,6 +40,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "norm-zero-gain",
         "norm-single-value",
         "attention-masked",
+        "attention-over-queries",
         "reduction-cancels",
         "samples-mixed",
         "target-leak",

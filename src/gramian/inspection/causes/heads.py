@@ -118,8 +118,8 @@ def bounded_scores(context: Context) -> Iterator[Finding]:
             "warning",
             f"The scores are cosines times {scale:g}: differences of a hundredth decide",
             where="loss",
-            evidence=f"both factors of the scores have length one (exact), and a difference of 0.01 between two cosines "
-            f"changes the odds by e^{scale / 100:g}",
+            evidence=f"both factors of the scores have length one (exact), and a difference of 0.01 between two "
+            f"cosines changes the odds by e^{scale / 100:g}",
             cause="The temperature is so small that softmax looks at the largest score alone: the loss is the "
             "difference of two scores, gradients are as many times larger, and pairs that are not the hardest teach "
             "nothing.",

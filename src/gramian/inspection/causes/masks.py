@@ -91,6 +91,25 @@ def _masked(context: Context, names: list[str], severity: Severity, does: str, e
     )
 
 
+def over_queries(context: Context) -> Iterator[Finding]:
+    """Find attention with a softmax over the queries in place of the keys. Exact."""
+    found = context.observed.over_queries
+    if found is None:
+        return
+    name, shape = found
+    yield Finding(
+        "attention-over-queries",
+        "error",
+        f"The softmax of the attention in {context.told(name)} is over the queries, and not over the keys",
+        where=name or "all layers",
+        evidence=f"of the weights {shape}, dimension {len(shape) - 2} sums to one, and the last is multiplied by the "
+        "values (exact)",
+        cause="What a query gets is no mean of the values: queries compete for keys, and in a decoder each depends on "
+        "those behind it.",
+        advice="Use softmax(dim=-1) of scores (…, queries, keys).",
+    )
+
+
 def leak(context: Context) -> Iterator[Finding]:
     """Find outputs that see the target that they are to predict."""
     found = context.leak
@@ -160,4 +179,4 @@ def _shows_padding(seen: Tensor, padding: Tensor) -> bool:
     return bool(queries.any()) and float(only[queries].float().mean()) > INVERTED
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (masks, leak)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (over_queries, masks, leak)

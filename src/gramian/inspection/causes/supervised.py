@@ -26,7 +26,7 @@ def labels(context: Context) -> Iterator[Finding]:
         return
     make = {
         "dimension": _dimension, "endless": _endless, "reversed": _reversed, "alone": _alone, "one-sided": _sided,
-        "flat": _flat, "unsquared": _unsquared, "mean": _mean,
+        "flat": _flat, "unsquared": _unsquared, "mean": _mean, "shifted": _shifted,
     }[found.kind]  # fmt: skip
     finding = make(found)
     if found.kind == "dimension" and context.observed.softmax_over_rows is not None and context.num_labels:
@@ -49,6 +49,20 @@ def _dimension(found: Supervision) -> Finding:
         "sample does not (measured)",
         cause=f"A softmax, log_softmax or logsumexp has dim={dim}: the scores of one class compete with each other.",
         advice=f"Use dim={axis}, or cross_entropy of the scores.",
+    )
+
+
+def _shifted(found: Supervision) -> Finding:
+    one, other = (int(v) for v in found.losses)
+    return Finding(
+        "pairs-mismatched",
+        "error",
+        "The loss compares the output of a sample with the label of another",
+        where="loss",
+        evidence=f"another label for sample {one} in {found.label} changes the gradient of output {other} "
+        "alone (exact)",
+        cause="Outputs or labels are rolled, shuffled, sorted or reversed before they are compared.",
+        advice="Compare both in the order of the batch.",
     )
 
 
@@ -181,7 +195,8 @@ def column(context: Context) -> Iterator[Finding]:
         "error",
         f"Of the {num} columns of the output, number {which} has no gradient, and the loss depends on it",
         where="loss",
-        evidence="its gradient is zero for all samples (exact); with values a little larger or smaller the loss changes",
+        evidence="its gradient is zero for all samples (exact); with values a little larger or smaller the loss "
+        "changes",
         cause="This part of the output is detached in the loss: it learns nothing.",
         advice="Remove .detach() there.",
     )
