@@ -104,6 +104,7 @@ class Loop:
             evaluate = schedule.due(share)
             ended = share >= 1 or self.streak >= NONFINITE_STEPS
             run.diverged = ended and run.diverged
+            self._check_units(ended)
             if evaluate or run.diverged:
                 row = self._evaluate()
                 if folder is not None:
@@ -138,6 +139,14 @@ class Loop:
             return
         self.streak += 1
         run.skipped += 1
+
+    def _check_units(self, ended: bool) -> None:
+        """Raise `TaskError` where a whole epoch, or the run, had no unit, so that nothing was trained."""
+        if math.isnan(self.run.start) and not self.run.skipped and (ended or self.stream.epoch):
+            raise TaskError(
+                f"task {self.task.name!r}: no batch had a row whose loss counts. Are the batches empty, or all labels "
+                "ignored?"
+            )
 
     def _evaluate(self) -> dict[str, float]:
         run, task = self.run, self.task
