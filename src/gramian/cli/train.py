@@ -133,6 +133,9 @@ def command(
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: divide the model over the processes (FSDP2).")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look at some steps while it trains (gm.watch), and tell what is wrong.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(parser=path, help="Folder for the model, the checkpoint and metrics.jsonl.")
     ] = None,
@@ -177,7 +180,7 @@ def command(
     try:
         with ranks(timeout) as first, _naming_the_lost():
             options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html}
-            options |= budget | {"shard": shard}
+            options |= budget | {"shard": shard, "watch": watch}
             options |= {} if compare else {"optimizer": optimizer, "lr": rate}
             logs = tensorboard and first
             runs, name = _train(_Asked(task, text, model), first and not quiet, compare, logs, options)

@@ -120,6 +120,8 @@ class Run:
         skipped: steps that were skipped, since the loss or a gradient was not finite.
         stopped: why the run ended before its budget; empty if it did not.
         start: the loss of the first step; NaN before it.
+        findings: what the watch found, a row for each code and place: the `step`, and a finding's `severity`, `code`,
+            `where`, `title`, `evidence`, `cause` and `remedy`. Empty without a watch.
     """
 
     model: nn.Module
@@ -136,6 +138,7 @@ class Run:
     skipped: int = 0
     stopped: str = ""
     start: float = math.nan
+    findings: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         numbers = ", ".join(
