@@ -35,6 +35,7 @@ def command(
     from gramian import report
     from gramian.bench.machine import features
     from gramian.linalg.engine.cost import cache_file, constants
+    from gramian.report.terminal import unpadded
 
     if json is not None:
         report.check_target(json, (".json",))
@@ -65,7 +66,8 @@ def command(
     for extra, (purpose, _, _) in EXTRAS.items():
         version = found["extras"][extra]
         table.add_row(f"[{extra}]", f"{version}, for {purpose}" if version else f"not installed; for {purpose}")
-    console.print(table, markup=False)
+    with unpadded(console):
+        console.print(table, markup=False)
     missing = [extra for extra in EXTRAS if not found["extras"][extra]]
     if missing:
         console.print(f"\nFor an extra: pip install 'gramian[{missing[0]}]'", markup=False, soft_wrap=True)

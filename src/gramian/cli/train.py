@@ -83,7 +83,8 @@ def command(
     compare: Annotated[
         str,
         typer.Option(
-            help="Train once with each of these optimizers, as adamw,sgd,auto, and compare.",
+            help="Train once with each of these optimizers, as adamw,sgd:lr=0.3,auto, and compare; with --lr auto each "
+            "at its suggested rate.",
             autocompletion=completing(completion.OPTIMIZERS, several=True),
         ),
     ] = "",
@@ -169,8 +170,11 @@ def command(
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
     if tensorboard and out is None:
         raise InputError("train: --tensorboard needs --out DIR, the folder that it writes to")
-    if compare and (optimizer != "auto" or lr is not None):
-        raise InputError("train: --compare names the optimizers, at their usual rates; leave out --optimizer and --lr")
+    if compare and (optimizer != "auto" or lr not in (None, AUTO)):
+        raise InputError(
+            "train: --compare names the optimizers, with their rates, as --compare adamw:lr=3e-3,sgd; leave out "
+            "--optimizer, and --lr but for --lr auto"
+        )
     rate = _rate(lr)
     options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}
     options |= {"accumulate": accumulate, "precision": precision, "best": best, "patience": patience}
@@ -181,7 +185,7 @@ def command(
         with ranks(timeout) as first, _naming_the_lost():
             options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html}
             options |= budget | {"shard": shard, "watch": watch}
-            options |= {} if compare else {"optimizer": optimizer, "lr": rate}
+            options |= {"lr": rate} if compare else {"optimizer": optimizer, "lr": rate}
             logs = tensorboard and first
             runs, name = _train(_Asked(task, text, model), first and not quiet, compare, logs, options)
     except KeyboardInterrupt:
@@ -265,7 +269,7 @@ def _train(
         for listener in listeners:
             listener.stepped(run, share)
 
-    if options.get("lr") == AUTO:
+    if options["lr"] == AUTO and not compared:
         options["lr"] = _suggested(found, options, shown)
     with display.Watched(quiet=not shown) as watched:
         listeners.append(watched)

@@ -90,9 +90,9 @@ def train(
         optimizer: `"auto"` (the best one in `gramian bench optim`), another name of `gm.optim.OPTIMIZERS` (AdamW and
             SGD are torch's), or a function `model -> optimizer`.
         lr: learning rate; the optimizer's usual one by default, which `Muon` makes up to 1.7 times as large in a run of
-            fewer than 300 `steps` that decays to zero. `"auto"` is what `gm.suggest_lr` finds for the initialized
-            model and the first batches, to two digits; the usual rate, with a warning, where its trial steps tell
-            nothing. Not used with a function.
+            fewer than 300 steps (by `steps` or `epochs`) that decays to zero. `"auto"` is what `gm.suggest_lr` finds
+            for the initialized model and the first batches, to two digits; the usual rate, with a warning, where its
+            trial steps tell nothing. Not used with a function.
         init: `"default"` leaves the model as the task makes it; `"isometric"` applies `gm.init.isometric_`; `"auto"`
             applies the actions of the errors that `gm.inspect` finds, if all weights are still random and fewer errors
             remain afterwards. `Run.init` says what was done.
@@ -165,7 +165,13 @@ def train(
         best,
         patience,
     )
-    length = budget[1] if budget[0] == "steps" else math.inf
+
+    def length() -> float:
+        """The number of steps, where it is known."""
+        if budget[0] == "epochs":  # of which an epoch's last may be of fewer batches than are accumulated
+            return budget[1] * stream.count() / accumulate
+        return budget[1] if budget[0] == "steps" else math.inf
+
     automatic = optimizer if isinstance(optimizer, str) and isinstance(lr, str) and lr == AUTO else None
     choice = choose(optimizer, lr if automatic is None else None, options, length)
     check_warmup(warmup, budget, 0, accumulate)
