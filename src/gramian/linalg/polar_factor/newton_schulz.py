@@ -110,8 +110,6 @@ def in_parts(a: Tensor, run: Callable[[Tensor], Tensor], out: Tensor | None = No
         if not x.numel():
             return a.clone()
         few = max(1, CHUNK // x[0].numel()) if x.device.type == "cpu" else len(x)
-        if out is None and few >= len(x):
-            return run(x).to(a.dtype).contiguous().reshape(a.shape)
         found = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out.view(x.shape)
         for part, place in zip(x.split(few), found.split(few), strict=True):
             place.copy_(run(part))
