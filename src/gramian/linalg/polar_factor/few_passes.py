@@ -5,12 +5,14 @@ P₂(G₁) P₁(G₀) with G₁ = P₁² G₀: two products with X in place of f
 steps on one Gram matrix would magnify its rounding, which makes small eigenvalues negative.
 
 A step is cG² + bG + a = c((G + hI)² + eI): a square, and two sums with a diagonal in place of sums with whole matrices.
-Its factor c is left out, which changes the unit of X: that of the first argument is chosen so that the last is 1.
+Its factor c is left out, which changes the unit of X: that of the first argument is chosen so that the last is 1. The
+first may be of degree 9: two such factors, of which the second takes a sum with a matrix in place of another square.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -31,10 +33,14 @@ NORMAL = 2.0**-50, 2.0**50
 
 
 class Squares(NamedTuple):
-    """The unit in which the first argument stands, and the h and e of each step (G + hI)² + eI."""
+    """The unit in which the first argument stands, and the factors of each step.
+
+    A step has h and e of (G + hI)² + eI. One of degree 9 also has d and k of its second factor, the first one plus
+    d(G + hI) + kI.
+    """
 
     unit: float
-    steps: tuple[tuple[float, float], ...]
+    steps: tuple[tuple[float, ...], ...]
 
 
 def few_passes(
@@ -42,33 +48,50 @@ def few_passes(
     *,
     low: float,
     steps: int,
+    first: int = 5,
     dtype: torch.dtype | None = None,
     out: Float[Tensor, "*b m n"] | None = None,
 ) -> Float[Tensor, "*b m n"]:
-    """Approximate polar factor of each matrix by `composed(low, steps)`, in products of `dtype`, float32 if None.
+    """Approximate polar factor of each matrix by `composed(low, steps, first)`, in products of `dtype`, float32 if None.
 
     ‖XXᵀ‖_F^½ bounds ‖X‖₂ here; singular values below `low` of that end below 1. A zero matrix gives zero, NaN stays in
     its own matrix, and each matrix is scaled by itself. It is written to `out`, contiguous and perhaps `a`, if given.
     """
     wide = dtype is None or dtype == torch.float32
     with full_products() if wide else contextlib.nullcontext():
-        return in_parts(a, partial(_polar, squares(low, steps), dtype or torch.float32), out)
+        return in_parts(a, partial(_polar, squares(low, steps, first), dtype or torch.float32), out)
 
 
 @lru_cache(maxsize=64)
-def squares(low: float, steps: int) -> Squares:
-    """The steps of `composed(low, steps)`, with `SAFETY` in all but the last, without their factors.
+def squares(low: float, steps: int, first: int = 5) -> Squares:
+    """The steps of `composed(low, steps, first)`, with `SAFETY` in all but the last, without their factors.
 
-    Where Y = sX, cG² + bG + a of G = XXᵀ is c/s⁴ ((H + hI)² + eI) of H = YYᵀ, with h = s²b/2c and
-    e = s⁴ (a/c − b²/4c²). The next Y is that without c/s⁴ times Y, so that its unit is s⁵/c.
+    Where Y = sX, a step is x q(x²) with q = c Π (x⁴ + b x² + a), and q(XXᵀ) = c/s⁴ᵏ Π (H² + s²bH + s⁴aI) of H = YYᵀ for
+    k factors. The next Y is that product without c/s⁴ᵏ, times Y, so that its unit is s⁴ᵏ⁺¹/c.
     """
     unit, found = 1.0, []
-    for i, (a, b, c) in reversed(list(enumerate(composed(low, steps).coefficients))):
+    for i, coefficients in reversed(list(enumerate(composed(low, steps, first).coefficients))):
         safety = 1.0 if i == steps - 1 else SAFETY
-        a, b, c = a / safety, b / safety**3, c / safety**5
-        unit = (unit * c) ** 0.2
-        found.append((unit**2 * b / (2 * c), unit**4 * (a / c - (b / (2 * c)) ** 2)))
+        c = [value / safety ** (2 * k + 1) for k, value in enumerate(coefficients)]
+        unit = (unit * c[-1]) ** (1 / (2 * len(c) - 1))
+        (b, a), *second = [(b * unit**2, a * unit**4) for b, a in _quadratics(c)]
+        h = b / 2
+        step = (h, a - h * h)
+        for other_b, other_a in second:
+            step += (other_b - b, other_a - a - (other_b - b) * h)
+        found.append(step)
     return Squares(unit, tuple(reversed(found)))
+
+
+def _quadratics(c: Sequence[float]) -> list[tuple[float, float]]:
+    """The b and a of t² + bt + a, whose product is c₀ + c₁t + …, of degree 2 or 4, over its last coefficient."""
+    if len(c) == 3:
+        return [(c[1] / c[2], c[0] / c[2])]
+    companion = torch.diag(torch.ones(len(c) - 2, dtype=torch.float64, device="cpu"), -1)
+    companion[:, -1] = torch.tensor([-value / c[-1] for value in c[:-1]], dtype=torch.float64, device="cpu")
+    # In order of the real part, a pair of conjugates or of real roots each.
+    roots = sorted(torch.linalg.eigvals(companion).tolist(), key=lambda root: (round(root.real, 9), root.imag))
+    return [(-(p + q).real, (p * q).real) for p, q in zip(roots[::2], roots[1::2], strict=True)]
 
 
 def _polar(s: Squares, dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -101,22 +124,20 @@ def _gram(y: Tensor, out: Tensor) -> Tensor:
 def _iterate(s: Squares, y: Tensor, gram: Tensor, scale: Tensor, paired: bool) -> Tensor:
     """The steps on scale · y and its Gram matrix, on the shorter side. It overwrites both."""
     spare = scratch("few passes: y", tuple(y.shape), y.dtype, y)
-    poly, work, other = (scratch(f"few passes: {k}", tuple(gram.shape), y.dtype, y) for k in range(3))
+    small = [scratch(f"few passes: {k}", tuple(gram.shape), y.dtype, y) for k in range(4)]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     tall = y.shape[-2] > y.shape[-1]
     rest, first = list(s.steps), True
     while rest:
         step, *rest = rest
-        factor = poly
-        if paired and rest:
-            before = diagonal.clone()
-            _square(gram, diagonal, step, poly)
+        free = list(small)
+        before = diagonal.clone() if paired and rest else None
+        factor = _polynomial(gram, diagonal, step, free)
+        if before is not None:
             diagonal.copy_(before)
-            torch.bmm(poly, torch.bmm(poly, gram, out=work), out=gram)
+            torch.bmm(factor, torch.bmm(factor, gram, out=free[-1]), out=gram)
             step, *rest = rest
-            factor = torch.bmm(_square(gram, diagonal, step, other), poly, out=work)
-        else:
-            _square(gram, diagonal, step, poly)
+            factor = torch.bmm(_polynomial(gram, diagonal, step, free), factor, out=free[-1])
         if first:
             factor.mul_(scale)
             first = False
@@ -126,8 +147,16 @@ def _iterate(s: Squares, y: Tensor, gram: Tensor, scale: Tensor, paired: bool) -
     return y
 
 
-def _square(gram: Tensor, diagonal: Tensor, step: tuple[float, float], out: Tensor) -> Tensor:
-    """(G + hI)² + eI, in `out`; G becomes G + hI."""
-    diagonal.add_(step[0])
-    torch.bmm(gram, gram, out=out).diagonal(dim1=-2, dim2=-1).add_(step[1])
-    return out
+def _polynomial(gram: Tensor, diagonal: Tensor, step: Sequence[float], free: list[Tensor]) -> Tensor:
+    """The polynomial of a step, in one of the free matrices, which are then free no more; G becomes G + hI."""
+    h, e, *second = step
+    diagonal.add_(h)
+    square = torch.bmm(gram, gram, out=free.pop())
+    square.diagonal(dim1=-2, dim2=-1).add_(e)
+    if not second:
+        return square
+    other = torch.add(square, gram, alpha=second[0], out=free.pop())
+    other.diagonal(dim1=-2, dim2=-1).add_(second[1])
+    product = torch.bmm(square, other, out=free.pop())
+    free += [square, other]
+    return product
