@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gramian.cli.common import path
+
 __all__ = ["EXTRAS", "command"]
 
 # What each extra of the package is for, and the module and distribution that it brings.
@@ -27,7 +29,7 @@ EXTRAS = {
 
 
 def command(
-    json: Annotated[Path | None, typer.Option(help="Write what was found.")] = None,
+    json: Annotated[Path | None, typer.Option(parser=path, help="Write what was found.")] = None,
 ) -> None:
     """Show versions, the processor, where gm.linalg's costs come from, and which extras are installed."""
     from gramian import report

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gramian.cli import completion
-from gramian.cli.common import Model, Quiet, Stages, complain, ranks, with_task
+from gramian.cli.common import Model, Quiet, Stages, complain, path, ranks, with_task
 from gramian.cli.completion import completing
 from gramian.errors import InputError
 
@@ -34,7 +34,7 @@ def command(
     extract_lora: Annotated[
         int | None, typer.Option(help="With --against: write the difference as a PEFT adapter of this rank.", min=1)
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the adapter.")] = Path("adapter"),
     quick: Annotated[
         bool, typer.Option("--quick", help="Norms and ranks with error bounds, from a few products.")
     ] = False,
@@ -58,11 +58,13 @@ def command(
     old_unchecked: Annotated[bool, typer.Option("--no-verify", hidden=True)] = False,
     layouts: Annotated[
         Path | None,
-        typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
+        typer.Option(
+            parser=path, help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."
+        ),
     ] = None,
     input_size: Annotated[int, typer.Option(help="Side of the images for convolutions' operator norms.", min=1)] = 32,
-    html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(parser=path, help="Write the report as a page.")] = None,
+    json: Annotated[Path | None, typer.Option(parser=path, help="Write the report as JSON.")] = None,
     fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 for findings of this severity or worse.")] = FailOn.never,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer.")] = False,
     quiet: Quiet = False,
@@ -76,9 +78,9 @@ def command(
     from gramian.report import SEVERITIES
 
     unchecked = unchecked or old_unchecked  # the name before --verify came to try remedies
-    for path in (html, json):
-        if path is not None:
-            report.check_target(path)
+    for target in (html, json):
+        if target is not None:
+            report.check_target(target)
     if extract_lora is not None and against is None:
         raise InputError("--extract-lora needs --against BASE: an adapter is a difference from a base model")
     options: dict[str, Any] = {"quick": quick, "input_size": (input_size, input_size)}
@@ -114,9 +116,9 @@ def command(
             )
     if not first:
         return
-    for path in (html, json):
-        if path is not None:
-            found.save(path)
+    for target in (html, json):
+        if target is not None:
+            found.save(target)
     if not quiet:
         report.show(found, verbose=verbose)
     broken = next((f for f in found.findings if f.code == "non-finite-weights"), None)

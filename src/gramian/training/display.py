@@ -13,6 +13,7 @@ from gramian.report.live import Watch, four_digits
 from gramian.report.terminal import unpadded
 from gramian.training.folder import MODEL
 from gramian.training.task import Run
+from gramian.training.watched import told
 
 __all__ = ["Watched", "show", "show_comparison"]
 
@@ -24,6 +25,7 @@ class Watched:
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self._watch = Watch("train", quiet=quiet, console=console)
+        self._told: dict[int, int] = {}  # how many findings of a run
 
     def __enter__(self) -> Watched:
         self._watch.__enter__()
@@ -33,7 +35,11 @@ class Watched:
         self._watch.__exit__(*error)
 
     def stepped(self, run: Run, share: float) -> None:
-        """Show step, speed, rate and time left; pass this as `on_step`."""
+        """Show step, speed, rate, time left, and what a watch found; pass this as `on_step`."""
+        if len(run.findings) > self._told.get(id(run), 0):
+            for row in run.findings[self._told.get(id(run), 0) :]:
+                self._watch.note(f"{row['severity']}, {told(row)}")
+            self._told[id(run)] = len(run.findings)
         numbers = {"step": f"step {run.steps:,}"}
         if run.seconds > 0:
             numbers |= {
@@ -82,6 +88,8 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
         if run.skipped:
             why = "the loss or a gradient was not finite"
             console.print(f"{run.skipped:,} steps were skipped: {why}.", highlight=False)
+        for row in run.findings:
+            console.print(f"{row['severity']}, {plain(told(row), 2000)}", markup=False, highlight=False)
         if run.stopped:
             console.print(f"Stopped early: {plain(run.stopped)}.", markup=False, highlight=False)
         if run.diverged:

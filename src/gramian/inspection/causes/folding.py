@@ -15,7 +15,19 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("non-finite-weights", "input-non-finite", "input-changed"),
     ("labels-constant", "labels-out-of-range", "labels-sorted", "input-constant"),
     ("labels-non-finite", "training-fails", "parameter-unregistered", "softmax-single-value"),
-    ("loss-broadcast", "loss-unbounded", "loss-not-log-probabilities", "output-range", "loss-maximized"),
+    (
+        "loss-broadcast",
+        "loss-unbounded",
+        "loss-reversed",
+        "loss-not-log-probabilities",
+        "loss-term-missing",
+        "loss-flat",
+        "loss-collapses",
+        "pairs-mismatched",
+        "target-not-detached",
+        "output-range",
+        "loss-maximized",
+    ),
     (
         "graph-cut",
         "gradient-overflow",
@@ -28,6 +40,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "norm-zero-gain",
         "norm-single-value",
         "attention-masked",
+        "attention-over-queries",
         "reduction-cancels",
         "samples-mixed",
         "target-leak",
@@ -52,7 +65,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("head-input-offset",),
     ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
-    ("input-unused", "parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
+    ("padding-read", "input-unused", "parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("modes-disagree",),
     ("rate-too-high", "rate-too-low"),
     ("labels-independent",),
@@ -95,7 +108,7 @@ _SIGNAL = frozenset((
     "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
     "labels-non-finite", "parameter-unregistered", "softmax-single-value",
     "head-scale", "head-offset", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
-    "gradient-kept", "rate-grows",
+    "gradient-kept", "rate-grows", "loss-flat", "loss-collapses", "loss-reversed", "loss-unbounded",
 ))  # fmt: skip
 
 # What samples that change each other's outputs explain: where all become the same, no gradient comes back; but they
