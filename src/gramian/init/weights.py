@@ -139,7 +139,7 @@ DEPTHWISE = "left as they were, since they act on each channel alone"
 
 
 def find_weights(model: nn.Module) -> Weights:
-    """The weights that can be set: of linear layers and convolutions, and trainable.
+    """The weights that can be set: of linear layers, convolutions, attention and recurrence, and trainable.
 
     Embeddings and norms are left without a word: they keep their initialization by definition. So is a matrix that is
     an embedding too.
