@@ -238,7 +238,7 @@ def _of_values(replay: Replay, label: Given, i: int, target: Tensor) -> Supervis
             far_bad, far_good = (replay.terms(put(at(size)))[k] for size in (-FAR, FAR))
             losses = (now, good, bad, far_bad)
             falls, rises = bad - far_bad, far_good - good
-            if falls <= 5 * (now - bad) or are_probabilities:
+            if not falls > 5 * (now - bad) or are_probabilities:  # or no number, as log 0 gives
                 return Supervision("reversed", **told, losses=losses)
             if abs(rises - falls) > 1e-2 * falls:  # else as that of a critic
                 return Supervision("endless", **told, losses=losses)
