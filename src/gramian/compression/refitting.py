@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gramian.batch import mapped
 from gramian.calls import as_model, prepared, unwrapped
-from gramian.compression.calibrating import cuttable
+from gramian.compression.calibrating import cuttable, hashes
 from gramian.compression.lockstep import Stop, Walk, watched
 from gramian.compression.lowrank import LowRank
 from gramian.compression.modules import copied
@@ -55,7 +55,7 @@ class Sums(NamedTuple):
 
     def plus(self, other: Sums) -> Sums:
         """Of both."""
-        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+        return Sums(self.num + other.num, self.z + other.z, self.zz + other.zz, self.e + other.e, self.ez + other.ez)
 
 
 def refit(
@@ -86,7 +86,8 @@ def refit(
         tables, integers, and weights that are handed to one function (attention and recurrent layers of torch).
 
     Raises:
-        InputError: the models are not the same but for factored layers, or there are fewer than two samples.
+        InputError: the models are not the same but for factored layers, or there are fewer than two samples, or most
+            of them are copies.
 
     Cost: two forward passes of the samples, and `rows·(rank + outputs)·rank` operations a layer. Memory: one layer's
     inputs and outputs of all samples, with what each pass holds there. A thread for each batch.
@@ -285,15 +286,23 @@ def _taken(batches: Batches, samples: int) -> list[Any]:
     if samples < 2:
         raise InputError(f"refit: samples must be at least 2, got {samples!r}")
     found: list[Any] = []
-    num = 0
+    distinct: set[int] = set()
+    num = seen = 0
     for batch in as_batches(batches, "refit"):
         found.append(batch)
         num += cuttable(batch) or 1
+        each = hashes(batch, num)
+        distinct.update(each)
+        seen += len(each)
         if num >= samples or len(found) == MOST:
             break
     parts = list(_cut(found, -(-PARTS // len(found)))) if found else []
     if len(parts) < 2:
         raise InputError("refit: needs two samples at least: one half says how far the fit of the other can be trusted")
+    if len(distinct) < seen / 2:
+        raise InputError(
+            f"refit: only {len(distinct)} of {seen} samples are distinct, so that no half tells of another"
+        )
     return parts
 
 
