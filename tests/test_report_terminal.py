@@ -111,7 +111,7 @@ def test_nothing_to_show():
 def names_in(text: str, num: int) -> list[str]:
     """The first cell of each row of the table, which is the last thing in the text."""
     lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("layer "))
+    start = next(i for i, line in enumerate(lines) if line.split()[:1] == ["layer"])
     return [line.split("  ")[0] for line in lines[start + 1 : start + 1 + num]]
 
 

@@ -157,6 +157,10 @@ class Watch:
         """
         return self._forward.around(function, again)
 
+    def left_out(self) -> None:
+        """Tells where the first value that is not finite came from; called in place of a step that a loop leaves out."""
+        self._safely(self._judge_left_out)
+
     def _safely(self, look: Callable, *args: Any) -> Any:
         """Runs what looks, which must not end the user's training: after an error of its own the watch ends."""
         if self._is_stopped:
@@ -254,6 +258,12 @@ class Watch:
             self._say_left()
             self._tell(found)
         self._next(looked=seen is not None)
+
+    def _judge_left_out(self) -> None:
+        was_lost, self._is_lost = self._is_lost, True
+        if not was_lost:
+            self._tell([self._origin()])
+        self._next(looked=False)
 
     def _are_gradients_finite(self) -> bool:
         return all_finite([g for p in self._trained if (g := p.grad) is not None])

@@ -166,10 +166,16 @@ class MatrixOptimizer(Saved):
             bad = None if finite else not_finite([p.grad for p in params])  # type: ignore[misc]
             self._count(params, bad)
             grads, updates = self._sharding.gradients(params), {}
+            flags = None if bad is None else dict(zip(params, bad.unbind(), strict=True))
+            keep = _decay(params, bad, float(group["lr"]) * group["weight_decay"])
             for stack in self._current(group, plan, grads):
-                flags = None if bad is None else dict(zip(params, bad.unbind(), strict=True))
-                updates.update(self._step_stack(stack, group, grads, flags))
-            self._sharding.add_(params, updates, _decay(params, bad, float(group["lr"]) * group["weight_decay"]))
+                found = dict(self._step_stack(stack, group, grads, flags))
+                if self._sharding:
+                    updates |= found
+                else:  # at once, while they lie in the cache and in memory that the next stack takes
+                    self._sharding.add_([p for p in found if p in grads], found, keep)
+            if self._sharding:
+                self._sharding.add_(params, updates, keep)
         if plan.matrices:
             group["step"] += 1
 
@@ -197,7 +203,7 @@ class MatrixOptimizer(Saved):
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """Each parameter of the stack with its update, which is still to be added."""
         params = [r.parameter for r in stack.routes]
-        g = stack.stacked([grads.get(p) for p in params])
+        g = stack.stacked([grads.get(p) for p in params], lasting=bool(self._sharding))
         if group["maximize"]:
             g.neg_()
         bad = None
@@ -295,9 +301,9 @@ def _bad(
     return torch.stack([flags.get(p, missing) for p in params]).to(device)
 
 
-def _decay(params: Sequence[Tensor], bad: Tensor | None, rate: float) -> list[Tensor] | float:
+def _decay(params: Sequence[Tensor], bad: Tensor | None, rate: float) -> dict[Tensor, Tensor] | float:
     """What each parameter is multiplied by: 1 − rate, or one where it is skipped."""
     if bad is None or not rate:
         return 1 - rate
     wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-    return list(torch.ones_like(bad, dtype=wide).masked_fill_(~bad, 1 - rate).unbind())
+    return dict(zip(params, torch.ones_like(bad, dtype=wide).masked_fill_(~bad, 1 - rate).unbind(), strict=True))

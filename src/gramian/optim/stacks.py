@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from gramian.errors import InputError
+from gramian.linalg.engine.workspace import scratch
 from gramian.optim.route import Route
 
 __all__ = ["Stack", "State", "alike"]
 
 State = dict[str, Tensor]
 
-MAX_BYTES = 256 << 20  # of matrices in one stack, whose gradients are copied
+MAX_BYTES = {"cpu": 4 << 20}
+"""Of the matrices in one stack, by kind of device: on a CPU so many as stay in its cache from one operation to the next."""
+
+MAX_BYTES_ELSEWHERE = 256 << 20
 
 
 def alike(routes: Sequence[Route]) -> list[list[Route]]:
@@ -28,7 +32,8 @@ def alike(routes: Sequence[Route]) -> list[list[Route]]:
     for r in routes:
         p = r.parameter
         kind = (_matrices(r)[-2:], p.dtype, p.device)
-        if kind not in kinds or sizes[kind] > MAX_BYTES:
+        most = MAX_BYTES.get(p.device.type, MAX_BYTES_ELSEWHERE)
+        if kind not in kinds or sizes[kind] + 4 * p.numel() > most:
             kinds.setdefault(kind, []).append([])
             sizes[kind] = 0
         kinds[kind][-1].append(r)
@@ -84,9 +89,12 @@ class Stack:
                 return False
         return True
 
-    def stacked(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """A copy of one tensor for each parameter, as matrices (K, m, n); zeros for `None`."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def stacked(self, tensors: Sequence[Tensor | None], *, lasting: bool) -> Tensor:
+        """A copy of one tensor for each parameter, as matrices (K, m, n); zeros for `None`.
+
+        Unless it is `lasting`, the next stack is copied to the same memory.
+        """
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if lasting else self._scratch()
         known = [tensor for tensor in tensors if tensor is not None]
         if self.simple and len(known) == len(tensors):
             torch._foreach_copy_(out.unbind(), known)
@@ -97,6 +105,9 @@ class Stack:
             else:
                 into.view(_matrices(r)).copy_(r.layout.split(tensor))  # type: ignore[union-attr]
         return out
+
+    def _scratch(self) -> Tensor:
+        return scratch("stack", self.shape, self.dtype, self.alive)
 
     def unstacked(self, matrices: Tensor) -> list[Tensor]:
         """Matrices (K, m, n) as one tensor for each parameter, of its shape; views where layouts allow."""

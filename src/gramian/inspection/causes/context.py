@@ -148,7 +148,8 @@ class Context:
                 p = float(target.double().mean())
                 chance = -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
                 return seen.first_loss < LEARNED * chance
-        return False
+        share = self.probes.share_of_constant
+        return share is not None and share < LEARNED and not seen.criteria
 
     def criterion(self, function: str) -> Criterion | None:
         """The first call of one of torch's losses, by its name."""
