@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gramian.layers import layer_of
 from gramian.objective import Objective
 from gramian.recording import measuring
+from gramian.recording.hooks import hooks
 
 __all__ = ["COMPOSED", "Flow", "batch_statistics", "hooked", "normalized", "trace"]
 
@@ -79,13 +80,9 @@ def normalized(
         outputs.append((module, leaf))
         return _with(output, leaf.clone())
 
-    handles = [h for m in modules for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-    try:
+    with hooks([h for m in modules for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]):
         with measuring(model), batch_statistics(model), torch.enable_grad():
             objective.predict(model, sample)
-    finally:
-        for handle in handles:
-            handle.remove()
     arrivals = [x for x in arrivals if x.requires_grad]
     if not outputs or not arrivals:
         return set()
@@ -299,9 +296,5 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def hooked(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
     """A context in which `hook(module, args, output)` runs after each of the modules; what it returns is ignored."""
-    handles = [m.register_forward_hook(lambda *args: (hook(*args), None)[1]) for m in modules]
-    try:
+    with hooks([m.register_forward_hook(lambda *args: (hook(*args), None)[1]) for m in modules]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -165,6 +165,8 @@ class Watch:
         """Runs what looks, which must not end the user's training: after an error of its own the watch ends."""
         if self._is_stopped:
             return None
+        is_timed = self._on_processor and self._schedule.is_timed  # elsewhere, most of it is waiting
+        begun = self._schedule.clock() if is_timed else 0.0
         try:
             return look(*args)
         except Exception as error:
@@ -181,6 +183,9 @@ class Watch:
                 stacklevel=2,
             )
             return None
+        finally:
+            if is_timed:
+                self._schedule.check(self._schedule.clock() - begun)
 
     def _forward_begins(self) -> bool:
         return bool(self._safely(self._begins))
@@ -261,12 +266,7 @@ class Watch:
         self._next(looked=False)
 
     def _are_gradients_finite(self) -> bool:
-        on_processor = self._schedule.is_timed and self._on_processor  # elsewhere, most of it is waiting
-        begun = self._schedule.clock() if on_processor else 0.0
-        result = all_finite([g for p in self._trained if (g := p.grad) is not None])
-        if on_processor:
-            self._schedule.check(self._schedule.clock() - begun)
-        return result
+        return all_finite([g for p in self._trained if (g := p.grad) is not None])
 
     def _next(self, *, looked: bool) -> None:
         self.step += 1

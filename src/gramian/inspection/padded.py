@@ -15,6 +15,7 @@ from gramian.inspection.given import given_of
 from gramian.inspection.observed import Observed
 from gramian.inspection.padding import padding_of
 from gramian.objective import Objective
+from gramian.recording.hooks import hooks
 from gramian.recording.keeping import seed_torch
 
 __all__ = ["Reading", "reads_padding"]
@@ -78,14 +79,10 @@ def reads_padding(model: nn.Module, seen: Observed, objective: Objective) -> Rea
 
         return keep
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if n]
-    try:
+    with hooks([m.register_forward_hook(hook(n)) for n, m in model.named_modules() if n]):
         seed_torch(0)
         with torch.enable_grad():
             total, _ = objective.loss(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     if not made or not total.requires_grad:
         return None
     values = [t for _, t, _ in made]
