@@ -22,6 +22,7 @@ from gramian.compression.calibrating import cuttable, hashes
 from gramian.compression.lockstep import Stop, Walk, watched
 from gramian.compression.lowrank import LowRank
 from gramian.compression.modules import copied
+from gramian.compression.opening import CLOSED
 from gramian.errors import InputError
 from gramian.layers import operation_of
 from gramian.loader import Batches, as_batches
@@ -249,8 +250,8 @@ def _pairs(small: nn.Module, original: nn.Module) -> dict[str, tuple[nn.Module, 
     dense, found = dict(original.named_modules()), {}
     inside: set[nn.Module] = set()
     for name, layer in small.named_modules():
-        if isinstance(layer, LowRank):
-            inside.update(layer)
+        if isinstance(layer, LowRank) or type(layer) in CLOSED:  # whose layers are no modules of the original's
+            inside.update(layer.children())
         if layer in inside or (isinstance(layer, LowRank) and layer.is_table):
             continue
         last = _last(layer)
