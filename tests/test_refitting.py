@@ -182,6 +182,17 @@ def test_passes_that_go_different_ways():
     assert distance(better, net, new) < 1.02 * distance(small, net, new)
 
 
+def test_what_is_excluded_stays():
+    net = NETS["stream"][0]()
+    batches = [draw(64, 6, 16, seed=i) for i in range(8)]
+    small = gm.compress(net, batches, SELF).at(keep=0.3, of="factorable").apply()
+    better = gm.refit(small, net, batches, SELF, exclude=["*.up"])
+    rows = zip(small.state_dict().items(), better.state_dict().values(), strict=True)
+    changed = [name for (name, a), b in rows if not torch.equal(a, b)]
+    assert changed
+    assert not [name for name in changed if ".up" in name]
+
+
 def test_integers_stay():
     net, x = NETS["stream"][0](), draw(256, 6, 16)
     small = gm.compress(net, [x], SELF).at(keep=0.5, of="factorable", bits=8).apply()
@@ -223,6 +234,8 @@ def test_errors():
         gm.refit(small, nn.Linear(16, 4), [x], SELF)
     with pytest.raises(InputError, match="two samples"):
         gm.refit(small, net, [x[:1]], SELF)
+    with pytest.raises(InputError, match="no layer that can be fit matches 'nine'"):
+        gm.refit(small, net, [x], SELF, exclude=["nine"])
     with pytest.raises(InputError, match="distinct"):
         gm.refit(small, net, [x[:1].expand(64, -1)], SELF)
     num = threading.active_count()
