@@ -120,7 +120,8 @@ def refit(
         stack.enter_context(evaluating(small))
         stack.enter_context(evaluating(original))
         batch = prepared(original, given[0])
-        pairs = {name: pair for name, pair in pairs.items() if name in _once(pairs, run(original, batch))}
+        once = _once(pairs, run(original, batch))
+        pairs = {name: pair for name, pair in pairs.items() if name in once}
         stack.enter_context(watched({name: _last(layer) for name, (layer, _) in pairs.items()}))
         stack.enter_context(watched({name: layer for name, (_, layer) in pairs.items()}))
         passes = []
