@@ -73,7 +73,9 @@ def stop_at(steps: int, run: gm.Run, share: float) -> None:
         raise Half
 
 
-def on_rank(rank: int, size: int, store: str, out: str, steps: int, dtypes: list[str], names: list[str]) -> None:
+def on_rank(
+    rank: int, size: int, store: str, out: str, steps: int, dtypes: list[str], names: list[str], lr: float | None
+) -> None:
     """Every run of this number of ranks, into files in `out`."""
     torch.set_num_threads(1)
     if size > 1:
@@ -91,7 +93,12 @@ def on_rank(rank: int, size: int, store: str, out: str, steps: int, dtypes: list
                 half = steps // 2 if resumed and size == 2 else 0
                 with suppress(Half):
                     stop = partial(stop_at, half)
-                    gm.train(made, optimizer=name, steps=steps, shard=shard, out=place, resume=resumed, on_step=stop)
+                    options = {"steps": steps, "shard": shard, "out": place, "resume": resumed, "on_step": stop}
+                    run = gm.train(made, optimizer=name, lr=lr, **options)
+                    if rank == 0 and size == 1:
+                        print(
+                            f"{name} {dtype} {kind}: rate {run.lr:.3g}, last loss {run.metrics['loss']:.2g}", flush=True
+                        )
                 if rank == 0:
                     print(place.name, file=sys.stderr, flush=True)
     if size > 1:
@@ -109,13 +116,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
+    parser.add_argument("--lr", type=float, help="of all optimizers; by default each one's usual rate")
     arguments = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     columns = ["control-1", "whole-2", "whole-4", "divided-2", "divided-4", "resumed-4", "resumed divided-4"]
     with tempfile.TemporaryDirectory() as place:
         for size in (1, 2, 4):
             command = [sys.executable, __file__, str(size), f"{place}/store{size}", place, str(arguments.steps)]
-            command += [arguments.dtypes, arguments.optimizers]
+            command += [arguments.dtypes, arguments.optimizers, str(arguments.lr)]
             running = [subprocess.Popen([*command, str(rank)]) for rank in range(size)]
             assert [process.wait() for process in running] == [0] * size
         print(f"| optimizer | | {' | '.join(columns)} |\n|-|-|{'-|' * len(columns)}")
@@ -126,8 +134,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 8:
-        size, store, out, steps, dtypes, names, rank = sys.argv[1:]
-        on_rank(int(rank), int(size), store, out, int(steps), dtypes.split(","), names.split(","))
+    if len(sys.argv) == 9:
+        size, store, out, steps, dtypes, names, lr, rank = sys.argv[1:]
+        rate = None if lr == "None" else float(lr)
+        on_rank(int(rank), int(size), store, out, int(steps), dtypes.split(","), names.split(","), rate)
     else:
         main()

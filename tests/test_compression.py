@@ -25,7 +25,7 @@ from gramian.compression import (
 from gramian.compression.shrinkage import FLOOR, roots, shrunk_mean
 from gramian.compression.weighting import _output_roots
 from gramian.errors import CheckpointError, GramianWarning, InputError
-from gramian.statistics import Site
+from gramian.site import Site
 from kernels import Operations
 from test_capture import assert_same, snapshot
 from zoo import ZOO, Conv1D

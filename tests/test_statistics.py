@@ -13,7 +13,7 @@ from cases import DEVICES, seeded
 from gramian import DiagonalGram, Gram, Statistics
 from gramian.checkpoint import save_tensors
 from gramian.errors import CheckpointError, InputError, ShapeError
-from gramian.statistics import Site
+from gramian.site import Site
 from zoo import ZOO
 
 SPLITS = {"one": [40], "ones": [1] * 40, "uneven": [3, 0, 30, 7]}

@@ -310,13 +310,13 @@ def failing(where: str) -> tuple[str, int | None, float]:
         if now:
             seen[1] = time.monotonic()
             if rank() == 1:
-                raise KeyError(where)
+                raise SystemExit(0) if where == "exit" else KeyError(where)
 
     def made(epoch: int, generator: torch.Generator):
         for number, batch in enumerate(batches(epoch, generator)):
             if where == "early end" and rank() == 1 and (epoch, number) == (0, 3):
                 return
-            fail(where == "batches" and (epoch, number) == (0, 3))
+            fail(where in ("batches", "exit") and (epoch, number) == (0, 3))
             yield batch
 
     class Failing(nn.Module):
@@ -350,14 +350,15 @@ def failing(where: str) -> tuple[str, int | None, float]:
     return "trained", None, 0.0
 
 
-@pytest.mark.parametrize("where", ["model", "batches", "forward", "backward", "step", "evaluate", "early end"])
+@pytest.mark.parametrize("where", ["model", "batches", "exit", "forward", "backward", "step", "evaluate", "early end"])
 def test_an_error_on_one_rank_ends_all_with_its_line(where: str) -> None:
     for message, failed, seconds in run_on_ranks(failing, 2, where, seconds=90):
         if where == "early end":
             assert message.startswith("train: the batches of an epoch ended on one rank earlier than on another")
             continue
         assert message.startswith("train: rank 1 of 2 failed: task 'task': ")
-        assert f"raised KeyError: '{where}' (test_training_ranks.py, line " in message
+        raised = "SystemExit: 0" if where == "exit" else f"KeyError: '{where}'"
+        assert f"raised {raised} (test_training_ranks.py, line " in message
         assert failed == 1
         assert "\n" not in message
         assert seconds < 5
@@ -408,7 +409,14 @@ class Net(nn.Linear):
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyError("broken")
         return super().forward(x)
-task = gm.Task(lambda: Net(4, 2), gm.Objective.classification(), lambda e, g: [(x, y)] * 9, lambda model: {"one": 1.0})
+def net():
+    if how == "is gone, and a signal comes":  # torchrun's, while the others do something else
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(2)
+        raise SystemExit(143)
+    return Net(4, 2)
+task = gm.Task(net, gm.Objective.classification(), lambda e, g: [(x, y)] * 9, lambda model: {"one": 1.0})
 try:
     gm.train(task, optimizer="adamw", steps=9, shard=how == "failed")
 except gm.errors.GramianError as error:
@@ -419,11 +427,12 @@ except gm.errors.GramianError as error:
 TOLD = {
     "hangs": "train: rank 1 of 3 hangs; the others waited in vain and end. See its last output",
     "is gone": "train: rank 1 of 3 is gone; the others waited in vain and end. See its last output",
+    "is gone, and a signal comes": "train: rank 1 of 3 is gone; the others waited in vain and end. See its last output",
     "failed": "train: rank 1 of 3 failed. See its own error of rank 1",
 }
 
 
-@pytest.mark.parametrize("how", [pytest.param("hangs", marks=pytest.mark.slow), "is gone", "failed"])
+@pytest.mark.parametrize("how", [pytest.param("hangs", marks=pytest.mark.slow), *list(TOLD)[1:]])
 def test_all_others_name_the_rank_at_fault(tmp_path: Path, how: str) -> None:
     """It hangs, is killed, or fails where the others wait for its part of the model: one line, the same on all."""
     (tmp_path / "faulty.py").write_text(FAULTY)

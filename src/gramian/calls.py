@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FunctionType
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 
 from gramian import placement
+from gramian.arguments import arguments_of
 from gramian.batch import LABELS, WEIGHTS, Parts, described, fields, has_arrays, mapped, parts, tensors
 from gramian.errors import InputError, UnsupportedError
 
@@ -22,9 +20,6 @@ __all__ = ["as_model", "called", "check_values", "prepared", "tensor_of", "unwra
 
 # What torch or Python says where something else stands in a tensor's place.
 _NO_TENSOR = r"must be Tensor, not|'(list|tuple|dict|str)' object has no attribute"
-
-# Where wrappers, whose own forward names no argument, keep the module inside.
-_INSIDE = ("_orig_mod", "module", "base_model", "model")
 
 
 def as_model(model: Any, verb: str) -> nn.Module:
@@ -209,7 +204,7 @@ def _with_decoder_inputs(model: nn.Module, batch: Any) -> Any:
     named = fields(batch)
     if named is None:
         return batch
-    labels, taken = parts(batch).labels, _arguments(model).names
+    labels, taken = parts(batch).labels, arguments_of(model).names
     given = any(named.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
     if given or "decoder_input_ids" not in taken or not isinstance(labels, Tensor) or labels.ndim != 2:
         return batch
@@ -273,7 +268,7 @@ def _matched(model: nn.Module, given: Parts, whole: Mapping[str, Any]) -> tuple[
             f"the batch has no tensors: {first!r} is {described(named[first])}. Tokenize with padding=True, "
             "return_tensors='pt'; or give a DataLoader of dataset.with_format('torch')"
         )
-    takes = _arguments(model)
+    takes = arguments_of(model)
     names, required = takes.names, takes.required
     if is_object:
         has_all = len(required) > 1 and all(getattr(inputs, name, None) is not None for name in required)
@@ -299,7 +294,7 @@ def _matched(model: nn.Module, given: Parts, whole: Mapping[str, Any]) -> tuple[
 
 def _by_place(model: nn.Module, given: Parts) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with inputs that have no names: one, or as many as there are in a tuple."""
-    takes, inputs = _arguments(model), given.inputs
+    takes, inputs = arguments_of(model), given.inputs
     if type(inputs) is Tensor and len(takes.required) < 2:
         return (inputs,), {}  # the usual call, at once
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
@@ -316,64 +311,6 @@ def _by_place(model: nn.Module, given: Parts) -> tuple[tuple[Any, ...], dict[str
         f"forward of {type(model).__name__} requires {', '.join(required)}, and the batch has {have}. Write "
         f"(({', '.join(required)}), labels), a dict with these keys, or predict=lambda model, batch: model(…)"
     )
-
-
-class _Arguments(NamedTuple):
-    """What forward takes: `names`, those without a default, those by place that may be tensors, and stars."""
-
-    names: list[str]
-    required: list[str]
-    places: list[str]
-    any_place: bool
-    any_name: bool
-
-
-def _arguments(model: nn.Module) -> _Arguments:
-    """What forward takes. Wrappers that hand everything on (a compiled module, DDP, PEFT) are looked into.
-
-    An argument whose default is neither missing nor `None` is an option, and no place for a tensor.
-    """
-    while True:
-        takes, is_wrapper = _of_forward(model.forward)
-        if not is_wrapper:  # a look for attributes that a module lacks takes longer than all else here
-            return takes
-        inner = next((m for name in _INSIDE if isinstance(m := getattr(model, name, None), nn.Module)), None)
-        if inner is None:
-            return takes
-        model = inner
-
-
-# By the function of a bound forward: reading a signature takes as long as a small layer's step.
-_READ: WeakKeyDictionary[Any, tuple[_Arguments, bool]] = WeakKeyDictionary()
-
-
-def _of_forward(forward: Callable[..., Any]) -> tuple[_Arguments, bool]:
-    """What a bound forward takes, and whether it names no argument and takes any."""
-    function = getattr(forward, "__func__", None)
-    if not isinstance(function, FunctionType):
-        return _signature_of(forward)
-    read = _READ.get(function)
-    if read is None:
-        read = _READ[function] = _signature_of(forward)
-    return read
-
-
-def _signature_of(forward: Callable[..., Any]) -> tuple[_Arguments, bool]:
-    try:
-        found = inspect.signature(forward).parameters.values()
-    except (TypeError, ValueError):  # TorchScript
-        return _Arguments([], [], [], any_place=False, any_name=True), False
-    placed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    named = [p for p in found if p.kind in (*placed, p.KEYWORD_ONLY)]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
-    takes = _Arguments(
-        [p.name for p in named if p.kind is not p.POSITIONAL_ONLY],
-        [p.name for p in named if p.default is p.empty],
-        [p.name for p in named if p.kind in placed and p.default in (p.empty, None)],
-        any_place=any(p.kind is p.VAR_POSITIONAL for p in found),
-        any_name=takes_any,
-    )
-    return takes, takes_any and not named
 
 
 def _type_hint(model: nn.Module, inputs: Any, error: str) -> str | None:

@@ -26,7 +26,7 @@ __all__ = [
 class GramianError(Exception):
     """The base class of gramian's errors."""
 
-    rank = None  # type: int | None  # the rank that failed, where all ranks raise its error
+    rank = None  # type: int | None  # that failed, or that speaks for all, where all ranks raise the error
 
 
 class InputError(GramianError, ValueError):

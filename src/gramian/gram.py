@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gramian import linalg
 from gramian.errors import InputError, ShapeError
+from gramian.linalg.engine.precision import in_full_precision
 from gramian.linalg.engine.scaling import pow2
 
 __all__ = ["At", "DiagonalGram", "Gram", "Sums", "power_of_two", "sums"]
@@ -299,6 +300,7 @@ class DiagonalGram(_Moments):
         return self.add(squares, first, x.shape[-2] if count is None else count, scale, at)
 
 
+@in_full_precision
 def sums(x: Float[Tensor, "*batch rows dim"], precision: str = "float32") -> Sums:
     """`Σ xxᵀ` and `Σ x` over the rows of a tensor, scaled so that squares neither underflow nor overflow.
 

@@ -137,6 +137,8 @@ class Objective:
         total, units = result
         if not isinstance(total, Tensor) or total.numel() != 1:
             raise InputError(f"objective: {wanted}; the first is {described(total)}. Sum over the batch")
+        if total.is_complex():
+            raise InputError(f"objective: the loss is complex, {total.dtype}; wanted a real number, as loss.real")
         if not isinstance(units, Tensor) or units.device != total.device:
             units = torch.as_tensor(units, device=total.device)
         # As a number, since a comparison of tensors costs a small model's step more than the waiting for its result.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from textwrap import wrap
 from typing import Any
 
 __all__ = ["NamedRows", "Rows"]
 
-# Rows that are shown, and characters of a cell of text; a page breaks its lines by itself, and a name is not cut.
+# Rows that are shown, and characters of a cell of text; a page breaks its lines by itself, and names are not cut.
 SHOWN, WIDTH = 40, 60
-LINE, LEAST = 80, 20  # characters of a line, to which the last column is cut, but to no fewer than so many
+LINE, LEAST = 80, 20  # characters of a line; the last column goes on below, in no fewer than so many
 
 
 class Rows(list[dict[str, Any]]):
@@ -34,12 +35,13 @@ class Rows(list[dict[str, Any]]):
     def _cells(self, width: int | None = None) -> tuple[list[str], list[list[str]], int]:
         """The header, the rows that are shown as text, and after how many of them others are left out (or all).
 
-        Cells after a row's first are cut to `width` characters.
+        Cells between a row's first and last are cut to `width` characters.
         """
         keys = list(dict.fromkeys(key for row in self for key in row))
         cut = len(self) if len(self) <= SHOWN else SHOWN // 2
         shown = [*self[:cut], *(self[-(SHOWN - cut) :] if cut < len(self) else [])]
-        return keys, [[_text(row.get(key), width if i else None) for i, key in enumerate(keys)] for row in shown], cut
+        between = [width if 0 < i < len(keys) - 1 else None for i in range(len(keys))]
+        return keys, [[_text(row.get(key), w) for key, w in zip(keys, between, strict=True)] for row in shown], cut
 
     def _numeric(self, keys: list[str]) -> list[bool]:
         values = {key: [row[key] for row in self if row.get(key) is not None] for key in keys}
@@ -51,16 +53,18 @@ class Rows(list[dict[str, Any]]):
         keys, cells, cut = self._cells(WIDTH)
         widths = [max(len(row[i]) for row in (keys, *cells)) for i in range(len(keys))]
         right = self._numeric(keys)
-        if not right[-1]:
-            widths[-1] = min(widths[-1], max(LEAST, LINE - sum(widths[:-1]) - 2 * len(widths[:-1])))
-            cells = [[*row[:-1], _text(row[-1], widths[-1] if len(row) > 1 else None)] for row in cells]
-        lines = [
-            "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
-            for row in (keys, *cells)
-        ]
+        before = sum(widths[:-1]) + 2 * len(widths[:-1])
+        if len(keys) > 1 and not right[-1]:
+            widths[-1] = min(widths[-1], max(LEAST, LINE - before))
+        shown = []
+        for row in (keys, *cells):
+            first, *rest = wrap(row[-1], widths[-1], break_on_hyphens=False) or [""] if len(keys) > 1 else row
+            aligned = zip([*row[:-1], first], widths, right, strict=True)
+            line = "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in aligned).rstrip()
+            shown.append("\n".join([line, *(" " * before + more for more in rest)]))
         if cut < len(self):
-            lines.insert(cut + 1, f"… {len(self) - SHOWN} more")
-        return "\n".join(lines)
+            shown.insert(cut + 1, f"… {len(self) - SHOWN} more")
+        return "\n".join(shown)
 
     def _repr_html_(self) -> str:
         if not self:

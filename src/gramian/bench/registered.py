@@ -8,7 +8,7 @@ import torch
 
 from gramian import linalg, random
 from gramian.bench.table import Measurement, Row
-from gramian.bench.timing import interleaved
+from gramian.bench.timing import computing
 from gramian.linalg.engine.function import FUNCTIONS, MatrixFunction, Options, examples
 
 N = 256
@@ -24,7 +24,7 @@ def _task(label: str, function: MatrixFunction, options: Options) -> Callable[[i
         a = wide.float()
         certified = getattr(linalg, f"{function.name}_ex")
         peer = "plain LAPACK"
-        times = interleaved(
+        times = computing(
             {"gramian": lambda: certified(a, **options(a)), peer: lambda: function.plain(a, **options(a))},
             repeats=repeats,
         )

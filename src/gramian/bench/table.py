@@ -16,6 +16,7 @@ from rich.table import Table
 from gramian.bench.machine import features
 from gramian.errors import InputError
 from gramian.report.files import write_text
+from gramian.report.terminal import unpadded
 
 BENCHES: dict[str, str] = {
     "linalg": "gramian.bench.linalg",
@@ -103,4 +104,5 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
             mark = "met" if goal.met(figure) else "MISSED"
             sign = {"<=": "≤", ">=": "≥"}[goal.relation]
             table.add_row(f"  → {goal.what}", f"{figure:.3g}", "", f"{sign} {goal.value:g}: {mark}")
-    (console or Console()).print(table)
+    with unpadded(console or Console()) as out:
+        out.print(table)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Timing", "interleaved"]
+__all__ = ["Timing", "computing", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,18 @@ class Timing:
 
 
 def interleaved(
-    competitors: Mapping[str, Callable[[], Any]], *, repeats: int = 5, warmup: int = 1, device: str = "cpu"
+    competitors: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time every competitor once per round, for `repeats` rounds after `warmup` untimed ones.
 
     A slow phase of the machine then affects all of them equally. The order rotates by one each round, so that no
-    competitor always runs with cold caches. On a GPU the device is synchronized before and after each call.
+    competitor always runs with cold caches. On a GPU the device is synchronized before and after each call. The `clock`
+    tells seconds.
 
     >>> times = interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3)
     >>> times["b"].result, len(times["b"].seconds)
@@ -44,12 +50,21 @@ def interleaved(
     for turn in range(-warmup, repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             _synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             results[name] = competitors[name]()
             _synchronize(device)
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: Timing(tuple(seconds[name]), results[name]) for name in names}
+
+
+def computing(competitors: Mapping[str, Callable[[], Any]], *, repeats: int = 5) -> dict[str, Timing]:
+    """`interleaved` by the processor's time where torch has one thread, which other work on the machine hardly changes.
+
+    With several threads the process's time would count those that wait in a loop, and it is the time of day.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    return interleaved(competitors, repeats=repeats, clock=clock)
 
 
 def _synchronize(device: str) -> None:

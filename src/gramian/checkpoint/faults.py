@@ -30,7 +30,7 @@ def refused(file: Path, wanted: list[str]) -> CheckpointError:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An error's first sentence."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

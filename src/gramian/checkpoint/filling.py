@@ -7,7 +7,8 @@ import os
 import torch
 from torch import nn
 
-from gramian.checkpoint.reading import clean_name, open_checkpoint
+from gramian.checkpoint.names import clean_name
+from gramian.checkpoint.reading import open_checkpoint
 from gramian.errors import CheckpointError, some
 
 __all__ = ["load_into"]

@@ -14,6 +14,7 @@ from gramian.checkpoint.faults import damaged, first_line, plain
 from gramian.checkpoint.formats import Entry
 from gramian.checkpoint.readers import FORMATS, reader
 from gramian.errors import CheckpointError, some
+from gramian.texts import read_text
 
 __all__ = ["WEIGHTS", "open_file", "open_folder", "open_index", "read_json"]
 
@@ -94,10 +95,10 @@ def open_index(index: Path) -> Opened:
 def _read_index(index: Path) -> dict[str, str]:
     """`{tensor: file}` from a sharded folder's index."""
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = json.loads(read_text(index))["weight_map"]
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise TypeError("weight_map is not a map of names to files")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(index, error) from error
     outside = [file for file in files.values() if file in ("", ".", "..") or Path(file).name != file]
     if outside:  # an index must not point elsewhere
@@ -111,7 +112,7 @@ def _read_index(index: Path) -> dict[str, str]:
 def read_json(file: Path) -> tuple[dict[str, Any], str]:
     """A JSON file's object, or nothing; and a note where there is a file that cannot be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_text(file))
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__}, wanted an object")
     except FileNotFoundError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import stat
 import zipfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -92,7 +94,10 @@ def _read(path: Path, verify: bool) -> Content:
     if path.is_dir():
         return read_distributed(path)
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        size = found.st_size
         with path.open("rb") as stream:
             start = stream.read(512)
     except OSError as error:

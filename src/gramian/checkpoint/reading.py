@@ -15,19 +15,15 @@ from gramian.checkpoint.derived import with_derived
 from gramian.checkpoint.faults import damaged, plain
 from gramian.checkpoint.folders import open_file, open_folder, open_index, read_json
 from gramian.checkpoint.formats import Entry, get
+from gramian.checkpoint.names import clean_name
 from gramian.checkpoint.packing import RANKS
 from gramian.checkpoint.readers import reader
 from gramian.errors import CheckpointError, InputError
 
-__all__ = ["Checkpoint", "clean_name", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 # JSON files beside the weights that say how quantized weights and adapters are to be read.
 SETTINGS = ("config.json", "adapter_config.json", "quantize_config.json")
-
-# A wrapper adds its attribute's name to those of the module that it wraps, anywhere in the model; DataParallel and DDP
-# only wrap the whole model.
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-PARALLEL = "module."
 
 
 @dataclass(frozen=True)
@@ -170,28 +166,3 @@ def _ranks(metadata: Mapping[str, str]) -> dict[str, object]:
         return {RANKS: json.loads(metadata[RANKS])}
     except (KeyError, ValueError, RecursionError):
         return {}
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without the prefixes of DDP (`module.`), `torch.compile`, FSDP and activation checkpointing.
-
-    Args:
-        name: as in `named_parameters` or a state dict.
-
-    Returns: the name in the plain model.
-    Raises: nothing of its own.
-    Cost: none.
-    Source: this library's own.
-
-    >>> clean_name("_orig_mod.module.layers.0._checkpoint_wrapped_module.weight")
-    'layers.0.weight'
-    """
-    for wrapper in WRAPPERS:
-        # only whole components are dropped: "my_orig_mod." is the user's own name
-        name = f".{name}".replace(f".{wrapper}", ".")
-        while f".{wrapper}" in name:  # a component that was wrapped twice
-            name = name.replace(f".{wrapper}", ".")
-        name = name[1:]
-    while name.startswith(PARALLEL) and name != PARALLEL:
-        name = name.removeprefix(PARALLEL)
-    return name

@@ -89,10 +89,25 @@ def main(args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")
         return 130
-    except Exception:
-        traceback.print_exc()
-        return 3
+    except BaseException as error:
+        told = _of_a_task(error)
+        if told is None:
+            if not isinstance(error, Exception):
+                raise
+            traceback.print_exc()
+            return 3
+        complain(told)
+        return 2
     return code if isinstance(code, int) else 0
+
+
+def _of_a_task(error: BaseException) -> str | None:
+    """What an exception says that a task's own code raised, `sys.exit()` too; `None` for any other and a signal's."""
+    if "gramian.training" not in sys.modules:
+        return None  # no task was loaded
+    from gramian.training.task import described, is_of_user
+
+    return f"the task raised {described(error)}" if is_of_user(error) else None
 
 
 def program() -> NoReturn:

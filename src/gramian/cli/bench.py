@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gramian.cli.common import Quiet, Stages
+from gramian.cli.common import Quiet, Stages, path
 from gramian.errors import InputError
 
 __all__ = ["command"]
@@ -15,7 +15,9 @@ __all__ = ["command"]
 
 def command(
     name: Annotated[str, typer.Argument(help="Which benchmark; without one, their names.")] = "",
-    json: Annotated[Path | None, typer.Option(help="Write the figures and the machine's features.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(parser=path, help="Write the figures and the machine's features.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.", min=1)] = 5,
     only: Annotated[str, typer.Option(help="Only tasks whose name contains this.")] = "",
     calibrate: Annotated[
@@ -35,7 +37,9 @@ def command(
     architectures: Annotated[
         list[str] | None, typer.Option(help="faults and remedies: only these; may be repeated.")
     ] = None,
-    cases: Annotated[Path | None, typer.Option(help="faults and remedies: the list of verified cases.")] = None,
+    cases: Annotated[
+        Path | None, typer.Option(parser=path, help="faults and remedies: the list of verified cases.")
+    ] = None,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="faults: train all cases and their twins, write the list, and stop.")
     ] = False,

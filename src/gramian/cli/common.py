@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,18 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from gramian.errors import plain
 
-__all__ = ["Model", "Quiet", "Stages", "complain", "num_ranks", "rank_number", "ranks", "with_task"]
+__all__ = ["Model", "Quiet", "Stages", "complain", "num_ranks", "path", "rank_number", "ranks", "with_task"]
+
+
+def path(text: str) -> Path:
+    """A path that an option names, as its `parser`: an empty one, as of a shell's variable that is not set, is none.
+
+    Python would take it for the folder in which the command runs.
+    """
+    if not str(text):
+        raise typer.BadParameter("an empty path; was a variable of the shell not set?")
+    return Path(text)
+
 
 # Arguments that several commands share.
 Model = Annotated[str, typer.Argument(help="A .safetensors file, a Hugging Face folder, a .pt state dict, or a task.")]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gramian.cli.common import Quiet, Stages, num_ranks, with_task
+from gramian.cli.common import Quiet, Stages, num_ranks, path, with_task
 from gramian.errors import InputError
 
 __all__ = ["command"]
@@ -34,7 +34,7 @@ def command(
     ],
     task: Annotated[str | None, typer.Option(help="Task whose model, data and evaluation go with the weights.")] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="In place of a task, for a Hugging Face folder: texts, one a line.")
+        Path | None, typer.Option(parser=path, help="In place of a task, for a Hugging Face folder: texts, one a line.")
     ] = None,
     keep: Annotated[float | None, typer.Option(help="Target: this share of the parameters, as 0.6.")] = None,
     max_drop: Annotated[
@@ -57,7 +57,9 @@ def command(
         bool,
         typer.Option("--narrow", help="Remove heads, units and channels, which leaves ordinary layers, not ranks."),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the model and the report; must not exist.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder for the model and the report; must not exist.")
+    ] = None,
     metric: Annotated[str, typer.Option(help="Which number of the evaluation counts. [default: the first]")] = "",
     direction: Annotated[
         Direction | None, typer.Option("--better", help="Which direction of it is better. [default: measured]")
@@ -65,10 +67,11 @@ def command(
     batches: Annotated[int, typer.Option(help="Batches of the first epoch to calibrate with.", min=1)] = 100,
     batch: Annotated[int, typer.Option(help="Samples of the larger batch whose latency is measured.", min=2)] = 32,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan: read in place of calibrating, or written where there is none.")
+        Path | None,
+        typer.Option(parser=path, help="A plan: read in place of calibrating, or written where there is none."),
     ] = None,
     curve: Annotated[bool, typer.Option("--curve/--no-curve", help="Evaluate at shares from 0.9 to 0.1.")] = True,
-    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(parser=path, help="Write the figures as JSON.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Factor, round, prune or narrow a model's layers to a target, measure it beside bfloat16 and int8, and save it.

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from gramian.errors import InputError, plain
+from gramian.texts import read_text
 
 __all__ = ["read_config"]
 
@@ -23,7 +24,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None or context.resilient_parsing:
         return path
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(read_text(path))
     except OSError as error:
         raise InputError(f"--config {plain(path, 500)} cannot be read ({error.strerror}). Check the path") from None
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gramian.cli.common import Quiet, Stages
+from gramian.cli.common import Quiet, Stages, path
 
 __all__ = ["command"]
 
@@ -17,7 +17,9 @@ def command(
     depth: Annotated[int, typer.Option(help="Layers of the plain tanh network.", min=3)] = 100,
     classes: Annotated[int, typer.Option(help="2: odd or even?  10: which digit?")] = 2,
     seed: Annotated[int, typer.Option(help="Of the split, the initialization and the batches.", min=0)] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path("gramian-demo"),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the report and the models.")] = Path(
+        "gramian-demo"
+    ),
     seconds: Annotated[
         float | None, typer.Option(help="Training time of each of the four runs. [default: 12 at depth 100]", min=0.1)
     ] = None,

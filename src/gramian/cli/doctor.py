@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gramian.cli.common import path
+
 __all__ = ["EXTRAS", "command"]
 
 # What each extra of the package is for, and the module and distribution that it brings.
@@ -27,12 +29,13 @@ EXTRAS = {
 
 
 def command(
-    json: Annotated[Path | None, typer.Option(help="Write what was found.")] = None,
+    json: Annotated[Path | None, typer.Option(parser=path, help="Write what was found.")] = None,
 ) -> None:
     """Show versions, the processor, where gm.linalg's costs come from, and which extras are installed."""
     from gramian import report
     from gramian.bench.machine import features
     from gramian.linalg.engine.cost import cache_file, constants
+    from gramian.report.terminal import unpadded
 
     if json is not None:
         report.check_target(json, (".json",))
@@ -63,7 +66,8 @@ def command(
     for extra, (purpose, _, _) in EXTRAS.items():
         version = found["extras"][extra]
         table.add_row(f"[{extra}]", f"{version}, for {purpose}" if version else f"not installed; for {purpose}")
-    console.print(table, markup=False)
+    with unpadded(console):
+        console.print(table, markup=False)
     missing = [extra for extra in EXTRAS if not found["extras"][extra]]
     if missing:
         console.print(f"\nFor an extra: pip install 'gramian[{missing[0]}]'", markup=False, soft_wrap=True)

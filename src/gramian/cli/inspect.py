@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from gramian.cli.common import Model, Quiet, Stages, complain, ranks, with_task
+from gramian.cli import completion
+from gramian.cli.common import Model, Quiet, Stages, complain, path, ranks, with_task
+from gramian.cli.completion import completing
 from gramian.errors import InputError
 
 __all__ = ["command"]
@@ -32,10 +34,17 @@ def command(
     extract_lora: Annotated[
         int | None, typer.Option(help="With --against: write the difference as a PEFT adapter of this rank.", min=1)
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the adapter.")] = Path("adapter"),
     quick: Annotated[
         bool, typer.Option("--quick", help="Norms and ranks with error bounds, from a few products.")
     ] = False,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="With a task: also judge this optimizer at a rate, as muon or adamw:lr=3e-4.",
+            autocompletion=completing(completion.OPTIMIZERS),
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Try each remedy on a copy by 50 training steps; offer what helps.")
     ] = False,
@@ -49,11 +58,13 @@ def command(
     old_unchecked: Annotated[bool, typer.Option("--no-verify", hidden=True)] = False,
     layouts: Annotated[
         Path | None,
-        typer.Option(help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."),
+        typer.Option(
+            parser=path, help="JSON that maps name patterns to layouts, for fused tensors of unknown architectures."
+        ),
     ] = None,
     input_size: Annotated[int, typer.Option(help="Side of the images for convolutions' operator norms.", min=1)] = 32,
-    html: Annotated[Path | None, typer.Option(help="Write the report as a page.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(parser=path, help="Write the report as a page.")] = None,
+    json: Annotated[Path | None, typer.Option(parser=path, help="Write the report as JSON.")] = None,
     fail_on: Annotated[FailOn, typer.Option(help="Exit with 1 for findings of this severity or worse.")] = FailOn.never,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer.")] = False,
     quiet: Quiet = False,
@@ -67,9 +78,9 @@ def command(
     from gramian.report import SEVERITIES
 
     unchecked = unchecked or old_unchecked  # the name before --verify came to try remedies
-    for path in (html, json):
-        if path is not None:
-            report.check_target(path)
+    for target in (html, json):
+        if target is not None:
+            report.check_target(target)
     if extract_lora is not None and against is None:
         raise InputError("--extract-lora needs --against BASE: an adapter is a difference from a base model")
     options: dict[str, Any] = {"quick": quick, "input_size": (input_size, input_size)}
@@ -77,6 +88,8 @@ def command(
         raise InputError("--verify tries the remedies of one model; --against compares two")
     if verify:
         options["verify"] = True
+    if optimizer is not None and against is not None:
+        raise InputError("--optimizer trains one model; leave out --against")
     if curvature and against is not None:
         raise InputError("--curvature is that of one model's loss; leave out --against")
     if unchecked and task is not None:
@@ -93,7 +106,8 @@ def command(
         if against is not None:
             found = _compare(model, against, unchecked, task, extract_lora, out, options | {"progress": progress})
         else:
-            found = _inspect(model, unchecked, task, options | {"curvature": curvature, "progress": progress})
+            options |= {"curvature": curvature, "progress": progress}
+            found = _inspect(model, unchecked, task, options, optimizer)
         if not found.layers and against is None:
             reasons = "".join(f". {note}" for note in found.notes)
             raise InputError(
@@ -102,9 +116,9 @@ def command(
             )
     if not first:
         return
-    for path in (html, json):
-        if path is not None:
-            found.save(path)
+    for target in (html, json):
+        if target is not None:
+            found.save(target)
     if not quiet:
         report.show(found, verbose=verbose)
     broken = next((f for f in found.findings if f.code == "non-finite-weights"), None)
@@ -117,7 +131,7 @@ def command(
             raise typer.Exit(1)
 
 
-def _inspect(model: str, unchecked: bool, task: str | None, options: dict[str, Any]) -> Any:
+def _inspect(model: str, unchecked: bool, task: str | None, options: dict[str, Any], optimizer: str | None) -> Any:
     from gramian.checkpoint import open_checkpoint
     from gramian.remedies import inspect
 
@@ -127,11 +141,25 @@ def _inspect(model: str, unchecked: bool, task: str | None, options: dict[str, A
             raise InputError(f"--verify trains on data, and {model} is a file: add --task")
         if options.get("curvature"):
             raise InputError(f"--curvature is that of a loss on data, and {model} is a file: add --task")
+        if optimizer is not None:
+            raise InputError(f"--optimizer steps on data, and {model} is a file: add --task")
         return inspect(open_checkpoint(model, verify=False) if unchecked else model, **options)
     if unchecked:
         raise InputError(f"--no-checksums is for files, and {model} is a task")
     network, its_task = found
+    if optimizer is not None:
+        options["optimizer"] = _made(optimizer, network)
     return inspect(network, its_task.batches(), its_task.objective, title=model, **options)
+
+
+def _made(optimizer: str, network: Any) -> Any:
+    """The optimizer that a name and a rate ask for, of the network's parameters."""
+    from gramian.optim.registry import OPTIMIZERS, with_rate
+
+    name, lr = with_rate("inspect --optimizer", optimizer)
+    if isinstance(lr, str):
+        raise InputError("inspect --optimizer: a rate that is used is judged: give a number, as adamw:lr=3e-4")
+    return OPTIMIZERS[name].make(network, lr)
 
 
 def _compare(

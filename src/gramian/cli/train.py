@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -12,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from gramian.cli import completion
-from gramian.cli.common import Quiet, complain, rank_number, ranks
+from gramian.cli.common import Quiet, complain, num_ranks, path, rank_number, ranks
 from gramian.cli.completion import completing
 from gramian.cli.config import read_config
 from gramian.errors import GramianError, InputError
@@ -56,10 +58,13 @@ def command(
     config: Annotated[
         Path | None,
         typer.Option(
-            callback=read_config, is_eager=True, help="A TOML file of these options by their names; flags win."
+            parser=path,
+            callback=read_config,
+            is_eager=True,
+            help="A TOML file of these options by their names; flags win.",
         ),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="The text file of the task chars.")] = None,
+    text: Annotated[Path | None, typer.Option(parser=path, help="The text file of the task chars.")] = None,
     model: Annotated[str | None, typer.Option(help="Of the task chars: transformer or lstm.")] = None,
     optimizer: Annotated[
         str, typer.Option(help="One of the names below.", autocompletion=completing(completion.OPTIMIZERS))
@@ -78,7 +83,8 @@ def command(
     compare: Annotated[
         str,
         typer.Option(
-            help="Train once with each of these optimizers, as adamw,sgd,auto, and compare.",
+            help="Train once with each of these optimizers, as adamw,sgd:lr=0.3,auto, and compare; with --lr auto each "
+            "at its suggested rate.",
             autocompletion=completing(completion.OPTIMIZERS, several=True),
         ),
     ] = "",
@@ -128,10 +134,16 @@ def command(
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: divide the model over the processes (FSDP2).")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the model, the checkpoint and metrics.jsonl.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look at some steps while it trains (gm.watch), and tell what is wrong.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="Folder for the model, the checkpoint and metrics.jsonl.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write a report: curves, spectra before and after, and what went wrong.")
+        Path | None,
+        typer.Option(parser=path, help="Write a report: curves, spectra before and after, and what went wrong."),
     ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Log to the folder tensorboard in --out too.")
@@ -158,8 +170,11 @@ def command(
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
     if tensorboard and out is None:
         raise InputError("train: --tensorboard needs --out DIR, the folder that it writes to")
-    if compare and (optimizer != "auto" or lr is not None):
-        raise InputError("train: --compare names the optimizers, at their usual rates; leave out --optimizer and --lr")
+    if compare and (optimizer != "auto" or lr not in (None, AUTO)):
+        raise InputError(
+            "train: --compare names the optimizers, with their rates, as --compare adamw:lr=3e-3,sgd; leave out "
+            "--optimizer, and --lr but for --lr auto"
+        )
     rate = _rate(lr)
     options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}
     options |= {"accumulate": accumulate, "precision": precision, "best": best, "patience": patience}
@@ -167,10 +182,10 @@ def command(
     budget = {"steps": steps, "epochs": epochs, "seconds": seconds}
     again = "" if out is None else "; continue with the same command and --resume"
     try:
-        with ranks(timeout) as first:
+        with ranks(timeout) as first, _naming_the_lost():
             options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html}
-            options |= budget | {"shard": shard}
-            options |= {} if compare else {"optimizer": optimizer, "lr": rate}
+            options |= budget | {"shard": shard, "watch": watch}
+            options |= {"lr": rate} if compare else {"optimizer": optimizer, "lr": rate}
             logs = tensorboard and first
             runs, name = _train(_Asked(task, text, model), first and not quiet, compare, logs, options)
     except KeyboardInterrupt:
@@ -194,6 +209,18 @@ def command(
             display.show(runs[optimizer], name, automatic=optimizer == "auto")
     if any(run.diverged for run in runs.values()):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    """`naming_the_lost` of training, which loads torch; from here on, so that it covers the loading of the task."""
+    if num_ranks() < 2:
+        yield
+        return
+    from gramian.training.lost import naming_the_lost
+
+    with naming_the_lost():
+        yield
 
 
 class _Asked(NamedTuple):
@@ -224,7 +251,7 @@ def _train(
     from gramian.training import compare, display, train
 
     here = Path.cwd()
-    found = asked.load()
+    found = _loaded(asked)
     for name in ("out", "report"):
         if options[name] is not None:  # the task's file may have gone elsewhere
             options[name] = here / options[name] if Path.cwd() != here else options[name]
@@ -242,7 +269,7 @@ def _train(
         for listener in listeners:
             listener.stepped(run, share)
 
-    if options.get("lr") == AUTO:
+    if options["lr"] == AUTO and not compared:
         options["lr"] = _suggested(found, options, shown)
     with display.Watched(quiet=not shown) as watched:
         listeners.append(watched)
@@ -252,6 +279,14 @@ def _train(
         return {options["optimizer"]: train(found, **options)}, found.name
 
 
+def _loaded(asked: _Asked) -> Any:
+    """The task, if it can be loaded on all ranks."""
+    from gramian import placement
+
+    with placement.agreed("train"):
+        return asked.load()
+
+
 def _rate(text: str | None) -> float | str | None:
     """The rate that was asked for: a number, or `"auto"`."""
     if text is None or text == AUTO:
@@ -259,7 +294,7 @@ def _rate(text: str | None) -> float | str | None:
     try:
         return float(text)
     except ValueError:
-        raise InputError(f"train: --lr must be a positive number or auto, got {text!r}") from None
+        raise InputError(f"train: --lr must be zero, a positive number or auto, got {text!r}") from None
 
 
 def _suggested(task: Any, options: dict[str, Any], shown: bool) -> float | None:
@@ -281,10 +316,13 @@ def _strengths(option: str, text: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, equals, number = part.partition("=")
+        name = name.strip()
+        if name in found:
+            raise InputError(f"train: {option} has {name!r} twice; leave out one of the two")
         try:
-            found[name.strip()] = float(number) if equals else math.nan
+            found[name] = float(number) if equals else math.nan
         except ValueError:
-            found[name.strip()] = math.nan
-        if math.isnan(found[name.strip()]):
+            found[name] = math.nan
+        if math.isnan(found[name]):
             raise InputError(f"train: {option} wants name=number, as in l1=1e-4,l2=1e-3; got {part!r}")
     return found

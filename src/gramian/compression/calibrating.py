@@ -24,7 +24,8 @@ from gramian.recording import capture, evaluating
 from gramian.recording.collective import Collective, collective_of
 from gramian.recording.onepass import captured
 from gramian.recording.recorder import WITHOUT_AUTOGRAD
-from gramian.statistics import Site, Statistics
+from gramian.site import Site
+from gramian.statistics import Statistics
 
 __all__ = ["Calibration", "Measure", "Reader", "around_output", "calibrate", "cuttable", "hashes"]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gramian.block import Block
 from gramian.checkpoint import clean_name
-from gramian.checkpoint.reading import WRAPPERS
+from gramian.checkpoint.names import WRAPPERS
 
 __all__ = ["clean_module_name", "copied", "module_name", "replaced", "submodule"]
 

@@ -29,6 +29,7 @@ from gramian.compression.lowrank import LowRank
 from gramian.compression.ranks import factor, ranks_of, restore
 from gramian.compression.slicing import SLICED_KEYS
 from gramian.errors import CheckpointError, some
+from gramian.texts import read_text
 
 __all__ = ["METHOD", "FactoredConfig", "FactoredQuantizer", "attach", "is_pretrained", "load_folder", "save_folder"]
 
@@ -166,7 +167,7 @@ def load_folder(model: Any, folder: Path) -> Any:
         CheckpointError: the folder has no ranks, or does not fit the model, which is then as it was.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / "config.json"))
         found = config.get("quantization_config") or {}
         ranks = found["ranks"] if found.get("quant_method") == METHOD else None
     except (OSError, ValueError, KeyError, AttributeError) as error:

@@ -19,6 +19,7 @@ from gramian.compression.modules import submodule
 from gramian.compression.plan import Plan
 from gramian.compression.weighted import WeightedSVD
 from gramian.objective import Objective
+from gramian.recording.hooks import hooks
 from gramian.report.compression import Ratio
 
 __all__ = ["Speeds", "paced"]
@@ -125,17 +126,15 @@ def paced(plan: Plan, speeds: Speeds, tell: Callable[[float, str], None]) -> Pla
 def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], call: Any, batch: Any) -> dict[str, Inputs]:
     """What each layer is first called with."""
     seen: dict[str, Inputs] = {}
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs, name=name: seen.setdefault(name, (args, kwargs)) and None, with_kwargs=True
-        )
-        for name, layer in layers.items()
-    ]
-    try:
+    with hooks(
+        [
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: seen.setdefault(name, (args, kwargs)) and None, with_kwargs=True
+            )
+            for name, layer in layers.items()
+        ]
+    ):
         call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -22,7 +22,8 @@ from gramian.compression.targets import Target
 from gramian.errors import InputError
 from gramian.gram import DiagonalGram, Gram
 from gramian.layers import layout_of
-from gramian.statistics import Site, Statistics
+from gramian.site import Site
+from gramian.statistics import Statistics
 
 __all__ = ["Uncaptured", "Weighting", "counted", "nearest_kronecker", "weighting"]
 

@@ -12,11 +12,12 @@ from torch.nn.parameter import UninitializedParameter
 
 from gramian.calls import called
 from gramian.errors import GramianWarning, InputError
+from gramian.init.composed import leave_composed, set_composed_
 from gramian.init.paths import hooked, normalized, trace
 from gramian.init.reached import State
 from gramian.init.setting import Setting
 from gramian.init.trained import signs_of, told
-from gramian.init.weights import BYPASSED, IN_ATTENTION, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
+from gramian.init.weights import BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight, Weights, find_weights
 from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.recording import measuring
@@ -58,6 +59,8 @@ def isometric_(
       as long as its stride (patches) that is an exact isometry, or a projection; where windows overlap it only keeps
       the mean square of white inputs, on average over images.
     - A transposed convolution is set as the adjoint of a convolution.
+    - Each matrix of `nn.MultiheadAttention`, and of each gate of LSTM, GRU, RNN and their cells, gets a Q with σ = 1;
+      forget gates of an LSTM a bias of one. Attention in a residual branch is left where all its sizes are usual.
 
     With a sample, matrices that a norm or a skip already keeps in order are left: layers whose scale a norm undoes
     (measured: the derivative along the output is zero), and layers of residual branches (in the graph of the forward
@@ -109,14 +112,16 @@ def isometric_(
     layers = weights.by_layer
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
-    order = list(_registered(model)) if sample is None else _forward_order(model, layers, sample, objective)
+    order = list(_registered(model)) if sample is None else _forward_order(model, weights, sample, objective)
     chain = _first_uses(order, layers)
-    if not chain:
+    if not chain and not weights.composed:
         missing = f"the sample reaches none of {len(layers)}" if layers else f"{type(model).__name__} has none"
         raise InputError(
-            f"isometric_: sets linear layers and convolutions, but {missing} that it may set{_told(weights)}"
+            "isometric_: sets linear layers, convolutions, attention and recurrence, but "
+            f"{missing} that it may set{_told(weights)}"
         )
-    signs = signs_of(model, [layers[m].block for m in chain])
+    composed = [weight.block for held in weights.composed.values() for weight in held]
+    signs = signs_of(model, [layers[m].block for m in chain] + composed)
     if signs and not overwrite:
         raise InputError(
             f"isometric_: these weights look trained: {told(signs)}. Pass overwrite=True to replace them all the same"
@@ -125,27 +130,29 @@ def isometric_(
     zero = zero if len(zero) < len(chain) else []
     around, ends = list[nn.Module](), list[nn.Module]()
     if sample is not None:
-        around, ends = _leave_what_needs_none(model, [m for m in chain if m not in zero], weights, sample, objective)
+        around, ends = _leave_what_needs_none(
+            model, [m for m in chain if m not in zero], order, weights, sample, objective
+        )
     left = {name for names in weights.left.values() for name in names}
     chosen = [m for m in chain if m not in zero and layers[m].block.name not in left]
     setting = Setting(model, sample, objective, weights, generator)
     before = State.of(model, chosen[:-1], sample, objective)
-    points = setting.critical_points(chosen, _followed_by(order, layers))
+    composed_set = set_composed_(weights, generator)
+    points = setting.critical_points(chosen, _followed_by(order, weights))
     setting.mirror(chosen, order, points)
     chosen = [m for m in chosen if setting.isometry_(m, points.get(m))]
     for layer in zero:
         if sample is None or not _cuts_off(layer, order, layers, model, sample, objective):
             weights.leave(ZERO, layers[layer].block.name)
             continue
-        points |= setting.critical_points([layer], _followed_by(order, layers))
+        points |= setting.critical_points([layer], _followed_by(order, weights))
         if setting.isometry_(layer, points.get(layer)):
             chosen = [m for m in chain if m in chosen or m is layer]
     reached = {layers[m] for m in order if m in layers}
-    inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for weight in dict.fromkeys(layers.values()):
         if weight not in reached:
-            weights.leave(IN_ATTENTION if weight.layer in inside else NOT_REACHED, weight.block.name)
-    if not chosen and not (weights.left.keys() & {NORMALIZED, BYPASSED}):
+            weights.leave(NOT_REACHED, weight.block.name)
+    if not chosen and not composed_set and not (weights.left.keys() & {NORMALIZED, BYPASSED}):
         raise InputError(f"isometric_: {type(model).__name__} has no layer that it may set{_told(weights)}")
     entered = next((m for m in order if m in layers or m in weights.others), None)
     setting.sizes_(chosen, points, entered)
@@ -158,7 +165,8 @@ def isometric_(
     if is_head and len(chosen) > 1 and chosen[-2] is chain[-2] and not restored:
         weight = layers[chosen[-1]]
         weight.set_(weight.value * head_scale)
-    replaced = [s for s in signs if s.name in {layers[m].block.name for m in chosen} and not restored]
+    now_set = {layers[m].block.name for m in chosen} | set(composed_set)
+    replaced = [s for s in signs if s.name in now_set and not restored]
     if replaced:
         notes.insert(0, f"replaced weights that look trained, and what they had learned is lost: {told(replaced)}")
     text = "; ".join([*notes, *filter(None, [_told(weights).removeprefix("; ")])])
@@ -170,6 +178,7 @@ def isometric_(
 def _leave_what_needs_none(
     model: nn.Module,
     chain: Collection[nn.Module],
+    order: Collection[nn.Module],
     weights: Weights,
     sample: Any,
     objective: Objective,
@@ -188,6 +197,7 @@ def _leave_what_needs_none(
     matrices = {m for m in matrices if not any(k in flow.gains for k in m.modules() if k is not m)}
     free = normalized(model, matrices, ends, sample, objective, torch.Generator(device).manual_seed(0))
     around = flow.bypassed(free)
+    leave_composed(weights, order, around)
     for layer in chain:
         uses = [m for m, weight in layers.items() if weight is layers[layer] and m in flow.gains]
         for reason, kept in ((NORMALIZED, free), (BYPASSED, around)):
@@ -266,16 +276,14 @@ def _cuts_off(
     return differ.get(layer, False) and not differ.get(after, True)
 
 
-def _followed_by(
-    order: list[nn.Module], layers: Mapping[nn.Module, Weight]
-) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+def _followed_by(order: list[nn.Module], weights: Weights) -> Iterator[tuple[nn.Module, nn.Module | None]]:
     """Each layer, at its first use, with the activation module that runs between it and the next layer, if any."""
     for i, module in enumerate(order):
-        if module not in layers or module in order[:i]:
+        if module not in weights.by_layer or module in order[:i]:
             continue
         activation = None
         for later in order[i + 1 :]:
-            if later in layers:
+            if later in weights.by_layer or later in weights.composed:
                 break
             if type(later).__module__ == "torch.nn.modules.activation" and not isinstance(later, _NOT_ELEMENTWISE):
                 activation = later
@@ -290,12 +298,11 @@ def _registered(module: nn.Module) -> Iterator[nn.Module]:
         yield from _registered(child)
 
 
-def _forward_order(
-    model: nn.Module, layers: Mapping[nn.Module, Weight], sample: Any, objective: Objective
-) -> list[nn.Module]:
+def _forward_order(model: nn.Module, weights: Weights, sample: Any, objective: Objective) -> list[nn.Module]:
     """The leaf modules in the order in which a forward pass calls them, an activation that is shared at every call."""
     order: list[nn.Module] = []
-    leaves = [m for m in model.modules() if m in layers or not list(m.children())]  # a parametrized layer has children
+    whole = weights.by_layer.keys() | weights.composed.keys()  # a parametrized layer has children, and an attention
+    leaves = [m for m in model.modules() if m in whole or not list(m.children())]
     with hooked(leaves, lambda m, x, y: order.append(m)), measuring(model), torch.no_grad():
         objective.predict(model, sample)
     return order

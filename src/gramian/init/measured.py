@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gramian.objective import Objective
 from gramian.recording import measuring
+from gramian.recording.hooks import hooks
 
 __all__ = ["STEP", "interpolated", "measured_activations"]
 
@@ -61,13 +62,9 @@ def measured_activations(
                 measured.setdefault(layer, (WIDEST * torch.sinh(5 * line) / math.sinh(5), values))
             pending.clear()
 
-        handles = [h for m in owners for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-        try:
+        with hooks([h for m in owners for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]):
             with measuring(model), torch.no_grad():
                 objective.predict(model, sample)
-        finally:
-            for handle in handles:
-                handle.remove()
         found.append(measured)
     first, second = found
     return {

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gramian.layers import layer_of
 from gramian.objective import Objective
 from gramian.recording import measuring
+from gramian.recording.hooks import hooks
 
-__all__ = ["Flow", "batch_statistics", "hooked", "normalized", "trace"]
+__all__ = ["COMPOSED", "Flow", "batch_statistics", "hooked", "normalized", "trace"]
+
+COMPOSED = ("attention", "recurrence")
+"""Operations of modules that apply several matrices inside one function of torch."""
 
 Node = Any  # torch.autograd.graph.Node; its subclasses are made by torch, one for each operation
 
@@ -63,24 +68,21 @@ def normalized(
         arrivals.append(x)
         return (x.detach().clone(), *args[1:])
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        made = _made_by(module, output)
+        if made is None:
             return None
-        y = output.detach()
+        y = made.detach()
         rms = y.float().square().mean().sqrt()
         if module in silent:
-            return torch.zeros_like(y)
+            return _with(output, torch.zeros_like(y))
         leaf = (y / rms.to(y.dtype) if rms.isfinite() and rms > 0 else y.clone()).requires_grad_()
         outputs.append((module, leaf))
-        return leaf.clone()
+        return _with(output, leaf.clone())
 
-    handles = [h for m in modules for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-    try:
+    with hooks([h for m in modules for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]):
         with measuring(model), batch_statistics(model), torch.enable_grad():
             objective.predict(model, sample)
-    finally:
-        for handle in handles:
-            handle.remove()
     arrivals = [x for x in arrivals if x.requires_grad]
     if not outputs or not arrivals:
         return set()
@@ -133,6 +135,7 @@ class Flow:
             inside, stack = set(way), [way[-1]]
             while stack:
                 node = stack.pop()
+                inside.discard(node)  # an unrolled recurrence has more ways than steps
                 if node in self.made:
                     found.add(self.made[node])
                 else:
@@ -210,15 +213,16 @@ def trace(model: nn.Module, modules: Collection[nn.Module], sample: Any, objecti
         return tree_map(track, args), tree_map(track, kwargs)
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        y = _made_by(module, output)
+        if y is None:
             return None
-        output = track(output)  # of frozen weights
-        made[output.grad_fn] = module
-        sources.add(output.grad_fn)
+        y = track(y)  # of frozen weights
+        made[y.grad_fn] = module
+        sources.add(y.grad_fn)
         if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-            size, last = (float(x.detach().double().square().mean()) for x in (output, args[0]))
+            size, last = (float(x.detach().double().square().mean()) for x in (y, args[0]))
             gains.setdefault(module, []).append(size / last if last else math.nan)
-        return output
+        return _with(output, y)
 
     handles = [module.register_forward_hook(after) for module in modules]
     handles.append(model.register_forward_pre_hook(enter, with_kwargs=True))
@@ -235,6 +239,18 @@ def trace(model: nn.Module, modules: Collection[nn.Module], sample: Any, objecti
         if reached or node in sources:  # what parameters alone reach is no path
             parents[node] = reached
     return Flow(parents, {node: module for node, module in made.items() if node in parents}, gains)
+
+
+def _made_by(module: nn.Module, output: Any) -> Tensor | None:
+    """What a module makes, if real numbers: of an attention or a recurrence, which return several, the first."""
+    if type(output) is tuple and layer_of(module).operation in COMPOSED:
+        output = output[0]
+    return output if isinstance(output, Tensor) and output.is_floating_point() else None
+
+
+def _with(output: Any, y: Tensor) -> Any:
+    """A module's output with another tensor in the place of the one that it makes."""
+    return (y, *output[1:]) if type(output) is tuple else y
 
 
 def _from_first(ends: Iterable[Any]) -> list[Any]:
@@ -280,9 +296,5 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def hooked(modules: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
     """A context in which `hook(module, args, output)` runs after each of the modules; what it returns is ignored."""
-    handles = [m.register_forward_hook(lambda *args: (hook(*args), None)[1]) for m in modules]
-    try:
+    with hooks([m.register_forward_hook(lambda *args: (hook(*args), None)[1]) for m in modules]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

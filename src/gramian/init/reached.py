@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gramian.init.paths import batch_statistics
 from gramian.objective import Objective
 from gramian.recording import measuring
+from gramian.recording.hooks import hooks
 
 __all__ = ["CURE", "MOST_CHANGE", "State", "changes"]
 
@@ -76,13 +77,9 @@ def changes(model: nn.Module, layers: Sequence[nn.Module], sample: Any, objectiv
         outputs.setdefault(module, output)
         return output.clone()  # what follows may work in place
 
-    handles = [layer.register_forward_hook(note) for layer in (layers[0], layers[-1])]
-    try:
+    with hooks([layer.register_forward_hook(note) for layer in (layers[0], layers[-1])]):
         with measuring(model), batch_statistics(model), torch.enable_grad():
             objective.predict(model, sample)
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(outputs) < 2:
         return 1.0, 1.0
     first, last = outputs[layers[0]], outputs[layers[-1]]

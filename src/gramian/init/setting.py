@@ -22,6 +22,7 @@ from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.operators import layer_gains
 from gramian.recording import measuring
+from gramian.recording.hooks import hooks
 
 __all__ = ["Setting"]
 
@@ -182,13 +183,9 @@ class Setting:
             return layer.forward(*args)
 
         if self.sample is not None:
-            handles = [layer.register_forward_hook(after) for layer in wanted]
-            try:
+            with hooks([layer.register_forward_hook(after) for layer in wanted]):
                 with measuring(self.model), torch.no_grad():
                     self.objective.predict(self.model, self.sample)
-            finally:
-                for handle in handles:
-                    handle.remove()
             return
         for layer in wanted:
             weight = self.weights.by_layer[layer]

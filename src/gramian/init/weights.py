@@ -14,10 +14,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from gramian.block import Block, blocks
 from gramian.errors import InputError
-from gramian.layers import is_affine, operation_of, runs_as_its_class
+from gramian.init.paths import COMPOSED
+from gramian.layers import is_affine, layer_of, operation_of, runs_as_its_class
 from gramian.layers.lookup import SCALE, host_of
 
-__all__ = ["Weight", "Weights", "find_weights"]
+__all__ = ["Weight", "Weights", "find_weights", "is_centered"]
 
 ADAPTER = "BaseTunerLayer"  # the class of PEFT from which its adapters derive
 
@@ -29,12 +30,12 @@ NUM_POWER_STEPS = 3
 
 @dataclass(eq=False)
 class Weight:
-    """The weight of a linear layer or a convolution.
+    """The weight of a linear layer or a convolution, or one of several of a composed module.
 
     Args:
         block: its matrices. Of a parametrized weight, those of the parameter that it is computed from.
         layer: the module that applies it.
-        name: its name there: `weight`.
+        name: its name there: `weight`, `in_proj_weight`, `weight_hh_l0`.
     """
 
     block: Block
@@ -106,13 +107,15 @@ def _parallel(x: Tensor, y: Tensor) -> bool:
 class Weights:
     """The weights that an initialization may set, by layer; the other modules that hold matrices; the names left.
 
-    `depthwise` has those of the others that act on each channel alone.
+    `composed` has modules that apply several matrices inside one function of torch (attention, recurrence), with the
+    weights of each; `depthwise` those of the others that act on each channel alone.
 
     `left` has the names by reason, as a warning says it.
     """
 
     by_layer: dict[nn.Module, Weight] = field(default_factory=dict)
     others: set[nn.Module] = field(default_factory=set)
+    composed: dict[nn.Module, list[Weight]] = field(default_factory=dict)
     depthwise: set[nn.Module] = field(default_factory=set)
     left: dict[str, list[str]] = field(default_factory=dict)
 
@@ -125,7 +128,6 @@ class Weights:
 
 NOT_AFFINE = "sets layers that compute W x + b alone; left as they were"
 NOT_REACHED = "left as they were, since the sample does not reach them"
-IN_ATTENTION = "left as they were, since nn.MultiheadAttention applies them itself, inside one function of torch"
 FROZEN = "left as they were, since frozen"
 IN_ADAPTER = "left as they were, as parts of an adapter"
 ZERO = "left zero, as residual branches are by design (set them first if they are not)"
@@ -137,7 +139,7 @@ DEPTHWISE = "left as they were, since they act on each channel alone"
 
 
 def find_weights(model: nn.Module) -> Weights:
-    """The weights that can be set: of linear layers and convolutions, and trainable.
+    """The weights that can be set: of linear layers, convolutions, attention and recurrence, and trainable.
 
     Embeddings and norms are left without a word: they keep their initialization by definition. So is a matrix that is
     an embedding too.
@@ -145,9 +147,22 @@ def find_weights(model: nn.Module) -> Weights:
     found, rest = blocks(model)
     weights = Weights()
     adapters = set(_adapters(model))
+    inside: dict[nn.Module, nn.Module] = {
+        m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    }
     for block in found:
         name, module = block.owners[0]
         layer, local = host_of(model, name, module, block.parameter)
+        host = inside.get(layer, layer)
+        if layer_of(host).operation in COMPOSED and runs_as_its_class(host) and len(block.owners) == 1:
+            weights.others.add(host)
+            if not block.parameter.requires_grad:
+                weights.leave(FROZEN, name)
+            elif host in adapters or layer in adapters:
+                weights.leave(IN_ADAPTER, name)
+            else:
+                weights.composed.setdefault(host, []).append(Weight(block, layer, local))
+            continue
         reason = "" if block.role == "embedding" else _obstacle(block, layer, local, adapters)
         if reason or block.role == "embedding":
             weights.others.update(owner for _, owner in block.owners)
@@ -194,8 +209,13 @@ def _obstacle(block: Block, layer: nn.Module, local: str, adapters: set[nn.Modul
 
 def _is_plain(bias: Tensor) -> bool:
     """Whether a bias is constant, or draws around zero: not as in Mamba, where it sets the scales of time."""
+    return bias.numel() < LEAST_BIAS or bool((bias == bias[0]).all()) or is_centered(bias)
+
+
+def is_centered(bias: Tensor) -> bool:
+    """Whether a bias is zero, or draws around zero."""
     spread = float(bias.std()) if bias.numel() > 1 else 0.0
-    return bias.numel() < LEAST_BIAS or not spread or abs(float(bias.mean())) < 2 * spread
+    return abs(float(bias.mean())) < 2 * spread or not bool(bias.any())
 
 
 def _adapters(model: nn.Module) -> Iterator[nn.Module]:

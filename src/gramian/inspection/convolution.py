@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from gramian.errors import InputError, ShapeError
 from gramian.linalg.engine import krylov
+from gramian.linalg.engine.precision import full_precision
 
 __all__ = ["conv_norm", "conv_norm_circular"]
 
@@ -73,7 +74,8 @@ def conv_norm(
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(math.prod(shape), device=weight.device, generator=generator)
     try:
-        value, error = _leading_eigenvalue(gram, x)
+        with full_precision():
+            value, error = _leading_eigenvalue(gram, x)
     except RuntimeError as failure:
         raise ShapeError(f"conv_norm: {str(failure).splitlines()[0]}") from None
     top = math.sqrt(max(value, 0.0))

@@ -215,6 +215,7 @@ def _measure_signal(
     if math.isfinite(observed.loss):
         context.probes, failed = probe(model, observed, objective)
         measured.skipped |= {TRIED[what]: in_words(error).partition(": ")[2] for what, error in failed.items()}
+        measured.is_satisfied = observed.first_loss == 0.0 and context.probes.share_of_constant == 0.0
     try:
         parts = [layer.name for layer in measured.layers if layer.frobenius_norm == 0.0 and "[" in layer.name]
         context.opening = open_zeros(model, observed, objective, parts)

@@ -17,6 +17,7 @@ from gramian.errors import InputError
 from gramian.inspection.following import Follower
 from gramian.inspection.moments import first_float
 from gramian.objective import Objective
+from gramian.recording.hooks import hooks
 from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import eager, evaluating
 
@@ -211,12 +212,8 @@ def _watched(model: nn.Module, rows: int) -> Iterator[list[tuple[str, Tensor]]]:
 
         return keep
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()] if rows else []
-    try:
+    with hooks([module.register_forward_hook(hook(name)) for name, module in model.named_modules()] if rows else []):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

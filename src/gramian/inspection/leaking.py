@@ -67,14 +67,26 @@ def find_leak(model: nn.Module, observed: Observed, objective: Objective) -> Lea
     Cost: two forward passes where the targets are the next inputs; else nothing.
     Source: this library's own.
     """
+    for x in _sequences(observed):
+        counted = _next_inputs(observed, x)
+        if counted is not None:
+            return _find_next(model, observed, objective, x, counted)
+    return _find_copy(model, observed, objective)
+
+
+def _sequences(observed: Observed) -> list[Tensor]:
+    """The main input, and tokens that the model is given beside it, as a decoder is."""
     try:
-        batch = observed.batches[0]
-        x = main_input(batch)
+        first = [main_input(observed.batches[0])]
     except (GramianError, IndexError):
-        return None
-    counted = _next_inputs(observed, x)
-    if counted is None:
-        return _find_copy(model, observed, objective)
+        return []
+    given = [g.values[0] for g in given_of(observed.batches[:1], observed.fed, set()) if g.is_input]
+    return first + [t for t in given if t is not first[0] and t.ndim == 2 and not t.is_floating_point()]
+
+
+def _find_next(model: nn.Module, observed: Observed, objective: Objective, x: Tensor, counted: Tensor) -> Leak | None:
+    """Look for outputs that depend on the next one of these inputs, which is the target where `counted` is true."""
+    batch = observed.batches[0]
     places = counted.sum(0).nonzero().flatten()  # not in a prefix without targets, which may see all of itself
     position = int(places[len(places) // 2])
     rows = counted[:, position].nonzero().flatten()
@@ -166,11 +178,11 @@ def _next_inputs(observed: Observed, x: Tensor) -> Tensor | None:
     """Where (B, T) the target of the loss is the next input, and counts; `None` where the targets are others."""
     if x.ndim < 2 or x.shape[1] < LEAST:
         return None
-    for found in observed.criteria:
+    for found in _targets(observed, x):
         for length in (x.shape[1], x.shape[1] - 1):
-            if found.target.numel() != x[:, :length].numel():
+            if found.numel() != x[:, :length].numel():
                 continue
-            target = found.target.reshape(x[:, :length].shape).to(x.device)
+            target = found.reshape(x[:, :length].shape).to(x.device)
             here, following = x[:, :length], x[:, 1 : length + 1]
             counts = target[:, : following.shape[1]] >= 0 if not target.is_floating_point() else None
             same = [target[:, : t.shape[1]] == t for t in (here, following)]
@@ -181,6 +193,20 @@ def _next_inputs(observed: Observed, x: Tensor) -> Tensor | None:
             if bool(valid.any()) and share[1] >= SHIFTED and share[0] < SAME:
                 return valid & same[1]
     return None
+
+
+def _targets(observed: Observed, x: Tensor) -> list[Tensor]:
+    """What the loss compares outputs with; of one's own loss, tokens that the model is not given, or those behind."""
+    found = [one.target for one in observed.criteria]
+    if any(not t.is_floating_point() for t in found) or x.is_floating_point():
+        return found
+    given = given_of(observed.batches[:1], observed.fed, set())
+    found += [
+        t for t in (g.values[0] for g in given if not g.is_input) if t.shape == x.shape and not t.is_floating_point()
+    ]
+    if (x.data_ptr(), len(x) * (x.shape[1] - 1)) in observed.fed and len(given) == 1:
+        found.append(x[:, 1:])
+    return found
 
 
 def _with(batch: Any, x: Tensor, other: Tensor) -> Any:

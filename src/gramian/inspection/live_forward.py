@@ -42,10 +42,10 @@ class Forward:
     Args:
         model: as it is trained.
         begins: called before each pass in training; says whether to look at it.
-        ends: called with the output, after it.
+        ends: called with the output, after it; `None` where nothing is to be done then.
     """
 
-    def __init__(self, model: nn.Module, begins: Callable[[], bool], ends: Callable[[Any], None]) -> None:
+    def __init__(self, model: nn.Module, begins: Callable[[], bool], ends: Callable[[Any], None] | None) -> None:
         self.root = unwrapped(model)
         self.seen: Observed | None = None
         self.last: Pass | None = None
@@ -110,13 +110,15 @@ class Forward:
         return not self._is_asleep and torch.is_grad_enabled() and not in_backward()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._is_counted():
+        if not self._is_differentiated():
+            return
+        if self.root.training:
             self._begin(args, kwargs, Pass.of(args, kwargs))
-        elif self._is_differentiated():
+        else:
             self.evaluations += 1
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self._is_counted():
+        if (self._watcher is not None or self._ends is not None) and self._is_counted():
             self._end(output)
 
     def _begin(self, args: tuple, kwargs: dict[str, Any], last: Pass | None) -> None:
@@ -140,7 +142,8 @@ class Forward:
             watcher._try(watcher.leaving(""), self.root, (), {}, output)
             self._inside.close()
             self._finish(watcher, output)
-        self._ends(output)
+        if self._ends is not None:
+            self._ends(output)
 
     def look_again(self) -> None:
         """Runs the last pass once more to see it, without a backward pass, if it could not be seen itself."""

@@ -16,6 +16,7 @@ __all__ = ["all_finite", "norms", "sampled"]
 SAMPLE = 2**16
 
 _NARROW = (torch.float16, torch.bfloat16)
+_WIDE = (torch.float32, torch.float64)
 
 
 def all_finite(found: Iterable[Tensor]) -> bool:
@@ -24,9 +25,15 @@ def all_finite(found: Iterable[Tensor]) -> bool:
     On a processor these are sums, elsewhere norms, which torch computes of many tensors at once. A number that is not
     finite may have overflown; the largest value then decides.
     """
+    found, total = list(found), 0.0
+    for t in found:
+        if type(t) is not Tensor or not t.is_cpu or t.dtype not in _WIDE:
+            break
+        total += t.sum().item()
+    else:
+        return math.isfinite(total) or are_finite(map(values_of, found))
     values = [values_of(t) if t.requires_grad or not _is_plain(t) else t for t in found]
     if all(t.is_cpu for t in values):
-        total = 0.0
         for t in values:
             total += (t.sum(dtype=torch.float32) if t.dtype in _NARROW else t.sum()).item()
         return math.isfinite(total) or are_finite(values)

@@ -29,6 +29,10 @@ GROWN, VANISHED, LONG = 30.0, 1e-4, 0.1
 SHOWN = 6
 
 
+# Sizes of gradients, in ε of Adam, from which on a common factor of theirs does not matter.
+FAR_FROM_EPS = 10.0
+
+
 class Loop:
     """Follows the gradients of two parameters, the first and the last, through the steps that are looked at.
 
@@ -126,7 +130,7 @@ class Loop:
         shares = [given[i] / all_of[0][0] for i, all_of in self._arrived.items() if len(all_of) == 1 and all_of[0][0]]
         if not (scaled or seen.is_narrow) and len(shares) == len(self._arrived) > 1 and 0.0 < max(shares) <= CLIPPED:
             share = max(shares)
-            if min(shares) >= (1 - ALIKE) * share:
+            if min(shares) >= (1 - ALIKE) * share and not self._divides(seen):
                 size = math.hypot(*[g * math.sqrt(self.parameters[n].numel()) for n, g in seen.gradients.items() if g])
                 yield Finding(
                     "gradient-clipped",
@@ -135,10 +139,21 @@ class Loop:
                     where="optimizer",
                     evidence=f"the step gets a gradient of norm {size:.1e}, and the backward pass made one of "
                     f"{size / share:.1e} (step {step + 1})",
-                    cause="The largest norm that clipping lets pass is far below that of usual gradients. Optimizers "
-                    "without a norm of their own, such as SGD, then hardly move; Adam comes near its ε.",
+                    cause="The largest norm that clipping lets pass is far below that of usual gradients, and "
+                    + (
+                        "what is left is near Adam's ε, which then divides the step."
+                        if any("betas" in group for group in self._groups)
+                        else "the step is as much smaller."
+                    ),
                     advice=f"Clip at about {size / share:.1g}, or do not clip.",
                 )
+
+    def _divides(self, seen: Observed) -> bool:
+        """Whether the optimizer divides gradients by their size, as Adam does far from its ε: clipping is no harm."""
+        largest = max((g for g in seen.gradients.values() if g), default=0.0)
+        return bool(self._groups) and all(
+            "betas" in group and largest > FAR_FROM_EPS * float(group.get("eps", 0.0) or 0.0) for group in self._groups
+        )
 
     def _frozen(self, seen: Observed) -> Iterator[Finding]:
         names = [n for n, p in self.parameters.items() if not p.requires_grad]

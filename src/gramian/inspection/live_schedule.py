@@ -41,6 +41,7 @@ class Schedule:
         self._spans: deque[float] = deque(maxlen=ORDINARY)
         self._periods: deque[float] = deque(maxlen=ORDINARY)
         self._checks: deque[float] = deque(maxlen=ORDINARY)
+        self._checking = 0.0  # of the step that has begun
 
     @property
     def interval(self) -> int:
@@ -58,8 +59,8 @@ class Schedule:
             self._begun = self.clock()
 
     def check(self, seconds: float) -> None:
-        """Notes what the check of a step took."""
-        self._checks.append(seconds)
+        """Adds to what is done at every step."""
+        self._checking += seconds
 
     def end(self, step: int, looked: bool) -> None:
         """A step ends, and is counted as the `step`-th."""
@@ -71,6 +72,8 @@ class Schedule:
         elif self._begun is not None:
             self._spans.append(now - self._begun)
             self._periods.extend(() if self._ended is None else (now - self._ended,))
+            self._checks.append(self._checking)
+        self._checking = 0.0
         self._begun, self._ended = None, now
         is_known = self.share is None or bool(self._spans)  # else the next step is one to compare with
         self.is_due = (step + 1) % self.every == 0 and is_known and (step + 1) % self.interval == 0
@@ -79,4 +82,4 @@ class Schedule:
 
     def drop(self) -> None:
         """The step that has begun is not taken."""
-        self._begun = None
+        self._begun, self._checking = None, 0.0

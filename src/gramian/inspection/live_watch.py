@@ -87,7 +87,7 @@ class Watch:
         self._optimizer = optimizer
         self._on_processor = all(p.is_cpu for p in model.parameters())
         self._schedule = Schedule(every, share, on_processor=self._on_processor)
-        self._forward = Forward(model, self._forward_begins, self._forward_ends)
+        self._forward = Forward(model, self._forward_begins, self._forward_ends if optimizer is None else None)
         self._root = self._forward.root
         self._parameters = {n: p for n, p in self._root.named_parameters() if p.requires_grad}
         self._trained = [*self._parameters.values()]
@@ -157,10 +157,16 @@ class Watch:
         """
         return self._forward.around(function, again)
 
+    def left_out(self) -> None:
+        """Tells where the first value that is not finite came from, where a loop leaves out the step for it."""
+        self._safely(self._judge_left_out)
+
     def _safely(self, look: Callable, *args: Any) -> Any:
         """Runs what looks, which must not end the user's training: after an error of its own the watch ends."""
         if self._is_stopped:
             return None
+        is_timed = self._on_processor and self._schedule.is_timed  # elsewhere, most of it is waiting
+        begun = self._schedule.clock() if is_timed else 0.0
         try:
             return look(*args)
         except Exception as error:
@@ -177,6 +183,9 @@ class Watch:
                 stacklevel=2,
             )
             return None
+        finally:
+            if is_timed:
+                self._schedule.check(self._schedule.clock() - begun)
 
     def _forward_begins(self) -> bool:
         return bool(self._safely(self._begins))
@@ -193,13 +202,12 @@ class Watch:
         self._safely(self._ends, output)
 
     def _ends(self, output: Any) -> None:
-        if self._optimizer is None:
-            made = [t.detach() for t in tensors(output) if t.is_floating_point()]
-            if not are_finite(made):
-                self._tell([self._origin()])
-            elif self._forward.seen is not None:
-                self._tell(ordered(self._looker.judge_modules(self._forward.seen, self._forward.passes)))
-            self._next(looked=self._forward.seen is not None)
+        made = [t.detach() for t in tensors(output) if t.is_floating_point()]
+        if not are_finite(made):
+            self._tell([self._origin()])
+        elif self._forward.seen is not None:
+            self._tell(ordered(self._looker.judge_modules(self._forward.seen, self._forward.passes)))
+        self._next(looked=self._forward.seen is not None)
 
     # ---- the optimizer's step ----
 
@@ -251,13 +259,14 @@ class Watch:
             self._tell(found)
         self._next(looked=seen is not None)
 
+    def _judge_left_out(self) -> None:
+        was_lost, self._is_lost = self._is_lost, True
+        if not was_lost:
+            self._tell([self._origin()])
+        self._next(looked=False)
+
     def _are_gradients_finite(self) -> bool:
-        on_processor = self._schedule.is_timed and self._on_processor  # elsewhere, most of it is waiting
-        begun = self._schedule.clock() if on_processor else 0.0
-        result = all_finite([g for p in self._trained if (g := p.grad) is not None])
-        if on_processor:
-            self._schedule.check(self._schedule.clock() - begun)
-        return result
+        return all_finite([g for p in self._trained if (g := p.grad) is not None])
 
     def _next(self, *, looked: bool) -> None:
         self.step += 1

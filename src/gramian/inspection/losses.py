@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gramian.inspection.bootstrapping import is_bootstrapped
 from gramian.inspection.observed import Broadcast, Criterion, Ends, Observed
 
 __all__ = ["VALUES", "ends_of", "labels_range", "see_loss", "see_pull"]
@@ -59,6 +60,7 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
             seen.labels = labels_range(scores, target, ignored if isinstance(ignored, int) else -100)
         if func in _VALUES:
             _broadcast(seen, name, scores, target)
+            seen.bootstrapped = seen.bootstrapped or is_bootstrapped(scores, target)
         if func is F.kl_div and _argument(args, kwargs, 5, "log_target"):
             target = target.exp()
         _keep(seen, name, scores, target)
@@ -72,6 +74,8 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
     elif func in _DIFFERENCES and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
         if any(a.requires_grad for a in args):
             _broadcast(seen, "the difference", *args)
+        if all(a.requires_grad for a in args):
+            seen.bootstrapped = seen.bootstrapped or is_bootstrapped(*args) or is_bootstrapped(*args[::-1])
         for output, target in (args, args[::-1]):
             if seen.output is not None and output.data_ptr() == seen.output.data_ptr() and not target.requires_grad:
                 _keep(seen, "difference", output, target)

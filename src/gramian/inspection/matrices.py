@@ -26,6 +26,7 @@ from gramian.layers.kernels import Kernels
 from gramian.layers.listed import look_up_name, natural_order, settle_roles
 from gramian.layers.lookup import match_pattern
 from gramian.layout import Layout
+from gramian.texts import read_text
 
 __all__ = ["Holding", "find_holdings", "read_config", "read_layouts"]
 
@@ -126,7 +127,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_layouts(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the overrides of a JSON file: name pattern to layout, `[layout, sizes]`, or `"skip"`."""
     try:
-        layouts = json.loads(Path(path).read_text(encoding="utf-8"))
+        layouts = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}). Give a JSON file of layouts.") from None
     except (ValueError, RecursionError) as error:

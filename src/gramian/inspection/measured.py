@@ -28,6 +28,8 @@ class Measured:
             was not tried.
         frozen: parameters that need no gradient, where others do.
         entries: parameters that meet other values entry by entry, and are no matrices whatever their shape.
+        is_satisfied: whether the loss is exactly zero, and is not with the same output for all samples: there is
+            nothing left to learn from the batch, so that gradients are zero.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
         facts: numbers about the whole model, by label, for the report; rules may add some.
         notes: how things were measured, and what was skipped.
@@ -43,6 +45,7 @@ class Measured:
     stats: Statistics | None = None
     gains: dict[str, Gain | None] = field(default_factory=dict)
     jacobian: tuple[float, ...] = ()
+    is_satisfied: bool = False
     is_chain: bool = True
     waiting: frozenset[str] | None = None
     frozen: frozenset[str] = frozenset()

@@ -16,6 +16,7 @@ from gramian.block import blocks
 from gramian.inspection.derivatives import gradients_of
 from gramian.inspection.observed import Observed
 from gramian.objective import Objective
+from gramian.recording.hooks import hooks
 from gramian.recording.measuring import training
 
 __all__ = ["Opening", "open_zeros"]
@@ -181,15 +182,10 @@ def _last(model: nn.Module, batch: Any, objective: Objective, zeros: Mapping[str
         inputs.extend(t for t in tensors((args, kwargs)) if t.requires_grad and t.is_floating_point())
 
     owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
-    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in owners]
-    try:
-        with torch.enable_grad():
-            objective.loss(model, batch)
-            if not inputs:
-                return frozenset(wanted)
-            total = torch.stack([t.sum().float() for t in inputs]).sum()
-            found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks([m.register_forward_pre_hook(keep, with_kwargs=True) for m in owners]), torch.enable_grad():
+        objective.loss(model, batch)
+        if not inputs:
+            return frozenset(wanted)
+        total = torch.stack([t.sum().float() for t in inputs]).sum()
+        found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
     return frozenset(n for n, g in zip(wanted, found, strict=True) if g is None)

@@ -17,6 +17,7 @@ from gramian.inspection.gating import Gating
 from gramian.inspection.heads import Heads
 from gramian.inspection.moments import as_moments, version
 from gramian.inspection.observed import Activation, Addition, Attention, Observed, Reduction, Routing, Visible
+from gramian.inspection.querying import OverQueries
 from gramian.inspection.sources import trace
 
 __all__ = ["Operations"]
@@ -71,6 +72,7 @@ class Operations:
     ) -> None:
         self.seen, self.names, self.read, self.squares, self.live = seen, names, read, squares, live
         self.heads = Heads(seen)
+        self.over_queries = OverQueries(seen)
         self.elementwise = ElementWise(names)
         self.gating = Gating(seen, names, read, live=live)
         self.is_convolutional = False  # whether the last module with a matrix was a convolution
@@ -81,6 +83,7 @@ class Operations:
         """Lets go of the pass's tensors."""
         self.gating.clear()
         self.heads.clear()
+        self.over_queries.clear()
         self.elementwise.clear()
         self.made_by.clear()
 
@@ -105,6 +108,7 @@ class Operations:
         """
         if not self.live:
             self.heads.see(func, args, kwargs, given, made)
+            self.over_queries.see(name, func, args, kwargs, given, made)
             self.elementwise.see(self.seen, func, given, made)
         self.gating.see(name, order, func, args, kwargs, given, made)
         if func in _SOFTMAX and given and not self.live:

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian.batch import first_samples, main_input, mapped, num_samples
+from gramian.inspection.endless import falls, loss_of, plunges
 from gramian.inspection.given import Given, given_of, key
-from gramian.inspection.losses import VALUES
 from gramian.inspection.moments import first_float
 from gramian.inspection.observed import Observed
 from gramian.inspection.ordering import in_another_order
+from gramian.inspection.padded import Reading, reads_padding
+from gramian.inspection.pairing import Pairs, constant_loss, falls_together, unlike_pairs
+from gramian.inspection.supervision import Supervision, against_labels, silent_columns
+from gramian.inspection.terms import Mixed, mixed_terms, silent_terms
 from gramian.objective import Objective
 from gramian.recording.keeping import seed_torch
 from gramian.recording.measuring import eager, evaluating
 
-__all__ = ["FAR", "NEAR", "TRIED", "Probes", "probe"]
+__all__ = ["TRIED", "Probes", "probe"]
 
 TRIED = {
     "unlinked": "whether parameters without a gradient change the loss",
@@ -32,6 +35,14 @@ TRIED = {
     "plunges": "whether the loss falls faster than the outputs grow",
     "without_effect": "whether each input has an effect",
     "ignores_order": "whether the output depends on the order of tokens or patches",
+    "supervision": "whether the loss is lower where the outputs are as the labels say",
+    "column": "whether all columns of the output have a gradient",
+    "silent": "whether a term of the loss has no gradient",
+    "mixed": "whether terms of the loss are sums and others means",
+    "together": "whether the loss has its minimum where all outputs are equal",
+    "pairs": "whether the loss falls where the two of a pair are the same",
+    "reading": "whether the loss reads a sequence at its padding",
+    "share_of_constant": "the loss with equal outputs for all samples",
 }
 """What a report says of a change that could not be tried."""
 
@@ -39,8 +50,6 @@ TRIED = {
 ENOUGH = 8
 # Outputs that differ by less than this share of what differs between samples are equal up to rounding.
 EQUAL = 1e-4
-# Distances down the gradient, in sizes of the outputs.
-NEAR, FAR = 10.0, 1000.0
 # The share by which halves of a batch may miss the whole's sum.
 SUM = 1e-3
 # Parameters that are tried one by one, and positions of a sequence from which on it is looked at.
@@ -61,6 +70,14 @@ class Probes:
         plunges: the loss as it is, and with the outputs a little and far down its gradient, where it has no minimum.
         without_effect: the inputs that can be exchanged between samples without any effect on the loss.
         ignores_order: whether the output stays when the positions of a sequence change places.
+        supervision: what the loss does wrong with its labels.
+        column: of the outputs, one without a gradient that the loss depends on, and how many there are.
+        silent: how many terms have no gradient though they depend on the parameters, of how many, and the first's mean.
+        mixed: of a loss with terms that are sums over the samples and others that are means.
+        together: the loss as it is, and with equal outputs for all samples, where it has its minimum there.
+        pairs: losses of pairs, where it rises with equal ones.
+        reading: where the loss reads one position, which is padding.
+        share_of_constant: the loss over that with the same output for all samples.
     """
 
     unlinked: tuple[str, ...] = ()
@@ -71,6 +88,14 @@ class Probes:
     plunges: tuple[float, float, float] | None = None
     without_effect: tuple[str, ...] = ()
     ignores_order: bool = False
+    supervision: Supervision | None = None
+    column: tuple[int, int] | None = None
+    silent: tuple[int, int, float] | None = None
+    mixed: Mixed | None = None
+    together: tuple[float, float] | None = None
+    pairs: Pairs | None = None
+    reading: Reading | None = None
+    share_of_constant: float | None = None
 
 
 def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, Exception]]:
@@ -112,14 +137,14 @@ def _unlinked(model: nn.Module, seen: Observed, objective: Objective) -> tuple[s
         try:
             for n in names:
                 parameters[n].mul_(1.5).add_(0.1)
-            return _loss(model, batch, objective) != whole
+            return loss_of(model, batch, objective) != whole
         finally:
             for n, value in kept.items():
                 parameters[n].copy_(value)
 
     with torch.no_grad():
-        whole = _loss(model, batch, objective)
-        if _loss(model, batch, objective) != whole or not changes(missing):
+        whole = loss_of(model, batch, objective)
+        if loss_of(model, batch, objective) != whole or not changes(missing):
             return None
         return tuple(n for n in missing if changes([n])) if len(missing) <= MOST else tuple(missing)
 
@@ -203,87 +228,9 @@ def _sum_over(model: nn.Module, seen: Observed, objective: Objective) -> int | N
         for rows in (slice(0, ENOUGH), slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))
     ]
     with torch.no_grad():
-        whole, one, two = (_loss(model, part, objective) for part in parts)
+        whole, one, two = (loss_of(model, part, objective) for part in parts)
     both_count = min(abs(one), abs(two)) > SUM * abs(whole)  # a mean over what counts is 0 where nothing does
     return num if both_count and abs(one + two - whole) < SUM * abs(whole) else 0
-
-
-def _falls(model: nn.Module, seen: Observed, objective: Objective) -> tuple[float, float, float] | None:
-    """The loss at outputs that are far off the targets, in both directions, where it is lower there."""
-    found = next((c for c in seen.criteria if c.function in VALUES), None)
-    if found is None or not found.target.is_floating_point() or not found.target.numel():
-        return None
-    sizes = [float(t.double().square().mean().sqrt()) for t in (found.given, found.target)]
-    far = 1e3 * (1.0 + max(sizes))
-
-    def shifted(by: float) -> float:
-        calls = []
-
-        def change(module: nn.Module, args: Any, output: Any) -> Any:
-            calls.append(isinstance(output, Tensor) and output.is_floating_point())
-            return output + by if calls[-1] else output
-
-        handle = model.register_forward_hook(change)
-        try:
-            loss = _loss(model, seen.batches[0], objective)
-        finally:
-            handle.remove()
-        return loss if calls == [True] else float("nan")
-
-    with torch.no_grad():
-        below, here, above = (shifted(by) for by in (-far, 0.0, far))
-    return (below, here, above) if max(below, above) < here - 1e-3 * far else None
-
-
-def _plunges(model: nn.Module, seen: Observed, objective: Objective) -> tuple[float, float, float] | None:
-    """The loss where the outputs are, and two distances down its gradient by one of them, where it falls ever faster.
-
-    That of a critic, or a log-determinant, falls as fast as the output grows; nothing that has a minimum falls faster
-    to far below zero.
-    """
-    batch = first_samples(seen.batches[0], ENOUGH)
-
-    def loss(change: Callable[[Tensor], Tensor]) -> Tensor:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if type(output) not in (Tensor, tuple, list, dict):
-                return output  # an object of the model's own, which must stay one
-            return mapped(output, lambda t: change(t) if t.is_floating_point() else t)
-
-        handle = model.register_forward_hook(hook)
-        try:
-            seed_torch(0)
-            total, units = objective.loss(model, batch)
-        finally:
-            handle.remove()
-        return total / units
-
-    free: list[Tensor] = []
-
-    def freed(t: Tensor) -> Tensor:
-        free.append(t.detach().requires_grad_())
-        return free[-1]
-
-    with torch.enable_grad():
-        here = loss(freed)
-        if not free or not here.requires_grad:
-            return None
-        found = torch.autograd.grad(here, free, allow_unused=True)
-    for i, (own, gradient) in enumerate(zip(free, found, strict=True)):
-        if gradient is None or not own.numel() or not bool(gradient.isfinite().all()) or not bool(gradient.any()):
-            continue
-        size = 1.0 + float(own.detach().abs().amax())
-        step = -gradient * (size / float(gradient.double().norm()))
-
-        def moved(far: float, i: int = i, step: Tensor = step) -> float:
-            places = count()
-            with torch.no_grad():
-                return float(loss(lambda t: t + step * far if next(places) == i else t))
-
-        start, near, far, ratio = float(here.detach()), moved(NEAR), moved(FAR), FAR / NEAR
-        is_far_below = far < -ratio * (1 + abs(start))
-        if is_far_below and start - far > 0.3 * ratio**2 * (start - near) > 0:
-            return start, near, far
-    return None
 
 
 def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> tuple[str, ...] | None:
@@ -301,14 +248,14 @@ def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> t
         return None
 
     def silent(inputs: Sequence[Given]) -> list[Given]:
-        whole = _loss(model, batch, objective)
+        whole = loss_of(model, batch, objective)
         found = []
         for one in inputs:
             x = one.values[0]
             other = torch.cat((x[:1], x[:-1]))
             varies = bool((x[-1:] != x[:-1]).any()) and bool((other != x).any())
             changed = mapped(batch, lambda t, x=x, other=other: other if t is x else t)
-            if varies and _loss(model, changed, objective) == whole:
+            if varies and loss_of(model, changed, objective) == whole:
                 found.append(one)
         return found
 
@@ -343,14 +290,11 @@ def _ignores_order(model: nn.Module, seen: Observed, objective: Objective) -> bo
     return _are_equal(one, two)
 
 
-_PROBES = (_unlinked, _cut, _is_affine, _sum_over, _falls, _plunges, _without_effect, _ignores_order)
-
-
-def _loss(model: nn.Module, batch: Any, objective: Objective) -> float:
-    seed_torch(0)
-    with torch.enable_grad():  # a loss may differentiate on its way
-        total, units = objective.loss(model, batch)
-    return float(total.detach()) / float(units)
+_PROBES = (
+    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
+    silent_columns,
+    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, constant_loss,
+)  # fmt: skip
 
 
 def _outputs(model: nn.Module, batch: Any, objective: Objective) -> Tensor | None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gramian.linalg.engine import krylov
+from gramian.linalg.engine.precision import in_full_precision
 
 __all__ = ["Quadrature", "energy_rank_interval", "largest_singular_value", "leading_vectors", "sample_spectrum"]
 
@@ -73,6 +74,7 @@ class Quadrature:
         return found
 
 
+@in_full_precision
 def sample_spectrum(w: Float[Tensor, "m n"], block: int, steps: int, seed: int = 0) -> Quadrature:
     """Run block Lanczos on WᵀW from Gaussian vectors and return the quadrature that it defines.
 
@@ -110,6 +112,7 @@ def largest_singular_value(w: Float[Tensor, "m n"]) -> float:
     return math.sqrt(float(sample_spectrum(w, 8, 12).values[0]))
 
 
+@in_full_precision
 def leading_vectors(w: Float[Tensor, "m n"], count: int) -> tuple[Float[Tensor, "n k"], Float[Tensor, " k"]]:
     """Return the leading right singular vectors and their values, in float64.
 

@@ -18,7 +18,7 @@ from gramian.gram import DiagonalGram, Gram
 from gramian.inspection import weight_rules
 from gramian.inspection.weight_rules import names_of
 from gramian.report import SEVERITIES, Action, Finding, Layer
-from gramian.statistics import Site
+from gramian.site import Site
 
 if TYPE_CHECKING:
     from gramian.inspection.measured import Measured
@@ -114,7 +114,7 @@ def underflowing_gradients(measured: Measured) -> Iterator[Finding]:
     sized = _with_gradients(measured)
     tiny = torch.finfo(measured.dtype).tiny
     lost = [layer for layer in sized if (layer.gradient_rms or 0.0) < tiny]
-    if lost:
+    if lost and not measured.is_satisfied:
         everywhere = len(lost) == len(sized)
         yield Finding(
             "gradient-underflow",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gramian.inspection.quadrature import leading_vectors
 from gramian.report import Direction
+from gramian.texts import read_text
 
 __all__ = ["image_directions", "image_side", "read_tokens", "token_directions"]
 
@@ -71,10 +72,10 @@ def read_tokens(path: Path) -> list[str]:
     folder = path if path.is_dir() else path.parent
     try:
         if (folder / "tokenizer.json").exists():
-            content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            content = json.loads(read_text(folder / "tokenizer.json"))
             return _listed(content["model"]["vocab"], content.get("added_tokens") or [])
         if (folder / "vocab.txt").exists():
-            return (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            return read_text(folder / "vocab.txt").splitlines()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     return []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gramian.errors import CheckpointError, InputError, UnsupportedError
 from gramian.integrations.extras import load
 from gramian.objective import Objective
+from gramian.texts import read_text
 from gramian.training import Task
 
 __all__ = ["BETTER", "copy_companions", "task_of_texts"]
@@ -69,7 +70,7 @@ def task_of_texts(folder: str | Path, texts: str | Path, *, most_tokens: int = M
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json there. Give the folder of a model of transformers.")
     try:
-        lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(texts).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{texts}: cannot be read as text ({error}). Give a file with one text a line") from None
     if len(lines) < FEWEST:
@@ -125,7 +126,7 @@ def _opened(transformers: Any, folder: Path) -> tuple[Any, Any]:
     if not any(file.name in TOKENIZERS or file.suffix == ".model" for file in folder.iterdir()):
         raise CheckpointError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)} or a .model). Save it there too.")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / "config.json"))
         names = config.get("architectures") or []
         cls = getattr(transformers, names[0], None) if names else None
         with without_bars():

@@ -35,6 +35,9 @@ NONE, NOT_FINITE, SINGULAR, NOT_SYMMETRIC, INDEFINITE, INACCURATE, LAPACK, OVERF
     len(REASONS)
 )
 
+DAMPED = frozenset(("inv", "solve", "lstsq", "inv_root", "sqrtm"))
+"""The functions that take `damping`."""
+
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 RTOL |= {torch.complex128: RTOL[torch.float64], torch.complex64: RTOL[torch.float32]}
 """The default rtol of each dtype. Half types: a few roundings of the answer itself. Wider types: far enough above one
@@ -255,13 +258,33 @@ def _require(name: str, certificate: Certificate) -> None:
     reasons = certificate.reasons
     bounds = certificate.error_bound.flatten().tolist()
     shown = some((f"matrix {i}: {reasons[i]} (error bound {bounds[i]:.1e})" for i in failed), separator="; ")
-    # The reason for an overflow says what to do, and nothing else would help.
-    helps = any(reasons[i] != REASONS[OVERFLOW] for i in failed)
-    advice = ", add damping where the function takes it, pass a wider dtype, or loosen rtol" if helps else ""
+    ways = dict.fromkeys(_advice(name, REASONS.index(reasons[i])) for i in failed)
     raise ConvergenceError(
         f"{name}: {len(failed)} of {len(reasons)} matrices failed their certificate. {shown}. "
-        f"Use {name}_ex for the value and the certificate{advice}."
+        f"{' '.join(filter(None, ways))} {name}_ex gives the value and the certificate.".replace("  ", " ")
     )
+
+
+def _advice(name: str, reason: int) -> str:
+    """What helps a function whose answer failed for a reason; empty where the reason says it, or nothing does."""
+    damping = "Pass damping=, a multiple of the identity that is added" if name in DAMPED else ""
+    if reason == NOT_FINITE:
+        return "Find out where NaN or inf comes from; no setting helps."
+    if reason == SINGULAR:
+        other = {"inv": "take pinv", "solve": "take lstsq"}.get(name, "")
+        found = ", or ".join(filter(None, [damping, other]))
+        return f"{found}." if found else "Only a matrix of full rank has one."
+    if reason == NOT_SYMMETRIC:
+        return "If that is rounding alone, pass (m + m.mH) / 2."
+    if reason == INDEFINITE:
+        return f"{damping}, larger than minus the least eigenvalue." if damping else ""
+    if reason in (INACCURATE, LAPACK):
+        return f"{damping}, a wider dtype, or a larger rtol." if damping else "Pass a wider dtype, or a larger rtol."
+    if reason == NO_SIGN:
+        return "A small multiple of the identity, added to the matrix, moves them off the axis; its sign is another."
+    if reason == ON_CUT:
+        return "With a multiple of the identity added that makes them positive there is one, of another matrix."
+    return ""
 
 
 @torch.library.custom_op(

@@ -108,20 +108,30 @@ def _worked(arguments: Arguments, *tensors: Tensor | None) -> list[Tensor]:
 def _along_inverse_root(arguments: Arguments, x: Tensor, e: Tensor) -> Tensor:
     p, spectrum = arguments["p"], arguments.get("spectrum")
     # Powers of X need entries near 1: with X = 2ᵏ X̂ the answer is 2^(k(p + 1)) times that of X̂.
-    scaled, exponent = _normalized(x, torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device))
+    alone = False
+    if known(spectrum) and x.numel():
+        # Then the eigenvalues do, and nothing else sees what is made here.
+        alone = True
+        exponent = torch.frexp(spectrum.values.amax(-1))[1].double()
+    else:
+        x, exponent = _normalized(x, torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device))
     if spectrum is not None:
         spectrum = spectrum._replace(values=spectrum.values * torch.exp2(-exponent)[..., None])
-    d = solve_power_sum(scaled, e, p, "inv_root", inverse=True, spectrum=spectrum)
+    d = solve_power_sum(x, e, p, "inv_root", inverse=True, symmetric=True, spectrum=spectrum)
     half = (exponent * (p + 1) / 2).floor()
-    rest = exponent * (p + 1) - half
-    return d * torch.exp2(half).to(d.dtype)[..., None, None] * torch.exp2(rest).to(d.dtype)[..., None, None]
+    for part in (half, exponent * (p + 1) - half):
+        factor = torch.exp2(part).to(d.dtype)[..., None, None]
+        d = d.mul_(factor) if alone else d * factor
+    return d
 
 
 INVERSE_ROOT = _of_roots(_along_inverse_root)
 """Σₖ Xᵏ dX Xᵖ⁻¹⁻ᵏ = −Xᵖ dM Xᵖ, the derivative of XᵖM = I."""
 
 SQUARE_ROOT = _of_roots(
-    lambda arguments, x, e: solve_power_sum(x, e, 2, "sqrtm", root=True, spectrum=arguments.get("spectrum"))
+    lambda arguments, x, e: solve_power_sum(
+        x, e, 2, "sqrtm", root=True, symmetric=True, spectrum=arguments.get("spectrum")
+    )
 )
 """X dX + dX X = dM. Higham, Functions of Matrices (2008), §6.1."""
 

@@ -112,6 +112,7 @@ def inverse_bound(m: Pair, y: Tensor, p: Probes, fine: bool) -> tuple[Tensor, Te
     n = y.shape[-1]
     omega = p.omega.expand(y.shape[0], -1, -1)
     size, big = norm(y) * (1 + LOOSE), norm(m.hi)
+    y = y.double()  # once for all products
     if fine:
         right = thin_product(pair(y), size, omega)
         image = thin_product(m, big, right.hi)

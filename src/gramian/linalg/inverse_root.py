@@ -16,6 +16,7 @@ from gramian.linalg.certificate import Certificate, require_converged
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.derivative import differentiable
 from gramian.linalg.engine.double_double import (
+    Pair,
     damped,
     eye_like,
     minus,
@@ -29,7 +30,7 @@ from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
-from gramian.linalg.engine.probes import probes
+from gramian.linalg.engine.probes import EXACT, probes
 from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import gamma, norm, unit_roundoff
 from gramian.linalg.engine.spectrum import Spectrum
@@ -62,7 +63,7 @@ def _eigh32(
         reason = torch.where(ok & (w > 0).all(-1), cert.NONE, cert.INACCURATE)
         root = root_of(w.double(), p)
         return Answer.bare(of_roots(root, v, v.dtype), reason, spectrum=Spectrum(root, v))
-    value, error, residual = from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype)
+    value, error, residual = from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype, rtol)
     proven = ok & error.isfinite() & (w > 0).all(-1)
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
@@ -82,9 +83,16 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
         reason = torch.where((reason == cert.NONE) & ~kept.all(-1), cert.SINGULAR, reason)
         root = torch.where(kept, root_of(w, p), 0.0)
         return Answer.bare(of_roots(root, v, wide(dtype)), reason, spectrum=Spectrum(root_of(w, p), v))
-    value, error, residual = from_eigenpairs(m, w, v, p, wide(dtype))
+    value, error, residual = from_eigenpairs(m, w, v, p, wide(dtype), rtol)
     proven = error.isfinite() & (w > 0).all(-1)
     error = torch.where(proven, error, math.inf)
+    if x.shape[-1] <= EXACT and value.dtype == torch.float64:
+        # Their residuals in float64 are rounding; the correction that double-double ones give is the error itself.
+        root = root_of(w, p)
+        further = _corrected(m, pair(value), root, v, p, 1)
+        rest, _ = _pair_bound(m, further, root, w, p)
+        error = torch.fmin(error, norm(further.hi - value) + norm(further.lo) + rest)
+        proven = proven & error.isfinite() | rest.isfinite()
     unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
     reason = torch.where((reason == cert.NONE) & ~proven, unproven, reason)
     if not bool(proven.all()):
@@ -140,46 +148,58 @@ def _coupled_newton(
 
 
 def _eigh_refined(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
-    """V w^(-1/p) Vᵀ, then two first-order corrections from double-double residuals R = I − XᵖM; right to the last bits
-    while uκ < 1.
-
-    In the eigenbasis the correction is R_ij x_jᵖ / Σ_k x_iᵏ x_j^(p−1−k), the divided difference of λ^(-1/p) without its
-    cancellation (Higham, Functions of Matrices, theorem 3.11). The bound is that of `root_bound`.
+    """V w^(-1/p) Vᵀ, then two first-order corrections from double-double residuals; right to the last bits while
+    uκ < 1.
     """
     m = damped(x, shift)
     w, v, floor, reason = decompose(m, dtype)
     root = root_of(w, p)
     value = symmetric(pair((v * root[:, None, :]) @ v.mT))
-    value = pair(value.hi)
+    value = _corrected(m, pair(value.hi), root, v, p, REFINEMENTS)
+    kept = w > floor
+    on_range = (v * (root * kept)[:, None, :]) @ v.mT
+    if not certify:
+        lost = ~kept.all(-1)
+        reason = torch.where((reason == cert.NONE) & lost, cert.SINGULAR, reason)
+        return Answer.bare(torch.where(lost[:, None, None], on_range, value.hi), reason, REFINEMENTS)
+    error, residual = _pair_bound(m, value, root, w, p)
+    proven = error.isfinite()
+    unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
+    reason = torch.where((reason == cert.NONE) & ~proven, unproven, reason)
+    error = error + norm(value.lo)
+    return Answer(torch.where(proven[:, None, None], value.hi, on_range), error, residual, reason, REFINEMENTS)
+
+
+def _corrected(m: Pair, value: Pair, root: Tensor, v: Tensor, p: int, steps: int) -> Pair:
+    """X after `steps` first-order corrections from double-double residuals R = I − XᵖM.
+
+    In the eigenbasis the correction is R_ij x_jᵖ / Σ_k x_iᵏ x_j^(p−1−k), the divided difference of λ^(-1/p) without its
+    cancellation (Higham, Functions of Matrices, theorem 3.11).
+    """
     row, column = root[:, :, None], root[:, None, :]
     ratio = torch.where(row > 0, column / row, 0.0)
     # Divided by x_iᵖ⁻¹ throughout, so that no power overflows.
     weights = row * ratio**p / sum(ratio ** (p - 1 - k) for k in range(p))
-    for _ in range(REFINEMENTS):
-        r, _ = minus(eye_like(x), product(power(value, p, product), m))
+    for _ in range(steps):
+        r, _ = minus(eye_like(v), product(power(value, p, product), m))
         # Eigenvalues ascend: above the diagonal lie the large entries of R, below it their rounding.
         d = ((v.mT @ r @ v) * weights).triu()
         d = v @ (d + d.triu(1).mT) @ v.mT
         value = plus(value, (d + d.mT) / 2)
-    kept = w > floor
-    if not certify:
-        lost = ~kept.all(-1)
-        reason = torch.where((reason == cert.NONE) & lost, cert.SINGULAR, reason)
-        on_range = (v * (root * kept)[:, None, :]) @ v.mT
-        return Answer.bare(torch.where(lost[:, None, None], on_range, value.hi), reason, REFINEMENTS)
-    r, r_error = minus(eye_like(x), product(power(value, p, product), m))
+    return value
+
+
+def _pair_bound(m: Pair, value: Pair, root: Tensor, w: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    """A bound on ‖X − M^(-1/p)‖_F for a pair X, inf where none is proven, as of `root_bound`; and ‖I − XᵖM‖_F."""
+    r, r_error = minus(eye_like(value.hi), product(power(value, p, product), m))
     size = norm(r) + r_error
-    n = x.shape[-1]
+    n = root.shape[-1]
     largest = root.amax(-1) if n else root.new_zeros(root.shape[0])
     smallest = root.amin(-1) if n else root.new_ones(root.shape[0])
     positive = smallest / 2 > 8 * gamma(n + 8) * math.sqrt(max(n, 1)) * largest
     proven = (size < 1) & positive & (w > 0).all(-1)
     relative = torch.expm1(torch.log1p(-size.clamp_max(0.999)) / -p)
-    error = torch.where(proven, relative * (norm(value.hi) + norm(value.lo)) + norm(value.lo), math.inf)
-    unproven = torch.where(kept.all(-1), cert.INACCURATE, cert.SINGULAR)
-    reason = torch.where((reason == cert.NONE) & ~proven, unproven, reason)
-    on_range = (v * (root * kept)[:, None, :]) @ v.mT
-    return Answer(torch.where(proven[:, None, None], value.hi, on_range), error, norm(r), reason, REFINEMENTS)
+    return torch.where(proven, relative * (norm(value.hi) + norm(value.lo)), math.inf), norm(r)
 
 
 def _plain(m: Tensor, p: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -172,8 +173,12 @@ def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certif
 
 
 def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
-    """By an eigendecomposition, bounded from a residual in plain float64."""
-    return _by_residual(x, shift, dtype, rough, 0, certify)
+    """By an eigendecomposition, bounded from a residual in plain float64, or up to `EXACT` by its correction."""
+    answer = _by_residual(x, shift, dtype, rough, 0, certify)
+    if not certify or x.shape[-1] > EXACT:
+        return answer
+    further = _by_residual(x, shift, dtype, product, 1, certify)
+    return replace(answer, error=torch.fmin(answer.error, norm(answer.value - further.value) + further.error))
 
 
 def _eigh_refined(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:

@@ -14,7 +14,7 @@ from gramian.calls import as_model
 from gramian.errors import InputError, ShapeError, UnsupportedError
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Objective, as_objective
-from gramian.operators.jacobians import dot, twice_differentiable
+from gramian.operators.line import dot, twice_differentiable
 from gramian.recording import measuring
 
 __all__ = ["Curvature", "fisher", "gauss_newton", "hessian"]

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,9 @@ __all__ = ["Approach", "approaches", "chosen", "polar"]
 
 RATIO = 1 / 512
 """Largest `low` that an approach may have at rtol 0.125: torch's five steps lift singular values from about there."""
+
+FIRST = {"quintics": 5, "nonic": 9}
+"""Composed odd polynomials: degree of the first, the others being quintics."""
 
 COARSE = 0.125
 MOST = 12  # steps or terms
@@ -47,8 +50,8 @@ class Approach(NamedTuple):
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The polar factor of each matrix, roughly; in `out`, which may be x, if that is given."""
         dtype = getattr(torch, self.dtype)
-        if self.method == "quintics":
-            return few_passes(x, low=self.low, steps=self.steps, dtype=dtype, out=out)
+        if self.method in FIRST:
+            return few_passes(x, low=self.low, steps=self.steps, first=FIRST[self.method], dtype=dtype, out=out)
         return zolotarev(x, low=self.low, terms=self.steps, dtype=dtype, out=out)
 
     def __str__(self) -> str:
@@ -157,10 +160,11 @@ def _approach(short: int, long: int, rtol: float, device: str, name: str | None)
 def _candidates(short: int, ratio: float, rtol: float) -> Iterator[tuple[Approach, Operations]]:
     """The approaches that reach `rtol`."""
     for dtype in ("float32", *(["bfloat16"] if rtol >= HALF and short >= NARROW else [])):
-        steps, low = _fewest("quintics", rtol)
-        pairs = steps // 2 if ratio >= PAIRED_FROM else 0
-        products = pairs * (2 * ratio + 5) + (steps - 2 * pairs) * (2 * ratio + 1)
-        yield Approach("quintics", steps, dtype, low), {dtype: products}
+        for method, degree in FIRST.items():
+            steps, low = _fewest(method, rtol)
+            pairs = steps // 2 if ratio >= PAIRED_FROM else 0
+            products = pairs * (2 * ratio + 5) + (steps - 2 * pairs) * (2 * ratio + 1) + (degree > 5)
+            yield Approach(method, steps, dtype, low), {dtype: products}
         if rtol >= GRAM and short >= NARROW:
             terms, low = _fewest("fractions", rtol)
             # The Gram matrix is halved; what is left out is worth a third of a product with A.
@@ -179,7 +183,8 @@ def _fewest(method: str, rtol: float) -> tuple[int, float]:
 
     The errors equioscillate, so that the root mean square is 1/√2 of the largest.
     """
-    of, most = composed if method == "quintics" else fractions, rtol * math.sqrt(2)
+    of = partial(composed, first=FIRST[method]) if method in FIRST else fractions
+    most = rtol * math.sqrt(2)
     high = max(LEAST, RATIO * min(1.0, rtol / COARSE))
     steps = next((k for k in range(1, MOST) if of(high, k).error <= most), MOST)
     low = LEAST

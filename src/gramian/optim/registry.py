@@ -7,6 +7,7 @@ The rows drive `gramian train --optimizer`, `gm.train`, `gm.suggest_lr`, `gramia
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -149,6 +150,28 @@ def known_name(caller: str, name: str, otherwise: str = "") -> str:
         *known, last = ["auto", *OPTIMIZERS, *filter(None, [otherwise])]
         raise InputError(f"{caller}: unknown optimizer {name!r}; wanted {', '.join(known)} or {last}")
     return AUTO if name == "auto" else name
+
+
+def with_rate(caller: str, text: str) -> tuple[str, float | Literal["auto"] | None]:
+    """An optimizer's name and its rate, from `name`, `name:lr=0.01` or `name:lr=auto`; no rate is `None`.
+
+    Raises `InputError` for an unknown name, or what is no rate.
+
+    >>> with_rate("train", "adamw:lr=3e-4"), with_rate("train", "sgd")
+    (('adamw', 0.0003), ('sgd', None))
+    """
+    name, colon, rest = text.strip().partition(":")
+    name = known_name(caller, name)
+    key, equals, value = rest.partition("=")
+    if not colon:
+        return name, None
+    try:
+        rate = "auto" if value == "auto" else float(value)
+    except ValueError:
+        rate = math.nan
+    if key.strip() != "lr" or not equals or not (rate == "auto" or 0 <= rate < math.inf):
+        raise InputError(f"{caller}: after an optimizer's name :lr=NUMBER or :lr=auto is taken; got {text!r}")
+    return name, rate
 
 
 def table() -> str:

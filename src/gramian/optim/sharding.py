@@ -127,14 +127,16 @@ class Sharding:
                     grads[p] = whole
         return dict(zip(grads, placement.locals_of(list(grads.values())), strict=True))
 
-    def add_(self, params: Sequence[Tensor], updates: Mapping[Tensor, Tensor], keep: Sequence[Tensor] | float) -> None:
+    def add_(
+        self, params: Sequence[Tensor], updates: Mapping[Tensor, Tensor], keep: Mapping[Tensor, Tensor] | float
+    ) -> None:
         """Multiplies each parameter by its entry of `keep`, then adds its update, which its owner has. Collective."""
         parts = placement.locals_of(params)
         if isinstance(keep, float | int):
             if keep != 1:
                 torch._foreach_mul_(parts, keep)
         else:
-            torch._foreach_mul_(parts, [k.to(part.device) for k, part in zip(keep, parts, strict=True)])
+            torch._foreach_mul_(parts, [keep[p].to(part.device) for p, part in zip(params, parts, strict=True)])
         sharded = [p for p in params if p in self._owner]
         steps = dict(updates)
         if sharded:

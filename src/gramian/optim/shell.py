@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -166,10 +166,16 @@ class MatrixOptimizer(Saved):
             bad = None if finite else not_finite([p.grad for p in params])  # type: ignore[misc]
             self._count(params, bad)
             grads, updates = self._sharding.gradients(params), {}
+            flags = None if bad is None else dict(zip(params, bad.unbind(), strict=True))
+            keep = _decay(params, bad, float(group["lr"]) * group["weight_decay"])
             for stack in self._current(group, plan, grads):
-                flags = None if bad is None else dict(zip(params, bad.unbind(), strict=True))
-                updates.update(self._step_stack(stack, group, grads, flags))
-            self._sharding.add_(params, updates, _decay(params, bad, float(group["lr"]) * group["weight_decay"]))
+                update = self._step_stack(stack, group, grads, flags)
+                if self._sharding:
+                    updates.update(zip(stack.params, stack.unstacked(update), strict=True))
+                else:  # at once, while it lies in the cache and in memory that the next stack takes
+                    stack.add_(update, [p in grads for p in stack.params], keep)
+            if self._sharding:
+                self._sharding.add_(params, updates, keep)
         if plan.matrices:
             group["step"] += 1
 
@@ -194,10 +200,10 @@ class MatrixOptimizer(Saved):
 
     def _step_stack(
         self, stack: Stack, group: dict[str, Any], grads: Mapping[Tensor, Tensor], flags: Mapping[Tensor, Tensor] | None
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Each parameter of the stack with its update, which is still to be added."""
-        params = [r.parameter for r in stack.routes]
-        g = stack.stacked([grads.get(p) for p in params])
+    ) -> Tensor:
+        """The update of the stack's matrices (K, m, n), which is still to be added."""
+        params = stack.params
+        g = stack.stacked([grads.get(p) for p in params], lasting=bool(self._sharding))
         if group["maximize"]:
             g.neg_()
         bad = None
@@ -218,7 +224,7 @@ class MatrixOptimizer(Saved):
         # In place where the direction is new: another tensor of that size costs more than the product.
         memory = direction.untyped_storage().data_ptr()
         kept = any(buffer.untyped_storage().data_ptr() == memory for buffer in stack.state.values())
-        return zip(params, stack.unstacked(direction * factors if kept else direction.mul_(factors)), strict=True)
+        return direction * factors if kept else direction.mul_(factors)
 
     def _scales(self, stack: Stack, group: Mapping[str, Any]) -> Tensor:
         """The s of each matrix, (K, 1, 1)."""
@@ -295,9 +301,9 @@ def _bad(
     return torch.stack([flags.get(p, missing) for p in params]).to(device)
 
 
-def _decay(params: Sequence[Tensor], bad: Tensor | None, rate: float) -> list[Tensor] | float:
+def _decay(params: Sequence[Tensor], bad: Tensor | None, rate: float) -> dict[Tensor, Tensor] | float:
     """What each parameter is multiplied by: 1 − rate, or one where it is skipped."""
     if bad is None or not rate:
         return 1 - rate
     wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-    return list(torch.ones_like(bad, dtype=wide).masked_fill_(~bad, 1 - rate).unbind())
+    return dict(zip(params, torch.ones_like(bad, dtype=wide).masked_fill_(~bad, 1 - rate).unbind(), strict=True))

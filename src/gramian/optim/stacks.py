@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
+from gramian import placement
 from gramian.errors import InputError
+from gramian.linalg.engine.workspace import scratch
 from gramian.optim.route import Route
 
 __all__ = ["Stack", "State", "alike"]
 
 State = dict[str, Tensor]
 
-MAX_BYTES = 256 << 20  # of matrices in one stack, whose gradients are copied
+MAX_BYTES = {"cpu": 6 << 20}
+"""Of the matrices in one stack, by kind of device: on a CPU so many as stay in its cache between operations."""
+
+MAX_BYTES_ELSEWHERE = 256 << 20
 
 
 def alike(routes: Sequence[Route]) -> list[list[Route]]:
@@ -28,7 +34,8 @@ def alike(routes: Sequence[Route]) -> list[list[Route]]:
     for r in routes:
         p = r.parameter
         kind = (_matrices(r)[-2:], p.dtype, p.device)
-        if kind not in kinds or sizes[kind] > MAX_BYTES:
+        most = MAX_BYTES.get(p.device.type, MAX_BYTES_ELSEWHERE)
+        if kind not in kinds or sizes[kind] + 4 * p.numel() > most:
             kinds.setdefault(kind, []).append([])
             sizes[kind] = 0
         kinds[kind][-1].append(r)
@@ -48,6 +55,7 @@ class Stack:
         self, routes: Sequence[Route], init: Callable[[Tensor], State], states: Mapping[Tensor, State]
     ) -> None:
         self.routes = tuple(routes)
+        self.params = [r.parameter for r in routes]
         self.counts = [math.prod(_matrices(r)[:-2]) for r in routes]
         self.shape = (sum(self.counts), *_matrices(self.routes[0])[-2:])
         p = self.routes[0].parameter
@@ -84,9 +92,12 @@ class Stack:
                 return False
         return True
 
-    def stacked(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """A copy of one tensor for each parameter, as matrices (K, m, n); zeros for `None`."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def stacked(self, tensors: Sequence[Tensor | None], *, lasting: bool) -> Tensor:
+        """A copy of one tensor for each parameter, as matrices (K, m, n); zeros for `None`.
+
+        Unless it is `lasting`, the next stack is copied to the same memory.
+        """
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if lasting else self._scratch()
         known = [tensor for tensor in tensors if tensor is not None]
         if self.simple and len(known) == len(tensors):
             torch._foreach_copy_(out.unbind(), known)
@@ -98,12 +109,39 @@ class Stack:
                 into.view(_matrices(r)).copy_(r.layout.split(tensor))  # type: ignore[union-attr]
         return out
 
+    def _scratch(self) -> Tensor:
+        return scratch("stack", self.shape, self.dtype, self.alive)
+
     def unstacked(self, matrices: Tensor) -> list[Tensor]:
         """Matrices (K, m, n) as one tensor for each parameter, of its shape; views where layouts allow."""
         if self.simple:
             return list(matrices.unbind())
         parts = zip(self.routes, matrices.split(self.counts), strict=True)
         return [r.layout.join(part.view(_matrices(r))) for r, part in parts]  # type: ignore[union-attr]
+
+    def add_(self, update: Tensor, present: Sequence[bool], keep: Mapping[Tensor, Tensor] | float) -> None:
+        """Multiplies each parameter that is present by its entry of `keep`, then adds its matrices of `update`.
+
+        To the matrices that a parameter is made of, as they lie in it, where they are views.
+        """
+        params = placement.locals_of(list(compress(self.params, present)))
+        if not isinstance(keep, float | int):
+            torch._foreach_mul_(params, [keep[p].to(self.device) for p in compress(self.params, present)])
+        elif keep != 1:
+            torch._foreach_mul_(params, keep)
+        if self.simple:
+            targets, steps = params, list(compress(update.unbind(), present))
+        else:
+            targets, steps = [], []
+            parts = list(zip(self.routes, update.split(self.counts), strict=True))
+            for (r, part), p in zip(compress(parts, present), params, strict=True):
+                layout, step = r.layout, part.view(_matrices(r))
+                target = layout.split(p)  # type: ignore[union-attr]
+                if target.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
+                    target, step = p, layout.join(step)  # type: ignore[union-attr]
+                targets.append(target)
+                steps.append(step)
+        torch._foreach_add_(targets, [step.to(self.param_dtype) for step in steps])
 
     def repeated(self, values: Tensor) -> Tensor:
         """One value for each matrix, (K, 1, 1), from one for each parameter."""

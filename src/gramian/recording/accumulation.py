@@ -12,7 +12,7 @@ from gramian.gram import At, DiagonalGram, Gram, Sums, sums
 from gramian.recording.form import Form
 from gramian.recording.sides import Side
 from gramian.recording.taps import Pass, in_backward
-from gramian.statistics import Site
+from gramian.site import Site
 
 __all__ = ["Accumulator"]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gramian.gram import Sums, power_of_two
 from gramian.linalg import syrk
+from gramian.linalg.engine.precision import in_full_precision
 from gramian.recording.windows import windows
 
 __all__ = ["moment_of_windows", "pays"]
@@ -40,6 +41,7 @@ def pays(shape: Sequence[int], kernel: Sequence[int], pads: Sequence[tuple[int, 
     return frequencies * (8 * num + 4 * lags) + num * border * size**2 / 2 < 0.5 * plain
 
 
+@in_full_precision
 def moment_of_windows(
     x: Tensor,
     kernel: Sequence[int],

@@ -27,7 +27,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Kept:
     """What objects hold, to be put back after code of the user's has run on them.
 
-    Of modules: parameters and buffers bit for bit in their storage, and their attributes. Of tensors, arrays and
+    Of modules: parameters and buffers bit for bit in their storage, their attributes, and what their classes hold as
+    data, such as counters, where they are the user's own. Of tensors, arrays and
     generators: their values. Containers, and objects of the user's own classes, are followed. The objects themselves
     stay: only what is in them is put back. Tensors without values of their own here (sharded, sparse, quantized, on the
     meta device) are put back as attributes, and their values are not; neither are attributes of `torch.jit` modules.
@@ -109,6 +110,27 @@ class Kept:
                 self._keep(child, 0)
             return
         self._attributes(module, 0)
+        self._class(type(module))
+
+    def _class(self, kind: type) -> None:
+        """What a class of the user's, and those it is made of, hold for all their objects: counters and caches."""
+        for one in kind.__mro__:
+            if not _is_own(one) or id(one) in self._known:
+                continue
+            self._known[id(one)] = one
+            kept = {k: v for k, v in vars(one).items() if not k.startswith("__") and _is_value(v)}
+
+            def undo(one: type = one, kept: dict[str, Any] = kept) -> None:
+                now = vars(one)
+                for k, v in kept.items():
+                    if k not in now or now[k] is not v:
+                        setattr(one, k, v)
+                for k in [k for k, v in now.items() if not k.startswith("__") and k not in kept and _is_value(v)]:
+                    delattr(one, k)
+
+            self._undo.append(undo)
+            for value in kept.values():
+                self._keep(value, 1)
 
     def _attributes(self, owner: Any, depth: int) -> None:
         attributes = vars(owner)
@@ -170,8 +192,13 @@ def _identical(a: Any, b: Any) -> bool:
 def _is_own(value: Any) -> bool:
     if isinstance(value, (ModuleType, BuiltinFunctionType, torch.optim.Optimizer)) or not hasattr(value, "__dict__"):
         return False
-    package = type(value).__module__.partition(".")[0]
+    package = (value if isinstance(value, type) else type(value)).__module__.partition(".")[0]
     return package not in ("torch", "gramian", "numpy", "builtins", "functools", "weakref", "threading", "logging")
+
+
+def _is_value(value: Any) -> bool:
+    """Whether an attribute of a class is data, and not a method, a property or a class."""
+    return not (callable(value) or hasattr(type(value), "__get__"))
 
 
 def _as_leaf(t: Tensor, requires_grad: bool) -> None:

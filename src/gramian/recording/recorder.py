@@ -27,7 +27,8 @@ from gramian.recording.stacks import uses_of
 from gramian.recording.taps import Pass, in_backward, in_vmap, tapped
 from gramian.recording.tracking import Tracker, acts_by_rows, name_of, tensors_of
 from gramian.recording.unfused import UNFUSED
-from gramian.statistics import Site, Statistics
+from gramian.site import Site
+from gramian.statistics import Statistics
 
 __all__ = ["MAX_DIM", "Recorder"]
 

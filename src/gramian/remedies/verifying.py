@@ -208,7 +208,8 @@ def _verified(
         note=" ".join(notes),
     )
     if not ((helps or is_as_good) and shown.is_gone):
-        among = f" (the best of {len(tried)})" if len(tried) > 1 else ""
+        others = [_in_short(one.action) for one in tried if one is not best]
+        among = f" (the best of {len(tried)}; also tried: {some(others)})" if others else ""
         why = why_not(shown, helps=helps, learns=all(does_learn), is_higher=is_higher(pairs[last]))
         return _not_offered(finding, best.action, f"{why} ({shown.told})", among)
     state.setting, state.found, state.codes = best.setting, {measure: after}, best.codes

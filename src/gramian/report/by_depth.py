@@ -75,7 +75,7 @@ def _elsewhere(where: str) -> str:
 # The lanes of the picture by depth: label, what of a place, and the height of a reference line.
 _LANES: tuple[tuple[str, Callable[[Place], float | None], float | None], ...] = (
     ("signal, root mean square (RMS)", lambda place: place.rms, None),
-    ("variation between samples, share of the signal", lambda place: place.variation, None),
+    ("variation between samples / signal", lambda place: place.variation, None),
     ("gradient at the output, RMS per unit", lambda place: place.gradient, None),
     ("gain χ; gradients shrink below 1", lambda place: place.gain, 1.0),
     ("first step ‖ΔW‖ / ‖W‖", lambda place: place.update, None),

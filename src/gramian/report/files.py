@@ -69,9 +69,14 @@ def check_target(path: str | os.PathLike[str], suffixes: tuple[str, ...] = (".ht
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    target = Path(os.path.realpath(path))  # through a link, so that the link survives
+    try:
+        target = Path(os.path.realpath(path))  # through a link, so that the link survives
+        is_other = target.exists() and not target.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {os.fspath(path)}: {reason}. Give another name.") from None
     if not target.parent.is_dir():
         raise InputError(f"cannot write {os.fspath(path)}: the folder {target.parent} does not exist. Create it first.")
-    if target.exists() and not target.is_file():
+    if is_other:
         raise InputError(f"cannot write {os.fspath(path)}: it exists and is not a regular file. Give a file name.")
     return target

@@ -11,6 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gramian.errors import plain
+
 __all__ = ["Watch", "four_digits"]
 
 REFRESHES_PER_SECOND = 4
@@ -66,6 +68,11 @@ class Watch:
         if not self.quiet and not self.console.is_terminal:
             line = f"{self.what} {self.share:4.0%}  {'  '.join(numbers.values())}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Print a line that stays, above the progress."""
+        if not self.quiet:
+            self.console.print(plain(text, 2000), markup=False, highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:
         bar = Table.grid(padding=(0, 1), expand=False)

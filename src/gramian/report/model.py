@@ -90,7 +90,8 @@ class Report:
         among = f" Looked at: {', '.join(self.looked_at)}." if self.looked_at else ""
         share = self.facts.get(COVERAGE, 1.0)
         if isinstance(share, float) and share < HALF:
-            return f"No trouble found in what was measured: {100 * share:.0f} % of the parameters{remarks}.{among}"
+            told = "none" if share <= 0 else "under 1 %" if share < 0.005 else f"{100 * share:.0f} %"
+            among += f" The signal was measured of {told} of the parameters."
         return f"No trouble found in {plural(len(self.layers), 'layer')}{remarks}.{among}"
 
     def to_dict(self) -> dict[str, Any]:

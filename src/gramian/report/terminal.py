@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -29,6 +30,7 @@ from .tables import TableView
 
 MOST_FINDINGS = 12  # shown unless verbose
 MOST_ROWS = 24
+MOST_PLACES = 12  # of a picture that is told point by point
 
 _STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 _SIGNS: dict[Status, tuple[str, str]] = {
@@ -54,7 +56,31 @@ def show(item: Report | Document, console: Console | None = None, verbose: bool 
     ✓ No trouble found, but there were no layers to inspect.
     """
     view = ReportView(item, verbose) if isinstance(item, Report) else DocumentView(item, verbose)
-    (console or Console()).print(view)
+    with unpadded(console or Console()) as out:
+        out.print(view)
+
+
+@contextmanager
+def unpadded(console: Console) -> Iterator[Console]:
+    """A context in which what is printed to a file or a pipe has no blanks at its lines' ends.
+
+    Args:
+        console: where to print.
+
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> with unpadded(Console(width=20)) as out:
+    ...     out.print("short ")
+    short
+    """
+    if console.is_terminal:
+        yield console
+        return
+    with console.capture() as capture:
+        yield console
+    console.file.write("".join(f"{line.rstrip(' ')}\n" for line in capture.get().splitlines()))
 
 
 def to_text(item: Report | Document, width: int = 100, verbose: bool = False) -> str:
@@ -72,10 +98,10 @@ def to_text(item: Report | Document, width: int = 100, verbose: bool = False) ->
     >>> to_text(Report("net")).splitlines()[0]
     'net'
     """
-    console = Console(file=io.StringIO(), width=width, no_color=True, force_terminal=False, legacy_windows=False)
-    with console.capture() as capture:
-        show(item, console, verbose)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    file = io.StringIO()
+    console = Console(file=file, width=width, no_color=True, force_terminal=False, legacy_windows=False)
+    show(item, console, verbose)
+    return file.getvalue().rstrip("\n")
 
 
 @dataclass(frozen=True)
@@ -250,6 +276,15 @@ def _titled(title: str, view: TableView, spell: Speller) -> RenderableType:
 
 
 def _in_numbers(picture: Picture) -> Table:
+    """A picture as a table: every point of one with few, and else where each curve begins, ends, and its extremes."""
+    places = sorted({float(x) for series in picture.series for x in series.x}, reverse=True)
+    if len(places) <= MOST_PLACES and not picture.x_names:
+        labels = [series.label or picture.y_label or picture.title for series in picture.series]
+        points = [dict(zip(map(float, series.x), map(float, series.y), strict=True)) for series in picture.series]
+        told = [[x, *(one.get(x) for one in points)] for x in places]
+        if picture.reference is not None:
+            told.append([picture.reference[1], float(picture.reference[0]), *[None] * (len(points) - 1)])
+        return Table("", (picture.x_label or "place", *labels), told)
     rows: list[list[str | float | int | None]] = []
     for series in picture.series:
         ys = [float(y) for y in series.y if shows(float(y), picture.log_y)]

@@ -18,6 +18,7 @@ from gramian.checkpoint.faults import plain
 from gramian.errors import GramianError, TaskError
 from gramian.tasks.table import TASKS
 from gramian.training import Task
+from gramian.training.interrupts import is_interruption
 from gramian.training.task import described
 
 __all__ = ["load"]
@@ -64,9 +65,9 @@ def load(spec: str, *, write: str = "{}") -> Task:
         task = scope[function]()
     except GramianError:
         raise
-    except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
-            raise  # a signal's, as the command line raises at SIGTERM
+    except BaseException as error:
+        if is_interruption(error):
+            raise
         raise TaskError(f"task {spec} raised {described(error, str(file))}") from error
     if not isinstance(task, Task):
         model = ". Put the model into one: gm.Task(lambda: model, objective, train_loader, evaluate)"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gramian.errors import InputError, TaskError
 from gramian.objective import Objective
+from gramian.texts import read_text
 from gramian.training import Task
 
 __all__ = ["LSTM", "CausalTransformer", "chars", "copying"]
@@ -152,7 +153,7 @@ def chars(text: str | os.PathLike[str], *, length: int = 64, model: str = "trans
     if model not in MODELS:
         raise InputError(f"chars: model must be one of {', '.join(MODELS)}; got {model!r}")
     try:
-        content = Path(text).read_text(encoding="utf-8")
+        content = read_text(text)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise TaskError(f"chars: cannot read {os.fspath(text)}: {reason}. Give a file of text") from None

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gramian import placement
 from gramian.batch import mapped, tensors
 from gramian.calls import wrappings
-from gramian.errors import TaskError, UnsupportedError
+from gramian.errors import GramianError, TaskError, UnsupportedError
 from gramian.objective import Objective
 from gramian.placement.ranks import carrier, error_of_rank, raise_together
 from gramian.recording import evaluating
@@ -161,7 +161,9 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Fai
     if not placement.is_distributed():
         return
     if len(set(placement.exchange(str(checksum(batch))))) > 1:
-        raise TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
+        raise _alike(
+            TaskError("train: the ranks drew different batches. Draw everything random in them from the generator")
+        )
     whole = own = (torch.zeros(()), torch.zeros(()))
     with evaluating(model), torch.no_grad():
         with failure.caught():
@@ -173,10 +175,12 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Fai
     loss, units = (float(value) for value in whole)
     both_nan = math.isnan(total) and math.isnan(loss)
     if not math.isclose(counted, units, rel_tol=1e-5) or not (both_nan or math.isclose(total, loss, rel_tol=ROUNDING)):
-        raise UnsupportedError(
-            f"train: the loss of a batch, {loss:.6g} over {units:g} units, is not the sum over its rows, {total:.6g} "
-            f"over {counted:g}, so that ranks cannot divide it. Train in one process, or put the samples in the first "
-            "dimension"
+        raise _alike(
+            UnsupportedError(
+                f"train: the loss of a batch, {loss:.6g} over {units:g} units, is not the sum over its rows, "
+                f"{total:.6g} over {counted:g}, so that ranks cannot divide it. Train in one process, or put the "
+                "samples in the first dimension"
+            )
         )
 
 
@@ -197,11 +201,19 @@ def sums(
     amount, number, failures, places, squares = total.tolist()
     failure.tell(failures > 0)
     if placement.world().size * squares != places**2:  # equal numbers only
-        raise TaskError(
-            "train: the batches of an epoch ended on one rank earlier than on another. Give all ranks the same "
-            "batches; each takes its own rows of them"
+        raise _alike(
+            TaskError(
+                "train: the batches of an epoch ended on one rank earlier than on another. Give all ranks the same "
+                "batches; each takes its own rows of them"
+            )
         )
     return amount, number
+
+
+def _alike(error: GramianError) -> GramianError:
+    """An error that all ranks raise, of which the first one speaks."""
+    error.rank = 0
+    return error
 
 
 def _both(loss: Tensor, units: Tensor) -> tuple[float, float]:

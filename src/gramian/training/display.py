@@ -10,8 +10,10 @@ from rich.text import Text
 
 from gramian.checkpoint.faults import plain
 from gramian.report.live import Watch, four_digits
+from gramian.report.terminal import unpadded
 from gramian.training.folder import MODEL
 from gramian.training.task import Run
+from gramian.training.watched import told
 
 __all__ = ["Watched", "show", "show_comparison"]
 
@@ -23,6 +25,7 @@ class Watched:
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self._watch = Watch("train", quiet=quiet, console=console)
+        self._told: dict[int, int] = {}  # how many findings of a run
 
     def __enter__(self) -> Watched:
         self._watch.__enter__()
@@ -32,7 +35,11 @@ class Watched:
         self._watch.__exit__(*error)
 
     def stepped(self, run: Run, share: float) -> None:
-        """Show step, speed, rate and time left; pass this as `on_step`."""
+        """Show step, speed, rate, time left, and what a watch found; pass this as `on_step`."""
+        if len(run.findings) > self._told.get(id(run), 0):
+            for row in run.findings[self._told.get(id(run), 0) :]:
+                self._watch.note(f"{row['severity']}, {told(row)}")
+            self._told[id(run)] = len(run.findings)
         numbers = {"step": f"step {run.steps:,}"}
         if run.seconds > 0:
             numbers |= {
@@ -64,32 +71,35 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
         automatic: whether `"auto"` chose its optimizer.
         console: where to print; stdout by default.
     """
-    console = console or Console()
-    steps = f"{run.steps:,} in {_duration(run.seconds)}"
-    if run.resumed:
-        steps += ", finished before" if run.resumed == run.steps else f", resumed at {run.resumed:,}"
-    optimizer = f"{run.optimizer}{' (auto)' if automatic else ''}, learning rate {four_digits(run.lr)}"
-    rows = {"task": task, "optimizer": optimizer, "init": run.init, "steps": steps}
-    rows |= {name: four_digits(value) for name, value in _measured(run.metrics).items()}
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(max_width=max(10, console.width // 2 - 2), overflow="fold", style="dim")
-    table.add_column(overflow="fold")
-    for name, text in rows.items():
-        table.add_row(*(Text(plain(part, 500)) for part in (name, text)))  # these may come from a file
-    console.print(table, highlight=False)
-    console.print()
-    if run.skipped:
-        console.print(f"{run.skipped:,} steps were skipped: the loss or a gradient was not finite.", highlight=False)
-    if run.stopped:
-        console.print(f"Stopped early: {plain(run.stopped)}.", markup=False, highlight=False)
-    if run.diverged:
-        console.print("The run diverged and is not finished; no model was written.", highlight=False)
-    elif run.out is None:
-        console.print("The model was not saved; --out DIR saves it.", highlight=False)
-    else:
-        console.print(
-            f"Model: {plain(run.out / MODEL, 10_000)}", markup=False, highlight=False, soft_wrap=True
-        )  # one line, to copy
+    with unpadded(console or Console()) as console:
+        steps = f"{run.steps:,} in {_duration(run.seconds)}"
+        if run.resumed:
+            steps += ", finished before" if run.resumed == run.steps else f", resumed at {run.resumed:,}"
+        optimizer = f"{run.optimizer}{' (auto)' if automatic else ''}, learning rate {four_digits(run.lr)}"
+        rows = {"task": task, "optimizer": optimizer, "init": run.init, "steps": steps}
+        rows |= {name: four_digits(value) for name, value in _measured(run.metrics).items()}
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(max_width=max(10, console.width // 2 - 2), overflow="fold", style="dim")
+        table.add_column(overflow="fold")
+        for name, text in rows.items():
+            table.add_row(*(Text(plain(part, 500)) for part in (name, text)))  # these may come from a file
+        console.print(table, highlight=False)
+        console.print()
+        if run.skipped:
+            why = "the loss or a gradient was not finite"
+            console.print(f"{run.skipped:,} steps were skipped: {why}.", highlight=False)
+        for row in run.findings:
+            console.print(f"{row['severity']}, {plain(told(row), 2000)}", markup=False, highlight=False)
+        if run.stopped:
+            console.print(f"Stopped early: {plain(run.stopped)}.", markup=False, highlight=False)
+        if run.diverged:
+            console.print("The run diverged and is not finished; no model was written.", highlight=False)
+        elif run.out is None:
+            console.print("The model was not saved; --out DIR saves it.", highlight=False)
+        else:
+            console.print(
+                f"Model: {plain(run.out / MODEL, 10_000)}", markup=False, highlight=False, soft_wrap=True
+            )  # one line, to copy
 
 
 def show_comparison(runs: dict[str, Run], console: Console | None = None) -> None:
@@ -99,24 +109,24 @@ def show_comparison(runs: dict[str, Run], console: Console | None = None) -> Non
         runs: by the optimizer's name.
         console: where to print; stdout by default.
     """
-    console = console or Console()
-    losses = [row["loss"] for run in runs.values() for row in run.history if math.isfinite(row["loss"])]
-    scale = (min(losses), max(losses)) if losses else (0.0, 1.0)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", max_width=max(10, console.width - 12 * len(runs)), overflow="fold", style="dim")
-    for name in runs:
-        table.add_column(name, overflow="fold")
-    table.add_row("rate", *(four_digits(run.lr) for run in runs.values()))
-    for key in dict.fromkeys(key for run in runs.values() for key in run.metrics):
-        values = (four_digits(run.metrics[key]) if key in run.metrics else "" for run in runs.values())
-        table.add_row(Text(plain(key, 100)), *values)
-    console.print(table, highlight=False)
-    curves = Table.grid(padding=(0, 2, 0, 0))
-    for name, run in runs.items():
-        curve = _curve([row["loss"] for row in run.history], *scale)
-        curves.add_row(name, Text(curve), "diverged" * run.diverged)
-    console.print("\nTraining loss, all on one scale")
-    console.print(curves, highlight=False)
+    with unpadded(console or Console()) as console:
+        losses = [row["loss"] for run in runs.values() for row in run.history if math.isfinite(row["loss"])]
+        scale = (min(losses), max(losses)) if losses else (0.0, 1.0)
+        table = Table(box=None, pad_edge=False)
+        table.add_column("", max_width=max(10, console.width - 12 * len(runs)), overflow="fold", style="dim")
+        for name in runs:
+            table.add_column(name, overflow="fold")
+        table.add_row("rate", *(four_digits(run.lr) for run in runs.values()))
+        for key in dict.fromkeys(key for run in runs.values() for key in run.metrics):
+            values = (four_digits(run.metrics[key]) if key in run.metrics else "" for run in runs.values())
+            table.add_row(Text(plain(key, 100)), *values)
+        console.print(table, highlight=False)
+        curves = Table.grid(padding=(0, 2, 0, 0))
+        for name, run in runs.items():
+            curve = _curve([row["loss"] for row in run.history], *scale)
+            curves.add_row(name, Text(curve), "diverged" * run.diverged)
+        console.print("\nTraining loss, all on one scale")
+        console.print(curves, highlight=False)
 
 
 def _curve(values: list[float], least: float, greatest: float) -> str:

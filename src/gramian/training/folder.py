@@ -209,7 +209,7 @@ class Folder:
 
     def _remove_made(self) -> None:
         for made in self._made:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError, ValueError):  # it is not empty, or its name is none
                 made.rmdir()
 
 

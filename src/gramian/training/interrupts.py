@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupts", "end"]
+__all__ = ["Interrupts", "end", "is_interruption"]
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
@@ -48,6 +48,12 @@ class Interrupts:
         if self.received:
             end(number)
         self.received = number
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether an exception is Ctrl-C, or the exit that stands for a signal; any other exit is an error of its code."""
+    number = error.code - 128 if isinstance(error, SystemExit) and isinstance(error.code, int) else 0
+    return isinstance(error, KeyboardInterrupt) or 0 < number < signal.NSIG
 
 
 def end(number: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,7 @@ from gramian.training.sharding import shard_, whole_copy
 from gramian.training.stream import Stream
 from gramian.training.suggesting import AUTO, rounded, suggested
 from gramian.training.task import Run, Task, as_task, calling
+from gramian.training.watched import watched
 
 __all__ = ["train"]
 
@@ -57,6 +58,7 @@ def train(
     patience: int | None = None,
     seed: int = 0,
     shard: bool = False,
+    watch: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     report: str | Path | None = None,
@@ -88,9 +90,9 @@ def train(
         optimizer: `"auto"` (the best one in `gramian bench optim`), another name of `gm.optim.OPTIMIZERS` (AdamW and
             SGD are torch's), or a function `model -> optimizer`.
         lr: learning rate; the optimizer's usual one by default, which `Muon` makes up to 1.7 times as large in a run of
-            fewer than 300 `steps` that decays to zero. `"auto"` is what `gm.suggest_lr` finds for the initialized
-            model and the first batches, to two digits; the usual rate, with a warning, where its trial steps tell
-            nothing. Not used with a function.
+            fewer than 300 steps (by `steps` or `epochs`) that decays to zero. `"auto"` is what `gm.suggest_lr` finds
+            for the initialized model and the first batches, to two digits; the usual rate, with a warning, where its
+            trial steps tell nothing. Not used with a function.
         init: `"default"` leaves the model as the task makes it; `"isometric"` applies `gm.init.isometric_`; `"auto"`
             applies the actions of the errors that `gm.inspect` finds, if all weights are still random and fewer errors
             remain afterwards. `Run.init` says what was done.
@@ -118,6 +120,8 @@ def train(
             Python and numpy are seeded with it, and are left as they were.
         shard: whether parameters, gradients and the optimizer's state are divided over the ranks (FSDP2). On one rank
             the model stays whole, and a warning says so.
+        watch: whether `gm.watch` looks at the first step and every 50th or fewer, so that it takes no more than 2 % of
+            the time: `Run.findings` has what it found, and the report too. It changes no number of the run.
         out: a folder for `metrics.jsonl` (a line for each evaluation, as it happens), `checkpoint.safetensors` while
             the run is unfinished, and `model.safetensors` when it is finished.
         resume: continue the run in `out`, if there is one; a finished one is returned as it is.
@@ -161,7 +165,13 @@ def train(
         best,
         patience,
     )
-    length = budget[1] if budget[0] == "steps" else math.inf
+
+    def length() -> float:
+        """The number of steps, where it is known."""
+        if budget[0] == "epochs":  # of which an epoch's last may be of fewer batches than are accumulated
+            return budget[1] * stream.count() / accumulate
+        return budget[1] if budget[0] == "steps" else math.inf
+
     automatic = optimizer if isinstance(optimizer, str) and isinstance(lr, str) and lr == AUTO else None
     choice = choose(optimizer, lr if automatic is None else None, options, length)
     check_warmup(warmup, budget, 0, accumulate)
@@ -239,7 +249,8 @@ def train(
                 folder.write(run.history)
         else:
             with Interrupts(active=run.out is not None or placement.is_distributed()) as interrupts:
-                loop.go(folder, progress, on_step, interrupts)
+                with watched(run, opt) if watch else nullcontext() as loop.watching:
+                    loop.go(folder, progress, on_step, interrupts)
                 loop.finish(folder)
                 if interrupts.received:
                     end(interrupts.received)

@@ -5,6 +5,9 @@ process's number in the group's store before it begins. One whose collective fai
 looks for ranks that do not: those of its machine whose process has ended are gone, at once, and others are lost if they
 do not answer. The first rank that knows writes it down, and all others read it: what they see later, when that rank has
 ended too, is no cause.
+
+torchrun ends all ranks by SIGTERM as soon as it sees one that is gone, which may be before any collective fails: while
+a rank loads its data, say. So a rank that a signal ends looks too, and leaves a note that it was a signal.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import torch
 from gramian import placement
 from gramian.checkpoint.faults import first_line
 from gramian.errors import TaskError, some
+from gramian.training.interrupts import is_interruption
 
 __all__ = ["failed_collective", "naming_the_lost"]
 
@@ -35,7 +39,7 @@ __all__ = ["failed_collective", "naming_the_lost"]
 ANSWER_SECONDS, HANG_SECONDS = 3.0, 10.0
 
 # Of one rank, and of several.
-VERBS = {"hangs": ("hangs", "hang"), "gone": ("is gone", "are gone")}
+VERBS = {"hangs": ("hangs", "hang"), "gone": ("is gone", "are gone"), "ended": ("was interrupted", "were interrupted")}
 
 TORCH = str(Path(torch.__file__).parent) + os.sep
 COLLECTIVES = os.path.join(TORCH, "distributed") + os.sep
@@ -48,14 +52,22 @@ _RUNS = itertools.count()
 def naming_the_lost() -> Iterator[None]:
     """A context that turns the error of a collective, which waited in vain, into one that names the ranks at fault.
 
-    Any other error is noted in the store, for ranks that wait for this one.
+    Any other error is noted in the store, for ranks that wait for this one. Inside another one it does nothing.
     """
-    if not placement.is_distributed():
+    if not placement.is_distributed() or _Roll.is_open:
         yield
         return
     roll = _Roll()
+    _Roll.is_open = True
     try:
         yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if is_interruption(error):
+            with _undisturbed():
+                lost = roll.lost(error)
+                if lost is not None:
+                    raise lost from error
+        raise
     except Exception as error:
         cause = failed_collective(error)
         if cause is not None:
@@ -64,6 +76,8 @@ def naming_the_lost() -> Iterator[None]:
         if getattr(error, "rank", None) in (None, roll.rank):
             roll.write([roll.rank], "failed")
         raise
+    finally:
+        _Roll.is_open = False
 
 
 def failed_collective(error: BaseException) -> RuntimeError | None:
@@ -80,6 +94,8 @@ def failed_collective(error: BaseException) -> RuntimeError | None:
 
 class _Roll:
     """The names of a run in the store of the process group, through which ranks speak when collectives fail."""
+
+    is_open = False
 
     def __init__(self) -> None:
         from torch.distributed import distributed_c10d
@@ -105,6 +121,24 @@ class _Roll:
                 f"train: rank {self.rank} of {self.size} lost the other ranks ({first_line(error)}). See their own "
                 "errors"
             )
+        return self._told(fault, error)
+
+    def lost(self, error: BaseException) -> TaskError | None:
+        """The error that names the ranks that are at fault where this one is ended by a signal, if any are known."""
+        try:
+            self._store.set(self._key("signal", self.rank), "1")
+            if not self._store.check([self._key("fault")]):
+                ended = [rank for rank in range(self.size) if rank != self.rank and self._has_ended(rank)]
+                gone = [rank for rank in ended if not self._store.check([self._key("signal", rank)])]
+                if not gone:
+                    return None
+                self.write(gone, "gone")
+            return self._told(json.loads(self._store.get(self._key("fault"))), error)
+        except (RuntimeError, ValueError):  # the process that held the store is gone
+            return None
+
+    def _told(self, fault: dict[str, Any], error: BaseException) -> TaskError:
+        """The error for a fault that was noted."""
         ranks, how = fault["ranks"], fault["how"]
         if not ranks:
             return TaskError(f"train: a collective failed on rank {self.rank} of {self.size}: {first_line(error)}")
@@ -127,6 +161,8 @@ class _Roll:
             silent = {rank for rank in silent if not self._store.check([self._key("alive", rank)])}
             ended = {rank for rank in silent if self._has_ended(rank)}
             if ended or not silent or time.monotonic() > until:
+                if ended and all(self._store.check([self._key("signal", rank)]) for rank in ended):
+                    return self.write(sorted(ended), "ended")
                 return self.write(sorted(ended or silent), "hangs" if hangs and not ended else "gone")
             time.sleep(0.02)
         return json.loads(self._store.get(self._key("fault")))

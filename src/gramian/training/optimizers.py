@@ -39,11 +39,12 @@ def choose(
     optimizer: str | Callable[[nn.Module], torch.optim.Optimizer],
     lr: float | str | None,
     options: Options,
-    steps: float | int = math.inf,
+    steps: Callable[[], float] = lambda: math.inf,
 ) -> Choice:
     """The optimizer of a name, at its usual rate where `lr` is `None`; or the function that was given.
 
-    A usual rate that depends on the model grows in runs of fewer than 300 `steps` that decay to zero.
+    A usual rate that depends on the model grows in runs of fewer than 300 steps that decay to zero; `steps` is asked
+    when the optimizer is made.
     """
     if callable(optimizer):
         if lr is not None:
@@ -58,9 +59,9 @@ def choose(
         raise InputError(f"train: lr must be zero, a positive number or 'auto', got {lr!r}")
     entry = OPTIMIZERS[name]
     if lr is None and entry.usual:
-        growth = for_short_run(steps) if options.schedule in TO_ZERO else 1.0
 
         def make(model: nn.Module) -> torch.optim.Optimizer:
+            growth = for_short_run(steps()) if options.schedule in TO_ZERO else 1.0
             made = entry.make(model, None)
             return made if growth == 1 else entry.make(model, growth * made.defaults["lr"])
 

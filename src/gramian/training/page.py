@@ -78,6 +78,10 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
     if wrong:
         told = [f"The network before training: {before.verdict}"] if before is not None else []
         sections.append(Section("What went wrong", "\n".join([wrong, *told, f"The network now: {after.verdict}"])))
+    if run.findings:
+        columns = ["step", "severity", "title", "where", "cause", "remedy"]
+        rows = [[row[name] for name in columns] for row in run.findings]
+        sections.append(Section("Found while training", items=[Table("", columns, rows)]))
     sections.append(Section("Curves", items=_in_pairs(_curves({"": run}))))
     if task.pictures is not None:
         with calling(task, "pictures(model)"), evaluating(run.model), torch.no_grad():

@@ -16,6 +16,7 @@ from gramian import placement
 from gramian.block import blocks
 from gramian.checkpoint import load_tensors
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError
+from gramian.inspection import Watch
 from gramian.objective import Objective
 from gramian.recording import evaluating
 from gramian.training import agreement
@@ -66,6 +67,7 @@ class Loop:
         self.divided = is_divided(run.model)
         self.average = None if options.ema is None else Average(run.model, options.ema)
         self.best: dict[str, Tensor] = {}  # the weights of the best evaluation
+        self.watching: Watch | None = None
         self.finished = False
         self.before = ""  # the diagnosis before the first step, as JSON, for the report
         run.lr = schedule.rates[0]
@@ -104,6 +106,7 @@ class Loop:
             evaluate = schedule.due(share)
             ended = share >= 1 or self.streak >= NONFINITE_STEPS
             run.diverged = ended and run.diverged
+            self._check_units(ended)
             if evaluate or run.diverged:
                 row = self._evaluate()
                 if folder is not None:
@@ -138,6 +141,16 @@ class Loop:
             return
         self.streak += 1
         run.skipped += 1
+        if self.watching is not None and not self.divided:  # of a divided model, a pass again would be a collective
+            self.watching.left_out()
+
+    def _check_units(self, ended: bool) -> None:
+        """Raise `TaskError` where a whole epoch, or the run, had no unit, so that nothing was trained."""
+        if math.isnan(self.run.start) and not self.run.skipped and (ended or self.stream.epoch):
+            raise TaskError(
+                f"task {self.task.name!r}: no batch had a row whose loss counts. Are the batches empty, or all labels "
+                "ignored?"
+            )
 
     def _evaluate(self) -> dict[str, float]:
         run, task = self.run, self.task
@@ -228,7 +241,7 @@ class Loop:
     def summary(self) -> dict[str, Any]:
         """Return the run's numbers without its weights; enough for `restore` if the run is finished."""
         run = self.run
-        names = ("steps", "seconds", "diverged", "init", "skipped", "stopped", "start")
+        names = ("steps", "seconds", "diverged", "init", "skipped", "stopped", "start", "findings")
         return {name: getattr(run, name) for name in names} | {"rates": self.schedule.rates, "history": run.history}
 
     def state(self) -> dict[str, Any]:
@@ -262,6 +275,7 @@ class Loop:
             run.init, run.diverged = str(saved["init"]), bool(saved["diverged"])
             run.skipped, run.stopped = int(saved["skipped"]), str(saved["stopped"])
             run.start = float(saved.get("start", math.nan))
+            run.findings = [{str(name): value for name, value in row.items()} for row in saved.get("findings", [])]
             run.history = [{str(name): value + 0 for name, value in row.items()} for row in saved["history"]]
             if saved.get("finished"):
                 load_model(run.model, load_tensors(place / MODEL)[0], strict=False)  # extra state is not in it

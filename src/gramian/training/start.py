@@ -70,16 +70,23 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
 
 
 def _errors(model: nn.Module, batches: list[Any], objective: Objective) -> list[Finding]:
-    """Return what keeps the model from learning."""
+    """Return what keeps the model from learning: errors, and what an initialization repairs though it is a warning."""
     found = inspect(model, batches, objective, quick=True).findings
-    return [finding for finding in found if finding.severity == "error"]
+    return [finding for finding in found if finding.severity == "error" or _is_of_size(finding)]
 
 
 def _init_for(finding: Finding) -> str | None:
     """Return the initialization that the finding's action asks for, a name of `INITS`."""
+    if _is_of_size(finding):
+        return "isometric"
     if finding.action is None or finding.action.name not in INIT_OF_ACTION:
         return None
     return INIT_OF_ACTION[finding.action.name](finding.action.arguments)
+
+
+def _is_of_size(finding: Finding) -> bool:
+    """Whether fresh weights are too large for the softmax of an attention, which takes long to unlearn."""
+    return finding.code == "attention-saturated" and finding.severity != "info"
 
 
 def _inits_for(findings: list[Finding]) -> list[str]:

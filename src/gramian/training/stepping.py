@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from gramian import placement
 from gramian.calls import prepared
+from gramian.errors import TaskError
 from gramian.objective import Objective
 from gramian.training import agreement
 from gramian.training.augmentation import augmented, mixed
@@ -87,7 +88,9 @@ class Stepper:
             if sound and number:
                 first = first or number
                 with self.failure.caught(), self._backward_pass:
-                    if own is not None and own.requires_grad:
+                    if own is not None:
+                        if not own.requires_grad:
+                            raise self._without_gradient()
                         own.backward(self._gradient_of(own, weight * self.scale.value / first))
         if not self.divided and not self.alone:
             agreement.add_gradients(self.model, self.failure)
@@ -102,6 +105,12 @@ class Stepper:
         if not taken:
             self._buffers.restore()
         return total, units, taken or self.overflowed
+
+    def _without_gradient(self) -> TaskError:
+        return TaskError(
+            f"task {self.task.name!r}: the loss depends on no parameter that requires a gradient, so nothing can be "
+            "trained. Is its graph cut (detach, no_grad, item), or made of integers (argmax, long, a comparison)?"
+        )
 
     def _gradient_of(self, loss: Tensor, value: float) -> Tensor:
         """The gradient with which the backward pass begins, in place of a division of the loss."""

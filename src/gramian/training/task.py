@@ -20,8 +20,9 @@ from gramian.loader import as_batches
 from gramian.objective import Objective
 from gramian.report import HeatMap, Picture, Table
 from gramian.rows import Rows
+from gramian.training.interrupts import is_interruption
 
-__all__ = ["Run", "Task", "as_numbers", "as_task", "calling", "described"]
+__all__ = ["Run", "Task", "as_numbers", "as_task", "calling", "described", "is_of_user"]
 
 LIBRARY = str(Path(__file__).parents[1])
 
@@ -70,6 +71,14 @@ class Task:
                     "DataLoader, list(...), or a function train_batches(epoch, generator) that makes it"
                 )
             object.__setattr__(self, "train_batches", lambda epoch, generator: given)
+        for field_name in ("name", "source"):
+            if not isinstance(getattr(self, field_name), str):
+                raise TaskError(f"task: {field_name} must be text, got {getattr(self, field_name)!r}")
+        if self.pictures is not None and not callable(self.pictures):
+            raise TaskError(
+                f"task {self.name!r}: pictures must be a function pictures(model) -> [gm.report.Picture, …], got "
+                f"{_kind(self.pictures)}"
+            )
         if not callable(self.evaluate):
             raise TaskError(
                 f"task {self.name!r}: evaluate must be a function evaluate(model) -> {{'accuracy': …}}, got "
@@ -111,6 +120,8 @@ class Run:
         skipped: steps that were skipped, since the loss or a gradient was not finite.
         stopped: why the run ended before its budget; empty if it did not.
         start: the loss of the first step; NaN before it.
+        findings: what the watch found, a row for each code and place: the `step`, and a finding's `severity`, `code`,
+            `where`, `title`, `evidence`, `cause` and `remedy`. Empty without a watch.
     """
 
     model: nn.Module
@@ -127,6 +138,7 @@ class Run:
     skipped: int = 0
     stopped: str = ""
     start: float = math.nan
+    findings: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         numbers = ", ".join(
@@ -181,7 +193,10 @@ def _kind(value: Any) -> str:
 
 
 class calling:
-    """A context that turns any exception from a function of the task into a `TaskError` of one line."""
+    """A context that turns any exception from a function of the task into a `TaskError` of one line.
+
+    So it does with `sys.exit()`, which would end one rank and leave the others waiting; an interruption passes.
+    """
 
     def __init__(self, task: Task, function: str) -> None:
         self.task, self.function = task, function
@@ -190,7 +205,7 @@ class calling:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, GramianError):
+        if error is not None and not isinstance(error, GramianError) and not is_interruption(error):
             raise TaskError(f"task {self.task.name!r}: {self.function} raised {described(error)}") from error
 
 
@@ -207,9 +222,21 @@ def described(error: BaseException, path: str | None = None) -> str:
     return f"{type(error).__name__}: {_one_line(error)}{place}"
 
 
+def is_of_user(error: BaseException) -> bool:
+    """Whether the user's code raised an exception, or what it called did: its last frame is inside the library's."""
+    if is_interruption(error):
+        return False
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    own = [file.startswith(LIBRARY) for file in files if file.startswith(LIBRARY) or not _is_installed(file)]
+    return bool(own) and not own[-1]
+
+
 def _one_line(error: BaseException) -> str:
     """The message without line breaks; of an exception in a DataLoader's worker, its last line and not the trace."""
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:  # the error's own text is the user's code too
+        text = "(it has no text)"
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1]
     line = " ".join(text.split())

@@ -18,6 +18,7 @@ from gramian.bench.faults.kinds import KINDS
 from gramian.bench.faults.setup import Setup
 from gramian.errors import InputError
 from gramian.report.files import write_text
+from gramian.texts import read_text
 
 __all__ = ["Harm", "fingerprint", "frozen", "harm_of", "keep", "trained", "verify"]
 
@@ -131,12 +132,15 @@ def frozen(path: Path | str) -> list[Harm]:
     target = Path(path)
     if not target.is_file():
         raise InputError(f"faults: there is no list of cases at {target}. Write: gramian bench faults --freeze")
-    body = json.loads(target.read_text())
-    if body["generator"] != fingerprint():
+    try:
+        body = json.loads(read_text(target))
+        generator, found = str(body["generator"]), [Harm(**row) for row in body["cases"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"faults: {target} is no list of cases ({type(error).__name__}: {error})") from None
+    if generator != fingerprint():
         raise InputError(
-            f"faults: {target} was verified with another generator ({body['generator'][:12]}; this one is "
+            f"faults: {target} was verified with another generator ({generator[:12]}; this one is "
             f"{fingerprint()[:12]}). Verify its cases again: gramian bench faults --freeze"
         )
-    found = [Harm(**row) for row in body["cases"]]
     assert not any(math.isnan(harm.twin) for harm in found)
     return found

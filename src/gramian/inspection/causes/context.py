@@ -77,6 +77,10 @@ class Context:
         return dict(self.model.named_parameters())
 
     @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules())
+
+    @cached_property
     def frozen(self) -> list[str]:
         return [name for name, p in self.parameters.items() if not p.requires_grad]
 
@@ -144,7 +148,8 @@ class Context:
                 p = float(target.double().mean())
                 chance = -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
                 return seen.first_loss < LEARNED * chance
-        return False
+        share = self.probes.share_of_constant
+        return share is not None and share < LEARNED and not seen.criteria
 
     def criterion(self, function: str) -> Criterion | None:
         """The first call of one of torch's losses, by its name."""
@@ -272,7 +277,7 @@ class Context:
         """A module in a sentence, where a name like 0.3.1 alone would read as a number."""
         if not module:
             return "the model"
-        kind = type(dict(self.model.named_modules()).get(module)).__name__
+        kind = type(self.modules.get(module)).__name__
         return f"module '{module}'" + (f" ({kind})" if kind != "NoneType" else "")
 
     def source_of(self, activation: Activation) -> str:

@@ -15,7 +15,19 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("non-finite-weights", "input-non-finite", "input-changed"),
     ("labels-constant", "labels-out-of-range", "labels-sorted", "input-constant"),
     ("labels-non-finite", "training-fails", "parameter-unregistered", "softmax-single-value"),
-    ("loss-broadcast", "loss-unbounded", "loss-not-log-probabilities", "output-range", "loss-maximized"),
+    (
+        "loss-broadcast",
+        "loss-unbounded",
+        "loss-reversed",
+        "loss-not-log-probabilities",
+        "loss-term-missing",
+        "loss-flat",
+        "loss-collapses",
+        "pairs-mismatched",
+        "target-not-detached",
+        "output-range",
+        "loss-maximized",
+    ),
     (
         "graph-cut",
         "gradient-overflow",
@@ -28,6 +40,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "norm-zero-gain",
         "norm-single-value",
         "attention-masked",
+        "attention-over-queries",
         "reduction-cancels",
         "samples-mixed",
         "target-leak",
@@ -52,7 +65,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ("head-input-offset",),
     ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
-    ("input-unused", "parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
+    ("padding-read", "input-unused", "parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("modes-disagree",),
     ("rate-too-high", "rate-too-low"),
     ("labels-independent",),
@@ -95,8 +108,14 @@ _SIGNAL = frozenset((
     "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
     "labels-non-finite", "parameter-unregistered", "softmax-single-value",
     "head-scale", "head-offset", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
-    "gradient-kept", "rate-grows",
+    "gradient-kept", "rate-grows", "loss-flat", "loss-collapses", "loss-reversed", "loss-unbounded",
 ))  # fmt: skip
+
+# What samples that change each other's outputs explain: where all become the same, no gradient comes back; but they
+# make no gain wrong and no unit dead.
+_MIXED = _SYMPTOMS | _RATES
+# What lies behind all other layers, and does not change their gains.
+_BEHIND = frozenset(("head-scale", "head-offset", "output-range"))
 
 # What lies behind a residual stream or beside it, and does not make it grow.
 _BESIDE = frozenset(
@@ -141,6 +160,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     driver = next((f for f in serious if f.code in _DRIVERS and f.severity == "error"), None)
     if driver is not None and finding.code in _DRIVEN:
         return driver
+    if finding.code not in _MIXED:
+        causes = [c for c in causes if c.code != "samples-mixed"]
     if _is_local(finding):  # one layer's gain is what its units, weights or norm make it
         return next((c for c in causes if c is not finding), None)
     causes = [c for c in causes if not _is_local(c)]
@@ -150,7 +171,7 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
         among = [c for c in causes if finding.code != "residual-growth" or c.code not in _BESIDE]
         among = [c for c in among if finding.code not in _NOT_FINITE or c.code not in _UNITS]
     elif finding.code in _GAINS:
-        among = [c for c in causes if c.code in _SIGNAL or _is_shut(c)]
+        among = [c for c in causes if (c.code in _SIGNAL and c.code not in _BEHIND) or _is_shut(c)]
     elif finding.code in _RATES:
         among = [c for c in serious if c.code not in _RATES]
     else:

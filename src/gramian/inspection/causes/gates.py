@@ -37,7 +37,7 @@ def saturated_units(context: Context) -> Iterator[Finding]:
         worst, source = max(ends, key=lambda a: a.saturated), context.source_of(ends[0])
         yield Finding(
             "saturated-units",
-            "error" if worst.saturated > MOSTLY_SATURATED else "warning",
+            "info" if context.has_learned else "error" if worst.saturated > MOSTLY_SATURATED else "warning",
             f"{worst.saturated:.0%} of the {worst.function} outputs after {context.told(source)} are saturated"
             if len(ends) == 1
             else f"The {worst.function} outputs of {len(ends)} layers are saturated, up to {worst.saturated:.0%}",

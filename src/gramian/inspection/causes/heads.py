@@ -20,6 +20,8 @@ SPREAD, SHARED, ABOVE = 8.0, 3.0, 3.0
 # The lowest loss that bounded scores can reach, as a share of ln(classes): told from here on, and as an error from
 # there.
 FLOOR, MOSTLY = 0.2, 0.5
+# Scale of cosines above which softmax looks at the largest alone; CLIP bounds its own at 100.
+SHARPEST = 300.0
 
 
 def offset(context: Context) -> Iterator[Finding]:
@@ -110,6 +112,21 @@ def bounded_scores(context: Context) -> Iterator[Finding]:
     if cosines is None or cosines.num_classes < 2:
         return
     classes, scale = cosines.num_classes, cosines.scale
+    if scale > SHARPEST:
+        yield Finding(
+            "loss-bounded-scores",
+            "warning",
+            f"The scores are cosines times {scale:g}: differences of a hundredth decide",
+            where="loss",
+            evidence=f"both factors of the scores have length one (exact), and a difference of 0.01 between two "
+            f"cosines changes the odds by e^{scale / 100:g}",
+            cause="The temperature is so small that softmax looks at the largest score alone: the loss is the "
+            "difference of two scores, gradients are as many times larger, and pairs that are not the hardest teach "
+            "nothing.",
+            advice="Use a temperature of 0.05 to 0.1, or a learned one whose scale is at most 100 (CLIP).",
+            source="Radford et al. 2103.00020, §2.5",
+        )
+        return
     balanced = math.log1p((classes - 1) * math.exp(-scale * classes / (classes - 1)))
     lowest, guessing = math.log1p((classes - 1) * math.exp(-2 * scale)), math.log(classes)
     if lowest < FLOOR * guessing:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gramian.batch import main_input, token_mask
+from gramian.batch import main_input
 from gramian.errors import GramianError, some
 from gramian.inspection.attention import NUM_SAMPLES
 from gramian.inspection.causes.context import SHOWN, Context
 from gramian.inspection.observed import Visible
+from gramian.inspection.padding import padding_of
 from gramian.report import Finding, Severity
 
 __all__ = ["RULES"]
 
 # Share of the queries at tokens that see nothing but padding from which on the mask counts as inverted.
 INVERTED = 0.9
-# Tokens that are padding by where they stand, from which on they count.
-FEW = 16
 # Positions from which on a triangle is told from other masks.
 LEAST = 3
 
@@ -35,7 +34,7 @@ def masks(context: Context) -> Iterator[Finding]:
         x = main_input(context.observed.batches[0])
     except (GramianError, IndexError):
         return
-    padding = _padding(context, x)
+    padding = padding_of(context.model, context.observed.batches[0], x)
     inverted, strict, blind = [], [], {}
     for one in context.observed.visible:
         seen = _by_sample(one, len(x))
@@ -92,6 +91,25 @@ def _masked(context: Context, names: list[str], severity: Severity, does: str, e
     )
 
 
+def over_queries(context: Context) -> Iterator[Finding]:
+    """Find attention with a softmax over the queries in place of the keys. Exact."""
+    found = context.observed.over_queries
+    if found is None:
+        return
+    name, shape = found
+    yield Finding(
+        "attention-over-queries",
+        "error",
+        f"The softmax of the attention in {context.told(name)} is over the queries, and not over the keys",
+        where=name or "all layers",
+        evidence=f"of the weights {shape}, dimension {len(shape) - 2} sums to one, and the last is multiplied by the "
+        "values (exact)",
+        cause="What a query gets is no mean of the values: queries compete for keys, and in a decoder each depends on "
+        "those behind it.",
+        advice="Use softmax(dim=-1) of scores (…, queries, keys).",
+    )
+
+
 def leak(context: Context) -> Iterator[Finding]:
     """Find outputs that see the target that they are to predict."""
     found = context.leak
@@ -143,32 +161,6 @@ def leak(context: Context) -> Iterator[Finding]:
         )
 
 
-def _padding(context: Context, x: Tensor) -> Tensor | None:
-    """Where (N, T) the inputs are padding: by an embedding's padding_idx, the batch's attention mask, or their ends."""
-    if x.ndim == 2 and not x.is_floating_point():
-        for module in context.model.modules():
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                found = x == module.padding_idx
-                if bool(found.any()):
-                    return found
-    mask = token_mask(context.observed.batches[0])
-    if mask is not None and len(mask) == len(x):
-        return ~mask.to(x.device)
-    return _ends(x) if x.ndim == 2 and not x.is_floating_point() else None
-
-
-def _ends(x: Tensor) -> Tensor | None:
-    """Where (N, T) one token fills the ends, or the beginnings, of rows of several lengths, and is nowhere else."""
-    for tokens in (x, x.flip(1)):
-        value = tokens[:, -1].mode().values
-        found = tokens == value
-        tail = found.flip(1).cumprod(1).flip(1).bool()
-        lengths = found.sum(1)
-        if bool((found == tail).all()) and int(found.sum()) >= FEW and len(lengths[lengths > 0].unique()) > 1:
-            return found if tokens is x else found.flip(1)
-    return None
-
-
 def _by_sample(one: Visible, num: int) -> Tensor | None:
     """What some head sees (samples, T, S); `None` where rows are neither samples nor samples times heads."""
     heads = 1 if one.rows in (num, min(num, NUM_SAMPLES)) else one.rows // num
@@ -187,4 +179,4 @@ def _shows_padding(seen: Tensor, padding: Tensor) -> bool:
     return bool(queries.any()) and float(only[queries].float().mean()) > INVERTED
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (masks, leak)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (over_queries, masks, leak)

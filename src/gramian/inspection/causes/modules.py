@@ -85,8 +85,8 @@ def _is_shut(a: Activation) -> bool:
 def dropout(context: Context) -> Iterator[Finding]:
     """Find dropout that drops nearly all."""
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    high = [(n, m.p) for n, m in context.model.named_modules() if isinstance(m, kinds) and m.p >= DROPOUT]
-    for name, module in context.model.named_modules():
+    high = [(n, m.p) for n, m in context.modules.items() if isinstance(m, kinds) and m.p >= DROPOUT]
+    for name, module in context.modules.items():
         p = getattr(module, "dropout", None)
         if isinstance(p, float) and p >= DROPOUT and isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
             high.append((name, p))

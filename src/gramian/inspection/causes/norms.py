@@ -35,7 +35,7 @@ def norm_gain(context: Context) -> Iterator[Finding]:
     """Find norms that pass nothing, where the output then depends on nothing. Exact."""
     zero = [
         name
-        for name, module in context.model.named_modules()
+        for name, module in context.modules.items()
         if "Norm" in type(module).__name__ and name in context.first_calls and _is_zero(getattr(module, "weight", None))
     ]
     blocking = [name for name in zero if name not in context.observed.branch_ends]
@@ -53,7 +53,7 @@ def norm_gain(context: Context) -> Iterator[Finding]:
 
 def norm_size(context: Context) -> Iterator[Finding]:
     """Find norms over one value, which erase it, and batch norms over two or three. Exact."""
-    counts = {name: _values(context, name, module) for name, module in context.model.named_modules()}
+    counts = {name: _values(context, name, module) for name, module in context.modules.items()}
     single = [name for name, count in counts.items() if count == 1]
     if single:
         yield Finding(
@@ -91,7 +91,7 @@ def norm_statistics(context: Context) -> Iterator[Finding]:
     others = {name: far for name, far in found.items() if far[0] > SHIFT or far[1] > RATIO}
     held = [
         name
-        for name, module in context.model.named_modules()
+        for name, module in context.modules.items()
         if isinstance(module, _BATCH_NORM) and module.track_running_stats and module.momentum == 0.0
     ]
     if others:
@@ -112,7 +112,7 @@ def norm_statistics(context: Context) -> Iterator[Finding]:
             "norm-statistics",
             "error",
             f"The stored statistics of {context.told(name)} hardly change: its momentum is {momentum:g}",
-            where=some([n for n, m in context.model.named_modules() if _is_slow(m)], SHOWN),
+            where=some([n for n, m in context.modules.items() if _is_slow(m)], SHOWN),
             evidence=f"after {seen} batches {(1 - momentum) ** seen:.0%} of them are the initial ones, 0 and 1 (exact)",
             cause="torch's momentum is the share of the new statistics, and not that of the old; evaluation mode uses "
             "statistics that are not those of the data.",
@@ -135,7 +135,7 @@ def norm_momentum(context: Context) -> Iterator[Finding]:
     """Find batch norms before training whose statistics will stay the initial ones, which are not the data's. Exact."""
     trains = context.model.training or context.optimizer is not None
     slow: dict[str, tuple[float, float]] = {}
-    for name, module in context.model.named_modules():
+    for name, module in context.modules.items():
         far = context.observed.initial_statistics.get(name)
         if far is None or not isinstance(module, _BATCH_NORM) or not (module.training and trains and module.momentum):
             continue
@@ -172,7 +172,7 @@ def _slow(context: Context) -> tuple[str, float, int] | None:
     """The first batch norm whose statistics still are the initial ones, where the loss in evaluation mode shows it."""
     if not _disagree(context):
         return None
-    for name, module in context.model.named_modules():
+    for name, module in context.modules.items():
         if isinstance(module, _BATCH_NORM) and _is_slow(module):
             return name, float(module.momentum or 0.0), int(module.num_batches_tracked or 0)
     return None
@@ -195,7 +195,7 @@ def norm_mode(context: Context) -> Iterator[Finding]:
     trains = context.model.training or context.optimizer is not None
     fixed = [
         name
-        for name, module in context.model.named_modules()
+        for name, module in context.modules.items()
         if isinstance(module, _BATCH_NORM)
         and module.track_running_stats
         and trains
@@ -218,7 +218,7 @@ def norm_mode(context: Context) -> Iterator[Finding]:
 def modes(context: Context) -> Iterator[Finding]:
     """Find a loss that is far larger in evaluation mode than in training mode, on the same batch."""
     trained, evaluated = context.observed.first_loss, context.evaluated.loss if context.evaluated is not None else 0.0
-    norms = [m for m in context.model.modules() if isinstance(m, _BATCH_NORM) and m.track_running_stats]
+    norms = [m for m in context.modules.values() if isinstance(m, _BATCH_NORM) and m.track_running_stats]
     settled = all(int(m.num_batches_tracked if m.num_batches_tracked is not None else 0) >= SETTLED for m in norms)
     if settled and _disagree(context):
         yield Finding(

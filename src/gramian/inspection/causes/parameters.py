@@ -106,7 +106,7 @@ def _is_far(block: Block, w: Tensor) -> bool:
 def _shut(context: Context) -> list[str]:
     """The zeros that keep each other shut, without norms that shut the whole network, which `norm_gain` tells."""
     names = context.opening.shut if context.opening is not None else ()
-    modules = dict(context.model.named_modules())
+    modules = context.modules
     told = [n for n in names if not (context.is_blocked and "Norm" in type(modules[context.module_of(n)]).__name__)]
     return sorted(told, key=lambda name: (context.observed.used.get(name.partition("[")[0], math.inf), name))
 

@@ -122,7 +122,7 @@ def numbers(context: Context) -> Iterator[Finding]:
     if bad:
         told = f"{len(bad)} of {len(sizes)} gradients are NaN or infinite (exact); the loss is {seen.loss:.3g}"
         yield gradient_overflow(bad, len(sizes), told, seen.first_infinite_derivative, is_narrow=seen.is_narrow)
-    elif seen.loss > 0 and _is_zero_behind_head(context):
+    elif seen.loss > 0 and seen.first_loss != 0.0 and _is_zero_behind_head(context):
         yield Finding(
             "gradient-underflow",
             "error",

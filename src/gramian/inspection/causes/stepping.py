@@ -60,13 +60,20 @@ def covered(context: Context) -> Iterator[Finding]:
             else "Set the group's lr.",
         )
     elif waiting:
+        taken = _steps_taken(context)
+        has_ended = taken > 1 and len(waiting) == len(trained) and not context.has_learned
         yield Finding(
             "parameter-not-stepped",
-            "info",
+            "warning" if has_ended else "info",
             f"The rate of {len(waiting)} of {len(trained)} parameters is zero now, by a schedule",
             where="optimizer",
-            evidence=f"lr is 0 and the schedule's rate {_scheduled(groups[waiting[0]]):g} (exact)",
-            cause="A warm-up starts at zero, or a decay has ended there. The rate was not judged.",
+            evidence=f"lr is 0 and the schedule's rate {_scheduled(groups[waiting[0]]):g} (exact)"
+            + (f"; {taken} steps were taken" if taken else ""),
+            cause="A schedule has ended at zero, and the network has not learned: it counts steps where epochs are "
+            "meant, or its factor is zero."
+            if has_ended
+            else "A warm-up starts at zero, or a decay has ended there. The rate was not judged.",
+            advice="Look at the rate over the steps: print scheduler.get_last_lr()." if has_ended else "",
         )
 
 
@@ -215,6 +222,12 @@ def _too_low(context: Context, slow: _Group, gradient: float, told: str) -> Find
         else f"The rate {slow.rate:g}{slow.of} is too small for this model.",
         advice="Use an ε of 1e-8." if eps > gradient else "Multiply the rate by 10 or more, or call gm.suggest_lr.",
     )
+
+
+def _steps_taken(context: Context) -> int:
+    """How many steps the optimizer has taken, as far as its state says."""
+    states = context.optimizer.state.values() if context.optimizer is not None else ()
+    return max((int(one["step"]) for one in states if isinstance(one, dict) and "step" in one), default=0)
 
 
 def _rate(group: dict[str, Any]) -> float:

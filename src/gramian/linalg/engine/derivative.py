@@ -318,4 +318,4 @@ def only(given: Given) -> Tensor:
 
 def symmetric(x: Tensor) -> Tensor:
     """The symmetric part."""
-    return (x + x.mT) / 2
+    return (x + x.mT).div_(2)

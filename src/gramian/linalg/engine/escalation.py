@@ -195,15 +195,18 @@ def settle(
         return _bare(loaded, out, answer, code, methods)
     same = value.dtype == loaded.dtype and value.device.type == "cpu"
     size = norm(value)
-    back = out if exponent is None or out is value else scale(out, -exponent) if same else None
-    if out is value or (same and back is not None and torch.equal(back, value)):
+    if out is value:
         rounding = torch.zeros_like(answer.error)
     elif value[0:1].numel() >= MANY:
-        # An entry is off by one rounding, or by one of the least numbers: about twice what it would be found to be.
+        # An entry is off by one rounding, or by one of the least numbers: about twice what it would be found to be. A
+        # power of two alone rounds only to these.
         u, count = unit_roundoff(loaded.dtype), math.sqrt(value[0].numel())
         least = torch.full_like(size, 0.5 * torch.finfo(loaded.dtype).smallest_normal * 2 * u)
-        rounding = u * size * (1 + LOOSE) + count * (least if exponent is None else scale(least, -exponent))
+        rounding = count * (least if exponent is None else scale(least, -exponent))
+        rounding = rounding if same else rounding + u * size * (1 + LOOSE)
         rounding = torch.where(largest_entry(out).isfinite(), rounding, math.inf)
+    elif same and torch.equal(out if exponent is None else scale(out, -exponent), value):
+        rounding = torch.zeros_like(answer.error)
     else:
         wide = out.to(torch.float64)
         rounding = norm((wide if exponent is None else scale(wide, -exponent)) - value)

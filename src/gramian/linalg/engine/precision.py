@@ -1,8 +1,9 @@
-"""Float32 products in float32, whatever torch was told about their precision.
+"""Float32 products and convolutions in float32, whatever torch was told about their precision.
 
 After `torch.set_float32_matmul_precision("medium")`, or "high" on a GPU, torch multiplies float32 matrices in bfloat16
-or TensorFloat-32, where the processor has units for it. A method that counts on float32 then misses its accuracy a
-thousandfold: estimates are wrong, and certified methods fail one after the other, down to the slowest in float64.
+or TensorFloat-32, where the processor has units for it; convolutions have settings of their own, on an Nvidia GPU
+TensorFloat-32 by default. A method that counts on float32 then misses its accuracy a thousandfold: estimates are wrong,
+and certified methods fail one after the other, down to the slowest in float64.
 """
 
 from __future__ import annotations
@@ -21,33 +22,31 @@ Found = TypeVar("Found")
 FULL = ("ieee", "none")
 """What torch calls full precision; "none" is its default."""
 
-_LOCK = threading.Lock()
-_inside = 0
-_before: list[tuple[Any, str]] = []
 
+class _Kept:
+    """Settings of the process that are full precision as long as any thread needs them to be."""
 
-def _settings() -> list[Any]:
-    """Where torch keeps the precision of products; an older one has no such setting for a processor."""
-    found = (getattr(of, "matmul", None) for of in (torch.backends.mkldnn, torch.backends.cuda))
-    return [setting for setting in found if hasattr(setting, "fp32_precision")]
+    def __init__(self, *places: tuple[Any, str]) -> None:
+        found = (getattr(backend, name, None) for backend, name in places)
+        # An older torch has no such setting for a processor.
+        self.settings: list[Any] = [setting for setting in found if hasattr(setting, "fp32_precision")]
+        self.lock, self.inside = threading.Lock(), 0
+        self.before: list[tuple[Any, str]] = []
 
-
-@contextmanager
-def full_products() -> Iterator[None]:
-    """Within it float32 products are not narrowed, in any thread, since torch's setting is one for the process."""
-    global _inside
-    with _LOCK:
-        if _inside == 0:
-            _before[:] = [_raised(x) for x in _settings() if x.fp32_precision not in FULL]
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _LOCK:
-            _inside -= 1
-            if _inside == 0:
-                for setting, value in _before:
-                    setting.fp32_precision = value
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        with self.lock:
+            if self.inside == 0:
+                self.before = [_raised(x) for x in self.settings if x.fp32_precision not in FULL]
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if self.inside == 0:
+                    for setting, value in self.before:
+                        setting.fp32_precision = value
 
 
 def _raised(setting: Any) -> tuple[Any, str]:
@@ -57,6 +56,22 @@ def _raised(setting: Any) -> tuple[Any, str]:
     inherited = setting.fp32_precision == value
     setting.fp32_precision = "ieee"
     return setting, "none" if inherited else value
+
+
+_backends: Any = torch.backends
+_PRODUCTS = _Kept((_backends.mkldnn, "matmul"), (_backends.cuda, "matmul"))
+_LAYERS = _Kept(*((backend, name) for backend in (_backends.mkldnn, _backends.cudnn) for name in ("conv", "rnn")))
+
+
+full_products = _PRODUCTS.full
+"""A context in which float32 products are not narrowed, in any thread, since torch's setting is one for the process."""
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Like `full_products`, where a model is run to measure it: convolutions and recurrence are not narrowed either."""
+    with _PRODUCTS.full(), _LAYERS.full():
+        yield
 
 
 def in_full_precision(function: Callable[Arguments, Found]) -> Callable[Arguments, Found]:

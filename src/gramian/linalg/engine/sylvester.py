@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gramian.errors import UnsupportedError
 from gramian.linalg.engine.spectrum import Spectrum
+from gramian.linalg.engine.symmetric_products import symmetric_product
 from gramian.linalg.engine.transforms import pullback
 
 EPS = torch.finfo(torch.float64).eps
@@ -30,6 +31,7 @@ def solve_power_sum(
     *,
     root: bool = False,
     inverse: bool = False,
+    symmetric: bool = False,
     spectrum: Spectrum | None = None,
 ) -> Tensor:
     """The D with Σₖ Xᵏ D Xᵖ⁻¹⁻ᵏ = E, or −XᵖEXᵖ if `inverse`, for a symmetric positive semi-definite X (..., n, n).
@@ -40,13 +42,13 @@ def solve_power_sum(
     entry of E there counts as zero up to nε of its largest.
 
     With the `spectrum` of X no eigendecomposition is needed, and the products are in the dtype of its vectors; where it
-    is NaN, and without one, in float64. Its own derivatives are solutions of the same equation, so no eigenvector is
-    ever differentiated.
+    is NaN, and without one, in float64. If E is `symmetric` two of the four products are halved. Its own derivatives
+    are solutions of the same equation, so no eigenvector is ever differentiated.
 
     Source: Higham, Functions of Matrices (2008), §3.2 and theorem 3.11.
     """
     w, v = (None, None) if spectrum is None else spectrum
-    out = _Solve.apply(x, e, w, v, Equation(p, name, root, inverse))
+    out = _Solve.apply(x, e, w, v, Equation(p, name, root, inverse), symmetric)
     assert isinstance(out, Tensor)
     return out
 
@@ -85,7 +87,8 @@ class Equation(NamedTuple):
         else:
             powers = torch.stack([w**i for i in range(self.p)], -1)
             sums = powers @ powers.flip(-1).mT
-        d = k / sums
+        # `sums` may be shared by a batch, and k is not needed again but where some are small.
+        d = k / sums if bool(small.any()) else k.div_(sums)
         if bool(small.any()):
             zero = small[..., :, None] & small[..., None, :]
             if bool((zero & (k.abs() > n * eps * k.abs().amax((-2, -1), keepdim=True))).any()):
@@ -119,24 +122,27 @@ def _eigenpairs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Solve(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, e: Tensor, w: Tensor | None, v: Tensor | None, equation: Equation) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Tensor, e: Tensor, w: Tensor | None, v: Tensor | None, equation: Equation, symmetric: bool
+    ) -> Tensor:
         if w is None or v is None or bool(w.isnan().any()):
             w, v = _eigenpairs(x)
         # A matrix that is not finite has no derivative, and the others theirs.
         finite = w.isfinite().all(-1)
         w = torch.where(finite[..., None], w, 1.0).clamp_min(0)
-        d = v @ equation.solved(v.mT @ e.to(v.dtype) @ v, w) @ v.mT
+        times = symmetric_product if symmetric else torch.matmul
+        d = times(v @ equation.solved(times(v.mT, e.to(v.dtype) @ v), w), v.mT)
         return d.to(e.dtype) if bool(finite.all()) else torch.where(finite[..., None, None], d.to(e.dtype), torch.nan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, e, w, v, ctx.equation = inputs
+        x, e, w, v, ctx.equation, _ = inputs
         saved = (x, e, output, *(() if w is None else (w, v)))
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, e, d, *pairs = ctx.saved_tensors
         equation, spectrum = ctx.equation, Spectrum(*pairs) if pairs else None
         to_e = solve_power_sum(x, grad, spectrum=spectrum, **equation._asdict())
@@ -145,7 +151,7 @@ class _Solve(torch.autograd.Function):
         y = solve_power_sum(x, grad, spectrum=spectrum, **plain._asdict()) if equation.inverse else to_e
         _, pull = pullback(lambda x: _defect(equation, x, e, d), x)
         (to_x,) = pull(y)
-        return (to_x + to_x.mT) / 2, to_e, None, None, None
+        return (to_x + to_x.mT) / 2, to_e, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, de: Tensor | None, *_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -163,12 +169,14 @@ class _Solve(torch.autograd.Function):
         return out
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, e: Tensor, w: Any, v: Any, equation: Equation) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
+        info: Any, in_dims: tuple, x: Tensor, e: Tensor, w: Any, v: Any, equation: Equation, symmetric: bool
+    ) -> Any:
         full: Any = (
             y if y is None else y.expand(info.batch_size, *y.shape) if d is None else y.movedim(d, 0)
             for y, d in zip((x, e, w, v), in_dims[:4], strict=True)
         )
-        return _Solve.apply(*full, equation), 0
+        return _Solve.apply(*full, equation, symmetric), 0
 
 
 def _defect(equation: Equation, x: Tensor, e: Tensor, d: Tensor) -> Tensor:

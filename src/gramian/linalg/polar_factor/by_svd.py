@@ -35,6 +35,8 @@ def _by_svd(x: Tensor, times: Product, steps: int, certify: bool) -> Answer:
     for _ in range(steps):
         close = _newton(pair(x), close, s, v)
     answer = _bounded(x, close, s, v, times, steps) if certify else Answer.bare(close.hi, steps=steps)
+    if certify and not steps and x.shape[-1] <= EXACT:
+        answer = replace(answer, error=torch.fmin(answer.error, _by_next(x, close, s, v, times)))
     top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(s.shape[0], 1)
     kept = s > 2 * U * max(x.shape[-2:]) * top
     deficient = ~answer.error.isfinite() & ~kept.all(-1)
@@ -42,6 +44,16 @@ def _by_svd(x: Tensor, times: Product, steps: int, certify: bool) -> Answer:
     reason = torch.where(ok, torch.where(deficient, cert.SINGULAR, answer.reason), cert.LAPACK)
     # Newton steps make the value more accurate than its singular vectors.
     return replace(answer, value=value, reason=reason, spectrum=None if steps else Spectrum(s, v))
+
+
+def _by_next(x: Tensor, close: Pair, s: Tensor, v: Tensor, times: Product) -> Tensor:
+    """A bound on the error from that of one more Newton step, far less, and the size of the step.
+
+    The bound itself takes every part of the residual for one in the direction that κ magnifies most.
+    """
+    further = _newton(pair(x), close, s, v)
+    step, step_error = minus(further, close)
+    return norm(step) + step_error + _bounded(x, further, s, v, times, 1).error
 
 
 def svd(x: Tensor, *, rtol: float, certify: bool = True) -> Answer:

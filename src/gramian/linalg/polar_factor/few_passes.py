@@ -3,17 +3,26 @@
 Where the longer side is large, products with X cost the most. Two steps are then one polynomial of the Gram matrix,
 P₂(G₁) P₁(G₀) with G₁ = P₁² G₀: two products with X in place of four, and five small ones in place of two. More than two
 steps on one Gram matrix would magnify its rounding, which makes small eigenvalues negative.
+
+A step is cG² + bG + a = c((G + hI)² + eI): a square, and two sums with a diagonal in place of sums with whole matrices.
+Its factor c is left out, which changes the unit of X: that of the first argument is chosen so that the last is 1. The
+first may be of degree 9: two such factors, of which the second takes a sum with a matrix in place of another square.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gramian.linalg.engine.precision import full_products
 from gramian.linalg.engine.scaling import unit_peak
+from gramian.linalg.engine.workspace import scratch
 from gramian.linalg.polar_factor.newton_schulz import SAFETY, composed, in_parts
 
 PAIRED_FROM = 2.0
@@ -22,7 +31,16 @@ PAIRED_FROM = 2.0
 NORMAL = 2.0**-50, 2.0**50
 """Norms of a Gram matrix between which neither the squares of its entries nor its matrix need care in float32."""
 
-Coefficients = Sequence[tuple[float, float, float]]
+
+class Squares(NamedTuple):
+    """The unit in which the first argument stands, and the factors of each step.
+
+    A step has h and e of (G + hI)² + eI. One of degree 9 also has d and k of its second factor, the first one plus
+    d(G + hI) + kI.
+    """
+
+    unit: float
+    steps: tuple[tuple[float, ...], ...]
 
 
 def few_passes(
@@ -30,70 +48,115 @@ def few_passes(
     *,
     low: float,
     steps: int,
+    first: int = 5,
     dtype: torch.dtype | None = None,
     out: Float[Tensor, "*b m n"] | None = None,
 ) -> Float[Tensor, "*b m n"]:
-    """Approximate polar factor of each matrix by `composed(low, steps)`, in products of `dtype`, float32 if None.
+    """Approximate polar factor of each matrix by `composed(low, steps, first)`, in products of `dtype` (float32).
 
     ‖XXᵀ‖_F^½ bounds ‖X‖₂ here; singular values below `low` of that end below 1. A zero matrix gives zero, NaN stays in
     its own matrix, and each matrix is scaled by itself. It is written to `out`, contiguous and perhaps `a`, if given.
     """
-    tall = a.shape[-2] > a.shape[-1]
-    coefficients = [
-        (p, q, r) if i == steps - 1 else (p / SAFETY, q / SAFETY**3, r / SAFETY**5)
-        for i, (p, q, r) in enumerate(composed(low, steps).coefficients)
-    ]
-
-    def run(part: Tensor) -> Tensor:
-        value = _iterate(*_started(part.mT if tall else part, dtype or torch.float32), coefficients)
-        return value.mT if tall else value
-
-    return in_parts(a, run, out)
+    wide = dtype is None or dtype == torch.float32
+    with full_products() if wide else contextlib.nullcontext():
+        return in_parts(a, partial(_polar, squares(low, steps, first), dtype or torch.float32), out)
 
 
-def _started(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (B, m, n), m ≤ n, in `dtype`, and its Gram matrix, neither too large nor too small for float32."""
-    small = x.to(dtype, memory_format=torch.contiguous_format, copy=True)
-    gram = torch.bmm(small, small.mT)
-    if x.device.type == "cpu":
-        norm = torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=torch.float32)
-        if bool(((norm > NORMAL[0]) & (norm < NORMAL[1])).all()):
-            return small, gram
-    small = unit_peak(x, torch.float32).to(dtype, memory_format=torch.contiguous_format, copy=True)
-    return small, torch.bmm(small, small.mT)
+@lru_cache(maxsize=64)
+def squares(low: float, steps: int, first: int = 5) -> Squares:
+    """The steps of `composed(low, steps, first)`, with `SAFETY` in all but the last, without their factors.
+
+    Where Y = sX, a step is x q(x²) with q = c Π (x⁴ + b x² + a), and q(XXᵀ) = c/s⁴ᵏ Π (H² + s²bH + s⁴aI) of H = YYᵀ for
+    k factors. The next Y is that product without c/s⁴ᵏ, times Y, so that its unit is s⁴ᵏ⁺¹/c.
+    """
+    unit, found = 1.0, []
+    for i, coefficients in reversed(list(enumerate(composed(low, steps, first).coefficients))):
+        safety = 1.0 if i == steps - 1 else SAFETY
+        c = [value / safety ** (2 * k + 1) for k, value in enumerate(coefficients)]
+        unit = (unit * c[-1]) ** (1 / (2 * len(c) - 1))
+        (b, a), *second = [(b * unit**2, a * unit**4) for b, a in _quadratics(c)]
+        h = b / 2
+        step = (h, a - h * h)
+        for other_b, other_a in second:
+            step += (other_b - b, other_a - a - (other_b - b) * h)
+        found.append(step)
+    return Squares(unit, tuple(reversed(found)))
 
 
-def _iterate(x: Tensor, gram: Tensor, coefficients: Coefficients) -> Tensor:
-    """The steps on (B, m, n), m ≤ n, and its Gram matrix. It overwrites both."""
-    norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    square = torch.where(norm > 0, 1 / (norm * SAFETY**2), 0.0)
+def _quadratics(c: Sequence[float]) -> list[tuple[float, float]]:
+    """The b and a of t² + bt + a, whose product is c₀ + c₁t + …, of degree 2 or 4, over its last coefficient."""
+    if len(c) == 3:
+        return [(c[1] / c[2], c[0] / c[2])]
+    companion = torch.diag(torch.ones(len(c) - 2, dtype=torch.float64, device="cpu"), -1)
+    companion[:, -1] = torch.tensor([-value / c[-1] for value in c[:-1]], dtype=torch.float64, device="cpu")
+    # In order of the real part, a pair of conjugates or of real roots each.
+    roots = sorted(torch.linalg.eigvals(companion).tolist(), key=lambda root: (round(root.real, 9), root.imag))
+    return [(-(p + q).real, (p * q).real) for p, q in zip(roots[::2], roots[1::2], strict=True)]
+
+
+def _polar(s: Squares, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """The steps on x (B, m, n); a scratch tensor, or a transposed one."""
+    tall = x.shape[-2] > x.shape[-1]
+    paired = max(x.shape[-2:]) >= PAIRED_FROM * min(x.shape[-2:])
+    y = scratch("few passes: x", tuple(x.shape), dtype, x).copy_(x)
+    turned = tall and not paired  # a product XᵀX takes longer than XXᵀ, but pairs take too few of them
+    if turned:  # in two passes, since one that casts and transposes takes longer
+        y = scratch("few passes: turned", tuple(x.mT.shape), dtype, x).copy_(y.mT)
+    side = min(x.shape[-2:])
+    gram = scratch("few passes: gram", (len(x), side, side), dtype, x)
+    norm = _gram(y, gram)
+    if x.device.type != "cpu" or not all(NORMAL[0] < value < NORMAL[1] for value in norm.flatten().tolist()):
+        y.copy_(unit_peak(x.mT if turned else x, torch.float32))
+        norm = _gram(y, gram)
+    scale = torch.where(norm > 0, (s.unit / SAFETY) ** 2 / norm, 0.0)
     # Factors in the dtype of what they multiply: products of mixed dtypes have no fast kernel on a CPU.
-    x.mul_(square.sqrt().to(x.dtype))
-    gram.mul_(square.to(x.dtype))
-    spare, shifted, poly = torch.empty_like(x), torch.empty_like(gram), torch.empty_like(gram)
-    paired = x.shape[-1] >= PAIRED_FROM * x.shape[-2]
-    rest = list(coefficients)
+    gram.mul_(scale.to(dtype))
+    y = _iterate(s, y, gram, scale.sqrt().to(dtype), paired)
+    return scratch("few passes: x", tuple(x.shape), dtype, x).copy_(y.mT) if turned else y
+
+
+def _gram(y: Tensor, out: Tensor) -> Tensor:
+    """The Gram matrix on the shorter side, in `out`; and its norm."""
+    torch.bmm(y.mT, y, out=out) if y.shape[-2] > y.shape[-1] else torch.bmm(y, y.mT, out=out)
+    return torch.linalg.vector_norm(out, dim=(-2, -1), keepdim=True).float()
+
+
+def _iterate(s: Squares, y: Tensor, gram: Tensor, scale: Tensor, paired: bool) -> Tensor:
+    """The steps on scale · y and its Gram matrix, on the shorter side. It overwrites both."""
+    spare = scratch("few passes: y", tuple(y.shape), y.dtype, y)
+    small = [scratch(f"few passes: {k}", tuple(gram.shape), y.dtype, y) for k in range(4)]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    tall = y.shape[-2] > y.shape[-1]
+    rest, first = list(s.steps), True
     while rest:
-        (a, b, c), *rest = rest
-        factor = _monic(gram, a / c, b / c, shifted, poly)
-        if paired and rest:
-            _scaled_product(poly, torch.bmm(poly, gram, out=shifted), c * c, out=gram)
-            (a, b, second), *rest = rest
-            other = _monic(gram, a / second, b / second, shifted, torch.empty_like(gram))
-            factor, c = torch.bmm(other, poly, out=gram), c * second
-        _scaled_product(factor, x, c, out=spare)
-        x, spare = spare, x
+        step, *rest = rest
+        free = list(small)
+        before = diagonal.clone() if paired and rest else None
+        factor = _polynomial(gram, diagonal, step, free)
+        if before is not None:
+            diagonal.copy_(before)
+            torch.bmm(factor, torch.bmm(factor, gram, out=free[-1]), out=gram)
+            step, *rest = rest
+            factor = torch.bmm(_polynomial(gram, diagonal, step, free), factor, out=free[-1])
+        if first:
+            factor.mul_(scale)
+            first = False
+        y, spare = torch.bmm(y, factor, out=spare) if tall else torch.bmm(factor, y, out=spare), y
         if rest:
-            torch.bmm(x, x.mT, out=gram)
-    return x
+            torch.bmm(y.mT, y, out=gram) if tall else torch.bmm(y, y.mT, out=gram)
+    return y
 
 
-def _monic(gram: Tensor, a: float, b: float, shifted: Tensor, out: Tensor) -> Tensor:
-    """G(G + bI) + aI, in `out`. A sum with a whole matrix inside a product costs a third more than the product."""
-    shifted.copy_(gram).diagonal(dim1=-2, dim2=-1).add_(b)
-    torch.bmm(gram, shifted, out=out).diagonal(dim1=-2, dim2=-1).add_(a)
-    return out
-
-
-def _scaled_product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> Tensor:
-    return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
+def _polynomial(gram: Tensor, diagonal: Tensor, step: Sequence[float], free: list[Tensor]) -> Tensor:
+    """The polynomial of a step, in one of the free matrices, which are then free no more; G becomes G + hI."""
+    h, e, *second = step
+    diagonal.add_(h)
+    square = torch.bmm(gram, gram, out=free.pop())
+    square.diagonal(dim1=-2, dim2=-1).add_(e)
+    if not second:
+        return square
+    other = torch.add(square, gram, alpha=second[0], out=free.pop())
+    other.diagonal(dim1=-2, dim2=-1).add_(second[1])
+    product = torch.bmm(square, other, out=free.pop())
+    free += [square, other]
+    return product

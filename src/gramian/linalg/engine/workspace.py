@@ -1,0 +1,42 @@
+"""Memory that is used again and again: on a CPU, a new large tensor costs a page fault for every 4 kB of it."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+MOST_BYTES = 32 << 20
+"""Of one buffer that is kept. A larger tensor is new each time: what is done with it costs far more."""
+
+_POOL = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A contiguous tensor of undefined entries on the device of `like`, valid until the thread asks for `name` again.
+
+    It must not leave the function that asked for it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if type(like) is not Tensor or like.device.type != "cpu" or size > MOST_BYTES:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    bases: dict[str, Tensor] = _POOL.__dict__.setdefault("bases", {})
+    views: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = _POOL.__dict__.setdefault("views", {})
+    key = name, shape, dtype
+    found = views.get(key)
+    if found is None:
+        base = bases.get(name)
+        with torch.inference_mode(False):
+            if base is None or base.numel() < size:
+                base = bases[name] = torch.empty(size, dtype=torch.uint8, device="cpu")
+                for old in [other for other in views if other[0] == name]:
+                    del views[old]
+            found = views[key] = base[:size].view(dtype).view(shape)
+    return found
+
+
+def release() -> None:
+    """Gives back what this thread keeps."""
+    _POOL.__dict__.clear()
