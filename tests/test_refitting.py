@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import gramian as gm
+from gramian.compression.deciding import Target, decide
 from gramian.compression.lockstep import Walk, watched
 from gramian.compression.lowrank import LowRank
 from gramian.errors import InputError
@@ -52,6 +53,10 @@ NETS = {
         ),
         (3, 9, 9),
     ),
+    "torch's encoder": (
+        lambda: stacked(*[lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)] * 3),
+        (6, 16),
+    ),
     "without biases": (
         lambda: stacked(lambda: nn.Linear(16, 32, bias=False), nn.Tanh, lambda: nn.Linear(32, 8, bias=False)),
         (16,),
@@ -59,7 +64,7 @@ NETS = {
 }
 
 
-HELPS = {"perceptron": 0.95, "stream": 0.92, "convolutions": 0.985, "without biases": 0.98}
+HELPS = {"perceptron": 0.95, "stream": 0.92, "convolutions": 0.985, "without biases": 0.98, "torch's encoder": 0.98}
 """The share of the error that may be left with 30 % of the parameters."""
 
 
@@ -177,6 +182,51 @@ def test_passes_that_go_different_ways():
     assert distance(better, net, new) < 1.02 * distance(small, net, new)
 
 
+def test_what_is_excluded_stays():
+    net = NETS["stream"][0]()
+    batches = [draw(64, 6, 16, seed=i) for i in range(8)]
+    small = gm.compress(net, batches, SELF).at(keep=0.3, of="factorable").apply()
+    better = gm.refit(small, net, batches, SELF, exclude=["*.up"])
+    rows = zip(small.state_dict().items(), better.state_dict().values(), strict=True)
+    changed = [name for (name, a), b in rows if not torch.equal(a, b)]
+    assert changed
+    assert not [name for name in changed if ".up" in name]
+
+
+def test_integers_stay():
+    net, x = NETS["stream"][0](), draw(256, 6, 16)
+    small = gm.compress(net, [x], SELF).at(keep=0.5, of="factorable", bits=8).apply()
+    better = gm.refit(small, net, [x], SELF)
+    rows = zip(small.state_dict().items(), better.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for (name, a), b in rows if "bias" not in name)
+    assert distance(better, net, x) <= 1.01 * distance(small, net, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_and_autocast(dtype):
+    net = NETS["stream"][0]()
+    batches = [draw(64, 6, 16, seed=i) for i in range(8)]
+    small = gm.compress(net, batches, SELF).at(keep=0.3, of="factorable").apply()
+    new = draw(256, 6, 16, seed=50)
+    with torch.autocast("cpu", dtype):
+        better = gm.refit(small, net, batches, SELF)
+    assert distance(better, net, new) < 0.95 * distance(small, net, new)
+    low = [copy.deepcopy(one).to(dtype) for one in (small, net)]
+    better = gm.refit(*low, [b.to(dtype) for b in batches], SELF)
+    assert {p.dtype for p in better.parameters()} == {dtype}
+    assert distance(better.float(), net, new) < 0.95 * distance(small, net, new)
+
+
+def test_the_command_refits_where_that_is_better():
+    net = NETS["stream"][0]().eval()
+    batches, new = [draw(64, 6, 16, seed=i) for i in range(8)], draw(256, 6, 16, seed=50)
+    error = lambda model: {"error": distance(model, net, new)}  # noqa: E731
+    made = decide(net, batches, SELF, error, Target(keep=0.5), curve=False)
+    assert distance(made.model, net, new) < distance(made.plan.apply(), net, new)
+    assert made.outcome.compressed.quality == distance(made.model, net, new)
+    assert any("refit" in note for note in made.outcome.notes)
+
+
 def test_errors():
     net, x = NETS["perceptron"][0](), draw(64, 16)
     small = gm.compress(net, [x], SELF).at(keep=0.5, of="factorable").apply()
@@ -184,6 +234,8 @@ def test_errors():
         gm.refit(small, nn.Linear(16, 4), [x], SELF)
     with pytest.raises(InputError, match="two samples"):
         gm.refit(small, net, [x[:1]], SELF)
+    with pytest.raises(InputError, match="no layer that can be fit matches 'nine'"):
+        gm.refit(small, net, [x], SELF, exclude=["nine"])
     with pytest.raises(InputError, match="distinct"):
         gm.refit(small, net, [x[:1].expand(64, -1)], SELF)
     num = threading.active_count()

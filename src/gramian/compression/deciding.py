@@ -246,7 +246,6 @@ def _refitted(
     except InputError as error:
         return small, (f"not refit: {error}",)
     before, after = tried.quality.of(small), tried.quality.of(fitted)
-    better = tried.quality.drop(after) < tried.quality.drop(before)
     tell("Refit", 1.0, f"{tried.quality.measure} {before:.4g} → {after:.4g}")
     if not tried.quality.drop(after) < tried.quality.drop(before):
         return small, ()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gramian.compression.factored_weight import FactoredWeight
 from gramian.compression.modules import clean_module_name
 
-__all__ = ["close_", "inner_name", "open_"]
+__all__ = ["CLOSED", "close_", "inner_name", "open_"]
 
 
 class _OpenAttention(nn.MultiheadAttention):
@@ -68,7 +68,8 @@ OPEN: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: _OpenRNN,
 }
 """By class what it is when it is opened."""
-_CLOSED = {opened: cls for cls, opened in OPEN.items()}
+CLOSED = {opened: cls for cls, opened in OPEN.items()}
+"""By opened class what it was."""
 
 
 def inner_name(module: nn.Module, local: str) -> str:
@@ -78,7 +79,7 @@ def inner_name(module: nn.Module, local: str) -> str:
         module: of the class itself: a subclass may use its weights otherwise.
         local: the parameter's name.
     """
-    cls = _CLOSED.get(type(module), type(module))
+    cls = CLOSED.get(type(module), type(module))
     if cls is nn.MultiheadAttention:
         return "in_proj" if local == "in_proj_weight" else ""
     projected = local.startswith("weight_hr")
@@ -94,7 +95,7 @@ def open_(model: nn.Module, names: Iterable[str]) -> None:
     """
     wanted = set(names)
     for raw, module in list(model.named_modules()):
-        if type(module) not in OPEN and type(module) not in _CLOSED:
+        if type(module) not in OPEN and type(module) not in CLOSED:
             continue
         prefix = clean_module_name(raw)
         for local in [local for local, parameter in module._parameters.items() if parameter is not None]:
@@ -121,7 +122,7 @@ def close_(model: nn.Module) -> None:
     """Puts back, in place, the weights of layers that nothing took the place of."""
     for found in model.modules():
         module: Any = found
-        if type(module) not in _CLOSED:
+        if type(module) not in CLOSED:
             continue
         attention = isinstance(module, nn.MultiheadAttention)
         for inner, layer in list(module._modules.items()):
@@ -132,7 +133,7 @@ def close_(model: nn.Module) -> None:
             if attention:
                 module._parameters["in_proj_bias"] = layer.bias
         if not module._modules.keys() - {"out_proj"}:
-            module.__class__ = _CLOSED[type(module)]
+            module.__class__ = CLOSED[type(module)]
             names = module.__dict__.get("_flat_weights_names")
             if names is not None:
                 module.__dict__["_flat_weights"] = [getattr(module, name) for name in names]

@@ -8,6 +8,7 @@ stream is made up for too.
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,11 +23,13 @@ from gramian.compression.calibrating import cuttable, hashes
 from gramian.compression.lockstep import Stop, Walk, watched
 from gramian.compression.lowrank import LowRank
 from gramian.compression.modules import copied
+from gramian.compression.opening import CLOSED
 from gramian.errors import InputError
 from gramian.layers import operation_of
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording import evaluating
+from gramian.recording.recorder import MAX_DIM
 
 __all__ = ["refit"]
 
@@ -64,21 +67,24 @@ def refit(
     batches: Batches,
     objective: Objective | Callable,
     *,
+    exclude: Sequence[str] = (),
     samples: int = SAMPLES,
 ) -> nn.Module:
     """Fits the layers of a compressed model to the outputs of the model that it was made of, without training.
 
     Layer by layer, in the order in which they run: the left factor and the bias become the least-squares ones for the
-    inputs that the layer has in the compressed model so far, and the outputs that it has in the original; of layers
-    that are not factored, the bias alone. Where an output is added to another tensor next (a residual stream), it is
-    the sum that is fit. How much each fit is damped, or whether there is none, is what does best on the other half of
-    the rows. No labels and no gradients are needed, and the layers keep their ranks.
+    inputs that the layer has in the compressed model so far, and the outputs that it has in the original. A linear
+    layer that is not factored is fit as a whole; a convolution, or one with a side above 8,192, by its bias. Where an
+    output is added to another tensor next (a residual stream), it is the sum that is fit. How much each fit is damped,
+    or whether there is none, is what does best on the other half of the rows. No labels and no gradients are needed,
+    and the layers keep their ranks.
 
     Args:
         model: from `plan.apply()`; left as it is.
         original: the model that it was made of; left as it is.
         batches: to fit to, best those of the calibration. Under DDP each process fits by itself.
         objective: that of `gm.compress`; its `predict` calls the models, and its padding is left out.
+        exclude: name patterns of layers that stay as they are.
         samples: how many are used, from the first on.
 
     Returns:
@@ -105,7 +111,7 @@ def refit(
     small, original = copied(unwrapped(as_model(model, "refit"))), unwrapped(as_model(original, "refit"))
     objective = as_objective(objective)
     given = _taken(batches, samples)
-    pairs = _pairs(small, original)
+    pairs = _without(_pairs(small, original), exclude)
 
     def run(one: nn.Module, batch: Any) -> Callable[[], Any]:
         return lambda: objective.predict(one, batch)
@@ -114,7 +120,8 @@ def refit(
         stack.enter_context(evaluating(small))
         stack.enter_context(evaluating(original))
         batch = prepared(original, given[0])
-        pairs = {name: pair for name, pair in pairs.items() if name in _once(pairs, run(original, batch))}
+        once = _once(pairs, run(original, batch))
+        pairs = {name: pair for name, pair in pairs.items() if name in once}
         stack.enter_context(watched({name: _last(layer) for name, (layer, _) in pairs.items()}))
         stack.enter_context(watched({name: layer for name, (_, layer) in pairs.items()}))
         passes = []
@@ -198,7 +205,7 @@ def _sums(layer: nn.Module, stop: Stop, target: Tensor, mask: Tensor | None) -> 
     lacking, inner = target - stop.outputs[0].float(), stop.inputs.float()
     if operation_of(_last(layer)).factors == "convolution":
         lacking, inner = lacking.movedim(1, -1), inner.movedim(1, -1)
-    if not isinstance(layer, LowRank):  # the bias alone
+    if _fits_bias_alone(layer):
         inner = lacking[..., :0]
     if mask is not None and lacking.shape[: mask.ndim] == mask.shape and lacking.ndim > mask.ndim:
         lacking, inner = lacking[mask], inner[mask]
@@ -238,6 +245,12 @@ def _error(change: tuple[Tensor, Tensor], sums: Sums) -> float:
     return float(square - 2 * linear)
 
 
+def _fits_bias_alone(layer: nn.Module) -> bool:
+    """Whether a dense layer is a convolution, whose windows are no rows here, or wide, as a head of a vocabulary."""
+    weight = layer.get_parameter("weight") if not isinstance(layer, LowRank) else None
+    return weight is not None and (weight.ndim != 2 or max(weight.shape) > MAX_DIM)
+
+
 def _last(layer: nn.Module) -> nn.Module:
     """What has the left factor and the bias."""
     return layer[1] if isinstance(layer, LowRank) else layer
@@ -249,8 +262,8 @@ def _pairs(small: nn.Module, original: nn.Module) -> dict[str, tuple[nn.Module, 
     dense, found = dict(original.named_modules()), {}
     inside: set[nn.Module] = set()
     for name, layer in small.named_modules():
-        if isinstance(layer, LowRank):
-            inside.update(layer)
+        if isinstance(layer, LowRank) or type(layer) in CLOSED:  # whose layers are no modules of the original's
+            inside.update(layer.children())
         if layer in inside or (isinstance(layer, LowRank) and layer.is_table):
             continue
         last = _last(layer)
@@ -261,9 +274,21 @@ def _pairs(small: nn.Module, original: nn.Module) -> dict[str, tuple[nn.Module, 
             continue
         if name not in dense:
             raise InputError(f"refit: the original has no layer {name!r}: give the model that this one was made of")
-        if isinstance(layer, LowRank) or bias is not None:
+        if isinstance(layer, LowRank) or bias is not None or not _fits_bias_alone(layer):
             found[name] = (layer, dense[name])
     return found
+
+
+def _without(
+    pairs: dict[str, tuple[nn.Module, nn.Module]], exclude: Sequence[str]
+) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """The pairs whose names match none of the patterns."""
+    if isinstance(exclude, str):
+        raise InputError("refit: exclude is a list of patterns: exclude=['lm_head']")
+    for pattern in exclude:
+        if not fnmatch.filter(pairs, pattern):
+            raise InputError(f"refit: no layer that can be fit matches {pattern!r}")
+    return {name: pair for name, pair in pairs.items() if not any(fnmatch.fnmatch(name, one) for one in exclude)}
 
 
 def _once(pairs: Mapping[str, tuple[nn.Module, nn.Module]], run: Callable[[], Any]) -> set[str]:
