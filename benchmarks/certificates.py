@@ -5,7 +5,8 @@ them. (910 000 and 920 000 were used up: certificates changed after them. They g
 flagged.) Small matrices (n ≤ 8) are judged by 60-digit arithmetic, larger ones (48 and 96) by the float64 answer of
 the double-double method and its own bound. Run from the repository's root: python benchmarks/certificates.py
 
-`python benchmarks/certificates.py sign logm` scores the rows of these functions alone and keeps the others.
+`python benchmarks/certificates.py sign logm` scores the small matrices of these functions alone and keeps the other
+rows; `python benchmarks/certificates.py complex polar` does so for complex ones.
 
 `python benchmarks/certificates.py spectral` scores spectral_norm, cond, svdvals and svd_lowrank, small ones and those
 large enough for their Krylov methods, and writes benchmarks/results/certificates_spectral.json. Those methods were
@@ -42,7 +43,12 @@ from gramian.bench import features  # noqa: E402
 from gramian.linalg.certificate import RTOL  # noqa: E402
 
 SEED = 1_920_000
-LATER = {"sign": 2_350_000, "logm": 2_340_000}
+LATER = {
+    "sign": 2_350_000,
+    "logm": 2_340_000,
+    **dict.fromkeys(("polar", "inv_root_2", "inv_root_4", "sqrtm"), 2_360_000),
+}
+COMPLEX_LATER = dict.fromkeys(("polar", "inv_root", "sqrtm"), 8_420_000)
 """Seeds of functions whose methods changed after the others were scored. (2 340 000 is used up for sign: none silent,
 none flagged; its refinement of eigenvectors was changed after it.)"""
 SMALL_COUNT = 160
@@ -106,12 +112,12 @@ def small(names) -> list[dict]:
     return rows
 
 
-def renew(names: list[str]) -> None:
-    """Scores the small matrices of these functions alone, and leaves the other rows of the file."""
-    body = json.loads((RESULTS / "certificates.json").read_text())
-    new = {(row["function"], row["dtype"], row["sizes"]): row for row in small(names)}
+def renew(file: str, seed: int, scored: list[dict]) -> None:
+    """Puts these rows in place of the file's, and leaves the others."""
+    body = json.loads((RESULTS / f"{file}.json").read_text())
+    new = {(row["function"], row["dtype"], row["sizes"]): row for row in scored}
     rows = [new.get((row["function"], row["dtype"], row["sizes"])) or row for row in body["rows"]]
-    _write("certificates", SEED, rows, body["matrices"])
+    _write(file, seed, rows, body["matrices"])
 
 
 def main() -> None:
@@ -151,20 +157,24 @@ def spectral() -> None:
     _write("certificates_spectral", SPECTRAL_SEED, rows, total)
 
 
-def complex_matrices() -> None:
-    rows, total = [], 0
-    for name, (*_, needs) in COMPLEX.items():
-        scored = score_against_complex128(name, COMPLEX_SEED + 100, 5, COMPLEX_MANY)
-        rows.append(_row(name, torch.complex64, "n = 5", COMPLEX_MANY, *scored))
-        total += COMPLEX_MANY
+def complex_rows(names) -> list[dict]:
+    rows = []
+    for name in names:
+        needs, seed = COMPLEX[name][-1], COMPLEX_LATER.get(name, COMPLEX_SEED)
+        scored = score_against_complex128(name, seed + 100, 5, COMPLEX_MANY)
+        rows.append({**_row(name, torch.complex64, "n = 5", COMPLEX_MANY, *scored), "seed": seed})
         print(rows[-1], flush=True)
         for dtype in (torch.complex64, torch.complex128):
             count = COMPLEX_SMALL * (4 if needs == "general" else 2)
-            scored = score_complex(name, COMPLEX_SEED, COMPLEX_SMALL, dtype, RTOL[dtype])
-            rows.append(_row(name, dtype, "n ≤ 6", count, *scored))
-            total += count
+            scored = score_complex(name, seed, COMPLEX_SMALL, dtype, RTOL[dtype])
+            rows.append({**_row(name, dtype, "n ≤ 6", count, *scored), "seed": seed})
             print(rows[-1], flush=True)
-    _write("certificates_complex", COMPLEX_SEED, rows, total)
+    return rows
+
+
+def complex_matrices() -> None:
+    rows = complex_rows(COMPLEX)
+    _write("certificates_complex", COMPLEX_SEED, rows, sum(row["matrices"] for row in rows))
 
 
 def _write(name: str, seed: int, rows: list[dict], total: int) -> None:
@@ -201,7 +211,9 @@ def _row(name, dtype, sizes, count, silent, ratios, flagged, met) -> dict:
 
 if __name__ == "__main__":
     asked = sys.argv[1:]
-    if asked and set(asked) <= set(COSTLY):
-        renew(asked)
+    if asked and set(asked) <= set(EVERY):
+        renew("certificates", SEED, small(asked))
+    elif asked[1:] and asked[0] == "complex":
+        renew("certificates_complex", COMPLEX_SEED, complex_rows(asked[1:]))
     else:
         {"spectral": spectral, "complex": complex_matrices}.get("".join(asked), main)()

@@ -33,7 +33,10 @@ def test_there_are_three_hundred_and_more() -> None:
     assert len(bad_inputs.CASES) > 600
 
 
-@pytest.mark.parametrize("name", bad_inputs.CASES)
+NAMES = [pytest.param(name, marks=pytest.mark.slow if place % 4 else ()) for place, name in enumerate(bad_inputs.CASES)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_bad_input_is_one_line(folder: Path, capfd, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
+from gramian.inspection.causes import ordered
+from gramian.report import Action, Finding
 
 B, T, D, VOCABULARY = 12, 9, 8, 15
 
@@ -139,3 +141,14 @@ def test_positions_that_come_first_are_no_samples(kind) -> None:
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     assert not mixed(Tags(kind), (tokens().T.contiguous(), tokens(1).T.contiguous()), loss)
+
+
+def test_samples_that_are_mixed_do_not_hide_a_gain() -> None:
+    mixing = Finding("samples-mixed", "error", "The output depends on other samples", where="net")
+    gain = Finding("gain-above-one", "error", "Gain 3 per layer", where="all layers", action=Action("isometric_"))
+    local = Finding("gain-below-one", "warning", "Gain 0.1", where="net.3")
+    same = Finding("samples-indistinguishable", "error", "All samples look the same")
+    found = {f.code: f for f in ordered([mixing, gain, local, same])}
+    assert found["gain-above-one"] == gain
+    assert found["samples-indistinguishable"].follows == "samples-mixed"
+    assert found["gain-below-one"].follows != "samples-mixed"

@@ -25,7 +25,7 @@ from gramian.errors import CheckpointError
 from gramian.inspection.adapter import extract_lora
 from gramian.statistics import Statistics
 
-NUM = int(os.environ.get("GRAMIAN_DAMAGES", "60"))  # for each kind of file; 500 were tried once
+NUM = int(os.environ.get("GRAMIAN_DAMAGES", "60"))  # for each kind of file
 X = torch.randn(32, 8, generator=seeded(0))
 Y = (X[:, 0] > 0).long()
 

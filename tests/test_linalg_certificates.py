@@ -225,3 +225,26 @@ def test_partial_isometry_on_the_range():
     a = torch.diag(torch.tensor([2.0, 3.0, 0.0]))
     for method in ("auto", "svd", "svd_refined"):
         assert torch.equal(gl.polar_ex(a, method=method)[0], torch.diag(torch.tensor([1.0, 1.0, 0.0])))
+
+
+@pytest.mark.parametrize("name", ["polar", "inv_root_2", "inv_root_4", "sqrtm"])
+def test_a_small_float64_answer_is_bounded_by_its_next_correction_near_its_error(name):
+    silent, ratios, _, met = score(name, 2_370_000, 12, torch.float64, RTOL[torch.float64])
+    assert not silent
+    assert met > 10
+    assert statistics.median(ratios) < 4
+
+
+@pytest.mark.parametrize("exponent", [-1072, -1020, 0, 900])
+def test_a_large_answer_is_scaled_back_within_its_bound(exponent):
+    """Without a look at each entry: what overflows is refused, and what becomes subnormal is counted."""
+    m = random.normal(256, 256, generator=seeded(3), dtype=torch.float64) + 40 * torch.eye(256, dtype=torch.float64)
+    exact, own = gl.inv_ex(m, rtol=1e-13)
+    value, certificate = gl.inv_ex(m * 2.0**exponent)
+    if exponent == -1072:
+        assert not certificate.converged
+        return
+    wide = value * 2.0 ** min(exponent, 500) * 2.0 ** max(exponent - 500, 0)
+    error = torch.linalg.norm(wide - exact) / torch.linalg.norm(exact)
+    assert certificate.converged
+    assert error <= certificate.error_bound + own.error_bound

@@ -509,3 +509,22 @@ def test_the_condition_in_other_norms_is_torch_s_and_has_a_derivative():
             assert gradcheck(lambda x, p=p: gl.cond(x, p, rtol=1e-10), leaf, check_forward_ad=True, fast_mode=True)
     with pytest.raises(InputError, match="'fro'"):
         gl.cond(m, 3)
+
+
+@pytest.mark.parametrize("name", ["inv_root", "sqrtm"])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_derivative_of_a_large_root_is_torchs_where_that_exists(name, scale):
+    """From 256 rows on two of its products are halved."""
+    n, power = 260, {"inv_root": -0.25, "sqrtm": 0.5}[name]
+    a = general(n, n, seed=8)
+    m = (scale * (a @ a.mT / n + torch.eye(n, dtype=torch.float64))).requires_grad_()
+    weights = general(n, n, seed=9)
+    w, v = torch.linalg.eigh(m)
+    ours = gl.inv_root(m, 4) if name == "inv_root" else gl.sqrtm(m)
+    (expected,) = torch.autograd.grad((v * w**power) @ v.mT, m, weights)
+    (found,) = torch.autograd.grad(ours, m, weights)
+    assert torch.linalg.norm(found - (expected + expected.mT) / 2) < 1e-9 * torch.linalg.norm(expected)
+    several = torch.stack([weights, weights.mT])
+    ours = gl.inv_root(m, 4) if name == "inv_root" else gl.sqrtm(m)
+    (batched,) = torch.autograd.grad(ours, m, several, is_grads_batched=True)
+    assert torch.linalg.norm(batched - found) < 1e-12 * torch.linalg.norm(found)

@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from gramian.report import Layer, Report
+from gramian.report import Document, Layer, Picture, Report, Section, Series
 from gramian.report.terminal import DocumentView, LayersView, ReportView, show, to_text
 from test_report_html import everything
 from test_report_model import HOSTILE_NAMES, make_report, poison
@@ -102,6 +102,30 @@ def test_the_pieces_print_alone():
     console = Console(file=io.StringIO(), width=80)
     for view in (ReportView(make_report(), True), LayersView(make_report()), DocumentView(everything(), True)):
         console.print(view)
+
+
+def test_what_goes_to_a_file_has_no_blanks_at_the_ends_of_lines():
+    file = io.StringIO()
+    show(make_report(), Console(file=file, width=100), verbose=True)
+    lines = file.getvalue().splitlines()
+    assert len(lines) > 20
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_a_curve_of_few_points_is_told_point_by_point():
+    few = Picture(
+        "", [Series("planned", [10, 50, 90], [0.2, 0.7, 0.9]), Series("chosen", [50], [0.7])], x_label="kept, %"
+    )
+    lines = to_text(Document("t", "v", sections=[Section("s", items=[few])])).splitlines()
+    rows = [line.split() for line in lines[-4:]]
+    assert rows == [
+        ["kept,", "%", "planned", "chosen"],
+        ["90.0", "0.900", "–"],
+        ["50.0", "0.700", "0.700"],
+        ["10.0", "0.200", "–"],
+    ]
+    many = Picture("", [Series("loss", range(1, 100), range(1, 100))])
+    assert "greatest" in to_text(Document("t", "v", sections=[Section("s", items=[many])]))
 
 
 def test_nothing_to_show():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import gramian as gm
 from cases import seeded
+from gramian import tasks
 from gramian.checkpoint import load_tree
 from gramian.cli import completion
 from gramian.errors import InputError, TaskError, UnsupportedError
@@ -458,10 +459,34 @@ def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypat
     for options, message in (
         (["--compare", "adamw"], "takes two different optimizers or more; got adamw"),
         (["--compare", "adamw,adagrad"], "unknown optimizer 'adagrad'; wanted auto, muon"),
-        (["--compare", "adamw,sgd", "--lr", "1"], "leave out --optimizer and --lr"),
+        (
+            ["--compare", "adamw,sgd", "--lr", "1"],
+            "--compare adamw:lr=3e-3,sgd; leave out --optimizer, and --lr but for",
+        ),
+        (["--compare", "adamw:3e-3,sgd"], ":lr=NUMBER or :lr=auto is taken; got 'adamw:3e-3'"),
+        (["--compare", "adamw:lr=-1,sgd"], ":lr=NUMBER or :lr=auto is taken"),
+        (["--compare", "adamw:lr=nan,sgd"], ":lr=NUMBER or :lr=auto is taken"),
     ):
         assert main(["train", "diabetes", "--steps", "2", *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_comparison_takes_a_rate_for_each_optimizer() -> None:
+    runs = compare(task(), ["adamw:lr=0.02", "sgd", "muon:lr=0.3"], steps=2)
+    assert {name: run.lr for name, run in runs.items()} == {"adamw": 0.02, "sgd": 0.1, "muon": 0.3}
+    found = compare(tasks.diabetes(), ["adamw:lr=0.02", "sgd"], steps=3, lr="auto")
+    alone = gm.train(tasks.diabetes(), optimizer="sgd", steps=3, lr="auto")
+    assert (found["adamw"].lr, found["sgd"].lr) == (0.02, alone.lr)
+
+
+def test_a_short_run_in_epochs_takes_the_rate_of_as_many_steps() -> None:
+    one = task(model=plain_net)
+    num = len(list(one.train_batches(0, torch.Generator())))
+    by_steps, by_epochs = gm.train(one, steps=2 * num), gm.train(one, epochs=2)
+    assert by_steps.lr == by_epochs.lr > gm.optim.Muon(plain_net()).defaults["lr"]
+    assert all(
+        torch.equal(a, b) for a, b in zip(by_steps.model.parameters(), by_epochs.model.parameters(), strict=True)
+    )
 
 
 def test_options_are_part_of_the_identity() -> None:

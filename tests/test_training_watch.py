@@ -27,7 +27,7 @@ def task(bias: float = 0.0) -> gm.Task:
         nn.init.constant_(first.bias, bias)
         return nn.Sequential(nn.Dropout(0.1), first, nn.ReLU(), nn.Linear(8, 2))
 
-    return gm.Task(net, gm.Objective.classification(), [(X, Y)], lambda model: {"one": 1.0})
+    return gm.Task(net, gm.Objective.classification(), lambda epoch, generator: [(X, Y)], lambda model: {"one": 1.0})
 
 
 OPTIONS: dict[str, Any] = {"steps": 12, "ema": 0.9, "clip": 1.0, "accumulate": 2}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         load_compressed,
         load_plan,
         narrow,
+        refit,
         save_compressed,
         save_plan,
     )
@@ -66,6 +67,7 @@ __all__ = [
     "optim",
     "prox",
     "random",
+    "refit",
     "save_compressed",
     "save_plan",
     "suggest_lr",
@@ -98,6 +100,7 @@ _HOME = {
     "load_compressed": "compression",
     "load_plan": "compression",
     "narrow": "compression",
+    "refit": "compression",
     "save_compressed": "compression",
     "save_plan": "compression",
     "suggest_lr": "optim.suggestion",

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-__all__ = ["MOST_BYTES", "read_text"]
+__all__: list[str] = []  # for the library alone
 
 # Of a text; far more than any list of options, and as much as is tokenized in memory.
 MOST_BYTES = 1 << 30

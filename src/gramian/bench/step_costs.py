@@ -6,13 +6,14 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gramian import optim
-from gramian.bench.competitors import DEFAULT, TORCH_MUON, Competitor, Stepper, chosen, ours
-from gramian.bench.learning_networks import Transformer, autoencoder
+from gramian.bench.competitors import DEFAULT, TORCH_MUON, Competitor, Stepper, chosen, hidden_and_rest, ours
+from gramian.bench.learning_networks import Transformer, autoencoder, mlp
 from gramian.bench.learning_tasks import images
 from gramian.bench.race import clock
 from gramian.bench.table import Goal, Measurement, Row
@@ -32,6 +33,8 @@ WHOLE_MUON, ACCURATE_MUON = f"{OUR_MUON}, whole", f"{OUR_MUON}, whole, rtol 0.03
 def _whole(rtol: float) -> Competitor:
     return Competitor(lambda model, lr, rest_lr: optim.Muon(model, lr=lr, rtol=rtol, part_size=None), 0.1, ours=True)
 
+
+WHOLE_DEFAULT = f"{OUR_MUON}, whole, default rtol"
 
 VARIANTS: dict[str, Competitor] = {WHOLE_MUON: _whole(0.1), ACCURATE_MUON: _whole(0.03)}
 """Competitors in the cost of a step only: by default a large matrix is cut into parts, each orthogonal by itself."""
@@ -245,9 +248,77 @@ def _with_noise(gradient: Tensor, generator: torch.Generator) -> Tensor:
     return torch.empty_like(gradient).normal_(generator=generator).mul_(rms).add_(gradient)
 
 
+class _Beside(nn.Module):
+    """A network whose head is a matrix like the others, since another layer comes after it, which is not called."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.last = network, nn.Linear(1, 1, bias=False)
+
+
+def _of_network(make: Callable[[], nn.Module], goals: Mapping[str, float], of: str, title: str, repeats: int) -> Row:
+    """Steps of a whole network on new normal gradients: torch's Muon, the default, and it with whole matrices."""
+    variant = {WHOLE_DEFAULT: Competitor(lambda model, lr, rest_lr: optim.Muon(model, lr=lr, part_size=None), 0.1)}
+    names = (TORCH_MUON, OUR_MUON, WHOLE_DEFAULT)
+    entries, missing = _field(make, {name: c for name, c in (chosen() | variant).items() if name in names})
+    generator = torch.Generator().manual_seed(0)
+    num_rounds = STEPS_PER_REPEAT * repeats + 1
+    errors: dict[str, float] = {}
+    for round_ in range(num_rounds + 1):
+        shapes = [p.shape for p in next(iter(entries.values())).model.parameters()]
+        gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+        for name in _turns(entries, round_):
+            entry = entries[name]
+            for p, g in zip(entry.model.parameters(), gradients, strict=True):
+                p.grad = g.clone()
+            if round_ < num_rounds:
+                entry.step()
+            elif name != OUR_MUON:  # whose parts are orthogonal each by itself
+                errors[name] = _error_of_network(entry)
+    measured = tuple(
+        Measurement(name, entry.median, errors.get(name), f"{entry.as_text()} ms") for name, entry in entries.items()
+    )
+    found = [
+        (Goal(f"{name}'s step ÷ torch Muon's, {of}", "<=", goal), _paired_ratio(entries[name], entries[TORCH_MUON]))
+        for name, goal in goals.items()
+        if name in entries and TORCH_MUON in entries
+    ]
+    return Row(title, "; ".join(["rms|σ − 1| of the update; normal gradients", *missing]), measured, tuple(found))
+
+
+def _paired_ratio(entry: Steps, other: Steps) -> float:
+    """The median of the ratios of steps in the same turn, whose other load is the same."""
+    return statistics.median(a / b for a, b in zip(entry.times, other.times, strict=True))
+
+
+def _error_of_network(entry: Steps) -> float:
+    """rms|σ − 1| of a step's update over all its matrices, each in units of the mean of its singular values.
+
+    In units of its mean and not of its nominal length, since torch's Muon and ours scale by shape in other ways.
+    """
+    hidden, _ = hidden_and_rest(entry.model)
+    with torch.no_grad():
+        for p in hidden:
+            p.zero_()
+    for group in entry.optimizer.param_groups:
+        group["lr"] = 1.0
+    entry.optimizer.step()
+    updates = [p.detach() for p in hidden if min(p.shape) > 1]
+    return orthogonality(updates, [float(torch.linalg.svdvals(u.double()).mean()) for u in updates])
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, float]]] = {
+    "autoencoder": (lambda: _Beside(autoencoder()), {OUR_MUON: 0.6, WHOLE_DEFAULT: 0.6}),
+    "transformer, 128 wide": (partial(Transformer, width=128, depth=4), {OUR_MUON: 0.6}),
+    "transformer, 384 wide": (partial(Transformer, width=WIDTH, depth=DEPTH, heads=6), {OUR_MUON: 0.5}),
+    "MLP, 256 wide": (partial(mlp, width=256, depth=4), {OUR_MUON: 1.0}),
+}
+"""Networks whose whole step is measured beside torch's Muon, and what is to be reached."""
+
 COSTS: dict[str, Callable[[str, int], Row]] = {
     "step cost: 16 matrices": _sixteen_matrices,
     "step cost: autoencoder": _autoencoder,
     "overhead: transformer, 4,096 tokens": _overhead,
+    **{f"step of a network: {of}": partial(_of_network, make, goals, of) for of, (make, goals) in NETWORKS.items()},
 }
 """Row's name: what measures it."""

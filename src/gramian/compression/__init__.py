@@ -6,6 +6,7 @@ from gramian.compression.narrowing import NarrowPlan, narrow
 from gramian.compression.plan import Plan
 from gramian.compression.planning import compress
 from gramian.compression.plans import load_plan, save_plan
+from gramian.compression.refitting import refit
 
 __all__ = [
     "LowRank",
@@ -15,6 +16,7 @@ __all__ = [
     "load_compressed",
     "load_plan",
     "narrow",
+    "refit",
     "save_compressed",
     "save_plan",
 ]

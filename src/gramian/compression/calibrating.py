@@ -27,7 +27,7 @@ from gramian.recording.recorder import WITHOUT_AUTOGRAD
 from gramian.site import Site
 from gramian.statistics import Statistics
 
-__all__ = ["Calibration", "Measure", "Reader", "around_output", "calibrate", "cuttable"]
+__all__ = ["Calibration", "Measure", "Reader", "around_output", "calibrate", "cuttable", "hashes"]
 
 HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
@@ -261,14 +261,24 @@ class Reader:
         return held, distinct / num if num else 1.0, float(distinct)
 
     def _count(self, batch: Any) -> None:
-        try:
-            rows = main_input(batch).detach()
-            rows = rows.double() if rows.is_floating_point() else rows
-            found = [hash(row.tobytes()) for row in rows.cpu().reshape(len(rows), -1).numpy()]
-        except (InputError, TypeError, RuntimeError, ValueError):  # a graph, or another object: each is taken as new
-            found = [hash((self.num, i)) for i in range(num_samples(batch))]
+        found = hashes(batch, self.num)
         self.hashes.update(found)
         self.num += len(found)
+
+
+def hashes(batch: Any, place: int) -> list[int]:
+    """A number for each sample of a batch, the same for samples whose main inputs are equal.
+
+    Args:
+        batch: any batch.
+        place: how many samples came before: those that cannot be compared have numbers of their own.
+    """
+    try:
+        rows = main_input(batch).detach()
+        rows = rows.double() if rows.is_floating_point() else rows
+        return [hash(row.tobytes()) for row in rows.cpu().reshape(len(rows), -1).numpy()]
+    except (InputError, TypeError, RuntimeError, ValueError):  # a graph, or another object: each is taken as new
+        return [hash((place, i)) for i in range(num_samples(batch))]
 
 
 def _parted(batch: Any) -> tuple[Any, Any | None]:

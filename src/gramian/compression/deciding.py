@@ -16,12 +16,14 @@ from gramian.batch import first_samples
 from gramian.block import blocks
 from gramian.calls import as_model, prepared, unwrapped
 from gramian.compression.contending import contenders, line, planned_layers
+from gramian.compression.lowrank import LowRank
 from gramian.compression.measuring import FORMS
 from gramian.compression.narrow_plan import NarrowPlan
 from gramian.compression.narrowing import narrow
 from gramian.compression.plan import Plan, check_budget
 from gramian.compression.planning import compress
 from gramian.compression.plans import AnyPlan, load_plan, save_plan
+from gramian.compression.refitting import refit
 from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares
 from gramian.compression.speeds import Speeds, paced
 from gramian.errors import CheckpointError, GramianError, InputError
@@ -115,7 +117,7 @@ class Decision:
 
     Args:
         plan: at the chosen share.
-        model: `plan.apply()`.
+        model: of `plan.apply()`, refit where that is better.
         outcome: what was measured.
     """
 
@@ -200,7 +202,7 @@ def decide(
         tried.tell = lambda share, value: tell("Evaluate", len(tried.points) / 20, f"{budget} {share:.3f}: {value:.4g}")
         keep = _share(target, tried, speeds, tell)
         plan = plan.at(**target.options) if target.options else tried.at(keep)
-        small = plan.apply()
+        small, remark = _refitted(plan.apply(), model, batches, objective, tried, tell)
         if not target.bits and not target.sparsity:
             tried(keep)
         if curve:
@@ -208,7 +210,7 @@ def decide(
                 tried(share)
         tell("Evaluate", 1.0, f"{budget} {keep:.3f}")
         made = contenders(plan, model, small, tried, speeds, tell)
-        notes = _notes(tried, target, made, speeds, small)
+        notes = [*remark, *_notes(tried, target, made, speeds, small)]
     finally:
         model.train(was)
     outcome = Outcome(
@@ -230,6 +232,26 @@ def decide(
         share_of="bytes" if target.budget == "size" else "parameters",
     )
     return Decision(plan, small, outcome)
+
+
+def _refitted(
+    small: nn.Module, dense: nn.Module, batches: Sequence[Any], objective: Any, tried: Tried, tell: Progress
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model refit to the dense one's outputs where it has factors and that is measured to be better."""
+    if not any(isinstance(m, LowRank) for m in small.modules()) or not tried.quality.sign:
+        return small, ()
+    tell("Refit", 0.0, "")
+    try:
+        fitted = refit(small, dense, batches, objective)
+    except InputError as error:
+        return small, (f"not refit: {error}",)
+    before, after = tried.quality.of(small), tried.quality.of(fitted)
+    better = tried.quality.drop(after) < tried.quality.drop(before)
+    tell("Refit", 1.0, f"{tried.quality.measure} {before:.4g} → {after:.4g}")
+    if not tried.quality.drop(after) < tried.quality.drop(before):
+        return small, ()
+    change = f"{tried.quality.measure} {before:.4g} before, {after:.4g} after"
+    return fitted, (f"layers were refit to the dense model's outputs: {change}; the curve is without",)
 
 
 def _planned(

@@ -59,6 +59,8 @@ def isometric_(
       as long as its stride (patches) that is an exact isometry, or a projection; where windows overlap it only keeps
       the mean square of white inputs, on average over images.
     - A transposed convolution is set as the adjoint of a convolution.
+    - Each matrix of `nn.MultiheadAttention`, and of each gate of LSTM, GRU, RNN and their cells, gets a Q with σ = 1;
+      forget gates of an LSTM a bias of one. Attention in a residual branch is left where all its sizes are usual.
 
     With a sample, matrices that a norm or a skip already keeps in order are left: layers whose scale a norm undoes
     (measured: the derivative along the output is zero), and layers of residual branches (in the graph of the forward

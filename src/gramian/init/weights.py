@@ -139,7 +139,7 @@ DEPTHWISE = "left as they were, since they act on each channel alone"
 
 
 def find_weights(model: nn.Module) -> Weights:
-    """The weights that can be set: of linear layers and convolutions, and trainable.
+    """The weights that can be set: of linear layers, convolutions, attention and recurrence, and trainable.
 
     Embeddings and norms are left without a word: they keep their initialization by definition. So is a matrix that is
     an embedding too.
@@ -147,7 +147,9 @@ def find_weights(model: nn.Module) -> Weights:
     found, rest = blocks(model)
     weights = Weights()
     adapters = set(_adapters(model))
-    inside = {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    inside: dict[nn.Module, nn.Module] = {
+        m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    }
     for block in found:
         name, module = block.owners[0]
         layer, local = host_of(model, name, module, block.parameter)

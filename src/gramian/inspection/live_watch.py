@@ -158,7 +158,7 @@ class Watch:
         return self._forward.around(function, again)
 
     def left_out(self) -> None:
-        """Tells where the first value that is not finite came from; called in place of a step that a loop leaves out."""
+        """Tells where the first value that is not finite came from, where a loop leaves out the step for it."""
         self._safely(self._judge_left_out)
 
     def _safely(self, look: Callable, *args: Any) -> Any:

@@ -25,6 +25,8 @@ TRIES = 4
 COLUMNS, STEP = 16, 0.05
 # Scores that are right or wrong: clearly, and far.
 CLEAR, FAR = 6.0, 60.0
+# Numbers that are far from all targets, in their size.
+VERY_FAR = 1e6
 # Probabilities that are so.
 PROBABLE = (0.3, 0.02)
 # The share of the classes that labels must reach for a dimension to be that of the classes.
@@ -238,7 +240,7 @@ def _of_values(replay: Replay, label: Given, i: int, target: Tensor) -> Supervis
             far_bad, far_good = (replay.terms(put(at(size)))[k] for size in (-FAR, FAR))
             losses = (now, good, bad, far_bad)
             falls, rises = bad - far_bad, far_good - good
-            if falls <= 5 * (now - bad) or are_probabilities:
+            if not falls > 5 * (now - bad) or are_probabilities:  # or no number, as log 0 gives
                 return Supervision("reversed", **told, losses=losses)
             if abs(rises - falls) > 1e-2 * falls:  # else as that of a critic
                 return Supervision("endless", **told, losses=losses)
@@ -257,12 +259,14 @@ def _is_flat(term: Callable[[float, bool], float], bound: float) -> bool:
 
 def _of_numbers(replay: Replay, label: Given, i: int, target: Tensor, told: dict[str, Any]) -> Supervision | None:
     """What the loss does with numbers as targets: it has its minimum near them, or near their mean, or none."""
-    far = FAR * (1.0 + float(target.abs().amax()))
+    far = VERY_FAR * (1.0 + float(target.abs().amax()))  # the loss may give the targets another unit
     moved = [
         [*replay.outputs[:i], target + by, *replay.outputs[i + 1 :]] for by in (far, -far)
     ]  # fmt: skip
     above, below = (replay.gradients(outputs)[i] for outputs in moved)
-    if any(bool((above * sign > 0).all()) and bool((below * sign > 0).all()) for sign in (1, -1)):
+    is_one_way = bool((above > 0).all()) or bool((above < 0).all())
+    is_even = float(above.abs().amax()) <= 1.001 * float(above.abs().amin())  # else by the targets, as of a divergence
+    if is_one_way and is_even and torch.allclose(above, below, rtol=1e-3):
         losses = tuple(replay.value(o) for o in (replay.outputs, *moved))
         return Supervision("unsquared", **told, losses=losses)
     means = target.mean(0, keepdim=True).expand_as(target)
@@ -277,7 +281,8 @@ def _of_numbers(replay: Replay, label: Given, i: int, target: Tensor, told: dict
         replay.gradients([*replay.outputs[:i], means, *replay.outputs[i + 1 :]], batch)[i]
         for batch in (None, mapped(replay.batch, lambda v: changed if v is other else v))
     )
-    if len(one) > 2 and bool(((one - two).flatten(1).abs().amax(1) > 0).all()):
+    is_lowest = float(one.abs().amax()) <= 1e-3 * float((one - two).abs().amax())
+    if len(one) > 2 and is_lowest and bool(((one - two).flatten(1).abs().amax(1) > 0).all()):
         return Supervision("mean", **told, losses=(at, mean))
     return None
 

@@ -108,8 +108,10 @@ def _worked(arguments: Arguments, *tensors: Tensor | None) -> list[Tensor]:
 def _along_inverse_root(arguments: Arguments, x: Tensor, e: Tensor) -> Tensor:
     p, spectrum = arguments["p"], arguments.get("spectrum")
     # Powers of X need entries near 1: with X = 2ᵏ X̂ the answer is 2^(k(p + 1)) times that of X̂.
-    alone = known(spectrum) and bool(x.numel())  # then the eigenvalues do, and nothing else sees what is made here
-    if alone:
+    alone = False
+    if known(spectrum) and x.numel():
+        # Then the eigenvalues do, and nothing else sees what is made here.
+        alone = True
         exponent = torch.frexp(spectrum.values.amax(-1))[1].double()
     else:
         x, exponent = _normalized(x, torch.zeros(x.shape[:-2], dtype=torch.float64, device=x.device))

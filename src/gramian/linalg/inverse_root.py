@@ -63,7 +63,7 @@ def _eigh32(
         reason = torch.where(ok & (w > 0).all(-1), cert.NONE, cert.INACCURATE)
         root = root_of(w.double(), p)
         return Answer.bare(of_roots(root, v, v.dtype), reason, spectrum=Spectrum(root, v))
-    value, error, residual = from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype)
+    value, error, residual = from_eigenpairs(damped(x, shift), w.double(), v, p, v.dtype, rtol)
     proven = ok & error.isfinite() & (w > 0).all(-1)
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
@@ -83,7 +83,7 @@ def _eigh64(x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float
         reason = torch.where((reason == cert.NONE) & ~kept.all(-1), cert.SINGULAR, reason)
         root = torch.where(kept, root_of(w, p), 0.0)
         return Answer.bare(of_roots(root, v, wide(dtype)), reason, spectrum=Spectrum(root_of(w, p), v))
-    value, error, residual = from_eigenpairs(m, w, v, p, wide(dtype))
+    value, error, residual = from_eigenpairs(m, w, v, p, wide(dtype), rtol)
     proven = error.isfinite() & (w > 0).all(-1)
     error = torch.where(proven, error, math.inf)
     if x.shape[-1] <= EXACT and value.dtype == torch.float64:

@@ -18,6 +18,9 @@ from gramian.optim.stacks import State
 
 __all__ = ["Muon", "average", "init", "look_ahead", "orthogonal", "staleness", "update", "weight_of_past"]
 
+PART = 1 << 17
+"""Entries of the gradients that are averaged together on a CPU: both they and the means fit its second cache."""
+
 YOUNG = 10.0
 """Steps after which the past has a weight of one half, if `momentum` allows it."""
 
@@ -30,9 +33,7 @@ def init(m: Tensor, options: Mapping[str, Any]) -> State:
 
 def update(g: Tensor, state: State, context: StepContext) -> Tensor:
     """polar(B + (1 − μ)(g − B)), with B ← B + (1 − μ)(g − B)."""
-    beta = weight_of_past(context.options)
-    average(state["momentum"], g, beta, context)
-    ahead = look_ahead(g, state["momentum"], beta, context)
+    ahead = _advanced(g, state["momentum"], context)
     if "direction" not in state:
         return polar(ahead, context.options, out=g)
     if context.due is None:
@@ -55,6 +56,18 @@ def average(mean: Tensor, value: Tensor, beta: float, context: StepContext) -> N
         mean.lerp_(value, 1 - beta)
     else:
         mean.lerp_(value, ((1 - beta) * context.alive).expand_as(mean))
+
+
+def _advanced(g: Tensor, momentum: Tensor, context: StepContext) -> Tensor:
+    """What is orthogonalized: the momentum or, over `g`, that of one more step; in parts, which stay in the cache."""
+    beta = weight_of_past(context.options)
+    if not context.all_alive or g.device.type != "cpu":
+        average(momentum, g, beta, context)
+        return look_ahead(g, momentum, beta, context)
+    for part, mean in zip(g.view(-1).split(PART), momentum.view(-1).split(PART), strict=True):
+        average(mean, part, beta, context)
+        look_ahead(part, mean, beta, context)
+    return g if context.options["nesterov"] else momentum
 
 
 def weight_of_past(options: Mapping[str, Any]) -> float:

@@ -152,7 +152,7 @@ def known_name(caller: str, name: str, otherwise: str = "") -> str:
     return AUTO if name == "auto" else name
 
 
-def with_rate(caller: str, text: str) -> tuple[str, float | str | None]:
+def with_rate(caller: str, text: str) -> tuple[str, float | Literal["auto"] | None]:
     """An optimizer's name and its rate, from `name`, `name:lr=0.01` or `name:lr=auto`; no rate is `None`.
 
     Raises `InputError` for an unknown name, or what is no rate.
@@ -166,10 +166,10 @@ def with_rate(caller: str, text: str) -> tuple[str, float | str | None]:
     if not colon:
         return name, None
     try:
-        rate = value if value == "auto" else float(value)
+        rate = "auto" if value == "auto" else float(value)
     except ValueError:
         rate = math.nan
-    if key.strip() != "lr" or not equals or not (rate == "auto" or 0 <= float(rate) < math.inf):
+    if key.strip() != "lr" or not equals or not (rate == "auto" or 0 <= rate < math.inf):
         raise InputError(f"{caller}: after an optimizer's name :lr=NUMBER or :lr=auto is taken; got {text!r}")
     return name, rate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -169,11 +169,11 @@ class MatrixOptimizer(Saved):
             flags = None if bad is None else dict(zip(params, bad.unbind(), strict=True))
             keep = _decay(params, bad, float(group["lr"]) * group["weight_decay"])
             for stack in self._current(group, plan, grads):
-                found = dict(self._step_stack(stack, group, grads, flags))
+                update = self._step_stack(stack, group, grads, flags)
                 if self._sharding:
-                    updates |= found
-                else:  # at once, while they lie in the cache and in memory that the next stack takes
-                    self._sharding.add_([p for p in found if p in grads], found, keep)
+                    updates.update(zip(stack.params, stack.unstacked(update), strict=True))
+                else:  # at once, while it lies in the cache and in memory that the next stack takes
+                    stack.add_(update, [p in grads for p in stack.params], keep)
             if self._sharding:
                 self._sharding.add_(params, updates, keep)
         if plan.matrices:
@@ -200,9 +200,9 @@ class MatrixOptimizer(Saved):
 
     def _step_stack(
         self, stack: Stack, group: dict[str, Any], grads: Mapping[Tensor, Tensor], flags: Mapping[Tensor, Tensor] | None
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        """Each parameter of the stack with its update, which is still to be added."""
-        params = [r.parameter for r in stack.routes]
+    ) -> Tensor:
+        """The update of the stack's matrices (K, m, n), which is still to be added."""
+        params = stack.params
         g = stack.stacked([grads.get(p) for p in params], lasting=bool(self._sharding))
         if group["maximize"]:
             g.neg_()
@@ -224,7 +224,7 @@ class MatrixOptimizer(Saved):
         # In place where the direction is new: another tensor of that size costs more than the product.
         memory = direction.untyped_storage().data_ptr()
         kept = any(buffer.untyped_storage().data_ptr() == memory for buffer in stack.state.values())
-        return zip(params, stack.unstacked(direction * factors if kept else direction.mul_(factors)), strict=True)
+        return direction * factors if kept else direction.mul_(factors)
 
     def _scales(self, stack: Stack, group: Mapping[str, Any]) -> Tensor:
         """The s of each matrix, (K, 1, 1)."""

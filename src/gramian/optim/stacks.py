@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
+from gramian import placement
 from gramian.errors import InputError
 from gramian.linalg.engine.workspace import scratch
 from gramian.optim.route import Route
@@ -16,8 +18,8 @@ __all__ = ["Stack", "State", "alike"]
 
 State = dict[str, Tensor]
 
-MAX_BYTES = {"cpu": 4 << 20}
-"""Of the matrices in one stack, by kind of device: on a CPU so many as stay in its cache from one operation to the next."""
+MAX_BYTES = {"cpu": 6 << 20}
+"""Of the matrices in one stack, by kind of device: on a CPU so many as stay in its cache between operations."""
 
 MAX_BYTES_ELSEWHERE = 256 << 20
 
@@ -53,6 +55,7 @@ class Stack:
         self, routes: Sequence[Route], init: Callable[[Tensor], State], states: Mapping[Tensor, State]
     ) -> None:
         self.routes = tuple(routes)
+        self.params = [r.parameter for r in routes]
         self.counts = [math.prod(_matrices(r)[:-2]) for r in routes]
         self.shape = (sum(self.counts), *_matrices(self.routes[0])[-2:])
         p = self.routes[0].parameter
@@ -115,6 +118,30 @@ class Stack:
             return list(matrices.unbind())
         parts = zip(self.routes, matrices.split(self.counts), strict=True)
         return [r.layout.join(part.view(_matrices(r))) for r, part in parts]  # type: ignore[union-attr]
+
+    def add_(self, update: Tensor, present: Sequence[bool], keep: Mapping[Tensor, Tensor] | float) -> None:
+        """Multiplies each parameter that is present by its entry of `keep`, then adds its matrices of `update`.
+
+        To the matrices that a parameter is made of, as they lie in it, where they are views.
+        """
+        params = placement.locals_of(list(compress(self.params, present)))
+        if not isinstance(keep, float | int):
+            torch._foreach_mul_(params, [keep[p].to(self.device) for p in compress(self.params, present)])
+        elif keep != 1:
+            torch._foreach_mul_(params, keep)
+        if self.simple:
+            targets, steps = params, list(compress(update.unbind(), present))
+        else:
+            targets, steps = [], []
+            parts = list(zip(self.routes, update.split(self.counts), strict=True))
+            for (r, part), p in zip(compress(parts, present), params, strict=True):
+                layout, step = r.layout, part.view(_matrices(r))
+                target = layout.split(p)  # type: ignore[union-attr]
+                if target.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
+                    target, step = p, layout.join(step)  # type: ignore[union-attr]
+                targets.append(target)
+                steps.append(step)
+        torch._foreach_add_(targets, [step.to(self.param_dtype) for step in steps])
 
     def repeated(self, values: Tensor) -> Tensor:
         """One value for each matrix, (K, 1, 1), from one for each parameter."""

@@ -31,6 +31,9 @@ matrices that learn: factors are near a minimum already. On the sentence transfo
 of 1e-4, and this one, brought the held-out distance down at every evaluation; 5e-4 first brought it up."""
 
 
+DISTANCE = "distance to the teacher (half the square, for each unit of the loss)"
+
+
 @dataclass(frozen=True, eq=False)
 class Healed:
     """What healing came to.
@@ -39,7 +42,8 @@ class Healed:
         model: the healed model, or where that was no better the one that was given.
         kept: whether it is the healed one.
         reason: why, in a sentence.
-        before: the mean distance to the teacher on held-out data, of the model that was given.
+        before: half the squared distance to the teacher's outputs, for each of the objective's units (a sample, a
+            token), averaged over held-out data, of the model that was given.
         after: that of the healed one.
         other_before: on the second domain; `None` without one.
         other_after: of the healed one.
@@ -169,7 +173,7 @@ def heal(
     after, other_after = distance(run.model, judges), None if second is None else distance(run.model, second)
     reason = _reason(run, before, after, other_before, other_after)
     kept = not reason
-    reason = reason or f"kept: the held-out distance to the teacher fell from {before:.4g} to {after:.4g}"
+    reason = reason or f"kept: the held-out {DISTANCE} fell from {before:.4g} to {after:.4g}"
     best = run.model if kept else model
     return Healed(best, kept, reason, before, after, other_before, other_after, run.steps, run.seconds)
 
@@ -206,7 +210,7 @@ def _reason(run: Run, before: float, after: float, other_before: float | None, o
     if run.diverged or not math.isfinite(after):
         return "not kept: the loss stopped being finite; a smaller lr may help"
     if not after < before:
-        return f"not kept: the held-out distance to the teacher did not fall ({before:.4g}, then {after:.4g})"
+        return f"not kept: the held-out {DISTANCE} did not fall ({before:.4g}, then {after:.4g})"
     if other_before is not None and other_after is not None and not other_after <= other_before:
-        return f"not kept: on the other domain the distance rose from {other_before:.4g} to {other_after:.4g}"
+        return f"not kept: on the other domain the {DISTANCE} rose from {other_before:.4g} to {other_after:.4g}"
     return ""

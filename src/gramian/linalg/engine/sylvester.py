@@ -169,9 +169,9 @@ class _Solve(torch.autograd.Function):
         return out
 
     @staticmethod
-    def vmap(
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
         info: Any, in_dims: tuple, x: Tensor, e: Tensor, w: Any, v: Any, equation: Equation, symmetric: bool
-    ) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    ) -> Any:
         full: Any = (
             y if y is None else y.expand(info.batch_size, *y.shape) if d is None else y.movedim(d, 0)
             for y, d in zip((x, e, w, v), in_dims[:4], strict=True)

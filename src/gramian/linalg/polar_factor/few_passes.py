@@ -52,7 +52,7 @@ def few_passes(
     dtype: torch.dtype | None = None,
     out: Float[Tensor, "*b m n"] | None = None,
 ) -> Float[Tensor, "*b m n"]:
-    """Approximate polar factor of each matrix by `composed(low, steps, first)`, in products of `dtype`, float32 if None.
+    """Approximate polar factor of each matrix by `composed(low, steps, first)`, in products of `dtype` (float32).
 
     ‖XXᵀ‖_F^½ bounds ‖X‖₂ here; singular values below `low` of that end below 1. A zero matrix gives zero, NaN stays in
     its own matrix, and each matrix is scaled by itself. It is written to `out`, contiguous and perhaps `a`, if given.
