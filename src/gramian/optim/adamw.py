@@ -50,7 +50,7 @@ def step_adamw(
         others = [member for member, is_plain in zip(members, contiguous, strict=True) if not is_plain]
         for together in (plain, *([member] for member in others)):
             if together:
-                _step(*zip(*together, strict=True), group)
+                _step([p for p, _, _ in together], [g for _, g, _ in together], [s for _, _, s in together], group)
     return params, bad
 
 
