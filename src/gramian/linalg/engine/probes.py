@@ -91,25 +91,25 @@ def closer(e: Tensor, p: Probes, rounding: Tensor | float = 0.0) -> Tensor:
 
 def apply(a: Tensor, z: Tensor) -> Tensor:
     """a z in float64, for a (B, m, n) of any dtype and z (B, n, k) in float64."""
-    if a.dtype == torch.float64:
-        return (z.mT @ a.mT).mT
     return _by_columns(a.mT, z) if a.stride(-2) == 1 else _by_rows(a, z)
 
 
 def apply_transposed(a: Tensor, z: Tensor) -> Tensor:
     """aᵀ z in float64, for a (B, m, n) of any dtype and z (B, m, k) in float64."""
-    if a.dtype == torch.float64:
-        return (z.mT @ a).mT
     return _by_rows(a.mT, z) if a.stride(-2) == 1 else _by_columns(a, z)
 
 
 def _by_rows(a: Tensor, z: Tensor) -> Tensor:
-    # (zᵀ aᵀ)ᵀ: several times as fast as the same product with the thin factor on the right.
-    parts = [z.mT @ part.double().mT for part in a.split(_rows(a), dim=-2)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).mT
+    # For an `a` stored by rows this takes half of the time of (zᵀ aᵀ)ᵀ.
+    if a.dtype == torch.float64:
+        return a @ z
+    parts = [part.double() @ z for part in a.split(_rows(a), dim=-2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 def _by_columns(a: Tensor, z: Tensor) -> Tensor:
+    if a.dtype == torch.float64:
+        return (z.mT @ a).mT
     rows = _rows(a)
     total = None
     for part, right in zip(a.split(rows, dim=-2), z.split(rows, dim=-2), strict=True):
@@ -147,11 +147,12 @@ def twice(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Laid out like x: a part that has to be transposed on its way takes three times as long.
     buffer = z.new_empty(n, count).mT if x.stride(-2) == 1 else z.new_empty(count, n)
     for i in range(b):
+        columns = z[i].mT.contiguous()
         for start in range(0, m, rows):
             part = x[i, start : start + rows]
             part = part if wide else buffer[: part.shape[0]].copy_(part)
-            image = forth[i, :, start : start + rows]
-            image.copy_(z[i] @ part.mT)
+            image = (part @ columns).mT
+            forth[i, :, start : start + rows] = image
             back[i].addmm_(image, part)
             square[i] += torch.linalg.vector_norm(part) ** 2
     return back, forth, square
