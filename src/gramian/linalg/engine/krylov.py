@@ -84,7 +84,7 @@ PANELS_FROM = 1 << 18
 
 
 def gram_rows(y: Tensor, a: Tensor) -> Tensor:
-    """Y AᵀA of rows y (B, r, n) and a (B, m, n): one matrix stored by rows is read once and not twice, on one thread."""
+    """Y AᵀA of rows y (B, r, n) and a (B, m, n); on one thread one matrix stored by rows is read once and not twice."""
     whole = a.shape[0] != 1 or y.shape[-2] < 8 or a.device.type != "cpu" or a.stride(-1) != 1
     if whole or a.shape[-2] * a.shape[-1] < PANELS_FROM or torch.get_num_threads() > 1:
         return by(by(y, a.mT), a)
@@ -240,7 +240,8 @@ def resolvent(found: Krylov, at: Tensor) -> tuple[Tensor, Tensor]:
         above = info == 0
         if not bool(above):
             factor = torch.eye(p, dtype=at.dtype, device=at.device)[None]
-        return torch.cholesky_solve(torch.eye(p, r, dtype=at.dtype, device=at.device)[None], factor)[:, None], above[:, None]
+        first = torch.eye(p, r, dtype=at.dtype, device=at.device)[None]
+        return torch.cholesky_solve(first, factor)[:, None], above[:, None]
     shift, taken, above = at[..., None, None] * eye, torch.zeros_like(eye), torch.ones_like(at, dtype=torch.bool)
     y = eye.expand(*at.shape, r, r)
     solved: list[Tensor] = []

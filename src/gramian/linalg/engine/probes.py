@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.rounding import norm
+from gramian.linalg.engine.workspace import scratch
 
 SEED = 0x6772616D69616E
 """The seed of every generator that linalg makes for itself. It is not a small number, since the caller may have drawn
@@ -41,8 +42,8 @@ SPREAD_FROM = 128
 FAILURE = 1e-10
 """P(χ²_k < k / GAINS[k]²) is below this, 9.0e-11 for k = 32; a test derives it."""
 
-CHUNK = 1 << 20
-"""Entries in a part that is widened to float64 at once: 8 MB, which stays in the cache and reuses its memory pages."""
+CHUNK = 1 << 17
+"""Entries in a part that is widened to float64 at once: 1 MB, which stays in the cache."""
 
 PART = 1 << 18
 """The same for `twice`, which reads each part three times."""
@@ -103,7 +104,7 @@ def _by_rows(a: Tensor, z: Tensor) -> Tensor:
     # For an `a` stored by rows this takes half of the time of (zᵀ aᵀ)ᵀ.
     if a.dtype == torch.float64:
         return a @ z
-    parts = [part.double() @ z for part in a.split(_rows(a), dim=-2)]
+    parts = [_widened(part) @ z for part in a.split(_rows(a), dim=-2)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
@@ -114,10 +115,15 @@ def _by_columns(a: Tensor, z: Tensor) -> Tensor:
     total = None
     for part, right in zip(a.split(rows, dim=-2), z.split(rows, dim=-2), strict=True):
         # (zᵀ a)ᵀ: the wide factor is read along its rows.
-        product = right.mT @ part.double()
+        product = right.mT @ _widened(part)
         total = product if total is None else total.add_(product)
     assert total is not None
     return total.mT
+
+
+def _widened(part: Tensor) -> Tensor:
+    """In float64, valid until the next part."""
+    return scratch("widened", tuple(part.shape), torch.float64, part).copy_(part)
 
 
 def _rows(a: Tensor) -> int:
