@@ -35,6 +35,7 @@ from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import gamma, norm, unit_roundoff
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
+from gramian.linalg.engine.workspace import scratch
 from gramian.linalg.inverse_root_bound import fine, from_eigenpairs, of_roots, root_bound, root_of, wide
 from gramian.linalg.principal_inverse_root import principal_inverse_root_ex
 
@@ -54,7 +55,7 @@ def _eigh32(
     x: Tensor, *, shift: Tensor, p: int, dtype: torch.dtype, rtol: float, certify: bool = True
 ) -> Answer | None:
     """V w^(-1/p) Vᵀ by an eigendecomposition in float32; error εκ/p."""
-    narrow = x.float()
+    narrow = scratch("narrow", tuple(x.shape), torch.float32, x).copy_(x)
     narrow.diagonal(dim1=-2, dim2=-1).add_(shift.float()[:, None])
     if hopeless(narrow, rtol * p, EIGH32_ERROR):
         return None

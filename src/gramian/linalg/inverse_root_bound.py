@@ -12,6 +12,7 @@ from gramian.linalg.engine.double_double import Pair, thin_product, thin_rough
 from gramian.linalg.engine.probes import Probes, apply, apply_transposed, closer, of_norm, probes
 from gramian.linalg.engine.rounding import LOOSE, U, chain_rounding, gamma, norm
 from gramian.linalg.engine.symmetric_products import symmetric_product
+from gramian.linalg.engine.workspace import scratch
 
 
 def root_of(w: Tensor, p: int) -> Tensor:
@@ -26,8 +27,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def of_roots(root: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """V diag(root) Vᵀ in `dtype`, exactly symmetric."""
-    left = v.to(dtype) * root.sqrt().to(dtype)[:, None, :]
-    return symmetric_product(left, left.mT)
+    # LAPACK stores vectors by columns.
+    rows = scratch("rows", tuple(v.mT.shape), dtype, v).copy_(v.mT).mul_(root.sqrt().to(dtype)[:, :, None])
+    return symmetric_product(rows.mT, rows)
 
 
 TIGHT = 128
@@ -49,7 +51,8 @@ def from_eigenpairs(
                 return value, error, residual
         return value, *_eigen_bound(m, value, root, v, p, probe, fine)
 
-    vectors = v.double()  # once for all products
+    # Once for all products, in the memory's order.
+    vectors = scratch("vectors", tuple(v.mT.shape), torch.float64, v).copy_(v.mT).mT
 
     def times(z: Tensor) -> Tensor:
         return apply(vectors, root[:, :, None] * apply_transposed(vectors, z))

@@ -52,6 +52,7 @@ def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Ca
         m, right = damped(x, shift), pair(b)
         p = probes(x.shape[-1], x.device)
         y, bad = invert(m.hi.to(work))
+        y = y.double()  # once for all products
         z = pair(apply(y, b)) if y[0:1].numel() else pair(b)
         for _ in range(steps if y[0:1].numel() else 0):
             r, _ = minus(right, times(m, z))
@@ -62,7 +63,7 @@ def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Ca
             return Answer.bare(value, torch.where(bad, singular, cert.NONE), steps)
         size = _left_defect(m, y, p, times)
         r, r_error = minus(right, times(m, z))
-        step = norm(y.double() @ r) + norm(y) * (r_error + gamma(x.shape[-1] + 1) * norm(r))
+        step = norm(y @ r) + norm(y) * (r_error + gamma(x.shape[-1] + 1) * norm(r))
         zero = norm(b) == 0
         proven = (size < 1) & ~bad
         error = torch.where(zero, 0.0, step / (1 - size) + norm(z.lo))
@@ -116,7 +117,7 @@ def _left_defect(m: Pair, y: Tensor, p: Probes, times: Product) -> Tensor:
     n = y.shape[-1]
     omega = p.omega.expand(y.shape[0], -1, -1)
     image = times(m, pair(omega))
-    left, left_error = minus(pair(omega), times(pair(y.double()), image))
+    left, left_error = minus(pair(omega), times(pair(y), image))
     return of_norm(left, p, left_error + chain_rounding(n, norm(y), norm(image.hi)))
 
 

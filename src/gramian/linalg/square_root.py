@@ -36,7 +36,8 @@ from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import LOOSE, chain_rounding, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
-from gramian.linalg.engine.symmetric_products import symmetric_product
+from gramian.linalg.engine.workspace import scratch
+from gramian.linalg.inverse_root_bound import of_roots, wide
 from gramian.linalg.principal_root import principal_root_ex
 
 __all__ = ["sqrtm", "sqrtm_ex"]
@@ -108,9 +109,7 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, 
     w, v, _, reason = decompose(m._replace(hi=m.hi.to(work)), dtype)
     w = w.double()
     s = w.clamp_min(0).sqrt()
-    left = v.to(torch.promote_types(dtype, torch.float32))
-    left = left * s.sqrt().to(left.dtype)[:, None, :]
-    value = symmetric_product(left, left.mT)
+    value = of_roots(s, v, wide(dtype))
     if not certify:
         if work == torch.float32:
             reason = torch.where(reason == cert.NONE, cert.NONE, cert.INACCURATE)
@@ -120,19 +119,20 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, 
         return Answer(value, zero, zero, reason)
     p = probes(n, x.device)
     omega = p.omega.expand(x.shape[0], -1, -1)
-    vectors, length, wide = v.double(), norm(omega), w.abs().amax(-1)
+    vectors = scratch("vectors", tuple(v.mT.shape), torch.float64, v).copy_(v.mT).mT
+    length, largest = norm(omega), w.abs().amax(-1)
     across = apply_transposed(vectors, omega)
     slip = 3 * chain_rounding(n + 3, math.sqrt(n), length)
     phi = of_norm(apply_transposed(vectors, apply(vectors, omega)) - omega, p, slip)
     image = thin_rough(m, norm(m.hi), omega)
-    miss = closer(image.hi - apply(vectors, w[:, :, None] * across), p, image.error + slip * wide + norm(m.lo))
+    miss = closer(image.hi - apply(vectors, w[:, :, None] * across), p, image.error + slip * largest + norm(m.lo))
     once = apply(vectors, s[:, :, None] * across)
-    apart = closer(apply(value, omega) - once, p, slip * (wide.sqrt() + norm(value)))
+    apart = closer(apply(value, omega) - once, p, slip * (largest.sqrt() + norm(value)))
     # (V w Vᵀ)₊ and X² are V w₊ Vᵀ up to the defect of V.
-    e = miss + 4 * phi * wide
+    e = miss + 4 * phi * largest
     lowest = (w[:, 0] * (1 - 2 * phi) - e).clamp_min(0)
     error = torch.minimum((math.sqrt(n) * e).sqrt(), e / (2 * lowest.sqrt()))
-    error = torch.minimum(error, _of_definite(vectors, s, image, once, slip * wide, phi, norm(value), p)) + apart
+    error = torch.minimum(error, _of_definite(vectors, s, image, once, slip * largest, phi, norm(value), p)) + apart
     usable = (phi < 0.1) & error.isfinite()
     if work == torch.float32:
         # float32 cannot tell indefiniteness from rounding as finely as promised: float64 decides.

@@ -42,7 +42,8 @@ def pair(x: Tensor, lo: Tensor | None = None) -> Pair:
 def damped(x: Tensor, shift: Tensor) -> Pair:
     """x + shift·I for float64 x (B, n, n) and shift (B,), without rounding."""
     if x.device.type == "cpu" and not bool(shift.any()):
-        return pair(x)
+        # A zero that is not stored spares its memory and, in `norm`, its reading.
+        return Pair(x, x.new_zeros(()).expand_as(x), x.new_zeros(x.shape[0]))
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     return Pair(*two_sum(x, shift[:, None, None] * eye), x.new_zeros(x.shape[0]))
 
@@ -145,7 +146,7 @@ def rough(a: Pair, b: Pair) -> Pair:
 
 def thin_rough(a: Pair, size: Tensor, z: Tensor) -> Pair:
     """As `thin_product` in plain float64 (the low part dropped)."""
-    value = (z.mT @ a.hi.mT).mT
+    value = (z.mT @ a.hi.mT).mT if a.hi.stride(-2) == 1 else a.hi @ z
     error = (gamma(z.shape[-2]) * size + norm(a.lo)) * norm(z)
     return Pair(value, torch.zeros_like(value), error)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gramian.linalg.engine import lapack
 from gramian.linalg.engine.probes import SEED
+from gramian.linalg.engine.workspace import scratch
 
 WIDTH = 8
 """Vectors of the power iteration."""
@@ -24,7 +25,7 @@ def eigenvalue_ratio(g: Tensor) -> Tensor:
     """
     if not g[0:1].numel():
         return g.new_ones(g.shape[0], dtype=torch.float64)
-    factor, info = lapack.cholesky(g)
+    factor, info = lapack.cholesky(g, scratch("factor", tuple(g.shape), g.dtype, g))
     bad = info != 0
     if bool(bad.any()):
         factor = torch.where(bad[:, None, None], torch.eye(g.shape[-1], dtype=g.dtype, device=g.device), factor)

@@ -83,16 +83,17 @@ STRIP = 128
 """Rows of such a strip; 64 and 256 took as long, or longer."""
 
 
-def cholesky(x: Tensor) -> tuple[Tensor, Tensor]:
+def cholesky(x: Tensor, upper: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Lower Cholesky factors of (B, n, n), perhaps stored by columns, and LAPACK's info (B,), 0 where it succeeded.
 
-    Where it failed the factor has no meaning.
+    Where it failed the factor has no meaning. They may be put into the upper triangles of `upper` (B, n, n), which
+    spares a pass if the other ones do not matter.
     """
     if x.device.type != "cpu" or x.shape[-1] < BLOCKED_FROM:
         factor, info = torch.linalg.cholesky_ex(x)
         return factor, info
     info = torch.zeros(x.shape[0], dtype=torch.int32)
-    upper = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    upper = torch.zeros_like(x, memory_format=torch.contiguous_format) if upper is None else upper
     for i, (matrix, u) in enumerate(zip(x, upper, strict=True)):
         info[i] = _in_strips(matrix, u)
     return upper.mT, info

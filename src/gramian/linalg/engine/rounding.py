@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,17 @@ LOOSE = 2.0**-10
 
 
 def norm(x: Tensor) -> Tensor:
-    """The Frobenius norm of each matrix, in float64; of large ones in float32 on a CPU to within `LOOSE`."""
+    """The Frobenius norm of each matrix, in float64; of large ones in float32 on a CPU to within `LOOSE`.
+
+    One entry that is expanded to matrices is read once.
+    """
     if x.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 3 and x[0:1].numel() >= ROWS:
         rows = torch.linalg.vector_norm(x, dim=-1 if x.stride(-1) == 1 else -2)
         # No square overflowed, or underflowed where it counts.
         if bool(((rows > 2.0**-50) & (rows < 2.0**50)).all()):
             return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+    if x.ndim == 3 and x.numel() and not any(x.stride()):
+        return torch.linalg.vector_norm(x[:, 0, :1], dim=-1, dtype=torch.float64) * math.sqrt(x[0].numel())
     wide = torch.complex128 if x.is_complex() else torch.float64
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=wide)
 
