@@ -147,5 +147,5 @@ def test_what_long_padding_makes_follows_from_reading_it() -> None:
 
 def test_a_batch_of_ignored_labels_is_told_as_such() -> None:
     batch = (draw(8, 4), torch.full((8,), -100))
-    with pytest.raises(InputError, match="at least one unit: a label that counts"):
+    with pytest.raises(InputError, match="at least one unit, as a label"):
         gm.inspect(nn.Linear(4, 3), [batch], gm.Objective.classification())
