@@ -143,7 +143,7 @@ class Objective:
             units = torch.as_tensor(units, device=total.device)
         # As a number, since a comparison of tensors costs a small model's step more than the waiting for its result.
         if units.numel() != 1 or not (units.item() >= 0 if empty else units.item() > 0):
-            raise InputError(f"objective: {wanted}; the second is {described(units)}. A batch needs at least one unit")
+            raise InputError(f"objective: units: {described(units)}. A batch needs at least one unit, as a label")
         return total if total.ndim == 0 else total.reshape(()), units if units.ndim == 0 else units.reshape(())
 
     def losses(self, output: Any, batch: Any, fisher: Fisher, generator: torch.Generator) -> Iterator[Tensor]:

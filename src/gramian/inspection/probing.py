@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -57,6 +58,19 @@ MOST, LONG = 32, 4
 
 
 @dataclass(frozen=True)
+class Unused:
+    """Inputs that the model does not use.
+
+    Attributes:
+        names: as Python reads them off a batch.
+        hides_others: whether the others, which are used, have no effect either.
+    """
+
+    names: tuple[str, ...]
+    hides_others: bool = False
+
+
+@dataclass(frozen=True)
 class Probes:
     """What was found; each has the value of a healthy model where it could not be tried.
 
@@ -68,7 +82,8 @@ class Probes:
         sum_over: the number of samples, where the loss of a batch is the sum of those of its halves; else 0.
         falls: losses where the output is far below, as it is, and far above, where it is lower at both ends.
         plunges: the loss as it is, and with the outputs a little and far down its gradient, where it has no minimum.
-        without_effect: the inputs that can be exchanged between samples without any effect on the loss.
+        without_effect: the inputs that can be exchanged between samples without any effect on the loss; of none that
+            has one, those whose NaN do not arrive.
         ignores_order: whether the output stays when the positions of a sequence change places.
         supervision: what the loss does wrong with its labels.
         column: of the outputs, one without a gradient that the loss depends on, and how many there are.
@@ -86,7 +101,7 @@ class Probes:
     sum_over: int = 0
     falls: tuple[float, float, float] | None = None
     plunges: tuple[float, float, float] | None = None
-    without_effect: tuple[str, ...] = ()
+    without_effect: Unused = field(default_factory=lambda: Unused(()))
     ignores_order: bool = False
     supervision: Supervision | None = None
     column: tuple[int, int] | None = None
@@ -233,7 +248,7 @@ def _sum_over(model: nn.Module, seen: Observed, objective: Objective) -> int | N
     return num if both_count and abs(one + two - whole) < SUM * abs(whole) else 0
 
 
-def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> tuple[str, ...] | None:
+def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> Unused | None:
     """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
 
     One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
@@ -274,8 +289,14 @@ def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> t
             finally:
                 for p in zeros:
                     p.zero_()
-    found = [one.name for one in inputs]
-    return tuple(found) if len(found) < len(given) else None
+        hides_others = len(inputs) == len(given)
+        if hides_others:  # the output is one number: of what is used, NaN still arrives
+            floats = [g.values[0] for g in inputs if g.values[0].is_floating_point()]
+            lost = [mapped(batch, lambda t, x=x: torch.full_like(t, torch.nan) if t is x else t) for x in floats]
+            arrive = [math.isnan(loss_of(model, one, objective)) for one in lost]
+            unused = {id(x) for x, arrives in zip(floats, arrive, strict=True) if not arrives}
+            inputs = [g for g in inputs if id(g.values[0]) in unused] if len(floats) == len(given) else inputs
+    return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
 
 
 def _ignores_order(model: nn.Module, seen: Observed, objective: Objective) -> bool | None:

@@ -52,6 +52,8 @@ class Watcher(Follower):
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.ended: tuple[Tensor, Ends] | None = None  # the last output whose values have ends
         self.is_elsewhere = False  # whether the last parameter used outside the model is another network's
+        held = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
+        self.held = {id(t) for t in held if t.is_leaf and t.requires_grad and id(t) not in self.names}
         self.raw = RawData(self.names)
         self.measured: dict[int, tuple[int, tuple[Tensor, Tensor]]] = {}  # with the tensor's version
         self.draws = Draws(seen, self.names)
@@ -82,6 +84,8 @@ class Watcher(Follower):
     def entered(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
             self.seen.ungraded.add(name)
+        if not name:
+            self.held -= {id(t) for t in tensors_of((*args, *kwargs.values()))}
         if not name and not self.live and not self.careful:
             given = [t for t in tensors_of((*args, *kwargs.values())) if t.ndim and not t.requires_grad]
             if not in_vmap():  # whose tensors have no storage
@@ -234,7 +238,8 @@ class Watcher(Follower):
         for t in given:
             if isinstance(t, nn.Parameter):
                 self.is_elsewhere = not self.stack and id(t) not in self.names
-            if isinstance(t, nn.Parameter) and t.requires_grad and self.stack and id(t) not in self.names:
+            is_kept = isinstance(t, nn.Parameter) or id(t) in self.held
+            if is_kept and t.requires_grad and self.stack and id(t) not in self.names:
                 self.seen.strangers.setdefault(id(t), (name, tuple(t.shape)))
                 self.strange.append(t)
         if not self.live:

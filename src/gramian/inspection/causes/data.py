@@ -101,7 +101,9 @@ def labels(context: Context) -> Iterator[Finding]:
         return
     test = labels_depend(context.given_inputs, kept)
     if test is not None and not test.are_independent and test.p_value > test.level:
-        context.skipped["whether labels depend on inputs"] = f"too few samples for so many features: {test.evidence}"
+        context.skipped["whether labels depend on inputs"] = (
+            f"too few samples for so many features, or relations that simple tests miss: {test.evidence}"
+        )
     elif test is not None and test.are_independent:
         yield Finding(
             "labels-independent",

@@ -31,7 +31,8 @@ class Dependence:
     Attributes:
         p_value: the smallest of the statistics, times their number.
         level: below it, labels count as dependent.
-        power: the share of labels that are made up, with a dependence, that the tests see; 1.0 where they see the own.
+        power: the share of labels that are made up, with a dependence, that the tests see, of the kind that they see
+            less of; 1.0 where they see the own.
         evidence: in words.
     """
 
@@ -56,7 +57,8 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
 
     That none is seen says nothing where none could be: few samples of many independent features are all alike. So the
     tests are also given labels that are made up of these inputs (of tokens' counts): the largest of as many random
-    linear functions as there are classes, a quarter of them replaced by others' at random.
+    linear functions as there are classes, and of as many products of two; a quarter replaced by others' at random.
+    Whether two inputs are alike, or which of them is marked, is such a product: nothing is said where these are missed.
 
     Numbers to be predicted count as four classes, by the quarter of their range of ranks; of several, the first.
 
@@ -98,25 +100,31 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         return own, chance, (p.amin(1) * z.shape[1]).clamp(max=1.0)
 
     (found,), chance, (p,) = tested(y[None])
-    p, power = float(p), 1.0
+    p, power, seen = float(p), 1.0, ""
     if p > LEVEL:
-        made_up = _made_up(x[:, :num_simple], num, generator)
-        power = float((tested(made_up)[2] < LEVEL).float().mean())
+        simple = x[:, :num_simple]
+        made_up = (_made_up(simple, num, generator, are_products=which) for which in (False, True))
+        linear_power, power_of_products = (float((tested(of)[2] < LEVEL).float().mean()) for of in made_up)
+        power = min(linear_power, power_of_products)
+        seen = f"; of labels made up of these inputs, a quarter of them noise, {linear_power:.0%} are seen where they "
+        seen += f"are linear, and {power_of_products:.0%} where they are products"
     return Dependence(
         p,
         LEVEL,
         power,
         f"of {len(y)} samples, the {NEIGHBORS} nearest neighbors share the label in {float(found[0]):.1%} of cases, "
-        f"{float(chance[:, 0].mean()):.1%} if labels are shuffled (p = {p:.2g} for dependence; of labels made "
-        f"up of these inputs, a quarter of them noise, {power:.0%} are seen)",
+        f"{float(chance[:, 0].mean()):.1%} if labels are shuffled (p = {p:.2g} for dependence{seen})",
     )
 
 
-def _made_up(x: Tensor, num: int, generator: torch.Generator) -> Tensor:
-    """Labels (K, N) that depend on the inputs linearly, a quarter of them shuffled."""
+def _made_up(x: Tensor, num: int, generator: torch.Generator, *, are_products: bool) -> Tensor:
+    """Labels (K, N) that depend on the inputs linearly, or by products of two linear ones, a quarter shuffled."""
     labels = []
     for _ in range(NUM_MADE_UP):
-        y = (x @ torch.randn(x.shape[1], num, generator=generator)).argmax(1)
+        scores = x @ torch.randn(x.shape[1], num, generator=generator)
+        if are_products:
+            scores = scores * (x @ torch.randn(x.shape[1], num, generator=generator))
+        y = scores.argmax(1)
         order = torch.randperm(len(y), generator=generator)
         y[order[::4]] = y[order[::4]][torch.randperm(len(order[::4]), generator=generator)]
         labels.append(y)

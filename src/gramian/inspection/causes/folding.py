@@ -63,9 +63,10 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     _GAIN,
     ("attention-saturated", "residual-growth"),
     ("head-input-offset",),
+    ("padding-read",),
     ("no-nonlinearity", "order-ignored"),
     ("dead-units", "saturated-units"),
-    ("padding-read", "input-unused", "parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
+    ("input-unused", "parameter-frozen", "parameter-unused", "parameter-shared", "input-duplicates"),
     ("modes-disagree",),
     ("rate-too-high", "rate-too-low"),
     ("labels-independent",),
@@ -92,6 +93,8 @@ _UNITS = frozenset((
 # What units that do not act cannot make.
 _NOT_FINITE = frozenset(("loss-non-finite", "non-finite-input", "non-finite-gradient"))
 _GAINS = frozenset(_GAIN)
+# What reading the state behind long padding makes.
+_FORGOTTEN = frozenset(("samples-indistinguishable", "gradient-vanishes", "jacobian-vanishes"))
 # What data, a loss or a decay of a wrong size make of weights in training, wherever it began.
 _DRIVEN = frozenset((
     "head-scale", "parameter-rank-one", "parameter-scale-small", "parameter-scale-large", "embedding-scale",
@@ -124,6 +127,8 @@ _BESIDE = frozenset(
 
 
 def _rank(finding: Finding) -> float:
+    if _is_deaf(finding):
+        return 1.5  # before all losses: none can learn from an output that is one number
     if _is_shut(finding):  # whatever the gains of the others are, nothing passes
         return _ORIGINS.index(_GAIN) - 0.5
     for i, codes in enumerate(_ORIGINS):
@@ -148,7 +153,7 @@ def ordered(found: Iterable[Finding]) -> list[Finding]:
         unique.setdefault(finding.code, finding)
     all_of = list(unique.values())
     serious = sorted((f for f in all_of if f.severity != "info"), key=_rank)
-    causes = [f for f in serious if f.code in _SIGNAL | _GAINS | _UNITS]
+    causes = [f for f in serious if f.code in _SIGNAL | _GAINS | _UNITS or _is_deaf(f)]
     result = [_told(finding, _root(finding, causes, serious)) for finding in all_of]
     return sorted(result, key=lambda f: (SEVERITIES.index(f.severity), _rank(f)))
 
@@ -160,6 +165,9 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     driver = next((f for f in serious if f.code in _DRIVERS and f.severity == "error"), None)
     if driver is not None and finding.code in _DRIVEN:
         return driver
+    padded = next((f for f in serious if f.code == "padding-read"), None)
+    if padded is not None and finding.code in _FORGOTTEN:
+        causes = [*causes, padded]
     if finding.code not in _MIXED:
         causes = [c for c in causes if c.code != "samples-mixed"]
     if _is_local(finding):  # one layer's gain is what its units, weights or norm make it
@@ -187,6 +195,11 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
 def _is_shut(finding: Finding) -> bool:
     """Whether a layer passes nothing on."""
     return finding.code == "dead-units" and finding.severity == "error"
+
+
+def _is_deaf(finding: Finding) -> bool:
+    """Whether an input that is not used leaves the same output for all samples."""
+    return finding.code == "input-unused" and finding.severity == "error"
 
 
 def _is_local(finding: Finding) -> bool:

@@ -112,17 +112,23 @@ def plunging(context: Context) -> Iterator[Finding]:
 
 def without_effect(context: Context) -> Iterator[Finding]:
     """Find inputs with which the model is called, and that change nothing. Exact."""
-    found = context.probes.without_effect
+    unused = context.probes.without_effect
+    found = unused.names
     if not found:
         return
     yield Finding(
         "input-unused",
-        "warning",
+        "error" if unused.hides_others else "warning",
         f"The model is given {some(found)}, and does not use {'it' if len(found) == 1 else 'them'}",
         where="data",
-        evidence="with the values of other samples, the loss is the same to the last bit, also where zero parameters "
+        evidence="with NaN in its place the loss stays a number, and with those of the others it does not; the loss is "
+        "the same for all samples (exact)"
+        if unused.hides_others
+        else "with the values of other samples, the loss is the same to the last bit, also where zero parameters "
         "get other values (exact)",
-        cause="What is computed of it is not passed on; a branch is commented out, or a mask is not handed to the "
+        cause="Another input is read twice in its place, and what is made of both cancels."
+        if unused.hides_others
+        else "What is computed of it is not passed on; a branch is commented out, or a mask is not handed to the "
         "attention.",
         advice="Use it in the forward pass, or do not pass it.",
     )

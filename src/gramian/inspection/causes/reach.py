@@ -163,8 +163,10 @@ def unregistered(context: Context) -> Iterator[Finding]:
             f"{len(strangers)} parameters that the forward pass uses are not the model's",
             where=some([n for n in places if n], SHOWN) or "all layers",
             evidence=f"not in model.parameters(): shapes {', '.join(str(s) for _, s in strangers[:SHOWN])} (exact)",
-            cause="Layers in a Python list or dict, or built in forward: no optimizer gets them, nor a state dict.",
-            advice="Use nn.ModuleList, nn.ModuleDict or nn.ParameterList, and make layers in __init__.",
+            cause="Layers in a Python list or dict, or built in forward, or tensors with requires_grad that are no "
+            "nn.Parameter: no optimizer gets them, nor a state dict.",
+            advice="Use nn.ModuleList, nn.ModuleDict or nn.ParameterList, make layers in __init__, and wrap a tensor "
+            "in nn.Parameter.",
         )
 
 
