@@ -152,3 +152,117 @@ def test_samples_that_are_mixed_do_not_hide_a_gain() -> None:
     assert found["gain-above-one"] == gain
     assert found["samples-indistinguishable"].follows == "samples-mixed"
     assert found["gain-below-one"].follows != "samples-mixed"
+
+
+LABELS = {
+    "a class": torch.arange(B) % 3,
+    "a class of as many as there are rows that are looked at": torch.arange(B) % 7,
+    "a number": draw(B),
+    "a column": draw(B, 1),
+    "two numbers": draw(B, 2),
+    "three numbers": draw(B, 3),
+}
+KINDS = ["GRU", "LSTM", "RNN", "encoder", "encoder, norm first"]
+
+
+class Sequences(nn.Module):
+    """A recurrence or an encoder over sequences, whose samples come first, and a head."""
+
+    def __init__(self, kind: str, outputs: int, width: int, *, batch_first: bool) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(width, D), nn.Linear(D, outputs)
+        if kind.startswith("encoder"):
+            layer = nn.TransformerEncoderLayer(
+                D, 2, 16, 0.0, batch_first=batch_first, norm_first=kind.endswith("norm first")
+            )
+            self.net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        else:
+            self.net = getattr(nn, kind)(D, D, batch_first=batch_first)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(self.into(x))
+        return self.head(h.mean(1) if self.kind.startswith("encoder") else h[0][:, -1])
+
+
+def predict(model: nn.Module, batch) -> Tensor:
+    x, y = batch
+    return F.mse_loss(model(x).view(y.shape), y) if y.is_floating_point() else F.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_first_is_forgotten(kind, labels) -> None:
+    y = LABELS[labels]
+    outputs = (y.shape[1] if y.ndim == 2 else 1) if y.is_floating_point() else int(y.max()) + 1
+    for batch_first in (False, True):
+        torch.manual_seed(0)
+        model = Sequences(kind, outputs, D, batch_first=batch_first)
+        assert [severity for _, _, severity in mixed(model, (draw(B, T, D), y), predict)] == ["error"] * (
+            not batch_first
+        )
+
+
+def test_channels_that_are_as_many_as_numbers_to_predict() -> None:
+    class Waves(nn.Module):
+        def __init__(self, *, batch_first: bool) -> None:
+            super().__init__()
+            self.front, self.net = nn.Conv1d(2, D, 3), Sequences("GRU", 2, D, batch_first=batch_first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.front(x).transpose(1, 2))
+
+    batch = draw(B, 2, 16), draw(B, 2)
+    assert mixed(Waves(batch_first=False), batch, predict)[0][2] == "error"
+    assert not mixed(Waves(batch_first=True), batch, predict)
+
+
+@pytest.mark.parametrize("targets", [(), (1,), (2,)])
+def test_numbers_for_each_position_of_sequences_whose_positions_come_first(targets) -> None:
+    class Forecast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.head = nn.GRU(D, D), nn.Linear(D, targets[0] if targets else 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.net(x)[0])
+
+    assert not mixed(Forecast(), (draw(T, B, D), draw(T, B, *targets)), predict)
+
+
+@pytest.mark.parametrize("given", ["attribute", "buffer", "batch"])
+@pytest.mark.parametrize("targets", [(), (3,)])
+def test_rows_that_are_nodes_of_a_graph(given, targets) -> None:
+    adjacency = torch.eye(B) + torch.eye(B).roll(1, 0)
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(D, 16), nn.Linear(16, 3)
+            if given == "buffer":
+                self.register_buffer("adjacency", adjacency)
+            else:
+                self.adjacency = adjacency
+
+        def forward(self, x: Tensor, adjacency: Tensor | None = None) -> Tensor:
+            a = self.adjacency if adjacency is None else adjacency
+            return self.last(a @ self.first(a @ x).relu())
+
+    def loss(model: nn.Module, batch) -> Tensor:
+        made = model(batch["x"], batch["a"]) if "a" in batch else model(batch["x"])
+        return F.mse_loss(made, batch["y"]) if targets else F.cross_entropy(made, batch["y"])
+
+    batch = {"x": draw(B, D), "y": draw(B, *targets) if targets else torch.arange(B) % 3}
+    assert not mixed(Graph(), batch | ({"a": adjacency} if given == "batch" else {}), loss)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_as_many_features_as_samples(mixes) -> None:
+    model = Embeds((lambda z: z - z.mean(0)) if mixes else (lambda z: z))
+    assert bool(mixed(model, (draw(D, D), torch.arange(D) % 6), predict)) == mixes
+
+
+@pytest.mark.parametrize("targets", [(), (1,), (4,)])
+def test_batch_statistics_in_training_are_meant(targets) -> None:
+    net = nn.Sequential(nn.Linear(D, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, targets[0] if targets else 3))
+    assert not mixed(net, (draw(B, D), draw(B, *targets) if targets else torch.arange(B) % 3), predict)

@@ -26,8 +26,9 @@ __all__ = ["Evaluated", "evaluate"]
 # A row of an output counts as changed if it moves by this share of the rows' size. Products of the same shapes round
 # each row alike, whatever the others hold.
 MOVED = 1e-5
-# Samples from which on a mixture is looked for, and how many are enough: what mixes more mixes these.
-FEW, ENOUGH = 4, 8
+# Samples from which on a mixture is looked for, and how many are enough: what mixes more mixes these. Seldom the width
+# of a layer, whose outputs would look like scores of all pairs.
+FEW, ENOUGH = 4, 7
 
 # Functions that drop; whether they do where nobody says whether it is training.
 _DROPOUT: dict[Callable, bool] = {
@@ -45,7 +46,7 @@ class Evaluated:
         mixed_by: the first module whose output for a sample changes when another sample does; `None` where there is
             none, or the rows of the batch are no separate samples.
         before: the last module before it whose outputs do not.
-        is_labeled: whether each row of the batch has one label, so that it surely is a sample.
+        is_labeled: whether each row of the batch has a label, a number or a vector, so that it surely is a sample.
         drops: the first module in which dropout acts, with the function that drops; `None` where none does.
     """
 
@@ -60,9 +61,10 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
     """Run a batch in evaluation mode, and once more with another sample in the place of the first.
 
     The second pass is made where the batch is rows of inputs, and nothing in the model says that rows belong together,
-    as a norm does that uses the batch's statistics in evaluation mode too. Rows with a label each are samples. Others
-    may be the positions of sequences, so that there the model must also treat rows alike: its outputs are to come in
-    another order where the inputs do, and no module that takes positions first may be the one that mixes.
+    as a norm does that uses the batch's statistics in evaluation mode too, or a matrix of all pairs of rows without
+    which the model does not run on fewer. Rows with a label each, a number or a vector, are samples. Others may be the
+    positions of sequences, so that there the model must also treat rows alike: its outputs are to come in another order
+    where the inputs do, and no module that takes positions first may be the one that mixes.
 
     Args:
         model: left as it was.
@@ -71,7 +73,7 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
 
     Returns: an `Evaluated`.
     Raises: what the model raises.
-    Cost: a forward pass, and two of 8 samples; four where samples seem to mix.
+    Cost: a forward pass, and two of 7 samples; up to six where samples seem to mix.
     Source: this library's own.
     """
     rows = _separate_rows(model, batch)
@@ -80,29 +82,32 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
             loss, _ = _run(model, batch, objective, 0)
         if not rows or not math.isfinite(loss) or drops.first:
             return Evaluated(loss, drops=drops.first)
-        labeled = _are_labeled(batch, rows)
         try:
-            changed = _mixture(model, first_samples(batch, ENOUGH), objective, min(rows, ENOUGH), labeled)
-        except Exception:  # the model's batches have one size
-            changed = _mixture(model, batch, objective, rows, labeled)
-    by, not_yet = changed or (None, "")
-    return Evaluated(loss, by, not_yet, labeled)
+            found = _mixture(model, batch, objective, min(rows - 1, ENOUGH))
+        except Exception:  # the model's batches have one size: that of a graph, or one that it was written for
+            found = None if _holds_pairs(model, batch, rows) else _mixture(model, batch, objective, rows)
+    return Evaluated(loss) if found is None else Evaluated(loss, *found)
 
 
-def _mixture(
-    model: nn.Module, batch: Any, objective: Objective, rows: int, are_labeled: bool
-) -> tuple[str, str] | None:
-    """The first module that mixes samples, and the one before it; `None` too where no two passes agree."""
+def _mixture(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[str, str, bool] | None:
+    """The first module that mixes the first rows, the one before it, and whether the rows surely are samples.
+
+    `None` too where no two passes agree.
+    """
+    batch = first_samples(batch, rows)
     before = _run(model, batch, objective, rows)[1]
+    if all(name for name, _ in before) and rows > 2:  # as many outputs as rows, or scores of all pairs
+        rows, batch = rows - 1, first_samples(batch, rows - 1)
+        before = _run(model, batch, objective, rows)[1]
     changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
     if changed is None or _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
         return None  # or the model draws numbers of its own
-    if are_labeled:
-        return changed
+    if _are_labeled(model, batch, objective, rows):
+        return *changed, True
     turned = mapped(batch, lambda t: t.roll(1, 0) if t.ndim and len(t) == rows else t)  # labels too: it may take them
     turned = _run(model, turned, objective, rows)[1]
     alike = [not _differ(a.roll(1, 1), b) for (name, a), (_, b) in zip(before, turned, strict=True) if not name]
-    return changed if all(alike) and not _takes_positions_first(model, changed[0]) else None
+    return (*changed, False) if all(alike) and not _takes_positions_first(model, changed[0]) else None
 
 
 def _takes_positions_first(model: nn.Module, name: str) -> bool:
@@ -112,9 +117,11 @@ def _takes_positions_first(model: nn.Module, name: str) -> bool:
     return any(getattr(m, "batch_first", True) is False for m in (*holders, *model.get_submodule(name).modules()))
 
 
-def _run(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[float, list[tuple[str, Tensor]]]:
+def _run(
+    model: nn.Module, batch: Any, objective: Objective, rows: int, dim: int = 0
+) -> tuple[float, list[tuple[str, Tensor]]]:
     seed_torch(0)
-    with _watched(model, rows) as seen:
+    with _watched(model, rows, dim) as seen:
         total, units = objective.loss(model, batch)
     return float(total.detach()) / float(units), seen
 
@@ -165,30 +172,52 @@ def _separate_rows(model: nn.Module, batch: Any) -> int:
     rows = len(x)
     if rows < FEW or (isinstance(y, Tensor) and (not y.ndim or len(y) != rows)):
         return 0
-    if any(t.is_nested or t.ndim == 0 or len(t) != rows or (t.ndim == 2 and t.shape[1] == rows) for t in given):
-        return 0  # edges, an adjacency matrix, or another input for all samples
-    if any(b.ndim == 2 and len(b) == b.shape[1] == rows for b in model.buffers()):
-        return 0  # the adjacency matrix of a graph whose nodes are the rows
+    if any(t.is_nested or t.ndim == 0 or len(t) != rows for t in given):
+        return 0  # edges, or another input for all samples
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return 0 if any(m.running_mean is None for m in norms) else rows
 
 
-def _are_labeled(batch: Any, rows: int) -> bool:
-    """Whether each row has one label."""
-    y = parts(batch).labels
-    return isinstance(y, Tensor) and y.shape in ((rows,), (rows, 1))
+def _holds_pairs(model: nn.Module, batch: Any, rows: int) -> bool:
+    """Whether the batch or the model has a matrix of all pairs of rows, as the adjacency of a graph's nodes."""
+    held = (t for m in model.modules() for t in (*m.buffers(recurse=False), *vars(m).values()))
+    given = (*tensors(parts(batch).inputs), *(t for t in held if isinstance(t, Tensor)))
+    return any(t.shape == (rows, rows) for t in given)
 
 
-def _with_another_first(batch: Any, rows: int) -> Any:
-    """The batch with the inputs of its last sample in the place of the first's; labels as they were."""
-    return _changed(batch, rows, lambda t: torch.cat((t[-1:], t[1:])))
+def _are_labeled(model: nn.Module, batch: Any, objective: Objective, rows: int) -> bool:
+    """Whether each row has one label, a number or a vector, so that it surely is a sample.
+
+    Were rows the positions of sequences, the second dimension would be the samples, of the inputs and of the labels.
+    """
+    x, y = main_input(batch), parts(batch).labels
+    if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != rows:
+        return False
+    if y.ndim == 1 or y.shape == (rows, 1):
+        return True
+    columns = y.shape[1]
+    if x.ndim == 1 or x.shape[1] != columns:
+        return True
+    return x.ndim > y.ndim and _columns_mix(model, batch, objective, columns)
 
 
-def _changed(batch: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with other rows of its inputs; labels as they were."""
+def _columns_mix(model: nn.Module, batch: Any, objective: Objective, columns: int) -> bool:
+    """Whether columns of the outputs depend on other columns of the inputs, so that they are no samples."""
+    try:
+        moved = _with_another_first(batch, columns, 1)
+        before, after = (_run(model, b, objective, columns, 1)[1] for b in (batch, moved))
+    except Exception:
+        return False
+    return _first_change(before, after) is not None
+
+
+def _with_another_first(batch: Any, rows: int, dim: int = 0) -> Any:
+    """The batch with the last of its inputs' rows, or columns, in the place of the first; labels as they were."""
 
     def changed(t: Tensor) -> Tensor:
-        return change(t) if t.ndim and len(t) == rows else t
+        if t.ndim <= dim or t.shape[dim] != rows:
+            return t
+        return torch.cat((t.narrow(dim, rows - 1, 1), t.narrow(dim, 1, rows - 1)), dim)
 
     if isinstance(batch, Tensor):
         return changed(batch)
@@ -198,15 +227,20 @@ def _changed(batch: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def _watched(model: nn.Module, rows: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """A context that lists each module's output as it returns: sums over each row, and over the absolute values."""
+def _watched(model: nn.Module, rows: int, dim: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """A context that lists each module's output as it returns: sums over each row, and over the absolute values.
+
+    With `dim` 1, over each column.
+    """
     found: list[tuple[str, Tensor]] = []
 
     def hook(name: str) -> Callable:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             made = first_float(output)
-            if made is not None and len(made) == rows and made.shape != (rows, rows):  # scores of all pairs are meant
-                flat = made.detach().reshape(rows, -1)
+            if made is None or made.ndim <= dim or made.shape[dim] != rows:
+                return
+            if dim or made.shape != (rows, rows):  # scores of all pairs are meant
+                flat = made.detach().movedim(dim, 0).reshape(rows, -1)
                 sums = (t.sum(1, dtype=torch.float64) for t in (flat, flat.abs()))
                 found.append((name, torch.stack(tuple(sums))))
 
