@@ -144,7 +144,7 @@ def test_complex_parameters_and_vmap(make: Callable[[], nn.Module]) -> None:
 
 
 def test_an_error_of_the_watch_ends_the_watch_and_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr(Looker, "after_step", broken)
