@@ -144,7 +144,7 @@ def test_complex_parameters_and_vmap(make: Callable[[], nn.Module]) -> None:
 
 
 def test_an_error_of_the_watch_ends_the_watch_and_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr(Looker, "after_step", broken)
@@ -164,3 +164,79 @@ def test_an_error_of_the_user_s_own_function_is_the_user_s() -> None:
 
     with pytest.raises(ValueError, match="theirs"):
         run(net(), "gradient-kept", on_finding=raising)
+
+
+def small_loop(fault: str, *, steps: int = 60, watched: bool = True, **options: Any) -> tuple[nn.Module, Any]:
+    """A run of the default share, whose steps take a fraction of what a full look takes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
+    )
+    kind = torch.optim.SGD if fault in ("gradient-kept", "gradient-clipped") else torch.optim.Adam
+    optimizer = kind(model.parameters(), lr=0.02)
+    schedules = {
+        "rate-vanished": lambda k: 1e-6 ** min(1.0, k / 10),
+        "rate-grows": lambda k: 1.0 + k * k,
+        "cosine": lambda k: min(1.0, (k + 1) / 10) * (0.5 + 0.5 * torch.cos(torch.tensor(3.14 * k / steps)).item()),
+    }
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules.get(fault, lambda _: 1.0))
+    x = torch.randn(64, 8)
+    y = (x[:, 0] > 0).long()
+    model.train(fault != "norm-evaluation-mode")
+    for p in list(model.parameters())[:2]:
+        p.requires_grad_(fault != "frozen from the start")
+    watching = gm.watch(model, optimizer, every=10, **options) if watched else None
+    for step in range(steps):
+        if fault == "parameter-frozen" and step == 4:
+            model[0].requires_grad_(False)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fault == "autocast"):
+            loss = F.cross_entropy(model(x).float(), y)
+        (torch.tensor(loss.item(), requires_grad=True) if fault == "graph-cut" else loss).backward()
+        if fault == "gradient-clipped":
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        if fault == "accumulation" and step % 4:
+            continue
+        optimizer.step()
+        schedule.step()
+        if fault != "gradient-kept":
+            optimizer.zero_grad()
+    if watching is not None:
+        watching.close()
+    return model, watching
+
+
+SHORT = [
+    "gradient-kept", "gradient-clipped", "rate-grows", "rate-vanished", "parameter-frozen", "graph-cut",
+    "norm-evaluation-mode",
+]  # fmt: skip
+HEALTHY = ["", "cosine", "accumulation", "autocast", "frozen from the start"]
+
+
+@pytest.mark.parametrize("fault", [*SHORT, *HEALTHY])
+def test_in_a_short_run_of_tiny_steps_the_fault_is_told_first_and_nothing_else_changes(fault: str) -> None:
+    model, watching = small_loop(fault)
+    codes = [f.code for f in watching.findings if f.severity != "info"]
+    assert codes[:1] == ([fault] if fault in SHORT else [])
+    assert watching.looked[:1] == [1]
+    assert watching.brief_looks >= 3 if fault != "accumulation" else watching.brief_looks
+    plain, _ = small_loop(fault, watched=False)
+    pairs = zip(model.state_dict().values(), plain.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_follows_from_a_rate_that_grows_is_told_as_such() -> None:
+    _, watching = small_loop("rate-grows", share=None)
+    grown = next(f for f in watching.findings if f.code == "rate-grows")
+    assert grown.severity == "error"
+    assert not [f.code for f in watching.findings if f.severity == "error" and f is not grown]
+
+
+def test_few_looks_are_said_with_their_steps_and_why() -> None:
+    _, watching = small_loop("", steps=200)
+    told = watching.not_looked_at["modules and norms at most steps"]
+    assert f"full looks at {watching.looks} of 200 steps: {', '.join(map(str, watching.looked[:6]))}" in told
+    assert "2% of the time" in told
+    assert "share=None" in told
+    assert "full looks at" in repr(watching)
+    _, watching = small_loop("", share=None)
+    assert "modules and norms at most steps" not in watching.not_looked_at

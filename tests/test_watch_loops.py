@@ -86,6 +86,27 @@ def test_looks_take_no_more_than_their_share(monkeypatch: pytest.MonkeyPatch) ->
     assert clocked(monkeypatch, 0.0, every=1, share=0.02, steps=3) == [1, 3]  # the second is there to compare with
 
 
+def test_the_first_looks_are_a_budget_of_their_own_and_brief_ones_keep_to_every(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(live_schedule, "thread_time", lambda: now[0])
+    for cost, brief, full, count in ((0.1, 1e-5, [1, 10, 20], 9), (1.0, 1e-5, [1], 10), (0.1, 0.1, [1, 10, 20], 1)):
+        schedule, briefs = Schedule(10, 0.02), 0
+        for step in range(1, 101):
+            looked = schedule.is_due
+            briefs += schedule.is_brief
+            schedule.begin()
+            schedule.check(brief * schedule.is_brief)
+            now[0] += 0.002 + cost * looked
+            schedule.end(step, looked)
+        assert schedule.looked == full
+        assert briefs == count  # the third step, and each tenth that got no full look, if they are cheap
+    schedule.ask()
+    schedule.end(101, looked=False)
+    assert schedule.is_due
+
+
 def test_the_share_is_kept_with_what_every_step_is_checked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(live_schedule, "thread_time", lambda: now[0])

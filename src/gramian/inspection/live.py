@@ -34,10 +34,13 @@ def watch(
 
     The first step and every `every`-th are looked at, with the rules of `inspect` for modules, parameters, norms,
     gradients and the optimizer's steps; more rarely where that would take more than `share` of the time: `every` is
-    then doubled as often as needed. At every step it is checked that all gradients are finite (without an optimizer:
-    the outputs); when they are not, the last batch is run again, and the module and operation are named that made the
-    first such value, before the optimizer moves the weights. Many backward passes in a row without a step, as when a
-    GradScaler skips them all, are told too.
+    then doubled as often as needed, but for the first three looks, if they take at most 0.5 s. Every `every`-th step in
+    between gets a brief look, at gradients, rates and what the step changes.
+
+    At every step it is checked that all gradients are finite (without an optimizer: the outputs); when they are not,
+    the last batch is run again, and the module and operation are named that made the first such value, before the
+    optimizer moves the weights. Many backward passes in a row without a step, as when a GradScaler skips them all, are
+    told too.
 
     The run stays as it is, to the last bit: weights, buffers, random state. An error in the watch itself ends the watch
     with one `GramianWarning`, and not the training.
@@ -45,7 +48,7 @@ def watch(
     Args:
         model: as it is trained; wrapped in `DistributedDataParallel` too, then on every rank.
         optimizer: whose steps are counted and looked at. Without one, forward passes in training mode are counted.
-        every: steps from one look to the next, at least.
+        every: steps from one look to the next, at least; of brief looks usually just that.
         share: of the time that looks and checks may take together, as measured; `None` looks at every `every`-th step
             whatever it takes.
         on_finding: called as `on_finding(finding, step)`, on the rank that found it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from statistics import median
 
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from gramian.inspection.causes.norms import SETTLED, norm_statistics
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
 from gramian.inspection.causes.reach import numbers, shared, unreached
 from gramian.inspection.causes.stepping import RULES as STEPPING
+from gramian.inspection.causes.stepping import SLOW
 from gramian.inspection.live_gradients import norms, sampled
-from gramian.inspection.live_loop import Loop
+from gramian.inspection.live_loop import LASTING, Loop
 from gramian.inspection.observed import Observed
 from gramian.inspection.signal import in_words
 from gramian.inspection.stepping import Steps
@@ -43,8 +45,14 @@ CODES = frozenset((
 ))  # fmt: skip
 """Codes of all findings that a watch can make."""
 
-# What is meant where it does no harm, as clipping and a test of rates are, and the finding that shows harm.
-_HARM = {"gradient-clipped": "rate-too-low", "rate-grows": "rate-too-high"}
+# What errors show that a rate has grown too far, if they were not there before: steps, or weights, that are too large.
+_TOO_FAR = frozenset((
+    "rate-too-high", "gain-above-one", "norm-statistics", "head-scale", "parameter-scale-large", "attention-saturated",
+))  # fmt: skip
+# What has its cause in the modules, perhaps, which only a full look sees.
+_PUZZLING = frozenset(("rate-too-high", "rate-too-low"))
+# Times its first norm, to which the median matrix has grown then.
+SWOLLEN = 10.0
 
 # Change of a matrix's norm, as a share, from which on the rules about its values are run again.
 CHANGED = 0.05
@@ -59,6 +67,7 @@ class Looker:
     Attributes:
         numbers: of the last look.
         failed: by name, rules that could not be run, and why.
+        is_puzzled: whether a full look should follow the brief one that was made.
 
     Args:
         root: the model.
@@ -76,29 +85,59 @@ class Looker:
         self._judged: tuple[dict[str, float], bool] | None = None  # norms, and whether the output was constant
         self._before: dict[str, Tensor] = {}
         self._found: list[Finding] = []
+        self.is_puzzled = False
+        self._asked: set[str] = set()  # codes for which a full look was asked for
+        self._first: dict[str, float] = {}  # norms of matrices at the first look
+        self._usual: set[str] = set()  # codes that were found while no rate had grown
 
     def before_step(self, seen: Observed, passes: int, scale: Tensor | None, step: int) -> None:
         """Measures gradients and weights, and judges the pass, before the step moves the weights."""
         self._measure_gradients(seen, scale)
         matrices = ((n, p) for n, p in self.parameters.items() if p.ndim >= 2 and seen.gradients.get(n))
         self._before = {n: t.clone() for n, t in sampled(matrices).items()}
-        found = self.loop.judge(seen, step, scaled=scale is not None)
+        found = self.loop.judge(seen, passes, step, scaled=scale is not None)
         self._found = [*found, *self.judge_modules(seen, passes)]
 
-    def after_step(self, seen: Observed, passes: int) -> list[Finding]:
-        """What was found of the pass and of the step that was made."""
+    def after_step(self, seen: Observed, passes: int, *, is_brief: bool = False) -> list[Finding]:
+        """What was found of the pass and of the step that was made.
+
+        A brief look does not see what makes steps too large or too small: then it asks for a full one, once.
+        """
         before, self._before = self._before, {}
         changes: dict[str, float] = {}
+        sizes: dict[str, float] = {}
         if before:
             sizes = norms(before)
+            self._first = self._first or sizes
             after = sampled((n, self.parameters[n]) for n in before)
             moved = {n: t.sub_(after[n]) for n, t in before.items()}
             changes = {n: norm / sizes[n] for n, norm in norms(moved).items() if sizes[n] > 0}
         if changes:
             self.numbers["change"] = median(changes.values())
-        found = [*self._found, *self._judge(STEPPING, seen, passes, changes)]
-        codes = {finding.code for finding in found}
-        return [f for f in found if f.code not in _HARM or _HARM[f.code] in codes]
+            self.loop.changes |= changes
+        found = self._harmful([*self._found, *self._judge(STEPPING, seen, passes, changes)], changes, sizes)
+        if is_brief:
+            puzzling = {f.code for f in found} & _PUZZLING
+            self.is_puzzled = bool(puzzling - self._asked)
+            self._asked |= puzzling
+            return [f for f in found if f.code not in puzzling]
+        self.is_puzzled = False
+        return found
+
+    def _harmful(self, found: list[Finding], changes: Mapping[str, float], sizes: Mapping[str, float]) -> list[Finding]:
+        """Leaves out what is meant where it does no harm, as clipping and a test of rates are."""
+        codes = {f.code for f in found}
+        is_slow = "rate-too-low" in codes or (
+            self.loop.clipped >= LASTING and bool(changes) and median(changes.values()) < SLOW
+        )
+        growth = [size / self._first[n] for n, size in sizes.items() if self._first.get(n)]
+        errors = {f.code for f in found if f.severity == "error"}
+        is_large = bool(_TOO_FAR & errors - self._usual) or (bool(growth) and median(growth) > SWOLLEN)
+        if "rate-grows" not in codes:
+            self._usual |= errors
+        found = [replace(f, severity="error") if f.code == "rate-grows" else f for f in found]
+        does_harm = {"gradient-clipped": is_slow, "rate-grows": is_large}
+        return [f for f in found if does_harm.get(f.code, True)]
 
     def judge_modules(self, seen: Observed, passes: int) -> list[Finding]:
         """Of the weights as they were in the forward pass; nothing if that was not seen."""

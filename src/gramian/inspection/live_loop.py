@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +26,11 @@ CLIPPED, ALIKE = 0.1, 1e-2
 # A rate has grown that is so many times the largest that its schedule starts from; and has vanished that is this share
 # of the largest for this share of all steps. A cosine is below it in the last 0.6 %.
 GROWN, VANISHED, LONG = 30.0, 1e-4, 0.1
+# Looks in a row at which a gradient is clipped, from which on that is no spike.
+LASTING = 3
+# Parameters are frozen too early that have this share of all values, where a step still changed a matrix by this much
+# of its size: AdamW's first steps at 1e-3 make 0.02, a fine-tune's 1e-4.
+MANY, LEARNING = 0.1, 1e-3
 # Names that a finding spells out.
 SHOWN = 6
 
@@ -50,6 +56,9 @@ class Loop:
         self._pending = dict(parameters)  # those that got no gradient at any step so far
         self._largest = [_base(group) for group in self._groups]
         self._vanished: list[int | None] = [None] * len(self._groups)
+        self.changes: dict[str, float] = {}  # ‖ΔW‖_F / ‖W‖_F of each matrix, when it was last looked at
+        self.is_narrow = False
+        self.clipped = 0  # looks in a row
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -79,24 +88,45 @@ class Loop:
 
         return arrive
 
-    def judge(self, seen: Observed, step: int, *, scaled: bool) -> list[Finding]:
+    def judge(self, seen: Observed, passes: int, step: int, *, scaled: bool) -> list[Finding]:
         """The findings before the step, of gradients that arrived in this one; then what arrived is forgotten.
 
         Args:
             seen: has the gradients that the step gets; those of parameters that have not been missing for long, or are
                 frozen now, are taken out.
+            passes: forward passes in training that this step is made of.
             step: the number of steps that were taken before.
             scaled: whether the gradients are those of a loss times a scale, as they may be in float16 anyway.
         """
+        self.is_narrow |= seen.is_narrow
+        clipped, self.clipped = self.clipped, 0
         found = [
             *self._frozen(seen),
             *self._gradients(seen, step, scaled=scaled),
+            *self._unlinked(passes, step),
             *self.grown(step),
             *self._fallen(step),
         ]
+        if any(f.code == "gradient-clipped" for f in found):
+            self.clipped = clipped + 1
         self._forgive(seen)
         self.close()
         return found
+
+    def _unlinked(self, passes: int, step: int) -> Iterator[Finding]:
+        """The finding that no parameter had a gradient at any step, nor got one in this."""
+        if passes and step + 1 >= LOOKS and self._handles and not self._arrived and self._pending == self.parameters:
+            yield Finding(
+                "graph-cut",
+                "error",
+                "No gradient arrives at any parameter",
+                where="loss",
+                evidence=f"{len(self._pending)} of {len(self.parameters)} parameters had no gradient at any of the "
+                f"{step + 1} steps so far, though forward passes were made (exact)",
+                cause="The loss that backward() is called of is not linked to the model: a .item(), .detach() or "
+                "torch.tensor(loss) made a new one, or backward() is not called.",
+                advice="Call backward() of the loss itself, as it was computed from the model's output.",
+            )
 
     def _gradients(self, seen: Observed, step: int, *, scaled: bool) -> Iterator[Finding]:
         given = {id(p): 0.0 if p.grad is None else norms({"g": p.grad})["g"] for p in self._ends}
@@ -128,7 +158,7 @@ class Loop:
             )
             return
         shares = [given[i] / all_of[0][0] for i, all_of in self._arrived.items() if len(all_of) == 1 and all_of[0][0]]
-        if not (scaled or seen.is_narrow) and len(shares) == len(self._arrived) > 1 and 0.0 < max(shares) <= CLIPPED:
+        if not (scaled or self.is_narrow) and len(shares) == len(self._arrived) > 1 and 0.0 < max(shares) <= CLIPPED:
             share = max(shares)
             if min(shares) >= (1 - ALIKE) * share and not self._divides(seen):
                 size = math.hypot(*[g * math.sqrt(self.parameters[n].numel()) for n, g in seen.gradients.items() if g])
@@ -160,13 +190,19 @@ class Loop:
         for name in names:
             seen.gradients.pop(name, None)
         if names:
+            share = sum(self.parameters[n].numel() for n in names) / sum(p.numel() for p in self.parameters.values())
+            change = median([self.changes[n] for n in names if n in self.changes] or [0.0])
+            is_early = share >= MANY and change >= LEARNING
             yield Finding(
                 "parameter-frozen",
-                "info",
+                "warning" if is_early else "info",
                 f"{len(names)} of {len(self.parameters)} parameters were frozen while they were watched",
                 where=some(list(dict.fromkeys(n.rpartition(".")[0] or n for n in names)), SHOWN),
-                evidence=f"requires_grad is False now, and was True when the watch began: {some(names, SHOWN)} (exact)",
-                cause="The loop, or a callback, calls requires_grad_(False).",
+                evidence=f"requires_grad is False now, and was True when the watch began: {some(names, SHOWN)} (exact)"
+                + (f"; {share:.0%} of all values, which a step still changed by {change:.1e}" if is_early else ""),
+                cause="The loop, or a callback, calls requires_grad_(False)"
+                + (", while these layers were still learning." if is_early else "."),
+                advice="Freeze them later, or not, unless it is meant." if is_early else "",
             )
 
     def _forgive(self, seen: Observed) -> None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gramian.batch import tensors
 from gramian.calls import wrappings
-from gramian.errors import FindingError, GramianWarning, InputError
+from gramian.errors import FindingError, GramianWarning, InputError, some
 from gramian.inspection.causes import ordered
 from gramian.inspection.live_closure import before_moving
 from gramian.inspection.live_forward import Forward
@@ -28,7 +28,10 @@ from gramian.report import Finding
 
 __all__ = ["Watch"]
 
-MODULE_CHECKS = "modules"
+MODULE_CHECKS, RARE = "modules", "modules and norms at most steps"
+
+# Steps that a summary spells out.
+SHOWN = 6
 
 # What every watch leaves to `inspect`.
 _LEFT = {
@@ -45,8 +48,9 @@ class Watch:
     `findings` is what was found so far, each code and place once; `not_looked_at` says what is not looked at, and why.
     `step` is the number of steps that were taken: of the optimizer, or forward passes in training where none is given.
     `numbers` has those of the last step that was looked at: `gradient`, the norm of all gradients, and `change`, the
-    ‖ΔW‖_F / ‖W‖_F of the median matrix, of large ones by a sample of rows. `looks` is the number of steps that were
-    looked at, and `interval` the number of steps from one look to the next, as it is now.
+    ‖ΔW‖_F / ‖W‖_F of the median matrix, of large ones by a sample of rows. `looks` is the number of full looks,
+    `looked` has their steps, and `interval` is the number of steps from one to the next, as it is now. `brief_looks`
+    counts the steps of which gradients, rates and changes alone were looked at.
 
     Args:
         model: as it is trained.
@@ -82,7 +86,7 @@ class Watch:
     ) -> None:
         self._teller = Teller(on_finding, raise_on, log)
         self.not_looked_at: dict[str, str] = dict(_LEFT)
-        self.step = self.looks = 0
+        self.step = self.looks = self.brief_looks = 0
         self._parallel = next((m for m in wrappings(model) if isinstance(m, nn.parallel.DistributedDataParallel)), None)
         self._optimizer = optimizer
         self._on_processor = all(p.is_cpu for p in model.parameters())
@@ -94,6 +98,7 @@ class Watch:
         self._looker = Looker(self._root, self._parameters, optimizer)
         self._skips = Skips(self._trained if optimizer is not None else [])
         self._is_lost = self._is_skipped = self._is_stopped = self._has_trained = False
+        self._seen: Observed | None = None  # what a look, full or brief, judges at this step
         self._meant: Exception | None = None  # an error that is to reach the user's loop
         self._handles: list[Any] = []
         reason = self._forward.failure
@@ -111,7 +116,9 @@ class Watch:
     def __repr__(self) -> str:
         found = ", ".join(dict.fromkeys(finding.title for finding in self.findings[:3])) or "no findings"
         more = f" and {len(self.findings) - 3} more" if len(self.findings) > 3 else ""
-        return f"<Watch of {type(self._root).__name__}: step {self.step:,}, {self.looks:,} looks: {found}{more}>"
+        looks = f"{self.looks:,} looks and {self.brief_looks:,} brief ones"
+        rare = f" ({self._rare()})" if self._is_rare() else ""
+        return f"<Watch of {type(self._root).__name__}: step {self.step:,}, {looks}{rare}: {found}{more}>"
 
     def __enter__(self) -> Watch:
         return self
@@ -134,8 +141,28 @@ class Watch:
         """Steps from one look to the next: `every`, doubled until looks take no more than their share of the time."""
         return self._schedule.interval
 
+    @property
+    def looked(self) -> list[int]:
+        """The steps of the full looks."""
+        return self._schedule.looked
+
+    def _is_rare(self) -> bool:
+        """Whether fewer than half of the looks were made that `every` asks for."""
+        return self.looks < (1 + self.step // self._schedule.every) / 2
+
+    def _rare(self) -> str:
+        """How many full looks were made, at which steps, and why no more."""
+        schedule, steps = self._schedule, some([f"{s:,}" for s in self.looked], SHOWN) or "none"
+        cost = f"{schedule.look_in_steps:.1f} steps' time"
+        return (
+            f"full looks at {self.looks:,} of {self.step:,} steps: {steps}; one takes {cost}, so that "
+            f"{schedule.share or 1:.0%} of the time allows one in {self.interval:,}"
+        )
+
     def close(self) -> None:
         """Removes the hooks; `findings` stay."""
+        if self._is_rare() and not self._is_stopped:
+            self.not_looked_at[RARE] = f"{self._rare()}; share=None looks at every {self._schedule.every}-th"
         self._forward.close()
         self._skips.close()
         self._looker.loop.close()
@@ -194,7 +221,7 @@ class Watch:
         self._schedule.begin()
         if self._skips.forward_begins(self._forward.passes - 1):
             self._tell_skipped()
-        if self._schedule.is_due:
+        if self._schedule.is_due or self._schedule.is_brief:
             self._looker.loop.follow()
         return self._schedule.is_due
 
@@ -230,8 +257,10 @@ class Watch:
         if self._schedule.is_due:
             self._forward.look_again()
             self._forward.seen = self._forward.seen or Observed()
+        if self._schedule.is_due or self._schedule.is_brief:
+            self._seen = self._forward.seen or Observed()
             scale = getattr(optimizer, "grad_scale", None)
-            self._looker.before_step(self._forward.seen, self._forward.passes, scale, self.step)
+            self._looker.before_step(self._seen, self._forward.passes, scale, self.step)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         self._safely(self._judge_step)
@@ -244,20 +273,23 @@ class Watch:
             self._schedule.drop()
             return
         self._skips.stepped()
-        seen, forward = self._forward.seen, self._forward
+        (seen, self._seen), forward, is_due = (self._seen, None), self._forward, self._schedule.is_due
         in_evaluation = forward.evaluations > 0 and not forward.passes
-        if in_evaluation and self._has_trained:
-            self._tell(left_in_evaluation(self._root, self.step + 1))
+        if in_evaluation and (self._has_trained or seen is not None):
+            self._tell(left_in_evaluation(self._root, self.step + 1, has_trained=self._has_trained))
         self._has_trained |= forward.passes > 0
-        if self._schedule.is_due and seen is not None and not self._is_lost:
-            found = ordered(self._looker.after_step(seen, self._forward.passes))
-            if not forward.passes and not forward.failure and not in_evaluation:
+        if seen is not None and not self._is_lost:
+            found = ordered(self._looker.after_step(seen, forward.passes, is_brief=not is_due))
+            if self._looker.is_puzzled:
+                self._schedule.ask()
+            if is_due and not forward.passes and not forward.failure and not in_evaluation:
                 forward.failure = "no forward pass of this model was seen: the loop calls another object"
             if in_evaluation:
                 self.not_looked_at[MODULE_CHECKS] = "the model is trained in evaluation mode"
             self._say_left()
             self._tell(found)
-        self._next(looked=seen is not None)
+        self.brief_looks += seen is not None and not is_due
+        self._next(looked=seen is not None and is_due)
 
     def _judge_left_out(self) -> None:
         was_lost, self._is_lost = self._is_lost, True
