@@ -3,6 +3,7 @@
 python tests/families.py                     # all families, a line for each
 python tests/families.py gpt2 "timm vit"     # some
 python tests/families.py --write             # all, and docs/families.md
+python tests/families.py --write --verbs inspect    # the column of one verb; the page keeps the others
 """
 
 from __future__ import annotations
@@ -115,6 +116,21 @@ def page(matrix: Matrix) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read(text: str) -> Matrix:
+    """The matrix of a page that `page` made, without tracebacks."""
+    verdicts = {mark: verdict for verdict, mark in MARKS.items()}
+    notes = dict(re.findall(r"^- (.+?, .+?), \w+: `(.*)`$", text, re.MULTILINE))
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    verbs = next(line[2:] for line in lines if line[0] == "family")
+    matrix: Matrix = {}
+    for name, _, *cells in (line for line in lines if line[0] in FAMILIES):
+        matrix[name] = {}
+        for verb, cell in zip(verbs, cells, strict=True):
+            mark, _, note = cell.partition(" ")
+            matrix[name][verb] = Cell(verdicts[mark], note or notes.get(f"{name}, {verb}", ""))
+    return matrix
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="by name; all by default")
@@ -132,7 +148,9 @@ def main() -> int:
         print(f"{verb:15} {dict(Counter(row[verb].verdict for row in matrix.values()))}")
     print(f"{len(matrix)} families, {sum(total.values())} cells: {dict(total)}")
     if options.write:
-        PAGE.write_text(page(matrix), encoding="utf-8")
+        before = read(PAGE.read_text(encoding="utf-8")) if len(verbs) < len(VERBS) else {}
+        whole = {name: {verb: (before.get(name, {}) | row)[verb] for verb in VERBS} for name, row in matrix.items()}
+        PAGE.write_text(page(whole), encoding="utf-8")
     return int(bool(total["wrong"] or total["crash"]))
 
 

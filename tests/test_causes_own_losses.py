@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
+from gramian.bench.faults.cases import Case
 
 CLASSES = 5
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -354,3 +355,12 @@ def test_what_classes_hold_is_put_back() -> None:
     assert Counting.calls == 0
     assert Counting.seen == []
     assert not hasattr(Counting, "late")
+
+
+@pytest.mark.parametrize("kind", ["float16-underflow", "float16-overflow"])
+def test_what_half_precision_loses_is_the_factors_fault(kind: str) -> None:
+    """Gradients that float16 makes zero or infinite are no columns without a gradient, and nothing collapses."""
+    setup = Case(kind, "mlp", 0).build()
+    report = gm.inspect(setup.model, setup.batches, setup.objective, optimizer=setup.optimizer)
+    first = next(f.code for f in report.findings if f.severity != "info")
+    assert first == f"gradient-{kind.removeprefix('float16-')}"

@@ -143,6 +143,33 @@ def test_an_input_that_is_not_used(use: str, told: str | None) -> None:
     assert codes.get("input-unused") == told
 
 
+class Causal(nn.Module):
+    """The mean of the tokens so far that a mask shows."""
+
+    def __init__(self, *, masks: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.masks, self.embedding, self.head = masks, nn.Embedding(16, 32), nn.Linear(32, 16)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        shown = mask[..., None].float() if self.masks else torch.ones(*ids.shape, 1)
+        return self.head(torch.tanh((self.embedding(ids) * shown).cumsum(1) / shown.cumsum(1).clamp(min=1)))
+
+
+@pytest.mark.parametrize(("masks", "told"), [(True, None), (False, "warning")])
+def test_a_mask_that_may_show_more_padding_is_used(masks: bool, told: str | None) -> None:
+    lengths = 12 - 2 * torch.arange(N).clamp(max=4)  # each is as long as the next, or longer
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    ids = torch.randint(1, 16, (N, 12), generator=torch.Generator().manual_seed(0)) * mask
+    labels = ids.roll(-1, 1).masked_fill(mask.roll(-1, 1) == 0, -100)
+    labels[:, -1] = -100
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0], batch[1]).flatten(0, 1), batch[2].flatten())
+
+    assert found(Causal(masks=masks), [(ids, mask, labels)], loss).get("input-unused") == told
+
+
 class Centered(nn.Module):
     def __init__(self, *, in_place: bool) -> None:
         super().__init__()

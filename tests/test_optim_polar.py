@@ -47,16 +47,57 @@ def test_every_approach_reaches_rtol(shape: tuple[int, int], rtol: float) -> Non
         )
 
 
-@pytest.mark.parametrize("shape", [(20, 20), (12, 30), (30, 12)])
+@pytest.mark.parametrize("first", [5, 9])
+@pytest.mark.parametrize("shape", [(20, 20), (12, 30), (30, 12), (25, 20)])
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
-def test_few_passes_are_the_composed_quintics(shape: tuple[int, int], steps: int) -> None:
+def test_few_passes_are_the_composed_polynomials(shape: tuple[int, int], steps: int, first: int) -> None:
     x = random.normal(2, *shape, generator=seeded(1), dtype=torch.float32)
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / s.pow(4).sum(-1, keepdim=True).pow(0.25) / 1.01
-    for i, (a, b, c) in enumerate(composed(1 / 200, steps).coefficients):
+    for i, coefficients in enumerate(composed(1 / 200, steps, first).coefficients):
         s = s / (1.0 if i == steps - 1 else 1.01)
-        s = s * (a + s**2 * (b + s**2 * c))
-    torch.testing.assert_close(few_passes(x, low=1 / 200, steps=steps).double(), u * s[:, None] @ vh, rtol=0, atol=1e-4)
+        s = sum(c * s ** (2 * k + 1) for k, c in enumerate(coefficients))
+    found = few_passes(x, low=1 / 200, steps=steps, first=first)
+    torch.testing.assert_close(found.double(), u * s[:, None] @ vh, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("low", [1 / 20, 1 / 200, 1 / 2000])
+def test_the_first_of_degree_nine_is_minimax(low: float) -> None:
+    """It equioscillates at six points, which no other odd polynomial of degree nine can better."""
+    (coefficients,), error = composed(low, 1, first=9)
+    x = torch.linspace(low, 1, 100001, dtype=torch.float64)
+    off = sum(c * x ** (2 * k + 1) for k, c in enumerate(coefficients)) - 1
+    assert float(off.abs().max()) == pytest.approx(error, rel=1e-6)
+    signs = off[off.abs() > error * (1 - 1e-6)].sign()
+    assert int((signs[1:] != signs[:-1]).sum()) == 5
+    assert error < composed(low, 1).error
+
+
+def test_results_do_not_share_memory() -> None:
+    x = random.normal(2, 20, 40, generator=seeded(3), dtype=torch.float32)
+    for same in (x, x.mT, x[..., :20]):
+        first = few_passes(same, low=1 / 200, steps=4)
+        before = first.clone()
+        few_passes(2 * same.flip(-1), low=1 / 200, steps=4)
+        assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (100, 400), (300, 110)])
+@pytest.mark.parametrize("decades", [0, 2, 3, 4])
+def test_the_steps_are_as_orthogonal_as_those_of_torch(shape: tuple[int, int], decades: int) -> None:
+    """On normal entries, and where singular values fall evenly by decades; by what the cost model chooses."""
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    x = random.normal(12, *shape, generator=seeded(4), dtype=torch.float32)
+    if decades:
+        spectrum = torch.logspace(0, -decades, min(shape), dtype=torch.float64)
+        x = random.with_spectrum(12, *shape, spectrum=spectrum, generator=seeded(4), dtype=torch.float32)
+    torchs = torch.stack([_zeropower_via_newtonschulz(a, (3.4445, -4.775, 2.0315), 5, 1e-7) for a in x])
+    for name in names(f"{min(shape)}x{max(shape)}", 0.125):
+        found = polar(x, {"rtol": 0.125, "approaches": f"{min(shape)}x{max(shape)} {name}"})
+        assert deviation(found) < deviation(torchs), name
+        if "fractions" not in name:  # none is thrown out of the interval of a step
+            assert float(torch.linalg.svdvals(found).amax()) < 1.35, name
 
 
 def test_zeros_stay_and_nan_does_not_spread() -> None:

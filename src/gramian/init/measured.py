@@ -62,9 +62,9 @@ def measured_activations(
                 measured.setdefault(layer, (WIDEST * torch.sinh(5 * line) / math.sinh(5), values))
             pending.clear()
 
-        with hooks([h for m in owners for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]):
-            with measuring(model), torch.no_grad():
-                objective.predict(model, sample)
+        handles = [h for m in owners for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
+        with hooks(handles), measuring(model), torch.no_grad():
+            objective.predict(model, sample)
         found.append(measured)
     first, second = found
     return {

@@ -80,9 +80,9 @@ def normalized(
         outputs.append((module, leaf))
         return _with(output, leaf.clone())
 
-    with hooks([h for m in modules for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]):
-        with measuring(model), batch_statistics(model), torch.enable_grad():
-            objective.predict(model, sample)
+    handles = [h for m in modules for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
+    with hooks(handles), measuring(model), batch_statistics(model), torch.enable_grad():
+        objective.predict(model, sample)
     arrivals = [x for x in arrivals if x.requires_grad]
     if not outputs or not arrivals:
         return set()

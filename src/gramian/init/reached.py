@@ -77,9 +77,9 @@ def changes(model: nn.Module, layers: Sequence[nn.Module], sample: Any, objectiv
         outputs.setdefault(module, output)
         return output.clone()  # what follows may work in place
 
-    with hooks([layer.register_forward_hook(note) for layer in (layers[0], layers[-1])]):
-        with measuring(model), batch_statistics(model), torch.enable_grad():
-            objective.predict(model, sample)
+    handles = [layer.register_forward_hook(note) for layer in (layers[0], layers[-1])]
+    with hooks(handles), measuring(model), batch_statistics(model), torch.enable_grad():
+        objective.predict(model, sample)
     if len(outputs) < 2:
         return 1.0, 1.0
     first, last = outputs[layers[0]], outputs[layers[-1]]

@@ -183,9 +183,9 @@ class Setting:
             return layer.forward(*args)
 
         if self.sample is not None:
-            with hooks([layer.register_forward_hook(after) for layer in wanted]):
-                with measuring(self.model), torch.no_grad():
-                    self.objective.predict(self.model, self.sample)
+            handles = [layer.register_forward_hook(after) for layer in wanted]
+            with hooks(handles), measuring(self.model), torch.no_grad():
+                self.objective.predict(self.model, self.sample)
             return
         for layer in wanted:
             weight = self.weights.by_layer[layer]

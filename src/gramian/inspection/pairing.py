@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def falls_together(model: nn.Module, seen: Observed, objective: Objective) -> tu
         return torch.randn(shape, generator=generator).to(like) * size
 
     slopes = [float(g.abs().amax()) for g in replay.gradients([draw(t.shape, t) for t in outputs])]
-    if not all(slopes):
+    if not all(0 < slope < math.inf for slope in slopes):
         return None
     row = {t.shape[1]: draw(t.shape[1:], t) for t in outputs}
     equal = [row[t.shape[1]].expand_as(t).clone() for t in outputs]

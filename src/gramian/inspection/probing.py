@@ -236,7 +236,9 @@ def _sum_over(model: nn.Module, seen: Observed, objective: Objective) -> int | N
 def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> tuple[str, ...] | None:
     """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
 
-    One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order.
+    One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
+    mask that shows a causal model more of the padding behind the text has no effect, so that each gets the values of
+    the one before, of the one after, and its own in reverse order.
     """
     batch = first_samples(seen.batches[0], ENOUGH)
     compared = {key(c.target) for c in seen.criteria}
@@ -252,10 +254,11 @@ def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> t
         found = []
         for one in inputs:
             x = one.values[0]
-            other = torch.cat((x[:1], x[:-1]))
-            varies = bool((x[-1:] != x[:-1]).any()) and bool((other != x).any())
-            changed = mapped(batch, lambda t, x=x, other=other: other if t is x else t)
-            if varies and loss_of(model, changed, objective) == whole:
+            others = [torch.cat((x[:1], x[:-1])), torch.cat((x[1:], x[-1:]))]
+            others += [x.flip(1)] if x.ndim > 1 else []
+            varies = bool((x[-1:] != x[:-1]).any()) and bool((others[0] != x).any())
+            changed = (mapped(batch, lambda t, x=x, other=other: other if t is x else t) for other in others)
+            if varies and all(loss_of(model, b, objective) == whole for b in changed):
                 found.append(one)
         return found
 

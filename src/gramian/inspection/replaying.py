@@ -118,15 +118,16 @@ class Replay:
         """
         return float(self.loss([t.detach() for t in outputs]).detach())
 
-    def gradients(self, outputs: Sequence[Tensor], batch: Any = None) -> list[Tensor]:
+    def gradients(self, outputs: Sequence[Tensor], batch: Any = None, *, scale: float = 1.0) -> list[Tensor]:
         """The loss's gradients by these outputs, zero where it does not depend on one.
 
         Args:
             outputs, batch: as in `loss`.
+            scale: of the loss, before it is differentiated: half precision makes small gradients zero.
         """
         free = [t.detach().clone().requires_grad_() for t in outputs]
         total = self.loss(free, batch)
         if not total.requires_grad:
             return [torch.zeros_like(t) for t in free]
-        found = torch.autograd.grad(total, free, allow_unused=True)
+        found = torch.autograd.grad(total * scale, free, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(free, found, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ ENOUGH, EQUAL = 16, 1e-4
 TRIES = 4
 # Columns of an output that are looked at, and by how much they are moved, in their size.
 COLUMNS, STEP = 16, 0.05
+# The size that a loss is given, so that none of its gradients that count are zero in half precision.
+LARGE = 2.0**10
 # Scores that are right or wrong: clearly, and far.
 CLEAR, FAR = 6.0, 60.0
 # Numbers that are far from all targets, in their size.
@@ -305,10 +308,11 @@ def silent_columns(model: nn.Module, seen: Observed, objective: Objective) -> tu
     num = out.shape[1]
     if not 2 <= num <= COLUMNS:
         return None
-    still = ~replay.gradients([out])[0].ne(0).any(0)
+    here = replay.value([out])
+    scale = LARGE / abs(here) if here and math.isfinite(here) else 1.0
+    still = ~replay.gradients([out], scale=scale)[0].ne(0).any(0)
     if bool(still.all()) or not bool(still.any()):
         return None
-    here = replay.value([out])
     for column in still.nonzero().flatten().tolist():
         step = torch.zeros_like(out)
         step[:, column] = STEP * (1.0 + float(out[:, column].abs().mean()))

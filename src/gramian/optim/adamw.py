@@ -38,37 +38,38 @@ def step_adamw(
     if not params:
         return [], None
     bad = None if norms is not None else not_finite([p.grad for p in params], power=2)
-    skipped = set() if bad is None else {p for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad}
-    grads = _guarded([p for p in params if p not in skipped], state, norms)
+    kept = params if bad is None else [p for p, is_bad in zip(params, bad.tolist(), strict=True) if not is_bad]
+    states = [_state_of(p, state) for p in kept]
+    # By id, since a tensor's hash is a call of Python's, a hundred of which cost as much as the step itself.
+    entries = {id(p): (p, g, s) for p, g, s in zip(kept, _guarded(kept, states, norms), states, strict=True)}
     for group in groups:
-        members = [p for p in group["params"] if p in grads]
+        members = [entries[id(p)] for p in group["params"] if id(p) in entries]
         # Parameters that are not contiguous step one by one, since they may share memory and are stepped as copies.
-        contiguous = [placement.local(p).is_contiguous() for p in members]
-        plain = [p for p, is_plain in zip(members, contiguous, strict=True) if is_plain]
-        others = [p for p, is_plain in zip(members, contiguous, strict=True) if not is_plain]
-        for together in (plain, *([p] for p in others)):
+        contiguous = [part.is_contiguous() for part in placement.locals_of([p for p, _, _ in members])]
+        plain = [member for member, is_plain in zip(members, contiguous, strict=True) if is_plain]
+        others = [member for member, is_plain in zip(members, contiguous, strict=True) if not is_plain]
+        for together in (plain, *([member] for member in others)):
             if together:
-                _step(together, [grads[p] for p in together], group, [state[p] for p in together])
+                _step([p for p, _, _ in together], [g for _, g, _ in together], [s for _, _, s in together], group)
     return params, bad
 
 
 def _guarded(
-    params: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], norms: Mapping[Tensor, Tensor] | None
-) -> dict[Tensor, Tensor]:
+    params: Sequence[Tensor], states: Sequence[dict[str, Any]], norms: Mapping[Tensor, Tensor] | None
+) -> list[Tensor]:
     """This rank's part of each gradient, spread over the ranks as its parameter is, as far as it counts."""
     placed = [_placed_as(p, p.grad) for p in params]
     sizes = whole_norms(placed) if norms is None else [norms[p] for p in params]
-    parts, states = placement.locals_of(placed), [_state_of(p, state) for p in params]
+    parts = placement.locals_of(placed)
     alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, known in enumerate(states):
         alike.setdefault((known["usual"].dtype, known["usual"].device), []).append(i)
-    grads: dict[Tensor, Tensor] = {}
     for (dtype, _), these in alike.items():
         size, usual = (torch.stack(x) for x in ([sizes[i] for i in these], [states[i]["usual"] for i in these]))
         kept = limited([parts[i] for i in these], size.to(dtype), usual)
         for i, own, grad in zip(these, usual.unbind(), kept, strict=True):
-            states[i]["usual"], grads[params[i]] = own, grad
-    return grads
+            states[i]["usual"], parts[i] = own, grad
+    return parts
 
 
 def _state_of(p: Tensor, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _usual_of(p: Tensor, known: Mapping[str, Any]) -> Tensor:
 
 
 def _step(
-    params: Sequence[Tensor], grads: Sequence[Tensor], group: dict[str, Any], states: Sequence[dict[str, Any]]
+    params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[dict[str, Any]], group: dict[str, Any]
 ) -> None:
     moments = [[s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")]
     written = [placement.locals_of(tensors) for tensors in (params, *moments)]

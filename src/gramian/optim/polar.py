@@ -162,7 +162,8 @@ def _candidates(short: int, ratio: float, rtol: float) -> Iterator[tuple[Approac
     for dtype in ("float32", *(["bfloat16"] if rtol >= HALF and short >= NARROW else [])):
         for method, degree in FIRST.items():
             steps, low = _fewest(method, rtol)
-            pairs = steps // 2 if ratio >= PAIRED_FROM else 0
+            most = 1 if dtype == "bfloat16" else steps
+            pairs = min(steps // 2, most) if ratio >= PAIRED_FROM else 0
             products = pairs * (2 * ratio + 5) + (steps - 2 * pairs) * (2 * ratio + 1) + (degree > 5)
             yield Approach(method, steps, dtype, low), {dtype: products}
         if rtol >= GRAM and short >= NARROW:

@@ -28,9 +28,13 @@ def finite_norms(params: Sequence[Tensor]) -> dict[Tensor, Tensor] | None:
     if any(type(g) is not Tensor or g.device.type != "cpu" for g in grads):
         return None
     norms = torch._foreach_norm(grads) if grads else ()
-    # A norm in bfloat16 or float16 is rounded by far less than the factor of two.
-    if any(not norm.item() < torch.finfo(norm.dtype).max ** 0.5 / 2 for norm in norms):
-        return None
+    of_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for norm in norms:
+        of_dtype.setdefault(norm.dtype, []).append(norm)
+    for dtype, same in of_dtype.items():
+        # A norm in bfloat16 or float16 is rounded by far less than the factor of two. The largest is NaN if one is.
+        if not float(torch.stack(same).amax()) < torch.finfo(dtype).max ** 0.5 / 2:
+            return None
     return dict(zip(params, norms, strict=True))
 
 

@@ -125,6 +125,8 @@ class Stack:
         To the matrices that a parameter is made of, as they lie in it, where they are views.
         """
         params = placement.locals_of(list(compress(self.params, present)))
+        if not params:
+            return
         if not isinstance(keep, float | int):
             torch._foreach_mul_(params, [keep[p].to(self.device) for p in compress(self.params, present)])
         elif keep != 1:
