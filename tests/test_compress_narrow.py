@@ -198,8 +198,22 @@ def test_what_cannot_be_narrowed_is_refused_with_the_reason() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.two(torch.relu(self.one(x)) * torch.arange(16.0).view(16))
 
-    with pytest.raises(InputError, match="whatever numbers are set"):
+    with pytest.raises(InputError, match="its code fixes their number, or joins them"):
         gm.narrow(Fixed(), batches=batches, objective=DISTILL)
+
+
+def test_a_skip_that_is_concatenated_is_refused_with_that_reason() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.out = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = torch.relu(self.one(x))
+            return self.out(torch.cat([torch.relu(self.two(a)), a], 1))
+
+    with pytest.raises(InputError, match=r"out: with fewer inputs .*joins them with other ones"):
+        gm.narrow(Skip(), batches=list(torch.randn(64, 8).split(16)), objective=DISTILL)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -265,3 +279,26 @@ def test_units_of_a_layer_with_two_ways_to_it_stay() -> None:
     small = plan.at(keep=0.8).apply()
     assert small(x).isfinite().all()
     assert small(-x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("core", "reason"), [("attention", "heads of nn.MultiheadAttention"), ("gru", "recurrent module uses it whole")]
+)
+def test_factors_inside_one_function_have_the_true_reason(core: str, reason: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            attention = core == "attention"
+            self.core = nn.MultiheadAttention(16, 2, batch_first=True) if attention else nn.GRU(16, 16)
+            self.one, self.two = nn.Linear(16, 24), nn.Linear(24, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.core(x, x, x)[0] if core == "attention" else self.core(x)[0]
+            return self.two(torch.relu(self.one(y)))
+
+    batches = list(torch.randn(64, 5, 16).split(8))
+    small = gm.compress(Net(), batches, DISTILL, include=["core.*"]).at(keep=0.5, of="factorable").apply()
+    plan = gm.narrow(small, batches, DISTILL)
+    inner = {name: why for name, why in plan.reasons.items() if name.startswith("core.")}
+    assert inner
+    assert all(reason in why for why in inner.values())

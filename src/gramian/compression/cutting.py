@@ -40,7 +40,10 @@ def numbers_for(model: nn.Module, units: Units, call: Callable[[nn.Module], Tens
             continue
         if all(_is_right(model, units, numbers, num, call) for num in {units.num // 2, units.num - 1}):
             return numbers
-    return "without units of its input the model computes something else, whatever numbers are set"
+    return (
+        "with fewer inputs of this layer the model fails or computes something else: its code fixes their number, or "
+        "joins them with other ones (torch.cat)"
+    )
 
 
 def _numbers(model: nn.Module, units: Units, sizes: set[int]) -> dict[str, dict[str, int]]:

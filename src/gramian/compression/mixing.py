@@ -49,7 +49,8 @@ def possible(s: WeightedSVD, form: Form) -> Form:
         s: the layer.
         form: any.
     """
-    if s.tied or (s.table and form.rank is not None):
+    factored = form.rank is not None or s.dense != s.shape[0] * s.shape[1]
+    if s.tied or (s.table and factored):
         return Form(form.rank)
     return form
 

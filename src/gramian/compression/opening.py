@@ -126,7 +126,7 @@ def close_(model: nn.Module) -> None:
             continue
         attention = isinstance(module, nn.MultiheadAttention)
         for inner, layer in list(module._modules.items()):
-            if type(layer) is not nn.Linear:
+            if type(layer) is not nn.Linear or (attention and inner == "out_proj"):
                 continue  # a factored one, or the output projection of attention
             del module._modules[inner]
             module._parameters[f"{inner}_weight" if attention else f"weight_{inner}"] = layer.weight

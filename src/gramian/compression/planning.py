@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
@@ -17,9 +17,10 @@ from gramian.calls import as_model, unwrapped
 from gramian.compression.calibrating import Calibration, Measure, calibrate
 from gramian.compression.correcting import corrected
 from gramian.compression.exchanging import exchanged
-from gramian.compression.lowrank import matrix_of
+from gramian.compression.lowrank import LowRank, matrix_of
 from gramian.compression.mixing import Form
 from gramian.compression.modules import copied, submodule
+from gramian.compression.multiplying import factored, multiply_out_
 from gramian.compression.opening import open_
 from gramian.compression.plan import SMALLEST, Plan
 from gramian.compression.plans import packed, unpacked
@@ -113,7 +114,13 @@ def compress(
     if isinstance(include, str) or isinstance(exclude, str):
         raise InputError("compress: include and exclude are lists of patterns: exclude=['lm_head']")
     plain = unwrapped(model)
-    found, reasons = targets(plain, include, exclude)  # before any data is read
+    low = factored(plain) if stats is None else {}  # statistics of a factored model are of its factors
+    dense = plain
+    if low:
+        multiply_out_(dense := copied(plain))
+    found, reasons = targets(dense, include, exclude)  # before any data is read
+    found = [_cut_further(target, low, reasons) for target in found]
+    found = [target for target in found if target.name not in reasons]
     if not found:
         raise _nothing(plain, reasons)
     if stats is not None:
@@ -128,17 +135,24 @@ def compress(
         )
     else:
         asked = {name for target in found for name in (target.inputs, target.outputs)}
-        calibration = calibrate(model, batches, objective, asked)
+        put_back = multiply_out_(model) if low else None
+        try:
+            calibration = calibrate(model, batches, objective, asked)
+        finally:
+            if put_back is not None:
+                put_back()
     notes, ranked, blind = judged(calibration)
     own = copied(plain)
-    open_(own, [target.name for target in found])
-    found = [target._replace(module=submodule(own, target.name)) for target in found]
+    whole = copied(dense) if low else own
+    for one in (own, whole):
+        open_(one, [target.name for target in found])
+    found = [target._replace(module=submodule(whole, target.name)) for target in found]
     spectra, uncaptured = _decomposed(found, calibration, blind, progress)
     reasons |= uncaptured
     if not spectra:
         raise _nothing(plain, reasons)
     if ranked and calibration.objective is not None and calibration.measure is not None:
-        spectra = list(corrected(own, spectra, calibration.measure.batches, calibration.objective))
+        spectra = list(corrected(whole, spectra, calibration.measure.batches, calibration.objective))
     for note in notes:
         warnings.warn(f"compress: {note}", GramianWarning, stacklevel=2)
     empty = {s.name: Form() for s in spectra}
@@ -150,6 +164,17 @@ def compress(
     if keep is not None:
         return plan.at(keep=keep)
     return _by_default(plan)
+
+
+def _cut_further(target: Target, low: Mapping[str, LowRank], reasons: dict[str, str]) -> Target:
+    """A target with the rank and the price of the factored layer that it was multiplied out of."""
+    for name in (target.name, *target.tied):
+        layer = low.get(name)
+        if layer is not None:
+            if layer.rank == 1:
+                reasons[target.name] = "its factors have rank 1"
+            return target._replace(rank=layer.rank, dense=sum(side.weight.numel() for side in layer.sides))
+    return target
 
 
 def _decomposed(

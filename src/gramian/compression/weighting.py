@@ -84,13 +84,15 @@ def weighting(target: Target, calibration: Calibration, *, blind: bool) -> Weigh
 def _sites(target: Target, stats: Statistics) -> list[Site]:
     """The uses, of a factored layer with the inputs of one factor and the output gradients of the other."""
     pair = [stats.get(name) or [Site(reason="not in the statistics")] for name in (target.inputs, target.outputs)]
+    apart = target.rank and target.block is None  # each factor has statistics of its own
     for site in (*pair[0], *pair[1]):
         if site.A is None or site.G is None:
-            raise Uncaptured(site.reason or "its second moments were not captured")
+            instead = "; give batches in place of statistics, and its product is looked at" if apart else ""
+            raise Uncaptured((site.reason or "its second moments were not captured") + instead)
     used, gave = pair
-    if target.rank and any(site.transposed for site in (*used, *gave)) and not target.table:
+    if apart and any(site.transposed for site in (*used, *gave)) and not target.table:
         raise Uncaptured("a factor of it is also used as a table, or transposed")
-    if target.rank and target.table and (len(used) > 1 or len(gave) > 1 or not used[0].transposed):
+    if apart and target.table and (len(used) > 1 or len(gave) > 1 or not used[0].transposed):
         raise Uncaptured("its factors are used in other ways than to look up rows")
     return [Site(A=a.A, G=g.G, transposed=a.transposed) for a, g in zip(used, gave, strict=False)]
 
