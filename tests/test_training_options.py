@@ -457,7 +457,7 @@ def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypat
     assert [line.split()[0] for line in out.splitlines() if set(line) & set(display.BLOCKS)] == ["adamw", "sgd"]
     assert out.count("█") >= 1
     for options, message in (
-        (["--compare", "adamw"], "takes two different optimizers or more; got adamw"),
+        (["--compare", "adamw"], "takes two different optimizers or more, or one at several rates; got adamw"),
         (["--compare", "adamw,adagrad"], "unknown optimizer 'adagrad'; wanted auto, muon"),
         (
             ["--compare", "adamw,sgd", "--lr", "1"],

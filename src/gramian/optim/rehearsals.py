@@ -72,7 +72,8 @@ class Rehearsals:
 
     def suggestion(self) -> LearningRate:
         """Takes the parabola, searches from its minimum, and checks the fraction of the best rate."""
-        before = self._held_out_loss()
+        with naming_the_layer("suggest_lr", self.held_out, self.objective, self.model):
+            before = self._held_out_loss()
         if not math.isfinite(before):
             raise InputError(f"suggest_lr: the loss is {before} before any step; gm.inspect shows where that begins")
         curvature = self._first_line()

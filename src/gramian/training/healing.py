@@ -20,6 +20,7 @@ from gramian.errors import InputError
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording import evaluating
+from gramian.recording.failing import naming_the_layer
 from gramian.training.loop import train
 from gramian.training.task import Run, Task
 
@@ -147,7 +148,9 @@ def heal(
         if progress is not None:
             progress(share, row["distance"])
 
-    before, other_before = distance(model, judges), None if second is None else distance(model, second)
+    with naming_the_layer("heal", judges[0], named, small, teacher):
+        before = distance(model, judges)
+    other_before = None if second is None else distance(model, second)
     wanted, modes = {p: p.requires_grad for p in small.parameters()}, {m: m.training for m in small.modules()}
     small.requires_grad_(False)
     learning = list(_learning(small))

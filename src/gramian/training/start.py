@@ -77,8 +77,6 @@ def _errors(model: nn.Module, batches: list[Any], objective: Objective) -> list[
 
 def _init_for(finding: Finding) -> str | None:
     """Return the initialization that the finding's action asks for, a name of `INITS`."""
-    if _is_of_size(finding):
-        return "isometric"
     if finding.action is None or finding.action.name not in INIT_OF_ACTION:
         return None
     return INIT_OF_ACTION[finding.action.name](finding.action.arguments)
