@@ -136,7 +136,7 @@ def repeated_weights(measured: Measured) -> Iterator[Finding]:
             f"{_matrices(copied)} {'equals' if len(copied) == 1 else 'equal'} that of another layer: torch copies it",
             where=names_of(copied),
             evidence=f"{copied[0].name} = {copied[0].duplicate_of} (exact)",
-            cause="nn.TransformerEncoder and nn.TransformerDecoder copy the layer that they are given, with its weights: "
+            cause="nn.TransformerEncoder and nn.TransformerDecoder copy the layer that they are given: "
             "all layers start alike, and part in training.",
         )
     if tied:

@@ -17,6 +17,7 @@ from gramian.operators import LineCurvature, line_curvature
 from gramian.optim.learning_rate import LearningRate
 from gramian.optim.proximal import Proximal
 from gramian.optim.shell import MatrixOptimizer
+from gramian.recording.failing import naming_the_layer
 
 __all__ = ["NUM_STEPS", "Make", "NoRateError", "Rehearsals", "kept"]
 

@@ -84,6 +84,8 @@ def _told_apart(asked: Sequence[tuple[str, float | str | None]]) -> list[str]:
     """
     often = [name for name, _ in asked]
     return [
-        name if lr is None or often.count(name) == 1 else f"{name}:lr={lr if isinstance(lr, str) else format(lr, '.12g')}"
+        name
+        if lr is None or often.count(name) == 1
+        else f"{name}:lr={lr if isinstance(lr, str) else format(lr, '.12g')}"
         for name, lr in asked
     ]

@@ -47,7 +47,7 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
     batches = task.batches(NUM_BATCHES)
     errors = _errors(model, batches, objective)
     if not errors:
-        return "as the task makes it: signals and gradients cross it"
+        return "as the task makes it: no error was found before the first step"
     wanted = _inits_for(errors)
     if not wanted:
         return f"as the task makes it, since no initialization repairs this: {errors[0].title}"
