@@ -422,3 +422,69 @@ def test_a_rehearsal_is_shown_and_survives_json():
     assert again is not None
     assert math.isnan(again.before)
     assert again.after == 0.25
+
+
+class Attends(nn.Module):
+    """A transformer of two layers that has to find a marker, its attention saturated where `scale` is large."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(10, 16), nn.Embedding(12, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 8)
+        for layer in self.encoder.layers:
+            layer.self_attn.in_proj_weight.data.mul_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x) + self.places(torch.arange(x.shape[1]))
+        return self.head(self.norm(self.encoder(h)).mean(1))
+
+
+def marked(count: int = 8, size: int = 32) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 8, (count * size, 12), generator=generator)
+    place = torch.randint(0, 11, (count * size,), generator=generator)
+    x[torch.arange(count * size), place] = 9
+    return list(zip(x.split(size), x[torch.arange(count * size), place + 1].split(size), strict=True))
+
+
+def attending(scale: float) -> Setting:
+    torch.manual_seed(0)
+    return setting(Attends(scale), marked(), lr=1e-3)
+
+
+def test_a_finding_that_is_gone_keeps_its_remedy_where_few_steps_do_not_tell():
+    run = attending(100.0)
+    plain = finding(gm.inspect(run.model, run.batches, run.objective, quick=True), "attention-saturated")
+    assert plain.action is not None
+    assert plain.action.name == "isometric_"
+    found = finding(inspected(run), "attention-saturated")
+    assert found.action is not None, found.remedy
+    assert found.rehearsal.is_gone
+    assert (
+        found.rehearsal.after <= found.rehearsal.before + found.rehearsal.before_spread + found.rehearsal.after_spread
+    )
+    assert "too few to tell" in found.rehearsal.note
+    names = {"gm": gm} | vars(run)
+    exec(found.action.code, names)
+    again = gm.inspect(names["model"], run.batches, run.objective, quick=True).findings
+    assert "attention-saturated" not in {f.code for f in again}
+    report = gm.inspect(attending(1.0).model, marked(), run.objective, quick=True)
+    assert "attention-saturated" not in {f.code for f in report.findings}
+    copies = finding(report, "repeated-weights")
+    assert (copies.severity, copies.remedy) == ("info", "")
+    assert "nn.TransformerEncoder" in copies.cause
+
+
+def test_dead_units_behind_norms_are_cured_in_all_layers_that_are_named():
+    model = network(norm=True)
+    for name in ("5", "9"):
+        nn.init.constant_(model.get_submodule(name).bias, -6.0)
+    run = setting(model)
+    plain = finding(gm.inspect(model, run.batches, run.objective, quick=True), "dead-units")
+    assert plain.where == "5, 9"
+    assert plain.action == Action("reset", {"names": ("5", "9")})
+    found = finding(inspected(run), "dead-units")
+    assert found.action is not None, found.remedy
+    assert found.rehearsal.is_gone

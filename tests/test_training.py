@@ -224,7 +224,7 @@ def deep(make: type[nn.Module] = nn.Tanh, num_layers: int = 40) -> nn.Module:
 def test_init_auto_repairs_only_what_cannot_learn() -> None:
     state = torch.get_rng_state()
     left = gm.train(task(), init="auto", optimizer="adamw", lr=0.0, steps=1)
-    assert left.init == "as the task makes it: signals and gradients cross it"
+    assert left.init == "as the task makes it: no error was found before the first step"
     for p, q in zip(weights(left.model), weights(net()), strict=True):
         assert torch.equal(p, q)
     repaired = gm.train(task(model=deep), init="auto", optimizer="adamw", lr=0.0, steps=1)
@@ -237,14 +237,18 @@ def test_init_auto_repairs_only_what_cannot_learn() -> None:
 
 ISOMETRIC = Action("isometric_")
 FOUND = {
-    "nothing": ([], [], "as the task makes it: signals and gradients cross it"),
+    "nothing": ([], [], "as the task makes it: no error was found before the first step"),
     "once for the same init": ([("a", "error", ISOMETRIC), ("b", "error", ISOMETRIC)], ["isometric"], "isometric: a"),
     "the first that applies": (
         [("a", "error", None), ("b", "error", Action("cast_to_bfloat16")), ("c", "error", ISOMETRIC)],
         ["isometric"],
         "isometric: c",
     ),
-    "no warning's": ([("a", "warning", ISOMETRIC)], [], "as the task makes it: signals and gradients cross it"),
+    "no warning's": (
+        [("a", "warning", ISOMETRIC)],
+        [],
+        "as the task makes it: no error was found before the first step",
+    ),
     "advice only": ([("a", "error", None)], [], "as the task makes it, since no initialization repairs this: a"),
 }
 

@@ -457,7 +457,7 @@ def test_optimizers_are_compared_from_the_same_start(tmp_path, capsys, monkeypat
     assert [line.split()[0] for line in out.splitlines() if set(line) & set(display.BLOCKS)] == ["adamw", "sgd"]
     assert out.count("█") >= 1
     for options, message in (
-        (["--compare", "adamw"], "takes two different optimizers or more; got adamw"),
+        (["--compare", "adamw"], "takes two different optimizers or more, or one at several rates; got adamw"),
         (["--compare", "adamw,adagrad"], "unknown optimizer 'adagrad'; wanted auto, muon"),
         (
             ["--compare", "adamw,sgd", "--lr", "1"],
@@ -535,3 +535,12 @@ def test_tasks_and_watches_are_shown_in_a_line() -> None:
 def test_what_no_float_can_hold_is_no_measure(value: Any) -> None:
     with pytest.raises(TaskError, match=r"evaluate\(model\) must return a dict of floats"):
         gm.train(task(evaluate=lambda model: {"size": value}), steps=2)
+
+
+def test_one_optimizer_is_compared_at_several_rates(tmp_path) -> None:
+    runs = compare(task(), ["adamw:lr=0.003", "adamw:lr=0.01", "muon:lr=0.2"], steps=2, out=tmp_path)
+    assert {name: run.lr for name, run in runs.items()} == {"adamw:lr=0.003": 0.003, "adamw:lr=0.01": 0.01, "muon": 0.2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adamw-lr=0.003", "adamw-lr=0.01", "muon"]
+    assert list(compare(task(), ["muon:lr=0.2", "auto"], steps=2)) == ["muon:lr=0.2", "muon"]
+    with pytest.raises(InputError, match=r"one at several rates; got adamw:lr=0.01, adamw:lr=0.01"):
+        compare(task(), ["adamw:lr=0.01", "adamw:lr=1e-2"], steps=2)

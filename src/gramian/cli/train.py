@@ -83,8 +83,8 @@ def command(
     compare: Annotated[
         str,
         typer.Option(
-            help="Train once with each of these optimizers, as adamw,sgd:lr=0.3,auto, and compare; with --lr auto each "
-            "at its suggested rate.",
+            help="Train once with each of these optimizers, as adamw,sgd:lr=0.3,auto, and compare; one may come at "
+            "several rates; with --lr auto each at its suggested rate.",
             autocompletion=completing(completion.OPTIMIZERS, several=True),
         ),
     ] = "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -97,6 +98,9 @@ class NarrowPlan:
 
     def __repr__(self) -> str:
         return f"NarrowPlan({self})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.explain()._repr_html_()}"
 
     def explain(self) -> Rows:
         """One row for each layer: its name, units before and after, the layers that produce them, loss, and reason."""

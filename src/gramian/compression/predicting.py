@@ -40,6 +40,9 @@ class Predicted(NamedTuple):
         numbers = ", ".join(f"{name}={getattr(self, name):.3g}" for name in ("rise", "low", "high"))
         return f"Predicted({numbers}, measured={self.measured})"
 
+    def _repr_html_(self) -> str:
+        return f"<p>rise of the mean loss {self}</p>"
+
     def __str__(self) -> str:
         if math.isnan(self.low):
             return f"{self.rise:.2g} (to second order)"

@@ -21,6 +21,7 @@ from gramian.init.weights import BYPASSED, NORMALIZED, NOT_REACHED, ZERO, Weight
 from gramian.layers import operation_of
 from gramian.objective import Objective
 from gramian.recording import measuring
+from gramian.recording.failing import naming_the_layer
 
 __all__ = ["isometric_"]
 
@@ -112,7 +113,8 @@ def isometric_(
     layers = weights.by_layer
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
-    order = list(_registered(model)) if sample is None else _forward_order(model, weights, sample, objective)
+    with naming_the_layer("isometric_", sample, objective, model):
+        order = list(_registered(model)) if sample is None else _forward_order(model, weights, sample, objective)
     chain = _first_uses(order, layers)
     if not chain and not weights.composed:
         missing = f"the sample reaches none of {len(layers)}" if layers else f"{type(model).__name__} has none"

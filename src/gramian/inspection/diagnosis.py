@@ -21,7 +21,7 @@ from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.causes.loss import training_fails
 from gramian.inspection.curvature import measure_curvature
 from gramian.inspection.evaluated import evaluate
-from gramian.inspection.failing import check_runs, steps_run
+from gramian.inspection.failing import steps_run
 from gramian.inspection.leaking import find_leak
 from gramian.inspection.measured import Measured
 from gramian.inspection.observed import Observed
@@ -36,6 +36,7 @@ from gramian.inspection.weight_files import measure_file
 from gramian.inspection.weights import measure_model
 from gramian.loader import Batches, as_batches, first_few, with_samples
 from gramian.objective import Objective, as_objective
+from gramian.recording.failing import check_runs
 from gramian.recording.keeping import Kept, keeping, kept_random
 from gramian.recording.measuring import batch_statistics
 from gramian.report import Finding, Report
@@ -173,7 +174,7 @@ def _observe(model: nn.Module, few: list[Any], objective: Objective) -> tuple[Ob
     try:
         return observe(model, few, objective), {}
     except Exception as error:  # batch norm of one sample, say, which only evaluation mode can run
-        check_runs(model, few[0], objective)
+        check_runs("inspect", model, few[0], objective)
         if steps_run(model, few, objective):
             return None, {"causes": f"watching failed, a fault of gramian: {in_words(error)}"}
         return None, {FAILING: in_words(error)}

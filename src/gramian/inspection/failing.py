@@ -1,4 +1,4 @@
-"""Where a forward pass fails: the module, what it was given and what it wants, in one line."""
+"""Whether training steps run at all."""
 
 from __future__ import annotations
 
@@ -6,69 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gramian.batch import described
-from gramian.errors import GramianError, InputError
 from gramian.inspection.derivatives import gradients_of
 from gramian.objective import Objective
-from gramian.recording.measuring import measuring, training
+from gramian.recording.measuring import training
 
-__all__ = ["check_runs", "steps_run"]
-
-# Attributes in which torch's modules say what they take, and what that is.
-_WANTED = (
-    ("in_features", "{} features in the last dimension"),
-    ("in_channels", "{} channels in dimension 1"),
-    ("num_features", "{} channels in dimension 1"),
-    ("num_channels", "{} channels in dimension 1"),
-    ("input_size", "{} features in the last dimension"),
-    ("normalized_shape", "the last dimensions {}"),
-    ("embed_dim", "{} features in the last dimension"),
-    ("num_embeddings", "integers from 0, below {}"),
-)
-
-
-def check_runs(model: nn.Module, batch: Any, objective: Objective) -> None:
-    """Run the loss in evaluation mode, and say in one line where it fails.
-
-    Args:
-        model: left as it was.
-        batch: one batch.
-        objective: gives the loss.
-
-    Returns: nothing.
-    Raises:
-        InputError: a module cannot run on what it is given, with its name, the input and what it wants.
-        Exception: what code outside torch's shapes, indices and values raises, as it is.
-    Cost: a forward pass.
-    Source: this library's own.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    running: list[tuple[nn.Module, tuple[Any, ...]]] = []
-
-    def enter(module: nn.Module, given: tuple[Any, ...]) -> None:
-        running.append((module, given))
-
-    def leave(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        if running and running[-1][0] is module:
-            running.pop()
-
-    hooks = [m.register_forward_pre_hook(enter) for m in names]
-    hooks += [m.register_forward_hook(leave) for m in names]
-    try:
-        with measuring(model), torch.enable_grad():  # a loss may differentiate on its way
-            objective.loss(model, batch)
-    except (GramianError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, IndexError, ValueError) as error:
-        if not running:
-            raise
-        module, given = running[-1]
-        raise InputError(f"inspect: {_told(names[module], module, given)} ({_first_line(error)})") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+__all__ = ["steps_run"]
 
 
 def steps_run(model: nn.Module, batches: Iterable[Any], objective: Objective) -> bool:
@@ -93,41 +37,3 @@ def steps_run(model: nn.Module, batches: Iterable[Any], objective: Objective) ->
     except Exception:
         return False
     return True
-
-
-def _told(name: str, module: nn.Module, given: tuple[Any, ...]) -> str:
-    kind = type(module).__name__
-    who = f"{name} ({kind})" if name else f"the model ({kind})"
-    got = ", ".join(_value(value) for value in given if value is not None) or "named arguments"
-    wanted = next((form.format(getattr(module, own)) for own, form in _WANTED if hasattr(module, own)), "")
-    kinds = _other_dtype(module, given)
-    if kinds:
-        return f"{who} got {got} of {kinds[0]}, and its weights are {kinds[1]}. Write x.to(torch.{kinds[1]})"
-    if wanted:
-        return f"{who} got {got} and wants {wanted}. Give batches of that shape, or change the layer"
-    return f"{who} cannot run on {got}. Give batches that its forward takes, or change it"
-
-
-def _other_dtype(module: nn.Module, given: tuple[Any, ...]) -> tuple[str, str] | None:
-    """The dtypes of the input and of the weights of a layer that multiplies them, where they are two."""
-    weight = getattr(module, "weight", None)
-    x = given[0] if given else None
-    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or hasattr(module, "num_embeddings"):
-        return None
-    if x.dtype == weight.dtype or not weight.is_floating_point():
-        return None
-    return str(x.dtype).removeprefix("torch."), str(weight.dtype).removeprefix("torch.")
-
-
-def _value(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return described(value)
-    told = f"a tensor of shape {tuple(value.shape)}"
-    if value.numel() and not value.is_floating_point() and not value.is_complex():
-        told += f" with values from {int(value.min())} to {int(value.max())}"
-    return told
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -31,6 +31,7 @@ class Measured:
         is_satisfied: whether the loss is exactly zero, and is not with the same output for all samples: there is
             nothing left to learn from the batch, so that gradients are zero.
         is_chain: whether the last layer depends on the first, as far as was seen: not in two towers.
+        copied: prefixes of the names of layers that torch itself makes by copying one (`nn.TransformerEncoder`).
         facts: numbers about the whole model, by label, for the report; rules may add some.
         notes: how things were measured, and what was skipped.
         directions: leading singular vectors of the first layer.
@@ -50,6 +51,7 @@ class Measured:
     waiting: frozenset[str] | None = None
     frozen: frozenset[str] = frozenset()
     entries: frozenset[str] = frozenset()
+    copied: tuple[str, ...] = ()
     facts: dict[str, float | int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     directions: list[Direction] = field(default_factory=list)

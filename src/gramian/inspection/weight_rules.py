@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gramian.inspection.by_design import is_change, is_product, name_pattern, starts_at_zero, untrained_adapter
@@ -113,7 +113,9 @@ def zero_weights(measured: Measured) -> Iterator[Finding]:
 
 def repeated_weights(measured: Measured) -> Iterator[Finding]:
     """Find matrices that are stored twice under different names. Exact."""
-    hidden = [layer for layer in measured.layers if layer.duplicate_of and layer.role == "hidden"]
+    alike = [layer for layer in measured.layers if layer.duplicate_of and layer.role == "hidden"]
+    copied = [layer for layer in alike if _is_copied(layer, measured.copied)]
+    hidden = [layer for layer in alike if layer not in copied]
     tied = [layer for layer in measured.layers if layer.duplicate_of and layer.role != "hidden"]
     if hidden:
         yield Finding(
@@ -124,7 +126,18 @@ def repeated_weights(measured: Measured) -> Iterator[Finding]:
             evidence=f"{hidden[0].name} = {hidden[0].duplicate_of} (exact)",
             cause="Layers were copied at initialization and never trained, or shared weights were saved twice.",
             action=_tie(hidden[0]),
-            advice="Tie each like this if they are meant to be shared. If not, check that both receive gradients.",
+            advice=f"Tie {'each like this' if _tie(hidden[0]) else 'them'} if they are meant to be shared. If not, check "
+            "that both receive gradients.",
+        )
+    if copied:
+        yield Finding(
+            "repeated-weights",
+            "info",
+            f"{_matrices(copied)} {'equals' if len(copied) == 1 else 'equal'} that of another layer: torch copies it",
+            where=names_of(copied),
+            evidence=f"{copied[0].name} = {copied[0].duplicate_of} (exact)",
+            cause="nn.TransformerEncoder and nn.TransformerDecoder copy the layer that they are given: "
+            "all layers start alike, and part in training.",
         )
     if tied:
         yield Finding(
@@ -308,6 +321,11 @@ def names_of(layers: list[Layer]) -> str:
 def _matrices(layers: list[Layer]) -> str:
     """Return how many matrices these are, in words."""
     return "1 matrix" if len(layers) == 1 else f"{len(layers):,} matrices"
+
+
+def _is_copied(layer: Layer, prefixes: Sequence[str]) -> bool:
+    """Whether a layer and the one that it repeats are in one stack that torch makes by copying."""
+    return any(layer.name.startswith(prefix) and layer.duplicate_of.startswith(prefix) for prefix in prefixes)
 
 
 def _tie(layer: Layer) -> Action | None:

@@ -36,7 +36,9 @@ def measure_model(
     """Measure the blocks of a model; convolutions at the sizes of their inputs where these are known and smaller."""
     image_sizes = image_sizes or {}
     found, rest = blocks(model, layouts)
-    measured = Measured()
+    copying = (nn.TransformerEncoder, nn.TransformerDecoder)
+    prefixes = [f"{name}.layers." for name, module in model.named_modules() if isinstance(module, copying)]
+    measured = Measured(copied=tuple(prefix.removeprefix(".") for prefix in prefixes))
     if found:
         measured.dtype = found[0].parameter.dtype
     by_name: dict[str, Callable[[], Tensor]] = {}

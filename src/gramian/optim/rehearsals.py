@@ -17,6 +17,7 @@ from gramian.operators import LineCurvature, line_curvature
 from gramian.optim.learning_rate import LearningRate
 from gramian.optim.proximal import Proximal
 from gramian.optim.shell import MatrixOptimizer
+from gramian.recording.failing import naming_the_layer
 
 __all__ = ["NUM_STEPS", "Make", "NoRateError", "Rehearsals", "kept"]
 
@@ -72,7 +73,8 @@ class Rehearsals:
 
     def suggestion(self) -> LearningRate:
         """Takes the parabola, searches from its minimum, and checks the fraction of the best rate."""
-        before = self._held_out_loss()
+        with naming_the_layer("suggest_lr", self.held_out, self.objective, self.model):
+            before = self._held_out_loss()
         if not math.isfinite(before):
             raise InputError(f"suggest_lr: the loss is {before} before any step; gm.inspect shows where that begins")
         curvature = self._first_line()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from gramian.errors import DtypeError
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Fisher, Objective, as_objective
 from gramian.recording.collective import collective_of
+from gramian.recording.failing import naming_the_layer
 from gramian.recording.measuring import measuring
 from gramian.recording.recorder import MAX_DIM, Recorder
 from gramian.recording.taps import Pass
@@ -123,7 +125,8 @@ def captured(
             with torch.set_grad_enabled(differentiates is None or differentiates(stats)):
                 batch = prepared(ranks.model, given)
                 recorder.begin(Pass(factor=1.0, dummy=not counts), objective.mask(batch))
-                output = objective.predict(ranks.model, batch)
+                with nullcontext() if ranks.together else naming_the_layer("capture", batch, objective, ranks.model):
+                    output = objective.predict(ranks.model, batch)
                 recorder.end()
                 if not torch.is_grad_enabled():
                     num_batches += 1

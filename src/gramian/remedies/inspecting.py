@@ -102,7 +102,14 @@ def inspect(
     if not isinstance(model_or_path, (str, os.PathLike)):
         model_or_path = as_model(model_or_path, "inspect")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise InputError(f"inspect: optimizer is a torch optimizer made for this model; got {described(optimizer)}")
+        is_class = isinstance(optimizer, type) and issubclass(optimizer, Optimizer)
+        name = optimizer.__name__ if is_class else "AdamW"
+        home = "gm.optim" if is_class and optimizer.__module__.startswith("gramian.") else "torch.optim"
+        given = f"the class {name}" if is_class else described(optimizer)
+        raise InputError(
+            f"inspect: optimizer is a torch optimizer made for this model; got {given}. Write "
+            f"optimizer={home}.{name}(model{'' if home == 'gm.optim' else '.parameters()'}, lr=0.001)"
+        )
     if batches is not None and torch.is_inference_mode_enabled():
         _check_can_train(model_or_path)
         batches = map(_outside_inference, as_batches(batches, "inspect"))

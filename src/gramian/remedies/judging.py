@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, pstdev
 
 from gramian.remedies.rehearsing import Rehearsed
 from gramian.report import Rehearsal
 
-__all__ = ["is_higher", "is_lower", "is_no_worse", "learns", "why_not"]
+__all__ = ["is_as_low", "is_higher", "is_lower", "is_no_worse", "learns", "why_not"]
 
 # A remedy helps if it lowers the loss by this share of it, in each pair of rehearsals that have the same seed.
 SHARE = 0.05
@@ -49,6 +49,14 @@ def is_no_worse(pairs: Sequence[tuple[float, float]], first: Sequence[float]) ->
     )
 
 
+def is_as_low(pairs: Sequence[tuple[float, float]]) -> bool:
+    """Whether the mean loss is not higher with it, up to how much the losses of one training differ between seeds."""
+    if not all(math.isfinite(loss) for pair in pairs for loss in pair):
+        return False
+    before, now = zip(*pairs, strict=True)
+    return fmean(now) <= fmean(before) + max(pstdev(before), pstdev(now))
+
+
 def is_higher(pairs: Sequence[tuple[float, float]]) -> bool:
     """Whether the mean loss is clearly higher with it."""
     before, now = (fmean(losses) for losses in zip(*pairs, strict=True))
@@ -65,4 +73,6 @@ def why_not(shown: Rehearsal, *, helps: bool, learns: bool, is_higher: bool) -> 
         return "the loss is higher with it than without"
     if not learns:
         return "the loss blows up without it, and with it nothing is learned"
+    if shown.after < shown.before:
+        return "the loss is a little lower with it, too little to tell"
     return "training without it comes as far"

@@ -17,7 +17,7 @@ from gramian.errors import GramianError, GramianWarning, some
 from gramian.init import signs_of_training
 from gramian.inspection import inspect
 from gramian.recording.keeping import seeded
-from gramian.remedies.judging import is_higher, is_lower, is_no_worse, learns, why_not
+from gramian.remedies.judging import is_as_low, is_higher, is_lower, is_no_worse, learns, why_not
 from gramian.remedies.performing import OF_THE_LOSS, OnInput, Setting, perform
 from gramian.remedies.proposals import proposals
 from gramian.remedies.rehearsing import MOMENTS, Measure, Rehearsed, rehearse
@@ -102,7 +102,9 @@ def verified(
     by a rehearsal: some training steps from the same random state, on the same batches, at the same rate. The action
     with the lowest loss that removes the finding is rehearsed with another seed. It is offered where the loss in
     evaluation mode is lower than without it by 5 % at one of the moments, with each seed, and not higher at the last,
-    and where the finding is gone when the copy is diagnosed. The loss before any step counts where the weights look
+    and where the finding is gone when the copy is diagnosed. Where it is gone, no trained weights are replaced, and the
+    loss is not higher, up to its spread over the seeds, the action is offered too, and a note says that so few steps
+    do not tell how much it helps. The loss before any step counts where the weights look
     trained, with the batch's statistics in batch norms unless the finding is about the stored ones; of other networks
     it says nothing. Both trainings are measured by the loss as the remedy leaves it. An action that changes the loss
     itself is offered where the loss after it falls as far, to 5 % of its first value: such findings are exact, and an
@@ -193,9 +195,13 @@ def _verified(
     notes = [f"Together with the remedy for {', '.join(state.offered)}."] if state.offered else []
     if changes_loss:
         notes.append("Both are measured by the loss as the remedy leaves it.")
+    lost, is_gone = _lost(state.setting, best.setting, trained), best.removes(finding)
     if is_as_good:
         notes.append("Training without it comes as far in these steps.")
-    notes += _lost(state.setting, best.setting, trained)
+    elif not helps and is_gone and not lost and all(does_learn) and is_as_low(pairs[last]):
+        is_as_good = True
+        notes.append(f"{moments[last]} steps are too few to tell how much it helps: train with and without it.")
+    notes += lost
     before, now = zip(*pairs[moment], strict=True)
     shown = Rehearsal(
         moments[moment],
@@ -204,7 +210,7 @@ def _verified(
         fmean(now),
         _spread(before),
         _spread(now),
-        is_gone=best.removes(finding),
+        is_gone=is_gone,
         note=" ".join(notes),
     )
     if not ((helps or is_as_good) and shown.is_gone):

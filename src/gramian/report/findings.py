@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -92,6 +93,16 @@ class Finding:
     def remedy(self) -> str:
         """The action's code, then the advice, each on its own lines; empty if there is neither."""
         return "\n".join(part for part in (self.action.code if self.action else "", self.advice) if part)
+
+    def _repr_html_(self) -> str:
+        told = [("where", self.where), ("evidence", self.evidence), ("cause", self.cause)]
+        code = f"<pre>{html.escape(self.action.code)}</pre>" if self.action else ""
+        rows = [f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in told if text]
+        if self.remedy:
+            rows.append(f"<tr><th>remedy</th><td>{code}{html.escape(self.advice)}</td></tr>")
+        if self.rehearsal is not None:
+            rows.append(f"<tr><th>verified</th><td>{html.escape(self.rehearsal.told)}</td></tr>")
+        return f"<p><b>{self.severity}</b> {html.escape(self.title)}</p><table>{''.join(rows)}</table>"
 
 
 def causes_first(findings: Sequence[Finding]) -> list[tuple[Finding, list[Finding]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gramian.errors import InputError
-from gramian.optim.registry import known_name, with_rate
+from gramian.optim.registry import with_rate
 from gramian.training import agreement, page
 from gramian.training.loop import train
 from gramian.training.task import Run, Task
@@ -32,14 +32,16 @@ def compare(
     Args:
         task: what to train.
         optimizers: names, as for `train`, with a rate where it is not the usual one: `"adamw"`, `"adamw:lr=3e-3"`,
-            `"adamw:lr=auto"`. `"auto"` beside the one that it stands for adds none.
-        out: a folder that gets one for each optimizer, by its name.
+            `"adamw:lr=auto"`. One may come several times, at different rates. `"auto"` beside the one that it stands
+            for, at the same rate, adds none.
+        out: a folder that gets one for each run, by its name, with a hyphen for the colon.
         report: an HTML file for their curves.
-        begun: called with the name of each optimizer before its run.
+        begun: called with the name of each run before it.
         options: as for `train`, but `optimizer`; `lr` is that of the optimizers that are given without one.
-    Returns: the runs by the optimizer's name, in the order given.
+    Returns: the runs by the optimizer's name, and its rate where it comes several times (`"adamw:lr=0.003"`), in the
+        order given.
     Raises:
-        InputError: fewer than two optimizers, one of them twice, or an unknown one; and as `train`.
+        InputError: fewer than two optimizers, one of them twice at one rate, or an unknown one; and as `train`.
     Cost: that of the runs, one after the other.
     Source: this library's own.
 
@@ -49,26 +51,41 @@ def compare(
     [('adamw', 20), ('sgd', 20)]
     """
     asked = [with_rate("train: compare", text) for text in optimizers]
-    names = [name for name, _ in asked]
-    if "auto" in optimizers and names.count(known_name("train: compare", "auto")) > 1:
-        place = list(optimizers).index("auto")
-        names.pop(place)  # it stands for one that is there
-        asked.pop(place)
+    if "auto" in optimizers and asked.count(with_rate("train: compare", "auto")) > 1:
+        asked.pop(list(optimizers).index("auto"))  # it stands for one that is there
+    names = _told_apart(asked)
     if len(set(names)) < 2 or len(set(names)) < len(names):
-        raise InputError(f"train: compare takes two different optimizers or more; got {', '.join(names) or 'none'}")
-    for name in names:
-        if out is not None and not options.get("resume") and (Path(out) / name / "model.safetensors").exists():
+        raise InputError(
+            "train: compare takes two different optimizers or more, or one at several rates; got "
+            f"{', '.join(names) or 'none'}"
+        )
+    places = [None if out is None else Path(out) / name.replace(":", "-") for name in names]
+    for place in places:
+        if place is not None and not options.get("resume") and (place / "model.safetensors").exists():
             raise InputError(
-                f"train: {Path(out) / name} holds a finished run. Choose another folder, or delete model.safetensors "
-                "there"
+                f"train: {place} holds a finished run. Choose another folder, or delete model.safetensors there"
             )
     page.check(report)
     runs, usual = {}, options.pop("lr", None)
-    for name, lr in asked:
+    for name, (optimizer, lr), place in zip(names, asked, places, strict=True):
         if begun is not None:
             begun(name)
-        place = None if out is None else Path(out) / name
-        runs[name] = train(task, optimizer=name, lr=usual if lr is None else lr, out=place, **options)
+        runs[name] = train(task, optimizer=optimizer, lr=usual if lr is None else lr, out=place, **options)
     if report is not None and agreement.first():
         page.comparison(runs, task).save(report)
     return runs
+
+
+def _told_apart(asked: Sequence[tuple[str, float | str | None]]) -> list[str]:
+    """A name for each run: the optimizer's, with its rate where the same one comes several times.
+
+    >>> _told_apart([("adamw", 0.003), ("adamw", None), ("muon", 0.2)])
+    ['adamw:lr=0.003', 'adamw', 'muon']
+    """
+    often = [name for name, _ in asked]
+    return [
+        name
+        if lr is None or often.count(name) == 1
+        else f"{name}:lr={lr if isinstance(lr, str) else format(lr, '.12g')}"
+        for name, lr in asked
+    ]

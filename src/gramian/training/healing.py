@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from gramian.errors import InputError
 from gramian.loader import Batches, as_batches, no_batches
 from gramian.objective import Objective, as_objective
 from gramian.recording import evaluating
+from gramian.recording.failing import naming_the_layer
+from gramian.rows import Rows
 from gramian.training.loop import train
 from gramian.training.task import Run, Task
 
@@ -63,6 +66,12 @@ class Healed:
 
     def __repr__(self) -> str:
         return f"<Healed: {self.steps:,} steps in {self.seconds:.1f} s; {self.reason}>"
+
+    def _repr_html_(self) -> str:
+        rows = [{"data": "held out", "before": self.before, "after": self.after}]
+        if self.other_before is not None:
+            rows.append({"data": "other domain", "before": self.other_before, "after": self.other_after})
+        return f"<p>{html.escape(repr(self))}</p>{Rows(rows)._repr_html_()}"
 
 
 def heal(
@@ -147,7 +156,9 @@ def heal(
         if progress is not None:
             progress(share, row["distance"])
 
-    before, other_before = distance(model, judges), None if second is None else distance(model, second)
+    with naming_the_layer("heal", judges[0], named, small, teacher):
+        before = distance(model, judges)
+    other_before = None if second is None else distance(model, second)
     wanted, modes = {p: p.requires_grad for p in small.parameters()}, {m: m.training for m in small.modules()}
     small.requires_grad_(False)
     learning = list(_learning(small))

@@ -47,7 +47,7 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
     batches = task.batches(NUM_BATCHES)
     errors = _errors(model, batches, objective)
     if not errors:
-        return "as the task makes it: signals and gradients cross it"
+        return "as the task makes it: no error was found before the first step"
     wanted = _inits_for(errors)
     if not wanted:
         return f"as the task makes it, since no initialization repairs this: {errors[0].title}"
@@ -77,8 +77,6 @@ def _errors(model: nn.Module, batches: list[Any], objective: Objective) -> list[
 
 def _init_for(finding: Finding) -> str | None:
     """Return the initialization that the finding's action asks for, a name of `INITS`."""
-    if _is_of_size(finding):
-        return "isometric"
     if finding.action is None or finding.action.name not in INIT_OF_ACTION:
         return None
     return INIT_OF_ACTION[finding.action.name](finding.action.arguments)

@@ -47,22 +47,29 @@ def dead_units(context: Context) -> Iterator[Finding]:
     shut = [a for a in rectified if _is_shut(a)]
     dead = shut or [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
     if dead:
-        worst, source = max(dead, key=lambda a: a.dead / a.channels), context.source_of(dead[0])
+        worst = max(dead, key=lambda a: a.dead / a.channels)
+        sources = tuple(dict.fromkeys(context.source_of(a) for a in dead))
         share = worst.dead / worst.channels
         yield Finding(
             "dead-units",
             "error" if shut else "info" if context.has_learned or share < MANY_DEAD else "warning",
-            f"{worst.dead} of {worst.channels} units after {context.told(source)} are never active"
+            f"{worst.dead} of {worst.channels} units after {context.told(sources[0])} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
-            where=source,
-            evidence=f"first after {context.told(source)}, in {len(dead)} in all; zero on all {worst.rows:,} rows"
+            where=some(sources, SHOWN),
+            evidence=f"first after {context.told(sources[0])}, in {len(dead)} in all; zero on all {worst.rows:,} rows"
             + (f": active on at most {3 / worst.rows:.2%} (95 %)" if worst.rows >= FEW else ", with the whole layer"),
             cause="Their pre-activations are negative for all samples: a bias or an offset of the inputs, or a rate "
             "that was too large.",
-            action=ISOMETRIC,
-            advice="isometric_ is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
+            action=_renewed(context, sources),
+            advice="This is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
         )
+
+
+def _renewed(context: Context, sources: tuple[str, ...]) -> Action:
+    """What makes the layers anew: all weights, or these layers alone where one is a norm, whose bias shuts its units."""
+    has_matrix = all(any(p.ndim > 1 for p in context.modules[name].parameters(recurse=False)) for name in sources)
+    return ISOMETRIC if has_matrix else Action("reset", {"names": sources})
 
 
 def _is_given_zeros(context: Context, a: Activation) -> bool:
@@ -152,9 +159,11 @@ def attention(context: Context) -> Iterator[Finding]:
             if context.has_learned
             else "The scores q·k are large, so that softmax passes nearly no gradient: a missing 1/√d, or "
             "large weights of q and k.",
+            action=None if context.has_learned else ISOMETRIC,
             advice=""
             if context.has_learned
-            else "Scale the scores by 1/√d, normalize q and k, or initialize their weights smaller.",
+            else "This is for a fresh model. Otherwise scale the scores by 1/√d, normalize q and k, or initialize their "
+            "weights smaller.",
         )
 
 
