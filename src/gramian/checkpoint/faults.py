@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from gramian.checkpoint.budgets import OverBudgetError
 from gramian.errors import CheckpointError, plain, some
 
 __all__ = ["damaged", "first_line", "plain", "refused"]
+
+
+# Where in torch's or gloo's sources an error arose, as "[…/pair.cc:534] ": of no use to a reader.
+SOURCE = re.compile(r"\[[^][]*\.(?:cc|cpp|cu|h|hpp):\d+\]:? *")
 
 
 def damaged(file: Path, error: Exception) -> CheckpointError:
@@ -34,5 +39,6 @@ def first_line(error: BaseException) -> str:
     """An error's first sentence."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    sentence = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    text = SOURCE.sub("", str(error)).strip()
+    sentence = (text or type(error).__name__).splitlines()[0].split(". ")[0]
     return plain(sentence.rstrip(". "))

@@ -16,6 +16,7 @@ import typer
 import gramian
 from gramian.cli import bench, compress, demo, doctor, inspect, train
 from gramian.cli.common import complain, num_ranks
+from gramian.cli.streams import protect, reason_lost
 from gramian.errors import GramianError, GramianWarning, plain
 
 __all__ = ["app", "main", "program"]
@@ -114,6 +115,9 @@ def program() -> NoReturn:
     """Run the command line as a process of its own and end it with the exit code.
 
     SIGTERM ends it with 143, after what has to be undone, such as a half-written file; `gm.train` saves its run first.
+    Standard output or error that is full or closed ends nothing: the rest of it is lost. A full standard output makes
+    the code 2, with a line; a reader that went away, as `head` does, changes none.
+
     Once the exit code is known, and the exit functions have run, it ends with that code: Python restores the signal's
     default while it still takes the interpreter apart, which would turn a finished run into a killed one.
 
@@ -125,7 +129,12 @@ def program() -> NoReturn:
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
         atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # registered first, so that it runs last
+    protect()
     code = main()
+    lost = reason_lost()
+    if lost:
+        complain(f"what was to be printed could not be written ({lost}); the work itself is done")
+        code = code or 2
     if num_ranks() > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's to all, where one rank ended with an error
         atexit._run_exitfuncs()  # of the user's task and its loggers

@@ -16,7 +16,18 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from gramian.errors import plain
 
-__all__ = ["Model", "Quiet", "Stages", "complain", "num_ranks", "path", "rank_number", "ranks", "with_task"]
+__all__ = [
+    "Model",
+    "Quiet",
+    "Stages",
+    "check_text",
+    "complain",
+    "num_ranks",
+    "path",
+    "rank_number",
+    "ranks",
+    "with_task",
+]
 
 
 def path(text: str) -> Path:
@@ -26,7 +37,16 @@ def path(text: str) -> Path:
     """
     if not str(text):
         raise typer.BadParameter("an empty path; was a variable of the shell not set?")
+    check_text(text, "a path")
     return Path(text)
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise where a path is not UTF-8: it would stand in files that are."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter(f"{what} that is not UTF-8: {plain(text, 200)}; rename it") from None
 
 
 # Arguments that several commands share.

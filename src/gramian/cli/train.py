@@ -14,10 +14,10 @@ import typer
 from typer.core import TyperCommand
 
 from gramian.cli import completion
-from gramian.cli.common import Quiet, complain, num_ranks, path, rank_number, ranks
+from gramian.cli.common import Quiet, check_text, complain, num_ranks, path, rank_number, ranks
 from gramian.cli.completion import completing
 from gramian.cli.config import read_config
-from gramian.errors import GramianError, InputError
+from gramian.errors import GramianError, InputError, plain
 
 __all__ = ["WithOptimizers", "command"]
 
@@ -81,13 +81,13 @@ def command(
         ),
     ] = "auto",
     compare: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Train once with each of these optimizers, as adamw,sgd:lr=0.3,auto, and compare; one may come at "
             "several rates; with --lr auto each at its suggested rate.",
             autocompletion=completing(completion.OPTIMIZERS, several=True),
         ),
-    ] = "",
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Budget in steps.", min=1)] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget in seconds of training alone.", min=0.1)] = None,
@@ -103,19 +103,19 @@ def command(
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="In place of the optimizer's own.", min=0)] = None,
     regularize: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="l1=X, l2=X, both, nuclear=X, spectral=X or orthogonal=X, exact by proximal maps.",
             autocompletion=completing(completion.PENALTIES, several=True, end="="),
         ),
-    ] = "",
+    ] = None,
     augment: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Of inputs: shift=PIXELS, rotate=DEGREES, scale=X, flip=X, cutout=X, noise=X, mask=X, mixup=X.",
             autocompletion=completing(completion.AUGMENTATIONS, several=True, end="="),
         ),
-    ] = "",
+    ] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of all gradients together.")] = None,
     accumulate: Annotated[int, typer.Option(help="Batches in a step.", min=1)] = 1,
     precision: Annotated[
@@ -170,6 +170,8 @@ def command(
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
     if tensorboard and out is None:
         raise InputError("train: --tensorboard needs --out DIR, the folder that it writes to")
+    if compare is not None and not compare.strip(" ,"):
+        raise InputError(f"train: --compare names two optimizers or more, as adamw:lr=3e-3,sgd; got {compare!r}")
     if compare and (optimizer != "auto" or lr not in (None, AUTO)):
         raise InputError(
             "train: --compare names the optimizers, with their rates, as --compare adamw:lr=3e-3,sgd; leave out "
@@ -178,7 +180,10 @@ def command(
     rate = _rate(lr)
     options = {"schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "ema": ema}
     options |= {"accumulate": accumulate, "precision": precision, "best": best, "patience": patience}
-    options |= {"regularize": _strengths("--regularize", regularize), "augment": _strengths("--augment", augment)}
+    options |= {
+        "regularize": _strengths("--regularize", regularize, "l1=1e-4,l2=1e-3"),
+        "augment": _strengths("--augment", augment, "shift=2,noise=0.1"),
+    }
     budget = {"steps": steps, "epochs": epochs, "seconds": seconds}
     again = "" if out is None else "; continue with the same command and --resume"
     try:
@@ -187,7 +192,7 @@ def command(
             options |= budget | {"shard": shard, "watch": watch}
             options |= {"lr": rate} if compare else {"optimizer": optimizer, "lr": rate}
             logs = tensorboard and first
-            runs, name = _train(_Asked(task, text, model), first and not quiet, compare, logs, options)
+            runs, name = _train(_Asked(task, text, model), first and not quiet, compare or "", logs, options)
     except KeyboardInterrupt:
         complain(f"interrupted{again}")
         raise typer.Exit(130) from None
@@ -251,6 +256,7 @@ def _train(
     from gramian.training import compare, display, train
 
     here = Path.cwd()
+    check_text(asked.task, "a task's path")
     found = _loaded(asked)
     for name in ("out", "report"):
         if options[name] is not None:  # the task's file may have gone elsewhere
@@ -292,8 +298,13 @@ def _rate(text: str | None) -> float | str | None:
     if text is None or text == AUTO:
         return text
     try:
-        return float(text)
-    except ValueError:
+        rate = float(text)
+        if rate == 0 and text.lower().partition("e")[0].strip("+-0_. "):
+            raise InputError(f"train: --lr {plain(text, 50)} is too small for a number of the machine; give 0, or more")
+        return rate
+    except ValueError as error:
+        if isinstance(error, GramianError):
+            raise
         raise InputError(f"train: --lr must be zero, a positive number or auto, got {text!r}") from None
 
 
@@ -311,9 +322,12 @@ def _suggested(task: Any, options: dict[str, Any], shown: bool) -> float | None:
     return rounded(found)
 
 
-def _strengths(option: str, text: str) -> dict[str, float]:
+def _strengths(option: str, text: str | None, example: str) -> dict[str, float]:
     """Parse `name=number,name=number`."""
     found: dict[str, float] = {}
+    if text is not None and not text.strip(" ,"):
+        raise InputError(f"train: {option} wants name=number, as in {example}; got {text!r}. Leave it out for none")
+    text = text or ""
     for part in filter(None, text.split(",")):
         name, equals, number = part.partition("=")
         name = name.strip()
@@ -324,5 +338,5 @@ def _strengths(option: str, text: str) -> dict[str, float]:
         except ValueError:
             found[name] = math.nan
         if math.isnan(found[name]):
-            raise InputError(f"train: {option} wants name=number, as in l1=1e-4,l2=1e-3; got {part!r}")
+            raise InputError(f"train: {option} wants name=number, as in {example}; got {part!r}")
     return found

@@ -21,7 +21,8 @@ _KNOWN = (Tensor, tuple, list, dict)
 class Replay:
     """A model's outputs on a batch, and the loss with others in their place, which runs no layer.
 
-    Only calls of the model itself are replayed; where the loss calls a part of it, that runs.
+    Only calls of the model itself are replayed; where the loss calls a part of it, that runs. The calls of a TorchScript
+    model cannot be, whose `forward` is compiled: `is_known` is false.
 
     Args:
         model: in the mode in which it is to be.
@@ -41,7 +42,7 @@ class Replay:
         self.model, self.batch, self.objective = model, batch, objective
         self.outputs: list[Tensor] = []
         self._made: list[Any] = []
-        self.is_known = True
+        self.is_known = not isinstance(model, torch.jit.ScriptModule)
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             self.is_known = self.is_known and type(output) in _KNOWN

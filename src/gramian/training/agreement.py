@@ -103,7 +103,7 @@ def check_model(model: nn.Module) -> None:
                 f"train: {name} is a {type(module).__name__}, which would see only its rank's share of a batch. "
                 "Use SyncBatchNorm (on GPUs), GroupNorm or LayerNorm, or train in one process"
             )
-    parallel = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in wrappings(model))
+    parallel = any(isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for m in wrappings(model))
     if parallel or any(map(placement.is_sharded, model.parameters())):
         raise UnsupportedError(
             f"train: the task's model is a wrapped or sharded {type(model).__name__}; expected the plain module, whose "

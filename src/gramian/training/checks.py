@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from gramian.errors import TaskError
+from gramian.errors import GramianWarning, TaskError, some
 from gramian.recording import evaluating
 from gramian.training.augmentation import augmented, mixed
 from gramian.training.optimizers import Choice
@@ -18,13 +19,37 @@ from gramian.training.options import Options, best_row
 from gramian.training.randomness import restore_python, state_of_python
 from gramian.training.task import Task, calling
 
-__all__ = ["check_best", "check_inputs", "check_model", "identity_of"]
+__all__ = ["check_best", "check_inputs", "check_model", "identity_of", "plain_numbers", "warn_of_plain_numbers"]
 
 
 def check_inputs(task: Task, options: Options) -> None:
     """Raise where the task's first batch cannot be augmented."""
     if options.augment:
         mixed(augmented(task.batches(1)[0], options.augment, (0,)), options.augment, (0,))
+
+
+def plain_numbers(model: nn.Module) -> dict[str, float]:
+    """The modules' attributes that are Python's own numbers, by name; without those of modules that save extra state."""
+    found: dict[str, float] = {}
+    for place, module in model.named_modules():
+        if getattr(type(module), "get_extra_state", None) is nn.Module.get_extra_state:
+            for name, value in vars(module).items():
+                if type(value) in (bool, int, float) and name != "training":
+                    found[f"{place}.{name}".lstrip(".")] = value
+    return found
+
+
+def warn_of_plain_numbers(task: Task, before: dict[str, float], after: dict[str, float]) -> None:
+    """Warn where a step changes numbers of the model that no checkpoint has."""
+    changed = [name for name, value in after.items() if before.get(name, value) != value and value == value]
+    if changed:
+        warnings.warn(
+            f"task {task.name!r}: training changes {some(changed)} of the model, plain Python, which no checkpoint has: a "
+            "resumed run would go on otherwise. Make a tensor of it and register_buffer it, or define get_extra_state "
+            "and set_extra_state",
+            GramianWarning,
+            stacklevel=4,
+        )
 
 
 def check_best(task: Task, model: nn.Module, options: Options) -> None:

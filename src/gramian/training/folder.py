@@ -22,6 +22,7 @@ from gramian.checkpoint.trees import TREE, pack_tree
 from gramian.errors import CheckpointError, GramianWarning, InputError
 from gramian.report import write_text
 from gramian.training.lock import locked
+from gramian.training.owned import Owned
 
 __all__ = ["CHECKPOINT", "FORMAT", "METRICS", "MODEL", "PREVIOUS", "Folder", "read"]
 
@@ -62,6 +63,8 @@ class Folder:
     `metrics.jsonl` at once; a resumed run drops the lines after its checkpoint and measures them again.
 
     Nothing in the folder changes before the first evaluation or checkpoint, and no file that is not of a run ever does.
+    Before each write the run looks whether the folder is still the one that it locked, and its files those that it
+    wrote; where they are not, it ends and leaves them.
 
     Args:
         path: the folder, created if it is missing, and locked against other processes until `close`.
@@ -83,6 +86,7 @@ class Folder:
                 f"train: cannot write to {plain(self.shown, 500)}: {reason}. Choose another folder"
             ) from None
         self._lock = locked(path, self.shown)
+        self._owned = Owned(path, self.shown)
         self._kept_at, self._cost = time.perf_counter(), 0.0
         self._writer = ThreadPoolExecutor(1, "gramian-checkpoint")
         self._writing: Future[None] | None = None
@@ -93,8 +97,11 @@ class Folder:
     def close(self) -> None:
         """Release the folder for other processes; it is removed if it was made for this run and nothing is in it."""
         self._writer.shutdown()
+        is_here = self._owned.is_here()
         self._lock.close()
-        self._remove_made()
+        self._owned.close()
+        if is_here:
+            self._remove_made()
 
     def open(self, *, resume: bool) -> None:
         """Check what is in the folder, for the run in it, with `resume`, or a new one.
@@ -104,6 +111,7 @@ class Folder:
         for name in (MODEL, METRICS, CHECKPOINT, PREVIOUS):
             if (self.path / name).is_symlink() or (self.path / name).exists():
                 _check_own(self.path / name, self.shown / name)
+        self._owned.note(MODEL, METRICS, CHECKPOINT, PREVIOUS)
         for left in self.path.iterdir():
             if HALF_WRITTEN.fullmatch(left.name) and left.is_file():
                 left.unlink(missing_ok=True)
@@ -119,7 +127,9 @@ class Folder:
             return
         try:
             # Deleted first, so that it is never mistaken for the new run's.
+            self._owned.check([MODEL], lambda path: False)
             (self.path / MODEL).unlink(missing_ok=True)
+            self._owned.note(MODEL)
             self.write(history)
         except OSError as error:
             raise CheckpointError(f"train: cannot write to {plain(self.shown, 500)} ({error.strerror})") from error
@@ -128,6 +138,7 @@ class Folder:
     def write(self, history: list[dict[str, float]]) -> None:
         """Rewrite `metrics.jsonl`, unless it is as it should be; without evaluations there is none."""
         text = "".join(map(_line, history))
+        self._owned.check([METRICS], _is_metrics)
         if not text:
             (self.path / METRICS).unlink(missing_ok=True)
             return
@@ -135,16 +146,20 @@ class Folder:
             if (self.path / METRICS).read_text(encoding="utf-8") == text:
                 return
         write_text(self.path / METRICS, text)
+        self._owned.note(METRICS)
 
     def append(self, history: list[dict[str, float]]) -> None:
         """Append the last evaluation to `metrics.jsonl`. Where that fails, the next one writes all lines again."""
         self._begin(history[:-1])
+        self._owned.check([MODEL], lambda path: False)
+        self._owned.check([METRICS], _is_metrics)
         try:
             if self._torn:
                 self.write(history)
             else:
                 with (self.path / METRICS).open("a", encoding="utf-8") as file:
                     file.write(_line(history[-1]))
+            self._owned.note(METRICS)
             self._torn = False
         except (OSError, InputError) as error:
             if not self._torn:
@@ -177,7 +192,10 @@ class Folder:
         packed = pack_tree({"format": FORMAT, "identity": self.identity, **state}).copied()
 
         def write() -> None:
+            self._owned.check([MODEL], lambda path: False)
+            self._owned.check([CHECKPOINT, PREVIOUS], _is_checkpoint)
             packed.save(self.path / CHECKPOINT, self.path / PREVIOUS if self.sound else None)
+            self._owned.note(CHECKPOINT, PREVIOUS)
             self.sound = True
             self._kept_at = time.perf_counter()
             self._cost = self._kept_at - begin
@@ -202,6 +220,8 @@ class Folder:
         if self._torn:
             self.write(history)
         text = json.dumps({"format": FORMAT, "identity": self.identity, **summary})
+        self._owned.check([MODEL], lambda path: False)
+        self._owned.check([CHECKPOINT, PREVIOUS], _is_checkpoint)
         save_tensors(self.path / MODEL, tensors, {"gramian.task": self.identity["task"], FINISHED: text} | about)
         verify_file(self.path / MODEL)
         for name in (CHECKPOINT, PREVIOUS):
@@ -217,9 +237,7 @@ def _check_own(path: Path, shown: Path) -> None:
     """Raise `InputError` where a file has the name of one of a run's, and is not one."""
     own = path.is_file() and not path.is_symlink()
     if own and path.name == METRICS:
-        with path.open("rb") as file:
-            start = file.read(len(FIRST_LINE))
-        own = FIRST_LINE.encode().startswith(start)
+        own = _is_metrics(path)
     elif own and path.name == MODEL:
         try:
             own = FINISHED in load_tensors(path, verify=False)[1]
@@ -227,6 +245,22 @@ def _check_own(path: Path, shown: Path) -> None:
             own = False
     if not own:
         raise InputError(_not_ours(shown))
+
+
+def _is_metrics(path: Path) -> bool:
+    """Whether a file is a run's metrics; true for what is no file, whose writing fails by itself."""
+    if not path.is_file():
+        return True
+    with path.open("rb") as file:
+        start = file.read(len(FIRST_LINE))
+    return FIRST_LINE.encode().startswith(start)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        return TREE in open_checkpoint(path, stored=True).metadata
+    except CheckpointError:
+        return False
 
 
 def _not_ours(shown: Path) -> str:

@@ -9,11 +9,16 @@ from typing import Any
 
 __all__ = ["Interrupts", "end", "is_interruption"]
 
+# Seconds that a step may go on after SIGTERM, with its evaluation: whoever sends it often kills after 30.
+PATIENCE = 20.0
+
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
     """A context that notes Ctrl-C and SIGTERM instead of ending the process; a second one ends it at once.
+
+    So does the first SIGTERM where the step does not end within `PATIENCE` seconds, which is then taken to hang.
 
     A signal for which the program has a handler of its own is left alone (that of the command line gives way), and so
     are all of them outside the main thread, where Python has no handlers.
@@ -29,6 +34,7 @@ class Interrupts:
 
     def __init__(self, *, active: bool = True) -> None:
         self.active, self.received = active, 0
+        self._timer: threading.Timer | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -40,7 +46,14 @@ class Interrupts:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
+    def reached(self) -> None:
+        """Tell that the step, with its evaluation, has ended, so that it does not hang."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def __exit__(self, *error: object) -> None:
+        self.reached()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -48,6 +61,10 @@ class Interrupts:
         if self.received:
             end(number)
         self.received = number
+        if number == signal.SIGTERM:
+            self._timer = threading.Timer(PATIENCE, signal.pthread_kill, [threading.get_ident(), number])
+            self._timer.daemon = True
+            self._timer.start()
 
 
 def is_interruption(error: BaseException) -> bool:

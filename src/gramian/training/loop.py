@@ -266,7 +266,7 @@ def train(
     if run.diverged:
         warnings.warn(
             f"train: the loss is not finite in {min(NONFINITE_STEPS, run.steps)} steps in a row; stopped after "
-            f"{run.steps} steps. Lower the learning rate, or clip the gradients",
+            f"{run.steps} steps. {_advice(run)}",
             GramianWarning,
             stacklevel=2,
         )
@@ -277,3 +277,13 @@ def train(
             stacklevel=2,
         )
     return run
+
+
+def _advice(run: Run) -> str:
+    """What to do where the loss is not finite."""
+    if math.isnan(run.start):
+        return (
+            "No step was ever finite, so that no rate is at fault: look for inf and NaN in the inputs, the targets and "
+            "the weights, and for logarithms, roots and divisions of zero in the loss (gm.inspect names them)"
+        )
+    return "Lower the learning rate, or clip the gradients"

@@ -36,7 +36,7 @@ __all__ = ["failed_collective", "naming_the_lost"]
 
 # How long ranks that noticed a loss wait for the others' answers, and that time ran out: those who still compute learn
 # of it at their next collective.
-ANSWER_SECONDS, HANG_SECONDS = 3.0, 10.0
+ANSWER_SECONDS, HANG_SECONDS = 3.0, 1.5
 
 # Of one rank, and of several.
 VERBS = {"hangs": ("hangs", "hang"), "gone": ("is gone", "are gone"), "ended": ("was interrupted", "were interrupted")}

@@ -21,6 +21,7 @@ from gramian.objective import Objective
 from gramian.recording import evaluating
 from gramian.training import agreement
 from gramian.training.averaging import Average
+from gramian.training.checks import plain_numbers, warn_of_plain_numbers
 from gramian.training.folder import MODEL, Folder
 from gramian.training.interrupts import Interrupts, end
 from gramian.training.options import Options, best_row
@@ -89,8 +90,13 @@ class Loop:
         ended = schedule.share(run) >= 1
         if on_step is not None:
             on_step(run, schedule.share(run))
+        first = folder is not None
+        numbers = plain_numbers(run.model) if first else {}
         while not ended:
             self._step()
+            if first:
+                warn_of_plain_numbers(self.task, numbers, plain_numbers(run.model))
+                first = False
             due = NOT_DUE
             if folder is not None:
                 with self.failure.caught():
@@ -114,6 +120,7 @@ class Loop:
                 if progress is not None:
                     progress(row, share)
                 ended = ended or self._stops()
+            interrupts.reached()
             if (due[evaluate] or (signal and run.out is not None)) and not ended and self._is_sound():
                 self._keep(folder, wait=bool(signal))
             if signal and not ended:

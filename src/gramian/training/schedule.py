@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gramian.errors import InputError
+from gramian.errors import InputError, plain
 from gramian.training.task import Run
 
 __all__ = ["NUM_EVALUATIONS", "SCHEDULES", "WARMUP_STEPS", "Schedule", "as_budget", "check_warmup"]
@@ -25,6 +25,9 @@ STEP_FACTOR, PLATEAU_FACTOR, EXPONENTIAL_END = 0.1, 0.5, 0.01
 
 # Evaluations without a smaller training loss after which "plateau" lowers the rate.
 PLATEAU_EVALUATIONS = 2
+
+# Steps or epochs: a trillion of them would take centuries, and so is a mistake.
+MOST = 10**12
 
 
 def _plateaus(share: float, losses: Sequence[float]) -> float:
@@ -58,6 +61,8 @@ def as_budget(steps: int | None, epochs: int | None, seconds: float | None) -> t
     ((kind, amount),) = given.items()
     if not amount > 0:
         raise InputError(f"train: {kind} must be positive, got {amount}")
+    if kind != "seconds" and amount > MOST:
+        raise InputError(f"train: {kind} must be at most {MOST:,}, got {plain(amount, 30)}")
     if not math.isfinite(amount):
         raise InputError(f"train: {kind} must be finite, got {amount}. To train until you stop it, give a large number")
     return kind, amount

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,13 +14,17 @@ from gramian.errors import InputError
 from gramian.init import isometric_, signs_of_training
 from gramian.inspection import inspect
 from gramian.objective import Objective
+from gramian.recording.measuring import training
 from gramian.report import Finding
-from gramian.training.task import Task
+from gramian.training.task import Task, calling
 
 __all__ = ["INITS", "INIT_OF_ACTION", "initialize"]
 
 # Training batches for the diagnosis before the first step.
 NUM_BATCHES = 4
+
+# Among so many first ones they are sought where the labels of those are all ignored.
+MOST_BATCHES = 64
 
 
 def initialize(init: str, model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
@@ -44,7 +49,9 @@ def _isometric(model: nn.Module, task: Task, objective: Objective, seed: int) ->
 
 def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
     """Apply the actions of the errors found, if all weights are still random and fewer errors remain afterwards."""
-    batches = task.batches(NUM_BATCHES)
+    batches = _with_units(model, task, objective)
+    if not batches:
+        return f"as the task makes it, not diagnosed: none of the first {MOST_BATCHES} batches has a row that counts"
     errors = _errors(model, batches, objective)
     if not errors:
         return "as the task makes it: no error was found before the first step"
@@ -67,6 +74,20 @@ def _auto(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
         return f"{', '.join(wanted)}: {cause}"
     model.load_state_dict(kept)
     return f"as the task makes it, since {', '.join(wanted)} did not help; but: {cause}"
+
+
+def _with_units(model: nn.Module, task: Task, objective: Objective) -> list[Any]:
+    """The first batches that have a unit, at most `NUM_BATCHES`, sought among the first `MOST_BATCHES`.
+
+    A forward pass or a loss that raises is told as in the first step.
+    """
+
+    def has_units(batch: Any) -> bool:
+        with training(model), calling(task, "the forward pass or the loss"):
+            return bool(objective.loss(model, batch, empty=True)[1] > 0)
+
+    found = list(filter(has_units, task.batches(NUM_BATCHES)))
+    return found or list(islice(filter(has_units, task.batches(MOST_BATCHES)), NUM_BATCHES))
 
 
 def _errors(model: nn.Module, batches: list[Any], objective: Objective) -> list[Finding]:

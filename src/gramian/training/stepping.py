@@ -167,10 +167,12 @@ class Stepper:
     def _apply(self, factor: float) -> bool:
         """Step with the gradients times a factor, and clipped; false where they are not finite."""
         grads = [grad for p in self._params if (grad := p.grad) is not None]
+        if not grads:  # the loss may have a gradient, by something that is no parameter
+            raise self._without_gradient()
         grads = placement.locals_of(grads) if self.divided else grads
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
-        if self._watch and grads:
+        if self._watch:
             # One pass for all gradients: torch's for its own loss scale, of one here.
             torch._amp_foreach_non_finite_check_and_unscale_(grads, self._bad.zero_(), self._one)
             if placement.any_rank(self._bad) if self.divided else self._bad.item():
