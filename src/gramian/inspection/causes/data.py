@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramian.errors import some
 from gramian.inspection.causes.context import Context
-from gramian.inspection.causes.dependence import labels_depend
+from gramian.inspection.causes.dependence import POWER, labels_depend
 from gramian.inspection.losses import VALUES
 from gramian.report import Finding
 
@@ -104,10 +104,10 @@ def labels(context: Context) -> Iterator[Finding]:
         context.skipped["whether labels depend on inputs"] = (
             f"too few samples for so many features, or relations that simple tests miss: {test.evidence}"
         )
-    elif test is not None and test.are_independent:
+    if test is not None and test.p_value > test.level and test.linear_power >= POWER:
         yield Finding(
             "labels-independent",
-            "warning",
+            "warning" if test.are_independent else "info",
             "The labels do not depend on the inputs, as far as simple tests see",
             where="labels",
             evidence=test.evidence,

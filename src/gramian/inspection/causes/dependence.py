@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Dependence", "labels_depend"]
+__all__ = ["POWER", "Dependence", "labels_depend"]
 
 # Samples from which on the test is made, and up to which it is.
 LEAST, MOST = 100, 1024
@@ -34,12 +34,14 @@ class Dependence:
         power: the share of labels that are made up, with a dependence, that the tests see, of the kind that they see
             less of; 1.0 where they see the own.
         evidence: in words.
+        linear_power: that share of the linear ones alone.
     """
 
     p_value: float
     level: float
     power: float
     evidence: str
+    linear_power: float = 1.0
 
     @property
     def are_independent(self) -> bool:
@@ -100,7 +102,7 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         return own, chance, (p.amin(1) * z.shape[1]).clamp(max=1.0)
 
     (found,), chance, (p,) = tested(y[None])
-    p, power, seen = float(p), 1.0, ""
+    p, power, linear_power, seen = float(p), 1.0, 1.0, ""
     if p > LEVEL:
         simple = x[:, :num_simple]
         made_up = (_made_up(simple, num, generator, are_products=which) for which in (False, True))
@@ -114,6 +116,7 @@ def labels_depend(inputs: Sequence[Sequence[Tensor]], labels: Sequence[Tensor]) 
         power,
         f"of {len(y)} samples, the {NEIGHBORS} nearest neighbors share the label in {float(found[0]):.1%} of cases, "
         f"{float(chance[:, 0].mean()):.1%} if labels are shuffled (p = {p:.2g} for dependence{seen})",
+        linear_power,
     )
 
 
