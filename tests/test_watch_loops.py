@@ -91,7 +91,7 @@ def test_the_first_looks_are_a_budget_of_their_own_and_brief_ones_keep_to_every(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(live_schedule, "thread_time", lambda: now[0])
-    for cost, brief, full, count in ((0.1, 1e-5, [1, 10, 20], 9), (1.0, 1e-5, [1], 10), (0.1, 0.1, [1, 10, 20], 1)):
+    for cost, brief, full, count in ((0.1, 1e-5, [1, 10, 20], 9), (1.0, 1e-5, [1], 11), (0.1, 0.1, [1, 10, 20], 1)):
         schedule, briefs = Schedule(10, 0.02), 0
         for step in range(1, 101):
             looked = schedule.is_due
