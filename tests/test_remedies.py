@@ -429,12 +429,13 @@ class Attends(nn.Module):
 
     def __init__(self, scale: float) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(10, 16), nn.Embedding(12, 16)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+        self.tokens, self.places = nn.Embedding(10, 32), nn.Embedding(12, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 8)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 8)
         for layer in self.encoder.layers:
-            layer.self_attn.in_proj_weight.data.mul_(scale)
+            for weight in (layer.self_attn.in_proj_weight, layer.self_attn.out_proj.weight):
+                weight.data.mul_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.tokens(x) + self.places(torch.arange(x.shape[1]))
@@ -459,7 +460,7 @@ def test_a_finding_that_is_gone_keeps_its_remedy_where_few_steps_do_not_tell():
     plain = finding(gm.inspect(run.model, run.batches, run.objective, quick=True), "attention-saturated")
     assert plain.action is not None
     assert plain.action.name == "isometric_"
-    found = finding(inspected(run), "attention-saturated")
+    found = verified(Report("net", [plain]), run, moments=(12,)).findings[0]
     assert found.action is not None, found.remedy
     assert found.rehearsal.is_gone
     assert (

@@ -126,8 +126,8 @@ def repeated_weights(measured: Measured) -> Iterator[Finding]:
             evidence=f"{hidden[0].name} = {hidden[0].duplicate_of} (exact)",
             cause="Layers were copied at initialization and never trained, or shared weights were saved twice.",
             action=_tie(hidden[0]),
-            advice=f"Tie {'each like this' if _tie(hidden[0]) else 'them'} if they are meant to be shared. If not, check "
-            "that both receive gradients.",
+            advice=f"Tie {'each like this' if _tie(hidden[0]) else 'them'} if they are meant to be shared. If not, "
+            "check that both receive gradients.",
         )
     if copied:
         yield Finding(

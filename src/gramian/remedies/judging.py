@@ -73,6 +73,6 @@ def why_not(shown: Rehearsal, *, helps: bool, learns: bool, is_higher: bool) -> 
         return "the loss is higher with it than without"
     if not learns:
         return "the loss blows up without it, and with it nothing is learned"
-    if shown.after < shown.before:
+    if shown.after < shown.before - max(shown.before_spread, shown.after_spread):
         return "the loss is a little lower with it, too little to tell"
     return "training without it comes as far"

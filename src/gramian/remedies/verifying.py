@@ -56,12 +56,7 @@ class _Tried:
     @cached_property
     def codes(self) -> set[str] | None:
         """Codes of the errors and warnings of a diagnosis after the action; `None` where it fails."""
-        try:
-            seen = _as_received(self.setting)
-            found = inspect(seen.model, seen.batches, seen.objective, optimizer=seen.optimizer, quick=True).findings
-        except Exception:  # a network that cannot be diagnosed is not known to be cured
-            return None
-        return {f.code for f in found if f.severity != "info"}
+        return _codes(self.setting)
 
     def removes(self, finding: Finding) -> bool:
         return self.codes is not None and finding.code not in self.codes
@@ -198,7 +193,14 @@ def _verified(
     lost, is_gone = _lost(state.setting, best.setting, trained), best.removes(finding)
     if is_as_good:
         notes.append("Training without it comes as far in these steps.")
-    elif not helps and is_gone and not lost and all(does_learn) and is_as_low(pairs[last]):
+    elif (
+        not helps
+        and is_gone
+        and not lost
+        and all(does_learn)
+        and is_as_low(pairs[last])
+        and finding.code in (_codes(state.setting) or ())
+    ):
         is_as_good = True
         notes.append(f"{moments[last]} steps are too few to tell how much it helps: train with and without it.")
     notes += lost
@@ -248,6 +250,15 @@ def _in_short(action: Action) -> str:
         return action.code
     values = [f"{key} {value:g}" for key, value in action.arguments.items() if type(value) in (int, float)]
     return " ".join([action.name.strip("_").replace("_", " "), *values])
+
+
+def _codes(setting: Setting) -> set[str] | None:
+    try:
+        seen = _as_received(setting)
+        found = inspect(seen.model, seen.batches, seen.objective, optimizer=seen.optimizer, quick=True).findings
+    except Exception:  # a network that cannot be diagnosed is not known to be cured
+        return None
+    return {f.code for f in found if f.severity != "info"}
 
 
 def _as_received(setting: Setting) -> Setting:

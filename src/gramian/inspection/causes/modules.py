@@ -67,7 +67,7 @@ def dead_units(context: Context) -> Iterator[Finding]:
 
 
 def _renewed(context: Context, sources: tuple[str, ...]) -> Action:
-    """What makes the layers anew: all weights, or these layers alone where one is a norm, whose bias shuts its units."""
+    """What makes the layers anew: all weights, or these layers where one is a norm, whose bias shuts its units."""
     has_matrix = all(any(p.ndim > 1 for p in context.modules[name].parameters(recurse=False)) for name in sources)
     return ISOMETRIC if has_matrix else Action("reset", {"names": sources})
 
@@ -162,8 +162,8 @@ def attention(context: Context) -> Iterator[Finding]:
             action=None if context.has_learned else ISOMETRIC,
             advice=""
             if context.has_learned
-            else "This is for a fresh model. Otherwise scale the scores by 1/√d, normalize q and k, or initialize their "
-            "weights smaller.",
+            else "This is for a fresh model. Otherwise scale the scores by 1/√d, normalize q and k, or initialize "
+            "their weights smaller.",
         )
 
 
