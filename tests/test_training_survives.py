@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 import gramian as gm
 from cases import seeded
 from gramian.checkpoint import load_tree, save_tensors, save_tree, writing
+from gramian.cli import main
 from gramian.errors import CheckpointError, GramianWarning, InputError, TaskError
 from gramian.tasks import load
-from gramian.training import folder
+from gramian.training import folder, interrupts
 from runs import Stop, stopping, weights
 
 X = torch.randn(48, 6, generator=seeded(0))
@@ -477,6 +478,7 @@ def test_a_folder_that_is_no_longer_the_runs_is_left_alone(often, tmp_path, how:
 
     def taken(run: gm.Run, share: float) -> None:
         if run.steps == 4:
+            time.sleep(0.2)  # a checkpoint may be under way
             shutil.rmtree(place) if how == "removed" else place.rename(tmp_path / "old")
             if another == "nothing":
                 place.mkdir()
@@ -509,3 +511,122 @@ def test_a_file_of_others_that_appears_is_left_alone(often, tmp_path, name: str,
     if not name.startswith("checkpoint"):
         (tmp_path / name).rename(tmp_path / "mine")
         assert gm.train(task(), steps=9, optimizer="adamw", out=tmp_path, resume=True).resumed >= 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
+@pytest.mark.parametrize(("out", "err", "code"), [("full", "", 2), ("", "full", 0), ("closed", "closed", 0)])
+def test_output_that_is_full_or_closed_ends_nothing(tmp_path, out: str, err: str, code: int) -> None:
+    reading, closed = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY)
+    streams = {"full": full, "closed": closed, "": subprocess.PIPE}
+    command = [sys.executable, "-m", "gramian", "train", "diabetes", "--steps", "4", "--optimizer", "adamw"]
+    command += ["--init", "default", "--out", str(tmp_path / "run")]
+    ended = subprocess.run(command, stdout=streams[out], stderr=streams[err], text=True, timeout=300)
+    os.close(closed)
+    os.close(full)
+    assert ended.returncode == code
+    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.jsonl", "model.safetensors"]
+    if code:
+        lines = [line for line in ended.stderr.splitlines() if line.startswith("gramian: ")]
+        assert len(lines) == 1
+        assert "No space left on device" in lines[0]
+
+
+# ---- what is told of a task ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["auto", "default"])
+def test_first_batches_without_a_unit_are_no_fault(init: str) -> None:
+    def ignored(epoch: int, generator: torch.Generator):
+        for number, part in enumerate(torch.arange(48).split(8)):
+            yield X[part], Y[part] if number > 4 else Y[part] * 0 - 100
+
+    assert gm.train(task(train_batches=ignored), steps=6, optimizer="adamw", init=init).steps == 6
+
+
+@pytest.mark.parametrize("init", ["auto", "default"])
+def test_an_error_in_forward_is_told_alike_under_any_init(init: str) -> None:
+    class Broken(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            raise ValueError("boom")
+
+    told = r"the forward pass or the loss raised ValueError: boom \(test_training_survives.py, line \d+\)"
+    with pytest.raises(TaskError, match=told):
+        gm.train(task(model=lambda: Broken(6, 2)), steps=2, optimizer="adamw", init=init)
+
+
+def test_a_loss_of_no_parameter_is_refused() -> None:
+    with pytest.raises(TaskError, match="the loss depends on no parameter"):
+        gm.train(task(objective=lambda model, batch: torch.zeros((), requires_grad=True)), steps=2, optimizer="adamw")
+
+
+def test_where_no_step_was_finite_no_rate_is_blamed() -> None:
+    def poisoned() -> nn.Module:
+        model = net()
+        for p in model.parameters():
+            nn.init.constant_(p, float("nan"))
+        return model
+
+    with pytest.warns(GramianWarning, match=r"No step was ever finite.*inputs"):
+        assert gm.train(task(model=poisoned), steps=12, optimizer="adamw").diverged
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.count = nn.Linear(6, 2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.inner(x) * (1 + 0.01 * (self.count % 7))
+
+
+class Saving(Counting):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_a_number_of_the_model_that_no_checkpoint_has_is_named(tmp_path) -> None:
+    with pytest.warns(GramianWarning, match="training changes count of the model.*register_buffer"):
+        gm.train(task(model=Counting), steps=2, optimizer="adamw", out=tmp_path / "a")
+    gm.train(task(model=Saving), steps=2, optimizer="adamw", out=tmp_path / "b")
+
+
+def test_an_evaluation_that_hangs_ends_on_sigterm(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(interrupts, "PATIENCE", 0.3)
+
+    def hangs(model: nn.Module) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+        return {}
+
+    with pytest.raises(SystemExit) as ended:
+        gm.train(task(evaluate=hangs), steps=2, optimizer="adamw", out=tmp_path)
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--regularize=",
+        "--regularize=,",
+        "--augment=",
+        "--compare=",
+        "--lr=1e-400",
+        "--steps=" + "9" * 30,
+        "--out=\udcff",
+    ],
+    ids=ascii,
+)
+def test_values_that_mean_nothing_are_refused(tmp_path, monkeypatch, capsys, wrong: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    budget = [] if wrong.startswith("--steps") else ["--steps", "2"]
+    assert main(["train", "diabetes", "-q", *budget, wrong]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("gramian: ")
+    assert os.listdir(tmp_path) == []

@@ -21,7 +21,7 @@ _KNOWN = (Tensor, tuple, list, dict)
 class Replay:
     """A model's outputs on a batch, and the loss with others in their place, which runs no layer.
 
-    Only calls of the model itself are replayed; where the loss calls a part of it, that runs. The calls of a TorchScript
+    Only calls of the model itself are replayed; where the loss calls a part of it, that runs. Those of a TorchScript
     model cannot be, whose `forward` is compiled: `is_known` is false.
 
     Args:

@@ -29,7 +29,7 @@ def check_inputs(task: Task, options: Options) -> None:
 
 
 def plain_numbers(model: nn.Module) -> dict[str, float]:
-    """The modules' attributes that are Python's own numbers, by name; without those of modules that save extra state."""
+    """The modules' attributes that are Python's own numbers, by name; not of modules that save extra state."""
     found: dict[str, float] = {}
     for place, module in model.named_modules():
         if getattr(type(module), "get_extra_state", None) is nn.Module.get_extra_state:
@@ -44,9 +44,9 @@ def warn_of_plain_numbers(task: Task, before: dict[str, float], after: dict[str,
     changed = [name for name, value in after.items() if before.get(name, value) != value and value == value]
     if changed:
         warnings.warn(
-            f"task {task.name!r}: training changes {some(changed)} of the model, plain Python, which no checkpoint has: a "
-            "resumed run would go on otherwise. Make a tensor of it and register_buffer it, or define get_extra_state "
-            "and set_extra_state",
+            f"task {task.name!r}: training changes {some(changed)} of the model, plain Python, which no checkpoint "
+            "has: a resumed run would go on otherwise. Make a tensor of it and register_buffer it, or define "
+            "get_extra_state and set_extra_state",
             GramianWarning,
             stacklevel=4,
         )

@@ -35,6 +35,7 @@ class Interrupts:
     def __init__(self, *, active: bool = True) -> None:
         self.active, self.received = active, 0
         self._timer: threading.Timer | None = None
+        self.is_writing = False  # the finished model, which may take long and is not cut short
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -61,7 +62,7 @@ class Interrupts:
         if self.received:
             end(number)
         self.received = number
-        if number == signal.SIGTERM:
+        if number == signal.SIGTERM and not self.is_writing:
             self._timer = threading.Timer(PATIENCE, signal.pthread_kill, [threading.get_ident(), number])
             self._timer.daemon = True
             self._timer.start()

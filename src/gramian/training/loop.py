@@ -251,6 +251,8 @@ def train(
             with Interrupts(active=run.out is not None or placement.is_distributed()) as interrupts:
                 with watched(run, opt) if watch else nullcontext() as loop.watching:
                     loop.go(folder, progress, on_step, interrupts)
+                interrupts.is_writing = True
+                interrupts.reached()
                 loop.finish(folder)
                 if interrupts.received:
                     end(interrupts.received)

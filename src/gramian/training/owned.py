@@ -12,14 +12,14 @@ from gramian.errors import InputError
 
 __all__ = ["Owned"]
 
-_Place = tuple[int, int]
+_Place = tuple[int, ...]
 
 
 class Owned:
     """Notices that a folder, or a file in it, is no longer what the run left there.
 
-    The folder is held open, so that its number is not given to another one. Where a file's number has changed, which
-    some file systems do by themselves, its content decides.
+    The folder is held open, so that its number is not given to another one. Where a file's number, size or time has
+    changed, as a touch or some file systems do, its content decides.
 
     Args:
         path: the folder.
@@ -28,8 +28,8 @@ class Owned:
 
     def __init__(self, path: Path, shown: Path) -> None:
         self.path, self.shown = path, shown
-        self._folder = _place(path)
-        self._files: dict[str, _Place | None] = {}
+        self._folder = _place(path)[:2]
+        self._files: dict[str, _Place] = {}
         self._descriptor = -1
         if hasattr(os, "O_DIRECTORY"):
             with suppress(OSError):
@@ -48,7 +48,7 @@ class Owned:
 
     def is_here(self) -> bool:
         """Whether the path still leads to the folder that was opened."""
-        return _place(self.path) == self._folder
+        return _place(self.path)[:2] == self._folder
 
     def check(self, names: Iterable[str], is_own: Callable[[Path], bool]) -> None:
         """Raise `InputError` where the folder, or a file of one of these names, is not the run's.
@@ -60,22 +60,22 @@ class Owned:
         if not self.is_here():
             raise InputError(
                 f"train: {plain(self.shown, 500)} is no longer the folder that this run began in: it was moved, "
-                "deleted or replaced. The run ends, and writes nothing there. Where the folder was moved, continue there with "
-                "--resume"
+                "deleted or replaced. The run ends, and writes nothing there. Where the folder was moved, continue "
+                "there with --resume"
             )
         for name in names:
             place = _place(self.path / name)
-            if place is not None and place != self._files.get(name) and not is_own(self.path / name):
+            if place and place != self._files.get(name) and not is_own(self.path / name):
                 raise InputError(
                     f"train: {plain(self.shown / name, 500)} appeared while the run went on and is not the run's own. "
                     "The run ends, and leaves it and the last checkpoint. Move it, and continue with --resume"
                 )
 
 
-def _place(path: Path) -> _Place | None:
-    """The number of a folder or file and its device; `None` if there is none."""
+def _place(path: Path) -> _Place:
+    """A file's or folder's device and number, its size and when it was changed; empty if there is none."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

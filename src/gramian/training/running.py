@@ -120,7 +120,8 @@ class Loop:
                 if progress is not None:
                     progress(row, share)
                 ended = ended or self._stops()
-            interrupts.reached()
+            if signal:
+                interrupts.reached()
             if (due[evaluate] or (signal and run.out is not None)) and not ended and self._is_sound():
                 self._keep(folder, wait=bool(signal))
             if signal and not ended:
