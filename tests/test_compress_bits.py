@@ -221,6 +221,17 @@ def test_integers_are_multiplied_where_that_is_asked_for() -> None:
     assert torch.isfinite(small(torch.zeros(1, 64))).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 33])
+def test_products_of_integers_with_few_columns(n: int) -> None:
+    """A factor of rank one has one column, whose integer product torch gets wrong."""
+    torch.manual_seed(0)
+    layer = nn.Linear(n, 24).requires_grad_(False)
+    made = Quantized(layer, 8, n).set_(rounded(layer.weight, 8, n))
+    made.integer = multiplies_integers("cpu")
+    x = torch.randn(17, n)
+    assert torch.allclose(made(x), layer(x), atol=0.02 * float(x.norm(dim=1).max() * layer.weight.norm(dim=1).max()))
+
+
 def test_integers_are_not_multiplied_where_their_sums_overflow(monkeypatch) -> None:
     """As on x86 without VNNI, where sums of two products saturate at 16 bits and outputs are off by a seventh."""
 
