@@ -319,7 +319,7 @@ def test_what_one_rank_raises_all_raise(variant: str, kind: str) -> None:
     first, second = run_on_ranks(_fails, 2, variant, kind)
     assert first == second
     wanted = {
-        "no units": ("InputError", "rank 1 of 2 failed: objective: criterion(output, batch) must return"),
+        "no units": ("InputError", "rank 1 of 2 failed: objective: units: the value 0"),
         "not finite": ("DtypeError", "rank 1 of 2 failed: capture: the loss of batch 0 is nan"),
         "wrong labels": ("InputError", "rank 1 of 2 failed: objective: classification wants"),
         "no batches": ("InputError", "capture: there were no batches"),

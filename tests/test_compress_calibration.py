@@ -326,6 +326,15 @@ def test_a_prediction_does_not_depend_on_the_unit_of_the_loss(scale: float) -> N
     assert all(math.isfinite(x) for x in predict(1e-200, [Point(1e-250, 1e30, 1e30), Point(1.0, 1.0, 0.0)])[:3])
 
 
+def test_a_prediction_follows_no_line_through_noise() -> None:
+    """Beyond points of which the last has not risen, the rise is that and what the estimate adds."""
+    points = [Point(1e-4, 2e-5, 1e-5), Point(1e-3, -1e-4, 2e-4)]
+    found = predict(0.5, points)
+    assert found.rise == pytest.approx(-1e-4 + 0.5 - 1e-3)
+    assert found.low < 0 < found.rise < found.high
+    assert not found.measured
+
+
 def test_a_prediction_says_in_few_digits_whether_it_was_measured() -> None:
     points = [Point(1e-3, 2e-3, 1e-4), Point(1e-2, 1.5e-2, 2e-3)]
     assert predict(5e-3, points).measured

@@ -170,7 +170,7 @@ def command(
         raise InputError(f"train: {out} holds a finished run. Choose another folder, or delete model.safetensors there")
     if tensorboard and out is None:
         raise InputError("train: --tensorboard needs --out DIR, the folder that it writes to")
-    if compare is not None and not compare.strip(" ,"):
+    if compare and not compare.strip(" ,"):  # an empty one takes back that of a file
         raise InputError(f"train: --compare names two optimizers or more, as adamw:lr=3e-3,sgd; got {compare!r}")
     if compare and (optimizer != "auto" or lr not in (None, AUTO)):
         raise InputError(

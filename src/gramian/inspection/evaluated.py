@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,8 +97,10 @@ def _mixture(model: nn.Module, batch: Any, objective: Objective, rows: int) -> t
     batch = first_samples(batch, rows)
     before = _run(model, batch, objective, rows)[1]
     if all(name for name, _ in before) and rows > 2:  # as many outputs as rows, or scores of all pairs
-        rows, batch = rows - 1, first_samples(batch, rows - 1)
-        before = _run(model, batch, objective, rows)[1]
+        fewer = first_samples(batch, rows - 1)
+        with suppress(Exception):  # of a model whose batches have one size
+            before = _run(model, fewer, objective, rows - 1)[1]
+            rows, batch = rows - 1, fewer
     changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
     if changed is None or _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
         return None  # or the model draws numbers of its own

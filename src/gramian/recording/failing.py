@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,7 @@ def check_runs(caller: str, model: nn.Module, batch: Any, objective: Objective) 
     Returns: nothing.
     Raises:
         InputError: a module cannot run on what it is given, with its name, the input and what it wants.
-        Exception: what code outside torch's shapes, indices and values raises, as it is.
+        Exception: what the model's own code raises, as it is.
     Cost: a forward pass.
     Source: this library's own.
     """
@@ -63,7 +64,7 @@ def check_runs(caller: str, model: nn.Module, batch: Any, objective: Objective) 
     except (GramianError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, IndexError, ValueError) as error:
-        if not running:
+        if not running or _is_raised_by_a_module(error):
             raise
         module, given = running[-1]
         raise InputError(f"{caller}: {_told(names[module], module, given)} ({_first_line(error)})") from error
@@ -96,6 +97,16 @@ def naming_the_layer(caller: str, batch: Any, objective: Objective, *models: nn.
         for model in models:
             check_runs(caller, model, batch, objective)
         raise
+
+
+def _is_raised_by_a_module(error: Exception) -> bool:
+    """Whether a line outside torch raises the error by name, and so means what it says."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        return False
+    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _told(name: str, module: nn.Module, given: tuple[Any, ...]) -> str:

@@ -51,7 +51,7 @@ def composed(low: float, steps: int, first: int = 5) -> Steps:
     >>> round(composed(1 / 128, 3).error, 3), round(composed(1e-3, 9).error, 3)
     (0.354, 0.0)
     >>> round(composed(1 / 128, 3, first=9).error, 3)
-    0.179
+    0.182
     """
     found, high = [], 1.0
     for step in range(steps):
