@@ -125,7 +125,7 @@ def predict(estimate: float, points: Sequence[Point]) -> Predicted:
 def _between(estimate: float, left: Point, right: Point) -> tuple[float, float]:
     """The rise and half its interval on a line between two points, of logarithms where both have risen."""
     if left.estimate <= 0 or min(left.rise, right.rise) <= 0 or left.estimate == right.estimate:
-        if 0 < left.estimate and right.estimate < estimate:
+        if left.estimate > 0 and right.estimate < estimate:
             return right.rise + estimate - right.estimate, right.error  # a line through noise may lead anywhere
         share = (estimate - left.estimate) / max(right.estimate - left.estimate, 1e-300)
         rise = left.rise + share * (right.rise - left.rise)

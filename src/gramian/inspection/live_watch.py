@@ -117,7 +117,7 @@ class Watch:
         found = ", ".join(dict.fromkeys(finding.title for finding in self.findings[:3])) or "no findings"
         more = f" and {len(self.findings) - 3} more" if len(self.findings) > 3 else ""
         looks = f"{self.looks:,} looks" + (f" and {self.brief_looks:,} brief ones" if self.brief_looks else "")
-        rare = f" ({self._rare()})" if self._is_rare() else ""
+        rare = f" ({self._rare()})" if self.step and self._is_rare() else ""
         return f"<Watch of {type(self._root).__name__}: step {self.step:,}, {looks}{rare}: {found}{more}>"
 
     def __enter__(self) -> Watch:
