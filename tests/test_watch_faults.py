@@ -232,10 +232,10 @@ def test_what_follows_from_a_rate_that_grows_is_told_as_such() -> None:
 
 
 def test_few_looks_are_said_with_their_steps_and_why() -> None:
-    _, watching = small_loop("", steps=200)
+    _, watching = small_loop("", steps=200, share=1e-4)
     told = watching.not_looked_at["modules and norms at most steps"]
     assert f"full looks at {watching.looks} of 200 steps: {', '.join(map(str, watching.looked[:6]))}" in told
-    assert "2% of the time" in told
+    assert "0.01% of the time" in told
     assert "share=None" in told
     assert "full looks at" in repr(watching)
     _, watching = small_loop("", share=None)

@@ -156,7 +156,7 @@ class Watch:
         cost = f"{schedule.look_in_steps:.1f} steps' time"
         return (
             f"full looks at {self.looks:,} of {self.step:,} steps: {steps}; one takes {cost}, so that "
-            f"{schedule.share or 1:.0%} of the time allows one in {self.interval:,}"
+            f"{100 * (schedule.share or 1):.3g}% of the time allows one in {self.interval:,}"
         )
 
     def close(self) -> None:
