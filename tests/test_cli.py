@@ -557,3 +557,22 @@ def test_a_file_is_inspected_without_its_checksums(folder, capsys) -> None:
     assert [run(capsys, *both, *more)[0] for more in ([], ["--no-verify"])] == [2, 0]
     code, _, err = run(capsys, "inspect", "task.py:task", "--no-checksums")
     assert (code, err.count("--no-checksums is for files")) == (2, 1)
+
+
+def test_inspect_with_an_optimizer_looks_at_its_steps(folder, capsys) -> None:
+    def looked(*options: str) -> tuple[str, list[str]]:
+        run(capsys, "inspect", "task.py:task", "--json", "report.json", "--quiet", *options)
+        report = json.loads((folder / "report.json").read_text())
+        return report["verdict"], [finding["code"] for finding in report["findings"]]
+
+    assert "optimizer's steps (no optimizer was given)" in looked()[0]
+    verdict, codes = looked("--optimizer", "sgd:lr=1e6")
+    assert "no optimizer was given" not in verdict
+    assert "rate-too-high" in codes
+
+
+@pytest.mark.parametrize("text", ["adamq", "adamw:lr=x", "adamw:rate=1", "adamw:lr=auto"])
+def test_a_wrong_optimizer_of_inspect_is_one_line(folder, capsys, text: str) -> None:
+    code, out, err = run(capsys, "inspect", "task.py:task", "--optimizer", text)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "inspect --optimizer" in err

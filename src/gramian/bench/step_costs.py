@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -150,14 +150,19 @@ def _sixteen_matrices(title: str, repeats: int) -> Row:
 def _measured_error(name: str, entry: Steps) -> float:
     """rms|σ − 1| of a step at rate 1 from zero weights, after which the weights are the update itself."""
     hidden = list(entry.model.parameters())[:-1]
+    lengths = [LENGTHS[name](p.shape[0], p.shape[1], len(hidden)) for p in hidden]
+    return orthogonality(_updates(entry, hidden), lengths)
+
+
+def _updates(entry: Steps, hidden: Sequence[Tensor]) -> list[Tensor]:
+    """What a step at rate 1 makes of these weights from zero: their update itself."""
     with torch.no_grad():
         for p in hidden:
             p.zero_()
     for group in entry.optimizer.param_groups:
         group["lr"] = 1.0
     entry.optimizer.step()
-    lengths = [LENGTHS[name](p.shape[0], p.shape[1], len(hidden)) for p in hidden]
-    return orthogonality([p.detach() for p in hidden], lengths)
+    return [p.detach() for p in hidden]
 
 
 def _matrix_goals(entries: Mapping[str, Steps], errors: Mapping[str, float]) -> list[tuple[Goal, float]]:
@@ -297,13 +302,7 @@ def _error_of_network(entry: Steps) -> float:
     In units of its mean and not of its nominal length, since torch's Muon and ours scale by shape in other ways.
     """
     hidden, _ = hidden_and_rest(entry.model)
-    with torch.no_grad():
-        for p in hidden:
-            p.zero_()
-    for group in entry.optimizer.param_groups:
-        group["lr"] = 1.0
-    entry.optimizer.step()
-    updates = [p.detach() for p in hidden if min(p.shape) > 1]
+    updates = [u for u in _updates(entry, hidden) if min(u.shape) > 1]
     return orthogonality(updates, [float(torch.linalg.svdvals(u.double()).mean()) for u in updates])
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
+
+from gramian.operators.cuts import nodes_of
 
 __all__ = ["is_bootstrapped"]
 
@@ -41,14 +44,5 @@ def is_bootstrapped(output: Tensor, target: Tensor) -> bool:
 
 
 def _nodes(t: Tensor) -> set[Any] | None:
-    found: set[Any] = set()
-    todo = [t.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in found:
-            continue
-        found.add(node)
-        if len(found) > MOST:
-            return None
-        todo += [n for n, _ in node.next_functions]
-    return found
+    found = set(islice(nodes_of(t), MOST + 1))
+    return found if len(found) <= MOST else None

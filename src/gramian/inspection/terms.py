@@ -15,6 +15,7 @@ from gramian.batch import first_samples, mapped, num_samples
 from gramian.inspection.gate_functions import ADDITIONS, DIFFERENCES, NEGATIONS, PRODUCTS, QUOTIENTS, REVERSED
 from gramian.inspection.observed import Observed
 from gramian.objective import Objective
+from gramian.operators.cuts import nodes_of
 from gramian.recording.keeping import seed_torch
 
 __all__ = ["Mixed", "contributions", "mixed_terms", "silent_terms"]
@@ -168,19 +169,12 @@ def _reaches(value: Tensor, wanted: set[int]) -> bool:
     """Whether the graph of a value has one of these parameters."""
     if id(value) in wanted:
         return True
-    todo = [value.grad_fn]
-    known = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
+    for node in nodes_of(value):
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in wanted:
             return True
         if not node.next_functions and variable is None:
             return True  # a function of the user's own, which may run a backward pass inside
-        todo += [n for n, _ in node.next_functions]
     return False
 
 

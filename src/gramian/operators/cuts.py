@@ -93,7 +93,12 @@ def cut(model: nn.Module, *, only_first: bool = False) -> Iterator[Cuts]:
 
 def leaves_of(tensor: Tensor) -> set[int]:
     """The ids of the leaf tensors that `tensor`'s graph reaches."""
-    found: set[int] = set()
+    variables = (getattr(node, "variable", None) for node in nodes_of(tensor))
+    return {id(variable) for variable in variables if variable is not None}
+
+
+def nodes_of(tensor: Tensor) -> Iterator[Any]:
+    """The nodes of `tensor`'s graph, each once, its own first."""
     seen: set[Any] = set()
     stack = [tensor.grad_fn]
     while stack:
@@ -101,8 +106,5 @@ def leaves_of(tensor: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
+        yield node
         stack.extend(parent for parent, _ in node.next_functions)
-    return found

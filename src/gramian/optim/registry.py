@@ -170,7 +170,7 @@ def with_rate(caller: str, text: str) -> tuple[str, float | Literal["auto"] | No
     except ValueError:
         rate = math.nan
     if key.strip() != "lr" or not equals or not (rate == "auto" or 0 <= rate < math.inf):
-        raise InputError(f"{caller}: after an optimizer's name :lr=NUMBER or :lr=auto is taken; got {text!r}")
+        raise InputError(f"{caller}: after an optimizer's name a rate is taken, as in adamw:lr=3e-4; got {text!r}")
     return name, rate
 
 
