@@ -615,7 +615,7 @@ def test_an_evaluation_that_hangs_ends_on_sigterm(tmp_path, monkeypatch) -> None
         "--regularize=",
         "--regularize=,",
         "--augment=",
-        "--compare=",
+        "--compare=,",
         "--lr=1e-400",
         "--steps=" + "9" * 30,
         "--out=\udcff",
