@@ -157,6 +157,18 @@ def _peer_soap(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
     return _Together([pytorch_optimizer.SOAP(hidden, lr=lr, weight_decay=0.0), _adamw(rest, rest_lr)])
 
 
+def _heavyball(name: str) -> Callable[[nn.Module, float, float], Stepper]:
+    """One of HeavyBall's, for hidden matrices; it compiles its own step, and folds kernels itself."""
+
+    def make(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
+        import heavyball  # pyright: ignore[reportMissingImports]  the bench extra
+
+        hidden, rest = hidden_and_rest(model)
+        return _Together([getattr(heavyball, name)(hidden, lr=lr, weight_decay=0.0), _adamw(rest, rest_lr)])
+
+    return make
+
+
 def _entry(entry: Entry) -> Competitor:
     """One of `gm.optim` with its defaults: it gets the model and a rate."""
     return Competitor(lambda model, lr, rest_lr: entry.make(model, lr), entry.lr, ours=True)
@@ -182,6 +194,8 @@ COMPETITORS: dict[str, Competitor] = {
     TORCH_MUON: Competitor(_torch_muon, 3.16e-2, remark=f"hidden matrices, kernels flattened; {_REST}"),
     "pytorch_optimizer Muon": Competitor(_peer_muon, 3.16e-2, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
     "pytorch_optimizer SOAP": Competitor(_peer_soap, 3.16e-3, "pytorch_optimizer", remark=f"hidden matrices; {_REST}"),
+    "HeavyBall Muon": Competitor(_heavyball("Muon"), 3.16e-3, "heavyball", remark=f"hidden matrices; {_REST}"),
+    "HeavyBall SOAP": Competitor(_heavyball("SOAP"), 3.16e-3, "heavyball", remark=f"hidden matrices; {_REST}"),
     **{ours(name): _entry(entry) for name, entry in MATRIX_OPTIMIZERS.items()},
 }
 """Weight decay is zero for all; momentum and all other options are each one's defaults."""
