@@ -22,8 +22,8 @@ from family_models import Family
 from family_oracles import hooked_moments, uses_of
 from gramian.checkpoint import open_checkpoint
 from gramian.errors import GramianError
-from gramian.inspection.matrices import find_holdings
-from gramian.inspection.weights import applied
+from gramian.inspection.weights.matrices import find_holdings
+from gramian.inspection.weights.of_model import applied
 from gramian.optim.registry import OPTIMIZERS
 
 Verdict = Literal["right", "alarm", "refused", "wrong", "crash"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gramian.checkpoint import load_tensors, save_tensors
 from gramian.errors import CheckpointError
 from gramian.inspection import Adapter, extract_lora
-from gramian.inspection.peft_format import MAMBA
+from gramian.inspection.comparing.peft_format import MAMBA
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32}

@@ -16,9 +16,9 @@ from gramian.inspection.causes import ordered
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.gates import RULES
 from gramian.inspection.causes.heads import bounded_scores, offset
-from gramian.inspection.observed import Observed, Source
-from gramian.inspection.observing import observe
-from gramian.inspection.sources import trace
+from gramian.inspection.passes.observed import Observed, Source
+from gramian.inspection.passes.observing import observe
+from gramian.inspection.passes.sources import trace
 from gramian.report import Finding
 
 N, WIDTH, STEPS, CLASSES = 64, 12, 6, 3

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gramian as gm
-from gramian.inspection.evaluated import evaluate
-from gramian.inspection.moments import moments
+from gramian.inspection.experiments.evaluated import evaluate
+from gramian.inspection.passes.moments import moments
 
 CLASSIFY, REGRESS = gm.Objective.classification(), gm.Objective.regression()
 N, WIDTH, CLASSES = 64, 20, 5

@@ -22,7 +22,7 @@ from gramian.checkpoint import load_into, load_tensors, load_tree, open_checkpoi
 from gramian.checkpoint.checksums import CHECKSUMS, HEADER
 from gramian.compression import LowRank, load_compressed, save_compressed
 from gramian.errors import CheckpointError
-from gramian.inspection.adapter import extract_lora
+from gramian.inspection.comparing.adapter import extract_lora
 from gramian.statistics import Statistics
 
 NUM = int(os.environ.get("GRAMIAN_DAMAGES", "60"))  # for each kind of file

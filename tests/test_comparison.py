@@ -11,8 +11,8 @@ import torch
 from gramian.checkpoint import clean_name, load_tensors, save_tensors
 from gramian.errors import CheckpointError, GramianError
 from gramian.inspection import compare_checkpoints, extract_lora
-from gramian.inspection.comparison import subspace_angle
-from gramian.inspection.quadrature import leading_vectors
+from gramian.inspection.comparing.comparison import subspace_angle
+from gramian.inspection.weights.quadrature import leading_vectors
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import gramian as gm
 from gramian.checkpoint import open_checkpoint
-from gramian.inspection.auxiliary import is_mask, is_table_of_waves
-from gramian.inspection.matrices import find_holdings
-from gramian.inspection.weights import applied
+from gramian.inspection.weights.auxiliary import is_mask, is_table_of_waves
+from gramian.inspection.weights.matrices import find_holdings
+from gramian.inspection.weights.of_model import applied
 from gramian.layers.listed import look_up_listed
 from gramian.report.terminal import to_text
 

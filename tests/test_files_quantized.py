@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gramian as gm
 from gramian.checkpoint import open_checkpoint
-from gramian.inspection.matrices import find_holdings
+from gramian.inspection.weights.matrices import find_holdings
 
 Case = tuple[dict[str, Tensor], dict, Tensor]  # the tensors of the file, its config, and the weight that they stand for
 

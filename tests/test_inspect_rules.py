@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gramian.inspection import comparison, live_look, live_loop, live_skips, origin, rules, weight_rules
+from gramian.inspection import rules
 from gramian.inspection.causes import (
     data,
     folding,
@@ -26,6 +26,10 @@ from gramian.inspection.causes import (
     reach,
     stepping,
 )
+from gramian.inspection.comparing import comparison
+from gramian.inspection.live import look, loop, skips
+from gramian.inspection.passes import origin
+from gramian.inspection.weights import rules as weight_rules
 
 MODULES = (rules, weight_rules, comparison)
 CAUSES = (inputs, data, loss, probed, freezing, masks, modules, parameters, reach, stepping)
@@ -88,18 +92,18 @@ def test_the_causes_are_documented_and_have_a_rank() -> None:
 
 def test_the_codes_of_a_watch_are_those_of_its_rules() -> None:
     """Every code that stands in the source of what it runs, and no other."""
-    rules_of_a_look = (*live_look.EVERY_LOOK, *parameters.RULES, *stepping.RULES)
+    rules_of_a_look = (*look.EVERY_LOOK, *parameters.RULES, *stepping.RULES)
     files = {python.getmodule(rule) for rule in rules_of_a_look} - {reach}
     inside = (*files, reach.numbers, reach.unreached, reach.shared, precision.gradient_overflow, loss.non_finite)
     words = {
         node.value
-        for part in (*inside, live_skips, live_loop, origin)
+        for part in (*inside, skips, loop, origin)
         for node in ast.walk(ast.parse(python.getsource(part)))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     starts_of_codes = tuple(word for word in words if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*-", word))
-    ranked = {code for codes in folding._ORIGINS for code in codes} | folding._SYMPTOMS | live_look.CODES
-    assert {code for code in ranked if code in words or code.startswith(starts_of_codes)} == live_look.CODES
+    ranked = {code for codes in folding._ORIGINS for code in codes} | folding._SYMPTOMS | look.CODES
+    assert {code for code in ranked if code in words or code.startswith(starts_of_codes)} == look.CODES
 
 
 def literals(code: ast.expr) -> list[str]:

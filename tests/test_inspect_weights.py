@@ -16,10 +16,10 @@ from torch import nn
 import gramian as gm
 from gramian.checkpoint import save_tensors
 from gramian.cli import main
-from gramian.inspection import weight_files
-from gramian.inspection.matrix_rows import report_row
-from gramian.inspection.noise import Noise
-from gramian.inspection.spectra import describe
+from gramian.inspection.weights import of_files
+from gramian.inspection.weights.matrix_rows import report_row
+from gramian.inspection.weights.noise import Noise
+from gramian.inspection.weights.spectra import describe
 from gramian.report import Report
 
 
@@ -182,8 +182,8 @@ def test_deep_names_stay_apart_in_80_columns(tmp_path, monkeypatch, capsys):
 def test_what_ranks_send_each_other_arrives_bit_for_bit(monkeypatch):
     spectra = [describe(m) for m in (normal(80, 90), torch.zeros(3, 2), normal(4, 4) * float("inf"), normal(60, 5))]
     rows = {7 - i: [(report_row(f"é{i}", "Linear", "", s), s)] for i, s in enumerate(spectra)}
-    monkeypatch.setattr(weight_files.placement, "is_distributed", lambda: True)
-    found = weight_files._gather(rows)
+    monkeypatch.setattr(of_files.placement, "is_distributed", lambda: True)
+    found = of_files._gather(rows)
     assert repr(found) == repr(rows)  # repr, since NaN differs from itself
     assert [type(s.noise) for _, s in found[7]] == [Noise]
 

@@ -16,8 +16,8 @@ from gramian.block import METADATA, Block
 from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.compression.mixing import Form
 from gramian.errors import GramianWarning, InputError
-from gramian.inspection.matrices import find_holdings
-from gramian.inspection.weights import applied
+from gramian.inspection.weights.matrices import find_holdings
+from gramian.inspection.weights.of_model import applied
 from gramian.layers import LAYERS, NAMED, OPERATIONS, Layer, find_head, find_named, layer_of, operation_of
 from gramian.layers.listed import look_up_listed
 from gramian.layout import Layout

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import gramian as gm
 from gramian.checkpoint import open_checkpoint, save_tensors
 from gramian.errors import InputError
-from gramian.inspection.matrices import find_holdings, read_layouts
+from gramian.inspection.weights.matrices import find_holdings, read_layouts
 
 
 def checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict | None = None):

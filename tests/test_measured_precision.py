@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gramian as gm
 from gramian import random
 from gramian.gram import sums
-from gramian.inspection.convolution import conv_norm
-from gramian.inspection.quadrature import leading_vectors
-from gramian.inspection.quick import describe_quickly
+from gramian.inspection.weights.convolution import conv_norm
+from gramian.inspection.weights.quadrature import leading_vectors
+from gramian.inspection.weights.quick import describe_quickly
 from gramian.operators import end_to_end_jacobian, hessian, layer_gains, line_curvature
 from gramian.recording.correlation import moment_of_windows
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gramian.inspection import describe
-from gramian.inspection.entries import LARGEST, LEAST, count_entries
-from gramian.inspection.noise import against_noise, marchenko_pastur_cdf, tracy_widom_quantile, tracy_widom_sf
-from gramian.inspection.tail import CRITICAL_DISTANCE, _fit, fit_tail
+from gramian.inspection.weights.entries import LARGEST, LEAST, count_entries
+from gramian.inspection.weights.noise import against_noise, marchenko_pastur_cdf, tracy_widom_quantile, tracy_widom_sf
+from gramian.inspection.weights.tail import CRITICAL_DISTANCE, _fit, fit_tail
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

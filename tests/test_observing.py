@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import gramian as gm
-from gramian.inspection.moments import moments
-from gramian.inspection.observing import observe
+from gramian.inspection.passes.moments import moments
+from gramian.inspection.passes.observing import observe
 
 CLASSIFY = gm.Objective.classification()
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from gramian.bench.healthy import score_alarms, score_quick, score_spikes
 from gramian.errors import InputError, ShapeError
 from gramian.inspection import describe, describe_quickly
-from gramian.inspection.convolution import conv_norm, conv_norm_circular
-from gramian.inspection.quadrature import sample_spectrum
+from gramian.inspection.weights.convolution import conv_norm, conv_norm_circular
+from gramian.inspection.weights.quadrature import sample_spectrum
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gramian.errors import DtypeError, ShapeError
 from gramian.inspection import spectra
-from gramian.inspection.spectra import GRAM_FLOOR, Spectrum, describe
+from gramian.inspection.weights.spectra import GRAM_FLOOR, Spectrum, describe
 
 EPS = torch.finfo(torch.float64).eps
 

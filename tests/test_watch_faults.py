@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import gramian as gm
 from gramian.errors import GramianWarning
-from gramian.inspection.live_look import Looker
+from gramian.inspection.live.look import Looker
 
 
 def run(model: nn.Module, fault: str = "", steps: int = 41, **options: Any) -> gm.Watch:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 import gramian as gm
 from distributed import run_on_ranks
 from gramian.errors import FindingError, InputError
-from gramian.inspection import live_forward, live_schedule
-from gramian.inspection.live_gradients import SAMPLE, all_finite, norms, sampled
-from gramian.inspection.live_schedule import Schedule
-from gramian.inspection.live_skips import MANY
-from gramian.inspection.moments import moments
-from gramian.inspection.observed import Observed
-from gramian.inspection.watching import Watcher
+from gramian.inspection.live import forward
+from gramian.inspection.live import schedule as timing
+from gramian.inspection.live.gradients import SAMPLE, all_finite, norms, sampled
+from gramian.inspection.live.schedule import Schedule
+from gramian.inspection.live.skips import MANY
+from gramian.inspection.passes.moments import moments
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.watching import Watcher
 
 
 class Root(nn.Module):
@@ -65,7 +66,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 def clocked(monkeypatch: pytest.MonkeyPatch, cost: float, *, every: int, share: float | None, steps: int) -> list[int]:
     """The steps that are looked at where a step takes 1 s, a look `cost` s more, and loading a batch 1 s."""
     now = [0.0]
-    monkeypatch.setattr(live_schedule, "thread_time", lambda: now[0])
+    monkeypatch.setattr(timing, "thread_time", lambda: now[0])
     schedule, looked = Schedule(every, share), []
     for step in range(1, steps + 1):
         now[0] += 1.0
@@ -90,7 +91,7 @@ def test_the_first_looks_are_a_budget_of_their_own_and_brief_ones_keep_to_every(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(live_schedule, "thread_time", lambda: now[0])
+    monkeypatch.setattr(timing, "thread_time", lambda: now[0])
     for cost, brief, full, count in ((0.1, 1e-5, [1, 10, 20], 9), (1.0, 1e-5, [1], 11), (0.1, 0.1, [1, 10, 20], 1)):
         schedule, briefs = Schedule(10, 0.02), 0
         for step in range(1, 101):
@@ -109,7 +110,7 @@ def test_the_first_looks_are_a_budget_of_their_own_and_brief_ones_keep_to_every(
 
 def test_the_share_is_kept_with_what_every_step_is_checked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(live_schedule, "thread_time", lambda: now[0])
+    monkeypatch.setattr(timing, "thread_time", lambda: now[0])
     schedule = Schedule(1, 0.02)
     for step, cost in enumerate((1.0, 0.0, 0.0, 0.0), 1):
         schedule.begin()
@@ -135,7 +136,7 @@ def test_a_watch_of_a_tiny_model_looks_less_often() -> None:
 
 def test_numbers_that_wait_are_those_that_are_read_at_once() -> None:
     seen: list[Observed] = []
-    for kind in (Watcher, live_forward._Live):
+    for kind in (Watcher, forward._Live):
         torch.manual_seed(0)
         model = nn.Sequential(
             network(), nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 1), nn.Sigmoid(), nn.Hardtanh(), nn.ReLU()
@@ -144,7 +145,7 @@ def test_numbers_that_wait_are_those_that_are_read_at_once() -> None:
         watcher = kind(model, Observed(), live=True)
         with watcher.installed():
             model(batch(0)[0])
-        if isinstance(watcher, live_forward._Live):
+        if isinstance(watcher, forward._Live):
             assert not watcher.seen.calls
             watcher.settle()
         seen.append(watcher.seen)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gramian.inspection import describe, describe_quickly
 from gramian.inspection.diagnosis import inspect
-from gramian.inspection.noise import LEVEL, tracy_widom_quantile
-from gramian.inspection.spectra import energy_rank
+from gramian.inspection.weights.noise import LEVEL, tracy_widom_quantile
+from gramian.inspection.weights.spectra import energy_rank
 
 __all__ = ["LAWS", "Tally", "score_alarms", "score_quick", "score_spikes", "trained_networks"]
 

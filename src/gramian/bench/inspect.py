@@ -22,7 +22,7 @@ import torch
 from gramian.bench import healthy
 from gramian.bench.table import Goal, Measurement, Row, Tell
 from gramian.checkpoint import save_tensors
-from gramian.inspection.convolution import conv_norm
+from gramian.inspection.weights.convolution import conv_norm
 
 __all__ = ["rows"]
 

@@ -95,7 +95,7 @@ def command(
     if unchecked and task is not None:
         raise InputError("--no-checksums is for files that are inspected alone; leave out --task")
     if layouts is not None:
-        from gramian.inspection.matrices import read_layouts
+        from gramian.inspection.weights.matrices import read_layouts
 
         options["layouts"] = read_layouts(layouts)
     with ranks() as first, Stages(quiet or not first) as tell:

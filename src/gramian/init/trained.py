@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gramian.block import Block, blocks
 from gramian.checkpoint import clean_name
-from gramian.inspection.noise import LEAST_SIDE, tracy_widom_quantile
+from gramian.inspection.weights.noise import LEAST_SIDE, tracy_widom_quantile
 from gramian.layers import layer_of
 
 __all__ = ["Sign", "signs_of", "signs_of_training"]

@@ -19,21 +19,21 @@ from gramian.errors import InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.causes.loss import training_fails
-from gramian.inspection.curvature import measure_curvature
-from gramian.inspection.evaluated import evaluate
-from gramian.inspection.failing import steps_run
-from gramian.inspection.leaking import find_leak
+from gramian.inspection.experiments.curvature import measure_curvature
+from gramian.inspection.experiments.evaluated import evaluate
+from gramian.inspection.experiments.leaking import find_leak
+from gramian.inspection.experiments.opening import open_zeros
+from gramian.inspection.experiments.probing import TRIED, probe
+from gramian.inspection.experiments.stepping import take_steps
 from gramian.inspection.measured import Measured
-from gramian.inspection.observed import Observed
-from gramian.inspection.observing import NUM_BATCHES, observe
-from gramian.inspection.opening import open_zeros
-from gramian.inspection.places import places
-from gramian.inspection.probing import TRIED, probe
+from gramian.inspection.passes.failing import steps_run
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.observing import NUM_BATCHES, observe
+from gramian.inspection.passes.places import places
+from gramian.inspection.passes.signal import SIGNAL, in_words, measure_signal
 from gramian.inspection.rules import find
-from gramian.inspection.signal import SIGNAL, in_words, measure_signal
-from gramian.inspection.stepping import take_steps
-from gramian.inspection.weight_files import measure_file
-from gramian.inspection.weights import measure_model
+from gramian.inspection.weights.of_files import measure_file
+from gramian.inspection.weights.of_model import measure_model
 from gramian.loader import Batches, as_batches, first_few, with_samples
 from gramian.objective import Objective, as_objective
 from gramian.recording.failing import check_runs

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gramian.inspection.spectra import Spectrum
+from gramian.inspection.weights.spectra import Spectrum
 from gramian.operators import Gain
 from gramian.report import Direction, Layer, Place
 from gramian.statistics import Statistics

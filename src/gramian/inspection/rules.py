@@ -1,7 +1,7 @@
 """The rules that turn measurements into findings: one function for each kind of problem.
 
 A rule takes what was measured and yields its findings; `RULES` lists all of them. Rules that need no data are in
-`weight_rules`.
+`weights.rules`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from gramian.errors import some
 from gramian.gram import DiagonalGram, Gram
-from gramian.inspection import weight_rules
-from gramian.inspection.weight_rules import names_of
+from gramian.inspection.weights import rules as weight_rules
+from gramian.inspection.weights.rules import names_of
 from gramian.report import SEVERITIES, Action, Finding, Layer
 from gramian.site import Site
 

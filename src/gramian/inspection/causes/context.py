@@ -15,15 +15,15 @@ from gramian.alignment import labels_of
 from gramian.batch import main_input, parts
 from gramian.block import Block, blocks
 from gramian.errors import GramianError, some
-from gramian.inspection.evaluated import Evaluated
-from gramian.inspection.given import Given, given_of, key
-from gramian.inspection.leaking import Leak
-from gramian.inspection.losses import VALUES
-from gramian.inspection.moments import moments
-from gramian.inspection.observed import Activation, Call, Criterion, Observed
-from gramian.inspection.opening import Opening
-from gramian.inspection.probing import Probes
-from gramian.inspection.stepping import Steps
+from gramian.inspection.experiments.evaluated import Evaluated
+from gramian.inspection.experiments.leaking import Leak
+from gramian.inspection.experiments.opening import Opening
+from gramian.inspection.experiments.probing import Probes
+from gramian.inspection.experiments.stepping import Steps
+from gramian.inspection.passes.given import Given, given_of, key
+from gramian.inspection.passes.losses import VALUES
+from gramian.inspection.passes.moments import moments
+from gramian.inspection.passes.observed import Activation, Call, Criterion, Observed
 from gramian.report import Layer
 
 __all__ = ["ONE", "SHOWN", "Context"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import POWER, labels_depend
-from gramian.inspection.losses import VALUES
+from gramian.inspection.passes.losses import VALUES
 from gramian.report import Finding
 
 __all__ = ["RULES"]

@@ -8,8 +8,8 @@ from torch import nn
 
 from gramian.block import Block
 from gramian.errors import some
-from gramian.inspection.by_design import is_factor
 from gramian.inspection.causes.context import SHOWN, Context
+from gramian.inspection.experiments.by_design import is_factor
 from gramian.report import Finding
 from gramian.report.model import plural
 

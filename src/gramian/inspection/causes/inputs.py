@@ -11,8 +11,8 @@ from torch import Tensor
 from gramian.batch import main_input
 from gramian.errors import GramianError
 from gramian.inspection.causes.context import Context
-from gramian.inspection.given import key
-from gramian.inspection.observed import Raw
+from gramian.inspection.passes.given import key
+from gramian.inspection.passes.observed import Raw
 from gramian.report import Finding, Severity
 
 __all__ = ["RULES"]

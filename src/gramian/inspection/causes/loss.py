@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from gramian.inspection.causes.context import Context
-from gramian.inspection.given import key
+from gramian.inspection.passes.given import key
 from gramian.report import Finding
 
 __all__ = ["RULES"]

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gramian.batch import main_input
 from gramian.errors import GramianError, some
-from gramian.inspection.attention import NUM_SAMPLES
 from gramian.inspection.causes.context import SHOWN, Context
-from gramian.inspection.observed import Visible
-from gramian.inspection.padding import padding_of
+from gramian.inspection.passes.attention import NUM_SAMPLES
+from gramian.inspection.passes.observed import Visible
+from gramian.inspection.passes.padding import padding_of
 from gramian.report import Finding, Severity
 
 __all__ = ["RULES"]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gramian.block import Block
 from gramian.errors import some
-from gramian.inspection.by_design import is_factor
 from gramian.inspection.causes.context import ONE, SHOWN, Context
+from gramian.inspection.experiments.by_design import is_factor
 from gramian.report import Action, Finding
 
 __all__ = ["RULES"]

@@ -11,8 +11,8 @@ from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.dependence import labels_depend
 from gramian.inspection.causes.stepping import steps
-from gramian.inspection.endless import FAR, NEAR
-from gramian.inspection.ordering import as_set, without_order
+from gramian.inspection.experiments.endless import FAR, NEAR
+from gramian.inspection.experiments.ordering import as_set, without_order
 from gramian.report import Finding
 
 __all__ = ["RULES"]

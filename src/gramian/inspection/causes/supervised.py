@@ -8,7 +8,7 @@ from gramian.errors import some
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.loss import maximized
 from gramian.inspection.causes.stepping import steps
-from gramian.inspection.supervision import FAR, Supervision
+from gramian.inspection.experiments.supervision import FAR, Supervision
 from gramian.report import Finding
 from gramian.report.model import plural
 

@@ -1,0 +1,263 @@
+"""A batch in evaluation mode: its loss, dropout that still acts, and whether a sample's output depends on others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gramian.batch import LABELS, first_samples, main_input, mapped, parts, tensors
+from gramian.errors import InputError
+from gramian.inspection.passes.following import Follower
+from gramian.inspection.passes.moments import first_float
+from gramian.objective import Objective
+from gramian.recording.hooks import hooks
+from gramian.recording.keeping import seed_torch
+from gramian.recording.measuring import eager, evaluating
+
+__all__ = ["Evaluated", "evaluate"]
+
+# A row of an output counts as changed if it moves by this share of the rows' size. Products of the same shapes round
+# each row alike, whatever the others hold.
+MOVED = 1e-5
+# Samples from which on a mixture is looked for, and how many are enough: what mixes more mixes these. Seldom the width
+# of a layer, whose outputs would look like scores of all pairs.
+FEW, ENOUGH = 4, 7
+
+# Functions that drop; whether they do where nobody says whether it is training.
+_DROPOUT: dict[Callable, bool] = {
+    F.dropout: True, F.dropout1d: True, F.dropout2d: True, F.dropout3d: True,
+    F.alpha_dropout: False, F.feature_alpha_dropout: False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a pass in evaluation mode gave.
+
+    Attributes:
+        loss: mean over the units of the batch.
+        mixed_by: the first module whose output for a sample changes when another sample does; `None` where there is
+            none, or the rows of the batch are no separate samples.
+        before: the last module before it whose outputs do not.
+        is_labeled: whether each row of the batch has a label, a number or a vector, so that it surely is a sample.
+        drops: the first module in which dropout acts, with the function that drops; `None` where none does.
+    """
+
+    loss: float
+    mixed_by: str | None = None
+    before: str = ""
+    is_labeled: bool = True
+    drops: tuple[str, str] | None = None
+
+
+def evaluate(model: nn.Module, batch: Any, objective: Objective) -> Evaluated:
+    """Run a batch in evaluation mode, and once more with another sample in the place of the first.
+
+    The second pass is made where the batch is rows of inputs, and nothing in the model says that rows belong together,
+    as a norm does that uses the batch's statistics in evaluation mode too, or a matrix of all pairs of rows without
+    which the model does not run on fewer. Rows with a label each, a number or a vector, are samples. Others may be the
+    positions of sequences, so that there the model must also treat rows alike: its outputs are to come in another order
+    where the inputs do, and no module that takes positions first may be the one that mixes.
+
+    Args:
+        model: left as it was.
+        batch: as `objective` takes it.
+        objective: gives the loss.
+
+    Returns: an `Evaluated`.
+    Raises: what the model raises.
+    Cost: a forward pass, and two of 7 samples; up to six where samples seem to mix.
+    Source: this library's own.
+    """
+    rows = _separate_rows(model, batch)
+    with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
+        with _Drops(model).installed() as drops:
+            loss, _ = _run(model, batch, objective, 0)
+        if not rows or not math.isfinite(loss) or drops.first:
+            return Evaluated(loss, drops=drops.first)
+        try:
+            found = _mixture(model, batch, objective, min(rows - 1, ENOUGH))
+        except Exception:  # the model's batches have one size: that of a graph, or one that it was written for
+            found = None if _holds_pairs(model, batch, rows) else _mixture(model, batch, objective, rows)
+    return Evaluated(loss) if found is None else Evaluated(loss, *found)
+
+
+def _mixture(model: nn.Module, batch: Any, objective: Objective, rows: int) -> tuple[str, str, bool] | None:
+    """The first module that mixes the first rows, the one before it, and whether the rows surely are samples.
+
+    `None` too where no two passes agree.
+    """
+    batch = first_samples(batch, rows)
+    before = _run(model, batch, objective, rows)[1]
+    if all(name for name, _ in before) and rows > 2:  # as many outputs as rows, or scores of all pairs
+        fewer = first_samples(batch, rows - 1)
+        with suppress(Exception):  # of a model whose batches have one size
+            before = _run(model, fewer, objective, rows - 1)[1]
+            rows, batch = rows - 1, fewer
+    changed = _first_change(before, _run(model, _with_another_first(batch, rows), objective, rows)[1])
+    if changed is None or _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
+        return None  # or the model draws numbers of its own
+    if _are_labeled(model, batch, objective, rows):
+        return *changed, True
+    turned = mapped(batch, lambda t: t.roll(1, 0) if t.ndim and len(t) == rows else t)  # labels too: it may take them
+    turned = _run(model, turned, objective, rows)[1]
+    alike = [not _differ(a.roll(1, 1), b) for (name, a), (_, b) in zip(before, turned, strict=True) if not name]
+    return (*changed, False) if all(alike) and not _takes_positions_first(model, changed[0]) else None
+
+
+def _takes_positions_first(model: nn.Module, name: str) -> bool:
+    """Whether a module, one in it, or one that holds it takes the positions of a sequence before the samples."""
+    parts = name.split(".")
+    holders = [model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))] if name else []
+    return any(getattr(m, "batch_first", True) is False for m in (*holders, *model.get_submodule(name).modules()))
+
+
+def _run(
+    model: nn.Module, batch: Any, objective: Objective, rows: int, dim: int = 0
+) -> tuple[float, list[tuple[str, Tensor]]]:
+    seed_torch(0)
+    with _watched(model, rows, dim) as seen:
+        total, units = objective.loss(model, batch)
+    return float(total.detach()) / float(units), seen
+
+
+class _Drops(Follower):
+    """Looks for dropout that acts, and in which module it is."""
+
+    first: tuple[str, str] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.first is None and self.stack and _acts(func, args, kwargs):
+            self.first = (self.place, func.__name__)
+        return func(*args, **kwargs)
+
+
+def _acts(func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call drops something; attention has no flag for training, and drops whatever the mode."""
+    if func is F.scaled_dot_product_attention:
+        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
+    if func not in _DROPOUT:
+        return False
+    p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+    return p > 0 and bool(args[2] if len(args) > 2 else kwargs.get("training", _DROPOUT[func]))
+
+
+def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The first module whose rows moved, where the model's did or are all the same, and the one before it."""
+    whole = [i for i, (name, _) in enumerate(before) if not name]
+    if not whole or [name for name, _ in before] != [name for name, _ in after]:
+        return None
+    pairs = [(a[:, 1:], b[:, 1:]) for (_, a), (_, b) in zip(before, after, strict=True)]
+    moved = [i for i, (a, b) in enumerate(pairs) if _differ(a, b)]
+    if not moved or not (whole[-1] in moved or _is_same_for_all(before[whole[-1]][1])):
+        return None
+    return before[moved[0]][0], before[moved[0] - 1][0] if moved[0] else ""
+
+
+def _separate_rows(model: nn.Module, batch: Any) -> int:
+    """The number of rows of the batch where each may be a sample; else 0."""
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+        return 0
+    try:
+        x, y = main_input(batch), parts(batch).labels
+        given = list(tensors(parts(batch).inputs))
+    except (InputError, TypeError):
+        return 0
+    rows = len(x)
+    if rows < FEW or (isinstance(y, Tensor) and (not y.ndim or len(y) != rows)):
+        return 0
+    if any(t.is_nested or t.ndim == 0 or len(t) != rows for t in given):
+        return 0  # edges, or another input for all samples
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return 0 if any(m.running_mean is None for m in norms) else rows
+
+
+def _holds_pairs(model: nn.Module, batch: Any, rows: int) -> bool:
+    """Whether the batch or the model has a matrix of all pairs of rows, as the adjacency of a graph's nodes."""
+    held = (t for m in model.modules() for t in (*m.buffers(recurse=False), *vars(m).values()))
+    given = (*tensors(parts(batch).inputs), *(t for t in held if isinstance(t, Tensor)))
+    return any(t.shape == (rows, rows) for t in given)
+
+
+def _are_labeled(model: nn.Module, batch: Any, objective: Objective, rows: int) -> bool:
+    """Whether each row has one label, a number or a vector, so that it surely is a sample.
+
+    Were rows the positions of sequences, the second dimension would be the samples, of the inputs and of the labels.
+    """
+    x, y = main_input(batch), parts(batch).labels
+    if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != rows:
+        return False
+    if y.ndim == 1 or y.shape == (rows, 1):
+        return True
+    columns = y.shape[1]
+    if x.ndim == 1 or x.shape[1] != columns:
+        return True
+    return x.ndim > y.ndim and _columns_mix(model, batch, objective, columns)
+
+
+def _columns_mix(model: nn.Module, batch: Any, objective: Objective, columns: int) -> bool:
+    """Whether columns of the outputs depend on other columns of the inputs, so that they are no samples."""
+    try:
+        moved = _with_another_first(batch, columns, 1)
+        before, after = (_run(model, b, objective, columns, 1)[1] for b in (batch, moved))
+    except Exception:
+        return False
+    return _first_change(before, after) is not None
+
+
+def _with_another_first(batch: Any, rows: int, dim: int = 0) -> Any:
+    """The batch with the last of its inputs' rows, or columns, in the place of the first; labels as they were."""
+
+    def changed(t: Tensor) -> Tensor:
+        if t.ndim <= dim or t.shape[dim] != rows:
+            return t
+        return torch.cat((t.narrow(dim, rows - 1, 1), t.narrow(dim, 1, rows - 1)), dim)
+
+    if isinstance(batch, Tensor):
+        return changed(batch)
+    if isinstance(batch, Mapping):
+        return {key: value if key in LABELS else mapped(value, changed) for key, value in batch.items()}
+    return (mapped(batch[0], changed), *batch[1:])
+
+
+@contextmanager
+def _watched(model: nn.Module, rows: int, dim: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """A context that lists each module's output as it returns: sums over each row, and over the absolute values.
+
+    With `dim` 1, over each column.
+    """
+    found: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            made = first_float(output)
+            if made is None or made.ndim <= dim or made.shape[dim] != rows:
+                return
+            if dim or made.shape != (rows, rows):  # scores of all pairs are meant
+                flat = made.detach().movedim(dim, 0).reshape(rows, -1)
+                sums = (t.sum(1, dtype=torch.float64) for t in (flat, flat.abs()))
+                found.append((name, torch.stack(tuple(sums))))
+
+        return keep
+
+    with hooks([module.register_forward_hook(hook(name)) for name, module in model.named_modules()] if rows else []):
+        yield found
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether a row moved."""
+    size = float(torch.maximum(one[1], other[1]).mean())
+    return size > 0 and bool(((one - other).abs() > MOVED * size).any())
+
+
+def _is_same_for_all(made: Tensor) -> bool:
+    """Whether all rows are equal, as far as their sums tell."""
+    return bool(((made - made[:, :1]).abs() <= MOVED * made[1].mean()).all())

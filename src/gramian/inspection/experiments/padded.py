@@ -1,0 +1,115 @@
+"""Where the loss reads a sequence: at its end, or behind it, at padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from gramian.batch import first_samples, main_input
+from gramian.inspection.passes.given import given_of
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.padding import padding_of
+from gramian.objective import Objective
+from gramian.recording.hooks import hooks
+from gramian.recording.keeping import seed_torch
+
+__all__ = ["Reading", "reads_padding"]
+
+ENOUGH = 32
+# Share of the samples that are read at padding from which on that is told.
+PADDED = 0.2
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The module whose output is read at one position alone, and how many samples have padding there."""
+
+    name: str
+    position: int
+    padded: int
+    num: int
+    is_state: bool = False
+
+
+def reads_padding(model: nn.Module, seen: Observed, objective: Objective) -> Reading | None:
+    """Whether of a sequence that was computed the loss reads one position alone, which is padding in many samples.
+
+    Args:
+        model: left as it was.
+        seen: of this model.
+        objective: gives the loss.
+
+    Returns: a `Reading`, or `None`.
+    Raises: what the model raises.
+    Cost: a pass forward and backward of 32 samples, where inputs are padded.
+    Source: this library's own.
+    """
+    batch = first_samples(seen.batches[0], ENOUGH)
+    main = main_input(batch)
+    fed = {g.name for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input}
+    tokens = [g.values[0] for g in given_of([batch], set(), set()) if g.name in fed]
+    found = [
+        (x, p)
+        for x in tokens
+        if x.ndim in (2, 3) and x.shape[1] > 2 and (p := padding_of(model, batch, x, is_main=x is main)) is not None
+    ]
+    found = [(x, p) for x, p in found if any(float(p[:, i].float().mean()) >= PADDED for i in (0, -1))]
+    if not found:
+        return None
+    made: list[tuple[str, Tensor, Tensor | None]] = []
+    shapes = {tuple(x.shape[:2]) for x, _ in found}
+
+    def hook(name: str) -> Callable:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            given = args[0] if args else None
+            state = None
+            if isinstance(output, tuple) and output and isinstance(module, nn.RNNBase):
+                state = output[1][0] if isinstance(output[1], tuple) else output[1]
+                state = None if isinstance(given, PackedSequence) or not state.requires_grad else state
+            values = output[0] if isinstance(output, tuple) and output else output
+            if not isinstance(values, Tensor) or values.ndim != 3 or not values.requires_grad:
+                return
+            if {tuple(values.shape[:2]), tuple(values.shape[:2])[::-1]} & shapes:
+                made.append((name, values, state))
+
+        return keep
+
+    with hooks([m.register_forward_hook(hook(n)) for n, m in model.named_modules() if n]):
+        seed_torch(0)
+        with torch.enable_grad():
+            total, _ = objective.loss(model, batch)
+    if not made or not total.requires_grad:
+        return None
+    values = [t for _, t, _ in made]
+    states = [s for _, _, s in made if s is not None]
+    grads = torch.autograd.grad(total, [*values, *states], allow_unused=True)
+    of_state = iter(grads[len(values) :])
+    for (name, t, state), gradient in reversed(
+        [((n, t, None if s is None else next(of_state)), g) for (n, t, s), g in zip(made, grads, strict=False)]
+    ):
+        for x, padding in found:
+            is_first = tuple(t.shape[:2]) == tuple(x.shape[:2])
+            if not is_first and tuple(t.shape[:2])[::-1] != tuple(x.shape[:2]):
+                continue
+            padding = padding.to(t.device)
+            if gradient is None:
+                if state is not None and bool(state.any()):
+                    padded = int(padding[:, -1].sum())
+                    return (
+                        Reading(name, x.shape[1], padded, len(x), is_state=True) if padded >= PADDED * len(x) else None
+                    )
+                continue
+            read = gradient.ne(0).any(-1)
+            read = read if is_first else read.T
+            places = read.any(0).nonzero().flatten().tolist()
+            if len(places) == 1 and places[0] in (0, x.shape[1] - 1):
+                padded = int((padding[:, places[0]] & read[:, places[0]]).sum())
+                if padded >= PADDED * len(x):
+                    return Reading(name, places[0] + 1, padded, len(x))
+            return None
+    return None

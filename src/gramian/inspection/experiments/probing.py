@@ -1,0 +1,351 @@
+"""What small changes tell of a model and its loss: each is tried on the first batch, in evaluation mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.batch import first_samples, main_input, mapped, num_samples
+from gramian.inspection.experiments.endless import falls, loss_of, plunges
+from gramian.inspection.experiments.ordering import in_another_order
+from gramian.inspection.experiments.padded import Reading, reads_padding
+from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
+from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
+from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
+from gramian.inspection.passes.given import Given, given_of, key
+from gramian.inspection.passes.moments import first_float
+from gramian.inspection.passes.observed import Observed
+from gramian.objective import Objective
+from gramian.recording.keeping import seed_torch
+from gramian.recording.measuring import eager, evaluating
+
+__all__ = ["TRIED", "Probes", "probe"]
+
+TRIED = {
+    "unlinked": "whether parameters without a gradient change the loss",
+    "cut": "whether a gradient reaches all positions",
+    "is_affine": "whether the network is an affine map",
+    "sum_over": "whether the loss is a sum over the batch",
+    "falls": "whether the loss has a minimum",
+    "plunges": "whether the loss falls faster than the outputs grow",
+    "without_effect": "whether each input has an effect",
+    "ignores_order": "whether the output depends on the order of tokens or patches",
+    "supervision": "whether the loss is lower where the outputs are as the labels say",
+    "column": "whether all columns of the output have a gradient",
+    "silent": "whether a term of the loss has no gradient",
+    "mixed": "whether terms of the loss are sums and others means",
+    "together": "whether the loss has its minimum where all outputs are equal",
+    "pairs": "whether the loss falls where the two of a pair are the same",
+    "reading": "whether the loss reads a sequence at its padding",
+    "share_of_constant": "the loss with equal outputs for all samples",
+}
+"""What a report says of a change that could not be tried."""
+
+# Samples that are enough for a property of the model.
+ENOUGH = 8
+# Outputs that differ by less than this share of what differs between samples are equal up to rounding.
+EQUAL = 1e-4
+# The share by which halves of a batch may miss the whole's sum.
+SUM = 1e-3
+# Parameters that are tried one by one, and positions of a sequence from which on it is looked at.
+MOST, LONG = 32, 4
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Inputs that the model does not use.
+
+    Attributes:
+        names: as Python reads them off a batch.
+        hides_others: whether the others, which are used, have no effect either.
+    """
+
+    names: tuple[str, ...]
+    hides_others: bool = False
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What was found; each has the value of a healthy model where it could not be tried.
+
+    Attributes:
+        unlinked: parameters without a gradient whose values change the loss.
+        cut: of a sequence, how many positions have no gradient though the loss depends on them, how many there are,
+            and the module whose output was looked at.
+        is_affine: whether the model's output is an affine function of its input.
+        sum_over: the number of samples, where the loss of a batch is the sum of those of its halves; else 0.
+        falls: losses where the output is far below, as it is, and far above, where it is lower at both ends.
+        plunges: the loss as it is, and with the outputs a little and far down its gradient, where it has no minimum.
+        without_effect: the inputs that can be exchanged between samples without any effect on the loss; of none that
+            has one, those whose NaN do not arrive.
+        ignores_order: whether the output stays when the positions of a sequence change places.
+        supervision: what the loss does wrong with its labels.
+        column: of the outputs, one without a gradient that the loss depends on, and how many there are.
+        silent: how many terms have no gradient though they depend on the parameters, of how many, and the first's mean.
+        mixed: of a loss with terms that are sums over the samples and others that are means.
+        together: the loss as it is, and with equal outputs for all samples, where it has its minimum there.
+        pairs: losses of pairs, where it rises with equal ones.
+        reading: where the loss reads one position, which is padding.
+        share_of_constant: the loss over that with the same output for all samples.
+    """
+
+    unlinked: tuple[str, ...] = ()
+    cut: tuple[int, int, str] | None = None
+    is_affine: bool = False
+    sum_over: int = 0
+    falls: tuple[float, float, float] | None = None
+    plunges: tuple[float, float, float] | None = None
+    without_effect: Unused = field(default_factory=lambda: Unused(()))
+    ignores_order: bool = False
+    supervision: Supervision | None = None
+    column: tuple[int, int] | None = None
+    silent: tuple[int, int, float] | None = None
+    mixed: Mixed | None = None
+    together: tuple[float, float] | None = None
+    pairs: Pairs | None = None
+    reading: Reading | None = None
+    share_of_constant: float | None = None
+
+
+def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[Probes, dict[str, Exception]]:
+    """Try each of the changes.
+
+    Args:
+        model: left as it was.
+        observed: of this model.
+        objective: gives the loss.
+
+    Returns: a `Probes`, and what could not be tried, with the error.
+    Raises: nothing of its own.
+    Cost: up to a dozen forward passes, most of them of 8 samples, and one or two backward passes of these.
+    Source: this library's own.
+    """
+    found = Probes()
+    failed: dict[str, Exception] = {}
+    for what, one in zip((f.name for f in fields(Probes)), _PROBES, strict=True):
+        try:
+            with evaluating(model), eager():
+                value = one(model, observed, objective)
+        except Exception as error:  # batches of one size, or a loss that needs a gradient
+            failed[what] = error
+            continue
+        found = found if value is None else replace(found, **{what: value})
+    return found, failed
+
+
+def _unlinked(model: nn.Module, seen: Observed, objective: Objective) -> tuple[str, ...] | None:
+    """The parameters of modules that are called, get no gradient, and change the loss."""
+    parameters = dict(model.named_parameters())
+    missing = [n for n, g in seen.gradients.items() if g is None and n in seen.used]
+    if not missing or not seen.needs_gradient:
+        return None
+    batch = seen.batches[0]
+
+    def changes(names: Sequence[str]) -> bool:
+        kept = {n: parameters[n].detach().clone() for n in names}
+        try:
+            for n in names:
+                parameters[n].mul_(1.5).add_(0.1)
+            return loss_of(model, batch, objective) != whole
+        finally:
+            for n, value in kept.items():
+                parameters[n].copy_(value)
+
+    with torch.no_grad():
+        whole = loss_of(model, batch, objective)
+        if loss_of(model, batch, objective) != whole or not changes(missing):
+            return None
+        return tuple(n for n in missing if changes([n])) if len(missing) <= MOST else tuple(missing)
+
+
+def _cut(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, int, str] | None:
+    """Positions whose gradient is exactly zero, where other values there change the loss."""
+    batch = seen.batches[0]
+    x = main_input(batch)
+    if not seen.cuts or x.ndim not in (2, 3) or x.shape[1] < LONG or len(x) < 2 or not seen.needs_gradient:
+        return None
+    first: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            is_sequence = isinstance(output, Tensor) and output.ndim == 3 and output.shape[:2] == x.shape[:2]
+            if not first and is_sequence and output.requires_grad:
+                first.append((name, output))
+
+        return keep
+
+    given = x
+    if x.is_floating_point():
+        given = x.detach().clone().requires_grad_()
+        first.append(("", given))
+    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules()]
+    try:
+        seed_torch(0)
+        total, _ = objective.loss(model, mapped(batch, lambda t: given if t is x else t))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not first or not total.requires_grad:
+        return None
+    name, values = first[0]
+    (gradient,) = torch.autograd.grad(total, values, allow_unused=True)
+    if gradient is None:
+        return None
+    silent = ~gradient.ne(0).transpose(0, 1).flatten(1).any(1)
+    num = int(silent.sum())
+    if not x.shape[1] // 2 <= num < x.shape[1]:
+        return None
+    other = x.clone()
+    other[:, silent] = x.roll(1, 0)[:, silent]
+    with torch.no_grad():
+        one, two = (_outputs(model, b, objective) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
+    if one is None or two is None or _are_equal(one, two):
+        return None
+    return num, x.shape[1], name
+
+
+def _is_affine(model: nn.Module, seen: Observed, objective: Objective) -> bool | None:
+    """Whether a mixture of inputs gives the mixture of outputs, where several matrices are used one after another."""
+    fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
+    matrices = [n for n, p in model.named_parameters() if p.ndim > 1 and n in seen.used]
+    if len(fed) != 1 or len(matrices) < 2 or not fed[0].values[0].is_floating_point():
+        return None
+    if (
+        seen.activations or seen.attentions or seen.gates
+    ):  # at the start, branches of zero or mirrored weights hide them
+        return None
+    batch = first_samples(seen.batches[0], ENOUGH)
+    x = main_input(batch)
+    if len(x) < 3 or x.shape != fed[0].values[0][:ENOUGH].shape:
+        return None
+    mixture = 0.3 * x + 0.7 * x.roll(1, 0)
+    with torch.no_grad():
+        whole = _outputs(model, batch, objective)
+        mixed = _outputs(model, mapped(batch, lambda t: mixture if t is x else t), objective)
+    if whole is None or mixed is None or whole.ndim < 1 or len(whole) != len(x):
+        return None
+    return _are_equal(mixed, 0.3 * whole + 0.7 * whole.roll(1, 0))
+
+
+def _sum_over(model: nn.Module, seen: Observed, objective: Objective) -> int | None:
+    """How many samples a loss is a sum over: it is, if the losses of two halves have the whole's as their sum."""
+    num = num_samples(seen.batches[0])
+    if num < ENOUGH:
+        return None
+    parts = [
+        mapped(seen.batches[0], lambda t, rows=rows: t[rows] if t.ndim and len(t) == num else t)
+        for rows in (slice(0, ENOUGH), slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))
+    ]
+    with torch.no_grad():
+        whole, one, two = (loss_of(model, part, objective) for part in parts)
+    both_count = min(abs(one), abs(two)) > SUM * abs(whole)  # a mean over what counts is 0 where nothing does
+    return num if both_count and abs(one + two - whole) < SUM * abs(whole) else 0
+
+
+def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> Unused | None:
+    """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
+
+    One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
+    mask that shows a causal model more of the padding behind the text has no effect, so that each gets the values of
+    the one before, of the one after, and its own in reverse order.
+    """
+    batch = first_samples(seen.batches[0], ENOUGH)
+    compared = {key(c.target) for c in seen.criteria}
+    whole_batch = given_of(seen.batches[:1], seen.fed, compared)
+    keys = [key(g.values[0]) for g in whole_batch]  # of a tensor that is given twice, one may be used
+    fed = [g.name for g, own in zip(whole_batch, keys, strict=True) if g.is_input and keys.count(own) == 1]
+    given = [g for g in given_of([batch], set(), set()) if g.name in fed]
+    if len(given) < 2:
+        return None
+
+    def silent(inputs: Sequence[Given]) -> list[Given]:
+        whole = loss_of(model, batch, objective)
+        found = []
+        for one in inputs:
+            x = one.values[0]
+            others = [torch.cat((x[:1], x[:-1])), torch.cat((x[1:], x[-1:]))]
+            others += [x.flip(1)] if x.ndim > 1 else []
+            varies = bool((x[-1:] != x[:-1]).any()) and bool((others[0] != x).any())
+            changed = (mapped(batch, lambda t, x=x, other=other: other if t is x else t) for other in others)
+            if varies and all(loss_of(model, b, objective) == whole for b in changed):
+                found.append(one)
+        return found
+
+    with torch.no_grad():
+        inputs = silent(given)
+        zeros = [p for p in model.parameters() if p.numel() and not bool(p.any())] if inputs else []
+        if zeros:  # by which what an input makes may be multiplied until the first step
+            generator = torch.Generator().manual_seed(0)
+            try:
+                for p in zeros:
+                    p.copy_(torch.randn(p.shape, generator=generator) / 10)
+                inputs = silent(inputs)
+            finally:
+                for p in zeros:
+                    p.zero_()
+        hides_others = len(inputs) == len(given)
+        if hides_others:  # the output is one number: of what is used, NaN still arrives
+            floats = [g.values[0] for g in inputs if g.values[0].is_floating_point()]
+            lost = [mapped(batch, lambda t, x=x: torch.full_like(t, torch.nan) if t is x else t) for x in floats]
+            arrive = [math.isnan(loss_of(model, one, objective)) for one in lost]
+            unused = {id(x) for x, arrives in zip(floats, arrive, strict=True) if not arrives}
+            inputs = [g for g in inputs if id(g.values[0]) in unused] if len(floats) == len(given) else inputs
+    return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
+
+
+def _ignores_order(model: nn.Module, seen: Observed, objective: Objective) -> bool | None:
+    """Whether tokens, vectors of a sequence or patches may change places, padding with them."""
+    fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
+    batch = first_samples(seen.batches[0], ENOUGH)
+    x = main_input(batch)
+    other = in_another_order(model, seen, x) if len(fed) == 1 and len(x) > 1 else None
+    if other is None:
+        return None
+    with torch.no_grad():
+        one, two = (_outputs(model, b, objective) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
+    if one is None or two is None or one.ndim != 2 or len(one) != len(x) or bool((other == x).all()):
+        return None
+    return _are_equal(one, two)
+
+
+_PROBES = (
+    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
+    silent_columns,
+    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, constant_loss,
+)  # fmt: skip
+
+
+def _outputs(model: nn.Module, batch: Any, objective: Objective) -> Tensor | None:
+    """What the model gives, where it is called once."""
+    seed_torch(0)
+    with _returned(model) as found, torch.enable_grad():
+        objective.loss(model, batch)
+    return found[0] if len(found) == 1 else None
+
+
+@contextmanager
+def _returned(model: nn.Module) -> Iterator[list[Tensor]]:
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        made = first_float(output)
+        if made is not None:
+            found.append(made.detach().float())
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _are_equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two outputs are equal, up to rounding and beside what differs between samples."""
+    between = float((one - one.mean(0)).abs().amax()) if len(one) > 1 else 0.0
+    return one.shape == two.shape and between > 0 and float((one - two).abs().amax()) <= EQUAL * between

@@ -1,0 +1,254 @@
+"""The terms of which a loss is the sum: which have no gradient, and which are sums over the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gramian.batch import first_samples, mapped, num_samples
+from gramian.inspection.passes.gate_functions import ADDITIONS, DIFFERENCES, NEGATIONS, PRODUCTS, QUOTIENTS, REVERSED
+from gramian.inspection.passes.observed import Observed
+from gramian.objective import Objective
+from gramian.operators.cuts import nodes_of
+from gramian.recording.keeping import seed_torch
+
+__all__ = ["Mixed", "contributions", "mixed_terms", "silent_terms"]
+
+_MEANS = {torch.mean, Tensor.mean, torch.sum, Tensor.sum}
+_LINEAR = ADDITIONS | DIFFERENCES | REVERSED | NEGATIONS | PRODUCTS | QUOTIENTS | _MEANS
+# Samples of the halves; shares by which sums and means may miss theirs, the latter since noise is drawn anew.
+ENOUGH, SUM, MEAN = 8, 0.02, 0.3
+# Terms that are looked at.
+MOST = 64
+# How parameters are moved, and the share of a value that is no rounding.
+MOVED, CHANGED = 0.05, 1e-5
+
+
+@dataclass
+class _Node:
+    """A value of the loss, and the values of which it is the sum, up to factors."""
+
+    value: Tensor
+    parts: list[tuple[float, _Node]] = field(default_factory=list)
+
+
+class _Terms(TorchFunctionMode):
+    """Follows sums, differences and multiples, up to the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: dict[int, _Node] = {}
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        parts = self._parts(func, args) if func in _LINEAR else []
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and parts:
+            self.nodes[id(made)] = _Node(made, parts)
+        return made
+
+    def _parts(self, func: Callable, args: tuple) -> list[tuple[float, _Node]]:
+        """The values that a call adds up, with their factors; none, where it multiplies values of the network."""
+        tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        factors = [1.0] * len(tensors)
+        if func in PRODUCTS | QUOTIENTS:
+            free = [t for t in tensors if t.ndim or t.requires_grad]
+            if len(free) != 1 or (func in QUOTIENTS and args[0] is not free[0]) or len(args) != 2:
+                return []
+            other = next(a for a in args if a is not free[0]) if args[0] is not args[1] else 1.0
+            if isinstance(other, Tensor) and other.numel() != 1:
+                return []
+            tensors, factors = free, [float(other) if func in PRODUCTS else 1.0 / float(other or 1.0)]
+        elif func in NEGATIONS:
+            factors = [-1.0] * len(tensors)
+        elif func in DIFFERENCES | REVERSED and len(args) == 2:
+            signs = (1.0, -1.0) if func in DIFFERENCES else (-1.0, 1.0)
+            factors = [s for s, a in zip(signs, args, strict=True) if any(a is t for t in tensors)]
+        return [(f, self.nodes.get(id(t)) or _Node(t)) for f, t in zip(factors, tensors, strict=True)]
+
+    def leaves(self, total: Tensor, *, are_scalars: bool) -> list[tuple[float, _Node]]:
+        """The terms of the loss, with their factors.
+
+        Args:
+            total: the loss.
+            are_scalars: whether only single numbers are taken apart.
+        """
+        node = self.nodes.get(id(total)) or _Node(total)
+        found = list(islice(_leaves(node, are_scalars), MOST + 1))
+        return found if len(found) <= MOST else [(1.0, _Node(total))]
+
+
+def _leaves(node: _Node, are_scalars: bool, factor: float = 1.0) -> Iterator[tuple[float, _Node]]:
+    if not node.parts or (are_scalars and any(part.value.ndim for _, part in node.parts)):
+        yield factor, node
+        return
+    for by, part in node.parts:
+        yield from _leaves(part, are_scalars, factor * by)
+
+
+def contributions(run: Callable[[], Tensor]) -> list[float]:
+    """What each term adds to a loss, of the single numbers of which it is the sum.
+
+    Args:
+        run: computes the loss.
+
+    Returns: the terms, of which there may be one.
+    Raises: what `run` raises.
+    Cost: that of the loss.
+    Source: this library's own.
+    """
+    with _Terms() as terms:
+        total = run()
+        return [f * float(node.value.detach()) for f, node in terms.leaves(total, are_scalars=True)]
+
+
+def _terms(model: nn.Module, batch: Any, objective: Objective, *, are_scalars: bool = False) -> list[_Node]:
+    seed_torch(0)
+    with _Terms() as terms, torch.enable_grad():
+        total, _ = objective.loss(model, batch)
+        return [node for _, node in terms.leaves(total, are_scalars=are_scalars)]
+
+
+def silent_terms(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, int, float] | None:
+    """Terms that depend on the parameters, and that no gradient reaches.
+
+    Args:
+        model: left as it was.
+        seen: of this model.
+        objective: gives the loss.
+
+    Returns: how many, of how many terms, and the first one's mean; `None` where there are none.
+    Raises: what the model raises.
+    Cost: one forward pass of 8 samples, or two.
+    Source: this library's own.
+    """
+    batch = first_samples(seen.batches[0], ENOUGH)
+    terms = _terms(model, batch, objective)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = {id(p) for p in parameters}
+    reached = [_reaches(t.value, wanted) for t in terms]
+    silent = [i for i, t in enumerate(terms) if not reached[i] and t.value.numel()]
+    if not silent or not any(reached):
+        return None
+    # x − x.detach() is zero, and has a gradient on purpose.
+    silent = [i for i in silent if not any(j != i and _is_equal(terms[i].value, t.value) for j, t in enumerate(terms))]
+    if not silent:
+        return None
+    values = [terms[i].value.detach().clone() for i in silent]
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            for p in parameters:
+                noise = torch.randn(p.shape, generator=generator).to(p)
+                p.add_(noise * (p.square().mean().sqrt() + 1e-3), alpha=MOVED)
+        again = _terms(model, batch, objective)
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, kept, strict=True):
+                p.copy_(value)
+    if len(again) != len(terms):
+        return None
+    moved = [
+        (i, value)
+        for i, value in zip(silent, values, strict=True)
+        if float((again[i].value.detach() - value).abs().max()) > CHANGED * float(value.abs().max() + 1e-12)
+    ]
+    return (len(moved), len(terms), float(moved[0][1].float().mean())) if moved else None
+
+
+def _reaches(value: Tensor, wanted: set[int]) -> bool:
+    """Whether the graph of a value has one of these parameters."""
+    if id(value) in wanted:
+        return True
+    for node in nodes_of(value):
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in wanted:
+            return True
+        if not node.next_functions and variable is None:
+            return True  # a function of the user's own, which may run a backward pass inside
+    return False
+
+
+def _is_equal(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.equal(one.detach().abs(), two.detach().abs())
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A loss of which one term is a sum over the samples and another their mean.
+
+    Attributes:
+        num: samples of a batch.
+        ratio: the gradient's size of the summed terms over that of the others, on the first batch.
+    """
+
+    num: int
+    ratio: float
+
+
+def mixed_terms(model: nn.Module, seen: Observed, objective: Objective) -> Mixed | None:
+    """Look for a loss of sums and means.
+
+    Args:
+        model: left as it was.
+        seen: of this model.
+        objective: gives the loss.
+
+    Returns: a `Mixed`, or `None`.
+    Raises: what the model raises.
+    Cost: three forward passes of up to 8 samples; a training step or two where there are such terms.
+    Source: this library's own.
+    """
+    num = num_samples(seen.batches[0])
+    if num < ENOUGH:
+        return None
+
+    def part(rows: slice) -> Any:
+        return mapped(seen.batches[0], lambda t: t[rows] if t.ndim and len(t) == num else t)
+
+    def kinds(runs: Sequence[Sequence[_Node]]) -> list[str]:
+        found = []
+        for whole, one, two in zip(*runs, strict=True):
+            if any(t.value.ndim for t in (whole, one, two)):
+                found.append("")
+                continue
+            w, a, b = (float(t.value.detach()) for t in (whole, one, two))
+            ratio = (a + b) / w if abs(w) > 1e-8 else 0.0
+            is_sum = abs(ratio - 1) < SUM and min(abs(a), abs(b)) > SUM * abs(w)
+            is_mean = abs(ratio - 2) < MEAN and a != b
+            found.append("sum" if is_sum else "mean" if is_mean else "")
+        return found
+
+    runs = [_terms(model, part(slice(0, ENOUGH)), objective, are_scalars=True)]
+    if len(runs[0]) < 2:
+        return None
+    halves = (slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))
+    runs += [_terms(model, part(rows), objective, are_scalars=True) for rows in halves]
+    if len({len(run) for run in runs}) > 1:
+        return None
+    found = kinds(runs)
+    if not {"sum", "mean"} <= set(found):
+        return None
+    terms = _terms(model, seen.batches[0], objective, are_scalars=True)
+    if len(terms) != len(found):
+        return None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def size(kind: str) -> float:
+        chosen = [t.value for t, k in zip(terms, found, strict=True) if k == kind and t.value.requires_grad]
+        if not chosen:
+            return 0.0
+        grads = torch.autograd.grad(torch.stack(chosen).sum(), parameters, retain_graph=True, allow_unused=True)
+        return sum(float(g.double().square().sum()) for g in grads if g is not None) ** 0.5
+
+    summed, averaged = size("sum"), size("mean")
+    return Mixed(num, summed / averaged) if averaged > 0 else None

@@ -1,0 +1,1 @@
+"""`watch`: the checks of `inspect` inside the user's own training loop."""

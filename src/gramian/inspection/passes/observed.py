@@ -1,0 +1,366 @@
+"""What watching a few training steps gives: a few numbers for each module call and operation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.inspection.passes.moments import Moments
+
+__all__ = [
+    "Activation",
+    "Addition",
+    "Attention",
+    "Broadcast",
+    "Call",
+    "Cosines",
+    "Criterion",
+    "Cut",
+    "Draw",
+    "Ends",
+    "Gate",
+    "Observed",
+    "Raw",
+    "Reduction",
+    "Routing",
+    "Source",
+    "Visible",
+]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a module that applies parameters or has no children, with the shape of its output."""
+
+    name: str
+    kind: str
+    order: int
+    input: Moments | None
+    output: Moments
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function's output: which of its channels never act."""
+
+    name: str
+    function: str
+    order: int
+    channels: int
+    dead: int
+    saturated: float
+    mean: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax weights over keys.
+
+    Attributes:
+        entropy: as a share of ln(number of keys that are not masked), on average.
+        masked: share of the queries whose keys are all masked.
+    """
+
+    name: str
+    order: int
+    entropy: float
+    masked: float = 0.0
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which keys attention sees: `seen` (B, T, S) is true where a score is not masked, of the first samples.
+
+    `rows` is the length of the first dimension, samples or samples times heads.
+    """
+
+    name: str
+    order: int
+    seen: Tensor
+    rows: int
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A residual addition of two tensors of one shape, neither of them a parameter."""
+
+    name: str
+    order: int
+    shape: torch.Size
+    rms: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter from which values come by one matrix, and the rows of it that do; all, where these are not known.
+
+    Attributes:
+        name: of the parameter.
+        is_bias: whether it is added.
+        start, stop, step: of the rows.
+    """
+
+    name: str
+    is_bias: bool
+    start: int = 0
+    stop: int | None = None
+    step: int = 1
+
+
+@dataclass
+class Gate:
+    """A value between 0 and an end that multiplies another: what passes it, as shares of that end.
+
+    Attributes:
+        name: the module in which it multiplies.
+        order, at: of the function that made it, and of the product.
+        function: sigmoid, say.
+        sources: the parameters of its pre-activations.
+        is_flipped: whether it is 1 − the function.
+        depends: whether its pre-activations are made of more than parameters.
+        mean, opened: its mean, and the share of its entries above a half; those that a mask set to zero do not count.
+        level: mean of the pre-activations.
+        size: root mean square of what it multiplies.
+        is_partnered: whether 1 − it multiplies what is added.
+        carries: whether it multiplies what it took part in before, as a recurrent cell's gate does its state.
+        has_skip: whether another value is added to what passes.
+        times: number of gated values that are added up, where the gate is one number for each.
+        weighs: whether what it multiplies lies between 0 and an end too, as a probability does.
+    """
+
+    name: str
+    order: int
+    at: int
+    function: str
+    sources: tuple[Source, ...]
+    is_flipped: bool
+    depends: bool
+    mean: float = math.nan
+    opened: float = math.nan
+    level: float = math.nan
+    size: float = math.nan
+    is_partnered: bool = False
+    carries: bool = False
+    has_skip: bool = False
+    times: int = 1
+    weighs: bool = False
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A softmax over what a matrix gives, which may choose among modules.
+
+    Attributes:
+        name, order: the module in which it is, and its place.
+        sources: the parameters of the scores.
+        largest: of each choice, its largest weight of all rows.
+        rows: how many there are.
+    """
+
+    name: str
+    order: int
+    sources: tuple[Source, ...]
+    largest: tuple[float, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A mean or sum of n values that is less than a rounding of theirs: `share` of their size over √n."""
+
+    name: str
+    function: str
+    order: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A loss of torch, by its function's name, and what it was applied to first."""
+
+    function: str
+    given: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """A difference or loss of two tensors that became a matrix of all pairs."""
+
+    function: str
+    left: torch.Size
+    right: torch.Size
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Scores that are the cosines of angles, times a number.
+
+    Attributes:
+        scale: that number.
+        num_classes: how many scores of a row are not masked.
+    """
+
+    scale: float
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Data that a layer with weights takes as they are: made of the inputs and of constants alone.
+
+    `values` is (rows, features); `key` tells which tensor of the batch it is, where it is one, whole.
+    """
+
+    name: str
+    values: Tensor
+    key: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A function, and the ends between which its values are."""
+
+    function: str
+    low: float
+    high: float
+    size: int = 0  # of a softmax: over how many values
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An operation whose input needs a gradient and whose output does not."""
+
+    name: str
+    function: str
+    order: int
+    behind: frozenset[str] = frozenset()  # the parameters whose gradient would come through it
+
+
+@dataclass
+class Draw:
+    """Numbers drawn under `torch.no_grad` by values that have a gradient.
+
+    Attributes:
+        name, function, order: the module in which that is, the function, and its place.
+        passed_to: the module whose matrix takes them; empty where none does.
+        is_scored: whether their differences from values with a gradient were taken, as for a log-probability.
+    """
+
+    name: str
+    function: str
+    order: int
+    passed_to: str = ""
+    is_scored: bool = False
+
+
+@dataclass
+class Observed:
+    """What a few training steps showed.
+
+    Attributes:
+        calls, activations, attentions, additions, gates, cuts: in the order of the forward pass of the first batch.
+        draws: what is drawn without a gradient.
+        routings: softmaxes over what a matrix gives.
+        added: names of parameters that are added to something.
+        multiplied, by_entry: names of parameters whose values a product takes as a matrix, and of those that meet
+            other values entry by entry.
+        visible: keys that attention sees, where it has a mask.
+        gradients: root mean square of the loss's gradient by parameter; `None` where it does not reach the parameter.
+        zero_gradients: share of exact zeros in it.
+        used: order of the first operation that takes each parameter; those that are missing take part in nothing.
+        called: names of the modules whose forward ran.
+        logits: what cross-entropy was applied to, as float32, from the first batch.
+        criteria: torch's losses, each with what it was first applied to.
+        pulls: by torch's losses, the smallest and largest gradient of the whole loss by their values; NaN where none
+            arrives.
+        broadcast: where a loss took an output and a target of other shapes.
+        softmax_over_rows: shape of a matrix that had a softmax over its first dimension outside all modules but the
+            whole model.
+        bootstrapped: whether a loss compares an output with data plus another one, and both have a gradient.
+        over_queries: the module in which weights that sum to one over the queries are those of keys, and their shape.
+        output: the model's, the first tensor of it.
+        changed: the tensors of the first batch that a pass writes into, as Python reads them off a batch.
+        fed: keys of the tensors with which the model was called.
+        raw: the data that layers take as they are.
+        ends: of the function that made it.
+        scores_end: of the function, in the model or outside, that made what a binary cross-entropy of scores is given.
+        cosines: where the loss's scores are cosines.
+        reductions: means and sums that cancel.
+        ungraded: modules that run under `torch.no_grad`.
+        first_loss: of the first batch, as `loss`.
+        loss: mean over units, in training mode.
+        units: number of units.
+        batches: the batches themselves, for the rules about data.
+        first_non_finite: module and operation that made the first value that is not finite out of finite ones.
+        first_infinite_derivative: module and operation that made the first gradient that is not finite.
+        labels: smallest and largest label, and the number of classes, of the first batch.
+        error: what the loss raised, where the labels explain it; then nothing else was watched.
+        branch_ends: modules whose output is an operand of a residual addition.
+        needs_gradient: whether the loss does.
+        strangers: by id, the module and shape of each parameter that is used in the model and is not one of its own.
+        is_narrow: whether a module computed in float16 or bfloat16.
+        image_sizes: height and width of the input of each module that takes images, where it is called first.
+        statistics: of each batch norm whose stored statistics are no longer the initial ones: how far their means are
+            from those of the batch, in standard deviations, and the ratio of the variances.
+        initial_statistics: of each batch norm, how far 0 and 1 are from the statistics of the batch, likewise.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    activations: list[Activation] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    visible: list[Visible] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
+    added: set[str] = field(default_factory=set)
+    multiplied: set[str] = field(default_factory=set)
+    by_entry: set[str] = field(default_factory=set)
+    gates: list[Gate] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
+    routings: list[Routing] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    gradients: dict[str, float | None] = field(default_factory=dict)
+    zero_gradients: dict[str, float] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
+    statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    initial_statistics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    logits: Tensor | None = None
+    criteria: list[Criterion] = field(default_factory=list)
+    pulls: dict[str, tuple[float, float]] = field(default_factory=dict)
+    broadcast: Broadcast | None = None
+    softmax_over_rows: torch.Size | None = None
+    bootstrapped: bool = False
+    over_queries: tuple[str, tuple[int, ...]] | None = None
+    output: Tensor | None = None
+    changed: tuple[str, ...] = ()
+    fed: set[tuple[int, int]] = field(default_factory=set)
+    raw: list[Raw] = field(default_factory=list)
+    ends: Ends | None = None
+    scores_end: Ends | None = None
+    cosines: Cosines | None = None
+    reductions: list[Reduction] = field(default_factory=list)
+    ungraded: set[str] = field(default_factory=set)
+    loss: float = float("nan")
+    first_loss: float = float("nan")
+    units: float = 0.0
+    batches: list[Any] = field(default_factory=list)
+    first_non_finite: tuple[str, str] | None = None
+    first_infinite_derivative: tuple[str, str] | None = None
+    branch_ends: set[str] = field(default_factory=set)
+    needs_gradient: bool = True
+    strangers: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    is_narrow: bool = False
+    image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    labels: tuple[int, int, int] | None = None
+    error: Exception | None = None
+
+    @property
+    def entries(self) -> frozenset[str]:
+        """Parameters that meet other values entry by entry, and that no product takes as a matrix."""
+        return frozenset(self.by_entry - self.multiplied)

@@ -1,0 +1,118 @@
+"""A few training steps, watched: what every module gives, and which parameters the loss reaches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.alignment import labels_of
+from gramian.inspection.passes.derivatives import first_infinite_derivative, gradients_of
+from gramian.inspection.passes.given import given_of
+from gramian.inspection.passes.losses import labels_range
+from gramian.inspection.passes.moments import version
+from gramian.inspection.passes.observed import Observed
+from gramian.inspection.passes.watching import Watcher
+from gramian.objective import Objective
+from gramian.recording.measuring import training
+
+__all__ = ["NUM_BATCHES", "observe"]
+
+# Batches that are read for a diagnosis of the signal; the first is watched.
+NUM_BATCHES = 4
+
+
+def observe(
+    model: nn.Module, batches: Iterable[Any], objective: Objective, *, num_batches: int = NUM_BATCHES
+) -> Observed:
+    """Run a few training steps without the step, and say what every module gave and got back.
+
+    Args:
+        model: left as it was: parameters, their `.grad`, buffers, modes, random state.
+        batches: the first `num_batches` are read.
+        objective: its loss is differentiated.
+        num_batches: how many.
+
+    Returns: an `Observed`.
+    Raises: what the model raises.
+    Cost: a training step without the optimizer, a few passes over each activation, and a forward pass of each other
+        batch; a backward pass too as long as parameters get no gradient.
+    Source: this library's own.
+    """
+    seen = Observed()
+    seen.batches = list(islice(batches, num_batches))
+    parameters = dict(model.named_parameters())
+    total_loss = 0.0
+    with training(model):
+        for i, batch in enumerate(seen.batches):
+            reaches = i == 0 or None in seen.gradients.values()  # experts that the first batch did not use, say
+            written = _versions(batch) if i == 0 else {}
+            total = None  # lets go of the graph of the batch before
+            try:
+                with Watcher(model, seen).installed() if i == 0 else nullcontext(), torch.enable_grad():
+                    total, units = objective.loss(model, batch)
+            except Exception as error:
+                seen.labels = seen.labels or _labels_of(model, batch, objective)
+                if seen.labels is None or 0 <= seen.labels[0] <= seen.labels[1] < seen.labels[2]:
+                    raise
+                seen.error = error
+                return seen
+            if reaches:
+                _differentiate(total / units, parameters, seen)
+            total_loss += float(total.detach())
+            if i == 0:
+                seen.changed = tuple(name for name, now in _versions(batch).items() if now != written.get(name, now))
+                seen.first_loss = float(total.detach()) / float(units)
+            seen.units += float(units)
+        seen.loss = total_loss / seen.units if seen.units else math.nan
+        if seen.batches and not (math.isfinite(seen.loss) and all(call.output.is_finite for call in seen.calls)):
+            watcher = Watcher(model, Observed(), careful=True)
+            with watcher.installed(), torch.enable_grad():
+                objective.loss(model, seen.batches[0])
+            seen.first_non_finite = watcher.first_non_finite
+        elif any(g is not None and not math.isfinite(g) for g in seen.gradients.values()):
+            seen.first_infinite_derivative = first_infinite_derivative(
+                model, lambda: torch.stack([objective.loss(model, batch)[0] for batch in seen.batches]).sum()
+            )
+    return seen
+
+
+def _versions(batch: Any) -> dict[str, int]:
+    """How often each tensor of a batch was written into."""
+    tensors = {given.name: given.values[0] for given in given_of([batch], set(), set())}
+    return {name: version(t) for name, t in tensors.items()}
+
+
+def _labels_of(model: nn.Module, batch: Any, objective: Objective) -> tuple[int, int, int] | None:
+    """The range of the labels where the criterion refused them before it called a loss of torch."""
+    try:
+        with torch.enable_grad():
+            output, target = objective.predict(model, batch), labels_of(batch)
+    except Exception:
+        return None
+    if not isinstance(output, Tensor) or output.ndim < 2 or target.is_floating_point():
+        return None
+    return labels_range(output, target)
+
+
+def _differentiate(loss: Tensor, parameters: Mapping[str, Tensor], seen: Observed) -> None:
+    """Keeps the size of each parameter's gradient, from the first batch whose loss reaches it."""
+    wanted = {name: p for name, p in parameters.items() if p.requires_grad}
+    if not (loss.requires_grad or any(p.grad is not None for p in wanted.values())) or not wanted:
+        seen.needs_gradient = bool(loss.requires_grad)
+        seen.gradients |= dict.fromkeys(wanted)
+        return
+    found = gradients_of(loss, list(wanted.values()))
+    for (name, _), grad in zip(wanted.items(), found, strict=True):
+        if grad is None:
+            seen.gradients.setdefault(name, None)
+        elif seen.gradients.get(name) is None:
+            grad = grad.coalesce().values() if grad.is_sparse else grad
+            wide = grad.detach().abs().double()
+            seen.gradients[name] = float(wide.square().mean().sqrt()) if wide.numel() else 0.0
+            seen.zero_gradients[name] = float((wide == 0).double().mean()) if wide.numel() else 0.0

@@ -1,0 +1,139 @@
+"""Measuring the weights of a model block by block, as they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+
+from gramian import layers
+from gramian.block import Block, blocks
+from gramian.checkpoint.formats import is_plain
+from gramian.inspection.measured import Measured
+from gramian.inspection.weights.convolution import conv_norm, conv_norm_circular
+from gramian.inspection.weights.matrix_rows import (
+    Tell,
+    add_facts,
+    add_non_finite,
+    find_duplicates,
+    report_row,
+    spectrum_of,
+)
+from gramian.inspection.weights.spectra import Spectrum
+from gramian.inspection.weights.vectors import image_directions
+from gramian.layers.lookup import is_lazy
+
+__all__ = ["applied", "measure_model"]
+
+
+def measure_model(
+    model: nn.Module,
+    tell: Tell,
+    *,
+    quick: bool = False,
+    layouts: Mapping[str, Any] | None = None,
+    input_size: tuple[int, int] = (32, 32),
+    image_sizes: Mapping[str, tuple[int, int]] | None = None,
+) -> Measured:
+    """Measure the blocks of a model; convolutions at the sizes of their inputs where these are known and smaller."""
+    image_sizes = image_sizes or {}
+    found, rest = blocks(model, layouts)
+    copying = (nn.TransformerEncoder, nn.TransformerDecoder)
+    prefixes = [f"{name}.layers." for name, module in model.named_modules() if isinstance(module, copying)]
+    measured = Measured(copied=tuple(prefix.removeprefix(".") for prefix in prefixes))
+    if found:
+        measured.dtype = found[0].parameter.dtype
+    by_name: dict[str, Callable[[], Tensor]] = {}
+    for i, block in enumerate(found):
+        tell("spectra", i, len(found))
+        height, width = image_sizes.get(block.name.rpartition(".")[0], input_size)
+        weight, how = applied(block)
+        for name, matrix in zip(block.names, block.layout.pieces(weight, block.role == "elementwise"), strict=True):
+            spectrum = spectrum_of(matrix, quick)
+            norm = None
+            if len(block.names) == 1:
+                norm = _norm_of_module(block, (min(height, input_size[0]), min(width, input_size[1])), spectrum)
+            layer = report_row(name, block.kind, block.role, spectrum, norm)
+            note = "; ".join(text for text in (how, layer.note) if text)
+            measured.layers.append(replace(layer, depth=len(measured.layers), note=note))
+            measured.spectra.append(spectrum)
+            by_name[name] = lambda matrix=matrix: matrix
+    tell("spectra", len(found), len(found))
+    find_duplicates(measured, by_name)
+    known = [r for r in rest if not is_lazy(r.parameter)]
+    for r in known:
+        add_non_finite(measured, r.name, r.parameter.detach())
+    for name, buffer in model.named_buffers():
+        if is_plain(buffer):
+            add_non_finite(measured, name, buffer)
+    for r in rest:
+        if r not in known or (r.parameter.ndim > 1 and not r.elementwise):
+            measured.notes.append(f"Left out: {r.name}, {r.reason}")
+    measured.facts["parameters"] = sum(b.parameter.numel() for b in found) + sum(r.parameter.numel() for r in known)
+    add_facts(measured, quick)
+    first = measured.layers[0] if measured.layers else None
+    if first is not None and first.kind == "Linear":
+        measured.directions = image_directions(first.name, by_name[first.name]())
+    return measured
+
+
+@torch.no_grad()
+def applied(block: Block) -> tuple[Tensor, str]:
+    """The weight that a block's module applies, of the parameter's shape, and what makes it of the parameter.
+
+    That is the parameter itself, unless it is parametrized (weight norm, spectral norm) or pruned. In
+    evaluation mode, in which making it changes no buffer.
+    """
+    module, parameter = block.module, block.parameter.detach()
+    local = block.name.rpartition(".")[2]
+    made: Tensor | None = None
+    how = ""
+    if isinstance(module, ParametrizationList):
+        modes = [(part, part.training) for part in module.modules()]
+        module.eval()
+        try:
+            made = module()
+        finally:
+            for part, mode in modes:
+                part.training = mode
+        how = " and ".join(type(part).__name__.strip("_") for part in module)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and local == f"{hook._tensor_name}_orig":
+            made, how = hook.apply_mask(module), "pruning"
+        # torch.nn.utils.weight_norm and spectral_norm, the older ones
+        elif local in (f"{getattr(hook, 'name', '')}_v", f"{getattr(hook, 'name', '')}_orig"):
+            power = {"do_power_iteration": False} if local.endswith("_orig") else {}
+            made, how = hook.compute_weight(module, **power), type(hook).__name__  # type: ignore[attr-defined]
+    if made is None:
+        return parameter, ""
+    if made.shape != parameter.shape:
+        shape = tuple(made.shape)
+        return parameter, f"shown as stored, not as applied: the weight that {how} makes of it has the shape {shape}"
+    return made.detach(), f"the weight that {how} makes of it"
+
+
+def _norm_of_module(block: Block, size: tuple[int, int], spectrum: Spectrum) -> tuple[float, float, str] | None:
+    """Return the operator norm of a convolution that holds one matrix, its error, and how it was found."""
+    module: Any = block.module
+    kernel = block.parameter.detach()
+    own = getattr(module, "weight", None) is block.parameter
+    if not own or kernel.ndim != 4 or layers.layer_of(module).operation != "convolution":
+        return None
+    if not bool(kernel.isfinite().all()):
+        return None
+    where = f"operator norm at {size[0]}×{size[1]}"
+    if module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid") and spectrum.spectral_norm:
+        return spectrum.spectral_norm, spectrum.spectral_norm_error, "operator norm of a 1×1 kernel, that of its matrix"
+    plain = module.stride == (1, 1) and module.dilation == (1, 1) and module.groups == 1
+    if module.padding_mode == "circular" and plain and min(size) >= max(module.kernel_size):
+        return conv_norm_circular(kernel, size), 0.0, f"{where}, circular padding (FFT)"
+    value, error = conv_norm(
+        kernel, size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups
+    )
+    padding = "zero padding" if module.padding_mode == "zeros" else f"zero padding in place of {module.padding_mode}"
+    return value, error, f"{where}, stride {module.stride[0]}, {padding} {module.padding}"
