@@ -12,7 +12,7 @@ import gramian.linalg as gl
 from cases import DEVICES, SQUARE, indefinite, mp, seeded
 from gramian import random
 from gramian.linalg.engine import cost, double_double, probes
-from gramian.linalg.engine.eigenvalue_ratio import eigenvalue_ratio
+from gramian.linalg.engine.eigenvalue_ratio import below
 from gramian.linalg.engine.escalation import ladder
 from gramian.linalg.engine.function import FUNCTIONS, examples
 from gramian.linalg.engine.symmetric_products import gram, symmetric_product
@@ -258,10 +258,13 @@ def test_halley_weights_lift_the_interval():
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4])
-def test_guessed_condition_is_near(ratio):
-    spectrum = torch.logspace(0, math.log10(ratio), 100, dtype=torch.float64)
-    m = random.with_spectrum(100, 100, spectrum=spectrum, symmetric=True, generator=seeded(7), dtype=torch.float32)
-    assert ratio / 3 < eigenvalue_ratio((m + m.mT)[None] / 2).item() < 3 * ratio
+@pytest.mark.parametrize("n", [100, 600])
+def test_guessed_condition_is_near(ratio, n):
+    spectrum = torch.logspace(0, math.log10(ratio), n, dtype=torch.float64)
+    m = random.with_spectrum(n, n, spectrum=spectrum, symmetric=True, generator=seeded(7), dtype=torch.float32)
+    m = torch.stack([m + m.mT, torch.eye(n)])
+    assert below(m, ratio / 3).tolist() == [False, False]
+    assert below(m, 3 * ratio).tolist() == [True, ratio == 1]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

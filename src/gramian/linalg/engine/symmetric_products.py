@@ -19,8 +19,8 @@ to 2048 rows."""
 
 
 ROWS = 512
-"""Rows of a factor that are multiplied at once, and widened: what they take stays in the cache, so that a Gram matrix of
-4096 rows takes 0.7 to 0.8 of the time that all at once take."""
+"""Rows that are multiplied at once, and widened: what they take stays in the cache. A Gram matrix of 4096 rows takes
+0.7 to 0.8 of the time that it takes with all at once, one of 1024 rows 0.8."""
 
 
 def halved(x: Tensor, y: Tensor, out: Tensor) -> None:
