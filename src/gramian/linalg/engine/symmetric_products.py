@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def symmetric_product(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) ->
     tensor subclass.
     """
     dtype = dtype or x.dtype
-    if not _halves(x, y):
+    if not halves(x, y):
         product = (x @ y).to(dtype)
         return product.tril() + product.tril(-1).mT
     x, y = x.detach(), y.detach()
@@ -86,7 +88,30 @@ def symmetric_product(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) ->
     return out
 
 
-def _halves(x: Tensor, y: Tensor) -> bool:
+def changed_in_basis(v: Tensor, e: Tensor, change: Callable[[Tensor, int, slice], None]) -> Tensor:
+    """V C Vᵀ (..., n, n), exactly symmetric, for the symmetric C that `change` makes of VᵀEV, E symmetric.
+
+    It makes it of one strip at once, from the diagonal to the right, in place: `change(strip, i, rows)` of matrix i of
+    the batch. With the strips alone, C = S + Sᵀ, it is VSVᵀ + (VSVᵀ)ᵀ, which takes 3¼ products in place of four.
+    """
+    out = torch.empty_like(e, memory_format=torch.contiguous_format)
+    for i, (basis, matrix, whole) in enumerate(zip(_flat(v), _flat(e), _flat(out), strict=True)):
+        image = matrix @ basis
+        upper, turned = torch.empty_like(whole), torch.empty_like(whole)
+        for start, stop in _strips(len(whole)):
+            strip = upper[start:stop, start:]
+            torch.mm(basis[:, start:stop].mT, image[:, start:], out=strip)
+            change(strip, i, slice(start, stop))
+            own = strip[:, : stop - start]
+            own.copy_(own.triu(1) + own.diag().div_(2).diag())
+        for start, stop in _strips(len(whole)):
+            torch.mm(basis[:, :stop], upper[:stop, start:stop], out=turned[:, start:stop])
+        torch.mm(turned, basis.mT, out=image)
+        torch.add(image, image.mT, out=whole)
+    return out
+
+
+def halves(x: Tensor, y: Tensor) -> bool:
     """Whether the work can be halved, and is so large that it pays."""
     return min(x.shape[-2:]) >= HALVED_FROM and x.device.type == "cpu" and _plain(x) and _plain(y)
 
@@ -107,7 +132,7 @@ def gram(x: Tensor, work: torch.dtype | None = None) -> Tensor:
     On a CPU, from 256 rows and columns, it takes 5/8 to 9/16 of the work, as `symmetric_product` does.
     """
     work = work or x.dtype
-    if _halves(x, x):
+    if halves(x, x):
         x = x.detach()
         out = x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=work)
         for matrix, whole in zip(_flat(x), _flat(out), strict=True):

@@ -71,7 +71,7 @@ def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float, rt
     if n <= EXACT and x.dtype == left.dtype == torch.float64:
         answer = _exactly_certified(x, q, left, ok & seen)
     else:
-        if eps == 2 * U and n > EXACT and math.isfinite(rtol):
+        if eps == 2 * U and q.dtype == torch.float32 and n > EXACT and math.isfinite(rtol):
             answer = _by_backward_error(x, q, v, root, w, ok & seen)
             if bool((answer.error <= 0.9 * rtol * math.sqrt(n)).all()):
                 return replace(answer, spectrum=spectrum)
