@@ -231,7 +231,7 @@ SQRTM = register(
                 _eigh32,
                 torch.float64,
                 1e-5,
-                lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 9},
+                lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 5},
                 "well-conditioned matrices",
                 narrow=True,
                 spectral=True,

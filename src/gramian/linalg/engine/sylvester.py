@@ -42,8 +42,8 @@ def solve_power_sum(
     entry of E there counts as zero up to nε of its largest.
 
     With the `spectrum` of X no eigendecomposition is needed, and the products are in the dtype of its vectors; where it
-    is NaN, and without one, in float64. If E is `symmetric` two of the four products are halved. Its own derivatives
-    are solutions of the same equation, so no eigenvector is ever differentiated.
+    is NaN, and without one, in float64. If E is `symmetric` the four products take the work of 3¼. Its own
+    derivatives are solutions of the same equation, so no eigenvector is ever differentiated.
 
     Source: Higham, Functions of Matrices (2008), §3.2 and theorem 3.11.
     """
