@@ -80,7 +80,11 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, batches: Batches, objective: Objective | Callable, asked: Collection[str] | None = None
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective | Callable,
+    asked: Collection[str] | None = None,
+    held_out: Batches | None = None,
 ) -> Calibration:
     """Captures statistics on most of the batches, keeps some to measure on, and looks at the data meanwhile.
 
@@ -90,6 +94,7 @@ def calibrate(
         objective: its gradients give G. Where they vanish, as those of a distance to the model's own output do, G is
             that of labels drawn around its output.
         asked: the parameters whose G has to have many rows; by default all.
+        held_out: what to measure on, in place of some of the batches.
 
     Under DDP all ranks call this together, each with its own batches, and have the same result. Rank r of n has the
     batches r, n + r, 2 n + r, … of one process, and the same of these are kept to measure on, by every rank.
@@ -99,7 +104,7 @@ def calibrate(
     """
     objective = as_objective(objective)
     ranks = collective_of(model)
-    reader = Reader(batches, ranks)
+    reader = Reader(batches, ranks, held_out=held_out)
     given = iter(reader)
     with _together(ranks):
         first = next(given, None)
@@ -222,13 +227,24 @@ def _gradient(stats: Statistics) -> float:
 class Reader:
     """Batches, less those kept to measure on, with the number of distinct samples among those given."""
 
-    def __init__(self, batches: Batches, ranks: Collective | None = None, verb: str = "compress") -> None:
+    def __init__(
+        self,
+        batches: Batches,
+        ranks: Collective | None = None,
+        verb: str = "compress",
+        held_out: Batches | None = None,
+    ) -> None:
         self.batches, self.ranks = as_batches(batches, verb), ranks
         together = ranks if ranks is not None and ranks.together else None
         self.rank, self.size = placement.world(together.group) if together else (0, 1)
         self.hashes: set[int] = set()
         self.num = 0
         self.held: list[tuple[int, Any]] = []
+        self.apart = held_out is not None
+        if held_out is not None:
+            self.held = [(i * self.size + self.rank, batch) for i, batch in enumerate(as_batches(held_out, verb))]
+            if not self.held and together is None:
+                raise no_batches(held_out, verb)
         try:
             num = len(self.batches)  # type: ignore[arg-type]
         except TypeError:
@@ -239,10 +255,10 @@ class Reader:
     def __iter__(self) -> Iterator[Any]:
         for i, batch in enumerate(self.batches):
             given, place = batch, i * self.size + self.rank  # among the batches of all ranks
-            if self.few:
+            if self.few and not self.apart:
                 given, held = _parted(batch)
                 self.held += [] if held is None else [(place, held)]
-            elif place % HELD_OUT == HELD_OUT - 1 and _wanted(batch, place // HELD_OUT):
+            elif not self.apart and place % HELD_OUT == HELD_OUT - 1 and _wanted(batch, place // HELD_OUT):
                 self.held.append((place, batch))
                 continue
             self._count(given)

@@ -24,7 +24,7 @@ from gramian.compression.multiplying import factored, multiply_out_
 from gramian.compression.opening import open_
 from gramian.compression.plan import SMALLEST, Plan
 from gramian.compression.plans import packed, unpacked
-from gramian.compression.predicting import Point, losses_of, measured_point
+from gramian.compression.predicting import Point, measured_points
 from gramian.compression.targets import Target, targets
 from gramian.compression.weighted import WeightedSVD, decompose
 from gramian.compression.weighting import Uncaptured, weighting
@@ -52,6 +52,7 @@ def compress(
     objective: Objective | Callable | None = None,
     *,
     batches: Batches | None = None,
+    held_out: Batches | None = None,
     keep: float | None = None,
     of: Literal["all", "factorable"] = "all",
     include: Sequence[str] | None = None,
@@ -76,6 +77,9 @@ def compress(
             `compress(model, batches, objective)`.
         batches: as in `gm.capture`, in place of `stats`; they are read once, and an eighth is kept to measure the rise
             of the loss on. With `stats`, all of them (a list) are for measuring.
+        held_out: a list of batches to measure on in place of these. The rise differs between data that the model was
+            trained on and new data, by up to a factor of two: `plan.predicted` tells that of the data it was measured
+            on.
         objective: how they are turned into a loss; `gm.Objective.self_distillation()` where there are no labels.
         keep: share of the parameters to keep. By default 0.5, or where rank 1 everywhere needs more than that, the
             smallest possible share, which the plan's text says.
@@ -93,7 +97,7 @@ def compress(
             factored.
 
     Cost: three eigendecompositions in float64 for each layer; 48 backward passes and ten evaluations of the batches
-    kept apart.
+    kept apart, or of so many of `held_out` that a rise is known to 5 %.
     Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
     factors; shrinkage: Ledoit & Wolf (Bernoulli 28, 2022).
 
@@ -125,8 +129,9 @@ def compress(
         raise _nothing(plain, reasons)
     if stats is not None:
         calibration = Calibration(stats, samples=stats.units)
-        if batches is not None and objective is not None:
-            calibration.measure = Measure(list(as_batches(batches, "compress")), _measured_by(objective, plain))
+        judges = batches if held_out is None else held_out
+        if judges is not None and objective is not None:
+            calibration.measure = Measure(list(as_batches(judges, "compress")), _measured_by(objective, plain))
     elif batches is None or objective is None:
         given = "" if batches is None else f"; got {described(batches)} alone"
         raise InputError(
@@ -137,7 +142,7 @@ def compress(
         asked = {name for target in found for name in (target.inputs, target.outputs)}
         put_back = multiply_out_(model) if low else None
         try:
-            calibration = calibrate(model, batches, objective, asked)
+            calibration = calibrate(model, batches, objective, asked, held_out)
         finally:
             if put_back is not None:
                 put_back()
@@ -245,19 +250,12 @@ def _measured(plan: Plan, measure: Measure | None) -> tuple[Point, ...]:
     """The rise of the loss at a few shares, so that others can be predicted."""
     if measure is None or not measure.batches:
         return ()
-    before = losses_of(plan.model, measure)
-    points = []
-    for removed in REMOVED:
-        try:
-            part = plan.at(keep=1 - removed, of="factorable")
-        except InputError:
-            break
-        points.append(measured_point(part.predicted_loss, before, losses_of(part.apply(), measure)))
-    for bits in MEASURED_BITS:
-        part = plan.at(bits=bits)
-        point = measured_point(part.predicted_loss, before, losses_of(part.apply(), measure))
-        points.append(point._replace(cut=False))
-    return tuple(points)
+    smallest = plan.at(keep=1.0, of="factorable").smallest
+    parts = [plan.at(keep=1 - removed, of="factorable") for removed in REMOVED if 1 - removed >= smallest]
+    parts += [plan.at(bits=bits) for bits in MEASURED_BITS]
+    cut = [True] * (len(parts) - len(MEASURED_BITS)) + [False] * len(MEASURED_BITS)
+    asked = [(part.predicted_loss, part.apply, c) for part, c in zip(parts, cut, strict=True)]
+    return measured_points(plan.model, measure, asked)
 
 
 def _by_default(plan: Plan) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,10 +12,12 @@ from torch import nn
 from gramian.compression.calibrating import Measure
 from gramian.recording import evaluating
 
-__all__ = ["Point", "Predicted", "losses_of", "measured_point", "predict"]
+__all__ = ["Point", "Predicted", "losses_of", "measured_points", "predict"]
 
 INTERPOLATION = 0.1
 """How far the rise between two measured points may at least be from the line between them, as a share of it."""
+PRECISE, LEAST = 0.05, 8
+"""Half the interval of a measured rise, as a share of it, with which no more batches are asked; and so many are."""
 
 
 class Predicted(NamedTuple):
@@ -75,9 +77,41 @@ def losses_of(model: nn.Module, measure: Measure) -> list[tuple[float, float]]:
     return found
 
 
-def measured_point(
-    estimate: float, before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]
-) -> Point:
+def measured_points(
+    model: nn.Module, measure: Measure, plans: Iterable[tuple[float, Callable[[], nn.Module], bool]]
+) -> tuple[Point, ...]:
+    """The rises of the loss of smaller models, on as many batches as it takes to know each of them well.
+
+    Args:
+        model: the one that they were made of.
+        measure: the batches, which are asked in an order drawn once, and the loss.
+        plans: of each smaller model the second-order estimate, a function that makes it, and whether ranks were cut.
+
+    Returns:
+        As many points.
+
+    Raises: as the objective.
+    Cost: a pass of the batches for each, or of those that are enough.
+    Source: sequential sampling to a relative width (Chow & Robbins 1965).
+    """
+    order = torch.randperm(len(measure.batches), generator=torch.Generator().manual_seed(0)).tolist()
+    before: list[tuple[float, float]] = []
+    found = []
+    for estimate, make, cut in plans:
+        small, after = make(), []
+        point = Point(estimate, math.nan, math.nan, cut)
+        for i in order:
+            one = Measure([measure.batches[i]], measure.objective)
+            before += losses_of(model, one) if len(before) == len(after) else []
+            after += losses_of(small, one)
+            point = _point(estimate, before[: len(after)], after)._replace(cut=cut)
+            if len(after) >= LEAST and point.error <= PRECISE * abs(point.rise):
+                break
+        found.append(point)
+    return tuple(found)
+
+
+def _point(estimate: float, before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> Point:
     """A point from the losses of the same batches before and after."""
     units = sum(n for _, n in before)
     rises = [b - a for (a, _), (b, _) in zip(before, after, strict=True)]
