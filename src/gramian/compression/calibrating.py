@@ -33,6 +33,8 @@ HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
 MOST_HELD, ENOUGH_HELD = 8, 160
 """Batches kept in memory to measure on, and from how many samples on no more are."""
+REMEMBERED = 2**24
+"""Numbers of the model's outputs that are kept while smaller models are compared with them."""
 ENOUGH, ROWS, EVERY = 8, 32, 4
 """From so many batches, and so many rows for each dimension of every G on, one batch of so many is differentiated. A
 decides how a layer is cut, and G only what it counts, so that G may have fewer rows; a backward pass with its Grams
@@ -52,6 +54,12 @@ class Measure:
     batches: list[Any]
     objective: Objective
     seen: bool = False
+
+    def against(self, model: nn.Module) -> Measure:
+        """The same, where the targets are the outputs of a model, with those of this one, which does not change."""
+        if self.objective.against is None:
+            return self
+        return replace(self, objective=self.objective.against(model, remember=REMEMBERED))
 
 
 @dataclass
@@ -128,9 +136,8 @@ def calibrate(
     if second is not None if which else placement.any_rank(second is not None, ranks.group):
         rest = itertools.chain([] if second is None else [second], given)
         stats.merge(captured(model, rest, used, generator=generator, differentiates=which))
-    measured = objective.against(ranks.model) if objective.against else objective
     held, distinct, samples = reader.shared(first)
-    measure = Measure([batch for _, batch in held], measured, seen=held[0][0] < 0)
+    measure = Measure([batch for _, batch in held], objective, seen=held[0][0] < 0)
     share = 1.0 if which is None else which.share
     return Calibration(stats, distinct, samples, share, used, measure, notes, ranks)
 

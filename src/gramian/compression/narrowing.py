@@ -22,8 +22,8 @@ from gramian.compression.flow import Units, find_units, is_elementwise
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.modules import copied, module_name, submodule
 from gramian.compression.narrow_plan import Narrowed, NarrowPlan
-from gramian.compression.planning import REMOVED, judged
-from gramian.compression.predicting import Point, measured_points
+from gramian.compression.planning import judged
+from gramian.compression.predicting import REMOVED, Point, measured_points
 from gramian.compression.targets import Target, adapted, by_pattern, why_not
 from gramian.compression.weighted import WeightedSVD
 from gramian.compression.weighting import Uncaptured, Weighting, weighting
@@ -139,7 +139,7 @@ def narrow(
         warnings.warn(f"narrow: {note}", GramianWarning, stacklevel=2)
     whole = {layer.units.name: layer.units.num for layer in layers}
     plan = NarrowPlan(own, tuple(layers), 1.0, whole, reasons, tuple(notes))
-    plan = replace(plan, points=_measured(plan, measure))
+    plan = replace(plan, points=_measured(plan, measure.against(own)))
     return plan if keep is None else plan.at(keep=keep)
 
 
