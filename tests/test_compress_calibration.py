@@ -385,6 +385,44 @@ def test_a_rise_that_is_plain_takes_no_more_batches_than_it_needs() -> None:
         assert point.error <= 0.05 * point.rise
 
 
+def test_what_is_not_asked_for_is_not_measured(tmp_path: Path) -> None:
+    """A plan evaluates smaller models once its prediction is asked for, those of ranks and of rounding apart."""
+    torch.manual_seed(0)
+    model, calls = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    plan = compress(model, list(torch.randn(512, 16).split(32)), gm.Objective.self_distillation())
+    assert plan.rises.cut is None
+    assert plan.rises.rounded is None
+    assert not any("rounding" in vars(s) for s in plan.spectra)
+    calibrated = len(calls)
+    with torch.no_grad():
+        model[0].weight.zero_()  # the plan has a copy
+    told = plan.at(keep=0.6).predicted
+    assert 0 < told.low < told.rise
+    measured = len(calls)
+    assert measured > calibrated
+    assert plan.at(keep=0.5).predicted.rise > told.rise
+    assert len(calls) == measured
+    assert len(plan.rises.cut or ()) == 7
+    assert plan.rises.rounded is None
+    gm.save_plan(plan, tmp_path / "plan.safetensors")
+    assert plan.rises.measure is None
+    again = gm.load_plan(plan.model, tmp_path / "plan.safetensors")
+    assert again.points == plan.points
+    for target in ({"keep": 0.6}, {"bits": 4}, {"keep": 0.7, "bits": 8}):
+        assert again.at(**target).predicted == plan.at(**target).predicted
+
+
+def test_a_model_in_training_mode_is_compared_with_as_in_evaluation_mode() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.5), nn.Linear(32, 8))
+    batches, objective = list(torch.randn(512, 16).split(32)), gm.Objective.self_distillation()
+    points = [compress(model.train(mode), batches, objective).points for mode in (True, False)]
+    narrow = [gm.narrow(model.train(mode), batches, objective).points for mode in (True, False)]
+    assert points[0] == points[1]
+    assert narrow[0] == narrow[1]
+
+
 def test_a_prediction_follows_no_line_through_noise() -> None:
     """Beyond points of which the last has not risen, the rise is that and what the estimate adds."""
     points = [Point(1e-4, 2e-5, 1e-5), Point(1e-3, -1e-4, 2e-4)]

@@ -254,7 +254,7 @@ def own_output(
     kept: dict[int, tuple[Any, list[Tensor]]] = {}  # with the batch, so that no other gets its id
     room = remember
 
-    def wanted(batch: Any) -> list[Tensor]:
+    def wanted(teacher: nn.Module, batch: Any) -> list[Tensor]:
         nonlocal room
         if id(batch) in kept:
             return kept[id(batch)][1]
@@ -269,7 +269,7 @@ def own_output(
         found = _outputs(call(model, batch))
         if teacher is None:
             return [(one, one.detach()) for one in found]
-        return list(zip(found, wanted(batch), strict=True))
+        return list(zip(found, wanted(teacher, batch), strict=True))
 
     def counted(one: Tensor, batch: Any) -> Tensor:
         """The entries that are not padding: of an output (B, T, ...), those where the mask of tokens is true."""
