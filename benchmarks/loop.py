@@ -25,6 +25,7 @@ from gramian.training import folder
 NETWORKS = {
     "64 × 4, batch 128": (64, 4, 128),
     "256 × 4, batch 256": (256, 4, 256),
+    "512 × 6, batch 256": (512, 6, 256),
     "1024 × 8, batch 512": (1024, 8, 512),
 }
 

@@ -158,11 +158,12 @@ def _peer_soap(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
 
 
 def _heavyball(name: str) -> Callable[[nn.Module, float, float], Stepper]:
-    """One of HeavyBall's, for hidden matrices; it compiles its own step, and folds kernels itself."""
+    """One of HeavyBall's, for hidden matrices; it compiles its step, and folds kernels, itself."""
 
     def make(model: nn.Module, lr: float, rest_lr: float) -> Stepper:
         import heavyball  # pyright: ignore[reportMissingImports]  the bench extra
 
+        heavyball.utils.compile_mode = "default"  # its own, which tries every kernel, takes minutes for a network
         hidden, rest = hidden_and_rest(model)
         return _Together([getattr(heavyball, name)(hidden, lr=lr, weight_decay=0.0), _adamw(rest, rest_lr)])
 

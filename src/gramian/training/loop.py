@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -181,11 +181,9 @@ def train(
     if resume and out is None:
         raise InputError("train: resume needs out=, the folder of the run to resume")
     if shard and not placement.is_distributed():
-        warnings.warn(
+        _warn(
             "train: shard divides the model over processes, and there is one, which keeps the whole model. For more: "
-            "torchrun --nproc-per-node=2 -m gramian train … --shard",
-            GramianWarning,
-            stacklevel=2,
+            "torchrun --nproc-per-node=2 -m gramian train … --shard"
         )
     place = None if out is None else Path(out).absolute()  # before anything of the task runs, which may change folders
     if automatic is not None:
@@ -193,21 +191,12 @@ def train(
             lr = rounded(suggested(task, automatic, init, seed))
         choice = choose(automatic, lr, options, length)
     with naming_the_lost(), seeded(seed), ExitStack() as stack:
-        model = None
-        with placement.agreed("train"):
-            with calling(task, "model()"):
-                model = task.model()
-            check_model(model, task)
-        assert model is not None
-        agreement.check_model(model)
+        model = _model_of(task)
         run = Run(model, out=None if out is None else Path(out), optimizer=choice.name)
         identity = identity_of(task, model, choice, init, seed, budget) | options.identity()
-        folder, saved = None, None
+        folder = saved = None
         if place is not None:
-            with placement.agreed("train"):
-                if agreement.first():
-                    folder = stack.enter_context(closing(Folder(place, identity, run.out)))
-                    folder.open(resume=resume)
+            folder = _opened(stack, place, identity, run, resume=resume)
             with placement.agreed("train"):
                 saved = read(place, identity, run.out) if resume else None
         stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
@@ -239,46 +228,88 @@ def train(
             loop.restore(saved, place)
             if saved["damage"] and folder is not None:
                 folder.sound = False
-                warnings.warn(
-                    f"train: {saved['damage']} Resumed from the checkpoint before, of step {run.steps:,}",
-                    GramianWarning,
-                    stacklevel=2,
-                )
-        if loop.finished:
-            if folder is not None:
-                folder.write(run.history)
-        else:
-            with Interrupts(active=run.out is not None or placement.is_distributed()) as interrupts:
-                with watched(run, opt) if watch else nullcontext() as loop.watching:
-                    loop.go(folder, progress, on_step, interrupts)
-                interrupts.is_writing = True
-                interrupts.reached()
-                loop.finish(folder)
-                if interrupts.received:
-                    end(interrupts.received)
+                _warn(f"train: {saved['damage']} Resumed from the checkpoint before, of step {run.steps:,}")
+        if not loop.finished:
+            _take_steps(loop, folder, progress, on_step, watch=watch)
+        elif folder is not None:
+            folder.write(run.history)
         if report is not None:
-            with seeded(seed):
-                before = Report.from_json(loop.before) if loop.before else None
-                whole = replace(run, model=whole_copy(model, task) if loop.divided else model)
-                after = page.diagnose(whole.model, task, objective)
-                with placement.agreed("train"):
-                    if agreement.first():
-                        page.document(whole, task, before, after).save(report)
+            _report(loop, report, seed)
     loop.warn_of_warmup()
+    _warn_of_skipped(run)
+    return run
+
+
+def _model_of(task: Task) -> nn.Module:
+    """The task's model, checked, and the same on all ranks."""
+    model = None
+    with placement.agreed("train"):
+        with calling(task, "model()"):
+            model = task.model()
+        check_model(model, task)
+    assert model is not None
+    agreement.check_model(model)
+    return model
+
+
+def _opened(stack: ExitStack, place: Path, identity: dict[str, Any], run: Run, *, resume: bool) -> Folder | None:
+    """The folder of the run, locked until the stack is left; on the first rank, which writes."""
+    folder = None
+    with placement.agreed("train"):
+        if agreement.first():
+            folder = stack.enter_context(closing(Folder(place, identity, run.out)))
+            folder.open(resume=resume)
+    return folder
+
+
+def _take_steps(
+    loop: Loop,
+    folder: Folder | None,
+    progress: Callable[[dict[str, float], float], None] | None,
+    on_step: Callable[[Run, float], None] | None,
+    *,
+    watch: bool,
+) -> None:
+    """Take the steps of the run, and write the finished model; a signal ends the process when the run is kept."""
+    run = loop.run
+    with Interrupts(active=run.out is not None or placement.is_distributed()) as interrupts:
+        with watched(run, loop.optimizer) if watch else nullcontext() as loop.watching:
+            loop.go(folder, progress, on_step, interrupts)
+        interrupts.is_writing = True
+        interrupts.reached()
+        loop.finish(folder)
+        if interrupts.received:
+            end(interrupts.received)
+
+
+def _report(loop: Loop, path: str | Path, seed: int) -> None:
+    """Write the report of the run, on the first rank; collective."""
+    run, task = loop.run, loop.task
+    with seeded(seed):
+        before = Report.from_json(loop.before) if loop.before else None
+        whole = replace(run, model=whole_copy(run.model, task) if loop.divided else run.model)
+        after = page.diagnose(whole.model, task, loop.stepper.objective)
+        with placement.agreed("train"):
+            if agreement.first():
+                page.document(whole, task, before, after).save(path)
+
+
+def _warn(told: str) -> None:
+    """A `GramianWarning` at the line that calls `train`."""
+    warnings.warn(told, GramianWarning, stacklevel=3)
+
+
+def _warn_of_skipped(run: Run) -> None:
+    told = ""
     if run.diverged:
-        warnings.warn(
+        told = (
             f"train: the loss is not finite in {min(NONFINITE_STEPS, run.steps)} steps in a row; stopped after "
-            f"{run.steps} steps. {_advice(run)}",
-            GramianWarning,
-            stacklevel=2,
+            f"{run.steps} steps. {_advice(run)}"
         )
     elif run.skipped and run.resumed != run.steps:
-        warnings.warn(
-            f"train: {run.skipped} of {run.steps} steps were skipped, since the loss or a gradient was not finite",
-            GramianWarning,
-            stacklevel=2,
-        )
-    return run
+        told = f"train: {run.skipped} of {run.steps} steps were skipped, since the loss or a gradient was not finite"
+    if told:
+        warnings.warn(told, GramianWarning, stacklevel=3)
 
 
 def _advice(run: Run) -> str:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from gramian import placement
 from gramian.calls import prepared
 from gramian.errors import TaskError
+from gramian.inspection.live.gradients import all_finite
 from gramian.objective import Objective
 from gramian.training import agreement
 from gramian.training.augmentation import augmented, mixed
@@ -59,7 +60,6 @@ class Stepper:
         self._nothing = torch.zeros((), device=self.device)
         self.overflowed = False  # whether the last step was left out, since its scaled gradient was too large
         self._gradient: dict[tuple[float, torch.dtype], Tensor] = {}  # of the loss, by its divisor
-        self._one, self._bad = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
         self.alone = not placement.is_distributed()
         self._half = PRECISIONS[options.precision]
         self._forward_pass = calling(task, "the forward pass or the loss")
@@ -173,9 +173,8 @@ class Stepper:
         if factor != 1.0:
             torch._foreach_mul_(grads, factor)
         if self._watch:
-            # One pass for all gradients: torch's for its own loss scale, of one here.
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, self._bad.zero_(), self._one)
-            if placement.any_rank(self._bad) if self.divided else self._bad.item():
+            sound = all_finite(grads)
+            if placement.any_rank(not sound) if self.divided else not sound:
                 return False
             if self.options.clip is not None:
                 torch.nn.utils.clip_grad_norm_([p for p in self._params if p.grad is not None], self.options.clip)
