@@ -64,8 +64,11 @@ class Accumulator:
             for index in form.inputs(mask):
                 site.A.update(index)
             return
-        if form.moment is not None and isinstance(site.A, Gram) and side.names == side.vector and not side.at:
+        if form.moment is not None and isinstance(site.A, Gram) and _is_whole(side):
             site.A.add(*form.moment())
+            return
+        if form.diagonals is not None and isinstance(site.A, DiagonalGram) and _is_whole(side):
+            site.A.add(*form.diagonals(None))
             return
         # Projections of one tensor (queries, keys and values; gate and up) share its second moment.
         # Inference tensors have no version, and are not written to where their model may be differentiated.
@@ -84,10 +87,19 @@ class Accumulator:
     def add_gradients(self, site: Site, form: Form, side: Side, grad: Tensor, current: Pass) -> None:
         """Adds the rows of an output's gradient to G, divided by the pass's factor."""
         assert current.factor is not None
+        site.G = site.G or self._moment(side, grad.device)
+        if (
+            form.diagonals is not None
+            and isinstance(site.G, DiagonalGram)
+            and _is_whole(side)
+            and not current.skip_non_finite
+        ):
+            total, first, _, scale = form.diagonals(grad)
+            unit = torch.as_tensor(1.0 / current.factor, dtype=torch.float64, device=first.device)
+            site.G.add(total, first, _NO_COUNT, unit if scale is None else scale.double() * unit)
+            return
         rows = form.outputs(grad)
         rows = side.arrange(rows if rows.dtype == torch.float64 else rows.float())
-        if site.G is None:
-            site.G = self._moment(side, grad.device)
         if isinstance(site.G, DiagonalGram) or rows.shape[-2] < site.G.dim:
             rows = rows / current.factor
             if current.skip_non_finite:
@@ -127,6 +139,11 @@ class Accumulator:
     def _moment(self, side: Side, device: torch.device) -> Gram | DiagonalGram:
         kind = Gram if side.dim <= self.max_dim else DiagonalGram
         return kind(side.dim, side.batch, device=device)
+
+
+def _is_whole(side: Side) -> bool:
+    """Whether the rows are the vectors of one matrix, all of it."""
+    return side.names == side.vector and not side.at
 
 
 def _at_the_end_of_backward(callback: Any) -> None:

@@ -31,7 +31,7 @@ NUM_JACOBIANS, JACOBIAN_PASSES = 8, 3
 # It is computed up to this side, and up to a side of this many times the batch.
 LEAST_ROWS, MOST_PASSES = 256, 8
 
-# Samples from which on two random vectors for each serve for the gains, and not four.
+# Samples that are enough for the gains, and from which on two random vectors for each serve, and not four.
 MANY = 16
 
 
@@ -103,7 +103,10 @@ def measure_signal(
 def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: Objective) -> None:
     try:
         probes = 2 if num_samples(batch) >= MANY else 4
-        measured.gains = layer_gains(model, batch, objective, num_probes=probes)
+        try:
+            measured.gains = layer_gains(model, first_samples(batch, MANY), objective, num_probes=probes)
+        except Exception:  # a part of a batch may be none
+            measured.gains = layer_gains(model, batch, objective, num_probes=probes)
     except Exception as error:  # a model that runs may still not be differentiated layer by layer
         measured.skipped |= {"gains": in_words(error)}
         return
