@@ -19,6 +19,9 @@ __all__ = ["Accumulator"]
 # G's count is set at the end to all units of the loss (`Statistics.settle`), so its updates count nothing.
 _NO_COUNT = 0.0
 
+# Entries of rows from which on they are added to a diagonal at once, since calls cost more than copies below.
+_FEW = 2**16
+
 
 class _Buffer:
     """Rows on their way to a second moment: small batches of them (a recurrent step's) are added together."""
@@ -29,7 +32,8 @@ class _Buffer:
         self.num = 0
 
     def add(self, rows: Tensor) -> None:
-        if rows.shape[-2] >= self.gram.dim or isinstance(self.gram, DiagonalGram):
+        enough = -(-_FEW // self.gram.dim) if isinstance(self.gram, DiagonalGram) else self.gram.dim
+        if rows.shape[-2] >= enough:
             self.gram.update(rows, self.count)
             return
         if rows.shape[-1] != self.gram.dim:  # here, where the use is known, and not when the rows are added
@@ -37,7 +41,7 @@ class _Buffer:
         # A copy: rows may lie in a parameter's memory, which a step changes and FSDP2 frees when the layer is done.
         self.rows.append(rows.clone())
         self.num += rows.shape[-2]
-        if self.num >= self.gram.dim:
+        if self.num >= enough:
             self.flush()
 
     def flush(self) -> None:
