@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gramian.batch import mapped
-
-__all__ = ["Kept", "KeptBatches", "keeping", "kept_random", "own_gradients", "seed_torch", "seeded"]
+__all__ = ["Kept", "keeping", "kept_random", "own_gradients", "seed_torch", "seeded"]
 
 # How far objects and containers in a module's attributes are followed.
 DEPTH = 4
@@ -183,67 +181,6 @@ class Kept:
                 add(held)
 
         self._undo.append(undo)
-
-
-class KeptBatches:
-    """Batches, each of which is put back before a pass on it or on parts of it that follows another such pass.
-
-    What a pass may have written into is told by the memory of the tensors that it was given; where it was given
-    anything else, that is all batches.
-
-    Args:
-        batches: as `Kept` takes them.
-
-    Raises: nothing of its own.
-    Cost: a copy of all tensors; then a pass over the tensors of a batch for each pass.
-    Source: this library's own.
-
-    >>> batch = torch.ones(2, 2)
-    >>> kept = KeptBatches([batch])
-    >>> kept.begin(batch[:1])
-    >>> _ = batch.zero_()
-    >>> kept.begin(torch.ones(3))
-    >>> batch.sum()
-    tensor(4.)
-    """
-
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self._kept = [(_spans(batch), Kept(batch)) for batch in batches]
-        self._given: list[tuple[int, int]] | None = []
-
-    def begin(self, batch: Any) -> None:
-        """A pass on this begins: what the last one may have written into is as it was."""
-        self._put_back(self._given)
-        self._given = _spans(batch)
-
-    def put_back(self) -> None:
-        """Everything as it was."""
-        self._put_back(None)
-
-    def _put_back(self, given: list[tuple[int, int]] | None) -> None:
-        for spans, kept in self._kept:
-            if given is None or spans is None or any(a < d and c < b for a, b in spans for c, d in given):
-                kept.put_back()
-
-
-def _spans(batch: Any) -> list[tuple[int, int]] | None:
-    """Where the memory of each tensor of a batch begins and ends; `None` where it holds anything else with values."""
-    found: list[tuple[int, int]] | None = []
-
-    def add(t: Tensor) -> None:
-        nonlocal found
-        if found is None or t.layout is not torch.strided or t.is_nested or t.is_meta or type(t) is not Tensor:
-            found = None
-        elif t.numel():
-            last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
-            found.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
-
-    def other(value: Any) -> None:
-        nonlocal found
-        found = found if isinstance(value, (int, float, str, bytes, NoneType)) else None
-
-    mapped(batch, add, other)
-    return found
 
 
 def _identical(a: Any, b: Any) -> bool:
