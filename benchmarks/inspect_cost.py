@@ -147,9 +147,8 @@ def main() -> None:
             row[f"{what}_memory"] = found[what]["mib"] / found["steps"]["mib"]
         rows.append(row)
         print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
-    RESULTS.write_text(
-        json.dumps({"processor": processor(), "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
-    )
+        content = {"processor": processor(), "torch": torch.__version__, "rows": rows}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")  # after each, since it takes minutes
 
 
 def processor() -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gramian.errors import DtypeError, ShapeError
-from gramian.inspection import spectra
+from gramian.inspection.weights import spectra
 from gramian.inspection.weights.spectra import GRAM_FLOOR, Spectrum, describe
 
 EPS = torch.finfo(torch.float64).eps

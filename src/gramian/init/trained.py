@@ -111,10 +111,14 @@ def _sample(w: Tensor, known: Sequence[float]) -> tuple[Tensor, float | None] | 
     """
     (m, n), whole = w.shape, w.numel()
     w = w[:: -(-m // SIDE) or 1, :: -(-n // SIDE) or 1].double()
-    w = w[(w != 0).any(1)][:, (w != 0).any(0)]  # kernels of one tap
-    if w.numel() < LEAST_ENTRIES or not bool(w.isfinite().all()) or bool((w == w[0, 0]).all()):
+    if bool((w == 0).any()):
+        w = w[(w != 0).any(1)][:, (w != 0).any(0)]  # kernels of one tap
+    if w.numel() < LEAST_ENTRIES:
         return None
-    unit = float(w.abs().max())
+    low, high = (float(end) for end in torch.aminmax(w))
+    if not (math.isfinite(low) and math.isfinite(high)) or low == high:
+        return None
+    unit = max(-low, high)
     w = w / unit
     sigma = torch.tensor(known, dtype=torch.float64) / unit
     # Those of a parametrized weight are not the parameter's.

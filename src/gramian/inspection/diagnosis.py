@@ -37,7 +37,8 @@ from gramian.inspection.weights.of_model import measure_model
 from gramian.loader import Batches, as_batches, first_few, with_samples
 from gramian.objective import Objective, as_objective
 from gramian.recording.failing import check_runs
-from gramian.recording.keeping import Kept, keeping, kept_random
+from gramian.recording.keeping import keeping, kept_random
+from gramian.recording.kept_batches import KeptBatches
 from gramian.recording.measuring import batch_statistics
 from gramian.report import Finding, Report
 
@@ -102,7 +103,7 @@ def inspect(
     few = [mapped(batch, lambda t: t) if has_arrays(batch) else batch for batch in few]
     num_read, few = len(few), with_samples(few, "inspect")
     objective = as_objective(objective)
-    kept = Kept(few)
+    kept = KeptBatches(few)
     with keeping(model_or_path, objective.predict, objective.criterion), ExitStack() as after:
         after.callback(kept.put_back)
         given = model_or_path, few, _on_kept(objective, kept), optimizer
@@ -112,13 +113,13 @@ def inspect(
     return _report(title or type(model_or_path).__name__, measured, found)
 
 
-def _on_kept(objective: Objective, kept: Kept) -> Objective:
+def _on_kept(objective: Objective, kept: KeptBatches) -> Objective:
     """The objective, with each pass on the batches as they were given, whatever passes before it did to them."""
     predict = getattr(objective.predict, "prepares", objective.predict)
 
     @wraps(predict)
     def on_kept(model: nn.Module, batch: Any) -> Any:
-        kept.put_back()
+        kept.begin(batch)
         return predict(model, batch)
 
     return replace(objective, predict=on_kept)

@@ -19,6 +19,9 @@ __all__ = ["Accumulator"]
 # G's count is set at the end to all units of the loss (`Statistics.settle`), so its updates count nothing.
 _NO_COUNT = 0.0
 
+# Entries of rows from which on they are added to a diagonal at once, since calls cost more than copies below.
+_FEW = 2**16
+
 
 class _Buffer:
     """Rows on their way to a second moment: small batches of them (a recurrent step's) are added together."""
@@ -29,7 +32,8 @@ class _Buffer:
         self.num = 0
 
     def add(self, rows: Tensor) -> None:
-        if rows.shape[-2] >= self.gram.dim or isinstance(self.gram, DiagonalGram):
+        enough = -(-_FEW // self.gram.dim) if isinstance(self.gram, DiagonalGram) else self.gram.dim
+        if rows.shape[-2] >= enough:
             self.gram.update(rows, self.count)
             return
         if rows.shape[-1] != self.gram.dim:  # here, where the use is known, and not when the rows are added
@@ -37,7 +41,7 @@ class _Buffer:
         # A copy: rows may lie in a parameter's memory, which a step changes and FSDP2 frees when the layer is done.
         self.rows.append(rows.clone())
         self.num += rows.shape[-2]
-        if self.num >= self.gram.dim:
+        if self.num >= enough:
             self.flush()
 
     def flush(self) -> None:
@@ -64,8 +68,11 @@ class Accumulator:
             for index in form.inputs(mask):
                 site.A.update(index)
             return
-        if form.moment is not None and isinstance(site.A, Gram) and side.names == side.vector and not side.at:
+        if form.moment is not None and isinstance(site.A, Gram) and _is_whole(side):
             site.A.add(*form.moment())
+            return
+        if form.diagonals is not None and isinstance(site.A, DiagonalGram) and _is_whole(side):
+            site.A.add(*form.diagonals(None))
             return
         # Projections of one tensor (queries, keys and values; gate and up) share its second moment.
         # Inference tensors have no version, and are not written to where their model may be differentiated.
@@ -84,10 +91,19 @@ class Accumulator:
     def add_gradients(self, site: Site, form: Form, side: Side, grad: Tensor, current: Pass) -> None:
         """Adds the rows of an output's gradient to G, divided by the pass's factor."""
         assert current.factor is not None
+        site.G = site.G or self._moment(side, grad.device)
+        if (
+            form.diagonals is not None
+            and isinstance(site.G, DiagonalGram)
+            and _is_whole(side)
+            and not current.skip_non_finite
+        ):
+            total, first, _, scale = form.diagonals(grad)
+            unit = torch.as_tensor(1.0 / current.factor, dtype=torch.float64, device=first.device)
+            site.G.add(total, first, _NO_COUNT, unit if scale is None else scale.double() * unit)
+            return
         rows = form.outputs(grad)
         rows = side.arrange(rows if rows.dtype == torch.float64 else rows.float())
-        if site.G is None:
-            site.G = self._moment(side, grad.device)
         if isinstance(site.G, DiagonalGram) or rows.shape[-2] < site.G.dim:
             rows = rows / current.factor
             if current.skip_non_finite:
@@ -127,6 +143,11 @@ class Accumulator:
     def _moment(self, side: Side, device: torch.device) -> Gram | DiagonalGram:
         kind = Gram if side.dim <= self.max_dim else DiagonalGram
         return kind(side.dim, side.batch, device=device)
+
+
+def _is_whole(side: Side) -> bool:
+    """Whether the rows are the vectors of one matrix, all of it."""
+    return side.names == side.vector and not side.at
 
 
 def _at_the_end_of_backward(callback: Any) -> None:

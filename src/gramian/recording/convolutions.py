@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gramian.recording.correlation import moment_of_windows, pays
+from gramian.recording.correlation import diagonal_of_windows, moment_of_windows, pays
 from gramian.recording.form import Form, IsWeight, rows_of
 from gramian.recording.windows import chunks_of_windows, paddings, windows
 
@@ -28,6 +28,15 @@ def convolution(
     stride, dilation = _tuple(stride, num), _tuple(dilation, num)
     kernel = tuple(weight.shape[2:])
     pads = paddings(padding, kernel, dilation)
+
+    def diagonals(grad: Tensor | None) -> Sums:
+        if grad is None:
+            return diagonal_of_windows(x.detach(), kernel, stride, pads, dilation)
+        ones = (1,) * num
+        return diagonal_of_windows(
+            grad if grad.ndim == weight.ndim else grad.unsqueeze(0), ones, ones, [(0, 0)] * num, ones
+        )
+
     short = groups == 1 and set(stride) == {1} and pays(x.shape, kernel, pads, dilation)
     return Form(
         "convolution",
@@ -39,6 +48,7 @@ def convolution(
         (0,),
         groups,
         moment=(lambda: moment_of_windows(x.detach(), kernel, pads, dilation)) if short else None,
+        diagonals=diagonals if groups == 1 else None,
     )
 
 

@@ -21,7 +21,7 @@ from gramian.linalg import syrk
 from gramian.linalg.engine.precision import in_full_precision
 from gramian.recording.windows import windows
 
-__all__ = ["moment_of_windows", "pays"]
+__all__ = ["diagonal_of_windows", "moment_of_windows", "pays"]
 
 _PRODUCTS = 2**24
 """Elements of the products of channels at all frequencies that are in memory at once."""
@@ -39,6 +39,26 @@ def pays(shape: Sequence[int], kernel: Sequence[int], pads: Sequence[tuple[int, 
     border = sum(d * (k - 1) * math.prod(outputs) / p for k, d, p in zip(kernel, dilation, outputs, strict=True))
     plain = 2 * num * math.prod(outputs) * size**2
     return frequencies * (8 * num + 4 * lags) + num * border * size**2 / 2 < 0.5 * plain
+
+
+def diagonal_of_windows(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    pads: list[tuple[int, int]],
+    dilation: tuple[int, ...],
+) -> Sums:
+    """The sums of the squares of all windows of x (N, C, *space), (C, *kernel) each, and of the windows.
+
+    Windows of one place are added up over the samples first. Cost: two passes over x.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    scale = power_of_two(x)
+    x = x if scale is None else x / scale
+    both = torch.stack((x.square().sum(0), x.sum(0)))
+    found = windows(both, kernel, stride, pads, dilation)
+    total, first = found.sum(tuple(range(1, 1 + len(kernel)))).flatten(1).double()
+    return Sums(total, first, len(x) * math.prod(found.shape[1 : 1 + len(kernel)]), scale)
 
 
 @in_full_precision

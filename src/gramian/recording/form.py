@@ -24,9 +24,10 @@ class Form:
     `outputs(grad)` gives the rows (R, D') of the output's gradient, over `out_dims`. A dimension in both (experts,
     groups) numbers a batch of products. `groups` > 1: dimension 0 of the weight starts with that many groups, which the
     other side has too. `onehot`: the input rows are given as indices. `source` is the tensor that the inputs come from.
-    `moment`, where it exists, computes the inputs' sums faster than from their rows. `owners` (R,), where dimension 0
-    is on neither side, says which of the matrices along it each row belongs to; −1 stands for none. `follows_mask` says
-    that `inputs` leaves rows out by a mask over the leading dimensions of the source, or over its rows.
+    `moment`, where it exists, computes the inputs' sums faster than from their rows. So does `diagonals` for a moment's
+    diagonal: that of the gradients where one is given, else that of the inputs. `owners` (R,), where dimension 0 is on
+    neither side, says which of the matrices along it each row belongs to; −1 stands for none. `follows_mask` says that
+    `inputs` leaves rows out by a mask over the leading dimensions of the source, or over its rows.
     """
 
     op: str
@@ -39,6 +40,7 @@ class Form:
     groups: int = 1
     onehot: bool = False
     moment: Callable[[], Sums] | None = None
+    diagonals: Callable[[Tensor | None], Sums] | None = None
     owners: Tensor | None = None
     follows_mask: bool = False
 

@@ -26,7 +26,7 @@ from gramian.recording.sides import BlockView, Side, sides_of
 from gramian.recording.stacks import uses_of
 from gramian.recording.taps import Pass, in_backward, in_vmap, tapped
 from gramian.recording.tracking import Tracker, acts_by_rows, name_of, tensors_of
-from gramian.recording.unfused import UNFUSED
+from gramian.recording.unfused import UNFUSED, cells_hidden
 from gramian.site import Site
 from gramian.statistics import Statistics
 
@@ -146,7 +146,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in UNFUSED:
-            with self:
+            with self, cells_hidden():
                 return UNFUSED[func](*args, **kwargs)
         output = func(*args, **kwargs)
         if self.current is None or self.paused or in_backward():

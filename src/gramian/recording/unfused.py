@@ -7,14 +7,28 @@ one that it replaces, and gives the same output and gradients to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["UNFUSED", "first_steps"]
+__all__ = ["UNFUSED", "cells_hidden", "first_steps"]
+
+_hides_cells: ContextVar[bool] = ContextVar("hides_cells", default=False)
+
+
+@contextmanager
+def cells_hidden() -> Iterator[None]:
+    """A context in which function modes see a recurrence's products, and of what is between them the first step."""
+    token = _hides_cells.set(True)
+    try:
+        yield
+    finally:
+        _hides_cells.reset(token)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -236,6 +250,7 @@ def _layer(
     steps = F.linear(x, w_ih, b_ih).split(sizes)
     state, outputs = tuple(s[: sizes[-1] if reverse else sizes[0]] for s in first), []
     ended: list[State] = []
+    hidden = _hides_cells.get()
     for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
         alive = len(state[0])
         if sizes[t] < alive:  # forward: sequences that have ended keep their last state
@@ -243,7 +258,9 @@ def _layer(
             state = tuple(s[: sizes[t]] for s in state)
         elif sizes[t] > alive:  # backward: sequences whose last step this is start here
             state = tuple(torch.cat([s, f[alive : sizes[t]]]) for s, f in zip(state, first, strict=True))
-        new = cell(steps[t], F.linear(state[0], w_hh, b_hh), state)
+        product = F.linear(state[0], w_hh, b_hh)
+        with torch._C.DisableTorchFunction() if hidden and outputs else nullcontext():
+            new = cell(steps[t], product, state)
         state = new if w_hr is None else (F.linear(new[0], w_hr), *new[1:])
         outputs.append(state[0])
     if reverse:

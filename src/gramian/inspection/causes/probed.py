@@ -146,7 +146,7 @@ def order(context: Context) -> Iterator[Finding]:
         "warning" if matters else "info",
         f"The output stays the same when the {what} change places",
         where="all layers",
-        evidence=f"{what} of 8 samples in another order, padding with them, give the same output up to rounding"
+        evidence=f"{what} of 16 samples in another order, padding with them, give the same output up to rounding"
         + (f"; the labels depend on the {what} by their places, and not on what they are" if matters else ""),
         cause=f"Nothing tells the model where one of the {what} stands: no positions are added; attention and means "
         "see a set.",

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gramian.batch import first_samples, main_input
+from gramian.inspection.experiments.replaying import Asked
 from gramian.inspection.passes.given import given_of
-from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.padding import padding_of
-from gramian.objective import Objective
 from gramian.recording.hooks import hooks
 from gramian.recording.keeping import seed_torch
 
@@ -36,19 +35,18 @@ class Reading:
     is_state: bool = False
 
 
-def reads_padding(model: nn.Module, seen: Observed, objective: Objective) -> Reading | None:
+def reads_padding(asked: Asked) -> Reading | None:
     """Whether of a sequence that was computed the loss reads one position alone, which is padding in many samples.
 
     Args:
-        model: left as it was.
-        seen: of this model.
-        objective: gives the loss.
+        asked: the model, left as it was, and its loss.
 
     Returns: a `Reading`, or `None`.
     Raises: what the model raises.
     Cost: a pass forward and backward of 32 samples, where inputs are padded.
     Source: this library's own.
     """
+    model, seen, objective = asked.model, asked.seen, asked.objective
     batch = first_samples(seen.batches[0], ENOUGH)
     main = main_input(batch)
     fed = {g.name for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input}

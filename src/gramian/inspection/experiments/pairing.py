@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gramian.batch import first_samples, mapped
-from gramian.inspection.experiments.replaying import Replay
+from gramian.batch import mapped
+from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
 from gramian.inspection.passes.given import given_of
-from gramian.inspection.passes.observed import Observed
-from gramian.objective import Objective
-from gramian.recording.keeping import seed_torch
 
 __all__ = ["Pairs", "constant_loss", "falls_together", "unlike_pairs"]
 
-ENOUGH = 16
 # Numbers of an embedding; smaller outputs are scores, which are no places of samples.
 NARROW = 4
 # Random outputs that are tried, and the share of the loss that is no rounding.
@@ -29,44 +24,41 @@ STEPS = 12
 RISES = 0.03
 
 
-def constant_loss(model: nn.Module, seen: Observed, objective: Objective) -> float | None:
+def constant_loss(asked: Asked) -> float | None:
     """The loss of the first samples over that with their outputs' mean in place of each output.
 
     Args:
-        model, seen, objective: as elsewhere.
+        asked: the model, left as it was, and its loss.
 
     Returns: the ratio; `None` where the loss with constant outputs is not positive, or outputs are not by sample.
     Raises: what the model raises.
-    Cost: a forward pass of 16 samples.
+    Cost: that of the loss.
     Source: this library's own.
     """
-    batch = first_samples(seen.batches[0], ENOUGH)
-    replay = Replay(model, batch, objective)
+    replay = asked.replay
     outputs = replay.outputs
     if not replay.is_known or not outputs or any(t.ndim < 1 or len(t) < 2 for t in outputs):
         return None
-    here = replay.value(outputs)
     there = replay.value([t.mean(0, keepdim=True).expand_as(t) for t in outputs])
-    return here / there if there > 0 and here >= 0 else None
+    return replay.here / there if there > 0 and replay.here >= 0 else None
 
 
-def falls_together(model: nn.Module, seen: Observed, objective: Objective) -> tuple[float, float] | None:
+def falls_together(asked: Asked) -> tuple[float, float] | None:
     """Whether a loss of embeddings has its minimum where all samples have one output.
 
-    It is compared with outputs as they are, with random ones, and with random ones that are the same for all of a
-    sample's outputs; and the equal ones must be a place without slope. Outputs without a gradient, as behind a stopped
+    The equal ones must be a place without slope, and it is compared with outputs as they are, with random ones, and
+    with random ones that are the same for all of a sample's outputs. Outputs without a gradient, as behind a stopped
     one, are why equal outputs need not be reached.
 
     Args:
-        model, seen, objective: as elsewhere.
+        asked: the model, left as it was, and its loss.
 
     Returns: the loss as it is, and there; `None` where it has its minimum elsewhere.
     Raises: what the model raises.
-    Cost: a forward pass of 16 samples, and a dozen evaluations of the loss.
+    Cost: two evaluations of the loss and its gradient; some thirty more where equal outputs have no slope.
     Source: this library's own.
     """
-    batch = first_samples(seen.batches[0], ENOUGH)
-    replay = Replay(model, batch, objective)
+    replay = asked.replay
     outputs = replay.outputs
     if not replay.is_known or not outputs or any(t.ndim != 2 or t.shape[1] < NARROW for t in outputs):
         return None
@@ -83,8 +75,10 @@ def falls_together(model: nn.Module, seen: Observed, objective: Objective) -> tu
         return None
     row = {t.shape[1]: draw(t.shape[1:], t) for t in outputs}
     equal = [row[t.shape[1]].expand_as(t).clone() for t in outputs]
-    there, slope = replay.value(equal), max(float(g.abs().amax()) for g in replay.gradients(equal))
-    here = replay.value(outputs)
+    slope = max(float(g.abs().amax()) for g in replay.gradients(equal))
+    if not slope <= 100 * EQUAL * max(slopes):
+        return None
+    there, here = replay.value(equal), replay.here
     tries = [here]
     for _ in range(DRAWS):
         tries.append(replay.value([draw(t.shape, t) for t in outputs]))
@@ -96,7 +90,7 @@ def falls_together(model: nn.Module, seen: Observed, objective: Objective) -> tu
     is_lowest = (
         all(one >= there - bound for one in (*tries, near)) and sum(one > there + bound for one in tries) > DRAWS
     )
-    return (here, there) if is_lowest and slope <= 100 * EQUAL * max(slopes) else None
+    return (here, there) if is_lowest else None
 
 
 def _descended(replay: Replay, outputs: list[Tensor], size: float) -> float:
@@ -120,39 +114,36 @@ class Pairs:
     second: float
 
 
-def unlike_pairs(model: nn.Module, seen: Observed, objective: Objective) -> Pairs | None:
+def unlike_pairs(asked: Asked) -> Pairs | None:
     """Whether a loss of embeddings of two inputs and nothing else rises where the two of a pair are the same.
 
     Args:
-        model, seen, objective: as elsewhere.
+        asked: the model, left as it was, and its loss.
 
     Returns: a `Pairs`, or `None`.
     Raises: what the model raises.
-    Cost: four forward passes of 16 samples.
+    Cost: two forward passes of 16 samples, of pairs.
     Source: this library's own.
     """
-    names = [g.name for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
-    batch = first_samples(seen.batches[0], ENOUGH)
+    names = [g.name for g in given_of(asked.seen.batches[:1], asked.seen.fed, set()) if g.is_input]
+    batch = asked.batch
     given = given_of([batch], set(), set())
     if len(given) != 2 or len(names) != 2:
         return None
     a, b = (g.values[0] for g in given)
     if a.shape != b.shape or a.dtype != b.dtype or len(a) < NARROW:
         return None
-    replay = Replay(model, batch, objective)
+    replay = asked.replay
     outputs = replay.outputs
     if not replay.is_known or len(outputs) < 2 or any(t.ndim != 2 or t.shape[1] < NARROW for t in outputs):
         return None
     if len({t.shape for t in outputs}) > 1:
         return None
-    here = replay.value(outputs)
+    here = replay.here
 
     def loss(left: Tensor, right: Tensor) -> float:
-        seed_torch(0)
-        changed: Any = mapped(batch, lambda t: left if t is a else right if t is b else t)
-        with torch.enable_grad():
-            total, units = objective.loss(model, changed)
-        return float(total.detach()) / float(units)
+        changed = mapped(batch, lambda t: left if t is a else right if t is b else t)
+        return loss_of(asked.model, changed, asked.objective)
 
     with_a, with_b = loss(a, a), loss(b, b)
     least = here + RISES * abs(here)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian.batch import first_samples, main_input, mapped, num_samples
-from gramian.inspection.experiments.endless import falls, loss_of, plunges
+from gramian.inspection.experiments.endless import falls, plunges
 from gramian.inspection.experiments.ordering import in_another_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
+from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
 from gramian.inspection.passes.given import Given, given_of, key
-from gramian.inspection.passes.moments import first_float
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.keeping import seed_torch
@@ -123,24 +122,28 @@ def probe(model: nn.Module, observed: Observed, objective: Objective) -> tuple[P
 
     Returns: a `Probes`, and what could not be tried, with the error.
     Raises: nothing of its own.
-    Cost: up to a dozen forward passes, most of them of 8 samples, and one or two backward passes of these.
+    Cost: a forward pass of 16 samples, and some more of these where inputs or parameters are changed, as those of
+        sequences are.
     Source: this library's own.
     """
-    found = Probes()
+    found: dict[str, Any] = {}
     failed: dict[str, Exception] = {}
-    for what, one in zip((f.name for f in fields(Probes)), _PROBES, strict=True):
-        try:
-            with evaluating(model), eager():
-                value = one(model, observed, objective)
-        except Exception as error:  # batches of one size, or a loss that needs a gradient
-            failed[what] = error
-            continue
-        found = found if value is None else replace(found, **{what: value})
-    return found, failed
+    asked = Asked(model, observed, objective)
+    with evaluating(model), eager():
+        for what, one in zip((f.name for f in fields(Probes)), _PROBES, strict=True):
+            try:
+                value = one(asked)
+            except Exception as error:  # batches of one size, or a loss that needs a gradient
+                failed[what] = error
+            else:
+                found |= {} if value is None else {what: value}
+            model.eval()  # whatever the loss has set
+    return Probes(**found), failed
 
 
-def _unlinked(model: nn.Module, seen: Observed, objective: Objective) -> tuple[str, ...] | None:
+def _unlinked(asked: Asked) -> tuple[str, ...] | None:
     """The parameters of modules that are called, get no gradient, and change the loss."""
+    model, seen, objective = asked.model, asked.seen, asked.objective
     parameters = dict(model.named_parameters())
     missing = [n for n, g in seen.gradients.items() if g is None and n in seen.used]
     if not missing or not seen.needs_gradient:
@@ -164,8 +167,9 @@ def _unlinked(model: nn.Module, seen: Observed, objective: Objective) -> tuple[s
         return tuple(n for n in missing if changes([n])) if len(missing) <= MOST else tuple(missing)
 
 
-def _cut(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, int, str] | None:
+def _cut(asked: Asked) -> tuple[int, int, str] | None:
     """Positions whose gradient is exactly zero, where other values there change the loss."""
+    model, seen, objective = asked.model, asked.seen, asked.objective
     batch = seen.batches[0]
     x = main_input(batch)
     if not seen.cuts or x.ndim not in (2, 3) or x.shape[1] < LONG or len(x) < 2 or not seen.needs_gradient:
@@ -204,57 +208,54 @@ def _cut(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, i
     other = x.clone()
     other[:, silent] = x.roll(1, 0)[:, silent]
     with torch.no_grad():
-        one, two = (_outputs(model, b, objective) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
+        one, two = (_outputs(asked, b) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
     if one is None or two is None or _are_equal(one, two):
         return None
     return num, x.shape[1], name
 
 
-def _is_affine(model: nn.Module, seen: Observed, objective: Objective) -> bool | None:
+def _is_affine(asked: Asked) -> bool | None:
     """Whether a mixture of inputs gives the mixture of outputs, where several matrices are used one after another."""
+    seen = asked.seen
     fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
-    matrices = [n for n, p in model.named_parameters() if p.ndim > 1 and n in seen.used]
+    matrices = [n for n, p in asked.model.named_parameters() if p.ndim > 1 and n in seen.used]
     if len(fed) != 1 or len(matrices) < 2 or not fed[0].values[0].is_floating_point():
         return None
     if (
         seen.activations or seen.attentions or seen.gates
     ):  # at the start, branches of zero or mirrored weights hide them
         return None
-    batch = first_samples(seen.batches[0], ENOUGH)
-    x = main_input(batch)
-    if len(x) < 3 or x.shape != fed[0].values[0][:ENOUGH].shape:
+    x = main_input(asked.batch)
+    if len(x) < 3 or x.shape != fed[0].values[0][: len(x)].shape:
         return None
     mixture = 0.3 * x + 0.7 * x.roll(1, 0)
     with torch.no_grad():
-        whole = _outputs(model, batch, objective)
-        mixed = _outputs(model, mapped(batch, lambda t: mixture if t is x else t), objective)
+        whole = asked.replay.single
+        mixed = _outputs(asked, mapped(asked.batch, lambda t: mixture if t is x else t))
     if whole is None or mixed is None or whole.ndim < 1 or len(whole) != len(x):
         return None
     return _are_equal(mixed, 0.3 * whole + 0.7 * whole.roll(1, 0))
 
 
-def _sum_over(model: nn.Module, seen: Observed, objective: Objective) -> int | None:
+def _sum_over(asked: Asked) -> int | None:
     """How many samples a loss is a sum over: it is, if the losses of two halves have the whole's as their sum."""
-    num = num_samples(seen.batches[0])
+    num = num_samples(asked.seen.batches[0])
     if num < ENOUGH:
         return None
-    parts = [
-        mapped(seen.batches[0], lambda t, rows=rows: t[rows] if t.ndim and len(t) == num else t)
-        for rows in (slice(0, ENOUGH), slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))
-    ]
-    with torch.no_grad():
-        whole, one, two = (loss_of(model, part, objective) for part in parts)
+    rows = (slice(0, ENOUGH), slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))
+    whole, one, two = (float(asked.of_part(part)().detach()) for part in rows)
     both_count = min(abs(one), abs(two)) > SUM * abs(whole)  # a mean over what counts is 0 where nothing does
     return num if both_count and abs(one + two - whole) < SUM * abs(whole) else 0
 
 
-def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> Unused | None:
+def _without_effect(asked: Asked) -> Unused | None:
     """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
 
     One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
     mask that shows a causal model more of the padding behind the text has no effect, so that each gets the values of
     the one before, of the one after, and its own in reverse order.
     """
+    model, seen, objective = asked.model, asked.seen, asked.objective
     batch = first_samples(seen.batches[0], ENOUGH)
     compared = {key(c.target) for c in seen.criteria}
     whole_batch = given_of(seen.batches[:1], seen.fed, compared)
@@ -299,16 +300,15 @@ def _without_effect(model: nn.Module, seen: Observed, objective: Objective) -> U
     return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
 
 
-def _ignores_order(model: nn.Module, seen: Observed, objective: Objective) -> bool | None:
+def _ignores_order(asked: Asked) -> bool | None:
     """Whether tokens, vectors of a sequence or patches may change places, padding with them."""
+    seen, x = asked.seen, main_input(asked.batch)
     fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
-    batch = first_samples(seen.batches[0], ENOUGH)
-    x = main_input(batch)
-    other = in_another_order(model, seen, x) if len(fed) == 1 and len(x) > 1 else None
+    other = in_another_order(asked.model, seen, x) if len(fed) == 1 and len(x) > 1 else None
     if other is None:
         return None
     with torch.no_grad():
-        one, two = (_outputs(model, b, objective) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
+        one, two = asked.replay.single, _outputs(asked, mapped(asked.batch, lambda t: other if t is x else t))
     if one is None or two is None or one.ndim != 2 or len(one) != len(x) or bool((other == x).all()):
         return None
     return _are_equal(one, two)
@@ -321,28 +321,9 @@ _PROBES = (
 )  # fmt: skip
 
 
-def _outputs(model: nn.Module, batch: Any, objective: Objective) -> Tensor | None:
+def _outputs(asked: Asked, batch: Any) -> Tensor | None:
     """What the model gives, where it is called once."""
-    seed_torch(0)
-    with _returned(model) as found, torch.enable_grad():
-        objective.loss(model, batch)
-    return found[0] if len(found) == 1 else None
-
-
-@contextmanager
-def _returned(model: nn.Module) -> Iterator[list[Tensor]]:
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        made = first_float(output)
-        if made is not None:
-            found.append(made.detach().float())
-
-    handle = model.register_forward_hook(keep)
-    try:
-        yield found
-    finally:
-        handle.remove()
+    return Replay(asked.model, batch, asked.objective).single
 
 
 def _are_equal(one: Tensor, two: Tensor) -> bool:

@@ -2,27 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import mapped
-from gramian.inspection.experiments.terms import contributions
+from gramian.batch import first_samples, mapped, num_samples, tensors
+from gramian.inspection.experiments.terms import Term, Terms, scalar_terms
+from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
+from gramian.recording.hooks import hooks
 from gramian.recording.keeping import seed_torch
 
-__all__ = ["Replay"]
+__all__ = ["Asked", "Replay", "loss_of"]
 
 _KNOWN = (Tensor, tuple, list, dict)
+# Samples that are enough for a property of the loss.
+ENOUGH = 16
+
+
+@dataclass
+class Asked:
+    """What the experiments on the first batch ask: a model in evaluation mode, and its loss of the first 16 samples.
+
+    The model runs on these samples once, and what concerns the loss alone is asked of a replay.
+    """
+
+    model: nn.Module
+    seen: Observed
+    objective: Objective
+
+    @cached_property
+    def batch(self) -> Any:
+        """The first samples."""
+        return first_samples(self.seen.batches[0], ENOUGH)
+
+    @cached_property
+    def replay(self) -> Replay:
+        """The loss of these as a function of the outputs."""
+        return Replay(self.model, self.batch, self.objective)
+
+    def of_part(self, rows: slice) -> Callable[[], Tensor]:
+        """Computes the loss of some of the samples; tensors of other lengths stay as they are.
+
+        It is replayed where each output and each tensor of the batch has the samples in its first dimension alone.
+        """
+        whole, replay = self.seen.batches[0], self.replay
+        num, here = num_samples(whole), num_samples(self.batch)
+        part = mapped(whole, lambda t: t[rows] if t.ndim and len(t) == num else t)
+        by_sample = all(t.ndim and len(t) == here and t.shape.count(here) == 1 for t in replay.outputs)
+        if replay.is_known and replay.outputs and by_sample and all(len(t) == num for t in tensors(whole) if t.ndim):
+            return lambda: replay.loss([t[rows].detach().requires_grad_() for t in replay.outputs], part)
+        return lambda: _run(self.model, part, self.objective)
+
+
+def loss_of(model: nn.Module, batch: Any, objective: Objective) -> float:
+    """The mean loss of a batch."""
+    return float(_run(model, batch, objective).detach())
+
+
+def _run(model: nn.Module, batch: Any, objective: Objective) -> Tensor:
+    seed_torch(0)
+    with torch.enable_grad():  # a loss may differentiate on its way
+        total, units = objective.loss(model, batch)
+    return total / units
 
 
 class Replay:
     """A model's outputs on a batch, and the loss with others in their place, which runs no layer.
 
-    Only calls of the model itself are replayed; where the loss calls a part of it, that runs. Those of a TorchScript
-    model cannot be, whose `forward` is compiled: `is_known` is false.
+    Only calls of the model itself are replayed; where the loss calls a part of it, that runs. Where they give objects
+    of the model's own, `is_known` is false. A TorchScript model, whose `forward` is compiled, runs again each time.
 
     Args:
         model: in the mode in which it is to be.
@@ -32,6 +85,8 @@ class Replay:
     Attributes:
         outputs: the tensors of numbers that the calls gave, in their order, without a graph.
         calls: how many there were.
+        parts: the terms of the loss, down to tensors.
+        num_terms: how many single numbers the loss is the sum of.
 
     Raises: what the model raises.
     Cost: a forward pass.
@@ -42,21 +97,40 @@ class Replay:
         self.model, self.batch, self.objective = model, batch, objective
         self.outputs: list[Tensor] = []
         self._made: list[Any] = []
-        self.is_known = not isinstance(model, torch.jit.ScriptModule)
+        self.is_known = True
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             self.is_known = self.is_known and type(output) in _KNOWN
             self._made.append(mapped(output, self._kept) if self.is_known else None)
 
-        handle = model.register_forward_hook(keep)
-        try:
-            self._run(batch)
-        finally:
-            handle.remove()
+        with hooks([model.register_forward_hook(keep)]), Terms() as terms:
+            total = self._run(batch)
+        self.parts: list[Term] = terms.read(total, model.parameters())
+        self.num_terms = len(terms.leaves(total, are_scalars=True))
 
     @property
     def calls(self) -> int:
         return len(self._made)
+
+    @cached_property
+    def here(self) -> float:
+        """The loss with the outputs as they are."""
+        return self.value(self.outputs)
+
+    @cached_property
+    def slopes(self) -> list[Tensor]:
+        """Its gradients by them."""
+        return self.gradients(self.outputs)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the model is called once, and gives one tensor of numbers and nothing else."""
+        return self.is_known and self.calls == 1 and len(self.outputs) == 1 and self._made[0] is self.outputs[0]
+
+    @property
+    def single(self) -> Tensor | None:
+        """The first output as float32, where the model is called once."""
+        return self.outputs[0].float() if self.calls == 1 and self.outputs else None
 
     def _kept(self, t: Tensor) -> Tensor:
         held = t.detach().clone()
@@ -65,10 +139,8 @@ class Replay:
         return held
 
     def _run(self, batch: Any) -> Tensor:
-        seed_torch(0)
-        with torch.enable_grad():  # a loss may differentiate on its way
-            total, units = self.objective.loss(self.model, batch)
-        return total / units
+        """The loss of a copy of the batch, into which the loss may write."""
+        return _run(self.model, mapped(batch, Tensor.clone), self.objective)
 
     def loss(self, outputs: Sequence[Tensor], batch: Any = None) -> Tensor:
         """The loss with these outputs; what the loss compares them with is that of another batch, where one is given.
@@ -93,10 +165,14 @@ class Replay:
             except StopIteration:
                 raise ValueError("the loss calls the model once more") from None
 
+        batch = self.batch if batch is None else batch
+        if isinstance(self.model, torch.jit.ScriptModule):  # whose `forward` is compiled
+            with hooks([self.model.register_forward_hook(lambda *_: forward())]):
+                return self._run(batch)
         own = vars(self.model).get("forward")
         self.model.forward = forward
         try:
-            return self._run(self.batch if batch is None else batch)
+            return self._run(batch)
         finally:
             if own is None:
                 del self.model.forward
@@ -109,7 +185,8 @@ class Replay:
         Args:
             outputs, batch: as in `loss`.
         """
-        return contributions(lambda: self.loss([t.detach().requires_grad_() for t in outputs], batch))
+        found = scalar_terms(lambda: self.loss([t.detach().requires_grad_() for t in outputs], batch))
+        return [factor * value for factor, value in found]
 
     def value(self, outputs: Sequence[Tensor]) -> float:
         """The loss with these outputs, as a number.

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gramian.batch import first_samples, mapped
-from gramian.inspection.experiments.replaying import Replay
+from gramian.batch import mapped
+from gramian.inspection.experiments.replaying import Asked, Replay
 from gramian.inspection.passes.given import Given, given_of
-from gramian.inspection.passes.observed import Observed
-from gramian.objective import Objective
 
 __all__ = ["FAR", "Supervision", "against_labels", "silent_columns"]
 
-# Samples that are enough; gradients and losses that are zero or equal up to rounding, as shares of the largest.
-ENOUGH, EQUAL = 16, 1e-4
+# Gradients and losses that are zero or equal up to rounding, as shares of the largest.
+EQUAL = 1e-4
 # Labels that are changed until one has an effect.
 TRIES = 4
 # Columns of an output that are looked at, and by how much they are moved, in their size.
@@ -60,29 +58,26 @@ class Supervision:
     target: int = 0
 
 
-def against_labels(model: nn.Module, seen: Observed, objective: Objective) -> Supervision | None:
+def against_labels(asked: Asked) -> Supervision | None:
     """Whether a loss is lower where outputs are as the labels say; the model's layers do not take part.
 
     Classes: a label is changed, so that the scores whose gradients change are those that it names. Two values or
     numbers: outputs are put where the labels are, and away from them.
 
     Args:
-        model: left as it was.
-        seen: of this model.
-        objective: gives the loss.
+        asked: the model, left as it was, and its loss.
 
     Returns: what is wrong; `None` where nothing is, or where the loss has no labels of the batch.
     Raises: what the model raises.
-    Cost: a forward pass of 16 samples, and some ten evaluations of the loss.
+    Cost: some ten evaluations of the loss.
     Source: this library's own.
     """
+    seen, replay = asked.seen, asked.replay
     whole = given_of(seen.batches[:1], seen.fed, set())
     fed = {g.name for g in whole if g.is_input}
-    batch = first_samples(seen.batches[0], ENOUGH)
-    given = given_of([batch], set(), set())
+    given = given_of([asked.batch], set(), set())
     if (not fed and len(given) != 1) or seen.strangers:
         return None
-    replay = Replay(model, batch, objective)
     if not replay.is_known or not replay.outputs:
         return None
     others = [g for g in given if g.name not in fed]
@@ -122,7 +117,7 @@ def _of_classes(replay: Replay, label: Given, i: int, dim: int, *, alone: bool) 
     """What the loss does with a label of classes, in a tuple; `None` where the label does not name scores."""
     t, out = label.values[0], replay.outputs[i]
     num = out.shape[dim]
-    before = replay.gradients(replay.outputs)[i]
+    before = replay.slopes[i]
     columns, entry, own, other, change = [], (0,) * t.ndim, 0, 0, before
     for sample in range(min(TRIES, len(t))):  # a clipped ratio, or padding, has no gradient
         entry = (sample, t.shape[1] // 2) if t.ndim == 2 else (sample,) + (0,) * (t.ndim - 1)
@@ -216,7 +211,7 @@ def _of_values(replay: Replay, label: Given, i: int, target: Tensor) -> Supervis
             return torch.where(sign > 0, 1 - by, by).to(out)
         return sign * abs(size)
 
-    base = replay.value(replay.outputs)
+    base = replay.here
     right, wrong = (replay.value(put(at(size))) for size in (CLEAR, -CLEAR))
     none = 1e-2 * EQUAL * max(abs(base), abs(right), abs(wrong))
 
@@ -290,25 +285,25 @@ def _of_numbers(replay: Replay, label: Given, i: int, target: Tensor, told: dict
     return None
 
 
-def silent_columns(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, int] | None:
+def silent_columns(asked: Asked) -> tuple[int, int] | None:
     """A column of the outputs whose gradient is zero for all samples, though the loss changes smoothly with it.
 
     Args:
-        model, seen, objective: as in `against_labels`.
+        asked: as in `against_labels`.
 
     Returns: which, and of how many; `None` where there is none.
     Raises: what the model raises.
-    Cost: a forward pass of 16 samples, and a few evaluations of the loss.
+    Cost: a few evaluations of the loss.
     Source: this library's own.
     """
-    replay = Replay(model, first_samples(seen.batches[0], ENOUGH), objective)
+    replay = asked.replay
     if not replay.is_known or len(replay.outputs) != 1 or replay.outputs[0].ndim != 2:
         return None
     out = replay.outputs[0]
     num = out.shape[1]
     if not 2 <= num <= COLUMNS:
         return None
-    here = replay.value([out])
+    here = replay.here
     scale = LARGE / abs(here) if here and math.isfinite(here) else 1.0
     still = ~replay.gradients([out], scale=scale)[0].ne(0).any(0)
     if bool(still.all()) or not bool(still.any()):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gramian.batch import first_samples, mapped, num_samples
+from gramian.batch import num_samples
 from gramian.inspection.passes.gate_functions import ADDITIONS, DIFFERENCES, NEGATIONS, PRODUCTS, QUOTIENTS, REVERSED
-from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.operators.cuts import nodes_of
 from gramian.recording.keeping import seed_torch
 
-__all__ = ["Mixed", "contributions", "mixed_terms", "silent_terms"]
+if TYPE_CHECKING:
+    from gramian.inspection.experiments.replaying import Asked
+
+__all__ = ["Mixed", "Term", "Terms", "mixed_terms", "scalar_terms", "silent_terms"]
 
 _MEANS = {torch.mean, Tensor.mean, torch.sum, Tensor.sum}
 _LINEAR = ADDITIONS | DIFFERENCES | REVERSED | NEGATIONS | PRODUCTS | QUOTIENTS | _MEANS
@@ -38,7 +41,15 @@ class _Node:
     parts: list[tuple[float, _Node]] = field(default_factory=list)
 
 
-class _Terms(TorchFunctionMode):
+@dataclass(frozen=True)
+class Term:
+    """A term's values, without a graph, and whether a gradient of it reaches parameters."""
+
+    value: Tensor
+    is_reached: bool
+
+
+class Terms(TorchFunctionMode):
     """Follows sums, differences and multiples, up to the loss."""
 
     def __init__(self) -> None:
@@ -49,7 +60,9 @@ class _Terms(TorchFunctionMode):
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        parts = self._parts(func, args) if func in _LINEAR else []
+        parts: list[tuple[float, _Node]] = []
+        with suppress(RuntimeError):  # inside torch.vmap, where values cannot be read
+            parts = self._parts(func, args) if func in _LINEAR else []
         made = func(*args, **kwargs)
         if isinstance(made, Tensor) and parts:
             self.nodes[id(made)] = _Node(made, parts)
@@ -85,6 +98,17 @@ class _Terms(TorchFunctionMode):
         found = list(islice(_leaves(node, are_scalars), MOST + 1))
         return found if len(found) <= MOST else [(1.0, _Node(total))]
 
+    def read(self, total: Tensor, parameters: Iterable[Tensor]) -> list[Term]:
+        """The terms down to tensors, without their graphs.
+
+        Args:
+            total: the loss.
+            parameters: by which it may be differentiated.
+        """
+        wanted = {id(p) for p in parameters if p.requires_grad}
+        leaves = self.leaves(total, are_scalars=False)
+        return [Term(node.value.detach(), _reaches(node.value, wanted)) for _, node in leaves]
+
 
 def _leaves(node: _Node, are_scalars: bool, factor: float = 1.0) -> Iterator[tuple[float, _Node]]:
     if not node.parts or (are_scalars and any(part.value.ndim for _, part in node.parts)):
@@ -94,55 +118,49 @@ def _leaves(node: _Node, are_scalars: bool, factor: float = 1.0) -> Iterator[tup
         yield from _leaves(part, are_scalars, factor * by)
 
 
-def contributions(run: Callable[[], Tensor]) -> list[float]:
-    """What each term adds to a loss, of the single numbers of which it is the sum.
+def scalar_terms(run: Callable[[], Tensor]) -> list[tuple[float, float]]:
+    """The single numbers of which a loss is the sum, each with its factor.
 
     Args:
         run: computes the loss.
 
-    Returns: the terms, of which there may be one.
+    Returns: factors and terms, of which there may be one.
     Raises: what `run` raises.
     Cost: that of the loss.
     Source: this library's own.
     """
-    with _Terms() as terms:
+    with Terms() as terms:
         total = run()
-        return [f * float(node.value.detach()) for f, node in terms.leaves(total, are_scalars=True)]
+        return [(f, float(node.value.detach())) for f, node in terms.leaves(total, are_scalars=True)]
 
 
 def _terms(model: nn.Module, batch: Any, objective: Objective, *, are_scalars: bool = False) -> list[_Node]:
     seed_torch(0)
-    with _Terms() as terms, torch.enable_grad():
+    with Terms() as terms, torch.enable_grad():
         total, _ = objective.loss(model, batch)
         return [node for _, node in terms.leaves(total, are_scalars=are_scalars)]
 
 
-def silent_terms(model: nn.Module, seen: Observed, objective: Objective) -> tuple[int, int, float] | None:
+def silent_terms(asked: Asked) -> tuple[int, int, float] | None:
     """Terms that depend on the parameters, and that no gradient reaches.
 
     Args:
-        model: left as it was.
-        seen: of this model.
-        objective: gives the loss.
+        asked: the model, left as it was, and its loss.
 
     Returns: how many, of how many terms, and the first one's mean; `None` where there are none.
     Raises: what the model raises.
-    Cost: one forward pass of 8 samples, or two.
+    Cost: a forward pass of 16 samples where there are some.
     Source: this library's own.
     """
-    batch = first_samples(seen.batches[0], ENOUGH)
-    terms = _terms(model, batch, objective)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    wanted = {id(p) for p in parameters}
-    reached = [_reaches(t.value, wanted) for t in terms]
-    silent = [i for i, t in enumerate(terms) if not reached[i] and t.value.numel()]
-    if not silent or not any(reached):
+    terms = asked.replay.parts
+    silent = [i for i, t in enumerate(terms) if not t.is_reached and t.value.numel()]
+    if not silent or not any(t.is_reached for t in terms):
         return None
     # x − x.detach() is zero, and has a gradient on purpose.
     silent = [i for i in silent if not any(j != i and _is_equal(terms[i].value, t.value) for j, t in enumerate(terms))]
     if not silent:
         return None
-    values = [terms[i].value.detach().clone() for i in silent]
+    parameters = [p for p in asked.model.parameters() if p.requires_grad]
     kept = [p.detach().clone() for p in parameters]
     try:
         with torch.no_grad():
@@ -150,19 +168,16 @@ def silent_terms(model: nn.Module, seen: Observed, objective: Objective) -> tupl
             for p in parameters:
                 noise = torch.randn(p.shape, generator=generator).to(p)
                 p.add_(noise * (p.square().mean().sqrt() + 1e-3), alpha=MOVED)
-        again = _terms(model, batch, objective)
+        again = _terms(asked.model, asked.batch, asked.objective)
     finally:
         with torch.no_grad():
             for p, value in zip(parameters, kept, strict=True):
                 p.copy_(value)
     if len(again) != len(terms):
         return None
-    moved = [
-        (i, value)
-        for i, value in zip(silent, values, strict=True)
-        if float((again[i].value.detach() - value).abs().max()) > CHANGED * float(value.abs().max() + 1e-12)
-    ]
-    return (len(moved), len(terms), float(moved[0][1].float().mean())) if moved else None
+    pairs = ((terms[i].value, again[i].value.detach()) for i in silent)
+    moved = [a for a, b in pairs if float((b - a).abs().max()) > CHANGED * float(a.abs().max() + 1e-12)]
+    return (len(moved), len(terms), float(moved[0].float().mean())) if moved else None
 
 
 def _reaches(value: Tensor, wanted: set[int]) -> bool:
@@ -195,53 +210,38 @@ class Mixed:
     ratio: float
 
 
-def mixed_terms(model: nn.Module, seen: Observed, objective: Objective) -> Mixed | None:
+def mixed_terms(asked: Asked) -> Mixed | None:
     """Look for a loss of sums and means.
 
     Args:
-        model: left as it was.
-        seen: of this model.
-        objective: gives the loss.
+        asked: the model, left as it was, and its loss.
 
     Returns: a `Mixed`, or `None`.
     Raises: what the model raises.
-    Cost: three forward passes of up to 8 samples; a training step or two where there are such terms.
+    Cost: three evaluations of the loss where it has several terms; a training step or two where these are mixed.
     Source: this library's own.
     """
-    num = num_samples(seen.batches[0])
-    if num < ENOUGH:
+    num = num_samples(asked.seen.batches[0])
+    if num < ENOUGH or asked.replay.num_terms < 2:
         return None
 
-    def part(rows: slice) -> Any:
-        return mapped(seen.batches[0], lambda t: t[rows] if t.ndim and len(t) == num else t)
+    def kind(whole: float, one: float, two: float) -> str:
+        ratio = (one + two) / whole if abs(whole) > 1e-8 else 0.0
+        is_sum = abs(ratio - 1) < SUM and min(abs(one), abs(two)) > SUM * abs(whole)
+        is_mean = abs(ratio - 2) < MEAN and one != two
+        return "sum" if is_sum else "mean" if is_mean else ""
 
-    def kinds(runs: Sequence[Sequence[_Node]]) -> list[str]:
-        found = []
-        for whole, one, two in zip(*runs, strict=True):
-            if any(t.value.ndim for t in (whole, one, two)):
-                found.append("")
-                continue
-            w, a, b = (float(t.value.detach()) for t in (whole, one, two))
-            ratio = (a + b) / w if abs(w) > 1e-8 else 0.0
-            is_sum = abs(ratio - 1) < SUM and min(abs(a), abs(b)) > SUM * abs(w)
-            is_mean = abs(ratio - 2) < MEAN and a != b
-            found.append("sum" if is_sum else "mean" if is_mean else "")
-        return found
-
-    runs = [_terms(model, part(slice(0, ENOUGH)), objective, are_scalars=True)]
-    if len(runs[0]) < 2:
-        return None
     halves = (slice(0, ENOUGH // 2), slice(ENOUGH // 2, ENOUGH))
-    runs += [_terms(model, part(rows), objective, are_scalars=True) for rows in halves]
+    runs = [[v for _, v in scalar_terms(asked.of_part(rows))] for rows in (slice(0, ENOUGH), *halves)]
     if len({len(run) for run in runs}) > 1:
         return None
-    found = kinds(runs)
+    found = [kind(*values) for values in zip(*runs, strict=True)]
     if not {"sum", "mean"} <= set(found):
         return None
-    terms = _terms(model, seen.batches[0], objective, are_scalars=True)
+    terms = _terms(asked.model, asked.seen.batches[0], asked.objective, are_scalars=True)
     if len(terms) != len(found):
         return None
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in asked.model.parameters() if p.requires_grad]
 
     def size(kind: str) -> float:
         chosen = [t.value for t, k in zip(terms, found, strict=True) if k == kind and t.value.requires_grad]

@@ -15,6 +15,9 @@ __all__ = ["all_finite", "norms", "sampled"]
 # Entries of a matrix whose change in a step is measured, if it has more than these: whole rows, evenly spaced.
 SAMPLE = 2**16
 
+# Vectors up to this length are put together, since a sum of each would be a call and nothing else.
+SHORT = 2**12
+
 _NARROW = (torch.float16, torch.bfloat16)
 _WIDE = (torch.float32, torch.float64)
 
@@ -25,13 +28,18 @@ def all_finite(found: Iterable[Tensor]) -> bool:
     On a processor these are sums, elsewhere norms, which torch computes of many tensors at once. A number that is not
     finite may have overflown; the largest value then decides.
     """
-    found, total = list(found), 0.0
+    found, total, short = list(found), 0.0, []
     for t in found:
         if type(t) is not Tensor or not t.is_cpu or t.dtype not in _WIDE:
             break
-        total += t.sum().item()
+        if t.ndim == 1 and len(t) <= SHORT:
+            short.append(t)
+        else:
+            total += t.sum().item()
     else:
+        total += torch.cat(short).sum().item() if short else 0.0
         return math.isfinite(total) or are_finite(map(values_of, found))
+    total = 0.0
     values = [values_of(t) if t.requires_grad or not _is_plain(t) else t for t in found]
     if all(t.is_cpu for t in values):
         for t in values:

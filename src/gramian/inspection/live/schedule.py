@@ -120,8 +120,8 @@ class Schedule:
         self._begun, self._ended = None, now
         is_known = self.share is None or bool(self._spans)  # else the next step is one to compare with
         is_multiple = (step + 1) % self.every == 0 and is_known
-        is_within = (step + 1) % self.interval == 0 or self._is_within_budget()
-        self.is_due = self.is_asked or (is_multiple and is_within)
+        # What is asked of the times takes longer than all else here, and is asked at few steps.
+        self.is_due = self.is_asked or (is_multiple and ((step + 1) % self.interval == 0 or self._is_within_budget()))
         self.is_asked = False
         is_brief = (is_multiple and (step + 1) % self.brief_interval == 0) or step + 1 == EARLY
         self.is_brief = is_brief and not self.is_due

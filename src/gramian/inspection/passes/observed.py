@@ -294,9 +294,8 @@ class Observed:
         cosines: where the loss's scores are cosines.
         reductions: means and sums that cancel.
         ungraded: modules that run under `torch.no_grad`.
-        first_loss: of the first batch, as `loss`.
-        loss: mean over units, in training mode.
-        units: number of units.
+        first_loss: mean over units of the first batch, in training mode.
+        loss: the same, where those of the other batches are finite too; else NaN.
         batches: the batches themselves, for the rules about data.
         first_non_finite: module and operation that made the first value that is not finite out of finite ones.
         first_infinite_derivative: module and operation that made the first gradient that is not finite.
@@ -348,7 +347,6 @@ class Observed:
     ungraded: set[str] = field(default_factory=set)
     loss: float = float("nan")
     first_loss: float = float("nan")
-    units: float = 0.0
     batches: list[Any] = field(default_factory=list)
     first_non_finite: tuple[str, str] | None = None
     first_infinite_derivative: tuple[str, str] | None = None

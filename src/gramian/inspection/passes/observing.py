@@ -19,7 +19,7 @@ from gramian.inspection.passes.moments import version
 from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.watching import Watcher
 from gramian.objective import Objective
-from gramian.recording.measuring import training
+from gramian.recording.measuring import batch_statistics, evaluating, training
 
 __all__ = ["NUM_BATCHES", "observe"]
 
@@ -41,16 +41,18 @@ def observe(
     Returns: an `Observed`.
     Raises: what the model raises.
     Cost: a training step without the optimizer, a few passes over each activation, and a forward pass of each other
-        batch; a backward pass too as long as parameters get no gradient.
+        batch, without a graph and without dropout; a training step of these as long as parameters get no gradient.
     Source: this library's own.
     """
     seen = Observed()
     seen.batches = list(islice(batches, num_batches))
     parameters = dict(model.named_parameters())
-    total_loss = 0.0
     with training(model):
         for i, batch in enumerate(seen.batches):
             reaches = i == 0 or None in seen.gradients.values()  # experts that the first batch did not use, say
+            if not reaches and (loss := _quickly(model, batch, objective)) is not None:
+                seen.loss += loss - loss  # 0 or NaN
+                continue
             written = _versions(batch) if i == 0 else {}
             total = None  # lets go of the graph of the batch before
             try:
@@ -64,12 +66,11 @@ def observe(
                 return seen
             if reaches:
                 _differentiate(total / units, parameters, seen)
-            total_loss += float(total.detach())
+            loss = float(total.detach()) / float(units)
             if i == 0:
                 seen.changed = tuple(name for name, now in _versions(batch).items() if now != written.get(name, now))
-                seen.first_loss = float(total.detach()) / float(units)
-            seen.units += float(units)
-        seen.loss = total_loss / seen.units if seen.units else math.nan
+                seen.loss = seen.first_loss = loss
+            seen.loss += loss - loss
         if seen.batches and not (math.isfinite(seen.loss) and all(call.output.is_finite for call in seen.calls)):
             watcher = Watcher(model, Observed(), careful=True)
             with watcher.installed(), torch.enable_grad():
@@ -80,6 +81,19 @@ def observe(
                 model, lambda: torch.stack([objective.loss(model, batch)[0] for batch in seen.batches]).sum()
             )
     return seen
+
+
+def _quickly(model: nn.Module, batch: Any, objective: Objective) -> float | None:
+    """The loss without a graph and without dropout, which tells whether it is finite; `None` where it cannot be run so.
+
+    So are losses that differentiate on their way, and models that give something else in evaluation mode.
+    """
+    try:
+        with batch_statistics(model), evaluating(model), torch.no_grad():
+            total, units = objective.loss(model, batch)
+            return float(total) / float(units)
+    except Exception:
+        return None
 
 
 def _versions(batch: Any) -> dict[str, int]:

@@ -33,7 +33,7 @@ from gramian.recording.unfused import UNFUSED, first_steps
 __all__ = ["Watcher"]
 
 # Operations that cut the graph and are looked into, and steps of torch's recurrences.
-MOST_CUTS, MOST_STEPS = 64, 8
+MOST_CUTS, MOST_STEPS = 64, 4
 
 _MASKING = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_, torch.where, Tensor.where}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from gramian.errors import InputError, ShapeError
 from gramian.linalg.engine import krylov
 from gramian.linalg.engine.precision import full_precision
 
-__all__ = ["conv_norm", "conv_norm_circular"]
+__all__ = ["conv_norm", "conv_norm_circular", "conv_norms"]
 
 STEPS, LEAST_STEPS, TOLERANCE = 60, 6, 2e-3
 
@@ -55,31 +55,71 @@ def conv_norm(
     """
     if kernel.ndim != 4:
         raise ShapeError(f"conv_norm: expected a kernel (o, i, h, w), got {tuple(kernel.shape)}")
+    return conv_norms([kernel], size, stride=stride, padding=padding, dilation=dilation, groups=groups)[0]
+
+
+@torch.no_grad()
+def conv_norms(
+    kernels: Sequence[Tensor],
+    size: tuple[int, int],
+    *,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = "same",
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> list[tuple[float, float]]:
+    """`conv_norm` of several kernels of one shape, as the groups of one convolution.
+
+    Args:
+        kernels: each as `conv_norm` takes it.
+        size, stride, padding, dilation, groups: as there, the same for all.
+    """
     if padding == "same" and stride not in (1, (1, 1)):
         raise InputError("conv_norm: padding 'same' needs stride 1, as in torch; give the padding in pixels")
-    largest = float(kernel.abs().max()) if kernel.numel() else 0.0
-    if not largest > 0 or not math.isfinite(largest):
-        return largest, 0.0
-    unit = 2.0 ** math.frexp(largest)[1]
-    weight = (kernel.double() / unit).float()
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    shape = (1, weight.shape[1] * groups, *size)
+    largest = [float(kernel.abs().max()) if kernel.numel() else 0.0 for kernel in kernels]
+    found = [(size, 0.0) for size in largest]
+    places = [i for i, value in enumerate(largest) if 0 < value < math.inf]
+    if not places:
+        return found
+    units = [2.0 ** math.frexp(largest[i])[1] for i in places]
+    weight = torch.stack([(kernels[i].double() / unit).float() for i, unit in zip(places, units, strict=True)])
+    num, spread, sides = len(places), _pair(dilation), tuple(weight.shape[-2:])
+    pads = [_pads(padding, i, sides[i], spread[i]) for i in (1, 0)]  # of the last dimension first
+    padded = (size[0] + sum(pads[1]), size[1] + sum(pads[0]))
+    products = weight.view(num * groups, -1, math.prod(weight.shape[2:]))  # with rows of patches
+    channels, options = weight.shape[2] * groups, {"dilation": spread, "stride": _pair(stride)}
+    (left, _), (top, _) = pads
 
     def gram(x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            image = x.view(shape).requires_grad_()
-            out = functional.conv2d(image, weight, **options)  # type: ignore[arg-type]
-        return torch.autograd.grad(out, image, out.detach())[0].flatten()
+        image = functional.pad(x.reshape(num, channels, *size), (*pads[0], *pads[1]))
+        patches = functional.unfold(image, sides, **options).view(num * groups, products.shape[2], -1)
+        back = products.mT @ (products @ patches)
+        whole = functional.fold(back.view(num, -1, patches.shape[2]), padded, sides, **options)
+        return whole[:, :, top : top + size[0], left : left + size[1]].reshape(num, 1, -1)
 
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(math.prod(shape), device=weight.device, generator=generator)
+    x = torch.randn(channels * math.prod(size), device=weight.device, generator=generator)
     try:
         with full_precision():
-            value, error = _leading_eigenvalue(gram, x)
+            values = _leading_eigenvalues(gram, x.expand(num, 1, -1))
     except RuntimeError as failure:
         raise ShapeError(f"conv_norm: {str(failure).splitlines()[0]}") from None
-    top = math.sqrt(max(value, 0.0))
-    return top * unit, (math.sqrt(max(value, 0.0) + error) - top) * unit
+    for i, unit, value, error in zip(places, units, *values, strict=True):
+        top = math.sqrt(max(value, 0.0))
+        found[i] = top * unit, (math.sqrt(max(value, 0.0) + error) - top) * unit
+    return found
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _pads(padding: int | tuple[int, ...] | str, dim: int, side: int, spread: int) -> tuple[int, int]:
+    """The padding before and behind, of a dimension."""
+    if isinstance(padding, str):
+        total = spread * (side - 1) if padding == "same" else 0
+        return total // 2, total - total // 2
+    return _pair(padding)[dim], _pair(padding)[dim]
 
 
 def conv_norm_circular(kernel: Float[Tensor, "o i h w"], size: tuple[int, int]) -> float:
@@ -104,19 +144,21 @@ def conv_norm_circular(kernel: Float[Tensor, "o i h w"], size: tuple[int, int]) 
     return float(torch.linalg.svdvals(transform.permute(2, 3, 0, 1)).max())
 
 
-def _leading_eigenvalue(gram: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
-    """Return the largest eigenvalue of a symmetric positive semi-definite map, by Lanczos, and its pair's residual."""
+def _leading_eigenvalues(gram: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[float], list[float]]:
+    """The largest eigenvalues of symmetric positive semi-definite maps (B, 1, n), and their pairs' residuals."""
 
-    def top(found: krylov.Krylov) -> tuple[float, float]:
-        theta, _, residuals = krylov.ritz_pairs(found)
-        return float(theta[0, -1]), float(residuals[0, -1])
+    def top(found: krylov.Krylov) -> tuple[Tensor, Tensor]:
+        theta, s = torch.linalg.eigh(found.t)
+        return theta[:, -1], found.residual[:, 0].double().norm(dim=-1) * s[:, -1, -1].abs()
 
     def stop(found: krylov.Krylov) -> int:
-        if float(found.residual.norm()) <= 1e-6 * max(float(found.t.amax()), 1e-30):
-            return 0  # exhausted
+        exhausted = found.residual.norm(dim=(1, 2)) <= 1e-6 * found.t.amax((1, 2)).clamp_min(1e-30)
+        if bool(exhausted.all()):
+            return 0
         if found.t.shape[-1] < LEAST_STEPS:
             return 1
-        value, residual = top(found)
-        return 0 if residual <= 2 * TOLERANCE * value else 2  # the pairs take as long as a step
+        values, residuals = top(found)
+        return 0 if bool((residuals <= 2 * TOLERANCE * values).all()) else 2  # the pairs take as long as a step
 
-    return top(krylov.lanczos(lambda y: gram(y[0, 0])[None, None], x[None, None], STEPS, stop=stop, first=1))
+    values, residuals = top(krylov.lanczos(gram, x, STEPS, stop=stop, first=1))
+    return values.tolist(), residuals.tolist()

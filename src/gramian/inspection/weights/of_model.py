@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from gramian import layers
 from gramian.block import Block, blocks
 from gramian.checkpoint.formats import is_plain
 from gramian.inspection.measured import Measured
-from gramian.inspection.weights.convolution import conv_norm, conv_norm_circular
+from gramian.inspection.weights.convolution import conv_norm_circular, conv_norms
 from gramian.inspection.weights.matrix_rows import (
     Tell,
     add_facts,
@@ -49,20 +49,21 @@ def measure_model(
     if found:
         measured.dtype = found[0].parameter.dtype
     by_name: dict[str, Callable[[], Tensor]] = {}
+    rows: list[tuple[str, Block, str, tuple[int, int], Spectrum]] = []
     for i, block in enumerate(found):
         tell("spectra", i, len(found))
         height, width = image_sizes.get(block.name.rpartition(".")[0], input_size)
         weight, how = applied(block)
+        size = (min(height, input_size[0]), min(width, input_size[1]))
         for name, matrix in zip(block.names, block.layout.pieces(weight, block.role == "elementwise"), strict=True):
-            spectrum = spectrum_of(matrix, quick)
-            norm = None
-            if len(block.names) == 1:
-                norm = _norm_of_module(block, (min(height, input_size[0]), min(width, input_size[1])), spectrum)
-            layer = report_row(name, block.kind, block.role, spectrum, norm)
-            note = "; ".join(text for text in (how, layer.note) if text)
-            measured.layers.append(replace(layer, depth=len(measured.layers), note=note))
-            measured.spectra.append(spectrum)
+            rows.append((name, block, how, size, spectrum_of(matrix, quick)))
             by_name[name] = lambda matrix=matrix: matrix
+    norms = _norms([(block, size, spectrum) for _, block, _, size, spectrum in rows if len(block.names) == 1])
+    for name, block, how, _, spectrum in rows:
+        layer = report_row(name, block.kind, block.role, spectrum, norms.get(block.name))
+        note = "; ".join(text for text in (how, layer.note) if text)
+        measured.layers.append(replace(layer, depth=len(measured.layers), note=note))
+        measured.spectra.append(spectrum)
     tell("spectra", len(found), len(found))
     find_duplicates(measured, by_name)
     known = [r for r in rest if not is_lazy(r.parameter)]
@@ -117,23 +118,36 @@ def applied(block: Block) -> tuple[Tensor, str]:
     return made.detach(), f"the weight that {how} makes of it"
 
 
-def _norm_of_module(block: Block, size: tuple[int, int], spectrum: Spectrum) -> tuple[float, float, str] | None:
-    """Return the operator norm of a convolution that holds one matrix, its error, and how it was found."""
-    module: Any = block.module
-    kernel = block.parameter.detach()
-    own = getattr(module, "weight", None) is block.parameter
-    if not own or kernel.ndim != 4 or layers.layer_of(module).operation != "convolution":
-        return None
-    if not bool(kernel.isfinite().all()):
-        return None
-    where = f"operator norm at {size[0]}×{size[1]}"
-    if module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid") and spectrum.spectral_norm:
-        return spectrum.spectral_norm, spectrum.spectral_norm_error, "operator norm of a 1×1 kernel, that of its matrix"
-    plain = module.stride == (1, 1) and module.dilation == (1, 1) and module.groups == 1
-    if module.padding_mode == "circular" and plain and min(size) >= max(module.kernel_size):
-        return conv_norm_circular(kernel, size), 0.0, f"{where}, circular padding (FFT)"
-    value, error = conv_norm(
-        kernel, size, stride=module.stride, padding=module.padding, dilation=module.dilation, groups=module.groups
-    )
-    padding = "zero padding" if module.padding_mode == "zeros" else f"zero padding in place of {module.padding_mode}"
-    return value, error, f"{where}, stride {module.stride[0]}, {padding} {module.padding}"
+def _norms(given: Iterable[tuple[Block, tuple[int, int], Spectrum]]) -> dict[str, tuple[float, float, str]]:
+    """The operator norms of convolutions that hold one matrix, their errors, and how each was found, by block.
+
+    Those of one shape and input size are found together.
+    """
+    found: dict[str, tuple[float, float, str]] = {}
+    alike: dict[tuple[Any, ...], list[Block]] = {}
+    for block, size, spectrum in given:
+        module: Any = block.module
+        kernel = block.parameter.detach()
+        own = getattr(module, "weight", None) is block.parameter
+        if not own or kernel.ndim != 4 or layers.layer_of(module).operation != "convolution" or spectrum.num_nonfinite:
+            continue
+        if module.kernel_size == (1, 1) and module.padding in ((0, 0), "same", "valid") and spectrum.spectral_norm:
+            told = "operator norm of a 1×1 kernel, that of its matrix"
+            found[block.name] = spectrum.spectral_norm, spectrum.spectral_norm_error, told
+            continue
+        plain = module.stride == (1, 1) and module.dilation == (1, 1) and module.groups == 1
+        if module.padding_mode == "circular" and plain and min(size) >= max(module.kernel_size):
+            told = f"operator norm at {size[0]}×{size[1]}, circular padding (FFT)"
+            found[block.name] = conv_norm_circular(kernel, size), 0.0, told
+            continue
+        padding = (
+            "zero padding" if module.padding_mode == "zeros" else f"zero padding in place of {module.padding_mode}"
+        )
+        told = f"operator norm at {size[0]}×{size[1]}, stride {module.stride[0]}, {padding} {module.padding}"
+        options = module.stride, module.padding, module.dilation, module.groups
+        alike.setdefault((kernel.shape, kernel.device, size, *options, told), []).append(block)
+    for (_, _, size, stride, padding, dilation, groups, told), same in alike.items():
+        kernels = [block.parameter.detach() for block in same]
+        values = conv_norms(kernels, size, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        found |= {block.name: (*value, told) for block, value in zip(same, values, strict=True)}
+    return found

@@ -92,20 +92,21 @@ def _fit(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return exponent, log start and distance for each row of ascending log eigenvalues."""
     n = logs.shape[1]
     starts = np.unique(np.linspace(0, n - LEAST_TAIL, NUM_STARTS).astype(int))
-    sums = np.cumsum(logs[:, ::-1], axis=1)[:, ::-1]  # of each place to the last
-    best = [np.full(len(logs), np.inf), np.zeros(len(logs)), np.zeros(len(logs))]
-    for k in starts:
-        size = n - k
-        first = logs[:, k : k + 1]
-        mean = sums[:, k] / size - first[:, 0]
+    size = (n - starts)[:, None]
+    ranks = np.arange(n) - starts[:, None]
+    places, inside = (ranks + 0.5) / size, ranks >= 0
+    best = []
+    for row in logs:
+        first = row[starts][:, None]
+        mean = np.cumsum(row[::-1])[::-1][starts][:, None] / size - first
         slope = 1 / np.maximum(mean, 1e-300)  # α − 1
-        expected = -np.expm1(-slope[:, None] * (logs[:, k:] - first))
-        places = np.arange(size) / size
-        distance = np.maximum(np.abs(expected - places), np.abs(expected - places - 1 / size)).max(axis=1)
-        better = distance < best[0]
-        for kept, new in zip(best, (distance, 1 + slope, first[:, 0]), strict=True):
-            kept[better] = new[better]
-    return best[1], best[2], best[0]
+        expected = -np.expm1(-slope * np.maximum(row - first, 0.0))
+        # The distribution function of the points jumps by 1/size at each: half of it to either side of its place.
+        distance = (np.abs(expected - places) * inside).max(axis=1) + 0.5 / size[:, 0]
+        k = int(distance.argmin())
+        best.append((1 + slope[k, 0], first[k, 0], distance[k]))
+    alpha, start, distance = np.array(best).T
+    return alpha, start, distance
 
 
 def _vuong(tail: np.ndarray, alpha: float) -> float:
