@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.calls import as_module
 from gramian.layers import operation_of
 from gramian.linalg.engine.precision import full_precision
 from gramian.objective import Objective, as_objective
@@ -56,7 +57,8 @@ def layer_gains(
         (skip connections, attention, recurrence): there the gradient's size by depth says what the product does.
         The last layer's gain is to its own output.
 
-    Raises: nothing of its own.
+    Raises:
+        InputError: it is no model.
     Cost: one forward and `num_probes` backward passes. Accuracy: the standard error, over samples and probes.
     Source: χ of Schoenholz et al. (1611.01232), eq. 5; the estimator is Hutchinson's.
 
@@ -67,7 +69,7 @@ def layer_gains(
     >>> 3.5 < gains["0.weight"].chi < 4.5
     True
     """
-    objective = as_objective(objective)
+    model, objective = as_module(model, "layer_gains"), as_objective(objective)
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
     with measuring(model), full_precision(), torch.enable_grad():
