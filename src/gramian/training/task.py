@@ -193,12 +193,12 @@ def _kind(value: Any) -> str:
 
 
 class calling:
-    """A context that turns any exception from a function of the task into a `TaskError` of one line.
+    """A context that turns any exception from a function of the task, or without one of the user's, into a `TaskError`.
 
     So it does with `sys.exit()`, which would end one rank and leave the others waiting; an interruption passes.
     """
 
-    def __init__(self, task: Task, function: str) -> None:
+    def __init__(self, task: Task | None, function: str) -> None:
         self.task, self.function = task, function
 
     def __enter__(self) -> None:
@@ -206,7 +206,8 @@ class calling:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, GramianError) and not is_interruption(error):
-            raise TaskError(f"task {self.task.name!r}: {self.function} raised {described(error)}") from error
+            whose = "train" if self.task is None else f"task {self.task.name!r}"
+            raise TaskError(f"{whose}: {self.function} raised {described(error)}") from error
 
 
 def described(error: BaseException, path: str | None = None) -> str:
