@@ -240,6 +240,9 @@ class Loop:
     def _take_final_weights(self) -> None:
         """Give the model the weights that the run was for: the best evaluation's, or the averaged ones."""
         if self.best:
+            assert self.options.best is not None
+            history = self.run.history
+            self.run.best_step = int(history[best_row(self.options.best, history)[0]]["step"])
             with torch.no_grad():
                 for name, tensor in _tensors(self.run.model).items():
                     tensor.copy_(self.best[name])
@@ -288,6 +291,8 @@ class Loop:
             if saved.get("finished"):
                 load_model(run.model, load_tensors(place / MODEL)[0], strict=False)  # extra state is not in it
                 self.finished = True
+                if self.options.best is not None and run.history:
+                    run.best_step = int(run.history[best_row(self.options.best, run.history)[0]]["step"])
                 return
             load_model(run.model, saved["model"])
             for name, buffer in _nonpersistent(run.model).items():

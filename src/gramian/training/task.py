@@ -120,6 +120,7 @@ class Run:
         skipped: steps that were skipped, since the loss or a gradient was not finite.
         stopped: why the run ended before its budget; empty if it did not.
         start: the loss of the first step; NaN before it.
+        best_step: whose weights the model has, where `best` was asked; `None` where they are the last ones.
         findings: what the watch found, a row for each code and place: the `step`, and a finding's `severity`, `code`,
             `where`, `title`, `evidence`, `cause` and `remedy`. Empty without a watch.
     """
@@ -139,6 +140,7 @@ class Run:
     stopped: str = ""
     start: float = math.nan
     findings: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int | None = None
 
     def __repr__(self) -> str:
         numbers = ", ".join(
