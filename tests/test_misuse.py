@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import gramian as gm
 from cases import untyped
@@ -164,3 +166,11 @@ def test_healing_asks_for_one_budget(plan: gm.Plan) -> None:
     for budget in ({}, {"steps": 1, "seconds": 1.0}):
         with pytest.raises(InputError, match="heal: give one budget, seconds= or steps="):
             gm.heal(small, net(), BATCHES, CLASSIFY, **budget)
+
+
+def test_a_finding_that_torch_warns_of_too_is_told_once() -> None:
+    model, batches = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), [(x, x[:, 0]) for x in X.split(16)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = gm.inspect(model, batches, lambda model, batch: functional.mse_loss(model(batch[0]), batch[1]))
+    assert "loss-broadcast" in {finding.code for finding in report.findings}

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import gramian as gm
 from cases import seeded
 from gramian import tasks
-from gramian.checkpoint import load_tree
+from gramian.checkpoint import load_tensors, load_tree
 from gramian.cli import completion
 from gramian.errors import InputError, TaskError, UnsupportedError
 from gramian.optim import OPTIMIZERS
@@ -597,3 +598,29 @@ def test_a_run_says_whose_weights_it_has() -> None:
     assert run.best_step is not None
     assert losses[run.best_step] == min(losses.values())
     assert gm.train(single(), optimizer="adamw", steps=4).best_step is None
+
+
+def test_the_file_of_a_wrapped_model_has_the_users_names(tmp_path) -> None:
+    """As of `torch.compile`, of the whole model or of a layer."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = inner
+
+        def forward(self, *args: Any) -> Any:
+            return self._orig_mod(*args)
+
+    plain = single()
+
+    def made() -> nn.Module:
+        model = plain.model()
+        for name, layer in list(model.named_children()):
+            setattr(model, name, Wrapped(layer))
+        return Wrapped(model)
+
+    options: dict[str, Any] = {"optimizer": "adamw", "steps": 3, "out": tmp_path / "a"}
+    run = gm.train(replace(plain, model=made), **options)
+    plain.model().load_state_dict(load_tensors(tmp_path / "a" / "model.safetensors")[0])
+    again = gm.train(replace(plain, model=made), resume=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True))
