@@ -232,9 +232,8 @@ class Outcome:
 
     def _choice(self, plots: bool) -> Section:
         direction = f" {self.better.capitalize()} is better." if self.better else ""
-        lines = [f"- {note}" for note in self.notes]
+        lines = [f"- {note}" for note in (*self.notes, *(f"{c.name}: {c.note}" for c in self.contenders if c.note))]
         others = [*self.dense.others]
-        noted = ["note"] if any(c.note for c in self.contenders) else []
         rows = [
             [
                 c.name,
@@ -245,14 +244,13 @@ class Outcome:
                 c.latency_many,
                 *(c.others.get(name) for name in others),
                 c.parameters,
-                *([c.note] if noted else []),
             ]
             for c in self.contenders
         ]
         speeds = ["× at 1", f"× at {self.batch}", "ms at 1", f"ms at {self.batch}"]
         table = Table(
             "The compressed model and its alternatives",
-            ["", self.measure, "bytes", *speeds, *others, "parameters", *noted],
+            ["", self.measure, "bytes", *speeds, *others, "parameters"],
             rows,
             emphasis=[1],
         )
