@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 import gramian as gm
 from cases import seeded
 from gramian.compression import compress
+from gramian.compression.calibrating import Measure
 from gramian.compression.filling import Candidates, fill, uniform
-from gramian.compression.predicting import Point, predict
+from gramian.compression.predicting import Point, measured_points, predict
 from gramian.compression.shrinkage import roots, shrunk
 from gramian.errors import GramianWarning, InputError
 from gramian.gram import Gram
@@ -324,6 +326,101 @@ def test_a_prediction_does_not_depend_on_the_unit_of_the_loss(scale: float) -> N
     assert scaled[:3] == pytest.approx([scale * x for x in plain[:3]], rel=1e-9)
     assert predict(0.1, [Point(1e-3, 0.0, 0.0)]) == (0.0, 0.0, 0.0, False)
     assert all(math.isfinite(x) for x in predict(1e-200, [Point(1e-250, 1e30, 1e30), Point(1.0, 1.0, 0.0)])[:3])
+
+
+def test_the_rise_on_new_data_is_told_from_held_out_data() -> None:
+    """A model that knows its training data by heart loses there what it does not lose on others."""
+    torch.manual_seed(0)
+    teacher, model = nn.Linear(24, 4), nn.Sequential(nn.Linear(24, 96), nn.ReLU(), nn.Linear(96, 4))
+
+    def drawn(num: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+        x = torch.randn(num, 24, generator=seeded(seed))
+        noise = -torch.rand(num, 4, generator=seeded(seed + 1)).log().log().neg()
+        return list(zip(x.split(32), (teacher(x) + noise).argmax(-1).split(32), strict=True))
+
+    known, judges, fresh = drawn(256, 1), drawn(3200, 3), drawn(6400, 5)
+    optimizer, objective = torch.optim.Adam(model.parameters(), 1e-2), gm.Objective.classification()
+    for _ in range(40):
+        for batch in known:
+            optimizer.zero_grad()
+            objective.loss(model, batch)[0].backward()
+            optimizer.step()
+
+    def loss(one: nn.Module) -> float:
+        return float(sum(objective.loss(one, batch)[0].detach() for batch in fresh)) / 6400
+
+    plan = compress(model, known, objective, held_out=judges, of="factorable", keep=0.5)
+    stats = compress(model, gm.capture(model, known, objective), objective, held_out=judges, of="factorable", keep=0.5)
+    trained = compress(model, known, objective, of="factorable", keep=0.5)
+    for removed in (0.25, 0.4, 0.5, 0.6):
+        for one in (plan, stats):
+            part = one.at(keep=1 - removed)
+            rise, told = loss(part.apply()) - loss(model), part.predicted
+            assert told.rise == pytest.approx(rise, rel=0.2)
+            assert told.low <= rise <= told.high
+    part = trained.at(keep=0.5)
+    rise, told = loss(part.apply()) - loss(model), part.predicted
+    assert not told.low <= rise <= told.high
+    with pytest.raises(InputError, match="no batches"):
+        compress(model, known, objective, held_out=[])
+
+
+def test_a_rise_that_is_plain_takes_no_more_batches_than_it_needs() -> None:
+    """Batches are asked in a drawn order, since they may be sorted, until the rise is known to 5 %."""
+    torch.manual_seed(0)
+    model, objective, seen = nn.Linear(8, 8), gm.Objective.regression(), []
+    batches = [(x, model(x).detach()) for x in torch.randn(64, 256, 8, generator=seeded(1))]
+
+    def made(size: float) -> nn.Module:
+        small = nn.Linear(8, 8)
+        small.load_state_dict({name: value + size for name, value in model.state_dict().items()})
+        small.register_forward_hook(lambda *_: seen.append(size))
+        return small
+
+    points = measured_points(model, Measure(batches, objective), [(1.0, partial(made, s), True) for s in (0.1, 0.2)])
+    exact = [sum(objective.loss(made(s), b)[0].item() for b in batches) / (64 * 256) for s in (0.1, 0.2)]
+    assert 8 <= seen[:-128].count(0.1) < 32
+    for point, rise in zip(points, exact, strict=True):
+        assert point.rise == pytest.approx(rise, rel=0.06)
+        assert point.error <= 0.05 * point.rise
+
+
+def test_what_is_not_asked_for_is_not_measured(tmp_path: Path) -> None:
+    """A plan evaluates smaller models once its prediction is asked for, those of ranks and of rounding apart."""
+    torch.manual_seed(0)
+    model, calls = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    plan = compress(model, list(torch.randn(512, 16).split(32)), gm.Objective.self_distillation())
+    assert plan.rises.cut is None
+    assert plan.rises.rounded is None
+    assert not any("rounding" in vars(s) for s in plan.spectra)
+    calibrated = len(calls)
+    with torch.no_grad():
+        model[0].weight.zero_()  # the plan has a copy
+    told = plan.at(keep=0.6).predicted
+    assert 0 < told.low < told.rise
+    measured = len(calls)
+    assert measured > calibrated
+    assert plan.at(keep=0.5).predicted.rise > told.rise
+    assert len(calls) == measured
+    assert len(plan.rises.cut or ()) == 7
+    assert plan.rises.rounded is None
+    gm.save_plan(plan, tmp_path / "plan.safetensors")
+    assert plan.rises.measure is None
+    again = gm.load_plan(plan.model, tmp_path / "plan.safetensors")
+    assert again.points == plan.points
+    for target in ({"keep": 0.6}, {"bits": 4}, {"keep": 0.7, "bits": 8}):
+        assert again.at(**target).predicted == plan.at(**target).predicted
+
+
+def test_a_model_in_training_mode_is_compared_with_as_in_evaluation_mode() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.5), nn.Linear(32, 8))
+    batches, objective = list(torch.randn(512, 16).split(32)), gm.Objective.self_distillation()
+    points = [compress(model.train(mode), batches, objective).points for mode in (True, False)]
+    narrow = [gm.narrow(model.train(mode), batches, objective).points for mode in (True, False)]
+    assert points[0] == points[1]
+    assert narrow[0] == narrow[1]
 
 
 def test_a_prediction_follows_no_line_through_noise() -> None:

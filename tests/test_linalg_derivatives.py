@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import gramian.linalg as gl
 from cases import seeded
+from gramian import random
 from gramian.errors import InputError, ShapeError, UnsupportedError
 
 FINE = 1e-12  # finite differences need values far better than the default rtol
@@ -528,3 +529,19 @@ def test_the_derivative_of_a_large_root_is_torchs_where_that_exists(name, scale)
     ours = gl.inv_root(m, 4) if name == "inv_root" else gl.sqrtm(m)
     (batched,) = torch.autograd.grad(ours, m, several, is_grads_batched=True)
     assert torch.linalg.norm(batched - found) < 1e-12 * torch.linalg.norm(found)
+
+
+@pytest.mark.parametrize(("n", "p"), [(256, -1), (300, -2), (513, -4), (300, 2)])
+def test_large_roots_have_the_derivative_of_divided_differences(n, p):
+    spectrum = torch.logspace(0, -2, n, dtype=torch.float64)
+    m = random.with_spectrum(n, n, spectrum=spectrum, symmetric=True, generator=seeded(3), dtype=torch.float64)
+    m, weights = ((m + m.mT) / 2).float(), random.normal(n, n, generator=seeded(4), dtype=torch.float32)
+    x = m.clone().requires_grad_()
+    value = gl.sqrtm(x) if p == 2 else gl.inv_root(x, -p)
+    (found,) = torch.autograd.grad(value, x, weights)
+    w, v = torch.linalg.eigh(m.double())
+    f, apart = w ** (1 / p), w[:, None] - w
+    quotients = torch.where(apart == 0, torch.diag(w ** (1 / p - 1) / p), (f[:, None] - f) / apart)
+    exact = v @ (quotients * (v.mT @ ((weights + weights.mT) / 2).double() @ v)) @ v.mT
+    assert torch.linalg.norm(found - exact) < 2e-5 * torch.linalg.norm(exact)
+    assert torch.equal(found, found.mT)

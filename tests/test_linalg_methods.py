@@ -12,7 +12,7 @@ import gramian.linalg as gl
 from cases import DEVICES, SQUARE, indefinite, mp, seeded
 from gramian import random
 from gramian.linalg.engine import cost, double_double, probes
-from gramian.linalg.engine.eigenvalue_ratio import eigenvalue_ratio
+from gramian.linalg.engine.eigenvalue_ratio import below
 from gramian.linalg.engine.escalation import ladder
 from gramian.linalg.engine.function import FUNCTIONS, examples
 from gramian.linalg.engine.symmetric_products import gram, symmetric_product
@@ -258,10 +258,13 @@ def test_halley_weights_lift_the_interval():
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4])
-def test_guessed_condition_is_near(ratio):
-    spectrum = torch.logspace(0, math.log10(ratio), 100, dtype=torch.float64)
-    m = random.with_spectrum(100, 100, spectrum=spectrum, symmetric=True, generator=seeded(7), dtype=torch.float32)
-    assert ratio / 3 < eigenvalue_ratio((m + m.mT)[None] / 2).item() < 3 * ratio
+@pytest.mark.parametrize("n", [100, 600])
+def test_guessed_condition_is_near(ratio, n):
+    spectrum = torch.logspace(0, math.log10(ratio), n, dtype=torch.float64)
+    m = random.with_spectrum(n, n, spectrum=spectrum, symmetric=True, generator=seeded(7), dtype=torch.float32)
+    m = torch.stack([m + m.mT, torch.eye(n)])
+    assert below(m, ratio / 3).tolist() == [False, False]
+    assert below(m, 3 * ratio).tolist() == [True, ratio == 1]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -300,3 +303,41 @@ def test_thin_double_double_products_are_within_their_bound(spread, dtype):
         error = mpmath.norm(mp(found.hi[i]) + mp(found.lo[i]) - exact)
         assert error <= found.error[i].item()
         assert error <= 2.0**-60 * mpmath.norm(mp(a[i])) * mpmath.norm(mp(z[i]))
+
+
+@pytest.mark.parametrize("shape", [(1300, 300), (300, 1300), (2, 600, 257)])
+@pytest.mark.parametrize("work", [torch.float32, torch.float64])
+def test_gram_matrices_a_few_rows_at_a_time(shape, work):
+    x = random.normal(*shape, generator=seeded(5), dtype=torch.float32)
+    x = x.mT if shape[-2] < shape[-1] else x  # stored by columns
+    exact = x.mT.double() @ x.double()
+    found = gram(x, work)
+    assert found.dtype == work
+    assert torch.equal(found, found.mT)
+    assert (found - exact).norm() < (2e-6 if work == torch.float32 else 1e-14) * exact.norm()
+
+
+@pytest.mark.parametrize("kappa", [10.0, 1e3, 1e5])
+@pytest.mark.parametrize(
+    ("function", "symmetric", "near"),
+    [
+        (lambda x, **o: gl.inv_root_ex(x, 1, **o), True, 40),
+        (lambda x, **o: gl.inv_root_ex(x, 2, **o), True, 40),
+        (lambda x, **o: gl.inv_root_ex(x, 4, **o), True, 40),
+        (lambda x, **o: gl.sqrtm_ex(x, **o), True, 40),
+        (lambda x, **o: gl.polar_ex(x, **o), False, 200),
+        (lambda x, **o: gl.pinv_ex(x, tolerance=0.0, **o), False, 40),
+    ],
+)
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+def test_bounds_of_larger_matrices_hold_and_are_near(function, symmetric, near, kappa, rtol):
+    spectrum = torch.logspace(0, -math.log10(kappa), 150, dtype=torch.float64)
+    m = random.with_spectrum(150, 150, spectrum=spectrum, symmetric=symmetric, generator=seeded(8), dtype=torch.float64)
+    m = ((m + m.mT) / 2 if symmetric else m).float()
+    value, certificate = function(m, rtol=rtol)
+    exact, reference = function(m.double(), rtol=1e-10)
+    assert certificate.converged.item()
+    assert reference.converged.item()
+    error = float((value - exact).norm() / exact.norm())
+    assert error < float(certificate.error_bound) + float(reference.error_bound)
+    assert float(certificate.error_bound) < near * error

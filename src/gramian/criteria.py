@@ -229,13 +229,15 @@ def squared_error(target: Callable[[Any], Tensor], *, checks: bool) -> dict[str,
 
 
 def own_output(
-    predict: Callable[[nn.Module, Any], Any] | None = None, teacher: nn.Module | None = None
+    predict: Callable[[nn.Module, Any], Any] | None = None, teacher: nn.Module | None = None, remember: int = 0
 ) -> dict[str, Any]:
     """Squared error to a teacher's output, which is by default the model's own, as the fields of an `Objective`.
 
     Args:
         predict: `predict(model, batch) -> output`; by default the model is called.
         teacher: the model whose outputs are the targets; by default the outputs themselves, so that the loss is 0.
+        remember: how many numbers of the teacher's outputs to keep, by the object that the batch is, where the teacher
+            and the batches do not change.
 
     Returns: predict, criterion, sampled and rows; `sampled` is what curvature rests on.
     Raises: nothing of its own.
@@ -249,13 +251,25 @@ def own_output(
     (0.0, 4)
     """
     call = predict or called
+    kept: dict[int, tuple[Any, list[Tensor]]] = {}  # with the batch, so that no other gets its id
+    room = remember
+
+    def wanted(teacher: nn.Module, batch: Any) -> list[Tensor]:
+        nonlocal room
+        if id(batch) in kept:
+            return kept[id(batch)][1]
+        with torch.no_grad():
+            found = _outputs(call(teacher, batch))
+        size = sum(one.numel() for one in found)
+        if size <= room:
+            room, kept[id(batch)] = room - size, (batch, found)
+        return found
 
     def pairs(model: nn.Module, batch: Any) -> list[tuple[Tensor, Tensor]]:
         found = _outputs(call(model, batch))
         if teacher is None:
             return [(one, one.detach()) for one in found]
-        with torch.no_grad():
-            return list(zip(found, _outputs(call(teacher, batch)), strict=True))
+        return list(zip(found, wanted(teacher, batch), strict=True))
 
     def counted(one: Tensor, batch: Any) -> Tensor:
         """The entries that are not padding: of an output (B, T, ...), those where the mask of tokens is true."""

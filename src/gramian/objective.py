@@ -62,8 +62,9 @@ class Objective:
         rows: `rows(batch) -> bool tensor (B, T)`, false where an input position is padding; or `None`, where none is.
             Such rows do not count in the second moments of layers' inputs of shape (B, T, …) or (B·T, features). By
             default all rows count.
-        against: `against(teacher) -> objective`, for an objective whose targets are a model's outputs: the same with
-            those of another model; or `None`.
+        against: `against(teacher, remember=0) -> objective`, for an objective whose targets are a model's outputs: the
+            same with those of another model, of which so many numbers are kept, by the object that a batch is; or
+            `None`.
 
     Raises: nothing of its own; `loss` and `losses` raise InputError.
     Cost: none.
@@ -83,7 +84,7 @@ class Objective:
     sampled: Factor | None = None
     gauss_newton: Factor | None = None
     rows: Padding | None = None
-    against: Callable[[nn.Module], Objective] | None = None
+    against: Callable[..., Objective] | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.criterion, "observed"):
@@ -269,8 +270,11 @@ class Objective:
         >>> float(objective.loss(layer, torch.ones(4, 3))[0]), objective.fisher
         (0.0, 'sampled')
         """
-        made = Objective(**criteria.own_output(predict, teacher), fisher="sampled")
-        return replace(made, against=lambda other: Objective.self_distillation(teacher=other, predict=predict))
+
+        def against(other: nn.Module | None, remember: int = 0) -> Objective:
+            return Objective(**criteria.own_output(predict, other, remember), fisher="sampled", against=against)
+
+        return against(teacher)
 
 
 def as_objective(objective: Any) -> Objective:

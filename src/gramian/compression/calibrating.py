@@ -33,6 +33,8 @@ HELD_OUT = 8
 """One batch of so many, or of few batches one sample of so many, is left out of the statistics, to measure on."""
 MOST_HELD, ENOUGH_HELD = 8, 160
 """Batches kept in memory to measure on, and from how many samples on no more are."""
+REMEMBERED = 2**24
+"""Numbers of the model's outputs that are kept while smaller models are compared with them."""
 ENOUGH, ROWS, EVERY = 8, 32, 4
 """From so many batches, and so many rows for each dimension of every G on, one batch of so many is differentiated. A
 decides how a layer is cut, and G only what it counts, so that G may have fewer rows; a backward pass with its Grams
@@ -52,6 +54,12 @@ class Measure:
     batches: list[Any]
     objective: Objective
     seen: bool = False
+
+    def against(self, model: nn.Module) -> Measure:
+        """The same, where the targets are the outputs of a model, with those of this one, which does not change."""
+        if self.objective.against is None:
+            return self
+        return replace(self, objective=self.objective.against(model, remember=REMEMBERED))
 
 
 @dataclass
@@ -80,7 +88,11 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, batches: Batches, objective: Objective | Callable, asked: Collection[str] | None = None
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective | Callable,
+    asked: Collection[str] | None = None,
+    held_out: Batches | None = None,
 ) -> Calibration:
     """Captures statistics on most of the batches, keeps some to measure on, and looks at the data meanwhile.
 
@@ -90,6 +102,7 @@ def calibrate(
         objective: its gradients give G. Where they vanish, as those of a distance to the model's own output do, G is
             that of labels drawn around its output.
         asked: the parameters whose G has to have many rows; by default all.
+        held_out: what to measure on, in place of some of the batches.
 
     Under DDP all ranks call this together, each with its own batches, and have the same result. Rank r of n has the
     batches r, n + r, 2 n + r, … of one process, and the same of these are kept to measure on, by every rank.
@@ -99,7 +112,7 @@ def calibrate(
     """
     objective = as_objective(objective)
     ranks = collective_of(model)
-    reader = Reader(batches, ranks)
+    reader = Reader(batches, ranks, held_out=held_out)
     given = iter(reader)
     with _together(ranks):
         first = next(given, None)
@@ -123,9 +136,8 @@ def calibrate(
     if second is not None if which else placement.any_rank(second is not None, ranks.group):
         rest = itertools.chain([] if second is None else [second], given)
         stats.merge(captured(model, rest, used, generator=generator, differentiates=which))
-    measured = objective.against(ranks.model) if objective.against else objective
     held, distinct, samples = reader.shared(first)
-    measure = Measure([batch for _, batch in held], measured, seen=held[0][0] < 0)
+    measure = Measure([batch for _, batch in held], objective, seen=held[0][0] < 0)
     share = 1.0 if which is None else which.share
     return Calibration(stats, distinct, samples, share, used, measure, notes, ranks)
 
@@ -222,13 +234,24 @@ def _gradient(stats: Statistics) -> float:
 class Reader:
     """Batches, less those kept to measure on, with the number of distinct samples among those given."""
 
-    def __init__(self, batches: Batches, ranks: Collective | None = None, verb: str = "compress") -> None:
+    def __init__(
+        self,
+        batches: Batches,
+        ranks: Collective | None = None,
+        verb: str = "compress",
+        held_out: Batches | None = None,
+    ) -> None:
         self.batches, self.ranks = as_batches(batches, verb), ranks
         together = ranks if ranks is not None and ranks.together else None
         self.rank, self.size = placement.world(together.group) if together else (0, 1)
         self.hashes: set[int] = set()
         self.num = 0
         self.held: list[tuple[int, Any]] = []
+        self.apart = held_out is not None
+        if held_out is not None:
+            self.held = [(i * self.size + self.rank, batch) for i, batch in enumerate(as_batches(held_out, verb))]
+            if not self.held and together is None:
+                raise no_batches(held_out, verb)
         try:
             num = len(self.batches)  # type: ignore[arg-type]
         except TypeError:
@@ -239,10 +262,10 @@ class Reader:
     def __iter__(self) -> Iterator[Any]:
         for i, batch in enumerate(self.batches):
             given, place = batch, i * self.size + self.rank  # among the batches of all ranks
-            if self.few:
+            if self.few and not self.apart:
                 given, held = _parted(batch)
                 self.held += [] if held is None else [(place, held)]
-            elif place % HELD_OUT == HELD_OUT - 1 and _wanted(batch, place // HELD_OUT):
+            elif not self.apart and place % HELD_OUT == HELD_OUT - 1 and _wanted(batch, place // HELD_OUT):
                 self.held.append((place, batch))
                 continue
             self._count(given)

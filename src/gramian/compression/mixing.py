@@ -98,7 +98,7 @@ def loss_of(s: WeightedSVD, form: Form) -> float:
     if bits is None:
         return cut
     if rank is None and s.dense == s.shape[0] * s.shape[1]:
-        return s.noises[BITS.index(bits)]
+        return s.rounding[BITS.index(bits)]
     return cut + float(s.factor_noise[len(s.values) if rank is None else rank]) * 4.0 ** (8 - bits)
 
 

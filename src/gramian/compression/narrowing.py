@@ -22,8 +22,8 @@ from gramian.compression.flow import Units, find_units, is_elementwise
 from gramian.compression.lowrank import matrix_of
 from gramian.compression.modules import copied, module_name, submodule
 from gramian.compression.narrow_plan import Narrowed, NarrowPlan
-from gramian.compression.planning import REMOVED, judged
-from gramian.compression.predicting import Point, losses_of, measured_point
+from gramian.compression.planning import judged
+from gramian.compression.predicting import REMOVED, Point, measured_points
 from gramian.compression.targets import Target, adapted, by_pattern, why_not
 from gramian.compression.weighted import WeightedSVD
 from gramian.compression.weighting import Uncaptured, Weighting, weighting
@@ -43,6 +43,7 @@ def narrow(
     batches: Batches,
     objective: Objective | Callable,
     *,
+    held_out: Batches | None = None,
     keep: float | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -60,6 +61,7 @@ def narrow(
         model: left untouched; the plan has a copy.
         batches: as in `gm.compress`.
         objective: as in `gm.compress`.
+        held_out: as in `gm.compress`.
         keep: share of the parameters to keep; by default all, and `plan.at(keep=…)` chooses.
         include: name patterns of layers; only inputs of these are removed.
         exclude: name patterns of layers that stay as they are, rows and columns.
@@ -87,7 +89,7 @@ def narrow(
     plain = unwrapped(model)
     own = copied(plain)
     known, reasons = _layers(own, exclude)
-    calibration = calibrate(model, batches, objective)
+    calibration = calibrate(model, batches, objective, held_out=held_out)
     measure = calibration.measure
     assert measure is not None
     notes, ranked, blind = judged(calibration)
@@ -137,7 +139,7 @@ def narrow(
         warnings.warn(f"narrow: {note}", GramianWarning, stacklevel=2)
     whole = {layer.units.name: layer.units.num for layer in layers}
     plan = NarrowPlan(own, tuple(layers), 1.0, whole, reasons, tuple(notes))
-    plan = replace(plan, points=_measured(plan, measure))
+    plan = replace(plan, points=_measured(plan, measure.against(own)))
     return plan if keep is None else plan.at(keep=keep)
 
 
@@ -190,8 +192,5 @@ def _price(model: nn.Module, units: Units) -> int:
 
 def _measured(plan: NarrowPlan, measure: Measure) -> tuple[Point, ...]:
     """The rise of the loss at a few shares of what can be removed."""
-    before, points = losses_of(plan.model, measure), []
-    for removed in REMOVED:
-        part = plan.at(keep=1 - removed * (1 - plan.smallest))
-        points.append(measured_point(part.predicted_loss, before, losses_of(part.apply(), measure)))
-    return tuple(points)
+    parts = [plan.at(keep=1 - removed * (1 - plan.smallest)) for removed in REMOVED]
+    return measured_points(plan.model, measure, [(part.predicted_loss, part.apply, True) for part in parts])

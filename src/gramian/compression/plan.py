@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -19,7 +19,7 @@ from gramian.compression.measuring import num_bytes
 from gramian.compression.mixing import Choices, Form, choices, loss_of, mix, possible, size_of
 from gramian.compression.modules import copied, replaced, submodule
 from gramian.compression.opening import close_
-from gramian.compression.predicting import Point, Predicted, predict
+from gramian.compression.predicting import Point, Predicted, Rises, predict
 from gramian.compression.pruning import expected_cost, pattern_of, shares_of_zeros
 from gramian.compression.rounding import BITS, GROUP
 from gramian.compression.weighted import WeightedSVD
@@ -62,7 +62,7 @@ class Plan:
         of: what shares are of: "all" parameters or bytes, or those of the "factorable" layers' weights.
         notes: what a person has to know of the calibration and of the share, in sentences.
         ranked: whether the statistics tell which layers matter; if not, each loses the same share.
-        points: where the rise of the loss was measured.
+        rises: where the rise of the loss is measured.
     """
 
     model: nn.Module
@@ -73,7 +73,7 @@ class Plan:
     of: Literal["all", "factorable"] = "all"
     notes: tuple[str, ...] = ()
     ranked: bool = True
-    points: tuple[Point, ...] = ()
+    rises: Rises = field(default_factory=Rises)
 
     def __str__(self) -> str:
         forms = self.forms.values()
@@ -170,9 +170,21 @@ class Plan:
 
     @property
     def predicted(self) -> Predicted:
-        """The rise of the mean loss that is expected, with an interval, from the points where it was measured."""
+        """The rise of the mean loss that is expected, with an interval, from the points where it is measured.
+
+        The first time it takes some evaluations of smaller models, those of cut ranks or those of rounded weights.
+        """
         cut = any(form.rank is not None for form in self.forms.values())
-        return predict(self.predicted_loss, [point for point in self.points if point.cut == cut])
+        return predict(self.predicted_loss, self.rises.of(self, cut))
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Where the rise of the loss was measured: with ranks cut, and with weights rounded."""
+        return self.rises.of(self, True) + self.rises.of(self, False)
+
+    def settled(self) -> Plan:
+        """The same with all measured that is measured only when it is asked for."""
+        return replace(self, spectra=tuple(s.settled() for s in self.spectra), rises=self.rises.settled(self))
 
     def at(
         self,

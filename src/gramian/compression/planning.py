@@ -24,7 +24,7 @@ from gramian.compression.multiplying import factored, multiply_out_
 from gramian.compression.opening import open_
 from gramian.compression.plan import SMALLEST, Plan
 from gramian.compression.plans import packed, unpacked
-from gramian.compression.predicting import Point, losses_of, measured_point
+from gramian.compression.predicting import Rises
 from gramian.compression.targets import Target, targets
 from gramian.compression.weighted import WeightedSVD, decompose
 from gramian.compression.weighting import Uncaptured, weighting
@@ -36,10 +36,6 @@ from gramian.statistics import Statistics
 __all__ = ["compress", "judged"]
 
 DEFAULT_KEEP = 0.5
-REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-"""Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
-MEASURED_BITS = (4, 8)
-"""Bits at which the rise is measured too; what other bits and zeros cost follows from these."""
 VARIED = 1e-6
 """The least share of variance in the second moment of inputs; below it there is little but float32's rounding."""
 FEW_UNITS = 16
@@ -52,6 +48,7 @@ def compress(
     objective: Objective | Callable | None = None,
     *,
     batches: Batches | None = None,
+    held_out: Batches | None = None,
     keep: float | None = None,
     of: Literal["all", "factorable"] = "all",
     include: Sequence[str] | None = None,
@@ -76,6 +73,9 @@ def compress(
             `compress(model, batches, objective)`.
         batches: as in `gm.capture`, in place of `stats`; they are read once, and an eighth is kept to measure the rise
             of the loss on. With `stats`, all of them (a list) are for measuring.
+        held_out: a list of batches to measure on in place of these. The rise differs between data that the model was
+            trained on and new data, by up to a factor of two: `plan.predicted` tells that of the data it was measured
+            on.
         objective: how they are turned into a loss; `gm.Objective.self_distillation()` where there are no labels.
         keep: share of the parameters to keep. By default 0.5, or where rank 1 everywhere needs more than that, the
             smallest possible share, which the plan's text says.
@@ -92,8 +92,9 @@ def compress(
         InputError: there are no statistics, they are not finite, a pattern matches no layer, or no layer can be
             factored.
 
-    Cost: three eigendecompositions in float64 for each layer; 48 backward passes and ten evaluations of the batches
-    kept apart.
+    Cost: three eigendecompositions in float64 for each layer, and 48 backward passes. What is told by `plan.predicted`
+    is measured when it is first asked for: eight evaluations of the batches kept apart, or of so many of `held_out`
+    that a rise is known to 5 %.
     Source: whitening by A: SVD-LLM (2403.07378), §3.1; by both sides: Fisher-weighted SVD (2207.00112) with Kronecker
     factors; shrinkage: Ledoit & Wolf (Bernoulli 28, 2022).
 
@@ -125,8 +126,9 @@ def compress(
         raise _nothing(plain, reasons)
     if stats is not None:
         calibration = Calibration(stats, samples=stats.units)
-        if batches is not None and objective is not None:
-            calibration.measure = Measure(list(as_batches(batches, "compress")), _measured_by(objective, plain))
+        judges = batches if held_out is None else held_out
+        if judges is not None and objective is not None:
+            calibration.measure = Measure(list(as_batches(judges, "compress")), as_objective(objective))
     elif batches is None or objective is None:
         given = "" if batches is None else f"; got {described(batches)} alone"
         raise InputError(
@@ -137,7 +139,7 @@ def compress(
         asked = {name for target in found for name in (target.inputs, target.outputs)}
         put_back = multiply_out_(model) if low else None
         try:
-            calibration = calibrate(model, batches, objective, asked)
+            calibration = calibrate(model, batches, objective, asked, held_out)
         finally:
             if put_back is not None:
                 put_back()
@@ -157,7 +159,8 @@ def compress(
         warnings.warn(f"compress: {note}", GramianWarning, stacklevel=2)
     empty = {s.name: Form() for s in spectra}
     plan = Plan(own, tuple(spectra), 1.0, empty, reasons, of, tuple(notes), ranked)
-    plan = replace(plan, points=_measured(plan, calibration.measure))
+    if calibration.measure is not None:
+        plan = replace(plan, rises=Rises(None, None, calibration.measure.against(own)))
     if calibration.measure is not None and calibration.measure.seen:
         few = "the rise of the loss was measured on the calibration batch itself, which flatters it"
         plan = replace(plan, notes=(*plan.notes, few))
@@ -208,11 +211,6 @@ def _nothing(model: nn.Module, reasons: dict[str, str]) -> InputError:
     return InputError(f"compress: no layer of {type(model).__name__} can be factored ({why or 'it has no matrices'})")
 
 
-def _measured_by(objective: Objective | Callable, model: nn.Module) -> Objective:
-    made = as_objective(objective)
-    return made.against(model) if made.against else made
-
-
 def judged(calibration: Calibration) -> tuple[list[str], bool, bool]:
     """What is wrong with the data; whether it tells which layers matter; whether G is to be left out."""
     notes, stats = list(calibration.notes), calibration.stats
@@ -239,25 +237,6 @@ def judged(calibration: Calibration) -> tuple[list[str], bool, bool]:
     elif calibration.distinct < 0.5:
         notes.append(f"only {calibration.samples:.0f} samples are distinct: the others count as none")
     return notes, not poor, poor
-
-
-def _measured(plan: Plan, measure: Measure | None) -> tuple[Point, ...]:
-    """The rise of the loss at a few shares, so that others can be predicted."""
-    if measure is None or not measure.batches:
-        return ()
-    before = losses_of(plan.model, measure)
-    points = []
-    for removed in REMOVED:
-        try:
-            part = plan.at(keep=1 - removed, of="factorable")
-        except InputError:
-            break
-        points.append(measured_point(part.predicted_loss, before, losses_of(part.apply(), measure)))
-    for bits in MEASURED_BITS:
-        part = plan.at(bits=bits)
-        point = measured_point(part.predicted_loss, before, losses_of(part.apply(), measure))
-        points.append(point._replace(cut=False))
-    return tuple(points)
 
 
 def _by_default(plan: Plan) -> Plan:

@@ -22,7 +22,7 @@ from gramian.compression.modules import copied, submodule
 from gramian.compression.narrow_plan import Narrowed, NarrowPlan
 from gramian.compression.opening import open_
 from gramian.compression.plan import Plan
-from gramian.compression.predicting import Point
+from gramian.compression.predicting import Point, Rises
 from gramian.compression.weighted import WeightedSVD
 from gramian.errors import CheckpointError, InputError, some
 
@@ -32,7 +32,7 @@ AnyPlan = Plan | NarrowPlan
 
 PLANS = (Plan, NarrowPlan)
 STORED: dict[str, type] = {
-    cls.__name__: cls for cls in (*PLANS, WeightedSVD, Feedback, Form, Point, Narrowed, Units, Part)
+    cls.__name__: cls for cls in (*PLANS, WeightedSVD, Feedback, Form, Point, Rises, Narrowed, Units, Part)
 }
 """The classes that a plan consists of, whose fields are written by name."""
 
@@ -131,6 +131,7 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 def packed(value: Any) -> Any:
     """The value as a tree that `save_tree` takes: an object of STORED as its fields, without the model."""
+    value = value.settled() if isinstance(value, (Plan, WeightedSVD)) else value
     name = type(value).__name__
     if STORED.get(name) is type(value):
         held = [(key, getattr(value, key)) for key in type(value).__annotations__]

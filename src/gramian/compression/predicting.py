@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,10 +13,18 @@ from torch import nn
 from gramian.compression.calibrating import Measure
 from gramian.recording import evaluating
 
-__all__ = ["Point", "Predicted", "losses_of", "measured_point", "predict"]
+__all__ = ["REMOVED", "Point", "Predicted", "Rises", "losses_of", "measured_points", "predict"]
 
 INTERPOLATION = 0.1
 """How far the rise between two measured points may at least be from the line between them, as a share of it."""
+PRECISE, LEAST = 0.05, 8
+"""Half the interval of a measured rise, as a share of it, with which no more batches are asked; and so many are."""
+
+
+REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+"""Shares of the layers that can be factored, at whose removal the rise of the loss is measured."""
+MEASURED_BITS = (4, 8)
+"""Bits at which the rise is measured too; what other bits and zeros cost follows from these."""
 
 
 class Predicted(NamedTuple):
@@ -75,9 +84,84 @@ def losses_of(model: nn.Module, measure: Measure) -> list[tuple[float, float]]:
     return found
 
 
-def measured_point(
-    estimate: float, before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]
-) -> Point:
+def measured_points(
+    model: nn.Module, measure: Measure, plans: Iterable[tuple[float, Callable[[], nn.Module], bool]]
+) -> tuple[Point, ...]:
+    """The rises of the loss of smaller models, on as many batches as it takes to know each of them well.
+
+    Args:
+        model: the one that they were made of.
+        measure: the batches, which are asked in an order drawn once, and the loss.
+        plans: of each smaller model the second-order estimate, a function that makes it, and whether ranks were cut.
+
+    Returns:
+        As many points.
+
+    Raises: as the objective.
+    Cost: a pass of the batches for each, or of those that are enough.
+    Source: sequential sampling to a relative width (Chow & Robbins 1965).
+    """
+    order = torch.randperm(len(measure.batches), generator=torch.Generator().manual_seed(0)).tolist()
+    before: list[tuple[float, float]] = []
+    found = []
+    with evaluating(model):  # which may be what the smaller ones are compared with
+        for estimate, make, cut in plans:
+            small, after = make(), []
+            point = Point(estimate, math.nan, math.nan, cut)
+            for i in order:
+                one = Measure([measure.batches[i]], measure.objective)
+                before += losses_of(model, one) if len(before) == len(after) else []
+                after += losses_of(small, one)
+                point = _point(estimate, before[: len(after)], after)._replace(cut=cut)
+                if len(after) >= LEAST and point.error <= PRECISE * abs(point.rise):
+                    break
+            found.append(point)
+    return tuple(found)
+
+
+@dataclass(eq=False)
+class Rises:
+    """The points of a plan, measured once they are asked for.
+
+    Args:
+        cut: those of cut ranks; `None` where they are not measured yet.
+        rounded: those of rounded weights, likewise.
+        measure: on what.
+    """
+
+    cut: tuple[Point, ...] | None = ()
+    rounded: tuple[Point, ...] | None = ()
+    measure: Measure | None = None
+
+    def of(self, plan: Any, cut: bool) -> tuple[Point, ...]:
+        """The points of one kind.
+
+        Args:
+            plan: any of those that share this.
+            cut: of cut ranks, or of rounded weights.
+        """
+        found = self.cut if cut else self.rounded
+        if found is not None:
+            return found
+        if cut:
+            smallest = plan.at(keep=1.0, of="factorable").smallest
+            parts = [plan.at(keep=1 - removed, of="factorable") for removed in REMOVED if 1 - removed >= smallest]
+        else:
+            parts = [plan.at(bits=bits) for bits in MEASURED_BITS]
+        assert self.measure is not None
+        asked = [(part.predicted_loss, part.apply, cut) for part in parts]
+        found = measured_points(plan.model, self.measure, asked)
+        self.cut, self.rounded = (found, self.rounded) if cut else (self.cut, found)
+        if self.cut is not None and self.rounded is not None:
+            self.measure = None  # and with it the batches
+        return found
+
+    def settled(self, plan: Any) -> Rises:
+        """The same with all points measured."""
+        return Rises(self.of(plan, True), self.of(plan, False))
+
+
+def _point(estimate: float, before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> Point:
     """A point from the losses of the same batches before and after."""
     units = sum(n for _, n in before)
     rises = [b - a for (a, _), (b, _) in zip(before, after, strict=True)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class WeightedSVD:
         mean: of the inputs, where the layer's bias can take up the mean.
         dense: parameters of the weight as it is.
         feedback: how an error of one weight is made up for by others.
-        noises: what rounding the matrix is expected to cost, see `gramian.compression.rounding.noises`.
+        noises: what rounding the matrix is expected to cost, see `gramian.compression.rounding.noises`; or a function
+            that gives the matrix, to find it once it is asked for.
         moments: (k,), the second moment of what each row of `right` makes of the inputs.
         diagonal: the sides ("inputs", "outputs") that are weighted by a diagonal alone.
         table: whether its rows are looked up. Factors of a table are held in floats.
@@ -48,7 +50,7 @@ class WeightedSVD:
     mean: Tensor | None
     dense: int
     feedback: Feedback
-    noises: tuple[float, ...]
+    noises: tuple[float, ...] | Callable[[], Tensor]
     moments: Tensor
     diagonal: tuple[str, ...] = ()
     table: bool = False
@@ -64,8 +66,18 @@ class WeightedSVD:
     def scaled(self, cut: float, rounding: float) -> WeightedSVD:
         """The same with every loss of a cut times a factor, and those of rounding and zeros times another."""
         feedback = replace(self.feedback, outputs=self.feedback.outputs * rounding)
-        costs = tuple(one * rounding for one in self.noises)
+        found = self.noises
+        costs = found if callable(found) else tuple(one * rounding for one in found)
         return replace(self, values=self.values * cut**0.5, feedback=feedback, noises=costs)
+
+    @cached_property
+    def rounding(self) -> tuple[float, ...]:
+        """What rounding the matrix is expected to cost for each number of bits."""
+        return noises(self.noises(), self.feedback) if callable(self.noises) else self.noises
+
+    def settled(self) -> WeightedSVD:
+        """The same with what rounding costs found."""
+        return replace(self, noises=self.rounding)
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -129,7 +141,7 @@ def decompose(target: Target, weighting: Weighting) -> WeightedSVD:
         weighting.mean,
         target.dense,
         feedback,
-        noises(w, feedback),
+        partial(matrix_of, target.module),
         a.right(right / scale[:, None]).square().sum(1),
         weighting.diagonal,
         target.table,

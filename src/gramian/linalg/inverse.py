@@ -38,6 +38,7 @@ from gramian.linalg.engine.probes import Probes, apply, closer, of_norm, probes
 from gramian.linalg.engine.real_form import takes_complex
 from gramian.linalg.engine.rounding import LOOSE, U, chain_rounding, gamma, norm
 from gramian.linalg.engine.scaling import largest_entry, scale
+from gramian.linalg.engine.workspace import scratch
 
 __all__ = ["inv", "inv_ex"]
 
@@ -112,7 +113,8 @@ def inverse_bound(m: Pair, y: Tensor, p: Probes, fine: bool) -> tuple[Tensor, Te
     n = y.shape[-1]
     omega = p.omega.expand(y.shape[0], -1, -1)
     size, big = norm(y) * (1 + LOOSE), norm(m.hi)
-    y = y.double()  # once for all products
+    # Once for all products, in the memory's order.
+    y = scratch("whole", tuple(y.mT.shape), torch.float64, y).copy_(y.mT).mT if y.stride(-2) == 1 else y.double()
     if fine:
         right = thin_product(pair(y), size, omega)
         image = thin_product(m, big, right.hi)

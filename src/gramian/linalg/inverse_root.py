@@ -32,7 +32,7 @@ from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import EXACT, probes
 from gramian.linalg.engine.real_form import takes_complex
-from gramian.linalg.engine.rounding import gamma, norm, unit_roundoff
+from gramian.linalg.engine.rounding import chain_rounding, gamma, norm, unit_roundoff
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.workspace import scratch
@@ -141,7 +141,8 @@ def _coupled_newton(
     def times(z: Tensor) -> Tensor:
         return lower @ (lower.mT @ z)
 
-    error, residual = root_bound(m, value, times, top, norm(lower), p, probes(n, x.device), fine)
+    slip = 2 * chain_rounding(n + 2, norm(lower), top.sqrt())
+    error, residual = root_bound(m, value, times, top, slip, p, probes(n, x.device), fine, near=True)
     proven = (info == 0) & error.isfinite()
     reason = torch.where(proven, cert.NONE, cert.INACCURATE)
     error = torch.where(proven, error, math.inf)
@@ -224,7 +225,7 @@ INV_ROOT = register(
                 _eigh32,
                 torch.float64,
                 1e-5,
-                lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 10},
+                lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 7},
                 "κ ≤ 1e3 at 1e-4, 1e4 at 1e-2",
                 narrow=True,
                 spectral=True,
@@ -233,7 +234,7 @@ INV_ROOT = register(
                 _eigh64,
                 torch.float64,
                 1e-12,
-                lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 14},
+                lambda m, n: {"eigh64": 1, "float32": 0.8, "thin64": 6},
                 "κ ≤ 1e12",
                 spectral=True,
             ),

@@ -27,6 +27,7 @@ from gramian.linalg.engine.double_double import (
     plus,
     product,
     rough,
+    thin_rough,
     two_sum,
 )
 from gramian.linalg.engine.equilibrated import FLOOR, inverted, of_rows
@@ -52,17 +53,17 @@ def _solver(invert: Invert, work: torch.dtype, times: Product, steps: int) -> Ca
         m, right = damped(x, shift), pair(b)
         p = probes(x.shape[-1], x.device)
         y, bad = invert(m.hi.to(work))
-        y = y.double()  # once for all products
+        y, image = y.double(), _multiplier(m, times)  # once for all products
         z = pair(apply(y, b)) if y[0:1].numel() else pair(b)
         for _ in range(steps if y[0:1].numel() else 0):
-            r, _ = minus(right, times(m, z))
+            r, _ = minus(right, image(z))
             z = plus(z, apply(y, r))
         singular = cert.SINGULAR if times is product else cert.INACCURATE
         if not certify:
             value = torch.where(bad[:, None, None], math.nan, z.hi)
             return Answer.bare(value, torch.where(bad, singular, cert.NONE), steps)
-        size = _left_defect(m, y, p, times)
-        r, r_error = minus(right, times(m, z))
+        size = _left_defect(image, y, p, times)
+        r, r_error = minus(right, image(z))
         step = norm(y @ r) + norm(y) * (r_error + gamma(x.shape[-1] + 1) * norm(r))
         zero = norm(b) == 0
         proven = (size < 1) & ~bad
@@ -110,15 +111,28 @@ def _equilibrated(x: Tensor, *, shift: Tensor, b: Tensor, rtol: float) -> Answer
     return Answer(value, torch.where(proven, error, math.inf), residual, reason, found.steps + steps)
 
 
-def _left_defect(m: Pair, y: Tensor, p: Probes, times: Product) -> Tensor:
-    """A bound on ‖I − YM‖_F."""
+def _multiplier(m: Pair, times: Product) -> Callable[[Pair], Pair]:
+    """Products of m with thin pairs by `times`, which measure m once."""
+    if times is not rough:
+        return lambda z: times(m, z)
+    size = norm(m.hi)
+
+    def thin(z: Pair) -> Pair:
+        image = thin_rough(m, size, z.hi)
+        return image._replace(error=image.error + (size + norm(m.lo)) * (norm(z.lo) + z.error))
+
+    return thin
+
+
+def _left_defect(image: Callable[[Pair], Pair], y: Tensor, p: Probes, times: Product) -> Tensor:
+    """A bound on ‖I − YM‖_F, from products with M."""
     if not y[0:1].numel():
         return torch.zeros(y.shape[0], dtype=torch.float64, device=y.device)
     n = y.shape[-1]
     omega = p.omega.expand(y.shape[0], -1, -1)
-    image = times(m, pair(omega))
-    left, left_error = minus(pair(omega), times(pair(y), image))
-    return of_norm(left, p, left_error + chain_rounding(n, norm(y), norm(image.hi)))
+    right = image(pair(omega))
+    left, left_error = minus(pair(omega), _multiplier(pair(y), times)(right))
+    return of_norm(left, p, left_error + chain_rounding(n, norm(y), norm(right.hi)))
 
 
 def _exact_solution(mp: Any, m: Any, b: Tensor) -> Any:

@@ -21,8 +21,9 @@ from gramian.linalg.engine.escalation import Answer, Method
 from gramian.linalg.engine.exponential import two_norm
 from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import NEGLIGIBLE, check
+from gramian.linalg.engine.probes import EXACT, FAILURE, apply, apply_transposed, closer, of_norm, probes
 from gramian.linalg.engine.real_form import less_certain, nearest_complex, real_form
-from gramian.linalg.engine.rounding import U, gamma, norm
+from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum, keeping
 from gramian.linalg.pseudoinverse_derivative import PSEUDOINVERSE
 
@@ -30,7 +31,7 @@ __all__ = ["RankedCertificate", "pinv", "pinv_ex"]
 
 
 def _by_svd(
-    x: Tensor, times: Product, steps: int, *, rank: int | None, tolerance: float, certify: bool = True
+    x: Tensor, times: Product, steps: int, *, rtol: float, rank: int | None, tolerance: float, certify: bool = True
 ) -> Answer:
     """The pseudoinverse at the rank told, or at the number of singular values above tolerance · σ₁."""
     u, s, v, ok = lapack.svd(x)
@@ -40,7 +41,7 @@ def _by_svd(
         kept = s > tolerance * top
     else:
         kept = (torch.arange(n, device=x.device) < (n if rank is None else rank)).expand_as(s)
-    value, error, residual, reason = _of_full_rank(x, s, v, times, steps, certify)
+    value, error, residual, reason, failure = _of_full_rank(x, s, v, times, steps, certify, rtol)
     full = kept.all(-1)
     inverse = torch.where(kept, 1 / torch.where(kept, s, 1.0), 0.0)
     if not certify:
@@ -52,7 +53,7 @@ def _by_svd(
     if bool((full & (s >= 4 * tolerance * top).all(-1)).all()):
         value = torch.where((reason == cert.SINGULAR)[:, None, None], math.nan, value)
         reason = torch.where(ok, reason, cert.LAPACK)
-        return Answer(value.mT, error, residual, reason, steps, spectrum=Spectrum(inverse, v))
+        return Answer(value.mT, error, residual, reason, steps, failure, spectrum=Spectrum(inverse, v))
     lower, lower_error, spread = _of_lower_rank(x, u, s, v, kept, times)
     value = torch.where(full[:, None, None], value, lower)
     error = torch.where(full, error, lower_error)
@@ -66,7 +67,7 @@ def _by_svd(
         reason = torch.where(doubtful, cert.INACCURATE, reason)
     reason = torch.where(ok, reason, cert.LAPACK)
     value = torch.where((reason == cert.SINGULAR)[:, None, None], math.nan, value)
-    return Answer(value.mT, error, residual, reason, steps, spectrum=Spectrum(inverse, v))
+    return Answer(value.mT, error, residual, reason, steps, failure, spectrum=Spectrum(inverse, v))
 
 
 def _of_lower_rank(
@@ -101,11 +102,14 @@ def _of_lower_rank(
     return value, torch.where(kept.any(-1), error, 0.0), spread
 
 
-def _of_full_rank(x: Tensor, s: Tensor, v: Tensor, times: Product, steps: int, certify: bool) -> tuple[Tensor, ...]:
+def _of_full_rank(
+    x: Tensor, s: Tensor, v: Tensor, times: Product, steps: int, certify: bool, rtol: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """X = B(AB)ᵀ with B = VΣ⁻¹, so many steps X ← X + BR with R = (AB)ᵀ(I − AX), and a bound from the R that is left.
 
     With (AB)ᵀAB = I + F, A† − X = (AᵀA)⁻¹Aᵀ(I − AX) = B(I + F)⁻¹R, so that its norm is at most
-    ‖BR‖ + ‖B‖₂‖F‖‖R‖/(1 − ‖F‖). V need not be orthogonal, and κ enters once.
+    ‖BR‖ + ‖B‖₂‖F‖‖R‖/(1 − ‖F‖). V need not be orthogonal, and κ enters once. Without steps the norms are those by
+    probes, where these suffice for `rtol`. Also returned: the reason, and the probability that the bound fails.
     """
     n = x.shape[-1]
     a = pair(x)
@@ -117,15 +121,22 @@ def _of_full_rank(x: Tensor, s: Tensor, v: Tensor, times: Product, steps: int, c
     close = pair(b @ w.hi.mT)
     # W stands for AB up to its error, which meets I − AX = (I − AA†) + W(I + F)⁻¹R, below 2.
     left = transpose(Pair(w.hi, w.lo, torch.zeros_like(w.error)))
-    square = times(left, a)
+    square = times(left, a) if steps or not x[0:1].numel() else None
     for _ in range(steps):
+        assert square is not None
         inner, _ = minus(left, times(square, close))
         close = plus(close, b @ inner)
     if not certify:
         unknown = torch.full_like(top[:, 0], math.inf)
         # The SVD's own error: whether it finds 0 or 0.1 of a rounding depends on the processor.
         lost = zero | (s <= 2 * U * top).any(-1)
-        return close.hi, unknown, unknown, torch.where(lost, cert.SINGULAR, cert.NONE)
+        return close.hi, unknown, unknown, torch.where(lost, cert.SINGULAR, cert.NONE), math.nan
+    if not steps and n > EXACT and math.isfinite(rtol) and x.numel():
+        error, residual = _full_rank_bound(x, b, w, close.hi, 1.1 / safe.amin(-1))
+        error = torch.where(zero, math.inf, error)
+        if bool((error <= 0.9 * rtol * norm(close.hi)).all()):
+            return close.hi, error, residual, torch.full_like(zero, cert.NONE, dtype=torch.long), 5 * FAILURE
+    square = times(left, a) if square is None else square
     f, f_error = minus(times(transpose(w), w), eye_like(x))
     size = norm(f) + f_error
     inner, inner_error = minus(left, times(square, Pair(close.hi, close.lo, torch.zeros_like(w.error))))
@@ -145,15 +156,41 @@ def _of_full_rank(x: Tensor, s: Tensor, v: Tensor, times: Product, steps: int, c
     reason = torch.where(proven, cert.NONE, torch.where(zero | (times is product), cert.SINGULAR, cert.INACCURATE))
     if not x[0:1].numel():
         reason = torch.zeros_like(reason)
-    return value.hi, error, norm(inner), reason
+    return value.hi, error, norm(inner), reason, 0.0
+
+
+def _full_rank_bound(x: Tensor, b: Tensor, w: Pair, value: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """The bound of `_of_full_rank` and ‖R‖_F by probes, for W ≈ AB up to its error and ‖B‖₂ ≤ `reach`; inf if none.
+
+    LAPACK's vectors V are orthonormal to far better than 1.1.
+    """
+    m, n = x.shape[-2:]
+    inner, outer = probes(n, x.device), probes(m, x.device)
+    size, length = norm(w.hi), norm(outer.omega[None])
+    omega = inner.omega.expand(len(x), -1, -1)
+    z = apply(w.hi, omega)
+    blur = chain_rounding(m, size, norm(z)) + size * chain_rounding(n, size, norm(inner.omega[None]))
+    # ‖AB‖₂² ≤ 1 + f < 3/2 from here on.
+    f = of_norm(apply_transposed(w.hi, z) - omega, inner, blur) + 3 * w.error
+    omega = outer.omega.expand(len(x), -1, -1)
+    y = apply(value, omega)
+    gap = omega - apply(x, y)
+    away = norm(x) * (gamma(n) * norm(y) + chain_rounding(m, norm(value), length)) + 2 * U * norm(gap)
+    r = apply_transposed(w.hi, gap)
+    blur = (w.error + gamma(m) * size) * 1.01 * norm(gap) + 1.3 * away
+    whole = of_norm(r, outer, blur)
+    first = closer(apply(b, r), outer, reach * blur + chain_rounding(n, norm(b), norm(r)))
+    error = (first + reach * whole * f / (1 - f)) * (1 + 2.0**-20)
+    proven = (f < 0.5) & (w.error < 0.1) & (whole < 0.3) & error.isfinite()
+    return torch.where(proven, error, math.inf), whole
 
 
 def _svd(x: Tensor, *, rtol: float, rank: int | None, tolerance: float, certify: bool = True) -> Answer:
-    return _by_svd(x, rough, 0, rank=rank, tolerance=tolerance, certify=certify)
+    return _by_svd(x, rough, 0, rtol=rtol, rank=rank, tolerance=tolerance, certify=certify)
 
 
 def _svd_refined(x: Tensor, *, rtol: float, rank: int | None, tolerance: float, certify: bool = True) -> Answer:
-    return _by_svd(x, product, 2, rank=rank, tolerance=tolerance, certify=certify)
+    return _by_svd(x, product, 2, rtol=rtol, rank=rank, tolerance=tolerance, certify=certify)
 
 
 def _exact(mp: Any, m: Any, tolerance: float) -> Any:
@@ -182,7 +219,7 @@ PINV = register(
                 _svd,
                 torch.float64,
                 2e-6,
-                lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 8 * m / n},
+                lambda m, n: {"svd64": 0.5 + 0.5 * m / n, "float64": 2 * m / n, "thin64": 6 * m / n},
                 "κ ≤ 1e4 at full rank, 1e8 at a lower one",
                 spectral=True,
             ),
@@ -340,8 +377,8 @@ def pinv(
         DtypeError: where `a` is not floating point, real or complex.
         InputError: for a rank above min(m, n), an unknown method, or a negative tolerance or rtol.
         ConvergenceError: where the rank is not certain, or the error bound is above rtol.
-    Cost: an SVD in float64 and 8 products, 36 refined. Accuracy: what `rtol` asks for, until κ nears 1e14; at a lower
-    rank u σ₁/(σᵣ − σᵣ₊₁). The certificate's residual is ‖(AVΣ⁻¹)ᵀ(I − AX)‖_F, of full rank.
+    Cost: an SVD in float64 and 2 products, 8 at a lower rank, 36 refined. Accuracy: what `rtol` asks for, until κ
+    nears 1e14; at a lower rank u σ₁/(σᵣ − σᵣ₊₁). The certificate's residual is ‖(AVΣ⁻¹)ᵀ(I − AX)‖_F, of full rank.
     Source: Björck, Numerical Methods for Least Squares Problems (1996), §1.2.5 and §2.9.
 
     >>> pinv(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]))

@@ -33,11 +33,11 @@ from gramian.linalg.engine.function import MatrixFunction, evaluate, register
 from gramian.linalg.engine.loading import Damping
 from gramian.linalg.engine.probes import EXACT, Probes, apply, apply_transposed, closer, of_norm, probes
 from gramian.linalg.engine.real_form import takes_complex
-from gramian.linalg.engine.rounding import LOOSE, chain_rounding, gamma, norm
+from gramian.linalg.engine.rounding import LOOSE, chain_rounding, gamma, norm, unit_roundoff
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_eigen import decompose
 from gramian.linalg.engine.workspace import scratch
-from gramian.linalg.inverse_root_bound import of_roots, wide
+from gramian.linalg.inverse_root_bound import of_roots, off_product, wide
 from gramian.linalg.principal_root import principal_root_ex
 
 __all__ = ["sqrtm", "sqrtm_ex"]
@@ -92,7 +92,7 @@ def _by_residual(x: Tensor, shift: Tensor, dtype: torch.dtype, times: Product, s
     return Answer(value.hi, error, residual, reason, steps, spectrum=None if steps else Spectrum(s, v))
 
 
-def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, certify: bool) -> Answer:
+def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, certify: bool, rtol: float) -> Answer:
     """V w₊^(1/2) Vᵀ, with a bound on the difference of two roots from one on the difference of their squares.
 
     Positive parts are no farther apart than the matrices: e bounds ‖M₊ − X²‖_F if ‖M − V w Vᵀ‖_F and ‖VᵀV − I‖_F do.
@@ -118,6 +118,10 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, 
         zero = torch.zeros_like(shift)
         return Answer(value, zero, zero, reason)
     p = probes(n, x.device)
+    if n > EXACT and work == torch.float32 and math.isfinite(rtol):
+        error, residual = _of_value(m, value, s, v, p)
+        if bool(((error <= 0.9 * rtol * norm(value)) & (reason == cert.NONE)).all()):
+            return Answer(value, error, residual, reason, failure=10 * p.failure, spectrum=Spectrum(s, v))
     omega = p.omega.expand(x.shape[0], -1, -1)
     vectors = scratch("vectors", tuple(v.mT.shape), torch.float64, v).copy_(v.mT).mT
     length, largest = norm(omega), w.abs().amax(-1)
@@ -143,6 +147,36 @@ def _by_probes(x: Tensor, shift: Tensor, dtype: torch.dtype, work: torch.dtype, 
     return Answer(value, error, residual, reason, failure=10 * p.failure, spectrum=Spectrum(s, v))
 
 
+def _of_value(m: Pair, value: Tensor, s: Tensor, v: Tensor, p: Probes) -> tuple[Tensor, Tensor]:
+    """The bound of `_by_probes` for positive definite M, for X = `value` itself, and ‖M − X²‖_F / ‖M‖_F; inf if none.
+
+    X = V diag(s) Vᵀ + G with ‖G‖₂ ≤ off, and LAPACK's bound on φ = ‖VᵀV − I‖₂ (Users' Guide, §4.7, with p(n) = 10n).
+    """
+    n = v.shape[-1]
+    whole = scratch("whole", tuple(value.shape), torch.float64, value).copy_(value)  # once for both products
+    off, phi, low, top = off_product(whole, v, s), 20 * n * unit_roundoff(v.dtype), s[:, 0], s[:, -1]
+    size, omega = norm(value) * (1 + LOOSE), p.omega.expand(len(v), -1, -1)
+    once = apply(whole, omega)
+    image = thin_rough(m, norm(m.hi), omega)
+    gap = image.hi - apply(whole, once)
+    blur = image.error + norm(m.lo) * norm(p.omega[None]) + chain_rounding(2 * n + 2, size, size, norm(p.omega[None]))
+    inside = apply_transposed(v, gap) / torch.where(s > 0, s, 1.0)[:, :, None]
+    blur = 1.1 * (blur + chain_rounding(n, math.sqrt(n), norm(gap)))
+    turned, lost = phi * top / low, off / (0.9 * low)
+    q = closer(inside, p, blur / low) * (1 + phi) / ((1 - turned) * (1 - lost))
+    error, fine = _of_quotient(q, 0.9 * low - off, size)
+    good = fine & (low > 0) & (phi < 0.1) & (turned < 0.5) & (lost < 0.5)
+    residual = of_norm(gap, p, blur) / norm(m.hi).clamp_min(2.0**-1000)
+    return torch.where(good, error, math.inf), residual
+
+
+def _of_quotient(q: Tensor, low: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """‖√M − X‖_F from q ≥ ‖X⁻¹(M − X²)‖_F, low ≤ λ_min(X) and ‖X‖_F ≤ size, and where it holds."""
+    share = q / low
+    found = q / 2 + (share / (1 - share)) ** 2 * (1 + share).sqrt() * size / 2
+    return found, (share < 0.5) & found.isfinite()
+
+
 def _of_definite(
     v: Tensor, s: Tensor, image: Pair, once: Tensor, blur: Tensor, phi: Tensor, size: Tensor, p: Probes
 ) -> Tensor:
@@ -152,24 +186,22 @@ def _of_definite(
     inside = apply_transposed(v, gap) / torch.where(s > 0, s, 1.0)[:, :, None]
     turned = phi * (1 + 1.1 * s[:, -1] / low)
     q = closer(inside, p, 1.1 * (image.error + 3 * blur) / low) * (1 + phi) / (1 - turned)
-    share = q / low
-    rest = (share / (1 - share)) ** 2 * (1 + share).sqrt() * size * (1 + LOOSE) / 2
-    found = q / 2 + rest
-    return torch.where((low > 0) & (turned < 0.5) & (share < 0.5) & found.isfinite(), found, math.inf)
+    found, good = _of_quotient(q, low, size * (1 + LOOSE))
+    return torch.where(good & (low > 0) & (turned < 0.5), found, math.inf)
 
 
 def _eigh32(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer | None:
     """By an eigendecomposition in float32, bounded by probes."""
     if math.isfinite(rtol) and hopeless(damped(x, shift).hi.float(), rtol, EIGH32_ERROR, power=0.5):
         return None
-    return _by_probes(x, shift, dtype, torch.float32, certify)
+    return _by_probes(x, shift, dtype, torch.float32, certify, rtol)
 
 
 def _eigh64(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer | None:
     """By an eigendecomposition in float64, bounded by probes: 1e-7 at worst, as a root turns ε into √ε."""
     if dtype == torch.float64 and x.shape[-1] <= EXACT and math.isfinite(rtol):
         return None  # where a finer bound costs nothing
-    return _by_probes(x, shift, dtype, torch.float64, certify)
+    return _by_probes(x, shift, dtype, torch.float64, certify, rtol)
 
 
 def _eigh(x: Tensor, *, shift: Tensor, dtype: torch.dtype, rtol: float, certify: bool = True) -> Answer:
@@ -199,7 +231,7 @@ SQRTM = register(
                 _eigh32,
                 torch.float64,
                 1e-5,
-                lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 9},
+                lambda m, n: {"eigh32": 1, "cholesky32": 2, "float32": 0.8, "thin64": 5},
                 "well-conditioned matrices",
                 narrow=True,
                 spectral=True,

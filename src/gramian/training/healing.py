@@ -143,7 +143,8 @@ def heal(
     target = base.against(teacher)
 
     def distance(one: nn.Module, data: Sequence[Any]) -> float:
-        found = losses_of(one, Measure(list(data), target))
+        with evaluating(teacher):
+            found = losses_of(one, Measure(list(data), target))
         return sum(loss for loss, _ in found) / sum(units for _, units in found)
 
     def predict(one: nn.Module, batch: Any) -> Any:

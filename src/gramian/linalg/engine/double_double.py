@@ -36,14 +36,18 @@ class Pair(NamedTuple):
 
 def pair(x: Tensor, lo: Tensor | None = None) -> Pair:
     """x as a pair that is exact."""
-    return Pair(x, torch.zeros_like(x) if lo is None else lo, x.new_zeros(x.shape[0]))
+    return Pair(x, _unstored_zero(x) if lo is None else lo, x.new_zeros(x.shape[0]))
+
+
+def _unstored_zero(x: Tensor) -> Tensor:
+    """Zeros of the shape of x, one of which is stored: that spares memory and, in `norm`, its reading."""
+    return x.new_zeros(()).expand_as(x)
 
 
 def damped(x: Tensor, shift: Tensor) -> Pair:
     """x + shift·I for float64 x (B, n, n) and shift (B,), without rounding."""
     if x.device.type == "cpu" and not bool(shift.any()):
-        # A zero that is not stored spares its memory and, in `norm`, its reading.
-        return Pair(x, x.new_zeros(()).expand_as(x), x.new_zeros(x.shape[0]))
+        return pair(x)
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     return Pair(*two_sum(x, shift[:, None, None] * eye), x.new_zeros(x.shape[0]))
 
@@ -141,20 +145,20 @@ def rough(a: Pair, b: Pair) -> Pair:
     local = gamma(a.hi.shape[-1]) * high * low
     passed = (a.error + norm(a.lo)) * (low + b.error + norm(b.lo)) + high * (b.error + norm(b.lo))
     value = a.hi @ b.hi
-    return Pair(value, torch.zeros_like(value), local + passed)
+    return Pair(value, _unstored_zero(value), local + passed)
 
 
 def thin_rough(a: Pair, size: Tensor, z: Tensor) -> Pair:
     """As `thin_product` in plain float64 (the low part dropped)."""
     value = (z.mT @ a.hi.mT).mT if a.hi.stride(-2) == 1 else a.hi @ z
     error = (gamma(z.shape[-2]) * size + norm(a.lo)) * norm(z)
-    return Pair(value, torch.zeros_like(value), error)
+    return Pair(value, _unstored_zero(value), error)
 
 
 def unbounded(a: Pair, b: Pair) -> Pair:
     """As `rough`, without a bound."""
     value = a.hi @ b.hi
-    return Pair(value, torch.zeros_like(value), a.error)
+    return Pair(value, _unstored_zero(value), a.error)
 
 
 def rounding(a: Pair, b: Pair, times: Product) -> list[tuple[Tensor, Tensor]]:

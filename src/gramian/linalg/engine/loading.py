@@ -56,7 +56,9 @@ class Loaded:
             eye = torch.eye(*x.shape[1:], dtype=x.dtype, device=x.device)
             x = torch.where(self.finite[:, None, None], x, eye)
         # float64 is scaled before it is narrowed, since float32 may not hold it; narrower types are widened first.
-        return scale(x, -self.down).to(work) if x.dtype == torch.float64 else scale(x.to(work), -self.down)
+        if x.dtype == torch.float64:
+            return scale(x, -self.down).to(work)
+        return scale(x.to(work), -self.down, inplace=x.dtype != work)
 
     @cached_property
     def x(self) -> Tensor:

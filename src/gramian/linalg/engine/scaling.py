@@ -13,8 +13,8 @@ def pow2(exponent: Tensor) -> Tensor:
     return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
 
 
-def scale(x: Tensor, exponent: Tensor) -> Tensor:
-    """x · 2^exponent, exact also where 2^exponent itself overflows or underflows.
+def scale(x: Tensor, exponent: Tensor, *, inplace: bool = False) -> Tensor:
+    """x · 2^exponent, exact also where 2^exponent itself overflows or underflows; `inplace` in the memory of x.
 
     It multiplies by two halves of the power; on a CPU by one factor, or none, where that suffices.
     """
@@ -25,7 +25,8 @@ def scale(x: Tensor, exponent: Tensor) -> Tensor:
         largest = int(exponent.abs().amax())
         factors = [] if largest == 0 else [exponent] if largest < -math.log2(torch.finfo(x.dtype).tiny) else factors
     for e in factors:
-        x = x * pow2(e).to(x.dtype).reshape(*e.shape, *tail)
+        factor = pow2(e).to(x.dtype).reshape(*e.shape, *tail)
+        x = x.mul_(factor) if inplace else x * factor
     return x
 
 

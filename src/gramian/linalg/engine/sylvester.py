@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gramian.errors import UnsupportedError
 from gramian.linalg.engine.spectrum import Spectrum
-from gramian.linalg.engine.symmetric_products import symmetric_product
+from gramian.linalg.engine.symmetric_products import changed_in_basis, halves, symmetric_product
 from gramian.linalg.engine.transforms import pullback
 
 EPS = torch.finfo(torch.float64).eps
@@ -42,8 +42,8 @@ def solve_power_sum(
     entry of E there counts as zero up to nε of its largest.
 
     With the `spectrum` of X no eigendecomposition is needed, and the products are in the dtype of its vectors; where it
-    is NaN, and without one, in float64. If E is `symmetric` two of the four products are halved. Its own derivatives
-    are solutions of the same equation, so no eigenvector is ever differentiated.
+    is NaN, and without one, in float64. If E is `symmetric` the four products take the work of 3¼. Its own
+    derivatives are solutions of the same equation, so no eigenvector is ever differentiated.
 
     Source: Higham, Functions of Matrices (2008), §3.2 and theorem 3.11.
     """
@@ -79,25 +79,31 @@ class Equation(NamedTuple):
     def solved(self, k: Tensor, w: Tensor) -> Tensor:
         """The solution in the eigenbasis, where E is `k` and the eigenvalues are `w`."""
         n, eps = w.shape[-1], torch.finfo(k.dtype).eps
-        floor = (n * EPS) ** 0.5 if self.root else n * EPS
-        small = w <= floor * w.amax(-1, keepdim=True) if n and self.p > 1 else w < 0
+        small = self.small(w)
         w = w.to(k.dtype)
+        if not bool(small.any()):
+            return self.divide(k, w, w)
+        zero = small[..., :, None] & small[..., None, :]
+        if bool((zero & (k.abs() > n * eps * k.abs().amax((-2, -1), keepdim=True))).any()):
+            self.refuse()
+        return self.divide(k.clone(), w, w).masked_fill_(zero, 0.0)
+
+    def small(self, w: Tensor) -> Tensor:
+        """Which eigenvalues w (..., n) are zero up to rounding."""
+        floor = (w.shape[-1] * EPS) ** 0.5 if self.root else w.shape[-1] * EPS
+        return w <= floor * w.amax(-1, keepdim=True) if w.shape[-1] and self.p > 1 else w < 0
+
+    def divide(self, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The solution where no two eigenvalues are zero, in place; those of the rows and of the columns of `k`."""
         if self.p == 2:
-            sums = w[..., :, None] + w[..., None, :]
+            sums = rows[..., :, None] + columns[..., None, :]
         else:
-            powers = torch.stack([w**i for i in range(self.p)], -1)
-            sums = powers @ powers.flip(-1).mT
-        # `sums` may be shared by a batch, and k is not needed again but where some are small.
-        d = k / sums if bool(small.any()) else k.div_(sums)
-        if bool(small.any()):
-            zero = small[..., :, None] & small[..., None, :]
-            if bool((zero & (k.abs() > n * eps * k.abs().amax((-2, -1), keepdim=True))).any()):
-                self.refuse()
-            d = torch.where(zero, 0.0, d)
-        if not self.inverse:
-            return d
-        power = w**self.p
-        return d.mul_(-power[..., :, None]).mul_(power[..., None, :])
+            powers = [torch.stack([w**i for i in range(self.p)], -1) for w in (rows, columns)]
+            sums = powers[0] @ powers[1].flip(-1).mT
+        k.div_(sums)
+        if self.inverse:
+            k.mul_(-(rows**self.p)[..., :, None]).mul_((columns**self.p)[..., None, :])
+        return k
 
 
 def solve_skew(k: Tensor, w: Tensor, name: str, *, outside: Tensor | None) -> Tensor:
@@ -130,9 +136,18 @@ class _Solve(torch.autograd.Function):
         # A matrix that is not finite has no derivative, and the others theirs.
         finite = w.isfinite().all(-1)
         w = torch.where(finite[..., None], w, 1.0).clamp_min(0)
-        times = symmetric_product if symmetric else torch.matmul
-        d = times(v @ equation.solved(times(v.mT, e.to(v.dtype) @ v), w), v.mT)
-        return d.to(e.dtype) if bool(finite.all()) else torch.where(finite[..., None, None], d.to(e.dtype), torch.nan)
+        given, e = e.dtype, e.to(v.dtype)
+        if symmetric and v.shape == e.shape and halves(v, e) and not bool(equation.small(w).any()):
+            values = w.to(v.dtype).reshape(-1, w.shape[-1])
+
+            def change(strip: Tensor, i: int, rows: slice) -> None:
+                equation.divide(strip, values[i, rows], values[i, rows.start :])
+
+            d = changed_in_basis(v, e, change)
+        else:
+            times = symmetric_product if symmetric else torch.matmul
+            d = times(v @ equation.solved(times(v.mT, e @ v), w), v.mT)
+        return d.to(given) if bool(finite.all()) else torch.where(finite[..., None, None], d.to(given), torch.nan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

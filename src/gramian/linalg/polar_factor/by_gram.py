@@ -14,7 +14,7 @@ from gramian.linalg.engine.double_double import eye_like, minus, pair, product, 
 from gramian.linalg.engine.eigenvalue_ratio import hopeless
 from gramian.linalg.engine.escalation import SMALL, Answer
 from gramian.linalg.engine.probes import EXACT, MORE, Probes, apply, apply_transposed, closer, probes, twice
-from gramian.linalg.engine.rounding import U, chain_rounding, norm
+from gramian.linalg.engine.rounding import U, chain_rounding, gamma, norm
 from gramian.linalg.engine.spectrum import Spectrum
 from gramian.linalg.engine.symmetric_products import gram, symmetric_product
 
@@ -71,10 +71,39 @@ def _from_eigenpairs(x: Tensor, w: Tensor, v: Tensor, ok: Tensor, eps: float, rt
     if n <= EXACT and x.dtype == left.dtype == torch.float64:
         answer = _exactly_certified(x, q, left, ok & seen)
     else:
+        if eps == 2 * U and q.dtype == torch.float32 and n > EXACT and math.isfinite(rtol):
+            answer = _by_backward_error(x, q, v, root, w, ok & seen)
+            if bool((answer.error <= 0.9 * rtol * math.sqrt(n)).all()):
+                return replace(answer, spectrum=spectrum)
         expected = EXPECTED * eps * top / w.clamp_min(eps * top)
         narrow = bool(((expected > rtol / ABOVE) & (expected < rtol)).any(-1).any()) if n > EXACT else False
         answer = _certified(x, q, v, root, w, ok & seen, rtol, few=not narrow)
     return replace(answer, reason=torch.where(ok & seen, answer.reason, reason), spectrum=spectrum)
+
+
+def _by_backward_error(x: Tensor, q: Tensor, v: Tensor, root: Tensor, w: Tensor, ok: Tensor) -> Answer:
+    """The answer Q with the bound of `gram_bound` for Z = V₀ w^(-1/2) V₀ᵀ, V₀ = V(VᵀV)^(-1/2), in float64.
+
+    F = Z(AᵀA − V₀wV₀ᵀ)Z is bounded by the rounding of the Gram matrix and LAPACK's bounds on that of the
+    eigendecomposition and on φ = ‖VᵀV − I‖₂ (Users' Guide, §4.7, with p(n) = 10n). It has κ in it: where that makes it
+    more than what is measured, Q − AZ, there is no bound.
+    """
+    n, size = x.shape[-1], w.clamp_min(0).sum(-1) * 1.01
+    top, low, p, phi = w[:, -1], w[:, 0], probes(n, x.device), 20 * n * U
+    omega = p.omega.expand(x.shape[0], -1, -1)
+    length, kappa = norm(p.omega[None]), (top / low.clamp_min(2.0**-1000)).sqrt()
+    vectors = v.double()
+    z = apply(vectors, root[:, :, None] * apply_transposed(vectors, omega))
+    blur = chain_rounding(n + 3, size.sqrt()) * (norm(z) + 2 * math.sqrt(n) * root[:, 0] * length)
+    blur = blur + chain_rounding(n, 2 * math.sqrt(n), length)
+    apart = closer(apply(q, omega) - apply(x, z), p, blur) + 2.0**-100 * (1 + root[:, 0]) * n
+    f = math.sqrt(n) * (gamma(x.shape[-2]) * size + phi * top) / low.clamp_min(2.0**-1000)
+    known = f + 1.2 * math.sqrt(n) * phi * (1 + kappa)
+    error = (known + apart) * (1 + 2.0**-20)
+    proven = ok & (f < 0.1) & (known <= apart) & error.isfinite()
+    reason = torch.where(proven, cert.NONE, cert.INACCURATE)
+    exact = torch.full_like(error, math.sqrt(n))
+    return Answer(q, torch.where(proven, error, math.inf), f, reason, failure=6 * p.failure, size=exact)
 
 
 def _certified(
