@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import gramian
-from gramian.linalg.engine.function import methods_table
-from gramian.optim.registry import table as directions_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from generated import write_pages
@@ -31,8 +29,7 @@ napoleon_attr_annotations = False  # "*b m n" is no emphasis
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
-myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
-myst_substitutions = {"matrix_functions": methods_table(), "directions": directions_table()}
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 suppress_warnings = ["myst.header"]
 
 HEADINGS = ("Args", "Attributes", "Returns", "Raises", "Cost", "Source")

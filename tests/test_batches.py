@@ -540,7 +540,7 @@ MISUSE: list[tuple[Any, str]] = [
     (lambda: capture(linear(), [(X, Y)], F.cross_entropy), r"got cross_entropy.*classification\(\)"),
     (lambda: capture(linear(), [(X, Y)], nn.MSELoss()), r"gm\.Objective\.regression\(\), or lambda"),
     (lambda: capture(linear(), [(X, Y)], F.gelu), r"got gelu.*Write lambda model, batch"),
-    (lambda: capture(linear(), [(X, Y)], "mse"), r"got the text 'mse'. Write gm\.Objective"),
+    (lambda: capture(linear(), [(X, Y)], "mse"), r"got .mse.. Write gm\.Objective"),
     (lambda: capture(linear(), [(X, Y)], Objective.classification), r"Call it: gm\.Objective\.classification\(\)"),
     (lambda: capture(linear(), [(X, Y)], None), "got NoneType"),
     (lambda: inspect(linear(), X, CLASSIFY), r"looks like one batch, a tensor of shape \(8, 4\). Write \[batch\]"),

@@ -120,6 +120,10 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "two.py").write_text(
         "import absent\ndef a() -> 'gm.Task': ...\nasync def b(): ...\ndef c(*, k=1) -> Task: ...\n"
     )
+    (tmp_path / "family.py").write_text(
+        "def data(n=1): ...\ndef made(net=None, **kw): return gm.Task(net)\ndef _own(): return made()\n"
+        "def speech(): return made()\ndef spoken(): return _own()\nclass Task: ...\n"
+    )
     (tmp_path / "none.py").write_text("import absent\ndef f(x): ...\ndef g(*, k): ...\ndef _h(): ...\n")
     (tmp_path / "empty").mkdir()
     return tmp_path
@@ -146,9 +150,10 @@ BAD = [
     (["inspect", "syntax.py:task"], "SyntaxError"),
     (["inspect", "nowhere.py"], "task file nowhere.py does not exist"),
     (["inspect", "syntax.py"], "syntax.py is not Python: SyntaxError"),
-    (["inspect", "task.py"], "name its function that returns the task: gramian inspect task.py:task"),
+    (["inspect", "task.py"], "name its function that returns the task: one of task, "),
     (["inspect", "one.py"], "name its function that returns the task: gramian inspect one.py:my_task"),
     (["inspect", "two.py"], "one of a, c, as in gramian inspect two.py:a"),
+    (["inspect", "family.py"], "the task: one of speech, spoken, made, as in gramian inspect family.py:speech"),
     (["inspect", "none.py"], "name its function that returns the task: but it has none"),
     (["inspect", "good.pt", "--task", "one.py"], "gramian inspect good.pt --task one.py:my_task"),
     (["inspect", "task.py:network"], "returned Linear; wanted a gm.Task. Put the model into one: gm.Task(lambda"),

@@ -449,7 +449,15 @@ ADVICE = {
         [other("bfloat16", 2000, 0.9), other("int8", 1000, 0.9), other("4 bits", 500, 0.88)],
         "use bfloat16, int8 or 4 bits instead: smaller, no worse and no slower",
     ),
-    "slower": ([other("bfloat16", 2000, 0.9, SLOWER)], "bfloat16: smaller and no worse, but slower"),
+    "slower": (
+        [other("bfloat16", 2000, 0.9, SLOWER, FASTER), other("int8", 1000, 0.9, SLOWER, SLOWER)],
+        "smaller and no worse: bfloat16 (slower at batch 1, faster at batch 32); "
+        "int8 (slower at batch 1 and at batch 32)",
+    ),
+    "slower at many": (
+        [other("bfloat16", 2000, 0.9, SAME, SLOWER), other("int8", 1000, 0.9, UNSEEN, SLOWER)],
+        "smaller and no worse: bfloat16 or int8 (slower at batch 32)",
+    ),
     "unseen": (
         [other("bfloat16", 2000, 0.9, UNSEEN), other("int8", 1000, 0.9, SLOWER)],
         "consider bfloat16: smaller, no worse, and not seen to be slower",
@@ -584,3 +592,20 @@ def test_a_folder_that_is_not_enough_is_one_clear_line(folder, capsys, name: str
     assert code == 2, err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_row_says_how_much_of_a_form_is_integers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 2))
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 2))
+    for model, share in ((net, 512 / (432 + 2304 + 512)), (wide, None)):
+        error = lambda m, model=model: {"error": float((m(x) - 2 * model(x)).square().mean())}  # noqa: E731
+        made = decide(model, [(x, x[:, 0, 0, :2])], gm.Objective.regression(), error, Target(keep=0.7), curve=False)
+        notes = {one.name: one.note for one in made.outcome.contenders}
+        assert notes["int8"] == (
+            f"{share:.1%} of the weights are integers, the other layers as they were" if share else ""
+        )
+        assert notes["bfloat16"] == ""
+        told = " ".join(to_text(made.outcome.to_document(), width=80).split())
+        assert ("- int8: 15.8% of the weights are integers" in told) == bool(share)

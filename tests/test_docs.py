@@ -15,6 +15,7 @@ import io
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -26,6 +27,8 @@ import torch
 
 from gramian.cli import main
 from gramian.errors import GramianWarning
+from gramian.linalg.engine.function import methods_table
+from gramian.optim.registry import table as directions_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS / "start.md", *sorted((DOCS / "howto").glob("*.md"))]
@@ -152,6 +155,47 @@ def test_commands_that_no_test_runs_are_marked() -> None:
 )
 def test_what_fits(shown: str, printed: str, same: bool) -> None:
     assert fits(shown, printed) == same
+
+
+TABLES = {"methods": (DOCS / "linalg.md", methods_table), "directions": (DOCS / "optim.md", directions_table)}
+"""Tables that the code has, by the name under which a page shows them."""
+
+
+def table_of(text: str, name: str) -> re.Match[str]:
+    found = re.search(rf"^<!-- table: {name}, .*? -->\n(.*?)\n<!-- end of the table -->$", text, re.M | re.S)
+    assert found is not None, name
+    return found
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_page_has_the_table_of_the_code(name: str) -> None:
+    page, made = TABLES[name]
+    assert table_of(page.read_text(encoding="utf-8"), name)[1] == made().strip()
+
+
+def tracked() -> set[Path]:
+    """The files of a checkout, which are not made by a build."""
+    root = DOCS.parent
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no checkout")
+    return {(root / line).resolve() for line in listed.stdout.splitlines()}
+
+
+def test_pages_read_in_a_checkout_have_no_dead_link_and_nothing_to_fill_in() -> None:
+    files = tracked()
+    folders = {parent for file in files for parent in file.parents}
+    dead = []
+    for page in (file for file in sorted(files) if file.suffix == ".md" and file.exists()):
+        text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        assert "{{" not in text, page
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path = target.partition("#")[0]
+            if path and "://" not in path and not path.startswith("mailto:"):
+                place = (page.parent / path).resolve()
+                if place not in files and place not in folders:
+                    dead.append(f"{page.relative_to(DOCS.parent)}: {target}")
+    assert dead == []
 
 
 def write() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import gramian as gm
 from cases import seeded
 from gramian.operators import end_to_end_jacobian, layer_gains
+from gramian.operators.gains import MIXED, REPEATED, try_gains
 from test_capture import assert_same, snapshot
 from zoo import ZOO
 
@@ -178,3 +179,20 @@ def test_a_failure_leaves_no_hooks() -> None:
         with pytest.raises(RuntimeError, match="shape"):
             measure(model, digits(2), CLASSIFY)
     assert_same(before, snapshot(model))
+
+
+def test_each_layer_without_a_gain_has_its_own_reason() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chain, self.skip, self.twice = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.chain(x)
+            x = x + self.skip(x)
+            return self.head(self.twice(self.twice(x)))
+
+    gains, reasons = try_gains(Net(), (torch.randn(8, 4), torch.zeros(8, 2)), gm.Objective.regression())
+    assert reasons == {"skip.weight": MIXED, "twice.weight": REPEATED}
+    assert {name for name, gain in gains.items() if gain is None} == set(reasons)

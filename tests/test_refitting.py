@@ -263,3 +263,16 @@ def test_a_walk_stops_before_the_first_use():
             tensor.fill_(1.0)
         assert walk.advance() is None
     torch.testing.assert_close(got[0], x + 1)
+
+
+def test_what_refitting_wins_back_makes_the_model_smaller():
+    net, shape = NETS["stream"][0]().eval(), NETS["stream"][1]
+    x, held = draw(256, *shape), draw(128, *shape, seed=1)
+    error = lambda m: {"error": distance(m, net, held)}  # noqa: E731
+    allowed = 0.02
+    made = decide(net, [x], SELF, error, Target(max_drop=allowed), curve=True)
+    without = [keep for keep, value in made.outcome.curve if value <= allowed]
+    assert made.outcome.compressed.quality <= allowed
+    assert made.outcome.keep < min(without)
+    assert made.plan.parameters <= made.outcome.keep * made.plan.parameters_dense
+    assert error(made.model)["error"] == pytest.approx(made.outcome.compressed.quality, rel=1e-3)

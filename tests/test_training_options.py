@@ -8,6 +8,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 import gramian as gm
 from cases import seeded
 from gramian import tasks
-from gramian.checkpoint import load_tree
+from gramian.checkpoint import load_tensors, load_tree
 from gramian.cli import completion
 from gramian.errors import InputError, TaskError, UnsupportedError
 from gramian.optim import OPTIMIZERS
+from gramian.report import to_text
 from gramian.tasks import TASKS
 from gramian.training import augmentation, compare, display, page, scaling, start
 from gramian.training.augmentation import AUGMENTATIONS, augmented, mixed
@@ -544,3 +547,80 @@ def test_one_optimizer_is_compared_at_several_rates(tmp_path) -> None:
     assert list(compare(task(), ["muon:lr=0.2", "auto"], steps=2)) == ["muon:lr=0.2", "muon"]
     with pytest.raises(InputError, match=r"one at several rates; got adamw:lr=0.01, adamw:lr=0.01"):
         compare(task(), ["adamw:lr=0.01", "adamw:lr=1e-2"], steps=2)
+
+
+def test_a_report_tells_what_became_worse_again(tmp_path) -> None:
+    """A held-out loss that rises, and a score that falls, after their best."""
+    held = iter([2.2, 1.5, 1.0, 0.9, 0.92, 0.98, 1.0, 1.05, 1.1, 1.12])
+    score = iter([0.1, 0.5, 0.8, 0.84, 0.845, 0.84, 0.838, 0.835, 0.83, 0.823])
+
+    def run_of(losses: Iterable[float], scores: Iterable[float], **options: Any) -> tuple[gm.Run, str]:
+        rows = list(zip(losses, scores, strict=False))
+        history = [
+            {"step": 20.0 * (i + 1), "seconds": i / 10, "loss": 2 - i / 10, "held_out_loss": h, "accuracy": a}
+            for i, (h, a) in enumerate(rows)
+        ]
+        run = gm.Run(nn.Linear(2, 2), history=history, steps=200, optimizer="muon", **options)
+        return run, to_text(page.document(run, single(), None, gm.Report("x")), width=400)
+
+    run, text = run_of(held, score)
+    assert "held_out_loss was best at step 80, 0.900, and became worse after it" in text
+    assert "--best min:held_out_loss (best='min:held_out_loss') keeps" in text
+    assert "accuracy was best" not in text  # it lost 3 % of what it gained
+    assert "0.823 (last evaluation; best 0.845 at step 100)" in text
+    assert "! 200 steps" in text
+    falling = [2 - i / 10 for i in range(10)]
+    run, text = run_of(falling, [i / 10 for i in range(5)] + [0.2] * 5)
+    assert "--best max:accuracy" in text
+    run, text = run_of([1 + i / 10 for i in range(10)], falling)  # it only rose
+    assert "held_out_loss was best at step 20, 1.00," in text
+    run, text = run_of(falling, falling)
+    assert page.receded(run) == ""
+    assert "✓ 200 steps" in text
+    run, text = run_of(falling, [i / 10 for i in range(5)] + [0.2] * 5, best_step=100)
+    assert "the weights are those of step 100, the best" in text
+    assert page.receded(run) == ""
+
+
+def test_a_resumed_report_says_why_it_has_nothing_before(often, tmp_path) -> None:
+    options: dict[str, Any] = {"optimizer": "adamw", "steps": 40, "lr": 0.03}
+    with pytest.raises(Stop):
+        gm.train(single(), out=tmp_path / "a", on_step=stopping(7), **options)
+    gm.train(single(), out=tmp_path / "a", report=tmp_path / "a.html", resume=True, **options)
+    text = (tmp_path / "a.html").read_text()
+    assert "The network before training was not looked at: the run began without a report." in text
+    assert "no optimizer was given" not in text
+
+
+def test_a_run_says_whose_weights_it_has() -> None:
+    run = gm.train(single(), optimizer="adamw", steps=40, best="min:loss")
+    losses = {row["step"]: row["loss"] for row in run.history}
+    assert run.best_step is not None
+    assert losses[run.best_step] == min(losses.values())
+    assert gm.train(single(), optimizer="adamw", steps=4).best_step is None
+
+
+def test_the_file_of_a_wrapped_model_has_the_users_names(tmp_path) -> None:
+    """As of `torch.compile`, of the whole model or of a layer."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = inner
+
+        def forward(self, *args: Any) -> Any:
+            return self._orig_mod(*args)
+
+    plain = single()
+
+    def made() -> nn.Module:
+        model = plain.model()
+        for name, layer in list(model.named_children()):
+            setattr(model, name, Wrapped(layer))
+        return Wrapped(model)
+
+    options: dict[str, Any] = {"optimizer": "adamw", "steps": 3, "out": tmp_path / "a"}
+    run = gm.train(replace(plain, model=made), **options)
+    plain.model().load_state_dict(load_tensors(tmp_path / "a" / "model.safetensors")[0])
+    again = gm.train(replace(plain, model=made), resume=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from gramian.calls import as_module
 from gramian.checkpoint import clean_name
 from gramian.errors import InputError, ShapeError
 from gramian.layers import Role, config_of, families, find_head, layer_of
@@ -204,7 +205,7 @@ def blocks(model: nn.Module, layouts: Mapping[str, Any] | None = None) -> Blocks
         `Blocks`, a pair `(blocks, rest)`, with `explain()`.
 
     Raises:
-        InputError: a pattern matches no parameter, or the model has no parameters.
+        InputError: it is no model, a pattern matches no parameter, or the model has no parameters.
         ShapeError: a pattern does not fit the parameter that it matches; the error shows both.
 
     Cost: no arithmetic, one pass over the modules.
@@ -217,7 +218,7 @@ def blocks(model: nn.Module, layouts: Mapping[str, Any] | None = None) -> Blocks
     """
     overrides = dict(layouts or {})
     used: set[str] = set()
-    owners = _owners(model)
+    owners = _owners(as_module(model, "blocks"))
     if not owners:
         raise InputError(f"blocks: {type(model).__name__} has no parameters; pass a model with weights")
     found: list[Block] = []

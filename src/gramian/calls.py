@@ -15,8 +15,18 @@ from gramian import placement
 from gramian.arguments import arguments_of
 from gramian.batch import LABELS, WEIGHTS, Parts, described, fields, has_arrays, mapped, parts, tensors
 from gramian.errors import InputError, UnsupportedError
+from gramian.misuse import instead_of_model
 
-__all__ = ["as_model", "called", "check_values", "prepared", "tensor_of", "unwrapped", "wrappings"]
+__all__ = [
+    "as_model",
+    "as_module",
+    "called",
+    "check_values",
+    "prepared",
+    "tensor_of",
+    "unwrapped",
+    "wrappings",
+]
 
 # What torch or Python says where something else stands in a tensor's place.
 _NO_TENSOR = r"must be Tensor, not|'(list|tuple|dict|str)' object has no attribute"
@@ -40,9 +50,29 @@ def as_model(model: Any, verb: str) -> nn.Module:
     Traceback (most recent call last):
     gramian.errors.InputError: inspect: expected a torch.nn.Module, got the class Linear. Give an instance: Linear(…)
     """
+    check_values(as_module(model, verb), verb)
+    return model
+
+
+def as_module(model: Any, verb: str) -> nn.Module:
+    """The model that a verb was given, checked to be a module; its weights may be on the meta device.
+
+    Args:
+        model: what the user gave.
+        verb: for the error: who asks.
+
+    Returns: the model, as it is.
+    Raises:
+        InputError: it is no `nn.Module`, with what to write instead.
+    Cost: none.
+    Source: this library's own.
+
+    >>> as_module("model.pt", "blocks")
+    Traceback (most recent call last):
+    gramian.errors.InputError: blocks: expected a torch.nn.Module, got the path 'model.pt'. Make the model, ...
+    """
     if not isinstance(model, nn.Module):
-        raise InputError(f"{verb}: expected a torch.nn.Module, got {_not_a_model(model)}")
-    check_values(model, verb)
+        raise InputError(f"{verb}: expected a torch.nn.Module, got {instead_of_model(model)}")
     return model
 
 
@@ -116,23 +146,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     True
     """
     return [*wrappings(model)][-1]
-
-
-def _not_a_model(value: Any) -> str:
-    """What was given in place of a module, and what to write."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}. Give an instance: {value.__name__}(…)"
-    kind = type(value).__name__
-    if isinstance(value, torch.export.ExportedProgram):
-        return f"{kind}. Give its module: exported.module()"
-    if isinstance(getattr(value, "model", None), nn.Module):
-        return f"{kind}, which has one: give its .model"
-    if isinstance(value, Mapping):
-        return "a mapping, perhaps a state dict. Load it into its model, or save it and give the file"
-    if callable(value):
-        name = getattr(value, "__name__", kind)
-        return f"the function {name}, which has no parameters to look at. Give the module that it calls"
-    return described(value)
 
 
 def prepared(model: nn.Module, batch: Any) -> Any:

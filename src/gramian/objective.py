@@ -301,8 +301,7 @@ def as_objective(objective: Any) -> Objective:
     """
     if isinstance(objective, Objective):
         return objective
-    misused = _misused(objective)
-    if misused:
+    if misused := _misused(objective):
         raise InputError(f"objective: expected gm.Objective or a function loss(model, batch) -> scalar mean, {misused}")
 
     def criterion(output: Any, batch: Any) -> tuple[Tensor, Any]:
@@ -355,17 +354,18 @@ _LOSSES = {
     "MSELoss": "regression()",
     "mse_loss": "regression()",
 }
+_KINDS = ("classification", "regression", "next_token", "reconstruction", "self_distillation")
 
 
 def _misused(objective: Any) -> str:
     """What was given in place of an objective, and what to write; empty where it may be a loss function."""
+    if objective is Objective or isinstance(objective, str):
+        return f"got {objective!r}. Write gm.Objective.classification(), .regression() or .next_token()"
     if isinstance(objective, type):
         name = objective.__name__
     elif isinstance(objective, nn.Module):
         name = type(objective).__name__
-    elif isinstance(objective, str):
-        return f"got the text {objective!r}. Write gm.Objective.classification(), .regression() or .next_token()"
-    elif objective in (getattr(Objective, kind) for kind in ("classification", "next_token", "regression")):
+    elif objective in (getattr(Objective, kind) for kind in _KINDS):
         return f"got a function that makes one. Call it: gm.Objective.{objective.__name__}()"
     elif getattr(objective, "__module__", None) in ("torch.nn.functional", "torch._C._nn"):
         name = objective.__name__

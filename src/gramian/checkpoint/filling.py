@@ -9,7 +9,7 @@ from torch import nn
 
 from gramian.checkpoint.names import clean_name
 from gramian.checkpoint.reading import open_checkpoint
-from gramian.errors import CheckpointError, some
+from gramian.errors import CheckpointError, InputError, some
 
 __all__ = ["load_into"]
 
@@ -23,6 +23,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Returns: the model.
     Raises:
+        InputError: the first is no model.
         CheckpointError: before anything is copied, where a tensor is missing, unexpected, damaged or of another
             shape; the message names the first ones. Also as `open_checkpoint`.
     Cost: reads the file twice; memory for one tensor at a time.
@@ -36,6 +37,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Traceback (most recent call last):
     gramian.errors.CheckpointError: ...model.safetensors does not fit Linear: weight is (2, 3), wanted (2, 4)
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"load_into: expected a torch.nn.Module and then the path, got {type(model).__name__}")
     checkpoint = open_checkpoint(path, stored=True)
     own = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
     wrong = [f"{name} is missing" for name in own if name not in checkpoint.entries]

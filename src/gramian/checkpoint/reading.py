@@ -15,7 +15,7 @@ from gramian.checkpoint.derived import with_derived
 from gramian.checkpoint.faults import damaged, plain
 from gramian.checkpoint.folders import open_file, open_folder, open_index, read_json
 from gramian.checkpoint.formats import Entry, get
-from gramian.checkpoint.names import clean_name
+from gramian.checkpoint.names import as_path, clean_name
 from gramian.checkpoint.packing import RANKS
 from gramian.checkpoint.readers import reader
 from gramian.errors import CheckpointError, InputError
@@ -130,7 +130,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, stored: bool = False, verif
         if not stored:
             return path
         verify = path.verify
-    path = Path(path)
+    path = as_path(path, "open_checkpoint")
     if path.is_dir():
         opened = open_folder(path)
     elif path.name.endswith(".index.json") and path.exists():

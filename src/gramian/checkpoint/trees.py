@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramian.checkpoint.faults import damaged, plain
+from gramian.checkpoint.names import as_path
 from gramian.checkpoint.writing import check_writable, load_tensors, memory_of, save_tensors
 from gramian.errors import UnsupportedError
 
@@ -123,7 +123,7 @@ def load_tree(path: str | os.PathLike[str]) -> Any:
     >>> load_tree(path)
     [1, (2, None)]
     """
-    path = Path(path)
+    path = as_path(path, "load_tree")
     tensors, metadata = load_tensors(path)
     try:
         return _unpack(json.loads(metadata[TREE]), tensors)

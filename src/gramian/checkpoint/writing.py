@@ -25,6 +25,7 @@ from gramian.checkpoint.formats import (
     memory_of,
     read_safetensors,
 )
+from gramian.checkpoint.names import as_path
 from gramian.errors import CheckpointError, InputError
 
 __all__ = ["check_writable", "load_tensors", "memory_of", "save_tensors", "verify_file"]
@@ -64,7 +65,7 @@ def save_tensors(
     >>> tensors["embed"] is tensors["head"], metadata
     (True, {'step': '7'})
     """
-    path, text = Path(path), dict(metadata or {})
+    path, text = as_path(path, "save_tensors"), dict(metadata or {})
     taken = {TIED, CHECKSUMS, HEADER}
     if taken & text.keys() or not all(isinstance(part, str) for item in text.items() for part in item):
         raise InputError(f"save_tensors: metadata must map str to str, and {sorted(taken)} are taken; got {text!r}.")
@@ -143,7 +144,7 @@ def verify_file(path: str | os.PathLike[str]) -> None:
     >>> save_tensors(path, {"w": torch.ones(2)})
     >>> verify_file(path)
     """
-    content = read_safetensors(Path(path))
+    content = read_safetensors(as_path(path, "verify_file"))
     if not content.verified:
         raise CheckpointError(f"{path}: has no checksums, so it cannot be verified. Save it with save_tensors.")
     for entry in content.entries:
@@ -187,7 +188,7 @@ def load_tensors(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[
     >>> load_tensors(path)
     ({'module.w': tensor([1., 1.])}, {})
     """
-    path = Path(path)
+    path = as_path(path, "load_tensors")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Check the path.")
     tensors: dict[str, Tensor] = {}

@@ -142,8 +142,8 @@ def _loaded(model: str, task: str | None, calibrate: Path | None) -> tuple[Any, 
     named = with_task(model, task, verb="compress")
     if named is None:
         raise InputError(
-            f"compress: {model} is a file, and compressing needs data: add --task path/file.py:function, or for a "
-            "Hugging Face folder --calibrate texts.txt"
+            f"compress: {model} holds weights alone, and compressing needs data: add --task path/file.py:function, or "
+            "for a Hugging Face folder --calibrate texts.txt"
         )
     return *named, ""
 

@@ -138,11 +138,11 @@ def _inspect(model: str, unchecked: bool, task: str | None, options: dict[str, A
     found = with_task(model, task)
     if found is None:
         if options.get("verify"):
-            raise InputError(f"--verify trains on data, and {model} is a file: add --task")
+            raise InputError(f"--verify trains on data, and {model} holds weights alone: add --task")
         if options.get("curvature"):
-            raise InputError(f"--curvature is that of a loss on data, and {model} is a file: add --task")
+            raise InputError(f"--curvature is that of a loss on data, and {model} holds weights alone: add --task")
         if optimizer is not None:
-            raise InputError(f"--optimizer steps on data, and {model} is a file: add --task")
+            raise InputError(f"--optimizer steps on data, and {model} holds weights alone: add --task")
         return inspect(open_checkpoint(model, verify=False) if unchecked else model, **options)
     if unchecked:
         raise InputError(f"--no-checksums is for files, and {model} is a task")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from gramian.compression.mixing import Form
 from gramian.compression.narrow_plan import NarrowPlan
 from gramian.compression.plan import Plan
 from gramian.compression.plans import AnyPlan
+from gramian.compression.quantized import Quantized
 from gramian.compression.searching import Tried
 from gramian.compression.speeds import Speeds
 from gramian.errors import InputError
@@ -60,7 +62,7 @@ def contenders(
     rows = []
     for place, (name, model) in enumerate(models.items()):
         tell("Measure", 0.5 + place / (2 * len(models)), name)
-        note, others = "", {}
+        note, others = _left_dense(name, model), {}
         try:
             others = tried.quality.all_of(model)
             quality: float | None = others.pop(tried.quality.measure)
@@ -77,6 +79,17 @@ def contenders(
     tell("Measure", 1.0, "")
     rows += [Contender(name, None, None, note=why) for name, why in failed.items()]
     return tuple(rows)
+
+
+def _left_dense(name: str, model: nn.Module) -> str:
+    """What a form in integers leaves as it is, where that is more than a tenth of the weights."""
+    integers = sum(math.prod(m.about["shape"]) for m in model.modules() if isinstance(m, Quantized))
+    left = sum(p.numel() for p in model.parameters() if p.is_floating_point() and p.ndim > 1)
+    if "int8" in name and not integers:
+        return "the same model: int8 is for linear layers, and it has none"
+    if not integers or left < 0.1 * (integers + left):
+        return ""
+    return f"{integers / (integers + left):.1%} of the weights are integers, the other layers as they were"
 
 
 def planned_layers(plan: AnyPlan) -> tuple[PlannedLayer, ...]:

@@ -24,13 +24,15 @@ from gramian.compression.plan import Plan, check_budget
 from gramian.compression.planning import compress
 from gramian.compression.plans import AnyPlan, load_plan, save_plan
 from gramian.compression.refitting import refit
-from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares
+from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares, smallest
 from gramian.compression.speeds import Speeds, paced
 from gramian.errors import CheckpointError, GramianError, InputError
 from gramian.objective import Objective, as_objective
 from gramian.report.compression import Contender, Outcome, Ratio
 
 MOST_OUTPUTS = 32
+REFITS = 5
+"""Halvings of the interval in which a share is looked for that refitting makes good enough."""
 
 __all__ = ["Decision", "Target", "decide"]
 
@@ -202,7 +204,11 @@ def decide(
         tried.tell = lambda share, value: tell("Evaluate", len(tried.points) / 20, f"{budget} {share:.3f}: {value:.4g}")
         keep = _share(target, tried, speeds, tell)
         plan = plan.at(**target.options) if target.options else tried.at(keep)
-        small, remark = _refitted(plan.apply(), model, batches, objective, tried, tell)
+        fit = _Refitting(model, batches, objective, tried, tell)
+        found = fit(plan, keep)
+        if target.max_drop is not None and found.fitted:
+            found = fit.smaller(found, target.max_drop)
+        plan, keep, small, remark = found.plan, found.keep, found.model, found.remark
         if not target.bits and not target.sparsity:
             tried(keep)
         if curve:
@@ -234,23 +240,56 @@ def decide(
     return Decision(plan, small, outcome)
 
 
-def _refitted(
-    small: nn.Module, dense: nn.Module, batches: Sequence[Any], objective: Any, tried: Tried, tell: Progress
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model refit to the dense one's outputs where it has factors and that is measured to be better."""
-    if not any(isinstance(m, LowRank) for m in small.modules()) or not tried.quality.sign:
-        return small, ()
-    tell("Refit", 0.0, "")
-    try:
-        fitted = refit(small, dense, batches, objective)
-    except InputError as error:
-        return small, (f"not refit: {error}",)
-    before, after = tried.quality.of(small), tried.quality.of(fitted)
-    tell("Refit", 1.0, f"{tried.quality.measure} {before:.4g} → {after:.4g}")
-    if not tried.quality.drop(after) < tried.quality.drop(before):
-        return small, ()
-    change = f"{tried.quality.measure} {before:.4g} before, {after:.4g} after"
-    return fitted, (f"layers were refit to the dense model's outputs: {change}; the curve is without",)
+@dataclass(frozen=True, eq=False)
+class _Refitted:
+    """A plan's model; `fitted` where it was refit and is better for it, `quality` then its held-out number."""
+
+    plan: AnyPlan
+    keep: float
+    model: nn.Module
+    remark: tuple[str, ...] = ()
+    fitted: bool = False
+    quality: float = math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class _Refitting:
+    """Refits models to the dense one's outputs, where they have factors and that is measured to be better."""
+
+    dense: nn.Module
+    batches: Sequence[Any]
+    objective: Any
+    tried: Tried
+    tell: Progress
+
+    def __call__(self, plan: AnyPlan, keep: float) -> _Refitted:
+        small, quality = plan.apply(), self.tried.quality
+        if not any(isinstance(m, LowRank) for m in small.modules()) or not quality.sign:
+            return _Refitted(plan, keep, small)
+        self.tell("Refit", 0.0, "")
+        try:
+            fitted = refit(small, self.dense, self.batches, self.objective)
+        except InputError as error:
+            return _Refitted(plan, keep, small, (f"not refit: {error}",))
+        before, after = quality.of(small), quality.of(fitted)
+        self.tell("Refit", 1.0, f"{quality.measure} {before:.4g} → {after:.4g}")
+        if not quality.drop(after) < quality.drop(before):
+            return _Refitted(plan, keep, small)
+        change = f"{quality.measure} {before:.4g} before, {after:.4g} after"
+        remark = f"layers were refit to the dense model's outputs: {change}; the curve is without"
+        return _Refitted(plan, keep, fitted, (remark,), True, after)
+
+    def smaller(self, found: _Refitted, max_drop: float) -> _Refitted:
+        """A smaller share whose refit model loses no more than is allowed, since refitting won back a part of it."""
+        low = smallest(self.tried.plan, self.tried.budget)
+        for _ in range(REFITS):
+            middle = math.sqrt(low * found.keep)
+            trial = self(self.tried.at(middle), middle)
+            if trial.fitted and self.tried.quality.drop(trial.quality) <= max_drop:
+                found = trial
+            else:
+                low = middle
+        return found
 
 
 def _planned(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gramian.block import blocks
-from gramian.calls import unwrapped
+from gramian.calls import as_model, as_module, unwrapped
 from gramian.checkpoint import Checkpoint, clean_name, open_checkpoint, save_tensors
+from gramian.checkpoint.names import as_path
 from gramian.checkpoint.packing import RANKS
 from gramian.compression.ranks import factor, ranks_of, restore
 from gramian.errors import CheckpointError, some
@@ -34,8 +35,8 @@ def save_compressed(model: nn.Module, path: str | Path) -> None:
         path: the file to write or replace, or the folder.
 
     Raises:
-        InputError: the folder of the file is missing, a tensor is of a kind that safetensors lacks, or the path is a
-            folder and the model is none of transformers'.
+        InputError: the first is no model, as the plan itself; the folder of the file is missing, a tensor is of a kind
+            that safetensors lacks, or the path is a folder and the model is none of transformers'.
         CheckpointError: the file cannot be written.
 
     Cost: one write.
@@ -48,7 +49,7 @@ def save_compressed(model: nn.Module, path: str | Path) -> None:
     >>> load_compressed(dense, path)[0].rank
     2
     """
-    model, path = unwrapped(model), Path(path)
+    model, path = unwrapped(as_model(model, "save_compressed")), as_path(path, "save_compressed")
     support = pretrained_support()
     if support is not None and support.is_pretrained(model) and path.suffix != ".safetensors":
         support.save_folder(model, path)
@@ -69,6 +70,7 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
         The model, or the factored layer where the model is a single layer.
 
     Raises:
+        InputError: the first is no model, or the second no path.
         CheckpointError: the file holds no ranks or does not fit the model, which is then as it was.
 
     Cost: one read.
@@ -81,7 +83,7 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
     >>> load_compressed(nn.Linear(9, 9), path).rank
     2
     """
-    path = Path(path)
+    model, path = as_module(model, "load_compressed"), as_path(path, "load_compressed")
     support = pretrained_support()
     if support is not None and support.is_pretrained(model):
         folder = path if path.is_dir() else path.parent

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramian.batch import described
 from gramian.calls import as_model, unwrapped
 from gramian.checkpoint import clean_name, load_tree, open_checkpoint, save_tree
+from gramian.checkpoint.names import as_path
 from gramian.checkpoint.trees import TREE
 from gramian.compression.feedback import Feedback
 from gramian.compression.flow import Part, Units
@@ -22,7 +24,7 @@ from gramian.compression.opening import open_
 from gramian.compression.plan import Plan
 from gramian.compression.predicting import Point, Rises
 from gramian.compression.weighted import WeightedSVD
-from gramian.errors import CheckpointError, some
+from gramian.errors import CheckpointError, InputError, some
 
 __all__ = ["AnyPlan", "load_plan", "packed", "save_plan", "unpacked"]
 
@@ -48,7 +50,7 @@ def save_plan(plan: AnyPlan, path: str | Path) -> None:
         path: the file to write or replace.
 
     Raises:
-        InputError: the folder is missing.
+        InputError: it is no plan, or the folder is missing.
         CheckpointError: the file cannot be written.
 
     Cost: one write: for a layer (m, n) about (m + n) · min(m, n) numbers of float64.
@@ -62,6 +64,9 @@ def save_plan(plan: AnyPlan, path: str | Path) -> None:
     >>> load_plan(net, path).at(keep=0.5).parameters < plan.parameters
     True
     """
+    if not isinstance(plan, (Plan, NarrowPlan)):
+        raise InputError(f"save_plan: expected a plan of gm.compress or gm.narrow, got {described(plan)}")
+    path = as_path(path, "save_plan")
     names = plan.ranks if isinstance(plan, Plan) else plan.modules
     digests = {name: _digest(submodule(plan.model, name)) for name in names}
     save_tree(path, {"plan": packed(plan), "shapes": _shapes(plan.model), "digests": digests})
@@ -92,7 +97,7 @@ def load_plan(model: nn.Module, path: str | Path) -> AnyPlan:
     Traceback (most recent call last):
     gramian.errors.CheckpointError: ...plan.safetensors was not written by save_plan. Give the file of a plan.
     """
-    model = unwrapped(as_model(model, "load_plan"))
+    model, path = unwrapped(as_model(model, "load_plan")), as_path(path, "load_plan")
     tree = load_tree(path) if TREE in open_checkpoint(path, stored=True).metadata else None
     if not isinstance(tree, dict) or tree.keys() != {"plan", "shapes", "digests"}:
         raise CheckpointError(f"{path} was not written by save_plan. Give the file of a plan.")

@@ -24,7 +24,8 @@ from gramian.compression.lockstep import Stop, Walk, watched
 from gramian.compression.lowrank import LowRank
 from gramian.compression.modules import copied
 from gramian.compression.opening import CLOSED
-from gramian.errors import InputError
+from gramian.compression.ranks import ranks_of
+from gramian.errors import InputError, some
 from gramian.layers import operation_of
 from gramian.loader import Batches, as_batches
 from gramian.objective import Objective, as_objective
@@ -92,8 +93,8 @@ def refit(
         tables, integers, and weights that are handed to one function (attention and recurrent layers of torch).
 
     Raises:
-        InputError: the models are not the same but for factored layers, or there are fewer than two samples, or most
-            of them are copies.
+        InputError: the models are swapped, or not the same but for factored layers, or there are fewer than two
+            samples, or most of them are copies.
 
     Cost: two forward passes of the samples, and `rows·(rank + outputs)·rank` operations a layer. Memory: one layer's
     inputs and outputs of all samples, with what each pass holds there. A thread for each batch.
@@ -108,7 +109,7 @@ def refit(
     >>> error(gm.refit(small, net, [x], objective)) < error(small)
     True
     """
-    small, original = copied(unwrapped(as_model(model, "refit"))), unwrapped(as_model(original, "refit"))
+    small, original = pair_of(model, original, "refit")
     objective = as_objective(objective)
     given = _taken(batches, samples)
     pairs = _without(_pairs(small, original), exclude)
@@ -133,6 +134,23 @@ def refit(
             passes.append((*both, objective.mask(batch)))
         _fit_all({name: layer for name, (layer, _) in pairs.items()}, passes)
     return small
+
+
+def pair_of(model: nn.Module, original: nn.Module, verb: str) -> tuple[nn.Module, nn.Module]:
+    """A copy of a compressed model, and the model that it was made of, unwrapped, and not the one for the other.
+
+    Raises:
+        InputError: one of them is no model, or layers are compressed in the original that are dense in the model.
+    """
+    model, original = unwrapped(as_model(model, verb)), unwrapped(as_model(original, verb))
+    only = ranks_of(original).keys() - ranks_of(model).keys()
+    counts = [sum(p.numel() for p in one.parameters()) for one in (model, original)]
+    if only and counts[0] > counts[1]:
+        raise InputError(
+            f"{verb}: {some(sorted(only))} of the second model is compressed, and dense in the first, which has "
+            f"{counts[0]:,} parameters and the second {counts[1]:,}. Swap them: the compressed model comes first"
+        )
+    return copied(model), original
 
 
 Pass = tuple[Walk, Walk, Tensor | None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from gramian.calls import called
+from gramian.calls import as_module, called
 from gramian.errors import GramianWarning, InputError
 from gramian.init.composed import leave_composed, set_composed_
 from gramian.init.paths import hooked, normalized, trace
@@ -108,7 +108,7 @@ def isometric_(
     True
     """
     objective = Objective(predict or called, lambda output, batch: (output.sum(), 1))
-    _check_values(model, sample, objective)
+    _check_values(as_module(model, "isometric_"), sample, objective)
     weights = find_weights(model)
     layers = weights.by_layer
     device = next(model.parameters()).device

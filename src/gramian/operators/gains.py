@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.calls import as_module
 from gramian.layers import operation_of
 from gramian.linalg.engine.precision import full_precision
 from gramian.objective import Objective, as_objective
@@ -16,6 +17,12 @@ from gramian.operators.cuts import cut, leaves_of
 from gramian.recording import measuring
 
 __all__ = ["Gain", "layer_gains"]
+
+
+REPEATED = "used several times"
+MIXED = "with a skip, attention or a branch before the next"
+OF_NO_KIND = "recurrent or of a kind without one"
+"""Why a layer has no gain."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ def layer_gains(
         (skip connections, attention, recurrence): there the gradient's size by depth says what the product does.
         The last layer's gain is to its own output.
 
-    Raises: nothing of its own.
+    Raises:
+        InputError: it is no model.
     Cost: one forward and `num_probes` backward passes. Accuracy: the standard error, over samples and probes.
     Source: χ of Schoenholz et al. (1611.01232), eq. 5; the estimator is Hutchinson's.
 
@@ -67,7 +75,19 @@ def layer_gains(
     >>> 3.5 < gains["0.weight"].chi < 4.5
     True
     """
-    objective = as_objective(objective)
+    return try_gains(model, batch, objective, num_probes=num_probes, generator=generator)[0]
+
+
+def try_gains(
+    model: nn.Module,
+    batch: Any,
+    objective: Objective | Callable,
+    *,
+    num_probes: int = 4,
+    generator: torch.Generator | None = None,
+) -> tuple[dict[str, Gain | None], dict[str, str]]:
+    """The gains as `layer_gains` gives them, and for each that is `None` one of the reasons above."""
+    model, objective = as_module(model, "layer_gains"), as_objective(objective)
     device = next(model.parameters()).device
     generator = generator or torch.Generator(device).manual_seed(0)
     with measuring(model), full_precision(), torch.enable_grad():
@@ -77,13 +97,19 @@ def layer_gains(
         ends = [*(use.arriving for use in uses[1:]), cuts.output]
         names = [use.name for use in uses]
         gains: dict[str, Gain | None] = {}
+        reasons: dict[str, str] = {}
         pairs: list[tuple[str, Tensor, Tensor]] = []
         leaves = {id(use.leaving) for use in uses}
         for use, end in zip(uses, ends, strict=False):
             gains[use.name] = None
-            chain = operation_of(use.module).gain and names.count(use.name) == 1
-            if chain and end is not None and leaves_of(end) & leaves == {id(use.leaving)}:
+            if names.count(use.name) > 1:
+                reasons[use.name] = REPEATED
+            elif not operation_of(use.module).gain:
+                reasons[use.name] = OF_NO_KIND
+            elif end is not None and leaves_of(end) & leaves == {id(use.leaving)}:
                 pairs.append((use.name, use.leaving, end))
+            else:
+                reasons[use.name] = MIXED
         for name, start, end in pairs:  # one at a time: the vectors of all would be as large as all activations
             side = min(start.numel(), end.numel()) / len(start)  # of one sample's Jacobian
             values = []
@@ -95,8 +121,9 @@ def layer_gains(
                     sizes = torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1, dtype=torch.float64)
                     values.append(sizes.square() / side)
             if not values:
+                reasons[name] = MIXED
                 continue
             chi = torch.cat(values)
             error = chi.std() / len(chi) ** 0.5 if len(chi) > 1 else torch.tensor(float("nan"))
             gains[name] = Gain(float(chi.mean()), float(error))
-    return gains
+    return gains, reasons

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.calls import as_module
 from gramian.linalg.engine.precision import full_precision
 from gramian.objective import Objective, as_objective
 from gramian.operators.cuts import cut, leaves_of
@@ -67,7 +68,7 @@ def try_jacobian(
             many rows of its Jacobian.
         most: rows from which on it counts as too large.
     """
-    objective = as_objective(objective)
+    model, objective = as_module(model, "end_to_end_jacobian"), as_objective(objective)
     with measuring(model), full_precision(), cut(model, only_first=True) as cuts, torch.enable_grad():
         objective.predict(model, batch)
         uses = cuts.uses

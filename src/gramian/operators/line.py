@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gramian.calls import as_module
 from gramian.errors import InputError, UnsupportedError
 from gramian.linalg.engine.precision import full_precision
 from gramian.objective import Objective, as_objective
@@ -77,7 +78,7 @@ def line_curvature(
     1.0
     """
     split = isinstance(objective, Objective)
-    objective = as_objective(objective)
+    model, objective = as_module(model, "line_curvature"), as_objective(objective)
     params = [p for p in direction if p.requires_grad]
     parts = [direction[p].detach().to(p.dtype) for p in params]
     if not params:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gramian.block import Layout, blocks
+from gramian.calls import as_module
 from gramian.checkpoint import clean_name
 from gramian.errors import GramianWarning, InputError
 from gramian.layers.listed import look_up_listed
@@ -46,7 +47,8 @@ def route_groups(
         known: routes by parameter, those of the model.
         first: the number that the first parameter without a name is called by.
     """
-    if isinstance(params, nn.Module):
+    if isinstance(params, nn.Module) or not isinstance(params, Iterable):
+        params = as_module(params, "the optimizer")
         groups: list[Group] = [(routes_of_model(params), {})] if known is None else [(list(known.values()), {})]
     elif isinstance(params, Tensor):
         raise TypeError(

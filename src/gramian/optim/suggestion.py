@@ -15,10 +15,9 @@ from gramian.calls import as_model, prepared
 from gramian.errors import InputError
 from gramian.loader import as_batches, is_one_batch, looks_like_one, no_batches
 from gramian.objective import Objective
+from gramian.optim.given import EXAMPLE, given
 from gramian.optim.learning_rate import LearningRate
-from gramian.optim.registry import OPTIMIZERS, known_name
 from gramian.optim.rehearsals import NUM_STEPS, Make, Rehearsals, kept
-from gramian.optim.shell import MatrixOptimizer
 from gramian.recording.measuring import eager
 
 __all__ = ["is_confirmed", "suggest_lr"]
@@ -140,11 +139,10 @@ def _batches(batch: Any, num: int) -> list[Any]:
 
 def _maker(optimizer: Any) -> Make:
     """`(model, lr) -> optimizer` for a name, a class or a function."""
-    if isinstance(optimizer, str):
-        return OPTIMIZERS[known_name("suggest_lr", optimizer, "a class or a function (model, lr)")].make
-    if not callable(optimizer):
-        raise InputError(f"suggest_lr: optimizer must be a name, a class or a function, got {type(optimizer).__name__}")
-    make: Callable[..., Any] = optimizer
-    if isinstance(optimizer, type) and not issubclass(optimizer, MatrixOptimizer):
-        return lambda model, lr: make(model.parameters(), lr=lr)
-    return lambda model, lr: make(model, lr=lr)
+    found = given("suggest_lr", optimizer)
+    if not found.takes_rate:
+        raise InputError(
+            f"suggest_lr: {found.name} takes no rate, so none can be tried. Give a function of the model and the rate: "
+            f"{EXAMPLE}"
+        )
+    return found.make

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,15 @@ __all__ = ["inspect"]
 NUM_BATCHES = 16
 
 
+@contextmanager
+def _without_echoes() -> Iterator[None]:
+    """Without torch's warning of sizes that are broadcast in a loss, at each of many passes: a finding says it once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using a target size", UserWarning)
+        yield
+
+
+@_without_echoes()
 def inspect(
     model_or_path: nn.Module | str | os.PathLike[str],
     batches: Batches | None = None,

@@ -62,7 +62,7 @@ class Contender:
         latency_one, latency_many: milliseconds of a forward pass, at batch 1 and at the larger batch.
         speed_one, speed_many: how many times as fast as the dense model it is, at batch 1 and at the larger batch.
         beside_one, beside_many: how many times as fast as the compressed model.
-        note: why something was not measured.
+        note: why something was not measured, or what must be known of it.
         others: the evaluation's other numbers, such as those of a second domain.
     """
 
@@ -163,13 +163,15 @@ class Outcome:
         """Which forms that need no plan serve better; empty where none does."""
         if not self.better:
             return ""
-        found: dict[str, list[str]] = {"no": [], "unseen": [], "slower": []}
+        found: dict[str, list[str]] = {"no": [], "unseen": []}
+        slower: dict[str, list[str]] = {}
         for other in self.contenders[2:]:
             larger = (other.bytes or 0) > (self.compressed.bytes or 0)
             planned = other.name == self.asked or other.name not in (*PLAIN, FOUR_BITS)
             if planned or other.quality is None or (not self.for_speed and larger) or self._drop(other) > self.drop:
                 continue
-            found[_slower(other)].append(other.name)
+            where = self._slower(other)
+            (found if where in found else slower).setdefault(where, []).append(other.name)
         smaller = "" if self.for_speed else "smaller, "
         if found["no"]:
             return f"use {_either(found['no'])} instead: {smaller}no worse and no slower"
@@ -177,7 +179,8 @@ class Outcome:
             return ""
         if found["unseen"]:
             return f"consider {_either(found['unseen'])}: {smaller}no worse, and not seen to be slower"
-        return f"{_either(found['slower'])}: smaller and no worse, but slower" if found["slower"] else ""
+        told = [f"{_either(names)} {where}" for where, names in slower.items()]
+        return f"smaller and no worse: {'; '.join(told)}" if told else ""
 
     @property
     def verdict(self) -> str:
@@ -229,7 +232,7 @@ class Outcome:
 
     def _choice(self, plots: bool) -> Section:
         direction = f" {self.better.capitalize()} is better." if self.better else ""
-        lines = [f"- {note}" for note in self.notes]
+        lines = [f"- {note}" for note in (*self.notes, *(f"{c.name}: {c.note}" for c in self.contenders if c.note))]
         others = [*self.dense.others]
         rows = [
             [
@@ -241,14 +244,13 @@ class Outcome:
                 c.latency_many,
                 *(c.others.get(name) for name in others),
                 c.parameters,
-                c.note,
             ]
             for c in self.contenders
         ]
         speeds = ["× at 1", f"× at {self.batch}", "ms at 1", f"ms at {self.batch}"]
         table = Table(
             "The compressed model and its alternatives",
-            ["", self.measure, "bytes", *speeds, *others, "parameters", "not measured"],
+            ["", self.measure, "bytes", *speeds, *others, "parameters"],
             rows,
             emphasis=[1],
         )
@@ -298,6 +300,16 @@ class Outcome:
             [Table("Layers", ["layer", "kept", "of", "energy, %", "saved", "note"], rows)],
         )
 
+    def _slower(self, other: Contender) -> str:
+        """Whether a form is slower than the compressed model: "no", "unseen", or at which of the two batches it is."""
+        ratios = {"batch 1": other.beside_one, f"batch {self.batch}": other.beside_many}
+        known = {place: ratio for place, ratio in ratios.items() if ratio is not None}
+        slow = [place for place, ratio in known.items() if ratio.high < 1]
+        fast = [place for place, ratio in known.items() if ratio.low > 1]
+        if slow:
+            return f"(slower at {' and at '.join(slow)}{f', faster at {fast[0]}' if fast else ''})"
+        return "no" if all(ratio.low > ALIKE for ratio in known.values()) else "unseen"
+
     def _drop(self, contender: Contender) -> float:
         if self.dense.quality is None or contender.quality is None:
             return math.nan
@@ -311,14 +323,6 @@ def _percent(share: float | None) -> float | None:
 
 def _note(row: PlannedLayer) -> str:
     return "" if row.energy is not None else row.why
-
-
-def _slower(other: Contender) -> str:
-    """Whether a form is slower than the compressed model at one of the two batches: "no", "slower" or "unseen"."""
-    ratios = [ratio for ratio in (other.beside_one, other.beside_many) if ratio is not None]
-    if any(ratio.high < 1 for ratio in ratios):
-        return "slower"
-    return "no" if all(ratio.low > ALIKE for ratio in ratios) else "unseen"
 
 
 def _either(names: Sequence[str]) -> str:

@@ -130,7 +130,7 @@ def _lane(lane: Lane, top: float, width: float, count: int) -> str:
     axis = make_axis(
         known + ([lane.reference] if lane.reference is not None and known else []), log=True, num_ticks=3, margin=0.12
     )
-    parts = [_text(_LEFT, top - 7, lane.label, "start", 12.5)]
+    parts = [_text(_LEFT, top - 7, lane.label, "start", 12.5).replace("<text", '<text class="lane-title"', 1)]
     for tick, label in zip(axis.ticks, axis.labels, strict=True):
         y = top + (1 - (tick - axis.low) / (axis.high - axis.low)) * _LANE
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}h{width:g}"/>')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -54,15 +55,22 @@ def elide_words(text: str, most: int) -> str:
 
 
 def first_clauses(text: str, most: int) -> str:
-    """Return the text, or its first clauses where it is longer than `most` characters and has some that are not.
+    """Return the text, or where it is longer than `most` characters, what of it is true alone, or shown to be cut.
 
-    >>> first_clauses("undefined where it is used twice, or the next input (a skip) is not its own", 40)
-    'undefined where it is used twice'
+    A clause may be left out, and a parenthesis; not one of several cases ("or", "and", what a semicolon lists), nor
+    what a colon announces.
+
+    >>> first_clauses("undefined after a skip, where gradients by depth say what it would (Figure 2)", 40)
+    'undefined after a skip'
+    >>> first_clauses("it is used twice, or the next input (a skip) is not its own", 40)
+    'it is used twice, or the next input (a …'
     """
     if len(text) <= most:
         return text
-    end = max(text.rfind(mark, 0, most) for mark in (", ", "; ", ": ", " ("))
-    clauses = text[:end] if end > 0 else ""
+    ends = [m.start() for m in re.finditer(r", (?!(or|and|nor)\b)| \(", text) if m.start() <= most]
+    clauses = text[: ends[-1]] if ends else ""
+    if ";" in text or re.search(r", (or|and|nor)\b", text):
+        clauses = ""
     is_whole = clauses and clauses.count("(") == clauses.count(")")
     return clauses if is_whole else elide_words(text, most)
 

@@ -257,6 +257,11 @@ def _prose(text: str) -> str:
     return re.sub(r"(?<=\d) %", "\u00a0%", text)
 
 
+def _dotted(text: str) -> Markup:
+    """Let a dotted name be broken after its dots, which a browser prefers to breaking within a word."""
+    return Markup(".<wbr>").join(escape(visible(part)) for part in text.split("."))
+
+
 def _finalize(value: Any) -> Any:
     """Escape control characters in every expression of the template, except line ends, which code needs."""
     if isinstance(value, Markup) or not isinstance(value, str):
@@ -277,5 +282,6 @@ def _template() -> Template:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
     )
     environment.filters["prose"] = _prose
+    environment.filters["dotted"] = _dotted
     environment.filters["markup"] = Markup  # for SVG only, whose text its writer has escaped
     return environment.from_string(_asset("page.html"))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
     from rich.console import Console, ConsoleOptions, RenderResult
 
-_LONGEST_REASON = 72  # characters of a reason in the verdict; the report has it in full
+_LONGEST_REASON = 96  # characters of a reason in the verdict; the report has it in full
 
 # The fact that says how much of the model the second moments cover; below a half, the verdict says it.
 COVERAGE = "share of parameters whose signal was measured"

@@ -30,7 +30,7 @@ from .tables import TableView
 
 MOST_FINDINGS = 12  # shown unless verbose
 MOST_ROWS = 24
-MOST_PLACES = 12  # of a picture that is told point by point
+MOST_PLACES = 24  # of a picture that is told point by point
 
 _STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 _SIGNS: dict[Status, tuple[str, str]] = {

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -137,9 +138,11 @@ def _without_function(path: str, write: str) -> str:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
     except (OSError, SyntaxError, ValueError) as error:
         return f"task file {path} is not Python: {described(error, path)}"
-    functions = [f for f in tree.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_")]
-    free = [f for f in functions if len(f.args.defaults) >= len(f.args.posonlyargs + f.args.args) and not _wants(f)]
-    likely = [f.name for f in free if _names_task(f)] or [f.name for f in free]
+    functions = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
+    tasks = _that_make_tasks(functions)
+    free = [name for name, f in functions.items() if not name.startswith("_") and not _wants(f)]
+    likely = [name for name in free if name in tasks] or free
+    likely.sort(key=lambda name: (name != "task", bool(functions[name].args.defaults)))  # a helper has arguments
     if len(likely) == 1:
         return f"{path} is a file; name its function that returns the task: {write.format(f'{path}:{likely[0]}')}"
     known = f"one of {', '.join(likely)}, as in {write.format(f'{path}:{likely[0]}')}" if likely else "but it has none"
@@ -147,12 +150,22 @@ def _without_function(path: str, write: str) -> str:
 
 
 def _wants(function: ast.FunctionDef) -> bool:
-    """Whether a keyword-only argument has no default."""
-    return None in function.args.kw_defaults
+    """Whether an argument has no default."""
+    args = function.args
+    return None in args.kw_defaults or len(args.defaults) < len(args.posonlyargs + args.args)
 
 
-def _names_task(function: ast.FunctionDef) -> bool:
-    """Whether a function returns a `Task` by its annotation, or makes one."""
+def _that_make_tasks(functions: Mapping[str, ast.FunctionDef]) -> set[str]:
+    """The functions that return a `Task` by their annotation, make one, or call a function of the file that does."""
+    called = {name: _called(function) for name, function in functions.items()}
+    made = {name for name, calls in called.items() if "Task" in calls}
+    while more := {name for name, calls in called.items() if not made.isdisjoint(calls)} - made:
+        made |= more
+    return made
+
+
+def _called(function: ast.FunctionDef) -> set[str]:
+    """The last parts of the names that a function calls, and of its annotation."""
     makes = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
     found = [node for node in (function.returns, *makes) if node is not None]
-    return any(ast.unparse(node).strip("'").split(".")[-1] == "Task" for node in found)
+    return {ast.unparse(node).strip("'").split(".")[-1] for node in found}

@@ -12,6 +12,7 @@ from gramian.checkpoint.faults import plain
 from gramian.report.live import Watch, four_digits
 from gramian.report.terminal import unpadded
 from gramian.training.folder import MODEL
+from gramian.training.page import receded
 from gramian.training.task import Run
 from gramian.training.watched import told
 
@@ -77,6 +78,8 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
             steps += ", finished before" if run.resumed == run.steps else f", resumed at {run.resumed:,}"
         optimizer = f"{run.optimizer}{' (auto)' if automatic else ''}, learning rate {four_digits(run.lr)}"
         rows = {"task": task, "optimizer": optimizer, "init": run.init, "steps": steps}
+        if run.best_step is not None:
+            rows["weights"] = f"of step {run.best_step:,}, the best"
         rows |= {name: four_digits(value) for name, value in _measured(run.metrics).items()}
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(max_width=max(10, console.width // 2 - 2), overflow="fold", style="dim")
@@ -92,6 +95,8 @@ def show(run: Run, task: str, *, automatic: bool = False, console: Console | Non
             console.print(f"{row['severity']}, {plain(told(row), 2000)}", markup=False, highlight=False)
         if run.stopped:
             console.print(f"Stopped early: {plain(run.stopped)}.", markup=False, highlight=False)
+        if back := receded(run):
+            console.print(back, markup=False, highlight=False)
         if run.diverged:
             console.print("The run diverged and is not finished; no model was written.", highlight=False)
         elif run.out is None:

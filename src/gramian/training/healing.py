@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gramian.calls import as_model, unwrapped
 from gramian.compression.calibrating import Measure, Reader, around_output
 from gramian.compression.lowrank import LowRank
-from gramian.compression.modules import copied
 from gramian.compression.predicting import losses_of
+from gramian.compression.refitting import pair_of
 from gramian.compression.slicing import SLICED
 from gramian.errors import InputError
 from gramian.loader import Batches, as_batches, no_batches
@@ -133,7 +132,9 @@ def heal(
     """
     if lr is None and optimizer != "adamw":
         raise InputError(f"heal: give lr= for {optimizer!r}; there is one by default for adamw")
-    small, teacher = copied(unwrapped(as_model(model, "heal"))), unwrapped(as_model(teacher, "heal"))
+    if (seconds is None) == (steps is None):
+        raise InputError("heal: give one budget, seconds= or steps=, as in gm.heal(…, seconds=60)")
+    small, teacher = pair_of(model, teacher, "heal")
     given, judges = _parted(batches, held_out)
     second = None if other is None else list(as_batches(other, "heal"))
     named = as_objective(objective)

@@ -16,6 +16,7 @@ from torch import nn
 from gramian import placement
 from gramian.errors import GramianWarning, InputError
 from gramian.objective import as_objective
+from gramian.optim.given import given
 from gramian.recording.keeping import seeded
 from gramian.report import Report
 from gramian.training import agreement, page, start
@@ -39,7 +40,7 @@ __all__ = ["train"]
 def train(
     task: Task,
     *,
-    optimizer: str | Callable[[nn.Module], torch.optim.Optimizer] = "auto",
+    optimizer: str | Callable[..., torch.optim.Optimizer] = "auto",
     lr: float | Literal["auto"] | None = None,
     init: str = "default",
     steps: int | None = None,
@@ -88,11 +89,11 @@ def train(
     Args:
         task: what to train.
         optimizer: `"auto"` (the best one in `gramian bench optim`), another name of `gm.optim.OPTIMIZERS` (AdamW and
-            SGD are torch's), or a function `model -> optimizer`.
+            SGD are torch's), a class of optimizers, or a function `(model, lr) -> optimizer` or `model -> optimizer`.
         lr: learning rate; the optimizer's usual one by default, which `Muon` makes up to 1.7 times as large in a run of
             fewer than 300 steps (by `steps` or `epochs`) that decays to zero. `"auto"` is what `gm.suggest_lr` finds
             for the initialized model and the first batches, to two digits; the usual rate, with a warning, where its
-            trial steps tell nothing. Not used with a function.
+            trial steps tell nothing. A class without it has its own default; a function of the model alone, its own.
         init: `"default"` leaves the model as the task makes it; `"isometric"` applies `gm.init.isometric_`; `"auto"`
             applies the actions of the errors that `gm.inspect` finds, if all weights are still random and fewer errors
             remain afterwards. `Run.init` says what was done.
@@ -172,8 +173,8 @@ def train(
             return budget[1] * stream.count() / accumulate
         return budget[1] if budget[0] == "steps" else math.inf
 
-    automatic = optimizer if isinstance(optimizer, str) and isinstance(lr, str) and lr == AUTO else None
-    choice = choose(optimizer, lr if automatic is None else None, options, length)
+    automatic = optimizer if lr == AUTO and given("train", optimizer).takes_rate else None
+    choice = choose(optimizer, lr if automatic is None else 1.0, options, length)
     check_warmup(warmup, budget, 0, accumulate)
     start.check(init)
     page.check(report)
@@ -219,7 +220,7 @@ def train(
                 before = page.diagnose(model, task, objective).to_json()
         if shard:
             shard_(model)
-        with calling(task, "optimizer(model)"):
+        with calling(None, "optimizer(model)"):
             opt = choice.make(model)
         rates = Schedule(*budget, opt, name=schedule, warmup=warmup, accumulate=accumulate)
         loop = Loop(run, task, objective, rates, stream, options, seed)

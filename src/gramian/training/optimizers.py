@@ -13,8 +13,9 @@ from torch import nn
 
 from gramian.block import blocks
 from gramian.errors import GramianWarning, InputError, TaskError
+from gramian.optim.given import given
 from gramian.optim.proximal import Proximal
-from gramian.optim.registry import OPTIMIZERS, known_name
+from gramian.optim.registry import OPTIMIZERS
 from gramian.optim.scaling import for_short_run
 from gramian.optim.shell import MatrixOptimizer
 from gramian.prox import Penalty
@@ -36,27 +37,27 @@ class Choice(NamedTuple):
 
 
 def choose(
-    optimizer: str | Callable[[nn.Module], torch.optim.Optimizer],
+    optimizer: str | Callable[..., torch.optim.Optimizer],
     lr: float | str | None,
     options: Options,
     steps: Callable[[], float] = lambda: math.inf,
 ) -> Choice:
-    """The optimizer of a name, at its usual rate where `lr` is `None`; or the function that was given.
+    """The optimizer of a name, at its usual rate where `lr` is `None`; or of the class or function that was given.
 
     A usual rate that depends on the model grows in runs of fewer than 300 steps that decay to zero; `steps` is asked
     when the optimizer is made.
     """
-    if callable(optimizer):
-        if lr is not None:
-            warnings.warn("train: lr is ignored, since the optimizer is a function", GramianWarning, stacklevel=3)
-        return Choice(
-            getattr(optimizer, "__qualname__", type(optimizer).__qualname__),
-            None,
-            lambda model: _completed(optimizer(model), model, options),
-        )
-    name = known_name("train", optimizer, "a function of the model")
+    found = given("train", optimizer)
+    name = found.name
+    if lr is not None and not found.takes_rate:
+        warnings.warn(f"train: lr is ignored, since {name} takes none", GramianWarning, stacklevel=3)
+        lr = None
     if lr is not None and (isinstance(lr, str) or not 0 <= lr < math.inf):
         raise InputError(f"train: lr must be zero, a positive number or 'auto', got {lr!r}")
+    if not isinstance(optimizer, str):
+        if lr is None and found.needs_rate:
+            raise InputError(f"train: {name} needs a learning rate; give lr=")
+        return Choice(name, lr, lambda model: _completed(found.make(model, lr), model, options))
     entry = OPTIMIZERS[name]
     if lr is None and entry.usual:
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from gramian import report
 from gramian.errors import GramianError
+from gramian.inspection.diagnosis import STEPS
 from gramian.objective import Objective
 from gramian.recording import evaluating
 from gramian.remedies import inspect
@@ -43,7 +44,9 @@ def check(path: str | Path | None) -> None:
 def diagnose(model: nn.Module, task: Task, objective: Objective) -> Report:
     """Return the diagnosis of a model on the task's first batches, or of its weights alone where it has none."""
     try:
-        return inspect(model, task.batches(NUM_BATCHES), objective, title=task.name)
+        found = inspect(model, task.batches(NUM_BATCHES), objective, title=task.name)
+        found.not_looked_at[STEPS] = "the curves show those of the run; new ones are not tried"
+        return found
     except GramianError as error:
         found = inspect(model, title=task.name)
         found.not_looked_at["signal and gradients by layer"] = str(error)
@@ -65,6 +68,43 @@ def trouble(run: Run) -> str:
     return ""
 
 
+LOWER = ("loss", "error", "perplexity")
+"""Parts of names of numbers that should fall; of others, the way that they went says it."""
+
+GIVEN_BACK = 0.1
+"""The share of what a number gained that it may lose again before it is told."""
+
+
+def best_of(run: Run, name: str) -> dict[str, float] | None:
+    """Return the evaluation at which a number was best, the first of equals; `None` where it never was a number."""
+    rows = [row for row in run.history if math.isfinite(row.get(name, math.nan))]
+    if not rows:
+        return None
+    falls = any(word in name.lower() for word in LOWER) or rows[-1][name] < rows[0][name]
+    return (min if falls else max)(rows, key=lambda row: row[name])
+
+
+def receded(run: Run) -> str:
+    """Return which of the task's numbers became worse again, and what keeps the best weights; empty where none did."""
+    told = []
+    for name in _measured(run):
+        best, later = best_of(run, name), run.history[-(len(run.history) // 4) :]
+        if name == "loss" or best is None or len(run.history) < LEAST_ROWS or best["step"] >= later[0]["step"]:
+            continue
+        first, level = run.history[0].get(name, math.nan), statistics.fmean(row.get(name, math.nan) for row in later)
+        if abs(level - best[name]) > GIVEN_BACK * abs(best[name] - first):
+            told.append((name, best))
+    if not told or run.best_step is not None:
+        return ""
+    name, best = told[0]
+    parts = [f"{one} was best at step {row['step']:,.0f}, {number(row[one])}" for one, row in told]
+    falls = best[name] <= run.history[-1][name]
+    return (
+        f"{'; '.join(parts)}, and became worse after it. --best {'min' if falls else 'max'}:{name} "
+        f"(best='{'min' if falls else 'max'}:{name}') keeps the weights of that step, and --patience ends such a run."
+    )
+
+
 def document(run: Run, task: Task, before: Report | None, after: Report) -> Document:
     """Return the page of one run.
 
@@ -73,7 +113,7 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
         task: what was trained.
         before, after: the diagnoses of the model before the first step, where it is known, and now.
     """
-    wrong = trouble(run)
+    wrong, back = trouble(run), receded(run)
     sections = []
     if wrong:
         told = [f"The network before training: {before.verdict}"] if before is not None else []
@@ -93,11 +133,11 @@ def document(run: Run, task: Task, before: Report | None, after: Report) -> Docu
     skipped = f"{run.skipped:,} steps were skipped, since the loss or a gradient was not finite. " * bool(run.skipped)
     return Document(
         f"Training {task.name}",
-        wrong or f"{skipped}{_told(run)}",
-        "bad" if run.diverged else "warning" if wrong or run.skipped else "good",
+        wrong or " ".join(filter(None, (f"{skipped}{_told(run)}", back, _unknown(run, before)))),
+        "bad" if run.diverged else "warning" if wrong or run.skipped or back else "good",
         [
             Tile("Steps", number(run.steps), f"{number(run.seconds)} s of training"),
-            *(_tile(name, value) for name, value in _measured(run).items()),
+            *(_tile(run, name, value) for name, value in _measured(run).items()),
         ],
         sections,
         footer=f"{run.optimizer}, learning rate {number(run.lr)} · init: {run.init}",
@@ -153,10 +193,21 @@ def _in_pairs(pictures: list[Picture]) -> list[Any]:
     return [tuple(pictures[i : i + 2]) for i in range(0, len(pictures), 2)]
 
 
-def _tile(name: str, value: float) -> Tile:
+def _tile(run: Run, name: str, value: float) -> Tile:
     if name == "loss":
         return Tile("Training loss", number(value), "mean since the evaluation before")
-    return Tile(name, number(value), "last evaluation")
+    best = best_of(run, name)
+    if best is None or best["step"] == run.history[-1]["step"]:
+        return Tile(name, number(value), "last evaluation")
+    return Tile(name, number(value), f"last evaluation; best {number(best[name])} at step {best['step']:,.0f}")
+
+
+def _unknown(run: Run, before: Report | None) -> str:
+    """Why a resumed run's report has nothing of the network before training."""
+    if before is not None or not run.resumed:
+        return ""
+    why = "the run was finished before" if run.resumed == run.steps else "the run began without a report"
+    return f"The network before training was not looked at: {why}."
 
 
 def _measured(run: Run) -> dict[str, float]:
@@ -167,4 +218,6 @@ def _told(run: Run) -> str:
     first = run.history[0] if run.history else {}
     parts = [f"{name} {number(first[name])} → {number(value)}" for name, value in _measured(run).items()]
     early = f", stopped early ({run.stopped})" * bool(run.stopped)
+    if run.best_step is not None:
+        early += f"; the weights are those of step {run.best_step:,}, the best"
     return f"{run.steps:,} steps of {run.optimizer}{early}: {', '.join(parts)}."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gramian import placement
 from gramian.block import blocks
 from gramian.checkpoint import load_tensors
+from gramian.checkpoint.names import without_wrappers
 from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError
 from gramian.inspection import Watch
 from gramian.objective import Objective
@@ -219,7 +220,8 @@ class Loop:
 
     def finish(self, folder: Folder | None) -> None:
         """Write the finished model, or wait for the last checkpoint of a run that diverged."""
-        tensors = gathered(_tensors(self.run.model)) if self.finished and self.run.out is not None else {}
+        held = gathered(_tensors(self.run.model)) if self.finished and self.run.out is not None else {}
+        tensors = {without_wrappers(name): tensor for name, tensor in (held or {}).items()}
         with placement.agreed("train"):
             if folder is not None:
                 folder.wait()
@@ -240,6 +242,9 @@ class Loop:
     def _take_final_weights(self) -> None:
         """Give the model the weights that the run was for: the best evaluation's, or the averaged ones."""
         if self.best:
+            assert self.options.best is not None
+            history = self.run.history
+            self.run.best_step = int(history[best_row(self.options.best, history)[0]]["step"])
             with torch.no_grad():
                 for name, tensor in _tensors(self.run.model).items():
                     tensor.copy_(self.best[name])
@@ -286,8 +291,13 @@ class Loop:
             run.findings = [{str(name): value for name, value in row.items()} for row in saved.get("findings", [])]
             run.history = [{str(name): value + 0 for name, value in row.items()} for row in saved["history"]]
             if saved.get("finished"):
-                load_model(run.model, load_tensors(place / MODEL)[0], strict=False)  # extra state is not in it
+                held = load_tensors(place / MODEL)[0]
+                names = {without_wrappers(name): name for name in run.model.state_dict()}
+                state = {names.get(name, name): tensor for name, tensor in held.items()}
+                load_model(run.model, state, strict=False)  # extra state is not in it
                 self.finished = True
+                if self.options.best is not None and run.history:
+                    run.best_step = int(run.history[best_row(self.options.best, run.history)[0]]["step"])
                 return
             load_model(run.model, saved["model"])
             for name, buffer in _nonpersistent(run.model).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ AUTO = "auto"
 
 def suggested(
     task: Task,
-    optimizer: str,
+    optimizer: Any,
     init: str,
     seed: int,
     progress: Callable[[float, float], None] | None = None,

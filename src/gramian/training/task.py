@@ -120,6 +120,7 @@ class Run:
         skipped: steps that were skipped, since the loss or a gradient was not finite.
         stopped: why the run ended before its budget; empty if it did not.
         start: the loss of the first step; NaN before it.
+        best_step: whose weights the model has, where `best` was asked; `None` where they are the last ones.
         findings: what the watch found, a row for each code and place: the `step`, and a finding's `severity`, `code`,
             `where`, `title`, `evidence`, `cause` and `remedy`. Empty without a watch.
     """
@@ -139,6 +140,7 @@ class Run:
     stopped: str = ""
     start: float = math.nan
     findings: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int | None = None
 
     def __repr__(self) -> str:
         numbers = ", ".join(
@@ -193,12 +195,12 @@ def _kind(value: Any) -> str:
 
 
 class calling:
-    """A context that turns any exception from a function of the task into a `TaskError` of one line.
+    """A context that turns any exception from a function of the task, or without one of the user's, into a `TaskError`.
 
     So it does with `sys.exit()`, which would end one rank and leave the others waiting; an interruption passes.
     """
 
-    def __init__(self, task: Task, function: str) -> None:
+    def __init__(self, task: Task | None, function: str) -> None:
         self.task, self.function = task, function
 
     def __enter__(self) -> None:
@@ -206,7 +208,8 @@ class calling:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, GramianError) and not is_interruption(error):
-            raise TaskError(f"task {self.task.name!r}: {self.function} raised {described(error)}") from error
+            whose = "train" if self.task is None else f"task {self.task.name!r}"
+            raise TaskError(f"{whose}: {self.function} raised {described(error)}") from error
 
 
 def described(error: BaseException, path: str | None = None) -> str:

@@ -25,6 +25,7 @@ from gramian.inspection.passes.observed import Observed
 from gramian.inspection.passes.origin import are_finite, find_origin
 from gramian.inspection.passes.signal import in_words
 from gramian.report import Finding
+from gramian.report.formatting import plural
 
 __all__ = ["Watch"]
 
@@ -116,7 +117,9 @@ class Watch:
     def __repr__(self) -> str:
         found = ", ".join(dict.fromkeys(finding.title for finding in self.findings[:3])) or "no findings"
         more = f" and {len(self.findings) - 3} more" if len(self.findings) > 3 else ""
-        looks = f"{self.looks:,} looks" + (f" and {self.brief_looks:,} brief ones" if self.brief_looks else "")
+        looks = plural(self.looks, "look") + (
+            f" and {plural(self.brief_looks, 'brief one')}" if self.brief_looks else ""
+        )
         rare = f" ({self._rare()})" if self.step and self._is_rare() else ""
         return f"<Watch of {type(self._root).__name__}: step {self.step:,}, {looks}{rare}: {found}{more}>"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import median
@@ -14,7 +15,8 @@ from torch import nn
 from gramian.batch import first_samples, mapped, num_samples, tensors
 from gramian.inspection.measured import Measured
 from gramian.objective import Objective
-from gramian.operators import NoJacobian, layer_gains, try_jacobian
+from gramian.operators import NoJacobian, try_jacobian
+from gramian.operators.gains import try_gains
 from gramian.recording import capture
 from gramian.report import Layer
 from gramian.report.model import COVERAGE, HALF
@@ -113,9 +115,9 @@ def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: 
         )
         enough = max(MANY, math.ceil(ENTRIES / max(entries, 1.0)))
         try:
-            measured.gains = layer_gains(model, first_samples(batch, enough), objective, num_probes=probes)
+            measured.gains, reasons = try_gains(model, first_samples(batch, enough), objective, num_probes=probes)
         except Exception:  # a part of a batch may be none
-            measured.gains = layer_gains(model, batch, objective, num_probes=probes)
+            measured.gains, reasons = try_gains(model, batch, objective, num_probes=probes)
     except Exception as error:  # a model that runs may still not be differentiated layer by layer
         measured.skipped |= {"gains": in_words(error)}
         return
@@ -124,8 +126,8 @@ def _measure_gains(measured: Measured, model: nn.Module, batch: Any, objective: 
         measured.looked_at.append("gains")
     if known < len(measured.gains):
         measured.skipped |= {
-            f"gains of {len(measured.gains) - known} of {len(measured.gains)} layers": "undefined where a layer is "
-            "used several times, or the next one's input depends on more than it (a skip, attention)"
+            f"gains of {len(measured.gains) - known} of {len(measured.gains)} layers": "undefined: "
+            + "; ".join(f"{num} {reason}" for reason, num in Counter(reasons.values()).most_common())
         }
 
 

@@ -1,0 +1,54 @@
+"""What was given in place of a model, and what to write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gramian.batch import described
+
+__all__ = ["instead_of_model"]
+
+
+def instead_of_model(value: Any) -> str:
+    """What was given in place of a module, and what to write.
+
+    Args:
+        value: anything but a module.
+
+    Returns: words that end an error's line.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> instead_of_model(nn.Linear)
+    'the class Linear. Give an instance: Linear(…)'
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}. Give an instance: {value.__name__}(…)"
+    kind = type(value).__name__
+    if isinstance(value, torch.export.ExportedProgram):
+        return f"{kind}. Give its module: exported.module()"
+    inside = getattr(value, "model", None)
+    if isinstance(inside, nn.Module) and callable(getattr(value, "apply", None)):
+        return f"{kind}. Its .apply() makes the compressed model, and its .model is the one before: give one of them"
+    if isinstance(inside, nn.Module):
+        return f"{kind}, which has one: give its .model"
+    if callable(inside) and not isinstance(inside, type):
+        return f"{kind}, which makes one: give its .model()"
+    if isinstance(value, (str, os.PathLike)):
+        return f"the path {str(value)!r}. Make the model, load the file into it, and give the model"
+    if isinstance(value, torch.optim.Optimizer):
+        return f"the optimizer {kind}. Give the model whose parameters it has"
+    if type(value).__module__.startswith("gramian."):
+        return f"{kind}, which holds none. Give the model that it was made of"
+    if isinstance(value, Mapping):
+        return "a mapping, perhaps a state dict. Load it into its model, or save it and give the file"
+    if callable(value):
+        name = getattr(value, "__name__", kind)
+        return f"the function {name}, which has no parameters to look at. Give the module that it calls"
+    return described(value)
