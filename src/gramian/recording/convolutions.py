@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gramian.gram import Sums
 from gramian.recording.correlation import diagonal_of_windows, moment_of_windows, pays
 from gramian.recording.form import Form, IsWeight, rows_of
 from gramian.recording.windows import chunks_of_windows, paddings, windows
