@@ -151,3 +151,22 @@ def test_families_of_transformers() -> None:
         torch.manual_seed(0)
         model = transformers.ConvNextForImageClassification(config)
     assert changed(model, torch.randn(4, 1, 32, 32, generator=seeded(0))) == {"classifier"}
+
+
+class WithExtraState(nn.Sequential):
+    """State that is no tensor."""
+
+    steps = 7
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.steps = state["steps"]
+
+
+def test_extra_state_stays() -> None:
+    layers = [layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.Tanh())]
+    model = WithExtraState(*layers, nn.Linear(16, 3))
+    isometric_(model, X)
+    assert model.steps == 7

@@ -364,21 +364,42 @@ def test_an_error_on_one_rank_ends_all_with_its_line(where: str) -> None:
         assert seconds < 5
 
 
-def poisoned_on_one_rank() -> tuple[list[Tensor], int]:
-    """A loss that is not finite on rank 1 alone: its rows of one batch."""
-    bad = X.clone()
-    bad[17] = math.nan  # the second row of the second batch
+def counting_apart() -> list[str]:
+    """What a rank says whose epochs all have a batch more than the other's."""
 
     def made(epoch: int, generator: torch.Generator):
-        return [(X[:16], Y[:16]), (bad[16:32], Y[16:32]), (X[32:48], Y[32:48])]
+        return [(X[:16], Y[:16])] * (2 + rank())
+
+    found = []
+    for budget in ({"epochs": 1}, {"epochs": 3}, {"steps": 9}):
+        with pytest.raises(GramianError) as caught:
+            gm.train(task(train_batches=made), optimizer="adamw", **budget)
+        found.append(str(caught.value))
+    return found
+
+
+def test_epochs_that_are_longer_on_one_rank_are_an_error_on_all() -> None:
+    for told in run_on_ranks(counting_apart, 2):
+        for message in told:
+            assert message.startswith("train: the batches of an epoch ended on one rank earlier than on another")
+
+
+def poisoned_on_one_rank(row: int) -> tuple[list[Tensor], int]:
+    """A loss that is not finite on rank 1 alone: its rows of one batch."""
+    bad = X.clone()
+    bad[row] = math.nan
+
+    def made(epoch: int, generator: torch.Generator):
+        return [(bad[:16], Y[:16]), (bad[16:32], Y[16:32]), (X[32:48], Y[32:48])]
 
     with pytest.warns(GramianWarning, match="3 of 9 steps were skipped"):
         run = gm.train(task(train_batches=made), optimizer="adamw", epochs=3)
     return weights(run), run.skipped
 
 
-def test_ranks_agree_to_skip_a_step() -> None:
-    (first, skipped), (second, also) = run_on_ranks(poisoned_on_one_rank, 2)
+@pytest.mark.parametrize("row", [1, 17])  # of an epoch's first batch, and of its second
+def test_ranks_agree_to_skip_a_step(row: int) -> None:
+    (first, skipped), (second, also) = run_on_ranks(poisoned_on_one_rank, 2, row)
     assert skipped == also == 3
     for p, q in zip(first, second, strict=True):
         assert torch.equal(p, q)

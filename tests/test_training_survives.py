@@ -630,3 +630,48 @@ def test_values_that_mean_nothing_are_refused(tmp_path, monkeypatch, capsys, wro
     assert told.count("\n") == 1
     assert told.startswith("gramian: ")
     assert os.listdir(tmp_path) == []
+
+
+class Odd(nn.Module):
+    """A model with state that a run has to keep, or to refuse, by what is asked of it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.body, self.what = net(), what
+        if what == "float8":
+            self.table = nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def get_extra_state(self) -> Any:
+        held: list[Any] = []
+        if self.what == "endless":
+            held.append(held)
+        return held
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == []
+
+
+def test_frozen_values_of_a_byte_are_kept(often, tmp_path) -> None:
+    run = gm.train(task(model=lambda: Odd("float8")), steps=4, optimizer="adamw", out=tmp_path / "run")
+    assert run.steps == 4
+
+
+def test_state_that_contains_itself_is_refused(often, tmp_path) -> None:
+    with pytest.raises(gm.errors.UnsupportedError, match="contains itself"):
+        gm.train(task(model=lambda: Odd("endless")), steps=4, optimizer="adamw", out=tmp_path / "run")
+
+
+def test_a_task_that_closes_the_output_trains_on(tmp_path) -> None:
+    (tmp_path / "closing.py").write_text(
+        "import sys\nfrom gramian import tasks\nfrom dataclasses import replace\n"
+        "def task():\n    found = tasks.digits(depth=2)\n    def evaluate(model):\n        sys.stdout.close()\n"
+        "        return found.evaluate(model)\n    return replace(found, evaluate=evaluate)\n"
+    )
+    command = [sys.executable, "-m", "gramian", "train", "closing.py:task", "--steps", "3", "--optimizer", "adamw"]
+    done = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 2)
+    assert (tmp_path / "run" / "model.safetensors").exists()

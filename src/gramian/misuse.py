@@ -1,4 +1,4 @@
-"""What was given in place of a model, and what to write."""
+"""What was given in place of a model or an objective, and what to write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from torch import nn
 
 from gramian.batch import described
 
-__all__ = ["instead_of_model"]
+__all__ = ["instead_of_model", "instead_of_objective"]
+
+# What torch calls a loss, and the objective that it is.
+_LOSSES = {
+    "CrossEntropyLoss": "classification()",
+    "cross_entropy": "classification()",
+    "MSELoss": "regression()",
+    "mse_loss": "regression()",
+}
+_KINDS = ("classification", "regression", "next_token", "reconstruction", "self_distillation")
 
 
 def instead_of_model(value: Any) -> str:
@@ -52,3 +61,39 @@ def instead_of_model(value: Any) -> str:
         name = getattr(value, "__name__", kind)
         return f"the function {name}, which has no parameters to look at. Give the module that it calls"
     return described(value)
+
+
+def instead_of_objective(value: Any, objective: type) -> str:
+    """What was given in place of an objective, and what to write; empty where it may be a loss function.
+
+    Args:
+        value: anything but an objective.
+        objective: their class.
+
+    Returns: words that end an error's line.
+    Raises: nothing of its own.
+    Cost: none.
+    Source: this library's own.
+
+    >>> from gramian import Objective
+    >>> instead_of_objective("mse", Objective)
+    "got 'mse'. Write gm.Objective.classification(), .regression() or .next_token()"
+    """
+    if value is objective or isinstance(value, str):
+        told = "the class Objective" if value is objective else repr(value)
+        return f"got {told}. Write gm.Objective.classification(), .regression() or .next_token()"
+    if isinstance(value, type):
+        name = value.__name__
+    elif isinstance(value, nn.Module):
+        name = type(value).__name__
+    elif value in (getattr(objective, kind) for kind in _KINDS):
+        return f"got a function that makes one. Call it: gm.Objective.{value.__name__}()"
+    elif getattr(value, "__module__", None) in ("torch.nn.functional", "torch._C._nn"):
+        name = value.__name__
+    else:
+        return "" if callable(value) else f"got {described(value)}"
+    known = f"gm.Objective.{_LOSSES[name]}, or " if name in _LOSSES else ""
+    return (
+        f"got {name}, which takes an output and a target. Write {known}"
+        "lambda model, batch: loss(model(batch[0]), batch[1])"
+    )

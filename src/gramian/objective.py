@@ -20,6 +20,7 @@ from gramian import alignment, criteria
 from gramian.batch import described, main_input, num_samples, tensors
 from gramian.calls import prepared
 from gramian.errors import InputError
+from gramian.misuse import instead_of_objective
 
 __all__ = ["Fisher", "Objective", "as_objective"]
 
@@ -301,7 +302,7 @@ def as_objective(objective: Any) -> Objective:
     """
     if isinstance(objective, Objective):
         return objective
-    if misused := _misused(objective):
+    if misused := instead_of_objective(objective, Objective):
         raise InputError(f"objective: expected gm.Objective or a function loss(model, batch) -> scalar mean, {misused}")
 
     def criterion(output: Any, batch: Any) -> tuple[Tensor, Any]:
@@ -345,37 +346,6 @@ def _num_samples(batch: Any) -> int:
         if first is None:
             raise
         return len(first)
-
-
-# What torch calls a loss, and the objective that it is.
-_LOSSES = {
-    "CrossEntropyLoss": "classification()",
-    "cross_entropy": "classification()",
-    "MSELoss": "regression()",
-    "mse_loss": "regression()",
-}
-_KINDS = ("classification", "regression", "next_token", "reconstruction", "self_distillation")
-
-
-def _misused(objective: Any) -> str:
-    """What was given in place of an objective, and what to write; empty where it may be a loss function."""
-    if objective is Objective or isinstance(objective, str):
-        return f"got {objective!r}. Write gm.Objective.classification(), .regression() or .next_token()"
-    if isinstance(objective, type):
-        name = objective.__name__
-    elif isinstance(objective, nn.Module):
-        name = type(objective).__name__
-    elif objective in (getattr(Objective, kind) for kind in _KINDS):
-        return f"got a function that makes one. Call it: gm.Objective.{objective.__name__}()"
-    elif getattr(objective, "__module__", None) in ("torch.nn.functional", "torch._C._nn"):
-        name = objective.__name__
-    else:
-        return "" if callable(objective) else f"got {described(objective)}"
-    known = f"gm.Objective.{_LOSSES[name]}, or " if name in _LOSSES else ""
-    return (
-        f"got {name}, which takes an output and a target. Write {known}"
-        "lambda model, batch: loss(model(batch[0]), batch[1])"
-    )
 
 
 def _made(fields: dict[str, Any], fisher: Fisher, predict: Predict | None) -> Objective:

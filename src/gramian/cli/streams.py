@@ -29,6 +29,8 @@ class Lasting(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """Write, or drop."""
+        if self.closed:  # by the user's code
+            return len(text)
         try:
             super().write(text)
         except OSError as error:
@@ -37,6 +39,8 @@ class Lasting(io.TextIOWrapper):
 
     def flush(self) -> None:
         """Flush, or drop."""
+        if self.closed:
+            return
         try:
             super().flush()
         except OSError as error:

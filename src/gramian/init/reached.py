@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ CURE = "a norm or a skip in each block is what helps"
 class State(NamedTuple):
     """A model's parameters and buffers, and how gradients and signals change across some layers with them."""
 
-    kept: dict[str, Tensor]
+    kept: Mapping[str, Any]
     layers: Sequence[nn.Module]
     backward: float
     forward: float
@@ -36,7 +37,7 @@ class State(NamedTuple):
     @staticmethod
     def of(model: nn.Module, layers: Sequence[nn.Module], sample: Any, objective: Objective) -> State:
         """The state that a model is in; without a sample, no change is known, and none is worse."""
-        kept = {name: p.detach().clone() for name, p in model.state_dict().items()} if sample is not None else {}
+        kept = copy.deepcopy(model.state_dict()) if sample is not None else {}
         return State(kept, layers, *changes(model, layers, sample, objective))
 
     def restore_if_better_(self, model: nn.Module, sample: Any, objective: Objective) -> list[str]:

@@ -76,8 +76,6 @@ def given(caller: str, optimizer: Any) -> Given:
     def make(model: nn.Module, lr: float | None) -> Any:
         first = model.parameters() if is_class and not issubclass(whole, MatrixOptimizer) else model
         called: Any = optimizer
-        if lr is None and needs:
-            raise InputError(f"{caller}: {name} needs a learning rate; give lr=")
         try:
             if lr is None or not takes:
                 return called(first)

@@ -130,7 +130,7 @@ def _lane(lane: Lane, top: float, width: float, count: int) -> str:
     axis = make_axis(
         known + ([lane.reference] if lane.reference is not None and known else []), log=True, num_ticks=3, margin=0.12
     )
-    parts = [_text(_LEFT, top - 7, lane.label, "start", 12.5).replace("<text", '<text class="lane-title"', 1)]
+    parts = [_text(_LEFT, top - 7, lane.label, "start", 12.5, "lane-title")]
     for tick, label in zip(axis.ticks, axis.labels, strict=True):
         y = top + (1 - (tick - axis.low) / (axis.high - axis.low)) * _LANE
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}h{width:g}"/>')
@@ -172,8 +172,10 @@ def _ticks(count: int, width: float, top: float) -> str:
     return f'<g class="ticks" data-left="{_LEFT}" data-width="{width:g}" data-y="{top + 16:g}">{"".join(marks)}</g>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, size: float = _TICK_SIZE) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}">{escape(visible(text))}</text>'
+def _text(x: float, y: float, text: str, anchor: str, size: float = _TICK_SIZE, style: str = "") -> str:
+    named = f' class="{style}"' if style else ""
+    at = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}"'
+    return f"<text{named} {at}>{escape(visible(text))}</text>"
 
 
 def _spoken(item: Depth) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "Failure",
     "add_gradients",
     "check_batch",
+    "check_length",
     "check_model",
     "check_rows",
     "exchanged",
@@ -173,8 +174,8 @@ def check_batch(model: nn.Module, objective: Objective, batch: Any, failure: Fai
             own = found if has_rows(batch) else own
         total, counted = sums(*own, failure)
     loss, units = (float(value) for value in whole)
-    both_nan = math.isnan(total) and math.isnan(loss)
-    if not math.isclose(counted, units, rel_tol=1e-5) or not (both_nan or math.isclose(total, loss, rel_tol=ROUNDING)):
+    known = math.isfinite(total) and math.isfinite(loss)  # else the step is skipped
+    if not math.isclose(counted, units, rel_tol=1e-5) or (known and not math.isclose(total, loss, rel_tol=ROUNDING)):
         raise _alike(
             UnsupportedError(
                 f"train: the loss of a batch, {loss:.6g} over {units:g} units, is not the sum over its rows, "
@@ -201,13 +202,23 @@ def sums(
     amount, number, failures, places, squares = total.tolist()
     failure.tell(failures > 0)
     if placement.world().size * squares != places**2:  # equal numbers only
-        raise _alike(
-            TaskError(
-                "train: the batches of an epoch ended on one rank earlier than on another. Give all ranks the same "
-                "batches; each takes its own rows of them"
-            )
-        )
+        raise _early_end()
     return amount, number
+
+
+def check_length(num_batches: int) -> None:
+    """Raise where the ranks counted different numbers of batches in an epoch, so that their runs would differ too."""
+    if placement.is_distributed() and len(set(placement.exchange(str(num_batches)))) > 1:
+        raise _early_end()
+
+
+def _early_end() -> GramianError:
+    return _alike(
+        TaskError(
+            "train: the batches of an epoch ended on one rank earlier than on another. Give all ranks the same "
+            "batches; each takes its own rows of them"
+        )
+    )
 
 
 def _alike(error: GramianError) -> GramianError:

@@ -203,12 +203,15 @@ def train(
         stream = Stream(task, torch.Generator().manual_seed(seed), counted=budget[0] == "epochs")
         if saved is None:
             with placement.agreed("train"):
+                if stream.counted:
+                    stream.count()
                 if isinstance(optimizer, str):
                     choice.make(model)  # refuses options that do not suit it before the diagnosis; made again below
                 check_inputs(task, options)
                 check_best(task, model, options)
                 if warmup is not None and stream.counted:
                     check_warmup(warmup, budget, stream.count(), accumulate)
+            agreement.check_length(stream.length)
             with calling(task, f"the initialization ({init}) of the model"):
                 run.init = start.initialize(init, model, task, objective, seed)
             agreement.same_weights_(model)

@@ -16,8 +16,9 @@ from gramian import placement
 from gramian.block import blocks
 from gramian.checkpoint import load_tensors
 from gramian.checkpoint.names import without_wrappers
-from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError
+from gramian.errors import CheckpointError, GramianError, GramianWarning, InputError, TaskError, UnsupportedError
 from gramian.inspection import Watch
+from gramian.inspection.live.gradients import all_finite
 from gramian.objective import Objective
 from gramian.recording import evaluating
 from gramian.training import agreement
@@ -207,11 +208,17 @@ class Loop:
     def _is_sound(self) -> bool:
         """Whether the weights are worth keeping: the last loss was finite, and so are they."""
         parts = placement.locals_of(list(self.run.model.parameters()))
-        sound = self.streak == 0 and all(bool(torch.isfinite(p).all()) for p in parts)
+        sound = self.streak == 0 and all_finite(parts)
         return not placement.any_rank(not sound) if self.divided else sound
 
     def _keep(self, folder: Folder | None, *, wait: bool) -> None:
-        state = self.state()
+        try:
+            state = self.state()
+        except RecursionError:
+            raise UnsupportedError(
+                "train: the state of the model or the optimizer contains itself, or is nested too deeply, so that no "
+                "checkpoint can hold it. What does get_extra_state() return?"
+            ) from None
         with placement.agreed("train"):
             if folder is not None:
                 folder.keep(state)
@@ -242,14 +249,17 @@ class Loop:
     def _take_final_weights(self) -> None:
         """Give the model the weights that the run was for: the best evaluation's, or the averaged ones."""
         if self.best:
-            assert self.options.best is not None
-            history = self.run.history
-            self.run.best_step = int(history[best_row(self.options.best, history)[0]]["step"])
+            self._note_best()
             with torch.no_grad():
                 for name, tensor in _tensors(self.run.model).items():
                     tensor.copy_(self.best[name])
         elif self.average is not None:
             self.average.put()
+
+    def _note_best(self) -> None:
+        best, history = self.options.best, self.run.history
+        if best is not None and history:
+            self.run.best_step = int(history[best_row(best, history)[0]]["step"])
 
     def summary(self) -> dict[str, Any]:
         """Return the run's numbers without its weights; enough for `restore` if the run is finished."""
@@ -296,8 +306,7 @@ class Loop:
                 state = {names.get(name, name): tensor for name, tensor in held.items()}
                 load_model(run.model, state, strict=False)  # extra state is not in it
                 self.finished = True
-                if self.options.best is not None and run.history:
-                    run.best_step = int(run.history[best_row(self.options.best, run.history)[0]]["step"])
+                self._note_best()
                 return
             load_model(run.model, saved["model"])
             for name, buffer in _nonpersistent(run.model).items():

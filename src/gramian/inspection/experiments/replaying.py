@@ -28,22 +28,28 @@ ENOUGH = 16
 class Asked:
     """What the experiments on the first batch ask: a model in evaluation mode, and its loss of the first 16 samples.
 
-    The model runs on these samples once, and what concerns the loss alone is asked of a replay.
+    The model runs on these samples once, and what concerns the loss alone is asked of a replay. Where the loss is one
+    of a whole batch, as with its size written in, all samples are asked.
     """
 
     model: nn.Module
     seen: Observed
     objective: Objective
 
-    @cached_property
+    @property
     def batch(self) -> Any:
-        """The first samples."""
-        return first_samples(self.seen.batches[0], ENOUGH)
+        """The samples."""
+        return self.replay.batch
 
     @cached_property
     def replay(self) -> Replay:
         """The loss of these as a function of the outputs."""
-        return Replay(self.model, self.batch, self.objective)
+        whole = self.seen.batches[0]
+        try:
+            return Replay(self.model, first_samples(whole, ENOUGH), self.objective)
+        except Exception:
+            self.model.eval()  # whatever the loss has set
+            return Replay(self.model, whole, self.objective)
 
     def of_part(self, rows: slice) -> Callable[[], Tensor]:
         """Computes the loss of some of the samples; tensors of other lengths stay as they are.

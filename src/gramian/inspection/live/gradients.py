@@ -69,7 +69,7 @@ def norms(found: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _is_plain(t: Tensor) -> bool:
-    return type(t) is Tensor and not t.is_sparse and not t.is_complex()
+    return type(t) is Tensor and not t.is_sparse and not t.is_complex() and t.dtype.itemsize > 1
 
 
 def _norms(found: Sequence[Tensor]) -> list[Tensor]:

@@ -168,9 +168,12 @@ def are_finite(found: Iterable[Tensor]) -> bool:
 
 
 def values_of(t: Tensor) -> Tensor:
-    """The stored values: of a sparse tensor those that are not zero, of a sharded one this rank's; complex as pairs."""
+    """The stored values: of a sparse tensor those that are not zero, of a sharded one this rank's; complex as pairs,
+    and floats of a byte, for which torch has no sums, in float32."""
     t = t.detach()
     local = getattr(t, "to_local", None)
     t = t if local is None else local()
     t = t.coalesce().values() if t.is_sparse else t
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    if t.is_complex():
+        return torch.view_as_real(t.resolve_conj())
+    return t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t
