@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,19 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stays(often, tmp_path, monke
     assert load_tree(tmp_path / "checkpoint.safetensors")["steps"] == 3
     assert load_tree(tmp_path / "checkpoint.previous.safetensors")["steps"] == 2
     assert gm.train(task(), steps=9, optimizer="adamw", out=tmp_path, resume=True).resumed == 3
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch) -> None:
+    """Neither metrics nor checkpoint can be written: the error alone, and no warning before it."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "_write", full)
+    monkeypatch.setattr(folder, "_line", full)
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match="No space left on device"):
+        warnings.simplefilter("error")
+        gm.train(task(), steps=9, optimizer="adamw", out=tmp_path)
 
 
 def test_metrics_that_cannot_be_written_are_written_later(tmp_path, monkeypatch) -> None:
