@@ -1,4 +1,4 @@
-"""How many tensors a file may name, and how long, so that a small file cannot take minutes and gigabytes to describe."""
+"""How many tensors a file may name, and how long: a small one cannot take minutes and gigabytes to describe."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from gramian.training.optimizers import skips_itself
 from gramian.training.options import PRECISIONS, Options
 from gramian.training.scaling import LossScale
 from gramian.training.sharding import is_divided
+from gramian.training.slow import Slow
 from gramian.training.stream import Stream
 from gramian.training.task import Task, calling
 
@@ -81,12 +82,15 @@ class Stepper:
         total = units = 0.0
         first = 0.0  # the divisor of all gradients, until the number of all units is known
         sound = True
-        for _ in range(num_batches):
-            amount, number, own, weight = self._forward(stream)
-            total, units = total + amount, units + number
+        slow = Slow("train: a step has taken", f"of its {num_batches:,} batches (accumulate)")
+        for number in range(num_batches):
+            if number:
+                slow.tell(number)
+            amount, counted, own, weight = self._forward(stream)
+            total, units = total + amount, units + counted
             sound = sound and math.isfinite(amount)
-            if sound and number:
-                first = first or number
+            if sound and counted:
+                first = first or counted
                 with self.failure.caught(), self._backward_pass:
                     if own is not None:
                         if not own.requires_grad:

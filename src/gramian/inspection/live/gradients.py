@@ -35,8 +35,8 @@ def all_finite(found: Iterable[Tensor], *, owned: bool = False) -> bool:
 
     Args:
         found: the tensors.
-        owned: whether they may be written, with the values that they have. Small ones of a processor are then looked at
-            in one call, that of `torch.amp.GradScaler`, which multiplies by one: a sum of each would be a call for each.
+        owned: whether they may be written, with the values that they have. Small ones of a processor are then looked
+            at in one call, that of `torch.amp.GradScaler`, which multiplies by one.
     """
     found, total, short, small = list(found), 0.0, [], []
     for t in found:
