@@ -54,7 +54,7 @@ class Options:
         _one_of("precision", self.precision, PRECISIONS)
         _check("warmup", self.warmup, lambda n: n >= 0, "a number of steps, zero or more")
         told = f"a number of batches, from 1 to {MOST_BATCHES:,}"
-        _check("accumulate", self.accumulate, lambda n: isinstance(n, Integral) and 1 <= n <= MOST_BATCHES, told)
+        _check("accumulate", self.accumulate, lambda n: isinstance(n, Integral) and 1 <= int(n) <= MOST_BATCHES, told)
         for name, value in (("clip", self.clip), ("patience", self.patience)):
             _check(name, value, lambda x: x is None or 0 < x < math.inf, "a positive number")
         told = "zero or a positive number"
