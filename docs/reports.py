@@ -39,7 +39,7 @@ def write_twins(file: Path) -> None:
     """A plain network of 50 layers as PyTorch initializes it, and the same after the repair and 150 steps."""
     task = tasks.digits(depth=50)
     before = gm.inspect(task.model(), task.batches(), task.objective)
-    run = gm.train(task, init="isometric", optimizer="muon", steps=150)
+    run = gm.train(task, init="isometric", optimizer="muon", lr=0.05, steps=150)
     after = gm.inspect(run.model, task.batches(), task.objective)
     verdict = f"Before: {before.outcome} After: {after.outcome.partition(' Looked at')[0]}"
     sections = report.compare(before, after)
