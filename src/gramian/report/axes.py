@@ -54,7 +54,7 @@ class Axis:
         if not self.log:
             return 0
         mantissa = round(10 ** (self.ticks[place] % 1), 6)
-        return {1: 0, 10: 0, 5: 1, 2: 2, 3: 3}.get(mantissa, 4)
+        return {1.0: 0, 10.0: 0, 5.0: 1, 2.0: 2, 3.0: 3}.get(mantissa, 4)
 
 
 def shows(value: float, log: bool) -> bool:

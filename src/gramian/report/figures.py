@@ -43,7 +43,7 @@ def _figure(drawing: Drawing) -> Figure:
     figure.suptitle(drawing.title)
     axes = figure.subplots(rows, sharex=True, squeeze=False)[:, 0]
     if isinstance(drawing, Depth):
-        _draw_depth(axes, drawing)
+        _draw_depth(list(axes), drawing)
     elif isinstance(drawing, HeatMap):
         _draw_heat_map(figure, axes[0], drawing)
     else:
