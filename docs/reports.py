@@ -57,8 +57,8 @@ def write_run(folder: Path, run_file: Path, model_file: Path) -> None:
 
 def write_compression(folder: Path, file: Path) -> None:
     """The network of the demo, made smaller until it loses half a per cent of accuracy."""
-    call(folder, "train digits --lr 0.05 --steps 150 --out digits --quiet")
-    call(folder, "compress digits --task digits --max-drop 0.005 --out small --quiet")
+    call(folder, "train digits --lr 0.05 --steps 150 --out trained --quiet")
+    call(folder, "compress trained --task digits --max-drop 0.005 --out small --quiet")
     shutil.copy(folder / "small" / "report.html", file)
 
 
