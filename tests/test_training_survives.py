@@ -279,20 +279,19 @@ def test_a_signal_whose_exception_was_lost_ends_the_run(request) -> None:
 
 def test_what_goes_on_for_long_is_told(monkeypatch) -> None:
     """An epoch that never ends, which epochs= would count first, and a step of many batches."""
+    few = "accumulate is 4, more than the batches of an epoch, 3; the steps of the run: 2"
+    with pytest.warns(GramianWarning, match=few):
+        gm.train(task(), epochs=2, accumulate=4, optimizer="adamw")
     monkeypatch.setattr(slow, "SILENCE", 0.0)
     monkeypatch.setattr(stream, "MOST_BATCHES", 5)
     endless = replace(task(), train_batches=lambda epoch, generator: itertools.repeat((X[:8], Y[:8])))
     with (
-        pytest.warns(GramianWarning, match="gave 1 batches so far, and epochs counts them all first"),
+        pytest.warns(GramianWarning, match=r"gave \d batches so far, and epochs counts them all first"),
         pytest.raises(TaskError, match="gave more than 5 batches, and epochs counts them all first"),
     ):
         gm.train(endless, epochs=1, optimizer="adamw")
-    with pytest.warns(GramianWarning, match=r"a step has taken 1 of its 4 batches \(accumulate\)"):
+    with pytest.warns(GramianWarning, match=r"a step has taken \d of its 4 batches \(accumulate\)"):
         gm.train(endless, steps=1, accumulate=4, optimizer="adamw")
-    with pytest.warns(
-        GramianWarning, match="accumulate is 4, more than the batches of an epoch, 3; the steps of the run"
-    ):
-        gm.train(task(), epochs=2, accumulate=4, optimizer="adamw")
 
 
 @pytest.mark.parametrize("name", ["out", "report"])
