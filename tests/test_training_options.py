@@ -406,13 +406,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "two penalties": ({"regularize": {"l1": 1.0, "nuclear": 1.0}}, "takes one penalty, or l1 and l2 together"),
     "augment": (
         {"augment": {"swirl": 1.0}},
-        "augment must be of shift, rotate, scale, flip, cutout, noise, mask, mixup",
+        "augment must be one of shift, rotate, scale, flip, cutout, noise, mask, mixup",
     ),
     "too much": ({"augment": {"flip": 2.0}}, "augment flip must be between 0 and 1; got 2.0"),
     "best": ({"best": "accuracy"}, "best must be max:NAME or min:NAME, as in max:accuracy; got 'accuracy'"),
     "patience": ({"patience": 3}, "patience needs best="),
     "seconds": ({"seconds": math.inf, "steps": None}, "seconds must be finite, got inf"),
     "seed": ({"seed": 2**64}, "seed must be a whole number from 0"),
+    "steps of text": ({"steps": "3"}, "steps must be a whole number; got '3'"),
+    "half a step": ({"steps": 1.5}, "steps must be a whole number; got 1.5"),
+    "a true step": ({"steps": True}, "steps must be a whole number; got True"),
+    "no function": ({"on_step": 3}, "on_step must be a function; got 3"),
+    "a list of names": ({"init": ["isometric"]}, "init must be one of default, isometric, auto"),
+    "a list of rates": ({"lr": [1.0]}, "lr must be zero, a positive number or 'auto'"),
+    "a name alone": ({"augment": "shift"}, "augment must be strengths by name"),
+    "a strength of text": ({"augment": {"shift": "x"}}, "augment shift must be zero or a positive number; got 'x'"),
+    "an empty path": ({"out": ""}, "out or report must be a path, and not empty"),
 }
 
 

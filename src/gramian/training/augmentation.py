@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian.batch import mapped
-from gramian.errors import InputError, UnsupportedError
+from gramian.errors import UnsupportedError
+from gramian.training import values
 
 __all__ = ["AUGMENTATIONS", "augmented", "check", "mixed"]
 
@@ -89,12 +91,14 @@ def _generator(seed: tuple[int, ...]) -> torch.Generator:
 def check(strengths: Mapping[str, float]) -> None:
     """Raise `InputError` for an unknown name or a strength out of its range."""
     for name, strength in strengths.items():
-        if name not in (*AUGMENTATIONS, MIXUP):
-            raise InputError(f"train: augment must be of {', '.join((*AUGMENTATIONS, MIXUP))}; got {name!r}")
+        values.one_of("augment", name, (*AUGMENTATIONS, MIXUP))
         largest = AUGMENTATIONS[name][1] if name != MIXUP else math.inf
-        if not 0 <= strength <= largest or not math.isfinite(strength):
-            wanted = f"between 0 and {largest:g}" if math.isfinite(largest) else "zero or a positive number"
-            raise InputError(f"train: augment {name} must be {wanted}; got {strength}")
+        wanted = f"between 0 and {largest:g}" if math.isfinite(largest) else "zero or a positive number"
+        values.check(f"augment {name}", strength, partial(_is_strength, largest=largest), wanted)
+
+
+def _is_strength(value: float, largest: float) -> bool:
+    return 0 <= value <= largest and math.isfinite(value)
 
 
 def _images(x: Tensor) -> tuple[Tensor, torch.Size]:

@@ -19,6 +19,7 @@ from gramian.training.optimizers import Choice
 from gramian.training.options import Options, best_row
 from gramian.training.randomness import restore_python, state_of_python
 from gramian.training.task import Task, calling
+from gramian.training.values import check
 
 __all__ = [
     "check_best",
@@ -97,6 +98,7 @@ def check_path(path: object) -> None:
     """Raise `InputError` for the path of a folder or report that is none, or cannot stand in files of UTF-8."""
     if path is None:
         return
+    check("out or report", path, lambda p: p != "", "a path, and not empty")
     text = str(as_path(path, "train"))
     try:
         text.encode()

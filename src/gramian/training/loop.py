@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from gramian.training.sharding import shard_, whole_copy
 from gramian.training.stream import Stream
 from gramian.training.suggesting import AUTO, rounded, suggested
 from gramian.training.task import Run, Task, as_task, calling
+from gramian.training.values import check, is_whole
 from gramian.training.watched import watched
 
 __all__ = ["train"]
@@ -152,18 +152,17 @@ def train(
     """
     task = as_task(task)
     budget = as_budget(steps, epochs, seconds)
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
-        raise InputError(f"train: seed must be a whole number from 0 to 2**63 - 1, got {seed}")
+    check("seed", seed, lambda n: is_whole(n) and 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
     options = Options(
         schedule,
         WARMUP_STEPS if warmup is None else warmup,
         weight_decay,
-        dict(regularize or {}),
+        regularize or {},
         clip,
         accumulate,
         precision,
         ema,
-        dict(augment or {}),
+        augment or {},
         best,
         patience,
     )
@@ -180,6 +179,8 @@ def train(
     start.check(init)
     for path in (out, report):
         check_path(path)
+    for name, function in (("progress", progress), ("on_step", on_step)):
+        check(name, function, lambda f: f is None or callable(f), "a function")
     page.check(report)
     objective = as_objective(task.objective)
     if resume and out is None:

@@ -20,6 +20,7 @@ from gramian.optim.scaling import for_short_run
 from gramian.optim.shell import MatrixOptimizer
 from gramian.prox import Penalty
 from gramian.training.options import Options, penalty
+from gramian.training.values import check
 
 __all__ = ["Choice", "choose", "skips_itself"]
 
@@ -52,8 +53,8 @@ def choose(
     if lr is not None and not found.takes_rate:
         warnings.warn(f"train: lr is ignored, since {name} takes none", GramianWarning, stacklevel=3)
         lr = None
-    if lr is not None and (isinstance(lr, str) or not 0 <= lr < math.inf):
-        raise InputError(f"train: lr must be zero, a positive number or 'auto', got {lr!r}")
+    if lr is not None:
+        check("lr", lr, lambda x: 0 <= x < math.inf, "zero, a positive number or 'auto'")
     if not isinstance(optimizer, str):
         if lr is None and found.needs_rate:
             raise InputError(f"train: {name} needs a learning rate; give lr=")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from typing import Any
 
 import torch
 
-from gramian.errors import InputError, plain
+from gramian.errors import InputError
 from gramian.prox import L1, L2, ElasticNet, Nuclear, Orthogonal, Penalty, SpectralNorm
 from gramian.training.augmentation import check as check_augmentation
 from gramian.training.schedule import SCHEDULES, WARMUP_STEPS
+from gramian.training.values import check, is_whole, one_of
 
 __all__ = ["PENALTIES", "PRECISIONS", "Options", "best_row", "penalty"]
 
@@ -50,19 +50,21 @@ class Options:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("precision", self.precision, PRECISIONS)
-        _check("warmup", self.warmup, lambda n: n >= 0, "a number of steps, zero or more")
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("precision", self.precision, PRECISIONS)
+        check("warmup", self.warmup, lambda n: n >= 0, "a number of steps, zero or more")
         told = f"a number of batches, from 1 to {MOST_BATCHES:,}"
-        _check("accumulate", self.accumulate, lambda n: isinstance(n, Integral) and 1 <= int(n) <= MOST_BATCHES, told)
+        check("accumulate", self.accumulate, lambda n: is_whole(n) and 1 <= n <= MOST_BATCHES, told)
         for name, value in (("clip", self.clip), ("patience", self.patience)):
-            _check(name, value, lambda x: x is None or 0 < x < math.inf, "a positive number")
+            check(name, value, lambda x: x is None or 0 < x < math.inf, "a positive number")
         told = "zero or a positive number"
-        _check("weight_decay", self.weight_decay, lambda x: x is None or 0 <= x < math.inf, told)
-        _check("ema", self.ema, lambda x: x is None or 0 < x < 1, "between 0 and 1, as 0.999")
+        check("weight_decay", self.weight_decay, lambda x: x is None or 0 <= x < math.inf, told)
+        check("ema", self.ema, lambda x: x is None or 0 < x < 1, "between 0 and 1, as 0.999")
+        for name, value in (("regularize", self.regularize), ("augment", self.augment)):
+            check(name, value, lambda x: isinstance(x, Mapping), "strengths by name, as {'l2': 1e-4} or {'noise': 0.1}")
         for name, strength in self.regularize.items():
-            _one_of("regularize", name, PENALTIES)
-            _check(f"regularize {name}", strength, lambda x: 0 <= x < math.inf, told)
+            one_of("regularize", name, PENALTIES)
+            check(f"regularize {name}", strength, lambda x: 0 <= x < math.inf, told)
         penalty(self.regularize)
         check_augmentation(self.augment)
         if self.best is not None and str(self.best).partition(":")[0] not in ("max", "min"):
@@ -102,20 +104,6 @@ def best_row(best: str, history: list[dict[str, float]]) -> tuple[int, int]:
     values = [sign * row[name] if math.isfinite(row[name]) else -math.inf for row in history]
     index = max(range(len(values)), key=lambda i: (values[i], -i))  # the first of equals
     return index, len(values) - 1 - index
-
-
-def _one_of(name: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise InputError(f"train: {name} must be one of {', '.join(known)}; got {value!r}")
-
-
-def _check(name: str, value: Any, is_right: Callable[[Any], bool], wanted: str) -> None:
-    try:
-        if is_right(value):
-            return
-    except (TypeError, ValueError, RuntimeError):  # it cannot be compared with a number, as a text
-        pass
-    raise InputError(f"train: {name} must be {wanted}; got {plain(repr(value) if isinstance(value, str) else value)}")
 
 
 def _text(value: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from gramian.errors import InputError, plain
 from gramian.training.task import Run
+from gramian.training.values import check, is_whole
 
 __all__ = ["NUM_EVALUATIONS", "SCHEDULES", "WARMUP_STEPS", "Schedule", "as_budget", "check_warmup"]
 
@@ -59,8 +60,9 @@ def as_budget(steps: int | None, epochs: int | None, seconds: float | None) -> t
     if len(given) != 1:
         raise InputError(f"train: give one of steps=, epochs=, seconds=; got {', '.join(given) or 'none'}")
     ((kind, amount),) = given.items()
-    if not amount > 0:
-        raise InputError(f"train: {kind} must be positive, got {amount}")
+    if kind == "steps":
+        check(kind, amount, is_whole, "a whole number")
+    check(kind, amount, lambda x: not isinstance(x, bool) and x > 0, "positive")
     if kind != "seconds" and amount > MOST:
         raise InputError(f"train: {kind} must be at most {MOST:,}, got {plain(amount, 30)}")
     if not math.isfinite(amount):

@@ -17,6 +17,7 @@ from gramian.objective import Objective
 from gramian.recording.measuring import training
 from gramian.report import Finding
 from gramian.training.task import Task, calling
+from gramian.training.values import one_of
 
 __all__ = ["INITS", "INIT_OF_ACTION", "initialize"]
 
@@ -34,8 +35,7 @@ def initialize(init: str, model: nn.Module, task: Task, objective: Objective, se
 
 def check(init: str) -> None:
     """Raise `InputError` for a name that is not in `INITS`."""
-    if init not in INITS:
-        raise InputError(f"train: init must be one of {', '.join(INITS)}; got {init!r}")
+    one_of("init", init, INITS)
 
 
 def _default(model: nn.Module, task: Task, objective: Objective, seed: int) -> str:
