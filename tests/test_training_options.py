@@ -397,7 +397,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "warmup": ({"warmup": -1}, "warmup must be a number of steps, zero or more; got -1"),
     "long warm-up": ({"warmup": 4}, "warmup is 4 steps, and the run has 3"),
     "long warm-up, epochs": ({"warmup": 6, "steps": None, "epochs": 1}, "warmup is 6 steps, and the run has 5"),
-    "accumulate": ({"accumulate": 0}, "accumulate must be a number of batches, at least 1; got 0"),
+    "accumulate": ({"accumulate": 0}, "accumulate must be a number of batches, from 1 to 1,000,000; got 0"),
     "clip": ({"clip": math.nan}, "clip must be a positive number; got nan"),
     "decay": ({"weight_decay": -1.0}, "weight_decay must be zero or a positive number"),
     "ema": ({"ema": 1.0}, "ema must be between 0 and 1, as 0.999; got 1.0"),
@@ -429,7 +429,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_options_are_named(tmp_path, name: str) -> None:
     options, message = WRONG[name]
     with pytest.raises(InputError, match=message):
-        gm.train(task(), out=tmp_path / "run", **({"steps": 3} | options))
+        gm.train(task(), **({"steps": 3, "out": tmp_path / "run"} | options))
     assert not list(tmp_path.iterdir())
 
 
