@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.gram import DiagonalGram, Gram
+from gramian.linalg import syrk
 
 __all__ = ["FLOOR", "Roots", "roots", "shrunk"]
 
@@ -127,10 +128,11 @@ def roots(moment: Gram | DiagonalGram, rows: float, *, around: Tensor | None = N
     values = torch.stack([shrunk(v, rows, seen=count) for v, count in each]).reshape(values.shape)
     root = ((values + FLOOR) * level.clamp_min(0)[..., 0]).sqrt()[..., None, :]
     eye = torch.eye(moment.dim, dtype=m.dtype, device=m.device)
-    return Roots(
-        torch.where(zero, eye, vectors * root @ vectors.mT),
-        lambda: torch.where(zero, eye, vectors / torch.where(zero, 1.0, root) @ vectors.mT),
-    )
+
+    def of(values: Tensor) -> Tensor:
+        return torch.where(zero, eye, syrk((vectors * values.sqrt()).mT))
+
+    return Roots(of(root), lambda: of(1 / torch.where(zero, 1.0, root)))
 
 
 def _check(values: Tensor) -> None:
