@@ -131,16 +131,15 @@ def calibrate(
             "weighted by how much they move the model's output instead (labels drawn around it, fisher='sampled')"
         )
     drawn = redrawn(used, _draws(stats, used, reader, asked))
-    if drawn is not used:
-        stats = capture(model, firsts, drawn)
     rank = placement.world(ranks.group).rank if ranks.together else 0
     generator = torch.Generator(next((p.device for p in model.parameters()), "cpu")).manual_seed(1 + rank)
     with _together(ranks):
         second = next(given, None)
     which = None if ranks.together else _Differentiated(asked)
-    if second is not None if which else placement.any_rank(second is not None, ranks.group):
-        rest = itertools.chain([] if second is None else [second], given)
-        stats.merge(captured(model, rest, drawn, generator=generator, differentiates=which))
+    if drawn is not used or (second is not None if which else placement.any_rank(second is not None, ranks.group)):
+        del stats  # so that the second moments are in memory once; the first batch is looked at again
+        every = itertools.chain(firsts, [] if second is None else [second], given)
+        stats = captured(model, every, drawn, generator=generator, differentiates=which)
     held, distinct, samples = reader.shared(first)
     measure = Measure([batch for _, batch in held], objective, seen=held[0][0] < 0)
     share = 1.0 if which is None else which.share
@@ -192,12 +191,12 @@ class _Differentiated:
 
     def __init__(self, asked: Collection[str] | None) -> None:
         self.asked = asked
-        self.num = self.taken = 1  # the first one was
+        self.num = self.taken = 0
 
     @property
     def share(self) -> float:
-        """The share of batches that were."""
-        return self.taken / self.num
+        """The share of batches that were; all where it was not asked."""
+        return self.taken / self.num if self.num else 1.0
 
     def __call__(self, stats: Statistics) -> bool:
         new = self.taken < ENOUGH

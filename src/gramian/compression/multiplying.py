@@ -45,9 +45,7 @@ def multiply_out_(model: nn.Module) -> Callable[[], None]:
     for parent in list(model.modules()):
         if not lows or not (is_open(parent) or any(id(child) in lows for child in parent._modules.values())):
             continue
-        before.append(
-            (parent, type(parent), *(dict(held) for held in (vars(parent), parent._modules, parent._parameters)))
-        )
+        before.append((parent, type(parent), dict(vars(parent)), dict(parent._modules), dict(parent._parameters)))
         for name, child in parent._modules.items():
             if id(child) in lows:
                 low = lows[id(child)]

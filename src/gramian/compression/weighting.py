@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gramian.block import Block
 from gramian.compression.calibrating import Calibration
 from gramian.compression.experts import rows_of_parts
 from gramian.compression.lowrank import matrix_of
@@ -167,7 +168,7 @@ def _of_use(target: Target, site: Site, share_a: float, share_g: float, blind: b
         mean = shrunk_mean(inputs, rows) if centered else None
         into = roots(inputs, rows, around=mean)
         label = "G"
-        back = _output_roots(target, outputs, rows_g)
+        back = _output_roots(target.block, outputs, rows_g, target.module, target.entry)
     except InputError as error:
         raise InputError(f"compress: {label} of {target.inputs!r} {error}") from None
     sides = (("inputs", inputs), ("outputs", outputs))
@@ -220,15 +221,17 @@ def counted(moment: DiagonalGram) -> tuple[Roots, int]:
     return Roots(values.sqrt(), values.rsqrt()), unseen
 
 
-def _output_roots(target: Target, g: Gram | DiagonalGram, rows: float) -> Roots:
+def _output_roots(
+    block: Block | None, g: Gram | DiagonalGram, rows: float, layer: nn.Module, entry: int | None = None
+) -> Roots:
     """The roots of G over the layer's outputs; of fused parts, which have a G each, along the diagonal."""
-    found, block = roots(g, rows), target.block
+    found = roots(g, rows)
     if block is None or not g.batch:
         return found
-    if target.entry is not None:
-        order = rows_of_parts(block)[target.entry]
+    if entry is not None:
+        order = rows_of_parts(block)[entry]
     else:
-        layout = layout_of(target.module)
+        layout = layout_of(layer)
         assert layout is not None
         outputs = torch.arange(layout.matrices[0])[:, None].expand(layout.matrices)
         order = block.split(layout.join(outputs))[..., 0].flatten()  # the output of each row of each part
