@@ -428,6 +428,22 @@ def test_train_under_torchrun(folder) -> None:
     assert "exitcode  : 2" in done.stderr
 
 
+@pytest.mark.slow
+def test_compress_under_torchrun(folder) -> None:
+    """Two processes calibrate, and one prints and writes; a task that cannot be loaded is told once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "gramian", "compress", "task.py:task", "--keep", "0.7", "--no-curve", "--out", "small"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1000)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Model and report: small") == 1
+    assert sorted(os.listdir("small")) == ["model.safetensors", "report.html", "report.json"]
+    command[-6:] = ["task.py:none", "--keep", "0.7", "--out", "other"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1000)
+    assert done.stderr.count("gramian: compress: rank 0 of 2 failed") == 1
+    assert "exitcode  : 2" in done.stderr
+
+
 @pytest.mark.parametrize("columns", [40, 160])
 def test_train_fits_the_terminal(folder, columns) -> None:
     from rich.console import Console

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import gramian as gm
 from cases import seeded
 from gramian.compression import compress
-from gramian.compression.calibrating import Measure
+from gramian.compression.calibrating import Measure, calibrate, redrawn
 from gramian.compression.filling import Candidates, fill, uniform
 from gramian.compression.predicting import Point, measured_points, predict
 from gramian.compression.shrinkage import roots, shrunk
@@ -58,6 +59,28 @@ def test_shrinkage_is_right_from_one_row_to_a_million(num: int) -> None:
         assert lost(made.root, made.inverse) <= 1.05 * best
     if num == 10**6:
         torch.testing.assert_close(made.root @ made.root, gram.matrix, rtol=1e-3, atol=1e-5)
+
+
+def test_few_samples_draw_their_labels_again() -> None:
+    """A loss that pools over tokens has one label for all of them, and its G of one draw is poor."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 8)).eval()
+    objective = gm.Objective.regression(fisher="sampled", predict=lambda model, batch: model(batch[0]).mean(1))
+    batches = [(x, x[:, 0, :8]) for x in torch.randn(4, 6, 5, 12, generator=seeded(0))]
+    exact = gm.capture(net, batches, objective, fisher="gauss_newton")
+
+    def error(stats: gm.Statistics) -> float:
+        sides = [(exact[name].G, stats[name].G) for name in ("0.weight", "2.weight")]
+        return max(float((got.matrix - true.matrix).norm() / true.matrix.norm()) for true, got in sides)
+
+    once = [error(gm.capture(net, batches, objective, generator=seeded(seed))) for seed in range(4)]
+    assert error(calibrate(net, batches, objective, held_out=batches).stats) < 0.6 * sum(once) / 4
+    assert redrawn(objective, 1) is objective
+    many = [(x, x[:, 0, :8]) for x in torch.randn(40, 20, 5, 12, generator=seeded(0))]
+    drawn = []
+    counted = replace(objective, sampled=lambda *args: (drawn.append(1), objective.sampled(*args))[1])
+    calibrate(net, many, counted, held_out=batches)
+    assert len(drawn) <= 40
 
 
 def test_shrunk_eigenvalues_keep_their_sum_and_dead_directions() -> None:

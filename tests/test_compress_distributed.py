@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gramian as gm
 from distributed import run_on_ranks
 from gramian import placement
+from gramian.compression.making import plan_for
 from gramian.errors import InputError
 
 OBJECTIVE = gm.Objective.regression(fisher="gauss_newton")
@@ -88,6 +90,27 @@ def test_two_ranks_agree_where_labels_are_drawn() -> None:
     assert any("the gradient of the loss is zero" in note for note in one["notes"])
     assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
     assert one["sizes"] == two["sizes"]
+
+
+def planned_for(folder: str) -> dict[str, Any]:
+    """The plan of a command, whose ranks all have all batches, with a model that is frozen as a whole."""
+    model, path = network().requires_grad_(False), Path(folder) / "plan.safetensors"
+    plan = told(plan_for(model, batches(19), OBJECTIVE, plan_file=path))
+    assert not any(p.requires_grad for p in model.parameters())
+    again = plan_for(model, batches(19), OBJECTIVE, plan_file=path)
+    return plan | {"read": {name: form.rank for name, form in again.at(keep=0.6).forms.items()}}
+
+
+def test_ranks_that_have_all_batches_share_them(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    alone = planned_for(str(tmp_path / "one"))
+    one, two = run_on_ranks(planned_for, 2, str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
+    assert one["read"] == two["read"] == alone["read"]
+    for name in ("sizes", "notes", "reasons"):
+        assert one[name] == two[name] == alone[name]
+    for a, b in zip(one["weights"], alone["weights"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def failing(which: str) -> str:

@@ -118,7 +118,7 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
     assert plan.predicted_loss == 0
 
 
-def test_stacked_experts_are_left_dense_by_name_with_the_reason() -> None:
+def test_stacks_of_an_unknown_layout_are_left_dense_by_name_with_the_reason() -> None:
     model, batches, plan = plan_of("mixture_of_experts", keep=0.9)
     experts = {name: m for name, m in model.named_modules() if type(m).__name__ == "Experts"}
     small = plan.apply()

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from gramian.errors import plain
+from gramian.errors import GramianError, plain
 
 __all__ = [
     "Model",
@@ -26,6 +26,7 @@ __all__ = [
     "path",
     "rank_number",
     "ranks",
+    "told_once",
     "with_task",
 ]
 
@@ -97,6 +98,17 @@ def ranks(timeout: float = 1800.0) -> Iterator[bool]:
         yield distributed.get_rank() == 0
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """A context in which an error that all ranks raise is told by the one that failed; the others exit with 2."""
+    try:
+        yield
+    except GramianError as error:
+        if error.rank not in (None, rank_number()):
+            raise typer.Exit(2) from None
+        raise
 
 
 class Stages:

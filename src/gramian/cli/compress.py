@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gramian.cli.common import Quiet, Stages, num_ranks, path, with_task
-from gramian.errors import InputError
+from gramian.cli.common import Quiet, Stages, path, ranks, told_once, with_task
+from gramian.errors import GramianWarning, InputError
 
 __all__ = ["command"]
 
@@ -78,35 +80,46 @@ def command(
 
     Give one of --keep, --size, --bits, --sparsity, --max-drop and --speedup. DIR gets report.html, report.json and the
     model: a folder that from_pretrained loads after `import gramian.integrations.compressed`, or model.safetensors for
-    gm.load_compressed.
+    gm.load_compressed. Under torchrun the processes calibrate and factor together, each with its share of the batches;
+    the first one does the rest.
     """
     from gramian import report
     from gramian.compression import save_compressed
     from gramian.compression.deciding import Target, decide
+    from gramian.compression.making import plan_for
+    from gramian.placement import agreed
 
-    if num_ranks() > 1:
-        raise InputError("compress: runs as one process; start it without torchrun")
     zeros = None if sparsity is None else sparsity if ":" in sparsity else _number(sparsity)
     target = Target(keep, max_drop, speedup, size, bits, zeros, by.value, narrow)
     if json is not None:
         report.check_target(json, (".json",))
     if out is not None:
         _check_free(out)
+    with told_once(), ranks() as first, Stages(quiet or not first) as stages:
+        if not first:
+            warnings.simplefilter("ignore", GramianWarning)  # the first rank has the same
+        with agreed("compress"):
+            network, found, better = _loaded(model, task, calibrate)
+            given = found.batches(batches)
+        begin = time.perf_counter()
+        made_of = plan_for(network, given, found.objective, narrower=narrow, plan_file=plan, progress=stages)
+        seconds = time.perf_counter() - begin
+    if not first:
+        return
     with Stages(quiet) as stages:
-        network, found, better = _loaded(model, task, calibrate)
-        better = better if direction is None else direction.value
         made = decide(
             network,
-            found.batches(batches),
+            given,
             found.objective,
             found.evaluate,
             target,
             measure=metric,
-            better=better,
+            better=better if direction is None else direction.value,
             title=Path(model).name,
             batch=batch,
             curve=curve,
-            plan_file=plan,
+            plan=made_of,
+            seconds=seconds,
             progress=stages,
         )
     numbers = made.outcome.to_json()

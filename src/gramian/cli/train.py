@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from gramian.cli import completion
-from gramian.cli.common import Quiet, check_text, complain, num_ranks, path, rank_number, ranks
+from gramian.cli.common import Quiet, check_text, complain, num_ranks, path, ranks, told_once
 from gramian.cli.completion import completing
 from gramian.cli.config import read_config
 from gramian.errors import GramianError, InputError, plain
@@ -194,7 +194,7 @@ def command(
     budget = {"steps": steps, "epochs": epochs, "seconds": seconds}
     again = "" if out is None else "; continue with the same command and --resume"
     try:
-        with ranks(timeout) as first, _naming_the_lost():
+        with told_once(), ranks(timeout) as first, _naming_the_lost():
             options |= {"init": init, "seed": seed, "out": out, "resume": resume, "report": html}
             options |= budget | {"shard": shard, "watch": watch}
             options |= {"lr": rate} if compare else {"optimizer": optimizer, "lr": rate}
@@ -206,9 +206,7 @@ def command(
     except SystemExit as error:  # SIGTERM
         complain(f"terminated{again}")
         raise typer.Exit(error.code if isinstance(error.code, int) else 2) from None
-    except GramianError as error:
-        if error.rank not in (None, rank_number()):
-            raise typer.Exit(2) from None  # the rank that failed says so
+    except GramianError:
         if trace:
             traceback.print_exc()
         raise

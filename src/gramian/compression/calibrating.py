@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gramian import placement
 from gramian.batch import main_input, mapped, num_samples, tensors
@@ -39,6 +39,8 @@ ENOUGH, ROWS, EVERY = 8, 32, 4
 """From so many batches, and so many rows for each dimension of every G on, one batch of so many is differentiated. A
 decides how a layer is cut, and G only what it counts, so that G may have fewer rows; a backward pass with its Grams
 takes half of the time."""
+MOST_DRAWS = 8
+"""How often labels are drawn for a batch, at most, where there are too few batches for so many rows."""
 
 
 @dataclass
@@ -128,18 +130,60 @@ def calibrate(
             "the gradient of the loss is zero at this model, as that of a distance to its own output is: layers are "
             "weighted by how much they move the model's output instead (labels drawn around it, fisher='sampled')"
         )
+    drawn = redrawn(used, _draws(stats, used, reader, asked))
     rank = placement.world(ranks.group).rank if ranks.together else 0
     generator = torch.Generator(next((p.device for p in model.parameters()), "cpu")).manual_seed(1 + rank)
     with _together(ranks):
         second = next(given, None)
     which = None if ranks.together else _Differentiated(asked)
-    if second is not None if which else placement.any_rank(second is not None, ranks.group):
-        rest = itertools.chain([] if second is None else [second], given)
-        stats.merge(captured(model, rest, used, generator=generator, differentiates=which))
+    if drawn is not used or (second is not None if which else placement.any_rank(second is not None, ranks.group)):
+        del stats  # so that the second moments are in memory once; the first batch is looked at again
+        every = itertools.chain(firsts, [] if second is None else [second], given)
+        stats = captured(model, every, drawn, generator=generator, differentiates=which)
     held, distinct, samples = reader.shared(first)
     measure = Measure([batch for _, batch in held], objective, seen=held[0][0] < 0)
     share = 1.0 if which is None else which.share
     return Calibration(stats, distinct, samples, share, used, measure, notes, ranks)
+
+
+def _draws(stats: Statistics, objective: Objective, reader: Reader, asked: Collection[str] | None) -> int:
+    """How often labels are drawn for each batch, so that every G has ROWS rows for each dimension, given the first one.
+
+    A label says nothing of most directions of the output, and a loss that pools over tokens has one for all of them. So
+    few samples have a poor G, and it costs no data to draw again.
+    """
+    if objective.fisher != "sampled" or not reader.total:
+        return 1
+    sides = [
+        (site.G.dim, float(site.A.count.max()) * reader.total / reader.size)
+        for site in _sites(stats, asked)
+        if isinstance(site.G, Gram) and site.A is not None
+    ]
+    return max(1, min(MOST_DRAWS, round(max((ROWS * dim / max(rows, 1.0) for dim, rows in sides), default=1.0))))
+
+
+def redrawn(objective: Objective, times: int) -> Objective:
+    """The objective with labels drawn several times for each output: the same G in expectation, with less noise.
+
+    Args:
+        objective: with labels to draw.
+        times: at least 1.
+    """
+    once = objective.sampled
+    if times == 1 or once is None:
+        return objective
+
+    def sampled(output: Any, batch: Any, generator: torch.Generator) -> Iterator[Tensor]:
+        for _ in range(times):
+            yield from (loss / times**0.5 for loss in once(output, batch, generator))
+
+    return replace(objective, sampled=sampled)
+
+
+def _sites(stats: Statistics, asked: Collection[str] | None) -> Iterator[Site]:
+    for name, sites in stats.blocks.items():
+        if asked is None or name in asked:
+            yield from sites
 
 
 class _Differentiated:
@@ -147,23 +191,18 @@ class _Differentiated:
 
     def __init__(self, asked: Collection[str] | None) -> None:
         self.asked = asked
-        self.num = self.taken = 1  # the first one was
+        self.num = self.taken = 0
 
     @property
     def share(self) -> float:
-        """The share of batches that were."""
-        return self.taken / self.num
+        """The share of batches that were; all where it was not asked."""
+        return self.taken / self.num if self.num else 1.0
 
     def __call__(self, stats: Statistics) -> bool:
         new = self.taken < ENOUGH
-        taken = not stats.units or self.num % EVERY == 0 or any(_lacks_rows(s, new) for s in self._sites(stats))
+        taken = not stats.units or self.num % EVERY == 0 or any(_lacks_rows(s, new) for s in _sites(stats, self.asked))
         self.num, self.taken = self.num + 1, self.taken + taken
         return taken
-
-    def _sites(self, stats: Statistics) -> Iterator[Site]:
-        for name, sites in stats.blocks.items():
-            if self.asked is None or name in self.asked:
-                yield from sites
 
 
 def _lacks_rows(site: Site, new: bool) -> bool:
@@ -257,6 +296,7 @@ class Reader:
         except TypeError:
             num = -1
         nums = placement.exchange_json(num, together.group) if together else [num]
+        self.total = sum(nums) if min(nums) >= 0 else 0  # batches of all ranks, where that is known
         self.few = min(nums) >= 0 and sum(nums) < HELD_OUT
 
     def __iter__(self) -> Iterator[Any]:

@@ -5,32 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gramian.batch import first_samples
-from gramian.block import blocks
-from gramian.calls import as_model, prepared, unwrapped
-from gramian.compression.contending import contenders, line, planned_layers
+from gramian.calls import as_model, unwrapped
+from gramian.compression.contending import contenders, planned_layers
 from gramian.compression.lowrank import LowRank
+from gramian.compression.making import plan_for
 from gramian.compression.measuring import FORMS
-from gramian.compression.narrow_plan import NarrowPlan
-from gramian.compression.narrowing import narrow
 from gramian.compression.plan import Plan, check_budget
-from gramian.compression.planning import compress
-from gramian.compression.plans import AnyPlan, load_plan, save_plan
+from gramian.compression.plans import AnyPlan
 from gramian.compression.refitting import refit
 from gramian.compression.searching import TooSlowError, Tried, by_drop, by_speed, judged, shares, smallest
 from gramian.compression.speeds import Speeds, paced
-from gramian.errors import CheckpointError, GramianError, InputError
+from gramian.errors import InputError
 from gramian.objective import Objective, as_objective
 from gramian.report.compression import Contender, Outcome, Ratio
 
-MOST_OUTPUTS = 32
 REFITS = 5
 """Halvings of the interval in which a share is looked for that refitting makes good enough."""
 
@@ -140,7 +133,8 @@ def decide(
     title: str = "",
     batch: int = 32,
     curve: bool = True,
-    plan_file: str | Path | None = None,
+    plan: AnyPlan | None = None,
+    seconds: float = 0.0,
     progress: Progress | None = None,
 ) -> Decision:
     """Compresses a model to a target, and measures it beside the dense model, bfloat16 and int8.
@@ -158,7 +152,8 @@ def decide(
         title: for the report.
         batch: samples of the larger batch whose latency is measured; no more than the first batch has.
         curve: whether quality is measured at all shares of the curve, or only where the search needs it.
-        plan_file: a plan that is read in place of a calibration; where there is no such file, it is written.
+        plan: of `plan_for`, in place of a calibration.
+        seconds: what making it took, for the report.
         progress: called as `progress(stage, share done, remark)`.
 
     Returns:
@@ -180,12 +175,13 @@ def decide(
     """
     tell = progress or (lambda stage, share, remark: None)
     model = unwrapped(as_model(model, "compress"))
-    begin = time.perf_counter()
     was = model.training
     model.eval()
     try:
-        plan = _planned(model, batches, objective, target.narrow, plan_file, tell)
-        seconds = time.perf_counter() - begin
+        if plan is None:
+            begin = time.perf_counter()
+            plan = plan_for(model, batches, objective, narrower=target.narrow, progress=tell)
+            seconds = time.perf_counter() - begin
         if plan.smallest >= 1:
             raise InputError(
                 f"compress: no layer has factors smaller than itself{plan.left_dense()}; quantize it instead"
@@ -290,55 +286,6 @@ class _Refitting:
             else:
                 low = middle
         return found
-
-
-def _planned(
-    model: nn.Module,
-    batches: Sequence[Any],
-    objective: Any,
-    narrower: bool,
-    plan_file: str | Path | None,
-    tell: Progress,
-) -> AnyPlan:
-    kind = NarrowPlan if narrower else Plan
-    if plan_file is not None and Path(plan_file).exists():
-        tell("Plan", 1.0, f"read from {Path(plan_file).name}")
-        plan = load_plan(model, plan_file)
-        if not isinstance(plan, kind):
-            raise CheckpointError(
-                f"{plan_file} is a plan of {'ranks' if narrower else 'gm.narrow'}. "
-                f"{'Leave out' if narrower else 'Add'} --narrow, or give another path"
-            )
-        return plan
-    tell("Calibrate", 0.0, f"{len(batches)} batches")
-    layers = max(1, len(blocks(model).blocks))
-    verb, done_as = (narrow, "narrowed") if narrower else (compress, "factored")
-    plan = verb(
-        model,
-        batches=batches,
-        objective=_exact(as_objective(objective), model, batches[0]),
-        progress=lambda done: tell("Calibrate", min(0.99, done / layers), f"{done} layers {done_as}"),
-    )
-    num = len(plan.layers if isinstance(plan, NarrowPlan) else plan.spectra)
-    tell("Calibrate", 1.0, f"{num} layers can be {done_as}")
-    if plan_file is not None:
-        save_plan(plan, plan_file)
-    return plan
-
-
-def _exact(objective: Objective, model: nn.Module, batch: Any) -> Objective:
-    """The objective with Gauss–Newton's G where that costs few backward passes, one for each output; else as it is."""
-    try:
-        with torch.no_grad():
-            output = objective.predict(model, first_samples(prepared(model, batch), 1))
-    except GramianError:
-        raise
-    except Exception as error:
-        raise InputError(f"compress: {type(model).__name__} fails on the first batch: {line(error)}") from error
-    if objective.gauss_newton is None or objective.fisher == "gauss_newton":
-        return objective
-    few = isinstance(output, Tensor) and output.shape[-1] <= MOST_OUTPUTS
-    return replace(objective, fisher="gauss_newton") if few else objective
 
 
 def _share(target: Target, tried: Tried, speeds: Speeds, tell: Progress) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gramian.compression.shrinkage import Roots
+from gramian.linalg import syrk
 
 __all__ = ["Feedback", "feedback_of", "settle"]
 
@@ -122,7 +123,7 @@ def feedback_of(inputs: Roots, outputs: Roots, rows: float = math.inf) -> Feedba
     tensor([2, 1, 0])
     """
     root = inputs.root
-    whole = root.square() if root.ndim == 1 else root @ root.mT
+    whole = root.square() if root.ndim == 1 else syrk(root.mT)
     moments = whole if root.ndim == 1 else whole.diagonal()
     order = moments.argsort(descending=True, stable=True)
     ridge = RIDGE * len(moments) / max(rows, 1.0) * moments.mean()

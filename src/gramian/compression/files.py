@@ -17,6 +17,7 @@ from gramian.calls import as_model, as_module, unwrapped
 from gramian.checkpoint import Checkpoint, clean_name, open_checkpoint, save_tensors
 from gramian.checkpoint.names import as_path
 from gramian.checkpoint.packing import RANKS
+from gramian.compression.experts import dense_weight
 from gramian.compression.ranks import factor, ranks_of, restore
 from gramian.errors import CheckpointError, some
 
@@ -92,7 +93,7 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
     checkpoint = open_checkpoint(path, stored=True)
     ranks = _ranks_in(checkpoint)
     # An empty tensor under the name of the dense weight is for readers who would take the layer for a dense one.
-    marks = {f"{name}.weight".lstrip(".") for name in ranks}
+    marks = {dense_weight(name) for name in ranks}
     names = [n for n, entry in checkpoint.entries.items() if not (n in marks and entry.shape == (0,))]
     dense: dict[str, nn.Module] = {}
     try:

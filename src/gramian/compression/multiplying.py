@@ -14,7 +14,7 @@ from torch import nn
 
 from gramian.compression.lowrank import HOOKS, LowRank
 from gramian.compression.modules import clean_module_name
-from gramian.compression.opening import CLOSED, close_
+from gramian.compression.opening import close_, is_open
 from gramian.compression.quantized import Quantized
 
 __all__ = ["factored", "multiply_out_"]
@@ -41,11 +41,11 @@ def multiply_out_(model: nn.Module) -> Callable[[], None]:
     lows = {id(low): low for low in factored(model).values()}
     made: dict[int, nn.Module] = {}
     shared: dict[tuple[int, int, torch.Size], nn.Parameter] = {}
-    before: list[tuple[Any, type, dict[str, Any], dict[str, Any]]] = []
+    before: list[tuple[Any, type, dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     for parent in list(model.modules()):
-        if not any(id(child) in lows for child in parent._modules.values()):
+        if not lows or not (is_open(parent) or any(id(child) in lows for child in parent._modules.values())):
             continue
-        before.append((parent, type(parent), dict(parent._modules), dict(parent._parameters)))
+        before.append((parent, type(parent), dict(vars(parent)), dict(parent._modules), dict(parent._parameters)))
         for name, child in parent._modules.items():
             if id(child) in lows:
                 low = lows[id(child)]
@@ -59,13 +59,14 @@ def multiply_out_(model: nn.Module) -> Callable[[], None]:
         close_(model)
 
     def put_back() -> None:
-        for parent, cls, modules, parameters in before:
+        for parent, cls, own, modules, parameters in before:
             parent.__class__ = cls
+            vars(parent).update(own)
             parent._modules.clear()
             parent._modules.update(modules)
             parent._parameters.clear()
             parent._parameters.update(parameters)
-            if cls in CLOSED:
+            if is_open(parent):
                 parent.__dict__.pop("_flat_weights", None)  # which an opened module reads anew
 
     return put_back

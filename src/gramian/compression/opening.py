@@ -1,8 +1,8 @@
 """Opening: matrices of attention and recurrent modules as layers of their own, so that a layer can take their place.
 
-`nn.MultiheadAttention` and `nn.LSTM` hold their weights as parameters and hand them to one function. An opened module
-has a linear layer for each such weight, and reads the weight off it. Whatever replaces that layer is multiplied out
-once in each pass: that saves bytes, and no time.
+`nn.MultiheadAttention` and `nn.LSTM` hold their weights as parameters and hand them to one function, and so do modules
+of experts (`experts.py`). An opened module has a linear layer for each such weight, and reads the weight off it.
+Whatever replaces that layer is multiplied out once in each pass: that saves bytes, and no time.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gramian.block import blocks
+from gramian.compression.experts import OPENED, close_stacks_, is_stack, open_stack_, stack_of
 from gramian.compression.factored_weight import FactoredWeight
 from gramian.compression.modules import clean_module_name
 
-__all__ = ["CLOSED", "close_", "inner_name", "open_"]
+__all__ = ["close_", "inner_name", "is_open", "open_"]
 
 
 class _OpenAttention(nn.MultiheadAttention):
@@ -72,6 +74,11 @@ CLOSED = {opened: cls for cls, opened in OPEN.items()}
 """By opened class what it was."""
 
 
+def is_open(module: nn.Module) -> bool:
+    """Whether a module reads its weights off layers within it."""
+    return type(module) in CLOSED or type(module) in OPENED
+
+
 def inner_name(module: nn.Module, local: str) -> str:
     """The name of the layer that a parameter becomes when its module is opened; empty where it is none.
 
@@ -102,6 +109,10 @@ def open_(model: nn.Module, names: Iterable[str]) -> None:
             inner = inner_name(module, local)
             if inner and f"{prefix}.{inner}".lstrip(".") in wanted:
                 _open(module, local, inner)
+    stacks = {stack_of(name) for name in wanted} - {""}
+    for block in blocks(model).blocks if stacks else ():
+        if block.name in stacks and is_stack(block):
+            open_stack_(block)
 
 
 def _open(module: Any, local: str, inner: str) -> None:
@@ -120,6 +131,7 @@ def _open(module: Any, local: str, inner: str) -> None:
 
 def close_(model: nn.Module) -> None:
     """Puts back, in place, the weights of layers that nothing took the place of."""
+    close_stacks_(model)
     for found in model.modules():
         module: Any = found
         if type(module) not in CLOSED:

@@ -150,6 +150,7 @@ def compress(
         open_(one, [target.name for target in found])
     found = [target._replace(module=submodule(whole, target.name)) for target in found]
     spectra, uncaptured = _decomposed(found, calibration, blind, progress)
+    calibration.stats = stats or Statistics()  # whose memory the correction needs
     reasons |= uncaptured
     if not spectra:
         raise _nothing(plain, reasons)

@@ -24,8 +24,10 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gramian.checkpoint.packing import RANKS
+from gramian.compression.experts import dense_weight, stack_of
 from gramian.compression.files import _check_fit
 from gramian.compression.lowrank import LowRank
+from gramian.compression.opening import open_
 from gramian.compression.ranks import factor, ranks_of, restore
 from gramian.compression.slicing import SLICED_KEYS
 from gramian.errors import CheckpointError, some
@@ -68,7 +70,8 @@ class FactoredQuantizer(HfQuantizer):
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"the folder does not fit {type(model).__name__}: {error}") from None
         _tie_factors(model)  # transformers ties the weights once they are loaded
-        marks = {rf"(^|\.){re.escape(name)}\.weight$" for name in {*ranks, *self.quantization_config.ranks}}  # type: ignore[attr-defined]
+        named = {*ranks, *self.quantization_config.ranks}  # type: ignore[attr-defined]
+        marks = {rf"(^|\.){re.escape(dense_weight(name))}$" for name in named}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | marks
         return model
 
@@ -88,7 +91,11 @@ class FactoredQuantizer(HfQuantizer):
         ranks = ranks_of(model)
         model.config.quantization_config = FactoredConfig(ranks=ranks)
         sliced = {name for name, what in ranks.items() if isinstance(what, dict) and what.keys() == SLICED_KEYS}
-        marks = {f"{name}.weight": torch.empty(0) for name in ranks.keys() - sliced}  # those have weights as before
+        marks = {}
+        for name in ranks.keys() - sliced:  # those have weights as before
+            stack = stack_of(name)  # which transformers may take apart, so that its mark is a small stack
+            num = len(model.get_submodule(name.rpartition(".")[0])) if stack else 0
+            marks[dense_weight(name)] = torch.zeros(num, 2, 2) if stack else torch.empty(0)
         return model.state_dict() | marks, {RANKS: json.dumps(ranks)}
 
 
@@ -208,8 +215,9 @@ def _resolved(model: Any, ranks: Mapping[str, Any]) -> dict[str, Any]:
 
     A folder may have been saved from a model with a head and be loaded without it, or the other way around.
     """
-    names = {name for name, _ in model.named_modules()}
     base = f"{model.base_model_prefix}."
+    open_(model, {one for name in ranks for one in (name, name.removeprefix(base), base + name)})
+    names = {name for name, _ in model.named_modules()}
     found: dict[str, Any] = {}
     there: dict[str, str] = {}
     for name, rank in sorted(ranks.items()):  # a factored layer before its factors

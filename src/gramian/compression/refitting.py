@@ -23,7 +23,7 @@ from gramian.compression.calibrating import cuttable, hashes
 from gramian.compression.lockstep import Stop, Walk, watched
 from gramian.compression.lowrank import LowRank
 from gramian.compression.modules import copied
-from gramian.compression.opening import CLOSED
+from gramian.compression.opening import is_open
 from gramian.compression.ranks import ranks_of
 from gramian.errors import InputError, some
 from gramian.layers import operation_of
@@ -280,8 +280,8 @@ def _pairs(small: nn.Module, original: nn.Module) -> dict[str, tuple[nn.Module, 
     dense, found = dict(original.named_modules()), {}
     inside: set[nn.Module] = set()
     for name, layer in small.named_modules():
-        if isinstance(layer, LowRank) or type(layer) in CLOSED:  # whose layers are no modules of the original's
-            inside.update(layer.children())
+        if isinstance(layer, LowRank) or is_open(layer):  # whose layers are no modules of the original's
+            inside.update(one for one in layer.modules() if one is not layer)
         if layer in inside or (isinstance(layer, LowRank) and layer.is_table):
             continue
         last = _last(layer)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gramian.errors import InputError
 from gramian.gram import DiagonalGram, Gram
+from gramian.linalg import syrk
 
 __all__ = ["FLOOR", "Roots", "roots", "shrunk"]
 
@@ -85,6 +86,51 @@ def shrunk_mean(moment: Gram | DiagonalGram, rows: float) -> Tensor:
     return mean * (1 - spread / ((rows - 1) * size)).clamp_min(0)
 
 
+def pooled(moment: Gram | DiagonalGram, entry: int, rows: Tensor) -> Gram | DiagonalGram:
+    """The second moment of one entry of a batch, as near to that of all entries together as its noise asks for.
+
+    `(1 − α) M_e + α t M`, with the M of all rows, scaled by t to the trace of M_e, and α the expected squared error of
+    M_e over its squared distance from the other. The result stands for more rows than M_e: the error is smaller.
+
+    Args:
+        moment: of a batch of experts, its first dimension; the parts of one may be a second.
+        entry: which expert.
+        rows: (E,), how many rows each entry is estimated from.
+
+    Returns:
+        The second moment, whose count is the number of rows that it stands for.
+
+    Raises: nothing of its own.
+    Cost: a sum of the batch.
+    Source: shrinkage towards a target (Ledoit & Wolf, J. Multivariate Analysis 88, 2004), its error that of Gaussian
+    rows (Chen et al. 0907.4698, eq. 17).
+
+    >>> moment = Gram(2, (2,)).update(torch.stack([torch.eye(2), torch.eye(2)]))
+    >>> pooled(moment, 0, torch.tensor([2.0, 2.0])).count
+    tensor(4., dtype=torch.float64)
+    """
+    whole = isinstance(moment, Gram)
+    ends = (-2, -1) if whole else (-1,)
+    count = torch.as_tensor(moment.count)[entry][(...,) + (None,) * len(ends)].clamp_min(1.0)
+    own, target = moment.total[entry] / count, moment.total.sum(0)
+
+    def trace(m: Tensor) -> Tensor:
+        return (m.diagonal(dim1=-2, dim2=-1) if whole else m).sum(-1)[(...,) + (None,) * len(ends)]
+
+    target = target * (trace(own) / trace(target).clamp_min(1e-300))
+    num = rows[entry].to(own)
+    size = own.square().sum()
+    noise = ((trace(own).square().sum() if whole else 0.0) + size) / num
+    distance = (own - target).square().sum()
+    share = (noise / distance).clamp(max=1.0) if bool(distance > 0) else torch.ones_like(noise)
+    most = float(rows.sum())
+    stands = min(most, float(num) / max(1 - float(share), 1e-6) ** 2)
+    mixed = torch.lerp(own, target, share)
+    first = moment.sum[entry] / count.flatten(-len(ends))  # of its own rows
+    kind = type(moment)
+    return kind.of(mixed * stands, first * stands, torch.full(own.shape[: own.ndim - len(ends)], stands).to(own))
+
+
 def roots(moment: Gram | DiagonalGram, rows: float, *, around: Tensor | None = None) -> Roots:
     """The roots of a shrunk second moment; the identity where it is zero.
 
@@ -127,10 +173,11 @@ def roots(moment: Gram | DiagonalGram, rows: float, *, around: Tensor | None = N
     values = torch.stack([shrunk(v, rows, seen=count) for v, count in each]).reshape(values.shape)
     root = ((values + FLOOR) * level.clamp_min(0)[..., 0]).sqrt()[..., None, :]
     eye = torch.eye(moment.dim, dtype=m.dtype, device=m.device)
-    return Roots(
-        torch.where(zero, eye, vectors * root @ vectors.mT),
-        lambda: torch.where(zero, eye, vectors / torch.where(zero, 1.0, root) @ vectors.mT),
-    )
+
+    def of(values: Tensor) -> Tensor:
+        return torch.where(zero, eye, syrk((vectors * values.sqrt()).mT))
+
+    return Roots(of(root), lambda: of(1 / torch.where(zero, 1.0, root)))
 
 
 def _check(values: Tensor) -> None:

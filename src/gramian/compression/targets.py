@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from gramian.block import Block, blocks
+from gramian.compression.experts import expert_name, is_stack
 from gramian.compression.lowrank import HOOKS, LowRank
 from gramian.compression.modules import clean_module_name, module_name
 from gramian.compression.opening import inner_name
@@ -33,6 +34,7 @@ class Target(NamedTuple):
         rank: of a factored layer; 0 for a dense one.
         table: whether rows of the matrix are looked up.
         tied: the names of other layers with the same weight.
+        entry: which matrix of a stack of experts it is; `None` for a weight of its own.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Target(NamedTuple):
     rank: int = 0
     table: bool = False
     tied: tuple[str, ...] = ()
+    entry: int | None = None
 
 
 def targets(
@@ -65,6 +68,20 @@ def targets(
     adapters = adapted(model)
     found_blocks = blocks(model)
     for block in found_blocks.blocks:
+        if is_stack(block):
+            why = by_pattern(block.name, include, exclude) or adapters.get(id(block.module), "")
+            each = [] if why else _experts(block)
+            why = why or next(filter(None, map(_unprofitable, each)), "")
+            if why:
+                reasons[block.name] = why
+                continue
+            for target in each:
+                why = by_pattern(target.name, include, exclude)
+                if why:
+                    reasons[target.name] = why
+                else:
+                    found.append(target)
+            continue
         low = factored.get(id(block.module))
         name = module_name(block)
         tied: tuple[str, ...] = ()
@@ -120,6 +137,16 @@ def targets(
     return found, reasons
 
 
+def _experts(block: Block) -> list[Target]:
+    """The matrices of a stack, each a layer of its own once the stack is opened."""
+    num = len(block.parameter)
+    dense = block.parameter.numel() // num
+    return [
+        Target(expert_name(block.name, e), block.module, block, block.name, block.name, dense, entry=e)
+        for e in range(num)
+    ]
+
+
 def by_pattern(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str:
     for pattern in exclude:
         if fnmatch.fnmatchcase(name, pattern):
@@ -133,13 +160,9 @@ def _unprofitable(target: Target) -> str:
     """Told where even rank 1 is no smaller than the layer."""
     if target.block is None:
         return ""
-    m, n = _shape(target.block)
+    n = target.block.shape[-1]
+    m = target.dense // n
     return "" if m + n < m * n else f"two factors of its {m} × {n} matrix are no smaller than it"
-
-
-def _shape(block: Block) -> tuple[int, int]:
-    n = block.shape[-1]
-    return block.parameter.numel() // n, n
 
 
 def adapted(model: nn.Module) -> dict[int, str]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from gramian.block import Block
 from gramian.compression.calibrating import Calibration
+from gramian.compression.experts import rows_of_parts
 from gramian.compression.lowrank import matrix_of
-from gramian.compression.shrinkage import Roots, roots, shrunk_mean
+from gramian.compression.shrinkage import Roots, pooled, roots, shrunk_mean
 from gramian.compression.targets import Target
 from gramian.errors import InputError
 from gramian.gram import DiagonalGram, Gram
@@ -94,7 +95,22 @@ def _sites(target: Target, stats: Statistics) -> list[Site]:
         raise Uncaptured("a factor of it is also used as a table, or transposed")
     if apart and target.table and (len(used) > 1 or len(gave) > 1 or not used[0].transposed):
         raise Uncaptured("its factors are used in other ways than to look up rows")
+    if target.entry is not None:
+        return [_of_expert(site, target.entry) for site in used]
     return [Site(A=a.A, G=g.G, transposed=a.transposed) for a, g in zip(used, gave, strict=False)]
+
+
+def _of_expert(site: Site, entry: int) -> Site:
+    """The second moments of one matrix of a stack, shrunk towards those of all where few rows reached it."""
+    inputs, outputs = site.A, site.G
+    assert inputs is not None
+    assert outputs is not None
+    if site.transposed or not inputs.batch or not outputs.batch:
+        raise Uncaptured("its use does not tell its matrices apart")
+    rows = inputs.count.reshape(len(inputs.count), -1)[:, 0]
+    if not bool(rows[entry] > 0):
+        raise Uncaptured("no row of the calibration reached it")
+    return Site(A=pooled(inputs, entry, rows), G=pooled(outputs, entry, rows), op=site.op)
 
 
 def _by_sides(sites: Sequence[Site]) -> list[list[Site]]:
@@ -152,7 +168,7 @@ def _of_use(target: Target, site: Site, share_a: float, share_g: float, blind: b
         mean = shrunk_mean(inputs, rows) if centered else None
         into = roots(inputs, rows, around=mean)
         label = "G"
-        back = _output_roots(target.block, outputs, rows_g, target.module)
+        back = _output_roots(target.block, outputs, rows_g, target.module, target.entry)
     except InputError as error:
         raise InputError(f"compress: {label} of {target.inputs!r} {error}") from None
     sides = (("inputs", inputs), ("outputs", outputs))
@@ -205,15 +221,21 @@ def counted(moment: DiagonalGram) -> tuple[Roots, int]:
     return Roots(values.sqrt(), values.rsqrt()), unseen
 
 
-def _output_roots(block: Block | None, g: Gram | DiagonalGram, rows: float, layer: nn.Module) -> Roots:
+def _output_roots(
+    block: Block | None, g: Gram | DiagonalGram, rows: float, layer: nn.Module, entry: int | None = None
+) -> Roots:
     """The roots of G over the layer's outputs; of fused parts, which have a G each, along the diagonal."""
     found = roots(g, rows)
     if block is None or not g.batch:
         return found
-    layout = layout_of(layer)
-    assert layout is not None
-    outputs = torch.arange(layout.matrices[0], device=found.root.device)[:, None].expand(layout.matrices)
-    order = block.split(layout.join(outputs))[..., 0].flatten()  # the output of each row of each part
+    if entry is not None:
+        order = rows_of_parts(block)[entry]
+    else:
+        layout = layout_of(layer)
+        assert layout is not None
+        outputs = torch.arange(layout.matrices[0])[:, None].expand(layout.matrices)
+        order = block.split(layout.join(outputs))[..., 0].flatten()  # the output of each row of each part
+    order = order.to(found.root.device)
     return Roots(
         *(_placed(parts, order, diagonal=isinstance(g, DiagonalGram)) for parts in (found.root, found.inverse))
     )

@@ -77,15 +77,17 @@ class Accumulator:
         # Projections of one tensor (queries, keys and values; gate and up) share its second moment.
         # Inference tensors have no version, and are not written to where their model may be differentiated.
         version = -1 if form.source.is_inference() else form.source._version
-        key = (id(form.source), version, form.op, form.in_dims, side.key, type(site.A), id(mask))
+        key = (id(form.source), version, form.op, form.in_dims, side.key, side.at, type(site.A), id(mask))
+        if self.latest is not None and self.latest[0] == key:
+            site.A.add(*self.latest[1])
+            return
         for rows in form.inputs(mask):
             rows = side.arrange(rows)
             if form.op != "linear" or isinstance(site.A, DiagonalGram) or rows.shape[-2] < side.dim or side.at:
                 self._update(site.A, rows, None, side.at)
                 continue
-            if self.latest is None or self.latest[0] != key:
-                # The source is kept too, so that no other tensor gets its id.
-                self.latest = key, sums(rows, self.precision), form.source
+            # The source is kept too, so that no other tensor gets its id.
+            self.latest = key, sums(rows, self.precision), form.source
             site.A.add(*self.latest[1])
 
     def add_gradients(self, site: Site, form: Form, side: Side, grad: Tensor, current: Pass) -> None:
