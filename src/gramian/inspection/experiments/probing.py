@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gramian.batch import first_samples, main_input, mapped, num_samples
+from gramian.inspection.experiments.choices import Choices, along_choices
 from gramian.inspection.experiments.endless import falls, plunges
 from gramian.inspection.experiments.ordering import in_another_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
+from gramian.inspection.experiments.profiles import Profile, along_outputs
 from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
@@ -42,6 +44,8 @@ TRIED = {
     "together": "whether the loss has its minimum where all outputs are equal",
     "pairs": "whether the loss falls where the two of a pair are the same",
     "reading": "whether the loss reads a sequence at its padding",
+    "profile": "whether the loss has a minimum along each output",
+    "choices": "whether larger rewards raise the scores of their actions",
     "share_of_constant": "the loss with equal outputs for all samples",
 }
 """What a report says of a change that could not be tried."""
@@ -91,6 +95,8 @@ class Probes:
         together: the loss as it is, and with equal outputs for all samples, where it has its minimum there.
         pairs: losses of pairs, where it rises with equal ones.
         reading: where the loss reads one position, which is padding.
+        profile: where the loss has no minimum along an output, or larger labels push it down.
+        choices: what is wrong between choices, what came of them, and their scores.
         share_of_constant: the loss over that with the same output for all samples.
     """
 
@@ -109,6 +115,8 @@ class Probes:
     together: tuple[float, float] | None = None
     pairs: Pairs | None = None
     reading: Reading | None = None
+    profile: Profile | None = None
+    choices: Choices | None = None
     share_of_constant: float | None = None
 
 
@@ -317,7 +325,8 @@ def _ignores_order(asked: Asked) -> bool | None:
 _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
     silent_columns,
-    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, constant_loss,
+    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, along_outputs,
+    along_choices, constant_loss,
 )  # fmt: skip
 
 
