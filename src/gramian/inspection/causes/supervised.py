@@ -26,7 +26,7 @@ def labels(context: Context) -> Iterator[Finding]:
         return
     make = {
         "dimension": _dimension, "endless": _endless, "reversed": _reversed, "alone": _alone, "one-sided": _sided,
-        "flat": _flat, "unsquared": _unsquared, "mean": _mean, "shifted": _shifted,
+        "flat": _flat, "unsquared": _unsquared, "shifted": _shifted,
     }[found.kind]  # fmt: skip
     finding = make(found)
     if found.kind == "dimension" and context.observed.softmax_over_rows is not None and context.num_labels:
@@ -146,21 +146,6 @@ def _unsquared(found: Supervision) -> Finding:
         cause="Differences are added up as they are, so that those below zero count as gain: a square or an absolute "
         "value is missing.",
         advice="Take the square or the absolute value of the differences.",
-    )
-
-
-def _mean(found: Supervision) -> Finding:
-    at, mean = _numbers(found.losses)
-    return Finding(
-        "loss-broadcast",
-        "error",
-        "The loss is lower with the targets' mean for all samples than with each sample's target",
-        where="loss",
-        evidence=f"{at} with outputs equal to the targets, {mean} with their mean; a target of one sample moves the "
-        "gradients of all others (measured)",
-        cause="Each output is compared with all targets, by broadcasting, or outputs are averaged over the samples "
-        "before they are compared.",
-        advice="Give both the same shape, and compare sample by sample.",
     )
 
 

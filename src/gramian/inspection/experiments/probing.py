@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from gramian.batch import first_samples, main_input, mapped, num_samples
 from gramian.inspection.experiments.choices import Choices, along_choices
+from gramian.inspection.experiments.contrasting import Contrast, pulled_apart
 from gramian.inspection.experiments.endless import falls, plunges
 from gramian.inspection.experiments.ordering import in_another_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
 from gramian.inspection.experiments.profiles import Profile, along_outputs
 from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
+from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
 from gramian.inspection.passes.given import Given, given_of, key
@@ -46,6 +48,8 @@ TRIED = {
     "reading": "whether the loss reads a sequence at its padding",
     "profile": "whether the loss has a minimum along each output",
     "choices": "whether larger rewards raise the scores of their actions",
+    "rows": "whether the loss compares each sample with itself",
+    "contrast": "what a loss of embeddings pulls together",
     "share_of_constant": "the loss with equal outputs for all samples",
 }
 """What a report says of a change that could not be tried."""
@@ -97,6 +101,8 @@ class Probes:
         reading: where the loss reads one position, which is padding.
         profile: where the loss has no minimum along an output, or larger labels push it down.
         choices: what is wrong between choices, what came of them, and their scores.
+        rows: numbers of a sample that are compared with other outputs than its own.
+        contrast: embeddings that are pulled together, and are of other samples.
         share_of_constant: the loss over that with the same output for all samples.
     """
 
@@ -117,6 +123,8 @@ class Probes:
     reading: Reading | None = None
     profile: Profile | None = None
     choices: Choices | None = None
+    rows: Rows | None = None
+    contrast: Contrast | None = None
     share_of_constant: float | None = None
 
 
@@ -326,7 +334,7 @@ _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
     silent_columns,
     silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, along_outputs,
-    along_choices, constant_loss,
+    along_choices, compared_rows, pulled_apart, constant_loss,
 )  # fmt: skip
 
 
