@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,12 @@ __all__ = ["Profile", "along_outputs"]
 LEVELS = (-6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0)
 # A slope that is at six below this share of that at three decays: that of an exponential is at a twentieth.
 DECAYS = 0.5
+# Samples that are too few to be asked.
+LEAST = 4
 # Columns of an output that are looked at, and its dimensions.
 COLUMNS = 4
+# How much farther a minimum may be, in a loss that takes labels in another unit.
+BEYOND = 1e6
 # Gradients that are equal up to rounding, as a share of the largest; of a stationary point, of those beside it.
 EQUAL, FLAT = 1e-4, 1e-3
 
@@ -67,25 +70,31 @@ def along_outputs(asked: Asked) -> Profile | None:
     given = given_of([asked.batch], set(), set())
     chosen = [g.values[0] for g in given if not g.values[0].is_floating_point()]
     given = [g for g in given if g.values[0].is_floating_point()]
-    for i, out in enumerate(replay.outputs):
-        if out.ndim < 1 or len(out) < 4 or _is_normalized(out):
-            continue
-        matching = [g for g in given if _columns(g.values[0], out)]
-        if not matching or not _is_by_sample(replay, i):
-            continue
-        rises = {one.name: _rises(replay, i, one.values[0]) for one in matching}
-        for one in matching:
-            found = _reversed(replay, i, one, rises[one.name])
-            if found is not None:
-                return found
-        are_choices = any(len(t) == len(out) == t.numel() for t in chosen)  # each of which moves a column of its own
-        if not any(map(len, rises.values())) or are_choices or len(replay.outputs) > 1:
-            continue
-        if out.ndim <= 2 and (out.ndim == 1 or out.shape[1] <= COLUMNS):
-            found = _endless(replay, i)
+    asked_of = [
+        (i, one, rises)
+        for i, out in enumerate(replay.outputs)
+        if out.ndim and len(out) >= LEAST and not _is_normalized(out) and _is_by_sample(replay, i)
+        for one in given
+        if _columns(one.values[0], out) and (rises := _rises(replay, i, one.values[0]))
+    ]
+    follows = {one.name for i, one, rises in asked_of if _is_followed(replay, i, one, rises)}
+    for i, one, rises in asked_of:
+        if one.name not in follows and (found := _reversed(replay, i, one, rises)) is not None:
+            return found
+    are_choices = any(len(t) == len(asked_of[0][1].values[0]) == t.numel() for t in chosen) if asked_of else False
+    if are_choices or len(replay.outputs) > 1:  # each choice moves a column of its own
+        return None
+    for i, one, _ in asked_of:
+        out, t = replay.outputs[i], one.values[0]
+        if not _is_of_two(t) and out.ndim <= 2 and (out.ndim == 1 or out.shape[1] <= COLUMNS):
+            found = _endless(replay, i, max(LEVELS[-1], 2 * float(t.abs().amax())))
             if found is not None:
                 return found
     return None
+
+
+def _is_of_two(t: Tensor) -> bool:
+    return bool(((t == t.min()) | (t == t.max())).all())
 
 
 def _is_normalized(out: Tensor) -> bool:
@@ -147,25 +156,33 @@ def _rises(replay: Replay, i: int, t: Tensor) -> list[Tensor]:
     return found if any(bool(r.any()) for r in found) else []
 
 
+def _views(out: Tensor, label: Given, rises: list[Tensor]) -> list[tuple[int, Tensor]]:
+    """What rises of an output, or of each column that a label may be compared with."""
+    return [(c, torch.stack([r if c < 0 else r[:, c] for r in rises])) for c in _columns(label.values[0], out)]
+
+
+def _is_followed(replay: Replay, i: int, label: Given, rises: list[Tensor]) -> bool:
+    """Whether an output, or a column of it, is drawn to a label."""
+    views = [v for _, v in _views(replay.outputs[i], label, rises)]
+    bound = EQUAL * max(float(v.abs().amax()) for v in views)
+    return any(bool((v <= bound).all()) and bool((v < -bound).any()) for v in views)
+
+
 def _reversed(replay: Replay, i: int, label: Given, rises: list[Tensor]) -> Profile | None:
     """Whether larger labels push an output down, which has no minimum, or has it at minus the label."""
-    if not rises:
-        return None
     t, out = label.values[0], replay.outputs[i]
-    columns = _columns(t, out)
-    views = [torch.stack([r if c < 0 else r[:, c] for r in rises]) for c in columns]
-    bound = EQUAL * max(float(v.abs().amax()) for v in views)
-    if any(bool((v <= bound).all()) and bool((v < -bound).any()) for v in views):
-        return None  # some column is drawn to it
+    views = _views(out, label, rises)
+    bound = EQUAL * max(float(v.abs().amax()) for _, v in views)
     far = float(t.abs().amax()) + LEVELS[-1]
-    for c, v in zip(columns, views, strict=True):
+    for c, v in views:
         if not bool((v >= -bound).all()) or not bool((v > bound).any(0).all()):
             continue
         for by in (10 * far, LEVELS[-1]):  # where an exponential overflows, the nearer
             below, above = (g if c < 0 else g[:, c] for g in (_slopes(replay, i, at, c) for at in (-by, by)))
             if bool((below.isfinite() & above.isfinite()).all()):
                 has_minimum = float(((below < 0) & (above > 0)).double().mean()) > 0.5
-                if not has_minimum or (c < 0 and _is_at_minus(replay, i, t)):
+                is_critic = _is_of_two(t) and torch.allclose(below, above, rtol=EQUAL)
+                if not is_critic and (not has_minimum or (c < 0 and _is_at_minus(replay, i, t))):
                     slopes = (float(below.mean()), float(above.mean()))
                     return Profile("reversed", label.name, max(c, 0), tuple(out.shape), slopes)
                 break
@@ -180,31 +197,28 @@ def _is_at_minus(replay: Replay, i: int, t: Tensor) -> bool:
     return bool((here <= FLAT * torch.minimum(below, above)).all())
 
 
-def _endless(replay: Replay, i: int) -> Profile | None:
-    """A column along which the loss falls at a slope that does not end, for all samples."""
+def _endless(replay: Replay, i: int, top: float) -> Profile | None:
+    """A column along which the loss falls at a slope that does not end, for all samples, or is linear."""
     out = replay.outputs[i]
+    levels = (-top, *LEVELS[1:-1], top)
     for c in range(out.shape[1] if out.ndim == 2 else 1):
-        slopes = list(_of_column(replay, i, c))
-        if not slopes:
-            continue
+        slopes = [s if s.ndim < 2 else s[:, c] for s in (_slopes(replay, i, by, c) for by in levels)]
         g = torch.stack(slopes)
-        largest = float(g.abs().amax())
-        falls_up, falls_down = bool((g < 0).all()), bool((g > 0).all())
-        told = {"label": "", "column": c, "shape": tuple(out.shape), "slopes": (float(g[0].mean()), float(g[-1].mean()))}
-        if float((g - g[0]).abs().amax()) <= EQUAL * largest:
-            if largest > 0:
-                return Profile("linear", **told)
+        largest = float(g.abs().amax()) if bool(g.isfinite().all()) else 0.0
+        if not largest > 0:
             continue
+        falls_up, falls_down = bool((g < 0).all()), bool((g > 0).all())
         near, far = (g[1], g[0]) if falls_down else (g[-2], g[-1])
-        if (falls_up or falls_down) and bool((far.abs() >= DECAYS * near.abs()).all()):
-            return Profile("endless", **told)
+        is_linear = float((g - g[0]).abs().amax()) <= EQUAL * largest
+        if not is_linear and not ((falls_up or falls_down) and bool((far.abs() >= DECAYS * near.abs()).all())):
+            continue
+        ahead = -top if float(far.sum()) > 0 else top
+        beyond = _slopes(replay, i, ahead * BEYOND, c)
+        beyond = beyond if beyond.ndim < 2 else beyond[:, c]
+        if bool((beyond * far < 0).any()):  # the loss gives the labels another unit
+            continue
+        fallen = replay.here - replay.value(_moved(replay, i, ahead, c))
+        if fallen >= DECAYS * top * float(far.sum().abs()):  # the loss does what its slope says
+            told = (c, tuple(out.shape), (float(g[0].mean()), float(g[-1].mean())))
+            return Profile("linear" if is_linear else "endless", "", *told)
     return None
-
-
-def _of_column(replay: Replay, i: int, column: int) -> Iterator[Tensor]:
-    for by in LEVELS:
-        slopes = _slopes(replay, i, by, column)
-        slopes = slopes if slopes.ndim < 2 else slopes[:, column]
-        if not bool(slopes.isfinite().all()):
-            return
-        yield slopes
