@@ -16,6 +16,7 @@ from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
+from gramian.inspection.causes.paired import RULES as PAIRED
 from gramian.inspection.causes.pairs import RULES as PAIRS
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
 from gramian.inspection.causes.precision import RULES as PRECISION
@@ -29,6 +30,6 @@ from gramian.inspection.causes.zeroed import RULES as ZEROED
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *HEADS, *ZEROED, *REACH, *FREEZING, *PARAMETERS,
+    *INPUTS, *DATA, *PAIRED, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *HEADS, *ZEROED, *REACH, *FREEZING, *PARAMETERS,
     *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gramian.batch import first_samples, main_input, mapped, num_samples
 from gramian.inspection.experiments.choices import Choices, along_choices
+from gramian.inspection.experiments.compared import label_names
 from gramian.inspection.experiments.contrasting import Contrast, pulled_apart
 from gramian.inspection.experiments.endless import falls, plunges
 from gramian.inspection.experiments.ordering import in_another_order
@@ -50,6 +51,7 @@ TRIED = {
     "choices": "whether larger rewards raise the scores of their actions",
     "rows": "whether the loss compares each sample with itself",
     "contrast": "what a loss of embeddings pulls together",
+    "labels": "which tensors the loss compares outputs with",
     "share_of_constant": "the loss with equal outputs for all samples",
 }
 """What a report says of a change that could not be tried."""
@@ -103,6 +105,7 @@ class Probes:
         choices: what is wrong between choices, what came of them, and their scores.
         rows: numbers of a sample that are compared with other outputs than its own.
         contrast: embeddings that are pulled together, and are of other samples.
+        labels: the tensors that the model is not given, and with which alone an output is compared.
         share_of_constant: the loss over that with the same output for all samples.
     """
 
@@ -125,6 +128,7 @@ class Probes:
     choices: Choices | None = None
     rows: Rows | None = None
     contrast: Contrast | None = None
+    labels: tuple[str, ...] = ()
     share_of_constant: float | None = None
 
 
@@ -334,7 +338,7 @@ _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
     silent_columns,
     silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, along_outputs,
-    along_choices, compared_rows, pulled_apart, constant_loss,
+    along_choices, compared_rows, pulled_apart, label_names, constant_loss,
 )  # fmt: skip
 
 
