@@ -19,6 +19,7 @@ from gramian.errors import InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.causes.loss import training_fails
+from gramian.inspection.experiments.adapting import moved_by_steps
 from gramian.inspection.experiments.curvature import measure_curvature
 from gramian.inspection.experiments.evaluated import evaluate
 from gramian.inspection.experiments.leaking import find_leak
@@ -224,6 +225,7 @@ def _measure_signal(
         context.opening = open_zeros(model, observed, objective, parts)
         measured.waiting = context.opening.waiting
         context.zeroed = find_zeroed(model, observed, objective, context.opening.waiting)
+        context.moved_by_steps = moved_by_steps(model, observed, objective)
     except Exception as error:  # a model that cannot be trained twice on one batch
         measured.skipped |= {"what starts at zero": in_words(error)}
     if optimizer is None:

@@ -4,6 +4,7 @@ Each rule takes a `Context`, which holds a few watched training steps, and yield
 `ordered` puts causes before what follows from them.
 """
 
+from gramian.inspection.causes.adapting import RULES as ADAPTING
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import RULES as DATA
 from gramian.inspection.causes.folding import ordered
@@ -30,6 +31,6 @@ from gramian.inspection.causes.zeroed import RULES as ZEROED
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *PAIRED, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *HEADS, *ZEROED, *REACH, *FREEZING, *PARAMETERS,
+    *INPUTS, *DATA, *PAIRED, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *HEADS, *ZEROED, *REACH, *FREEZING, *ADAPTING, *PARAMETERS,
     *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -65,6 +65,7 @@ class Context:
     opening: Opening | None = None
     leak: Leak | None = None
     zeroed: Zeroed | None = None
+    moved_by_steps: float | None = None
     probes: Probes = field(default_factory=Probes)
     layers: list[Layer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)

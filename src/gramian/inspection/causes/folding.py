@@ -58,6 +58,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "parameter-scale-large",
         "parameter-rank-one",
     ),
+    ("adapter-scale",),
     ("norm-evaluation-mode", "dropout-rate", "dropout-evaluation", "gate-shut"),
     ("norm-statistics", "norm-few-values"),
     ("loss-non-finite",),

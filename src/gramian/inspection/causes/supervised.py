@@ -268,6 +268,18 @@ def padding(context: Context) -> Iterator[Finding]:
     found = context.probes.reading
     if found is None:
         return
+    if not found.is_state and not found.position:
+        yield Finding(
+            "padding-read",
+            "error",
+            f"Of {context.told(found.name)} the loss reads padding, and no token",
+            where=f"loss, {found.name}",
+            evidence=f"in {found.padded} of the first {found.num} sequences the gradient is other than zero at padding, and "
+            "in none at a token (exact)",
+            cause="The mask of the loss is inverted, or is another batch's.",
+            advice="Multiply the losses by ones at the tokens and zeros at the padding.",
+        )
+        return
     place = "the state after all positions" if found.is_state else f"position {found.position} alone"
     yield Finding(
         "padding-read",

@@ -52,6 +52,7 @@ TRIED = {
     "rows": "whether the loss compares each sample with itself",
     "contrast": "what a loss of embeddings pulls together",
     "labels": "which tensors the loss compares outputs with",
+    "columns": "whether each column of the input has an effect",
     "share_of_constant": "the loss with equal outputs for all samples",
 }
 """What a report says of a change that could not be tried."""
@@ -62,6 +63,8 @@ ENOUGH = 8
 EQUAL = 1e-4
 # The share by which halves of a batch may miss the whole's sum.
 SUM = 1e-3
+# Columns of an input that are tried one by one.
+COLUMNS = 8
 # Parameters that are tried one by one, and positions of a sequence from which on it is looked at.
 MOST, LONG = 32, 4
 
@@ -106,6 +109,7 @@ class Probes:
         rows: numbers of a sample that are compared with other outputs than its own.
         contrast: embeddings that are pulled together, and are of other samples.
         labels: the tensors that the model is not given, and with which alone an output is compared.
+        columns: of an input of few columns, its name, those without an effect, and how many there are.
         share_of_constant: the loss over that with the same output for all samples.
     """
 
@@ -129,6 +133,7 @@ class Probes:
     rows: Rows | None = None
     contrast: Contrast | None = None
     labels: tuple[str, ...] = ()
+    columns: tuple[str, tuple[int, ...], int] | None = None
     share_of_constant: float | None = None
 
 
@@ -320,6 +325,32 @@ def _without_effect(asked: Asked) -> Unused | None:
     return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
 
 
+def _without_columns(asked: Asked) -> tuple[str, tuple[int, ...], int] | None:
+    """The columns of the one input, of few, of which each sample can be given another's without any effect on the loss."""
+    model, seen, objective, batch = asked.model, asked.seen, asked.objective, asked.batch
+    fed = {g.name for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input}
+    given = [g for g in given_of([batch], set(), set()) if g.name in fed]
+    if len(given) != 1 or given[0].values[0].ndim != 2 or not 2 <= given[0].values[0].shape[1] <= COLUMNS:
+        return None
+    if any(p.numel() and not bool(p.any()) for p in model.parameters() if p.ndim > 1):
+        return None  # behind which nothing has an effect until the first step
+    x = given[0].values[0]
+
+    def changed(columns: Sequence[int]) -> float:
+        other = x.clone()
+        other[:, columns] = x[:, columns].roll(1, 0)
+        other[:1, columns] = x[1:2, columns]
+        return loss_of(model, mapped(batch, lambda t: other if t is x else t), objective)
+
+    with torch.no_grad():
+        whole = loss_of(model, batch, objective)
+        varying = [k for k in range(x.shape[1]) if bool((x[:, k] != x[0, k]).any())]
+        silent = tuple(k for k in varying if changed([k]) == whole)
+        if not silent or len(silent) == len(varying):
+            return None
+    return given[0].name, silent, x.shape[1]
+
+
 def _ignores_order(asked: Asked) -> bool | None:
     """Whether tokens, vectors of a sequence or patches may change places, padding with them."""
     seen, x = asked.seen, main_input(asked.batch)
@@ -338,7 +369,8 @@ _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
     silent_columns,
     silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, along_outputs,
-    along_choices, compared_rows, pulled_apart, label_names, constant_loss,
+    along_choices, compared_rows, pulled_apart, label_names, _without_columns,
+    constant_loss,
 )  # fmt: skip
 
 
