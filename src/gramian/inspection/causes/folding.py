@@ -116,6 +116,9 @@ _SIGNAL = frozenset((
     "gradient-kept", "rate-grows", "loss-flat", "loss-collapses", "loss-reversed", "loss-unbounded",
 ))  # fmt: skip
 
+# What a network is like whose branches are multiplied by zero.
+_EMPTIED = frozenset(("no-nonlinearity", "input-unused", "order-ignored"))
+
 # What samples that change each other's outputs explain: where all become the same, no gradient comes back; but they
 # make no gain wrong and no unit dead.
 _MIXED = _SYMPTOMS | _RATES
@@ -167,6 +170,9 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     driver = next((f for f in serious if f.code in _DRIVERS and f.severity == "error"), None)
     if driver is not None and finding.code in _DRIVEN:
         return driver
+    zeroed = next((f for f in serious if f.code == "zero-factor"), None)
+    if zeroed is not None and finding.code in _EMPTIED:
+        return zeroed
     padded = next((f for f in serious if f.code == "padding-read"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gramian.batch import first_samples
 from gramian.inspection.experiments.replaying import Replay
@@ -29,8 +29,8 @@ def moved_by_steps(model: nn.Module, observed: Observed, objective: Objective) -
         observed: of this model; has its batches.
         objective: gives the loss.
 
-    Returns: the share, over three steps along the signs of the gradients; `None` where most is trained, where an output
-        is not one for each sample, or where nothing differs between samples.
+    Returns: the share, over three steps along the signs of the gradients; of several outputs the largest; `None` where
+        most is trained, or where an output does not differ between samples.
     Raises: what the model raises.
     Cost: nothing where most is trained; else three passes forward and backward of 16 samples, and two forward.
     Source: this library's own.
@@ -42,13 +42,12 @@ def moved_by_steps(model: nn.Module, observed: Observed, objective: Objective) -
     batch = first_samples(observed.batches[0], ENOUGH)
     kept = [p.detach().clone() for p in trained]
 
-    def outputs() -> torch.Tensor | None:
+    def outputs() -> list[Tensor]:
         with evaluating(model):
-            return Replay(model, batch, objective).single
+            replay = Replay(model, batch, objective)
+        return [t.double() for t in replay.outputs if t.ndim and len(t) > 1] if replay.is_known else []
 
     before = outputs()
-    if before is None or before.ndim < 2 or len(before) < 2:
-        return None
     try:
         with training(model):
             for _ in range(STEPS):
@@ -63,7 +62,9 @@ def moved_by_steps(model: nn.Module, observed: Observed, objective: Objective) -
     finally:
         for p, value in zip(trained, kept, strict=True):
             p.data.copy_(value)
-    spread = float((before - before.mean(0)).double().square().mean().sqrt())
-    if after is None or after.shape != before.shape or not spread > 0:
+    if [t.shape for t in before] != [t.shape for t in after]:
         return None
-    return float((after - before).double().square().mean().sqrt()) / spread / STEPS
+    spreads = [float((t - t.mean(0)).square().mean().sqrt()) for t in before]
+    changes = [float((b - a).square().mean().sqrt()) for a, b in zip(before, after, strict=True)]
+    shares = [change / spread / STEPS for change, spread in zip(changes, spreads, strict=True) if spread > 0]
+    return max(shares) if shares and len(shares) == len(before) else None

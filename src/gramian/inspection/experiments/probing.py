@@ -15,6 +15,7 @@ from gramian.inspection.experiments.choices import Choices, along_choices
 from gramian.inspection.experiments.compared import label_names
 from gramian.inspection.experiments.contrasting import Contrast, pulled_apart
 from gramian.inspection.experiments.endless import falls, plunges
+from gramian.inspection.experiments.flat import largest_slope
 from gramian.inspection.experiments.ordering import in_another_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
@@ -53,6 +54,7 @@ TRIED = {
     "contrast": "what a loss of embeddings pulls together",
     "labels": "which tensors the loss compares outputs with",
     "columns": "whether each column of the input has an effect",
+    "slope": "whether the loss has a slope at all",
     "share_of_constant": "the loss with equal outputs for all samples",
 }
 """What a report says of a change that could not be tried."""
@@ -110,6 +112,7 @@ class Probes:
         contrast: embeddings that are pulled together, and are of other samples.
         labels: the tensors that the model is not given, and with which alone an output is compared.
         columns: of an input of few columns, its name, those without an effect, and how many there are.
+        slope: the largest sum of its gradients by outputs, as they are and drawn.
         share_of_constant: the loss over that with the same output for all samples.
     """
 
@@ -134,6 +137,7 @@ class Probes:
     contrast: Contrast | None = None
     labels: tuple[str, ...] = ()
     columns: tuple[str, tuple[int, ...], int] | None = None
+    slope: float | None = None
     share_of_constant: float | None = None
 
 
@@ -326,7 +330,7 @@ def _without_effect(asked: Asked) -> Unused | None:
 
 
 def _without_columns(asked: Asked) -> tuple[str, tuple[int, ...], int] | None:
-    """The columns of the one input, of few, of which each sample can be given another's without any effect on the loss."""
+    """The columns of the one input, of few, of which each sample can be given another's without any effect on the outputs."""
     model, seen, objective, batch = asked.model, asked.seen, asked.objective, asked.batch
     fed = {g.name for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input}
     given = [g for g in given_of([batch], set(), set()) if g.name in fed]
@@ -336,19 +340,19 @@ def _without_columns(asked: Asked) -> tuple[str, tuple[int, ...], int] | None:
         return None  # behind which nothing has an effect until the first step
     x = given[0].values[0]
 
-    def changed(columns: Sequence[int]) -> float:
+    def is_silent(column: int) -> bool:
         other = x.clone()
-        other[:, columns] = x[:, columns].roll(1, 0)
-        other[:1, columns] = x[1:2, columns]
-        return loss_of(model, mapped(batch, lambda t: other if t is x else t), objective)
+        other[:, column] = x[:, column].roll(1, 0)
+        outputs = Replay(model, mapped(batch, lambda t: other if t is x else t), objective).outputs
+        before = asked.replay.outputs
+        return len(outputs) == len(before) and all(torch.equal(a, b) for a, b in zip(outputs, before, strict=True))
 
+    if not asked.replay.is_known or not asked.replay.outputs:
+        return None
     with torch.no_grad():
-        whole = loss_of(model, batch, objective)
         varying = [k for k in range(x.shape[1]) if bool((x[:, k] != x[0, k]).any())]
-        silent = tuple(k for k in varying if changed([k]) == whole)
-        if not silent or len(silent) == len(varying):
-            return None
-    return given[0].name, silent, x.shape[1]
+        silent = tuple(k for k in varying if is_silent(k))
+    return (given[0].name, silent, x.shape[1]) if silent and len(silent) < len(varying) else None
 
 
 def _ignores_order(asked: Asked) -> bool | None:
@@ -370,7 +374,7 @@ _PROBES = (
     silent_columns,
     silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, along_outputs,
     along_choices, compared_rows, pulled_apart, label_names, _without_columns,
-    constant_loss,
+    largest_slope, constant_loss,
 )  # fmt: skip
 
 
