@@ -30,8 +30,8 @@ def adapter_scale(context: Context) -> Iterator[Finding]:
         "error",
         f"What is trained beside the frozen network changes its outputs by {moved:.1g} of their differences in a step",
         where=some(owners, SHOWN),
-        evidence=f"three steps of 1e-4 along the signs of the gradients, on a copy: outputs of 16 samples change by {moved:.2g}"
-        " of what differs between samples in each; LoRA with α/r of 1 or 2 gives 1e-4 to 1e-1 (measured)",
+        evidence="three steps of 1e-4 along the signs of the gradients, on a copy: outputs of 16 samples change by "
+        f"{moved:.2g} of what differs between samples in each; LoRA with α/r of 1 or 2 gives 1e-4 to 1e-1 (measured)",
         cause=f"The factor of the adapters (α/r of LoRA) is wrong by decades: {'too small' if small else 'too large'}.",
         advice="Set α to r or 2 r, and look at what else multiplies the adapter's output.",
         source="Hu et al. 2106.09685, §4.1",

@@ -46,8 +46,8 @@ def places_depend(inputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Alignme
     """Test whether labels (N, T) or (N, …, H, W) depend on inputs of the same places.
 
     Statistics are squared covariances, over samples, of each place's label with what stands at the place, before and
-    behind; with products of that and the label before; and of what a sample's labels are on average with what its inputs
-    are. Means over samples are taken off at each place, so that what all samples have in common, as padding and
+    behind; with products of that and the label before; and of what a sample's labels are on average with what its
+    inputs are. Means over samples are taken off at each place, so that what all samples have in common, as padding and
     margins, does not count. Under labels of other samples each has the distribution that shuffling samples gives.
 
     Args:
@@ -72,7 +72,9 @@ def places_depend(inputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Alignme
         return None
     x = _centered(x)
     generator = torch.Generator().manual_seed(0)
-    shuffled = torch.stack([_statistics(x, y[torch.randperm(len(y), generator=generator)]) for _ in range(NUM_SHUFFLES)])
+    shuffled = torch.stack(
+        [_statistics(x, y[torch.randperm(len(y), generator=generator)]) for _ in range(NUM_SHUFFLES)]
+    )
     mean, deviation = shuffled.mean(0), shuffled.std(0).clamp(min=1e-12)
 
     def z(of: Tensor) -> Tensor:

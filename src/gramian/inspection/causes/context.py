@@ -53,8 +53,8 @@ EQUAL = 1e-6
 class Context:
     """A model, what a few training steps and a pass in evaluation mode showed, and its optimizer's steps on a copy.
 
-    Rules put into `skipped` what they could not judge, and why, and into `asleep` the parameters of rectified units that
-    are never active and may still wake.
+    Rules put into `skipped` what they could not judge, and why, and into `asleep` the parameters of rectified units
+    that are never active and may still wake.
     """
 
     model: nn.Module
@@ -149,7 +149,10 @@ class Context:
             if found.function in VALUES and given.shape == target.shape and target.numel() > 1:
                 target = target.double()
                 return float((given - target).square().mean()) < LEARNED * float(target.var())
-            if found.function in ("binary_cross_entropy_with_logits", "binary_cross_entropy") and given.shape == target.shape:
+            if (
+                found.function in ("binary_cross_entropy_with_logits", "binary_cross_entropy")
+                and given.shape == target.shape
+            ):
                 p = float(target.double().mean())
                 chance = -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
                 return seen.first_loss < LEARNED * chance

@@ -109,8 +109,8 @@ _SIZES = frozenset(("unusual-size", "dominant-direction"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
 _SIGNAL = frozenset((
     "non-finite-weights", "input-non-finite", "input-constant", "input-dominated", "input-offset", "input-scale",
-    "graph-cut", "gradient-overflow", "zero-weights", "zero-factor", "parameter-constant", "norm-zero-gain", "embedding-scale",
-    "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
+    "graph-cut", "gradient-overflow", "zero-weights", "zero-factor", "parameter-constant", "norm-zero-gain",
+    "embedding-scale", "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
     "labels-non-finite", "parameter-unregistered", "softmax-single-value",
     "head-scale", "head-offset", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
     "gradient-kept", "rate-grows", "loss-flat", "loss-collapses", "loss-reversed", "loss-unbounded",

@@ -54,7 +54,11 @@ def dead_units(context: Context) -> Iterator[Finding]:
         share = worst.dead / worst.channels
         yield Finding(
             "dead-units",
-            "error" if shut else "info" if context.has_learned or share < MANY_DEAD or _may_wake(context, dead) else "warning",
+            "error"
+            if shut
+            else "info"
+            if context.has_learned or share < MANY_DEAD or _may_wake(context, dead)
+            else "warning",
             f"{worst.dead} of {worst.channels} units after {context.told(sources[0])} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",

@@ -1,4 +1,4 @@
-"""Labels that belong to other samples or places, where losses of one's own, several labels, sequences or images have them."""
+"""Labels that belong to other samples or places: of losses of one's own, several, or of sequences and images."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ def paired(context: Context) -> Iterator[Finding]:
             if place is not None and place.are_independent:
                 samples, places = place.num
                 aligned = place.aligned
-                evidence = f"of {samples} samples with {places} places, labels go with what stands at their place, with it "
-                evidence += f"and the label before, and on average, no more than those of other samples do: {place.z:.1f} "
+                evidence = (
+                    f"of {samples} samples with {places} places, labels go with what stands at their place, with it "
+                )
+                evidence += (
+                    f"and the label before, and on average, no more than those of other samples do: {place.z:.1f} "
+                )
                 evidence += "deviations above chance, and 2 would be seen"
         if evidence:
             yield Finding(

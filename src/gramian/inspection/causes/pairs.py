@@ -21,8 +21,8 @@ def rows(context: Context) -> Iterator[Finding]:
             "error",
             f"The loss compares every output with every number of {found.label}",
             where="loss",
-            evidence=f"another value of one sample in {found.label} {found.shapes[0]} changes the gradients of all outputs "
-            f"{found.shapes[1]} by the same (measured)",
+            evidence=f"another value of one sample in {found.label} {found.shapes[0]} changes the gradients of all "
+            f"outputs {found.shapes[1]} by the same (measured)",
             cause="Each output is compared with all targets, by broadcasting, or outputs are averaged over the samples "
             "before they are compared.",
             advice="Give both the same shape, and compare sample by sample: output.squeeze(-1), or "
@@ -54,11 +54,11 @@ def contrast(context: Context) -> Iterator[Finding]:
         if is_of_pairs
         else "Of three inputs the loss pulls together the two that are less alike",
         where="loss",
-        evidence=f"with random embeddings, {found.here:.3g} where the two of each pair are equal, and {found.there:.3g} "
-        f"where each equals that of the sample {found.shift} behind (measured)"
+        evidence=f"with random embeddings, {found.here:.3g} where the two of each pair are equal, and "
+        f"{found.there:.3g} where each equals that of the sample {found.shift} behind (measured)"
         if is_of_pairs
-        else f"with random embeddings, the loss is lowest where those of the first and the {('', 'second', 'third')[found.shift]} "
-        "are equal; the inputs of the first and the other are more alike (p < 1e-6)",
+        else "with random embeddings, the loss is lowest where those of the first and the "
+        f"{('', 'second', 'third')[found.shift]} are equal; the first is more like the other (p < 1e-6)",
         cause="The sign is wrong, or what is alike and what is not are exchanged, shifted or shuffled.",
         advice="Let the loss be lowest where the embeddings of what belongs together are equal.",
     )

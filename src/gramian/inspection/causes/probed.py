@@ -144,7 +144,8 @@ def columns(context: Context) -> Iterator[Finding]:
         "warning",
         f"The model is given {num} columns in {name}, and does not use {some([str(k) for k in silent])}",
         where="data",
-        evidence="with the values of other samples in the column, the outputs of 16 samples are the same to the last bit (exact)",
+        evidence="with the values of other samples in the column, the outputs of 16 samples are the same to the last "
+        "bit (exact)",
         cause="Another column is read twice in its place, or an index, as that of an embedding, is another one.",
         advice="Use it in the forward pass, or do not pass it.",
     )

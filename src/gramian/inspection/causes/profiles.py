@@ -17,15 +17,19 @@ def profile(context: Context) -> Iterator[Finding]:
     if found is None or probes.supervision or probes.falls or probes.plunges or any(True for _ in maximized(context)):
         return
     low, high = (f"{v:.2g}" for v in found.slopes)
-    which = f"column {found.column} of the outputs {found.shape}" if len(found.shape) > 1 and found.shape[1] > 1 else f"the outputs {found.shape}"
+    which = (
+        f"column {found.column} of the outputs {found.shape}"
+        if len(found.shape) > 1 and found.shape[1] > 1
+        else f"the outputs {found.shape}"
+    )
     if found.kind == "reversed":
         yield Finding(
             "loss-reversed",
             "error",
             f"Larger values of {found.label} push the outputs down",
             where="loss",
-            evidence=f"the slope of the loss along {which} rises with {found.label} for all of 16 samples, and is {low} "
-            f"far below and {high} far above, or zero at minus the labels (measured)",
+            evidence=f"the slope of the loss along {which} rises with {found.label} for all of 16 samples, and is "
+            f"{low} far below and {high} far above, or zero at minus the labels (measured)",
             cause="The sign of a term, or of the whole loss, is wrong: outputs move away from what they should follow.",
             advice="Correct the sign, so that the loss is least where outputs follow the labels.",
         )
@@ -35,8 +39,8 @@ def profile(context: Context) -> Iterator[Finding]:
         "error",
         f"The loss falls without end along {which}",
         where="loss",
-        evidence=f"its slope is {low} with these 6 lower and {high} with these 6 higher, for all samples of one sign or "
-        "the same at all places (measured with the outputs alone)",
+        evidence=f"its slope is {low} with these 6 lower and {high} with these 6 higher, for all samples of one sign "
+        "or the same at all places (measured with the outputs alone)",
         cause="A term is missing or has the wrong sign: that of a variance, a normalization or a square.",
         advice="Write the likelihood down term by term: each output needs one that holds it on either side.",
     )
@@ -67,8 +71,8 @@ def choices(context: Context) -> Iterator[Finding]:
         where="loss",
         evidence=f"with a large value in place of a small one for every other sample, the gradient by the score of its "
         f"choice, of the scores {found.shape}, rises, and by no other (measured)",
-        cause="The sign of the loss is wrong: the probability of what was good falls. If the numbers are costs, of which "
-        "less is better, all is well.",
+        cause="The sign of the loss is wrong: the probability of what was good falls. If the numbers are costs, of "
+        "which less is better, all is well.",
         advice="Minimize −log p(action) · advantage, or the square of Q(action) − target.",
         source="Williams 1992",
     )

@@ -155,9 +155,10 @@ def flat(context: Context) -> Iterator[Finding]:
         where="loss",
         evidence=f"the sum of its gradients by all outputs of 16 samples, as they are and drawn at random, is at most "
         f"{slope:.2g}; AdamW divides by √v + 1e-8 (measured)",
-        cause="A product of many probabilities, or the exponential of a large negative number, is small beyond what steps "
-        "or a dtype can show.",
-        advice="Add up logarithms in place of multiplying: log_softmax, logsumexp, or binary_cross_entropy_with_logits.",
+        cause="A product of many probabilities, or the exponential of a large negative number, is small beyond what "
+        "steps or a dtype can show.",
+        advice="Add up logarithms in place of multiplying: log_softmax, logsumexp, or "
+        "binary_cross_entropy_with_logits.",
     )
 
 

@@ -274,8 +274,8 @@ def padding(context: Context) -> Iterator[Finding]:
             "error",
             f"Of {context.told(found.name)} the loss reads padding, and no token",
             where=f"loss, {found.name}",
-            evidence=f"in {found.padded} of the first {found.num} sequences the gradient is other than zero at padding, and "
-            "in none at a token (exact)",
+            evidence=f"in {found.padded} of the first {found.num} sequences the gradient is not zero at padding, "
+            "and in none at a token (exact)",
             cause="The mask of the loss is inverted, or is another batch's.",
             advice="Multiply the losses by ones at the tokens and zeros at the padding.",
         )

@@ -27,7 +27,9 @@ def zero_factor(context: Context) -> Iterator[Finding]:
         "zero-weights" if found.is_parameter else "zero-factor",
         "error" if is_all or found.shape is not None or found.name else "warning",
         f"In {place} something is multiplied by {what}, so that "
-        + ("nothing learns" if is_all else f"{some(owners, SHOWN)} {'learns' if len(owners) == 1 else 'learn'} nothing"),
+        + (
+            "nothing learns" if is_all else f"{some(owners, SHOWN)} {'learns' if len(owners) == 1 else 'learn'} nothing"
+        ),
         where=", ".join(dict.fromkeys((*names, *owners[:SHOWN]))),
         evidence=f"the gradient of {plural(len(found.starved), 'parameter')} of {found.num_trained} is exactly zero in "
         "all batches, and is not with ones in the place of the zeros (tried)",

@@ -19,7 +19,9 @@ MOST, LEAST = 512, 8
 # Gradients that are zero up to rounding, as a share of the largest.
 EQUAL = 1e-4
 # Names of numbers of which less is better, or that do not tell how good a choice was.
-_OTHERS = re.compile(r"cost|loss|penal|regret|pric|done|term|mask|prob|logp|val|base|weight|discount|time|step", re.IGNORECASE)
+_OTHERS = re.compile(
+    r"cost|loss|penal|regret|pric|done|term|mask|prob|logp|val|base|weight|discount|time|step", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def along_choices(asked: Asked) -> Choices | None:
             rows = torch.arange(len(out))[::2]
             for choice in chosen:
                 columns = choice.values[0].reshape(-1)
-                if len(columns) == len(out) and 0 <= int(columns.min()) and int(columns.max()) < out.shape[1]:
+                if len(columns) == len(out) and int(columns.min()) >= 0 and int(columns.max()) < out.shape[1]:
                     told = _judged(moved, columns[rows].long())
                     if told is not None:
                         wrong = Choices(choice.name, number.name, tuple(out.shape), told if told != (-1, -1) else None)

@@ -28,8 +28,8 @@ class Contrast:
     """Losses of embeddings that are paired in the order of the batch, and otherwise.
 
     Attributes:
-        kind: "pairs" (of two, the loss is lower with those of other samples), "triplets" (of three, it pulls together the
-            two whose inputs are less alike).
+        kind: "pairs" (of two, the loss is lower with those of other samples), "triplets" (of three, it pulls
+            together the two whose inputs are less alike).
         here, there: the loss with equal embeddings in each pair, and in other pairs; of triplets, of the two pairs.
         shift: of the pairs with which it is lowest.
     """
@@ -73,9 +73,11 @@ def _takes_more(replay: Replay) -> bool:
     """Whether another tensor of the batch, in place of which comes one in another order, changes the loss."""
     for one in given_of([replay.batch], set(), set()):
         t = one.values[0]
-        if replay.gradients(replay.outputs, mapped(replay.batch, lambda v, t=t: v.roll(1, 0) if v is t else v))[0].ne(
-            replay.slopes[0]
-        ).any():
+        if (
+            replay.gradients(replay.outputs, mapped(replay.batch, lambda v, t=t: v.roll(1, 0) if v is t else v))[0]
+            .ne(replay.slopes[0])
+            .any()
+        ):
             return True
     return False
 

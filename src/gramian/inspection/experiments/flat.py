@@ -41,6 +41,8 @@ def largest_slope(asked: Asked) -> float | None:
         for t in replay.outputs:
             is_probability = bool((t >= 0).all()) and bool((t <= 1).all())
             draw = torch.rand if is_probability else torch.randn
-            outputs.append(draw(t.shape, generator=generator).to(t) * (1.0 if is_probability else 1.0 + float(t.abs().max())))
+            outputs.append(
+                draw(t.shape, generator=generator).to(t) * (1.0 if is_probability else 1.0 + float(t.abs().max()))
+            )
         largest = max(largest, of(replay.gradients(outputs)))
     return largest

@@ -26,8 +26,10 @@ PADDED = 0.2
 
 @dataclass(frozen=True)
 class Reading:
-    """The module whose output is read at one position alone, and how many samples have padding there; at position 0, the
-    loss reads nothing but padding."""
+    """The module whose output is read at one position alone, and how many samples have padding there.
+
+    At position 0, the loss reads nothing but padding.
+    """
 
     name: str
     position: int

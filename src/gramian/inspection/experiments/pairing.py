@@ -25,7 +25,7 @@ RISES = 0.03
 
 
 def _is_one_function(asked: Asked, a: Tensor, b: Tensor) -> bool:
-    """Whether outputs change places with the two inputs: else each has an encoder of its own, and both differ in kind."""
+    """Whether outputs change places with the two inputs: else each has an encoder of its own, and they differ."""
     replay = asked.replay
     if replay.calls == 2:
         return True

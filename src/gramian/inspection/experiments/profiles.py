@@ -107,7 +107,7 @@ def _is_normalized(out: Tensor) -> bool:
 
 
 def _columns(t: Tensor, out: Tensor) -> tuple[int, ...]:
-    """The columns of an output that may be compared with these numbers; (-1,) for all of it; none where shapes differ."""
+    """The columns of an output that may be compared with numbers; (-1,) for all of it; none where shapes differ."""
     if t.shape == out.shape or t.numel() == out.numel() == len(t) == len(out):
         return (-1,)
     is_vector = t.numel() == len(t) == len(out)
@@ -142,9 +142,7 @@ def _rises(replay: Replay, i: int, t: Tensor) -> list[Tensor]:
     low, high = float(values[len(values) // 10]), float(values[-1 - len(values) // 10])
     if not low < high < float("inf"):
         return []
-    batches = [
-        mapped(replay.batch, lambda v, to=to: torch.full_like(v, to) if v is t else v) for to in (low, high)
-    ]
+    batches = [mapped(replay.batch, lambda v, to=to: torch.full_like(v, to) if v is t else v) for to in (low, high)]
     out = replay.outputs[i]
     middle = torch.full_like(out, (low + high) / 2)  # as an absolute value needs
     found = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gramian.batch import mapped
@@ -86,7 +85,9 @@ def _moved(replay: Replay, t: Tensor, sample: int) -> list[Tensor | None]:
         for value in (low, high):
             changed = t.clone()
             changed[sample] = value
-            runs.append(replay.gradients(replay.outputs, mapped(replay.batch, lambda v, new=changed: new if v is t else v)))
+            runs.append(
+                replay.gradients(replay.outputs, mapped(replay.batch, lambda v, new=changed: new if v is t else v))
+            )
         found = [two - one for one, two in zip(*runs, strict=True)]
         if all(bool(v.isfinite().all()) for v in found):
             return [v if v.ndim and bool(v.any()) else None for v in found]

@@ -1,4 +1,4 @@
-"""Values that are multiplied by exactly zero, by experiment: with ones in the place of the zeros, a gradient arrives."""
+"""Values that are multiplied by exactly zero, by experiment: with ones in their place, a gradient arrives."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ class _Products(Follower):
                     else:
                         shape = tuple(zeros.shape) if isinstance(zeros, Tensor) and zeros.ndim else None
                         place = (self.place or "all layers") if self.depth else "loss"
-                        found = self.names.get(id(zeros)) or self.names.get(id(getattr(zeros, "_base", None)), ("", False))
+                        found = self.names.get(id(zeros)) or self.names.get(
+                            id(getattr(zeros, "_base", None)), ("", False)
+                        )
                         self.found[self.count] = _Product(place, shape, *found)
             self.count += 1
         return func(*args, **kwargs)
@@ -133,8 +135,8 @@ def find_zeroed(
 
     Returns: a `Zeroed`, or `None`.
     Raises: what the model raises.
-    Cost: nothing where no gradient is exactly zero; else a forward pass, and some 12 passes forward and backward where a
-        product with zeros is found.
+    Cost: nothing where no gradient is exactly zero; else a forward pass, and some 12 passes forward and backward where
+        a product with zeros is found.
     Source: this library's own.
     """
     trained = {n: p for n, p in model.named_parameters() if observed.gradients.get(n) is not None}
