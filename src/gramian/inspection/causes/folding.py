@@ -96,7 +96,7 @@ _UNITS = frozenset((
 _NOT_FINITE = frozenset(("loss-non-finite", "non-finite-input", "non-finite-gradient"))
 _GAINS = frozenset(_GAIN)
 # What reading the state behind long padding makes.
-_FORGOTTEN = frozenset(("samples-indistinguishable", "gradient-vanishes", "jacobian-vanishes"))
+_FORGOTTEN = frozenset(("gradient-underflow", "samples-indistinguishable", "gradient-vanishes", "jacobian-vanishes"))
 # What data, a loss or a decay of a wrong size make of weights in training, wherever it began.
 _DRIVEN = frozenset((
     "head-scale", "parameter-rank-one", "parameter-scale-small", "parameter-scale-large", "embedding-scale",

@@ -16,7 +16,7 @@ __all__ = ["Profile", "along_outputs"]
 
 # By how much outputs are moved: logits and logarithms saturate within six, and a clamp seldom cuts before.
 LEVELS = (-6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0)
-# A slope that is at six below this share of that at three decays: that of an exponential is at a twentieth.
+# A slope that is below this share of that halfway decays: that of an exponential, from three to six, to a twentieth.
 DECAYS = 0.5
 # Samples that are too few to be asked.
 LEAST = 4
@@ -198,7 +198,7 @@ def _is_at_minus(replay: Replay, i: int, t: Tensor) -> bool:
 def _endless(replay: Replay, i: int, top: float) -> Profile | None:
     """A column along which the loss falls at a slope that does not end, for all samples, or is linear."""
     out = replay.outputs[i]
-    levels = (-top, *LEVELS[1:-1], top)
+    levels = (-top, -top / 2, *LEVELS[2:-2], top / 2, top)
     for c in range(out.shape[1] if out.ndim == 2 else 1):
         slopes = [s if s.ndim < 2 else s[:, c] for s in (_slopes(replay, i, by, c) for by in levels)]
         g = torch.stack(slopes)
