@@ -19,12 +19,14 @@ from gramian.errors import InputError
 from gramian.inspection.causes import CAUSES, Context, ordered
 from gramian.inspection.causes.data import labels_in_range
 from gramian.inspection.causes.loss import training_fails
+from gramian.inspection.experiments.adapting import moved_by_steps
 from gramian.inspection.experiments.curvature import measure_curvature
 from gramian.inspection.experiments.evaluated import evaluate
 from gramian.inspection.experiments.leaking import find_leak
 from gramian.inspection.experiments.opening import open_zeros
 from gramian.inspection.experiments.probing import TRIED, probe
 from gramian.inspection.experiments.stepping import take_steps
+from gramian.inspection.experiments.zeroed import find_zeroed
 from gramian.inspection.measured import Measured
 from gramian.inspection.passes.failing import steps_run
 from gramian.inspection.passes.observed import Observed
@@ -222,6 +224,8 @@ def _measure_signal(
         parts = [layer.name for layer in measured.layers if layer.frobenius_norm == 0.0 and "[" in layer.name]
         context.opening = open_zeros(model, observed, objective, parts)
         measured.waiting = context.opening.waiting
+        context.zeroed = find_zeroed(model, observed, objective, context.opening.waiting)
+        context.moved_by_steps = moved_by_steps(model, observed, objective)
     except Exception as error:  # a model that cannot be trained twice on one batch
         measured.skipped |= {"what starts at zero": in_words(error)}
     if optimizer is None:
@@ -241,6 +245,7 @@ def _measure_signal(
         except Exception as error:  # what one rule does not understand must not hide what the others found
             measured.skipped |= {rule.__name__.replace("_", " "): f"the rule failed: {in_words(error)}"}
     measured.skipped |= context.skipped
+    measured.waiting = measured.waiting if measured.waiting is None else measured.waiting | context.asleep
     try:
         with batch_statistics(model):
             measure_signal(measured, model, few[0], objective, layouts, progress)

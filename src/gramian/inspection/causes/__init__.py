@@ -4,6 +4,7 @@ Each rule takes a `Context`, which holds a few watched training steps, and yield
 `ordered` puts causes before what follows from them.
 """
 
+from gramian.inspection.causes.adapting import RULES as ADAPTING
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import RULES as DATA
 from gramian.inspection.causes.folding import ordered
@@ -16,16 +17,20 @@ from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
 from gramian.inspection.causes.modules import RULES as MODULES
 from gramian.inspection.causes.norms import RULES as NORMS
+from gramian.inspection.causes.paired import RULES as PAIRED
+from gramian.inspection.causes.pairs import RULES as PAIRS
 from gramian.inspection.causes.parameters import RULES as PARAMETERS
 from gramian.inspection.causes.precision import RULES as PRECISION
 from gramian.inspection.causes.probed import RULES as PROBED
+from gramian.inspection.causes.profiles import RULES as PROFILES
 from gramian.inspection.causes.reach import RULES as REACH
 from gramian.inspection.causes.stepping import RULES as STEPPING
 from gramian.inspection.causes.supervised import RULES as SUPERVISED
+from gramian.inspection.causes.zeroed import RULES as ZEROED
 
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROBED, *HEADS, *REACH, *FREEZING, *PARAMETERS,
-    *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
+    *INPUTS, *DATA, *PAIRED, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROFILES, *PAIRS, *PROBED, *HEADS, *ZEROED, *REACH,
+    *FREEZING, *ADAPTING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -20,6 +20,7 @@ from gramian.inspection.experiments.leaking import Leak
 from gramian.inspection.experiments.opening import Opening
 from gramian.inspection.experiments.probing import Probes
 from gramian.inspection.experiments.stepping import Steps
+from gramian.inspection.experiments.zeroed import Zeroed
 from gramian.inspection.passes.given import Given, given_of, key
 from gramian.inspection.passes.losses import VALUES
 from gramian.inspection.passes.moments import moments
@@ -52,7 +53,8 @@ EQUAL = 1e-6
 class Context:
     """A model, what a few training steps and a pass in evaluation mode showed, and its optimizer's steps on a copy.
 
-    Rules put into `skipped` what they could not judge, and why.
+    Rules put into `skipped` what they could not judge, and why, and into `asleep` the parameters of rectified units
+    that are never active and may still wake.
     """
 
     model: nn.Module
@@ -62,9 +64,12 @@ class Context:
     evaluated: Evaluated | None = None
     opening: Opening | None = None
     leak: Leak | None = None
+    zeroed: Zeroed | None = None
+    moved_by_steps: float | None = None
     probes: Probes = field(default_factory=Probes)
     layers: list[Layer] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    asleep: set[str] = field(default_factory=set)
 
     @cached_property
     def matrices(self) -> list[Block]:
@@ -144,7 +149,10 @@ class Context:
             if found.function in VALUES and given.shape == target.shape and target.numel() > 1:
                 target = target.double()
                 return float((given - target).square().mean()) < LEARNED * float(target.var())
-            if found.function == "binary_cross_entropy_with_logits" and given.shape == target.shape:
+            if (
+                found.function in ("binary_cross_entropy_with_logits", "binary_cross_entropy")
+                and given.shape == target.shape
+            ):
                 p = float(target.double().mean())
                 chance = -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
                 return seen.first_loss < LEARNED * chance

@@ -36,6 +36,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "loss-rectified",
         "loss-bounded-scores",
         "zero-weights",
+        "zero-factor",
         "parameter-constant",
         "norm-zero-gain",
         "norm-single-value",
@@ -57,6 +58,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "parameter-scale-large",
         "parameter-rank-one",
     ),
+    ("adapter-scale",),
     ("norm-evaluation-mode", "dropout-rate", "dropout-evaluation", "gate-shut"),
     ("norm-statistics", "norm-few-values"),
     ("loss-non-finite",),
@@ -94,7 +96,7 @@ _UNITS = frozenset((
 _NOT_FINITE = frozenset(("loss-non-finite", "non-finite-input", "non-finite-gradient"))
 _GAINS = frozenset(_GAIN)
 # What reading the state behind long padding makes.
-_FORGOTTEN = frozenset(("samples-indistinguishable", "gradient-vanishes", "jacobian-vanishes"))
+_FORGOTTEN = frozenset(("gradient-underflow", "samples-indistinguishable", "gradient-vanishes", "jacobian-vanishes"))
 # What data, a loss or a decay of a wrong size make of weights in training, wherever it began.
 _DRIVEN = frozenset((
     "head-scale", "parameter-rank-one", "parameter-scale-small", "parameter-scale-large", "embedding-scale",
@@ -107,12 +109,15 @@ _SIZES = frozenset(("unusual-size", "dominant-direction"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
 _SIGNAL = frozenset((
     "non-finite-weights", "input-non-finite", "input-constant", "input-dominated", "input-offset", "input-scale",
-    "graph-cut", "gradient-overflow", "zero-weights", "parameter-constant", "norm-zero-gain", "embedding-scale",
-    "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
+    "graph-cut", "gradient-overflow", "zero-weights", "zero-factor", "parameter-constant", "norm-zero-gain",
+    "embedding-scale", "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
     "labels-non-finite", "parameter-unregistered", "softmax-single-value",
     "head-scale", "head-offset", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
     "gradient-kept", "rate-grows", "loss-flat", "loss-collapses", "loss-reversed", "loss-unbounded",
 ))  # fmt: skip
+
+# What a network is like whose branches are multiplied by zero.
+_EMPTIED = frozenset(("no-nonlinearity", "input-unused", "order-ignored"))
 
 # What samples that change each other's outputs explain: where all become the same, no gradient comes back; but they
 # make no gain wrong and no unit dead.
@@ -165,6 +170,9 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     driver = next((f for f in serious if f.code in _DRIVERS and f.severity == "error"), None)
     if driver is not None and finding.code in _DRIVEN:
         return driver
+    zeroed = next((f for f in serious if f.code == "zero-factor"), None)
+    if zeroed is not None and finding.code in _EMPTIED:
+        return zeroed
     padded = next((f for f in serious if f.code == "padding-read"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]

@@ -19,6 +19,9 @@ __all__ = ["RULES"]
 # around. A part counts as trained where more than this share of it has singular values that training gives.
 MOST, TRAINED = 0.5, 0.3
 
+# Rows and columns of a table from which on its singular values tell that it was trained.
+ROWS = 8
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -60,7 +63,11 @@ def _mistake(context: Context) -> str:
     tables or norms are trained, trained layers before those that are trained on, the head and others or most of a
     network around new parts, and a trained network in another.
     """
+    tables = [b for b in context.matrices if b.role == "embedding" and b.name in context.observed.used]
     used = [b for b in context.matrices if b.role != "embedding" and b.name in context.observed.used]
+    drawn = [b for b in tables if not b.parameter.requires_grad and b.name not in context.trained]
+    if drawn and all(b.parameter.requires_grad for b in used) and all(min(b.shape[-2:]) >= ROWS for b in drawn):
+        return "Tables are frozen whose rows do not look trained: they are as they were drawn."
     moving = [b for b in used if b.parameter.requires_grad]
     held = [b for b in used if not b.parameter.requires_grad]
     still = [b for b in held if not _has_beside(context, b, moving)]

@@ -116,7 +116,7 @@ def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
             "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
             "Look at what the loader returns.",
         )
-    elif len(flat) >= FEW and copies > 0.5 * len(flat):
+    elif len(flat) >= FEW and copies > 0.5 * len(flat) and _num_codes(flat) > len(flat) / 2:
         yield _finding(
             "input-duplicates",
             "warning",
@@ -125,6 +125,20 @@ def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
             "The loader samples from few examples, or indexes wrongly.",
             "Look at what the loader returns.",
         )
+
+
+def _num_codes(flat: Tensor) -> float:
+    """How many different rows there may be: of small integers, or of rows that mark one or a few of their entries.
+
+    As many as there are pairs of values of all columns; where each row has k ones among d zeros, one in each of k
+    groups, up to (d / k)^k. Where samples are more than twice as many, most repeat an earlier one, however drawn.
+    """
+    if not bool((flat == flat.round()).all()):
+        return math.inf
+    marked = flat.sum(1)
+    if bool(((flat == 0) | (flat == 1)).all()) and bool((marked == marked[0]).all()) and marked[0] > 0:
+        return (flat.shape[1] / float(marked[0])) ** float(marked[0])
+    return math.exp(min(700.0, sum(math.log(len(column.unique())) for column in flat.T)))
 
 
 STANDARDIZE = "Standardize: subtract each feature's mean over the training data and divide by its standard deviation."

@@ -33,6 +33,8 @@ GROWTH, STEP = 6.0, 1.25
 KEPT = 0.9
 # Rows from which on a unit that never acts is told: with N rows it is active on less than 3/N at 95 %.
 FEW = 30
+# Units of a layer that are all negative at first by chance in more than one of a hundred cases, 2⁻⁶.
+FEW_UNITS = 6
 # Probability of so many dead units in a layer by chance below which fewer rows are enough.
 CHANCE = 1e-6
 
@@ -44,7 +46,7 @@ def dead_units(context: Context) -> Iterator[Finding]:
         for a in context.observed.activations
         if a.function in ("relu", "relu6", "hardtanh") and a.dead and not _is_given_zeros(context, a)
     ]
-    shut = [a for a in rectified if _is_shut(a)]
+    shut = [a for a in rectified if _is_shut(a) and not _may_wake(context, [a])]
     dead = shut or [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
     if dead:
         worst = max(dead, key=lambda a: a.dead / a.channels)
@@ -52,7 +54,11 @@ def dead_units(context: Context) -> Iterator[Finding]:
         share = worst.dead / worst.channels
         yield Finding(
             "dead-units",
-            "error" if shut else "info" if context.has_learned or share < MANY_DEAD else "warning",
+            "error"
+            if shut
+            else "info"
+            if context.has_learned or share < MANY_DEAD or _may_wake(context, dead)
+            else "warning",
             f"{worst.dead} of {worst.channels} units after {context.told(sources[0])} are never active"
             if len(dead) == 1
             else f"In {len(dead)} layers most units are never active, up to {worst.dead} of {worst.channels}",
@@ -64,6 +70,21 @@ def dead_units(context: Context) -> Iterator[Finding]:
             action=_renewed(context, sources),
             advice="This is for a fresh model. Otherwise lower the learning rate, or replace ReLU by LeakyReLU.",
         )
+
+
+def _may_wake(context: Context, dead: list[Activation]) -> bool:
+    """Whether all are layers of so few units that chance makes them so, and layers before them are trained by others.
+
+    A count, a size or a rate may be a rectified unit of its own, which wakes when what it is given changes.
+    """
+    for a in dead:
+        before = context.observed.used.get(f"{context.source_of(a)}.weight", 0)
+        trained = (n for n, size in context.observed.gradients.items() if size)
+        if a.channels > FEW_UNITS or not any(context.observed.used.get(n, before) < before for n in trained):
+            return False
+    owners = {context.source_of(a) for a in dead}
+    context.asleep |= {n for n in context.parameters if context.module_of(n) in owners}
+    return True
 
 
 def _renewed(context: Context, sources: tuple[str, ...]) -> Action:

@@ -134,6 +134,23 @@ def without_effect(context: Context) -> Iterator[Finding]:
     )
 
 
+def columns(context: Context) -> Iterator[Finding]:
+    """Find columns of the input that change nothing. Exact on the first samples."""
+    if context.probes.columns is None or context.has_constant_output:
+        return
+    name, silent, num = context.probes.columns
+    yield Finding(
+        "input-unused",
+        "warning",
+        f"The model is given {num} columns in {name}, and does not use {some([str(k) for k in silent])}",
+        where="data",
+        evidence="with the values of other samples in the column, the outputs of 16 samples are the same to the last "
+        "bit (exact)",
+        cause="Another column is read twice in its place, or an index, as that of an embedding, is another one.",
+        advice="Use it in the forward pass, or do not pass it.",
+    )
+
+
 def order(context: Context) -> Iterator[Finding]:
     """Tell of a model of sequences or patches to which their order is nothing; a warning where labels depend on it."""
     if not context.probes.ignores_order or context.has_constant_output:
@@ -180,5 +197,6 @@ RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (
     unbounded,
     plunging,
     without_effect,
+    columns,
     order,
 )

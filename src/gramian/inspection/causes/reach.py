@@ -15,6 +15,9 @@ __all__ = ["RULES"]
 # Share of the values that are not used from which on that is a warning.
 UNUSED = 0.1
 
+# AdamW divides by √v + ε.
+ADAMW_EPS = 1e-8
+
 # Share of the gradients that are not finite from which on a finding is about all layers.
 MOST = 1 / 3
 
@@ -140,6 +143,25 @@ def numbers(context: Context) -> Iterator[Finding]:
         )
 
 
+def flat(context: Context) -> Iterator[Finding]:
+    """Find losses whose slope is below AdamW's ε, with outputs as they are and with others. Measured."""
+    slope = context.probes.slope
+    if slope is None or not 0 < slope < ADAMW_EPS or context.observed.first_loss == 0.0:
+        return
+    yield Finding(
+        "gradient-underflow",
+        "error",
+        f"The slope of the loss is {slope:.1g} in all, wherever the outputs are",
+        where="loss",
+        evidence=f"the sum of its gradients by all outputs of 16 samples, as they are and drawn at random, is at most "
+        f"{slope:.2g}; AdamW divides by √v + 1e-8 (measured)",
+        cause="A product of many probabilities, or the exponential of a large negative number, is small beyond what "
+        "steps or a dtype can show.",
+        advice="Add up logarithms in place of multiplying: log_softmax, logsumexp, or "
+        "binary_cross_entropy_with_logits.",
+    )
+
+
 def _is_zero_behind_head(context: Context) -> bool:
     """Whether all matrices but the head get a gradient of exact zeros, and no zero matrix explains that."""
     zero = context.observed.zero_gradients
@@ -183,4 +205,4 @@ def _parameters(count: int, *, verb: str = "get", single: str = "gets") -> str:
     return f"1 parameter {single}" if count == 1 else f"{count} parameters {verb}"
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, unreached, drawn, unregistered, shared)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, flat, unreached, drawn, unregistered, shared)

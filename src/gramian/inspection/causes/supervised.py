@@ -26,7 +26,7 @@ def labels(context: Context) -> Iterator[Finding]:
         return
     make = {
         "dimension": _dimension, "endless": _endless, "reversed": _reversed, "alone": _alone, "one-sided": _sided,
-        "flat": _flat, "unsquared": _unsquared, "mean": _mean, "shifted": _shifted,
+        "flat": _flat, "unsquared": _unsquared, "shifted": _shifted,
     }[found.kind]  # fmt: skip
     finding = make(found)
     if found.kind == "dimension" and context.observed.softmax_over_rows is not None and context.num_labels:
@@ -149,21 +149,6 @@ def _unsquared(found: Supervision) -> Finding:
     )
 
 
-def _mean(found: Supervision) -> Finding:
-    at, mean = _numbers(found.losses)
-    return Finding(
-        "loss-broadcast",
-        "error",
-        "The loss is lower with the targets' mean for all samples than with each sample's target",
-        where="loss",
-        evidence=f"{at} with outputs equal to the targets, {mean} with their mean; a target of one sample moves the "
-        "gradients of all others (measured)",
-        cause="Each output is compared with all targets, by broadcasting, or outputs are averaged over the samples "
-        "before they are compared.",
-        advice="Give both the same shape, and compare sample by sample.",
-    )
-
-
 def terms(context: Context) -> Iterator[Finding]:
     """Find terms of the loss that depend on the network and have no gradient. Exact."""
     found = context.probes.silent
@@ -282,6 +267,18 @@ def padding(context: Context) -> Iterator[Finding]:
     """Find sequences that are read at their padding. Exact."""
     found = context.probes.reading
     if found is None:
+        return
+    if not found.is_state and not found.position:
+        yield Finding(
+            "padding-read",
+            "error",
+            f"Of {context.told(found.name)} the loss reads padding, and no token",
+            where=f"loss, {found.name}",
+            evidence=f"in {found.padded} of the first {found.num} sequences the gradient is not zero at padding, "
+            "and in none at a token (exact)",
+            cause="The mask of the loss is inverted, or is another batch's.",
+            advice="Multiply the losses by ones at the tokens and zeros at the padding.",
+        )
         return
     place = "the state after all positions" if found.is_state else f"position {found.position} alone"
     yield Finding(

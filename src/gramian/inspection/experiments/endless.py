@@ -11,6 +11,8 @@ __all__ = ["FAR", "NEAR", "falls", "plunges"]
 
 # Distances down the gradient, in sizes of the outputs.
 NEAR, FAR = 10.0, 1000.0
+# Share of the outputs that may rise to where the loss as a whole falls.
+SOME = 0.1
 
 
 def falls(asked: Asked) -> tuple[float, float, float] | None:
@@ -24,7 +26,11 @@ def falls(asked: Asked) -> tuple[float, float, float] | None:
     sizes = [float(t.double().square().mean().sqrt()) for t in (found.given, found.target)]
     far = 1e3 * (1.0 + max(sizes))
     below, here, above = (replay.value([replay.outputs[0] + by]) for by in (-far, 0.0, far))
-    return (below, here, above) if max(below, above) < here - 1e-3 * far else None
+    if not max(below, above) < here - 1e-3 * far:
+        return None
+    # Where actions are weighted by advantages, some samples fall and others rise.
+    rising = replay.gradients([replay.outputs[0] + far])[0] > 0
+    return None if float(rising.float().mean()) > SOME else (below, here, above)
 
 
 def plunges(asked: Asked) -> tuple[float, float, float] | None:
@@ -48,5 +54,9 @@ def plunges(asked: Asked) -> tuple[float, float, float] | None:
         start, near, far, ratio = replay.here, moved(NEAR), moved(FAR), FAR / NEAR
         is_far_below = far < -ratio * (1 + abs(start))
         if is_far_below and start - far > 0.3 * ratio**2 * (start - near) > 0:
-            return start, near, far
+            outputs = [t + step * FAR if k == i else t for k, t in enumerate(replay.outputs)]
+            rises = (replay.gradients(outputs)[i] * step).flatten(1 if own.ndim > 1 else 0)
+            rises = rises.sum(1) if own.ndim > 1 else rises
+            if float((rises > 0).float().mean()) <= SOME:
+                return start, near, far
     return None

@@ -26,6 +26,8 @@ STEPS = 4
 # Size of a step of an entry that is zero, and of the values that take the place of zeros that get no gradient. Large,
 # so that a narrow dtype does not lose what follows from it; what is found is whether a gradient is zero, not its size.
 SIZE = 0.02
+# rms √fan_in below which a matrix counts as one that begins small.
+SMALL = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Opening:
             its own gradient.
         shut: parameters, and parts of fused ones as `blocks` names them, that are zero and whose gradient stays so, and
             would not if they, together, were not zero.
-        last: matrices of zeros behind which no module with parameters comes, as in a head.
+        last: matrices of zeros, or small ones, behind which no module with parameters comes, as in a head.
     """
 
     waiting: frozenset[str] = frozenset()
@@ -68,7 +70,8 @@ def open_zeros(model: nn.Module, observed: Observed, objective: Objective, parts
     fused = _parts(model, [n for n in parts if n.partition("[")[0] in trained])
     pending = {n for n in trained if observed.gradients[n] == 0.0} | set(fused)
     with training(model):
-        last = _last(model, observed.batches[0], objective, {n: p for n, p in zeros.items() if p.ndim > 1})
+        small = {n: p for n, p in parameters.items() if p.ndim > 1 and _is_small(p)}
+        last = _last(model, observed.batches[0], objective, small)
         if not pending:
             return Opening(last=last)
         with _restored({n: p for n, p in trained.items() if bool((p.detach() == 0).any())}) as opened:
@@ -77,6 +80,12 @@ def open_zeros(model: nn.Module, observed: Observed, objective: Objective, parts
             closed = {n: parameters[n.partition("[")[0]] for n in left if n in zeros or n in fused}
             shut = _without(model, observed.batches, objective, closed, fused) if any(map(_counts, closed)) else set()
     return Opening(frozenset(pending - left - set(fused)), frozenset(filter(_counts, shut)), last)
+
+
+def _is_small(p: Tensor) -> bool:
+    """Whether a matrix is zero or begins small, as a policy's head with a gain of 0.01 does."""
+    fan_in = p.numel() // max(1, len(p))
+    return float(p.detach().float().square().mean()) * fan_in < SMALL**2
 
 
 def _parts(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
@@ -172,7 +181,7 @@ def _restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[Mapping[str, n
 
 
 def _last(model: nn.Module, batch: Any, objective: Objective, zeros: Mapping[str, nn.Parameter]) -> frozenset[str]:
-    """Those of the zero matrices on which the input of no module with parameters depends."""
+    """Those of the matrices on which the input of no module with parameters depends."""
     wanted = {n: p for n, p in zeros.items() if p.requires_grad}
     if not wanted:
         return frozenset()

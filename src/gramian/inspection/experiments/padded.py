@@ -26,7 +26,10 @@ PADDED = 0.2
 
 @dataclass(frozen=True)
 class Reading:
-    """The module whose output is read at one position alone, and how many samples have padding there."""
+    """The module whose output is read at one position alone, and how many samples have padding there.
+
+    At position 0, the loss reads nothing but padding.
+    """
 
     name: str
     position: int
@@ -104,6 +107,8 @@ def reads_padding(asked: Asked) -> Reading | None:
                 continue
             read = gradient.ne(0).any(-1)
             read = read if is_first else read.T
+            if bool(read.any()) and not bool((read & ~padding).any()):
+                return Reading(name, 0, int((read & padding).any(1).sum()), len(x))
             places = read.any(0).nonzero().flatten().tolist()
             if len(places) == 1 and places[0] in (0, x.shape[1] - 1):
                 padded = int((padding[:, places[0]] & read[:, places[0]]).sum())

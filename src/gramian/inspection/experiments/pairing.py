@@ -24,6 +24,17 @@ STEPS = 12
 RISES = 0.03
 
 
+def _is_one_function(asked: Asked, a: Tensor, b: Tensor) -> bool:
+    """Whether outputs change places with the two inputs: else each has an encoder of its own, and they differ."""
+    replay = asked.replay
+    if replay.calls == 2:
+        return True
+    turned = mapped(replay.batch, lambda t: b if t is a else a if t is b else t)
+    outputs = Replay(asked.model, turned, asked.objective).outputs
+    pairs = zip(outputs, reversed(replay.outputs), strict=True)
+    return all(one.shape == two.shape and torch.allclose(one, two, rtol=1e-3, atol=1e-5) for one, two in pairs)
+
+
 def constant_loss(asked: Asked) -> float | None:
     """The loss of the first samples over that with their outputs' mean in place of each output.
 
@@ -138,6 +149,8 @@ def unlike_pairs(asked: Asked) -> Pairs | None:
     if not replay.is_known or len(outputs) < 2 or any(t.ndim != 2 or t.shape[1] < NARROW for t in outputs):
         return None
     if len({t.shape for t in outputs}) > 1:
+        return None
+    if not _is_one_function(asked, a, b):
         return None
     here = replay.here
 

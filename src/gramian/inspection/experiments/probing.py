@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,15 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import first_samples, main_input, mapped, num_samples
+from gramian.batch import main_input, mapped, num_samples
+from gramian.inspection.experiments.choices import Choices, along_choices
+from gramian.inspection.experiments.compared import label_names
+from gramian.inspection.experiments.contrasting import Contrast, pulled_apart
 from gramian.inspection.experiments.endless import falls, plunges
+from gramian.inspection.experiments.flat import largest_slope
 from gramian.inspection.experiments.ordering import in_another_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
+from gramian.inspection.experiments.profiles import Profile, along_outputs
 from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
+from gramian.inspection.experiments.rows import Rows, compared_rows
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
-from gramian.inspection.passes.given import Given, given_of, key
+from gramian.inspection.experiments.unused import Unused, without_columns, without_effect
+from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.keeping import seed_torch
@@ -42,6 +48,13 @@ TRIED = {
     "together": "whether the loss has its minimum where all outputs are equal",
     "pairs": "whether the loss falls where the two of a pair are the same",
     "reading": "whether the loss reads a sequence at its padding",
+    "profile": "whether the loss has a minimum along each output",
+    "choices": "whether larger rewards raise the scores of their actions",
+    "rows": "whether the loss compares each sample with itself",
+    "contrast": "what a loss of embeddings pulls together",
+    "labels": "which tensors the loss compares outputs with",
+    "columns": "whether each column of the input has an effect",
+    "slope": "whether the loss has a slope at all",
     "share_of_constant": "the loss with equal outputs for all samples",
 }
 """What a report says of a change that could not be tried."""
@@ -54,19 +67,6 @@ EQUAL = 1e-4
 SUM = 1e-3
 # Parameters that are tried one by one, and positions of a sequence from which on it is looked at.
 MOST, LONG = 32, 4
-
-
-@dataclass(frozen=True)
-class Unused:
-    """Inputs that the model does not use.
-
-    Attributes:
-        names: as Python reads them off a batch.
-        hides_others: whether the others, which are used, have no effect either.
-    """
-
-    names: tuple[str, ...]
-    hides_others: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,13 @@ class Probes:
         together: the loss as it is, and with equal outputs for all samples, where it has its minimum there.
         pairs: losses of pairs, where it rises with equal ones.
         reading: where the loss reads one position, which is padding.
+        profile: where the loss has no minimum along an output, or larger labels push it down.
+        choices: what is wrong between choices, what came of them, and their scores.
+        rows: numbers of a sample that are compared with other outputs than its own.
+        contrast: embeddings that are pulled together, and are of other samples.
+        labels: the tensors that the model is not given, and with which alone an output is compared.
+        columns: of an input of few columns, its name, those without an effect, and how many there are.
+        slope: the largest sum of its gradients by outputs, as they are and drawn.
         share_of_constant: the loss over that with the same output for all samples.
     """
 
@@ -109,6 +116,13 @@ class Probes:
     together: tuple[float, float] | None = None
     pairs: Pairs | None = None
     reading: Reading | None = None
+    profile: Profile | None = None
+    choices: Choices | None = None
+    rows: Rows | None = None
+    contrast: Contrast | None = None
+    labels: tuple[str, ...] = ()
+    columns: tuple[str, tuple[int, ...], int] | None = None
+    slope: float | None = None
     share_of_constant: float | None = None
 
 
@@ -248,58 +262,6 @@ def _sum_over(asked: Asked) -> int | None:
     return num if both_count and abs(one + two - whole) < SUM * abs(whole) else 0
 
 
-def _without_effect(asked: Asked) -> Unused | None:
-    """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
-
-    One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
-    mask that shows a causal model more of the padding behind the text has no effect, so that each gets the values of
-    the one before, of the one after, and its own in reverse order.
-    """
-    model, seen, objective = asked.model, asked.seen, asked.objective
-    batch = first_samples(seen.batches[0], ENOUGH)
-    compared = {key(c.target) for c in seen.criteria}
-    whole_batch = given_of(seen.batches[:1], seen.fed, compared)
-    keys = [key(g.values[0]) for g in whole_batch]  # of a tensor that is given twice, one may be used
-    fed = [g.name for g, own in zip(whole_batch, keys, strict=True) if g.is_input and keys.count(own) == 1]
-    given = [g for g in given_of([batch], set(), set()) if g.name in fed]
-    if len(given) < 2:
-        return None
-
-    def silent(inputs: Sequence[Given]) -> list[Given]:
-        whole = loss_of(model, batch, objective)
-        found = []
-        for one in inputs:
-            x = one.values[0]
-            others = [torch.cat((x[:1], x[:-1])), torch.cat((x[1:], x[-1:]))]
-            others += [x.flip(1)] if x.ndim > 1 else []
-            varies = bool((x[-1:] != x[:-1]).any()) and bool((others[0] != x).any())
-            changed = (mapped(batch, lambda t, x=x, other=other: other if t is x else t) for other in others)
-            if varies and all(loss_of(model, b, objective) == whole for b in changed):
-                found.append(one)
-        return found
-
-    with torch.no_grad():
-        inputs = silent(given)
-        zeros = [p for p in model.parameters() if p.numel() and not bool(p.any())] if inputs else []
-        if zeros:  # by which what an input makes may be multiplied until the first step
-            generator = torch.Generator().manual_seed(0)
-            try:
-                for p in zeros:
-                    p.copy_(torch.randn(p.shape, generator=generator) / 10)
-                inputs = silent(inputs)
-            finally:
-                for p in zeros:
-                    p.zero_()
-        hides_others = len(inputs) == len(given)
-        if hides_others:  # the output is one number: of what is used, NaN still arrives
-            floats = [g.values[0] for g in inputs if g.values[0].is_floating_point()]
-            lost = [mapped(batch, lambda t, x=x: torch.full_like(t, torch.nan) if t is x else t) for x in floats]
-            arrive = [math.isnan(loss_of(model, one, objective)) for one in lost]
-            unused = {id(x) for x, arrives in zip(floats, arrive, strict=True) if not arrives}
-            inputs = [g for g in inputs if id(g.values[0]) in unused] if len(floats) == len(given) else inputs
-    return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
-
-
 def _ignores_order(asked: Asked) -> bool | None:
     """Whether tokens, vectors of a sequence or patches may change places, padding with them."""
     seen, x = asked.seen, main_input(asked.batch)
@@ -315,9 +277,11 @@ def _ignores_order(asked: Asked) -> bool | None:
 
 
 _PROBES = (
-    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
+    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, _ignores_order, against_labels,
     silent_columns,
-    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, constant_loss,
+    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, along_outputs,
+    along_choices, compared_rows, pulled_apart, label_names, without_columns,
+    largest_slope, constant_loss,
 )  # fmt: skip
 
 

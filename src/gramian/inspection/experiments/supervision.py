@@ -42,7 +42,7 @@ class Supervision:
         kind: "shifted" (a sample's output is compared with another's label),
             "dimension" (probabilities over another one), "reversed", "endless", "alone" (the other classes' scores
             have no effect), "one-sided" (outputs of one of two targets have none), "flat" (nor have changes beyond a
-            bound), "unsquared", "mean" (each output is compared with all targets).
+            bound), "unsquared".
         label: the tensor, as Python reads it off a batch.
         shape: of the outputs.
         dims: of the classes, and the one in its place.
@@ -256,7 +256,7 @@ def _is_flat(term: Callable[[float, bool], float], bound: float) -> bool:
 
 
 def _of_numbers(replay: Replay, label: Given, i: int, target: Tensor, told: dict[str, Any]) -> Supervision | None:
-    """What the loss does with numbers as targets: it has its minimum near them, or near their mean, or none."""
+    """What the loss does with numbers as targets: it has a minimum, or none."""
     far = VERY_FAR * (1.0 + float(target.abs().amax()))  # the loss may give the targets another unit
     moved = [
         [*replay.outputs[:i], target + by, *replay.outputs[i + 1 :]] for by in (far, -far)
@@ -267,21 +267,6 @@ def _of_numbers(replay: Replay, label: Given, i: int, target: Tensor, told: dict
     if is_one_way and is_even and torch.allclose(above, below, rtol=1e-3):
         losses = tuple(replay.value(o) for o in (replay.outputs, *moved))
         return Supervision("unsquared", **told, losses=losses)
-    means = target.mean(0, keepdim=True).expand_as(target)
-    at, mean = (replay.value([*replay.outputs[:i], v, *replay.outputs[i + 1 :]]) for v in (target, means))
-    if not at > mean * (1 + 1e-3) > 0:
-        return None
-    # That a target of one sample moves the gradients of others tells this from what is added to the outputs.
-    other = label.values[0]
-    changed = other.clone()
-    changed[0] = other[-1] + float(other.std())
-    one, two = (
-        replay.gradients([*replay.outputs[:i], means, *replay.outputs[i + 1 :]], batch)[i]
-        for batch in (None, mapped(replay.batch, lambda v: changed if v is other else v))
-    )
-    is_lowest = float(one.abs().amax()) <= 1e-3 * float((one - two).abs().amax())
-    if len(one) > 2 and is_lowest and bool(((one - two).flatten(1).abs().amax(1) > 0).all()):
-        return Supervision("mean", **told, losses=(at, mean))
     return None
 
 

@@ -63,7 +63,7 @@ def see_loss(seen: Observed, inside: str, func: Callable, args: tuple, kwargs: M
             seen.bootstrapped = seen.bootstrapped or is_bootstrapped(scores, target)
         if func is F.kl_div and _argument(args, kwargs, 5, "log_target"):
             target = target.exp()
-        _keep(seen, name, scores, target)
+        _keep(seen, name, scores, target, _argument(args, kwargs, 2, "weight") if func in _CLASSES else None)
         if func is F.cross_entropy and seen.logits is None:
             seen.logits = _rows_of_scores(scores)
     elif inside:
@@ -128,13 +128,15 @@ def _name_of(func: Callable) -> str | None:
     return _CLASSES.get(func) or _BINARY.get(func) or _VALUES.get(func) or _LOG_PROBABILITIES.get(func)
 
 
-def _keep(seen: Observed, function: str, given: Tensor, target: Tensor) -> None:
+def _keep(seen: Observed, function: str, given: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
     if all(one.function != function for one in seen.criteria):
-        seen.criteria.append(Criterion(function, given.detach(), target.detach()))
+        seen.criteria.append(Criterion(function, given.detach(), target.detach(), weight))
 
 
 def _broadcast(seen: Observed, function: str, left: Tensor, right: Tensor) -> None:
     """Keeps shapes of which each differs from the result's: (N, 1) and (N,) give (N, N)."""
+    if left.data_ptr() == right.data_ptr():  # of one tensor with itself, as the differences that ranks are learned from
+        return
     if left.shape == right.shape or {left.ndim, right.ndim} != {1, 2}:
         return
     column, row = (left, right) if left.ndim == 2 else (right, left)

@@ -182,11 +182,12 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A loss of torch, by its function's name, and what it was applied to first."""
+    """A loss of torch, by its function's name, what it was applied to first, and its weights of the classes."""
 
     function: str
     given: Tensor
     target: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)

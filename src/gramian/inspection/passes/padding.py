@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from gramian.batch import token_mask
+from gramian.errors import GramianError
 
 __all__ = ["padding_of"]
 
@@ -34,7 +36,9 @@ def padding_of(model: nn.Module, batch: Any, x: Tensor, *, is_main: bool = True)
                 found = x == module.padding_idx
                 if bool(found.any()):
                     return found
-    mask = token_mask(batch) if is_main else None
+    mask = None
+    with suppress(GramianError):  # a tuple of more parts than inputs, labels and weights has no mask by name
+        mask = token_mask(batch) if is_main else None
     if mask is not None and len(mask) == len(x):
         return ~mask.to(x.device)
     return _ends(x) if x.ndim == 2 and not x.is_floating_point() else None

@@ -1,0 +1,59 @@
+"""Labels that belong to other samples or places: of losses of one's own, several, or of sequences and images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from gramian.inspection.causes.alignment import places_depend
+from gramian.inspection.causes.context import Context
+from gramian.inspection.causes.dependence import labels_depend
+from gramian.report import Finding
+
+__all__ = ["RULES"]
+
+
+def paired(context: Context) -> Iterator[Finding]:
+    """Find labels that do not depend on the inputs, beside those that `labels` tests."""
+    names = context.probes.labels
+    if not names or context.has_learned or context.observed.changed:
+        return
+    tested = context.given_labels[0] if context.given_labels and context.are_compared else None
+    inputs = context.given_inputs
+    for given in context.given:
+        y = given.values
+        if given.name not in names or len(inputs) != len(y):
+            continue
+        evidence, aligned = "", ""
+        if y[0].ndim == 1 or (y[0].ndim == 2 and y[0].is_floating_point() and y[0].shape[1] == 1):
+            if tested is y[0] or context.probes.ignores_order:
+                continue
+            test = labels_depend(inputs, y)
+            evidence = test.evidence if test is not None and test.are_independent else ""
+        elif len(inputs[0]) == 1:
+            place = places_depend([one[0] for one in inputs], y)
+            if place is not None and place.are_independent:
+                samples, places = place.num
+                aligned = place.aligned
+                evidence = (
+                    f"of {samples} samples with {places} places, labels go with what stands at their place, with it "
+                )
+                evidence += (
+                    f"and the label before, and on average, no more than those of other samples do: {place.z:.1f} "
+                )
+                evidence += "deviations above chance, and 2 would be seen"
+        if evidence:
+            yield Finding(
+                "labels-independent",
+                "warning",
+                f"The labels {given.name} go with the inputs if they are taken {aligned}"
+                if aligned
+                else f"The labels {given.name} do not depend on the inputs, as far as simple tests see",
+                where="labels",
+                evidence=evidence + (f"; taken {aligned} they are, with p < 1e-9" if aligned else ""),
+                cause="Inputs and labels were shuffled apart, or joined by the wrong index or in the wrong order.",
+                advice="Look at a few samples beside their labels.",
+            )
+            return
+
+
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (paired,)

@@ -1,0 +1,118 @@
+"""What a loss of embeddings pulls together, and whether that is what is alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gramian.batch import mapped
+from gramian.inspection.experiments.replaying import Asked, Replay
+from gramian.inspection.passes.given import given_of
+
+__all__ = ["Contrast", "pulled_apart"]
+
+# Numbers of an embedding, and draws of random ones.
+NARROW, DRAWS = 4, 3
+# Share of its size by which a loss differs between two ways of pairing.
+DIFFERS = 0.03
+# Standard errors beyond which one of two inputs is more like a third: p < 1e-6.
+CERTAIN = 5.0
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Losses of embeddings that are paired in the order of the batch, and otherwise.
+
+    Attributes:
+        kind: "pairs" (of two, the loss is lower with those of other samples), "triplets" (of three, it pulls
+            together the two whose inputs are less alike).
+        here, there: the loss with equal embeddings in each pair, and in other pairs; of triplets, of the two pairs.
+        shift: of the pairs with which it is lowest.
+    """
+
+    kind: str
+    here: float
+    there: float
+    shift: int = 0
+
+
+def pulled_apart(asked: Asked) -> Contrast | None:
+    """Ask a loss of two or three embeddings, and of nothing else of the batch, which of them it pulls together.
+
+    Random embeddings are put in, those of one side being the other's, in the order of the batch and shifted by each
+    number of samples. Of three, the inputs say which two are alike, by their distances.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: what is wrong, or `None`.
+    Raises: what the model raises.
+    Cost: some 50 evaluations of the loss, of embeddings.
+    Source: this library's own.
+    """
+    replay = asked.replay
+    outputs = replay.outputs
+    if not replay.is_known or not 2 <= len(outputs) <= 3 or len({t.shape for t in outputs}) > 1:
+        return None
+    if outputs[0].ndim != 2 or outputs[0].shape[1] < NARROW or len(outputs[0]) < NARROW or _takes_more(replay):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    like = outputs[0]
+    draws = [torch.randn(like.shape, generator=generator).to(like) for _ in range(2 * DRAWS)]
+    draws = [d * like.norm(dim=1).mean() / d.norm(dim=1, keepdim=True) for d in draws]
+    if len(outputs) == 2:
+        return _of_pairs(replay, draws[:DRAWS])
+    return _of_triplets(asked, draws)
+
+
+def _takes_more(replay: Replay) -> bool:
+    """Whether another tensor of the batch, in place of which comes one in another order, changes the loss."""
+    for one in given_of([replay.batch], set(), set()):
+        t = one.values[0]
+        if (
+            replay.gradients(replay.outputs, mapped(replay.batch, lambda v, t=t: v.roll(1, 0) if v is t else v))[0]
+            .ne(replay.slopes[0])
+            .any()
+        ):
+            return True
+    return False
+
+
+def _of_pairs(replay: Replay, draws: Sequence[Tensor]) -> Contrast | None:
+    num = len(draws[0])
+    losses = torch.tensor([[replay.value([d, d.roll(k, 0)]) for k in range(num)] for d in draws])
+    if not bool(losses.isfinite().all()):
+        return None
+    size = float(losses.abs().max())
+    lowest = losses[:, 1:].amin(1)
+    if not bool((losses[:, 0] > lowest + DIFFERS * size).all()):
+        return None
+    mean = losses.mean(0)
+    return Contrast("pairs", float(mean[0]), float(mean.min()), int(mean.argmin()))
+
+
+def _of_triplets(asked: Asked, draws: Sequence[Tensor]) -> Contrast | None:
+    replay = asked.replay
+    second, third = [], []
+    for one, other in zip(draws[::2], draws[1::2], strict=True):
+        second.append(replay.value([one, one, other]))
+        third.append(replay.value([one, other, one]))
+    size = max(map(abs, (*second, *third)))
+    pulls_second = all(b > a + DIFFERS * size for a, b in zip(second, third, strict=True))
+    pulls_third = all(a > b + DIFFERS * size for a, b in zip(second, third, strict=True))
+    given = [g for g in given_of(asked.seen.batches, asked.seen.fed, set()) if g.values[0].is_floating_point()]
+    if not (pulls_second or pulls_third) or len(given) != 3 or len({g.values[0].shape for g in given}) > 1:
+        return None
+    anchor, one, other = (torch.cat([t.detach().cpu().double().flatten(1) for t in g.values]) for g in given)
+    size = torch.cat((anchor, one, other)).std(0).clamp(min=1e-12)
+    nearer = ((anchor - other) / size).square().mean(1) - ((anchor - one) / size).square().mean(1)
+    error = float(nearer.std()) / math.sqrt(len(nearer))
+    z = float(nearer.mean()) / error if error > 0 else 0.0  # positive where the second is more like the first
+    if (pulls_third and z > CERTAIN) or (pulls_second and z < -CERTAIN):
+        here, there = sum(second) / len(second), sum(third) / len(third)
+        return Contrast("triplets", *((here, there) if pulls_third else (there, here)), shift=2 if pulls_third else 1)
+    return None

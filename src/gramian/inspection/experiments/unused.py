@@ -1,0 +1,126 @@
+"""Inputs, and columns of an input, that have no effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gramian.batch import first_samples, mapped
+from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
+from gramian.inspection.passes.given import Given, given_of, key
+
+__all__ = ["Unused", "without_columns", "without_effect"]
+
+# Samples that are enough for a property of the model, and columns of an input that are tried one by one.
+ENOUGH, COLUMNS = 8, 8
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Inputs that the model does not use.
+
+    Attributes:
+        names: as Python reads them off a batch.
+        hides_others: whether the others, which are used, have no effect either.
+    """
+
+    names: tuple[str, ...]
+    hides_others: bool = False
+
+
+def without_effect(asked: Asked) -> Unused | None:
+    """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
+
+    One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
+    mask that shows a causal model more of the padding behind the text has no effect, so that each gets the values of
+    the one before, of the one after, and its own in reverse order.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: an `Unused`; `None` where there is one input.
+    Raises: what the model raises.
+    Cost: up to three forward passes of 8 samples for each input; as many again where one has no effect.
+    Source: this library's own.
+    """
+    model, seen, objective = asked.model, asked.seen, asked.objective
+    batch = first_samples(seen.batches[0], ENOUGH)
+    compared = {key(c.target) for c in seen.criteria}
+    whole_batch = given_of(seen.batches[:1], seen.fed, compared)
+    keys = [key(g.values[0]) for g in whole_batch]  # of a tensor that is given twice, one may be used
+    fed = [g.name for g, own in zip(whole_batch, keys, strict=True) if g.is_input and keys.count(own) == 1]
+    given = [g for g in given_of([batch], set(), set()) if g.name in fed]
+    if len(given) < 2:
+        return None
+
+    def silent(inputs: Sequence[Given]) -> list[Given]:
+        whole = loss_of(model, batch, objective)
+        found = []
+        for one in inputs:
+            x = one.values[0]
+            others = [torch.cat((x[:1], x[:-1])), torch.cat((x[1:], x[-1:]))]
+            others += [x.flip(1)] if x.ndim > 1 else []
+            varies = bool((x[-1:] != x[:-1]).any()) and bool((others[0] != x).any())
+            changed = (mapped(batch, lambda t, x=x, other=other: other if t is x else t) for other in others)
+            if varies and all(loss_of(model, b, objective) == whole for b in changed):
+                found.append(one)
+        return found
+
+    with torch.no_grad():
+        inputs = silent(given)
+        zeros = [p for p in model.parameters() if p.numel() and not bool(p.any())] if inputs else []
+        if zeros:  # by which what an input makes may be multiplied until the first step
+            generator = torch.Generator().manual_seed(0)
+            try:
+                for p in zeros:
+                    p.copy_(torch.randn(p.shape, generator=generator) / 10)
+                inputs = silent(inputs)
+            finally:
+                for p in zeros:
+                    p.zero_()
+        hides_others = len(inputs) == len(given)
+        if hides_others:  # the output is one number: of what is used, NaN still arrives
+            floats = [g.values[0] for g in inputs if g.values[0].is_floating_point()]
+            lost = [mapped(batch, lambda t, x=x: torch.full_like(t, torch.nan) if t is x else t) for x in floats]
+            arrive = [math.isnan(loss_of(model, one, objective)) for one in lost]
+            unused = {id(x) for x, arrives in zip(floats, arrive, strict=True) if not arrives}
+            inputs = [g for g in inputs if id(g.values[0]) in unused] if len(floats) == len(given) else inputs
+    return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
+
+
+def without_columns(asked: Asked) -> tuple[str, tuple[int, ...], int] | None:
+    """The columns of an input of few, of which each sample can be given another's without any effect on the outputs.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: the input's name, the columns, and how many there are; `None` where all have an effect.
+    Raises: what the model raises.
+    Cost: a forward pass of 16 samples for each column, of up to 8.
+    Source: this library's own.
+    """
+    model, seen, objective, batch = asked.model, asked.seen, asked.objective, asked.batch
+    fed = {g.name for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input}
+    given = [g for g in given_of([batch], set(), set()) if g.name in fed]
+    if len(given) != 1 or given[0].values[0].ndim != 2 or not 2 <= given[0].values[0].shape[1] <= COLUMNS:
+        return None
+    if any(p.numel() and not bool(p.any()) for p in model.parameters() if p.ndim > 1):
+        return None  # behind which nothing has an effect until the first step
+    x = given[0].values[0]
+
+    def is_silent(column: int) -> bool:
+        other = x.clone()
+        other[:, column] = x[:, column].roll(1, 0)
+        outputs = Replay(model, mapped(batch, lambda t: other if t is x else t), objective).outputs
+        before = asked.replay.outputs
+        return len(outputs) == len(before) and all(torch.equal(a, b) for a, b in zip(outputs, before, strict=True))
+
+    if not asked.replay.is_known or not asked.replay.outputs:
+        return None
+    with torch.no_grad():
+        varying = [k for k in range(x.shape[1]) if bool((x[:, k] != x[0, k]).any())]
+        silent = tuple(k for k in varying if is_silent(k))
+    return (given[0].name, silent, x.shape[1]) if silent and len(silent) < len(varying) else None
