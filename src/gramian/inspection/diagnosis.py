@@ -206,7 +206,7 @@ def _measure_signal(
     measured.entries = observed.entries
     measured.looked_at += ["data", "loss", "modules in training steps"]
     try:
-        context.evaluated = evaluate(model, few[0], objective)
+        context.evaluated = evaluate(model, few[0], objective, observed.fed)
         measured.looked_at.append("evaluation mode")
     except Exception as error:  # a model that cannot run in evaluation mode
         measured.skipped |= {"evaluation mode": in_words(error)}

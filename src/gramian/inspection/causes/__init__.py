@@ -20,12 +20,13 @@ from gramian.inspection.causes.parameters import RULES as PARAMETERS
 from gramian.inspection.causes.precision import RULES as PRECISION
 from gramian.inspection.causes.probed import RULES as PROBED
 from gramian.inspection.causes.reach import RULES as REACH
+from gramian.inspection.causes.reshapes import RULES as RESHAPES
 from gramian.inspection.causes.stepping import RULES as STEPPING
 from gramian.inspection.causes.supervised import RULES as SUPERVISED
 
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROBED, *HEADS, *REACH, *FREEZING, *PARAMETERS,
+    *INPUTS, *DATA, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROBED, *RESHAPES, *HEADS, *REACH, *FREEZING, *PARAMETERS,
     *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

@@ -158,7 +158,7 @@ def mixed(context: Context) -> Iterator[Finding]:
             "error" if context.evaluated is None or context.evaluated.is_labeled else "warning",
             "The output for a sample depends on the other samples of the batch",
             where=", ".join(n for n in (before, by) if n) or "all layers",
-            evidence=f"in evaluation mode, with another first sample the outputs of the others change: that of "
+            evidence="in evaluation mode, with another first and last sample the outputs of the others change: that of "
             f"{by or 'the model'} does" + (f", and that of {before} before it does not" if before else ""),
             cause="A softmax, mean, reshape or recurrence runs over the samples: a wrong dim, a transpose, or "
             "batch_first.",

@@ -41,6 +41,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "norm-single-value",
         "attention-masked",
         "attention-over-queries",
+        "axes-swapped",
         "reduction-cancels",
         "samples-mixed",
         "target-leak",
@@ -117,6 +118,8 @@ _SIGNAL = frozenset((
 # What samples that change each other's outputs explain: where all become the same, no gradient comes back; but they
 # make no gain wrong and no unit dead.
 _MIXED = _SYMPTOMS | _RATES
+# What values do that a reshape put in the wrong places.
+_MISPLACED = frozenset(("samples-mixed", "target-leak"))
 # What lies behind all other layers, and does not change their gains.
 _BEHIND = frozenset(("head-scale", "head-offset", "output-range"))
 
@@ -168,6 +171,8 @@ def _root(finding: Finding, causes: list[Finding], serious: list[Finding]) -> Fi
     padded = next((f for f in serious if f.code == "padding-read"), None)
     if padded is not None and finding.code in _FORGOTTEN:
         causes = [*causes, padded]
+    if finding.code in _MISPLACED:
+        return next((f for f in serious if f.code == "axes-swapped"), None)
     if finding.code not in _MIXED:
         causes = [c for c in causes if c.code != "samples-mixed"]
     if _is_local(finding):  # one layer's gain is what its units, weights or norm make it

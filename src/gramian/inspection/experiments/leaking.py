@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gramian.batch import main_input, mapped
 from gramian.errors import GramianError
-from gramian.inspection.passes.given import given_of
+from gramian.inspection.passes.given import given_of, taken_of
 from gramian.inspection.passes.moments import first_float
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
@@ -25,6 +25,8 @@ SHIFTED, SAME = 0.95, 0.5
 # Change at positions before the replaced ones, against that at the replaced ones, which rounding does not make.
 MOVED, MOVED_NARROW = 1e-3, 3e-2
 LEAST = 4
+# Share of the samples in which a token changes the output in its own place the most.
+OWN = 0.9
 # Positions that count, and runs of them for each, from which on they were chosen at random: masked words, or spans.
 FEW, ALONE = 16, 0.25
 # Change that is rounding.
@@ -80,7 +82,7 @@ def _sequences(observed: Observed) -> list[Tensor]:
         first = [main_input(observed.batches[0])]
     except (GramianError, IndexError):
         return []
-    given = [g.values[0] for g in given_of(observed.batches[:1], observed.fed, set()) if g.is_input]
+    given = [one.whole for one in taken_of(observed.batches[0], observed.fed)]
     return first + [t for t in given if t is not first[0] and t.ndim == 2 and not t.is_floating_point()]
 
 
@@ -116,34 +118,48 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
 
     What a decoder is given beside other inputs must be shifted by one, and what is behind a position hidden. Where the
     tokens are all that is given (masks and the targets themselves aside, which a model may take for its loss), a model
-    that sees both sides may be one that restores them; one that sees none behind has nothing to predict.
+    that sees both sides may be one that restores them from a bottleneck; one that sees none behind has nothing to
+    predict.
     """
     batch = observed.batches[0]
-    given = [g for g in given_of(observed.batches[:1], observed.fed, set()) if g.is_input]
+    given = taken_of(batch, observed.fed)
     for one in given:
-        z = one.values[0]
+        z = one.values
         if z.is_floating_point() or z.ndim != 2 or z.shape[1] < LEAST or len(z) < 2 or not _is_target(observed, z):
             continue
-        others = any(not _is_mask(t) and not _is_target(observed, t) for t in (g.values[0] for g in given))
+        others = any(not _is_mask(t) and not _is_target(observed, t) for t in (g.values for g in given))
         position = z.shape[1] // 2 - 1
-        other = z.clone()
-        other[:, position + 1 :] = z.roll(1, 0)[:, position + 1 :]
-        rows = (other[:, position + 1] != z[:, position + 1]).nonzero().flatten()
+        behind, alone = z.clone(), z.clone()
+        behind[:, position + 1 :] = z.roll(1, 0)[:, position + 1 :]
+        alone[:, position] = z.roll(1, 0)[:, position]
+        rows = (behind[:, position + 1] != z[:, position + 1]).nonzero().flatten()
         if not len(rows):
             continue
         with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
-            runs = [_run(model, b, objective, z.shape) for b in (batch, _with(batch, z, other))]
-        (names, before), (again, after) = runs
-        if names != again or "" not in names:
+            batches = (batch, *(_with(batch, one.whole, one.with_values(t)) for t in (behind, alone)))
+            runs = [_run(model, b, objective, z.shape) for b in batches]
+        (names, before), (again, after), (third, single) = runs
+        if not names == again == third or "" not in names:
             continue
         whole = len(names) - 1 - names[::-1].index("")
         early = _share(before[whole], after[whole], rows, position)
         here = _share(before[whole], after[whole], rows, position + 1)
         if here > MOVED_NARROW and (others or early <= EQUAL):
             return Leak(position, here, "", "", is_copy=early <= EQUAL, source=one.name)
-        if here > MOVED_NARROW and _is_chosen(observed, z):
+        is_own = _moves_itself(before[whole], single[whole], (alone != z).any(1), position)
+        if here > MOVED_NARROW and (is_own or _is_chosen(observed, z)):
             return Leak(position, here, "", "", is_hidden=False, source=one.name)
     return None
+
+
+def _moves_itself(before: Tensor, after: Tensor, rows: Tensor, position: int) -> bool:
+    """Whether a token changes the output in its own place the most, so that nothing stands between it and its target.
+
+    Behind a bottleneck, from which all positions are made, each is the most changed one by chance.
+    """
+    moved = (after - before)[rows].square().sum(-1).nan_to_num()
+    own = (moved.argmax(1) == position).float()
+    return len(own) >= FEW // 2 and float(own.mean()) >= OWN
 
 
 def _is_chosen(observed: Observed, z: Tensor) -> bool:

@@ -15,6 +15,7 @@ from gramian.inspection.experiments.endless import falls, plunges
 from gramian.inspection.experiments.ordering import in_another_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
+from gramian.inspection.experiments.recutting import Recut, recut
 from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
@@ -42,6 +43,7 @@ TRIED = {
     "together": "whether the loss has its minimum where all outputs are equal",
     "pairs": "whether the loss falls where the two of a pair are the same",
     "reading": "whether the loss reads a sequence at its padding",
+    "recut": "whether a reshape gives an axis another place",
     "share_of_constant": "the loss with equal outputs for all samples",
 }
 """What a report says of a change that could not be tried."""
@@ -91,6 +93,7 @@ class Probes:
         together: the loss as it is, and with equal outputs for all samples, where it has its minimum there.
         pairs: losses of pairs, where it rises with equal ones.
         reading: where the loss reads one position, which is padding.
+        recut: a reshape that gives an axis another place.
         share_of_constant: the loss over that with the same output for all samples.
     """
 
@@ -109,6 +112,7 @@ class Probes:
     together: tuple[float, float] | None = None
     pairs: Pairs | None = None
     reading: Reading | None = None
+    recut: Recut | None = None
     share_of_constant: float | None = None
 
 
@@ -317,7 +321,8 @@ def _ignores_order(asked: Asked) -> bool | None:
 _PROBES = (
     _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
     silent_columns,
-    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, constant_loss,
+    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, recut,
+    constant_loss,
 )  # fmt: skip
 
 
