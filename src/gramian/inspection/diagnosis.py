@@ -234,6 +234,7 @@ def _measure_signal(
             measured.looked_at.append(STEPS)
         except Exception as error:  # an optimizer that cannot be copied, or a step that fails
             measured.skipped |= {STEPS: in_words(error)}
+    measured.has_learned = context.has_learned
     found: list[Finding] = []
     for rule in CAUSES:
         try:

@@ -6,11 +6,13 @@ Each rule takes a `Context`, which holds a few watched training steps, and yield
 
 from gramian.inspection.causes.context import Context
 from gramian.inspection.causes.data import RULES as DATA
+from gramian.inspection.causes.derivatives import RULES as DERIVATIVES
 from gramian.inspection.causes.folding import ordered
 from gramian.inspection.causes.freezing import RULES as FREEZING
 from gramian.inspection.causes.gates import RULES as GATES
 from gramian.inspection.causes.heads import RULES as HEADS
 from gramian.inspection.causes.inputs import RULES as INPUTS
+from gramian.inspection.causes.leaks import RULES as LEAKS
 from gramian.inspection.causes.likelihoods import RULES as LIKELIHOODS
 from gramian.inspection.causes.loss import RULES as LOSS
 from gramian.inspection.causes.masks import RULES as MASKS
@@ -27,6 +29,6 @@ from gramian.inspection.causes.supervised import RULES as SUPERVISED
 __all__ = ["CAUSES", "Context", "ordered"]
 
 CAUSES = (
-    *INPUTS, *DATA, *LOSS, *LIKELIHOODS, *SUPERVISED, *PROBED, *RESHAPES, *HEADS, *REACH, *FREEZING, *PARAMETERS,
-    *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
+    *INPUTS, *DATA, *LOSS, *LIKELIHOODS, *DERIVATIVES, *SUPERVISED, *PROBED, *LEAKS, *RESHAPES, *HEADS, *REACH,
+    *FREEZING, *PARAMETERS, *MASKS, *MODULES, *GATES, *NORMS, *PRECISION, *STEPPING,
 )  # fmt: skip

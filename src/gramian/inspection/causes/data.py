@@ -48,7 +48,7 @@ def labels(context: Context) -> Iterator[Finding]:
     kept = [y for y in found if y is not None]
     if not kept or len(kept) < len(found):
         return
-    y = torch.cat([one.reshape(-1).cpu() for one in kept])
+    y = _joined(kept)
     lost = int((~y.isfinite()).sum()) if y.is_floating_point() else 0
     if lost:
         yield Finding(
@@ -61,18 +61,15 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Drop those samples, or leave them out of the loss.",
         )
         return
-    if y.is_floating_point():
-        constant = len(y) >= FEW and float(y.std()) <= 1e-7 * float(y.abs().amax() + 1e-30)
-    else:
-        y = y[y >= 0]
-        constant = len(y) >= FEW and bool((y == y[0]).all())
-    if constant:
+    others = [g.values for g in context.given if g.is_target and not g.is_input]
+    constant = next((one for one in (y, *map(_joined, others)) if _is_constant(one)), None)
+    if constant is not None:
         yield Finding(
             "labels-constant",
             "error",
-            f"All {len(y)} labels are the same",
+            f"All {len(constant)} labels are the same",
             where="labels",
-            evidence=f"every label is {y[0].item():g} (exact)",
+            evidence=f"every label is {constant[0].item():g} (exact)",
             cause="The loader is sorted by class, or the labels were lost.",
             advice="Shuffle the training data, and look at the labels that the loader returns.",
         )
@@ -115,6 +112,21 @@ def labels(context: Context) -> Iterator[Finding]:
             advice="Look at a few samples beside their labels. Relations that no neighborhood or linear test sees "
             "(parity, copying) also look like this.",
         )
+
+
+def _joined(batches: Sequence[Tensor]) -> Tensor:
+    """The labels of all batches, in a row; of classes, those that count."""
+    y = torch.cat([one.detach().reshape(-1).cpu() for one in batches])
+    return y if y.is_floating_point() else y[y >= 0]
+
+
+def _is_constant(y: Tensor) -> bool:
+    """Whether there are many labels, and all are the same."""
+    if len(y) < FEW:
+        return False
+    if y.is_floating_point():
+        return float(y.std()) <= 1e-7 * float(y.abs().amax() + 1e-30)
+    return bool((y == y[0]).all())
 
 
 def _are_sorted(batches: Sequence[Tensor]) -> bool:

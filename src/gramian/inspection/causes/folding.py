@@ -23,6 +23,9 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
         "loss-term-missing",
         "loss-flat",
         "loss-collapses",
+        "labels-ignored",
+        "derivative-zero",
+        "target-drawn",
         "pairs-mismatched",
         "target-not-detached",
         "output-range",
@@ -30,6 +33,7 @@ _ORIGINS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "graph-cut",
+        "gradient-stopped",
         "gradient-overflow",
         "loss-double-softmax",
         "loss-double-sigmoid",
@@ -108,8 +112,8 @@ _SIZES = frozenset(("unusual-size", "dominant-direction"))
 _RATES = frozenset(("rate-too-high", "rate-too-low", "labels-independent"))
 _SIGNAL = frozenset((
     "non-finite-weights", "input-non-finite", "input-constant", "input-dominated", "input-offset", "input-scale",
-    "graph-cut", "gradient-overflow", "zero-weights", "parameter-constant", "norm-zero-gain", "embedding-scale",
-    "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range",
+    "graph-cut", "gradient-stopped", "gradient-overflow", "zero-weights", "parameter-constant", "norm-zero-gain",
+    "norm-single-value", "attention-masked", "reduction-cancels", "samples-mixed", "output-range", "embedding-scale",
     "labels-non-finite", "parameter-unregistered", "softmax-single-value",
     "head-scale", "head-offset", "parameter-scale-small", "parameter-scale-large", "parameter-rank-one", "gate-shut",
     "gradient-kept", "rate-grows", "loss-flat", "loss-collapses", "loss-reversed", "loss-unbounded",

@@ -116,7 +116,7 @@ def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
             "A loader that returns one sample again and again, or a preprocessing step that erases the data.",
             "Look at what the loader returns.",
         )
-    elif len(flat) >= FEW and copies > 0.5 * len(flat):
+    elif len(flat) >= FEW and copies > 0.5 * len(flat) and not _are_states(flat):
         yield _finding(
             "input-duplicates",
             "warning",
@@ -125,6 +125,11 @@ def _repeated(context: Context, x: Tensor) -> Iterator[Finding]:
             "The loader samples from few examples, or indexes wrongly.",
             "Look at what the loader returns.",
         )
+
+
+def _are_states(flat: Tensor) -> bool:
+    """Whether each row has a single entry that is not zero: one of so many states, which come again by themselves."""
+    return flat.shape[1] > 1 and bool(((flat != 0).sum(1) == 1).all())
 
 
 STANDARDIZE = "Standardize: subtract each feature's mean over the training data and divide by its standard deviation."

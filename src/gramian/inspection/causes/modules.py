@@ -33,6 +33,8 @@ GROWTH, STEP = 6.0, 1.25
 KEPT = 0.9
 # Rows from which on a unit that never acts is told: with N rows it is active on less than 3/N at 95 %.
 FEW = 30
+# Units of a layer below which one that never acts is no rarity, and is told where nothing goes past it.
+FEW_UNITS = 4
 # Probability of so many dead units in a layer by chance below which fewer rows are enough.
 CHANCE = 1e-6
 
@@ -44,6 +46,7 @@ def dead_units(context: Context) -> Iterator[Finding]:
         for a in context.observed.activations
         if a.function in ("relu", "relu6", "hardtanh") and a.dead and not _is_given_zeros(context, a)
     ]
+    rectified = [a for a in rectified if a.channels >= FEW_UNITS or not _is_beside(context, a)]
     shut = [a for a in rectified if _is_shut(a)]
     dead = shut or [a for a in rectified if a.rows >= FEW and a.dead >= DEAD * a.channels]
     if dead:
@@ -76,6 +79,12 @@ def _is_given_zeros(context: Context, a: Activation) -> bool:
     """Whether pre-activations are exactly zero, as behind a branch that starts at zero, and not negative."""
     call = context.first_calls.get(context.source_of(a))
     return call is not None and call.output.rms == 0.0
+
+
+def _is_beside(context: Context, a: Activation) -> bool:
+    """Whether parameters other than those of the layer in front get a gradient."""
+    source = context.source_of(a)
+    return any(grad for name, grad in context.observed.gradients.items() if context.module_of(name) != source)
 
 
 def _is_shut(a: Activation) -> bool:

@@ -209,7 +209,8 @@ def _is_odd(context: Context, block: Block, size: float, middle: float) -> bool:
     """Whether a matrix is unlike the others by its entries and by what it did to the signal, and no norm repairs it."""
     if SMALLEST < size < LARGEST or abs(math.log(size / middle)) <= math.log(RATIO):
         return False
-    if (size < 1 and block.role == "head") or not context.has_gain(block, size):
+    last = context.opening.last if context.opening is not None else ()
+    if (size < 1 and (block.role == "head" or block.name in last)) or not context.has_gain(block, size):
         return False
     return not context.is_normed(block) or (size < 1 and context.is_lost_in_norm(block))
 

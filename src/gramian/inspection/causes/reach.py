@@ -140,6 +140,27 @@ def numbers(context: Context) -> Iterator[Finding]:
         )
 
 
+def stopped(context: Context) -> Iterator[Finding]:
+    """Find operations that let nothing of a gradient pass, where parameters have one of exact zeros. Exact."""
+    found = context.observed.stopped
+    zero = [n for n, g in context.observed.gradients.items() if g == 0.0]
+    if found is None or not zero or context.has_learned:
+        return
+    place, operation = found
+    yield Finding(
+        "gradient-stopped",
+        "error",
+        f"No gradient passes {operation} in {'the loss' if place == 'loss' else context.told(place)}",
+        where=place or "all layers",
+        evidence=f"it gets a gradient and gives one of exact zeros; that of {some(zero, SHOWN)} is zero (exact)",
+        cause="The function is flat: a rounding or a sign has steps, and a clamp ends, at which all values are."
+        if operation not in ("normal", "bernoulli")
+        else "What is drawn has no derivative by the numbers it is drawn with.",
+        advice="Let the gradient pass a rounding straight through, x + (round(x) - x).detach(); remove a clamp, or "
+        "widen it; draw with mean + deviation * torch.randn_like(mean).",
+    )
+
+
 def _is_zero_behind_head(context: Context) -> bool:
     """Whether all matrices but the head get a gradient of exact zeros, and no zero matrix explains that."""
     zero = context.observed.zero_gradients
@@ -183,4 +204,4 @@ def _parameters(count: int, *, verb: str = "get", single: str = "gets") -> str:
     return f"1 parameter {single}" if count == 1 else f"{count} parameters {verb}"
 
 
-RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, unreached, drawn, unregistered, shared)
+RULES: tuple[Callable[[Context], Iterator[Finding]], ...] = (numbers, stopped, unreached, drawn, unregistered, shared)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gramian.batch import LABELS, first_samples, main_input, mapped, parts, tensors
 from gramian.errors import InputError
 from gramian.inspection.passes.following import Follower
-from gramian.inspection.passes.given import taken_of
+from gramian.inspection.passes.given import given_of, taken_of
 from gramian.inspection.passes.moments import first_float
 from gramian.objective import Objective
 from gramian.recording.hooks import hooks
@@ -80,32 +80,34 @@ def evaluate(model: nn.Module, batch: Any, objective: Objective, fed: Collection
     Source: this library's own.
     """
     rows = _separate_rows(model, batch)
-    runs_along = any(one.length < one.whole.shape[1] for one in taken_of(batch, fed) if one.whole.ndim > 1)
     with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
         with _Drops(model).installed() as drops:
             loss, _ = _run(model, batch, objective, 0)
         if not rows or not math.isfinite(loss) or drops.first:
             return Evaluated(loss, drops=drops.first)
         try:
-            found = _mixture(model, batch, objective, min(rows - 1, ENOUGH), runs_along)
+            found = _mixture(model, batch, objective, min(rows - 1, ENOUGH), fed)
         except Exception:  # the model's batches have one size: that of a graph, or one that it was written for
-            found = None if _holds_pairs(model, batch, rows) else _mixture(model, batch, objective, rows, runs_along)
+            found = None if _holds_pairs(model, batch, rows) else _mixture(model, batch, objective, rows, fed)
     return Evaluated(loss) if found is None else Evaluated(loss, *found)
 
 
 def _mixture(
-    model: nn.Module, batch: Any, objective: Objective, rows: int, runs_along: bool
+    model: nn.Module, batch: Any, objective: Objective, rows: int, fed: Collection[tuple[int, int]]
 ) -> tuple[str, str, bool] | None:
     """The first module that mixes the first rows, the one before it, and whether the rows surely are samples.
 
-    `None` too where no two passes agree. Where sequences are known to run along rows, these are samples.
+    `None` too where no two passes agree.
     """
+    runs_along = any(one.length < one.whole.shape[1] for one in taken_of(batch, fed) if one.whole.ndim > 1)
+    labels = [g.values[0] for g in given_of([batch], set(fed), set()) if fed and not g.is_input]
+    has_single = any(t.ndim == 1 or t.shape[1:] == (1,) for t in labels)
     batch = first_samples(batch, rows)
     before = _run(model, batch, objective, rows)[1]
     changed = _first_change(before, _run(model, _with_other_ends(batch, rows), objective, rows)[1])
     if changed is None or _first_change(before, _run(model, batch, objective, rows)[1]) is not None:
         return None  # or the model draws numbers of its own
-    if runs_along or _are_labeled(model, batch, objective, rows):
+    if runs_along or has_single or _are_labeled(model, batch, objective, rows):
         return *changed, True
     turned = mapped(batch, lambda t: t.roll(1, 0) if t.ndim and len(t) == rows else t)  # labels too: it may take them
     turned = _run(model, turned, objective, rows)[1]

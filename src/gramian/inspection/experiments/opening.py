@@ -26,6 +26,8 @@ STEPS = 4
 # Size of a step of an entry that is zero, and of the values that take the place of zeros that get no gradient. Large,
 # so that a narrow dtype does not lose what follows from it; what is found is whether a gradient is zero, not its size.
 SIZE = 0.02
+# rms(W) √fan_in of matrices that are so small that it matters where they stand: a head may begin so.
+FAINT = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Opening:
             its own gradient.
         shut: parameters, and parts of fused ones as `blocks` names them, that are zero and whose gradient stays so, and
             would not if they, together, were not zero.
-        last: matrices of zeros behind which no module with parameters comes, as in a head.
+        last: matrices of zeros, or nearly so, behind which no module with parameters comes, as in a head.
     """
 
     waiting: frozenset[str] = frozenset()
@@ -58,8 +60,8 @@ def open_zeros(model: nn.Module, observed: Observed, objective: Objective, parts
 
     Returns: an `Opening`, empty where no parameter and no gradient is zero.
     Raises: what the model raises.
-    Cost: nothing where no parameter is zero; else up to 6 passes forward and backward, and a copy of the parameters
-        that have zeros.
+    Cost: nothing where no matrix is small and no gradient zero; a pass forward and backward where one is small; else up
+        to 6, and a copy of the parameters that have zeros.
     Source: this library's own.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.numel()}
@@ -68,7 +70,8 @@ def open_zeros(model: nn.Module, observed: Observed, objective: Objective, parts
     fused = _parts(model, [n for n in parts if n.partition("[")[0] in trained])
     pending = {n for n in trained if observed.gradients[n] == 0.0} | set(fused)
     with training(model):
-        last = _last(model, observed.batches[0], objective, {n: p for n, p in zeros.items() if p.ndim > 1})
+        faint = {n: p for n, p in parameters.items() if p.ndim > 1 and _is_faint(p.detach())}
+        last = _last(model, observed.batches[0], objective, faint)
         if not pending:
             return Opening(last=last)
         with _restored({n: p for n, p in trained.items() if bool((p.detach() == 0).any())}) as opened:
@@ -169,6 +172,11 @@ def _restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[Mapping[str, n
     finally:
         for n, p in parameters.items():
             p.data.copy_(kept[n])
+
+
+def _is_faint(w: Tensor) -> bool:
+    """Whether a matrix makes nearly nothing of its input: rms(W) √fan_in is that small."""
+    return bool(w.isfinite().all()) and float(w.float().square().mean()) * w[0].numel() < FAINT**2
 
 
 def _last(model: nn.Module, batch: Any, objective: Objective, zeros: Mapping[str, nn.Parameter]) -> frozenset[str]:

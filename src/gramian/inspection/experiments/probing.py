@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.batch import first_samples, main_input, mapped, num_samples
+from gramian.batch import main_input, mapped, num_samples
 from gramian.inspection.experiments.endless import falls, plunges
-from gramian.inspection.experiments.ordering import in_another_order
+from gramian.inspection.experiments.ordering import ignores_order
 from gramian.inspection.experiments.padded import Reading, reads_padding
 from gramian.inspection.experiments.pairing import Pairs, constant_loss, falls_together, unlike_pairs
 from gramian.inspection.experiments.recutting import Recut, recut
-from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
+from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, outputs_of
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
-from gramian.inspection.passes.given import Given, given_of, key
+from gramian.inspection.experiments.unused import Idle, Unused, idle_half, without_effect
+from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
 from gramian.recording.keeping import seed_torch
@@ -35,6 +35,7 @@ TRIED = {
     "falls": "whether the loss has a minimum",
     "plunges": "whether the loss falls faster than the outputs grow",
     "without_effect": "whether each input has an effect",
+    "idle": "whether both halves of each input have an effect",
     "ignores_order": "whether the output depends on the order of tokens or patches",
     "supervision": "whether the loss is lower where the outputs are as the labels say",
     "column": "whether all columns of the output have a gradient",
@@ -59,19 +60,6 @@ MOST, LONG = 32, 4
 
 
 @dataclass(frozen=True)
-class Unused:
-    """Inputs that the model does not use.
-
-    Attributes:
-        names: as Python reads them off a batch.
-        hides_others: whether the others, which are used, have no effect either.
-    """
-
-    names: tuple[str, ...]
-    hides_others: bool = False
-
-
-@dataclass(frozen=True)
 class Probes:
     """What was found; each has the value of a healthy model where it could not be tried.
 
@@ -85,7 +73,8 @@ class Probes:
         plunges: the loss as it is, and with the outputs a little and far down its gradient, where it has no minimum.
         without_effect: the inputs that can be exchanged between samples without any effect on the loss; of none that
             has one, those whose NaN do not arrive.
-        ignores_order: whether the output stays when the positions of a sequence change places.
+        idle: a half of an input's positions or columns that has no effect.
+        ignores_order: whether the output stays, or changes places too, when the positions of a sequence change places.
         supervision: what the loss does wrong with its labels.
         column: of the outputs, one without a gradient that the loss depends on, and how many there are.
         silent: how many terms have no gradient though they depend on the parameters, of how many, and the first's mean.
@@ -104,6 +93,7 @@ class Probes:
     falls: tuple[float, float, float] | None = None
     plunges: tuple[float, float, float] | None = None
     without_effect: Unused = field(default_factory=lambda: Unused(()))
+    idle: Idle | None = None
     ignores_order: bool = False
     supervision: Supervision | None = None
     column: tuple[int, int] | None = None
@@ -212,8 +202,8 @@ def _cut(asked: Asked) -> tuple[int, int, str] | None:
     other = x.clone()
     other[:, silent] = x.roll(1, 0)[:, silent]
     with torch.no_grad():
-        one, two = (_outputs(asked, b) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
-    if one is None or two is None or _are_equal(one, two):
+        one, two = (outputs_of(asked, b) for b in (batch, mapped(batch, lambda t: other if t is x else t)))
+    if one is None or two is None or are_equal(one, two):
         return None
     return num, x.shape[1], name
 
@@ -235,10 +225,10 @@ def _is_affine(asked: Asked) -> bool | None:
     mixture = 0.3 * x + 0.7 * x.roll(1, 0)
     with torch.no_grad():
         whole = asked.replay.single
-        mixed = _outputs(asked, mapped(asked.batch, lambda t: mixture if t is x else t))
+        mixed = outputs_of(asked, mapped(asked.batch, lambda t: mixture if t is x else t))
     if whole is None or mixed is None or whole.ndim < 1 or len(whole) != len(x):
         return None
-    return _are_equal(mixed, 0.3 * whole + 0.7 * whole.roll(1, 0))
+    return are_equal(mixed, 0.3 * whole + 0.7 * whole.roll(1, 0))
 
 
 def _sum_over(asked: Asked) -> int | None:
@@ -252,86 +242,9 @@ def _sum_over(asked: Asked) -> int | None:
     return num if both_count and abs(one + two - whole) < SUM * abs(whole) else 0
 
 
-def _without_effect(asked: Asked) -> Unused | None:
-    """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
-
-    One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
-    mask that shows a causal model more of the padding behind the text has no effect, so that each gets the values of
-    the one before, of the one after, and its own in reverse order.
-    """
-    model, seen, objective = asked.model, asked.seen, asked.objective
-    batch = first_samples(seen.batches[0], ENOUGH)
-    compared = {key(c.target) for c in seen.criteria}
-    whole_batch = given_of(seen.batches[:1], seen.fed, compared)
-    keys = [key(g.values[0]) for g in whole_batch]  # of a tensor that is given twice, one may be used
-    fed = [g.name for g, own in zip(whole_batch, keys, strict=True) if g.is_input and keys.count(own) == 1]
-    given = [g for g in given_of([batch], set(), set()) if g.name in fed]
-    if len(given) < 2:
-        return None
-
-    def silent(inputs: Sequence[Given]) -> list[Given]:
-        whole = loss_of(model, batch, objective)
-        found = []
-        for one in inputs:
-            x = one.values[0]
-            others = [torch.cat((x[:1], x[:-1])), torch.cat((x[1:], x[-1:]))]
-            others += [x.flip(1)] if x.ndim > 1 else []
-            varies = bool((x[-1:] != x[:-1]).any()) and bool((others[0] != x).any())
-            changed = (mapped(batch, lambda t, x=x, other=other: other if t is x else t) for other in others)
-            if varies and all(loss_of(model, b, objective) == whole for b in changed):
-                found.append(one)
-        return found
-
-    with torch.no_grad():
-        inputs = silent(given)
-        zeros = [p for p in model.parameters() if p.numel() and not bool(p.any())] if inputs else []
-        if zeros:  # by which what an input makes may be multiplied until the first step
-            generator = torch.Generator().manual_seed(0)
-            try:
-                for p in zeros:
-                    p.copy_(torch.randn(p.shape, generator=generator) / 10)
-                inputs = silent(inputs)
-            finally:
-                for p in zeros:
-                    p.zero_()
-        hides_others = len(inputs) == len(given)
-        if hides_others:  # the output is one number: of what is used, NaN still arrives
-            floats = [g.values[0] for g in inputs if g.values[0].is_floating_point()]
-            lost = [mapped(batch, lambda t, x=x: torch.full_like(t, torch.nan) if t is x else t) for x in floats]
-            arrive = [math.isnan(loss_of(model, one, objective)) for one in lost]
-            unused = {id(x) for x, arrives in zip(floats, arrive, strict=True) if not arrives}
-            inputs = [g for g in inputs if id(g.values[0]) in unused] if len(floats) == len(given) else inputs
-    return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
-
-
-def _ignores_order(asked: Asked) -> bool | None:
-    """Whether tokens, vectors of a sequence or patches may change places, padding with them."""
-    seen, x = asked.seen, main_input(asked.batch)
-    fed = [g for g in given_of(seen.batches[:1], seen.fed, set()) if g.is_input]
-    other = in_another_order(asked.model, seen, x) if len(fed) == 1 and len(x) > 1 else None
-    if other is None:
-        return None
-    with torch.no_grad():
-        one, two = asked.replay.single, _outputs(asked, mapped(asked.batch, lambda t: other if t is x else t))
-    if one is None or two is None or one.ndim != 2 or len(one) != len(x) or bool((other == x).all()):
-        return None
-    return _are_equal(one, two)
-
-
 _PROBES = (
-    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, _without_effect, _ignores_order, against_labels,
+    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, ignores_order, against_labels,
     silent_columns,
     silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, recut,
     constant_loss,
 )  # fmt: skip
-
-
-def _outputs(asked: Asked, batch: Any) -> Tensor | None:
-    """What the model gives, where it is called once."""
-    return Replay(asked.model, batch, asked.objective).single
-
-
-def _are_equal(one: Tensor, two: Tensor) -> bool:
-    """Whether two outputs are equal, up to rounding and beside what differs between samples."""
-    between = float((one - one.mean(0)).abs().amax()) if len(one) > 1 else 0.0
-    return one.shape == two.shape and between > 0 and float((one - two).abs().amax()) <= EQUAL * between

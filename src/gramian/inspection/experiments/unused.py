@@ -1,0 +1,151 @@
+"""Inputs that have no effect: whole ones, and half of the positions of a sequence or of the columns of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gramian.batch import first_samples, mapped
+from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
+from gramian.inspection.experiments.unzeroed import unzeroed
+from gramian.inspection.passes.given import Given, given_of, key, taken_of
+
+__all__ = ["Idle", "Unused", "idle_half", "without_effect"]
+
+# Samples that are enough for a property of the model.
+ENOUGH = 8
+# Samples that must differ from their neighbors in a half of an input.
+FEW = 4
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Inputs that the model does not use.
+
+    Attributes:
+        names: as Python reads them off a batch.
+        hides_others: whether the others, which are used, have no effect either.
+    """
+
+    names: tuple[str, ...]
+    hides_others: bool = False
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A half of an input's second dimension that has no effect.
+
+    Attributes:
+        name: of the input, as Python reads it off a batch.
+        start, stop: which of its entries along the second dimension.
+        length: how many there are.
+    """
+
+    name: str
+    start: int
+    stop: int
+    length: int
+
+
+def without_effect(asked: Asked) -> Unused | None:
+    """The inputs of which each sample can be given another's, and the loss stays the same to the last bit.
+
+    One sample's value is lost and another's comes twice, since a loss may be the same for samples in another order. A
+    mask that shows a causal model more of the padding behind the text has no effect, so that each gets the values of
+    the one before, of the one after, and its own in reverse order.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: an `Unused`; `None` where all have an effect, or there is one input.
+    Raises: what the model raises.
+    Cost: up to three passes of 8 samples for each input; as many again where one has no effect.
+    Source: this library's own.
+    """
+    model, seen, objective = asked.model, asked.seen, asked.objective
+    batch = first_samples(seen.batches[0], ENOUGH)
+    compared = {key(c.target) for c in seen.criteria}
+    whole_batch = given_of(seen.batches[:1], seen.fed, compared)
+    keys = [key(g.values[0]) for g in whole_batch]  # of a tensor that is given twice, one may be used
+    fed = [g.name for g, own in zip(whole_batch, keys, strict=True) if g.is_input and keys.count(own) == 1]
+    given = [g for g in given_of([batch], set(), set()) if g.name in fed]
+    if len(given) < 2:
+        return None
+
+    def silent(inputs: Sequence[Given]) -> list[Given]:
+        whole = loss_of(model, batch, objective)
+        found = []
+        for one in inputs:
+            x = one.values[0]
+            others = [torch.cat((x[:1], x[:-1])), torch.cat((x[1:], x[-1:]))]
+            others += [x.flip(1)] if x.ndim > 1 else []
+            varies = bool((x[-1:] != x[:-1]).any()) and bool((others[0] != x).any())
+            changed = (mapped(batch, lambda t, x=x, other=other: other if t is x else t) for other in others)
+            if varies and all(loss_of(model, b, objective) == whole for b in changed):
+                found.append(one)
+        return found
+
+    with torch.no_grad():
+        inputs = silent(given)
+        if inputs:
+            with unzeroed(model) as are_others:
+                inputs = silent(inputs) if are_others else inputs
+        hides_others = len(inputs) == len(given)
+        if hides_others:  # the output is one number: of what is used, NaN still arrives
+            floats = [g.values[0] for g in inputs if g.values[0].is_floating_point()]
+            lost = [mapped(batch, lambda t, x=x: torch.full_like(t, torch.nan) if t is x else t) for x in floats]
+            arrive = [math.isnan(loss_of(model, one, objective)) for one in lost]
+            unused = {id(x) for x, arrives in zip(floats, arrive, strict=True) if not arrives}
+            inputs = [g for g in inputs if id(g.values[0]) in unused] if len(floats) == len(given) else inputs
+    return Unused(tuple(one.name for one in inputs), hides_others) if len(inputs) < len(given) else None
+
+
+def idle_half(asked: Asked) -> Idle | None:
+    """The half of an input's second dimension that the samples can exchange, and no output changes by a bit.
+
+    The other half must have an effect, so that not all is hidden by what comes behind; and so it must be with other
+    values in place of the parameters that are zero.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: an `Idle` for the first such input, or `None`.
+    Raises: what the model raises.
+    Cost: two forward passes of 16 samples for each input, and two more where one has no effect.
+    Source: this library's own.
+    """
+    fed = {one.name for one in taken_of(asked.seen.batches[0], asked.seen.fed)}
+    if not asked.replay.is_known or not asked.replay.outputs:
+        return None
+    for given in given_of([asked.batch], set(), set()):
+        x = given.values[0]
+        if given.name not in fed or x.ndim < 2 or x.shape[1] < 2 or len(x) < 2:
+            continue
+        half = x.shape[1] // 2
+        found = [span for span in ((0, half), (half, x.shape[1])) if _is_idle(asked, x, *span)]
+        if len(found) != 1:
+            continue
+        with unzeroed(asked.model) as are_others:
+            if are_others and not _is_idle(asked, x, *found[0]):
+                continue
+        return Idle(given.name, *found[0], x.shape[1])
+    return None
+
+
+def _is_idle(asked: Asked, x: Tensor, start: int, stop: int) -> bool:
+    """Whether samples can get these entries from their neighbors without any effect, where enough differ.
+
+    Zeros may be what fills up, which has none.
+    """
+    other = x.clone()
+    other[:, start:stop] = x.roll(1, 0)[:, start:stop]
+    differ = (other != x).flatten(1).any(1) & x[:, start:stop].flatten(1).any(1)
+    if int(differ.sum()) < FEW:
+        return False
+    batches = (asked.batch, mapped(asked.batch, lambda t: other if t is x else t))
+    one, two = (Replay(asked.model, batch, asked.objective).outputs for batch in batches)
+    return len(one) == len(two) and all(map(torch.equal, one, two))
