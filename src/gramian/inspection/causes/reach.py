@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
 
 from gramian.errors import some
 from gramian.inspection.causes.context import SHOWN, Context
@@ -58,16 +62,38 @@ def unreached(context: Context) -> Iterator[Finding]:
     if unused:
         modules = list(dict.fromkeys(context.module_of(n) or n for n in unused))
         share = sum(context.parameters[n].numel() for n in unused) / sum(p.numel() for p in context.parameters.values())
+        idle = context.probes.idle_targets
+        is_odd = bool(idle) or any(context.has_used_twin(m) or _is_stood_in_for(context, m) for m in modules)
         yield Finding(
             "parameter-unused",
-            "warning" if share > UNUSED or any(context.has_used_twin(m) for m in modules) else "info",
+            "warning" if share > UNUSED or is_odd else "info",
             f"The loss does not depend on {len(unused)} of {len(seen.gradients)} parameters",
             where=some(modules, SHOWN),
             evidence=f"{some(unused, SHOWN)}: no result of theirs reaches the loss in {len(seen.batches)} batches "
-            f"(exact); {share:.1%} of all values",
-            cause="The layer was built and is not called, its result is dropped, or it serves other inputs.",
+            f"(exact); {share:.1%} of all values"
+            + (f"; nor does the loss depend on {some(idle)} (exact)" if idle else ""),
+            cause="A term of the loss is missing, which would compare their result with that."
+            if idle
+            else "The layer was built and is not called, its result is dropped, or it serves other inputs.",
             advice="Use it in forward, or remove it.",
         )
+
+
+def _is_stood_in_for(context: Context, name: str) -> bool:
+    """Whether a module is not called, and another of its class and shapes twice or more, as by a name that is wrong."""
+    if name in context.observed.called or not name:
+        return False
+    own = context.modules.get(name)
+    counts = Counter(call.name for call in context.observed.calls)
+    return own is not None and any(
+        counts[other] > 1 and type(module) is type(own) and _shapes(module) == _shapes(own)
+        for other, module in context.modules.items()
+        if other.rpartition(".")[0] == name.rpartition(".")[0] and other != name
+    )
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [p.shape for p in module.parameters()]
 
 
 def drawn(context: Context) -> Iterator[Finding]:

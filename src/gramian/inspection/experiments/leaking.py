@@ -99,7 +99,9 @@ def _find_next(model: nn.Module, observed: Observed, objective: Objective, x: Te
     if not len(rows):
         return None
     with evaluating(model), eager(), torch.enable_grad():
-        runs = [_run(model, given, objective, x.shape[:2]) for given in (batch, _with(batch, x, other))]
+        taken = (one.values for one in taken_of(batch, observed.fed) if one.whole is x)  # all, or all but the last
+        shape = next(taken, x).shape[:2]
+        runs = [_run(model, given, objective, shape) for given in (batch, _with(batch, x, other))]
     (names, before), (again, after) = runs
     if names != again or "" not in names:
         return None

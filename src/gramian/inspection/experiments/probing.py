@@ -18,7 +18,7 @@ from gramian.inspection.experiments.recutting import Recut, recut
 from gramian.inspection.experiments.replaying import Asked, are_equal, loss_of, outputs_of
 from gramian.inspection.experiments.supervision import Supervision, against_labels, silent_columns
 from gramian.inspection.experiments.terms import Mixed, mixed_terms, silent_terms
-from gramian.inspection.experiments.unused import Idle, Unused, idle_half, without_effect
+from gramian.inspection.experiments.unused import Idle, Unused, idle_half, idle_targets, without_effect
 from gramian.inspection.passes.given import given_of
 from gramian.inspection.passes.observed import Observed
 from gramian.objective import Objective
@@ -36,6 +36,7 @@ TRIED = {
     "plunges": "whether the loss falls faster than the outputs grow",
     "without_effect": "whether each input has an effect",
     "idle": "whether both halves of each input have an effect",
+    "idle_targets": "whether the loss takes all labels",
     "ignores_order": "whether the output depends on the order of tokens or patches",
     "supervision": "whether the loss is lower where the outputs are as the labels say",
     "column": "whether all columns of the output have a gradient",
@@ -74,6 +75,7 @@ class Probes:
         without_effect: the inputs that can be exchanged between samples without any effect on the loss; of none that
             has one, those whose NaN do not arrive.
         idle: a half of an input's positions or columns that has no effect.
+        idle_targets: what of the batch neither the model nor the loss takes, where parameters get no gradient.
         ignores_order: whether the output stays, or changes places too, when the positions of a sequence change places.
         supervision: what the loss does wrong with its labels.
         column: of the outputs, one without a gradient that the loss depends on, and how many there are.
@@ -94,6 +96,7 @@ class Probes:
     plunges: tuple[float, float, float] | None = None
     without_effect: Unused = field(default_factory=lambda: Unused(()))
     idle: Idle | None = None
+    idle_targets: tuple[str, ...] = ()
     ignores_order: bool = False
     supervision: Supervision | None = None
     column: tuple[int, int] | None = None
@@ -243,8 +246,7 @@ def _sum_over(asked: Asked) -> int | None:
 
 
 _PROBES = (
-    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, ignores_order, against_labels,
-    silent_columns,
-    silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, recut,
+    _unlinked, _cut, _is_affine, _sum_over, falls, plunges, without_effect, idle_half, idle_targets, ignores_order,
+    against_labels, silent_columns, silent_terms, mixed_terms, falls_together, unlike_pairs, reads_padding, recut,
     constant_loss,
 )  # fmt: skip

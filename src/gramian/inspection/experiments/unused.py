@@ -14,7 +14,7 @@ from gramian.inspection.experiments.replaying import Asked, Replay, loss_of
 from gramian.inspection.experiments.unzeroed import unzeroed
 from gramian.inspection.passes.given import Given, given_of, key, taken_of
 
-__all__ = ["Idle", "Unused", "idle_half", "without_effect"]
+__all__ = ["Idle", "Unused", "idle_half", "idle_targets", "without_effect"]
 
 # Samples that are enough for a property of the model.
 ENOUGH = 8
@@ -149,3 +149,32 @@ def _is_idle(asked: Asked, x: Tensor, start: int, stop: int) -> bool:
     batches = (asked.batch, mapped(asked.batch, lambda t: other if t is x else t))
     one, two = (Replay(asked.model, batch, asked.objective).outputs for batch in batches)
     return len(one) == len(two) and all(map(torch.equal, one, two))
+
+
+def idle_targets(asked: Asked) -> tuple[str, ...] | None:
+    """What of a batch neither the model nor the loss takes: samples can exchange it, and the loss stays as it is.
+
+    It is asked for where a parameter gets no gradient, to which it may belong.
+
+    Args:
+        asked: the model, left as it was, and its loss.
+
+    Returns: the names, as Python reads them off a batch; `None` where all parameters get a gradient.
+    Raises: what the loss raises.
+    Cost: one evaluation of the loss for each tensor that the model is not given.
+    Source: this library's own.
+    """
+    replay, seen = asked.replay, asked.seen
+    if None not in seen.gradients.values() or not replay.is_known or not replay.outputs:
+        return None
+    fed = {one.name for one in taken_of(seen.batches[0], seen.fed)}
+    found = []
+    for given in given_of([asked.batch], set(), set()):
+        y = given.values[0]
+        other = y.roll(1, 0)
+        if given.name in fed or len(y) < 2 or bool((other == y).all()):
+            continue
+        changed = mapped(asked.batch, lambda t, y=y, other=other: other if t is y else t)
+        if float(replay.loss(replay.outputs, changed).detach()) == replay.here:
+            found.append(given.name)
+    return tuple(found)
