@@ -169,7 +169,8 @@ def _first_change(before: list[tuple[str, Tensor]], after: list[tuple[str, Tenso
     whole = [i for i, (name, _) in enumerate(before) if not name]
     if not whole or [name for name, _ in before] != [name for name, _ in after]:
         return None
-    pairs = [(a[:2, 1:-1], b[:2, 1:-1]) for (_, a), (_, b) in zip(before, after, strict=True)]
+    inner = slice(1, max(2, before[0][1].shape[1] - 1))
+    pairs = [(a[:2, inner], b[:2, inner]) for (_, a), (_, b) in zip(before, after, strict=True)]
     moved = [i for i, (a, b) in enumerate(pairs) if _differ(a, b)]
     if not moved or not (whole[-1] in moved or _is_same_for_all(before[whole[-1]][1])):
         return None
@@ -231,13 +232,16 @@ def _columns_mix(model: nn.Module, batch: Any, objective: Objective, columns: in
 
 
 def _with_other_ends(batch: Any, rows: int, dim: int = 0) -> Any:
-    """The batch with the middle one of its inputs' rows, or columns, as the first and the last; labels as before."""
+    """The batch with the middle one of its inputs' rows, or columns, as the first and last; labels as before.
+
+    Of two, the first becomes the second.
+    """
 
     def changed(t: Tensor) -> Tensor:
         if t.ndim <= dim or t.shape[dim] != rows:
             return t
         middle = t.narrow(dim, rows // 2, 1)
-        return torch.cat((middle, t.narrow(dim, 1, rows - 2), middle), dim)
+        return torch.cat((middle, t.narrow(dim, 1, max(1, rows - 2)), middle), dim).narrow(dim, 0, rows)
 
     if isinstance(batch, Tensor):
         return changed(batch)
