@@ -25,8 +25,6 @@ SHIFTED, SAME = 0.95, 0.5
 # Change at positions before the replaced ones, against that at the replaced ones, which rounding does not make.
 MOVED, MOVED_NARROW = 1e-3, 3e-2
 LEAST = 4
-# Share of the samples in which a token changes the output in its own place the most.
-OWN = 0.9
 # Positions that count, and runs of them for each, from which on they were chosen at random: masked words, or spans.
 FEW, ALONE = 16, 0.25
 # Change that is rounding.
@@ -120,8 +118,7 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
 
     What a decoder is given beside other inputs must be shifted by one, and what is behind a position hidden. Where the
     tokens are all that is given (masks and the targets themselves aside, which a model may take for its loss), a model
-    that sees both sides may be one that restores them from a bottleneck; one that sees none behind has nothing to
-    predict.
+    that sees both sides may be one that restores them; one that sees none behind has nothing to predict.
     """
     batch = observed.batches[0]
     given = taken_of(batch, observed.fed)
@@ -131,37 +128,45 @@ def _find_copy(model: nn.Module, observed: Observed, objective: Objective) -> Le
             continue
         others = any(not _is_mask(t) and not _is_target(observed, t) for t in (g.values for g in given))
         position = z.shape[1] // 2 - 1
-        behind, alone = z.clone(), z.clone()
-        behind[:, position + 1 :] = z.roll(1, 0)[:, position + 1 :]
-        alone[:, position] = z.roll(1, 0)[:, position]
-        rows = (behind[:, position + 1] != z[:, position + 1]).nonzero().flatten()
+        other = z.clone()
+        other[:, position + 1 :] = z.roll(1, 0)[:, position + 1 :]
+        rows = (other[:, position + 1] != z[:, position + 1]).nonzero().flatten()
         if not len(rows):
             continue
         with evaluating(model), eager(), torch.enable_grad():  # a loss may differentiate on its way
-            batches = (batch, *(_with(batch, one.whole, one.with_values(t)) for t in (behind, alone)))
-            runs = [_run(model, b, objective, z.shape) for b in batches]
-        (names, before), (again, after), (third, single) = runs
-        if not names == again == third or "" not in names:
+            runs = [
+                _run(model, b, objective, z.shape) for b in (batch, _with(batch, one.whole, one.with_values(other)))
+            ]
+        (names, before), (again, after) = runs
+        if names != again or "" not in names:
             continue
         whole = len(names) - 1 - names[::-1].index("")
         early = _share(before[whole], after[whole], rows, position)
         here = _share(before[whole], after[whole], rows, position + 1)
         if here > MOVED_NARROW and (others or early <= EQUAL):
             return Leak(position, here, "", "", is_copy=early <= EQUAL, source=one.name)
-        is_own = _moves_itself(before[whole], single[whole], (alone != z).any(1), position)
-        if here > MOVED_NARROW and (is_own or _is_chosen(observed, z)):
+        if here > MOVED_NARROW and (_is_chosen(observed, z) or _hides_the_rest(observed, z)):
             return Leak(position, here, "", "", is_hidden=False, source=one.name)
     return None
 
 
-def _moves_itself(before: Tensor, after: Tensor, rows: Tensor, position: int) -> bool:
-    """Whether a token changes the output in its own place the most, so that nothing stands between it and its target.
+def _hides_the_rest(observed: Observed, z: Tensor) -> bool:
+    """Whether a token stands here and there, and never where the loss counts: what a mask hides is not asked for."""
+    for found in observed.criteria:
+        if found.target.numel() == z.numel() and not found.target.is_floating_point():
+            counts = found.target.reshape(z.shape).to(z.device) >= 0
+            for token in z[~counts].unique().tolist():
+                stands = z == token
+                if not bool((stands & counts).any()) and _are_scattered(stands):
+                    return True
+    return False
 
-    Behind a bottleneck, from which all positions are made, each is the most changed one by chance.
-    """
-    moved = (after - before)[rows].square().sum(-1).nan_to_num()
-    own = (moved.argmax(1) == position).float()
-    return len(own) >= FEW // 2 and float(own.mean()) >= OWN
+
+def _are_scattered(places: Tensor) -> bool:
+    """Whether places (N, T) are enough, and alone or in short runs."""
+    num = int(places.sum())
+    runs = int(places[:, 0].sum()) + int((places[:, 1:] & ~places[:, :-1]).sum())
+    return num >= FEW and runs > ALONE * num
 
 
 def _is_chosen(observed: Observed, z: Tensor) -> bool:
@@ -169,9 +174,7 @@ def _is_chosen(observed: Observed, z: Tensor) -> bool:
     for found in observed.criteria:
         if found.target.numel() == z.numel() and not found.target.is_floating_point():
             counts = found.target.reshape(z.shape) >= 0
-            num = int(counts.sum())
-            runs = int(counts[:, 0].sum()) + int((counts[:, 1:] & ~counts[:, :-1]).sum())
-            if FEW <= num < SAME * z.numel() and runs > ALONE * num:
+            if int(counts.sum()) < SAME * z.numel() and _are_scattered(counts):
                 return True
     return False
 

@@ -115,7 +115,7 @@ def idle_half(asked: Asked) -> Idle | None:
 
     Returns: an `Idle` for the first such input, or `None`.
     Raises: what the model raises.
-    Cost: two forward passes of 16 samples for each input, and two more where one has no effect.
+    Cost: two forward passes of 16 samples for each input, and two more where a half has no effect.
     Source: this library's own.
     """
     fed = {one.name for one in taken_of(asked.seen.batches[0], asked.seen.fed)}
@@ -126,17 +126,17 @@ def idle_half(asked: Asked) -> Idle | None:
         if given.name not in fed or x.ndim < 2 or x.shape[1] < 2 or len(x) < 2:
             continue
         half = x.shape[1] // 2
-        found = [span for span in ((0, half), (half, x.shape[1])) if _is_idle(asked, x, *span)]
+        found = [span for span in ((0, half), (half, x.shape[1])) if _is_idle(asked, asked.replay, x, *span)]
         if len(found) != 1:
             continue
         with unzeroed(asked.model) as are_others:
-            if are_others and not _is_idle(asked, x, *found[0]):
+            if are_others and not _is_idle(asked, Replay(asked.model, asked.batch, asked.objective), x, *found[0]):
                 continue
         return Idle(given.name, *found[0], x.shape[1])
     return None
 
 
-def _is_idle(asked: Asked, x: Tensor, start: int, stop: int) -> bool:
+def _is_idle(asked: Asked, before: Replay, x: Tensor, start: int, stop: int) -> bool:
     """Whether samples can get these entries from their neighbors without any effect, where enough differ.
 
     Zeros may be what fills up, which has none.
@@ -146,9 +146,9 @@ def _is_idle(asked: Asked, x: Tensor, start: int, stop: int) -> bool:
     differ = (other != x).flatten(1).any(1) & x[:, start:stop].flatten(1).any(1)
     if int(differ.sum()) < FEW:
         return False
-    batches = (asked.batch, mapped(asked.batch, lambda t: other if t is x else t))
-    one, two = (Replay(asked.model, batch, asked.objective).outputs for batch in batches)
-    return len(one) == len(two) and all(map(torch.equal, one, two))
+    changed = mapped(asked.batch, lambda t: other if t is x else t)
+    after = Replay(asked.model, changed, asked.objective).outputs
+    return len(before.outputs) == len(after) and all(map(torch.equal, before.outputs, after))
 
 
 def idle_targets(asked: Asked) -> tuple[str, ...] | None:
