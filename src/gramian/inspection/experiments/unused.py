@@ -152,7 +152,7 @@ def _is_idle(asked: Asked, before: Replay, x: Tensor, start: int, stop: int) -> 
 
 
 def idle_targets(asked: Asked) -> tuple[str, ...] | None:
-    """What of a batch neither the model nor the loss takes: samples can exchange it, and the loss stays as it is.
+    """What of a batch neither the model nor the loss takes: with those of other samples, the loss stays as it is.
 
     It is asked for where a parameter gets no gradient, to which it may belong.
 
@@ -171,7 +171,7 @@ def idle_targets(asked: Asked) -> tuple[str, ...] | None:
     found = []
     for given in given_of([asked.batch], set(), set()):
         y = given.values[0]
-        other = y.roll(1, 0)
+        other = torch.cat((y[:1], y[:-1]))  # in another order, constant outputs would not see it
         if given.name in fed or len(y) < 2 or bool((other == y).all()):
             continue
         changed = mapped(asked.batch, lambda t, y=y, other=other: other if t is y else t)
