@@ -46,6 +46,8 @@ def among_inputs(context: Context) -> Iterator[Finding]:
         x = torch.cat([t.flatten(1) if t.ndim > 1 else t[:, None] for t in values]).double()
         if not labels[0][0].numel() < x.shape[1] <= MOST_ENTRIES or not bool(x.isfinite().all()):
             continue
+        if len(torch.unique(x, dim=0)) < FEW:  # of few that come again, an entry is a line through the labels by chance
+            continue
         shares = _standardized(x).T @ _standardized(columns) / num
         best = shares.abs().amax(1)
         entry = int(best.argmax())
